@@ -1,11 +1,11 @@
-"""Command: label filtered shards with the concepts that a frozen teacher sees in each image.
+r"""Command: label filtered shards with the concepts that a frozen teacher sees in each image.
 
-    python -m data_prep.label --config configs/prep/concepts.py \\
+    python -m data_prep.label --config configs/prep/concepts.py \
         --config.input=/data/kept --config.output=/data/labelled
 
 Three stages, each kept, so that the same command again does only what is not done yet: embeddings
-of the shards that the heads learn from, two linear heads trained on them, and the labels: a small
-file for each shard, which training joins (`config.data.labels`), or new shards with
+of the shards that the heads learn from, two linear heads trained on them, and the labels: a
+small shard for each shard, which training joins (`config.data.labels`), or new shards with
 `--config.merge=True`. `--engine=ray` runs it on a Ray cluster. For a job array add
 `--task_index=I --num_tasks=N` and start it twice: the first time every job embeds its share of what
 the heads learn from (the last one trains them), the second time it labels its share.

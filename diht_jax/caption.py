@@ -33,13 +33,13 @@ from diht_jax.records.captions import all_captions, caption_kinds, check_kind, w
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats.registry import open_source, open_writer
-from diht_jax.records.labels.files import MANIFEST
+from diht_jax.records.labels.shards import find_inputs
 from diht_jax.records.samples import SampleError
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.tfrecord import DamagedRecordError, TFRecordError
 from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
-from diht_jax.storage.files import exists, write_bytes
+from diht_jax.storage.files import write_bytes
 from diht_jax.storage.retries import StorageError
 
 SETTINGS_FILE = "captions.json"
@@ -227,7 +227,7 @@ def _copy_vocabulary(shards: Sequence[str], targets: Iterable[str], output: path
     within = [
         shard
         for folder, its_shards in by_folder.items()
-        if not exists(os.path.join(folder, MANIFEST))
+        if find_inputs(folder) is None
         for shard in its_shards
     ]
     vocabulary = find_vocabulary(within) if within else None

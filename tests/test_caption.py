@@ -21,7 +21,9 @@ from diht_jax.models import get_architecture
 from diht_jax.models.parameters import model_definition, model_parameters
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats.registry import open_source, open_writer
+from diht_jax.records.labels.concepts import NO_CONCEPTS
 from diht_jax.records.schema import Example, Record, encode_record
+from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,
@@ -29,6 +31,7 @@ from diht_jax.records.vocabulary import (
     write_vocabulary,
 )
 from diht_jax.weights.inference import LoadedModel
+from tests.records.labels import write_labels
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +172,11 @@ def test_labels_within_records_keep_their_vocabulary(model, tmp_path):
             *(model, shards, tmp_path / "out", CaptionOptions()), task_index=index, num_tasks=2
         )
     assert find_train_vocabulary(str(tmp_path / "out")) == vocabulary
-    # Labels in files are of the shards as they were, whose vocabulary may lie beside them as well.
+    # Labels in shards of their own are of the records as they were.
     for shard in shards:
         (tmp_path / "in" / f"{shard}{STATS_SUFFIX}").unlink()
-    (tmp_path / "in" / "labels.json").write_text("{}")
+    nothing = [[NO_CONCEPTS, NO_CONCEPTS]] * len(TFRecordSource(tmp_path / "in"))
+    write_labels(tmp_path / "in", tmp_path / "in", nothing, vocabulary)
     caption_shards(model, shards, tmp_path / "beside", CaptionOptions())
     assert find_train_vocabulary(str(tmp_path / "beside")) is None
 

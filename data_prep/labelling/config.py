@@ -1,6 +1,6 @@
 """The config of `data_prep.label`: every key with its default, and the checks of their ranges.
 
-The sections of the teachers stand beside their code, in `data_prep.teachers`.
+The sections of the teachers are next to their code, in `data_prep.teachers`.
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ def default_config() -> ml_collections.ConfigDict:
     c.report_images = 36  # in report.html
     c.seed = 0  # of the held-out images, the order of training and the report's images
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
-    # The labels are written without so many failed shards: a share below 1 (0: none; else one at
+    # Failed shards that the labels are written without: a share below 1 (0: none; else one at
     # least), or a number.
     c.max_failed_shards = 0.01
-    # Labels and embeddings of so many shards that are gone are removed; where they are more, all
+    # Shards that are gone whose labels and embeddings are removed; where they are more, all
     # stay. A share below 1, or a number.
     c.max_changed_shards = 0.01
     c.retries = 1  # how often a shard is run again when its worker died, or its storage failed
     # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
     c.shard_timeout_secs = placeholder(float)
-    c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))  # as of data_prep.filter
+    c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))  # see data_prep.filter
     return c
 
 
@@ -96,7 +96,7 @@ def default_heads() -> ml_collections.ConfigDict:
     c.held_out = 0.1  # share of the images, chosen by their keys
     c.max_examples = 2_000_000  # images that are trained on; more are sampled
     c.max_held_out = 20_000  # images that metrics are measured on
-    # The heads stay while so many shards are others than those they were made for: a share below 1,
+    # The heads stay while at most this many shards changed since they were made: a share below 1,
     # or a number. Above, they are trained again, and every shard is labelled again.
     c.max_changed_shards = 0.01
     return c
@@ -117,8 +117,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         )
     if config.merge and config.clip_teachers.models:
         raise ValueError(
-            "config.merge=True: embeddings of CLIPs lie beside the shards of the input and cannot "
-            "be merged into new ones; label without it"
+            "config.merge=True: embeddings of CLIPs are stored next to the shards of the input and "
+            "cannot be merged into new ones; label without it"
         )
     check_limit("max_failed_shards", config.max_failed_shards)
     check_limit("max_changed_shards", config.max_changed_shards)

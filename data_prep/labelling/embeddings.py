@@ -1,108 +1,151 @@
-"""A teacher's embeddings of shards: one npz per shard, kept, so that they are computed only once.
+"""A teacher's embeddings of shards, kept so that they are computed only once.
 
-The models are in `data_prep.teachers`. A file holds
+`embeddings/NAME.tfrecord` has one record for each record of the shard NAME, in its order: a
+`tf.train.Example` with the features
 
-    embeddings  float16 or float32 [m, d], of the m records that have one
-    rows        int32 [m], their positions in the shard, ascending
-    key_hashes  uint64 [n], of all n records; they divide the records into training and held-out
+    key                of the record
+    embedding_float16  [d], little-endian; or `embedding_float32`
+    missing            why the teacher gave no embedding, in place of it
+
+The models are in `data_prep.teachers`.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import io
 import itertools
 import os
-import struct
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from data_prep.jobs import fingerprint, shards
+from data_prep.jobs import shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
-from data_prep.labelling.scratch import Scratch
+from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher
 from diht_jax.readers.registry import Skipped, SourceShard, read_pairs
+from diht_jax.records.format import read_records
+from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.labels.shards import (
+    decode_features,
+    decode_key,
+    encode_features,
+    encode_key,
+)
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.storage import files
 from diht_jax.storage.retries import StorageError
-from diht_jax.storage.stores import StoreEnd, is_remote
+from diht_jax.storage.stores import is_remote
 
 FOLDER = "embeddings"
 DTYPES = ("float16", "float32")
 
-_FORMAT_VERSION = 1
-# Where fewer embeddings than one in so many are wanted, they are read one by one.
-_SPARSE = 8
-# Of `rows` and `key_hashes` for each record, and of what a zip archive needs around them.
-_KEY_BYTES, _DIRECTORY_BYTES = 12, 2**11
+_FORMAT_VERSION = 2
+_KEY, _EMBEDDING, _MISSING = "key", "embedding_", "missing"
+_GB = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardEmbeddings:
-    """What a file holds.
+    """The embeddings of a shard.
 
     Attributes:
-        embeddings: [m, d].
-        rows: int64 [m].
-        key_hashes: uint64 [n].
-        stats: the statistics beside it, where it was just written.
+        embeddings: [m, d], of the m records that have one.
+        rows: int64 [m], their positions in the shard, ascending.
+        keys: of all n records.
+        missing: why the others have none, by their positions.
     """
 
     embeddings: np.ndarray
     rows: np.ndarray
-    key_hashes: np.ndarray
-    stats: dict[str, Any] | None = None
+    keys: list[str]
+    missing: dict[int, str]
+
+    def count_missing(self) -> dict[str, int]:
+        """Reason -> records that have no embedding because of it."""
+        return dict(sorted(collections.Counter(self.missing.values()).items()))
+
+    def encode(self) -> Iterator[bytes]:
+        """The n records of its file."""
+        dtype = self.embeddings.dtype
+        stored = self.embeddings.astype(dtype.newbyteorder("<"))
+        vectors = dict(zip(self.rows.tolist(), stored, strict=True))
+        for row, key in enumerate(self.keys):
+            if row in vectors:
+                value = {_EMBEDDING + dtype.name: vectors[row].tobytes()}
+            else:
+                value = {_MISSING: self.missing[row].encode()}
+            yield encode_features({_KEY: encode_key(key), **value})
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class EmbeddingTask(shards.ShardTask):
-    """A task whose output is a file of embeddings.
+@dataclasses.dataclass(frozen=True)
+class LocalCopies:
+    """A folder on the local disk with copies of what a run will read again.
+
+    The heads learn from some shards, whose embeddings are computed, read for the training, and read
+    once more for the labels; where labels are merged, so are their records. What is in a store
+    would be fetched again each time. Workers on this machine leave copies here.
 
     Attributes:
-        shard: name, records, bytes and digest of what is embedded, as in a `Fingerprint`; None
-            where they are not known.
+        folder: of the copies.
+        max_bytes: once they are larger, no more is kept (by a file for each worker at most).
     """
 
-    shard: tuple[str, int, int, str] | None = None
+    folder: str
+    max_bytes: float
 
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, config: ml_collections.ConfigDict, *paths: str) -> Iterator[LocalCopies | None]:
+        """A folder of the driver for a run, removed at its end.
 
-def plan_embeddings(
-    label_tasks: Sequence[shards.ShardTask],
-    identity: dict[str, Any],
-    dtype: str,
-    identified: Sequence[tuple[str, int, int, str] | None] | None = None,
-) -> list[EmbeddingTask]:
-    """The embedding task of every labelling task, in the folder `embeddings` of its output.
+        Args:
+            config: of `labelling.config.default_config`.
+            *paths: of the output, and of the input where it is read again.
 
-    Args:
-        label_tasks: shards in, labelled shards out.
-        identity: of the teacher.
-        dtype: of the files, one of `DTYPES`.
-        identified: the `shard` of each task.
+        Yields:
+            None where it would save nothing, since none of the paths is in a store.
+        """
+        if not any(map(is_remote, paths)) or not config.scratch_gb:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="diht_label_") as folder:
+            yield cls(folder, config.scratch_gb * _GB)
 
-    Raises:
-        ValueError: another dtype.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"config.embedding_dtype='{dtype}'; expected {' or '.join(DTYPES)}")
-    config_hash = hash_embeddings(identity, dtype)
-    for folder in {os.path.dirname(task.output) for task in label_tasks}:
-        files.make_folder(files.join(folder, FOLDER))
-    identified = identified or [None] * len(label_tasks)
-    return [
-        EmbeddingTask(task.source, embedding_path(task.output), config_hash, shard=shard)
-        for task, shard in zip(label_tasks, identified, strict=True)
-    ]
+    def keep(self, path: str, records: Iterable[bytes]) -> None:
+        """Keeps the records that were just written to a path, if there is room for them."""
+        copy = self.reserve(path, 0)
+        if copy is not None:
+            with TFRecordWriter(copy) as writer:
+                for data in records:
+                    writer.write(data)
+
+    def reserve(self, path: str, num_bytes: int) -> str | None:
+        """The path for a copy of a file; None where there is no room for it."""
+        with os.scandir(self.folder) as entries:
+            kept = sum(entry.stat().st_size for entry in entries)
+        return None if kept + num_bytes > self.max_bytes else self._copy_of(path)
+
+    def find(self, path: str) -> str:
+        """The copy of a path, or the path itself where there is none."""
+        return self._copy_of(path) if self.has(path) else path
+
+    def has(self, path: str) -> bool:
+        """Whether there is a copy of a path."""
+        return os.path.exists(self._copy_of(path))
+
+    def _copy_of(self, path: str) -> str:
+        digest = hashlib.blake2b(path.encode(), digest_size=16).hexdigest()
+        return os.path.join(self.folder, f"{digest}.tfrecord")
 
 
 def hash_embeddings(identity: dict[str, Any], dtype: str) -> str:
@@ -110,134 +153,129 @@ def hash_embeddings(identity: dict[str, Any], dtype: str) -> str:
 
     Args:
         identity: of the teacher.
-        dtype: of the files.
+        dtype: of the files, one of `DTYPES`.
+
+    Raises:
+        ValueError: another dtype.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"config.embedding_dtype='{dtype}'; expected {' or '.join(DTYPES)}")
     settings = {"format_version": _FORMAT_VERSION, "teacher": identity, "dtype": dtype}
     return shards.hash_config(settings)
 
 
-def embedding_path(labelled_shard: str) -> str:
-    """Where the embeddings of a labelled shard lie."""
-    folder, name = os.path.split(labelled_shard)
-    return files.join(folder, FOLDER, f"{name}.npz")
-
-
 def embed_shard(
-    task: shards.ShardTask,
+    task: LabelTask,
     report: Report,
     *,
     teacher: ml_collections.ConfigDict,
     dtype: str,
-    scratch: Scratch | None = None,
+    copies: LocalCopies | None = None,
     keeps_records: bool = False,
-) -> dict[str, Any]:
-    """Embeds one shard; arguments and errors as of `compute_embeddings`.
+) -> None:
+    """Embeds one shard; errors of `compute_embeddings`.
 
     Args:
-        task, report, teacher, dtype: as there.
-        scratch: gets a copy of the file.
-        keeps_records: whether it gets a copy of the records as well.
-
-    Returns:
-        The statistics, as they lie beside the file.
+        task: of `tasks.plan_outputs`.
+        report: called with the number of records that are done.
+        teacher: config section of `teachers.registry.default_teacher`.
+        dtype: of the file.
+        copies: get a copy of the embeddings.
+        keeps_records: whether they get a copy of the records as well.
     """
-    keep = copy = None
-    if scratch is not None:
-        keep = scratch.keep
-        if keeps_records:
-            copy = scratch.reserve(task.source.path, files.size(task.source.path) or 0)
+    records_copy = None
+    if copies is not None and keeps_records:
+        records_copy = copies.reserve(task.source.path, files.size(task.source.path) or 0)
     found = compute_embeddings(
-        task, report, teacher=teacher, dtype=dtype, keep=keep, records_copy=copy
+        task, report, teacher=teacher, dtype=dtype, records_copy=records_copy
     )
-    return found.stats
-
-
-def embed_for_driver(
-    task: shards.ShardTask, report: Report, *, teacher: ml_collections.ConfigDict, dtype: str
-) -> list[tuple[str, bytes]]:
-    """Embeds one shard on another machine; arguments and errors as of `compute_embeddings`.
-
-    Returns:
-        Path and contents of the file, which the driver keeps a copy of.
-    """
-    written: list[tuple[str, bytes]] = []
-    compute_embeddings(
-        task, report, teacher=teacher, dtype=dtype, keep=lambda *file: written.append(file)
-    )
-    return written
+    if copies is not None:
+        copies.keep(task.output, found.encode())
 
 
 def compute_embeddings(
-    task: EmbeddingTask,
+    task: LabelTask,
     report: Report,
     *,
     teacher: ml_collections.ConfigDict,
     dtype: str,
-    record_beside: str | None = None,
-    keep: Callable[[str, bytes], None] | None = None,
+    work_output: str | None = None,
     records_copy: str | None = None,
 ) -> ShardEmbeddings:
     """Embeds one shard and writes its file.
 
     Args:
-        task: of `plan_embeddings`.
+        task: of `tasks.plan_outputs`.
         report: called with the number of records that are done.
         teacher: config section of `teachers.registry.default_teacher`.
         dtype: of the file.
-        record_beside: output of the task whose worker may die of a record; None is this task's.
-        keep: called with path and contents of the file.
+        work_output: output of the task whose worker may die of a record; None is this task's.
         records_copy: path of a TFRecord file that gets the records that were read.
-
-    Returns:
-        What lies in the file.
 
     Raises:
         ValueError: a damaged shard, a teacher that gives no proper embeddings, or values that
             float16 cannot hold.
     """
-    files.remove(task.stats_path)
-    described = fingerprint.describe(task.source, task.identity)
-    key_hashes: list[int] = []
+    found: ShardEmbeddings | None = None
 
-    def read_hashing_keys() -> Iterator[Record]:
-        for record in read_shard(task.source):
-            key_hashes.append(hash_key(record.key))
+    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
+        nonlocal found
+        with (
+            WorkRecord(work_output or task.output, task.search) as work,
+            TFRecordWriter(records_copy) if records_copy else contextlib.nullcontext() as copy,
+        ):
+            found = _embed(source, task.search, work, report, teacher, dtype, copy)
+        for data in found.encode():
+            writer.write(data)
+        missing = found.count_missing()
+        return {"embedded": len(found.rows), "missing": missing, "shard": task.shard}
+
+    shards.run_task(task, process)
+    return found
+
+
+def _embed(
+    source: SourceShard,
+    search: CrashSearch | None,
+    work: WorkRecord,
+    report: Report,
+    teacher: ml_collections.ConfigDict,
+    dtype: str,
+    copy: TFRecordWriter | None,
+) -> ShardEmbeddings:
+    keys: list[str] = []
+    vectors: dict[int, np.ndarray] = {}
+    missing: dict[int, str] = {}
+
+    def read_noting_keys() -> Iterator[Record]:
+        for record in read_shard(source):
+            keys.append(record.key)
             if copy is not None:
                 copy.write(encode_record(record))
             yield record
 
-    vectors, rows, missing, position = [], [], {}, 0
-    with (
-        WorkRecord(record_beside or task.output, task.search) as work,
-        TFRecordWriter(records_copy) if records_copy else contextlib.nullcontext() as copy,
-    ):
-        opened = open_teacher(teacher)
-        for results in embed_surviving(
-            read_hashing_keys(), opened, teacher.batch_size, task.search, work
-        ):
-            for result in results:
-                if isinstance(result, str):
-                    missing[result] = missing.get(result, 0) + 1
-                else:
-                    vectors.append(result.astype(dtype))
-                    rows.append(position)
-                position += 1
-            report(len(results))
-    embeddings = np.stack(vectors) if vectors else np.zeros((0, 0), dtype)
-    if not np.isfinite(embeddings).all():
+    opened = open_teacher(teacher)
+    for results in embed_surviving(read_noting_keys(), opened, teacher.batch_size, search, work):
+        for result in results:
+            row = len(vectors) + len(missing)
+            if isinstance(result, str):
+                missing[row] = result
+            else:
+                vectors[row] = result.astype(dtype)
+        report(len(results))
+    found = _collect(keys, vectors, missing, dtype)
+    if not np.isfinite(found.embeddings).all():
         raise ValueError(
-            f"{task.source}: an embedding is too large for {dtype}; set "
-            "config.embedding_dtype='float32'"
+            f"{source}: an embedding is too large for {dtype}; set config.embedding_dtype='float32'"
         )
-    buffer = io.BytesIO()
-    arrays = {"rows": np.array(rows, np.int32), "key_hashes": np.array(key_hashes, np.uint64)}
-    np.savez(buffer, embeddings=embeddings, **arrays)
-    files.write_bytes(task.output, buffer.getvalue())
-    if keep is not None:
-        keep(task.output, buffer.getvalue())
-    counts = {"embedded": len(rows), "missing": dict(sorted(missing.items())), "shard": task.shard}
-    stats = shards.finish_task(task, described, counts, len(key_hashes))
-    return ShardEmbeddings(embeddings, np.array(rows, np.int64), arrays["key_hashes"], stats)
+    return found
+
+
+def _collect(
+    keys: list[str], vectors: dict[int, np.ndarray], missing: dict[int, str], dtype: str
+) -> ShardEmbeddings:
+    embeddings = np.stack([*vectors.values()]).astype(dtype) if vectors else np.zeros((0, 0), dtype)
+    return ShardEmbeddings(embeddings, np.array(list(vectors), np.int64), keys, missing)
 
 
 def embed_surviving(
@@ -247,13 +285,14 @@ def embed_surviving(
     search: CrashSearch | None,
     work: WorkRecord,
 ) -> Iterator[list[Embedded]]:
-    """What `Teacher.embed` yields; looks for the record that ends the worker once one has died.
+    """Yields what `Teacher.embed` does; looks for a record that ends the worker once one has died.
 
     Args:
         records: of a shard.
         teacher: that embeds them.
         batch_size: records that are embedded at once in a search.
-        search, work: see `jobs.crash_search`.
+        search: what is known of records that end a worker.
+        work: records what is worked on.
     """
     if search is None:
         yield from teacher.embed(records)
@@ -273,103 +312,31 @@ def embed_surviving(
 
 
 def load_embeddings(path: str) -> ShardEmbeddings:
-    """Reads one file.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
-    return _load(
-        path,
-        lambda file: ShardEmbeddings(
-            file["embeddings"], file["rows"].astype(np.int64), file["key_hashes"]
-        ),
-    )
-
-
-def load_keys(path: str, num_records: int) -> tuple[np.ndarray, np.ndarray]:
-    """`rows` and `key_hashes` of a file; the embeddings are not read.
-
-    Args:
-        path: of the file.
-        num_records: n; of a file in a store the end that holds as many is fetched first.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
-    is_stored, end = is_remote(os.fspath(path)), _KEY_BYTES * num_records + _DIRECTORY_BYTES
-    with _explain_damage(path):
-        opened = io.BufferedReader(StoreEnd(path, end), 2**16) if is_stored else path
-        # `np.load` would read the start of the file as well.
-        with zipfile.ZipFile(opened) as archive:
-            arrays = []
-            for name in ("rows", "key_hashes"):
-                with archive.open(f"{name}.npy") as member:
-                    arrays.append(np.lib.format.read_array(member, allow_pickle=False))
-    return arrays[0].astype(np.int64), arrays[1]
-
-
-def open_embeddings(
-    path: str,
-) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """`rows` and `key_hashes` of a file, and what gives some of its embeddings by their numbers.
-
-    Of a file in a store all is read at once, of a local one no more than is asked for. Errors as of
-    `load_embeddings`.
-    """
-    if is_remote(os.fspath(path)):
-        found = load_embeddings(path)
-        return found.rows, found.key_hashes, found.embeddings.__getitem__
-    return *load_keys(path, 0), functools.partial(load_some, path)
-
-
-def load_some(path: str, numbers: np.ndarray) -> np.ndarray:
-    """Some embeddings of a local file; the others are not read where these are few.
-
-    Args:
-        path: of the file.
-        numbers: int [k], in [0, m).
+    """Reads the embeddings of one shard.
 
     Raises:
         ValueError: the file is missing or damaged.
     """
-
-    def read(file: Any) -> np.ndarray:
-        if len(numbers) * _SPARSE > len(file["rows"]):
-            return file["embeddings"][numbers]
-        return _read_rows(path, numbers)
-
-    return _load(path, read)
-
-
-def _read_rows(path: str, rows: np.ndarray) -> np.ndarray:
-    """Rows of the embeddings of a local file, by one read each."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb", buffering=0) as file:
-        member = archive.getinfo("embeddings.npy")
-        file.seek(member.header_offset + 26)  # the lengths of its name and extra field
-        start = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-        with archive.open(member) as array:
-            np.lib.format.read_magic(array)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(array)
-            start += array.tell()
-        size = shape[1] * dtype.itemsize
-        data = b"".join(os.pread(file.fileno(), size, start + row * size) for row in rows.tolist())
-    return np.frombuffer(data, dtype).reshape(len(rows), shape[1])
-
-
-def _load(path: str, read: Callable[[Any], Any]) -> Any:
-    with _explain_damage(path):
-        opened = io.BytesIO(files.read_bytes(path)) if is_remote(os.fspath(path)) else path
-        with np.load(opened, allow_pickle=False) as file:
-            return read(file)
-
-
-@contextlib.contextmanager
-def _explain_damage(path: str) -> Iterator[None]:
+    keys: list[str] = []
+    vectors: dict[int, np.ndarray] = {}
+    missing: dict[int, str] = {}
+    dtype_of_all = DTYPES[0]
     try:
-        yield
+        for row, data in enumerate(read_records(path)):
+            features = decode_features(data)
+            keys.append(decode_key(features[_KEY]))
+            dtype = next((dtype for dtype in DTYPES if _EMBEDDING + dtype in features), None)
+            if dtype is None:
+                missing[row] = features[_MISSING].decode()
+            else:
+                stored = np.frombuffer(
+                    features[_EMBEDDING + dtype], np.dtype(dtype).newbyteorder("<")
+                )
+                vectors[row] = stored.astype(dtype)
+        return _collect(keys, vectors, missing, dtype_of_all)
     except StorageError:  # the file may be good
         raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path}: not a whole file of embeddings ({error}); delete it and run data_prep.label "
             "again"
@@ -393,9 +360,10 @@ def read_shard(source: SourceShard) -> Iterator[Record]:
         yield entry
 
 
-def hash_key(key: str) -> int:
-    """64 bits that belong to a key."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+def hash_keys(keys: Iterable[str]) -> np.ndarray:
+    """uint64 [n]: 64 bits that belong to each key."""
+    digests = (hashlib.blake2b(encode_key(key), digest_size=8).digest() for key in keys)
+    return np.frombuffer(b"".join(digests), "<u8")
 
 
 def key_ranks(key_hashes: np.ndarray, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the heads are trained and measured on: embeddings with the concepts that captions name.
+"""Examples to train and measure the heads on: embeddings, and the concepts that captions name.
 
 The keys of the records decide which images are held out, and which are sampled where there are more
 than the config wants. NumPy only.
@@ -15,8 +15,7 @@ from absl import logging
 
 from data_prep.jobs import shards
 from data_prep.labelling import vocabulary as concept_vocabulary
-from data_prep.labelling.embeddings import hash_key, key_ranks, open_embeddings
-from data_prep.labelling.scratch import Scratch
+from data_prep.labelling.embeddings import LocalCopies, hash_keys, key_ranks, load_embeddings
 from data_prep.labelling.vocabulary import Targets
 from diht_jax.records.vocabulary import ConceptList, Vocabulary
 
@@ -56,7 +55,7 @@ class Examples:
 
 
 def is_held_out(key_hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """bool [n]: which images are never trained on.
+    """Marks the images that are never trained on, bool [n].
 
     Args:
         key_hashes: uint64 [n].
@@ -81,8 +80,7 @@ def choose_shards(
     """
     share = config.heads.held_out
     wanted = max(config.heads.max_examples / (1 - share), config.heads.max_held_out / share)
-    hashes = np.array([hash_key(name) for name in names], np.uint64)
-    order = np.argsort(key_ranks(hashes, 2 * config.seed + _SAMPLE), kind="stable")
+    order = np.argsort(key_ranks(hash_keys(names), 2 * config.seed + _SAMPLE), kind="stable")
     before = np.cumsum(np.array(records)[order]) - np.array(records)[order]
     return sorted(order[before < wanted].tolist())
 
@@ -91,7 +89,7 @@ def gather_examples(
     config: ml_collections.ConfigDict,
     vocabulary: Vocabulary,
     embedded: Sequence[shards.ShardTask],
-    scratch: Scratch | None = None,
+    copies: LocalCopies | None = None,
 ) -> tuple[Examples, Examples]:
     """Training and held-out examples; a sample by key, where there are more than the config wants.
 
@@ -99,7 +97,7 @@ def gather_examples(
         config: of `labelling.config.default_config`.
         vocabulary: whose concepts are the targets.
         embedded: the embedding tasks of the shards to learn from.
-        scratch: where copies of their embeddings may be.
+        copies: where copies of their embeddings may be.
 
     Raises:
         ValueError: a file is damaged, or embeddings and mentions are not of the same records.
@@ -114,16 +112,16 @@ def gather_examples(
     vectors: tuple[list, list] = ([], [])
     targets = tuple({part.kind: [] for part in vocabulary} for _ in range(2))
     for task in embedded:
-        path = task.output if scratch is None else scratch.find(task.output)
-        rows, key_hashes, take = open_embeddings(path)
+        found = load_embeddings(task.output if copies is None else copies.find(task.output))
+        key_hashes = hash_keys(found.keys)
         held_out = is_held_out(key_hashes, settings.held_out, config.seed)
         rank = key_ranks(key_hashes, 2 * config.seed + _SAMPLE)
         has_embedding = np.zeros(len(held_out), bool)
-        has_embedding[rows] = True
+        has_embedding[found.rows] = True
         of_shard = {part.kind: _read_targets(task, part, len(held_out)) for part in vocabulary}
         for number, of_split in enumerate((~held_out, held_out)):
             chosen = of_split & has_embedding & (rank < limits[number])
-            vectors[number].append(take(np.flatnonzero(chosen[rows])))
+            vectors[number].append(found.embeddings[chosen[found.rows]])
             for kind, shard_targets in of_shard.items():
                 targets[number][kind].append(shard_targets.take(chosen))
     # A shard without any embedding does not know their size.

@@ -1,190 +1,200 @@
-"""The linear heads of a labelled folder, as they are applied and kept in files.
+"""The heads of a labelling job: those that are there, those of another folder, or new ones.
 
-`heads.npz` has the weights. `heads.json` describes them: their vocabulary and teacher, the curves
-and metrics of the training, and the shards that they were made for. NumPy only, so that labelling
-workers start fast; when they are trained is decided in `obtain_heads.py`, the training is in
-`train_heads.py`.
+Heads and vocabulary stay while few of the shards are others than those they were made for
+(`config.heads.max_changed_shards`), since new ones mean that every shard is labelled again. New
+heads learn from as many shards as have the images that the config wants, chosen by their names:
+these are embedded first, and each of the others is embedded and labelled in one pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import io
-import json
-import zipfile
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import numpy as np
+import ml_collections
+from absl import logging
 
+from data_prep.jobs import shards
+from data_prep.jobs.failures import allowed_number
+from data_prep.labelling import head_files
+from data_prep.labelling import vocabulary as concept_vocabulary
+from data_prep.labelling.embeddings import LocalCopies
+from data_prep.labelling.examples import choose_shards, gather_examples, warn_of_few_mentions
+from data_prep.labelling.tasks import LabelTask, describe_inputs, name_of
 from data_prep.teachers.base import TeacherInfo
-from diht_jax.records.vocabulary import check_vocabulary, read_vocabulary
+from diht_jax.records.vocabulary import (
+    Vocabulary,
+    encode_concepts,
+    read_vocabulary,
+    vocabulary_path,
+)
 from diht_jax.storage import files
 
-WEIGHTS = "heads.npz"
-DESCRIPTION = "heads.json"
-
-_ROWS_AT_ONCE = 512
+_HEADS_VERSION = 1
+# Keys of `config.heads` that do not decide what the heads become.
+_NOT_HASHED = ("max_changed_shards",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
-    """A linear classifier.
+class HeadsPlan:
+    """Where the heads of a folder come from.
 
     Attributes:
-        kernel: float32 [d, v].
-        bias: float32 [v].
+        vocabulary: v of each head.
+        sample: the embedding tasks of the shards that new heads learn from; empty where no head is
+            trained.
+        found: the description of heads that stay; None where they are made.
     """
 
-    kernel: np.ndarray
-    bias: np.ndarray
+    vocabulary: Vocabulary
+    sample: list[LabelTask]
+    found: dict[str, Any] | None = None
 
-    def predict(self, embeddings: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The likeliest concepts.
+
+@dataclasses.dataclass(frozen=True)
+class HeadsFolder:
+    """The heads of an output folder: those that are there, those of another folder, or new ones.
+
+    Attributes:
+        config: of `labelling.config.default_config`.
+        folder: of the output.
+        embedded: the embedding task of every shard.
+        embeddings_hash: of `embeddings.hash_embeddings`.
+    """
+
+    config: ml_collections.ConfigDict
+    folder: str
+    embedded: Sequence[LabelTask]
+    embeddings_hash: str
+
+    def plan(self) -> HeadsPlan:
+        """Decides whether the heads stay, and else what they are made of.
+
+        Raises:
+            ValueError: a shard without counts of concepts, or no concept is frequent enough.
+        """
+        config = self.config
+        loaded = read_vocabulary(config.heads.load) if config.heads.load else None
+        found = self._find(loaded)
+        if loaded or found:
+            return HeadsPlan(loaded or read_vocabulary(self.folder), [], found)
+        counted = concept_vocabulary.read_counts([task.source.path for task in self.embedded])
+        settings = config.vocabulary
+        vocabulary = concept_vocabulary.build_vocabulary(
+            counted.concepts,
+            min_count=settings.min_count,
+            stop={"objects": settings.stop_objects, "attributes": settings.stop_attributes},
+            max_size={"objects": settings.max_objects, "attributes": settings.max_attributes},
+        )
+        logging.info("%d objects, %d attributes", *map(len, vocabulary))
+        chosen = choose_shards(counted.records, list(map(name_of, self.embedded)), config)
+        return HeadsPlan(vocabulary, [self.embedded[number] for number in chosen])
+
+    def use_trained(self, plan: HeadsPlan) -> HeadsPlan:
+        """The plan with the heads of another job, where one has trained them since it was made."""
+        found = self._find(plan.vocabulary if self.config.heads.load else None)
+        return HeadsPlan(read_vocabulary(self.folder), plan.sample, found) if found else plan
+
+    def obtain(
+        self,
+        plan: HeadsPlan,
+        failed: Collection[str],
+        teacher: TeacherInfo,
+        copies: LocalCopies | None = None,
+    ) -> dict[str, Any]:
+        """Writes vocabulary, heads and description by a plan.
 
         Args:
-            embeddings: float [n, d].
-            top_k: how many; all where there are fewer.
+            plan: of this folder; the embeddings of its sample are read.
+            failed: sources of the sample that have no embeddings.
+            teacher: whose embeddings they are.
+            copies: where copies of them may be.
 
         Returns:
-            ids: int32 [n, k], likeliest first.
-            probs: float32 [n, k], softmax probabilities, renormalised over the k.
+            The description, as `heads.json` has it.
         """
-        k = min(top_k, len(self.bias))
-        ids = np.zeros((len(embeddings), k), np.int32)
-        probs = np.zeros((len(embeddings), k), np.float32)
-        for start in range(0, len(embeddings), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            logits = embeddings[part].astype(np.float32) @ self.kernel + self.bias
-            best = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-            best.sort(axis=1)  # so that equal logits stand in the order of their ids
-            values = np.take_along_axis(logits, best, axis=1)
-            order = np.argsort(-values, axis=1, kind="stable")
-            values = np.take_along_axis(values, order, axis=1)
-            weights = np.exp(values - values[:, :1])
-            ids[part] = np.take_along_axis(best, order, axis=1)
-            probs[part] = weights / weights.sum(axis=1, keepdims=True)
-        return ids, probs
+        config, folder = self.config, self.folder
+        for part in plan.vocabulary:
+            files.write_bytes(vocabulary_path(folder, part.kind), encode_concepts(part))
+        if plan.found is not None:
+            logging.info("heads: trained before")
+            return plan.found
+        heads, results = {}, {}
+        if config.heads.load:
+            heads, results = head_files.load_trained(config.heads.load, teacher)
+        else:
+            # Workers hold the teacher on the same device, and come back after the training.
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+            # It needs JAX, for which a job that trains nothing should not wait.
+            from data_prep.labelling.train_heads import train_and_measure
 
+            sample = [task for task in plan.sample if str(task.source) not in failed]
+            train, held_out = gather_examples(config, plan.vocabulary, sample, copies)
+            warn_of_few_mentions(train, held_out)
+            for part in filter(len, plan.vocabulary):
+                heads[part.kind], results[part.kind] = train_and_measure(
+                    config, part, train, held_out
+                )
+        head_files.write_heads(folder, heads)
+        missing = {name_of(task): None for task in self.embedded if str(task.source) in failed}
+        description = {
+            "weights_hash": head_files.hash_heads(folder),
+            "recipe": self._hash_recipe(),
+            "inputs": describe_inputs(self.embedded) | missing,
+            "loaded_from": config.heads.load,
+            "vocabulary": plan.vocabulary.describe(),
+            "teacher": dict(teacher.identity),
+            "heads": results,
+        }
+        shards.write_json(files.join(folder, head_files.DESCRIPTION), description)
+        return description
 
-def write_heads(folder: str, heads: Mapping[str, Head]) -> None:
-    """Writes the heads of a folder, by kind; equal heads give equal bytes."""
-    arrays = {}
-    for kind, head in sorted(heads.items()):
-        arrays |= {f"{kind}_kernel": head.kernel, f"{kind}_bias": head.bias}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    files.write_bytes(files.join(folder, WEIGHTS), buffer.getvalue())
+    def _find(self, loaded: Vocabulary | None) -> dict[str, Any] | None:
+        """The description of heads that stay; None where they are to be made.
 
+        Args:
+            loaded: vocabulary of the heads that are taken over; these stay for any shards.
+        """
+        description = head_files.read_description(self.folder)
+        if (
+            description is None
+            or description["weights_hash"] != head_files.hash_heads(self.folder)
+            or description["recipe"] != self._hash_recipe()
+        ):
+            return None
+        if loaded is not None:
+            return description if description["vocabulary"] == loaded.describe() else None
+        now, before = describe_inputs(self.embedded), description["inputs"]
+        # A shard that had failed at that time (None) may come.
+        changed = [
+            name
+            for name in before.keys() | now.keys()
+            if before.get(name, "") not in (None, now.get(name, ""))
+        ]
+        limit = self.config.heads.max_changed_shards
+        allowed = allowed_number(limit, len(before))
+        if changed:
+            logging.info(
+                "heads: %d of %d shards are others than when they were trained, and "
+                "config.heads.max_changed_shards=%g allows %d: they %s",
+                len(changed),
+                len(before),
+                limit,
+                allowed,
+                "stay" if len(changed) <= allowed else "are trained again",
+            )
+        return description if len(changed) <= allowed else None
 
-@functools.lru_cache(maxsize=1)
-def load_heads_once(folder: str, weights_hash: str) -> dict[str, Head]:
-    """As `load_heads`; a worker reads them once, and not for every shard.
-
-    Args:
-        folder: of the heads.
-        weights_hash: of `hash_heads`.
-
-    Raises:
-        ValueError: the heads there are others, or as of `load_heads`.
-    """
-    data = _read_weights(folder)
-    found = _hash_weights(data)
-    if found != weights_hash:
-        raise ValueError(
-            f"{files.join(folder, WEIGHTS)}: other heads (hash {found}) than this job labels with "
-            f"({weights_hash}); they were trained again meanwhile: run data_prep.label again"
-        )
-    return _parse_weights(folder, data)
-
-
-def load_heads(folder: str) -> dict[str, Head]:
-    """The heads of a labelled folder: kind -> head; none for an empty vocabulary.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
-    return _parse_weights(folder, _read_weights(folder))
-
-
-def _read_weights(folder: str) -> bytes:
-    try:
-        return files.read_bytes(files.join(folder, WEIGHTS))
-    except OSError as error:
-        raise _no_heads(folder, error) from error
-
-
-def _parse_weights(folder: str, data: bytes) -> dict[str, Head]:
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            kinds = sorted({name.rpartition("_")[0] for name in file.files})
-            return {kind: Head(file[f"{kind}_kernel"], file[f"{kind}_bias"]) for kind in kinds}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise _no_heads(folder, error) from error
-
-
-def _no_heads(folder: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{files.join(folder, WEIGHTS)}: no heads of data_prep.label ({error}); expected the "
-        "output folder of a run"
-    )
-
-
-def hash_heads(folder: str) -> str | None:
-    """The fingerprint of what `write_heads` wrote; None where there is no file."""
-    try:
-        data = files.read_bytes(files.join(folder, WEIGHTS))
-    except FileNotFoundError:
-        return None
-    return _hash_weights(data)
-
-
-def _hash_weights(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def read_description(folder: str) -> dict[str, Any] | None:
-    """What `heads.json` holds; None where it is missing or damaged."""
-    try:
-        description = json.loads(files.read_bytes(files.join(folder, DESCRIPTION)))
-        description["config_hash"], description["weights_hash"], description["heads"]  # noqa: B018
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return description
-
-
-def load_results(folder: str, teacher: TeacherInfo) -> dict[str, Any]:
-    """The curves and metrics of heads that another run has trained.
-
-    Args:
-        folder: `config.heads.load`, of that run.
-        teacher: of this run.
-
-    Returns:
-        Kind -> result, as `heads.json` has it.
-
-    Raises:
-        ValueError: there are no heads, the files of the folder do not belong together, or the heads
-            are of another teacher.
-    """
-    description = read_description(folder)
-    if description is None:
-        raise ValueError(f"config.heads.load='{folder}': no {DESCRIPTION} there")
-    if description["weights_hash"] != hash_heads(folder):
-        raise ValueError(f"{folder}/{WEIGHTS} is not the file that {DESCRIPTION} describes")
-    expected = read_vocabulary(folder).describe()
-    check_vocabulary(description["vocabulary"], expected, f"{folder}/{DESCRIPTION}", folder)
-    # The identity as it comes back from JSON, without what belongs to one data set. The size of the
-    # embeddings is checked when the heads are applied.
-    theirs, ours = (
-        {k: v for k, v in json.loads(json.dumps(identity)).items() if k not in teacher.data_keys}
-        for identity in (description["teacher"], teacher.identity)
-    )
-    if ours != theirs:
-        raise ValueError(
-            f"config.heads.load='{folder}': its heads belong to the teacher {theirs}, this run's "
-            f"is {ours}"
-        )
-    return description["heads"]
+    def _hash_recipe(self) -> str:
+        """A hash of all that decides vocabulary and heads but the shards."""
+        config = self.config
+        settings = {
+            "format_version": _HEADS_VERSION,
+            "heads": {k: v for k, v in config.heads.to_dict().items() if k not in _NOT_HASHED},
+            "vocabulary": config.vocabulary.to_dict(),
+            "seed": config.seed,
+            "embeddings": self.embeddings_hash,
+        }
+        return shards.hash_config(settings)

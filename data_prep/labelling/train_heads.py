@@ -1,7 +1,10 @@
-"""Training of the linear concept classifiers (heads) on a teacher's embeddings, and their metrics.
+"""Trains the linear concept classifiers (heads) on the embeddings of a teacher, and measures them.
 
 Method: DiHT, arXiv 2301.02280, "Concept Distillation": one head for objects and one for
-attributes. Arrays in, arrays out; their files are in `heads.py`.
+attributes. Arrays in, arrays out; their files are in `head_files.py`.
+
+Recall is measured against the concepts that an image's own caption names: the share of them among
+the first k predictions, mean over images or over concepts.
 
 Ours: embeddings are standardised for the training (and the head folded back afterwards), so that
 one learning rate and one penalty fit any teacher; the parameters with the lowest held-out loss are
@@ -11,6 +14,8 @@ captions, are learnt by heart within some dozens of steps, so the first steps ar
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -21,12 +26,13 @@ import numpy as np
 import optax
 from absl import logging
 
-from data_prep.labelling import metrics
 from data_prep.labelling.examples import Examples, Split
-from data_prep.labelling.heads import Head
+from data_prep.labelling.head_files import Head
 from data_prep.labelling.vocabulary import Targets, concept_factors, repeat_factors
 from diht_jax.progress import ProgressBar
 from diht_jax.records.vocabulary import ConceptList
+
+RANKS = (1, 5, 10)  # of recalls
 
 _NUM_EVALUATIONS = 20
 _PATIENCE = 5  # of these
@@ -64,7 +70,8 @@ def train_and_measure(
     Args:
         config: of `labelling.config.default_config`.
         part: the vocabulary of the kind.
-        train, held_out: of all images, also those without a concept of the kind.
+        train: examples of all images, also those without a concept of the kind.
+        held_out: likewise.
 
     Returns:
         The head, and its result: numbers of images, curve, metrics, those of the frequency
@@ -79,12 +86,12 @@ def train_and_measure(
         len(held_out_split.targets),
     )
     head, curve = train_head(train_split, held_out_split, len(part), config.heads, config.seed)
-    depth = max(metrics.RANKS)
+    depth = max(RANKS)
     ids, _ = head.predict(held_out_split.embeddings, depth)
-    predictions = metrics.Predictions(ids, held_out_split.targets)
-    measured = metrics.summarize(predictions, len(part))
-    baseline = metrics.summarize(
-        metrics.frequency_baseline(train_split.targets, held_out_split.targets, len(part), depth),
+    predictions = Predictions(ids, held_out_split.targets)
+    measured = summarize(predictions, len(part))
+    baseline = summarize(
+        frequency_baseline(train_split.targets, held_out_split.targets, len(part), depth),
         len(part),
     )
     recall, usual = measured["recall_at_1"], baseline["recall_at_1"]
@@ -111,7 +118,8 @@ def train_head(
     """Trains one head.
 
     Args:
-        train, held_out: images with at least one concept each.
+        train: images with at least one concept each.
+        held_out: likewise.
         num_concepts: v.
         config: of `default_heads`.
         seed: of the order of examples.
@@ -259,7 +267,7 @@ class _Evaluation:
             loss, ids = self._measure(params, embeddings, self._ids[rows], self._probs[rows])
             losses.append(np.asarray(loss)[: n - start])
             best.append(np.asarray(ids)[: n - start])
-        predictions = metrics.Predictions(np.concatenate(best), self._held_out.targets)
+        predictions = Predictions(np.concatenate(best), self._held_out.targets)
         return {
             "held_out_loss": float(np.average(np.concatenate(losses), weights=self._weights)),
             "recall_at_10": predictions.recall(10),
@@ -273,9 +281,9 @@ def _fold(params: dict[str, np.ndarray], mean: np.ndarray, scale: np.ndarray) ->
     return Head(kernel.astype(np.float32), bias.astype(np.float32))
 
 
-def _rank_concepts(predictions: metrics.Predictions, part: ConceptList) -> dict[str, Any]:
+def _rank_concepts(predictions: Predictions, part: ConceptList) -> dict[str, Any]:
     """Best and worst concepts, by the recall at the deepest rank that is not trivially high."""
-    k = max(k for k in metrics.RANKS if k == 1 or 4 * k <= len(part))
+    k = max(k for k in RANKS if k == 1 or 4 * k <= len(part))
     recall = predictions.concept_recall(k, len(part))
     positives = predictions.targets.counts(len(part))
     enough = np.flatnonzero(positives >= _MIN_POSITIVES)
@@ -289,4 +297,58 @@ def _rank_concepts(predictions: metrics.Predictions, part: ConceptList) -> dict[
         "ranked_by": f"recall_at_{k}",
         "best": listed[:half],
         "worst": listed[::-1][: min(_LISTED, len(listed) - half)],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Ranked concepts of images, and the concepts that their own captions name.
+
+    Attributes:
+        ids: int [n, k], best first, each concept at most once in a row.
+        targets: of the n images; each has at least one.
+    """
+
+    ids: np.ndarray
+    targets: Targets
+
+    @functools.cached_property
+    def _ranks(self) -> np.ndarray:
+        """The rank of each target in its image's row, int from 0; huge for none."""
+        found = self.ids[self.targets.rows()] == self.targets.ids[:, None]
+        return np.where(found.any(axis=1), found.argmax(axis=1), np.iinfo(np.int64).max)
+
+    def recall(self, k: int) -> float:
+        """Share of an image's own concepts among its first k predictions, mean over images."""
+        hits = np.bincount(self.targets.rows()[self._ranks < k], minlength=len(self.targets))
+        return float(np.mean(hits / self.targets.lengths))
+
+    def concept_recall(self, k: int, num_concepts: int) -> np.ndarray:
+        """Share of a concept's images that have it among their first k predictions.
+
+        Args:
+            k: predictions that count.
+            num_concepts: v.
+
+        Returns:
+            float64 [v]; NaN for a concept that no image has.
+        """
+        positives = self.targets.counts(num_concepts)
+        hits = np.bincount(self.targets.ids[self._ranks < k], minlength=num_concepts)
+        return np.where(positives > 0, hits / np.maximum(positives, 1), np.nan)
+
+
+def frequency_baseline(train: Targets, held_out: Targets, num_concepts: int, k: int) -> Predictions:
+    """Predicts the most frequent concepts of the training captions for every image."""
+    counts = train.counts(num_concepts)
+    most_frequent = np.argsort(-counts, kind="stable")[:k]
+    return Predictions(np.tile(most_frequent, (len(held_out), 1)), held_out)
+
+
+def summarize(predictions: Predictions, num_concepts: int) -> dict[str, Any]:
+    """Recall and mean recall per concept, at each of `RANKS`."""
+    per_concept = {k: predictions.concept_recall(k, num_concepts) for k in RANKS}
+    return {
+        **{f"recall_at_{k}": predictions.recall(k) for k in RANKS},
+        **{f"concept_recall_at_{k}": float(np.nanmean(per_concept[k])) for k in RANKS},
     }

@@ -1,7 +1,7 @@
-"""Which concepts a data set has: vocabularies from counts, targets of its records, repeat factors.
+"""The concepts of a data set: vocabularies from counts, targets of its records, repeat factors.
 
-Method: DiHT, arXiv 2301.02280, "Concept Distillation". The counts and mentions lie beside the
-filtered shards; no caption is parsed here. The files of vocabularies are defined in
+Method: DiHT, arXiv 2301.02280, "Concept Distillation". The counts and mentions are stored
+next to the filtered shards; no caption is parsed here. The files of vocabularies are defined in
 `diht_jax.records.vocabulary`.
 """
 
@@ -71,7 +71,7 @@ def concatenate(parts: Sequence[Targets]) -> Targets:
 
 
 class Counted(NamedTuple):
-    """What the filter counted in some shards.
+    """Counts of the filter in some shards.
 
     Attributes:
         concepts: kind -> concept -> pairs that mention it.
@@ -86,7 +86,7 @@ def read_counts(shards: Sequence[str]) -> Counted:
     """Adds up what the filter counted; of very many concepts the rarest so far are let go.
 
     Args:
-        shards: paths of the record shards, each with its statistics beside it.
+        shards: paths of the record shards, each with its statistics.
 
     Raises:
         ValueError: a shard without statistics, or one whose captions were not parsed.
@@ -184,7 +184,7 @@ def read_targets(shards: Sequence[str], concepts: ConceptList) -> Targets:
 
 
 def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> np.ndarray:
-    """How much more often than its share each concept should be seen.
+    """The factor by which each concept should be seen more often than it occurs.
 
     A concept in a share f of the records has the factor max(1, sqrt(threshold / f)), the square
     root of its inverse frequency (DiHT, arXiv 2301.02280, "Concept Distillation"; the form with a
@@ -203,7 +203,7 @@ def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> n
 
 
 def repeat_factors(targets: Targets, factors: np.ndarray) -> np.ndarray:
-    """How often each record should be seen: the largest factor of its concepts.
+    """The weight of each record in a draw: the largest factor of its concepts.
 
     Args:
         targets: of the records.

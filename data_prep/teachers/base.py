@@ -1,4 +1,4 @@
-"""What a frozen teacher is, and the decoding and batching around those that look at pictures.
+"""Frozen teachers: their interface, and decoding and batching for those that look at pictures.
 
 `TeacherKind` lists what the file of a teacher defines; `registry.py` names the teachers there are.
 """
@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -24,7 +24,7 @@ from diht_jax.records.schema import Record
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_MAX_DECODING_THREADS = 16
+MAX_DECODING_THREADS = 16
 
 # The embedding of a record, or why it has none.
 Embedded = np.ndarray | str
@@ -66,7 +66,7 @@ class Teacher(abc.ABC):
         """Yields, chunk by chunk and in order, float32 [d] or the reason why there is none."""
 
     def embed_all(self, records: Iterable[Record]) -> list[Embedded]:
-        """What `embed` yields, in one list."""
+        """The results of `embed` in one list."""
         return list(itertools.chain.from_iterable(self.embed(records)))
 
     def example_keys(self) -> list[str]:
@@ -76,13 +76,13 @@ class Teacher(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherKind:
-    """What the file of a teacher ends with; a config is its section, `config.teacher.KIND`.
+    """A kind of teacher, which its file ends with; its config is the section `config.teacher.KIND`.
 
     Attributes:
         default_config: makes the section, with every key and its default.
         describe: checks a section and describes the teacher, in little time and memory. Raises
             ValueError where a value is wrong, or a file or package is missing.
-        load: makes the teacher of a section ready, for so many records at once.
+        load: makes the teacher of a section ready, for a number of records at once.
     """
 
     default_config: Callable[[], ml_collections.ConfigDict]
@@ -115,39 +115,26 @@ class ImageTeacher(Teacher):
         self._batch_size = batch_size
 
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
-        threads = min(_MAX_DECODING_THREADS, len(os.sched_getaffinity(0)))
-        ahead: collections.deque[list[futures.Future]] = collections.deque()
-        pool = futures.ThreadPoolExecutor(threads if self.info.in_this_process else 1)
-        try:
-            records = iter(records)
-            while chunk := list(itertools.islice(records, self._batch_size)):
-                ahead.append([pool.submit(self._prepare, record.image) for record in chunk])
-                if len(ahead) > 1:
-                    yield self._embed_chunk(ahead.popleft())
-            while ahead:
-                yield self._embed_chunk(ahead.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        """See `Teacher.embed`."""
+        threads = MAX_DECODING_THREADS if self.info.in_this_process else 1
+        for _, results in prepare_ahead(records, self._batch_size, threads, self._prepare):
+            good = [i for i, result in enumerate(results) if not isinstance(result, str)]
+            side = self._image_size
+            images = np.zeros((self._batch_size, side, side, 3), np.uint8)
+            for row, i in enumerate(good):
+                images[row] = results[i]
+            if good:
+                embeddings = np.asarray(self.encode(images), np.float32)
+                self._check(embeddings, len(good))
+                for row, i in enumerate(good):
+                    results[i] = embeddings[row]
+            yield results
 
-    def _prepare(self, data: bytes) -> np.ndarray | str:
+    def _prepare(self, record: Record) -> np.ndarray | str:
         try:
-            return transforms.eval_transform(decode_rgb(data), self._image_size)
+            return transforms.eval_transform(decode_rgb(record.image), self._image_size)
         except ImageError as error:
             return f"image_{error.reason}"
-
-    def _embed_chunk(self, prepared: Sequence[futures.Future]) -> list[Embedded]:
-        results = [future.result() for future in prepared]
-        good = [i for i, result in enumerate(results) if not isinstance(result, str)]
-        side = self._image_size
-        images = np.zeros((self._batch_size, side, side, 3), np.uint8)
-        for row, i in enumerate(good):
-            images[row] = results[i]
-        if good:
-            embeddings = np.asarray(self.encode(images), np.float32)
-            self._check(embeddings, len(good))
-            for row, i in enumerate(good):
-                results[i] = embeddings[row]
-        return results
 
     def _check(self, embeddings: np.ndarray, num_good: int) -> None:
         if embeddings.ndim != 2 or len(embeddings) != self._batch_size:
@@ -160,3 +147,35 @@ class ImageTeacher(Teacher):
                 f"the teacher {self.info.name} gave values that are not finite; its "
                 "weights or its dtype are wrong"
             )
+
+
+def prepare_ahead(
+    records: Iterable[Record],
+    batch_size: int,
+    max_threads: int,
+    prepare: Callable[[Record], Any],
+) -> Iterator[tuple[list[Record], list[Any]]]:
+    """Yields batches of records with what was prepared of each, the next batch meanwhile.
+
+    Args:
+        records: in order.
+        batch_size: records at once.
+        max_threads: that prepare them, if there are as many cores.
+        prepare: decodes a record, or says why it cannot be embedded.
+    """
+    ahead: collections.deque[tuple[list[Record], list[futures.Future]]] = collections.deque()
+    pool = futures.ThreadPoolExecutor(min(max_threads, len(os.sched_getaffinity(0))))
+    try:
+        records = iter(records)
+        while chunk := list(itertools.islice(records, batch_size)):
+            ahead.append((chunk, [pool.submit(prepare, record) for record in chunk]))
+            if len(ahead) > 1:
+                yield _take(*ahead.popleft())
+        while ahead:
+            yield _take(*ahead.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _take(chunk: list[Record], prepared: list[futures.Future]) -> tuple[list[Record], list[Any]]:
+    return chunk, [future.result() for future in prepared]

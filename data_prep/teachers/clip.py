@@ -1,19 +1,15 @@
 """Frozen CLIPs that embed pictures and captions, for the affinity loss of training.
 
 Any model that `diht_jax.load_model` reads; several are an ensemble. Their embeddings teach the
-student directly and not by concepts, so that they stand beside the teachers of `registry.py` and
+student directly and not by concepts, so that they are not among the teachers of `registry.py` and
 have a section of their own, `config.clip_teachers`.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
-import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent import futures
 from typing import Any
 
 import ml_collections
@@ -21,15 +17,20 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from data_prep.jobs.models import is_shared
-from data_prep.teachers.base import Embedded, Teacher, TeacherInfo
+from data_prep.teachers.base import (
+    MAX_DECODING_THREADS,
+    Embedded,
+    Teacher,
+    TeacherInfo,
+    prepare_ahead,
+)
 from data_prep.teachers.registry import SharedTeacher
 from diht_jax.input import transforms
 from diht_jax.input.choices import crop_box, with_boxes
 from diht_jax.input.decode import ImageError, decode_rgb
-from diht_jax.records.labels.clip_embeddings import DTYPES, ClipTeacher, Crops, Manifest
+from diht_jax.records.labels.clip_embeddings import DTYPES, ClipFacts, ClipTeacher, Crops
 from diht_jax.records.schema import Record
 
-_MAX_DECODING_THREADS = 16
 # What a record that could be embedded is prepared as: side in px -> uint8 [views, side, side, 3].
 Views = dict[int, np.ndarray]
 
@@ -44,7 +45,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.crop_scale = (0.9, 1.0)  # their area, as config.data.crop_scale of the training
     c.seed = 0  # of the crops
     c.embedding_dtype = "int8"  # of the kept embeddings; or "float16"
-    c.dtype = placeholder(str)  # of the computation; None: as of `load_model`
+    c.dtype = placeholder(str)  # of the computation; None: that of `load_model`
     c.batch_size = 64  # pairs at once, over all devices
     return c
 
@@ -90,8 +91,8 @@ class ClipTeachers(Teacher):
             ClipTeacher(name, m.fingerprint(), m.embed_dim, m.image_size, m.logit_scale)
             for name, m in models.items()
         )
-        self.manifest = Manifest(teachers, with_boxes(crops), dtype)
-        self.info = TeacherInfo(self.manifest.meaning, in_this_process=True, name=", ".join(models))
+        self.facts = ClipFacts(teachers, with_boxes(crops), dtype)
+        self.info = TeacherInfo(self.facts.meaning, in_this_process=True, name=", ".join(models))
         self._batch_size = batch_size
 
     @classmethod
@@ -114,19 +115,11 @@ class ClipTeachers(Teacher):
 
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
         """See `Teacher.embed`; the pictures of the next batch are decoded meanwhile."""
-        threads = min(_MAX_DECODING_THREADS, len(os.sched_getaffinity(0)))
-        ahead: collections.deque[tuple[list[Record], list[futures.Future]]] = collections.deque()
-        pool = futures.ThreadPoolExecutor(threads)
-        try:
-            records = iter(records)
-            while chunk := list(itertools.islice(records, self._batch_size)):
-                ahead.append((chunk, [pool.submit(self._prepare, record) for record in chunk]))
-                if len(ahead) > 1:
-                    yield self._embed_chunk(*ahead.popleft())
-            while ahead:
-                yield self._embed_chunk(*ahead.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for chunk, results in prepare_ahead(
+            records, self._batch_size, MAX_DECODING_THREADS, self._prepare
+        ):
+            self._embed_chunk(chunk, results)
+            yield results
 
     def _prepare(self, record: Record) -> Views | str:
         """The views of a picture in the sizes of all teachers, or why there are none."""
@@ -134,7 +127,7 @@ class ClipTeachers(Teacher):
             image = decode_rgb(record.image)
         except ImageError as error:
             return f"image_{error.reason}"
-        crops, sizes = self.manifest.crops, {teacher.image_size for teacher in self._models}
+        crops, sizes = self.facts.crops, {teacher.image_size for teacher in self._models}
         if not crops.count:
             return {size: transforms.eval_transform(image, size)[None] for size in sizes}
         boxes = [crop_box(crops, record.key, i, *image.size) for i in range(crops.count)]
@@ -143,13 +136,11 @@ class ClipTeachers(Teacher):
             for size in sizes
         }
 
-    def _embed_chunk(
-        self, records: Sequence[Record], prepared: Sequence[futures.Future]
-    ) -> list[Embedded]:
-        results = [future.result() for future in prepared]
+    def _embed_chunk(self, records: Sequence[Record], results: list[Any]) -> None:
+        """Replaces the views of each record that could be prepared by its embeddings."""
         good = [i for i, result in enumerate(results) if not isinstance(result, str)]
         if not good:
-            return results
+            return
         parts = []
         for model in self._models:
             views = np.concatenate([results[i][model.image_size] for i in good])
@@ -164,7 +155,6 @@ class ClipTeachers(Teacher):
             )
         for vector, i in zip(vectors, good, strict=True):
             results[i] = vector
-        return results
 
 
 def load_clip_teachers(config: ml_collections.ConfigDict) -> ClipTeachers:

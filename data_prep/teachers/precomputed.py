@@ -1,7 +1,7 @@
 """Embeddings that were computed before, found by the key of a record.
 
-Files are npz (arrays `key` [n] and
-`image_emb` [n, d]) or parquet (the same columns), such as `python -m diht_jax.embed` writes them.
+Files are npz (arrays `key` [n] and `image_emb` [n, d]) or parquet (the same columns), such as
+`python -m diht_jax.embed` writes them.
 """
 
 from __future__ import annotations
@@ -114,12 +114,14 @@ class PrecomputedTeacher(Teacher):
         self._batch_size = batch_size
 
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
+        """See `Teacher.embed`."""
         records = iter(records)
         while chunk := list(itertools.islice(records, self._batch_size)):
             found = [self._table.get(record.key) for record in chunk]
             yield ["no_embedding" if vector is None else vector for vector in found]
 
     def example_keys(self) -> list[str]:
+        """See `Teacher.example_keys`."""
         return list(itertools.islice(self._table, 2))
 
 
@@ -207,14 +209,8 @@ def _read_embeddings(path: str, field: str) -> np.ndarray:
         return values
     import pyarrow.types
 
-    kind = values.type
-    is_list = any(
-        check(kind)
-        for check in (
-            *(pyarrow.types.is_list, pyarrow.types.is_large_list),
-            pyarrow.types.is_fixed_size_list,
-        )
-    )
+    kind, types = values.type, pyarrow.types
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     if not is_list or not pyarrow.types.is_floating(kind.value_type):
         raise ValueError(f"{path}: '{field}' is {kind}; expected lists of floating-point numbers")
     if values.null_count:

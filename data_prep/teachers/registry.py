@@ -6,15 +6,12 @@ is `config.teacher.KIND`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import ml_collections
-from absl import logging
 
 from data_prep.jobs.models import is_shared, open_model
 from data_prep.teachers import precomputed, swag, torch_module
@@ -53,39 +50,6 @@ def describe_teacher(config: ml_collections.ConfigDict) -> TeacherInfo:
     return _find_kind(config).describe(config[config.kind])
 
 
-def settle_precision(
-    config: ml_collections.ConfigDict,
-    known: Iterable[dict[str, Any]],
-    is_present: Callable[[dict[str, Any]], bool],
-) -> tuple[ml_collections.ConfigDict, TeacherInfo]:
-    """The section with a number format where it leaves that open, and its teacher.
-
-    Embeddings of two number formats do not belong together, and those that are there cost much. So
-    they decide, and else the kind's default does.
-
-    Args:
-        config: of `default_teacher`; a kind that has the key `dtype` leaves it open by None.
-        known: identities of teachers whose heads are used.
-        is_present: whether there are embeddings of the teacher of this identity.
-
-    Raises:
-        ValueError: as of `describe_teacher`.
-    """
-    info, section = describe_teacher(config), config[config.kind]
-    if section.get("dtype", "") is not None:
-        return config, info
-    dtypes = [identity.get("dtype") for identity in known if identity.get("kind") == config.kind]
-    identity = info.identity
-    if "float32" in dtypes[:1] or (not dtypes and is_present(identity | {"dtype": "float32"})):
-        identity = identity | {"dtype": "float32"}
-        logging.info(
-            "config.teacher.%s.dtype=float32, as of the embeddings that are there", config.kind
-        )
-    config = config.copy_and_resolve_references()
-    config[config.kind].dtype = identity["dtype"]
-    return config, dataclasses.replace(info, identity=identity)
-
-
 def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
     """The teacher of a config section; loaded once per process.
 
@@ -121,6 +85,7 @@ class SharedTeacher(Teacher):
         self._teacher = open_model(load)
 
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
+        """See `Teacher.embed`."""
         records = iter(records)
         chunks = iter(lambda: list(itertools.islice(records, self._batch_size)), [])
         yield from self._teacher.map("embed_all", ((chunk,) for chunk in chunks))

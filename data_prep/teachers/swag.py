@@ -27,20 +27,18 @@ from data_prep.teachers.base import (
 from diht_jax.input import transforms
 
 WEIGHTS_VARIABLE = "DIHT_JAX_SWAG_WEIGHTS"
-DTYPES = ("bfloat16", "float32")  # the default first
+DTYPES = ("bfloat16", "float32")
 
 
 def default_config() -> ml_collections.ConfigDict:
     """The config section `teacher.swag`."""
     c = ml_collections.ConfigDict()
-    c.architecture = "vit_h_14"  # vit_b_16, vit_l_16 or vit_h_14; None: whatever the file has
+    c.architecture = "vit_h_14"  # vit_b_16, vit_l_16 or vit_h_14; None: the one in the file
     c.heads = placeholder(int)  # of attention, where the width is not one of these
     # torchvision's *_lc_swag-*.pth; None: $DIHT_JAX_SWAG_WEIGHTS. Their licence is CC-BY-NC 4.0:
     # the weights and the labels made with them are for non-commercial use only.
     c.weights = placeholder(str)
-    # Of the computation: "bfloat16" or "float32". None: what the embeddings have that are there,
-    # and bfloat16 where there are none.
-    c.dtype = placeholder(str)
+    c.dtype = "bfloat16"  # of the computation; or "float32"
     return c
 
 
@@ -57,6 +55,10 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
     from diht_jax.weights import swag_layout
     from diht_jax.weights.releases import hash_file
 
+    if config.dtype not in DTYPES:
+        raise ValueError(
+            f"config.teacher.swag.dtype='{config.dtype}'; expected {' or '.join(DTYPES)}"
+        )
     path = _find_weights(config)
     sha256 = hash_file(path)
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
@@ -70,7 +72,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         "architecture": config.architecture,
         "heads": config.heads,
         "weights_sha256": sha256,
-        "dtype": _dtype_of(config),
+        "dtype": config.dtype,
     }
     return TeacherInfo(identity, in_this_process=True, name="swag", licence=swag_layout.LICENCE)
 
@@ -94,9 +96,8 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
     mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
     batches = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    dtype = info.identity["dtype"]
-    graphdef, _ = swag_definition(arch, dtype)
-    run = jax.jit(functools.partial(_encode, graphdef, dtype), out_shardings=batches)
+    graphdef, _ = swag_definition(arch, config.dtype)
+    run = jax.jit(functools.partial(_encode, graphdef, config.dtype), out_shardings=batches)
     return ImageTeacher(
         lambda images: run(params, jax.device_put(images, batches)),
         info,
@@ -146,13 +147,6 @@ def _encode(graphdef: Any, dtype: str, params: Any, images: Any) -> Any:
 
     pixels = transforms.normalize(images, dtype, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     return nnx.merge(graphdef, params)(pixels).astype(np.float32)
-
-
-def _dtype_of(config: ml_collections.ConfigDict) -> str:
-    dtype = DTYPES[0] if config.dtype is None else config.dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"config.teacher.swag.dtype='{dtype}'; expected {' or '.join(DTYPES)}")
-    return dtype
 
 
 def _find_weights(config: ml_collections.ConfigDict) -> pathlib.Path:

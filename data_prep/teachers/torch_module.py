@@ -25,11 +25,6 @@ from data_prep.teachers.base import (
 )
 from diht_jax.input import transforms
 
-# Functions of this project that have moved: their first name -> their name today. Configs of that
-# time still name the first one, and hashes keep it, so that labelled folders stay valid.
-_MOVED = {"data_prep.efficientnet_lite:build": "data_prep.teachers.efficientnet_lite:build"}
-_FIRST_NAMES = {today: first for first, today in _MOVED.items()}
-
 
 def default_config() -> ml_collections.ConfigDict:
     """The config section `teacher.torch`."""
@@ -54,7 +49,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
 
     identity = {
         "kind": "torch",
-        "function": _FIRST_NAMES.get(config.function, config.function),
+        "function": config.function,
         "weights_sha256": _hash_state(_build(config.function)),
         "image_size": config.image_size,
         "mean": list(config.mean),
@@ -122,7 +117,7 @@ def _hash_state(module: Any) -> str:
 
 
 def _call_function(spec: str | None) -> Any:
-    module_name, colon, name = _MOVED.get(spec, spec or "").partition(":")
+    module_name, colon, name = (spec or "").partition(":")
     if not (module_name and colon and name):
         raise ValueError(
             f"config.teacher.torch.function={spec!r}; expected module:function, such as "

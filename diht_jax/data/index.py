@@ -124,6 +124,7 @@ def update_index(
     overwrite: bool = False,
     work_dir: str | os.PathLike[str] | None = None,
     vocabulary: Mapping[str, Any] | None = None,
+    labels: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> IndexReport:
     """Writes the index of a folder, or brings it up to date.
@@ -135,6 +136,8 @@ def update_index(
         work_dir: as the flag of this name.
         vocabulary: what all shards are labelled with, as of `Vocabulary.describe`; None looks at
             their statistics, if the folder has a vocabulary.
+        labels: what `labels.shards.describe_labels` states of shards of labels; None keeps what an
+            older index states.
         progress: show a bar.
 
     Raises:
@@ -144,14 +147,17 @@ def update_index(
     folder = os.fspath(folder).rstrip("/")
     with _locked_work(folder, work_dir) as work:
         sizes = _list_shards(folder)
-        old = None if overwrite else _old_index(folder, work)
+        old = _old_index(folder, work)
+        labels = labels or (old.table.labels if old else None)
+        old = None if overwrite else old
         changes = describe_stale(_sizes_of(old.table), sizes, is_whole=True) if old else []
         path = os.path.join(folder, INDEX_NAME)
-        if old and not changes and (vocabulary is None or old.table.vocabulary == vocabulary):
+        is_same = old and vocabulary in (None, old.table.vocabulary) and labels == old.table.labels
+        if is_same and not changes:
             return IndexReport(path, len(old.table), int(old.table.starts[-1]), 0)
         builder = _Builder(folder, sizes, work, old, trusts_shard_indices=not overwrite)
         num_read = builder.look_at_shards(num_threads, progress)
-        builder.write(path, vocabulary or _find_vocabulary(folder, sizes))
+        builder.write(path, vocabulary or _find_vocabulary(folder, sizes), labels)
         entries = builder.entries
     return IndexReport(
         path, len(entries), sum(entry.num_records for entry in entries), num_read, changes
@@ -222,13 +228,15 @@ class _Builder:
             )
         return len(unread)
 
-    def write(self, path: str, vocabulary: Mapping[str, Any] | None) -> None:
+    def write(
+        self, path: str, vocabulary: Mapping[str, Any] | None, labels: Mapping[str, Any] | None
+    ) -> None:
         """Writes the index, in a store by way of a local file."""
         if not is_remote(path):
-            write_dataset_index(path, self.entries, self._load_offsets, vocabulary)
+            write_dataset_index(path, self.entries, self._load_offsets, vocabulary, labels)
             return
         local = self._work / INDEX_NAME
-        write_dataset_index(local, self.entries, self._load_offsets, vocabulary)
+        write_dataset_index(local, self.entries, self._load_offsets, vocabulary, labels)
         try:
             upload(local, path)
         except OSError as error:
@@ -292,6 +300,7 @@ def write_dataset_index(
     entries: Sequence[ShardEntry],
     load_offsets: Callable[[ShardEntry], np.ndarray],
     vocabulary: Mapping[str, Any] | None = None,
+    labels: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an index; it appears whole or not at all.
 
@@ -299,13 +308,13 @@ def write_dataset_index(
         path: of a local file.
         entries: of all shards, in their order.
         load_offsets: uint64 [n] of an entry; called for one after the other.
-        vocabulary: as of `update_index`.
+        vocabulary, labels: of `update_index`.
 
     Raises:
         ValueError: the entries contradict each other, or a shard has changed since.
     """
     path = pathlib.Path(path)
-    head = encode_head(entries, vocabulary)
+    head = encode_head(entries, vocabulary, labels)
     ShardTable(head, os.fspath(path))  # so that nothing is written that no reader takes
     with local_output(path) as local, open(local, "wb") as file:
         file.write(encode_preamble(head))

@@ -24,7 +24,7 @@ from diht_jax.records.captions import (
     check_kind,
     parse_columns,
 )
-from diht_jax.records.labels.clip_embeddings import ClipRows, Crops, Manifest
+from diht_jax.records.labels.clip_embeddings import ClipFacts, ClipRecords, Crops
 from diht_jax.records.schema import Pair, Record
 from diht_jax.records.train_data import parse_weights, weight_at_step
 
@@ -203,14 +203,14 @@ def with_boxes(crops: Crops) -> Crops:
     return dataclasses.replace(crops, boxes=digest)
 
 
-def check_crops(rows: ClipRows, where: str) -> None:
+def check_crops(clips: ClipRecords, where: str) -> None:
     """Raises ValueError where this machine would draw other crops than the teachers have seen.
 
     Args:
-        rows: of a source.
+        clips: of a source.
         where: key and folder, for the message.
     """
-    crops = rows.manifest.crops
+    crops = clips.clip_facts.crops
     if with_boxes(crops) != crops:
         raise ValueError(
             f"{where}: numpy {np.__version__} draws other crops than the one that the teachers' "
@@ -219,13 +219,13 @@ def check_crops(rows: ClipRows, where: str) -> None:
 
 
 def take_view(
-    record: Record, manifest: Manifest | None, width: int, rng: np.random.Generator
+    record: Record, facts: ClipFacts | None, width: int, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], np.random.Generator]:
     """The teachers' embeddings of one view of a record, and what draws that view.
 
     Args:
         record: an `EmbeddedRecord` where its source has embeddings.
-        manifest: of these; None where the source has none.
+        facts: of these; None where the source has none.
         width: D.
         rng: of the position in the run; chooses the view.
 
@@ -233,16 +233,15 @@ def take_view(
         `teacher_image_emb` and `teacher_text_emb`, float16 [D], zeros where there are none; and the
         generator of the view's crop.
     """
-    row = getattr(record, "clip_row", None)
-    if row is None or not row["embedded"]:
+    views = getattr(record, "clip_views", None)
+    if views is None:
         nothing = np.zeros(width, np.float16)
         return {IMAGE_FIELD: nothing, TEXT_FIELD: nothing}, rng
-    number, crops = 0, manifest.crops
+    number, crops = 0, facts.crops
     if crops.count:
         number = int(rng.integers(crops.count))
         rng = crops.generator(record.key, number)
-    image_emb, text_emb = row["image_emb"][number], row["text_emb"]
     return {
-        IMAGE_FIELD: image_emb.astype(np.float16),
-        TEXT_FIELD: text_emb.astype(np.float16),
+        IMAGE_FIELD: views.image_emb[number].astype(np.float16),
+        TEXT_FIELD: views.text_emb.astype(np.float16),
     }, rng

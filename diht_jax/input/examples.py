@@ -18,8 +18,9 @@ from diht_jax.input import decode as images
 from diht_jax.input import fast_crops, transforms
 from diht_jax.input.choices import CaptionChoice, take_view
 from diht_jax.records import schema
-from diht_jax.records.labels.clip_embeddings import ClipRows, Manifest, decode_embedded
-from diht_jax.records.labels.rows import LabelRows, decode_joined
+from diht_jax.records.labels.clip_embeddings import ClipFacts, ClipRecords, decode_embedded
+from diht_jax.records.labels.concepts import decode_joined
+from diht_jax.records.labels.shards import LabelRecords
 
 # Replaced by the caption in a text template.
 _CAPTION = "{caption}"
@@ -74,29 +75,29 @@ class DecodeExample(grain.transforms.RandomMap):
         self._num_concepts = num_concepts
         self._vocabulary_sizes = vocabulary_sizes
         self._teacher_width = teacher_width
-        self._clip_manifest: Manifest | None = None
+        self._clip_facts: ClipFacts | None = None
         self._caption_choice = caption_choice
         self._pair_ids = pair_ids
         self._class_key = class_key
         self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
 
     def for_source(
-        self, source: Any, labels: LabelRows | None = None, clips: ClipRows | None = None
+        self, source: Any, labels: LabelRecords | None = None, clips: ClipRecords | None = None
     ) -> DecodeExample:
         """The same for the elements of a source that has a form of its own, its `decode`.
 
         Args:
             source: of the records.
-            labels: of these records; an element is then one of the source with a row of these.
-            clips: likewise; an element is then one of the above with a row of these.
+            labels: of these records; an element is then one of the source with one of these.
+            clips: likewise; an element is then one of the above with one of these.
         """
         other = copy.copy(self)
         decode = getattr(source, "decode", schema.decode_record)
         if labels is not None:
             decode = functools.partial(decode_joined, decode)
         if clips is not None:
-            decode = functools.partial(decode_embedded, decode)
-            other._clip_manifest = clips.manifest
+            decode = functools.partial(decode_embedded, decode, clips.clip_facts)
+            other._clip_facts = clips.clip_facts
         other.decode_record = decode
         return other
 
@@ -158,7 +159,7 @@ class DecodeExample(grain.transforms.RandomMap):
         """
         view, crop_rng = {}, rng
         if self._teacher_width:
-            view, crop_rng = take_view(record, self._clip_manifest, self._teacher_width, rng)
+            view, crop_rng = take_view(record, self._clip_facts, self._teacher_width, rng)
         try:
             crop = self._plan_crop(record.image, crop_rng)
         except images.ImageError as error:

@@ -19,7 +19,8 @@ from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_or
 from diht_jax.records.catalog import Share
 from diht_jax.records.fingerprint import Fingerprint, fingerprint_records
 from diht_jax.records.labels.clip_embeddings import open_clip_embeddings
-from diht_jax.records.labels.rows import LabelRows, open_labels, resolve_source
+from diht_jax.records.labels.concepts import open_labels
+from diht_jax.records.labels.shards import LabelRecords, resolve_source
 from diht_jax.records.train_data import TrainSource, parse_train, switching_steps, weight_at
 
 # Batches between a bad record and what replaces it are no more than this.
@@ -35,8 +36,8 @@ class Source:
         records: number of the record -> its element.
         order: own position -> number of the record.
         decode: makes an example of an element.
-        sidecars: labels of these records and embeddings of CLIP teachers, where there are some; an
-            element is then a pair of one of the above and a row, for each of them in turn.
+        labels: of these records, and embeddings of CLIP teachers, where there are some; an element
+            is then a pair of one of the above and a label, for each of them in turn.
         blocks: of these records, where they are fetched from an object store.
     """
 
@@ -44,7 +45,7 @@ class Source:
     records: Sequence[Any]
     order: GlobalOrder | BlockOrder
     decode: DecodeExample
-    sidecars: tuple[LabelRows, ...] = ()
+    labels: tuple[LabelRecords, ...] = ()
     blocks: BlockStore | None = None
 
     def element(self, record: int) -> Any:
@@ -52,8 +53,8 @@ class Source:
         element = None if self.blocks is None else self.blocks.read(record)
         if element is None:
             element = self.records[record]
-        for rows in self.sidecars:
-            element = element, rows[record]
+        for labels in self.labels:
+            element = element, labels[record]
         return element
 
 
@@ -129,8 +130,8 @@ class Mixture(Sequence[tuple[int, Any]]):
         rows = []
         for source in self.sources:
             shards = list(fingerprint_records(source.records).shards)
-            for sidecar in source.sidecars:
-                shards += sidecar.fingerprint()
+            for labels in source.labels:
+                shards += labels.fingerprint()
             for name, *rest in shards:
                 rows.append((f"{source.name}/{name}" if self._weights else name, *rest))
         return Fingerprint(tuple(rows))
@@ -213,7 +214,7 @@ def open_mixture(
         open_source: path -> records.
         make_decoder: text template -> what decodes records.
         process_count: how many hosts read them together.
-        share: for a run of several processes, see `labels.rows.open_labels`.
+        share: for a run of several processes, see `labels.shards.open_label_records`.
 
     Raises:
         ValueError: the section is wrong, a source has no record, or labels are missing or belong
@@ -231,14 +232,14 @@ def open_mixture(
         decode = make_decoder(source.text_template or data.text_template)
         labels = clips = None
         if source.labels and decode.needs_labels:
-            labels = _open_sidecars(open_labels, source, records, data, share)
+            labels = _open_joined(open_labels, source, records, data, share)
         if source.labels and decode.needs_clip_embeddings:
-            clips = _open_sidecars(open_clip_embeddings, source, records, data, share)
+            clips = _open_joined(open_clip_embeddings, source, records, data, share)
             if clips is not None:
                 check_crops(clips, f"{_labels_key(source)}={source.labels}")
         decode = decode.for_source(records, labels, clips)
-        sidecars = tuple(rows for rows in (labels, clips) if rows is not None)
-        sources.append(Source(source.name, records, order, decode, sidecars))
+        joined = tuple(each for each in (labels, clips) if each is not None)
+        sources.append(Source(source.name, records, order, decode, joined))
     if not parsed[0].name:
         return Mixture(sources)
     in_blocks = any(isinstance(source.order, BlockOrder) for source in sources)
@@ -249,14 +250,14 @@ def open_mixture(
     return Mixture(sources, MixtureWeights(points, num_streams=streams, batch_size=data.batch_size))
 
 
-def _open_sidecars(
-    open_rows: Callable[..., Any],
+def _open_joined(
+    open_records: Callable[..., Any],
     source: TrainSource,
     records: Any,
     data: ml_collections.ConfigDict,
     share: Share | None,
 ) -> Any:
-    return open_rows(
+    return open_records(
         source.labels,
         records,
         _labels_key(source),

@@ -11,11 +11,12 @@ All numbers are little-endian::
     offsets    uint64 [records]
 
 The JSON has `shards`, `records`, `anchors` and `names_bytes` (how long the arrays are), `kinds`
-(what a kind's number means) and maybe `vocabulary` (of the concepts that all shards are labelled
-with). Anchors are the offsets of the records 0, 64, 128, ... of every shard: with the head alone,
-which is small, one finds the blocks of every multiple of 64 records. The offsets are memory-mapped,
-or read a few at a time. A record ends where the next one begins, the last one with its shard. A
-shard's digest is the number that its 16 hex digits write; see `digest_shard`.
+(what a kind's number means), maybe `vocabulary` (of the concepts that all shards are labelled
+with) and, of shards of labels, `labels` (which record shards they belong to, see
+`labels/shards.py`). Anchors are the offsets of the records 0, 64, 128, ... of every shard: with the
+head alone, which is small, one finds the blocks of every multiple of 64 records. The offsets are
+memory-mapped, or read a few at a time. A record ends where the next one begins, the last one with
+its shard. A shard's digest is the number that its 16 hex digits write; see `digest_shard`.
 
 The head is checked when it is read. The offsets, which may take gigabytes, are checked one by one
 as they are used: no offset leads out of its shard, and a record's own frame must fit both of its
@@ -143,6 +144,11 @@ class ShardTable:
     def vocabulary(self) -> dict[str, Any] | None:
         """What all shards are labelled with, as of `Vocabulary.describe`, where that is known."""
         return self.facts.get("vocabulary")
+
+    @property
+    def labels(self) -> dict[str, Any] | None:
+        """What `labels.shards.describe_labels` states; None of any other data set."""
+        return self.facts.get("labels")
 
     @property
     def offsets_start(self) -> int:
@@ -309,13 +315,16 @@ def check_same(path: str, table: ShardTable) -> None:
 
 
 def encode_head(
-    entries: Sequence[ShardEntry], vocabulary: Mapping[str, Any] | None = None
+    entries: Sequence[ShardEntry],
+    vocabulary: Mapping[str, Any] | None = None,
+    labels: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The head of an index.
 
     Args:
         entries: of all shards, in their order.
         vocabulary: what they are labelled with, as of `Vocabulary.describe`.
+        labels: what `labels.shards.describe_labels` states of shards of labels.
     """
     kinds = sorted({entry.kind for entry in entries})
     names = b"".join(entry.name.encode() + b"\0" for entry in entries)
@@ -329,6 +338,8 @@ def encode_head(
     }
     if vocabulary is not None:
         facts["vocabulary"] = dict(vocabulary)
+    if labels is not None:
+        facts["labels"] = dict(labels)
     text = json.dumps(facts, sort_keys=True).encode()
     columns = [
         [entry.num_records for entry in entries],

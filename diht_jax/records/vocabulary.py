@@ -27,8 +27,12 @@ from typing import Any
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_index import INDEX_NAME, read_table
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.labels.files import MANIFEST, read_manifest
-from diht_jax.records.labels.rows import resolve_source
+from diht_jax.records.labels.shards import (
+    LABELS,
+    missing_labels,
+    read_labels_table,
+    resolve_source,
+)
 from diht_jax.records.train_data import parse_train
 from diht_jax.storage.files import exists, read_bytes, write_bytes
 
@@ -195,9 +199,11 @@ def train_vocabulary_sizes(train: Any, labels: str | None = None) -> tuple[int, 
 
 def _labels_vocabulary(folder: str) -> Vocabulary:
     """The vocabulary of a folder of labels, which must be that of the labels."""
-    stated = read_manifest(folder).vocabulary
+    table = read_labels_table(LABELS, folder)
+    if table is None:
+        raise missing_labels(folder)
     vocabulary = read_vocabulary(folder)
-    check_vocabulary(stated, vocabulary.describe(), os.path.join(folder, MANIFEST), folder)
+    check_vocabulary(table.vocabulary or {}, vocabulary.describe(), table.path, folder)
     return vocabulary
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diht_jax.models.zoo import Architecture
-from diht_jax.records.labels.files import find_input, read_manifest
+from diht_jax.records.labels.shards import find_inputs
 from diht_jax.records.train_data import TrainSource, parse_train
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
 from diht_jax.storage.files import read_bytes
@@ -179,12 +179,14 @@ def _folders_of(source: TrainSource) -> list[str]:
     inputs = []
     for folder in folders:
         try:
-            manifest = read_manifest(folder)
+            labelled_inputs = find_inputs(folder)
         except (OSError, ValueError):
+            labelled_inputs = None
+        if labelled_inputs is not None:
+            inputs += labelled_inputs
+        else:
             labelled = (_read_statistics(folder) or {}).get("config", {}).get("input")
             inputs += [labelled] if isinstance(labelled, str) else []
-        else:
-            inputs += [find_input(text, folder) for text in manifest.inputs]
     return [*folders, *inputs]
 
 

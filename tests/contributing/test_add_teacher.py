@@ -67,7 +67,7 @@ def test_labels_of_mean_colors(tmp_path):
     kept, expected = _write_filtered(tmp_path)
     output = tmp_path / "labelled"
     assert run_label(_config(kept, output)) == {}
-    (path,) = output.glob("embeddings/*.npz")
+    (path,) = output.glob("embeddings/*.tfrecord")
     # The pictures have the teacher's size, so that nothing is resized; small integers are exact in
     # float16.
     np.testing.assert_array_equal(load_embeddings(path).embeddings, expected)

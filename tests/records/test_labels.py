@@ -1,29 +1,36 @@
-"""Labels in files of their own: batches are those of merged records, to the bit, or an error.
+"""Labels in shards of their own: batches are those of merged records, to the bit, or an error.
 
 The truth is the same labels written into the records themselves.
 """
 
+import collections
 import dataclasses
 import functools
-import json
 import pickle
 import shutil
 
 import fsspec
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from diht_jax.config import default_config
 from diht_jax.data.index import update_index
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
-from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.formats.registry import open_writer
-from diht_jax.records.labels import files, rows
-from diht_jax.records.labels.files import Manifest, encode_labels
-from diht_jax.records.labels.rows import LabelRows, open_labels
-from diht_jax.records.schema import encode_record
+from diht_jax.records.labels.concepts import (
+    NO_CONCEPTS,
+    decode_label,
+    encode_label,
+    id_dtype,
+    join_label,
+    open_labels,
+)
+from diht_jax.records.labels.shards import find_inputs, relative_input
+from diht_jax.records.schema import CONCEPT_FIELDS, encode_record
+from diht_jax.records.tfrecord import DamagedRecordError
 from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,
@@ -32,78 +39,66 @@ from diht_jax.records.vocabulary import (
     write_vocabulary,
 )
 from diht_jax.storage.stores import open_system
+from tests.records.labels import write_labels
 from tests.training.conftest import colored_square
 
-LENGTHS = (9, 1, 14)
+LENGTHS = (9, 1, 9)
 VOCABULARY = Vocabulary(
     ConceptList("objects", tuple(f"o{i}" for i in range(300)), (1,) * 300),
     ConceptList("attributes", ("bright", "dull", "red"), (1, 1, 1)),
 )
 SIZES = (5, 3)
+NAMES = [name for names in CONCEPT_FIELDS for name in names]
 
 
-def labels_of(count, seed):
-    """Rows that are labelled, and ids and probabilities of both kinds."""
+def draw_labels(seed):
+    """Objects and attributes of each record; two of each longer shard have none."""
     rng = np.random.default_rng(seed)
-    labelled = np.flatnonzero(rng.random(count) < 0.8)
-    predicted = []
-    for k, part in zip(SIZES, VOCABULARY, strict=True):
-        ids = np.array([rng.permutation(len(part))[:k] for _ in labelled]).reshape(-1, k)
-        probs = rng.dirichlet(np.ones(k), len(labelled)).reshape(-1, k)
-        predicted.append((ids.astype(np.int32), probs.astype(np.float32)))
-    return labelled, predicted
+    labels = []
+    for length in LENGTHS:
+        for number in range(length):
+            concepts = [
+                (rng.permutation(len(part))[:k], rng.dirichlet(np.ones(k)).astype(np.float32))
+                for k, part in zip(SIZES, VOCABULARY, strict=True)
+            ]
+            labels.append([NO_CONCEPTS, NO_CONCEPTS] if number in (3, 5) else concepts)
+    return labels
 
 
 def write_folders(folder, suffix=".tfrecord", seed=0):
     """`plain`, `labels` of it, and where the format can hold them `merged`."""
-    merges = suffix != ".tar"
-    for name in ("plain", "labels", *(["merged"] if merges else [])):
+    labels, first = draw_labels(seed), 0
+    for name in ("plain", "merged"):
         (folder / name).mkdir(parents=True)
-    (folder / "labels" / files.FOLDER).mkdir()
-    first, predictions = 0, []
     for number, count in enumerate(LENGTHS):
-        labelled, predicted = labels_of(count, seed + number)
-        predictions.append((labelled, predicted))
-        name = f"squares-{number:05d}{suffix}"
-        with open_writer(folder / "plain" / name) as writer:
-            for index in range(first, first + count):
-                writer.write(encode_record(colored_square(index)))
-        if merges:
-            with open_writer(folder / "merged" / name) as writer:
-                for row in range(count):
-                    values = {n: np.zeros(0, np.int32) for n in _names()}
-                    if row in labelled:
-                        at = list(labelled).index(row)
-                        arrays = [array[at] for pair in predicted for array in pair]
-                        values = dict(zip(_names(), arrays, strict=True))
-                    record = dataclasses.replace(colored_square(first + row), **values)
+        numbers = range(first, first + count)
+        records = [colored_square(index) for index in numbers]
+        merged = [
+            dataclasses.replace(
+                record,
+                **dict(zip(NAMES, [a for pair in labels[i] for a in pair], strict=True)),
+            )
+            for record, i in zip(records, numbers, strict=True)
+        ]
+        for name, written in (("plain", records), ("merged", merged)):
+            if name == "merged" and suffix == ".tar":
+                continue
+            with open_writer(folder / name / f"squares-{number:05d}{suffix}") as writer:
+                for record in written:
                     writer.write(encode_record(record))
         first += count
-    for name in ("plain", "merged"):
-        if suffix == ".tfrecord":
+    if suffix == ".tfrecord":
+        for name in ("plain", "merged"):
             update_index(str(folder / name))
-    shards = fingerprint_records(open_records(str(folder / "plain"))).shards
-    stated = []
-    for shard, (labelled, predicted) in zip(shards, predictions, strict=True):
-        name = f"{shard[0]}.npz"
-        data, file = encode_labels(name, shard, VOCABULARY.describe(), SIZES, labelled, predicted)
-        (folder / "labels" / files.FOLDER / name).write_bytes(data)
-        stated.append(file)
-    manifest = Manifest(("../plain",), VOCABULARY.describe(), SIZES, tuple(stated))
-    (folder / "labels" / files.MANIFEST).write_bytes(manifest.encode())
-    write_vocabulary(folder / "labels", VOCABULARY)
-    if merges:
-        write_vocabulary(folder / "merged", VOCABULARY)
+    write_vocabulary(folder / "merged", VOCABULARY)
+    write_labels(folder / "labels", folder / "plain", labels, VOCABULARY)
     return folder
-
-
-def _names():
-    return ("object_ids", "object_probs", "attribute_ids", "attribute_probs")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return write_folders(tmp_path_factory.mktemp("labels"))
+    yield write_folders(tmp_path_factory.mktemp("labels"))
+    fsspec.filesystem("memory").store.clear()
 
 
 def mixture(train, labels=None, num_concepts=4, **values):
@@ -121,16 +116,15 @@ def mixture(train, labels=None, num_concepts=4, **values):
     )
 
 
-def batches(source, count=7):
-    iterator = TrainIterator(source, batch_size=8, seed=3, num_workers=0)
+def batches(source, count=7, **options):
+    iterator = TrainIterator(source, batch_size=8, seed=3, num_workers=0, **options)
     try:
-        return [next(iterator) for _ in range(count)]
+        return [next(iterator) for _ in range(count)], iterator.skipped_records
     finally:
         iterator.close()
 
 
 def assert_same(found, expected):
-    assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys() and "object_probs" in one
         for name in one:
@@ -140,20 +134,21 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("order", ["global", "blocks"])
 def test_batches_are_those_of_merged_records(folders, order):
-    expected = batches(mixture(str(folders / "merged"), order=order))
+    expected, _ = batches(mixture(str(folders / "merged"), order=order))
     assert any(batch["object_ids"].max() > 2**8 for batch in expected)
     assert any((batch["object_probs"] == 0).all(1).any() for batch in expected)  # no labels
     plain, labels = str(folders / "plain"), str(folders / "labels")
-    assert_same(batches(mixture(plain, labels, order=order)), expected)
+    assert_same(batches(mixture(plain, labels, order=order))[0], expected)
     # The folder of the labels knows its records.
-    assert_same(batches(mixture(labels, order=order)), expected)
+    assert_same(batches(mixture(labels, order=order))[0], expected)
+    assert not mixture(plain, labels, num_concepts=0).sources[0].labels
 
 
-def test_array_records_and_tars(folders, tmp_path):
-    expected = batches(mixture(str(folders / "merged")))
-    for suffix in (".array_record", ".tar"):
-        other = write_folders(tmp_path / suffix[1:], suffix)
-        assert_same(batches(mixture(str(other / "plain"), str(other / "labels"))), expected)
+@pytest.mark.parametrize("suffix", [".array_record", ".tar"])
+def test_array_records_and_tars(folders, tmp_path, suffix):
+    expected, _ = batches(mixture(str(folders / "merged")))
+    other = write_folders(tmp_path, suffix)
+    assert_same(batches(mixture(str(other / "plain"), str(other / "labels")))[0], expected)
 
 
 def test_a_mixture_partly_in_a_store(folders, tmp_path):
@@ -169,69 +164,112 @@ def test_a_mixture_partly_in_a_store(folders, tmp_path):
 
     url = "memory://label_tests/labels"
     options = {"cache_dir": str(tmp_path / "cache")}
-    expected = batches(mixture(sources("merged"), **options))
+    expected, _ = batches(mixture(sources("merged"), **options))
     joined = mixture(sources("plain", labels=str(other / "labels")), url, **options)
-    assert_same(batches(joined), expected)
+    assert_same(batches(joined)[0], expected)
     # Copied once, under names that stand for their contents.
-    assert len(list((tmp_path / "cache").glob("*-squares-*.npz"))) == len(LENGTHS)
+    assert len(list((tmp_path / "cache").glob("*-squares-*.tfrecord"))) == len(LENGTHS)
     assert find_train_vocabulary(sources("plain", labels=str(other / "labels")), url) == VOCABULARY
     in_worker = pickle.loads(pickle.dumps(joined))
     assert all(in_worker[position] == joined[position] for position in range(50))
 
 
-def test_files_are_opened_when_their_records_are_read(folders, monkeypatch):
-    opened = []
-
-    class Opened(rows.LocalFile):
-        def __init__(self, path):
-            opened.append(path.rpartition("-")[2])
-            super().__init__(path)
-
-    monkeypatch.setattr(rows, "LocalFile", Opened)
-    records = open_records(str(folders / "plain"))
-    labels = open_labels(str(folders / "labels"), records)
-    assert opened == [] and len(labels) == sum(LENGTHS)
-    for index in (9, 8, 9, 0):
-        _ = labels[index]
-    assert opened == ["00001.tfrecord.npz", "00000.tfrecord.npz"]
-    again = pickle.loads(pickle.dumps(labels))
-    with np.load(folders / "labels/labels/squares-00002.tfrecord.npz") as file:
-        for row, expected in enumerate(file["labels"]):
-            assert again[10 + row] == expected
-        assert json.loads(file["identity"].item())["shard"][1] == LENGTHS[2]
-    assert not mixture(str(folders / "plain"), str(folders), num_concepts=0).sources[0].labels
+def test_tensorflow_reads_the_shards(folders):
+    expected = [label for label in draw_labels(0) if len(label[0][0])]
+    paths = sorted(map(str, (folders / "labels/labels").glob("*.tfrecord")))
+    features = {"labels": tf.io.FixedLenFeature([], tf.string)}
+    found = []
+    for example in tf.data.TFRecordDataset(paths):
+        label = tf.io.parse_single_example(example, features)["labels"]
+        if len(label.numpy()) > 6:
+            ids = tf.io.decode_raw(tf.strings.substr(label, 6, 2 * sum(SIZES)), tf.uint16)
+            rest = tf.strings.substr(label, 6 + 2 * sum(SIZES), 2 * sum(SIZES))
+            found.append((ids.numpy(), tf.io.decode_raw(rest, tf.float16).numpy()))
+    assert len(found) == len(expected)
+    for (ids, probs), label in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ids, np.concatenate([part[0] for part in label]))
+        right = np.concatenate([part[1] for part in label]).astype(np.float16)
+        np.testing.assert_array_equal(probs, right)
 
 
-@pytest.mark.parametrize(
-    ("path", "folder", "stated", "moved", "found"),
-    [
-        ("/a/kept", "/a/b/labels", "../../kept", "s3://x/b/labels", "s3://x/kept"),
-        ("s3://x/a/kept", "s3://x/labels", "../a/kept", "/mnt/labels", "/mnt/a/kept"),
-        ("gs://x/kept", "/labels", "gs://x/kept", "/mnt/labels", "gs://x/kept"),
-    ],
-)
-def test_where_the_records_of_labels_lie(path, folder, stated, moved, found):
-    assert files.relative_input(path, folder) == stated
-    assert files.find_input(stated, folder) == path
-    assert files.find_input(stated, moved) == found
+@pytest.mark.parametrize(("size", "num_bytes"), [(65_536, 120), (65_537, 164)])
+def test_ten_of_each_kind_take_120_bytes(tmp_path, size, num_bytes):
+    ids_type = id_dtype({"objects": {"size": size}, "attributes": {"size": 2_000}})
+    ids = np.array([*range(9), size - 1])
+    probs = np.full(10, 0.1, np.float16)
+    path = tmp_path / "labels.tfrecord"
+    with open_writer(path) as writer:
+        for number in range(100):
+            writer.write(encode_label(f"key {number}", [(ids, probs)] * 2, ids_type))
+    assert path.stat().st_size == 100 * num_bytes
+    found = decode_label(encode_label("k", [(ids, probs), NO_CONCEPTS], ids_type), "k")
+    assert found[0][0].tolist() == ids.tolist() and found[1][0].size == 0
 
 
-def test_ten_of_each_kind_take_81_bytes():
-    sizes = {"objects": {"size": 10_000}, "attributes": {"size": 2_000}}
-    assert files.row_dtype(sizes, (10, 10)).itemsize == 81
-    assert files.row_dtype({**sizes, "objects": {"size": 65_537}}, (10, 10)).itemsize == 121
+def read_all(folder):
+    """The labels of all records that can be read, and the errors of the others."""
+    records = open_records(str(folder / "plain"))
+    labels, found, errors = open_labels(str(folder / "labels"), records, "labels"), {}, []
+    for index in range(len(records)):
+        try:
+            record = join_label(records.decode(records[index]), labels[index])
+            found[index] = [getattr(record, name).tolist() for name in NAMES]
+        except ValueError as error:
+            errors.append(error)
+    return found, errors
 
 
-def test_labels_without_one_kind():
-    shard = ("a.tfrecord", 4, 1, "d")
-    described = {"objects": {"size": 70_000}, "attributes": {"size": 0}}
-    ids, probs = np.array([[7], [69_999]]), np.array([[1.0], [1.0]])
-    nothing = (np.zeros((2, 0), np.int32), np.zeros((2, 0), np.float32))
-    data, file = encode_labels("a", shard, described, (1, 0), [1, 3], [(ids, probs), nothing])
-    found = np.frombuffer(data, files.row_dtype(described, (1, 0)), 4, file.rows_at)
-    assert found["object_ids"].tolist() == [[0], [7], [0], [69_999]]
-    assert found["labelled"].tolist() == [0, 1, 0, 1] and found["attribute_ids"].shape == (4, 0)
-    assert encode_labels("a", shard, described, (1, 0), [], [nothing, nothing])[1].records == 4
+def test_no_flipped_byte_gives_another_label(folders, tmp_path):
+    folder = shutil.copytree(folders, tmp_path / "flipped")
+    expected, errors = read_all(folder)
+    assert len(expected) == sum(LENGTHS) and not errors
+    kinds = collections.Counter()
+    shard = folder / "labels/labels/squares-00000.tfrecord"
+    for path in (shard, shard.with_name("dataset.index")):
+        data = path.read_bytes()
+        for position in range(len(data)):
+            path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+            try:
+                found, errors = read_all(folder)
+            except ValueError as error:
+                assert str(path) in str(error)
+                kinds["at the start"] += 1
+                continue
+            assert found.items() <= expected.items()
+            assert len(found) + len(errors) == len(expected)
+            assert all(f"{path.parent}/" in str(error) for error in errors)
+            if path == shard:
+                (error,) = errors
+                assert isinstance(error, DamagedRecordError)
+                assert str(error).startswith(f"{shard}: record ")
+            kinds[len(errors)] += 1
+        path.write_bytes(data)
+    assert kinds[1] >= shard.stat().st_size
+
+
+def test_a_damaged_label_is_an_error_or_a_record_that_is_skipped(folders, tmp_path):
+    folder = shutil.copytree(folders / "labels", tmp_path / "labels")
+    path = folder / "labels/squares-00001.tfrecord"  # of one record
+    data = path.read_bytes()
+    path.write_bytes(data[:-6] + bytes([data[-6] ^ 1]) + data[-5:])
+    source = mixture(str(folders / "plain"), str(folder))
+    with pytest.raises(ValueError, match=r"squares-00001.tfrecord: record 0 is damaged"):
+        batches(source)
+    found, skipped = batches(source, count=sum(LENGTHS), on_bad_record="skip")
+    assert skipped == 8  # once in each epoch
+
+
+def test_labels_of_other_shards_are_noticed(folders, tmp_path):
+    """Two shards of labels of one size are exchanged; the index cannot tell."""
+    folder = shutil.copytree(folders / "labels", tmp_path / "labels")
+    first, last = (folder / f"labels/squares-0000{n}.tfrecord" for n in (0, 2))
+    assert first.stat().st_size == last.stat().st_size
+    data = first.read_bytes()
+    first.write_bytes(last.read_bytes())
+    last.write_bytes(data)
+    source = mixture(str(folders / "plain"), str(folder))
+    with pytest.raises(ValueError, match=r"labels/squares-0000\d.tfrecord: record \d: the label b"):
+        batches(source)
 
 
 def test_wrong_labels_are_an_error_at_the_start(folders, tmp_path):
@@ -241,46 +279,45 @@ def test_wrong_labels_are_an_error_at_the_start(folders, tmp_path):
         return shutil.copytree(folders / "labels", tmp_path / name)
 
     folder = changed("missing")
-    (folder / "labels/squares-00001.tfrecord.npz").unlink()
-    with pytest.raises(ValueError, match=r"config.data.labels=.*1 of 3 files.*00001.*is missing"):
+    (folder / "labels/squares-00001.tfrecord").unlink()
+    with pytest.raises(ValueError, match=r"config.data.labels=.*missing or changed.*00001.tfrec"):
         mixture(plain, str(folder))
     folder = changed("cut")
-    path = folder / "labels/squares-00002.tfrecord.npz"
+    path = folder / "labels/squares-00002.tfrecord"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"00002.tfrecord.npz, which has \d+ bytes \(expected"):
+    with pytest.raises(ValueError, match=r"1 changed \(squares-00002.tfrecord\)"):
         mixture(plain, str(folder))
-    folder = changed("unfinished")
-    (folder / "labels.json").unlink()
-    with pytest.raises(ValueError, match=r"labels.json is missing; expected the output folder"):
+    # Whole, but shorter than the shard; the index was brought up to date.
+    with open_writer(path) as writer:
+        writer.write(b"")
+    update_index(str(folder / "labels"))
+    with pytest.raises(ValueError, match=r"00002.tfrecord has 1 records, and the shard .* has 9"):
         mixture(plain, str(folder))
-    (folder / "labels.json").write_text('{"format_version": 2}')
-    with pytest.raises(ValueError, match=r"labels.json: not a list of labels"):
+    (folder / "labels/dataset.index").unlink()
+    with pytest.raises(ValueError, match=r"labels/dataset.index is missing; expected the output"):
         mixture(plain, str(folder))
-    # As many records of the same names, but others.
-    other = write_folders(tmp_path / "other", seed=7)
-    for shard in (other / "plain").glob("*"):
-        shard.unlink()
-    for number, count in enumerate(LENGTHS):
-        with open_writer(other / "plain" / f"squares-{number:05d}.tfrecord") as writer:
-            for index in range(count):
-                writer.write(encode_record(colored_square(index + 100)))
-    train = {"one": {"path": str(other / "plain"), "weight": 1, "labels": str(other / "labels")}}
-    with pytest.raises(ValueError, match=r"data.train.one.labels=.*belongs to another shard than"):
-        mixture(train)
-    shutil.copy(other / "plain/squares-00000.tfrecord", tmp_path / "new-00000.tfrecord")
-    with pytest.raises(ValueError, match=r"no labels of the shard .*new-00000.tfrecord; label"):
-        mixture(str(tmp_path / "new-00000.tfrecord"), str(folders / "labels"))
+    update_index(str(folder / "labels"), vocabulary=VOCABULARY.describe())
+    with pytest.raises(ValueError, match=r"does not state which records the labels belong to"):
+        mixture(plain, str(folder))
     with pytest.raises(ValueError, match=r"config.data.train.one.labels=3: expected a folder"):
         mixture({"one": {"path": plain, "weight": 1, "labels": 3}})
 
 
-def test_a_file_that_changes_during_the_run(folders, tmp_path):
-    folder = shutil.copytree(folders / "labels", tmp_path / "labels")
-    labels = open_labels(str(folder), open_records(str(folders / "plain")))
-    (folder / "labels/squares-00000.tfrecord.npz").write_bytes(b"other")
-    with pytest.raises(ValueError, match="is not the file that labels.json describes"):
-        _ = labels[0]
-    assert isinstance(labels, LabelRows) and labels[9]["labelled"] in (0, 1)
+def test_labels_of_other_records_are_an_error_at_the_start(folders, tmp_path):
+    """As many records of the same names, but others."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for number, count in enumerate(LENGTHS):
+        with open_writer(other / f"squares-{number:05d}.tfrecord") as writer:
+            for index in range(count):
+                writer.write(encode_record(colored_square(index + 100)))
+    labels = str(folders / "labels")
+    train = {"one": {"path": str(other), "weight": 1, "labels": labels}}
+    with pytest.raises(ValueError, match=r"data.train.one.labels=.*belongs to another shard than"):
+        mixture(train)
+    new = str(shutil.copy(other / "squares-00000.tfrecord", tmp_path / "new-00000.tfrecord"))
+    with pytest.raises(ValueError, match=r"no labels of the shard .*new-00000.tfrecord; label"):
+        mixture(new, labels)
 
 
 def test_a_checkpoint_knows_the_labels(folders, tmp_path):
@@ -290,7 +327,9 @@ def test_a_checkpoint_knows_the_labels(folders, tmp_path):
     assert len(found[0]) == 2 * len(LENGTHS) and len(found[0] & found[1]) == len(LENGTHS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _empty_store():
-    yield
-    fsspec.filesystem("memory").store.clear()
+def test_labels_find_their_records_when_both_were_moved(folders, tmp_path):
+    assert relative_input("s3://x/a/kept", "s3://x/labels") == "../a/kept"
+    assert relative_input("gs://x/kept", "/labels") == "gs://x/kept"
+    shutil.copytree(folders, tmp_path / "elsewhere")
+    assert find_inputs(str(tmp_path / "elsewhere/labels")) == [str(tmp_path / "elsewhere/plain")]
+    assert find_inputs(str(folders / "plain")) is None

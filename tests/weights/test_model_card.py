@@ -6,10 +6,12 @@ import pytest
 
 from diht_jax.config import default_config
 from diht_jax.models.zoo import get_architecture
-from diht_jax.records.labels.files import Manifest
-from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
+from diht_jax.records.labels.concepts import NO_CONCEPTS
+from diht_jax.records.vocabulary import ConceptList, Vocabulary
 from diht_jax.training.terms.registry import TERMS
 from diht_jax.weights.model_card import Origin, model_card, read_concepts, read_data_facts
+from tests.make import write_records
+from tests.records.labels import write_labels
 
 VOCABULARY = Vocabulary(
     ConceptList("objects", ("cat", "dog", "car"), (5, 70, 20)),
@@ -25,9 +27,9 @@ def folders(tmp_path):
     for name, stats in (("filtered", FILTERED), ("labelled", LABELLED)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "stats.json").write_text(json.dumps(stats))
-    manifest = Manifest(("../filtered",), VOCABULARY.describe(), (2, 2), ())
-    (tmp_path / "labelled/labels.json").write_bytes(manifest.encode())
-    write_vocabulary(tmp_path / "labelled", VOCABULARY)
+    write_records(tmp_path / "filtered", 2)
+    nothing = [[NO_CONCEPTS, NO_CONCEPTS]] * 2
+    write_labels(tmp_path / "labelled", tmp_path / "filtered", nothing, VOCABULARY)
     return tmp_path
 
 

@@ -1,1 +1,1 @@
-"""Concept labels in files of their own, beside the shards that they belong to."""
+"""Concept labels and embeddings in shards of their own, next to the record shards."""

@@ -1,18 +1,17 @@
-"""What frozen CLIPs make of every pair, in files beside the shards: `data_prep.label` writes them.
+"""Embeddings that frozen CLIPs make of every pair, stored next to the record shards.
 
-A folder that it writes with `config.clip_teachers.models` has
+The label of a record (`shards.py`) has the features
 
-    clip_embeddings/NAME.npz   of the shard NAME: the array `clip_embeddings` [n], a row for each
-                               record in its order, and `identity`, as a file of labels has it
-    clip_embeddings.json       which files belong to which shards, the teachers, and the crops
+    key        of the record
+    image_emb  [k, D] of k views of the picture
+    text_emb   [D] of the caption
 
-A row has the fields `embedded` (uint8, 0 or 1), `image_emb` [k, D] of k views of the picture, and
-`text_emb` [D] of the caption; D is the sum of the widths of all teachers, one behind the other.
-In int8 a teacher's vector has 127 as its largest number. Its length is kept nowhere: embeddings are
-L2-normalised where they are used.
+as int8 or little-endian float16; D is the sum of the widths of all teachers, one behind the other.
+In int8 a teacher's vector has 127 as its largest number. Its length is not stored: embeddings are
+L2-normalised where they are used. A record that could not be embedded has no embeddings.
 
-The views are fixed crops, k of them, or the centre alone. A crop is a function of (seed, key of the
-record, number), so that training shows the student the very crop that a teacher has seen.
+The views are k fixed crops, or the centre alone. A crop is a function of (seed, key of the record,
+number), so that training shows the student the very crop that a teacher has seen.
 
 Source: the reinforced data of MobileCLIP, arXiv 2311.17049.
 """
@@ -20,26 +19,32 @@ Source: the reinforced data of MobileCLIP, arXiv 2311.17049.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diht_jax.records.catalog import Share
-from diht_jax.records.labels.files import LabelFile, Sidecars, check_files
-from diht_jax.records.labels.rows import LabelRows, check_listing, files_of_shards, resolve_source
+from diht_jax.records.labels.shards import (
+    CLIP_EMBEDDINGS,
+    Label,
+    LabelRecords,
+    decode_features,
+    encode_features,
+    encode_key,
+    open_label_records,
+    read_labels_table,
+    resolve_source,
+)
 from diht_jax.records.schema import Record
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import parse_train
-from diht_jax.storage.files import read_bytes
 
-CLIP_EMBEDDINGS = Sidecars("clip_embeddings", "clip_embeddings.json", "CLIP embeddings")
 DTYPES = ("int8", "float16")
 
-_FORMAT_VERSION = 1
+_KEY, _IMAGE, _TEXT = "key", "image_emb", "text_emb"
 _LARGEST = 127  # of int8
 
 
@@ -79,11 +84,11 @@ class Crops:
 
     @property
     def num_views(self) -> int:
-        """Rows of `image_emb`."""
+        """Number of rows of `image_emb`."""
         return max(self.count, 1)
 
     def generator(self, key: str, number: int) -> np.random.Generator:
-        """What draws a crop.
+        """The generator that draws a crop.
 
         Args:
             key: of the record.
@@ -94,21 +99,26 @@ class Crops:
         return np.random.Generator(np.random.Philox(key=words))
 
 
+class ClipViews(NamedTuple):
+    """The stored embeddings of a record: `image_emb` [k, D] and `text_emb` [D]."""
+
+    image_emb: np.ndarray
+    text_emb: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What `clip_embeddings.json` states.
+class ClipFacts:
+    """The teachers, crops and dtype that all CLIP embeddings of a folder have in common.
 
     Attributes:
         teachers: in the order of their columns.
         crops: that they have seen.
         dtype: of the stored numbers, one of `DTYPES`.
-        files: of all shards.
     """
 
     teachers: tuple[ClipTeacher, ...]
     crops: Crops
     dtype: str
-    files: tuple[LabelFile, ...] = ()
 
     @property
     def width(self) -> int:
@@ -116,16 +126,13 @@ class Manifest:
         return sum(teacher.width for teacher in self.teachers)
 
     @property
-    def row_dtype(self) -> np.dtype:
-        """Of a row."""
-        number = {"int8": "i1", "float16": "<f2"}[self.dtype]
-        views = self.crops.num_views
-        fields = [("embedded", "u1"), ("image_emb", number, (views, self.width))]
-        return np.dtype([*fields, ("text_emb", number, (self.width,))])
+    def embedding_bytes(self) -> int:
+        """Bytes of the embeddings of one record."""
+        return (self.crops.num_views + 1) * self.width * self._number.itemsize
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """What the numbers mean, JSON-able; the names of the teachers do not matter."""
+        """The meaning of the numbers, JSON-able; the names of the teachers do not matter."""
         return {
             "teachers": [teacher[1:] for teacher in self.teachers],
             "crops": dataclasses.asdict(self.crops),
@@ -133,64 +140,84 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Of `meaning`."""
+        """16 hex digits that stand for `meaning`."""
         text = json.dumps(self.meaning, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def encode(self) -> bytes:
-        """The contents of the file."""
-        facts = {
-            "format_version": _FORMAT_VERSION,
-            "teachers": [teacher._asdict() for teacher in self.teachers],
+    def describe(self) -> dict[str, Any]:
+        """A JSON-able form, for the index of the folder."""
+        teachers = [teacher._asdict() for teacher in self.teachers]
+        return {
+            "teachers": teachers,
             "crops": dataclasses.asdict(self.crops),
             "dtype": self.dtype,
-            "columns": LabelFile._fields,
-            "shards": self.files,
         }
-        return json.dumps(facts, ensure_ascii=False).encode()
 
     @classmethod
-    def parse(cls, data: bytes, path: str) -> Manifest:
+    def parse(cls, facts: Mapping[str, Any]) -> ClipFacts:
+        """The inverse of `describe`."""
+        crops = facts["crops"]
+        return cls(
+            tuple(ClipTeacher(**teacher) for teacher in facts["teachers"]),
+            Crops(**{**crops, "scale": tuple(crops["scale"])}),
+            facts["dtype"],
+        )
+
+    def encode(self, key: str, vectors: np.ndarray | None) -> bytes:
+        """The label of a record.
+
+        Args:
+            key: of the record.
+            vectors: float [views + 1, D], the text last; None where it has no embeddings.
+        """
+        if vectors is None:
+            return encode_features({_KEY: encode_key(key)})
+        ends = np.cumsum([teacher.width for teacher in self.teachers])[:-1]
+        parts = [quantize(part, self.dtype) for part in np.split(vectors, ends, axis=1)]
+        stored = np.concatenate(parts, axis=1).astype(self._number)
+        views = {_IMAGE: stored[:-1].tobytes(), _TEXT: stored[-1].tobytes()}
+        return encode_features({_KEY: encode_key(key), **views})
+
+    def decode(self, data: bytes, key: str) -> ClipViews | None:
         """The inverse of `encode`.
 
         Raises:
-            ValueError: damaged, or of a later version; names the path.
+            ValueError: the label of another record, or a damaged one.
         """
+        found = decode_features(data)
+        if found.get(_KEY, encode_key(key)) != encode_key(key):
+            raise ValueError(f"the embeddings belong to another record than '{key}'")
+        if _IMAGE not in found:
+            return None
         try:
-            facts = json.loads(data)
-            if facts["format_version"] != _FORMAT_VERSION:
-                raise ValueError(f"format version {facts['format_version']!r:.40}")
-            crops = facts["crops"]
-            manifest = cls(
-                tuple(ClipTeacher(**teacher) for teacher in facts["teachers"]),
-                Crops(**{**crops, "scale": tuple(crops["scale"])}),
-                facts["dtype"],
-                tuple(LabelFile(*row) for row in facts["shards"]),
-            )
-            check_files(manifest.files, manifest.row_dtype.itemsize)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            image_emb = np.frombuffer(found[_IMAGE], self._number)
+            text_emb = np.frombuffer(found[_TEXT], self._number).reshape(self.width)
+            return ClipViews(image_emb.reshape(self.crops.num_views, self.width), text_emb)
+        except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{path}: not a list of CLIP embeddings of `python -m data_prep.label` "
-                f"({error!r:.200}); run that command again"
+                f"expected embeddings of {self.crops.num_views} views and a text, of {self.width} "
+                f"numbers each ({error}); run data_prep.label again"
             ) from error
-        return manifest
+
+    @property
+    def _number(self) -> np.dtype:
+        return np.dtype({"int8": "i1", "float16": "<f2"}[self.dtype])
 
 
-class ClipRows(LabelRows):
-    """The rows of CLIP embeddings of a data set, by the number of the record.
+class ClipRecords(LabelRecords):
+    """The CLIP embeddings of the records of a data set, by the number of the record."""
 
-    Attributes:
-        manifest: without its files.
-    """
-
-    manifest: Manifest
+    @functools.cached_property
+    def clip_facts(self) -> ClipFacts:
+        """The teachers, crops and dtype of all of them."""
+        return ClipFacts.parse(self.facts)
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedRecord(Record):
-    """A record with its row of CLIP embeddings."""
+    """A record with its CLIP embeddings; `clip_views` is None where it has none."""
 
-    clip_row: np.void | None = None
+    clip_views: ClipViews | None = None
 
 
 def quantize(vectors: np.ndarray, dtype: str) -> np.ndarray:
@@ -206,36 +233,44 @@ def quantize(vectors: np.ndarray, dtype: str) -> np.ndarray:
     return np.rint(vectors * (_LARGEST / np.where(largest > 0, largest, 1))).astype(np.int8)
 
 
-def decode_embedded(decode: Callable[[Any], Record], element: tuple[Any, np.void]) -> Record:
-    """The record of an element and its row of `ClipRows`; errors as of `decode`."""
-    data, row = element
-    return EmbeddedRecord(**vars(decode(data)), clip_row=row)
-
-
-def read_clip_manifest(folder: str) -> Manifest | None:
-    """What `clip_embeddings.json` of a folder states; None where there is none."""
-    path = os.path.join(folder, CLIP_EMBEDDINGS.manifest)
-    try:
-        return Manifest.parse(read_bytes(path), path)
-    except FileNotFoundError:
-        return None
-
-
-def find_clip_embeddings(train: Any, labels: str | None) -> Manifest | None:
-    """What the CLIP embeddings of the training data have in common; None where there are none.
+def decode_embedded(
+    decode: Callable[[Any], Record], facts: ClipFacts, element: tuple[Any, Label]
+) -> Record:
+    """The record of an element with its CLIP embeddings; errors of `decode`, too.
 
     Args:
-        train, labels: `config.data.train` and `config.data.labels`.
+        decode: makes a record of an element of the records.
+        facts: of the embeddings.
+        element: of the records, and of `ClipRecords`.
+
+    Raises:
+        ValueError: the embeddings of another record, or damaged ones; names their file and number.
+    """
+    data, label = element
+    record = decode(data)
+    try:
+        views = facts.decode(label.data, record.key)
+    except ValueError as error:
+        raise ValueError(f"{label.where}: {error}") from error
+    return EmbeddedRecord(**vars(record), clip_views=views)
+
+
+def find_clip_embeddings(train: Any, labels: str | None) -> ClipFacts | None:
+    """The facts about the CLIP embeddings of the training data; None where there are none.
+
+    Args:
+        train: `config.data.train`.
+        labels: `config.data.labels`.
 
     Raises:
         ValueError: sources with embeddings of different teachers or crops; names both.
     """
-    found: dict[str, Manifest] = {}
+    found: dict[str, ClipFacts] = {}
     for source in map(resolve_source, parse_train(train, labels)):
-        manifest = read_clip_manifest(source.labels) if source.labels else None
-        if manifest is not None:
-            found[source.labels] = manifest
-    if len({manifest.hash for manifest in found.values()}) > 1:
+        table = read_labels_table(CLIP_EMBEDDINGS, source.labels) if source.labels else None
+        if table is not None:
+            found[source.labels] = ClipFacts.parse(table.labels["facts"])
+    if len({facts.hash for facts in found.values()}) > 1:
         raise ValueError(
             f"config.data.train: the CLIP embeddings in {' and '.join(found)} are of different "
             "teachers or crops; label all sources with the same config.clip_teachers"
@@ -244,35 +279,10 @@ def find_clip_embeddings(train: Any, labels: str | None) -> Manifest | None:
 
 
 def open_clip_embeddings(
-    folder: str,
-    records: ShardedRecords,
-    key: str = "config.data.labels",
-    *,
-    share: Share | None = None,
-    cache_dir: str | None = None,
-    patiently: Callable[[Callable[[], Any]], Any] | None = None,
-) -> ClipRows | None:
-    """The CLIP embeddings of some records; None where the folder has none of any.
+    folder: str, records: ShardedRecords, key: str, **options: Any
+) -> ClipRecords | None:
+    """The CLIP embeddings of some records; None where the folder has none.
 
-    Args:
-        folder, records, key, share, cache_dir, patiently: as of `rows.open_labels`.
-
-    Raises:
-        ValueError: the folder lacks those of a shard, or has them of other records.
+    Arguments and errors of `shards.open_label_records`.
     """
-
-    def read() -> bytes:
-        manifest = read_clip_manifest(folder)
-        if manifest is None:
-            return b""
-        check_listing(CLIP_EMBEDDINGS, manifest.files, folder, key)
-        return manifest.encode()
-
-    data = share(read) if share else read()
-    if not data:
-        return None
-    manifest = Manifest.parse(data, os.path.join(folder, CLIP_EMBEDDINGS.manifest))
-    files = files_of_shards(CLIP_EMBEDDINGS, manifest.files, records, f"{key}={folder}")
-    rows = ClipRows(folder, files, manifest.row_dtype, cache_dir, patiently, CLIP_EMBEDDINGS)
-    rows.manifest = dataclasses.replace(manifest, files=())
-    return rows
+    return open_label_records(CLIP_EMBEDDINGS, folder, records, key, make=ClipRecords, **options)

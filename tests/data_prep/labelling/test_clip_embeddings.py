@@ -2,13 +2,13 @@
 
 import functools
 import io
-import json
 import shutil
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from data_prep.label import run_label
@@ -33,6 +33,7 @@ from diht_jax.training.workdir.config_file import write_config
 from tests.data_prep.labelling.pictures import draw
 
 LENGTHS = (7, 5)
+_FEATURES = ("key", "image_emb", "text_emb")
 BROKEN = 3  # its picture cannot be decoded
 SCALE = (0.3, 1.0)
 SIZES, WIDTHS = (16, 32), (12, 20)
@@ -138,13 +139,18 @@ def test_without_crops_teachers_see_the_whole_picture_and_the_student_its_own_cr
 
 
 def test_files_hold_every_record_and_are_made_once(work):
-    manifest = json.loads((work / "labels" / "clip_embeddings.json").read_text())
-    assert [teacher["width"] for teacher in manifest["teachers"]] == list(WIDTHS)
-    paths = sorted((work / "labels" / "clip_embeddings").glob("*.npz"))
-    rows = np.concatenate([np.load(path)["clip_embeddings"] for path in paths])
-    assert rows["image_emb"].shape == (sum(LENGTHS), 3, sum(WIDTHS))
-    assert np.flatnonzero(rows["embedded"] == 0).tolist() == [BROKEN]
-    assert not rows["text_emb"][BROKEN].any() and rows["image_emb"].dtype == np.int8
+    """TensorFlow reads them."""
+    paths = sorted((work / "labels" / "clip_embeddings").glob("*.tfrecord"))
+    features = {name: tf.io.FixedLenFeature([], tf.string, "") for name in _FEATURES}
+    found = [
+        tf.io.parse_single_example(example, features)
+        for example in tf.data.TFRecordDataset(list(map(str, paths)))
+    ]
+    assert [row["key"].numpy().decode() for row in found] == [f"key {i}" for i in range(12)]
+    for number, row in enumerate(found):
+        image_emb, text_emb = (tf.io.decode_raw(row[name], tf.int8) for name in _FEATURES[1:])
+        sizes = (0, 0) if number == BROKEN else (3 * sum(WIDTHS), sum(WIDTHS))
+        assert (len(image_emb), len(text_emb)) == sizes
     before = [path.stat().st_mtime_ns for path in paths]
     assert label(work) == {}
     assert [path.stat().st_mtime_ns for path in paths] == before

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from data_prep.labelling.embeddings import key_ranks, load_keys, load_some
+from data_prep.labelling.embeddings import key_ranks
 from data_prep.labelling.examples import Examples, is_held_out, warn_of_few_mentions
 from data_prep.labelling.vocabulary import Targets
 
@@ -38,19 +38,3 @@ def test_few_mentions_are_warned_of(lengths, caplog):
     with caplog.at_level("WARNING"):
         warn_of_few_mentions(*map(examples, lengths))
     assert ("only 2 of 6 images name a concept" in caplog.text) == (len(lengths[0]) == 4)
-
-
-def test_few_embeddings_are_read_one_by_one(tmp_path):
-    values = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float16)
-    path = str(tmp_path / "e.npz")
-    arrays = {
-        "rows": np.arange(1, 41, dtype=np.int32),
-        "key_hashes": np.arange(41, dtype=np.uint64),
-    }
-    np.savez(path, embeddings=values, **arrays)
-    rows, key_hashes = load_keys(path, 41)
-    assert rows.tolist() == list(range(1, 41)) and key_hashes.tolist() == list(range(41))
-    for numbers in ([], [0], [39, 3], list(range(1, 40))):
-        found = load_some(path, np.array(numbers, np.int64))
-        assert found.dtype == np.float16
-        np.testing.assert_array_equal(found, values[numbers])

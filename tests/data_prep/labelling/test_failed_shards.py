@@ -14,13 +14,14 @@ import pytest
 
 from data_prep.jobs.outcome import ProcessDeath
 from data_prep.label import run_label
-from data_prep.labelling import embeddings, heads, obtain_heads, summary
+from data_prep.labelling import embeddings, heads, summary
 from data_prep.labelling.config import default_config
 from data_prep.labelling.examples import choose_shards
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
 from diht_jax.records.formats.registry import open_source
-from diht_jax.records.labels.rows import open_labels
+from diht_jax.records.labels.concepts import open_labels
+from diht_jax.records.labels.shards import decode_features
 from diht_jax.records.schema import decode_record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter, read_records
 from diht_jax.storage import locks
@@ -34,7 +35,7 @@ def _describe(config):
 
 
 class _Quick(ImageTeacher):
-    """Means of the quarters of a picture, without torch; a process beside it dies of some."""
+    """Means of the quarters of a picture, without torch; some make a process next to it die."""
 
     def __init__(self, batch_size):
         super().__init__(self._mean, _describe(None), image_size=24, batch_size=batch_size)
@@ -77,9 +78,13 @@ def job(work, tmp_path, monkeypatch):
 def _labelled(config):
     """How many records of each shard have labels, as training joins them."""
     records = open_source(config.input)
-    rows = open_labels(config.output, records)
-    flags = [int(rows[i]["labelled"]) for i in range(len(records))]
+    rows = open_labels(config.output, records, "labels")
+    flags = [_is_labelled(rows[i]) for i in range(len(records))]
     return [sum(flags[start : start + 30]) for start in range(0, NUM_IMAGES, 30)]
+
+
+def _is_labelled(label):
+    return len(decode_features(label.data).get("labels", b"")) > 6
 
 
 def _times(config, pattern):
@@ -94,7 +99,7 @@ def test_the_rest_is_labelled_and_a_later_run_picks_up_what_failed(job, tmp_path
     config.max_failed_shards = 0
     failures = run_label(config)
     assert list(failures) == [str(path)] and failures.exit_status == 1
-    assert not (tmp_path / "out" / "labels.json").exists()
+    assert not (tmp_path / "out" / "labels/dataset.index").exists()
 
     config.max_failed_shards = 1
     failures = run_label(config)
@@ -103,15 +108,15 @@ def test_the_rest_is_labelled_and_a_later_run_picks_up_what_failed(job, tmp_path
     assert note["source"] == str(path) and "damaged" in note["error"]
     # Training may go on with it: its records are without labels.
     assert _labelled(config) == [30, 0, 30]
-    before = _times(config, "**/*.npz")
+    before = _times(config, "*/*.tfrecord")
 
     path.write_bytes(good)
     reads.clear()
     assert run_label(config) == {}
     assert reads == {"00001": 1}
     assert _labelled(config) == [30, 30, 30]
-    now = _times(config, "**/*.npz")
-    assert {name for name in before if now[name] != before[name]} == {path.name + ".npz"}
+    now = _times(config, "*/*.tfrecord")
+    assert {name for name in before if now[name] != before[name]} == {path.name}
     assert "failed" not in json.loads((tmp_path / "out" / "stats.json").read_text())
     assert not list((tmp_path / "out").rglob("*.failed.json"))
 
@@ -121,14 +126,14 @@ def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_pat
     config.heads.update({"max_examples": 20, "max_held_out": 5})
     assert run_label(config) == {}
     assert reads == {"00000": 1, "00001": 1, "00002": 1}
-    before, trained = _times(config, "*/*.npz"), _times(config, "heads.npz")
+    before, trained = _times(config, "*/*.tfrecord"), _times(config, "heads.npz")
     # By the jobs of an array: what the heads learn from, then the rest.
     reads.clear()
     config.output = str(tmp_path / "array")
     for index in (0, 1, 0, 1):
         assert run_label(config, index, 2) == {}
     assert reads == {"00000": 1, "00001": 1, "00002": 1}
-    for path in (tmp_path / "out").rglob("*.npz"):
+    for path in (tmp_path / "out").rglob("*.tfrecord"):
         copy = tmp_path / "array" / path.relative_to(tmp_path / "out")
         assert copy.read_bytes() == path.read_bytes()
     config.output = str(tmp_path / "out")
@@ -138,8 +143,8 @@ def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_pat
     reads.clear()
     assert run_label(config) == {}
     assert reads == {"00002": 1} and _times(config, "heads.npz") == trained
-    now = _times(config, "*/*.npz")
-    assert {name for name in now if now[name] != before[name]} == {"pairs-train-00002.tfrecord.npz"}
+    now = _times(config, "*/*.tfrecord")
+    assert {name for name in now if now[name] != before[name]} == {"pairs-train-00002.tfrecord"}
     config.heads.max_changed_shards = 0
     _write_again(tmp_path / "kept" / "pairs-train-00001.tfrecord")
     assert run_label(config) == {}
@@ -156,24 +161,21 @@ def _write_again(path):
     path.with_name("dataset.index").unlink(missing_ok=True)
 
 
-def test_shards_that_were_only_touched_are_not_embedded_again(job, caplog):
+def test_shards_that_were_only_touched_are_not_embedded_again(job):
     config, reads = job
     config.heads.max_changed_shards = 0
     assert run_label(config) == {}
-    before = _times(config, "**/*.npz")
+    before = _times(config, "*/*.tfrecord")
     kept = pathlib.Path(config.input)
     for number, path in enumerate(sorted(kept.glob("*.tfrecord"))):
         os.utime(path, ns=(number, number))
     reads.clear()
     assert run_label(config) == {}
-    assert not reads and _times(config, "**/*.npz") == before
-    # Now they are known by these times; one that has other records is named.
+    assert not reads and _times(config, "*/*.tfrecord") == before
     _write_again(kept / "pairs-train-00001.tfrecord")
     config.heads.max_changed_shards = 1
-    with caplog.at_level("WARNING"):
-        assert run_label(config) == {}
+    assert run_label(config) == {}
     assert reads == {"00001": 1}
-    assert "embeddings of 1 of 3 shards count no more" in caplog.text
 
 
 def test_files_of_shards_that_are_gone_are_removed_while_they_are_few(job, caplog):
@@ -181,19 +183,19 @@ def test_files_of_shards_that_are_gone_are_removed_while_they_are_few(job, caplo
     config.heads.max_changed_shards = 3
     assert run_label(config) == {}
     out, kept = pathlib.Path(config.output), pathlib.Path(config.input)
-    (out / "labels" / "mine.npz").write_bytes(b"of somebody else")
+    (out / "labels" / "mine.txt").write_bytes(b"of somebody else")
     for path in (*kept.glob("*-00001.tfrecord*"), kept / "dataset.index"):
         path.unlink()
     with caplog.at_level("WARNING"):
         assert run_label(config) == {}
     assert "holds files of 1 shards that config.input no longer names" in caplog.text
-    assert len(list(out.glob("*/*-00001.tfrecord.npz"))) == 2
+    assert len(list(out.glob("*/*-00001.tfrecord"))) == 2
     config.max_changed_shards = 1
     assert run_label(config) == {}
     for name in ("labels", "embeddings"):
-        left = {path.name[:17] for path in (out / name).iterdir()} - {"mine.npz"}
+        left = {path.name[:17] for path in (out / name).iterdir()} - {"mine.txt", "dataset.index"}
         assert left == {"pairs-train-00000", "pairs-train-00002"}
-    assert (out / "labels" / "mine.npz").exists()
+    assert (out / "labels" / "mine.txt").exists()
 
 
 def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(job, tmp_path):
@@ -208,19 +210,19 @@ def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(job, 
         assert run_label(config) == {}
         summary = json.loads((tmp_path / str(examples) / "stats.json").read_text())
         assert summary["unlabelled"] == {"crashed": 2} and summary["labelled"] == NUM_IMAGES - 2
-        rows = open_labels(config.output, records)
-        assert [i for i in range(NUM_IMAGES) if not rows[i]["labelled"]] == [3, 40]
+        rows = open_labels(config.output, records, "labels")
+        assert [i for i in range(NUM_IMAGES) if not _is_labelled(rows[i])] == [3, 40]
         assert not [p for p in (tmp_path / str(examples)).rglob("*") if p.name.endswith(".tmp")]
 
 
 def test_so_many_shards_are_chosen_as_have_the_wanted_images():
     config = default_config()
     config.heads.update({"held_out": 0.1, "max_examples": 900, "max_held_out": 50})
-    names = [f"{n}.npz" for n in range(100)]
+    names = [f"{n}.tfrecord" for n in range(100)]
     chosen = choose_shards([100] * 100, names, config)
     assert len(chosen) == 10 and chosen == sorted(chosen)
     # One more shard changes at most one of them.
-    more = choose_shards([100] * 101, [*names, "new.npz"], config)
+    more = choose_shards([100] * 101, [*names, "new.tfrecord"], config)
     assert len(set(more) - set(chosen)) <= 1
     config.heads.max_held_out = 500
     assert len(choose_shards([100] * 100, names, config)) == 50
@@ -232,7 +234,7 @@ def test_one_job_of_an_array_trains_the_heads_and_one_describes_the_labels(job, 
     assert run_label(config, 0, 2) == {}  # the heads learn from all shards; one is missing
     monkeypatch.setattr(locks, "_POLL_SECS", 0.01)
     is_second_there, gathered, described = threading.Event(), [], []
-    gather, take = obtain_heads.gather_examples, locks.leader_lock
+    gather, take = heads.gather_examples, locks.leader_lock
     summarize = summary.summarize
 
     def take_noting(folder):
@@ -247,7 +249,7 @@ def test_one_job_of_an_array_trains_the_heads_and_one_describes_the_labels(job, 
         return gather(*given)
 
     monkeypatch.setattr(locks, "leader_lock", take_noting)
-    monkeypatch.setattr(obtain_heads, "gather_examples", gather_slowly)
+    monkeypatch.setattr(heads, "gather_examples", gather_slowly)
     monkeypatch.setattr(
         summary, "summarize", lambda *given: described.append(given) or summarize(*given)
     )
@@ -259,29 +261,6 @@ def test_one_job_of_an_array_trains_the_heads_and_one_describes_the_labels(job, 
     assert _labelled(config) == [30, 30, 30]
 
 
-def test_labels_are_made_with_the_heads_of_their_hash(work):
-    folder = str(work / "labelled")
-    weights_hash = heads.hash_heads(folder)
-    assert sorted(heads.load_heads_once(folder, weights_hash)) == ["attributes", "objects"]
-    with pytest.raises(ValueError, match=f"other heads .hash {weights_hash}. than this"):
-        heads.load_heads_once(folder, "0" * 16)
-
-
-def test_heads_of_before_are_recognised(job, monkeypatch):
-    """They stated a hash of the shards, and no list."""
-    config, reads = job
-    run_label(config)
-    path = f"{config.output}/heads.json"
-    with open(path) as file:
-        description = json.load(file)
-    del description["recipe"], description["inputs"]
-    with open(path, "w") as file:
-        json.dump(description, file)
-    reads.clear()
-    monkeypatch.setattr(obtain_heads, "gather_examples", None)
-    assert run_label(config) == {} and not reads
-
-
 def test_labels_from_s3_to_s3_are_those_of_a_disk(job, tmp_path, s3_bucket):
     config, _ = job
     config.heads.update({"max_examples": 20, "max_held_out": 5})
@@ -290,12 +269,12 @@ def test_labels_from_s3_to_s3_are_those_of_a_disk(job, tmp_path, s3_bucket):
     system.put(f"{tmp_path}/kept/", f"{url}/kept/", recursive=True)
     assert run_label(config) == {}
     local = pathlib.Path(config.output)
-    expected = {str(p.relative_to(local)): p.read_bytes() for p in local.rglob("*.npz")}
+    expected = {str(p.relative_to(local)): p.read_bytes() for p in local.rglob("*.tfrecord")}
     config.update({"input": f"{url}/kept", "output": f"{url}/out"})
     for _ in range(2):  # the second time nothing is done
         assert run_label(config) == {}
         system.invalidate_cache()
-        names = [n for n in system.find(f"{url}/out") if n.endswith(".npz")]
+        names = [n for n in system.find(f"{url}/out") if n.endswith(".tfrecord")]
         prefix = f"{system._strip_protocol(url)}/out/"
         assert {n.removeprefix(prefix): system.cat_file(n) for n in names} == expected
         assert _labelled(config) == [30, 30, 30]
@@ -315,4 +294,6 @@ def _stored(system, url):
     """When each file of embeddings and labels was written."""
     system.invalidate_cache()
     found = system.find(url, detail=True)
-    return {name: info["LastModified"] for name, info in found.items() if name.endswith(".npz")}
+    return {
+        name: info["LastModified"] for name, info in found.items() if name.endswith(".tfrecord")
+    }

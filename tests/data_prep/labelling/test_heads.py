@@ -10,9 +10,15 @@ from scipy import optimize, special
 
 from data_prep.labelling.config import default_config, default_heads
 from data_prep.labelling.examples import Examples, Split
-from data_prep.labelling.heads import Head, hash_heads, load_heads, write_heads
-from data_prep.labelling.metrics import Predictions, frequency_baseline, summarize
-from data_prep.labelling.train_heads import soft_target_loss, train_and_measure, train_head
+from data_prep.labelling.head_files import Head, hash_heads, load_heads, write_heads
+from data_prep.labelling.train_heads import (
+    Predictions,
+    frequency_baseline,
+    soft_target_loss,
+    summarize,
+    train_and_measure,
+    train_head,
+)
 from data_prep.labelling.vocabulary import Targets
 from diht_jax.records.vocabulary import ConceptList
 
@@ -192,17 +198,19 @@ def test_files(tmp_path):
     }
     write_heads(tmp_path, heads)
     first = hash_heads(tmp_path)
-    loaded = load_heads(tmp_path)
+    loaded = load_heads(tmp_path, first)
     for kind, head in heads.items():
         np.testing.assert_array_equal(loaded[kind].kernel, head.kernel)
         np.testing.assert_array_equal(loaded[kind].bias, head.bias)
     write_heads(tmp_path, dict(reversed(heads.items())))
     assert hash_heads(tmp_path) == first
     write_heads(tmp_path, {"objects": heads["objects"]})
-    assert list(load_heads(tmp_path)) == ["objects"] and hash_heads(tmp_path) != first
-    (tmp_path / "heads.npz").write_bytes(b"PK")
+    second = hash_heads(tmp_path)
+    assert list(load_heads(tmp_path, second)) == ["objects"] and second != first
+    with pytest.raises(ValueError, match=f"other heads .hash {second}. than this"):
+        load_heads(tmp_path, first[::-1])
     with pytest.raises(ValueError, match="no heads of data_prep.label"):
-        load_heads(tmp_path)
+        load_heads(tmp_path / "absent", first)
     assert hash_heads(tmp_path / "absent") is None
 
 

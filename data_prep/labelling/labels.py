@@ -1,0 +1,319 @@
+"""The labels of one shard: concepts, or embeddings of CLIP teachers, next to it or in its records.
+
+For concepts next to the shard no record is read: the embeddings are enough. In merged shards, keys,
+order and everything else of the records stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import logging
+
+from data_prep.jobs import shards
+from data_prep.jobs.crash_search import WorkRecord
+from data_prep.jobs.engine import Report
+from data_prep.labelling.embeddings import (
+    LocalCopies,
+    ShardEmbeddings,
+    compute_embeddings,
+    embed_surviving,
+    load_embeddings,
+    read_shard,
+)
+from data_prep.labelling.head_files import Head, load_heads
+from data_prep.labelling.tasks import LabelTask
+from data_prep.teachers.clip import open_clip_teachers
+from diht_jax.data.index import update_index
+from diht_jax.readers.registry import SourceShard
+from diht_jax.records.dataset_index import INDEX_NAME
+from diht_jax.records.format import read_records
+from diht_jax.records.formats.registry import open_writer
+from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.labels.clip_embeddings import ClipFacts
+from diht_jax.records.labels.concepts import NO_CONCEPTS, Concepts, encode_label, id_dtype
+from diht_jax.records.labels.shards import LabelShard, ShardIdentity, describe_labels
+from diht_jax.records.schema import CONCEPT_FIELDS, Record, decode_record, encode_record
+from diht_jax.records.vocabulary import KINDS, STATS_KEY
+from diht_jax.storage import files
+
+# Objects and attributes of each record.
+_Predicted = list[list[Concepts]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSettings:
+    """The settings that decide the labels of a shard, together with its embeddings.
+
+    Attributes:
+        heads_folder: with `heads.npz`.
+        weights_hash: of these heads.
+        top_k: concepts of each kind.
+        described: `Vocabulary.describe()`.
+        merge: whether the records are written again, with labels.
+    """
+
+    heads_folder: str
+    weights_hash: str
+    top_k: int
+    described: Mapping[str, Any]
+    merge: bool
+
+
+def label_shard(
+    task: LabelTask, report: Report, *, settings: LabelSettings, copies: LocalCopies | None = None
+) -> None:
+    """Labels one shard, from its embeddings.
+
+    Args:
+        task: a shard, and where its labels go.
+        report: called with the number of records that are done.
+        settings: of the labels.
+        copies: where a copy of the embeddings, and of the records, may be.
+
+    Raises:
+        ValueError: the embeddings are of other records, or of another size than the heads take.
+    """
+    path, records_copy = task.embedding.output, None
+    if copies is not None:
+        path = copies.find(path)
+        if copies.has(task.source.path):
+            records_copy = copies.find(task.source.path)
+    _write_labels(task, report, load_embeddings(path), settings, records_copy)
+
+
+def embed_and_label(
+    task: LabelTask,
+    report: Report,
+    *,
+    settings: LabelSettings,
+    teacher: ml_collections.ConfigDict,
+    dtype: str,
+) -> None:
+    """Embeds one shard and labels it; the embeddings are kept, and the input is read once.
+
+    The heads look at 512 images of a shard at a time, whoever calls them, so that labels do not
+    depend on it: records that are written again wait for their labels in a temporary file.
+
+    Args:
+        task: a shard, and where its labels go.
+        report: called with the number of records that are done.
+        settings: of the labels.
+        teacher: config section of `teachers.registry.default_teacher`.
+        dtype: of the embeddings' file.
+
+    Raises:
+        ValueError: see `compute_embeddings` and `label_shard`.
+    """
+    for path in (task.stats_path, task.embedding.output + shards.FAILED_SUFFIX):
+        files.remove(path)
+    with tempfile.TemporaryDirectory(prefix="diht_label_") as folder:
+        records_copy = os.path.join(folder, "records.tfrecord") if settings.merge else None
+        found = compute_embeddings(
+            dataclasses.replace(task.embedding, search=task.search),
+            report,
+            teacher=teacher,
+            dtype=dtype,
+            work_output=task.output,
+            records_copy=records_copy,
+        )
+        _write_labels(task, lambda _: None, found, settings, records_copy)
+
+
+def _write_labels(
+    task: LabelTask,
+    report: Report,
+    found: ShardEmbeddings,
+    settings: LabelSettings,
+    records_copy: str | None,
+) -> None:
+    heads = load_heads(settings.heads_folder, settings.weights_hash)
+    predicted = _predict(found, heads, settings.top_k, task.embedding.output)
+    counts = {
+        "labelled": len(found.rows),
+        "unlabelled": len(found.keys) - len(found.rows),
+        "missing": found.count_missing(),
+        STATS_KEY: settings.described,
+    }
+
+    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
+        if not settings.merge:
+            shard = _match_shard(task, found)
+            ids_type = id_dtype(settings.described)
+            for key, concepts in zip(found.keys, predicted, strict=True):
+                writer.write(encode_label(key, concepts, ids_type))
+            report(len(found.keys))
+            return counts | {"shard": shard}
+        records = read_shard(source) if records_copy is None else _read_copy(records_copy)
+        added_bytes = 0
+        for record, concepts in _match_records(task, found, records, predicted):
+            data = encode_record(_with_concepts(record, concepts))
+            added_bytes += len(data) - len(encode_record(_with_concepts(record, None)))
+            writer.write(data)
+            report(1)
+        return counts | {"added_bytes": added_bytes, "image_formats": _image_formats(source)}
+
+    shards.run_task(task, process)
+
+
+def _match_shard(task: LabelTask, found: ShardEmbeddings) -> ShardIdentity:
+    """The identity of a shard, which has as many records as there are embeddings."""
+    shard = task.identify()
+    if shard[1] != len(found.keys):
+        raise _of_others(task, f"{shard[1]} records, and there are {len(found.keys)} embeddings")
+    return shard
+
+
+def _match_records(
+    task: LabelTask, found: ShardEmbeddings, records: Iterable[Record], predicted: _Predicted
+) -> Iterator[tuple[Record, list[Concepts]]]:
+    """Every record with its concepts; both are of the same keys."""
+    for number, (record, key) in enumerate(itertools.zip_longest(records, found.keys)):
+        if record is None or record.key != key:
+            there = "no record" if record is None else f"'{record.key}'"
+            raise _of_others(task, f"record {number} is {there}, and that of the embeddings {key}")
+        yield record, predicted[number]
+
+
+def _of_others(task: LabelTask, detail: str) -> ValueError:
+    return ValueError(
+        f"{task.source} is not the shard that {task.embedding.output} was computed from ({detail});"
+        " delete that file and run data_prep.label again"
+    )
+
+
+def _read_copy(path: str) -> Iterator[Record]:
+    return map(decode_record, read_records(path))
+
+
+def _predict(found: ShardEmbeddings, heads: dict[str, Head], top_k: int, path: str) -> _Predicted:
+    """Objects and attributes of every record; none where it has no embedding, or the kind no head.
+
+    Raises:
+        ValueError: embeddings of another size than the heads take; names their path.
+    """
+    predicted = [[NO_CONCEPTS] * len(KINDS) for _ in found.keys]
+    for kind, head in heads.items() if len(found.rows) else ():
+        if found.embeddings.shape[1] != len(head.kernel):
+            raise ValueError(
+                f"{path}: embeddings of size {found.embeddings.shape[1]}; the head of the {kind} "
+                f"takes {len(head.kernel)}"
+            )
+        ids, probs = head.predict(found.embeddings, top_k)
+        for number, row in enumerate(found.rows.tolist()):
+            predicted[row][KINDS.index(kind)] = ids[number], probs[number]
+    return predicted
+
+
+def _with_concepts(record: Record, concepts: list[Concepts] | None) -> Record:
+    values = {}
+    for number, names in enumerate(CONCEPT_FIELDS):
+        values |= dict(zip(names, concepts[number] if concepts else (None, None), strict=True))
+    return dataclasses.replace(record, **values)
+
+
+def _image_formats(source: SourceShard) -> dict[str, int]:
+    """Counts of the filter, which decide how the data set describes its images."""
+    path = source.path + shards.STATS_SUFFIX
+    try:
+        return json.loads(files.read_bytes(path))["counts"]["image_formats"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: no counts of image formats; filter the shard again") from error
+
+
+def embed_by_clips(
+    task: LabelTask, report: Report, *, teachers: ml_collections.ConfigDict, facts: ClipFacts
+) -> None:
+    """Writes the embeddings that CLIP teachers give of the views and captions of one shard.
+
+    Args:
+        task: a shard, and where they go.
+        report: called with the number of records that are done.
+        teachers: config section of `teachers.clip.default_config`.
+        facts: of these teachers.
+
+    Raises:
+        ValueError: a damaged shard, or values that are not finite.
+    """
+
+    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
+        shard, teacher, missing, keys = task.identify(), open_clip_teachers(teachers), {}, []
+
+        def read_noting_keys() -> Iterator[Record]:
+            for record in read_shard(source):
+                keys.append(record.key)
+                yield record
+
+        with WorkRecord(task.output, task.search) as work:
+            for results in embed_surviving(
+                read_noting_keys(), teacher, teachers.batch_size, task.search, work
+            ):
+                for result in results:
+                    vectors = None if isinstance(result, str) else result
+                    if vectors is None:
+                        missing[result] = missing.get(result, 0) + 1
+                    writer.write(facts.encode(keys[len(writer)], vectors))
+                report(len(results))
+        if len(writer) != shard[1]:
+            raise ValueError(f"{source}: {len(writer)} records, expected {shard[1]}")
+        embedded = len(writer) - sum(missing.values())
+        return {"embedded": embedded, "missing": dict(sorted(missing.items())), "shard": shard}
+
+    shards.run_task(task, process)
+
+
+def write_labels_index(
+    folder: str,
+    done: Sequence[Mapping[str, Any]],
+    failed: Sequence[LabelTask],
+    inputs: Sequence[str],
+    *,
+    vocabulary: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> int:
+    """Writes the index of a folder of labels, which training reads; returns how many it describes.
+
+    Args:
+        folder: of the shards of labels.
+        done: their statistics.
+        failed: tasks of shards that have failed; they get labels that are empty.
+        inputs: paths or URLs of the labelled records, made by `relative_input`.
+        vocabulary: `Vocabulary.describe` of the labels.
+        facts: further JSON-able facts about the labels.
+    """
+    listed = [
+        LabelShard(
+            stats["output"]["file"], stats["output"]["digest"][:16], tuple(stats["counts"]["shard"])
+        )
+        for stats in done
+    ]
+    for task in failed:
+        try:
+            listed.append(_write_no_labels(task))
+        except ValueError as error:
+            logging.warning("%s: it cannot be trained on (%s)", task.source, error)
+    if failed:  # sizes of their shards may be as before
+        files.remove(files.join(folder, INDEX_NAME))
+    update_index(folder, vocabulary=vocabulary, labels=describe_labels(listed, inputs, facts))
+    return sum(shard.source[1] for shard in listed)
+
+
+def _write_no_labels(task: LabelTask) -> LabelShard:
+    """Writes labels that are empty, until the shard can be labelled; its task stays undone.
+
+    Raises:
+        ValueError: the shard cannot be looked at.
+    """
+    shard = task.identify()
+    with open_writer(task.output) as writer:
+        hashing = shards.HashingWriter(writer)
+        for _ in range(shard[1]):
+            hashing.write(b"")
+    return LabelShard(os.path.basename(task.output), hashing.digest()[:16], shard)

@@ -1,0 +1,146 @@
+"""Concept labels of one record, as they are stored next to the record shards.
+
+The feature `labels` of a `tf.train.Example`, little-endian::
+
+    uint32 CRC32C of the record's key | uint8 number of objects | uint8 number of attributes
+    ids | float16 probabilities
+
+First come the ids of the objects, likeliest first, then those of the attributes; the probabilities
+are in the same order. Ids are uint16, or uint32 for vocabularies above 65,536. Ten of each kind
+take 120 bytes with the frame of a TFRecord. A record without labels has no ids, or no feature at
+all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from diht_jax.records.labels.shards import (
+    LABELS,
+    Label,
+    LabelRecords,
+    decode_features,
+    encode_features,
+    encode_key,
+    missing_labels,
+    open_label_records,
+)
+from diht_jax.records.schema import CONCEPT_FIELDS, Record, check_concepts
+from diht_jax.records.sharded import ShardedRecords
+
+_FEATURE = "labels"
+_HEAD = struct.Struct("<IBB")
+_PROBABILITY = np.dtype("<f2")
+_ADVICE = "label the data again (python -m data_prep.label)"
+
+# Ids and probabilities of one kind of concepts, likeliest first.
+Concepts = tuple[np.ndarray, np.ndarray]
+NO_CONCEPTS: Concepts = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+
+def id_dtype(vocabulary: Mapping[str, Any]) -> np.dtype:
+    """The type of stored ids.
+
+    Args:
+        vocabulary: of `Vocabulary.describe`.
+    """
+    largest = max(part["size"] for part in vocabulary.values())
+    return np.dtype("<u2" if largest <= 2**16 else "<u4")
+
+
+def encode_label(key: str, concepts: Sequence[Concepts], ids_type: np.dtype) -> bytes:
+    """The label of a record.
+
+    Args:
+        key: of the record.
+        concepts: of the objects, and of the attributes.
+        ids_type: of `id_dtype`.
+    """
+    head = _HEAD.pack(_key_checksum(key), *(len(ids) for ids, _ in concepts))
+    ids = b"".join(ids.astype(ids_type).tobytes() for ids, _ in concepts)
+    probs = b"".join(probs.astype(_PROBABILITY).tobytes() for _, probs in concepts)
+    return encode_features({_FEATURE: head + ids + probs})
+
+
+def decode_label(data: bytes, key: str) -> list[Concepts]:
+    """The inverse of `encode_label`: ids int32 [k] and probabilities float32 [k] of each kind.
+
+    Args:
+        data: the label.
+        key: of the record that it should belong to.
+
+    Raises:
+        ValueError: the label of another record, or one that is damaged.
+    """
+    packed = decode_features(data).get(_FEATURE)
+    if packed is None:
+        return [NO_CONCEPTS, NO_CONCEPTS]
+    if len(packed) < _HEAD.size:
+        raise ValueError(f"a label of {len(packed)} bytes is cut off; {_ADVICE}")
+    checksum, *counts = _HEAD.unpack_from(packed)
+    if checksum != _key_checksum(key):
+        raise ValueError(f"the label belongs to another record than '{key}'; {_ADVICE}")
+    total = sum(counts)
+    if not total:
+        return [NO_CONCEPTS, NO_CONCEPTS]
+    width, rest = divmod(len(packed) - _HEAD.size, total)
+    width -= _PROBABILITY.itemsize
+    if rest or width not in (2, 4):
+        raise ValueError(
+            f"a label of {len(packed)} bytes for {counts[0]} objects and {counts[1]} attributes; "
+            f"{_ADVICE}"
+        )
+    ids = np.frombuffer(packed, f"<u{width}", total, _HEAD.size).astype(np.int32)
+    probs = np.frombuffer(packed, _PROBABILITY, total, _HEAD.size + width * total)
+    probs = probs.astype(np.float32)
+    return [(ids[: counts[0]], probs[: counts[0]]), (ids[counts[0] :], probs[counts[0] :])]
+
+
+def join_label(record: Record, label: Label) -> Record:
+    """The record with its label in place of concepts of its own.
+
+    Raises:
+        ValueError: the label of another record, or a damaged one; names its file and number.
+    """
+    try:
+        concepts = decode_label(label.data, record.key)
+        values: dict[str, np.ndarray] = {}
+        for names, (ids, probs) in zip(CONCEPT_FIELDS, concepts, strict=True):
+            check_concepts(record.key, names[0], ids, names[1], probs)
+            values |= {names[0]: ids, names[1]: probs}
+    except ValueError as error:
+        raise ValueError(f"{label.where}: {error}") from error
+    return dataclasses.replace(record, **values)
+
+
+def decode_joined(decode: Callable[[Any], Record], element: tuple[Any, Label]) -> Record:
+    """The record of an element and its label; errors of `decode` and of `join_label`.
+
+    Args:
+        decode: makes a record of an element of the records.
+        element: of the records, and of `LabelRecords`.
+    """
+    data, label = element
+    return join_label(decode(data), label)
+
+
+def open_labels(folder: str, records: ShardedRecords, key: str, **options: Any) -> LabelRecords:
+    """The concept labels of some records; arguments and errors of `open_label_records`.
+
+    Raises:
+        ValueError: the folder has no labels.
+    """
+    found = open_label_records(LABELS, folder, records, key, **options)
+    if found is None:
+        raise missing_labels(folder, key)
+    return found
+
+
+def _key_checksum(key: str) -> int:
+    return google_crc32c.value(encode_key(key))
