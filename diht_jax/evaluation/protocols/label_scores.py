@@ -49,23 +49,21 @@ _RECALL_POINTS = 10  # and recall 0
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """One class, the items with the highest score first; only what a recall step needs is kept.
+    """One class, the items with the highest score first.
 
     Resampling changes how often an item counts and never the order, so a ranking is sorted once
-    and every resample is two sums over it. A step is a score that a positive has. Items of equal
-    score enter together.
+    and every resample is two sums over it. Items of equal score enter together; a step is a score
+    that a positive has.
 
     Attributes:
         items: int32, items down to the last positive and those with its score.
-        item_starts: int [steps], where in `items` those begin that enter with each step.
-        positives: int32, the positives in that order.
-        positive_starts: int [steps], where in `positives` those of each step begin.
+        is_positive: bool, of each of them.
+        ends: int [steps], the last of the items that enter with each step.
     """
 
     items: np.ndarray
-    item_starts: np.ndarray
-    positives: np.ndarray
-    positive_starts: np.ndarray
+    is_positive: np.ndarray
+    ends: np.ndarray
 
     def average_precision(self, counts: np.ndarray) -> float:
         """The sum over the steps of precision times the step in recall.
@@ -76,7 +74,8 @@ class Ranking:
         Returns:
             A fraction, or NaN where no positive counts.
         """
-        gained, found, precision = self._steps(counts)
+        found, precision = self._steps(counts)
+        gained = np.diff(found, prepend=0)
         return float((gained * precision).sum() / found[-1]) if found[-1] else float("nan")
 
     def interpolated_precision(self, counts: np.ndarray) -> float:
@@ -84,22 +83,22 @@ class Ranking:
 
         Args and result: as `average_precision`.
         """
-        _, found, precision = self._steps(counts)
+        found, precision = self._steps(counts)
         if not found[-1]:
             return float("nan")
         # Recall in tenths as whole numbers: 3 of 10 positives are a recall of 0.3.
         reached = _RECALL_POINTS * found >= np.arange(_RECALL_POINTS + 1)[:, None] * found[-1]
         return float(np.where(reached, precision, 0).max(axis=1).mean())
 
-    def _steps(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positives of each recall step, those up to it, and the precision there."""
-        if not len(self.positives):
-            return np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1)
-        gained = np.add.reduceat(counts[self.positives], self.positive_starts)
-        found = np.cumsum(gained)
-        retrieved = np.cumsum(np.add.reduceat(counts[self.items], self.item_starts))
+    def _steps(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positives up to each step, and the precision there."""
+        if not len(self.ends):
+            return np.zeros(1, np.int64), np.zeros(1)
+        weights = counts[self.items]
+        found = np.cumsum(weights * self.is_positive)[self.ends]
+        retrieved = np.cumsum(weights)[self.ends]
         # Before the first item that counts there is no precision yet, and no step either.
-        return gained, found, found / np.maximum(retrieved, 1)
+        return found, found / np.maximum(retrieved, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,21 +268,11 @@ def rank_items(
     order = np.argsort(-scores, kind="stable").astype(np.int32)
     if ignored is not None:
         order = order[~ignored[order]]
-    ranks = np.flatnonzero(targets[order])
-    if not len(ranks):
-        none = np.zeros(0, np.int32)
-        return Ranking(none, none, none, none)
-    group_ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True)) + 1
-    groups, positive_starts = np.unique(
-        np.searchsorted(group_ends, ranks, side="right"), return_index=True
-    )
-    ends = group_ends[groups]
-    return Ranking(
-        items=order[: ends[-1]],
-        item_starts=np.append(0, ends[:-1]),
-        positives=order[ranks],
-        positive_starts=positive_starts,
-    )
+    is_positive = targets[order]
+    group_ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    ends = np.unique(group_ends[np.searchsorted(group_ends, np.flatnonzero(is_positive))])
+    stop = ends[-1] + 1 if len(ends) else 0
+    return Ranking(order[:stop], is_positive[:stop], ends)
 
 
 def _run(
