@@ -68,6 +68,7 @@ def main() -> None:
     import jax
 
     from diht_jax.evaluation.charts import draw_few_shot
+    from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.fewshot.grid import evaluate_few_shot, format_few_shot
     from diht_jax.evaluation.results import write_results
     from diht_jax.loading import load_model
@@ -89,9 +90,7 @@ def main() -> None:
             model,
             **tasks,
             options=options,
-            batch_size=given.batch_size,
-            num_threads=given.num_threads,
-            progress=distributed.is_first(),
+            batching=Batching(given.batch_size, given.num_threads, distributed.is_first()),
         ),
     }
     if not distributed.is_first():

@@ -89,6 +89,7 @@ def _load_model(*, on_all_hosts: bool) -> Any:
 
 def _search_source(queries: list[str]) -> None:
     """Embeds the source, and searches it."""
+    from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.embedding.inputs import list_inputs
     from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
 
@@ -100,9 +101,7 @@ def _search_source(queries: list[str]) -> None:
         queries,
         count=given.num_matches,
         template=given.caption_template,
-        batch_size=given.batch_size,
-        num_threads=given.num_threads,
-        progress=distributed.is_first(),
+        batching=Batching(given.batch_size, given.num_threads, distributed.is_first()),
     )
     if not distributed.is_first():
         return
@@ -115,6 +114,7 @@ def _search_source(queries: list[str]) -> None:
 
 def _search_index(queries: list[str]) -> None:
     """Brings the index up to date with the source, if there is one, and searches it."""
+    from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.embedding.index_update import update_index
     from diht_jax.evaluation.embedding.inputs import list_inputs
     from diht_jax.evaluation.embedding.picture_index import PictureIndex
@@ -136,8 +136,7 @@ def _search_index(queries: list[str]) -> None:
             shards,
             given.index,
             dtype=given.dtype,
-            batch_size=given.batch_size,
-            num_threads=given.num_threads,
+            batching=Batching(given.batch_size, given.num_threads),
             thumbnails=given.thumbnails,
             process=_process(),
         )

@@ -21,7 +21,7 @@ from diht_jax.evaluation.bootstrap import (
     percentile_interval,
     resample,
 )
-from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
+from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, EncodedImages
 from diht_jax.evaluation.embedding.entries import Entries
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.pictures import Units
@@ -82,9 +82,7 @@ def evaluate_task(
                 model,
                 task,
                 Entries(units, limit=limit, count=bar.update),
-                batch_size=batch_size,
-                num_threads=num_threads,
-                progress=progress,
+                Batching(batch_size, num_threads, progress),
             )
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error

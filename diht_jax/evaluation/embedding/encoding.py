@@ -63,6 +63,25 @@ class UnusablePair(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Batching:
+    """The way a source is embedded.
+
+    Attributes:
+        batch_size: images, and texts, a batch over all devices.
+        num_threads: decoding threads; None is one per core, 16 at most.
+        progress: show bars on stderr.
+    """
+
+    batch_size: int = 256
+    num_threads: int | None = None
+    progress: bool = False
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclasses.dataclass(frozen=True)
 class EncodedImages:
     """The usable images of a source, embedded, in the order of the source.
 
@@ -92,9 +111,8 @@ def encode_images(
     model: EmbeddingModel,
     entries: Iterable[Pair | Skipped],
     describe: Callable[[Pair], Any],
+    batching: Batching | None = None,
     *,
-    batch_size: int,
-    num_threads: int | None = None,
     allow_empty: bool = False,
 ) -> EncodedImages:
     """Embeds the image of every pair; a pair that cannot be used is counted with its reason.
@@ -108,19 +126,17 @@ def encode_images(
             `Entries`; any others are read by all, and each decodes its share.
         describe: called once per pair, in order; what it returns is kept, so it should be small.
             Raises `UnusablePair` to leave a pair out, any other ValueError to stop.
-        batch_size: images a batch, over all devices.
-        num_threads: decoding threads; None is one per core, 16 at most.
+        batching: the defaults where None.
         allow_empty: without any usable pair, return embeddings of shape [0, 0].
 
     Raises:
         ValueError: no usable pair at all, unless `allow_empty`; or an embedding that is not
             finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     start = time.perf_counter()
-    rows = ProcessRows.of(model, batch_size)
-    shares, image_emb = _encode_share(rows, model, entries, describe, num_threads)
+    batching = batching or Batching()
+    rows = ProcessRows.of(model, batching.batch_size)
+    shares, image_emb = _encode_share(rows, model, entries, describe, batching.num_threads)
     kept = [row for own, _ in shares for row in own]
     left_out = [row for _, own in shares for row in own]
     orders = sorted(order for order, _, _ in [*kept, *left_out])
@@ -218,30 +234,25 @@ def _encode_share(
 def encode_texts(
     encode_text: Callable[[Sequence[str]], np.ndarray],
     texts: Sequence[str],
-    *,
-    batch_size: int,
-    progress: bool = False,
+    batching: Batching | None = None,
 ) -> np.ndarray:
-    """float32 [n, d] embeddings of at least one text, in order; see `encode_text_batches`."""
-    batches = encode_text_batches(encode_text, texts, batch_size=batch_size, progress=progress)
-    return np.concatenate(list(batches))
+    """Embeds at least one text: float32 [n, d], in order; see `encode_text_batches`."""
+    return np.concatenate(list(encode_text_batches(encode_text, texts, batching)))
 
 
 def encode_text_batches(
     encode_text: Callable[[Sequence[str]], np.ndarray],
     texts: Sequence[str],
-    *,
-    batch_size: int,
-    progress: bool = False,
+    batching: Batching | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields [up to batch_size, d] embeddings of the texts, in order.
 
     Every call of `encode_text` gets the same number of texts (the last batch is filled up with
-    empty ones), so a jitted encoder compiles once. `progress` shows a bar on stderr, where there
-    is more than one batch.
+    empty ones), so a jitted encoder compiles once. A bar is shown where there is more than one.
     """
-    remaining = iter(texts)
-    hidden = not progress or len(texts) <= batch_size
+    batching = batching or Batching()
+    batch_size, remaining = batching.batch_size, iter(texts)
+    hidden = not batching.progress or len(texts) <= batch_size
     with ProgressBar(total=len(texts), desc="texts", unit=" texts", disable=hidden) as bar:
         while batch := list(itertools.islice(remaining, batch_size)):
             fill = [""] * (batch_size - len(batch)) if len(texts) > batch_size else []

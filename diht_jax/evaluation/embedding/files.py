@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diht_jax.evaluation.embedding.encoding import encode_images, encode_texts
+from diht_jax.evaluation.embedding.encoding import Batching, encode_images, encode_texts
 from diht_jax.evaluation.embedding.entries import Entry
 from diht_jax.evaluation.embedding.inputs import (
     PICTURES,
@@ -165,6 +165,7 @@ def _embed_part(
 ) -> dict[str, Any]:
     """Writes the file of a part; returns its statistics."""
     start = time.perf_counter()
+    batching = Batching(options.batch_size, options.num_threads)
     columns: dict[str, np.ndarray] = {}
     dropped: dict[str, int] = {}
     dropped_keys: list[str] = []
@@ -173,8 +174,7 @@ def _embed_part(
             model,
             entries,
             lambda pair: (pair.key, pair.caption),
-            batch_size=options.batch_size,
-            num_threads=options.num_threads,
+            batching,
             allow_empty=True,
         )
         notes, dropped, dropped_keys = encoded.notes, encoded.dropped, encoded.dropped_keys
@@ -190,9 +190,7 @@ def _embed_part(
         texts = [options.caption_template.replace("{caption}", caption) for _, caption in notes]
         columns["text_emb"] = np.zeros((0, model.embed_dim), np.float32)
         if texts:
-            columns["text_emb"] = encode_texts(
-                model.encode_text, texts, batch_size=options.batch_size
-            )
+            columns["text_emb"] = encode_texts(model.encode_text, texts, batching)
     columns = {name: value.astype(options.dtype) for name, value in columns.items()}
     path = f"{stem}.{options.format}"
     encode = _encode_npz if options.format == "npz" else _encode_parquet

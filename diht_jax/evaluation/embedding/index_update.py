@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diht_jax.evaluation.embedding.encoding import encode_images
+from diht_jax.evaluation.embedding.encoding import Batching, encode_images
 from diht_jax.evaluation.embedding.files import CountedEntries, check_settings, entries_bar
 from diht_jax.evaluation.embedding.inputs import PICTURES, PartReader, ShardParts, shares_of
 from diht_jax.evaluation.embedding.picture_index import (
@@ -80,8 +80,7 @@ def update_index(
     folder: str | os.PathLike[str],
     *,
     dtype: str = "float16",
-    batch_size: int = 256,
-    num_threads: int | None = None,
+    batching: Batching | None = None,
     thumbnails: bool = True,
     process: IndexProcess | None = None,
 ) -> Update:
@@ -96,8 +95,7 @@ def update_index(
         shards: of `inputs.list_inputs`.
         folder: of the index; is made.
         dtype: of the stored embeddings, one of `DTYPES`.
-        batch_size: pictures a batch, over all devices.
-        num_threads: decoding threads; None is one per core.
+        batching: the defaults where None.
         thumbnails: keep a small picture of each entry. Those of a folder of pictures are read
             from there instead.
         process: of a job; each embeds its share (`inputs.shares_of`).
@@ -120,9 +118,7 @@ def update_index(
         "dtype": dtype,
     }
     process.first(lambda: check_settings(folder, settings))
-    encode = functools.partial(
-        encode_images, model, batch_size=batch_size, num_threads=num_threads, allow_empty=True
-    )
+    encode = functools.partial(encode_images, model, batching=batching, allow_empty=True)
     updater = _Updater(folder, dtype, model.embed_dim, encode, thumbnails)
     with contextlib.ExitStack() as stack:
         process.first(lambda: stack.enter_context(lock_folder(folder, "--index", ".lock")))

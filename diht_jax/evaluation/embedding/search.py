@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from diht_jax.evaluation.embedding.encoding import (
+    Batching,
     EmbeddingModel,
     EncodedImages,
     check_finite,
@@ -50,9 +51,7 @@ def search_pictures(
     *,
     count: int = 8,
     template: str = CAPTION_SLOT,
-    batch_size: int = 256,
-    num_threads: int | None = None,
-    progress: bool = False,
+    batching: Batching | None = None,
 ) -> SearchResult:
     """Finds the pictures closest to each query.
 
@@ -62,26 +61,24 @@ def search_pictures(
         queries: texts; one that occurs twice counts once.
         count: matches a query, or all pictures where there are fewer.
         template: prompt around a query, such as "a photo of {caption}.".
-        batch_size: pictures a batch, over all devices.
-        num_threads: decoding threads; None is one per core.
-        progress: show a bar on stderr.
+        batching: the defaults where None.
 
     Raises:
         ValueError: no query, a blank one, a bad template, or no readable picture.
     """
     texts = fill_queries(queries, template, count)
+    batching = batching or Batching()
     with ProgressBar(
         desc="pictures",
         unit=" images",
-        disable=not progress,
-        total=count_shards(shards) if progress else None,
+        disable=not batching.progress,
+        total=count_shards(shards) if batching.progress else None,
     ) as bar:
         encoded = encode_images(
             model,
             Entries(input_units(shards), count=bar.update),
             lambda pair: (pair.key, pair.caption),
-            batch_size=batch_size,
-            num_threads=num_threads,
+            batching,
         )
     text_emb = check_finite(
         np.asarray(model.encode_text(list(texts.values())), np.float32), "text embeddings"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diht_jax.evaluation.embedding.encoding import EmbeddingModel
+from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
 from diht_jax.evaluation.embedding.entries import Entries
 from diht_jax.evaluation.fewshot.linear_probe import (
     FittedProbes,
@@ -115,10 +115,7 @@ def evaluate_few_shot(
     test: Task,
     validation: Task | None = None,
     options: FewShotOptions | None = None,
-    *,
-    batch_size: int = 256,
-    num_threads: int | None = None,
-    progress: bool = False,
+    batching: Batching | None = None,
 ) -> dict[str, Any]:
     """Measures few-shot accuracy of a model.
 
@@ -128,9 +125,7 @@ def evaluate_few_shot(
         test: one to measure on; its class names, templates and label field count.
         validation: settings are chosen on it; by default a part of `train` is held out.
         options: the protocol; the defaults of `FewShotOptions` where None.
-        batch_size: images, and texts, a batch over all devices.
-        num_threads: decoding threads; None is one per core.
-        progress: show bars on stderr.
+        batching: the defaults where None.
 
     Returns:
         JSON-able: `protocol`, `counts`, `zero_shot` and, for each number of shots, `results`; see
@@ -139,10 +134,10 @@ def evaluate_few_shot(
     Raises:
         ValueError: a source cannot be read, or has other classes or too few images.
     """
-    options = options or FewShotOptions()
+    options, batching = options or FewShotOptions(), batching or Batching()
     start = time.perf_counter()
     tasks = [train, *([validation] if validation else []), test]
-    splits, found = _embed(model, tasks, batch_size, num_threads, progress)
+    splits, found = _embed(model, tasks, batching)
     weights = found.classifier.T * np.float32(model.logit_scale)
     if validation is None:
         shots_from, held_out = split_by_class(splits[0], options)
@@ -152,7 +147,7 @@ def evaluate_few_shot(
         origin = validation.source
     data = FewShotData(shots_from, held_out, splits[-1], weights)
     embedded = time.perf_counter()
-    measured = measure_few_shot(data, options, progress=progress)
+    measured = measure_few_shot(data, options, progress=batching.progress)
     return {
         "train": train.source,
         "test": test.source,
@@ -343,9 +338,7 @@ def _format_spread(measured: dict[str, Any]) -> str:
 def _embed(
     model: EmbeddingModel,
     tasks: Sequence[Task],
-    batch_size: int,
-    num_threads: int | None,
-    progress: bool,
+    batching: Batching,
 ) -> tuple[list[LabelledEmbeddings], classification.ClassificationResult]:
     """All sources in one pass, so that they share their classes; the last task has the prompts."""
     prompts = tasks[-1]
@@ -356,16 +349,14 @@ def _embed(
             [unit for part in parts for unit in part],
             lambda: None if None in counts else sum(counts),
         )
-        with entries_bar("images", units, hidden=not progress) as bar:
+        with entries_bar("images", units, hidden=not batching.progress) as bar:
             found = classification.classify(
                 model,
                 Entries(units, count=bar.update),
                 prompts.class_names,
                 prompts.templates,
                 label_field=prompts.label_field,
-                batch_size=batch_size,
-                num_threads=num_threads,
-                progress=progress,
+                batching=batching,
             )
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import (
+    Batching,
     EmbeddingModel,
     UnusablePair,
     encode_images,
@@ -49,7 +50,7 @@ ANSWER_TEMPLATE = "question: {question} answer: {answer}"
 
 
 def run_entailment(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
 ) -> Measured:
     """Decides between the relations for every row with `sentence` and `label`."""
     prompts = dict(zip(ENTAILMENT_PROMPTS, task.templates, strict=True))
@@ -68,12 +69,12 @@ def run_entailment(
         lambda sentence, relation: prompts[relation].replace("{}", sentence),
         lambda row, answer: float(row["label"] == answer),
         {"prompts": prompts, "decision": "the prompt most similar to the image"},
-        **batching,
+        batching,
     )
 
 
 def run_vqa(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
 ) -> Measured:
     """Chooses among candidate answers, the task's class names, for every row with `question`.
 
@@ -97,7 +98,7 @@ def run_vqa(
         ),
         lambda row, answer: vqa_credit(answer, row["answer"]),
         protocol,
-        **batching,
+        batching,
     )
 
 
@@ -110,10 +111,7 @@ def _answer(
     fill: Callable[[str, str], str],
     credit: Callable[[dict[str, Any], str], float],
     protocol: dict[str, Any],
-    *,
-    batch_size: int,
-    num_threads: int | None,
-    progress: bool,
+    batching: Batching,
 ) -> Measured:
     """Answers the rows of `annotations.annotation_units`; items are the images."""
 
@@ -130,13 +128,11 @@ def _answer(
             raise UnusablePair("no_answer")
         return usable
 
-    encoded = encode_images(
-        model, entries, describe, batch_size=batch_size, num_threads=num_threads
-    )
+    encoded = encode_images(model, entries, describe, batching)
     rows = [(image, row) for image, note in enumerate(encoded.notes) for row in note]
     texts = [row[needed[0]] for _, row in rows]
     images = np.array([image for image, _ in rows], np.int32)
-    answers = _choose(model, encoded.image_emb[images], texts, choices, fill, batch_size, progress)
+    answers = _choose(model, encoded.image_emb[images], texts, choices, fill, batching)
     credits = np.array(
         [credit(row, answer) for (_, row), answer in zip(rows, answers, strict=True)]
     )
@@ -165,23 +161,22 @@ def _choose(
     texts: Sequence[str],
     choices: Sequence[str],
     fill: Callable[[str, str], str],
-    batch_size: int,
-    progress: bool,
+    batching: Batching,
 ) -> list[str]:
     """The choice whose filled prompt is most similar to the image, for each image and its text."""
     by_text: dict[str, list[int]] = collections.defaultdict(list)
     for number, text in enumerate(texts):
         by_text[text].append(number)
     distinct = list(by_text)
-    at_once = max(1, batch_size // len(choices))
+    at_once = max(1, batching.batch_size // len(choices))
     starts = range(0, len(distinct), at_once)
-    hidden = not progress or len(starts) < 2
+    hidden = not batching.progress or len(starts) < 2
     answers = [""] * len(texts)
     for start in ProgressBar(starts, "questions", unit=" batches", disable=hidden):
         part = distinct[start : start + at_once]
         prompts = [fill(text, choice) for text in part for choice in choices]
         prompts += [""] * (at_once * len(choices) - len(prompts))  # one shape: compiled once
-        text_emb = encode_texts(model.encode_text, prompts, batch_size=batch_size)
+        text_emb = encode_texts(model.encode_text, prompts, Batching(batching.batch_size))
         for index, text in enumerate(part):
             own = text_emb[index * len(choices) : (index + 1) * len(choices)]
             best = (image_emb[by_text[text]] @ own.T).argmax(axis=1)

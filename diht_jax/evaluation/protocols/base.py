@@ -15,7 +15,7 @@ from typing import Protocol as Interface
 import numpy as np
 
 from diht_jax.evaluation import prompts
-from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
+from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, EncodedImages
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
@@ -147,9 +147,7 @@ class Run(Interface):
         model: to be measured.
         task: its kind is that of the protocol.
         entries: of the task's source; consumed once, in order.
-        batch_size: images, and texts, a batch over all devices.
-        num_threads: decoding threads; None is one per core.
-        progress: show bars on stderr.
+        batching: for `encode_images` and `encode_texts`.
 
     Raises:
         ValueError: the entries do not hold what the protocol needs.
@@ -160,10 +158,7 @@ class Run(Interface):
         model: EmbeddingModel,
         task: Task,
         entries: Iterable[Pair | Skipped],
-        *,
-        batch_size: int,
-        num_threads: int | None,
-        progress: bool,
+        batching: Batching,
     ) -> Measured:
         """See the class."""
 

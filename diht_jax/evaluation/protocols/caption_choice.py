@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import (
+    Batching,
     EmbeddingModel,
     EncodedImages,
     UnusablePair,
@@ -125,9 +126,7 @@ def choose_captions(
     template: str = CAPTION_SLOT,
     ties: str = "wrong",
     *,
-    batch_size: int = 256,
-    num_threads: int | None = None,
-    progress: bool = False,
+    batching: Batching | None = None,
 ) -> CaptionChoiceResult:
     """Embeds all images and captions, and finds the most similar caption of every question.
 
@@ -136,17 +135,13 @@ def choose_captions(
         pairs: consumed once; `questions_of` describes them.
         template: put around each caption.
         ties: a key of `TIES`.
-        batch_size: images, and texts, a batch over all devices.
-        num_threads: decoding threads; None is one per core.
-        progress: show a bar for the texts on stderr.
+        batching: the defaults where None.
 
     Raises:
         ValueError: a bad template, or no pair with a question.
     """
     fill_caption_template(template, "")  # a bad template must fail before the images are encoded
-    encoded = encode_images(
-        model, pairs, questions_of, batch_size=batch_size, num_threads=num_threads
-    )
+    encoded = encode_images(model, pairs, questions_of, batching)
     asked = [
         (image, picture, question)
         for image, (picture, questions) in enumerate(encoded.notes)
@@ -157,7 +152,7 @@ def choose_captions(
     texts = [fill_caption_template(template, text) for q in questions for text in q.captions]
     sizes = [len(question.captions) for question in questions]
     distinct, index_of_text = _distinct_texts(model, texts)
-    text_emb = encode_texts(model.encode_text, distinct, batch_size=batch_size, progress=progress)
+    text_emb = encode_texts(model.encode_text, distinct, batching)
     flat = _similarities(encoded.image_emb, np.repeat(images, sizes), text_emb, index_of_text)
     similarities = np.split(flat, np.cumsum(sizes)[:-1])
     own = np.array([row[0] for row in similarities])
@@ -225,10 +220,10 @@ def _number(names: Sequence[str]) -> np.ndarray:
 
 
 def _run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
 ) -> Measured:
     ties = task.options.get("ties", "wrong")
-    result = choose_captions(model, entries, task.caption_template, ties, **batching)
+    result = choose_captions(model, entries, task.caption_template, ties, batching=batching)
     return Measured(
         encoded=result.encoded,
         num_items=result.num_items,

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import (
+    Batching,
     EmbeddingModel,
     EncodedImages,
     encode_images,
@@ -134,9 +135,7 @@ def classify(
     candidates: str = ALL_CLASSES,
     group: str | None = None,
     with_f1: bool = False,
-    batch_size: int = 256,
-    num_threads: int | None = None,
-    progress: bool = False,
+    batching: Batching | None = None,
 ) -> ClassificationResult:
     """Embeds all images of `pairs`, and measures how well their classes are found.
 
@@ -150,9 +149,7 @@ def classify(
             labels are 200 of ImageNet's 1,000.
         group: of the images, as `class_metrics.read_group` takes it; adds the worst group.
         with_f1: adds the macro F1.
-        batch_size: images, and prompts, a batch over all devices.
-        num_threads: decoding threads; None is one per core.
-        progress: show a bar for the prompts on stderr.
+        batching: the defaults where None.
 
     Raises:
         ValueError: a bad template, a label that cannot be resolved, no usable pair.
@@ -167,7 +164,7 @@ def classify(
         own_group = "" if group is None else read_group(pair, group)
         return label, tuple(pair.metadata.get("splits", ())), own_group
 
-    encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
+    encoded = encode_images(model, pairs, describe, batching)
     labels, splits, groups = zip(*encoded.notes, strict=True)
     if names is None:
         classes = derive_classes(labels, templates)
@@ -177,9 +174,7 @@ def classify(
             present, found = np.unique(classes.labels, return_inverse=True)
             chosen = tuple(names[label] for label in present)
             classes = Classes(chosen, found.astype(np.int32), "names given, of classes with images")
-    classifier = zero_shot_classifier(
-        model.encode_text, classes.names, templates, batch_size=batch_size, progress=progress
-    )
+    classifier = zero_shot_classifier(model.encode_text, classes.names, templates, batching)
     predictions, ranks = rank_labels(encoded.image_emb, classes.labels, classifier)
     return ClassificationResult(
         encoded=encoded,
@@ -201,19 +196,16 @@ def zero_shot_classifier(
     encode_text: Callable[[Sequence[str]], np.ndarray],
     class_names: Sequence[str],
     templates: Sequence[str],
-    *,
-    batch_size: int = 256,
-    progress: bool = False,
+    batching: Batching | None = None,
 ) -> np.ndarray:
     """One embedding per class: the normalised mean of the normalised embeddings of its prompts.
 
     Args:
-        encode_text: list of str -> float [b, d], normalised or not; called with `batch_size`
-            texts each time.
+        encode_text: list of str -> float [b, d], normalised or not; called with a batch of texts
+            each time.
         class_names: C names.
         templates: T templates, each with one "{}".
-        batch_size: prompts a call.
-        progress: show a bar on stderr.
+        batching: the defaults where None.
 
     Returns:
         float32 [C, d], L2-normalised. The mean is taken in float64.
@@ -222,7 +214,7 @@ def zero_shot_classifier(
     if not len(class_names):
         raise ValueError("class_names: expected at least one class name, got none")
     prompts = [fill_template(template, name) for name in class_names for template in templates]
-    batches = encode_text_batches(encode_text, prompts, batch_size=batch_size, progress=progress)
+    batches = encode_text_batches(encode_text, prompts, batching)
     sums, start = 0.0, 0
     for text_emb in batches:
         if not start:
@@ -260,7 +252,7 @@ def _normalize(x: np.ndarray) -> np.ndarray:
 
 
 def _run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
 ) -> Measured:
     result = classify(
         model,
@@ -271,7 +263,7 @@ def _run(
         candidates=task.options.get("candidates", ALL_CLASSES),
         group=task.options.get("group"),
         with_f1="f1" in task.options,
-        **batching,
+        batching=batching,
     )
     names, per_class = result.classes.names, result.per_class()
     details: dict[str, Any] = {"per_class": per_class}

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import (
+    Batching,
     EmbeddingModel,
     EncodedImages,
     UnusablePair,
@@ -161,9 +162,7 @@ def score_labels(
     binary: bool,
     label_field: str | None = None,
     interpolation: int | None = None,
-    batch_size: int = 256,
-    num_threads: int | None = None,
-    progress: bool = False,
+    batching: Batching | None = None,
 ) -> LabelScores:
     """Embeds all images of `pairs` and scores every class.
 
@@ -179,9 +178,7 @@ def score_labels(
         binary: whether it is yes and no.
         label_field: metadata field, where it is not "label" or "labels".
         interpolation: 11 for the points of VOC 2007; None for all points.
-        batch_size: images, and prompts, a batch over all devices.
-        num_threads: decoding threads; None is one per core.
-        progress: show a bar for the prompts on stderr.
+        batching: the defaults where None.
 
     Raises:
         ValueError: a label that cannot be resolved, targets of one kind only, no usable pair.
@@ -208,10 +205,8 @@ def score_labels(
         counted = resolve(pair, "counted_labels") if "counted_labels" in pair.metadata else None
         return resolve(pair, field), resolve(pair, "ignored_labels"), counted
 
-    encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
-    classifier = zero_shot_classifier(
-        model.encode_text, names, templates, batch_size=batch_size, progress=progress
-    )
+    encoded = encode_images(model, pairs, describe, batching)
+    classifier = zero_shot_classifier(model.encode_text, names, templates, batching)
     scores = np.concatenate(
         [
             encoded.image_emb[start : start + _SCORES_AT_ONCE] @ classifier.T
@@ -276,7 +271,7 @@ def rank_items(
 
 
 def _run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
 ) -> Measured:
     binary = task.kind == "binary"
     result = score_labels(
@@ -287,7 +282,7 @@ def _run(
         binary=binary,
         label_field=task.label_field,
         interpolation=task.options.get("interpolation"),
-        **batching,
+        batching=batching,
     )
     points = "all points" if result.interpolation is None else f"{result.interpolation} points"
     return Measured(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ import numpy as np
 
 from diht_jax import sharding
 from diht_jax.evaluation.embedding.encoding import (
+    Batching,
     EmbeddingModel,
     EncodedImages,
     UnusablePair,
@@ -89,9 +89,7 @@ def retrieve(
     pairs: Iterable[Pair | Skipped],
     template: str,
     *,
-    batch_size: int = 256,
-    num_threads: int | None = None,
-    progress: bool = False,
+    batching: Batching | None = None,
 ) -> RetrievalResult:
     """Embeds all images and captions of `pairs` and measures retrieval both ways.
 
@@ -100,17 +98,13 @@ def retrieve(
         pairs: consumed once. `metadata["captions"]` holds all captions of an image; without it
             `caption` is the only one. Blank ones are no queries.
         template: put around each caption, such as "a photo of {caption}."; "{caption}" for none.
-        batch_size: images, and texts, a batch over all devices.
-        num_threads: decoding threads; None is one per core.
-        progress: show a bar for the texts on stderr.
+        batching: the defaults where None.
 
     Raises:
         ValueError: a template without "{caption}", or no usable pair.
     """
     fill_caption_template(template, "")  # a bad template must fail before the images are encoded
-    encoded = encode_images(
-        model, pairs, captions_of, batch_size=batch_size, num_threads=num_threads
-    )
+    encoded = encode_images(model, pairs, captions_of, batching)
     captions = [caption for note in encoded.notes for caption in note]
     image_of_text = np.repeat(
         np.arange(len(encoded.notes), dtype=np.int32), [len(note) for note in encoded.notes]
@@ -118,9 +112,7 @@ def retrieve(
     texts = [fill_caption_template(template, caption) for caption in captions]
     # Equal texts are encoded once: it saves work, and a tie between them is then an exact tie.
     index_of_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    unique_emb = encode_texts(
-        model.encode_text, list(index_of_text), batch_size=batch_size, progress=progress
-    )
+    unique_emb = encode_texts(model.encode_text, list(index_of_text), batching)
     text_emb = unique_emb[[index_of_text[text] for text in texts]]
     t2i_ranks, i2t_ranks = retrieval_ranks(encoded.image_emb, text_emb, image_of_text)
     return RetrievalResult(
@@ -277,9 +269,9 @@ def _pad_rows(array: np.ndarray, multiple: int, *, fill: int) -> np.ndarray:
 
 
 def _run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
 ) -> Measured:
-    result = retrieve(model, entries, task.caption_template, **batching)
+    result = retrieve(model, entries, task.caption_template, batching=batching)
     return Measured(
         encoded=result.encoded,
         num_items=len(result.i2t_ranks),

@@ -14,7 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import EmbeddingModel, encode_images, encode_texts
+from diht_jax.evaluation.embedding.encoding import (
+    Batching,
+    EmbeddingModel,
+    encode_images,
+    encode_texts,
+)
 from diht_jax.evaluation.protocols.base import Measured, Metric, Protocol, Task
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -23,20 +28,19 @@ _FEW, _MANY = 6, 10  # candidates of the smaller games at most, of the larger on
 
 
 def run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
 ) -> Measured:
     """Embeds all images and cues of `annotations.winogavil_units`, and chooses for each game.
 
     Games of which an image cannot be used are left out. Items are the games.
     """
-    progress = batching.pop("progress")
 
     def describe(pair: Pair) -> list[dict[str, Any]]:
         if "games" not in pair.metadata:
             raise ValueError(f"record '{pair.key}': expected a source 'winogavil:FILE'")
         return pair.metadata["games"]
 
-    encoded = encode_images(model, entries, describe, **batching)
+    encoded = encode_images(model, entries, describe, batching)
     games: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for row, own in enumerate(encoded.notes):
         for game in own:
@@ -46,8 +50,7 @@ def run(
         raise ValueError("no game of which all images can be used")
     cues = list(dict.fromkeys(own[0][1]["cue"] for own in complete))
     prompts = [cue_prompt(cue) for cue in cues]
-    size = batching["batch_size"]
-    text_emb = encode_texts(model.encode_text, prompts, batch_size=size, progress=progress)
+    text_emb = encode_texts(model.encode_text, prompts, batching)
     text_of = dict(zip(cues, text_emb, strict=True))
     found = []
     for own in complete:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import EmbeddingModel, encode_images, encode_texts
+from diht_jax.evaluation.embedding.encoding import (
+    Batching,
+    EmbeddingModel,
+    encode_images,
+    encode_texts,
+)
 from diht_jax.evaluation.prompts import fill_caption_template
 from diht_jax.evaluation.protocols.base import CAPTION_TEMPLATE, Measured, Metric, Protocol, Task
 from diht_jax.evaluation.sources.registry import WINOGROUND
@@ -22,13 +26,12 @@ from diht_jax.records.schema import Pair
 
 
 def run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
 ) -> Measured:
     """Embeds all images and captions of `annotations.winoground_units`, and compares each example.
 
     Examples of which an image cannot be used are left out. Items are the examples.
     """
-    progress = batching.pop("progress")
 
     def describe(pair: Pair) -> tuple[str, int, str]:
         if "example" not in pair.metadata or "side" not in pair.metadata:
@@ -36,7 +39,7 @@ def run(
         text = fill_caption_template(task.caption_template, pair.caption)
         return pair.metadata["example"], pair.metadata["side"], text
 
-    encoded = encode_images(model, entries, describe, **batching)
+    encoded = encode_images(model, entries, describe, batching)
     sides: dict[str, dict[int, int]] = collections.defaultdict(dict)
     for row, (example, side, _) in enumerate(encoded.notes):
         sides[example][side] = row
@@ -44,8 +47,7 @@ def run(
     if not complete:
         raise ValueError("no example has two usable images")
     texts = [text for _, _, text in encoded.notes]
-    size = batching["batch_size"]
-    text_emb = encode_texts(model.encode_text, texts, batch_size=size, progress=progress)
+    text_emb = encode_texts(model.encode_text, texts, batching)
     rows = np.array(complete)
     similarities = np.einsum("eid,ejd->eij", encoded.image_emb[rows], text_emb[rows])
     own = np.diagonal(similarities, axis1=1, axis2=2)

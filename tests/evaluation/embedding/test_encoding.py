@@ -7,7 +7,12 @@ import pytest
 from PIL import Image
 
 from diht_jax.evaluation.embedding import encoding
-from diht_jax.evaluation.embedding.encoding import UnusablePair, encode_images, encode_texts
+from diht_jax.evaluation.embedding.encoding import (
+    Batching,
+    UnusablePair,
+    encode_images,
+    encode_texts,
+)
 from diht_jax.records.schema import Pair
 
 
@@ -40,7 +45,7 @@ def _pair(number, data=None):
 def test_each_image_counts_once_and_in_order(count):
     model = _MeanColor()
     pairs = map(_pair, range(count))
-    encoded = encode_images(model, pairs, lambda pair: pair.caption, batch_size=8, num_threads=3)
+    encoded = encode_images(model, pairs, lambda pair: pair.caption, batching=Batching(8, 3))
     expected = [[i, 255 - i, 0] for i in range(count)]
     np.testing.assert_array_equal(encoded.image_emb, expected)
     assert encoded.notes == [f"c{i}" for i in range(count)]
@@ -59,7 +64,7 @@ def test_unusable_pairs_are_counted_with_their_reason():
     whole = _pair(0).image
     broken = {1: b"", 2: b"no picture", 5: whole[: len(whole) // 2]}
     pairs = [_pair(i, broken.get(i)) for i in range(7)]
-    encoded = encode_images(_MeanColor(), pairs, describe, batch_size=2)
+    encoded = encode_images(_MeanColor(), pairs, describe, batching=Batching(2))
     assert encoded.notes == ["k0", "k3", "k6"]
     assert encoded.positions == [0, 3, 6]
     assert encoded.image_emb[:, 0].tolist() == [0, 3, 6]
@@ -84,7 +89,7 @@ def test_reading_stays_a_few_batches_ahead_of_the_device():
             return super().encode_image(images)
 
     model = Watching()
-    encode_images(model, pairs(), lambda pair: None, batch_size=8)
+    encode_images(model, pairs(), lambda pair: None, batching=Batching(8))
     assert max(model.ahead) <= 8 * 4
     # Beyond the batch that is encoded, a whole one is in work meanwhile.
     assert min(model.ahead[:-3]) >= 8 * 2
@@ -92,9 +97,9 @@ def test_reading_stays_a_few_batches_ahead_of_the_device():
 
 def test_a_source_without_any_usable_image_is_refused():
     with pytest.raises(ValueError, match=r"no usable pair.*1 entries.*image_empty"):
-        encode_images(_MeanColor(), [_pair(0, b"")], lambda pair: None, batch_size=8)
+        encode_images(_MeanColor(), [_pair(0, b"")], lambda pair: None, batching=Batching(8))
     with pytest.raises(ValueError, match="no usable pair.*0 entries"):
-        encode_images(_MeanColor(), [], lambda pair: None, batch_size=8)
+        encode_images(_MeanColor(), [], lambda pair: None, batching=Batching(8))
 
 
 def test_a_diverged_model_is_refused():
@@ -103,7 +108,7 @@ def test_a_diverged_model_is_refused():
             return super().encode_image(images) * np.nan
 
     with pytest.raises(ValueError, match="image embeddings: 3 of 3 rows are not finite"):
-        encode_images(Diverged(), map(_pair, range(3)), lambda pair: None, batch_size=2)
+        encode_images(Diverged(), map(_pair, range(3)), lambda pair: None, batching=Batching(2))
 
 
 def test_texts_come_back_in_order_from_calls_of_one_size():
@@ -114,7 +119,7 @@ def test_texts_come_back_in_order_from_calls_of_one_size():
         return np.array([[len(text), 1] for text in texts], np.float32)
 
     texts = ["x" * i for i in range(1, 12)]
-    embedded = encode_texts(encode_text, texts, batch_size=4)
+    embedded = encode_texts(encode_text, texts, batching=Batching(4))
     assert embedded[:, 0].tolist() == list(range(1, 12))
     assert sizes == [4, 4, 4]
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from diht_jax.evaluation.embedding import index_update
+from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.index_update import IndexProcess, update_index
 from diht_jax.evaluation.embedding.picture_index import (
@@ -72,7 +73,7 @@ def small_parts(monkeypatch):
 
 
 def update(model, source, index, **options):
-    return update_index(model, list_inputs(str(source)), index, batch_size=8, **options)
+    return update_index(model, list_inputs(str(source)), index, batching=Batching(8), **options)
 
 
 def cosines(model, folder):

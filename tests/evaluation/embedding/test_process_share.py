@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diht_jax.evaluation.embedding import encoding
-from diht_jax.evaluation.embedding.encoding import UnusablePair, encode_images
+from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encode_images
 from diht_jax.evaluation.embedding.entries import Entries, ProcessRows
 from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
@@ -125,7 +125,7 @@ def _describe(pair):
 
 def _encode(source, model, limit=None, batch_size=128):
     entries = Entries(source.units, limit=limit)
-    return encode_images(model, entries, _describe, batch_size=batch_size, num_threads=1)
+    return encode_images(model, entries, _describe, batching=Batching(batch_size, 1))
 
 
 def _together(monkeypatch, count, make_source, describe=_describe, **options):
@@ -167,10 +167,10 @@ def photos_of_two_classes(tmp_path):
 
 def test_search_reads_the_share_of_each_process_once(photos_of_two_classes, monkeypatch):
     shards = [SourceShard(PICTURES, str(photos_of_two_classes / "photos"))]
-    alone = search_pictures(_Model(), shards, ["a dog", "red"], count=3, batch_size=64)
+    alone = search_pictures(_Model(), shards, ["a dog", "red"], count=3, batching=Batching(64))
     processes, model, reads = _simulate(monkeypatch, 5)
     found = processes.run(
-        lambda: search_pictures(model, shards, ["a dog", "red"], count=3, batch_size=64)
+        lambda: search_pictures(model, shards, ["a dog", "red"], count=3, batching=Batching(64))
     )
     for result in found:
         assert not isinstance(result, Exception), result
@@ -194,9 +194,9 @@ def test_few_shot_reads_the_share_of_each_process_once(photos_of_two_classes, mo
         (folder / f"{split}.txt").write_text("\n".join(map(str, chosen)))
         source = f"classification:list:{folder}/{split}.txt?image_root={folder}/photos"
         tasks += parse_tasks(source)
-    alone, _ = grid._embed(_Model(), tasks, 64, 1, False)
+    alone, _ = grid._embed(_Model(), tasks, Batching(64, 1))
     processes, model, reads = _simulate(monkeypatch, 4)
-    for result in processes.run(lambda: grid._embed(model, tasks, 64, 1, False)):
+    for result in processes.run(lambda: grid._embed(model, tasks, Batching(64, 1))):
         assert not isinstance(result, Exception), result
         for split, expected in zip(result[0], alone, strict=True):
             np.testing.assert_array_equal(split.image_emb, expected.image_emb)
@@ -245,9 +245,11 @@ def test_limits_and_entries_that_cannot_be_divided(monkeypatch):
 
     processes, model, _ = _simulate(monkeypatch, 3)
     source = Undivided(20, processes)
-    found = processes.run(lambda: encode_images(model, source.whole, _describe, batch_size=8))
+    found = processes.run(
+        lambda: encode_images(model, source.whole, _describe, batching=Batching(8))
+    )
     monkeypatch.undo()
-    expected = encode_images(_Model(), Undivided(20).whole, _describe, batch_size=8)
+    expected = encode_images(_Model(), Undivided(20).whole, _describe, batching=Batching(8))
     for result in found:
         _assert_equal(result, expected)
 

@@ -5,6 +5,7 @@ import pathlib
 import fsspec
 import numpy as np
 
+from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source, list_inputs
 from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
@@ -45,7 +46,7 @@ def test_pairs_on_s3_are_embedded_evaluated_and_searched(tiny_model, photos, tmp
         check_source(task)
         results.append(evaluate_task(tiny_model, task, batch_size=8)["metrics"])
         shards = list_inputs(f"{folder}/*.tar")
-        found = search_pictures(tiny_model, shards, ["a photo"], count=3, batch_size=8)
+        found = search_pictures(tiny_model, shards, ["a photo"], count=3, batching=Batching(8))
         pictures = load_pictures(shards, found.matches["a photo"])
         results[-1]["search"] = found.matches, [np.asarray(p).sum() for p in pictures.values()]
     assert results[0] == results[1]

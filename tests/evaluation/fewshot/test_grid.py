@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.fewshot.grid import (
     FewShotData,
     FewShotOptions,
@@ -170,7 +171,7 @@ def test_sources_share_one_pass_and_one_set_of_classes(tiny_model, shared_data, 
             some.addfile(member, whole.extractfile(member))
     (task,) = parse_tasks([f"cifar10={path}"])
     options = FewShotOptions(shots=(2,), num_draws=2, num_steps=5, radii=(1.0,), weight_decays=(1,))
-    result = evaluate_few_shot(tiny_model, task, task, task, options, batch_size=64)
+    result = evaluate_few_shot(tiny_model, task, task, task, options, Batching(64))
     assert result["counts"] == {
         "classes": 10,
         "train": 100,

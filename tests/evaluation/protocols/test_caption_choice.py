@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diht_jax.evaluation.comparison import format_comparison
+from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.page import ResultsPage
 from diht_jax.evaluation.protocols.caption_choice import choose_captions
 from diht_jax.evaluation.results import format_results
@@ -229,7 +230,9 @@ def test_orders_count_equal_captions_as_right_and_others_as_wrong(tmp_path):
 
 
 def test_pictures_are_resampled_with_all_their_questions(sugarcrepe):
-    result = choose_captions(_Hashed(), read_source(f"sugarcrepe:{sugarcrepe}", {}), batch_size=8)
+    result = choose_captions(
+        _Hashed(), read_source(f"sugarcrepe:{sugarcrepe}", {}), batching=Batching(8)
+    )
     np.testing.assert_allclose(
         list(result.resampled_metrics(np.ones(3, int)).values()), list(result.metrics.values())
     )

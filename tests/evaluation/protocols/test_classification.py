@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.protocols import class_metrics
 from diht_jax.evaluation.protocols.classification import (
     classification_metrics,
@@ -40,7 +41,7 @@ def test_classifier_is_the_normalised_mean_of_normalised_embeddings():
     names = [f"class {i} {{x}}" for i in range(7)]
     templates = ["a photo of a {}.", "the {}", "{} in the wild"]
     encode_text = _TextTable()
-    classifier = zero_shot_classifier(encode_text, names, templates, batch_size=4)
+    classifier = zero_shot_classifier(encode_text, names, templates, batching=Batching(4))
     expected = [
         _unit(np.mean([_unit(encode_text.vector(t.replace("{}", n))) for t in templates], axis=0))
         for n in names
@@ -74,7 +75,7 @@ def test_classes_without_images_compete_or_not():
     pairs = [Pair(f"{i}", picture(i), "", {"label": label}) for i, label in enumerate(labels)]
     names = [f"class {i}" for i in range(9)]
     every, some = (
-        classify(Model(), pairs, names, ["the {}"], candidates=candidates, batch_size=4)
+        classify(Model(), pairs, names, ["the {}"], candidates=candidates, batching=Batching(4))
         for candidates in ("all", "with_images")
     )
     assert some.classes.names == ("class 2", "class 5", "class 7")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diht_jax.evaluation.embedding.encoding import EncodedImages
+from diht_jax.evaluation.embedding.encoding import Batching, EncodedImages
 from diht_jax.evaluation.protocols.label_scores import (
     LabelScores,
     area_under_roc,
@@ -115,7 +115,7 @@ def test_images_that_count_neither_way(tiny_model, photos):
     pairs[2].metadata["ignored_labels"] = [0]  # an object that is there outweighs a difficult one
     names, templates = ("dog", "bird"), ("a {}.",)
     result = score_labels(
-        tiny_model, pairs, names, templates, binary=False, interpolation=11, batch_size=8
+        tiny_model, pairs, names, templates, binary=False, interpolation=11, batching=Batching(8)
     )
     assert result.ignored.tolist() == [[i == 1, False] for i in range(5)]
     rest = [0, 2, 3, 4]
@@ -130,7 +130,7 @@ def test_images_that_count_neither_way(tiny_model, photos):
         pair.metadata.pop("ignored_labels", None)
         pair.metadata["counted_labels"] = counted
     again = score_labels(
-        tiny_model, pairs, names, templates, binary=False, interpolation=11, batch_size=8
+        tiny_model, pairs, names, templates, binary=False, interpolation=11, batching=Batching(8)
     )
     np.testing.assert_array_equal(again.ignored, result.ignored)
     assert again.metrics == result.metrics
@@ -146,7 +146,7 @@ def _pairs(photos, labels, field):
 def test_yes_and_no(tiny_model, photos):
     pairs = _pairs(photos, [0, 1, 1, "hateful meme", 0], "label")
     result = score_labels(
-        tiny_model, pairs, ("meme", "hateful meme"), ("a {}.",), binary=True, batch_size=8
+        tiny_model, pairs, ("meme", "hateful meme"), ("a {}.",), binary=True, batching=Batching(8)
     )
     no, yes = tiny_model.encode_text(["a meme.", "a hateful meme."])
     scores = result.encoded.image_emb @ (yes - no)
@@ -156,5 +156,10 @@ def test_yes_and_no(tiny_model, photos):
     assert SUITE["hateful_memes"].metrics == ("auroc",)
     with pytest.raises(ValueError, match="every image has the same label"):
         score_labels(
-            tiny_model, pairs[1:3], ("meme", "hateful meme"), ("a {}.",), binary=True, batch_size=8
+            tiny_model,
+            pairs[1:3],
+            ("meme", "hateful meme"),
+            ("a {}.",),
+            binary=True,
+            batching=Batching(8),
         )

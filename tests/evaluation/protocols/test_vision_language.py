@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.protocols.vqa_credit import normalise_answer, vqa_credit
 from diht_jax.evaluation.sources.annotations import read_rows
@@ -33,7 +34,7 @@ def _measure(model, text):
     (task,) = parse_tasks([text])
     entries = read_source(task.source, task.source_options)
     run = PROTOCOLS[task.kind].run
-    return run(model, task, entries, batch_size=8, num_threads=None, progress=False)
+    return run(model, task, entries, Batching(8))
 
 
 class _Oracle:
