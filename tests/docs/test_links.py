@@ -30,7 +30,7 @@ OTHER_FLAGS = {
     *("gpus-per-node", "signal", "requeue", "open-mode", "kill-on-bad-exit"),
     *("recurse", "zone", "user", "python", "seed", "allow-existing"),
     *("target", "tag", "gpus", "volume", "privileged", "net"),
-    *("no-sign-request", "repo-type", "local-dir", "logdir"),
+    *("no-sign-request", "repo-type", "local-dir", "logdir", "help"),
 }
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=page_name)
