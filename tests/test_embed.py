@@ -1,14 +1,11 @@
 """Embeddings in files are those of the model, row by row, however often the work was stopped."""
 
 import dataclasses
-import io
 import json
-import tarfile
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 import diht_jax.evaluation.embedding.files as embedding_files
 from diht_jax import load_model
@@ -19,6 +16,7 @@ from diht_jax.records.schema import Pair, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
+from tests import make
 
 ARCH = Architecture(
     image_size=16,
@@ -52,26 +50,22 @@ def model(weights):
 
 
 def picture(i):
-    rng = np.random.default_rng(i)
-    return Image.fromarray(rng.integers(0, 256, (20 + i, 16, 3)).astype(np.uint8))
+    return make.noise(i, (16, 20 + i))
 
 
 def png(i):
-    file = io.BytesIO()
-    picture(i).save(file, "PNG")
-    return file.getvalue()
+    return make.encoded(picture(i))
 
 
 def write_tar(path, numbers, broken=(), silent=()):
-    with tarfile.open(path, "w") as tar:
-        for i in numbers:
-            image = b"no image" if i in broken else png(i)
-            members = [(f"{i:03d}.png", image)]
-            members += [] if i in silent else [(f"{i:03d}.txt", f"caption {i}".encode())]
-            for name, data in members:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    members = {}
+    for i in numbers:
+        members |= make.pair_members(f"{i:03d}", f"caption {i}", png(i))
+        if i in broken:
+            members[f"{i:03d}.png"] = b"no image"
+        if i in silent:
+            del members[f"{i:03d}.txt"]
+    make.write_tar(path, members)
 
 
 def read_all(folder):

@@ -1,12 +1,8 @@
 """A real model of the smallest architecture, with its initial weights."""
 
-import io
-
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.config import default_config
@@ -14,6 +10,7 @@ from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.weights.inference import LoadedModel
+from tests.make import png
 
 
 @pytest.fixture(scope="package")
@@ -56,10 +53,4 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="package")
 def photos() -> list[bytes]:
     """Five different pictures, encoded."""
-    encoded = []
-    for seed in range(5):
-        pixels = np.random.default_rng(seed).integers(0, 255, (24, 30, 3), np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG")
-        encoded.append(buffer.getvalue())
-    return encoded
+    return [png(seed) for seed in range(5)]

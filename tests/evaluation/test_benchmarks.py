@@ -5,7 +5,6 @@ import importlib.util
 import io
 import pathlib
 import re
-import tarfile
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from diht_jax.evaluation.results import format_results
 from diht_jax.evaluation.suite_means import datacomp_numbers, suite_means
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
+from tests.make import write_tar
 
 _PAGE = pathlib.Path(__file__).parents[2] / "docs" / "evaluation_sets.md"
 
@@ -142,12 +142,12 @@ def _write_folder(root, files, entries):
     """A folder as DataComp's download makes it; entries are dicts of extension -> bytes."""
     (root / "test").mkdir(parents=True)
     (root / "test" / "nshards.txt").write_text("1\n")
-    with tarfile.open(root / "test" / "0.tar", "w") as tar:
-        for number, members in enumerate(entries):
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"s{number:07d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    members = {
+        f"s{number:07d}.{extension}": data
+        for number, entry in enumerate(entries)
+        for extension, data in entry.items()
+    }
+    write_tar(root / "test" / "0.tar", members)
     for name, text in files.items():
         (root / name).write_text(text)
 

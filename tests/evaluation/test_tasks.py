@@ -1,33 +1,16 @@
 """Whole evaluations of a real model on real data, on eight devices."""
 
-import io
 import json
 import re
-import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from diht_jax.evaluation.page import ResultsPage, draw_rows
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_tasks
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.registry import open_source
-
-
-def _write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def _png(seed):
-    pixels = np.random.default_rng(seed).integers(0, 255, (20, 30, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
+from tests.make import png, write_tar
 
 
 def _write(page, result):
@@ -104,15 +87,15 @@ def test_several_captions_and_broken_images(tiny_model, tmp_path):
         return json.dumps({"captions": list(captions)}).encode()
 
     path = tmp_path / "x.tar"
-    _write_tar(
+    write_tar(
         path,
         [
-            ("a.png", _png(0)),
+            ("a.png", png(0)),
             ("a.json", sidecar("one", "two", "three")),
-            ("b.png", _png(1)[:60]),
+            ("b.png", png(1)[:60]),
             ("b.json", sidecar("four", "five")),
             ("c.txt", b"no image"),
-            ("d.png", _png(2)),
+            ("d.png", png(2)),
             ("d.json", sidecar("two", "six")),
         ],
     )
@@ -132,7 +115,7 @@ def test_several_captions_and_broken_images(tiny_model, tmp_path):
 
 def test_an_error_names_task_source_and_record(tiny_model, tmp_path):
     path = tmp_path / "x.tar"
-    _write_tar(path, [("a.png", _png(0)), ("a.txt", b"t"), ("a.json", b'{"label": 12}')])
+    write_tar(path, [("a.png", png(0)), ("a.txt", b"t"), ("a.json", b'{"label": 12}')])
     (task,) = parse_tasks([f"cifar10={path}"])
     with pytest.raises(
         ValueError, match=r"task 'cifar10' .*x\.tar.*record 'a': label 12 is outside"

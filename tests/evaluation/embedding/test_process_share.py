@@ -2,12 +2,10 @@
 
 import collections
 import functools
-import io
 import threading
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encode_images
@@ -20,6 +18,7 @@ from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.readers import image_folder
 from diht_jax.readers.base import Skipped, SourceShard, read_image
 from diht_jax.records.schema import Pair
+from tests.make import encoded, plain
 
 
 class _Processes:
@@ -88,9 +87,7 @@ class _Model:
 
 @functools.cache
 def _png(number):
-    file = io.BytesIO()
-    Image.new("RGB", (5, 5), (number % 251, number // 251, 7)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(plain((number % 251, number // 251, 7), (5, 5)))
 
 
 class _Source:

@@ -1,6 +1,5 @@
 """Choices between captions, against tables made by hand and the official scores, derived anew."""
 
-import io
 import json
 import re
 
@@ -17,6 +16,7 @@ from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
+from tests.make import png
 
 
 class _Hashed:
@@ -48,11 +48,8 @@ def _embed_picture(path, box=None):
 
 
 def _png_named(path, seed):
-    pixels = np.random.default_rng(seed).integers(0, 255, (24, 30, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    path.write_bytes(png(seed))
 
 
 @pytest.fixture

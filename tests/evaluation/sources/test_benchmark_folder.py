@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from diht_jax.evaluation.sources.registry import check_source, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.input.decode import decode_rgb
+from tests.make import write_tar
 
 
 def _npy(values):
@@ -27,13 +27,11 @@ def _write(root, notes, photos, *, files=None, split="test"):
     (root / split).mkdir(parents=True)
     (root / split / "nshards.txt").write_text("2\n")
     for shard in (0, 1):
-        with tarfile.open(root / split / f"{shard}.tar", "w") as tar:
-            for i in range(shard, len(notes), 2):
-                extension, note = notes[i]
-                for name, data in ((f"s/{i}.png", photos[i]), (f"s/{i}.{extension}", note)):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        members = {}
+        for i in range(shard, len(notes), 2):
+            extension, note = notes[i]
+            members |= {f"s/{i}.png": photos[i], f"s/{i}.{extension}": note}
+        write_tar(root / split / f"{shard}.tar", members)
     for name, text in (files or {}).items():
         (root / name).write_text(text)
     return f"clip_benchmark:{root}"

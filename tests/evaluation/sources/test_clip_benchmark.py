@@ -4,7 +4,6 @@ import dataclasses
 import io
 import itertools
 import json
-import tarfile
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.export import export_model
+from tests.make import pair_members, write_tar
 
 _SIZE = 64
 
@@ -112,12 +112,10 @@ def test_choices_between_captions_are_scored_alike(tmp_path, photos):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "nshards.txt").write_text("1\n")
     (tmp_path / "dataset_type.txt").write_text("retrieval\n")
-    with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
-        for number, (photo, pair) in enumerate(zip(photos, captions, strict=True)):
-            for suffix, data in (("png", photo), ("txt", "\n".join(pair).encode())):
-                info = tarfile.TarInfo(f"s{number:07}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    members = {}
+    for number, (photo, pair) in enumerate(zip(photos, captions, strict=True)):
+        members |= pair_members(f"s{number:07}", "\n".join(pair), photo)
+    write_tar(tmp_path / "test" / "0.tar", members)
 
     class Model:
         """A picture is the numbers of its corner; a text those of the table."""
