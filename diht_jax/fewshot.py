@@ -69,7 +69,7 @@ def main() -> None:
 
     from diht_jax.evaluation.charts import draw_few_shot
     from diht_jax.evaluation.embedding.encoding import Batching
-    from diht_jax.evaluation.fewshot.grid import evaluate_few_shot, format_few_shot
+    from diht_jax.evaluation.few_shot import evaluate_few_shot, format_few_shot
     from diht_jax.evaluation.results import write_results
     from diht_jax.loading import load_model
 
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def _options():
-    from diht_jax.evaluation.fewshot.grid import ALL, FewShotOptions
+    from diht_jax.evaluation.few_shot import ALL, FewShotOptions
 
     given = flags.FLAGS
     shots = []

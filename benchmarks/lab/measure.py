@@ -142,7 +142,7 @@ def measure_few_shot(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     """Few-shot accuracy on the unseen combinations, by method and shots; the items are draws."""
     from benchmarks.lab.experiments import SHOTS
     from data_prep.synthetic.captions import SHAPE_TEMPLATES
-    from diht_jax.evaluation.fewshot.grid import (
+    from diht_jax.evaluation.few_shot import (
         PENALTY,
         PROMPT_INIT,
         SCRATCH,

@@ -83,7 +83,7 @@ def draw_few_shot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Every draw is a faint dot, the line goes through the means, the bars are one standard deviation.
 
     Args:
-        result: of `fewshot.grid.evaluate_few_shot`.
+        result: of `few_shot.evaluate_few_shot`.
         path: of the PNG.
     """
     figure = _new_figure(7.2, 4.6)

@@ -7,12 +7,12 @@ import threading
 import numpy as np
 import pytest
 
+from diht_jax.evaluation import few_shot as grid
 from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encode_images
 from diht_jax.evaluation.embedding.entries import Entries, ProcessRows
 from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
-from diht_jax.evaluation.fewshot import grid
 from diht_jax.evaluation.sources import pictures
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.readers import image_folder

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from diht_jax.evaluation.embedding.encoding import Batching
-from diht_jax.evaluation.fewshot.grid import (
+from diht_jax.evaluation.few_shot import (
     FewShotData,
     FewShotOptions,
     draw_shots,
@@ -21,7 +21,7 @@ from diht_jax.evaluation.fewshot.grid import (
     measure_few_shot,
     split_by_class,
 )
-from diht_jax.evaluation.fewshot.linear_probe import (
+from diht_jax.evaluation.linear_probe import (
     LabelledEmbeddings,
     ProbeSettings,
     fit_probes,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from diht_jax.evaluation.fewshot.linear_probe import (
+from diht_jax.evaluation.linear_probe import (
     LabelledEmbeddings,
     ProbeSettings,
     fit_probes,
@@ -108,7 +108,7 @@ def test_settings_and_draws_together_equal_one_by_one():
 def test_blocks_change_nothing(monkeypatch):
     train, start = _examples(9, 37), np.zeros((6, 3), np.float32)
     whole = fit_probes([train], train, start, [ProbeSettings(3.0, 1.0)], num_steps=60)
-    monkeypatch.setattr("diht_jax.evaluation.fewshot.linear_probe._MOST_EXAMPLES_A_BLOCK", 8)
+    monkeypatch.setattr("diht_jax.evaluation.linear_probe._MOST_EXAMPLES_A_BLOCK", 8)
     blocks = fit_probes([train], train, start, [ProbeSettings(3.0, 1.0)], num_steps=60)
     np.testing.assert_allclose(blocks.weights, whole.weights, atol=1e-5)
     assert blocks.accuracy == whole.accuracy

@@ -22,7 +22,7 @@ from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
 from diht_jax.evaluation.embedding.entries import Entries
-from diht_jax.evaluation.fewshot.linear_probe import (
+from diht_jax.evaluation.linear_probe import (
     FittedProbes,
     LabelledEmbeddings,
     ProbeSettings,

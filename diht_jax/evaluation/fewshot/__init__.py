@@ -1,1 +1,0 @@
-"""Few-shot linear probing from prompts."""
