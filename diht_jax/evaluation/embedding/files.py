@@ -6,14 +6,12 @@ The `.json` of a part is written last, and the part is complete with it.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +21,13 @@ from diht_jax.evaluation.embedding.encoding import Batching, encode_images, enco
 from diht_jax.evaluation.embedding.entries import Entry
 from diht_jax.evaluation.embedding.inputs import (
     PICTURES,
-    PartReader,
+    CountedEntries,
     ShardParts,
+    entries_bar,
     list_inputs,
+    make_parts,
     shares_of,
 )
-from diht_jax.evaluation.sources.registry import count_shards
 from diht_jax.progress import ProgressBar
 from diht_jax.readers import registry
 from diht_jax.readers.base import SourceShard
@@ -137,27 +136,22 @@ def _embed_shard(
     model: Any, share: ShardParts, output: str, options: EmbedOptions, bar: ProgressBar
 ) -> Iterator[dict[str, Any]]:
     """Yields the statistics of this task's parts of a shard; makes those that are missing."""
-    reader: PartReader | None = None
-    for part in itertools.count():
-        is_own = part % share.step == share.first
-        stem = f"{output}/embeddings-{share.number:05d}-{part:05d}"
-        stats = read_stats(f"{stem}.json")
-        if is_own and stats is not None:
-            bar.update(stats["entries"])
-        elif is_own:
-            reader = reader or PartReader(share.shard)
-            if not reader.seek(part * options.shard_size) and part:
-                return  # another task has the last part, and has not finished it yet
-            counted = CountedEntries(reader.take(options.shard_size), bar)
-            stats = _embed_part(model, counted, stem, options)
-            stats |= {"entries": counted.count, "is_last": reader.is_exhausted()}
-            stats |= {"source": str(share.shard), "shard": share.number, "part": part}
-            # Last, since its presence means that the part is finished.
-            files.write_bytes(f"{stem}.json", (json.dumps(stats, indent=1) + "\n").encode())
-        if is_own:
-            yield stats
-        if stats is not None and stats["is_last"]:
-            return
+
+    def stem(part: int) -> str:
+        return f"{output}/embeddings-{share.number:05d}-{part:05d}"
+
+    def make(part: int, entries: CountedEntries, is_last: Callable[[], bool]) -> dict[str, Any]:
+        stats = _embed_part(model, entries, stem(part), options)
+        stats |= {"entries": entries.count, "is_last": is_last()}
+        stats |= {"source": str(share.shard), "shard": share.number, "part": part}
+        # Last, since its presence means that the part is finished.
+        files.write_bytes(f"{stem(part)}.json", (json.dumps(stats, indent=1) + "\n").encode())
+        return stats
+
+    def find(part: int) -> dict[str, Any] | None:
+        return read_stats(f"{stem(part)}.json")
+
+    return make_parts(share, options.shard_size, find, make, bar)
 
 
 def _embed_part(
@@ -303,27 +297,3 @@ def read_object(path: str) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object ({error}); delete it") from error
-
-
-@contextlib.contextmanager
-def entries_bar(shards: Sequence[SourceShard]) -> Iterator[ProgressBar]:
-    """A bar over the entries of all shards; their number may be an estimate until the end."""
-    with ProgressBar(unit="pair", dynamic_ncols=True, total=count_shards(shards)) as bar:
-        yield bar
-        bar.total = bar.n
-        bar.refresh()
-
-
-class CountedEntries(Iterator[Entry]):
-    """Counts what is taken from an iterator, and shows it."""
-
-    def __init__(self, entries: Iterator[Entry], bar: ProgressBar):
-        """Wraps the entries; `count` is the number taken."""
-        self._entries, self._bar = entries, bar
-        self.count = 0
-
-    def __next__(self) -> Entry:
-        entry = next(self._entries)
-        self.count += 1
-        self._bar.update(1)
-        return entry

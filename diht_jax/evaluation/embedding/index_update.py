@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -14,8 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diht_jax.evaluation.embedding.encoding import Batching, encode_images
-from diht_jax.evaluation.embedding.files import CountedEntries, check_settings, entries_bar
-from diht_jax.evaluation.embedding.inputs import PICTURES, PartReader, ShardParts, shares_of
+from diht_jax.evaluation.embedding.files import check_settings
+from diht_jax.evaluation.embedding.inputs import (
+    PICTURES,
+    CountedEntries,
+    ShardParts,
+    entries_bar,
+    make_parts,
+    shares_of,
+)
 from diht_jax.evaluation.embedding.picture_index import (
     DTYPES,
     Part,
@@ -196,19 +202,12 @@ class _Updater:
     def _add_shard(self, share: ShardParts, bar: ProgressBar) -> None:
         """Adds this process's parts of a shard that are missing."""
         done = {manifest["part"]: manifest for manifest in self._parts_of(share.shard)}
-        reader: PartReader | None = None
-        for part in itertools.count():
-            found = done.get(part)
-            if part % share.step == share.first and found is not None:
-                bar.update(found["entries"])
-            elif part % share.step == share.first:
-                reader = reader or PartReader(share.shard)
-                if not reader.seek(part * PART_ROWS) and part:
-                    return
-                entries = CountedEntries(reader.take(PART_ROWS), bar)
-                found = self._add_part(share.shard, part, entries, reader.is_exhausted, [])
-            if found is not None and found["is_last"]:
-                return
+
+        def make(part: int, entries: CountedEntries, is_last: Callable[[], bool]) -> dict[str, Any]:
+            return self._add_part(share.shard, part, entries, is_last, [])
+
+        for _ in make_parts(share, PART_ROWS, done.get, make, bar):
+            pass
 
     def _add_pictures(self, share: ShardParts, bar: ProgressBar) -> None:
         """Adds this process's share of the pictures of a folder that are new or changed."""

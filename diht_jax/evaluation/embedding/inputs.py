@@ -6,14 +6,17 @@ index, and what an interruption can cost.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from diht_jax.evaluation.embedding.entries import Entry, Unit
+from diht_jax.evaluation.sources.registry import count_shards
+from diht_jax.progress import ProgressBar
 from diht_jax.readers import image_folder, registry
 from diht_jax.readers.base import SourceShard, image_files
 
@@ -96,7 +99,67 @@ def input_units(shards: Sequence[SourceShard]) -> list[Unit]:
     return units
 
 
-class PartReader:
+@contextlib.contextmanager
+def entries_bar(shards: Sequence[SourceShard]) -> Iterator[ProgressBar]:
+    """A bar over the entries of all shards; their number may be an estimate until the end."""
+    with ProgressBar(unit="pair", dynamic_ncols=True, total=count_shards(shards)) as bar:
+        yield bar
+        bar.total = bar.n
+        bar.refresh()
+
+
+class CountedEntries(Iterator[Entry]):
+    """Counts what is taken from an iterator, and shows it."""
+
+    def __init__(self, entries: Iterator[Entry], bar: ProgressBar):
+        """Wraps the entries; `count` is the number taken."""
+        self._entries, self._bar = entries, bar
+        self.count = 0
+
+    def __next__(self) -> Entry:
+        entry = next(self._entries)
+        self.count += 1
+        self._bar.update(1)
+        return entry
+
+
+def make_parts(
+    share: ShardParts,
+    size: int,
+    find: Callable[[int], dict[str, Any] | None],
+    make: Callable[[int, CountedEntries, Callable[[], bool]], dict[str, Any]],
+    bar: ProgressBar,
+) -> Iterator[dict[str, Any]]:
+    """Yields the manifests of one process's parts of a shard, and makes those that are missing.
+
+    Args:
+        share: the parts.
+        size: entries a part.
+        find: number of a part -> its manifest with "entries" and "is_last"; None where it is
+            missing.
+        make: makes a part of its number, its entries, and a function that tells when they are taken
+            whether the shard has no more; returns the manifest.
+        bar: over the entries.
+    """
+    reader: _PartReader | None = None
+    for part in itertools.count():
+        is_own = part % share.step == share.first
+        manifest = find(part)
+        if is_own and manifest is not None:
+            bar.update(manifest["entries"])
+        elif is_own:
+            reader = reader or _PartReader(share.shard)
+            if not reader.seek(part * size) and part:
+                return  # another process has the last part, and has not finished it yet
+            entries = CountedEntries(reader.take(size), bar)
+            manifest = make(part, entries, reader.is_exhausted)
+        if is_own:
+            yield manifest
+        if manifest is not None and manifest["is_last"]:
+            return
+
+
+class _PartReader:
     """Reads a shard part by part, forwards; skipped pictures of a folder stay closed."""
 
     def __init__(self, shard: SourceShard):
