@@ -53,6 +53,10 @@ def main(queries: list[str]) -> None:
     """Searches for the queries that stand on the command line."""
     given = flags.FLAGS
     command_line.require_flags("model")
+    if queries and not given.output.endswith((".html", ".htm")):
+        raise ValueError(
+            f"--output={given.output}: the page is HTML; expected a name that ends in .html"
+        )
     if given.serve and not given.index:
         raise ValueError("--serve searches an index: give --index=FOLDER, and --input to make it")
     if not given.index:
@@ -142,7 +146,11 @@ def _search_index(queries: list[str]) -> None:
         )
         logging.info(
             "%s: %d pictures added, %d removed, %d as before; left out: %s",
-            *(given.index, update.added, update.removed, update.kept, update.dropped or "none"),
+            given.index,
+            update.added,
+            update.removed,
+            update.kept,
+            update.dropped or "none",
         )
     if not distributed.is_first():
         return

@@ -145,12 +145,7 @@ def draw_matches(
         path: of the HTML file.
         title: heading of the page.
         note: text below it.
-
-    Raises:
-        ValueError: the path is not of an HTML file.
     """
-    if not os.fspath(path).endswith((".html", ".htm")):
-        raise ValueError(f"--output={path}: the page is HTML; expected a name that ends in .html")
     uris = {place: thumbnail(picture) for place, picture in pictures.items()}
     queries = [
         (
