@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diht_jax.evaluation.benchmarks import Number, all_numbers, describe_missing
 from diht_jax.evaluation.bootstrap import LEVEL, paired_samples, percentile_interval
 from diht_jax.evaluation.results import (
     LETTERS,
@@ -22,7 +23,6 @@ from diht_jax.evaluation.results import (
     format_value,
     metric_of,
 )
-from diht_jax.evaluation.suite_means import Number, all_numbers, describe_missing
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diht_jax.evaluation.suite_means import suite_means
+from diht_jax.evaluation.benchmarks import suite_means
 from diht_jax.storage.files import write_bytes
 
 if TYPE_CHECKING:

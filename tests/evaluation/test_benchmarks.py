@@ -14,13 +14,14 @@ from diht_jax.evaluation.benchmarks import (
     DATACOMP,
     TASKS_BY_NAME,
     datacomp_folder,
+    datacomp_numbers,
     datacomp_source,
     main_metrics,
+    suite_means,
 )
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.protocols.winogavil import cue_prompt, jaccard_index
 from diht_jax.evaluation.results import format_results
-from diht_jax.evaluation.suite_means import datacomp_numbers, suite_means
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from tests.make import write_tar

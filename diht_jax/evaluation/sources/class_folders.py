@@ -166,16 +166,15 @@ def stored_class_units(url: str) -> Units | None:
     The sorted sub-folders are the classes, numbered from 0; the order of the pictures is that of a
     local folder.
 
+    Args:
+        url: of the folder.
+
     Returns:
         None where the URL does not name such a folder: a reader knows it or a file in it, or no
         sub-folder has a picture.
     """
     root = url.rstrip("/")
-    if (
-        not is_remote(url)
-        or _is_read_otherwise(url)
-        or any(map(_is_read_otherwise, find_inputs(root)))
-    ):
+    if _is_read_otherwise(url) or any(map(_is_read_otherwise, find_inputs(root))):
         return None
     system, path = open_system(root)
     start = len(system.unstrip_protocol(path).rstrip("/")) + 1

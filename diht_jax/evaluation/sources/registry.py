@@ -34,6 +34,7 @@ from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.readers import parquet, registry
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.schema import Pair
+from diht_jax.storage.stores import is_remote
 
 BENCHMARK, ANNOTATIONS, WINOGROUND = "clip_benchmark", "annotations", "winoground"
 
@@ -137,7 +138,7 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
         layout = LAYOUTS[kind]
         _refuse_options(source, options, layout.options)
         return layout.units(rest, **options)
-    if (units := class_folders.stored_class_units(source)) is not None:
+    if is_remote(source) and (units := class_folders.stored_class_units(source)) is not None:
         _refuse_options(source, options, ())
         return units
     shards = registry.list_shards(source, **{"rows_per_shard": _TABLE_ROWS_PER_UNIT, **options})
