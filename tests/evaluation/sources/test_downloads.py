@@ -4,7 +4,6 @@ What fetches a file is replaced by a program that copies it from a folder; all e
 stands, but for our own command: its tasks are parsed, and the entries of their sources are read.
 """
 
-import io
 import json
 import os
 import pathlib
@@ -14,13 +13,11 @@ import shlex
 import stat
 import subprocess
 import sys
-import tarfile
 import textwrap
 import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, resolve_label
 from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
@@ -31,6 +28,7 @@ from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.base import Skipped
+from tests.make import encoded, plain, write_tar
 
 _PAGE = pathlib.Path(__file__).parents[3] / "docs" / "evaluation_sets.md"
 _FETCH = 'for last; do :; done; cp "$DOWNLOADS/${last##*/}" .'
@@ -49,17 +47,7 @@ _PROGRAMS = {
 
 
 def _jpeg(value):
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def _tar(path, members, mode="w"):
-    with tarfile.open(path, mode) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    return encoded(plain((value, 0, 0), (8, 8)), "JPEG")
 
 
 def _zip(path, members):
@@ -91,14 +79,14 @@ def _birdsnap(folder):
         "birdsnap/get_birdsnap.py": b"",
         "birdsnap/species.txt": b"",
     }
-    _tar(folder / "birdsnap.tgz", lists, "w:gz")
+    write_tar(folder / "birdsnap.tgz", lists, "w:gz")
     (folder / "Acadian_Flycatcher").mkdir()
     (folder / "Acadian_Flycatcher" / "299764.jpg").write_bytes(_jpeg(1))
 
 
 def _country211(folder):
     names = ("country211/test/AD/1.jpg", "country211/test/ZW/2.jpg", "country211/train/AD/3.jpg")
-    _tar(folder / "country211.tgz", {name: _jpeg(i) for i, name in enumerate(names)}, "w:gz")
+    write_tar(folder / "country211.tgz", {name: _jpeg(i) for i, name in enumerate(names)}, "w:gz")
 
 
 def _ucf101(folder):
@@ -130,7 +118,7 @@ def _voc2007(folder):
         first, second = states.get(name, (-1, -1))
         text = f"000001 {first:2d}\n000002 {second:2d}\n"
         members[f"{root}/ImageSets/Main/{name}_test.txt"] = text.encode()
-    _tar(folder / "VOCtest_06-Nov-2007.tar", members)
+    write_tar(folder / "VOCtest_06-Nov-2007.tar", members)
 
 
 def _open_images(folder):
@@ -147,13 +135,13 @@ def _open_images(folder):
     (folder / "class-descriptions-boxable.csv").write_bytes(names)
     images = ("0001eeaf4aed83f9", "0004886b7d043cfd")
     pictures = {f"validation/{name}.jpg": _jpeg(1) for name in images}
-    _tar(folder / "validation.tar.gz", pictures, "w:gz")
+    write_tar(folder / "validation.tar.gz", pictures, "w:gz")
 
 
 def _flickr30k(folder):
     names = ("1007129816", "1009434119")
     pictures = {f"flickr30k-images/{name}.jpg": _jpeg(1) for name in names}
-    _tar(folder / "flickr30k-images.tar.gz", pictures, "w:gz")
+    write_tar(folder / "flickr30k-images.tar.gz", pictures, "w:gz")
 
 
 def _albef(folder):
@@ -174,7 +162,7 @@ def _albef(folder):
         "answer_list": ["down", "up"],
     }
     members = {f"data/{name}.json": json.dumps(rows).encode() for name, rows in files.items()}
-    _tar(folder / "data.tar.gz", members, "w:gz")
+    write_tar(folder / "data.tar.gz", members, "w:gz")
     _zip(folder / "val2014.zip", {"val2014/COCO_val2014_000000262148.jpg": _jpeg(1)})
 
 
