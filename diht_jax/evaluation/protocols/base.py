@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
-from typing import Protocol as Interface
 
 import numpy as np
 
@@ -140,27 +139,9 @@ class Measured:
     result: Any = None
 
 
-class Run(Interface):
-    """Measures a task.
-
-    Args:
-        model: to be measured.
-        task: its kind is that of the protocol.
-        entries: of the task's source; consumed once, in order.
-        batching: for `encode_images` and `encode_texts`.
-
-    Raises:
-        ValueError: the entries do not hold what the protocol needs.
-    """
-
-    def __call__(
-        self,
-        model: EmbeddingModel,
-        task: Task,
-        entries: Iterable[Pair | Skipped],
-        batching: Batching,
-    ) -> Measured:
-        """See the class."""
+# Measures a task. The entries are those of the task's source, consumed once, in order; what they
+# lack for the protocol is a ValueError.
+Run = Callable[[EmbeddingModel, Task, Iterable[Pair | Skipped], Batching], Measured]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,6 @@ from diht_jax.evaluation.protocols.classification import zero_shot_classifier
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
-_SCORES_AT_ONCE = 4096
 _RECALL_POINTS = 10  # and recall 0
 
 
@@ -207,12 +206,7 @@ def score_labels(
 
     encoded = encode_images(model, pairs, describe, batching)
     classifier = zero_shot_classifier(model.encode_text, names, templates, batching)
-    scores = np.concatenate(
-        [
-            encoded.image_emb[start : start + _SCORES_AT_ONCE] @ classifier.T
-            for start in range(0, len(encoded.image_emb), _SCORES_AT_ONCE)
-        ]
-    )
+    scores = encoded.image_emb @ classifier.T
     targets, ignored = np.zeros(scores.shape, bool), np.zeros(scores.shape, bool)
     for row, (labels, ignored_labels, counted) in enumerate(encoded.notes):
         if counted is not None:
