@@ -31,6 +31,7 @@ OTHER_FLAGS = {
     *("recurse", "zone", "user", "python", "seed", "allow-existing"),
     *("target", "tag", "gpus", "volume", "privileged", "net"),
     *("no-sign-request", "repo-type", "local-dir", "logdir", "help"),
+    *("shm-size",),
 }
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=page_name)
