@@ -26,7 +26,7 @@ from ml_collections import config_flags
 
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import job as filter_job
-from data_prep.filtering import metadata, replay
+from data_prep.filtering import replay
 from data_prep.jobs.engine import ENGINES
 from data_prep.jobs.failures import Failures
 from data_prep.steps.captions import caption_limits
@@ -115,8 +115,7 @@ def run_filter(
         # On all nodes the same folder, whatever folder a worker runs in.
         config.spotter.cache = os.path.abspath(config.spotter.cache)
     replay.set_quantile_limit(config)
-    run = metadata.run if config.metadata_only else filter_job.run
-    return run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
+    return filter_job.run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
 
 
 def _optional_keys() -> ml_collections.ConfigDict:

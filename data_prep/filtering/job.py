@@ -1,17 +1,18 @@
-"""A whole filter job: the parts, one per input shard, then the output shards and the report.
+"""Runs a filter job: makes the parts, one for each input, then the output and its report.
 
 The folder of the output:
 
-    parts/       what was filtered of every input shard: records (removed in the end), statistics,
-                 samples and time; with config.examples_per_shard=None the parts lie in the folder
-                 itself, and are the output
-    *.tfrecord   the records of all parts, in shards of equal size (`resharding`); or *.array_record
-                 or *.tar, as config.output_format has it
-    dataset.index  where the records of all shards lie (`diht_jax.data.index`)
+    parts/         filtered input shards: records (removed in the end), decisions, statistics,
+                   samples and times; with config.examples_per_shard=None the parts are in the
+                   folder itself, and are the output
+    *.tfrecord     the records of all parts, in shards of equal size (`resharding`); or
+                   *.array_record or *.tar, as config.output_format has it
+    dataset.index  where the records of all shards are (`diht_jax.data.index`)
     stats.json, report.json, report.html, kept_keys.txt, kept_uids.npy
     dataset_info.json, features.json; for tars sizes.json
 
-What is done to a pair belongs in `shard`.
+Where config.metadata_only is set, rows of tables are filtered without images: the kept rows of
+`INPUT.parquet` are `OUTPUT/INPUT.parquet` (`rows`). What is done to a pair belongs in `chain`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,23 @@ from data_prep.decisions import lists, table
 from data_prep.decisions.noise_scores import format_noise_table
 from data_prep.decisions.report import REPORT, Report, gather, get_funnel, read_report
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import parts, resharding, reuse
-from data_prep.filtering.resharding import Part
+from data_prep.filtering import plan, previous_records, resharding
+from data_prep.filtering.plan import Job
+from data_prep.filtering.rows import filter_rows
+from data_prep.filtering.shard import filter_shard
 from data_prep.jobs import manifest, shards
+from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import engine_options, print_failures, run_pending
-from data_prep.jobs.failures import Failures, Survey, is_unfinished, survey, with_output
-from data_prep.jobs.packed import PackedList
+from data_prep.jobs.failures import (
+    Failures,
+    Survey,
+    is_unfinished,
+    run_noting_failures,
+    survey,
+    with_output,
+)
+from data_prep.jobs.shards import ShardTask
 from data_prep.reports.page import PAGE, write_report
-from data_prep.sources import list as source_list
 from data_prep.steps.registry import active_steps
 from diht_jax.records import dataset_info
 from diht_jax.records.formats.registry import FORMATS
@@ -51,23 +61,20 @@ def run(
     overwrite: bool = False,
 ) -> Failures:
     """Does what is not done yet; arguments and errors as of `data_prep.filter.run_filter`."""
-    folder = source_list.check_folder(config.output)
-    inputs = source_list.list_inputs(config.input, config.source)
-    source_list.check_not_input(folder, (found.shard for found in inputs))
-    for step in active_steps(config):
-        step.check_inputs(config, inputs)
-    tasks = parts.plan_parts(config, inputs, folder, overwrite)
-    del inputs  # the tasks have them
-    mine = source_list.shards_of_task(tasks, task_index, num_tasks)
-    done = parts.settle_changes(config, tasks, mine, folder, overwrite)
-    failures = parts.filter_parts(config, mine, done, folder, engine)
-    finish = functools.partial(_finish, config, tasks, mine, folder, engine)
-    result, missing = finish(failures, done, has_begun=len(done) < len(mine))
+    job = plan.plan_job(config, task_index, num_tasks, engine, overwrite)
+    done = plan.find_done(job, overwrite)
+    pending = [task for task in job.mine if task.output not in done]
+    logging.info("%d shards, %d of them done before", len(job.mine), len(job.mine) - len(pending))
+    if pending:
+        plan.forget_output(job.folder)
+    _remove_temporary_files(job, [os.path.basename(task.output) for task in job.mine])
+    failures = filter_parts(job, pending)
+    result, missing = _finish(job, failures, done, has_begun=bool(pending))
     if missing:
-        again = _filter_again(config, missing, mine, engine)
+        again = _filter_again(job, missing)
         if again:
             return Failures(print_failures(failures | again))
-        result, missing = finish(failures, {}, has_begun=False)
+        result, missing = _finish(job, failures, {}, has_begun=False)
     if missing:
         print(f"{len(missing)} shards are read again by other jobs; run the command again")
         error = "its records are missing"
@@ -75,153 +82,18 @@ def run(
     return print_failures(result)
 
 
-def _finish(
-    config: ml_collections.ConfigDict,
-    tasks: Sequence[shards.ShardTask],
-    mine: Sequence[shards.ShardTask],
-    folder: str,
-    engine: str,
-    failures: Failures,
-    known: Mapping[str, dict[str, Any]],
-    *,
-    has_begun: bool,
-) -> tuple[Failures, list[shards.ShardTask]]:
-    """Writes the output if all jobs are done and no other job has written it.
-
-    Args:
-        config: of the job.
-        tasks, mine: of all jobs, and of this one.
-        folder: of the output.
-        engine: one of `engine.ENGINES`.
-        failures: of this job.
-        known: of `survey`.
-        has_begun: whether this job had parts to filter.
-
-    Returns:
-        The failures to report, and the tasks that must be filtered again before there is output.
-    """
-    with locks.leader_lock(folder):
-        if has_begun and (merged := parts.read_written(config, tasks, folder)) is not None:
-            print(f"{folder}: another job has written the output")
-            return with_output(failures, merged.get("failed", ())), []
-        found = survey(tasks, known)
-        if is_unfinished(config.max_failed_shards, found, len(tasks)):
-            report_unfinished(config, found, folder, has_all=len(mine) == len(tasks))
-            return failures, []
-        not_made: dict[str, str] = {}
-        if config.examples_per_shard is None:
-            _describe_parts(config, found, folder)
-        else:
-            planned = plan_output(config, found.parts, folder)
-            unwritten = _find_unwritten(planned)
-            if missing := _records_missing(found.parts, unwritten, folder):
-                return failures, missing
-            not_made = _reshard(config, tasks, found, planned, unwritten, folder, engine)
-        if not_made:
-            return Failures(failures | not_made), []
-        return with_output(failures, found.failed), []
+def filter_parts(job: Job, pending: Sequence[ShardTask]) -> Failures:
+    """Filters some inputs; failures are noted next to their parts."""
+    function = filter_rows if job.config.metadata_only else filter_shard
+    work = functools.partial(function, config=job.config, steps=active_steps(job.config))
+    options = engine_options(job.config, job.engine)
+    options |= {"label": "filter", "after_death": after_death}
+    return run_noting_failures(work, pending, options)
 
 
-def merge_parts(config: ml_collections.ConfigDict, found: Survey) -> Report:
-    """The report of the parts that are done, at least one."""
-    job = {
-        "input": config.input,
-        "output": config.output,
-        "settings": filter_config.record_settings(config),
-        "config_hash": found.parts[0][0].config_hash,
-        "failed": found.failed,
-        "shards": len(found.parts),
-    }
-    return gather(
-        [task.output for task, _ in found.parts],
-        [job],
-        samples_per_outcome=config.samples_per_outcome,
-        report_samples=config.report_samples,
-        clean_label=config.clean_label,
-    )
-
-
-def report_unfinished(
-    config: ml_collections.ConfigDict, found: Survey, folder: str, *, has_all: bool
-) -> None:
-    """Prints the funnel of the parts that are done, where no output can be written.
-
-    Once no part is waited for, the report is written as well: it lists what has failed.
-
-    Args:
-        config: of the job.
-        found: the parts; of none there is nothing to report.
-        folder: of the output.
-        has_all: whether this job has the parts of all jobs.
-    """
-    if not found.parts or (found.waiting and not has_all):
-        return
-    report = merge_parts(config, found)
-    print_funnel(report)
-    if not found.waiting:
-        write_report(folder, report)
-        print(f"what the shards that are done gave: {folder}/{PAGE}")
-
-
-def print_funnel(report: Report) -> None:
-    """The funnel, what img2dataset counted, and the filters against known noise."""
-    if report["download"]:
-        d = report["download"]
-        print(
-            f"img2dataset: {d['count']:,} rows, {d['successes']:,} downloaded, "
-            f"{d['failed_to_download']:,} failed to download, {d['failed_to_resize']:,} to resize"
-        )
-    print(get_funnel(report).format_table())
-    for warning in report["warnings"]:
-        logging.warning("%s", warning)
-    if report["measures"]["labels"]:
-        print()
-        print(format_noise_table(report["measures"]["labels"], report["clean_label"]))
-
-
-def plan_output(
-    config: ml_collections.ConfigDict, parts: Sequence[Part], folder: str
-) -> Sequence[resharding.BalancedShard]:
-    """The output shards that all parts together make."""
-    return resharding.plan_shards(
-        parts,
-        folder,
-        dataset=config.dataset_name,
-        split=config.split,
-        examples_per_shard=config.examples_per_shard,
-        output_format=config.output_format,
-    )
-
-
-def _reshard(
-    config: ml_collections.ConfigDict,
-    tasks: Sequence[shards.ShardTask],
-    found: Survey,
-    planned: Sequence[resharding.BalancedShard],
-    unwritten: Sequence[resharding.BalancedShard],
-    folder: str,
-    engine: str,
-) -> dict[str, str]:
-    """Makes the output shards of the parts; what could not be made, by source, comes back."""
-    if unwritten or not _is_described(config, tasks, folder):
-        failures = _write_output(config, found, planned, unwritten, folder, engine)
-        if failures:
-            return failures
-    _show(folder, len(planned))
-    reuse.remove_previous(folder)
-    if not config.keep_parts:
-        resharding.remove_records(parts.parts_folder(config, folder), tasks)
-    return {}
-
-
-def _filter_again(
-    config: ml_collections.ConfigDict,
-    missing: Sequence[shards.ShardTask],
-    mine: Sequence[shards.ShardTask],
-    engine: str,
-) -> dict[str, str]:
+def _filter_again(job: Job, missing: Sequence[ShardTask]) -> Failures:
     """Filters parts whose records were cleaned away, or damaged, and are wanted once more."""
-    outputs = {task.output for task in mine}
+    outputs = {task.output for task in job.mine}
     again = [task for task in missing if task.output in outputs]
     if again:
         logging.warning(
@@ -230,130 +102,186 @@ def _filter_again(
             len(again),
             again[0].source,
         )
-    return parts.run_filter(config, again, engine)
+    return filter_parts(job, again)
 
 
-def _records_missing(
-    found: Sequence[Part], unwritten: Sequence[resharding.BalancedShard], folder: str
-) -> list[shards.ShardTask]:
-    """Parts whose records are needed for an output shard, or for the lists, and are nowhere."""
-    _, missing = reuse.find_records(found, unwritten, folder)
-    if not files.exists(files.join(folder, lists.KEYS_FILE)):
-        where = files.join(folder, resharding.PARTS)
-        present = set(files.list_names(where, lambda name: name.endswith(table.SUFFIX)))
-        for task, _ in found:
-            if os.path.basename(task.output) + table.SUFFIX not in present:
-                missing.add(task.output)
-    return [task for task, _ in found if task.output in missing]
+def _finish(
+    job: Job, failures: Failures, known: Mapping[str, dict[str, Any]], *, has_begun: bool
+) -> tuple[Failures, list[ShardTask]]:
+    """Writes the output if all jobs are done and no other job is writing it.
+
+    Args:
+        job: at its end.
+        failures: of this job.
+        known: output -> statistics that were read before.
+        has_begun: whether this job had parts to filter.
+
+    Returns:
+        The failures to report, and the tasks that must be filtered again before there is output.
+    """
+    with locks.leader_lock(job.folder):
+        # A job that had parts to filter has removed older statistics of the whole.
+        if has_begun and (merged := plan.read_written(job)) is not None:
+            print(f"{job.folder}: another job has written the output")
+            return with_output(failures, merged.get("failed", ())), []
+        found = survey(job.tasks, known)
+        if is_unfinished(job.config.max_failed_shards, found, len(job.tasks)):
+            _report_unfinished(job, found)
+            return failures, []
+        if job.is_resharded:
+            not_made, missing = _write_resharded(job, found)
+            if missing or not_made:
+                return Failures(failures | not_made), missing
+        else:
+            _write_parts(job, found)
+        return with_output(failures, found.failed), []
 
 
-def _find_unwritten(
-    planned: Sequence[resharding.BalancedShard],
-) -> Sequence[resharding.BalancedShard]:
+def _report_unfinished(job: Job, found: Survey) -> None:
+    """Prints the funnel of the parts that are done, where no output can be written.
+
+    Once no part is waited for, the report is written as well: it lists what has failed.
+    """
+    has_all = len(job.mine) == len(job.tasks)
+    if not found.parts or (found.waiting and not has_all):
+        return
+    report = _gather(job, found)
+    print_funnel(report)
+    if not found.waiting:
+        write_report(job.folder, report)
+        print(f"what the shards that are done gave: {job.folder}/{PAGE}")
+
+
+def _write_resharded(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTask]]:
+    """Makes the output shards of the parts, as far as they are not there.
+
+    Returns:
+        Output shards that could not be made, with the reason; and the parts that must be filtered
+        again, since records of theirs are nowhere.
+    """
+    planned = resharding.plan_shards(found.parts, job.folder, job.config)
     written = resharding.load_written(planned)
-    missing = (s for s, stats in zip(planned, written, strict=True) if stats is None)
-    return PackedList(missing, per_block=1)
+    unwritten = [shard for shard, stats in zip(planned, written, strict=True) if stats is None]
+    is_described = not unwritten and _is_described(job)
+    if not is_described:
+        located, missing = previous_records.find_records(found.parts, unwritten, job.folder)
+        missing |= _find_undecided(job, found)
+        if missing:
+            return {}, [task for task, _ in found.parts if task.output in missing]
+        report = _gather_some(job, found)
+        shards.remove_merged(job.folder)
+        located = previous_records.move_aside(located, job.folder)
+        resharding.remove_stale_shards(job.folder, planned, job.config.output_format)
+        _remove_temporary_files(job, [os.path.basename(shard.output) for shard in planned])
+        lists.write_lists(job.folder, lists.read_kept(task.output for task, _ in found.parts))
+        options = engine_options(job.config, job.engine) | {"label": "re-shard"}
+        failures = run_pending(resharding.write_shard, located, **options)
+        if failures:
+            return failures, []
+        outputs = [stats["output"] for stats in resharding.load_written(planned)]
+        _describe_output(job, found, outputs, report)
+    _show(job, len(planned))
+    previous_records.remove_previous(job.folder)
+    if not job.config.keep_parts:
+        resharding.remove_records(job.parts_folder, job.tasks)
+    return {}, []
 
 
-def _is_described(
-    config: ml_collections.ConfigDict, tasks: Sequence[shards.ShardTask], folder: str
-) -> bool:
+def _write_parts(job: Job, found: Survey) -> None:
+    """Describes a folder whose parts are the output."""
+    # As training reads them, which is the order of their names.
+    is_table = job.config.metadata_only
+    parts = found.parts if is_table else sorted(found.parts, key=lambda part: part[0].output)
+    if not _is_described(job):
+        report = _gather(job, found) if is_table else _gather_some(job, found)
+        shards.remove_merged(job.folder)
+        _remove_temporary_files(job, [])
+        lists.write_lists(job.folder, lists.read_kept(task.output for task, _ in parts))
+        _describe_output(job, found, [stats["output"] for _, stats in parts], report)
+    _show(job, len(parts))
+
+
+def _find_undecided(job: Job, found: Survey) -> set[str]:
+    """Outputs of the parts whose decisions are missing."""
+    names = files.list_names(job.parts_folder, lambda name: name.endswith(table.SUFFIX))
+    present = {name.removesuffix(table.SUFFIX) for name in names}
+    return {t.output for t, _ in found.parts if os.path.basename(t.output) not in present}
+
+
+def _remove_temporary_files(job: Job, outputs: Sequence[str]) -> None:
+    """Removes what killed runs have left of some outputs, and of what describes the whole."""
+    shards.remove_temporary_files(job.folder, [*outputs, *plan.MERGED_FILES])
+    described = [*outputs, filter_config.SETTINGS, manifest.NAME]
+    shards.remove_temporary_files(job.parts_folder, described)
+    if job.config.metadata_only:
+        shards.remove_temporary_files(files.join(job.folder, table.FOLDER), outputs)
+
+
+def _is_described(job: Job) -> bool:
     """Whether the files are there that describe the output of these parts as a whole."""
-    described = _described_by(config)
-    names = (shards.MERGED_STATS, REPORT, PAGE, *described)
-    if not all(files.exists(files.join(folder, name)) for name in names):
-        return False
-    merged = shards.read_json(files.join(folder, shards.MERGED_STATS))
-    return parts.layout(merged) == {"inputs": len(tasks)} | parts.layout(config)
+    names = (REPORT, PAGE, lists.KEYS_FILE, *_described_by(job.config))
+    is_there = all(files.exists(files.join(job.folder, name)) for name in names)
+    return is_there and plan.read_written(job) is not None
 
 
 def _described_by(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """The files that describe the shards of a config to other programs."""
+    if config.metadata_only:
+        return ()
     if FORMATS[config.output_format].tfds_name is None:
         return (dataset_info.SIZES,)
     # To TFDS the shards of a data set are numbered.
     return () if config.examples_per_shard is None else dataset_info.FILES
 
 
-def _write_output(
-    config: ml_collections.ConfigDict,
-    found: Survey,
-    planned: Sequence[resharding.BalancedShard],
-    unwritten: Sequence[resharding.BalancedShard],
-    folder: str,
-    engine: str,
-) -> dict[str, str]:
-    """Re-shards, then writes all that describes the whole folder."""
-    report = _merge_some(config, found, folder)
-    shards.remove_merged(folder)
-    located, missing = reuse.find_records(found.parts, unwritten, folder)
-    if missing:
-        return dict.fromkeys(sorted(missing), "its records are missing; run the command again")
-    located = reuse.move_aside(located, folder)
-    resharding.remove_stale_shards(folder, planned, config.output_format)
-    names = [os.path.basename(shard.output) for shard in planned]
-    shards.remove_temporary_files(folder, [*names, *parts.MERGED_FILES])
-    described = [filter_config.SETTINGS, manifest.NAME]
-    shards.remove_temporary_files(files.join(folder, resharding.PARTS), described)
-    lists.write_lists(folder, lists.read_kept(task.output for task, _ in found.parts))
-    options = engine_options(config, engine) | {"label": "re-shard"}
-    failures = run_pending(resharding.write_shard, located, **options)
-    if failures:
-        return failures
-    outputs = [stats["output"] for stats in resharding.load_written(planned)]
-    _describe_output(config, found, outputs, folder, report)
-    return {}
+def _gather(job: Job, found: Survey) -> Report:
+    """The report of the parts that are done, at least one."""
+    described = {
+        "input": job.config.input,
+        "output": job.config.output,
+        "settings": filter_config.record_settings(job.config),
+        "config_hash": job.tasks[0].config_hash,
+        "failed": found.failed,
+        "shards": len(found.parts),
+    }
+    return gather(
+        [task.output for task, _ in found.parts],
+        [described],
+        samples_per_outcome=job.config.samples_per_outcome,
+        report_samples=job.config.report_samples,
+        clean_label=job.config.clean_label,
+    )
 
 
-def _describe_parts(config: ml_collections.ConfigDict, found: Survey, folder: str) -> None:
-    """Writes all that describes a folder whose parts are the output."""
-    # As training reads them, which is the order of their names.
-    ordered = sorted(found.parts, key=lambda part: part[0].output)
-    names = (shards.MERGED_STATS, REPORT, PAGE, lists.KEYS_FILE, *_described_by(config))
-    if not all(files.exists(files.join(folder, name)) for name in names):
-        report = _merge_some(config, found, folder)
-        shards.remove_merged(folder)
-        described = [filter_config.SETTINGS, manifest.NAME, *parts.MERGED_FILES]
-        shards.remove_temporary_files(folder, described)
-        lists.write_lists(folder, lists.read_kept(task.output for task, _ in ordered))
-        outputs = [stats["output"] for _, stats in ordered]
-        _describe_output(config, found, outputs, folder, report)
-    _show(folder, len(ordered))
-
-
-def _merge_some(config: ml_collections.ConfigDict, found: Survey, folder: str) -> Report:
+def _gather_some(job: Job, found: Survey) -> Report:
     """The report of the parts.
 
     Raises:
         ValueError: no pair was kept.
     """
-    report = merge_parts(config, found)
+    report = _gather(job, found)
     if not report["counts"]["kept"]:
         print_funnel(report)
-        write_report(folder, report)
+        write_report(job.folder, report)
         raise ValueError(
-            f"none of the {report['counts']['read']} pairs of '{config.input}' was kept; the "
-            f"reasons are in the table above, examples in {folder}/{PAGE}"
+            f"none of the {report['counts']['read']} pairs of '{job.config.input}' was kept; the "
+            f"reasons are in the table above, examples in {job.folder}/{PAGE}"
         )
     return report
 
 
 def _describe_output(
-    config: ml_collections.ConfigDict,
-    found: Survey,
-    outputs: Sequence[Mapping[str, Any]],
-    folder: str,
-    report: Report,
+    job: Job, found: Survey, outputs: Sequence[Mapping[str, Any]], report: Report
 ) -> None:
     """Writes report and index, what other programs need, and the merged statistics last.
 
     Args:
-        config: of the job.
+        job: at its end.
         found: the parts.
         outputs: "file", "records" and "bytes" of every output shard, in order.
-        folder: of the output.
         report: of the parts.
     """
+    config, folder = job.config, job.folder
     write_report(folder, report)
     described = _described_by(config)
     if dataset_info.SIZES in described:
@@ -369,12 +297,14 @@ def _describe_output(
             description=f"Image-text pairs of {config.input}, by data_prep.filter.",
             file_format=FORMATS[config.output_format].tfds_name,
         )
-    shards.write_index(folder, [files.join(folder, output["file"]) for output in outputs])
+    if not config.metadata_only:
+        shards.write_index(folder, [files.join(folder, output["file"]) for output in outputs])
     merged = {
         "config": filter_config.record_settings(config),
         "input": config.input,
-        "config_hash": found.parts[0][1]["config_hash"],
-        "inputs": len(found.parts) + len(found.failed),
+        "config_hash": job.tasks[0].config_hash,
+        "output_id": job.output_id,
+        "inputs": len(job.tasks),
         "examples_per_shard": config.examples_per_shard,
         "output_format": config.output_format,
         "shards": len(outputs),
@@ -386,8 +316,26 @@ def _describe_output(
     shards.write_json(files.join(folder, shards.MERGED_STATS), merged)
 
 
-def _show(folder: str, num_shards: int) -> None:
-    report = read_report(folder)
+def print_funnel(report: Report) -> None:
+    """Prints the funnel, what img2dataset counted, and the filters against known noise."""
+    if d := report["download"]:
+        print(
+            f"img2dataset: {d['count']:,} rows, {d['successes']:,} downloaded, "
+            f"{d['failed_to_download']:,} failed to download, {d['failed_to_resize']:,} to resize"
+        )
+    print(get_funnel(report).format_table())
+    for warning in report["warnings"]:
+        logging.warning("%s", warning)
+    if report["measures"]["labels"]:
+        print()
+        print(format_noise_table(report["measures"]["labels"], report["clean_label"]))
+
+
+def _show(job: Job, num_shards: int) -> None:
+    report = read_report(job.folder)
     print_funnel(report)
-    kept = report["counts"]["kept"]
-    print(f"{kept:,} pairs in {num_shards} shards: {folder}; look at {folder}/{PAGE}")
+    unit, shard = ("rows", "files") if job.config.metadata_only else ("pairs", "shards")
+    print(
+        f"{report['counts']['kept']:,} {unit} in {num_shards} {shard}: {job.folder}; look at "
+        f"{job.folder}/{PAGE}"
+    )

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 
 from data_prep.captions.mentions import (
@@ -31,7 +32,6 @@ from data_prep.decisions.table import decisions_path
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from data_prep.jobs.fingerprint import LOCATION_SUFFIX
-from data_prep.jobs.packed import PackedList
 from diht_jax.input import decode
 from diht_jax.records import schema
 from diht_jax.records.dataset_info import shard_name
@@ -46,6 +46,7 @@ from diht_jax.storage.copies import local_copy
 from diht_jax.storage.stores import BLOCK_BYTES, is_remote, read_range
 
 PARTS = "parts"
+PREVIOUS = "previous"  # below the folder of the parts: output shards of an earlier plan
 
 Part = tuple[shards.ShardTask, Mapping[str, Any]]  # with its statistics
 
@@ -70,7 +71,7 @@ class Slice:
         path: of the part.
         start, stop: numbers of the records.
         part_hash: of what the part's records are.
-        pieces: where the records lie, if not in the part; see `reuse`.
+        pieces: where the records are, if not in the part; see `previous_records`.
     """
 
     path: str
@@ -103,29 +104,20 @@ class BalancedShard:
 
     @property
     def stats_path(self) -> str:
-        """Where its statistics lie."""
+        """Path of its statistics."""
         return self.output + shards.STATS_SUFFIX
 
 
 def plan_shards(
-    parts: Sequence[Part],
-    folder: str,
-    *,
-    dataset: str,
-    split: str,
-    examples_per_shard: int,
-    output_format: str = "tfrecord",
-) -> Sequence[BalancedShard]:
+    parts: Sequence[Part], folder: str, config: ml_collections.ConfigDict
+) -> list[BalancedShard]:
     """Divides the records of all parts among output shards.
 
     Args:
         parts: tasks with their statistics, in order.
         folder: of the output.
-        dataset: first part of the names.
-        split: second part of the names.
-        examples_per_shard: the target; the number of shards is that of all records divided by it,
-            rounded up.
-        output_format: of the output shards, one of `formats.registry.FORMATS`.
+        config: of the filter. The number of shards is that of all records divided by
+            `examples_per_shard`, rounded up.
 
     Returns:
         One shard at least.
@@ -134,7 +126,7 @@ def plan_shards(
     records = np.fromiter(counts, np.int64, len(parts))
     ends = np.cumsum(records)
     total = int(ends[-1]) if len(ends) else 0
-    count = max(1, -(-total // examples_per_shard))
+    count = max(1, -(-total // config.examples_per_shard))
     with_concepts = all(CONCEPTS_SUFFIX in stats["output"]["beside"] for _, stats in parts)
 
     def plan(number: int) -> BalancedShard:
@@ -147,33 +139,24 @@ def plan_shards(
             start, stop = max(first - offset, 0), min(last - offset, int(records[i]))
             if start < stop:
                 slices.append(Slice(task.output, start, stop, hash_part(stats)))
-                taken.append((stats, start, stop))
-        name = shard_name(dataset, split, number, count, FORMATS[output_format].suffix)
-        plan_hash = hash_plan(taken, output_format, with_concepts=with_concepts)
+                taken.append([_identify(stats), start, stop])
+        suffix = FORMATS[config.output_format].suffix
+        name = shard_name(config.dataset_name, config.split, number, count, suffix)
+        plan_hash = shards.hash_config(
+            {
+                "output_format": config.output_format,
+                "slices": taken,
+                "with_concepts": with_concepts,
+            }
+        )
         return BalancedShard(files.join(folder, name), tuple(slices), plan_hash, with_concepts)
 
-    return PackedList(map(plan, range(count)), per_block=1)
+    return [plan(number) for number in range(count)]
 
 
 def hash_part(stats: Mapping[str, Any]) -> str:
     """A short hash of what the records of a part are."""
     return shards.hash_config(_identify(stats))
-
-
-def hash_plan(
-    slices: Sequence[tuple[Mapping[str, Any], int, int]], output_format: str, *, with_concepts: bool
-) -> str:
-    """The hash of an output shard: of its parts by their statistics, and of what it takes of each.
-
-    Args:
-        slices: statistics of a part, first record, last one (exclusive).
-        output_format: as of `plan_shards`.
-        with_concepts: whether the parts have files of concepts.
-    """
-    rows = [[_identify(stats), start, stop] for stats, start, stop in slices]
-    return shards.hash_config(
-        {"output_format": output_format, "slices": rows, "with_concepts": with_concepts}
-    )
 
 
 def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
@@ -184,7 +167,7 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
         report: called with the number of records that are done, now and then.
 
     Returns:
-        Its statistics, as they lie beside it.
+        Its statistics, as in their file.
 
     Raises:
         ValueError: a part is damaged or gone.

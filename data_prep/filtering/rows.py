@@ -1,10 +1,14 @@
-"""Filtering of one unit of a table without its images: rows in, the kept rows out as they came.
+"""Filtering of tables without their images: rows in, the kept rows out as they came.
 
-What decides about a row belongs in `steps`, the units and what describes a folder in `metadata`.
+C and A need no images, so that a list of URLs can be filtered before anybody downloads them (DiHT,
+arXiv 2301.02280, "Complexity, Action, and Text-spotting"; the order is ours). Rows are written as
+they came: the same columns and types in parquet, the same bytes in jsonl.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -19,17 +23,22 @@ from data_prep.filtering.chain import Chain
 from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.crash_search import CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
+from data_prep.sources import list as source_list
 from data_prep.steps.base import Candidate, Step
 from diht_jax.readers.base import Skipped, SourceShard, clean_text, parse_json_object, pick_captions
 from diht_jax.readers.parquet import explain_errors, open_parquet
+from diht_jax.readers.registry import list_shards
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
-from diht_jax.storage.stores import open_file
+from diht_jax.storage.stores import is_remote, open_file
 
 PARQUET = "parquet"  # the kind of its units
+JSONL_SUFFIX = ".jsonl"
 
 _BATCH_ROWS = 2048
 _WRITTEN_ROWS = 2**16  # of a row group
+# Of a parquet file in a store a unit has so many bytes at least: every unit reads the footer, too.
+_STORE_UNIT_BYTES = 2**26
 
 
 def filter_rows(
@@ -42,7 +51,7 @@ def filter_rows(
     """Does one task: filters the rows of one unit.
 
     Args:
-        task: a unit of `metadata.list_units`, and the file that its kept rows go to.
+        task: a unit of `list_units`, and the file that its kept rows go to.
         report: called with the number of rows that are done, now and then.
         config: of `config.default_config`.
         steps: of `steps.registry.active_steps`.
@@ -207,3 +216,78 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
         return parse_json_object(line.decode("utf-8-sig"))
     except ValueError as error:
         return str(error)
+
+
+def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[SourceShard]:
+    """Divides tables into units of about `rows_per_shard` rows.
+
+    Args:
+        pairs: `config.input`: parquet and jsonl files, globs or folders of them.
+        source: config section of `sources.list.default_source`.
+
+    Returns:
+        Units of a jsonl file are ranges of its bytes, those of a parquet file of its row groups.
+
+    Raises:
+        ValueError: nothing is found, another kind of file is named, or the column of captions is
+            missing.
+    """
+    if not pairs:
+        raise ValueError("config.input is not set: expected parquet or jsonl files with captions")
+    options = source.to_dict() | {"image_column": None}  # no images are read
+    units = []
+    for text in source_list.typed_texts(pairs):
+        for unit in list_shards(text, **options):
+            if unit.kind == PARQUET:
+                units += _list_row_groups(unit.path, source)
+            elif unit.kind == "table" and unit.path.endswith(JSONL_SUFFIX):
+                # Outputs of earlier runs name the column that the config has.
+                own = {**unit.options, "image_column": source.image_column}
+                units.append(dataclasses.replace(unit, options=own, reads_linked=False))
+            else:
+                raise ValueError(
+                    f"{unit}: config.metadata_only filters tables of captions; expected .parquet "
+                    "or .jsonl files"
+                )
+    return units
+
+
+def name_outputs(units: Sequence[SourceShard]) -> list[str]:
+    """File names of the outputs: those of the inputs, with a number for each of several units."""
+    of_path = collections.Counter(unit.path for unit in units)
+    number_of: collections.Counter[str] = collections.Counter()
+    names = []
+    for unit in units:
+        stem, suffix = os.path.splitext(os.path.basename(unit.path))
+        number = f"-{number_of[unit.path]:05d}" if of_path[unit.path] > 1 else ""
+        number_of[unit.path] += 1
+        names.append(f"{stem}{number}{suffix}")
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{len(repeated)} names occur in several input folders, such as '{repeated[0]}'; "
+            "filter one folder at a time"
+        )
+    return names
+
+
+def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[SourceShard]:
+    file = open_parquet(path, (0, 0))
+    names = file.schema_arrow.names
+    for column in (source.caption_column, source.key_column):
+        if column is not None and column not in names:
+            raise ValueError(
+                f"{path}: no column '{column}'; found {', '.join(names)}; set "
+                "config.source.caption_column or config.source.key_column"
+            )
+    start, rows, num_bytes, first_row = 0, 0, 0, 0
+    least_bytes = _STORE_UNIT_BYTES if is_remote(path) else 0
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        rows += group.num_rows
+        num_bytes += sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+        is_last = number + 1 == file.metadata.num_row_groups
+        if (rows >= source.rows_per_shard and num_bytes >= least_bytes) or is_last:
+            options = {"first_row": first_row}
+            yield SourceShard(PARQUET, path, start, number + 1, options)
+            start, rows, num_bytes, first_row = number + 1, 0, 0, first_row + rows

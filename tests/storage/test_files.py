@@ -5,7 +5,7 @@ import errno
 import fsspec
 import pytest
 
-from data_prep.filtering import stale_outputs
+from data_prep.filtering.config import SETTINGS
 from data_prep.filtering.resharding import BalancedShard, load_written
 from data_prep.jobs import manifest
 from data_prep.jobs.fingerprint import read_location
@@ -57,14 +57,14 @@ def test_an_object_that_cannot_be_read_is_not_taken_for_missing(tmp_path):
         assert files.read_object(str(path)) == value
     task = ShardTask(None, str(tmp_path / "part"), "hash")
     shard = BalancedShard(str(tmp_path / "part"), (), "hash", False)
-    for name in (f"part{STATS_SUFFIX}", manifest.NAME, stale_outputs.SETTINGS):
+    for name in (f"part{STATS_SUFFIX}", manifest.NAME, SETTINGS):
         (tmp_path / name).write_text("{}")
     for read in (
         lambda: files.read_object(str(path)),
         lambda: read_stats(task),
         lambda: next(load_written([shard])),
         lambda: manifest.read_manifest(str(tmp_path)),
-        lambda: stale_outputs._read_settings(str(tmp_path)),
+        lambda: files.read_object(str(tmp_path / SETTINGS)),
         lambda: read_location(str(path)),
     ):
         with FailingDisk(tmp_path, 10**9).mounted(), pytest.raises(StorageError):

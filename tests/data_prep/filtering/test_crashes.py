@@ -63,7 +63,7 @@ def test_pairs_that_kill_their_worker_are_found_and_the_shard_goes_on(tmp_path, 
     begun = []
     start = crash_search.after_death
     monkeypatch.setattr(
-        "data_prep.filtering.parts.after_death",
+        "data_prep.filtering.job.after_death",
         lambda task, is_blamed: begun.append(is_blamed) or start(task, is_blamed),
     )
     config = job_config(pattern, tmp_path / "b", num_workers=1, **settings)

@@ -8,7 +8,7 @@ import threading
 from concurrent import futures
 
 from data_prep.filter import run_filter
-from data_prep.filtering import parts
+from data_prep.filtering import job as filter_job
 from tests.data_prep.filtering.jobs import job_config, write_tars
 
 # What this process opens while somebody listens; a hook cannot be taken away again.
@@ -52,14 +52,14 @@ def test_jobs_that_end_at_the_same_moment_read_no_more(tmp_path, monkeypatch):
     config = job_config(source, tmp_path / "out", report_samples=0, examples_per_shard=4)
     assert run_filter(job_config(source, tmp_path / "alone", examples_per_shard=4)) == {}
     all_filtered = threading.Barrier(6)
-    filter_parts = parts.filter_parts
+    filter_parts = filter_job.filter_parts
 
     def filter_and_wait(*args):
         failures = filter_parts(*args)
         all_filtered.wait(timeout=300)
         return failures
 
-    monkeypatch.setattr(parts, "filter_parts", filter_and_wait)
+    monkeypatch.setattr(filter_job, "filter_parts", filter_and_wait)
     with _listen() as opened, futures.ThreadPoolExecutor(6) as pool:
         jobs = [pool.submit(run_filter, config, number, 6) for number in range(6)]
         assert [job.result() for job in jobs] == [{}] * 6

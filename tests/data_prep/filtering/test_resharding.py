@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from data_prep.captions.mentions import ConceptLog, concept_path, read_mentions
 from data_prep.decisions.table import DecisionWriter, decisions_path
 from data_prep.filtering import resharding
+from data_prep.filtering.config import default_config
 from data_prep.jobs import shards
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.dataset_info import write_dataset_info
@@ -47,9 +48,9 @@ def _make_parts(folder: pathlib.Path, counts, offset: int = 0) -> list:
 
 
 def _plan(parts, folder: pathlib.Path, examples: int) -> list[resharding.BalancedShard]:
-    return resharding.plan_shards(
-        parts, str(folder), dataset="pairs", split="train", examples_per_shard=examples
-    )
+    config = default_config()
+    config.examples_per_shard = examples
+    return resharding.plan_shards(parts, str(folder), config)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.filter import run_filter
-from data_prep.filtering import parts
-from data_prep.sources.list import check_output, list_inputs
+from data_prep.filtering import plan
 from diht_jax.storage import files, retries
 from tests.data_prep.filtering.jobs import _NOT_COMPARED, job_config, snapshot, write_tars
 from tests.records.stores import Killed, MeteredStore
@@ -278,10 +277,9 @@ def test_inputs_are_planned_by_the_pages_of_their_listing(s3_bucket, api_calls):
     for number in range(3_000):  # without a request for each
         backend.put_object("bucket", f"many/{number:05d}.tar", b"tar")
     config = job_config(f"{s3_bucket}/many/*.tar", f"{s3_bucket}/planned")
-    inputs = list_inputs(config.input, config.source)
-    folder = check_output(config.output, [found.shard for found in inputs])
-    tasks = parts.plan_parts(config, inputs, folder, overwrite=False)
-    assert parts.settle_changes(config, tasks, tasks, folder, overwrite=False) == {}
+    job = plan.plan_job(config, 0, 1, "local", overwrite=False)
+    assert plan.find_done(job, overwrite=False) == {}
+    tasks = job.tasks
     assert len(tasks) == 3_000
     assert api_calls["ListObjectsV2"] <= 3 + 9  # 1,000 names a page
     assert api_calls["HeadObject"] <= 1 and api_calls["GetObject"] <= 2

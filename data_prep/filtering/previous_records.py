@@ -19,13 +19,10 @@ from data_prep.captions.mentions import CONCEPTS_SUFFIX
 from data_prep.filtering import resharding
 from data_prep.filtering.resharding import BalancedShard, Piece, Slice
 from data_prep.jobs import shards
-from data_prep.jobs.packed import PackedList
 from diht_jax.records.formats.registry import name_format
 from diht_jax.records.formats.shard_index import INDEX_SUFFIX
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
-
-PREVIOUS = "previous"  # below the folder of the parts
 
 # Of a tar the records do not come out as they went in.
 COPIED_FORMATS = ("tfrecord", "array_record")
@@ -63,7 +60,7 @@ def find_records(
         are nowhere.
     """
     needed = {piece.path for shard in unwritten for piece in shard.slices}
-    lost = shards.damaged_outputs(PackedList(part for part in parts if part[0].output in needed))
+    lost = shards.damaged_outputs([part for part in parts if part[0].output in needed])
     if not lost:
         return unwritten, set()
     stretches = _index_old_shards(parts, folder)
@@ -126,7 +123,7 @@ def remove_previous(folder: str) -> None:
 
 
 def _previous_folder(folder: str) -> str:
-    return files.join(folder, resharding.PARTS, PREVIOUS)
+    return files.join(folder, resharding.PARTS, resharding.PREVIOUS)
 
 
 def _previous_path(folder: str, config_hash: str, name: str) -> str:

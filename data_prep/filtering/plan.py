@@ -1,0 +1,397 @@
+"""Plans a filter job: the parts of its inputs, and what of them is done, stale, or in the way.
+
+A part is the filtered form of one input shard, named by its input. Parts are in the folder `parts`
+of the output and are re-sharded, or are the output themselves where `config.examples_per_shard` is
+None; the parts of a job on metadata alone are the filtered tables.
+
+Nothing that was made with other settings is replaced unless `--overwrite` asks for it. Parts of
+inputs that are gone or were replaced follow them by themselves while they are few: an everyday
+change costs itself, and a mistyped `config.input` costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import logging
+
+from data_prep.decisions import lists, table
+from data_prep.decisions.report import REPORT
+from data_prep.filtering import config as filter_config
+from data_prep.filtering import previous_records, resharding, rows
+from data_prep.filtering.config import SETTINGS
+from data_prep.jobs import fingerprint, manifest, shards
+from data_prep.jobs.failures import allowed_number
+from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask
+from data_prep.reports.page import PAGE
+from data_prep.sources import list as source_list
+from data_prep.steps.registry import active_steps
+from diht_jax.records import dataset_info
+from diht_jax.records.dataset_index import INDEX_NAME
+from diht_jax.records.formats.registry import FORMATS
+from diht_jax.storage import files
+
+# What describes the whole output.
+MERGED_FILES = (
+    *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
+    *(lists.KEYS_FILE, lists.UIDS_FILE, REPORT, PAGE),
+)
+
+_SHOWN = 4  # differences that an error names
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A filter job, or one job of an array.
+
+    Attributes:
+        config: of the filter.
+        folder: of the output.
+        parts_folder: of the parts.
+        tasks: the parts of all jobs, in the order of the inputs.
+        mine: the parts of this job.
+        engine: one of `engine.ENGINES`.
+    """
+
+    config: ml_collections.ConfigDict
+    folder: str
+    parts_folder: str
+    tasks: Sequence[ShardTask]
+    mine: Sequence[ShardTask]
+    engine: str
+
+    @property
+    def is_resharded(self) -> bool:
+        """Whether output shards of equal size are made of the parts."""
+        return self.parts_folder != self.folder
+
+    @property
+    def output_id(self) -> str:
+        """A hash of all that decides what the output is made of and how it is divided."""
+        return shards.hash_config(
+            {
+                "config": self.tasks[0].config_hash,
+                "examples_per_shard": self.config.examples_per_shard,
+                "output_format": self.config.output_format,
+                "parts": [os.path.basename(task.output) for task in self.tasks],
+            }
+        )
+
+
+def plan_job(
+    config: ml_collections.ConfigDict,
+    task_index: int,
+    num_tasks: int,
+    engine: str,
+    overwrite: bool,
+) -> Job:
+    """Lists the inputs and gives each its part; makes the folders.
+
+    Raises:
+        ValueError: nothing to read, nowhere to write, or the folder holds shards of others or was
+            made in another way and is not to be overwritten.
+    """
+    folder = source_list.check_folder(config.output)
+    if config.metadata_only:
+        parts_folder, tasks = folder, _plan_tables(config, folder)
+    else:
+        is_output = config.examples_per_shard is None
+        parts_folder = folder if is_output else files.join(folder, resharding.PARTS)
+        tasks = _plan_parts(config, folder, parts_folder, overwrite)
+    mine = source_list.shards_of_task(tasks, task_index, num_tasks)
+    return Job(config, folder, parts_folder, tasks, mine, engine)
+
+
+def _plan_parts(
+    config: ml_collections.ConfigDict, folder: str, parts_folder: str, overwrite: bool
+) -> Sequence[ShardTask]:
+    inputs = source_list.list_inputs(config.input, config.source)
+    source_list.check_not_input(folder, (found.shard for found in inputs))
+    for step in active_steps(config):
+        step.check_inputs(config, inputs)
+    files.make_folder(folder)
+    _settle_layout(config, folder, overwrite)
+    foreign = _find_foreign(config, folder)
+    if foreign:
+        raise ValueError(
+            f"'{folder}' holds {len(foreign)} shards that do not belong to this run, such as "
+            f"'{foreign[0]}'; choose an empty folder, or delete them"
+        )
+    return manifest.plan_parts(
+        inputs,
+        parts_folder,
+        dataset=config.dataset_name,
+        split=config.split,
+        config_hash=filter_config.hash_config(config),
+        output_format=config.output_format if parts_folder == folder else "tfrecord",
+        identity=config.input_identity,
+    )
+
+
+def _plan_tables(config: ml_collections.ConfigDict, folder: str) -> list[ShardTask]:
+    """The filtered tables of a job on metadata alone."""
+    if config.text_spotting or config.concepts:
+        raise ValueError(
+            "config.metadata_only reads no images: set config.text_spotting=False and "
+            "config.concepts=False, as configs/prep/metadata.py does"
+        )
+    units = rows.list_units(config.input, config.source)
+    if not units:
+        raise ValueError(f"config.input='{config.input}': the tables have no rows")
+    source_list.check_not_input(folder, units)
+    files.make_folder(folder)
+    config_hash = filter_config.hash_config(config)
+    return [
+        ShardTask(unit, files.join(folder, name), config_hash, config.input_identity)
+        for unit, name in zip(units, rows.name_outputs(units), strict=True)
+    ]
+
+
+def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
+    """The statistics of this job's parts that are done, by output, without counts.
+
+    Other parts are removed: those of inputs that are gone or were replaced, while they are few, and
+    those of another config, model or rules where that was asked for. The statistics of each task
+    are read once. Those of other jobs are looked at only where this job alone has more changes than
+    its share of what is allowed.
+
+    Args:
+        job: of `plan_job`.
+        overwrite: remove what has changed, however much that is.
+
+    Raises:
+        ValueError: something has changed, and it is not to be overwritten.
+    """
+    fingerprint.forget_linked()  # as an earlier run of this process saw them
+    present = set(files.list_names(job.parts_folder, _is_record_of_work))
+    done, changed, replaced = _compare(job, present)
+    names = {os.path.basename(task.output) for task in job.tasks} if present else set()
+    finished = [n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)]
+    gone = sorted(name for name in finished if name not in names)
+    if (changed or gone) and not overwrite:
+        _refuse_many(job, changed, replaced, gone, len(finished))
+    for path, reason in changed.items():
+        logging.warning("%s: made again, since this changed: %s", path, reason)
+        resharding.remove_output(path)
+    for name in gone:
+        path = files.join(job.parts_folder, name)
+        logging.warning("%s: removed, since %s is gone", path, _input_of(path) or "its input")
+        resharding.remove_output(path)
+    if changed or gone:
+        forget_output(job.folder)
+    notes = {n.removesuffix(FAILED_SUFFIX) for n in present if n.endswith(FAILED_SUFFIX)}
+    removed = [*gone, *(notes - names - set(gone))]
+    if removed:
+        below = shards.names_below(files.list_names(job.parts_folder), removed)
+        for name in below:  # lists, samples, notes
+            files.remove(files.join(job.parts_folder, name))
+    settings = filter_config.describe_settings(job.config)
+    path = files.join(job.parts_folder, SETTINGS)
+    if (files.read_object(path) or {}) != json.loads(json.dumps(settings)):
+        shards.write_json(path, settings)
+    if not job.is_resharded:  # nothing else holds these outputs
+        found = [(task, done[task.output]) for task in job.mine if task.output in done]
+        damaged = shards.damaged_outputs(found)
+        return {output: stats for output, stats in done.items() if output not in damaged}
+    if not overwrite:
+        _check_records(job, done)
+    return done
+
+
+def forget_output(folder: str) -> None:
+    """Removes what describes the whole output, before a part of it changes."""
+    for name in MERGED_FILES:
+        files.remove(files.join(folder, name))
+
+
+def read_written(job: Job) -> dict[str, Any] | None:
+    """The merged statistics of exactly these parts, if they are there; no others are read."""
+    merged = files.read_object(files.join(job.folder, shards.MERGED_STATS))
+    if merged is None or merged.get("output_id") != job.output_id:
+        return None
+    failed = files.list_names(job.parts_folder, lambda name: name.endswith(FAILED_SUFFIX))
+    return merged if len(failed) == len(merged.get("failed", ())) else None
+
+
+def _is_record_of_work(name: str) -> bool:
+    return name.endswith((STATS_SUFFIX, FAILED_SUFFIX)) and not name.startswith(".")
+
+
+def _compare(job: Job, present: set[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str], bool]:
+    """This job's finished parts, as things are now.
+
+    Returns:
+        done: output -> statistics without counts.
+        changed: output -> reason, of the others.
+        replaced: whether all of these changed by their input alone.
+    """
+    versions = filter_config.package_versions(job.config)
+    there = [task for task in job.mine if os.path.basename(task.stats_path) in present]
+    changed, replaced, done = {}, True, {}
+    for task, stats, reason in shards.check_all(there):
+        if stats is None:
+            continue
+        other_version = _explain_versions(stats, versions)
+        if reason is None and other_version is None:
+            done[task.output] = {k: v for k, v in stats.items() if k != "counts"}
+        else:
+            changed[task.output] = reason or other_version
+            is_input = other_version is None and stats.get("config_hash") == task.config_hash
+            replaced = replaced and is_input
+    return done, changed, replaced
+
+
+def _explain_versions(stats: Mapping[str, Any], versions: Mapping[str, str]) -> str | None:
+    """The package that has changed and decides; None where none has."""
+    before = stats.get("counts", {}).get("versions", {})
+    for name in filter_config.DECIDING_PACKAGES:
+        if name in before and name in versions and before[name] != versions[name]:
+            return f"{name} ({before[name]}, now {versions[name]})"
+    return None
+
+
+def _refuse_many(
+    job: Job, changed: Mapping[str, str], replaced: bool, gone: Sequence[str], finished: int
+) -> None:
+    """Raises ValueError for more changes than a job makes by itself.
+
+    Each job of an array removes what has changed of its own: together they must stay within the
+    limit.
+    """
+    limit = job.config.max_changed_shards
+    allowed = allowed_number(limit, finished)
+    spare = allowed - len(gone) - len(changed)
+    elsewhere = 0
+    if replaced and spare >= 0:
+        done_here = sum(1 for task in job.mine if files.exists(task.stats_path)) if changed else 0
+        if len(changed) <= (allowed - len(gone)) * done_here // max(finished, 1):
+            return
+        elsewhere = _count_changed_elsewhere(job, spare + 1)
+        if elsewhere <= spare:
+            return
+    text = _describe_changes(job, changed, gone, finished)
+    if (changed and replaced) or gone:
+        text += (
+            f"; config.max_changed_shards={limit:g} allows {allowed} inputs to be gone or "
+            "replaced without it"
+        )
+    if elsewhere:
+        text += f", and at least {elsewhere} of the other jobs of this array are replaced too"
+    raise ValueError(text)
+
+
+def _count_changed_elsewhere(job: Job, limit: int) -> int:
+    """How many parts of other jobs have changed; no more are looked at than `limit` of them."""
+    own = {task.output for task in job.mine}
+    checked = shards.check_all([task for task in job.tasks if task.output not in own])
+    changed = (task for task, stats, reason in checked if stats is not None and reason is not None)
+    return sum(1 for _ in itertools.islice(changed, limit))
+
+
+def _describe_changes(
+    job: Job, changed: Mapping[str, str], gone: Sequence[str], finished: int
+) -> str:
+    """What has changed, and what `--overwrite` would cost."""
+    texts = []
+    if changed:
+        reasons = list(dict.fromkeys(changed.values()))
+        text = f"'{job.parts_folder}' holds {len(changed)} shards that were made before this "
+        text += f"changed: {'; '.join(reasons[:_SHOWN])}"
+        if len(reasons) > _SHOWN:
+            text += f"; and {len(reasons) - _SHOWN} more"
+        before = files.read_object(files.join(job.parts_folder, SETTINGS)) or {}
+        now = json.loads(json.dumps(filter_config.describe_settings(job.config)))
+        differences = list(filter_config.compare_settings(before, now))
+        if differences:
+            text += f". In the config: {', '.join(differences[:_SHOWN])}"
+        texts.append(text)
+    if gone:
+        inputs = [_input_of(files.join(job.parts_folder, name)) for name in gone[:_SHOWN]]
+        named = ", ".join(f"'{path}'" for path in inputs if path)
+        texts.append(
+            f"'{job.parts_folder}' holds {len(gone)} shards whose inputs config.input no longer "
+            "names" + (f", such as {named}" if named else "")
+        )
+    kept = finished - len(changed) - len(gone)
+    return (
+        f"{'. '.join(texts)}. Choose another output, or make it right with --overwrite: "
+        f"{len(changed)} are made again, {len(gone)} removed, and {kept} stay"
+    )
+
+
+def _input_of(output: str) -> str | None:
+    found = fingerprint.read_location(output + fingerprint.LOCATION_SUFFIX)
+    return found and found["path"]
+
+
+def _check_records(job: Job, done: Mapping[str, Any]) -> None:
+    """Refuses to read finished inputs again, unasked, where their records cannot be copied.
+
+    Records of other formats are found again in the output, see `previous_records`.
+    """
+    merged = files.read_object(files.join(job.folder, shards.MERGED_STATS))
+    if merged is None or merged.get("output_id") == job.output_id:
+        return
+    if FORMATS[merged["output_format"]].suffix != ".tar":
+        return
+    present = set(files.list_names(job.parts_folder))
+    lost = [output for output in done if os.path.basename(output) not in present]
+    if lost:
+        raise ValueError(
+            f"'{job.folder}' is complete, and its inputs, config.examples_per_shard or "
+            f"config.output_format have changed: {len(lost)} input shards would have to be read "
+            "again, since records cannot be copied out of tars. Choose another output, or make it "
+            "again with --overwrite; config.keep_parts=True would have kept what is needed"
+        )
+
+
+def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bool) -> None:
+    """Refuses, or removes on request, what was made with re-sharding and now is to be without.
+
+    The same the other way round.
+    """
+    are_output = config.examples_per_shard is None
+    other = files.join(folder, resharding.PARTS) if are_output else folder
+    if not files.exists(files.join(other, SETTINGS)):
+        return
+    if not overwrite:
+        before = "a number" if are_output else "None"
+        raise ValueError(
+            f"'{folder}' was made with config.examples_per_shard={before}, now it is "
+            f"{config.examples_per_shard}: all input shards would have to be filtered again. "
+            "Choose another output, or make it again with --overwrite"
+        )
+    forget_output(folder)
+    if are_output:
+        resharding.remove_stale_shards(folder, [], config.output_format)
+        previous_records.remove_previous(folder)
+        stale = files.list_names(other)
+    else:
+        names = [entry.name for entry in manifest.read_manifest(folder)]
+        stale = shards.names_below(files.list_names(folder), names) + [manifest.NAME, SETTINGS]
+    # The settings last: until then the folder is known for what it is.
+    for name in sorted(stale, key=lambda name: name == SETTINGS):
+        files.remove(files.join(other, name))
+
+
+def _find_foreign(config: ml_collections.ConfigDict, folder: str) -> list[str]:
+    """Names of the shards in a folder that training would read, and no filter has written."""
+    if config.examples_per_shard is not None:
+        return resharding.find_foreign(folder, config.output_format)
+    suffix = re.escape(FORMATS[config.output_format].suffix)
+    named = re.compile(rf"{config.dataset_name}-{config.split}-[0-9a-f]{{16}}{suffix}")
+    present = set(files.list_names(folder))
+
+    def is_ours(name: str) -> bool:
+        # Or half-done: killed before its statistics.
+        whole = name + table.SUFFIX in present or name + STATS_SUFFIX not in present
+        return named.fullmatch(name) is not None and whole
+
+    return [n for n in shards.read_shards(folder, config.output_format) if not is_ours(n)]
