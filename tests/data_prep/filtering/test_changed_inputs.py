@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_prep import filter as command
 from data_prep.filter import run_filter
-from data_prep.filtering import shard
+from data_prep.filtering import job as filter_job
 from data_prep.jobs.manifest import read_manifest
 from data_prep.labelling.vocabulary import read_counts as read_concepts
 from diht_jax.records.dataset_index import read_table
@@ -35,13 +35,13 @@ from tests.data_prep.filtering.jobs import (
 def filtered(monkeypatch) -> list[str]:
     """Names of the inputs that were filtered, as they come."""
     found = []
-    real = shard.filter_shard
+    real = filter_job.filter_shard
 
     def filter_shard(task, report, **keywords):
         found.append(pathlib.Path(task.source.path).name)
         return real(task, report, **keywords)
 
-    monkeypatch.setattr(shard, "filter_shard", filter_shard)
+    monkeypatch.setattr(filter_job, "filter_shard", filter_shard)
     return found
 
 
