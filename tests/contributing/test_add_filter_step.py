@@ -1,18 +1,16 @@
 """The worked example of a filter step drops extreme shapes, and the report counts them."""
 
-import io
 import json
 import pathlib
-import tarfile
 
 import pytest
-from PIL import Image
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
 from data_prep.steps import registry
+from tests import make
 from tests.contributing.blocks import load_example
 from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records, snapshot
 
@@ -30,16 +28,11 @@ def example(tmp_path, monkeypatch):
 
 
 def _write_tar(path: pathlib.Path) -> str:
-    with tarfile.open(path, "w") as tar:
-        for number, (width, height, _) in enumerate(_SIZES):
-            buffer = io.BytesIO()
-            Image.new("RGB", (width, height), "red").save(buffer, "PNG")
-            caption = f"{width} by {height}".encode()
-            for extension, data in (("png", buffer.getvalue()), ("txt", caption)):
-                info = tarfile.TarInfo(f"{number}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return str(path)
+    members = {}
+    for number, (width, height, _) in enumerate(_SIZES):
+        image = make.encoded(make.plain("red", (width, height)))
+        members |= make.pair_members(str(number), f"{width} by {height}", image)
+    return make.write_tar(path, members)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
 import re
-import tarfile
 from typing import Any
 
 import ml_collections
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from PIL import Image
 
 from data_prep.filtering import config as filter_config
 from data_prep.jobs.manifest import read_manifest
@@ -23,6 +20,7 @@ from diht_jax.records.formats.registry import open_source
 from diht_jax.records.schema import Record, decode_record
 from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
+from tests import make
 
 # Of processes that start a Ray cluster. Workers start when they are needed, not one for each core
 # at once, and do not wait for every other process of the machine. That a node is gone is noticed
@@ -66,17 +64,13 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
 
 def write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
     """Webdataset tars with one picture and captions "name TAR PAIR"; the pattern of their names."""
-    folder.mkdir(exist_ok=True)
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
-    for number in range(count):
-        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-            for i in range(pairs_per_tar):
-                caption = f"name {number} {i}".encode()
-                for extension, data in (("png", buffer.getvalue()), ("txt", caption)):
-                    info = tarfile.TarInfo(f"{number}-{i}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+    image = make.encoded(make.plain("red"))
+    for tar in range(count):
+        members = [
+            make.pair_members(f"{tar}-{i}", f"name {tar} {i}", image) for i in range(pairs_per_tar)
+        ]
+        path = folder / f"{tar:05d}.tar"
+        make.write_tar(path, [pair for files in members for pair in files.items()])
     return str(folder / "*.tar")
 
 

@@ -1,6 +1,5 @@
 """Inputs that grow, shrink and change: each costs its own part, whatever lies before it."""
 
-import collections
 import contextlib
 import functools
 import json
@@ -310,23 +309,3 @@ def test_the_exit_code_shows_whether_there_is_an_output(tmp_path, monkeypatch, a
         command.main()
     assert ended.value.code == status
     assert (tmp_path / "out" / "stats.json").exists() == (status == 3)
-
-
-def test_statistics_are_read_at_most_twice_by_all_jobs_of_an_array(tmp_path, monkeypatch):
-    source, reads = write_tars(tmp_path / "in", 6, pairs_per_tar=1), collections.Counter()
-    real = files.read_bytes
-
-    def read_bytes(path):
-        if "/parts/" in path and path.endswith(".tfrecord.stats.json"):
-            reads[path] += 1
-        return real(path)
-
-    monkeypatch.setattr(files, "read_bytes", read_bytes)
-    config = job_config(source, tmp_path / "out")
-    for index in range(3):
-        assert run_filter(config, index, 3) == {}
-    assert read_counts(tmp_path / "out")["kept"] == 6
-    assert len(reads) == 6 and max(reads.values()) == 2
-    reads.clear()
-    run_filter(config)
-    assert len(reads) == 6 and max(reads.values()) == 1

@@ -1,7 +1,5 @@
 """CLIP scores: those of the model, limits by value and by quantile, and their replay."""
 
-import io
-import tarfile
 import types
 
 import jax
@@ -19,6 +17,7 @@ from data_prep.steps import clip
 from data_prep.steps.base import Candidate
 from diht_jax import load_model
 from diht_jax.records.schema import Pair
+from tests import make
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
 
 _CAPTIONS = [
@@ -48,16 +47,10 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, pictures):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.tar"
-    with tarfile.open(path, "w") as tar:
-        for number, (picture, caption) in enumerate(zip(pictures, _CAPTIONS, strict=True)):
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            for extension, data in (("png", buffer.getvalue()), ("txt", caption.encode())):
-                info = tarfile.TarInfo(f"{number}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return str(path)
+    members = {}
+    for number, (picture, caption) in enumerate(zip(pictures, _CAPTIONS, strict=True)):
+        members |= make.pair_members(str(number), caption, make.encoded(picture))
+    return make.write_tar(tmp_path_factory.mktemp("pairs") / "pairs.tar", members)
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +125,6 @@ def test_scores_of_another_model_give_no_quantile(scored, source, weights, tmp_p
 
 def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictures, expected):
     model = load_model(weights, batch_size=3)
-    buffer = io.BytesIO()
-    pictures[0].save(buffer, "PNG")
     image_emb = model.encode_image([pictures[0]] * 8)[:1]
     cosines = image_emb @ model.encode_text(_CAPTIONS).T
     limit = float(np.median(cosines))
@@ -143,8 +134,8 @@ def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictu
     step = clip.ClipStep(config, None)
     worst = _CAPTIONS[int(cosines.argmin())]
     pairs = [
-        Pair("k", buffer.getvalue(), _CAPTIONS[0], {"captions": list(_CAPTIONS)}),
-        Pair("k", buffer.getvalue(), worst, {}),
+        Pair("k", make.encoded(pictures[0]), _CAPTIONS[0], {"captions": list(_CAPTIONS)}),
+        Pair("k", make.encoded(pictures[0]), worst, {}),
         Pair("b", b"<html>", "x", {}),
     ]
     candidates = [Candidate.of(pair) for pair in pairs]

@@ -3,7 +3,6 @@
 The images are large, so that a shard takes long enough to be interrupted.
 """
 
-import io
 import json
 import os
 import pathlib
@@ -12,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 import numpy as np
@@ -22,6 +20,7 @@ from PIL import Image
 from data_prep.filter import run_filter
 from diht_jax.records.schema import decode_record
 from diht_jax.records.tfrecord import TFRecordSource
+from tests import make
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot
 from tests.waiting import wait_until
 
@@ -34,18 +33,14 @@ _LONGEST_SECS = 900  # of a command; a failure here means that it waits for ever
 def work(tmp_path_factory) -> pathlib.Path:
     """`in`: tars of large images; `undisturbed`: what a run in this process makes of them."""
     folder = tmp_path_factory.mktemp("interruptions")
-    (folder / "in").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (900, 1400, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=60)
+    image = make.encoded(Image.fromarray(pixels), "JPEG", quality=60)
     for number in range(_NUM_TARS):
-        with tarfile.open(folder / "in" / f"{number:05d}.tar", "w") as tar:
-            for i in range(_PAIRS):
-                caption = f"picture {i} of {number}".encode()
-                for extension, data in (("jpg", buffer.getvalue()), ("txt", caption)):
-                    info = tarfile.TarInfo(f"{number}-{i}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        members = {}
+        for i in range(_PAIRS):
+            caption = f"picture {i} of {number}"
+            members |= make.pair_members(f"{number}-{i}", caption, image, "jpg")
+        make.write_tar(folder / "in" / f"{number:05d}.tar", members)
     assert run_filter(_config(folder, "undisturbed")) == {}
     return folder
 

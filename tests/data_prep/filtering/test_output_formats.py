@@ -178,9 +178,7 @@ def test_another_format_needs_the_parts(work, tmp_path):
     assert run_filter(_config(work, output, "webdataset")) == {}
     assert not list(output.glob("*.tfrecord*")) and not (output / "dataset_info.json").exists()
     assert snapshot(output) == expected
-    with pytest.raises(
-        ValueError, match="1 input shards would have to be read again"
-    ):
+    with pytest.raises(ValueError, match="1 input shards would have to be read again"):
         run_filter(_config(work, output, "array_record"))
     assert snapshot(output) == expected
 

@@ -3,13 +3,11 @@
 import collections
 import io
 import json
-import tarfile
 
 import duckdb
 import numpy as np
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from data_prep.decisions import lists, table
 from data_prep.filter import run_filter
@@ -21,6 +19,7 @@ from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import Spot, Verdict
 from diht_jax.input.decode import decode_rgb
+from tests import make
 from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records
 from tests.docs.pages import REPOSITORY, python_blocks
 
@@ -79,26 +78,20 @@ class _Spotter:
 def work(tmp_path_factory):
     """An input of 132 pairs in three tars, and a function that filters it."""
     folder = tmp_path_factory.mktemp("replay")
-    (folder / "in").mkdir()
     rng = np.random.default_rng(0)
     for number in range(3):
-        with tarfile.open(folder / "in" / f"{number}.tar", "w") as tar:
-            for i in range(44):
-                captions = _CAPTIONS[rng.integers(len(_CAPTIONS))]
-                data = io.BytesIO()
-                color = (int(rng.integers(4)) * 60 + 10, 0, 0)
-                Image.new("RGB", _SIZES[rng.integers(4)], color).save(data, "PNG")
-                broken = data.getvalue()[:-20] if rng.random() < 0.1 else data.getvalue()
-                uid = f"{rng.integers(2**62):032x}"
-                metadata = {"captions": captions, "uid": uid} if len(captions) > 1 else {"uid": uid}
-                for extension, content in (
-                    ("png", broken),
-                    ("txt", captions[0].encode()),
-                    ("json", json.dumps(metadata).encode()),
-                ):
-                    info = tarfile.TarInfo(f"{number}-{i:02d}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        members = {}
+        for i in range(44):
+            captions = _CAPTIONS[rng.integers(len(_CAPTIONS))]
+            color = (int(rng.integers(4)) * 60 + 10, 0, 0)
+            data = make.encoded(make.plain(color, _SIZES[rng.integers(4)]))
+            image = data[:-20] if rng.random() < 0.1 else data
+            uid = f"{rng.integers(2**62):032x}"
+            metadata = {"captions": captions, "uid": uid} if len(captions) > 1 else {"uid": uid}
+            key = f"{number}-{i:02d}"
+            members |= make.pair_members(key, captions[0], image)
+            members[f"{key}.json"] = json.dumps(metadata).encode()
+        make.write_tar(folder / "in" / f"{number}.tar", members)
     made: dict = {}
 
     def config(name="unused", **changes):

@@ -3,11 +3,6 @@
 import collections
 import functools
 import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
 import threading
 
 import fsspec
@@ -21,7 +16,6 @@ from diht_jax.storage import files, retries
 from tests.data_prep.filtering.jobs import _NOT_COMPARED, job_config, snapshot, write_tars
 from tests.records.stores import Killed, MeteredStore
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 # What states where the output lies, or what it has cost.
 _OWN = ("stats.json", "settings.json", "dataset_info.json")
 
@@ -150,79 +144,6 @@ def test_an_input_is_added_to_array_records_in_a_store(metered, tmp_path):
     found, fresh = _snapshot("metered:///out"), _snapshot("metered:///fresh")
     assert found.keys() == fresh.keys()
     assert {n for n in found if found[n] != fresh[n]} <= set(_OWN)
-
-
-# Runs filter jobs in forked children; each stops itself first, so that somebody may wait for it.
-_JOBS = """
-import os, signal, sys
-from data_prep.filter import run_filter
-from tests.data_prep.filtering.jobs import job_config
-
-for line in sys.stdin:
-    source, output = line.split()
-    child = os.fork()
-    if not child:
-        sys.stdout = sys.stderr
-        os.kill(os.getpid(), signal.SIGSTOP)
-        failures = run_filter(job_config(source, output, examples_per_shard=6))
-        os._exit(1 if failures else 0)
-    os.waitpid(child, os.WUNTRACED)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class _Killer:
-    """Sends SIGKILL to a process when a change of the bucket that it asks for has arrived."""
-
-    def __init__(self, monkeypatch):
-        self.victim, self.changes, self.kill_at = 0, 0, 0
-        backend = pytest.importorskip("moto.s3.models").S3Backend
-        for name in ("put_object", "delete_object"):
-            monkeypatch.setattr(backend, name, self._watch(getattr(backend, name)))
-
-    def _watch(self, change):
-        def watched(*args, **kwargs):
-            self.changes += 1
-            if self.victim and self.changes == self.kill_at:
-                os.kill(self.victim, signal.SIGKILL)
-                if self.kill_at % 2:  # by turns the change is made, and is not
-                    raise RuntimeError("nobody waits for the answer")
-            return change(*args, **kwargs)
-
-        return watched
-
-
-def test_a_process_that_is_killed_while_it_writes_to_s3_goes_on(
-    tmp_path, s3_bucket, monkeypatch, hang_guard
-):
-    write_tars(tmp_path / "in", 2)
-    url = f"{s3_bucket}/killed"
-    _upload(tmp_path / "in", f"{url}/in")
-    killer, source = _Killer(monkeypatch), f"{url}/in/*.tar"
-    assert run_filter(job_config(source, f"{url}/whole", examples_per_shard=6)) == {}
-    num_changes, expected = killer.changes, _snapshot(f"{url}/whole")
-    assert num_changes > 30
-    command = [sys.executable, "-c", _JOBS]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=_REPOSITORY, text=True, **pipes) as jobs:
-        for kill_at in range(6, num_changes, num_changes // 4):
-            out = f"{url}/{kill_at}"
-            print(source, out, file=jobs.stdin, flush=True)
-            killer.victim, killer.changes, killer.kill_at = int(jobs.stdout.readline()), 0, kill_at
-            os.kill(killer.victim, signal.SIGCONT)
-            assert int(jobs.stdout.readline()) == -signal.SIGKILL
-            killer.victim = 0
-            done = {n: t for n, t in _versions(out).items() if n.endswith(".tfrecord.stats.json")}
-            assert run_filter(job_config(source, out, examples_per_shard=6)) == {}
-            found = _snapshot(out)
-            assert found.keys() == expected.keys()
-            assert {n for n in found if found[n] != expected[n]} <= {
-                "stats.json", "dataset_info.json"
-            }  # fmt: skip
-            assert done.items() <= _versions(out).items()  # what was done is not done again
-        jobs.stdin.close()
-    fsspec.filesystem("s3").rm(url, recursive=True)
 
 
 def test_a_store_that_fails_one_request_in_twenty_changes_no_byte(metered, monkeypatch):
