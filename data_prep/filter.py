@@ -114,7 +114,8 @@ def run_filter(
     if engine == "ray" and config.spotter.cache is not None:
         # On all nodes the same folder, whatever folder a worker runs in.
         config.spotter.cache = os.path.abspath(config.spotter.cache)
-    replay.set_quantile_limit(config)
+    if config.clip.quantile is not None:
+        replay.set_quantile_limit(config)
     return filter_job.run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
 
 

@@ -67,7 +67,7 @@ def run(
     logging.info("%d shards, %d of them done before", len(job.mine), len(job.mine) - len(pending))
     if pending:
         plan.forget_output(job.folder)
-    _remove_temporary_files(job, [os.path.basename(task.output) for task in job.mine])
+    _remove_half_written(job)
     failures = filter_parts(job, pending)
     result, missing = _finish(job, failures, done, has_begun=bool(pending))
     if missing:
@@ -172,7 +172,7 @@ def _write_resharded(job: Job, found: Survey) -> tuple[dict[str, str], list[Shar
         shards.remove_merged(job.folder)
         located = previous_records.move_aside(located, job.folder)
         resharding.remove_stale_shards(job.folder, planned, job.config.output_format)
-        _remove_temporary_files(job, [os.path.basename(shard.output) for shard in planned])
+        _remove_half_described(job, [os.path.basename(shard.output) for shard in planned])
         lists.write_lists(job.folder, lists.read_kept(task.output for task, _ in found.parts))
         options = engine_options(job.config, job.engine) | {"label": "re-shard"}
         failures = run_pending(resharding.write_shard, located, **options)
@@ -195,7 +195,7 @@ def _write_parts(job: Job, found: Survey) -> None:
     if not _is_described(job):
         report = _gather(job, found) if is_table else _gather_some(job, found)
         shards.remove_merged(job.folder)
-        _remove_temporary_files(job, [])
+        _remove_half_described(job, [])
         lists.write_lists(job.folder, lists.read_kept(task.output for task, _ in parts))
         _describe_output(job, found, [stats["output"] for _, stats in parts], report)
     _show(job, len(parts))
@@ -208,13 +208,19 @@ def _find_undecided(job: Job, found: Survey) -> set[str]:
     return {t.output for t, _ in found.parts if os.path.basename(t.output) not in present}
 
 
-def _remove_temporary_files(job: Job, outputs: Sequence[str]) -> None:
-    """Removes what killed runs have left of some outputs, and of what describes the whole."""
-    shards.remove_temporary_files(job.folder, [*outputs, *plan.MERGED_FILES])
-    described = [*outputs, filter_config.SETTINGS, manifest.NAME]
-    shards.remove_temporary_files(job.parts_folder, described)
+def _remove_half_written(job: Job) -> None:
+    """Removes what killed runs have left of the parts of this job."""
+    names = [os.path.basename(task.output) for task in job.mine]
+    shards.remove_temporary_files(job.parts_folder, names)
     if job.config.metadata_only:
-        shards.remove_temporary_files(files.join(job.folder, table.FOLDER), outputs)
+        shards.remove_temporary_files(files.join(job.folder, table.FOLDER), names)
+
+
+def _remove_half_described(job: Job, outputs: Sequence[str]) -> None:
+    """Removes what killed runs have left of output shards, and of what describes the whole."""
+    shards.remove_temporary_files(job.folder, [*outputs, *plan.MERGED_FILES])
+    described = [filter_config.SETTINGS, manifest.NAME]
+    shards.remove_temporary_files(job.parts_folder, described)
 
 
 def _is_described(job: Job) -> bool:
