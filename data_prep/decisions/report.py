@@ -35,7 +35,7 @@ from diht_jax.storage import files
 REPORT = "report.json"
 
 _VERSION = 3
-_BLOCK_ROWS = 2**17  # that are counted at a time
+_BLOCK_ROWS, _BLOCK_PARTS = 2**17, 256  # that are counted at a time
 _MAX_DAMAGED = 100
 _PRINTED_CHARS = 80  # of a caption
 
@@ -65,7 +65,7 @@ def gather(
     def read_parts() -> Iterator[bytes]:
         for batches, stats, times, content in _read_all(outputs):
             waiting.extend(batches)
-            if sum(map(len, waiting)) >= _BLOCK_ROWS:
+            if sum(map(len, waiting)) >= _BLOCK_ROWS or len(waiting) >= _BLOCK_PARTS:
                 counts.add(pyarrow.Table.from_batches(waiting).unify_dictionaries())
                 waiting.clear()
             facts.add(stats["counts"])
