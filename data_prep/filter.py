@@ -112,7 +112,7 @@ def run_filter(
             other than a few inputs, and `overwrite` is not set.
     """
     if engine == "ray" and config.spotter.cache is not None:
-        # On all nodes the same folder, whatever folder a worker runs in.
+        # The same folder on all nodes, also where a worker runs in another one.
         config.spotter.cache = os.path.abspath(config.spotter.cache)
     if config.clip.quantile is not None:
         replay.set_quantile_limit(config)

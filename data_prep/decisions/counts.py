@@ -1,6 +1,6 @@
 """Queries over decisions that the report shows: outcomes, histograms, names, labels.
 
-Rows are added in tables, and the sums are the same in whatever order and portions they come.
+Rows are added in tables, and the sums are the same for any order and division of the rows.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Counts:
             self._add_side(side, rows.filter(chosen))
 
     def funnel(self) -> Funnel:
-        """How many pairs ended how, and what was done to find text."""
+        """Counts of outcomes, and what was done to find text."""
         looked = self._looked
         spotting = collections.Counter(
             {
@@ -79,7 +79,7 @@ class Counts:
         return dict(sorted(self._formats.items()))
 
     def measures(self) -> dict[str, Any]:
-        """What the pairs look like, JSON-able.
+        """Histograms, frequent names and labels of the pairs, JSON-able.
 
         Returns:
             histograms: name of `BINS` -> "kept" or "dropped" -> lower end of the bin -> pairs. A

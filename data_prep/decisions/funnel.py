@@ -115,7 +115,7 @@ class Funnel:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Funnel:
-        """What `to_json` gave."""
+        """Reads the result of `to_json`."""
         outcomes: collections.Counter[tuple[str, str | None]] = collections.Counter()
         for stage, reasons in data["dropped"].items():
             outcomes.update({(stage, reason): pairs for reason, pairs in reasons.items()})

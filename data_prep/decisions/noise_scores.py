@@ -1,4 +1,4 @@
-"""How well the filters find known noise: precision and recall of each, where pairs carry a label.
+"""Precision and recall of each filter against known noise, where pairs carry a label.
 
 The config names the label with `label_field`, such as the demo's, whose data names for every pair
 what is wrong with it.
@@ -119,7 +119,7 @@ def _spell(outcome: str) -> str:
 
 
 def _order(outcome: str) -> tuple[int, int, str]:
-    """In the order in which a pair meets them."""
+    """Sort key: the order in which a pair meets the outcomes."""
     stage, _, reason = outcome.partition("/")
     stages = stage_reasons()
     known = list(stages.get(stage, ()))

@@ -113,7 +113,7 @@ def gather(
 
 
 class _Facts:
-    """What the statistics of parts state besides counts."""
+    """Facts of parts besides counts: versions, machines, downloads, damage."""
 
     def __init__(self) -> None:
         self.download: dict[str, Any] = {}
@@ -134,7 +134,7 @@ class _Facts:
             self._damaged = [*self._damaged, stated["damaged"]][:_MAX_DAMAGED]
 
     def warnings(self) -> list[str]:
-        """What a person should know before the pairs are used."""
+        """Warnings that a person should read before the pairs are used."""
         found = [
             f"shards were made with unlike versions of {name}: "
             + ", ".join(f"{v} ({count:,} shards)" for v, count in sorted(of_version.items()))

@@ -139,7 +139,7 @@ class SampleLog:
 
 
 def rank(seed: int, key: str, text: str) -> str:
-    """A random rank that belongs to a pair, whatever the order and the number of shards."""
+    """Random rank of a pair, the same for any order and number of shards."""
     data = f"{seed}\n{key}\n{text}".encode("utf-8", "replace")
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 

@@ -111,7 +111,7 @@ class DecisionWriter:
             self._tables.append(self._pack())
 
     def write(self, path: str) -> None:
-        """Writes the file; equal rows give equal bytes, in whatever order they came."""
+        """Writes the file; equal rows give equal bytes in any order."""
         table = pyarrow.concat_tables([*self._tables, self._pack()])
         order = np.argsort(np.array(self._numbers, np.int64), kind="stable")
         if (np.diff(order) != 1).any():

@@ -68,7 +68,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.drop_metadata = ("exif",)  # fields that are not worth their bytes
     c.output_format = "tfrecord"  # or "array_record", "webdataset": of the output shards
-    # About so many records make one output shard; None: each input shard makes one.
+    # Records of an output shard, about; None: each input shard makes one.
     c.examples_per_shard = 10_000
     c.keep_parts = False  # keep what was filtered of every input shard, once it was re-sharded
     # The output is written without so many failed input shards: a share below 1 (0: none; else one
@@ -188,7 +188,7 @@ def package_versions(config: ml_collections.ConfigDict) -> dict[str, str]:
 def compare_settings(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """What differs between two configs, as "image.min_side 1 -> 2"."""
+    """Differences between two configs, such as "image.min_side 1 -> 2"."""
     if not before:
         return
     for name in sorted(before.keys() | now.keys()):

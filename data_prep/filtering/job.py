@@ -60,7 +60,7 @@ def run(
     engine: str = "local",
     overwrite: bool = False,
 ) -> Failures:
-    """Does what is not done yet; arguments and errors as of `data_prep.filter.run_filter`."""
+    """Does what is not done yet; see `data_prep.filter.run_filter` for arguments and errors."""
     job = plan.plan_job(config, task_index, num_tasks, engine, overwrite)
     done = plan.find_done(job, overwrite)
     pending = [task for task in job.mine if task.output not in done]
@@ -224,7 +224,7 @@ def _remove_half_described(job: Job, outputs: Sequence[str]) -> None:
 
 
 def _is_described(job: Job) -> bool:
-    """Whether the files are there that describe the output of these parts as a whole."""
+    """True if the files are there that describe the output of these parts as a whole."""
     names = (REPORT, PAGE, lists.KEYS_FILE, *_described_by(job.config))
     is_there = all(files.exists(files.join(job.folder, name)) for name in names)
     return is_there and plan.read_written(job) is not None

@@ -69,7 +69,7 @@ class Job:
 
     @property
     def is_resharded(self) -> bool:
-        """Whether output shards of equal size are made of the parts."""
+        """True if output shards of equal size are made of the parts."""
         return self.parts_folder != self.folder
 
     @property
@@ -288,7 +288,7 @@ def _refuse_many(
 
 
 def _count_changed_elsewhere(job: Job, limit: int) -> int:
-    """How many parts of other jobs have changed; no more are looked at than `limit` of them."""
+    """Counts the changed parts of other jobs, up to `limit`."""
     own = {task.output for task in job.mine}
     checked = shards.check_all([task for task in job.tasks if task.output not in own])
     changed = (task for task, stats, reason in checked if stats is not None and reason is not None)
@@ -298,7 +298,7 @@ def _count_changed_elsewhere(job: Job, limit: int) -> int:
 def _describe_changes(
     job: Job, changed: Mapping[str, str], gone: Sequence[str], finished: int
 ) -> str:
-    """What has changed, and what `--overwrite` would cost."""
+    """Tells what has changed, and what `--overwrite` would cost."""
     texts = []
     if changed:
         reasons = list(dict.fromkeys(changed.values()))

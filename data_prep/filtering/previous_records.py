@@ -39,7 +39,7 @@ class _Stretch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _OldShard:
-    """A shard that was written by an earlier plan, and lies in the output or was moved aside."""
+    """A shard of an earlier plan, in the output or moved aside."""
 
     path: str
     stats: Mapping[str, Any]
@@ -48,7 +48,7 @@ class _OldShard:
 def find_records(
     parts: Sequence[resharding.Part], unwritten: Sequence[BalancedShard], folder: str
 ) -> tuple[Sequence[BalancedShard], set[str]]:
-    """Finds where the records of new output shards lie now.
+    """Finds where the records of new output shards are now.
 
     Args:
         parts: all of them, with their statistics.
@@ -137,7 +137,7 @@ def _move(path: str, new: str) -> None:
 
 
 def _index_old_shards(parts: Sequence[resharding.Part], folder: str) -> dict[str, list[_Stretch]]:
-    """Name of a part -> where records of it lie in old output shards, sorted."""
+    """Name of a part -> its records in old output shards, sorted."""
     stats_of = {os.path.basename(task.output): stats for task, stats in parts}
     stretches: dict[str, list[_Stretch]] = collections.defaultdict(list)
     for shard in _old_shards(folder):
@@ -174,7 +174,7 @@ def _old_shards(folder: str) -> Iterable[_OldShard]:
 def _knows_parts(
     rows: Sequence[Sequence[Any]], stats_of: Mapping[str, dict[str, Any]]
 ) -> list[bool]:
-    """Of each slice of an old shard, whether its part is still the one that it was made of."""
+    """Tells of each slice of an old shard if its part is still the one that it was made of."""
     return [
         name in stats_of and resharding.hash_part(stats_of[name]) == identity
         for name, _, _, identity in rows
@@ -182,7 +182,7 @@ def _knows_parts(
 
 
 def _cover(piece: Slice, stretches: Sequence[_Stretch]) -> tuple[Piece, ...] | None:
-    """Where all records of a slice lie, in order; None where some are nowhere."""
+    """Locates all records of a slice, in order; None if some are nowhere."""
     pieces, position = [], piece.start
     for start, stop, path, first in stretches:
         if start <= position < stop:

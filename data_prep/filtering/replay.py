@@ -124,7 +124,7 @@ class Replay:
         return self._describe({outcome: counts[code] for outcome, code in self._codes.items()})
 
     def decide(self, rows: pyarrow.RecordBatch) -> list[Outcome]:
-        """How some pairs end: stage and reason, or "not known" and the step."""
+        """Outcomes of some pairs: stage and reason, or "not known" and the step."""
         codes, names = self._decide(rows).tolist(), list(self._codes)
         return [names[code] for code in codes]
 
@@ -232,7 +232,7 @@ def score_quantiles(paths: Sequence[str], name: str, shares: Sequence[float]) ->
         shares: in [0, 1].
 
     Returns:
-        For each share the value as of `numpy.quantile` with method "inverted_cdf", of the pairs
+        For each share the value of `numpy.quantile` with method "inverted_cdf", of the pairs
         that have the score; None where none has.
     """
     found = [rows[name].drop_null().to_numpy() for p in paths for rows in read_decisions(p, [name])]

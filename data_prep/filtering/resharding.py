@@ -1,4 +1,4 @@
-"""From the parts, one per input shard, to output shards of equal size.
+"""Re-shards: the parts, one for each input shard, become output shards of equal size.
 
 It is planned when all parts are done, and every output shard is a task. The order of the records is
 that of the input, and sizes differ by one record at most. A task reads a run of consecutive records
@@ -99,7 +99,7 @@ class BalancedShard:
 
     @property
     def source(self) -> str:
-        """What it is made from, for messages."""
+        """Name of its contents, for messages."""
         return f"records for {os.path.basename(self.output)}"
 
     @property
@@ -282,7 +282,7 @@ def with_common_image(data: bytes) -> bytes:
 
 
 def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any] | None]:
-    """Of each output shard the statistics if it was written from the same parts; else None."""
+    """Statistics of each output shard that was written from the same parts; None for others."""
     if not planned:
         return
     sizes = shards.open_sizes(planned[0].output.rpartition("/")[0])
@@ -298,7 +298,7 @@ def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any] | 
 def remove_stale_shards(
     folder: str, planned: Sequence[BalancedShard], output_format: str = "tfrecord"
 ) -> None:
-    """Removes output shards of an earlier plan, in whatever format, that this one does not replace.
+    """Removes output shards of an earlier plan, in any format, that this one does not replace.
 
     Args:
         folder: of the output.
@@ -333,7 +333,7 @@ def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
 
 
 def _is_ours(path: str) -> bool:
-    """Whether re-sharding has written a shard, by its statistics."""
+    """True if re-sharding has written a shard, by its statistics."""
     stats = files.read_object(path + shards.STATS_SUFFIX) or {}
     return isinstance(stats.get("input"), dict) and "parts" in stats["input"]
 
@@ -363,7 +363,7 @@ def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
 
 
 def _identify(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """What the records of a part are, not where they were read from."""
+    """Identity of the records of a part, wherever they were read from."""
     output = stats["output"]
     found = {"config": stats["config_hash"], "records": output["records"]}
     return found | {"digest": output["digest"]}
@@ -375,7 +375,7 @@ def _read_formats(part: str) -> list[str | None]:
 
 
 def _read_mentions(piece: Piece) -> Iterator[Mentions]:
-    """What the captions of the records name, record by record."""
+    """Concepts that the captions of the records name, record by record."""
     rows = {}
     for kind in KINDS:
         names, lengths, ids = read_mentions(piece.path, kind)

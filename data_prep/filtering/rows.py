@@ -37,7 +37,7 @@ JSONL_SUFFIX = ".jsonl"
 
 _BATCH_ROWS = 2048
 _WRITTEN_ROWS = 2**16  # of a row group
-# Of a parquet file in a store a unit has so many bytes at least: every unit reads the footer, too.
+# Least bytes of a unit of a parquet file in a store: every unit reads the footer, too.
 _STORE_UNIT_BYTES = 2**26
 
 
@@ -116,7 +116,7 @@ class RowFilter:
         self._fields += self._caption_columns
 
     def filter(self, rows: Sequence[dict[str, Any] | str]) -> list[bool]:
-        """Whether each row is kept.
+        """Filters rows; True for each that is kept.
 
         Args:
             rows: in order; a text explains what is wrong with a row that could not be read.
@@ -134,7 +134,7 @@ class RowFilter:
         self._kept.update(candidate.row for candidate in candidates if is_real)
 
     def wants(self, column: str) -> bool:
-        """Whether a column is read; of a step that reads the metadata every one is."""
+        """True if a column is read; a step that reads the metadata reads every one."""
         return self._reads_all or column in self._fields
 
     def close(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _filter_parquet(
 
 
 def _compression(file: Any) -> str:
-    """That of the first column; parquet allows one for each, but writers hardly use that."""
+    """Compression of the first column; writers hardly use another for each."""
     metadata = file.metadata
     if not metadata.num_row_groups or not metadata.num_columns:
         return "snappy"

@@ -1,1 +1,1 @@
-"""What filtering and labelling report: counts, samples, and the HTML page."""
+"""HTML pages about the filter and the demo, and the command that shows reports."""

@@ -108,12 +108,12 @@ class Step:
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        """Whether the step runs; finished folders stay valid if a new step is off by default."""
+        """True if the step runs; finished folders stay valid if a new step is off by default."""
         return True
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        """What decides besides the config; hashed where the step is active."""
+        """Versions and contents that decide, besides the config; hashed if the step is active."""
         return {f"{cls.name}_rules": cls.rules_version}
 
     @classmethod
@@ -166,7 +166,7 @@ class Step:
     def find_unknown(
         cls, columns: Columns, before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
     ) -> np.ndarray:
-        """Where columns that were measured with one config do not suffice to decide by another.
+        """Finds pairs whose columns do not suffice to decide by another config.
 
         Args:
             columns: of n pairs that came to the step then.

@@ -54,7 +54,7 @@ class CaptionStep(Step):
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        """Where nothing is asked of the captions, the parser is not even loaded."""
+        """True if anything is asked of the captions; else the parser is not even loaded."""
         return _is_wanted(config) or config.metadata_only
 
     @classmethod
@@ -106,14 +106,14 @@ def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def drops_captions(config: ml_collections.ConfigDict) -> bool:
-    """Whether captions are dropped, if only by the gates."""
+    """True if captions are dropped, if only by the gates."""
     return config.complexity or config.action
 
 
 def compare_captions(
     before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
 ) -> tuple[bool, bool]:
-    """Whether fewer, and whether more of several captions may pass this step now."""
+    """Tells if fewer, and if more of several captions may pass this step now."""
     old, new = (
         tuple(caption_limits(config).values()) if drops_captions(config) else (-1, False)
         for config in (before, now)

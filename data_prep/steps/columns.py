@@ -36,21 +36,21 @@ class Columns:
         return values.astype(np.float64)
 
     def has(self, name: str) -> np.ndarray:
-        """Where a column has a value, bool [n]."""
+        """Mask of the pairs for which a column has a value, bool [n]."""
         return self._array(name).is_valid().to_numpy(zero_copy_only=False)
 
     def is_text(self, name: str, value: str) -> np.ndarray:
-        """Where a column of texts has this one, bool [n]."""
+        """Mask of the pairs for which a column has this text, bool [n]."""
         texts, codes = self.codes(name)
         return codes == texts.index(value) if value in texts else np.zeros(self._length, bool)
 
     def texts(self, name: str) -> dict[str, np.ndarray]:
-        """Each text of a column -> where it is, bool [n]."""
+        """Each text of a column -> mask of its pairs, bool [n]."""
         texts, codes = self.codes(name)
         return {text: codes == number for number, text in enumerate(texts)}
 
     def reasons(self, stage: str) -> dict[str, np.ndarray]:
-        """Each reason of a stage -> where it is, bool [n].
+        """Each reason of a stage -> mask of its pairs, bool [n].
 
         The reasons are in a column of the stage's name, or else were recorded as those of the
         stage.

@@ -133,7 +133,7 @@ class DecontaminateStep(Step):
         return {}
 
     def _find_hashed(self, candidates: Sequence[Candidate]) -> Iterator[list[_Match | None]]:
-        """What each candidate is a copy of, by its hashes; set by set, the first one last."""
+        """Finds of which picture each candidate is a copy; set by set, the first set last."""
         c = self.config.decontaminate
         if not self._sets:
             return
@@ -146,7 +146,7 @@ class DecontaminateStep(Step):
             ]
 
     def _find_embedded(self, candidates: Sequence[Candidate]) -> Iterator[list[_Match | None]]:
-        """As `_find_hashed`, by embeddings."""
+        """Does the same as `_find_hashed` by embeddings."""
         if not self._embedded:
             return
         embeddings = self._embed(candidates)
@@ -191,13 +191,13 @@ def _embedded_sets(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=64)
 def _open_set(path: str) -> precomputed.EmbeddedSet:
-    """As `precomputed.open_set`; it is kept for the next shard."""
+    """Opens a set of embeddings, and keeps it for the next shard."""
     return precomputed.open_set(path)
 
 
 @functools.lru_cache(maxsize=64)
 def _open_index(path: str) -> Index:
-    """As `open_index`; of a file in a store, too."""
+    """Opens an index, also one in a store, and keeps it for the next shard."""
     if not path.endswith(SUFFIX) or not is_remote(path):
         return open_index(path)
     with local_copy(path) as copy:

@@ -171,7 +171,7 @@ class _Parser:
         return _Term(lambda fields: fields.get(name), False, is_field=True)
 
     def _gets(self, *nodes: ast.expr) -> list[Callable[[Fields], Value]]:
-        """What computes with numbers; a text among them is a mistake."""
+        """Getters of numbers to compute with; a text among them is an error."""
         terms = [self._term(node) for node in nodes]
         if any(term.is_text for term in terms):
             raise ValueError("a text among numbers")

@@ -129,7 +129,7 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
 
 @functools.lru_cache(maxsize=4)
 def fingerprint(model: str, name: str) -> str:
-    """What changes with the model, without loading it: of a file its bytes, of a folder its files.
+    """Identifies a model without loading it: a file by its bytes, a folder by its list of files.
 
     A released model is its name: its bytes are checked when it is loaded.
 

@@ -1,4 +1,4 @@
-"""The table of filter steps. A new step is one file beside this one and one line here."""
+"""The table of filter steps. A new step is one file in this folder and one line here."""
 
 from __future__ import annotations
 
