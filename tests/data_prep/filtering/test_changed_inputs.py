@@ -280,21 +280,6 @@ def test_a_few_failures_do_not_hold_up_the_output(tmp_path, capsys):
     assert snapshot(output) == snapshot(tmp_path / "fresh")
 
 
-def test_an_input_that_is_reached_from_another_root_is_not_filtered_again(tmp_path, filtered):
-    (tmp_path / "all").mkdir()
-    source = write_tars(tmp_path / "all" / "a", 2)
-    config = job_config(source, tmp_path / "out", keep_parts=True)
-    run_filter(config)
-    write_tars(tmp_path / "all" / "b", 2)
-    filtered.clear()
-    config.input = f"{tmp_path}/all/*/*.tar"
-    assert run_filter(config) == {}
-    assert filtered == ["00000.tar", "00001.tar"]  # of b
-    assert list(part_names(tmp_path / "out")) == [
-        "a/00000.tar", "a/00001.tar", "b/00000.tar", "b/00001.tar"
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(("allowed", "status"), [(0, 1), (1, 3), (0.01, 3)])
 def test_the_exit_code_shows_whether_there_is_an_output(tmp_path, monkeypatch, allowed, status):
     source = write_tars(tmp_path / "in", 2)
