@@ -12,7 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from data_prep.captions.mentions import CONCEPTS_SUFFIX
@@ -25,7 +25,7 @@ from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
 
 # Of a tar the records do not come out as they went in.
-COPIED_FORMATS = ("tfrecord", "array_record")
+_COPIED_FORMATS = ("tfrecord", "array_record")
 
 
 class _Stretch(NamedTuple):
@@ -35,14 +35,6 @@ class _Stretch(NamedTuple):
     stop: int
     path: str
     first: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _OldShard:
-    """A shard of an earlier plan, in the output or moved aside."""
-
-    path: str
-    stats: Mapping[str, Any]
 
 
 def find_records(
@@ -140,18 +132,18 @@ def _index_old_shards(parts: Sequence[resharding.Part], folder: str) -> dict[str
     """Name of a part -> its records in old output shards, sorted."""
     stats_of = {os.path.basename(task.output): stats for task, stats in parts}
     stretches: dict[str, list[_Stretch]] = collections.defaultdict(list)
-    for shard in _old_shards(folder):
-        rows = shard.stats["input"]["parts"]
-        first, known = 0, _knows_parts(rows, stats_of)
-        for (name, start, stop, *_), is_known in zip(rows, known, strict=True):
-            if is_known:
-                stretches[name].append(_Stretch(start, stop, shard.path, first))
+    for shard, rows in _old_shards(folder):
+        first = 0
+        for name, start, stop, identity in rows:
+            # Its part may have been made anew since.
+            if name in stats_of and resharding.hash_part(stats_of[name]) == identity:
+                stretches[name].append(_Stretch(start, stop, shard, first))
             first += stop - start
     return {name: sorted(found) for name, found in stretches.items()}
 
 
-def _old_shards(folder: str) -> Iterable[_OldShard]:
-    """The whole shards of earlier plans; a move that was interrupted is finished first."""
+def _old_shards(folder: str) -> Iterable[tuple[str, list[list[Any]]]]:
+    """Path and slices of the shards of earlier plans; an interrupted move is finished first."""
     previous = _previous_folder(folder)
     for name in files.list_names(previous):
         if name.endswith(shards.STATS_SUFFIX):
@@ -163,22 +155,12 @@ def _old_shards(folder: str) -> Iterable[_OldShard]:
     for where in (folder, previous):
         for name in files.list_names(where):
             path = files.join(where, name.removesuffix(shards.STATS_SUFFIX))
-            if path.endswith(name) or name_format(path) not in COPIED_FORMATS:
+            if path.endswith(name) or name_format(path) not in _COPIED_FORMATS:
                 continue
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
                 stats = shards.read_json(files.join(where, name))
                 if stats["output"]["bytes"] == files.size(path) and stats["input"]["parts"]:
-                    yield _OldShard(path, stats)
-
-
-def _knows_parts(
-    rows: Sequence[Sequence[Any]], stats_of: Mapping[str, dict[str, Any]]
-) -> list[bool]:
-    """Tells of each slice of an old shard if its part is still the one that it was made of."""
-    return [
-        name in stats_of and resharding.hash_part(stats_of[name]) == identity
-        for name, _, _, identity in rows
-    ]
+                    yield path, stats["input"]["parts"]
 
 
 def _cover(piece: Slice, stretches: Sequence[_Stretch]) -> tuple[Piece, ...] | None:
