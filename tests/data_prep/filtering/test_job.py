@@ -83,34 +83,6 @@ def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
     assert [r.caption for r in read_records(tmp_path / "out")][9] == "NAME 1 4"
 
 
-def test_jobs_of_an_array_make_the_same_folder(tmp_path, capsys):
-    source = write_tars(tmp_path / "in", 3)
-    run_filter(job_config(source, tmp_path / "one"))
-    config = job_config(source, tmp_path / "array")
-    run_filter(config, 0, 2)
-    assert "2 of 3 shards are done" in capsys.readouterr().out
-    assert not (tmp_path / "array" / "dataset_info.json").exists()
-    run_filter(config, 1, 2)
-    assert snapshot(tmp_path / "array") == snapshot(tmp_path / "one")
-
-
-def test_a_damaged_shard_does_not_stop_the_others(tmp_path, capsys):
-    source = write_tars(tmp_path / "in", 3)
-    broken = tmp_path / "in" / "00001.tar"
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:3000])
-    config = job_config(source, tmp_path / "out", max_failed_shards=0)
-    failures = run_filter(config)
-    assert list(failures) == [str(broken)]
-    assert "cannot be read to its end" in failures[str(broken)]
-    assert f"failed: {broken}" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "stats.json").exists()
-    assert len(list((tmp_path / "out" / "parts").glob("*.tfrecord"))) == 2
-    broken.write_bytes(whole)
-    assert run_filter(config) == {}
-    assert read_counts(tmp_path / "out")["kept"] == 15
-
-
 def test_an_outage_costs_no_pair(tmp_path, capsys):
     """The disk fails behind the first picture: the shard fails, and the next run has all pairs."""
     names = [f"{number:02d}.png" for number in range(27)]
