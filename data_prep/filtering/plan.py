@@ -176,7 +176,7 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     finished = [n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)]
     gone = sorted(name for name in finished if name not in names)
     if (changed or gone) and not overwrite:
-        _refuse_many(job, changed, replaced, gone, len(finished))
+        _refuse_many(job, len(done), changed, replaced, gone, len(finished))
     for path, reason in changed.items():
         logging.warning("%s: made again, since this changed: %s", path, reason)
         resharding.remove_output(path)
@@ -258,7 +258,12 @@ def _explain_versions(stats: Mapping[str, Any], versions: Mapping[str, str]) -> 
 
 
 def _refuse_many(
-    job: Job, changed: Mapping[str, str], replaced: bool, gone: Sequence[str], finished: int
+    job: Job,
+    unchanged: int,
+    changed: Mapping[str, str],
+    replaced: bool,
+    gone: Sequence[str],
+    finished: int,
 ) -> None:
     """Raises ValueError for more changes than a job makes by itself.
 
@@ -270,8 +275,8 @@ def _refuse_many(
     spare = allowed - len(gone) - len(changed)
     elsewhere = 0
     if replaced and spare >= 0:
-        done_here = sum(1 for task in job.mine if files.exists(task.stats_path)) if changed else 0
-        if len(changed) <= (allowed - len(gone)) * done_here // max(finished, 1):
+        share = (allowed - len(gone)) * (unchanged + len(changed)) // max(finished, 1)
+        if len(changed) <= share:
             return
         elsewhere = _count_changed_elsewhere(job, spare + 1)
         if elsewhere <= spare:

@@ -109,7 +109,7 @@ class DecontaminateStep(Step):
         self._embedded = _open_embedded(config)
         c = config.decontaminate.embeddings
         self._source, self._without_embedding = source, 0
-        self._given = None if c.pairs is None else precomputed.read_of_shard(c.pairs, source)
+        self._precomputed = None if c.pairs is None else precomputed.read_of_shard(c.pairs, source)
         self._model = None if c.model is None else models.Encoder(c.model, c.batch_size)
 
     def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
@@ -160,9 +160,11 @@ class DecontaminateStep(Step):
     def _embed(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """float32 [n, d] of the pictures, of length 1; 0 where there is no embedding."""
         rows = {}
-        if self._given is not None:
+        if self._precomputed is not None:
             keys = [candidate.pair.key for candidate in candidates]
-            rows = {i: self._given[key] for i, key in enumerate(keys) if key in self._given}
+            rows = {
+                i: self._precomputed[key] for i, key in enumerate(keys) if key in self._precomputed
+            }
             self._without_embedding += len(keys) - len(rows)
         else:
             images = self._model.embed_images([candidate.pair.image for candidate in candidates])
