@@ -55,6 +55,18 @@ def test_records_at_the_old_and_at_the_new_path(tmp_path):
     assert list(TFRecordSource([tmp_path / "a.tfrecord"])) == [b"one", b"two"]
 
 
+def test_records_of_pairs(tmp_path):
+    from diht_jax.data import records
+
+    pair = records.Pair("k", b"picture", "a dog", {"label": 3})
+    with records.open_writer(tmp_path / "a.tfrecord") as writer:
+        writer.write(records.encode_record(pair))
+    source = records.open_source(records.find_shards(tmp_path))
+    found = records.decode_record(source[0])
+    assert (found.key, found.image, found.caption) == ("k", b"picture", "a dog")
+    assert dict(found.metadata) == {"label": 3}
+
+
 def test_captions():
     from data_prep.captions import CaptionGraph, Edge, parse_captions
 

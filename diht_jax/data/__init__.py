@@ -1,1 +1,1 @@
-"""Data: the record and its shards, readers of pairs, images, tokens and the input graph."""
+"""The public door to records, TFRecords, the tokenizer and the index of a data set."""

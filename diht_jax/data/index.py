@@ -5,7 +5,7 @@
 
 The folders hold TFRecord shards or webdataset tars, whoever wrote them; `data_prep.filter` and
 `data_prep.label` write the index themselves. With it, training starts by a constant number of
-requests, whatever the number of shards and processes. Run again, it looks only at shards that are
+requests for any number of shards and processes. Run again, it looks only at shards that are
 new or have another size, and takes those that are gone out of the index; `--overwrite` looks at all
 of them. What was read of a run that was stopped is kept, and not read again.
 """
@@ -18,13 +18,11 @@ import hashlib
 import os
 import pathlib
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from absl import flags, logging
 
@@ -54,12 +52,11 @@ from diht_jax.records.formats.shard_index import INDEX_SUFFIX, wrong_index
 from diht_jax.records.indexed_offsets import IndexedOffsets
 from diht_jax.records.sharded import LocalFile, RemoteFile
 from diht_jax.records.vocabulary import folder_vocabulary
-from diht_jax.storage.files import local_output, upload, write_bytes
+from diht_jax.storage.files import local_output, upload
 from diht_jax.storage.locks import lock_file
 from diht_jax.storage.stores import is_remote
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
-_PART = struct.Struct("<Q16sI")  # shard size, digest, CRC32C of the offsets
 _NAMES_SHOWN = 3
 _INDICES = {"tfrecord": tfrecord.INDEX, "tar": tar_records.INDEX}
 
@@ -91,8 +88,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "work_dir",
         None,
-        "Local folder for what was read so far; unset: a hidden one beside local shards, one in "
-        "the system's temporary folder for a store.",
+        "Local folder for what was read so far; unset: a hidden one in that of local shards, one "
+        "in the system's temporary folder for a store.",
     )
 
 
@@ -134,7 +131,7 @@ def update_index(
         num_threads: shards that are read at a time.
         overwrite: scan all shards, also those that an index describes.
         work_dir: as the flag of this name.
-        vocabulary: what all shards are labelled with, as of `Vocabulary.describe`; None looks at
+        vocabulary: what all shards are labelled with (`Vocabulary.describe`); None looks at
             their statistics, if the folder has a vocabulary.
         labels: what `labels.shards.describe_labels` states of shards of labels; None keeps what an
             older index states.
@@ -170,7 +167,7 @@ def is_indexable(path: str) -> bool:
 
 
 class _Builder:
-    """Gathers the entries of all shards, and writes the index."""
+    """Makes the entries of all shards, and writes the index."""
 
     def __init__(
         self,
@@ -181,38 +178,45 @@ class _Builder:
         trusts_shard_indices: bool,
     ):
         self._folder = folder
-        self._trusts_shard_indices = trusts_shard_indices
         self._sizes = sizes
         self._work = work
         self._old = old
-        self._entries: dict[str, ShardEntry] = {}
+        self._trusts_shard_indices = trusts_shard_indices
+        # Shards that the old index describes as they are.
+        self._rows = {
+            name: row
+            for name, row in (old.table.rows if old else {}).items()
+            if sizes.get(name) == old.table.num_bytes[row]
+        }
+        self._entries = {name: old.table.entry(row) for name, row in self._rows.items()}
 
     @property
     def entries(self) -> list[ShardEntry]:
-        """Of all shards, in their order."""
+        """The entries of all shards, in their order."""
         return [self._entries[name] for name in sorted(self._entries)]
 
     def look_at_shards(self, num_threads: int, progress: bool) -> int:
-        """Makes all entries; returns how many shards were read.
+        """Makes all entries; returns the number of shards whose records had to be found.
 
         Raises:
             ValueError: some shards cannot be read; names them.
         """
-        unread = [name for name in sorted(self._sizes) if not self._take_over(name)]
-        failures: dict[str, str] = {}
+        unknown = [name for name in sorted(self._sizes) if name not in self._entries]
+        num_read, failures = 0, {}
         pool = futures.ThreadPoolExecutor(num_threads)
         bar = ProgressBar(
             total=len(self._sizes),
-            initial=len(self._sizes) - len(unread),
+            initial=len(self._sizes) - len(unknown),
             unit="shard",
-            disable=not (progress and unread),
+            disable=not (progress and unknown),
             dynamic_ncols=True,
         )
         try:
-            running = {pool.submit(self._read, name): name for name in unread}
+            running = {pool.submit(self._look, name): name for name in unknown}
             for future in futures.as_completed(running):
                 try:
-                    self._entries[running[future]] = future.result()
+                    self._entries[running[future]], is_kept = future.result()
+                    num_read += not is_kept
                 except (ValueError, OSError) as error:
                     failures[running[future]] = str(error)
                 bar.update()
@@ -226,7 +230,7 @@ class _Builder:
                 f"indexed: {shown}{'; ...' if len(failures) > _NAMES_SHOWN else ''}. Mend them or "
                 "move them away, and run the command again; the others need not be read again"
             )
-        return len(unread)
+        return num_read
 
     def write(
         self, path: str, vocabulary: Mapping[str, Any] | None, labels: Mapping[str, Any] | None
@@ -241,27 +245,17 @@ class _Builder:
             upload(local, path)
         except OSError as error:
             raise ValueError(
-                f"{path}: cannot be written ({error}); the index lies at {local}, copy it there"
+                f"{path}: cannot be written ({error}); the index is in {local}, copy it there"
             ) from error
 
-    def _take_over(self, name: str) -> bool:
-        """Makes the entry of a shard that was read before, if it was."""
-        row = self._old.table.rows.get(name) if self._old else None
-        if row is not None and self._old.table.num_bytes[row] == self._sizes[name]:
-            self._entries[name] = self._old.table.entry(row)
-            return True
-        found = _read_part(self._part_path(name), self._sizes[name])
-        if found is None:
-            return False
-        digest, offsets = found
-        self._entries[name] = self._make_entry(name, offsets, digest)
-        return True
-
-    def _read(self, name: str) -> ShardEntry:
-        """Looks at a shard: where its records begin, and at its ends."""
-        path, size = os.path.join(self._folder, name), self._sizes[name]
-        kind, trusts = _kind_of(name), self._trusts_shard_indices
-        offsets = _INDICES[kind].find(path, size, trust_index=trusts)
+    def _look(self, name: str) -> tuple[ShardEntry, bool]:
+        """The entry of a shard, and whether an earlier run has kept its offsets."""
+        path, size, kind = os.path.join(self._folder, name), self._sizes[name], _kind_of(name)
+        offsets = self._load_kept(name)
+        is_kept = offsets is not None
+        if offsets is None:
+            trusts = self._trusts_shard_indices
+            offsets = _INDICES[kind].find(path, size, trust_index=trusts)
         file = (RemoteFile if is_remote(path) else LocalFile)(path, size)
         if file.size != size:
             raise ValueError(f"{path}: is being written; run the command again when it is done")
@@ -269,30 +263,28 @@ class _Builder:
         tail = file.read_range(max(0, size - END_BYTES), size) if size > len(head) else head
         if kind == "tfrecord" and not _fits_head(offsets, head):
             raise wrong_index(path, "it has other records")
+        if not is_kept and not (self._trusts_shard_indices and _has_own_index(path)):
+            _INDICES[kind].write(str(self._work / name), offsets, size)
         digest = digest_shard(offsets, head, tail)
-        if not (trusts and _has_own_index(path)):
-            data = offsets.astype("<u8").tobytes()
-            header = _PART.pack(size, digest.encode(), google_crc32c.value(data))
-            write_bytes(self._part_path(name), header + data)
-        return self._make_entry(name, offsets, digest)
+        return ShardEntry.of_shard(name, kind, size, offsets, digest), is_kept
 
-    def _make_entry(self, name: str, offsets: np.ndarray, digest: str) -> ShardEntry:
-        return ShardEntry.of_shard(name, _kind_of(name), self._sizes[name], offsets, digest)
+    def _load_kept(self, name: str) -> np.ndarray | None:
+        """The offsets of a shard that an earlier run has found; None where it has not."""
+        try:
+            return _INDICES[_kind_of(name)].load(str(self._work / name), self._sizes[name])
+        except (ValueError, OSError):  # damaged, or of an older shard
+            return None
 
     def _load_offsets(self, entry: ShardEntry) -> np.ndarray:
-        row = self._old.table.rows.get(entry.name) if self._old else None
-        if row is not None and self._old.table.num_bytes[row] == entry.num_bytes:
-            offsets = self._old.offsets(row)
+        if entry.name in self._rows:
+            offsets = self._old.offsets(self._rows[entry.name])
             if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
                 raise damaged(self._old.location, f"the offsets of {entry.name} are wrong")
             return offsets
-        part = _read_part(self._part_path(entry.name), entry.num_bytes)
-        if part is not None:
-            return part[1]
+        offsets = self._load_kept(entry.name)
+        if offsets is not None:
+            return offsets
         return _INDICES[entry.kind].find(os.path.join(self._folder, entry.name), entry.num_bytes)
-
-    def _part_path(self, name: str) -> pathlib.Path:
-        return self._work / f"{name}.part"
 
 
 def write_dataset_index(
@@ -308,7 +300,8 @@ def write_dataset_index(
         path: of a local file.
         entries: of all shards, in their order.
         load_offsets: uint64 [n] of an entry; called for one after the other.
-        vocabulary, labels: of `update_index`.
+        vocabulary: see `update_index`.
+        labels: see `update_index`.
 
     Raises:
         ValueError: the entries contradict each other, or a shard has changed since.
@@ -350,7 +343,7 @@ def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Iterat
         try:
             yield work
         except BaseException:
-            if not any(work.glob("*.part")):
+            if not any(work.glob(f"*{INDEX_SUFFIX}")):
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
@@ -415,21 +408,6 @@ def _fits_head(offsets: np.ndarray, head: bytes) -> bool:
 
 def _has_own_index(path: str) -> bool:
     return not is_remote(path) and os.path.exists(path + INDEX_SUFFIX)
-
-
-def _read_part(path: pathlib.Path, shard_bytes: int) -> tuple[str, np.ndarray] | None:
-    """Digest and offsets of a shard that an earlier run has read; None where it has not."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    if len(data) < _PART.size:
-        return None
-    size, digest, checksum = _PART.unpack_from(data)
-    offsets = data[_PART.size :]
-    if size != shard_bytes or google_crc32c.value(offsets) != checksum:
-        return None
-    return digest.decode(), np.frombuffer(offsets, "<u8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The shards that a data set consists of, and where their records lie.
+"""The shards that a data set consists of, and where their records begin.
 
 Where a folder has a `dataset.index`, one listing of the folder and the head of the index are all
-that is looked at, whatever the number of shards. The listing shows whether the index still fits:
+that is looked at, for any number of shards. The listing shows whether the index still fits:
 shards that are new, gone or of another size are an error. Several processes of a run can share what
 the first one has read; those that have a copy of the folder on a disk look at 24 bytes of their own
 index, so that other files are noticed.
@@ -107,7 +107,8 @@ def open_catalog(paths: Paths, kind: str | None = None, share: Share | None = No
     """Finds shards, and the indices that describe them.
 
     Args:
-        paths, kind: see `find_shards`.
+        paths: see `find_shards`.
+        kind: see `find_shards`.
         share: for a run of several processes, all of which must call. Where all shards have an
             index, the first process alone lists and reads them.
 

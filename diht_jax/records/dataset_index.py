@@ -57,11 +57,12 @@ _MAX_HEAD_BYTES = 2**36
 
 
 def digest_shard(offsets: np.ndarray, head: bytes, tail: bytes) -> str:
-    """16 hex digits of where the records of a shard lie, and of its ends.
+    """Digest of the places of a shard's records and of its ends, 16 hex digits.
 
     Args:
         offsets: uint64 [n], where the records begin.
-        head, tail: the first and the last `END_BYTES` of the shard.
+        head: the first `END_BYTES` of the shard.
+        tail: the last `END_BYTES`.
     """
     digest = hashlib.sha256(offsets.astype("<u8").tobytes())
     digest.update(head)
@@ -142,7 +143,7 @@ class ShardTable:
 
     @property
     def vocabulary(self) -> dict[str, Any] | None:
-        """What all shards are labelled with, as of `Vocabulary.describe`, where that is known."""
+        """The labels of all shards (`Vocabulary.describe`), where they are known."""
         return self.facts.get("vocabulary")
 
     @property
@@ -161,7 +162,7 @@ class ShardTable:
         return self.offsets_start + 8 * int(self.starts[-1])
 
     def digest(self, row: int) -> str:
-        """Of a shard, 16 hex digits."""
+        """The digest of a shard, 16 hex digits."""
         return f"{int(self._digests[row]):016x}"
 
     def anchor(self, row: int, group: int) -> int:
@@ -172,9 +173,12 @@ class ShardTable:
         """All that is stated of a shard."""
         anchors = self._anchors[self._anchor_starts[row] : self._anchor_starts[row + 1]]
         return ShardEntry(
-            *(self.names[row], self.kinds[row]),
-            *(int(self.num_records[row]), int(self.num_bytes[row])),
-            *(self.digest(row), anchors),
+            name=self.names[row],
+            kind=self.kinds[row],
+            num_records=int(self.num_records[row]),
+            num_bytes=int(self.num_bytes[row]),
+            digest=self.digest(row),
+            anchors=anchors,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -323,7 +327,7 @@ def encode_head(
 
     Args:
         entries: of all shards, in their order.
-        vocabulary: what they are labelled with, as of `Vocabulary.describe`.
+        vocabulary: what they are labelled with, as `Vocabulary.describe` gives it.
         labels: what `labels.shards.describe_labels` states of shards of labels.
     """
     kinds = sorted({entry.kind for entry in entries})
@@ -362,6 +366,7 @@ def _unpack_preamble(path: str, data: bytes, file_bytes: int | None) -> tuple[in
 
 
 def encode_preamble(head: bytes) -> bytes:
+    """The first bytes of an index with a given head."""
     return _PREAMBLE.pack(_MAGIC, len(head), google_crc32c.value(head), 0)
 
 

@@ -21,7 +21,7 @@ _BUT_LINE_BREAKS = re.compile(f"(?![\n\t])[{_STEERING}]")
 
 
 def escape(text: str) -> str:
-    """The text on one line, with nothing in it that a terminal acts upon.
+    r"""The text on one line, with nothing in it that a terminal acts upon.
 
     Args:
         text: any text, such as a key, a caption or a path.

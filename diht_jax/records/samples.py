@@ -17,7 +17,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
 MAX_IMAGE_BYTES = 2**28
 
-# In the metadata, beside `captions`: the kind of each caption, see `captions.py`.
+# In the metadata, next to `captions`: the kind of each caption, see `captions.py`.
 CAPTION_KINDS = "caption_kinds"
 USUAL_KIND = "alt"
 

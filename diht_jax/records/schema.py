@@ -1,4 +1,4 @@
-"""The record: one image-text pair as it lies in a shard, and its two encodings.
+"""The record: one image-text pair as a shard holds it, and its two encodings.
 
 The only contract between `data_prep` (writes) and `diht_jax` (reads). A record is a serialised
 `tf.train.Example`, so TensorFlow and TFDS read it too. Files belong in `tfrecord.py`, pixels in
@@ -56,7 +56,7 @@ class Pair:
         image: encoded bytes (JPEG, PNG, WebP, ...), untouched.
         caption: the text; the first one where an image has several.
         metadata: JSON-able side data: "captions" (all, where there are several), "label" (int or
-            str), "class_name" (str), and whatever else the source knows.
+            str), "class_name" (str), and all else that the source knows.
     """
 
     key: str
@@ -145,7 +145,7 @@ def parse_example(data: bytes) -> Mapping[str, Any]:
 
 
 def decode_fields(fields: Mapping[str, Any]) -> Record:
-    """The record in the fields of `parse_example`; errors as of `decode_record`.
+    """The record in the fields of `parse_example`; errors are those of `decode_record`.
 
     Raises:
         SampleError: a record of img2dataset without image or caption.
@@ -211,8 +211,9 @@ def check_concepts(
 
     Args:
         key: of the record, for the message.
-        ids_name, probs_name: of the two fields.
+        ids_name: name of the field of ids.
         ids: integer [k].
+        probs_name: name of the field of probabilities.
         probs: float [k].
         max_id: the largest id that is possible.
     """

@@ -35,7 +35,7 @@ class ShardedRecords(Sequence[bytes]):
     """A sequence over the records of several shards, in the order of the shards.
 
     It can be pickled, shared by threads (every read carries its own offset) and inherited by
-    forks; the number of open files is bounded, whatever the number of shards. Shards that a
+    forks; the number of open files is bounded for any number of shards. Shards that a
     `dataset.index` describes are not looked at before they are read.
 
     Attributes:
@@ -101,10 +101,11 @@ class ShardedRecords(Sequence[bytes]):
         return self.paths[number], record
 
     def extent(self, first: int, last: int) -> tuple[str, int, int]:
-        """Where the records [first, last) of one shard lie: one ranged request brings them.
+        """Finds the bytes of the records [first, last) of one shard, for one ranged request.
 
         Args:
-            first, last: in [0, len), of the same shard.
+            first: the first record, in [0, len).
+            last: the end, in the same shard.
 
         Returns:
             Path of the shard, first byte, end.
@@ -146,7 +147,7 @@ class ShardedRecords(Sequence[bytes]):
         return table.num_records.item(shard.row), shard.num_bytes, table.digest(shard.row)
 
     def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
-        """Identifies every shard without reading all of it.
+        """Identifies a shard without reading all of it.
 
         Args:
             number: of the shard, from 0; no `dataset.index` describes it.
@@ -176,10 +177,11 @@ class ShardedRecords(Sequence[bytes]):
         return self._open_shard(number).read(record)
 
     def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
-        """Where each record lies in the bytes of an extent.
+        """Cuts the bytes of an extent at its records.
 
         Args:
-            first, last: of the extent.
+            first: the first record of the extent.
+            last: its end.
             data: its bytes.
 
         Returns:
@@ -220,7 +222,8 @@ class ShardedRecords(Sequence[bytes]):
         """Cuts the bytes of an extent into elements.
 
         Args:
-            first, last: of the extent.
+            first: the first record of the extent.
+            last: its end.
             data: its bytes.
 
         Returns:
@@ -246,7 +249,7 @@ class ShardedRecords(Sequence[bytes]):
 
     def __repr__(self) -> str:
         # Grain compares it when it restores an iterator: the same data must give the same text,
-        # wherever the folder lies.
+        # in any folder.
         return (
             f"{type(self).__name__}(shards={len(self.paths)}, records={len(self)}, "
             f"digest={self._digest})"
@@ -377,7 +380,7 @@ class RemoteFile:
     """A file in a store; every read is one ranged request."""
 
     def __init__(self, path: str, num_bytes: int | None = None):
-        """Of a URL, and its size; None costs a request."""
+        """Opens nothing; a size of None costs a request."""
         self._path = path
         self.size = input_size(path) if num_bytes is None else num_bytes
 
@@ -390,7 +393,7 @@ class LocalFile:
     """An open file whose reads are tried again."""
 
     def __init__(self, path: str, num_bytes: int | None = None):
-        """Opens it, whatever size a listing stated."""
+        """Opens the file; the size that a listing stated is not believed."""
         del num_bytes
         self._path = path
         self._file = retry(self._open, path)
@@ -414,7 +417,7 @@ class LocalFile:
 
 
 def block_starts(shard_lengths: np.ndarray | Sequence[int], block_records: int) -> np.ndarray:
-    """Where blocks of consecutive records begin, none of which crosses the end of a shard.
+    """Divides shards into blocks of consecutive records; none crosses the end of a shard.
 
     Within a shard they begin at multiples of `block_records`. What is left at its end, if less than
     half a block, joins the block before.

@@ -1,4 +1,4 @@
-"""What `config.data.train` names: one data set, or several sources with weights."""
+"""The sources of `config.data.train`: one data set, or several with weights."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
 
 
 def lies_in_store(train: Any) -> bool:
-    """Whether all that `config.data.train` names lies in an object store."""
+    """Whether all that `config.data.train` names is in an object store."""
     named = [source.path for source in parse_train(train)]
     return all(
         is_remote(os.fspath(path))
@@ -98,12 +98,12 @@ def switching_steps(sources: Sequence[TrainSource]) -> list[int]:
 
 
 def weight_at(source: TrainSource, step: int) -> Fraction:
-    """The weight of a source for the batch behind so many steps."""
+    """The weight of a source after `step` updates."""
     return weight_at_step(source.weights, step)
 
 
 def weight_at_step(points: Sequence[tuple[int, Fraction]], step: int) -> Fraction:
-    """The weight that holds at a step; points as of `TrainSource.weights`."""
+    """The weight that holds at a step; see `TrainSource.weights` for the points."""
     return next(weight for first, weight in reversed(points) if first <= step)
 
 

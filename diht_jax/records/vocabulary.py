@@ -1,8 +1,8 @@
 """The vocabularies of concept distillation: which object or attribute an id of a record means.
 
-They lie beside the labelled shards, and give the student's heads their sizes. How concepts are
-chosen belongs in `data_prep.labelling.vocabulary`. One file per kind, for people as well as
-programs::
+They are files in the folder of the labelled shards, and give the student's heads their sizes. How
+concepts are chosen belongs in `data_prep.labelling.vocabulary`. One file per kind, for people as
+well as programs::
 
     # objects 0f3a5c... 312 concepts
     id<TAB>concept<TAB>count
@@ -84,7 +84,7 @@ class Vocabulary:
 
 
 def vocabulary_path(folder: str | os.PathLike[str], kind: str) -> str:
-    """Where the vocabulary of a labelled folder lies; the folder may be a URL."""
+    """Path of a vocabulary file of a labelled folder, which may be a URL."""
     return os.path.join(folder, f"vocabulary_{kind}.tsv")
 
 
@@ -104,7 +104,7 @@ def encode_concepts(part: ConceptList) -> bytes:
 
 
 def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
-    """Writes both files into a local folder; errors as of `encode_concepts`."""
+    """Writes both files into a local folder; errors are those of `encode_concepts`."""
     for part in vocabulary:
         path = pathlib.Path(vocabulary_path(folder, part.kind))
         write_bytes(path, encode_concepts(part))
@@ -126,7 +126,7 @@ def find_vocabulary(
 
     Every shard in a labelled folder is checked against the folder's vocabulary, by the hashes in
     its statistics, and all labelled folders against each other; others (records without concepts)
-    may stand beside them.
+    may be among them.
 
     Args:
         paths: as `TFRecordSource` takes them: a shard, a folder, a glob, or a list of these.
@@ -168,7 +168,8 @@ def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary |
     """The vocabulary of `config.data.train`, whose sources may have several formats.
 
     Args:
-        train, labels: `config.data.train` and `config.data.labels`.
+        train: `config.data.train`.
+        labels: `config.data.labels`.
 
     Raises:
         ValueError: as `find_vocabulary`, also of two sources that differ.
@@ -187,7 +188,8 @@ def train_vocabulary_sizes(train: Any, labels: str | None = None) -> tuple[int, 
     """`vocabulary_sizes` of the first source of `config.data.train` that has labels.
 
     Args:
-        train, labels: `config.data.train` and `config.data.labels`.
+        train: `config.data.train`.
+        labels: `config.data.labels`.
     """
     for source in map(resolve_source, parse_train(train, labels)):
         if source.labels:
@@ -216,8 +218,10 @@ def check_vocabulary(
     """Compares two results of `Vocabulary.describe`.
 
     Args:
-        found, expected: kind -> size and hash; such as those of shards and of a checkpoint.
-        found_in, expected_in: where each comes from, for the message.
+        found: kind -> size and hash, such as those of shards.
+        expected: the same of something else, such as a checkpoint.
+        found_in: where `found` comes from, for the message.
+        expected_in: where `expected` comes from.
 
     Raises:
         ValueError: they differ; names the kinds.
@@ -259,7 +263,7 @@ def folder_vocabulary(
         None where no shard is labelled.
 
     Raises:
-        ValueError: as of `find_vocabulary`.
+        ValueError: see `find_vocabulary`.
     """
     present = [exists(vocabulary_path(folder, kind)) for kind in KINDS]
     if not any(present):

@@ -370,7 +370,7 @@ def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _find_listed(system: Any, name: str) -> dict[str, Any] | None:
-    """What the listing that a file system remembers has of a file; None where it remembers none.
+    """Looks a file up in the listing that a file system remembers; None where it has none.
 
     The file system would find it too, but looks through the whole listing for each file.
     """

@@ -69,7 +69,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
 
 def read_start(url: str, num_bytes: int) -> bytes:
-    """As `read_range` from the first byte on; the file may be empty.
+    """The first bytes of a file in a store, which may be empty.
 
     Stores refuse a range of an empty file.
     """
@@ -148,15 +148,19 @@ class PositionedFile(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
+        """Always."""
         return True
 
     def seekable(self) -> bool:
+        """Always."""
         return True
 
     def tell(self) -> int:
+        """The position of the next read."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves the position; nothing is read."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         if start + offset < 0:
             raise ValueError(f"{self.name}: negative position {start + offset}")
@@ -164,6 +168,7 @@ class PositionedFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:
+        """Reads into a buffer, and keeps the failure of a read."""
         try:
             count = self._fill(buffer)
         except StorageError as error:
@@ -186,6 +191,7 @@ class LocalFile(PositionedFile):
         self.size = retry(self._measure, path)
 
     def close(self) -> None:
+        """Closes the file."""
         self._drop()
         super().close()
 
@@ -246,6 +252,7 @@ class StoreFile(PositionedFile):
         return len(part)
 
     def close(self) -> None:
+        """Gives up what is being fetched."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
@@ -289,11 +296,11 @@ class StoreFile(PositionedFile):
 class StoreEnd(StoreFile):
     """A file in a store whose last bytes are wanted, such as the directory of a zip archive.
 
-    They are one request, and what lies before them another one where it is read at all.
+    They are one request, and what comes before them another one where it is read at all.
     """
 
     def __init__(self, url: str, num_bytes: int):
-        """Of a URL, and how many bytes at its end; errors are those of `StoreFile`."""
+        """Asks for the size; `num_bytes` at the end are wanted. Errors are those of `StoreFile`."""
         super().__init__(url)
         self._borders = sorted({0, max(0, self.size - num_bytes), self.size})
 

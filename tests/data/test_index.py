@@ -75,7 +75,7 @@ def test_a_broken_shard_is_named_and_the_others_are_not_read_again(folder):
     assert records_of(folder / "part-0.tfrecord") == RECORDS[:100]
     (folder / "part-1.tfrecord").write_bytes(good)
     # A part that was damaged since is not believed.
-    part = folder / ".dataset.index.parts" / "part-2.tfrecord.part"
+    part = folder / ".dataset.index.parts" / "part-2.tfrecord.idx"
     part.write_bytes(part.read_bytes()[:-1])
     assert update_index(folder).num_read == 2
     assert records_of(folder) == RECORDS

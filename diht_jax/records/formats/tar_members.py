@@ -1,9 +1,9 @@
-"""The members of a tar, read from front to back, with nothing lost in silence and nothing trusted.
+"""The members of a tar, read from front to back; nothing is lost in silence or trusted.
 
 Nothing is ever written to disk, so that no path in an archive can do harm. What the members mean
 belongs in `tar_samples.py`.
 
-Python's `tarfile` believes the headers: it reserves whatever size an extended header claims,
+Python's `tarfile` believes the headers: it reserves any size that an extended header claims,
 searches it with patterns that take quadratic time, goes backwards at a negative size, and takes a
 damaged header or a hole of zeros for the end. Each of these is an error here, and so is an archive
 that unpacks to far more than it takes.
@@ -21,12 +21,12 @@ from typing import BinaryIO, NamedTuple
 from diht_jax.storage.retries import is_storage_failure
 from diht_jax.storage.stores import check_failure, open_file
 
-# A file that unpacks to so much, and to so many times its own size, holds no pictures: these are
+# A file that unpacks to this much, and this many times its own size, holds no pictures: these are
 # compressed already.
 _UNPACKED_BYTES = 2**30
 _MAX_EXPANSION = 200
 
-# Names of 4,096 bytes and some attributes; `tarfile` needs a second to search so many digits.
+# Names of 4,096 bytes and some attributes; `tarfile` needs a second to search that many digits.
 _MAX_EXTENDED_BYTES = 2**14
 _EXTENDED_TYPES = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -141,14 +141,15 @@ def walk_members(
     Args:
         file: the archive, or a piece of one, open for reading and seeking.
         path: of the archive, for messages.
-        size_limit: as of `read_members`.
+        size_limit: see `read_members`.
         mode: of `tarfile.open`; "r:" for an archive that is not compressed.
         is_piece: whether the end marker may be missing.
         is_divisible: whether the members must mean the same when they are read one by one.
         is_read: of a name, whether the contents within the limit are read.
 
     Raises:
-        DamagedTarError, ExpansionError: as of `read_members`.
+        DamagedTarError: see `read_members`.
+        ExpansionError: see `read_members`.
     """
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)

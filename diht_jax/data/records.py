@@ -1,0 +1,21 @@
+"""The public door to records: shards of pairs, read, written and decoded.
+
+source = open_source("/data/kept")       # TFRecord shards, ArrayRecord shards or tars
+record = source.decode(source[0])        # Record(key, image, caption, metadata, ...)
+with open_writer("/data/own/pairs-00000.tfrecord") as writer:
+    writer.write(encode_record(record))
+"""
+
+from diht_jax.records.catalog import find_shards
+from diht_jax.records.formats.registry import open_source, open_writer
+from diht_jax.records.schema import Pair, Record, decode_record, encode_record
+
+__all__ = [
+    "Pair",
+    "Record",
+    "decode_record",
+    "encode_record",
+    "find_shards",
+    "open_source",
+    "open_writer",
+]
