@@ -104,7 +104,10 @@ def main() -> None:
 
     model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
     caption_shards(
-        *(model, shards, pathlib.Path(given.output), options),
+        model,
+        shards,
+        pathlib.Path(given.output),
+        options,
         task_index=given.task_index,
         num_tasks=given.num_tasks,
         num_threads=given.num_threads,

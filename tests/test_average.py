@@ -56,13 +56,6 @@ def test_mean_is_that_of_numpy():
     assert mean.params["b"].dtype == np.float32
 
 
-def test_ends_are_the_models_themselves():
-    models = trees(2)
-    for weights, name in (([1, 0], "m0"), ([0, 1.0], "m1")):
-        mean = average_models(list(models), weights, models.__getitem__)
-        jax.tree.map(np.testing.assert_array_equal, mean.params, models[name].params)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

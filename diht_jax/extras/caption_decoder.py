@@ -241,7 +241,11 @@ def merge_decoder(
     layers = len(params["blocks"])
     abstract = nnx.eval_shape(
         lambda: CaptionDecoder(
-            *(arch, layers), remat=remat, dtype=dtype, rngs=nnx.Rngs(params=jax.random.key(0))
+            arch,
+            layers,
+            remat=remat,
+            dtype=dtype,
+            rngs=nnx.Rngs(params=jax.random.key(0)),
         )
     )
     return nnx.merge(nnx.split(abstract, nnx.Param)[0], nnx.restore_int_paths(params))

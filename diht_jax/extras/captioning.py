@@ -53,7 +53,7 @@ class Captioning(Term):
     def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
         """The decoder; see `CaptionDecoder`."""
         decoder = CaptionDecoder(
-            *(self.arch, self.section.layers), param_dtype=dtype, rngs=nnx.Rngs(params=key)
+            self.arch, self.section.layers, param_dtype=dtype, rngs=nnx.Rngs(params=key)
         )
         return {DECODER: model_parameters(decoder)}
 

@@ -99,7 +99,9 @@ class LoadedModel:
             # Of each picture's own key, so that a caption depends neither on batch nor on devices.
             keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
             return decode_captions(
-                *(decoder, image_tokens, keys),
+                decoder,
+                image_tokens,
+                keys,
                 start_id=tokenizer.START_OF_TEXT_ID,
                 end_id=tokenizer.END_OF_TEXT_ID,
                 length=length,

@@ -53,8 +53,6 @@ _UNREADABLE = (
 )
 # Names and sizes of a model's parameters, or its code.
 _LARGEST_TEXT_BYTES = 2**26
-# Of a model; the largest have some thousands.
-_MAX_MODULES = 100_000
 # Parameters that share a storage are each a copy in NumPy. A few may be tied; were all of a file to
 # share one, some bytes of it would fill any memory.
 _MAX_COPIES = 4
@@ -227,14 +225,8 @@ def _as_list(*args: Any) -> Any:
 def _collect(root: Any) -> dict[str, np.ndarray]:
     """Dotted name -> array, of a module and those in it, in the order of their attributes."""
     tensors: dict[str, np.ndarray] = {}
-    count = 0
 
     def visit(prefix: str, module: Any) -> None:
-        nonlocal count
-        count += 1
-        # Modules that each hold the next one twice double with every one of them.
-        if count > _MAX_MODULES:
-            raise ValueError(f"its modules hold each other, over {_MAX_MODULES:,} in all")
         if not isinstance(module, _Module):
             raise ValueError(f"expected a module, got {type(module).__name__}")
         for name, value in module.attributes.items():

@@ -269,33 +269,6 @@ def test_roofline_by_hand():
     assert estimate.serial_mfu == pytest.approx(0.5 / 3.100003)
 
 
-@pytest.mark.parametrize(
-    "transfers, in_host, total",
-    [
-        (5 * 512, 10, "57.5 ms in 2,571"),  # a ring of all GPUs, five transfers a round
-        (5 * 64, 14, "7.4 ms in 335"),  # of hosts, whose GPUs have four collectives more
-    ],
-    ids=["one_level", "two_levels"],
-)
-def test_latency_of_many_small_transfers_by_hand(transfers, in_host, total):
-    """The loss on 512 GPUs: its bytes take nothing, its latencies 57 ms, or 7 ms."""
-    shape = (64, 8)
-    devices = (types.SimpleNamespace(device_kind="NVIDIA H100"),) * 512
-    topology = Topology("h100:64x8", find_chip("h100"), shape, devices, 60 * GIB)
-    collectives = (
-        Collective("collective-permute", 2, transfers, transfers, transfers),  # over the network
-        Collective("all-gather", 8, in_host, 0, 0),
-        Collective("all-reduce", 512, 1, 0, 0),
-    )
-    report = report_with(Traffic(0, collectives, 0), topology)
-    expected = (transfers + 1) * 22.4e-6 + in_host * 11.8e-6
-    estimate = report.roofline
-    assert estimate.latency_secs == pytest.approx(expected)
-    assert estimate.serial_secs - estimate.compute_secs == pytest.approx(expected, rel=1e-6)
-    text = describe_step(report)
-    assert "+ latency of the collectives" in text and f"{total}, one after" in text
-
-
 def test_links_of_a_torus_and_of_a_switch():
     torus = Topology("v5p:4x4x4", find_chip("v5p"), (4, 4, 4), (None,) * 64, 0)
 

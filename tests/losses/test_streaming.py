@@ -190,20 +190,6 @@ def test_work_is_at_most_four_fifths_of_the_dense_form():
     assert work["streaming"].flops <= 0.8 * work["gathered"].flops
 
 
-def test_metrics_are_those_of_the_dense_form():
-    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
-    arrays = pairs(64)
-    found, expected = (
-        jax.jit(functools.partial(contrastive_objective, mesh=mesh, beta=0.25, impl=impl))(
-            *arrays, 50.0
-        )[1]
-        for impl in ("streaming", "gathered")
-    )
-    assert 0.2 < expected["i2t_accuracy"] < 1
-    for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
-
-
 def test_embeddings_that_vary_over_one_axis_of_two():
     """Copies along the other axis give the same loss on each."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "model"))

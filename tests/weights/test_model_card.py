@@ -4,11 +4,9 @@ import json
 
 import pytest
 
-from diht_jax.config import default_config
 from diht_jax.models.zoo import get_architecture
 from diht_jax.records.labels.concepts import NO_CONCEPTS
 from diht_jax.records.vocabulary import ConceptList, Vocabulary
-from diht_jax.training.terms.registry import TERMS
 from diht_jax.weights.model_card import Origin, model_card, read_concepts, read_data_facts
 from tests.make import write_records
 from tests.records.labels import write_labels
@@ -60,24 +58,3 @@ def test_labels_lead_to_the_statistics_of_what_was_labelled(folders, given):
         assert line in text, text
     assert "a20 ..." in text and "a19" not in text
     assert "ftfy" in text and "Compose transparent pictures on white" in text
-
-
-def test_the_recipe_has_what_is_switched_on():
-    defaults = default_config()
-    sections = ("matryoshka", *TERMS, "lora")
-    off = card(None, **{name: defaults[name].to_dict() for name in sections})
-    assert not any(f"| {name}." in off for name in sections)
-    defaults.matryoshka.sizes = (8, 16)
-    defaults.concepts.attribute_weight = 0.5
-    defaults.affinity.weight = defaults.captioning.weight = 2.0
-    defaults.lora.rank = 3
-    on = card(None, **{name: defaults[name].to_dict() for name in sections})
-    for line in (
-        "| matryoshka.sizes | (8, 16) |",
-        "| concepts.attribute_weight | 0.5 |",
-        "| affinity.weight | 2.0 |",
-        "| captioning.weight | 2.0 |",
-        "| captioning.layers | 6 |",
-        "| lora.rank | 3 |",
-    ):
-        assert line in on, on
