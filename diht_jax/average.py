@@ -246,8 +246,10 @@ class _Reader:
             self._without_decoder.add(name)
         params = jax.tree.map(np.asarray, model.params)
         self.first = self.first or model
-        looks = model.preprocessing
-        return Ingredient(name, model.arch, params, tuple(looks.mean), tuple(looks.std))
+        preprocessing = model.preprocessing
+        return Ingredient(
+            name, model.arch, params, tuple(preprocessing.mean), tuple(preprocessing.std)
+        )
 
 
 class _Evaluation:

@@ -117,7 +117,7 @@ def _describe(shape: tuple[int, ...] | None) -> str:
 
 
 def _is_default_width(name: str, *values: Any) -> bool:
-    """Whether one of two widths is left out, which the shapes have shown to be equal."""
+    """True if one of two widths is left out; the shapes have shown that they are equal."""
     return name.endswith("_mlp_width") and None in values
 
 

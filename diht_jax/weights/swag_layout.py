@@ -111,7 +111,7 @@ def infer_architecture(
 
 
 def expected_shapes(arch: SwagArchitecture) -> dict[str, tuple[int, ...]]:
-    """torchvision's name -> shape of every parameter of the trunk."""
+    """Shapes of the parameters of the trunk by torchvision's names."""
     shapes = {}
     for path, shape in parameter_shapes(swag_definition(arch, "float32")[1]).items():
         if path.startswith("blocks/"):
