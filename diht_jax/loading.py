@@ -23,12 +23,12 @@ from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.recipe import default_config
 from diht_jax.training.workdir.stored_run import local_run
-from diht_jax.training.workdir.trained_model import is_run, restore_model
+from diht_jax.training.workdir.trained_model import TrainedModel, is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.releases import RELEASES, locate_weights
 from diht_jax.weights.settings import Preprocessing
-from diht_jax.weights.source import read_weights
+from diht_jax.weights.source import Weights, read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,16 +171,77 @@ def read_model(
     Raises:
         ValueError: as `load_model`.
     """
-    model = _read_whole(
-        os.fspath(name_or_path),
-        step=step,
-        ema=ema,
-        image_size=image_size,
-        context_length=context_length,
-        architecture=architecture,
-        mesh=mesh,
-    )
+    name = os.fspath(name_or_path)
+    folder = local_run(name, step, mesh)
+    if is_run(folder):
+        if architecture:
+            raise ValueError(f"{name}: a work directory knows its architecture; give none")
+        mesh = mesh or sharding.create_mesh(1, 1, jax.local_devices()[:1])
+        model = _from_run(name, restore_model(folder, mesh, step=step, ema=ema), ema)
+        model = _fit(model, image_size, context_length)
+    elif step is not None or ema:
+        raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
+    else:
+        weights = read_weights(
+            locate_weights(name),
+            architecture=architecture,
+            image_size=image_size,
+            context_length=context_length,
+        )
+        _check_released(name, weights)
+        model = _from_weights(weights)
     return model if dim is None else _with_dim(model, dim)
+
+
+def _from_run(name: str, trained: TrainedModel, ema: bool) -> ModelFiles:
+    return ModelFiles(
+        arch=trained.arch,
+        params=trained.params,
+        heads=heads_to_clip(trained.heads),
+        config=trained.config,
+        preprocessing=Preprocessing(),
+        path=name,
+        is_run=True,
+        step=trained.step,
+        ema=ema,
+        decoder=trained.decoder,
+    )
+
+
+def _from_weights(weights: Weights) -> ModelFiles:
+    return ModelFiles(
+        arch=weights.arch,
+        params=weights.params,
+        heads=weights.heads,
+        config=config_of(weights.arch),
+        preprocessing=weights.preprocessing,
+        path=str(weights.path),
+        is_run=False,
+        sha256=weights.sha256,
+    )
+
+
+def _fit(run: ModelFiles, image_size: int | None, context_length: int | None) -> ModelFiles:
+    """The model of a run for images or texts of another size."""
+    params, arch = fit_model(
+        run.params, run.arch, image_size=image_size, context_length=context_length
+    )
+    for field in ("image_size", "context_length"):
+        if getattr(arch, field) != getattr(run.arch, field):
+            run.config.model.overrides[field] = getattr(arch, field)
+    return dataclasses.replace(run, params=params, arch=arch)
+
+
+def _check_released(name: str, weights: Weights) -> None:
+    """Raises ValueError if the weights of a released name are of another architecture."""
+    if name not in RELEASES:
+        return
+    released = ARCHITECTURES[name]
+    sizes = {"image_size": released.image_size, "context_length": released.context_length}
+    if dataclasses.replace(weights.arch, **sizes) != released:
+        raise ValueError(
+            f"{weights.path}: expected the architecture of '{name}', {released}; got {weights.arch}"
+        )
 
 
 def _with_dim(model: ModelFiles, dim: int) -> ModelFiles:
@@ -208,54 +269,6 @@ def _with_dim(model: ModelFiles, dim: int) -> ModelFiles:
     )
 
 
-def _read_whole(
-    name: str,
-    *,
-    step: int | None,
-    ema: bool,
-    image_size: int | None,
-    context_length: int | None,
-    architecture: Mapping[str, Any] | None,
-    mesh: Mesh | None,
-) -> ModelFiles:
-    """Like `read_model`, with all numbers of the embeddings."""
-    folder = local_run(name, step, mesh)
-    if is_run(folder):
-        if architecture:
-            raise ValueError(f"{name}: a work directory knows its architecture; give none")
-        mesh = mesh or sharding.create_mesh(1, 1, jax.local_devices()[:1])
-        run = _read_run(folder, mesh, step=step, ema=ema)
-        run = _fit_run(run, image_size=image_size, context_length=context_length)
-        return dataclasses.replace(run, path=name)
-    if step is not None or ema:
-        raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
-    path = locate_weights(name)
-    weights = read_weights(
-        path, architecture=architecture, image_size=image_size, context_length=context_length
-    )
-    if name in RELEASES:
-        released = ARCHITECTURES[name]
-        native = dataclasses.replace(
-            weights.arch,
-            image_size=released.image_size,
-            context_length=released.context_length,
-        )
-        if native != released:
-            raise ValueError(
-                f"{path}: expected the architecture of '{name}', {released}; got {weights.arch}"
-            )
-    return ModelFiles(
-        arch=weights.arch,
-        params=weights.params,
-        heads=weights.heads,
-        config=config_of(weights.arch),
-        preprocessing=weights.preprocessing,
-        path=str(weights.path),
-        is_run=False,
-        sha256=weights.sha256,
-    )
-
-
 def config_of(arch: Architecture) -> ml_collections.ConfigDict:
     """The default training config with this architecture, computing in float32."""
     config = default_config()
@@ -269,29 +282,3 @@ def config_of(arch: Architecture) -> ml_collections.ConfigDict:
         if getattr(arch, field) != getattr(base, field):
             config.model.overrides[field] = getattr(arch, field)
     return config
-
-
-def _fit_run(run: ModelFiles, *, image_size: int | None, context_length: int | None) -> ModelFiles:
-    params, arch = fit_model(
-        run.params, run.arch, image_size=image_size, context_length=context_length
-    )
-    for field in ("image_size", "context_length"):
-        if getattr(arch, field) != getattr(run.arch, field):
-            run.config.model.overrides[field] = getattr(arch, field)
-    return dataclasses.replace(run, params=params, arch=arch)
-
-
-def _read_run(name: str, mesh: Mesh, *, step: int | None, ema: bool) -> ModelFiles:
-    trained = restore_model(name, mesh, step=step, ema=ema)
-    return ModelFiles(
-        arch=trained.arch,
-        params=trained.params,
-        heads=heads_to_clip(trained.heads),
-        config=trained.config,
-        preprocessing=Preprocessing(),
-        path=name,
-        is_run=True,
-        step=trained.step,
-        ema=ema,
-        decoder=trained.decoder,
-    )
