@@ -35,7 +35,6 @@ from benchmarks.lab.experiments import (
     BLOCKS,
     EXPERIMENTS,
     GRIDS,
-    RETIRED,
     STUDENTS,
     Experiment,
     block_of,
@@ -125,8 +124,7 @@ def select_runs(patterns: Sequence[str]) -> list[Run]:
     Raises:
         ValueError: a pattern that means none.
     """
-    current = [e for e in EXPERIMENTS.values() if e.name not in RETIRED]
-    runs = [Run(e, seed) for e in current for seed in range(e.seeds)]
+    runs = [Run(e, seed) for e in EXPERIMENTS.values() for seed in range(e.seeds)]
     order = list(BLOCKS)
     runs.sort(key=lambda run: (order.index(block_of(run.experiment.name)), run.seed))
     if not patterns:

@@ -249,7 +249,8 @@ class BlockStore:
             if path.exists():
                 return
             parts = self._read_block(block, stopped)
-            unfinished = path.with_suffix(".part")
+            # A name of its own, since some file systems have no locks.
+            unfinished = path.with_suffix(f".{secrets.token_hex(4)}.part")
             try:
                 with open(unfinished, "wb") as file:
                     file.writelines(parts)

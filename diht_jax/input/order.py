@@ -108,7 +108,7 @@ def derived_seed(seed: int, depth: int) -> int:
 
 
 class GlobalOrder:
-    """Every epoch is a permutation of all records, drawn anew, as grain's `shuffle` does it."""
+    """Every epoch is another permutation of all records, as grain's `shuffle` does it."""
 
     def __init__(self, num_records: int, seed: int):
         """Draws nothing yet.
@@ -140,7 +140,7 @@ class GlobalOrder:
         )
 
     def describe(self, batch_size: int) -> str:
-        """A sentence for the log: what is mixed."""
+        """A sentence for the log about what is mixed."""
         return f"every epoch is a permutation of all {self._num_records:,} records"
 
 
@@ -204,7 +204,7 @@ class BlockOrder:
         return window.finished_block(row)
 
     def describe(self, batch_size: int) -> str:
-        """A sentence for the log: what is mixed."""
+        """A sentence for the log about what is mixed."""
         num_blocks = len(self.block_starts) - 1
         mean = self.num_records / num_blocks
         pool = min(self.num_records, round(self.num_streams * self.window_blocks * mean))

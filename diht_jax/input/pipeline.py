@@ -202,7 +202,7 @@ class TrainIterator:
         return {"next_example": self._next_example}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues at a position that `get_state` gave, maybe on other hosts."""
+        """Continues at a position that `get_state` gave, possibly on other hosts."""
         self.close()
         self._next_example = int(state["next_example"])
 

@@ -4,8 +4,8 @@ grain starts the workers by `spawn` and hands batches on in segments of POSIX sh
 Python's resource tracker, a process of its own, removes the segments that are left when parent and
 workers have all ended; so a worker that outlives its parent keeps them all. The tracker may be
 killed too, for example at the end of a cgroup. Therefore the names of a run's segments begin with a
-mark: workers remove them in its stead, and if no worker was left, the next run on this machine
-does. Folders of blocks from an object store (`blocks.py`) are marked and removed in the same way.
+mark: the workers remove them then, and if no worker was left, the next run on this machine does.
+Folders of blocks from an object store (`blocks.py`) are marked and removed in the same way.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ _UNSUPPORTED = "heic heif jxl svg svgz psd ico tga eps hdr exr dng cr2 nef arw r
 FOLDER_EXTENSIONS = (*IMAGE_EXTENSIONS, *_OTHERS.split())
 UNSUPPORTED_EXTENSIONS = (*_UNSUPPORTED.split(), "dds", "jxr", "mng")
 # Why an entry is no pair, in the order of a funnel. "too_large" is the image's reason, and what has
-# crashed is skipped by whoever works on it.
+# crashed is skipped by the filter.
 SOURCE_REASONS = (
     "bad_row",
     "bad_json",

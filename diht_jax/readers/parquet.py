@@ -52,8 +52,8 @@ def open_parquet(path: str, row_groups: tuple[int, int] | None = None) -> Any:
 
     Args:
         path: of the file, or its URL.
-        row_groups: the first one and the end of those that will be read; all where None. Of a file
-            in a store no others are fetched; (0, 0) is for the footer alone.
+        row_groups: the first one and the end of those that will be read; all where None. No
+            others are fetched of a file in a store; (0, 0) is for the footer alone.
 
     Raises:
         ValueError: it cannot be read as one.
@@ -222,7 +222,7 @@ def _class_name(label: Any, names: list[str]) -> dict[str, str]:
 
 
 def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
-    """The names in Hugging Face's description of the column of labels; maybe none."""
+    """The names in Hugging Face's description of the column of labels, if any."""
     try:
         described = json.loads((metadata or {})[b"huggingface"])
         names = described["info"]["features"][LABEL_COLUMN]["names"]

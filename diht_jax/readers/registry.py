@@ -273,7 +273,7 @@ def _list_folder(folder: str, options: dict[str, Any]) -> list[SourceShard]:
 
 
 def _list_files_in(folder: str, files: Sequence[str], options: dict[str, Any]) -> list[SourceShard]:
-    """The units of the files of a folder that a format reads; maybe none."""
+    """The units of the files of a folder that a format reads, if any."""
     found = {path: kind for path, kind in _recognise(files).items() if kind}
     if len(set(found.values())) > 1:
         raise ValueError(

@@ -217,7 +217,7 @@ def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:
 
 
 def _read_rows(shard: SourceShard, header: list[str] | None) -> Iterator[dict[str, Any] | str]:
-    """Yields rows, or what is wrong with them."""
+    """Yields rows, and a text about each one that is wrong."""
     with open_file(shard.path) as file:
         file.seek(shard.start)
         lines = _Lines(shard.path, file, shard.start, shard.stop)

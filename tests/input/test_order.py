@@ -183,12 +183,3 @@ def test_auto_takes_blocks_where_the_data_has_a_url():
         ValueError, match="config.data.order='random': expected 'auto', 'global' or"
     ):
         resolve_order("random", None)
-
-
-def test_the_log_has_the_mixing_pool():
-    order = BlockOrder(np.arange(2**17 + 1) * 256, 0, num_streams=1024, window_blocks=16)
-    text = order.describe(65536)
-    assert "131,072 blocks of 256 records" in text
-    assert "1024 streams with windows of 16 blocks mix a pool of 4,194,304 of 33,554,432" in text
-    assert "a row's block has 3.9 other rows of its batch" in text
-    assert GlobalOrder(1000, 0).describe(8) == "every epoch is a permutation of all 1,000 records"

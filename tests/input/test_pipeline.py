@@ -1,6 +1,5 @@
 """The training input: exact epochs, one order on any number of hosts and workers, exact resume."""
 
-import collections
 import dataclasses
 import os
 import signal
@@ -126,19 +125,6 @@ def test_the_seed_decides_the_order():
     assert numbers(take(iterator(), 6)) != numbers(take(iterator(seed=1), 6))
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_hosts_share_each_global_batch(process_count):
-    whole = take(iterator(), 8)
-    parts = [
-        take(iterator(process_index=index, process_count=process_count), 8)
-        for index in range(process_count)
-    ]
-    for step, batch in enumerate(whole):
-        shared = [number for part in parts for number in numbers([part[step]])]
-        assert collections.Counter(shared) == collections.Counter(numbers([batch]))
-        assert len(parts[0][step]["tokens"]) == 4 // process_count
-
-
 def test_worker_processes_change_nothing(monkeypatch):
     def batches(num_workers, max_rows):
         monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
@@ -181,12 +167,6 @@ def test_fast_decoding_can_be_switched_off(fast_decode):
         assert (fast != exact).any()
         np.testing.assert_array_equal(example["images"], fast if fast_decode else exact)
         assert np.abs(fast.astype(float) - exact).mean() < 2
-
-
-def test_an_unreadable_image_names_its_record():
-    bad = encode_record(Record(key="broken_7", image=b"\x89PNG nothing", caption="x"))
-    with pytest.raises(ValueError, match="record 'broken_7'"):
-        DECODE.random_map(bad, np.random.default_rng(0))
 
 
 def test_wrong_settings_are_refused():

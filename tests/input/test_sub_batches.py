@@ -4,8 +4,7 @@ import grain
 import numpy as np
 import pytest
 
-from diht_jax.input import in_flight, sub_batches
-from diht_jax.input.in_flight import join_parts
+from diht_jax.input import sub_batches
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.input.sub_batches import rows_of_part
 
@@ -58,20 +57,3 @@ def test_joined_parts_are_the_batches_of_grain(monkeypatch, max_rows, process_co
 )
 def test_a_part_has_the_largest_divisor_of_the_batch_up_to_256_rows(local, rows):
     assert rows_of_part(local) == rows
-
-
-def test_few_parts_wait_to_be_copied(monkeypatch):
-    """The next part is taken only when one of those before has been copied."""
-    copied, taken = [], []
-    copy = in_flight._copy_part
-    monkeypatch.setattr(
-        in_flight, "_copy_part", lambda *args: copied.append(args[2]) or copy(*args)
-    )
-
-    def next_part():
-        taken.append(None)
-        assert len(taken) - len(copied) <= in_flight.COPYING_THREADS + 1
-        return {"x": np.full((2, 3), len(taken), np.int8)}
-
-    batch = join_parts(next_part, 50)
-    assert batch["x"].shape == (100, 3) and batch["x"][:, 0].tolist() == sorted([*range(1, 51)] * 2)

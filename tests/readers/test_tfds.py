@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.sources import list as source_list
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.registry import Skipped, list_shards, open_source, read_pairs
 from diht_jax.records import dataset_info
@@ -332,17 +331,6 @@ def test_we_read_what_tfds_testing_makes(work, result, caption_feature):
         pair = pairs[texts[0]]
         assert pair.metadata == ({"captions": texts} if len(texts) > 1 else {})
         assert np.asarray(decode_rgb(pair.image)).tolist() == example["image"]
-
-
-def test_filter_sources_reach_tfds_testing_data(work):
-    settings = source_list.default_source()
-    settings.data_dir = str(work / "testing")
-    names = "tfds:dummy_mnist:3.0.1:train[5:],tfds:dummy_mnist:test"
-    shards = source_list.list_sources(names, settings)
-    pairs = [pair for shard in shards for pair in read_pairs(shard)]
-    assert len(pairs) == 15 + 20
-    assert {pair.caption for pair in pairs} == set("0123456789")
-    assert all((np.asarray(decode_rgb(pair.image)) == 1).all() for pair in pairs)
 
 
 @pytest.mark.parametrize(
