@@ -25,13 +25,12 @@ from diht_jax.readers import tfds
 from diht_jax.readers.registry import name_options, option_defaults
 
 # The options of the readers whose values are texts, and those of the layouts of benchmarks.
-_SOURCE_OPTIONS = (
-    *(
-        name
-        for name, field in option_defaults().items()
-        if field.default is None or isinstance(field.default, str)
-    ),
-    *(name for name in registry.OPTIONS if name not in option_defaults()),
+_SOURCE_OPTIONS = tuple(
+    name
+    for name in dict.fromkeys([*option_defaults(), *registry.OPTIONS])
+    if name not in option_defaults()
+    or option_defaults()[name].default is None
+    or isinstance(option_defaults()[name].default, str)
 )
 
 

@@ -23,7 +23,7 @@ from diht_jax.evaluation.bootstrap import (
 )
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, EncodedImages
 from diht_jax.evaluation.embedding.entries import Entries
-from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.protocols.base import Measured, Task
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
@@ -86,17 +86,10 @@ def evaluate_task(
             )
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
-    encoded, described, resampled = measured.encoded, measured.protocol, {}
+    encoded, described = measured.encoded, measured.protocol
     metrics = measured.measure(np.ones(measured.num_items, np.int64))
     if num_resamples:
         described = {**described, "intervals": describe_bootstrap(num_resamples)}
-        samples = resample(
-            measured.measure, measured.num_items, num_resamples=num_resamples, progress=progress
-        )
-        resampled = {
-            "intervals": {name: percentile_interval(values) for name, values in samples.items()},
-            "resamples": describe_samples(samples, encoded.digest, measured.num_items),
-        }
     _warn_of_dropped(task, encoded)
     result = {
         "task": task.name,
@@ -107,7 +100,7 @@ def evaluate_task(
         "units": {name: protocol.metrics[name].unit for name in metrics},
         "counts": {**measured.counts, "limit": limit, "dropped": encoded.dropped},
         **measured.details,
-        **resampled,
+        **(_resample(measured, num_resamples, progress) if num_resamples else {}),
         **_reported(task, metrics),
     }
     is_drawn = page is not None and page.add(task, measured, result, model.logit_scale)
@@ -116,6 +109,17 @@ def evaluate_task(
         "seconds": time.perf_counter() - start,
         "images_per_sec": len(encoded.positions) / encoded.seconds,
         "page": str(page.path) if is_drawn else None,
+    }
+
+
+def _resample(measured: Measured, num_resamples: int, progress: bool) -> dict[str, Any]:
+    """The intervals, and what comparisons need of the resamples."""
+    samples = resample(
+        measured.measure, measured.num_items, num_resamples=num_resamples, progress=progress
+    )
+    return {
+        "intervals": {name: percentile_interval(values) for name, values in samples.items()},
+        "resamples": describe_samples(samples, measured.encoded.digest, measured.num_items),
     }
 
 

@@ -296,10 +296,10 @@ PROTOCOL = Protocol(
     metrics={
         f"{direction}_{name}": Metric(unit, f"{arrow} {label}")
         for direction, arrow in (("t2i", "text to image"), ("i2t", "image to text"))
-        for name, unit, label in (
+        for name, unit, label in [
             *((f"r{k}", "share", f"R@{k}") for k in RECALL_AT),
             ("median_rank", "rank", "median rank"),
-        )
+        ]
     },
     options={"caption_template": CAPTION_TEMPLATE},
 )
