@@ -6,7 +6,6 @@ labelled shards.
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import re
@@ -22,9 +21,7 @@ from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.pages.render import render, thumbnail
 from diht_jax.records.formats.registry import open_source
 from diht_jax.records.labels.concepts import decode_joined, open_labels
-from diht_jax.records.labels.shards import decode_features, decode_key
 from diht_jax.records.schema import Record
-from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.records.vocabulary import KINDS, ConceptList, Vocabulary
 from diht_jax.storage import files
 
@@ -176,7 +173,7 @@ def _describe_heads(heads: dict[str, Any]) -> str:
 def _choose_records(
     folder: str, config: dict[str, Any], labelled: Sequence[LabelTask]
 ) -> list[Record]:
-    """Random records, held-out ones first, in the order of the shards; no others are read."""
+    """Random records, held-out ones first, in the order of the shards."""
     if config["merge"]:
         source, labels = open_source(folder), None
     else:
@@ -184,25 +181,9 @@ def _choose_records(
         labels = open_labels(folder, source, "config.output")
     wanted = min(config["report_images"], len(source))
     order = np.random.default_rng(config["seed"]).permutation(len(source))
-    embedding_of = dict(
-        zip(source.paths, (task.embedding.output for task in labelled), strict=True)
-    )
-
-    @functools.cache
-    def open_embeddings(path: str) -> TFRecordSource | None:
-        exists = files.exists(embedding_of[path])
-        return TFRecordSource([embedding_of[path]]) if exists else None
-
-    def find_key(index: int) -> str:
-        path, number = source.locate(index)
-        embedded = open_embeddings(path)
-        if embedded is None:  # they may be deleted once the labels are made
-            return source.decode(source[index]).key
-        return decode_key(decode_features(embedded[number])["key"])
-
     held_out, others = [], []
     for index in order[: wanted * _MAX_TRIES].tolist():
-        hashes = hash_keys([find_key(index)])
+        hashes = hash_keys([source.decode(source[index]).key])
         is_new = is_held_out(hashes, config["heads"]["held_out"], config["seed"])[0]
         (held_out if is_new else others).append(index)
         if len(held_out) == wanted:

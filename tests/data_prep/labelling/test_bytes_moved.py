@@ -73,8 +73,8 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
     assert requests["bytes written"] <= kept + 0.05 * sample
     filtered = requests["bytes read"] + requests["bytes written"]
     # Of 280 million pairs the heads learn from 2 million; here from a sixth of the shards.
-    learn = {"heads__steps": 20, "heads__max_examples": 45, "heads__max_held_out": 10}
-    everything = {"heads__steps": 20}
+    everything = {"heads__steps": 20, "report_images": 0}
+    learn = everything | {"heads__max_examples": 45, "heads__max_held_out": 10}
     for function, learnt in (("build", learn), ("build_wide", learn), ("build_wide", everything)):
         MeteredStore.requests.clear()
         output = f"metered:///{function}{len(learnt)}"
@@ -89,7 +89,7 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
     for settings in (learn, everything, learn | {"scratch_gb": 0.0}):
         MeteredStore.requests.clear()
         output = f"/merged{len(merged)}"
-        label = label_config("metered:///kept", f"metered://{output}", report_images=0, **settings)
+        label = label_config("metered:///kept", f"metered://{output}", **settings)
         assert run_label(label) == {}
         moved = MeteredStore.requests["bytes read"] + MeteredStore.requests["bytes written"]
         if "scratch_gb" not in settings:

@@ -127,16 +127,6 @@ def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_pat
     assert run_label(config) == {}
     assert reads == {"00000": 1, "00001": 1, "00002": 1}
     before, trained = _times(config, "*/*.tfrecord"), _times(config, "heads.npz")
-    # By the jobs of an array: what the heads learn from, then the rest.
-    reads.clear()
-    config.output = str(tmp_path / "array")
-    for index in (0, 1, 0, 1):
-        assert run_label(config, index, 2) == {}
-    assert reads == {"00000": 1, "00001": 1, "00002": 1}
-    for path in (tmp_path / "out").rglob("*.tfrecord"):
-        copy = tmp_path / "array" / path.relative_to(tmp_path / "out")
-        assert copy.read_bytes() == path.read_bytes()
-    config.output = str(tmp_path / "out")
     # A shard that is written again is labelled again; the heads stay while few are others.
     config.heads.max_changed_shards = 1
     _write_again(tmp_path / "kept" / "pairs-train-00002.tfrecord")
