@@ -44,7 +44,7 @@ class CaptionFilter:
         self._memo.parse([])
 
     def judge(self, captions: Sequence[str]) -> list[tuple[CaptionGraph, str | None]]:
-        """The graph of each caption, and why it is dropped (None where it is kept)."""
+        """The graph of each caption, and the reason to drop it (None where it is kept)."""
         graphs = self._memo.parse(captions)
         return [(graph, cat_reason(graph, **self._limits)) for graph in graphs]
 

@@ -1,4 +1,4 @@
-"""What a frozen teacher sees in pictures, for batches.
+"""Embeddings of pictures by a frozen teacher, for batches.
 
 The teachers are in `data_prep.teachers`.
 """
@@ -55,7 +55,7 @@ class Teacher:
         self._key_column = key_column
 
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
-        """As `teachers.base.Teacher.embed`."""
+        """Like `teachers.base.Teacher.embed`."""
         return open_teacher(self._config).embed(records)
 
     def __call__(self, table: pa.Table) -> pa.Table:

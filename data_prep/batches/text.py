@@ -52,11 +52,11 @@ class TextSpotter:
 
     @property
     def settings(self) -> Settings:
-        """How pictures are read and what counts as a match."""
+        """Settings of the reader and of the matching."""
         return self._spotter.settings
 
     def judge(self, images: Sequence[bytes], captions: Sequence[Sequence[str]]) -> list[Verdict]:
-        """One verdict per picture; arguments and errors as of `spotter.TextSpotter.judge`."""
+        """Gives one verdict per picture; arguments and errors of `spotter.TextSpotter.judge`."""
         return self._spotter.judge(images, captions)
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -1,6 +1,6 @@
-"""Command: find the duplicates of a data set, before it is filtered.
+r"""Command: find the duplicates of a data set, before it is filtered.
 
-    python -m data_prep.duplicates --config configs/prep/duplicates.py \\
+    python -m data_prep.duplicates --config configs/prep/duplicates.py \
         --config.input='/data/raw/*.tar' --config.output=/data/duplicates
 
 Exact copies are found by their bytes, near-duplicates by embeddings: k-means on the devices of one

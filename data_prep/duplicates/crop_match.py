@@ -1,4 +1,4 @@
-"""Whether one picture is a part of another: thumbnails are laid over one another and correlated.
+"""Crop matching: thumbnails are laid over one another and correlated, whole or in part.
 
 Cosines of descriptors find candidates; a crop moves every cell of a descriptor, so that its cosine
 is no higher than that of some pictures that are merely alike. Here the whole of one thumbnail is
@@ -65,7 +65,7 @@ class Aligner:
 
 
 def verify(candidates: Iterator[Near], aligner: Aligner, least: float) -> Near:
-    """Of the candidates of each row, the first that is a copy, with the correlation as similarity.
+    """The first candidate of each row that is a copy, with the correlation as similarity.
 
     Args:
         candidates: of `semdedup.find_candidates`: the best partner of every row, then the second
@@ -96,7 +96,7 @@ def _mirror(cells: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _averages() -> list[np.ndarray]:
-    """For each size the windows along a side: float32 [windows * _CELLS, SIDE], means of cells."""
+    """Windows along a side by size: float32 [windows * _CELLS, SIDE], means of cells."""
     found = []
     for size in _SIZES:
         count = round((1 - size) / _STEP) + 1
@@ -106,7 +106,7 @@ def _averages() -> list[np.ndarray]:
 
 
 def _average_cells(start: float, size: float) -> np.ndarray:
-    """float [_CELLS, SIDE]: by how much each pixel counts for the cells of a window."""
+    """Weights of the pixels in the cells of a window, float [_CELLS, SIDE]."""
     edges = (start + size * np.arange(_CELLS + 1) / _CELLS) * SIDE
     pixels = np.arange(SIDE)
     shared = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)

@@ -108,7 +108,7 @@ class Index:
         self._perceptual = perceptual[self._rows]
 
     def digest(self) -> str:
-        """A hash of all hashes; the same for the same pictures, whatever file they came from."""
+        """A hash of all hashes; the same for the same pictures in any file."""
         digest = hashlib.blake2b(digest_size=16)
         for name in ("pixels", "perceptual", "has_perceptual"):
             digest.update(self.columns[name].tobytes())

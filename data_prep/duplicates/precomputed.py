@@ -155,7 +155,7 @@ class EmbeddedSet:
     """The embeddings of the pictures of a set."""
 
     def __init__(self, keys: Sequence[str], embeddings: np.ndarray):
-        """Takes n keys and float [n, d], of whatever length; those of length 0 match nothing."""
+        """Takes n keys and float [n, d], of any length; those of length 0 match nothing."""
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         self.keys = list(keys)
         self.embeddings = (embeddings / np.maximum(lengths, 1e-12)).astype(np.float32)

@@ -28,14 +28,14 @@ _OPEN_UNITS = 512
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
-    """uint64 [n]."""
+    """Hashes of keys, uint64 [n]."""
     texts = (key.encode("utf-8", "surrogatepass") for key in keys)
     data = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
     return np.frombuffer(data, "<u8")
 
 
 def cache_folder(output: str) -> str:
-    """Where the files of an output folder in a store are kept on this machine."""
+    """Folder of this machine for the files of an output folder in a store."""
     digest = hashlib.blake2b(output.encode(), digest_size=8).hexdigest()
     return os.path.join(tempfile.gettempdir(), f"diht_jax-duplicates-{os.getuid()}-{digest}")
 
@@ -73,7 +73,7 @@ def write_columns(path: str, columns: dict[str, Any]) -> None:
 
 
 def open_batch(path: str, output: str) -> Any:
-    """What `write_columns` wrote, as a record batch that is mapped into memory."""
+    """Opens what `write_columns` wrote, as a record batch that is mapped into memory."""
     import pyarrow
 
     return pyarrow.ipc.open_file(pyarrow.memory_map(fetch(path, output))).get_batch(0)
@@ -129,7 +129,7 @@ class Rows:
         return np.concatenate([self._table(unit).column(name).to_numpy() for unit in units])
 
     def has_embedding(self) -> np.ndarray:
-        """bool [rows]: whose embedding is not missing, and has a direction.
+        """Marks the rows whose embedding is not missing, and has a direction: bool [rows].
 
         Raises:
             ValueError: units have embeddings of several sizes.
@@ -161,7 +161,7 @@ class Rows:
         return pyarrow.concat_arrays(parts).take(pyarrow.array(order))
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [n, d] of rows that have one, each of length 1."""
+        """Embeddings of rows that have one, float32 [n, d], each of length 1."""
         parts = [(p, self._array(u, EMBEDDINGS)[local]) for u, p, local in self._by_unit(rows)]
         found = np.empty((len(rows), parts[0][1].shape[1] if parts else 0), np.float32)
         for positions, part in parts:
@@ -169,7 +169,7 @@ class Rows:
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 
     def greys(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [n, side, side], the thumbnails of rows."""
+        """Thumbnails of rows, uint8 [n, side, side]."""
         found = np.empty((len(rows), SIDE, SIDE), np.uint8)
         for unit, positions, local in self._by_unit(rows):
             found[positions] = self._array(unit, GREYS)[local]

@@ -47,7 +47,7 @@ _BATCH = 256  # entries after which progress is reported, and among which a cras
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unit(ShardTask):
-    """What is scanned: a shard of pairs, or a file of embeddings.
+    """A shard of pairs, or a file of embeddings, to scan.
 
     Attributes:
         embeddings: files with the embeddings of the shard's pairs.

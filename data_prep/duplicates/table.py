@@ -29,7 +29,7 @@ KINDS = (EXACT, NEAR)
 
 
 class Copy(NamedTuple):
-    """What the table holds of a dropped pair.
+    """Entry of a dropped pair.
 
     Attributes:
         kind: one of `KINDS`.
@@ -130,7 +130,7 @@ def write_summary(folder: str, summary: dict[str, Any]) -> None:
 
 
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `write_summary` wrote; None where the folder is not complete."""
+    """Reads what `write_summary` wrote; None where the folder is not complete."""
     return files.read_object(files.join(folder, SUMMARY))
 
 
@@ -166,7 +166,7 @@ class Lookup:
         self._hashes = self._table.column("hash").to_numpy()
 
     def find(self, keys: Sequence[str]) -> list[Copy | None]:
-        """What is known of each key; None for pairs that are no duplicates."""
+        """Finds the entry of each key; None for pairs that are no duplicates."""
         hashes = hash_keys(keys)
         found: list[Copy | None] = []
         for row, wanted in zip(np.searchsorted(self._hashes, hashes), hashes, strict=True):

@@ -44,7 +44,7 @@ _now = time.monotonic  # of the limit of a task; tests put their own clock here
 
 @dataclasses.dataclass(frozen=True)
 class RaySettings:
-    """Which cluster, and what a worker takes of it.
+    """Settings of a cluster, and the resources of a worker.
 
     Attributes:
         address: "auto" for the running cluster (or $RAY_ADDRESS), "local" to start one on this
@@ -271,7 +271,7 @@ class RayPool:
 
 
 def _is_node_loss(ray: Any, error: Exception) -> bool:
-    """Whether an actor is gone because its node is, and not because of what it did."""
+    """Tells the loss of a node from the death of an actor by what it did."""
     known = ray.exceptions
     # A node that does not answer is called unavailable until Ray gives it up, and its actors are
     # ended by whoever has started them.

@@ -93,7 +93,7 @@ class ModelActors:
         self._asked = {actor.start.remote(): actor for actor in self._actors}
 
     def choose(self, busy: Iterable[Any]) -> Any:
-        """One that is ready, and of those one that has least to do; waits until there is one.
+        """Chooses the ready actor with the fewest calls under way; waits until one is ready.
 
         Args:
             busy: the actors of the calls under way.

@@ -1,7 +1,7 @@
 """Finds the pairs of a shard that end the process which works on them.
 
 A crash in a library takes the whole worker with it, and nobody is left to name the pair. So a shard
-whose worker has died is run again, and records in a small file beside its output which batch of
+whose worker has died is run again, and records in a small file next to its output which batch of
 pairs it works on. When it dies again, the next run takes the pairs of that batch one by one, only
 to see whether it survives them, before it works on the batch. A pair that ends this run as well is
 left out of the next. What is done to a pair is not known here.
@@ -37,7 +37,7 @@ _Entry = TypeVar("_Entry")
 
 @dataclasses.dataclass(frozen=True)
 class CrashSearch:
-    """What is known after deaths; entries of the source are numbered from 0, skipped ones too.
+    """Knowledge after deaths of a worker; entries are numbered from 0, skipped ones too.
 
     Attributes:
         crashed: entries that end their worker, and are left out.
@@ -50,7 +50,7 @@ class CrashSearch:
     unexplained: int = 0
 
     def after(self, record: dict[str, Any] | None) -> CrashSearch | None:
-        """What is known after one more death; None where the search is given up.
+        """Adds one more death; None where the search is given up.
 
         Args:
             record: the last one of the run; None where it had not begun a batch.

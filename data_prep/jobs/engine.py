@@ -218,10 +218,10 @@ class _ThisProcess:
         yield attempt, call_function(self._function, attempt.task, add_pairs)
 
     def narrow(self) -> None:
-        """One task at a time is all that there is."""
+        """Nothing to do: one task runs at a time."""
 
     def stop(self) -> None:
-        """There are no workers."""
+        """Nothing to do: there are no workers."""
 
 
 def _open_pool(
@@ -278,7 +278,7 @@ class _Queue:
 def _next_attempt(
     attempt: Attempt, cause: str | None, retries: int, after_death: AfterDeath | None
 ) -> Attempt | None:
-    """What to run in place of a task that ended; None where its outcome is final."""
+    """The attempt to run in place of one that ended; None where its outcome is final."""
     if cause is None or not (retries or cause == TIMEOUT):
         return None
     is_searched = after_death is not None and retries > 0

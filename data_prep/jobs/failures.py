@@ -1,6 +1,6 @@
 """Shards that failed while the others are done: noted, counted against a limit, tried again.
 
-Why a shard has failed stands beside its output (`FAILED_SUFFIX`) until it is made, so that another
+Why a shard has failed stands next to its output (`FAILED_SUFFIX`) until it is made, so that another
 job of an array knows that nobody works on it. A later run tries it again.
 """
 
@@ -32,14 +32,14 @@ class Failures(dict[str, str]):
 
     @property
     def exit_status(self) -> int:
-        """Of a command that ends with them: 0 where there are none."""
+        """Exit status of a command that ends with them: 0 where there are none."""
         if not self:
             return 0
         return INCOMPLETE_STATUS if self.output_written else 1
 
 
 class Survey(NamedTuple):
-    """How far the tasks of all jobs are.
+    """State of the tasks of all jobs.
 
     Attributes:
         parts: tasks that are done, with their statistics (not read while others are waited for).
@@ -61,14 +61,14 @@ def check_limit(name: str, limit: float) -> None:
 
 
 def allowed_number(limit: float, total: int) -> int:
-    """How many of so many shards a limit allows; it is a share (below 1) or a number."""
+    """The number of shards that a limit allows; it is a share (below 1) or a number."""
     return int(limit * total + 1e-9) if limit < 1 else int(limit)
 
 
 def allowed_failures(limit: float, total: int) -> int:
-    """How many of so many input shards may fail: `allowed_number`, and one of several at least.
+    """The number of input shards that may fail: `allowed_number`, and one of several at least.
 
-    Of fewer than 100 shards one percent is none, and one bad tar would hold up all others.
+    One percent of fewer than 100 shards is none, and one bad tar would hold up all others.
     """
     least = 1 if limit > 0 and total > 1 else 0
     return max(least, allowed_number(limit, total))
@@ -77,7 +77,7 @@ def allowed_failures(limit: float, total: int) -> int:
 def run_noting_failures(
     function: Any, pending: Sequence[ShardTask], options: Mapping[str, Any]
 ) -> Failures:
-    """As `run_pending`; what failed is noted beside the outputs, until it succeeds."""
+    """Like `run_pending`, and notes what failed next to the outputs, until it succeeds."""
     if not pending:
         return Failures()
     notes = set(files.list_names(pending[0].output.rpartition("/")[0], _is_note))
@@ -134,7 +134,7 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
 
 
 def is_unfinished(limit: float, found: Survey, total: int, participle: str = "done") -> bool:
-    """Whether no output can be written yet; prints why, or without what it is written.
+    """Tells whether no output can be written yet; prints why, or which shards are left out.
 
     Args:
         limit: `config.max_failed_shards`, how many input shards may fail.

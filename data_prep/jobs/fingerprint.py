@@ -1,4 +1,4 @@
-"""Whether an input is still the one that an output was made of.
+"""Fingerprints of inputs: is an input still the one that an output was made of?
 
 Of every input two things are kept next to the output: its contents, as part, options and size, in
 the statistics; and its location (path, size and time of change), in a file of its own, since that
@@ -39,7 +39,7 @@ _states_of_linked: dict[str, str | None] = {}
 
 
 class Description(NamedTuple):
-    """What is kept of an input, JSON-able.
+    """Description of an input, JSON-able.
 
     Attributes:
         contents: what it holds, independent of where it is: part, options, size, and the hash of
@@ -67,7 +67,7 @@ def describe(source: SourceShard, identity: str = "time") -> Description:
     Raises:
         FileNotFoundError: it is gone.
     """
-    forget_linked()  # whatever was seen before, this is what will be read
+    forget_linked()  # this is what will be read
     contents, location = _look_at(source)
     if identity == "hash":
         contents["digest"] = _hash_all(source)
@@ -79,7 +79,7 @@ def describe(source: SourceShard, identity: str = "time") -> Description:
 def is_same(
     source: SourceShard, contents: Mapping[str, Any], location_path: str, identity: str = "time"
 ) -> bool:
-    """Whether an input is the one that was described before.
+    """Compares an input with its description from before.
 
     An input that was touched or copied is compared by its bytes where they were hashed; if they are
     the same, its new location is written down, so that the next run need not read it.
@@ -122,7 +122,7 @@ def write_location(path: str, location: Mapping[str, Any]) -> None:
 
 
 def read_location(path: str) -> dict[str, Any] | None:
-    """What `write_location` wrote; None where it is missing or damaged."""
+    """Reads what `write_location` wrote; None where it is missing or damaged."""
     return files.read_object(path)
 
 

@@ -1,4 +1,4 @@
-"""Which parts a folder has and in which order: named by their inputs, listed in `manifest.json`.
+"""Names and order of the parts of a folder: named by their inputs, listed in `manifest.json`.
 
 The name is a hash of the input's path below its root, so that it does not depend on the other
 inputs: one that is added, removed or replaced concerns its own part alone. The manifest has a line
@@ -26,7 +26,7 @@ NAME = "manifest.json"
 
 
 class Input(NamedTuple):
-    """One unit of work, and where it stands in what was typed.
+    """A unit of work, and the root of the typed source that it came from.
 
     Attributes:
         shard: the unit.

@@ -35,7 +35,7 @@ class LocalModel:
         self._load = load
 
     def map(self, method: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """As `Model.map`."""
+        """Like `Model.map`."""
         function = getattr(self._load(), method)
         for arguments in calls:
             yield function(*arguments)
@@ -50,7 +50,7 @@ def open_model(load: Load) -> Model:
 
 
 def is_shared() -> bool:
-    """Whether models run in other processes than this one."""
+    """Tells whether models run in other processes than this one."""
     return _open is not LocalModel
 
 

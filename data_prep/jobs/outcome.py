@@ -1,4 +1,4 @@
-"""One call of a task's function and how it ended; the same in every engine."""
+"""Outcomes of tasks: results, errors, and causes that may pass; the same in every engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ProcessDeath(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How one task ended.
+    """Result or error of one task.
 
     Attributes:
         task: the task; None before the engine has added it.

@@ -1,7 +1,7 @@
-"""One source shard in, one output and its statistics out: atomic, and done only once.
+"""Shard tasks: one source shard in, one output and its statistics out, atomic, done only once.
 
 A shard counts as done when its statistics file exists, which is written last, and when that file
-names the same config, the same input and an output of the size that lies there. What is done to
+names the same config, the same input and an output of the size that it has. What is done to
 the records is not known here; `engine.py` runs the tasks.
 """
 
@@ -28,7 +28,7 @@ from diht_jax.storage.stores import is_remote
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
-FAILED_SUFFIX = ".failed.json"  # beside an output that could not be made: why
+FAILED_SUFFIX = ".failed.json"  # next to an output that could not be made: why
 
 # Path -> bytes, None where the file is missing.
 Sizes = Callable[[str], int | None]
@@ -40,7 +40,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardTask:
-    """One unit of offline work.
+    """A unit of offline work.
 
     Attributes:
         source: what is read.
@@ -58,12 +58,12 @@ class ShardTask:
 
     @property
     def stats_path(self) -> str:
-        """Where the statistics lie."""
+        """Path of the statistics."""
         return self.output + STATS_SUFFIX
 
     @property
     def location_path(self) -> str:
-        """Where the location of the input is kept."""
+        """Path of the location of the input."""
         return self.output + fingerprint.LOCATION_SUFFIX
 
 
@@ -130,7 +130,7 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
         beside: endings of further files that `process` writes, such as ".more" for OUTPUT.more.
 
     Returns:
-        The statistics, as they lie in the file.
+        The statistics, as they are in the file.
 
     Raises:
         ValueError: the source is damaged.
@@ -144,7 +144,7 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
 
 
 def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """What a driver holds of the statistics of a task: nothing that grows with the records."""
+    """The part of statistics that a driver holds: nothing that grows with the records."""
     held = {name: stats[name] for name in ("config_hash", "input", "output") if name in stats}
     if "digest" in held.get("output", {}):
         held.pop("input", None)  # the records are known by their hash
@@ -171,7 +171,7 @@ class HashingWriter:
         return len(self._writer)
 
     def digest(self) -> str:
-        """Of all records so far."""
+        """Hash of all records so far."""
         return self._hash.hexdigest()
 
 
@@ -186,7 +186,7 @@ def finish_task(
     """Writes the statistics, which makes the task done.
 
     Args:
-        task: whose output lies there.
+        task: whose output is written.
         described: the input, before it was read.
         counts: what happened to the records.
         records: in the output.
@@ -213,11 +213,11 @@ def finish_task(
 
 
 def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
-    """What has changed since a task was done: the config, the input, or nothing (None).
+    """Names what has changed since a task was done: the config, the input, or nothing (None).
 
     Args:
         task: what would be done.
-        stats: the statistics that lie there.
+        stats: the statistics in the folder.
     """
     if stats.get("config_hash") != task.config_hash:
         return f"the config (hash {stats.get('config_hash')}, now {task.config_hash})"
@@ -232,7 +232,7 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
 
 
 def read_stats(task: ShardTask) -> dict[str, Any] | None:
-    """The statistics that lie there, whatever they belong to; None where there are none."""
+    """The statistics in the folder, of this config or another; None where there are none."""
     return files.read_object(task.stats_path)
 
 
@@ -254,7 +254,7 @@ def _check(task: ShardTask) -> tuple[ShardTask, dict[str, Any] | None, str | Non
 
 
 def has_output(task: ShardTask, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
-    """Whether the output and the files next to it have the sizes that the statistics name."""
+    """Tells whether the output and its other files have the sizes that the statistics name."""
     try:
         output = stats["output"]
         return output["bytes"] == size_of(task.output) and all(
@@ -304,7 +304,7 @@ def remove_temporary_files(folder: str, names: Iterable[str]) -> None:
     """Removes the half-written files that a killed run has left; in a store there are none.
 
     Args:
-        folder: where they lie.
+        folder: of the files.
         names: outputs that no other process is writing now; their temporary files are removed, and
             those of files whose names begin with them.
     """
@@ -331,7 +331,7 @@ def write_index(
     Args:
         folder: of the shards.
         outputs: their paths.
-        vocabulary: what all of them are labelled with, as of `Vocabulary.describe`.
+        vocabulary: what all of them are labelled with, see `Vocabulary.describe`.
     """
     if all(map(is_indexable, outputs)):
         update_index(folder, vocabulary=vocabulary)
@@ -348,7 +348,7 @@ def write_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
 
 
 def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:
-    """Those of some file names that belong to outputs: their own, and with more behind a dot."""
+    """The file names that belong to outputs: their own, and those with more behind a dot."""
     wanted = frozenset(outputs)
     return [name for name in names if not wanted.isdisjoint(_prefixes(name))]
 

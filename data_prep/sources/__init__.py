@@ -1,1 +1,1 @@
-"""From the input of a command to units of work."""
+"""Units of work for the input of a command."""

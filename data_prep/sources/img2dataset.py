@@ -1,4 +1,4 @@
-"""What img2dataset leaves beside images: a parquet file with metadata, and statistics.
+"""Files of img2dataset next to images: a parquet file with metadata, and statistics.
 
 A shard of img2dataset's is
 
@@ -38,7 +38,7 @@ _MAX_STATUSES = 50
 
 
 def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
-    """What img2dataset counted when it downloaded a shard.
+    """Counts of img2dataset for a shard that it downloaded.
 
     Args:
         source: a tar, TFRecord or parquet file of its output.
@@ -79,7 +79,7 @@ def merge_download_stats(total: dict[str, Any], other: Mapping[str, Any] | None)
 
 
 def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
-    """The metadata of a tar's pairs by key, from the parquet file beside it.
+    """The metadata of a tar's pairs by key, from the parquet file next to it.
 
     Args:
         source: a tar of img2dataset's.

@@ -1,6 +1,6 @@
-"""From the `input` of a preparation config to units of work.
+"""Units of work for the `input` of a preparation config.
 
-The readers themselves live in `diht_jax.readers`, where the evaluation finds them too; this
+The readers themselves are in `diht_jax.readers`, where the evaluation finds them too; this
 module holds what only offline jobs need: the config section, the check of the output folder, and
 the share of one job.
 """
@@ -31,7 +31,7 @@ _Task = TypeVar("_Task")
 def default_source() -> ml_collections.ConfigDict:
     """The config section `source`: the options of all source formats, with their defaults.
 
-    Their meaning stands in the formats' own options, such as `readers.tables.TableOptions`.
+    Their meaning is in the formats' own options, such as `readers.tables.TableOptions`.
     """
     c = ml_collections.ConfigDict()
     for name, field in registry.option_defaults().items():
@@ -92,7 +92,7 @@ def find_root(text: str) -> str:
 
 
 def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """As `readers.registry.read_pairs`; errors name options as keys of the config."""
+    """Like `readers.registry.read_pairs`; errors name options as keys of the config."""
     try:
         yield from registry.read_pairs(shard)
     except ValueError as error:
@@ -100,7 +100,7 @@ def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 
 def _raise_as_typed(error: ValueError) -> NoReturn:
-    if isinstance(error, OSError | DamagedTarError):  # whatever its path is called
+    if isinstance(error, OSError | DamagedTarError):
         raise error
     message = registry.name_options(str(error), "--config.source.{}")
     if message == str(error):
@@ -108,7 +108,7 @@ def _raise_as_typed(error: ValueError) -> NoReturn:
     raise ValueError(message) from error
 
 
-def check_output(output: str | os.PathLike[str] | None, sources: Sequence[SourceShard]) -> str:
+def check_output(output: str | os.PathLike[str] | None, sources: Iterable[SourceShard]) -> str:
     """The output folder, once it is sure that writing there destroys no input.
 
     Args:
@@ -119,12 +119,10 @@ def check_output(output: str | os.PathLike[str] | None, sources: Sequence[Source
         A path or URL without a slash at its end.
 
     Raises:
-        ValueError: it is not set, a folder that is being read, or a URL where nothing can be
-            written.
+        ValueError: errors of `check_folder`, or it is a folder that is being read.
     """
-    folder = _name_folder(output)
+    folder = check_folder(output)
     check_not_input(folder, sources)
-    _check_writable(folder)
     return folder
 
 
@@ -140,8 +138,26 @@ def check_folder(output: str | os.PathLike[str] | None) -> str:
     Raises:
         ValueError: it is not set, is mistyped, or takes no file.
     """
-    folder = _name_folder(output)
-    _check_writable(folder)
+    if not output:
+        raise ValueError("config.output is not set: expected a folder, which is made if missing")
+    folder = os.fspath(output).removeprefix("file://")
+    if match := _ONE_SLASH.fullmatch(folder):
+        raise ValueError(
+            f"config.output='{output}': expected a local folder, or a URL with two slashes, such "
+            f"as {match[1]}://{match[2]}; a local folder of this name is ./{folder}"
+        )
+    folder = folder.rstrip("/") or folder
+    if is_remote(folder):
+        check_writable(folder, "config.output")
+        return folder
+    present = os.path.abspath(folder)
+    while not os.path.lexists(present):
+        present = os.path.dirname(present)
+    if not os.path.isdir(present) or not os.access(present, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"config.output='{folder}': nothing can be written to '{present}'; expected a folder "
+            "that may be written to, or the name of a new one in such a folder"
+        )
     return folder
 
 
@@ -151,32 +167,6 @@ def check_not_input(folder: str, sources: Iterable[SourceShard]) -> None:
     for source in sources:
         if os.path.dirname(_plain_path(source.path)) == plain:
             raise ValueError(f"config.output='{folder}' is the folder of the input '{source.path}'")
-
-
-def _name_folder(output: str | os.PathLike[str] | None) -> str:
-    if not output:
-        raise ValueError("config.output is not set: expected a folder, which is made if missing")
-    folder = os.fspath(output).removeprefix("file://")
-    if match := _ONE_SLASH.fullmatch(folder):
-        raise ValueError(
-            f"config.output='{output}': expected a local folder, or a URL with two slashes, such "
-            f"as {match[1]}://{match[2]}; a local folder of this name is ./{folder}"
-        )
-    return folder.rstrip("/") or folder
-
-
-def _check_writable(folder: str) -> None:
-    if is_remote(folder):
-        check_writable(folder, "config.output")
-        return
-    present = os.path.abspath(folder)
-    while not os.path.lexists(present):
-        present = os.path.dirname(present)
-    if not os.path.isdir(present) or not os.access(present, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"config.output='{folder}': nothing can be written to '{present}'; expected a folder "
-            "that may be written to, or the name of a new one in such a folder"
-        )
 
 
 def _plain_path(path: str) -> str:

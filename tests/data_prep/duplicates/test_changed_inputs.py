@@ -1,31 +1,23 @@
 """Inputs that fail, go, come or change: only they are scanned again, and the table follows."""
 
-import io
 import json
 import os
-import tarfile
 
-import numpy as np
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from data_prep.duplicates import job, scan
 from data_prep.jobs.failures import INCOMPLETE_STATUS
 from diht_jax.config import load_recipe
+from tests.make import encoded, noise, pair_members, write_tar
 
 
 def _write_tar(path, seeds) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number, seed in enumerate(seeds):
-            small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
-            buffer = io.BytesIO()
-            Image.fromarray(small).resize((60, 45)).save(buffer, "PNG")
-            key = f"{path.stem}-{number}"
-            for extension, value in (("png", buffer.getvalue()), ("txt", key.encode())):
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(value)
-                tar.addfile(info, io.BytesIO(value))
+    members: dict[str, bytes] = {}
+    for number, seed in enumerate(seeds):
+        key = f"{path.stem}-{number}"
+        members |= pair_members(key, key, encoded(noise(seed, (60, 45), cell=9)))
+    write_tar(path, members)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The command on pairs with planted copies, its table, and the filter that reads it."""
 
-import io
+import itertools
 import json
 import tarfile
 
@@ -20,12 +20,7 @@ from data_prep.filtering.replay import Replay
 from data_prep.sources.list import default_source, list_sources
 from diht_jax.config import load_recipe
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
-
-
-def _encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+from tests.make import encoded, pair_members, write_tar
 
 
 def _scene(seed: int) -> Image.Image:
@@ -35,26 +30,22 @@ def _scene(seed: int) -> Image.Image:
 
 
 def _write_tar(path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for key, data in members.items():
-            for extension, value in (("png", data), ("txt", f"picture {key}".encode())):
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(value)
-                tar.addfile(info, io.BytesIO(value))
+    found = (pair_members(key, f"picture {key}", data) for key, data in members.items())
+    write_tar(path, dict(itertools.chain.from_iterable(part.items() for part in found)))
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Twelve scenes in two tars; copies of some in the other, and a picture that is none."""
     folder = tmp_path_factory.mktemp("pairs")
-    scenes = {f"s{i:02d}": _encode(_scene(i), "PNG") for i in range(12)}
+    scenes = {f"s{i:02d}": encoded(_scene(i), "PNG") for i in range(12)}
     copies = {
         "again": scenes["s00"],  # equal bytes
-        "jpeg": _encode(_scene(1), "JPEG", quality=60),
-        "small": _encode(_scene(2).resize((60, 45)), "PNG"),
-        "mirror": _encode(_scene(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
-        "large": _encode(_scene(4).resize((240, 180)), "PNG"),
-        "again_small": _encode(_scene(2).resize((60, 45)), "PNG"),
+        "jpeg": encoded(_scene(1), "JPEG", quality=60),
+        "small": encoded(_scene(2).resize((60, 45)), "PNG"),
+        "mirror": encoded(_scene(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
+        "large": encoded(_scene(4).resize((240, 180)), "PNG"),
+        "again_small": encoded(_scene(2).resize((60, 45)), "PNG"),
         "broken": b"no picture",
         "broken_too": b"no picture",
     }
@@ -292,11 +283,11 @@ def cropped(tmp_path_factory):
     for number in range(30):
         small = generator.integers(0, 256, (9, 9, 3)).astype(np.uint8)
         scene = Image.fromarray(small).resize((200, 150), Image.Resampling.BICUBIC)
-        scenes[f"s{number:02d}"] = _encode(scene, "PNG")
+        scenes[f"s{number:02d}"] = encoded(scene, "PNG")
         if number < 10:
             left, top = generator.integers(0, 21), generator.integers(0, 16)
             crop = scene.crop((left, top, left + 180, top + 135))
-            crops[f"c{number:02d}"] = _encode(crop, "JPEG")
+            crops[f"c{number:02d}"] = encoded(crop, "JPEG")
     _write_tar(folder / "0.tar", scenes)
     _write_tar(folder / "1.tar", crops)
     return folder
