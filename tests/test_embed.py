@@ -11,7 +11,6 @@ import diht_jax.evaluation.embedding.files as embedding_files
 from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.models import Architecture
-from diht_jax.readers import image_folder
 from diht_jax.records.schema import Pair, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.weights import clip_layout
@@ -235,34 +234,6 @@ def test_folder_of_pictures_classes_and_records(model, tmp_path):
         if options is OPTIONS:
             text_emb = np.concatenate([part["text_emb"] for part in parts])
             np.testing.assert_allclose(text_emb, model.encode_text(["red car"] * 5), atol=1e-5)
-
-
-def test_tasks_divide_the_parts_of_a_folder(model, tmp_path, monkeypatch):
-    (tmp_path / "flat").mkdir()
-    for i in range(9):
-        (tmp_path / "flat" / f"{i:03d}.png").write_bytes(png(i))
-    reads = []
-    real = image_folder.read_image
-    monkeypatch.setattr(
-        image_folder, "read_image", lambda *args: reads.append(args[1]) or real(*args)
-    )
-    options = EmbedOptions(modalities=("image",), shard_size=2, batch_size=8)
-    whole = embed_source(model, str(tmp_path / "flat"), tmp_path / "whole", options)
-    assert whole == {"pairs": 9, "dropped": {}, "files": 5} and len(reads) == 9
-    pairs = []
-    for task in (1, 0, 2):
-        reads.clear()
-        share = dataclasses.replace(options, task_index=task, num_tasks=3)
-        pairs.append(
-            embed_source(model, str(tmp_path / "flat"), tmp_path / "parts", share)["pairs"]
-        )
-        assert len(reads) == pairs[-1]  # nothing is read for the others
-    assert pairs == [3, 4, 2]
-    assert_same_files(tmp_path / "whole", tmp_path / "parts")
-    # With another number of tasks the work is finished.
-    reads.clear()
-    assert embed_source(model, str(tmp_path / "flat"), tmp_path / "parts", options)["pairs"] == 9
-    assert not reads
 
 
 @pytest.mark.parametrize("count", [2, 5])

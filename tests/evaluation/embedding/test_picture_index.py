@@ -19,10 +19,8 @@ from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.index_update import IndexProcess, update_index
 from diht_jax.evaluation.embedding.picture_index import (
-    Part,
     PictureIndex,
     quantize,
-    read_manifests,
 )
 from diht_jax.evaluation.embedding.search_server import make_server
 from tests.readers.inputs import write_tar
@@ -196,27 +194,6 @@ def test_processes_share_an_update(tiny_model, folder, tmp_path):
     check_answers(tiny_model, folder, tmp_path / "index", count=24)
     done = update(tiny_model, folder, tmp_path / "index")
     assert (done.added, done.removed, done.kept) == (0, 0, 24)
-
-
-def test_processes_share_a_large_file(tiny_model, tmp_path):
-    tar_of(tmp_path / "a.tar", range(15))
-    source = str(tmp_path / "a.tar")
-    results, decoded = update_together(tiny_model, source, tmp_path / "index", 4)
-    # Parts of 6, 6 and 3 for four processes.
-    assert [done.added for done in results] == [15] * 4 and decoded == [6, 6, 3, 0]
-    assert update(tiny_model, source, tmp_path / "alone").added == 15
-    parts = [
-        [Part(tmp_path / name, n, found) for n, found in read_manifests(tmp_path / name).items()]
-        for name in ("index", "alone")
-    ]
-    for found, expected in zip(*parts, strict=True):
-        assert found.rows.equals(expected.rows)
-    # A part that is made again, in the middle of the file, by another number of processes.
-    (tmp_path / "index/00001.json").unlink()
-    results, decoded = update_together(tiny_model, source, tmp_path / "index", 2)
-    assert [(done.added, done.kept) for done in results] == [(6, 9)] * 2 and decoded == [0, 6]
-    hits = PictureIndex(tmp_path / "index").search(tiny_model.encode_text(["x"]), 20)[0]
-    assert sorted(hit.caption for hit in hits) == sorted(f"caption {i}" for i in range(15))
 
 
 def test_an_error_of_one_process_ends_all(tiny_model, tmp_path):

@@ -39,18 +39,6 @@ def test_auroc_is_the_share_of_pairs_in_order(seed):
     assert area_under_roc(scores, targets) == pytest.approx(statistic / len(pairs))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_average_precision_by_its_definition(seed):
-    scores, targets = _scores(seed)
-    total, recall_before = 0.0, 0.0
-    for threshold in sorted(set(scores), reverse=True):
-        found = scores >= threshold
-        recall = targets[found].sum() / targets.sum()
-        total += (recall - recall_before) * targets[found].mean()
-        recall_before = recall
-    assert average_precision(scores, targets) == pytest.approx(total)
-
-
 def test_equal_to_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     for seed in range(10):

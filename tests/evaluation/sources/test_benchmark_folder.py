@@ -1,14 +1,10 @@
 """CLIP_benchmark's layout: read by us, and by CLIP_benchmark itself with the same numbers."""
 
 import io
-import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from diht_jax.evaluation import prompts
 from diht_jax.evaluation.sources.registry import check_source, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
@@ -110,18 +106,3 @@ def test_broken_folders_are_explained(tmp_path, photos, change, message):
     assert message in str(raised.value)
     with pytest.raises(ValueError, match="no option 'data_dir'; it has none"):
         check_source(source, {"data_dir": "/x"})
-
-
-def test_words_of_the_package():
-    pytest.importorskip("clip_benchmark")
-    program = (
-        "import json, sys\n"
-        "from diht_jax.evaluation.prompts import parse_templates, read_class_names\n"
-        "print(json.dumps([len(read_class_names('clip_benchmark:country211')),"
-        " parse_templates('clip_benchmark:food101'),"
-        " 'torch' in sys.modules or 'clip_benchmark' in sys.modules]))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert json.loads(done.stdout) == [211, ["a photo of {}, a type of food."], False]
-    with pytest.raises(ValueError, match=r"has no 'x'; it has babel|has no 'x'; it has c"):
-        prompts.benchmark_class_names("x")
