@@ -204,7 +204,8 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
     frozen = [_pattern("frozen", text, ranks) for text in _tuple(config, "frozen")]
     multipliers = [_multiplier(entry, ranks) for entry in _tuple(config, "multipliers")]
     beside_adapters = frozen_by_adapters(ranks)
-    decay, num_blocks = _layer_decay(config), _num_blocks(ranks)
+    decay = 1.0 if config.layer_decay is None else config.layer_decay
+    num_blocks = _num_blocks(ranks)
     rules = {}
     for name, rank in ranks.items():
         found = (factors for pattern, *factors in multipliers if pattern.search(name))
@@ -269,13 +270,6 @@ def _tuple(config: ml_collections.ConfigDict, key: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"config.optimizer.{key}: expected a tuple, got {value!r}")
     return tuple(value)
-
-
-def _layer_decay(config: ml_collections.ConfigDict) -> float:
-    decay = 1.0 if config.layer_decay is None else config.layer_decay
-    if not 0 < decay <= 1:
-        raise ValueError(f"config.optimizer.layer_decay={decay}: expected more than 0, at most 1")
-    return decay
 
 
 def _multiplier(entry: Any, names: Iterable[str]) -> tuple[re.Pattern, float, float]:

@@ -20,7 +20,7 @@ ALIKE = {
     "diht_vitl14_336": ("diht_vitl14", {_MODEL, _RATE}),
 }
 
-TRAINED_BY_ITS_COMMAND = ("emoji",)  # twice, by tests/training/test_compiler.py
+TRAINED_BY_ITS_COMMAND = ("emoji",)  # twice, by tests/hardware/test_compiler.py
 
 # Arguments beside `debug`; without them the recipe trains like that of the demo.
 ARGUMENTS = {"cifar10_finetune": ",train=probe"}

@@ -14,7 +14,6 @@ import pytest
 
 from diht_jax.input.batch_wait import BatchWait
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.input.sub_batches import SubBatches
 from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError
@@ -315,32 +314,6 @@ def test_a_diverged_run_stops_and_names_its_records(run, caplog):
     assert caplog.text.count("update skipped") == 3 and "square_0" in caplog.text
     assert_bitwise_equal(run.state.params, before)
     assert run.checkpointer.latest_step is None
-
-
-def test_a_message_reads_no_more_of_a_batch_than_the_records_that_it_names(run, monkeypatch):
-    looked, used = [], SubBatches.used_index
-
-    def look(examples, index):
-        looked.append(index)
-        return used(examples, index)
-
-    monkeypatch.setattr(SubBatches, "used_index", look)
-    text = run.keys_of_step(3)
-    assert text == f"{', '.join(run.iterator.keys(32)[:8])} and 8 more"
-    assert looked[:8] == looked[8:16] and len(looked) == 8 + 16
-
-
-def test_anomalies_count_in_a_row_and_in_all(config):
-    config.max_skipped_steps = 2
-    monitor = AnomalyMonitor(config, "record{}".format)
-    finite = {"skipped": 0.0, "loss": 1.0, "grad_norm": 1.0}
-    bad = {"skipped": 1.0, "loss": np.nan, "grad_norm": np.nan}
-    for step, metrics in enumerate((bad, finite, bad, finite), start=1):
-        monitor.check_step(step, metrics)
-    assert monitor.num_skipped == 2
-    monitor.check_step(5, bad)
-    with pytest.raises(DivergedError, match="2 updates in a row were skipped, up to step 6"):
-        monitor.check_step(6, bad)
 
 
 def test_spikes_and_a_capped_scale_are_reported(config, caplog):

@@ -5,13 +5,9 @@ Only the first process of a job writes.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import json
 import numbers
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -19,13 +15,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from diht_jax.storage.files import write_bytes
-from diht_jax.storage.stores import is_remote
-from diht_jax.training.monitoring.growing_object import GrowingObject
+from diht_jax.training.monitoring.growing_file import GrowingFile
 from diht_jax.training.monitoring.tensorboard import EventWriter
 
 METRICS_FILE = "metrics.jsonl"
-_KEPT_LINE = "%s: a line is kept for later, it cannot be written: %s"
 
 
 class MetricWriter:
@@ -43,8 +36,8 @@ class MetricWriter:
         workdir = epath.Path(workdir)
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         data = "".join(json.dumps(row) + "\n" for row in kept).encode()
-        remote = is_remote(os.fspath(workdir))
-        self._lines = (_RemoteLines if remote else _LocalLines)(workdir / METRICS_FILE, data)
+        # At once: a kill here must not cost the lines of weeks.
+        self._lines = GrowingFile(workdir / METRICS_FILE, data)
         self._tensorboard = EventWriter(workdir, start_step)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -73,47 +66,6 @@ class MetricWriter:
         if self._lines is not None:
             self._lines.close()
             self._tensorboard.close()
-
-
-class _LocalLines:
-    """A file that grows by whole lines, also when the disk is full in the middle of one."""
-
-    def __init__(self, path: epath.Path, data: bytes):
-        # Replaced at once: a kill here must not cost the lines of weeks.
-        write_bytes(pathlib.Path(path), data)
-        self._path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close
-        self._waiting = b""
-
-    def append(self, line: bytes) -> None:
-        self._waiting += line
-        end = self._file.tell()
-        try:
-            # May write a part only, without an error.
-            if self._file.write(self._waiting) < len(self._waiting):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), end)
-            logging.warning(_KEPT_LINE, self._path, error)
-            return
-        self._waiting = b""
-
-    def sync(self) -> None:
-        with contextlib.suppress(OSError):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._waiting:
-            logging.warning("%s lacks its last lines, they could not be written", self._path)
-        self._file.close()
-
-
-class _RemoteLines(GrowingObject):
-    """The same in an object store; one that takes nothing at the start ends the run."""
-
-    def __init__(self, path: epath.Path, data: bytes):
-        path.write_bytes(data)
-        super().__init__(path, data)
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:

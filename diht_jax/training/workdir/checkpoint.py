@@ -38,8 +38,6 @@ CHECKPOINT_DIRECTORY = "checkpoints"
 CORRUPT_DIRECTORY = "corrupt_checkpoints"
 # What a checkpoint is made of.
 STATE_ITEM, DATA_ITEM, CHECKS_ITEM = "state", "data", "checks"
-# Orbax's own, beside the items.
-_METADATA_FILE = "_CHECKPOINT_METADATA"
 
 
 class CheckpointError(ValueError):
@@ -187,7 +185,7 @@ class Checkpointer:
             problem = first_text(problem)
             if problem is None:
                 # A computation of all processes: only once each of them has read its part.
-                problem = first_text(describe_difference(found.checks.get("state"), found.state))
+                problem = first_text(describe_difference(found.checks["state"], found.state))
             if problem is None:
                 break
             problems[step] = problem
@@ -201,7 +199,7 @@ class Checkpointer:
             self._set_aside(damaged, problem, instead=step)
         self._manager = self._open()
         iterator.set_state(found.data_position)
-        self.restored_dataset = found.checks.get("dataset")
+        self.restored_dataset = found.checks["dataset"]
         logging.info("resumed at step %d", step)
         return found.state
 
@@ -343,7 +341,7 @@ class SavedRun:
         state: the training state, sharded as requested.
         data_position: of `TrainIterator.get_state`.
         checks: `state` (of `tree_checksums`), `place` (of `json_checksum`, for the position in the
-            data) and `dataset`; empty in a checkpoint of an older version.
+            data) and `dataset`.
     """
 
     state: TrainState
@@ -365,7 +363,7 @@ def read_checkpoint(
         position = json_handler.restore(item)
         item = directory / CHECKS_ITEM
         checks = read_checks(directory)
-        if checks and checks["place"] != json_checksum(position):
+        if checks["place"] != json_checksum(position):
             item = directory / DATA_ITEM
             raise ValueError("its contents are not what was saved")
         item = directory / STATE_ITEM
@@ -376,27 +374,8 @@ def read_checkpoint(
 
 
 def read_checks(directory: epath.Path) -> dict[str, Any]:
-    """What a checkpoint has to be checked by; empty in one of an older version, with a warning.
-
-    Orbax's metadata list the items of a checkpoint, so that one whose checks have been lost is told
-    apart from one that never had any.
-
-    Raises:
-        ValueError: the checks are damaged or lost.
-    """
-    item = directory / CHECKS_ITEM
-    if item.exists():
-        return ocp.JsonCheckpointHandler().restore(item)
-    metadata = directory / _METADATA_FILE
-    items = json.loads(metadata.read_text())["item_handlers"] if metadata.exists() else {}
-    if CHECKS_ITEM in items:
-        raise ValueError("it is missing, though the checkpoint was saved with it")
-    logging.warning(
-        "%s has no checksums (it was saved by a version without them, or they were removed): "
-        "whether its values are those that were saved cannot be verified",
-        directory,
-    )
-    return {}
+    """Checksums of a checkpoint, and the fingerprint of its data set."""
+    return ocp.JsonCheckpointHandler().restore(directory / CHECKS_ITEM)
 
 
 def finished_steps(root: epath.Path) -> list[int]:

@@ -36,18 +36,13 @@ def tree_checksums(tree: Any) -> dict[str, int]:
     return {path_name(path): int(s) for (path, _), s in zip(leaves, sums, strict=True)}
 
 
-def describe_difference(saved: dict[str, int] | None, tree: Any) -> str | None:
-    """Which arrays of a tree are not those that were saved. All processes must call.
+def describe_difference(saved: dict[str, int], tree: Any) -> str | None:
+    """Names arrays that are not those that were saved; None if all are. All processes must call.
 
     Args:
-        saved: of `tree_checksums`; None in a checkpoint of an older version.
+        saved: of `tree_checksums`.
         tree: as restored.
-
-    Returns:
-        None where all values are the same, or where nothing is known of them.
     """
-    if saved is None:
-        return None
     found = tree_checksums(tree)
     wrong = sorted(p for p in saved.keys() | found.keys() if saved.get(p) != found.get(p))
     return f"values differ from what was saved in {', '.join(wrong[:3])}" if wrong else None

@@ -191,19 +191,19 @@ def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
 
 
 def check_same_data(
-    config: ml_collections.ConfigDict, saved: dict[str, Any] | None, fingerprint: Fingerprint
+    config: ml_collections.ConfigDict, saved: dict[str, Any], fingerprint: Fingerprint
 ) -> None:
     """Refuses to go on with other data than the checkpoint's, unless that is allowed.
 
     Args:
         config: the section `data`.
-        saved: what the checkpoint keeps (`Fingerprint.pack`); None in one of an older version.
+        saved: what the checkpoint keeps (`Fingerprint.pack`).
         fingerprint: of the data now.
 
     Raises:
         ValueError: names the shards that were changed, are missing or were added.
     """
-    if saved is None or saved["digest"] == fingerprint.digest:
+    if saved["digest"] == fingerprint.digest:
         return
     changes = describe_changes(Fingerprint.unpack(saved), fingerprint)
     text = (

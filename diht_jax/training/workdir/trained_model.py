@@ -117,7 +117,8 @@ def restore_model(
                     partial_restore=True,
                 ),
             )
-        saved = _saved_checksums(root / str(step), name)
+        checks = read_checks(root / str(step))["state"]
+        saved = {path: number for path, number in checks.items() if path.startswith(f"{name}/")}
         problem = describe_difference(saved, {name: restored[name]})
     except Exception as error:  # whatever a damaged file leads to
         problem = explain_error(error)
@@ -135,12 +136,3 @@ def restore_model(
         decoder=found.get(DECODER),
         step=step,
     )
-
-
-def _saved_checksums(directory: epath.Path, part: str) -> dict[str, int] | None:
-    """Those that a checkpoint has of one part of the state; None in one of an older version."""
-    checks = read_checks(directory)
-    if not checks:
-        return None
-    saved = checks["state"]
-    return {path: number for path, number in saved.items() if path.split("/")[0] == part}

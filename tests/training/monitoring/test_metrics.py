@@ -3,11 +3,9 @@
 import json
 
 import numpy as np
-import pytest
 from tensorboard.compat.proto import event_pb2
 
 from diht_jax.records.format import read_records
-from diht_jax.training.monitoring import tensorboard
 from diht_jax.training.monitoring.metrics import (
     MetricWriter,
     flatten_results,
@@ -101,21 +99,6 @@ def test_a_bucket_that_fails_for_a_while_costs_no_line(bucket, tmp_path, caplog)
     BucketStore.failures = 1
     plot_curves(f"{bucket}/run")
     assert "curves.png cannot be written: 503 backend error" in caplog.text
-
-
-@pytest.mark.parametrize("bucket", ["gcsfs"], indirect=True)
-def test_events_in_a_bucket_go_on_in_another_file(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorboard, "_LONGEST_OBJECT_BYTES", 300)
-    writer = MetricWriter(f"{bucket}/run", 0)
-    for step in range(1, 7):
-        # No file is begun while the store lacks a part of the one before.
-        BucketStore.failures = 2 if step in (3, 4) else 0
-        writer.write(step, {"loss": step, "filler" * 15: 0.0})
-    writer.close()
-    files = event_files(bucket, tmp_path)
-    assert all(events[0].file_version == "brain.Event:2" for events in files)
-    steps = [[event.step for event in events if event.summary.value] for events in files]
-    assert steps == [[1, 2], [3, 4, 5], [6]]
 
 
 def test_lines_that_are_no_rows_are_skipped(tmp_path):

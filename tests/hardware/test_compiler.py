@@ -11,16 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
-from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diht_jax.config import default_config
 from diht_jax.hardware import compiler
 from diht_jax.hardware.topologies import get_topology
-from diht_jax.training.workdir.config_file import read_config, write_config
-from diht_jax.training.workdir.resume_checks import check_same_run
 from tests.compiling import xla_flags
 from tests.make import REPOSITORY
 
@@ -72,22 +68,6 @@ def test_flags_are_added_unless_the_user_has_set_them(monkeypatch, name):
     monkeypatch.delenv(variable)
     compiler.set_flags(name)
     assert os.environ[variable].split() == list(flags)
-
-
-@pytest.mark.parametrize("name", ["gpu", "tpu"])
-def test_options_of_a_compilation_are_the_flags_that_are_not_set(monkeypatch, name):
-    variable, flags = compiler.FLAGS[name]
-    monkeypatch.delenv(variable, raising=False)
-    options = compiler.compiler_options(name)
-    as_flags = [f"--{key}={str(value).lower()}" for key, value in options.items()]
-    assert as_flags == list(flags)
-    assert {type(value) for value in options.values()} <= {bool, int}
-    first = flags[0].partition("=")[0]
-    monkeypatch.setenv(variable, f"{first}=false --mine=1")
-    assert list(compiler.compiler_options(name)) == list(options)[1:]
-    compiler.set_flags(name)  # as the training command does
-    assert compiler.compiler_options(name) == {}
-    assert compiler.compiler_options("cpu") == {}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
@@ -249,15 +229,3 @@ def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path, labe
     assert len(losses) == 4 and np.isfinite(losses).all()
     assert any(path.name.startswith("jit__step-") for path in programs)
     assert start("second") == (losses, programs)
-
-
-def test_a_run_from_before_the_key_can_go_on(tmp_path, config):
-    write_config(tmp_path, config)
-    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    path = tmp_path / "config.json"
-    written = json.loads(path.read_text())
-    del written["compilation_cache"]
-    path.write_text(json.dumps(written))
-    assert read_config(tmp_path).compilation_cache == default_config().compilation_cache
-    config.compilation_cache = "/elsewhere"
-    check_same_run(config, epath.Path(tmp_path))
