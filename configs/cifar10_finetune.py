@@ -1,4 +1,4 @@
-"""Fine-tuning on CIFAR-10 with the class prompts as the start: FLYP, a probe, or adapters.
+r"""Fine-tuning on CIFAR-10 with the class prompts as the start: FLYP, a probe, or adapters.
 
 FLYP (Goyal et al. 2022, arXiv 2212.00638) goes on with the contrastive loss on pairs of an image
 and the prompt of its class. So the classifier is at any time what the text tower makes of the
@@ -14,11 +14,11 @@ The argument `train` says what is trained:
 
 Run, from a model of the same architecture, here the demo's:
 
-    python -m diht_jax.train --config configs/cifar10_finetune.py \\
-        --config.model.init_from=runs/base --config.data.train=runs/cifar10_records \\
+    python -m diht_jax.train --config configs/cifar10_finetune.py \
+        --config.model.init_from=runs/base --config.data.train=runs/cifar10_records \
         --workdir runs/tuned
-    python -m diht_jax.train --config configs/cifar10_finetune.py:train=lora \\
-        --config.model.init_from=runs/base --config.data.train=runs/cifar10_records \\
+    python -m diht_jax.train --config configs/cifar10_finetune.py:train=lora \
+        --config.model.init_from=runs/base --config.data.train=runs/cifar10_records \
         --workdir runs/tuned_lora
 
 Meant for the machine it is started on; a laptop will do (`config.topology`: local).

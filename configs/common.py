@@ -96,7 +96,9 @@ def suit(config: ml_collections.ConfigDict, topology: str) -> None:
         logging.warning(
             "no settings of their own are known for %s on %s; it keeps those for %s. Whether they "
             "fit: python -m diht_jax.compile",
-            *(config.model.name, topology, config.topology),
+            config.model.name,
+            topology,
+            config.topology,
         )
         return
     config.model.remat = "none"

@@ -1,4 +1,4 @@
-"""DiHT ViT-B/16 at 224 px for smaller and cleaner data, such as collections of captioned photos.
+r"""DiHT ViT-B/16 at 224 px for smaller and cleaner data, such as collections of captioned photos.
 
 `diht_vitb16` with harder negatives, for captions that are seldom wrong: alpha 0.999 and beta 0.5,
 where web pairs have 1 and 0.25; some 28 epochs of 70 million pairs. Method: DiHT, arXiv 2301.02280.
@@ -7,7 +7,7 @@ describe it, "recalled" is from memory of the paper and not checked, "ours" is o
 
 Run, after `data_prep.filter` and `data_prep.label` have written their shards to DATA:
 
-    python -m diht_jax.train --config configs/diht_vitb16_clean.py --config.data.train=DATA \\
+    python -m diht_jax.train --config configs/diht_vitb16_clean.py --config.data.train=DATA \
         --workdir DIR
 
 Meant for v5e:16x16, where its step is that of `diht_vitb16`.

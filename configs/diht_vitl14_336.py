@@ -1,4 +1,4 @@
-"""DiHT ViT-L/14 at 336 px: `diht_vitl14` fine-tuned at a higher resolution.
+r"""DiHT ViT-L/14 at 336 px: `diht_vitl14` fine-tuned at a higher resolution.
 
 Method: DiHT, arXiv 2301.02280. Each value says where it is from: "paper" is read in the paper's
 official code or in papers that describe it, "recalled" is from memory of the paper and not
@@ -6,7 +6,7 @@ checked, "ours" is our own choice.
 
 Run, with the work directory L14 that `diht_vitl14` has left:
 
-    python -m diht_jax.train --config configs/diht_vitl14_336.py --config.model.init_from=L14 \\
+    python -m diht_jax.train --config configs/diht_vitl14_336.py --config.model.init_from=L14 \
         --config.data.train=DATA --workdir DIR
 
 Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`, docs/scaling.md):

@@ -1,4 +1,4 @@
-"""Emoji: a small CLIP trained on one artist's emoji, to find another artist's by their names.
+r"""Emoji: a small CLIP trained on one artist's emoji, to find another artist's by their names.
 
 HN-NCE on 3,786 pairs (Noto Emoji); retrieval is measured on the same captions drawn anew
 (Twemoji). The drawings are small pictures with few colours, so crops may be harder than for photos.
@@ -10,11 +10,11 @@ this alpha beta 0.25 and 0.5 cannot be told apart: -0.2 points (-1.7 to 1.2).
 
 Run, with the tars of emoji-datasource that the README names:
 
-    python -m data_prep.filter --config configs/prep/convert.py \\
+    python -m data_prep.filter --config configs/prep/convert.py \
         --config.input=emoji_google.tar --config.output=runs/emoji_records
-    python -m diht_jax.train --config configs/emoji.py \\
+    python -m diht_jax.train --config configs/emoji.py \
         --config.data.train=runs/emoji_records --workdir runs/emoji
-    python -m diht_jax.evaluate --model runs/emoji \\
+    python -m diht_jax.evaluate --model runs/emoji \
         --tasks 'retrieval:emoji_twitter.tar?caption_template={caption}' --output runs/emoji.json
 
 Meant for the machine it is started on; a laptop will do (`config.topology`: local).

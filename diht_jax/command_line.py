@@ -1,5 +1,6 @@
-"""How every command starts: flags parsed, logs that leave the progress bar alone, and user errors
-shown as one line instead of a traceback; and the flags that several commands have.
+"""Start of every command: flags, logs above the progress bar, user errors in one line.
+
+Also the flags that several commands have.
 
 Flags have one convention. Names are in lower_snake_case, and the same name means the same
 everywhere: `--input` is what is read, `--output` what is written, `num_` begins a number of things,
@@ -69,7 +70,9 @@ def define_model_flags() -> None:
         "image_size", None, "Resize the image positions to it, in pixels; unset: the model's own."
     )
     flags.DEFINE_integer(
-        "context_length", None, "Stretch the text positions to so many tokens; unset: the model's."
+        "context_length",
+        None,
+        "Stretch the text positions to this many tokens; unset: the model's.",
     )
     flags.DEFINE_integer("dim", None, "First numbers of the embeddings to take; unset: all.")
     flags.DEFINE_list(
@@ -78,7 +81,7 @@ def define_model_flags() -> None:
 
 
 def model_options() -> dict[str, Any]:
-    """The arguments of `load_model` beside the model, as the flags give them."""
+    """Arguments of `load_model` other than the model, from the flags."""
     given = flags.FLAGS
     return {
         "step": given.step,
@@ -105,7 +108,7 @@ def define_prompt_flags() -> None:
 
 
 def define_task_flags() -> None:
-    """Defines `--tasks` and the flags that go with it, beside those for prompts."""
+    """Defines `--tasks` and the flags that go with it, except those for prompts."""
     flags.DEFINE_list(
         "tasks",
         [],
@@ -118,11 +121,13 @@ def define_task_flags() -> None:
         None,
         "Prompt around a caption; unset: 'a photo of {caption}.'; '{caption}' for none.",
     )
-    flags.DEFINE_integer("limit", None, "Only the first so many pairs of each task; unset: all.")
+    flags.DEFINE_integer(
+        "limit", None, "Only this many pairs of each task, the first ones; unset: all."
+    )
 
 
 def task_defaults() -> dict[str, Any]:
-    """The arguments of `parse_tasks` beside the tasks, as the flags give them."""
+    """Arguments of `parse_tasks` other than the tasks, from the flags."""
     from diht_jax.evaluation.prompts import parse_templates, read_class_names
 
     given, defaults = flags.FLAGS, {}
@@ -158,7 +163,7 @@ def require_flags(*names: str) -> None:
 
 
 def computes_on_cpu() -> bool:
-    """Whether the environment selects JAX's CPU backend; nothing is imported to find out."""
+    """Returns whether the environment selects JAX's CPU backend, without importing JAX."""
     return os.environ.get("JAX_PLATFORMS") == "cpu"
 
 
@@ -171,7 +176,7 @@ def keep_freed_memory() -> None:
     block a moment later.
 
     All threads share one arena, since others cannot hold such blocks; so this is not for programs
-    whose own threads allocate a lot beside an accelerator.
+    whose own threads allocate a lot while an accelerator computes.
 
     Nothing happens where the C library is not glibc.
     """
@@ -278,7 +283,7 @@ class _TqdmHandler(python_logging.Handler):
             self.handleError(record)
 
     def _count(self, record: python_logging.LogRecord) -> int:
-        """How often this text has come by now; 1 for what is no warning."""
+        """Counts how often this text has come; 1 for anything but a warning."""
         if record.levelno < python_logging.WARNING:
             return 1
         text = record.getMessage()

@@ -112,7 +112,7 @@ def start(
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints; one of a job is enough."""
+    """Returns whether this process writes and prints; one of a job is enough."""
     return jax.process_index() == 0
 
 

@@ -67,7 +67,8 @@ def arrange_devices(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.n
 
     Args:
         devices: in any order; `data` times `fsdp` of them.
-        data, fsdp: sizes of the axes.
+        data: size of the axis `data`.
+        fsdp: size of the axis `fsdp`.
 
     Returns:
         Devices [data, fsdp].
@@ -81,7 +82,8 @@ def arrange_devices(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.n
             logging.warning(
                 "config.mesh.fsdp=%d does not divide the %d devices of a slice or host, so that "
                 "parameters are gathered over the network between them",
-                *(fsdp, size),
+                fsdp,
+                size,
             )
         return np.asarray([d for island in islands for d in island]).reshape(data, fsdp)
     arranged = [_arrange_island(island, size // fsdp, fsdp) for island in islands]
@@ -114,7 +116,7 @@ def _arrange_island(devices: list[jax.Device], data: int, fsdp: int) -> np.ndarr
 
 
 def _is_cuboid(devices: Sequence[jax.Device]) -> bool:
-    """Whether TPU chips fill a block of the torus: then JAX can lay a mesh along its axes."""
+    """Returns whether TPU chips fill a block of the torus, along which JAX can lay a mesh."""
     if devices[0].platform != "tpu":
         return False
     coordinates = np.array([(*device.coords, device.core_on_chip) for device in devices])
@@ -133,7 +135,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How the array `path` of shape `shape` is split, by `PARTITION_RULES`.
+    """Partition of the array `path` of shape `shape`, by `PARTITION_RULES`.
 
     An axis that the mesh axis does not divide stays whole.
     """
@@ -144,12 +146,11 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
                     f"partition rule '{pattern}' has {len(spec)} axes, but '{path}' has shape "
                     f"{tuple(shape)}"
                 )
-            return PartitionSpec(
-                *(
-                    name if name and size % mesh.shape[name] == 0 else None
-                    for name, size in zip(spec, shape, strict=True)
-                )
-            )
+            names = [
+                name if name and size % mesh.shape[name] == 0 else None
+                for name, size in zip(spec, shape, strict=True)
+            ]
+            return PartitionSpec(*names)
     return PartitionSpec()
 
 

@@ -1,4 +1,4 @@
-"""CAT filtering: keep a pair whose caption has C >= 1 and an action, and is not in the picture.
+r"""CAT filtering: keep a pair whose caption has C >= 1 and an action, and is not in the picture.
 
 Method: DiHT, arXiv 2301.02280. "paper" is read in papers that describe it, "recalled" is from
 memory of it and not checked, "ours" is our own choice. The input may be webdataset tars,
@@ -6,7 +6,7 @@ jsonl/csv/tsv with an image folder, TFDS or our own shards; docs/data.md has the
 
 Run:
 
-    python -m data_prep.filter --config configs/prep/cat.py \\
+    python -m data_prep.filter --config configs/prep/cat.py \
         --config.input='/data/raw/*.tar' --config.output=/data/kept
 
 Expected: TFRecord shards with their statistics in the output folder, and the funnel on the screen.

@@ -1,4 +1,4 @@
-"""CAT filtering of LAION's pairs without those that LAION scored as unsafe or watermarked.
+r"""CAT filtering of LAION's pairs without those that LAION scored as unsafe or watermarked.
 
 Method: DiHT, arXiv 2301.02280, which removed such pairs before CAT. The scores are the columns
 `punsafe` and `pwatermark` of LAION's metadata, which img2dataset keeps with
@@ -7,7 +7,7 @@ Method: DiHT, arXiv 2301.02280, which removed such pairs before CAT. The scores 
 
 Run:
 
-    python -m data_prep.filter --config configs/prep/cat_laion.py \\
+    python -m data_prep.filter --config configs/prep/cat_laion.py \
         --config.input='/data/laion/*.tar' --config.output=/data/kept
 
 Expected: as configs/prep/cat.py, with the stage "metadata" first in the funnel.

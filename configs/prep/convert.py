@@ -1,10 +1,10 @@
-"""No caption filter: any source of pairs into TFRecord shards, for names, labels and clean sets.
+r"""No caption filter: any source of pairs into TFRecord shards, for names, labels and clean sets.
 
 Images are still checked: empty, unreadable and oversized ones are counted and left out.
 
 Run:
 
-    python -m data_prep.filter --config configs/prep/convert.py \\
+    python -m data_prep.filter --config configs/prep/convert.py \
         --config.input=emoji_google.tar --config.output=/data/emoji
 
 Expected: as many records as there are readable pairs (3,786 for the emoji).

@@ -1,17 +1,17 @@
-"""Duplicates of a data set: exact copies, and near-duplicates as SemDeDup finds them.
+r"""Duplicates of a data set: exact copies, and near-duplicates as SemDeDup finds them.
 
 Method: SemDeDup, arXiv 2303.09540, on embeddings of `diht_jax.embed` (the paper: CLIP ViT-B/16) or,
 as here, on a descriptor that finds edited copies without any model. docs/data.md has the chapter.
 
 Run:
 
-    python -m data_prep.duplicates --config configs/prep/duplicates.py \\
+    python -m data_prep.duplicates --config configs/prep/duplicates.py \
         --config.input='/data/raw/*.tar' --config.output=/data/duplicates
 
 Expected: a table of all pairs (parquet), dropped.arrow for the filter, and report.html with pairs
 of pictures. For embeddings of a model:
 
-    python -m diht_jax.embed --model runs/b32 --input '/data/raw/*.tar' --modalities image \\
+    python -m diht_jax.embed --model runs/b32 --input '/data/raw/*.tar' --modalities image \
         --dtype float16 --output /data/embedded
 
 and then --config.embeddings.kind=files --config.embeddings.files=/data/embedded.

@@ -165,7 +165,7 @@ KEYS: dict[str, Key] = {
     # Learning rate of a block relative to the one above it, in both towers; None: all the same.
     "optimizer.layer_decay": Key(float, SHARE_NOT_0),
     "optimizer.muon.momentum": Key(0.95, SHARE),
-    # Root mean square of an update, as of AdamW's: rate and decay need no other values.
+    # Root mean square of an update; that of AdamW's, so that rate and decay keep their values.
     "optimizer.muon.rms": Key(0.2, POSITIVE),
     # Decay of the parameters' moving average; None keeps none.
     "ema.decay": Key(float, SHARE),
@@ -273,11 +273,14 @@ def check_ranges(
 ) -> None:
     """Checks the numbers of a config, or of a section.
 
-        Args:
-            config: with names and types that `validate_config` has checked.
-            keys: dotted name -> `Key`; None is right for a key that is not set by default. Other
-    XX:
-            ValueError: names the first key whose value is outside of its range, and the range.
+    Args:
+        config: with names and types that `validate_config` has checked.
+        keys: dotted name -> `Key`; None is right for a key that is not set by default. Other
+            entries have no range.
+        prefix: of the names in messages.
+
+    Raises:
+        ValueError: names the first key whose value is outside of its range, and the range.
     """
     values = {name: value for name, (value, _) in walk(config).items()}
     for name, key in keys.items():

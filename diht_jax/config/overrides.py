@@ -90,12 +90,14 @@ def apply_overrides(
         logging.warning(
             "--config.total_steps=%d is shorter than the recipe's warm-up of %d steps; taking %d "
             "(--config.optimizer.warmup_steps)",
-            *(steps, before, steps // 10),
+            steps,
+            before,
+            steps // 10,
         )
 
 
 def _is_optional(key: str, defaults: ml_collections.ConfigDict) -> bool:
-    """Whether a key may be None; False for an unknown one.
+    """Returns whether a key may be None; False for an unknown one.
 
     Raises:
         ValueError: it is known and may not.

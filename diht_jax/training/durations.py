@@ -1,4 +1,4 @@
-"""How long a run is, in steps, whichever unit its config uses."""
+"""Length of a run in steps, in any unit of the config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diht_jax.training.optimizer import decay_start
 def duration_in_steps(
     config: ml_collections.ConfigDict, prefix: str, *, batch_size: int, num_examples: int
 ) -> int:
-    """The duration `prefix` ("total") in optimiser steps, whichever unit the config sets.
+    """The duration `prefix` ("total") in optimiser steps, in any unit of the config.
 
     Args:
         config: holds `{prefix}_steps`, `{prefix}_examples` and `{prefix}_epochs`, one not None.
@@ -45,7 +45,7 @@ def duration_in_steps(
 def patch_dropout_steps(
     config: ml_collections.ConfigDict, total_steps: int, *, num_examples: int
 ) -> int:
-    """How many steps of a run, from its start, may drop patches; the rest of it does not.
+    """Number of steps, from the start of a run, that may drop patches.
 
     Args:
         config: the whole training config.
@@ -78,7 +78,7 @@ def patch_dropout_steps(
 
 
 def steps_before_end(config: ml_collections.ConfigDict, *, num_examples: int) -> int:
-    """How many steps of a run, from its start, would be the same in a run of another length.
+    """Number of steps, from the start of a run, that do not depend on its length.
 
     Args:
         config: the whole training config.

@@ -1,4 +1,4 @@
-"""What a new run starts from: `config.model.init_from`."""
+"""Initial parameters of a run from `config.model.init_from`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def initial_parameters(
 ) -> dict[str, Any]:
     """The model of `config.model.init_from`, with positions for this run's images and texts.
 
-    Adapters, and what the objective learns beside the model, start anew.
+    Adapters, and the objective's own parameters, start anew.
 
     Args:
         config: the whole training config.
@@ -81,10 +81,10 @@ def _read_weights(source: str) -> Weights:
         weights = read_weights(locate_weights(source))
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
-    looks = weights.preprocessing
-    if looks != Preprocessing():
+    pictures = weights.preprocessing
+    if pictures != Preprocessing():
         raise ValueError(
-            f"config.model.init_from={source}: its pictures have mean {looks.mean} and deviation "
-            f"{looks.std}; training knows those of CLIP alone, {Preprocessing()}"
+            f"config.model.init_from={source}: its pictures have mean {pictures.mean} and "
+            f"deviation {pictures.std}; training knows those of CLIP alone, {Preprocessing()}"
         )
     return weights

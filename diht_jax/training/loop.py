@@ -121,7 +121,7 @@ def train(
 
 
 def _bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """As `bind_data`; what lies in an object store is read by the first process alone."""
+    """Like `bind_data`; data in an object store are read by the first process alone."""
     where = "store" if lies_in_store(config.data.train) else "host"
     if set(gather_texts(where)) == {"store"}:
         return bind_from_first(bind_data, config)
@@ -129,14 +129,14 @@ def _bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def _vocabulary_sizes(train: Any, labels: str | None) -> tuple[int, ...] | None:
-    """As `train_vocabulary_sizes`, read by the first process; all have bound one vocabulary."""
+    """Like `train_vocabulary_sizes`, read by the first process: all have bound one vocabulary."""
     data = share_from_first(lambda: json.dumps(train_vocabulary_sizes(train, labels)).encode())
     sizes = json.loads(data)
     return None if sizes is None else tuple(sizes)
 
 
 class Run:
-    """One process's part of a run: what the loop needs, built from the config.
+    """A process's part of a run, built from the config.
 
     Attributes:
         has_finished_step: whether the devices have finished a step in this process.
@@ -392,8 +392,7 @@ class Run:
         )
 
     def data_metrics(self, step: int) -> dict[str, float]:
-        """What the sources of a mixture have given up to a step, and how many bad records were
-        skipped since the last call where these do not end the run."""
+        """Examples of each source of a mixture up to a step; bad records skipped since the last call."""
         found = self.mixture.metrics(step * self.config.data.batch_size)
         if self.config.data.on_bad_record == "skip":
             before, self._skipped_records = self._skipped_records, self.iterator.skipped_records

@@ -71,7 +71,7 @@ def check_together(check: Callable[[], Checked]) -> Checked:
 
 
 def work_together(work: Callable[[], Checked]) -> Checked:
-    """As `check_together`, of work for which one process may take hours longer than another.
+    """Like `check_together`, for work that may take one process hours longer than another.
 
     They meet at a barrier of the coordination service first: a collective fails where a process
     comes late, with Gloo after half a minute.
@@ -110,7 +110,7 @@ def share_from_first(read: Callable[[], bytes]) -> bytes:
         try:
             data = read() if jax.process_index() == 0 else b""
         except Exception as error:
-            # Of whatever kind it is: the other processes must not wait for what never comes.
+            # Any kind of error: the other processes must not wait for data that never come.
             if isinstance(error, ValueError) or jax.process_count() == 1:
                 raise
             raise ValueError(f"{type(error).__name__}: {error}") from error

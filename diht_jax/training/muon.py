@@ -37,7 +37,7 @@ _FSDP = "fsdp"
 
 
 def is_block_matrix(name: str) -> bool:
-    """Whether the parameter of this path is one of the matrices that Muon is for."""
+    """Returns whether the parameter of this path is one of the matrices that Muon is for."""
     return _MATRIX.search(name) is not None
 
 
@@ -133,7 +133,7 @@ def _update_of_layers(kind: str, layers: jax.Array, rms: float) -> jax.Array:
     """[layers, m, n] of one kind -> the same, orthogonal and scaled."""
     dtype, shape = layers.dtype, layers.shape
     x = layers.astype(jnp.promote_types(dtype, jnp.float32))
-    if "/in_proj/" in kind:  # [m, 3 n]: queries, keys and values beside each other
+    if "/in_proj/" in kind:  # [m, 3 n]: queries, keys and values side by side
         x = jnp.moveaxis(x.reshape(*shape[:2], 3, shape[2] // 3), 2, 1)
     x = rms * max(x.shape[-2:]) ** 0.5 * orthogonalize(x)
     if "/in_proj/" in kind:

@@ -59,7 +59,7 @@ def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def num_labels(config: ml_collections.ConfigDict) -> int:
-    """How many of the teacher's labels of each kind the terms read from a record; 0 for none."""
+    """Number of the teacher's labels of each kind that the terms read from a record."""
     return max((term.num_labels for term in active_terms(config)), default=0)
 
 
@@ -69,7 +69,7 @@ def teacher_width(config: ml_collections.ConfigDict) -> int:
 
 
 def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
-    """Whether the contrastive loss asks which pairs of a batch are equal.
+    """Returns whether the contrastive loss asks which pairs of a batch are equal.
 
     Raises:
         ValueError: `config.data.class_key` says which, and nothing asks.
@@ -113,7 +113,7 @@ def with_objective_parameters(
     def init(key: jax.Array) -> Parameters:
         params = init_params(key)
         for term in terms:
-            # By name, so that another term beside it does not change what it draws.
+            # By name, so that other terms do not change what it draws.
             term_key = jax.random.fold_in(key, zlib.crc32(term.name.encode()))
             params.update(term.parameters(term_key, widths, dtype))
         if loss.initial_logit_scale is not None:
@@ -179,7 +179,7 @@ def total_loss(
 
     Returns:
         Scalar loss, and the metrics of `sharded_loss`; with terms or another weight than 1 of the
-        contrastive loss, `loss` is the sum, and its parts stand beside it as they are.
+        contrastive loss, `loss` is the sum, and its parts are metrics of their own.
     """
     total, metrics = _contrastive_loss(encoded, params, examples, mesh=mesh, config=config)
     weight = config.loss.weight

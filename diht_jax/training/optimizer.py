@@ -72,7 +72,7 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) 
 
 
 def decay_start(config: ml_collections.ConfigDict, total_steps: int) -> int:
-    """How many steps of a run, from its start, do not depend on how long it is.
+    """Number of steps, from the start of a run, that do not depend on its length.
 
     Args:
         config: the section `optimizer`.
@@ -166,7 +166,7 @@ def _decay_and_scale(weight_decay: float) -> optax.GradientTransformationExtraAr
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRule:
-    """How one parameter is updated.
+    """Factors of one parameter's update.
 
     Attributes:
         frozen: gets neither an update nor optimiser moments.
@@ -188,7 +188,7 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
     BEiT's (arXiv 2106.08254), done for each tower. Weight decay is for matrices and higher only;
     biases, LayerNorm, class token and logit scale are not decayed. Positional embeddings are
     matrices by shape and are decayed, as in open_clip. Frozen are the names in which one of
-    `frozen` is found, and beside adapters (`models.lora`) the rest of the model.
+    `frozen` is found, and with adapters (`models.lora`) the rest of the model.
 
     Args:
         config: the section `optimizer`.
@@ -245,7 +245,7 @@ def split_parameters(
 
 
 def merge_parameters(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """One nested dict with the leaves of both; the inverse of `split_parameters`."""
+    """Joins two nested dicts into one with the leaves of both; inverts `split_parameters`."""
     return unflatten_dict({**flatten_dict(a), **flatten_dict(b)})
 
 

@@ -1,7 +1,7 @@
-"""What a config makes on a mesh before there is any array: the one definition of a training step.
+"""Mesh, model, optimizer and step of a config, without arrays.
 
-The same program is run here and compiled for machines that are not here, so that what was compiled
-for a pod is what will run there. No data, no checkpoints and no measuring here.
+The same program is run here and compiled for other machines, so that what was compiled for a pod
+runs there. No data, no checkpoints and no measuring here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class TrainProgram:
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
         self.optimizer = create_optimizer(optimizer_config(config), self.schedule, self.mesh)
         self.definition, init_params = model_definition(
-            *(self.arch, config.model.dtype, config.model.param_dtype),
+            self.arch,
+            config.model.dtype,
+            config.model.param_dtype,
             Execution(attention=config.model.attention),
             lora=lora_of(config.lora),
         )
@@ -157,11 +159,14 @@ class TrainProgram:
         }
 
     def loss_form(self) -> Choice:
-        """How the contrastive loss is computed on this mesh, and why."""
+        """Form of the contrastive loss on this mesh, and the reason."""
         config = self.config
         return choose_impl(
-            *(self.mesh, sharding.BATCH_AXES),
-            *(config.data.batch_size, self.arch.embed_dim, config.loss.impl),
+            self.mesh,
+            sharding.BATCH_AXES,
+            config.data.batch_size,
+            self.arch.embed_dim,
+            config.loss.impl,
         )
 
     def step(
@@ -176,7 +181,12 @@ class TrainProgram:
         """
         config = self.config if patch_dropout else without_patch_dropout(self.config)
         return TrainStep(
-            *(self.definition, self.optimizer, self.schedule, self.mesh, config, state),
+            self.definition,
+            self.optimizer,
+            self.schedule,
+            self.mesh,
+            config,
+            state,
             packing_fallback=packing_fallback,
         )
 
@@ -189,7 +199,7 @@ def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.C
 
 
 def _check_ema(config: ml_collections.ConfigDict) -> bool:
-    """Whether the run keeps a moving average of its parameters.
+    """Returns whether the run keeps a moving average of its parameters.
 
     Raises:
         ValueError: an average is to be evaluated that is not kept.
@@ -212,7 +222,9 @@ def with_trusted_attention(
     job must call, and take the same kernel. Ours.
 
     Args:
-        config, total_steps, devices: as for `TrainProgram`.
+        config: the whole training config.
+        total_steps: length of the schedule.
+        devices: to train on; all of the job by default.
     """
     differing = []
     for name, attention in TrainProgram(config, total_steps, devices).attention().items():
@@ -221,7 +233,10 @@ def with_trusted_attention(
         difference = kernel_difference(attention, jax.local_devices()[0])
         logging.info(
             "attention of the %s tower: %s; values and gradients within %.1e of XLA's on %s",
-            *(name, attention.kernel, difference, jax.local_devices()[0].device_kind),
+            name,
+            attention.kernel,
+            difference,
+            jax.local_devices()[0].device_kind,
         )
         if not difference <= _ATTENTION_TOLERANCE:
             differing.append(f"{attention.kernel} in the {name} tower by {difference:.1e}")
@@ -231,7 +246,8 @@ def with_trusted_attention(
     logging.warning(
         "attention differs from XLA's on this machine, %s, where %.0e is tolerated: XLA's is used. "
         "Please report it, with the versions of JAX, cuDNN or libtpu, and the driver",
-        *(differs, _ATTENTION_TOLERANCE),
+        differs,
+        _ATTENTION_TOLERANCE,
     )
     config = config.copy_and_resolve_references()
     config.model.attention = "xla"

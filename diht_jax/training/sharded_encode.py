@@ -1,4 +1,4 @@
-"""How examples are encoded on the mesh, and how gradients come back: fsdp and micro-batches.
+"""Encoding on the mesh, and its gradients: fsdp and micro-batches.
 
 Inside of `jax.shard_map` each device encodes its own rows: nothing but parameters is ever sent. The
 caller puts a loss on top and differentiates through it. No losses over the global batch and no
@@ -6,8 +6,8 @@ optimiser may come in here.
 
 A function that encodes takes (params, examples), nested dicts of the parameters and of arrays
 [b, ...], and returns a nested dict of arrays [b, ...] of which row i depends on example i alone.
-That is all it takes to go micro-batch by micro-batch, so whatever is computed of one example (such
-as the losses of concept heads) can be returned beside the embeddings.
+This makes micro-batches possible; results for one example other than embeddings (such as the losses
+of concept heads) are returned the same way.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ def encode_on_mesh(
 ) -> dict[str, jax.Array]:
     """Encodes the global batch, each device its own rows.
 
-    Differentiable with respect to `trained`, whose gradient is summed over all devices and lies as
-    the parameters do.
+    Differentiable with respect to `trained`, whose gradient is summed over all devices and
+    sharded like the parameters.
 
     Args:
         encode: gets this device's part of every parameter, to be made whole with
             `ParameterGather`.
-        trained, frozen: nested dicts of parameters, sharded by the partition rules, layer by layer.
+        trained: nested dict of parameters, sharded by the partition rules, layer by layer.
+        frozen: the other parameters, likewise.
         examples: arrays [N, ...], split over the mesh by rows.
         mesh: axes `data` and `fsdp`.
         micro_batch: examples, over all devices, to encode at once; see `in_micro_batches`.
@@ -141,7 +142,7 @@ def in_micro_batches(encode: Encode, count: int, is_trained: Tree) -> Encode:
             (grads,) = pull_back(part_cotangents)
             return [s + g.astype(s.dtype) for s, g in zip(sums, grads, strict=True)], None
 
-        # At least float32, whatever the parameters are stored in: this is a long sum.
+        # At least float32, for parameters of any dtype: this is a long sum.
         zeros = [jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)) for p in trained]
         parts = (_split_rows(examples, count), _split_rows(cotangents, count))
         sums, _ = jax.lax.scan(add, zeros, parts)
@@ -187,7 +188,7 @@ class ParameterGather:
         }
 
     def block(self, tower: str) -> Gather | None:
-        """For one block of a tower, whose layers are split alike; None if they are whole."""
+        """Gathers one block of a tower, whose layers are split alike; None if they are whole."""
         prefix = f"{tower}/blocks/0/"
         split = [name for name, axis in self._axes.items() if axis is not None]
         if not any(name.startswith(prefix) for name in split):

@@ -1,6 +1,6 @@
-"""One optimiser step, as a pure jitted function of (state, batch).
+"""The optimiser step, a pure jitted function of (state, batch).
 
-What is measured comes out as a dict of scalars; averaging and writing them is for others.
+Metrics are a dict of scalars; averaging and writing them is done elsewhere.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class TrainStep:
         """The traced step, to be lowered, compiled or counted without being run.
 
         Args:
-            state, batch: as for a call, or `jax.ShapeDtypeStruct`s with shardings.
+            state: as for a call, or `jax.ShapeDtypeStruct`s with shardings.
+            batch: likewise.
         """
         return self._jitted.trace(state, batch)
 
@@ -168,7 +169,8 @@ def loss_gradients(
     """The gradient of the global batch's loss by the trained parameters, and metrics.
 
     Args:
-        state, batch: see `TrainStep`.
+        state: see `TrainStep`.
+        batch: see `TrainStep`.
         definition: of the model, with the execution of the step.
         mesh: axes `data` and `fsdp`.
         config: the whole training config.
@@ -278,7 +280,7 @@ def _check_texts_per_row(config: ml_collections.ConfigDict, num_devices: int) ->
 
 
 def training_execution(config: ml_collections.ConfigDict, mesh: Mesh) -> Execution:
-    """How the step computes, as the config section `model` says, on the devices of the mesh.
+    """Execution of the step, from the config section `model` and the devices of the mesh.
 
     The mesh may be of another machine than this one; see `diht_jax.compile`.
     """

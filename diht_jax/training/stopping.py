@@ -1,4 +1,4 @@
-"""How a run ends: stopped on a signal, so that the same command goes on, or by an error.
+"""End of a run: by a signal, so that the same command goes on, or by an error.
 
 SIGTERM (what Slurm, Kubernetes and the clouds send before they take a machine away) and the first
 SIGINT let the step at hand finish; the loop then saves, and the command exits with
@@ -121,13 +121,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def is_due(self, step: int) -> bool:
-        """Whether to save and stop after this step; the same answer in all processes."""
+        """Returns whether to save and stop after this step; the same answer in all processes."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._requested
 
     def is_waiting(self) -> bool:
-        """Whether to stop before the next step, if its batch does not come.
+        """Returns whether to stop before the next step, if its batch does not come.
 
         Never in a job of several processes: all of them stop after the same step, and the others
         may be in the middle of it.

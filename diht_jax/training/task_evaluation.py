@@ -66,7 +66,7 @@ def check_best_metric(best_metric: str | None, tasks: list[Task]) -> None:
 
 
 def lower_is_better(best_metric: str | None, tasks: list[Task]) -> bool:
-    """Whether the best checkpoint is that with the lowest value, by the unit of the metric."""
+    """Returns whether the lowest value is the best, by the unit of the metric."""
     if best_metric is None:
         return False
     task_name, _, name = best_metric.rpartition("/")
@@ -84,7 +84,7 @@ def check_source_opens(task: Task) -> None:
         with contextlib.closing(read_entries(task)) as entries:
             if next(entries, None) is None:
                 raise ValueError("it has no entries")
-    except Exception as error:  # what it is depends on the reader and on where the source lies
+    except Exception as error:  # which one depends on the reader and on the storage
         raise ValueError(
             f"task '{task.name}' of config.evaluation.tasks cannot be evaluated: its source "
             f"{task.source} cannot be read: {error}"
@@ -110,7 +110,7 @@ class RunEvaluation:
         self._model: LoadedModel | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether the state after this step is to be evaluated."""
+        """Returns whether the state after this step is to be evaluated."""
         every = self._config.evaluation.every_steps
         at_end = step == self._total_steps
         return bool(self._tasks) and (at_end or bool(every and step % every == 0))
@@ -164,7 +164,7 @@ class RunEvaluation:
         return measured
 
     def is_missing(self, step: int, workdir: epath.Path) -> bool:
-        """Whether one is due and not in the metrics, not even as a failed one. All must call."""
+        """Returns whether a due evaluation is not in the metrics, not even as failed. All must call."""
         if not self.is_due(step):
             return False
         rows = [row for row in read_metrics(workdir) if row["step"] == step]

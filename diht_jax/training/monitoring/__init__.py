@@ -1,1 +1,1 @@
-"""What a run reports and watches: metrics, throughput, profiles, anomalies."""
+"""Metrics, throughput, profiles and anomalies of a run."""

@@ -1,4 +1,4 @@
-"""Where a number that is not finite begins: `config.debug_nans`.
+"""Origin of numbers that are not finite (`config.debug_nans`).
 
 After an update that was skipped, the step is computed once more, eagerly and with every module
 watched; the step that trains stays as fast as it is.
@@ -158,7 +158,7 @@ def _watching_class(kind: type, name: str, is_finite: Callable[[Any], bool]) -> 
 
 
 class _WatchedDefinition:
-    """What `merge_model` and `encode_examples` need of a `ModelDefinition`."""
+    """The part of a `ModelDefinition` that `merge_model` and `encode_examples` use."""
 
     def __init__(self, plain: ModelDefinition, graphdef: nnx.GraphDef):
         self.arch, self.dtype, self.execution = plain.arch, plain.dtype, plain.execution
@@ -169,7 +169,7 @@ class _WholeParameters:
     """Instead of `sharded_encode.ParameterGather`: eager operations take sharded parameters."""
 
     def outside_blocks(self, params: dict[str, Any]) -> dict[str, Any]:
-        """As they are."""
+        """Returns them unchanged."""
         return params
 
     def block(self, tower: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether the input keeps up with the step: the log compares both, and names what to change."""
+"""Comparison of the input's speed with the step's, and advice in the log."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class InputSupply:
 
 
 def advise(data: ml_collections.ConfigDict, cores: int, busy_cores: float) -> str:
-    """Which setting to change where the input is too slow.
+    """Names the setting to change where the input is too slow.
 
     Args:
         data: the section `config.data`.

@@ -46,7 +46,7 @@ class StepProfiler:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def ends_at(self, step: int) -> bool:
-        """Whether `step` is the last one of a trace under way."""
+        """Returns whether `step` is the last one of a trace under way."""
         return self._is_tracing and step == self._steps[-1]
 
     def close(self) -> None:

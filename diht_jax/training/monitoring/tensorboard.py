@@ -69,6 +69,6 @@ class EventWriter:
 
 
 def _frame(**fields: Any) -> bytes:
-    """One event, as its record in a file."""
+    """The record of an event in a file."""
     data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
     return frame_header(len(data)) + data + frame_footer(data)

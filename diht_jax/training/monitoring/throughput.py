@@ -1,4 +1,4 @@
-"""How fast a run is: images and FLOPs per second, MFU, and time spent waiting for data."""
+"""Speed of a run: images and FLOPs per second, MFU, and time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def model_flops(
 
 
 def _computes_once(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> bool:
-    """Whether a recipe's step shows all of its model's matrix products, and each of them once."""
+    """Returns whether a recipe's step shows each matrix product of its model once."""
     optimizer = config.optimizer
     # As short as its schedule may be: no length of a run changes what a step computes.
     program = TrainProgram(
@@ -98,7 +98,7 @@ def log_flops(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class InputRate:
-    """What the input gives, and what the step could take, over one window.
+    """Speed of the input, and of a step that never waits for it, over one window.
 
     Attributes:
         supplied: images per second of the window.
@@ -179,8 +179,8 @@ class ThroughputWindow:
     def summary(self) -> dict[str, float]:
         """Means of the step's metrics, and speed; starts the next window.
 
-        Beside the means: `images_per_sec`; `data_wait_secs`, and `data_wait_share` of the time;
-        `model_flops_per_sec`; and `mfu`, where the devices' peak is known.
+        In addition to the means: `images_per_sec`; `data_wait_secs`, and `data_wait_share` of the
+        time; `model_flops_per_sec`; and `mfu`, where the devices' peak is known.
         """
         scalars = mean_scalars(self._measured)
         elapsed_secs = self._clock() - self._start
@@ -217,5 +217,5 @@ class ThroughputWindow:
 
 
 def _are_ready(metrics: dict[str, jax.Array]) -> bool:
-    """Whether the step that gives them has ended."""
+    """Returns whether the step that gives them has ended."""
     return all(value.is_ready() for value in metrics.values() if hasattr(value, "is_ready"))

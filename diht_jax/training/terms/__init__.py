@@ -1,1 +1,1 @@
-"""Terms of the training objective beside the contrastive loss."""
+"""Terms of the training objective other than the contrastive loss."""

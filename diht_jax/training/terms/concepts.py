@@ -19,7 +19,7 @@ HEADS = "concept_heads"
 
 @dataclasses.dataclass(frozen=True)
 class ConceptKind:
-    """One of the two heads, by the names of its things.
+    """Names of a head's keys, fields and metrics.
 
     Attributes:
         head: in the parameters, and the kind of vocabulary.
@@ -156,7 +156,7 @@ class ConceptDistillation(Term):
         return config
 
     def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
-        """Heads of zeros: the first predictions are uniform, whatever the features."""
+        """Heads of zeros: the first predictions are uniform for any features."""
         width = widths[self.section.feature]
         heads = {}
         for kind in self.kinds:

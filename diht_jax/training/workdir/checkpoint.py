@@ -322,12 +322,12 @@ class _BestMeasured:
     values: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """For each checkpoint, in their order."""
+        """Marks the best checkpoint."""
         best = self.step([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step == best for checkpoint in checkpoints]
 
     def step(self, steps: Sequence[int]) -> int | None:
-        """Which of the steps has it; None where none was measured."""
+        """The best of the steps; None where none was measured."""
         sign = -1 if self.lower_is_better else 1
         measured = [(sign * self.values[step], step) for step in steps if step in self.values]
         return max((pair for pair in measured if math.isfinite(pair[0])), default=(0, None))[1]
@@ -335,7 +335,7 @@ class _BestMeasured:
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """What was read of a checkpoint.
+    """Contents of a checkpoint.
 
     Attributes:
         state: the training state, sharded as requested.
@@ -368,7 +368,7 @@ def read_checkpoint(
             raise ValueError("its contents are not what was saved")
         item = directory / STATE_ITEM
         state = ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(target))
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file may lead to any
         return None, f"{item}: {explain_error(error)}"
     return SavedRun(state, position, checks), None
 
@@ -388,7 +388,7 @@ def finished_steps(root: epath.Path) -> list[int]:
 
 
 def shared_steps(root: epath.Path, share: Share) -> list[int]:
-    """As `finished_steps`; of a job, what its first process sees.
+    """Like `finished_steps`; for a job, the steps that its first process sees.
 
     Listings of a network file system may be older on some hosts, and a run that goes on may save
     and remove checkpoints between two looks.
@@ -401,7 +401,7 @@ def shared_steps(root: epath.Path, share: Share) -> list[int]:
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
-    """Where a run's checkpoints lie; absolute, as Orbax wants it."""
+    """Folder of a run's checkpoints; absolute, as Orbax wants it."""
     return absolute_path(workdir) / CHECKPOINT_DIRECTORY
 
 

@@ -18,12 +18,12 @@ from diht_jax.sharding import path_name
 
 
 def tree_checksums(tree: Any) -> dict[str, int]:
-    """One 32-bit number per array, the same on any mesh.
+    """Checksums of 32 bits, one for each array, the same on any mesh.
 
     `sum_i bits_i (2 i + 1)` modulo 2^32, with `bits_i` the value at index i as an unsigned integer.
     Integer sums do not depend on their order, hence not on how an array is split; the weights are
-    odd, so any single flipped bit changes the number, and exchanged values do, too. Computed where
-    the arrays lie. Ours.
+    odd, so any single flipped bit changes the number, and exchanged values do, too. Computed on
+    the arrays' own devices. Ours.
 
     Args:
         tree: arrays, of values up to 32 bits wide. In a job of several processes all must call.

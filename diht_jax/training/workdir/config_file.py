@@ -18,7 +18,7 @@ CONFIG_FILE = "config.json"
 
 
 def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -> None:
-    """Keeps the config beside the checkpoints, as JSON."""
+    """Writes the config into the work directory, as JSON."""
     if jax.process_index() != 0:
         return
     path = epath.Path(workdir) / CONFIG_FILE

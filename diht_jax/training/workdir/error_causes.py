@@ -37,7 +37,7 @@ def explain_error(error: BaseException) -> str:
 
 
 def suggest_remedy(error: BaseException) -> str:
-    """What mends a failed write, as far as its cause is known: one sentence without its stop."""
+    """Remedy of a failed write, as far as its cause is known: a sentence without its stop."""
     chain = _chain(error)
     for link in reversed(chain):
         in_text = re.search(r"OS error (\d+)", str(link))  # as TensorStore tells it

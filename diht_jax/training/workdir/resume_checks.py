@@ -157,7 +157,7 @@ def _shared_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def policy_of(name: str) -> str:
-    """What a resumed run may change of a key: FIXED, END or FREE."""
+    """Freedom of a resumed run to change a key: FIXED, END or FREE."""
     if _in_mixture(name):
         return FREE if _PATHS.fullmatch(name) else FIXED
     return key_of(name).resume

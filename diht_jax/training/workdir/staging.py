@@ -87,7 +87,7 @@ def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Iterat
 
 
 def is_staged(workdir: str | os.PathLike[str], staging: str | None) -> bool:
-    """Whether it is staged in a folder here: all URLs are, but `gs://` only with `staging`."""
+    """Returns whether it is staged in a local folder: all URLs are, `gs://` only with `staging`."""
     path = os.fspath(workdir)
     return is_remote(path) and (bool(staging) or not path.startswith("gs://"))
 
@@ -120,7 +120,7 @@ class StagedDirectory:
         """Makes the folder what the store is.
 
         Checkpoints of the folder that never reached the store stay if they come after those
-        of the store; whatever else the store does not have goes.
+        of the store; everything else that the store does not have goes.
 
         Raises:
             TemporaryError: the store cannot be read.
@@ -131,7 +131,7 @@ class StagedDirectory:
             raise TemporaryError(f"{self.url} cannot be read: {error}") from error
 
     def start(self) -> None:
-        """From now on, finished checkpoints are copied as they come."""
+        """Starts copying finished checkpoints as they come."""
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
         self._thread.start()
 
@@ -178,7 +178,7 @@ class StagedDirectory:
         wait = _POLL_SECONDS
         while not self._ended.wait(wait):
             try:
-                # The folder may lie on a network, where a mere listing may fail for a moment.
+                # The folder may be on a network, where a mere listing may fail for a moment.
                 if set(self._local_steps()) != self._read_record():
                     self.send()
                 wait = _POLL_SECONDS
@@ -225,7 +225,7 @@ class StagedDirectory:
             self._fetch_files()
 
     def _remove_unfinished(self, finished: set[int]) -> None:
-        """What a killed process left of checkpoints: its files may have other names than ours."""
+        """Removes remains of checkpoints of a killed process: their files may have other names."""
         prefix = f"{self._root}/{CHECKPOINT_DIRECTORY}/"
         steps = {
             p.removeprefix(prefix).split("/")[0] for p in find_files(self._system, prefix[:-1])

@@ -1,4 +1,4 @@
-"""How a run lies in an object store: its files, and a manifest for each finished checkpoint.
+"""Layout of a run in an object store: its files, and a manifest for each finished checkpoint.
 
 The store has the files of the work directory under their own names, and `manifests/STEP.json` with
 size and CRC32C of a checkpoint's files, written last and removed first: a checkpoint without one
@@ -167,7 +167,7 @@ def copy_folder(url: str, parent: str) -> pathlib.Path:
 
 
 def manifest_path(root: str, step: int) -> str:
-    """Where the manifest of a checkpoint lies."""
+    """Path of a checkpoint's manifest."""
     return f"{root}/{MANIFEST_DIRECTORY}/{step}.json"
 
 

@@ -56,11 +56,11 @@ class TrainedModel:
 
 
 def is_run(name: str) -> bool:
-    """Whether a path is a work directory of `diht_jax.train`, and no model directory."""
+    """Returns whether a path is a work directory of `diht_jax.train`, and no model directory."""
     path = epath.Path(name)
     if not (path / CONFIG_FILE).exists():
         return False
-    # transformers' directories have a config.json as well, beside the weights.
+    # transformers' directories have a config.json as well, next to the weights.
     return (path / CHECKPOINT_DIRECTORY).exists() or not list_weight_files(path)
 
 
@@ -120,12 +120,12 @@ def restore_model(
         checks = read_checks(root / str(step))["state"]
         saved = {path: number for path, number in checks.items() if path.startswith(f"{name}/")}
         problem = describe_difference(saved, {name: restored[name]})
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file may lead to any
         problem = explain_error(error)
     if problem is not None:
         raise ValueError(f"{directory} cannot be read: {problem}; steps found: {steps}")
     found = restored[name]
-    # What the objective learns beside the model is left out, but for concept heads and decoder.
+    # The objective's own parameters are left out, except concept heads and decoder.
     params = {part: found[part] for part in (*TOWERS, "log_logit_scale")}
     params = merge_adapters(params, lora)
     return TrainedModel(
