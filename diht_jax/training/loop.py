@@ -392,7 +392,7 @@ class Run:
         )
 
     def data_metrics(self, step: int) -> dict[str, float]:
-        """Examples of each source of a mixture up to a step; bad records skipped since the last call."""
+        """Examples of each source of a mixture up to a step; bad records since the last call."""
         found = self.mixture.metrics(step * self.config.data.batch_size)
         if self.config.data.on_bad_record == "skip":
             before, self._skipped_records = self._skipped_records, self.iterator.skipped_records

@@ -164,7 +164,7 @@ class RunEvaluation:
         return measured
 
     def is_missing(self, step: int, workdir: epath.Path) -> bool:
-        """Returns whether a due evaluation is not in the metrics, not even as failed. All must call."""
+        """Returns whether a due evaluation is missing in the metrics. All processes must call."""
         if not self.is_due(step):
             return False
         rows = [row for row in read_metrics(workdir) if row["step"] == step]
