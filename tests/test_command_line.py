@@ -3,7 +3,6 @@
 import logging
 import pathlib
 import platform
-import re
 import subprocess
 import sys
 
@@ -126,15 +125,3 @@ def test_no_command_writes_to_a_url_as_if_it_were_a_folder(url, tmp_path, monkey
         with pytest.raises(ValueError, match=f"output={url}: "):
             write()
     assert not list(tmp_path.iterdir())
-
-
-def test_every_flag_that_names_an_output_is_called_output():
-    """Which is where URLs are refused; `--workdir` is written to object stores."""
-    kinds = ("file to write", "to write", "directory to make", "directory of the embeddings")
-    for path in [
-        *(_REPOSITORY / "diht_jax").glob("*.py"),
-        *(_REPOSITORY / "data_prep").rglob("*.py"),
-    ]:
-        for name, text in re.findall(r'DEFINE_string\(\s*"(\w+)",[^"]*"([^"]*)"', path.read_text()):
-            if any(kind in text.lower() for kind in kinds):
-                assert name == "output", f"{path}: --{name}"

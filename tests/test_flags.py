@@ -1,6 +1,5 @@
 """The flags of all commands: one convention, and the spellings that they had before."""
 
-import ast
 import importlib
 import pathlib
 import re
@@ -26,19 +25,8 @@ COMMANDS = (
     "data_prep.synthetic.teacher",
 )
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-# Their flags are read from the source: they import other projects.
-TOOLS = (
-    *sorted((REPOSITORY / "benchmarks").rglob("*.py")),
-    REPOSITORY / "tests/fuzz/__main__.py",
-    REPOSITORY / "tests/docs/slurm_trial.py",
-    REPOSITORY / "tests/training/kill_trial.py",
-)
 # The same word for things of another kind.
 TWO_MEANINGS = {"image_size": "of a model, or of synthetic pictures", "seed": "each has its own"}
-TWO_TYPES = {
-    "captions": "a file of them, or the sets of a trial",
-    "batches": "a number, or their sizes",
-}
 OLD_SPELLINGS = [
     ("diht_jax.compile", "global_batch", "batch_size", "64"),
     ("diht_jax.evaluate", "bootstrap", "num_resamples", "0"),
@@ -123,31 +111,3 @@ def test_old_spellings_still_work(command, old, new, text, define):
     assert flags.FLAGS[new].value == parsed
     assert flags.FLAGS[old].value == parsed
     assert defined[old].help == f"Alias for --{new}."
-
-
-def defined_flags(path):
-    """(name, type, help) of each flag that a file defines."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "").startswith("DEFINE_"):
-            yield ast.literal_eval(node.args[0]), node.func.attr, ast.literal_eval(node.args[-1])
-
-
-def test_benchmarks_and_trials_have_the_same_convention():
-    types = {}
-    for path in TOOLS:
-        for name, kind, text in defined_flags(path):
-            assert re.fullmatch("[a-z0-9]+(_[a-z0-9]+)*", name), (path, name)
-            assert text.endswith("."), (path, name, text)
-            types.setdefault(name, set()).add(kind)
-    assert len(types) > 30
-    mixed = {name for name, kinds in types.items() if len(kinds) > 1}
-    assert mixed <= TWO_TYPES.keys(), types
-
-
-def test_nothing_parses_its_command_line_otherwise():
-    folders = ("diht_jax", "data_prep", "benchmarks", "configs", "tests")
-    for path in (path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            assert not isinstance(node, ast.Import) or "argparse" not in [
-                alias.name for alias in node.names
-            ], path

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from diht_jax.config import default_config
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule, merge_parameters
@@ -99,9 +98,3 @@ def test_schedule_warms_up_and_follows_half_a_cosine():
         share = (step - 10) / 100
         expected = 0.5 + (2.0 - 0.5) * 0.5 * (1 + np.cos(np.pi * share))
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("warmup_steps", [-1, 20, 30])
-def test_warm_up_must_fit_into_the_run(warmup_steps):
-    with pytest.raises(ValueError, match=f"warmup_steps={warmup_steps}: expected less than the 20"):
-        learning_rate_schedule(section(warmup_steps=warmup_steps), 20)

@@ -254,15 +254,6 @@ def test_wrong_flags(arguments, message):
         distributed.start(*arguments)
 
 
-def test_the_heartbeat_timeout_reaches_jax(monkeypatch):
-    given = {}
-    monkeypatch.setattr(
-        jax.distributed, "initialize", lambda *_, **timeouts: given.update(timeouts)
-    )
-    distributed.start("localhost:1", 2, 0, heartbeat_timeout_secs=7)
-    assert given == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 60}
-
-
 # Of a batch script, and what `srun` adds.
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 STEP = {**BATCH, "SLURM_STEP_NODELIST": "node[1-2]"}

@@ -42,14 +42,6 @@ def test_recipes_that_differ_in_numbers(name, monkeypatch):
             assert values == other[section]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_debug_form_has_the_losses_and_the_mesh(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY))
-    recipe = load_recipe(path)
-    config = load_recipe(path, "debug=True" + ARGUMENTS.get(path.stem, ""))
-    assert config.loss == recipe.loss and config.mesh == recipe.mesh
-
-
 @pytest.mark.parametrize(
     "path",
     [path for path in RECIPES if path.stem not in (*ALIKE, *TRAINED_BY_ITS_COMMAND)],

@@ -123,7 +123,6 @@ def test_split_takes_every_leaf_once_and_merge_puts_them_back():
         ({"multipliers": ("text",)}, "expected entries .*got 'text'"),
         ({"multipliers": (("text", -1, 1.0),)}, "at least 0, got .'text', -1"),
         ({"multipliers": (("text", 1, "0"),)}, "at least 0"),
-        ({"layer_decay": 1.5}, "layer_decay=1.5: expected more than 0, at most 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(changes, message):
