@@ -175,7 +175,8 @@ def test_a_damaged_checkpoint_in_a_bucket_gives_way_too(bucket, monkeypatch, cap
     def read_one(directory, target):
         if directory.name == "2":
             return None, "a flipped bit"
-        return SavedRun(state_of(1), {"next_example": 10}, {}), None
+        checks = {"state": tree_checksums(state_of(1)), "dataset": None}
+        return SavedRun(state_of(1), {"next_example": 10}, checks), None
 
     # The arrays would be read by TensorStore, which knows Google's servers only.
     monkeypatch.setattr("diht_jax.training.workdir.checkpoint.read_checkpoint", read_one)
