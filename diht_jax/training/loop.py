@@ -33,14 +33,18 @@ from diht_jax.training.durations import duration_in_steps, patch_dropout_steps, 
 from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
-from diht_jax.training.monitoring.input_supply import InputSupply
 from diht_jax.training.monitoring.metrics import (
     MetricWriter,
     plot_curves,
     read_metrics,
 )
 from diht_jax.training.monitoring.profiler import StepProfiler
-from diht_jax.training.monitoring.throughput import ThroughputWindow, log_flops, model_flops
+from diht_jax.training.monitoring.throughput import (
+    InputSupply,
+    ThroughputWindow,
+    log_flops,
+    model_flops,
+)
 from diht_jax.training.multihost import (
     bind_from_first,
     check_together,

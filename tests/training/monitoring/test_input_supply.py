@@ -6,8 +6,12 @@ from absl import logging
 
 from diht_jax.config import default_config
 from diht_jax.input import workers
-from diht_jax.training.monitoring.input_supply import InputSupply, advise
-from diht_jax.training.monitoring.throughput import InputRate, ThroughputWindow
+from diht_jax.training.monitoring.throughput import (
+    InputRate,
+    InputSupply,
+    ThroughputWindow,
+    advise,
+)
 
 STEP_SECS = 2.0
 SHORT = InputRate(100.0, 400.0, True)
