@@ -27,8 +27,12 @@ import pytest  # noqa: E402
 # Shapes and dtypes in the signatures of these modules are checked at every call.
 jaxtyping.install_import_hook(
     [
-        f"diht_jax.losses.{name}"
-        for name in ("dense", "ring", "row_statistics", "sigmoid", "softmax", "streaming")
+        *(
+            f"diht_jax.losses.{name}"
+            for name in ("dense", "ring", "row_statistics", "sigmoid", "softmax", "streaming")
+        ),
+        "diht_jax.training.muon",
+        "diht_jax.training.terms",
     ],
     "beartype.beartype",
 )

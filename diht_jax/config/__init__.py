@@ -1,7 +1,7 @@
 """Configs of training: recipes, keys with their ranges, and validation.
 
-Recipes in `configs/` start from `default_config()`; commands call `validate_config` and
-`check_ranges` before they do anything else. Every key is written once, in `keys.py`, and those of
+Recipes in `configs/` start from `default_config()`; `diht_jax.train` calls
+`diht_jax.training.recipe.check_config` before it does anything else. Every key is written once, in `keys.py`, and those of
 losses and of terms of the objective in their own files.
 """
 

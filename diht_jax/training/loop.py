@@ -176,23 +176,7 @@ class Run:
             logging.info("order: %s", line)
         logging.info("form of the loss: %s (%s)", *self.program.loss_form())
         self.mesh, self.arch = self.program.mesh, self.program.arch
-        self.iterator = TrainIterator(
-            self.mixture,
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            num_workers=config.data.num_workers,
-            prefetch_batches=config.data.prefetch_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            on_bad_record=config.data.on_bad_record,
-            max_in_flight_gib=config.data.max_in_flight_gib,
-            read_ahead=ReadAheadOptions(
-                read_threads=config.data.read_threads,
-                cache_dir=config.data.cache_dir,
-                read_ahead_gib=config.data.read_ahead_gib,
-                read_timeout_secs=config.data.read_timeout_secs,
-            ),
-        )
+        self.iterator = self.open_iterator()
         self.batches = BatchWait(self.iterator)
         self.fingerprint = self.mixture.fingerprint()
         lowest = lower_is_better(config.checkpoint.best_metric, tasks)
@@ -205,15 +189,7 @@ class Run:
             dataset=self.fingerprint.pack(),
         )
         check_hosts_agree(describe_train(config.data.train), self.fingerprint)
-        if self.checkpointer.latest_step is None:
-            self.state = self.program.create_state()
-            if config.model.init_from:
-                params = initial_parameters(config, self.arch, self.mesh, self.state.params)
-                average = initial_average(params) if self.program.keeps_ema else None
-                self.state = self.state.replace(params=params, ema_params=average)
-        else:
-            self.state = self.checkpointer.restore(self.program.abstract_state(), self.iterator)
-            check_same_data(config.data, self.checkpointer.restored_dataset, self.fingerprint)
+        self.state = self.first_state()
         self.start_step = int(self.state.step)
         self.writer = MetricWriter(workdir, self.start_step)
         self.evaluation = RunEvaluation(config, tasks, self.program, self.writer, self.total_steps)
@@ -254,6 +230,41 @@ class Run:
             jax.process_count(),
             share_from_first,
         )
+
+    def open_iterator(self) -> TrainIterator:
+        """The batches of the run, as the config asks for them."""
+        data = self.config.data
+        return TrainIterator(
+            self.mixture,
+            batch_size=data.batch_size,
+            seed=self.config.seed,
+            num_workers=data.num_workers,
+            prefetch_batches=data.prefetch_batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            on_bad_record=data.on_bad_record,
+            max_in_flight_gib=data.max_in_flight_gib,
+            read_ahead=ReadAheadOptions(
+                read_threads=data.read_threads,
+                cache_dir=data.cache_dir,
+                read_ahead_gib=data.read_ahead_gib,
+                read_timeout_secs=data.read_timeout_secs,
+            ),
+        )
+
+    def first_state(self) -> TrainState:
+        """The state of the latest checkpoint, or that of a new run."""
+        config = self.config
+        if self.checkpointer.latest_step is not None:
+            state = self.checkpointer.restore(self.program.abstract_state(), self.iterator)
+            check_same_data(config.data, self.checkpointer.restored_dataset, self.fingerprint)
+            return state
+        state = self.program.create_state()
+        if config.model.init_from:
+            params = initial_parameters(config, self.arch, self.mesh, state.params)
+            average = initial_average(params) if self.program.keeps_ema else None
+            state = state.replace(params=params, ema_params=average)
+        return state
 
     def loop(
         self, stop_after_steps: int | None, stop_request: StopRequest | None = None

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
 from diht_jax import sharding
 from diht_jax.sharding import path_name
@@ -65,8 +66,8 @@ def scale_by_muon(
     return optax.chain(optax.trace(momentum, nesterov=True), orthogonalize)
 
 
-def orthogonalize(matrices: jax.Array) -> jax.Array:
-    """Matrices [..., m, n], each with its singular values brought near 1; zeros stay zeros.
+def orthogonalize(matrices: Float[Array, "*layers m n"]) -> Float[Array, "*layers m n"]:
+    """Matrices with their singular values brought near 1; zeros stay zeros.
 
     Products have the default precision of the device, as fast as it can: the rounds forgive it.
     """
@@ -129,8 +130,10 @@ def _exchanged(update: Any, slices: jax.Array, spec: PartitionSpec) -> jax.Array
     return slices[:num_layers]
 
 
-def _update_of_layers(kind: str, layers: jax.Array, rms: float) -> jax.Array:
-    """[layers, m, n] of one kind -> the same, orthogonal and scaled."""
+def _update_of_layers(
+    kind: str, layers: Float[Array, "layers m n"], rms: float
+) -> Float[Array, "layers m n"]:
+    """Orthogonal and scaled updates of the matrices of one kind."""
     dtype, shape = layers.dtype, layers.shape
     x = layers.astype(jnp.promote_types(dtype, jnp.float32))
     if "/in_proj/" in kind:  # [m, 3 n]: queries, keys and values side by side

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Shaped
 
 from diht_jax import sharding
 from diht_jax.extras.matryoshka import loss_of_sizes, weighted_sizes
@@ -27,7 +28,7 @@ from diht_jax.losses.term import Parameters, Term
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.terms.registry import TERMS
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Float[Array, ""]]
 
 
 def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
@@ -159,14 +160,14 @@ def optimizer_config(config: ml_collections.ConfigDict) -> ml_collections.Config
 
 
 def total_loss(
-    encoded: dict[str, jax.Array],
+    encoded: dict[str, Float[Array, "N ..."]],
     params: Parameters,
-    examples: dict[str, jax.Array],
+    examples: dict[str, Shaped[Array, "N ..."]],
     *,
     terms: Sequence[Term],
     mesh: Mesh,
     config: ml_collections.ConfigDict,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[Float[Array, ""], Metrics]:
     """The weighted sum of all losses of the global batch, and metrics.
 
     Args:

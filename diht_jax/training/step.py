@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Shaped
 
 from diht_jax import sharding
 from diht_jax.input.transforms import normalize
@@ -31,7 +32,7 @@ from diht_jax.training.optimizer import merge_parameters, split_parameters
 from diht_jax.training.sharded_encode import ParameterGather, check_micro_batch, encode_on_mesh
 from diht_jax.training.state import TrainState, update_average
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Float[Array, ""]]
 
 # Name of the optimiser's operations in jaxprs and profiles.
 OPTIMIZER_SCOPE = "optimizer"
@@ -210,12 +211,12 @@ def loss_gradients(
 
 def encode_examples(
     params: dict[str, Any],
-    examples: dict[str, jax.Array],
+    examples: dict[str, Shaped[Array, "b ..."]],
     *,
     definition: ModelDefinition,
     terms: Sequence[Term],
     gather: ParameterGather,
-) -> dict[str, jax.Array]:
+) -> dict[str, Float[Array, "b ..."]]:
     """Embeds examples on one device, from its part of the parameters.
 
     Args:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
 
 from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key
 from diht_jax.losses.concepts import concept_losses_in_chunks, mean_over_labelled
@@ -168,8 +169,11 @@ class ConceptDistillation(Term):
         return {HEADS: heads}
 
     def of_examples(
-        self, params: Parameters, features: dict[str, jax.Array], examples: dict[str, jax.Array]
-    ) -> dict[str, jax.Array]:
+        self,
+        params: Parameters,
+        features: dict[str, Float[Array, "b ..."]],
+        examples: dict[str, Shaped[Array, "b ..."]],
+    ) -> dict[str, Float[Array, " b"]]:
         """The losses of each example, 0 for unlabelled ones; see `Term.of_examples`."""
         return {
             kind.loss: concept_losses_in_chunks(
@@ -184,8 +188,11 @@ class ConceptDistillation(Term):
         }
 
     def of_batch(
-        self, encoded: dict[str, jax.Array], params: Parameters, examples: dict[str, jax.Array]
-    ) -> dict[str, tuple[float, jax.Array]]:
+        self,
+        encoded: dict[str, Float[Array, "N ..."]],
+        params: Parameters,
+        examples: dict[str, Shaped[Array, "N ..."]],
+    ) -> dict[str, tuple[float, Float[Array, ""]]]:
         """The means over labelled examples; see `Term.of_batch`."""
         losses = {}
         for kind in self.kinds:
