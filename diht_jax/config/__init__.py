@@ -1,8 +1,8 @@
 """Configs of training: recipes, keys with their ranges, and validation.
 
 Recipes in `configs/` start from `default_config()`; `diht_jax.train` calls
-`diht_jax.training.recipe.check_config` before it does anything else. Every key is written once, in `keys.py`, and those of
-losses and of terms of the objective in their own files.
+`diht_jax.training.recipe.check_config` before it does anything else. Every key is written once, in
+`keys.py`, and those of losses and of terms of the objective in their own files.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Start-up is `diht_jax.distributed`'s.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import ml_collections
@@ -16,6 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from diht_jax.config.checks import flatten
 from diht_jax.training.stopping import LASTING_EXIT_CODE, TemporaryError, exit_status
 
 _LONGEST_TEXT_BYTES = 4096
@@ -164,7 +165,7 @@ def bind_from_first(
     """
 
     def read() -> bytes:
-        before, after = _leaves(config.to_dict()), _leaves(bind(config).to_dict())
+        before, after = flatten(config.to_dict()), flatten(bind(config).to_dict())
         changed = {name: after[name] for name in after if after[name] != before.get(name)}
         return json.dumps(changed).encode()
 
@@ -173,15 +174,6 @@ def bind_from_first(
         config = config.copy_and_resolve_references()
         config.update_from_flattened_dict(changed)
     return config
-
-
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        is_section = isinstance(value, Mapping)
-        found |= _leaves(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
-    return found
 
 
 def wait_for_all(name: str) -> None:

@@ -139,8 +139,6 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
     if section.impl not in ("auto", *IMPLS):
         known = ", ".join(("auto", *IMPLS))
         raise ValueError(f"config.loss.impl='{section.impl}': expected one of {known}")
-    if not 0 <= section.weight < math.inf:
-        raise ValueError(f"config.loss.weight={section.weight}: expected at least 0")
     loss = LOSSES[section.kind]
     settings = _settings(loss, section)
     try:

@@ -201,8 +201,8 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
     ranks = {
         path_name(path): leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    frozen = [_pattern("frozen", text, ranks) for text in _tuple(config, "frozen")]
-    multipliers = [_multiplier(entry, ranks) for entry in _tuple(config, "multipliers")]
+    frozen = [_pattern("frozen", text, ranks) for text in config.frozen]
+    multipliers = [_multiplier(entry, ranks) for entry in config.multipliers]
     beside_adapters = frozen_by_adapters(ranks)
     decay = 1.0 if config.layer_decay is None else config.layer_decay
     num_blocks = _num_blocks(ranks)
@@ -263,13 +263,6 @@ def _num_blocks(names: Iterable[str]) -> dict[str, int]:
     for block in filter(None, map(_BLOCK.match, names)):
         counts[block[1]] = max(counts.get(block[1], 0), int(block[2]) + 1)
     return counts
-
-
-def _tuple(config: ml_collections.ConfigDict, key: str) -> tuple[Any, ...]:
-    value = config[key]
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"config.optimizer.{key}: expected a tuple, got {value!r}")
-    return tuple(value)
 
 
 def _multiplier(entry: Any, names: Iterable[str]) -> tuple[re.Pattern, float, float]:

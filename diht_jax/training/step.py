@@ -74,11 +74,6 @@ class TrainStep:
         """
         check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
         _check_texts_per_row(config, mesh.size)
-        if not 0.0 <= config.model.patch_dropout < 1.0:
-            raise ValueError(
-                f"config.model.patch_dropout={config.model.patch_dropout}: expected a share of at "
-                "least 0 and less than 1"
-            )
         self.trace_count = 0
         execution = training_execution(config.model, mesh)
         self._definition = dataclasses.replace(

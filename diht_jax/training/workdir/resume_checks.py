@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
 from absl import logging
 from etils import epath
 
+from diht_jax.config.checks import flatten
 from diht_jax.config.keys import END, FIXED, FREE
 from diht_jax.input.order import ORDERS, resolve_order
 from diht_jax.records.fingerprint import Fingerprint, describe_changes
@@ -148,7 +149,7 @@ def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
 
 def _shared_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Values by dotted name, without those that may differ between hosts."""
-    flat = _flat(json.loads(config.to_json_best_effort()))
+    flat = flatten(json.loads(config.to_json_best_effort()))
     return {
         name: value
         for name, value in flat.items()
@@ -225,17 +226,6 @@ def changed_keys(
     matter: Callable[[str], bool],
 ) -> list[str]:
     """Dotted names of the keys that differ and for which `matter(name)` is true."""
-    old_flat, new_flat = (_flat(json.loads(c.to_json_best_effort())) for c in (old, new))
+    old_flat, new_flat = (flatten(json.loads(c.to_json_best_effort())) for c in (old, new))
     names = old_flat.keys() | new_flat.keys()
     return sorted(n for n in names if old_flat.get(n) != new_flat.get(n) and matter(n))
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
