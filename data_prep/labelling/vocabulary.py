@@ -95,7 +95,7 @@ def read_counts(shards: Sequence[str]) -> Counted:
     records: list[int] = []
     paths = [shard + STATS_SUFFIX for shard in shards]
     try:
-        for data in files.read_many(paths):
+        for data in files.map_many(files.read_bytes, paths, paths[0] if paths else ""):
             stats = json.loads(data)
             found = stats["counts"]["concepts"]
             for kind in KINDS:

@@ -110,15 +110,6 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     return retry(read, name)
 
 
-def read_many(paths: Sequence[str]) -> Iterator[bytes]:
-    """The contents of files in their order; of a store by many requests at once.
-
-    Yields:
-        One at a time; few are held. Errors are those of `read_bytes`.
-    """
-    yield from map_many(read_bytes, paths, paths[0] if paths else "")
-
-
 def map_many(
     function: Callable[[_Item], _Result], items: Sequence[_Item], where: str
 ) -> Iterator[_Result]:

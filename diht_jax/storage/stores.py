@@ -291,21 +291,3 @@ class StoreFile(PositionedFile):
         self._blocks.clear()
         if self._ahead is not None and self._ahead[0] < position:
             self._ahead = None
-
-
-class StoreEnd(StoreFile):
-    """A file in a store whose last bytes are wanted, such as the directory of a zip archive.
-
-    They are one request, and what comes before them another one where it is read at all.
-    """
-
-    def __init__(self, url: str, num_bytes: int):
-        """Asks for the size; `num_bytes` at the end are wanted. Errors are those of `StoreFile`."""
-        super().__init__(url)
-        self._borders = sorted({0, max(0, self.size - num_bytes), self.size})
-
-    def _is_wanted(self, number: int) -> bool:
-        return False
-
-    def _forget(self, position: int) -> None:
-        """Keeps both."""
