@@ -50,11 +50,10 @@ from diht_jax.records.format import (
 from diht_jax.records.formats import tar_records
 from diht_jax.records.formats.shard_index import INDEX_SUFFIX, wrong_index
 from diht_jax.records.indexed_offsets import IndexedOffsets
-from diht_jax.records.sharded import LocalFile, RemoteFile
 from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import local_output, upload
 from diht_jax.storage.locks import lock_file
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.stores import is_remote, open_ranges
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _NAMES_SHOWN = 3
@@ -256,7 +255,7 @@ class _Builder:
         if offsets is None:
             trusts = self._trusts_shard_indices
             offsets = _INDICES[kind].find(path, size, trust_index=trusts)
-        file = (RemoteFile if is_remote(path) else LocalFile)(path, size)
+        file = open_ranges(path, size)
         if file.size != size:
             raise ValueError(f"{path}: is being written; run the command again when it is done")
         head = file.read_range(0, END_BYTES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import io
 import operator
 import os
 from collections.abc import Sequence
@@ -22,8 +21,7 @@ from diht_jax.records.dataset_index import rebuild_command
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.formats.shard_index import ShardIndex, wrong_index
 from diht_jax.storage.files import input_size
-from diht_jax.storage.retries import retry
-from diht_jax.storage.stores import is_remote, read_range
+from diht_jax.storage.stores import is_remote, open_ranges
 
 _MAX_OPEN_SHARDS = (
     128  # two descriptors each, of local ones: well under the usual limit of 1024 for a process
@@ -341,7 +339,7 @@ class OpenShard:
         """
         self.path = shard.path
         self._shard = shard
-        opened = (RemoteFile if is_remote(shard.path) else LocalFile)(shard.path, shard.num_bytes)
+        opened = open_ranges(shard.path, shard.num_bytes)
         self.size, self.read_range = opened.size, opened.read_range
         if shard.index is None:
             self.offsets = index.find(self.path, self.size) if offsets is None else offsets
@@ -374,46 +372,6 @@ class OpenShard:
             f"{location} does not belong to {self.path} ({detail}); make it again by "
             f"`{rebuild_command(os.path.dirname(location))} --overwrite`"
         )
-
-
-class RemoteFile:
-    """A file in a store; every read is one ranged request."""
-
-    def __init__(self, path: str, num_bytes: int | None = None):
-        """Opens nothing; a size of None costs a request."""
-        self._path = path
-        self.size = input_size(path) if num_bytes is None else num_bytes
-
-    def read_range(self, start: int, end: int) -> bytes:
-        """Some bytes of the file."""
-        return read_range(self._path, start, end)
-
-
-class LocalFile:
-    """An open file whose reads are tried again."""
-
-    def __init__(self, path: str, num_bytes: int | None = None):
-        """Opens the file; the size that a listing stated is not believed."""
-        del num_bytes
-        self._path = path
-        self._file = retry(self._open, path)
-        self.size = os.fstat(self._file.fileno()).st_size
-
-    def read_range(self, start: int, end: int) -> bytes:
-        """Some bytes of the file."""
-        return retry(lambda: self._read_once(start, end), self._path)
-
-    def _read_once(self, start: int, end: int) -> bytes:
-        file = self._file  # held here, so that another thread that opens it again does not close it
-        try:
-            return os.pread(file.fileno(), max(0, end - start), start)
-        except OSError:
-            # The descriptor of a file server that was started again stays stale.
-            self._file = self._open()
-            raise
-
-    def _open(self) -> io.FileIO:
-        return open(self._path, "rb", buffering=0)  # lives as long as the object
 
 
 def block_starts(shard_lengths: np.ndarray | Sequence[int], block_records: int) -> np.ndarray:

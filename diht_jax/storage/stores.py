@@ -115,6 +115,24 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     return io.BufferedReader((StoreFile if is_remote(name) else LocalFile)(name), _BUFFER_BYTES)
 
 
+def open_ranges(path: str, num_bytes: int | None = None) -> LocalRanges | StoreRanges:
+    """Opens a file of which parts are read, in any order and by several threads.
+
+    Args:
+        path: of the file, or its URL.
+        num_bytes: size of a file in a store; None costs a request.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it cannot be read, now and after some attempts; also of every read.
+    """
+    if is_remote(path):
+        system, name = open_system(path)
+        size = int(retry(lambda: system.size(name), path)) if num_bytes is None else num_bytes
+        return StoreRanges(path, size)
+    return LocalRanges(path)
+
+
 def check_readable(path: str | os.PathLike[str]) -> None:
     """Raises the StorageError of a file that cannot be read to its end; see `retry`.
 
@@ -291,3 +309,40 @@ class StoreFile(PositionedFile):
         self._blocks.clear()
         if self._ahead is not None and self._ahead[0] < position:
             self._ahead = None
+
+
+class StoreRanges:
+    """A file in a store; every read is one ranged request."""
+
+    def __init__(self, url: str, size: int):
+        self._url = url
+        self.size = size
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """The bytes [start, end)."""
+        return read_range(self._url, start, end)
+
+
+class LocalRanges:
+    """An open local file whose reads are tried again; closed by the garbage collector."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._file = retry(self._open, path)
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """The bytes [start, end)."""
+        return retry(lambda: self._read_once(start, end), self._path)
+
+    def _read_once(self, start: int, end: int) -> bytes:
+        file = self._file  # held here, so that another thread that opens it again does not close it
+        try:
+            return os.pread(file.fileno(), max(0, end - start), start)
+        except OSError:
+            # The descriptor of a file server that was started again stays stale.
+            self._file = self._open()
+            raise
+
+    def _open(self) -> io.FileIO:
+        return open(self._path, "rb", buffering=0)  # lives as long as the object

@@ -17,9 +17,9 @@ import numpy as np
 from diht_jax.records.catalog import Shard
 from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats.writer import RecordWriter
-from diht_jax.records.sharded import LocalFile, ShardedRecords
+from diht_jax.records.sharded import ShardedRecords
 from diht_jax.storage.retries import retry
-from diht_jax.storage.stores import check_readable, is_remote
+from diht_jax.storage.stores import check_readable, is_remote, open_ranges
 
 # Encoded images cannot be compressed any further.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -63,7 +63,7 @@ class ArrayRecordSource(ShardedRecords):
 
     def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
         """As `TFRecordSource.describe_shard`, with the numbers of the records for offsets."""
-        file = LocalFile(self.paths[number])
+        file = open_ranges(self.paths[number])
         offsets = np.arange(self.shard_lengths[number], dtype=np.uint64)
         tail_start = max(0, file.size - end_bytes)
         return (
