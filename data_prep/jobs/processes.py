@@ -8,7 +8,7 @@ whose short messages are written as a whole; no lock is shared that a dead worke
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import multiprocessing.context
 import os
 import pickle
 import signal
@@ -43,6 +43,22 @@ _MAX_FAILED_STARTS = 3  # in a row
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+_EXITED = 256  # stands for exit code 0, which pebble takes for no death
+
+
+class _Process(multiprocessing.context.SpawnProcess):
+    """A worker; it ends only with the pool, so that any other end of it is a death."""
+
+    @property
+    def exitcode(self) -> int | None:
+        code = super().exitcode
+        return _EXITED if code == 0 else code
+
+
+class _Context(multiprocessing.context.SpawnContext):
+    Process = _Process
+
+
 class LocalPool:
     """Worker processes; see `engine.Pool`."""
 
@@ -60,7 +76,7 @@ class LocalPool:
         self._pool: pebble.ProcessPool | None = None
         self._busy: dict[futures.Future[bytes], Attempt] = {}
         self._failed_starts = 0
-        self._context = multiprocessing.get_context("spawn")
+        self._context = _Context()
         self._receiver, self._sender = self._context.Pipe(duplex=False)  # of numbers of pairs
         self._added = [name for name in _ONE_THREAD if name not in os.environ]
         os.environ.update(dict.fromkeys(self._added, "1"))  # which workers inherit
@@ -118,7 +134,7 @@ class LocalPool:
             return Outcome(error=f"the result cannot be unpickled: {describe_error(error)}")
 
     def _died(self, code: int) -> Outcome:
-        end = f"exit code {code}"
+        end = f"exit code {code % _EXITED}"
         if code < 0:
             end = f"signal {-code}"
             with contextlib.suppress(ValueError):

@@ -274,21 +274,23 @@ def work(task, report):
     if task == 6 and not (folder / "six").exists():
         (folder / "six").touch()
         os._exit(1)
+    if task == 7:
+        os._exit(0)
     return task * task
 """
     outcomes, errors = _run(tmp_path, body)
-    assert {t: outcomes[t] for t in (0, 6, 7)} == {t: (t * t, None) for t in (0, 6, 7)}
+    assert {t: outcomes[t] for t in (0, 6)} == {t: (t * t, None) for t in (0, 6)}
     assert outcomes[1] == (None, "one is not allowed")
-    for task, end in ((2, "exit code 9"), (3, "signal 9, SIGKILL")):
+    for task, end in ((2, "exit code 9"), (3, "signal 9, SIGKILL"), (7, "exit code 0")):
         assert f"died at work ({end}): either memory ran out" in outcomes[task][1]
         assert "or a library crashed" in outcomes[task][1]
     assert "pickle" in outcomes[4][1]
     assert "Odd: an odd exception" in outcomes[5][1]
     # Only who was killed from outside, maybe for the memory of all, waits for the others.
-    assert errors.count("its task will run again") == 3
+    assert errors.count("its task will run again") == 4
     assert re.findall(r"(\d): .* its task will run again, alone", errors) == ["3"]
-    # The reports of six tasks arrive.
-    assert "8/8" in errors and int(errors.rpartition(" pairs,")[0].rpartition(", ")[2]) >= 60
+    # The reports of those that have ended arrive.
+    assert "8/8" in errors and int(errors.rpartition(" pairs,")[0].rpartition(", ")[2]) >= 50
 
 
 def test_workers_that_cannot_import_say_so(tmp_path):
