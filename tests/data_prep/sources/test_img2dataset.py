@@ -1,16 +1,13 @@
 """What img2dataset writes: tars, TFRecords, parquet with and without images, statistics."""
 
 import dataclasses
-import io
 import json
 import pathlib
-import tarfile
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
@@ -22,12 +19,11 @@ from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.registry import read_pairs
 from diht_jax.records.schema import decode_record
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from tests.make import encoded, pair_members, plain, write_tar
 from tests.records.test_samples import write_sample
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
-_BUFFER = io.BytesIO()
-Image.new("RGB", (60, 40), "red").save(_BUFFER, "JPEG")
-_JPEG = _BUFFER.getvalue()
+_JPEG = encoded(plain("red", (60, 40)), "JPEG")
 
 # The columns of img2dataset's schema, and a column that a user asked for.
 _ROWS = [
@@ -56,16 +52,13 @@ _STATS = {
 
 def _write_tar(folder: pathlib.Path, with_json: bool) -> None:
     """One shard of the output format "webdataset"."""
-    folder.mkdir()
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for row in _ROWS:
-            members = {"jpg": _JPEG, "txt": row["caption"].encode()}
+    members: dict[str, bytes] = {}
+    for row in _ROWS:
+        if row["status"] == "success":
+            members |= pair_members(row["key"], row["caption"], _JPEG, "jpg")
             if with_json:
-                members["json"] = json.dumps(row).encode()
-            for extension, data in members.items() if row["status"] == "success" else ():
-                info = tarfile.TarInfo(f"{row['key']}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                members[f"{row['key']}.json"] = json.dumps(row).encode()
+    write_tar(folder / "00000.tar", members)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_ROWS), folder / "00000.parquet")
     (folder / "00000_stats.json").write_text(json.dumps(_STATS))
 
