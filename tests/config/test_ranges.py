@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from diht_jax.config import default_config, load_recipe
-from diht_jax.config.keys import Key, Range
+from diht_jax.config.keys import Key
 from diht_jax.training.recipe import all_keys, check_config
 from tests.make import RECIPES
 
@@ -103,10 +103,3 @@ def test_messages_name_key_value_and_range(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         check_config(config)
-
-
-def test_what_is_right_beside_a_range():
-    config = default_config()
-    config.mesh.update(data=-1, fsdp=-1)
-    check_config(config)
-    assert str(Range(0, 1, excludes_low=True)) == "more than 0, at most 1"

@@ -1,13 +1,10 @@
 """What one process reads for all: by broadcasts that are recorded and played to another process."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from diht_jax.config import default_config
 from diht_jax.training import multihost
 
 
@@ -57,30 +54,6 @@ def test_an_error_of_the_first_process_is_one_for_all(play):
 
     with pytest.raises(ValueError, match="PermissionError: bucket: no"):
         play(lambda: multihost.share_from_first(read))
-
-
-def test_a_config_is_bound_once(play):
-    calls = []
-
-    def bind(config):
-        calls.append(1)
-        config = config.copy_and_resolve_references()
-        config.concepts.object_hash = "0123"
-        return config
-
-    own = default_config()
-    own.data.train = "gs://bucket/a"
-    for bound in play(lambda: multihost.bind_from_first(bind, own)):
-        assert bound.concepts.object_hash == "0123" and bound.data.train == "gs://bucket/a"
-    assert len(calls) == 1 and own.concepts.object_hash is None
-
-
-@pytest.mark.parametrize("several", [True, False])
-def test_only_a_mesh_of_several_processes_is_read_for_together(play, several):
-    mesh, numbers = types.SimpleNamespace(is_multi_process=several), iter(range(3))
-    shared = play(lambda: multihost.share_for(mesh)(lambda: b"%d" % next(numbers)))
-    assert shared == ([b"0"] * 3 if several else [b"0", b"1", b"2"])
-    assert multihost.share_for(None)(lambda: b"alone") == b"alone"
 
 
 def test_processes_that_have_read_other_checkpoints_are_refused(monkeypatch):

@@ -106,24 +106,18 @@ def restore_model(
             f"{epath.Path(workdir) / CONFIG_FILE}: config.model describes no model that can be "
             f"built: {explain_error(error)}"
         ) from error
-    directory = root / str(step) / STATE_ITEM
+    directory = root / str(step)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                directory,
-                args=ocp.args.PyTreeRestore(
-                    item=target,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                    partial_restore=True,
-                ),
-            )
-        checks = read_checks(root / str(step))["state"]
+        restored = _restore_part(directory, target)
+        checks = read_checks(directory)["state"]
         saved = {path: number for path, number in checks.items() if path.startswith(f"{name}/")}
-        problem = describe_difference(saved, {name: restored[name]})
+        problem = describe_difference(saved, restored)
     except Exception as error:  # a damaged file may lead to any
         problem = explain_error(error)
     if problem is not None:
-        raise ValueError(f"{directory} cannot be read: {problem}; steps found: {steps}")
+        raise ValueError(
+            f"{directory / STATE_ITEM} cannot be read: {problem}; steps found: {steps}"
+        )
     found = restored[name]
     # The objective's own parameters are left out, except concept heads and decoder.
     params = {part: found[part] for part in (*TOWERS, "log_logit_scale")}
@@ -136,3 +130,17 @@ def restore_model(
         decoder=found.get(DECODER),
         step=step,
     )
+
+
+def _restore_part(directory: epath.Path, target: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a checkpoint that are in `target`, and no others."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            directory / STATE_ITEM,
+            args=ocp.args.PyTreeRestore(
+                item=target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True,
+            ),
+        )
+    return {name: restored[name] for name in target}

@@ -308,19 +308,6 @@ def test_a_checkpoint_that_a_process_does_not_see_yet_is_not_a_damaged_one(
     assert steps_in(tmp_path) == [1, 2] and not (tmp_path / "corrupt_checkpoints").exists()
 
 
-@pytest.mark.parametrize("bucket", ["gcsfs"], indirect=True)
-def test_in_a_bucket_a_model_is_read_of_finished_checkpoints(bucket, config):
-    root, mesh = epath.Path(bucket) / "run" / "checkpoints", sharding.create_mesh(8, 1)
-    write_config(root.parent, config)
-    for step in (1, 2):
-        (root / str(step) / "state" / "_METADATA").write_text("{}")
-    with pytest.raises(ValueError, match="no finished checkpoint; steps found: none"):
-        restore_model(root.parent, mesh)
-    (root / "1" / "commit_success.txt").write_text("")
-    with pytest.raises(ValueError, match=r"no checkpoint of step 2; steps found: \[1\]"):
-        restore_model(root.parent, mesh, step=2)
-
-
 def test_load_model_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="no such work directory"):
         load_model(tmp_path / "nothing")
