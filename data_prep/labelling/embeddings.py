@@ -227,8 +227,7 @@ def compute_embeddings(
             found = _embed(source, task.search, work, report, teacher, dtype, copy)
         for data in found.encode():
             writer.write(data)
-        missing = found.count_missing()
-        return {"embedded": len(found.rows), "missing": missing, "shard": task.shard}
+        return {"embedded": len(found.rows), "missing": found.count_missing()}
 
     shards.run_task(task, process)
     return found
