@@ -1,0 +1,76 @@
+"""The three walks of CONTRIBUTING.md: commands enter the files that are named, in that order."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import make
+from tests.compiling import xla_flags
+from tests.contributing.blocks import GUIDE
+
+CAPTIONS = [f"a brown dog is chasing a small cat in garden {i}" for i in range(40)]
+
+
+def named_files(title):
+    """The file that each numbered step of a walk names."""
+    text = GUIDE.read_text("utf-8").partition(f"### {title}\n")[2].partition("\n##")[0]
+    return re.findall(r"(?m)^\d+\. `([\w/]+\.py)`", text)
+
+
+def enter(module, *arguments):
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.contributing.walk", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=make.REPOSITORY,
+        env=os.environ | environment,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory):
+    """Title of each walk -> the files that its command enters."""
+    folder = tmp_path_factory.mktemp("walks")
+    pairs = make.write_pair_tar(folder / "pairs.tar", CAPTIONS)
+    recipe = make.PREP_RECIPES / "cat.py"
+    filtered = enter(
+        "data_prep.filter",
+        f"--config={recipe}",
+        f"--config.input={pairs}",
+        f"--config.output={folder / 'kept'}",
+        "--config.num_workers=0",
+        "--config.text_spotting=False",
+    )
+    trained = enter(
+        "diht_jax.train",
+        "--config=configs/emoji.py:debug=True",
+        f"--config.data.train={folder / 'kept'}",
+        f"--workdir={folder / 'run'}",
+        "--config.total_epochs=None",
+        "--config.total_steps=2",
+        "--config.data.batch_size=16",
+        "--config.data.num_workers=0",
+    )
+    evaluated = enter(
+        "diht_jax.evaluate",
+        f"--model={folder / 'run'}",
+        f"--output={folder / 'result.json'}",
+        f"--tasks=retrieval:{pairs}?caption_template={{caption}}",
+    )
+    return {"Filter": filtered, "Train": trained, "Evaluate": evaluated}
+
+
+@pytest.mark.parametrize("title", ["Filter", "Train", "Evaluate"])
+def test_commands_enter_the_named_files_in_that_order(walks, title):
+    named = named_files(title)
+    assert len(named) >= 6
+    entered = list(walks[title])
+    assert [name for name in entered if name in named] == named

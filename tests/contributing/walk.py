@@ -1,0 +1,51 @@
+"""Runs a command in this process and prints which files of the project it enters, as JSON.
+
+    python -m tests.contributing.walk MODULE ARGUMENTS...
+
+Files come in the order of their first call; what imports run does not count.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import runpy
+import sys
+import threading
+
+from tests.make import REPOSITORY
+
+
+def main(module: str, arguments: list[str]) -> dict[str, int]:
+    """The files that a command enters, with the number of functions of each."""
+    entered: dict[str, set[str]] = {}
+    importing: collections.Counter[int] = collections.Counter()
+
+    def note(frame, event, _):
+        code = frame.f_code
+        is_import = code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__"
+        if is_import:
+            importing[threading.get_ident()] += {"call": 1, "return": -1}.get(event, 0)
+        elif event == "call" and not importing[threading.get_ident()]:
+            name = os.path.relpath(code.co_filename, REPOSITORY)
+            if re.match(r"(diht_jax|data_prep)/.*\.py$", name) and code.co_name != "<module>":
+                entered.setdefault(name, set()).add(code.co_qualname)
+
+    sys.argv = [module, *arguments]
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return {name: len(functions) for name, functions in entered.items()}
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(main(sys.argv[1], sys.argv[2:])))
