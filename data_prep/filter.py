@@ -1,4 +1,4 @@
-"""Command: CAT-filter image-text pairs of any source into TFRecord shards.
+r"""Command: CAT-filter image-text pairs of any source into TFRecord shards.
 
     python -m data_prep.filter --config configs/prep/cat.py \\
         --config.input='/data/raw/*.tar' --config.output=/data/kept

@@ -62,7 +62,7 @@ class CaptionGraph:
 
     @property
     def has_action(self) -> bool:
-        """Whether the caption holds at least one action."""
+        """True if the caption holds at least one action."""
         return bool(self.actions)
 
 

@@ -1,4 +1,4 @@
-"""What each kept pair's captions name: collected by the filter, one file beside each shard.
+"""Concepts in the captions of each kept pair: collected by the filter, one file for each shard.
 
 It is written while pairs are filtered, since the captions are parsed there anyway, and read for
 `data_prep.label`. Counts of the same concepts stand in the shard's statistics. The
@@ -80,7 +80,7 @@ class ConceptLog:
 
 
 def concept_path(shard: str | os.PathLike[str]) -> str:
-    """Where the file of a shard lies."""
+    """The path of the file of a shard."""
     return os.fspath(shard) + CONCEPTS_SUFFIX
 
 

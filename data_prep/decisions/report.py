@@ -50,7 +50,7 @@ def gather(
     report_samples: int,
     clean_label: str = "clean",
 ) -> Report:
-    """Asks the decisions of parts, and what lies next to them, for all that the report shows.
+    """Asks the decisions of parts, and the files next to them, for all that the report shows.
 
     Args:
         outputs: of the parts.

@@ -221,8 +221,8 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
         else:
             columns = _scan_pairs(unit, report, work, config)
         digest = _write(unit.output, *columns)
-        beside = (EMBEDDINGS,) if columns[-1] is None else (EMBEDDINGS, GREYS)
-        shards.finish_task(unit, described, {}, len(columns[0]), beside, digest)
+        companions = (EMBEDDINGS,) if columns[-1] is None else (EMBEDDINGS, GREYS)
+        shards.finish_task(unit, described, {}, len(columns[0]), companions, digest)
 
 
 def _scan_pairs(

@@ -71,7 +71,7 @@ def default_config() -> ml_collections.ConfigDict:
     # Records of an output shard, about; None: each input shard makes one.
     c.examples_per_shard = 10_000
     c.keep_parts = False  # keep what was filtered of every input shard, once it was re-sharded
-    # The output is written without so many failed input shards: a share below 1 (0: none; else one
+    # Failed input shards that the output is written without: a share below 1 (0: none; else one
     # at least), or a number.
     c.max_failed_shards = 0.01
     # So many inputs of a finished folder may be gone or replaced without --overwrite.

@@ -127,7 +127,7 @@ def plan_shards(
     ends = np.cumsum(records)
     total = int(ends[-1]) if len(ends) else 0
     count = max(1, -(-total // config.examples_per_shard))
-    with_concepts = all(CONCEPTS_SUFFIX in stats["output"]["beside"] for _, stats in parts)
+    with_concepts = all(CONCEPTS_SUFFIX in stats["output"]["companions"] for _, stats in parts)
 
     def plan(number: int) -> BalancedShard:
         first, last = total * number // count, total * (number + 1) // count
@@ -205,7 +205,7 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
             "file": os.path.basename(shard.output),
             "records": len(writer),
             "bytes": files.size(shard.output),
-            "beside": {s: files.size(shard.output + s) for s in suffixes},
+            "companions": {s: files.size(shard.output + s) for s in suffixes},
         },
         "counts": counts,
     }

@@ -76,7 +76,7 @@ def filter_shard(
         return shards.run_task(
             task,
             process,
-            beside=(table.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
+            companions=(table.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
         )
 
 

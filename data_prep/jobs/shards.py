@@ -121,13 +121,13 @@ def read_shards(folder: str, output_format: str) -> list[str]:
     return [name for name in files.list_names(folder) if name_format(name) in first]
 
 
-def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> dict[str, Any]:
+def run_task(task: ShardTask, process: Process, companions: Sequence[str] = ()) -> dict[str, Any]:
     """Does one task; nothing of it is visible until it is complete.
 
     Args:
         task: what to do.
         process: reads the source, writes records, returns JSON-able counts.
-        beside: endings of further files that `process` writes, such as ".more" for OUTPUT.more.
+        companions: endings of further files that `process` writes, such as ".more" for OUTPUT.more.
 
     Returns:
         The statistics, as they are in the file.
@@ -140,7 +140,7 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
     with open_writer(task.output) as writer:
         hashing = HashingWriter(writer)
         counts = process(task.source, hashing)
-    return finish_task(task, described, counts, len(writer), beside, hashing.digest())
+    return finish_task(task, described, counts, len(writer), companions, hashing.digest())
 
 
 def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def finish_task(
     described: fingerprint.Description,
     counts: dict[str, Any],
     records: int,
-    beside: Sequence[str] = (),
+    companions: Sequence[str] = (),
     digest: str | None = None,
 ) -> dict[str, Any]:
     """Writes the statistics, which makes the task done.
@@ -190,14 +190,14 @@ def finish_task(
         described: the input, before it was read.
         counts: what happened to the records.
         records: in the output.
-        beside: endings of further files that belong to the output.
+        companions: endings of further files that belong to the output.
         digest: of the records.
     """
     output = {
         "file": os.path.basename(task.output),
         "records": records,
         "bytes": files.size(task.output),
-        "beside": {suffix: files.size(task.output + suffix) for suffix in beside},
+        "companions": {suffix: files.size(task.output + suffix) for suffix in companions},
     }
     if digest is not None:
         output["digest"] = digest
@@ -258,7 +258,7 @@ def has_output(task: ShardTask, stats: Mapping[str, Any], size_of: Sizes = files
     try:
         output = stats["output"]
         return output["bytes"] == size_of(task.output) and all(
-            size == size_of(task.output + suffix) for suffix, size in output["beside"].items()
+            size == size_of(task.output + suffix) for suffix, size in output["companions"].items()
         )
     except (KeyError, TypeError, AttributeError):
         return False

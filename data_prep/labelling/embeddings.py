@@ -140,7 +140,7 @@ class LocalCopies:
         return self._copy_of(path) if self.has(path) else path
 
     def has(self, path: str) -> bool:
-        """Whether there is a copy of a path."""
+        """Returns whether there is a copy of a path."""
         return os.path.exists(self._copy_of(path))
 
     def _copy_of(self, path: str) -> str:

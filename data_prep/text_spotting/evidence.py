@@ -87,7 +87,7 @@ def fold_text(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What one text and a caption share.
+    """The words and runs that a text and a caption share.
 
     Attributes:
         weights: the words of the caption -> what they weigh.

@@ -62,7 +62,7 @@ _INDICES = {"tfrecord": tfrecord.INDEX, "tar": tar_records.INDEX}
 
 @dataclasses.dataclass(frozen=True)
 class IndexReport:
-    """What `update_index` did.
+    """The outcome of `update_index`.
 
     Attributes:
         path: of the index.
@@ -161,7 +161,7 @@ def update_index(
 
 
 def is_indexable(path: str) -> bool:
-    """Whether a file has the name of a shard whose records an index can describe."""
+    """Returns whether a file is named like a shard that an index can describe."""
     return _kind_of(path) is not None
 
 
@@ -393,7 +393,7 @@ def _sizes_of(table: ShardTable) -> dict[str, int]:
 
 
 def _fits_head(offsets: np.ndarray, head: bytes) -> bool:
-    """Whether the records in the first bytes of a TFRecord shard begin where its index says."""
+    """Checks that the first records of a TFRecord shard begin where its index says."""
     found = position = 0
     while position + FRAME_BYTES <= len(head):
         if found >= len(offsets) or offsets[found] != position:

@@ -37,7 +37,7 @@ _END_OF_WORD = "</w>"
 # Words are: the two markers, contractions, runs of letters, single digits, runs of anything else.
 # CLIP's pattern ignores case; on lower-cased text this matters for two characters only: the long s
 # passes for an s, and U+0345 (whose upper case is a letter) falls out of every class. Characters
-# newer than the Unicode tables of `tokenizers` are symbols here whatever they are.
+# newer than the Unicode tables of `tokenizers` are always symbols here.
 _WORD_PATTERN = (
     r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
     r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"

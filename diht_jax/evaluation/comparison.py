@@ -56,7 +56,7 @@ def format_comparison(*results: dict[str, Any]) -> str:
         "".join("ll"[i : i + 1] or "r" for i in range(len(kept))),
     )
     if any(_MARK in cell for row in rows for cell in row[len(letters) + 2 :]):
-        notes.insert(0, f"{_MARK} beyond chance: 0 lies outside of the paired interval")
+        notes.insert(0, f"{_MARK} beyond chance: 0 is outside of the paired interval")
     names = [f"{letter}: {describe_model(r)}" for letter, r in zip(letters, results, strict=True)]
     return "\n".join([*names, table, *notes])
 

@@ -136,12 +136,12 @@ def kind_of(path: str) -> str | None:
 
 
 def has_shard_name(path: str, kind: str = "tfrecord") -> bool:
-    """Whether a path ends like that of a shard."""
+    """Returns whether a path ends like that of a shard."""
     return kind_of(path) == kind
 
 
 def is_shard(path: str, kind: str = "tfrecord") -> bool:
-    """Whether a path is a file with the name of a shard; a URL is taken at its name."""
+    """Returns whether a path is a file named like a shard; a URL is taken at its name."""
     return has_shard_name(path, kind) and (is_remote(path) or os.path.isfile(path))
 
 
@@ -339,7 +339,7 @@ def _shared_kind(files: Mapping[str, Iterable[str]]) -> str:
 
 
 def _pack(entries: Sequence[str], catalog: Catalog) -> bytes:
-    """What the first process hands to the others; nothing where a shard has no index."""
+    """The message of the first process to the others; nothing where a shard has no index."""
     if any(shard.index is None for shard in catalog.shards):
         return b""
     indices = list({id(shard.index): shard.index for shard in catalog.shards}.values())

@@ -72,7 +72,7 @@ def digest_shard(offsets: np.ndarray, head: bytes, tail: bytes) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ShardEntry:
-    """What the index states of one shard, without its offsets.
+    """The entry of one shard in the index, without its offsets.
 
     Attributes:
         name: within the folder.

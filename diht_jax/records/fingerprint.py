@@ -77,7 +77,7 @@ def fingerprint_records(source: ShardedRecords) -> Fingerprint:
 
 
 def describe_changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """What differs between two looks at a data set, in words; empty where nothing does.
+    """Describes the differences between two looks at a data set; empty without any.
 
     Args:
         before: kept in a checkpoint.

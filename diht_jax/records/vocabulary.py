@@ -292,7 +292,7 @@ def folder_vocabulary(
 
 
 def _indexed_vocabulary(folder: str) -> Mapping[str, Mapping[str, Any]] | None:
-    """What the index of a folder states of its labels; None where there is none."""
+    """Reads the vocabulary in the index of a folder; None where there is none."""
     try:
         known = read_table(os.path.join(folder, INDEX_NAME)).vocabulary
     except FileNotFoundError:

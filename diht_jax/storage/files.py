@@ -41,12 +41,12 @@ def join(folder: str | os.PathLike[str], *names: str) -> str:
 
 
 def is_glob(path: str) -> bool:
-    """Whether a path or URL is a pattern."""
+    """Returns whether a path or URL is a pattern."""
     return any(letter in path for letter in "*?[")
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file or folder."""
+    """Returns whether there is such a file or folder."""
     return size(path) is not None
 
 

@@ -218,7 +218,7 @@ def _wait_for_turn(folder: str) -> _LeaderLock:
 
 
 def _is_alone(lock: _LeaderLock, folder: str) -> bool:
-    """Whether no other lock is held, now that this one is there.
+    """Returns whether no other lock is held next to this one.
 
     Of two processes that create theirs at the same time at least one sees the other.
     """
@@ -241,7 +241,7 @@ def _leader_names(folder: str) -> list[str]:
 
 
 def _has_ended(holder: dict[str, Any] | None) -> bool:
-    """Whether a holder has died: at once where it ran on this machine, else after a while."""
+    """Returns whether a holder has died: known at once on this machine, else after a while."""
     if holder is None:
         return True
     if holder["machine"] == _machine():

@@ -48,14 +48,14 @@ class StorageError(OSError, ValueError):
 
 
 def is_missing(error: OSError) -> bool:
-    """Whether an error means that there is no such file."""
+    """Returns whether an error means that there is no such file."""
     return error.errno in _MISSING or isinstance(
         error, FileNotFoundError | NotADirectoryError | IsADirectoryError
     )
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Whether a disk, a network or a store has failed, so that the contents may be good.
+    """Returns whether storage has failed, so that the contents may be good.
 
     Errors of stores often have no number: timeouts, lost connections and answers of a server such
     as 503 are recognised by their type or status. Any other error without a number comes from a

@@ -301,7 +301,7 @@ class StoreFile(PositionedFile):
         return data
 
     def _is_wanted(self, number: int) -> bool:
-        """Whether a block will be read after the one before it."""
+        """Returns whether a block will be read after the one before it."""
         return number + 1 < len(self._borders)
 
     def _forget(self, position: int) -> None:

@@ -68,7 +68,7 @@ def open_source(paths: Paths, share: Share | None = None) -> ShardedRecords:
 
 
 def is_shard(path: str) -> bool:
-    """Whether a path is a file with the name of a shard of any format."""
+    """Returns whether a path is a file with the name of a shard of any format."""
     return any(catalog.is_shard(path, kind) for kind in catalog.SUFFIXES)
 
 

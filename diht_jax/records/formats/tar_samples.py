@@ -62,7 +62,7 @@ def size_limit(name: str, limit_of: Callable[[str], int | None] = sample_limit) 
 
 
 def is_image(name: str) -> bool:
-    """Whether a member is an image, by its name."""
+    """Returns whether a member is an image, by its name."""
     return _split_name(name)[1] in IMAGE_EXTENSIONS
 
 
@@ -94,7 +94,7 @@ def group_members(members: Iterable[Member]) -> Iterator[Sample]:
 
 
 def _is_whole(sample: Sample, before: Sample | None, damaged: str | None) -> bool:
-    """Whether the last sample before the damage has all of its members.
+    """Returns whether the last sample before the damage has all of its members.
 
     Args:
         sample: the last one.
