@@ -109,7 +109,7 @@ def test_paired_intervals_and_means_over_the_suite():
     assert ["mean of 2 VQA (1 missing)", "40.00%", "50.00%", "+10.00"] in rows
     assert ["mean of all 29 (26 missing)", "40.00%", "45.33%", "+5.33"] in rows
     assert "mean of 10 retrieval" not in text
-    assert "* beyond chance: 0 lies outside of the paired interval" in text
+    assert "* beyond chance: 0 is outside of the paired interval" in text
     assert "note: 'vqav2' was resampled from other images" in text
 
     rows = [
