@@ -195,7 +195,7 @@ BLOCKS = {
                  "and to mix new captions with those that came with it?"),
     "long_texts": ("Long texts", "Does a trained student learn from sentences behind its context "
                    "once its positions are stretched, and does it keep short texts?"),
-    "captioning": ("A captioning decoder", "Does a decoder beside the contrastive loss help the "
+    "captioning": ("A captioning decoder", "Does a decoder next to the contrastive loss help the "
                    "towers, and do the captions that it writes repair raw pairs?"),
     "few_shot": ("Few-shot", "Do the prompts help as a start, on classes not trained on: 12 "
                  "combinations of shape and colour that no training pair shows or names?"),
@@ -621,7 +621,7 @@ _DISTILLATION_CONTRASTS = [
     Contrast("cat_concepts", "cat", "distillation", 0.01, "concepts help on filtered pairs",
              "they gain less than a point"),
     Contrast("cat_beta_025_concepts", "cat_beta_025", "distillation", 0.01,
-             "concepts help beside hard negatives", "they gain less than a point"),
+             "concepts help next to hard negatives", "they gain less than a point"),
     *(
         Contrast(f"cifar10_wrong_{share}_teacher", f"cifar10_wrong_{share}", "distillation", 0.02,
                  f"the teacher's labels help with {share}% wrong captions",
@@ -673,7 +673,7 @@ _CAPTIONS_CONTRASTS = [
     Contrast("raw_captions_mixed", "raw", "captions", 0.02, "new captions, half of the time, "
              "repair raw pairs", "they gain less than two points"),
     Contrast("raw_captions_mixed", "raw_captions_synthetic", "captions", 0.01, "what came with "
-             "the pictures costs nothing beside the new captions, noise and all",
+             "the pictures costs nothing next to the new captions, noise and all",
              "it costs more than a point", kind=NO_LOSS),
 ]  # fmt: skip
 _LONG_TEXTS_CONTRASTS = [
@@ -683,7 +683,7 @@ _LONG_TEXTS_CONTRASTS = [
              "they cost more than a point", NO_LOSS, "scenes/r10"),
 ]  # fmt: skip
 _OTHER_CONTRASTS = [
-    Contrast("cat_captioning", "cat", "captioning", 0.01, "a captioning loss beside the "
+    Contrast("cat_captioning", "cat", "captioning", 0.01, "a captioning loss next to the "
              "contrastive one helps on filtered pairs", "it gains less than a point"),
     Contrast("raw_rewritten", "raw", "captioning", 0.02, "captions of a student of the filtered "
              "pairs, half of the time, repair raw pairs", "they gain less than two points"),

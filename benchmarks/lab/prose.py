@@ -19,7 +19,7 @@ with an action, T drops pairs whose picture shows the caption as text. `raw` and
 pairs of the synthetic web, and those that CAT keeps. Where nothing else is said, the loss is
 InfoNCE. Beta is the strength of hard negatives (HN-NCE; 0 is InfoNCE), alpha the weight of the
 positive in the denominator. Concepts are objects and attributes that a frozen teacher sees, learnt
-beside the loss. R@10 is the share of queries whose match is among the first ten. The student is the
+next to the loss. R@10 is the share of queries whose match is among the first ten. The student is the
 demo's: pictures of 32 px, 30,720 samples in batches of 64, on emoji and CIFAR-10 61,440 of 128.
 
 **How it is measured.** Students of equal seeds begin with the same parameters, and see the same
@@ -28,14 +28,14 @@ image-to-text R@10 among 2,000 scenes whose combinations never occur in training
 composition it is the share of these scenes' captions that are preferred to one with the same words
 in another order (chance: 50%); on emoji it is the same R@10 among another artist's 3,786 drawings
 (chance: 0.26%), on CIFAR-10 zero-shot top-1 on 1,000 photos. Differences are taken seed by seed.
-The interval is Student's t over the seeds, 95%; beside it stands a bootstrap over seeds and test
+The interval is Student's t over the seeds, 95%; next to it stands a bootstrap over seeds and test
 items, which is too narrow for three seeds. A gain is *confirmed* where the lower bound is above 0
 and the mean is at least the margin, and *refuted* where the upper bound is below the margin: less
 than what counts, which need not be nothing. That something costs nothing is confirmed where the
 lower bound is above minus the margin, and refuted where the upper bound is below that. Everything
 else is *undecided*. There is no verdict before all registered runs are there. Holm's p corrects for
 all {count} contrasts, those without runs included; with three seeds hardly anything can survive
-that, so it stands beside the verdict. Behind ± is the standard deviation over all seeds of an
+that, so it stands next to the verdict. Behind ± is the standard deviation over all seeds of an
 experiment; a contrast compares those that both have.
 
 **What cannot be said.** The shares and the kinds of noise of the synthetic web are this project's

@@ -1,7 +1,7 @@
 """What the runs say about a contrast: paired differences, intervals, and a verdict.
 
 Runs of equal seeds are compared with each other. The interval that decides is Student's t over the
-seeds; beside it stands a bootstrap over seeds and test items. Holm's correction is over all
+seeds; next to it stands a bootstrap over seeds and test items. Holm's correction is over all
 registered contrasts, those without runs included, so that no verdict becomes easier by not making
 the runs of another one.
 """
