@@ -19,8 +19,8 @@ with an action, T drops pairs whose picture shows the caption as text. `raw` and
 pairs of the synthetic web, and those that CAT keeps. Where nothing else is said, the loss is
 InfoNCE. Beta is the strength of hard negatives (HN-NCE; 0 is InfoNCE), alpha the weight of the
 positive in the denominator. Concepts are objects and attributes that a frozen teacher sees, learnt
-next to the loss. R@10 is the share of queries whose match is among the first ten. The student is the
-demo's: pictures of 32 px, 30,720 samples in batches of 64, on emoji and CIFAR-10 61,440 of 128.
+next to the loss. R@10 is the share of queries whose match is among the first ten. The student is
+the demo's: pictures of 32 px, 30,720 samples in batches of 64, on emoji and CIFAR-10 61,440 of 128.
 
 **How it is measured.** Students of equal seeds begin with the same parameters, and see the same
 order where they have the same data. The primary metric on the web is the mean of text-to-image and
