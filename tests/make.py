@@ -158,3 +158,32 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     validate_config(config, default_config())
     return config
+
+
+def write_run(
+    folder: str | pathlib.Path, config: ml_collections.ConfigDict, seed: int = 0, step: int = 7
+) -> pathlib.Path:
+    """Writes a work directory with the initial parameters of a config as its one checkpoint."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    from diht_jax.models.parameters import model_definition
+    from diht_jax.models.zoo import get_architecture
+    from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CHECKS_ITEM, STATE_ITEM
+    from diht_jax.training.workdir.checksums import tree_checksums
+    from diht_jax.training.workdir.config_file import write_config
+
+    folder = pathlib.Path(folder)
+    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+    _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+    state = {"params": jax.jit(init_params)(jax.random.key(seed))}
+    write_config(folder, config)
+    directory = folder / CHECKPOINT_DIRECTORY / str(step)
+    with (
+        ocp.StandardCheckpointer() as states,
+        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checks,
+    ):
+        states.save(directory / STATE_ITEM, state)
+        sums = {"state": tree_checksums(state)}
+        checks.save(directory / CHECKS_ITEM, args=ocp.args.JsonSave(sums))
+    return folder

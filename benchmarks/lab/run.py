@@ -35,6 +35,7 @@ from benchmarks.lab.experiments import (
     BLOCKS,
     EXPERIMENTS,
     GRIDS,
+    RETIRED,
     STUDENTS,
     Experiment,
     block_of,
@@ -124,7 +125,8 @@ def select_runs(patterns: Sequence[str]) -> list[Run]:
     Raises:
         ValueError: a pattern that means none.
     """
-    runs = [Run(e, seed) for e in EXPERIMENTS.values() for seed in range(e.seeds)]
+    current = [e for e in EXPERIMENTS.values() if e.name not in RETIRED]
+    runs = [Run(e, seed) for e in current for seed in range(e.seeds)]
     order = list(BLOCKS)
     runs.sort(key=lambda run: (order.index(block_of(run.experiment.name)), run.seed))
     if not patterns:

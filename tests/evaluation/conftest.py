@@ -1,15 +1,14 @@
 """A real model of the smallest architecture, with its initial weights."""
 
 import jax
-import orbax.checkpoint as ocp
 import pytest
 
 from diht_jax import sharding
 from diht_jax.config import default_config
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.workdir.config_file import write_config
 from diht_jax.weights.inference import LoadedModel
+from tests import make
 from tests.make import png
 
 
@@ -41,13 +40,7 @@ def workdir(tmp_path_factory):
     config = default_config()
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
-    arch = get_architecture(config.model.name)
-    _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
-    write_config(folder, config)
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = {"params": jax.jit(init_params)(jax.random.key(0))}
-        checkpointer.save(folder / "checkpoints" / "7" / "state", state)
-    return folder
+    return make.write_run(folder, config)
 
 
 @pytest.fixture(scope="package")

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from diht_jax.hardware import compiler
 from diht_jax.hardware.topologies import get_topology
+from tests import make
 from tests.compiling import xla_flags
 from tests.make import REPOSITORY
 
@@ -202,7 +203,8 @@ def test_the_digest_is_that_of_the_cpu_features(tmp_path, monkeypatch):
     assert digest(one) != digest(one.replace("Zeon", "Epic"))
 
 
-def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path, labelled):
+def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path):
+    records = make.write_records(tmp_path / "records", 52)
     environment = {
         **os.environ,
         "XLA_FLAGS": xla_flags(),
@@ -214,7 +216,7 @@ def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path, labe
     def start(name):
         command = [
             *(sys.executable, "-m", "diht_jax.train", "--config", "configs/emoji.py:debug=True"),
-            *(f"--config.data.train={labelled}", f"--workdir={tmp_path / name}"),
+            *(f"--config.data.train={records}", f"--workdir={tmp_path / name}"),
             f"--config.compilation_cache={tmp_path / 'kept'}",
         ]
         done = subprocess.run(

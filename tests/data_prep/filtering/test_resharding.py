@@ -41,7 +41,7 @@ def _make_parts(folder: pathlib.Path, counts, offset: int = 0) -> list:
             concepts.write(concept_path(writer.path))
             return {}
 
-        stats = shards.run_task(task, process, beside=(".decisions.parquet", ".concepts.npz"))
+        stats = shards.run_task(task, process, companions=(".decisions.parquet", ".concepts.npz"))
         parts.append((task, stats))
         number += count
     return parts

@@ -6,7 +6,6 @@ import shutil
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tensorflow as tf
 from PIL import Image
@@ -21,15 +20,13 @@ from diht_jax.input.choices import with_boxes
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
-from diht_jax.models.parameters import model_definition
-from diht_jax.models.zoo import get_architecture
 from diht_jax.records.labels.clip_embeddings import Crops, quantize
 from diht_jax.records.schema import Record, decode_record, encode_record
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.objective import bind_data
-from diht_jax.training.workdir.config_file import write_config
+from tests import make
 from tests.data_prep.labelling.pictures import draw
 
 LENGTHS = (7, 5)
@@ -46,13 +43,7 @@ def write_teacher(folder, seed, image_size, width):
     config.model.dtype = "float32"
     config.model.overrides.update(image_size=image_size, patch_size=8, embed_dim=width)
     config.model.overrides.update(vision_layers=1, text_layers=1)
-    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-    _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
-    write_config(folder, config)
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = {"params": jax.jit(init_params)(jax.random.key(seed))}
-        checkpointer.save(folder / "checkpoints" / "7" / "state", state)
-    return folder
+    return make.write_run(folder, config, seed)
 
 
 def label(folder, output="labels", **changes):
