@@ -127,10 +127,16 @@ def test_accelerator(monkeypatch, platforms, devices, packages, expected):
 
 @pytest.fixture
 def no_cache():
-    """Without the cache of the other tests; whatever the test sets is undone."""
-    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
-    before = {name: jax.config.values[name] for name in names}
-    jax.config.update("jax_compilation_cache_dir", None)
+    """No compilation cache at the start, and one that would keep every program."""
+    settings = {
+        "jax_compilation_cache_dir": None,
+        "jax_compilation_cache_max_size": jax.config.values["jax_compilation_cache_max_size"],
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
     yield
     for name, value in before.items():
