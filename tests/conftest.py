@@ -46,6 +46,7 @@ LONGEST_FILES = (
     "training/test_stopping.py",
     "training/test_processes.py",
     "training/test_loop.py",
+    "contributing/test_walks.py",
     "training/test_objective.py",
     "training/test_recipes.py",
     "docs/test_commands.py",
