@@ -279,7 +279,7 @@ def test_every_task_without_a_source_has_a_section():
     named |= {f"sugarcrepe_{name}" for name in SUGARCREPE_SUBSETS}
     assert named == {name for name, entry in SUITE.items() if entry.source == NO_SOURCE}
     headings = re.findall("(?m)^## (.+)$", _PAGE.read_text("utf-8"))
-    assert headings == [*_SECTIONS, "DataComp and CLIP_benchmark", "Beside CLIP"]
+    assert headings == [*_SECTIONS, "DataComp and CLIP_benchmark", "Next to CLIP"]
 
 
 def _run_section(heading, folder):
