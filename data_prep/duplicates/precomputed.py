@@ -11,12 +11,12 @@ import glob
 import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.teachers import embedding_files
 from diht_jax.readers.base import SourceShard
 from diht_jax.storage import files
 from diht_jax.storage.copies import local_copy
@@ -24,7 +24,6 @@ from diht_jax.storage.stores import is_remote, open_system
 
 DESCRIPTION = "embeddings.json"
 
-_SUFFIXES = (".npz", ".parquet")
 _CHUNK = 2**24  # cosines at a time
 
 
@@ -44,7 +43,7 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
     """The keys and image embeddings of a file of `diht_jax.embed`, or of the same form.
 
     Args:
-        path: .npz with "key" and "image_emb", or .parquet with such columns.
+        path: .npz with "key" and "image_emb", or .parquet with such columns; may be a URL.
 
     Returns:
         n keys, and float32 [n, d].
@@ -52,31 +51,18 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
     Raises:
         ValueError: it holds something else.
     """
-    try:
-        with local_copy(path) as name:
-            keys, found = _read_local(name)
-        if found.ndim != 2 or len(keys) != len(found) or not np.isfinite(found).all():
-            raise ValueError(f"{len(keys)} keys and embeddings {found.shape}, all finite")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path}: expected 'key' and 'image_emb' [n, d] as diht_jax.embed writes them "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    return [str(key) for key in keys], np.asarray(found, np.float32)
-
-
-def _read_local(path: str) -> tuple[list[Any], np.ndarray]:
-    if path.endswith(".parquet"):
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.read_table(path, columns=["key", "image_emb"])
-        keys = table["key"].to_pylist()
-        values = table["image_emb"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return keys, values.reshape(len(keys), -1)
-    with np.load(path, allow_pickle=False) as file:
-        return file["key"].tolist(), file["image_emb"]
+    with local_copy(path) as name:
+        try:
+            keys = embedding_files.read_keys(name, "key")
+            found = embedding_files.read_embeddings(name, "image_emb")
+            if len(keys) != len(found):
+                raise ValueError(f"{len(keys)} keys, but {len(found)} embeddings")
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: expected 'key' and 'image_emb' [n, d] as diht_jax.embed writes them "
+                f"({error})"
+            ) from error
+    return keys, found
 
 
 def find_files(pattern: str) -> list[str]:
@@ -201,11 +187,11 @@ def open_set(path: str) -> EmbeddedSet:
     Raises:
         ValueError: it is neither, or empty.
     """
-    if path.endswith(_SUFFIXES):
+    if path.endswith(embedding_files.SUFFIXES):
         paths = find_files(path)
     else:
         paths = [p for of_shard in files_of_shards(path, len(list_shards(path))) for p in of_shard]
-    parts = [read_embeddings(name) for name in paths]
+    parts = [part for part in map(read_embeddings, paths) if part[0]]
     keys = [key for part, _ in parts for key in part]
     if not keys:
         raise ValueError(f"'{path}': no embeddings; expected .npz or .parquet files")

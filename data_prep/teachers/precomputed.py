@@ -1,8 +1,4 @@
-"""Embeddings that were computed before, found by the key of a record.
-
-Files are npz (arrays `key` [n] and `image_emb` [n, d]) or parquet (the same columns), such as
-`python -m diht_jax.embed` writes them.
-"""
+"""Embeddings that were computed before, found by the key of a record."""
 
 from __future__ import annotations
 
@@ -18,10 +14,9 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, TeacherKind
-from diht_jax.readers.array_files import read_npz_array
+from data_prep.teachers.embedding_files import SUFFIXES, read_embeddings, read_keys
 from diht_jax.records.schema import Record
 
-SUFFIXES = (".npz", ".parquet")
 _OPEN_FILES = 4
 
 
@@ -46,7 +41,7 @@ class EmbeddingTable:
         self._dim: int | None = None
         self._lengths: list[int] = []
         for number, path in enumerate(self._paths):
-            keys = _read_keys(path, key_field)
+            keys = read_keys(path, key_field)
             self._lengths.append(len(keys))
             if not keys:
                 self._load(path, 0)  # empty as well, or else nobody would ever look at it
@@ -83,12 +78,7 @@ class EmbeddingTable:
         return self._open[number][row]
 
     def _load(self, path: str, num_keys: int) -> np.ndarray:
-        values = _read_embeddings(path, self._fields[1])
-        if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating) or not values.shape[1]:
-            raise ValueError(
-                f"{path}: '{self._fields[1]}' is {values.dtype} {list(values.shape)}; expected "
-                "floating-point [n, d]"
-            )
+        values = read_embeddings(path, self._fields[1])
         if len(values) != num_keys:
             raise ValueError(f"{path}: {num_keys} keys, but {len(values)} embeddings")
         if not num_keys:
@@ -97,10 +87,6 @@ class EmbeddingTable:
             raise ValueError(
                 f"{path}: embeddings of size {values.shape[1]}, of other files {self._dim}"
             )
-        with np.errstate(over="ignore"):
-            values = values.astype(np.float32)
-        if not np.isfinite(values).all():
-            raise ValueError(f"{path}: some embeddings are not finite in float32")
         self._dim = values.shape[1]
         return values
 
@@ -183,59 +169,6 @@ def _find_files(files: str | None) -> list[str]:
             f"config.teacher.precomputed.files='{files}': no {' or '.join(SUFFIXES)} file there"
         )
     return found
-
-
-def _read_keys(path: str, field: str) -> list[str]:
-    values = _read_field(path, field)
-    if getattr(values, "ndim", 1) != 1:
-        raise ValueError(f"{path}: '{field}' has the shape {list(values.shape)}; expected [n]")
-    keys = values.tolist() if isinstance(values, np.ndarray) else values.to_pylist()
-    for row, key in enumerate(keys):
-        if isinstance(key, bytes):
-            try:
-                keys[row] = key.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: '{field}' of row {row} is no UTF-8 ({error})") from error
-        elif isinstance(key, int) and not isinstance(key, bool):
-            keys[row] = str(key)
-        elif not isinstance(key, str):
-            raise ValueError(f"{path}: '{field}' of row {row} is {key!r:.80}; expected a text")
-    return keys
-
-
-def _read_embeddings(path: str, field: str) -> np.ndarray:
-    values = _read_field(path, field)
-    if isinstance(values, np.ndarray):
-        return values
-    import pyarrow.types
-
-    kind, types = values.type, pyarrow.types
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    if not is_list or not pyarrow.types.is_floating(kind.value_type):
-        raise ValueError(f"{path}: '{field}' is {kind}; expected lists of floating-point numbers")
-    if values.null_count:
-        raise ValueError(f"{path}: '{field}' is empty (null) in {values.null_count} rows")
-    lengths = {len(row) for row in values.to_pylist()}
-    if len(lengths) > 1:
-        raise ValueError(f"{path}: '{field}' has rows of several lengths: {sorted(lengths)[:5]}")
-    # A number that is missing becomes NaN here, which the caller refuses.
-    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in values.chunks]
-    return np.concatenate(flat).reshape(len(values), -1) if lengths else np.zeros((0, 1), "f4")
-
-
-def _read_field(path: str, field: str) -> Any:
-    """A NumPy array of an npz, or a chunked array of a parquet file."""
-    if path.endswith(".npz"):
-        return read_npz_array(path, field)
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path, columns=[field])[field]
-    except KeyError as error:
-        raise ValueError(f"{path}: no field '{field}' ({error})") from error
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
 
 
 TEACHER = TeacherKind(default_config, describe, load)
