@@ -197,18 +197,6 @@ def test_the_bound_is_not_set(tmp_path, no_cache, url, max_gib, user):
     assert jax.config.jax_compilation_cache_max_size == user
 
 
-def test_the_digest_is_that_of_the_cpu_features(tmp_path, monkeypatch):
-    def digest(text):
-        (tmp_path / "cpuinfo").write_text(text)
-        monkeypatch.setattr(compiler, "_CPU_INFO", tmp_path / "cpuinfo")
-        return compiler._cpu_digest()
-
-    one = "processor : 0\nmodel name\t: Zeon\ncpu MHz : 2000\nflags\t\t: sse avx512f\n"
-    assert digest(one) == digest(one.replace("2000", "3000"))
-    assert digest(one) != digest(one.replace("avx512f", "avx2"))
-    assert digest(one) != digest(one.replace("Zeon", "Epic"))
-
-
 def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path):
     records = make.write_records(tmp_path / "records", 52)
     environment = {

@@ -1,14 +1,10 @@
 """How the form of the loss is chosen: by the devices of the mesh, the batch and the memory."""
 
-import functools
 import types
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from diht_jax.losses import contrastive_loss, contrastive_objective
 from diht_jax.losses.choice import choose_impl
 
 
@@ -50,18 +46,3 @@ def test_a_setting_is_the_choice():
     mesh = mesh_of("NVIDIA H100", 64, 8)
     choice = choose_impl(mesh, ("data", "fsdp"), 65_536, 768, "streaming")
     assert choice == ("streaming", "as config.loss.impl has it")
-
-
-def test_auto_computes_the_same():
-    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(2, 32, 8))
-    arrays = np.float32(rows / np.linalg.norm(rows, axis=2, keepdims=True))
-    auto, streaming, gathered = (
-        jax.jit(functools.partial(contrastive_objective, mesh=mesh, impl=impl))(*arrays, 10.0)[0]
-        for impl in ("auto", "streaming", "gathered")
-    )
-    assert auto == streaming
-    np.testing.assert_allclose(streaming, gathered, rtol=1e-5)
-    np.testing.assert_allclose(auto, contrastive_loss(*arrays, 10.0), rtol=1e-5)
-    assert contrastive_loss(*arrays, 10.0, impl="auto") == contrastive_loss(*arrays, 10.0)

@@ -113,10 +113,3 @@ def test_wrong_arguments(mesh, num_pairs, change, message):
     rows = unit_rows(0, (num_pairs, 4))
     with pytest.raises(ValueError, match=message):
         contrastive_objective(rows, rows, 1.0, mesh=mesh, **change)
-
-
-def test_one_pair_has_no_negatives():
-    pair = unit_rows(0, (1, 4))
-    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
-    with pytest.raises(ValueError, match="at least 2 pairs, got 1"):
-        contrastive_objective(pair, pair, 1.0, mesh=mesh, axis_names="data")

@@ -12,6 +12,7 @@ from diht_jax.models import Architecture, DualEncoder, get_architecture
 from diht_jax.models.parameters import merge_model, model_definition, model_parameters
 from diht_jax.models.vit import choose_patches
 from diht_jax.weights.clip_layout import from_clip
+from tests.weights.conftest import open_clip_config
 
 OPEN_CLIP_NAMES = {
     "diht_vitb32_224px": "ViT-B-32",
@@ -39,23 +40,7 @@ def open_clip_model(arch: Architecture):
     import torch
 
     torch.manual_seed(0)
-    return open_clip.model.CLIP(
-        embed_dim=arch.embed_dim,
-        vision_cfg={
-            "image_size": arch.image_size,
-            "patch_size": arch.patch_size,
-            "layers": arch.vision_layers,
-            "width": arch.vision_width,
-            "head_width": arch.vision_width // arch.vision_heads,
-        },
-        text_cfg={
-            "context_length": arch.context_length,
-            "vocab_size": arch.vocab_size,
-            "width": arch.text_width,
-            "heads": arch.text_heads,
-            "layers": arch.text_layers,
-        },
-    ).eval()
+    return open_clip.model.CLIP(**open_clip_config(arch)).eval()
 
 
 def numpy_state(model) -> dict[str, np.ndarray]:

@@ -364,23 +364,6 @@ assert "tensorflow" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPOSITORY)
 
 
-def test_metadata_bytes_depend_on_the_data_only(work):
-    before = [(work / "ours" / name).read_bytes() for name in dataset_info.FILES]
-    (work / "ours_again").mkdir()
-    for path in (work / "ours").glob("*.tfrecord"):
-        (work / "ours_again" / path.name).symlink_to(path)
-    dataset_info.write_dataset_info(
-        work / "ours_again",
-        dataset="pairs",
-        split="train",
-        shard_lengths=[3, 0, 2],
-        num_bytes=sum(path.stat().st_size for path in (work / "ours").glob("*.tfrecord")),
-        image_formats=["PNG"],
-        with_concepts=True,
-    )
-    assert [(work / "ours_again" / name).read_bytes() for name in dataset_info.FILES] == before
-
-
 @pytest.mark.parametrize("name", ["Upper", "with-dash", "", "1st"])
 def test_names_that_tfds_would_refuse(name):
     with pytest.raises(ValueError, match="expected lower-case"):

@@ -207,14 +207,6 @@ def test_other_processes_look_at_their_own_copy_of_the_index(folder, tmp_path):
         TFRecordSource(folder, share=share)
 
 
-def test_a_folder_that_is_mounted_under_another_name_is_looked_at_there(folder, tmp_path):
-    share = Broadcast()
-    first = TFRecordSource(folder, share=share)
-    shutil.copytree(folder, tmp_path / "mounted")
-    other = TFRecordSource(tmp_path / "mounted", share=share)
-    assert repr(other) == repr(first) and other[499] == RECORDS[499]
-
-
 def test_folders_without_an_index_are_looked_at_by_every_process(folder, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("dataset.index"))

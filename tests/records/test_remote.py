@@ -89,18 +89,6 @@ def test_what_is_not_there_is_reported():
         TFRecordSource("nosuch://bucket/records")
 
 
-def test_training_reads_them(local):
-    """Grain's worker processes take the source by pickle."""
-    import pickle
-
-    system = fsspec.filesystem("memory")
-    for path in local.iterdir():
-        system.pipe_file(f"memory:///pickled/{path.name}", path.read_bytes())
-    source = pickle.loads(pickle.dumps(TFRecordSource("memory:///pickled")))
-    order = np.random.default_rng(0).permutation(len(source))
-    assert [source[i] for i in order] == [RECORDS[i] for i in order]
-
-
 def test_the_vocabulary_of_a_labelled_folder_is_read_there(folder, tmp_path):
     parts = [
         ConceptList(kind, (f"a {kind}", "other"), (5, 4)) for kind in ("objects", "attributes")

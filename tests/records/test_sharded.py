@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from diht_jax.records import schema
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
 
@@ -78,8 +77,3 @@ def test_a_damaged_record_is_the_only_one_that_an_extent_loses(shard, field):
     elements = source.split(0, 6, bytes(contents))
     assert isinstance(elements[4], TFRecordError) and "record 4" in str(elements[4])
     assert elements[:4] + elements[5:] == expected[:4] + expected[5:]
-
-
-def test_an_element_decodes_to_its_record():
-    element = schema.encode_record(schema.Pair("key", b"image", "caption", {}))
-    assert TFRecordSource.decode(element).key == "key"

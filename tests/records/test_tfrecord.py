@@ -145,16 +145,6 @@ def test_works_under_grain(tmp_path):
     assert [dataset[i] for i in range(13)] != expected
 
 
-def test_repr_depends_on_the_data_and_not_on_the_place(tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    _many_shards(here)
-    shutil.copytree(here, there)
-    assert repr(TFRecordSource(here)) == repr(TFRecordSource(there))
-    _write(there / "pairs-train-00003.tfrecord", [b"another length"])
-    assert repr(TFRecordSource(here)) != repr(TFRecordSource(there))
-
-
 def test_pickled_and_read_by_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(sharded, "_MAX_OPEN_SHARDS", 2)  # so that shards open and close all along
     expected = _many_shards(tmp_path)
@@ -183,14 +173,6 @@ if __name__ == "__main__":
         assert pool.map(read, list(range(13)) * 20, chunksize=1) == expected * 20
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPOSITORY)
-
-
-def test_missing_index_is_built_and_kept(tmp_path):
-    path = _write(tmp_path / "a.tfrecord", _RECORDS)
-    original = _index(path).read_bytes()
-    _index(path).unlink()
-    assert list(TFRecordSource(path)) == _RECORDS
-    assert _index(path).read_bytes() == original
 
 
 def test_missing_index_stays_in_memory_on_a_read_only_disk(tmp_path, monkeypatch):

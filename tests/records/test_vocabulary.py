@@ -62,11 +62,6 @@ def test_hash_is_of_the_meaning_of_ids():
     assert len({first.hash, *(other.hash for other in others)}) == 4
 
 
-def test_empty_vocabulary(tmp_path):
-    write_vocabulary(tmp_path, _vocabulary(attributes=()))
-    assert len(read_vocabulary(tmp_path).attributes) == 0
-
-
 @pytest.mark.parametrize("name", ["a\tb", "a\nb", "", " a", "a\u2028b"])
 def test_names_that_would_break_the_file(name, tmp_path):
     with pytest.raises(ValueError, match="cannot be kept as a concept"):

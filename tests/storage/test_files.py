@@ -137,8 +137,3 @@ def test_one_listing_is_one_request():
     CountingStore.requests.clear()
     assert files.list_names("counting://listed") == ["0", "1", "2"]
     assert CountingStore.requests == {"list": 1}
-
-
-def test_an_unknown_store_is_reported():
-    with pytest.raises(ValueError, match="nosuch:// cannot be read"):
-        files.write_bytes("nosuch://a/b", b"")

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from diht_jax import load_model
-from diht_jax.models.parameters import parameter_shapes
 from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
 
@@ -65,7 +64,6 @@ def test_names_are_those_of_open_clip_and_shapes_those_of_our_model(reference):
     tensors = {name: value.numpy() for name, value in state.items()}
     assert clip_layout.infer_architecture(tensors, "file") == arch
     params = clip_layout.from_clip(tensors, arch)
-    assert parameter_shapes(params) == parameter_shapes(clip_layout._abstract_parameters(arch))
     back = clip_layout.to_clip(params, arch)
     assert back.keys() == tensors.keys()
     for name, value in back.items():

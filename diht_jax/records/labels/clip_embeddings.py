@@ -126,11 +126,6 @@ class ClipFacts:
         return sum(teacher.width for teacher in self.teachers)
 
     @property
-    def embedding_bytes(self) -> int:
-        """Bytes of the embeddings of one record."""
-        return (self.crops.num_views + 1) * self.width * self._number.itemsize
-
-    @property
     def meaning(self) -> dict[str, Any]:
         """The meaning of the numbers, JSON-able; the names of the teachers do not matter."""
         return {

@@ -13,7 +13,6 @@ from diht_jax.records.fingerprint import describe_changes, fingerprint_records
 from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats.array_record import (
     ArrayRecordSource,
-    ArrayRecordWriter,
     read_array_records,
 )
 from diht_jax.records.formats.registry import open_writer
@@ -121,12 +120,3 @@ def test_a_disk_that_fails_for_a_moment_damages_no_record(tmp_path, monkeypatch)
     FailingReader.failures["read"] = 2
     with pytest.raises(DamagedRecordError, match="record 0 cannot be read .Stale file handle"):
         source[0]
-
-
-def test_a_writer_leaves_a_whole_shard_or_nothing(tmp_path):
-    with pytest.raises(KeyError), ArrayRecordWriter(tmp_path / "a.array_record") as writer:
-        writer.write(b"x")
-        raise KeyError
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="not the name of a shard; expected .* .tfrecord, .array"):
-        open_writer(tmp_path / "a.zip")

@@ -7,7 +7,6 @@ from diht_jax.records import schema
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.formats.registry import (
     FORMATS,
-    check_format,
     format_of,
     is_shard,
     name_format,
@@ -52,13 +51,6 @@ def test_folders_globs_and_lists(tmp_path):
         format_of(tmp_path / "odd")
     with pytest.raises(ValueError, match="are tar, tfrecord; name those of one format"):
         format_of([str(tmp_path / "tar"), str(tmp_path / "both")])
-
-
-def test_names_of_a_config():
-    for name in FORMATS:
-        check_format(name)
-    with pytest.raises(ValueError, match="config.output_format='tar'; expected one of tfrecord, a"):
-        check_format("tar")
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
