@@ -33,6 +33,7 @@ from data_prep.decisions import table
 from data_prep.filtering import config as filter_config
 from data_prep.jobs import shards
 from diht_jax.config import load_recipe
+from diht_jax.storage import files
 
 _CAPTIONS = flags.DEFINE_string(
     "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
@@ -104,7 +105,7 @@ def _write_parts(folder: pathlib.Path, measured: Sequence[dict[str, Any]]) -> di
     for i, path in enumerate(paths[distinct:]):
         shutil.copyfile(paths[i % distinct], path)
     config = load_recipe(_RECIPE)
-    shards.write_json(
+    files.write_object(
         folder / shards.MERGED_STATS,
         {
             "config": filter_config.record_settings(config),

@@ -18,10 +18,10 @@ import ml_collections
 from data_prep.captions.mentions import ConceptLog, concept_path, find_mentions
 from data_prep.decisions import samples
 from data_prep.decisions.table import KEPT, SOURCE, DecisionWriter, decisions_path, pack_uid
-from data_prep.jobs import shards
 from data_prep.steps import registry
 from data_prep.steps.base import Candidate
 from diht_jax.readers.base import Skipped
+from diht_jax.storage import files
 
 SECONDS_SUFFIX = ".seconds.json"
 
@@ -130,7 +130,7 @@ class ShardLog:
             "cpu_secs": round(time.process_time() - cpu_secs, 4),
             "cpu_secs_of_stages": {k: round(v, 4) for k, v in sorted(self._cpu_secs.items())},
         }
-        shards.write_json(output + SECONDS_SUFFIX, seconds)
+        files.write_object(output + SECONDS_SUFFIX, seconds)
         return counts
 
     def _add(self, candidate: Candidate, decided: dict[str, Any]) -> None:

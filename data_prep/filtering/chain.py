@@ -14,8 +14,7 @@ import numpy as np
 
 from data_prep.decisions.log import ShardLog
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord
-from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Step
-from data_prep.steps.columns import Columns
+from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.steps.image import ImageStep
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.schema import Pair

@@ -26,7 +26,7 @@ import ml_collections
 from absl import logging
 
 from data_prep.decisions import lists, table
-from data_prep.decisions.noise_scores import format_noise_table
+from data_prep.decisions.funnel import format_noise_table
 from data_prep.decisions.report import REPORT, Report, gather, get_funnel, read_report
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import plan, previous_records, resharding
@@ -319,7 +319,7 @@ def _describe_output(
     }
     if found.failed:
         merged["failed"] = found.failed
-    shards.write_json(files.join(folder, shards.MERGED_STATS), merged)
+    files.write_object(files.join(folder, shards.MERGED_STATS), merged)
 
 
 def print_funnel(report: Report) -> None:

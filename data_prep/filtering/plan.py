@@ -159,8 +159,7 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
 
     Other parts are removed: those of inputs that are gone or were replaced, while they are few, and
     those of another config, model or rules where that was asked for. The statistics of each task
-    are read once. Those of other jobs are looked at only where this job alone has more changes than
-    its share of what is allowed.
+    are read once. Those of other jobs are looked at only where something of this job has changed.
 
     Args:
         job: of `plan_job`.
@@ -176,7 +175,7 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     finished = [n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)]
     gone = sorted(name for name in finished if name not in names)
     if (changed or gone) and not overwrite:
-        _refuse_many(job, len(done), changed, replaced, gone, len(finished))
+        _refuse_many(job, changed, replaced, gone, len(finished))
     for path, reason in changed.items():
         logging.warning("%s: made again, since this changed: %s", path, reason)
         resharding.remove_output(path)
@@ -195,7 +194,7 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     settings = filter_config.describe_settings(job.config)
     path = files.join(job.parts_folder, SETTINGS)
     if (files.read_object(path) or {}) != json.loads(json.dumps(settings)):
-        shards.write_json(path, settings)
+        files.write_object(path, settings)
     if not job.is_resharded:  # nothing else holds these outputs
         found = [(task, done[task.output]) for task in job.mine if task.output in done]
         damaged = shards.damaged_outputs(found)
@@ -259,7 +258,6 @@ def _explain_versions(stats: Mapping[str, Any], versions: Mapping[str, str]) -> 
 
 def _refuse_many(
     job: Job,
-    unchanged: int,
     changed: Mapping[str, str],
     replaced: bool,
     gone: Sequence[str],
@@ -275,10 +273,7 @@ def _refuse_many(
     spare = allowed - len(gone) - len(changed)
     elsewhere = 0
     if replaced and spare >= 0:
-        share = (allowed - len(gone)) * (unchanged + len(changed)) // max(finished, 1)
-        if len(changed) <= share:
-            return
-        elsewhere = _count_changed_elsewhere(job, spare + 1)
+        elsewhere = _count_changed_elsewhere(job, spare + 1) if changed else 0
         if elsewhere <= spare:
             return
     text = _describe_changes(job, changed, gone, finished)

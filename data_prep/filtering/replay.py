@@ -26,7 +26,7 @@ from data_prep.decisions.funnel import Funnel
 from data_prep.decisions.table import KEPT, SOURCE, find_decisions, make_schema, read_decisions
 from data_prep.filtering import config as filter_config
 from data_prep.steps import clip, models, registry
-from data_prep.steps.columns import Columns
+from data_prep.steps.base import Columns
 from diht_jax.records.escaping import escape_lines
 from diht_jax.storage import files
 

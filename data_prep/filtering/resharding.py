@@ -209,7 +209,7 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
         },
         "counts": counts,
     }
-    shards.write_json(shard.stats_path, stats)
+    files.write_object(shard.stats_path, stats)
     return stats
 
 

@@ -4,7 +4,7 @@ The nodes must see the same paths, and have the same packages and this repositor
 under the same path. Ray is imported only when it is asked for. An actor dies with its node or its
 process; its task may pass at another try, and another actor is started wherever the cluster has
 room. Models that need a GPU can be in actors of their own, which Ray restarts after their death,
-and which all workers use (`cluster_models.py`).
+and which all workers use (`models.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from typing import Any
 
 from absl import logging
 
-from data_prep.jobs.cluster_models import ClusterActor, ModelActors, SharedModel, start_models
-from data_prep.jobs.models import share_models
+from data_prep.jobs.models import (
+    ClusterActor,
+    ModelActors,
+    SharedModel,
+    share_models,
+    start_models,
+)
 from data_prep.jobs.outcome import (
     DEATH,
     LOST,

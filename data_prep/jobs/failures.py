@@ -90,7 +90,7 @@ def run_noting_failures(
         if error is not None:
             note = {"source": str(task.source), "error": error}
             try:
-                shards.write_json(task.output + FAILED_SUFFIX, note)
+                files.write_object(task.output + FAILED_SUFFIX, note)
             except OSError as refused:  # without it, other jobs take the shard for waiting
                 logging.error("that %s failed could not be noted: %s", task.source, refused)
     return failures

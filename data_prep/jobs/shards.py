@@ -208,7 +208,7 @@ def finish_task(
         "counts": counts,
     }
     fingerprint.write_location(task.location_path, described.location)
-    write_json(task.stats_path, stats)
+    files.write_object(task.stats_path, stats)
     return stats
 
 
@@ -338,13 +338,8 @@ def write_index(
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what `write_json` wrote."""
+    """The JSON object in a file that is there."""
     return json.loads(files.read_bytes(os.fspath(path)))
-
-
-def write_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
-    """Writes JSON for people and programs, atomically."""
-    files.write_object(os.fspath(path), value)
 
 
 def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:

@@ -148,7 +148,7 @@ class HeadsFolder:
             "teacher": dict(teacher.identity),
             "heads": results,
         }
-        shards.write_json(files.join(folder, head_files.DESCRIPTION), description)
+        files.write_object(files.join(folder, head_files.DESCRIPTION), description)
         return description
 
     def _find(self, loaded: Vocabulary | None) -> dict[str, Any] | None:

@@ -319,7 +319,7 @@ def _note_failed(planned: Sequence[LabelTask], failed: Collection[dict[str, str]
         note = notes.get(str(task.source))
         if note is not None:
             files.remove(task.stats_path)
-            shards.write_json(task.output + FAILED_SUFFIX, note)
+            files.write_object(task.output + FAILED_SUFFIX, note)
 
 
 def _check_embedded(config: ml_collections.ConfigDict, planned: Sequence[LabelTask]) -> None:

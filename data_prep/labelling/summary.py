@@ -80,7 +80,7 @@ def summarize(
             _relative_inputs(config, folder),
             vocabulary=vocabulary.describe(),
         )
-    shards.write_json(files.join(folder, shards.MERGED_STATS), facts)
+    files.write_object(files.join(folder, shards.MERGED_STATS), facts)
     report.write_report(folder, facts, heads, vocabulary, done_tasks)
     print(report.format_metrics(heads))
     print(

@@ -12,12 +12,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.decisions.counts import BINS, DROPPED, NAMES
-from data_prep.decisions.funnel import spell_outcome, spell_reason
-from data_prep.decisions.noise_scores import table_rows
-from data_prep.decisions.report import REPORT, Report, samples_by_outcome
+from data_prep.decisions.funnel import spell_outcome, spell_reason, table_rows
+from data_prep.decisions.report import BINS, DROPPED, NAMES, REPORT, Report, samples_by_outcome
 from data_prep.decisions.table import KEPT
-from data_prep.jobs import shards
 from data_prep.steps.registry import ordered_steps
 from data_prep.text_spotting.config import describe_counts
 from diht_jax.pages.render import bar, render
@@ -40,7 +37,7 @@ _LABELS = 9  # bins of which each has its label
 def write_report(folder: str | os.PathLike[str], report: Report) -> None:
     """Writes `report.json` and `report.html` into a folder."""
     folder = os.fspath(folder)
-    shards.write_json(files.join(folder, REPORT), report)
+    files.write_object(files.join(folder, REPORT), report)
     render_report(report, files.join(folder, PAGE))
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from data_prep.captions import versions
 from data_prep.captions.cache import CaptionMemo
 from data_prep.captions.graph import GATE_REASONS, CaptionGraph
-from data_prep.steps.base import Candidate, Step, check_integers
-from data_prep.steps.columns import Columns
+from data_prep.steps.base import Candidate, Columns, Step, check_integers
 from diht_jax.readers.base import SourceShard
 
 _MOST = 255  # a larger complexity is recorded, and decided about, as this one

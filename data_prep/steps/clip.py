@@ -15,9 +15,8 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from data_prep.steps import models
-from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Step, check_integers
+from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step, check_integers
 from data_prep.steps.captions import compare_captions
-from data_prep.steps.columns import Columns
 from diht_jax.readers.base import SourceShard
 
 SCORE = "clip_score"

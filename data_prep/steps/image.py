@@ -10,8 +10,7 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from data_prep.steps.base import IMAGE_ERROR, Candidate, Step, check_integers
-from data_prep.steps.columns import Columns
+from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step, check_integers
 from diht_jax.input import decode
 
 

@@ -12,9 +12,8 @@ import ml_collections
 import numpy as np
 
 from data_prep.batches.text import TextSpotter
-from data_prep.steps.base import IMAGE_ERROR, Candidate, Step
+from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.steps.captions import compare_captions
-from data_prep.steps.columns import Columns
 from data_prep.text_spotting import config as spotter_config
 from data_prep.text_spotting.cache import name_shard
 from data_prep.text_spotting.looks import longest_match

@@ -11,10 +11,8 @@ from PIL import Image
 
 from data_prep.batches import CaptionFilter, Teacher, TextSpotter
 from data_prep.captions import cat_reason, parse_captions
-from data_prep.jobs import models
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
-from diht_jax.records.schema import Record
 
 _CAPTIONS = ["a black cat is chasing a small bird", "blue sky", None, "https://example.com/a.jpg"]
 
@@ -96,15 +94,3 @@ def test_embeddings_are_those_of_the_teacher(color_teacher):
     ):
         with pytest.raises(ValueError, match="expected"):
             wrong()
-
-
-def test_a_shared_teacher_gets_the_batches_of_its_own(color_teacher, monkeypatch):
-    config = registry.default_teacher()
-    config.update({"kind": "precomputed", "batch_size": 2})
-    records = [Record(key, _picture("red"), "", {}) for key in "abcde"]
-    alone = [v.tolist() for chunk in registry.open_teacher(config).embed(records) for v in chunk]
-    monkeypatch.setattr(models, "_open", lambda load: models.LocalModel(load))
-    assert models.is_shared()
-    shared = [v.tolist() for chunk in registry.open_teacher(config).embed(records) for v in chunk]
-    assert shared == alone == [[255, 0, 0]] * 5
-    assert color_teacher == [2] * 6

@@ -9,6 +9,7 @@ from data_prep.decisions.log import SECONDS_SUFFIX
 from data_prep.decisions.report import gather
 from data_prep.decisions.table import DecisionWriter, decisions_path
 from data_prep.jobs import shards
+from diht_jax.storage import files
 
 
 def write_part(
@@ -23,8 +24,8 @@ def write_part(
         writer.add(number, row)
     writer.write(decisions_path(str(output)))
     (log or samples.SampleLog(0, 0, 0, 1)).write(f"{output}{samples.SUFFIX}")
-    shards.write_json(f"{output}{shards.STATS_SUFFIX}", {"counts": facts or {}})
-    shards.write_json(f"{output}{SECONDS_SUFFIX}", {})
+    files.write_object(f"{output}{shards.STATS_SUFFIX}", {"counts": facts or {}})
+    files.write_object(f"{output}{SECONDS_SUFFIX}", {})
     return str(output)
 
 

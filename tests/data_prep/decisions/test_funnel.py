@@ -6,8 +6,13 @@ import re
 
 import pytest
 
-from data_prep.decisions.funnel import Funnel, spell_reason, stage_reasons
-from data_prep.decisions.noise_scores import score_filters, table_rows
+from data_prep.decisions.funnel import (
+    Funnel,
+    score_filters,
+    spell_reason,
+    stage_reasons,
+    table_rows,
+)
 
 
 def test_funnel_table():

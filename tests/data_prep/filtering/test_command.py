@@ -198,12 +198,6 @@ def test_wrong_inputs_and_outputs(tmp_path):
             job_config(source, tmp_path / "out", **{name: value})
 
 
-def test_several_inputs(tmp_path):
-    first, second = write_tars(tmp_path / "a", 1), write_tars(tmp_path / "b", 1, 2)
-    run_filter(job_config(f"{first}, {second}", tmp_path / "out"))
-    assert len(read_records(tmp_path / "out")) == 7
-
-
 def test_own_output_is_a_source(tmp_path):
     run_filter(job_config(write_tars(tmp_path / "in", 2), tmp_path / "one"))
     run_filter(job_config(str(tmp_path / "one"), tmp_path / "two"))

@@ -1,7 +1,6 @@
 """Pictures of evaluation sets: the hashes against SciPy, and what the filter drops."""
 
 import io
-import types
 
 import fsspec
 import numpy as np
@@ -10,18 +9,14 @@ import scipy.fft
 from PIL import Image
 
 from data_prep.decisions.report import read_report
-from data_prep.duplicates import image_hashes, precomputed
+from data_prep.duplicates import image_hashes
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
-from data_prep.steps import decontaminate, models
-from data_prep.steps.base import Candidate
 from data_prep.steps.decontaminate import DecontaminateStep
-from diht_jax import load_model, loading
+from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.input.decode import decode_rgb
-from diht_jax.readers.base import SourceShard
-from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
 
 
@@ -173,45 +168,6 @@ def test_an_index_may_lie_in_a_store(tmp_path):
     with pytest.raises(ValueError, match=r"^memory://sets/bad\.npz: expected an index of python"):
         DecontaminateStep.describe_rules(config)
     system.rm("/sets", recursive=True)
-
-
-def test_a_worker_reads_sets_and_models_once(tmp_path, monkeypatch):
-    """Of several steps, each with a model of its own, none pushes out that of another."""
-    loaded, opened = [], []
-    known = precomputed.EmbeddedSet(["k"], np.ones((1, 4)))
-    monkeypatch.setattr(precomputed, "open_set", lambda path: opened.append(path) or known)
-    sized = types.SimpleNamespace(image_size=16)
-    monkeypatch.setattr(loading, "load_model", lambda model, **_: loaded.append(model) or sized)
-    models._load.cache_clear()
-    config = job_config("in.tar", tmp_path)
-    config.decontaminate.embeddings.update({"sets": "a=/a,b=/b", "model": "m"})
-    for _ in range(2):
-        step = DecontaminateStep(config, None)
-        assert step._model.image_size == models.Encoder("of clip", 64).image_size == 16
-    assert (loaded, opened) == (["m", "of clip"], ["/a", "/b"])
-    models._load.cache_clear()
-    decontaminate._open_set.cache_clear()
-
-
-def test_pairs_without_an_embedding_are_reported(tmp_path, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(
-        precomputed, "open_set", lambda _: precomputed.EmbeddedSet(["s"], np.ones((1, 4)))
-    )
-    monkeypatch.setattr(precomputed, "read_of_shard", lambda *_: {"same": np.ones(4, np.float32)})
-    monkeypatch.setattr(
-        decontaminate.logging, "warning", lambda text, *args: warnings.append(text % args)
-    )
-    config = job_config("in.tar", tmp_path)
-    config.decontaminate.embeddings.update({"sets": "of_two=/x", "pairs": "/embedded"})
-    step = DecontaminateStep(config, SourceShard("webdataset", "in.tar"))
-    pairs = [Pair(key, b"", "a caption") for key in ("same", "absent", "absent too")]
-    measured = step.measure([Candidate.of(pair) for pair in pairs])
-    assert measured["decontaminate"] == ["of_two", None, None]
-    step.close()
-    (warning,) = warnings
-    assert warning.startswith("in.tar: 2 pairs have no embedding in config.decontaminate.embedd")
-    decontaminate._open_set.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,14 @@
 """Storages that fail, and archives that are cut off: what comes of a job."""
 
 import dataclasses
-import errno
 import functools
-import itertools
 import json
 import os
 import tarfile
-import types
 
-import aiohttp
-import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fsspec.exceptions import FSTimeoutError
-from fsspec.implementations.memory import MemoryFileSystem
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
@@ -24,7 +17,6 @@ from data_prep.jobs.crash_search import CrashSearch
 from data_prep.jobs.shards import ShardTask
 from data_prep.steps.registry import active_steps
 from diht_jax.readers.registry import SourceShard, open_source
-from diht_jax.storage import retries, stores
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,
@@ -59,66 +51,6 @@ def test_a_disk_that_fails_one_read_in_twenty_changes_no_byte(tmp_path):
     assert disk.failed == disk.reads // 20 >= 2
     assert disk.slept > 0
     assert snapshot(tmp_path / "disturbed") == snapshot(tmp_path / "undisturbed")
-
-
-class FlakyStore(MemoryFileSystem):
-    """`flaky://`: every twentieth request fails, each time in another way."""
-
-    protocol = "flaky"
-    store, pseudo_dirs = {}, [""]
-    requests, failed = 0, 0
-    errors = itertools.cycle(
-        [
-            FSTimeoutError(),
-            aiohttp.ServerDisconnectedError(),
-            OSError(errno.EBUSY, "Slow Down"),
-            aiohttp.ClientResponseError(
-                types.SimpleNamespace(real_url="https://store"), (), status=503
-            ),
-        ]
-    )
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("flaky://"))
-
-    def _request(self):
-        cls = type(self)
-        cls.requests += 1
-        if cls.requests % 20 == 0:
-            cls.failed += 1
-            raise next(cls.errors)
-
-    def cat_file(self, path, start=None, end=None, **kwargs):
-        self._request()
-        return super().cat_file(path, start, end, **kwargs)
-
-    def ls(self, path, detail=True, **kwargs):
-        self._request()
-        return super().ls(path, detail, **kwargs)
-
-    def info(self, path, **kwargs):
-        self._request()
-        return super().info(path, **kwargs)
-
-
-def test_a_store_that_fails_one_request_in_twenty_changes_no_byte(tmp_path, monkeypatch):
-    pattern = write_tars(tmp_path / "in", 30, pairs_per_tar=2)
-    assert run_filter(job_config(pattern, tmp_path / "from_disk")) == {}
-    fsspec.register_implementation("flaky", FlakyStore, clobber=True)
-    for path in (tmp_path / "in").iterdir():
-        FlakyStore().pipe_file(f"flaky://in/{path.name}", path.read_bytes())
-    delays = []
-    monkeypatch.setattr(retries, "sleep", delays.append)
-    monkeypatch.setattr(stores, "BLOCK_BYTES", 2**10)  # so that each tar takes many requests
-    config = job_config("flaky://in/*.tar", tmp_path / "from_store", retries=0)
-    assert run_filter(config) == {}
-    assert FlakyStore.failed >= 8 and set(delays) == {retries.DELAYS_SECS[0]}
-    names = sorted(path.name for path in (tmp_path / "from_disk").glob("*.tfrecord"))
-    for name in [*names, "kept_keys.txt", "dataset.index"]:
-        found = (tmp_path / "from_store" / name).read_bytes()
-        assert found == (tmp_path / "from_disk" / name).read_bytes(), name
-    FlakyStore.store.clear()
 
 
 def test_of_a_tar_that_is_cut_off_the_pairs_before_are_kept_where_the_config_asks_for_it(tmp_path):

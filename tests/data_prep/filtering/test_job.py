@@ -11,8 +11,6 @@ from PIL import Image
 from data_prep.filter import run_filter
 from data_prep.filtering import shard
 from data_prep.filtering.chain import Chain
-from diht_jax.readers.base import held_bytes
-from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import (
     job_config,
     part_names,
@@ -104,20 +102,6 @@ def test_an_outage_costs_no_pair(tmp_path, capsys):
     assert read_counts(tmp_path / "out")["dropped"]["source"] == {}
 
 
-def test_a_replaced_image_behind_a_table_is_noticed(tmp_path):
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (40, 20), "red").save(tmp_path / name)
-    (tmp_path / "t.csv").write_text("image,caption\na.png,one\nb.png,two\n")
-    config = job_config(str(tmp_path / "t.csv"), tmp_path / "out")
-    run_filter(config)
-    run_filter(config)
-    Image.new("RGB", (40, 20), "blue").save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"t\.csv.* or an image that it names.*--overwrite"):
-        run_filter(config)
-    run_filter(config, overwrite=True)
-    assert read_records(tmp_path / "out")[1].image == (tmp_path / "b.png").read_bytes()
-
-
 def test_pairs_that_take_much_memory_are_held_in_smaller_numbers(tmp_path, monkeypatch):
     source = write_tars(tmp_path / "in", 2, pairs_per_tar=9)
     run_filter(job_config(source, tmp_path / "whole"))
@@ -134,9 +118,3 @@ def test_pairs_that_take_much_memory_are_held_in_smaller_numbers(tmp_path, monke
     assert sum(held) == 18
     assert max(held) <= 4
     assert snapshot(tmp_path / "small") == snapshot(tmp_path / "whole")
-
-
-def test_held_bytes_know_images_and_metadata():
-    assert held_bytes(Pair("k", bytes(10**6), "c")) == pytest.approx(10**6, rel=0.01)
-    nested = [[] for _ in range(10**5)]  # 200 kB of JSON, and 64 bytes and more for each list
-    assert held_bytes(Pair("k", b"x", "c", {"a": nested})) > 6 * 10**6

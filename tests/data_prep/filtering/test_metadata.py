@@ -8,8 +8,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.captions import cache, cat_reason, parse_captions
-from data_prep.captions.cache import CaptionMemo
 from data_prep.filter import run_filter
 from tests.data_prep.filtering.jobs import job_config, read_dropped, snapshot
 
@@ -124,25 +122,6 @@ def test_wrong_tables(tmp_path, table):
     config = _config(str(tmp_path / "a.parquet"), tmp_path / "out", text_spotting=True)
     with pytest.raises(ValueError, match="text_spotting=False"):
         run_filter(config)
-
-
-def test_equal_captions_are_parsed_once_in_a_shard(monkeypatch):
-    captions = ["a dog runs", "a red car", "a dog runs", "a cat sleeps"]
-    asked = []
-
-    def counted(texts):
-        asked.extend(texts)
-        return parse_captions(texts)
-
-    monkeypatch.setattr("data_prep.captions.parse.parse_captions", counted)
-    memo = CaptionMemo()
-    graphs = [*memo.parse(captions), *memo.parse(captions[::-1]), *memo.parse(["a bird sings"])]
-    assert sorted(asked) == sorted({*captions, "a bird sings"})
-    assert (memo.seen, memo.parsed) == (9, 4)
-    assert graphs == parse_captions([*captions, *captions[::-1], "a bird sings"])
-    small = CaptionMemo(max_entries=1)
-    assert [cat_reason(g) for g in small.parse(captions)] == [None, "no_action", None, None]
-    assert len(small._graphs) == 1 and cache._MAX_ENTRIES > 10_000
 
 
 def test_a_jsonl_without_the_captions_is_refused_and_needs_no_images(tmp_path):

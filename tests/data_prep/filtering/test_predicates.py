@@ -142,12 +142,3 @@ def test_the_recipe_for_laion_runs_on_pairs(tmp_path, caplog):
     with pytest.raises(ValueError, match="none of the 5 pairs"):
         run_filter(config)
     assert "'x<1' is unknown for all 5 pairs; is a field missing (x)?" in caplog.text
-
-
-def test_keys_are_checked(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.predicates\.require has 'a <': "):
-        job_config("in.tar", tmp_path, predicates__require=("a <",))
-    with pytest.raises(ValueError, match="has 'a < 1' more than once"):
-        job_config("in.tar", tmp_path, predicates__require=("a < 1", "a  < 1"))
-    with pytest.raises(ValueError, match=r"config\.predicates\.missing='raise'; expected one of"):
-        job_config("in.tar", tmp_path, predicates__missing="raise")

@@ -14,7 +14,6 @@ from data_prep.filter import run_filter
 from data_prep.filtering import replay
 from data_prep.filtering.replay import score_quantiles
 from data_prep.steps import text
-from data_prep.steps.columns import Columns
 from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import Spot, Verdict
@@ -263,23 +262,6 @@ def test_the_columns_hold_what_was_measured(work):
     assert {row[2:] for row in found[1]} == {(None, None)}
     assert found[2] == {("url", None, 3, 3), (None, 1, 1, 1)}
     assert found[3] == {(None, 0, 3, 3)}
-
-
-def test_rows_are_written_in_the_order_of_the_input(tmp_path):
-    log = table.DecisionWriter(["clip"])
-    for row in (2, 0, 3, 1):
-        log.add(row, {"key": f"k{row}", "outcome": "kept", "clip": row / 7})
-    log.write(str(tmp_path / "a"))
-    again = table.DecisionWriter(["clip"])
-    for row in range(4):
-        again.add(row, {"key": f"k{row}", "outcome": "kept", "clip": row / 7})
-    again.write(str(tmp_path / "b"))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    (rows,) = table.read_decisions(str(tmp_path / "a"))
-    columns = Columns({"clip": rows["clip"]}, 4)
-    np.testing.assert_array_equal(columns.numbers("clip"), np.float32(np.arange(4) / 7))
-    with pytest.raises(ValueError, match="score 'width'"):
-        table.DecisionWriter(["width"])
 
 
 def test_quantiles_of_scores_are_exact(tmp_path):

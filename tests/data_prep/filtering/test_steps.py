@@ -1,26 +1,16 @@
 """The steps: their table, what they decide by themselves, and how a shard goes through them."""
 
-import io
 import itertools
 import json
 
-import pytest
-from PIL import Image
-
-from data_prep.captions.graph import CAT_REASONS, GATE_REASONS, cat_reason
-from data_prep.decisions.funnel import stage_reasons
+from data_prep.captions.graph import cat_reason
 from data_prep.filter import run_filter
-from data_prep.filtering import config as filter_config
-from data_prep.filtering.chain import apply_step
 from data_prep.filtering.shard import filter_shard
 from data_prep.jobs import shards
-from data_prep.sources.list import list_sources
+from data_prep.sources.list import list_inputs
 from data_prep.steps import registry
-from data_prep.steps.base import Candidate, Step
+from data_prep.steps.base import Candidate, Columns, Step
 from data_prep.steps.captions import CaptionStep, caption_limits
-from data_prep.steps.columns import Columns
-from data_prep.steps.image import ImageStep
-from diht_jax.input.decode import REASONS as DECODE_REASONS
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import job_config, read_counts, read_outcomes, write_tars
@@ -55,49 +45,6 @@ class _ShortStep(Step):
         return {}
 
 
-class _Log:
-    """Takes the drops of a step."""
-
-    def __init__(self):
-        self.drops = []
-
-    def drop(self, candidate, stage, reason, evidence):
-        self.drops.append((candidate.pair.key, stage, reason, evidence))
-
-
-def test_the_table_is_consistent():
-    assert all(step.name == name for name, step in registry.STEPS.items())
-    names = [step.name for step in registry.ordered_steps()]
-    assert names == ["metadata", "duplicates", "caption", "image", "decontaminate", "clip", "text"]
-    assert tuple(CaptionStep.reasons) == (*GATE_REASONS, *CAT_REASONS)
-    assert set(DECODE_REASONS) < set(ImageStep.reasons)
-    assert list(stage_reasons()) == ["source", *names]
-
-
-def test_active_steps_follow_the_config(tmp_path):
-    def names(recipe: str, **changes) -> list[str]:
-        config = job_config("a", tmp_path, recipe, **changes)
-        return [step.name for step in registry.active_steps(config)]
-
-    assert names("cat", text_spotting=True) == ["caption", "image", "text"]
-    assert names("convert") == ["image"]
-    assert names("convert", concepts=True) == ["caption", "image"]
-    assert names("metadata") == ["caption"]
-
-
-def test_captions_are_narrowed_and_the_first_reason_counts(tmp_path):
-    config = job_config("a", tmp_path, "cat")
-    several = {"captions": ["a red car", "a dog runs", "a cat sleeps"]}
-    pairs = [Pair("k", b"", "a red car", several), Pair("l", b"", "sunset", {})]
-    log = _Log()
-    batch = [Candidate.of(pair) for pair in pairs]
-    (good,) = apply_step(CaptionStep(config, _SOURCE), batch, config, log)
-    assert good.captions == ["a dog runs", "a cat sleeps"]
-    assert [list(graph.objects) for graph in good.graphs] == [["dog"], ["cat"]]
-    assert list(good.first_graph.objects) == ["car"]
-    assert log.drops == [("l", "caption", "complexity", None)]
-
-
 def test_captions_decide_from_columns_as_their_graphs_do(tmp_path):
     """The reasons of `cat_reason`, for every caption alone, and the best of several for a pair."""
     texts = ["sunset", "a red car", "a dog runs", "IMG_1.jpg", "", "a black cat is chasing a bird"]
@@ -118,29 +65,13 @@ def test_captions_decide_from_columns_as_their_graphs_do(tmp_path):
             assert reason == (None if None in truth or not is_asked else truth[0])
 
 
-def test_images_are_measured_and_dropped(tmp_path):
-    config, log = job_config("a", tmp_path, image__min_side=20), _Log()
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 20)).save(buffer, "PNG")
-    small = io.BytesIO()
-    Image.new("RGB", (40, 19)).save(small, "JPEG")
-    images = {"good": buffer.getvalue(), "small": small.getvalue(), "none": b"", "text": b"<html>"}
-    batch = [Candidate.of(Pair(key, data, "c", {})) for key, data in images.items()]
-    (good,) = apply_step(ImageStep(config, _SOURCE), batch, config, log)
-    assert good.values | {"format": "PNG", "width": 40, "height": 20} == good.values
-    assert [(key, reason) for key, _, reason, _ in log.drops] == [
-        ("small", "too_small"), ("none", "empty"), ("text", "unreadable")
-    ]  # fmt: skip
-    assert batch[1].values | {"format": "JPEG", "width": 40, "height": 19} == batch[1].values
-
-
 def test_a_slow_step_gets_small_batches_and_all_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.STEPS, "short", _ShortStep)
     monkeypatch.setattr(_ShortStep, "batches", [])
     write_tars(tmp_path / "in", 1)  # captions "name 0 0" to "name 0 4", 8 characters
     config = job_config(str(tmp_path / "in"), tmp_path / "out", batch_size=3)
-    (source,) = list_sources(config.input, config.source)
-    task = shards.ShardTask(source, str(tmp_path / "one.tfrecord"), "hash")
+    (found,) = list_inputs(config.input, config.source)
+    task = shards.ShardTask(found.shard, str(tmp_path / "one.tfrecord"), "hash")
     done = []
     steps = registry.active_steps(config)
     assert [step.name for step in steps] == ["short", "image"]
@@ -173,13 +104,3 @@ def test_a_step_without_images_runs_on_tables(tmp_path, monkeypatch):
         ("t-00000001", "kept", None),
         ("t-00000002", "caption", "no_action"),
     ]
-
-
-def test_keys_of_steps_are_in_the_default_config():
-    config = filter_config.default_config()
-    assert {"complexity", "min_complexity", "action", "image", "text_spotting", "spotter"} <= set(
-        config.keys()
-    )
-    with pytest.raises(ValueError, match=r"config\.min_complexity=-1; expected an integer"):
-        config.min_complexity = -1
-        filter_config.check_config(config)

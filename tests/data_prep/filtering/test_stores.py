@@ -132,20 +132,6 @@ def test_a_finished_output_shard_costs_two_requests(metered, monkeypatch):
     assert threading.main_thread() not in threads and len(threads) > 1
 
 
-def test_an_input_is_added_to_array_records_in_a_store(metered, tmp_path):
-    pytest.importorskip("array_record")
-    settings = {"output_format": "array_record", "examples_per_shard": 4}
-    assert run_filter(metered("metered:///out", **settings)) == {}
-    write_tars(tmp_path / "more", 3)
-    added = (tmp_path / "more" / "00002.tar").read_bytes()
-    fsspec.filesystem("metered").pipe_file("metered:///in/00002.tar", added)
-    assert run_filter(metered("metered:///out", **settings)) == {}
-    assert run_filter(metered("metered:///fresh", **settings)) == {}
-    found, fresh = _snapshot("metered:///out"), _snapshot("metered:///fresh")
-    assert found.keys() == fresh.keys()
-    assert {n for n in found if found[n] != fresh[n]} <= set(_OWN)
-
-
 def test_a_store_that_fails_one_request_in_twenty_changes_no_byte(metered, monkeypatch):
     delays = []
     monkeypatch.setattr(retries, "sleep", delays.append)

@@ -11,15 +11,15 @@ import re
 import signal
 import subprocess
 import sys
-import types
 
 import aiohttp
 import pytest
 
 from data_prep.jobs import engine, failures, shards
-from data_prep.jobs.engine import print_failures, run_pending, run_tasks
-from data_prep.jobs.outcome import DEATH, KILLED, LOST, REFUSED, STORAGE, Attempt
+from data_prep.jobs.engine import run_tasks
+from data_prep.jobs.outcome import REFUSED, STORAGE
 from diht_jax.readers.registry import SourceShard
+from diht_jax.storage import files
 from diht_jax.storage.retries import StorageError
 from tests.waiting import wait_until
 
@@ -83,17 +83,6 @@ def test_failures_are_isolated_in_this_process():
     assert "Traceback" in outcomes[4].error and "RuntimeError: a defect" in outcomes[4].error
 
 
-def test_failures_are_listed_by_source(capsys):
-    def work(task: types.SimpleNamespace, report) -> None:
-        if task.source == "b":
-            raise ValueError("damaged")
-
-    tasks = [types.SimpleNamespace(source=name) for name in "abc"]
-    failures = run_pending(work, tasks, num_workers=0, label="test")
-    assert print_failures(failures) == {"b": "damaged"}
-    assert "failed: b: damaged" in capsys.readouterr().err.splitlines()
-
-
 def test_what_may_pass_is_tried_again():
     tries = collections.Counter()
 
@@ -115,23 +104,6 @@ def test_what_may_pass_is_tried_again():
     assert tries == {0: 1, 1: 2, 2: 3, 3: 3, 4: 1, 5: 1}
     with pytest.raises(ValueError, match="config.retries=-1; expected at least 0"):
         list(run_tasks(work, range(2), num_workers=0, label="t", retries=-1))
-
-
-def test_what_was_refused_runs_again_among_the_others():
-    order = []
-
-    def work(task: int, report) -> None:
-        order.append(task)
-        if task in (2, 30) and order.count(task) == 1:
-            raise PermissionError("not yet")
-
-    outcomes = list(run_tasks(work, range(40), num_workers=0, label="t"))
-    assert sorted(o.task for o in outcomes) == list(range(40))
-    assert all(o.error is None for o in outcomes)
-    again = [i for i, task in enumerate(order) if task in order[:i]]
-    assert [order[i] for i in again] == [2, 30]
-    assert again[0] == 2 + 1 + 8  # after eight others, and not when all are done
-    assert again[1] < len(order) - 1
 
 
 @pytest.fixture
@@ -170,33 +142,6 @@ def test_an_outage_of_minutes_is_waited_for_whatever_the_retries(clock, monkeypa
     assert attempts[0][1] < 38  # the others go on meanwhile
 
 
-def _count_attempts(retries: int, causes: list[str], after_death=None) -> int:
-    """How often a task is run again, that fails by these causes one after the other."""
-    attempt = Attempt("task")
-    for number, cause in enumerate(causes):
-        attempt = engine._next_attempt(attempt, cause, retries, after_death)
-        if attempt is None:
-            return number
-    return len(causes)
-
-
-def test_each_cause_of_failure_has_its_own_limit():
-    def search(task, is_blamed):
-        return calls.append(is_blamed) or task
-
-    calls = []
-    assert _count_attempts(1, [LOST] * 20, search) == 10
-    assert _count_attempts(0, [LOST]) == 0
-    for after_death in (None, search):
-        assert _count_attempts(0, [DEATH], after_death) == 0
-        assert _count_attempts(0, [KILLED], after_death) == 0
-    calls.clear()
-    # A search ends by itself, and who was killed from outside is not blamed.
-    assert _count_attempts(1, [DEATH, DEATH, KILLED, DEATH], search) == 4
-    assert calls == [True, True, False, True]
-    assert _count_attempts(1, [KILLED, DEATH]) == 1
-
-
 def test_a_failure_that_cannot_be_noted_ends_no_job(tmp_path, monkeypatch):
     def write(path, value):
         raise StorageError(f"{path}: the store is away")
@@ -204,7 +149,7 @@ def test_a_failure_that_cannot_be_noted_ends_no_job(tmp_path, monkeypatch):
     def work(task: shards.ShardTask, report) -> None:
         raise ValueError("damaged")
 
-    monkeypatch.setattr(shards, "write_json", write)
+    monkeypatch.setattr(files, "write_object", write)
     tasks = [shards.ShardTask(SourceShard("", n), f"{tmp_path}/{n}", "") for n in "ab"]
     options = {"num_workers": 0, "label": "t"}
     assert failures.run_noting_failures(work, tasks, options) == {"a": "damaged", "b": "damaged"}
@@ -307,18 +252,6 @@ def work(task, report):
     assert "No module named 'no_such_module'" in errors
 
 
-def test_function_that_workers_cannot_import(tmp_path):
-    (tmp_path / "job.py").write_text("def work(task, report):\n    return task\n")
-    body = """
-if __name__ == "__main__":
-    from job import work
-    (folder / "job.py").write_text("def work(task,\\n")  # as when somebody edits it meanwhile
-"""
-    outcomes, _ = _run(tmp_path, body)
-    for _, error in outcomes.values():
-        assert "job.py" in error and "SyntaxError" in error
-
-
 def test_one_worker_that_does_not_start_holds_nobody_up(tmp_path):
     body = """
 if __name__ != "__main__":
@@ -334,24 +267,6 @@ def work(task, report):
     outcomes, errors = _run(tmp_path, body)
     assert outcomes == {task: (task, None) for task in range(8)}
     assert "ImportError: half a module" in errors
-
-
-def test_silence_is_reported(tmp_path):
-    body = """
-engine._STALL_SECS = 0.4
-log_warning = engine.logging.warning
-def warn(text, *args):
-    log_warning(text, *args)
-    (folder / "warned").touch()
-engine.logging.warning = warn
-def work(task, report):
-    while task == 7 and not (folder / "warned").exists():
-        time.sleep(0.02)
-    return task
-"""
-    outcomes, errors = _run(tmp_path, body)
-    assert outcomes[7] == (7, None)
-    assert "no sign of life from any worker for 0 s" in errors
 
 
 def test_interruption_ends_workers_and_lets_them_clean_up(tmp_path):

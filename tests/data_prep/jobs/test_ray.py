@@ -21,8 +21,8 @@ from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job
 from data_prep.filter import run_filter
 from data_prep.jobs.cluster import _WorkerActor
-from data_prep.jobs.cluster_models import _ModelActor
 from data_prep.jobs.engine import RaySettings
+from data_prep.jobs.models import _ModelActor
 from diht_jax import load_model
 from diht_jax.config import load_recipe
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot, write_clip

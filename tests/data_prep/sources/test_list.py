@@ -9,7 +9,7 @@ from data_prep.sources.list import (
     check_folder,
     check_output,
     default_source,
-    list_sources,
+    list_inputs,
     read_pairs,
     shards_of_task,
 )
@@ -33,11 +33,11 @@ def test_columns_are_named_as_they_are_typed(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="no column 'image'; .* set --config.source.image_column, "
     ):
-        list_sources(str(table), default_source())
+        list_inputs(str(table), default_source())
     source = default_source()
     source.image_root = str(tmp_path / "absent")
     with pytest.raises(ValueError, match="'; set --config.source.image_root$"):
-        list_sources(str(table), source)
+        list_inputs(str(table), source)
     # Errors of the reading, and paths that contain such a name.
     message = "image_column/caption_column.csv: no column 'image_column'; set image_column"
 
