@@ -216,7 +216,7 @@ def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
     ):
         names = {name: None for name in files.list_names(where) if name.endswith(suffix)}
         # Parts stand in the order of their inputs, not in that of their names.
-        ordered = [entry.name + suffix for entry in manifest.read_manifest(where)]
+        ordered = [entry["name"] + suffix for entry in manifest.read_manifest(where)]
         names = [name for name in ordered or names if name in names]
         if names:
             return [files.join(where, name) for name in names], stats

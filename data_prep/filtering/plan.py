@@ -374,7 +374,7 @@ def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bo
         previous_records.remove_previous(folder)
         stale = files.list_names(other)
     else:
-        names = [entry.name for entry in manifest.read_manifest(folder)]
+        names = [entry["name"] for entry in manifest.read_manifest(folder)]
         stale = shards.names_below(files.list_names(folder), names) + [manifest.NAME, SETTINGS]
     # The settings last: until then the folder is known for what it is.
     for name in sorted(stale, key=lambda name: name == SETTINGS):

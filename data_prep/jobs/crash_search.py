@@ -132,8 +132,8 @@ def after_death(task: Any, may_be_blamed: bool) -> Any:
     """
     path = _record_path(task.output)
     record = None
-    with contextlib.suppress(OSError, ValueError):
-        record = json.loads(files.read_bytes(path))
+    with contextlib.suppress(OSError):
+        record = files.read_object(path)
     with contextlib.suppress(OSError):
         files.remove(path)
     if task.search is None or not may_be_blamed:

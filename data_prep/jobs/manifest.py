@@ -8,12 +8,11 @@ for each part, in the order of the inputs.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_prep.jobs.shards import ShardTask
 from diht_jax.readers.registry import SourceShard
@@ -45,29 +44,6 @@ class Input(NamedTuple):
         return below if below != path else path.rpartition("/")[2]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of the manifest.
-
-    Attributes:
-        name: file name of the part.
-        path: of its input, below the root.
-        source: the whole path of the input, or its URL.
-        kind, start, stop: see `SourceShard`.
-        size_bytes, changed: of the input when the job was planned; `changed` is a time, or the
-            version that a store states.
-    """
-
-    name: str
-    path: str
-    source: str
-    kind: str
-    start: int
-    stop: int | None
-    size_bytes: int
-    changed: int | str | None
-
-
 def plan_parts(
     inputs: Sequence[Input],
     folder: str,
@@ -94,7 +70,7 @@ def plan_parts(
     prefix = shard_name(dataset, split, 0, 1, "").removesuffix("00000")
     names = [f"{prefix}{found}{suffix}" for found in hash_inputs(inputs)]
     entries = (_describe(name, found) for name, found in zip(names, inputs, strict=True))
-    lines = ",\n".join(json.dumps(dataclasses.asdict(entry)) for entry in entries)
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
     data = f'{{"parts": [\n{lines}\n]}}\n'.encode()
     path = files.join(folder, NAME)
     if not files.exists(path) or files.read_bytes(path) != data:
@@ -132,28 +108,24 @@ def hash_inputs(inputs: Sequence[Input]) -> list[str]:
     return hashes
 
 
-def read_manifest(folder: str) -> list[Entry]:
-    """The entries in their order; none where the manifest is missing or damaged."""
-    try:
-        return [
-            Entry(**row) for row in (files.read_object(files.join(folder, NAME)) or {})["parts"]
-        ]
-    except (KeyError, TypeError):
-        return []
+def read_manifest(folder: str) -> list[dict[str, Any]]:
+    """The lines of the manifest in their order; none where it is missing or damaged."""
+    return (files.read_object(files.join(folder, NAME)) or {}).get("parts", [])
 
 
-def _describe(name: str, found: Input) -> Entry:
+def _describe(name: str, found: Input) -> dict[str, Any]:
+    """A line of the manifest: the part, its input, and what that was when the job was planned."""
     shard, state = found.shard, found.shard.identity()
-    return Entry(
-        name=name,
-        path=found.path,
-        source=state["path"],
-        kind=shard.kind,
-        start=shard.start,
-        stop=shard.stop,
-        size_bytes=state["size_bytes"],
-        changed=state["changed_ns"],
-    )
+    return {
+        "name": name,
+        "path": found.path,
+        "source": state["path"],
+        "kind": shard.kind,
+        "start": shard.start,
+        "stop": shard.stop,
+        "size_bytes": state["size_bytes"],
+        "changed": state["changed_ns"],  # a time, or the version that a store states
+    }
 
 
 def _plain_path(path: str) -> str:

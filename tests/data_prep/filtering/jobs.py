@@ -89,7 +89,7 @@ def write_clip(path: pathlib.Path, image_size: int) -> str:
 
 def part_names(output: pathlib.Path) -> dict[str, str]:
     """Path of each input below its root -> name of its part, in the order of the inputs."""
-    return {entry.path: entry.name for entry in read_manifest(str(_parts_folder(output)))}
+    return {entry["path"]: entry["name"] for entry in read_manifest(str(_parts_folder(output)))}
 
 
 def _parts_folder(output: pathlib.Path) -> pathlib.Path:

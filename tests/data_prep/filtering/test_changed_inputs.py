@@ -183,7 +183,7 @@ def test_parts_as_output_hold_what_shards_would(tmp_path, filtered):
     config = job_config(source, output, concepts=True, examples_per_shard=None)
     assert run_filter(config) == {}
     assert [path.name for path in sorted(output.glob("*.tfrecord"))] == sorted(
-        read_manifest(str(output))[i].name for i in range(3)
+        read_manifest(str(output))[i]["name"] for i in range(3)
     )
     assert not (output / "parts").exists() and not (output / "dataset_info.json").exists()
     records = {record.key: record for record in read_records(output)}
