@@ -149,18 +149,18 @@ def _old_shards(folder: str) -> Iterable[tuple[str, list[list[Any]]]]:
         if name.endswith(shards.STATS_SUFFIX):
             config_hash, _, shard = name.removesuffix(shards.STATS_SUFFIX).partition("-")
             path = files.join(folder, shard)
-            with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-                if shards.read_json(path + shards.STATS_SUFFIX)["config_hash"] == config_hash:
-                    _move(path, _previous_path(folder, config_hash, shard))
+            stats = files.read_object(path + shards.STATS_SUFFIX) or {}
+            if stats.get("config_hash") == config_hash:
+                _move(path, _previous_path(folder, config_hash, shard))
     for where in (folder, previous):
         for name in files.list_names(where):
             path = files.join(where, name.removesuffix(shards.STATS_SUFFIX))
             if path.endswith(name) or name_format(path) not in _COPIED_FORMATS:
                 continue
-            with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-                stats = shards.read_json(files.join(where, name))
-                if stats["output"]["bytes"] == files.size(path) and stats["input"]["parts"]:
-                    yield path, stats["input"]["parts"]
+            stats = files.read_object(files.join(where, name)) or {}
+            slices = stats.get("input", {}).get("parts")
+            if slices and stats["output"]["bytes"] == files.size(path):
+                yield path, slices
 
 
 def _cover(piece: Slice, stretches: Sequence[_Stretch]) -> tuple[Piece, ...] | None:
