@@ -1,18 +1,17 @@
 """The classes of batches: columns that are those of the functions behind them."""
 
 import functools
-import io
 import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from data_prep.batches import CaptionFilter, Teacher, TextSpotter
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
+from tests.make import encoded, plain
 
 _CAPTIONS = ["a black cat is chasing a small bird", "blue sky", None, "https://example.com/a.jpg"]
 
@@ -75,15 +74,9 @@ def color_teacher(monkeypatch) -> list[int]:
     registry._load_teacher.cache_clear()
 
 
-def _picture(color: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (9, 9), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def test_embeddings_are_those_of_the_teacher(color_teacher):
     teacher = Teacher("precomputed", batch_size=2, key_column="key")
-    images = [_picture("red"), b"no picture", _picture("blue")]
+    images = [encoded(plain("red")), b"no picture", encoded(plain("blue"))]
     found = teacher(pa.table({"key": list("abc"), "image": images}))
     assert found["embedding"].to_pylist() == [[255, 0, 0], None, [0, 0, 255]]
     assert found["embedding_error"].to_pylist() == [None, "image_unreadable", None]

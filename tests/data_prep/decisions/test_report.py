@@ -3,7 +3,6 @@
 import collections
 import html
 import importlib.metadata
-import io
 import json
 import pathlib
 import re
@@ -27,6 +26,7 @@ from data_prep.reports.page import render_report
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.config import load_recipe
 from tests.data_prep.decisions.parts import gather_parts, write_part
+from tests.make import encoded, plain
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _ROWS = [
@@ -120,14 +120,14 @@ def test_parts_make_the_whole(work):
 
 def test_spotted_boxes_are_drawn(tmp_path):
     log = SampleLog(4, 4, 0, 10**6)
-    buffer = io.BytesIO()
-    Image.new("RGB", (400, 200), "white").save(buffer, "PNG")
     spots = (
         Spot((10.0, 110.0, 20.0, 50.0), "hello there", 0.9),
         Spot((0.0, 0.0, 40.0, 10.0, 40.0, 30.0, 0.0, 20.0), None, None),
     )
     graph = CaptionGraph({"dog": ObjectNode((), 1)}, [Edge("dog", "run", None)])
-    shown = Sample("k", "hello there", buffer.getvalue(), graph, spots, "hello there")
+    shown = Sample(
+        "k", "hello there", encoded(plain("white", (400, 200))), graph, spots, "hello there"
+    )
     log.add("text/shows_caption", shown)
     log.add("image/unreadable", Sample("u", "a dog", b"no image"))
     rows = [

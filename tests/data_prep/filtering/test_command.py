@@ -24,18 +24,13 @@ from tests.data_prep.filtering.jobs import (
     snapshot,
     write_tars,
 )
+from tests.make import encoded
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 
 
-def _encode(image: Image.Image, name: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, name, **options)
-    return buffer.getvalue()
-
-
 _RED = Image.new("RGB", (40, 20), "red")
-_PNG = _encode(_RED, "PNG")
+_PNG = encoded(_RED, "PNG")
 
 # Caption -> the reason of its drop. Written by hand from the rules of the method.
 _CAPTIONS = {
@@ -119,14 +114,14 @@ def test_images_are_dropped_by_reason(tmp_path):
     grey16 = Image.fromarray(np.full((20, 40), 51400, np.uint16))
     files = {
         "good.png": _PNG,
-        "clear.png": _encode(rgba, "PNG"),
-        "grey16.png": _encode(grey16, "PNG"),
-        "big.jpg": _encode(Image.new("RGB", (300, 200), (0, 0, 250)), "JPEG"),
+        "clear.png": encoded(rgba, "PNG"),
+        "grey16.png": encoded(grey16, "PNG"),
+        "big.jpg": encoded(Image.new("RGB", (300, 200), (0, 0, 250)), "JPEG"),
         "empty.png": b"",
         "cut.png": _PNG[:60],
         "page.png": b"<html>",
-        "bomb.png": _encode(Image.new("1", (500, 500)), "PNG"),
-        "thin.png": _encode(Image.new("RGB", (40, 3)), "PNG"),
+        "bomb.png": encoded(Image.new("1", (500, 500)), "PNG"),
+        "thin.png": encoded(Image.new("RGB", (40, 3)), "PNG"),
     }
     source = _write_table(
         tmp_path / "in",

@@ -1,7 +1,5 @@
 """Pictures of evaluation sets: the hashes against SciPy, and what the filter drops."""
 
-import io
-
 import fsspec
 import numpy as np
 import pytest
@@ -18,17 +16,12 @@ from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.input.decode import decode_rgb
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
+from tests.make import encoded
 
 
 def _scene(seed: int, side: int = 96) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8)
     return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def _write_folder(folder, pictures: dict[str, bytes]) -> str:
@@ -57,7 +50,7 @@ def test_edited_copies_are_near_and_others_far():
     original = image_hashes.hash_picture(_scene(0))
     for edited in (
         _scene(0).resize((40, 40), Image.Resampling.BICUBIC),
-        decode_rgb(_encode(_scene(0), "JPEG", quality=40)),
+        decode_rgb(encoded(_scene(0), "JPEG", quality=40)),
         _scene(0).point(lambda value: value * 3 // 4 + 20),
     ):
         other = image_hashes.hash_picture(edited)
@@ -97,19 +90,19 @@ def test_an_index_finds_what_a_loop_over_all_finds(monkeypatch):
 
 
 def test_pictures_of_evaluation_sets_are_dropped_and_counted_by_set(tmp_path):
-    red = _encode(Image.new("RGB", (20, 20), "red"), "PNG")
-    first = _write_folder(tmp_path / "a", {"0.png": _encode(_scene(0), "PNG"), "red.png": red})
-    second = _write_folder(tmp_path / "b", {"7.png": _encode(_scene(7), "PNG")})
+    red = encoded(Image.new("RGB", (20, 20), "red"), "PNG")
+    first = _write_folder(tmp_path / "a", {"0.png": encoded(_scene(0), "PNG"), "red.png": red})
+    second = _write_folder(tmp_path / "b", {"7.png": encoded(_scene(7), "PNG")})
     image_hashes.write_index(tmp_path / "b.npz", image_hashes.make_index(second))
     source = _write_folder(
         tmp_path / "in",
         {
-            "same.bmp": _encode(_scene(0), "BMP"),  # other bytes, equal pixels
-            "small.jpg": _encode(_scene(0, 48), "JPEG"),
-            "mirror.png": _encode(_scene(7).transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
+            "same.bmp": encoded(_scene(0), "BMP"),  # other bytes, equal pixels
+            "small.jpg": encoded(_scene(0, 48), "JPEG"),
+            "mirror.png": encoded(_scene(7).transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
             "red.png": red,
-            "blue.png": _encode(Image.new("RGB", (20, 20), "blue"), "PNG"),
-            "other.png": _encode(_scene(3), "PNG"),
+            "blue.png": encoded(Image.new("RGB", (20, 20), "blue"), "PNG"),
+            "other.png": encoded(_scene(3), "PNG"),
             "broken.png": b"<html>",
         },
     )
@@ -154,8 +147,8 @@ def test_keys_are_checked(tmp_path):
 
 
 def test_an_index_may_lie_in_a_store(tmp_path):
-    red = _encode(Image.new("RGB", (20, 20), "red"), "PNG")
-    source = _write_folder(tmp_path / "in", {"0.png": red, "1.png": _encode(_scene(1), "PNG")})
+    red = encoded(Image.new("RGB", (20, 20), "red"), "PNG")
+    source = _write_folder(tmp_path / "in", {"0.png": red, "1.png": encoded(_scene(1), "PNG")})
     index = image_hashes.make_index(_write_folder(tmp_path / "a", {"red.png": red}))
     image_hashes.write_index(tmp_path / "a.npz", index)
     system = fsspec.filesystem("memory")
@@ -187,15 +180,15 @@ def _center_embeddings(folder):
 def test_edited_copies_are_found_by_embeddings_and_counted_by_set(tmp_path, model):
     scenes = {seed: _scene(seed) for seed in range(24)}
     sets = {
-        name: _write_folder(tmp_path / name, {f"{i}.png": _encode(scenes[i], "PNG") for i in own})
+        name: _write_folder(tmp_path / name, {f"{i}.png": encoded(scenes[i], "PNG") for i in own})
         for name, own in (("first", range(6)), ("second", range(6, 12)))
     }
-    pictures = {f"other{i}.png": _encode(scenes[i], "PNG") for i in range(12, 24)}
+    pictures = {f"other{i}.png": encoded(scenes[i], "PNG") for i in range(12, 24)}
     pictures |= {
-        "jpeg1.jpg": _encode(scenes[1], "JPEG", quality=50),
-        "small2.jpg": _encode(scenes[2].resize((48, 48)), "JPEG"),
-        "crop7.png": _encode(scenes[7].crop((1, 1, 95, 95)), "PNG"),
-        "bright8.png": _encode(scenes[8].point(lambda value: value * 15 // 16 + 8), "PNG"),
+        "jpeg1.jpg": encoded(scenes[1], "JPEG", quality=50),
+        "small2.jpg": encoded(scenes[2].resize((48, 48)), "JPEG"),
+        "crop7.png": encoded(scenes[7].crop((1, 1, 95, 95)), "PNG"),
+        "bright8.png": encoded(scenes[8].point(lambda value: value * 15 // 16 + 8), "PNG"),
         "broken.png": b"<html>",
     }
     source = _write_folder(tmp_path / "in", pictures)
