@@ -53,7 +53,7 @@ def test_columns_are_named_as_they_are_typed(tmp_path, monkeypatch):
 def test_an_output_in_a_store_is_tried_at_once(s3_bucket, tmp_path):
     assert check_output(f"{s3_bucket}/kept/", []) == f"{s3_bucket}/kept"
     assert check_output(f"file://{tmp_path}/kept", []) == f"{tmp_path}/kept"
-    assert find_inputs(s3_bucket) == {}
+    assert not find_inputs(s3_bucket)
     for url, message in (
         ("s3://no-such-bucket/kept", "nothing can be written there .*bucket"),
         ("nosuch://bucket/kept", "nosuch:// cannot be read"),
