@@ -125,7 +125,8 @@ def _write_unit(
 
 def write_summary(folder: str, summary: dict[str, Any]) -> None:
     """Writes `duplicates.json`."""
-    files.write_object(files.join(folder, SUMMARY), summary)
+    text = json.dumps(summary, indent=1) + "\n"
+    files.write_bytes(files.join(folder, SUMMARY), text.encode())
 
 
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -141,8 +142,8 @@ def hash_input(source: SourceShard) -> str:
 
 def write_inputs(folder: str, sources: Iterable[SourceShard]) -> None:
     """Writes `inputs.json`."""
-    hashes = sorted(set(map(hash_input, sources)))
-    files.write_object(files.join(folder, INPUTS), {"inputs": hashes})
+    text = json.dumps({"inputs": sorted(set(map(hash_input, sources)))}, indent=1) + "\n"
+    files.write_bytes(files.join(folder, INPUTS), text.encode())
 
 
 def read_inputs(folder: str | os.PathLike[str]) -> set[str] | None:
