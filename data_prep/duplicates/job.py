@@ -22,7 +22,7 @@ import ml_collections
 from absl import logging
 
 from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates import descriptor, report, scan, search, table
+from data_prep.duplicates import pictures, report, scan, search, table
 from data_prep.duplicates.rows import forget_copies, open_rows
 from data_prep.duplicates.scan import Unit, scan_unit
 from data_prep.jobs import shards
@@ -210,7 +210,7 @@ def _describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
     # How many rows are on the devices at a time does not decide.
     settings["clusters"].pop("chunk_rows")
     if config.embeddings.kind == "descriptor":
-        settings["descriptor"] = descriptor.VERSION
+        settings["descriptor"] = pictures.DESCRIPTOR_VERSION
     elif config.verify.correlation is not None:
         settings["thumbnails"] = True
     return settings

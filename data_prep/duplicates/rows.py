@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.duplicates.crop_match import SIDE
+from data_prep.duplicates.pictures import SIDE
 from diht_jax.storage import files
 from diht_jax.storage.copies import cached_copy
 from diht_jax.storage.stores import is_remote

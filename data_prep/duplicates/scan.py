@@ -20,8 +20,8 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from data_prep.duplicates import crop_match, precomputed
-from data_prep.duplicates.descriptor import describe_picture, shrink_picture
+from data_prep.duplicates import precomputed
+from data_prep.duplicates.pictures import SIDE, describe_picture, shrink_picture
 from data_prep.duplicates.rows import EMBEDDINGS, GREYS, hash_keys, write_columns
 from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord
@@ -317,7 +317,7 @@ def _write(
     hashed = [hashes, pixels, embeddings]
     _save(path + EMBEDDINGS, embeddings)
     if greys is not None:
-        flat = np.zeros((crop_match.SIDE, crop_match.SIDE), np.uint8)
+        flat = np.zeros((SIDE, SIDE), np.uint8)
         rows = np.array([flat if row is None else row for row in greys], np.uint8)
         hashed.append(rows.reshape(-1, *flat.shape))
         _save(path + GREYS, hashed[-1])

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from data_prep.duplicates.crop_match import Aligner, verify
+from data_prep.duplicates.pictures import Aligner, verify
 from data_prep.duplicates.rows import Rows, open_columns, write_columns
 from data_prep.duplicates.semdedup import Near, best_partners, find_candidates, rank_rows
 from data_prep.jobs.engine import Report, run_pending

@@ -125,8 +125,7 @@ def _write_unit(
 
 def write_summary(folder: str, summary: dict[str, Any]) -> None:
     """Writes `duplicates.json`."""
-    text = json.dumps(summary, indent=1) + "\n"
-    files.write_bytes(files.join(folder, SUMMARY), text.encode())
+    files.write_object(files.join(folder, SUMMARY), summary)
 
 
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -142,8 +141,8 @@ def hash_input(source: SourceShard) -> str:
 
 def write_inputs(folder: str, sources: Iterable[SourceShard]) -> None:
     """Writes `inputs.json`."""
-    text = json.dumps({"inputs": sorted(set(map(hash_input, sources)))}, indent=1) + "\n"
-    files.write_bytes(files.join(folder, INPUTS), text.encode())
+    hashes = sorted(set(map(hash_input, sources)))
+    files.write_object(files.join(folder, INPUTS), {"inputs": hashes})
 
 
 def read_inputs(folder: str | os.PathLike[str]) -> set[str] | None:

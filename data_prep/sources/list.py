@@ -39,11 +39,6 @@ def default_source() -> ml_collections.ConfigDict:
     return c
 
 
-def list_sources(pairs: str | None, source: ml_collections.ConfigDict) -> list[SourceShard]:
-    """The units of work of `list_inputs`."""
-    return [found.shard for found in list_inputs(pairs, source)]
-
-
 def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> Sequence[Input]:
     """Divides the input into units of work, in a fixed order.
 

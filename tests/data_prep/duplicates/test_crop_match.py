@@ -5,8 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from data_prep.duplicates.crop_match import SIDE, Aligner, verify
-from data_prep.duplicates.descriptor import shrink_picture
+from data_prep.duplicates.pictures import SIDE, Aligner, shrink_picture, verify
 from data_prep.duplicates.semdedup import Near
 
 

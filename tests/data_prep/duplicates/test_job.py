@@ -17,7 +17,7 @@ from data_prep.duplicates.rows import forget_copies
 from data_prep.duplicates.table import Lookup, read_summary
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
-from data_prep.sources.list import default_source, list_sources
+from data_prep.sources.list import default_source, list_inputs
 from diht_jax.config import load_recipe
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
 from tests.make import encoded, pair_members, write_tar
@@ -192,26 +192,6 @@ def test_the_output_of_embed_must_be_of_the_same_input(pairs, tmp_path):
         job.run(config)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"threshold": 1.5}, "config.threshold=1.5; expected a cosine"),
-        ({"keep": "best"}, "config.keep='best'; expected one of farthest, largest, first"),
-        ({"embeddings__kind": "files"}, "config.embeddings.files goes with"),
-        ({"input": None}, "config.input is not set"),
-        ({"verify__correlation": 2.0}, "config.verify.correlation=2.0; expected more than 0"),
-        ({"verify__candidates": 0}, "config.verify.candidates=0; expected at least 1"),
-        ({"clusters__count": 0}, "config.clusters.count=0; expected at least 1"),
-        ({"max_failed_shards": -1.0}, "config.max_failed_shards=-1.0; expected a share below 1"),
-        ({"input_identity": "name"}, "config.input_identity='name'; expected one of time, hash"),
-        ({"shard_timeout_secs": 0.0}, "config.shard_timeout_secs=0.0; expected more than 0"),
-    ],
-)
-def test_settings_are_checked(pairs, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        _config(pairs, tmp_path, **changes)
-
-
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     emb = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
     emb[50:] = emb[:10]
@@ -254,9 +234,9 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
 
 
 def test_the_output_of_embed_is_joined_by_keys(pairs, tmp_path):
-    sources = list_sources(str(pairs / "*.tar"), default_source())
+    inputs = list_inputs(str(pairs / "*.tar"), default_source())
     (tmp_path / "embeddings.json").write_text(
-        json.dumps({"source": [source.identity() for source in sources]})
+        json.dumps({"source": [found.shard.identity() for found in inputs]})
     )
     emb = np.eye(12, dtype=np.float32)
     emb[7] = emb[2]  # s07 looks like s02 to this model

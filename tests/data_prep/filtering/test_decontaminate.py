@@ -1,8 +1,5 @@
 """Pictures of evaluation sets: the hashes against SciPy, and what the filter drops."""
 
-import io
-import types
-
 import fsspec
 import numpy as np
 import pytest
@@ -10,30 +7,21 @@ import scipy.fft
 from PIL import Image
 
 from data_prep.decisions.report import read_report
-from data_prep.duplicates import image_hashes, precomputed
+from data_prep.duplicates import image_hashes
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
-from data_prep.steps import decontaminate, models
-from data_prep.steps.base import Candidate
 from data_prep.steps.decontaminate import DecontaminateStep
-from diht_jax import load_model, loading
+from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.input.decode import decode_rgb
-from diht_jax.readers.base import SourceShard
-from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
+from tests.make import encoded
 
 
 def _scene(seed: int, side: int = 96) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8)
     return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def _write_folder(folder, pictures: dict[str, bytes]) -> str:
@@ -62,7 +50,7 @@ def test_edited_copies_are_near_and_others_far():
     original = image_hashes.hash_picture(_scene(0))
     for edited in (
         _scene(0).resize((40, 40), Image.Resampling.BICUBIC),
-        decode_rgb(_encode(_scene(0), "JPEG", quality=40)),
+        decode_rgb(encoded(_scene(0), "JPEG", quality=40)),
         _scene(0).point(lambda value: value * 3 // 4 + 20),
     ):
         other = image_hashes.hash_picture(edited)
@@ -102,19 +90,19 @@ def test_an_index_finds_what_a_loop_over_all_finds(monkeypatch):
 
 
 def test_pictures_of_evaluation_sets_are_dropped_and_counted_by_set(tmp_path):
-    red = _encode(Image.new("RGB", (20, 20), "red"), "PNG")
-    first = _write_folder(tmp_path / "a", {"0.png": _encode(_scene(0), "PNG"), "red.png": red})
-    second = _write_folder(tmp_path / "b", {"7.png": _encode(_scene(7), "PNG")})
+    red = encoded(Image.new("RGB", (20, 20), "red"), "PNG")
+    first = _write_folder(tmp_path / "a", {"0.png": encoded(_scene(0), "PNG"), "red.png": red})
+    second = _write_folder(tmp_path / "b", {"7.png": encoded(_scene(7), "PNG")})
     image_hashes.write_index(tmp_path / "b.npz", image_hashes.make_index(second))
     source = _write_folder(
         tmp_path / "in",
         {
-            "same.bmp": _encode(_scene(0), "BMP"),  # other bytes, equal pixels
-            "small.jpg": _encode(_scene(0, 48), "JPEG"),
-            "mirror.png": _encode(_scene(7).transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
+            "same.bmp": encoded(_scene(0), "BMP"),  # other bytes, equal pixels
+            "small.jpg": encoded(_scene(0, 48), "JPEG"),
+            "mirror.png": encoded(_scene(7).transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
             "red.png": red,
-            "blue.png": _encode(Image.new("RGB", (20, 20), "blue"), "PNG"),
-            "other.png": _encode(_scene(3), "PNG"),
+            "blue.png": encoded(Image.new("RGB", (20, 20), "blue"), "PNG"),
+            "other.png": encoded(_scene(3), "PNG"),
             "broken.png": b"<html>",
         },
     )
@@ -159,8 +147,8 @@ def test_keys_are_checked(tmp_path):
 
 
 def test_an_index_may_lie_in_a_store(tmp_path):
-    red = _encode(Image.new("RGB", (20, 20), "red"), "PNG")
-    source = _write_folder(tmp_path / "in", {"0.png": red, "1.png": _encode(_scene(1), "PNG")})
+    red = encoded(Image.new("RGB", (20, 20), "red"), "PNG")
+    source = _write_folder(tmp_path / "in", {"0.png": red, "1.png": encoded(_scene(1), "PNG")})
     index = image_hashes.make_index(_write_folder(tmp_path / "a", {"red.png": red}))
     image_hashes.write_index(tmp_path / "a.npz", index)
     system = fsspec.filesystem("memory")
@@ -173,45 +161,6 @@ def test_an_index_may_lie_in_a_store(tmp_path):
     with pytest.raises(ValueError, match=r"^memory://sets/bad\.npz: expected an index of python"):
         DecontaminateStep.describe_rules(config)
     system.rm("/sets", recursive=True)
-
-
-def test_a_worker_reads_sets_and_models_once(tmp_path, monkeypatch):
-    """Of several steps, each with a model of its own, none pushes out that of another."""
-    loaded, opened = [], []
-    known = precomputed.EmbeddedSet(["k"], np.ones((1, 4)))
-    monkeypatch.setattr(precomputed, "open_set", lambda path: opened.append(path) or known)
-    sized = types.SimpleNamespace(image_size=16)
-    monkeypatch.setattr(loading, "load_model", lambda model, **_: loaded.append(model) or sized)
-    models._load.cache_clear()
-    config = job_config("in.tar", tmp_path)
-    config.decontaminate.embeddings.update({"sets": "a=/a,b=/b", "model": "m"})
-    for _ in range(2):
-        step = DecontaminateStep(config, None)
-        assert step._model.image_size == models.Encoder("of clip", 64).image_size == 16
-    assert (loaded, opened) == (["m", "of clip"], ["/a", "/b"])
-    models._load.cache_clear()
-    decontaminate._open_set.cache_clear()
-
-
-def test_pairs_without_an_embedding_are_reported(tmp_path, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(
-        precomputed, "open_set", lambda _: precomputed.EmbeddedSet(["s"], np.ones((1, 4)))
-    )
-    monkeypatch.setattr(precomputed, "read_of_shard", lambda *_: {"same": np.ones(4, np.float32)})
-    monkeypatch.setattr(
-        decontaminate.logging, "warning", lambda text, *args: warnings.append(text % args)
-    )
-    config = job_config("in.tar", tmp_path)
-    config.decontaminate.embeddings.update({"sets": "of_two=/x", "pairs": "/embedded"})
-    step = DecontaminateStep(config, SourceShard("webdataset", "in.tar"))
-    pairs = [Pair(key, b"", "a caption") for key in ("same", "absent", "absent too")]
-    measured = step.measure([Candidate.of(pair) for pair in pairs])
-    assert measured["decontaminate"] == ["of_two", None, None]
-    step.close()
-    (warning,) = warnings
-    assert warning.startswith("in.tar: 2 pairs have no embedding in config.decontaminate.embedd")
-    decontaminate._open_set.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -231,15 +180,15 @@ def _center_embeddings(folder):
 def test_edited_copies_are_found_by_embeddings_and_counted_by_set(tmp_path, model):
     scenes = {seed: _scene(seed) for seed in range(24)}
     sets = {
-        name: _write_folder(tmp_path / name, {f"{i}.png": _encode(scenes[i], "PNG") for i in own})
+        name: _write_folder(tmp_path / name, {f"{i}.png": encoded(scenes[i], "PNG") for i in own})
         for name, own in (("first", range(6)), ("second", range(6, 12)))
     }
-    pictures = {f"other{i}.png": _encode(scenes[i], "PNG") for i in range(12, 24)}
+    pictures = {f"other{i}.png": encoded(scenes[i], "PNG") for i in range(12, 24)}
     pictures |= {
-        "jpeg1.jpg": _encode(scenes[1], "JPEG", quality=50),
-        "small2.jpg": _encode(scenes[2].resize((48, 48)), "JPEG"),
-        "crop7.png": _encode(scenes[7].crop((1, 1, 95, 95)), "PNG"),
-        "bright8.png": _encode(scenes[8].point(lambda value: value * 15 // 16 + 8), "PNG"),
+        "jpeg1.jpg": encoded(scenes[1], "JPEG", quality=50),
+        "small2.jpg": encoded(scenes[2].resize((48, 48)), "JPEG"),
+        "crop7.png": encoded(scenes[7].crop((1, 1, 95, 95)), "PNG"),
+        "bright8.png": encoded(scenes[8].point(lambda value: value * 15 // 16 + 8), "PNG"),
         "broken.png": b"<html>",
     }
     source = _write_folder(tmp_path / "in", pictures)

@@ -1,13 +1,11 @@
 """The demo's page and what it prints, from a folder as run_demo.sh leaves it."""
 
-import io
 import json
 import pathlib
 import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data_prep.decisions.report import format_samples
 from data_prep.decisions.samples import Sample, SampleLog
@@ -15,15 +13,10 @@ from data_prep.reports import demo
 from data_prep.reports.page import write_report
 from diht_jax.evaluation.bootstrap import describe_samples
 from tests.data_prep.decisions.parts import gather_parts, write_part
+from tests.make import encoded, plain
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _OUTCOMES = {"kept": "a red star sits on a <blue> ring", "caption/no_action": "Leather Wallet"}
-
-
-def _png(color: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), color).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _results(shift: float, items: str = "same") -> dict:
@@ -48,7 +41,7 @@ def folder(tmp_path) -> pathlib.Path:
     """Two pairs, four students that differ by 0, 10 and 0 points, and their pictures."""
     log, rows = SampleLog(5, 5, 0, 10**6), []
     for outcome, caption in _OUTCOMES.items():
-        log.add(outcome, Sample(outcome, caption, _png("red")))
+        log.add(outcome, Sample(outcome, caption, encoded(plain("red"))))
         stage, _, reason = outcome.partition("/")
         rows.append({"outcome": stage, "reason": reason or None})
     report = gather_parts(write_part(tmp_path / "part", rows, log=log))
@@ -56,7 +49,7 @@ def folder(tmp_path) -> pathlib.Path:
     write_report(tmp_path / "filtered", report)
     for name, shift in zip(demo.STUDENTS, (0.0, 0.0, 0.1, 0.1), strict=True):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "curves.png").write_bytes(_png("blue"))
+        (tmp_path / name / "curves.png").write_bytes(encoded(plain("blue")))
         (tmp_path / f"{name}.json").write_text(json.dumps(_results(shift)))
     (tmp_path / f"{list(demo.STUDENTS)[-1]}.html").write_text("<p>Examples</p>")
     return tmp_path
