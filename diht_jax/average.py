@@ -26,6 +26,7 @@ from diht_jax.records.escaping import escape_lines
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric, Task
     from diht_jax.extras.soups import Ingredient
+    from diht_jax.loading import ModelFiles
 
 METHODS = ("uniform", "greedy", "wise_ft")
 RECORD_FILE = "average.json"
@@ -135,15 +136,12 @@ def average_models(
     output = pathlib.Path(output)
     check_target(output, format, dtype)
     metrics = _check(models, method, alpha, alphas, tasks, target, reference)
-    reader = _Reader(models, ema, architecture)
+    sources: dict[str, ModelFiles] = {}
+    runs = _find_runs(models, ema, architecture)
+    read = functools.partial(_read, runs=runs, ema=ema, architecture=architecture, sources=sources)
     # The two models of WiSE-FT stay in memory for all alphas.
-    read = functools.cache(reader.read) if method == "wise_ft" else reader.read
-    measure = functools.partial(
-        _Evaluation(reader, tasks, batch_size).run,
-        batch_size=batch_size,
-        num_threads=num_threads,
-        limit=limit,
-    )
+    read = functools.cache(read) if method == "wise_ft" else read
+    measure = _measuring(sources, tasks, batch_size, num_threads=num_threads, limit=limit)
     found: dict[str, Any] = {}
     if method == "greedy":
         model, trials = soups.greedy_soup(
@@ -170,7 +168,7 @@ def average_models(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **found,
     }
-    _write(output, model, reader, members, record, metrics, format, dtype, license)
+    _write(output, model, sources, members, record, metrics, format, dtype, license)
     print(escape_lines(_format(record, metrics)))
     return record
 
@@ -211,73 +209,76 @@ def _check(
     return metrics
 
 
-class _Reader:
-    """Reads the models, and keeps what the first one came with."""
+def _find_runs(models: Sequence[str], ema: bool, architecture: dict[str, Any] | None) -> set[str]:
+    """Those of the models that are work directories, once the two options are known to apply."""
+    from diht_jax.training.workdir.stored_run import local_run
+    from diht_jax.training.workdir.trained_model import is_run
 
-    def __init__(self, models: Sequence[str], ema: bool, architecture: dict[str, Any] | None):
-        from diht_jax.training.workdir.stored_run import local_run
-        from diht_jax.training.workdir.trained_model import is_run
-
-        self._runs = {name for name in models if is_run(local_run(name))}
-        self._ema, self._architecture = ema, architecture
-        self._without_decoder: set[str] = set()
-        self.first: Any = None
-        named = f"--models={','.join(models)}"
-        if ema and not self._runs:
-            raise ValueError(f"--ema: only work directories of diht_jax.train have one; {named}")
-        if architecture and self._runs.issuperset(models):
-            raise ValueError(f"--architecture: work directories know theirs; give none for {named}")
-
-    def read(self, name: str) -> Ingredient:
-        import jax
-        import numpy as np
-
-        from diht_jax.extras.soups import Ingredient
-        from diht_jax.loading import read_model
-
-        is_run = name in self._runs
-        model = read_model(
-            name,
-            ema=self._ema and is_run,
-            architecture=None if is_run else self._architecture,
-        )
-        if model.decoder is not None and name not in self._without_decoder:
-            logging.warning("%s: the caption decoder is left out, no format has one", name)
-            self._without_decoder.add(name)
-        params = jax.tree.map(np.asarray, model.params)
-        self.first = self.first or model
-        preprocessing = model.preprocessing
-        return Ingredient(
-            name, model.arch, params, tuple(preprocessing.mean), tuple(preprocessing.std)
-        )
+    runs = {name for name in models if is_run(local_run(name))}
+    named = f"--models={','.join(models)}"
+    if ema and not runs:
+        raise ValueError(f"--ema: only work directories of diht_jax.train have one; {named}")
+    if architecture and runs.issuperset(models):
+        raise ValueError(f"--architecture: work directories know theirs; give none for {named}")
+    return runs
 
 
-class _Evaluation:
-    """Measures averages on the tasks; the programs are compiled once."""
+def _read(
+    name: str,
+    runs: set[str],
+    ema: bool,
+    architecture: dict[str, Any] | None,
+    sources: dict[str, ModelFiles],
+) -> Ingredient:
+    """Reads a model; what it comes with but its parameters is added to `sources`."""
+    import jax
+    import numpy as np
 
-    def __init__(self, reader: _Reader, tasks: Sequence[Task], batch_size: int):
-        self._reader, self._tasks, self._batch_size = reader, tasks, batch_size
-        self._loaded: Any = None
+    from diht_jax.extras.soups import Ingredient
+    from diht_jax.loading import read_model
 
-    def run(self, model: Ingredient, **options: Any) -> dict[str, float]:
-        """The metrics of a model, by "TASK/METRIC"."""
-        import jax
+    is_run = name in runs
+    model = read_model(name, ema=ema and is_run, architecture=None if is_run else architecture)
+    if model.decoder is not None and name not in sources:
+        logging.warning("%s: the caption decoder is left out, no format has one", name)
+    sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
+    params = jax.tree.map(np.asarray, model.params)
+    preprocessing = model.preprocessing
+    return Ingredient(name, model.arch, params, tuple(preprocessing.mean), tuple(preprocessing.std))
 
-        from diht_jax import sharding
-        from diht_jax.evaluation.tasks import evaluate_task
-        from diht_jax.loading import put_on_devices
 
-        mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-        if self._loaded is None:
-            files = dataclasses.replace(self._reader.first, params=model.params)
-            self._loaded = put_on_devices(files, mesh, batch_size=self._batch_size)
+def _measuring(
+    sources: dict[str, ModelFiles], tasks: Sequence[Task], batch_size: int, **options: Any
+) -> Callable[[Ingredient], dict[str, float]]:
+    """A function that measures averages on the tasks; the programs are compiled once.
+
+    It returns the metrics of a model by "TASK/METRIC".
+    """
+    import jax
+
+    from diht_jax import sharding
+    from diht_jax.evaluation.tasks import evaluate_task
+    from diht_jax.loading import put_on_devices
+
+    mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    loaded = None
+
+    def measure(model: Ingredient) -> dict[str, float]:
+        nonlocal loaded
+        if loaded is None:
+            files = dataclasses.replace(sources[model.name], params=model.params)
+            loaded = put_on_devices(files, mesh, batch_size=batch_size)
         shardings = sharding.tree_shardings(model.params, mesh)
-        self._loaded.update(jax.device_put(model.params, shardings), step=None)
+        loaded.update(jax.device_put(model.params, shardings), step=None)
         return {
             f"{task.name}/{name}": value
-            for task in self._tasks
-            for name, value in evaluate_task(self._loaded, task, **options)["metrics"].items()
+            for task in tasks
+            for name, value in evaluate_task(loaded, task, batch_size=batch_size, **options)[
+                "metrics"
+            ].items()
         }
+
+    return measure
 
 
 def _measure_alphas(
@@ -300,7 +301,7 @@ def _measure_alphas(
 def _write(
     output: pathlib.Path,
     model: Ingredient,
-    reader: _Reader,
+    sources: dict[str, ModelFiles],
     members: Sequence[tuple[str, float]],
     record: dict[str, Any],
     metrics: dict[str, Metric],
@@ -322,7 +323,7 @@ def _write(
         format,
         arch=model.arch,
         params=model.params,
-        preprocessing=reader.first.preprocessing,
+        preprocessing=sources[model.name].preprocessing,
         heads={},
         dtype=dtype,
         card=model_card(

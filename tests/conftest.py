@@ -58,7 +58,7 @@ LONGEST_FILES = (
     "training/test_task_evaluation.py",
     "weights/test_reference_models.py",
     "hardware/test_compiler.py",
-    "training/workdir/test_staging.py",
+    "training/workdir/test_stored_run.py",
     "data_prep/synthetic/test_teacher.py",
     "models/test_dual_encoder.py",
     "fuzz/test_fuzz.py",

@@ -18,7 +18,7 @@ from diht_jax.models import Architecture, get_architecture
 from diht_jax.models.parameters import model_definition
 from diht_jax.training.state import create_state
 from diht_jax.training.workdir.checkpoint import Checkpointer
-from diht_jax.training.workdir.config_file import write_config
+from diht_jax.training.workdir.saved_run import write_config
 from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import write_safetensors

@@ -6,11 +6,8 @@ In this order the saved position in the data always belongs to the saved state.
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import ml_collections
@@ -20,16 +17,8 @@ from etils import epath
 
 from diht_jax import sharding
 from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
-from diht_jax.input.blocks import ReadAheadOptions
-from diht_jax.input.choices import open_caption_choice
-from diht_jax.input.examples import DecodeExample
-from diht_jax.input.mixing import Mixture, open_mixture
-from diht_jax.input.pipeline import TrainIterator, open_records
-from diht_jax.models.zoo import get_architecture
 from diht_jax.progress import ProgressBar
-from diht_jax.records.train_data import describe_train, lies_in_store, parse_train
-from diht_jax.records.vocabulary import train_vocabulary_sizes
-from diht_jax.training.durations import duration_in_steps, patch_dropout_steps, steps_before_end
+from diht_jax.records.train_data import describe_train, parse_train
 from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
@@ -38,23 +27,27 @@ from diht_jax.training.monitoring.metrics import (
     plot_curves,
     read_metrics,
 )
-from diht_jax.training.monitoring.profiler import StepProfiler
 from diht_jax.training.monitoring.throughput import (
     InputSupply,
+    StepProfiler,
     ThroughputWindow,
     log_flops,
     model_flops,
 )
 from diht_jax.training.multihost import (
-    bind_from_first,
     check_together,
-    gather_texts,
-    share_from_first,
     wait_for_all,
 )
-from diht_jax.training.objective import bind_data, needs_pair_ids, num_labels, teacher_width
-from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
+from diht_jax.training.program import (
+    TrainProgram,
+    duration_in_steps,
+    patch_dropout_steps,
+    steps_before_end,
+    with_trusted_attention,
+    without_patch_dropout,
+)
 from diht_jax.training.recipe import check_config
+from diht_jax.training.run_data import bind_data_together, open_data, open_iterator
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting
@@ -65,7 +58,6 @@ from diht_jax.training.task_evaluation import (
     open_tasks,
 )
 from diht_jax.training.workdir.checkpoint import Checkpointer
-from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.resume_checks import (
     bind_order,
     check_adapted_model,
@@ -74,8 +66,9 @@ from diht_jax.training.workdir.resume_checks import (
     check_same_data,
     check_same_run,
     check_same_start,
+    open_workdir,
 )
-from diht_jax.training.workdir.staging import open_workdir
+from diht_jax.training.workdir.saved_run import write_config
 
 
 def train(
@@ -106,7 +99,7 @@ def train(
     """
     check_config(config)
     parse_train(config.data.train, config.data.labels)
-    config = _bind_data(config)
+    config = bind_data_together(config)
     check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
         # The first to enter, hence the last to leave: a second SIGTERM must not end the process
@@ -122,21 +115,6 @@ def train(
         stop_request.listen()
         with without_memory_is_lasting(lambda: run.has_finished_step):
             return run.loop(stop_after_steps, stop_request)
-
-
-def _bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Like `bind_data`; data in an object store are read by the first process alone."""
-    where = "store" if lies_in_store(config.data.train) else "host"
-    if set(gather_texts(where)) == {"store"}:
-        return bind_from_first(bind_data, config)
-    return bind_data(config)
-
-
-def _vocabulary_sizes(train: Any, labels: str | None) -> tuple[int, ...] | None:
-    """Like `train_vocabulary_sizes`, read by the first process: all have bound one vocabulary."""
-    data = share_from_first(lambda: json.dumps(train_vocabulary_sizes(train, labels)).encode())
-    sizes = json.loads(data)
-    return None if sizes is None else tuple(sizes)
 
 
 class Run:
@@ -158,7 +136,7 @@ class Run:
         self.workdir = workdir
         self.profiler = StepProfiler(config.profile, workdir)
         tasks = open_tasks(config)
-        self.mixture = self.open_data()
+        self.mixture = open_data(config)
         num_records = self.mixture.num_records
         self.total_steps = duration_in_steps(
             config, "total", batch_size=config.data.batch_size, num_examples=num_records
@@ -176,7 +154,7 @@ class Run:
             logging.info("order: %s", line)
         logging.info("form of the loss: %s (%s)", *self.program.loss_form())
         self.mesh, self.arch = self.program.mesh, self.program.arch
-        self.iterator = self.open_iterator()
+        self.iterator = open_iterator(config, self.mixture)
         self.batches = BatchWait(self.iterator)
         self.fingerprint = self.mixture.fingerprint()
         lowest = lower_is_better(config.checkpoint.best_metric, tasks)
@@ -200,57 +178,6 @@ class Run:
             self.checkpointer.record_metrics(best[0], {config.checkpoint.best_metric: best[1]})
         self._skipped_records = 0
         self._log_start(num_records)
-
-    def open_data(self) -> Mixture:
-        """The records of the run, with what makes examples of them."""
-        config, num_concepts = self.config, num_labels(self.config)
-        arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-        sizes = _vocabulary_sizes(config.data.train, config.data.labels) if num_concepts else None
-        choice = open_caption_choice(config.data)
-        if choice is not None:
-            logging.info("captions: %s", choice.describe())
-        decoder = functools.partial(
-            DecodeExample,
-            arch.image_size,
-            arch.context_length,
-            config.data.crop_scale,
-            fast_decode=config.data.fast_decode,
-            num_concepts=num_concepts,
-            vocabulary_sizes=sizes,
-            teacher_width=teacher_width(config),
-            caption_choice=choice,
-            pair_ids=needs_pair_ids(config),
-            class_key=config.data.class_key,
-        )
-        return open_mixture(
-            config.data,
-            config.seed,
-            functools.partial(open_records, share=share_from_first),
-            lambda template: decoder(text_template=template),
-            jax.process_count(),
-            share_from_first,
-        )
-
-    def open_iterator(self) -> TrainIterator:
-        """The batches of the run, as the config asks for them."""
-        data = self.config.data
-        return TrainIterator(
-            self.mixture,
-            batch_size=data.batch_size,
-            seed=self.config.seed,
-            num_workers=data.num_workers,
-            prefetch_batches=data.prefetch_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            on_bad_record=data.on_bad_record,
-            max_in_flight_gib=data.max_in_flight_gib,
-            read_ahead=ReadAheadOptions(
-                read_threads=data.read_threads,
-                cache_dir=data.cache_dir,
-                read_ahead_gib=data.read_ahead_gib,
-                read_timeout_secs=data.read_timeout_secs,
-            ),
-        )
 
     def first_state(self) -> TrainState:
         """The state of the latest checkpoint, or that of a new run."""
@@ -294,13 +221,8 @@ class Run:
             except StoppedWaiting as stopped:
                 progress.close()
                 self.stop_before(step, window, stopped.position)
-            with self.profiler.step(step):
-                self.state, metrics = train_step(self.state, batch)
-            if train_step.trace_count > 1:
-                raise AssertionError(f"the step was traced {train_step.trace_count} times")
+            metrics = self.run_step(step, train_step, batch)
             window.add(metrics)
-            if config.debug_nans and float(metrics["skipped"]):
-                self.explain_skipped(step, batch)
             # Two steps in flight keep the device busy; more would only move the progress bar ahead.
             if in_flight is not None:
                 monitor.check_step(step - 1, in_flight)
@@ -315,11 +237,7 @@ class Run:
             saves = saves or step % config.checkpoint.every_steps == 0
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.
             if step % config.log_every_steps == 0 or saves or step == self.patch_dropout_steps:
-                scalars = {**window.summary(), **self.data_metrics(step)}
-                supply.check(window.input_rate)
-                monitor.check_window(step, scalars)
-                progress.set_postfix_str(_progress_text(scalars))
-                self.writer.write(step, scalars)
+                progress.set_postfix_str(self.write_line(step, window, supply, monitor))
             if saves:
                 self.writer.sync()
                 self.checkpointer.save(self.state, self.iterator)
@@ -335,6 +253,27 @@ class Run:
         plot_curves(self.workdir)
         return self.state
 
+    def run_step(
+        self, step: int, train_step: TrainStep, batch: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """Updates the state, and returns the metrics of the update, which may be still computed.
+
+        Raises:
+            NonFiniteError: with `config.debug_nans`, where the update was not finite.
+        """
+        with self.profiler.step(step):
+            self.state, metrics = train_step(self.state, batch)
+        if train_step.trace_count > 1:
+            raise AssertionError(f"the step was traced {train_step.trace_count} times")
+        if self.config.debug_nans and float(metrics["skipped"]):
+            where = explain_nonfinite(self.program, self.config_at(step), self.state, batch)
+            raise NonFiniteError(
+                f"step {step}: loss or gradients are not finite; {where}. The batch's records: "
+                f"{self.keys_of_step(step)}. Parameters and the last checkpoint are as "
+                "before this step (config.debug_nans)"
+            )
+        return metrics
+
     def keys_of_step(self, step: int) -> str:
         """Names this process's records in the batch of a step, for a message."""
         batch_size = self.config.data.batch_size
@@ -346,20 +285,6 @@ class Run:
         rows = read_metrics(self.workdir) if self.start_step else []
         losses = (row["loss"] for row in rows if row["step"] <= self.start_step and "loss" in row)
         return min(filter(math.isfinite, losses), default=math.inf)
-
-    def explain_skipped(self, step: int, batch: dict[str, jax.Array]) -> None:
-        """Ends the run with where the numbers of a step went wrong.
-
-        Raises:
-            NonFiniteError: always.
-        """
-        config = self.config_at(step)
-        where = explain_nonfinite(self.program, config, self.state, batch)
-        raise NonFiniteError(
-            f"step {step}: loss or gradients are not finite; {where}. The batch's records: "
-            f"{self.keys_of_step(step)}. Parameters and the last checkpoint are as "
-            "before this step (config.debug_nans)"
-        )
 
     def config_at(self, step: int) -> ml_collections.ConfigDict:
         """The config, without patch dropout in the run's last part."""
@@ -389,6 +314,23 @@ class Run:
         """
         batch = self.batches.take(stop_request.is_waiting)
         return sharding.put_batch(batch, sharding.batch_sharding(self.mesh))
+
+    def write_line(
+        self, step: int, window: ThroughputWindow, supply: InputSupply, monitor: AnomalyMonitor
+    ) -> str:
+        """Writes the metrics of the steps since the last line; returns them for the progress bar.
+
+        Raises:
+            DivergedError: they show that the run has diverged.
+        """
+        scalars = {**window.summary(), **self.data_metrics(step)}
+        supply.check(window.input_rate)
+        monitor.check_window(step, scalars)
+        self.writer.write(step, scalars)
+        return (
+            f"loss {scalars['loss']:.3f}, acc {100 * scalars['t2i_accuracy']:.1f}%, "
+            f"scale {scalars['logit_scale']:.1f}, {scalars['images_per_sec']:.0f} img/s"
+        )
 
     def stop_before(self, step: int, window: ThroughputWindow, position: Position) -> None:
         """Saves the state before a step whose batch does not come, unless it is saved already.
@@ -449,10 +391,3 @@ class Run:
             dict(self.mesh.shape),
         )
         sharding.log_shardings(self.state.params, self.mesh)
-
-
-def _progress_text(scalars: dict[str, float]) -> str:
-    return (
-        f"loss {scalars['loss']:.3f}, acc {100 * scalars['t2i_accuracy']:.1f}%, "
-        f"scale {scalars['logit_scale']:.1f}, {scalars['images_per_sec']:.0f} img/s"
-    )

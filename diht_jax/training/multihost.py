@@ -5,18 +5,15 @@ Start-up is `diht_jax.distributed`'s.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-import ml_collections
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from diht_jax.config.checks import flatten
 from diht_jax.training.stopping import LASTING_EXIT_CODE, TemporaryError, exit_status
 
 _LONGEST_TEXT_BYTES = 4096
@@ -148,32 +145,6 @@ def check_same_step(step: int | None) -> None:
             f"--model: the processes have read checkpoints of steps {', '.join(steps)}, as the run "
             "goes on; name one by --step"
         )
-
-
-def bind_from_first(
-    bind: Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict],
-    config: ml_collections.ConfigDict,
-) -> ml_collections.ConfigDict:
-    """The result of a function of the config that the first process alone calls. All must call.
-
-    Args:
-        bind: returns a config with the same keys; what it changes can be written as JSON.
-        config: of this process.
-
-    Raises:
-        ValueError: the function has failed; with its text.
-    """
-
-    def read() -> bytes:
-        before, after = flatten(config.to_dict()), flatten(bind(config).to_dict())
-        changed = {name: after[name] for name in after if after[name] != before.get(name)}
-        return json.dumps(changed).encode()
-
-    changed = json.loads(share_from_first(read))
-    if changed:
-        config = config.copy_and_resolve_references()
-        config.update_from_flattened_dict(changed)
-    return config
 
 
 def wait_for_all(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Mesh, model, optimizer and step of a config, without arrays.
+"""Mesh, model, optimizer, step and length of a config's run, without arrays.
 
 The same program is run here and compiled for other machines, so that what was compiled for a pod
 runs there. No data, no checkpoints and no measuring here.
@@ -6,6 +6,7 @@ runs there. No data, no checkpoints and no measuring here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -14,6 +15,7 @@ import ml_collections
 from absl import logging
 
 from diht_jax import sharding
+from diht_jax.config.overrides import DURATION_UNITS
 from diht_jax.input.choices import IMAGE_FIELD, TEXT_FIELD
 from diht_jax.losses.choice import Choice, choose_impl
 from diht_jax.models.attention import TowerAttention, kernel_difference
@@ -31,7 +33,7 @@ from diht_jax.training.objective import (
     teacher_width,
     with_objective_parameters,
 )
-from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from diht_jax.training.optimizer import create_optimizer, decay_start, learning_rate_schedule
 from diht_jax.training.state import TrainState, abstract_state, create_state
 from diht_jax.training.step import TrainStep, training_execution
 
@@ -252,3 +254,89 @@ def with_trusted_attention(
     config = config.copy_and_resolve_references()
     config.model.attention = "xla"
     return config
+
+
+def duration_in_steps(
+    config: ml_collections.ConfigDict, prefix: str, *, batch_size: int, num_examples: int
+) -> int:
+    """The duration `prefix` ("total") in optimiser steps, in any unit of the config.
+
+    Args:
+        config: holds `{prefix}_steps`, `{prefix}_examples` and `{prefix}_epochs`, one not None.
+        prefix: first part of the three names.
+        batch_size: global batch, in examples.
+        num_examples: size of one epoch, in examples.
+
+    Raises:
+        ValueError: none or several of the three are set, or the result is not positive.
+    """
+    values = {unit: config.get(f"{prefix}_{unit}") for unit in DURATION_UNITS}
+    given = {unit: value for unit, value in values.items() if value is not None}
+    names = ", ".join(f"config.{prefix}_{unit}" for unit in DURATION_UNITS)
+    if len(given) != 1:
+        raise ValueError(f"set exactly one of {names}; got {given or 'none of them'}")
+    unit, value = next(iter(given.items()))
+    if not math.isfinite(value):
+        raise ValueError(f"config.{prefix}_{unit}={value}: expected a finite duration")
+    examples_per_unit = {"steps": batch_size, "examples": 1, "epochs": num_examples}[unit]
+    steps = round(value * examples_per_unit / batch_size)
+    if steps < 1:
+        raise ValueError(
+            f"config.{prefix}_{unit}={value} is {steps} steps at batch size {batch_size}; "
+            "expected at least one step"
+        )
+    return steps
+
+
+def patch_dropout_steps(
+    config: ml_collections.ConfigDict, total_steps: int, *, num_examples: int
+) -> int:
+    """Number of steps, from the start of a run, that may drop patches.
+
+    Args:
+        config: the whole training config.
+        total_steps: length of the run.
+        num_examples: size of one epoch, in examples.
+
+    Raises:
+        ValueError: several of `no_patch_dropout_steps`, `no_patch_dropout_examples` and
+            `no_patch_dropout_epochs` are set, no patches are dropped anyway, or it would be the
+            whole run.
+    """
+    if all(config.get(f"no_patch_dropout_{unit}") is None for unit in DURATION_UNITS):
+        return total_steps
+    if not config.model.patch_dropout:
+        raise ValueError(
+            "config.no_patch_dropout_* is how long a run with config.model.patch_dropout ends "
+            f"without it, but config.model.patch_dropout={config.model.patch_dropout}; set a share "
+            "of patches to drop, or leave config.no_patch_dropout_* at None"
+        )
+    last_steps = duration_in_steps(
+        config, "no_patch_dropout", batch_size=config.data.batch_size, num_examples=num_examples
+    )
+    if last_steps >= total_steps:
+        raise ValueError(
+            f"config.no_patch_dropout_*: {last_steps} steps without patch dropout are not less "
+            f"than the {total_steps} steps of the run; shorten them or set "
+            "config.model.patch_dropout=0"
+        )
+    return total_steps - last_steps
+
+
+def steps_before_end(config: ml_collections.ConfigDict, *, num_examples: int) -> int:
+    """Number of steps, from the start of a run, that do not depend on its length.
+
+    Args:
+        config: the whole training config.
+        num_examples: size of one epoch, in examples.
+
+    Raises:
+        ValueError: the durations are wrong, or warm-up and decay do not fit into the run.
+    """
+    total_steps = duration_in_steps(
+        config, "total", batch_size=config.data.batch_size, num_examples=num_examples
+    )
+    return min(
+        decay_start(config.optimizer, total_steps),
+        patch_dropout_steps(config, total_steps, num_examples=num_examples),
+    )

@@ -12,7 +12,7 @@ from ml_collections import config_flags
 from diht_jax.config import default_config, load_recipe, validate_config
 from diht_jax.models import get_architecture
 from diht_jax.sharding import create_mesh
-from diht_jax.training.durations import duration_in_steps
+from diht_jax.training.program import duration_in_steps
 from diht_jax.training.recipe import check_config
 from diht_jax.training.sharded_encode import check_micro_batch
 from tests.make import RECIPES, REPOSITORY

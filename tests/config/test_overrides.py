@@ -11,7 +11,7 @@ from data_prep.filtering.config import default_config as filter_config
 from data_prep.labelling.config import default_config as label_config
 from diht_jax import command_line
 from diht_jax.config import PathsOrSections, default_config, validate_config
-from diht_jax.training.durations import duration_in_steps
+from diht_jax.training.program import duration_in_steps
 from tests.make import REPOSITORY
 
 EMOJI = REPOSITORY / "configs" / "emoji.py"

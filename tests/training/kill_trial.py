@@ -156,7 +156,7 @@ class Trial:
 
     def place(self, name: str) -> pathlib.Path:
         """Where the run works on disk."""
-        from diht_jax.training.workdir.staging import StagedDirectory
+        from diht_jax.training.workdir.stored_run import StagedDirectory
 
         if not self.is_stored(name):
             return self.folder / name
@@ -365,7 +365,7 @@ def define_flags() -> None:
 def main() -> None:
     """Kills, goes on, compares; prints one line a kill and the result."""
     given = flags.FLAGS
-    from diht_jax.training.workdir.staging import StagedDirectory
+    from diht_jax.training.workdir.stored_run import StagedDirectory
 
     folder = pathlib.Path(
         given.folder or tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder())

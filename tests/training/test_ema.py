@@ -10,7 +10,7 @@ from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import flatten_results, read_metrics
 from diht_jax.training.state import initial_average, update_average
-from diht_jax.training.workdir.config_file import write_config
+from diht_jax.training.workdir.saved_run import write_config
 
 
 def test_average_follows_its_recurrence():

@@ -16,7 +16,7 @@ from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring import debug_nans
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.workdir.config_file import read_config, write_config
+from diht_jax.training.workdir.saved_run import read_config, write_config
 from diht_jax.weights.export import write_model
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.settings import Preprocessing

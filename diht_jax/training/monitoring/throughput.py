@@ -1,7 +1,8 @@
-"""Speed of a run: images and FLOPs per second, MFU, and whether the input keeps up."""
+"""Speed of a run: images and FLOPs per second, MFU, whether the input keeps up, and profiles."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
 from diht_jax.hardware.chips import peak_flops
@@ -20,6 +22,7 @@ from diht_jax.training.monitoring.metrics import mean_scalars
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import OPTIMIZER_SCOPE
 
+PROFILE_DIRECTORY = "profile"
 # Of training, before the first look: a run starts with empty buffers.
 _FIRST_LOOK_SECS = 60.0
 # Between two warnings.
@@ -301,3 +304,47 @@ def advise(data: ml_collections.ConfigDict, cores: int, busy_cores: float) -> st
         f"{exact}give this process more cores (Slurm: srun --cpus-per-task) and leave "
         f"config.data.num_workers unset: {num_workers} workers keep all {cores} busy"
     )
+
+
+class StepProfiler:
+    """Traces the steps from `start_step` to `stop_step`, both included, into `workdir/profile`.
+
+    The trace is the JAX profiler's: TensorBoard's profile plug-in, XProf and Perfetto read it.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: epath.Path):
+        """Takes the section `profile`; nothing is traced where both steps are None.
+
+        Raises:
+            ValueError: one of the two is missing, or they are no range of steps.
+        """
+        first, last = config.start_step, config.stop_step
+        if (first is None) != (last is None) or (first is not None and not 1 <= first <= last):
+            raise ValueError(
+                "config.profile: expected 1 <= start_step <= stop_step, or neither; got "
+                f"start_step={first}, stop_step={last}"
+            )
+        self._steps = range(0) if first is None else range(first, last + 1)
+        self._directory = workdir / PROFILE_DIRECTORY
+        self._is_tracing = False
+
+    def step(self, step: int) -> contextlib.AbstractContextManager:
+        """Surrounds step number `step` (from 1); starts the trace where that is due.
+
+        A run that is resumed within the range traces what is left of it.
+        """
+        if step in self._steps and not self._is_tracing:
+            jax.profiler.start_trace(str(self._directory))
+            self._is_tracing = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def ends_at(self, step: int) -> bool:
+        """Returns whether `step` is the last one of a trace under way."""
+        return self._is_tracing and step == self._steps[-1]
+
+    def close(self) -> None:
+        """Ends the trace, if one is under way, and writes it."""
+        if self._is_tracing:
+            self._is_tracing = False
+            jax.profiler.stop_trace()
+            logging.info("profile of steps up to %d in %s", self._steps[-1], self._directory)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import errno
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from diht_jax.input.batch_wait import Position
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.records.catalog import Share
 from diht_jax.training.multihost import (
     first_text,
     gather_texts,
@@ -31,13 +31,43 @@ from diht_jax.training.multihost import (
 )
 from diht_jax.training.state import TrainState
 from diht_jax.training.stopping import TemporaryError
-from diht_jax.training.workdir.checksums import describe_difference, json_checksum, tree_checksums
-from diht_jax.training.workdir.error_causes import explain_error, suggest_remedy
+from diht_jax.training.workdir.saved_run import (
+    CHECKS_ITEM,
+    CORRUPT_DIRECTORY,
+    DATA_ITEM,
+    STATE_ITEM,
+    absolute_path,
+    checkpoint_root,
+    describe_difference,
+    error_chain,
+    explain_error,
+    finished_steps,
+    json_checksum,
+    read_checkpoint,
+    shared_steps,
+    tree_checksums,
+)
 
-CHECKPOINT_DIRECTORY = "checkpoints"
-CORRUPT_DIRECTORY = "corrupt_checkpoints"
-# What a checkpoint is made of.
-STATE_ITEM, DATA_ITEM, CHECKS_ITEM = "state", "data", "checks"
+_FULL = "Make room"
+_REFUSED = "Look at the permissions"
+_FAILING = "The storage itself fails: look at the kernel's log (dmesg), or take another disk"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: "Make room, or ask for a larger quota",
+    errno.EACCES: _REFUSED,
+    errno.EPERM: _REFUSED,
+    errno.EROFS: "The file system is read-only: mount it for writing, or take another --workdir",
+    errno.EIO: _FAILING,
+    errno.ESTALE: "The file server was changed or restarted: mount it again",
+    errno.ENOENT: "Files of the run were removed while it works: leave its --workdir alone",
+    errno.EMFILE: "Allow more open files (ulimit -n)",
+}
+# How libraries tell the cause that have no errno.
+_TEXTS = {
+    r"RESOURCE_EXHAUSTED|No space left": _FULL,
+    r"PERMISSION_DENIED|Permission denied": _REFUSED,
+    r"Input/output error": _FAILING,
+}
 
 
 class CheckpointError(ValueError):
@@ -333,79 +363,20 @@ class _BestMeasured:
         return max((pair for pair in measured if math.isfinite(pair[0])), default=(0, None))[1]
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedRun:
-    """Contents of a checkpoint.
-
-    Attributes:
-        state: the training state, sharded as requested.
-        data_position: of `TrainIterator.get_state`.
-        checks: `state` (of `tree_checksums`), `place` (of `json_checksum`, for the position in the
-            data) and `dataset`.
-    """
-
-    state: TrainState
-    data_position: dict[str, int]
-    checks: dict[str, Any]
-
-
-def read_checkpoint(
-    directory: epath.Path, target: TrainState
-) -> tuple[SavedRun | None, str | None]:
-    """This process's part of a checkpoint, or why it cannot be read; the other one is None.
-
-    Uses Orbax's handlers without the manager, which synchronises all processes: one that fails
-    alone must not leave the others waiting.
-    """
-    item = directory / DATA_ITEM
-    try:
-        json_handler = ocp.JsonCheckpointHandler()
-        position = json_handler.restore(item)
-        item = directory / CHECKS_ITEM
-        checks = read_checks(directory)
-        if checks["place"] != json_checksum(position):
-            item = directory / DATA_ITEM
-            raise ValueError("its contents are not what was saved")
-        item = directory / STATE_ITEM
-        state = ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(target))
-    except Exception as error:  # a damaged file may lead to any
-        return None, f"{item}: {explain_error(error)}"
-    return SavedRun(state, position, checks), None
-
-
-def read_checks(directory: epath.Path) -> dict[str, Any]:
-    """Checksums of a checkpoint, and the fingerprint of its data set."""
-    return ocp.JsonCheckpointHandler().restore(directory / CHECKS_ITEM)
-
-
-def finished_steps(root: epath.Path) -> list[int]:
-    """Steps of the finished checkpoints in a folder of some, the latest last.
-
-    In a bucket, one that is being saved has its final name from the beginning.
-    """
-    paths = ocp.utils.checkpoint_steps_paths(root)
-    return sorted(int(path.name) for path in paths if path.name.isdigit())
-
-
-def shared_steps(root: epath.Path, share: Share) -> list[int]:
-    """Like `finished_steps`; for a job, the steps that its first process sees.
-
-    Listings of a network file system may be older on some hosts, and a run that goes on may save
-    and remove checkpoints between two looks.
-
-    Args:
-        root: folder of the checkpoints.
-        share: of a job of several processes, which all call.
-    """
-    return json.loads(share(lambda: json.dumps(finished_steps(root)).encode()))
-
-
-def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
-    """Folder of a run's checkpoints; absolute, as Orbax wants it."""
-    return absolute_path(workdir) / CHECKPOINT_DIRECTORY
-
-
-def absolute_path(workdir: str | epath.Path) -> epath.Path:
-    """The path from the root of its file system; URLs are so already."""
-    path = epath.Path(workdir)
-    return path if "://" in os.fspath(path) else path.absolute()
+def suggest_remedy(error: BaseException) -> str:
+    """Remedy of a failed write, as far as its cause is known: a sentence without its stop."""
+    chain = error_chain(error)
+    for link in reversed(chain):
+        in_text = re.search(r"OS error (\d+)", str(link))  # as TensorStore tells it
+        number = int(in_text[1]) if in_text else getattr(link, "errno", None)
+        if number in _REMEDIES:
+            return _REMEDIES[number]
+        for pattern, remedy in _TEXTS.items():
+            if re.search(pattern, str(link)):
+                return remedy
+    if any(isinstance(link, TimeoutError) for link in chain):
+        return (
+            "Either the storage is too slow, or the clock of this machine was set meanwhile, by "
+            "which Orbax measures"
+        )
+    return "The cause is not known; the storage of --workdir is the first thing to look at"

@@ -1,16 +1,21 @@
-"""Refuses to go on with a run under another config, or with other data.
+"""Opens the work directory of a run, and refuses another config, other data or another run there.
 
-Config and data must be the same on all hosts and since the checkpoint.
+Config and data must be the same on all hosts and since the checkpoint, and the hosts of a job must
+share the directory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 from absl import logging
 from etils import epath
@@ -20,15 +25,88 @@ from diht_jax.config.keys import END, FIXED, FREE
 from diht_jax.input.order import ORDERS, resolve_order
 from diht_jax.records.fingerprint import Fingerprint, describe_changes
 from diht_jax.records.train_data import describe_train
-from diht_jax.training.durations import steps_before_end
-from diht_jax.training.multihost import gather_texts
+from diht_jax.storage.locks import lock_folder
+from diht_jax.storage.stores import is_remote
+from diht_jax.training.multihost import check_together, gather_texts
+from diht_jax.training.program import steps_before_end
 from diht_jax.training.recipe import key_of
-from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, finished_steps
-from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
+from diht_jax.training.workdir.saved_run import (
+    CHECKPOINT_DIRECTORY,
+    CONFIG_FILE,
+    finished_steps,
+    read_config,
+)
+from diht_jax.training.workdir.stored_run import LOCK_FILE, StagedDirectory
 
 # Free in the sources of a mixture, whose weights, templates and orders are fixed.
 _PATHS = re.compile(r"data\.train\.[^.]+\.(path|labels)")
 _LONGEST_CONFIG_BYTES = 2**16
+# At a file of the first process, before hosts are taken to share no folder.
+_LOOKS, _POLL_SECONDS = 10, 1.0
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Iterator[epath.Path]:
+    """Locks it for as long as the context lasts. All processes of a job must call.
+
+    Args:
+        workdir: a path or a URL. All URLs are staged in a local folder, `gs://` only with
+            `staging`.
+        staging: `config.checkpoint.staging`.
+
+    Yields:
+        Where to work. Of a run in a store it is the folder on disk; at the end of the context all
+        of it is in the store.
+
+    Raises:
+        ValueError: another run works there, or it cannot be read or written; hosts do not share
+            the folder on disk, which is that of the run or the one it is staged in; nothing
+            installed knows such URLs.
+    """
+    name = os.fspath(workdir)
+    is_staged = is_remote(name) and (bool(staging) or not name.startswith("gs://"))
+    staged = StagedDirectory(name, staging) if is_staged else None
+    path = epath.Path(staged.folder if staged else workdir)
+    with contextlib.ExitStack() as stack:
+
+        def prepare() -> None:
+            if jax.process_index() != 0:
+                return
+            stack.enter_context(lock_folder(path, "--workdir", LOCK_FILE))
+            if staged:
+                staged.fetch()
+                staged.start()
+                stack.push(staged.close_after)
+
+        check_together(prepare)
+        if not is_remote(os.fspath(path)):
+            _check_shared(path, name)
+        yield path
+
+
+def _check_shared(folder: epath.Path, workdir: str) -> None:
+    """Raises where a process does not see the lock file that the first one has just written."""
+    lock = folder / LOCK_FILE
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_POLL_SECONDS)  # a network file system may show it a moment later
+        seen = gather_texts(lock.read_text() if lock.exists() else "")
+        without = [index for index, text in enumerate(seen) if text != seen[0]]
+        if not without:
+            return
+    if is_remote(workdir):
+        advice = (
+            "Set config.checkpoint.staging to a folder that all hosts share (NFS, Lustre), or take "
+            "a gs:// work directory, which needs none"
+        )
+    else:
+        advice = (
+            "All hosts write their part of a checkpoint there: take a folder that they share (NFS, "
+            "Lustre), or a URL such as gs://BUCKET/run"
+        )
+    raise ValueError(
+        f"--workdir={workdir}: process {without[0]} does not see {folder} of process 0. {advice}"
+    )
 
 
 def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:

@@ -1,8 +1,12 @@
-"""Layout of a run in an object store: its files, and a manifest for each finished checkpoint.
+"""Runs in object stores: the folder on disk in which such a run works, and copies for reading.
+
+Orbax writes arrays to files and to `gs://`. A run anywhere else that fsspec knows (`s3://`, `az://`,
+`memory://`) works in a folder of this machine; a thread copies each finished checkpoint, and with
+it metrics and config, to the store.
 
 The store has the files of the work directory under their own names, and `manifests/STEP.json` with
 size and CRC32C of a checkpoint's files, written last and removed first: a checkpoint without one
-does not count. Writing is `staging`'s.
+does not count.
 """
 
 from __future__ import annotations
@@ -13,26 +17,229 @@ import json
 import os
 import pathlib
 import shutil
-import time
+import threading
 from typing import Any
 
 import google_crc32c
 from absl import logging
 from jax.sharding import Mesh
 
-from diht_jax.storage.files import write_bytes
+from diht_jax.storage import copies, files
 from diht_jax.storage.locks import lock_file
+from diht_jax.storage.retries import retry
 from diht_jax.storage.stores import is_remote, open_system
 from diht_jax.training.multihost import share_for
-from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
-from diht_jax.training.workdir.config_file import CONFIG_FILE
+from diht_jax.training.stopping import TemporaryError
+from diht_jax.training.workdir.checkpoint import SaveError
+from diht_jax.training.workdir.saved_run import CHECKPOINT_DIRECTORY, CONFIG_FILE, CORRUPT_DIRECTORY
 
+LOCK_FILE = "run.lock"
 MANIFEST_DIRECTORY = "manifests"
+# In the folder: the steps that it has in common with the store. Without it, a store that was
+# emptied to start anew would get the old run back.
+_RECORD_FILE = "uploaded.json"
+_NOT_FILES = (
+    CHECKPOINT_DIRECTORY,
+    CORRUPT_DIRECTORY,
+    MANIFEST_DIRECTORY,
+    LOCK_FILE,
+    _RECORD_FILE,
+)
+_DEFAULT_STAGING = "~/.cache/diht_jax/staging"
 _COPIES = "~/.cache/diht_jax/runs"
+_POLL_SECONDS = 1.0
+_RETRY_SECONDS = 30.0
 _READ_BYTES = 2**22
 
 # A file's path below the checkpoint: its size in bytes and CRC32C.
 Manifest = dict[str, tuple[int, int]]
+
+
+class StagedDirectory:
+    """A work directory in a store, and the folder that stands for it here.
+
+    One process of a job holds it. Call `fetch`, then `start`, work in `folder`, then `close_after`.
+
+    Attributes:
+        url: of the work directory.
+        folder: its files on this machine.
+    """
+
+    def __init__(self, url: str, staging: str | None = None):
+        """Opens the store; nothing is copied yet.
+
+        Raises:
+            ValueError: nothing installed knows such URLs.
+        """
+        self.url = url.rstrip("/")
+        open_system(self.url)
+        self.folder = _folder_of(self.url, staging or _DEFAULT_STAGING)
+        self._checkpoints = self.folder / CHECKPOINT_DIRECTORY
+        self._sent_files: dict[str, tuple[int, int]] = {}
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def fetch(self) -> None:
+        """Makes the folder what the store is.
+
+        Checkpoints of the folder that never reached the store stay if they come after those
+        of the store; everything else that the store does not have goes.
+
+        Raises:
+            TemporaryError: the store cannot be read.
+        """
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            unsent = self._fetch_checkpoints()
+            if not unsent:
+                self._fetch_files()
+        except Exception as error:  # what it is depends on the store
+            raise TemporaryError(f"{self.url} cannot be read: {error}") from error
+
+    def start(self) -> None:
+        """Starts copying finished checkpoints as they come."""
+        self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
+        self._thread.start()
+
+    def close_after(self, error_type: type[BaseException] | None, *_: object) -> None:
+        """Copies what is left.
+
+        Raises:
+            SaveError: it cannot be written, and no other error is under way.
+        """
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+        try:
+            self.send()
+        except Exception as error:  # as in `fetch`
+            problem = SaveError(
+                f"{self.url} cannot be written: {error}. What is missing there is in "
+                f"{self.folder}; the same command on this machine goes on from it"
+            )
+            if error_type is None:
+                raise problem from error
+            logging.error("%s", problem)
+
+    def send(self) -> None:
+        """Copies what is new, removes from the store what is gone; returns when that is done.
+
+        Raises:
+            Exception: the store cannot be written; which one depends on the store.
+        """
+        record, local = self._read_record(), self._local_steps()
+        for step in sorted(local - record):
+            if self._send_checkpoint(step):
+                record.add(step)
+                self._write_record(record)
+                logging.info("the checkpoint of step %d is in %s", step, self.url)
+        self._send_files()
+        for step in sorted(record - local):
+            _remove_checkpoint(self.url, step)
+            record.remove(step)
+            self._write_record(record)
+
+    def _run(self) -> None:
+        wait = _POLL_SECONDS
+        while not self._ended.wait(wait):
+            try:
+                # The folder may be on a network, where a mere listing may fail for a moment.
+                if self._local_steps() != self._read_record():
+                    self.send()
+                wait = _POLL_SECONDS
+            except Exception as error:  # as in `fetch`
+                logging.error(
+                    "copying %s to %s failed (%s); the run goes on, and it is tried again in %d s",
+                    self.folder,
+                    self.url,
+                    error,
+                    _RETRY_SECONDS,
+                )
+                wait = _RETRY_SECONDS
+
+    def _fetch_checkpoints(self) -> set[int]:
+        """Those of the store; returns the steps of the folder that are still to be sent."""
+        record, stored = self._read_record(), read_manifests(self.url)
+        unsent: set[int] = set()
+        # Neither gone on by another machine, nor removed there to start anew.
+        if stored.keys() <= record and (stored or not record):
+            newest = max(stored, default=-1)
+            unsent = {step for step in self._local_steps() - record if step > newest}
+        known = {s for s, m in stored.items() if make_manifest(self._checkpoints / str(s)) == m}
+        for step in self._local_steps() - known - unsent:
+            shutil.rmtree(self._checkpoints / str(step))
+        for step in sorted(stored.keys() - known):
+            problem = _download_checkpoint(self.url, step, stored[step], self._checkpoints)
+            if problem is None:
+                known.add(step)
+                continue
+            logging.warning(
+                "%s: the checkpoint of step %d is damaged (%s); it is removed",
+                self.url,
+                step,
+                problem,
+            )
+            _remove_checkpoint(self.url, step)
+        self._write_record(known)
+        # What a killed process left of others: its files may have other names.
+        names = _find_files(files.join(self.url, CHECKPOINT_DIRECTORY))
+        for step in {name.split("/")[0] for name in names} - {str(step) for step in known}:
+            _remove_checkpoint(self.url, step)
+        return unsent
+
+    def _fetch_files(self) -> None:
+        """Metrics, config and the like: those of the store, and no others."""
+        names = [name for name in _find_files(self.url) if _is_file_of_run(name)]
+        for name, path in self._local_files().items():
+            if name not in names:
+                path.unlink()
+        for name in names:
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(path, files.read_bytes(files.join(self.url, name)))
+            self._sent_files[name] = _stamp(path)
+
+    def _send_files(self) -> None:
+        for name, path in self._local_files().items():
+            stamp = _stamp(path)
+            if self._sent_files.get(name) != stamp:
+                _upload(path, files.join(self.url, name))
+                self._sent_files[name] = stamp
+
+    def _send_checkpoint(self, step: int) -> bool:
+        """Sends one; false where it was removed under our hands."""
+        folder = self._checkpoints / str(step)
+        try:
+            manifest = make_manifest(folder)
+            # Before the manifest: a run that goes on from here needs the lines up to here.
+            self._send_files()
+            for name in manifest:
+                _upload(folder / name, files.join(self.url, CHECKPOINT_DIRECTORY, str(step), name))
+        except FileNotFoundError:
+            if folder.exists():
+                raise
+            return False
+        files.make_folder(files.join(self.url, MANIFEST_DIRECTORY))
+        files.write_object(_manifest_url(self.url, step), {"files": manifest})
+        return True
+
+    def _local_steps(self) -> set[int]:
+        return {int(path.name) for path in self._checkpoints.iterdir() if path.name.isdigit()}
+
+    def _local_files(self) -> dict[str, pathlib.Path]:
+        found = {
+            path.relative_to(self.folder).as_posix(): path
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        }
+        return {name: path for name, path in found.items() if _is_file_of_run(name)}
+
+    def _read_record(self) -> set[int]:
+        path = self.folder / _RECORD_FILE
+        return set(json.loads(path.read_text())) if path.exists() else set()
+
+    def _write_record(self, steps: set[int]) -> None:
+        files.write_bytes(self.folder / _RECORD_FILE, json.dumps(sorted(steps)).encode())
 
 
 def local_run(
@@ -54,60 +261,54 @@ def local_run(
         ValueError: there is no run or no such checkpoint, or it is damaged; the store cannot be
             read; nothing installed knows such URLs.
     """
-    url = os.fspath(workdir)
-    if not is_remote(url):
-        return url
-    system, root = open_system(url.rstrip("/"))
+    name = os.fspath(workdir)
+    if not is_remote(name):
+        return name
+    url = name.rstrip("/")
+    open_system(url)
 
     def read() -> bytes:
         try:
-            return json.dumps(read_manifests(system, root)).encode()
+            return json.dumps(read_manifests(url)).encode()
         except Exception as error:  # what it is depends on the store
             raise ValueError(f"{url} cannot be read: {error}") from error
 
     # One that goes on may save and remove checkpoints between the looks of two processes.
     listed = json.loads(share_for(mesh)(read))
-    stored = {int(name): _parse_manifest(files) for name, files in listed.items()}
+    stored = {int(number): _parse_manifest(manifest) for number, manifest in listed.items()}
     if not stored and url.startswith("gs://"):
-        return url
+        return name
     if not stored:
         raise ValueError(
-            f"{url}: no run of diht_jax.train with a finished checkpoint (it would have "
+            f"{name}: no run of diht_jax.train with a finished checkpoint (it would have "
             f"{MANIFEST_DIRECTORY}/STEP.json)"
         )
     step = max(stored) if step is None else step
     if step not in stored:
-        raise ValueError(f"{url}: no checkpoint of step {step}; steps found: {sorted(stored)}")
+        raise ValueError(f"{name}: no checkpoint of step {step}; steps found: {sorted(stored)}")
     checksum = google_crc32c.value(json.dumps(stored[step]).encode())
-    folder = copy_folder(url, _COPIES) / f"{step}-{checksum:08x}"
+    folder = _folder_of(url, _COPIES) / f"{step}-{checksum:08x}"
     checkpoints = folder / CHECKPOINT_DIRECTORY
     checkpoints.mkdir(parents=True, exist_ok=True)
     # One of the processes that share this home copies, and the others wait for it.
     with lock_file(folder / ".download.lock"):
         if not (checkpoints / str(step)).exists():
-            problem = download_checkpoint(system, root, step, stored[step], checkpoints)
+            problem = _download_checkpoint(url, step, stored[step], checkpoints)
             if problem:
-                raise ValueError(f"{url}: the checkpoint of step {step} is damaged: {problem}")
-    write_bytes(folder / CONFIG_FILE, system.cat_file(f"{root}/{CONFIG_FILE}"))
+                raise ValueError(f"{name}: the checkpoint of step {step} is damaged: {problem}")
+    files.write_bytes(folder / CONFIG_FILE, files.read_bytes(files.join(url, CONFIG_FILE)))
     return os.fspath(folder)
 
 
-def read_manifests(system: Any, root: str) -> dict[int, Manifest]:
+def read_manifests(url: str) -> dict[int, Manifest]:
     """The finished checkpoints in a store: step to files with size and CRC32C."""
-    folder = f"{root}/{MANIFEST_DIRECTORY}"
     found = {}
-    for path in find_files(system, folder):
-        name = path.rsplit("/", 1)[-1].removesuffix(".json")
-        if not name.isdigit():
-            continue
+    for name in _find_files(files.join(url, MANIFEST_DIRECTORY)):
+        step = name.removesuffix(".json")
         # One that is cut off, where a store does not write whole files, is one not written yet.
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            found[int(name)] = _parse_manifest(json.loads(system.cat_file(path))["files"])
+            found[int(step)] = _parse_manifest(files.read_object(_manifest_url(url, step))["files"])
     return found
-
-
-def _parse_manifest(files: dict[str, Any]) -> Manifest:
-    return {name: (int(size), int(crc)) for name, (size, crc) in files.items()}
 
 
 def make_manifest(folder: pathlib.Path) -> Manifest:
@@ -119,8 +320,16 @@ def make_manifest(folder: pathlib.Path) -> Manifest:
     }
 
 
-def download_checkpoint(
-    system: Any, root: str, step: int, manifest: Manifest, checkpoints: pathlib.Path
+def _parse_manifest(manifest: dict[str, Any]) -> Manifest:
+    return {name: (int(size), int(crc)) for name, (size, crc) in manifest.items()}
+
+
+def _manifest_url(url: str, step: int | str) -> str:
+    return files.join(url, MANIFEST_DIRECTORY, f"{step}.json")
+
+
+def _download_checkpoint(
+    url: str, step: int, manifest: Manifest, checkpoints: pathlib.Path
 ) -> str | None:
     """Copies one into a folder of checkpoints, where it appears whole or not at all.
 
@@ -129,16 +338,14 @@ def download_checkpoint(
     Returns:
         What is wrong with it in the store; None where it is as its manifest says.
     """
-    target = checkpoints / str(step)
-    temporary = checkpoints / f".{step}.download"
+    target, temporary = checkpoints / str(step), checkpoints / f".{step}.download"
     shutil.rmtree(temporary, ignore_errors=True)
-    started = time.monotonic()
     try:
         for name in manifest:
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                system.get_file(f"{root}/{CHECKPOINT_DIRECTORY}/{step}/{name}", os.fspath(path))
+                copies.download(files.join(url, CHECKPOINT_DIRECTORY, str(step), name), path)
             except FileNotFoundError:
                 return f"{name} is missing"
         found = make_manifest(temporary)
@@ -150,32 +357,38 @@ def download_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(size for size, _ in manifest.values())
-    logging.info(
-        "copied the checkpoint of step %d, %.1f MB in %.0f s",
-        step,
-        size / 1e6,
-        time.monotonic() - started,
-    )
+    logging.info("copied the checkpoint of step %d, %.1f MB", step, size / 1e6)
     return None
 
 
-def copy_folder(url: str, parent: str) -> pathlib.Path:
+def _remove_checkpoint(url: str, step: int | str) -> None:
+    """Removes it from a store, its manifest first."""
+    files.remove(_manifest_url(url, step))
+    folder = files.join(url, CHECKPOINT_DIRECTORY, str(step))
+    urls = [files.join(folder, name) for name in _find_files(folder)]
+    for _ in files.map_many(files.remove, urls, folder):
+        pass
+
+
+def _upload(path: pathlib.Path, url: str) -> None:
+    files.make_folder(url.rsplit("/", 1)[0])
+    files.upload(path, url)
+
+
+def _find_files(url: str) -> list[str]:
+    """Paths of all files below a folder of a store, from there; none where it does not exist."""
+    system, root = open_system(url, use_listings_cache=False)
+    try:
+        found = retry(lambda: system.find(root), url)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(path.removeprefix(f"{root.rstrip('/')}/") for path in found)
+
+
+def _folder_of(url: str, parent: str) -> pathlib.Path:
     """The folder below `parent` that stands for a URL, and for no other."""
-    url = url.rstrip("/")
     name = f"{url.rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     return pathlib.Path(parent).expanduser().absolute() / name
-
-
-def manifest_path(root: str, step: int) -> str:
-    """Path of a checkpoint's manifest."""
-    return f"{root}/{MANIFEST_DIRECTORY}/{step}.json"
-
-
-def find_files(system: Any, folder: str) -> list[str]:
-    """All files below a folder of a store; none where it does not exist."""
-    # What another process wrote is not in a listing that this one has kept.
-    system.invalidate_cache()
-    return system.find(folder) if system.exists(folder) else []
 
 
 def _file_checksum(path: pathlib.Path) -> int:
@@ -184,3 +397,13 @@ def _file_checksum(path: pathlib.Path) -> int:
         while block := file.read(_READ_BYTES):
             checksum.update(block)
     return int.from_bytes(checksum.digest(), "big")
+
+
+def _is_file_of_run(name: str) -> bool:
+    parts = name.split("/")
+    return parts[0] not in _NOT_FILES and not any(part.startswith(".") for part in parts)
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

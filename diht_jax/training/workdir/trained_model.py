@@ -20,16 +20,17 @@ from diht_jax.training.objective import with_objective_parameters
 from diht_jax.training.recipe import default_config
 from diht_jax.training.state import abstract_parameters
 from diht_jax.training.terms.concepts import HEADS
-from diht_jax.training.workdir.checkpoint import (
+from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,
+    CONFIG_FILE,
     STATE_ITEM,
     checkpoint_root,
+    describe_difference,
+    explain_error,
     read_checks,
+    read_config,
     shared_steps,
 )
-from diht_jax.training.workdir.checksums import describe_difference
-from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
-from diht_jax.training.workdir.error_causes import explain_error
 from diht_jax.weights.source import list_weight_files
 
 

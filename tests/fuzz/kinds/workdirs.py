@@ -18,9 +18,14 @@ from diht_jax.config import default_config
 from diht_jax.loading import read_model
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CHECKS_ITEM, STATE_ITEM
-from diht_jax.training.workdir.checksums import tree_checksums
-from diht_jax.training.workdir.config_file import CONFIG_FILE, write_config
+from diht_jax.training.workdir.saved_run import (
+    CHECKPOINT_DIRECTORY,
+    CHECKS_ITEM,
+    CONFIG_FILE,
+    STATE_ITEM,
+    tree_checksums,
+    write_config,
+)
 from tests.fuzz.damage import Draw, changed_json, cut, damage_folder
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 from tests.fuzz.kinds.weights import FIELDS

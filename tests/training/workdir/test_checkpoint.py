@@ -16,14 +16,8 @@ from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.state import TrainState
 from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir import checkpoint, trained_model
-from diht_jax.training.workdir.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    SavedRun,
-)
-from diht_jax.training.workdir.checksums import tree_checksums
-from diht_jax.training.workdir.config_file import write_config
-from diht_jax.training.workdir.error_causes import suggest_remedy
+from diht_jax.training.workdir.checkpoint import Checkpointer, CheckpointError, suggest_remedy
+from diht_jax.training.workdir.saved_run import SavedRun, tree_checksums, write_config
 from diht_jax.training.workdir.trained_model import restore_model
 from tests.records.stores import BucketStore
 from tests.waiting import wait_until

@@ -7,13 +7,13 @@ import pytest
 from etils import epath
 
 from diht_jax.training.workdir import resume_checks
-from diht_jax.training.workdir.config_file import read_config, write_config
 from diht_jax.training.workdir.resume_checks import (
     bind_order,
     check_hosts_share_config,
     check_same_run,
     check_same_start,
 )
+from diht_jax.training.workdir.saved_run import read_config, write_config
 
 
 @pytest.fixture

@@ -14,13 +14,19 @@ import orbax.checkpoint as ocp
 import pytest
 
 from diht_jax.loading import read_model
+from diht_jax.storage import copies, retries
 from diht_jax.storage.locks import lock_folder
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.workdir import staging, stored_run
+from diht_jax.training.workdir import resume_checks, stored_run
 from diht_jax.training.workdir.checkpoint import CheckpointError
-from diht_jax.training.workdir.staging import StagedDirectory, open_workdir
-from diht_jax.training.workdir.stored_run import local_run, make_manifest, read_manifests
+from diht_jax.training.workdir.resume_checks import open_workdir
+from diht_jax.training.workdir.stored_run import (
+    StagedDirectory,
+    local_run,
+    make_manifest,
+    read_manifests,
+)
 from tests.waiting import wait_until
 
 
@@ -91,7 +97,7 @@ def steps_in(folder):
 
 
 def steps_stored(url):
-    return sorted(read_manifests(*fsspec.core.url_to_fs(url)))
+    return sorted(read_manifests(url))
 
 
 @pytest.fixture
@@ -133,8 +139,7 @@ def test_a_damaged_or_unfinished_checkpoint_of_the_store_does_not_count(
 def test_processes_that_share_a_home_copy_a_run_once(staged, url, monkeypatch):
     (staged.folder / "config.json").write_text("{}")
     staged.send()
-    system, root = fsspec.core.url_to_fs(url)
-    copied, found, get_file, flock = [], [], system.get_file, fcntl.flock
+    copied, found, download, flock = [], [], copies.download, fcntl.flock
     # The second one has come as far as it can.
     waits_or_is_done = threading.Event()
 
@@ -149,29 +154,28 @@ def test_processes_that_share_a_home_copy_a_run_once(staged, url, monkeypatch):
             waits_or_is_done.set()
         flock(file, operation)
 
-    def get(path, target):
-        copied.append(path)
+    def download_too(source, target):
+        copied.append(source)
         if len(copied) == 1:
             second.start()
             waits_or_is_done.wait()
-        get_file(path, target)
+        download(source, target)
 
     monkeypatch.setattr(fcntl, "flock", take)
-    monkeypatch.setattr(system, "get_file", get)
+    monkeypatch.setattr(copies, "download", download_too)
     found.append(local_run(url))
     second.join()
     assert len(found) == 2 and len(set(found)) == 1
-    manifest = read_manifests(system, root)[6]
+    manifest = read_manifests(url)[6]
     assert make_manifest(pathlib.Path(found[0], "checkpoints", "6")) == manifest
-    assert sorted(copied) == sorted(f"{root}/checkpoints/6/{name}" for name in manifest)
+    assert sorted(copied) == sorted(f"{url}/checkpoints/6/{name}" for name in manifest)
 
 
 @pytest.mark.parametrize("url", ["memory"], indirect=True)
 def test_the_first_process_decides_which_checkpoint_of_a_store_is_read(staged, url, monkeypatch):
     (staged.folder / "config.json").write_text("{}")
     staged.send()
-    system, root = fsspec.core.url_to_fs(url)
-    listed = json.dumps({4: read_manifests(system, root)[4]}).encode()
+    listed = json.dumps({4: read_manifests(url)[4]}).encode()
     monkeypatch.setattr(stored_run, "share_for", lambda mesh: lambda read: listed)
     assert steps_in(pathlib.Path(local_run(url))) == [4]
 
@@ -196,10 +200,7 @@ def test_the_store_is_what_counts(staged, url, tmp_path):
     staged.fetch()
     staged.send()
     assert steps_in(staged.folder) == steps_stored(url) == [4, 6, 8]
-    assert (
-        make_manifest(staged.folder / "checkpoints" / "8")
-        == read_manifests(*fsspec.core.url_to_fs(url))[8]
-    )
+    assert make_manifest(staged.folder / "checkpoints" / "8") == read_manifests(url)[8]
 
     system, root = fsspec.core.url_to_fs(url)
     system.rm_file(f"{root}/manifests/8.json")
@@ -213,7 +214,10 @@ def test_the_store_is_what_counts(staged, url, tmp_path):
     assert not (staged.folder / "metrics.jsonl").exists()
 
 
-def test_what_the_store_did_not_take_is_kept_and_sent_later(mount_tmpfs, tmp_path, caplog):
+def test_what_the_store_did_not_take_is_kept_and_sent_later(
+    mount_tmpfs, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(retries, "sleep", lambda secs: None)
     small_store = mount_tmpfs("size=200k")
     url = f"file://{small_store}/run"
     staged = StagedDirectory(url, str(tmp_path / "machine"))
@@ -241,8 +245,8 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(mount_tmpfs, tmp_pat
 
 @pytest.mark.parametrize("fails", ["_local_steps", "_read_record", "send"])
 def test_uploads_go_on_after_any_error_of_a_moment(tmp_path, monkeypatch, caplog, fails):
-    monkeypatch.setattr(staging, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(staging, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(stored_run, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(stored_run, "_RETRY_SECONDS", 0.01)
     url = f"memory://{tmp_path.name}/run"
     staged = StagedDirectory(url, str(tmp_path / "machine"))
     staged.fetch()
@@ -270,8 +274,8 @@ def test_a_folder_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch, is_s
         looks.append(text)
         return [text, text if len(looks) == seen_at else "of another run"]
 
-    monkeypatch.setattr(staging, "gather_texts", gather)
-    monkeypatch.setattr(staging.time, "sleep", pauses.append)
+    monkeypatch.setattr(resume_checks, "gather_texts", gather)
+    monkeypatch.setattr(resume_checks.time, "sleep", pauses.append)
     workdir = "memory://not_shared/run" if is_staged else str(tmp_path / "run")
     advice = "Set config.checkpoint.staging to" if is_staged else "take a folder that they share"
     seen_at = None

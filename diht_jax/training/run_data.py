@@ -1,0 +1,107 @@
+"""Data of a run: a config becomes the records of a mixture, and these become batches."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+
+from diht_jax.config.checks import flatten
+from diht_jax.input.blocks import ReadAheadOptions
+from diht_jax.input.choices import open_caption_choice
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.mixing import Mixture, open_mixture
+from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.models.zoo import get_architecture
+from diht_jax.records.train_data import lies_in_store
+from diht_jax.records.vocabulary import train_vocabulary_sizes
+from diht_jax.training.multihost import gather_texts, share_from_first
+from diht_jax.training.objective import bind_data, needs_pair_ids, num_labels, teacher_width
+
+
+def bind_data_together(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with what its data decide (`bind_data`). All processes of a job must call.
+
+    Data in an object store are read by the first process alone.
+
+    Raises:
+        ValueError: the data do not fit the config, or cannot be read.
+    """
+    where = "store" if lies_in_store(config.data.train) else "host"
+    if set(gather_texts(where)) != {"store"}:
+        return bind_data(config)
+
+    def read() -> bytes:
+        before, after = flatten(config.to_dict()), flatten(bind_data(config).to_dict())
+        changed = {name: after[name] for name in after if after[name] != before.get(name)}
+        return json.dumps(changed).encode()
+
+    changed = json.loads(share_from_first(read))
+    if changed:
+        config = config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changed)
+    return config
+
+
+def open_data(config: ml_collections.ConfigDict) -> Mixture:
+    """The records of the run, with what makes examples of them. All processes must call."""
+    num_concepts = num_labels(config)
+    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+    sizes = _vocabulary_sizes(config.data.train, config.data.labels) if num_concepts else None
+    choice = open_caption_choice(config.data)
+    if choice is not None:
+        logging.info("captions: %s", choice.describe())
+    decoder = functools.partial(
+        DecodeExample,
+        arch.image_size,
+        arch.context_length,
+        config.data.crop_scale,
+        fast_decode=config.data.fast_decode,
+        num_concepts=num_concepts,
+        vocabulary_sizes=sizes,
+        teacher_width=teacher_width(config),
+        caption_choice=choice,
+        pair_ids=needs_pair_ids(config),
+        class_key=config.data.class_key,
+    )
+    return open_mixture(
+        config.data,
+        config.seed,
+        functools.partial(open_records, share=share_from_first),
+        lambda template: decoder(text_template=template),
+        jax.process_count(),
+        share_from_first,
+    )
+
+
+def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainIterator:
+    """The batches of this process, as the config asks for them."""
+    data = config.data
+    return TrainIterator(
+        mixture,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        num_workers=data.num_workers,
+        prefetch_batches=data.prefetch_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        on_bad_record=data.on_bad_record,
+        max_in_flight_gib=data.max_in_flight_gib,
+        read_ahead=ReadAheadOptions(
+            read_threads=data.read_threads,
+            cache_dir=data.cache_dir,
+            read_ahead_gib=data.read_ahead_gib,
+            read_timeout_secs=data.read_timeout_secs,
+        ),
+    )
+
+
+def _vocabulary_sizes(train: Any, labels: str | None) -> tuple[int, ...] | None:
+    """Like `train_vocabulary_sizes`, read by the first process: all have bound one vocabulary."""
+    data = share_from_first(lambda: json.dumps(train_vocabulary_sizes(train, labels)).encode())
+    sizes = json.loads(data)
+    return None if sizes is None else tuple(sizes)

@@ -1,0 +1,230 @@
+"""Files of a run in its work directory: its config, its checkpoints, and what they are checked by.
+
+Orbax checks its index files, but not the values: it restores an array file with a flipped bit
+without an error. So each checkpoint has checksums of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import google_crc32c
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from diht_jax.records.catalog import Share
+from diht_jax.sharding import path_name
+from diht_jax.storage.files import write_bytes
+from diht_jax.training.recipe import default_config
+from diht_jax.training.state import TrainState
+
+CONFIG_FILE = "config.json"
+CHECKPOINT_DIRECTORY = "checkpoints"
+CORRUPT_DIRECTORY = "corrupt_checkpoints"
+# What a checkpoint is made of.
+STATE_ITEM, DATA_ITEM, CHECKS_ITEM = "state", "data", "checks"
+_LONGEST_CAUSE = 600
+
+
+def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -> None:
+    """Writes the config into the work directory, as JSON."""
+    if jax.process_index() != 0:
+        return
+    path = epath.Path(workdir) / CONFIG_FILE
+    text = config.to_json_best_effort(indent=2) + "\n"
+    if "://" in os.fspath(path):
+        path.write_text(text)
+    else:
+        # A kill in the middle of it must not leave a run that cannot be resumed.
+        write_bytes(pathlib.Path(path), text.encode())
+
+
+def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
+    """The config that `write_config` left, with the defaults of the keys that it lacks.
+
+    Raises:
+        ValueError: the file is missing or is no JSON.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {workdir} is no work directory of diht_jax.train")
+    try:
+        written = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error!s:.200}") from error
+    if not isinstance(written, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(written).__name__}")
+    defaults = json.loads(default_config().to_json_best_effort())
+    try:
+        return ml_collections.ConfigDict(_completed(written, defaults))
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: names that no config can have ({error!s:.200})") from error
+
+
+def _completed(written: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    filled = {**defaults, **written}
+    for key, value in filled.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            filled[key] = _completed(value, defaults[key])
+    return filled
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """Contents of a checkpoint.
+
+    Attributes:
+        state: the training state, sharded as requested.
+        data_position: of `TrainIterator.get_state`.
+        checks: `state` (of `tree_checksums`), `place` (of `json_checksum`, for the position in the
+            data) and `dataset`.
+    """
+
+    state: TrainState
+    data_position: dict[str, int]
+    checks: dict[str, Any]
+
+
+def read_checkpoint(
+    directory: epath.Path, target: TrainState
+) -> tuple[SavedRun | None, str | None]:
+    """This process's part of a checkpoint, or why it cannot be read; the other one is None.
+
+    Uses Orbax's handlers without the manager, which synchronises all processes: one that fails
+    alone must not leave the others waiting.
+    """
+    item = directory / DATA_ITEM
+    try:
+        json_handler = ocp.JsonCheckpointHandler()
+        position = json_handler.restore(item)
+        item = directory / CHECKS_ITEM
+        checks = read_checks(directory)
+        if checks["place"] != json_checksum(position):
+            item = directory / DATA_ITEM
+            raise ValueError("its contents are not what was saved")
+        item = directory / STATE_ITEM
+        state = ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # a damaged file may lead to any
+        return None, f"{item}: {explain_error(error)}"
+    return SavedRun(state, position, checks), None
+
+
+def read_checks(directory: epath.Path) -> dict[str, Any]:
+    """Checksums of a checkpoint, and the fingerprint of its data set."""
+    return ocp.JsonCheckpointHandler().restore(directory / CHECKS_ITEM)
+
+
+def finished_steps(root: epath.Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder of some, the latest last.
+
+    In a bucket, one that is being saved has its final name from the beginning.
+    """
+    paths = ocp.utils.checkpoint_steps_paths(root)
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+
+def shared_steps(root: epath.Path, share: Share) -> list[int]:
+    """Like `finished_steps`; for a job, the steps that its first process sees.
+
+    Listings of a network file system may be older on some hosts, and a run that goes on may save
+    and remove checkpoints between two looks.
+
+    Args:
+        root: folder of the checkpoints.
+        share: of a job of several processes, which all call.
+    """
+    return json.loads(share(lambda: json.dumps(finished_steps(root)).encode()))
+
+
+def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
+    """Folder of a run's checkpoints; absolute, as Orbax wants it."""
+    return absolute_path(workdir) / CHECKPOINT_DIRECTORY
+
+
+def absolute_path(workdir: str | epath.Path) -> epath.Path:
+    """The path from the root of its file system; URLs are so already."""
+    path = epath.Path(workdir)
+    return path if "://" in os.fspath(path) else path.absolute()
+
+
+def tree_checksums(tree: Any) -> dict[str, int]:
+    """Checksums of 32 bits, one for each array, the same on any mesh.
+
+    `sum_i bits_i (2 i + 1)` modulo 2^32, with `bits_i` the value at index i as an unsigned integer.
+    Integer sums do not depend on their order, hence not on how an array is split; the weights are
+    odd, so any single flipped bit changes the number, and exchanged values do, too. Computed on
+    the arrays' own devices. Ours.
+
+    Args:
+        tree: arrays, of values up to 32 bits wide. In a job of several processes all must call.
+
+    Returns:
+        Path such as `params/vision/projection/kernel` -> number in [0, 2^32).
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = np.asarray(_checksums([leaf for _, leaf in leaves]))
+    return {path_name(path): int(s) for (path, _), s in zip(leaves, sums, strict=True)}
+
+
+def describe_difference(saved: dict[str, int], tree: Any) -> str | None:
+    """Names arrays that are not those that were saved; None if all are. All processes must call.
+
+    Args:
+        saved: of `tree_checksums`.
+        tree: as restored.
+    """
+    found = tree_checksums(tree)
+    wrong = sorted(p for p in saved.keys() | found.keys() if saved.get(p) != found.get(p))
+    return f"values differ from what was saved in {', '.join(wrong[:3])}" if wrong else None
+
+
+def json_checksum(value: Any) -> int:
+    """CRC32C of a JSON-able value."""
+    return google_crc32c.value(json.dumps(value, sort_keys=True).encode())
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> jax.Array:
+    # One program for all: on CPU devices, many small ones with sums over devices can wait for each
+    # other for ever.
+    return jnp.stack([_checksum(array) for array in arrays])
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+    array = jnp.asarray(array)
+    width = array.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}"))
+    bits = bits.astype(jnp.uint32)
+    index = jnp.zeros(array.shape, jnp.uint32)
+    for axis, stride in enumerate(_strides(array.shape)):
+        steps = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        index += steps * jnp.uint32(stride % 2**32)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    return [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
+
+
+def explain_error(error: BaseException) -> str:
+    """The innermost cause in one line: Orbax wraps it in a page of settings."""
+    error = error_chain(error)[-1]
+    # TensorStore adds all its settings to its messages.
+    text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0] or type(error).__name__
+    return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]}..."
+
+
+def error_chain(error: BaseException) -> list[BaseException]:
+    """An error and its causes, the innermost last."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    return chain
