@@ -1,4 +1,4 @@
-"""Freed memory that is kept (counted in page faults), names in messages, repeated warnings."""
+"""Freed memory that is kept (counted in page faults), escaped names, repeated warnings."""
 
 import logging
 import pathlib
@@ -6,10 +6,8 @@ import platform
 import subprocess
 import sys
 
-import ml_collections
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 from diht_jax import command_line
 from diht_jax.evaluate import evaluate_model
@@ -76,21 +74,6 @@ def test_a_freed_block_is_used_again():
     }
     # 2^28 bytes are 2^16 pages, or 2^7 where the kernel takes large ones.
     assert faults["plain"] >= 100 and faults["keep"] < faults["plain"] / 10, faults
-
-
-def test_keys_are_named_as_they_are_typed(monkeypatch):
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    monkeypatch.setattr(flags, "FLAGS", values)
-    config = ml_collections.ConfigDict({"input": "", "source": {"image_column": ""}})
-    message = "config.input='a/config.json' or config.source.image_column, not config.json"
-    values["config"].value = None
-    assert command_line._with_flags(message) == message
-    values["config"].value = config
-    assert command_line._with_flags(message) == (
-        "--config.input='a/config.json' or --config.source.image_column, not config.json"
-    )
-    assert command_line._with_flags("--config.input=x") == "--config.input=x"
 
 
 def test_keys_and_captions_in_logs_and_errors_are_escaped(capsys):

@@ -75,10 +75,6 @@ def test_two_durations_of_one_command_line_are_refused(parse):
         duration_in_steps(config, "total", batch_size=64, num_examples=1000)
 
 
-def test_the_debug_form_can_be_made_longer(parse):
-    assert durations(parse(f"{EMOJI}:debug=True", "--config.total_epochs=2")) == [None, None, 2.0]
-
-
 def test_the_last_part_has_a_duration_too(parse, tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
@@ -125,11 +121,6 @@ def value_of(config, key):
     for name in key.split("."):
         config = config[name]
     return config
-
-
-def test_tasks_are_unset(parse):
-    arguments = ["--config.evaluation.tasks=cifar10", "--config.evaluation.tasks", "None"]
-    assert parse(EMOJI, *arguments).evaluation.tasks is None
 
 
 @pytest.mark.parametrize(

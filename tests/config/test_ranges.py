@@ -6,10 +6,9 @@ import math
 import ml_collections
 import pytest
 
-from diht_jax.config import default_config, load_recipe
+from diht_jax.config import default_config
 from diht_jax.config.keys import Key
 from diht_jax.training.recipe import all_keys, check_config
-from tests.make import RECIPES
 
 RANGES = {
     name: key.range
@@ -37,14 +36,6 @@ def test_every_number_has_a_range_and_no_other_key_has():
         name for name in numbers - RANGES.keys() if not name.startswith(CHECKED_ELSEWHERE)
     } == set()
     assert RANGES.keys() - numbers == set()
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_defaults_and_recipes_are_within(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(path.parent.parent))
-    for arg in ("", "debug=True"):
-        check_config(load_recipe(path, arg))
-    check_config(default_config())
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
@@ -85,15 +76,9 @@ def _is_int(name):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"checkpoint.keep_last": 0}, "config.checkpoint.keep_last=0: expected at least 1"),
-        ({"data.batch_size": 0}, "config.data.batch_size=0: expected at least 1"),
-        ({"data.num_workers": -1}, "config.data.num_workers=-1: expected at least 0"),
-        ({"checkpoint.every_steps": 0}, "config.checkpoint.every_steps=0: expected at least 1"),
-        ({"log_every_steps": 0}, "config.log_every_steps=0: expected at least 1"),
         ({"log_every_steps": None}, "config.log_every_steps=None: expected at least 1"),
         ({"mesh.data": 0}, "config.mesh.data=0: expected -1, or at least 1"),
         ({"total_epochs": math.inf}, "total_epochs=inf: expected a finite number, more than 0"),
-        ({"ema.decay": 1.0}, "config.ema.decay=1.0: expected at least 0 and less than 1"),
         ({"data.crop_scale": (0.9, 0.5)}, "crop_scale=.*: expected two numbers, the lower first"),
         ({"data.crop_scale": (0.9,)}, "crop_scale=.*: expected two numbers"),
     ],

@@ -328,7 +328,6 @@ def test_micro_batches_that_do_not_fit_are_refused(micro_batch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"micro_batch": 24}, "divides config.data.batch_size=32"),
         ({"model.remat": "some"}, "config.model.remat='some': expected one of none, full"),
         ({"model.attention": "flash"}, "config.model.attention='flash': expected one of auto"),
         ({"model.texts_per_row": 3}, "config.model.texts_per_row=3: expected a divisor of the 32"),

@@ -273,18 +273,6 @@ def test_a_model_with_other_values_than_were_saved_is_not_loaded(finished, tmp_p
     assert diht_jax.load_model(run).step == step
 
 
-def test_another_config_in_the_same_directory_is_refused(finished):
-    config, run, _ = finished
-    other = config.copy_and_resolve_references()
-    other.loss.beta = 0.5
-    other.optimizer.learning_rate = 1.0
-    with pytest.raises(ValueError, match="changed: loss.beta, optimizer.learning_rate"):
-        train(other, run)
-    other = config.copy_and_resolve_references()
-    other.log_every_steps = 2
-    train(other, run)
-
-
 def test_a_second_run_in_the_same_directory_is_refused(finished):
     config, run, _ = finished
     with (
@@ -357,7 +345,6 @@ def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
         ({"optimizer.warmup_steps": 20}, "expected less than the 20 steps"),
         ({"total_epochs": 1.0}, "set exactly one of"),
         ({"evaluation.use_ema": True}, "use_ema needs config.ema.decay"),
-        ({"ema.decay": 1.0}, "ema.decay=1.0: expected at least 0 and less than 1"),
         ({"profile.start_step": 3}, "expected 1 <= start_step <= stop_step, or neither"),
         ({"profile.start_step": 3, "profile.stop_step": 2}, "got start_step=3, stop_step=2"),
         ({"optimizer.frozen": ("^visoin/",)}, "'.visoin/' is found in no parameter's name"),

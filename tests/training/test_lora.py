@@ -113,14 +113,6 @@ def test_model_of_the_run_is_the_one_with_adapters(tuned, weights):
     assert np.abs(a @ b).max() > 1e-3  # far from the model that it started as
 
 
-def test_run_with_adapters_is_not_resumed_with_others(tuned):
-    config, run, _ = tuned
-    config = config.copy_and_resolve_references()
-    config.lora.rank = 3
-    with pytest.raises(ValueError, match="another config; changed: lora.rank"):
-        train(config, run)
-
-
 def test_a_new_run_with_adapters_needs_a_model_to_adapt(config, tuned, tmp_path):
     config.lora.rank = 2
     with pytest.raises(ValueError, match="config.lora.rank=2: adapters alone .* config.model.init"):

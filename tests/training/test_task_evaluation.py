@@ -92,14 +92,6 @@ def test_a_source_that_is_missing_ends_the_run_before_its_first_step(run, tmp_pa
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_source_without_entries_ends_the_run_before_its_first_step(run, tmp_path):
-    _, train_as = run
-    for path in (tmp_path / "source").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"task 'colors' .* cannot be read: "):
-        train_as("run")
-
-
 @pytest.mark.parametrize(
     "tasks, message",
     [

@@ -46,11 +46,6 @@ def test_means_and_flattening():
     assert flatten_results(results) == {"a/top1": 0.5, "a/deep/n": 3.0}
 
 
-def test_curves_of_a_run_without_lines_are_empty_panels(tmp_path):
-    plot_curves(tmp_path)
-    assert (tmp_path / "curves.png").exists()
-
-
 def test_a_run_goes_on_without_an_unwritable_tensorboard(tmp_path, caplog):
     (tmp_path / "tensorboard").write_text("in the way")
     write_steps(tmp_path, 0, [1, 2])

@@ -108,15 +108,6 @@ def test_a_run_without_a_checkpoint_begins_anew_with_another_config(config, tmp_
         check_same_run(config, workdir)
 
 
-@pytest.mark.parametrize("key", ["block_records", "num_streams", "window_blocks"])
-def test_another_shape_of_the_blocks_is_another_run(config, tmp_path, key):
-    config.data.order = "blocks"
-    workdir = begun_run(config, tmp_path)
-    config.data[key] *= 2
-    with pytest.raises(ValueError, match=f"another config; changed: data.{key}"):
-        check_same_run(config, workdir)
-
-
 MIXTURE = {
     "laion": {"path": "gs://bucket/laion", "weight": 0.8},
     "curated": {"path": "/data/curated", "weight": ((0, 0.2), (100, 0.5)), "order": "global"},

@@ -243,22 +243,21 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(
     assert steps_stored(url) == [2, 4]
 
 
-@pytest.mark.parametrize("fails", ["_local_steps", "_read_record", "send"])
-def test_uploads_go_on_after_any_error_of_a_moment(tmp_path, monkeypatch, caplog, fails):
+def test_uploads_go_on_after_an_error_of_a_moment(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(stored_run, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(stored_run, "_RETRY_SECONDS", 0.01)
     url = f"memory://{tmp_path.name}/run"
     staged = StagedDirectory(url, str(tmp_path / "machine"))
     staged.fetch()
-    works, failed = getattr(staged, fails), []
+    send, failed = staged.send, []
 
     def fail_once():
         if not failed:
             failed.append(OSError(errno.ESTALE, "Stale file handle"))
             raise failed[0]
-        return works()
+        send()
 
-    monkeypatch.setattr(staged, fails, fail_once)
+    monkeypatch.setattr(staged, "send", fail_once)
     put_checkpoint(staged.folder, 2)
     staged.start()
     wait_until(lambda: steps_stored(url) == [2])
