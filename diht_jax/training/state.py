@@ -74,16 +74,6 @@ def abstract_state(
     return _with_shardings(jax.eval_shape(init, 0), mesh)
 
 
-def abstract_parameters(
-    init_params: Callable[[jax.Array], dict[str, Any]], mesh: Mesh, *, ema: bool = False
-) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of the parameters (or of their average), without any array."""
-    shapes = jax.eval_shape(init_params, jax.random.key(0))
-    if ema:
-        shapes = jax.eval_shape(initial_average, shapes)
-    return _with_shardings(shapes, mesh)
-
-
 def initial_average(params: dict[str, Any]) -> dict[str, Any]:
     """The moving average before the first step: the parameters, in at least float32.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
@@ -13,12 +14,11 @@ from jax.sharding import Mesh
 from diht_jax.config.checks import validate_config
 from diht_jax.extras.captioning import DECODER
 from diht_jax.models.lora import lora_of, merge_adapters
-from diht_jax.models.parameters import TOWERS, model_definition
+from diht_jax.models.parameters import TOWERS, model_definition, parameter_shapes
 from diht_jax.models.zoo import Architecture, get_architecture
+from diht_jax.sharding import tree_shardings
 from diht_jax.training.multihost import share_for
-from diht_jax.training.objective import with_objective_parameters
 from diht_jax.training.recipe import default_config
-from diht_jax.training.state import abstract_parameters
 from diht_jax.training.terms.concepts import HEADS
 from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,
@@ -100,8 +100,7 @@ def restore_model(
         _, init_params = model_definition(
             arch, config.model.dtype, config.model.param_dtype, lora=lora
         )
-        init_params = with_objective_parameters(init_params, config, arch)
-        target = {name: abstract_parameters(init_params, mesh, ema=ema)}
+        shapes = parameter_shapes(jax.eval_shape(init_params, jax.random.key(0)))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{epath.Path(workdir) / CONFIG_FILE}: config.model describes no model that can be "
@@ -109,39 +108,49 @@ def restore_model(
         ) from error
     directory = root / str(step)
     try:
-        restored = _restore_part(directory, target)
+        found = _read_parameters(directory, name, mesh)
         checks = read_checks(directory)["state"]
         saved = {path: number for path, number in checks.items() if path.startswith(f"{name}/")}
-        problem = describe_difference(saved, restored)
+        problem = describe_difference(saved, {name: found})
+        # The objective's own parameters are left out, except concept heads and decoder.
+        parts = (*TOWERS, "log_logit_scale")
+        params = {part: found[part] for part in parts if part in found}
+        if problem is None and parameter_shapes(params) != shapes:
+            problem = f"its parameters are not those of the model in {CONFIG_FILE}"
     except Exception as error:  # a damaged file may lead to any
         problem = explain_error(error)
     if problem is not None:
         raise ValueError(
             f"{directory / STATE_ITEM} cannot be read: {problem}; steps found: {steps}"
         )
-    found = restored[name]
-    # The objective's own parameters are left out, except concept heads and decoder.
-    params = {part: found[part] for part in (*TOWERS, "log_logit_scale")}
-    params = merge_adapters(params, lora)
     return TrainedModel(
         config=config,
         arch=arch,
-        params=params,
+        params=merge_adapters(params, lora),
         heads=found.get(HEADS, {}),
         decoder=found.get(DECODER),
         step=step,
     )
 
 
-def _restore_part(directory: epath.Path, target: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint that are in `target`, and no others."""
+def _read_parameters(directory: epath.Path, name: str, mesh: Mesh) -> dict[str, Any]:
+    """One tree of parameters of a checkpoint, with the shapes and dtypes that it was saved in."""
+    path = directory / STATE_ITEM
+    stored = ocp.PyTreeCheckpointHandler().metadata(path).tree[name]
+    target = {
+        name: jax.tree.map(
+            lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
+            stored,
+            tree_shardings(stored, mesh),
+        )
+    }
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(
-            directory / STATE_ITEM,
+            path,
             args=ocp.args.PyTreeRestore(
                 item=target,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(target),
                 partial_restore=True,
             ),
         )
-    return {name: restored[name] for name in target}
+    return restored[name]
