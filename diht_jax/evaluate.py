@@ -63,11 +63,9 @@ def main() -> None:
         compare(given.compare, given.output, draw=given.pages)
         return
     command_line.require_flags("model", "tasks", "output")
-    from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+    from diht_jax.evaluation.task_parsing import parse_tasks
 
     tasks = parse_tasks(given.tasks, **command_line.task_defaults())
-    for task in tasks:
-        check_source(task)  # a missing file should not have to wait for the model
     distributed.start_from_flags()
     results = evaluate_model(
         given.model,
@@ -145,9 +143,12 @@ def evaluate_model(
     import jax
 
     from diht_jax.evaluation.page import ResultsPage
+    from diht_jax.evaluation.task_parsing import check_source
     from diht_jax.evaluation.tasks import evaluate_task
     from diht_jax.loading import load_model
 
+    # A missing file should not have to wait for the model.
+    sources = [check_source(task) for task in tasks]
     loaded = load_model(model, batch_size=batch_size, devices=jax.devices(), **model_options)
     output = pathlib.Path(output)
     results = {**_describe_run(model, loaded, ema=model_options.get("ema", False)), "results": []}
@@ -156,6 +157,7 @@ def evaluate_model(
         result = evaluate_task(
             loaded,
             task,
+            units=sources.pop(0),
             batch_size=batch_size,
             num_threads=num_threads,
             limit=limit,

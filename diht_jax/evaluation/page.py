@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import EncodedImages
-from diht_jax.evaluation.embedding.entries import read_again
+from diht_jax.evaluation.embedding.entries import Unit, read_again
 from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.protocols.base import Measured, Task
 from diht_jax.evaluation.protocols.caption_choice import CaptionChoiceResult
@@ -22,7 +22,6 @@ from diht_jax.evaluation.protocols.classification import ClassificationResult
 from diht_jax.evaluation.protocols.retrieval import RetrievalResult
 from diht_jax.evaluation.results import describe_model, format_value, metric_of, result_rows
 from diht_jax.evaluation.sources.pictures import decode_picture
-from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.pages.render import render, thumbnail
 
 # Rows of `EncodedImages` -> their pictures as data URIs.
@@ -48,12 +47,18 @@ class ResultsPage:
         self._sections: list[dict[str, Any]] = []
 
     def add(
-        self, task: Task, measured: Measured, result: dict[str, Any], logit_scale: float
+        self,
+        task: Task,
+        units: Sequence[Unit],
+        measured: Measured,
+        result: dict[str, Any],
+        logit_scale: float,
     ) -> bool:
         """Adds the examples of a task; returns whether its kind has any.
 
         Args:
-            task: what was measured; the chosen pictures are read from its source once more.
+            task: what was measured.
+            units: of the task's source; those with the chosen pictures are read once more.
             measured: by the task's protocol.
             result: the task's entry in the results file.
             logit_scale: turns cosine similarities into the probabilities of classes.
@@ -62,7 +67,7 @@ class ResultsPage:
             return False
 
         def load(rows: Sequence[int]) -> dict[int, str]:
-            return _load_pictures(task, measured.encoded, rows)
+            return _load_pictures(units, measured.encoded, rows)
 
         section = EXAMPLES[task.kind](task, measured.result, load, logit_scale)
         metrics = [(metric_of(result, name), value) for name, value in result["metrics"].items()]
@@ -273,10 +278,12 @@ def closest_items(
     return order, np.take_along_axis(similarities, order, axis=-1)
 
 
-def _load_pictures(task: Task, encoded: EncodedImages, rows: Sequence[int]) -> dict[int, str]:
+def _load_pictures(
+    units: Sequence[Unit], encoded: EncodedImages, rows: Sequence[int]
+) -> dict[int, str]:
     """Reads the parts of the source that hold the pictures once more, instead of keeping all."""
     orders = {int(row): encoded.orders[row] for row in rows}
-    found = read_again(open_units(task.source, task.source_options), orders.values())
+    found = read_again(units, orders.values())
     pictures = {order: thumbnail(decode_picture(entry)) for order, entry in found.items()}
     return {row: pictures[order] for row, order in orders.items()}
 

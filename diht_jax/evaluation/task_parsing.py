@@ -19,6 +19,7 @@ from diht_jax.evaluation.benchmarks import TASKS_BY_NAME, expand_datacomp
 from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import registry
+from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.sources.registry import words_of_source
 from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, RETRIEVAL, SuiteEntry
 from diht_jax.readers import tfds
@@ -113,13 +114,14 @@ def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
     return [_make_task(_read_section(name, section), {}) for name, section in tasks.items()]
 
 
-def check_source(task: Task) -> None:
-    """Raises ValueError when there is nothing to read for a task; reads no image.
+def check_source(task: Task) -> Units:
+    """The parts of a task's source; reads no image.
 
-    Options of the source are named as in the text of a task, such as "?image_column=".
+    Raises:
+        ValueError: there is nothing to read; names options as in a task, such as "?image_column=".
     """
     try:
-        registry.check_source(task.source, task.source_options)
+        return registry.open_units(task.source, task.source_options)
     except ValueError as error:
         message = f"task '{task.name}': {name_options(str(error), '?{}=')}"
         raise ValueError(message) from error

@@ -41,6 +41,7 @@ def evaluate_task(
     model: EmbeddingModel,
     task: Task,
     *,
+    units: Units | None = None,
     batch_size: int = 256,
     num_threads: int | None = None,
     limit: int | None = None,
@@ -53,6 +54,7 @@ def evaluate_task(
     Args:
         model: a `LoadedModel`, or anything with the same methods.
         task: what on.
+        units: the task's source, where it was opened before (`task_parsing.check_source`).
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
         limit: number of entries of the source, from the first on; None is all.
@@ -76,7 +78,8 @@ def evaluate_task(
     start = time.perf_counter()
     protocol = check_task(task)
     try:
-        units = open_units(task.source, task.source_options)
+        if units is None:
+            units = open_units(task.source, task.source_options)
         with entries_bar(task.name, units, limit, hidden=not progress) as bar:
             measured = protocol.run(
                 model,
@@ -103,7 +106,7 @@ def evaluate_task(
         **(_resample(measured, num_resamples, progress) if num_resamples else {}),
         **_reported(task, metrics),
     }
-    is_drawn = page is not None and page.add(task, measured, result, model.logit_scale)
+    is_drawn = page is not None and page.add(task, units, measured, result, model.logit_scale)
     return {
         **result,
         "seconds": time.perf_counter() - start,

@@ -15,7 +15,7 @@ from diht_jax import load_model
 from diht_jax.config import load_recipe
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source, list_inputs
 from diht_jax.evaluation.embedding.search import search_pictures
-from diht_jax.evaluation.sources.registry import check_source, count_source
+from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
 from diht_jax.models import Architecture
 from diht_jax.readers import registry
@@ -118,12 +118,12 @@ def test_evaluate_reads_it(model, sources):
     results = []
     for source in sources:
         (task,) = parse_tasks(f"retrieval:{source}")
-        check_source(source, {})
+        open_units(source, {})
         results.append(evaluate_task(model, task, batch_size=8))
     assert results[0]["counts"]["images"] == 4
     assert results[0]["counts"] == results[1]["counts"]
     assert results[0]["metrics"] == results[1]["metrics"]
-    assert count_source(sources[0], {}) == len(CAPTIONS)
+    assert open_units(sources[0], {}).count_entries() == len(CAPTIONS)
 
 
 def test_search_reads_it(model, sources):

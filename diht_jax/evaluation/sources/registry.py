@@ -109,11 +109,6 @@ LAYOUTS: dict[str, Layout] = {
 OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.options))
 
 
-def check_source(source: str, options: Mapping[str, Any]) -> None:
-    """Raises ValueError when there is nothing to read; reads no image."""
-    open_units(source, options)
-
-
 def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skipped]:
     """Yields the pairs of a source, with a `Skipped` and its reason for each that is unusable.
 
@@ -131,6 +126,8 @@ def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skip
 def open_units(source: str, options: Mapping[str, Any]) -> Units:
     """Divides a source into parts that can be read on their own, in the order of their entries.
 
+    Reads no image.
+
     Args and errors: as `read_source`.
     """
     kind, _, rest = source.partition(":")
@@ -144,11 +141,6 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
     shards = registry.list_shards(source, **{"rows_per_shard": _TABLE_ROWS_PER_UNIT, **options})
     units = [functools.partial(_read_shard, shard) for shard in shards]
     return Units(units, lambda: count_shards(shards))
-
-
-def count_source(source: str, options: Mapping[str, Any]) -> int | None:
-    """Entries of a source for a progress bar, estimated for tars; None where that takes reading."""
-    return open_units(source, options).count_entries()
 
 
 def count_shards(shards: Sequence[SourceShard]) -> int | None:

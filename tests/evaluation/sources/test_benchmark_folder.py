@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.sources.registry import check_source, read_source
+from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.input.decode import decode_rgb
@@ -46,7 +46,7 @@ def test_classification(tiny_model, tmp_path, photos):
     assert (task.name, task.kind) == ("insects", "classification")
     assert task.class_names == ("ant", "hot dog")
     assert task.templates == ("a {}.", "the {}.")
-    check_source(source, {})
+    open_units(source, {})
     pairs = list(read_source(source, {}))
     assert [(pair.key, pair.metadata["label"]) for pair in pairs] == [
         ("s/0", 1),
@@ -102,7 +102,7 @@ def test_broken_folders_are_explained(tmp_path, photos, change, message):
         path = tmp_path / "x" / name
         path.unlink() if text is None else path.write_text(text)
     with pytest.raises(ValueError) as raised:
-        check_source(source, {})
+        open_units(source, {})
     assert message in str(raised.value)
     with pytest.raises(ValueError, match="no option 'data_dir'; it has none"):
-        check_source(source, {"data_dir": "/x"})
+        open_units(source, {"data_dir": "/x"})

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
-from diht_jax.evaluation.sources.registry import check_source, count_source, read_source
+from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 
 _FEATURES = {"label": {"names": ["ant", "hot_dog"], "_type": "ClassLabel"}}
@@ -108,8 +108,7 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
         found = []
         for root in (str(sets), url):
             given = {name: value.format(root) for name, value in options.items()}
-            check_source(source.format(root), given)
-            count = count_source(source.format(root), given)
+            count = open_units(source.format(root), given).count_entries()
             found.append(list(read_source(source.format(root), given)))
             assert count in (None, pairs + skipped), (source, root)
         strange = [getattr(entry, "reason", None) for entry in found[0]]
@@ -121,7 +120,7 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
     wasps = [pair for pair in read_source(f"{url}/classes/", {}) if "wasp" in pair.key]
     assert wasps[0].metadata == {"label": 2, "class_name": "wasp"}
     with pytest.raises(ValueError, match="has no option 'image_column'; it has none"):
-        check_source(f"{url}/classes", {"image_column": "image"})
+        open_units(f"{url}/classes", {"image_column": "image"})
     (task,) = parse_tasks(f"datacomp:{url}/evalsets")
     assert (task.name, task.class_names) == ("mnist", ("one", "two"))
     assert task.source == f"clip_benchmark:{url}/evalsets/wds_mnist_test"
@@ -129,13 +128,12 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
     assert (task.kind, task.class_names) == ("multilabel", ("ant", "bee"))
     for missing in ("voc:{}/none", "clip_benchmark:{}/none", "list:{}/none.txt"):
         with pytest.raises(ValueError, match="none"):
-            check_source(missing.format(url), {})
+            open_units(missing.format(url), {})
 
 
 @pytest.mark.parametrize(
     ("source", "files", "message"),
     [
-        ("list:{}/a.txt", {"a.txt": "path\n"}, "the list is empty"),
         ("list:{}/a.txt", {"a.txt": "no_folder.jpg"}, "expected one picture a line"),
         ("voc:{}", {"ImageSets/Main/aeroplane_test.txt": "000001 2"}, "'IMAGE -1'"),
         ("open_images:{}", {"class-descriptions-boxable.csv": "a"}, "such as '/m/011k07,Tortoise'"),
@@ -152,6 +150,16 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
             {"class-descriptions-boxable.csv": '/m/1,"' + "x" * 2**25},
             "cannot be read as csv",
         ),
+        (
+            "sugarcrepe:{}/a.json",
+            {"a.json": '{"7": {"filename": "a"}}'},
+            "row 7: expected texts",
+        ),
+        (
+            "aro:{}/a.json",
+            {"a.json": '[{"image_path": "0", "true_caption": "", "false_caption": ""}]'},
+            "row 0: expected whole numbers of pixels as bbox_x",
+        ),
         ("objectnet:{}", {"mappings/folder_to_objectnet_label.json": "[]"}, "object of texts"),
     ],
 )
@@ -160,5 +168,5 @@ def test_other_files_are_named(source, files, message, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message) as raised:
-        check_source(source.format(tmp_path), {})
+        list(read_source(source.format(tmp_path), {}))
     assert str(tmp_path) in str(raised.value)

@@ -18,7 +18,7 @@ from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax.evaluation.embedding import files
-from diht_jax.evaluation.sources.registry import check_source, read_source
+from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.records.schema import Pair
 from tests.fuzz import damage
 from tests.fuzz.damage import DEEP_JSON, NO_OBJECT, NOT_UTF8, ODD, Draw, noise, words
@@ -45,7 +45,7 @@ def _judge(
     """All good pairs, in order, or an error that holds the name."""
 
     def read() -> Any:
-        check_source(source, {})
+        open_units(source, {})
         found, skipped = [], {}
         for entry in read_source(source, {}):
             if isinstance(entry, Pair):
