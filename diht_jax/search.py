@@ -119,7 +119,7 @@ def _search_source(queries: list[str]) -> None:
 def _search_index(queries: list[str]) -> None:
     """Brings the index up to date with the source, if there is one, and searches it."""
     from diht_jax.evaluation.embedding.encoding import Batching
-    from diht_jax.evaluation.embedding.index_update import IndexProcess, update_index
+    from diht_jax.evaluation.embedding.index_update import update_index
     from diht_jax.evaluation.embedding.inputs import list_inputs
     from diht_jax.evaluation.embedding.picture_index import PictureIndex
     from diht_jax.evaluation.embedding.search import (
@@ -135,10 +135,6 @@ def _search_index(queries: list[str]) -> None:
     texts = fill_queries(queries, given.caption_template, given.num_matches) if queries else {}
     model = _load_model(on_all_hosts=False)
     if shards:
-        import jax
-
-        from diht_jax.training.multihost import work_together
-
         update = update_index(
             model,
             shards,
@@ -146,7 +142,7 @@ def _search_index(queries: list[str]) -> None:
             dtype=given.dtype,
             batching=Batching(given.batch_size, given.num_threads),
             thumbnails=given.thumbnails,
-            process=IndexProcess(jax.process_index(), jax.process_count(), work_together),
+            process=_process(),
         )
         logging.info(
             "%s: %d pictures added, %d removed, %d as before; left out: %s",
@@ -168,6 +164,16 @@ def _search_index(queries: list[str]) -> None:
         _draw(matches, pictures, given.index, len(index))
     if given.serve:
         _serve(index, model)
+
+
+def _process() -> Any:
+    """This process among those of the job."""
+    import jax
+
+    from diht_jax.evaluation.embedding.index_update import IndexProcess
+    from diht_jax.training.multihost import work_together
+
+    return IndexProcess(jax.process_index(), jax.process_count(), work_together)
 
 
 def _draw(matches: dict[str, Any], pictures: dict[Any, Any], source: str, count: int) -> None:

@@ -145,15 +145,6 @@ def test_interrupted_work_goes_on(model, tmp_path, monkeypatch, stop_after):
     assert len(calls) == 5
 
 
-def test_progress_over_all_pairs(model, tmp_path, capsys):
-    write_tar(tmp_path / "a.tar", range(6))
-    write_tar(tmp_path / "b.tar", range(6, 11))
-    for _ in range(2):  # the second time everything is there
-        embed_source(model, str(tmp_path / "*.tar"), tmp_path / "out", OPTIONS)
-        shown = capsys.readouterr().err
-        assert "11/11" in shown and "pair/s" in shown
-
-
 def test_a_replaced_picture_of_a_table_is_noticed(model, tmp_path):
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(png(i))

@@ -31,11 +31,3 @@ def test_a_built_in_task_lends_its_words(tmp_path):
     assert parsed(f"cifar10?class_names={names}").class_names == tuple("abcdefghij")
     # What stands at the source counts.
     assert parsed("cifar10?label=a", "train.tar?label=b").label_field == "b"
-
-
-@pytest.mark.parametrize(
-    "task", ["classification:train.tar", "pat=cifar10", "pat=retrieval:x.tar", "=classification"]
-)
-def test_a_source_or_an_unknown_form_is_refused(task):
-    with pytest.raises(ValueError, match=f"--task='{task}': expected a built-in task .* --train"):
-        task_text(task, "train.tar")

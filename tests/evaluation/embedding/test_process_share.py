@@ -7,14 +7,12 @@ import threading
 import numpy as np
 import pytest
 
-from diht_jax.evaluation import few_shot as grid
 from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encode_images
 from diht_jax.evaluation.embedding.entries import Entries, ProcessRows
 from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 from diht_jax.evaluation.sources import pictures
-from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.readers import image_folder
 from diht_jax.readers.base import Skipped, SourceShard, read_image
 from diht_jax.records.schema import Pair
@@ -181,26 +179,6 @@ def test_search_reads_the_share_of_each_process_once(photos_of_two_classes, monk
     units = {unit for unit, _ in loaded}
     last = {unit: max(offset for own, offset in loaded if own == unit) for unit in units}
     assert reads["again"] == sum(offset + 1 for offset in last.values())
-
-
-def test_few_shot_reads_the_share_of_each_process_once(photos_of_two_classes, monkeypatch):
-    folder = photos_of_two_classes
-    names = sorted(path.relative_to(folder / "photos") for path in folder.glob("photos/*/*"))
-    tasks = []
-    for split, chosen in (("train", names[:512]), ("test", names[256:])):
-        (folder / f"{split}.txt").write_text("\n".join(map(str, chosen)))
-        source = f"classification:list:{folder}/{split}.txt?image_root={folder}/photos"
-        tasks += parse_tasks(source)
-    alone, _ = grid._embed(_Model(), tasks, Batching(64, 1))
-    processes, model, reads = _simulate(monkeypatch, 4)
-    for result in processes.run(lambda: grid._embed(model, tasks, Batching(64, 1))):
-        assert not isinstance(result, Exception), result
-        for split, expected in zip(result[0], alone, strict=True):
-            np.testing.assert_array_equal(split.image_emb, expected.image_emb)
-            np.testing.assert_array_equal(split.labels, expected.labels)
-    assert [len(split) for split in alone] == [512, 384]
-    # 8 and 6 units of 64 pictures: together each picture of a split once.
-    assert reads.total() == 896 and max(reads.values()) <= 4 * 64
 
 
 def _assert_equal(found, expected):

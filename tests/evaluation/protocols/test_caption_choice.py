@@ -274,37 +274,3 @@ def test_other_sources_have_the_right_caption_first(tmp_path, photos):
     truth = float(embed(b"see a dog") @ image > embed(b"see a cat") @ image)
     assert result["metrics"] == {"accuracy": truth}
     assert result["counts"]["dropped"] == {"no_wrong_caption": 1}
-
-
-@pytest.mark.parametrize(
-    ("source", "files", "message"),
-    [
-        ("sugarcrepe:{}", {}, "add_att.json'; expected one of SugarCrepe's files"),
-        ("sugarcrepe:{}/a.json", {"a.json": []}, "a.json: expected a JSON object"),
-        (
-            "sugarcrepe:{}/a.json",
-            {"a.json": {"7": {"filename": "a"}}},
-            "a.json: row 7: expected texts as caption, negative_caption",
-        ),
-        ("aro:{}/a.json", {"a.json": [{"image_path": "0"}]}, "row 0: expected texts as true_capt"),
-        (
-            "aro:{}/a.json",
-            {"a.json": [{"image": "0", "caption_options": ["one"]}]},
-            "row 0: expected texts as caption_options",
-        ),
-        (
-            "aro:{}/a.json",
-            {
-                "a.json": [
-                    {"image_path": "0", "true_caption": "", "false_caption": "", "bbox_x": 0.5}
-                ]
-            },
-            r"row 0: expected whole numbers of pixels as bbox_x, .* got \[0.5, None, None, None\]",
-        ),
-    ],
-)
-def test_bad_files_are_named(tmp_path, source, files, message):
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        list(read_source(source.format(tmp_path), {}))

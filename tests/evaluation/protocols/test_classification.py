@@ -122,12 +122,3 @@ def test_the_first_of_equal_classes_wins_whichever_is_right():
     predictions, ranks = rank_labels(image_emb, np.array([0, 1, 2]), classifier)
     assert predictions.tolist() == [1, 1, 1]
     assert ranks.tolist() == [2, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [([0, 1], r"expected one per image, shape \(3,\)"), ([0, 1, 3], "expected 0 to 2.*0 to 3")],
-)
-def test_wrong_labels_are_refused(labels, message):
-    with pytest.raises(ValueError, match=message):
-        rank_labels(np.eye(3), np.array(labels), np.eye(3))

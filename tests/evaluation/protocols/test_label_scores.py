@@ -39,16 +39,6 @@ def test_auroc_is_the_share_of_pairs_in_order(seed):
     assert area_under_roc(scores, targets) == pytest.approx(statistic / len(pairs))
 
 
-def test_equal_to_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    for seed in range(10):
-        scores, targets = _scores(seed, 200)
-        expected = metrics.roc_auc_score(targets, scores)
-        assert area_under_roc(scores, targets) == pytest.approx(expected)
-        expected = metrics.average_precision_score(targets, scores)
-        assert average_precision(scores, targets) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_resampled_is_what_scikit_learn_says_of_the_drawn_rows(seed):
     metrics = pytest.importorskip("sklearn.metrics")

@@ -9,7 +9,6 @@ import pytest
 from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.protocols.vqa_credit import normalise_answer, vqa_credit
-from diht_jax.evaluation.sources.annotations import read_rows
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import parse_tasks
@@ -225,22 +224,6 @@ def test_tasks_from_the_command_line(folder, tiny_model):
     assert found[0]["counts"]["incomplete_examples"] == 1
     assert found[2]["protocol"]["candidates"] == 2
     assert found[3]["counts"]["texts"] == 10
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.json", "{}", "expected a JSON list of objects"),
-        ("a.json", "[1]", "expected a JSON list of objects"),
-        ("a.json", "[", "expected a JSON list"),
-        ("a.jsonl", '{"a": 1}\n[]', "line 2"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message) as raised:
-        read_rows(str(tmp_path / name))
-    assert name in str(raised.value)
 
 
 def test_a_missing_field_is_named(folder):
