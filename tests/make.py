@@ -169,21 +169,19 @@ def write_run(
 
     from diht_jax.models.parameters import model_definition
     from diht_jax.models.zoo import get_architecture
-    from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CHECKS_ITEM, STATE_ITEM
-    from diht_jax.training.workdir.checksums import tree_checksums
-    from diht_jax.training.workdir.config_file import write_config
+    from diht_jax.training.workdir import saved_run
 
     folder = pathlib.Path(folder)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
     state = {"params": jax.jit(init_params)(jax.random.key(seed))}
-    write_config(folder, config)
-    directory = folder / CHECKPOINT_DIRECTORY / str(step)
+    saved_run.write_config(folder, config)
+    directory = folder / saved_run.CHECKPOINT_DIRECTORY / str(step)
     with (
         ocp.StandardCheckpointer() as states,
         ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checks,
     ):
-        states.save(directory / STATE_ITEM, state)
-        sums = {"state": tree_checksums(state)}
-        checks.save(directory / CHECKS_ITEM, args=ocp.args.JsonSave(sums))
+        states.save(directory / saved_run.STATE_ITEM, state)
+        sums = {"state": saved_run.tree_checksums(state)}
+        checks.save(directory / saved_run.CHECKS_ITEM, args=ocp.args.JsonSave(sums))
     return folder
