@@ -151,6 +151,19 @@ def find_vocabulary(
     return first[1] if first else None
 
 
+def vocabulary_sizes(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> tuple[int, ...] | None:
+    """How many concepts of each of `KINDS` the ids of a data set may mean; None without labels.
+
+    Reads the vocabulary of one folder: `find_vocabulary` has compared it with the others.
+    """
+    for folder in dict.fromkeys(os.path.dirname(shard) or "." for shard in find_shards(paths)):
+        if exists(vocabulary_path(folder, KINDS[0])):
+            return tuple(map(len, read_vocabulary(folder)))
+    return None
+
+
 def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary | None:
     """The vocabulary of `config.data.train`, whose sources may have several formats.
 
@@ -172,9 +185,18 @@ def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary |
 
 
 def train_vocabulary_sizes(train: Any, labels: str | None = None) -> tuple[int, ...] | None:
-    """The sizes of `find_train_vocabulary`, in the order of `KINDS`; None without labels."""
-    found = find_train_vocabulary(train, labels)
-    return None if found is None else tuple(map(len, found))
+    """`vocabulary_sizes` of the first source of `config.data.train` that has labels.
+
+    Args:
+        train: `config.data.train`.
+        labels: `config.data.labels`.
+    """
+    for source in map(resolve_source, parse_train(train, labels)):
+        if source.labels:
+            return tuple(map(len, read_vocabulary(source.labels)))
+        if (sizes := vocabulary_sizes(source.path)) is not None:
+            return sizes
+    return None
 
 
 def _labels_vocabulary(folder: str) -> Vocabulary:
