@@ -2,8 +2,8 @@
 
     render("duplicates.html", folder + "/report.html", title="Duplicates", cards=cards)
 
-Jinja escapes every value that it prints, so captions, keys and file names go in as they are. Markup
-belongs into templates; `bar` is for cells of tables that Python builds.
+Jinja escapes every value that it prints into HTML, so captions, keys and file names go in as they
+are. Markup belongs into templates; `bar` is for cells of tables that Python builds.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _environment() -> jinja2.Environment:
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

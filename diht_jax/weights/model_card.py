@@ -1,6 +1,7 @@
 """The model card: architecture, recipe, data and results, as the README.md of an export.
 
-It states what the files of the run hold and nothing else; what is not known is named as such.
+It states what the files of the run hold and nothing else; what is not known is named as such. Its
+words are in `pages/templates/model_card.md`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diht_jax.models.zoo import Architecture
+from diht_jax.pages.render import render
 from diht_jax.records.labels.shards import find_inputs
 from diht_jax.records.train_data import TrainSource, parse_train
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
@@ -29,35 +31,6 @@ _SWITCHED_ON_BY = {
     "lora": ("rank",),
 }
 
-_USAGE = {
-    "clip": """import torch
-state_dict = torch.load("model.pt", weights_only=True)   # names of OpenAI's CLIP and of DiHT""",
-    "open_clip": """import open_clip
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:DIRECTORY")
-tokenizer = open_clip.get_tokenizer("local-dir:DIRECTORY")""",
-    "huggingface": """from transformers import CLIPModel, CLIPProcessor
-model = CLIPModel.from_pretrained("DIRECTORY")
-processor = CLIPProcessor.from_pretrained("DIRECTORY")""",
-    "safetensors": """from safetensors.numpy import load_file
-tensors = load_file("model.safetensors")                 # names of OpenAI's CLIP and of DiHT""",
-}
-
-
-# What another program does otherwise than `diht_jax`.
-_LIMITS = {
-    "huggingface": (
-        "## Texts and pictures\n\nThe normaliser of `tokenizer.json` replaces typographic quotes, "
-        "ligatures, wide characters and the common HTML entities as `diht_jax` does. It cannot "
-        "repair broken encodings (`â€™` for an apostrophe), nor does it know every entity: for web "
-        "texts call `ftfy.fix_text` and `html.unescape` first. Do not load the folder with "
-        "`CLIPTokenizer`, which has a normaliser of its own. Compose transparent pictures on white "
-        "before the processor, which drops their transparency.",
-    ),
-    "open_clip": (
-        "## Pictures\n\nCompose transparent pictures on white before `preprocess`, which drops "
-        "their transparency.",
-    ),
-}
 _SHOWN_CONCEPTS = 40
 
 
@@ -106,21 +79,28 @@ def model_card(
         heads: names of the concept heads that were kept.
         license: of the weights, as the user states it.
     """
-    front = ["---", "library_name: diht_jax", "pipeline_tag: zero-shot-image-classification"]
-    front += [f"license: {license}"] if license else []
-    front += ["tags: [clip, diht, image-text]", "---"]
-    parts = [
-        "\n".join(front),
-        f"# {pathlib.PurePath(origin.name).name or origin.name}",
-        "A dual encoder of images and texts, exported by `diht_jax`.",
-        f"```python\n{_USAGE[format]}\n```",
-        _architecture_section(arch, num_parameters, heads),
-        _recipe_section(origin, config),
-        _data_section(config, data, concepts),
-        *_LIMITS.get(format, ()),
-        _results_section(results),
-    ]
-    return "\n\n".join(parts) + "\n"
+    fields = [(name, v) for name, v in dataclasses.asdict(arch).items() if v is not None]
+    return render(
+        "model_card.md",
+        format=format,
+        license=license,
+        title=pathlib.PurePath(origin.name).name or origin.name,
+        architecture=[
+            ("parameters", f"{num_parameters:,}"),
+            *fields,
+            ("concept heads", ", ".join(heads) or "left out"),
+        ],
+        origin=origin,
+        members=[(f"`{name}`", f"{weight:g}") for name, weight in origin.members],
+        recipe=[] if config is None else _recipe_rows(origin, config),
+        data=data,
+        concepts=[f"{p.kind} ({len(p):,}): {_most_frequent(p)}" for p in concepts or ()],
+        results=[
+            (source, name, f"{value:.4g}" if isinstance(value, float) else value)
+            for source, metrics in results
+            for name, value in metrics.items()
+        ],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +118,17 @@ class SourceFacts:
     path: str
     labelled: Mapping[str, Any] | None
     filtered: Mapping[str, Any] | None
+
+    @property
+    def numbers_of_pairs(self) -> list[tuple[str, int | None]]:
+        """Pairs read, kept and dropped by the filter; empty without its statistics."""
+        if self.filtered is None:
+            return []
+        counts = self.filtered["counts"]
+        rows = [("pairs read", counts.get("read")), ("pairs kept", counts["kept"])]
+        for stage, reasons in counts.get("dropped", {}).items():
+            rows += [(f"dropped, {stage}: {reason}", n) for reason, n in reasons.items()]
+        return rows
 
 
 def read_data_facts(train: Any, labels: str | None) -> list[SourceFacts]:
@@ -216,28 +207,7 @@ def read_run_results(workdir: pathlib.Path, step: int) -> list[tuple[str, dict[s
     return [last] if last else []
 
 
-def _architecture_section(arch: Architecture, num_parameters: int, heads: Sequence[str]) -> str:
-    fields = [(name, v) for name, v in dataclasses.asdict(arch).items() if v is not None]
-    rows = [("parameters", f"{num_parameters:,}"), *fields]
-    rows += [("concept heads", ", ".join(heads) or "left out")]
-    return "## Architecture\n\n" + _table(("what", "value"), rows)
-
-
-def _recipe_section(origin: Origin, config: Mapping[str, Any] | None) -> str:
-    if origin.members:
-        rows = [(f"`{name}`", f"{weight:g}") for name, weight in origin.members]
-        return (
-            "## Recipe\n\nA weighted mean of the parameters of models, by `diht_jax.average`.\n\n"
-            + _table(("model", "weight"), rows)
-        )
-    if config is None:
-        source = f"`{origin.name}`"
-        if origin.sha256:
-            source += f", SHA-256 `{origin.sha256}`"
-        return (
-            f"## Recipe\n\nNot trained by `diht_jax`: converted from {source}. For recipe, data, "
-            "licence and limits see the source of that file."
-        )
+def _recipe_rows(origin: Origin, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     which = "moving average of the parameters" if origin.ema else "parameters"
     rows: list[tuple[str, Any]] = [("checkpoint", f"{which} at step {origin.step}")]
     rows += [(key, value) for key, value in config.items() if key.startswith("total_") and value]
@@ -250,61 +220,10 @@ def _recipe_section(origin: Origin, config: Mapping[str, Any] | None) -> str:
     for section in (*_RECIPE, *switched_on):
         rows += [(f"{section}.{key}", value) for key, value in config.get(section, {}).items()]
     rows.append(("seed", config["seed"]))
-    text = _table(("key", "value"), [row for row in rows if row[1] is not None])
-    return f"## Recipe\n\nTrained by `diht_jax.train` (method: DiHT, arXiv 2301.02280).\n\n{text}"
-
-
-def _data_section(
-    config: Mapping[str, Any] | None, data: Sequence[SourceFacts], concepts: Vocabulary | None
-) -> str:
-    if config is None:
-        return "## Data\n\nNot known to `diht_jax`."
-    parts = ["## Data", *map(_source_section, data)]
-    if concepts is not None:
-        names = [f"{part.kind} ({len(part):,}): {_most_frequent(part)}" for part in concepts]
-        parts.append(
-            "Labelled with concepts of the captions, the most frequent first: " + "; ".join(names)
-        )
-    return "\n\n".join(parts)
-
-
-def _source_section(source: SourceFacts) -> str:
-    title = f"{source.name}: `{source.path}`" if source.name else f"`{source.path}`"
-    if source.filtered is None and source.labelled is None:
-        return f"{title}. Statistics of the set were not found at this path."
-    rows: list[tuple[str, Any]] = []
-    if source.filtered is not None:
-        counts = source.filtered["counts"]
-        rows += [("pairs read", counts.get("read")), ("pairs kept", counts["kept"])]
-        for stage, reasons in counts.get("dropped", {}).items():
-            rows += [(f"dropped, {stage}: {reason}", n) for reason, n in reasons.items()]
-    text = f"{title}\n\n" + _table(("pairs", "number"), rows) if rows else title
-    if source.labelled is not None:
-        teacher = source.labelled["teacher"].get("kind", "unknown")
-        text += f"\n\nTeacher of the labels: {teacher}; labelled {source.labelled['labelled']:,}."
-    return text
+    return [row for row in rows if row[1] is not None]
 
 
 def _most_frequent(part: ConceptList) -> str:
     order = sorted(range(len(part)), key=lambda number: -part.counts[number])
     names = [part.names[number] for number in order[:_SHOWN_CONCEPTS]]
     return ", ".join(names) + (" ..." if len(part) > _SHOWN_CONCEPTS else "")
-
-
-def _results_section(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    if not results:
-        return "## Results\n\nNone were given to the export."
-    rows = [
-        (source, name, f"{value:.4g}" if isinstance(value, float) else value)
-        for source, metrics in results
-        for name, value in metrics.items()
-    ]
-    return "## Results\n\nZero-shot; shares are fractions of 1, ranks count from 1.\n\n" + _table(
-        ("source", "metric", "value"), rows
-    )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in lines)
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
