@@ -1,6 +1,5 @@
 """The worked example of a teacher labels a filtered folder; its embeddings are those by hand."""
 
-import io
 import json
 import pathlib
 
@@ -17,8 +16,8 @@ from diht_jax.records.schema import decode_record
 from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.records.vocabulary import read_vocabulary
 from tests.contributing.blocks import load_example
+from tests.make import PREP_RECIPES
 
-_RECIPES = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep"
 _COLORS = {"red": (230, 10, 20), "green": (10, 200, 30), "blue": (30, 20, 210)}
 _NUM_IMAGES = 48
 
@@ -39,13 +38,11 @@ def _write_filtered(folder: pathlib.Path) -> tuple[pathlib.Path, np.ndarray]:
         quarters = rng.integers(0, 256, (2, 2, 3))
         quarters[0] = _COLORS[name]  # the upper half
         pixels = quarters.repeat(16, axis=0).repeat(16, axis=1).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        (folder / f"{i}.png").write_bytes(buffer.getvalue())
+        Image.fromarray(pixels).save(folder / f"{i}.png")
         rows.append({"image": f"{i}.png", "caption": f"a {name} house in the rain"})
         expected.append(quarters.ravel())
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = load_recipe(_RECIPES / "convert.py")
+    config = load_recipe(PREP_RECIPES / "convert.py")
     config.update({"input": str(folder / "pairs.jsonl"), "output": str(folder / "kept")})
     config.update({"num_workers": 0, "concepts": True})
     assert run_filter(config) == {}
@@ -53,7 +50,7 @@ def _write_filtered(folder: pathlib.Path) -> tuple[pathlib.Path, np.ndarray]:
 
 
 def _config(kept: pathlib.Path, output: pathlib.Path):
-    config = load_recipe(_RECIPES / "concepts.py")  # after the line: it has the new section
+    config = load_recipe(PREP_RECIPES / "concepts.py")  # after the line: it has the new section
     config.update({"input": str(kept), "output": str(output), "num_workers": 0})
     config.teacher.kind = "mean_color"
     config.vocabulary.min_count = 5

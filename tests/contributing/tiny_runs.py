@@ -9,29 +9,19 @@ from diht_jax.config import default_config, validate_config
 from diht_jax.input.transforms import normalize
 from diht_jax.models.parameters import merge_model
 from diht_jax.training.program import TrainProgram
+from tests import make
 
 BATCH_SIZE = 16
 
 
 def tiny_config(changes):
-    """A config that trains in seconds; its keys are validated."""
-    config = default_config()
-    config.model.name = "tiny_32px"
-    config.model.dtype = "float32"
-    config.model.overrides.update(
-        image_size=16,
-        patch_size=8,
-        vision_layers=1,
-        vision_width=32,
-        text_layers=1,
-        text_width=32,
-        embed_dim=16,
-        context_length=8,
-        vocab_size=64,
+    """A config of eight devices that trains in seconds; its keys are validated."""
+    config = make.tiny_config(
+        model__overrides__context_length=8,
+        model__overrides__vocab_size=64,
+        mesh__data=4,
+        mesh__fsdp=2,
     )
-    config.mesh.update(data=4, fsdp=2)
-    config.optimizer.warmup_steps = 0
-    config.data.batch_size = BATCH_SIZE
     config.update_from_flattened_dict(changes)
     validate_config(config, default_config())
     return config

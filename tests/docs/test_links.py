@@ -1,8 +1,7 @@
-"""What the pages name exists: links, anchors, files, modules, Python names and config keys."""
+"""What the pages name exists: links, anchors, files, Python names, config keys and commands."""
 
-import functools
 import importlib
-import pathlib
+import json
 import re
 
 import ml_collections
@@ -15,35 +14,20 @@ from diht_jax.config import default_config as train_config
 from tests.docs.pages import PAGES, REPOSITORY, page_name, without_code
 
 TOP_LEVEL = ("diht_jax", "data_prep", "configs", "tests", "benchmarks", "docs", ".ci")
-COMMAND_CONFIGS = {
-    "diht_jax.train": train_config,
-    "diht_jax.compile": train_config,
-    "data_prep.filter": filter_config,
-    "data_prep.label": label_config,
-    "data_prep.duplicates": duplicates_config,
-}
-
-# Flags of other programs: pip, pytest, XLA, open_clip, Slurm, gcloud, uv, docker, aws, hf.
-OTHER_FLAGS = {
-    *("upgrade", "no-deps", "collect-only", "xla_force_host_platform_device_count"),
-    *("local-loss", "gather-with-grad", "nodes", "ntasks-per-node", "cpus-per-task"),
-    *("gpus-per-node", "signal", "requeue", "open-mode", "kill-on-bad-exit"),
-    *("recurse", "zone", "user", "python", "seed", "allow-existing"),
-    *("target", "tag", "gpus", "volume", "privileged", "net"),
-    *("no-sign-request", "repo-type", "local-dir", "logdir", "help"),
-    *("shm-size",),
-}
+RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
+# Of a loaded model, and file names.
+NOT_KEYS = {"model.logit_scale", "model.pt", "model.ckpt", "model.safetensors"}
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=page_name)
 
 
-def anchors(text: str) -> set[str]:
+def anchors(text):
     """The anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
-def known_keys(config: ml_collections.ConfigDict, prefix: str = "") -> set[str]:
+def known_keys(config, prefix=""):
     """Dotted names of all keys and sections."""
     found = set()
     for key in config:
@@ -53,36 +37,16 @@ def known_keys(config: ml_collections.ConfigDict, prefix: str = "") -> set[str]:
     return found
 
 
-KEYS = {command: known_keys(make()) for command, make in COMMAND_CONFIGS.items()}
-ALL_KEYS = set().union(*KEYS.values())
-SECTIONS = {key.partition(".")[0] for key in ALL_KEYS if "." in key}
-# Of a loaded model, and file names.
-NOT_KEYS = {"model.logit_scale", "model.pt", "model.ckpt", "model.safetensors"}
+KEYS = set().union(
+    *(known_keys(make()) for make in (train_config, filter_config, label_config, duplicates_config))
+)
+SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 
 
-def is_key(name: str, keys: set[str]) -> bool:
+def is_key(name):
     """A key or a section; users name their tasks and sources. A final full stop does not count."""
     name = name.removesuffix(".")
-    return name in keys | NOT_KEYS or name.startswith(("evaluation.tasks.", "data.train."))
-
-
-def text_of(path: pathlib.Path) -> str:
-    """A page; of CONTRIBUTING without the worked examples, which have keys of their own."""
-    return path.read_text("utf-8").partition("\n## Add a ")[0]
-
-
-@functools.cache
-def source_text() -> str:
-    """All Python files together."""
-    folders = ("diht_jax", "data_prep", "benchmarks", "tests")
-    files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
-    return "\n".join(path.read_text("utf-8") for path in files)
-
-
-def commands(text: str) -> list[str]:
-    """Command lines with `python -m`, continued lines joined."""
-    joined = re.sub(r"\\\n\s*", " ", text)
-    return [line for line in joined.splitlines() if "-m " in line]
+    return name in KEYS | NOT_KEYS or name.startswith(("evaluation.tasks.", "data.train."))
 
 
 @every_page
@@ -109,41 +73,18 @@ def test_files_exist(path):
 
 
 @every_page
-def test_modules_of_commands_exist(path):
-    own = ("diht_jax", "data_prep", "benchmarks", "tests", "configs")
-    for module in re.findall(r"-m ([\w.]+)", path.read_text("utf-8")):
-        if module.startswith(own):
-            file = REPOSITORY.joinpath(*module.split("."))
-            assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), module
-
-
-@every_page
 def test_config_keys_exist(path):
-    text = text_of(path)
-    for line in commands(text):
-        module = re.search(r"-m ([\w.]+)", line).group(1)
-        for key in re.findall(r"--config\.([\w.]+)", line):
-            assert is_key(key, KEYS.get(module, ALL_KEYS)), f"{module}: --config.{key}"
-    for key in re.findall(r"(?<![\w.])config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)(?![\w(])", text):
-        if key not in ("py", "json") and not re.match(r"\w+\.(py|json)$", key):
-            assert is_key(key, ALL_KEYS), f"config.{key}"
+    """Such as `loss.alpha`, with or without a value, or config.loss.alpha within a sentence.
 
-
-@every_page
-def test_flags_exist(path):
-    """Each occurs as a string in the source, where it is defined."""
-    for flag in re.findall(r"(?<![\w-])--([a-z][a-z_0-9-]*)", path.read_text("utf-8")):
-        if flag != "config" and flag not in OTHER_FLAGS:
-            assert any(f'"{prefix}{flag}"' in source_text() for prefix in ("", "--")), f"--{flag}"
-
-
-@every_page
-def test_keys_in_backticks_exist(path):
-    """Such as `loss.alpha`, with or without a value."""
-    for name in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text_of(path)):
+    The worked examples of CONTRIBUTING have keys of their own.
+    """
+    text = path.read_text("utf-8").partition("\n## Add a ")[0]
+    for name in re.findall(r"(?<![\w.])config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)(?![\w(])", text):
+        assert name in ("py", "json") or re.search(r"\.(py|json)$", name) or is_key(name), name
+    for name in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text):
         is_file = name.endswith((".py", ".md", ".json", ".jsonl", ".npz", ".png", ".html", ".lock"))
         if name.partition(".")[0] in SECTIONS and not is_file:
-            assert is_key(name, ALL_KEYS), name
+            assert is_key(name), name
 
 
 @every_page
@@ -163,20 +104,22 @@ def test_python_names_exist(path):
             target = getattr(target, attribute)
 
 
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_benchmarks_page_names_the_command_of_every_result(path):
+    page = (REPOSITORY / "docs" / "benchmarks.md").read_text("utf-8")
+    result = json.loads(path.read_text("utf-8"))
+    module = re.search(r"-m (\S+)", result["command"]).group(1)
+    assert path.name in page and f"python -m {module}" in page
+    assert result["date_utc"] and result["machine"]["cores"] and result["machine"]["cpu"]
+
+
 def test_checks_see_what_is_wrong(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(
-        "[a](nothing.md) `configs/nothing.py` `diht_jax.data.nothing` `loss.gamma`\n\n"
-        "    python -m diht_jax.nothing\n"
-        "    python -m diht_jax.train --config.loss.gamma=1 --no_such_flag\n"
-    )
+    page.write_text("[a](nothing.md) `configs/nothing.py` `diht_jax.data.nothing` `loss.gamma`\n")
     checks = (
         test_relative_links_and_anchors_resolve,
         test_files_exist,
-        test_modules_of_commands_exist,
         test_config_keys_exist,
-        test_flags_exist,
-        test_keys_in_backticks_exist,
         test_python_names_exist,
     )
     for check in checks:

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from diht_jax import command_line
 from tests.fuzz import runner
 from tests.fuzz.judge import OUTCOMES
-from tests.fuzz.worker import Result
 
 
 def define_flags() -> None:
@@ -38,28 +37,17 @@ def main() -> None:
     jobs = runner.share_out(given.cases, weights)
     with tqdm(total=sum(jobs.values()), unit="case", dynamic_ncols=True) as progress:
         results = runner.run(jobs, given.seed, "long", progress.update)
+    print(f"{'property':44}" + "".join(f"{name:>9}" for name in (*OUTCOMES, "slowest", "seconds")))
+    totals: collections.Counter = collections.Counter()
+    for name, result in results.items():
+        totals.update(result.outcomes)
+        counts = "".join(f"{result.outcomes[outcome]:9}" for outcome in OUTCOMES)
+        print(f"{name:44}{counts}{result.slowest:9.1f}{result.secs:9.1f}")
+    print(f"{f'all, seed {given.seed}':44}" + "".join(f"{totals[name]:9}" for name in OUTCOMES))
     failures = {name: result.failure for name, result in results.items() if result.failure}
     for name, failure in failures.items():
         print(f"--- {name}\n{failure}")
-    print(format_table(results))
-    slowest = max(results, key=lambda name: results[name].slowest)
-    print(f"seed {given.seed}; slowest case: {results[slowest].slowest:.1f} s in {slowest}")
     sys.exit(1 if failures else 0)
-
-
-def format_table(results: dict[str, Result]) -> str:
-    """Cases by outcome, failed properties and seconds, by kind."""
-    rows: dict[str, collections.Counter] = {"all": collections.Counter()}
-    for name, result in results.items():
-        counts = collections.Counter(result.outcomes)
-        counts.update(failed=bool(result.failure), seconds=result.secs)
-        for row in (name.partition(":")[0], "all"):
-            rows.setdefault(row, collections.Counter()).update(counts)
-    lines = [f"{'kind':14}" + "".join(f"{name:>9}" for name in (*OUTCOMES, "failed", "seconds"))]
-    for row in [*(row for row in rows if row != "all"), "all"]:
-        counts = "".join(f"{rows[row][name]:9}" for name in (*OUTCOMES, "failed"))
-        lines.append(f"{row:14}{counts}{rows[row]['seconds']:9.1f}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

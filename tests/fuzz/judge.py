@@ -1,4 +1,4 @@
-"""The rules by which a case is judged. Nothing of the code under test comes in here."""
+"""The rules by which a case is judged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.records.schema import Pair
 
 SUCCESS, ERROR, SKIP = "success", "error", "skip"
 OUTCOMES = (SUCCESS, ERROR, SKIP)
@@ -59,15 +62,6 @@ def must_refuse(read: Callable[[], Any], *names: str | pathlib.Path) -> str:
     result = attempt(read, *names)
     require(isinstance(result, Refused), f"accepted: {result!r:.200}")
     return ERROR
-
-
-def judge_value(read: Callable[[], Any], expected: Any, *names: str | pathlib.Path) -> str:
-    """Judges input of which all is there or nothing: the value, or an error that holds a name."""
-    result = attempt(read, *names)
-    if isinstance(result, Refused):
-        return ERROR
-    require(result == expected, f"read {result!r:.300}, written {expected!r:.300}")
-    return SUCCESS
 
 
 def judge_read(
@@ -132,3 +126,39 @@ def judge_entries(
         f"{missing} are neither there nor counted: {dict(skipped)}",
     )
     return SKIP if skipped else SUCCESS
+
+
+def judge_source(
+    source: str | pathlib.Path,
+    path: pathlib.Path,
+    value_of: Callable[[Pair], Any],
+    values: Mapping[str, Any],
+    *touched: str,
+    ignored: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    **verdict: bool,
+) -> str:
+    """Judges what the readers give of a source: all good pairs, or an error that names the path.
+
+    Args:
+        source: as a user names it.
+        path: of its file or folder.
+        value_of: what a pair is compared by.
+        values: key -> value of every pair that was written, in order.
+        *touched: keys of those that were damaged.
+        ignored: keys that do not count.
+        options: of the reader.
+        **verdict: as `judge_read` takes it.
+    """
+
+    def read() -> Any:
+        found, skipped = [], {}
+        for entry in read_source(str(source), options or {}):
+            if not isinstance(entry, Pair):
+                skipped[entry.reason] = skipped.get(entry.reason, 0) + 1
+            elif entry.key not in ignored:
+                found.append((entry.key, value_of(entry)))
+        return found, skipped
+
+    intact = {key: value for key, value in values.items() if key not in touched}
+    return judge_read(read, path, intact, touched, **verdict)

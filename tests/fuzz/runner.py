@@ -1,27 +1,71 @@
-"""Divides cases among the kinds of input, and runs them in a process that may die."""
+"""Runs the properties of the kinds of input under hypothesis, in a process that may die."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import faulthandler
+import functools
+import importlib
 import multiprocessing
 import os
 import pathlib
+import resource
+import shutil
+import signal
 import tempfile
+import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
+import hypothesis
+import pebble
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+
 from tests.compiling import xla_flags
-from tests.fuzz import worker
+from tests.fuzz.judge import OUTCOMES, require
 
 # Kind (a module of `kinds/`) -> its share of the cases.
 WEIGHTS = {
-    **{"tars": 18, "tables": 11, "records": 23, "images": 20, "training": 3, "embeddings": 8},
-    **{"benchmarks": 9, "configs": 10, "weights": 11, "vocabularies": 6, "workdirs": 4, "tfds": 2},
-    **{"model_directories": 5, "config_ranges": 5, "storage": 3},
+    **{"tars": 18, "tables": 11, "records": 23, "images": 20, "embeddings": 8, "benchmarks": 9},
+    **{"configs": 6, "weights": 16, "vocabularies": 6, "workdirs": 4, "tfds": 2},
 }
-# A process that reports nothing for so long waits for something, or hangs in a library.
-_SILENCE_SECS = 6 * worker.LIMIT_SECS
+LIMIT_SECS = 20  # of the processor's time for a case, so that a busy machine makes no difference
+# How much the resident memory may grow in one case. A picture of the largest allowed size takes
+# 200 MB as RGB, and copies of it are made where it is transparent.
+LIMIT_BYTES = 700 * 2**20
+# What a case may reserve beyond what the libraries have; a request for more is a MemoryError.
+_LIMIT_ADDRESSES = 4 * 2**30
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "XLA_FLAGS": xla_flags()}
+
+# No example is remembered between runs, and the seed is always given: runs repeat exactly.
+_COMMON = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("suite", _COMMON, phases=[Phase.generate])
+settings.register_profile("long", _COMMON, phases=[Phase.generate, Phase.shrink])
+
+
+class HangError(BaseException):
+    """A case takes too long; no `except Exception` may catch it, nor is it worth shrinking."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What came of one property.
+
+    Attributes:
+        outcomes: outcome -> cases.
+        failure: None, or the traceback of a case that fails, with what it drew.
+        secs: of all of its cases.
+        slowest: of one of them.
+    """
+
+    outcomes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    failure: str | None = None
+    secs: float = 0.0
+    slowest: float = 0.0
 
 
 def share_out(cases: int, kinds: Mapping[str, int] = WEIGHTS) -> dict[str, int]:
@@ -34,16 +78,16 @@ def run(
     jobs: Mapping[str, int],
     seed: int,
     profile: str = "suite",
-    on_case: Callable[[], Any] = lambda: None,
+    on_cases: Callable[[int], Any] = lambda cases: None,
     package: str = "tests.fuzz.kinds",
-) -> dict[str, worker.Result]:
+) -> dict[str, Result]:
     """Runs properties; a process that dies or hangs costs the property that it was at.
 
     Args:
         jobs: kind or `KIND:PROPERTY` -> cases.
         seed: of all of them.
         profile: "suite", or "long", which shrinks the cases that fail.
-        on_case: is called for each case.
+        on_cases: is called with the number of a property's cases when they are done.
         package: where the kinds' modules are.
 
     Returns:
@@ -51,67 +95,106 @@ def run(
     """
     results = {}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        process = _Process(pathlib.Path(folder), on_case)
-        try:
+        base = pathlib.Path(folder)
+        environment = _ENVIRONMENT | {"HYPOTHESIS_STORAGE_DIRECTORY": str(base / "hypothesis")}
+        context = multiprocessing.get_context("spawn")
+        with (
+            mock.patch.dict(os.environ, environment),
+            pebble.ProcessPool(1, context=context, initializer=_begin, initargs=[base]) as pool,
+        ):
             for job, cases in jobs.items():
                 kind, _, name = job.partition(":")
-                names = [name] if name else process.ask(f"{package}.{kind}")
+                module = f"{package}.{kind}"
+                names = [name] if name else pool.schedule(_names, [module, base]).result()
                 for name in names:
                     count = -(-cases // len(names))
+                    request = [module, name, base, count, seed, profile]
                     try:
-                        answer = process.ask(f"{package}.{kind}", name, count, seed, profile)
-                    except _DeadError as error:
-                        answer = worker.Result(failure=str(error))
-                    results[f"{kind}:{name}"] = answer
-        finally:
-            process.kill()
+                        result = pool.schedule(_run, request, timeout=60 + 5 * count).result()
+                    except (pebble.ProcessExpired, TimeoutError) as error:
+                        log = (base / "log").read_text(errors="replace")[-3000:]
+                        result = Result(failure=f"the process died or hung: {error}\n{log}")
+                    results[f"{kind}:{name}"] = result
+                    on_cases(count)
     return results
 
 
-class _DeadError(RuntimeError):
-    """The process has died or hung, and was replaced."""
+def _begin(base: pathlib.Path) -> None:
+    """Sends everything that a process prints into a log, and lets it end cases that hang."""
+    log = os.open(base / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.enable()
+    signal.signal(signal.SIGPROF, _raise_hang)
 
 
-class _Process:
-    """A worker process, started when it is needed, and again when it has died."""
+def _raise_hang(*_: Any) -> None:
+    raise HangError(f"more than {LIMIT_SECS} s of processor time")
 
-    def __init__(self, folder: pathlib.Path, on_case: Callable[[], Any]):
-        self._folder, self._on_case = folder, on_case
-        self._log = folder / "log"
-        self._process: Any = None
 
-    def ask(self, *request: Any) -> Any:
-        """The answer of `worker.serve`."""
-        if self._process is None:
-            self._start()
-        self._connection.send(request)
-        cases = 0
+def _names(module_name: str, base: pathlib.Path) -> list[str]:
+    """The properties of a kind, in the order of the file."""
+    own = vars(_prepared(module_name, base))
+    return [name.removeprefix("check_") for name in own if name.startswith("check_")]
+
+
+@functools.cache
+def _prepared(module_name: str, base: pathlib.Path) -> Any:
+    """The module of a kind, imported and warmed up."""
+    module = importlib.import_module(module_name)
+    if hasattr(module, "prepare"):
+        module.prepare(pathlib.Path(tempfile.mkdtemp(dir=base)))
+    return module
+
+
+def _run(
+    module_name: str, name: str, base: pathlib.Path, cases: int, seed: int, profile: str
+) -> Result:
+    """Runs one property on drawn cases, each in an empty folder and within the limits."""
+    function = getattr(_prepared(module_name, base), f"check_{name}")
+    result = Result()
+    folder = pathlib.Path(tempfile.mkdtemp(dir=base)) / "case"
+
+    @hypothesis.seed(f"{seed}/{module_name}/{name}")
+    @settings(settings.get_profile(profile), max_examples=cases)
+    @hypothesis.given(st.data())
+    def run_cases(data: Any) -> None:
+        folder.mkdir()
+        start = time.perf_counter()
         try:
-            while self._connection.poll(_SILENCE_SECS):
-                answer = self._connection.recv()
-                if answer is not None:
-                    return answer
-                cases += 1
-                self._on_case()
-        except EOFError:
-            pass
-        self.kill()
-        tail = self._log.read_text(errors="replace")[-3000:]
-        raise _DeadError(f"the process died or hung in case {cases} of {request}:\n{tail}")
+            outcome = _run_within_limits(function, data.draw, folder)
+        finally:
+            secs = time.perf_counter() - start
+            result.secs, result.slowest = result.secs + secs, max(result.slowest, secs)
+            shutil.rmtree(folder)
+        require(outcome in OUTCOMES, f"no outcome: {outcome!r}")
+        result.outcomes[outcome] += 1
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        base = pathlib.Path(tempfile.mkdtemp(dir=self._folder))
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=worker.serve, args=(theirs, base, self._log))
-        storage = {"HYPOTHESIS_STORAGE_DIRECTORY": str(base / "hypothesis")}
-        with mock.patch.dict(os.environ, _ENVIRONMENT | storage):
-            self._process.start()
-        theirs.close()
+    try:
+        run_cases()
+    except (Exception, HangError):
+        result.failure = traceback.format_exc()
+    return result
 
-    def kill(self) -> None:
-        """Ends the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
+
+def _run_within_limits(function: Callable, draw: Any, folder: pathlib.Path) -> str:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # restarts the peak, VmHWM
+    before = _status_bytes("VmRSS")
+    limit = _status_bytes("VmSize") + _LIMIT_ADDRESSES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_SECS)
+    try:
+        outcome = function(draw, folder)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    grown = _status_bytes("VmHWM") - before
+    require(grown <= LIMIT_BYTES, f"memory grew by {grown >> 20} MiB")
+    return outcome
+
+
+def _status_bytes(field: str) -> int:
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)

@@ -10,9 +10,8 @@ from benchmarks.lab import data
 from benchmarks.lab.data import Data, exchange
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.synthetic import web
-from diht_jax.readers.registry import open_source
 from diht_jax.records.captions import all_captions, caption_kinds
-from diht_jax.records.schema import Pair, Record
+from diht_jax.records.schema import Record
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_vocabulary, write_vocabulary
 
 
@@ -91,40 +90,6 @@ def test_new_captions_are_of_what_the_pictures_show(tmp_path):
     assert described > 20
 
 
-def test_long_texts_go_on_about_what_the_pictures_show(tmp_path):
-    lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
-    pairs = [web.make_pair(web.Settings(), "train", index) for index in range(12)]
-    folder = tmp_path / "data" / "cat"
-    folder.mkdir(parents=True)
-    data._write(folder, pairs)
-    (folder / "complete.json").write_text(json.dumps(data.identity("cat")))
-    records = data._read(lab.make("cat_long"))
-    for record, pair in zip(records, pairs, strict=True):
-        assert record.image == pair.image
-        if pair.metadata["scene"] is None:
-            assert record.caption == pair.caption.rstrip(".")
-            continue
-        first, *others = record.caption.rsplit(". ", 3)
-        assert first == pair.caption.rstrip(".") and len(others) == 3
-        for text in others:
-            assert any(o["shape"] in text for o in pair.metadata["scene"]["objects"]), text
-
-
-def test_long_texts_of_the_held_out_scenes(tmp_path):
-    lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
-    folder = tmp_path / "data" / "web"
-    settings = web.Settings(num_pairs=0, num_retrieval=6, num_classification=2)
-    web.write_dataset(settings, folder, workers=1)
-    (folder / "complete.json").write_text(json.dumps(data.identity("web")))
-    short = list(open_source(str(folder / "val_retrieval.tar")))
-    long = list(open_source(str(lab.make("long_scenes") / "val_retrieval.tar")))
-    for before, after in zip(short, long, strict=True):
-        assert (after.key, after.image) == (before.key, before.image)
-        assert len(after.caption.split(". ")) == 4
-        shapes = {o["shape"] for o in before.metadata["scene"]["objects"]}
-        assert all(shape in after.caption for shape in shapes)
-
-
 def test_a_variant_is_made_once_and_anew_when_its_rules_change(lab):
     folder = lab.make("oracle")
     (folder / "leftover").touch()
@@ -162,28 +127,3 @@ def test_shuffled_labels_are_those_of_other_records(lab):
     assert sorted(labels) == list(range(20)) and sum(i == j for i, j in enumerate(labels)) < 5
     # Training finds what the labels mean.
     assert find_vocabulary(folder).objects.names == ("sun", "moon")
-
-
-def test_commands_read_what_is_made_before_and_never_write_beside_it(lab, monkeypatch):
-    commands = []
-    monkeypatch.setattr(data, "run_command", lambda *arguments: commands.append(arguments))
-    monkeypatch.setattr(data, "_read", lambda folder: [])
-    photo = Pair("a", b"jpg", "a photo of a cat", {})
-    monkeypatch.setattr(data, "open_source", lambda path: [photo] * 4)
-    monkeypatch.setattr(data, "exchange", lambda texts, share, seed: texts)
-    for name in (
-        "cat_of_mismatched_half", "only_t", "cat_labelled", "cifar10_wrong_50_random", "emoji",
-    ):  # fmt: skip
-        lab.make(name)
-    written = set()
-    for _, *flags in commands:
-        given = dict(flag.lstrip("-").split("=", 1) for flag in flags)
-        output = given.get("config.output", given.get("output"))
-        source = given.get("config.input", given.get("input", ""))
-        assert not source.startswith(f"{output}/") and output not in written
-        written.add(output)
-    web = next(flags for module, *flags in commands if "web_mismatched_half" in flags[0])
-    assert "--noise=product_title=0.2,uninformative=0.15,rendered_text=0.1,mismatched=0.025" in web
-    only = next(flags for _, *flags in commands if any("only_t" in flag for flag in flags))
-    assert {"--config.complexity=False", "--config.action=False"} <= set(only)
-    assert any("random_teacher:build" in flag for _, *flags in commands for flag in flags)

@@ -17,7 +17,7 @@ from benchmarks.lab.experiments import (
     STUDENTS,
 )
 from benchmarks.lab.figures import draw_contrasts
-from benchmarks.lab.measure import pack_bits, unpack_items
+from benchmarks.lab.measure import pack_bits
 from benchmarks.lab.run import Run, definition
 from benchmarks.record import RESULTS
 
@@ -112,12 +112,6 @@ def test_figures_are_svg_with_a_dot_for_each_run(rows_and_page):
     _, _, width, height = map(float, root.get("viewBox").split())
     for circle in circles:
         assert 0 < float(circle.get("cx")) < width and 0 < float(circle.get("cy")) < height
-
-
-def test_items_come_back_from_their_bits():
-    hits = np.random.default_rng(0).random(1001) < 0.3
-    np.testing.assert_array_equal(unpack_items(pack_bits(hits)), hits)
-    np.testing.assert_array_equal(unpack_items([0.25, 1.0]), [0.25, 1.0])
 
 
 def test_every_block_can_be_shown(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep.captions import gates
-from data_prep.captions.gates import fold_case, gate_caption
+from data_prep.captions.gates import gate_caption
 from data_prep.captions.parse import parse_captions
 
 # Gates
@@ -128,26 +128,6 @@ def test_cleaning(written, meant, parser):
     written_graph, meant_graph = parse_captions([written, meant], nlp=parser)
     assert written_graph == meant_graph
     assert meant_graph.objects
-
-
-def test_dash_between_clauses_is_no_hyphen(parser):
-    (graph,) = parse_captions(["Leather Wallet - Brown - Gift for Men"], nlp=parser)
-    assert not any("-" in name for name in graph.objects)
-
-
-@pytest.mark.parametrize(
-    ("text", "folded"),
-    [
-        ("BLACK DOG", "black dog"),
-        ("A man in Paris", "A man in Paris"),
-        ("Woman Running On The Beach", "woman running on the beach"),
-        ("a dog", "a dog"),
-        ("A", "A"),
-        ("", ""),
-    ],
-)
-def test_fold_case(text, folded):
-    assert fold_case(text) == folded
 
 
 @pytest.mark.parametrize("words", ["A man &amp; a dog run. ", "é ", "a", "<b>A cat sleeps.</b> "])

@@ -4,7 +4,6 @@ What happens to a caption before it is parsed is in `test_caption_gates.py`.
 """
 
 import pathlib
-import pickle
 import random
 import tomllib
 
@@ -57,10 +56,6 @@ def _expect(example: dict, prefix: str = "") -> dict[str, set[str]]:
     return {part: _split(example.get(prefix + part, example[part])) for part in PARTS}
 
 
-def _expected_complexity(example: dict) -> int:
-    return max((int(text.rpartition(":")[2]) for text in _split(example["objects"])), default=0)
-
-
 # The hand-made tables
 
 
@@ -81,11 +76,6 @@ def test_graph_is_the_expected_one(example, graphs):
     assert _describe(graphs[example["id"]]) == _expect(example)
 
 
-@pytest.mark.parametrize("example", DEVIATIONS, ids=lambda example: example["id"])
-def test_known_deviation_is_as_noted(example, graphs):
-    assert _describe(graphs[example["id"]]) == _expect(example, "got_")
-
-
 def test_decisions_are_right(graphs):
     wrong = [
         example["caption"]
@@ -95,37 +85,6 @@ def test_decisions_are_right(graphs):
     noted = [example["caption"] for example in DEVIATIONS if "got_decision" in example]
     assert wrong == noted
     assert len(wrong) <= 0.03 * len(EXAMPLES)
-
-
-def test_agreement_on_captions_that_no_rule_was_made_for(graphs):
-    fresh = [example for example in EXAMPLES if example["id"].startswith("fresh-")]
-    agree = {
-        "graph": [_describe(graphs[e["id"]]) == _expect(e) for e in fresh],
-        "complexity": [graphs[e["id"]].complexity == _expected_complexity(e) for e in fresh],
-        "decision": [(cat_reason(graphs[e["id"]]) or "keep") == e["decision"] for e in fresh],
-    }
-    assert len(fresh) == 104
-    assert {name: sum(right) for name, right in agree.items()} == {
-        "graph": 68, "complexity": 88, "decision": 98
-    }  # fmt: skip
-
-
-def test_fresh_captions_are_mostly_of_the_web(shared_data):
-    lines = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()
-    fresh = [example["caption"] for example in EXAMPLES if example["id"].startswith("fresh-")]
-    assert len(set(fresh)) == len(fresh)
-    assert len({line.strip() for line in lines} & set(fresh)) == 68
-
-
-def test_agreement_with_the_specification(graphs):
-    complexity_right = [
-        graphs[example["id"]].complexity == _expected_complexity(example)
-        for example in SPECIFICATION
-    ]
-    exact = [_describe(graphs[example["id"]]) == _expect(example) for example in SPECIFICATION]
-    assert len(SPECIFICATION) == 23
-    assert sum(complexity_right) >= 22
-    assert sum(exact) >= 22
 
 
 def test_examples_are_those_of_the_shared_table(shared_data):
@@ -163,11 +122,6 @@ def test_complexity_counts_attributes_and_edges(web_captions, parser):
         assert graph.has_action == bool(graph.actions)
 
 
-def test_half_of_web_captions_are_kept(web_captions, parser):
-    kept = [cat_reason(graph) is None for graph in parse_captions(web_captions, nlp=parser)]
-    assert 0.42 < sum(kept) / len(kept) < 0.62
-
-
 def test_batches_order_and_duplicates_do_not_matter(web_captions, parser):
     captions = web_captions[:120] + ["", "IMG_1234"] + web_captions[:20]
     one = parse_captions(captions, nlp=parser, batch_size=1)
@@ -191,14 +145,6 @@ def test_vocabulary_grows_up_to_its_limit_only(parser, monkeypatch):
     monkeypatch.setattr(caption_module, "_MAX_LEXEMES", len(parser.vocab) + 1)
     assert parse_captions(captions, nlp=parser) == full
     assert len(parser.vocab.strings) > strings  # the last call before the limit may pass it
-
-
-def test_no_captions():
-    assert parse_captions([]) == []
-
-
-def test_graphs_travel_between_processes(graphs):
-    assert pickle.loads(pickle.dumps(graphs)) == graphs
 
 
 def test_hostile_texts_do_not_hang(parser, hang_guard):
@@ -242,11 +188,6 @@ def test_wrong_captions_are_named(captions, message):
         parse_captions(captions)
 
 
-def test_wrong_batch_size_is_named():
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        parse_captions(["a dog"], batch_size=0)
-
-
 def test_pipeline_without_our_lemmatizer_is_refused():
     spacy = pytest.importorskip("spacy")
     with pytest.raises(ValueError, match="caption_lemmatizer"):
@@ -260,10 +201,6 @@ def test_missing_model_says_what_to_install(monkeypatch):
 
 
 # Lemmas
-
-
-def test_parser_gives_the_right_lemma(parser):
-    assert [token.lemma_ for token in parser("man riding a horse")] == ["man", "ride", "a", "horse"]
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,12 @@
 
 import numpy as np
 
-from data_prep.synthetic import sampling, teacher, web
+from data_prep.synthetic import teacher, web
 from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
 from data_prep.teachers.precomputed import EmbeddingTable
 from diht_jax.input import decode
 from diht_jax.readers.registry import open_source
-
-
-def names_in(targets):
-    return {name for name, there in zip(teacher.CONCEPTS, targets, strict=True) if there}
-
-
-def test_targets_are_what_the_scene_says():
-    scene = sampling.sample_single(np.random.default_rng(0), shape="star", color="green")
-    item = scene.objects[0]
-    found = names_in(teacher.concepts_in(scene))
-    assert found == {"star", "green", item.size, item.texture}
-    assert len(teacher.CONCEPTS) == len(set(teacher.CONCEPTS))
 
 
 def test_scenes_depend_on_seed_and_number_only():

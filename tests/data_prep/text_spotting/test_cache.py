@@ -1,9 +1,8 @@
 """The cache of readings: what comes back, and what a killed run leaves."""
 
 import json
-import os
 
-from data_prep.text_spotting.cache import Lines, Reading, SpotCache, hash_image, name_shard
+from data_prep.text_spotting.cache import Lines, Reading, SpotCache
 
 _READING = Reading(
     {128: 0.25, 256: 0.5},
@@ -51,17 +50,6 @@ def test_what_is_got_can_be_changed_without_harm(tmp_path):
     assert SpotCache(tmp_path, {}, "s").get("a") == mine
 
 
-def test_nothing_new_writes_nothing(tmp_path):
-    cache = SpotCache(tmp_path, {}, "s")
-    cache.put("a", _READING)
-    cache.flush()
-    size = os.path.getsize(cache.path)
-    again = SpotCache(tmp_path, {}, "s")
-    again.put("a", again.get("a"))
-    again.flush()
-    assert os.path.getsize(cache.path) == size
-
-
 def test_a_killed_run_loses_only_its_last_line(tmp_path):
     cache = SpotCache(tmp_path, {}, "s")
     for name in "abc":
@@ -79,10 +67,3 @@ def test_a_killed_run_loses_only_its_last_line(tmp_path):
         "c": False,
         "d": True,
     }
-
-
-def test_names():
-    assert hash_image(b"x") != hash_image(b"y") and len(hash_image(b"")) == 32
-    assert name_shard("/a/00000.tar", 0, None) == name_shard("/b/00000.tar", 0, None)
-    parts = [name_shard("/a/t.jsonl", start, start + 5) for start in (0, 5)]
-    assert parts[0] != parts[1] and all(part.startswith("t.jsonl-") for part in parts)

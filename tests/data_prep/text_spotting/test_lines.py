@@ -22,16 +22,6 @@ def test_lines_that_do_not_belong_together():
     assert stack_lines([line, (12, 88, 3, 23)]) == []  # on top of it
 
 
-def test_columns_and_turned_lines():
-    left = [(0, 50, 0, 10), (0, 40, 12, 22), (0, 50, 24, 34)]
-    right = [(100, 150, 0, 10), (100, 140, 12, 22)]
-    assert stack_lines([*left, *right]) == [[0, 1, 2], [3, 4]]
-    # Turned by some degrees: four corners.
-    upper = (0, 0, 80, 8, 78, 28, -2, 20)
-    lower = (0, 24, 80, 32, 78, 52, -2, 44)
-    assert stack_lines([lower, upper]) == [[1, 0]]
-
-
 def _match(boxes, texts, caption, **settings) -> str | None:
     return find_match(Lines(boxes, texts), caption, Settings(**settings))
 

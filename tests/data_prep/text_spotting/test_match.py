@@ -4,9 +4,7 @@ import random
 
 import pytest
 
-from data_prep.text_spotting.looks import longest_match
 from data_prep.text_spotting.match import can_match
-from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import caption_matches
 
 # Spotted texts, caption, whether five characters in a row are shared. Written by hand.
@@ -124,18 +122,6 @@ def test_against_a_search_over_all_substrings():
 )
 def test_runs_weighed_by_their_words(spotted, caption, expected):
     assert caption_matches(spotted, caption, weigh_words=True) is expected
-
-
-def test_the_longest_run_with_which_a_match_remains_one():
-    def longest(text, caption, **changes):
-        return longest_match(text, caption, Settings(**changes))
-
-    caption = "roasted chestnuts in a paper bag"
-    assert longest("roasted chestnuts here", caption) == len("roastedchestnuts")
-    assert longest("roasted / a chestnut", caption) == len("chestnut")  # in one of the lines
-    # One word is a match only by what else the picture shows, which is not known here.
-    assert longest("CHESTNUTS", caption) == 5
-    assert longest("CHESTNUTS", caption, weigh_words=False) == len("chestnuts")
 
 
 def test_texts_of_other_captions_seldom_match(web_captions):

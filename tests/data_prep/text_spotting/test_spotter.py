@@ -1,14 +1,12 @@
 """Text-spotting with the real networks: equal to EasyOCR, and no work that is not needed."""
 
 import dataclasses
-import io
 import json
 import pathlib
 import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
 
 easyocr = pytest.importorskip("easyocr")
 
@@ -70,16 +68,6 @@ def _judge(settings: Settings, *pairs, cache=None) -> list:
 
 
 @pytest.fixture
-def no_network(monkeypatch):
-    """Whoever wants to read a picture fails."""
-
-    def fail(settings):
-        raise AssertionError("a picture was read")
-
-    monkeypatch.setattr(text_spotting, "load_ocr", fail)
-
-
-@pytest.fixture
 def read_lines(monkeypatch) -> list[int]:
     """Counts the lines that the networks read."""
     counts = []
@@ -136,15 +124,8 @@ def test_decisions_are_those_of_readtext(pictures, reader):
     assert ours[0] and ours[2:] == [False, False]
 
 
-def test_bfloat16_is_close(pictures, ocr):
-    half = Ocr(dataclasses.replace(_OCR, precision="bfloat16"))
-    picture = shrink(_bgr(pictures["band"].image), 96)
-    exact, rounded = (one.heat_maps([picture])[0].text for one in (ocr, half))
-    assert exact.max() > 0.5
-    assert 0 < np.abs(exact - rounded).max() < 0.05
-
-
-def test_a_caption_without_a_readable_run_costs_nothing(no_network):
+def test_a_caption_without_a_readable_run_costs_nothing(monkeypatch):
+    monkeypatch.setattr(text_spotting, "load_ocr", None)
     verdict = _judge(_SETTINGS, (b"no picture at all", ["東京タワーの夜景", "a b"]))[0]
     assert verdict.matches == (None, None)
     assert verdict.looked == "no_run" and verdict.error is None
@@ -188,28 +169,6 @@ def test_batches_do_not_change_verdicts(pictures):
     one, many = (_judge(dataclasses.replace(settings, batch_size=size), *pairs) for size in (1, 4))
     assert [v.matches for v in one] == [v.matches for v in many]
     assert [v.spots for v in one] == [v.spots for v in many]
-
-
-def test_small_pictures_need_no_first_look(pictures, tmp_path):
-    image = Image.open(io.BytesIO(pictures["nothing"].image)).resize((150, 150))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    settings = dataclasses.replace(_SETTINGS, gate_size=128, gate_score=0.9)
-    verdict = _judge(settings, (buffer.getvalue(), ["a caption"]))[0]
-    assert (verdict.looked, verdict.gate) == ("read", 1.0)
-
-
-def test_large_pictures_are_decoded_apart(monkeypatch):
-    monkeypatch.setattr(text_spotting, "_MAX_WINDOW_PIXELS", 100)
-
-    def make(side: int):
-        buffer = io.BytesIO()
-        Image.new("RGB", (side, side)).save(buffer, "PNG")
-        return text_spotting._Picture(buffer.getvalue(), ["a caption"], _SETTINGS)
-
-    sides = (5, 5, 9, 20, 5, 5, 5)
-    windows = text_spotting._windows(map(make, sides), 3)
-    assert [len(window) for window in windows] == [2, 1, 1, 3]
 
 
 def test_the_first_look_and_its_audit(pictures):

@@ -36,22 +36,21 @@ class _Rows:
     def parquet(self, **columns: Any) -> bytes:
         """In the columns that are expected, with some replaced, or left out for None."""
         columns = {"key": pa.array(self.keys), "image_emb": pa.array(self.lists)} | columns
-        return _parquet({name: value for name, value in columns.items() if value is not None})
-
-    def npz(self, **arrays: Any) -> bytes:
-        """In the arrays that are expected, with some replaced, or left out for None."""
-        arrays = {"key": np.array(self.keys), "image_emb": self.values} | arrays
+        table = pa.table({name: value for name, value in columns.items() if value is not None})
         buffer = io.BytesIO()
-        np.savez(buffer, **{name: value for name, value in arrays.items() if value is not None})
+        pq.write_table(table, buffer)
         return buffer.getvalue()
 
-    def judge(
-        self, name: str, data: bytes | None = None, has_checksums: bool = True, **verdict: bool
-    ) -> str:
-        """All rows as they are, or an error that names the file or the folder."""
+    def npz(self) -> bytes:
+        """In the arrays that are expected."""
+        buffer = io.BytesIO()
+        np.savez(buffer, key=np.array(self.keys), image_emb=self.values)
+        return buffer.getvalue()
+
+    def judge(self, name: str, data: bytes, has_checksums: bool = True, **verdict: bool) -> str:
+        """All rows as they are, or an error that names the file."""
         path = self.folder / name
-        if data is not None:
-            path.write_bytes(data)
+        path.write_bytes(data)
 
         def read() -> Any:
             table = EmbeddingTable(str(path), "key", "image_emb")
@@ -64,29 +63,6 @@ class _Rows:
 
         rows = dict(zip(self.keys, self.lists, strict=True)) if has_checksums else {}
         return judge_read(read, path, rows, **verdict)
-
-
-def _parquet(columns: dict[str, pa.Array], **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, **options)
-    return buffer.getvalue()
-
-
-def check_other_good_schemas(draw: Draw, folder: pathlib.Path) -> str:
-    """Other types of the same meaning, and more columns."""
-    rows = _Rows(draw, folder)
-    keys = [pa.array(rows.keys, kind) for kind in (pa.string(), pa.large_string(), pa.binary())]
-    keys = draw(one([*keys, keys[0].dictionary_encode()]))
-    types = [pa.list_(pa.float32()), pa.list_(pa.float16()), pa.large_list(pa.float64())]
-    flat = pa.array(rows.values.reshape(-1))
-    values = [pa.array(rows.values.astype(np.float16).tolist(), kind) for kind in types]
-    values = draw(one([*values, pa.FixedSizeListArray.from_arrays(flat, _DIM)]))
-    columns = {"key": keys, "image_emb": values, "text_emb": keys, "n": pa.nulls(rows.count)}
-    names = draw(st.permutations(list(columns)))
-    options = {"row_group_size": draw(one([1, 3, 100]))}
-    options["compression"] = draw(one(["snappy", "zstd", "none"]))
-    data = _parquet({name: columns[name] for name in names}, **options)
-    return rows.judge("e.parquet", data, may_fail=False)
 
 
 def check_other_schemas(draw: Draw, folder: pathlib.Path) -> str:
@@ -121,24 +97,6 @@ def check_other_schemas(draw: Draw, folder: pathlib.Path) -> str:
     )
 
 
-def check_other_arrays(draw: Draw, folder: pathlib.Path) -> str:
-    """The same in npz files."""
-    rows = _Rows(draw, folder)
-    values, count = rows.values, rows.count
-    bad_values = [
-        *(None, values.reshape(-1), values[None], values[:-1], np.float32(3)),
-        *(values.astype(dtype) for dtype in (np.int32, complex, str)),
-        *(np.full(values.shape, value) for value in (np.nan, 1e39)),
-        *(np.concatenate([values, values]), np.zeros(count, [("a", "f4")]), values[:, :0]),
-    ]
-    bad_keys = [
-        *(None, np.array([rows.keys[0]] * count), np.array("key"), np.zeros((0,), "U1")),
-        *(np.array([["a"], ["b"]]), np.array([draw(one(NOT_UTF8))] * count)),
-    ]
-    bad = draw(one([("image_emb", v) for v in bad_values] + [("key", v) for v in bad_keys]))
-    return rows.judge("e.npz", rows.npz(**dict([bad])), must_fail=True)
-
-
 def check_damaged(draw: Draw, folder: pathlib.Path) -> str:
     """A zip archive has checksums; parquet has none by default: values may differ, nothing else."""
     rows = _Rows(draw, folder)
@@ -164,21 +122,3 @@ def check_hostile_npz(draw: Draw, folder: pathlib.Path) -> str:
         for name in good.namelist():
             archive.writestr(name, array if name == f"{bad}.npy" else good.read(name))
     return rows.judge("e.npz", buffer.getvalue(), must_fail=True)
-
-
-def check_wrong_files(draw: Draw, folder: pathlib.Path) -> str:
-    """One format under the other's name, files that are neither, and two that do not fit."""
-    rows = _Rows(draw, folder)
-    files = [("e.npz", data) for data in (rows.parquet(), b"", b"PK\5\6" + bytes(18), b"\x93NUMPY")]
-    files += [("e.parquet", data) for data in (rows.npz(), b"", b"PAR1PAR1")]
-    other = {"key": np.array(["z"]), "image_emb": np.zeros((1, _DIM + 1), np.float32)}
-    several = [("b.parquet", rows.parquet()), ("b.npz", rows.npz(**other))]
-    name, data = draw(one(files + several))
-    if not name.startswith("b"):
-        return rows.judge(name, data, must_fail=True)
-    (folder / "a.npz").write_bytes(rows.npz())
-    (folder / name).write_bytes(data)
-    rows.keys.append("z")
-    rows.lists.append([0.0] * _DIM)
-    rows.count += 1
-    return rows.judge("", must_fail=True)

@@ -6,11 +6,9 @@ must agree on what is a picture.
 
 from __future__ import annotations
 
-import io
 import pathlib
 import struct
 import zlib
-from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -21,6 +19,7 @@ from PIL import Image
 from diht_jax.input import decode, fast_crops
 from tests.fuzz.damage import Draw, cut, damaged, flipped, noise, seeds
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
+from tests.make import encoded
 
 _CROP = 16
 _LOSSLESS = ("PNG", "BMP", "TIFF", "PPM", "WEBP lossless")
@@ -41,12 +40,6 @@ def _pixels(draw: Draw) -> np.ndarray:
     size = draw(st.tuples(integers(1, 60), integers(1, 60)))
     coarse = np.random.default_rng(draw(seeds)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
-
-
-def _save(image: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @st.composite
@@ -70,13 +63,12 @@ def _encoded(draw: Draw, name: str, array: np.ndarray) -> bytes:
         image = Image.fromarray(array[..., 0].astype(np.uint16) * 257)
     elif form:
         image = image.convert(_MODES.get(form, form))
-    return _save(image, format, **options)
+    return encoded(image, format, **options)
 
 
 def _exif(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    exif[0x010E] = "text"
+    exif.update({0x0112: orientation, 0x010E: "text"})
     return exif
 
 
@@ -171,16 +163,6 @@ def check_bomb(draw: Draw, folder: pathlib.Path) -> str:
     return _judge(draw(one([*data, *(_png(1, 1, small, *extra) for extra in chunks)])))
 
 
-def check_many_frames(draw: Draw, folder: pathlib.Path) -> str:
-    """Of an animation the first frame is taken, however many there are and however broken."""
-    array = draw(_pixels())
-    others = [Image.fromarray(np.roll(array, n, 0)) for n in range(1, 30)]
-    format = draw(one(["GIF", "WEBP", "PNG", "TIFF"]))
-    data = _save(Image.fromarray(array), format, save_all=True, append_images=others)
-    half = len(data) // 2
-    return _judge(draw(st.just(data) | flipped(data[half:]).map(lambda end: data[:half] + end)))
-
-
 def check_tiff_tags(draw: Draw, folder: pathlib.Path) -> str:
     """Directories that point at themselves or nowhere, counts and sizes of gigabytes."""
     size = draw(one([1, 40]))
@@ -203,6 +185,6 @@ def check_broken_exif(draw: Draw, folder: pathlib.Path) -> str:
     """A broken EXIF block is no reason to lose a picture: it is shown as it lies."""
     block = draw(damaged(_exif(draw(integers(1, 8))).tobytes()))
     format = draw(one(["JPEG", "PNG", "WEBP"]))
-    outcome = _judge(_save(Image.fromarray(draw(_pixels())), format, exif=block))
+    outcome = _judge(encoded(Image.fromarray(draw(_pixels())), format, exif=block))
     require(outcome == SUCCESS, "a good picture is lost for its EXIF block")
     return outcome

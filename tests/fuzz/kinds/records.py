@@ -5,25 +5,35 @@ Read in order by `diht_jax.readers`, at random by `TFRecordSource`, decoded by `
 
 from __future__ import annotations
 
-import io
 import itertools
 import pathlib
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from hypothesis.strategies import integers
+from hypothesis.strategies import SearchStrategy, integers
 from hypothesis.strategies import sampled_from as one
-from PIL import Image
 
 from diht_jax.data.index import update_index
 from diht_jax.readers import registry
 from diht_jax.records import schema
 from diht_jax.records.tfrecord import TFRecordSource
-from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, cut, damaged, flipped, noise, words
+from tests.fuzz.damage import (
+    NO_OBJECT,
+    NOT_UTF8,
+    Draw,
+    cut,
+    damaged,
+    flipped,
+    noise,
+    seeds,
+    words,
+)
 from tests.fuzz.framing import dataset_index, example, frame, index, with_preamble
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
+from tests.make import png
 
 _NAME = "pairs-train-00000.tfrecord"
 _IDS = ("object_ids", "attribute_ids")
@@ -35,12 +45,9 @@ _INDEX_HEADER_BYTES = 24
 
 def _fields(draw: Draw, number: int) -> dict:
     """The fields of one good record."""
-    image = io.BytesIO()
-    size = draw(st.tuples(integers(1, 9), integers(1, 9)))
-    Image.new("RGB", size, tuple(draw(noise(3, 3)))).save(image, "PNG")
     found = {
         "key": f"key{number}".encode(),
-        "image": image.getvalue(),
+        "image": png(draw(seeds), draw(st.tuples(integers(1, 9), integers(1, 9)))),
         "caption": draw(words()).encode(),
         "metadata": b'{"label": %d}' % draw(integers(0, 9)),
     }
@@ -110,20 +117,16 @@ class _Shard:
 def check_damaged_frame(draw: Draw, folder: pathlib.Path) -> str:
     """With the shard's index, a damaged record is the only one that cannot be read."""
     shard = _Shard(draw, folder)
-    own, damage = list(shard.frames), draw(integers(0, 2))
-    if damage == 0:
-        shard.frames[shard.bad] = draw(flipped(own[shard.bad], 2))
-    elif damage == 1:
-        parts = [slice(0, 8), slice(8, 12), slice(-4, None)]
-        part, changed = draw(one(parts)), bytearray(own[shard.bad])
-        changed[part] = draw(flipped(bytes(changed[part]), 1))
-        shard.frames[shard.bad] = bytes(changed)
+    own, has_index, is_flip = list(shard.frames), draw(st.booleans()), draw(integers(0, 2)) > 0
+    if is_flip:
+        head, body = own[shard.bad][:12], own[shard.bad][12:]
+        in_head = flipped(head, 1).map(lambda head: head + body)
+        shard.frames[shard.bad] = draw(in_head | flipped(head + body, 2))
     else:  # a length beyond the end, with a right checksum
         length = draw(one([2**63, 2**64 - 1, 2**40, 2**31, 10**7]))
         shard.frames[shard.bad] = frame(shard.records[shard.bad], length)
-    has_index = draw(st.booleans())
     shard.write(own if has_index else None)
-    allowed = (1,) if has_index and damage < 2 else (1, len(own))
+    allowed = (1,) if has_index and is_flip else (1, len(own))
     require(shard.count_refused() in allowed, "damage was not noticed, or spread")
     return shard.read_in_order()
 
@@ -145,65 +148,67 @@ def check_cut_off(draw: Draw, folder: pathlib.Path) -> str:
     return ERROR
 
 
-def check_index(draw: Draw, folder: pathlib.Path) -> str:
-    """With an index that is damaged, or another shard's, no read gives other bytes for a record."""
-    # Few lengths, so that two shards may well agree in some of their offsets.
-    payloads = st.lists(one([1, 20, 20, 35]).flatmap(lambda n: noise(n, n)), min_size=2, max_size=8)
-    records = draw(payloads)
-    frames = [frame(data) for data in records]
-    path = folder / _NAME
-    path.write_bytes(b"".join(frames))
-    own = index(frames)
-    offsets = struct.unpack(f"<{len(frames)}Q", own[_INDEX_HEADER_BYTES:])
-
-    def repack(number: int, value: int) -> bytes:
-        changed = [*offsets[:number], value, *offsets[number + 1 :]]
-        return own[:_INDEX_HEADER_BYTES] + struct.pack(f"<{len(frames)}Q", *changed)
-
-    odd_offsets = [2**64 - 1, 2**63, 2**40, len(own) + 10**6, 0, 1, *(n + 1 for n in offsets)]
-    counts = [0, 1, len(frames) - 1, len(frames) + 1, 2**32, 2**61, 2**64 - 1]
-    changed = draw(
-        st.one_of(
-            payloads.map(lambda others: index(list(map(frame, others)))),
-            st.permutations(frames).map(index),
-            flipped(own, 2),
-            damaged(own),
-            st.builds(repack, integers(0, len(frames) - 1), one(odd_offsets)),
-            one(counts).map(lambda n: own[:16] + struct.pack("<Q", n) + own[24 : 24 + 8 * n]),
-            st.just(path.read_bytes()),
-        )
-    )
-    index_path = pathlib.Path(f"{path}.idx")
-    index_path.write_bytes(changed)
-    return _judge_index(path, index_path, records, must_fail=changed != own)
+_payloads = st.lists(one([1, 20, 20, 35]).flatmap(lambda n: noise(n, n)), min_size=2, max_size=8)
 
 
-def _judge_index(
-    path: pathlib.Path, index_path: pathlib.Path, records: list[bytes], must_fail: bool
-) -> str:
-    source = attempt(lambda: TFRecordSource(str(path)), index_path)
-    outcome = ERROR if isinstance(source, Refused) else SUCCESS
-    for number in range(0 if outcome == ERROR else len(source)):
-        data = attempt(lambda number=number: source[number], index_path)
+def _judge_reads(target: pathlib.Path, records: Sequence[bytes], *names: Any) -> str:
+    """Each record read is the right one, or an error; without any error all of them came."""
+    source = attempt(lambda: TFRecordSource(str(target)), *names)
+    if isinstance(source, Refused):
+        return ERROR
+    outcome = SUCCESS
+    for number in range(len(source)):
+        data = attempt(lambda number=number: source[number], *names)
         if isinstance(data, Refused):
             outcome = ERROR
         else:
             known = number < len(records) and data == records[number]
             require(known, f"record {number} is another one")
-    if outcome == SUCCESS:
-        require(len(source) == len(records), "records are lost or made up")
-    require(outcome == ERROR or not must_fail, "an index of another shard was believed")
-    # As the message advises: without the index, everything is there.
-    index_path.unlink()
-    source = TFRecordSource(str(path))
-    require([source[n] for n in range(len(source))] == records, "the built index is wrong")
+    require(outcome == ERROR or len(source) == len(records), "records are lost or made up")
     return outcome
+
+
+def check_index(draw: Draw, folder: pathlib.Path) -> str:
+    """An index that is damaged, or another shard's, is noticed before it gives other bytes."""
+    # Few lengths, so that two shards may well agree in some of their offsets.
+    records = draw(_payloads)
+    frames = [frame(data) for data in records]
+    path = folder / _NAME
+    path.write_bytes(b"".join(frames))
+    own = index(frames)
+    counts = [0, 1, len(frames) - 1, len(frames) + 1, 2**32, 2**61, 2**64 - 1]
+    odd = [2**64 - 1, 2**63, 2**40, len(own) + 10**6, 0, 1, *range(2, 60)]
+    at_offset = integers(0, len(frames) - 1).map(lambda n: _INDEX_HEADER_BYTES + 8 * n)
+    changed = draw(
+        st.one_of(
+            _payloads.map(lambda others: index(list(map(frame, others)))),
+            st.permutations(frames).map(index),
+            flipped(own, 2),
+            damaged(own),
+            st.builds(_patched, st.just(own), at_offset, one(odd)),
+            one(counts).map(lambda n: _patched(own, 16, n)[: _INDEX_HEADER_BYTES + 8 * n]),
+            st.just(path.read_bytes()),
+        )
+    )
+    index_path = pathlib.Path(f"{path}.idx")
+    index_path.write_bytes(changed)
+    outcome = _judge_reads(path, records, index_path)
+    require(outcome == ERROR or changed == own, "an index of another shard was believed")
+    index_path.unlink()  # as the message advises
+    require(_judge_reads(path, records) == SUCCESS, "the built index is wrong")
+    return outcome
+
+
+def _patched(data: bytes, at: int, value: int) -> bytes:
+    """Another number of eight bytes at a place."""
+    return data[:at] + struct.pack("<Q", value) + data[at + 8 :]
 
 
 def check_dataset_index(draw: Draw, folder: pathlib.Path) -> str:
     """With a `dataset.index` that is damaged, no read gives other bytes for a record."""
-    payloads = st.lists(one([1, 20, 20, 35]).flatmap(lambda n: noise(n, n)), max_size=70)
-    shards = {f"pairs-train-{n:05d}.tfrecord": draw(payloads) for n in range(2)}
+    shards = {
+        f"pairs-train-{n:05d}.tfrecord": draw(_payloads) * draw(one([0, 1, 9])) for n in (0, 1)
+    }
     shards["pairs-train-00002.tfrecord"] = [b"last"]
     frames = {name: [frame(data) for data in records] for name, records in shards.items()}
     for name in shards:
@@ -212,39 +217,25 @@ def check_dataset_index(draw: Draw, folder: pathlib.Path) -> str:
     own = with_preamble(head) + offsets
     odd = [0, 1, 16, 2**32, 2**40, 2**62, 2**63, 2**64 - 1, *map(len, frames.values())]
 
-    def repack(data: bytes, word: int, value: int) -> bytes:
-        at = 8 * (word % (len(data) // 8))
-        return data[:at] + struct.pack("<Q", value) + data[at + 8 :]
+    def repacked(data: bytes) -> SearchStrategy[bytes]:
+        at = integers(0, len(data) // 8 - 1).map(lambda n: 8 * n)
+        return st.builds(_patched, st.just(data), at, one(odd) | integers(0, 4000))
 
-    words = (integers(0, 2**16), one(odd) | integers(0, 4000))
     changed = draw(
         st.one_of(
             flipped(own, 2),
             damaged(own),
-            st.builds(repack, st.just(offsets), *words).map(lambda d: with_preamble(head) + d),
+            repacked(offsets).map(lambda d: with_preamble(head) + d),
             # With a checksum that is right, so that the numbers themselves are looked at.
-            st.builds(repack, st.just(head), *words).map(lambda d: with_preamble(d) + offsets),
-            flipped(head, 2).map(lambda d: with_preamble(d) + offsets),
+            (repacked(head) | flipped(head, 2)).map(lambda d: with_preamble(d) + offsets),
         )
     )
     path = folder / "dataset.index"
     path.write_bytes(changed)
     records = [data for own_records in shards.values() for data in own_records]
-    source = attempt(lambda: TFRecordSource(str(folder)), path)
-    outcome = ERROR if isinstance(source, Refused) else SUCCESS
-    for number in range(0 if outcome == ERROR else len(source)):
-        data = attempt(lambda number=number: source[number], path, *shards)
-        if isinstance(data, Refused):
-            outcome = ERROR
-        else:
-            known = number < len(records) and data == records[number]
-            require(known, f"record {number} is another one")
-    if outcome == SUCCESS:
-        require(len(source) == len(records), "records are lost or made up")
-    # As the message advises.
-    update_index(folder, overwrite=True)
-    source = TFRecordSource(str(folder))
-    require([source[n] for n in range(len(source))] == records, "the index made again is wrong")
+    outcome = _judge_reads(folder, records, path, *shards)
+    update_index(folder, overwrite=True)  # as the message advises
+    require(_judge_reads(folder, records) == SUCCESS, "the index made again is wrong")
     return outcome
 
 
@@ -273,68 +264,43 @@ def _require_usable(record: schema.Record) -> None:
         require(bool(schema.encode_record(record)), "cannot be written again")
 
 
-def _judge_payload(draw: Draw, folder: pathlib.Path, data: bytes) -> str:
-    """A record of whole frames and wrong contents: an error, or a record that can be used."""
+def check_payload(draw: Draw, folder: pathlib.Path) -> str:
+    """Wrong contents in a whole frame: an error, or a record that can be used; never another's.
+
+    Fields are missing, of another type, repeated, no UTF-8, no JSON object, no probabilities.
+    """
+    values = _fields(draw, 77)
+    packed = values.get("concepts", b"\1abc\0\x38\0")
+    others = [3, [1, 2], 0.5, [0.5, 1.5], -1, [b"a", b"b"], [b""] * 3, [], b"", *NOT_UTF8]
+    concepts = [struct.pack("<B3se", 1, b"abc", p) * 2 for p in (np.nan, np.inf, -1.0, 7.0)]
+    ids = [[1, 2], [], [-1], [2**24], [2**40], [2**63], [1.5], [b"a"], list(range(300))]
+    probs = [[0.5, 0.25], [], [0.5], [float("nan")], [-1.0], [9.0], [1, 2]]
+    changes = {
+        "key": one(others),
+        "image": one(others),
+        "caption": one(others),
+        "metadata": one([*_NO_METADATA, *_METADATA, b'{"a": ' + b"1" * 5000 + b"}", 3, [1.5]]),
+        "concepts": one([*concepts, packed + b"x"]) | flipped(packed) | cut(packed),
+        _IDS[0]: one(ids),
+        "": st.just(b"a field of another program"),
+    }
+    name = draw(one(list(changes)))
+    value = values[name] = draw(changes[name])
+    if name == _IDS[0]:
+        values |= {_PROBS[0]: draw(one(probs)), _IDS[1]: [3, 4], _PROBS[1]: [0.5, 0.25]}
+        values.pop("concepts", None)
+    if draw(integers(0, 9)) == 9:
+        del values[draw(one(list(values)))]
+    data = draw(st.just(example(values)) | st.just(example(values)) | damaged(example(values)))
     decoded = _decode(data)
+    if data == example(values) and name in values and name in ("key", "image", "caption"):
+        is_text = value in NOT_UTF8 or value in (b"", [])
+        require(is_text or isinstance(decoded, Refused), f"a record with {name}={value!r:.80}")
     shard = _Shard(draw, folder)
     shard.frames[shard.bad] = frame(data)
     shard.write(shard.frames)
     if isinstance(decoded, Refused):
         return shard.read_in_order()
-    pairs = [p for s in registry.list_shards(str(shard.path)) for p in registry.read_pairs(s)]
-    require(len(pairs) == len(shard.records), "a record is lost")
+    pairs = attempt(lambda: list(registry.open_source(str(shard.path))), shard.path)
+    require(isinstance(pairs, Refused) or len(pairs) == len(shard.records), "a record is lost")
     return SUCCESS
-
-
-def check_damaged_payload(draw: Draw, folder: pathlib.Path) -> str:
-    """Any bytes behind a right checksum, and fields of other programs, which do no harm."""
-    values = _fields(draw, 77)
-    if draw(st.booleans()):
-        return ERROR if isinstance(_decode(draw(damaged(example(values)))), Refused) else SUCCESS
-    extras = [("width", 3), ("", [1]), ("score", [0.5]), ("image/encoded", b"x"), (b"\xff", b"x")]
-    extra = draw(one(extras))
-    decoded = _decode(example(dict([extra]) | values))
-    refused = isinstance(decoded, Refused)
-    require(isinstance(extra[0], bytes) or not refused, f"{extra} costs the record: {decoded}")
-    return ERROR if refused else SUCCESS
-
-
-def check_fields(draw: Draw, folder: pathlib.Path) -> str:
-    """Fields that are missing, of another type, repeated, empty, no UTF-8, or no JSON object."""
-    values = _fields(draw, 77)
-    name = draw(one(["key", "image", "caption", "metadata", "concepts"]))
-    bad = [3, [1, 2], 0.5, [0.5, 1.5], -1, [b"a", b"b"], [b""] * 3]
-    odd = [[], b"", b"\xff\xfe", *NOT_UTF8, *(values.get(n, b"") for n in ("key", "image"))]
-    if name == "metadata":
-        bad, odd = _NO_METADATA, [*_METADATA, b'{"a": ' + b"1" * 5000 + b"}"]
-    elif draw(integers(0, 9)) == 9:
-        del values[name]
-        bad = [None]
-    value = values[name] = draw(one(bad + odd)) if name in values else None
-    data = example({name: value for name, value in values.items() if value is not None})
-    decoded = _decode(data)
-    if name in ("key", "image", "caption", "metadata") and value in bad and value is not None:
-        require(isinstance(decoded, Refused), f"a record with {name}={value!r:.80}")
-    if value in _METADATA and name == "metadata" or value in NOT_UTF8 and name == "caption":
-        require(not isinstance(decoded, Refused), f"refused for {name}={value!r:.80}: {decoded}")
-    if isinstance(decoded, Refused):
-        require("'key77'" in decoded.message or name == "key", decoded.message)
-    return _judge_payload(draw, folder, data) if name != "key" else SUCCESS
-
-
-def check_concepts(draw: Draw, folder: pathlib.Path) -> str:
-    """Labels, packed or in lists, that do not belong together or are no probabilities."""
-    values = _fields(draw, 77)
-    packed = values.pop("concepts", b"\1abc\0\x38\0")
-    if draw(st.booleans()):
-        odd = [struct.pack("<B3se", 1, b"abc", p) * 2 for p in (np.nan, np.inf, -1.0, 7.0)]
-        odd += [packed + b"x", b"", b"\xff"]
-        values["concepts"] = draw(one(odd) | flipped(packed) | cut(packed))
-    else:
-        ids = [[1, 2], [], [-1], [2**24], [2**40], [2**63], [1.5], [b"a"], list(range(300))]
-        probs = [[0.5, 0.25], [], [0.5], [float("nan")], [-1.0], [9.0], [1, 2]]
-        values |= {_IDS[0]: draw(one(ids)), _PROBS[0]: draw(one(probs))}
-        values |= {_IDS[1]: [3, 4], _PROBS[1]: [0.5, 0.25]}
-        if draw(integers(0, 2)) == 2:
-            del values[draw(one([*_IDS, *_PROBS]))]
-    return _judge_payload(draw, folder, example(values))

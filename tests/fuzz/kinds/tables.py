@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.readers import registry
 from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, ODD, Draw, damaged, flipped, noise, words
-from tests.fuzz.judge import ERROR, Refused, attempt, judge_entries, judge_read, require
+from tests.fuzz.judge import judge_source
 
 # Paths in a table that lead to no picture of the folder.
 _BAD_PATHS = ["", " ", "missing.png", "../outside.png", "/etc/hostname", "images", "images/.."]
@@ -47,6 +46,7 @@ class _Table:
             self.values[row["id"]] = (image, caption)
         self.index = draw(integers(0, len(self.rows) - 1))
         self.bad = f"row{self.index}"
+        self.header = b"" if self.kind == "jsonl" else self._csv(self.rows[0])
 
     def lines(self) -> list[bytes]:
         """The rows as they stand in the file, without the header."""
@@ -54,26 +54,20 @@ class _Table:
             return [json.dumps(row).encode() + b"\n" for row in self.rows]
         return [self._csv(row.values()) for row in self.rows]
 
-    def header(self) -> bytes:
-        """The first line of a csv."""
-        return b"" if self.kind == "jsonl" else self._csv(self.rows[0])
-
     def _csv(self, values: Any) -> bytes:
         buffer = io.StringIO()
         csv.writer(buffer, delimiter="\t" if self.kind == "tsv" else ",").writerow(values)
         return buffer.getvalue().encode("utf-8", "surrogatepass")
 
-    def read(self) -> Any:
-        """Pairs as (key, value), and counts."""
-        options = {"key_column": "id", "rows_per_shard": self.draw(integers(1, 4))}
-        source = registry.open_source(str(self.path), **options)
-        return [(p.key, (p.image, p.caption)) for p in source], source.skipped
-
     def judge(self, header: bytes, lines: list[bytes], *touched: str, **verdict: bool) -> str:
         """Writes the file and reads it: all rows but those touched must come."""
         self.path.write_bytes(header + b"".join(lines))
-        intact = {key: value for key, value in self.values.items() if key not in touched}
-        return judge_read(self.read, self.path, intact, touched, may_rename=True, **verdict)
+        options = {"key_column": "id", "rows_per_shard": self.draw(integers(1, 4))}
+        value_of = lambda pair: (pair.image, pair.caption)  # noqa: E731
+        verdict |= {"may_rename": True}
+        return judge_source(
+            self.path, self.path, value_of, self.values, *touched, options=options, **verdict
+        )
 
 
 def check_lines(draw: Draw, folder: pathlib.Path) -> str:
@@ -87,108 +81,69 @@ def check_lines(draw: Draw, folder: pathlib.Path) -> str:
     marks = b'\r\n",\t\\{}:[]\xef\xbb\xbf'  # these may touch other rows of a csv
     assume(is_jsonl or all(changed.count(mark) == body.count(mark) for mark in marks))
     lines[table.index] = changed.replace(b"\n", b" ") + end
-    return table.judge(table.header(), lines, table.bad, may_fail=False)
+    return table.judge(table.header, lines, table.bad, may_fail=False)
 
 
 def check_values(draw: Draw, folder: pathlib.Path) -> str:
-    """A cell of another type, or none: no other row may suffer, and a row needs no key."""
-    table = _Table(draw, folder, "jsonl")
-    row, field = table.rows[table.index], draw(one(["image", "caption", "id", "note"]))
+    """A cell of another type, none, or a path that leads out: no other row may suffer.
+
+    Only a csv may be refused for a path.
+    """
+    table = _Table(draw, folder)
+    row = table.rows[table.index]
+    if draw(st.booleans()):
+        row["image"] = draw(one(_BAD_PATHS))
+        may_fail = table.kind != "jsonl"
+        return table.judge(table.header, table.lines(), table.bad, may_fail=may_fail)
+    assume(table.kind == "jsonl")
+    field = draw(one(["image", "caption", "id", "note"]))
     row[field] = draw(one([*ODD, [["x"]], "x" * 100_000]))
     if draw(integers(0, 3)) == 3:
         del row[field]
-    outcome = table.judge(b"", table.lines(), table.bad, may_fail=False)
-    if field == "id":
-        found, skipped = table.read()
-        require(len(found) == len(table.rows) and not skipped, "a row without an own key is lost")
-    return outcome
-
-
-def check_paths(draw: Draw, folder: pathlib.Path) -> str:
-    """A path that leads out, or to no picture, is skipped; only a csv may be refused for it."""
-    table = _Table(draw, folder)
-    path = table.rows[table.index]["image"] = draw(one(_BAD_PATHS))
-    may_fail = table.kind != "jsonl"
-    outcome = table.judge(table.header(), table.lines(), table.bad, may_fail=may_fail)
-    if outcome != ERROR:
-        require(table.bad not in dict(table.read()[0]), f"a picture at {path!r:.50}")
-    return outcome
+    return table.judge(b"", table.lines(), table.bad, may_fail=False)
 
 
 def check_damaged_file(draw: Draw, folder: pathlib.Path) -> str:
-    """Any damage: rows that lie whole before it, and on lines of their own, must come."""
+    """Any damage: rows before it, on lines of their own, must come; the rest cannot be counted."""
     table = _Table(draw, folder)
-    data = table.header() + b"".join(table.lines())
+    data = table.header + b"".join(table.lines())
     changed = draw(damaged(data))
-    same = len(os.path.commonprefix([data, changed]))
-    intact, position = {}, len(table.header())
+    position, same = len(table.header), len(os.path.commonprefix([data, changed]))
     for row, line in zip(table.rows, table.lines(), strict=True):
         position += len(line)
-        if position <= same:
-            intact[row["id"]] = table.values[row["id"]]
-    table.path.write_bytes(changed)
-    result = attempt(table.read, table.path)
-    if isinstance(result, Refused):
-        return ERROR
-    # What was cut off or overwritten cannot be counted; the rest is.
-    return judge_entries([pair for pair in result[0] if pair[0] in intact], result[1], intact)
+        if position > same:
+            del table.values[row["id"]]
+    return table.judge(changed, [])
 
 
 def check_forms_of_csv(draw: Draw, folder: pathlib.Path) -> str:
     """Rows with too many or too few fields, blank lines, marks, odd endings: others stay."""
     table = _Table(draw, folder, "csv", "tsv")
-    lines, header, bad = table.lines(), table.header(), table.index
-    form = draw(integers(0, 6))
-    if form == 0:
-        delimiter = b"\t" if table.kind == "tsv" else b","
-        lines[bad] = delimiter.join([b"a"] * draw(one([1, 3, 5, 1000]))) + b"\r\n"
-    elif form == 1:
-        lines[bad] = lines[bad].replace(b"images", b'"images')
-    elif form == 2:
-        lines.insert(bad, draw(one([b"\r\n", b"\n", b"\n\n\n"])))
-    elif form == 3:
+    lines, header, bad = table.lines(), table.header, table.index
+    delimiter = b"\t" if table.kind == "tsv" else b","
+    forms = {
+        "fields": lambda: delimiter.join([b"a"] * draw(one([1, 3, 5, 1000]))) + b"\r\n",
+        "quote": lambda: lines[bad].replace(b"images", b'"images'),
+        "blank": lambda: draw(one([b"\r\n", b"\n", b"\n\n\n"])) + lines[bad],
+        "bytes": lambda: lines[bad].replace(b",n", b"," + draw(one(NOT_UTF8))),
+    }
+    form = draw(one([*forms, "mark", "endings"]))
+    if form in forms:
+        lines[bad] = forms[form]()
+    elif form == "mark":
         header = b"\xef\xbb\xbf" + header
-    elif form == 4:
-        header, *lines = (line.replace(b"\r\n", b"\n") for line in (header, *lines))
-    elif form == 5:
-        lines[-1] = lines[-1].rstrip()
     else:
-        lines[bad] = lines[bad].replace(b",n", b"," + draw(one(NOT_UTF8)))
-    touched = [table.bad] if form < 2 else []
-    return table.judge(header, lines, *touched, may_fail=form == 1)
+        header, *lines = (line.replace(b"\r\n", b"\n") for line in (header, *lines))
+        lines[-1] = lines[-1].rstrip()
+    touched = [table.bad] if form in ("fields", "quote") else []
+    return table.judge(header, lines, *touched, may_fail=form == "quote")
 
 
 def check_no_table(draw: Draw, folder: pathlib.Path) -> str:
     """A table without its columns, or without rows, is an error."""
     table = _Table(draw, folder)
-    header, lines = draw(one([b"", b"\n", b" \n\n", table.header()])), []
+    header, lines = draw(one([b"", b"\n", b" \n\n", table.header])), []
     if table.kind != "jsonl" and draw(st.booleans()):
         odd = [b"", b"\n", b"a,b,c\n", b"image;caption;id\n", b"\xff\xfe\n", b'"image\n', b"\0\n"]
         header, lines = draw(one(odd)), table.lines()
     return table.judge(header, lines, *table.values, must_fail=True)
-
-
-def check_class_folder(draw: Draw, folder: pathlib.Path) -> str:
-    """Folders with odd entries beside the pictures."""
-    root, values = folder / "classes", {}
-    for number in range(draw(integers(1, 3))):
-        odd = root / (draw(one(["dog", "ca\u00f1on", "x_y", "a b"])) + str(number))
-        odd.mkdir(parents=True)
-        for picture in range(draw(integers(1, 3))):
-            data = values[f"{odd.name}/{picture}.png"] = draw(noise(300))
-            (odd / f"{picture}.png").write_bytes(data)
-    os.mkfifo(odd / "pipe.jpg")
-    (odd / "lost.png").symlink_to("/nowhere/at/all.png")
-    (odd / "folder.png").mkdir()
-    (odd / ".hidden.png").write_bytes(b"hidden")
-    (odd / "notes.txt").write_bytes(draw(noise(9)))
-    (root / "empty").mkdir()
-    if draw(st.booleans()):
-        (odd / "round").symlink_to(root)  # a folder that holds itself
-
-    def read() -> Any:
-        source = registry.open_source(str(root))
-        pairs = [(p.key, p.image) for p in source]
-        return [pair for pair in pairs if pair[0] in values], source.skipped
-
-    return judge_read(read, root, dict(sorted(values.items())))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 from absl import logging
 from hypothesis.strategies import integers
@@ -13,31 +12,22 @@ from diht_jax.readers import registry
 from diht_jax.records.dataset_info import FILES, shard_name, write_dataset_info
 from tests.fuzz.damage import NOT_UTF8, Draw, damage_folder, damaged, noise
 from tests.fuzz.framing import example, frame
-from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, judge_read, require
+from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, judge_source, require
 
 _NAME = shard_name("pairs", "train", 0, 1)
 _COUNT = 4
+_FIELDS = [
+    {"key": b"key%d" % n, "image": b"image %d" % n, "caption": b"text %d" % n, "metadata": b"{}"}
+    for n in range(_COUNT)
+]
+_VALUES = {f"{_NAME}-{n:08d}": (b"image %d" % n, f"text {n}") for n in range(_COUNT)}
 
 
 def prepare(base: pathlib.Path) -> None:
     """Imports, which take seconds."""
     logging.set_verbosity(logging.ERROR)
-    _write(base, [example(_fields(number)) for number in range(_COUNT)])
-    outcome = judge_read(lambda: _read(base), base, {_key(n): _value(n) for n in range(_COUNT)})
-    require(outcome == SUCCESS, "a good folder")
-
-
-def _fields(number: int) -> dict:
-    texts = {"key": b"key%d", "image": b"image %d", "caption": b"text %d"}
-    return {name: text % number for name, text in texts.items()} | {"metadata": b"{}"}
-
-
-def _key(number: int) -> str:
-    return f"{_NAME}-{number:08d}"
-
-
-def _value(number: int) -> Any:
-    return b"image %d" % number, f"text {number}"
+    _write(base, list(map(example, _FIELDS)))
+    require(_judge(base) == SUCCESS, "a good folder")
 
 
 def _write(folder: pathlib.Path, examples: list[bytes]) -> None:
@@ -48,35 +38,34 @@ def _write(folder: pathlib.Path, examples: list[bytes]) -> None:
     write_dataset_info(folder, **names, **lengths)
 
 
-def _read(folder: pathlib.Path) -> Any:
-    source = registry.open_source(f"tfds:{folder}:train")
-    return [(p.key, (p.image, p.caption)) for p in source], source.skipped
+def _judge(folder: pathlib.Path, *touched: str) -> str:
+    value_of = lambda pair: (pair.image, pair.caption)  # noqa: E731
+    return judge_source(f"tfds:{folder}:train", folder, value_of, _VALUES, *touched)
 
 
 def check_bad_record(draw: Draw, folder: pathlib.Path) -> str:
     """A record that is broken, or lacks what the description promises, is skipped or an error."""
-    examples = [example(_fields(number)) for number in range(_COUNT)]
+    examples = list(map(example, _FIELDS))
     bad = draw(integers(0, _COUNT - 1))
-    fields = _fields(bad)
+    fields = _FIELDS[bad]
     name = draw(one(list(fields)))
     others = [example(fields | {name: value}) for value in (3, [b"a"] * 2, 0.5, [], b"", *NOT_UTF8)]
     others += [b"", example({key: value for key, value in fields.items() if key != name})]
     examples[bad] = draw(one(others) | damaged(examples[bad]) | noise(50))
     _write(folder, examples)
-    intact = {_key(number): _value(number) for number in range(_COUNT) if number != bad}
-    return judge_read(lambda: _read(folder), folder, intact, [_key(bad)])
+    return _judge(folder, list(_VALUES)[bad])
 
 
 def check_description(draw: Draw, folder: pathlib.Path) -> str:
     """A damaged description: an error that names the folder, or as many records as it counts."""
-    examples = [example(_fields(number)) for number in range(_COUNT)]
-    _write(folder, examples)
+    _write(folder, list(map(example, _FIELDS)))
     shard = (folder / _NAME).read_bytes()
     damage_folder(draw, folder)
     (folder / _NAME).write_bytes(shard)
-    result = attempt(lambda: _read(folder), folder)
-    if isinstance(result, Refused):
+    source = attempt(lambda: registry.open_source(f"tfds:{folder}:train"), folder)
+    pairs = source if isinstance(source, Refused) else attempt(lambda: list(source), folder)
+    if isinstance(pairs, Refused):
         return ERROR
-    counts = f'"{len(result[0]) + sum(result[1].values())}"'
+    counts = f'"{len(pairs) + sum(source.skipped.values())}"'
     require(counts in (folder / FILES[0]).read_text(), f"{counts} records")
     return SUCCESS

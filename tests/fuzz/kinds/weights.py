@@ -1,4 +1,4 @@
-"""Weight files of a very small CLIP in every format: damaged, cut short, hostile."""
+"""Weight files and model directories of a very small CLIP: damaged, cut short, hostile."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 import torch
-from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax.models.zoo import Architecture
-from diht_jax.weights import clip_layout
+from diht_jax.weights import clip_layout, huggingface, open_clip_config, settings
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import read_tensors
-from tests.fuzz.damage import DEEP_JSON, NOT_UTF8, Draw, cut, damaged, flipped
+from tests.fuzz.damage import (
+    DEEP_JSON,
+    NOT_UTF8,
+    Draw,
+    changed_json,
+    cut,
+    damage_folder,
+    damaged,
+    flipped,
+)
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, must_refuse, require
 
 _PICKLES = [
@@ -49,35 +57,36 @@ _PICKLES = [
 ]
 
 
-FIELDS = {
+_FIELDS = {
     **{"image_size": 8, "patch_size": 4, "vision_layers": 1, "vision_width": 8, "vision_heads": 1},
     **{"text_layers": 1, "text_width": 8, "text_heads": 1, "embed_dim": 4},
     **{"context_length": 5, "vocab_size": 12},
 }
-ARCH = Architecture(**FIELDS)
+_ARCH = Architecture(**_FIELDS)
+_PREPROCESSING = settings.Preprocessing()
 
 
 @functools.cache
-def tensors() -> dict[str, np.ndarray]:
+def _tensors() -> dict[str, np.ndarray]:
     """The model under CLIP's names, with random values."""
     rng = np.random.default_rng(0)
     return {
         name: rng.normal(size=shape).astype(np.float32)
-        for name, shape in clip_layout.expected_shapes(ARCH).items()
+        for name, shape in clip_layout.expected_shapes(_ARCH).items()
     }
 
 
 @functools.cache
-def safetensors_file() -> bytes:
+def _safetensors_file() -> bytes:
     """As a safetensors file."""
-    return safetensors.numpy.save(tensors(), {"format": "pt"})
+    return safetensors.numpy.save(_tensors(), {"format": "pt"})
 
 
 @functools.cache
-def torch_file(is_legacy: bool = False) -> bytes:
+def _torch_file(is_legacy: bool = False) -> bytes:
     """As a torch state dict, in the zip format or in the one before it."""
     buffer = io.BytesIO()
-    state = {name: torch.from_numpy(value.copy()) for name, value in tensors().items()}
+    state = {name: torch.from_numpy(value.copy()) for name, value in _tensors().items()}
     torch.save(state, buffer, _use_new_zipfile_serialization=not is_legacy)
     return buffer.getvalue()
 
@@ -110,26 +119,28 @@ def _require_equal(
         require(same or name in but, f"the values of {name} have changed")
 
 
-def judge_model(path: pathlib.Path, *names: str | pathlib.Path, but: set[str] = frozenset()) -> str:
+def _judge_model(
+    path: pathlib.Path, *names: str | pathlib.Path, but: set[str] = frozenset()
+) -> str:
     """The model's parameters, but for some, or an error that names the path or another name."""
     weights = attempt(lambda: read_weights(path), path, *names)
     if isinstance(weights, Refused):
         return ERROR
-    _require_equal(clip_layout.to_clip(weights.params, weights.arch), tensors(), but)
+    _require_equal(clip_layout.to_clip(weights.params, weights.arch), _tensors(), but)
     return SUCCESS
 
 
 def prepare(base: pathlib.Path) -> None:
     """Compiles and imports what is slow the first time."""
     path = base / "model.safetensors"
-    path.write_bytes(safetensors_file())
-    require(judge_model(path) == SUCCESS, "the undamaged file")
-    torch_file(), torch_file(True), _torchscript_tensors()
+    path.write_bytes(_safetensors_file())
+    require(_judge_model(path) == SUCCESS, "the undamaged file")
+    _torch_file(), _torch_file(True), _torchscript_tensors()
 
 
 def check_damaged_safetensors(draw: Draw, folder: pathlib.Path) -> str:
     """Values have no checksum; names, shapes and offsets are checked."""
-    data = safetensors_file()
+    data = _safetensors_file()
     size = struct.unpack("<Q", data[:8])[0] + 8
     length, header, values = data[:8], data[8:size], data[size:]
     path = folder / "model.safetensors"
@@ -139,13 +150,13 @@ def check_damaged_safetensors(draw: Draw, folder: pathlib.Path) -> str:
         return must_refuse(lambda: read_weights(path), path)
     if form == 2:
         path.write_bytes(length + draw(flipped(header, 2)) + values)
-        return judge_model(path)
+        return _judge_model(path)
     changed = draw(flipped(values))
     path.write_bytes(length + header + changed)
     hit = [i for i in range(len(values)) if values[i] != changed[i]]
     offsets = {n: e["data_offsets"] for n, e in json.loads(header).items() if n != "__metadata__"}
     touched = {name for name, (a, b) in offsets.items() if any(a <= i < b for i in hit)}
-    require(judge_model(path, but=touched) == SUCCESS, "damaged values were noticed")
+    require(_judge_model(path, but=touched) == SUCCESS, "damaged values were noticed")
     return SUCCESS
 
 
@@ -172,12 +183,12 @@ def check_hostile_safetensors(draw: Draw, folder: pathlib.Path) -> str:
 def check_damaged_torch_files(draw: Draw, folder: pathlib.Path) -> str:
     """Zip archives have checksums: everything is right, or an error. The old format has none."""
     path = folder / draw(one(["model.pt", "model.ckpt", "model.bin", "model.pth"]))
-    data, expected = torch_file(), tensors()
+    data, expected = _torch_file(), _tensors()
     form = draw(integers(0, 2))
     if form > 0:
         path = folder / "model.pt"
         data, expected = _torchscript_file(), _torchscript_tensors()
-    path.write_bytes(draw(damaged(torch_file(True) if form == 2 else data)))
+    path.write_bytes(draw(damaged(_torch_file(True) if form == 2 else data)))
     result = attempt(lambda: read_tensors(path), path)
     if isinstance(result, Refused):
         return ERROR
@@ -188,7 +199,7 @@ def check_damaged_torch_files(draw: Draw, folder: pathlib.Path) -> str:
     weights = attempt(lambda: read_weights(path), path)
     if isinstance(weights, Refused):
         return ERROR
-    require(weights.arch == ARCH, f"another architecture: {weights.arch}")
+    require(weights.arch == _ARCH, f"another architecture: {weights.arch}")
     return SUCCESS
 
 
@@ -197,22 +208,23 @@ def _require_arrays(found: dict[str, Any]) -> None:
         require(isinstance(name, str) and isinstance(value, np.ndarray), f"{name!r}: {value!r:.80}")
 
 
-def _write_changed(
-    draw: Draw, folder: pathlib.Path, member: str, contents: Any, compression: int = 0
-) -> pathlib.Path:
+def _write_changed(draw: Draw, folder: pathlib.Path, member: str, contents: Any) -> pathlib.Path:
     """A torch file of either kind with one member changed and right checksums.
 
     Args:
         contents: a strategy of the new contents, given the old ones.
     """
     path = folder / "model.pt"
-    data = draw(one([torch_file(), _torchscript_file()]))
+    data = draw(one([_torch_file(), _torchscript_file()]))
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w") as new:
         for info in old.infolist():
             is_meant = info.filename.endswith(member)
             before = old.read(info)
-            method = compression if is_meant else zipfile.ZIP_STORED
-            new.writestr(info.filename, draw(contents(before)) if is_meant else before, method)
+            data = draw(contents(before)) if is_meant else before
+            is_long = len(data) > 2**20
+            new.writestr(
+                info.filename, data, zipfile.ZIP_DEFLATED if is_long else zipfile.ZIP_STORED
+            )
     return path
 
 
@@ -226,60 +238,57 @@ def check_damaged_pickle(draw: Draw, folder: pathlib.Path) -> str:
     return SUCCESS
 
 
-def check_hostile_pickle(draw: Draw, folder: pathlib.Path) -> str:
-    """Pickles that ask for memory, run in circles, or name what is no tensor."""
-    path = _write_changed(draw, folder, "/data.pkl", lambda _: one(_PICKLES))
+def check_hostile_torch_files(draw: Draw, folder: pathlib.Path) -> str:
+    """Pickles that ask for memory, run in circles or name what is no tensor; members of zeros."""
+    bombs = [("/data/0", bytes(2**25)), ("/data.pkl", bytes(2**25))]
+    member, contents = draw(one([("/data.pkl", data) for data in _PICKLES] + bombs))
+    path = _write_changed(draw, folder, member, lambda _: st.just(contents))
     result = attempt(lambda: read_tensors(path), path)
     require(isinstance(result, Refused) or not result.tensors, f"{result}")
     return ERROR
 
 
-def check_bomb(draw: Draw, folder: pathlib.Path) -> str:
-    """A member that unpacks to many megabytes."""
-    name = draw(one(["/data/0", "/data.pkl", "/constants.pkl"]))
-    zeros = st.builds(bytes, st.just(2**25))
-    path = _write_changed(draw, folder, name, lambda _: zeros, zipfile.ZIP_DEFLATED)
-    result = attempt(lambda: read_tensors(path), path)
-    require(isinstance(result, Refused) or name == "/constants.pkl", "a bomb was unpacked")
-    return ERROR if isinstance(result, Refused) else SUCCESS
+def _write_directory(draw: Draw, folder: pathlib.Path) -> pathlib.Path:
+    """A directory of open_clip or Hugging Face, or of a few shards; returns what is to be read."""
+    form, target = draw(one(["shards", "open_clip", "huggingface"])), folder
+    weights = {"open_clip_model.safetensors": _tensors()}
+    files = {"open_clip_config.json": open_clip_config.make_config(_ARCH, _PREPROCESSING)}
+    if form == "shards":
+        items = sorted(_tensors().items())
+        half = len(items) // 2
+        weights = {"a.safetensors": dict(items[:half]), "b.safetensors": dict(items[half:])}
+        target = folder / "model.safetensors.index.json"
+        places = {key: name for name, part in weights.items() for key in part}
+        files = {target.name: {"weight_map": places}}
+    elif form == "huggingface":
+        values = huggingface.to_huggingface(_tensors(), _ARCH)
+        values = {name: np.array(value, order="C") for name, value in values.items()}
+        weights = {"model.safetensors": values}
+        files = {"config.json": huggingface.make_config(_ARCH, "float32")}
+        preprocessor = huggingface.make_preprocessor(_ARCH, _PREPROCESSING)
+        files["preprocessor_config.json"] = preprocessor
+    for name, values in weights.items():
+        (folder / name).write_bytes(safetensors.numpy.save(values))
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return target
 
 
-def check_other_contents(draw: Draw, folder: pathlib.Path) -> str:
-    """State dicts of other things: lists, numbers, nested and sparse tensors, other models."""
-    zeros = torch.zeros(2)
-    values = [{"a": 3}, [zeros], zeros, {}, {"state_dict": {"state_dict": {}}}, {3: zeros}]
-    values += [{"model": {"a": zeros, "b": "text"}}, {"module.a": zeros}]
-    values += [{"visual.conv1.weight": torch.zeros(8, 3, 4, 4), "visual.proj": torch.zeros(0)}]
-    others = [zeros.to_sparse(), torch.zeros(2, device="meta"), torch.zeros(1).expand(10**9)]
-    others += [torch.quantize_per_tensor(zeros, 0.1, 0, torch.qint8), zeros.to(torch.complex64)]
-    values += [{"a": other} for other in [*others, zeros.to(torch.float8_e4m3fn)]]
-    path = folder / "model.pt"
-    torch.save(values[draw(integers(0, len(values) - 1))], path)
-    attempt(lambda: read_tensors(path), path)
-    return must_refuse(lambda: read_weights(path), path)
-
-
-def check_other_parameters(draw: Draw, folder: pathlib.Path) -> str:
-    """A CLIP with parameters missing, added, swapped, of another shape or type."""
-    changed = dict(tensors())
-    name, other = draw(st.permutations(sorted(changed)))[:2]
-    value, form = changed[name], draw(integers(0, 5))
-    if form == 0:
-        del changed[name]
-    elif form == 1:
-        changed[f"{name}.extra"] = value
-    elif form == 2:
-        assume(value.shape != changed[other].shape)
-        changed[name], changed[other] = changed[other], value
-    elif form == 3:
-        changed[name] = [value[None], value.reshape(-1)[:0], np.stack([value] * 2)][
-            draw(integers(0, 2))
-        ]
-        assume(name != "logit_scale" or changed[name].shape != (1,))
-    elif form == 4:
-        changed[name] = value.astype(draw(one([np.int64, np.uint8, np.bool_])))
+def check_directories(draw: Draw, folder: pathlib.Path) -> str:
+    """Files damaged, swapped or gone, settings of another type or model: the model, or an error."""
+    target = _write_directory(draw, folder)
+    values = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    if draw(st.booleans()):
+        damage_folder(draw, folder)
+        for path, data in values.items():
+            path.write_bytes(data)  # values have no checksum; they are damaged above
     else:
-        changed = {f"visual.{name}": value for name, value in changed.items()}
-    path = folder / "model.safetensors"
-    path.write_bytes(safetensors.numpy.save(changed))
-    return must_refuse(lambda: read_weights(path), path)
+        path = draw(one(sorted(folder.glob("*.json"))))
+        path.write_text(json.dumps(draw(changed_json(json.loads(path.read_text())))))
+    if _judge_model(target) == ERROR:
+        return ERROR
+    preprocessing = read_weights(target).preprocessing
+    numbers = (*preprocessing.mean, *preprocessing.std) if preprocessing else (0.5,) * 6
+    require(all(isinstance(v, int | float) for v in numbers), f"no numbers: {numbers}")
+    require(bool(np.isfinite(numbers).all()) and len(numbers) == 6, f"no numbers: {numbers}")
+    return SUCCESS

@@ -9,68 +9,36 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
-from hypothesis.strategies import booleans, integers
+from hypothesis.strategies import booleans
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.config import default_config
 from diht_jax.loading import read_model
-from diht_jax.models.parameters import model_definition
-from diht_jax.models.zoo import get_architecture
-from diht_jax.training.workdir.saved_run import (
-    CHECKPOINT_DIRECTORY,
-    CHECKS_ITEM,
-    CONFIG_FILE,
-    STATE_ITEM,
-    tree_checksums,
-    write_config,
-)
+from diht_jax.training.workdir.saved_run import CHECKPOINT_DIRECTORY, CONFIG_FILE
 from tests.fuzz.damage import Draw, changed_json, cut, damage_folder
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
-from tests.fuzz.kinds.weights import FIELDS
+from tests.make import tiny_config, write_run
 
 _STEPS = (3, 7)
 _whole: dict[str, Any] = {}
 
 
 def prepare(base: pathlib.Path) -> None:
-    """A run of a very small model with two checkpoints, to be copied."""
+    """A run of a very small model with two equal checkpoints, to be copied."""
     logging.set_verbosity(logging.FATAL)
-    config = default_config()
-    config.model.name = "tiny_32px"
-    config.model.dtype = "float32"
-    config.model.overrides.update(FIELDS)
-    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-    _, init_params = model_definition(arch, "float32", "float32")
-    write_config(base, config)
-    params = jax.jit(init_params)(jax.random.key(0))
-    with (
-        ocp.StandardCheckpointer() as states,
-        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checks,
-    ):
-        for step in _STEPS:
-            directory = base / CHECKPOINT_DIRECTORY / str(step)
-            state = {"params": jax.tree.map(lambda x, step=step: x + step, params)}
-            states.save(directory / STATE_ITEM, state)
-            sums = {"state": tree_checksums(state)}
-            checks.save(directory / CHECKS_ITEM, args=ocp.args.JsonSave(sums))
-    _whole.update(folder=base, params=jax.tree.map(np.asarray, params))
-    require(_judge(base) == SUCCESS, "the undamaged run")
+    for step in _STEPS:
+        write_run(base, tiny_config(), step=step)
+    _whole.update(folder=base, params=read_model(base).params)
 
 
-def _judge(folder: pathlib.Path, must_fail: bool = False, **options: Any) -> str:
-    """The parameters that were saved at the step, or an error that names the directory."""
-    model = attempt(lambda: read_model(folder, **options), folder, "config key", "config.model")
+def _judge(folder: pathlib.Path, must_fail: bool = False) -> str:
+    """The parameters that were saved, or an error that names the directory."""
+    model = attempt(lambda: read_model(folder), folder, "config key", "config.model")
     if isinstance(model, Refused):
         return ERROR
     require(not must_fail, "a model was read where there is nothing to read")
     require(model.step in _STEPS, f"step {model.step}")
-    same = jax.tree.map(
-        lambda saved, found: np.array_equal(saved + np.float32(model.step), found),
-        _whole["params"],
-        model.params,
-    )
+    same = jax.tree.map(np.array_equal, _whole["params"], model.params)
     require(all(jax.tree.leaves(same)), f"parameters have changed: {same}")
     return SUCCESS
 
@@ -80,7 +48,7 @@ def _copy(folder: pathlib.Path) -> pathlib.Path:
 
 
 def check_damaged_files(draw: Draw, folder: pathlib.Path) -> str:
-    """Files of the config or of the latest checkpoint that are damaged, swapped or gone."""
+    """Files of the config or of the only checkpoint that are damaged, swapped or gone."""
     run = _copy(folder)
     shutil.rmtree(run / CHECKPOINT_DIRECTORY / str(_STEPS[0]))
     damage_folder(draw, run if draw(booleans()) else run / CHECKPOINT_DIRECTORY)
@@ -88,7 +56,7 @@ def check_damaged_files(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_all_files_gone_or_cut(draw: Draw, folder: pathlib.Path) -> str:
-    """As on a full disk: that must be an error, whatever earlier checkpoint there is."""
+    """A latest checkpoint as on a full disk is an error, whatever earlier one there is."""
     run = _copy(folder)
     is_cut = draw(booleans())
     for path in (run / CHECKPOINT_DIRECTORY / str(_STEPS[-1])).rglob("*"):
@@ -109,32 +77,3 @@ def check_config(draw: Draw, folder: pathlib.Path) -> str:
         config["model"]["overrides"] = draw(changed_json(config["model"]["overrides"]))
     path.write_text(json.dumps(config), encoding="utf-8", errors="surrogatepass")
     return _judge(path.parent)
-
-
-def check_directories(draw: Draw, folder: pathlib.Path) -> str:
-    """Unfinished checkpoints and other things beside the good ones, steps that are not there."""
-    step = draw(one([None, *_STEPS, 0, -1, 4, 10**12]))
-    if step is not None:
-        outcome = _judge(_whole["folder"], must_fail=step not in _STEPS, step=step)
-        require((outcome == SUCCESS) == (step in _STEPS), f"step {step}: {outcome}")
-        return outcome
-    root = _copy(folder) / CHECKPOINT_DIRECTORY
-    names = ["9.orbax-checkpoint-tmp-123", "latest", "-1", "1e3", "notes.txt", "٣", ".hidden"]
-    name = draw(one(names))
-    (root / name).mkdir()
-    if draw(booleans()):
-        shutil.copytree(root / str(_STEPS[0]), root / name, dirs_exist_ok=True)
-    require(_judge(root.parent) == SUCCESS, f"the good checkpoints are hidden by '{name}'")
-    return SUCCESS
-
-
-def check_no_run(draw: Draw, folder: pathlib.Path) -> str:
-    """Empty directories, files, and runs that never saved."""
-    run = _copy(folder)
-    form = draw(integers(0, 3))
-    if form == 0:
-        (run / CONFIG_FILE).unlink()
-    else:
-        shutil.rmtree(run / CHECKPOINT_DIRECTORY if form < 3 else run)
-        (run / CHECKPOINT_DIRECTORY if form == 1 else run).mkdir(exist_ok=True)
-    return _judge(run, must_fail=True)
