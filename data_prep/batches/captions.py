@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from data_prep import captions as captions_module
 from data_prep.batches.columns import append_columns, read_column
-from data_prep.captions.cache import CaptionMemo
 from data_prep.captions.graph import CaptionGraph, cat_reason
 
 
 class CaptionFilter:
-    """Parses captions and decides about each; a text that comes again is parsed once."""
+    """Parses captions and decides about each."""
 
     def __init__(
         self,
@@ -40,12 +40,11 @@ class CaptionFilter:
         self._limits = {"min_complexity": min_complexity, "require_action": require_action}
         self._caption_column = caption_column
         self._has_graphs = graphs
-        self._memo = CaptionMemo()
-        self._memo.parse([])
+        captions_module.parse_captions([])
 
     def judge(self, captions: Sequence[str]) -> list[tuple[CaptionGraph, str | None]]:
         """The graph of each caption, and the reason to drop it (None where it is kept)."""
-        graphs = self._memo.parse(captions)
+        graphs = captions_module.parse_captions(captions)
         return [(graph, cat_reason(graph, **self._limits)) for graph in graphs]
 
     def __call__(self, table: pa.Table) -> pa.Table:

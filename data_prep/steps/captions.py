@@ -12,8 +12,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from data_prep import captions
 from data_prep.captions import versions
-from data_prep.captions.cache import CaptionMemo
 from data_prep.captions.graph import GATE_REASONS, CaptionGraph
 from data_prep.steps.base import Candidate, Columns, Step, check_integers
 from diht_jax.readers.base import SourceShard
@@ -66,12 +66,11 @@ class CaptionStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._memo = CaptionMemo()
-        self._memo.parse([])  # loads the parser
+        captions.parse_captions([])  # loads the parser
 
     def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
         texts = [candidate.captions for candidate in batch]
-        parsed = iter(self._memo.parse(list(itertools.chain(*texts))))
+        parsed = iter(captions.parse_captions(list(itertools.chain(*texts))))
         rows = []
         for candidate in batch:
             graphs = list(itertools.islice(parsed, len(candidate.captions)))

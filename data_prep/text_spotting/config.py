@@ -29,37 +29,25 @@ RULES_VERSION = 3
 NOT_HASHED = ("cache", "device", "window", "batch_size", "stop_at_match")
 
 
+# Least values of counts; what lies between 0 and 1.
+_LEAST = {
+    **dict.fromkeys(("canvas_size", "min_chars", "misread_min_chars", "window", "batch_size"), 1),
+    **dict.fromkeys(("closer_size", "closer_chars"), 0),
+}
+_SHARES = (
+    *("min_confidence", "text_threshold", "low_text", "link_threshold", "gate_score"),
+    *("closer_score", "audit_share"),
+)
+
+
 def default_spotter() -> ml_collections.ConfigDict:
-    """The config section `spotter`, with the calibrated defaults of docs/benchmarks.md."""
-    s = Settings()
+    """The config section `spotter`: the fields of `Settings` and `OcrSettings`, and `cache`."""
+    values = dataclasses.asdict(Settings())
+    values |= values.pop("ocr")
+    del values["max_pixels"]  # of the section `image`
     c = ml_collections.ConfigDict()
-    # The match.
-    c.min_confidence = s.min_confidence  # of a line, 0 to 1, on EasyOCR's scale
-    c.min_chars = s.min_chars  # run of characters that line and caption share
-    c.misread_min_chars = placeholder(int)  # such a run with one character misread; None: never
-    if s.misread_min_chars is not None:
-        c.misread_min_chars = s.misread_min_chars
-    c.weigh_words = s.weigh_words  # words count by how common they are; False: the paper's rule
-    c.join_lines = s.join_lines  # lines that stand under one another are matched as one text too
-    # Detection.
-    c.canvas_size = s.ocr.canvas_size  # px of the longer side; larger pictures are shrunk
-    c.text_threshold = s.ocr.text_threshold  # these three as in EasyOCR
-    c.low_text = s.ocr.low_text
-    c.link_threshold = s.ocr.link_threshold
-    # The first look at low resolution.
-    c.gate_size = s.gate_size  # px of the longer side; 0: no first look
-    c.gate_score = s.gate_score  # 0 to 1; pictures below are taken to hold no text
-    c.audit_share = s.audit_share  # of those, how many are read all the same, to count the misses
-    # The closer look at pictures of whose text hardly any could be read.
-    c.closer_size = s.closer_size  # px of the longer side; up to canvas_size: no closer look
-    c.closer_score = s.closer_score  # 0 to 1; character score of detection that shows text
-    c.closer_chars = s.closer_chars  # characters read with confidence that are enough
-    # Speed.
-    c.precision = s.ocr.precision  # "bfloat16", "float32"; "auto": what the device is fast at
-    c.device = s.ocr.device  # "cpu", "cuda", "cuda:N", "mps"; "auto": a GPU where there is one
-    c.window = s.window  # pictures decoded and looked at together
-    c.batch_size = s.batch_size  # of those of like size, how many the networks take at once
-    c.stop_at_match = s.stop_at_match  # leave the other lines unread; False: the cache is complete
+    for name, value in values.items():
+        c[name] = placeholder(int) if value is None else value
     c.cache = placeholder(str)  # folder that keeps what was read; None: nothing is kept
     return c
 
@@ -71,20 +59,15 @@ def check_spotter(config: ml_collections.ConfigDict) -> None:
         ValueError: a value is out of its range.
     """
     refuse_url(config.cache, "config.spotter.cache")
-    for name in ("canvas_size", "min_chars", "misread_min_chars", "window", "batch_size"):
-        value = config[name]
-        if value is not None and value < 1:
-            raise ValueError(f"config.spotter.{name}={value}; expected at least 1")
+    for name, least in _LEAST.items():
+        if config[name] is not None and config[name] < least:
+            raise ValueError(f"config.spotter.{name}={config[name]}; expected at least {least}")
     if not 0 <= config.gate_size < config.canvas_size:
         raise ValueError(
             f"config.spotter.gate_size={config.gate_size}; expected less than canvas_size="
             f"{config.canvas_size}, or 0 for no first look"
         )
-    for name in ("closer_size", "closer_chars"):
-        if config[name] < 0:
-            raise ValueError(f"config.spotter.{name}={config[name]}; expected at least 0")
-    shares = ("min_confidence", "text_threshold", "low_text", "link_threshold", "gate_score")
-    for name in (*shares, "closer_score", "audit_share"):
+    for name in _SHARES:
         if not 0 <= config[name] <= 1:
             raise ValueError(f"config.spotter.{name}={config[name]}; expected 0 to 1")
     if config.precision not in PRECISIONS:
@@ -92,20 +75,6 @@ def check_spotter(config: ml_collections.ConfigDict) -> None:
             f"config.spotter.precision='{config.precision}'; expected one of "
             f"{', '.join(PRECISIONS)}"
         )
-
-
-def read_settings(config: ml_collections.ConfigDict, max_pixels: int) -> Settings:
-    """The section as `spotter.Settings`.
-
-    Args:
-        config: of `default_spotter`.
-        max_pixels: of a picture that is still decoded.
-    """
-    values = config.to_dict() | {"max_pixels": max_pixels}
-    names = {field.name for field in dataclasses.fields(OcrSettings)}
-    ocr = OcrSettings(**{name: values.pop(name) for name in names})
-    values.pop("cache")
-    return Settings(ocr=ocr, **values)
 
 
 def open_spotter(config: ml_collections.ConfigDict, max_pixels: int, shard: str) -> TextSpotter:
@@ -119,10 +88,13 @@ def open_spotter(config: ml_collections.ConfigDict, max_pixels: int, shard: str)
     Raises:
         ValueError: there is a cache, but no EasyOCR.
     """
-    settings = read_settings(config, max_pixels)
-    if config.cache is None:
+    values = config.to_dict() | {"max_pixels": max_pixels}
+    cache = values.pop("cache")
+    names = [field.name for field in dataclasses.fields(OcrSettings)]
+    settings = Settings(ocr=OcrSettings(**{name: values.pop(name) for name in names}), **values)
+    if cache is None:
         return TextSpotter(settings)
-    return TextSpotter(settings, SpotCache(config.cache, settings.describe_readings(), shard))
+    return TextSpotter(settings, SpotCache(cache, settings.describe_readings(), shard))
 
 
 def describe_machine(settings: Settings) -> dict[str, str]:

@@ -222,11 +222,17 @@ def crop_line(grey: np.ndarray, box: Box) -> tuple[np.ndarray, int] | None:
     return (crops[0][1], int(width)) if crops else None
 
 
+def box_sides(box: Sequence[float]) -> tuple[float, float, float, float]:
+    """(left, right, top, bottom) of the upright rectangle around a box, in px."""
+    if len(box) == 4:
+        return tuple(box)
+    return min(box[::2]), max(box[::2]), min(box[1::2]), max(box[1::2])
+
+
 def box_size(box: Box) -> tuple[float, float]:
     """Width and height of the upright rectangle around a box, in px."""
-    if len(box) == 4:
-        return box[1] - box[0], box[3] - box[2]
-    return max(box[::2]) - min(box[::2]), max(box[1::2]) - min(box[1::2])
+    left, right, top, bottom = box_sides(box)
+    return right - left, bottom - top
 
 
 def canvas_shape(size: tuple[int, int], side: int | None) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """Which lines of text stand under one another, on boxes written by hand."""
 
 from data_prep.text_spotting.cache import Lines
-from data_prep.text_spotting.lines import stack_lines
-from data_prep.text_spotting.looks import find_match
+from data_prep.text_spotting.looks import find_match, stack_lines
 from data_prep.text_spotting.settings import Settings
 
 
