@@ -156,9 +156,9 @@ def write_standin(name: str, folder: pathlib.Path, data: pathlib.Path) -> int:
 def _words(standin: Standin) -> tuple[Sequence[str], Sequence[str]]:
     names, templates = standin.names, standin.templates
     if isinstance(names, str):
-        names = prompts.benchmark_class_names(names)
+        names = prompts.read_class_names(f"clip_benchmark:{names}")
     if isinstance(templates, str):
-        templates = prompts.benchmark_templates(templates)
+        templates = prompts.parse_templates(f"clip_benchmark:{templates}")
     if standin.num_countries:
         countries = prompts.benchmark_class_names("country211")
         names = (*names, *countries[: standin.num_countries])

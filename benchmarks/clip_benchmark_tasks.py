@@ -29,10 +29,9 @@ from benchmarks.clip_benchmark import METRIC_NAMES
 from benchmarks.clip_benchmark_standins import STANDINS, write_standin
 from benchmarks.record import write_result
 from diht_jax import command_line, load_model
-from diht_jax.evaluation.protocols.base import Task
-from diht_jax.evaluation.protocols.classification import classify
-from diht_jax.evaluation.protocols.label_scores import score_labels
-from diht_jax.evaluation.protocols.retrieval import retrieve
+from diht_jax.evaluation.embedding.encoding import Batching
+from diht_jax.evaluation.protocols.base import Measured
+from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.results import format_table
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
 from diht_jax.evaluation.task_parsing import parse_tasks
@@ -118,7 +117,9 @@ def compare_task(model: Any, name: str, output: pathlib.Path) -> dict[str, Any]:
     )
     with np.load(output / f"{name}.npz") as file:
         theirs = dict(file)
-    samples, different, largest, metrics = _COMPARISONS[standin.kind](model, task, theirs)
+    measured = PROTOCOLS[task.kind].run(model, task, read_entries(task), Batching())
+    samples, different, largest = _COMPARISONS[standin.kind](measured, theirs)
+    metrics = measured.metrics
     written = json.loads((output / f"{name}.json").read_text())
     # Of fewer than five classes CLIP_benchmark has a NaN as top-5, of exactly five a 1; we none.
     their_metrics = {_NAMES[key]: value for key, value in written.items() if _NAMES[key] in metrics}
@@ -136,42 +137,35 @@ def compare_task(model: Any, name: str, output: pathlib.Path) -> dict[str, Any]:
     }
 
 
-# Samples, how many differ, the largest difference of similarities, and our metrics.
-_Found = tuple[int, int, float | None, dict[str, float]]
+# Samples, how many differ, and the largest difference of similarities.
+_Found = tuple[int, int, float | None]
 
 
-def _classification(model: Any, task: Task, theirs: dict[str, np.ndarray]) -> _Found:
-    result = classify(
-        model,
-        read_entries(task),
-        task.class_names,
-        task.templates,
-        group=task.options.get("group"),
-        with_f1="f1" in task.options,
-    )
+def _classification(measured: Measured, theirs: dict[str, np.ndarray]) -> _Found:
+    result = measured.result
     np.testing.assert_array_equal(result.classes.labels, theirs["targets"])
     different = result.predictions != theirs["logits"].argmax(axis=1)
-    return len(different), int(different.sum()), None, result.metrics
+    return len(different), int(different.sum()), None
 
 
-def _several_labels(model: Any, task: Task, theirs: dict[str, np.ndarray]) -> _Found:
-    result = score_labels(model, read_entries(task), task.class_names, task.templates, binary=False)
+def _several_labels(measured: Measured, theirs: dict[str, np.ndarray]) -> _Found:
+    result = measured.result
     np.testing.assert_array_equal(result.targets, theirs["targets"] == 1)
     ours, other = result.scores, theirs["logits"] / 100  # its logit scale
     differences = np.abs(ours - other).max(axis=1)
     different = int((differences > _SCORE_ROUNDING).sum())
-    return len(ours), different, float(differences.max()), result.metrics
+    return len(ours), different, float(differences.max())
 
 
-def _retrieval(model: Any, task: Task, theirs: dict[str, np.ndarray]) -> _Found:
-    result = retrieve(model, read_entries(task), task.caption_template)
+def _retrieval(measured: Measured, theirs: dict[str, np.ndarray]) -> _Found:
+    result = measured.result
     samples = different = 0
     for key, hits in theirs.items():
         way, _, k = key.partition("_r")
         ranks = result.t2i_ranks if way == "t2i" else result.i2t_ranks
         samples += len(hits)
         different += int(((ranks < int(k)) != hits).sum())
-    return samples, different, None, result.metrics
+    return samples, different, None
 
 
 _COMPARISONS = {

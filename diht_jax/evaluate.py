@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import datetime
 import pathlib
-import re
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +33,6 @@ from diht_jax.storage.files import refuse_url
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Task
-    from diht_jax.weights.inference import LoadedModel
 
 
 def define_flags() -> None:
@@ -56,12 +53,14 @@ def define_flags() -> None:
     )
 
 
-def main() -> None:
-    """Compares results, or evaluates a model."""
+def main(arguments: Sequence[str]) -> None:
+    """Compares results, or evaluates a model; the arguments are more files to compare."""
     given = flags.FLAGS
     if given.compare is not None:
-        compare(given.compare, given.output, draw=given.pages)
+        compare([*given.compare, *arguments], given.output, draw=given.pages)
         return
+    if arguments:
+        raise ValueError(f"unexpected arguments: {' '.join(arguments)}")
     command_line.require_flags("model", "tasks", "output")
     from diht_jax.evaluation.task_parsing import parse_tasks
 
@@ -151,13 +150,25 @@ def evaluate_model(
     sources = [check_source(task) for task in tasks]
     loaded = load_model(model, batch_size=batch_size, devices=jax.devices(), **model_options)
     output = pathlib.Path(output)
-    results = {**_describe_run(model, loaded, ema=model_options.get("ema", False)), "results": []}
+    results = {
+        "model": model,
+        "step": loaded.step,
+        "ema": model_options.get("ema", False),
+        "fingerprint": loaded.fingerprint(),
+        "image_size": loaded.image_size,
+        "context_length": loaded.context_length,
+        "embed_dim": loaded.embed_dim,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "devices": jax.device_count(),
+        "device_kind": jax.local_devices()[0].device_kind,
+        "results": [],
+    }
     page = ResultsPage(output.with_suffix(".html")) if pages and distributed.is_first() else None
-    for task in tasks:
+    for task, units in zip(tasks, sources, strict=True):
         result = evaluate_task(
             loaded,
             task,
-            units=sources.pop(0),
+            units=units,
             batch_size=batch_size,
             num_threads=num_threads,
             limit=limit,
@@ -180,38 +191,6 @@ def evaluate_model(
     return results
 
 
-def _describe_run(model: str, loaded: LoadedModel, *, ema: bool) -> dict[str, Any]:
-    """Model, date and devices, for the results file."""
-    import jax
-
-    return {
-        "model": model,
-        "step": loaded.step,
-        "ema": ema,
-        "fingerprint": loaded.fingerprint(),
-        "image_size": loaded.image_size,
-        "context_length": loaded.context_length,
-        "embed_dim": loaded.embed_dim,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "devices": jax.device_count(),
-        "device_kind": jax.local_devices()[0].device_kind,
-    }
-
-
-def _join_compared_files(arguments: list[str]) -> list[str]:
-    """`--compare A B` -> `--compare=A,B`: absl takes one value per flag."""
-    joined = list(arguments)
-    for i, argument in enumerate(arguments[:-1]):
-        if re.fullmatch("--?compare", argument):
-            end = next(
-                (j for j in range(i + 1, len(joined)) if joined[j].startswith("-")), len(joined)
-            )
-            joined[i:end] = [f"--compare={','.join(joined[i + 1 : end])}"]
-            break
-    return joined
-
-
 if __name__ == "__main__":
     define_flags()
-    sys.argv[1:] = _join_compared_files(sys.argv[1:])
-    command_line.run(main)
+    command_line.run(main, takes_arguments=True)

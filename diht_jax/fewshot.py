@@ -152,9 +152,8 @@ def task_text(task: str | None, source: str) -> str:
     Raises:
         ValueError: the task names a source as well.
     """
-    from diht_jax.evaluation.benchmarks import TASKS_BY_NAME
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
-    from diht_jax.evaluation.suite import CLASSIFICATION
+    from diht_jax.evaluation.suite import CLASSIFICATION, TASKS_BY_NAME
 
     options_begin = r"\?(?=\w+=)"  # a "?" alone also stands in globs
     body, *of_task = re.split(options_begin, task or CLASSIFICATION, maxsplit=1)

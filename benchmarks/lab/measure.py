@@ -73,13 +73,14 @@ def measure_scenes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 def measure_composition(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     """Choices between the caption of a held-out scene and a wrong one; the items are questions."""
     from benchmarks.lab.composition import REPLACEMENTS, SWAPS, ask
-    from diht_jax.evaluation.protocols.caption_choice import choose_captions
+    from diht_jax.evaluation.protocols import caption_choice
+    from diht_jax.evaluation.protocols.base import Task
 
-    found = choose_captions(model, ask(open_source(str(tests["web"] / "val_retrieval.tar"))))
+    source = str(tests["web"] / "val_retrieval.tar")
+    task = Task("composition", "caption_choice", source, caption_template="{caption}")
+    found = caption_choice.run(model, task, ask(open_source(source))).result
     kinds = np.array([question.group for question in found.questions])
-    metrics = {
-        f"composition/{group['group']}": group["accuracy"] for group in found.describe_groups()
-    }
+    metrics = {f"composition/{group['group']}": group["accuracy"] for group in found.per_group()}
     items = {}
     for name, chosen in (("swaps", SWAPS), ("replacements", REPLACEMENTS)):
         hits = found.is_right[np.isin(kinds, chosen)]
@@ -179,21 +180,26 @@ def measure_tasks(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 
 
 def _retrieve(model: Any, source: pathlib.Path, name: str) -> Measured:
-    from diht_jax.evaluation.protocols.retrieval import retrieve
+    from diht_jax.evaluation.protocols import retrieval
+    from diht_jax.evaluation.protocols.base import Task
 
-    found = retrieve(model, open_source(str(source)), "{caption}")
+    task = Task(name, "retrieval", str(source), caption_template="{caption}")
+    measured = retrieval.run(model, task, open_source(task.source))
+    found = measured.result
     hits = [found.t2i_ranks < RECALL_AT, found.i2t_ranks < RECALL_AT]
-    metrics = {f"{name}/{metric}": value for metric, value in found.metrics.items()}
+    metrics = {f"{name}/{metric}": value for metric, value in measured.metrics.items()}
     metrics[f"{name}/r{RECALL_AT}"] = float(np.mean([np.mean(each) for each in hits]))
     return metrics, {f"{name}/r{RECALL_AT}": [pack_bits(each) for each in hits]}
 
 
 def _classify(model: Any, source: pathlib.Path, name: str, templates: Iterable[str]) -> Measured:
-    from diht_jax.evaluation.protocols.classification import classify
+    from diht_jax.evaluation.protocols import classification
+    from diht_jax.evaluation.protocols.base import Task
 
-    found = classify(model, open_source(str(source)), None, tuple(templates))
-    hits = pack_bits(found.ranks == 0)
-    return {f"{name}/top1": found.metrics["top1"]}, {f"{name}/top1": [hits]}
+    task = Task(name, "classification", str(source), templates=tuple(templates))
+    measured = classification.run(model, task, open_source(task.source))
+    hits = pack_bits(measured.result.ranks == 0)
+    return {f"{name}/top1": measured.metrics["top1"]}, {f"{name}/top1": [hits]}
 
 
 def pack_bits(hits: np.ndarray) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from diht_jax.evaluation.linear_probe import (
     probe_accuracy,
 )
 from diht_jax.evaluation.protocols import classification
-from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.protocols.base import Measured, Task
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.tasks import entries_bar
@@ -137,7 +137,8 @@ def evaluate_few_shot(
     options, batching = options or FewShotOptions(), batching or Batching()
     start = time.perf_counter()
     tasks = [train, *([validation] if validation else []), test]
-    splits, found = _embed(model, tasks, batching)
+    splits, zero_shot = _embed(model, tasks, batching)
+    found = zero_shot.result
     weights = found.classifier.T * np.float32(model.logit_scale)
     if validation is None:
         shots_from, held_out = split_by_class(splits[0], options)
@@ -167,7 +168,7 @@ def evaluate_few_shot(
             "train": len(data.train),
             "validation": len(data.validation),
             "test": len(data.test),
-            "dropped": found.encoded.dropped,
+            "dropped": zero_shot.encoded.dropped,
         },
         **measured,
         "seconds_embedding": embedded - start,
@@ -339,9 +340,9 @@ def _embed(
     model: EmbeddingModel,
     tasks: Sequence[Task],
     batching: Batching,
-) -> tuple[list[LabelledEmbeddings], classification.ClassificationResult]:
+) -> tuple[list[LabelledEmbeddings], Measured]:
     """All sources in one pass, so that they share their classes; the last task has the prompts."""
-    prompts = tasks[-1]
+    prompts = dataclasses.replace(tasks[-1], options={})  # all classes compete
     try:
         parts = [open_units(task.source, task.source_options) for task in tasks]
         counts = [part.count_entries() for part in parts]
@@ -350,27 +351,21 @@ def _embed(
             lambda: None if None in counts else sum(counts),
         )
         with entries_bar("images", units, hidden=not batching.progress) as bar:
-            found = classification.classify(
-                model,
-                Entries(units, count=bar.update),
-                prompts.class_names,
-                prompts.templates,
-                label_field=prompts.label_field,
-                batching=batching,
+            measured = classification.run(
+                model, prompts, Entries(units, count=bar.update), batching
             )
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error
-    unit_of = np.array([unit for unit, _ in found.encoded.orders])
+    encoded, found = measured.encoded, measured.result
+    unit_of = np.array([unit for unit, _ in encoded.orders])
     stops = list(itertools.accumulate(map(len, parts)))
     splits = []
     for task, start, stop in zip(tasks, [0, *stops], stops, strict=False):
         chosen = np.flatnonzero((unit_of >= start) & (unit_of < stop))
         if not len(chosen):
             raise ValueError(f"{task.source}: no usable image")
-        splits.append(
-            LabelledEmbeddings(found.encoded.image_emb[chosen], found.classes.labels[chosen])
-        )
-    return splits, found
+        splits.append(LabelledEmbeddings(encoded.image_emb[chosen], found.classes.labels[chosen]))
+    return splits, measured
 
 
 def _indices_by_class(labels: np.ndarray) -> list[tuple[int, np.ndarray]]:

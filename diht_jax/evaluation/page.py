@@ -69,7 +69,7 @@ class ResultsPage:
         def load(rows: Sequence[int]) -> dict[int, str]:
             return _load_pictures(units, measured.encoded, rows)
 
-        section = EXAMPLES[task.kind](task, measured.result, load, logit_scale)
+        section = EXAMPLES[task.kind](task, measured, load, logit_scale)
         metrics = [(metric_of(result, name), value) for name, value in result["metrics"].items()]
         cards = [(metric.label, format_value(metric, value)) for metric, value in metrics]
         self._sections.append({"name": task.name, "kind": task.kind, "cards": cards, **section})
@@ -91,17 +91,18 @@ class ResultsPage:
 
 
 def retrieval_examples(
-    task: Task, result: RetrievalResult, load: PictureLoader, logit_scale: float
+    task: Task, measured: Measured, load: PictureLoader, logit_scale: float
 ) -> dict[str, Any]:
     """Queries both ways, each with its first answers, and the right one where it is not among them.
 
     Args:
         task: what was measured.
-        result: of `retrieve`.
+        measured: by `retrieval.run`.
         load: reads the pictures.
         logit_scale: not used.
     """
-    image_emb, owners = result.encoded.image_emb, result.image_of_text
+    result: RetrievalResult = measured.result
+    image_emb, owners = measured.encoded.image_emb, result.image_of_text
     texts = draw_rows(len(result.captions), _QUERIES)
     images = draw_rows(len(image_emb), _QUERIES, seed=1)
     image_ids = np.arange(len(image_emb))
@@ -110,7 +111,7 @@ def retrieval_examples(
     pictures = load([*found[0].ravel(), *owners[texts], *images])
 
     def tile(image: int, own: int, label: str) -> dict[str, Any]:
-        caption = result.encoded.notes[image][0]
+        caption = measured.encoded.notes[image][0]
         right = image == own
         return {"picture": pictures[image], "label": label, "caption": caption, "right": right}
 
@@ -151,20 +152,21 @@ def retrieval_examples(
 
 
 def classification_examples(
-    task: Task, result: ClassificationResult, load: PictureLoader, logit_scale: float
+    task: Task, measured: Measured, load: PictureLoader, logit_scale: float
 ) -> dict[str, Any]:
     """Classified samples, the confusions of few classes, and the accuracy of each class.
 
     Args:
         task: what was measured.
-        result: of `classify`.
+        measured: by `classification.run`.
         load: reads the pictures.
         logit_scale: turns cosine similarities into the probabilities of the samples.
     """
+    result: ClassificationResult = measured.result
     names, labels = result.classes.names, result.classes.labels
     chosen = draw_rows(len(result.predictions), _SAMPLES).tolist()
     pictures = load(chosen)
-    logits = logit_scale * (result.encoded.image_emb[chosen] @ result.classifier.T)
+    logits = logit_scale * (measured.encoded.image_emb[chosen] @ result.classifier.T)
     probs = np.exp(logits - logits.max(axis=1, keepdims=True))
     probs /= probs.sum(axis=1, keepdims=True)
     samples = []
@@ -203,16 +205,17 @@ def classification_examples(
 
 
 def caption_choice_examples(
-    task: Task, result: CaptionChoiceResult, load: PictureLoader, logit_scale: float
+    task: Task, measured: Measured, load: PictureLoader, logit_scale: float
 ) -> dict[str, Any]:
     """Questions with the similarity of each caption, and the groups with the lowest accuracy.
 
     Args:
         task: what was measured.
-        result: of `choose_captions`.
+        measured: by `caption_choice.run`.
         load: reads the pictures.
         logit_scale: not used.
     """
+    result: CaptionChoiceResult = measured.result
     chosen = draw_rows(len(result.questions), _QUESTIONS).tolist()
     rows = result.image_of_question[chosen].tolist()
     pictures = load(rows)
@@ -228,19 +231,20 @@ def caption_choice_examples(
         lines = [(question.captions[i], f"{cosines[i]:.3f}", i == 0, i == taken) for i in order]
         asked = {"picture": pictures[row], "right": right, "lines": lines}
         questions.append(asked | {"group": question.group or ""})
-    groups = sorted(result.describe_groups(), key=lambda group: group["accuracy"])[:_MOST_BARS]
+    groups = sorted(result.per_group(), key=lambda group: group["accuracy"])[:_MOST_BARS]
     return {
         "title": f"Choice of a caption: {task.name}",
-        "note": f"{len(result.questions):,} questions on {len(result.encoded.positions):,} images "
-        f"of {_short_source(task)}. Green is the right caption, red are wrong ones.",
+        "note": f"{len(result.questions):,} questions on "
+        f"{len(measured.encoded.positions):,} images of {_short_source(task)}. Green is the right "
+        "caption, red are wrong ones.",
         "questions": questions,
         "num_groups": len(result.groups),
         "bars": [(group["group"], group["accuracy"], group["questions"]) for group in groups],
     }
 
 
-# Kind of a task -> what makes its example section: (task, result, pictures, logit scale).
-EXAMPLES: dict[str, Callable[[Task, Any, PictureLoader, float], dict[str, Any]]] = {
+# Kind of a task -> what makes its example section: (task, measured, pictures, logit scale).
+EXAMPLES: dict[str, Callable[[Task, Measured, PictureLoader, float], dict[str, Any]]] = {
     "classification": classification_examples,
     "retrieval": retrieval_examples,
     "caption_choice": caption_choice_examples,

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
+import os
 import pathlib
+import runpy
 from collections.abc import Sequence
+from typing import Any
+
+from diht_jax.evaluation.sources.text_files import read_json, read_text
 
 CLASS_SLOT = "{}"
 CAPTION_SLOT = "{caption}"
@@ -68,10 +72,10 @@ UCF101_TEMPLATES = tuple(
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     """The templates as a tuple; none at all, or one without exactly one "{}", is a ValueError."""
-    if isinstance(templates, str) or not templates:
+    if not isinstance(templates, list | tuple) or not templates:
         raise ValueError(f"templates: expected a list of at least one template, got {templates!r}")
     for template in templates:
-        if template.count(CLASS_SLOT) != 1:
+        if not isinstance(template, str) or template.count(CLASS_SLOT) != 1:
             raise ValueError(
                 f"template {template!r}: expected '{CLASS_SLOT}' once, where the class name goes, "
                 "such as 'a photo of a {}.'"
@@ -100,70 +104,63 @@ def fill_caption_template(template: str, caption: str) -> str:
     return template.replace(CAPTION_SLOT, caption)
 
 
-def parse_templates(text: str) -> tuple[str, ...]:
-    """Templates from a command line.
+def parse_templates(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Templates as users give them.
 
     Args:
-        text: "cifar10" or "imagenet" for the sets of CLIP, "clip_benchmark:NAME" for any of that
-            package, "@FILE" for a file with one template a line, else templates with ";" between
-            them.
+        value: "imagenet" for CLIP's of ImageNet, "cifar10" or "clip_benchmark:NAME" for those of
+            the installed package clip_benchmark, "@FILE" for a file with one template a line, else
+            templates with ";" between them; or a list of templates.
+
+    Raises:
+        ValueError: no such package, set or file, or a template without "{}".
     """
-    if text.startswith(_BENCHMARK_PREFIX):
-        return benchmark_templates(text.removeprefix(_BENCHMARK_PREFIX))
-    if text == "cifar10":
-        return benchmark_templates(text)
-    if text == "imagenet":
+    if not isinstance(value, str):
+        return check_templates(value)
+    if value == "imagenet":
         return imagenet_prompts()[1]
-    parts = read_lines(text[1:]) if text.startswith("@") else text.split(";")
+    if value == "cifar10" or value.startswith(_BENCHMARK_PREFIX):
+        name = value.removeprefix(_BENCHMARK_PREFIX)
+        lines = _read_benchmark("en_zeroshot_classification_templates.json", name)
+        return check_templates([line.replace("{c}", CLASS_SLOT) for line in lines])
+    parts = read_text(value[1:]).splitlines() if value.startswith("@") else value.split(";")
     return check_templates([part.strip() for part in parts if part.strip()])
 
 
-def read_class_names(path: str | pathlib.Path) -> tuple[str, ...]:
-    """Class names from a text file, one a line; the line number (from 0) is the integer label.
+def read_class_names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Class names as users give them; the position (from 0) is the integer label.
 
     Args:
-        path: of the file, or of a `.json` list; or "clip_benchmark:NAME" for those of that package.
+        value: path of a text file with one name a line, or of a `.json` list; "imagenet" or
+            "clip_benchmark:NAME" for those of an installed package; or a list of names.
 
     Raises:
-        ValueError: no such file, a blank line, or no names.
+        ValueError: no such file or package, a blank name, or no names.
     """
-    text = str(path)
+    if not isinstance(value, str | os.PathLike):
+        return check_class_names(value, "class names")
+    text = os.fspath(value)
+    if text == "imagenet":
+        return imagenet_prompts()[0]
     if text.startswith(_BENCHMARK_PREFIX):
-        return benchmark_class_names(text.removeprefix(_BENCHMARK_PREFIX))
+        names = _read_benchmark("en_classnames.json", text.removeprefix(_BENCHMARK_PREFIX))
+        return check_class_names(names, text)
     if text.endswith(".json"):
-        return _read_json_names(pathlib.Path(path))
-    return check_class_names(read_lines(path), path)
+        return check_class_names(read_json(text, list, "a JSON list of names"), text)
+    return check_class_names(read_text(text).rstrip().splitlines(), text)
 
 
-def check_class_names(lines: Sequence[str], path: str | pathlib.Path) -> tuple[str, ...]:
-    """The lines of a file of class names as a tuple; a blank one, or none, is a ValueError."""
-    names = tuple(lines)
-    blank = [number for number, name in enumerate(names, start=1) if not name]
-    if not names or blank:
+def check_class_names(names: Any, where: str) -> tuple[str, ...]:
+    """The names without white space around them; a blank one, or none, is a ValueError."""
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: expected a list of names, got {names!r:.80}")
+    names = tuple(name.strip() for name in names)
+    if not names or "" in names:
         raise ValueError(
-            f"{path}: expected one class name a line, "
-            + (f"line {blank[0]} is blank" if blank else "the file is empty")
+            f"{where}: expected one class name a line, "
+            + (f"line {names.index('') + 1} is blank" if names else "the file is empty")
         )
     return names
-
-
-def benchmark_class_names(name: str) -> tuple[str, ...]:
-    """Class names of the installed package clip_benchmark, in label order.
-
-    Raises:
-        ValueError: it is not installed, or has no such names.
-    """
-    return tuple(_read_benchmark("en_classnames.json", name))
-
-
-def benchmark_templates(name: str) -> tuple[str, ...]:
-    """Templates of the installed package clip_benchmark, with its "{c}" as "{}".
-
-    Raises:
-        ValueError: it is not installed, or has no such templates.
-    """
-    lines = _read_benchmark("en_zeroshot_classification_templates.json", name)
-    return check_templates([line.replace("{c}", CLASS_SLOT) for line in lines])
 
 
 @functools.cache
@@ -176,62 +173,34 @@ def imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
     Raises:
         ValueError: open_clip is not installed, or its file is not as expected.
     """
-    package = importlib.util.find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        raise ValueError(
-            "the class names of ImageNet come with open_clip, which is not installed; run "
-            "`pip install open_clip_torch`, or pass --class_names FILE and --templates"
-        )
-    path = pathlib.Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
+    path = _find_package("open_clip", "open_clip_torch") / "zero_shot_metadata.py"
     try:
-        spec = importlib.util.spec_from_file_location("_open_clip_zero_shot_metadata", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        names = tuple(module.IMAGENET_CLASSNAMES)
-        templates = tuple(make(CLASS_SLOT) for make in module.OPENAI_IMAGENET_TEMPLATES)
-    except (OSError, AttributeError) as error:
+        found = runpy.run_path(str(path))
+        names = tuple(found["IMAGENET_CLASSNAMES"])
+        templates = tuple(make(CLASS_SLOT) for make in found["OPENAI_IMAGENET_TEMPLATES"])
+    except (OSError, KeyError) as error:
         raise ValueError(
             f"{path}: expected IMAGENET_CLASSNAMES and OPENAI_IMAGENET_TEMPLATES of open_clip 2 "
-            f"or 3 ({error}); pass --class_names FILE and --templates instead"
+            f"or 3 ({error!r}); give class_names=FILE and templates=... instead"
         ) from error
     return names, check_templates(templates)
 
 
 def _read_benchmark(file: str, name: str) -> list[str]:
     """One entry of a data file of clip_benchmark; the package itself is not imported."""
-    package = importlib.util.find_spec("clip_benchmark")
-    if package is None or not package.submodule_search_locations:
-        raise ValueError(
-            f"the words of '{name}' come with clip-benchmark, which is not installed; run "
-            "`pip install clip-benchmark`, or give class_names=FILE and templates=..."
-        )
-    path = pathlib.Path(package.submodule_search_locations[0]) / "datasets" / file
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a data file of clip-benchmark 1.6 ({error})") from error
+    path = _find_package("clip_benchmark", "clip-benchmark") / "datasets" / file
+    entries = read_json(str(path), dict, "a data file of clip-benchmark 1.6")
     if name not in entries:
         raise ValueError(f"{path} has no '{name}'; it has {', '.join(sorted(entries))}")
     return entries[name]
 
 
-def _read_json_names(path: pathlib.Path) -> tuple[str, ...]:
-    try:
-        names = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise ValueError(f"{path}: expected a JSON list of names")
-    return tuple(names)
-
-
-def read_lines(path: str | pathlib.Path) -> list[str]:
-    """Lines of a UTF-8 text file without white space around them; a ValueError names the file.
-
-    A byte order mark, which some editors leave, is no part of the first line.
-    """
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
-    return [line.strip() for line in text.rstrip().splitlines()]
+def _find_package(module: str, package: str) -> pathlib.Path:
+    """The folder of an installed package."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"these class names and templates come with {package}, which is not installed; run "
+            f"`pip install {package}`, or give class_names=FILE and templates=..."
+        )
+    return pathlib.Path(spec.submodule_search_locations[0])

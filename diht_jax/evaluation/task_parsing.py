@@ -13,26 +13,25 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from absl import logging
-
-from diht_jax.evaluation.benchmarks import TASKS_BY_NAME, expand_datacomp
+from diht_jax.evaluation import prompts
+from diht_jax.evaluation.benchmarks import expand_datacomp
 from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import registry
 from diht_jax.evaluation.sources.pictures import Units
-from diht_jax.evaluation.sources.registry import words_of_source
-from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, RETRIEVAL, SuiteEntry
+from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, TASKS_BY_NAME, SuiteEntry
 from diht_jax.readers import tfds
 from diht_jax.readers.registry import name_options, option_defaults
 
 # The options of the readers whose values are texts, and those of the layouts of benchmarks.
-_SOURCE_OPTIONS = tuple(
+SOURCE_OPTIONS = tuple(
     name
     for name in dict.fromkeys([*option_defaults(), *registry.OPTIONS])
     if name not in option_defaults()
     or option_defaults()[name].default is None
     or isinstance(option_defaults()[name].default, str)
 )
+_TASK_FIELDS = {field.name for field in dataclasses.fields(Task)}
 
 
 def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
@@ -62,9 +61,15 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
         ValueError: an unknown task, kind or option (names the nearest), a name used twice, a
             built-in task without a source, default class names for several classifications.
     """
-    texts = _join_numbers([texts] if isinstance(texts, str) else texts)
-    texts = [one for text in texts if text.strip() for one in expand_datacomp(text.strip())]
-    tasks = [_make_task(_read_text(text), defaults) for text in texts]
+    whole: list[str] = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        if whole and text.strip().isdecimal():  # "?splits=1,2,3", cut apart at its commas
+            whole[-1] += f",{text.strip()}"
+        elif text.strip():
+            whole.append(text.strip())
+    tasks = [
+        _make_task(_read_text(one), defaults) for text in whole for one in expand_datacomp(text)
+    ]
     classifications = [task.name for task in tasks if task.kind == CLASSIFICATION]
     if "class_names" in defaults and len(classifications) > 1:
         raise ValueError(
@@ -80,17 +85,6 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             )
         seen.add(task.name)
     return tasks
-
-
-def _join_numbers(texts: Iterable[str]) -> list[str]:
-    """Texts between commas, where "?splits=1,2,3" was cut apart, whole again."""
-    joined: list[str] = []
-    for text in texts:
-        if joined and text.strip().isdecimal():
-            joined[-1] += f",{text.strip()}"
-        else:
-            joined.append(text)
-    return joined
 
 
 def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
@@ -149,22 +143,22 @@ class _Request:
     """One task as a user writes it, before anything is looked up.
 
     Attributes:
+        where: begins the messages: "task 'cifar10?label=x'", "config.evaluation.tasks.cifar".
         name: of the task.
         kind: None where the name or the source decides.
-        source: None where the name decides.
+        source: empty where a built-in task has none.
         options: by the name that the user types: texts, or the values of a config.
         entry: of the built-in task that the name stands for.
-        where: begins the messages: "task 'cifar10?label=x'", "config.evaluation.tasks.cifar".
         is_text: whether it comes from a text; else it is a section of a config.
     """
 
+    where: str
     name: str
     kind: str | None
-    source: str | None
+    source: str
     options: Mapping[str, Any]
-    where: str
-    is_text: bool
     entry: SuiteEntry | None = None
+    is_text: bool = True
 
     def error(self, message: str, option: str | None = None) -> ValueError:
         """An error that says where its cause stands."""
@@ -173,6 +167,7 @@ class _Request:
 
 
 def _read_text(text: str) -> _Request:
+    where = f"task '{text}'"
     # A "?" also stands in globs, so only "?word=" starts the options.
     body, *behind = re.split(r"\?(?=\w+=)", text, maxsplit=1)
     pairs = re.split(r"&(?=\w+=)", behind[0]) if behind else ()
@@ -180,21 +175,23 @@ def _read_text(text: str) -> _Request:
     named = re.match(r"([\w.-]+)=(.*)", body)
     name, body = named.groups() if named else (None, body)
     kind, _, source = body.partition(":")
-    where = f"task '{text}'"
     # "winoground" is a task as well as a kind.
     if kind in PROTOCOLS and body not in TASKS_BY_NAME:
         if not source:
             raise ValueError(f"{where}: expected a source after '{kind}:'")
-        return _Request(name or _name_of_source(source), kind, source, options, where, True)
+        return _Request(where, name or _name_of_source(source), kind, source, options)
     if name in TASKS_BY_NAME:
-        return _Request(name, None, body, options, where, True, TASKS_BY_NAME[name])
+        return _Request(where, name, None, body, options, TASKS_BY_NAME[name])
     if kind == registry.BENCHMARK:
-        return _Request(name or _name_of_source(source), None, body, options, where, True)
+        return _Request(where, name or _name_of_source(source), None, body, options)
     if name is None and body in TASKS_BY_NAME:
-        return _Request(
-            body, None, TASKS_BY_NAME[body].source, options, where, True, TASKS_BY_NAME[body]
-        )
-    raise ValueError(_unknown_task_message(text, name or body))
+        entry = TASKS_BY_NAME[body]
+        return _Request(where, body, None, entry.source, options, entry)
+    raise ValueError(
+        f"unknown task '{text}'; {_hint(name or body, TASKS_BY_NAME)} For data of your own write "
+        "'classification:SOURCE' or 'retrieval:SOURCE', or another kind of task: "
+        f"{', '.join(PROTOCOLS)}"
+    )
 
 
 def _read_section(name: str, section: Any) -> _Request:
@@ -207,17 +204,15 @@ def _read_section(name: str, section: Any) -> _Request:
             f"got {type(section).__name__} {section!r:.80}"
         )
     options = {key: value for key, value in section.items() if value is not None}
-    kind, source = options.pop("kind", None), options.pop("source", None)
+    kind = options.pop("kind", None)
     entry = TASKS_BY_NAME.get(name) if kind is None else None
-    if entry is not None and source is None:
-        source = entry.source
-    request = _Request(name, kind, source, options, where, False, entry)
-    for key, value in (("kind", kind), ("source", source)):
-        if value is not None and not isinstance(value, str):
-            raise request.error(f"expected a text, got {value!r:.80}", key)
+    source = options.pop("source", entry.source if entry else "")
+    request = _Request(where, name, kind, source, options, entry, is_text=False)
+    if not isinstance(source, str):
+        raise request.error(f"expected a text, got {source!r:.80}", "source")
     if kind is not None and kind not in PROTOCOLS:
-        raise request.error(f"unknown kind '{kind}'; {_hint(kind, PROTOCOLS)}", "kind")
-    if kind is None and entry is None and not (source or "").startswith(f"{registry.BENCHMARK}:"):
+        raise request.error(f"unknown kind '{kind}'; {_hint(str(kind), PROTOCOLS)}", "kind")
+    if kind is None and entry is None and not source.startswith(f"{registry.BENCHMARK}:"):
         raise request.error(
             f"expected one of {', '.join(PROTOCOLS)}; no task '{name}' is built in that would "
             f"need none ({_hint(name, TASKS_BY_NAME)})",
@@ -233,46 +228,47 @@ def _read_section(name: str, section: Any) -> _Request:
 def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     entry, source = request.entry, request.source
     if not source:
-        raise _no_source_error(request, entry)
+        typed = f"'{request.name}={entry.form}'" if request.is_text else entry.form
+        raise ValueError(
+            f"task '{request.name}' has no source of its own, since it is not read from TFDS; it "
+            f"is measured on {entry.split}. Give that as {typed}"
+        )
     # A folder of CLIP_benchmark decides the kind, where the user and the name do not.
-    kind = request.kind or (entry.kind if entry else words_of_source(source, {})["kind"])
+    kind = request.kind or (entry.kind if entry else registry.words_of_source(source, {})["kind"])
     protocol = PROTOCOLS[kind]
-    given, source_options = _parse_options(request, kind, protocol)
+    given, source_options = _parse_options(request, kind)
     if entry is not None:
         source_options = {**_source_options_of_entry(entry, source), **source_options}
     known = {option.field or name for name, option in protocol.options.items()}
     given = {**{name: value for name, value in defaults.items() if name in known}, **given}
-    words = _words(request, source, source_options, given)
-    if words.get("kind", kind) != kind:
-        raise ValueError(f"{source} is a '{words['kind']}' set, not a '{kind}' one")
+    words: dict[str, Any] = {}
+    if request.kind is None or "class_names" not in given:
+        words = registry.words_of_source(source, source_options)
+    found = words.pop("kind", kind)
+    if found != kind and request.kind is None:
+        raise ValueError(f"{source} is a '{found}' set, not a '{kind}' one")
     fields = {**protocol.defaults, **words}
     if entry is not None:
         # In CLIP_benchmark's layout the labels are those of the folder's own class names.
         of_folder = words if source.startswith(f"{registry.BENCHMARK}:") else {}
-        fields.update(_fields_of_entry(entry, source, {**of_folder, **given}))
-    fields.update(
-        given,
-        name=request.name,
-        kind=kind,
-        source=_complete_source(protocol, source, source_options),
-        source_options=source_options,
-    )
-    own = {name: value for name, value in fields.items() if name not in _TASK_FIELDS}
-    fields = {name: value for name, value in fields.items() if name in _TASK_FIELDS}
+        fields |= _fields_of_entry(entry, source, {**of_folder, **given})
+    fields |= given
     try:
-        task = Task(**fields, options=own)
+        task = Task(
+            name=request.name,
+            kind=kind,
+            source=_complete_source(protocol, source, source_options),
+            source_options=source_options,
+            **{name: value for name, value in fields.items() if name in _TASK_FIELDS},
+            options={name: value for name, value in fields.items() if name not in _TASK_FIELDS},
+        )
         check_task(task)
     except ValueError as error:
         raise error if request.is_text else request.error(str(error)) from error
     return task
 
 
-_TASK_FIELDS = {field.name for field in dataclasses.fields(Task)}
-
-
-def _parse_options(
-    request: _Request, kind: str, protocol: Protocol
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _parse_options(request: _Request, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Parses the options of a task.
 
     Returns:
@@ -281,39 +277,19 @@ def _parse_options(
     """
     given: dict[str, Any] = {}
     source_options: dict[str, str] = {}
+    options = PROTOCOLS[kind].options
     for name, value in request.options.items():
-        option = Option(parse_text) if name in _SOURCE_OPTIONS else protocol.options.get(name)
+        is_of_source = name in SOURCE_OPTIONS
+        option = Option(parse_text) if is_of_source else options.get(name)
         if option is None:
-            _refuse_option(request, kind, protocol, name)
-            continue
+            hint = _hint(name, (*options, *SOURCE_OPTIONS))
+            raise request.error(f"a '{kind}' task has no option '{name}'; {hint}", name)
         try:
             parsed = option.parse(value)
         except (TypeError, ValueError) as error:
-            if request.is_text and isinstance(error, ValueError):
-                raise
             raise request.error(str(error), name) from error
-        (source_options if name in _SOURCE_OPTIONS else given)[option.field or name] = parsed
+        (source_options if is_of_source else given)[option.field or name] = parsed
     return given, source_options
-
-
-def _refuse_option(request: _Request, kind: str, protocol: Protocol, name: str) -> None:
-    """Raises ValueError for an unknown option; one of another kind has no effect in a text."""
-    known = (*protocol.options, *_SOURCE_OPTIONS)
-    of_any_kind = {name for other in PROTOCOLS.values() for name in other.options}
-    if request.is_text and name in of_any_kind:
-        logging.warning(
-            "%s: option '%s' has no effect, a '%s' task has only %s",
-            request.where,
-            name,
-            kind,
-            ", ".join(protocol.options) or "options of its source",
-        )
-        return
-    if request.is_text:
-        raise request.error(f"unknown option '{name}'; {_hint(name, known)}")
-    raise request.error(
-        f"a '{kind}' task has no such key; {_hint(name, ('kind', 'source', *known))}", name
-    )
 
 
 def _source_options_of_entry(entry: SuiteEntry, source: str) -> dict[str, str]:
@@ -326,28 +302,20 @@ def _source_options_of_entry(entry: SuiteEntry, source: str) -> dict[str, str]:
     return dict(entry.source_options) if source == entry.source or is_annotations else {}
 
 
-def _words(
-    request: _Request, source: str, options: Mapping[str, str], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Fields of the task that come with its data; not read where the user gives all of them."""
-    if request.kind is not None and "class_names" in given:
-        return {}
-    words = words_of_source(source, options)
-    return words if request.kind is None else {k: v for k, v in words.items() if k != "kind"}
-
-
 def _fields_of_entry(entry: SuiteEntry, source: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a task by name; class names that it lacks are those of its data.
 
     What the user gives is not made: it may come with a package that is absent.
     """
     fields: dict[str, Any] = dict(entry.options)
-    if "class_names" not in given:
-        fields["class_names"] = entry.load_class_names(source.startswith(tfds.PREFIX))
-    if "templates" not in given:
-        fields["templates"] = entry.load_templates()
-    made = ("class_names", "templates")
-    return {name: x for name, x in fields.items() if x is not None or name not in made}
+    names = entry.class_names
+    if names is None and source.startswith(tfds.PREFIX):
+        names = entry.tfds_class_names
+    if names is not None and "class_names" not in given:
+        fields["class_names"] = prompts.read_class_names(names)
+    if entry.templates is not None and "templates" not in given:
+        fields["templates"] = prompts.parse_templates(entry.templates)
+    return fields
 
 
 def _complete_source(protocol: Protocol, source: str, options: Mapping[str, str]) -> str:
@@ -361,29 +329,9 @@ def _complete_source(protocol: Protocol, source: str, options: Mapping[str, str]
     return source
 
 
-def _no_source_error(request: _Request, entry: SuiteEntry) -> ValueError:
-    why = (
-        "has no source of its own, since it is not read from TFDS; it is measured on "
-        f"{entry.split}. Give that as "
-    )
-    if request.is_text:
-        return ValueError(f"task '{request.name}' {why}'{request.name}={entry.form}'")
-    return request.error(f"the task {why}{entry.form} (what is behind '?' as keys)", "source")
-
-
-def _unknown_task_message(text: str, name: str) -> str:
-    nearest = difflib.get_close_matches(name, TASKS_BY_NAME, n=1, cutoff=0.5)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"built in: {', '.join(TASKS_BY_NAME)}"
-    return (
-        f"unknown task '{text}'; {hint} For data of your own write 'classification:SOURCE' or "
-        "'retrieval:SOURCE', or another kind of task: "
-        f"{', '.join(kind for kind in PROTOCOLS if kind not in (CLASSIFICATION, RETRIEVAL))}"
-    )
-
-
 def _hint(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
 
 

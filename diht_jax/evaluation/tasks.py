@@ -7,25 +7,24 @@ The model may be a loaded one or the live parameters of a training run.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from absl import logging
 
-from diht_jax.evaluation.benchmarks import TASKS_BY_NAME
 from diht_jax.evaluation.bootstrap import (
     describe_bootstrap,
     describe_samples,
     percentile_interval,
     resample,
 )
-from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, EncodedImages
+from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
 from diht_jax.evaluation.embedding.entries import Entries
-from diht_jax.evaluation.protocols.base import Measured, Task
+from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.sources.registry import open_units, read_source
+from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 from diht_jax.progress import ProgressBar
 from diht_jax.readers.base import Skipped
@@ -89,23 +88,38 @@ def evaluate_task(
             )
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
-    encoded, described = measured.encoded, measured.protocol
-    metrics = measured.measure(np.ones(measured.num_items, np.int64))
-    if num_resamples:
-        described = {**described, "intervals": describe_bootstrap(num_resamples)}
-    _warn_of_dropped(task, encoded)
+    encoded, metrics = measured.encoded, measured.metrics
+    if encoded.dropped:
+        logging.warning(
+            "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
+            task.name,
+            sum(encoded.dropped.values()),
+            sum(encoded.dropped.values()) + len(encoded.positions),
+            encoded.dropped,
+            ", ".join(encoded.dropped_keys),
+        )
     result = {
         "task": task.name,
         "kind": task.kind,
         "source": task.source,
-        "protocol": described,
+        "protocol": measured.protocol,
         "metrics": metrics,
         "units": {name: protocol.metrics[name].unit for name in metrics},
         "counts": {**measured.counts, "limit": limit, "dropped": encoded.dropped},
         **measured.details,
-        **(_resample(measured, num_resamples, progress) if num_resamples else {}),
-        **_reported(task, metrics),
     }
+    if num_resamples:
+        samples = resample(
+            measured.measure, measured.num_items, num_resamples=num_resamples, progress=progress
+        )
+        result |= {
+            "protocol": {**measured.protocol, "intervals": describe_bootstrap(num_resamples)},
+            "intervals": {name: percentile_interval(values) for name, values in samples.items()},
+            "resamples": describe_samples(samples, encoded.digest, measured.num_items),
+        }
+    entry = TASKS_BY_NAME.get(task.name)
+    if entry is not None and entry.kind == task.kind:
+        result["reported"] = [name for name in entry.metrics if name in metrics]
     is_drawn = page is not None and page.add(task, units, measured, result, model.logit_scale)
     return {
         **result,
@@ -115,33 +129,9 @@ def evaluate_task(
     }
 
 
-def _resample(measured: Measured, num_resamples: int, progress: bool) -> dict[str, Any]:
-    """The intervals, and what comparisons need of the resamples."""
-    samples = resample(
-        measured.measure, measured.num_items, num_resamples=num_resamples, progress=progress
-    )
-    return {
-        "intervals": {name: percentile_interval(values) for name, values in samples.items()},
-        "resamples": describe_samples(samples, measured.encoded.digest, measured.num_items),
-    }
-
-
 def read_entries(task: Task) -> Iterator[Pair | Skipped]:
     """The pairs of a task's source, with a `Skipped` and its reason for each that is unusable."""
     return read_source(task.source, task.source_options)
-
-
-def _warn_of_dropped(task: Task, encoded: EncodedImages) -> None:
-    if encoded.dropped:
-        dropped = sum(encoded.dropped.values())
-        logging.warning(
-            "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
-            task.name,
-            dropped,
-            dropped + len(encoded.positions),
-            encoded.dropped,
-            ", ".join(encoded.dropped_keys),
-        )
 
 
 def entries_bar(name: str, units: Units, limit: int | None = None, *, hidden: bool) -> ProgressBar:
@@ -149,10 +139,3 @@ def entries_bar(name: str, units: Units, limit: int | None = None, *, hidden: bo
     known = [] if hidden else [n for n in (units.count_entries(), limit) if n is not None]
     total = -(-min(known) // jax.process_count()) if known else None
     return ProgressBar(desc=name, unit=" images", disable=hidden, total=total)
-
-
-def _reported(task: Task, metrics: Mapping[str, float]) -> dict[str, list[str]]:
-    """The metrics of a task by name that are to be reported."""
-    if task.name not in TASKS_BY_NAME or task.kind != TASKS_BY_NAME[task.name].kind:
-        return {}
-    return {"reported": [name for name in TASKS_BY_NAME[task.name].metrics if name in metrics]}

@@ -9,17 +9,6 @@ from diht_jax.evaluation.bootstrap import (
     percentile_interval,
     resample,
 )
-from diht_jax.evaluation.embedding.encoding import EncodedImages
-from diht_jax.evaluation.protocols.class_names import Classes
-from diht_jax.evaluation.protocols.classification import (
-    ClassificationResult,
-    classification_metrics,
-)
-from diht_jax.evaluation.protocols.retrieval import (
-    RetrievalResult,
-    retrieval_metrics,
-    retrieval_ranks,
-)
 
 
 def test_interval_of_a_share_is_that_of_the_binomial():
@@ -50,42 +39,3 @@ def test_a_paired_difference_has_the_interval_of_mcnemar():
     for other in (measured(second, seed=1), measured(second, items="y"), {}):
         assert paired_samples(a, other, "top1") is None
     assert paired_samples(a, b, "top5") is None
-
-
-def _encoded(image_emb):
-    n = len(image_emb)
-    return EncodedImages(image_emb, [None] * n, list(range(n)), {}, [], 0.0)
-
-
-def _unit(rng, *shape):
-    x = rng.normal(size=shape)
-    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
-
-
-def test_classification_counts_are_repetitions():
-    rng = np.random.default_rng(0)
-    image_emb, classifier = _unit(rng, 40, 4), _unit(rng, 7, 4)
-    labels = rng.integers(0, 7, 40).astype(np.int32)
-    similarities = image_emb @ classifier.T
-    ranks = (similarities > similarities[np.arange(40), labels][:, None]).sum(axis=1)
-    classes = Classes(tuple("abcdefg"), labels, "")
-    result = ClassificationResult(_encoded(image_emb), classes, ("{}",), classifier, None, ranks)
-    counts = rng.integers(0, 3, 40)
-    repeated = np.repeat(np.arange(40), counts)
-    expected = classification_metrics(image_emb[repeated], labels[repeated], classifier)
-    assert result.resampled_metrics(counts) == pytest.approx(expected)
-
-
-def test_retrieval_counts_ask_an_image_with_its_captions():
-    rng = np.random.default_rng(1)
-    image_emb, text_emb = _unit(rng, 12, 4), _unit(rng, 30, 4)
-    image_of_text = np.concatenate([np.arange(12), rng.integers(0, 12, 18)]).astype(np.int32)
-    t2i, i2t = retrieval_ranks(image_emb, text_emb, image_of_text)
-    result = RetrievalResult(_encoded(image_emb), [""] * 30, text_emb, image_of_text, t2i, i2t, 30)
-    once = np.ones(12, int)
-    assert result.resampled_metrics(once) == retrieval_metrics(image_emb, text_emb, image_of_text)
-    only = np.zeros(12, int)
-    only[3] = 2
-    asked = result.resampled_metrics(only)
-    assert asked["i2t_r1"] == float(i2t[3] < 1)
-    assert asked["t2i_r5"] == pytest.approx(np.mean(t2i[image_of_text == 3] < 5))

@@ -144,10 +144,6 @@ def test_intervals_and_chart(tmp_path):
         colours = {colour[:3]: n for n, colour in chart.getcolors(chart.width * chart.height)}
     # Two tasks with one fraction each: B's bars are 62.5 + 20 long, A's 50 + 25.
     assert colours[(9, 105, 218)] / colours[(140, 149, 159)] == pytest.approx(82.5 / 75, rel=0.05)
-    draw_comparison([first, second, _results("c", 0.5, 0.25)], tmp_path / "three.png")
-    with Image.open(tmp_path / "three.png") as chart:
-        colours = {colour[:3]: n for n, colour in chart.getcolors(chart.width * chart.height)}
-    assert colours[(26, 127, 55)] == pytest.approx(colours[(140, 149, 159)], rel=0.05)
     with pytest.raises(ValueError, match="no task in common"):
         draw_comparison([first, {**second, "results": []}], tmp_path / "none.png")
 
@@ -184,7 +180,7 @@ def test_units_decide_how_numbers_are_shown(tmp_path):
     rows = [line.split() for line in format_results(old).splitlines()[3:]]
     assert rows[0] == ["x", "top-1", "50.00%", "5", "images"]
     assert [row[-1] for row in rows[1:]] == ["75.00%", "12.0", "3.0", "0.5000"]
-    # Beside a new one, whose units count, also for a name that is known with another.
+    # Next to a new one, whose units count, also for a name that is known with another.
     units = {"units": {"top1": "share", "depth": "share", "auroc": "score"}}
     new = result("new", units, top1=0.25, depth=0.25, auroc=0.5)
     write_results(tmp_path / "new.json", new)

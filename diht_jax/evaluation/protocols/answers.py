@@ -116,9 +116,7 @@ def _answer(
     """Answers the rows of `annotations.annotation_units`; items are the images."""
 
     def describe(pair: Pair) -> list[dict[str, Any]]:
-        rows = pair.metadata.get("rows")
-        if rows is None:
-            raise ValueError(f"record '{pair.key}': expected a source 'annotations:FILE'")
+        rows = pair.metadata["rows"]
         for row in rows:
             for field in needed:
                 if not isinstance(row.get(field), str):
@@ -137,14 +135,10 @@ def _answer(
         [credit(row, answer) for (_, row), answer in zip(rows, answers, strict=True)]
     )
 
-    def measure(counts: np.ndarray) -> dict[str, float]:
-        weights = counts[images]
-        return {"accuracy": float((weights * credits).sum() / weights.sum())}
-
     return Measured(
         encoded=encoded,
         num_items=len(encoded.positions),
-        measure=measure,
+        measure=lambda counts: {"accuracy": float(np.average(credits, weights=counts[images]))},
         protocol=protocol,
         counts={
             "images": len(encoded.positions),
@@ -210,6 +204,7 @@ ENTAILMENT = Protocol(
     options={"templates": TEMPLATES},
     defaults={"templates": tuple(ENTAILMENT_PROMPTS.values())},
     check=_check_three_prompts,
+    reader="annotations",
 )
 VQA = Protocol(
     run=run_vqa,
@@ -219,4 +214,5 @@ VQA = Protocol(
         "answer_template": Option(lambda value: check_answer_template(parse_text(value))),
     },
     check=lambda task: check_has_class_names(task, "candidate answers"),
+    reader="annotations",
 )

@@ -93,24 +93,19 @@ def parse_text(value: Any) -> str:
     return value
 
 
-def _parse_class_names(value: Any) -> tuple[str, ...]:
-    if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
-        return tuple(value)
-    if not isinstance(value, str):
-        raise ValueError(f"expected a file of names, or names; got {value!r:.80}")
-    return prompts.read_class_names(value)
+def choice(name: str, *values: str) -> Option:
+    """An option called `name` that has one of a few values."""
+
+    def parse(value: Any) -> str:
+        if str(value) not in values:
+            raise ValueError(f"{name}={value}: expected {' or '.join(values)}")
+        return str(value)
+
+    return Option(parse)
 
 
-def _parse_templates(value: Any) -> tuple[str, ...]:
-    if isinstance(value, list | tuple) and all(isinstance(template, str) for template in value):
-        return prompts.check_templates(value)
-    if not isinstance(value, str):
-        raise ValueError(f"expected templates such as 'a photo of a {{}}.', got {value!r:.80}")
-    return prompts.parse_templates(value)
-
-
-CLASS_NAMES = Option(_parse_class_names, "class_names")
-TEMPLATES = Option(_parse_templates, "templates")
+CLASS_NAMES = Option(prompts.read_class_names, "class_names")
+TEMPLATES = Option(prompts.parse_templates, "templates")
 LABEL = Option(parse_text, "label_field")
 CAPTION_TEMPLATE = Option(parse_text, "caption_template")
 
@@ -137,6 +132,11 @@ class Measured:
     counts: dict[str, int]
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     result: Any = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of all items, each once."""
+        return self.measure(np.ones(self.num_items, np.int64))
 
 
 # Measures a task. The entries are those of the task's source, consumed once, in order; what they

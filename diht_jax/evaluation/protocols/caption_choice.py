@@ -21,7 +21,6 @@ import numpy as np
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
     EmbeddingModel,
-    EncodedImages,
     UnusablePair,
     encode_images,
     encode_texts,
@@ -31,9 +30,9 @@ from diht_jax.evaluation.protocols.base import (
     CAPTION_TEMPLATE,
     Measured,
     Metric,
-    Option,
     Protocol,
     Task,
+    choice,
 )
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -62,93 +61,72 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionChoiceResult:
-    """Result of `choose_captions`; n images, q questions, p pictures.
+    """The choices on q questions.
 
     Attributes:
-        encoded: the images; a picture may be cut into several.
         questions: q of them.
-        image_of_question: int [q], index among the n images.
-        picture_of_question: int [q], from 0 to p - 1.
+        image_of_question: int [q], index among the images.
+        picture_of_question: int [q], from 0; a picture may be cut into several images.
         similarities: q arrays, one number for each caption.
         is_right: bool [q].
-        groups: their names, in alphabetical order.
-        group_of_question: int [q], index among the groups; -1 for none.
+        groups: name -> bool [q], in alphabetical order.
     """
 
-    encoded: EncodedImages
     questions: list[Question]
     image_of_question: np.ndarray
     picture_of_question: np.ndarray
     similarities: list[np.ndarray]
     is_right: np.ndarray
-    groups: list[str]
-    group_of_question: np.ndarray
+    groups: dict[str, np.ndarray]
 
-    @property
-    def num_items(self) -> int:
-        """Independent items: the pictures."""
-        return int(self.picture_of_question.max()) + 1
+    def measure(self, counts: np.ndarray) -> dict[str, float]:
+        """`accuracy`, and `macro_accuracy` where there are groups.
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Fractions: `accuracy`, and `macro_accuracy` where there are groups."""
-        return self.resampled_metrics(np.ones(self.num_items, np.int64))
-
-    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
-        """The metrics if picture i and its questions had been there `counts[i]` times; int [p]."""
-        weights = counts[self.picture_of_question].astype(np.float64)
-        metrics = {"accuracy": float((weights * self.is_right).sum() / weights.sum())}
+        Args:
+            counts: int [pictures], how often each picture, with its questions, counts.
+        """
+        weights = counts[self.picture_of_question]
+        metrics = {"accuracy": float(np.average(self.is_right, weights=weights))}
         if self.groups:
-            accuracies, sizes = self._of_groups(weights)
-            metrics["macro_accuracy"] = float(accuracies.sum() / max(1, (sizes > 0).sum()))
+            accuracies = [
+                np.average(self.is_right[own], weights=weights[own])
+                for own in self.groups.values()
+                if weights[own].any()
+            ]
+            metrics["macro_accuracy"] = float(np.sum(accuracies) / max(1, len(accuracies)))
         return metrics
 
-    def describe_groups(self) -> list[dict[str, Any]]:
+    def per_group(self) -> list[dict[str, Any]]:
         """Name, number of questions and accuracy of each group."""
-        accuracies, sizes = self._of_groups(np.ones(len(self.questions)))
         return [
-            {"group": name, "questions": int(size), "accuracy": float(accuracy)}
-            for name, size, accuracy in zip(self.groups, sizes, accuracies, strict=True)
+            {
+                "group": name,
+                "questions": int(own.sum()),
+                "accuracy": float(self.is_right[own].mean()),
+            }
+            for name, own in self.groups.items()
         ]
 
-    def _of_groups(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Accuracies of the groups, 0 without questions, and their weights: float [groups]."""
-        inside = self.group_of_question >= 0
-        group, weights = self.group_of_question[inside], weights[inside]
-        sizes = np.bincount(group, weights, len(self.groups))
-        hits = np.bincount(group, weights * self.is_right[inside], len(self.groups))
-        return hits / np.where(sizes > 0, sizes, 1), sizes
 
-
-def choose_captions(
+def run(
     model: EmbeddingModel,
-    pairs: Iterable[Pair | Skipped],
-    template: str = CAPTION_SLOT,
-    ties: str = "wrong",
-    *,
+    task: Task,
+    entries: Iterable[Pair | Skipped],
     batching: Batching | None = None,
-) -> CaptionChoiceResult:
-    """Embeds all images and captions, and finds the most similar caption of every question.
+) -> Measured:
+    """Finds the most similar caption of every question of `questions_of`; items are the pictures.
 
-    Args:
-        model: see `EmbeddingModel`.
-        pairs: consumed once; `questions_of` describes them.
-        template: put around each caption.
-        ties: a key of `TIES`.
-        batching: the defaults where None.
-
-    Raises:
-        ValueError: a bad template, or no pair with a question.
+    `Measured.result` is a `CaptionChoiceResult`.
     """
-    fill_caption_template(template, "")  # a bad template must fail before the images are encoded
-    encoded = encode_images(model, pairs, questions_of, batching)
+    template, ties = task.caption_template, task.options.get("ties", "wrong")
+    encoded = encode_images(model, entries, questions_of, batching)
     asked = [
         (image, picture, question)
         for image, (picture, questions) in enumerate(encoded.notes)
         for question in questions
     ]
-    questions = [question for _, _, question in asked]
-    images = np.array([image for image, _, _ in asked], np.int32)
+    images, pictures, questions = zip(*asked, strict=True)
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(pictures))}
     texts = [fill_caption_template(template, text) for q in questions for text in q.captions]
     sizes = [len(question.captions) for question in questions]
     distinct, index_of_text = _distinct_texts(model, texts)
@@ -157,17 +135,33 @@ def choose_captions(
     similarities = np.split(flat, np.cumsum(sizes)[:-1])
     own = np.array([row[0] for row in similarities])
     best_wrong = np.array([row[1:].max() for row in similarities])
-    groups = sorted({q.group for q in questions if q.group is not None})
-    number_of = {name: number for number, name in enumerate(groups)}
-    return CaptionChoiceResult(
-        encoded=encoded,
-        questions=questions,
-        image_of_question=images,
-        picture_of_question=_number([picture for _, picture, _ in asked]),
+    groups = np.array([question.group or "" for question in questions])
+    result = CaptionChoiceResult(
+        questions=list(questions),
+        image_of_question=np.array(images),
+        picture_of_question=np.array([number_of[picture] for picture in pictures]),
         similarities=similarities,
         is_right=own >= best_wrong if ties == "right" else own > best_wrong,
-        groups=groups,
-        group_of_question=np.array([number_of.get(q.group, -1) for q in questions]),
+        groups={str(name): groups == name for name in np.unique(groups) if name},
+    )
+    return Measured(
+        encoded=encoded,
+        num_items=len(number_of),
+        measure=result.measure,
+        protocol={
+            "caption_template": template,
+            "decision": "the caption most similar to the image",
+            "ties": TIES[ties],
+            **({"macro_accuracy": "mean over the groups"} if result.groups else {}),
+        },
+        counts={
+            "images": len(encoded.positions),
+            "pictures": len(number_of),
+            "questions": len(questions),
+            "texts": sum(sizes),
+        },
+        details={"per_group": result.per_group()} if result.groups else {},
+        result=result,
     )
 
 
@@ -190,16 +184,17 @@ def questions_of(pair: Pair) -> tuple[str, list[Question]]:
 
 def _distinct_texts(model: EmbeddingModel, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Texts of which no two have equal tokens, and for each of `texts` the index of its one."""
-    by_text = list(dict.fromkeys(texts))
-    keys: Sequence[Any] = by_text
+    by_text = dict.fromkeys(texts)
     if hasattr(model, "tokenize"):
-        keys = [tokens.tobytes() for tokens in np.asarray(model.tokenize(by_text))]
+        tokens = np.asarray(model.tokenize(list(by_text)))
+        by_text = {text: row.tobytes() for text, row in zip(by_text, tokens, strict=True)}
+    else:
+        by_text = {text: text for text in by_text}
     text_of_key: dict[Any, str] = {}
-    for key, text in zip(keys, by_text, strict=True):
+    for text, key in by_text.items():
         text_of_key.setdefault(key, text)
     index_of_key = {key: index for index, key in enumerate(text_of_key)}
-    index_of = {text: index_of_key[key] for text, key in zip(by_text, keys, strict=True)}
-    return list(text_of_key.values()), np.array([index_of[text] for text in texts], np.int32)
+    return list(text_of_key.values()), np.array([index_of_key[by_text[text]] for text in texts])
 
 
 def _similarities(
@@ -213,50 +208,12 @@ def _similarities(
     )
 
 
-def _number(names: Sequence[str]) -> np.ndarray:
-    """Numbers names from 0 in the order in which they first occur: int [n]."""
-    number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return np.array([number_of[name] for name in names], np.int32)
-
-
-def _run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
-) -> Measured:
-    ties = task.options.get("ties", "wrong")
-    result = choose_captions(model, entries, task.caption_template, ties, batching=batching)
-    return Measured(
-        encoded=result.encoded,
-        num_items=result.num_items,
-        measure=result.resampled_metrics,
-        protocol={
-            "caption_template": task.caption_template,
-            "decision": "the caption most similar to the image",
-            "ties": TIES[ties],
-            **({"macro_accuracy": "mean over the groups"} if result.groups else {}),
-        },
-        counts={
-            "images": len(result.encoded.positions),
-            "pictures": result.num_items,
-            "questions": len(result.questions),
-            "texts": sum(len(question.captions) for question in result.questions),
-        },
-        details={"per_group": result.describe_groups()} if result.groups else {},
-        result=result,
-    )
-
-
-def _parse_ties(value: Any) -> str:
-    if value not in TIES:
-        raise ValueError(f"ties={value}: expected {' or '.join(TIES)}")
-    return value
-
-
 PROTOCOL = Protocol(
-    run=_run,
+    run=run,
     metrics={
         "accuracy": Metric("share", "accuracy"),
         "macro_accuracy": Metric("share", "macro accuracy"),
     },
-    options={"caption_template": CAPTION_TEMPLATE, "ties": Option(_parse_ties)},
+    options={"caption_template": CAPTION_TEMPLATE, "ties": choice("ties", *TIES)},
     defaults={"caption_template": CAPTION_SLOT},
 )

@@ -29,8 +29,8 @@ class RawLabel:
 
     key: str
     label: int | str | None
-    class_name: str | None
-    caption: str
+    class_name: str | None = None
+    caption: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,11 @@ class Classes:
         names: C names; a label is an index into them.
         labels: int32 [n].
         origin: for the results file, such as "names given" or "captions".
-        whole_captions: the names are captions that fit no template, so they are prompts already.
     """
 
     names: tuple[str, ...]
     labels: np.ndarray
     origin: str
-    whole_captions: bool = False
 
 
 def raw_label(pair: Pair, field: str | None = None) -> RawLabel:
@@ -90,31 +88,31 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
     Raises:
         ValueError: no label, out of range, an unknown name, or one that two classes bear.
     """
-    if isinstance(raw.label, int):
-        if not 0 <= raw.label < len(names):
-            raise ValueError(
-                f"record '{raw.key}': label {raw.label} is outside of the {len(names)} class "
-                "names given; one name per label is needed, in label order"
-            )
-        return raw.label
-    name = raw.label or raw.class_name
-    if name is None:
+    label = raw.class_name if raw.label in (None, "") else raw.label
+    where = f"record '{raw.key}'"
+    if label is None:
         raise ValueError(
-            f"record '{raw.key}' has no label: expected metadata 'label' (integer or name) or "
-            "'class_name'"
+            f"{where} has no label: expected metadata 'label' (integer or name) or 'class_name'"
         )
-    found = index.get(_plain(name), -1)
-    if found == -1 and name.isdecimal():
-        return resolve_label(dataclasses.replace(raw, label=int(name)), names, index)
-    if found == -1:
+    if isinstance(label, str) and _plain(label) not in index and label.isdecimal():
+        label = int(label)
+    if isinstance(label, int):
+        if not 0 <= label < len(names):
+            raise ValueError(
+                f"{where}: label {label} is outside of the {len(names)} class names given; one "
+                "name per label is needed, in label order"
+            )
+        return label
+    if _plain(label) not in index:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise ValueError(
-            f"record '{raw.key}': label '{name}' is none of the {len(names)} class names ({shown})"
+            f"{where}: label '{label}' is none of the {len(names)} class names ({shown})"
         )
+    found = index[_plain(label)]
     if found is None:
         raise ValueError(
-            f"record '{raw.key}': label '{name}' is the name of several classes; such a source "
-            "needs integer labels"
+            f"{where}: label '{label}' is the name of several classes; such a source needs "
+            "integer labels"
         )
     return found
 
@@ -142,72 +140,46 @@ def derive_classes(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classe
     Raises:
         ValueError: mixed labels, a label with several names, or captions that are no classes.
     """
-    kinds = {type(raw.label) for raw in raws}
+    kinds = {type(raw.label): raw.key for raw in raws}
     if len(kinds) > 1:
-        raise ValueError(
-            "labels are mixed, some records have "
-            + " and some ".join(sorted({_describe(raw) for raw in raws}))
-            + "; give all of them one kind"
-        )
-    if kinds == {int}:
-        return _classes_of_integers(raws, templates)
-    if kinds == {str}:
-        return _classes_of_names(raws, [raw.label for raw in raws], "names as labels")
-    if all(raw.class_name for raw in raws):
-        return _classes_of_names(raws, [raw.class_name for raw in raws], "class_name of the data")
-    return _classes_of_captions(raws, templates)
-
-
-def _classes_of_integers(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classes:
-    named = all(raw.class_name for raw in raws)
-    if named:
-        texts, whole = [raw.class_name for raw in raws], False
+        words = {int: "an integer", str: "a name", type(None): "none"}
+        found = " and some ".join(f"{words[kind]} ('{key}')" for kind, key in kinds.items())
+        raise ValueError(f"labels are mixed, some records have {found}; give all of them one kind")
+    (kind,) = kinds
+    if kind is str:
+        texts, origin = [raw.label for raw in raws], "names as labels"
+    elif all(raw.class_name for raw in raws):
+        texts, origin = [raw.class_name for raw in raws], "class_name of the data"
     else:
-        texts, whole = _strip_prompt([raw.caption for raw in raws], templates)
-    name_of: dict[int, str] = {}
-    for raw, text in zip(raws, texts, strict=True):
-        first = name_of.setdefault(raw.label, text)
-        if first != text or not text:
+        texts, origin = _strip_prompt([raw.caption for raw in raws], templates), "captions"
+        # Free text is (nearly) all different; a class that has no second image is no class.
+        if kind is not int and len(set(texts)) * 2 > len(raws):
             raise ValueError(
-                f"record '{raw.key}': label {raw.label} goes with {first!r} and {text!r}, so it "
-                "does not name its class; give the class names (--class_names FILE)"
+                f"record '{raws[0].key}' has neither 'label' nor 'class_name', and the captions "
+                f"are no classes ({len(set(texts))} different ones for {len(raws)} images); add a "
+                "label to the metadata, or use a retrieval task"
             )
-    order = sorted(name_of)
-    index = {label: i for i, label in enumerate(order)}
-    return Classes(
-        names=tuple(_spaced(name_of[label]) if named else name_of[label] for label in order),
-        labels=np.array([index[raw.label] for raw in raws], np.int32),
-        origin="class_name of the data" if named else "captions of the labels",
-        whole_captions=whole,
-    )
+    name_of: dict[int | str, str] = {}
+    labels = [raw.label if kind is int else text for raw, text in zip(raws, texts, strict=True)]
+    for raw, label, text in zip(raws, labels, texts, strict=True):
+        if not text.strip():
+            raise ValueError(f"record '{raw.key}': the label is blank; expected a class name")
+        if name_of.setdefault(label, text) != text:
+            raise ValueError(
+                f"record '{raw.key}': label {label} goes with {name_of[label]!r} and {text!r}, so "
+                "it does not name its class; give the class names (--class_names FILE)"
+            )
+    index = {label: number for number, label in enumerate(sorted(name_of))}
+    names = tuple(name_of[label] for label in index)
+    if origin != "captions":
+        names = tuple(map(_spaced, names))
+    elif kind is int:
+        origin = "captions of the labels"
+    return Classes(names, np.array([index[label] for label in labels], np.int32), origin)
 
 
-def _classes_of_names(raws: Sequence[RawLabel], texts: Sequence[str], origin: str) -> Classes:
-    blank = next((raw.key for raw, text in zip(raws, texts, strict=True) if not text.strip()), None)
-    if blank is not None:
-        raise ValueError(f"record '{blank}': the label is blank; expected a class name")
-    names = sorted(set(texts))
-    index = {name: i for i, name in enumerate(names)}
-    labels = np.array([index[text] for text in texts], np.int32)
-    return Classes(tuple(_spaced(name) for name in names), labels, origin)
-
-
-def _classes_of_captions(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classes:
-    texts, whole = _strip_prompt([raw.caption for raw in raws], templates)
-    distinct = set(texts)
-    # Free text is (nearly) all different; a class that has no second image is no class.
-    if len(distinct) * 2 > len(raws) or not all(text.strip() for text in distinct):
-        raise ValueError(
-            f"record '{raws[0].key}' has neither 'label' nor 'class_name', and the captions are no "
-            f"classes ({len(distinct)} different ones for {len(raws)} images); add a label to the "
-            "metadata, or use a retrieval task"
-        )
-    classes = _classes_of_names(raws, texts, "captions")
-    return dataclasses.replace(classes, names=tuple(sorted(distinct)), whole_captions=whole)
-
-
-def _strip_prompt(captions: Sequence[str], templates: Sequence[str]) -> tuple[list[str], bool]:
-    """Captions without the prompt around them, and False; as they are, and True, if none fits."""
+def _strip_prompt(captions: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Captions without the prompt around them; as they are, if no template fits all of them."""
     for template in templates:
         before, after = template.split(CLASS_SLOT)
         if (before or after) and all(
@@ -216,8 +188,8 @@ def _strip_prompt(captions: Sequence[str], templates: Sequence[str]) -> tuple[li
             and len(caption) > len(before) + len(after)
             for caption in captions
         ):
-            return [caption[len(before) : len(caption) - len(after)] for caption in captions], False
-    return list(captions), True
+            return [caption[len(before) : len(caption) - len(after)] for caption in captions]
+    return list(captions)
 
 
 def _plain(name: str) -> str:
@@ -231,8 +203,3 @@ def _spaced(name: str) -> str:
     """
     path = re.fullmatch("/[a-z]/(.+)", name)
     return (path[1].replace("/", " ") if path else name).replace("_", " ")
-
-
-def _describe(raw: RawLabel) -> str:
-    kind = {int: "an integer", str: "a name", type(None): "none"}[type(raw.label)]
-    return f"{kind} ('{raw.key}')"

@@ -6,7 +6,10 @@ averaged over the templates and normalised again; the class with the largest cos
 the image wins.
 
 A source may have several test splits (`metadata["splits"]`, as UCF-101's three): each is measured
-on its own images, and the metrics are the means over the splits.
+on its own images, and the metrics are the means over the splits. The accuracy of the worst group
+and the macro F1 are those of WILDS (arXiv 2012.07421, `wilds.common.metrics` 2.0), which DataComp
+(arXiv 2304.14108) reports on its sets with metadata: a group without images, and a class without
+images, count for nothing.
 
 Ours, ties: among classes with equal similarity the first in the list wins, whichever is right. (Two
 of CLIP's ImageNet names occur twice; the official arg-max does the same.)
@@ -15,17 +18,18 @@ of CLIP's ImageNet names occur twice; the official arg-max does the same.)
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
     EmbeddingModel,
-    EncodedImages,
+    check_finite,
     encode_images,
     encode_text_batches,
 )
@@ -39,17 +43,8 @@ from diht_jax.evaluation.protocols.base import (
     Option,
     Protocol,
     Task,
+    choice,
     parse_text,
-)
-from diht_jax.evaluation.protocols.class_metrics import (
-    Groups,
-    describe_groups,
-    f1_macro,
-    metrics_of_groups,
-    metrics_of_ranks,
-    metrics_of_splits,
-    rank_labels,
-    read_group,
 )
 from diht_jax.evaluation.protocols.class_names import (
     Classes,
@@ -61,38 +56,30 @@ from diht_jax.evaluation.protocols.class_names import (
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
-ALL_CLASSES, WITH_IMAGES = "all", "with_images"
-TIES = "among equally similar classes the first in the list wins"
-
+TOP_K = 5
+# Images compared with all classes at once: a block is [images, classes] float32.
+_IMAGE_BLOCK = 4096
 # A confusion matrix of more classes is left out of the results: they should stay readable.
 _MOST_CONFUSION_CLASSES = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationResult:
-    """Result of `classify`; n images, C classes.
+    """The classes of n images, as they are and as they were found; C classes.
 
     Attributes:
-        encoded: the images.
         classes: names and labels.
         templates: the ones used.
         classifier: float32 [C, d].
         predictions: int32 [n], the first class.
         ranks: int32 [n], the rank of the right class, 0 when it is the first.
-        members: number of a test split -> bool [n], its images; empty where there are none.
-        groups: of the images; None where they are not asked for.
-        with_f1: whether the macro F1 is one of the metrics.
     """
 
-    encoded: EncodedImages
     classes: Classes
     templates: tuple[str, ...]
     classifier: np.ndarray
     predictions: np.ndarray
     ranks: np.ndarray
-    members: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
-    groups: Groups | None = None
-    with_f1: bool = False
 
     def per_class(self) -> list[dict[str, str | int | float | None]]:
         """Name, number of images and accuracy of every class; None for one without images."""
@@ -103,21 +90,6 @@ class ClassificationResult:
             for name, total, hit in zip(self.classes.names, totals, hits.tolist(), strict=True)
         ]
 
-    @functools.cached_property
-    def metrics(self) -> dict[str, float]:
-        """See `classification_metrics`; and those of the groups, and the macro F1."""
-        return self.resampled_metrics(np.ones(len(self.ranks), np.int64))
-
-    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
-        """Metrics if image i had been there `counts[i]` times; int [n]."""
-        labels, number = self.classes.labels, len(self.classes.names)
-        metrics = metrics_of_splits(self.ranks, labels, number, self.members.values(), counts)
-        if self.groups is not None:
-            metrics |= metrics_of_groups(self.ranks, self.groups, number, counts)
-        if self.with_f1:
-            metrics["f1_macro"] = f1_macro(self.predictions, labels, counts)
-        return metrics
-
     def confusion(self) -> np.ndarray:
         """Images of the class of the row that were taken for that of the column: int [C, C]."""
         counts = np.zeros((len(self.classes.names),) * 2, np.int64)
@@ -125,71 +97,104 @@ class ClassificationResult:
         return counts
 
 
-def classify(
+def run(
     model: EmbeddingModel,
-    pairs: Iterable[Pair | Skipped],
-    class_names: Sequence[str] | None,
-    templates: Sequence[str],
-    *,
-    label_field: str | None = None,
-    candidates: str = ALL_CLASSES,
-    group: str | None = None,
-    with_f1: bool = False,
+    task: Task,
+    entries: Iterable[Pair | Skipped],
     batching: Batching | None = None,
-) -> ClassificationResult:
-    """Embeds all images of `pairs`, and measures how well their classes are found.
+) -> Measured:
+    """Embeds all images, and measures how well their classes are found; items are the images.
 
-    Args:
-        model: see `EmbeddingModel`.
-        pairs: consumed once; labels as `class_names.raw_label` reads them.
-        class_names: one per label; None derives them from the data (`derive_classes`).
-        templates: each with one "{}".
-        label_field: metadata field of the label, where it is not "label".
-        candidates: "all" classes compete, or those "with_images" alone, as in ImageNet-R, whose
-            labels are 200 of ImageNet's 1,000.
-        group: of the images, as `class_metrics.read_group` takes it; adds the worst group.
-        with_f1: adds the macro F1.
-        batching: the defaults where None.
-
-    Raises:
-        ValueError: a bad template, a label that cannot be resolved, no usable pair.
+    Labels are as `class_names.raw_label` reads them; without class names `derive_classes` finds
+    them in the data. `Measured.result` is a `ClassificationResult`.
     """
-    templates = check_templates(templates)
-    names = None if class_names is None else tuple(class_names)
+    names, field, group = task.class_names, task.label_field, task.options.get("group")
     index = None if names is None else name_index(names)
 
     def describe(pair: Pair) -> tuple[Any, tuple[int, ...], int | str]:
-        raw = raw_label(pair, label_field)
+        raw = raw_label(pair, field)
         label = raw if names is None else resolve_label(raw, names, index)
         own_group = "" if group is None else read_group(pair, group)
         return label, tuple(pair.metadata.get("splits", ())), own_group
 
-    encoded = encode_images(model, pairs, describe, batching)
+    encoded = encode_images(model, entries, describe, batching)
     labels, splits, groups = zip(*encoded.notes, strict=True)
-    if names is None:
-        classes = derive_classes(labels, templates)
-    else:
-        classes = Classes(names, np.array(labels, np.int32), "names given")
-        if candidates == WITH_IMAGES:
-            present, found = np.unique(classes.labels, return_inverse=True)
-            chosen = tuple(names[label] for label in present)
-            classes = Classes(chosen, found.astype(np.int32), "names given, of classes with images")
-    classifier = zero_shot_classifier(model.encode_text, classes.names, templates, batching)
+    classes = _find_classes(task, labels)
+    classifier = zero_shot_classifier(model.encode_text, classes.names, task.templates, batching)
     predictions, ranks = rank_labels(encoded.image_emb, classes.labels, classifier)
-    return ClassificationResult(
+    result = ClassificationResult(classes, task.templates, classifier, predictions, ranks)
+    members = {
+        split: np.array([split in own for own in splits])
+        for split in sorted(set(itertools.chain(*splits)))
+    }
+    num_classes = len(classes.names)
+    own_groups = {
+        name: np.array([name == own for own in groups])
+        for name in sorted(set(groups), key=lambda name: (isinstance(name, str), name))
+    }
+
+    def measure(counts: np.ndarray) -> dict[str, float]:
+        every_split = [
+            metrics_of_ranks(ranks, classes.labels, num_classes, counts * inside)
+            for inside in members.values() or [np.ones(len(ranks), np.int64)]
+        ]
+        metrics = {
+            name: float(np.mean([one[name] for one in every_split])) for name in every_split[0]
+        }
+        if group is not None:
+            metrics |= metrics_of_groups(ranks, own_groups.values(), num_classes, counts)
+        if "f1" in task.options:
+            metrics["f1_macro"] = f1_macro(predictions, classes.labels, counts)
+        return metrics
+
+    per_class = result.per_class()
+    details: dict[str, Any] = {"per_class": per_class}
+    if num_classes <= _MOST_CONFUSION_CLASSES:
+        details["confusion"] = result.confusion().tolist()
+    protocol = {
+        "class_names_from": classes.origin,
+        "label_field": field or "label",
+        "templates": list(task.templates),
+        "text_embedding": "normalised, averaged over the templates, normalised",
+        "ties": "among equally similar classes the first in the list wins",
+    }
+    if members:
+        protocol["mean_over_splits"] = list(members)
+    if group is not None:
+        protocol["group"] = group
+        details["per_group"] = [
+            {"group": name, "images": int(own.sum()), **_accuracies(ranks[own])}
+            for name, own in own_groups.items()
+        ]
+    return Measured(
         encoded=encoded,
-        classes=classes,
-        templates=templates,
-        classifier=classifier,
-        predictions=predictions,
-        ranks=ranks,
-        members={
-            split: np.array([split in own for own in splits])
-            for split in sorted(set(itertools.chain(*splits)))
+        num_items=len(ranks),
+        measure=measure,
+        protocol=protocol,
+        counts={
+            "images": len(ranks),
+            **{f"images_of_split_{split}": int(x.sum()) for split, x in members.items()},
+            "classes": num_classes,
+            "classes_without_images": sum(not entry["images"] for entry in per_class),
+            "texts": num_classes * len(task.templates),
         },
-        groups=None if group is None else Groups.of(groups),
-        with_f1=with_f1,
+        details=details,
+        result=result,
     )
+
+
+def _find_classes(task: Task, labels: Sequence[Any]) -> Classes:
+    if task.class_names is None:
+        return derive_classes(labels, task.templates)
+    if task.options.get("candidates") != "with_images":
+        return Classes(task.class_names, np.array(labels, np.int32), "names given")
+    present, found = np.unique(labels, return_inverse=True)
+    names = tuple(task.class_names[label] for label in present)
+    return Classes(names, found.astype(np.int32), "names given, of classes with images")
+
+
+def _accuracies(ranks: np.ndarray) -> dict[str, float]:
+    return {"top1": float(np.mean(ranks == 0)), "top5": float(np.mean(ranks < TOP_K))}
 
 
 def zero_shot_classifier(
@@ -247,67 +252,127 @@ def classification_metrics(
     return metrics_of_ranks(ranks, labels, len(classifier), np.ones(len(labels), np.int64))
 
 
+def rank_labels(
+    image_emb: np.ndarray, labels: np.ndarray, classifier: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The predicted class and the rank of the right class, for every image.
+
+    Args and errors: as `classification_metrics`.
+
+    Returns:
+        int32 [n] predictions; int32 [n] ranks, 0 exactly where the prediction is the label.
+    """
+    labels = np.asarray(labels, np.int32)
+    if labels.shape != (len(image_emb),) or not len(labels):
+        raise ValueError(
+            f"labels: expected one per image, shape ({len(image_emb)},) and at least one, got "
+            f"{labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= len(classifier):
+        raise ValueError(
+            f"labels: expected 0 to {len(classifier) - 1}, rows of the classifier; got "
+            f"{labels.min()} to {labels.max()}"
+        )
+    check_finite(image_emb, "image embeddings")
+    check_finite(classifier, "classifier")
+    classifier = jnp.asarray(classifier, jnp.float32)
+    found = []
+    for start in range(0, len(labels), _IMAGE_BLOCK):
+        block = slice(start, start + _IMAGE_BLOCK)
+        images = np.asarray(image_emb[block], np.float32)
+        found.append(jax.device_get(_rank_block(images, labels[block], classifier)))
+    predictions, ranks = zip(*found, strict=True)
+    return np.concatenate(predictions), np.concatenate(ranks)
+
+
+@jax.jit
+def _rank_block(
+    image_emb: jax.Array, labels: jax.Array, classifier: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # Full float32: the default on TPUs would round to bfloat16.
+    logits = jnp.matmul(image_emb, classifier.T, precision=jax.lax.Precision.HIGHEST)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = jnp.arange(len(classifier))[None, :] < labels[:, None]
+    before = (logits > own) | ((logits == own) & earlier)
+    return jnp.argmax(logits, axis=1).astype(jnp.int32), before.sum(axis=1, dtype=jnp.int32)
+
+
+def metrics_of_ranks(
+    ranks: np.ndarray, labels: np.ndarray, num_classes: int, counts: np.ndarray
+) -> dict[str, float]:
+    """`top1`; `top5`, when there are more than 5 classes; `mean_per_class`.
+
+    Args:
+        ranks: int [n], the rank of the right class, from 0.
+        labels: int [n].
+        num_classes: C.
+        counts: int [n], how often each image counts.
+    """
+    hits = np.bincount(labels, counts * (ranks == 0), num_classes)
+    totals = np.bincount(labels, counts, num_classes)
+    seen = totals > 0
+    metrics = {"top1": float(hits.sum() / totals.sum())}
+    if num_classes > TOP_K:
+        metrics["top5"] = float((counts * (ranks < TOP_K)).sum() / totals.sum())
+    metrics["mean_per_class"] = float(np.mean(hits[seen] / totals[seen]))
+    return metrics
+
+
+def metrics_of_groups(
+    ranks: np.ndarray, groups: Iterable[np.ndarray], num_classes: int, counts: np.ndarray
+) -> dict[str, float]:
+    """`worst_group`, the least accuracy of a group (bool [n]), and `worst_group_top5`."""
+    weights = [counts * inside for inside in groups if counts[inside].any()]
+
+    def least(right: np.ndarray) -> float:
+        return min(float(np.average(right, weights=own)) for own in weights)
+
+    metrics = {"worst_group": least(ranks == 0)}
+    if num_classes > TOP_K:
+        metrics["worst_group_top5"] = least(ranks < TOP_K)
+    return metrics
+
+
+def f1_macro(predictions: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> float:
+    """The mean of 2 TP / (2 TP + FP + FN) over the classes that have images; see the others."""
+    num_classes = int(max(predictions.max(), labels.max())) + 1
+    right = np.bincount(labels, counts * (predictions == labels), num_classes)
+    own = np.bincount(labels, counts, num_classes)
+    taken = np.bincount(predictions, counts, num_classes)
+    seen = own > 0
+    return float(np.mean(2 * right[seen] / (own + taken)[seen]))
+
+
+def read_group(pair: Pair, field: str) -> int | str:
+    """The group of an image: a field of its metadata, or the number at a position of its KEY.npy.
+
+    Args:
+        pair: of any source; in CLIP_benchmark's layout `metadata["numbers"]` are those of KEY.npy.
+        field: a name, or a position from 0.
+
+    Raises:
+        ValueError: the image has no such field, or one that is no text and no whole number.
+    """
+    if field.isdecimal():
+        numbers = pair.metadata.get("numbers", ())
+        value = numbers[int(field)] if int(field) < len(numbers) else None
+        has = f"{len(numbers)} numbers in its npy"
+    else:
+        value, has = pair.metadata.get(field), f"{sorted(pair.metadata) or 'no metadata'}"
+    if value is None:
+        raise ValueError(f"record '{pair.key}' has no group '{field}'; it has {has}")
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, int | float | np.number) or value % 1:
+        raise ValueError(
+            f"record '{pair.key}': expected group '{field}' to be a text or a whole number, got "
+            f"{value!r:.80}"
+        )
+    return int(value)
+
+
 def _normalize(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def _run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
-) -> Measured:
-    result = classify(
-        model,
-        entries,
-        task.class_names,
-        task.templates,
-        label_field=task.label_field,
-        candidates=task.options.get("candidates", ALL_CLASSES),
-        group=task.options.get("group"),
-        with_f1="f1" in task.options,
-        batching=batching,
-    )
-    names, per_class = result.classes.names, result.per_class()
-    details: dict[str, Any] = {"per_class": per_class}
-    if len(names) <= _MOST_CONFUSION_CLASSES:
-        details["confusion"] = result.confusion().tolist()
-    protocol = {
-        "class_names_from": result.classes.origin,
-        "label_field": task.label_field or "label",
-        "templates": list(result.templates),
-        "text_embedding": "normalised, averaged over the templates, normalised",
-        "ties": TIES,
-    }
-    if result.members:
-        protocol["mean_over_splits"] = list(result.members)
-    if result.groups is not None:
-        protocol["group"] = task.options["group"]
-        details["per_group"] = describe_groups(result.ranks, result.groups)
-    return Measured(
-        encoded=result.encoded,
-        num_items=len(result.ranks),
-        measure=result.resampled_metrics,
-        protocol=protocol,
-        counts={
-            "images": len(result.predictions),
-            **{f"images_of_split_{split}": int(x.sum()) for split, x in result.members.items()},
-            "classes": len(names),
-            "classes_without_images": sum(not entry["images"] for entry in per_class),
-            "texts": len(names) * len(result.templates),
-        },
-        details=details,
-        result=result,
-    )
-
-
-def _parse_candidates(value: Any) -> str:
-    if value not in (ALL_CLASSES, WITH_IMAGES):
-        raise ValueError(f"candidates={value}: expected {ALL_CLASSES} or {WITH_IMAGES}")
-    return value
-
-
-def _parse_f1(value: Any) -> str:
-    if value != "macro":
-        raise ValueError(f"f1={value}: expected macro, the mean over the classes with images")
-    return value
 
 
 def _parse_group(value: Any) -> str:
@@ -316,7 +381,7 @@ def _parse_group(value: Any) -> str:
 
 
 PROTOCOL = Protocol(
-    run=_run,
+    run=run,
     metrics={
         "top1": Metric("share", "top-1"),
         "top5": Metric("share", "top-5"),
@@ -329,8 +394,8 @@ PROTOCOL = Protocol(
         "class_names": CLASS_NAMES,
         "templates": TEMPLATES,
         "label": LABEL,
-        "candidates": Option(_parse_candidates),
+        "candidates": choice("candidates", "all", "with_images"),
         "group": Option(_parse_group),
-        "f1": Option(_parse_f1),
+        "f1": choice("f1", "macro"),
     },
 )

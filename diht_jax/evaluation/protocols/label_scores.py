@@ -17,14 +17,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
     EmbeddingModel,
-    EncodedImages,
     UnusablePair,
     encode_images,
 )
@@ -34,10 +32,10 @@ from diht_jax.evaluation.protocols.base import (
     TEMPLATES,
     Measured,
     Metric,
-    Option,
     Protocol,
     Task,
     check_has_class_names,
+    choice,
 )
 from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, raw_label, resolve_label
 from diht_jax.evaluation.protocols.classification import zero_shot_classifier
@@ -106,106 +104,54 @@ class LabelScores:
     """Scores and targets; n images, C classes (C = 1 for yes and no).
 
     Attributes:
-        encoded: the images.
         scores: float32 [n, C].
         targets: bool [n, C].
-        binary: whether the metric is the AUROC of the only class.
-        ignored: bool [n, C], images that count neither way for a class; None where there are none.
-        interpolation: 11 for the points of VOC 2007; None for all points.
+        ignored: bool [n, C], images that count neither way for a class.
     """
 
-    encoded: EncodedImages
     scores: np.ndarray
     targets: np.ndarray
-    binary: bool
-    ignored: np.ndarray | None = None
-    interpolation: int | None = None
-
-    @property
-    def num_items(self) -> int:
-        """Independent items: the images."""
-        return len(self.scores)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Fractions: `auroc`, or `mean_average_precision`."""
-        return self.resampled_metrics(np.ones(self.num_items, np.int64))
-
-    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
-        """The metrics if image i had been there `counts[i]` times; int [n]."""
-        if self.binary:
-            return {"auroc": area_under_roc(self.scores[:, 0], self.targets[:, 0], counts)}
-        average = (
-            Ranking.average_precision
-            if self.interpolation is None
-            else Ranking.interpolated_precision
-        )
-        values = [average(ranking, counts) for ranking in self._rankings]
-        return {"mean_average_precision": float(np.nanmean(values))}
-
-    @functools.cached_property
-    def _rankings(self) -> list[Ranking]:
-        ignored = np.zeros_like(self.targets) if self.ignored is None else self.ignored
-        return [
-            rank_items(*columns)
-            for columns in zip(self.scores.T, self.targets.T, ignored.T, strict=True)
-        ]
+    ignored: np.ndarray
 
 
-def score_labels(
+def run(
     model: EmbeddingModel,
-    pairs: Iterable[Pair | Skipped],
-    class_names: Sequence[str],
-    templates: Sequence[str],
-    *,
-    binary: bool,
-    label_field: str | None = None,
-    interpolation: int | None = None,
+    task: Task,
+    entries: Iterable[Pair | Skipped],
     batching: Batching | None = None,
-) -> LabelScores:
-    """Embeds all images of `pairs` and scores every class.
+) -> Measured:
+    """Embeds all images and scores every class; items are the images.
 
-    Args:
-        model: see `EmbeddingModel`.
-        pairs: consumed once. For yes and no the label is read as in a classification; else
-            `metadata["labels"]` (or `label_field`) lists numbers or names of classes. An image
-            without that list is left out as "no_label"; one with an empty list is a negative for
-            all classes but those in `metadata["ignored_labels"]`, or, if there is one, outside of
-            `metadata["counted_labels"]`.
-        class_names: C names; for yes and no two, the second is yes.
-        templates: each with one "{}".
-        binary: whether it is yes and no.
-        label_field: metadata field, where it is not "label" or "labels".
-        interpolation: 11 for the points of VOC 2007; None for all points.
-        batching: the defaults where None.
+    For yes and no the label is read as in a classification; else `metadata["labels"]` (or the
+    task's field) lists numbers or names of classes. An image without that list is left out as
+    "no_label"; one with an empty list is a negative for all classes but those in
+    `metadata["ignored_labels"]`, or, if there is one, outside of `metadata["counted_labels"]`.
+    `Measured.result` is a `LabelScores`.
 
     Raises:
         ValueError: a label that cannot be resolved, targets of one kind only, no usable pair.
     """
-    names = tuple(class_names)
+    binary, names = task.kind == "binary", task.class_names
     if binary and len(names) != 2:
         raise ValueError(
             f"yes and no need two class names, the second for label 1; got {len(names)}"
         )
-    index = name_index(names)
+    index, field = name_index(names), task.label_field or ("label" if binary else "labels")
 
     def resolve(pair: Pair, field: str) -> list[int]:
-        return [
-            resolve_label(RawLabel(pair.key, label, None, ""), names, index)
-            for label in pair.metadata.get(field, ())
-        ]
+        found = pair.metadata.get(field, ())
+        return [resolve_label(RawLabel(pair.key, label), names, index) for label in found]
 
     def describe(pair: Pair) -> tuple[list[int], list[int], list[int] | None]:
         if binary:
-            return [resolve_label(raw_label(pair, label_field), names, index)], [], None
-        field = label_field or "labels"
+            return [resolve_label(raw_label(pair, task.label_field), names, index)], [], None
         if field not in pair.metadata:
             raise UnusablePair("no_label")
         counted = resolve(pair, "counted_labels") if "counted_labels" in pair.metadata else None
         return resolve(pair, field), resolve(pair, "ignored_labels"), counted
 
-    encoded = encode_images(model, pairs, describe, batching)
-    classifier = zero_shot_classifier(model.encode_text, names, templates, batching)
+    encoded = encode_images(model, entries, describe, batching)
+    classifier = zero_shot_classifier(model.encode_text, names, task.templates, batching)
     scores = encoded.image_emb @ classifier.T
     targets, ignored = np.zeros(scores.shape, bool), np.zeros(scores.shape, bool)
     for row, (labels, ignored_labels, counted) in enumerate(encoded.notes):
@@ -219,7 +165,54 @@ def score_labels(
         raise ValueError(
             "every image has the same label, so there is no order to measure; expected both kinds"
         )
-    return LabelScores(encoded, scores, targets, binary, ignored, interpolation)
+    protocol = {
+        "class_names": list(names) if binary else "names given",
+        "label_field": field,
+        "templates": list(task.templates),
+        "text_embedding": "normalised, averaged over the templates, normalised",
+    }
+    counts = {
+        "images": len(scores),
+        "classes": len(names),
+        "positives": int(targets.sum()),
+        "classes_without_images": int((~targets.any(axis=0)).sum()),
+    }
+    if binary:
+        protocol["score"] = "cosine to the second class minus cosine to the first"
+
+        def measure(counts: np.ndarray) -> dict[str, float]:
+            return {"auroc": area_under_roc(scores[:, 0], targets[:, 0], counts)}
+
+    else:
+        points = task.options.get("interpolation", "all")
+        protocol |= {"score": "cosine to the class", "average_precision": f"{points} points"}
+        counts["ignored"] = int(ignored.sum())
+        columns = zip(scores.T, targets.T, ignored.T, strict=True)
+        rankings = [rank_items(*column) for column in columns]
+        measure = functools.partial(mean_average_precision, rankings, points)
+    return Measured(
+        encoded=encoded,
+        num_items=len(scores),
+        measure=measure,
+        protocol=protocol,
+        counts=counts,
+        result=LabelScores(scores, targets, ignored),
+    )
+
+
+def mean_average_precision(
+    rankings: Sequence[Ranking], points: str, counts: np.ndarray
+) -> dict[str, float]:
+    """The mean over the classes that have an image.
+
+    Args:
+        rankings: of the classes.
+        points: "11" for those of VOC 2007, or "all".
+        counts: int [n], how often each image counts.
+    """
+    average = Ranking.interpolated_precision if points == "11" else Ranking.average_precision
+    values = [average(ranking, counts) for ranking in rankings]
+    return {"mean_average_precision": float(np.nanmean(values))}
 
 
 def area_under_roc(
@@ -264,61 +257,15 @@ def rank_items(
     return Ranking(order[:stop], is_positive[:stop], ends)
 
 
-def _run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
-) -> Measured:
-    binary = task.kind == "binary"
-    result = score_labels(
-        model,
-        entries,
-        task.class_names,
-        task.templates,
-        binary=binary,
-        label_field=task.label_field,
-        interpolation=task.options.get("interpolation"),
-        batching=batching,
-    )
-    points = "all points" if result.interpolation is None else f"{result.interpolation} points"
-    return Measured(
-        encoded=result.encoded,
-        num_items=result.num_items,
-        measure=result.resampled_metrics,
-        protocol={
-            "class_names": list(task.class_names) if binary else "names given",
-            "label_field": task.label_field or ("label" if binary else "labels"),
-            "templates": list(task.templates),
-            "text_embedding": "normalised, averaged over the templates, normalised",
-            "score": "cosine to the second class minus cosine to the first"
-            if binary
-            else "cosine to the class",
-            **({} if binary else {"average_precision": points}),
-        },
-        counts={
-            "images": len(result.scores),
-            "classes": len(task.class_names),
-            "positives": int(result.targets.sum()),
-            **({} if binary else {"ignored": int(result.ignored.sum())}),
-            "classes_without_images": int((~result.targets.any(axis=0)).sum()),
-        },
-    )
-
-
-def _parse_interpolation(value: Any) -> int | None:
-    known = {"11": 11, "all": None}
-    if str(value) not in known:
-        raise ValueError(f"interpolation={value}: expected 11 (VOC 2007) or all")
-    return known[str(value)]
-
-
 _OPTIONS = {"class_names": CLASS_NAMES, "templates": TEMPLATES, "label": LABEL}
 MULTILABEL = Protocol(
-    run=_run,
+    run=run,
     metrics={"mean_average_precision": Metric("share", "mean average precision")},
-    options={**_OPTIONS, "interpolation": Option(_parse_interpolation)},
+    options={**_OPTIONS, "interpolation": choice("interpolation", "11", "all")},
     check=check_has_class_names,
 )
 BINARY = Protocol(
-    run=_run,
+    run=run,
     metrics={"auroc": Metric("share", "AUROC")},
     options=_OPTIONS,
     check=check_has_class_names,

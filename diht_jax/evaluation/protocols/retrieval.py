@@ -20,11 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diht_jax import sharding
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
     EmbeddingModel,
-    EncodedImages,
     UnusablePair,
     check_finite,
     encode_images,
@@ -42,92 +40,77 @@ from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
 RECALL_AT = (1, 5, 10)
-TIES = "a wrong item as similar as the right one ranks before it"
 
-# One block of similarities is [queries / devices, gallery] float32: at most 16 MiB on a device.
-_QUERY_BLOCK = 1024
-_GALLERY_BLOCK = 4096
+# Similarities that exist at once on the device, float32: 64 MiB.
+_BLOCK = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalResult:
-    """Result of `retrieve`; n images, m captions.
+    """The ranks of n images and m captions.
 
     Attributes:
-        encoded: the images; `notes` holds the captions of each one.
         captions: m captions, before the template.
         text_emb: float32 [m, d].
         image_of_text: int32 [m], index of each caption's image.
         t2i_ranks: int [m], 0 when the right image comes first.
         i2t_ranks: int [n], 0 when one of the image's captions comes first.
-        num_unique_texts: how many different texts were encoded.
     """
 
-    encoded: EncodedImages
     captions: list[str]
     text_emb: np.ndarray
     image_of_text: np.ndarray
     t2i_ranks: np.ndarray
     i2t_ranks: np.ndarray
-    num_unique_texts: int
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """See `retrieval_metrics`."""
-        return _metrics_of_ranks(self.t2i_ranks, self.i2t_ranks)
-
-    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
-        """The metrics if image i and its captions had been asked `counts[i]` times; int [n]."""
-        return _metrics_of_ranks(
-            np.repeat(self.t2i_ranks, counts[self.image_of_text]),
-            np.repeat(self.i2t_ranks, counts),
-        )
 
 
-def retrieve(
+def run(
     model: EmbeddingModel,
-    pairs: Iterable[Pair | Skipped],
-    template: str,
-    *,
+    task: Task,
+    entries: Iterable[Pair | Skipped],
     batching: Batching | None = None,
-) -> RetrievalResult:
-    """Embeds all images and captions of `pairs` and measures retrieval both ways.
+) -> Measured:
+    """Embeds all images and captions and measures retrieval both ways; items are the images.
 
-    Args:
-        model: see `EmbeddingModel`.
-        pairs: consumed once. `metadata["captions"]` holds all captions of an image; without it
-            `caption` is the only one. Blank ones are no queries.
-        template: put around each caption, such as "a photo of {caption}."; "{caption}" for none.
-        batching: the defaults where None.
-
-    Raises:
-        ValueError: a template without "{caption}", or no usable pair.
+    `Measured.result` is a `RetrievalResult`; the notes of the images are their captions.
     """
-    fill_caption_template(template, "")  # a bad template must fail before the images are encoded
-    encoded = encode_images(model, pairs, captions_of, batching)
+    encoded = encode_images(model, entries, captions_of, batching)
     captions = [caption for note in encoded.notes for caption in note]
     image_of_text = np.repeat(
         np.arange(len(encoded.notes), dtype=np.int32), [len(note) for note in encoded.notes]
     )
-    texts = [fill_caption_template(template, caption) for caption in captions]
+    texts = [fill_caption_template(task.caption_template, caption) for caption in captions]
     # Equal texts are encoded once: it saves work, and a tie between them is then an exact tie.
     index_of_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     unique_emb = encode_texts(model.encode_text, list(index_of_text), batching)
     text_emb = unique_emb[[index_of_text[text] for text in texts]]
     t2i_ranks, i2t_ranks = retrieval_ranks(encoded.image_emb, text_emb, image_of_text)
-    return RetrievalResult(
+    return Measured(
         encoded=encoded,
-        captions=captions,
-        text_emb=text_emb,
-        image_of_text=image_of_text,
-        t2i_ranks=t2i_ranks,
-        i2t_ranks=i2t_ranks,
-        num_unique_texts=len(index_of_text),
+        num_items=len(i2t_ranks),
+        measure=lambda counts: metrics_of_ranks(
+            np.repeat(t2i_ranks, counts[image_of_text]), np.repeat(i2t_ranks, counts)
+        ),
+        protocol={
+            "caption_template": task.caption_template,
+            "text_to_image": "every caption is a query, its own image the only right answer",
+            "image_to_text": "right when any caption of the image comes first",
+            "ties": "a wrong item as similar as the right one ranks before it",
+        },
+        counts={
+            "images": len(i2t_ranks),
+            "texts": len(t2i_ranks),
+            "different_texts": len(index_of_text),
+        },
+        result=RetrievalResult(captions, text_emb, image_of_text, t2i_ranks, i2t_ranks),
     )
 
 
 def captions_of(pair: Pair) -> tuple[str, ...]:
-    """All captions of a pair that are not blank; raises `UnusablePair` where there is none."""
+    """All captions of a pair that are not blank; raises `UnusablePair` where there is none.
+
+    `metadata["captions"]` holds them; without it `caption` is the only one.
+    """
     captions = pair.metadata.get("captions") or [pair.caption]
     captions = tuple(str(caption) for caption in captions if str(caption).strip())
     if not captions:
@@ -152,7 +135,7 @@ def retrieval_metrics(
     Raises:
         ValueError: shapes that do not fit, an image without text, embeddings not finite.
     """
-    return _metrics_of_ranks(*retrieval_ranks(image_emb, text_emb, image_of_text))
+    return metrics_of_ranks(*retrieval_ranks(image_emb, text_emb, image_of_text))
 
 
 def retrieval_ranks(
@@ -191,7 +174,8 @@ def retrieval_ranks(
     return t2i_ranks, i2t_ranks
 
 
-def _metrics_of_ranks(t2i_ranks: np.ndarray, i2t_ranks: np.ndarray) -> dict[str, float]:
+def metrics_of_ranks(t2i_ranks: np.ndarray, i2t_ranks: np.ndarray) -> dict[str, float]:
+    """The metrics of `retrieval_metrics` from ranks that count from 0."""
     metrics = {}
     for direction, ranks in (("t2i", t2i_ranks), ("i2t", i2t_ranks)):
         for k in RECALL_AT:
@@ -204,25 +188,16 @@ def _rank_queries(
     queries: np.ndarray, query_ids: np.ndarray, gallery: np.ndarray, gallery_ids: np.ndarray
 ) -> np.ndarray:
     """int32 [q]: wrong gallery items not less similar than the best right one."""
-    mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    query_block = _block_size(len(queries), _QUERY_BLOCK, multiple=8 * mesh.size)
-    gallery_block = _block_size(len(gallery), _GALLERY_BLOCK, multiple=128)
-    gallery = _pad_rows(np.asarray(gallery, np.float32), gallery_block, fill=0)
-    gallery_ids = _pad_rows(np.asarray(gallery_ids, np.int32), gallery_block, fill=-1)
-    gallery = jax.device_put(gallery.reshape(-1, gallery_block, gallery.shape[-1]), whole)
-    gallery_ids = jax.device_put(gallery_ids.reshape(-1, gallery_block), whole)
+    gallery = jnp.asarray(gallery, jnp.float32)
+    gallery_ids = jnp.asarray(gallery_ids, jnp.int32)
+    size = max(1, min(len(queries), _BLOCK // len(gallery)))
     ranks = []
-    for start in range(0, len(queries), query_block):
-        block = np.asarray(queries[start : start + query_block], np.float32)
-        ids = np.asarray(query_ids[start : start + query_block], np.int32)
-        block_ranks = _rank_block(
-            jax.device_put(_pad_rows(block, query_block, fill=0), split),
-            jax.device_put(_pad_rows(ids, query_block, fill=-2), split),
-            gallery,
-            gallery_ids,
-        )
-        ranks.append(np.asarray(block_ranks)[: len(block)])
+    for start in range(0, len(queries), size):
+        # The last block begins earlier, so that all have one shape.
+        rows = slice(min(start, len(queries) - size), start + size)
+        block = jnp.asarray(queries[rows], jnp.float32)
+        found = np.asarray(_rank_block(block, query_ids[rows], gallery, gallery_ids))
+        ranks.append(found[start - rows.start :])
     return np.concatenate(ranks)
 
 
@@ -230,69 +205,15 @@ def _rank_queries(
 def _rank_block(
     queries: jax.Array, query_ids: jax.Array, gallery: jax.Array, gallery_ids: jax.Array
 ) -> jax.Array:
-    """Ranks of queries [q, d] against a gallery [blocks, g, d]; padding has id -1 there.
-
-    Two passes: the best right similarity first, then the count. Both read it from the same
-    product of matrices, so that equal items compare as equal.
-    """
-
-    def similarities(block: jax.Array) -> jax.Array:
-        # Full float32: the default on TPUs would round to bfloat16 and make ties.
-        return jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)
-
-    def find_best(best: jax.Array, block: tuple[jax.Array, jax.Array]):
-        items, ids = block
-        right = query_ids[:, None] == ids[None, :]
-        return jnp.maximum(best, jnp.where(right, similarities(items), -jnp.inf).max(1)), None
-
-    def count_wrong(rank: jax.Array, block: tuple[jax.Array, jax.Array]):
-        items, ids = block
-        wrong = (query_ids[:, None] != ids[None, :]) & (ids >= 0)[None, :]
-        not_below = similarities(items) >= best[:, None]
-        return rank + jnp.sum(wrong & not_below, axis=1, dtype=jnp.int32), None
-
-    lowest = jnp.full(len(queries), -jnp.inf, jnp.float32)
-    best, _ = jax.lax.scan(find_best, lowest, (gallery, gallery_ids))
-    ranks, _ = jax.lax.scan(count_wrong, jnp.zeros(len(queries), jnp.int32), (gallery, gallery_ids))
-    return ranks
-
-
-def _block_size(count: int, largest: int, *, multiple: int) -> int:
-    """A block no longer than needed for `count` rows, a multiple of `multiple`."""
-    return -(-min(count, largest) // multiple) * multiple
-
-
-def _pad_rows(array: np.ndarray, multiple: int, *, fill: int) -> np.ndarray:
-    missing = -len(array) % multiple
-    widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
-    return np.pad(array, widths, constant_values=fill)
-
-
-def _run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
-) -> Measured:
-    result = retrieve(model, entries, task.caption_template, batching=batching)
-    return Measured(
-        encoded=result.encoded,
-        num_items=len(result.i2t_ranks),
-        measure=result.resampled_metrics,
-        protocol={
-            "caption_template": task.caption_template,
-            "text_to_image": "every caption is a query, its own image the only right answer",
-            "image_to_text": "right when any caption of the image comes first",
-            "ties": TIES,
-        },
-        counts={
-            "images": len(result.i2t_ranks),
-            "texts": len(result.t2i_ranks),
-            "different_texts": result.num_unique_texts,
-        },
-        result=result,
-    )
+    # Full float32: the default on TPUs would round to bfloat16 and make ties.
+    similarities = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
+    right = query_ids[:, None] == gallery_ids[None, :]
+    best = jnp.where(right, similarities, -jnp.inf).max(axis=1, keepdims=True)
+    return jnp.sum(~right & (similarities >= best), axis=1, dtype=jnp.int32)
 
 
 PROTOCOL = Protocol(
-    run=_run,
+    run=run,
     metrics={
         f"{direction}_{name}": Metric(unit, f"{arrow} {label}")
         for direction, arrow in (("t2i", "text to image"), ("i2t", "image to text"))

@@ -34,13 +34,7 @@ def run(
 
     Games of which an image cannot be used are left out. Items are the games.
     """
-
-    def describe(pair: Pair) -> list[dict[str, Any]]:
-        if "games" not in pair.metadata:
-            raise ValueError(f"record '{pair.key}': expected a source 'winogavil:FILE'")
-        return pair.metadata["games"]
-
-    encoded = encode_images(model, entries, describe, batching)
+    encoded = encode_images(model, entries, lambda pair: pair.metadata["games"], batching)
     games: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for row, own in enumerate(encoded.notes):
         for game in own:
@@ -59,17 +53,20 @@ def run(
         found.append(jaccard_index(similarities, is_association))
     jaccard, candidates = np.array(found), np.array([len(own) for own in complete])
 
+    parts = {
+        "jaccard_10_12": candidates >= _MANY,
+        "jaccard_5_6": candidates <= _FEW,
+        "jaccard": np.ones(len(jaccard), bool),
+    }
+
     def measure(counts: np.ndarray) -> dict[str, float]:
-        parts = {
-            "jaccard_10_12": candidates >= _MANY,
-            "jaccard_5_6": candidates <= _FEW,
-            "jaccard": np.ones(len(jaccard), bool),
-        }
-        weights = {name: counts * part for name, part in parts.items() if part.any()}
+        # A resample of few games may have none of a part; then there is no mean.
         return {
-            # A resample of few games may have none of a part; then there is no mean.
-            name: float((own * jaccard).sum() / own.sum()) if own.any() else float("nan")
-            for name, own in weights.items()
+            name: float(np.average(jaccard, weights=counts * part))
+            if counts[part].any()
+            else float("nan")
+            for name, part in parts.items()
+            if part.any()
         }
 
     return Measured(

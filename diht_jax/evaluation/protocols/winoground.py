@@ -20,7 +20,6 @@ from diht_jax.evaluation.embedding.encoding import (
 )
 from diht_jax.evaluation.prompts import fill_caption_template
 from diht_jax.evaluation.protocols.base import CAPTION_TEMPLATE, Measured, Metric, Protocol, Task
-from diht_jax.evaluation.sources.registry import WINOGROUND
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
@@ -34,8 +33,6 @@ def run(
     """
 
     def describe(pair: Pair) -> tuple[str, int, str]:
-        if "example" not in pair.metadata or "side" not in pair.metadata:
-            raise ValueError(f"record '{pair.key}': expected a source 'winoground:FILE'")
         text = fill_caption_template(task.caption_template, pair.caption)
         return pair.metadata["example"], pair.metadata["side"], text
 
@@ -59,7 +56,7 @@ def run(
         encoded=encoded,
         num_items=len(complete),
         measure=lambda counts: {
-            name: float((counts * hits).sum() / counts.sum()) for name, hits in right.items()
+            name: float(np.average(hits, weights=counts)) for name, hits in right.items()
         },
         protocol={
             "caption_template": task.caption_template,
@@ -83,5 +80,5 @@ PROTOCOL = Protocol(
         "group": Metric("share", "group score"),
     },
     options={"caption_template": CAPTION_TEMPLATE},
-    reader=WINOGROUND,
+    reader="winoground",
 )

@@ -3,6 +3,11 @@
 One pair comes out per image, however many rows name it, so that each image is decoded and
 embedded once. Read are a JSON list (ALBEF's files for COCO, Flickr30K, SNLI-VE and VQA v2), jsonl
 (Localized Narratives; Winoground's `examples.jsonl`) and WinoGAViL's csv.
+
+In all of them `image_root` is the folder of the images, or its URL, where it is another than next
+to the file, and `image_name` how a file's name follows from what names the image, such as "{}.jpg"
+or, for COCO's numbers, "{:0>12}.jpg". A file that is missing, or a row that is not as expected, is
+a ValueError that names it.
 """
 
 from __future__ import annotations
@@ -11,23 +16,15 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
-from diht_jax.evaluation.sources.pictures import (
-    Units,
-    check_texts,
-    picture_units,
-    read_json,
-    read_text,
-    require,
-)
+from diht_jax.evaluation.sources.pictures import Units, picture_units
+from diht_jax.evaluation.sources.text_files import check_texts, read_json, read_text, require
 from diht_jax.readers.base import merge_captions, parse_json_object, pick_captions
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import join
 
-IMAGE_COLUMN = "image"
-CAPTION_FIELDS = ("caption", "sentence", "question")
+_CAPTION_FIELDS = ("caption", "sentence", "question")
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
@@ -56,24 +53,13 @@ def annotation_units(
     path: str,
     *,
     image_root: str | None = None,
-    image_column: str = IMAGE_COLUMN,
+    image_column: str = "image",
     image_name: str = "{}",
 ) -> Units:
     """One pair per image, in the order in which the images first occur.
 
-    Args:
-        path: `.json` or `.jsonl`, local or in a store.
-        image_root: folder of the images, or its URL; that of the file by default.
-        image_column: field of a row that names the image.
-        image_name: how the file's name follows from it, such as "{}.jpg" or, for COCO's numbers,
-            "{:0>12}.jpg".
-
-    Returns:
-        Units of pairs with the captions of all rows (fields `caption`, `sentence` or `question`)
-        and the rows themselves as `metadata["rows"]`.
-
-    Raises:
-        ValueError: as `read_rows`; or a row without the image field.
+    A pair has the captions of all rows (fields `caption`, `sentence` or `question`), and the rows
+    themselves as `metadata["rows"]`; `image_column` is the field of a row that names the image.
     """
     require(path, "a .json or .jsonl file")
     by_image: dict[str, list[dict[str, Any]]] = {}
@@ -92,7 +78,11 @@ def annotation_units(
         by_image.setdefault(image_name.format(value), []).append(row)
     items = []
     for name, rows in by_image.items():
-        captions = pick_captions([text for row in rows for text in _captions(row)])
+        fields = [next((field for field in _CAPTION_FIELDS if field in row), None) for row in rows]
+        texts = [
+            pick_captions(row[field]) for row, field in zip(rows, fields, strict=True) if field
+        ]
+        captions = pick_captions([text for own in texts for text in own])
         metadata = merge_captions({"rows": rows}, captions)
         items.append((name, [Pair(name, b"", captions[0] if captions else "", metadata)]))
     return picture_units(image_root or os.path.dirname(path) or ".", items)
@@ -104,15 +94,6 @@ def winoground_units(
     """Both images of every example of Winoground (arXiv 2204.03162), one after the other.
 
     The caption is the image's own; `metadata` holds `example` (its `id`) and `side` (0 or 1).
-
-    Args:
-        path: of `examples.jsonl`, with `caption_0`, `caption_1`, `image_0` and `image_1`; local or
-            in a store.
-        image_root: folder of the images, or its URL; `images` next to the file by default.
-        image_name: how the file's name follows from `image_0`.
-
-    Raises:
-        ValueError: as `read_rows`; or a row without those fields.
     """
     require(path, "Winoground's examples.jsonl")
     items = []
@@ -130,21 +111,9 @@ def winogavil_units(
 ) -> Units:
     """WinoGAViL (arXiv 2207.12576): a csv of games in which a cue goes with some of the images.
 
-    Images occur in several games; one pair comes out for each, in the order in which they occur.
-
-    Args:
-        path: of `winogavil_dataset.csv`, with the columns `candidates` and `associations` (JSON
-            lists of images) and `cue`; local or in a store.
-        image_root: folder of the images, or its URL; `winogavil_images` next to the file by
-            default.
-        image_name: how the file's name follows from that of the image.
-
-    Returns:
-        Units of pairs whose `metadata["games"]` lists the games of the image, by `game` (number of
-        the row), `cue`, `is_association` and the number of `candidates`.
-
-    Raises:
-        ValueError: no such file, or a row without those columns.
+    Images occur in several games; one pair comes out for each. Its `metadata["games"]` lists the
+    games of the image, by `game` (number of the row), `cue`, `is_association` and the number of
+    `candidates`.
     """
     require(path, "WinoGAViL's winogavil_dataset.csv")
     games: dict[str, list[dict[str, Any]]] = {}
@@ -183,10 +152,3 @@ def _read_images(path: str, number: int, row: dict[str, str], column: str) -> li
             f"{', '.join(str(name) for name in row)[:200]}"
         )
     return images
-
-
-def _captions(row: Mapping[str, Any]) -> list[str]:
-    for field in CAPTION_FIELDS:
-        if field in row:
-            return pick_captions(row[field])
-    return []

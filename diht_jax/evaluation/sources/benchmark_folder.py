@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import posixpath
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from diht_jax.evaluation.prompts import CLASS_SLOT, check_class_names, check_templates
-from diht_jax.evaluation.sources.pictures import Units, read_text
+from diht_jax.evaluation.sources.pictures import Units
+from diht_jax.evaluation.sources.text_files import list_names, read_text
 from diht_jax.readers.array_files import parse_npy
 from diht_jax.readers.base import (
     IMAGE_EXTENSIONS,
@@ -34,7 +33,7 @@ from diht_jax.readers.base import (
 )
 from diht_jax.readers.webdataset import count_images, read_groups
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import exists, find_inputs, join
+from diht_jax.storage.files import exists, join
 from diht_jax.storage.stores import is_remote
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
@@ -54,14 +53,12 @@ class BenchmarkFolder:
     Attributes:
         type: "classification", "multilabel" or "retrieval".
         paths: of the tars, in order.
-        class_names: None where the folder has none.
-        templates: with "{}" for the class name; None where the folder has none.
+        words: `class_names` and `templates` (with "{}" for the class name), where it has them.
     """
 
     type: str
     paths: tuple[str, ...]
-    class_names: tuple[str, ...] | None
-    templates: tuple[str, ...] | None
+    words: dict[str, tuple[str, ...]]
 
 
 def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkFolder:
@@ -79,13 +76,14 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
     if not (count.isdecimal() and count.isascii() and 0 < int(count[:99]) <= _MOST_SHARDS):
         raise ValueError(f"{count_file}: expected the number of shards, got '{count[:99]}'")
     names = [f"{number}.tar" for number in range(int(count))]
-    present = _names_in(join(folder, split))
+    present = list_names(join(folder, split))
     missing = [name for name in names if name not in present]
     if missing:
         raise ValueError(
             f"{join(folder, split)}: {len(missing)} of {len(names)} shards are missing: "
             f"{', '.join(missing[:5])}"
         )
+    paths = tuple(join(folder, split, name) for name in names)
     type_file = join(folder, "dataset_type.txt")
     kind = CLASSIFICATION
     if exists(type_file):
@@ -93,17 +91,20 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
     if kind not in _NOTE_OF_TYPE:
         known = ", ".join(_NOTE_OF_TYPE)
         raise ValueError(f"{type_file}: expected one of {known}, got '{kind[:99]}'")
-    if kind == RETRIEVAL:
-        # A retrieval needs no words, whose files may be empty.
-        return BenchmarkFolder(kind, tuple(join(folder, split, name) for name in names), None, None)
+    words: dict[str, tuple[str, ...]] = {}
+    if kind == RETRIEVAL:  # it needs no words, whose files may be empty
+        return BenchmarkFolder(kind, paths, words)
     classes = join(folder, "classnames.txt")
+    if exists(classes):
+        words["class_names"] = check_class_names(_read_lines(classes), classes)
     templates = join(folder, "zeroshot_classification_templates.txt")
-    return BenchmarkFolder(
-        type=kind,
-        paths=tuple(join(folder, split, name) for name in names),
-        class_names=check_class_names(_read_lines(classes), classes) if exists(classes) else None,
-        templates=_read_templates(templates) if exists(templates) else None,
-    )
+    if exists(templates):
+        lines = [line.replace("{c}", CLASS_SLOT) for line in _read_lines(templates) if line]
+        try:
+            words["templates"] = check_templates(lines)
+        except ValueError as error:
+            raise ValueError(f"{templates}: {str(error)[:500]}") from error
+    return BenchmarkFolder(kind, paths, words)
 
 
 def benchmark_units(folder: BenchmarkFolder) -> Units:
@@ -121,14 +122,9 @@ def benchmark_units(folder: BenchmarkFolder) -> Units:
 
 
 def _count_pictures(paths: Sequence[str]) -> int | None:
-    """Estimates the pictures in tars by the headers of the first one, and the sizes of all.
-
-    None for those in a store, which would be fetched for it.
-    """
-    if is_remote(paths[0]):
-        return None
-    sizes = [os.path.getsize(path) for path in paths]
-    return round(count_images(paths[0]) * sum(sizes) / max(1, sizes[0]))
+    """Estimates the pictures in tars by the first one; None for those in a store."""
+    first = None if is_remote(paths[0]) else count_images(paths[0])
+    return None if first is None else first * len(paths)
 
 
 def _read_shard(path: str, kind: str) -> Iterator[Pair | Skipped]:
@@ -141,22 +137,8 @@ def _read_shard(path: str, kind: str) -> Iterator[Pair | Skipped]:
             yield _make_pair(key, members, kind)
 
 
-def _names_in(folder: str) -> set[str]:
-    if is_remote(folder):
-        return {posixpath.basename(url) for url in find_inputs(folder)}
-    return {entry.name for entry in os.scandir(folder) if entry.is_file()}
-
-
 def _read_lines(path: str) -> list[str]:
     return [line.strip() for line in read_text(path).rstrip().splitlines()]
-
-
-def _read_templates(path: str) -> tuple[str, ...]:
-    lines = [line.replace("{c}", CLASS_SLOT) for line in _read_lines(path) if line]
-    try:
-        return check_templates(lines)
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error)[:500]}") from error
 
 
 def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> Pair | Skipped:

@@ -21,11 +21,9 @@ from diht_jax.evaluation.sources.pictures import (
     Box,
     CroppedPair,
     Units,
-    check_texts,
     picture_units,
-    read_json,
-    require,
 )
+from diht_jax.evaluation.sources.text_files import check_texts, read_json, require
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import join
 
@@ -77,14 +75,18 @@ def sugarcrepe_units(path: str, *, image_root: str | None = None) -> Units:
     Args:
         path: one of the seven files, or a folder that holds them all: then the subsets are groups.
         image_root: folder of COCO's val2017, or its URL; `val2017` next to the files by default.
-
-    Returns:
-        Units of pairs with `metadata["questions"]`, as `protocols.caption_choice` takes them.
-
-    Raises:
-        ValueError: a file is missing, or is no such file.
     """
-    return _picture_units(_read_sugarcrepe(path), image_root or join(_folder(path), "val2017"))
+    is_file = path.endswith(".json")
+    subsets = {name: join(path, f"{name}.json") for name in SUGARCREPE_SUBSETS}
+    by_picture: dict[str, _Questions] = {}
+    for group, file in {None: path}.items() if is_file else subsets.items():
+        require(file, "one of SugarCrepe's files, such as add_att.json")
+        for number, row in read_json(file, dict, "a JSON object of numbered questions").items():
+            check_texts(file, number, row, ("filename", "caption", "negative_caption"))
+            question = {"captions": [row["caption"], row["negative_caption"]], "group": group}
+            by_picture.setdefault(row["filename"], {None: []})[None].append(question)
+    folder = os.path.dirname(path) or "." if is_file else path
+    return _picture_units(by_picture, image_root or join(folder, "val2017"))
 
 
 def aro_units(path: str, *, image_root: str | None = None) -> Units:
@@ -95,36 +97,7 @@ def aro_units(path: str, *, image_root: str | None = None) -> Units:
             order.
         image_root: folder of the pictures, or its URL; by default `images` next to a file of Visual
             Genome, the folder itself of an order.
-
-    Returns:
-        Units of pairs with `metadata["questions"]`, as `protocols.caption_choice` takes them.
-
-    Raises:
-        ValueError: no such file, or a row lacks a field; names it.
     """
-    by_picture, is_order = _read_aro(path)
-    folder = _folder(path)
-    return _picture_units(
-        by_picture, image_root or (folder if is_order else join(folder, "images"))
-    )
-
-
-def _read_sugarcrepe(path: str) -> dict[str, _Questions]:
-    is_file = path.endswith(".json")
-    subsets = {name: join(path, f"{name}.json") for name in SUGARCREPE_SUBSETS}
-    by_picture: dict[str, _Questions] = {}
-    for group, file in {None: path}.items() if is_file else subsets.items():
-        require(file, "one of SugarCrepe's files, such as add_att.json")
-        rows = read_json(file, dict, "a JSON object of numbered questions")
-        for number, row in rows.items():
-            check_texts(file, number, row, ("filename", "caption", "negative_caption"))
-            question = {"captions": [row["caption"], row["negative_caption"]], "group": group}
-            by_picture.setdefault(row["filename"], {None: []})[None].append(question)
-    return by_picture
-
-
-def _read_aro(path: str) -> tuple[dict[str, _Questions], bool]:
-    """Picture -> its questions; and whether they are those of an order."""
     require(path, "one of ARO's files, such as visual_genome_relation.json")
     rows = read_rows(path)
     is_order = bool(rows) and "caption_options" in rows[0]
@@ -142,7 +115,10 @@ def _read_aro(path: str) -> tuple[dict[str, _Questions], bool]:
             captions = [row["true_caption"], row["false_caption"]]
         question = {"captions": captions, "group": find_group(row)}
         by_picture.setdefault(picture, {}).setdefault(box, []).append(question)
-    return by_picture, is_order
+    folder = os.path.dirname(path) or "."
+    return _picture_units(
+        by_picture, image_root or (folder if is_order else join(folder, "images"))
+    )
 
 
 _TEXTS = ("image_path", "true_caption", "false_caption")
@@ -175,6 +151,7 @@ def _box_of(path: str, number: int, row: Mapping[str, Any]) -> Box:
 
 
 def _picture_units(by_picture: Mapping[str, _Questions], root: str) -> Units:
+    """Pairs with `metadata["questions"]`, as `protocols.caption_choice` takes them."""
     items = []
     for name, boxes in by_picture.items():
         pairs = []
@@ -188,7 +165,3 @@ def _picture_units(by_picture: Mapping[str, _Questions], root: str) -> Units:
                 pairs.append(CroppedPair(key, b"", caption, metadata, box=box))
         items.append((name, pairs))
     return picture_units(root, items)
-
-
-def _folder(path: str) -> str:
-    return path if not path.endswith(".json") else os.path.dirname(path) or "."

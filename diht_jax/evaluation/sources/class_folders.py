@@ -12,19 +12,12 @@ picture stays.
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 from typing import Any
 
-from diht_jax.evaluation.sources.pictures import (
-    Item,
-    Units,
-    picture_units,
-    read_json,
-    read_text,
-    require,
-)
+from diht_jax.evaluation.sources.pictures import Item, Units, picture_units
+from diht_jax.evaluation.sources.text_files import list_names, read_json, read_text, require
 from diht_jax.readers import registry
 from diht_jax.readers.base import (
     FOLDER_EXTENSIONS,
@@ -35,7 +28,7 @@ from diht_jax.readers.base import (
 )
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import find_inputs, is_glob, join
-from diht_jax.storage.stores import is_remote, open_system
+from diht_jax.storage.stores import open_system
 
 _CLIP_SUFFIX = ".avi"
 _LIST_HEADER = "path"
@@ -49,12 +42,6 @@ def list_units(path: str, *, image_root: str | None = None, splits: str | None =
             "testlist{:02}.txt".
         image_root: folder of the pictures; that of the list by default.
         splits: numbers of test splits with commas between them.
-
-    Returns:
-        Units of pairs with `class_name`, and `splits` where there are some, in their metadata.
-
-    Raises:
-        ValueError: no such list, a line without a folder, or splits that are no numbers.
     """
     items: list[Item] = []
     for name, members in _read_lists(path, splits).items():
@@ -113,18 +100,12 @@ def _read_list(path: str) -> list[str]:
 
 
 def objectnet_units(folder: str) -> Units:
-    """The pictures of the classes that ObjectNet shares with ImageNet.
-
-    Args:
-        folder: such as objectnet-1.0, with `mappings` and `images`.
-
-    Raises:
-        ValueError: a mapping, or the folder of a class, is missing.
-    """
+    """The pictures of the classes that ObjectNet shares with ImageNet, below `images`."""
     images = join(folder, "images")
     items: list[Item] = []
     for label, (name, _) in enumerate(_shared_classes(folder)):
-        for picture in _list_folder(join(images, name)):
+        require(join(images, name), "the pictures of a class of ObjectNet")
+        for picture in list_names(join(images, name)):
             file = f"{name}/{picture}"
             items.append((file, [Pair(file, b"", "", {"label": label})]))
     return picture_units(images, items)
@@ -151,13 +132,6 @@ def _read_mapping(path: str) -> dict[str, str]:
     if not all(isinstance(value, str) for value in mapping.values()):
         raise ValueError(f"{path}: expected a JSON object of texts")
     return mapping
-
-
-def _list_folder(folder: str) -> list[str]:
-    require(folder, "the pictures of a class of ObjectNet")
-    if is_remote(folder):
-        return sorted(posixpath.basename(url) for url in find_inputs(folder))
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
 def stored_class_units(url: str) -> Units | None:

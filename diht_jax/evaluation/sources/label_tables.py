@@ -14,7 +14,8 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from diht_jax.evaluation.sources.pictures import Units, picture_units, read_text, require
+from diht_jax.evaluation.sources.pictures import Units, picture_units
+from diht_jax.evaluation.sources.text_files import read_text, require
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import join
 
@@ -57,9 +58,6 @@ def voc_units(folder: str) -> Units:
 
     Args:
         folder: such as VOCdevkit/VOC2007, with ImageSets/Main/CLASS_test.txt and JPEGImages.
-
-    Raises:
-        ValueError: a list is missing or not as expected.
     """
     images: dict[str, _Labels] = {}
     for number, name in enumerate(VOC_CLASSES):
@@ -77,15 +75,7 @@ def voc_units(folder: str) -> Units:
 
 
 def open_images_units(folder: str) -> Units:
-    """The validation images of Open Images with their verified image-level labels.
-
-    Args:
-        folder: with `validation-annotations-human-imagelabels-boxable.csv`,
-            `class-descriptions-boxable.csv` and the pictures in `validation`.
-
-    Raises:
-        ValueError: a file is missing or not as expected.
-    """
+    """The validation images of Open Images with their verified image-level labels."""
     numbers = {mid: number for number, (mid, _) in enumerate(_open_images_classes(folder))}
     path = join(folder, _OPEN_IMAGES_LABELS)
     require(path, "Open Images' verified labels")

@@ -1,13 +1,11 @@
-"""Texts and pictures of the layouts of benchmarks, local or in a store."""
+"""Pictures of the layouts of benchmarks, local or in a store."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from PIL import Image
 
@@ -16,8 +14,6 @@ from diht_jax.input.decode import MAX_PIXELS, ImageError, decode_rgb
 from diht_jax.readers.base import Skipped, read_image
 from diht_jax.readers.tables import map_ahead
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import exists, read_bytes
-from diht_jax.storage.retries import StorageError
 from diht_jax.storage.stores import is_remote
 
 # Left, top, right and bottom, in pixels.
@@ -67,56 +63,6 @@ def decode_picture(pair: Pair) -> Image.Image:
     if (right - left) * (bottom - top) > MAX_PIXELS:
         raise ImageError("too_large", f"box {pair.box}: at most {MAX_PIXELS} pixels are cut out")
     return picture.crop(pair.box)
-
-
-def read_text(path: str) -> str:
-    """Reads a UTF-8 text file, local or in a store, without a byte order mark.
-
-    Raises:
-        ValueError: there is none, or it is no such text.
-        StorageError: it cannot be read, now and after some attempts.
-    """
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except StorageError:
-        raise
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
-
-
-def read_json(path: str, kind: type, what: str) -> Any:
-    """Reads a JSON file, local or in a store.
-
-    Args:
-        path: of the file.
-        kind: of its value, `list` or `dict`.
-        what: what is expected, for the message.
-
-    Raises:
-        ValueError: no such file, or another value.
-    """
-    try:
-        value = json.loads(read_text(path))
-    except RecursionError as error:
-        raise ValueError(f"{path}: expected {what} ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected {what} ({error})") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path}: expected {what}")
-    return value
-
-
-def require(path: str, what: str) -> None:
-    """Raises ValueError where there is no such file or folder."""
-    if not exists(path):
-        raise ValueError(f"nothing at '{path}'; expected {what}")
-
-
-def check_texts(path: str, number: Any, row: Any, names: Sequence[str]) -> None:
-    """Raises ValueError where a row of a file lacks one of these texts; names file and row."""
-    missing = [n for n in names if not (isinstance(row, dict) and isinstance(row.get(n), str))]
-    if missing:
-        raise ValueError(f"{path}: row {number!s:.20}: expected texts as {', '.join(missing)}")
 
 
 def picture_units(root: str, items: Sequence[Item]) -> Units:

@@ -25,7 +25,6 @@ from typing import Any
 from diht_jax.evaluation.sources import annotations, caption_choices, class_folders, label_tables
 from diht_jax.evaluation.sources.benchmark_folder import (
     DEFAULT_SPLIT,
-    RETRIEVAL,
     BenchmarkFolder,
     benchmark_units,
     open_benchmark_folder,
@@ -36,7 +35,7 @@ from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage.stores import is_remote
 
-BENCHMARK, ANNOTATIONS, WINOGROUND = "clip_benchmark", "annotations", "winoground"
+BENCHMARK, ANNOTATIONS = "clip_benchmark", "annotations"
 
 # Few enough that processes can share the table of a small set.
 _TABLE_ROWS_PER_UNIT = 256
@@ -68,11 +67,7 @@ def find_benchmark_folder(source: str) -> BenchmarkFolder:
 
 def _words_of_folder(rest: str) -> dict[str, Any]:
     folder = find_benchmark_folder(rest)
-    words: dict[str, Any] = {"kind": folder.type}
-    if folder.type != RETRIEVAL:
-        found = {"class_names": folder.class_names, "templates": folder.templates}
-        words |= {name: value for name, value in found.items() if value is not None}
-    return words
+    return {"kind": folder.type, **folder.words}
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -82,7 +77,7 @@ LAYOUTS: dict[str, Layout] = {
     ANNOTATIONS: Layout(
         units=annotations.annotation_units, options=("image_root", "image_column", "image_name")
     ),
-    WINOGROUND: Layout(units=annotations.winoground_units, options=("image_root", "image_name")),
+    "winoground": Layout(units=annotations.winoground_units, options=("image_root", "image_name")),
     "winogavil": Layout(units=annotations.winogavil_units, options=("image_root", "image_name")),
     "list": Layout(
         units=class_folders.list_units,

@@ -45,19 +45,12 @@ def _raws(*rows):
             ("cat", "dog"),
             [0, 1, 0, 1],
         ),
+        ([({}, caption) for caption in "xyxy"], ("x", "y"), [0, 1, 0, 1]),
     ],
 )
 def test_classes_found_in_the_data(rows, names, labels):
     classes = derive_classes(_raws(*rows), TEMPLATES)
     assert (classes.names, classes.labels.tolist()) == (names, labels)
-    assert not classes.whole_captions
-
-
-def test_captions_that_fit_no_template_are_prompts_already():
-    raws = _raws(*[({}, caption) for caption in ("two cats", "a dog", "two cats", "a dog")])
-    classes = derive_classes(raws, TEMPLATES)
-    assert classes.names == ("a dog", "two cats")
-    assert classes.whole_captions
 
 
 @pytest.mark.parametrize(

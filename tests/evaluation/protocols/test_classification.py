@@ -1,4 +1,4 @@
-"""Zero-shot classification: the classifier and its metrics against float64 formulas and tables."""
+"""Zero-shot classification, against float64 formulas, scikit-learn and tables made by hand."""
 
 import io
 
@@ -7,11 +7,14 @@ import PIL.Image
 import pytest
 
 from diht_jax.evaluation.embedding.encoding import Batching
-from diht_jax.evaluation.protocols import class_metrics
+from diht_jax.evaluation.protocols import classification
+from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.protocols.classification import (
     classification_metrics,
-    classify,
+    f1_macro,
     rank_labels,
+    read_group,
+    run,
     zero_shot_classifier,
 )
 from diht_jax.records.schema import Pair
@@ -52,43 +55,99 @@ def test_classifier_is_the_normalised_mean_of_normalised_embeddings():
     assert encode_text.batch_sizes == [4] * 6
 
 
-def test_classes_without_images_compete_or_not():
-    class Model(_TextTable):
-        """Pictures are their own embeddings: 2 by 2 pixels in grey."""
+class _Model(_TextTable):
+    """Pictures are their own embeddings: 4 by 4 pixels in grey."""
 
-        def preprocess(self, image):
-            return np.asarray(image.convert("L").resize((4, 4)))
+    def preprocess(self, image):
+        return np.asarray(image.convert("L").resize((4, 4)))
 
-        def encode_image(self, images):
-            return _unit(images.reshape(len(images), -1).astype(np.float32) + 1)
+    def encode_image(self, images):
+        return _unit(images.reshape(len(images), -1).astype(np.float32) + 1)
 
-        def encode_text(self, texts):
-            return self(texts)
+    def encode_text(self, texts):
+        return self(texts)
 
-    def picture(seed):
-        file = io.BytesIO()
+
+def _pairs(*metadata):
+    pairs = []
+    for seed, fields in enumerate(metadata):
         pixels = np.random.default_rng(seed).integers(0, 255, (4, 4), np.uint8)
+        file = io.BytesIO()
         PIL.Image.fromarray(pixels).save(file, "PNG")
-        return file.getvalue()
+        pairs.append(Pair(f"{seed}", file.getvalue(), "", fields))
+    return pairs
 
-    labels = [7, 2, 7, 2, 5, 2]
-    pairs = [Pair(f"{i}", picture(i), "", {"label": label}) for i, label in enumerate(labels)]
-    names = [f"class {i}" for i in range(9)]
+
+def _task(names, **options):
+    return Task(
+        "x", "classification", "", class_names=names, templates=("the {}",), options=options
+    )
+
+
+def test_classes_without_images_compete_or_not():
+    pairs = _pairs(*({"label": label} for label in [7, 2, 7, 2, 5, 2]))
+    names = tuple(f"class {i}" for i in range(9))
     every, some = (
-        classify(Model(), pairs, names, ["the {}"], candidates=candidates, batching=Batching(4))
+        run(_Model(), _task(names, candidates=candidates), pairs, Batching(4))
         for candidates in ("all", "with_images")
     )
-    assert some.classes.names == ("class 2", "class 5", "class 7")
-    assert some.classes.labels.tolist() == [2, 0, 2, 0, 1, 0]
-    np.testing.assert_array_equal(some.classifier, every.classifier[[2, 5, 7]])
-    similarities = some.encoded.image_emb @ every.classifier[[2, 5, 7]].T
-    expected = np.mean(similarities.argmax(axis=1) == some.classes.labels)
+    classes = some.result.classes
+    assert classes.names == ("class 2", "class 5", "class 7")
+    assert classes.labels.tolist() == [2, 0, 2, 0, 1, 0]
+    np.testing.assert_array_equal(some.result.classifier, every.result.classifier[[2, 5, 7]])
+    similarities = some.encoded.image_emb @ every.result.classifier[[2, 5, 7]].T
+    expected = np.mean(similarities.argmax(axis=1) == classes.labels)
     assert some.metrics["top1"] == pytest.approx(expected)
-    assert every.metrics["top1"] <= some.metrics["top1"] and len(every.classes.names) == 9
+    assert every.metrics["top1"] <= some.metrics["top1"] and every.counts["classes"] == 9
+
+
+def test_the_worst_group_and_resampled_images():
+    # Region 3 has one image, so that a resample may have none of it.
+    regions = np.array([1, 1, 0, 1, 0, 3])
+    pairs = _pairs(*({"label": i, "region": region} for i, region in enumerate(regions.tolist())))
+    measured = run(_Model(), _task(tuple("abcdefg"), group="region", f1="macro"), pairs)
+    ranks = measured.result.ranks
+    assert [row["group"] for row in measured.details["per_group"]] == [0, 1, 3]
+    for counts in (np.ones(6, int), np.array([1, 2, 0, 1, 3, 0])):
+        there = np.repeat(np.arange(6), counts)
+        found = measured.measure(counts)
+        for name, k in (("worst_group", 1), ("worst_group_top5", 5)):
+            shares = [np.mean(ranks[there][regions[there] == r] < k) for r in set(regions[there])]
+            assert found[name] == pytest.approx(min(shares))
+        repeated = classification_metrics(
+            measured.encoded.image_emb[there], there, measured.result.classifier
+        )
+        assert {name: found[name] for name in repeated} == pytest.approx(repeated)
+
+
+def test_f1_is_that_of_scikit_learn_over_the_classes_with_images():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    # Of nine classes 7 and 8 have no image but are predicted, as in iWildCam's test split.
+    labels, predictions = rng.integers(0, 7, 300), rng.integers(0, 9, 300)
+    predictions[::3] = labels[::3]
+    for counts in (np.ones(300, int), rng.integers(0, 3, 300) * (labels != 2)):
+        there = np.repeat(np.arange(300), counts)
+        expected = metrics.f1_score(
+            labels[there], predictions[there], average="macro", labels=np.unique(labels[there])
+        )
+        assert f1_macro(predictions, labels, counts) == pytest.approx(expected)
+
+
+def test_groups_of_a_picture():
+    pair = Pair("k", b"", "", {"numbers": [2.0, 1.5], "region": "Asia", "year": 2016})
+    assert [read_group(pair, field) for field in ("0", "region", "year")] == [2, "Asia", 2016]
+    for field, message in (
+        ("2", "record 'k' has no group '2'; it has 2 numbers"),
+        ("1", "expected group '1' to be a text or a whole number"),
+        ("country", "no group 'country'; it has .'numbers', 'region', 'year'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_group(pair, field)
 
 
 def test_metrics_equal_sorting_in_float64_across_blocks(monkeypatch):
-    monkeypatch.setattr(class_metrics, "_IMAGE_BLOCK", 64)
+    monkeypatch.setattr(classification, "_IMAGE_BLOCK", 64)
     rng = np.random.default_rng(0)
     num_classes = 23
     classifier = _unit(rng.normal(size=(num_classes, 12)))

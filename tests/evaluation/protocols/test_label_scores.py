@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diht_jax.evaluation.embedding.encoding import Batching, EncodedImages
+from diht_jax.evaluation.embedding.encoding import Batching
+from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.protocols.label_scores import (
-    LabelScores,
     area_under_roc,
+    mean_average_precision,
     rank_items,
-    score_labels,
+    run,
 )
-from diht_jax.evaluation.suite import SUITE
 from diht_jax.records.schema import Pair
 
 
@@ -22,11 +22,6 @@ def _scores(seed, n=40):
     """Few different scores, so that there are ties between right and wrong."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 9, n) / 8, rng.random(n) < 0.3
-
-
-def average_precision(scores, targets, counts=None):
-    counts = np.ones(len(scores), int) if counts is None else counts
-    return rank_items(scores, targets).average_precision(counts)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -47,15 +42,14 @@ def test_resampled_is_what_scikit_learn_says_of_the_drawn_rows(seed):
     scores = rng.integers(0, 25, (n, num_classes)).astype(np.float32) / 8
     targets = rng.random((n, num_classes)) < [0.02, 0.05, 0.1, 0.2, 0.5, 0.9, 0.0]
     targets[0] = [True] * (num_classes - 1) + [False]
-    encoded = EncodedImages(np.zeros((n, 1)), [], list(range(n)), {}, [], 1.0)
-    result = LabelScores(encoded, scores, targets, binary=False)
+    rankings = [rank_items(*columns) for columns in zip(scores.T, targets.T, strict=True)]
     for _ in range(20):
         drawn = rng.integers(0, n, n)
         present = np.flatnonzero(targets[drawn].any(axis=0))
         expected = metrics.average_precision_score(
             targets[drawn][:, present], scores[drawn][:, present], average="macro"
         )
-        found = result.resampled_metrics(np.bincount(drawn, minlength=n))
+        found = mean_average_precision(rankings, "all", np.bincount(drawn, minlength=n))
         assert found["mean_average_precision"] == pytest.approx(expected, rel=1e-12)
 
 
@@ -91,10 +85,9 @@ def test_images_that_count_neither_way(tiny_model, photos):
     pairs = _pairs(photos, [[0], [1], [0, 1], [1], []], "labels")
     pairs[1].metadata["ignored_labels"] = ["dog"]
     pairs[2].metadata["ignored_labels"] = [0]  # an object that is there outweighs a difficult one
-    names, templates = ("dog", "bird"), ("a {}.",)
-    result = score_labels(
-        tiny_model, pairs, names, templates, binary=False, interpolation=11, batching=Batching(8)
-    )
+    task = _task("multilabel", "dog", "bird", interpolation="11")
+    measured = run(tiny_model, task, pairs, Batching(8))
+    result = measured.result
     assert result.ignored.tolist() == [[i == 1, False] for i in range(5)]
     rest = [0, 2, 3, 4]
     expected = [
@@ -102,16 +95,18 @@ def test_images_that_count_neither_way(tiny_model, photos):
         rank_items(result.scores[:, 1], result.targets[:, 1]),
     ]
     values = [expected[i].interpolated_precision(np.ones(4 + i, int)) for i in (0, 1)]
-    assert result.metrics == {"mean_average_precision": pytest.approx(np.mean(values))}
+    assert measured.metrics == {"mean_average_precision": pytest.approx(np.mean(values))}
     # The same, said by the classes that count.
     for pair, counted in zip(pairs, [[0, 1], [1], [0, 1], [0, 1], [0, 1]], strict=True):
         pair.metadata.pop("ignored_labels", None)
         pair.metadata["counted_labels"] = counted
-    again = score_labels(
-        tiny_model, pairs, names, templates, binary=False, interpolation=11, batching=Batching(8)
-    )
-    np.testing.assert_array_equal(again.ignored, result.ignored)
-    assert again.metrics == result.metrics
+    again = run(tiny_model, task, pairs, Batching(8))
+    np.testing.assert_array_equal(again.result.ignored, result.ignored)
+    assert again.metrics == measured.metrics
+
+
+def _task(kind, *names, **options):
+    return Task("x", kind, "", class_names=names, templates=("a {}.",), options=options)
 
 
 def _pairs(photos, labels, field):
@@ -123,21 +118,12 @@ def _pairs(photos, labels, field):
 
 def test_yes_and_no(tiny_model, photos):
     pairs = _pairs(photos, [0, 1, 1, "hateful meme", 0], "label")
-    result = score_labels(
-        tiny_model, pairs, ("meme", "hateful meme"), ("a {}.",), binary=True, batching=Batching(8)
-    )
+    task = _task("binary", "meme", "hateful meme")
+    measured = run(tiny_model, task, pairs, Batching(8))
     no, yes = tiny_model.encode_text(["a meme.", "a hateful meme."])
-    scores = result.encoded.image_emb @ (yes - no)
-    np.testing.assert_allclose(result.scores[:, 0], scores, atol=1e-6)
+    scores = measured.encoded.image_emb @ (yes - no)
+    np.testing.assert_allclose(measured.result.scores[:, 0], scores, atol=1e-6)
     expected = area_under_roc(scores, np.array([0, 1, 1, 1, 0], bool))
-    assert result.metrics == {"auroc": pytest.approx(expected)}
-    assert SUITE["hateful_memes"].metrics == ("auroc",)
+    assert measured.metrics == {"auroc": pytest.approx(expected)}
     with pytest.raises(ValueError, match="every image has the same label"):
-        score_labels(
-            tiny_model,
-            pairs[1:3],
-            ("meme", "hateful meme"),
-            ("a {}.",),
-            binary=True,
-            batching=Batching(8),
-        )
+        run(tiny_model, task, pairs[1:3], Batching(8))

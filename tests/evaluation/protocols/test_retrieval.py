@@ -5,7 +5,9 @@ import pytest
 
 from diht_jax.evaluation.page import closest_items
 from diht_jax.evaluation.protocols import retrieval
-from diht_jax.evaluation.protocols.retrieval import retrieval_metrics, retrieval_ranks
+from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.protocols.retrieval import retrieval_metrics, retrieval_ranks, run
+from diht_jax.records.schema import Pair
 
 
 def _unit(x):
@@ -42,9 +44,8 @@ def _metrics_by_sorting(image_emb, text_emb, image_of_text):
 
 @pytest.mark.parametrize("num_images", [3, 97, 700])
 def test_metrics_equal_sorting_in_float64_across_blocks(num_images, monkeypatch):
-    # 700 images with some 1,900 texts span several blocks of both kinds, with rests.
-    monkeypatch.setattr(retrieval, "_QUERY_BLOCK", 192)
-    monkeypatch.setattr(retrieval, "_GALLERY_BLOCK", 256)
+    # 700 images with some 1,900 texts take several blocks both ways, with rests.
+    monkeypatch.setattr(retrieval, "_BLOCK", 2**17)
     problem = _random_problem(num_images, np.random.default_rng(num_images))
     assert retrieval_metrics(*problem) == pytest.approx(_metrics_by_sorting(*problem), abs=1e-12)
 
@@ -74,8 +75,7 @@ def test_a_model_that_gives_everything_one_embedding_scores_zero():
     assert metrics["t2i_median_rank"] == 40
 
 
-def test_equal_captions_of_two_images_tie_wherever_they_lie(monkeypatch):
-    monkeypatch.setattr(retrieval, "_GALLERY_BLOCK", 128)
+def test_equal_captions_of_two_images_tie_wherever_they_lie():
     rng = np.random.default_rng(0)
     image_emb = _unit(rng.normal(size=(500, 512)))
     text_emb = image_emb.copy()  # a perfect model
@@ -87,6 +87,22 @@ def test_equal_captions_of_two_images_tie_wherever_they_lie(monkeypatch):
     assert i2t[tied].tolist() == [1, 1, 1]
     untouched = np.setdiff1d(np.arange(500), np.ravel(pairs))
     assert not i2t[untouched].any()
+
+
+def test_an_image_is_resampled_with_its_captions(tiny_model, photos):
+    captions = [[f"picture {i}", f"number {i}"][: 1 + i % 2] for i in range(5)]
+    pairs = [
+        Pair(f"{i}", photo, "", {"captions": own})
+        for i, (photo, own) in enumerate(zip(photos, captions, strict=True))
+    ]
+    measured = run(tiny_model, Task("x", "retrieval", ""), pairs)
+    result = measured.result
+    assert result.captions == sum(captions, []) and measured.counts["texts"] == 7
+    expected = retrieval_metrics(measured.encoded.image_emb, result.text_emb, result.image_of_text)
+    assert measured.metrics == expected
+    asked = measured.measure(np.array([0, 0, 0, 2, 0]))
+    assert asked["i2t_r1"] == float(result.i2t_ranks[3] < 1)
+    assert asked["t2i_r1"] == np.mean(result.t2i_ranks[result.image_of_text == 3] < 1)
 
 
 def test_closest_items_agree_with_the_ranks():

@@ -10,9 +10,7 @@ from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.protocols.vqa_credit import normalise_answer, vqa_credit
 from diht_jax.evaluation.sources.registry import read_source
-from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import parse_tasks
-from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.readers.base import Skipped
 
 
@@ -182,48 +180,6 @@ def test_answers_and_credits_are_those_of_the_official_code():
     # What all say to the letter is not normalised there; of one person we ask for equality.
     assert vqa_credit("2", ["two"] * 10) == 0
     assert vqa_credit("Two", "two.") == vqa_credit("two", ["2"]) == 1
-
-
-def test_tasks_from_the_command_line(folder, tiny_model):
-    rows = [{"image": i, "sentence": "a dog", "label": "neutral"} for i in range(3)]
-    ve = _write(folder / "ve.json", rows)
-    vqa = _write(
-        folder / "vqa.json", [{"image": i, "question": "how?", "answer": ["so"]} for i in range(3)]
-    )
-    answers = _write(folder / "answers.json", ["so", "not so"])
-    rows = [{"image": i, "caption": ["a dog", f"number {i}"]} for i in range(5)]
-    captions = _write(folder / "captions.json", rows)
-    # Words of one caption in two ways of writing: the model sees equal tokens.
-    cases = [{"image": f"{i}.png", "caption_options": ["a dog's", "A  dog 's"]} for i in range(3)]
-    order = _write(folder / "order.json", cases)
-    images = f"image_root={folder}/images&image_name={{}}.png"
-    tasks = parse_tasks(
-        [
-            f"winoground={_winoground(folder)}",
-            f"snli_ve={ve}?{images}",
-            f"vqav2={vqa}?{images}&class_names={answers}",
-            f"flickr30k_retrieval={captions}?{images}",
-            f"aro_coco_order=aro:{order}?image_root={folder}/images",
-        ]
-    )
-    found = [evaluate_task(tiny_model, task, batch_size=8, num_resamples=20) for task in tasks]
-    for result in found:
-        json.dumps(result, allow_nan=False)
-        assert result["reported"] == list(SUITE[result["task"]].metrics)
-        for name, (low, high) in result["intervals"].items():
-            if not name.endswith("rank"):
-                assert 0 <= low <= result["metrics"][name] <= high <= 1
-    assert [sorted(result["metrics"])[0] for result in found] == [
-        "group",
-        "accuracy",
-        "accuracy",
-        "i2t_median_rank",
-        "accuracy",
-    ]
-    assert found[4]["metrics"] == {"accuracy": 1.0}
-    assert found[0]["counts"]["incomplete_examples"] == 1
-    assert found[2]["protocol"]["candidates"] == 2
-    assert found[3]["counts"]["texts"] == 10
 
 
 def test_a_missing_field_is_named(folder):

@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, resolve_label
+from diht_jax.evaluation.protocols.class_names import name_index, raw_label, resolve_label
 from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
 from diht_jax.evaluation.sources.pictures import decode_picture
@@ -336,8 +336,7 @@ def run_section(tmp_path, monkeypatch):
 
 def _label(task, pair):
     index = name_index(task.class_names)
-    raw = RawLabel(pair.key, pair.metadata.get("label"), pair.metadata.get("class_name"), "")
-    return task.class_names[resolve_label(raw, task.class_names, index)]
+    return task.class_names[resolve_label(raw_label(pair), task.class_names, index)]
 
 
 def test_birdsnap(run_section):
@@ -406,7 +405,7 @@ def test_hateful_memes(run_section):
 
 def test_voc2007(run_section):
     tasks, entries = run_section("voc2007")
-    assert tasks["voc2007"].options == {"interpolation": 11}
+    assert tasks["voc2007"].options == {"interpolation": "11"}
     number = VOC_CLASSES.index
     assert [pair.metadata for pair in entries["voc2007"]] == [
         {"labels": [number("aeroplane")], "ignored_labels": [number("dog")]},
