@@ -160,7 +160,7 @@ def _words(standin: Standin) -> tuple[Sequence[str], Sequence[str]]:
     if isinstance(templates, str):
         templates = prompts.parse_templates(f"clip_benchmark:{templates}")
     if standin.num_countries:
-        countries = prompts.benchmark_class_names("country211")
+        countries = prompts.read_class_names("clip_benchmark:country211")
         names = (*names, *countries[: standin.num_countries])
     return names, templates
 
