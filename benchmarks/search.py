@@ -100,9 +100,9 @@ def write_indexes(
     for dtype in picture_index.DTYPES:
         (folder / dtype).mkdir()
         (folder / dtype / SETTINGS_FILE).write_text(json.dumps({"index": 1, "dtype": dtype}))
-    rows = index_update.PART_ROWS
-    for number, first in enumerate(ProgressBar(range(0, count, rows), desc="parts", unit="part")):
-        part = image_emb[first : first + rows]
+    size = index_update.PART_ROWS
+    for number, first in enumerate(ProgressBar(range(0, count, size), desc="parts", unit="part")):
+        part = image_emb[first : first + size]
         part[:] = perturb(rng, centres[rng.integers(0, _CENTRES, len(part))])
         notes = [(f"{first + row:09d}.jpg", "", b"") for row in range(len(part))]
         identity = {"kind": PICTURES, "path": str(folder)}
@@ -112,11 +112,13 @@ def write_indexes(
             "entries": len(part),
             "is_last": True,
             "part": 0,
+            "states": [],
+            "dropped": {},
         }
         for dtype in picture_index.DTYPES:
             stored = picture_index.quantize(part, dtype)
-            manifest |= {"part": 0, "states": [], "dropped": {}, "removed": []}
-            picture_index.write_part(folder / dtype, number, stored, notes, manifest)
+            rows = picture_index.make_rows(notes, stored)
+            picture_index.write_part(folder / dtype, number, rows, manifest)
     return image_emb
 
 

@@ -14,7 +14,7 @@ import datetime
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
@@ -26,7 +26,8 @@ from diht_jax.records.escaping import escape_lines
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric, Task
     from diht_jax.extras.soups import Ingredient
-    from diht_jax.loading import ModelFiles
+    from diht_jax.weights.inference import LoadedModel
+    from diht_jax.weights.source import ModelFiles
 
 METHODS = ("uniform", "greedy", "wise_ft")
 RECORD_FILE = "average.json"
@@ -106,8 +107,7 @@ def average_models(
     dtype: str = "float32",
     license: str | None = None,
     batch_size: int = 256,
-    num_threads: int | None = None,
-    limit: int | None = None,
+    **evaluation: Any,
 ) -> dict[str, Any]:
     """Writes a weighted mean of models, and how good it is.
 
@@ -121,7 +121,8 @@ def average_models(
         ema: take the moving average of the parameters of those models that are work directories.
         architecture: of `load_model`, for those that are not.
         format, dtype, license: of `diht_jax.export`.
-        batch_size, num_threads, limit: of `evaluate_task`.
+        batch_size: of `evaluate_task`.
+        **evaluation: `num_threads` and `limit` of `evaluate_task`.
 
     Returns:
         What `average.json` holds.
@@ -130,24 +131,23 @@ def average_models(
         ValueError: a model cannot be read, the models are not of one architecture, the method
             lacks what it needs, or `ema` or `architecture` applies to none of the models.
     """
+    from diht_jax.evaluation.results import write_results
     from diht_jax.extras import soups
-    from diht_jax.weights.export import check_target
+    from diht_jax.weights.export import check_target, write_model
+    from diht_jax.weights.model_card import Origin, model_card
 
     output = pathlib.Path(output)
     check_target(output, format, dtype)
-    metrics = _check(models, method, alpha, alphas, tasks, target, reference)
-    sources: dict[str, ModelFiles] = {}
-    runs = _find_runs(models, ema, architecture)
-    read = functools.partial(_read, runs=runs, ema=ema, architecture=architecture, sources=sources)
+    metrics = _check(models, method, [alpha, *alphas], tasks, target, reference)
+    pool = _Models(models, ema, architecture, tasks, {"batch_size": batch_size, **evaluation})
     # The two models of WiSE-FT stay in memory for all alphas.
-    read = functools.cache(read) if method == "wise_ft" else read
-    measure = _measuring(sources, tasks, batch_size, num_threads=num_threads, limit=limit)
+    read = functools.cache(pool.read) if method == "wise_ft" else pool.read
     found: dict[str, Any] = {}
     if method == "greedy":
         model, trials = soups.greedy_soup(
             models,
             read,
-            lambda candidate: measure(candidate)[target],
+            lambda candidate: pool.measure(candidate)[target],
             lower_is_better=metrics[target].lower_is_better,
         )
         found["trials"] = [vars(trial) for trial in trials]
@@ -156,10 +156,15 @@ def average_models(
         weights = [1 - alpha, alpha] if method == "wise_ft" else [1.0] * len(models)
         members = list(zip(models, weights, strict=True))
         if method == "wise_ft" and tasks:
-            found["grid"] = _measure_alphas(models, alphas, read, measure)
+            found["grid"] = []
+            for value in alphas:
+                measured = pool.measure(soups.average_models(models, [1 - value, value], read))
+                shown = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
+                logging.info("alpha %g: %s", value, shown)
+                found["grid"].append({"alpha": value, "metrics": measured})
         model = soups.average_models(models, weights, read)
     if tasks:
-        found["metrics"] = measure(model)
+        found["metrics"] = pool.measure(model)
     record = {
         "method": method,
         "members": [{"model": name, "weight": weight} for name, weight in members],
@@ -168,7 +173,30 @@ def average_models(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **found,
     }
-    _write(output, model, sources, members, record, metrics, format, dtype, license)
+    write_model(
+        output,
+        format,
+        arch=model.arch,
+        params=model.params,
+        preprocessing=pool.sources[model.name].preprocessing,
+        heads={},
+        dtype=dtype,
+        card=model_card(
+            format,
+            arch=model.arch,
+            params=model.params,
+            origin=Origin(output.name, None, False, None, tuple(members)),
+            config=None,
+            results=[("diht_jax.average", found["metrics"])] if tasks else [],
+            license=license,
+        ),
+    )
+    write_results(output / RECORD_FILE, record)
+    if "grid" in record and target:
+        from diht_jax.evaluation.charts import draw_trade_off
+
+        draw_trade_off(record, metrics, output / "average.png")
+    logging.info("wrote %s", output)
     print(escape_lines(_format(record, metrics)))
     return record
 
@@ -176,7 +204,6 @@ def average_models(
 def _check(
     models: Sequence[str],
     method: str,
-    alpha: float,
     alphas: Sequence[float],
     tasks: Sequence[Task],
     target: str | None,
@@ -190,9 +217,9 @@ def _check(
     if len(models) < 2 or (method == "wise_ft" and len(models) != 2):
         wanted = "two models, the zero-shot one first" if method == "wise_ft" else "several models"
         raise ValueError(f"--models={','.join(models)}: --method={method} needs {wanted}")
-    for name, value in [("alpha", alpha), *(("alphas", each) for each in alphas)]:
-        if not 0 <= value <= 1:
-            raise ValueError(f"--{name}: expected numbers from 0 to 1, got {value:g}")
+    for alpha in alphas:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"--alpha, --alphas: expected numbers from 0 to 1, got {alpha:g}")
     metrics = {
         f"{task.name}/{name}": metric
         for task in tasks
@@ -209,137 +236,79 @@ def _check(
     return metrics
 
 
-def _find_runs(models: Sequence[str], ema: bool, architecture: dict[str, Any] | None) -> set[str]:
-    """Those of the models that are work directories, once the two options are known to apply."""
-    from diht_jax.training.workdir.stored_run import local_run
-    from diht_jax.training.workdir.trained_model import is_run
+class _Models:
+    """Reads models, and measures averages of them; the programs are compiled once.
 
-    runs = {name for name in models if is_run(local_run(name))}
-    named = f"--models={','.join(models)}"
-    if ema and not runs:
-        raise ValueError(f"--ema: only work directories of diht_jax.train have one; {named}")
-    if architecture and runs.issuperset(models):
-        raise ValueError(f"--architecture: work directories know theirs; give none for {named}")
-    return runs
-
-
-def _read(
-    name: str,
-    runs: set[str],
-    ema: bool,
-    architecture: dict[str, Any] | None,
-    sources: dict[str, ModelFiles],
-) -> Ingredient:
-    """Reads a model; what it comes with but its parameters is added to `sources`."""
-    import jax
-    import numpy as np
-
-    from diht_jax.extras.soups import Ingredient
-    from diht_jax.loading import read_model
-
-    is_run = name in runs
-    model = read_model(name, ema=ema and is_run, architecture=None if is_run else architecture)
-    if model.decoder is not None and name not in sources:
-        logging.warning("%s: the caption decoder is left out, no format has one", name)
-    sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
-    params = jax.tree.map(np.asarray, model.params)
-    preprocessing = model.preprocessing
-    return Ingredient(name, model.arch, params, tuple(preprocessing.mean), tuple(preprocessing.std))
-
-
-def _measuring(
-    sources: dict[str, ModelFiles], tasks: Sequence[Task], batch_size: int, **options: Any
-) -> Callable[[Ingredient], dict[str, float]]:
-    """A function that measures averages on the tasks; the programs are compiled once.
-
-    It returns the metrics of a model by "TASK/METRIC".
+    Attributes:
+        sources: what the models that were read come with, except their parameters, by name.
     """
-    import jax
 
-    from diht_jax import sharding
-    from diht_jax.evaluation.tasks import evaluate_task
-    from diht_jax.loading import put_on_devices
+    def __init__(
+        self,
+        names: Sequence[str],
+        ema: bool,
+        architecture: dict[str, Any] | None,
+        tasks: Sequence[Task],
+        evaluation: dict[str, Any],
+    ):
+        """Checks that the two options of `read_model` apply to one of the models at least."""
+        from diht_jax.training.workdir.stored_run import local_run
+        from diht_jax.training.workdir.trained_model import is_run
 
-    mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-    loaded = None
+        self._runs = {name for name in names if is_run(local_run(name))}
+        if ema and not self._runs:
+            raise ValueError(
+                "--ema: only work directories of diht_jax.train have one; "
+                f"--models={','.join(names)}"
+            )
+        if architecture and self._runs.issuperset(names):
+            raise ValueError(
+                "--architecture: work directories know theirs; give none for "
+                f"--models={','.join(names)}"
+            )
+        self._ema, self._architecture = ema, architecture
+        self._tasks, self._evaluation = tasks, evaluation
+        self._loaded: LoadedModel | None = None
+        self.sources: dict[str, ModelFiles] = {}
 
-    def measure(model: Ingredient) -> dict[str, float]:
-        nonlocal loaded
-        if loaded is None:
-            files = dataclasses.replace(sources[model.name], params=model.params)
-            loaded = put_on_devices(files, mesh, batch_size=batch_size)
+    def read(self, name: str) -> Ingredient:
+        """Reads a model."""
+        import jax
+        import numpy as np
+
+        from diht_jax.extras.soups import Ingredient
+        from diht_jax.loading import read_model
+
+        options = {"ema": self._ema} if name in self._runs else {"architecture": self._architecture}
+        model = read_model(name, **options)
+        if model.decoder is not None and name not in self.sources:
+            logging.warning("%s: the caption decoder is left out, no format has one", name)
+        self.sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
+        params, pictures = jax.tree.map(np.asarray, model.params), model.preprocessing
+        return Ingredient(name, model.arch, params, tuple(pictures.mean), tuple(pictures.std))
+
+    def measure(self, model: Ingredient) -> dict[str, float]:
+        """The metrics of a model by "TASK/METRIC"."""
+        import jax
+
+        from diht_jax import sharding
+        from diht_jax.evaluation.tasks import evaluate_task
+        from diht_jax.loading import put_on_devices
+
+        mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+        if self._loaded is None:
+            files = dataclasses.replace(self.sources[model.name], params=model.params)
+            batch_size = self._evaluation["batch_size"]
+            self._loaded = put_on_devices(files, mesh, batch_size=batch_size)
         shardings = sharding.tree_shardings(model.params, mesh)
-        loaded.update(jax.device_put(model.params, shardings), step=None)
+        self._loaded.update(jax.device_put(model.params, shardings), step=None)
         return {
             f"{task.name}/{name}": value
-            for task in tasks
-            for name, value in evaluate_task(loaded, task, batch_size=batch_size, **options)[
+            for task in self._tasks
+            for name, value in evaluate_task(self._loaded, task, **self._evaluation)[
                 "metrics"
             ].items()
         }
-
-    return measure
-
-
-def _measure_alphas(
-    models: Sequence[str],
-    alphas: Sequence[float],
-    read: Callable[[str], Ingredient],
-    measure: Callable[[Ingredient], dict[str, float]],
-) -> list[dict[str, Any]]:
-    from diht_jax.extras.soups import average_models as mean_of
-
-    grid = []
-    for alpha in alphas:
-        metrics = measure(mean_of(models, [1 - alpha, alpha], read))
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        logging.info("alpha %g: %s", alpha, shown)
-        grid.append({"alpha": alpha, "metrics": metrics})
-    return grid
-
-
-def _write(
-    output: pathlib.Path,
-    model: Ingredient,
-    sources: dict[str, ModelFiles],
-    members: Sequence[tuple[str, float]],
-    record: dict[str, Any],
-    metrics: dict[str, Metric],
-    format: str,
-    dtype: str,
-    license: str | None,
-) -> None:
-    """The model directory with its card, the record, and the plot where there is a grid."""
-    import jax
-
-    from diht_jax.evaluation.charts import draw_trade_off
-    from diht_jax.evaluation.results import write_results
-    from diht_jax.weights.export import write_model
-    from diht_jax.weights.model_card import Origin, model_card
-
-    measured = record.get("metrics")
-    write_model(
-        output,
-        format,
-        arch=model.arch,
-        params=model.params,
-        preprocessing=sources[model.name].preprocessing,
-        heads={},
-        dtype=dtype,
-        card=model_card(
-            format,
-            arch=model.arch,
-            num_parameters=sum(leaf.size for leaf in jax.tree.leaves(model.params)),
-            origin=Origin(output.name, None, False, None, tuple(members)),
-            config=None,
-            results=[("diht_jax.average", measured)] if measured else [],
-            license=license,
-        ),
-    )
-    write_results(output / RECORD_FILE, record)
-    if "grid" in record and record["target"]:
-        draw_trade_off(record, metrics, output / "average.png")
-    logging.info("wrote %s", output)
 
 
 def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:

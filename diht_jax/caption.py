@@ -27,6 +27,7 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
+from diht_jax.evaluation.embedding.files import check_settings
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.progress import ProgressBar
 from diht_jax.records.captions import all_captions, caption_kinds, check_kind, with_captions
@@ -146,7 +147,9 @@ def caption_shards(
     for target, shard in targets.items():
         if pathlib.Path(target).absolute() == pathlib.Path(shard).absolute():
             raise ValueError(f"--output={output}: holds the input, {shard}; name another folder")
-    _check_settings(model, output, options)
+    model.caption([])  # raises without a decoder
+    settings = {"model": model.fingerprint(decoder=True), **dataclasses.asdict(options)}
+    check_settings(output, settings, name=SETTINGS_FILE, what="captions")
     own = list(targets)[task_index::num_tasks]
     _copy_vocabulary(shards, own, output)
     missing = [target for target in own if not pathlib.Path(target).exists()]
@@ -252,46 +255,23 @@ def _preprocess(model: Any, record: Record) -> np.ndarray | None:
 def _captions_of(
     model: Any, options: CaptionOptions, pictures: Sequence[np.ndarray | None], start: int
 ) -> list[list[str]]:
-    """New captions of each picture of a part of a shard; none for a missing picture.
-
-    Args:
-        model, options, pictures: see `caption_shards`.
-        start: index of the first picture in its shard.
-    """
+    """New captions of the pictures from number `start` of a shard on; none for a missing one."""
     found: list[list[str]] = [[] for _ in pictures]
     readable = [i for i, picture in enumerate(pictures) if picture is not None]
     pixels = [pictures[i] for i in readable]
     for number in range(options.num_captions):
+        # A picture has other draws in each part and for each of its captions.
+        seed = np.random.SeedSequence([options.seed, start, number]).generate_state(1)[0]
         texts = model.caption(
             pixels,
             max_tokens=options.max_tokens,
             top_k=options.top_k,
             temperature=options.temperature,
-            # A picture has other draws in each part and for each of its captions.
-            seed=int(np.random.SeedSequence([options.seed, start, number]).generate_state(1)[0]),
+            seed=int(seed),
         )
         for i, text in zip(readable, texts, strict=True):
             found[i].append(text)
     return found
-
-
-def _check_settings(model: Any, output: pathlib.Path, options: CaptionOptions) -> None:
-    """Notes in the output whose captions it holds; raises ValueError where it holds others."""
-    model.caption([])  # raises without a decoder
-    settings = {"model": model.fingerprint(decoder=True), **dataclasses.asdict(options)}
-    path = output / SETTINGS_FILE
-    if not path.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, json.dumps(settings, indent=2).encode())
-        return
-    before = json.loads(path.read_text())
-    changed = [name for name in settings if settings[name] != before.get(name)]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"--output={output}: has captions of another {name} ({before.get(name)!r}, now "
-            f"{settings[name]!r}); name another folder"
-        )
 
 
 if __name__ == "__main__":

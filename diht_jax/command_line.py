@@ -130,14 +130,10 @@ def task_defaults() -> dict[str, Any]:
     """Arguments of `parse_tasks` other than the tasks, from the flags."""
     from diht_jax.evaluation.prompts import parse_templates, read_class_names
 
-    given, defaults = flags.FLAGS, {}
-    if given.class_names is not None:
-        defaults["class_names"] = read_class_names(given.class_names)
-    if given.templates is not None:
-        defaults["templates"] = parse_templates(given.templates)
-    if given.caption_template is not None:
-        defaults["caption_template"] = given.caption_template
-    return defaults
+    parsers = {"class_names": read_class_names, "templates": parse_templates}
+    parsers["caption_template"] = str
+    given = {name: flags.FLAGS[name].value for name in parsers if name in flags.FLAGS}
+    return {name: parsers[name](text) for name, text in given.items() if text is not None}
 
 
 def define_job_array_flags() -> None:

@@ -81,11 +81,7 @@ def main() -> None:
 
 
 def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepReport:
-    """Compiles the training step of a recipe for a topology.
-
-    Args:
-        config: the whole training config; `data.train` is not needed.
-        topology: of `topologies.get_topology`.
+    """Compiles the training step of a recipe for a topology; `data.train` is not needed.
 
     Raises:
         ValueError: the config does not fit the topology's devices, or is wrong, or the compiler
@@ -132,12 +128,7 @@ def settings_that_fit(
 
     Tries the policies without micro-batches and then with them, which cost another forward pass of
     the towers, each from the cheapest policy on and with the largest micro-batches first. Prints
-    every attempt.
-
-    Args:
-        config: the recipe that does not fit.
-        topology: the machine that it does not fit.
-        too_large: its report.
+    every attempt. `too_large` is the report of what does not fit.
     """
     for micro_batch in dict.fromkeys((None, _largest_micro_batch(config, len(topology.devices)))):
         for remat in _CHEAPEST_FIRST:
@@ -183,16 +174,10 @@ def _halvings(
 
 def _total_steps(config: ml_collections.ConfigDict) -> int:
     """Length of the schedule, a constant of the program without influence on its cost."""
-    if config.total_epochs is not None:
-        return duration_in_steps(
-            config,
-            "total",
-            batch_size=config.data.batch_size,
-            num_examples=1000 * config.data.batch_size,  # the data set is not looked at
-        )
-    return duration_in_steps(
-        config, "total", batch_size=config.data.batch_size, num_examples=config.data.batch_size
-    )
+    batch_size = config.data.batch_size
+    # Of epochs, the data set is not looked at.
+    num_examples = batch_size * (1 if config.total_epochs is None else 1000)
+    return duration_in_steps(config, "total", batch_size=batch_size, num_examples=num_examples)
 
 
 def _local_bytes(tree: object) -> int:
@@ -206,11 +191,10 @@ def _local_bytes(tree: object) -> int:
 def _memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
     """The fields of `StepReport` about memory."""
     memory, limit = compiled.memory_analysis(), topology.memory_limit_bytes
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.peak_memory_in_bytes
     allocated = (
         memory.argument_size_in_bytes
-        + results
+        + (memory.output_size_in_bytes - memory.alias_size_in_bytes)
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )

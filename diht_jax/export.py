@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -49,16 +50,11 @@ def export_model(
     format: str,
     output: str | pathlib.Path,
     *,
-    step: int | None = None,
-    ema: bool = False,
-    image_size: int | None = None,
-    context_length: int | None = None,
-    dim: int | None = None,
-    architecture: dict[str, Any] | None = None,
     dtype: str = "float32",
     keep_heads: bool = False,
-    results: list[str] | None = None,
+    results: Sequence[str] = (),
     license: str | None = None,
+    **model_options: Any,
 ) -> None:
     """Writes a model directory with its card.
 
@@ -66,11 +62,12 @@ def export_model(
         model: released name, work directory or weight file, as `load_model` takes it.
         format: "clip", "open_clip", "huggingface" or "safetensors".
         output: directory to make; must be empty where it exists.
-        step, ema, image_size, context_length, dim, architecture: of `load_model`.
         dtype: of the stored parameters.
         keep_heads: keep the concept heads that the model has.
         results: files of `diht_jax.evaluate` for the card.
         license: of the weights, for the card.
+        **model_options: `step`, `ema`, `image_size`, `context_length`, `dim` and `architecture` of
+            `load_model`.
 
     Raises:
         ValueError: the model cannot be read, or not be written in this format.
@@ -90,29 +87,23 @@ def export_model(
         read_run_results,
     )
 
-    check_target(pathlib.Path(output), format, dtype)
-    measured = [_as_row(path, read_results(path)) for path in results or []]
-    source = read_model(
-        model,
-        step=step,
-        ema=ema,
-        image_size=image_size,
-        context_length=context_length,
-        dim=dim,
-        architecture=architecture,
-    )
+    output = pathlib.Path(output)
+    check_target(output, format, dtype)
+    measured = [_as_row(path, read_results(path)) for path in results]
+    source = read_model(model, **model_options)
+    config, data = None, (None, None)
     if source.is_run:
         measured = [*read_run_results(pathlib.Path(source.path), source.step), *measured]
+        config = json.loads(source.config.to_json_best_effort())
+        data = config["data"]["train"], config["data"].get("labels")
     heads = source.heads if keep_heads else {}
     if keep_heads and not heads:
         logging.warning("%s: there are no concept heads to keep", model)
     if source.decoder is not None:
         logging.warning("%s: the caption decoder is left out, no format has one", model)
     params = jax.tree.map(np.asarray, source.params)
-    config = json.loads(source.config.to_json_best_effort()) if source.is_run else None
-    data = (config["data"]["train"], config["data"].get("labels")) if config else (None, None)
     write_model(
-        pathlib.Path(output),
+        output,
         format,
         arch=source.arch,
         params=params,
@@ -122,7 +113,7 @@ def export_model(
         card=model_card(
             format,
             arch=source.arch,
-            num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            params=params,
             origin=Origin(model, source.step, source.ema, source.sha256),
             config=config,
             data=read_data_facts(*data),
@@ -132,7 +123,7 @@ def export_model(
             license=license,
         ),
     )
-    logging.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in _files(output))))
+    logging.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in output.iterdir())))
 
 
 def _as_row(path: str, results: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -142,10 +133,6 @@ def _as_row(path: str, results: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         for name, value in result["metrics"].items()
     }
     return pathlib.Path(path).name, metrics
-
-
-def _files(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    return [path for path in pathlib.Path(folder).iterdir() if path.is_file()]
 
 
 if __name__ == "__main__":

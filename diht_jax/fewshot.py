@@ -123,17 +123,10 @@ def _options():
 
 def _tasks() -> dict[str, Any]:
     """The splits that are given, as classification tasks with the same prompts."""
-    from diht_jax.evaluation.prompts import parse_templates, read_class_names
     from diht_jax.evaluation.suite import CLASSIFICATION
     from diht_jax.evaluation.task_parsing import parse_tasks
 
-    given = flags.FLAGS
-    defaults = {}
-    if given.class_names is not None:
-        defaults["class_names"] = read_class_names(given.class_names)
-    if given.templates is not None:
-        defaults["templates"] = parse_templates(given.templates)
-    tasks = {}
+    given, defaults, tasks = flags.FLAGS, command_line.task_defaults(), {}
     for name in ("train", "validation", "test"):
         if given[name].value is not None:
             (tasks[name],) = parse_tasks([task_text(given.task, given[name].value)], **defaults)
@@ -148,9 +141,6 @@ def task_text(task: str | None, source: str) -> str:
     Args:
         task: the flag `--task`: a built-in task, or [NAME=]KIND; options after "?".
         source: of the split; its own options, after "?", go before those of the task.
-
-    Raises:
-        ValueError: the task names a source as well.
     """
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
     from diht_jax.evaluation.suite import CLASSIFICATION, TASKS_BY_NAME

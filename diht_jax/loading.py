@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from diht_jax import sharding
@@ -23,43 +22,11 @@ from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.recipe import default_config
 from diht_jax.training.workdir.stored_run import local_run
-from diht_jax.training.workdir.trained_model import TrainedModel, is_run, restore_model
+from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.releases import RELEASES, locate_weights
-from diht_jax.weights.settings import Preprocessing
-from diht_jax.weights.source import Weights, read_weights
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelFiles:
-    """A model as read from files, with its origin.
-
-    Attributes:
-        arch: sizes, activation and the like.
-        params: nested dict of arrays of `models.parameters`.
-        heads: concept heads that the source holds besides the dual encoder, by name.
-        decoder: parameters of the caption decoder of a run that trained one.
-        config: the training config; for others' weights the defaults with their architecture.
-        preprocessing: mean and deviation of the pictures.
-        path: work directory, or weight file.
-        is_run: whether `path` is a work directory of `diht_jax.train`.
-        step: optimiser step, of a work directory.
-        sha256: of the weight file, in hex.
-        ema: whether these are the moving average of the parameters.
-    """
-
-    arch: Architecture
-    params: dict[str, Any]
-    heads: dict[str, np.ndarray]
-    config: ml_collections.ConfigDict
-    preprocessing: Preprocessing
-    path: str
-    is_run: bool
-    step: int | None = None
-    sha256: str | None = None
-    ema: bool = False
-    decoder: dict[str, Any] | None = None
+from diht_jax.weights.source import ModelFiles, read_weights
 
 
 def load_model(
@@ -177,62 +144,38 @@ def read_model(
         if architecture:
             raise ValueError(f"{name}: a work directory knows its architecture; give none")
         mesh = mesh or sharding.create_mesh(1, 1, jax.local_devices()[:1])
-        model = _from_run(name, restore_model(folder, mesh, step=step, ema=ema), ema)
-        model = _fit(model, image_size, context_length)
+        trained = restore_model(folder, mesh, step=step, ema=ema)
+        params, arch = fit_model(
+            trained.params, trained.arch, image_size=image_size, context_length=context_length
+        )
+        for field in ("image_size", "context_length"):
+            if getattr(arch, field) != getattr(trained.arch, field):
+                trained.config.model.overrides[field] = getattr(arch, field)
+        model = ModelFiles(
+            arch,
+            params,
+            name,
+            heads=heads_to_clip(trained.heads),
+            config=trained.config,
+            decoder=trained.decoder,
+            step=trained.step,
+            ema=ema,
+        )
     elif step is not None or ema:
         raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
     else:
-        weights = read_weights(
+        model = read_weights(
             locate_weights(name),
             architecture=architecture,
             image_size=image_size,
             context_length=context_length,
         )
-        _check_released(name, weights)
-        model = _from_weights(weights)
+        _check_released(name, model)
+        model = dataclasses.replace(model, config=config_of(model.arch))
     return model if dim is None else _with_dim(model, dim)
 
 
-def _from_run(name: str, trained: TrainedModel, ema: bool) -> ModelFiles:
-    return ModelFiles(
-        arch=trained.arch,
-        params=trained.params,
-        heads=heads_to_clip(trained.heads),
-        config=trained.config,
-        preprocessing=Preprocessing(),
-        path=name,
-        is_run=True,
-        step=trained.step,
-        ema=ema,
-        decoder=trained.decoder,
-    )
-
-
-def _from_weights(weights: Weights) -> ModelFiles:
-    return ModelFiles(
-        arch=weights.arch,
-        params=weights.params,
-        heads=weights.heads,
-        config=config_of(weights.arch),
-        preprocessing=weights.preprocessing,
-        path=str(weights.path),
-        is_run=False,
-        sha256=weights.sha256,
-    )
-
-
-def _fit(run: ModelFiles, image_size: int | None, context_length: int | None) -> ModelFiles:
-    """The model of a run for images or texts of another size."""
-    params, arch = fit_model(
-        run.params, run.arch, image_size=image_size, context_length=context_length
-    )
-    for field in ("image_size", "context_length"):
-        if getattr(arch, field) != getattr(run.arch, field):
-            run.config.model.overrides[field] = getattr(arch, field)
-    return dataclasses.replace(run, params=params, arch=arch)
-
-
-def _check_released(name: str, weights: Weights) -> None:
+def _check_released(name: str, weights: ModelFiles) -> None:
     """Raises ValueError if the weights of a released name are of another architecture."""
     if name not in RELEASES:
         return

@@ -51,23 +51,26 @@ def define_flags() -> None:
 
 def main(queries: list[str]) -> None:
     """Searches for the queries that stand on the command line."""
+    from diht_jax.evaluation.embedding.inputs import list_inputs
+    from diht_jax.evaluation.embedding.picture_index import PictureIndex
+
     given = flags.FLAGS
-    command_line.require_flags("model")
     if queries and not given.output.endswith((".html", ".htm")):
         raise ValueError(
             f"--output={given.output}: the page is HTML; expected a name that ends in .html"
         )
     if given.serve and not given.index:
         raise ValueError("--serve searches an index: give --index=FOLDER, and --input to make it")
-    if not given.index:
-        command_line.require_flags("input", "output")
-        if not queries:
-            raise ValueError('expected at least one query, such as "a red car", behind the flags')
-        _search_source(queries)
-        return
+    command_line.require_flags("model", *(() if given.index else ("input", "output")))
+    if not (queries or given.index):
+        raise ValueError('expected at least one query, such as "a red car", behind the flags')
     if not (queries or given.serve or given.input):
         raise ValueError("--index: expected queries, --serve, or --input to bring it up to date")
-    _search_index(queries)
+    # What is missing should not have to wait for the model.
+    shards = list_inputs(given.input) if given.input else []
+    if given.index and not shards:
+        PictureIndex(given.index)
+    (_search_index if given.index else _search_source)(shards, queries)
 
 
 def _load_model(*, on_all_hosts: bool) -> Any:
@@ -91,16 +94,15 @@ def _load_model(*, on_all_hosts: bool) -> Any:
     return model
 
 
-def _search_source(queries: list[str]) -> None:
+def _search_source(shards: list[Any], queries: list[str]) -> None:
     """Embeds the source, and searches it."""
     from diht_jax.evaluation.embedding.encoding import Batching
-    from diht_jax.evaluation.embedding.inputs import list_inputs
-    from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
+    from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 
     given = flags.FLAGS
-    shards = list_inputs(given.input)  # a missing folder should not have to wait for the model
+    model = _load_model(on_all_hosts=True)
     result = search_pictures(
-        _load_model(on_all_hosts=True),
+        model,
         shards,
         queries,
         count=given.num_matches,
@@ -111,30 +113,26 @@ def _search_source(queries: list[str]) -> None:
         return
     if result.encoded.dropped:
         logging.warning("left out: %s", result.encoded.dropped)
-    print(format_matches(result.matches))
-    pictures = load_pictures(shards, itertools.chain(*result.matches.values()))
-    _draw(result.matches, pictures, given.input, len(result.encoded.positions))
+    found = itertools.chain(*result.matches.values())
+    pictures = load_pictures(shards, found)
+    _show(result.matches, pictures, given.input, len(result.encoded.positions))
 
 
-def _search_index(queries: list[str]) -> None:
+def _search_index(shards: list[Any], queries: list[str]) -> None:
     """Brings the index up to date with the source, if there is one, and searches it."""
     from diht_jax.evaluation.embedding.encoding import Batching
-    from diht_jax.evaluation.embedding.index_update import update_index
-    from diht_jax.evaluation.embedding.inputs import list_inputs
+    from diht_jax.evaluation.embedding.index_update import IndexProcess, update_index
     from diht_jax.evaluation.embedding.picture_index import PictureIndex
-    from diht_jax.evaluation.embedding.search import (
-        fill_queries,
-        format_matches,
-        load_indexed_pictures,
-    )
+    from diht_jax.evaluation.embedding.search import fill_queries, load_indexed_pictures
 
     given = flags.FLAGS
-    shards = list_inputs(given.input) if given.input else []
-    if not shards:
-        PictureIndex(given.index)  # a missing index should not have to wait for the model
     texts = fill_queries(queries, given.caption_template, given.num_matches) if queries else {}
     model = _load_model(on_all_hosts=False)
     if shards:
+        import jax
+
+        from diht_jax.training.multihost import work_together
+
         update = update_index(
             model,
             shards,
@@ -142,7 +140,7 @@ def _search_index(queries: list[str]) -> None:
             dtype=given.dtype,
             batching=Batching(given.batch_size, given.num_threads),
             thumbnails=given.thumbnails,
-            process=_process(),
+            process=IndexProcess(jax.process_index(), jax.process_count(), work_together),
         )
         logging.info(
             "%s: %d pictures added, %d removed, %d as before; left out: %s",
@@ -159,27 +157,17 @@ def _search_index(queries: list[str]) -> None:
     if texts:
         found = index.search(model.encode_text(list(texts.values())), given.num_matches)
         pictures = load_indexed_pictures(index, itertools.chain(*found))
-        matches = dict(zip(texts, found, strict=True))
-        print(format_matches(matches))
-        _draw(matches, pictures, given.index, len(index))
+        _show(dict(zip(texts, found, strict=True)), pictures, given.index, len(index))
     if given.serve:
         _serve(index, model)
 
 
-def _process() -> Any:
-    """This process among those of the job."""
-    import jax
-
-    from diht_jax.evaluation.embedding.index_update import IndexProcess
-    from diht_jax.training.multihost import work_together
-
-    return IndexProcess(jax.process_index(), jax.process_count(), work_together)
-
-
-def _draw(matches: dict[str, Any], pictures: dict[Any, Any], source: str, count: int) -> None:
-    from diht_jax.evaluation.embedding.search import draw_matches
+def _show(matches: dict[str, Any], pictures: dict[Any, Any], source: str, count: int) -> None:
+    """Prints the matches, and draws them on the page."""
+    from diht_jax.evaluation.embedding.search import draw_matches, format_matches
 
     given = flags.FLAGS
+    print(format_matches(matches))
     draw_matches(
         matches,
         pictures,

@@ -199,7 +199,7 @@ def test_command_writes_models_with_what_was_measured(two_models, pictures, tmp_
         (("a",), "uniform", {}, "--method=uniform needs several models"),
         (("a", "b", "a"), "wise_ft", {}, "--method=wise_ft needs two models, the zero-shot"),
         (("a", "b"), "wiseft", {}, "--method=wiseft: expected one of uniform, greedy, wise_ft"),
-        (("a", "b"), "wise_ft", {"alpha": 1.5}, "--alpha: expected numbers from 0 to 1, got 1.5"),
+        (("a", "b"), "wise_ft", {"alpha": 1.5}, "--alpha, --alphas: expected numbers .* got 1.5"),
         (("a", "b"), "greedy", {}, "--method=greedy needs --tasks and --target"),
         (("a", "b"), "uniform", {"target": "x/top1"}, "--target=x/top1: not among the metrics"),
         (("a", "wide"), "uniform", {}, "wide: parameter 'text/blocks/0/mlp/fc_in/bias' has shape"),

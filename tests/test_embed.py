@@ -38,7 +38,7 @@ def weights(tmp_path_factory):
     rng = np.random.default_rng(0)
     shapes = clip_layout.expected_shapes(ARCH)
     write_safetensors(
-        path, {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}, {}
+        path, {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}
     )
     return path
 

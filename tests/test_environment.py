@@ -90,25 +90,12 @@ def test_tests_get_what_the_demo_needs_and_more(checkout):
     assert "requirements=" not in scripts["run_demo.sh"]
 
 
-def test_environment_of_an_earlier_revision_gets_the_project_alone(checkout):
-    set_up(checkout)
-    (checkout / ".venv" / "installed_project").unlink()
-    (project,) = set_up(checkout)
-    assert project.endswith("-e .")
-
-
 def test_changes_are_installed(checkout):
     set_up(checkout)
     (checkout / "pyproject.toml").write_text("changed")
     assert [call.split()[-1] for call in set_up(checkout)] == ["."]
     (checkout / "requirements.txt").write_text("changed")
     assert [call.split()[-1] for call in set_up(checkout)] == ["-rrequirements.txt"]
-
-
-def test_checkout_that_was_moved_is_linked_again(checkout):
-    set_up(checkout)
-    moved = checkout.rename(checkout.parent / "moved")
-    assert [call.split()[-1] for call in set_up(moved)] == ["."]
 
 
 def write_command(path: pathlib.Path, script: str) -> pathlib.Path:
@@ -126,16 +113,6 @@ def test_another_python_than_that_of_the_environment_is_an_error(checkout, tmp_p
         done = source_script(checkout, PYTHON=str(python))
         assert done.returncode == status, done.stderr
     assert f".venv has Python 3.11, and PYTHON={python} is 3.13; rm -r .venv" in done.stderr
-
-
-def test_first_python_that_runs_makes_the_environment(checkout, tmp_path):
-    (checkout / ".venv" / "bin" / "python").unlink()
-    folder = tmp_path / "bin"
-    write_command(folder / "python3.11", "exit 127")  # such as pyenv's of a version not selected
-    write_command(folder / "python3.12", '[ "$1" = -m ] && echo "$0 $@" >&2 || echo 3.12')
-    done = source_script(checkout, PATH=f"{folder}:/usr/bin:/bin")
-    assert f"{folder}/python3.12 -m venv .venv" in done.stderr
-    assert "python3.11" not in done.stderr
 
 
 def test_requirements_that_cannot_be_installed_say_which_pythons_they_are_for(checkout):

@@ -66,7 +66,7 @@ def source(request, tmp_path_factory):
     """A weight file of ours beside its config, in both activations."""
     arch = dataclasses.replace(ARCH, activation=request.param)
     folder = tmp_path_factory.mktemp("source")
-    write_safetensors(folder / "a.safetensors", random_tensors(arch), {})
+    write_safetensors(folder / "a.safetensors", random_tensors(arch))
     config = {"activation": request.param}
     return folder / "a.safetensors", arch, config
 
@@ -173,7 +173,7 @@ def test_other_parts_of_an_architecture_reach_the_configs(tmp_path):
         vocab_size=600,
         end_of_text_id=511,
     )
-    write_safetensors(tmp_path / "a.safetensors", random_tensors(arch), {})
+    write_safetensors(tmp_path / "a.safetensors", random_tensors(arch))
     fields = {
         "vision_heads": 2,
         "text_heads": 4,
@@ -193,7 +193,7 @@ def test_concept_heads_are_left_out_or_kept(tmp_path):
     )
     assert heads["concept_heads.objects.weight"].shape == (7, 64)
     path = str(tmp_path / "a.safetensors")
-    write_safetensors(tmp_path / "a.safetensors", {**random_tensors(arch), **heads}, {})
+    write_safetensors(tmp_path / "a.safetensors", {**random_tensors(arch), **heads})
     for format in ("clip", "safetensors"):
         for keep in (False, True):
             output = tmp_path / f"{format}_{keep}"

@@ -41,14 +41,6 @@ def test_a_file_gets_a_line_every_half_minute():
     assert not re.search(r"[\r\x1b]", file.getvalue())
 
 
-def test_slow_steps_get_a_line_each():
-    clock, file = Clock(), io.StringIO()
-    bar = ProgressBar(range(100), file=file, clock=clock)
-    for _ in bar:
-        clock.secs += 45
-    assert positions(file) == [*range(1, 101), 100]
-
-
 def test_inner_bars_write_no_codes():
     clock, file = Clock(), io.StringIO()
     with ProgressBar(total=2, file=file, clock=clock) as outer:
@@ -68,12 +60,6 @@ def test_a_terminal_gets_a_lively_bar():
             clock.secs += 1
             bar.update()
     assert len(positions(file)) > 90 and "\r" in file.getvalue()
-
-
-def test_hidden_bars_write_nothing():
-    file = io.StringIO()
-    assert list(ProgressBar(range(3), file=file, disable=True)) == [0, 1, 2]
-    assert file.getvalue() == ""
 
 
 @pytest.mark.parametrize("top", ["diht_jax", "data_prep", "benchmarks"])

@@ -131,7 +131,7 @@ def read_weights(
             f"config.teacher.swag.architecture='{architecture}'; expected one of "
             f"{', '.join(ARCHITECTURES)}"
         )
-    arch, params = swag_layout.from_torchvision(read_tensors(path).tensors, str(path), heads)
+    arch, params = swag_layout.from_torchvision(read_tensors(path), str(path), heads)
     expected = ARCHITECTURES.get(architecture, arch)
     for field in ("patch_size", "layers", "width"):
         if getattr(arch, field) != getattr(expected, field):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -141,23 +142,50 @@ def update_index(
             the folder cannot be written.
     """
     folder = os.fspath(folder).rstrip("/")
+    path = os.path.join(folder, INDEX_NAME)
     with _locked_work(folder, work_dir) as work:
         sizes = _list_shards(folder)
         old = _old_index(folder, work)
         labels = labels or (old.table.labels if old else None)
         old = None if overwrite else old
-        changes = describe_stale(_sizes_of(old.table), sizes, is_whole=True) if old else []
-        path = os.path.join(folder, INDEX_NAME)
-        is_same = old and vocabulary in (None, old.table.vocabulary) and labels == old.table.labels
-        if is_same and not changes:
-            return IndexReport(path, len(old.table), int(old.table.starts[-1]), 0)
-        builder = _Builder(folder, sizes, work, old, trusts_shard_indices=not overwrite)
-        num_read = builder.look_at_shards(num_threads, progress)
-        builder.write(path, vocabulary or _find_vocabulary(folder, sizes), labels)
-        entries = builder.entries
-    return IndexReport(
-        path, len(entries), sum(entry.num_records for entry in entries), num_read, changes
-    )
+        changes, rows, entries = [], {}, {}
+        if old:
+            table = old.table
+            known = dict(zip(table.names, table.num_bytes.tolist(), strict=True))
+            changes = describe_stale(known, sizes, is_whole=True)
+            is_same = vocabulary in (None, table.vocabulary) and labels == table.labels
+            if is_same and not changes:
+                return IndexReport(path, len(table), int(table.starts[-1]), 0)
+            # Shards that the old index describes as they are.
+            rows = {name: row for name, row in table.rows.items() if sizes.get(name) == known[name]}
+            entries = {name: table.entry(row) for name, row in rows.items()}
+        look = functools.partial(_look, folder, work, not overwrite)
+        unknown = {name: size for name, size in sizes.items() if name not in entries}
+        found = _look_at_all(folder, look, unknown, len(sizes), num_threads, progress)
+        entries |= {name: entry for name, (entry, _) in found.items()}
+        entries = [entries[name] for name in sorted(entries)]
+
+        def load_offsets(entry: ShardEntry) -> np.ndarray:
+            if entry.name not in rows:
+                return _load_kept(work, entry.name, entry.num_bytes)
+            offsets = old.offsets(rows[entry.name])
+            if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
+                raise damaged(old.location, f"the offsets of {entry.name} are wrong")
+            return offsets
+
+        vocabulary = vocabulary or _find_vocabulary(folder, sizes)
+        local = work / INDEX_NAME if is_remote(path) else pathlib.Path(path)
+        _write_index(local, entries, load_offsets, vocabulary, labels)
+        if is_remote(path):
+            try:
+                upload(local, path)
+            except OSError as error:
+                raise ValueError(
+                    f"{path}: cannot be written ({error}); the index is in {local}, copy it there"
+                ) from error
+    num_read = sum(not is_kept for _, is_kept in found.values())
+    num_records = sum(entry.num_records for entry in entries)
+    return IndexReport(path, len(entries), num_records, num_read, changes)
 
 
 def is_indexable(path: str) -> bool:
@@ -165,147 +193,91 @@ def is_indexable(path: str) -> bool:
     return _kind_of(path) is not None
 
 
-class _Builder:
-    """Makes the entries of all shards, and writes the index."""
+def _look_at_all(
+    folder: str,
+    look: Callable[[str, int], tuple[ShardEntry, bool]],
+    sizes: Mapping[str, int],
+    num_shards: int,
+    num_threads: int,
+    progress: bool,
+) -> dict[str, tuple[ShardEntry, bool]]:
+    """What `look` finds of each shard.
 
-    def __init__(
-        self,
-        folder: str,
-        sizes: Mapping[str, int],
-        work: pathlib.Path,
-        old: IndexedOffsets | None,
-        trusts_shard_indices: bool,
-    ):
-        self._folder = folder
-        self._sizes = sizes
-        self._work = work
-        self._old = old
-        self._trusts_shard_indices = trusts_shard_indices
-        # Shards that the old index describes as they are.
-        self._rows = {
-            name: row
-            for name, row in (old.table.rows if old else {}).items()
-            if sizes.get(name) == old.table.num_bytes[row]
-        }
-        self._entries = {name: old.table.entry(row) for name, row in self._rows.items()}
-
-    @property
-    def entries(self) -> list[ShardEntry]:
-        """The entries of all shards, in their order."""
-        return [self._entries[name] for name in sorted(self._entries)]
-
-    def look_at_shards(self, num_threads: int, progress: bool) -> int:
-        """Makes all entries; returns the number of shards whose records had to be found.
-
-        Raises:
-            ValueError: some shards cannot be read; names them.
-        """
-        unknown = [name for name in sorted(self._sizes) if name not in self._entries]
-        num_read, failures = 0, {}
-        pool = futures.ThreadPoolExecutor(num_threads)
-        bar = ProgressBar(
-            total=len(self._sizes),
-            initial=len(self._sizes) - len(unknown),
-            unit="shard",
-            disable=not (progress and unknown),
-            dynamic_ncols=True,
+    Raises:
+        ValueError: some shards cannot be read; names them.
+    """
+    found, failures = {}, {}
+    pool = futures.ThreadPoolExecutor(num_threads)
+    bar = ProgressBar(
+        total=num_shards,
+        initial=num_shards - len(sizes),
+        unit="shard",
+        disable=not (progress and sizes),
+        dynamic_ncols=True,
+    )
+    try:
+        running = {pool.submit(look, name, size): name for name, size in sizes.items()}
+        for future in futures.as_completed(running):
+            try:
+                found[running[future]] = future.result()
+            except (ValueError, OSError) as error:
+                failures[running[future]] = str(error)
+            bar.update()
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+    if failures:
+        shown = "; ".join(failures[name] for name in sorted(failures)[:_NAMES_SHOWN])
+        raise ValueError(
+            f"{folder}: {len(failures):,} of {num_shards:,} shards cannot be indexed: "
+            f"{shown}{'; ...' if len(failures) > _NAMES_SHOWN else ''}. Mend them or move them "
+            "away, and run the command again; the others need not be read again"
         )
-        try:
-            running = {pool.submit(self._look, name): name for name in unknown}
-            for future in futures.as_completed(running):
-                try:
-                    self._entries[running[future]], is_kept = future.result()
-                    num_read += not is_kept
-                except (ValueError, OSError) as error:
-                    failures[running[future]] = str(error)
-                bar.update()
-        finally:
-            bar.close()
-            pool.shutdown(cancel_futures=True)
-        if failures:
-            shown = "; ".join(failures[name] for name in sorted(failures)[:_NAMES_SHOWN])
-            raise ValueError(
-                f"{self._folder}: {len(failures):,} of {len(self._sizes):,} shards cannot be "
-                f"indexed: {shown}{'; ...' if len(failures) > _NAMES_SHOWN else ''}. Mend them or "
-                "move them away, and run the command again; the others need not be read again"
-            )
-        return num_read
-
-    def write(
-        self, path: str, vocabulary: Mapping[str, Any] | None, labels: Mapping[str, Any] | None
-    ) -> None:
-        """Writes the index, in a store by way of a local file."""
-        if not is_remote(path):
-            write_dataset_index(path, self.entries, self._load_offsets, vocabulary, labels)
-            return
-        local = self._work / INDEX_NAME
-        write_dataset_index(local, self.entries, self._load_offsets, vocabulary, labels)
-        try:
-            upload(local, path)
-        except OSError as error:
-            raise ValueError(
-                f"{path}: cannot be written ({error}); the index is in {local}, copy it there"
-            ) from error
-
-    def _look(self, name: str) -> tuple[ShardEntry, bool]:
-        """The entry of a shard, and whether an earlier run has kept its offsets."""
-        path, size, kind = os.path.join(self._folder, name), self._sizes[name], _kind_of(name)
-        offsets = self._load_kept(name)
-        is_kept = offsets is not None
-        if offsets is None:
-            trusts = self._trusts_shard_indices
-            offsets = _INDICES[kind].find(path, size, trust_index=trusts)
-        file = open_ranges(path, size)
-        if file.size != size:
-            raise ValueError(f"{path}: is being written; run the command again when it is done")
-        head = file.read_range(0, END_BYTES)
-        tail = file.read_range(max(0, size - END_BYTES), size) if size > len(head) else head
-        if kind == "tfrecord" and not _fits_head(offsets, head):
-            raise wrong_index(path, "it has other records")
-        if not is_kept and not (self._trusts_shard_indices and _has_own_index(path)):
-            _INDICES[kind].write(str(self._work / name), offsets, size)
-        digest = digest_shard(offsets, head, tail)
-        return ShardEntry.of_shard(name, kind, size, offsets, digest), is_kept
-
-    def _load_kept(self, name: str) -> np.ndarray | None:
-        """The offsets of a shard that an earlier run has found; None where it has not."""
-        try:
-            return _INDICES[_kind_of(name)].load(str(self._work / name), self._sizes[name])
-        except (ValueError, OSError):  # damaged, or of an older shard
-            return None
-
-    def _load_offsets(self, entry: ShardEntry) -> np.ndarray:
-        if entry.name in self._rows:
-            offsets = self._old.offsets(self._rows[entry.name])
-            if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
-                raise damaged(self._old.location, f"the offsets of {entry.name} are wrong")
-            return offsets
-        offsets = self._load_kept(entry.name)
-        if offsets is not None:
-            return offsets
-        return _INDICES[entry.kind].find(os.path.join(self._folder, entry.name), entry.num_bytes)
+    return found
 
 
-def write_dataset_index(
-    path: str | os.PathLike[str],
+def _look(
+    folder: str, work: pathlib.Path, trusts_index: bool, name: str, size: int
+) -> tuple[ShardEntry, bool]:
+    """The entry of a shard, and whether an earlier run has kept its offsets; keeps them."""
+    path, kind = os.path.join(folder, name), _kind_of(name)
+    try:
+        offsets = _load_kept(work, name, size)
+    except (ValueError, OSError):  # damaged, or of an older shard
+        offsets = None
+    is_kept = offsets is not None
+    if not is_kept:
+        offsets = _INDICES[kind].find(path, size, trust_index=trusts_index)
+    file = open_ranges(path, size)
+    if file.size != size:
+        raise ValueError(f"{path}: is being written; run the command again when it is done")
+    head = file.read_range(0, END_BYTES)
+    tail = file.read_range(max(0, size - END_BYTES), size) if size > len(head) else head
+    if kind == "tfrecord" and not _fits_head(offsets, head):
+        raise wrong_index(path, "it has other records")
+    if not is_kept:
+        _INDICES[kind].write(str(work / name), offsets, size)
+    digest = digest_shard(offsets, head, tail)
+    return ShardEntry.of_shard(name, kind, size, offsets, digest), is_kept
+
+
+def _load_kept(work: pathlib.Path, name: str, size: int) -> np.ndarray | None:
+    """The offsets of a shard that were found before; None where they were not."""
+    return _INDICES[_kind_of(name)].load(str(work / name), size)
+
+
+def _write_index(
+    path: pathlib.Path,
     entries: Sequence[ShardEntry],
     load_offsets: Callable[[ShardEntry], np.ndarray],
-    vocabulary: Mapping[str, Any] | None = None,
-    labels: Mapping[str, Any] | None = None,
+    vocabulary: Mapping[str, Any] | None,
+    labels: Mapping[str, Any] | None,
 ) -> None:
     """Writes an index; it appears whole or not at all.
-
-    Args:
-        path: of a local file.
-        entries: of all shards, in their order.
-        load_offsets: uint64 [n] of an entry; called for one after the other.
-        vocabulary: see `update_index`.
-        labels: see `update_index`.
 
     Raises:
         ValueError: the entries contradict each other, or a shard has changed since.
     """
-    path = pathlib.Path(path)
     head = encode_head(entries, vocabulary, labels)
     ShardTable(head, os.fspath(path))  # so that nothing is written that no reader takes
     with local_output(path) as local, open(local, "wb") as file:
@@ -388,10 +360,6 @@ def _old_index(folder: str, work: pathlib.Path) -> IndexedOffsets | None:
     return index
 
 
-def _sizes_of(table: ShardTable) -> dict[str, int]:
-    return dict(zip(table.names, table.num_bytes.tolist(), strict=True))
-
-
 def _fits_head(offsets: np.ndarray, head: bytes) -> bool:
     """Checks that the first records of a TFRecord shard begin where its index says."""
     found = position = 0
@@ -403,10 +371,6 @@ def _fits_head(offsets: np.ndarray, head: bytes) -> bool:
             return True  # damaged, which is noticed when it is read
         found, position = found + 1, position + length
     return True
-
-
-def _has_own_index(path: str) -> bool:
-    return not is_remote(path) and os.path.exists(path + INDEX_SUFFIX)
 
 
 if __name__ == "__main__":

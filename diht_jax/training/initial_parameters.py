@@ -18,7 +18,7 @@ from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.releases import locate_weights
 from diht_jax.weights.settings import Preprocessing
-from diht_jax.weights.source import Weights, read_weights
+from diht_jax.weights.source import ModelFiles, read_weights
 
 # What decides what parameters mean and does not show in their shapes.
 _SETTINGS = ("activation", "vision_heads", "text_heads", "layer_norm_epsilon")
@@ -76,7 +76,7 @@ def initial_parameters(
     return jax.device_put(params, sharding.tree_shardings(params, mesh))
 
 
-def _read_weights(source: str) -> Weights:
+def _read_weights(source: str) -> ModelFiles:
     try:
         weights = read_weights(locate_weights(source))
     except ValueError as error:

@@ -2,9 +2,6 @@
 
 OpenAI's, open_clip's and DiHT's state dicts share one layout: this one. Works on NumPy arrays;
 files belong in `tensor_files.py`.
-
-Our kernels are torch's transposed, and convolutions are HWIO where torch has OIHW; embeddings,
-positions and the two projections are alike.
 """
 
 from __future__ import annotations
@@ -21,11 +18,18 @@ import numpy as np
 
 from diht_jax.models.parameters import model_definition, parameter_shapes
 from diht_jax.models.zoo import Architecture
+from diht_jax.weights.layout import (
+    Layout,
+    Tensors,
+    from_layout,
+    layout_shapes,
+    linear,
+    norm,
+    to_layout,
+)
 
 # Scalars that OpenAI's archives carry besides the parameters.
 EXTRAS = frozenset(("input_resolution", "context_length", "vocab_size"))
-# Not parameters: the causal mask that some versions of CLIP save.
-_BUFFERS = frozenset(("attn_mask",))
 # open_clip's CustomTextCLIP keeps the text tower in a module of its own.
 _TEXT_PREFIX = "text."
 _BLOCK = "transformer.resblocks"
@@ -45,21 +49,14 @@ HEADS_PREFIX = "concept_heads."
 def normalize_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One layout out of its variants: extras and buffers dropped, `text.` prefix taken off."""
     kept = {
-        name: value for name, value in tensors.items() if name not in EXTRAS and not is_buffer(name)
+        # The causal mask, which some versions of CLIP save, is no parameter.
+        name: value
+        for name, value in tensors.items()
+        if name not in EXTRAS and name.rpartition(".")[2] != "attn_mask"
     }
     if f"{_TEXT_PREFIX}positional_embedding" in kept:
         return {name.removeprefix(_TEXT_PREFIX): value for name, value in kept.items()}
     return kept
-
-
-def is_buffer(name: str) -> bool:
-    """True for the name of a mask, which is no parameter."""
-    return name.rpartition(".")[2] in _BUFFERS
-
-
-def is_openai_release(tensors: Mapping[str, np.ndarray]) -> bool:
-    """True for the names of OpenAI's own archives, whose models have QuickGELU."""
-    return tensors.keys() >= EXTRAS
 
 
 def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architecture:
@@ -88,9 +85,11 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
         if name not in tensors or tensors[name].ndim != rank or not tensors[name].size
     ]
     if missing:
+        names = sorted(tensors)
+        more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
         raise ValueError(
             f"{path}: not a CLIP with a vision transformer and CLIP's own text tower: lacks "
-            f"{', '.join(missing)}; found {_listing(sorted(tensors))}"
+            f"{', '.join(missing)}; found {', '.join(names[:_MOST_LISTED]) or 'nothing'}{more}"
         )
     vision_width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
     num_patches = tensors["visual.positional_embedding"].shape[0] - 1
@@ -104,7 +103,7 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
             patch_size=patch_size,
             vision_layers=_count_blocks(tensors, f"visual.{_BLOCK}"),
             vision_width=vision_width,
-            vision_heads=_usual_heads(vision_width),
+            vision_heads=_UNUSUAL_HEADS.get(vision_width, max(1, vision_width // _HEAD_WIDTH)),
             text_layers=_count_blocks(tensors, _BLOCK),
             text_width=text_width,
             # The text towers of the same models have heads 64 wide.
@@ -121,82 +120,19 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
 
 def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """CLIP's name -> shape of every parameter of `arch`."""
-    ours = parameter_shapes(_abstract_parameters(arch))
-    shapes = {}
-    for path, name in _names(arch).items():
-        shape = ours[path]
-        if _kind(path) == "conv":
-            shape = (shape[3], shape[2], shape[0], shape[1])
-        shapes[name] = shape[::-1] if _kind(path) == "transposed" else shape
-    return shapes
+    return layout_shapes(layout(arch), our_shapes(arch))
 
 
-_LISTED = 30  # of one kind in a message: a setting of another model makes thousands of them
-
-
-def check_parameters(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: str
-) -> None:
-    """Compares names and shapes.
-
-    Raises:
-        ValueError: lists missing, unknown and wrongly shaped parameters, the first of each kind.
-    """
-    missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(found.keys() - expected.keys())
-    wrong = [
-        f"{name} {list(found[name])} (expected {list(expected[name])})"
-        for name in sorted(found.keys() & expected.keys())
-        if tuple(found[name]) != tuple(expected[name])
-    ]
-    problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
-    lines = [
-        f"{len(v)} {kind}: {', '.join(v[:_LISTED])}{', ...' * (len(v) > _LISTED)}"
-        for kind, v in problems.items()
-        if v
-    ]
-    if lines:
-        raise ValueError(f"{path}: the parameters do not fit the architecture; " + "; ".join(lines))
-
-
-def from_clip(tensors: Mapping[str, np.ndarray], arch: Architecture) -> dict[str, Any]:
-    """Our parameter tree, one entry per block, of arrays in CLIP's layout.
-
-    Args:
-        tensors: exactly the names and shapes of `expected_shapes(arch)`.
-        arch: sizes.
-
-    Returns:
-        Nested dict of float32 NumPy arrays, as `models.parameters.model_parameters` gives it;
-        views of `tensors` where these are float32.
-    """
-    tree: dict[str, Any] = {}
-    for path, name in _names(arch).items():
-        value = np.asarray(tensors[name], np.float32)
-        if _kind(path) == "conv":
-            value = value.transpose(2, 3, 1, 0)
-        elif _kind(path) == "transposed":
-            value = value.T
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
+def from_clip(
+    tensors: Mapping[str, np.ndarray], arch: Architecture, where: str = "state dict"
+) -> dict[str, Any]:
+    """Our parameter tree, one entry per block, of arrays in CLIP's layout; see `from_layout`."""
+    return from_layout(tensors, layout(arch), our_shapes(arch), where)
 
 
 def to_clip(params: Mapping[str, Any], arch: Architecture) -> dict[str, np.ndarray]:
     """CLIP's layout of our parameter tree; the inverse of `from_clip`, bit for bit."""
-    tensors = {}
-    for path, name in _names(arch).items():
-        value: Any = params
-        for part in path.split("/"):
-            value = value[part]
-        value = np.asarray(value)
-        if _kind(path) == "conv":
-            value = value.transpose(3, 2, 0, 1)
-        tensors[name] = value.T if _kind(path) == "transposed" else value
-    return tensors
+    return to_layout(params, layout(arch))
 
 
 def split_heads(
@@ -216,62 +152,45 @@ def heads_to_clip(heads: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _names(arch: Architecture) -> dict[str, str]:
-    """Path in our tree -> CLIP's name."""
-    names = {
-        "vision/patch_embedding/kernel": "visual.conv1.weight",
-        "vision/class_embedding": "visual.class_embedding",
-        "vision/positional_embedding": "visual.positional_embedding",
-        "vision/projection/kernel": "visual.proj",
-        "text/token_embedding/embedding": "token_embedding.weight",
-        "text/positional_embedding": "positional_embedding",
-        "text/projection/kernel": "text_projection",
-        "log_logit_scale": "logit_scale",
-        **_norm_names("vision/pre_norm", "visual.ln_pre"),
-        **_norm_names("vision/post_norm", "visual.ln_post"),
-        **_norm_names("text/final_norm", "ln_final"),
+@functools.lru_cache(maxsize=4)
+def our_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Path in our tree -> shape."""
+    _, init = model_definition(arch, jnp.float32, jnp.float32)
+    return parameter_shapes(jax.eval_shape(init, jax.random.key(0)))
+
+
+def layout(arch: Architecture) -> Layout:
+    """The layout of a model."""
+    found = {
+        "vision/patch_embedding/kernel": Tensors(("visual.conv1.weight",), "convolution"),
+        "vision/class_embedding": Tensors(("visual.class_embedding",)),
+        "vision/positional_embedding": Tensors(("visual.positional_embedding",)),
+        "vision/projection/kernel": Tensors(("visual.proj",)),
+        "text/token_embedding/embedding": Tensors(("token_embedding.weight",)),
+        "text/positional_embedding": Tensors(("positional_embedding",)),
+        "text/projection/kernel": Tensors(("text_projection",)),
+        "log_logit_scale": Tensors(("logit_scale",)),
+        **norm("vision/pre_norm", "visual.ln_pre"),
+        **norm("vision/post_norm", "visual.ln_post"),
+        **norm("text/final_norm", "ln_final"),
     }
     for tower, prefix, layers in (
         ("vision", "visual.", arch.vision_layers),
         ("text", "", arch.text_layers),
     ):
         for i in range(layers):
-            names |= _block_names(f"{tower}/blocks/{i}", f"{prefix}{_BLOCK}.{i}")
-    return names
-
-
-def _block_names(ours: str, theirs: str) -> dict[str, str]:
-    return {
-        **_norm_names(f"{ours}/attention_norm", f"{theirs}.ln_1"),
-        f"{ours}/attention/in_proj/kernel": f"{theirs}.attn.in_proj_weight",
-        f"{ours}/attention/in_proj/bias": f"{theirs}.attn.in_proj_bias",
-        **_linear_names(f"{ours}/attention/out_proj", f"{theirs}.attn.out_proj"),
-        **_norm_names(f"{ours}/mlp_norm", f"{theirs}.ln_2"),
-        **_linear_names(f"{ours}/mlp/fc_in", f"{theirs}.mlp.c_fc"),
-        **_linear_names(f"{ours}/mlp/fc_out", f"{theirs}.mlp.c_proj"),
-    }
-
-
-def _norm_names(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}/scale": f"{theirs}.weight", f"{ours}/bias": f"{theirs}.bias"}
-
-
-def _linear_names(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}/kernel": f"{theirs}.weight", f"{ours}/bias": f"{theirs}.bias"}
-
-
-def _kind(path: str) -> str:
-    if path.endswith("patch_embedding/kernel"):
-        return "conv"
-    if path.endswith("/kernel") and not path.endswith("projection/kernel"):
-        return "transposed"
-    return "same"
-
-
-@functools.lru_cache(maxsize=4)
-def _abstract_parameters(arch: Architecture) -> dict[str, Any]:
-    _, init = model_definition(arch, jnp.float32, jnp.float32)
-    return jax.eval_shape(init, jax.random.key(0))
+            ours, theirs = f"{tower}/blocks/{i}", f"{prefix}{_BLOCK}.{i}"
+            in_proj = f"{theirs}.attn.in_proj"
+            found |= {
+                **norm(f"{ours}/attention_norm", f"{theirs}.ln_1"),
+                f"{ours}/attention/in_proj/kernel": Tensors((f"{in_proj}_weight",), "transposed"),
+                f"{ours}/attention/in_proj/bias": Tensors((f"{in_proj}_bias",)),
+                **linear(f"{ours}/attention/out_proj", f"{theirs}.attn.out_proj"),
+                **norm(f"{ours}/mlp_norm", f"{theirs}.ln_2"),
+                **linear(f"{ours}/mlp/fc_in", f"{theirs}.mlp.c_fc"),
+                **linear(f"{ours}/mlp/fc_out", f"{theirs}.mlp.c_proj"),
+            }
+    return found
 
 
 def _count_blocks(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
@@ -287,13 +206,3 @@ def _mlp_width(tensors: Mapping[str, np.ndarray], prefix: str, width: int) -> in
     if weight is None or weight.ndim != 2 or weight.shape[0] == 4 * width:
         return None
     return weight.shape[0]
-
-
-def _usual_heads(width: int) -> int:
-    return _UNUSUAL_HEADS.get(width, max(1, width // _HEAD_WIDTH))
-
-
-def _listing(names: list[str]) -> str:
-    """The first names of a file that may be anything."""
-    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return ", ".join(names[:_MOST_LISTED]) + more if names else "nothing"

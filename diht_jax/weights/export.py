@@ -72,7 +72,8 @@ def write_model(
             f"not know; leave them out, or take {' or '.join(_FORMATS_WITH_HEADS)}"
         )
     output.mkdir(parents=True, exist_ok=True)
-    tensors = {**clip_layout.to_clip(params, arch), **heads}
+    to_theirs = huggingface.to_huggingface if format == "huggingface" else clip_layout.to_clip
+    tensors = {**to_theirs(params, arch), **heads}
     tensors = {name: np.asarray(v).astype(DTYPES[dtype]) for name, v in tensors.items()}
     write_bytes(output / CARD_FILE, card.encode())
     if format == "huggingface":
@@ -80,7 +81,7 @@ def write_model(
     elif format == "open_clip":
         config = open_clip_config.make_config(arch, preprocessing)
         _write_json(output / OPEN_CLIP_CONFIG, {**config, "tokenizer": _tokenizer_settings(arch)})
-        write_safetensors(output / "open_clip_model.safetensors", tensors, {"format": "pt"})
+        write_safetensors(output / "open_clip_model.safetensors", tensors)
     else:
         config = {
             "architecture": dataclasses.asdict(arch),
@@ -91,7 +92,7 @@ def write_model(
         if format == "clip":
             write_torch(output / "model.pt", tensors)
         else:
-            write_safetensors(output / "model.safetensors", tensors, {"format": "pt"})
+            write_safetensors(output / "model.safetensors", tensors)
 
 
 def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
@@ -121,12 +122,7 @@ def _write_huggingface(
     # A text tower with another vocabulary has another tokenizer, which we do not know.
     if arch.vocab_size == tokenizer.VOCAB_SIZE:
         _write_huggingface_tokenizer(output, arch.context_length)
-    write_safetensors(
-        output / "model.safetensors",
-        huggingface.to_huggingface(tensors, arch),
-        # transformers asks for this entry.
-        {"format": "pt"},
-    )
+    write_safetensors(output / "model.safetensors", tensors)
 
 
 def _write_huggingface_tokenizer(output: pathlib.Path, context_length: int) -> None:
@@ -137,12 +133,8 @@ def _write_huggingface_tokenizer(output: pathlib.Path, context_length: int) -> N
     write_bytes(
         output / "tokenizer.json", tokenizer_file.make_tokenizer().to_str(pretty=True).encode()
     )
-    markers = {
-        "bos_token": tokenizer_file.START_OF_TEXT,
-        "eos_token": tokenizer_file.END_OF_TEXT,
-        "unk_token": tokenizer_file.END_OF_TEXT,
-        "pad_token": tokenizer_file.END_OF_TEXT,
-    }
+    markers = {"bos_token": tokenizer_file.START_OF_TEXT}
+    markers |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), tokenizer_file.END_OF_TEXT)
     config = {
         # Not CLIPTokenizer, which would put its own normaliser before that of tokenizer.json.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -156,12 +148,12 @@ def _write_huggingface_tokenizer(output: pathlib.Path, context_length: int) -> N
 
 def _tokenizer_settings(arch: Architecture) -> dict[str, Any]:
     """Facts about the tokenizer, for formats that have no tokenizer files."""
+    sizes = {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
     if arch.vocab_size != tokenizer.VOCAB_SIZE:
-        return {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
+        return sizes
     return {
         "kind": "CLIP byte-pair encoding (bpe_simple_vocab_16e6), lower case",
-        "context_length": arch.context_length,
-        "vocab_size": arch.vocab_size,
+        **sizes,
         "start_of_text_id": tokenizer.START_OF_TEXT_ID,
         "end_of_text_id": tokenizer.END_OF_TEXT_ID,
         "padding_id": 0,

@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from diht_jax.models.zoo import Architecture
 from diht_jax.pages.render import render
 from diht_jax.records.labels.shards import find_inputs
@@ -57,7 +59,7 @@ def model_card(
     format: str,
     *,
     arch: Architecture,
-    num_parameters: int,
+    params: Mapping[str, Any],
     origin: Origin,
     config: Mapping[str, Any] | None,
     data: Sequence[SourceFacts] = (),
@@ -70,7 +72,7 @@ def model_card(
 
     Args:
         format: of the export; decides the lines that show how to load it.
-        arch, num_parameters: of the model.
+        arch, params: of the model.
         origin: of the parameters.
         config: the training config as plain dicts; None for weights not trained here.
         data: of `read_data_facts`.
@@ -86,7 +88,7 @@ def model_card(
         license=license,
         title=pathlib.PurePath(origin.name).name or origin.name,
         architecture=[
-            ("parameters", f"{num_parameters:,}"),
+            ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"),
             *fields,
             ("concept heads", ", ".join(heads) or "left out"),
         ],

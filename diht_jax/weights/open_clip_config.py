@@ -32,11 +32,7 @@ _POOLS = {"vision_cfg": ("tok",), "text_cfg": ("argmax", "eos")}
 
 
 def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
-    """The architecture of an open_clip model config.
-
-    Args:
-        config: "model_cfg" of `open_clip_config.json`, or a file of open_clip's `model_configs`.
-        path: for messages.
+    """The architecture of a "model_cfg" of `open_clip_config.json`.
 
     Raises:
         ValueError: a field is missing, or asks for something that our model does not have.
@@ -72,20 +68,11 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
 
 def make_config(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
     """Contents of `open_clip_config.json`, which open_clip reads from a directory or hub."""
-    norm = {}
+    norm, pooling = {}, {}
     if arch.layer_norm_epsilon != 1e-5:
         norm = {"norm_kwargs": {"eps": arch.layer_norm_epsilon}}
-    text: dict[str, Any] = {
-        "context_length": arch.context_length,
-        "vocab_size": arch.vocab_size,
-        "width": arch.text_width,
-        "heads": arch.text_heads,
-        "layers": arch.text_layers,
-        **_mlp_ratio(arch.text_width, arch.text_mlp_width),
-        **norm,
-    }
     if arch.end_of_text_id is not None:
-        text |= {"pool_type": "eos", "eos_id": arch.end_of_text_id}
+        pooling = {"pool_type": "eos", "eos_id": arch.end_of_text_id}
     return {
         "model_cfg": {
             "embed_dim": arch.embed_dim,
@@ -99,7 +86,16 @@ def make_config(arch: Architecture, preprocessing: Preprocessing) -> dict[str, A
                 **_mlp_ratio(arch.vision_width, arch.vision_mlp_width),
                 **norm,
             },
-            "text_cfg": text,
+            "text_cfg": {
+                "context_length": arch.context_length,
+                "vocab_size": arch.vocab_size,
+                "width": arch.text_width,
+                "heads": arch.text_heads,
+                "layers": arch.text_layers,
+                **_mlp_ratio(arch.text_width, arch.text_mlp_width),
+                **norm,
+                **pooling,
+            },
         },
         "preprocess_cfg": {
             "size": arch.image_size,

@@ -6,13 +6,14 @@ hold is read by `source.py`.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import http.client
 import os
 import pathlib
+import shutil
 import urllib.error
 import urllib.request
+from typing import NamedTuple
 
 from absl import logging
 
@@ -28,28 +29,17 @@ _LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 _CHUNK_BYTES = 2**20
 _TIMEOUT_SECS = 60
 _MOST_ATTEMPTS = 3
-_BROKEN_OFF = (OSError, http.client.HTTPException)
 
 
-@dataclasses.dataclass(frozen=True)
-class Release:
-    """A published weight file.
-
-    Attributes:
-        url: where it is.
-        sha256: of its bytes, in hex.
-    """
+class Release(NamedTuple):
+    """A published weight file: its address, and the SHA-256 of its bytes in hex."""
 
     url: str
     sha256: str
 
 
-def _diht(name: str, sha256: str) -> Release:
-    return Release(f"{_ADDRESS}/{name}_{sha256}.ckpt", sha256)
-
-
 RELEASES: dict[str, Release] = {
-    name: _diht(name, sha256)
+    name: Release(f"{_ADDRESS}/{name}_{sha256}.ckpt", sha256)
     for name, sha256 in {
         "diht_vitb32_224px": "0cee3cbdf80edc3a9b3add0a913eb0f293839d807423ae1eb6dfe57be3550586",
         "diht_vitb16_224px": "d2f68609e5d0469c824cd16353375cf7c47b468666fdfcd8baecf06705e4a6f0",
@@ -85,9 +75,6 @@ def fetch_release(name: str) -> pathlib.Path:
     published, or a model directory `NAME`. Otherwise the file is downloaded, once, into
     DIHT_JAX_CACHE (by default `~/.cache/diht_jax`).
 
-    Args:
-        name: a key of `RELEASES`.
-
     Raises:
         ValueError: nothing there, no connection, or a file with another hash.
     """
@@ -107,11 +94,6 @@ def download(url: str, path: pathlib.Path, sha256: str) -> None:
     An interrupted download goes on where it was, in this call (a few attempts) or a later one:
     what has come stays in `path` with `.part` appended. Only a file with the right hash ever gets
     the name `path`. Processes that want the same file wait for each other.
-
-    Args:
-        url: http or https.
-        path: of the file to make; folders are made.
-        sha256: expected, in hex.
 
     Raises:
         ValueError: the connection failed or broke off, or the hash is another one.
@@ -168,7 +150,7 @@ def _find_local(given: pathlib.Path, name: str, release: Release) -> pathlib.Pat
 
 def _download_part(url: str, part: pathlib.Path) -> None:
     """Fills `part` up to the end, a few times over if the connection breaks off."""
-    for attempt in range(1, _MOST_ATTEMPTS + 1):
+    for _ in range(_MOST_ATTEMPTS):
         have_bytes = part.stat().st_size if part.exists() else 0
         try:
             if _transfer(url, part, have_bytes):
@@ -179,10 +161,9 @@ def _download_part(url: str, part: pathlib.Path) -> None:
                 # Nothing is left to send: the part is whole, or is not a part of this file.
                 return
             raise ValueError(f"{url}: the server answered {error.code} {error.reason}") from error
-        except _BROKEN_OFF as error:
+        except (OSError, http.client.HTTPException) as error:
             problem = str(error) or type(error).__name__
-        if attempt < _MOST_ATTEMPTS:
-            logging.warning("%s: %s; attempt %d of %d", url, problem, attempt + 1, _MOST_ATTEMPTS)
+        logging.warning("%s: %s", url, problem)
     have_bytes = part.stat().st_size if part.exists() else 0
     raise ValueError(
         f"{url}: {problem}. {have_bytes} bytes are kept in {part} and the next call goes on from "
@@ -197,20 +178,13 @@ def _transfer(url: str, part: pathlib.Path, have_bytes: int) -> bool:
     with urllib.request.urlopen(request, timeout=_TIMEOUT_SECS) as response:
         if response.status != http.client.PARTIAL_CONTENT:
             have_bytes = 0  # the server sends everything
-        length = response.headers.get("Content-Length")
-        total_bytes = have_bytes + int(length) if length is not None else None
+        total_bytes = have_bytes + response.length if response.length is not None else None
+        name = url.rpartition("/")[2][:40]
         with (
             open(part, "ab" if have_bytes else "wb") as file,
-            ProgressBar(
-                total=total_bytes,
-                initial=have_bytes,
-                desc=url.rpartition("/")[2][:40],
-                unit="B",
-                unit_scale=True,
-                dynamic_ncols=True,
+            ProgressBar.wrapattr(
+                file, "write", total=total_bytes, initial=have_bytes, desc=name, dynamic_ncols=True
             ) as progress,
         ):
-            while chunk := response.read(_CHUNK_BYTES):
-                file.write(chunk)
-                progress.update(len(chunk))
+            shutil.copyfileobj(response, progress, _CHUNK_BYTES)
     return total_bytes is None or part.stat().st_size >= total_bytes

@@ -40,16 +40,7 @@ class ConfigSection:
     """
 
     def __init__(self, values: Any, name: str, path: str):
-        """Checks that it is an object.
-
-        Args:
-            values: the object, or None.
-            name: of the part of the config; "" for the whole.
-            path: of the file, for messages.
-
-        Raises:
-            ValueError: it is no object.
-        """
+        """Checks that part `name` ("" for the whole) of the file `path` is an object, or None."""
         self.values = {} if values is None else values
         self._path, self._name = path, name
         if not isinstance(self.values, Mapping):
@@ -98,10 +89,6 @@ class ConfigSection:
 def architecture_from_own(config: Any, path: str) -> Architecture:
     """The architecture in a config that `diht_jax.export` wrote.
 
-    Args:
-        config: "architecture" of `diht_jax_config.json`.
-        path: for messages.
-
     Raises:
         ValueError: fields are missing, unknown or of another type.
     """
@@ -135,16 +122,11 @@ def make_architecture(path: str, **fields: Any) -> Architecture:
 def make_preprocessing(
     config: Mapping[str, Any], mean: Any, std: Any, wanted: Mapping[str, Any], path: str
 ) -> Preprocessing:
-    """The preprocessing, with CLIP's numbers where some are None.
-
-    Args:
-        config: the other library's settings.
-        mean, std: of it.
-        wanted: values of settings that our preprocessing has; it has no others.
-        path: for messages.
+    """The preprocessing of another library's config, with CLIP's numbers where some are None.
 
     Raises:
-        ValueError: another value of a setting, or numbers that are none.
+        ValueError: a setting has another value than the wanted one, which is all that ours has, or
+            the numbers are none.
     """
     for name, value in wanted.items():
         if config.get(name, value) != value:
@@ -174,7 +156,5 @@ def mlp_width_unless_usual(mlp_width: int, width: int) -> int | None:
 
 
 def _is_number(value: Any) -> bool:
-    """True for an int or a finite float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return isinstance(value, int) or math.isfinite(value)
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and (isinstance(value, int) or math.isfinite(value))

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_dtypes
+import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
@@ -30,6 +30,7 @@ from diht_jax.config.checks import nearest_name
 from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import Architecture
 from diht_jax.weights import clip_layout, huggingface, open_clip_config
+from diht_jax.weights.layout import from_layout
 from diht_jax.weights.releases import hash_file
 from diht_jax.weights.settings import Preprocessing, architecture_from_own
 from diht_jax.weights.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_tensors
@@ -52,26 +53,37 @@ _PREFERRED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
-    """A model as a weight file has it.
+class ModelFiles:
+    """A model as read from files, with its origin.
 
     Attributes:
         arch: sizes, activation and the like.
-        params: nested dict of float32 NumPy arrays, one entry per block.
-        heads: concept heads under their names in the file; empty where there are none.
+        params: nested dict of arrays of `models.parameters`, one entry per block.
+        path: weight file, or work directory of `diht_jax.train`.
+        heads: concept heads under their names in CLIP's layout; empty where there are none.
         preprocessing: mean and deviation of the pictures.
-        path: of the weight file.
-        sha256: of that file, in hex; None for one in shards.
-        layout: "clip" or "huggingface".
+        sha256: of a weight file, in hex; None for one in shards.
+        config: the training config of a run; for others' weights `loading` fills in the defaults.
+        decoder: parameters of the caption decoder of a run that trained one.
+        step: optimiser step, of a run.
+        ema: whether these are the moving average of the parameters.
     """
 
     arch: Architecture
     params: dict[str, Any]
-    heads: dict[str, np.ndarray]
-    preprocessing: Preprocessing
-    path: pathlib.Path
-    sha256: str | None
-    layout: str
+    path: str
+    heads: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
+    sha256: str | None = None
+    config: ml_collections.ConfigDict | None = None
+    decoder: dict[str, Any] | None = None
+    step: int | None = None
+    ema: bool = False
+
+    @property
+    def is_run(self) -> bool:
+        """Whether `path` is a work directory."""
+        return self.step is not None
 
 
 def read_weights(
@@ -80,7 +92,7 @@ def read_weights(
     architecture: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     context_length: int | None = None,
-) -> Weights:
+) -> ModelFiles:
     """Reads the weights of a CLIP.
 
     Args:
@@ -95,11 +107,10 @@ def read_weights(
             missing, unknown or of another shape (all are listed), settings our model lacks.
     """
     path = pathlib.Path(path)
-    if not _exists(path):
+    if not os.path.exists(path):
         raise ValueError(f"{path}: no such weight file or model directory")
     file = find_weight_file(path) if path.is_dir() else path
-    tensors = read_tensors(file).tensors
-    _check_types(tensors, str(file))
+    tensors = read_tensors(file)
     is_huggingface = "vision_model.embeddings.class_embedding" in tensors
     arch, preprocessing = _read_settings(file.parent, is_huggingface)
     if arch is None:
@@ -114,37 +125,25 @@ def read_weights(
     most_layers = max(arch.vision_layers, arch.text_layers)
     if most_layers > len(tensors):
         raise ValueError(f"{file}: {len(tensors)} parameters for a model of {most_layers} layers")
-    parameters, heads = clip_layout.split_heads(tensors)
-    params = _arrange(parameters, arch, is_huggingface, str(file))
+    found, heads = clip_layout.split_heads(tensors)
+    if is_huggingface:
+        layout = huggingface.layout(arch)
+        found = {name: value for name, value in found.items() if name not in huggingface.BUFFERS}
+    else:
+        layout, found = clip_layout.layout(arch), clip_layout.normalize_names(found)
+    # A scale of shape [1] is the same as one of shape [].
+    if "logit_scale" in found and found["logit_scale"].shape == (1,):
+        found["logit_scale"] = found["logit_scale"].reshape(())
+    params = from_layout(found, layout, clip_layout.our_shapes(arch), str(file))
     params, arch = fit_model(params, arch, image_size=image_size, context_length=context_length)
-    params = jax.tree.map(np.asarray, params)
-    return Weights(
+    return ModelFiles(
         arch=arch,
-        params=params,
+        params=jax.tree.map(np.asarray, params),
+        path=str(file),
         heads=heads,
         preprocessing=preprocessing,
-        path=file,
         sha256=None if file.name.endswith(INDEX_SUFFIX) else hash_file(file),
-        layout="huggingface" if is_huggingface else "clip",
     )
-
-
-def _exists(path: pathlib.Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or has a NUL
-        return False
-
-
-def _check_types(tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """Refuses parameters that are no floating-point numbers; masks and the like may be."""
-    others = clip_layout.EXTRAS | huggingface.BUFFERS
-    for name, value in tensors.items():
-        is_number = np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
-        if not is_number and name not in others and not clip_layout.is_buffer(name):
-            raise ValueError(
-                f"{where}: parameter '{name[:200]}' is {value.dtype}; expected floating point"
-            )
 
 
 def _infer_architecture(
@@ -152,7 +151,7 @@ def _infer_architecture(
 ) -> Architecture:
     """The architecture of a state dict in CLIP's layout without any config."""
     arch = clip_layout.infer_architecture(clip_layout.normalize_names(tensors), where)
-    if clip_layout.is_openai_release(tensors):
+    if tensors.keys() >= clip_layout.EXTRAS:  # OpenAI's own archives
         return dataclasses.replace(arch, activation="quick_gelu")
     if not activation_given:
         logging.info(
@@ -161,26 +160,6 @@ def _infer_architecture(
             where,
         )
     return arch
-
-
-def _arrange(
-    tensors: Mapping[str, np.ndarray], arch: Architecture, is_huggingface: bool, where: str
-) -> dict[str, Any]:
-    """Checks names and shapes; returns our parameter tree."""
-    expected = clip_layout.expected_shapes(arch)
-    if is_huggingface:
-        found = huggingface.drop_buffers(tensors)
-        expected = huggingface.expected_shapes(expected, arch)
-    else:
-        found = clip_layout.normalize_names(tensors)
-    # A scale of shape [1] is the same as one of shape [].
-    if "logit_scale" in found and found["logit_scale"].shape == (1,):
-        found["logit_scale"] = found["logit_scale"].reshape(())
-    shapes = {name: value.shape for name, value in found.items()}
-    clip_layout.check_parameters(shapes, expected, where)
-    if is_huggingface:
-        found = huggingface.from_huggingface(found, arch)
-    return clip_layout.from_clip(found, arch)
 
 
 def find_weight_file(folder: pathlib.Path) -> pathlib.Path:

@@ -2,9 +2,6 @@
 
 The licence of SWAG's weights is CC-BY-NC 4.0: they, and labels that are made with them, are for
 non-commercial use only.
-
-Our kernels are torch's transposed, convolutions are HWIO where torch has OIHW, and the parameters
-of all blocks are stacked along a first axis.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import numpy as np
 
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.swag import ARCHITECTURES, SwagArchitecture, swag_definition
-from diht_jax.weights.clip_layout import check_parameters
+from diht_jax.weights.layout import Layout, Tensors, bias, from_layout, layout_shapes, linear, norm
 
 LICENCE = "CC-BY-NC 4.0 (SWAG, Meta): non-commercial use only"
 # The paper's frozen trunk: torchvision's IMAGENET1K_SWAG_LINEAR_V1.
@@ -34,30 +31,6 @@ _HEAD = "heads."
 # How torchvision called the MLP's layers when the weights were published.
 _OLD_NAMES = {"mlp.linear_1.": "mlp.0.", "mlp.linear_2.": "mlp.3."}
 _HEADS_OF_WIDTH = {arch.width: arch.heads for arch in ARCHITECTURES.values()}
-
-# Path in a block -> torchvision's name in a layer.
-_BLOCK_NAMES = {
-    "attention_norm/scale": "ln_1.weight",
-    "attention_norm/bias": "ln_1.bias",
-    "attention/in_proj/kernel": "self_attention.in_proj_weight",
-    "attention/in_proj/bias": "self_attention.in_proj_bias",
-    "attention/out_proj/kernel": "self_attention.out_proj.weight",
-    "attention/out_proj/bias": "self_attention.out_proj.bias",
-    "mlp_norm/scale": "ln_2.weight",
-    "mlp_norm/bias": "ln_2.bias",
-    "mlp/fc_in/kernel": "mlp.0.weight",
-    "mlp/fc_in/bias": "mlp.0.bias",
-    "mlp/fc_out/kernel": "mlp.3.weight",
-    "mlp/fc_out/bias": "mlp.3.bias",
-}
-_NAMES = {
-    "patch_embedding/kernel": "conv_proj.weight",
-    "patch_embedding/bias": "conv_proj.bias",
-    "class_embedding": "class_token",
-    "positional_embedding": "encoder.pos_embedding",
-    "final_norm/scale": "encoder.ln.weight",
-    "final_norm/bias": "encoder.ln.bias",
-}
 
 
 def normalize_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,19 +85,7 @@ def infer_architecture(
 
 def expected_shapes(arch: SwagArchitecture) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters of the trunk by torchvision's names."""
-    shapes = {}
-    for path, shape in parameter_shapes(swag_definition(arch, "float32")[1]).items():
-        if path.startswith("blocks/"):
-            name = _BLOCK_NAMES[path.removeprefix("blocks/")]
-            reversed_shape = shape[1:][::-1]
-            shapes |= {f"{_LAYER}{i}.{name}": reversed_shape for i in range(arch.layers)}
-        elif path == "patch_embedding/kernel":
-            shapes[_NAMES[path]] = (shape[3], shape[2], shape[0], shape[1])
-        elif path == "class_embedding":
-            shapes[_NAMES[path]] = (1, 1, *shape)
-        else:
-            shapes[_NAMES[path]] = (1, *shape) if path == "positional_embedding" else shape
-    return shapes
+    return layout_shapes(_layout(arch), _our_shapes(arch))
 
 
 def from_torchvision(
@@ -147,31 +108,34 @@ def from_torchvision(
     tensors = normalize_names(tensors)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     arch = infer_architecture(shapes, path, heads)
-    check_parameters(shapes, expected_shapes(arch), path)
-    params: dict[str, Any] = {}
-    for our_name in parameter_shapes(swag_definition(arch, "float32")[1]):
-        if our_name.startswith("blocks/"):
-            name = _BLOCK_NAMES[our_name.removeprefix("blocks/")]
-            layers = [
-                _convert(our_name, tensors[f"{_LAYER}{i}.{name}"]) for i in range(arch.layers)
-            ]
-            value = np.stack(layers)
-        else:
-            value = _convert(our_name, tensors[_NAMES[our_name]])
-        *parents, last = our_name.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return arch, params
+    return arch, from_layout(tensors, _layout(arch), _our_shapes(arch), path)
 
 
-def _convert(our_name: str, tensor: np.ndarray) -> np.ndarray:
-    value = np.asarray(tensor).astype(np.float32)
-    if our_name == "patch_embedding/kernel":
-        return value.transpose(2, 3, 1, 0)
-    if our_name == "class_embedding":
-        return value[0, 0]
-    if our_name == "positional_embedding":
-        return value[0]
-    return value.T if our_name.endswith("/kernel") else value
+def _our_shapes(arch: SwagArchitecture) -> dict[str, tuple[int, ...]]:
+    return parameter_shapes(swag_definition(arch, "float32")[1])
+
+
+def _layout(arch: SwagArchitecture) -> Layout:
+    block = {
+        **norm("blocks/attention_norm", "ln_1"),
+        "blocks/attention/in_proj/kernel": Tensors(
+            ("self_attention.in_proj_weight",), "transposed"
+        ),
+        "blocks/attention/in_proj/bias": Tensors(("self_attention.in_proj_bias",)),
+        **linear("blocks/attention/out_proj", "self_attention.out_proj"),
+        **norm("blocks/mlp_norm", "ln_2"),
+        **linear("blocks/mlp/fc_in", "mlp.0"),
+        **linear("blocks/mlp/fc_out", "mlp.3"),
+    }
+    layers = [f"{_LAYER}{i}." for i in range(arch.layers)]
+    return {
+        "patch_embedding/kernel": Tensors(("conv_proj.weight",), "convolution"),
+        **bias("patch_embedding", "conv_proj"),
+        "class_embedding": Tensors(("class_token",), "plane"),
+        "positional_embedding": Tensors(("encoder.pos_embedding",), "row"),
+        **norm("final_norm", "encoder.ln"),
+        **{
+            path: Tensors(tuple(f"{layer}{name}" for layer in layers), form, are_layers=True)
+            for path, ((name,), form, _) in block.items()
+        },
+    }

@@ -6,13 +6,11 @@ Names are taken as they stand in the file; what they mean belongs in `clip_layou
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +21,6 @@ import safetensors.numpy
 
 from diht_jax.storage.files import local_output
 from diht_jax.weights.torchscript import (
-    check_archive,
     check_sizes,
     is_torchscript,
     read_torchscript,
@@ -41,21 +38,8 @@ _MAX_DEPTH = 8
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorFile:
-    """Contents of a weight file.
-
-    Attributes:
-        tensors: name -> array, in the file's dtype.
-        metadata: strings that came with them (safetensors only).
-    """
-
-    tensors: dict[str, np.ndarray]
-    metadata: dict[str, str]
-
-
-def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
-    """Reads a weight file, or the shards of an index file.
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads a weight file, or the shards of an index file: name -> array, in its dtype.
 
     Args:
         path: `.safetensors`; `.pt`, `.pth`, `.ckpt` or `.bin` of torch (a state dict, a training
@@ -72,25 +56,21 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
     if path.suffix == SAFETENSORS_SUFFIX:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        if _is_zip(path):
-            check_archive(path)
-        tensors = read_torchscript(path) if is_torchscript(path) else _read_torch(path)
-        return TensorFile(_strip_wrappers(tensors), {})
+        return _strip_wrappers((read_torchscript if is_torchscript(path) else _read_torch)(path))
     raise ValueError(
         f"{path}: not a weight file; expected a name ending in {', '.join(WEIGHT_SUFFIXES)}"
     )
 
 
-def write_safetensors(
-    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
+def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes arrays of any memory order; the file appears whole or not at all."""
     # Not `ascontiguousarray`, which makes vectors of scalars.
     contiguous = {name: np.array(value, order="C") for name, value in tensors.items()}
     with local_output(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
+        # transformers asks for this entry.
+        safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
         # The library lets only the owner read its files.
         temporary.chmod(mode)
 
@@ -103,18 +83,10 @@ def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         torch.save(state, temporary)
 
 
-def _is_zip(path: pathlib.Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-
-
-def _read_safetensors(path: pathlib.Path) -> TensorFile:
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return TensorFile(tensors, dict(file.metadata() or {}))
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # The library meets number formats that NumPy does not have with errors of its own kinds.
     except (safetensors.SafetensorError, OSError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
@@ -123,7 +95,7 @@ def _read_safetensors(path: pathlib.Path) -> TensorFile:
         ) from error
 
 
-def _read_index(path: pathlib.Path) -> TensorFile:
+def _read_index(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -140,8 +112,8 @@ def _read_index(path: pathlib.Path) -> TensorFile:
             raise ValueError(f"{path}: shard {name!r:.200} is no plain name of a weight file")
         if not os.path.isfile(path.parent / name):
             raise ValueError(f"{path}: shard {name!r:.200} is missing; download it as well")
-        tensors |= read_tensors(path.parent / name).tensors
-    return TensorFile(tensors, {})
+        tensors |= read_tensors(path.parent / name)
+    return tensors
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:

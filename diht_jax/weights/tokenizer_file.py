@@ -81,8 +81,8 @@ def make_tokenizer() -> tokenizers.Tokenizer:
 
 def make_normalizer() -> normalizers.Normalizer:
     """Typographic quotes, ligatures, widths, entities, control characters; NFC and lower case."""
+    entities = [normalizers.Replace(*pair) for pair in _ENTITIES.items()]
     replaced = [
-        *_ENTITIES.items(),
         (tokenizers.Regex("[\u02bc\u2018-\u201b]"), "'"),
         (tokenizers.Regex("[\u201c-\u201f]"), '"'),
         *((chr(code), text) for code, text in chardata.LIGATURES.items()),
@@ -91,7 +91,8 @@ def make_normalizer() -> normalizers.Normalizer:
     ]
     return normalizers.Sequence(
         [
-            *(normalizers.Replace(*pair) for pair in _ENTITIES.items()),
+            *entities,
+            *entities,
             *(normalizers.Replace(*pair) for pair in replaced),
             normalizers.NFC(),
             normalizers.Replace(tokenizers.Regex(r"\s+"), " "),

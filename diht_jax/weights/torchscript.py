@@ -8,15 +8,13 @@ archive becomes an inert `_Module`, and any other name is refused. Needs no torc
 from __future__ import annotations
 
 import collections
-import dataclasses
 import io
 import math
 import pathlib
 import pickle
 import pickletools
 import zipfile
-import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -34,23 +32,6 @@ _DTYPES = {
     "BoolStorage": np.bool_,
 }
 
-# What a damaged or hostile pickle or archive may raise.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    OverflowError,
-    RecursionError,
-    NotImplementedError,
-    RuntimeError,
-    zlib.error,
-)
 # Names and sizes of a model's parameters, or its code.
 _LARGEST_TEXT_BYTES = 2**26
 # Parameters that share a storage are each a copy in NumPy. A few may be tied; were all of a file to
@@ -60,52 +41,30 @@ _FREE_BYTES = 2**26
 _MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
-def check_archive(path: pathlib.Path) -> None:
-    """Looks at the checksums of a zip archive, which torch does not, and at what it unpacks to.
+def is_torchscript(path: pathlib.Path) -> bool:
+    """Tells a TorchScript archive from a plain torch file.
+
+    Looks at the checksums of a zip archive, which torch does not, and at what it unpacks to.
 
     Raises:
         ValueError: damaged, or members that unpack to far more than they take.
     """
+    if not zipfile.is_zipfile(path):
+        return False
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                is_stored = info.compress_type == zipfile.ZIP_STORED
-                if not is_stored and (
-                    "/data/" in info.filename or info.file_size > _LARGEST_TEXT_BYTES
-                ):
+                is_large = "/data/" in info.filename or info.file_size > _LARGEST_TEXT_BYTES
+                if is_large and info.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(f"'{info.filename[:200]}' is compressed, which torch does not")
             damaged = archive.testzip()
-    except _UNREADABLE as error:
+            if damaged is not None:
+                raise ValueError(f"the checksum of '{damaged[:200]}' differs")
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception as error:  # On damaged bytes the library raises nearly any type.
         raise ValueError(
             f"{path}: not a whole torch file ({error!s:.200}); download or write it again"
         ) from error
-    if damaged is not None:
-        raise ValueError(
-            f"{path}: the checksum of '{damaged[:200]}' differs, so that the file is damaged; "
-            "download or write it again"
-        )
-
-
-def check_sizes(path: pathlib.Path, total_bytes: int) -> None:
-    """Checks that tensors take about as much memory as their file has bytes.
-
-    Raises:
-        ValueError: they share storages, and would take a multiple of these as copies.
-    """
-    limit = _MAX_COPIES * path.stat().st_size + _FREE_BYTES
-    if total_bytes > limit:
-        raise ValueError(
-            f"{path}: tensors that share their storage would take over {limit >> 20} MiB, while "
-            f"the file has {path.stat().st_size >> 10} KiB; save them without views of each other"
-        )
-
-
-def is_torchscript(path: pathlib.Path) -> bool:
-    """True for a zip archive with TorchScript constants in it."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read_torchscript(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -122,13 +81,25 @@ def read_torchscript(path: pathlib.Path) -> dict[str, np.ndarray]:
             root = pickles[0].removesuffix("data.pkl")
             data = archive.read(pickles[0])
             _check_memo(data)
-            module = _TensorUnpickler(io.BytesIO(data), archive, root, path).load()
-        tensors = _collect(module)
-    except _UNREADABLE as error:
+            return _collect("", _TensorUnpickler(io.BytesIO(data), archive, root, path).load())
+    except Exception as error:  # of a damaged or hostile pickle, nearly any type
         raise ValueError(
             f"{path}: the TorchScript archive cannot be read: {error!s:.300}"
         ) from error
-    return tensors
+
+
+def check_sizes(path: pathlib.Path, total_bytes: int) -> None:
+    """Checks that tensors take about as much memory as their file has bytes.
+
+    Raises:
+        ValueError: they share storages, and would take a multiple of these as copies.
+    """
+    limit = _MAX_COPIES * path.stat().st_size + _FREE_BYTES
+    if total_bytes > limit:
+        raise ValueError(
+            f"{path}: tensors that share their storage would take over {limit >> 20} MiB, while "
+            f"the file has {path.stat().st_size >> 10} KiB; save them without views of each other"
+        )
 
 
 class _Module:
@@ -140,8 +111,7 @@ class _Module:
         self.attributes = state if isinstance(state, dict) else {}
 
 
-@dataclasses.dataclass(frozen=True)
-class _StorageType:
+class _StorageType(NamedTuple):
     dtype: Any
 
 
@@ -161,11 +131,11 @@ class _TensorUnpickler(pickle.Unpickler):
             return _StorageType(_DTYPES[name])
         known = {
             ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
             ("collections", "OrderedDict"): collections.OrderedDict,
         }
         if module == "torch.jit._pickle":
-            return _as_list
+            return lambda *args: args[0] if args else []
         if (module, name) in known:
             return known[module, name]
         raise pickle.UnpicklingError(
@@ -214,26 +184,14 @@ def _view_of_storage(storage: np.ndarray, offset: int, shape: tuple, strides: tu
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides_bytes)
 
 
-def _rebuild_parameter(data: np.ndarray, *_: Any) -> np.ndarray:
-    return data
-
-
-def _as_list(*args: Any) -> Any:
-    return args[0] if args else []
-
-
-def _collect(root: Any) -> dict[str, np.ndarray]:
+def _collect(prefix: str, module: Any) -> dict[str, np.ndarray]:
     """Dotted name -> array, of a module and those in it, in the order of their attributes."""
+    if not isinstance(module, _Module):
+        raise ValueError(f"expected a module, got {type(module).__name__}")
     tensors: dict[str, np.ndarray] = {}
-
-    def visit(prefix: str, module: Any) -> None:
-        if not isinstance(module, _Module):
-            raise ValueError(f"expected a module, got {type(module).__name__}")
-        for name, value in module.attributes.items():
-            if isinstance(value, np.ndarray):
-                tensors[f"{prefix}{name}"] = value
-            elif isinstance(value, _Module):
-                visit(f"{prefix}{name}.", value)
-
-    visit("", root)
+    for name, value in module.attributes.items():
+        if isinstance(value, np.ndarray):
+            tensors[f"{prefix}{name}"] = value
+        elif isinstance(value, _Module):
+            tensors |= _collect(f"{prefix}{name}.", value)
     return tensors

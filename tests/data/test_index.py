@@ -99,14 +99,6 @@ def test_a_run_that_is_stopped_goes_on(folder, monkeypatch):
     assert records_of(folder) == RECORDS
 
 
-def test_a_damaged_index_is_made_again(folder):
-    update_index(folder)
-    good = (folder / "dataset.index").read_bytes()
-    (folder / "dataset.index").write_bytes(good[:-9])
-    assert update_index(folder).num_read == 3
-    assert (folder / "dataset.index").read_bytes() == good
-
-
 def test_shards_in_a_store(folder, tmp_path):
     system, url = fsspec.filesystem("counting"), "counting:///theirs"
     for path in folder.iterdir():

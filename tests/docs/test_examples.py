@@ -103,7 +103,7 @@ def test_example_of_the_readme(tmp_path):
         name: 0.1 * rng.standard_normal(shape).astype(np.float32)
         for name, shape in expected_shapes(Architecture(**size)).items()
     }
-    write_safetensors(tmp_path / "emoji.safetensors", weights, {})
+    write_safetensors(tmp_path / "emoji.safetensors", weights)
     (block,) = python_blocks(REPOSITORY / "README.md")
     assert 'load_model("runs/emoji")' in block
     block = block.replace("runs/emoji", "emoji.safetensors")

@@ -71,7 +71,7 @@ def test_heads_are_for_export_only(concept_config, tmp_path):
         np.testing.assert_array_equal(heads[f"concept_heads.{name}.bias"], leaves["bias"])
     assert len(heads) == 4
     export_model(str(tmp_path / "run"), "clip", tmp_path / "kept", keep_heads=True)
-    kept = read_tensors(tmp_path / "kept" / "model.pt").tensors
+    kept = read_tensors(tmp_path / "kept" / "model.pt")
     assert all(kept[name].tobytes() == np.asarray(heads[name]).tobytes() for name in heads)
     model = diht_jax.load_model(str(tmp_path / "run"))
     assert model.encode_text(["a square"]).shape == (1, 16)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from diht_jax.models import Architecture
+from diht_jax.weights import open_clip_config as configs
+from diht_jax.weights.settings import Preprocessing
 
 # From the paper of CLIP (arXiv 2103.00020), released code.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -28,25 +30,9 @@ SMALL = Architecture(
 
 
 def open_clip_config(arch, **vision):
-    return {
-        "embed_dim": arch.embed_dim,
-        "quick_gelu": arch.activation == "quick_gelu",
-        "vision_cfg": {
-            "image_size": arch.image_size,
-            "patch_size": arch.patch_size,
-            "layers": arch.vision_layers,
-            "width": arch.vision_width,
-            "head_width": arch.vision_width // arch.vision_heads,
-            **vision,
-        },
-        "text_cfg": {
-            "context_length": arch.context_length,
-            "vocab_size": arch.vocab_size,
-            "width": arch.text_width,
-            "heads": arch.text_heads,
-            "layers": arch.text_layers,
-        },
-    }
+    """A config of open_clip, whose own code builds a model from it."""
+    config = configs.make_config(arch, Preprocessing())["model_cfg"]
+    return {**config, "vision_cfg": config["vision_cfg"] | vision}
 
 
 def randomize(model, seed=0):

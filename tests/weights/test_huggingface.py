@@ -14,36 +14,11 @@ from diht_jax.weights.source import read_weights
 transformers = pytest.importorskip("transformers")
 
 
-def clip_config(arch, *, eos=None, **text):
-    common = {"hidden_act": arch.activation, "layer_norm_eps": arch.layer_norm_epsilon}
-    return transformers.CLIPConfig(
-        projection_dim=arch.embed_dim,
-        text_config={
-            "vocab_size": arch.vocab_size,
-            "hidden_size": arch.text_width,
-            "intermediate_size": arch.text_mlp_width or 4 * arch.text_width,
-            "num_hidden_layers": arch.text_layers,
-            "num_attention_heads": arch.text_heads,
-            "max_position_embeddings": arch.context_length,
-            "eos_token_id": arch.vocab_size - 1 if eos is None else eos,
-            **common,
-            **text,
-        },
-        vision_config={
-            "hidden_size": arch.vision_width,
-            "intermediate_size": arch.vision_mlp_width or 4 * arch.vision_width,
-            "num_hidden_layers": arch.vision_layers,
-            "num_attention_heads": arch.vision_heads,
-            "image_size": arch.image_size,
-            "patch_size": arch.patch_size,
-            **common,
-        },
-    )
-
-
-def clip_model(reference, arch, **options):
+def clip_model(reference, arch, **text):
+    config = huggingface.make_config(arch, "float32")
+    config["text_config"] |= text
     torch.manual_seed(0)
-    return reference.randomize(transformers.CLIPModel(clip_config(arch, **options)))
+    return reference.randomize(transformers.CLIPModel(transformers.CLIPConfig(**config)))
 
 
 def embeddings(model, pixels, tokens):
@@ -90,7 +65,7 @@ def test_sharded_model(reference, tmp_path):
 
 
 def test_legacy_end_of_text_is_the_largest_id(reference, tmp_path):
-    other = clip_model(reference, reference.SMALL, eos=2)
+    other = clip_model(reference, reference.SMALL, eos_token_id=2)
     other.save_pretrained(tmp_path)
     images, tokens = reference.inputs(reference.SMALL)
     tokens[:, 1] = 2  # would be taken for the end of text
@@ -100,7 +75,7 @@ def test_legacy_end_of_text_is_the_largest_id(reference, tmp_path):
 
 def test_end_of_text_below_added_tokens(reference, tmp_path):
     arch = dataclasses.replace(reference.SMALL, vocab_size=600, end_of_text_id=511)
-    other = clip_model(reference, arch, eos=511)
+    other = clip_model(reference, arch)
     other.save_pretrained(tmp_path)
     assert read_weights(tmp_path).arch == arch
     images, _ = reference.inputs(arch)
@@ -156,27 +131,13 @@ def test_wrong_parameters_are_listed_by_their_names_there(reference, tmp_path):
     assert "visual_projection.weight [9, 128] (expected [48, 128])" in message
 
 
-@pytest.mark.parametrize(
-    "changed, message",
-    [
+def test_settings_that_our_model_lacks_are_refused():
+    for changed, message in (
         ({"model_type": "siglip"}, "expected model_type 'clip'.*got 'siglip'"),
         ({"text_config": {"hidden_act": "gelu"}}, "several activations"),
-        (
-            {
-                "text_config": {"hidden_act": "gelu_new"},
-                "vision_config": {"hidden_act": "gelu_new"},
-            },
-            "hidden_act 'gelu_new'",
-        ),
         ({"vision_config": {"num_channels": 1}}, "1 image channels"),
-    ],
-)
-def test_settings_that_our_model_lacks_are_refused(changed, message):
-    with pytest.raises(ValueError, match=message):
-        huggingface.read_architecture({"model_type": "clip", **changed}, "config.json")
-
-
-def test_preprocessor_of_another_kind_is_refused():
-    config = {"do_resize": True, "resample": 2, "image_mean": [0.5, 0.5, 0.5]}
+    ):
+        with pytest.raises(ValueError, match=message):
+            huggingface.read_architecture({"model_type": "clip", **changed}, "config.json")
     with pytest.raises(ValueError, match="resample=2; our preprocessing has 3 only"):
-        huggingface.read_preprocessing(config, "preprocessor_config.json")
+        huggingface.read_preprocessing({"resample": 2}, "preprocessor_config.json")

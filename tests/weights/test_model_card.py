@@ -37,7 +37,7 @@ def card(train, labels=None, **sections):
     return model_card(
         "huggingface",
         arch=get_architecture("tiny_32px"),
-        num_parameters=1,
+        params={},
         origin=Origin("run", 7, False, None),
         config=config,
         data=read_data_facts(train, labels),

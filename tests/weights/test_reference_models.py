@@ -39,8 +39,6 @@ def check(reference, model, name, arch, images, tokens):
     config = open_clip.get_model_config(name)
     assert open_clip_config.read_architecture(config, name) == arch
     tensors = {key: value.numpy() for key, value in model.state_dict().items()}
-    shapes = {key: value.shape for key, value in tensors.items()}
-    clip_layout.check_parameters(shapes, clip_layout.expected_shapes(arch), name)
     params = clip_layout.from_clip(tensors, arch)
     definition, _ = model_definition(arch, jnp.float32, jnp.float32, Execution(scan_layers=True))
 

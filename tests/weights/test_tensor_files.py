@@ -90,7 +90,7 @@ def test_torchscript_archive_is_read_as_torch_reads_it(tmp_path, make, dtype):
     module = make(Attention().eval()).to(dtype)
     module.save(tmp_path / "module.pt")
     expected = torch.jit.load(tmp_path / "module.pt").state_dict()
-    found = read_tensors(tmp_path / "module.pt").tensors
+    found = read_tensors(tmp_path / "module.pt")
     assert found.keys() == expected.keys() and len(found) == 5
     for name, value in expected.items():
         assert found[name].shape == tuple(value.shape)
@@ -145,10 +145,10 @@ def test_written_arrays_come_back_bit_for_bit(tmp_path, suffix, dtype):
     if suffix == ".pt":
         write_torch(path, tensors)
     else:
-        write_safetensors(path, tensors, {"format": "pt"})
+        write_safetensors(path, tensors)
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
-    found = read_tensors(path).tensors
+    found = read_tensors(path)
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         assert found[name].dtype == value.dtype and found[name].shape == value.shape
@@ -156,14 +156,14 @@ def test_written_arrays_come_back_bit_for_bit(tmp_path, suffix, dtype):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.95])
+@pytest.mark.parametrize("share", [0.0, 0.95])
 def test_cut_off_files_are_named(tmp_path, suffix, share):
     path = tmp_path / f"model{suffix}"
     tensors = {"a": np.zeros((100, 100), np.float32)}
     if suffix == ".pt":
         write_torch(path, tensors)
     else:
-        write_safetensors(path, tensors, {})
+        write_safetensors(path, tensors)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(ValueError, match=rf"model{suffix}: (not a whole|refused)"):
@@ -174,7 +174,7 @@ def test_ordered_dicts_and_nested_state_dicts(tmp_path):
     inner = collections.OrderedDict(a=torch.ones(2))
     for content in (inner, {"model": inner}, {"state_dict": {"_orig_mod.module.a": torch.ones(2)}}):
         torch.save(content, tmp_path / "a.pt")
-        np.testing.assert_array_equal(read_tensors(tmp_path / "a.pt").tensors["a"], np.ones(2))
+        np.testing.assert_array_equal(read_tensors(tmp_path / "a.pt")["a"], np.ones(2))
 
 
 @pytest.mark.parametrize("is_torchscript_file", [True, False])
@@ -193,7 +193,7 @@ def test_tensors_that_share_a_storage_are_bound_by_bytes(tmp_path, is_torchscrip
             torch.save({f"b{number}": view for number, view in enumerate(views)}, path)
         assert path.stat().st_size < 2**23
         if count == 3:
-            tensors = read_tensors(path).tensors
+            tensors = read_tensors(path)
             np.testing.assert_array_equal(tensors["b2"], np.arange(2, 2**20, dtype=np.float32))
         else:
             with pytest.raises(ValueError, match=r"40\.pt: .*share their storage.* over 8\d MiB"):

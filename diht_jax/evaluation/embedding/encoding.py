@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import PIL.Image
@@ -136,38 +136,41 @@ def encode_images(
     start = time.perf_counter()
     batching = batching or Batching()
     rows = ProcessRows.of(model, batching.batch_size)
-    shares, image_emb = _encode_share(rows, model, entries, describe, batching.num_threads)
-    kept = [row for own, _ in shares for row in own]
-    left_out = [row for _, own in shares for row in own]
-    orders = sorted(order for order, _, _ in [*kept, *left_out])
+    found, image_emb = _encode_share(rows, model, entries, describe, batching.num_threads)
+    index_of = {row.order: i for i, row in enumerate(row for row in found if row.reason is None)}
     if rows.count > 1:  # in order again, and within the limit
-        orders = orders[: entries.limit] if isinstance(entries, Entries) else orders
-        counted = set(orders)
-        chosen = sorted((row[0], i) for i, row in enumerate(kept) if row[0] in counted)
-        image_emb, kept = image_emb[[i for _, i in chosen]], [kept[i] for _, i in chosen]
-        left_out = sorted(row for row in left_out if row[0] in counted)
-    position_of = {order: position for position, order in enumerate(orders)}
-    dropped = dict(collections.Counter(reason for _, _, reason in left_out))
-    if not len(image_emb) and not allow_empty:
+        limit = entries.limit if isinstance(entries, Entries) else None
+        found = sorted(found, key=lambda row: row.order)[:limit]
+    kept = [(position, row) for position, row in enumerate(found) if row.reason is None]
+    if rows.count > 1:
+        image_emb = image_emb[[index_of[row.order] for _, row in kept]]
+    left_out = [row for row in found if row.reason is not None]
+    dropped = dict(collections.Counter(row.reason for row in left_out))
+    if not kept and not allow_empty:
         raise ValueError(
             f"no usable pair in the source: {len(left_out)} entries, left out for {dropped}"
         )
     check_finite(image_emb, "image embeddings")
-    keys = "\n".join(key for _, key, _ in kept)
+    keys = "\n".join(row.key for _, row in kept)
     return EncodedImages(
         image_emb=image_emb,
-        notes=[note for _, _, note in kept],
-        positions=[position_of[order] for order, _, _ in kept],
+        notes=[row.note for _, row in kept],
+        positions=[position for position, _ in kept],
         dropped=dropped,
-        dropped_keys=[key for _, key, _ in left_out[:_DROPPED_KEYS_KEPT]],
+        dropped_keys=[row.key for row in left_out[:_DROPPED_KEYS_KEPT]],
         seconds=time.perf_counter() - start,
         digest=hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(),
-        orders=[order for order, _, _ in kept],
+        orders=[row.order for _, row in kept],
     )
 
 
-# An entry's order, its key, and the note of a usable one or the reason why it is left out.
-_Row = tuple[Order, str, Any]
+class _Row(NamedTuple):
+    """An entry: `note` of a usable one, or the reason why it is left out."""
+
+    order: Order
+    key: str
+    note: Any = None
+    reason: str | None = None
 
 
 def _encode_share(
@@ -176,18 +179,16 @@ def _encode_share(
     entries: Iterable[Pair | Skipped],
     describe: Callable[[Pair], Any],
     num_threads: int | None,
-) -> tuple[list[tuple[list[_Row], list[_Row]]], np.ndarray]:
+) -> tuple[list[_Row], np.ndarray]:
     """Decodes and embeds the entries of this process, together with the others.
 
     Every batch holds rows of all processes, as many of each as it has, so that all call the model
     equally often; what was found is exchanged once, at the end.
 
     Returns:
-        The usable and the other entries of each process, and all embeddings of usable ones, process
-        by process.
+        The entries of all processes and the embeddings of the usable ones, process by process.
     """
-    kept: list[_Row] = []
-    left_out: list[_Row] = []
+    found: list[_Row] = []
     embeddings: list[list[np.ndarray]] = [[] for _ in range(rows.count)]
     room = len(rows.own)
     window = room * _BATCHES_AHEAD
@@ -195,14 +196,9 @@ def _encode_share(
 
     def take() -> list[np.ndarray]:
         pixels: list[np.ndarray] = []
-        for row, image in decoded:
-            if image is None:
-                left_out.append(row)
-                continue
-            kept.append(row)
-            pixels.append(image)
-            if len(pixels) == room:
-                break
+        while len(pixels) < room and (taken := next(decoded, None)):
+            found.append(taken[0])
+            pixels += [] if taken[1] is None else [taken[1]]
         return pixels
 
     with contextlib.closing(decoded):
@@ -223,12 +219,12 @@ def _encode_share(
                 batch = np.zeros((rows.batch_size, *shape), np.uint8)
                 if pixels:
                     batch[rows.own[: len(pixels)]] = pixels
-            found = np.asarray(model.encode_image(batch), np.float32)
+            embedded = np.asarray(model.encode_image(batch), np.float32)
             for process, count in enumerate(counts):
-                embeddings[process].append(found[rows.of_process(process)[:count]])
-    nothing = np.zeros((0, 0), np.float32)
-    found = [batch for batches in embeddings for batch in batches]
-    return rows.gather_objects((kept, left_out)), np.concatenate(found or [nothing])
+                embeddings[process].append(embedded[rows.of_process(process)[:count]])
+    batches = [batch for of_process in embeddings for batch in of_process]
+    image_emb = np.concatenate(batches) if batches else np.zeros((0, 0), np.float32)
+    return list(itertools.chain(*rows.gather_objects(found))), image_emb
 
 
 def encode_texts(
@@ -284,8 +280,7 @@ def _decode_ahead(
 ) -> Iterator[tuple[_Row, np.ndarray | None]]:
     """Yields rows with their pixels, in order, up to `window` images in work.
 
-    Fewer are in work where their encoded bytes take much memory. Without pixels is what is left
-    out, with its reason.
+    Fewer are in work where their encoded bytes take much memory.
     """
 
     def decode(pair: Pair) -> np.ndarray | ImageError:
@@ -294,30 +289,33 @@ def _decode_ahead(
         except ImageError as error:
             return error
 
+    def begin(order: Order, entry: Pair | Skipped) -> tuple[_Row, futures.Future | None, int]:
+        if isinstance(entry, Skipped):
+            return _Row(order, entry.key, reason=entry.reason), None, 0
+        try:
+            note = describe(entry)
+        except UnusablePair as unusable:
+            return _Row(order, entry.key, reason=unusable.reason), None, 0
+        return _Row(order, entry.key, note), pool.submit(decode, entry), len(entry.image)
+
+    def finish(row: _Row, work: futures.Future | None) -> tuple[_Row, np.ndarray | None]:
+        outcome = work and work.result()
+        if isinstance(outcome, ImageError):
+            return _Row(row.order, row.key, reason=f"image_{outcome.reason}"), None
+        return row, outcome
+
     pool = futures.ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 16))
     queue: collections.deque[tuple[_Row, futures.Future | None, int]] = collections.deque()
     waiting_bytes = 0
     try:
-        for order, entry in itertools.chain(entries, [(None, None)]):
-            if isinstance(entry, Skipped):
-                queue.append(((order, entry.key, entry.reason), None, 0))
-            elif entry is not None:
-                try:
-                    note = describe(entry)
-                except UnusablePair as unusable:
-                    queue.append(((order, entry.key, unusable.reason), None, 0))
-                else:
-                    work = pool.submit(decode, entry)
-                    queue.append(((order, entry.key, note), work, len(entry.image)))
-                    waiting_bytes += len(entry.image)
-            while queue and (
-                entry is None or len(queue) > window or waiting_bytes > _WAITING_BYTES
-            ):
+        for order, entry in entries:
+            queue.append(begin(order, entry))
+            waiting_bytes += queue[-1][2]
+            while len(queue) > window or waiting_bytes > _WAITING_BYTES:
                 row, work, size = queue.popleft()
                 waiting_bytes -= size
-                outcome = None if work is None else work.result()
-                if isinstance(outcome, ImageError):
-                    row, outcome = (*row[:2], f"image_{outcome.reason}"), None
-                yield row, outcome
+                yield finish(row, work)
+        for row, work, _ in queue:
+            yield finish(row, work)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import Batching, encode_images, encode_texts
-from diht_jax.evaluation.embedding.entries import Entry
 from diht_jax.evaluation.embedding.inputs import (
     PICTURES,
-    CountedEntries,
+    PartEntries,
     ShardParts,
     entries_bar,
     list_inputs,
     make_parts,
     shares_of,
 )
-from diht_jax.progress import ProgressBar
 from diht_jax.readers import registry
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair, parse_json_object
@@ -123,7 +122,10 @@ def embed_source(
     pairs, count = 0, 0
     with entries_bar([share.shard for share in mine]) as bar:
         for share in mine:
-            for stats in _embed_shard(model, share, output, options, bar):
+            stem = f"{output}/embeddings-{share.number:05d}"
+            make = functools.partial(_embed_part, model, options, share, stem)
+            find = functools.partial(_find_part, stem)
+            for stats in make_parts(share, options.shard_size, find, make, bar):
                 pairs, count = pairs + stats["pairs"], count + 1
                 dropped.update(stats["dropped"])
     if dropped:
@@ -132,37 +134,18 @@ def embed_source(
     return {"pairs": pairs, "dropped": dict(dropped), "files": count}
 
 
-def _embed_shard(
-    model: Any, share: ShardParts, output: str, options: EmbedOptions, bar: ProgressBar
-) -> Iterator[dict[str, Any]]:
-    """Yields the statistics of this task's parts of a shard; makes those that are missing."""
-
-    def stem(part: int) -> str:
-        return f"{output}/embeddings-{share.number:05d}-{part:05d}"
-
-    def make(part: int, entries: CountedEntries, is_last: Callable[[], bool]) -> dict[str, Any]:
-        stats = _embed_part(model, entries, stem(part), options)
-        stats |= {"entries": entries.count, "is_last": is_last()}
-        stats |= {"source": str(share.shard), "shard": share.number, "part": part}
-        # Last, since its presence means that the part is finished.
-        files.write_bytes(f"{stem(part)}.json", (json.dumps(stats, indent=1) + "\n").encode())
-        return stats
-
-    def find(part: int) -> dict[str, Any] | None:
-        return read_stats(f"{stem(part)}.json")
-
-    return make_parts(share, options.shard_size, find, make, bar)
+def _find_part(stem: str, part: int) -> dict[str, Any] | None:
+    return read_stats(f"{stem}-{part:05d}.json")
 
 
 def _embed_part(
-    model: Any, entries: Iterator[Entry], stem: str, options: EmbedOptions
+    model: Any, options: EmbedOptions, share: ShardParts, stem: str, part: int, entries: PartEntries
 ) -> dict[str, Any]:
-    """Writes the file of a part; returns its statistics."""
+    """Writes the file of a part and then its statistics, which it returns."""
     start = time.perf_counter()
     batching = Batching(options.batch_size, options.num_threads)
     columns: dict[str, np.ndarray] = {}
-    dropped: dict[str, int] = {}
-    dropped_keys: list[str] = []
+    notes, dropped, dropped_keys = [], collections.Counter(), []
     if "image" in options.modalities:
         encoded = encode_images(
             model,
@@ -174,30 +157,34 @@ def _embed_part(
         notes, dropped, dropped_keys = encoded.notes, encoded.dropped, encoded.dropped_keys
         columns["image_emb"] = encoded.image_emb.reshape(len(notes), model.embed_dim)
     else:
-        notes = []
         for entry in entries:
             if isinstance(entry, Pair):
                 notes.append((entry.key, entry.caption))
             else:
-                dropped[entry.reason] = dropped.get(entry.reason, 0) + 1
+                dropped[entry.reason] += 1
     if "text" in options.modalities:
         texts = [options.caption_template.replace("{caption}", caption) for _, caption in notes]
         columns["text_emb"] = np.zeros((0, model.embed_dim), np.float32)
         if texts:
             columns["text_emb"] = encode_texts(model.encode_text, texts, batching)
     columns = {name: value.astype(options.dtype) for name, value in columns.items()}
-    path = f"{stem}.{options.format}"
+    path = f"{stem}-{part:05d}"
     encode = _encode_npz if options.format == "npz" else _encode_parquet
-    files.write_bytes(path, encode(notes, columns))
-    return {
-        "file": os.path.basename(path),
+    files.write_bytes(f"{path}.{options.format}", encode(notes, columns))
+    stats = {
+        "file": os.path.basename(f"{path}.{options.format}"),
         "pairs": len(notes),
-        "entries": 0,
-        "dropped": dropped,
+        "entries": entries.count,
+        "dropped": dict(dropped),
         "dropped_keys": dropped_keys,
         "seconds": round(time.perf_counter() - start, 3),
-        "is_last": False,
+        "is_last": entries.is_last(),
+        "source": str(share.shard),
+        "shard": share.number,
+        "part": part,
     }
+    files.write_bytes(f"{path}.json", (json.dumps(stats, indent=1) + "\n").encode())
+    return stats
 
 
 def _encode_npz(notes: list[tuple[str, str]], columns: dict[str, np.ndarray]) -> bytes:
@@ -245,29 +232,36 @@ def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> d
     }
 
 
-def check_settings(output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+def check_settings(
+    output: str | os.PathLike[str],
+    settings: dict[str, Any],
+    *,
+    name: str = SETTINGS_FILE,
+    what: str = "embeddings",
+) -> None:
     """Writes the settings of a work, or compares them with those that are there.
 
     Args:
         output: directory, or its URL; is made.
         settings: what must be the same for the directory to be gone on with, JSON-able.
+        name: of the file.
+        what: the directory holds, for messages.
 
     Raises:
-        ValueError: it holds embeddings made with others, or a damaged file.
+        ValueError: it holds work of other settings, or a damaged file.
     """
     output = os.fspath(output)
     files.make_folder(output)
-    path = f"{output}/{SETTINGS_FILE}"
+    path = f"{output}/{name}"
     found = read_object(path)
     if found is None:
         files.write_bytes(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
     changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
     if changed:
-        shown = ", ".join(changed[:20])[:500]
         raise ValueError(
-            f"{output} holds embeddings made with other settings; changed: {shown}. "
-            "Take the same to go on with it, or another --output"
+            f"{output} holds {what} made with other settings; changed: "
+            f"{', '.join(changed[:20])[:500]}. Take the same to go on with it, or another --output"
         )
 
 

@@ -6,30 +6,31 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from diht_jax.evaluation.embedding.encoding import Batching, encode_images
+from diht_jax.evaluation.embedding.encoding import Batching, EncodedImages, encode_images
 from diht_jax.evaluation.embedding.files import check_settings
 from diht_jax.evaluation.embedding.inputs import (
     PICTURES,
-    CountedEntries,
+    PartEntries,
     ShardParts,
+    ShardReader,
     entries_bar,
     make_parts,
     shares_of,
 )
 from diht_jax.evaluation.embedding.picture_index import (
     DTYPES,
-    Part,
-    PictureIndex,
+    make_rows,
     make_thumbnail,
+    part_path,
     quantize,
-    read_manifests,
-    write_manifest,
+    read_parts,
     write_part,
 )
 from diht_jax.progress import ProgressBar
@@ -75,10 +76,6 @@ class IndexProcess:
     count: int = 1
     together: Callable[[Callable[[], Any]], Any] = lambda work: work()
 
-    def first(self, work: Callable[[], object]) -> None:
-        """Like `together`, but only the first process calls the function."""
-        self.together(work if self.index == 0 else lambda: None)
-
 
 def update_index(
     model: Any,
@@ -116,147 +113,136 @@ def update_index(
     files.refuse_url(folder, "index")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)} for an index")
-    folder, process = pathlib.Path(folder), process or IndexProcess()
+    folder, process, removed = pathlib.Path(folder), process or IndexProcess(), 0
     settings = {
         "index": 1,
         "model_sha256": model.fingerprint(),
         "image_size": model.image_size,
         "dtype": dtype,
     }
-    process.first(lambda: check_settings(folder, settings))
-    encode = functools.partial(encode_images, model, batching=batching, allow_empty=True)
-    updater = _Updater(folder, dtype, model.embed_dim, encode, thumbnails)
+
+    def prepare() -> None:
+        nonlocal removed
+        check_settings(folder, settings)
+        stack.enter_context(lock_folder(folder, "--index", ".lock"))
+        removed = _remove_stale(folder, shards)
+
     with contextlib.ExitStack() as stack:
-        process.first(lambda: stack.enter_context(lock_folder(folder, "--index", ".lock")))
-        process.first(lambda: updater.remove_stale(shards))
+        process.together(prepare if process.index == 0 else lambda: None)
         # Read by all before the first part is made.
-        process.together(lambda: updater.read(process.index, process.count))
-        process.together(lambda: updater.add(shares_of(shards, process.index, process.count)))
-        return updater.describe()
+        old = process.together(lambda: read_parts(folder))
+        encode = functools.partial(encode_images, model, batching=batching, allow_empty=True)
+        first_new = max(old, default=-1) + 1
+        numbers = itertools.count(first_new + process.index, process.count)
+        updater = _Updater(folder, dtype, model.embed_dim, encode, thumbnails, numbers)
+        manifests = [part.manifest for part in old.values()]
+        shares = shares_of(shards, process.index, process.count)
+        process.together(lambda: updater.add(shares, manifests))
+        parts = read_parts(folder)
+    dropped: collections.Counter[str] = collections.Counter()
+    for part in parts.values():
+        dropped.update(part.manifest["dropped"])
+    added = sum(len(part) for number, part in parts.items() if number >= first_new)
+    return Update(added, removed, sum(map(len, parts.values())) - added, dict(dropped))
+
+
+def _remove_stale(folder: pathlib.Path, shards: Sequence[SourceShard]) -> int:
+    """Removes what is gone or was changed: parts of shards, pictures of folders. Counts it."""
+    by_unit = {_unit(shard): shard for shard in shards}
+    states = {unit: _states(s) for unit, s in by_unit.items() if s.kind == PICTURES}
+    count = 0
+    for number, part in read_parts(folder).items():
+        manifest, path = part.manifest, part_path(folder, number)
+        unit = manifest["unit"]
+        if unit in states:
+            known = [pair for pair in manifest["states"] if states[unit].get(pair[0]) == pair[1]]
+            if known == manifest["states"]:
+                continue
+            names = {key for key, _ in known}
+            rows = part.rows.filter([key in names for key in part.rows["key"].to_pylist()])
+            count += len(part) - len(rows)
+            if known:
+                write_part(folder, number, rows, manifest | {"states": known})
+            else:
+                path.unlink()
+        elif unit not in by_unit or by_unit[unit].identity() != manifest["identity"]:
+            count += len(part)
+            path.unlink()
+    return count
 
 
 class _Updater:
-    """One update of an index."""
+    """Adds to an index what it lacks."""
 
     def __init__(
-        self, folder: pathlib.Path, dtype: str, dim: int, encode: Any, thumbnails: bool
+        self,
+        folder: pathlib.Path,
+        dtype: str,
+        dim: int,
+        encode: Callable[..., EncodedImages],
+        thumbnails: bool,
+        numbers: Iterator[int],
     ) -> None:
+        """Keeps the settings of an update; `numbers` are those of the parts to come."""
         self._folder, self._dtype, self._dim = folder, dtype, dim
-        self._encode, self._thumbnails = encode, thumbnails
-        self._manifests: dict[int, dict[str, Any]] = {}
-        self._first_new = self._next_number = self._step = 0
-        self._removed = 0
+        self._encode, self._thumbnails, self._numbers = encode, thumbnails, numbers
 
-    def remove_stale(self, shards: Sequence[SourceShard]) -> None:
-        """Removes what is gone or was changed: parts of shards, pictures of folders."""
-        by_unit = {_unit(shard): shard for shard in shards}
-        states = {unit: _states(s) for unit, s in by_unit.items() if s.kind == PICTURES}
-        for number, manifest in read_manifests(self._folder).items():
-            unit, part = manifest["unit"], Part(self._folder, number, manifest)
-            if unit in states:
-                known = {key for key, state in manifest["states"] if states[unit].get(key) == state}
-                keys = part.rows["key"].to_pylist()
-                removed = [row for row, key in enumerate(keys) if key not in known]
-                is_gone = len(removed) == len(keys)
-            else:
-                shard = by_unit.get(unit)
-                removed = list(range(len(part.rows)))
-                is_gone = shard is None or shard.identity() != manifest["identity"]
-            if is_gone or unit in states:
-                self._removed += len(removed) - int(part.removed.sum())
-            if is_gone:
-                del part
-                for suffix in ("json", "arrow", "npy"):  # what makes it a part goes first
-                    (self._folder / f"{number:05d}.{suffix}").unlink(missing_ok=True)
-            elif unit in states and removed != manifest["removed"]:
-                write_manifest(self._folder, number, manifest | {"removed": removed})
+    def add(self, shares: Sequence[ShardParts], manifests: Sequence[dict[str, Any]]) -> None:
+        """Makes this process's parts, except those that there are."""
+        with entries_bar([share.shard for share in shares]) as bar:
+            for share in shares:
+                unit = _unit(share.shard)
+                own = [manifest for manifest in manifests if manifest["unit"] == unit]
+                if share.shard.kind == PICTURES:
+                    self._add_pictures(share, own, bar)
+                    continue
+                find = {manifest["part"]: manifest for manifest in own}.get
+                make = functools.partial(self._add_part, share.shard)
+                collections.deque(make_parts(share, PART_ROWS, find, make, bar), maxlen=0)
 
-    def read(self, index: int, count: int) -> None:
-        """Reads the manifests; every process has numbers of its own for the parts that it makes."""
-        self._manifests = read_manifests(self._folder)
-        self._first_new = max(self._manifests, default=-1) + 1
-        self._next_number, self._step = self._first_new + index, count
-
-    def add(self, mine: Sequence[ShardParts]) -> None:
-        """Makes this process's parts."""
-        with entries_bar([share.shard for share in mine]) as bar:
-            for share in mine:
-                add = self._add_pictures if share.shard.kind == PICTURES else self._add_shard
-                add(share, bar)
-
-    def describe(self) -> Update:
-        """Counts what was done by all processes."""
-        manifests = read_manifests(self._folder)
-        dropped: collections.Counter[str] = collections.Counter()
-        for manifest in manifests.values():
-            dropped.update(manifest["dropped"])
-        rows = len(PictureIndex(self._folder)) if manifests else 0
-        new = {number: found for number, found in manifests.items() if number >= self._first_new}
-        added = sum(len(Part(self._folder, number, found).rows) for number, found in new.items())
-        return Update(added, self._removed, rows - added, dict(dropped))
-
-    def _parts_of(self, shard: SourceShard) -> list[dict[str, Any]]:
-        unit = _unit(shard)
-        return [manifest for manifest in self._manifests.values() if manifest["unit"] == unit]
-
-    def _add_shard(self, share: ShardParts, bar: ProgressBar) -> None:
-        """Adds this process's parts of a shard that are missing."""
-        done = {manifest["part"]: manifest for manifest in self._parts_of(share.shard)}
-
-        def make(part: int, entries: CountedEntries, is_last: Callable[[], bool]) -> dict[str, Any]:
-            return self._add_part(share.shard, part, entries, is_last, [])
-
-        for _ in make_parts(share, PART_ROWS, done.get, make, bar):
-            pass
-
-    def _add_pictures(self, share: ShardParts, bar: ProgressBar) -> None:
+    def _add_pictures(
+        self, share: ShardParts, manifests: Sequence[dict[str, Any]], bar: ProgressBar
+    ) -> None:
         """Adds this process's share of the pictures of a folder that are new or changed."""
         shard, states = share.shard, _states(share.shard)
-        known = {
-            key
-            for manifest in self._parts_of(shard)
-            for key, state in manifest["states"]
-            if states.get(key) == state
-        }
+        known = {key for manifest in manifests for key, _ in manifest["states"]}
         listed = list(image_folder.list_pictures(shard.path))
         new = [entry for entry in listed if entry[1] not in known]
         bar.update(len(listed) - len(new))
         size = max(1, min(PART_ROWS, -(-len(new) // share.step)))
         for first in range(share.first * size, len(new), share.step * size):
             chunk = new[first : first + size]
-            entries = CountedEntries(image_folder.read_listed(shard.path, chunk), bar)
-            own = [(key, states[key]) for _, key, _ in chunk]
-            self._add_part(shard, first // size, entries, lambda: True, own)
+            entries = PartEntries(ShardReader(shard, chunk), size, bar)
+            self._add_part(
+                shard, first // size, entries, [(key, states[key]) for _, key, _ in chunk]
+            )
 
     def _add_part(
         self,
         shard: SourceShard,
         part: int,
-        entries: CountedEntries,
-        is_last: Callable[[], bool],
-        states: Sequence[tuple[str, str]],
+        entries: PartEntries,
+        states: Sequence[tuple[str, str]] = (),
     ) -> dict[str, Any]:
         """Writes a part; returns its manifest."""
         keeps_thumbnails = self._thumbnails and shard.kind != PICTURES
 
         def describe(pair: Pair) -> tuple[str, str, bytes]:
-            thumbnail = make_thumbnail(pair.image) if keeps_thumbnails else b""
-            return pair.key, pair.caption, thumbnail
+            return pair.key, pair.caption, make_thumbnail(pair.image) if keeps_thumbnails else b""
 
         encoded = self._encode(entries, describe)
-        number, self._next_number = self._next_number, self._next_number + self._step
         image_emb = encoded.image_emb.reshape(len(encoded.notes), self._dim)
         manifest = {
             "unit": _unit(shard),
             "identity": shard.identity(),
             "part": part,
-            "is_last": is_last(),
+            "is_last": entries.is_last(),
             "entries": entries.count,
             "dropped": encoded.dropped,
             "states": list(states),
-            "removed": [],
         }
-        write_part(self._folder, number, quantize(image_emb, self._dtype), encoded.notes, manifest)
+        rows = make_rows(encoded.notes, quantize(image_emb, self._dtype))
+        write_part(self._folder, next(self._numbers), rows, manifest)
         return manifest
 
 

@@ -7,12 +7,11 @@ index, and what an interruption can cost.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from diht_jax.evaluation.embedding.entries import Entry, Unit
 from diht_jax.evaluation.sources.registry import count_shards
@@ -43,34 +42,20 @@ def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[Sour
         raise
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardParts:
-    """The parts of a shard that one of several processes makes.
+class ShardParts(NamedTuple):
+    """The parts of a shard that one of several processes makes: every `step`-th from `first` on."""
 
-    Attributes:
-        number: of the shard in its source.
-        shard: the shard.
-        first: number of the first part.
-        step: distance to the next; 1 for all parts.
-    """
-
-    number: int
+    number: int  # of the shard in its source
     shard: SourceShard
     first: int
     step: int
 
 
 def shares_of(shards: Sequence[SourceShard], index: int, count: int) -> list[ShardParts]:
-    """Divides a source between processes.
+    """The share of process `index` of `count`: every `count`-th shard.
 
-    Every `count`-th shard. A folder of pictures is divided by all; a file where there are fewer
-    shards than processes: it has no index in general, so that each of those that divide it reads
-    through it, and decodes and embeds its own parts only.
-
-    Args:
-        shards: of the source.
-        index: of this process.
-        count: of processes.
+    A folder of pictures is divided by all; a file where there are fewer shards than processes. Each
+    of those reads through the file, and decodes and embeds its own parts only.
     """
     shares = []
     for number, shard in enumerate(shards):
@@ -108,69 +93,31 @@ def entries_bar(shards: Sequence[SourceShard]) -> Iterator[ProgressBar]:
         bar.refresh()
 
 
-class CountedEntries(Iterator[Entry]):
-    """Counts what is taken from an iterator, and shows it."""
+class ShardReader(Iterator[Entry]):
+    """Reads a shard forwards; pictures of a folder that are skipped stay closed."""
 
-    def __init__(self, entries: Iterator[Entry], bar: ProgressBar):
-        """Wraps the entries; `count` is the number taken."""
-        self._entries, self._bar = entries, bar
-        self.count = 0
+    def __init__(self, shard: SourceShard, listed: Iterable[Any] | None = None):
+        """Opens a shard before its first entry.
+
+        Args:
+            shard: the shard.
+            listed: of a folder of pictures, those to read, of `image_folder.list_pictures`; all by
+                default.
+        """
+        self._folder = shard.path if shard.kind == PICTURES else None
+        if self._folder is None:
+            listed = registry.read_pairs(shard)
+        elif listed is None:
+            listed = image_folder.list_pictures(shard.path)
+        self._items: Iterator[Any] = iter(listed)
+        self._position = 0
 
     def __next__(self) -> Entry:
-        entry = next(self._entries)
-        self.count += 1
-        self._bar.update(1)
-        return entry
-
-
-def make_parts(
-    share: ShardParts,
-    size: int,
-    find: Callable[[int], dict[str, Any] | None],
-    make: Callable[[int, CountedEntries, Callable[[], bool]], dict[str, Any]],
-    bar: ProgressBar,
-) -> Iterator[dict[str, Any]]:
-    """Yields the manifests of one process's parts of a shard, and makes those that are missing.
-
-    Args:
-        share: the parts.
-        size: entries a part.
-        find: number of a part -> its manifest with "entries" and "is_last"; None where it is
-            missing.
-        make: makes a part of its number, its entries, and a function that tells when they are taken
-            whether the shard has no more; returns the manifest.
-        bar: over the entries.
-    """
-    reader: _PartReader | None = None
-    for part in itertools.count():
-        is_own = part % share.step == share.first
-        manifest = find(part)
-        if is_own and manifest is not None:
-            bar.update(manifest["entries"])
-        elif is_own:
-            reader = reader or _PartReader(share.shard)
-            if not reader.seek(part * size) and part:
-                return  # another process has the last part, and has not finished it yet
-            entries = CountedEntries(reader.take(size), bar)
-            manifest = make(part, entries, reader.is_exhausted)
-        if is_own:
-            yield manifest
-        if manifest is not None and manifest["is_last"]:
-            return
-
-
-class _PartReader:
-    """Reads a shard part by part, forwards; skipped pictures of a folder stay closed."""
-
-    def __init__(self, shard: SourceShard):
-        """Opens a shard before its first entry."""
-        self._folder = shard.path if shard.kind == PICTURES else None
-        self._items: Iterator[Any] = (
-            registry.read_pairs(shard)
-            if self._folder is None
-            else image_folder.list_pictures(self._folder)
-        )
-        self._position = 0
+        item = next(self._items)
+        self._position += 1
+        if self._folder is None:
+            return item
+        return next(image_folder.read_listed(self._folder, [item]))
 
     def seek(self, position: int) -> bool:
         """Goes forwards to an entry by its number; returns whether there is one."""
@@ -186,11 +133,61 @@ class _PartReader:
             return False
         return True
 
-    def take(self, count: int) -> Iterator[Entry]:
-        """Yields up to `count` entries from where the reader is."""
-        for item in itertools.islice(self._items, count):
-            self._position += 1
-            if self._folder is None:
-                yield item
-            else:
-                yield from image_folder.read_listed(self._folder, [item])
+
+class PartEntries(Iterator[Entry]):
+    """The next entries of a shard, up to a number of them.
+
+    Attributes:
+        count: entries that were taken so far.
+    """
+
+    def __init__(self, reader: ShardReader, size: int, bar: ProgressBar):
+        """Takes up to `size` entries from where the reader is, and shows them on the bar."""
+        self._reader, self._size, self._bar = reader, size, bar
+        self.count = 0
+
+    def __next__(self) -> Entry:
+        if self.count == self._size:
+            raise StopIteration
+        entry = next(self._reader)
+        self.count += 1
+        self._bar.update(1)
+        return entry
+
+    def is_last(self) -> bool:
+        """Tells, once all are taken, whether the shard has no more."""
+        return self._reader.is_exhausted()
+
+
+def make_parts(
+    share: ShardParts,
+    size: int,
+    find: Callable[[int], dict[str, Any] | None],
+    make: Callable[[int, PartEntries], dict[str, Any]],
+    bar: ProgressBar,
+) -> Iterator[dict[str, Any]]:
+    """Yields the manifests of one process's parts of a shard, and makes those that are missing.
+
+    Args:
+        share: the parts.
+        size: entries a part.
+        find: number of a part -> its manifest with "entries" and "is_last"; None where it is
+            missing.
+        make: makes a part of its number and its entries; returns the manifest.
+        bar: over the entries.
+    """
+    reader: ShardReader | None = None
+    for part in itertools.count():
+        is_own = part % share.step == share.first
+        manifest = find(part)
+        if is_own and manifest is not None:
+            bar.update(manifest["entries"])
+        elif is_own:
+            reader = reader or ShardReader(share.shard)
+            if not reader.seek(part * size) and part:
+                return  # another process has the last part, and has not finished it yet
+            manifest = make(part, PartEntries(reader, size, bar))
+        if is_own:
+            yield manifest
+        if manifest is not None and manifest["is_last"]:
+            return

@@ -1,9 +1,8 @@
 """An index of embedded pictures on disk, searched exactly; `index_update.py` makes it.
 
-A part holds up to 10,000 pictures in three files: `NNNNN.npy` with the embeddings, which are read
-through a memory map, `NNNNN.arrow` with key, caption and thumbnail of each, and last `NNNNN.json`
-with what the part was made of and the rows that were removed since; without it the part does not
-exist.
+A part holds up to 10,000 pictures in one Arrow file, `NNNNN.arrow`, which is read through a memory
+map: key, caption, thumbnail and embedding of each, and as metadata of the schema, in JSON, what the
+part was made of.
 
 usearch (Apache-2.0) compares a query with every embedding, in vector code and on all cores.
 """
@@ -37,10 +36,8 @@ THUMBNAIL_SIDE = 160
 # Matches of each part that are compared again in float32, as a multiple of the requested ones: the
 # comparison in eight bits rounds the query, too.
 _CANDIDATES = 4
-_MANIFEST_KEYS = {"unit", "identity", "part", "is_last", "entries", "dropped", "states", "removed"}
-_SCHEMA = pyarrow.schema(
-    [("key", pyarrow.string()), ("caption", pyarrow.string()), ("thumbnail", pyarrow.binary())]
-)
+_MANIFEST = b"diht_jax.part"
+_MANIFEST_KEYS = {"unit", "identity", "part", "is_last", "entries", "dropped", "states"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,39 +57,6 @@ class Match:
     place: Place
 
 
-def write_part(
-    folder: pathlib.Path,
-    number: int,
-    stored: np.ndarray,
-    notes: Sequence[tuple[str, str, bytes]],
-    manifest: dict[str, Any],
-) -> None:
-    """Writes the files of a part.
-
-    Args:
-        folder: of the index.
-        number: of the part.
-        stored: of `quantize`, [n, d].
-        notes: key, caption and thumbnail of each of the n pictures.
-        manifest: what it was made of.
-    """
-    path, buffer = folder / f"{number:05d}", io.BytesIO()
-    np.save(buffer, stored)
-    write_bytes(path.with_suffix(".npy"), buffer.getvalue())
-    columns = list(zip(*notes, strict=True)) or [(), (), ()]
-    table = pyarrow.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
-    buffer = io.BytesIO()
-    with pyarrow.ipc.new_file(buffer, _SCHEMA) as to:
-        to.write_table(table)
-    write_bytes(path.with_suffix(".arrow"), buffer.getvalue())
-    write_manifest(folder, number, manifest)
-
-
-def write_manifest(folder: pathlib.Path, number: int, manifest: dict[str, Any]) -> None:
-    """Writes what a part was made of: the last of its files."""
-    write_bytes(folder / f"{number:05d}.json", json.dumps(manifest).encode())
-
-
 class PictureIndex:
     """The pictures of an index, for searching; may be used by several threads."""
 
@@ -102,21 +66,14 @@ class PictureIndex:
         Raises:
             ValueError: there is no index, or it is damaged.
         """
-        folder = pathlib.Path(folder)
-        settings = read_object(str(folder / SETTINGS_FILE))
+        settings = read_object(f"{os.fspath(folder)}/{SETTINGS_FILE}")
         if settings is None:
             raise ValueError(f"--index={folder}: no index; --input=SOURCE makes one")
         self.settings = settings
-        manifests = read_manifests(folder)
-        self._parts = {number: Part(folder, number, found) for number, found in manifests.items()}
-        self._folders = {
-            number: manifest["identity"]["path"]
-            for number, manifest in manifests.items()
-            if manifest["identity"]["kind"] == PICTURES
-        }
+        self._parts = read_parts(pathlib.Path(folder))
 
     def __len__(self) -> int:
-        return sum(len(part.rows) - int(part.removed.sum()) for part in self._parts.values())
+        return sum(map(len, self._parts.values()))
 
     def check_model(self, model: Any) -> None:
         """Raises ValueError where the index was made with another model, a `LoadedModel`."""
@@ -153,13 +110,12 @@ class PictureIndex:
         Returns:
             None where there is none, such as for a file that was removed since.
         """
-        if part not in self._parts or not 0 <= row < len(self._parts[part].rows):
+        if part not in self._parts or not 0 <= row < len(self._parts[part]):
             return None
-        rows = self._parts[part].rows
-        if part not in self._folders:
+        rows, identity = self._parts[part].rows, self._parts[part].manifest["identity"]
+        if identity["kind"] != PICTURES:
             return rows["thumbnail"][row].as_py() or None
-        key = rows["key"][row].as_py()
-        root = self._folders[part]
+        root, key = identity["path"], rows["key"][row].as_py()
         entry = next(image_folder.read_listed(root, [(os.path.join(root, key), key, None)]))
         return make_thumbnail(entry.image) or None if isinstance(entry, Pair) else None
 
@@ -170,29 +126,33 @@ class PictureIndex:
 
 
 class Part:
-    """The files of one part.
+    """The file of one part.
 
     Attributes:
-        rows: table of key, caption and thumbnail.
-        removed: bool [n], the rows that are no longer in the source.
+        rows: table of key, caption, thumbnail and image_emb.
+        manifest: what the part was made of, see `index_update`.
     """
 
-    def __init__(self, folder: pathlib.Path, number: int, manifest: dict[str, Any]):
-        """Opens the files of a part with its manifest."""
-        path = folder / f"{number:05d}"
+    def __init__(self, path: pathlib.Path):
+        """Opens the file; raises ValueError where it is damaged."""
         try:
-            self._image_emb = np.load(path.with_suffix(".npy"), mmap_mode="r")
-            with pyarrow.memory_map(str(path.with_suffix(".arrow"))) as file:
+            with pyarrow.memory_map(str(path)) as file:
                 self.rows = pyarrow.ipc.open_file(file).read_all()
-            self.removed = np.zeros(len(self.rows), bool)
-            self.removed[manifest["removed"]] = True
-        except (ValueError, OSError, EOFError, IndexError, pyarrow.ArrowException) as error:
+            self.manifest = json.loads(self.rows.schema.metadata[_MANIFEST])
+            if not self.manifest.keys() >= _MANIFEST_KEYS:
+                raise ValueError("no whole manifest")
+            column = self.rows["image_emb"]
+            values = column.chunk(0).flatten().to_numpy()
+            self._image_emb = values.reshape(len(self.rows), column.type.list_size)
+        except (
+            ValueError, OSError, KeyError, TypeError, AttributeError, pyarrow.ArrowException,
+        ) as error:  # fmt: skip
             raise ValueError(
-                f"{path}.*: damaged part of an index ({error}); delete {path.name}.json to have "
-                "it made again"
+                f"{path}: damaged part of an index ({error}); delete it to have it made again"
             ) from error
-        if len(self._image_emb) != len(self.rows):
-            raise ValueError(f"{path}.*: files of different lengths; delete {path.name}.json")
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def search(self, queries: np.ndarray, count: int) -> Iterator[list[tuple[float, int]]]:
         """Yields the rows nearest to each query, with their similarities."""
@@ -201,19 +161,54 @@ class Part:
             from usearch.index import MetricKind, search
         except ImportError as error:
             raise ValueError("searching an index needs usearch: pip install usearch") from error
-        wanted = min(len(self.rows), _CANDIDATES * count + int(self.removed.sum()))
+        wanted = min(len(self), _CANDIDATES * count)
         if not wanted:
             yield from ([] for _ in queries)
             return
         stored = quantize(queries, str(self._image_emb.dtype))
         found = search(self._image_emb, stored, wanted, MetricKind.Cos, exact=True)
         for query, rows in zip(queries, np.reshape(found.keys, (len(queries), -1)), strict=True):
-            rows = rows[~self.removed[rows]].astype(np.int64)
+            rows = rows.astype(np.int64)
             image_emb = self._image_emb[rows].astype(np.float32)
             lengths = np.linalg.norm(image_emb, axis=1) * np.linalg.norm(query)
             similarities = image_emb @ query / np.maximum(lengths, 1e-12)
             best = np.argsort(-similarities, kind="stable")[:count]
             yield [(float(similarities[i]), int(rows[i])) for i in best]
+
+
+def read_parts(folder: pathlib.Path) -> dict[int, Part]:
+    """Opens all parts of an index, by number."""
+    return {int(path.stem): Part(path) for path in sorted(folder.glob("[0-9]*.arrow"))}
+
+
+def make_rows(notes: Sequence[tuple[str, str, bytes]], stored: np.ndarray) -> pyarrow.Table:
+    """The table of a part, from key, caption and thumbnail of n pictures, and [n, d] embeddings."""
+    keys, captions, thumbnails = zip(*notes, strict=True) if notes else ((), (), ())
+    values = pyarrow.array(stored.reshape(-1))
+    return pyarrow.table(
+        {
+            "key": pyarrow.array(keys, pyarrow.string()),
+            "caption": pyarrow.array(captions, pyarrow.string()),
+            "thumbnail": pyarrow.array(thumbnails, pyarrow.binary()),
+            "image_emb": pyarrow.FixedSizeListArray.from_arrays(values, stored.shape[1]),
+        }
+    )
+
+
+def write_part(
+    folder: pathlib.Path, number: int, rows: pyarrow.Table, manifest: dict[str, Any]
+) -> None:
+    """Writes a part, whole or not at all."""
+    rows, buffer = rows.replace_schema_metadata({_MANIFEST: json.dumps(manifest)}), io.BytesIO()
+    arrays = [pyarrow.concat_arrays(column.chunks) for column in rows.columns]
+    with pyarrow.ipc.new_file(buffer, rows.schema) as to:
+        to.write_batch(pyarrow.record_batch(arrays, rows.schema))  # one, for the memory map
+    write_bytes(part_path(folder, number), buffer.getvalue())
+
+
+def part_path(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """The file of a part."""
+    return folder / f"{number:05d}.arrow"
 
 
 def quantize(embeddings: np.ndarray, dtype: str) -> np.ndarray:
@@ -222,17 +217,6 @@ def quantize(embeddings: np.ndarray, dtype: str) -> np.ndarray:
         return embeddings.astype(np.float16)
     largest = np.abs(embeddings).max(axis=1, keepdims=True, initial=1e-12)
     return np.rint(embeddings * (127 / largest)).astype(np.int8)
-
-
-def read_manifests(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
-    """Reads the manifests of all parts, by number."""
-    manifests = {}
-    for path in sorted(folder.glob("[0-9]*.json")):
-        manifest = read_object(str(path)) or {}
-        if not manifest.keys() >= _MANIFEST_KEYS:
-            raise ValueError(f"{path}: no manifest of a part of an index; delete it")
-        manifests[int(path.stem)] = manifest
-    return manifests
 
 
 def make_thumbnail(data: bytes) -> bytes:

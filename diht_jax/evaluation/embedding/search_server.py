@@ -7,6 +7,7 @@ pictures; it can name no file.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import http.server
 import json
 import threading
@@ -57,16 +58,12 @@ def make_server(
         start = clock()
         with encoding:
             text_emb = np.asarray(encode_text([query]), np.float32)
-        hits = index.search(text_emb, count)[0]
-        matches = [dataclasses.asdict(hit) for hit in hits]
+        matches = [dataclasses.asdict(match) for match in index.search(text_emb, count)[0]]
         return {"matches": matches, "pictures": len(index), "seconds": clock() - start}
 
-    class Handler(_Handler):
-        pass
-
-    Handler.index, Handler.search, Handler.num_matches = index, staticmethod(search), num_matches
+    handler = functools.partial(_Handler, index, search, num_matches)
     try:
-        return http.server.ThreadingHTTPServer((host, port), Handler)
+        return http.server.ThreadingHTTPServer((host, port), handler)
     except (OSError, OverflowError) as error:
         raise ValueError(
             f"--host={host} --port={port}: cannot listen there ({error}); choose another port"
@@ -76,9 +73,15 @@ def make_server(
 class _Handler(http.server.BaseHTTPRequestHandler):
     """Answers `/`, `/search?q=` and `/picture?part=&row=`."""
 
-    index: PictureIndex
-    search: Callable[[str, int], dict[str, Any]]
-    num_matches: int
+    def __init__(
+        self,
+        index: PictureIndex,
+        search: Callable[[str, int], dict[str, Any]],
+        num_matches: int,
+        *args: Any,
+    ):
+        self._index, self._find, self._num_matches = index, search, num_matches
+        super().__init__(*args)  # answers
 
     def do_GET(self) -> None:
         url = urllib.parse.urlsplit(self.path)
@@ -95,7 +98,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _search(self, fields: dict[str, str]) -> None:
         query = fields.get("q", "").strip()
         try:
-            count = int(fields.get("count", self.num_matches))
+            count = int(fields.get("count", self._num_matches))
         except ValueError:
             count = 0
         if not 0 < len(query) <= _LONGEST_QUERY or not 0 < count <= _MOST_MATCHES:
@@ -103,14 +106,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send_json(400, {"error": error})
             return
         try:
-            self._send_json(200, type(self).search(query, count))
+            self._send_json(200, self._find(query, count))
         except Exception as error:  # the server goes on
             logging.exception("query %r", query)
             self._send_json(500, {"error": f"{type(error).__name__}: {error}"})
 
     def _send_picture(self, fields: dict[str, str]) -> None:
         try:
-            data = self.index.picture(int(fields["part"]), int(fields["row"]))
+            data = self._index.picture(int(fields["part"]), int(fields["row"]))
         except (KeyError, ValueError):
             data = None
         if data is None:

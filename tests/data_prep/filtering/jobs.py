@@ -83,7 +83,7 @@ def write_clip(path: pathlib.Path, image_size: int) -> str:
     rng = np.random.default_rng(0)
     shapes = clip_layout.expected_shapes(arch)
     tensors = {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}
-    write_safetensors(path, tensors, {})
+    write_safetensors(path, tensors)
     return str(path)
 
 

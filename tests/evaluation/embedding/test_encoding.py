@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
     UnusablePair,
@@ -72,29 +71,6 @@ def test_unusable_pairs_are_counted_with_their_reason():
     assert encoded.dropped_keys == ["k1", "k2", "k4", "k5"]
 
 
-def test_reading_stays_a_few_batches_ahead_of_the_device():
-    read = []
-
-    def pairs():
-        for i in range(200):
-            read.append(i)
-            yield _pair(i)
-
-    class Watching(_MeanColor):
-        ahead = []
-
-        def encode_image(self, images):
-            encoded_before = sum(shape[0] for shape in self.shapes)
-            self.ahead.append(len(read) - encoded_before)
-            return super().encode_image(images)
-
-    model = Watching()
-    encode_images(model, pairs(), lambda pair: None, batching=Batching(8))
-    assert max(model.ahead) <= 8 * 4
-    # Beyond the batch that is encoded, a whole one is in work meanwhile.
-    assert min(model.ahead[:-3]) >= 8 * 2
-
-
 def test_a_source_without_any_usable_image_is_refused():
     with pytest.raises(ValueError, match=r"no usable pair.*1 entries.*image_empty"):
         encode_images(_MeanColor(), [_pair(0, b"")], lambda pair: None, batching=Batching(8))
@@ -122,28 +98,3 @@ def test_texts_come_back_in_order_from_calls_of_one_size():
     embedded = encode_texts(encode_text, texts, batching=Batching(4))
     assert embedded[:, 0].tolist() == list(range(1, 12))
     assert sizes == [4, 4, 4]
-
-
-def test_large_pictures_wait_in_smaller_numbers(monkeypatch):
-    """The encoded bytes that are held are bounded, whatever the batch size."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
-    data = buffer.getvalue() + bytes(1000)  # what stands behind a PNG's end is ignored
-    monkeypatch.setattr(encoding, "_WAITING_BYTES", 3 * len(data))
-    taken, ahead = 0, []
-
-    def entries():
-        nonlocal taken
-        for number in range(20):
-            taken += 1
-            yield Pair(str(number), data, "")
-
-    numbered = enumerate(entries())
-    pairs = encoding._decode_ahead(numbered, lambda pair: None, np.asarray, 512, 1)
-    keys = []
-    for yielded, ((_, key, _), pixels) in enumerate(pairs, start=1):
-        ahead.append(taken - yielded)
-        keys.append(key)
-        assert pixels.shape == (8, 8, 3)
-    assert keys == [str(number) for number in range(20)]
-    assert max(ahead) == 3
