@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from data_prep.decisions.table import KEPT, SOURCE
 from data_prep.steps.registry import ordered_steps
@@ -72,11 +72,11 @@ class Funnel:
         return self.outcomes.get((KEPT, None), 0)
 
     def dropped(self) -> dict[str, dict[str, int]]:
-        """Stage -> reason -> pairs, with all stages in their order."""
+        """Stage -> reason -> pairs, with all stages, in the order in which a pair meets them."""
         found: dict[str, dict[str, int]] = {stage: {} for stage in stage_reasons()}
-        for (stage, reason), pairs in sorted(self.outcomes.items(), key=str):
+        for stage, reason in sorted(self.outcomes, key=_order):
             if stage != KEPT:
-                found.setdefault(stage, {})[reason] = pairs
+                found.setdefault(stage, {})[reason] = self.outcomes[stage, reason]
         return found
 
     def share(self, pairs: int) -> float:
@@ -85,13 +85,10 @@ class Funnel:
 
     def rows(self) -> list[tuple[str, str, int]]:
         """Stage, reason, pairs: what was read, the reasons as a pair meets them, what was kept."""
-        rows = [("read", "", self.read)]
-        stages = stage_reasons()
-        for stage, found in self.dropped().items():
-            known = stages.get(stage, {})
-            order = [*(name for name in known if name in found), *sorted(found.keys() - set(known))]
-            rows += [(stage, reason, found[reason]) for reason in order]
-        return [*rows, (KEPT, "", self.kept)]
+        dropped = [
+            (stage, *item) for stage, found in self.dropped().items() for item in found.items()
+        ]
+        return [("read", "", self.read), *dropped, (KEPT, "", self.kept)]
 
     def format_table(self) -> str:
         """The funnel as a table of counts and shares of what came in, and how text was found."""
@@ -128,8 +125,7 @@ class Funnel:
         return cls(outcomes, data["text_spotting"])
 
 
-@dataclasses.dataclass(frozen=True)
-class FilterScore:
+class FilterScore(NamedTuple):
     """One filter against the labels.
 
     Attributes:
@@ -165,17 +161,24 @@ def score_filters(
     for counts in labels.values():
         total.update(counts)
     kinds = [label for label, _ in total.most_common() if label != clean_label]
-    arrived = total.copy()
-    scores = []
-    for outcome in sorted(labels, key=_order):
-        if outcome == KEPT:
-            continue
-        scores.append(_score(_spell(outcome), labels[outcome], arrived, kinds, clean_label))
-        arrived.subtract(labels[outcome])
+
+    def score(name: str, dropped: Mapping[str, int], arrived: Mapping[str, int]) -> FilterScore:
+        drops = sum(dropped.values())
+        share = {
+            label: dropped.get(label, 0) / arrived[label] if arrived[label] else None
+            for label in (*kinds, clean_label)
+        }
+        precision = (drops - dropped.get(clean_label, 0)) / drops if drops else 0.0
+        return FilterScore(name, drops, precision, share, share.pop(clean_label))
+
+    scores, arrived = [], total.copy()
+    for outcome in sorted(labels, key=lambda outcome: _order(outcome.partition("/")[::2])):
+        if outcome != KEPT:
+            scores.append(score(_spell(outcome), labels[outcome], arrived))
+            arrived.subtract(labels[outcome])
     dropped = total.copy()
     dropped.subtract(labels.get(KEPT, {}))
-    scores.append(_score("all filters", dropped, total, kinds, clean_label))
-    return scores, kinds
+    return [*scores, score("all filters", dropped, total)], kinds
 
 
 def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> list[list[str]]:
@@ -205,23 +208,6 @@ def format_noise_table(labels: Mapping[str, Mapping[str, int]], clean_label: str
     return "\n".join([title, *lines])
 
 
-def _score(
-    name: str,
-    dropped: Mapping[str, int],
-    arrived: Mapping[str, int],
-    kinds: Iterable[str],
-    clean_label: str,
-) -> FilterScore:
-    drops = sum(dropped.values())
-    noise = drops - dropped.get(clean_label, 0)
-
-    def share(label: str) -> float | None:
-        return dropped.get(label, 0) / arrived[label] if arrived.get(label) else None
-
-    recall = {kind: share(kind) for kind in kinds}
-    return FilterScore(name, drops, noise / drops if drops else 0.0, recall, share(clean_label))
-
-
 def _spell(outcome: str) -> str:
     """C, A and T by their letters, what else drops pairs by its stage."""
     stage, _, reason = outcome.partition("/")
@@ -229,13 +215,13 @@ def _spell(outcome: str) -> str:
     return spelled if spelled[:2] in ("C:", "A:", "T:") else f"{stage}: {spelled}"
 
 
-def _order(outcome: str) -> tuple[int, int, str]:
-    """Sort key: the order in which a pair meets the outcomes."""
-    stage, _, reason = outcome.partition("/")
+def _order(outcome: tuple[str, str | None]) -> tuple[int, int, str]:
+    """Sort key of stage and reason: as a pair meets them, those that no step knows last."""
+    stage, reason = outcome
     stages = stage_reasons()
     known = list(stages.get(stage, ()))
     number = list(stages).index(stage) if stage in stages else len(stages)
-    return number, known.index(reason) if reason in known else len(known), outcome
+    return number, known.index(reason) if reason in known else len(known), str(outcome)
 
 
 def _words(label: str) -> str:

@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow
 import pyarrow.compute as pc
 
-from data_prep.decisions import samples
 from data_prep.decisions.funnel import Funnel, spell_outcome
-from data_prep.decisions.log import SECONDS_SUFFIX
+from data_prep.decisions.log import SAMPLES_SUFFIX, SECONDS_SUFFIX, choose_samples
 from data_prep.decisions.table import (
     FOLDER,
     KEPT,
@@ -48,6 +47,7 @@ COLUMNS = (
     *("outcome", "reason", "label", "words", "complexity", "actions", "width", "height", "format"),
     *("looked", "object_names", "action_names"),
 )
+_GROUPED = ("outcome", "reason", "label", "format", "looked")  # of few values each
 
 _VERSION = 3
 _BLOCK_ROWS, _BLOCK_PARTS = 2**17, 256  # that are counted at a time
@@ -93,7 +93,7 @@ def gather(
             yield content
 
     most = max(samples_per_outcome, report_samples)
-    chosen = samples.choose_samples(read_parts(), most)
+    chosen = choose_samples(read_parts(), most)
     if waiting:
         counts.add(pyarrow.Table.from_batches(waiting).unify_dictionaries())
     funnel = counts.funnel()
@@ -136,10 +136,7 @@ class Counts:
     """
 
     def __init__(self) -> None:
-        self._outcomes: collections.Counter[tuple[str, str | None]] = collections.Counter()
-        self._labels: collections.Counter[tuple[str, str | None, str]] = collections.Counter()
-        self._formats: collections.Counter[str] = collections.Counter()
-        self._looked: collections.Counter[str] = collections.Counter()
+        self._groups: collections.Counter[tuple[str | None, ...]] = collections.Counter()
         sides = (KEPT, DROPPED)
         self._bins = {(n, s): np.zeros(len(BINS[n]), np.int64) for n in BINS for s in sides}
         self._names: dict[tuple[str, str], list[pyarrow.Table]] = {
@@ -148,19 +145,24 @@ class Counts:
 
     def add(self, rows: pyarrow.Table) -> None:
         """Adds rows with the columns `COLUMNS`."""
-        self._outcomes.update(_count(rows, "outcome", "reason"))
-        labelled = rows.filter(pc.is_valid(rows["label"]))
-        self._labels.update(_count(labelled, "outcome", "reason", "label"))
-        for column, counter in (("format", self._formats), ("looked", self._looked)):
-            found = _count(rows.filter(pc.is_valid(rows[column])), column)
-            counter.update({value: count for (value,), count in found.items()})
+        grouped = rows.select(_GROUPED).group_by(list(_GROUPED)).aggregate([([], "count_all")])
+        groups = zip(*(grouped[name].to_pylist() for name in _GROUPED), strict=True)
+        self._groups.update(dict(zip(groups, grouped["count_all"].to_pylist(), strict=True)))
         is_kept = pc.equal(rows["outcome"], KEPT)
         for side, chosen in ((KEPT, is_kept), (DROPPED, pc.invert(is_kept))):
             self._add_side(side, rows.filter(chosen))
 
+    def _count(self, *columns: str) -> collections.Counter[tuple[Any, ...]]:
+        """Number of rows for each combination of values."""
+        places = [_GROUPED.index(name) for name in columns]
+        found: collections.Counter[tuple[Any, ...]] = collections.Counter()
+        for values, rows in self._groups.items():
+            found[tuple(values[place] for place in places)] += rows
+        return found
+
     def funnel(self) -> Funnel:
         """Counts of outcomes, and what was done to find text."""
-        looked = self._looked
+        looked = collections.Counter({value: n for (value,), n in self._count("looked").items()})
         spotting = collections.Counter(
             {
                 "read": looked["read"],
@@ -170,11 +172,12 @@ class Counts:
                 "missed": looked["missed"],
             }
         )
-        return Funnel(dict(self._outcomes), +spotting)
+        return Funnel(dict(self._count("outcome", "reason")), +spotting)
 
     def image_formats(self) -> dict[str, int]:
         """Format -> kept pairs."""
-        return dict(sorted(self._formats.items()))
+        found = {name: pairs for (name,), pairs in self._count("format").items()}
+        return {name: found[name] for name in sorted(filter(None, found))}
 
     def measures(self) -> dict[str, Any]:
         """Histograms, frequent names and labels of the pairs, JSON-able.
@@ -199,9 +202,10 @@ class Counts:
                 zip(rows["name"].to_pylist(), rows["count"].to_pylist(), strict=True)
             )
         labels: dict[str, dict[str, int]] = {}
-        for (stage, reason, label), pairs in sorted(self._labels.items(), key=str):
-            outcome = stage if reason is None else f"{stage}/{reason}"
-            labels.setdefault(outcome, {})[label] = pairs
+        for (stage, reason, label), pairs in self._count("outcome", "reason", "label").items():
+            if label is not None:
+                outcome = stage if reason is None else f"{stage}/{reason}"
+                labels.setdefault(outcome, {})[label] = pairs
         return {"histograms": histograms, "names": names, "labels": labels}
 
     def _add_side(self, side: str, rows: pyarrow.Table) -> None:
@@ -223,13 +227,6 @@ class Counts:
             tables.append(table)
             if sum(map(len, tables)) > _COMPACT_ROWS + 2 * len(tables[0]):
                 self._names[kind, side] = [_sum_names(tables)]
-
-
-def _count(rows: pyarrow.Table, *columns: str) -> dict[tuple[Any, ...], int]:
-    """Number of rows for each combination of values."""
-    counted = rows.select(columns).group_by(list(columns)).aggregate([([], "count_all")])
-    values = [counted[name].to_pylist() for name in columns]
-    return dict(zip(zip(*values, strict=True), counted["count_all"].to_pylist(), strict=True))
 
 
 def _sum_names(tables: list[pyarrow.Table]) -> pyarrow.Table:
@@ -294,7 +291,7 @@ def _read_part(output: str) -> tuple[list[pyarrow.RecordBatch], dict, dict, byte
     batches = list(read_decisions(decisions_path(output), list(COLUMNS)))
     stats = shards.read_json(output + shards.STATS_SUFFIX)
     seconds = files.read_object(output + SECONDS_SUFFIX) or {}
-    return batches, stats, seconds, files.read_bytes(output + samples.SUFFIX)
+    return batches, stats, seconds, files.read_bytes(output + SAMPLES_SUFFIX)
 
 
 def _throughput(funnel: Funnel, seconds: Mapping[str, float]) -> dict[str, float]:

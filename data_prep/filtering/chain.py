@@ -6,22 +6,22 @@ becomes of those that remain in `shard` and `rows`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
 import numpy as np
 
 from data_prep.decisions.log import ShardLog
-from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord
 from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.steps.image import ImageStep
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.schema import Pair
 
-# Takes the pairs that no step has dropped, and the log that they are recorded in. The last argument
-# is False where a pair is tried only: then nothing is written.
-Finish = Callable[[Sequence[Candidate], ShardLog, bool], None]
+# Makes of a pair that no step has dropped what is written, and logs it; None writes nothing.
+Encode = Callable[[Candidate, ShardLog], Any]
 
 
 class Chain:
@@ -33,10 +33,8 @@ class Chain:
         steps: Sequence[type[Step]],
         source: SourceShard,
         log: ShardLog,
-        finish: Finish,
-        *,
-        work: WorkRecord,
-        search: CrashSearch,
+        encode: Encode,
+        write: Callable[[Any], object],
         report: Callable[[int], None] = lambda pairs: None,
     ):
         """Loads the steps.
@@ -46,24 +44,19 @@ class Chain:
             steps: of `steps.registry.active_steps`.
             source: the shard.
             log: gets what happens to every entry.
-            finish: takes the pairs that remain.
-            work: gets the batch that is worked on.
-            search: for pairs that end their worker.
+            encode: makes of a pair that remains what is written.
+            write: takes what `encode` makes.
             report: called with the number of pairs that are done, now and then.
         """
-        self._config, self._log, self._finish = config, log, finish
-        self._work, self._search, self._report = work, search, report
-        self._open: Callable[[], list[Step]] = lambda: [step(config, source) for step in steps]
+        self._config, self._log, self._encode, self._write = config, log, encode, write
+        self._report = report
         self._first = 0
+        self._open_trial = functools.partial(Chain, config, steps, source, encode=encode)
         with log.clock("loading"):
-            self._steps = self._open()
+            self._steps = [step(config, source) for step in steps]
 
     def run(self, entries: Sequence[Pair | Skipped]) -> None:
         """Filters the next entries of the shard."""
-        batch = self._first, self._first + len(entries)
-        if self._search.suspects == batch:
-            self._try_one_by_one(entries)
-        self._work.write(BATCH, *batch)
         candidates = []
         for row, entry in enumerate(entries, self._first):
             if isinstance(entry, Skipped):
@@ -72,7 +65,15 @@ class Chain:
                 candidates.append(Candidate.of(entry, row))
         self._first += len(entries)
         self._report(len(entries) - len(candidates))
-        self._advance(candidates, self._steps, self._log, is_real=True)
+        self._advance(candidates, self._steps)
+
+    def try_one(self, pair: Pair) -> None:
+        """Does to a pair alone what `run` does, to no effect; this process may die of it."""
+        self._trial._advance([Candidate.of(pair)], self._trial._steps)
+
+    @functools.cached_property
+    def _trial(self) -> Chain:
+        return self._open_trial(log=ShardLog(self._config), write=lambda encoded: None)
 
     def close(self) -> dict[str, object]:
         """Ends the shard; returns the facts that the steps state about it."""
@@ -81,18 +82,8 @@ class Chain:
             facts |= step.close()
         return facts
 
-    def _try_one_by_one(self, entries: Sequence[Pair | Skipped]) -> None:
-        """Does to each pair alone what is done to a batch; this process may die of it."""
-        log, steps = ShardLog(self._config), self._open()
-        for row, entry in enumerate(entries, self._first):
-            if isinstance(entry, Pair):
-                self._work.write(PAIR, row, row + 1)
-                self._advance([Candidate.of(entry, row)], steps, log, is_real=False)
-
-    def _advance(
-        self, candidates: list[Candidate], steps: Sequence[Step], log: ShardLog, *, is_real: bool
-    ) -> None:
-        """Takes candidates through the steps that are left, and hands on those that remain.
+    def _advance(self, candidates: list[Candidate], steps: Sequence[Step]) -> None:
+        """Takes candidates through the steps that are left, and writes those that remain.
 
         From a step with a batch size on they go in groups, so that a slow step shows its progress.
         """
@@ -100,19 +91,19 @@ class Chain:
             size = step.batch_size(self._config)
             if size is not None and size < len(candidates):
                 for start in range(0, len(candidates), size):
-                    group = candidates[start : start + size]
-                    self._advance(group, steps[number:], log, is_real=is_real)
+                    self._advance(candidates[start : start + size], steps[number:])
                 return
             if candidates:
-                with log.clock(step.timer or step.name):
-                    remaining = apply_step(step, candidates, self._config, log)
-                if is_real:
-                    self._report(len(candidates) - len(remaining))
+                with self._log.clock(step.timer or step.name):
+                    remaining = apply_step(step, candidates, self._config, self._log)
+                self._report(len(candidates) - len(remaining))
                 candidates = remaining
-        with log.clock("writing"):
-            self._finish(candidates, log, is_real)
-        if is_real:
-            self._report(len(candidates))
+        with self._log.clock("writing"):
+            for candidate in candidates:
+                encoded = self._encode(candidate, self._log)
+                if encoded is not None:
+                    self._write(encoded)
+        self._report(len(candidates))
 
 
 def apply_step(

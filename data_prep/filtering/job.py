@@ -25,11 +25,11 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from data_prep.decisions import lists, table
+from data_prep.decisions import table
 from data_prep.decisions.funnel import format_noise_table
 from data_prep.decisions.report import REPORT, Report, gather, get_funnel, read_report
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import plan, previous_records, resharding
+from data_prep.filtering import plan, resharding, restoring
 from data_prep.filtering.plan import Job
 from data_prep.filtering.rows import filter_rows
 from data_prep.filtering.shard import filter_shard
@@ -164,24 +164,25 @@ def _write_resharded(job: Job, found: Survey) -> tuple[dict[str, str], list[Shar
     unwritten = [shard for shard, stats in zip(planned, written, strict=True) if stats is None]
     is_described = not unwritten and _is_described(job)
     if not is_described:
-        located, missing = previous_records.find_records(found.parts, unwritten, job.folder)
+        restored, missing = restoring.plan_restoring(found.parts, unwritten, job.folder)
         missing |= _find_undecided(job, found)
         if missing:
             return {}, [task for task, _ in found.parts if task.output in missing]
         report = _gather_some(job, found)
         shards.remove_merged(job.folder)
-        located = previous_records.move_aside(located, job.folder)
+        options = engine_options(job.config, job.engine)
+        failures = run_pending(restoring.restore_part, restored, label="restore", **options)
+        if failures:
+            return failures, []
         resharding.remove_stale_shards(job.folder, planned, job.config.output_format)
         _remove_half_described(job, [os.path.basename(shard.output) for shard in planned])
-        lists.write_lists(job.folder, lists.read_kept(task.output for task, _ in found.parts))
-        options = engine_options(job.config, job.engine) | {"label": "re-shard"}
-        failures = run_pending(resharding.write_shard, located, **options)
+        table.write_lists(job.folder, table.read_kept(task.output for task, _ in found.parts))
+        failures = run_pending(resharding.write_shard, unwritten, label="re-shard", **options)
         if failures:
             return failures, []
         outputs = [stats["output"] for stats in resharding.load_written(planned)]
         _describe_output(job, found, outputs, report)
     _show(job, len(planned))
-    previous_records.remove_previous(job.folder)
     if not job.config.keep_parts:
         resharding.remove_records(job.parts_folder, job.tasks)
     return {}, []
@@ -196,7 +197,7 @@ def _write_parts(job: Job, found: Survey) -> None:
         report = _gather(job, found) if is_table else _gather_some(job, found)
         shards.remove_merged(job.folder)
         _remove_half_described(job, [])
-        lists.write_lists(job.folder, lists.read_kept(task.output for task, _ in parts))
+        table.write_lists(job.folder, table.read_kept(task.output for task, _ in parts))
         _describe_output(job, found, [stats["output"] for _, stats in parts], report)
     _show(job, len(parts))
 
@@ -225,7 +226,7 @@ def _remove_half_described(job: Job, outputs: Sequence[str]) -> None:
 
 def _is_described(job: Job) -> bool:
     """True if the files are there that describe the output of these parts as a whole."""
-    names = (REPORT, PAGE, lists.KEYS_FILE, *_described_by(job.config))
+    names = (REPORT, PAGE, table.KEYS_FILE, *_described_by(job.config))
     is_there = all(files.exists(files.join(job.folder, name)) for name in names)
     return is_there and plan.read_written(job) is not None
 

@@ -22,10 +22,10 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from data_prep.decisions import lists, table
+from data_prep.decisions import table
 from data_prep.decisions.report import REPORT
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import previous_records, resharding, rows
+from data_prep.filtering import resharding, rows
 from data_prep.filtering.config import SETTINGS
 from data_prep.jobs import fingerprint, manifest, shards
 from data_prep.jobs.failures import allowed_number
@@ -41,7 +41,7 @@ from diht_jax.storage import files
 # What describes the whole output.
 MERGED_FILES = (
     *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
-    *(lists.KEYS_FILE, lists.UIDS_FILE, REPORT, PAGE),
+    *(table.KEYS_FILE, table.UIDS_FILE, REPORT, PAGE),
 )
 
 _SHOWN = 4  # differences that an error names
@@ -178,19 +178,14 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
         _refuse_many(job, changed, replaced, gone, len(finished))
     for path, reason in changed.items():
         logging.warning("%s: made again, since this changed: %s", path, reason)
-        resharding.remove_output(path)
     for name in gone:
         path = files.join(job.parts_folder, name)
         logging.warning("%s: removed, since %s is gone", path, _input_of(path) or "its input")
-        resharding.remove_output(path)
+    notes = {n.removesuffix(FAILED_SUFFIX) for n in present if n.endswith(FAILED_SUFFIX)}
+    removed = {*map(os.path.basename, changed), *gone, *(notes - names)}
+    resharding.remove_outputs(job.parts_folder, removed)
     if changed or gone:
         forget_output(job.folder)
-    notes = {n.removesuffix(FAILED_SUFFIX) for n in present if n.endswith(FAILED_SUFFIX)}
-    removed = [*gone, *(notes - names - set(gone))]
-    if removed:
-        below = shards.names_below(files.list_names(job.parts_folder), removed)
-        for name in below:  # lists, samples, notes
-            files.remove(files.join(job.parts_folder, name))
     settings = filter_config.describe_settings(job.config)
     path = files.join(job.parts_folder, SETTINGS)
     if (files.read_object(path) or {}) != json.loads(json.dumps(settings)):
@@ -334,7 +329,7 @@ def _input_of(output: str) -> str | None:
 def _check_records(job: Job, done: Mapping[str, Any]) -> None:
     """Refuses to read finished inputs again, unasked, where their records cannot be copied.
 
-    Records of other formats are found again in the output, see `previous_records`.
+    Records of other formats are found again in the output, see `restoring`.
     """
     merged = files.read_object(files.join(job.folder, shards.MERGED_STATS))
     if merged is None or merged.get("output_id") == job.output_id:
@@ -371,7 +366,6 @@ def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bo
     forget_output(folder)
     if are_output:
         resharding.remove_stale_shards(folder, [], config.output_format)
-        previous_records.remove_previous(folder)
         stale = files.list_names(other)
     else:
         names = [entry["name"] for entry in manifest.read_manifest(folder)]

@@ -9,10 +9,8 @@ as not known. Nothing is guessed: of all other pairs the filter itself would dec
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +19,7 @@ import ml_collections
 import numpy as np
 import pyarrow
 
-from data_prep.decisions import lists
+from data_prep.decisions import table
 from data_prep.decisions.funnel import Funnel
 from data_prep.decisions.table import KEPT, SOURCE, find_decisions, make_schema, read_decisions
 from data_prep.filtering import config as filter_config
@@ -37,7 +35,6 @@ QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _NOT_KNOWN = "not known"
 _NO_DECISION_COLUMNS = ("key", "uid", "label", "words", "format", "looked")
 _NO_DECISION_COLUMNS += ("object_names", "action_names")
-_AHEAD = 4  # files that are read before they are needed
 
 Outcome = tuple[str, str | None]
 
@@ -112,10 +109,19 @@ class Replay:
         columns = make_schema(self._scores).names
         if folder is None:
             columns = [name for name in columns if name not in _NO_DECISION_COLUMNS]
-            collections.deque(self._decide_all(columns, counts), maxlen=0)
+
+        def decide_all() -> Iterator[tuple[pyarrow.RecordBatch, np.ndarray]]:
+            for path in self.paths:
+                for rows in read_decisions(path, columns):
+                    codes = self._decide(rows)
+                    counts.update(dict(enumerate(np.bincount(codes).tolist())))
+                    yield rows, codes
+
+        if folder is None:
+            collections.deque(decide_all(), maxlen=0)
         else:
             files.make_folder(folder)
-            self._write_lists(folder, self._decide_all(columns, counts))
+            self._write_lists(folder, decide_all())
         if counts.total() != self._pairs:
             raise ValueError(
                 f"{len(self.paths)} files of decisions hold {counts.total():,} pairs, and the job "
@@ -161,37 +167,15 @@ class Replay:
             raise ValueError(f"the folder was filtered with a step '{unknown[0]}' that is not here")
         return np.array([self._rank[stage] for stage in stages], np.int64)[codes]
 
-    def _decide_all(
-        self, columns: Sequence[str], counts: collections.Counter[int]
-    ) -> Iterator[tuple[pyarrow.RecordBatch, np.ndarray]]:
-        """All rows in order with their outcomes, counted; the next files are read meanwhile."""
-
-        def read(path: str) -> list[pyarrow.RecordBatch]:
-            return list(read_decisions(path, columns))
-
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            paths = iter(self.paths)
-            waiting = collections.deque(
-                pool.submit(read, p) for p in itertools.islice(paths, _AHEAD)
-            )
-            while waiting:
-                batches = waiting.popleft().result()
-                waiting.extend(pool.submit(read, path) for path in itertools.islice(paths, 1))
-                for rows in batches:
-                    codes = self._decide(rows)
-                    counts.update(dict(enumerate(np.bincount(codes).tolist())))
-                    yield rows, codes
-
     def _write_lists(
         self, folder: str, decided: Iterator[tuple[pyarrow.RecordBatch, np.ndarray]]
     ) -> None:
-        with contextlib.ExitStack() as stack:
-            dropped, unknown = (
-                stack.enter_context(
-                    open(stack.enter_context(files.local_output(files.join(folder, name))), "wb")
-                )
-                for name in (DROPPED_FILE, NOT_KNOWN_FILE)
-            )
+        with (
+            files.local_output(files.join(folder, DROPPED_FILE)) as dropped_path,
+            files.local_output(files.join(folder, NOT_KNOWN_FILE)) as unknown_path,
+            open(dropped_path, "wb") as dropped,
+            open(unknown_path, "wb") as unknown,
+        ):
             kept = self._code(KEPT, None)
 
             def write_others() -> Iterator[pyarrow.RecordBatch]:
@@ -201,11 +185,11 @@ class Replay:
                     is_dropped = ~is_unknown & (codes != kept)
                     drops = rows["key"].filter(pyarrow.array(is_dropped))
                     outcomes = names.take(pyarrow.array(codes[is_dropped]))
-                    lists.write_lines(dropped, drops, outcomes)
-                    lists.write_lines(unknown, rows["key"].filter(pyarrow.array(is_unknown)))
+                    table.write_lines(dropped, drops, outcomes)
+                    table.write_lines(unknown, rows["key"].filter(pyarrow.array(is_unknown)))
                     yield rows.filter(pyarrow.array(codes == kept))
 
-            lists.write_lists(folder, write_others())
+            table.write_lists(folder, write_others())
 
     def _describe(self, counts: dict[Outcome, int]) -> Result:
         not_known = {step: n for (stage, step), n in counts.items() if stage == _NOT_KNOWN and n}

@@ -9,12 +9,11 @@ is not done again. What happens to a pair belongs in `shard`.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -27,11 +26,9 @@ from data_prep.captions.mentions import (
     concept_path,
     read_mentions,
 )
-from data_prep.decisions.lists import read_kept
-from data_prep.decisions.table import decisions_path
+from data_prep.decisions.table import decisions_path, read_kept
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
-from data_prep.jobs.fingerprint import LOCATION_SUFFIX
 from diht_jax.input import decode
 from diht_jax.records import schema
 from diht_jax.records.dataset_info import shard_name
@@ -46,7 +43,6 @@ from diht_jax.storage.copies import local_copy
 from diht_jax.storage.stores import BLOCK_BYTES, is_remote, read_range
 
 PARTS = "parts"
-PREVIOUS = "previous"  # below the folder of the parts: output shards of an earlier plan
 
 Part = tuple[shards.ShardTask, Mapping[str, Any]]  # with its statistics
 
@@ -55,30 +51,19 @@ _OF_RECORDS = (CONCEPTS_SUFFIX, INDEX_SUFFIX, "")
 _REPORT_EVERY = 256
 
 
-class Piece(NamedTuple):
-    """Consecutive records of a file: those from `start` on, before `stop`."""
-
-    path: str
-    start: int
-    stop: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Slice:
-    """Consecutive records of a part: those from `start` on, before `stop`.
+class Slice(NamedTuple):
+    """Consecutive records of a file: those from `start` on, before `stop`.
 
     Attributes:
-        path: of the part.
+        path: of a part, or of an output shard where a part is restored.
         start, stop: numbers of the records.
         part_hash: of what the part's records are.
-        pieces: where the records are, if not in the part; see `previous_records`.
     """
 
     path: str
     start: int
     stop: int
     part_hash: str = ""
-    pieces: tuple[Piece, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,77 +158,61 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
         ValueError: a part is damaged or gone.
     """
     files.remove(shard.stats_path)
+    records, concepts = copy_records(shard, report)
     formats: collections.Counter[str] = collections.Counter()
-    concepts = ConceptLog()
-    with open_writer(shard.output) as plain_writer, _readable_paths() as find_path:
-        is_tar = name_format(shard.output) == "webdataset"
-        writer = CommonImageWriter(plain_writer) if is_tar else plain_writer
-        for part in shard.slices:
-            for piece in part.pieces or (Piece(part.path, part.start, part.stop),):
-                records = _read_piece(piece._replace(path=find_path(piece.path)))
-                while some := list(itertools.islice(records, _REPORT_EVERY)):
-                    for data in some:
-                        writer.write(data)
-                    report(len(some))
-                if shard.with_concepts:
-                    for mentions in _read_mentions(piece):
-                        concepts.add(mentions)
-            formats.update(_read_formats(part.path)[part.start : part.stop])
-        counts: dict[str, Any] = {"image_formats": dict(sorted(formats.items()))}
-        if shard.with_concepts:
-            concepts.write(concept_path(shard.output))
-            counts["concepts"] = concepts.counts()
-    suffixes = (CONCEPTS_SUFFIX,) if shard.with_concepts else ()
+    for part in shard.slices:
+        formats.update(_read_formats(part.path)[part.start : part.stop])
+    counts: dict[str, Any] = {"image_formats": dict(sorted(formats.items()))}
+    if shard.with_concepts:
+        counts["concepts"] = concepts.counts()
     stats = {
         "config_hash": shard.plan_hash,
-        "input": {
-            "parts": [
-                [os.path.basename(s.path), s.start, s.stop, s.part_hash] for s in shard.slices
-            ],
-        },
-        "output": {
-            "file": os.path.basename(shard.output),
-            "records": len(writer),
-            "bytes": files.size(shard.output),
-            "companions": {s: files.size(shard.output + s) for s in suffixes},
-        },
+        "input": {"parts": [[os.path.basename(s.path), *s[1:]] for s in shard.slices]},
+        "output": shards.describe_output(
+            shard.output, records, (CONCEPTS_SUFFIX,) if shard.with_concepts else ()
+        ),
         "counts": counts,
     }
     files.write_object(shard.stats_path, stats)
     return stats
 
 
-@contextlib.contextmanager
-def _readable_paths() -> Iterator[Callable[[str], str]]:
-    """Gives the path of a shard from which its records can be read.
+def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]:
+    """Writes the records of the slices of a shard, and the concepts that go with them.
 
-    ArrayRecord shards are read from local files only: of one in a store that is a copy, which is
-    kept until another one is asked for.
+    Args:
+        shard: where they are, and where they go.
+        report: called with the number of records that are done, now and then.
+
+    Returns:
+        How many records there are, and their concepts.
     """
-    with contextlib.ExitStack() as stack:
-        copies: dict[str, str] = {}
+    concepts = ConceptLog()
+    with open_writer(shard.output) as plain_writer:
+        is_tar = name_format(shard.output) == "webdataset"
+        writer = CommonImageWriter(plain_writer) if is_tar else plain_writer
+        for piece in shard.slices:
+            records = _read_slice(piece)
+            while some := list(itertools.islice(records, _REPORT_EVERY)):
+                for data in some:
+                    writer.write(data)
+                report(len(some))
+            if shard.with_concepts:
+                for mentions in _read_mentions(piece):
+                    concepts.add(mentions)
+        if shard.with_concepts:
+            concepts.write(concept_path(shard.output))
+    return len(writer), concepts
 
-        def find_path(path: str) -> str:
-            if not is_remote(path) or name_format(path) != "array_record":
-                return path
-            if path not in copies:
-                stack.close()
-                copies.clear()
-                copies[path] = stack.enter_context(local_copy(path))
-            return copies[path]
 
-        yield find_path
-
-
-def _read_piece(piece: Piece) -> Iterator[bytes]:
-    """The records of a piece; from a store by requests of about a block."""
+def _read_slice(piece: Slice) -> Iterator[bytes]:
+    """The records of a slice; from a store by requests of about a block."""
+    if not is_remote(piece.path) or name_format(piece.path) == "array_record":
+        with local_copy(piece.path) as path:
+            source = FORMATS[name_format(path)].source(path)
+            yield from (source[number] for number in range(piece.start, piece.stop))
+        return
     source = FORMATS[name_format(piece.path)].source(piece.path)
-    if not is_remote(piece.path):
-        for number in range(piece.start, piece.stop):
-            yield source[number]
-        return
-    if piece.start == piece.stop:
-        return
     _, begin, end = source.extent(piece.start, piece.stop)
     step = max(1, (piece.stop - piece.start) * BLOCK_BYTES // (end - begin))
     for first in range(piece.start, piece.stop, step):
@@ -255,7 +224,7 @@ def _read_piece(piece: Piece) -> Iterator[bytes]:
 
 
 class CommonImageWriter:
-    """Writes records as tars need them: see `with_common_image`."""
+    """Writes records as tars need them: an image that webdataset does not know becomes PNG."""
 
     def __init__(self, writer: RecordWriter):
         """Hands on to `writer`, which the caller closes."""
@@ -264,21 +233,16 @@ class CommonImageWriter:
 
     def write(self, data: bytes) -> None:
         """Appends one record."""
-        self._writer.write(with_common_image(data))
+        record = schema.decode_record(data)
+        if image_extension(record.image) is None:
+            buffer = io.BytesIO()
+            decode.decode_rgb(record.image).save(buffer, "PNG")
+            data = schema.encode_record(dataclasses.replace(record, image=buffer.getvalue()))
+        self._writer.write(data)
 
     def __len__(self) -> int:
         """Records written so far."""
         return len(self._writer)
-
-
-def with_common_image(data: bytes) -> bytes:
-    """A record whose image webdataset knows; others become PNG, which loses nothing."""
-    record = schema.decode_record(data)
-    if image_extension(record.image) is not None:
-        return data
-    buffer = io.BytesIO()
-    decode.decode_rgb(record.image).save(buffer, "PNG")
-    return schema.encode_record(dataclasses.replace(record, image=buffer.getvalue()))
 
 
 def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any] | None]:
@@ -307,12 +271,9 @@ def remove_stale_shards(
     """
     wanted = {os.path.basename(shard.output) for shard in planned}
     read = set(shards.read_shards(folder, output_format))
-    for name in sorted(set(files.list_names(folder)) - wanted):
-        path = files.join(folder, name)
-        if name_format(name) is None:
-            continue
-        if name in read or _is_ours(path):
-            remove_output(path)
+    others = [name for name in files.list_names(folder) if name_format(name) and name not in wanted]
+    stale = [name for name in others if name in read or _is_ours(files.join(folder, name))]
+    remove_outputs(folder, stale)
 
 
 def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
@@ -338,12 +299,13 @@ def _is_ours(path: str) -> bool:
     return isinstance(stats.get("input"), dict) and "parts" in stats["input"]
 
 
-def remove_output(path: str) -> None:
-    """Removes a shard with its index, lists and statistics; the statistics first."""
-    for name in (path + shards.STATS_SUFFIX, path + LOCATION_SUFFIX, decisions_path(path)):
-        files.remove(name)
-    for suffix in _OF_RECORDS:
-        files.remove(path + suffix)
+def remove_outputs(folder: str, names: Collection[str]) -> None:
+    """Removes shards with all files that belong to them; their statistics first."""
+    below = shards.names_below(files.list_names(folder), names) if names else []
+    for name in sorted(below, key=lambda name: not name.endswith(shards.STATS_SUFFIX)):
+        files.remove(files.join(folder, name))
+    for name in names:  # those of a table are elsewhere
+        files.remove(decisions_path(files.join(folder, name)))
 
 
 def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
@@ -374,7 +336,7 @@ def _read_formats(part: str) -> list[str | None]:
     return [name for rows in read_kept([part], ["format"]) for name in rows["format"].to_pylist()]
 
 
-def _read_mentions(piece: Piece) -> Iterator[Mentions]:
+def _read_mentions(piece: Slice) -> Iterator[Mentions]:
     """Concepts that the captions of the records name, record by record."""
     rows = {}
     for kind in KINDS:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -21,7 +22,7 @@ from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.chain import Chain
 from data_prep.jobs import fingerprint, shards
-from data_prep.jobs.crash_search import CrashSearch, WorkRecord, without_crashed
+from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.sources import list as source_list
 from data_prep.steps.base import Candidate, Step
@@ -39,6 +40,9 @@ _BATCH_ROWS = 2048
 _WRITTEN_ROWS = 2**16  # of a row group
 # Least bytes of a unit of a parquet file in a store: every unit reads the footer, too.
 _STORE_UNIT_BYTES = 2**26
+
+_Row = dict[str, Any] | str  # a text explains why the row could not be read
+_Select = Callable[[Sequence[_Row]], list[bool]]  # rows -> whether each is kept
 
 
 def filter_rows(
@@ -62,98 +66,72 @@ def filter_rows(
     Raises:
         ValueError: the input is damaged.
     """
-    files.remove(task.stats_path)
-    described = fingerprint.describe(task.source, task.identity)
-    log = ShardLog(config)
-    filter_table = _filter_parquet if task.source.kind == PARQUET else _filter_jsonl
     if task.search is not None:  # workers have died of this unit, and left half-written files
         folder, name = os.path.split(task.output)
         shards.remove_temporary_files(folder, [name])
+    files.remove(task.stats_path)
+    described = fingerprint.describe(task.source, task.identity)
+    log = ShardLog(config)
+    kept: set[int] = set()
+
+    def keep(candidate: Candidate, log: ShardLog) -> int:
+        log.keep(candidate)
+        return candidate.row
+
+    names = _Names.of(task.source, config)
     with WorkRecord(task.output, task.search) as work, files.local_output(task.output) as path:
-        rows = RowFilter(task.source, config, steps, log, task.search or CrashSearch(), work)
-        filter_table(task.source, path, rows, report)
-        facts = rows.close()
+        chain = Chain(config, steps, task.source, log, keep, kept.add)
+        first = 0
+
+        def select(rows: Sequence[_Row]) -> list[bool]:
+            nonlocal first
+            numbers = range(first, first + len(rows))
+            first += len(rows)
+            pairs = map(functools.partial(_make_pair, task.source, names), numbers, rows)
+            kept.clear()
+            chain.run(work.begin(list(pairs), chain.try_one))
+            report(len(rows))
+            return [number in kept for number in numbers]
+
+        if task.source.kind == PARQUET:
+            reads_all = any("metadata" in step.reads for step in steps)
+            wanted = None if reads_all else {*names.captions, *names.keys, config.label_field}
+            _filter_parquet(task.source, path, select, wanted)
+        else:
+            _filter_jsonl(task.source, path, select)
+        facts = {"versions": filter_config.package_versions(config)} | chain.close()
     counts = log.write(task.output) | facts
     return shards.finish_task(task, described, counts, log.kept)
 
 
-class RowFilter:
-    """Takes the rows of a unit through the steps that need no image, and records what happened."""
+class _Names(NamedTuple):
+    """Columns of captions, and those that may hold the key."""
 
-    def __init__(
-        self,
-        source: SourceShard,
-        config: ml_collections.ConfigDict,
-        steps: Sequence[type[Step]],
-        log: ShardLog,
-        search: CrashSearch,
-        work: WorkRecord,
-    ):
-        """Reads nothing yet.
+    captions: Sequence[str | None]
+    keys: Sequence[str | None]
 
-        Args:
-            source: the unit.
-            config: of `config.default_config`.
-            steps: of `steps.registry.active_steps`.
-            log: gets what happens to every row.
-            search: for rows that end their worker.
-            work: gets the batch that is worked on.
-        """
-        self._search, self._row = search, 0
-        self._stem = clean_text(pathlib.Path(source.path).stem)
-        self._number = source.options.get("first_row", 0)
-        # A table that states options of its own has them in its units.
-        self._columns = {
-            name: source.options.get(name, config.source[name])
+    @classmethod
+    def of(cls, source: SourceShard, config: ml_collections.ConfigDict) -> _Names:
+        """Those of a unit; a table that states options of its own has them in its units."""
+        caption, key = (
+            source.options.get(name, config.source[name])
             for name in ("caption_column", "key_column")
-        }
-        self._kept: set[int] = set()
-        self._chain = Chain(config, steps, source, log, self._keep, work=work, search=search)
-        self._versions = filter_config.package_versions(config)
-        self._reads_all = any("metadata" in step.reads for step in steps)
-        self._caption_columns = filter_config.caption_columns(config)
-        self._fields = [*self._columns.values(), "key", "uid", config.label_field]
-        self._fields += self._caption_columns
+        )
+        return cls([caption, *filter_config.caption_columns(config)], [key, "key", "uid"])
 
-    def filter(self, rows: Sequence[dict[str, Any] | str]) -> list[bool]:
-        """Filters rows; True for each that is kept.
 
-        Args:
-            rows: in order; a text explains what is wrong with a row that could not be read.
-        """
-        first = self._row
-        self._row += len(rows)
-        pairs = (self._make_pair(row) for row in rows)
-        self._kept = set()
-        self._chain.run(list(without_crashed(pairs, self._search.crashed, first)))
-        return [number in self._kept for number in range(first, self._row)]
-
-    def _keep(self, candidates: Sequence[Candidate], log: ShardLog, is_real: bool) -> None:
-        for candidate in candidates:
-            log.keep(candidate)
-        self._kept.update(candidate.row for candidate in candidates if is_real)
-
-    def wants(self, column: str) -> bool:
-        """True if a column is read; a step that reads the metadata reads every one."""
-        return self._reads_all or column in self._fields
-
-    def close(self) -> dict[str, Any]:
-        """Ends the unit; returns the facts for its statistics."""
-        return {"versions": self._versions} | self._chain.close()
-
-    def _make_pair(self, row: dict[str, Any] | str) -> Pair | Skipped:
-        default_key = f"{self._stem}-{self._number:08d}"
-        self._number += 1
-        if isinstance(row, str):
-            return Skipped(default_key, "bad_row", row)
-        names = (self._columns["key_column"], "key", "uid")
-        values = (row.get(name) for name in names if name is not None)
-        key = next((clean_text(str(v)) for v in values if v not in (None, "")), "") or default_key
-        names = (self._columns["caption_column"], *self._caption_columns)
-        captions = pick_captions([text for name in names for text in _texts(row.get(name))])
-        if not captions:
-            return Skipped(key, "no_caption", "")
-        return Pair(key, b"", captions[0], {**row, "captions": captions})
+def _make_pair(source: SourceShard, names: _Names, number: int, row: _Row) -> Pair | Skipped:
+    """The pair of a row, without a picture; a text explains why a row could not be read."""
+    number += source.options.get("first_row", 0)
+    default_key = f"{clean_text(pathlib.Path(source.path).stem)}-{number:08d}"
+    if isinstance(row, str):
+        return Skipped(default_key, "bad_row", row)
+    values = (row.get(name) for name in names.keys if name is not None)
+    key = next((clean_text(str(v)) for v in values if v not in (None, "")), "") or default_key
+    captions = pick_captions([text for name in names.captions for text in _texts(row.get(name))])
+    if not captions:
+        return Skipped(key, "no_caption", "")
+    return Pair(key, b"", captions[0], {**row, "captions": captions})
 
 
 def _texts(value: Any) -> list[Any]:
@@ -161,25 +139,25 @@ def _texts(value: Any) -> list[Any]:
 
 
 def _filter_parquet(
-    source: SourceShard, path: pathlib.Path, rows: RowFilter, report: Report
+    source: SourceShard, path: pathlib.Path, select: _Select, columns: Collection[str | None] | None
 ) -> None:
+    """Writes the selected rows; `columns` are those that decide, None for all."""
     import pyarrow
     import pyarrow.parquet
 
     file = open_parquet(source.path, (source.start, source.stop))
     schema = file.schema_arrow
-    wanted = [name for name in schema.names if rows.wants(name)]
+    wanted = [name for name in schema.names if columns is None or name in columns]
     compression = _compression(file)
     with pyarrow.parquet.ParquetWriter(path, schema, compression=compression) as writer:
         waiting: list[Any] = []
         with explain_errors(source.path, lambda: "damaged"):
             for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.stop)):
-                kept = rows.filter(batch.select(wanted).to_pylist())
+                kept = select(batch.select(wanted).to_pylist())
                 waiting.append(batch.filter(pyarrow.array(kept, pyarrow.bool_())))
                 if sum(part.num_rows for part in waiting) >= _WRITTEN_ROWS:
                     writer.write_table(pyarrow.Table.from_batches(waiting, schema))
                     waiting = []
-                report(batch.num_rows)
         if waiting:
             writer.write_table(pyarrow.Table.from_batches(waiting, schema))
 
@@ -193,13 +171,11 @@ def _compression(file: Any) -> str:
     return "none" if name == "uncompressed" else name
 
 
-def _filter_jsonl(source: SourceShard, path: pathlib.Path, rows: RowFilter, report: Report) -> None:
+def _filter_jsonl(source: SourceShard, path: pathlib.Path, select: _Select) -> None:
     remaining = _read_lines(source)
     with open(path, "xb") as output:
         while lines := list(itertools.islice(remaining, _BATCH_ROWS)):
-            kept = rows.filter([_parse_line(line) for line in lines])
-            output.writelines(line for line, is_kept in zip(lines, kept, strict=True) if is_kept)
-            report(len(lines))
+            output.writelines(itertools.compress(lines, select(list(map(_parse_line, lines)))))
 
 
 def _read_lines(source: SourceShard) -> Iterator[bytes]:
@@ -211,7 +187,7 @@ def _read_lines(source: SourceShard) -> Iterator[bytes]:
                 yield line if line.endswith(b"\n") else line + b"\n"
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | str:
+def _parse_line(line: bytes) -> _Row:
     try:
         return parse_json_object(line.decode("utf-8-sig"))
     except ValueError as error:

@@ -22,7 +22,7 @@ from data_prep.filtering import config as filter_config
 from data_prep.filtering.chain import Chain
 from data_prep.filtering.resharding import CommonImageWriter
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import CrashSearch, WorkRecord, without_crashed
+from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.sources import img2dataset
 from data_prep.sources.list import read_pairs
@@ -64,56 +64,30 @@ def filter_shard(
     if task.search is not None:  # workers have died of this shard, and left half-written files
         folder, name = os.path.split(task.output)
         shards.remove_temporary_files(folder, [name])
-    with WorkRecord(task.output, task.search) as work:
-        process = functools.partial(
-            _process,
-            config=config,
-            steps=steps,
-            report=report,
-            search=task.search or CrashSearch(),
-            work=work,
-        )
-        return shards.run_task(
-            task,
-            process,
-            companions=(table.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
-        )
-
-
-def _process(
-    source: SourceShard,
-    writer: RecordWriter,
-    *,
-    config: ml_collections.ConfigDict,
-    steps: Sequence[type[Step]],
-    report: Report,
-    search: CrashSearch,
-    work: WorkRecord,
-) -> dict[str, Any]:
-    if name_format(os.fspath(writer.path)) == "webdataset":
-        writer = CommonImageWriter(writer)
     # A death that led to no pair may have been that of a dropped picture, shown in the report.
-    log = ShardLog(config, pictures=0 if search.unexplained else None)
-    facts: dict[str, Any] = {
-        "download": img2dataset.read_download_stats(source),
-        "versions": filter_config.package_versions(config),
-    }
+    is_unexplained = task.search is not None and task.search.unexplained > 0
+    log = ShardLog(config, pictures=0 if is_unexplained else None)
 
-    def finish(candidates: Sequence[Candidate], log: ShardLog, is_real: bool) -> None:
-        for candidate in candidates:
-            record = _encode(candidate, config, log)
-            if is_real and record is not None:
-                writer.write(record)
+    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "download": img2dataset.read_download_stats(source),
+            "versions": filter_config.package_versions(config),
+        }
+        if name_format(os.fspath(writer.path)) == "webdataset":
+            writer = CommonImageWriter(writer)
+        encode = functools.partial(_encode, config=config)
+        chain = Chain(config, steps, source, log, encode, writer.write, report)
+        entries = _with_more_captions(_with_sidecar(source), source, config)
+        if config.keep_before_damage:
+            entries = _until_damage(entries, facts)
+        with WorkRecord(task.output, task.search) as work:
+            while chunk := _next_chunk(entries, config.batch_size, log):
+                chain.run(work.begin(chunk, chain.try_one))
+        facts |= chain.close()
+        return log.write(os.fspath(writer.path)) | facts
 
-    chain = Chain(config, steps, source, log, finish, work=work, search=search, report=report)
-    entries = _with_more_captions(_with_sidecar(source), source, config)
-    if config.keep_before_damage:
-        entries = _until_damage(entries, facts)
-    entries = without_crashed(entries, search.crashed)
-    while chunk := _next_chunk(entries, config.batch_size, log):
-        chain.run(chunk)
-    facts |= chain.close()
-    return log.write(os.fspath(writer.path)) | facts
+    companions = (table.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ()))
+    return shards.run_task(task, process, companions)
 
 
 def _until_damage(
@@ -174,7 +148,7 @@ def _with_sidecar(source: SourceShard) -> Iterator[Pair | Skipped]:
         yield entry
 
 
-def _encode(candidate: Candidate, config: ml_collections.ConfigDict, log: ShardLog) -> bytes | None:
+def _encode(candidate: Candidate, log: ShardLog, config: ml_collections.ConfigDict) -> bytes | None:
     """The record of a pair, which is logged; None if its image turns out to be damaged."""
     pair, image_format = _narrow(candidate), candidate.values["format"]
     longer = max(candidate.values["width"], candidate.values["height"])

@@ -41,7 +41,6 @@ from data_prep.jobs.outcome import (
     timed_out,
 )
 
-_MAX_FAILED_STARTS = 3  # in a row
 _WAITING_SECS = 60.0
 
 _now = time.monotonic  # of the limit of a task; tests put their own clock here
@@ -126,7 +125,7 @@ class _Worker:
 
 
 class RayPool:
-    """Actors on a cluster, one task at a time in each; see `engine.Pool`."""
+    """Actors on a cluster, one task at a time in each; see `engine.ThisProcess`."""
 
     def __init__(
         self,
@@ -153,9 +152,8 @@ class RayPool:
         self._timeout_secs = timeout_secs
         self._function = self._ray.put(function)
         self._models = start_models(self._ray, settings.model_actors, settings.gpus_per_model_actor)
-        self._idle: list[tuple[Any, Any]] = []
+        self._idle: list[_Worker] = []
         self._busy: dict[Any, _Worker] = {}  # by the reference of the outcome
-        self._failed_starts = 0
         self._heard_secs = time.monotonic()
 
     def __len__(self) -> int:
@@ -174,7 +172,7 @@ class RayPool:
     def submit(self, attempt: Attempt) -> None:
         """Starts a task."""
         if self._idle:
-            actor, started = self._idle.pop()
+            worker = dataclasses.replace(self._idle.pop(), attempt=attempt, began_secs=None)
         else:
             remote = self._ray.remote(
                 num_cpus=self._settings.cpus_per_worker,
@@ -182,9 +180,8 @@ class RayPool:
                 max_restarts=0,
             )
             actor = remote(_WorkerActor).remote(os.getcwd(), self._models)
-            started = actor.start.remote()
-        outcome = actor.work.remote(self._function, attempt.task)
-        self._busy[outcome] = _Worker(actor, started, attempt)
+            worker = _Worker(actor, actor.start.remote(), attempt)
+        self._busy[worker.actor.work.remote(self._function, attempt.task)] = worker
 
     def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
         """Yields what ends before long, and counts its pairs.
@@ -193,29 +190,29 @@ class RayPool:
             ValueError: no actor can start.
         """
         while self._idle:  # no task is left for them
-            self._ray.kill(self._idle.pop()[0])
+            self._ray.kill(self._idle.pop().actor)
         done, _ = self._ray.wait(list(self._busy), timeout=POLL_SECS)
         for reference in done:
             worker = self._busy.pop(reference)
+            self._heard_secs = time.monotonic()
             outcome, pairs = self._read_outcome(worker, reference)
             add_pairs(pairs)
             yield worker.attempt, outcome
-        self._note_starts()
-        yield from self._stop_overdue()
+        yield from self._watch()
 
     def narrow(self) -> None:
         """Memory of a cluster is no reason to run one task at a time."""
 
     def stop(self) -> None:
         """Ends all actors."""
-        actors = [worker.actor for worker in self._busy.values()]
-        for actor in (*actors, *(actor for actor, _ in self._idle), *self._models):
+        for worker in (*self._busy.values(), *self._idle):
+            self._ray.kill(worker.actor)
+        for actor in self._models:
             self._ray.kill(actor)
         self._connection.close()
 
     def _read_outcome(self, worker: _Worker, reference: Any) -> tuple[Outcome, int]:
         known = self._ray.exceptions
-        self._heard_secs = time.monotonic()
         try:
             found = self._ray.get(reference)
         except known.RayTaskError as error:
@@ -223,36 +220,34 @@ class RayPool:
             found = Outcome(error=describe_error(error)), 0
         except known.RayError as error:
             return self._died(worker, error), 0
-        self._failed_starts = 0
-        self._idle.append((worker.actor, worker.started))
+        self._idle.append(worker)
         return found
 
     def _died(self, worker: _Worker, error: Exception) -> Outcome:
         with contextlib.suppress(Exception):  # it has most likely ended
             self._ray.kill(worker.actor)
         reason = " ".join(str(error).split())
+        if getattr(error, "actor_init_failed", False):
+            raise ValueError(f"no Ray worker could start: {reason}")
         # The task is not to blame for the loss of its node, or for memory that others took.
         is_lost = _is_node_loss(self._ray, error)
         is_lost |= isinstance(error, self._ray.exceptions.OutOfMemoryError)
-        if not is_lost and not self._has_started(worker.started):
-            self._failed_starts += 1
-            if self._failed_starts >= _MAX_FAILED_STARTS:
-                raise ValueError(f"no Ray worker could start: {reason}")
         return Outcome(
             error=f"the Ray worker died at work, or its node was lost: {reason}",
             cause=LOST if is_lost else DEATH,
         )
 
-    def _has_started(self, started: Any) -> bool:
-        with contextlib.suppress(self._ray.exceptions.RayError):
-            return self._ray.get(started, timeout=0)
-        return False
-
-    def _note_starts(self) -> None:
-        """Begins to count the time of tasks whose actor has started."""
-        for worker in self._busy.values():
-            if worker.began_secs is None and self._has_started(worker.started):
-                worker.began_secs = _now()
+    def _watch(self) -> Iterator[tuple[Attempt, Outcome]]:
+        """Stops tasks that take too long since their actor has started; warns where none starts."""
+        for reference, worker in list(self._busy.items()):
+            if worker.began_secs is None:
+                with contextlib.suppress(self._ray.exceptions.RayError):
+                    self._ray.get(worker.started, timeout=0)
+                    worker.began_secs = _now()
+            elif self._timeout_secs and _now() - worker.began_secs > self._timeout_secs:
+                del self._busy[reference]
+                self._ray.kill(worker.actor)
+                yield worker.attempt, timed_out(self._timeout_secs)
         is_waiting = all(worker.began_secs is None for worker in self._busy.values())
         if is_waiting and self._busy and time.monotonic() - self._heard_secs > _WAITING_SECS:
             self._heard_secs = time.monotonic()
@@ -264,15 +259,6 @@ class RayPool:
                 self._settings.gpus_per_worker,
                 self._ray.available_resources(),
             )
-
-    def _stop_overdue(self) -> Iterator[tuple[Attempt, Outcome]]:
-        for reference, worker in list(self._busy.items()):
-            if self._timeout_secs is None or worker.began_secs is None:
-                continue
-            if _now() - worker.began_secs > self._timeout_secs:
-                del self._busy[reference]
-                self._ray.kill(worker.actor)
-                yield worker.attempt, timed_out(self._timeout_secs)
 
 
 def _is_node_loss(ray: Any, error: Exception) -> bool:

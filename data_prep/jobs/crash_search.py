@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from absl import logging
@@ -78,6 +78,36 @@ class WorkRecord:
             search: of the task; None where no worker has died.
         """
         self._path = None if search is None else _record_path(output)
+        self._search = search or CrashSearch()
+        self._first = 0
+
+    def begin(
+        self, entries: Sequence[_Entry], try_one: Callable[[_Entry], object]
+    ) -> list[_Entry | Skipped]:
+        """Records that a run works on the next entries of its source.
+
+        Args:
+            entries: each with a `key`.
+            try_one: does to one of them what will be done to all, to no effect; called for each
+                suspect, and may end this process.
+
+        Returns:
+            The entries; those that ended their worker before are skipped.
+        """
+        batch = self._first, self._first + len(entries)
+        self._first = batch[1]
+        found: list[_Entry | Skipped] = list(entries)
+        for number in set(self._search.crashed) & set(range(*batch)):
+            entry = entries[number - batch[0]]
+            detail = "the worker process died whenever it worked on it"
+            found[number - batch[0]] = Skipped(entry.key, CRASHED, detail)
+        if self._search.suspects == batch:
+            for number, entry in enumerate(found, batch[0]):
+                if not isinstance(entry, Skipped):
+                    self.write(PAIR, number, number + 1)
+                    try_one(entry)
+        self.write(BATCH, *batch)
+        return found
 
     def write(self, stage: str, first: int, last: int) -> None:
         """Records what comes next.
@@ -99,24 +129,6 @@ class WorkRecord:
         is_death = kind is not None and issubclass(kind, ProcessDeath)
         if self._path is not None and not is_death:
             files.remove(self._path)
-
-
-def without_crashed(
-    entries: Iterable[_Entry], crashed: Collection[int], first: int = 0
-) -> Iterator[_Entry | Skipped]:
-    """The entries of a source; those that ended their worker are skipped.
-
-    Args:
-        entries: each with a `key`.
-        crashed: of a `CrashSearch`.
-        first: number of the first entry.
-    """
-    for number, entry in enumerate(entries, first):
-        if number in crashed:
-            detail = "the worker process died whenever it worked on it"
-            yield Skipped(entry.key, CRASHED, detail)
-        else:
-            yield entry
 
 
 def after_death(task: Any, may_be_blamed: bool) -> Any:

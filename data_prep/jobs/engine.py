@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import ml_collections
 from absl import logging
@@ -177,19 +177,27 @@ def run_tasks(
         pool.stop()
 
 
-class Pool(Protocol):
-    """Runs a few tasks at a time."""
+class ThisProcess:
+    """The pool that runs tasks here, one after the other; the others have the same methods."""
 
-    room: int  # tasks that may be under way
+    room = 1  # tasks that may be under way
+
+    def __init__(self, function: Function):
+        self._function = function
+        self._attempts: list[Attempt] = []
 
     def __len__(self) -> int:
         """Tasks under way."""
+        return len(self._attempts)
 
     def submit(self, attempt: Attempt) -> None:
         """Starts a task."""
+        self._attempts.append(attempt)
 
     def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
-        """Yields what ends within `POLL_SECS`, and counts the pairs that are done meanwhile."""
+        """Yields what ends before long, and counts the pairs that are done meanwhile."""
+        attempt = self._attempts.pop()
+        yield attempt, call_function(self._function, attempt.task, add_pairs)
 
     def narrow(self) -> None:
         """Leaves all memory to a single task."""
@@ -198,43 +206,17 @@ class Pool(Protocol):
         """Ends all workers, at work or not."""
 
 
-class _ThisProcess:
-    """A `Pool` that runs tasks one after the other, here."""
-
-    room = 1
-
-    def __init__(self, function: Function):
-        self._function = function
-        self._attempts: list[Attempt] = []
-
-    def __len__(self) -> int:
-        return len(self._attempts)
-
-    def submit(self, attempt: Attempt) -> None:
-        self._attempts.append(attempt)
-
-    def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
-        attempt = self._attempts.pop()
-        yield attempt, call_function(self._function, attempt.task, add_pairs)
-
-    def narrow(self) -> None:
-        """Nothing to do: one task runs at a time."""
-
-    def stop(self) -> None:
-        """Nothing to do: there are no workers."""
-
-
 def _open_pool(
     function: Function,
     num_workers: int | None,
     num_tasks: int,
     timeout_secs: float | None,
     ray: RaySettings | None,
-) -> Pool:
+) -> ThisProcess | LocalPool | RayPool:
     if ray is not None:
         return RayPool(function, ray, num_workers, timeout_secs)
     if num_workers == 0:
-        return _ThisProcess(function)
+        return ThisProcess(function)
     count = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
     return LocalPool(function, min(count, num_tasks), timeout_secs)
 
@@ -248,7 +230,7 @@ class _Queue:
         self._alone: list[Attempt] = []  # those that want all memory, after all others
         self._numbers = itertools.count()
 
-    def fill(self, pool: Pool) -> bool:
+    def fill(self, pool: ThisProcess | LocalPool | RayPool) -> bool:
         """Gives the pool what it has room for, after a while if need be; False at the end."""
         while True:
             while self._delayed and self._delayed[0][0] <= _now():
@@ -323,11 +305,12 @@ class _Progress:
 
     def refresh(self) -> None:
         """Draws the bar, if it was not drawn for some time."""
-        if time.monotonic() - self._drawn_secs >= POLL_SECS:
+        now = time.monotonic()
+        if now - self._drawn_secs >= POLL_SECS:
             self._describe_rate()
             self._bar.refresh()
-        if time.monotonic() - self._heard_secs >= _STALL_SECS:
-            self._heard_secs = time.monotonic()
+        if now - self._heard_secs >= _STALL_SECS:
+            self._heard_secs = now
             logging.warning("no sign of life from any worker for %.0f s", _STALL_SECS)
 
     def _describe_rate(self) -> None:

@@ -85,26 +85,18 @@ def hash_inputs(inputs: Sequence[Input]) -> list[str]:
     """16 hexadecimal digits for each input; they do not depend on the inputs of other paths.
 
     They stand for the path below the root, the kind, and the range where a file makes several
-    units. Where two roots have an input of the same path, the last names of each root count too, as
-    many as tell them apart.
+    units. Of inputs that are alike in all of these, the second and later ones are numbered.
     """
     units = collections.Counter(found.shard.path for found in inputs)
-
-    def describe(found: Input, *root: str) -> str:
+    seen: collections.Counter[str] = collections.Counter()
+    hashes = []
+    for found in inputs:
         shard = found.shard
         part = [shard.start, shard.stop] if units[shard.path] > 1 else []
-        row = [found.path, shard.kind, *part, *root]
-        return hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest()
-
-    hashes = list(map(describe, inputs))
-    alike: dict[str, list[int]] = collections.defaultdict(list)
-    for number, found in enumerate(hashes):
-        alike[found].append(number)
-    for numbers in alike.values():
-        if len(numbers) > 1:
-            roots = _tell_apart([_plain_path(inputs[number].root) for number in numbers])
-            for number, root in zip(numbers, roots, strict=True):
-                hashes[number] = describe(inputs[number], root)
+        text = json.dumps([found.path, shard.kind, *part])
+        name = f"{text} {seen[text]}" if seen[text] else text
+        seen[text] += 1
+        hashes.append(hashlib.blake2b(name.encode(), digest_size=8).hexdigest())
     return hashes
 
 
@@ -133,18 +125,3 @@ def _plain_path(path: str) -> str:
     if is_remote(path):
         return path.split("://", 1)[1].strip("/")
     return os.path.abspath(path).replace(os.sep, "/")
-
-
-def _tell_apart(roots: Sequence[str]) -> list[str]:
-    """The end of each root from which on they differ; of equal ones, a number behind it."""
-    parts = [root.split("/") for root in roots]
-    count, different = 1, len(set(roots))
-    while len({tuple(part[-count:]) for part in parts}) < different:
-        count += 1
-    seen: collections.Counter[str] = collections.Counter()
-    ends = []
-    for root, part in zip(roots, parts, strict=True):
-        # The same file may be named twice.
-        ends.append("/".join(part[-count:]) + (f" {seen[root]}" if seen[root] else ""))
-        seen[root] += 1
-    return ends

@@ -60,7 +60,7 @@ class _Context(multiprocessing.context.SpawnContext):
 
 
 class LocalPool:
-    """Worker processes; see `engine.Pool`."""
+    """Worker processes; see `engine.ThisProcess`."""
 
     def __init__(self, function: Function, num_workers: int, timeout_secs: float | None):
         """Starts no worker before there is a task.

@@ -193,12 +193,7 @@ def finish_task(
         companions: endings of further files that belong to the output.
         digest: of the records.
     """
-    output = {
-        "file": os.path.basename(task.output),
-        "records": records,
-        "bytes": files.size(task.output),
-        "companions": {suffix: files.size(task.output + suffix) for suffix in companions},
-    }
+    output = describe_output(task.output, records, companions)
     if digest is not None:
         output["digest"] = digest
     stats = {
@@ -210,6 +205,16 @@ def finish_task(
     fingerprint.write_location(task.location_path, described.location)
     files.write_object(task.stats_path, stats)
     return stats
+
+
+def describe_output(path: str, records: int, companions: Sequence[str] = ()) -> dict[str, Any]:
+    """What the statistics hold of an output that is written; see `finish_task`."""
+    return {
+        "file": os.path.basename(path),
+        "records": records,
+        "bytes": files.size(path),
+        "companions": {suffix: files.size(path + suffix) for suffix in companions},
+    }
 
 
 def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:

@@ -26,7 +26,7 @@ import ml_collections
 import numpy as np
 
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
+from data_prep.jobs.crash_search import CrashSearch, WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.base import Embedded, Teacher
@@ -296,18 +296,10 @@ def embed_surviving(
     if search is None:
         yield from teacher.embed(records)
         return
-    first, entries = 0, without_crashed(records, search.crashed)
-    while chunk := list(itertools.islice(entries, batch_size)):
-        batch = first, first + len(chunk)
-        if search.suspects == batch:
-            for number, entry in enumerate(chunk, first):
-                if isinstance(entry, Record):
-                    work.write(PAIR, number, number + 1)
-                    teacher.embed_all([entry])
-        work.write(BATCH, *batch)
-        found = iter(teacher.embed_all([entry for entry in chunk if isinstance(entry, Record)]))
-        yield [next(found) if isinstance(entry, Record) else entry.reason for entry in chunk]
-        first += len(chunk)
+    while chunk := list(itertools.islice(records, batch_size)):
+        entries = work.begin(chunk, lambda record: teacher.embed_all([record]))
+        found = iter(teacher.embed_all([entry for entry in entries if isinstance(entry, Record)]))
+        yield [next(found) if isinstance(entry, Record) else entry.reason for entry in entries]
 
 
 def load_embeddings(path: str) -> ShardEmbeddings:

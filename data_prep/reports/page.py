@@ -30,7 +30,6 @@ _TITLES = {
 }
 _LISTED = 25  # names of each list
 _SHOWN_SPOTS = 6  # texts under a picture
-_PLOT = (400, 120)  # px of a histogram's bars
 _LABELS = 9  # bins of which each has its label
 
 
@@ -155,38 +154,20 @@ def _rate(per_sec: float) -> str:
 def _plot(
     starts: Sequence[int], outcomes: Mapping[str, Mapping[str, int]]
 ) -> tuple[list[dict[str, Any]], int]:
-    """The bars of a histogram, and the highest count."""
-    width, height = _PLOT
-    kept = [outcomes[KEPT].get(str(start), 0) for start in starts]
-    dropped = [outcomes[DROPPED].get(str(start), 0) for start in starts]
-    most = max(k + d for k, d in zip(kept, dropped, strict=True))
-    step, bars = width / len(starts), []
-    for i, (start, k, d) in enumerate(zip(starts, kept, dropped, strict=True)):
+    """The bins of a histogram, and the highest count."""
+    bins = []
+    for i, start in enumerate(starts):
         is_last = i + 1 == len(starts)
-        tall_kept, tall_dropped = height * k / most, height * d / most
-        base = height + 16 - tall_kept
-        label = ""
-        if len(starts) <= _LABELS or i % 2 == 0 or is_last:
-            label = f"{start}+" if is_last else str(start)
-        x = i * step + 1
-        bars.append(
+        is_labelled = len(starts) <= _LABELS or i % 2 == 0 or is_last
+        bins.append(
             {
                 "name": _bin_name(starts, i),
-                "kept": k,
-                "dropped": d,
-                "x": f"{x:.1f}",
-                "width": f"{step - 2:.1f}",
-                "kept_y": f"{base:.1f}",
-                "kept_height": f"{tall_kept:.1f}",
-                "dropped_y": f"{base - tall_dropped:.1f}",
-                "dropped_height": f"{tall_dropped:.1f}",
-                "label": label,
-                # The last one ends with its bar, since the widest would stick out beyond it.
-                "label_x": f"{width - 1 if is_last else x + step / 2 - 1:.1f}",
-                "anchor": "end" if is_last else "middle",
+                "kept": outcomes[KEPT].get(str(start), 0),
+                "dropped": outcomes[DROPPED].get(str(start), 0),
+                "label": f"{start}{'+' if is_last else ''}" if is_labelled else "",
             }
         )
-    return bars, most
+    return bins, max(found["kept"] + found["dropped"] for found in bins)
 
 
 def _bin_name(starts: Sequence[int], i: int) -> str:

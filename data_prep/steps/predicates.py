@@ -1,24 +1,56 @@
 """Conditions on the metadata of a pair: `punsafe < 0.5`, `pwatermark < 0.5`, sizes, a language.
 
-The paper removed unsafe and watermarked pairs before CAT (DiHT, arXiv 2301.02280). The language of
-the conditions belongs in `expressions`.
+The paper removed unsafe and watermarked pairs before CAT (DiHT, arXiv 2301.02280).
+
+A text is parsed to its syntax tree and turned into functions; nothing of it is ever executed by
+Python. It has comparisons (also in a chain, `0.3 < width / height < 3`, and `in` a list), `and`,
+`or`, `not`, numbers, texts in quotes, `+ - * /`, and the functions `min`, `max` and `len`. A name
+is a field of the pair's metadata, or `key` or `caption`; `field("NSFW score")` is one whose name
+is no word.
+
+A comparison with a text compares texts, every other one numbers; a text that spells a number
+counts as that number, since tables of text have no others. A field that a pair lacks, or that
+holds neither, gives a comparison that is unknown (None): `not` of it is unknown, and so is `and`
+with something true and `or` with something false, as in SQL.
 """
 
 from __future__ import annotations
 
+import ast
 import collections
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
 from absl import logging
 
 from data_prep.steps.base import EVIDENCE, Candidate, Step
-from data_prep.steps.expressions import Condition, parse_condition
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 
 MISSING = ("drop", "keep")
+
+Fields = Mapping[str, Any]
+Get = Callable[[Fields], Any]  # a value of a pair; None where it is unknown
+
+_ORDERS = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+_ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_FUNCTIONS = {"min": min, "max": max}
+_EXPECTED = "comparisons joined by and, or and not, such as 'punsafe < 0.5 and LANGUAGE == \"en\"'"
 
 
 class PredicateStep(Step):
@@ -37,7 +69,7 @@ class PredicateStep(Step):
     @classmethod
     def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
         c = config.predicates = ml_collections.ConfigDict()
-        # What must hold, such as ("punsafe < 0.5", "pwatermark < 0.5"); steps/expressions.py
+        # What must hold, such as ("punsafe < 0.5", "pwatermark < 0.5"); steps/predicates.py
         c.require = ()
         # What becomes of a pair whose metadata does not decide a condition, since a field is
         # missing or is no number: "drop" (and a field that no pair has drops all) or "keep".
@@ -82,7 +114,7 @@ class PredicateStep(Step):
                 )  # fmt: skip
         return {}
 
-    def _find_reason(self, fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    def _find_reason(self, fields: Fields) -> tuple[str | None, str | None]:
         """Why a pair is dropped, and what of it decides."""
         for condition in self._conditions:
             holds = condition.holds(fields)
@@ -112,12 +144,173 @@ def _parse(texts: Sequence[str]) -> list[Condition]:
         raise ValueError(f"config.predicates.require has {error}") from error
 
 
-def _fields(pair: Pair) -> Mapping[str, Any]:
+def _fields(pair: Pair) -> Fields:
     """The metadata, with key and caption."""
     return {**pair.metadata, "key": pair.key, "caption": pair.caption}
 
 
-def _show(condition: Condition, fields: Mapping[str, Any]) -> str:
+def _show(condition: Condition, fields: Fields) -> str:
     found = (f"{name} = {fields[name]!r:.80}" if fields.get(name) is not None else f"no {name}"
              for name in condition.fields)  # fmt: skip
     return ", ".join(found)
+
+
+class Condition(NamedTuple):
+    """A condition that was parsed.
+
+    Attributes:
+        text: as it was typed, with single spaces.
+        fields: the fields that it reads, in their order.
+        holds: gives True, False or None (unknown) for the fields of a pair.
+    """
+
+    text: str
+    fields: tuple[str, ...]
+    holds: Callable[[Fields], bool | None]
+
+
+class _Term(NamedTuple):
+    """A value within a comparison, and what it is by its form: "number", "text" or "field"."""
+
+    get: Get
+    kind: str
+
+
+def parse_condition(text: str) -> Condition:
+    """Parses a condition.
+
+    Raises:
+        ValueError: it is not of this language; the message shows where.
+    """
+    try:
+        body = ast.parse(text.strip(), mode="eval").body
+        parser = _Parser()
+        holds = parser.truth(body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        detail = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ValueError(f"'{text}': {detail}; expected {_EXPECTED}") from error
+    if not parser.fields:
+        raise ValueError(f"'{text}': names no field; expected {_EXPECTED}")
+    return Condition(" ".join(text.split()), tuple(parser.fields), holds)
+
+
+class _Parser:
+    """Turns syntax trees into functions, and collects the names of fields."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, None] = {}
+
+    def truth(self, node: ast.expr) -> Get:
+        match node:
+            case ast.BoolOp(op, values):
+                return _join([self.truth(value) for value in values], isinstance(op, ast.Or))
+            case ast.UnaryOp(ast.Not(), operand):
+                return _apply(operator.not_, lambda truth: truth, self.truth(operand))
+            case ast.Compare(left, kinds, rights):
+                lefts = [left, *rights[:-1]]
+                return _join(list(map(self._comparison, lefts, kinds, rights)), is_or=False)
+        raise ValueError(f"'{ast.unparse(node)}' is no comparison")
+
+    def _comparison(self, left: ast.expr, kind: ast.cmpop, right: ast.expr) -> Get:
+        if isinstance(kind, ast.In | ast.NotIn):
+            return self._membership(left, isinstance(kind, ast.In), right)
+        if type(kind) not in _ORDERS:
+            raise ValueError("'is' compares nothing here")
+        terms = [self._term(node) for node in (left, right)]
+        kinds = {term.kind for term in terms}
+        if kinds == {"text", "number"}:
+            raise ValueError(
+                f"'{ast.unparse(left)}' and '{ast.unparse(right)}' are a number and a text"
+            )
+        read = _as_text if "text" in kinds else _as_number
+        return _apply(_ORDERS[type(kind)], read, *(term.get for term in terms))
+
+    def _membership(self, left: ast.expr, is_wanted: bool, right: ast.expr) -> Get:
+        if not isinstance(right, ast.List | ast.Tuple | ast.Set) or not right.elts:
+            raise ValueError(f"'{ast.unparse(right)}' after 'in'; expected a list of constants")
+        values = [element.value for element in right.elts if isinstance(element, ast.Constant)]
+        are_texts = all(isinstance(value, str) for value in values)
+        are_numbers = all(isinstance(value, int | float) for value in values)
+        if len(values) < len(right.elts) or not (are_texts or are_numbers):
+            raise ValueError(f"'{ast.unparse(right)}': expected texts only, or numbers only")
+        read = _as_text if are_texts else _as_number
+        return _apply(lambda value: (value in values) is is_wanted, read, self._term(left).get)
+
+    def _term(self, node: ast.expr) -> _Term:
+        match node:
+            case ast.Constant(int() | float() | str() as value):
+                return _Term(lambda fields: value, "text" if isinstance(value, str) else "number")
+            case ast.Name(name) | ast.Call(ast.Name("field"), [ast.Constant(str() as name)], []):
+                self.fields[name] = None
+                return _Term(lambda fields: fields.get(name), "field")
+            case ast.UnaryOp(ast.USub(), operand):
+                return self._calculation(operator.neg, operand)
+            case ast.BinOp(left, op, right) if type(op) in _ARITHMETIC:
+                return self._calculation(_ARITHMETIC[type(op)], left, right)
+            case ast.Call(ast.Name("min" | "max" as name), [_, _, *_] as values, []):
+                return self._calculation(_FUNCTIONS[name], *values)
+            case ast.Call(ast.Name("len"), [value], []):
+                return _Term(_apply(int, _length, self._term(value).get), "number")
+            case ast.Call(ast.Name(name), _, []):
+                raise ValueError(
+                    f"{name}(): expected min and max of several values, len of one, or "
+                    "field('NAME')"
+                )
+        raise ValueError(f"'{ast.unparse(node)}' is no field, number or text")
+
+    def _calculation(self, function: Callable[..., Any], *nodes: ast.expr) -> _Term:
+        terms = [self._term(node) for node in nodes]
+        if any(term.kind == "text" for term in terms):
+            raise ValueError("a text among numbers")
+        return _Term(_apply(function, _as_number, *(term.get for term in terms)), "number")
+
+
+def _apply(function: Callable[..., Any], read: Callable[[Any], Any], *gets: Get) -> Get:
+    """The function of values as `read` reads them; unknown where one of them is."""
+
+    def get(fields: Fields) -> Any:
+        values = [read(get(fields)) for get in gets]
+        if any(value is None for value in values):
+            return None
+        try:
+            return function(*values)
+        except ArithmeticError:
+            return None
+
+    return get
+
+
+def _join(parts: Sequence[Get], is_or: bool) -> Get:
+    """`or` of the parts, or `and`: the first that settles it does, else unknown wins."""
+
+    def get(fields: Fields) -> bool | None:
+        found: bool | None = not is_or
+        for part in parts:
+            truth = part(fields)
+            if truth is is_or:
+                return is_or
+            if truth is None:
+                found = None
+        return found
+
+    return get
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, str | list | tuple) else None
+
+
+def _as_text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _as_number(value: Any) -> float | None:
+    """A finite number, also one that a text spells; None for everything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, int):
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else None

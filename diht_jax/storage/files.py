@@ -290,15 +290,6 @@ def remove(path: str) -> None:
             os.unlink(path)
 
 
-def rename(path: str, new: str) -> None:
-    """Gives a file another name, if it is there; an old file of that name is replaced."""
-    with contextlib.suppress(FileNotFoundError):
-        if is_remote(path):
-            _call(path, lambda system, name: system.mv(name, open_system(new)[1]), "renamed")
-        else:
-            os.replace(path, new)
-
-
 def make_folder(folder: str) -> None:
     """Makes a folder, and those above it, where it is missing."""
     if not is_remote(folder):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.decisions import lists
+from data_prep.decisions import table
 from data_prep.decisions.table import DecisionWriter, decisions_path, pack_uid
 
 
@@ -27,8 +27,8 @@ def test_lists_of_keys_and_uids(tmp_path, monkeypatch):
         outputs.append(str(tmp_path / f"{i}.tfrecord"))
         _write(outputs[-1], rows)
     for most in (2**24, 40):  # sorted in one go, and range by range
-        monkeypatch.setattr(lists, "_MAX_SORTED", most)
-        lists.write_lists(str(tmp_path), lists.read_kept(outputs))
+        monkeypatch.setattr(table, "_MAX_SORTED", most)
+        table.write_lists(str(tmp_path), table.read_kept(outputs))
         found = np.load(tmp_path / "kept_uids.npy")
         # As DataComp's own tools make the file.
         expected = np.array(
@@ -48,6 +48,6 @@ def test_lists_of_keys_and_uids(tmp_path, monkeypatch):
 def test_without_uids_there_is_no_array(tmp_path):
     _write(str(tmp_path / "x"), [("a", None)])
     (tmp_path / "kept_uids.npy").write_bytes(b"old")
-    lists.write_lists(str(tmp_path), lists.read_kept([str(tmp_path / "x")]))
+    table.write_lists(str(tmp_path), table.read_kept([str(tmp_path / "x")]))
     assert not (tmp_path / "kept_uids.npy").exists()
     assert (tmp_path / "kept_keys.txt").read_text() == "a\n"

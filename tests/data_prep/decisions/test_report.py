@@ -16,8 +16,8 @@ from PIL import Image
 
 from data_prep.captions.graph import CaptionGraph, Edge, ObjectNode
 from data_prep.decisions import report as report_module
+from data_prep.decisions.log import Sample, SampleLog, choose_samples, rank
 from data_prep.decisions.report import BINS, COLUMNS, Counts, merge_reports, read_report
-from data_prep.decisions.samples import Sample, SampleLog, choose_samples, rank
 from data_prep.decisions.table import COLUMNS as ALL_COLUMNS
 from data_prep.decisions.table import make_schema
 from data_prep.filter import run_filter

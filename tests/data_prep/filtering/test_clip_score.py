@@ -148,14 +148,3 @@ def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictu
     assert candidates[1].values[clip.SCORE] == pytest.approx(float(cosines.min()), abs=1e-5)
     assert drops == [("clip", "low_score"), ("image", "unreadable")]
     assert candidates[2].values["width"] is None  # its header lied
-
-
-def test_a_model_that_is_not_there_is_refused_at_once(source, tmp_path):
-    config = job_config(source, tmp_path / "out", clip__model="runs/absent")
-    with pytest.raises(ValueError, match=r"config\.clip\.model='runs/absent': no such work dir"):
-        run_filter(config)
-    config = job_config(
-        source, tmp_path, clip__model="m", clip__quantile=0.5, clip__scores=str(tmp_path)
-    )
-    with pytest.raises(ValueError, match=r"config\.clip\.scores='.*': no finished folder"):
-        run_filter(config)

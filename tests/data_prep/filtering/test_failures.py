@@ -112,7 +112,7 @@ def test_a_crash_that_no_pair_explains_is_tried_without_the_pictures_of_the_repo
     def decode(data, max_pixels):
         raise RuntimeError("the decoder has crashed")
 
-    monkeypatch.setattr("data_prep.decisions.samples.decode_rgb", decode)
+    monkeypatch.setattr("data_prep.decisions.log.decode_rgb", decode)
     source = SourceShard("webdataset", pattern.replace("*", "00000"))
     task = ShardTask(source, str(tmp_path / "part.tfrecord"), "hash")
     work = functools.partial(filter_shard, report=abs, config=config, steps=active_steps(config))

@@ -6,12 +6,9 @@ The images are large, so that a shard takes long enough to be interrupted.
 import json
 import os
 import pathlib
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -22,7 +19,6 @@ from diht_jax.records.schema import decode_record
 from diht_jax.records.tfrecord import TFRecordSource
 from tests import make
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot
-from tests.waiting import wait_until
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _NUM_TARS, _PAIRS = 9, 6
@@ -68,41 +64,6 @@ def _read_report(folder: pathlib.Path) -> tuple[dict, str]:
     page, count = re.subn(r"<h2>Throughput</h2>.*?(?=<h2>)", "", page, flags=re.DOTALL)
     assert count == 1
     return report, page
-
-
-def test_killed_at_any_moment_and_run_again(work):
-    command = [sys.executable, "-m", "data_prep.filter", "--config=configs/prep/convert.py"]
-    command += [f"--config.input={work}/in/*.tar", f"--config.output={work}/killed"]
-    command += ["--config.num_workers=2", "--config.examples_per_shard=20"]
-    rng = random.Random()
-    log = (work / "killed.log").open("w")
-    kills = 0
-    # Parts that are done when the kill comes; the last one comes in the re-sharding.
-    for wanted in (1, 5, _NUM_TARS + 1):
-        process = subprocess.Popen(command, cwd=_REPOSITORY, stderr=log, stdout=log)
-        wait_until(
-            lambda wanted=wanted, process=process: (
-                len(_finished(work / "killed")) >= wanted or process.poll() is not None
-            ),
-            pause_secs=0.002,
-        )
-        time.sleep(rng.uniform(0, 0.2))
-        kills += process.poll() is None
-        process.kill()
-        assert process.wait() in (0, -signal.SIGKILL)
-    assert kills >= 2
-    time.sleep(0.7)  # until the orphaned workers have noticed
-    before = _finished(work / "killed")
-    assert len(before) >= 1
-    assert subprocess.run(command, cwd=_REPOSITORY, stderr=log, stdout=log).returncode == 0
-    log.close()
-    now = _finished(work / "killed")
-    assert {name: now[name] for name in before} == before  # nothing finished was done again
-    # An orphan may have finished one more after the look.
-    told = re.findall(rf"{_NUM_TARS} shards, (\d+) of them", (work / "killed.log").read_text())
-    assert sum(name.startswith("parts/") for name in before) <= int(told[-1]) <= _NUM_TARS
-    assert snapshot(work / "killed") == snapshot(work / "undisturbed")
-    assert _read_report(work / "killed") == _read_report(work / "undisturbed")
 
 
 _CLUSTER = """

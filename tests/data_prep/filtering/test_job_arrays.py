@@ -33,20 +33,6 @@ def _listen():
         _listeners.pop()
 
 
-def test_jobs_of_an_array_read_each_statistic_twice_at_most(tmp_path):
-    source = write_tars(tmp_path / "in", 21, pairs_per_tar=1)
-    config = job_config(source, tmp_path / "out", report_samples=0)
-    with _listen() as opened:
-        for number in range(20):
-            assert run_filter(config, number, 20) == {}
-    assert (tmp_path / "out" / "report.json").exists()
-    reads = collections.Counter(
-        path for path, is_read in opened if is_read and path.endswith(".stats.json")
-    )
-    parts = {path: count for path, count in reads.items() if "/parts/" in path}
-    assert len(parts) == 21 and max(parts.values()) <= 2
-
-
 def test_jobs_that_end_at_the_same_moment_read_no_more(tmp_path, monkeypatch):
     source = write_tars(tmp_path / "in", 9, pairs_per_tar=1)
     config = job_config(source, tmp_path / "out", report_samples=0, examples_per_shard=4)

@@ -13,7 +13,6 @@ from grain.sources import ArrayRecordDataSource
 from PIL import Image
 
 from data_prep.filter import run_filter
-from data_prep.filtering import config as filter_config
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.readers.registry import open_source
@@ -181,12 +180,3 @@ def test_another_format_needs_the_parts(work, tmp_path):
     with pytest.raises(ValueError, match="1 input shards would have to be read again"):
         run_filter(_config(work, output, "array_record"))
     assert snapshot(output) == expected
-
-
-def test_unknown_formats_are_named(work, tmp_path):
-    with pytest.raises(ValueError, match="config.output_format='tar'; expected one of tfrecord"):
-        _config(work, tmp_path, "tar")
-    with pytest.raises(ValueError, match="config.output_format='webdataset' with config.metadata_"):
-        _config(work, tmp_path, "webdataset", metadata_only=True)
-    config = _config(work, tmp_path, "tfrecord")
-    assert "output_format" not in filter_config.describe_settings(config)

@@ -5,11 +5,10 @@ import random
 import sqlite3
 
 import pytest
-from PIL import Image
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
-from data_prep.steps.expressions import parse_condition
+from data_prep.steps.predicates import parse_condition
 from tests.data_prep.filtering.jobs import job_config, read_counts
 
 _ATOMS = (
@@ -128,17 +127,3 @@ def test_rows_without_images_are_filtered_first_and_counted(tmp_path, missing, k
     assert [row["stage"] for row in read_report(output)["funnel"]][1] == "metadata"
     settings = json.loads((output / "settings.json").read_text())
     assert (settings["predicates"]["missing"], settings["metadata_rules"]) == (missing, 1)
-
-
-def test_the_recipe_for_laion_runs_on_pairs(tmp_path, caplog):
-    Image.new("RGB", (40, 20), "red").save(tmp_path / "p.png")
-    rows = [{**row, "image": "p.png", "caption": "a dog runs"} for row in _ROWS]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = job_config(str(tmp_path / "t.jsonl"), tmp_path / "out", "cat_laion")
-    assert run_filter(config) == {}
-    counts = read_counts(tmp_path / "out")
-    assert (counts["kept"], sum(counts["dropped"]["metadata"].values())) == (2, 3)
-    config = job_config(str(tmp_path / "t.jsonl"), tmp_path / "none", predicates__require=("x<1",))
-    with pytest.raises(ValueError, match="none of the 5 pairs"):
-        run_filter(config)
-    assert "'x<1' is unknown for all 5 pairs; is a field missing (x)?" in caplog.text

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from data_prep.decisions import lists, table
+from data_prep.decisions import table
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
 from data_prep.filtering.replay import score_quantiles
@@ -192,25 +192,10 @@ def test_the_lists_are_those_of_the_filter(work, capsys):
 def test_a_line_of_a_list_is_one_pair_whatever_its_key_holds():
     keys = pyarrow.array(["a\tb", "c\nd", "e\u2028f\tg", "h"])
     table, column = io.BytesIO(), io.BytesIO()
-    lists.write_lines(table, keys, pyarrow.array(["x/1", "x/2", "x/3", "x/4"]))
-    lists.write_lines(column, keys)
+    table.write_lines(table, keys, pyarrow.array(["x/1", "x/2", "x/3", "x/4"]))
+    table.write_lines(column, keys)
     assert table.getvalue() == b"a b\tx/1\nc d\tx/2\ne f g\tx/3\nh\tx/4\n"
     assert column.getvalue() == b"a\tb\nc d\ne f\tg\nh\n"
-
-
-def test_laxer_limits_name_the_pairs_that_would_have_to_be_filtered(work, capsys):
-    filtered, config, folder = work
-    finished = filtered(**_STRICT)
-    result = replay.run(str(finished), config(), str(folder / "lax"))
-    keys = (folder / "lax" / "not_known.txt").read_text().split()
-    assert f"not known: {len(keys)} pairs would have to be filtered" in capsys.readouterr().out
-    assert result.not_known.total() == len(keys)
-    truth = {key: stage for key, stage, _ in read_outcomes(filtered())}
-    was = {key: reason for key, _, reason in read_outcomes(finished)}
-    assert {was[key] for key in keys} <= {"complexity", "too_small", "shows_caption", None}
-    kept = (folder / "lax" / "kept_keys.txt").read_text().split()
-    assert set(kept) <= {key for key, stage in truth.items() if stage == "kept"}
-    assert set(kept) | set(keys) >= {key for key, stage in truth.items() if stage == "kept"}
 
 
 def test_folders_that_cannot_be_replayed(work, tmp_path):

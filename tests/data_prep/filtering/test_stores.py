@@ -6,8 +6,6 @@ import json
 import threading
 
 import fsspec
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from data_prep.filter import run_filter
@@ -143,25 +141,6 @@ def test_a_store_that_fails_one_request_in_twenty_changes_no_byte(metered, monke
     good, flaky = _snapshot("metered:///good"), _snapshot("metered:///flaky")
     assert good.keys() == flaky.keys()
     assert {n for n in good if good[n] != flaky[n]} <= {"stats.json", "dataset_info.json"}
-
-
-def test_tables_of_captions_are_filtered_from_store_to_store(tmp_path):
-    rows = [{"key": f"k{n}", "caption": f"{n} dogs", "note": "x" * 50} for n in range(300)]
-    (tmp_path / "in").mkdir()
-    table = pyarrow.Table.from_pylist(rows)
-    pyarrow.parquet.write_table(table, tmp_path / "in" / "a.parquet", row_group_size=50)
-    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-    (tmp_path / "in" / "b.jsonl").write_text(lines)
-    MeteredStore.reset()
-    _upload(tmp_path / "in", "metered:///in")
-    MeteredStore.requests.clear()
-    changes = {"recipe": "metadata", "complexity": False, "action": False}
-    assert run_filter(job_config("metered:///in/*", "metered:///out", **changes)) == {}
-    assert MeteredStore.store["/out/b.jsonl"].getvalue().decode() == lines
-    system = fsspec.filesystem("metered")
-    with system.open("/out/a.parquet") as file:
-        assert pyarrow.parquet.read_table(file).equals(table)
-    MeteredStore.reset()
 
 
 @pytest.fixture

@@ -15,11 +15,9 @@ import sys
 import aiohttp
 import pytest
 
-from data_prep.jobs import engine, failures, shards
+from data_prep.jobs import engine
 from data_prep.jobs.engine import run_tasks
 from data_prep.jobs.outcome import REFUSED, STORAGE
-from diht_jax.readers.registry import SourceShard
-from diht_jax.storage import files
 from diht_jax.storage.retries import StorageError
 from tests.waiting import wait_until
 
@@ -72,15 +70,6 @@ def _square(task: int, report) -> int:
     if task == 4:
         raise RuntimeError("a defect")
     return task * task
-
-
-def test_failures_are_isolated_in_this_process():
-    outcomes = {o.task: o for o in run_tasks(_square, range(6), num_workers=0, label="test")}
-    assert {t: o.result for t, o in outcomes.items()} == {
-        0: 0, 1: 1, 2: 4, 3: None, 4: None, 5: 25
-    }  # fmt: skip
-    assert outcomes[3].error == "three is not allowed"
-    assert "Traceback" in outcomes[4].error and "RuntimeError: a defect" in outcomes[4].error
 
 
 def test_what_may_pass_is_tried_again():
@@ -140,19 +129,6 @@ def test_an_outage_of_minutes_is_waited_for_whatever_the_retries(clock, monkeypa
         for before, after, delay in zip(began, began[1:], (30, 120, 480), strict=False):
             assert delay <= after - before <= delay + 10
     assert attempts[0][1] < 38  # the others go on meanwhile
-
-
-def test_a_failure_that_cannot_be_noted_ends_no_job(tmp_path, monkeypatch):
-    def write(path, value):
-        raise StorageError(f"{path}: the store is away")
-
-    def work(task: shards.ShardTask, report) -> None:
-        raise ValueError("damaged")
-
-    monkeypatch.setattr(files, "write_object", write)
-    tasks = [shards.ShardTask(SourceShard("", n), f"{tmp_path}/{n}", "") for n in "ab"]
-    options = {"num_workers": 0, "label": "t"}
-    assert failures.run_noting_failures(work, tasks, options) == {"a": "damaged", "b": "damaged"}
 
 
 def test_damage_is_final_and_the_cause_of_a_failure_is_known():
@@ -250,23 +226,6 @@ def work(task, report):
     assert process.returncode != 0 and output == ""
     assert "no worker process could start: either a module cannot" in errors
     assert "No module named 'no_such_module'" in errors
-
-
-def test_one_worker_that_does_not_start_holds_nobody_up(tmp_path):
-    body = """
-if __name__ != "__main__":
-    try:
-        (folder / "started").touch(exist_ok=False)
-    except FileExistsError:
-        time.sleep(0.3)
-    else:
-        raise ImportError("half a module")
-def work(task, report):
-    return task
-"""
-    outcomes, errors = _run(tmp_path, body)
-    assert outcomes == {task: (task, None) for task in range(8)}
-    assert "ImportError: half a module" in errors
 
 
 def test_interruption_ends_workers_and_lets_them_clean_up(tmp_path):

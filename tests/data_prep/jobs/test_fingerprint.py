@@ -6,17 +6,11 @@ import os
 import pathlib
 import shutil
 
-import fsspec
 import pytest
 
-from data_prep.filter import run_filter
 from data_prep.jobs import fingerprint
-from diht_jax.config import load_recipe
 from diht_jax.readers.registry import SourceShard, list_shards
-from diht_jax.records.schema import Pair
-from tests.make import encoded, plain, write_records
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _BIG = 2**20  # bytes
 
 
@@ -80,21 +74,6 @@ def test_size_and_time_are_enough_and_nothing_is_read(big, tmp_path, monkeypatch
     assert not known.is_same(moved)
 
 
-def test_an_unchanged_file_is_not_read_again(big, monkeypatch):
-    def fail(path):
-        raise AssertionError(f"{path} was read")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fingerprint, "open_file", fail)
-        assert big.is_same()
-        os.utime(big.source.path, ns=(5, 5))
-        with pytest.raises(AssertionError, match=r"big\.tar was read"):
-            big.is_same()
-    assert big.is_same()  # touched: read once, and remembered
-    monkeypatch.setattr(fingerprint, "open_file", fail)
-    assert big.is_same()
-
-
 def test_a_copy_elsewhere_is_the_same(big, tmp_path):
     copy = shutil.copy(big.source.path, tmp_path / "copy.tar")
     os.utime(copy, ns=(7, 7))
@@ -145,41 +124,6 @@ def test_a_folder_is_its_files(tmp_path):
     (folder / "a.jpg").rename(folder / "c.jpg")
     os.utime(folder / "c.jpg")
     assert not described.is_same()
-
-
-@pytest.fixture
-def remote(tmp_path):
-    """Two TFRecord shards in an object store; the URL of the folder."""
-    system, url = fsspec.filesystem("memory"), "memory://pairs"
-    pairs = [Pair(f"{s}-{i}", encoded(plain("red")), f"name {i}") for s in (0, 1) for i in range(3)]
-    folder = write_records(tmp_path / "made", pairs, [3, 3])
-    for shard in range(2):
-        data = (folder / f"train-{shard:05d}.tfrecord").read_bytes()
-        system.pipe_file(f"{url}/p-{shard:05d}.tfrecord", data)
-    yield url
-    system.rm(url, recursive=True)
-
-
-def test_shards_of_an_object_store(remote, tmp_path):
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
-    config.update({"input": f"{remote}/*.tfrecord", "output": str(tmp_path / "out")})
-    config.num_workers, config.input_identity = 0, "hash"
-    assert run_filter(config) == {}
-    keys = (tmp_path / "out" / "kept_keys.txt").read_text().split()
-    assert keys == [f"{shard}-{i}" for shard in range(2) for i in range(3)]
-    system, second = fsspec.filesystem("memory"), f"{remote}/p-00001.tfrecord"
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/parts").glob("*.stats.json")}
-    data = system.cat_file(second)
-    system.pipe_file(second, data)  # written again: another time, the same bytes
-    assert run_filter(config) == {}
-    now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/parts").glob("*.stats.json")}
-    assert now == before
-    system.pipe_file(second, data.replace(b"name 1", b"NAME 1"))
-    with pytest.raises(ValueError, match=r"changed: the input 'memory://.*p-00001\.tfrecord'"):
-        run_filter(config)
-    config.input = f"{remote}/*.tar"
-    with pytest.raises(ValueError, match=r"nothing to read at 'memory://pairs/\*\.tar'"):
-        run_filter(config)
 
 
 @pytest.fixture

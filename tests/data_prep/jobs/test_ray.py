@@ -21,7 +21,6 @@ from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job
 from data_prep.filter import run_filter
 from data_prep.jobs.cluster import _WorkerActor
-from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.models import _ModelActor
 from diht_jax import load_model
 from diht_jax.config import load_recipe
@@ -360,12 +359,3 @@ def test_relative_paths_need_the_folder_of_the_job(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="no such model; the job runs in .* name models by abs"):
         _ModelActor(str(tmp_path / "gone")).call(load, "encode", ())
-
-
-def test_settings_that_cannot_be():
-    for changes, name in (
-        ({"model_actors": -1}, "model_actors=-1"),
-        ({"cpus_per_worker": 0.0}, "cpus_per_worker=0"),
-    ):
-        with pytest.raises(ValueError, match=f"config.ray.{name}"):
-            RaySettings(**changes).check()

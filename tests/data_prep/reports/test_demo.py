@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
+from data_prep.decisions.log import Sample, SampleLog
 from data_prep.decisions.report import format_samples
-from data_prep.decisions.samples import Sample, SampleLog
 from data_prep.reports import demo
 from data_prep.reports.page import write_report
 from diht_jax.evaluation.bootstrap import describe_samples

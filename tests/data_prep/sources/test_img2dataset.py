@@ -148,16 +148,6 @@ def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
         np.testing.assert_array_equal(values, filtered[name])
 
 
-def test_tfrecords_that_are_no_pairs_are_counted(tmp_path):
-    captions = ["a dog", "", None, "a dog", "a cat"]
-    rows = [_ROWS[0] | {"key": str(i), "caption": text} for i, text in enumerate(captions)]
-    rows[3]["key"] = "0"
-    _write_tfrecord(tmp_path / "in", rows)
-    assert [record.key for record in _run(str(tmp_path / "in"), tmp_path / "out")] == ["0", "4"]
-    dropped = read_report(tmp_path / "out")["counts"]["dropped"]
-    assert dropped["source"] == {"no_caption": 2, "duplicate": 1}
-
-
 def test_what_is_no_such_file(tmp_path):
     table = pyarrow.Table.from_pylist([{"url": "u", "caption": "c"}])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")

@@ -13,7 +13,6 @@ from data_prep.sources.list import (
     read_pairs,
     shards_of_task,
 )
-from data_prep.text_spotting.config import check_spotter, default_spotter
 from diht_jax.readers.registry import FORMATS, SourceShard
 from diht_jax.storage.files import find_inputs
 from tests.data_prep.filtering.jobs import job_config
@@ -76,12 +75,3 @@ def test_an_output_that_takes_no_file_is_refused_before_the_input_is_listed(tmp_
                 run_filter(job_config("absent.tar", output, recipe))
     assert check_folder(f"file://{tmp_path}/new/kept/") == f"{tmp_path}/new/kept"
     assert check_folder("./s3:/bucket") == "./s3:/bucket"
-
-
-@pytest.mark.parametrize("url", ["s3://bucket/kept", "gs://bucket", "file:///tmp/kept"])
-def test_a_cache_in_an_object_store_is_refused_at_once(url):
-    """Not written to a local folder called "s3:"."""
-    config = default_spotter()
-    config.cache = url
-    with pytest.raises(ValueError, match=rf"config\.spotter\.cache={url}: "):
-        check_spotter(config)
