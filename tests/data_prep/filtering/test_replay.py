@@ -191,10 +191,10 @@ def test_the_lists_are_those_of_the_filter(work, capsys):
 
 def test_a_line_of_a_list_is_one_pair_whatever_its_key_holds():
     keys = pyarrow.array(["a\tb", "c\nd", "e\u2028f\tg", "h"])
-    table, column = io.BytesIO(), io.BytesIO()
-    table.write_lines(table, keys, pyarrow.array(["x/1", "x/2", "x/3", "x/4"]))
+    rows, column = io.BytesIO(), io.BytesIO()
+    table.write_lines(rows, keys, pyarrow.array(["x/1", "x/2", "x/3", "x/4"]))
     table.write_lines(column, keys)
-    assert table.getvalue() == b"a b\tx/1\nc d\tx/2\ne f g\tx/3\nh\tx/4\n"
+    assert rows.getvalue() == b"a b\tx/1\nc d\tx/2\ne f g\tx/3\nh\tx/4\n"
     assert column.getvalue() == b"a\tb\nc d\ne f\tg\nh\n"
 
 
