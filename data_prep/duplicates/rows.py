@@ -20,7 +20,7 @@ import numpy as np
 from data_prep.duplicates.pictures import SIDE
 from diht_jax.storage import files
 from diht_jax.storage.copies import cached_copy
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.stores import input_version, is_remote
 
 EMBEDDINGS, GREYS = ".npy", ".greys.npy"  # behind the name of the file with the columns
 
@@ -54,7 +54,7 @@ def fetch(path: str, output: str) -> str:
     """
     if not is_remote(path):
         return path
-    size, version = files.input_version(path)
+    size, version = input_version(path)
     identity = f"{path}\n{size} {version}"
     digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     return cached_copy(path, digest, size, cache_folder(output))

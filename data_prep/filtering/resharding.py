@@ -35,7 +35,7 @@ from diht_jax.records.dataset_info import shard_name
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.formats.registry import FORMATS, name_format, open_writer
 from diht_jax.records.formats.shard_index import INDEX_SUFFIX
-from diht_jax.records.formats.tar_writer import image_extension
+from diht_jax.records.formats.tar_records import image_extension
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.vocabulary import KINDS
 from diht_jax.storage import files

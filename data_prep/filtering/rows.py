@@ -26,10 +26,11 @@ from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.sources import list as source_list
 from data_prep.steps.base import Candidate, Step
-from diht_jax.readers.base import Skipped, SourceShard, clean_text, parse_json_object, pick_captions
+from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.parquet import explain_errors, open_parquet
 from diht_jax.readers.registry import list_shards
-from diht_jax.records.schema import Pair
+from diht_jax.records.samples import clean_text, pick_captions
+from diht_jax.records.schema import Pair, parse_json_object
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote, open_file
 
@@ -145,7 +146,7 @@ def _filter_parquet(
     import pyarrow
     import pyarrow.parquet
 
-    file = open_parquet(source.path, (source.start, source.stop))
+    file = open_parquet(source.path)
     schema = file.schema_arrow
     wanted = [name for name in schema.names if columns is None or name in columns]
     compression = _compression(file)
@@ -248,7 +249,7 @@ def name_outputs(units: Sequence[SourceShard]) -> list[str]:
 
 
 def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[SourceShard]:
-    file = open_parquet(path, (0, 0))
+    file = open_parquet(path, is_footer_enough=True)
     names = file.schema_arrow.names
     for column in (source.caption_column, source.key_column):
         if column is not None and column not in names:

@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 from diht_jax.readers.base import read_image, walk_files
 from diht_jax.readers.registry import FORMATS, Skipped, SourceShard, describe_linked, names_files
 from diht_jax.storage import files
-from diht_jax.storage.files import input_size
-from diht_jax.storage.stores import is_remote, open_file
+from diht_jax.storage.stores import input_size, is_remote, open_file
 
 LOCATION_SUFFIX = ".place.json"  # of the files with locations
 

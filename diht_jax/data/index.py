@@ -30,18 +30,17 @@ from absl import flags, logging
 from diht_jax import command_line
 from diht_jax.progress import ProgressBar
 from diht_jax.records import tfrecord
-from diht_jax.records.catalog import describe_stale, has_shard_name, list_folder
+from diht_jax.records.catalog import describe_stale, kind_of
 from diht_jax.records.dataset_index import (
     ANCHOR_RECORDS,
     END_BYTES,
     INDEX_NAME,
+    DatasetIndex,
     ShardEntry,
-    ShardTable,
-    damaged,
     digest_shard,
     encode_head,
     encode_preamble,
-    read_table,
+    read_index,
 )
 from diht_jax.records.format import (
     FRAME_BYTES,
@@ -50,9 +49,8 @@ from diht_jax.records.format import (
 )
 from diht_jax.records.formats import tar_records
 from diht_jax.records.formats.shard_index import INDEX_SUFFIX, wrong_index
-from diht_jax.records.indexed_offsets import IndexedOffsets
 from diht_jax.records.vocabulary import folder_vocabulary
-from diht_jax.storage.files import local_output, upload
+from diht_jax.storage.files import find_inputs, local_output, upload
 from diht_jax.storage.locks import lock_file
 from diht_jax.storage.stores import is_remote, open_ranges
 
@@ -146,19 +144,18 @@ def update_index(
     with _locked_work(folder, work_dir) as work:
         sizes = _list_shards(folder)
         old = _old_index(folder, work)
-        labels = labels or (old.table.labels if old else None)
+        labels = labels or (old.labels if old else None)
         old = None if overwrite else old
         changes, rows, entries = [], {}, {}
         if old:
-            table = old.table
-            known = dict(zip(table.names, table.num_bytes.tolist(), strict=True))
+            known = old.sizes()
             changes = describe_stale(known, sizes, is_whole=True)
-            is_same = vocabulary in (None, table.vocabulary) and labels == table.labels
+            is_same = vocabulary in (None, old.vocabulary) and labels == old.labels
             if is_same and not changes:
-                return IndexReport(path, len(table), int(table.starts[-1]), 0)
+                return IndexReport(path, len(old), int(old.starts[-1]), 0)
             # Shards that the old index describes as they are.
-            rows = {name: row for name, row in table.rows.items() if sizes.get(name) == known[name]}
-            entries = {name: table.entry(row) for name, row in rows.items()}
+            rows = {name: row for name, row in old.rows.items() if sizes.get(name) == known[name]}
+            entries = {name: old.entry(row) for name, row in rows.items()}
         look = functools.partial(_look, folder, work, not overwrite)
         unknown = {name: size for name, size in sizes.items() if name not in entries}
         found = _look_at_all(folder, look, unknown, len(sizes), num_threads, progress)
@@ -170,7 +167,7 @@ def update_index(
                 return _load_kept(work, entry.name, entry.num_bytes)
             offsets = old.offsets(rows[entry.name])
             if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
-                raise damaged(old.location, f"the offsets of {entry.name} are wrong")
+                raise old.damaged(f"the offsets of {entry.name} are wrong")
             return offsets
 
         vocabulary = vocabulary or _find_vocabulary(folder, sizes)
@@ -190,7 +187,7 @@ def update_index(
 
 def is_indexable(path: str) -> bool:
     """Returns whether a file is named like a shard that an index can describe."""
-    return _kind_of(path) is not None
+    return kind_of(path) in _INDICES
 
 
 def _look_at_all(
@@ -240,7 +237,7 @@ def _look(
     folder: str, work: pathlib.Path, trusts_index: bool, name: str, size: int
 ) -> tuple[ShardEntry, bool]:
     """The entry of a shard, and whether an earlier run has kept its offsets; keeps them."""
-    path, kind = os.path.join(folder, name), _kind_of(name)
+    path, kind = os.path.join(folder, name), kind_of(name)
     try:
         offsets = _load_kept(work, name, size)
     except (ValueError, OSError):  # damaged, or of an older shard
@@ -258,12 +255,13 @@ def _look(
     if not is_kept:
         _INDICES[kind].write(str(work / name), offsets, size)
     digest = digest_shard(offsets, head, tail)
-    return ShardEntry.of_shard(name, kind, size, offsets, digest), is_kept
+    anchors = np.array(offsets[::ANCHOR_RECORDS], np.uint64)
+    return ShardEntry(name, kind, len(offsets), size, digest, anchors), is_kept
 
 
 def _load_kept(work: pathlib.Path, name: str, size: int) -> np.ndarray | None:
     """The offsets of a shard that were found before; None where they were not."""
-    return _INDICES[_kind_of(name)].load(str(work / name), size)
+    return _INDICES[kind_of(name)].load(str(work / name), size)
 
 
 def _write_index(
@@ -279,7 +277,7 @@ def _write_index(
         ValueError: the entries contradict each other, or a shard has changed since.
     """
     head = encode_head(entries, vocabulary, labels)
-    ShardTable(head, os.fspath(path))  # so that nothing is written that no reader takes
+    DatasetIndex(head, os.fspath(path))  # so that nothing is written that no reader takes
     with local_output(path) as local, open(local, "wb") as file:
         file.write(encode_preamble(head))
         file.write(head)
@@ -326,8 +324,13 @@ def _list_shards(folder: str) -> dict[str, int]:
     Raises:
         ValueError: there are none.
     """
-    found = list_folder(folder)
-    shards = {name: found[name] for name in sorted(found) if _kind_of(name)}
+    if is_remote(folder):
+        listed = find_inputs(folder).items()
+        found = {os.path.basename(path): size for path, size in listed if size is not None}
+    else:
+        with os.scandir(folder) as files:
+            found = {file.name: file.stat().st_size for file in files if file.is_file()}
+    shards = {name: found[name] for name in sorted(found) if is_indexable(name)}
     if not shards:
         raise ValueError(f"'{folder}' holds no shard; expected *.tfrecord files or *.tar files")
     return shards
@@ -342,15 +345,11 @@ def _find_vocabulary(folder: str, names: Iterable[str]) -> dict[str, Any] | None
     return None if found is None else found.describe()
 
 
-def _kind_of(name: str) -> str | None:
-    return next((kind for kind in _INDICES if has_shard_name(name, kind)), None)
-
-
-def _old_index(folder: str, work: pathlib.Path) -> IndexedOffsets | None:
+def _old_index(folder: str, work: pathlib.Path) -> DatasetIndex | None:
     """The index that is there, unless it is damaged; of a store, a local copy of it."""
     path = os.path.join(folder, INDEX_NAME)
     try:
-        index = IndexedOffsets(read_table(path), path)
+        index = read_index(path)
         index.make_local(work)
     except FileNotFoundError:
         return None

@@ -24,7 +24,8 @@ from diht_jax.records.captions import (
     check_kind,
     parse_columns,
 )
-from diht_jax.records.labels.clip_embeddings import ClipFacts, ClipRecords, Crops
+from diht_jax.records.labels.clip_embeddings import ClipFacts, Crops
+from diht_jax.records.labels.shards import LabelRecords
 from diht_jax.records.schema import Pair, Record
 from diht_jax.records.train_data import parse_weights, weight_at_step
 
@@ -203,14 +204,14 @@ def with_boxes(crops: Crops) -> Crops:
     return dataclasses.replace(crops, boxes=digest)
 
 
-def check_crops(clips: ClipRecords, where: str) -> None:
+def check_crops(clips: LabelRecords, where: str) -> None:
     """Raises ValueError where this machine would draw other crops than the teachers have seen.
 
     Args:
         clips: of a source.
         where: key and folder, for the message.
     """
-    crops = clips.clip_facts.crops
+    crops = ClipFacts.parse(clips.facts).crops
     if with_boxes(crops) != crops:
         raise ValueError(
             f"{where}: numpy {np.__version__} draws other crops than the one that the teachers' "

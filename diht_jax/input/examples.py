@@ -18,7 +18,7 @@ from diht_jax.input import decode as images
 from diht_jax.input import fast_crops, transforms
 from diht_jax.input.choices import CaptionChoice, take_view
 from diht_jax.records import schema
-from diht_jax.records.labels.clip_embeddings import ClipFacts, ClipRecords, decode_embedded
+from diht_jax.records.labels.clip_embeddings import ClipFacts, decode_embedded
 from diht_jax.records.labels.concepts import decode_joined
 from diht_jax.records.labels.shards import LabelRecords
 
@@ -82,7 +82,7 @@ class DecodeExample(grain.transforms.RandomMap):
         self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
 
     def for_source(
-        self, source: Any, labels: LabelRecords | None = None, clips: ClipRecords | None = None
+        self, source: Any, labels: LabelRecords | None = None, clips: LabelRecords | None = None
     ) -> DecodeExample:
         """The same for the elements of a source that has a form of its own, its `decode`.
 
@@ -96,8 +96,8 @@ class DecodeExample(grain.transforms.RandomMap):
         if labels is not None:
             decode = functools.partial(decode_joined, decode)
         if clips is not None:
-            decode = functools.partial(decode_embedded, decode, clips.clip_facts)
-            other._clip_facts = clips.clip_facts
+            other._clip_facts = ClipFacts.parse(clips.facts)
+            decode = functools.partial(decode_embedded, decode, other._clip_facts)
         other.decode_record = decode
         return other
 

@@ -16,12 +16,15 @@ from diht_jax.input.choices import check_crops
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_order
-from diht_jax.records.catalog import Share
 from diht_jax.records.fingerprint import Fingerprint, fingerprint_records
-from diht_jax.records.labels.clip_embeddings import open_clip_embeddings
 from diht_jax.records.labels.concepts import open_labels
-from diht_jax.records.labels.shards import LabelRecords, resolve_source
-from diht_jax.records.train_data import TrainSource, parse_train, switching_steps, weight_at
+from diht_jax.records.labels.shards import (
+    CLIP_EMBEDDINGS,
+    LabelRecords,
+    open_label_records,
+    resolve_source,
+)
+from diht_jax.records.train_data import TrainSource, parse_train, switching_steps, weight_at_step
 
 # Batches between a bad record and what replaces it are no more than this.
 _LONGEST_CYCLE = 10**6
@@ -204,7 +207,6 @@ def open_mixture(
     open_source: Callable[[str | list[str]], Any],
     make_decoder: Callable[[str], DecodeExample],
     process_count: int = 1,
-    share: Share | None = None,
 ) -> Mixture:
     """The records of `config.data.train` in their orders and shares.
 
@@ -214,13 +216,13 @@ def open_mixture(
         open_source: path -> records.
         make_decoder: text template -> what decodes records.
         process_count: how many hosts read them together.
-        share: for a run of several processes, see `labels.shards.open_label_records`.
 
     Raises:
         ValueError: the section is wrong, a source has no record, or labels are missing or belong
             to other records; names the key.
     """
     sources = []
+    open_clips = functools.partial(open_label_records, CLIP_EMBEDDINGS)
     parsed = list(map(resolve_source, parse_train(data.train, data.get("labels"))))
     for source in parsed:
         records = _open_source(source, open_source)
@@ -232,9 +234,9 @@ def open_mixture(
         decode = make_decoder(source.text_template or data.text_template)
         labels = clips = None
         if source.labels and decode.needs_labels:
-            labels = _open_joined(open_labels, source, records, data, share)
+            labels = _open_joined(open_labels, source, records, data)
         if source.labels and decode.needs_clip_embeddings:
-            clips = _open_joined(open_clip_embeddings, source, records, data, share)
+            clips = _open_joined(open_clips, source, records, data)
             if clips is not None:
                 check_crops(clips, f"{_labels_key(source)}={source.labels}")
         decode = decode.for_source(records, labels, clips)
@@ -244,7 +246,8 @@ def open_mixture(
         return Mixture(sources)
     in_blocks = any(isinstance(source.order, BlockOrder) for source in sources)
     points = [
-        (step, [weight_at(source, step) for source in parsed]) for step in switching_steps(parsed)
+        (step, [weight_at_step(source.weights, step) for source in parsed])
+        for step in switching_steps(parsed)
     ]
     streams = count_streams(data, process_count) if in_blocks else 1
     return Mixture(sources, MixtureWeights(points, num_streams=streams, batch_size=data.batch_size))
@@ -255,13 +258,11 @@ def _open_joined(
     source: TrainSource,
     records: Any,
     data: ml_collections.ConfigDict,
-    share: Share | None,
 ) -> Any:
     return open_records(
         source.labels,
         records,
         _labels_key(source),
-        share=share,
         cache_dir=data.cache_dir,
         patiently=functools.partial(read_patiently, timeout_secs=data.read_timeout_secs),
     )

@@ -29,7 +29,7 @@ from diht_jax.input.sub_batches import (
     SubBatches,
     find_crashing_index,
 )
-from diht_jax.records.catalog import ShardsNotFoundError, Share
+from diht_jax.records.catalog import ShardsNotFoundError
 from diht_jax.records.dataset_index import INDEX_NAME, rebuild_command
 from diht_jax.records.formats import registry as formats
 from diht_jax.records.sharded import ShardedRecords
@@ -363,13 +363,11 @@ def _check_streams(mixture: Mixture, batch_size: int, process_count: int) -> Non
             )
 
 
-def open_records(train: str | Sequence[str] | None, share: Share | None = None) -> ShardedRecords:
+def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
     """The records of `config.data.train`.
 
     Args:
         train: a directory, a glob, or a list of shards.
-        share: for a run of several processes, which all call: what a `dataset.index` describes is
-            then read by the first one alone; see `catalog.open_catalog`.
 
     Raises:
         ValueError: it is not set, or leads to no shards, to those of several formats, or to a
@@ -377,7 +375,7 @@ def open_records(train: str | Sequence[str] | None, share: Share | None = None) 
     """
     check_is_set(train)
     try:
-        source = formats.open_source(train, share)
+        source = formats.open_source(train)
     except ShardsNotFoundError as error:
         raise ValueError(f"config.data.train: {error}") from error
     unindexed = source.unindexed_urls

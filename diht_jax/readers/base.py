@@ -13,39 +13,10 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-# The readers clean and parse as records are read.
-from diht_jax.records.samples import (
-    IMAGE_EXTENSIONS,
-    MAX_IMAGE_BYTES,
-    Skipped,
-    clean_text,
-    merge_captions,
-    pick_captions,
-)
-from diht_jax.records.schema import Pair, parse_json_object
+from diht_jax.records.samples import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped
+from diht_jax.records.schema import Pair
 from diht_jax.storage import files, retries
-from diht_jax.storage.files import input_version
-from diht_jax.storage.stores import is_remote, read_start
-
-__all__ = [
-    "FOLDER_EXTENSIONS",
-    "IMAGE_EXTENSIONS",
-    "MAX_IMAGE_BYTES",
-    "SOURCE_REASONS",
-    "UNSUPPORTED_EXTENSIONS",
-    "Format",
-    "Skipped",
-    "SourceShard",
-    "clean_text",
-    "held_bytes",
-    "image_files",
-    "merge_captions",
-    "parse_json_object",
-    "pick_captions",
-    "read_image",
-    "walk_files",
-    "walk_images",
-]
+from diht_jax.storage.stores import input_version, is_remote, read_start
 
 # In folders people keep other pictures, too.
 _OTHERS = "gif bmp tif tiff jfif jpe avif jp2 j2k apng ppm pgm pbm"
@@ -200,49 +171,47 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
     Raises:
         StorageError: the file exists and cannot be read, now and after some attempts.
     """
-    if is_remote(root):
-        return _read_stored_image(root, name, key)
+    shown = repr(name if len(name) <= 200 else f"{name[:200]}...")
+    too_large = Skipped(key, "too_large", f"{shown} has over {MAX_IMAGE_BYTES} bytes")
     try:
-        # Resolved first, so that neither ".." nor a link leads out of the folder.
-        path = os.path.realpath(os.path.join(root, name))
-    except ValueError as error:
-        return Skipped(key, "refused_path", f"{_shortened(name)} can name no file ({error})")
-    if os.path.commonpath([root, path]) != root:
-        return Skipped(key, "refused_path", f"{_shortened(name)} leads out of '{root}'")
-    try:
-        status = files.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
-            return Skipped(key, "no_image", f"{_shortened(name)} is no ordinary file")
-        if status.st_size > MAX_IMAGE_BYTES:
-            detail = f"{_shortened(name)} has over {MAX_IMAGE_BYTES} bytes"
-            return Skipped(key, "too_large", detail)
-        return files.read_bytes(path)
+        path = (_stored_path if is_remote(root) else _local_path)(root, name)
+        if path is None:
+            return Skipped(key, "refused_path", f"{shown} leads out of '{root}'")
+        if is_remote(root):
+            image = read_start(path, MAX_IMAGE_BYTES + 1)
+        else:
+            status = files.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+                return Skipped(key, "no_image", f"{shown} is no ordinary file")
+            if status.st_size > MAX_IMAGE_BYTES:
+                return too_large
+            image = files.read_bytes(path)
     except OSError as error:
         # Anything else is no reason to lose a pair: the file may well be there.
         if not retries.is_missing(error):
             raise
-        return Skipped(key, "no_image", f"{_shortened(name)}: {error.strerror}")
+        return Skipped(key, "no_image", f"{shown}: {error.strerror or 'no such file'}")
+    except ValueError as error:
+        return Skipped(key, "refused_path", f"{shown} can name no file ({error})")
+    return too_large if len(image) > MAX_IMAGE_BYTES else image
 
 
-def _read_stored_image(root: str, name: str, key: str) -> bytes | Skipped:
-    """Does what `read_image` does, below a folder in a store."""
+def _local_path(root: str, name: str) -> str | None:
+    # Resolved first, so that neither ".." nor a link leads out of the folder.
+    path = os.path.realpath(os.path.join(root, name))
+    return path if _is_inside(path, root) else None
+
+
+def _is_inside(path: str, root: str) -> bool:
+    root = os.path.realpath(root)
+    return os.path.commonpath([root, os.path.realpath(path)]) == root
+
+
+def _stored_path(root: str, name: str) -> str | None:
     folder = f"{root.rstrip('/')}/"
     inner = name.removeprefix(folder)
     path = posixpath.normpath(inner)
-    if is_remote(inner) or f"{path}/".startswith(("/", "../")):
-        return Skipped(key, "refused_path", f"{_shortened(name)} leads out of '{root}'")
-    try:
-        image = read_start(folder + path, MAX_IMAGE_BYTES + 1)
-    except UnicodeEncodeError as error:
-        return Skipped(key, "refused_path", f"{_shortened(name)} can name no file ({error})")
-    except OSError as error:
-        if not retries.is_missing(error):
-            raise
-        return Skipped(key, "no_image", f"{_shortened(name)}: no such file in the store")
-    if len(image) > MAX_IMAGE_BYTES:
-        detail = f"{_shortened(name)} has over {MAX_IMAGE_BYTES} bytes"
-        return Skipped(key, "too_large", detail)
-    return image
+    return None if is_remote(inner) or f"{path}/".startswith(("/", "../")) else folder + path
 
 
 def image_files(folder: str) -> list[str]:
@@ -270,36 +239,30 @@ def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
     """
     for path, is_inside in walk_files(folder, root):
         extension = path.rpartition(".")[2].lower()
-        is_picture = extension in FOLDER_EXTENSIONS or extension in UNSUPPORTED_EXTENSIONS
+        is_readable = extension in FOLDER_EXTENSIONS
+        is_picture = is_readable or extension in UNSUPPORTED_EXTENSIONS
         if not is_inside and (is_picture or os.path.isdir(path)):
             yield path, "refused_path"
-        elif not is_inside:
-            continue
-        elif extension in FOLDER_EXTENSIONS:
-            yield path, None
-        elif extension in UNSUPPORTED_EXTENSIONS:
-            yield path, "unsupported_format"
+        elif is_inside and is_picture:
+            yield path, None if is_readable else "unsupported_format"
 
 
-def walk_files(folder: str, root: str) -> Iterator[tuple[str, bool]]:
+def walk_files(folder: str, root: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, bool]]:
     """Yields the path of every file that is not hidden, and whether it is inside of `root`.
 
     A link that leads out of `root` is yielded, and not followed.
 
+    Args:
+        folder: where to look.
+        root: folder that no link may lead out of.
+        above: real paths of the folders above.
+
     Raises:
         ValueError: a link makes a folder hold itself.
     """
-    real_root = os.path.realpath(root)
-    if not _is_inside(folder, real_root):
+    if not _is_inside(folder, root):
         yield folder, False
         return
-    for entry, is_inside in _walk(folder, real_root, ()):
-        yield entry.path, is_inside
-
-
-def _walk(
-    folder: str, root: str, above: tuple[str, ...]
-) -> Iterator[tuple[os.DirEntry[str], bool]]:
     real_path = os.path.realpath(folder)
     if real_path in above:
         raise ValueError(f"'{folder}' leads back to '{real_path}', which holds it; remove the link")
@@ -308,17 +271,9 @@ def _walk(
     for entry in children:
         if entry.name.startswith("."):
             continue
-        if entry.is_symlink() and not _is_inside(entry.path, root):
-            yield entry, False
-        elif entry.is_dir():
-            yield from _walk(entry.path, root, (*above, real_path))
+        if entry.is_dir():
+            yield from walk_files(entry.path, root, (*above, real_path))
+        elif entry.is_symlink() and not _is_inside(entry.path, root):
+            yield entry.path, False
         elif entry.is_file():
-            yield entry, True
-
-
-def _is_inside(path: str, root: str) -> bool:
-    return os.path.commonpath([root, os.path.realpath(path)]) == root
-
-
-def _shortened(name: str) -> str:
-    return repr(name if len(name) <= 200 else f"{name[:200]}...")
+            yield entry.path, True

@@ -14,10 +14,10 @@ from diht_jax.readers.base import (
     Format,
     Skipped,
     SourceShard,
-    clean_text,
     read_image,
     walk_images,
 )
+from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair
 
 

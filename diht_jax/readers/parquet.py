@@ -9,51 +9,44 @@ img2dataset's parquet files hold metadata only.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from diht_jax.readers.base import (
-    IMAGE_EXTENSIONS,
-    MAX_IMAGE_BYTES,
-    Format,
-    Skipped,
-    SourceShard,
-    clean_text,
-    merge_captions,
-    parse_json_object,
-    pick_captions,
-)
-from diht_jax.records.formats.tar_members import ExpansionCheck
-from diht_jax.records.schema import Pair
-from diht_jax.storage.files import input_size
+from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Format, Skipped, SourceShard
+from diht_jax.records.formats.tar_members import check_expansion
+from diht_jax.records.samples import clean_text, merge_captions, pick_captions
+from diht_jax.records.schema import Pair, parse_json_object
 from diht_jax.storage.retries import is_storage_failure
-from diht_jax.storage.stores import BLOCK_BYTES, StoreFile, check_failure, is_remote, open_file
+from diht_jax.storage.stores import (
+    BLOCK_BYTES,
+    RangesFile,
+    check_failure,
+    input_size,
+    is_remote,
+    open_file,
+    open_ranges,
+)
 
 SUFFIX = ".parquet"
 IMAGE_COLUMNS = (*IMAGE_EXTENSIONS, "image")
 CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
 LABEL_COLUMN = "label"
 
-# Bytes of a column that Arrow reads at once, instead of all of it in a row group.
+# Bytes of a column of a local file that Arrow reads at once, instead of all of it in a row group.
 _BUFFER_BYTES = 2**20
 
 
-_FOOTER_BYTES = 2**16  # the end of a file that Arrow reads first
-_BUFFERED_BYTES = 2**16
-
-
-def open_parquet(path: str, row_groups: tuple[int, int] | None = None) -> Any:
+def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
     """The `pyarrow.parquet.ParquetFile` at a path; its reads are tried again.
+
+    Of a file in a store, Arrow requests the columns that are read, neighbours together.
 
     Args:
         path: of the file, or its URL.
-        row_groups: the first one and the end of those that will be read; all where None. No
-            others are fetched of a file in a store; (0, 0) is for the footer alone.
+        is_footer_enough: whether no row will be read.
 
     Raises:
         ValueError: it cannot be read as one.
@@ -62,85 +55,18 @@ def open_parquet(path: str, row_groups: tuple[int, int] | None = None) -> Any:
     import pyarrow
     import pyarrow.parquet
 
-    if is_remote(path):
-        file = io.BufferedReader(_ColumnsFile(path, row_groups == (0, 0)), _BUFFERED_BYTES)
-    else:
-        file = open_file(path)
+    is_stored = is_remote(path)
+    is_small = not is_stored or (not is_footer_enough and input_size(path) <= BLOCK_BYTES)
+    # Of a small file in a store the whole is one request.
+    file = open_file(path) if is_small else RangesFile(open_ranges(path))
+    buffer_size = 0 if is_stored else _BUFFER_BYTES
     try:
-        opened = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
-        if is_remote(path):
-            file.raw.expect(opened.metadata, row_groups)
-        return opened
+        return pyarrow.parquet.ParquetFile(file, buffer_size=buffer_size, pre_buffer=is_stored)
     except (pyarrow.ArrowInvalid, OSError) as error:
         check_failure(file)
         if is_storage_failure(error):
             raise
         raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
-
-
-class _ColumnsFile(StoreFile):
-    """A parquet file in a store, of which every block is fetched once.
-
-    Arrow reads the columns of a row group in turns, so that blocks are kept for as long as a column
-    may go on in them: those inside of a single column of a row group until the next one of it is
-    read, all others until the row group after theirs has been reached.
-    """
-
-    def __init__(self, url: str, is_footer_only: bool):
-        super().__init__(url)
-        # Of a small file the whole is a single request.
-        is_cut = is_footer_only or self.size > BLOCK_BYTES
-        footer = max(0, self.size - _FOOTER_BYTES) if is_cut else 0
-        self._borders = sorted({0, footer, self.size})
-        self._is_planned = False
-        self._last_wanted = 0
-        self._chunks: list[tuple[int, int, int]] = []  # first byte, end, row group
-
-    def expect(self, metadata: Any, row_groups: tuple[int, int] | None) -> None:
-        """Cuts the bytes of the row groups that will be read into blocks, by the footer."""
-        first, stop = row_groups or (0, metadata.num_row_groups)
-        for number in range(first, stop):
-            group = metadata.row_group(number)
-            for index in range(group.num_columns):
-                column = group.column(index)
-                pages = [column.data_page_offset]
-                if column.has_dictionary_page and column.dictionary_page_offset:
-                    pages.append(column.dictionary_page_offset)
-                begin = min(pages)
-                self._chunks.append((begin, begin + column.total_compressed_size, number))
-        self._chunks.sort()
-        self._is_planned = True
-        if not self._chunks or len(self._borders) == 2:  # a small file is there already
-            return
-        begin, end = self._chunks[0][0], max(end for _, end, _ in self._chunks)
-        footer = self._borders[1]
-        cuts = range(begin, min(end, footer), BLOCK_BYTES)
-        self._borders = sorted({0, *cuts, min(end, footer), *self._borders[1:]})
-        self._last_wanted = min(end, footer)
-
-    def readinto(self, buffer: memoryview) -> int:
-        if not self._is_planned and self._position < self._borders[1] < self.size:
-            bisect.insort(self._borders, self._position)  # where a long footer begins
-        return super().readinto(buffer)
-
-    def _is_wanted(self, number: int) -> bool:
-        return self._borders[number] < self._last_wanted
-
-    def _forget(self, position: int) -> None:
-        current = self._chunk(position)
-        group = self._chunks[current][2] if self._chunks else 0
-        for start in list(self._blocks):
-            end = self._borders[self._borders.index(start) + 1]
-            if start >= self._last_wanted:
-                continue  # the footer
-            first, last = self._chunk(start), self._chunk(end - 1)
-            is_inside = first == last == current and end <= position
-            if is_inside or self._chunks[last][2] + 1 < group:
-                del self._blocks[start]
-
-    def _chunk(self, position: int) -> int:
-        """The number of the column of a row group that a byte belongs to."""
-        return max(0, bisect.bisect_right(self._chunks, (position, self.size, 0)) - 1)
 
 
 @contextlib.contextmanager
@@ -171,8 +97,24 @@ def read_rows(file: Any, columns: list[str] | None = None) -> Iterator[dict[str,
         file: of `open_parquet`.
         columns: names of those that are read; all where None.
     """
-    for batch in file.iter_batches(batch_size=1, columns=columns, use_threads=False):
-        yield from batch.to_pylist()
+    for row_groups in _row_group_runs(file.metadata):
+        for batch in file.iter_batches(1, row_groups, columns=columns, use_threads=False):
+            yield from batch.to_pylist()
+
+
+def _row_group_runs(metadata: Any) -> Iterator[list[int]]:
+    """Neighbouring row groups of up to `BLOCK_BYTES`, which Arrow holds together; one at least."""
+    run, num_bytes = [], 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        size = sum(group.column(n).total_compressed_size for n in range(group.num_columns))
+        if run and num_bytes + size > BLOCK_BYTES:
+            yield run
+            run, num_bytes = [], 0
+        run.append(number)
+        num_bytes += size
+    if run:
+        yield run
 
 
 def read_parquet(source: SourceShard, *, needs_caption: bool = True) -> Iterator[Pair | Skipped]:
@@ -197,14 +139,15 @@ def read_parquet(source: SourceShard, *, needs_caption: bool = True) -> Iterator
     stem = os.path.basename(source.path).removesuffix(SUFFIX)
     seen: set[str] = set()
     number = 0
-    expansion = ExpansionCheck(source.path, input_size(source.path))
+    num_bytes, unpacked_bytes = input_size(source.path), 0
     with explain_errors(source.path, lambda: f"damaged at row {number}"):
         for row in read_rows(file):
             key = clean_text(str(row.get("key") or "")) or f"{stem}-{number:08d}"
             number += 1
             if isinstance(row[image_column], dict):  # Hugging Face's struct
                 row[image_column] = row[image_column].get("bytes")
-            expansion.add(len(row[image_column] or b""))
+            unpacked_bytes += len(row[image_column] or b"")
+            check_expansion(source.path, num_bytes, unpacked_bytes)
             if key in seen:
                 yield Skipped(key, "duplicate", "the key was there before")
                 continue
@@ -275,6 +218,6 @@ def clean_row(row: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any
 FORMAT = Format(
     suffixes=(SUFFIX,),
     read=read_parquet,
-    count=lambda source: open_parquet(source.path, (0, 0)).metadata.num_rows,
+    count=lambda source: open_parquet(source.path, is_footer_enough=True).metadata.num_rows,
     metadata_of=("webdataset", "tfrecord", "array_record"),
 )

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from diht_jax.readers.base import Format, SourceShard
 from diht_jax.records import schema
+from diht_jax.records.catalog import kind_of
 from diht_jax.records.formats.array_record import ArrayRecordSource, read_array_records
 from diht_jax.records.samples import SampleError, Skipped, has_sample_fields
 from diht_jax.records.schema import Pair
-from diht_jax.records.tfrecord import INDEX, TFRecordSource, is_shard, read_records
+from diht_jax.records.tfrecord import INDEX, TFRecordSource, read_records
 from diht_jax.storage.copies import local_copy
-from diht_jax.storage.files import input_size
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.stores import input_size, is_remote
 
 
 def read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
@@ -42,7 +42,7 @@ def read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 
 def _read_bytes(path: str) -> Iterator[bytes]:
-    if is_shard(path, ArrayRecordSource.kind):
+    if kind_of(path) == ArrayRecordSource.kind:
         # Its library reads local files only, and begins at their end.
         with local_copy(path) as local:
             yield from read_array_records(local)
@@ -60,13 +60,13 @@ def _count_records(shard: SourceShard) -> int | None:
 
 ARRAY_RECORD = Format(
     suffixes=(".array_record",),
-    matches=lambda path: is_shard(path, ArrayRecordSource.kind),
+    matches=lambda path: kind_of(path) == ArrayRecordSource.kind,
     read=read_shard,
     count=lambda shard: None if is_remote(shard.path) else len(ArrayRecordSource([shard.path])),
 )
 FORMAT = Format(
     suffixes=(".tfrecord",),
-    matches=is_shard,  # train.tfrecord-00000-of-00010, too
+    matches=lambda path: kind_of(path) == TFRecordSource.kind,  # train.tfrecord-00000-of-00010, too
     read=read_shard,
     count=_count_records,
 )

@@ -36,21 +36,7 @@ from diht_jax.readers.base import Format, Skipped, SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files, retries
 from diht_jax.storage.files import find_inputs, is_glob
-from diht_jax.storage.stores import is_remote, open_system
-
-__all__ = [
-    "FORMATS",
-    "PairSource",
-    "Skipped",
-    "SourceShard",
-    "describe_linked",
-    "list_shards",
-    "name_options",
-    "names_files",
-    "open_source",
-    "option_defaults",
-    "read_pairs",
-]
+from diht_jax.storage.stores import is_remote
 
 # Kind of a shard -> format. The first that recognises a text or a file reads it.
 FORMATS: dict[str, Format] = {
@@ -234,64 +220,45 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
     for kind, form in FORMATS.items():
         if form.prefix and text.startswith(form.prefix):
             return _list_one(kind, text, options)
-    if is_remote(text):
-        return _list_remote(text, options)
-    if os.path.isdir(text):
-        return _list_folder(text, options)
-    paths = [text] if os.path.isfile(text) else sorted(glob.glob(text, recursive=True))
-    return _list_files(text, paths, options)
-
-
-def _list_files(text: str, paths: Sequence[str], options: dict[str, Any]) -> list[SourceShard]:
-    """The units of the files that a text means; none of them may be of an unknown kind."""
-    paths = [path for path in paths if not path.endswith(".idx")]
-    if not paths:
+    is_stored = is_remote(text)
+    is_folder = not is_glob(text) if is_stored else os.path.isdir(text)
+    if is_stored:
+        paths = sorted(find_inputs(text))
+    elif is_folder:
+        paths = sorted(entry.path for entry in os.scandir(text) if entry.is_file())
+    else:
+        paths = [text] if os.path.isfile(text) else sorted(glob.glob(text, recursive=True))
+    kinds = _recognise([path for path in paths if not path.endswith(".idx")])
+    known = {path: kind for path, kind in kinds.items() if kind is not None}
+    if is_folder and len(set(known.values())) > 1:
         raise ValueError(
-            f"nothing at '{text}'; expected a file, a folder, a glob that matches some, or "
-            "tfds:NAME:SPLIT"
+            f"folder '{text}' holds several kinds of source "
+            f"({', '.join(sorted(set(known.values())))}); name the files by a glob"
         )
-    kinds = _recognise(paths)
     unknown = [path for path, kind in kinds.items() if kind is None]
-    if unknown:
+    if unknown and not (is_stored or is_folder):
         raise ValueError(
             f"{', '.join(unknown[:_LARGEST_LISTING])}: not a source of pairs; expected names that "
             f"end in {_known_suffixes()}"
         )
-    return [shard for path, kind in kinds.items() for shard in _list_one(kind, path, options)]
-
-
-def _list_folder(folder: str, options: dict[str, Any]) -> list[SourceShard]:
-    files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
-    if shards := _list_files_in(folder, files, options):
-        return shards
+    if known:
+        return [shard for path, kind in known.items() for shard in _list_one(kind, path, options)]
+    if is_stored:
+        raise ValueError(
+            f"nothing to read at '{text}'; of an object store tars, tables, parquet files and "
+            f"record shards are read, by names that end in {_known_suffixes()}; folders of images "
+            "must be copied or mounted"
+        )
+    if not is_folder:
+        raise ValueError(
+            f"nothing at '{text}'; expected a file, a folder, a glob that matches some, or "
+            "tfds:NAME:SPLIT"
+        )
     for kind, form in FORMATS.items():
-        if form.is_folder and (shards := _list_one(kind, folder, options)):
+        if form.is_folder and (shards := _list_one(kind, text, options)):
             return shards
     raise ValueError(
-        f"folder '{folder}' holds neither TFRecord shards, tars or tables nor sub-folders of images"
-    )
-
-
-def _list_files_in(folder: str, files: Sequence[str], options: dict[str, Any]) -> list[SourceShard]:
-    """The units of the files of a folder that a format reads, if any."""
-    found = {path: kind for path, kind in _recognise(files).items() if kind}
-    if len(set(found.values())) > 1:
-        raise ValueError(
-            f"folder '{folder}' holds several kinds of source "
-            f"({', '.join(sorted(set(found.values())))}); name the files by a glob"
-        )
-    return [shard for path, kind in found.items() for shard in _list_one(kind, path, options)]
-
-
-def _list_remote(url: str, options: dict[str, Any]) -> list[SourceShard]:
-    paths = [path for path in sorted(find_inputs(url)) if _kind_of(path)]
-    if paths:
-        of_glob = is_glob(open_system(url)[1])
-        return (_list_files if of_glob else _list_files_in)(url, paths, options)
-    raise ValueError(
-        f"nothing to read at '{url}'; of an object store tars, tables, parquet files and record "
-        f"shards are read, by names that end in {_known_suffixes()}; folders of images must be "
-        "copied or mounted"
+        f"folder '{text}' holds neither TFRecord shards, tars or tables nor sub-folders of images"
     )
 
 
@@ -316,16 +283,14 @@ def _list_one(kind: str, path: str, options: dict[str, Any]) -> list[SourceShard
     form = FORMATS[kind]
     if form.list_shards is None:
         return [SourceShard(kind, path)]
-    own = None
-    if form.options is not None:
-        names = _option_names(kind)
-        own = form.options(**{name: options[name] for name in names if name in options})
+    names = [name for name in _option_names(kind) if name in options]
+    own = form.options(**{name: options[name] for name in names}) if form.options else None
     return form.list_shards(path, own)
 
 
 def _option_names(kind: str) -> list[str]:
-    kinds = FORMATS[kind].options
-    return [field.name for field in dataclasses.fields(kinds)] if kinds else []
+    options = FORMATS[kind].options
+    return [field.name for field in dataclasses.fields(options)] if options else []
 
 
 def _known_suffixes() -> str:

@@ -19,19 +19,10 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
-from diht_jax.readers.base import (
-    Format,
-    Skipped,
-    SourceShard,
-    clean_text,
-    merge_captions,
-    parse_json_object,
-    pick_captions,
-    read_image,
-)
-from diht_jax.records.schema import Pair
-from diht_jax.storage.files import input_size
-from diht_jax.storage.stores import is_remote, open_file, read_start
+from diht_jax.readers.base import Format, Skipped, SourceShard, read_image
+from diht_jax.records.samples import clean_text, merge_captions, pick_captions
+from diht_jax.records.schema import Pair, parse_json_object
+from diht_jax.storage.stores import input_size, is_remote, open_file, read_start
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
@@ -66,7 +57,9 @@ class TableOptions:
 
 
 def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
-    """Cuts a table into parts.
+    """Cuts a local table into parts; of one in a store only the beginning is read.
+
+    Images in a store are not compared with those of an earlier run: that would be a request each.
 
     Args:
         path: of a jsonl, csv or tsv file.
@@ -82,53 +75,35 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
     root = options.image_root or os.path.dirname(path) or "."
     if not is_remote(root) and not os.path.isdir(root):
         raise ValueError(f"{path}: there is no image folder '{root}'; set image_root")
-    shared = dataclasses.asdict(options) | {"image_root": root}
-    if is_remote(path):
-        return [_whole_table(path, options, shared)]
-    header: list[str] | None = None
-    boundaries, row_count, position = [], 0, 0
-    with open_file(path) as file:
+    is_stored = is_remote(path)
+    parts: list[tuple[int, int]] = []  # first byte and row
+    count, header, position = 0, None, 0
+    with io.BytesIO(read_start(path, _HEAD_BYTES)) if is_stored else open_file(path) as file:
         _check_encoding(path, file)
         if path.endswith(".jsonl"):
             _check_jsonl_columns(path, file, options)
         else:
             header, position = _read_csv_header(path, file, options)
         file.seek(position)
-        for row_start, row_end in _row_extents(path, file, position):
-            if row_count % options.rows_per_shard == 0:
-                boundaries.append((row_start, row_count))
-            row_count, position = row_count + 1, row_end
-    if not row_count:
+        rows = _whole(path, position) if is_stored else _row_extents(path, file, position)
+        for start, stop in rows:
+            if count % options.rows_per_shard == 0:
+                parts.append((start, count))
+            count, position = count + 1, stop
+    if not count:
         raise ValueError(f"{path}: the table has no rows")
-    stops = [start for start, _ in boundaries[1:]] + [position]
+    stops = [start for start, _ in parts[1:]] + [position]
+    shared = dataclasses.asdict(options) | {"image_root": root, "header": header}
+    reads_linked = not (is_stored or is_remote(root))
     return [
-        SourceShard(
-            "table",
-            path,
-            start,
-            stop,
-            shared | {"first_row": first_row, "header": header},
-            reads_linked=not is_remote(root),
-        )
-        for (start, first_row), stop in zip(boundaries, stops, strict=True)
+        SourceShard("table", path, start, stop, shared | {"first_row": row}, reads_linked)
+        for (start, row), stop in zip(parts, stops, strict=True)
     ]
 
 
-def _whole_table(path: str, options: TableOptions, shared: dict[str, Any]) -> SourceShard:
-    """The one part of a table in a store; only the beginning of the table is read for it.
-
-    Images in a store are not compared with those of an earlier run: that would be a request each.
-    """
+def _whole(path: str, position: int) -> Iterator[tuple[int, int]]:
+    """The rows of a table in a store as a single one, if there are any."""
     size = input_size(path)
-    start = io.BytesIO(read_start(path, _HEAD_BYTES))
-    _check_encoding(path, start)
-    header, position = None, 0
-    if path.endswith(".jsonl"):
-        _check_jsonl_columns(path, start, options)
-    else:
-        header, position = _read_csv_header(path, start, options)
-    if position >= size:
-        raise ValueError(f"{path}: the table has no rows")
     if size > _LARGE_TABLE_BYTES:
         logging.warning(
             "%s: %d MB in a store are a single unit of work; several smaller tables would let "
@@ -136,8 +111,8 @@ def _whole_table(path: str, options: TableOptions, shared: dict[str, Any]) -> So
             path,
             size // 10**6,
         )
-    own = shared | {"first_row": 0, "header": header}
-    return SourceShard("table", path, position, size, own, reads_linked=False)
+    if position < size:
+        yield position, size
 
 
 def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:

@@ -14,9 +14,9 @@ The JSON has `shards`, `records`, `anchors` and `names_bytes` (how long the arra
 (what a kind's number means), maybe `vocabulary` (of the concepts that all shards are labelled
 with) and, of shards of labels, `labels` (which record shards they belong to, see
 `labels/shards.py`). Anchors are the offsets of the records 0, 64, 128, ... of every shard: with the
-head alone, which is small, one finds the blocks of every multiple of 64 records. The offsets are
-memory-mapped, or read a few at a time. A record ends where the next one begins, the last one with
-its shard. A shard's digest is the number that its 16 hex digits write; see `digest_shard`.
+head alone, which is small, one finds the blocks of every multiple of 64 records. A record ends
+where the next one begins, the last one with its shard. A shard's digest is the number that its 16
+hex digits write; see `digest_shard`.
 
 The head is checked when it is read. The offsets, which may take gigabytes, are checked one by one
 as they are used: no offset leads out of its shard, and a record's own frame must fit both of its
@@ -38,7 +38,8 @@ import google_crc32c
 import numpy as np
 
 from diht_jax.records.format import TFRecordError
-from diht_jax.storage.stores import is_remote, open_file, read_range
+from diht_jax.storage.copies import cached_copy
+from diht_jax.storage.stores import is_remote, open_ranges, read_range
 
 INDEX_NAME = "dataset.index"
 ANCHOR_RECORDS = 64
@@ -50,10 +51,11 @@ KINDS = {"tfrecord": 16, "tar": 512}
 _MAGIC = b"DIHTSET1"
 _PREAMBLE = struct.Struct("<8sQII")
 _LENGTH = struct.Struct("<Q")
-_MAX_SHARD_BYTES = 2**62  # so that sums of offsets and lengths fit into an int64
+_MAX_NUMBER = 2**61  # so that sums of offsets and lengths fit into an int64
 # Read at first: enough for the preamble and the head of some thousands of shards.
 _FIRST_READ_BYTES = 2**20
 _MAX_HEAD_BYTES = 2**36
+_CACHED_GROUPS = 1024  # of 64 offsets of indices in stores
 
 
 def digest_shard(offsets: np.ndarray, head: bytes, tail: bytes) -> str:
@@ -90,56 +92,51 @@ class ShardEntry:
     digest: str
     anchors: np.ndarray
 
-    @classmethod
-    def of_shard(
-        cls, name: str, kind: str, num_bytes: int, offsets: np.ndarray, digest: str
-    ) -> ShardEntry:
-        """The entry of a shard whose offsets are known."""
-        anchors = np.array(offsets[::ANCHOR_RECORDS], np.uint64)
-        return cls(name, kind, len(offsets), num_bytes, digest, anchors)
 
+class DatasetIndex:
+    """The head of an index, and access to its offsets. It can be pickled.
 
-class ShardTable:
-    """The head of an index.
+    A record at a multiple of 64 is found with the head alone. The offsets of others are
+    memory-mapped, or, of an index in a store, read 64 at a time.
 
     Attributes:
+        path: path or URL of the file.
         head: its bytes.
+        facts: the JSON.
         names, kinds: str, of each shard.
         num_records, num_bytes: int64 [shards].
         starts: int64 [shards + 1], the first record of each shard.
-        facts: the JSON.
     """
 
-    def __init__(self, head: bytes, path: str):
+    def __init__(self, head: bytes, path: str, local_path: str | None = None):
         """Reads and checks a head.
 
         Args:
             head: of the file.
-            path: of the file, for messages.
+            path: of the file, or its URL.
+            local_path: of a copy on this host.
 
         Raises:
             TFRecordError: it is damaged, or its numbers contradict each other.
         """
+        self.head, self.path = head, path
+        self._local_path = local_path or (None if is_remote(path) else path)
+        self._mapped: np.ndarray | None = None
         try:
-            self._parse(head)
-            self._check()
+            self._parse()
         except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-            raise damaged(path, str(error)) from error
-        self.head = head
-        self.path = path
+            raise self.damaged(str(error)) from error
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.head, self.path, self._local_path)
 
     @functools.cached_property
     def rows(self) -> dict[str, int]:
         """The row of each shard, by its name."""
         return {name: row for row, name in enumerate(self.names)}
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """32 hex digits that two indices share only where they describe the same shards."""
-        return hashlib.sha256(self.head).hexdigest()[:32]
 
     @property
     def vocabulary(self) -> dict[str, Any] | None:
@@ -152,51 +149,129 @@ class ShardTable:
         return self.facts.get("labels")
 
     @property
-    def offsets_start(self) -> int:
-        """First byte of the offsets in the file."""
-        return _PREAMBLE.size + len(self.head)
-
-    @property
     def file_bytes(self) -> int:
         """Size of the file."""
-        return self.offsets_start + 8 * int(self.starts[-1])
+        return _PREAMBLE.size + len(self.head) + 8 * int(self.starts[-1])
 
-    def digest(self, row: int) -> str:
-        """The digest of a shard, 16 hex digits."""
-        return f"{int(self._digests[row]):016x}"
+    @property
+    def rebuild_command(self) -> str:
+        """The command that brings the index up to date."""
+        return rebuild_command(os.path.dirname(self.path))
 
-    def anchor(self, row: int, group: int) -> int:
-        """The offset of record 64 * group of a shard."""
-        return int(self._anchors[self._anchor_starts[row] + group])
+    def sizes(self, kind: str | None = None) -> dict[str, int]:
+        """Bytes of each shard, or of those of a kind, by name."""
+        rows = zip(self.names, self.kinds, self.num_bytes.tolist(), strict=True)
+        return {name: size for name, its_kind, size in rows if kind in (None, its_kind)}
 
     def entry(self, row: int) -> ShardEntry:
         """All that is stated of a shard."""
-        anchors = self._anchors[self._anchor_starts[row] : self._anchor_starts[row + 1]]
         return ShardEntry(
             name=self.names[row],
             kind=self.kinds[row],
             num_records=int(self.num_records[row]),
             num_bytes=int(self.num_bytes[row]),
-            digest=self.digest(row),
-            anchors=anchors,
+            digest=f"{int(self._digests[row]):016x}",
+            anchors=self._anchors[self._anchor_starts[row] : self._anchor_starts[row + 1]],
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"head": self.head, "path": self.path}
+    def extent(self, row: int, begin: int, end: int) -> tuple[int, int]:
+        """First byte and end of the records [begin, end) of a shard.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        Raises:
+            TFRecordError: the index is damaged.
+        """
+        smallest, size = KINDS[self.kinds[row]], int(self.num_bytes[row])
+        start = self._offset(row, begin)
+        stop = size if end == self.num_records[row] else self._offset(row, end)
+        if not start + smallest * (end - begin) <= stop <= size:
+            raise self.damaged(f"record {begin} of {self.names[row]} would be at byte {start}")
+        return start, stop
 
-    def _parse(self, head: bytes) -> None:
+    def bounds(self, row: int, begin: int, end: int) -> np.ndarray:
+        """int64 [end - begin + 1], where the records [begin, end) begin, and where they end.
+
+        Raises:
+            TFRecordError: the index is damaged.
+        """
+        first = int(self.starts[row])
+        is_last = end == self.num_records[row]
+        offsets = self._read(first + begin, first + end + (not is_last))
+        if is_last:
+            offsets = np.append(offsets, self.num_bytes[row].astype(np.uint64))
+        if (offsets > np.uint64(self.num_bytes[row])).any():
+            raise self.damaged(f"records {begin} to {end - 1} of {self.names[row]} are elsewhere")
+        return offsets.astype(np.int64)
+
+    def offsets(self, row: int) -> np.ndarray:
+        """uint64 [n], where the records of a shard begin."""
+        return np.array(self._read(int(self.starts[row]), int(self.starts[row + 1])))
+
+    def make_local(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
+        """Downloads an index from a store; the processes of a host share one copy.
+
+        Args:
+            cache_dir: gets the file; None is a folder of this user in the system's temporary one.
+
+        Raises:
+            ValueError: there is no room for it.
+        """
+        if self._local_path is None:
+            self._local_path = cached_copy(
+                self.path,
+                f"dataset-{hashlib.sha256(self.head).hexdigest()[:32]}.index",
+                self.file_bytes,
+                cache_dir,
+                "name another folder by config.data.cache_dir, or take "
+                'config.data.order="blocks", which does not need it',
+            )
+
+    def damaged(self, detail: str) -> TFRecordError:
+        """The error for an index that cannot be used."""
+        return _damaged(self.path, detail)
+
+    def _offset(self, row: int, record: int) -> int:
+        """The first byte of a record that is not the end of its shard."""
+        group, within = divmod(record, ANCHOR_RECORDS)
+        if not within:
+            return int(self._anchors[self._anchor_starts[row] + group])
+        begin = int(self.starts[row]) + group * ANCHOR_RECORDS
+        end = min(begin + ANCHOR_RECORDS, int(self.starts[row + 1]))
+        return int(self._read(begin, end)[within])
+
+    def _read(self, begin: int, end: int) -> np.ndarray:
+        """The offsets [begin, end), numbered through all shards."""
+        if self._local_path is not None:
+            return self._map()[begin:end]
+        start, checksum = _PREAMBLE.size + len(self.head), google_crc32c.value(self.head)
+        return _read_offsets(self.path, checksum, start + 8 * begin, start + 8 * end)
+
+    def _map(self) -> np.ndarray:
+        if self._mapped is None:
+            with open(self._local_path, "rb") as file:
+                found, size = file.read(_PREAMBLE.size), os.fstat(file.fileno()).st_size
+            if (found, size) != (encode_preamble(self.head), self.file_bytes):
+                raise ValueError(f"{self._local_path} was written again since; start again")
+            start, count = _PREAMBLE.size + len(self.head), int(self.starts[-1])
+            # Threads read records at once: none may see anything but the whole map. Nothing cannot
+            # be mapped.
+            self._mapped = (
+                np.memmap(self._local_path, "<u8", "r", start, (count,))
+                if count
+                else np.zeros(0, np.uint64)
+            )
+        return self._mapped
+
+    def _parse(self) -> None:
+        head = self.head
         (json_bytes,) = _LENGTH.unpack_from(head)
         if json_bytes > len(head):
             raise ValueError("its JSON is cut off")
         position = _LENGTH.size
-        facts = json.loads(head[position : position + json_bytes])
+        self.facts = facts = json.loads(head[position : position + json_bytes])
         numbers = [facts[name] for name in ("shards", "records", "anchors", "names_bytes")]
-        if not all(type(number) is int and 0 <= number < 2**61 for number in numbers):
+        if not all(type(number) is int and 0 <= number < _MAX_NUMBER for number in numbers):
             raise ValueError("a number of its JSON is out of range")
-        shards, self._stated_records, anchors, names_bytes = numbers
+        shards, num_records, anchors, names_bytes = numbers
         position += json_bytes + -json_bytes % 8
         arrays_bytes = 8 * (3 * shards + anchors) + shards + names_bytes
         if position + arrays_bytes + -arrays_bytes % 8 != len(head):
@@ -206,50 +281,39 @@ class ShardTable:
         records, sizes, self._digests, self._anchors = np.split(
             columns, [shards, 2 * shards, 3 * shards]
         )
-        if max(records.max(initial=0), sizes.max(initial=0)) > _MAX_SHARD_BYTES:
+        if max(records.max(initial=0), sizes.max(initial=0)) > _MAX_NUMBER:
             raise ValueError("a number of its table is out of range")
         kinds = np.frombuffer(head, np.uint8, shards, position)
         names = head[position + shards : position + shards + names_bytes].decode()
-        self.facts = facts
         self.num_records, self.num_bytes = records.astype(np.int64), sizes.astype(np.int64)
         self.kinds = [facts["kinds"][kind] for kind in kinds.tolist()]
         self.names = names.split("\0")[:-1]
-        if len(self.names) != shards or not (names.endswith("\0") or not names):
-            raise ValueError(f"it has {len(self.names)} names for {shards} shards")
-
-    def _check(self) -> None:
+        if len(self.names) != shards or len(self.rows) != shards or names[-1:] not in ("", "\0"):
+            raise ValueError(f"it has {len(self.rows)} names for {shards} shards")
         for name in self.names:
             if name in ("", ".", "..") or "/" in name:
                 raise ValueError(f"'{name!r:.80}' is no name of a file in its folder")
-        if len(self.rows) != len(self.names):
-            raise ValueError("two shards have one name")
         smallest = np.array([KINDS[kind] for kind in self.kinds], np.int64)
-        counts = self.num_records
-        if (counts > self.num_bytes // np.maximum(smallest, 1)).any():
+        if (self.num_records > self.num_bytes // np.maximum(smallest, 1)).any():
             raise ValueError("a shard has more records than there is room for")
-        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        if self.starts[-1] != self._stated_records or (self.starts < 0).any():
-            raise ValueError("its numbers of records differ")
-        groups = -(-counts // ANCHOR_RECORDS)
+        self.starts = np.concatenate([[0], np.cumsum(self.num_records)]).astype(np.int64)
+        groups = -(-self.num_records // ANCHOR_RECORDS)
         self._anchor_starts = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
-        if self._anchor_starts[-1] != len(self._anchors):
-            raise ValueError("its number of anchors is wrong")
-        # Every group must have room for its records before the next one, or before the end.
-        shard = np.repeat(np.arange(len(counts)), groups)
-        group = np.arange(len(shard)) - self._anchor_starts[:-1][shard]
-        room = smallest[shard] * np.minimum(ANCHOR_RECORDS, counts[shard] - ANCHOR_RECORDS * group)
-        ends = self.num_bytes[shard]
-        is_last = ANCHOR_RECORDS * (group + 1) >= counts[shard]
-        if (self._anchors > np.uint64(_MAX_SHARD_BYTES)).any():
-            raise ValueError("an anchor is out of range")
-        anchors = self._anchors.astype(np.int64)
-        ends = np.where(is_last, ends, np.append(anchors[1:], 0))
-        if (anchors + room > ends).any():
-            raise ValueError("an anchor leads out of its shard")
+        if (self.starts[-1], self._anchor_starts[-1]) != (num_records, anchors):
+            raise ValueError("its numbers of records differ")
 
 
-def damaged(path: str, detail: str) -> TFRecordError:
-    """The error for an index that cannot be used."""
+@functools.lru_cache(_CACHED_GROUPS)
+def _read_offsets(path: str, head_checksum: int, start: int, end: int) -> np.ndarray:
+    """Some offsets of an index in a store; the checksum tells two indices of one name apart."""
+    del head_checksum
+    data = read_range(path, start, end)
+    if len(data) != end - start:
+        raise _damaged(path, "it is cut off")
+    return np.frombuffer(data, "<u8")
+
+
+def _damaged(path: str, detail: str) -> TFRecordError:
     return TFRecordError(
         f"{path}: this index is damaged ({detail}); delete it, or make it again by "
         f"`{rebuild_command(os.path.dirname(path))} --overwrite`"
@@ -261,7 +325,7 @@ def rebuild_command(folder: str) -> str:
     return f"python -m diht_jax.data.index {folder or '.'}"
 
 
-def read_table(path: str, file_bytes: int | None = None) -> ShardTable:
+def read_index(path: str, file_bytes: int | None = None) -> DatasetIndex:
     """Reads the head of an index: in a store, by one or two requests.
 
     Args:
@@ -272,50 +336,26 @@ def read_table(path: str, file_bytes: int | None = None) -> ShardTable:
         FileNotFoundError: there is none.
         TFRecordError: it is damaged, or cut off.
     """
-    if is_remote(path):
-        first = read_range(path, 0, _FIRST_READ_BYTES)
-        head_bytes, checksum = _unpack_preamble(path, first, file_bytes)
-        end = _PREAMBLE.size + head_bytes
-        if end > len(first) == _FIRST_READ_BYTES:
-            first += read_range(path, len(first), end)
-        head = first[_PREAMBLE.size : end]
-    else:
-        with open_file(path) as file:
-            file_bytes = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            preamble = file.read(_PREAMBLE.size)
-            head_bytes, checksum = _unpack_preamble(path, preamble, file_bytes)
-            head = file.read(head_bytes)
+    ranges = open_ranges(path, file_bytes or 0)
+    file_bytes = file_bytes if is_remote(path) else ranges.size
+    data = ranges.read_range(0, _FIRST_READ_BYTES)
+    if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):
+        raise _damaged(path, "it has no valid header")
+    _, head_bytes, checksum, _ = _PREAMBLE.unpack_from(data)
+    if head_bytes > (_MAX_HEAD_BYTES if file_bytes is None else file_bytes):
+        raise _damaged(path, "it is cut off")
+    end = _PREAMBLE.size + head_bytes
+    if end > len(data) == _FIRST_READ_BYTES:
+        data += ranges.read_range(len(data), end)
+    head = data[_PREAMBLE.size : end]
     if len(head) != head_bytes:
-        raise damaged(path, "it is cut off")
+        raise _damaged(path, "it is cut off")
     if google_crc32c.value(head) != checksum:
-        raise damaged(path, "the checksum of its table differs")
-    table = ShardTable(head, path)
-    if file_bytes is not None and file_bytes != table.file_bytes:
-        raise damaged(path, f"it has {file_bytes} bytes, and {table.file_bytes} are expected")
-    return table
-
-
-def check_same(path: str, table: ShardTable) -> None:
-    """Raises ValueError where a local index is not the one whose head is known.
-
-    Args:
-        path: of the index; 24 bytes of it are read.
-        table: as another process, or this one, has read it before.
-    """
-    try:
-        with open(path, "rb") as file:
-            found, size = file.read(_PREAMBLE.size), os.fstat(file.fileno()).st_size
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{path} is missing on this host, and the first process has it; give every host the "
-            "same files"
-        ) from error
-    if (found, size) != (encode_preamble(table.head), table.file_bytes):
-        raise ValueError(
-            f"{path} is another index than the first process has read, or was written again since; "
-            "give every host the same files, and start again"
-        )
+        raise _damaged(path, "the checksum of its table differs")
+    index = DatasetIndex(head, path)
+    if file_bytes is not None and file_bytes != index.file_bytes:
+        raise _damaged(path, f"it has {file_bytes} bytes, and {index.file_bytes} are expected")
+    return index
 
 
 def encode_head(
@@ -353,16 +393,6 @@ def encode_head(
     arrays = np.array(columns, "<u8").tobytes() + b"".join(anchors)
     arrays += bytes(kinds.index(entry.kind) for entry in entries) + names
     return _LENGTH.pack(len(text)) + _padded(text) + _padded(arrays)
-
-
-def _unpack_preamble(path: str, data: bytes, file_bytes: int | None) -> tuple[int, int]:
-    """Bytes of the head, and its checksum."""
-    if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):
-        raise damaged(path, "it has no valid header")
-    _, head_bytes, checksum, _ = _PREAMBLE.unpack_from(data)
-    if head_bytes > (_MAX_HEAD_BYTES if file_bytes is None else file_bytes):
-        raise damaged(path, "it is cut off")
-    return head_bytes, checksum
 
 
 def encode_preamble(head: bytes) -> bytes:

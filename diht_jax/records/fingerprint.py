@@ -14,7 +14,6 @@ import os
 import zlib
 from concurrent import futures
 
-from diht_jax.records.dataset_index import END_BYTES, digest_shard
 from diht_jax.records.sharded import ShardedRecords
 
 _READING_THREADS = 16
@@ -62,16 +61,8 @@ def fingerprint_records(source: ShardedRecords) -> Fingerprint:
     Args:
         source: of the training data.
     """
-
-    def look(number: int) -> tuple[int, int, str]:
-        size, offsets, head, tail = source.describe_shard(number, END_BYTES)
-        return len(offsets), size, digest_shard(offsets, head, tail)
-
-    rows = [source.known_identity(number) for number in range(len(source.paths))]
-    unknown = [number for number, row in enumerate(rows) if row is None]
     with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
-        for number, row in zip(unknown, pool.map(look, unknown), strict=True):
-            rows[number] = row
+        rows = list(pool.map(source.identify, range(len(source.paths))))
     names = map(os.path.basename, source.paths)
     return Fingerprint(tuple((name, *row) for name, row in zip(names, rows, strict=True)))
 

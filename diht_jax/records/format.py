@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -62,10 +63,7 @@ def unframe(frame: bytes, path: str, record: int) -> bytes | None:
     Raises:
         TFRecordError: the frame is whole but its contents are damaged.
     """
-    if len(frame) < FRAME_BYTES:
-        return None
-    length, length_crc = _LENGTH.unpack_from(frame)
-    if masked_crc(frame[:8]) != length_crc or length != len(frame) - FRAME_BYTES:
+    if framed_length(frame) != len(frame):
         return None
     data = frame[_LENGTH.size : -_CRC.size]
     _check_contents(path, record, data, frame[-_CRC.size :])
@@ -93,18 +91,8 @@ def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
         TFRecordError: not a TFRecord file, or cut off, or damaged between two records.
     """
     path = os.fspath(path)
-    offsets, position = [], 0
     with open_file(path) if is_remote(path) else open(path, "rb", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        while position < size:
-            file.seek(position)
-            header = file.read(_LENGTH.size)
-            end = position + FRAME_BYTES + _check_header(path, len(offsets), header)
-            if end > size:
-                raise _truncated(path, len(offsets), end - size)
-            offsets.append(position)
-            position = end
-    return np.array(offsets, np.uint64)
+        return np.array([start for start, _ in _walk_frames(path, file)], np.uint64)
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
@@ -114,30 +102,35 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
         path: of the shard.
 
     Raises:
-        TFRecordError: as `scan_offsets`, and for a record whose checksum differs.
+        TFRecordError: like `scan_offsets`, and for a record whose checksum differs.
         StorageError: the file cannot be read, now and after some attempts.
     """
-    name, record, position = os.fspath(path), 0, 0
+    path = os.fspath(path)
     with open_file(path) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        while header := file.read(_LENGTH.size):
-            length = _check_header(name, record, header)
-            position += FRAME_BYTES + length
-            if position > size:
-                raise _truncated(name, record, position - size)
+        for record, (_, length) in enumerate(_walk_frames(path, file)):
             data = file.read(length)
-            _check_contents(name, record, data, file.read(_CRC.size))
+            _check_contents(path, record, data, file.read(_CRC.size))
             yield data
-            record += 1
+
+
+def _walk_frames(path: str, file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yields where each frame starts, and the length of its record, which the file is then at."""
+    record, position, size = 0, 0, file.seek(0, os.SEEK_END)
+    while position < size:
+        file.seek(position)
+        length = _check_header(path, record, file.read(_LENGTH.size))
+        end = position + FRAME_BYTES + length
+        if end > size:
+            raise _truncated(path, record, end - size)
+        yield position, length
+        record, position = record + 1, end
 
 
 def _check_header(path: str, record: int, header: bytes) -> int:
     """The length that a frame header states."""
-    if len(header) == _LENGTH.size:
-        length, crc = _LENGTH.unpack(header)
-        if masked_crc(header[:8]) == crc:
-            return length
+    framed = framed_length(header)
+    if framed is not None:
+        return framed - FRAME_BYTES
     if record == 0:
         kind = "compressed with gzip" if header.startswith(b"\x1f\x8b") else "not a TFRecord file"
         raise TFRecordError(

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
 from diht_jax.records import samples
@@ -317,50 +317,34 @@ def _decode_lists(fields: Any) -> dict[str, np.ndarray | None]:
     return found
 
 
-def _build_example_class() -> type:
-    """The class of `tf.train.Example`, from its published descriptor, in a pool of its own.
-
-    A pool of its own keeps the names apart from those that TensorFlow registers in the default
-    pool when both live in one process.
-    """
-    package = "tensorflow"
-    field_type = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(
-        name="diht_jax/example.proto", package=package, syntax="proto3"
-    )
-
-    def add_field(message: Any, name: str, number: int, kind: Any, **options: Any) -> None:
-        if isinstance(kind, str):
-            options["type_name"] = f".{package}.{kind}"
-            kind = field_type.TYPE_MESSAGE
-        options.setdefault("label", field_type.LABEL_OPTIONAL)
-        message.field.add(name=name, number=number, type=kind, **options)
-
-    lists = {
-        "BytesList": field_type.TYPE_BYTES,
-        "FloatList": field_type.TYPE_FLOAT,
-        "Int64List": field_type.TYPE_INT64,
-    }
-    for name, kind in lists.items():
-        message = file.message_type.add(name=name)
-        add_field(message, "value", 1, kind, label=field_type.LABEL_REPEATED)
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(("bytes_list", "float_list", "int64_list"), start=1):
-        kind = name.title().replace("_", "")
-        add_field(feature, name, number, kind, oneof_index=0)
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    add_field(entry, "key", 1, field_type.TYPE_STRING)
-    add_field(entry, "value", 2, "Feature")
-    add_field(features, "feature", 1, "Features.FeatureEntry", label=field_type.LABEL_REPEATED)
-    example = file.message_type.add(name="Example")
-    add_field(example, "features", 1, "Features")
-
-    pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(file.SerializeToString())
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.Example"))
-
-
-Example = _build_example_class()
+# TensorFlow's published `example.proto`, as a descriptor in protobuf's text format.
+_EXAMPLE_PROTO = """
+name: "diht_jax/example.proto" package: "tensorflow" syntax: "proto3"
+message_type { name: "BytesList"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type { name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 label: LABEL_OPTIONAL oneof_index: 0
+          type: TYPE_MESSAGE type_name: ".tensorflow.BytesList" }
+  field { name: "float_list" number: 2 label: LABEL_OPTIONAL oneof_index: 0
+          type: TYPE_MESSAGE type_name: ".tensorflow.FloatList" }
+  field { name: "int64_list" number: 3 label: LABEL_OPTIONAL oneof_index: 0
+          type: TYPE_MESSAGE type_name: ".tensorflow.Int64List" } }
+message_type { name: "Features"
+  nested_type { name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+    field { name: "value" number: 2 label: LABEL_OPTIONAL
+            type: TYPE_MESSAGE type_name: ".tensorflow.Feature" } }
+  field { name: "feature" number: 1 label: LABEL_REPEATED
+          type: TYPE_MESSAGE type_name: ".tensorflow.Features.FeatureEntry" } }
+message_type { name: "Example"
+  field { name: "features" number: 1 label: LABEL_OPTIONAL
+          type: TYPE_MESSAGE type_name: ".tensorflow.Features" } }
+"""
+# A pool of its own keeps the names apart from those that TensorFlow registers in the default pool.
+_POOL = descriptor_pool.DescriptorPool()
+_POOL.Add(text_format.Parse(_EXAMPLE_PROTO, descriptor_pb2.FileDescriptorProto()))
+Example = message_factory.GetMessageClass(_POOL.FindMessageTypeByName("tensorflow.Example"))

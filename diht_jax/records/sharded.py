@@ -5,27 +5,25 @@ A block is a run of consecutive records of one shard, which one ranged request b
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import operator
 import os
 from collections.abc import Sequence
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 
 from diht_jax.records import schema
-from diht_jax.records.catalog import Catalog, Paths, Shard, Share, open_catalog
-from diht_jax.records.dataset_index import rebuild_command
+from diht_jax.records.catalog import Catalog, Paths, Shard, open_catalog
+from diht_jax.records.dataset_index import END_BYTES, digest_shard
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.formats.shard_index import ShardIndex, wrong_index
-from diht_jax.storage.files import input_size
-from diht_jax.storage.stores import is_remote, open_ranges
+from diht_jax.storage.stores import input_size, is_remote, open_ranges
 
-_MAX_OPEN_SHARDS = (
-    128  # two descriptors each, of local ones: well under the usual limit of 1024 for a process
-)
+# Two descriptors each, of local ones: well under the usual limit of 1024 for a process.
+_MAX_OPEN_SHARDS = 128
 _OPENING_THREADS = 16  # counting the records of many shards waits for the file system
 
 
@@ -43,36 +41,30 @@ class ShardedRecords(Sequence[bytes]):
     kind: str  # of the shards, a key of `catalog.SUFFIXES`
     index: ShardIndex  # of a shard that no `dataset.index` describes
 
-    def __init__(self, paths: Paths | Catalog, *, share: Share | None = None):
+    def __init__(self, paths: Paths | Catalog):
         """Finds the shards, and counts the records of those that no `dataset.index` describes.
 
         Args:
             paths: a shard, a folder of shards, a glob, or a list of any of them; also their URLs
                 in an object store; or what `catalog.open_catalog` has found.
-            share: see `catalog.open_catalog`.
 
         Raises:
             ValueError: nothing is found, or (`TFRecordError`) a shard or an index is broken.
         """
         if not isinstance(paths, Catalog):
-            paths = open_catalog(paths, self.kind, share)
+            paths = open_catalog(paths, self.kind)
         self._shards = paths.shards
         self.paths = [shard.path for shard in self._shards]
-        others = [n for n, shard in enumerate(self._shards) if shard.index is None]
         with futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:
-            looked_at = pool.map(lambda n: self._count(self._shards[n]), others)
-            counted = dict(zip(others, looked_at, strict=True))
+            counted = list(pool.map(self._count, self._shards))
         self._offsets_in_memory = {
-            number: offsets for number, (_, _, offsets) in counted.items() if offsets is not None
+            number: offsets for number, (_, _, offsets) in enumerate(counted) if offsets is not None
         }
-        lengths, identity = [], []
-        for number, shard in enumerate(self._shards):
-            if shard.index is None:
-                count, size, _ = counted[number]
-            else:
-                count, size = shard.index.table.num_records.item(shard.row), shard.num_bytes
-            lengths.append(count)
-            identity.append(f"{os.path.basename(shard.path)} {count} {size}")
+        lengths = [count for count, _, _ in counted]
+        identity = [
+            f"{os.path.basename(path)} {count} {size}"
+            for path, (count, size, _) in zip(self.paths, counted, strict=True)
+        ]
         self._starts = np.cumsum([0, *lengths], dtype=np.int64)
         self._digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
         self._reset_open_shards()
@@ -86,7 +78,7 @@ class ShardedRecords(Sequence[bytes]):
         return np.diff(self._starts)
 
     def block_starts(self, block_records: int) -> np.ndarray:
-        """See the function of this name, for the shards of this source."""
+        """Like the function of this name, for the shards of this source."""
         return block_starts(self.shard_lengths, block_records)
 
     def locate(self, index: int) -> tuple[str, int]:
@@ -136,29 +128,20 @@ class ShardedRecords(Sequence[bytes]):
             shard.path for shard in self._shards if shard.index is None and is_remote(shard.path)
         ]
 
-    def known_identity(self, number: int) -> tuple[int, int, str] | None:
-        """Records, bytes and digest of a shard, where a `dataset.index` states them."""
-        shard = self._shards[number]
-        if shard.index is None:
-            return None
-        table = shard.index.table
-        return table.num_records.item(shard.row), shard.num_bytes, table.digest(shard.row)
-
-    def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
-        """Identifies a shard without reading all of it.
+    def identify(self, number: int) -> tuple[int, int, str]:
+        """Records, bytes and digest of a shard; see `fingerprint.fingerprint_records`.
 
         Args:
-            number: of the shard, from 0; no `dataset.index` describes it.
-            end_bytes: how much to read at either end of it.
-
-        Returns:
-            Size in bytes; uint64 [n], where its records begin; its first and its last bytes.
+            number: of the shard, from 0.
         """
-        # Not through the cache: a look at all shards would throw out those that are being read.
-        shard = type(self)._open(self._shards, self._offsets_in_memory, number)
-        tail_start = max(0, shard.size - end_bytes)
-        head, tail = shard.read_range(0, end_bytes), shard.read_range(tail_start, shard.size)
-        return shard.size, shard.offsets, head, tail
+        shard = self._shards[number]
+        if shard.index is not None:
+            entry = shard.index.entry(shard.row)
+            return entry.num_records, entry.num_bytes, entry.digest
+        file, offsets = self._look_at(number)
+        head = file.read_range(0, END_BYTES)
+        tail = file.read_range(max(0, file.size - END_BYTES), file.size)
+        return len(offsets), file.size, digest_shard(offsets, head, tail)
 
     def __getitem__(self, index: int) -> bytes:
         """The bytes of one element.
@@ -189,13 +172,13 @@ class ShardedRecords(Sequence[bytes]):
             TFRecordError: these are not the bytes of the extent.
         """
         number, begin, end = self._find_range(first, last)
-        starts = self._starts_within(self.paths[number], data)
-        if len(starts) == last - first + 1 and (starts[0], starts[-1]) == (0, len(data)):
-            return np.array(starts, np.int64)
-        # Damaged, or not to be seen in the bytes: the index knows where the next record begins.
-        shard = self._open_shard(number)
-        extents = [shard.extent(record, record + 1) for record in range(begin, end)]
-        starts = np.array([extents[0][0], *(stop for _, stop in extents)], np.int64)
+        shard = self._shards[number]
+        if shard.index is not None:
+            starts = shard.index.bounds(shard.row, begin, end)
+        else:
+            opened = self._open_shard(number)
+            starts = opened.offsets[begin : end + 1].astype(np.int64)
+            starts = np.append(starts, opened.size) if end == opened.num_records else starts
         if starts[-1] - starts[0] != len(data):
             raise TFRecordError(
                 f"{self.paths[number]}: records {begin} to {end - 1}: {len(data)} bytes were read, "
@@ -263,15 +246,17 @@ class ShardedRecords(Sequence[bytes]):
     @classmethod
     def _count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
         """Record count, size in bytes, and the offsets where they could not be kept in a file."""
+        if shard.index is not None:
+            return shard.index.num_records.item(shard.row), shard.num_bytes, None
         size = input_size(shard.path) if shard.num_bytes is None else shard.num_bytes
-        count = cls.index.count(shard.path, size)
-        if count is not None:
-            return count, size, None
-        offsets = cls.index.scan(shard.path)
-        with contextlib.suppress(OSError):
-            cls.index.write(shard.path, offsets, size)
-            return len(offsets), size, None
-        return len(offsets), size, offsets
+        offsets = cls.index.load(shard.path, size)
+        if offsets is None:
+            offsets = cls.index.scan(shard.path)
+            try:
+                cls.index.write(shard.path, offsets, size)
+            except OSError:
+                return len(offsets), size, offsets
+        return len(offsets), size, None
 
     @classmethod
     def _open(
@@ -280,12 +265,11 @@ class ShardedRecords(Sequence[bytes]):
         """Opens a shard, with its offsets in memory where there are any."""
         return OpenShard(shards[number], cls.index, in_memory.get(number))
 
-    def _starts_within(self, path: str, data: bytes) -> list[int]:
-        """Where records begin in the bytes of an extent of a shard, and where the last one ends.
-
-        As far as the bytes themselves show it.
-        """
-        raise NotImplementedError
+    def _look_at(self, number: int) -> tuple[Any, np.ndarray]:
+        """The bytes of a shard, and the offsets of its records."""
+        # Not through the cache: a look at all shards would throw out those that are being read.
+        opened = type(self)._open(self._shards, self._offsets_in_memory, number)
+        return opened, opened.offsets
 
     def _find(self, index: int) -> tuple[int, int]:
         """The number of a record's shard, and of the record within it."""
@@ -346,7 +330,7 @@ class OpenShard:
             self.num_records = len(self.offsets)
             return
         self.offsets = None
-        self.num_records = int(shard.index.table.num_records[shard.row])
+        self.num_records = int(shard.index.num_records[shard.row])
         if self.size != shard.num_bytes:
             raise self.wrong(f"it was made for {shard.num_bytes} bytes, the shard has {self.size}")
 
@@ -367,10 +351,10 @@ class OpenShard:
         """The error for an index that does not describe the shard."""
         if self._shard.index is None:
             return wrong_index(self.path, detail)
-        location = self._shard.index.location
+        index = self._shard.index
         return TFRecordError(
-            f"{location} does not belong to {self.path} ({detail}); make it again by "
-            f"`{rebuild_command(os.path.dirname(location))} --overwrite`"
+            f"{index.path} does not belong to {self.path} ({detail}); make it again by "
+            f"`{index.rebuild_command} --overwrite`"
         )
 
 

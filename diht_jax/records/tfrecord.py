@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diht_jax.records.catalog import Shard, find_shards, is_shard
+from diht_jax.records.catalog import Shard, find_shards
 from diht_jax.records.format import (
     FRAME_BYTES,
     DamagedRecordError,
@@ -25,7 +25,6 @@ from diht_jax.records.format import (
 from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.sharded import OpenShard, ShardedRecords
-from diht_jax.storage.stores import is_remote
 
 __all__ = [
     "DamagedRecordError",
@@ -33,7 +32,6 @@ __all__ = [
     "TFRecordSource",
     "TFRecordWriter",
     "find_shards",
-    "is_shard",
     "read_records",
 ]
 
@@ -79,14 +77,17 @@ class TFRecordSource(ShardedRecords):
             )
         return data
 
-    def _starts_within(self, path: str, data: bytes) -> list[int]:
+    def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
+        """Cuts the bytes of an extent at its records; by their frames, unless one is damaged."""
         starts = [0]
-        while starts[-1] < len(data):
+        while starts[-1] < len(data) and len(starts) <= last - first:
             length = framed_length(data[starts[-1] : starts[-1] + FRAME_BYTES])
-            if length is None or starts[-1] + length > len(data):
+            if length is None:
                 break
             starts.append(starts[-1] + length)
-        return starts
+        if len(starts) == last - first + 1 and starts[-1] == len(data):
+            return np.array(starts, np.int64)
+        return super().cut(first, last, data)
 
     @classmethod
     def _open(
@@ -98,31 +99,13 @@ class TFRecordSource(ShardedRecords):
 class _OpenShard(OpenShard):
     def read(self, record: int) -> bytes:
         data = unframe(super().read(record), self.path, record)
-        if data is None:
-            raise self._explain(record)
-        return data
-
-    def _explain(self, record: int) -> TFRecordError:
-        """Tells a damaged length from a broken shard and from an index of another one."""
-        neighbours = [n for n in (record - 1, record + 1) if 0 <= n < self.num_records]
-        # A frame of another length where the index has one: then it is the index that is wrong.
-        is_damaged = self._framed_length(record) is None
-        if is_damaged and neighbours and all(map(self._has_frame, neighbours)):
-            return DamagedRecordError(
+        if data is not None:
+            return data
+        try:
+            scan_offsets(self.path)
+        except TFRecordError as error:
+            raise DamagedRecordError(
                 f"{self.path}: record {record}: its length is damaged (the checksum differs); "
                 "write the shard again"
-            )
-        if not is_remote(self.path):
-            try:
-                scan_offsets(self.path)
-            except TFRecordError as error:
-                return error
-        return self.wrong(f"record {record} is not where the index says")
-
-    def _has_frame(self, record: int) -> bool:
-        start, end = self.extent(record, record + 1)
-        return self._framed_length(record) == end - start
-
-    def _framed_length(self, record: int) -> int | None:
-        start, _ = self.extent(record, record + 1)
-        return framed_length(self.read_range(start, min(self.size, start + FRAME_BYTES)))
+            ) from error
+        raise self.wrong(f"record {record} is not where the index says")

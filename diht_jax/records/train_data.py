@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -65,7 +65,7 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
         return [TrainSource("", train if isinstance(train, str) else list(train), labels=labels)]
     sources = [_parse_source(name, train[name], labels) for name in train]
     for step in switching_steps(sources):
-        if not any(weight_at(source, step) for source in sources):
+        if not any(weight_at_step(source.weights, step) for source in sources):
             raise ValueError(f"config.data.train: all weights are 0 from step {step} on")
     for source in sources:
         if not any(weight for _, weight in source.weights):
@@ -97,11 +97,6 @@ def switching_steps(sources: Sequence[TrainSource]) -> list[int]:
     return sorted({step for source in sources for step, _ in source.weights})
 
 
-def weight_at(source: TrainSource, step: int) -> Fraction:
-    """The weight of a source after `step` updates."""
-    return weight_at_step(source.weights, step)
-
-
 def weight_at_step(points: Sequence[tuple[int, Fraction]], step: int) -> Fraction:
     """The weight that holds at a step; see `TrainSource.weights` for the points."""
     return next(weight for first, weight in reversed(points) if first <= step)
@@ -118,7 +113,17 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
             f"{where}: expected a section such as dict(path='/data/kept', weight=0.8), got "
             f"{type(section).__name__} {section!r:.200}"
         )
-    _check_keys(where, section)
+    for key in section:
+        if key not in _KEYS:
+            nearest = nearest_name(str(key)[:200], _KEYS)
+            hint = f"did you mean '{nearest}'?" if nearest else f"known: {', '.join(_KEYS)}"
+            raise ValueError(f"{where}.{key}: no such key; {hint}")
+    for key in ("path", "weight"):
+        if section.get(key) is None:
+            raise ValueError(
+                f"{where}.{key} is not set: expected a section such as dict(path='/data/kept', "
+                "weight=0.8)"
+            )
     path = section["path"]
     paths = [path] if isinstance(path, str) else path
     if (
@@ -148,20 +153,6 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
         order,
         own_labels or labels,
     )
-
-
-def _check_keys(where: str, section: Mapping[str, Any]) -> None:
-    for key in section:
-        if key not in _KEYS:
-            nearest = nearest_name(str(key)[:200], _KEYS)
-            hint = f"did you mean '{nearest}'?" if nearest else f"known: {', '.join(_KEYS)}"
-            raise ValueError(f"{where}.{key}: no such key; {hint}")
-    for key in ("path", "weight"):
-        if section.get(key) is None:
-            raise ValueError(
-                f"{where}.{key} is not set: expected a section such as dict(path='/data/kept', "
-                "weight=0.8)"
-            )
 
 
 def parse_weights(where: str, weight: Any) -> tuple[tuple[int, Fraction], ...]:

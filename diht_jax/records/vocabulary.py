@@ -20,17 +20,17 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
 from diht_jax.records.catalog import find_shards
-from diht_jax.records.dataset_index import INDEX_NAME, read_table
+from diht_jax.records.dataset_index import INDEX_NAME, read_index
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.labels.shards import (
     LABELS,
     missing_labels,
-    read_labels_table,
+    read_labels_index,
     resolve_source,
 )
 from diht_jax.records.train_data import parse_train
@@ -140,28 +140,10 @@ def find_vocabulary(
     by_folder: dict[str, list[str]] = {}
     for shard in find_shards(paths):
         by_folder.setdefault(os.path.dirname(shard) or ".", []).append(shard)
-    first: tuple[str, Vocabulary] | None = None
-    for folder, shards in by_folder.items():
-        vocabulary = folder_vocabulary(folder, shards, _indexed_vocabulary(folder))
-        if vocabulary is None:
-            continue
-        if first is None:
-            first = folder, vocabulary
-        check_vocabulary(vocabulary.describe(), first[1].describe(), folder, first[0])
-    return first[1] if first else None
-
-
-def vocabulary_sizes(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-) -> tuple[int, ...] | None:
-    """How many concepts of each of `KINDS` the ids of a data set may mean; None without labels.
-
-    Reads the vocabulary of one folder: `find_vocabulary` has compared it with the others.
-    """
-    for folder in dict.fromkeys(os.path.dirname(shard) or "." for shard in find_shards(paths)):
-        if exists(vocabulary_path(folder, KINDS[0])):
-            return tuple(map(len, read_vocabulary(folder)))
-    return None
+    return _shared_vocabulary(
+        (folder, folder_vocabulary(folder, shards, _indexed_vocabulary(folder)))
+        for folder, shards in by_folder.items()
+    )
 
 
 def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary | None:
@@ -174,38 +156,31 @@ def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary |
     Raises:
         ValueError: as `find_vocabulary`, also of two sources that differ.
     """
+    return _shared_vocabulary(
+        (source.labels, _labels_vocabulary(source.labels))
+        if source.labels
+        else (str(source.path), find_vocabulary(source.path))
+        for source in map(resolve_source, parse_train(train, labels))
+    )
+
+
+def _shared_vocabulary(found: Iterable[tuple[str, Vocabulary | None]]) -> Vocabulary | None:
+    """The vocabulary that some places have in common; None where none of them has any."""
     first: tuple[str, Vocabulary] | None = None
-    for source in map(resolve_source, parse_train(train, labels)):
-        where = source.labels or str(source.path)
-        found = _labels_vocabulary(where) if source.labels else find_vocabulary(source.path)
-        if found is not None:
-            first = first or (where, found)
-            check_vocabulary(found.describe(), first[1].describe(), where, first[0])
+    for where, vocabulary in found:
+        if vocabulary is not None:
+            first = first or (where, vocabulary)
+            check_vocabulary(vocabulary.describe(), first[1].describe(), where, first[0])
     return first[1] if first else None
-
-
-def train_vocabulary_sizes(train: Any, labels: str | None = None) -> tuple[int, ...] | None:
-    """`vocabulary_sizes` of the first source of `config.data.train` that has labels.
-
-    Args:
-        train: `config.data.train`.
-        labels: `config.data.labels`.
-    """
-    for source in map(resolve_source, parse_train(train, labels)):
-        if source.labels:
-            return tuple(map(len, read_vocabulary(source.labels)))
-        if (sizes := vocabulary_sizes(source.path)) is not None:
-            return sizes
-    return None
 
 
 def _labels_vocabulary(folder: str) -> Vocabulary:
     """The vocabulary of a folder of labels, which must be that of the labels."""
-    table = read_labels_table(LABELS, folder)
-    if table is None:
+    index = read_labels_index(LABELS, folder)
+    if index is None:
         raise missing_labels(folder)
     vocabulary = read_vocabulary(folder)
-    check_vocabulary(table.vocabulary or {}, vocabulary.describe(), table.path, folder)
+    check_vocabulary(index.vocabulary or {}, vocabulary.describe(), index.path, folder)
     return vocabulary
 
 
@@ -294,7 +269,7 @@ def folder_vocabulary(
 def _indexed_vocabulary(folder: str) -> Mapping[str, Mapping[str, Any]] | None:
     """Reads the vocabulary in the index of a folder; None where there is none."""
     try:
-        known = read_table(os.path.join(folder, INDEX_NAME)).vocabulary
+        known = read_index(os.path.join(folder, INDEX_NAME)).vocabulary
     except FileNotFoundError:
         return None
     return known if _is_description(known) else None

@@ -54,7 +54,7 @@ def cached_copy(
     cache = pathlib.Path(folder or f"{tempfile.gettempdir()}/diht_jax-{os.getuid()}")
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = cache / name
-    num_bytes = files.input_size(url) if num_bytes is None else num_bytes
+    num_bytes = stores.input_size(url) if num_bytes is None else num_bytes
 
     def is_here() -> bool:
         return path.exists() and path.stat().st_size == num_bytes
@@ -82,7 +82,7 @@ def download(url: str, path: pathlib.Path, num_bytes: int | None = None) -> None
         FileNotFoundError: there is no such file.
         StorageError: it cannot be read, or another process is writing it.
     """
-    end = files.input_size(url) if num_bytes is None else num_bytes
+    end = stores.input_size(url) if num_bytes is None else num_bytes
     with (
         open(path, "xb", buffering=0) as file,
         futures.ThreadPoolExecutor(_DOWNLOAD_THREADS) as pool,

@@ -16,18 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
-from diht_jax.storage import stores
 from diht_jax.storage.retries import retry
-from diht_jax.storage.stores import is_remote, open_system
+from diht_jax.storage.stores import forget_input, is_remote, note_input, open_system, read_whole
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
 _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
 _READ_THREADS, _READ_AHEAD = 32, 256  # of small files in a store
-# What object stores call the version of a file, the most telling name first.
-_VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
-# File system and folder -> the listing that it remembers, and the same by the names of the files.
-_listings: dict[tuple[int, str], tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]] = {}
-
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -64,29 +58,6 @@ def size(path: str) -> int | None:
         return None
 
 
-def input_size(path: str) -> int:
-    """Bytes of an input file; a listing of its folder that this process has made is believed.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if not is_remote(path):
-        return os.path.getsize(path)
-    system, name = open_system(path)
-    return int(retry(lambda: system.size(name), path))
-
-
-def input_version(url: str) -> tuple[int, str | None]:
-    """Bytes of an input file in a store, and its version; None where the store states none.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    system, name = open_system(url)
-    info = _find_listed(system, name) or retry(lambda: system.info(name), url)
-    return int(info["size"]), next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
-
-
 def stat(path: str | os.PathLike[str]) -> os.stat_result:
     """Size and times of a local file; errors are those of `retries.retry`."""
     return retry(lambda: os.stat(path), path)
@@ -101,7 +72,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """
     name = os.fspath(path)
     if is_remote(name):
-        return stores.read_whole(name)
+        return read_whole(name)
 
     def read() -> bytes:
         with open(name, "rb") as file:
@@ -255,7 +226,7 @@ def list_sizes(folder: str, wanted: Callable[[str], bool] = bool) -> dict[str, i
 def find_inputs(pattern: str) -> dict[str, int | None]:
     """The files of a store that the URL of a file, a folder or a glob stands for; one listing.
 
-    `input_size` and `input_version` then know them without a request.
+    `input_version` then knows them without a request.
 
     Returns:
         Bytes by URL, None where the store does not state them; empty where there is nothing.
@@ -277,8 +248,13 @@ def find_inputs(pattern: str) -> dict[str, int | None]:
         infos = retry(look, pattern)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    files = [info for info in infos if info["type"] != "directory"]
-    return {system.unstrip_protocol(info["name"]): info.get("size") for info in files}
+    found = {}
+    for info in infos:
+        if info["type"] != "directory":
+            url = system.unstrip_protocol(info["name"])
+            note_input(url, info)
+            found[url] = info.get("size")
+    return found
 
 
 def remove(path: str) -> None:
@@ -351,27 +327,11 @@ def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield name.removeprefix(prefix), info
 
 
-def _find_listed(system: Any, name: str) -> dict[str, Any] | None:
-    """Looks a file up in the listing that a file system remembers; None where it has none.
-
-    The file system would find it too, but looks through the whole listing for each file.
-    """
-    folder = name.rpartition("/")[0]
-    try:
-        listing = system.dircache[folder]
-    except (AttributeError, KeyError):
-        return None
-    known, by_name = _listings.get((id(system), folder), (None, {}))
-    if known is not listing:
-        by_name = {info["name"]: info for info in listing if info["type"] != "directory"}
-        _listings[id(system), folder] = listing, by_name
-    return by_name.get(name)
-
-
 def _call(url: str, function: Callable[[Any, str], _Result], participle: str = "read") -> _Result:
     """Calls a function with the store of a URL and the path there, and again after a failure."""
     system, name = open_system(url, use_listings_cache=False)
     result = retry(lambda: function(system, name), url, participle)
     if participle != "read":
         open_system(url)[0].invalidate_cache(name)  # of a listing that inputs are looked up in
+        forget_input(url)
     return result

@@ -1,8 +1,8 @@
 """Locks between processes: on a file, and on an output folder that may be in an object store.
 
-`lock_file` takes the operating system's lock, which ends with its holder, also after `kill -9`. It
-holds within a host, and between hosts on NFS. `leader_lock` needs nothing but files that are
-created only where they are missing, which disks, network file systems and object stores all offer.
+Local locks are the operating system's, which end with their holder, also after `kill -9`. They hold
+within a host, and between hosts on NFS. In a store, the lock is an object that is created only
+where it is missing, and that its holder renews.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from diht_jax.storage.stores import is_remote, open_system
 # A holder on another machine that has not renewed its lock for this long is taken for dead.
 EXPIRY_SECS = 300.0
 
+_LEADER = ".leader.lock"  # in a local folder
 _RENEWAL_SECS = 30.0
 _POLL_SECS = 0.5
-_CONTENT_POLLS = 10  # looks at a lock that has just been created and is empty
-_NAME = re.compile(r"\.leader-(\d{4,})\.json")
+_NAME = re.compile(r"\.leader-(\d{4,})\.json")  # in a store
 # File systems without locks; a process goes on there without one.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _now = time.time  # tests put their own clock here; seconds since 1970, as other machines count
 _sleep = time.sleep
-# Tokens of the leader locks that this process holds: any other of its own was left behind.
+# Tokens of the locks in stores that this process holds: any other of its own was left behind.
 _held: set[str] = set()
 
 
@@ -76,7 +76,7 @@ def lock_file(path: str | os.PathLike[str], *, wait: bool = True) -> BinaryIO:
     except BlockingIOError as error:
         with file:
             file.seek(0)
-            raise LockedError(path, _describe_holder(file.read())) from error
+            raise LockedError(path, _name_holder(file.read())) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             file.close()
@@ -132,72 +132,74 @@ def leader_lock(folder: str) -> Iterator[None]:
     """Holds an output folder, local or in a store, for the length of the block.
 
     Jobs of an array that end at the same time merge and describe their output one after the other.
-    A process waits for the holder. A holder that has died is noticed at once on its own machine,
-    and after `EXPIRY_SECS` from others.
-
-    The lock is a file `.leader-0000.json` that is created only where it is missing, and that its
-    holder renews. Whoever takes over from a dead holder creates the next number, so that only one
-    can.
+    A process waits for the holder. A holder that has died is noticed at once; in a store, if it was
+    on another machine, after `EXPIRY_SECS`.
 
     Args:
         folder: that exists, or a URL.
     """
-    lock = _wait_for_turn(folder)
-    try:
+    with _lead_in_store(folder) if is_remote(folder) else _lead_locally(folder):
         yield
-    finally:
-        lock.release()
 
 
-class _LeaderLock:
-    """The lock on a folder that this process holds."""
+@contextlib.contextmanager
+def _lead_locally(folder: str) -> Iterator[None]:
+    path = os.path.join(folder, _LEADER)
+    file = lock_file(path)
+    while not _is_there(file, path):  # the holder before has deleted it
+        file.close()
+        file = lock_file(path)
+    with file:
+        try:
+            yield
+        finally:
+            files.remove(path)
 
-    def __init__(self, path: str):
-        self.path = path
-        self._holder = _describe_process() | {
-            "token": secrets.token_hex(8),
-            "machine": _machine(),
-        }
-        self._writing = threading.Lock()
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
 
-    def create(self) -> bool:
-        """Creates the file; False where another process has done so."""
-        token = self._holder["token"]
-        _held.add(token)
-        if not _create(self.path, self._content(), token):
-            _held.discard(token)
-            return False
-        self._thread.start()
-        return True
+def _is_there(file: BinaryIO, path: str) -> bool:
+    """Returns whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
-    def release(self) -> None:
-        """Removes the file; one that cannot be removed expires, since it is no longer renewed."""
-        self._is_over.set()
-        _held.discard(self._holder["token"])
-        with self._writing:
-            files.remove(self.path)
 
-    def _renew(self) -> None:
-        while not self._is_over.wait(_RENEWAL_SECS):
-            with self._writing:
-                if self._is_over.is_set():
+@contextlib.contextmanager
+def _lead_in_store(folder: str) -> Iterator[None]:
+    """The lock is an object `.leader-0000.json`.
+
+    Whoever takes over from a dead holder creates the next number, so that only one can.
+    """
+    token, is_over, writing = secrets.token_hex(8), threading.Event(), threading.Lock()
+    _held.add(token)
+    path = _create_lock(folder, token)
+
+    def renew() -> None:
+        while not is_over.wait(_RENEWAL_SECS):
+            with writing:
+                if is_over.is_set():
                     return
                 try:
-                    files.write_bytes(self.path, self._content())
+                    files.write_bytes(path, _content(token))
                 except OSError as error:
-                    logging.warning("%s could not be renewed: %s", self.path, error)
+                    logging.warning("%s could not be renewed: %s", path, error)
 
-    def _content(self) -> bytes:
-        return json.dumps(self._holder | {"renewed": _now()}).encode()
+    threading.Thread(target=renew, daemon=True).start()
+    try:
+        yield
+    finally:  # one that cannot be removed expires
+        is_over.set()
+        _held.discard(token)
+        with writing:
+            files.remove(path)
 
 
-def _wait_for_turn(folder: str) -> _LeaderLock:
+def _create_lock(folder: str, token: str) -> str:
+    """The URL of the lock that this process holds, once the others have ended."""
     has_told = False
     while True:
-        names = _leader_names(folder)
-        holders = (_read_leader(files.join(folder, name)) for name in names)
+        names = _lock_names(folder)
+        holders = [files.read_object(files.join(folder, name)) for name in names]
         active = next((holder for holder in holders if not _has_ended(holder)), None)
         if active is not None:
             if not has_told:
@@ -206,43 +208,47 @@ def _wait_for_turn(folder: str) -> _LeaderLock:
             _sleep(_POLL_SECS)
             continue
         number = int(_NAME.fullmatch(names[-1])[1]) + 1 if names else 0
-        lock = _LeaderLock(files.join(folder, f".leader-{number:04d}.json"))
-        if not lock.create():
+        name = f".leader-{number:04d}.json"
+        path = files.join(folder, name)
+        if not _create(path, token):
             continue
-        if _is_alone(lock, folder):
-            for name in names:
-                files.remove(files.join(folder, name))
-            return lock
-        lock.release()
+        # Of two that come at the same time, at least one sees the other.
+        if _lock_names(folder)[-1:] == [name]:
+            for old in names:
+                files.remove(files.join(folder, old))
+            return path
+        files.remove(path)
         _sleep(_POLL_SECS * random.random())
 
 
-def _is_alone(lock: _LeaderLock, folder: str) -> bool:
-    """Returns whether no other lock is held next to this one.
-
-    Of two processes that create theirs at the same time at least one sees the other.
-    """
-    others = [name for name in _leader_names(folder) if not lock.path.endswith(name)]
-    return all(_has_ended(_read_leader(files.join(folder, name))) for name in others)
-
-
-def _read_leader(path: str) -> dict[str, Any] | None:
-    """The holder of a lock; None where it is gone, or its creator died before it wrote."""
-    for _ in range(_CONTENT_POLLS):
-        holder = files.read_object(path)
-        if holder is not None or not files.exists(path):
-            return holder
-        _sleep(_POLL_SECS)
-    return None
+def _create(url: str, token: str) -> bool:
+    """Writes a lock unless there is one; of several processes one succeeds."""
+    system, name = open_system(url, use_listings_cache=False)
+    content = _content(token)
+    try:
+        retry(lambda: system.pipe_file(name, content, mode="create"), url, "written")
+    except FileExistsError:
+        # A request whose answer was lost has succeeded all the same.
+        return (files.read_object(url) or {}).get("token") == token
+    except (TypeError, NotImplementedError):  # a store without conditional writes
+        if files.exists(url):
+            return False
+        files.write_bytes(url, content)
+    return True
 
 
-def _leader_names(folder: str) -> list[str]:
+def _lock_names(folder: str) -> list[str]:
     return sorted(filter(_NAME.fullmatch, files.list_names(folder)), key=lambda n: (len(n), n))
+
+
+def _content(token: str) -> bytes:
+    facts = {"token": token, "machine": _machine(), "renewed": _now()}
+    return json.dumps(_describe_process() | facts).encode()
 
 
 def _has_ended(holder: dict[str, Any] | None) -> bool:
     """Returns whether a holder has died: known at once on this machine, else after a while."""
-    if holder is None:
+    if holder is None:  # gone since
         return True
     if holder["machine"] == _machine():
         if holder["pid"] == os.getpid():
@@ -266,38 +272,15 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _create(path: str, content: bytes, token: str) -> bool:
-    """Writes a file unless there is one; of several processes one succeeds."""
-    try:
-        if is_remote(path):
-            system, name = open_system(path, use_listings_cache=False)
-            try:
-                retry(lambda: system.pipe_file(name, content, mode="create"), path, "written")
-            except (TypeError, NotImplementedError):  # a store without conditional writes
-                if files.exists(path):
-                    return False
-                files.write_bytes(path, content)
-        else:
-            with open(path, "xb") as file:
-                file.write(content)
-    except FileExistsError:
-        # A request whose answer was lost has succeeded all the same.
-        return (files.read_object(path) or {}).get("token") == token
-    return True
-
-
 def _describe_process() -> dict[str, Any]:
     """Host, number and time of this process, as its locks state them."""
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
 
 
-def _describe_holder(content: bytes) -> str:
+def _name_holder(holder: dict[str, Any] | bytes) -> str:
     try:
-        return _name_holder(json.loads(content))
+        holder = json.loads(holder) if isinstance(holder, bytes) else holder
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (ValueError, KeyError, TypeError):
         return "its lock file does not name it"
-
-
-def _name_holder(holder: dict[str, Any]) -> str:
-    return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"

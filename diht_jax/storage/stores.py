@@ -1,24 +1,27 @@
 """Opened files, local or in a store (`gs://`, `s3://`, anything fsspec knows), by few requests.
 
-`open_file` opens a file, local or in a store, for reading from front to back: one in a store is
-fetched by large blocks, each once, and the next one while a block is being read. Local files are
-read without fsspec.
+`open_file` opens a file for reading from front to back: one in a store is fetched by large blocks,
+each once, and the next one while a block is being read. `open_ranges` is for parts of a file in any
+order. Local files are read without fsspec.
 """
 
 from __future__ import annotations
 
-import bisect
 import errno
 import functools
 import io
 import os
-from concurrent import futures
 from typing import Any
 
 from diht_jax.storage.retries import StorageError, retry
 
 BLOCK_BYTES = 2**24  # of one request
 _BUFFER_BYTES = 2**16
+_MAX_BLOCKS = 3  # of one file, in memory
+# What object stores call the version of a file, the most telling name first.
+_VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
+# URL -> bytes and version of the input files that `note_inputs` was told of.
+_inputs: dict[str, tuple[int | None, str | None]] = {}
 
 
 def is_remote(path: str) -> bool:
@@ -55,6 +58,39 @@ def _file_system(protocol: str, use_listings_cache: bool) -> Any:
             f"{protocol}:// cannot be read: {error}. gs:// needs `pip install gcsfs`, s3:// needs "
             "`pip install s3fs`"
         ) from error
+
+
+def note_input(url: str, info: dict[str, Any]) -> None:
+    """Keeps what a listing states of an input file, for `input_version`."""
+    size = info.get("size")
+    version = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
+    _inputs[url] = None if size is None else int(size), version
+
+
+def forget_input(url: str) -> None:
+    """Makes `input_version` ask for a file that this process has written."""
+    _inputs.pop(url, None)
+
+
+def input_version(url: str) -> tuple[int, str | None]:
+    """Bytes of an input file in a store, and its version; None where the store states none.
+
+    A listing of its folder that this process has made is believed.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    size, version = _inputs.get(url, (None, None))
+    if size is None:
+        system, name = open_system(url)
+        note_input(url, retry(lambda: system.info(name), url))
+        size, version = _inputs.pop(url)
+    return size, version
+
+
+def input_size(path: str) -> int:
+    """Bytes of an input file, local or in a store; see `input_version`."""
+    return input_version(path)[0] if is_remote(path) else os.path.getsize(path)
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
@@ -103,6 +139,20 @@ def read_whole(url: str) -> bytes:
     return data if size <= len(data) else data + read_range(url, len(data), size)
 
 
+def open_ranges(path: str, num_bytes: int | None = None) -> LocalRanges | StoreRanges:
+    """Opens a file for reads of parts of it; in a store each of them is one request.
+
+    Args:
+        path: of the file, or its URL.
+        num_bytes: size of a file in a store; None may cost a request.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it cannot be read, now and after some attempts; also of every read.
+    """
+    return StoreRanges(path, num_bytes) if is_remote(path) else LocalRanges(path)
+
+
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Opens a file, local or in a store; its reads are tried again.
 
@@ -112,25 +162,8 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
             `check_failure` finds it where a library has wrapped it.
     """
     name = os.fspath(path)
-    return io.BufferedReader((StoreFile if is_remote(name) else LocalFile)(name), _BUFFER_BYTES)
-
-
-def open_ranges(path: str, num_bytes: int | None = None) -> LocalRanges | StoreRanges:
-    """Opens a file of which parts are read, in any order and by several threads.
-
-    Args:
-        path: of the file, or its URL.
-        num_bytes: size of a file in a store; None costs a request.
-
-    Raises:
-        FileNotFoundError: there is none.
-        StorageError: it cannot be read, now and after some attempts; also of every read.
-    """
-    if is_remote(path):
-        system, name = open_system(path)
-        size = int(retry(lambda: system.size(name), path)) if num_bytes is None else num_bytes
-        return StoreRanges(path, size)
-    return LocalRanges(path)
+    ranges = _StoreBlocks(name) if is_remote(name) else LocalRanges(name)
+    return io.BufferedReader(RangesFile(ranges), _BUFFER_BYTES)
 
 
 def check_readable(path: str | os.PathLike[str]) -> None:
@@ -143,27 +176,29 @@ def check_readable(path: str | os.PathLike[str]) -> None:
             pass
 
 
-def check_failure(file: io.BufferedReader) -> None:
+def check_failure(file: io.BufferedReader | RangesFile) -> None:
     """Raises the StorageError of a file from `open_file`, which a library may have wrapped."""
-    if file.raw.failure is not None:
-        raise file.raw.failure
+    raw = getattr(file, "raw", file)
+    if raw.failure is not None:
+        raise raw.failure
 
 
-class PositionedFile(io.RawIOBase):
-    """Base of `LocalFile` and `StoreFile`: a position, and the failure of a read.
+class RangesFile(io.RawIOBase):
+    """A file object over what `open_ranges` gives.
 
     Attributes:
-        name: path or URL.
-        size: in bytes; set by the class that derives from it.
         failure: the StorageError that a read has raised, else None.
     """
 
-    size: int
+    def __init__(self, ranges: LocalRanges | StoreRanges):
+        """Begins at the first byte.
 
-    def __init__(self, name: str):
-        self.name = name
-        self.failure: StorageError | None = None
+        Args:
+            ranges: the opened file.
+        """
+        self._ranges = ranges
         self._position = 0
+        self.failure: StorageError | None = None
 
     def readable(self) -> bool:
         """Always."""
@@ -179,161 +214,54 @@ class PositionedFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Moves the position; nothing is read."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        if start + offset < 0:
-            raise ValueError(f"{self.name}: negative position {start + offset}")
-        self._position = start + offset
-        return self._position
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._ranges.size}
+        position = starts[whence] + offset
+        if position < 0:
+            raise ValueError(f"{self._ranges.path}: negative position {position}")
+        self._position = position
+        return position
 
     def readinto(self, buffer: memoryview) -> int:
         """Reads into a buffer, and keeps the failure of a read."""
+        end = min(self._position + len(buffer), self._ranges.size)
+        if end <= self._position:
+            return 0
         try:
-            count = self._fill(buffer)
+            data = self._ranges.read_range(self._position, end)
         except StorageError as error:
             self.failure = error
             raise
-        self._position += count
-        return count
-
-    def _fill(self, buffer: memoryview) -> int:
-        """Reads bytes at the position into a buffer; returns their number."""
-        raise NotImplementedError
-
-
-class LocalFile(PositionedFile):
-    """A file that is opened again, at the same position, where a read fails."""
-
-    def __init__(self, path: str):
-        super().__init__(path)
-        self._file: io.FileIO | None = None
-        self.size = retry(self._measure, path)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
     def close(self) -> None:
         """Closes the file."""
-        self._drop()
+        if not self.closed:
+            self._ranges.close()
         super().close()
-
-    def _fill(self, buffer: memoryview) -> int:
-        return retry(lambda: self._read(buffer), self.name)
-
-    def _measure(self) -> int:
-        return os.fstat(self._opened().fileno()).st_size
-
-    def _read(self, buffer: memoryview) -> int:
-        try:
-            file = self._opened()
-            file.seek(self._position)
-            return file.readinto(buffer)
-        except OSError:
-            # The descriptor of a file server that was started again stays stale.
-            self._drop()
-            raise
-
-    def _opened(self) -> io.FileIO:
-        if self._file is None:
-            self._file = open(self.name, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
-        return self._file
-
-    def _drop(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
-
-
-class StoreFile(PositionedFile):
-    """A file in a store; every block of it is one request where it is read from front to back."""
-
-    def __init__(self, url: str):
-        """Asks for the size, and reads nothing yet.
-
-        Raises:
-            FileNotFoundError: there is none.
-            StorageError: it cannot be read, now and after some attempts.
-        """
-        super().__init__(url)
-        system, path = open_system(url)
-        self.size = int(retry(lambda: system.info(path), url)["size"])
-        self._blocks: dict[int, bytes] = {}  # by their first byte
-        self._borders: list[int] = [*range(0, self.size, BLOCK_BYTES), self.size]
-        self._pool: futures.ThreadPoolExecutor | None = None
-        self._ahead: tuple[int, futures.Future[bytes]] | None = None  # and its first byte
-
-    def _fill(self, buffer: memoryview) -> int:
-        if self._position >= self.size or not len(buffer):
-            return 0
-        number = bisect.bisect_right(self._borders, self._position) - 1
-        start = self._borders[number]
-        if start not in self._blocks:
-            self._load(number)
-        part = memoryview(self._blocks[start])[self._position - start :][: len(buffer)]
-        buffer[: len(part)] = part
-        return len(part)
-
-    def close(self) -> None:
-        """Gives up what is being fetched."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
-        self._blocks = {}
-        super().close()
-
-    def _load(self, number: int) -> None:
-        """Fetches a block, and begins to fetch the one behind it."""
-        start, end = self._borders[number : number + 2]
-        if self._ahead is not None and self._ahead[0] == start:
-            data, self._ahead = self._ahead[1].result(), None
-        else:
-            data = self._fetch(start, end)
-        self._forget(start)
-        self._blocks[start] = data
-        if self._ahead is None and self._is_wanted(number + 1):
-            if self._pool is None:
-                self._pool = futures.ThreadPoolExecutor(1)
-            begin, end = self._borders[number + 1 : number + 3]
-            self._ahead = begin, self._pool.submit(self._fetch, begin, end)
-
-    def _fetch(self, start: int, end: int) -> bytes:
-        data = read_range(self.name, start, end)
-        if len(data) != end - start:
-            raise StorageError(
-                f"{self.name}: it was written again while it was being read; run the command again"
-            )
-        return data
-
-    def _is_wanted(self, number: int) -> bool:
-        """Returns whether a block will be read after the one before it."""
-        return number + 1 < len(self._borders)
-
-    def _forget(self, position: int) -> None:
-        """Drops what is not needed any more, where the block at a position is read."""
-        self._blocks.clear()
-        if self._ahead is not None and self._ahead[0] < position:
-            self._ahead = None
-
-
-class StoreRanges:
-    """A file in a store; every read is one ranged request."""
-
-    def __init__(self, url: str, size: int):
-        self._url = url
-        self.size = size
-
-    def read_range(self, start: int, end: int) -> bytes:
-        """The bytes [start, end)."""
-        return read_range(self._url, start, end)
 
 
 class LocalRanges:
-    """An open local file whose reads are tried again; closed by the garbage collector."""
+    """An open local file, which is opened again where a read fails.
+
+    Attributes:
+        path: of the file.
+        size: in bytes.
+    """
 
     def __init__(self, path: str):
-        self._path = path
+        self.path = path
         self._file = retry(self._open, path)
         self.size = os.fstat(self._file.fileno()).st_size
 
     def read_range(self, start: int, end: int) -> bytes:
-        """The bytes [start, end)."""
-        return retry(lambda: self._read_once(start, end), self._path)
+        """The bytes [start, end), fewer at the end of the file."""
+        return retry(lambda: self._read_once(start, end), self.path)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
     def _read_once(self, start: int, end: int) -> bytes:
         file = self._file  # held here, so that another thread that opens it again does not close it
@@ -345,4 +273,51 @@ class LocalRanges:
             raise
 
     def _open(self) -> io.FileIO:
-        return open(self._path, "rb", buffering=0)  # lives as long as the object
+        return open(self.path, "rb", buffering=0)  # closed by `close` or the garbage collector
+
+
+class StoreRanges:
+    """A file in a store; every read is one ranged request.
+
+    Attributes:
+        path: URL of the file.
+        size: in bytes.
+    """
+
+    def __init__(self, url: str, size: int | None = None):
+        self.path = url
+        self.size = input_size(url) if size is None else size
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """The bytes [start, end), fewer at the end of the file."""
+        return read_range(self.path, start, end)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class _StoreBlocks(StoreRanges):
+    """A file in a store that is fetched by blocks, the next one in the background."""
+
+    def __init__(self, url: str):
+        from fsspec.caching import BackgroundBlockCache
+
+        super().__init__(url)
+        self._blocks = BackgroundBlockCache(BLOCK_BYTES, self._fetch, self.size, _MAX_BLOCKS)
+
+    def read_range(self, start: int, end: int) -> bytes:
+        return self._blocks._fetch(start, end)
+
+    def close(self) -> None:
+        self._blocks.close()
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        end = min(end, self.size)
+        if start >= end:
+            return b""
+        data = read_range(self.path, start, end)
+        if len(data) != end - start:
+            raise StorageError(
+                f"{self.path}: it was written again while it was being read; run the command again"
+            )
+        return data

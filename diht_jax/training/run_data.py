@@ -18,8 +18,8 @@ from diht_jax.input.mixing import Mixture, open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.models.zoo import get_architecture
 from diht_jax.records.train_data import lies_in_store
-from diht_jax.records.vocabulary import train_vocabulary_sizes
-from diht_jax.training.multihost import gather_texts, share_from_first
+from diht_jax.records.vocabulary import find_train_vocabulary
+from diht_jax.training.multihost import check_together, gather_texts, share_from_first
 from diht_jax.training.objective import bind_data, needs_pair_ids, num_labels, teacher_width
 
 
@@ -48,7 +48,11 @@ def bind_data_together(config: ml_collections.ConfigDict) -> ml_collections.Conf
 
 
 def open_data(config: ml_collections.ConfigDict) -> Mixture:
-    """The records of the run, with what makes examples of them. All processes must call."""
+    """The records of the run, with what makes examples of them. All processes must call.
+
+    Raises:
+        ValueError: the data do not fit the config, cannot be read, or differ between processes.
+    """
     num_concepts = num_labels(config)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     sizes = _vocabulary_sizes(config.data.train, config.data.labels) if num_concepts else None
@@ -68,14 +72,23 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
         pair_ids=needs_pair_ids(config),
         class_key=config.data.class_key,
     )
-    return open_mixture(
-        config.data,
-        config.seed,
-        functools.partial(open_records, share=share_from_first),
-        lambda template: decoder(text_template=template),
-        jax.process_count(),
-        share_from_first,
+    mixture = check_together(
+        lambda: open_mixture(
+            config.data,
+            config.seed,
+            open_records,
+            lambda template: decoder(text_template=template),
+            jax.process_count(),
+        )
     )
+    found = gather_texts(", ".join(repr(source.records) for source in mixture.sources))
+    if len(set(found)) > 1:
+        other = next(number for number, text in enumerate(found) if text != found[0])
+        raise ValueError(
+            f"config.data.train: process {other} finds other records than the first one "
+            f"({found[other]} instead of {found[0]}); give every host the same files"
+        )
+    return mixture
 
 
 def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainIterator:
@@ -101,7 +114,11 @@ def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainI
 
 
 def _vocabulary_sizes(train: Any, labels: str | None) -> tuple[int, ...] | None:
-    """Like `train_vocabulary_sizes`, read by the first process: all have bound one vocabulary."""
-    data = share_from_first(lambda: json.dumps(train_vocabulary_sizes(train, labels)).encode())
-    sizes = json.loads(data)
-    return None if sizes is None else tuple(sizes)
+    """Objects and attributes of the data's labels, read by the first process; None without."""
+
+    def read() -> bytes:
+        vocabulary = find_train_vocabulary(train, labels)
+        return json.dumps(vocabulary and [len(part) for part in vocabulary]).encode()
+
+    sizes = json.loads(share_from_first(read))
+    return sizes and tuple(sizes)

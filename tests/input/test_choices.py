@@ -14,8 +14,8 @@ from diht_jax.input.choices import CaptionChoice, open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
-from diht_jax.readers.base import merge_captions, pick_captions
 from diht_jax.records.captions import add_columns, all_captions, caption_kinds
+from diht_jax.records.samples import merge_captions, pick_captions
 from diht_jax.records.schema import Pair, Record, decode_record, encode_record
 from diht_jax.records.sharded import block_starts
 from tests.make import png

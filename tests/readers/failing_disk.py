@@ -32,7 +32,12 @@ class FailingDisk:
     @contextlib.contextmanager
     def mounted(self):
         """Files are opened through this disk meanwhile."""
-        real_open, disk = builtins.open, self
+        real_open, real_pread, disk = builtins.open, os.pread, self
+
+        def pread(descriptor, *args):
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith(self.folder):
+                disk.read()
+            return real_pread(descriptor, *args)
 
         class File(io.FileIO):
             def readinto(self, buffer):
@@ -56,6 +61,7 @@ class FailingDisk:
 
         with (
             mock.patch.object(builtins, "open", open_),
+            mock.patch.object(os, "pread", pread),
             mock.patch.object(retries, "sleep", sleep),
         ):
             yield self

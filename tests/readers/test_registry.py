@@ -10,8 +10,8 @@ import pytest
 from PIL import features
 
 from diht_jax.input.decode import decode_rgb
-from diht_jax.readers.base import clean_text, pick_captions
 from diht_jax.readers.registry import FORMATS, Skipped, list_shards, open_source, read_pairs
+from diht_jax.records.samples import clean_text, pick_captions
 from diht_jax.records.schema import Pair, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_reasons, write_tar

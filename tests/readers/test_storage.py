@@ -64,9 +64,9 @@ def _classes(folder):
 _SOURCES = {
     "table": (_table, (0, 1, 2, 4)),
     "tar": (_tar, (0, 1, 2, 4)),
-    "tar.gz": (lambda folder: _tar(folder, "w:gz"), (0, 1, 2)),
+    "tar.gz": (lambda folder: _tar(folder, "w:gz"), (0,)),
     "parquet": (_parquet, (0, 1)),
-    "tfrecord": (_records, (0, 1)),
+    "tfrecord": (_records, (0,)),
     "classes": (_classes, (0, 3)),
 }
 _CASES = [

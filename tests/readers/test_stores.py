@@ -95,7 +95,6 @@ def metered(local, monkeypatch):
     """The folder in a store; blocks are small, so that a file has many."""
     monkeypatch.setattr(stores, "BLOCK_BYTES", 2**16)
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 2**16)
-    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 2**12)
     _upload(local, "metered://folder")
     MeteredStore.requests.clear()
     yield "metered://folder"
@@ -114,9 +113,10 @@ def test_pairs_of_a_store_are_those_of_a_disk_and_fetched_once(local, metered):
     pictures = list(local.glob("i/*"))
     total = size + sum(path.stat().st_size for path in pictures)
     requests = MeteredStore.requests
-    assert total - len(b"PAR1") <= requests["bytes read"] <= 1.01 * total
     # More than the blocks: the footer of parquet; the head of a table, and each of its pictures.
     is_parquet = (local / "a.parquet").exists()
+    most = 1.01 * total + 2**16 * is_parquet
+    assert total - len(b"PAR1") <= requests["bytes read"] <= most
     assert requests["get"] <= math.ceil(size / 2**16) + is_parquet + bool(pictures) + len(pictures)
     assert requests["list"] + requests["info"] <= 4
     # The end of a progress bar does not cost a reading.
@@ -130,7 +130,7 @@ def test_a_store_that_fails_one_request_in_twenty_loses_nothing(local, metered, 
     delays = []
     monkeypatch.setattr(retries, "sleep", delays.append)
     expected = read_entries(str(local))
-    MeteredStore.failing_every = 20 if len(list(local.glob("i/*"))) else 7
+    MeteredStore.failing_every = 20 if len(list(local.glob("i/*"))) else 5
     for _ in range(3):
         assert read_entries(metered) == expected
     assert delays and set(delays) <= set(retries.DELAYS_SECS[:2])
@@ -171,7 +171,6 @@ def test_a_tar_takes_a_request_for_sixteen_mebibytes(tmp_path):
 def test_a_part_of_a_parquet_file_fetches_that_part(tmp_path, monkeypatch):
     """Also where Arrow reads the columns by several threads."""
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 2**15)
-    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 2**12)
     values = {name: _RANDOM.integers(0, 2**62, 40_000) for name in "abcdef"}
     path = tmp_path / "a.parquet"
     table = pyarrow.table(values)
@@ -181,7 +180,7 @@ def test_a_part_of_a_parquet_file_fetches_that_part(tmp_path, monkeypatch):
     MeteredStore.requests.clear()
     found = []
     for start in range(0, 20, 5):
-        file = parquet.open_parquet(url, (start, start + 5))
+        file = parquet.open_parquet(url)
         batches = file.iter_batches(700, range(start, start + 5))
         found.append(pyarrow.Table.from_batches(batches))
     assert pyarrow.concat_tables(found).equals(table)

@@ -52,17 +52,6 @@ def url(folder):
     system.rm("/kept", recursive=True)
 
 
-class Broadcast:
-    """What the first process of a run reads, given to all."""
-
-    data = None
-
-    def __call__(self, read):
-        if self.data is None:
-            self.data = read()
-        return self.data
-
-
 def without_index(folder: pathlib.Path) -> TFRecordSource:
     """The same shards as they are read without a `dataset.index`."""
     other = folder.parent / "other"
@@ -100,21 +89,18 @@ def test_a_start_on_a_disk_opens_one_file_and_reading_opens_each_shard_once(fold
     assert sorted(set(OPENED)) == ["dataset.index", *shards] and len(OPENED) <= 7
 
 
-@pytest.mark.parametrize(("shards", "processes"), [(40, 512), (40_000, 2)])
-def test_a_start_takes_three_requests_whatever_the_shards_and_processes(shards, processes):
+@pytest.mark.parametrize("shards", [40, 40_000])
+def test_a_start_takes_three_requests_whatever_the_shards(shards):
     SparseStore.requests.clear()
-    share = Broadcast()
-    for number in range(processes):  # every process gets all, and only the first asks the store
-        source = TFRecordSource(f"sparse://{shards}/data", share=share)
-        assert len(source) == 128 * shards
-        if number in (0, processes - 1):
-            assert fingerprint_records(source).shards[-1][3] == f"{shards - 1:016x}"
-            starts = source.block_starts(64)
-            assert len(starts) == 2 * shards + 1
-            for block in (0, 17, 2 * shards - 1):
-                path, start, end = source.extent(int(starts[block]), int(starts[block + 1]))
-                assert path.endswith(f"{shards}/data/part-{block // 2:05d}.tfrecord")
-                assert (start, end) == (64_000 * (block % 2), 64_000 * (block % 2 + 1))
+    source = TFRecordSource(f"sparse://{shards}/data")
+    assert len(source) == 128 * shards
+    assert fingerprint_records(source).shards[-1][3] == f"{shards - 1:016x}"
+    starts = source.block_starts(64)
+    assert len(starts) == 2 * shards + 1
+    for block in (0, 17, 2 * shards - 1):
+        path, start, end = source.extent(int(starts[block]), int(starts[block + 1]))
+        assert path.endswith(f"{shards}/data/part-{block // 2:05d}.tfrecord")
+        assert (start, end) == (64_000 * (block % 2), 64_000 * (block % 2 + 1))
     assert SparseStore.requests["list"] == 1
     assert SparseStore.requests["read"] <= 2 and SparseStore.requests["info"] == 0
 
@@ -131,10 +117,10 @@ def test_a_block_is_one_request_and_a_record_too_once_the_offsets_are_there(url,
     # Single records, by offsets that are read 64 at a time.
     CountingStore.requests.clear()
     assert [source[number] for number in range(500)] == RECORDS
-    assert CountingStore.requests == {"read": 500 + 4 * 2}
+    assert 500 <= CountingStore.requests.total() <= 500 + 4 * 2
     # With the offsets on this host, which two processes of it share.
     CountingStore.requests.clear()
-    for reader in (source, TFRecordSource(url, share=lambda read: read())):
+    for reader in (source, TFRecordSource(url)):
         CountingStore.requests.clear()
         reader.make_offsets_local(tmp_path / "cache")
         downloads = CountingStore.requests["read"]
@@ -188,31 +174,3 @@ def test_a_shard_of_the_same_size_that_was_written_again_is_noticed_when_it_is_r
         update_index(folder)
     update_index(folder, overwrite=True)
     assert TFRecordSource(folder)[7] == RECORDS[117]
-
-
-def test_other_processes_look_at_their_own_copy_of_the_index(folder, tmp_path):
-    share = Broadcast()
-    TFRecordSource(folder, share=share)
-    # Another host has a copy of the folder on its disk, which is read without a listing.
-    _watched.append(str(folder))
-    source = TFRecordSource(folder, share=share)
-    assert OPENED == ["dataset.index"]
-    assert source[499] == RECORDS[499] and source.paths[3] == str(folder / "part-3.tfrecord")
-    (folder / "dataset.index").unlink()
-    with pytest.raises(ValueError, match=r"kept/dataset.index is missing on this host"):
-        TFRecordSource(folder, share=share)
-    (folder / "part-3.tfrecord").unlink()
-    update_index(folder)
-    with pytest.raises(ValueError, match=r"kept/dataset.index is another index than the first"):
-        TFRecordSource(folder, share=share)
-
-
-def test_folders_without_an_index_are_looked_at_by_every_process(folder, tmp_path):
-    plain = tmp_path / "plain"
-    shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("dataset.index"))
-    share = Broadcast()
-    first = TFRecordSource([folder, plain], share=share)
-    (plain / "part-3.tfrecord").unlink()
-    other = TFRecordSource([folder, plain], share=share)
-    assert (len(first), len(other)) == (1000, 875)  # and the fingerprints tell
-    assert other[874] == RECORDS[374]

@@ -22,10 +22,10 @@ from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.records.formats.registry import open_writer
 from diht_jax.records.labels.concepts import (
     NO_CONCEPTS,
+    decode_joined,
     decode_label,
     encode_label,
     id_dtype,
-    join_label,
     open_labels,
 )
 from diht_jax.records.labels.shards import find_inputs, relative_input
@@ -35,7 +35,6 @@ from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,
     find_train_vocabulary,
-    train_vocabulary_sizes,
     write_vocabulary,
 )
 from diht_jax.storage.stores import open_system
@@ -105,7 +104,7 @@ def mixture(train, labels=None, num_concepts=4, **values):
     config = default_config()
     config.data.update({"batch_size": 8, "block_records": 4, "window_blocks": 2, "num_streams": 4})
     config.data.update({"train": train, "labels": labels, "order": "global", **values})
-    sizes = train_vocabulary_sizes(config.data.train, labels) if num_concepts else None
+    sizes = tuple(map(len, VOCABULARY)) if num_concepts else None
     return open_mixture(
         config.data,
         seed=3,
@@ -212,7 +211,7 @@ def read_all(folder):
     labels, found, errors = open_labels(str(folder / "labels"), records, "labels"), {}, []
     for index in range(len(records)):
         try:
-            record = join_label(records.decode(records[index]), labels[index])
+            record = decode_joined(records.decode, (records[index], labels[index]))
             found[index] = [getattr(record, name).tolist() for name in NAMES]
         except ValueError as error:
             errors.append(error)

@@ -13,7 +13,6 @@ from diht_jax.records.vocabulary import (
     check_vocabulary,
     find_vocabulary,
     read_vocabulary,
-    vocabulary_sizes,
     write_vocabulary,
 )
 
@@ -102,9 +101,6 @@ def test_of_a_data_set(tmp_path):
     assert find_vocabulary(first) == vocabulary
     assert find_vocabulary([first / "a.tfrecord", str(second / "*.tfrecord"), plain]) == vocabulary
     assert find_vocabulary(plain) is None
-    sizes = (len(vocabulary.objects), len(vocabulary.attributes))
-    assert vocabulary_sizes([plain, first / "a.tfrecord"]) == sizes
-    assert vocabulary_sizes(plain) is None
 
 
 def test_mismatch_says_which(tmp_path):

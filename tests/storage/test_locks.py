@@ -78,17 +78,19 @@ def test_of_many_at_once_one_leads(folder, monkeypatch):
     assert files.list_names(folder) == []
 
 
-def test_the_lock_of_a_leader_on_another_machine_expires(folder, time_passes):
+def test_the_lock_of_a_leader_on_another_machine_expires(s3_bucket, time_passes):
+    folder = f"{s3_bucket}/c"
     _leave(folder)
     with locks.leader_lock(folder):
         assert locks.EXPIRY_SECS < time_passes[0] - 1000 <= locks.EXPIRY_SECS + 2
         # A process that also saw the old one end cannot create this one.
         assert files.list_names(folder) == [".leader-0001.json"]
-        assert not locks._LeaderLock(files.join(folder, ".leader-0001.json")).create()
+        assert not locks._create(files.join(folder, ".leader-0001.json"), "another token")
     assert files.list_names(folder) == []
 
 
-def test_a_dead_leader_of_this_machine_is_known_at_once(folder, time_passes):
+def test_a_dead_leader_of_this_machine_is_known_at_once(s3_bucket, time_passes):
+    folder = f"{s3_bucket}/c"
     # No such process, or this one, which holds no such lock.
     for pid in (2**22 + 1, os.getpid()):
         _leave(folder, machine=locks._machine(), pid=pid)
@@ -97,11 +99,3 @@ def test_a_dead_leader_of_this_machine_is_known_at_once(folder, time_passes):
     _leave(folder, machine=locks._machine(), pid=os.getppid())
     with locks.leader_lock(folder):
         assert time_passes[0] > 1000 + locks.EXPIRY_SECS
-
-
-def test_a_request_whose_answer_was_lost_has_succeeded(folder):
-    own = locks._LeaderLock(files.join(folder, ".leader-0000.json"))
-    files.write_bytes(own.path, own._content())
-    assert own.create()
-    own.release()
-    assert files.list_names(folder) == []

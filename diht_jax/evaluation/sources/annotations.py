@@ -20,8 +20,8 @@ from typing import Any
 
 from diht_jax.evaluation.sources.pictures import Units, picture_units
 from diht_jax.evaluation.sources.text_files import check_texts, read_json, read_text, require
-from diht_jax.readers.base import merge_captions, parse_json_object, pick_captions
-from diht_jax.records.schema import Pair
+from diht_jax.records.samples import merge_captions, pick_captions
+from diht_jax.records.schema import Pair, parse_json_object
 from diht_jax.storage.files import join
 
 _CAPTION_FIELDS = ("caption", "sentence", "question")

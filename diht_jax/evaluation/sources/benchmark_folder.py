@@ -24,14 +24,9 @@ from diht_jax.evaluation.prompts import CLASS_SLOT, check_class_names, check_tem
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.sources.text_files import list_names, read_text
 from diht_jax.readers.array_files import parse_npy
-from diht_jax.readers.base import (
-    IMAGE_EXTENSIONS,
-    MAX_IMAGE_BYTES,
-    Skipped,
-    merge_captions,
-    pick_captions,
-)
+from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped
 from diht_jax.readers.webdataset import count_images, read_groups
+from diht_jax.records.samples import merge_captions, pick_captions
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import exists, join
 from diht_jax.storage.stores import is_remote

@@ -24,8 +24,8 @@ from diht_jax.readers.base import (
     IMAGE_EXTENSIONS,
     UNSUPPORTED_EXTENSIONS,
     Skipped,
-    clean_text,
 )
+from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import find_inputs, is_glob, join
 from diht_jax.storage.stores import open_system

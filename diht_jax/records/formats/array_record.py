@@ -45,7 +45,7 @@ class ArrayRecordWriter(RecordWriter):
 class ArrayRecordSource(ShardedRecords):
     """Random access to the records of many shards, in the order of the shards.
 
-    As `TFRecordSource`; but no extent of several records is known.
+    Like `TFRecordSource`; but no extent of several records is known.
     """
 
     kind = "array_record"
@@ -61,17 +61,9 @@ class ArrayRecordSource(ShardedRecords):
             'config.data.order="global", or train on TFRecord shards or tars'
         )
 
-    def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
-        """As `TFRecordSource.describe_shard`, with the numbers of the records for offsets."""
-        file = open_ranges(self.paths[number])
-        offsets = np.arange(self.shard_lengths[number], dtype=np.uint64)
-        tail_start = max(0, file.size - end_bytes)
-        return (
-            file.size,
-            offsets,
-            file.read_range(0, end_bytes),
-            file.read_range(tail_start, file.size),
-        )
+    def _look_at(self, number: int) -> tuple[Any, np.ndarray]:
+        # The numbers of the records stand for their offsets.
+        return open_ranges(self.paths[number]), np.arange(self.shard_lengths[number], dtype="<u8")
 
     @classmethod
     def _count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
@@ -96,15 +88,17 @@ class _OpenShard:
         return self._reader.num_records()
 
     def read(self, record: int) -> bytes:
+        if record >= len(self):
+            raise TFRecordError(f"{self._path}: record {record}: the shard was replaced")
         try:
-            return self._read(record)
+            return self._reader.read([record])[0]
         except RuntimeError:
             # The same error as for damage comes of a disk that fails for a moment; after a restart
             # of a file server, a descriptor stays stale.
             check_readable(self._path)
             self._reader = self._open()
         try:
-            return self._read(record)
+            return self._reader.read([record])[0]
         except RuntimeError as error:
             raise DamagedRecordError(
                 f"{self._path}: record {record} cannot be read ({error}); write the shard again"
@@ -123,11 +117,6 @@ class _OpenShard:
                 f"{self._path}: not a whole ArrayRecord shard; write or copy it again"
             )
         return reader
-
-    def _read(self, record: int) -> bytes:
-        if record >= len(self):
-            raise TFRecordError(f"{self._path}: record {record}: the shard was replaced")
-        return self._reader.read([record])[0]
 
 
 def read_array_records(path: str) -> Iterator[bytes]:

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from diht_jax.records import catalog
-from diht_jax.records.catalog import Paths, Share
+from diht_jax.records.catalog import Paths
 from diht_jax.records.formats.array_record import ArrayRecordSource, ArrayRecordWriter
-from diht_jax.records.formats.tar_records import TarRecordSource
-from diht_jax.records.formats.tar_writer import TarWriter
+from diht_jax.records.formats.tar_records import TarRecordSource, TarWriter
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardFormat:
+class ShardFormat(NamedTuple):
     """A format of shards.
 
     Attributes:
+        suffix: ending of the names of its shards.
         source: random access to the records of many shards; its `kind` is the name in `catalog`.
         writer: of one shard.
         tfds_name: what TFDS calls it; None where it does not read it.
     """
 
+    suffix: str
     source: type[ShardedRecords]
     writer: type[RecordWriter]
     tfds_name: str | None = None
 
-    @property
-    def suffix(self) -> str:
-        """Ending of the names of its shards."""
-        return catalog.SUFFIXES[self.source.kind]
-
 
 # By the values of `config.output_format`.
 FORMATS = {
-    "tfrecord": ShardFormat(TFRecordSource, TFRecordWriter, "tfrecord"),
-    "array_record": ShardFormat(ArrayRecordSource, ArrayRecordWriter, "array_record"),
-    "webdataset": ShardFormat(TarRecordSource, TarWriter),
+    "tfrecord": ShardFormat(".tfrecord", TFRecordSource, TFRecordWriter, "tfrecord"),
+    "array_record": ShardFormat(
+        ".array_record", ArrayRecordSource, ArrayRecordWriter, "array_record"
+    ),
+    "webdataset": ShardFormat(".tar", TarRecordSource, TarWriter),
 }
 # The format of a kind of shards.
 _NAME_OF = {form.source.kind: name for name, form in FORMATS.items()}
@@ -52,31 +49,25 @@ def check_format(name: str, allowed: Iterable[str] = FORMATS) -> None:
         raise ValueError(f"config.output_format='{name}'; expected one of {', '.join(allowed)}")
 
 
-def open_source(paths: Paths, share: Share | None = None) -> ShardedRecords:
+def open_source(paths: Paths) -> ShardedRecords:
     """The records of some shards, all of one format.
 
     Args:
         paths: a shard, a folder, a glob or a list of these; also their URLs.
-        share: see `catalog.open_catalog`.
 
     Raises:
         ShardsNotFoundError: nothing is found, several formats are, or tars that are compressed.
         ValueError: a shard or an index is broken.
     """
-    found = catalog.open_catalog(paths, share=share)
+    found = catalog.open_catalog(paths)
     return FORMATS[_NAME_OF[found.kind]].source(found)
-
-
-def is_shard(path: str) -> bool:
-    """Returns whether a path is a file with the name of a shard of any format."""
-    return any(catalog.is_shard(path, kind) for kind in catalog.SUFFIXES)
 
 
 def open_writer(path: str | os.PathLike[str]) -> RecordWriter:
     """A writer of one shard, such as `TFRecordWriter`, by the name of the shard or its URL."""
     name = name_format(os.fspath(path))
     if name is None:
-        suffixes = ", ".join(catalog.SUFFIXES.values())
+        suffixes = ", ".join(form.suffix for form in FORMATS.values())
         raise ValueError(f"{path}: not the name of a shard; expected one that ends in {suffixes}")
     return FORMATS[name].writer(path)
 

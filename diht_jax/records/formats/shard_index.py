@@ -45,8 +45,10 @@ class ShardIndex:
     is_gapless: bool
     scan: Callable[[str], np.ndarray]
 
-    def count(self, path: str, shard_bytes: int) -> int | None:
-        """The number of records that the index states; None where there is no index.
+    def load(self, path: str, shard_bytes: int) -> np.ndarray | None:
+        """The offsets of the index, uint64 [n]; None where there is no index.
+
+        Those of a local shard are memory-mapped: processes that read the same shards share them.
 
         Args:
             path: of the shard, or its URL.
@@ -55,38 +57,30 @@ class ShardIndex:
         Raises:
             TFRecordError: the index is damaged or another shard's, or the shard is cut off.
         """
-        if is_remote(path):
-            offsets = self.load(path, shard_bytes)
-            return None if offsets is None else len(offsets)
         try:
-            with open(path + INDEX_SUFFIX, "rb") as file:
-                header, index_bytes = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
+            if is_remote(path):
+                data = np.frombuffer(read_bytes(path + INDEX_SUFFIX), np.uint8)
+            elif os.path.getsize(path + INDEX_SUFFIX):
+                data = np.memmap(path + INDEX_SUFFIX, np.uint8, "r")
+            else:  # nothing cannot be mapped
+                data = np.zeros(0, np.uint8)
         except FileNotFoundError:
             return None
-        return self._check_header(path, header, index_bytes, shard_bytes)
-
-    def load(self, path: str, shard_bytes: int) -> np.ndarray | None:
-        """The offsets of the index, uint64 [n]; None where there is no index.
-
-        Those of a local shard are memory-mapped: processes that read the same shards share them.
-
-        Raises:
-            TFRecordError: the index is damaged or another shard's, or the shard is cut off.
-        """
-        if is_remote(path):
-            try:
-                data = read_bytes(path + INDEX_SUFFIX)
-            except FileNotFoundError:
-                return None
-            count = self._check_header(path, data[: _HEADER.size], len(data), shard_bytes)
-            return self._check_offsets(
-                path, np.frombuffer(data, "<u8", count, _HEADER.size), shard_bytes
+        header = data[: _HEADER.size].tobytes()
+        if len(header) < _HEADER.size or not header.startswith(self.magic):
+            raise wrong_index(path, "it has no valid header")
+        _, expected_bytes, count = _HEADER.unpack(header)
+        if len(data) != _HEADER.size + 8 * count:
+            raise wrong_index(path, f"its size is not that of an index of {count} records")
+        if self.is_gapless and bool(count) != bool(expected_bytes):
+            raise wrong_index(path, f"it has {count} records for {expected_bytes} bytes")
+        if expected_bytes != shard_bytes:
+            # A shard that was cut off has the right index: the scan finds that and raises.
+            self.scan(path)
+            raise wrong_index(
+                path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
             )
-        count = self.count(path, shard_bytes)
-        if not count:
-            return None if count is None else np.zeros(0, np.uint64)
-        offsets = np.memmap(path + INDEX_SUFFIX, "<u8", "r", _HEADER.size, (count,))
-        return self._check_offsets(path, offsets, shard_bytes)
+        return self._check_offsets(path, data[_HEADER.size :].view("<u8"), shard_bytes)
 
     def find(self, path: str, shard_bytes: int, *, trust_index: bool = True) -> np.ndarray:
         """The offsets of a shard, from its index or by a scan; nothing is written.
@@ -109,23 +103,6 @@ class ShardIndex:
         """
         header = _HEADER.pack(self.magic, shard_bytes, len(offsets))
         write_bytes(path + INDEX_SUFFIX, header + offsets.astype("<u8").tobytes())
-
-    def _check_header(self, path: str, header: bytes, index_bytes: int, shard_bytes: int) -> int:
-        """The number of records that an index states."""
-        if len(header) < _HEADER.size or not header.startswith(self.magic):
-            raise wrong_index(path, "it has no valid header")
-        _, expected_bytes, count = _HEADER.unpack(header)
-        if index_bytes != _HEADER.size + 8 * count:
-            raise wrong_index(path, f"its size is not that of an index of {count} records")
-        if self.is_gapless and bool(count) != bool(expected_bytes):
-            raise wrong_index(path, f"it has {count} records for {expected_bytes} bytes")
-        if expected_bytes != shard_bytes:
-            # A shard that was cut off has the right index: the scan finds that and raises.
-            self.scan(path)
-            raise wrong_index(
-                path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
-            )
-        return count
 
     def _check_offsets(self, path: str, offsets: np.ndarray, shard_bytes: int) -> np.ndarray:
         """Rejects offsets at which no record can begin: a read there could request any size."""

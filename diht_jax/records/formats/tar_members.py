@@ -56,36 +56,20 @@ class DamagedTarError(ValueError):
         self.member = member
 
 
-class ExpansionCheck:
-    """Notices a file that would fill any memory, or go on for ever, once it is unpacked."""
+def check_expansion(path: str, num_bytes: int, unpacked_bytes: int) -> None:
+    """Raises ExpansionError for a file that would fill any memory, or go on for ever, unpacked.
 
-    def __init__(self, path: str, num_bytes: int):
-        """Begins to count.
-
-        Args:
-            path: of the file, for the message.
-            num_bytes: its size.
-        """
-        self._path = path
-        self._limit = max(_UNPACKED_BYTES, _MAX_EXPANSION * num_bytes)
-        self._total = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Counts unpacked bytes.
-
-        Raises:
-            ExpansionError: there are too many by now.
-        """
-        self.check(self._total + num_bytes)
-
-    def check(self, total_bytes: int) -> None:
-        """The same, given the bytes so far."""
-        self._total = total_bytes
-        if total_bytes > self._limit:
-            raise ExpansionError(
-                f"{self._path}: unpacks to over {self._limit >> 20} MiB, more than "
-                f"{_MAX_EXPANSION} times its size; no file of pictures does"
-            )
+    Args:
+        path: of the file, for the message.
+        num_bytes: its size.
+        unpacked_bytes: what has come out of it so far.
+    """
+    limit = max(_UNPACKED_BYTES, _MAX_EXPANSION * num_bytes)
+    if unpacked_bytes > limit:
+        raise ExpansionError(
+            f"{path}: unpacks to over {limit >> 20} MiB, more than {_MAX_EXPANSION} times its "
+            "size; no file of pictures does"
+        )
 
 
 class Member(NamedTuple):
@@ -117,8 +101,7 @@ def read_members(path: str, size_limit: Callable[[str], int | None]) -> Iterator
         StorageError: it cannot be read, now and after some attempts; names it.
         FileNotFoundError: there is none.
     """
-    file = open_file(path)
-    with file:
+    with open_file(path) as file:
         try:
             yield from walk_members(file, path, size_limit, mode="r:*")
         except ValueError:
@@ -153,7 +136,7 @@ def walk_members(
     """
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
-    expansion, contents = ExpansionCheck(path, num_bytes), ExpansionCheck(path, num_bytes)
+    contents_bytes = 0
     unread = None  # the member whose contents have not come yet
     try:
         with tarfile.open(path, mode, fileobj=file, tarinfo=_BoundedInfo) as tar:
@@ -165,13 +148,14 @@ def walk_members(
                     raise tarfile.ReadError(f"the size of '{member.name}' leads backwards")
                 position = tar.offset
                 if tar.fileobj is not file:  # compressed; `position` is where the contents end
-                    expansion.check(position)
+                    check_expansion(path, num_bytes, position)
                 limit = size_limit(member.name) if member.isreg() else None
                 if limit is None:
                     continue
                 # The size is checked first: a sparse member may claim terabytes of zeros.
                 is_wanted = 0 <= member.size <= limit
-                contents.add(member.size if is_wanted else 0)
+                contents_bytes += member.size if is_wanted else 0
+                check_expansion(path, num_bytes, contents_bytes)
                 data = None
                 if is_wanted and is_read(member.name):
                     data, unread = tar.extractfile(member).read(), None

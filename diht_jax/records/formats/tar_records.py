@@ -1,4 +1,4 @@
-"""Webdataset tars as record shards: an index of their samples, and random access.
+"""Webdataset tars as record shards: an index of their samples, random access, and a writer.
 
 An element is a piece of the archive, from the first header of a sample to that of the next one that
 is a pair; its first sample is the record. Samples without image or caption, and those whose key was
@@ -6,13 +6,21 @@ there before, are left out when the index is made (`shard_index.py`). What the m
 described in `tar_samples.py`; the same samples give the same records as the reader of tars gives
 pairs. A tar has checksums of its headers alone: contents that were damaged are noticed where they
 cannot be decoded.
+
+A record is written as `KEY.jpg` (or `png`, `webp`, by its image's first bytes), `KEY.txt` with the
+caption and `KEY.json` with the metadata and the key, as open_clip and `readers.webdataset` read it.
+In KEY, what would divide the name otherwise is percent-encoded (every dot, and what no path can
+have), and a key that was there before gets `~2`, `~3` and so on. Headers hold no owner and no time,
+so that equal records give equal bytes.
 """
 
 from __future__ import annotations
 
 import collections
 import io
-from typing import BinaryIO
+import json
+import pathlib
+import tarfile
 
 import numpy as np
 from absl import logging
@@ -22,107 +30,22 @@ from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats import tar_samples
 from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.formats.tar_members import walk_members
+from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.samples import SampleError, Skipped
 from diht_jax.records.sharded import ShardedRecords
-from diht_jax.storage.stores import check_failure, is_remote, open_file
+from diht_jax.storage.stores import check_failure, open_file
 
-BLOCK_BYTES = 512  # headers and contents begin at multiples of it
-TAR_SUFFIX = ".tar"
-
+_BLOCK_BYTES = 512  # headers and contents begin at multiples of it
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-
-
-def scan_samples(file: BinaryIO, path: str) -> tuple[np.ndarray, collections.Counter[str]]:
-    """Walks through a tar from header to header; images are not read.
-
-    Args:
-        file: the tar, open for reading and seeking.
-        path: of the tar, for messages.
-
-    Returns:
-        uint64 [n], where each sample that is a pair begins; reason -> count of the others.
-
-    Raises:
-        TFRecordError: it is compressed, damaged or cut off.
-    """
-    compression = _COMPRESSED.get(file.read(2))
-    if compression is not None:
-        raise TFRecordError(
-            f"{path}: a tar that is compressed ({compression}) has no random access; unpack it to "
-            "a plain .tar, or make record shards of it by `python -m data_prep.filter --config "
-            "configs/prep/convert.py`"
-        )
-    offsets: list[int] = []
-    skipped: collections.Counter[str] = collections.Counter()
-    try:
-        members = walk_members(
-            file,
-            path,
-            tar_samples.size_limit,
-            is_divisible=True,
-            is_read=lambda name: not tar_samples.is_image(name),
-        )
-        for offset, entry in tar_samples.make_pairs(tar_samples.group_members(members)):
-            if isinstance(entry, Skipped):
-                skipped[entry.reason] += 1
-            else:
-                offsets.append(offset)
-    except ValueError as error:
-        if isinstance(error, OSError):  # StorageError: the tar itself may be good
-            raise
-        raise TFRecordError(str(error)) from error
-    return np.array(offsets, np.uint64), skipped
-
-
-def _scan_piece(data: bytes, path: str) -> list[int]:
-    """Where the pairs of a piece of a tar begin.
-
-    A sample whose key was there before the piece counts as well. So these are the elements of the
-    index only if there are as many.
-    """
-    try:
-        members = walk_members(
-            io.BytesIO(data),
-            path,
-            tar_samples.size_limit,
-            is_piece=True,
-            is_divisible=True,
-            is_read=lambda name: not tar_samples.is_image(name),
-        )
-        pairs = tar_samples.make_pairs(tar_samples.group_members(members))
-        return [offset for offset, entry in pairs if not isinstance(entry, Skipped)]
-    except ValueError:
-        return []
-
-
-def decode_element(element: bytes, where: str = "a tar") -> schema.Record:
-    """The record of an element.
-
-    Args:
-        element: a piece of a tar that begins with the first header of a sample.
-        where: of the element, for messages.
-
-    Raises:
-        SampleError: the sample is no pair.
-        DamagedRecordError: there is no header, or one is damaged.
-    """
-    try:
-        members = walk_members(
-            io.BytesIO(element), where, tar_samples.size_limit, is_piece=True, is_divisible=True
-        )
-        sample = next(tar_samples.group_members(members), None)
-    except ValueError as error:
-        raise DamagedRecordError(str(error)) from error
-    if sample is None or sample.offset:
-        raise DamagedRecordError(f"{where}: no sample begins where the index states one")
-    pair = tar_samples.make_pair(sample)
-    if isinstance(pair, Skipped):
-        raise SampleError(pair)
-    return schema.Record(pair.key, pair.image, pair.caption, pair.metadata)
+# How the files of the formats begin that webdataset knows.
+_SIGNATURES = ((b"\xff\xd8", 0, "jpg"), (b"\x89PNG", 0, "png"), (b"WEBP", 8, "webp"))
+_MAX_KEY_LETTERS = 200
 
 
 def scan_tar(path: str) -> np.ndarray:
     """Where the samples of a tar begin, local or in a store; those that are no pairs are logged.
+
+    It goes from header to header; images are not read.
 
     Returns:
         uint64 [n].
@@ -131,26 +54,46 @@ def scan_tar(path: str) -> np.ndarray:
         TFRecordError: it is compressed, damaged or cut off.
         StorageError: it cannot be read, now and after some attempts.
     """
+    offsets: list[int] = []
+    skipped: collections.Counter[str] = collections.Counter()
     with open_file(path) as file:
+        compression = _COMPRESSED.get(file.read(2))
+        if compression is not None:
+            raise TFRecordError(
+                f"{path}: a tar that is compressed ({compression}) has no random access; unpack it "
+                "to a plain .tar, or make record shards of it by `python -m data_prep.filter "
+                "--config configs/prep/convert.py`"
+            )
+        members = walk_members(
+            file,
+            path,
+            tar_samples.size_limit,
+            is_divisible=True,
+            is_read=lambda name: not tar_samples.is_image(name),
+        )
         try:
-            offsets, skipped = scan_samples(file, path)
-        except TFRecordError:
+            for offset, entry in tar_samples.make_pairs(tar_samples.group_members(members)):
+                if isinstance(entry, Skipped):
+                    skipped[entry.reason] += 1
+                else:
+                    offsets.append(offset)
+        except ValueError as error:
             check_failure(file)  # the tar itself may be good
-            raise
+            raise TFRecordError(str(error)) from error
     if skipped:
         counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(skipped.items()))
         logging.warning("%s: %d samples are left out: %s", path, skipped.total(), counts)
-    return offsets
+    return np.array(offsets, np.uint64)
 
 
-INDEX = ShardIndex(b"DIHTTAR1", BLOCK_BYTES, BLOCK_BYTES, is_gapless=False, scan=scan_tar)
+INDEX = ShardIndex(b"DIHTTAR1", _BLOCK_BYTES, _BLOCK_BYTES, is_gapless=False, scan=scan_tar)
 
 
 class TarRecordSource(ShardedRecords):
     """Random access to the samples of many tars, in the order of the tars.
 
-    As `TFRecordSource`, with one ranged request for a sample. An index that is missing is made, and
-    kept next to its tar where the folder can be written, in memory where it cannot.
+    Like `TFRecordSource`. An index that is missing is made, and kept next to its tar where the
+    folder can be written, in memory where it cannot.
     """
 
     kind = "tar"
@@ -158,9 +101,92 @@ class TarRecordSource(ShardedRecords):
 
     @staticmethod
     def decode(element: bytes) -> schema.Record:
-        """The record of an element; errors are those of `decode_element`."""
-        return decode_element(element)
+        """The record of an element.
 
-    def _starts_within(self, path: str, data: bytes) -> list[int]:
-        # The offsets of a tar in a store may have to be requested, its headers are here.
-        return [*_scan_piece(data, path), len(data)] if is_remote(path) else [0]
+        Raises:
+            SampleError: the sample is no pair.
+            DamagedRecordError: there is no header, or one is damaged.
+        """
+        limit = tar_samples.size_limit
+        try:
+            members = walk_members(io.BytesIO(element), "a tar", limit, is_piece=True)
+            sample = next(tar_samples.group_members(members), None)
+        except ValueError as error:
+            raise DamagedRecordError(str(error)) from error
+        if sample is None or sample.offset:
+            raise DamagedRecordError("a tar: no sample begins where the index states one")
+        pair = tar_samples.make_pair(sample)
+        if isinstance(pair, Skipped):
+            raise SampleError(pair)
+        return schema.Record(pair.key, pair.image, pair.caption, pair.metadata)
+
+
+class TarWriter(RecordWriter):
+    """Writes one tar of records, and its index."""
+
+    index = INDEX
+
+    def _open(self, path: pathlib.Path) -> None:
+        self._tar = tarfile.open(path, "x", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._seen: collections.Counter[str] = collections.Counter()
+
+    def _append(self, data: bytes) -> None:
+        record = schema.decode_record(data)
+        if any(
+            getattr(record, name) is not None for pair in schema.CONCEPT_FIELDS for name in pair
+        ):
+            raise ValueError(
+                f"record '{record.key}': its concepts cannot be kept in a tar; write labelled "
+                'records with config.output_format="tfrecord" or "array_record"'
+            )
+        extension = image_extension(record.image)
+        if extension is None:
+            raise ValueError(f"record '{record.key}': tars hold images in JPEG, PNG and WebP only")
+        stem = self._unique_stem(record.key)
+        self._offsets.append(self._tar.offset)
+        metadata = dict(record.metadata) | {"key": record.key}
+        text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+        self._add(f"{stem}.{extension}", record.image)
+        self._add(f"{stem}.txt", record.caption.encode())
+        self._add(f"{stem}.json", text.encode())
+
+    def _finish(self) -> None:
+        self._tar.close()
+
+    def _add(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
+        self._tar.members.clear()  # kept for reading, which nobody does here
+
+    def _unique_stem(self, key: str) -> str:
+        stem = member_stem(key)
+        self._seen[stem] += 1
+        # No other stem has a tilde.
+        return stem if self._seen[stem] == 1 else f"{stem}~{self._seen[stem]}"
+
+
+def image_extension(image: bytes) -> str | None:
+    """The extension by which webdataset knows an image: jpg, png or webp; None for others."""
+    for signature, start, extension in _SIGNATURES:
+        if image[start : start + len(signature)] == signature:
+            return extension
+    return None
+
+
+def member_stem(key: str) -> str:
+    """The name of a record's members, without their extension."""
+    encoded = "".join(letter if _is_plain(letter) else _percent(letter) for letter in key)
+    if encoded != encoded.strip():
+        encoded = encoded.replace(" ", "%20")
+    # No path in the archive leads out of the folder that it is unpacked in.
+    stem = "/".join(part or "%2F" for part in encoded.split("/"))
+    return stem if len(stem) <= _MAX_KEY_LETTERS else stem[:_MAX_KEY_LETTERS].rstrip("/")
+
+
+def _is_plain(letter: str) -> bool:
+    return letter not in ".%~\\" and letter.isprintable() and letter != "\ufeff"
+
+
+def _percent(letter: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in letter.encode())

@@ -19,7 +19,6 @@ Source: the reinforced data of MobileCLIP, arXiv 2311.17049.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -30,16 +29,13 @@ import numpy as np
 from diht_jax.records.labels.shards import (
     CLIP_EMBEDDINGS,
     Label,
-    LabelRecords,
     decode_features,
     encode_features,
     encode_key,
-    open_label_records,
-    read_labels_table,
+    read_labels_index,
     resolve_source,
 )
 from diht_jax.records.schema import Record
-from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import parse_train
 
 DTYPES = ("int8", "float16")
@@ -199,15 +195,6 @@ class ClipFacts:
         return np.dtype({"int8": "i1", "float16": "<f2"}[self.dtype])
 
 
-class ClipRecords(LabelRecords):
-    """The CLIP embeddings of the records of a data set, by the number of the record."""
-
-    @functools.cached_property
-    def clip_facts(self) -> ClipFacts:
-        """The teachers, crops and dtype of all of them."""
-        return ClipFacts.parse(self.facts)
-
-
 @dataclasses.dataclass(frozen=True)
 class EmbeddedRecord(Record):
     """A record with its CLIP embeddings; `clip_views` is None where it has none."""
@@ -236,7 +223,7 @@ def decode_embedded(
     Args:
         decode: makes a record of an element of the records.
         facts: of the embeddings.
-        element: of the records, and of `ClipRecords`.
+        element: of the records, and of their `LabelRecords`.
 
     Raises:
         ValueError: the embeddings of another record, or damaged ones; names their file and number.
@@ -262,22 +249,12 @@ def find_clip_embeddings(train: Any, labels: str | None) -> ClipFacts | None:
     """
     found: dict[str, ClipFacts] = {}
     for source in map(resolve_source, parse_train(train, labels)):
-        table = read_labels_table(CLIP_EMBEDDINGS, source.labels) if source.labels else None
-        if table is not None:
-            found[source.labels] = ClipFacts.parse(table.labels["facts"])
+        index = read_labels_index(CLIP_EMBEDDINGS, source.labels) if source.labels else None
+        if index is not None:
+            found[source.labels] = ClipFacts.parse(index.labels["facts"])
     if len({facts.hash for facts in found.values()}) > 1:
         raise ValueError(
             f"config.data.train: the CLIP embeddings in {' and '.join(found)} are of different "
             "teachers or crops; label all sources with the same config.clip_teachers"
         )
     return next(iter(found.values()), None)
-
-
-def open_clip_embeddings(
-    folder: str, records: ShardedRecords, key: str, **options: Any
-) -> ClipRecords | None:
-    """The CLIP embeddings of some records; None where the folder has none.
-
-    Arguments and errors of `shards.open_label_records`.
-    """
-    return open_label_records(CLIP_EMBEDDINGS, folder, records, key, make=ClipRecords, **options)

@@ -102,12 +102,17 @@ def decode_label(data: bytes, key: str) -> list[Concepts]:
     return [(ids[: counts[0]], probs[: counts[0]]), (ids[counts[0] :], probs[counts[0] :])]
 
 
-def join_label(record: Record, label: Label) -> Record:
-    """The record with its label in place of concepts of its own.
+def decode_joined(decode: Callable[[Any], Record], element: tuple[Any, Label]) -> Record:
+    """The record of an element with its label in place of concepts of its own.
+
+    Args:
+        decode: makes a record of an element of the records; its errors are raised, too.
+        element: of the records, and of `LabelRecords`.
 
     Raises:
         ValueError: the label of another record, or a damaged one; names its file and number.
     """
+    record, label = decode(element[0]), element[1]
     try:
         concepts = decode_label(label.data, record.key)
         values: dict[str, np.ndarray] = {}
@@ -117,17 +122,6 @@ def join_label(record: Record, label: Label) -> Record:
     except ValueError as error:
         raise ValueError(f"{label.where}: {error}") from error
     return dataclasses.replace(record, **values)
-
-
-def decode_joined(decode: Callable[[Any], Record], element: tuple[Any, Label]) -> Record:
-    """The record of an element and its label; errors of `decode` and of `join_label`.
-
-    Args:
-        decode: makes a record of an element of the records.
-        element: of the records, and of `LabelRecords`.
-    """
-    data, label = element
-    return join_label(decode(data), label)
 
 
 def open_labels(folder: str, records: ShardedRecords, key: str, **options: Any) -> LabelRecords:

@@ -25,8 +25,8 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diht_jax.records.catalog import Share, has_shard_name
-from diht_jax.records.dataset_index import INDEX_NAME, ShardTable, read_table
+from diht_jax.records.catalog import kind_of
+from diht_jax.records.dataset_index import INDEX_NAME, DatasetIndex, read_index
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.schema import Example, parse_example
 from diht_jax.records.sharded import ShardedRecords
@@ -76,7 +76,7 @@ class Label(NamedTuple):
 def label_shard_name(shard: str) -> str:
     """The file name of the labels of a record shard."""
     name = os.path.basename(shard)
-    return name if has_shard_name(name) else f"{name}.tfrecord"
+    return name if kind_of(name) == "tfrecord" else f"{name}.tfrecord"
 
 
 def encode_features(features: Mapping[str, bytes]) -> bytes:
@@ -137,18 +137,16 @@ def relative_input(path: str, folder: str) -> str:
 def find_inputs(folder: str) -> list[str] | None:
     """Paths of the records that the labels in a folder belong to; None where it has no labels."""
     try:
-        stated = read_table(os.path.join(folder, LABELS, INDEX_NAME)).labels
+        stated = read_index(os.path.join(folder, LABELS, INDEX_NAME)).labels
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return stated and [_find_input(text, folder) for text in stated["inputs"]]
-
-
-def _find_input(text: str, folder: str) -> str:
-    """The inverse of `relative_input`, also where the folder was moved."""
-    if is_remote(text) or os.path.isabs(text):
-        return text
     system, folder_there = _split(folder)
-    return f"{system}{posixpath.normpath(posixpath.join(folder_there, text))}"
+    return stated and [
+        text
+        if is_remote(text) or os.path.isabs(text)
+        else f"{system}{posixpath.normpath(posixpath.join(folder_there, text))}"
+        for text in stated["inputs"]
+    ]
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -169,36 +167,29 @@ def resolve_source(source: TrainSource) -> TrainSource:
     )
 
 
-def read_labels_table(
-    kind: str, folder: str, key: str = "config.data.labels", share: Share | None = None
-) -> ShardTable | None:
+def read_labels_index(
+    kind: str, folder: str, key: str = "config.data.labels"
+) -> DatasetIndex | None:
     """The index of a folder of labels; None where there is none.
 
     Args:
         kind: `LABELS` or `CLIP_EMBEDDINGS`.
         folder: path or URL, as `data_prep.label` has written it.
         key: of the config, for messages.
-        share: for a run of several processes, all of which call: the first one alone reads it.
 
     Raises:
         ValueError: it is damaged, or was not written by `data_prep.label`.
     """
-    path = os.path.join(folder, kind, INDEX_NAME)
-
-    def read() -> bytes:
-        try:
-            return read_table(path).head
-        except (FileNotFoundError, NotADirectoryError):
-            return b""
-
-    head = share(read) if share else read()
-    table = ShardTable(head, path) if head else None
-    if table is not None and table.labels is None:
+    try:
+        index = read_index(os.path.join(folder, kind, INDEX_NAME))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if index.labels is None:
         raise ValueError(
             f"{key}={folder}: {kind}/{INDEX_NAME} does not state which records the {kind} belong "
             "to; run `python -m data_prep.label` again"
         )
-    return table
+    return index
 
 
 def missing_labels(folder: str, key: str = "config.data.labels") -> ValueError:
@@ -226,8 +217,7 @@ class LabelRecords(Sequence[Label]):
         records: TFRecordSource,
         shards: Sequence[LabelShard],
         facts: Mapping[str, Any],
-        cache_dir: str | None = None,
-        patiently: Callable[[Callable[[], Any]], Any] | None = None,
+        open_copy: Callable[[str, str, int], TFRecordSource],
     ):
         """Reads no label yet.
 
@@ -236,22 +226,22 @@ class LabelRecords(Sequence[Label]):
             records: the shards of labels, in the order of the record shards.
             shards: likewise.
             facts: of `describe_labels`.
-            cache_dir: gets the copies of shards in a store; None is a folder of this user in the
-                system's temporary one.
-            patiently: calls a function until a store answers; once where None.
+            open_copy: URL, name and bytes of a shard in a store -> its records.
         """
         self.kind = kind
         self.facts = facts
         self._records = records
-        self._shards = {
-            path: (shard, size)
-            for path, shard, (_, _, size, _) in zip(
-                records.paths, shards, fingerprint_records(records).shards, strict=True
+        self._identities = [
+            (f"{kind}/{name}", count, size, shard.digest)
+            for (name, count, size, _), shard in zip(
+                fingerprint_records(records).shards, shards, strict=True
             )
+        ]
+        self._copies = {
+            path: (path, f"{shard.digest}-{shard.name}", identity[2])
+            for path, shard, identity in zip(records.paths, shards, self._identities, strict=True)
         }
-        self._cache_dir = cache_dir
-        self._patiently = patiently
-        self._reset_copies()
+        self._open_copy = open_copy
 
     def __len__(self) -> int:
         return len(self._records)
@@ -263,49 +253,28 @@ class LabelRecords(Sequence[Label]):
             TFRecordError: it is damaged, or its shard was replaced.
         """
         path, number = self._records.locate(index)
+        where = f"{path}: record {number}"
         if not is_remote(path):
-            return Label(self._records[index], f"{path}: record {number}")
-        return Label(self._open_copy(path)[number], f"{path}: record {number}")
+            return Label(self._records[index], where)
+        return Label(self._open_copy(*self._copies[path])[number], where)
 
     def fingerprint(self) -> tuple[ShardIdentity, ...]:
         """Rows of a `Fingerprint` for the shards of labels."""
-        rows = fingerprint_records(self._records).shards
-        return tuple(
-            (f"{self.kind}/{name}", count, size, shard.digest)
-            for (name, count, size, _), (shard, _) in zip(rows, self._shards.values(), strict=True)
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_open_copy"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._reset_copies()
-
-    def _reset_copies(self) -> None:
-        # The cache locks in C: there is no lock of ours that a fork could inherit locked. It must
-        # not refer to this object: as a cycle, it would keep files open for long.
-        self._open_copy = functools.lru_cache(_MAX_OPEN_COPIES)(
-            functools.partial(_open_copy, self._shards, self._cache_dir, self._patiently)
-        )
+        return tuple(self._identities)
 
 
+# The cache locks in C: there is no lock of ours that a fork could inherit locked.
+@functools.lru_cache(_MAX_OPEN_COPIES)
 def _open_copy(
-    shards: Mapping[str, tuple[LabelShard, int]],
     cache_dir: str | None,
     patiently: Callable[[Callable[[], Any]], Any] | None,
     url: str,
+    name: str,
+    num_bytes: int,
 ) -> TFRecordSource:
     """The records of the copy of a shard; its index is made when it is opened first."""
-    shard, size = shards[url]
-    copy = functools.partial(
-        cached_copy,
-        url,
-        f"{shard.digest}-{shard.name}",
-        size,
-        cache_dir,
-        "name another folder by config.data.cache_dir",
-    )
+    advice = "name another folder by config.data.cache_dir"
+    copy = functools.partial(cached_copy, url, name, num_bytes, cache_dir, advice)
     return TFRecordSource([patiently(copy) if patiently else copy()])
 
 
@@ -315,10 +284,8 @@ def open_label_records(
     records: ShardedRecords,
     key: str = "config.data.labels",
     *,
-    share: Share | None = None,
     cache_dir: str | None = None,
     patiently: Callable[[Callable[[], Any]], Any] | None = None,
-    make: type[LabelRecords] = LabelRecords,
 ) -> LabelRecords | None:
     """The labels of some records, after it is checked that they belong to them.
 
@@ -329,11 +296,9 @@ def open_label_records(
         folder: path or URL, as `data_prep.label` has written it.
         records: to be labelled.
         key: of the config, for messages.
-        share: for a run of several processes, all of which call: the first one alone reads the
-            folder.
-        cache_dir: gets the copies of shards in a store; see `LabelRecords`.
+        cache_dir: gets the copies of shards in a store; None is a folder of this user in the
+            system's temporary one.
         patiently: calls a function until a store answers; once where None.
-        make: class of the result.
 
     Returns:
         None where the folder has no labels of this kind.
@@ -341,10 +306,10 @@ def open_label_records(
     Raises:
         ValueError: a shard of labels is missing or was replaced, or a record shard has none.
     """
-    table = read_labels_table(kind, folder, key, share)
-    if table is None:
+    index = read_labels_index(kind, folder, key)
+    if index is None:
         return None
-    stated = [LabelShard(name, digest, tuple(row)) for name, digest, row in table.labels["shards"]]
+    stated = [LabelShard(name, digest, tuple(row)) for name, digest, row in index.labels["shards"]]
     where = f"{key}={folder}"
     shards = _match_shards(kind, stated, records, where)
     if is_remote(folder):  # in the form of listings
@@ -352,7 +317,7 @@ def open_label_records(
         folder = system.unstrip_protocol(path)
     paths = [os.path.join(folder, kind, shard.name) for shard in shards]
     try:
-        source = TFRecordSource(paths, share=share)
+        source = TFRecordSource(paths)
     except StorageError:
         raise
     except ValueError as error:
@@ -367,7 +332,8 @@ def open_label_records(
                 f"{where}: {path} has {count} records, and the shard that it belongs to has "
                 f"{expected}; {_ADVICE}"
             )
-    return make(kind, source, shards, table.labels["facts"], cache_dir, patiently)
+    open_copy = functools.partial(_open_copy, cache_dir, patiently)
+    return LabelRecords(kind, source, shards, index.labels["facts"], open_copy)
 
 
 def _match_shards(

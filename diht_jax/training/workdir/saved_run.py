@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import google_crc32c
@@ -20,7 +21,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diht_jax.records.catalog import Share
 from diht_jax.sharding import path_name
 from diht_jax.storage.files import write_bytes
 from diht_jax.training.recipe import default_config
@@ -131,7 +131,7 @@ def finished_steps(root: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
-def shared_steps(root: epath.Path, share: Share) -> list[int]:
+def shared_steps(root: epath.Path, share: Callable[[Callable[[], bytes]], bytes]) -> list[int]:
     """Like `finished_steps`; for a job, the steps that its first process sees.
 
     Listings of a network file system may be older on some hosts, and a run that goes on may save

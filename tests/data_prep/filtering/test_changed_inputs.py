@@ -14,7 +14,7 @@ from data_prep.filter import run_filter
 from data_prep.filtering import job as filter_job
 from data_prep.jobs.manifest import read_manifest
 from data_prep.labelling.vocabulary import read_counts as read_concepts
-from diht_jax.records.dataset_index import read_table
+from diht_jax.records.dataset_index import read_index
 from diht_jax.storage import files
 from tests.data_prep.filtering.jobs import (
     job_config,
@@ -191,7 +191,7 @@ def test_parts_as_output_hold_what_shards_would(tmp_path, filtered):
     paths = [[str(p) for p in (tmp_path / n).glob("*.tfrecord")] for n in ("out", "sharded")]
     found, expected = (read_concepts(names).concepts for names in paths)
     assert found == expected  # what labels need beside a shard
-    index = read_table(f"{output}/dataset.index")
+    index = read_index(f"{output}/dataset.index")
     assert index.starts.tolist() == [0, 2, 4, 6]
     filtered.clear()
     assert run_filter(config) == {}

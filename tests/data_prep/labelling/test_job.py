@@ -16,7 +16,7 @@ from data_prep.labelling.embeddings import hash_embeddings
 from data_prep.labelling.examples import gather_examples
 from data_prep.labelling.tasks import find_inputs, identify_inputs, plan_outputs
 from data_prep.teachers.registry import describe_teacher
-from diht_jax.records.dataset_index import read_table
+from diht_jax.records.dataset_index import read_index
 from diht_jax.records.schema import Record
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.records.tfrecord import read_records as read_tfrecords
@@ -67,7 +67,7 @@ def test_hash_travels_with_every_shard(work):
         assert json.loads(path.read_text())["counts"]["vocabulary"] == vocabulary.describe()
     assert find_vocabulary(work / "labelled") == vocabulary
     # The index knows it of all shards, so that a start need not look at each.
-    index = read_table(str(work / "labelled" / "dataset.index"))
+    index = read_index(str(work / "labelled" / "dataset.index"))
     assert index.vocabulary == vocabulary.describe()
     assert index.num_records.sum() == len(TFRecordSource(work / "labelled"))
     info = json.loads((work / "labelled" / "dataset_info.json").read_text())

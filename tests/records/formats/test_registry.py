@@ -8,7 +8,6 @@ from diht_jax.records.catalog import find_shards
 from diht_jax.records.formats.registry import (
     FORMATS,
     format_of,
-    is_shard,
     name_format,
     open_writer,
 )
@@ -46,7 +45,6 @@ def test_folders_globs_and_lists(tmp_path):
     assert format_of(str(tmp_path / "both")) == "tfrecord"  # as before there were others
     assert format_of(str(tmp_path / "odd" / "a.bin")) == "tfrecord"
     assert find_shards(tmp_path / "tar") == [str(tmp_path / "tar" / "00000.tar")]
-    assert is_shard(str(tmp_path / "both" / "a.tar")) and not is_shard(str(tmp_path / "b.tar"))
     with pytest.raises(ValueError, match=r"no TFRecord shard at '.*/odd', nor one of another form"):
         format_of(tmp_path / "odd")
     with pytest.raises(ValueError, match="are tar, tfrecord; name those of one format"):

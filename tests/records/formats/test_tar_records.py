@@ -21,8 +21,7 @@ from diht_jax.readers.base import Skipped
 from diht_jax.readers.webdataset import read_tar
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.format import TFRecordError
-from diht_jax.records.formats import tar_records
-from diht_jax.records.formats.tar_records import TarRecordSource, scan_samples
+from diht_jax.records.formats.tar_records import TarRecordSource, scan_tar
 from tests.readers.inputs import JPEG, PNG, write_tar
 
 _RECIPE = pathlib.Path(__file__).resolve().parents[3] / "configs" / "prep" / "convert.py"
@@ -88,9 +87,9 @@ def test_records_are_what_the_reader_of_tars_gives(tmp_path, tar_format, caplog)
     assert [again[number] for number in range(4)] == [source[number] for number in range(4)]
     assert not caplog.text and repr(again) == repr(source)
     assert fingerprint_records(again) == fingerprint_records(source)
-    with open(path, "rb") as file, tarfile.open(path) as tar:
+    with tarfile.open(path) as tar:
         offsets = {member.name: member.offset for member in tar}
-        found = scan_samples(file, path)[0].tolist()
+        found = scan_tar(path).tolist()
         # The first header of a sample, and the last one of a key that is there twice.
         assert found[1:] == [
             offsets[name] for name in (MEMBERS[5][0], "caf\u00e9.webp", "last.JPEG")
@@ -123,41 +122,6 @@ def test_an_extent_is_cut_into_its_elements(tmp_path):
         source.extent(4, 6)
     with pytest.raises(TFRecordError, match=r"records 0 to 2: \d+ bytes were read, and \d+ exp"):
         source.split(0, 3, b"x" * 100)
-
-
-def test_an_extent_of_a_store_is_cut_without_the_offsets(tmp_path, monkeypatch):
-    pairs = [
-        (f"{i}.{name}", data) for i in range(7) for name, data in (("png", PNG), ("txt", b"c"))
-    ]
-    plain = TarRecordSource(write_members(tmp_path / "plain.tar", pairs))
-    data = pathlib.Path(plain.paths[0]).read_bytes()
-    extents = [(0, 3), (2, 5), (4, 7), (6, 7)]
-    expected = [plain.cut(*records, _piece(plain, data, records)) for records in extents]
-    # A key that was there before counts in the piece alone: there the index decides.
-    odd = TarRecordSource(write_members(tmp_path / "odd.tar", [*pairs, *MEMBERS]))
-    odd_data, every = pathlib.Path(odd.paths[0]).read_bytes(), (1, len(odd))
-    odd_expected = odd.cut(*every, _piece(odd, odd_data, every))
-    opened = []
-    monkeypatch.setattr(tar_records, "is_remote", lambda path: True)
-    for source in (plain, odd):
-        monkeypatch.setattr(
-            source, "_open_shard", lambda n, real=source._open_shard: opened.append(n) or real(n)
-        )
-    for records, starts in zip(extents, expected, strict=True):
-        np.testing.assert_array_equal(plain.cut(*records, _piece(plain, data, records)), starts)
-    piece = _piece(plain, data, (0, 3))
-    opened.clear()
-    plain.cut(0, 3, piece)
-    assert not opened
-    np.testing.assert_array_equal(odd.cut(*every, _piece(odd, odd_data, every)), odd_expected)
-    assert opened
-    with pytest.raises(TFRecordError, match=r"records 0 to 2: \d+ bytes were read, and \d+ exp"):
-        plain.cut(0, 3, b"x" * 1024)
-
-
-def _piece(source, data, records) -> bytes:
-    _, start, end = source.extent(*records)
-    return data[start:end]
 
 
 def test_what_is_no_plain_tar_is_refused(tmp_path):

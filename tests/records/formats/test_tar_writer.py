@@ -10,8 +10,7 @@ import webdataset
 from PIL import Image
 
 from diht_jax.records.formats.registry import open_writer
-from diht_jax.records.formats.tar_records import TarRecordSource
-from diht_jax.records.formats.tar_writer import image_extension, member_stem
+from diht_jax.records.formats.tar_records import TarRecordSource, image_extension, member_stem
 from diht_jax.records.schema import Pair, Record, encode_record
 from tests.readers.inputs import JPEG, PNG, encoded_image
 
