@@ -39,7 +39,7 @@ import numpy as np
 
 from diht_jax.records.format import TFRecordError
 from diht_jax.storage.copies import cached_copy
-from diht_jax.storage.stores import is_remote, open_ranges, read_range
+from diht_jax.storage.stores import is_remote, open_ranges
 
 INDEX_NAME = "dataset.index"
 ANCHOR_RECORDS = 64
@@ -55,7 +55,6 @@ _MAX_NUMBER = 2**61  # so that sums of offsets and lengths fit into an int64
 # Read at first: enough for the preamble and the head of some thousands of shards.
 _FIRST_READ_BYTES = 2**20
 _MAX_HEAD_BYTES = 2**36
-_CACHED_GROUPS = 1024  # of 64 offsets of indices in stores
 
 
 def digest_shard(offsets: np.ndarray, head: bytes, tail: bytes) -> str:
@@ -96,8 +95,8 @@ class ShardEntry:
 class DatasetIndex:
     """The head of an index, and access to its offsets. It can be pickled.
 
-    A record at a multiple of 64 is found with the head alone. The offsets of others are
-    memory-mapped, or, of an index in a store, read 64 at a time.
+    A record at a multiple of 64 is found with the head alone. The offsets of others are read from
+    the file, 64 at a time.
 
     Attributes:
         path: path or URL of the file.
@@ -121,7 +120,8 @@ class DatasetIndex:
         """
         self.head, self.path = head, path
         self._local_path = local_path or (None if is_remote(path) else path)
-        self._mapped: np.ndarray | None = None
+        self._file: Any = None
+        self._last: tuple[int, int, Any] = (0, 0, None)  # the offsets that were read last
         try:
             self._parse()
         except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
@@ -204,7 +204,7 @@ class DatasetIndex:
 
     def offsets(self, row: int) -> np.ndarray:
         """uint64 [n], where the records of a shard begin."""
-        return np.array(self._read(int(self.starts[row]), int(self.starts[row + 1])))
+        return self._read(int(self.starts[row]), int(self.starts[row + 1]))
 
     def make_local(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
         """Downloads an index from a store; the processes of a host share one copy.
@@ -224,6 +224,7 @@ class DatasetIndex:
                 "name another folder by config.data.cache_dir, or take "
                 'config.data.order="blocks", which does not need it',
             )
+            self._file = None
 
     def damaged(self, detail: str) -> TFRecordError:
         """The error for an index that cannot be used."""
@@ -240,26 +241,23 @@ class DatasetIndex:
 
     def _read(self, begin: int, end: int) -> np.ndarray:
         """The offsets [begin, end), numbered through all shards."""
-        if self._local_path is not None:
-            return self._map()[begin:end]
-        start, checksum = _PREAMBLE.size + len(self.head), google_crc32c.value(self.head)
-        return _read_offsets(self.path, checksum, start + 8 * begin, start + 8 * end)
-
-    def _map(self) -> np.ndarray:
-        if self._mapped is None:
-            with open(self._local_path, "rb") as file:
-                found, size = file.read(_PREAMBLE.size), os.fstat(file.fileno()).st_size
-            if (found, size) != (encode_preamble(self.head), self.file_bytes):
-                raise ValueError(f"{self._local_path} was written again since; start again")
-            start, count = _PREAMBLE.size + len(self.head), int(self.starts[-1])
-            # Threads read records at once: none may see anything but the whole map. Nothing cannot
-            # be mapped.
-            self._mapped = (
-                np.memmap(self._local_path, "<u8", "r", start, (count,))
-                if count
-                else np.zeros(0, np.uint64)
-            )
-        return self._mapped
+        last = self._last  # threads may replace it meanwhile
+        if last[:2] == (begin, end) and last[2] is not None:
+            return last[2]
+        if self._file is None:
+            file = open_ranges(self._local_path or self.path, self.file_bytes)
+            if self._local_path is not None:
+                found = file.read_range(0, _PREAMBLE.size), file.size
+                if found != (encode_preamble(self.head), self.file_bytes):
+                    raise ValueError(f"{self._local_path} was written again since; start again")
+            self._file = file
+        start = _PREAMBLE.size + len(self.head)
+        data = self._file.read_range(start + 8 * begin, start + 8 * end)
+        if len(data) != 8 * (end - begin):
+            raise self.damaged("it is cut off")
+        offsets = np.frombuffer(data, "<u8")
+        self._last = begin, end, offsets
+        return offsets
 
     def _parse(self) -> None:
         head = self.head
@@ -301,16 +299,6 @@ class DatasetIndex:
         self._anchor_starts = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
         if (self.starts[-1], self._anchor_starts[-1]) != (num_records, anchors):
             raise ValueError("its numbers of records differ")
-
-
-@functools.lru_cache(_CACHED_GROUPS)
-def _read_offsets(path: str, head_checksum: int, start: int, end: int) -> np.ndarray:
-    """Some offsets of an index in a store; the checksum tells two indices of one name apart."""
-    del head_checksum
-    data = read_range(path, start, end)
-    if len(data) != end - start:
-        raise _damaged(path, "it is cut off")
-    return np.frombuffer(data, "<u8")
 
 
 def _damaged(path: str, detail: str) -> TFRecordError:

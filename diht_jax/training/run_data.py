@@ -51,7 +51,7 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
     """The records of the run, with what makes examples of them. All processes must call.
 
     Raises:
-        ValueError: the data do not fit the config, cannot be read, or differ between processes.
+        ValueError: the data do not fit the config, or cannot be read.
     """
     num_concepts = num_labels(config)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
@@ -72,7 +72,7 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
         pair_ids=needs_pair_ids(config),
         class_key=config.data.class_key,
     )
-    mixture = check_together(
+    return check_together(
         lambda: open_mixture(
             config.data,
             config.seed,
@@ -81,14 +81,6 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
             jax.process_count(),
         )
     )
-    found = gather_texts(", ".join(repr(source.records) for source in mixture.sources))
-    if len(set(found)) > 1:
-        other = next(number for number, text in enumerate(found) if text != found[0])
-        raise ValueError(
-            f"config.data.train: process {other} finds other records than the first one "
-            f"({found[other]} instead of {found[0]}); give every host the same files"
-        )
-    return mixture
 
 
 def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainIterator:

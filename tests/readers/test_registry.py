@@ -11,7 +11,6 @@ from PIL import features
 
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.registry import FORMATS, Skipped, list_shards, open_source, read_pairs
-from diht_jax.records.samples import clean_text, pick_captions
 from diht_jax.records.schema import Pair, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_reasons, write_tar
@@ -178,12 +177,6 @@ def test_identity_changes_with_the_input(tmp_path):
     before = shard.identity()
     (folder / "a" / "2.png").write_bytes(PNG)
     assert shard.identity() != before
-
-
-def test_texts_are_cleaned():
-    assert clean_text("  \ud83d\ude00 ok \ud83d ") == "\N{GRINNING FACE} ok \ufffd"
-    assert pick_captions(["a", 3, None, " a ", "", "b"]) == ["a", "b"]
-    assert pick_captions({"a": 1}) == []
 
 
 def test_each_source_may_have_options_of_its_own(tmp_path):

@@ -140,27 +140,6 @@ class Mnist(tfds.core.GeneratorBasedBuilder):
 
 Mnist(data_dir=work / "labels").download_and_prepare()
 
-# 5. Random data made by tfds.testing: with one caption, with several, and with a label.
-class DummyCaptions(tfds.testing.DummyDataset):
-    def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(encoding_format="png"),
-            "title": tfds.features.Text(),
-            "captions": tfds.features.Sequence(tfds.features.Text()),
-        }))
-
-    def _generate_examples(self):
-        yield from enumerate(examples)
-
-builder = DummyCaptions(data_dir=work / "testing")
-with tfds.testing.mock_data(num_examples=5):
-    examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
-builder.download_and_prepare()
-tfds.testing.DummyMnist(data_dir=work / "testing").download_and_prepare()
-result["testing"] = [
-    {"image": e["image"].tolist(), "title": [e["title"].decode()],
-     "captions": [text.decode() for text in e["captions"]]} for e in examples
-]
 (work / "result.json").write_text(json.dumps(result))
 '''
 
@@ -321,18 +300,6 @@ def test_features_can_be_named(work):
         open_source("tfds:tiny_captions:val", **options | {"caption_feature": "title"})
 
 
-@pytest.mark.parametrize("caption_feature", ["title", "captions"])
-def test_we_read_what_tfds_testing_makes(work, result, caption_feature):
-    options = {"data_dir": str(work / "testing"), "caption_feature": caption_feature}
-    pairs = {p.caption: p for p in open_source("tfds:dummy_captions:train", **options)}
-    assert len(pairs) == len(result["testing"]) == 5
-    for example in result["testing"]:
-        texts = [text.strip() for text in example[caption_feature]]
-        pair = pairs[texts[0]]
-        assert pair.metadata == ({"captions": texts} if len(texts) > 1 else {})
-        assert np.asarray(decode_rgb(pair.image)).tolist() == example["image"]
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -362,9 +329,3 @@ dataset_info.write_dataset_info({str(work / "webp")!r}, dataset="pairs", split="
 assert "tensorflow" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPOSITORY)
-
-
-@pytest.mark.parametrize("name", ["Upper", "with-dash", "", "1st"])
-def test_names_that_tfds_would_refuse(name):
-    with pytest.raises(ValueError, match="expected lower-case"):
-        dataset_info.shard_name(name, "train", 0, 1)

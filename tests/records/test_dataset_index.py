@@ -3,7 +3,6 @@
 import json
 import pathlib
 import struct
-import threading
 
 import google_crc32c
 import numpy as np
@@ -99,18 +98,6 @@ def test_a_head_whose_numbers_contradict_each_other_is_refused(entries):
         DatasetIndex(encode_head(entries), "x/dataset.index")
 
 
-@pytest.mark.parametrize("key", ["shards", "records", "anchors", "names_bytes", "kinds"])
-def test_a_head_with_other_facts_is_refused(key):
-    head = encode_head([_entry()])
-    (size,) = struct.unpack_from("<Q", head)
-    facts = json.loads(head[8 : 8 + size])
-    for value in (None, -1, 0, 3, 2**60, 2**70, True, 1.0, "1", [], ["zip"], {}):
-        text = json.dumps(facts | {key: value}).encode()
-        changed = struct.pack("<Q", len(text)) + text + bytes(-len(text) % 8)
-        with pytest.raises(TFRecordError):
-            DatasetIndex(changed + head[8 + size + -size % 8 :], "x")
-
-
 def test_a_damaged_file_is_refused(folder):
     path = folder / "dataset.index"
     good = path.read_bytes()
@@ -142,22 +129,6 @@ def test_a_wrong_offset_is_noticed_where_it_is_used(folder):
         assert source.split(64, 128, source_bytes(source, 64, 128)) == expected[64:128]
     update_index(folder, overwrite=True)
     assert path.read_bytes() == good
-
-
-def test_a_record_can_be_read_while_another_thread_maps_the_index(folder, monkeypatch):
-    source, found = TFRecordSource(folder), []
-    expected = [TFRecordSource(folder)[number] for number in range(sum(LENGTHS))]
-
-    def read_meanwhile(*args, really_map=np.memmap):
-        monkeypatch.setattr(np, "memmap", really_map)
-        reader = threading.Thread(target=lambda: found.append(source[10]))
-        reader.start()
-        reader.join()
-        return really_map(*args)
-
-    monkeypatch.setattr(np, "memmap", read_meanwhile)
-    assert source[9] == expected[9]
-    assert found == [expected[10]]
 
 
 def source_bytes(source: TFRecordSource, first: int, last: int) -> bytes:

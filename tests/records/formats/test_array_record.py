@@ -4,7 +4,6 @@ import pickle
 
 import fsspec
 import pytest
-from array_record.python import array_record_module
 from grain.sources import ArrayRecordDataSource
 
 from diht_jax.input.order import BlockOrder
@@ -81,42 +80,3 @@ def test_damage_is_named(tmp_path):
     fsspec.filesystem("memory").pipe_file("memory://a/b.array_record", bytes(data))
     with pytest.raises(ValueError, match="memory:.*/a/b.array_record: .* local or mounted"):
         ArrayRecordSource("memory://a/b.array_record")
-
-
-def test_a_disk_that_fails_for_a_moment_damages_no_record(tmp_path, monkeypatch):
-    class FailingReader:
-        """The package's reader, whose next opening and next read fail."""
-
-        failures = {"open": 0, "read": 0}
-
-        def __init__(self, *args):
-            self._reader, self._is_open = reader(*args), not self._fails("open")
-
-        def _fails(self, action):
-            self.failures[action] -= 1
-            return self.failures[action] >= 0
-
-        def ok(self):
-            return self._is_open and self._reader.ok()
-
-        def num_records(self):
-            return self._reader.num_records()
-
-        def read(self, numbers):
-            if self._fails("read"):
-                raise RuntimeError("Stale file handle")
-            return self._reader.read(numbers)
-
-    reader = array_record_module.ArrayRecordReader
-    monkeypatch.setattr(array_record_module, "ArrayRecordReader", FailingReader)
-    records = _write(tmp_path, (3,))
-    FailingReader.failures["open"] = 1
-    source = ArrayRecordSource(tmp_path)
-    for number, record in enumerate(records):
-        FailingReader.failures["read"] = 1
-        assert source[number] == record
-    FailingReader.failures["open"] = FailingReader.failures["read"] = 1
-    assert source[0] == records[0]
-    FailingReader.failures["read"] = 2
-    with pytest.raises(DamagedRecordError, match="record 0 cannot be read .Stale file handle"):
-        source[0]
