@@ -169,28 +169,6 @@ def test_a_tar_takes_a_request_for_sixteen_mebibytes(tmp_path):
     MeteredStore.store.clear()
 
 
-def test_a_part_of_a_parquet_file_fetches_that_part(tmp_path, monkeypatch):
-    """Also where Arrow reads the columns by several threads."""
-    monkeypatch.setattr(parquet, "BLOCK_BYTES", 2**15)
-    values = {name: _RANDOM.integers(0, 2**62, 40_000) for name in "abcdef"}
-    path = tmp_path / "a.parquet"
-    table = pyarrow.table(values)
-    pyarrow.parquet.write_table(table, path, row_group_size=2_000, use_dictionary=False)
-    _upload(tmp_path, "metered://parts")
-    size, url = path.stat().st_size, "metered:///parts/a.parquet"
-    MeteredStore.requests.clear()
-    found = []
-    for start in range(0, 20, 5):
-        file = parquet.open_parquet(url)
-        batches = file.iter_batches(700, range(start, start + 5))
-        found.append(pyarrow.Table.from_batches(batches))
-    assert pyarrow.concat_tables(found).equals(table)
-    footers = 4 * 2**16
-    assert MeteredStore.requests["bytes read"] <= size + footers
-    assert MeteredStore.requests["get"] <= size / 2**15 + 2 * 4
-    MeteredStore.store.clear()
-
-
 def test_paths_of_a_table_do_not_lead_out_of_its_folder():
     system = fsspec.filesystem("metered")
     system.pipe_file("/box/in/a.png", PNG)
