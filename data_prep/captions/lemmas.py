@@ -4,6 +4,7 @@ It stands in the pipeline in place of spaCy's own lemmatizer: it reads the same 
 the tagger, and does not turn "riding" into "rid". No rule about captions comes in here.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -98,20 +99,14 @@ class CaptionLemmatizer:
         self.nouns, self.verbs, self.adjectives = map(self._index.get, ("noun", "verb", "adj"))
         self.adverbs = frozenset(index["adv"])
         self.lexicon = self.nouns | self.verbs | self.adjectives
-        self._cache: dict[tuple[int, int], str] = {}
+        self._cached = functools.lru_cache(_CACHE_SIZE)(self.lemmatize)
 
     def __call__(self, doc: Doc) -> Doc:
         """Sets the lemmas of a tagged document."""
-        cache = self._cache
-        if len(cache) > _CACHE_SIZE:
-            cache.clear()
-        # By the hashes of words and tags, which are the same in every vocabulary: to make token
-        # objects would take longer than all the rest.
-        keys = list(map(tuple, doc.to_array([ORTH, TAG]).tolist()))
         strings = doc.vocab.strings
-        for word, tag in set(keys).difference(cache):
-            cache[word, tag] = self.lemmatize(strings[word], strings[tag])
-        lemmas = [strings.add(cache[key]) for key in keys]
+        # By columns: token objects would take longer to make than all the rest.
+        keys = doc.to_array([ORTH, TAG]).tolist()
+        lemmas = [strings.add(self._cached(strings[word], strings[tag])) for word, tag in keys]
         return doc.from_array([LEMMA], np.array(lemmas, np.uint64))
 
     def lemmatize(self, word: str, tag: str) -> str:

@@ -13,12 +13,6 @@ ADJECTIVE_TAGS = frozenset(("JJ", "JJR", "JJS"))
 PARTICIPLE_TAGS = frozenset(("VBN", "VBD", "VBG"))
 MODIFIERS = frozenset(("amod", "compound", "nmod"))
 
-# Lower-case words by their hash, the same in every vocabulary, and tags and labels by theirs. It
-# spares making token objects, which takes longer than all rules together.
-_WORDS: dict[int, str] = {}
-_NAMES: dict[int, str] = {}
-_CACHE_SIZE = 200_000
-
 
 class Sentence:
     """The tokens of a caption, hyphenated words as one; lists are walked much faster than spaCy.
@@ -36,12 +30,14 @@ class Sentence:
     __slots__ = ("low", "lemma", "tag", "dep", "head", "kids", "is_object", "is_hidden")
 
     def __init__(self, doc: Doc):
-        columns = doc.to_array([TAG, DEP, HEAD, LOWER, LEMMA]).T
-        self.tag = _look_up(doc, columns[0].tolist(), _NAMES)
-        self.dep = _look_up(doc, columns[1].tolist(), _NAMES)
-        self.head = [i + offset for i, offset in enumerate(columns[2].astype("int64").tolist())]
-        self.low = _look_up(doc, columns[3].tolist(), _WORDS)
-        self.lemma = _look_up(doc, columns[4].tolist(), _WORDS)
+        # By columns: token objects would take longer to make than all rules together.
+        columns = doc.to_array([TAG, DEP, LOWER, LEMMA]).T.tolist()
+        strings = doc.vocab.strings
+        self.tag, self.dep, self.low, self.lemma = (
+            list(map(strings.__getitem__, c)) for c in columns
+        )
+        offsets = doc.to_array(HEAD).astype("int64").tolist()
+        self.head = [i + offset for i, offset in enumerate(offsets)]
         if "-" in self.low:
             self._join_hyphens([token.whitespace_ == "" for token in doc])
         self.kids: list[list[int]] = [[] for _ in self.low]
@@ -122,17 +118,3 @@ class Sentence:
             else:
                 tag, dep, lemma = "JJ", "amod", low
         return low, lemma, tag, dep, head
-
-
-def _look_up(doc: Doc, values: list[int], known: dict[int, str]) -> list[str]:
-    try:
-        return [known[value] for value in values]
-    except KeyError:
-        pass
-    if len(known) > _CACHE_SIZE:
-        known.clear()
-    strings = doc.vocab.strings
-    for value in values:
-        # Labels keep their case, which distinguishes them from words.
-        known[value] = strings[value].lower() if known is _WORDS else strings[value]
-    return [known[value] for value in values]

@@ -10,10 +10,8 @@ seen. Ours: it stands for the paper's SWAG teacher where everything has to run i
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import io
-import multiprocessing
 import os
 import pathlib
 import zlib
@@ -29,6 +27,7 @@ from PIL import Image
 from data_prep.synthetic import drawing, sampling
 from data_prep.synthetic.scenes import COLORS, SIZES, TEXTURES, Scene
 from data_prep.synthetic.shapes import SHAPES
+from data_prep.synthetic.web import map_in_processes
 from diht_jax import command_line
 from diht_jax.input import decode
 from diht_jax.progress import ProgressBar
@@ -115,28 +114,16 @@ def _update(network, optimizer, pictures, targets):
 
 def embed(network: Network, pictures: np.ndarray) -> np.ndarray:
     """float32 [n, d] of uint8 [n, s, s, 3]."""
-    apply = nnx.jit(Network.features)
-    return np.concatenate(
-        [np.asarray(apply(network, part)) for part in _split(pictures, 8 * BATCH)]
-    )
+    apply, size = nnx.jit(Network.features), 8 * BATCH
+    starts = range(0, len(pictures), size)
+    return np.concatenate([np.asarray(apply(network, pictures[i : i + size])) for i in starts])
 
 
 def draw_scenes(num_scenes: int, seed: int, workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Pictures uint8 [n, s, s, 3], and which concepts are in them, float32 [n, concepts]."""
     chunks = [range(i, min(i + _CHUNK, num_scenes)) for i in range(0, num_scenes, _CHUNK)]
-    # Spawned, not forked: JAX holds threads.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        workers or os.cpu_count() or 1, mp_context=context
-    ) as executor:
-        parts = list(
-            ProgressBar(
-                executor.map(functools.partial(_draw_chunk, seed), chunks),
-                total=len(chunks),
-                desc="scenes",
-                unit="chunk",
-            )
-        )
+    drawn = map_in_processes(functools.partial(_draw_chunk, seed), chunks, workers)
+    parts = list(ProgressBar(drawn, total=len(chunks), desc="scenes", unit="chunk"))
     pictures, targets = zip(*parts, strict=True)
     return np.concatenate(pictures), np.concatenate(targets)
 
@@ -162,10 +149,6 @@ def concepts_in(scene: Scene) -> np.ndarray:
 def shrink(picture: Image.Image) -> np.ndarray:
     """Shrinks a picture to the input of the network."""
     return np.asarray(picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX))
-
-
-def _split(array: np.ndarray, size: int) -> list[np.ndarray]:
-    return [array[i : i + size] for i in range(0, len(array), size)]
 
 
 def write_embeddings(

@@ -30,7 +30,8 @@ import os
 import pathlib
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags, logging
@@ -217,7 +218,8 @@ def _encode(rng: np.random.Generator, image: Image.Image) -> tuple[bytes, str]:
     return buffer.getvalue(), "jpg"
 
 
-def _make_chunk(settings: Settings, split: str, indices: Sequence[int]) -> list[SyntheticPair]:
+def _make_chunk(settings: Settings, chunk: tuple[str, range]) -> list[SyntheticPair]:
+    split, indices = chunk
     return [make_pair(settings, split, index) for index in indices]
 
 
@@ -276,7 +278,13 @@ def write_dataset(
     plan = {k: v for k, v in planned_tars(settings).items() if not (output / k).exists()}
     total = sum(len(indices) for _, indices in plan.values())
     # One stream over all tars keeps the workers busy across the borders of tars.
-    pairs = _make_all(settings, list(plan.values()), workers or os.cpu_count() or 1)
+    chunks = [
+        (split, indices[start : start + _CHUNK])
+        for split, indices in plan.values()
+        for start in range(0, len(indices), _CHUNK)
+    ]
+    made = map_in_processes(functools.partial(_make_chunk, settings), chunks, workers)
+    pairs = itertools.chain.from_iterable(made)
     with ProgressBar(total=total, unit="pair", desc="synthetic web") as progress:
         for name, (_, indices) in plan.items():
             _write_tar(output / name, itertools.islice(pairs, len(indices)), progress)
@@ -303,25 +311,24 @@ def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
     write_bytes(path, text.encode())
 
 
-def _make_all(
-    settings: Settings, parts: Sequence[tuple[str, range]], workers: int
-) -> Iterator[SyntheticPair]:
-    chunks = [
-        (split, indices[start : start + _CHUNK])
-        for split, indices in parts
-        for start in range(0, len(indices), _CHUNK)
-    ]
-    workers = min(workers, len(chunks))
+def map_in_processes(
+    function: Callable[[Any], Any], tasks: Sequence[Any], workers: int = 0
+) -> Iterator[Any]:
+    """Yields the results of a picklable function, in the order of the tasks.
+
+    Args:
+        function: of a task.
+        tasks: its arguments.
+        workers: processes; 0 for one per core. A single one is this process itself.
+    """
+    workers = min(workers or os.cpu_count() or 1, len(tasks))
     if workers <= 1:
-        for split, indices in chunks:
-            yield from _make_chunk(settings, split, indices)
+        yield from map(function, tasks)
         return
     # Spawned, not forked: the caller may hold threads (JAX does).
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as executor:
-        splits, indices = zip(*chunks, strict=True)
-        for pairs in executor.map(_make_chunk, itertools.repeat(settings), splits, indices):
-            yield from pairs
+        yield from executor.map(function, tasks)
 
 
 def _write_tar(path: pathlib.Path, pairs: Iterable[SyntheticPair], progress: ProgressBar) -> None:

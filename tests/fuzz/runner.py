@@ -31,7 +31,7 @@ from tests.fuzz.judge import OUTCOMES, require
 # Kind (a module of `kinds/`) -> its share of the cases.
 WEIGHTS = {
     **{"tars": 18, "tables": 11, "records": 23, "images": 20, "embeddings": 8, "benchmarks": 9},
-    **{"configs": 6, "weights": 16, "vocabularies": 6, "workdirs": 4, "tfds": 2},
+    **{"weights": 16, "workdirs": 4, "tfds": 2},
 }
 LIMIT_SECS = 20  # of the processor's time for a case, so that a busy machine makes no difference
 # How much the resident memory may grow in one case. A picture of the largest allowed size takes

@@ -5,7 +5,7 @@ import pytest
 from tests.fuzz import runner
 from tests.fuzz.judge import OUTCOMES, SKIP, Refused, WrongError, attempt, judge_entries
 
-_CASES = 360
+_CASES = 320
 
 _BROKEN_KIND = """
 import os, pathlib, signal

@@ -7,15 +7,13 @@ caption_examples.toml (by id) and of `_OTHERS`, and a digest of the graphs of 5,
 """
 
 import hashlib
-import json
 import pathlib
 import tomllib
-
-import pytest
 
 from data_prep.captions import parse_captions
 from data_prep.captions.graph import CaptionGraph, cat_reason, format_edges, format_objects
 from data_prep.captions.versions import RULES_VERSION, package_versions
+from tests.data_prep import golden
 
 _FOLDER = pathlib.Path(__file__).parent
 _GOLDEN = _FOLDER / "rules_golden.json"
@@ -100,67 +98,17 @@ def _web_digest(path: pathlib.Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _explain_difference(golden: dict, graphs: dict[str, str]) -> str | None:
-    """What to do where the graphs are not those of the golden file; None where they are."""
-    changed = [name for name in graphs if graphs[name] != golden["graphs"].get(name)]
-    if not changed and graphs.keys() == golden["graphs"].keys():
-        return None
-    shown = "".join(
-        f"\n  {name}\n    was {golden['graphs'].get(name)}\n    is  {graphs[name]}"
-        for name in changed[:5]
-    )
-    return (
-        f"{len(changed)} graphs differ from those of RULES_VERSION {golden['rules_version']}, "
-        f"recorded with {golden['packages']}; here are {package_versions()}. Raise "
-        "RULES_VERSION in data_prep/captions/versions.py and run `python -m "
-        f"tests.data_prep.captions.test_rules_version`{shown}"
-    )
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict:
-    """What the rules of the recorded version made of the captions."""
-    return json.loads(_GOLDEN.read_text(encoding="utf-8"))
-
-
-def test_graphs_change_only_with_the_version(golden):
-    assert golden["rules_version"] == RULES_VERSION, "write the golden file anew"
-    assert len(golden["graphs"]) > 250
-    difference = _explain_difference(golden, _own_graphs())
-    assert difference is None, difference
-
-
-def test_graphs_of_web_captions_change_only_with_the_version(golden, shared_data):
-    digest = _web_digest(shared_data / "captions_web.txt")
-    assert digest == golden["web_captions_sha256"], (
-        "graphs of the 5,000 web captions differ from those of RULES_VERSION "
-        f"{golden['rules_version']}: raise it, and write the golden file anew"
-    )
-
-
-def main() -> None:
-    """Writes the golden file, unless graphs changed and the version did not."""
+def test_graphs_change_only_with_the_version():
     graphs = _own_graphs()
-    if _GOLDEN.exists():
-        before = json.loads(_GOLDEN.read_text(encoding="utf-8"))
-        known = {name: graph for name, graph in graphs.items() if name in before["graphs"]}
-        changed = [name for name, graph in known.items() if before["graphs"][name] != graph]
-        if changed and before["rules_version"] == RULES_VERSION:
-            raise SystemExit(
-                f"RULES_VERSION is still {RULES_VERSION}, and graphs changed: {changed}"
-            )
-    text = json.dumps(
-        {
-            "rules_version": RULES_VERSION,
-            "packages": package_versions(),
-            "web_captions_sha256": _web_digest(_WEB),
-            "graphs": graphs,
-        },
-        indent=1,
-        ensure_ascii=False,
-    )
-    _GOLDEN.write_text(f"{text}\n", encoding="utf-8")
+    assert len(graphs) > 250
+    golden.require_unchanged(_GOLDEN, RULES_VERSION, graphs)
+
+
+def test_graphs_of_web_captions_change_only_with_the_version(shared_data):
+    digest = _web_digest(shared_data / "captions_web.txt")
+    golden.require_unchanged(_GOLDEN, RULES_VERSION, {_WEB.name: digest})
 
 
 if __name__ == "__main__":
-    main()
+    graphs = _own_graphs() | {_WEB.name: _web_digest(_WEB)}
+    golden.write(_GOLDEN, RULES_VERSION, graphs, packages=package_versions())

@@ -10,12 +10,10 @@ network runs: that its boxes and texts are EasyOCR's is in `test_spotter.py`.
 import dataclasses
 import io
 import itertools
-import json
 import pathlib
 import random
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from data_prep.text_spotting import looks, match, ocr, spotter
@@ -23,6 +21,7 @@ from data_prep.text_spotting.cache import Lines, Reading
 from data_prep.text_spotting.config import NOT_HASHED, RULES_VERSION
 from data_prep.text_spotting.match import can_match, caption_matches
 from data_prep.text_spotting.spotter import Settings
+from tests.data_prep import golden
 
 _GOLDEN = pathlib.Path(__file__).parent / "rules_golden.json"
 _CAPTIONS = (
@@ -121,41 +120,9 @@ def _describe_rules() -> dict:
     }
 
 
-def _differences(golden: dict, rules: dict) -> list[str]:
-    rules = json.loads(json.dumps(rules))
-    return [name for name in rules.keys() | golden.keys() if rules.get(name) != golden.get(name)]
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict:
-    """What the rules of the recorded version decided."""
-    return json.loads(_GOLDEN.read_text(encoding="utf-8"))
-
-
-def test_decisions_change_only_with_the_version(golden):
-    assert golden["rules_version"] == RULES_VERSION, "write the golden file anew"
-    assert _differences(golden["rules"], _describe_rules()) == [], (
-        f"the spotting rules are not those of RULES_VERSION {RULES_VERSION}: raise it in "
-        "data_prep/text_spotting/config.py, and run `python -m "
-        "tests.data_prep.text_spotting.test_rules_version`"
-    )
-
-
-def main() -> None:
-    """Writes the golden file, unless decisions changed and the version did not."""
-    rules = _describe_rules()
-    if _GOLDEN.exists():
-        before = json.loads(_GOLDEN.read_text(encoding="utf-8"))
-        changed = _differences(before["rules"], rules)
-        if changed and before["rules_version"] == RULES_VERSION:
-            raise SystemExit(
-                f"RULES_VERSION is still {RULES_VERSION}, but these changed: {changed}"
-            )
-    text = json.dumps(
-        {"rules_version": RULES_VERSION, "rules": rules}, indent=1, ensure_ascii=False
-    )
-    _GOLDEN.write_text(f"{text}\n", encoding="utf-8")
+def test_decisions_change_only_with_the_version():
+    golden.require_unchanged(_GOLDEN, RULES_VERSION, _describe_rules())
 
 
 if __name__ == "__main__":
-    main()
+    golden.write(_GOLDEN, RULES_VERSION, _describe_rules())
