@@ -33,9 +33,6 @@ _FIELD_NAMES = ", ".join(ARCHITECTURE_FIELDS)
 def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
     """Fields of an architecture, as a command line gives them.
 
-    Args:
-        settings: such as "activation=quick_gelu" and "vision_heads=16".
-
     Returns:
         Names and values, of the types of `ARCHITECTURE_FIELDS`.
 

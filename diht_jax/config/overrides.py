@@ -66,11 +66,6 @@ def apply_overrides(
 
     A recipe's warm-up that does not fit into fewer steps becomes a tenth of them.
 
-    Args:
-        config: the recipe with the values of the command line.
-        unset: keys to set to None.
-        given: keys that the command line gives a value.
-
     Raises:
         AttributeError, KeyError: the recipe has no such key.
     """

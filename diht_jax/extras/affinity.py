@@ -84,11 +84,10 @@ def affinity_loss(
         pair counts.
 
     Raises:
-        ValueError: wrong shapes or dtypes, or no teacher.
+        ValueError: wrong shapes or dtypes of the student.
     """
     check_embeddings(image_emb, text_emb)
     check_scalar("logit_scale", logit_scale)
-    _check_teachers(teachers, len(image_emb))
     dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
     teachers = jax.lax.stop_gradient(tuple(teachers))
     counts = functools.reduce(
@@ -135,18 +134,6 @@ def sharded_affinity_loss(
         in_specs=(rows, rows, whole, [TeacherEmbeddings(rows, rows, whole)] * len(teachers)),
         out_specs=whole,
     )(image_emb, text_emb, jnp.asarray(logit_scale), list(jax.tree.map(jnp.asarray, teachers)))
-
-
-def _check_teachers(teachers: Sequence[TeacherEmbeddings], num_rows: int) -> None:
-    if not teachers:
-        raise ValueError("teachers: expected at least one")
-    for number, teacher in enumerate(teachers):
-        shapes = jnp.shape(teacher.image_emb), jnp.shape(teacher.text_emb)
-        if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != num_rows:
-            raise ValueError(
-                f"teachers[{number}]: expected image_emb and text_emb [{num_rows}, D], got "
-                f"{shapes[0]} and {shapes[1]}"
-            )
 
 
 def _normalized(rows: Num[Array, "b D"], dtype: Any) -> Float[Array, "b D"]:

@@ -191,12 +191,7 @@ class CaptionDecoder(nnx.Module):
         return self.token_embedding.embedding[...].T
 
     def start(self, image_tokens: jax.Array, length: int) -> Cache:
-        """The cache of `step` for some pictures, with room for captions of `length` tokens.
-
-        Args:
-            image_tokens: float [b, s, image_width].
-            length: up to the context length.
-        """
+        """The cache of `step` for some pictures, with room for captions of `length` tokens."""
         b, cache = image_tokens.shape[0], []
         for block in self.blocks:
             keys, values = block.cross_attention.keys_and_values(image_tokens.astype(self.dtype))
@@ -231,13 +226,7 @@ class CaptionDecoder(nnx.Module):
 def merge_decoder(
     params: dict[str, Any], arch: Architecture, *, dtype: DTypeLike, remat: str = "none"
 ) -> CaptionDecoder:
-    """The decoder with these parameters, whose number of blocks is theirs.
-
-    Args:
-        params: of `models.parameters.model_parameters`.
-        arch: of the dual encoder.
-        dtype, remat: see `CaptionDecoder`.
-    """
+    """The decoder with these parameters, whose number of blocks is theirs."""
     layers = len(params["blocks"])
     abstract = nnx.eval_shape(
         lambda: CaptionDecoder(

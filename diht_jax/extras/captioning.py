@@ -87,11 +87,6 @@ class Captioning(Term):
 
 
 def is_predicted(tokens: jax.Array, end_of_text_id: int | None) -> jax.Array:
-    """int32 [b, t] -> bool [b, t - 1]: which of the tokens behind the first count.
-
-    Args:
-        tokens: a start, the text, an end, and padding.
-        end_of_text_id: see `find_end_of_text`.
-    """
+    """int32 [b, t] -> bool [b, t - 1]: which of the tokens behind the first count."""
     end = find_end_of_text(tokens, end_of_text_id)
     return jnp.arange(1, tokens.shape[1]) <= end[:, None]

@@ -10,7 +10,6 @@ from fractions import Fraction
 from typing import Any
 
 from diht_jax.config.checks import nearest_name
-from diht_jax.storage.stores import is_remote
 
 _CAPTION = "{caption}"
 _KEYS = ("path", "weight", "text_template", "order", "labels")
@@ -73,16 +72,6 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
                 f"config.data.train.{source.name}.weight=0: it is never used; leave the source out"
             )
     return sources
-
-
-def lies_in_store(train: Any) -> bool:
-    """Whether all that `config.data.train` names is in an object store."""
-    named = [source.path for source in parse_train(train)]
-    return all(
-        is_remote(os.fspath(path))
-        for paths in named
-        for path in ([paths] if isinstance(paths, str) else paths)
-    )
 
 
 def describe_train(train: Any) -> str:

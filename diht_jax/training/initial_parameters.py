@@ -31,12 +31,6 @@ def initial_parameters(
 
     Adapters, and the objective's own parameters, start anew.
 
-    Args:
-        config: the whole training config.
-        arch: sizes of this run's model.
-        mesh: axes `data` and `fsdp`.
-        drawn: all parameters of this run, as they were drawn.
-
     Returns:
         Like `drawn`, on the mesh.
 

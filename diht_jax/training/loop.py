@@ -19,6 +19,7 @@ from diht_jax import sharding
 from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.progress import ProgressBar
 from diht_jax.records.train_data import describe_train, parse_train
+from diht_jax.training.durations import duration_in_steps, patch_dropout_steps, steps_before_end
 from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
@@ -38,29 +39,25 @@ from diht_jax.training.multihost import (
     check_together,
     wait_for_all,
 )
+from diht_jax.training.objective import bind_data
 from diht_jax.training.program import (
     TrainProgram,
-    duration_in_steps,
-    patch_dropout_steps,
-    steps_before_end,
+    TrainStep,
     with_trusted_attention,
     without_patch_dropout,
 )
 from diht_jax.training.recipe import check_config
-from diht_jax.training.run_data import bind_data_together, open_data, open_iterator
+from diht_jax.training.run_data import open_data, open_iterator
 from diht_jax.training.state import TrainState, initial_average
-from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting
 from diht_jax.training.task_evaluation import (
     RunEvaluation,
-    best_evaluation,
-    lower_is_better,
     open_tasks,
+    read_best,
 )
 from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.resume_checks import (
     bind_order,
-    check_adapted_model,
     check_hosts_agree,
     check_hosts_share_config,
     check_same_data,
@@ -99,7 +96,7 @@ def train(
     """
     check_config(config)
     parse_train(config.data.train, config.data.labels)
-    config = bind_data_together(config)
+    config = check_together(lambda: bind_data(config))
     check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
         # The first to enter, hence the last to leave: a second SIGTERM must not end the process
@@ -109,7 +106,6 @@ def train(
         config = check_together(lambda: bind_order(config, workdir))
         check_hosts_share_config(config)
         check_together(lambda: check_same_run(config, workdir))
-        check_together(lambda: check_adapted_model(config, workdir))
         run = Run(config, workdir, devices)
         stack.push(run.close_after)
         stop_request.listen()
@@ -157,13 +153,12 @@ class Run:
         self.iterator = open_iterator(config, self.mixture)
         self.batches = BatchWait(self.iterator)
         self.fingerprint = self.mixture.fingerprint()
-        lowest = lower_is_better(config.checkpoint.best_metric, tasks)
+        self.best = read_best(config.checkpoint.best_metric, tasks, workdir)
         self.checkpointer = Checkpointer(
             workdir,
             keep_last=config.checkpoint.keep_last,
             keep_step=self.kept_step,
-            best_metric=config.checkpoint.best_metric,
-            lower_is_better=lowest,
+            best=self.best,
             dataset=self.fingerprint.pack(),
         )
         check_hosts_agree(describe_train(config.data.train), self.fingerprint)
@@ -171,11 +166,6 @@ class Run:
         self.start_step = int(self.state.step)
         self.writer = MetricWriter(workdir, self.start_step)
         self.evaluation = RunEvaluation(config, tasks, self.program, self.writer, self.total_steps)
-        best = best_evaluation(
-            workdir, config.checkpoint.best_metric, self.checkpointer.steps(), lowest=lowest
-        )
-        if best is not None:
-            self.checkpointer.record_metrics(best[0], {config.checkpoint.best_metric: best[1]})
         self._skipped_records = 0
         self._log_start(num_records)
 
@@ -357,11 +347,11 @@ class Run:
         return found
 
     def evaluate(self) -> None:
-        """Evaluates the current state, and lets the checkpointer know how good it is."""
+        """Evaluates the current state, and notes how good it is for the checkpointer."""
         measured = self.evaluation.run(self.state)
-        step, best_metric = int(self.state.step), self.config.checkpoint.best_metric
+        best_metric = self.config.checkpoint.best_metric
         if best_metric in measured:
-            self.checkpointer.record_metrics(step, measured)
+            self.best.values[int(self.state.step)] = measured[best_metric]
 
     def close_after(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Closes, but not after an error in a job of several processes.

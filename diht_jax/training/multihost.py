@@ -1,6 +1,6 @@
 """Agreement between the processes of a job, so that all of them go on or all of them stop.
 
-Start-up is `diht_jax.distributed`'s.
+Start-up is `diht_jax.distributed`'s. All processes must call each of these functions.
 """
 
 from __future__ import annotations
@@ -16,34 +16,46 @@ from jax.sharding import Mesh
 
 from diht_jax.training.stopping import LASTING_EXIT_CODE, TemporaryError, exit_status
 
-_LONGEST_TEXT_BYTES = 4096
+_LONGEST_TEXT_BYTES = 2**16
 _LONGEST_WORK_MS = 7 * 24 * 60 * 60 * 1000
 
-Checked = TypeVar("Checked")
+Result = TypeVar("Result")
 
 
-def gather_texts(text: str, longest_bytes: int = _LONGEST_TEXT_BYTES) -> list[str]:
-    """The texts of all processes, in their order, on each of them. All must call.
-
-    Args:
-        text: of this process.
-        longest_bytes: what is longer is cut off; the same in all processes.
-    """
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, in their order; each is cut off after 64 KiB."""
     if jax.process_count() == 1:
         return [text]
-    data = text.encode()[:longest_bytes]
-    padded = np.zeros(longest_bytes, np.uint8)
+    data = text.encode()[:_LONGEST_TEXT_BYTES]
+    padded = np.zeros(_LONGEST_TEXT_BYTES, np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def first_text(text: str | None) -> str | None:
-    """The first text that any process has, the same on all of them. All must call."""
+    """The first text that any process has, the same on all of them."""
     return next(filter(None, gather_texts(text or "")), None)
 
 
-def check_together(check: Callable[[], Checked]) -> Checked:
+def check_same(text: str, describe: Callable[[list[str], str], str]) -> None:
+    """Refuses a job whose processes have different texts.
+
+    Args:
+        text: of this process.
+        describe: makes the message from all texts and the numbers of the processes that differ
+            from the first one, such as "1, 3".
+
+    Raises:
+        ValueError: with that message.
+    """
+    texts = gather_texts(text)
+    others = [str(number) for number, other in enumerate(texts) if other != texts[0]]
+    if others:
+        raise ValueError(describe(texts, ", ".join(others)))
+
+
+def check_together(check: Callable[[], Result]) -> Result:
     """Runs a check in every process; where it fails in one of them, all of them raise.
 
     Returns:
@@ -68,26 +80,26 @@ def check_together(check: Callable[[], Checked]) -> Checked:
     raise (ValueError if kind == "lasting" else TemporaryError)(text) from cause
 
 
-def work_together(work: Callable[[], Checked]) -> Checked:
+def work_together(work: Callable[[], Result]) -> Result:
     """Like `check_together`, for work that may take one process hours longer than another.
 
     They meet at a barrier of the coordination service first: a collective fails where a process
     comes late, with Gloo after half a minute.
     """
+    if jax.process_count() == 1:
+        return work()
+    import orbax.checkpoint.multihost
+
     result, problem = None, None
     try:
         result = work()
     except ValueError as error:
         problem = error
-    if jax.process_count() > 1:
-        import orbax.checkpoint.multihost
+        logging.error("%s (the job ends when the other processes are through)", problem)
+    meet = orbax.checkpoint.multihost.get_barrier_sync_fn()
+    meet(key="work_together", timeout_ms=_LONGEST_WORK_MS)
 
-        if problem is not None:
-            logging.error("%s (the job ends when the other processes are through)", problem)
-        meet = orbax.checkpoint.multihost.get_barrier_sync_fn()
-        meet(key="work_together", timeout_ms=_LONGEST_WORK_MS)
-
-    def finish() -> Checked:
+    def finish() -> Result:
         if problem is not None:
             raise problem
         return result
@@ -96,29 +108,24 @@ def work_together(work: Callable[[], Checked]) -> Checked:
 
 
 def share_from_first(read: Callable[[], bytes]) -> bytes:
-    """Calls a function in the first process, and gives its result in all of them. All must call.
+    """Calls a function in the first process, and gives its result in all of them.
 
     Raises:
         ValueError: the function has failed; with its text.
     """
-    data = b""
+    if jax.process_count() == 1:
+        return read()
 
-    def read_in_first() -> None:
-        nonlocal data
+    def read_in_first() -> bytes:
         try:
-            data = read() if jax.process_index() == 0 else b""
-        except Exception as error:
-            # Any kind of error: the other processes must not wait for data that never come.
-            if isinstance(error, ValueError) or jax.process_count() == 1:
-                raise
+            return read() if jax.process_index() == 0 else b""
+        except ValueError:
+            raise
+        except Exception as error:  # the other processes must not wait for data that never come
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
-    check_together(read_in_first)
-    if jax.process_count() == 1:
-        return data
-    # As two numbers, since JAX takes integers to 32 bits.
-    size = multihost_utils.broadcast_one_to_all(np.array(divmod(len(data), 2**20), np.int32))
-    padded = np.zeros(int(size[0]) * 2**20 + int(size[1]), np.uint8)
+    data = check_together(read_in_first)
+    padded = np.zeros(int(gather_texts(str(len(data)))[0]), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
 
@@ -133,18 +140,16 @@ def share_for(mesh: Mesh | None) -> Callable[[Callable[[], bytes]], bytes]:
 def check_same_step(step: int | None) -> None:
     """Refuses a job whose processes have each read a model, and not all that of one step.
 
-    Args:
-        step: of this process's model; None where it is of no run. All processes must call.
-
     Raises:
         ValueError: names the steps.
     """
-    steps = gather_texts(str(step))
-    if len(set(steps)) > 1:
-        raise ValueError(
-            f"--model: the processes have read checkpoints of steps {', '.join(steps)}, as the run "
+    check_same(
+        str(step),
+        lambda texts, _: (
+            f"--model: the processes have read checkpoints of steps {', '.join(texts)}, as the run "
             "goes on; name one by --step"
-        )
+        ),
+    )
 
 
 def wait_for_all(name: str) -> None:

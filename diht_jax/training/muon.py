@@ -16,14 +16,12 @@ arXiv 2502.16982.
 
 from __future__ import annotations
 
-import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from diht_jax import sharding
@@ -88,46 +86,23 @@ def _orthogonalize_all(
     kinds: dict[str, list[str]] = {}
     for name in named:
         kinds.setdefault(_MATRIX.sub(r"\1*\2", name), []).append(name)
-    stacks = {kind: jnp.stack([named[name] for name in names]) for kind, names in kinds.items()}
-    if mesh is None:
-        done = {kind: _update_of_layers(kind, layers, rms) for kind, layers in stacks.items()}
-    else:
-        specs = {
-            kind: PartitionSpec(
-                None, *sharding.partition_spec(kind, layers.shape[1:], mesh) or (None, None)
-            )
-            for kind, layers in stacks.items()
-        }
-        done = jax.shard_map(
-            functools.partial(_on_device, specs=specs, rms=rms),
-            mesh=mesh,
-            in_specs=(specs,),
-            out_specs=specs,
-            check_vma=False,
-        )(stacks)
-    return {name: done[kind][i] for kind, names in kinds.items() for i, name in enumerate(names)}
-
-
-def _on_device(
-    stacks: dict[str, jax.Array], *, specs: dict[str, PartitionSpec], rms: float
-) -> dict[str, jax.Array]:
-    """All kinds, each from this device's slice [layers, ...] of the matrices to the same slice."""
-    return {
-        kind: _exchanged(functools.partial(_update_of_layers, kind, rms=rms), slices, specs[kind])
-        for kind, slices in stacks.items()
-    }
-
-
-def _exchanged(update: Any, slices: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """`update` of whole matrices, a share of the layers on each device along `fsdp`."""
-    if _FSDP not in spec or jax.lax.axis_size(_FSDP) == 1:
-        return update(slices)
-    axis, num_layers = spec.index(_FSDP), len(slices)
-    missing = -num_layers % jax.lax.axis_size(_FSDP)
-    slices = jnp.pad(slices, [(0, missing), (0, 0), (0, 0)])
-    layers = jax.lax.all_to_all(slices, _FSDP, split_axis=0, concat_axis=axis, tiled=True)
-    slices = jax.lax.all_to_all(update(layers), _FSDP, split_axis=axis, concat_axis=0, tiled=True)
-    return slices[:num_layers]
+    updates = {}
+    for kind, names in kinds.items():
+        layers = jnp.stack([named[name] for name in names])
+        if mesh is None or mesh.shape[_FSDP] == 1:
+            layers = _update_of_layers(kind, layers, rms)
+        else:
+            split = sharding.partition_spec(kind, layers.shape[1:], mesh)
+            missing = -len(names) % mesh.shape[_FSDP]
+            layers = jnp.pad(layers, [(0, missing), (0, 0), (0, 0)])
+            # From a slice of every layer to a few whole layers on each device, and back.
+            for spec in (PartitionSpec(None, *split), PartitionSpec(_FSDP)):
+                layers = jax.lax.with_sharding_constraint(layers, NamedSharding(mesh, spec))
+            layers = _update_of_layers(kind, layers, rms)
+            for spec in (PartitionSpec(_FSDP), PartitionSpec(None, *split)):
+                layers = jax.lax.with_sharding_constraint(layers, NamedSharding(mesh, spec))
+        updates |= {name: layers[i] for i, name in enumerate(names)}
+    return updates
 
 
 def _update_of_layers(

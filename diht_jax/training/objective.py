@@ -34,9 +34,6 @@ Metrics = dict[str, Float[Array, ""]]
 def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
     """The terms that count in this run.
 
-    Args:
-        config: the whole training config.
-
     Raises:
         ValueError: wrong values in the section of a term, active or not, or an unknown model.
     """
@@ -47,9 +44,6 @@ def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
 
 def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config, with what the terms must know of the data; see `Term.bind_data`.
-
-    Args:
-        config: the whole training config; it comes back as it is where no term counts.
 
     Raises:
         ValueError: the data lack what a term needs.
@@ -92,11 +86,6 @@ def with_objective_parameters(
     arch: Architecture,
 ) -> Callable[[jax.Array], Parameters]:
     """The function from a key to the model's parameters, made to add the objective's own.
-
-    Args:
-        init_params: draws the model's parameters.
-        config: the whole training config.
-        arch: sizes of the model.
 
     Raises:
         ValueError: wrong values in `config.loss` or in the section of a term.

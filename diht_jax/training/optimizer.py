@@ -40,10 +40,6 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) 
     `decay_steps` before the end, then follows 1 - sqrt, the best of the forms that arXiv 2405.18392
     compares. Up to there the run does not depend on its length.
 
-    Args:
-        config: the section `optimizer`.
-        total_steps: length of the run, warm-up included.
-
     Raises:
         ValueError: an unknown schedule, or warm-up and decay do not fit into the run.
     """
@@ -73,10 +69,6 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) 
 
 def decay_start(config: ml_collections.ConfigDict, total_steps: int) -> int:
     """Number of steps, from the start of a run, that do not depend on its length.
-
-    Args:
-        config: the section `optimizer`.
-        total_steps: length of the run.
 
     Raises:
         ValueError: an unknown schedule, or warm-up and decay do not fit into the run.
@@ -109,11 +101,6 @@ def create_optimizer(
     `init(params)` takes all parameters and makes moments for the trained ones only.
     `update(grads, state, params)` takes gradients of the trained ones
     (`split_parameters`) and all parameters, and returns updates of the trained ones.
-
-    Args:
-        config: the section `optimizer`.
-        schedule: the learning rate by step.
-        mesh: the devices that parameters are split over; None for one.
 
     Raises:
         ValueError: no such optimiser.
@@ -190,10 +177,6 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
     matrices by shape and are decayed, as in open_clip. Frozen are the names in which one of
     `frozen` is found, and with adapters (`models.lora`) the rest of the model.
 
-    Args:
-        config: the section `optimizer`.
-        params: nested dict of all parameters: arrays or shapes.
-
     Raises:
         ValueError: a pattern is no regular expression or is found in no name, a factor is
             negative or no number, or nothing is left to train.
@@ -230,10 +213,6 @@ def split_parameters(
 
     Differentiating with respect to the trained part alone is what spares the backward pass of a
     locked tower.
-
-    Args:
-        config: the section `optimizer`.
-        params: nested dict of all parameters.
     """
     flat = flatten_dict(params, sep="/")
     if not config.frozen and not frozen_by_adapters(flat):

@@ -1,4 +1,4 @@
-"""Mesh, model, optimizer, step and length of a config's run, without arrays.
+"""Mesh, model, optimizer and step of a config's run, without arrays.
 
 The same program is run here and compiled for other machines, so that what was compiled for a pod
 runs there. No data, no checkpoints and no measuring here.
@@ -6,8 +6,10 @@ runs there. No data, no checkpoints and no measuring here.
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,6 @@ import ml_collections
 from absl import logging
 
 from diht_jax import sharding
-from diht_jax.config.overrides import DURATION_UNITS
 from diht_jax.input.choices import IMAGE_FIELD, TEXT_FIELD
 from diht_jax.losses.choice import Choice, choose_impl
 from diht_jax.models.attention import TowerAttention, kernel_difference
@@ -33,9 +34,10 @@ from diht_jax.training.objective import (
     teacher_width,
     with_objective_parameters,
 )
-from diht_jax.training.optimizer import create_optimizer, decay_start, learning_rate_schedule
+from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from diht_jax.training.sharded_encode import check_micro_batch
 from diht_jax.training.state import TrainState, abstract_state, create_state
-from diht_jax.training.step import TrainStep, training_execution
+from diht_jax.training.step import train_step, training_execution
 
 # Some ten roundings of bfloat16, relative to the largest number.
 _ATTENTION_TOLERANCE = 2e-2
@@ -66,11 +68,6 @@ class TrainProgram:
     ):
         """Defines everything; makes no array.
 
-        Args:
-            config: the whole training config.
-            total_steps: length of the schedule.
-            devices: to train on; all of the job by default.
-
         Raises:
             ValueError: the mesh or the batch does not fit the devices, or a wrong config value.
         """
@@ -81,7 +78,9 @@ class TrainProgram:
                 f"config.data.batch_size={config.data.batch_size} is no multiple of the "
                 f"{self.mesh.size} devices"
             )
-        self.keeps_ema = _check_ema(config)
+        self.keeps_ema = config.ema.decay is not None
+        if config.evaluation.use_ema and not self.keeps_ema:
+            raise ValueError("config.evaluation.use_ema needs config.ema.decay, such as 0.9999")
         self.arch = get_architecture(config.model.name, config.model.overrides.to_dict())
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
         self.optimizer = create_optimizer(optimizer_config(config), self.schedule, self.mesh)
@@ -182,15 +181,69 @@ class TrainProgram:
             packing_fallback: see `Execution`.
         """
         config = self.config if patch_dropout else without_patch_dropout(self.config)
-        return TrainStep(
-            self.definition,
-            self.optimizer,
-            self.schedule,
-            self.mesh,
-            config,
-            state,
-            packing_fallback=packing_fallback,
+        return TrainStep(self, config, state, packing_fallback=packing_fallback)
+
+
+class TrainStep:
+    """`step(state, batch) -> (state, metrics)`; the old state is donated.
+
+    Attributes:
+        trace_count: how often the function was traced; more than once is a defect.
+    """
+
+    def __init__(
+        self,
+        program: TrainProgram,
+        config: ml_collections.ConfigDict,
+        state: TrainState,
+        *,
+        packing_fallback: bool = True,
+    ):
+        """Prepares the jitted step; see `TrainProgram.step`.
+
+        Raises:
+            ValueError: a wrong `config.micro_batch` or `config.model` value.
+        """
+        mesh = program.mesh
+        check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
+        at_once = (config.micro_batch or config.data.batch_size) // mesh.size
+        if at_once % config.model.texts_per_row:
+            raise ValueError(
+                f"config.model.texts_per_row={config.model.texts_per_row}: expected a divisor of "
+                f"the {at_once} texts that a device embeds at once"
+            )
+        self.trace_count = 0
+        execution = training_execution(config.model, mesh)
+        execution = dataclasses.replace(execution, packing_fallback=packing_fallback)
+        self._update = functools.partial(
+            train_step,
+            definition=dataclasses.replace(program.definition, execution=execution),
+            optimizer=program.optimizer,
+            schedule=program.schedule,
+            mesh=mesh,
+            config=config,
         )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        self._jitted = jax.jit(
+            self._step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
+        )
+
+    def __call__(
+        self, state: TrainState, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Runs the step: see `step.train_step`; the state is donated."""
+        return self._jitted(state, batch)
+
+    def trace(self, state: TrainState, batch: dict[str, Any]) -> jax.stages.Traced:
+        """The traced step, to be lowered, compiled or counted without being run."""
+        return self._jitted.trace(state, batch)
+
+    def _step(
+        self, state: TrainState, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Pure but for the counter, which counts the calls by the tracer."""
+        self.trace_count += 1
+        return self._update(state, batch)
 
 
 def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -198,18 +251,6 @@ def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.C
     config = config.copy_and_resolve_references()
     config.model.patch_dropout = 0.0
     return config
-
-
-def _check_ema(config: ml_collections.ConfigDict) -> bool:
-    """Returns whether the run keeps a moving average of its parameters.
-
-    Raises:
-        ValueError: an average is to be evaluated that is not kept.
-    """
-    decay = config.ema.decay
-    if decay is None and config.evaluation.use_ema:
-        raise ValueError("config.evaluation.use_ema needs config.ema.decay, such as 0.9999")
-    return decay is not None
 
 
 def with_trusted_attention(
@@ -222,11 +263,6 @@ def with_trusted_attention(
     No test of this project has seen every accelerator, driver and version of cuDNN or libtpu:
     values and gradients of a small batch are compared before the first step. All processes of a
     job must call, and take the same kernel. Ours.
-
-    Args:
-        config: the whole training config.
-        total_steps: length of the schedule.
-        devices: to train on; all of the job by default.
     """
     differing = []
     for name, attention in TrainProgram(config, total_steps, devices).attention().items():
@@ -254,89 +290,3 @@ def with_trusted_attention(
     config = config.copy_and_resolve_references()
     config.model.attention = "xla"
     return config
-
-
-def duration_in_steps(
-    config: ml_collections.ConfigDict, prefix: str, *, batch_size: int, num_examples: int
-) -> int:
-    """The duration `prefix` ("total") in optimiser steps, in any unit of the config.
-
-    Args:
-        config: holds `{prefix}_steps`, `{prefix}_examples` and `{prefix}_epochs`, one not None.
-        prefix: first part of the three names.
-        batch_size: global batch, in examples.
-        num_examples: size of one epoch, in examples.
-
-    Raises:
-        ValueError: none or several of the three are set, or the result is not positive.
-    """
-    values = {unit: config.get(f"{prefix}_{unit}") for unit in DURATION_UNITS}
-    given = {unit: value for unit, value in values.items() if value is not None}
-    names = ", ".join(f"config.{prefix}_{unit}" for unit in DURATION_UNITS)
-    if len(given) != 1:
-        raise ValueError(f"set exactly one of {names}; got {given or 'none of them'}")
-    unit, value = next(iter(given.items()))
-    if not math.isfinite(value):
-        raise ValueError(f"config.{prefix}_{unit}={value}: expected a finite duration")
-    examples_per_unit = {"steps": batch_size, "examples": 1, "epochs": num_examples}[unit]
-    steps = round(value * examples_per_unit / batch_size)
-    if steps < 1:
-        raise ValueError(
-            f"config.{prefix}_{unit}={value} is {steps} steps at batch size {batch_size}; "
-            "expected at least one step"
-        )
-    return steps
-
-
-def patch_dropout_steps(
-    config: ml_collections.ConfigDict, total_steps: int, *, num_examples: int
-) -> int:
-    """Number of steps, from the start of a run, that may drop patches.
-
-    Args:
-        config: the whole training config.
-        total_steps: length of the run.
-        num_examples: size of one epoch, in examples.
-
-    Raises:
-        ValueError: several of `no_patch_dropout_steps`, `no_patch_dropout_examples` and
-            `no_patch_dropout_epochs` are set, no patches are dropped anyway, or it would be the
-            whole run.
-    """
-    if all(config.get(f"no_patch_dropout_{unit}") is None for unit in DURATION_UNITS):
-        return total_steps
-    if not config.model.patch_dropout:
-        raise ValueError(
-            "config.no_patch_dropout_* is how long a run with config.model.patch_dropout ends "
-            f"without it, but config.model.patch_dropout={config.model.patch_dropout}; set a share "
-            "of patches to drop, or leave config.no_patch_dropout_* at None"
-        )
-    last_steps = duration_in_steps(
-        config, "no_patch_dropout", batch_size=config.data.batch_size, num_examples=num_examples
-    )
-    if last_steps >= total_steps:
-        raise ValueError(
-            f"config.no_patch_dropout_*: {last_steps} steps without patch dropout are not less "
-            f"than the {total_steps} steps of the run; shorten them or set "
-            "config.model.patch_dropout=0"
-        )
-    return total_steps - last_steps
-
-
-def steps_before_end(config: ml_collections.ConfigDict, *, num_examples: int) -> int:
-    """Number of steps, from the start of a run, that do not depend on its length.
-
-    Args:
-        config: the whole training config.
-        num_examples: size of one epoch, in examples.
-
-    Raises:
-        ValueError: the durations are wrong, or warm-up and decay do not fit into the run.
-    """
-    total_steps = duration_in_steps(
-        config, "total", batch_size=config.data.batch_size, num_examples=num_examples
-    )
-    return min(
-        decay_start(config.optimizer, total_steps),
-        patch_dropout_steps(config, total_steps, num_examples=num_examples),
-    )

@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import functools
-import json
-from typing import Any
 
 import jax
 import ml_collections
 from absl import logging
 
-from diht_jax.config.checks import flatten
 from diht_jax.input.blocks import ReadAheadOptions
 from diht_jax.input.choices import open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.models.zoo import get_architecture
-from diht_jax.records.train_data import lies_in_store
 from diht_jax.records.vocabulary import find_train_vocabulary
-from diht_jax.training.multihost import check_together, gather_texts, share_from_first
-from diht_jax.training.objective import bind_data, needs_pair_ids, num_labels, teacher_width
-
-
-def bind_data_together(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with what its data decide (`bind_data`). All processes of a job must call.
-
-    Data in an object store are read by the first process alone.
-
-    Raises:
-        ValueError: the data do not fit the config, or cannot be read.
-    """
-    where = "store" if lies_in_store(config.data.train) else "host"
-    if set(gather_texts(where)) != {"store"}:
-        return bind_data(config)
-
-    def read() -> bytes:
-        before, after = flatten(config.to_dict()), flatten(bind_data(config).to_dict())
-        changed = {name: after[name] for name in after if after[name] != before.get(name)}
-        return json.dumps(changed).encode()
-
-    changed = json.loads(share_from_first(read))
-    if changed:
-        config = config.copy_and_resolve_references()
-        config.update_from_flattened_dict(changed)
-    return config
+from diht_jax.training.multihost import check_together
+from diht_jax.training.objective import needs_pair_ids, num_labels, teacher_width
 
 
 def open_data(config: ml_collections.ConfigDict) -> Mixture:
@@ -55,7 +27,9 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
     """
     num_concepts = num_labels(config)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-    sizes = _vocabulary_sizes(config.data.train, config.data.labels) if num_concepts else None
+    vocabulary = None
+    if num_concepts:
+        vocabulary = find_train_vocabulary(config.data.train, config.data.labels)
     choice = open_caption_choice(config.data)
     if choice is not None:
         logging.info("captions: %s", choice.describe())
@@ -66,7 +40,7 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
         config.data.crop_scale,
         fast_decode=config.data.fast_decode,
         num_concepts=num_concepts,
-        vocabulary_sizes=sizes,
+        vocabulary_sizes=vocabulary and tuple(map(len, vocabulary)),
         teacher_width=teacher_width(config),
         caption_choice=choice,
         pair_ids=needs_pair_ids(config),
@@ -103,14 +77,3 @@ def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainI
             read_timeout_secs=data.read_timeout_secs,
         ),
     )
-
-
-def _vocabulary_sizes(train: Any, labels: str | None) -> tuple[int, ...] | None:
-    """Objects and attributes of the data's labels, read by the first process; None without."""
-
-    def read() -> bytes:
-        vocabulary = find_train_vocabulary(train, labels)
-        return json.dumps(vocabulary and [len(part) for part in vocabulary]).encode()
-
-    sizes = json.loads(share_from_first(read))
-    return sizes and tuple(sizes)

@@ -35,13 +35,7 @@ _NOT_CAST = ("token_embedding", "positional_embedding")
 
 
 def check_micro_batch(micro_batch: int | None, batch_size: int, num_devices: int) -> None:
-    """Raises ValueError unless every device can split its rows into equal micro-batches.
-
-    Args:
-        micro_batch: `config.micro_batch`, in examples over all devices, or None.
-        batch_size: global.
-        num_devices: of the mesh.
-    """
+    """Raises ValueError unless every device can split its rows into equal micro-batches."""
     if micro_batch is None:
         return
     if micro_batch < 1 or batch_size % micro_batch or micro_batch % num_devices:
@@ -171,13 +165,7 @@ class ParameterGather:
     """
 
     def __init__(self, params: dict[str, Any], mesh: Mesh, dtype: DTypeLike):
-        """Notes where each parameter is split.
-
-        Args:
-            params: nested dict of all parameters (global shapes), layer by layer.
-            mesh: axes `data` and `fsdp`.
-            dtype: of the computation.
-        """
+        """Notes where each parameter is split."""
         self._dtype = dtype
         is_split = mesh.shape[_FSDP] > 1
         self._axes = {

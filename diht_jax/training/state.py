@@ -5,6 +5,7 @@ It is created directly in its sharded form.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,16 +47,8 @@ def create_state(
     *,
     ema: bool = False,
 ) -> TrainState:
-    """Initialises the state on the mesh; no device ever holds more than its part.
-
-    Args:
-        init_params: draws the parameters from a key.
-        optimizer: makes its state from the parameters.
-        mesh: axes `data` and `fsdp`.
-        seed: of the run, 0 to 2^32 - 1.
-        ema: keep a moving average of the parameters.
-    """
-    init = state_initializer(init_params, optimizer, ema=ema)
+    """Initialises the state on the mesh; no device ever holds more than its part."""
+    init = functools.partial(_draw_state, init_params, optimizer, ema)
     # As a Python int it would be an int32, which half of the seeds exceed.
     seed = np.uint32(seed)
     shardings = sharding.tree_shardings(jax.eval_shape(init, seed), mesh)
@@ -70,8 +63,29 @@ def abstract_state(
     ema: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any array."""
-    init = state_initializer(init_params, optimizer, ema=ema)
-    return _with_shardings(jax.eval_shape(init, 0), mesh)
+    shapes = jax.eval_shape(functools.partial(_draw_state, init_params, optimizer, ema), 0)
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        shapes,
+        sharding.tree_shardings(shapes, mesh),
+    )
+
+
+def _draw_state(
+    init_params: Callable[[jax.Array], dict[str, Any]],
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    seed: jax.Array,
+) -> TrainState:
+    params_key, run_key = jax.random.split(jax.random.key(seed))
+    params = init_params(params_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        key_data=jax.random.key_data(run_key),
+        ema_params=initial_average(params) if ema else None,
+    )
 
 
 def initial_average(params: dict[str, Any]) -> dict[str, Any]:
@@ -98,33 +112,3 @@ def update_average(
     """
     weight = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda a, p: a + weight * (p.astype(a.dtype) - a), average, params)
-
-
-def _with_shardings(shapes: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        shapes,
-        sharding.tree_shardings(shapes, mesh),
-    )
-
-
-def state_initializer(
-    init_params: Callable[[jax.Array], dict[str, Any]],
-    optimizer: optax.GradientTransformation,
-    *,
-    ema: bool = False,
-) -> Callable[[jax.Array], TrainState]:
-    """The function from a seed to a state."""
-
-    def init(seed: jax.Array) -> TrainState:
-        params_key, run_key = jax.random.split(jax.random.key(seed))
-        params = init_params(params_key)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=optimizer.init(params),
-            key_data=jax.random.key_data(run_key),
-            ema_params=initial_average(params) if ema else None,
-        )
-
-    return init

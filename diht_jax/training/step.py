@@ -1,11 +1,10 @@
-"""The optimiser step, a pure jitted function of (state, batch).
+"""The optimiser step, a pure function of (state, batch).
 
 Metrics are a dict of scalars; averaging and writing them is done elsewhere.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import Architecture
 from diht_jax.training.objective import active_terms, total_loss
 from diht_jax.training.optimizer import merge_parameters, split_parameters
-from diht_jax.training.sharded_encode import ParameterGather, check_micro_batch, encode_on_mesh
+from diht_jax.training.sharded_encode import ParameterGather, encode_on_mesh
 from diht_jax.training.state import TrainState, update_average
 
 Metrics = dict[str, Float[Array, ""]]
@@ -40,118 +39,64 @@ OPTIMIZER_SCOPE = "optimizer"
 PACKED_TEXTS = "packed_texts"
 
 
-class TrainStep:
-    """`step(state, batch) -> (state, metrics)`; the old state is donated.
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    definition: ModelDefinition,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    config: ml_collections.ConfigDict,
+) -> tuple[TrainState, Metrics]:
+    """The state after one update, and float32 scalars.
 
-    Attributes:
-        trace_count: how often the function was traced; more than once is a defect.
+    Args:
+        state: sharded by the partition rules.
+        batch: `images` uint8 [N, h, w, 3] and `tokens` int32 [N, t], split over the mesh, and what
+            losses and terms read besides.
+        definition: of the model, with the execution of the step.
+        optimizer: as used to create `state`.
+        schedule: the learning rate by step, for the metrics.
+        mesh: axes `data` and `fsdp`.
+        config: the whole training config.
     """
-
-    def __init__(
-        self,
-        definition: ModelDefinition,
-        optimizer: optax.GradientTransformation,
-        schedule: optax.Schedule,
-        mesh: Mesh,
-        config: ml_collections.ConfigDict,
-        state: TrainState,
-        *,
-        packing_fallback: bool = True,
-    ):
-        """Prepares the jitted step.
-
-        Args:
-            definition: of the model; the config decides how it computes.
-            optimizer: as used to create `state`.
-            schedule: the learning rate by step, for the metrics.
-            mesh: axes `data` and `fsdp`.
-            config: the whole training config.
-            state: any state (or shapes with shardings) of the run.
-            packing_fallback: see `Execution`.
-
-        Raises:
-            ValueError: a wrong `config.micro_batch` or `config.model` value.
-        """
-        check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
-        _check_texts_per_row(config, mesh.size)
-        self.trace_count = 0
-        execution = training_execution(config.model, mesh)
-        self._definition = dataclasses.replace(
-            definition,
-            execution=dataclasses.replace(execution, packing_fallback=packing_fallback),
+    grads, metrics = loss_gradients(state, batch, definition=definition, mesh=mesh, config=config)
+    trained, frozen = split_parameters(config.optimizer, state.params)
+    grad_norm = optax.tree.norm(grads)
+    with jax.named_scope(OPTIMIZER_SCOPE):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = merge_parameters(optax.apply_updates(trained, updates), frozen)
+    if "log_logit_scale" in trained:
+        params["log_logit_scale"] = jnp.minimum(
+            params["log_logit_scale"], math.log(config.optimizer.max_logit_scale)
         )
-        self._optimizer, self._schedule = optimizer, schedule
-        self._mesh, self._config = mesh, config
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        self._jitted = jax.jit(
-            self._step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
-        )
-
-    def __call__(
-        self, state: TrainState, batch: dict[str, jax.Array]
-    ) -> tuple[TrainState, Metrics]:
-        """Runs the step.
-
-        Args:
-            state: donated.
-            batch: `images` uint8 [N, h, w, 3] and `tokens` int32 [N, t], split over the mesh.
-
-        Returns:
-            The new state, and float32 scalars.
-        """
-        return self._jitted(state, batch)
-
-    def trace(self, state: TrainState, batch: dict[str, Any]) -> jax.stages.Traced:
-        """The traced step, to be lowered, compiled or counted without being run.
-
-        Args:
-            state: as for a call, or `jax.ShapeDtypeStruct`s with shardings.
-            batch: likewise.
-        """
-        return self._jitted.trace(state, batch)
-
-    def _step(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        """Pure but for the counter, which counts the calls by the tracer."""
-        self.trace_count += 1
-        config = self._config
-        grads, metrics = loss_gradients(
-            state, batch, definition=self._definition, mesh=self._mesh, config=config
-        )
-        trained, frozen = split_parameters(config.optimizer, state.params)
-        grad_norm = optax.tree.norm(grads)
-        with jax.named_scope(OPTIMIZER_SCOPE):
-            updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
-        params = merge_parameters(optax.apply_updates(trained, updates), frozen)
-        if "log_logit_scale" in trained:
-            params["log_logit_scale"] = jnp.minimum(
-                params["log_logit_scale"], math.log(config.optimizer.max_logit_scale)
-            )
-        metrics = {
-            **metrics,
-            "logit_scale": jnp.exp(state.params["log_logit_scale"]),
-            "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(params),
-            "learning_rate": jnp.asarray(self._schedule(state.step), jnp.float32),
-        }
-        ema_params = state.ema_params
-        if ema_params is not None:
-            ema_params = update_average(ema_params, params, config.ema.decay, state.step)
-        # One bad batch must not undo weeks: without finite numbers everything stays as it was.
-        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        params, opt_state, ema_params = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
-            (params, opt_state, ema_params),
-            (state.params, state.opt_state, state.ema_params),
-        )
-        metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            key_data=state.key_data,
-            ema_params=ema_params,
-        )
-        return new_state, metrics
+    metrics = {
+        **metrics,
+        "logit_scale": jnp.exp(state.params["log_logit_scale"]),
+        "grad_norm": grad_norm,
+        "param_norm": optax.tree.norm(params),
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+    }
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = update_average(ema_params, params, config.ema.decay, state.step)
+    # One bad batch must not undo weeks: without finite numbers everything stays as it was.
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    params, opt_state, ema_params = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old),
+        (params, opt_state, ema_params),
+        (state.params, state.opt_state, state.ema_params),
+    )
+    metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        key_data=state.key_data,
+        ema_params=ema_params,
+    )
+    return new_state, metrics
 
 
 def loss_gradients(
@@ -162,18 +107,9 @@ def loss_gradients(
     mesh: Mesh,
     config: ml_collections.ConfigDict,
 ) -> tuple[dict[str, Any], Metrics]:
-    """The gradient of the global batch's loss by the trained parameters, and metrics.
-
-    Args:
-        state: see `TrainStep`.
-        batch: see `TrainStep`.
-        definition: of the model, with the execution of the step.
-        mesh: axes `data` and `fsdp`.
-        config: the whole training config.
-    """
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
+    """The gradient of the global batch's loss by the trained parameters, and metrics."""
     terms = active_terms(config)
-    examples = _with_kept_patches(batch, key, definition.arch, config.model.patch_dropout, mesh)
+    examples = with_kept_patches(state, batch, definition.arch, config.model.patch_dropout, mesh)
     encode = functools.partial(
         encode_examples,
         definition=definition,
@@ -210,7 +146,7 @@ def encode_examples(
     *,
     definition: ModelDefinition,
     terms: Sequence[Term],
-    gather: ParameterGather,
+    gather: ParameterGather | None,
 ) -> dict[str, Float[Array, "b ..."]]:
     """Embeds examples on one device, from its part of the parameters.
 
@@ -220,24 +156,24 @@ def encode_examples(
             [b, k] where patches are dropped; labels where terms read them.
         definition: of the model.
         terms: of the objective.
-        gather: makes parameters whole.
+        gather: makes parameters whole; None where they are.
 
     Returns:
         `image_emb` and `text_emb`, float32 [b, d], L2-normalised; losses of terms, float32 [b];
         with several texts in a row `packed_texts`, float32 [b].
     """
-    params = gather.outside_blocks(params)
+    params = gather.outside_blocks(params) if gather else params
     model = merge_model(definition, params)
     reads_tokens = any(term.reads_image_tokens for term in terms)
     seen = (model.vision.tokens if reads_tokens else model.vision.features)(
         normalize(examples["images"], jnp.dtype(definition.dtype)),
         kept_patches=examples.get("kept_patches"),
-        gather=gather.block("vision"),
+        gather=gather.block("vision") if gather else None,
     )
     pooled = seen[:, 0] if reads_tokens else seen
     projected = model.vision.projection(pooled)
     encoded = {"image_emb": l2_normalize(projected)}
-    tokens, text_gather = examples["tokens"], gather.block("text")
+    tokens, text_gather = examples["tokens"], gather.block("text") if gather else None
     if definition.execution.texts_per_row > 1:
         encoded["text_emb"], fits = model.encode_packed_texts(tokens, gather=text_gather)
         encoded[PACKED_TEXTS] = jnp.full(tokens.shape[0], fits, jnp.float32)
@@ -251,8 +187,8 @@ def encode_examples(
     return encoded
 
 
-def _with_kept_patches(
-    batch: dict[str, jax.Array], key: jax.Array, arch: Architecture, share: float, mesh: Mesh
+def with_kept_patches(
+    state: TrainState, batch: dict[str, jax.Array], arch: Architecture, share: float, mesh: Mesh
 ) -> dict[str, jax.Array]:
     """The batch and, where patches are dropped, which of each image stay.
 
@@ -260,19 +196,11 @@ def _with_kept_patches(
     """
     if share <= 0.0:
         return batch
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
     num_patches = (arch.image_size // arch.patch_size) ** 2
     kept = choose_patches(key, batch["images"].shape[0], num_patches, share)
     by_example = sharding.batch_sharding(mesh)
     return {**batch, "kept_patches": jax.lax.with_sharding_constraint(kept, by_example)}
-
-
-def _check_texts_per_row(config: ml_collections.ConfigDict, num_devices: int) -> None:
-    at_once = (config.micro_batch or config.data.batch_size) // num_devices
-    if at_once % config.model.texts_per_row:
-        raise ValueError(
-            f"config.model.texts_per_row={config.model.texts_per_row}: expected a divisor of the "
-            f"{at_once} texts that a device embeds at once"
-        )
 
 
 def training_execution(config: ml_collections.ConfigDict, mesh: Mesh) -> Execution:

@@ -77,9 +77,6 @@ def exit_status(error: BaseException) -> int:
 def without_memory_is_lasting(is_running: Callable[[], bool]) -> Iterator[None]:
     """Makes an error of a run whose first step does not fit into the memory a lasting one.
 
-    Args:
-        is_running: whether a step has been finished, after which others have taken the memory.
-
     Raises:
         ValueError: for XLA's "RESOURCE_EXHAUSTED" before that.
     """

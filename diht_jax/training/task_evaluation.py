@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-from collections.abc import Collection
 
 import jax
 import ml_collections
@@ -21,9 +19,15 @@ from diht_jax.evaluation.results import describe_metrics
 from diht_jax.evaluation.task_parsing import check_task
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
 from diht_jax.training.monitoring.metrics import MetricWriter, flatten_results, read_metrics
-from diht_jax.training.multihost import check_together, gather_texts
+from diht_jax.training.multihost import (
+    check_same,
+    check_together,
+    gather_texts,
+    share_from_first,
+)
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.state import TrainState
+from diht_jax.training.workdir.checkpoint import BestStep
 from diht_jax.weights.inference import LoadedModel
 
 FAILED = "evaluation_failed"
@@ -37,41 +41,48 @@ def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
         ValueError: on all hosts, where a task is wrong or its source cannot be read on one of them
             (names the task), or where no task gives `config.checkpoint.best_metric`.
     """
-    tasks: list[Task] = []
 
-    def check() -> None:
-        tasks.extend(parse_config_tasks(config.evaluation.tasks))
-        check_best_metric(config.checkpoint.best_metric, tasks)
+    def read() -> list[Task]:
+        tasks = parse_config_tasks(config.evaluation.tasks)
+        best_metric = config.checkpoint.best_metric
+        known = [f"{task.name}/{name}" for task in tasks for name in check_task(task).metrics]
+        if best_metric is not None and best_metric not in known:
+            raise ValueError(
+                f"config.checkpoint.best_metric='{best_metric}' is not among the results of "
+                f"config.evaluation.tasks: {', '.join(known) or 'there are no tasks'}"
+            )
         for task in tasks:
             check_source_opens(task)
+        return tasks
 
-    check_together(check)
-    kinds = gather_texts(", ".join(f"{task.name} ({task.kind})" for task in tasks))
-    if len(set(kinds)) > 1:
-        raise ValueError(
+    tasks = check_together(read)
+    check_same(
+        ", ".join(f"{task.name} ({task.kind})" for task in tasks),
+        lambda kinds, _: (
             "config.evaluation.tasks: the processes have different tasks; give every host the "
             f"same command: {'; '.join(sorted(set(kinds)))}"
-        )
+        ),
+    )
     return tasks
 
 
-def check_best_metric(best_metric: str | None, tasks: list[Task]) -> None:
-    """Raises ValueError where no task gives the metric."""
-    known = [f"{task.name}/{name}" for task in tasks for name in check_task(task).metrics]
-    if best_metric is not None and best_metric not in known:
-        raise ValueError(
-            f"config.checkpoint.best_metric='{best_metric}' is not among the results of "
-            f"config.evaluation.tasks: {', '.join(known) or 'there are no tasks'}"
-        )
+def read_best(best_metric: str | None, tasks: list[Task], workdir: epath.Path) -> BestStep:
+    """The results of `config.checkpoint.best_metric` in a run's metrics, as they rank its steps.
 
-
-def lower_is_better(best_metric: str | None, tasks: list[Task]) -> bool:
-    """Returns whether the lowest value is the best, by the unit of the metric."""
+    All processes get those that the first one reads: the files of a network file system may reach
+    the others later.
+    """
     if best_metric is None:
-        return False
+        return BestStep()
     task_name, _, name = best_metric.rpartition("/")
     task = next(task for task in tasks if task.name == task_name)
-    return check_task(task).metrics[name].lower_is_better
+
+    def read() -> bytes:
+        rows = [row for row in read_metrics(workdir) if _PREFIX + best_metric in row]
+        return json.dumps([(row["step"], row[_PREFIX + best_metric]) for row in rows]).encode()
+
+    values = {int(step): value for step, value in json.loads(share_from_first(read))}
+    return BestStep(check_task(task).metrics[name].lower_is_better, values)
 
 
 def check_source_opens(task: Task) -> None:
@@ -150,16 +161,6 @@ class RunEvaluation:
         measured = flatten_results({result["task"]: result["metrics"] for result in results})
         if results:
             logging.info("step %d: %s", step, "; ".join(map(describe_metrics, results)))
-        best_metric = self._config.checkpoint.best_metric
-        if best_metric is not None and best_metric not in measured and not num_failed:
-            num_failed += 1
-            logging.error(
-                "step %d: config.checkpoint.best_metric='%s' is not among the evaluation results: "
-                "%s",
-                step,
-                best_metric,
-                ", ".join(sorted(measured)),
-            )
         self._write(step, measured, num_failed)
         return measured
 
@@ -191,33 +192,6 @@ class RunEvaluation:
         row = {f"{_PREFIX}{name}": value for name, value in measured.items()}
         self._writer.write(step, {**row, **({FAILED: num_failed} if num_failed else {})})
         self._writer.sync()
-
-
-def best_evaluation(
-    workdir: epath.Path,
-    best_metric: str | None,
-    steps: Collection[int],
-    *,
-    lowest: bool = False,
-) -> tuple[int, float] | None:
-    """The step with the best value in the metrics, and that value. All processes must call.
-
-    Args:
-        workdir: of the run.
-        best_metric: `config.checkpoint.best_metric`.
-        steps: to choose from.
-        lowest: whether the lowest value is the best, not the highest.
-    """
-    if best_metric is None:
-        return None
-    name = f"{_PREFIX}{best_metric}"
-    rows = [row for row in read_metrics(workdir) if row["step"] in steps and name in row]
-    sign = -1 if lowest else 1
-    values = [(sign * row[name], row["step"]) for row in rows if math.isfinite(row[name])]
-    # The first process's view: the files of a network file system may reach the others later.
-    text = gather_texts(json.dumps(max(values, default=None)))[0]
-    found = json.loads(text)
-    return None if found is None else (found[1], sign * found[0])
 
 
 def _log_failure(step: int, task: Task, error: Exception) -> None:

@@ -1,8 +1,6 @@
 """Validation of configs, durations, and the recipes of `configs/`."""
 
 import json
-import subprocess
-import sys
 
 import ml_collections
 import pytest
@@ -12,7 +10,7 @@ from ml_collections import config_flags
 from diht_jax.config import default_config, load_recipe, validate_config
 from diht_jax.models import get_architecture
 from diht_jax.sharding import create_mesh
-from diht_jax.training.program import duration_in_steps
+from diht_jax.training.durations import duration_in_steps
 from diht_jax.training.recipe import check_config
 from diht_jax.training.sharded_encode import check_micro_batch
 from tests.make import RECIPES, REPOSITORY
@@ -53,7 +51,7 @@ def differences(a, b, prefix=""):
     return found
 
 
-@pytest.mark.parametrize("topology", ["h100:8", "h100:64x8", "h100:4x8", "h200:8", "a100_80gb:2x4"])
+@pytest.mark.parametrize("topology", ["h100:8", "h100:64x8", "a100_80gb:2x4"])
 @pytest.mark.parametrize(
     "name",
     ["clip_vitb32", "clip_vitb16", "diht_vitb32", "diht_vitb16", "diht_vitl14", "diht_vitl14_336"],
@@ -96,45 +94,18 @@ def test_clip_vitb32_differs_from_diht_vitb32_in_the_loss_alone(arg):
     assert clip["concepts"]["object_weight"] == clip["concepts"]["attribute_weight"] == 0.0
 
 
-def test_recipes_with_published_values_have_them():
-    clip, clean, diht = map(values, ("clip_vitb16", "diht_vitb16_clean", "diht_vitb16"))
-    loss = {"loss.beta", "concepts.object_weight", "concepts.attribute_weight"}
-    optimizer = {"optimizer.learning_rate", "optimizer.weight_decay"}
-    assert differences(clip, diht) == loss | optimizer | {"total_examples", "data.batch_size"}
-    assert clip["loss"]["beta"] == 0.0 and clip["data"]["batch_size"] == 33_792
-    rates = [clip["optimizer"][k] for k in ("learning_rate", "weight_decay", "warmup_steps")]
-    assert rates == [5e-4, 0.2, 2000] and clip["total_examples"] == 32 * 440e6
-    assert differences(clean, diht) == {"loss.alpha", "loss.beta", "total_examples"}
-    assert (clean["loss"]["alpha"], clean["loss"]["beta"]) == (0.999, 0.5)
-
-
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
         ("debug=Tru", "'debug=Tru': expected True or False"),
-        ("debug", "'debug': expected key=value, such as debug=True"),
         ("debug=True,toplogy=v5e:2x2", "'toplogy=v5e:2x2': .*did you mean 'topology'"),
-        ("xyzzy=1", "'xyzzy=1': unknown key; known keys: debug, topology$"),
         ("debug=True,debug=False", "'debug' is given twice"),
         ("topology=h10:8", "unknown topology 'h10:8'; did you mean 'h100:...'?"),
-        ("topology=h100:8x", "unknown topology 'h100:8x'"),
-        ("debug=True,topology=v5e:3x5", "v5e slices are 1x1, 2x2"),
     ],
 )
 def test_recipe_refuses_another_argument(arg, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(REPOSITORY / "configs" / "diht_vitb32.py", arg)
-
-
-def test_keys_of_a_recipes_own_are_converted_to_the_type_of_their_default():
-    from configs.common import parse_arg
-
-    args = parse_arg("res=336,lr=3e-4,name=b,debug=True", res=224, lr=1e-3, name="a", wide=True)
-    assert args.to_dict() == {
-        **{"debug": True, "topology": None, "res": 336, "lr": 3e-4, "name": "b", "wide": True}
-    }
-    with pytest.raises(ValueError, match="'res=big': expected int, such as 224"):
-        parse_arg("res=big", res=224)
 
 
 def unlocked_config() -> ml_collections.ConfigDict:
@@ -149,7 +120,6 @@ def unlocked_config() -> ml_collections.ConfigDict:
     "section, key, value, message",
     [
         ("loss", "betta", 0.5, "unknown config key 'loss.betta'; did you mean 'loss.beta'"),
-        ("", "optimzer", 1, "unknown config key 'optimzer'; did you mean 'optimizer'"),
         ("", "learning_rate", 1.0, "did you mean 'optimizer.learning_rate'"),
         ("model.overrides", "text_layer", 2, "did you mean 'model.overrides.text_layers'"),
         ("optimizer", "xyzzy", 1, "known keys: .*optimizer.b1"),
@@ -163,15 +133,6 @@ def test_unknown_key_names_the_nearest(section, key, value, message):
     target[key] = value
     with pytest.raises(ValueError, match=message):
         validate_config(config, default_config())
-
-
-def test_int_is_fine_for_float_but_bool_is_not():
-    values = default_config().to_dict()
-    values["loss"]["beta"] = 1
-    validate_config(ml_collections.ConfigDict(values), default_config())
-    values["loss"]["beta"] = True
-    with pytest.raises(ValueError, match="'loss.beta': expected float"):
-        validate_config(ml_collections.ConfigDict(values), default_config())
 
 
 @pytest.mark.parametrize(
@@ -197,33 +158,6 @@ def test_wrong_durations(values, message):
     config.update(values)
     with pytest.raises(ValueError, match=message):
         duration_in_steps(config, "total", batch_size=64, num_examples=1000)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--config.loss.betta=0.5"], 'Did you mean "beta"'),
-        (["--config.loss.beta=much"], "--config.loss.beta=much"),
-        (["--workdri=/tmp/x"], "Did you mean: workdir"),
-        (["stray"], "unexpected arguments: stray"),
-        (
-            ["--config=configs/diht_vitb32.py:debg=True"],
-            "error: --config: recipe argument 'debg=True': unknown key; known keys: debug",
-        ),
-    ],
-)
-def test_command_line_slips_end_in_one_clear_line(arguments, message):
-    command = [sys.executable, "-m", "diht_jax.train", "--config=configs/diht_vitb32.py"]
-    done = subprocess.run(
-        [*command, "--workdir=/nonexistent/never", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 _MIXTURE_RECIPE = """

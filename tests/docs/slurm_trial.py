@@ -36,6 +36,7 @@ from collections.abc import Iterator
 from absl import flags
 
 from diht_jax import command_line
+from tests import make
 from tests.docs.pages import REPOSITORY, launch_script
 from tests.training import kill_trial
 from tests.waiting import wait_until
@@ -269,7 +270,7 @@ def main() -> None:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="slurm_trial_"))
     folder.chmod(0o755)  # munge wants others not to write, and clients to find its socket
     try:
-        data = kill_trial.write_squares(folder / "squares")
+        data = make.write_records(folder / "records", 64, [32, 32])
         with slurm(folder):
             end_for_good(folder)
             train_through_stops(folder / "stops", data)

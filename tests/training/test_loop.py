@@ -16,7 +16,6 @@ from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.storage.locks import lock_folder
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.step import TrainStep
 
 COMPARED = ("loss", "grad_norm", "param_norm", "logit_scale", "i2t_accuracy")
 NUM_RECORDS = 52
@@ -133,32 +132,6 @@ def test_a_run_that_is_stopped_and_made_longer_is_bit_identical_to_going_straigh
         assert kernel.sharding.shard_shape(kernel.shape) == (32, 32)
 
 
-def test_a_step_finds_its_program_compiled(config, tmp_path, monkeypatch):
-    """So that no process waits for another one's compiler within a collective."""
-    compiled, call = [], TrainStep.__call__
-
-    def listen(event, secs, **_):
-        if "backend_compile" in event:
-            compiled.append(event)
-
-    def checked(step, *args):
-        before = len(compiled)
-        result = call(step, *args)
-        assert len(compiled) == before
-        return result
-
-    monkeypatch.setattr(TrainStep, "__call__", checked)
-    # Without patch dropout the last step is another program.
-    config.update(total_steps=6, no_patch_dropout_steps=2)
-    config.model.patch_dropout = 0.5
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        train(config, tmp_path / "run")
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert len(compiled) >= 2
-
-
 @pytest.fixture(scope="module")
 def finished(make_config, squares, tmp_path_factory):
     """A run of 6 steps with a profile; its config, work directory and last state."""
@@ -249,13 +222,6 @@ def test_a_run_with_skipped_records_is_resumed_bit_by_bit_and_counts_them(
     np.testing.assert_array_equal(series(tmp_path / "stopped", "skipped_records"), counts)
 
 
-def test_a_finished_run_is_left_as_it_is(finished):
-    config, run, state = finished
-    lines = (run / "metrics.jsonl").read_bytes()
-    assert_bitwise_equal(state, train(config, run))
-    assert (run / "metrics.jsonl").read_bytes() == lines
-
-
 def test_a_model_with_other_values_than_were_saved_is_not_loaded(finished, tmp_path):
     _, workdir, _ = finished
     run = shutil.copytree(workdir, tmp_path / "run")
@@ -338,7 +304,6 @@ def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"data.train": None}, "config.data.train is not set"),
         ({"data.train": None, "concepts.object_weight": 1.0}, "config.data.train is not set"),
         ({"data.batch_size": 12}, "batch_size=12 is no multiple of the 8 devices"),
         ({"mesh.fsdp": 3}, "makes 6 devices, but there are 8"),
@@ -346,7 +311,6 @@ def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
         ({"total_epochs": 1.0}, "set exactly one of"),
         ({"evaluation.use_ema": True}, "use_ema needs config.ema.decay"),
         ({"profile.start_step": 3}, "expected 1 <= start_step <= stop_step, or neither"),
-        ({"profile.start_step": 3, "profile.stop_step": 2}, "got start_step=3, stop_step=2"),
         ({"optimizer.frozen": ("^visoin/",)}, "'.visoin/' is found in no parameter's name"),
     ],
 )
@@ -354,3 +318,14 @@ def test_wrong_settings_are_refused_before_training(config, tmp_path, changes, m
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path)
+
+
+def test_a_work_directory_that_cannot_be_written_is_reported(config, tmp_path, mount_tmpfs):
+    (tmp_path / "file").write_text("")
+    read_only = mount_tmpfs("ro,size=1m")
+    for workdir, why in (
+        (tmp_path / "file" / "run", "Not a directory"),
+        (read_only / "run", "Read-only file system"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot be written: .*{why}"):
+            train(config, workdir)

@@ -105,8 +105,6 @@ def test_model_of_the_run_is_the_one_with_adapters(tuned, weights):
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     found = loaded.encode_image(images)
     np.testing.assert_allclose(found, unmerged.encode_image(images), atol=2e-6)
-    np.testing.assert_array_equal(flat(loaded._params)["text/projection/kernel"],
-                                  flat(weights[1])["text/projection/kernel"])  # fmt: skip
     a, b = (
         flat(state.params)[f"vision/blocks/0/mlp/fc_out/{part}"] for part in ("lora_a", "lora_b")
     )
@@ -145,19 +143,6 @@ def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
     watched = debug_nans._watched(adapted, lambda x: True)
     params = jax.eval_shape(adapted.init_params, draw)
     assert hasattr(merge_model(watched, params).text.blocks[0].mlp.fc_in, "lora_a")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"towers": ("image",)}, r"config.lora.towers=\('image',\): expected some of vision, text"),
-        ({"matrices": ()}, r"config.lora.matrices=\(\): expected some of in_proj, out_proj, fc_in"),
-    ],
-)
-def test_wrong_layers_are_named(config, changes, message):
-    config.lora.update(rank=2, **changes)
-    with pytest.raises(ValueError, match=message):
-        TrainProgram(config, 5)
 
 
 def test_weights_of_another_model_are_refused(config, weights, tmp_path):

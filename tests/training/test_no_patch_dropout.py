@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from diht_jax.config import default_config
+from diht_jax.training.durations import patch_dropout_steps
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.program import patch_dropout_steps
 
 
 def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):
@@ -34,7 +34,6 @@ def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):
     [
         ({}, 100),
         ({"no_patch_dropout_steps": 30}, 70),
-        ({"no_patch_dropout_examples": 640}, 90),
         ({"no_patch_dropout_epochs": 1.5}, 76),
     ],
 )
@@ -49,18 +48,8 @@ def test_the_last_part_in_any_unit(changes, expected):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (
-            {"no_patch_dropout_steps": 5, "no_patch_dropout_epochs": 1.0},
-            "set exactly one of config.no_patch_dropout_steps",
-        ),
-        (
-            {"no_patch_dropout_steps": 100},
-            "100 steps without patch dropout are not less than the 100",
-        ),
-        (
-            {"no_patch_dropout_steps": 5, "model": {"patch_dropout": 0.0}},
-            "patch_dropout=0.0; set a share",
-        ),
+        ({"no_patch_dropout_steps": 100}, "100 steps without patch dropout are not less than"),
+        ({"no_patch_dropout_steps": 5, "model": {"patch_dropout": 0.0}}, "0.0; set a share"),
     ],
 )
 def test_wrong_last_parts_are_refused(changes, message):

@@ -1,12 +1,23 @@
-"""The optimiser against a NumPy transcription of clipped AdamW, and its schedule."""
+"""The optimiser against NumPy: AdamW, Muon, schedules, and tables of update rules made by hand."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
+from diht_jax import sharding
 from diht_jax.config import default_config
-from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule, merge_parameters
+from diht_jax.training.muon import COEFFICIENTS, ROUNDS, is_block_matrix
+from diht_jax.training.optimizer import (
+    create_optimizer,
+    decay_start,
+    learning_rate_schedule,
+    merge_parameters,
+    update_rules,
+)
 
 
 def section(**changes):
@@ -98,3 +109,217 @@ def test_schedule_warms_up_and_follows_half_a_cosine():
         share = (step - 10) / 100
         expected = 0.5 + (2.0 - 0.5) * 0.5 * (1 + np.cos(np.pi * share))
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
+
+
+def nested(shapes):
+    tree = {}
+    for path, shape in shapes.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = np.zeros(shape, np.float32)
+    return tree
+
+
+# Two image blocks, three text blocks.
+SHAPES = {
+    "log_logit_scale": (),
+    "text/blocks/0/mlp/fc_in/bias": (16,),
+    "text/blocks/0/mlp/fc_in/kernel": (4, 16),
+    "text/blocks/1/mlp/fc_in/kernel": (4, 16),
+    "text/blocks/2/mlp/fc_in/kernel": (4, 16),
+    "text/final_norm/scale": (4,),
+    "text/positional_embedding": (7, 4),
+    "text/projection/kernel": (4, 5),
+    "text/token_embedding/embedding": (9, 4),
+    "vision/blocks/0/attention/in_proj/kernel": (6, 18),
+    "vision/blocks/1/attention/in_proj/kernel": (6, 18),
+    "vision/class_embedding": (6,),
+    "vision/patch_embedding/kernel": (2, 2, 3, 6),
+    "vision/positional_embedding": (5, 6),
+    "vision/post_norm/scale": (6,),
+    "vision/pre_norm/scale": (6,),
+    "vision/projection/kernel": (6, 5),
+}
+
+
+def table(config):
+    rules = update_rules(config, nested(SHAPES))
+    return {path: (rule.learning_rate, rule.weight_decay) for path, rule in rules.items()}
+
+
+def test_layer_decay_counts_each_tower_from_its_top():
+    expected = {
+        "log_logit_scale": 1.0,
+        "text/blocks/0/mlp/fc_in/bias": 0.125,
+        "text/blocks/0/mlp/fc_in/kernel": 0.125,
+        "text/blocks/1/mlp/fc_in/kernel": 0.25,
+        "text/blocks/2/mlp/fc_in/kernel": 0.5,
+        "text/final_norm/scale": 1.0,
+        "text/positional_embedding": 0.0625,
+        "text/projection/kernel": 1.0,
+        "text/token_embedding/embedding": 0.0625,
+        "vision/blocks/0/attention/in_proj/kernel": 0.25,
+        "vision/blocks/1/attention/in_proj/kernel": 0.5,
+        "vision/class_embedding": 0.125,
+        "vision/patch_embedding/kernel": 0.125,
+        "vision/positional_embedding": 0.125,
+        "vision/post_norm/scale": 1.0,
+        "vision/pre_norm/scale": 0.125,
+        "vision/projection/kernel": 1.0,
+    }
+    rates = {path: rate for path, (rate, _) in table(section(layer_decay=0.5)).items()}
+    assert rates == expected
+
+
+def test_the_first_multiplier_found_counts_and_layer_decay_comes_on_top():
+    config = section(
+        layer_decay=0.5,
+        multipliers=(("^text/.*embedding", 4.0, 0.0), ("^text/", 0.5, 2.0), ("scale", 3.0, 1.0)),
+    )
+    found = table(config)
+    assert found["text/token_embedding/embedding"] == (0.25, 0.0)
+    assert found["text/blocks/2/mlp/fc_in/kernel"] == (0.25, 2.0)
+    assert found["text/blocks/0/mlp/fc_in/bias"] == (0.0625, 0.0)
+    assert found["text/final_norm/scale"] == (0.5, 0.0)
+    assert found["log_logit_scale"] == (3.0, 0.0)
+    assert found["vision/projection/kernel"] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"frozen": ("^image/",)}, "frozen: '.image/' is found in no parameter's name"),
+        ({"frozen": ("(",)}, "frozen: expected a regular expression"),
+        ({"frozen": ("",)}, "freezes every parameter"),
+        ({"multipliers": (("text", 0.1),)}, "expected entries .*got .'text', 0.1."),
+        ({"multipliers": (("text", -1, 1.0),)}, "at least 0, got .'text', -1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        update_rules(section(**changes), nested(SHAPES))
+
+
+RATE = 0.01
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def orthogonal(matrix):
+    """What five rounds make of a matrix: of its singular values, a polynomial; float64."""
+    u, values, v = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+    values = values / np.sqrt(np.sum(values**2))
+    a, b, c = COEFFICIENTS
+    for _ in range(ROUNDS):
+        values = a * values + b * values**3 + c * values**5
+    return u @ np.diag(values) @ v
+
+
+def draw_blocks(seed, width=8, layers=3):
+    rng = np.random.default_rng(seed)
+    kernels = {
+        "attention/in_proj": (width, 3 * width),
+        "attention/out_proj": (width, width),
+        "mlp/fc_in": (width, 4 * width),
+        "mlp/fc_out": (4 * width, width),
+    }
+    blocks = {}
+    for layer in range(layers):
+        block = blocks[str(layer)] = {"attention": {}, "mlp": {}}
+        for name, shape in kernels.items():
+            part, module = name.split("/")
+            # Layers of very different size: one orthogonalised with another would show.
+            kernel = 10.0**layer * rng.standard_normal(shape)
+            block[part][module] = {"kernel": jnp.asarray(kernel, jnp.float32)}
+            block[part][module]["bias"] = jnp.asarray(rng.standard_normal(shape[1]), jnp.float32)
+    projection = {"kernel": jnp.asarray(rng.standard_normal((width, width)), jnp.float32)}
+    embedding = {"embedding": jnp.asarray(rng.standard_normal((16, width)), jnp.float32)}
+    text = {"blocks": blocks, "projection": projection, "token_embedding": embedding}
+    return {"text": text, "log_logit_scale": jnp.float32(rng.standard_normal())}
+
+
+def expected_update(name, gradient, momentum, rms=0.2):
+    """Nesterov's momentum, orthogonalised: queries, keys and values each for themselves."""
+    momentum = 0.95 * momentum + gradient
+    direction = gradient + 0.95 * momentum
+    parts = np.split(direction, 3, axis=1) if "in_proj" in name else [direction]
+    scale = rms * np.sqrt(max(parts[0].shape))
+    return np.concatenate([scale * orthogonal(part) for part in parts], axis=1), momentum
+
+
+def test_matrices_of_blocks_get_orthogonal_updates_and_the_rest_adamw():
+    """Of three layers (two, where one is frozen), and four devices that share them."""
+    config = section(
+        kind="muon",
+        clip_global_norm=1e9,
+        multipliers=(("mlp/fc_in", 3.0, 0.5), ("^log_logit_scale", 0.0, 1.0)),
+        frozen=("^text/blocks/1/mlp/fc_out",),
+    )
+    mesh = sharding.create_mesh(2, 4)
+    adamw = config.copy_and_resolve_references()
+    adamw.kind = "adamw"
+    schedule = optax.constant_schedule(RATE)
+    optimizer, reference = (
+        create_optimizer(config, schedule, mesh),
+        create_optimizer(adamw, schedule),
+    )
+    params, gradients = draw_blocks(0), [draw_blocks(seed) for seed in (1, 2)]
+    for tree in gradients:
+        del tree["text"]["blocks"]["1"]["mlp"]["fc_out"]
+
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    def two_updates(params, gradients):
+        states = [optimizer.init(params), reference.init(params)]
+        found = []
+        for tree in gradients:
+            pair = []
+            for i, one in enumerate((optimizer, reference)):
+                updates, states[i] = one.update(tree, states[i], params)
+                pair.append(updates)
+            found.append(pair)
+        return found
+
+    placed = [jax.device_put(t, sharding.tree_shardings(t, mesh)) for t in (params, *gradients)]
+    momenta, flat = {}, by_name(params)
+    for tree, (updates, others) in zip(gradients, two_updates(placed[0], placed[1:]), strict=True):
+        tree, others = by_name(tree), by_name(others)
+        for name, update in by_name(updates).items():
+            if not is_block_matrix(name):
+                np.testing.assert_allclose(update, others[name], rtol=1e-5, atol=1e-9)
+                continue
+            gradient = np.asarray(tree[name], np.float64)
+            expected, momenta[name] = expected_update(name, gradient, momenta.get(name, 0.0))
+            factor, decay = (3.0, 0.05) if "fc_in" in name else (1.0, 0.1)
+            expected = -RATE * factor * (expected + decay * np.asarray(flat[name]))
+            np.testing.assert_allclose(update, expected, rtol=2e-4, atol=2e-5, err_msg=name)
+    assert len(momenta) == 11
+
+
+def by_name(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_name(path): leaf for path, leaf in leaves}
+
+
+def test_wsd_is_constant_between_warm_up_and_decay():
+    config = section(schedule="wsd", warmup_steps=10, decay_steps=20, learning_rate=2.0)
+    config.final_learning_rate = 0.5
+    short, long = (learning_rate_schedule(config, total) for total in (100, 1000))
+    assert [float(short(step)) for step in (0, 5, 10, 80)] == [0.0, 1.0, 2.0, 2.0]
+    np.testing.assert_allclose(short(85), 2.0 - 1.5 * np.sqrt(5 / 20), rtol=1e-6)
+    assert float(short(100)) == 0.5 and decay_start(config, 100) == 80
+    steps = np.arange(81)
+    np.testing.assert_array_equal(short(steps), long(steps))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"schedule": "linear"}, "schedule='linear': expected one of cosine, wsd"),
+        ({"decay_steps": 5}, "decay_steps=5 is of config.optimizer.schedule='wsd'"),
+        ({"schedule": "wsd", "decay_steps": 91}, "decay_steps=91: expected at most 90"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        learning_rate_schedule(section(warmup_steps=10, **changes), 100)

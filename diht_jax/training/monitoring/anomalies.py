@@ -54,10 +54,6 @@ class AnomalyMonitor:
     def check_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Reports a skipped update.
 
-        Args:
-            step: number of the step, from 1.
-            metrics: of that step, finished.
-
         Raises:
             DivergedError: `config.max_skipped_steps` in a row.
         """
@@ -83,12 +79,7 @@ class AnomalyMonitor:
             )
 
     def check_window(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Warns of a loss spike, and once of a logit scale that has reached its cap.
-
-        Args:
-            step: last of the window.
-            scalars: means over the window.
-        """
+        """Warns of a loss spike, and once of a logit scale that has reached its cap."""
         loss = scalars["loss"]
         if loss > SPIKE_FACTOR * self._lowest_loss + SPIKE_MARGIN:
             logging.warning(
@@ -107,11 +98,6 @@ class AnomalyMonitor:
 
 
 def shown_keys(keys: Sequence[str], num_records: int) -> str:
-    """The first few keys of a batch, for a message.
-
-    Args:
-        keys: the first `SHOWN_KEYS`.
-        num_records: of the batch.
-    """
+    """The first few keys of a batch, for a message."""
     rest = f" and {num_records - len(keys)} more" if num_records > len(keys) else ""
     return f"{', '.join(keys)}{rest}"

@@ -7,6 +7,7 @@ watched; the step that trains stays as fast as it is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,22 +15,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 from flax import nnx
 
 from diht_jax import sharding
 from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.transformer import Execution
-from diht_jax.models.vit import choose_patches
 from diht_jax.sharding import path_name
 from diht_jax.training.monitoring.anomalies import DivergedError
 from diht_jax.training.objective import active_terms
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.state import TrainState
-from diht_jax.training.step import encode_examples, loss_gradients
+from diht_jax.training.step import encode_examples, loss_gradients, with_kept_patches
 
 _NAMES_SHOWN = 5
+
+IsFinite = Callable[[Any], bool]
 
 
 class NonFiniteError(DivergedError):
@@ -47,24 +48,18 @@ def explain_nonfinite(
     Modules are compared by their outputs, innermost first: `vision/blocks/3/mlp/fc_in` is named
     and not the block around it. All processes of a job must call.
 
-    Args:
-        program: of the run.
-        config: of this part of the run (see `TrainProgram.step`).
-        state: after the skipped update, so with the parameters before it.
-        batch: of that update.
-
     Returns:
         A sentence for people.
     """
     before = state.replace(step=state.step - 1)
-    bad = _nonfinite_names(before.params, program)
+    is_finite = _finite_check(program)
+    where = _first_in_towers(program, config, before, batch, is_finite)
+    where = where or _after_towers(program, config, before, batch, is_finite)
+    bad = _nonfinite_names(before.params, is_finite)
     parameters = ""
     if bad:
         rest = f" and {len(bad) - _NAMES_SHOWN} more" if len(bad) > _NAMES_SHOWN else ""
         parameters = f"; parameters that are not finite: {', '.join(bad[:_NAMES_SHOWN])}{rest}"
-    where = _first_in_towers(program, config, before, batch) or _after_towers(
-        program, config, before, batch
-    )
     return f"the first value that is not finite is {where}{parameters}"
 
 
@@ -77,22 +72,15 @@ def _first_in_towers(
     config: ml_collections.ConfigDict,
     state: TrainState,
     batch: dict[str, jax.Array],
+    is_finite: IsFinite,
 ) -> str | None:
-    is_finite = _finite_check(program)
-    definition = _watched(program.definition, is_finite)
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
-    share = config.model.patch_dropout
-    if share > 0:
-        num_patches = (program.arch.image_size // program.arch.patch_size) ** 2
-        kept = choose_patches(key, batch["images"].shape[0], num_patches, share)
-        batch = {**batch, "kept_patches": kept}
     try:
         encoded = encode_examples(
             state.params,
-            batch,
-            definition=definition,
+            with_kept_patches(state, batch, program.arch, config.model.patch_dropout, program.mesh),
+            definition=_watched(program.definition, is_finite),
             terms=active_terms(config),
-            gather=_WholeParameters(),
+            gather=None,
         )
     except _Found as found:
         return str(found)
@@ -105,27 +93,27 @@ def _after_towers(
     config: ml_collections.ConfigDict,
     state: TrainState,
     batch: dict[str, jax.Array],
+    is_finite: IsFinite,
 ) -> str:
-    execution = dataclasses.replace(
-        program.definition, execution=Execution(remat=config.model.remat, attention="xla")
+    execution = Execution(remat=config.model.remat, attention="xla")
+    gradients = functools.partial(
+        loss_gradients,
+        definition=dataclasses.replace(program.definition, execution=execution),
+        mesh=program.mesh,
+        config=config,
     )
-    grads, metrics = jax.jit(
-        lambda state, batch: loss_gradients(
-            state, batch, definition=execution, mesh=program.mesh, config=config
-        )
-    )(state, batch)
-    parts = [name for name in metrics if name.endswith("loss")]
-    wrong = [name for name in parts if not np.isfinite(metrics[name])]
+    grads, metrics = jax.jit(gradients)(state, batch)
+    wrong = [name for name in metrics if name.endswith("loss") and not is_finite(metrics[name])]
     if wrong:
         wrong.sort(key=lambda name: name == "loss")  # the sum of the others comes last
         return f"the {wrong[0].replace('_', ' ')} itself; the embeddings are finite"
-    names = sorted(_nonfinite_names(grads, program), key=_backward_order)
+    names = sorted(_nonfinite_names(grads, is_finite), key=_backward_order)
     if names:
         return (
             f"the gradient of {names[0]} (first in the order of the backward pass, of {len(names)} "
             "arrays); loss and activations are finite"
         )
-    if not np.isfinite(optax.global_norm(grads)):
+    if not is_finite(optax.global_norm(grads)):
         return "the norm of the gradients: each of them is finite, but the sum of squares is not"
     return (
         "found nowhere when the step is computed once more without jit: it comes from how the "
@@ -133,7 +121,7 @@ def _after_towers(
     )
 
 
-def _watched(definition: ModelDefinition, is_finite: Callable[[Any], bool]) -> Any:
+def _watched(definition: ModelDefinition, is_finite: IsFinite) -> Any:
     """The definition of the same model with modules that look at what goes in and out."""
     plain = dataclasses.replace(definition, execution=Execution(attention="xla"))
     model = nnx.eval_shape(lambda: plain.build(jax.random.key(0), plain.execution))
@@ -144,7 +132,7 @@ def _watched(definition: ModelDefinition, is_finite: Callable[[Any], bool]) -> A
     return _WatchedDefinition(plain, nnx.split(model, nnx.Param)[0])
 
 
-def _watching_class(kind: type, name: str, is_finite: Callable[[Any], bool]) -> type:
+def _watching_class(kind: type, name: str, is_finite: IsFinite) -> type:
     class Watching(kind):
         def __call__(self, x, *args, **kwargs):
             if not is_finite(x):
@@ -165,19 +153,7 @@ class _WatchedDefinition:
         self.graphdef = graphdef
 
 
-class _WholeParameters:
-    """Instead of `sharded_encode.ParameterGather`: eager operations take sharded parameters."""
-
-    def outside_blocks(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Returns them unchanged."""
-        return params
-
-    def block(self, tower: str) -> None:
-        """Nothing to do for a block."""
-        return None
-
-
-def _finite_check(program: TrainProgram) -> Callable[[Any], bool]:
+def _finite_check(program: TrainProgram) -> IsFinite:
     check = jax.jit(
         lambda x: jnp.isfinite(x).all(), out_shardings=sharding.replicated(program.mesh)
     )
@@ -190,8 +166,7 @@ def _finite_check(program: TrainProgram) -> Callable[[Any], bool]:
     return is_finite
 
 
-def _nonfinite_names(tree: Any, program: TrainProgram) -> list[str]:
-    is_finite = _finite_check(program)
+def _nonfinite_names(tree: Any, is_finite: IsFinite) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [path_name(path) for path, leaf in leaves if not is_finite(leaf)]
 

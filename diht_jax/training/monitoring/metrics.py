@@ -6,7 +6,6 @@ Only the first process of a job writes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import numbers
@@ -31,15 +30,19 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 
 
 class MetricWriter:
-    """Writes scalars by step. On other processes than the first it does nothing."""
+    """Writes scalars by step. On other processes than the first it does nothing.
+
+    TensorBoard's event file is a TFRecord file of `Event` messages. Its own writer is not used: it
+    writes in a thread that dies with the first error, and then blocks the run.
+    """
 
     def __init__(self, workdir: str | epath.Path, start_step: int):
         """Opens the files of a run that starts or goes on after `start_step` steps.
 
         Lines of later steps, and half a line, both left by a killed run, are dropped: those steps
-        will be trained again.
+        will be trained again. TensorBoard hides what earlier files hold of later steps.
         """
-        self._lines = self._tensorboard = None
+        self._lines = self._events = None
         if jax.process_index() != 0:
             return
         workdir = epath.Path(workdir)
@@ -47,134 +50,15 @@ class MetricWriter:
         data = "".join(json.dumps(row) + "\n" for row in kept).encode()
         # At once: a kill here must not cost the lines of weeks.
         self._lines = _GrowingFile(workdir / METRICS_FILE, data)
-        self._tensorboard = _EventWriter(workdir, start_step)
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one line and the same scalars to TensorBoard.
-
-        A line for which there is no room, or that a store does not take, is kept, and written
-        before the next one.
-
-        Args:
-            step: optimiser steps done.
-            scalars: by name; names with a slash are grouped by TensorBoard.
-        """
-        if self._lines is None:
-            return
-        row = {"step": step, **{name: float(value) for name, value in scalars.items()}}
-        self._lines.append((json.dumps(row) + "\n").encode())
-        self._tensorboard.write(step, scalars)
-
-    def sync(self) -> None:
-        """Makes the lines so far outlive a crash of the machine."""
-        if self._lines is not None:
-            self._lines.sync()
-
-    def close(self) -> None:
-        """Closes the files."""
-        if self._lines is not None:
-            self._lines.close()
-            self._tensorboard.close()
-
-
-class _GrowingFile:
-    """Appends to a file. A kill leaves whole records, and what cannot be written is kept.
-
-    Nothing can be appended to an object of a store: it is written anew whenever it grows.
-    """
-
-    def __init__(self, path: epath.Path, data: bytes = b""):
-        """Writes the file at once.
-
-        Args:
-            path: of the file.
-            data: its contents so far.
-
-        Raises:
-            Exception: it cannot be written; which one depends on the storage.
-        """
-        self._path, self._waiting = path, b""
-        self._whole = data if is_remote(os.fspath(path)) else None
-        if self._whole is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(os.fspath(path), data)
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close
-        else:
-            path.write_bytes(data)
-
-    def append(self, data: bytes) -> None:
-        """Adds to the end, after what was kept; a warning where that cannot be written now."""
-        self._waiting += data
-        self._write()
-
-    def sync(self) -> None:
-        """Writes what was kept, and makes the file outlive a crash of the machine."""
-        self._write()
-        if self._whole is None:
-            with contextlib.suppress(OSError):
-                os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Writes what was kept; a warning where that cannot be written now either."""
-        self._write()
-        if self._waiting:
-            logging.warning("%s lacks its last lines, they could not be written", self._path)
-        if self._whole is None:
-            self._file.close()
-
-    def _write(self) -> None:
-        if not self._waiting:
-            return
-        try:
-            if self._whole is None:
-                self._append_to_disk()
-            else:
-                self._path.write_bytes(self._whole + self._waiting)
-                self._whole += self._waiting
-            self._waiting = b""
-        except Exception as error:  # few errors of stores are an OSError
-            logging.warning(
-                "%s: a line is kept for later, it cannot be written: %s",
-                self._path,
-                str(error) or type(error).__name__,
-            )
-
-    def _append_to_disk(self) -> None:
-        end = self._file.tell()
-        try:
-            # May write a part only, without an error.
-            if self._file.write(self._waiting) < len(self._waiting):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            os.ftruncate(self._file.fileno(), end)
-            raise
-
-
-class _EventWriter:
-    """Writes scalars as TensorBoard events, next to `metrics.jsonl`, which holds the same numbers.
-
-    Where no event file can be begun, one warning is logged and the run goes on without. An event
-    file is a TFRecord file of `Event` messages, whose classes are TensorBoard's. Its writer is not
-    used: it writes in a thread that dies with the first error, and then blocks the run.
-    """
-
-    def __init__(self, workdir: epath.Path, start_step: int):
-        """Begins a new event file.
-
-        Args:
-            workdir: of the run; the files go into `tensorboard/`.
-            start_step: TensorBoard hides what earlier files hold of later steps.
-        """
-        folder = workdir / TENSORBOARD_DIRECTORY
         # Seconds alone would let a quick restart overwrite the file.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         first = _frame(file_version="brain.Event:2") + _frame(
             step=start_step + 1, session_log=start
         )
-        self._file: _GrowingFile | None = None
+        folder = workdir / TENSORBOARD_DIRECTORY
         try:
-            self._file = _GrowingFile(folder / name, first)
+            self._events = _GrowingFile(folder / name, first)
         except Exception as error:  # few errors of stores are an OSError
             logging.warning(
                 "%s cannot be written (%s): the run goes on without TensorBoard, metrics.jsonl "
@@ -184,24 +68,81 @@ class _EventWriter:
             )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of one step; they can be read when it returns."""
-        if self._file is not None:
-            values = [
-                summary_pb2.Summary.Value(tag=name, simple_value=float(value))
-                for name, value in scalars.items()
-            ]
-            self._file.append(_frame(step=step, summary=summary_pb2.Summary(value=values)))
+        """Appends one line and the same scalars to TensorBoard.
+
+        A line for which there is no room, or that a store does not take, is kept, and written
+        before the next one.
+        """
+        row = {name: float(value) for name, value in scalars.items()}
+        if self._lines is not None:
+            self._lines.append((json.dumps({"step": step, **row}) + "\n").encode())
+        if self._events is not None:
+            values = [summary_pb2.Summary.Value(tag=n, simple_value=v) for n, v in row.items()]
+            self._events.append(_frame(step=step, summary=summary_pb2.Summary(value=values)))
+
+    def sync(self) -> None:
+        """Makes the lines so far outlive a crash of the machine."""
+        if self._lines is not None:
+            self._lines.sync()
 
     def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            self._file.close()
+        """Writes what was kept; a warning where that cannot be written now either."""
+        for file in filter(None, (self._lines, self._events)):
+            file.sync()
 
 
 def _frame(**fields: Any) -> bytes:
     """The record of an event in a file."""
     data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
     return frame_header(len(data)) + data + frame_footer(data)
+
+
+class _GrowingFile:
+    """Appends to a file. A kill leaves whole records, and what cannot be written is kept.
+
+    Nothing can be appended to an object of a store: it is written anew whenever it grows.
+    """
+
+    def __init__(self, path: epath.Path, data: bytes):
+        """Writes the file at once.
+
+        Raises:
+            Exception: it cannot be written; which one depends on the storage.
+        """
+        self._path, self._data, self._waiting = path, data, b""
+        self._is_remote = is_remote(os.fspath(path))
+        if self._is_remote:
+            path.write_bytes(data)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(os.fspath(path), data)
+
+    def append(self, data: bytes) -> None:
+        """Adds to the end, after what was kept; a warning where that cannot be written now."""
+        self._waiting += data
+        try:
+            if self._is_remote:
+                self._path.write_bytes(self._data + self._waiting)
+            else:
+                with open(self._path, "r+b") as file:
+                    file.seek(len(self._data))
+                    file.truncate()  # a part of what could not be written before
+                    file.write(self._waiting)
+            self._data, self._waiting = self._data + self._waiting, b""
+        except Exception as error:  # few errors of stores are an OSError
+            logging.warning(
+                "%s: a line is kept for later, it cannot be written: %s",
+                self._path,
+                str(error) or type(error).__name__,
+            )
+
+    def sync(self) -> None:
+        """Writes what was kept, and makes the file outlive a crash of the machine."""
+        if self._waiting:
+            self.append(b"")
+        if not self._is_remote:
+            with contextlib.suppress(OSError), open(self._path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:

@@ -133,14 +133,7 @@ class ThroughputWindow:
         mesh: Mesh,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """Starts the first window.
-
-        Args:
-            batch_size: global, in examples.
-            flops_per_step: of `model_flops`.
-            mesh: the devices that train.
-            clock: seconds, never running backwards.
-        """
+        """Starts the first window."""
         self._batch_size = batch_size
         self._flops_per_step = flops_per_step
         self._peak_flops = mesh_peak_flops(mesh)
@@ -241,13 +234,7 @@ class InputSupply:
         clock: Callable[[], float] = time.monotonic,
         worker_secs: Callable[[], float] = workers.processor_secs,
     ):
-        """Starts the time.
-
-        Args:
-            data: the section `config.data`.
-            clock: seconds, never running backwards.
-            worker_secs: processor time of the decoding workers so far, in seconds.
-        """
+        """Starts the time."""
         self._data = data
         self._clock = clock
         self._worker_secs = worker_secs
@@ -276,13 +263,7 @@ class InputSupply:
 
 
 def advise(data: ml_collections.ConfigDict, cores: int, busy_cores: float) -> str:
-    """Names the setting to change where the input is too slow.
-
-    Args:
-        data: the section `config.data`.
-        cores: that this process may use.
-        busy_cores: how many of them the workers have kept busy.
-    """
+    """Names the setting to change where the input is too slow."""
     num_workers = data.num_workers
     if num_workers is None:
         num_workers = workers.default_num_workers()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -18,46 +17,8 @@ from diht_jax.losses.term import Parameters, Term
 HEADS = "concept_heads"
 
 
-@dataclasses.dataclass(frozen=True)
-class ConceptKind:
-    """Names of a head's keys, fields and metrics.
-
-    Attributes:
-        head: in the parameters, and the kind of vocabulary.
-        size, weight, hash: keys of `config.concepts`.
-        ids, probs: in the batch.
-        loss: in the metrics.
-    """
-
-    head: str
-    size: str
-    weight: str
-    hash: str
-    ids: str
-    probs: str
-    loss: str
-
-
-CONCEPT_KINDS = (
-    ConceptKind(
-        head="objects",
-        size="num_objects",
-        weight="object_weight",
-        hash="object_hash",
-        ids="object_ids",
-        probs="object_probs",
-        loss="object_loss",
-    ),
-    ConceptKind(
-        head="attributes",
-        size="num_attributes",
-        weight="attribute_weight",
-        hash="attribute_hash",
-        ids="attribute_ids",
-        probs="attribute_probs",
-        loss="attribute_loss",
-    ),
-)
+# Head, which is also the kind of vocabulary: what its keys, fields and metrics begin with.
+_STEMS = {"objects": "object", "attributes": "attribute"}
 
 
 class ConceptDistillation(Term):
@@ -94,14 +55,14 @@ class ConceptDistillation(Term):
             )
 
     @property
-    def kinds(self) -> tuple[ConceptKind, ...]:
-        """Those that count in this run."""
-        return tuple(kind for kind in CONCEPT_KINDS if self.section[kind.weight] > 0)
+    def active_heads(self) -> dict[str, str]:
+        """The heads that count in this run."""
+        return {head: kind for head, kind in _STEMS.items() if self.section[f"{kind}_weight"] > 0}
 
     @property
     def is_active(self) -> bool:
         """See `Term.is_active`."""
-        return bool(self.kinds)
+        return bool(self.active_heads)
 
     @property
     def num_labels(self) -> int:
@@ -139,30 +100,30 @@ class ConceptDistillation(Term):
                 "set both weights to 0 to train without concepts"
             )
         config = config.copy_and_resolve_references()
-        for kind, concepts in zip(CONCEPT_KINDS, vocabulary, strict=True):
-            room = config.concepts[kind.size]
+        for (head, kind), concepts in zip(_STEMS.items(), vocabulary, strict=True):
+            room, hash_key = config.concepts[f"num_{head}"], f"{kind}_hash"
             if len(concepts) > room:
                 raise ValueError(
-                    f"config.concepts.{kind.size}={room}: the data's vocabulary has "
+                    f"config.concepts.num_{head}={room}: the data's vocabulary has "
                     f"{len(concepts)} {concepts.kind}; raise it to at least that"
                 )
-            expected = config.concepts[kind.hash]
+            expected = config.concepts[hash_key]
             if expected is not None and expected != concepts.hash:
                 raise ValueError(
-                    f"config.concepts.{kind.hash}={expected}: the {concepts.kind} of "
+                    f"config.concepts.{hash_key}={expected}: the {concepts.kind} of "
                     f"{data} have the hash {concepts.hash}; take data labelled with "
                     "the same vocabulary"
                 )
-            config.concepts[kind.hash] = concepts.hash
+            config.concepts[hash_key] = concepts.hash
         return config
 
     def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
         """Heads of zeros: the first predictions are uniform for any features."""
         width = widths[self.section.feature]
         heads = {}
-        for kind in self.kinds:
-            size = self.section[kind.size]
-            heads[kind.head] = {
+        for head in self.active_heads:
+            size = self.section[f"num_{head}"]
+            heads[head] = {
                 "kernel": jnp.zeros((width, size), dtype),
                 "bias": jnp.zeros(size, dtype),
             }
@@ -176,15 +137,15 @@ class ConceptDistillation(Term):
     ) -> dict[str, Float[Array, " b"]]:
         """The losses of each example, 0 for unlabelled ones; see `Term.of_examples`."""
         return {
-            kind.loss: concept_losses_in_chunks(
+            f"{kind}_loss": concept_losses_in_chunks(
                 features[self.section.feature],
-                params[HEADS][kind.head]["kernel"],
-                params[HEADS][kind.head]["bias"],
-                examples[kind.ids],
-                examples[kind.probs],
+                params[HEADS][head]["kernel"],
+                params[HEADS][head]["bias"],
+                examples[f"{kind}_ids"],
+                examples[f"{kind}_probs"],
                 chunk_rows=self.section.chunk_rows,
             )[0]
-            for kind in self.kinds
+            for head, kind in self.active_heads.items()
         }
 
     def of_batch(
@@ -195,8 +156,8 @@ class ConceptDistillation(Term):
     ) -> dict[str, tuple[float, Float[Array, ""]]]:
         """The means over labelled examples; see `Term.of_batch`."""
         losses = {}
-        for kind in self.kinds:
-            is_labelled = jnp.sum(examples[kind.probs], axis=1) > 0
-            part = mean_over_labelled(encoded[kind.loss], is_labelled)
-            losses[kind.loss] = (self.section[kind.weight], part)
+        for kind in self.active_heads.values():
+            is_labelled = jnp.sum(examples[f"{kind}_probs"], axis=1) > 0
+            part = mean_over_labelled(encoded[f"{kind}_loss"], is_labelled)
+            losses[f"{kind}_loss"] = (self.section[f"{kind}_weight"], part)
         return losses

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import math
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,7 +37,6 @@ from diht_jax.training.workdir.saved_run import (
     absolute_path,
     checkpoint_root,
     describe_difference,
-    error_chain,
     explain_error,
     finished_steps,
     json_checksum,
@@ -48,34 +45,33 @@ from diht_jax.training.workdir.saved_run import (
     tree_checksums,
 )
 
-_FULL = "Make room"
-_REFUSED = "Look at the permissions"
-_FAILING = "The storage itself fails: look at the kernel's log (dmesg), or take another disk"
-_REMEDIES = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: "Make room, or ask for a larger quota",
-    errno.EACCES: _REFUSED,
-    errno.EPERM: _REFUSED,
-    errno.EROFS: "The file system is read-only: mount it for writing, or take another --workdir",
-    errno.EIO: _FAILING,
-    errno.ESTALE: "The file server was changed or restarted: mount it again",
-    errno.ENOENT: "Files of the run were removed while it works: leave its --workdir alone",
-    errno.EMFILE: "Allow more open files (ulimit -n)",
-}
-# How libraries tell the cause that have no errno.
-_TEXTS = {
-    r"RESOURCE_EXHAUSTED|No space left": _FULL,
-    r"PERMISSION_DENIED|Permission denied": _REFUSED,
-    r"Input/output error": _FAILING,
-}
 
-
-class CheckpointError(ValueError):
-    """A checkpoint could not be written, or none can be read."""
-
-
-class SaveError(CheckpointError, TemporaryError):
+class SaveError(TemporaryError):
     """A checkpoint could not be written; there may be room the next time."""
+
+
+@dataclasses.dataclass
+class BestStep:
+    """Orbax's policy that preserves the checkpoint with the best value.
+
+    Attributes:
+        lower_is_better: whether that is the lowest, not the highest.
+        values: by step; the latest of equal ones counts.
+    """
+
+    lower_is_better: bool = False
+    values: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Marks the best checkpoint."""
+        best = self.step([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
+    def step(self, steps: Sequence[int]) -> int | None:
+        """The best of the steps; None where none was measured."""
+        sign = -1 if self.lower_is_better else 1
+        measured = [(sign * self.values[step], step) for step in steps if step in self.values]
+        return max((pair for pair in measured if math.isfinite(pair[0])), default=(0, None))[1]
 
 
 class Checkpointer:
@@ -93,9 +89,8 @@ class Checkpointer:
         workdir: str | epath.Path,
         *,
         keep_last: int,
-        best_metric: str | None,
         keep_step: int | None = None,
-        lower_is_better: bool = False,
+        best: BestStep | None = None,
         dataset: dict[str, Any] | None = None,
     ):
         """Opens or creates the directory. All processes of a job must call.
@@ -103,18 +98,15 @@ class Checkpointer:
         Args:
             workdir: of the run.
             keep_last: how many of the latest checkpoints stay.
-            best_metric: name of an evaluation result; the checkpoint with the best value stays as
-                well. None keeps the latest ones only.
             keep_step: the checkpoint of this step stays too.
-            lower_is_better: whether the lowest value of that result is the best, not the highest.
+            best: knows the best step, whose checkpoint stays as well; it may learn of later ones.
             dataset: what the data look like, JSON-able; kept in every checkpoint.
         """
         self._workdir = absolute_path(workdir)
         self._root = checkpoint_root(workdir)
         self._keep_last = keep_last
         self._keep_steps = [] if keep_step is None else [keep_step]
-        self._best_metric = best_metric
-        self._best = _BestMeasured(lower_is_better)
+        self._best = best or BestStep()
         self._dataset = dataset
         self._saving: int | None = None
         self._failure: SaveError | None = None
@@ -141,12 +133,8 @@ class Checkpointer:
         on with the earlier ones; the next call tries again. A job of several processes ends
         instead.
 
-        Args:
-            state: the state after a step.
-            iterator: has given just the batches that went into the state.
-
         Raises:
-            CheckpointError: in a job of several processes, one could not be written.
+            SaveError: in a job of several processes, one could not be written.
         """
         self._finish_saving()
         step = int(state.step)
@@ -173,39 +161,14 @@ class Checkpointer:
         except Exception as error:  # what it is depends on where the storage fails
             self._report_failure(error)
 
-    def record_metrics(self, step: int, measured: Mapping[str, float]) -> None:
-        """Takes results of an evaluation of a saved state, for the choice of the best checkpoint.
-
-        They are not kept in the checkpoint, which is saved before it is evaluated.
-
-        Args:
-            step: of the state.
-            measured: results by name; empty where the evaluation failed.
-
-        Raises:
-            ValueError: `best_metric` is not among them.
-        """
-        if self._best_metric is None or not measured:
-            return
-        if self._best_metric not in measured:
-            raise ValueError(
-                f"config.checkpoint.best_metric='{self._best_metric}' is not among the "
-                f"evaluation results: {', '.join(sorted(measured))}"
-            )
-        self._best.values[step] = measured[self._best_metric]
-
     def restore(self, target: TrainState, iterator: TrainIterator) -> TrainState:
         """The latest state that is whole, sharded like `target`.
 
         Damaged checkpoints after it are moved to `corrupt_checkpoints/`, so that their steps can
         be saved again.
 
-        Args:
-            target: shapes, dtypes and shardings.
-            iterator: moved to the position that belongs to the state.
-
         Raises:
-            CheckpointError: no checkpoint can be read; with the reason for each.
+            ValueError: no checkpoint can be read; with the reason for each.
             TemporaryError: a process does not see one yet.
         """
         problems: dict[int, str] = {}
@@ -221,7 +184,7 @@ class Checkpointer:
             problems[step] = problem
         else:
             listed = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
-            raise CheckpointError(
+            raise ValueError(
                 f"{self._root}: no checkpoint can be read ({listed}). Put a copy of one back, or "
                 "take another --workdir to start anew"
             )
@@ -237,7 +200,7 @@ class Checkpointer:
         """Waits until everything is on disk.
 
         Raises:
-            CheckpointError: the last checkpoint could not be written.
+            SaveError: the last checkpoint could not be written.
         """
         if self._manager is not None:
             self._finish_saving()
@@ -271,7 +234,7 @@ class Checkpointer:
 
     def _remove_surpassed(self) -> None:
         """Removes what was the best until the last evaluation; `save` does so for those before."""
-        if self._best_metric is None or self._failure is not None:
+        if not self._best.values or self._failure is not None:
             return
         steps = sorted(self._manager.all_steps())
         kept = {*steps[-self._keep_last :], *self._keep_steps, self._best.step(steps)}
@@ -295,7 +258,7 @@ class Checkpointer:
         kept = "there is no earlier one" if latest is None else f"that of step {latest} is intact"
         self._failure = SaveError(
             f"{self._root}: the checkpoint of step {self._saving} could not be written, {kept}: "
-            f"{explain_error(error)}. {suggest_remedy(error)}"
+            f"{explain_error(error)}"
         )
         self._saving = None
         if jax.process_count() > 1:
@@ -337,46 +300,3 @@ class Checkpointer:
             folder,
             instead,
         )
-
-
-@dataclasses.dataclass
-class _BestMeasured:
-    """Orbax's policy that preserves the checkpoint with the best value.
-
-    Attributes:
-        lower_is_better: whether that is the lowest, not the highest.
-        values: by step; the latest of equal ones counts.
-    """
-
-    lower_is_better: bool = False
-    values: dict[int, float] = dataclasses.field(default_factory=dict)
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Marks the best checkpoint."""
-        best = self.step([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step == best for checkpoint in checkpoints]
-
-    def step(self, steps: Sequence[int]) -> int | None:
-        """The best of the steps; None where none was measured."""
-        sign = -1 if self.lower_is_better else 1
-        measured = [(sign * self.values[step], step) for step in steps if step in self.values]
-        return max((pair for pair in measured if math.isfinite(pair[0])), default=(0, None))[1]
-
-
-def suggest_remedy(error: BaseException) -> str:
-    """Remedy of a failed write, as far as its cause is known: a sentence without its stop."""
-    chain = error_chain(error)
-    for link in reversed(chain):
-        in_text = re.search(r"OS error (\d+)", str(link))  # as TensorStore tells it
-        number = int(in_text[1]) if in_text else getattr(link, "errno", None)
-        if number in _REMEDIES:
-            return _REMEDIES[number]
-        for pattern, remedy in _TEXTS.items():
-            if re.search(pattern, str(link)):
-                return remedy
-    if any(isinstance(link, TimeoutError) for link in chain):
-        return (
-            "Either the storage is too slow, or the clock of this machine was set meanwhile, by "
-            "which Orbax measures"
-        )
-    return "The cause is not known; the storage of --workdir is the first thing to look at"

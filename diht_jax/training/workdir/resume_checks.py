@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +27,8 @@ from diht_jax.records.fingerprint import Fingerprint, describe_changes
 from diht_jax.records.train_data import describe_train
 from diht_jax.storage.locks import lock_folder
 from diht_jax.storage.stores import is_remote
-from diht_jax.training.multihost import check_together, gather_texts
-from diht_jax.training.program import steps_before_end
+from diht_jax.training.durations import steps_before_end
+from diht_jax.training.multihost import check_same, check_together, gather_texts
 from diht_jax.training.recipe import key_of
 from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,
@@ -40,7 +40,6 @@ from diht_jax.training.workdir.stored_run import LOCK_FILE, StagedDirectory
 
 # Free in the sources of a mixture, whose weights, templates and orders are fixed.
 _PATHS = re.compile(r"data\.train\.[^.]+\.(path|labels)")
-_LONGEST_CONFIG_BYTES = 2**16
 # At a file of the first process, before hosts are taken to share no folder.
 _LOOKS, _POLL_SECONDS = 10, 1.0
 
@@ -149,28 +148,24 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
 
     A run that ended before its first checkpoint may begin anew with any config. With
     `optimizer.schedule="wsd"` another length may be right: see `check_same_start`.
+
+    Raises:
+        ValueError: it is another run, or a new one with adapters and no model that they adapt.
     """
-    if not (workdir / CONFIG_FILE).exists():
+    if not _steps_of_run(workdir):
+        if config.lora.rank and not config.model.init_from:
+            raise ValueError(
+                f"config.lora.rank={config.lora.rank}: adapters alone are trained, and the model "
+                "would stay as it was drawn; set config.model.init_from to the model that they "
+                "adapt"
+            )
         return
-    stored = read_config(workdir)
     fixed = (FIXED,) if config.optimizer.schedule == "wsd" else (FIXED, END)
-    changed = changed_keys(stored, config, lambda name: policy_of(name) in fixed)
-    if changed and finished_steps(workdir / CHECKPOINT_DIRECTORY):
+    changed = _changed_keys(read_config(workdir), config, fixed)
+    if changed:
         raise ValueError(
             f"{workdir} holds a run with another config; changed: {', '.join(changed)}. "
             "Take the same values to resume it, or another --workdir to start anew"
-        )
-
-
-def check_adapted_model(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Raises ValueError for a new run with adapters and no model that they adapt."""
-    if not config.lora.rank or config.model.init_from:
-        return
-    root = workdir / CHECKPOINT_DIRECTORY
-    if not root.exists() or not any(path.name.isdigit() for path in root.iterdir()):
-        raise ValueError(
-            f"config.lora.rank={config.lora.rank}: adapters alone are trained, and the model would "
-            "stay as it was drawn; set config.model.init_from to the model that they adapt"
         )
 
 
@@ -179,25 +174,18 @@ def check_same_start(
 ) -> None:
     """Refuses another end of the run behind checkpoints that the end before has shaped.
 
-    Args:
-        config: of the run, which `check_same_run` has let pass.
-        workdir: of the run, with the config and the checkpoints that are there.
-        num_examples: size of one epoch, in examples.
-
     Raises:
         ValueError: names the checkpoints.
     """
-    root = workdir / CHECKPOINT_DIRECTORY
-    if not (workdir / CONFIG_FILE).exists():
-        return
-    stored = read_config(workdir)
-    if not changed_keys(stored, config, lambda name: policy_of(name) == END):
+    steps = _steps_of_run(workdir)
+    stored = read_config(workdir) if steps else config
+    if not _changed_keys(stored, config, (END,)):
         return
     common = min(steps_before_end(c, num_examples=num_examples) for c in (stored, config))
-    later = [step for step in finished_steps(root) if step > common]
+    later = [step for step in steps if step > common]
     if later:
         raise ValueError(
-            f"{root}: the run was to end otherwise, and only up to step {common} that makes no "
+            f"{workdir}: the run was to end otherwise, and only up to step {common} that makes no "
             f"difference; the checkpoints after it are of steps {', '.join(map(str, later))}. To "
             f"go on from step {common} or before, copy {workdir} and remove them from the copy; "
             "or take the same values to resume this run"
@@ -210,74 +198,43 @@ def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: names the processes that differ from the first one, and the keys.
     """
-    own = {name: _digest(value) for name, value in _shared_values(config).items()}
-    texts = gather_texts(json.dumps(own, sort_keys=True), longest_bytes=_LONGEST_CONFIG_BYTES)
-    others = [str(i) for i, text in enumerate(texts) if text != texts[0]]
-    if not others:
-        return
-    found = [json.loads(text) for text in texts]
-    differing = sorted(
-        name for name in set().union(*found) if len({each.get(name) for each in found}) > 1
-    )
-    raise ValueError(
-        f"processes {', '.join(others)} have another config than process 0; give every host the "
-        f"same command. Different: {', '.join(differing)}"
-    )
-
-
-def _shared_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Values by dotted name, without those that may differ between hosts."""
-    flat = flatten(json.loads(config.to_json_best_effort()))
-    return {
-        name: value
-        for name, value in flat.items()
+    own = {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+        for name, value in _values(config).items()
         if not _PATHS.fullmatch(name) and (_in_mixture(name) or not key_of(name).per_host)
     }
 
+    def describe(texts: list[str], others: str) -> str:
+        found = [json.loads(text) for text in texts]
+        names = set().union(*found)
+        differing = sorted(name for name in names if len({each.get(name) for each in found}) > 1)
+        return (
+            f"processes {others} have another config than process 0; give every host the same "
+            f"command. Different: {', '.join(differing)}"
+        )
 
-def policy_of(name: str) -> str:
-    """Freedom of a resumed run to change a key: FIXED, END or FREE."""
-    if _in_mixture(name):
-        return FREE if _PATHS.fullmatch(name) else FIXED
-    return key_of(name).resume
-
-
-def _in_mixture(name: str) -> bool:
-    return name.startswith("data.train.")
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+    check_same(json.dumps(own, sort_keys=True), describe)
 
 
 def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
     """Refuses hosts that see different data: each would train on another order.
 
-    Args:
-        train: `config.data.train`, for the message.
-        fingerprint: of what this process sees.
-
     Raises:
         ValueError: names the processes that differ from the first one.
     """
-    digests = gather_texts(fingerprint.digest)
-    others = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        raise ValueError(
-            f"config.data.train={train}: processes {', '.join(others)} see other shards than "
-            "process 0; give every host the same files"
-        )
+    check_same(
+        fingerprint.digest,
+        lambda _, others: (
+            f"config.data.train={train}: processes {others} see other shards than process 0; give "
+            "every host the same files"
+        ),
+    )
 
 
 def check_same_data(
     config: ml_collections.ConfigDict, saved: dict[str, Any], fingerprint: Fingerprint
 ) -> None:
     """Refuses to go on with other data than the checkpoint's, unless that is allowed.
-
-    Args:
-        config: the section `data`.
-        saved: what the checkpoint keeps (`Fingerprint.pack`).
-        fingerprint: of the data now.
 
     Raises:
         ValueError: names the shards that were changed, are missing or were added.
@@ -298,12 +255,34 @@ def check_same_data(
     logging.warning("%s; the run goes on with it", text)
 
 
-def changed_keys(
-    old: ml_collections.ConfigDict,
-    new: ml_collections.ConfigDict,
-    matter: Callable[[str], bool],
+def _steps_of_run(workdir: epath.Path) -> list[int]:
+    """Steps of the finished checkpoints of the run that is there, if any."""
+    is_run = (workdir / CONFIG_FILE).exists()
+    return finished_steps(workdir / CHECKPOINT_DIRECTORY) if is_run else []
+
+
+def _changed_keys(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, policies: Sequence[str]
 ) -> list[str]:
-    """Dotted names of the keys that differ and for which `matter(name)` is true."""
-    old_flat, new_flat = (flatten(json.loads(c.to_json_best_effort())) for c in (old, new))
-    names = old_flat.keys() | new_flat.keys()
-    return sorted(n for n in names if old_flat.get(n) != new_flat.get(n) and matter(n))
+    """Dotted names of the keys of some policies (FIXED, END, FREE) that differ."""
+    old_values, new_values = _values(old), _values(new)
+    return sorted(
+        name
+        for name in old_values.keys() | new_values.keys()
+        if old_values.get(name) != new_values.get(name) and _policy_of(name) in policies
+    )
+
+
+def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Values by dotted name, as JSON keeps them."""
+    return flatten(json.loads(config.to_json_best_effort()))
+
+
+def _policy_of(name: str) -> str:
+    if _in_mixture(name):
+        return FREE if _PATHS.fullmatch(name) else FIXED
+    return key_of(name).resume
+
+
+def _in_mixture(name: str) -> bool:
+    return name.startswith("data.train.")

@@ -111,10 +111,22 @@ def read_checkpoint(
             item = directory / DATA_ITEM
             raise ValueError("its contents are not what was saved")
         item = directory / STATE_ITEM
-        state = ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(target))
+        state = read_state(directory, target)
     except Exception as error:  # a damaged file may lead to any
         return None, f"{item}: {explain_error(error)}"
     return SavedRun(state, position, checks), None
+
+
+def read_state(directory: epath.Path, target: Any) -> Any:
+    """The arrays of a checkpoint that `target` has, with its shapes, dtypes and shardings."""
+    return ocp.PyTreeCheckpointHandler().restore(
+        directory / STATE_ITEM,
+        args=ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        ),
+    )
 
 
 def read_checks(directory: epath.Path) -> dict[str, Any]:
@@ -136,10 +148,6 @@ def shared_steps(root: epath.Path, share: Callable[[Callable[[], bytes]], bytes]
 
     Listings of a network file system may be older on some hosts, and a run that goes on may save
     and remove checkpoints between two looks.
-
-    Args:
-        root: folder of the checkpoints.
-        share: of a job of several processes, which all call.
     """
     return json.loads(share(lambda: json.dumps(finished_steps(root)).encode()))
 
@@ -175,12 +183,7 @@ def tree_checksums(tree: Any) -> dict[str, int]:
 
 
 def describe_difference(saved: dict[str, int], tree: Any) -> str | None:
-    """Names arrays that are not those that were saved; None if all are. All processes must call.
-
-    Args:
-        saved: of `tree_checksums`.
-        tree: as restored.
-    """
+    """Names arrays that are not those that were saved; None if all are. All processes must call."""
     found = tree_checksums(tree)
     wrong = sorted(p for p in saved.keys() | found.keys() if saved.get(p) != found.get(p))
     return f"values differ from what was saved in {', '.join(wrong[:3])}" if wrong else None

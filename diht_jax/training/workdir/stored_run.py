@@ -11,14 +11,12 @@ does not count.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import threading
-from typing import Any
 
 import google_crc32c
 from absl import logging
@@ -52,7 +50,7 @@ _RETRY_SECONDS = 30.0
 _READ_BYTES = 2**22
 
 # A file's path below the checkpoint: its size in bytes and CRC32C.
-Manifest = dict[str, tuple[int, int]]
+Manifest = dict[str, list[int]]
 
 
 class StagedDirectory:
@@ -82,17 +80,24 @@ class StagedDirectory:
     def fetch(self) -> None:
         """Makes the folder what the store is.
 
-        Checkpoints of the folder that never reached the store stay if they come after those
-        of the store; everything else that the store does not have goes.
+        A folder that has all of the store's checkpoints, and none that were removed there, stays as
+        it is: it may be ahead by what never reached the store. Any other is fetched anew.
 
         Raises:
             TemporaryError: the store cannot be read.
         """
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         try:
-            unsent = self._fetch_checkpoints()
-            if not unsent:
-                self._fetch_files()
+            stored = read_manifests(self.url)
+            removed = self._read_record() & self._local_steps() - stored.keys()
+            has_all = all(make_manifest(self._checkpoints / str(s)) == m for s, m in stored.items())
+            if removed or not has_all:
+                stored = self._fetch_anew(stored)
+            self._write_record(set(stored))
+            # What a killed process left of others.
+            names = _find_files(files.join(self.url, CHECKPOINT_DIRECTORY))
+            for step in {name.split("/")[0] for name in names} - set(map(str, stored)):
+                _remove_checkpoint(self.url, step)
         except Exception as error:  # what it is depends on the store
             raise TemporaryError(f"{self.url} cannot be read: {error}") from error
 
@@ -157,21 +162,17 @@ class StagedDirectory:
                 )
                 wait = _RETRY_SECONDS
 
-    def _fetch_checkpoints(self) -> set[int]:
-        """Those of the store; returns the steps of the folder that are still to be sent."""
-        record, stored = self._read_record(), read_manifests(self.url)
-        unsent: set[int] = set()
-        # Neither gone on by another machine, nor removed there to start anew.
-        if stored.keys() <= record and (stored or not record):
-            newest = max(stored, default=-1)
-            unsent = {step for step in self._local_steps() - record if step > newest}
-        known = {s for s, m in stored.items() if make_manifest(self._checkpoints / str(s)) == m}
-        for step in self._local_steps() - known - unsent:
-            shutil.rmtree(self._checkpoints / str(step))
-        for step in sorted(stored.keys() - known):
-            problem = _download_checkpoint(self.url, step, stored[step], self._checkpoints)
+    def _fetch_anew(self, stored: dict[int, Manifest]) -> dict[int, Manifest]:
+        """Fetches all; returns the checkpoints that are not damaged, the others are removed."""
+        shutil.rmtree(self._checkpoints)
+        self._checkpoints.mkdir()
+        for path in self._local_files().values():
+            path.unlink()
+        whole = {}
+        for step, manifest in stored.items():
+            problem = _download_checkpoint(self.url, step, manifest, self._checkpoints)
             if problem is None:
-                known.add(step)
+                whole[step] = manifest
                 continue
             logging.warning(
                 "%s: the checkpoint of step %d is damaged (%s); it is removed",
@@ -180,24 +181,12 @@ class StagedDirectory:
                 problem,
             )
             _remove_checkpoint(self.url, step)
-        self._write_record(known)
-        # What a killed process left of others: its files may have other names.
-        names = _find_files(files.join(self.url, CHECKPOINT_DIRECTORY))
-        for step in {name.split("/")[0] for name in names} - {str(step) for step in known}:
-            _remove_checkpoint(self.url, step)
-        return unsent
-
-    def _fetch_files(self) -> None:
-        """Metrics, config and the like: those of the store, and no others."""
-        names = [name for name in _find_files(self.url) if _is_file_of_run(name)]
-        for name, path in self._local_files().items():
-            if name not in names:
-                path.unlink()
-        for name in names:
+        for name in filter(_is_file_of_run, _find_files(self.url)):
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_bytes(path, files.read_bytes(files.join(self.url, name)))
             self._sent_files[name] = _stamp(path)
+        return whole
 
     def _send_files(self) -> None:
         for name, path in self._local_files().items():
@@ -275,7 +264,7 @@ def local_run(
 
     # One that goes on may save and remove checkpoints between the looks of two processes.
     listed = json.loads(share_for(mesh)(read))
-    stored = {int(number): _parse_manifest(manifest) for number, manifest in listed.items()}
+    stored = {int(number): manifest for number, manifest in listed.items()}
     if not stored and url.startswith("gs://"):
         return name
     if not stored:
@@ -301,27 +290,24 @@ def local_run(
 
 
 def read_manifests(url: str) -> dict[int, Manifest]:
-    """The finished checkpoints in a store: step to files with size and CRC32C."""
-    found = {}
-    for name in _find_files(files.join(url, MANIFEST_DIRECTORY)):
-        step = name.removesuffix(".json")
-        # One that is cut off, where a store does not write whole files, is one not written yet.
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            found[int(step)] = _parse_manifest(files.read_object(_manifest_url(url, step))["files"])
-    return found
+    """The finished checkpoints in a store: step to files with size and CRC32C.
+
+    A manifest that is cut off, where a store does not write whole files, is one not written yet.
+    """
+    names = [
+        name.removesuffix(".json") for name in _find_files(files.join(url, MANIFEST_DIRECTORY))
+    ]
+    written = {int(n): files.read_object(_manifest_url(url, n)) for n in names if n.isdigit()}
+    return {step: found["files"] for step, found in written.items() if found and "files" in found}
 
 
 def make_manifest(folder: pathlib.Path) -> Manifest:
     """Size and CRC32C of each file below a folder, by its path from there."""
     return {
-        path.relative_to(folder).as_posix(): (path.stat().st_size, _file_checksum(path))
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _file_checksum(path)]
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def _parse_manifest(manifest: dict[str, Any]) -> Manifest:
-    return {name: (int(size), int(crc)) for name, (size, crc) in manifest.items()}
 
 
 def _manifest_url(url: str, step: int | str) -> str:
@@ -394,8 +380,8 @@ def _folder_of(url: str, parent: str) -> pathlib.Path:
 def _file_checksum(path: pathlib.Path) -> int:
     checksum = google_crc32c.Checksum()
     with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            checksum.update(block)
+        for _ in checksum.consume(file, _READ_BYTES):
+            pass
     return int.from_bytes(checksum.digest(), "big")
 
 

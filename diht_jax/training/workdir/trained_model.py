@@ -29,6 +29,7 @@ from diht_jax.training.workdir.saved_run import (
     explain_error,
     read_checks,
     read_config,
+    read_state,
     shared_steps,
 )
 from diht_jax.weights.source import list_weight_files
@@ -108,7 +109,13 @@ def restore_model(
         ) from error
     directory = root / str(step)
     try:
-        found = _read_parameters(directory, name, mesh)
+        stored = ocp.PyTreeCheckpointHandler().metadata(directory / STATE_ITEM).tree[name]
+        target = jax.tree.map(
+            lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
+            stored,
+            tree_shardings(stored, mesh),
+        )
+        found = read_state(directory, {name: target})[name]
         checks = read_checks(directory)["state"]
         saved = {path: number for path, number in checks.items() if path.startswith(f"{name}/")}
         problem = describe_difference(saved, {name: found})
@@ -131,26 +138,3 @@ def restore_model(
         decoder=found.get(DECODER),
         step=step,
     )
-
-
-def _read_parameters(directory: epath.Path, name: str, mesh: Mesh) -> dict[str, Any]:
-    """One tree of parameters of a checkpoint, with the shapes and dtypes that it was saved in."""
-    path = directory / STATE_ITEM
-    stored = ocp.PyTreeCheckpointHandler().metadata(path).tree[name]
-    target = {
-        name: jax.tree.map(
-            lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
-            stored,
-            tree_shardings(stored, mesh),
-        )
-    }
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            path,
-            args=ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True,
-            ),
-        )
-    return restored[name]

@@ -6,7 +6,7 @@ The texts that hosts exchange are injected here.
 import pytest
 from etils import epath
 
-from diht_jax.training.workdir import resume_checks
+from diht_jax.training import multihost
 from diht_jax.training.workdir.resume_checks import (
     bind_order,
     check_hosts_share_config,
@@ -15,27 +15,30 @@ from diht_jax.training.workdir.resume_checks import (
 )
 from diht_jax.training.workdir.saved_run import read_config, write_config
 
+MIXTURE = {
+    "laion": {"path": "gs://bucket/laion", "weight": 0.8},
+    "curated": {"path": "/data/curated", "weight": ((0, 0.2), (100, 0.5)), "order": "global"},
+}
+
+
+def changed(config, changes):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    return config
+
 
 @pytest.fixture
 def check_job(config, monkeypatch):
     """Runs the check on each process of a job whose configs have the given changes."""
 
-    def text_of(own):
-        with monkeypatch.context() as patched:
-            sent = []
-            patched.setattr(
-                resume_checks, "gather_texts", lambda text, longest_bytes: sent.append(text) or sent
-            )
-            check_hosts_share_config(own)
-        return sent[0]
-
     def check(*changes):
-        configs = []
-        for change in changes:
-            configs.append(config.copy_and_resolve_references())
-            configs[-1].update_from_flattened_dict(change)
-        texts = [text_of(each) for each in configs]
-        monkeypatch.setattr(resume_checks, "gather_texts", lambda text, longest_bytes: texts)
+        configs, texts = [changed(config, change) for change in changes], []
+        monkeypatch.setattr(
+            multihost, "gather_texts", lambda text: texts.append(text) or texts[-1:]
+        )
+        for own in configs:
+            check_hosts_share_config(own)
+        monkeypatch.setattr(multihost, "gather_texts", lambda text: texts)
         errors = []
         for own in configs:
             try:
@@ -48,28 +51,23 @@ def check_job(config, monkeypatch):
     return check
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1},
-        {"optimizer.learning_rate": 2e-3},
-        {"loss.beta": 0.5, "seed": 7},
-        {"optimizer.frozen": ("^vision/",)},
-    ],
-)
-def test_the_keys_that_differ_are_named_on_all_hosts(check_job, change):
+def test_the_keys_that_differ_are_named_on_all_hosts(check_job):
+    change = {"optimizer.frozen": ("^vision/",), "seed": 7}
     errors = check_job({}, {}, change)
     assert errors[0] == (
         "processes 2 have another config than process 0; give every host the same command. "
-        f"Different: {', '.join(sorted(change))}"
+        "Different: optimizer.frozen, seed"
     )
     assert errors == [errors[0]] * 3
-
-
-def test_equal_configs_and_paths_of_their_own_are_fine(check_job):
     own = {"data.train": "/local/1", "checkpoint.staging": "/tmp/1", "data.num_workers": 3}
-    assert check_job({}, {}) == [None, None]
     assert check_job({}, own) == [None, None]
+
+
+def test_hosts_have_paths_of_their_own_in_a_mixture_but_not_weights(check_job, config):
+    config.data.train = MIXTURE
+    assert check_job({}, {"data.train.laion.path": "/local/1"}) == [None, None]
+    errors = check_job({}, {"data.train.laion.weight": 0.7})
+    assert errors[0].endswith("Different: data.train.laion.weight")
 
 
 def begun_run(config, tmp_path):
@@ -85,7 +83,6 @@ def test_auto_goes_on_in_the_order_of_the_run(config, tmp_path):
     assert bind_order(config, empty).data.order == "global"
     assert config.data.order == "auto"
     config.data.train = "gs://bucket/kept"
-    assert bind_order(config, empty).data.order == "blocks"
     # The data has moved since.
     workdir = begun_run(bind_order(config, empty), tmp_path)
     config.data.train = "/data/kept"
@@ -96,10 +93,8 @@ def test_auto_goes_on_in_the_order_of_the_run(config, tmp_path):
         check_same_run(bind_order(config, workdir), workdir)
 
 
-@pytest.mark.parametrize("left", [[], ["checkpoints"], ["checkpoints/10.orbax-checkpoint-tmp-1"]])
-def test_a_run_without_a_checkpoint_begins_anew_with_another_config(config, tmp_path, left):
-    for name in left:
-        (tmp_path / name).mkdir(parents=True)
+def test_a_run_without_a_checkpoint_begins_anew_with_another_config(config, tmp_path):
+    (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp-1").mkdir(parents=True)
     write_config(tmp_path, config)
     config.data.batch_size *= 2
     check_same_run(config, epath.Path(tmp_path))
@@ -108,42 +103,21 @@ def test_a_run_without_a_checkpoint_begins_anew_with_another_config(config, tmp_
         check_same_run(config, workdir)
 
 
-MIXTURE = {
-    "laion": {"path": "gs://bucket/laion", "weight": 0.8},
-    "curated": {"path": "/data/curated", "weight": ((0, 0.2), (100, 0.5)), "order": "global"},
-}
-
-
-def mixed(config, **changes):
+def test_a_mixture_keeps_its_orders_weights_and_sources_and_may_move(config, tmp_path):
     config.data.train = MIXTURE
-    changed = config.copy_and_resolve_references()
-    changed.update_from_flattened_dict(changes)
-    return changed
-
-
-def test_a_mixture_is_resumed_from_other_paths_with_the_same_weights(config, tmp_path):
-    workdir = begun_run(bind_order(mixed(config), epath.Path(tmp_path)), tmp_path)
+    workdir = begun_run(bind_order(config, epath.Path(tmp_path)), tmp_path)
     stored = read_config(workdir).data.train
     assert stored.laion.order == "blocks" and stored.curated.order == "global"
-    moved = bind_order(mixed(config, **{"data.train.laion.path": "/local/laion"}), workdir)
+    moved = bind_order(changed(config, {"data.train.laion.path": "/local/laion"}), workdir)
     assert moved.data.train.laion.order == "blocks"  # as the run began
     check_same_run(moved, workdir)
-    for name, value in {"laion.weight": 0.9, "curated.order": "blocks"}.items():
-        with pytest.raises(ValueError, match=f"another config; changed: data.train.{name}"):
-            check_same_run(
-                bind_order(mixed(config, **{f"data.train.{name}": value}), workdir), workdir
-            )
-    more = mixed(config)
-    more.data.train.third = {"path": "/data/third", "weight": 1}
+    with pytest.raises(ValueError, match="another config; changed: data.train.laion.weight"):
+        check_same_run(
+            bind_order(changed(config, {"data.train.laion.weight": 0.9}), workdir), workdir
+        )
+    config.data.train.third = {"path": "/data/third", "weight": 1}
     with pytest.raises(ValueError, match="another config; changed: data.train.third"):
-        check_same_run(bind_order(more, workdir), workdir)
-
-
-def test_hosts_have_paths_of_their_own_in_a_mixture_but_not_weights(check_job, config):
-    config.data.train = MIXTURE
-    assert check_job({}, {"data.train.laion.path": "/local/1"}) == [None, None]
-    errors = check_job({}, {"data.train.laion.weight": 0.7})
-    assert errors[0].endswith("Different: data.train.laion.weight")
+        check_same_run(bind_order(config, workdir), workdir)
 
 
 def test_another_end_of_a_run_needs_checkpoints_from_before_it(config, tmp_path):
@@ -155,12 +129,11 @@ def test_another_end_of_a_run_needs_checkpoints_from_before_it(config, tmp_path)
     write_config(workdir, config)
 
     def check(*, remove=None, **changes):
-        changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict(changes)
+        other = changed(config, changes)
         if remove is not None:
             (workdir / "checkpoints" / remove).rmdir()
-        check_same_run(changed, workdir)
-        check_same_start(changed, workdir, num_examples=52)
+        check_same_run(other, workdir)
+        check_same_start(other, workdir, num_examples=52)
 
     check()
     with pytest.raises(ValueError, match=r"only up to step 16 .* steps 18, 20. To go on from step"):
