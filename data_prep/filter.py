@@ -75,12 +75,7 @@ def main() -> None:
 
 
 def explain(caption: str, config: ml_collections.ConfigDict) -> str:
-    """The graph of a caption and the decision, as text.
-
-    Args:
-        caption: any text.
-        config: its C and A decide.
-    """
+    """The graph of a caption and the decision, as text."""
     from data_prep.captions import format_graph, parse_captions
 
     return format_graph(parse_captions([caption])[0], **caption_limits(config))

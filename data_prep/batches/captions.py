@@ -50,9 +50,6 @@ class CaptionFilter:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Appends the decisions.
 
-        Args:
-            table: with the column of captions.
-
         Returns:
             The table with `complexity` and `num_actions` (int32), `drop_reason` (string, null where
             the caption is kept, else one of `captions.GATE_REASONS` and `CAT_REASONS`), and `graph`

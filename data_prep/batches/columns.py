@@ -14,11 +14,6 @@ import pyarrow as pa
 def read_column(table: pa.Table, name: str, setting: str) -> list[Any]:
     """The values of a column.
 
-    Args:
-        table: of any columns.
-        name: of the column.
-        setting: argument that names it.
-
     Raises:
         ValueError: there is no such column.
     """
@@ -30,12 +25,7 @@ def read_column(table: pa.Table, name: str, setting: str) -> list[Any]:
 
 
 def append_columns(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
-    """The table with more columns; one of the same name is replaced.
-
-    Args:
-        table: of any columns.
-        columns: name -> values, one for each row.
-    """
+    """The table with more columns; one of the same name is replaced."""
     for name, values in columns.items():
         if name in table.column_names:
             table = table.drop_columns(name)

@@ -61,9 +61,6 @@ class Teacher:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Appends the embeddings.
 
-        Args:
-            table: with the column of images.
-
         Returns:
             The table with `embedding` (list of float32, null where there is none) and
             `embedding_error` (string, why there is none, else null).

@@ -62,9 +62,6 @@ class TextSpotter:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Appends the decisions.
 
-        Args:
-            table: with the columns of images and captions.
-
         Returns:
             The table with `spotted_texts` (list of strings, the lines that were read), `match`
             (string: the line that repeats the caption, of several captions the first one's; null

@@ -124,9 +124,6 @@ class ShardLog:
     def write(self, output: str) -> dict[str, Any]:
         """Writes the files next to the output.
 
-        Args:
-            output: its path or URL.
-
         Returns:
             The counts for the statistics; the same in every run.
         """
@@ -217,12 +214,7 @@ class SampleLog:
         self._chosen: dict[str, list[tuple[str, str, Sample]]] = {}
 
     def add(self, outcome: str, sample: Sample) -> None:
-        """Takes a pair if its rank is low enough, and lets go of the one of the highest rank.
-
-        Args:
-            outcome: "kept", or "STAGE/REASON".
-            sample: the pair.
-        """
+        """Takes a pair if its rank is low enough, and lets go of the one of the highest rank."""
         chosen = self._chosen.setdefault(outcome, [])
         entry = rank(self._seed, sample.key, sample.caption), sample.key
         place = bisect.bisect(chosen, entry, key=lambda known: known[:2])

@@ -94,11 +94,7 @@ _LARGEST = {pyarrow.uint8(): 2**8 - 1, pyarrow.uint16(): 2**16 - 1}
 
 
 def decisions_path(output: str) -> str:
-    """Path of the decisions about an input shard.
-
-    Args:
-        output: path or URL of the part, or of the filtered table.
-    """
+    """Path of the decisions about an input shard."""
     if not output.endswith(_TABLES):
         return output + SUFFIX
     folder, slash, name = output.rpartition("/")
@@ -109,11 +105,7 @@ class DecisionWriter:
     """Collects the rows of one part."""
 
     def __init__(self, scores: Sequence[str] = ()):
-        """Begins without rows.
-
-        Args:
-            scores: names of the steps' scores.
-        """
+        """Begins without rows."""
         self.schema = make_schema(scores)
         self._rows: list[tuple] = []
         self._numbers: list[int] = []
@@ -247,12 +239,7 @@ def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
 def read_kept(
     outputs: Iterable[str], columns: Sequence[str] = ("key", "uid")
 ) -> Iterator[pyarrow.RecordBatch]:
-    """The decisions about the kept pairs of parts, in order.
-
-    Args:
-        outputs: paths of the parts.
-        columns: which.
-    """
+    """The decisions about the kept pairs of parts, in order."""
     for output in outputs:
         for rows in read_decisions(decisions_path(output), [*columns, "outcome"]):
             is_kept = pc.equal(rows["outcome"].dictionary_decode(), KEPT)
@@ -260,12 +247,7 @@ def read_kept(
 
 
 def write_lists(folder: str, kept: Iterable[pyarrow.RecordBatch]) -> None:
-    """Writes both lists; they need no more memory for more pairs.
-
-    Args:
-        folder: of the lists.
-        kept: pairs with `key` and `uid`, in order.
-    """
+    """Writes both lists; they need no more memory for more pairs."""
     pairs, uids = 0, 0
     uids_path = files.join(folder, UIDS_FILE)
     with tempfile.TemporaryFile(dir=None if is_remote(folder) else folder) as raw:

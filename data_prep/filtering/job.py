@@ -280,14 +280,7 @@ def _gather_some(job: Job, found: Survey) -> Report:
 def _describe_output(
     job: Job, found: Survey, outputs: Sequence[Mapping[str, Any]], report: Report
 ) -> None:
-    """Writes report and index, what other programs need, and the merged statistics last.
-
-    Args:
-        job: at its end.
-        found: the parts.
-        outputs: "file", "records" and "bytes" of every output shard, in order.
-        report: of the parts.
-    """
+    """Writes report and index, what other programs need, and the merged statistics last."""
     config, folder = job.config, job.folder
     write_report(folder, report)
     described = _described_by(config)

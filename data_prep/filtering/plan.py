@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,7 +117,7 @@ def _plan_parts(
         step.check_inputs(config, inputs)
     files.make_folder(folder)
     _settle_layout(config, folder, overwrite)
-    foreign = _find_foreign(config, folder)
+    foreign = resharding.find_foreign(folder, config.output_format)
     if foreign:
         raise ValueError(
             f"'{folder}' holds {len(foreign)} shards that do not belong to this run, such as "
@@ -373,19 +372,3 @@ def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bo
     # The settings last: until then the folder is known for what it is.
     for name in sorted(stale, key=lambda name: name == SETTINGS):
         files.remove(files.join(other, name))
-
-
-def _find_foreign(config: ml_collections.ConfigDict, folder: str) -> list[str]:
-    """Names of the shards in a folder that training would read, and no filter has written."""
-    if config.examples_per_shard is not None:
-        return resharding.find_foreign(folder, config.output_format)
-    suffix = re.escape(FORMATS[config.output_format].suffix)
-    named = re.compile(rf"{config.dataset_name}-{config.split}-[0-9a-f]{{16}}{suffix}")
-    present = set(files.list_names(folder))
-
-    def is_ours(name: str) -> bool:
-        # Or half-done: killed before its statistics.
-        whole = name + table.SUFFIX in present or name + STATS_SUFFIX not in present
-        return named.fullmatch(name) is not None and whole
-
-    return [n for n in shards.read_shards(folder, config.output_format) if not is_ours(n)]

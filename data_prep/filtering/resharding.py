@@ -26,7 +26,8 @@ from data_prep.captions.mentions import (
     concept_path,
     read_mentions,
 )
-from data_prep.decisions.table import decisions_path, read_kept
+from data_prep.decisions.table import SUFFIX, decisions_path, read_kept
+from data_prep.filtering.config import SETTINGS
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from diht_jax.input import decode
@@ -147,10 +148,6 @@ def hash_part(stats: Mapping[str, Any]) -> str:
 def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     """Writes one output shard; a task of `engine.run_tasks`.
 
-    Args:
-        shard: of `plan_shards`.
-        report: called with the number of records that are done, now and then.
-
     Returns:
         Its statistics, as in their file.
 
@@ -179,10 +176,6 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
 
 def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]:
     """Writes the records of the slices of a shard, and the concepts that go with them.
-
-    Args:
-        shard: where they are, and where they go.
-        report: called with the number of records that are done, now and then.
 
     Returns:
         How many records there are, and their concepts.
@@ -262,13 +255,7 @@ def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any] | 
 def remove_stale_shards(
     folder: str, planned: Sequence[BalancedShard], output_format: str = "tfrecord"
 ) -> None:
-    """Removes output shards of an earlier plan, in any format, that this one does not replace.
-
-    Args:
-        folder: of the output.
-        planned: of `plan_shards`.
-        output_format: of the plan.
-    """
+    """Removes output shards of an earlier plan, in any format, that this one does not replace."""
     wanted = {os.path.basename(shard.output) for shard in planned}
     read = set(shards.read_shards(folder, output_format))
     others = [name for name in files.list_names(folder) if name_format(name) and name not in wanted]
@@ -277,26 +264,24 @@ def remove_stale_shards(
 
 
 def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
-    """Names of the shards in a folder that training would read, and re-sharding has not written."""
+    """Names of the shards in a folder that training would read, and no filter has written."""
     names = shards.read_shards(folder, output_format)
     if not names:
         return []
-    present = set(files.list_names(folder, lambda name: name.endswith(shards.STATS_SUFFIX)))
+    present = set(files.list_names(folder))
     described = [name for name in names if name + shards.STATS_SUFFIX in present]
     paths = [files.join(folder, name) for name in described]
-    ours = files.map_many(_is_ours, paths, folder)
-    foreign = [name for name, is_ours in zip(described, ours, strict=True) if not is_ours]
-    bare = set(names) - set(described)
+    is_ours = dict(zip(described, files.map_many(_is_ours, paths, folder), strict=True))
     # Ours too, if it was killed between the shard and its statistics.
-    if bare and not files.list_names(files.join(folder, PARTS)):
-        foreign += bare
-    return sorted(foreign)
+    is_begun = SETTINGS in present or files.exists(files.join(folder, PARTS, SETTINGS))
+    return [name for name in names if not is_ours.get(name, is_begun)]
 
 
 def _is_ours(path: str) -> bool:
-    """True if re-sharding has written a shard, by its statistics."""
+    """True if the filter has written a shard, by its statistics."""
     stats = files.read_object(path + shards.STATS_SUFFIX) or {}
-    return isinstance(stats.get("input"), dict) and "parts" in stats["input"]
+    is_part = SUFFIX in stats.get("output", {}).get("companions", {})
+    return is_part or "parts" in stats.get("input", {})
 
 
 def remove_outputs(folder: str, names: Collection[str]) -> None:
@@ -309,12 +294,7 @@ def remove_outputs(folder: str, names: Collection[str]) -> None:
 
 
 def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
-    """Removes the records of parts; the statistics of how they were done stay.
-
-    Args:
-        folder: of the parts.
-        tasks: whose records they are.
-    """
+    """Removes the records of parts; the statistics of how they were done stay."""
     names = {os.path.basename(task.output) for task in tasks}
 
     def is_of_records(name: str) -> bool:

@@ -55,12 +55,6 @@ def filter_rows(
 ) -> dict[str, Any]:
     """Does one task: filters the rows of one unit.
 
-    Args:
-        task: a unit of `list_units`, and the file that its kept rows go to.
-        report: called with the number of rows that are done, now and then.
-        config: of `config.default_config`.
-        steps: of `steps.registry.active_steps`.
-
     Returns:
         The statistics of the unit.
 

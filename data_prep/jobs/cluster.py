@@ -136,12 +136,6 @@ class RayPool:
     ):
         """Connects to the cluster.
 
-        Args:
-            function: importable by its name, or picklable.
-            settings: of the cluster.
-            num_workers: actors at most; None fills the cluster, also with nodes that join.
-            timeout_secs: after which a task is stopped; None for no limit.
-
         Raises:
             ValueError: Ray is not installed, or there is no such cluster.
         """

@@ -57,12 +57,7 @@ AfterDeath = Callable[[Any, bool], Any]
 
 
 def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, Any]:
-    """Keywords of `run_pending` that say how the tasks of a config are run.
-
-    Args:
-        config: how many workers, retries, and which cluster.
-        engine: one of `ENGINES`.
-    """
+    """Keywords of `run_pending` that say how the tasks of a config are run."""
     return {
         "num_workers": config.num_workers,
         "retries": config.retries,

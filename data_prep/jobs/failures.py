@@ -171,12 +171,7 @@ def is_unfinished(limit: float, found: Survey, total: int, participle: str = "do
 
 
 def with_output(failures: Mapping[str, str], failed: Sequence[Mapping[str, str]]) -> Failures:
-    """The failures of all jobs of an array, where the output was written without them.
-
-    Args:
-        failures: of this job.
-        failed: of `Survey`.
-    """
+    """The failures of all jobs of an array, where the output was written without them."""
     known = {found["source"]: found["error"] for found in failed}
     result = Failures({**failures, **known})
     result.output_written = True

@@ -59,10 +59,6 @@ def check_identity(name: str) -> None:
 def describe(source: SourceShard, identity: str = "time") -> Description:
     """Describes an input; reads it only where it is hashed.
 
-    Args:
-        source: a file, a part of one, or a folder.
-        identity: one of `IDENTITIES`.
-
     Raises:
         FileNotFoundError: it is gone.
     """

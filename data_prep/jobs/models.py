@@ -78,11 +78,7 @@ def is_shared() -> bool:
 
 
 def share_models(opened: Callable[[Load], Model]) -> None:
-    """Lets all later tasks of this process use models that run elsewhere.
-
-    Args:
-        opened: gives the model that stands for what a `Load` would make here.
-    """
+    """Lets all later tasks of this process use models that run elsewhere."""
     global _open
     _open = opened
 
@@ -150,9 +146,6 @@ class ModelActors:
 
     def choose(self, busy: Iterable[Any]) -> Any:
         """Chooses the ready actor with the fewest calls under way; waits until one is ready.
-
-        Args:
-            busy: the actors of the calls under way.
 
         Raises:
             ValueError: none can start.

@@ -63,13 +63,7 @@ class LocalPool:
     """Worker processes; see `engine.ThisProcess`."""
 
     def __init__(self, function: Function, num_workers: int, timeout_secs: float | None):
-        """Starts no worker before there is a task.
-
-        Args:
-            function: importable by its name, or picklable.
-            num_workers: processes at most.
-            timeout_secs: after which a task is stopped; None for no limit.
-        """
+        """Starts no worker before there is a task."""
         self.room = num_workers
         self._function = function
         self._timeout_secs = timeout_secs

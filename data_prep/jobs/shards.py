@@ -218,12 +218,7 @@ def describe_output(path: str, records: int, companions: Sequence[str] = ()) -> 
 
 
 def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
-    """Names what has changed since a task was done: the config, the input, or nothing (None).
-
-    Args:
-        task: what would be done.
-        stats: the statistics in the folder.
-    """
+    """Names what has changed since a task was done: the config, the input, or nothing (None)."""
     if stats.get("config_hash") != task.config_hash:
         return f"the config (hash {stats.get('config_hash')}, now {task.config_hash})"
     try:

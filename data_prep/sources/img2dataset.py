@@ -40,9 +40,6 @@ _MAX_STATUSES = 50
 def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
     """Counts of img2dataset for a shard that it downloaded.
 
-    Args:
-        source: a tar, TFRecord or parquet file of its output.
-
     Returns:
         The counts of `COUNTS` and "status_dict", the most frequent outcomes; None where there are
         no statistics.
@@ -80,9 +77,6 @@ def merge_download_stats(total: dict[str, Any], other: Mapping[str, Any] | None)
 
 def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
     """The metadata of a tar's pairs by key, from the parquet file next to it.
-
-    Args:
-        source: a tar of img2dataset's.
 
     Returns:
         Nothing where there is no such file, or one without keys.

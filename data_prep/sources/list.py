@@ -106,10 +106,6 @@ def _raise_as_typed(error: ValueError) -> NoReturn:
 def check_output(output: str | os.PathLike[str] | None, sources: Iterable[SourceShard]) -> str:
     """The output folder, once it is sure that writing there destroys no input.
 
-    Args:
-        output: `config.output`.
-        sources: what will be read.
-
     Returns:
         A path or URL without a slash at its end.
 
@@ -123,9 +119,6 @@ def check_output(output: str | os.PathLike[str] | None, sources: Iterable[Source
 
 def check_folder(output: str | os.PathLike[str] | None) -> str:
     """The output folder, once it is sure that it can be written; before the input is listed.
-
-    Args:
-        output: `config.output`.
 
     Returns:
         A path or URL without a slash at its end.
@@ -174,11 +167,6 @@ def _plain_path(path: str) -> str:
 
 def shards_of_task(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> Sequence[_Task]:
     """The tasks of one job of a job array: every `num_tasks`-th.
-
-    Args:
-        tasks: of all jobs together.
-        task_index: number of this job, from 0.
-        num_tasks: jobs in the array.
 
     Raises:
         ValueError: the number is not in [0, num_tasks).

@@ -204,12 +204,7 @@ class Step:
         return None
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
-        """Loads what the step needs to measure.
-
-        Args:
-            config: of `filtering.config.default_config`.
-            source: the shard that is filtered.
-        """
+        """Loads what the step needs to measure."""
         self.config = config
 
     def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:

@@ -51,9 +51,6 @@ class Encoder:
     def embed_images(self, images: Sequence[bytes]) -> list[np.ndarray | str]:
         """Decodes pictures, while a shared model works on those before.
 
-        Args:
-            images: encoded pictures.
-
         Returns:
             float32 [d] of unit length for each, or the reason why it cannot be decoded.
         """

@@ -1,7 +1,6 @@
 """The report: numbers against a hand-made table, parts against the whole, and the page itself."""
 
 import collections
-import html
 import importlib.metadata
 import json
 import pathlib
@@ -21,7 +20,6 @@ from data_prep.decisions.report import BINS, COLUMNS, Counts, merge_reports, rea
 from data_prep.decisions.table import COLUMNS as ALL_COLUMNS
 from data_prep.decisions.table import make_schema
 from data_prep.filter import run_filter
-from data_prep.filtering.job import print_funnel
 from data_prep.reports.page import render_report
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.config import load_recipe
@@ -195,18 +193,3 @@ def test_histograms_and_names_are_those_of_a_count_by_hand(monkeypatch):
     assert list(found["names"]["objects"]["kept"].items()) == order[:20]
     assert counts.image_formats() == {"PNG": len(heights)}
     assert counts.funnel().outcomes["source", "bad_row"] == 1
-
-
-def test_shards_of_unlike_machines_are_reported(tmp_path, caplog):
-    def part(name: str, precision: str | None) -> str:
-        machine = precision and {"precision": precision, "device": "cpu"}
-        return write_part(tmp_path / name, [{"outcome": "kept"}], {"spotter": machine})
-
-    alike = [part("a", "float32"), part("b", "float32"), part("c", None)]
-    assert gather_parts(*alike)["warnings"] == []
-    report = gather_parts(*alike, part("d", "bfloat16"))
-    (warning,) = report["warnings"]
-    assert "bfloat16 on cpu (1 shards), float32 on cpu (2 shards)" in warning
-    assert warning in html.unescape(render_report(report))
-    print_funnel(report)
-    assert warning in caplog.text

@@ -177,18 +177,6 @@ def test_wrong_inputs_and_outputs(tmp_path):
             job_config(source, tmp_path / "out", **{name: value})
 
 
-def test_hash_covers_what_decides_and_nothing_else(tmp_path):
-    config = job_config("a", tmp_path)
-    before = filter_config.hash_config(config)
-    for name, value in (("num_workers", 7), ("batch_size", 3), ("output", "x"), ("input", "y")):
-        setattr(config, name, value)
-        assert filter_config.hash_config(config) == before
-    for name, value in (("min_complexity", 2), ("seed", 1), ("action", True)):
-        setattr(config, name, value)
-        assert filter_config.hash_config(config) != before
-        before = filter_config.hash_config(config)
-
-
 def test_explain_shows_graph_and_decision():
     text = explain("A black cat is chasing a small brown bird", filter_config.default_config())
     assert "cat[black]:2; bird[small,brown]:3" in text

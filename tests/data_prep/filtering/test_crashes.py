@@ -1,22 +1,16 @@
 """Pairs that end their worker: found, counted and left out; the shard is that without them."""
 
-import functools
 import os
 import pathlib
 import signal
 import tarfile
 
-from data_prep.decisions.table import decisions_path, read_decisions
 from data_prep.filter import run_filter
-from data_prep.filtering.shard import filter_shard
 from data_prep.jobs import crash_search
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch
-from data_prep.jobs.engine import run_tasks
-from data_prep.jobs.outcome import ProcessDeath
 from data_prep.jobs.shards import ShardTask
 from data_prep.steps import registry
 from data_prep.steps.base import Step
-from data_prep.steps.image import ImageStep
 from diht_jax.readers.registry import SourceShard
 from tests.data_prep.filtering.jobs import job_config, read_counts, read_records, write_tars
 
@@ -92,42 +86,6 @@ def test_rows_of_a_table_that_kill_their_worker_are_found(tmp_path, monkeypatch)
     counts = read_counts(tmp_path / "out")
     assert counts["dropped"]["source"] == {"crashed": 2} and counts["read"] == 9
     assert not [p for p in (tmp_path / "out").rglob("*") if p.name.endswith(".tmp")]
-
-
-class DeadlyModelStep(Step):
-    """Needs a process that dies of one picture."""
-
-    name = "deadly_model"
-    order = 15
-    reasons = {}
-
-    def measure(self, batch):
-        if any(candidate.pair.caption == "name 0 2" for candidate in batch):
-            raise ProcessDeath("3 model actors died of one batch")
-        return {}
-
-
-def test_a_pair_that_kills_a_process_beside_the_worker_is_found_as_well(tmp_path):
-    pattern = write_tars(tmp_path / "in", 1, pairs_per_tar=4)
-    config = job_config(pattern, tmp_path / "out", batch_size=2)
-    source = SourceShard("webdataset", pattern.replace("*", "00000"))
-    task = ShardTask(source, str(tmp_path / "part.tfrecord"), "hash")
-    function = functools.partial(filter_shard, config=config, steps=[ImageStep, DeadlyModelStep])
-    calls = []
-    (outcome,) = run_tasks(
-        function,
-        [task],
-        num_workers=0,
-        label="t",
-        after_death=lambda task, is_blamed: (
-            calls.append(is_blamed) or crash_search.after_death(task, is_blamed)
-        ),
-    )
-    assert outcome.error is None and calls == [True] * 3
-    counts = outcome.result["counts"]
-    assert (counts["read"], counts["kept"]) == (4, 3)
-    (rows,) = read_decisions(decisions_path(task.output), ["reason"])
-    assert rows["reason"].to_pylist() == [None, None, "crashed", None]
 
 
 def _record(stage, first, last):

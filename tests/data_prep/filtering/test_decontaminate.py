@@ -1,6 +1,5 @@
 """Pictures of evaluation sets: the hashes against SciPy, and what the filter drops."""
 
-import fsspec
 import numpy as np
 import pytest
 import scipy.fft
@@ -11,7 +10,6 @@ from data_prep.duplicates import image_hashes
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
-from data_prep.steps.decontaminate import DecontaminateStep
 from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
@@ -114,37 +112,6 @@ def test_pictures_of_evaluation_sets_are_dropped_and_counted_by_set(tmp_path):
     assert read_dropped(tmp_path / "exact")["decontaminate"] == {"first": 2}
     again = Replay(str(tmp_path / "exact")).run()  # without the sets
     assert again.funnel.dropped()["decontaminate"] == {"first": 2}
-
-
-def test_keys_are_checked(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.decontaminate\.sets='/data/a\.tar'; expected"):
-        job_config("in.tar", tmp_path, decontaminate__sets="/data/a.tar")
-    with pytest.raises(ValueError, match=r"config\.decontaminate\.max_bits=40; expected 0 to 16"):
-        job_config("in.tar", tmp_path, decontaminate__max_bits=40)
-    config = job_config("in.tar", tmp_path)
-    config.decontaminate.embeddings.sets = "a=/data/a"
-    with pytest.raises(ValueError, match="goes with one of config.decontaminate.embeddings.pairs"):
-        filter_config.check_config(config)
-    (tmp_path / "x.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="expected an index of python -m"):
-        image_hashes.open_index(str(tmp_path / "x.npz"))
-
-
-def test_an_index_may_lie_in_a_store(tmp_path):
-    red = encoded(Image.new("RGB", (20, 20), "red"), "PNG")
-    source = _write_folder(tmp_path / "in", {"0.png": red, "1.png": encoded(_scene(1), "PNG")})
-    index = image_hashes.make_index(_write_folder(tmp_path / "a", {"red.png": red}))
-    image_hashes.write_index(tmp_path / "a.npz", index)
-    system = fsspec.filesystem("memory")
-    system.pipe_file("/sets/a.npz", (tmp_path / "a.npz").read_bytes())
-    system.pipe_file("/sets/bad.npz", b"")
-    config = job_config(source, tmp_path / "out", decontaminate__sets="a=memory://sets/a.npz")
-    assert run_filter(config) == {}
-    assert read_dropped(tmp_path / "out") == {"decontaminate": {"a": 1}}
-    config.decontaminate.sets = "a=memory://sets/bad.npz"
-    with pytest.raises(ValueError, match=r"^memory://sets/bad\.npz: expected an index of python"):
-        DecontaminateStep.describe_rules(config)
-    system.rm("/sets", recursive=True)
 
 
 @pytest.fixture(scope="module")

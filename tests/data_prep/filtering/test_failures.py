@@ -1,22 +1,15 @@
 """Storages that fail, and archives that are cut off: what comes of a job."""
 
-import dataclasses
-import functools
 import json
 import os
 import tarfile
 
 import pyarrow
 import pyarrow.parquet
-import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
-from data_prep.filtering.shard import filter_shard
-from data_prep.jobs.crash_search import CrashSearch
-from data_prep.jobs.shards import ShardTask
-from data_prep.steps.registry import active_steps
-from diht_jax.readers.registry import SourceShard, open_source
+from diht_jax.readers.registry import open_source
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,
@@ -100,23 +93,3 @@ def test_names_that_are_not_utf8_are_filtered_and_reported(tmp_path, capsys):
     assert "failed: " in capsys.readouterr().err
     locations = [json.loads(p.read_bytes()) for p in (tmp_path / "out").glob("parts/*.place.json")]
     assert [location["path"] for location in locations] == [str(good)]
-
-
-def test_a_crash_that_no_pair_explains_is_tried_without_the_pictures_of_the_report(
-    tmp_path, monkeypatch
-):
-    """They are of dropped pairs, too, which nobody else decodes."""
-    pattern = write_tars(tmp_path / "in", 1, pairs_per_tar=3)
-    config = job_config(pattern, tmp_path / "out")
-
-    def decode(data, max_pixels):
-        raise RuntimeError("the decoder has crashed")
-
-    monkeypatch.setattr("data_prep.decisions.log.decode_rgb", decode)
-    source = SourceShard("webdataset", pattern.replace("*", "00000"))
-    task = ShardTask(source, str(tmp_path / "part.tfrecord"), "hash")
-    work = functools.partial(filter_shard, report=abs, config=config, steps=active_steps(config))
-    with pytest.raises(RuntimeError, match="the decoder has crashed"):
-        work(task)
-    stats = work(dataclasses.replace(task, search=CrashSearch(unexplained=1)))
-    assert stats["counts"]["kept"] == 3

@@ -1,4 +1,4 @@
-"""Jobs that are killed, or lose a node of their cluster: the same bytes in the end, nothing twice.
+"""A job that loses a node of its cluster: the same bytes in the end, nothing twice.
 
 The images are large, so that a shard takes long enough to be interrupted.
 """
@@ -25,10 +25,7 @@ _NUM_TARS, _PAIRS = 9, 6
 _LONGEST_SECS = 900  # of a command; a failure here means that it waits for ever
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> pathlib.Path:
-    """`in`: tars of large images; `undisturbed`: what a run in this process makes of them."""
-    folder = tmp_path_factory.mktemp("interruptions")
+def _write_inputs(folder: pathlib.Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (900, 1400, 3), np.uint8)
     image = make.encoded(Image.fromarray(pixels), "JPEG", quality=60)
     for number in range(_NUM_TARS):
@@ -37,12 +34,6 @@ def work(tmp_path_factory) -> pathlib.Path:
             caption = f"picture {i} of {number}"
             members |= make.pair_members(f"{number}-{i}", caption, image, "jpg")
         make.write_tar(folder / "in" / f"{number:05d}.tar", members)
-    assert run_filter(_config(folder, "undisturbed")) == {}
-    return folder
-
-
-def _config(folder: pathlib.Path, output: str):
-    return job_config(f"{folder}/in/*.tar", folder / output, examples_per_shard=20)
 
 
 def _finished(folder: pathlib.Path) -> dict[str, int]:
@@ -113,8 +104,10 @@ if __name__ == "__main__":
 """
 
 
-def test_cluster_loses_a_node(work):
+def test_cluster_loses_a_node(tmp_path):
     pytest.importorskip("ray")
+    work = tmp_path
+    _write_inputs(work)
     script = work / "cluster.py"
     script.write_text(_CLUSTER)
     (work / "damaged.tar").write_bytes((work / "in" / "00000.tar").read_bytes()[:3000])
@@ -140,8 +133,8 @@ def test_cluster_loses_a_node(work):
     # When the tar is whole, the cluster does the rest, the re-sharding too; the local engine
     # makes the same bytes of the same input.
     assert told["then"] == {}
-    config = _config(work, "reference")
-    config.input += f",{work}/damaged.tar"
+    source = f"{work}/in/*.tar,{work}/damaged.tar"
+    config = job_config(source, work / "reference", examples_per_shard=20)
     assert run_filter(config) == {}
     now = {
         pathlib.Path(name).name: time_ns

@@ -9,8 +9,6 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from data_prep.filtering import shard
-from data_prep.filtering.chain import Chain
 from tests.data_prep.filtering.jobs import (
     job_config,
     part_names,
@@ -100,21 +98,3 @@ def test_an_outage_costs_no_pair(tmp_path, capsys):
         f"name {name}" for name in names
     ]
     assert read_counts(tmp_path / "out")["dropped"]["source"] == {}
-
-
-def test_pairs_that_take_much_memory_are_held_in_smaller_numbers(tmp_path, monkeypatch):
-    source = write_tars(tmp_path / "in", 2, pairs_per_tar=9)
-    run_filter(job_config(source, tmp_path / "whole"))
-    held = []
-
-    def run_and_count(self, entries):
-        held.append(len(entries))
-        run(self, entries)
-
-    run = Chain.run
-    monkeypatch.setattr(Chain, "run", run_and_count)
-    monkeypatch.setattr(shard, "_CHUNK_BYTES", 1000)
-    run_filter(job_config(source, tmp_path / "small"))
-    assert sum(held) == 18
-    assert max(held) <= 4
-    assert snapshot(tmp_path / "small") == snapshot(tmp_path / "whole")

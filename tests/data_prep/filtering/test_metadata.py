@@ -154,14 +154,3 @@ def test_tables_that_are_added_and_removed_cost_themselves_alone(tmp_path):
     assert (output / "kept_keys.txt").read_text().split() == [
         f"{name}-00000000" for name in ("b", "b2", "c")
     ]
-
-
-def test_a_row_is_kept_for_a_good_caption_in_another_column(tmp_path):
-    good, bad = "a man riding a horse", "a red car"
-    rows = [{"text": bad, "re": good}, {"text": bad, "re": [bad, good]}, {"text": bad, "re": bad}]
-    lines = [json.dumps(row) + "\n" for row in [*rows, {"text": bad}]]
-    (tmp_path / "a.jsonl").write_text("".join(lines))
-    config = _config(str(tmp_path / "a.jsonl"), tmp_path / "out", source__caption_column="text")
-    config.caption_columns = "synthetic=re"
-    assert run_filter(config) == {}
-    assert (tmp_path / "out" / "a.jsonl").read_text() == "".join(lines[:2])

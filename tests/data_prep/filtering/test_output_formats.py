@@ -13,8 +13,7 @@ from grain.sources import ArrayRecordDataSource
 from PIL import Image
 
 from data_prep.filter import run_filter
-from diht_jax.input.examples import DecodeExample
-from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.pipeline import open_records
 from diht_jax.readers.registry import open_source
 from diht_jax.records.formats.tar_records import INDEX, scan_tar
 from tests.data_prep.filtering.jobs import job_config, read_records, snapshot
@@ -134,39 +133,6 @@ def test_tars_are_read_as_what_was_kept(work):
         offsets = scan_tar(str(path))
         assert sizes[path.name] == len(offsets)
         assert INDEX.load(str(path), path.stat().st_size).tolist() == offsets.tolist()
-
-
-def test_training_on_every_format_is_the_same(work):
-    decode = DecodeExample(16, 8, (0.5, 1.0), "{caption}")
-    batches = []
-    for name in _FORMATS:
-        source = open_records(str(work / name))
-        iterator = TrainIterator(source, decode, batch_size=3, seed=2, num_workers=0)
-        batches.append([next(iterator) for _ in range(4)])
-    for other in batches[1:]:
-        for batch, same in zip(batches[0], other, strict=True):
-            np.testing.assert_array_equal(batch["images"], same["images"])
-            np.testing.assert_array_equal(batch["tokens"], same["tokens"])
-
-
-@pytest.mark.parametrize("name", _FORMATS[1:])
-def test_an_output_is_completed_and_the_same_in_every_run(work, tmp_path, name):
-    before = snapshot(work / name)
-    config = _config(work, tmp_path / "out", name)
-    config.num_workers = 1 if name == "webdataset" else 0  # in a process of its own, or in this one
-    assert run_filter(config) == {}
-    assert snapshot(tmp_path / "out") == before
-    config.num_workers = 0
-    # Killed between the shard and its statistics: that shard is written again.
-    (tmp_path / "out" / f"pairs-train-00001{_ENDINGS[name]}.stats.json").unlink()
-    first = tmp_path / "out" / f"pairs-train-00000{_ENDINGS[name]}"
-    changed_ns = first.stat().st_mtime_ns
-    (tmp_path / "out" / ".pairs-train-00001.tar.1-0123abcd.tmp").touch()
-    (tmp_path / "out" / ".pairs-train-00001.array_record.1-0123abcd.tmp").touch()
-    assert run_filter(config) == {}
-    left = snapshot(tmp_path / "out")
-    assert {k: v for k, v in left.items() if not k.startswith(".")} == before
-    assert first.stat().st_mtime_ns == changed_ns
 
 
 def test_another_format_needs_the_parts(work, tmp_path):

@@ -13,7 +13,7 @@ from data_prep.steps.base import Candidate, Columns, Step
 from data_prep.steps.captions import CaptionStep, caption_limits
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
-from tests.data_prep.filtering.jobs import job_config, read_counts, read_outcomes, write_tars
+from tests.data_prep.filtering.jobs import job_config, write_tars
 
 _SOURCE = SourceShard("table", "t.jsonl")
 
@@ -82,25 +82,3 @@ def test_a_slow_step_gets_small_batches_and_all_is_reported(tmp_path, monkeypatc
     run_filter(job_config(str(tmp_path / "in"), tmp_path / "out", batch_size=3))
     data = (tmp_path / "one.tfrecord").read_bytes()
     assert data == (tmp_path / "out" / "pairs-train-00000.tfrecord").read_bytes()
-
-
-def test_a_step_without_images_runs_on_tables(tmp_path, monkeypatch):
-    monkeypatch.setitem(registry.STEPS, "short", _ShortStep)
-    rows = [
-        {"caption": "a dog runs", "n": 11},
-        {"caption": "a dog runs", "n": 10},
-        {"caption": "a red car", "n": 1},
-    ]
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (tmp_path / "t.jsonl").write_text("".join(lines))
-    config = job_config(str(tmp_path / "t.jsonl"), tmp_path / "out", "metadata")
-    assert run_filter(config) == {}
-    assert (tmp_path / "out" / "t.jsonl").read_text() == lines[1]
-    counts = read_counts(tmp_path / "out")["dropped"]
-    dropped = {name: found for name, found in counts.items() if found}
-    assert dropped == {"short": {"too_short": 1}, "caption": {"no_action": 1}}
-    assert read_outcomes(tmp_path / "out") == [
-        ("t-00000000", "short", "too_short"),
-        ("t-00000001", "kept", None),
-        ("t-00000002", "caption", "no_action"),
-    ]

@@ -1,9 +1,5 @@
 """Names of parts: they follow from an input's path below its root, and from nothing else."""
 
-import json
-import os
-import pathlib
-
 import ml_collections
 import pytest
 
@@ -15,13 +11,6 @@ from diht_jax.readers.registry import SourceShard
 
 def _inputs(folder: str, *names: str) -> list[Input]:
     return [Input(SourceShard("webdataset", f"{folder}/{name}"), folder) for name in names]
-
-
-def _plan(folder: pathlib.Path, inputs: list[Input]) -> list[str]:
-    tasks = manifest.plan_parts(
-        inputs, str(folder), dataset="pairs", split="train", config_hash="c"
-    )
-    return [os.path.basename(task.output) for task in tasks]
 
 
 def test_the_other_inputs_do_not_matter():
@@ -75,17 +64,3 @@ def test_inputs_know_their_path_below_the_root(tmp_path, monkeypatch):
         assert [found.path for found in list_inputs(text, source)] == ["a/1.tar", "b/2.tar"]
     both = list_inputs(f"a,{tmp_path}/b/2.tar", source)
     assert [found.path for found in both] == ["1.tar", "2.tar"]
-
-
-def test_the_manifest_states_order_and_identity(tmp_path):
-    for name in ("1", "2"):
-        (tmp_path / name).write_bytes(b"x" * int(name))
-    names = _plan(tmp_path / "parts", _inputs(str(tmp_path), "2", "1"))
-    rows = json.loads((tmp_path / "parts" / "manifest.json").read_text())["parts"]
-    assert [row["name"] for row in rows] == names
-    first = {"path": "2", "source": f"{tmp_path}/2", "kind": "webdataset", "start": 0, "stop": None}
-    first |= {"size_bytes": 2, "changed": (tmp_path / "2").stat().st_mtime_ns}
-    assert rows[0] == {"name": names[0], **first}
-    written_ns = (tmp_path / "parts" / "manifest.json").stat().st_mtime_ns
-    assert _plan(tmp_path / "parts", _inputs(str(tmp_path), "2", "1")) == names
-    assert (tmp_path / "parts" / "manifest.json").stat().st_mtime_ns == written_ns

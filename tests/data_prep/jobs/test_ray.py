@@ -3,7 +3,6 @@
 One cluster in one process serves them all, since starting it takes most of the time.
 """
 
-import io
 import json
 import os
 import pathlib
@@ -13,17 +12,13 @@ import types
 
 import ml_collections
 import numpy as np
-import pyarrow.parquet
 import pytest
 
 from benchmarks.text_spotting_testset import make_test_set
-from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates import job
 from data_prep.filter import run_filter
 from data_prep.jobs.cluster import _WorkerActor
 from data_prep.jobs.models import _ModelActor
 from diht_jax import load_model
-from diht_jax.config import load_recipe
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot, write_clip
 from tests.docs.pages import python_blocks
 
@@ -35,12 +30,11 @@ _SCRIPT = """
 import functools, itertools, json, os, pathlib, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
-from data_prep.duplicates import job
 from data_prep.filter import run_filter
 from data_prep.jobs import cluster as ray_workers
 from data_prep.jobs.engine import RaySettings, run_tasks
 from data_prep.jobs.models import open_model
-from tests.data_prep.jobs.test_ray import copies_config, models_config
+from tests.data_prep.jobs.test_ray import models_config
 
 
 class Doubler:
@@ -159,13 +153,6 @@ def run_models(address, folder):
     return run_filter(config, engine="ray")
 
 
-def find_copies(address, folder):
-    config = copies_config(pathlib.Path(folder), "copies_on_ray")
-    config.num_workers = 1
-    config.ray.address = address
-    return job.run(config, engine="ray")
-
-
 def main(folder):
     os.chdir(folder)
     # A GPU in name only, to be reserved: nothing here computes on it.
@@ -187,7 +174,6 @@ def main(folder):
     print("failing", json.dumps(failing), flush=True)
     print("lost", json.dumps(lose_models(cluster, folder)), flush=True)
     print("models", json.dumps(run_models(cluster.address, folder)), flush=True)
-    print("copies", json.dumps(find_copies(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
     ray.shutdown()
@@ -225,14 +211,6 @@ def models_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDic
     return config
 
 
-def copies_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
-    """Looks for copies among the pictures of two files, of which the second has them all again."""
-    config = load_recipe(_REPOSITORY / "configs/prep/duplicates.py")
-    config.update({"input": f"{folder}/pairs*.jsonl", "output": str(folder / output)})
-    duplicates_config.check_config(config)
-    return config
-
-
 def _write_models(folder: pathlib.Path) -> None:
     """Weights of a CLIP, and its embedding of one of the pictures."""
     model = load_model(write_clip(folder / "clip.safetensors", image_size=32))
@@ -246,8 +224,7 @@ def _write_pictures(folder: pathlib.Path) -> None:
     for kind in ("band", "unrelated", "picture", "nothing"):
         (folder / f"{kind}.jpg").write_bytes(pictures[kind].image)
         rows.append(json.dumps({"image": f"{kind}.jpg", "caption": pictures[kind].caption}))
-    for name in ("pairs.jsonl", "pairs_again.jsonl"):
-        (folder / name).write_text("\n".join(rows))
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
 
 
 @pytest.fixture(scope="module")
@@ -318,19 +295,6 @@ def test_models_find_what_they_find_in_the_local_engine(printed):
     assert counts["dropped"]["decontaminate"] == {"known": 1}
     assert counts["text_spotting"]["read"] >= 2
     assert counts["dropped"]["text"]["shows_caption"] >= 1
-
-
-def test_copies_are_those_of_the_local_engine(printed):
-    folder, found = printed
-    assert json.loads(found["copies"]) == {}
-    config = copies_config(folder, "copies")
-    config.num_workers = 0
-    assert job.run(config) == {}
-    local, on_ray = (snapshot(folder / name / "duplicates") for name in ("copies", "copies_on_ray"))
-    assert on_ray == local and len(local) >= 2
-    rows = [pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist() for data in local.values()]
-    kinds = [row["kind"] for part in rows for row in part]
-    assert sorted(kinds) == ["exact"] * 4 + ["kept"] * 4
 
 
 def test_example_of_the_page(printed):
