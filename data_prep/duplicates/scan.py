@@ -177,7 +177,7 @@ def _describe_changes(
     folder: str, gone: Sequence[str], changed: Sequence[Unit], max_changed: float, allowed: int
 ) -> str:
     paths = [
-        fingerprint.read_location(files.join(folder, name + fingerprint.LOCATION_SUFFIX))
+        files.read_object(files.join(folder, name + fingerprint.LOCATION_SUFFIX))
         for name in gone[:_SHOWN]
     ]
     names = [found["path"] for found in paths if found] + [str(unit.source) for unit in changed]

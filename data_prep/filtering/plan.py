@@ -321,7 +321,7 @@ def _describe_changes(
 
 
 def _input_of(output: str) -> str | None:
-    found = fingerprint.read_location(output + fingerprint.LOCATION_SUFFIX)
+    found = files.read_object(output + fingerprint.LOCATION_SUFFIX)
     return found and found["path"]
 
 

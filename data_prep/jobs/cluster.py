@@ -17,6 +17,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 from absl import logging
@@ -31,8 +32,6 @@ from data_prep.jobs.models import (
 from data_prep.jobs.outcome import (
     DEATH,
     LOST,
-    POLL_SECS,
-    Attempt,
     Function,
     Outcome,
     Report,
@@ -116,12 +115,12 @@ def _connect(settings: RaySettings) -> Iterator[Any]:
 
 @dataclasses.dataclass(eq=False)
 class _Worker:
-    """An actor at work."""
+    """An actor; since when it is at work, and whether it was stopped for taking too long."""
 
     actor: Any
     started: Any  # reference that is ready when the process has started
-    attempt: Attempt
     began_secs: float | None = None
+    is_overdue: bool = False
 
 
 class RayPool:
@@ -133,6 +132,7 @@ class RayPool:
         settings: RaySettings,
         num_workers: int | None,
         timeout_secs: float | None,
+        add_pairs: Report,
     ):
         """Connects to the cluster.
 
@@ -144,29 +144,27 @@ class RayPool:
         self._settings = settings
         self._num_workers = num_workers
         self._timeout_secs = timeout_secs
+        self._add_pairs = add_pairs
         self._function = self._ray.put(function)
         self._models = start_models(self._ray, settings.model_actors, settings.gpus_per_model_actor)
         self._idle: list[_Worker] = []
-        self._busy: dict[Any, _Worker] = {}  # by the reference of the outcome
+        self._busy: dict[futures.Future, _Worker] = {}
         self._heard_secs = time.monotonic()
-
-    def __len__(self) -> int:
-        """Tasks under way."""
-        return len(self._busy)
 
     @property
     def room(self) -> int:
-        """Actors that the cluster has room for now."""
+        """Actors that the cluster has room for now; with nodes that join, where none are asked."""
         if self._num_workers is not None:
             return max(1, self._num_workers)
         has, s = self._ray.cluster_resources(), self._settings
         needs = (("CPU", s.cpus_per_worker), ("GPU", s.gpus_per_worker))
         return max(1, int(min(has.get(name, 0) / each for name, each in needs if each)))
 
-    def submit(self, attempt: Attempt) -> None:
+    def submit(self, task: Any) -> futures.Future:
         """Starts a task."""
         if self._idle:
-            worker = dataclasses.replace(self._idle.pop(), attempt=attempt, began_secs=None)
+            worker = self._idle.pop()
+            worker.began_secs = None
         else:
             remote = self._ray.remote(
                 num_cpus=self._settings.cpus_per_worker,
@@ -174,25 +172,55 @@ class RayPool:
                 max_restarts=0,
             )
             actor = remote(_WorkerActor).remote(os.getcwd(), self._models)
-            worker = _Worker(actor, actor.start.remote(), attempt)
-        self._busy[worker.actor.work.remote(self._function, attempt.task)] = worker
+            worker = _Worker(actor, actor.start.remote())
+        future = worker.actor.work.remote(self._function, task).future()
+        self._busy[future] = worker
+        return future
 
-    def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
-        """Yields what ends before long, and counts its pairs.
+    def poll(self) -> None:
+        """Stops tasks that take too long since their actor has started; warns where none starts."""
+        while self._idle:  # no task is left for them
+            self._ray.kill(self._idle.pop().actor)
+        for worker in self._busy.values():
+            if worker.began_secs is None:
+                with contextlib.suppress(self._ray.exceptions.RayError):
+                    self._ray.get(worker.started, timeout=0)
+                    worker.began_secs = _now()
+            elif self._timeout_secs and _now() - worker.began_secs > self._timeout_secs:
+                worker.is_overdue = True
+                self._ray.kill(worker.actor)
+        is_waiting = all(worker.began_secs is None for worker in self._busy.values())
+        if is_waiting and self._busy and time.monotonic() - self._heard_secs > _WAITING_SECS:
+            self._heard_secs = time.monotonic()
+            logging.warning(
+                "no Ray worker has started for %.0f s; each asks for %g CPUs and %g GPUs, and the "
+                "cluster has free: %s",
+                _WAITING_SECS,
+                self._settings.cpus_per_worker,
+                self._settings.gpus_per_worker,
+                self._ray.available_resources(),
+            )
+
+    def read(self, future: futures.Future) -> Outcome:
+        """The outcome of a task that has ended.
 
         Raises:
             ValueError: no actor can start.
         """
-        while self._idle:  # no task is left for them
-            self._ray.kill(self._idle.pop().actor)
-        done, _ = self._ray.wait(list(self._busy), timeout=POLL_SECS)
-        for reference in done:
-            worker = self._busy.pop(reference)
-            self._heard_secs = time.monotonic()
-            outcome, pairs = self._read_outcome(worker, reference)
-            add_pairs(pairs)
-            yield worker.attempt, outcome
-        yield from self._watch()
+        worker, known = self._busy.pop(future), self._ray.exceptions
+        self._heard_secs = time.monotonic()
+        if worker.is_overdue:
+            return timed_out(self._timeout_secs)
+        try:
+            outcome, pairs = future.result()
+        except known.RayTaskError as error:
+            # The function's own errors come as outcomes: this one is in packing or unpacking.
+            outcome, pairs = Outcome(error=describe_error(error)), 0
+        except known.RayError as error:
+            return self._died(worker, error)
+        self._idle.append(worker)
+        self._add_pairs(pairs)
+        return outcome
 
     def narrow(self) -> None:
         """Memory of a cluster is no reason to run one task at a time."""
@@ -204,18 +232,6 @@ class RayPool:
         for actor in self._models:
             self._ray.kill(actor)
         self._connection.close()
-
-    def _read_outcome(self, worker: _Worker, reference: Any) -> tuple[Outcome, int]:
-        known = self._ray.exceptions
-        try:
-            found = self._ray.get(reference)
-        except known.RayTaskError as error:
-            # The function's own errors come as outcomes: this one is in packing or unpacking.
-            found = Outcome(error=describe_error(error)), 0
-        except known.RayError as error:
-            return self._died(worker, error), 0
-        self._idle.append(worker)
-        return found
 
     def _died(self, worker: _Worker, error: Exception) -> Outcome:
         with contextlib.suppress(Exception):  # it has most likely ended
@@ -230,29 +246,6 @@ class RayPool:
             error=f"the Ray worker died at work, or its node was lost: {reason}",
             cause=LOST if is_lost else DEATH,
         )
-
-    def _watch(self) -> Iterator[tuple[Attempt, Outcome]]:
-        """Stops tasks that take too long since their actor has started; warns where none starts."""
-        for reference, worker in list(self._busy.items()):
-            if worker.began_secs is None:
-                with contextlib.suppress(self._ray.exceptions.RayError):
-                    self._ray.get(worker.started, timeout=0)
-                    worker.began_secs = _now()
-            elif self._timeout_secs and _now() - worker.began_secs > self._timeout_secs:
-                del self._busy[reference]
-                self._ray.kill(worker.actor)
-                yield worker.attempt, timed_out(self._timeout_secs)
-        is_waiting = all(worker.began_secs is None for worker in self._busy.values())
-        if is_waiting and self._busy and time.monotonic() - self._heard_secs > _WAITING_SECS:
-            self._heard_secs = time.monotonic()
-            logging.warning(
-                "no Ray worker has started for %.0f s; each asks for %g CPUs and %g GPUs, and the "
-                "cluster has free: %s",
-                _WAITING_SECS,
-                self._settings.cpus_per_worker,
-                self._settings.gpus_per_worker,
-                self._ray.available_resources(),
-            )
 
 
 def _is_node_loss(ray: Any, error: Exception) -> bool:

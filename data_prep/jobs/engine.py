@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import ml_collections
@@ -24,10 +25,10 @@ from data_prep.jobs.outcome import (
     DEATH,
     KILLED,
     LOST,
+    NOT_STARTED,
     POLL_SECS,
     STORAGE,
     TIMEOUT,
-    Attempt,
     Function,
     Outcome,
     Report,
@@ -69,8 +70,6 @@ def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, 
 def run_pending(
     function: Function,
     tasks: Sequence[Any],
-    *,
-    on_result: Callable[[Any], None] = lambda _: None,
     **options: Any,
 ) -> dict[str, str]:
     """Runs tasks whose results are files, and logs every failure.
@@ -78,7 +77,6 @@ def run_pending(
     Args:
         function: see `run_tasks`.
         tasks: those that are not done yet, each with a `source`.
-        on_result: called with what the function has returned of a task.
         **options: of `run_tasks`.
 
     Returns:
@@ -89,8 +87,6 @@ def run_pending(
         if outcome.error is not None:
             failures[str(outcome.task.source)] = outcome.error
             logging.error("%s failed: %s", outcome.task.source, outcome.error)
-        else:
-            on_result(outcome.result)
     return failures
 
 
@@ -150,26 +146,29 @@ def run_tasks(
         )
     if not tasks:
         return
-    pool = _open_pool(function, num_workers, len(tasks), timeout_secs, ray)
     queue = _Queue(tasks)
-    try:
-        with _Progress(len(tasks), label) as progress:
+    with _Progress(len(tasks), label) as progress:
+        pool = _open_pool(function, num_workers, len(tasks), timeout_secs, ray, progress.add)
+        try:
             while queue.fill(pool):
-                for attempt, outcome in pool.wait(progress.add):
+                done, _ = futures.wait(queue.busy, POLL_SECS, futures.FIRST_COMPLETED)
+                pool.poll()
+                for future in done:
+                    attempt, outcome = queue.busy.pop(future), pool.read(future)
                     outcome = dataclasses.replace(outcome, task=attempt.task)
                     again = _next_attempt(attempt, outcome.cause, retries, after_death)
                     if again is None:
                         progress.advance()
                         yield outcome
-                    else:
-                        when = queue.put_back(again, outcome.cause)
+                        continue
+                    when = queue.put_back(again, outcome.cause)
+                    if outcome.cause != NOT_STARTED:
                         name = getattr(outcome.task, "source", outcome.task)
-                        logging.warning(
-                            "%s: %s; its task will run again%s", name, outcome.error, when
-                        )
+                        text = "%s: %s; its task will run again%s"
+                        logging.warning(text, name, outcome.error, when)
                 progress.refresh()
-    finally:
-        pool.stop()
+        finally:
+            pool.stop()
 
 
 class ThisProcess:
@@ -177,22 +176,22 @@ class ThisProcess:
 
     room = 1  # tasks that may be under way
 
-    def __init__(self, function: Function):
+    def __init__(self, function: Function, add_pairs: Report):
         self._function = function
-        self._attempts: list[Attempt] = []
+        self._add_pairs = add_pairs
 
-    def __len__(self) -> int:
-        """Tasks under way."""
-        return len(self._attempts)
+    def submit(self, task: Any) -> futures.Future:
+        """Starts a task, which has ended when its future is done."""
+        future: futures.Future[Outcome] = futures.Future()
+        future.set_result(call_function(self._function, task, self._add_pairs))
+        return future
 
-    def submit(self, attempt: Attempt) -> None:
-        """Starts a task."""
-        self._attempts.append(attempt)
+    def poll(self) -> None:
+        """Looks after the tasks that are under way, and counts the pairs that are done."""
 
-    def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
-        """Yields what ends before long, and counts the pairs that are done meanwhile."""
-        attempt = self._attempts.pop()
-        yield attempt, call_function(self._function, attempt.task, add_pairs)
+    def read(self, future: futures.Future) -> Outcome:
+        """The outcome of a task that has ended."""
+        return future.result()
 
     def narrow(self) -> None:
         """Leaves all memory to a single task."""
@@ -207,22 +206,32 @@ def _open_pool(
     num_tasks: int,
     timeout_secs: float | None,
     ray: RaySettings | None,
+    add_pairs: Report,
 ) -> ThisProcess | LocalPool | RayPool:
     if ray is not None:
-        return RayPool(function, ray, num_workers, timeout_secs)
+        return RayPool(function, ray, num_workers, timeout_secs, add_pairs)
     if num_workers == 0:
-        return ThisProcess(function)
+        return ThisProcess(function, add_pairs)
     count = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
-    return LocalPool(function, min(count, num_tasks), timeout_secs)
+    return LocalPool(function, min(count, num_tasks), timeout_secs, add_pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """A task, and how often it has failed before by which cause."""
+
+    task: Any
+    failures: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 class _Queue:
-    """Tasks that wait for a worker, and those that are to run again."""
+    """Tasks that wait for a worker, those under way, and those that are to run again."""
 
     def __init__(self, tasks: Sequence[Any]):
-        self._ready = collections.deque(map(Attempt, tasks))
-        self._delayed: list[tuple[float, int, Attempt]] = []  # a heap: when, and in which order
-        self._alone: list[Attempt] = []  # those that want all memory, after all others
+        self.busy: dict[futures.Future[Any], _Attempt] = {}
+        self._ready = collections.deque(map(_Attempt, tasks))
+        self._delayed: list[tuple[float, int, _Attempt]] = []  # a heap: when, and in which order
+        self._alone: list[_Attempt] = []  # those that want all memory, after all others
         self._numbers = itertools.count()
 
     def fill(self, pool: ThisProcess | LocalPool | RayPool) -> bool:
@@ -230,32 +239,35 @@ class _Queue:
         while True:
             while self._delayed and self._delayed[0][0] <= _now():
                 self._ready.appendleft(heapq.heappop(self._delayed)[2])
-            if self._alone and not (self._ready or self._delayed or len(pool)):
+            if self._alone and not (self._ready or self._delayed or self.busy):
                 pool.narrow()
                 self._ready.extend(self._alone)
                 self._alone.clear()
-            while self._ready and len(pool) < pool.room:
-                pool.submit(self._ready.popleft())
-            if len(pool) or not self._delayed:
-                return len(pool) > 0
+            while self._ready and len(self.busy) < pool.room:
+                attempt = self._ready.popleft()
+                self.busy[pool.submit(attempt.task)] = attempt
+            if self.busy or not self._delayed:
+                return len(self.busy) > 0
             _sleep(max(self._delayed[0][0] - _now(), 0))
 
-    def put_back(self, attempt: Attempt, cause: str) -> str:
+    def put_back(self, attempt: _Attempt, cause: str) -> str:
         """Takes a task that failed; returns when it runs again, for the log."""
         if cause == KILLED:
             self._alone.append(attempt)
             return ", alone"
         if cause != STORAGE or not (secs := _STORAGE_DELAYS_SECS[attempt.failures[cause] - 1]):
-            self._ready.insert(_OTHERS_FIRST, attempt)
+            self._ready.insert(0 if cause == NOT_STARTED else _OTHERS_FIRST, attempt)
             return ""
         heapq.heappush(self._delayed, (_now() + secs, next(self._numbers), attempt))
         return f", in {secs:.0f} s"
 
 
 def _next_attempt(
-    attempt: Attempt, cause: str | None, retries: int, after_death: AfterDeath | None
-) -> Attempt | None:
+    attempt: _Attempt, cause: str | None, retries: int, after_death: AfterDeath | None
+) -> _Attempt | None:
     """The attempt to run in place of one that ended; None where its outcome is final."""
+    if cause == NOT_STARTED:
+        return attempt
     if cause is None or not (retries or cause == TIMEOUT):
         return None
     is_searched = after_death is not None and retries > 0

@@ -82,7 +82,7 @@ def is_same(
     Args:
         source: the input now.
         contents: of `describe`, before.
-        location_path: file of `write_location`, before; it may be missing.
+        location_path: file of the location, before; it may be missing.
         identity: one of `IDENTITIES`.
 
     Raises:
@@ -91,7 +91,7 @@ def is_same(
     now, location = _look_at(source)
     if any(contents.get(name) != value for name, value in now.items() if name != "files"):
         return False
-    before = read_location(location_path)
+    before = files.read_object(location_path)
     # The path is no part of it: what was moved is the same file.
     if before is not None and before | {"path": location["path"]} == location:
         return True
@@ -102,23 +102,13 @@ def is_same(
             return False
     elif identity != "size":
         return False
-    write_location(location_path, location)
+    files.write_object(location_path, location)
     return True
 
 
 def forget_linked() -> None:
     """Makes the next comparison look again at the files that tables name; else it is done once."""
     _states_of_linked.clear()
-
-
-def write_location(path: str, location: Mapping[str, Any]) -> None:
-    """Writes the location that `describe` gave."""
-    files.write_object(path, location)
-
-
-def read_location(path: str) -> dict[str, Any] | None:
-    """Reads what `write_location` wrote; None where it is missing or damaged."""
-    return files.read_object(path)
 
 
 def _look_at(source: SourceShard) -> Description:

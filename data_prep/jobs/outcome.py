@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import traceback
 from collections.abc import Callable
@@ -22,6 +21,7 @@ DEATH = "death"  # the worker process ended while it was at work
 KILLED = "killed"  # from outside while others were at work: memory ran out
 LOST = "lost"  # the node of the worker is gone
 TIMEOUT = "timeout"  # the task took longer than it may
+NOT_STARTED = "not started"  # the worker has ended before it had the task
 
 
 class ProcessDeath(OSError):
@@ -44,14 +44,6 @@ class Outcome:
     result: Any = None
     error: str | None = None
     cause: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Attempt:
-    """A task, and how often it has failed before by which cause."""
-
-    task: Any
-    failures: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 def call_function(function: Function, task: Any, report: Report) -> Outcome:

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -26,8 +25,8 @@ import pebble
 from data_prep.jobs.outcome import (
     DEATH,
     KILLED,
+    NOT_STARTED,
     POLL_SECS,
-    Attempt,
     Function,
     Outcome,
     Report,
@@ -62,33 +61,30 @@ class _Context(multiprocessing.context.SpawnContext):
 class LocalPool:
     """Worker processes; see `engine.ThisProcess`."""
 
-    def __init__(self, function: Function, num_workers: int, timeout_secs: float | None):
+    def __init__(
+        self, function: Function, num_workers: int, timeout_secs: float | None, add_pairs: Report
+    ):
         """Starts no worker before there is a task."""
         self.room = num_workers
         self._function = function
         self._timeout_secs = timeout_secs
+        self._add_pairs = add_pairs
         self._pool: pebble.ProcessPool | None = None
-        self._busy: dict[futures.Future[bytes], Attempt] = {}
         self._failed_starts = 0
         self._context = _Context()
         self._receiver, self._sender = self._context.Pipe(duplex=False)  # of numbers of pairs
         self._added = [name for name in _ONE_THREAD if name not in os.environ]
         os.environ.update(dict.fromkeys(self._added, "1"))  # which workers inherit
 
-    def __len__(self) -> int:
-        """Tasks under way."""
-        return len(self._busy)
-
-    def submit(self, attempt: Attempt) -> None:
+    def submit(self, task: Any) -> futures.Future[bytes]:
         """Starts a task."""
         try:
-            data = pickle.dumps((self._function, attempt.task))
+            data = pickle.dumps((self._function, task))
         except Exception as error:
             text = f"the task cannot be pickled: {describe_error(error)}"
             future: futures.Future[bytes] = futures.Future()
             future.set_result(pickle.dumps(Outcome(error=text)))
-            self._busy[future] = attempt
-            return
+            return future
         if self._pool is not None and not self._pool.active:
             self._stop_workers()  # an idle worker has died
         if self._pool is None:
@@ -98,26 +94,24 @@ class LocalPool:
                 initargs=(self._sender,),
                 context=self._context,
             )
-        self._busy[self._pool.schedule(_work, (data,), timeout=self._timeout_secs)] = attempt
+        return self._pool.schedule(_work, (data,), timeout=self._timeout_secs)
 
-    def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
-        """Yields what ends before long, and counts the pairs that are done meanwhile.
+    def poll(self) -> None:
+        """Counts the pairs that are done."""
+        while self._receiver.poll():
+            self._add_pairs(int.from_bytes(self._receiver.recv_bytes(), "little"))
+
+    def read(self, future: futures.Future[bytes]) -> Outcome:
+        """The outcome of a task that has ended.
 
         Raises:
             ValueError: no worker can start.
         """
-        done, _ = futures.wait(self._busy, POLL_SECS, futures.FIRST_COMPLETED)
-        while self._receiver.poll():
-            add_pairs(int.from_bytes(self._receiver.recv_bytes(), "little"))
-        for future in done:
-            if isinstance(future.exception(), BrokenProcessPool):
-                self._start_again()
-                return
-            self._failed_starts = 0
-            yield self._busy.pop(future), self._read_outcome(future)
-
-    def _read_outcome(self, future: futures.Future[bytes]) -> Outcome:
         error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            self._replace_workers()
+            return Outcome(error="its worker process could not start", cause=NOT_STARTED)
+        self._failed_starts = 0
         if isinstance(error, pebble.ProcessExpired):
             return self._died(error.exitcode)
         if isinstance(error, TimeoutError):
@@ -141,19 +135,17 @@ class LocalPool:
             cause=KILLED if is_shared else DEATH,
         )
 
-    def _start_again(self) -> None:
-        """Takes new workers where one has ended before any had a task."""
+    def _replace_workers(self) -> None:
+        """Ends the workers where one has ended before any had a task, once for all their tasks."""
+        if self._pool is None or self._pool.active:
+            return
+        self._stop_workers()
         self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
             raise ValueError(
                 "no worker process could start: either a module cannot be imported, and its "
                 "traceback is above, or memory ran out, and fewer workers (num_workers) may help"
             )
-        attempts = list(self._busy.values())
-        self._busy.clear()
-        self._stop_workers()
-        for attempt in attempts:
-            self.submit(attempt)
 
     def narrow(self) -> None:
         """Goes on with one worker; the others end, and give their memory back."""

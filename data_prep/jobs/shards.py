@@ -202,7 +202,7 @@ def finish_task(
         "output": output,
         "counts": counts,
     }
-    fingerprint.write_location(task.location_path, described.location)
+    files.write_object(task.location_path, described.location)
     files.write_object(task.stats_path, stats)
     return stats
 
@@ -231,11 +231,6 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
     return f"the input '{task.source}'{images}"
 
 
-def read_stats(task: ShardTask) -> dict[str, Any] | None:
-    """The statistics in the folder, of this config or another; None where there are none."""
-    return files.read_object(task.stats_path)
-
-
 def check_all(
     tasks: Sequence[ShardTask],
 ) -> Iterator[tuple[ShardTask, dict[str, Any] | None, str | None]]:
@@ -249,7 +244,7 @@ def check_all(
 
 
 def _check(task: ShardTask) -> tuple[ShardTask, dict[str, Any] | None, str | None]:
-    stats = read_stats(task)
+    stats = files.read_object(task.stats_path)
     return task, stats, None if stats is None else explain_change(task, stats)
 
 

@@ -8,8 +8,7 @@ import pytest
 from data_prep.filtering.config import SETTINGS
 from data_prep.filtering.resharding import BalancedShard, load_written
 from data_prep.jobs import manifest
-from data_prep.jobs.fingerprint import read_location
-from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, read_stats
+from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, check_all
 from diht_jax.storage import files, retries
 from diht_jax.storage.retries import StorageError
 from tests.readers.failing_disk import FailingDisk
@@ -61,11 +60,10 @@ def test_an_object_that_cannot_be_read_is_not_taken_for_missing(tmp_path):
         (tmp_path / name).write_text("{}")
     for read in (
         lambda: files.read_object(str(path)),
-        lambda: read_stats(task),
+        lambda: next(check_all([task])),
         lambda: next(load_written([shard])),
         lambda: manifest.read_manifest(str(tmp_path)),
         lambda: files.read_object(str(tmp_path / SETTINGS)),
-        lambda: read_location(str(path)),
     ):
         with FailingDisk(tmp_path, 10**9).mounted(), pytest.raises(StorageError):
             read()

@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.jobs import fingerprint
 from diht_jax.readers.registry import SourceShard, list_shards
+from diht_jax.storage import files
 
 _BIG = 2**20  # bytes
 
@@ -21,7 +22,7 @@ class _Input:
         self.source, self.location_path = source, folder / "place.json"
         self.identity = identity
         self.described = fingerprint.describe(source, identity)
-        fingerprint.write_location(str(self.location_path), self.described.location)
+        files.write_object(str(self.location_path), self.described.location)
 
     def is_same(self, source: SourceShard | None = None) -> bool:
         contents, path = self.described.contents, str(self.location_path)
