@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from absl import logging
@@ -169,14 +169,14 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     """
     fingerprint.forget_linked()  # as an earlier run of this process saw them
     present = set(files.list_names(job.parts_folder, _is_record_of_work))
-    done, changed, replaced = _compare(job, present)
+    done, changed = _compare(job, present)
     names = {os.path.basename(task.output) for task in job.tasks} if present else set()
     finished = [n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)]
     gone = sorted(name for name in finished if name not in names)
     if (changed or gone) and not overwrite:
-        _refuse_many(job, changed, replaced, gone, len(finished))
-    for path, reason in changed.items():
-        logging.warning("%s: made again, since this changed: %s", path, reason)
+        _refuse_many(job, changed, gone, len(finished))
+    for path, change in changed.items():
+        logging.warning("%s: made again, since this changed: %s", path, change.reason)
     for name in gone:
         path = files.join(job.parts_folder, name)
         logging.warning("%s: removed, since %s is gone", path, _input_of(path) or "its input")
@@ -217,17 +217,21 @@ def _is_record_of_work(name: str) -> bool:
     return name.endswith((STATS_SUFFIX, FAILED_SUFFIX)) and not name.startswith(".")
 
 
-def _compare(job: Job, present: set[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str], bool]:
-    """This job's finished parts, as things are now.
+class _Change(NamedTuple):
+    """Why a finished part is not done any more, and whether it is by its input alone."""
 
-    Returns:
-        done: output -> statistics without counts.
-        changed: output -> reason, of the others.
-        replaced: whether all of these changed by their input alone.
+    reason: str
+    is_input: bool
+
+
+def _compare(job: Job, present: set[str]) -> tuple[dict[str, dict[str, Any]], dict[str, _Change]]:
+    """This job's finished parts: statistics without counts of those that are done, and the others.
+
+    Both by output.
     """
     versions = filter_config.package_versions(job.config)
     there = [task for task in job.mine if os.path.basename(task.stats_path) in present]
-    changed, replaced, done = {}, True, {}
+    done, changed = {}, {}
     for task, stats, reason in shards.check_all(there):
         if stats is None:
             continue
@@ -235,10 +239,9 @@ def _compare(job: Job, present: set[str]) -> tuple[dict[str, dict[str, Any]], di
         if reason is None and other_version is None:
             done[task.output] = {k: v for k, v in stats.items() if k != "counts"}
         else:
-            changed[task.output] = reason or other_version
             is_input = other_version is None and stats.get("config_hash") == task.config_hash
-            replaced = replaced and is_input
-    return done, changed, replaced
+            changed[task.output] = _Change(reason or other_version, is_input)
+    return done, changed
 
 
 def _explain_versions(stats: Mapping[str, Any], versions: Mapping[str, str]) -> str | None:
@@ -251,11 +254,7 @@ def _explain_versions(stats: Mapping[str, Any], versions: Mapping[str, str]) -> 
 
 
 def _refuse_many(
-    job: Job,
-    changed: Mapping[str, str],
-    replaced: bool,
-    gone: Sequence[str],
-    finished: int,
+    job: Job, changed: Mapping[str, _Change], gone: Sequence[str], finished: int
 ) -> None:
     """Raises ValueError for more changes than a job makes by itself.
 
@@ -264,14 +263,14 @@ def _refuse_many(
     """
     limit = job.config.max_changed_shards
     allowed = allowed_number(limit, finished)
-    spare = allowed - len(gone) - len(changed)
-    elsewhere = 0
-    if replaced and spare >= 0:
-        elsewhere = _count_changed_elsewhere(job, spare + 1) if changed else 0
-        if elsewhere <= spare:
-            return
+    are_inputs = all(change.is_input for change in changed.values())
+    spare, elsewhere = allowed - len(gone) - len(changed), 0
+    if are_inputs and changed and spare >= 0:
+        elsewhere = _count_changed_elsewhere(job, spare + 1)
+    if are_inputs and elsewhere <= spare:
+        return
     text = _describe_changes(job, changed, gone, finished)
-    if (changed and replaced) or gone:
+    if (changed and are_inputs) or gone:
         text += (
             f"; config.max_changed_shards={limit:g} allows {allowed} inputs to be gone or "
             "replaced without it"
@@ -290,12 +289,12 @@ def _count_changed_elsewhere(job: Job, limit: int) -> int:
 
 
 def _describe_changes(
-    job: Job, changed: Mapping[str, str], gone: Sequence[str], finished: int
+    job: Job, changed: Mapping[str, _Change], gone: Sequence[str], finished: int
 ) -> str:
     """Tells what has changed, and what `--overwrite` would cost."""
     texts = []
     if changed:
-        reasons = list(dict.fromkeys(changed.values()))
+        reasons = list(dict.fromkeys(change.reason for change in changed.values()))
         text = f"'{job.parts_folder}' holds {len(changed)} shards that were made before this "
         text += f"changed: {'; '.join(reasons[:_SHOWN])}"
         if len(reasons) > _SHOWN:

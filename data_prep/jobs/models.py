@@ -20,7 +20,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from absl import logging
 
@@ -36,38 +36,28 @@ _WAITING_SECS = 60.0
 Load = Callable[[], Any]
 
 
-class Model(Protocol):
-    """Something that computes, wherever it runs."""
-
-    def map(self, method: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Calls a method many times.
-
-        Args:
-            method: of what `load` returns; a function of its arguments alone.
-            calls: the arguments of each call, taken as they are needed.
-
-        Yields:
-            The results, in the order of the calls.
-        """
-
-
 class LocalModel:
-    """A model in this process."""
+    """A model in this process; `SharedModel` is one that runs elsewhere, with the same method."""
 
     def __init__(self, load: Load):
         self._load = load
 
     def map(self, method: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Like `Model.map`."""
+        """Calls a method many times, and yields the results in the order of the calls.
+
+        Args:
+            method: of what `load` returns; a function of its arguments alone.
+            calls: the arguments of each call, taken as they are needed.
+        """
         function = getattr(self._load(), method)
         for arguments in calls:
             yield function(*arguments)
 
 
-_open: Callable[[Load], Model] = LocalModel
+_open: Callable[[Load], Any] = LocalModel
 
 
-def open_model(load: Load) -> Model:
+def open_model(load: Load) -> LocalModel | SharedModel:
     """The model that a task should use."""
     return _open(load)
 
@@ -77,7 +67,7 @@ def is_shared() -> bool:
     return _open is not LocalModel
 
 
-def share_models(opened: Callable[[Load], Model]) -> None:
+def share_models(opened: Callable[[Load], SharedModel]) -> None:
     """Lets all later tasks of this process use models that run elsewhere."""
     global _open
     _open = opened
@@ -206,7 +196,7 @@ class SharedModel:
         self._actors = actors
 
     def map(self, method: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Like `Model.map`.
+        """Like `LocalModel.map`.
 
         Raises:
             ProcessDeath: several model actors have died of one call.

@@ -55,18 +55,16 @@ def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> Sequenc
             "config.input is not set: expected tars, tables, a folder, TFRecord shards or "
             "tfds:NAME:SPLIT, such as --config.input='/data/*.tar'"
         )
-    return list(_list_each(typed_texts(pairs), source))
-
-
-def _list_each(texts: Sequence[str], source: ml_collections.ConfigDict) -> Iterator[Input]:
-    for text in texts:
+    inputs = []
+    for text in typed_texts(pairs):
         root = find_root(text)
         try:
-            shards = registry.list_shards(text, **source.to_dict())
+            inputs += [
+                Input(shard, root) for shard in registry.list_shards(text, **source.to_dict())
+            ]
         except ValueError as error:
             _raise_as_typed(error)
-        for shard in shards:
-            yield Input(shard, root)
+    return inputs
 
 
 def typed_texts(pairs: str) -> list[str]:
