@@ -32,9 +32,10 @@ from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from diht_jax.input import decode
 from diht_jax.records import schema
+from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_info import shard_name
 from diht_jax.records.format import TFRecordError
-from diht_jax.records.formats.registry import FORMATS, name_format, open_writer
+from diht_jax.records.formats.registry import FORMATS, open_writer
 from diht_jax.records.formats.shard_index import INDEX_SUFFIX
 from diht_jax.records.formats.tar_records import image_extension
 from diht_jax.records.formats.writer import RecordWriter
@@ -182,7 +183,7 @@ def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]
     """
     concepts = ConceptLog()
     with open_writer(shard.output) as plain_writer:
-        is_tar = name_format(shard.output) == "webdataset"
+        is_tar = kind_of(shard.output) == "webdataset"
         writer = CommonImageWriter(plain_writer) if is_tar else plain_writer
         for piece in shard.slices:
             records = _read_slice(piece)
@@ -200,12 +201,12 @@ def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]
 
 def _read_slice(piece: Slice) -> Iterator[bytes]:
     """The records of a slice; from a store by requests of about a block."""
-    if not is_remote(piece.path) or name_format(piece.path) == "array_record":
+    if not is_remote(piece.path) or kind_of(piece.path) == "array_record":
         with local_copy(piece.path) as path:
-            source = FORMATS[name_format(path)].source(path)
+            source = FORMATS[kind_of(path)].source(path)
             yield from (source[number] for number in range(piece.start, piece.stop))
         return
-    source = FORMATS[name_format(piece.path)].source(piece.path)
+    source = FORMATS[kind_of(piece.path)].source(piece.path)
     _, begin, end = source.extent(piece.start, piece.stop)
     step = max(1, (piece.stop - piece.start) * BLOCK_BYTES // (end - begin))
     for first in range(piece.start, piece.stop, step):
@@ -258,7 +259,7 @@ def remove_stale_shards(
     """Removes output shards of an earlier plan, in any format, that this one does not replace."""
     wanted = {os.path.basename(shard.output) for shard in planned}
     read = set(shards.read_shards(folder, output_format))
-    others = [name for name in files.list_names(folder) if name_format(name) and name not in wanted]
+    others = [name for name in files.list_names(folder) if kind_of(name) and name not in wanted]
     stale = [name for name in others if name in read or _is_ours(files.join(folder, name))]
     remove_outputs(folder, stale)
 

@@ -17,7 +17,7 @@ from data_prep.filtering import resharding
 from data_prep.filtering.resharding import BalancedShard, Slice
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
-from diht_jax.records.formats.registry import name_format
+from diht_jax.records.catalog import kind_of
 from diht_jax.storage import files
 
 # Of a tar the records do not come out as they went in.
@@ -80,7 +80,7 @@ def _old_shards(folder: str) -> Iterator[tuple[str, list[list[Any]]]]:
     """Path of each whole output shard that is there, and the slices of parts that it holds."""
     for name in files.list_names(folder, lambda name: name.endswith(shards.STATS_SUFFIX)):
         path = files.join(folder, name.removesuffix(shards.STATS_SUFFIX))
-        if name_format(path) not in _COPIED_FORMATS:
+        if kind_of(path) not in _COPIED_FORMATS:
             continue
         stats = files.read_object(path + shards.STATS_SUFFIX) or {}
         rows = stats.get("input", {}).get("parts")

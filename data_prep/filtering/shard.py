@@ -31,8 +31,7 @@ from data_prep.steps.image import ImageStep
 from diht_jax.input import decode
 from diht_jax.readers.base import held_bytes
 from diht_jax.readers.registry import Skipped, SourceShard
-from diht_jax.records import captions, schema
-from diht_jax.records.formats.registry import name_format
+from diht_jax.records import captions, catalog, schema
 from diht_jax.records.formats.tar_members import DamagedTarError
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.schema import Pair
@@ -73,7 +72,7 @@ def filter_shard(
             "download": img2dataset.read_download_stats(source),
             "versions": filter_config.package_versions(config),
         }
-        if name_format(os.fspath(writer.path)) == "webdataset":
+        if catalog.kind_of(os.fspath(writer.path)) == "webdataset":
             writer = CommonImageWriter(writer)
         encode = functools.partial(_encode, config=config)
         chain = Chain(config, steps, source, log, encode, writer.write, report)

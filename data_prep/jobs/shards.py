@@ -20,8 +20,9 @@ from data_prep.jobs.crash_search import CrashSearch
 from diht_jax.data.index import is_indexable, update_index
 from diht_jax.readers.registry import SourceShard, names_files
 from diht_jax.records import dataset_info
+from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME
-from diht_jax.records.formats.registry import FORMATS, name_format, open_writer
+from diht_jax.records.formats.registry import FORMATS, open_writer
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
@@ -118,7 +119,7 @@ def read_shards(folder: str, output_format: str) -> list[str]:
     """
     names = list(FORMATS)
     first = set(names[: names.index(output_format) + 1])
-    return [name for name in files.list_names(folder) if name_format(name) in first]
+    return [name for name in files.list_names(folder) if kind_of(name) in first]
 
 
 def run_task(task: ShardTask, process: Process, companions: Sequence[str] = ()) -> dict[str, Any]:

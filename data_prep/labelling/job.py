@@ -54,8 +54,8 @@ from data_prep.teachers.base import Teacher, TeacherInfo
 from data_prep.teachers.clip import load_clip_teachers
 from data_prep.teachers.registry import describe_teacher, load_teacher
 from diht_jax.readers.registry import SourceShard
+from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME
-from diht_jax.records.formats.registry import name_format
 from diht_jax.records.labels.shards import CLIP_EMBEDDINGS, LABELS, ShardIdentity
 from diht_jax.storage import files, locks
 
@@ -89,7 +89,7 @@ def run(
     inputs = tasks.find_inputs(config.input)
     folder = source_list.check_output(config.output, inputs)
     files.make_folder(folder)
-    if not config.merge and any(map(name_format, files.list_names(folder))):
+    if not config.merge and any(map(kind_of, files.list_names(folder))):
         logging.info("%s holds merged shards: config.merge=True", folder)
         config = config.copy_and_resolve_references()
         config.merge = True

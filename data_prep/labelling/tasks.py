@@ -14,9 +14,9 @@ from absl import logging
 from data_prep.jobs import shards
 from data_prep.jobs.failures import allowed_number
 from diht_jax.readers.registry import SourceShard
-from diht_jax.records.catalog import find_shards
+from diht_jax.records.catalog import find_kind, find_shards
 from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.formats.registry import format_of, open_source
+from diht_jax.records.formats.registry import open_source
 from diht_jax.records.labels.shards import ShardIdentity, label_shard_name
 from diht_jax.storage import files
 from diht_jax.storage.retries import StorageError
@@ -62,7 +62,7 @@ def find_inputs(text: str | None) -> list[SourceShard]:
             "--config.input=/data/kept"
         )
     parts = input_paths(text)
-    return [SourceShard(format_of(parts), path) for path in find_shards(parts)]
+    return [SourceShard(find_kind(parts), path) for path in find_shards(parts)]
 
 
 def identify_inputs(inputs: Sequence[SourceShard]) -> list[ShardIdentity | None]:

@@ -56,7 +56,7 @@ from diht_jax.storage.stores import is_remote, open_ranges
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _NAMES_SHOWN = 3
-_INDICES = {"tfrecord": tfrecord.INDEX, "tar": tar_records.INDEX}
+_INDICES = {"tfrecord": tfrecord.INDEX, "webdataset": tar_records.INDEX}
 
 
 @dataclasses.dataclass(frozen=True)

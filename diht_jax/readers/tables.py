@@ -28,7 +28,6 @@ TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 _MAX_FIELD_CHARS = 2**24
 _MAX_LINE_BYTES = 2**28
-_BLOCK_BYTES = 2**20
 _HEAD_BYTES = 2**18  # of a table in a store, in which its columns are looked for
 _LARGE_TABLE_BYTES = 2**30
 _IMAGES_AHEAD = 16  # requests at a time, where each image is one
@@ -95,10 +94,12 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
     stops = [start for start, _ in parts[1:]] + [position]
     shared = dataclasses.asdict(options) | {"image_root": root, "header": header}
     reads_linked = not (is_stored or is_remote(root))
-    return [
-        SourceShard("table", path, start, stop, shared | {"first_row": row}, reads_linked)
-        for (start, row), stop in zip(parts, stops, strict=True)
-    ]
+    shards = []
+    for (start, row), stop in zip(parts, stops, strict=True):
+        num_rows = None if is_stored else min(options.rows_per_shard, count - row)
+        own = shared | {"first_row": row, "num_rows": num_rows}
+        shards.append(SourceShard("table", path, start, stop, own, reads_linked))
+    return shards
 
 
 def _whole(path: str, position: int) -> Iterator[tuple[int, int]]:
@@ -313,23 +314,11 @@ class _Lines(Iterator[str]):
         return line
 
 
-def _count_lines(shard: SourceShard) -> int | None:
-    """Lines of a part; a row of a csv with line breaks in it counts too often. None in a store."""
-    if is_remote(shard.path):
-        return None  # it would be read once more
-    count, last, left = 0, b"\n", shard.stop - shard.start
-    with open_file(shard.path) as file:
-        file.seek(shard.start)
-        while block := file.read(min(left, _BLOCK_BYTES)):
-            count, last, left = count + block.count(b"\n"), block[-1:], left - len(block)
-    return count + (last != b"\n")
-
-
 FORMAT = Format(
     suffixes=TABLE_SUFFIXES,
     list_shards=list_table_shards,
     options=TableOptions,
     read=read_table,
-    count=_count_lines,
+    count=lambda shard: shard.options.get("num_rows"),
     list_linked_files=list_table_images,
 )

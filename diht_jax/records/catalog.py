@@ -22,15 +22,15 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 # Bytes of files by path; None where no listing has stated them.
 _Sizes = dict[str, int | None]
 
-# By kind; of a folder with several kinds the first one is read.
-SUFFIXES = {"tfrecord": ".tfrecord", "array_record": ".array_record", "tar": ".tar"}
+# By kind, as `config.output_format` names it; of a folder with several the first one is read.
+SUFFIXES = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
 # Both `name-00000.tfrecord` and TFDS's default `name.tfrecord-00000-of-00010`.
 _NAMES = {
     "tfrecord": re.compile(r"[^.].*\.tfrecord(-\d{5,}(-of-\d{5,})?)?"),
     "array_record": re.compile(r"[^.].*\.array_record(-\d{5,}(-of-\d{5,})?)?"),
-    "tar": re.compile(r"[^.].*\.tar"),
+    "webdataset": re.compile(r"[^.].*\.tar"),
 }
-_NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "tar": "tar"}
+_NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "webdataset": "tar"}
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _CONVERT = "`python -m data_prep.filter --config configs/prep/convert.py`"
 _NAMES_SHOWN = 3

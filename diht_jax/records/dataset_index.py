@@ -46,7 +46,7 @@ ANCHOR_RECORDS = 64
 END_BYTES = 4096  # of both ends of a shard, in its digest
 
 # Fewest bytes of a record, by the kind of a shard: an empty frame, the header of a tar's member.
-KINDS = {"tfrecord": 16, "tar": 512}
+KINDS = {"tfrecord": 16, "webdataset": 512}
 
 _MAGIC = b"DIHTSET1"
 _PREAMBLE = struct.Struct("<8sQII")

@@ -19,28 +19,27 @@ class ShardFormat(NamedTuple):
     """A format of shards.
 
     Attributes:
-        suffix: ending of the names of its shards.
-        source: random access to the records of many shards; its `kind` is the name in `catalog`.
+        source: random access to the records of many shards; its `kind` is the name of the format.
         writer: of one shard.
         tfds_name: what TFDS calls it; None where it does not read it.
     """
 
-    suffix: str
     source: type[ShardedRecords]
     writer: type[RecordWriter]
     tfds_name: str | None = None
 
+    @property
+    def suffix(self) -> str:
+        """Ending of the names of its shards."""
+        return catalog.SUFFIXES[self.source.kind]
+
 
 # By the values of `config.output_format`.
 FORMATS = {
-    "tfrecord": ShardFormat(".tfrecord", TFRecordSource, TFRecordWriter, "tfrecord"),
-    "array_record": ShardFormat(
-        ".array_record", ArrayRecordSource, ArrayRecordWriter, "array_record"
-    ),
-    "webdataset": ShardFormat(".tar", TarRecordSource, TarWriter),
+    "tfrecord": ShardFormat(TFRecordSource, TFRecordWriter, "tfrecord"),
+    "array_record": ShardFormat(ArrayRecordSource, ArrayRecordWriter, "array_record"),
+    "webdataset": ShardFormat(TarRecordSource, TarWriter),
 }
-# The format of a kind of shards.
-_NAME_OF = {form.source.kind: name for name, form in FORMATS.items()}
 
 
 def check_format(name: str, allowed: Iterable[str] = FORMATS) -> None:
@@ -60,30 +59,13 @@ def open_source(paths: Paths) -> ShardedRecords:
         ValueError: a shard or an index is broken.
     """
     found = catalog.open_catalog(paths)
-    return FORMATS[_NAME_OF[found.kind]].source(found)
+    return FORMATS[found.kind].source(found)
 
 
 def open_writer(path: str | os.PathLike[str]) -> RecordWriter:
     """A writer of one shard, such as `TFRecordWriter`, by the name of the shard or its URL."""
-    name = name_format(os.fspath(path))
-    if name is None:
-        suffixes = ", ".join(form.suffix for form in FORMATS.values())
+    kind = catalog.kind_of(os.fspath(path))
+    if kind is None:
+        suffixes = ", ".join(catalog.SUFFIXES.values())
         raise ValueError(f"{path}: not the name of a shard; expected one that ends in {suffixes}")
-    return FORMATS[name].writer(path)
-
-
-def name_format(path: str) -> str | None:
-    """The format of a shard by its name alone; None where it is no name of a shard."""
-    return _NAME_OF.get(catalog.kind_of(path))
-
-
-def format_of(paths: Paths) -> str:
-    """The format of the shards that some paths lead to, a key of `FORMATS`.
-
-    Args:
-        paths: see `open_source`. A single file of another name is taken for TFRecord.
-
-    Raises:
-        ShardsNotFoundError: see `open_source`.
-    """
-    return _NAME_OF[catalog.find_kind(paths)]
+    return FORMATS[kind].writer(path)

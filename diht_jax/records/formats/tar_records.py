@@ -96,7 +96,7 @@ class TarRecordSource(ShardedRecords):
     folder can be written, in memory where it cannot.
     """
 
-    kind = "tar"
+    kind = "webdataset"
     index = INDEX
 
     @staticmethod

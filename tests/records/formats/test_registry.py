@@ -4,11 +4,9 @@ import fsspec
 import pytest
 
 from diht_jax.records import schema
-from diht_jax.records.catalog import find_shards
+from diht_jax.records.catalog import find_kind, find_shards, kind_of
 from diht_jax.records.formats.registry import (
     FORMATS,
-    format_of,
-    name_format,
     open_writer,
 )
 
@@ -27,7 +25,7 @@ from diht_jax.records.formats.registry import (
     ],
 )
 def test_names(name, expected):
-    assert name_format(name) == expected
+    assert kind_of(name) == expected
 
 
 def test_folders_globs_and_lists(tmp_path):
@@ -40,15 +38,15 @@ def test_folders_globs_and_lists(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert format_of(tmp_path / "tar") == format_of(f"{tmp_path}/t*/*") == "webdataset"
-    assert format_of([f"{tmp_path}/tar", f"{tmp_path}/both/*.tar"]) == "webdataset"
-    assert format_of(str(tmp_path / "both")) == "tfrecord"  # as before there were others
-    assert format_of(str(tmp_path / "odd" / "a.bin")) == "tfrecord"
+    assert find_kind(tmp_path / "tar") == find_kind(f"{tmp_path}/t*/*") == "webdataset"
+    assert find_kind([f"{tmp_path}/tar", f"{tmp_path}/both/*.tar"]) == "webdataset"
+    assert find_kind(str(tmp_path / "both")) == "tfrecord"  # as before there were others
+    assert find_kind(str(tmp_path / "odd" / "a.bin")) == "tfrecord"
     assert find_shards(tmp_path / "tar") == [str(tmp_path / "tar" / "00000.tar")]
     with pytest.raises(ValueError, match=r"no TFRecord shard at '.*/odd', nor one of another form"):
-        format_of(tmp_path / "odd")
-    with pytest.raises(ValueError, match="are tar, tfrecord; name those of one format"):
-        format_of([str(tmp_path / "tar"), str(tmp_path / "both")])
+        find_kind(tmp_path / "odd")
+    with pytest.raises(ValueError, match="are webdataset, tfrecord; name those of one format"):
+        find_kind([str(tmp_path / "tar"), str(tmp_path / "both")])
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
