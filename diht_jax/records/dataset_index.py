@@ -25,6 +25,7 @@ offsets.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -324,17 +325,17 @@ def read_index(path: str, file_bytes: int | None = None) -> DatasetIndex:
         FileNotFoundError: there is none.
         TFRecordError: it is damaged, or cut off.
     """
-    ranges = open_ranges(path, file_bytes or 0)
-    file_bytes = file_bytes if is_remote(path) else ranges.size
-    data = ranges.read_range(0, _FIRST_READ_BYTES)
-    if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):
-        raise _damaged(path, "it has no valid header")
-    _, head_bytes, checksum, _ = _PREAMBLE.unpack_from(data)
-    if head_bytes > (_MAX_HEAD_BYTES if file_bytes is None else file_bytes):
-        raise _damaged(path, "it is cut off")
-    end = _PREAMBLE.size + head_bytes
-    if end > len(data) == _FIRST_READ_BYTES:
-        data += ranges.read_range(len(data), end)
+    with contextlib.closing(open_ranges(path, file_bytes or 0)) as file:
+        file_bytes = file_bytes if is_remote(path) else file.size
+        data = file.read_range(0, _FIRST_READ_BYTES)
+        if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):
+            raise _damaged(path, "it has no valid header")
+        _, head_bytes, checksum, _ = _PREAMBLE.unpack_from(data)
+        if head_bytes > (_MAX_HEAD_BYTES if file_bytes is None else file_bytes):
+            raise _damaged(path, "it is cut off")
+        end = _PREAMBLE.size + head_bytes
+        if end > len(data) == _FIRST_READ_BYTES:
+            data += file.read_range(len(data), end)
     head = data[_PREAMBLE.size : end]
     if len(head) != head_bytes:
         raise _damaged(path, "it is cut off")
