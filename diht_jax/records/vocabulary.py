@@ -41,6 +41,7 @@ KINDS = ("objects", "attributes")
 STATS_KEY = "vocabulary"
 
 _COLUMNS = "id\tconcept\tcount"
+_ABSENT = "absent"
 _READING_THREADS = 16
 
 
@@ -203,11 +204,10 @@ def check_vocabulary(
     """
     wrong = []
     for kind in KINDS:
-        here, there = found.get(kind), expected.get(kind)
-        if not here or not there or here["hash"] != there["hash"]:
+        here, there = _describe_part(found, kind), _describe_part(expected, kind)
+        if here != there or here == _ABSENT:
             wrong.append(
-                f"the {kind} of '{found_in}' are {_describe(here)}, those of '{expected_in}' are "
-                f"{_describe(there)}"
+                f"the {kind} of '{found_in}' are {here}, those of '{expected_in}' are {there}"
             )
     if wrong:
         raise ValueError(
@@ -217,8 +217,12 @@ def check_vocabulary(
         )
 
 
-def _describe(part: Mapping[str, Any] | None) -> str:
-    return f"{part['size']} with hash {part['hash']}" if part else "absent"
+def _describe_part(description: Any, kind: str) -> str:
+    """What `Vocabulary.describe` states of a kind, in words; a file may state anything."""
+    part = description.get(kind) if isinstance(description, Mapping) else None
+    if not isinstance(part, Mapping) or not {"size", "hash"} <= part.keys():
+        return _ABSENT
+    return f"{part['size']} with hash {part['hash']}"
 
 
 def folder_vocabulary(
@@ -269,32 +273,19 @@ def folder_vocabulary(
 def _indexed_vocabulary(folder: str) -> Mapping[str, Mapping[str, Any]] | None:
     """Reads the vocabulary in the index of a folder; None where there is none."""
     try:
-        known = read_index(os.path.join(folder, INDEX_NAME)).vocabulary
+        return read_index(os.path.join(folder, INDEX_NAME)).vocabulary
     except FileNotFoundError:
         return None
-    return known if _is_description(known) else None
 
 
-def _read_label(shard: str) -> Mapping[str, Mapping[str, Any]] | None:
-    """The vocabulary in the statistics of a shard; None where there is none."""
+def _read_label(shard: str) -> Any:
+    """What the statistics of a shard state as its vocabulary; None where there is nothing."""
     try:
-        label = json.loads(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
+        return json.loads(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{shard}{STATS_SUFFIX}: not the statistics of a shard") from error
-    if label is not None and not _is_description(label):
-        raise ValueError(
-            f"{shard}{STATS_SUFFIX}: '{STATS_KEY}' is {label!r:.200}; expected size and hash of "
-            f"{' and '.join(KINDS)}"
-        )
-    return label
-
-
-def _is_description(label: Any) -> bool:
-    """Whether a value has the form of `Vocabulary.describe`."""
-    parts = [label.get(kind) for kind in KINDS] if isinstance(label, dict) else [None]
-    return all(isinstance(part, dict) and {"size", "hash"} <= part.keys() for part in parts)
 
 
 def _read_concepts(path: str, kind: str) -> ConceptList:

@@ -15,7 +15,7 @@ from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.formats.tar_records import TarRecordSource
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
-from tests.records.stores import CountingStore
+from tests.records.stores import MeteredStore
 
 RECORDS = [np.random.default_rng(i).bytes(i % 50) for i in range(300)]
 
@@ -100,7 +100,7 @@ def test_a_run_that_is_stopped_goes_on(folder, monkeypatch):
 
 
 def test_shards_in_a_store(folder, tmp_path):
-    system, url = fsspec.filesystem("counting"), "counting:///theirs"
+    system, url = fsspec.filesystem("metered"), "metered:///theirs"
     for path in folder.iterdir():
         system.pipe_file(f"/theirs/{path.name}", path.read_bytes())
     work = tmp_path / "work"
@@ -108,9 +108,9 @@ def test_shards_in_a_store(folder, tmp_path):
     update_index(folder)
     assert system.cat_file("/theirs/dataset.index") == (folder / "dataset.index").read_bytes()
     assert records_of(url) == RECORDS and list(work.iterdir()) == []
-    CountingStore.requests.clear()
+    MeteredStore.requests.clear()
     assert update_index(url, work_dir=work).num_read == 0
-    assert sum(CountingStore.requests.values()) <= 4
+    assert sum(MeteredStore.counts().values()) <= 4
     system.pipe_file("/theirs/part-3.tfrecord", (folder / "part-0.tfrecord").read_bytes())
     assert update_index(url, work_dir=work).num_read == 1
     assert records_of(url) == RECORDS + RECORDS[:100]
@@ -142,6 +142,6 @@ def test_what_cannot_be_indexed_is_an_error(tmp_path):
         update_index(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"holds no shard; expected \*.tfrecord files or \*.tar"):
         update_index(tmp_path)
-    with pytest.raises(ValueError, match="counting:///nothing' holds no shard"):
-        update_index("counting:///nothing", work_dir=tmp_path)
+    with pytest.raises(ValueError, match="metered:///nothing' holds no shard"):
+        update_index("metered:///nothing", work_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []

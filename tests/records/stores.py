@@ -14,30 +14,6 @@ from fsspec.spec import AbstractFileSystem
 from diht_jax.records.dataset_index import INDEX_NAME, ShardEntry, encode_head, encode_preamble
 
 
-class CountingStore(MemoryFileSystem):
-    """fsspec's store in memory, `counting://`; counts what would be requests."""
-
-    protocol = "counting"
-    store, pseudo_dirs = {}, [""]
-    requests: collections.Counter = collections.Counter()
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("counting://"))
-
-    def cat_file(self, path, start=None, end=None, **kwargs):
-        self.requests["read"] += 1
-        return super().cat_file(path, start, end, **kwargs)
-
-    def ls(self, path, detail=True, **kwargs):
-        self.requests["list"] += 1
-        return super().ls(path, detail, **kwargs)
-
-    def info(self, path, **kwargs):
-        self.requests["info"] += 1
-        return super().info(path, **kwargs)
-
-
 class MeteredStore(MemoryFileSystem):
     """`metered://`: counts the requests and the bytes that move, and may fail, or end a run.
 
@@ -61,6 +37,11 @@ class MeteredStore(MemoryFileSystem):
         cls.pseudo_dirs[:] = [""]
         cls.requests.clear()
         cls.failing_every = cls.ends_before = 0
+
+    @classmethod
+    def counts(cls):
+        """Requests by kind, of those that there were."""
+        return {kind: n for kind, n in cls.requests.items() if n and "bytes" not in kind}
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -228,5 +209,5 @@ def name(number: int) -> str:
     return f"part-{number:05d}.tfrecord"
 
 
-for _store in (CountingStore, MeteredStore, SparseStore):
+for _store in (MeteredStore, SparseStore):
     fsspec.register_implementation(_store.protocol, _store, clobber=True)

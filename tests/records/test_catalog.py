@@ -13,7 +13,7 @@ from diht_jax.data.index import update_index
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
 from diht_jax.storage.stores import read_range
-from tests.records.stores import CountingStore, SparseStore
+from tests.records.stores import MeteredStore, SparseStore
 
 RECORDS = [np.random.default_rng(i).bytes(i % 50) for i in range(500)]
 OPENED: list[str] = []
@@ -44,11 +44,11 @@ def folder(tmp_path):
 
 @pytest.fixture
 def url(folder):
-    system = fsspec.filesystem("counting")
+    system = fsspec.filesystem("metered")
     for path in folder.iterdir():
         system.pipe_file(f"/kept/{path.name}", path.read_bytes())
-    CountingStore.requests.clear()
-    yield "counting:///kept"
+    MeteredStore.requests.clear()
+    yield "metered:///kept"
     system.rm("/kept", recursive=True)
 
 
@@ -107,31 +107,31 @@ def test_a_start_takes_three_requests_whatever_the_shards(shards):
 
 def test_a_block_is_one_request_and_a_record_too_once_the_offsets_are_there(url, tmp_path):
     source = TFRecordSource(url)
-    assert sum(CountingStore.requests.values()) == 2  # a listing, and the index
+    assert sum(MeteredStore.counts().values()) == 2  # a listing, and the index
     starts = source.block_starts(64).tolist()
-    CountingStore.requests.clear()
+    MeteredStore.requests.clear()
     for first, last in zip(starts[:-1], starts[1:], strict=True):
         path, start, end = source.extent(first, last)
         assert source.split(first, last, read_range(path, start, end)) == RECORDS[first:last]
-    assert CountingStore.requests == {"read": len(starts) - 1}
+    assert MeteredStore.counts() == {"get": len(starts) - 1}
     # Single records, by offsets that are read 64 at a time.
-    CountingStore.requests.clear()
+    MeteredStore.requests.clear()
     assert [source[number] for number in range(500)] == RECORDS
-    assert 500 <= CountingStore.requests.total() <= 500 + 4 * 2
+    assert 500 <= sum(MeteredStore.counts().values()) <= 500 + 4 * 2
     # With the offsets on this host, which two processes of it share.
-    CountingStore.requests.clear()
+    MeteredStore.requests.clear()
     for reader in (source, TFRecordSource(url)):
-        CountingStore.requests.clear()
+        MeteredStore.requests.clear()
         reader.make_offsets_local(tmp_path / "cache")
-        downloads = CountingStore.requests["read"]
+        downloads = MeteredStore.requests["get"]
         assert [reader[number] for number in range(500)] == RECORDS
-        assert CountingStore.requests == {"read": 500 + downloads}
+        assert MeteredStore.counts() == {"get": 500 + downloads}
         assert downloads == (1 if reader is source else 0)
     assert len(list((tmp_path / "cache").glob("*.index"))) == 1
 
 
 def test_shards_that_changed_are_named_with_what_to_do(folder, url):
-    system = fsspec.filesystem("counting")
+    system = fsspec.filesystem("metered")
 
     def write(name, data):
         system.pipe_file(f"/kept/{name}", data)

@@ -12,7 +12,7 @@ from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, check_all
 from diht_jax.storage import files, retries
 from diht_jax.storage.retries import StorageError
 from tests.readers.failing_disk import FailingDisk
-from tests.records.stores import CountingStore
+from tests.records.stores import MeteredStore
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -114,24 +114,24 @@ def test_a_store_that_fails_for_a_moment_is_tried_again(monkeypatch):
         raise OSError(errno.EIO, "503 Slow Down")
 
     monkeypatch.setattr(retries, "sleep", delays.append)
-    path = "counting://files/a"
+    path = "metered://files/a"
     files.write_bytes(path, b"contents")
-    good = CountingStore.cat_file
+    good = MeteredStore.cat_file
 
     def fail_twice(*args, **kwargs):
         return good(*args, **kwargs) if len(failures) == 2 else fail()
 
-    monkeypatch.setattr(CountingStore, "cat_file", fail_twice)
+    monkeypatch.setattr(MeteredStore, "cat_file", fail_twice)
     assert files.read_bytes(path) == b"contents"
     assert delays == list(retries.DELAYS_SECS[:2])
-    monkeypatch.setattr(CountingStore, "pipe_file", fail)
-    with pytest.raises(StorageError, match=r"^counting://files/a: could not be written in 5"):
+    monkeypatch.setattr(MeteredStore, "pipe_file", fail)
+    with pytest.raises(StorageError, match=r"^metered://files/a: could not be written in 5"):
         files.write_bytes(path, b"other")
 
 
 def test_one_listing_is_one_request():
     for number in range(3):
-        files.write_bytes(f"counting://listed/{number}", b"x")
-    CountingStore.requests.clear()
-    assert files.list_names("counting://listed") == ["0", "1", "2"]
-    assert CountingStore.requests == {"list": 1}
+        files.write_bytes(f"metered://listed/{number}", b"x")
+    MeteredStore.requests.clear()
+    assert files.list_names("metered://listed") == ["0", "1", "2"]
+    assert MeteredStore.counts() == {"list": 1}
