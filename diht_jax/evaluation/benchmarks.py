@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from diht_jax.evaluation.prompts import CAPTION_SLOT
@@ -107,9 +108,55 @@ class Number:
         metrics = (result or {}).get("metrics", {})
         if any(name not in metrics for name in self.metrics):
             return None
-        if self.is_datacomp and not _is_measured_as_datacomp(result):
-            return None
+        if self.is_datacomp and result.get("kind") == CLASSIFICATION:
+            if not result.get("source", "").startswith(_FOLDER):
+                return None
+        elif self.is_datacomp:
+            template = result.get("protocol", {}).get("caption_template", CAPTION_SLOT)
+            if template != CAPTION_SLOT:
+                return None
         return sum(metrics[name] for name in self.metrics) / len(self.metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean over the numbers of a group that all of some results have.
+
+    Attributes:
+        name: of the mean.
+        numbers: that all have.
+        values: of each result.
+        missing: such as "3 missing"; empty where nothing is.
+    """
+
+    name: str
+    numbers: list[Number]
+    values: list[float]
+    missing: str
+
+
+def suite_means(by_task: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Mean]:
+    """The means over DiHT's suite; over DataComp's where one of the tasks is in its list alone.
+
+    Args:
+        by_task: for each of the results files the results of its tasks, by name.
+
+    Returns:
+        Without the groups of which no number is there.
+    """
+    groups = suite_numbers()
+    tasks = {task for results in by_task for task in results}
+    if any(task in DATACOMP.values() and task not in SUITE for task in tasks):
+        groups |= datacomp_numbers()
+    means = []
+    for name, numbers in groups.items():
+        values = {n: [n.value(results.get(n.task)) for results in by_task] for n in numbers}
+        present = [number for number in numbers if None not in values[number]]
+        if present:
+            missing = len(numbers) - len(present)
+            found = np.mean([values[number] for number in present], axis=0).tolist()
+            means.append(Mean(name, present, found, f"{missing} missing" if missing else ""))
+    return means
 
 
 def suite_numbers() -> dict[str, list[Number]]:
@@ -135,41 +182,3 @@ def datacomp_numbers() -> dict[str, list[Number]]:
         for group, names in _DATACOMP_GROUPS.items()
     }
     return {**groups, f"DataComp: mean of all {len(numbers)}": list(numbers.values())}
-
-
-def all_numbers(tasks: Sequence[str]) -> dict[str, list[Number]]:
-    """Those of the suite; and DataComp's where one of the tasks is in its list alone."""
-    is_datacomp = any(task in DATACOMP.values() and task not in SUITE for task in tasks)
-    return {**suite_numbers(), **(datacomp_numbers() if is_datacomp else {})}
-
-
-def suite_means(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, str]]:
-    """The means over what was measured.
-
-    Args:
-        results: of the tasks, as in a results file.
-
-    Returns:
-        Name, value, and how many numbers are missing; without the groups of which all are.
-    """
-    by_task = {result["task"]: result for result in results}
-    found = []
-    for name, numbers in all_numbers(list(by_task)).items():
-        values = [number.value(by_task.get(number.task)) for number in numbers]
-        present = [value for value in values if value is not None]
-        if present:
-            missing = describe_missing(len(numbers) - len(present))
-            found.append((name, sum(present) / len(present), missing))
-    return found
-
-
-def describe_missing(number: int) -> str:
-    """Tells how many are missing, such as "3 missing"; nothing for 0."""
-    return f"{number} missing" if number else ""
-
-
-def _is_measured_as_datacomp(result: Mapping[str, Any]) -> bool:
-    if result.get("kind") == CLASSIFICATION:
-        return result.get("source", "").startswith("clip_benchmark:")
-    template = result.get("protocol", {}).get("caption_template", CAPTION_SLOT)
-    return template == CAPTION_SLOT

@@ -38,7 +38,7 @@ def resample(
         num_items: independent items: images, for all protocols here.
         num_resamples: how many times.
         seed: of the draws.
-        progress: show a bar on stderr, where it takes more than a moment.
+        progress: shows a bar on stderr, where it takes more than a moment.
 
     Returns:
         Metric -> float64 [num_resamples].
@@ -66,14 +66,7 @@ def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> list[float
 def describe_samples(
     samples: dict[str, np.ndarray], items: str, num_items: int, seed: int = SEED
 ) -> dict[str, Any]:
-    """Describes samples for the results file: all that pairing two models needs.
-
-    Args:
-        samples: of `resample`.
-        items: a digest of the items, in order.
-        num_items: of `resample`.
-        seed: of `resample`.
-    """
+    """All that pairing two models needs, for the results file; `items` is a digest of the items."""
     return {
         "draws": [items, num_items, len(next(iter(samples.values()))), seed],
         "values": {
@@ -86,23 +79,18 @@ def describe_samples(
 def paired_samples(
     first: Mapping[str, Any], second: Mapping[str, Any], name: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The resamples of a metric in two results; None where they cannot be paired.
-
-    Args:
-        first: result of a task, with "resamples" of `describe_samples` or without.
-        second: another of the same task.
-        name: of the metric.
+    """The resamples of a metric in two results of a task, of the same draws from the same items.
 
     Returns:
-        float32 arrays of one length, of the same draws from the same items.
+        float32 arrays of one length; None where a result has no resamples, or of other draws.
     """
     described = [result.get("resamples", {}) for result in (first, second)]
     if any(name not in one.get("values", {}) for one in described):
         return None
     if described[0]["draws"] != described[1]["draws"]:
         return None
-    found = [np.frombuffer(base64.b64decode(one["values"][name]), "<f4") for one in described]
-    return None if len(found[0]) != len(found[1]) else (found[0], found[1])
+    one, other = (np.frombuffer(base64.b64decode(d["values"][name]), "<f4") for d in described)
+    return one, other
 
 
 def describe_bootstrap(num_resamples: int) -> str:

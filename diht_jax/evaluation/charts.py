@@ -32,10 +32,6 @@ def draw_comparison(results: Sequence[dict[str, Any]], path: str | os.PathLike[s
 
     Metrics of other units are left out: they do not fit on an axis in percent.
 
-    Args:
-        results: of `results.read_results`.
-        path: of the PNG.
-
     Raises:
         ValueError: they have no task with a common metric that is a share.
     """
@@ -78,13 +74,9 @@ def draw_comparison(results: Sequence[dict[str, Any]], path: str | os.PathLike[s
 
 
 def draw_few_shot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draws the test accuracy of each method by the number of shots.
+    """Draws what `evaluate_few_shot` has found: the accuracy of each method by the shots.
 
     Every draw is a faint dot, the line goes through the means, the bars are one standard deviation.
-
-    Args:
-        result: of `few_shot.evaluate_few_shot`.
-        path: of the PNG.
     """
     figure = _new_figure(7.2, 4.6)
     axes = figure.add_subplot()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diht_jax.evaluation.benchmarks import Number, all_numbers, describe_missing
+from diht_jax.evaluation.benchmarks import Number, suite_means
 from diht_jax.evaluation.bootstrap import LEVEL, paired_samples, percentile_interval
 from diht_jax.evaluation.results import (
     LETTERS,
@@ -85,23 +85,14 @@ def _compare_means(by_task: Sequence[Mapping[str, dict[str, Any]]]) -> list[list
     from diht_jax.evaluation.protocols.base import Metric  # as in `results.metric_of`
 
     rows = []
-    measured = [task for tasks in by_task for task in tasks]
-    for name, numbers in all_numbers(measured).items():
-        values = {
-            number: [number.value(tasks.get(number.task)) for tasks in by_task]
-            for number in numbers
-        }
-        present = [number for number in numbers if None not in values[number]]
-        if not present:
-            continue
-        missing = describe_missing(len(numbers) - len(present))
-        share = Metric("share", f"{name} ({missing})" if missing else name)
-        means = [float(mean) for mean in np.mean([values[number] for number in present], axis=0)]
-        cells = [format_value(share, mean) for mean in means]
-        for tasks, mean in zip(by_task[1:], means[1:], strict=True):
-            samples = _mean_samples(by_task[0], tasks, present)
-            cells += _difference_cells(share, mean - means[0], samples)
-        rows.append(["" if rows else "suite", share.label, *cells])
+    for mean in suite_means(by_task):
+        label = f"{mean.name} ({mean.missing})" if mean.missing else mean.name
+        share = Metric("share", label)
+        cells = [format_value(share, value) for value in mean.values]
+        for tasks, value in zip(by_task[1:], mean.values[1:], strict=True):
+            samples = _mean_samples(by_task[0], tasks, mean.numbers)
+            cells += _difference_cells(share, value - mean.values[0], samples)
+        rows.append(["" if rows else "suite", label, *cells])
     return rows
 
 

@@ -38,11 +38,7 @@ class ResultsPage:
     """The page of a results file; written anew after each task."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        """An empty page.
-
-        Args:
-            path: of the HTML file.
-        """
+        """An empty page; the path is that of the HTML file."""
         self.path = pathlib.Path(path)
         self._sections: list[dict[str, Any]] = []
 
@@ -76,11 +72,7 @@ class ResultsPage:
         return True
 
     def write(self, results: dict[str, Any]) -> None:
-        """Writes the page.
-
-        Args:
-            results: what the results file holds.
-        """
+        """Writes the page of what the results file holds."""
         render(
             "evaluation.html",
             self.path,
@@ -93,14 +85,7 @@ class ResultsPage:
 def retrieval_examples(
     task: Task, measured: Measured, load: PictureLoader, logit_scale: float
 ) -> dict[str, Any]:
-    """Queries both ways, each with its first answers, and the right one where it is not among them.
-
-    Args:
-        task: what was measured.
-        measured: by `retrieval.run`.
-        load: reads the pictures.
-        logit_scale: not used.
-    """
+    """Queries both ways, each with its first answers, and the right one if it is not among them."""
     result: RetrievalResult = measured.result
     image_emb, owners = measured.encoded.image_emb, result.image_of_text
     texts = draw_rows(len(result.captions), _QUERIES)
@@ -154,14 +139,7 @@ def retrieval_examples(
 def classification_examples(
     task: Task, measured: Measured, load: PictureLoader, logit_scale: float
 ) -> dict[str, Any]:
-    """Classified samples, the confusions of few classes, and the accuracy of each class.
-
-    Args:
-        task: what was measured.
-        measured: by `classification.run`.
-        load: reads the pictures.
-        logit_scale: turns cosine similarities into the probabilities of the samples.
-    """
+    """Classified samples, the confusions of few classes, and the accuracy of each class."""
     result: ClassificationResult = measured.result
     names, labels = result.classes.names, result.classes.labels
     chosen = draw_rows(len(result.predictions), _SAMPLES).tolist()
@@ -207,14 +185,7 @@ def classification_examples(
 def caption_choice_examples(
     task: Task, measured: Measured, load: PictureLoader, logit_scale: float
 ) -> dict[str, Any]:
-    """Questions with the similarity of each caption, and the groups with the lowest accuracy.
-
-    Args:
-        task: what was measured.
-        measured: by `caption_choice.run`.
-        load: reads the pictures.
-        logit_scale: not used.
-    """
+    """Questions with the similarity of each caption, and the groups with the lowest accuracy."""
     result: CaptionChoiceResult = measured.result
     chosen = draw_rows(len(result.questions), _QUESTIONS).tolist()
     rows = result.image_of_question[chosen].tolist()

@@ -1,7 +1,7 @@
 """The results file, its table on the terminal, and the published numbers of the released weights.
 
 Every number is shown by its unit (`protocols.base.Metric`), which the file states next to the
-metrics; in files without units it follows from the metric's name.
+metrics.
 """
 
 from __future__ import annotations
@@ -40,25 +40,17 @@ _PUBLISHED_PERCENT = {
 def metric_of(result: Mapping[str, Any], name: str) -> Metric:
     """The unit and the label of a metric of one task's result.
 
-    Args:
-        result: an entry of `results` in a results file, of any age.
-        name: of the metric.
-
-    Returns:
-        The unit that the file states and the label of the protocol. A file without units has that
-        of the protocol, or of any protocol with a metric of this name; a name that no protocol
-        knows is a "rank" where it ends so, else a "score".
+    The unit is the one that the file states, the label that of the protocol. Metrics that this
+    version does not know are scores under their own name.
     """
     # Here, since it imports JAX, and the command's --help should not have to wait for that.
     from diht_jax.evaluation.protocols.base import Metric
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
 
-    own = PROTOCOLS.get(result.get("kind"))
-    candidates = [own] if own is not None and name in own.metrics else list(PROTOCOLS.values())
-    unnamed = Metric("rank" if name.endswith("rank") else "score")
-    known = next((p.metrics[name] for p in candidates if name in p.metrics), unnamed)
-    unit = result.get("units", {}).get(name, known.unit)
-    return Metric(unit, known.label or name)
+    own = [PROTOCOLS[result["kind"]]] if result.get("kind") in PROTOCOLS else []
+    found = [p.metrics[name] for p in (*own, *PROTOCOLS.values()) if name in p.metrics]
+    known = found[0] if found else Metric("score")
+    return Metric(result.get("units", {}).get(name, known.unit), known.label or name)
 
 
 def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
@@ -109,8 +101,9 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
             interval = _format_interval(metric, intervals[name]) if name in intervals else ""
             rows.append((task, metric.label, format_value(metric, value), interval, about))
             task = about = ""
-    for name, value, missing in suite_means(results["results"]):
-        rows.append(("suite", name, format_value(Metric("share"), value), "", missing))
+    for mean in suite_means([{result["task"]: result for result in results["results"]}]):
+        value = format_value(Metric("share"), mean.values[0])
+        rows.append(("suite", mean.name, value, "", mean.missing))
     return rows
 
 

@@ -175,25 +175,19 @@ def test_units_decide_how_numbers_are_shown(tmp_path):
         entry = {"task": "x", "metrics": metrics, "counts": counts, "protocol": {}, **units}
         return {"model": model, "results": [entry]}
 
-    # A file from before there were units: known names are shares or ranks, others are not.
-    old = result("old", {}, top1=0.5, auroc=0.75, t2i_median_rank=12.0, my_rank=3.0, depth=0.5)
-    rows = [line.split() for line in format_results(old).splitlines()[3:]]
-    assert rows[0] == ["x", "top-1", "50.00%", "5", "images"]
-    assert [row[-1] for row in rows[1:]] == ["75.00%", "12.0", "3.0", "0.5000"]
-    # Next to a new one, whose units count, also for a name that is known with another.
-    units = {"units": {"top1": "share", "depth": "share", "auroc": "score"}}
-    new = result("new", units, top1=0.25, depth=0.25, auroc=0.5)
-    write_results(tmp_path / "new.json", new)
-    new = read_results(tmp_path / "new.json")
-    lines = [line.split() for line in format_results(new).splitlines()[3:]]
-    assert [row[:3] for row in lines[:1]] == [["x", "top-1", "25.00%"]]
-    assert [row[-1] for row in lines[1:]] == ["25.00%", "0.5000"]
-    both = [line.split() for line in format_comparison(new, old).splitlines()[4:]]
-    assert both[0] == ["x", "top-1", "25.00%", "50.00%", "+25.00"]
-    assert both[1] == ["depth", "25.00%", "50.00%", "+25.00"]
-    assert both[2] == ["AUROC", "0.5000", "0.7500", "+0.2500"]
-    assert both[3][-3:] == ["-", "12.0", "-"]
-    assert describe_metrics(new["results"][0]) == "x: top-1 25.00%, depth 25.00%, AUROC 0.5000"
+    units = {"units": {"top1": "share", "depth": "share", "auroc": "score", "my_rank": "rank"}}
+    first = result("a", units, top1=0.25, depth=0.25, auroc=0.5, my_rank=3.0)
+    second = result("b", units, top1=0.5, depth=0.5, auroc=0.75)
+    write_results(tmp_path / "a.json", first)
+    assert read_results(tmp_path / "a.json") == first
+    both = [line.split()[-4:] for line in format_comparison(first, second).splitlines()[4:]]
+    assert both == [
+        ["top-1", "25.00%", "50.00%", "+25.00"],
+        ["depth", "25.00%", "50.00%", "+25.00"],
+        ["AUROC", "0.5000", "0.7500", "+0.2500"],
+        ["my_rank", "3.0", "-", "-"],
+    ]
+    assert describe_metrics(second["results"][0]) == "x: top-1 50.00%, depth 50.00%, AUROC 0.7500"
     # The chart is in percent: a score has no bar.
     with pytest.raises(ValueError, match="no task in common"):
         scores = [result(m, {"units": {"depth": "score"}}, depth=0.5) for m in "ab"]

@@ -8,7 +8,6 @@ import pytest
 from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
-from diht_jax.input.decode import decode_rgb
 from tests.make import write_tar
 
 
@@ -39,14 +38,13 @@ _WORDS = {
 }
 
 
-def test_classification(tiny_model, tmp_path, photos):
+def test_classification(tmp_path, photos):
     notes = [("cls", str(label).encode()) for label in (1, 0, 1, 1, 0)]
     source = _write(tmp_path / "insects", notes, photos, files=_WORDS)
     (task,) = parse_tasks([source])
     assert (task.name, task.kind) == ("insects", "classification")
     assert task.class_names == ("ant", "hot dog")
     assert task.templates == ("a {}.", "the {}.")
-    open_units(source, {})
     pairs = list(read_source(source, {}))
     assert [(pair.key, pair.metadata["label"]) for pair in pairs] == [
         ("s/0", 1),
@@ -55,13 +53,6 @@ def test_classification(tiny_model, tmp_path, photos):
         ("s/1", 0),
         ("s/3", 1),
     ]
-    result = evaluate_task(tiny_model, task, batch_size=8)
-    images = tiny_model.encode_image([decode_rgb(photos[i]) for i in (0, 2, 4, 1, 3)])
-    text_emb = tiny_model.encode_text(["a ant.", "the ant.", "a hot dog.", "the hot dog."])
-    classifier = text_emb.reshape(2, 2, -1).mean(axis=1)
-    classifier /= np.linalg.norm(classifier, axis=1, keepdims=True)
-    hits = (images @ classifier.T).argmax(axis=1) == [1, 1, 0, 0, 1]
-    assert result["metrics"]["top1"] == pytest.approx(hits.mean())
 
 
 def test_several_labels(tiny_model, tmp_path, photos):
