@@ -108,17 +108,9 @@ def test_mistakes_name_the_key(section, message):
         parse_config_tasks(config.evaluation.tasks)
 
 
-def test_a_key_takes_a_text_or_sections():
+def test_a_text_is_another_form():
     config = default_config()
-    assert parse_config_tasks(config.evaluation.tasks) == []
+    assert parse_config_tasks(config.evaluation.tasks) == parse_config_tasks(None) == []
     config.evaluation.tasks = "retrieval:/d/a.tar,b=retrieval:/d/b.tar"
     validate_config(config, default_config())
     assert [task.name for task in parse_config_tasks(config.evaluation.tasks)] == ["a", "b"]
-    config.evaluation.tasks = {"c": {"kind": "retrieval", "source": "/d/c.tar"}}
-    config.evaluation.tasks.d = dict(kind="retrieval", source="/d/d.tar")
-    validate_config(config, default_config())
-    assert [task.name for task in parse_config_tasks(config.evaluation.tasks)] == ["c", "d"]
-    with pytest.raises(TypeError, match="expected a text or a section"):
-        config.evaluation.tasks = 3
-    config.evaluation.tasks = None
-    assert parse_config_tasks(config.evaluation.tasks) == []

@@ -20,16 +20,6 @@ from diht_jax.evaluation.task_parsing import check_source, parse_tasks
                 templates=("{}",),
             ),
         ),
-        (
-            "cifar10=/d/x.tar?templates=a {}.;the {}, & more",
-            Task(
-                "cifar10",
-                "classification",
-                "/d/x.tar",
-                class_names=prompts.CIFAR10_CLASSES,
-                templates=("a {}.", "the {}, & more"),
-            ),
-        ),
         ("retrieval:/d/emoji.twitter.tar", Task("emoji", "retrieval", "/d/emoji.twitter.tar")),
         (
             "retrieval:tfds:coco_captions:val[:10%]?caption_feature=captions/text&data_dir=/t",
@@ -46,10 +36,6 @@ from diht_jax.evaluation.task_parsing import check_source, parse_tasks
             Task(
                 "shape", "classification", "/d=1/0?-*.tar", templates=("{}",), label_field="shape"
             ),
-        ),
-        (
-            "flickr30k_retrieval=/f.tar?caption_template={caption}",
-            Task("flickr30k_retrieval", "retrieval", "/f.tar", caption_template="{caption}"),
         ),
     ],
 )

@@ -244,18 +244,3 @@ def test_page(sugarcrepe, tmp_path):
     page.write({"model": "m", "results": results})
     marks = re.findall(r'question"><div class="(right|wrong)"', page.path.read_text())
     assert len(marks) == 20 and set(marks[10:]) == {"wrong"}  # the second model has ties alone
-
-
-def test_other_sources_have_the_right_caption_first(tmp_path, photos):
-    rows = [{"image": "0.png", "caption": ["a dog", "a cat"]}, {"image": "1.png", "caption": "one"}]
-    for number in range(2):
-        (tmp_path / f"{number}.png").write_bytes(photos[number])
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (task,) = parse_tasks(
-        f"caption_choice:annotations:{tmp_path}/a.json?caption_template=see {{caption}}"
-    )
-    result = evaluate_task(_Hashed(), task, batch_size=8)
-    image = _embed_picture(tmp_path / "0.png")
-    truth = float(embed(b"see a dog") @ image > embed(b"see a cat") @ image)
-    assert result["metrics"] == {"accuracy": truth}
-    assert result["counts"]["dropped"] == {"no_wrong_caption": 1}

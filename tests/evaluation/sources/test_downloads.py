@@ -22,7 +22,6 @@ import pytest
 from diht_jax.evaluation.protocols.class_names import name_index, raw_label, resolve_label
 from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
-from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.evaluation.suite import NO_SOURCE, SUITE
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries
@@ -146,42 +145,6 @@ def _objectnet(folder):
     _zip(folder / "objectnet-1.0.zip", {f"objectnet-1.0/{k}": v for k, v in members.items()})
 
 
-def _sugarcrepe(folder):
-    pictures = ("000000544519", "000000057597")
-    _zip(folder / "val2017.zip", {f"val2017/{name}.jpg": _jpeg(1) for name in pictures})
-    (folder / "sugar-crepe" / "data").mkdir(parents=True)
-    for number, name in enumerate(SUGARCREPE_SUBSETS):
-        row = {
-            "filename": f"{pictures[number % 2]}.jpg",
-            "caption": "A girl with a green shirt and a blue toothbrush.",
-            "negative_caption": "A girl with a blue shirt and a green toothbrush.",
-        }
-        file = folder / "sugar-crepe" / "data" / f"{name}.json"
-        file.write_text(json.dumps({"0": row, "2": row}, indent=4))
-
-
-def _aro_visual_genome(folder):
-    _zip(folder / "vgr_vga_images.zip", {"images/2371327.jpg": _jpeg(1)})
-    row = {"image_id": "2371327", "image_path": "2371327.jpg"}
-    row |= {"bbox_x": 1, "bbox_y": 2, "bbox_w": 5, "bbox_h": 4}
-    rows = {
-        "relation": {
-            "true_caption": "the horse is eating the grass",
-            "false_caption": "the grass is eating the horse",
-            "relation_name": "eating",
-        },
-        "attribution": {
-            "true_caption": "the paved road and the white house",
-            "false_caption": "the white road and the paved house",
-            "attributes": ["paved", "white"],
-            "obj1_name": "road",
-            "obj2_name": "house",
-        },
-    }
-    for name, of_file in rows.items():
-        (folder / f"visual_genome_{name}.json").write_text(json.dumps([row | of_file] * 25))
-
-
 # In place of the two packages: words between spaces, each with the tag that stands behind it.
 _SPACY = """
 class load:
@@ -214,8 +177,6 @@ _SECTIONS = {
     "open_images": _open_images,
     "flickr30k_retrieval, snli_ve and vqav2": _albef,
     "objectnet": _objectnet,
-    "sugarcrepe": _sugarcrepe,
-    "aro_vg_relation and aro_vg_attribution": _aro_visual_genome,
     "aro_coco_order and aro_flickr30k_order": _aro_order,
 }
 
@@ -360,31 +321,6 @@ def test_objectnet(run_section):
     assert [(pair.key, pair.metadata["label"]) for pair in entries["objectnet"]] == [
         *(("axe/1b.png", 0), ("tv/2c.png", 1), ("tv/3d.png", 1))
     ]
-
-
-def test_sugarcrepe(run_section):
-    _, entries = run_section("sugarcrepe")
-    assert [pair.key for pair in entries["sugarcrepe"]] == ["000000544519.jpg", "000000057597.jpg"]
-    groups = [
-        question["group"]
-        for pair in entries["sugarcrepe"]
-        for question in pair.metadata["questions"]
-    ]
-    assert sorted(groups) == sorted(2 * SUGARCREPE_SUBSETS)
-    (pair,) = entries["sugarcrepe_swap_att"]
-    right, wrong = pair.metadata["questions"][0]["captions"]
-    assert (right[:20], wrong[:19]) == ("A girl with a green ", "A girl with a blue ")
-
-
-def test_aro_on_visual_genome(run_section):
-    tasks, entries = run_section("aro_vg_relation and aro_vg_attribution")
-    (relation,), (attribution,) = entries.values()
-    assert [q["group"] for q in relation.metadata["questions"]] == ["eating"] * 25
-    assert [q["group"] for q in attribution.metadata["questions"]] == ["paved_white"] * 25
-    assert relation.metadata["questions"][0]["captions"][0] == "the horse is eating the grass"
-    assert decode_picture(relation).size == (5, 4)
-    for task in tasks.values():
-        assert evaluate_task(_Random(), task)["counts"]["questions"] == 25
 
 
 def _cut(words):

@@ -1,9 +1,7 @@
 """Evaluation sets in an object store, and as parquet: the entries are those of local files."""
 
-import csv
 import io
 import json
-import tarfile
 
 import fsspec
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
 from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
+from tests.make import write_tar
 
 _FEATURES = {"label": {"names": ["ant", "hot_dog"], "_type": "ClassLabel"}}
 
@@ -57,22 +56,14 @@ def sets(tmp_path_factory, photos):
     write("multi/dataset_type.txt", "multilabel")
     write("multi/classnames.txt", "ant\nbee\n")
     for shard in (0, 1):
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for name, data in (("png", photos[shard]), ("npy", npy([shard, -1]))):
-                info = tarfile.TarInfo(f"{shard}.{name}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        write(f"multi/test/{shard}.tar", file.getvalue())
+        members = {f"{shard}.png": photos[shard], f"{shard}.npy": npy([shard, -1])}
+        write_tar(root / f"multi/test/{shard}.tar", members)
     row = {"filename": "0.png", "caption": "a", "negative_caption": "b"}
     write("add_att.json", json.dumps({"0": row, "1": row | {"filename": "none.png"}}))
     row = {"image_path": "1.png", "true_caption": "a", "false_caption": "b", "relation_name": "in"}
     boxes = [{"bbox_x": 0, "bbox_y": 0, "bbox_w": w, "bbox_h": 2} for w in (2, 3)]
     write("relations.json", json.dumps([row | box for box in boxes]))
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerows([("image", "caption"), ("pictures/0.png", "a"), ("pictures/1.png", "b")])
-    write("table.csv", text.getvalue())
+    write("table.csv", "image,caption\npictures/0.png,a\npictures/1.png,b\n")
     table = pyarrow.table(
         {
             "image": [{"bytes": photo, "path": f"{i}.png"} for i, photo in enumerate(photos)],
