@@ -117,6 +117,34 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
     return found
 
 
+def read_group(pair: Pair, field: str) -> int | str:
+    """The group of an image: a field of its metadata, or the number at a position of its KEY.npy.
+
+    Args:
+        pair: of any source; in CLIP_benchmark's layout `metadata["numbers"]` are those of KEY.npy.
+        field: a name, or a position from 0.
+
+    Raises:
+        ValueError: the image has no such field, or one that is no text and no whole number.
+    """
+    if field.isdecimal():
+        numbers = pair.metadata.get("numbers", ())
+        value = numbers[int(field)] if int(field) < len(numbers) else None
+        has = f"{len(numbers)} numbers in its npy"
+    else:
+        value, has = pair.metadata.get(field), f"{sorted(pair.metadata) or 'no metadata'}"
+    if value is None:
+        raise ValueError(f"record '{pair.key}' has no group '{field}'; it has {has}")
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, int | float | np.number) or value % 1:
+        raise ValueError(
+            f"record '{pair.key}': expected group '{field}' to be a text or a whole number, got "
+            f"{value!r:.80}"
+        )
+    return int(value)
+
+
 def name_index(names: Sequence[str]) -> dict[str, int | None]:
     """Plain class name -> its index, or None for a name that several classes bear.
 

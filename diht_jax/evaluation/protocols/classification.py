@@ -29,6 +29,7 @@ import numpy as np
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
     EmbeddingModel,
+    EncodedImages,
     check_finite,
     encode_images,
     encode_text_batches,
@@ -51,6 +52,7 @@ from diht_jax.evaluation.protocols.class_names import (
     derive_classes,
     name_index,
     raw_label,
+    read_group,
     resolve_label,
 )
 from diht_jax.readers.base import Skipped
@@ -73,6 +75,9 @@ class ClassificationResult:
         classifier: float32 [C, d].
         predictions: int32 [n], the first class.
         ranks: int32 [n], the rank of the right class, 0 when it is the first.
+        splits: number of a test split -> bool [n], its images; empty where there are none.
+        groups: name of a group -> bool [n], its images; empty where they are not asked for.
+        with_f1: whether the macro F1 is one of the metrics.
     """
 
     classes: Classes
@@ -80,6 +85,25 @@ class ClassificationResult:
     classifier: np.ndarray
     predictions: np.ndarray
     ranks: np.ndarray
+    splits: dict[int, np.ndarray]
+    groups: dict[int | str, np.ndarray]
+    with_f1: bool
+
+    def measure(self, counts: np.ndarray) -> dict[str, float]:
+        """The metrics if image i had been there `counts[i]` times; int [n]."""
+        labels, num_classes = self.classes.labels, len(self.classes.names)
+        every_split = [
+            metrics_of_ranks(self.ranks, labels, num_classes, counts * inside)
+            for inside in self.splits.values() or [np.ones(len(labels), np.int64)]
+        ]
+        metrics = {
+            name: float(np.mean([one[name] for one in every_split])) for name in every_split[0]
+        }
+        if self.groups:
+            metrics |= metrics_of_groups(self.ranks, self.groups.values(), num_classes, counts)
+        if self.with_f1:
+            metrics["f1_macro"] = f1_macro(self.predictions, labels, counts)
+        return metrics
 
     def per_class(self) -> list[dict[str, str | int | float | None]]:
         """Name, number of images and accuracy of every class; None for one without images."""
@@ -88,6 +112,19 @@ class ClassificationResult:
         return [
             {"class": name, "images": int(total), "accuracy": hit / total if total else None}
             for name, total, hit in zip(self.classes.names, totals, hits.tolist(), strict=True)
+        ]
+
+    def per_group(self) -> list[dict[str, str | int | float]]:
+        """Name, number of images, and the shares of right ones at rank 1 and within 5."""
+        ranks = {name: self.ranks[inside] for name, inside in self.groups.items()}
+        return [
+            {
+                "group": name,
+                "images": len(own),
+                "top1": float(np.mean(own == 0)),
+                "top5": float(np.mean(own < TOP_K)),
+            }
+            for name, own in ranks.items()
         ]
 
     def confusion(self) -> np.ndarray:
@@ -108,72 +145,62 @@ def run(
     Labels are as `class_names.raw_label` reads them; without class names `derive_classes` finds
     them in the data. `Measured.result` is a `ClassificationResult`.
     """
-    names, field, group = task.class_names, task.label_field, task.options.get("group")
+    names, group = task.class_names, task.options.get("group")
     index = None if names is None else name_index(names)
 
-    def describe(pair: Pair) -> tuple[Any, tuple[int, ...], int | str]:
-        raw = raw_label(pair, field)
+    def describe(pair: Pair) -> tuple[Any, tuple[int, ...], list[int | str]]:
+        raw = raw_label(pair, task.label_field)
         label = raw if names is None else resolve_label(raw, names, index)
-        own_group = "" if group is None else read_group(pair, group)
+        own_group = [] if group is None else [read_group(pair, group)]
         return label, tuple(pair.metadata.get("splits", ())), own_group
 
     encoded = encode_images(model, entries, describe, batching)
     labels, splits, groups = zip(*encoded.notes, strict=True)
     classes = _find_classes(task, labels)
     classifier = zero_shot_classifier(model.encode_text, classes.names, task.templates, batching)
-    predictions, ranks = rank_labels(encoded.image_emb, classes.labels, classifier)
-    result = ClassificationResult(classes, task.templates, classifier, predictions, ranks)
-    members = {
-        split: np.array([split in own for own in splits])
-        for split in sorted(set(itertools.chain(*splits)))
-    }
-    num_classes = len(classes.names)
-    own_groups = {
-        name: np.array([name == own for own in groups])
-        for name in sorted(set(groups), key=lambda name: (isinstance(name, str), name))
-    }
+    result = ClassificationResult(
+        classes,
+        task.templates,
+        classifier,
+        *rank_labels(encoded.image_emb, classes.labels, classifier),
+        splits=_members(splits),
+        groups=_members(groups),
+        with_f1="f1" in task.options,
+    )
+    return _describe(task, encoded, result)
 
-    def measure(counts: np.ndarray) -> dict[str, float]:
-        every_split = [
-            metrics_of_ranks(ranks, classes.labels, num_classes, counts * inside)
-            for inside in members.values() or [np.ones(len(ranks), np.int64)]
-        ]
-        metrics = {
-            name: float(np.mean([one[name] for one in every_split])) for name in every_split[0]
-        }
-        if group is not None:
-            metrics |= metrics_of_groups(ranks, own_groups.values(), num_classes, counts)
-        if "f1" in task.options:
-            metrics["f1_macro"] = f1_macro(predictions, classes.labels, counts)
-        return metrics
 
-    per_class = result.per_class()
-    details: dict[str, Any] = {"per_class": per_class}
-    if num_classes <= _MOST_CONFUSION_CLASSES:
-        details["confusion"] = result.confusion().tolist()
+def _members(values: Sequence[Sequence[int | str]]) -> dict[int | str, np.ndarray]:
+    """Value -> bool [n], the images that have it; numbers before texts."""
+    found = sorted(set(itertools.chain(*values)), key=lambda x: (isinstance(x, str), x))
+    return {value: np.array([value in own for own in values]) for value in found}
+
+
+def _describe(task: Task, encoded: EncodedImages, result: ClassificationResult) -> Measured:
+    num_classes, per_class = len(result.classes.names), result.per_class()
     protocol = {
-        "class_names_from": classes.origin,
-        "label_field": field or "label",
+        "class_names_from": result.classes.origin,
+        "label_field": task.label_field or "label",
         "templates": list(task.templates),
         "text_embedding": "normalised, averaged over the templates, normalised",
         "ties": "among equally similar classes the first in the list wins",
     }
-    if members:
-        protocol["mean_over_splits"] = list(members)
-    if group is not None:
-        protocol["group"] = group
-        details["per_group"] = [
-            {"group": name, "images": int(own.sum()), **_accuracies(ranks[own])}
-            for name, own in own_groups.items()
-        ]
+    details: dict[str, Any] = {"per_class": per_class}
+    if num_classes <= _MOST_CONFUSION_CLASSES:
+        details["confusion"] = result.confusion().tolist()
+    if result.splits:
+        protocol["mean_over_splits"] = list(result.splits)
+    if result.groups:
+        protocol["group"] = task.options["group"]
+        details["per_group"] = result.per_group()
     return Measured(
         encoded=encoded,
-        num_items=len(ranks),
-        measure=measure,
+        num_items=len(result.ranks),
+        measure=result.measure,
         protocol=protocol,
         counts={
-            "images": len(ranks),
-            **{f"images_of_split_{split}": int(x.sum()) for split, x in members.items()},
+            "images": len(result.ranks),
+            **{f"images_of_split_{split}": int(x.sum()) for split, x in result.splits.items()},
             "classes": num_classes,
             "classes_without_images": sum(not entry["images"] for entry in per_class),
             "texts": num_classes * len(task.templates),
@@ -191,10 +218,6 @@ def _find_classes(task: Task, labels: Sequence[Any]) -> Classes:
     present, found = np.unique(labels, return_inverse=True)
     names = tuple(task.class_names[label] for label in present)
     return Classes(names, found.astype(np.int32), "names given, of classes with images")
-
-
-def _accuracies(ranks: np.ndarray) -> dict[str, float]:
-    return {"top1": float(np.mean(ranks == 0)), "top5": float(np.mean(ranks < TOP_K))}
 
 
 def zero_shot_classifier(
@@ -341,34 +364,6 @@ def f1_macro(predictions: np.ndarray, labels: np.ndarray, counts: np.ndarray) ->
     taken = np.bincount(predictions, counts, num_classes)
     seen = own > 0
     return float(np.mean(2 * right[seen] / (own + taken)[seen]))
-
-
-def read_group(pair: Pair, field: str) -> int | str:
-    """The group of an image: a field of its metadata, or the number at a position of its KEY.npy.
-
-    Args:
-        pair: of any source; in CLIP_benchmark's layout `metadata["numbers"]` are those of KEY.npy.
-        field: a name, or a position from 0.
-
-    Raises:
-        ValueError: the image has no such field, or one that is no text and no whole number.
-    """
-    if field.isdecimal():
-        numbers = pair.metadata.get("numbers", ())
-        value = numbers[int(field)] if int(field) < len(numbers) else None
-        has = f"{len(numbers)} numbers in its npy"
-    else:
-        value, has = pair.metadata.get(field), f"{sorted(pair.metadata) or 'no metadata'}"
-    if value is None:
-        raise ValueError(f"record '{pair.key}' has no group '{field}'; it has {has}")
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, int | float | np.number) or value % 1:
-        raise ValueError(
-            f"record '{pair.key}': expected group '{field}' to be a text or a whole number, got "
-            f"{value!r:.80}"
-        )
-    return int(value)
 
 
 def _normalize(x: np.ndarray) -> np.ndarray:

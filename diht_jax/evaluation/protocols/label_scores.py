@@ -23,6 +23,7 @@ import numpy as np
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
     EmbeddingModel,
+    EncodedImages,
     UnusablePair,
     encode_images,
 )
@@ -165,19 +166,24 @@ def run(
         raise ValueError(
             "every image has the same label, so there is no order to measure; expected both kinds"
         )
+    return _describe(task, encoded, LabelScores(scores, targets, ignored))
+
+
+def _describe(task: Task, encoded: EncodedImages, result: LabelScores) -> Measured:
+    scores, targets, ignored = result.scores, result.targets, result.ignored
     protocol = {
-        "class_names": list(names) if binary else "names given",
-        "label_field": field,
+        "label_field": task.label_field or ("label" if task.kind == "binary" else "labels"),
         "templates": list(task.templates),
         "text_embedding": "normalised, averaged over the templates, normalised",
     }
     counts = {
         "images": len(scores),
-        "classes": len(names),
+        "classes": len(task.class_names),
         "positives": int(targets.sum()),
         "classes_without_images": int((~targets.any(axis=0)).sum()),
     }
-    if binary:
+    if task.kind == "binary":
+        protocol["class_names"] = list(task.class_names)
         protocol["score"] = "cosine to the second class minus cosine to the first"
 
         def measure(counts: np.ndarray) -> dict[str, float]:
@@ -185,7 +191,8 @@ def run(
 
     else:
         points = task.options.get("interpolation", "all")
-        protocol |= {"score": "cosine to the class", "average_precision": f"{points} points"}
+        protocol |= {"class_names": "names given", "score": "cosine to the class"}
+        protocol["average_precision"] = f"{points} points"
         counts["ignored"] = int(ignored.sum())
         columns = zip(scores.T, targets.T, ignored.T, strict=True)
         rankings = [rank_items(*column) for column in columns]
@@ -196,7 +203,7 @@ def run(
         measure=measure,
         protocol=protocol,
         counts=counts,
-        result=LabelScores(scores, targets, ignored),
+        result=result,
     )
 
 

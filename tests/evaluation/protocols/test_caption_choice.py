@@ -14,34 +14,14 @@ from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
-from tests.make import png
+from tests.make import HashedModel, png
 
-
-class _Hashed:
-    """Embeds a picture's pixels, or a text, by a random vector that they alone decide."""
-
-    logit_scale = 1.0
-
-    def preprocess(self, image):
-        # A digest of all pixels, since the resized picture could hide a wrong box.
-        digest = np.random.default_rng(list(np.asarray(image).tobytes())).integers(0, 255, 12)
-        return digest.astype(np.uint8).reshape(2, 2, 3)
-
-    def encode_image(self, images):
-        return np.stack([embed(image.tobytes()) for image in images])
-
-    def encode_text(self, texts):
-        return np.stack([embed(text.encode()) for text in texts])
-
-
-def embed(data):
-    vector = np.random.default_rng(list(data)).normal(size=16).astype(np.float32)
-    return vector / np.linalg.norm(vector)
+embed = HashedModel.embed
 
 
 def _embed_picture(path, box=None):
     picture = Image.open(path).convert("RGB")
-    model = _Hashed()
+    model = HashedModel()
     return embed(model.preprocess(picture.crop(box) if box else picture).tobytes())
 
 
@@ -98,7 +78,7 @@ def test_sugarcrepe_is_scored_as_by_its_code(sugarcrepe):
         f"sugarcrepe_{name}=sugarcrepe:{sugarcrepe}/{name}.json" for name in SUGARCREPE_SUBSETS
     ]
     whole, *single = [
-        evaluate_task(_Hashed(), task, batch_size=8, num_resamples=50)
+        evaluate_task(HashedModel(), task, batch_size=8, num_resamples=50)
         for task in parse_tasks(texts)
     ]
     for result, name in zip(single, SUGARCREPE_SUBSETS, strict=True):
@@ -168,7 +148,7 @@ def test_visual_genome_relations_and_attributes_are_scored_as_by_aros_code(tmp_p
     hits = _aro_hits(tmp_path, rows)
     macro = np.mean([hits[[n == name for n in names]].mean() for name in ("above", "riding")])
     (task,) = parse_tasks(f"aro_vg_relation=aro:{tmp_path}/visual_genome_relation.json")
-    result = evaluate_task(_Hashed(), task, batch_size=8)
+    result = evaluate_task(HashedModel(), task, batch_size=8)
     assert result["metrics"] == pytest.approx({"accuracy": hits.mean(), "macro_accuracy": macro})
     assert result["counts"]["pictures"] == 2 and result["counts"]["images"] <= 8
 
@@ -180,13 +160,13 @@ def test_visual_genome_relations_and_attributes_are_scored_as_by_aros_code(tmp_p
     (tmp_path / "visual_genome_attribution.json").write_text(json.dumps(rows))
     hits = _aro_hits(tmp_path, rows)
     (task,) = parse_tasks(f"aro_vg_attribution=aro:{tmp_path}/visual_genome_attribution.json")
-    result = evaluate_task(_Hashed(), task, batch_size=8)
+    result = evaluate_task(HashedModel(), task, batch_size=8)
     expected = {"accuracy": hits.mean(), "macro_accuracy": hits[:25].mean()}
     assert result["metrics"] == pytest.approx(expected)
     assert [row["group"] for row in result["per_group"]] == ["old_red"]
 
 
-class _Table(_Hashed):
+class _Table(HashedModel):
     """Texts of a hand-made table; "a b" and "a  b" have equal tokens."""
 
     def __init__(self, similarities):
@@ -226,7 +206,7 @@ def test_orders_count_equal_captions_as_right_and_others_as_wrong(tmp_path):
 
 def test_pictures_are_resampled_with_all_their_questions(sugarcrepe):
     (task,) = parse_tasks(f"sugarcrepe=sugarcrepe:{sugarcrepe}")
-    measured = run(_Hashed(), task, read_source(task.source, {}), Batching(8))
+    measured = run(HashedModel(), task, read_source(task.source, {}), Batching(8))
     result = measured.result
     only = result.picture_of_question == 1
     found = measured.measure(np.array([0, 2, 0]))
@@ -240,7 +220,7 @@ def test_pictures_are_resampled_with_all_their_questions(sugarcrepe):
 def test_page(sugarcrepe, tmp_path):
     (task,) = parse_tasks(f"sugarcrepe=sugarcrepe:{sugarcrepe}")
     page = ResultsPage(tmp_path / "page.html")
-    results = [evaluate_task(model, task, page=page) for model in (_Hashed(), _Table({}))]
+    results = [evaluate_task(model, task, page=page) for model in (HashedModel(), _Table({}))]
     page.write({"model": "m", "results": results})
     marks = re.findall(r'question"><div class="(right|wrong)"', page.path.read_text())
     assert len(marks) == 20 and set(marks[10:]) == {"wrong"}  # the second model has ties alone

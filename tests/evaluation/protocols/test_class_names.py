@@ -6,6 +6,7 @@ from diht_jax.evaluation.protocols.class_names import (
     derive_classes,
     name_index,
     raw_label,
+    read_group,
     resolve_label,
 )
 from diht_jax.records.schema import Pair
@@ -101,3 +102,15 @@ def test_another_field_holds_the_label():
         raw_label(pair, "colour")
     with pytest.raises(ValueError, match="'k'.*'label'.*True"):
         raw_label(Pair("k", b"", "", {"label": True}))
+
+
+def test_groups_of_a_picture():
+    pair = Pair("k", b"", "", {"numbers": [2.0, 1.5], "region": "Asia", "year": 2016})
+    assert [read_group(pair, field) for field in ("0", "region", "year")] == [2, "Asia", 2016]
+    for field, message in (
+        ("2", "record 'k' has no group '2'; it has 2 numbers"),
+        ("1", "expected group '1' to be a text or a whole number"),
+        ("country", "no group 'country'; it has .'numbers', 'region', 'year'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_group(pair, field)

@@ -13,7 +13,6 @@ from diht_jax.evaluation.protocols.classification import (
     classification_metrics,
     f1_macro,
     rank_labels,
-    read_group,
     run,
     zero_shot_classifier,
 )
@@ -132,18 +131,6 @@ def test_f1_is_that_of_scikit_learn_over_the_classes_with_images():
             labels[there], predictions[there], average="macro", labels=np.unique(labels[there])
         )
         assert f1_macro(predictions, labels, counts) == pytest.approx(expected)
-
-
-def test_groups_of_a_picture():
-    pair = Pair("k", b"", "", {"numbers": [2.0, 1.5], "region": "Asia", "year": 2016})
-    assert [read_group(pair, field) for field in ("0", "region", "year")] == [2, "Asia", 2016]
-    for field, message in (
-        ("2", "record 'k' has no group '2'; it has 2 numbers"),
-        ("1", "expected group '1' to be a text or a whole number"),
-        ("country", "no group 'country'; it has .'numbers', 'region', 'year'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read_group(pair, field)
 
 
 def test_metrics_equal_sorting_in_float64_across_blocks(monkeypatch):

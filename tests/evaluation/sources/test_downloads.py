@@ -26,7 +26,7 @@ from diht_jax.evaluation.suite import NO_SOURCE, SUITE
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries
 from diht_jax.input.decode import decode_rgb
-from tests.make import encoded, plain, write_tar
+from tests.make import HashedModel, encoded, plain, write_tar
 
 _PAGE = pathlib.Path(__file__).parents[3] / "docs" / "evaluation_sets.md"
 _FETCH = 'for last; do :; done; cp "$DOWNLOADS/${last##*/}" .'
@@ -245,25 +245,6 @@ def _label(task, pair):
     return task.class_names[resolve_label(raw_label(pair), task.class_names, index)]
 
 
-class _Random:
-    """Embeds a text, or a picture, by a random vector that it decides alone."""
-
-    logit_scale = 1.0
-
-    def preprocess(self, image):
-        return np.asarray(image.resize((2, 2)))
-
-    def encode_image(self, images):
-        return np.stack([self._embed(image.tobytes()) for image in images])
-
-    def encode_text(self, texts):
-        return np.stack([self._embed(text.encode()) for text in texts])
-
-    def _embed(self, data):
-        vector = np.random.default_rng(list(data)).normal(size=2).astype(np.float32)
-        return vector / np.linalg.norm(vector)
-
-
 def test_ucf101(run_section):
     tasks, entries = run_section("ucf101")
     (task,) = tasks.values()
@@ -274,7 +255,7 @@ def test_ucf101(run_section):
     for pair in entries["ucf101"]:
         red = np.asarray(decode_rgb(pair.image))[..., 0].mean()
         assert red == pytest.approx(80, abs=4)  # the third of five frames
-    result = evaluate_task(_Random(), task, batch_size=64)
+    result = evaluate_task(HashedModel(), task, batch_size=64)
     assert len(result["protocol"]["templates"]) == 48
     assert result["protocol"]["mean_over_splits"] == [1, 2, 3]
     counts = [result["counts"][f"images_of_split_{split}"] for split in (1, 2, 3)]
@@ -352,5 +333,5 @@ def test_aro_orders(run_section):
     assert second == ["one_cd"] * 5
     (pair,) = entries["aro_flickr30k_order"]
     assert pair.key == "flickr30k-images/1007129816.jpg" and len(pair.metadata["questions"]) == 2
-    result = evaluate_task(_Random(), tasks["aro_coco_order"])
+    result = evaluate_task(HashedModel(), tasks["aro_coco_order"])
     assert result["metrics"]["accuracy"] >= 0.5  # the caption of one word is as it was
