@@ -193,4 +193,5 @@ def evaluate_model(
 
 if __name__ == "__main__":
     define_flags()
+    flags.FLAGS.set_gnu_getopt()  # flags may stand behind the files of --compare
     command_line.run(main, takes_arguments=True)

@@ -64,7 +64,7 @@ def test_compare_needs_no_model(tmp_path):
         [tmp_path / "a.json", tmp_path / "b.json"],
         [f"{tmp_path}/a.json,{tmp_path}/b.json"],
     ):
-        done = _run("--compare", *files)
+        done = _run("--compare", *files, "--output", tmp_path / "chart.png")
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1].split() == [
             "shapes",
@@ -73,3 +73,4 @@ def test_compare_needs_no_model(tmp_path):
             "50.00%",
             "+25.00",
         ]
+        (tmp_path / "chart.png").unlink()
