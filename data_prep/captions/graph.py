@@ -143,22 +143,17 @@ def format_graph(
 
 def format_objects(graph: CaptionGraph) -> str:
     """Renders the objects as "cat[black]:2; bird[small,brown]:3", or "-" when there are none."""
-    return "; ".join(map(_format_object, graph.objects.items())) or "-"
+    texts = []
+    for name, node in graph.objects.items():
+        attributes = f"[{','.join(node.attributes)}]" if node.attributes else ""
+        texts.append(f"{name}{attributes}:{node.complexity}")
+    return "; ".join(texts) or "-"
 
 
 def format_edges(edges: Sequence[Edge]) -> str:
     """Renders edges as "chase(cat,bird); sleep(dog)"; a missing subject is written "_"."""
-    return "; ".join(map(_format_edge, edges)) or "-"
-
-
-def _format_object(item: tuple[str, ObjectNode]) -> str:
-    name, node = item
-    attributes = f"[{','.join(node.attributes)}]" if node.attributes else ""
-    return f"{name}{attributes}:{node.complexity}"
-
-
-def _format_edge(edge: Edge) -> str:
-    ends = [edge.subject or "_"]
-    if edge.object is not None:
-        ends.append(edge.object)
-    return f"{edge.predicate}({','.join(ends)})"
+    texts = []
+    for subject, predicate, target in edges:
+        ends = subject or "_" if target is None else f"{subject or '_'},{target}"
+        texts.append(f"{predicate}({ends})")
+    return "; ".join(texts) or "-"

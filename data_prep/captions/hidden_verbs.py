@@ -14,7 +14,6 @@ NOMINAL = frozenset(("ROOT", "pobj", "dobj", "nsubj", "conj", "attr", "appos"))
 _SINGULAR_DETERMINERS = frozenset(("a", "an", "another", "each", "every", "this"))
 _PLURAL_WORDS = frozenset(("few", "many", "dozen", "hundred", "thousand", "million", "couple"))
 _PHRASE_TAGS = frozenset(("DT", "JJ", "PRP$", "CD", "NN", "VBN", "POS"))
-_SUBJECT_PRONOUNS = frozenset(("he", "i", "she", "they", "we", "you"))
 _AFTER_VERB = frozenset(("IN", "DT", "TO", "RP", "PRP$"))
 
 
@@ -258,7 +257,7 @@ def _find_head_noun(sentence: Sentence, i: int) -> int | None:
 
 def _make_subject(sentence: Sentence, noun: int, verb: int) -> None:
     """Turns the modifier of a verb into its subject; the verb keeps its position or follows it."""
-    _move_modifiers(sentence, verb, noun)
+    move_modifiers(sentence, verb, noun)
     if sentence.dep[verb] in ("ROOT", "ccomp", "advcl", "parataxis", "acl", "xcomp"):
         sentence.attach(noun, verb, "nsubj")
         return
@@ -284,8 +283,8 @@ def _make_clause(sentence: Sentence, actor: int, verb: int, thing: int) -> None:
     if above in (verb, thing):
         at_root = sentence.head[thing] == thing
         sentence.attach(first, first if at_root else sentence.head[thing], sentence.dep[thing])
-        _move_modifiers(sentence, thing, first)
-        _move_modifiers(sentence, verb, first)
+        move_modifiers(sentence, thing, first)
+        move_modifiers(sentence, verb, first)
     sentence.attach(verb, actor, "acl")
     sentence.attach(thing, verb, "dobj")
     if actor < verb - 1:
@@ -299,7 +298,8 @@ def _make_clause(sentence: Sentence, actor: int, verb: int, thing: int) -> None:
                 sentence.attach(i, noun, label)
 
 
-def _move_modifiers(sentence: Sentence, old: int, new: int) -> None:
+def move_modifiers(sentence: Sentence, old: int, new: int) -> None:
+    """Gives the modifiers of a token that stand before another one to that one."""
     for kid in list(sentence.kids[old]):
         if kid < new and sentence.dep[kid] in ("det", "amod", "nummod", "compound", "poss"):
             sentence.attach(kid, new, sentence.dep[kid])

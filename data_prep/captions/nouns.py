@@ -97,8 +97,6 @@ def name_object(sentence: Sentence, i: int) -> str:
     """The name of an object: its compound in lower case with the head as a lemma."""
     if sentence.low[i] in lexicon.PERSON_PRONOUNS:
         return "person"
-    if not sentence.kids[i]:
-        return sentence.lemma[i].rstrip(".")
     parts = sorted(_compound_parts(sentence, i))
     return " ".join((*(sentence.low[part] for part in parts), sentence.lemma[i].rstrip(".")))
 

@@ -12,6 +12,7 @@ from data_prep.captions.hidden_verbs import (
     NOMINAL,
     correct_hidden_verb,
     has_thing,
+    move_modifiers,
 )
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.sentence import (
@@ -22,8 +23,6 @@ from data_prep.captions.sentence import (
     VERB_TAGS,
     Sentence,
 )
-
-_VERB_COMPLEMENTS = ("dobj", "prep", "ccomp", "xcomp", "acomp", "attr", "prt", "aux", "advmod")
 
 _BEARS = frozenset(("black", "brown", "grizzly", "koala", "panda", "polar", "teddy"))
 
@@ -127,9 +126,7 @@ def _make_subject(sentence: Sentence, i: int) -> bool:
     if sentence.has_kid(verb, "nsubj", "nsubjpass"):
         return False
     sentence.dep[i] = "nsubj"
-    for kid in list(sentence.kids[verb]):
-        if kid < i and sentence.dep[kid] in ("det", "amod", "nummod", "poss", "compound"):
-            sentence.attach(kid, i, sentence.dep[kid])
+    move_modifiers(sentence, verb, i)
     return True
 
 

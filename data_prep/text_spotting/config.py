@@ -5,9 +5,8 @@ Decisions are made in `spotter`; records are not written here.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -17,7 +16,7 @@ from data_prep.text_spotting.cache import SpotCache
 from data_prep.text_spotting.networks import PRECISIONS, OcrSettings
 from data_prep.text_spotting.ocr import resolve_for_networks
 from data_prep.text_spotting.settings import Settings
-from data_prep.text_spotting.spotter import TextSpotter, Verdict
+from data_prep.text_spotting.spotter import TextSpotter
 from diht_jax.storage.files import refuse_url
 
 # What is decided about a picture that EasyOCR has read, and how it is read: raised whenever a
@@ -131,18 +130,6 @@ def warn_of_machines(machines: Mapping[str, int]) -> str | None:
         f"text was read with different rounding, {counts}: another run, on other machines, may "
         "decide differently about a few pairs; name config.spotter.precision and device to avoid it"
     )
-
-
-def count_verdicts(verdicts: Sequence[Verdict]) -> collections.Counter[str]:
-    """What the stage did: "no_run", "gated", "read", and of the gated "audited" and "missed"."""
-    counts: collections.Counter[str] = collections.Counter()
-    for verdict in verdicts:
-        if verdict.error is not None:
-            continue  # counted as an unreadable image
-        counts[verdict.looked] += 1
-        counts["audited"] += verdict.audited
-        counts["missed"] += verdict.missed
-    return +counts
 
 
 def describe_counts(counts: Mapping[str, Any]) -> str:

@@ -24,15 +24,8 @@ from absl import app, flags
 from diht_jax import command_line
 from tests.docs.pages import PAGES, page_name
 
-# What begins a line of a shell; a block with such a line is one of commands as a whole.
-PROGRAMS = (
-    *("python", "python3", "pip", "bash", "source", "git", "ruff", "mkdir", "tar", "gcloud"),
-    *("srun", "make", "docker", "kubectl", "curl", "wget", "conda", "uv", "apt", "cd", "export"),
-    *("cp", "mv", "rm", "ln", "ssh", "sbatch", "mpirun", "for", "until", "PYTHONPATH="),
-)
-_BEGINS = re.compile(rf"(?:{'|'.join(map(re.escape, PROGRAMS))})(?:$|(?<==)|\s)")
+_MODULE = r"\bpython3? -m ([\w.]+)"
 _CLUSTER = re.compile(r"(?m)^\s*(?:gcloud |srun |#SBATCH|docker |scontrol |apiVersion:)")
-OWN = ("diht_jax", "data_prep", "benchmarks", "tests")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +45,14 @@ class Command:
     is_for_cluster: bool = False
 
     @property
-    def module(self) -> str | None:
-        """Such as "diht_jax.train"; None of another program."""
-        found = re.search(r"\bpython3? -m ([\w.]+)", self.text)
-        return found[1] if found else None
+    def module(self) -> str:
+        """Such as "diht_jax.train"."""
+        return re.search(_MODULE, self.text)[1]
 
     @property
     def arguments(self) -> list[str]:
         """What stands behind the module."""
-        behind = re.split(r"\bpython3? -m [\w.]+", self.text, maxsplit=1)[1]
+        behind = self.text[re.search(_MODULE, self.text).end() :]
         return shlex.split(re.split(r"\s(?:;|&&|\||\\$)|;\s", behind.strip())[0])
 
 
@@ -70,7 +62,7 @@ def find_commands() -> list[Command]:
 
 
 def commands_of(path: pathlib.Path) -> list[Command]:
-    """The commands of a page: of blocks, and `python -m ...` in backticks."""
+    """The commands `python -m ...` of a page, in blocks and in backticks."""
     text = path.read_text("utf-8")
     if path.name == "CONTRIBUTING.md":
         text = text.partition("\n## Add a ")[0]
@@ -90,15 +82,11 @@ def _joined_yaml(match: re.Match) -> str:
 
 
 def _commands_of_block(block: str, path: pathlib.Path) -> Iterator[Command]:
-    lines = re.sub(r"\\\n\s*", "", block.replace("\\\n", " \\\n")).splitlines()
-    lines = [re.sub(r"\s#(?:\s.*|$)|^\s*#.*", "", line).strip() for line in lines]
-    if "apiVersion:" in block:  # a manifest, of which one line is a command
-        lines = [line for line in lines if " -m " in line]
-    elif not any(_BEGINS.match(line) or " -m " in line for line in lines):
-        return
     is_for_cluster = _CLUSTER.search(block) is not None
-    for line in filter(None, lines):
-        yield Command(page_name(path), line, is_for_cluster=is_for_cluster)
+    for line in re.sub(r"\\\n\s*", "", block.replace("\\\n", " \\\n")).splitlines():
+        line = re.sub(r"\s#(?:\s.*|$)|^\s*#.*", "", line).strip()
+        if re.search(_MODULE, line):
+            yield Command(page_name(path), line, is_for_cluster=is_for_cluster)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,4 @@
-"""The commands of the pages: each is run, or at least parsed by its own parser.
-
-A command belongs to exactly one class:
-
-    run             done here, on small data (`RUN` says what is made smaller)
-    parsed          flags, config keys, values and tasks; takes minutes, or data that is not here
-    needs hardware  scripts for clusters; what they start of ours is parsed as well
-    other programs  pip, tar and the like
-"""
+"""The commands of the pages: all of ours are parsed by their own parsers, and some run."""
 
 import json
 import os
@@ -27,7 +19,7 @@ from diht_jax.fewshot import task_text
 from diht_jax.training.recipe import all_keys
 from tests import make
 from tests.compiling import xla_flags
-from tests.docs.commands import OWN, Command, find_commands, parse_command
+from tests.docs.commands import Command, find_commands, parse_command
 from tests.docs.pages import REPOSITORY
 
 # In their order: page, how the command begins, and what is put behind it or replaced in it.
@@ -66,15 +58,6 @@ SMALLER = {
 REPLACED = (("/data/kept_a,/data/kept_b", "runs/kept,runs/records"), ("/data/both", "runs/both"))
 # Most of the time is XLA's; nothing is measured here.
 CHEAP = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-OTHER = re.compile(
-    r"(?:python3 -m )?pip install |python3 -m uv |python3\.\d+ -m venv |source \.venv/"
-    r"|git clone |ruff |tar |mkdir -p runs/\w+ && tar "
-    r"|wget |aws s3 |gdown |unzip |unrar |hf download |cd birdsnap |python middle_frames\.py "
-    r"|python order_captions\.py |python -m (?:spacy download|nltk\.downloader) "
-    r"|python download_evalsets\.py "
-    r"|PYTHONPATH=\S+ python -m clip_benchmark\.cli "
-)
-SCRIPT = re.compile(r"bash (run_\w+\.sh)")
 COMMANDS = find_commands()
 # Of a command within a sentence, which may lack them.
 RECIPES = {
@@ -94,34 +77,9 @@ def is_of(command, page, beginning):
     return command.page == page and " ".join(command.text.split()).startswith(beginning)
 
 
-def classes_of(command):
-    """Names of the classes that a command belongs to."""
-    found = []
-    if any(is_of(command, page, beginning) for page, beginning, _ in RUN):
-        found.append("run")
-    if command.is_for_cluster:
-        found.append("needs hardware")
-    if OTHER.match(command.text) and not command.is_for_cluster:
-        found.append("other programs")
-    is_own = (command.module or "").partition(".")[0] in (*OWN, "pytest")
-    if not found and (is_own or SCRIPT.match(command.text)):
-        found.append("parsed")
-    return found
-
-
-def test_every_command_belongs_to_one_class():
-    for command in COMMANDS:
-        assert len(classes_of(command)) == 1, f"{command}: {classes_of(command) or 'no class'}"
-    for page, beginning, _ in RUN:
-        matches = [command for command in COMMANDS if is_of(command, page, beginning)]
-        assert len(matches) == 1, (page, beginning)
-    counts = [len([c for c in COMMANDS if classes_of(c) == [name]]) for name in ("run", "parsed")]
-    assert counts[0] == len(RUN) and counts[1] > 40
-
-
 def own_commands():
     """Different command lines of our modules, whichever page they are on."""
-    found = {(c.module, *c.arguments): c for c in COMMANDS if c.module and has_parser(c.module)}
+    found = {(c.module, *c.arguments): c for c in COMMANDS if has_parser(c.module)}
     return list(found.values())
 
 
