@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -24,7 +23,6 @@ from diht_jax.weights.source import (
     HUGGINGFACE_CONFIG,
     HUGGINGFACE_PREPROCESSOR,
     OPEN_CLIP_CONFIG,
-    OWN_CONFIG,
 )
 from diht_jax.weights.tensor_files import write_safetensors, write_torch
 
@@ -78,21 +76,14 @@ def write_model(
     write_bytes(output / CARD_FILE, card.encode())
     if format == "huggingface":
         _write_huggingface(output, tensors, arch, preprocessing, dtype)
-    elif format == "open_clip":
+    else:
         config = open_clip_config.make_config(arch, preprocessing)
         _write_json(output / OPEN_CLIP_CONFIG, {**config, "tokenizer": _tokenizer_settings(arch)})
-        write_safetensors(output / "open_clip_model.safetensors", tensors)
-    else:
-        config = {
-            "architecture": dataclasses.asdict(arch),
-            "preprocessing": open_clip_config.make_config(arch, preprocessing)["preprocess_cfg"],
-            "tokenizer": _tokenizer_settings(arch),
-        }
-        _write_json(output / OWN_CONFIG, config)
         if format == "clip":
             write_torch(output / "model.pt", tensors)
         else:
-            write_safetensors(output / "model.safetensors", tensors)
+            prefix = "open_clip_" if format == "open_clip" else ""
+            write_safetensors(output / f"{prefix}model.safetensors", tensors)
 
 
 def check_target(output: pathlib.Path, format: str, dtype: str) -> None:

@@ -58,28 +58,22 @@ class LoadedModel:
         std: Sequence[float] = transforms.CLIP_STD,
         decoder: dict[str, Any] | None = None,
     ):
-        """Wraps parameters that are on `mesh`.
+        """Wraps parameters of `models.parameters` that are on `mesh`.
 
         Args:
-            definition, params: of `models.parameters`.
+            definition, params: the model.
             mesh: axes `data` and `fsdp`.
-            config: kept for the reader.
-            image_size: in pixels.
-            context_length: in tokens.
+            config, image_size, context_length, step: see the class.
             batch_size: most examples embedded at once, over all devices.
-            step: optimiser step of the parameters, where known.
             mean, std: of the pictures, per channel, for values in [0, 1].
             decoder: parameters of the caption decoder, of a model that was trained with one.
         """
-        self.config = config
-        self.image_size = image_size
-        self.context_length = context_length
-        self.step = step
+        self.config, self.step = config, step
+        self.image_size, self.context_length = image_size, context_length
         self._params, self._decoder = params, decoder
         self._batch_sharding = sharding.batch_sharding(mesh)
-        num_devices = mesh.size
-        self._batch_size = math.ceil(batch_size / num_devices) * num_devices
-        self._num_devices = num_devices
+        self._num_devices = mesh.size
+        self._batch_size = math.ceil(batch_size / mesh.size) * mesh.size
         dtype = jnp.dtype(config.model.dtype)
         whole = sharding.replicated(mesh)
 
@@ -300,20 +294,26 @@ class LoadedModel:
         if isinstance(images, Image.Image | str | os.PathLike):
             images = [images]
         if isinstance(images, np.ndarray | jax.Array):
-            return self._pixels_of_array(np.asarray(images), "images")
+            images = _check_array(np.asarray(images), "images")
+            images = images[None] if images.ndim == 3 else images
+            if images.shape[1:3] == (self.image_size, self.image_size):
+                return images
         if not isinstance(images, Iterable) or isinstance(images, bytes | dict):
             raise ValueError(f"images: {_EXPECTED_PICTURES}, got {type(images).__name__}")
         rows = [self._pixels_of(image, f"images[{i}]") for i, image in enumerate(images)]
-        return np.concatenate([self._no_images(), *rows])
+        shape = (len(rows), self.image_size, self.image_size, 3)
+        return np.reshape(np.asarray(rows, np.uint8), shape)
 
     def _pixels_of(self, image: Picture, name: str) -> np.ndarray:
-        """uint8 [1, size, size, 3] of one picture among several."""
+        """uint8 [size, size, 3] of one picture among several."""
         if isinstance(image, np.ndarray | jax.Array):
-            array = np.asarray(image)
-            if array.ndim == 4:
-                raise ValueError(f"{name}: expected one picture, got {list(array.shape)}")
-            return self._pixels_of_array(array, name)
-        if isinstance(image, str | os.PathLike):
+            image = _check_array(np.asarray(image), name)
+            if image.ndim == 4:
+                raise ValueError(f"{name}: expected one picture, got {list(image.shape)}")
+            if image.shape[:2] == (self.image_size, self.image_size):
+                return image
+            image = Image.fromarray(image)
+        elif isinstance(image, str | os.PathLike):
             try:
                 image = decode_rgb(pathlib.Path(image).read_bytes())
             except (OSError, ValueError) as error:
@@ -322,24 +322,7 @@ class LoadedModel:
                 ) from error
         if not isinstance(image, Image.Image):
             raise ValueError(f"{name}: {_EXPECTED_PICTURES}, got {type(image).__name__}")
-        return self.preprocess(image)[None]
-
-    def _pixels_of_array(self, array: np.ndarray, name: str) -> np.ndarray:
-        """uint8 [b, size, size, 3] of [b, h, w, 3], or of one picture [h, w, 3]."""
-        is_picture = array.ndim in (3, 4) and array.shape[-1] == 3 and 0 not in array.shape[-3:]
-        if array.dtype != np.uint8 or not is_picture:
-            raise ValueError(
-                f"{name}: expected uint8 [h, w, 3] or [b, h, w, 3] with values from 0 to 255, got "
-                f"{array.dtype} {list(array.shape)}"
-            )
-        array = array[None] if array.ndim == 3 else array
-        if array.shape[1:3] == (self.image_size, self.image_size):
-            return array
-        rows = [self.preprocess(Image.fromarray(image))[None] for image in array]
-        return np.concatenate([self._no_images(), *rows])
-
-    def _no_images(self) -> np.ndarray:
-        return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        return self.preprocess(image)
 
     def _embed(self, encode: Callable[..., jax.Array], inputs: np.ndarray) -> np.ndarray:
         outputs = [np.zeros((0, self.embed_dim), np.float32)]
@@ -364,3 +347,14 @@ class LoadedModel:
         while padded < size:
             padded *= 2
         return min(padded, self._batch_size)
+
+
+def _check_array(array: np.ndarray, name: str) -> np.ndarray:
+    """Returns pictures [b, h, w, 3], or one [h, w, 3], as they are; anything else is an error."""
+    is_picture = array.ndim in (3, 4) and array.shape[-1] == 3 and 0 not in array.shape[-3:]
+    if array.dtype != np.uint8 or not is_picture:
+        raise ValueError(
+            f"{name}: expected uint8 [h, w, 3] or [b, h, w, 3] with values from 0 to 255, got "
+            f"{array.dtype} {list(array.shape)}"
+        )
+    return array

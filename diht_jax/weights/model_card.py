@@ -20,7 +20,7 @@ from diht_jax.pages.render import render
 from diht_jax.records.labels.shards import find_inputs
 from diht_jax.records.train_data import TrainSource, parse_train
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
-from diht_jax.storage.files import read_bytes
+from diht_jax.storage.files import read_object
 
 # Sections of the training config that make the recipe, in the order of the card.
 _RECIPE = ("loss", "optimizer", "data", "ema", "mesh")
@@ -62,7 +62,7 @@ def model_card(
     params: Mapping[str, Any],
     origin: Origin,
     config: Mapping[str, Any] | None,
-    data: Sequence[SourceFacts] = (),
+    data: Sequence[Mapping[str, Any]] = (),
     concepts: Vocabulary | None = None,
     results: Sequence[tuple[str, Mapping[str, Any]]],
     heads: Sequence[str] = (),
@@ -105,53 +105,33 @@ def model_card(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceFacts:
-    """Facts about one source of the training data.
-
-    Attributes:
-        name: its key in `config.data.train`; "" of the only one.
-        path: as the config names it.
-        labelled: statistics of `data_prep.label`, where its records were labelled.
-        filtered: statistics of `data_prep.filter`, of the records or of what was labelled.
-    """
-
-    name: str
-    path: str
-    labelled: Mapping[str, Any] | None
-    filtered: Mapping[str, Any] | None
-
-    @property
-    def numbers_of_pairs(self) -> list[tuple[str, int | None]]:
-        """Pairs read, kept and dropped by the filter; empty without its statistics."""
-        if self.filtered is None:
-            return []
-        counts = self.filtered["counts"]
-        rows = [("pairs read", counts.get("read")), ("pairs kept", counts["kept"])]
-        for stage, reasons in counts.get("dropped", {}).items():
-            rows += [(f"dropped, {stage}: {reason}", n) for reason, n in reasons.items()]
-        return rows
-
-
-def read_data_facts(train: Any, labels: str | None) -> list[SourceFacts]:
+def read_data_facts(train: Any, labels: str | None) -> list[dict[str, Any]]:
     """Reads the statistics next to the training data, where the config leads to them.
 
     A folder of labels or of labelled records leads on to the records that were labelled.
 
     Args:
         train, labels: `config.data.train` and `config.data.labels`.
+
+    Returns:
+        Of each source its `name` ("" of the only one) and `path`, as the config has them; where its
+        records were `labelled`, the statistics of `data_prep.label`; and `numbers_of_pairs`, read,
+        kept and dropped by the filter, empty without its statistics.
     """
     facts = []
     for source in parse_train(train, labels) if train else []:
         statistics = [_read_statistics(folder) for folder in _folders_of(source)]
-        found = [stats for stats in statistics if stats is not None]
+        filtered = next((s["counts"] for s in statistics if "kept" in s.get("counts", {})), {})
+        numbers = [(f"pairs {name}", filtered.get(name)) for name in ("read", "kept") if filtered]
+        for stage, reasons in filtered.get("dropped", {}).items():
+            numbers += [(f"dropped, {stage}: {reason}", n) for reason, n in reasons.items()]
         facts.append(
-            SourceFacts(
-                source.name,
-                str(source.path),
-                next((stats for stats in found if "teacher" in stats), None),
-                next((stats for stats in found if "kept" in stats.get("counts", {})), None),
-            )
+            {
+                "name": source.name,
+                "path": str(source.path),
+                "labelled": next((stats for stats in statistics if "teacher" in stats), None),
+                "numbers_of_pairs": numbers,
+            }
         )
     return facts
 
@@ -169,32 +149,29 @@ def _folders_of(source: TrainSource) -> list[str]:
     if not isinstance(source.path, str):
         return []
     folders = [source.labels, source.path] if source.labels else [source.path]
-    inputs = []
+    inputs: list[str] = []
     for folder in folders:
         try:
-            labelled_inputs = find_inputs(folder)
+            labelled = find_inputs(folder)
         except (OSError, ValueError):
-            labelled_inputs = None
-        if labelled_inputs is not None:
-            inputs += labelled_inputs
-        else:
-            labelled = (_read_statistics(folder) or {}).get("config", {}).get("input")
-            inputs += [labelled] if isinstance(labelled, str) else []
+            labelled = None
+        if labelled is None:
+            path = _read_statistics(folder).get("config", {}).get("input")
+            labelled = [path] if isinstance(path, str) else []
+        inputs += labelled
     return [*folders, *inputs]
 
 
-def _read_statistics(folder: str) -> dict[str, Any] | None:
+def _read_statistics(folder: str) -> dict[str, Any]:
     try:
-        found = json.loads(read_bytes(os.path.join(folder, "stats.json")))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        return read_object(os.path.join(folder, "stats.json")) or {}
+    except OSError:
+        return {}
 
 
 def read_run_results(workdir: pathlib.Path, step: int) -> list[tuple[str, dict[str, float]]]:
     """The last evaluation in a run's `metrics.jsonl` at or before `step`, as (source, metrics)."""
-    path = workdir / "metrics.jsonl"
-    last: tuple[str, dict[str, float]] | None = None
+    path, last = workdir / "metrics.jsonl", []
     if not path.is_file():
         return []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -205,8 +182,8 @@ def read_run_results(workdir: pathlib.Path, step: int) -> list[tuple[str, dict[s
             if name.startswith("evaluation/")
         }
         if measured and row["step"] <= step:
-            last = (f"in training, at step {row['step']}", measured)
-    return [last] if last else []
+            last = [(f"in training, at step {row['step']}", measured)]
+    return last
 
 
 def _recipe_rows(origin: Origin, config: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD
 from diht_jax.models.zoo import Architecture
 
@@ -84,30 +83,6 @@ class ConfigSection:
     def _error(self, name: str, value: Any, expected: str) -> ValueError:
         where = f"{self._name}.{name}" if self._name else name
         return ValueError(f"{self._path}: {where} is {value!r:.80}; expected {expected}")
-
-
-def architecture_from_own(config: Any, path: str) -> Architecture:
-    """The architecture in a config that `diht_jax.export` wrote.
-
-    Raises:
-        ValueError: fields are missing, unknown or of another type.
-    """
-    section = ConfigSection(config, "architecture", path)
-    fields = {field.name: field for field in dataclasses.fields(Architecture)}
-    unknown = sorted(section.values.keys() - fields.keys())
-    if unknown:
-        raise ValueError(f"{path}: an architecture has no field {', '.join(unknown)!s:.200}")
-    section.require(*(n for n, field in fields.items() if field.default is dataclasses.MISSING))
-    values = {}
-    for name, value in section.values.items():
-        kind = ARCHITECTURE_FIELDS[name]
-        if value is None and fields[name].default is None:
-            values[name] = None
-        elif kind is int:
-            values[name] = section.integer(name, least=0 if name == "end_of_text_id" else 1)
-        else:
-            values[name] = section.number(name) if kind is float else str(value)[:80]
-    return make_architecture(path, **values)
 
 
 def make_architecture(path: str, **fields: Any) -> Architecture:

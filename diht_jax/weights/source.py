@@ -2,9 +2,8 @@
 
 The files at a path decide how it is read:
 
-    open_clip_config.json            open_clip, as its hub and our export have it
+    open_clip_config.json            CLIP's layout, as open_clip's hub and our export have it
     config.json, "model_type": clip  transformers' CLIPModel
-    diht_jax_config.json             our export, in CLIP's layout
     one weight file                  CLIP's layout (OpenAI, open_clip, DiHT)
 
 For a weight file by itself, a config next to it counts in the same way.
@@ -32,13 +31,12 @@ from diht_jax.models.zoo import Architecture
 from diht_jax.weights import clip_layout, huggingface, open_clip_config
 from diht_jax.weights.layout import from_layout
 from diht_jax.weights.releases import hash_file
-from diht_jax.weights.settings import Preprocessing, architecture_from_own
+from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_tensors
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HUGGINGFACE_CONFIG = "config.json"
 HUGGINGFACE_PREPROCESSOR = "preprocessor_config.json"
-OWN_CONFIG = "diht_jax_config.json"
 
 # Where a directory holds several weight files, the first of these is taken.
 _PREFERRED = (
@@ -200,12 +198,6 @@ def _read_settings(
             found = _read_json(preprocessor)
             preprocessing = huggingface.read_preprocessing(found, str(preprocessor))
         return arch, preprocessing
-    path = folder / OWN_CONFIG
-    if path.is_file():
-        content = _read_json(path)
-        arch = architecture_from_own(content.get("architecture"), str(path))
-        preprocessing = content.get("preprocessing", {})
-        return arch, open_clip_config.read_preprocessing(preprocessing, str(path))
     path = folder / OPEN_CLIP_CONFIG
     if path.is_file():
         content = _read_json(path)

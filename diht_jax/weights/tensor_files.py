@@ -21,7 +21,6 @@ import safetensors.numpy
 
 from diht_jax.storage.files import local_output
 from diht_jax.weights.torchscript import (
-    check_sizes,
     is_torchscript,
     read_torchscript,
 )
@@ -131,7 +130,6 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             f"{path}: not a whole torch file ({_first_line(error)}); download or write it again"
         ) from error
     state = _find_state_dict(torch, path, loaded)
-    check_sizes(path, sum(value.numel() * value.element_size() for value in state.values()))
     return {str(name): _to_numpy(torch, path, str(name), value) for name, value in state.items()}
 
 

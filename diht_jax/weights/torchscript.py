@@ -32,30 +32,20 @@ _DTYPES = {
     "BoolStorage": np.bool_,
 }
 
-# Names and sizes of a model's parameters, or its code.
-_LARGEST_TEXT_BYTES = 2**26
-# Parameters that share a storage are each a copy in NumPy. A few may be tied; were all of a file to
-# share one, some bytes of it would fill any memory.
-_MAX_COPIES = 4
-_FREE_BYTES = 2**26
 _MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 def is_torchscript(path: pathlib.Path) -> bool:
     """Tells a TorchScript archive from a plain torch file.
 
-    Looks at the checksums of a zip archive, which torch does not, and at what it unpacks to.
-
-    Raises:
-        ValueError: damaged, or members that unpack to far more than they take.
+    Looks at the checksums of a zip archive, which torch does not; raises ValueError for damage.
     """
     if not zipfile.is_zipfile(path):
         return False
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                is_large = "/data/" in info.filename or info.file_size > _LARGEST_TEXT_BYTES
-                if is_large and info.compress_type != zipfile.ZIP_STORED:
+                if "/data/" in info.filename and info.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(f"'{info.filename[:200]}' is compressed, which torch does not")
             damaged = archive.testzip()
             if damaged is not None:
@@ -81,25 +71,11 @@ def read_torchscript(path: pathlib.Path) -> dict[str, np.ndarray]:
             root = pickles[0].removesuffix("data.pkl")
             data = archive.read(pickles[0])
             _check_memo(data)
-            return _collect("", _TensorUnpickler(io.BytesIO(data), archive, root, path).load())
+            return _collect("", _TensorUnpickler(io.BytesIO(data), archive, root).load())
     except Exception as error:  # of a damaged or hostile pickle, nearly any type
         raise ValueError(
             f"{path}: the TorchScript archive cannot be read: {error!s:.300}"
         ) from error
-
-
-def check_sizes(path: pathlib.Path, total_bytes: int) -> None:
-    """Checks that tensors take about as much memory as their file has bytes.
-
-    Raises:
-        ValueError: they share storages, and would take a multiple of these as copies.
-    """
-    limit = _MAX_COPIES * path.stat().st_size + _FREE_BYTES
-    if total_bytes > limit:
-        raise ValueError(
-            f"{path}: tensors that share their storage would take over {limit >> 20} MiB, while "
-            f"the file has {path.stat().st_size >> 10} KiB; save them without views of each other"
-        )
 
 
 class _Module:
@@ -116,12 +92,9 @@ class _StorageType(NamedTuple):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str, path: pathlib.Path):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str):
         super().__init__(file, encoding="utf-8")
-        self._archive = archive
-        self._root = root
-        self._path = path
-        self._total_bytes = 0
+        self._archive, self._root = archive, root
         self._storages: dict[str, np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -130,7 +103,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _StorageType(_DTYPES[name])
         known = {
-            ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): _view_of_storage,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
             ("collections", "OrderedDict"): collections.OrderedDict,
         }
@@ -152,14 +125,6 @@ class _TensorUnpickler(pickle.Unpickler):
             self._storages[key] = np.frombuffer(data, storage_type.dtype)
         return self._storages[key]
 
-    def _rebuild_tensor(
-        self, storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any
-    ) -> np.ndarray:
-        view = _view_of_storage(storage, offset, shape, strides)
-        self._total_bytes += view.nbytes
-        check_sizes(self._path, self._total_bytes)
-        return np.array(view)
-
 
 def _check_memo(data: bytes) -> None:
     """Rejects positions in the memo that no pickle of this size needs.
@@ -172,7 +137,9 @@ def _check_memo(data: bytes) -> None:
             raise pickle.UnpicklingError(f"its pickle has {argument} objects in {len(data)} bytes")
 
 
-def _view_of_storage(storage: np.ndarray, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
+def _view_of_storage(
+    storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any
+) -> np.ndarray:
     """A strided view, which must be inside of its storage."""
     if any(size < 0 for size in shape) or any(stride < 0 for stride in strides) or offset < 0:
         raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset}")
