@@ -43,13 +43,13 @@ def define_flags() -> None:
 
 
 def start_from_flags() -> None:
-    """`start`, with the values of the flags."""
+    """Joins the other processes of the job, if there are any, as the flags or the cluster say."""
     values = flags.FLAGS
     start(
         values.coordinator_address,
         values.num_processes,
         values.process_id,
-        heartbeat_timeout_secs=values.heartbeat_timeout_secs,
+        values.heartbeat_timeout_secs,
     )
 
 
@@ -57,19 +57,12 @@ def start(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    *,
     heartbeat_timeout_secs: int = HEARTBEAT_TIMEOUT_SECS,
 ) -> None:
-    """Joins the other processes of the job, if there are any.
-
-    Args:
-        coordinator_address: HOST:PORT of the first process; None asks the cluster.
-        num_processes: of the job; with an address.
-        process_id: of this process, from 0; with an address.
-        heartbeat_timeout_secs: a process that has not been heard of for so long ends the job.
+    """Joins the other processes of the job, if there are any; see the flags.
 
     Raises:
-        ValueError: some of the three and not all, or numbers that do not fit.
+        ValueError: some of the first three and not all, or numbers that do not fit.
     """
     given = {
         "--coordinator_address": coordinator_address,

@@ -86,10 +86,6 @@ class FewShotOptions:
                 f"validation_fraction: expected a number between 0 and 1, got "
                 f"{self.validation_fraction}"
             )
-        for name in ("radii", "bias_radii", "weight_decays"):
-            grid = getattr(self, name)
-            if not grid or min(grid) < 0:
-                raise ValueError(f"{name}: expected numbers from 0, got {grid}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,10 +259,9 @@ def _interpolate(
 def split_by_class(
     examples: LabelledEmbeddings, options: FewShotOptions
 ) -> tuple[LabelledEmbeddings, LabelledEmbeddings]:
-    """Divides examples into what shots are drawn from and the validation split, class by class.
+    """Divides examples into what shots are drawn from and the validation split.
 
-    Returns:
-        Two parts without common examples; every class that occurs has at least one in both.
+    Every class that occurs has at least one example in both.
 
     Raises:
         ValueError: a class with a single example.

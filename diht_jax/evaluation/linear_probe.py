@@ -118,53 +118,39 @@ def fit_probes(
             f"{sizes}, {len(validation)} validation examples, {len(settings)} settings"
         )
     mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-    whole = sharding.replicated(mesh)
     num_classes = start.shape[1]
     train, block = _stack_blocks(draws, num_classes)
     held_out, held_out_block = _stack_blocks([validation], num_classes)
-    put = functools.partial(jax.device_put, device=whole)
-    train, held_out, start = put(train), put(held_out), put(np.asarray(start, np.float32))
+    fixed = jax.device_put(
+        (train, held_out, np.asarray(start, np.float32)), sharding.replicated(mesh)
+    )
     per_setting = len(draws) * num_classes * max(block, held_out_block)
     chunk = mesh.size * max(1, min(_LOGITS_AT_ONCE // per_setting, -(-len(settings) // mesh.size)))
-    best_accuracy = np.full(len(draws), -1.0)
-    best: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(draws)
     accuracy = []
+    best: list[tuple[float, np.ndarray, np.ndarray]] = [(-1.0, None, None)] * len(draws)
     table = np.array([dataclasses.astuple(setting) for setting in settings], np.float32)
     for first in range(0, len(table), chunk):
         part = table[first : first + chunk]
         # Filled up to one shape, with copies of the last; they are cut off again.
-        padded = np.concatenate([part, np.repeat(part[-1:], chunk - len(part), axis=0)])
-        hits, weights, bias = _fit_chunk(
-            train,
-            held_out,
-            start,
-            jax.device_put(padded, sharding.batch_sharding(mesh)),
-            num_steps=num_steps,
-        )
-        part_accuracy = np.asarray(hits, np.float64)[: len(part)].T / len(validation)
-        accuracy.append(part_accuracy)
-        for draw, values in enumerate(part_accuracy):
-            setting = int(values.argmax())
-            if values[setting] > best_accuracy[draw]:
-                best_accuracy[draw] = values[setting]
-                best[draw] = (np.asarray(weights[setting, draw]), np.asarray(bias[setting, draw]))
+        padded = np.pad(part, ((0, chunk - len(part)), (0, 0)), "edge")
+        padded = jax.device_put(padded, sharding.batch_sharding(mesh))
+        hits, weights, bias = _fit_chunk(*fixed, padded, num_steps=num_steps)
+        accuracy.append(np.asarray(hits, np.float64)[: len(part)].T / len(validation))
+        for draw, values in enumerate(accuracy[-1]):
+            i = int(values.argmax())
+            if values[i] > best[draw][0]:
+                best[draw] = values[i], np.asarray(weights[i, draw]), np.asarray(bias[i, draw])
     accuracies = np.concatenate(accuracy, axis=1)
     return FittedProbes(
         accuracy=accuracies,
         chosen=accuracies.argmax(axis=1),
-        weights=np.stack([weights for weights, _ in best]),
-        bias=np.stack([bias for _, bias in best]),
+        weights=np.stack([weights for _, weights, _ in best]),
+        bias=np.stack([bias for _, _, bias in best]),
     )
 
 
 def probe_accuracy(examples: LabelledEmbeddings, weights: np.ndarray, bias: np.ndarray) -> float:
-    """Share of the examples whose class has the largest logit; the first among equals.
-
-    Args:
-        examples: n of them.
-        weights: float [d, C].
-        bias: float [C].
-    """
+    """Share of the examples whose class has the largest of the logits with [d, C] and [C]."""
     blocks, _ = _stack_blocks([examples], weights.shape[1])
     image_emb, labels, mask = (x[0] for x in blocks)
     return int(_count_hits(image_emb, labels, mask, weights, bias)) / len(examples)

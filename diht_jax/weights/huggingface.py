@@ -24,29 +24,6 @@ from diht_jax.weights.settings import (
 # Index vectors that versions before 4.31 saved.
 BUFFERS = frozenset(("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
 
-# Hugging Face writes only what differs from these defaults of its CLIPConfig.
-_TEXT_DEFAULTS = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
-}
-_VISION_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
 # Of configs older than transformers' fix of the text pooling: the largest id is meant.
 _LEGACY_EOS = 2
 _BICUBIC_IN_PIL = 3
@@ -105,37 +82,42 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
             f"{path}: expected model_type 'clip' (transformers' CLIPModel), got "
             f"{config.get('model_type')!r}"
         )
-    text = _tower(config, "text_config", _TEXT_DEFAULTS, path)
-    vision = _tower(config, "vision_config", _VISION_DEFAULTS, path)
-    acts = {str(tower.values["hidden_act"]) for tower in (text, vision)}
+    # Hugging Face writes only what differs from the defaults of its CLIPConfig, which stand here.
+    text, vision = (_tower(config, name, path) for name in ("text_config", "vision_config"))
+    towers = (text, vision)
+    acts = {str(tower.values.get("hidden_act", "quick_gelu")) for tower in towers}
     act = only_value(acts, "activations", path)
     if act not in ("gelu", "quick_gelu"):
         raise ValueError(f"{path}: hidden_act '{act:.80}'; our model has gelu and quick_gelu")
-    if vision.integer("num_channels") != 3:
+    if vision.integer("num_channels", 3) != 3:
         raise ValueError(f"{path}: {vision.values['num_channels']} image channels; ours takes 3")
-    end_of_text = text.integer("eos_token_id", least=0)
+    vocab_size = text.integer("vocab_size", 49408)
+    end_of_text = text.integer("eos_token_id", 49407, least=0)
     # At the largest id there is, the first position of the id and the largest id are one.
-    is_largest = end_of_text in (_LEGACY_EOS, text.integer("vocab_size") - 1)
-    vision_width, text_width = vision.integer("hidden_size"), text.integer("hidden_size")
+    is_largest = end_of_text in (_LEGACY_EOS, vocab_size - 1)
+    vision_width, text_width = vision.integer("hidden_size", 768), text.integer("hidden_size", 512)
+    vision_mlp, text_mlp = (
+        tower.integer("intermediate_size", default)
+        for tower, default in ((vision, 3072), (text, 2048))
+    )
+    epsilons = {tower.number("layer_norm_eps", 1e-5) for tower in towers}
     return make_architecture(
         path,
-        image_size=vision.side("image_size"),
-        patch_size=vision.side("patch_size"),
-        vision_layers=vision.integer("num_hidden_layers"),
+        image_size=vision.side("image_size", 224),
+        patch_size=vision.side("patch_size", 32),
+        vision_layers=vision.integer("num_hidden_layers", 12),
         vision_width=vision_width,
-        vision_heads=vision.integer("num_attention_heads"),
-        text_layers=text.integer("num_hidden_layers"),
+        vision_heads=vision.integer("num_attention_heads", 12),
+        text_layers=text.integer("num_hidden_layers", 12),
         text_width=text_width,
-        text_heads=text.integer("num_attention_heads"),
+        text_heads=text.integer("num_attention_heads", 8),
         embed_dim=ConfigSection(config, "", path).integer("projection_dim", 512),
-        context_length=text.integer("max_position_embeddings"),
-        vocab_size=text.integer("vocab_size"),
+        context_length=text.integer("max_position_embeddings", 77),
+        vocab_size=vocab_size,
         activation=act,
-        layer_norm_epsilon=only_value(
-            {tower.number("layer_norm_eps") for tower in (text, vision)}, "LayerNorm epsilons", path
-        ),
-        vision_mlp_width=mlp_width_unless_usual(vision.integer("intermediate_size"), vision_width),
-        text_mlp_width=mlp_width_unless_usual(text.integer("intermediate_size"), text_width),
+        layer_norm_epsilon=only_value(epsilons, "LayerNorm epsilons", path),
+        vision_mlp_width=mlp_width_unless_usual(vision_mlp, vision_width),
+        text_mlp_width=mlp_width_unless_usual(text_mlp, text_width),
         end_of_text_id=None if is_largest else end_of_text,
     )
 
@@ -210,11 +192,9 @@ def make_preprocessor(arch: Architecture, preprocessing: Preprocessing) -> dict[
     }
 
 
-def _tower(
-    config: Mapping[str, Any], name: str, defaults: Mapping[str, Any], path: str
-) -> ConfigSection:
+def _tower(config: Mapping[str, Any], name: str, path: str) -> ConfigSection:
     """The values of one tower; older files keep those that count in *_config_dict."""
-    values = dict(defaults)
+    values: dict[str, Any] = {}
     for part in (name, f"{name}_dict"):
         found = ConfigSection(config.get(part), part, path).values
         values |= {k: v for k, v in found.items() if v is not None}

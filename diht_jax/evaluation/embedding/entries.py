@@ -41,15 +41,10 @@ class Entries(Iterable[Entry]):
             limit: number of entries that count, from the first on; None is all.
             count: called for each entry, for a progress bar.
         """
-        self.limit = limit
-        self._units = units
-        self._count = count
+        self.limit, self._units, self._count = limit, units, count
 
     def __iter__(self) -> Iterator[Entry]:
-        entries = itertools.chain.from_iterable(unit() for unit in self._units)
-        for entry in itertools.islice(entries, self.limit):
-            self._count()
-            yield entry
+        return (entry for _, entry in self.share(0, 1))
 
     def share(self, index: int, count: int) -> Iterator[tuple[Order, Entry]]:
         """The entries of every `count`-th unit from number `index` on.
@@ -125,10 +120,9 @@ class ProcessRows:
         """Like `of`, for an explicit layout of processes.
 
         Args:
-            index: of this process.
+            index, gather: see the class.
             batch_size: the least number of rows; doubled until every process has one.
             find_rows: this process's rows of a batch of a size, as `LoadedModel.own_rows`.
-            gather: see the class.
         """
         rows = np.asarray(gather(find_rows(batch_size)))
         while not rows.any(axis=1).all():

@@ -171,21 +171,16 @@ def _remove_stale(folder: pathlib.Path, shards: Sequence[SourceShard]) -> int:
     return count
 
 
+@dataclasses.dataclass(frozen=True)
 class _Updater:
-    """Adds to an index what it lacks."""
+    """Adds to an index what it lacks; `numbers` are those of the parts to come."""
 
-    def __init__(
-        self,
-        folder: pathlib.Path,
-        dtype: str,
-        dim: int,
-        encode: Callable[..., EncodedImages],
-        thumbnails: bool,
-        numbers: Iterator[int],
-    ) -> None:
-        """Keeps the settings of an update; `numbers` are those of the parts to come."""
-        self._folder, self._dtype, self._dim = folder, dtype, dim
-        self._encode, self._thumbnails, self._numbers = encode, thumbnails, numbers
+    folder: pathlib.Path
+    dtype: str
+    dim: int
+    encode: Callable[..., EncodedImages]
+    thumbnails: bool
+    numbers: Iterator[int]
 
     def add(self, shares: Sequence[ShardParts], manifests: Sequence[dict[str, Any]]) -> None:
         """Makes this process's parts, except those that there are."""
@@ -225,13 +220,13 @@ class _Updater:
         states: Sequence[tuple[str, str]] = (),
     ) -> dict[str, Any]:
         """Writes a part; returns its manifest."""
-        keeps_thumbnails = self._thumbnails and shard.kind != PICTURES
+        keeps_thumbnails = self.thumbnails and shard.kind != PICTURES
 
         def describe(pair: Pair) -> tuple[str, str, bytes]:
             return pair.key, pair.caption, make_thumbnail(pair.image) if keeps_thumbnails else b""
 
-        encoded = self._encode(entries, describe)
-        image_emb = encoded.image_emb.reshape(len(encoded.notes), self._dim)
+        encoded = self.encode(entries, describe)
+        image_emb = encoded.image_emb.reshape(len(encoded.notes), self.dim)
         manifest = {
             "unit": _unit(shard),
             "identity": shard.identity(),
@@ -241,8 +236,8 @@ class _Updater:
             "dropped": encoded.dropped,
             "states": list(states),
         }
-        rows = make_rows(encoded.notes, quantize(image_emb, self._dtype))
-        write_part(self._folder, next(self._numbers), rows, manifest)
+        rows = make_rows(encoded.notes, quantize(image_emb, self.dtype))
+        write_part(self.folder, next(self.numbers), rows, manifest)
         return manifest
 
 

@@ -10,11 +10,7 @@ import pytest
 from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encode_images
 from diht_jax.evaluation.embedding.entries import Entries, ProcessRows
-from diht_jax.evaluation.embedding.inputs import PICTURES
-from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
-from diht_jax.evaluation.sources import pictures
-from diht_jax.readers import image_folder
-from diht_jax.readers.base import Skipped, SourceShard, read_image
+from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 from tests.make import encoded, plain
 
@@ -70,11 +66,6 @@ class _Model:
         each = max(1, size // self._processes.count)
         return np.arange(size) // each == self._processes.own.index
 
-    def encode_text(self, texts):
-        """The direction that the numbers of a text decide."""
-        vectors = [np.random.default_rng(list(text.encode())).normal(size=3) for text in texts]
-        return np.float32(vectors).reshape(-1, 3)
-
     def encode_image(self, images):
         means = images.reshape(len(images), -1, 3).mean(axis=1).astype(np.float32)
         if self._processes is None:
@@ -124,16 +115,15 @@ def _encode(source, model, limit=None, batch_size=128):
 
 
 def _together(monkeypatch, count, make_source, describe=_describe, **options):
-    processes, model, _ = _simulate(monkeypatch, count)
+    processes, model = _simulate(monkeypatch, count)
     source = make_source(processes)
     monkeypatch.setitem(globals(), "_describe", describe)
     return processes.run(lambda: _encode(source, model, **options)), source
 
 
 def _simulate(monkeypatch, count):
-    """Processes that share what is embedded, and what each of them reads of files."""
-    processes, reads = _Processes(count), collections.Counter()
-    model = _Model(processes)
+    """Processes that share what is embedded."""
+    processes = _Processes(count)
     monkeypatch.setattr(
         encoding.ProcessRows,
         "of",
@@ -141,44 +131,7 @@ def _simulate(monkeypatch, count):
             processes.own.index, batch_size, model.find_rows, processes.gather
         ),
     )
-
-    def counted(root, name, key):
-        reads[processes.own.index] += 1
-        return read_image(root, name, key)
-
-    for module in (image_folder, pictures):
-        monkeypatch.setattr(module, "read_image", counted)
-    return processes, model, reads
-
-
-@pytest.fixture
-def photos_of_two_classes(tmp_path):
-    for number in range(640):
-        folder = tmp_path / "photos" / ("ant", "bee")[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.png").write_bytes(_png(number))
-    return tmp_path
-
-
-def test_search_reads_the_share_of_each_process_once(photos_of_two_classes, monkeypatch):
-    shards = [SourceShard(PICTURES, str(photos_of_two_classes / "photos"))]
-    alone = search_pictures(_Model(), shards, ["a dog", "red"], count=3, batching=Batching(64))
-    processes, model, reads = _simulate(monkeypatch, 5)
-    found = processes.run(
-        lambda: search_pictures(model, shards, ["a dog", "red"], count=3, batching=Batching(64))
-    )
-    for result in found:
-        assert not isinstance(result, Exception), result
-        assert result.matches == alone.matches
-    assert reads == dict.fromkeys(range(5), 128)  # 2 of 10 units of 64 pictures each
-    # The pictures of the matches: of a unit no more is read than it takes.
-    processes.own.index = "again"
-    matches = alone.matches["a dog"]
-    loaded = load_pictures(shards, matches)
-    assert set(loaded) == {match.place for match in matches}
-    units = {unit for unit, _ in loaded}
-    last = {unit: max(offset for own, offset in loaded if own == unit) for unit in units}
-    assert reads["again"] == sum(offset + 1 for offset in last.values())
+    return processes, _Model(processes)
 
 
 def _assert_equal(found, expected):
@@ -218,7 +171,7 @@ def test_limits_and_entries_that_cannot_be_divided(monkeypatch):
         def whole(self):
             return (entry for unit in self.units for entry in unit())
 
-    processes, model, _ = _simulate(monkeypatch, 3)
+    processes, model = _simulate(monkeypatch, 3)
     source = Undivided(20, processes)
     found = processes.run(
         lambda: encode_images(model, source.whole, _describe, batching=Batching(8))
