@@ -64,40 +64,28 @@ class Ranking:
     is_positive: np.ndarray
     ends: np.ndarray
 
-    def average_precision(self, counts: np.ndarray) -> float:
-        """The sum over the steps of precision times the step in recall.
+    def average_precision(self, counts: np.ndarray, points: str = "all") -> float:
+        """The average precision of this class.
 
         Args:
             counts: int [n], how often each item counts.
+            points: "all" for the sum over the steps of precision times the step in recall; "11"
+                for the mean of the best precision at a recall of k / 10 or more, k = 0 to 10.
 
         Returns:
             A fraction, or NaN where no positive counts.
         """
-        found, precision = self._steps(counts)
-        gained = np.diff(found, prepend=0)
-        return float((gained * precision).sum() / found[-1]) if found[-1] else float("nan")
-
-    def interpolated_precision(self, counts: np.ndarray) -> float:
-        """The mean of the best precision at a recall of k / 10 or more, k = 0 to 10.
-
-        Args and result: as `average_precision`.
-        """
-        found, precision = self._steps(counts)
-        if not found[-1]:
+        weights = counts[self.items]
+        found = np.cumsum(weights * self.is_positive)[self.ends]
+        if not found.any():
             return float("nan")
+        # Before the first item that counts there is no precision yet, and no step either.
+        precision = found / np.maximum(np.cumsum(weights)[self.ends], 1)
+        if points == "all":
+            return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
         # Recall in tenths as whole numbers: 3 of 10 positives are a recall of 0.3.
         reached = _RECALL_POINTS * found >= np.arange(_RECALL_POINTS + 1)[:, None] * found[-1]
         return float(np.where(reached, precision, 0).max(axis=1).mean())
-
-    def _steps(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positives up to each step, and the precision there."""
-        if not len(self.ends):
-            return np.zeros(1, np.int64), np.zeros(1)
-        weights = counts[self.items]
-        found = np.cumsum(weights * self.is_positive)[self.ends]
-        retrieved = np.cumsum(weights)[self.ends]
-        # Before the first item that counts there is no precision yet, and no step either.
-        return found, found / np.maximum(retrieved, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,15 +198,8 @@ def _describe(task: Task, encoded: EncodedImages, result: LabelScores) -> Measur
 def mean_average_precision(
     rankings: Sequence[Ranking], points: str, counts: np.ndarray
 ) -> dict[str, float]:
-    """The mean over the classes that have an image.
-
-    Args:
-        rankings: of the classes.
-        points: "11" for those of VOC 2007, or "all".
-        counts: int [n], how often each image counts.
-    """
-    average = Ranking.interpolated_precision if points == "11" else Ranking.average_precision
-    values = [average(ranking, counts) for ranking in rankings]
+    """The mean over the classes that have an image; see `Ranking.average_precision`."""
+    values = [ranking.average_precision(counts, points) for ranking in rankings]
     return {"mean_average_precision": float(np.nanmean(values))}
 
 

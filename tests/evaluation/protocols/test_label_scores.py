@@ -66,11 +66,13 @@ def test_eleven_points_by_their_definition(seed):
         for tenth in range(11)
     ]
     ranking = rank_items(scores, targets)
-    assert ranking.interpolated_precision(np.ones(len(scores), int)) == pytest.approx(np.mean(best))
+    assert ranking.average_precision(np.ones(len(scores), int), "11") == pytest.approx(
+        np.mean(best)
+    )
     weights = np.random.default_rng(seed).integers(0, 3, len(scores))
     repeated = rank_items(np.repeat(scores, weights), np.repeat(targets, weights))
-    assert ranking.interpolated_precision(weights) == pytest.approx(
-        repeated.interpolated_precision(np.ones(weights.sum(), int))
+    assert ranking.average_precision(weights, "11") == pytest.approx(
+        repeated.average_precision(np.ones(weights.sum(), int), "11")
     )
 
 
@@ -78,9 +80,9 @@ def test_images_that_count_neither_way(tiny_model, photos):
     scores, targets = _scores(1)
     ignored = np.arange(len(scores)) % 3 == 0
     ones = np.ones(len(scores), int)
-    for average in ("average_precision", "interpolated_precision"):
-        left_out = getattr(rank_items(scores, targets, ignored), average)(ones)
-        kept = getattr(rank_items(scores[~ignored], targets[~ignored]), average)(ones)
+    for points in ("all", "11"):
+        left_out = rank_items(scores, targets, ignored).average_precision(ones, points)
+        kept = rank_items(scores[~ignored], targets[~ignored]).average_precision(ones, points)
         assert left_out == pytest.approx(kept)
     pairs = _pairs(photos, [[0], [1], [0, 1], [1], []], "labels")
     pairs[1].metadata["ignored_labels"] = ["dog"]
@@ -94,7 +96,7 @@ def test_images_that_count_neither_way(tiny_model, photos):
         rank_items(result.scores[rest, 0], result.targets[rest, 0]),
         rank_items(result.scores[:, 1], result.targets[:, 1]),
     ]
-    values = [expected[i].interpolated_precision(np.ones(4 + i, int)) for i in (0, 1)]
+    values = [expected[i].average_precision(np.ones(4 + i, int), "11") for i in (0, 1)]
     assert measured.metrics == {"mean_average_precision": pytest.approx(np.mean(values))}
     # The same, said by the classes that count.
     for pair, counted in zip(pairs, [[0, 1], [1], [0, 1], [0, 1], [0, 1]], strict=True):

@@ -7,7 +7,6 @@ import pytest
 
 from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
-from diht_jax.evaluation.tasks import evaluate_task
 from tests.make import write_tar
 
 
@@ -55,7 +54,7 @@ def test_classification(tmp_path, photos):
     ]
 
 
-def test_several_labels(tiny_model, tmp_path, photos):
+def test_several_labels(tmp_path, photos):
     notes = [("npy", _npy(labels)) for labels in ([1, 0], [1, 1], [0, 0], [0, 1], [1, 0])]
     files = {**_WORDS, "dataset_type.txt": "multilabel\n"}
     source = _write(tmp_path / "x", notes, photos, files=files)
@@ -63,10 +62,6 @@ def test_several_labels(tiny_model, tmp_path, photos):
     assert labels == {"s/0": [0], "s/1": [0, 1], "s/2": [], "s/3": [1], "s/4": [0]}
     (task,) = parse_tasks([f"voc2007={source}?templates={{}}"])
     assert (task.kind, task.class_names) == ("multilabel", ("ant", "hot dog"))
-    result = evaluate_task(tiny_model, task, batch_size=8)
-    assert result["reported"] == ["mean_average_precision"]
-    assert 0 < result["metrics"]["mean_average_precision"] <= 1
-    assert result["counts"]["positives"] == 5
 
 
 def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
