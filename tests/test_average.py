@@ -1,9 +1,7 @@
 """Averages of models, against NumPy in float64 and against a replay of the greedy rule."""
 
 import dataclasses
-import io
 import json
-import tarfile
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +18,7 @@ from diht_jax.models import Architecture
 from diht_jax.models.parameters import model_definition
 from diht_jax.weights.export import write_model
 from diht_jax.weights.settings import Preprocessing
+from tests import make
 
 ARCH = Architecture(
     image_size=16,
@@ -142,15 +141,7 @@ def two_models(tmp_path_factory):
 def pictures(tmp_path_factory):
     """A tar of six pictures, each with its caption."""
     path = tmp_path_factory.mktemp("task") / "squares.tar"
-    with tarfile.open(path, "w") as tar:
-        for i in range(6):
-            buffer = io.BytesIO()
-            Image.new("RGB", (16, 16), (40 * i, 255 - 40 * i, 90)).save(buffer, "PNG")
-            for ending, data in (("png", buffer.getvalue()), ("txt", b"square %d" % i)):
-                member = tarfile.TarInfo(f"{i}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return path
+    return make.write_pair_tar(path, [f"square {i}" for i in range(6)])
 
 
 def test_command_writes_models_with_what_was_measured(two_models, pictures, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import json
 
 import jax
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.caption import CaptionOptions, caption_shards
@@ -31,6 +29,7 @@ from diht_jax.records.vocabulary import (
     write_vocabulary,
 )
 from diht_jax.weights.inference import LoadedModel
+from tests import make
 from tests.records.labels import write_labels
 
 
@@ -53,13 +52,10 @@ def model():
 
 
 def records(count, first=0, labelled=True):
-    rng = np.random.default_rng(first)
     for number in range(first, first + count):
-        file = io.BytesIO()
-        pixels = rng.integers(0, 256, (40, 36, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(file, "PNG")
+        image = make.png(number, (36, 40))
         # Cut off, behind the start by which a tar knows its kind.
-        image = file.getvalue()[:200] if number == 3 else file.getvalue()
+        image = image[:200] if number == 3 else image
         labels = (np.int32([number]), np.float32([1.0])) if labelled else ()
         yield Record(f"r{number}", image, f"caption {number}", {"punsafe": 0.1}, *labels)
 

@@ -124,40 +124,37 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
 
 def make_config(arch: Architecture, dtype: str) -> dict[str, Any]:
     """Contents of `config.json` for transformers' `CLIPModel`, parameters stored as `dtype`."""
-    common = {
-        "hidden_act": arch.activation,
-        "layer_norm_eps": arch.layer_norm_epsilon,
-        "projection_dim": arch.embed_dim,
-    }
-    end_of_text = arch.end_of_text_id
+
+    def tower(name: str, **own: Any) -> dict[str, Any]:
+        width = getattr(arch, f"{name}_width")
+        return {
+            "model_type": f"clip_{name}_model",
+            "hidden_size": width,
+            "intermediate_size": getattr(arch, f"{name}_mlp_width") or 4 * width,
+            "num_hidden_layers": getattr(arch, f"{name}_layers"),
+            "num_attention_heads": getattr(arch, f"{name}_heads"),
+            "hidden_act": arch.activation,
+            "layer_norm_eps": arch.layer_norm_epsilon,
+            "projection_dim": arch.embed_dim,
+            **own,
+        }
+
+    last, end_of_text = arch.vocab_size - 1, arch.end_of_text_id
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": arch.embed_dim,
         "dtype": dtype,
-        "text_config": {
-            "model_type": "clip_text_model",
-            "vocab_size": arch.vocab_size,
-            "hidden_size": arch.text_width,
-            "intermediate_size": arch.text_mlp_width or 4 * arch.text_width,
-            "num_hidden_layers": arch.text_layers,
-            "num_attention_heads": arch.text_heads,
-            "max_position_embeddings": arch.context_length,
-            "bos_token_id": arch.vocab_size - 2,
-            "eos_token_id": arch.vocab_size - 1 if end_of_text is None else end_of_text,
-            **common,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": arch.vision_width,
-            "intermediate_size": arch.vision_mlp_width or 4 * arch.vision_width,
-            "num_hidden_layers": arch.vision_layers,
-            "num_attention_heads": arch.vision_heads,
-            "num_channels": 3,
-            "image_size": arch.image_size,
-            "patch_size": arch.patch_size,
-            **common,
-        },
+        "text_config": tower(
+            "text",
+            vocab_size=arch.vocab_size,
+            max_position_embeddings=arch.context_length,
+            bos_token_id=last - 1,
+            eos_token_id=last if end_of_text is None else end_of_text,
+        ),
+        "vision_config": tower(
+            "vision", num_channels=3, image_size=arch.image_size, patch_size=arch.patch_size
+        ),
     }
 
 

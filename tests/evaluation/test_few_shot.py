@@ -27,6 +27,7 @@ from diht_jax.evaluation.linear_probe import (
     fit_probes,
 )
 from diht_jax.evaluation.task_parsing import parse_tasks
+from tests import make
 from tests.compiling import xla_flags
 
 
@@ -170,14 +171,12 @@ def test_sources_share_one_pass_and_one_set_of_classes(tiny_model, shared_data, 
 
 
 def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
-    rng = np.random.default_rng(0)
     for split, count in (("train", 4), ("test", 2)):
         for name in ("ant", "bee"):
             folder = tmp_path / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+                make.noise(i, (32, 32)).save(folder / f"{i}.png")
     output = tmp_path / "out" / "few.json"
     arguments = {
         "model": workdir,

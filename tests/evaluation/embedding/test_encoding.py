@@ -1,10 +1,7 @@
 """Encoding: every image once, in order, in batches of one shape, with the unusable ones counted."""
 
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
@@ -13,6 +10,7 @@ from diht_jax.evaluation.embedding.encoding import (
     encode_texts,
 )
 from diht_jax.records.schema import Pair
+from tests import make
 
 
 class _MeanColor:
@@ -34,9 +32,7 @@ class _MeanColor:
 
 def _pair(number, data=None):
     if data is None:
-        buffer = io.BytesIO()
-        Image.new("RGB", (9, 7), (number, 255 - number, 0)).save(buffer, format="PNG")
-        data = buffer.getvalue()
+        data = make.encoded(make.plain((number, 255 - number, 0), (9, 7)))
     return Pair(key=f"k{number}", image=data, caption=f"c{number}")
 
 

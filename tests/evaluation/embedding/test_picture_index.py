@@ -23,7 +23,7 @@ from diht_jax.evaluation.embedding.picture_index import (
     PictureIndex,
 )
 from diht_jax.evaluation.embedding.search_server import make_server
-from tests.readers.inputs import write_tar
+from tests import make
 
 pytest.importorskip("usearch")
 QUERIES = ["a dog", "red car", "the sea"]
@@ -50,9 +50,7 @@ class Counting:
 
 
 def write_picture(path, seed):
-    rng = np.random.default_rng(seed)
-    low = rng.integers(0, 255, (4, 4, 3), np.uint8)
-    Image.fromarray(low).resize((50, 40), Image.Resampling.BICUBIC).save(path)
+    make.noise(seed, (50, 40), cell=10).save(path)
 
 
 @pytest.fixture
@@ -219,12 +217,9 @@ def test_an_error_of_one_process_ends_all(tiny_model, tmp_path):
 def tar_of(path, seeds):
     members = {}
     for seed in seeds:
-        buffer = io.BytesIO()
-        write_picture_to = np.random.default_rng(seed).integers(0, 255, (30, 300, 3), np.uint8)
-        Image.fromarray(write_picture_to).save(buffer, "JPEG")
-        members[f"{seed:03d}.jpg"] = buffer.getvalue()
-        members[f"{seed:03d}.txt"] = f"caption {seed}".encode()
-    write_tar(path, members.items())
+        image = make.encoded(make.noise(seed, (300, 30)), "JPEG")
+        members |= make.pair_members(f"{seed:03d}", f"caption {seed}", image, "jpg")
+    make.write_tar(path, members)
 
 
 def test_shards_are_followed_by_their_identity(tiny_model, tmp_path):

@@ -15,6 +15,7 @@ from diht_jax.evaluation.embedding.search import (
     load_pictures,
     search_pictures,
 )
+from tests import make
 from tests.compiling import xla_flags
 from tests.readers.inputs import write_tar
 
@@ -22,12 +23,10 @@ from tests.readers.inputs import write_tar
 @pytest.fixture
 def folder(tmp_path):
     """Six pictures, one of them damaged."""
-    rng = np.random.default_rng(0)
     path = tmp_path / "pictures"
     path.mkdir()
     for i in range(6):
-        pixels = rng.integers(0, 255, (20 + i, 30, 3), np.uint8)
-        Image.fromarray(pixels).save(path / f"{i}.png")
+        (path / f"{i}.png").write_bytes(make.png(i, (30, 20 + i)))
     (path / "2.png").write_bytes((path / "2.png").read_bytes()[:50])
     return path
 
