@@ -236,7 +236,7 @@ def workdir(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     write_config(run, config)
-    saver = Checkpointer(run, keep_last=1, best_metric=None)
+    saver = Checkpointer(run, keep_last=1)
     saver.save(state, Place())
     saver.close()
     rows = [
