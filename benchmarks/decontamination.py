@@ -61,7 +61,7 @@ def main() -> None:
         print(row, flush=True)
     write_result(
         "decontamination",
-        {"photos": len(index.columns["keys"]), "rows": rows, "by_embeddings": embeddings},
+        {"photos": len(index.keys), "rows": rows, "by_embeddings": embeddings},
     )
 
 

@@ -10,11 +10,11 @@ and encodings. Two pictures with nothing in common differ in 32 bits, give or ta
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
 import zipfile
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,9 @@ from diht_jax import command_line
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Pair
+from diht_jax.storage.copies import local_copy
 from diht_jax.storage.files import local_output
+from diht_jax.storage.retries import StorageError
 
 SUFFIX = ".npz"
 
@@ -47,15 +49,10 @@ class PictureHash(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A picture of the index.
-
-    Attributes:
-        key: of its pair.
-        bits: of 64 that differ; None where the pixels are equal.
-    """
+    """A picture of a set: the key of its pair, and how another one is like it."""
 
     key: str
-    bits: int | None
+    how: str
 
 
 def hash_picture(image: Image.Image) -> PictureHash:
@@ -85,33 +82,32 @@ def _pack(lowest: np.ndarray) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
+@dataclasses.dataclass(frozen=True)
 class Index:
-    """The hashes of the pictures of a set."""
+    """The hashes of the pictures of a set; its file has an array for each attribute.
 
-    def __init__(
-        self,
-        keys: np.ndarray,
-        pixels: np.ndarray,
-        perceptual: np.ndarray,
-        has_perceptual: np.ndarray,
-    ):
-        """Takes columns: str [n], uint8 [n, 16], uint64 [n], bool [n]."""
-        self.columns = {
-            "keys": keys,
-            "pixels": pixels,
-            "perceptual": perceptual,
-            "has_perceptual": has_perceptual,
-        }
-        self._keys = keys
-        self._by_pixels = {row.tobytes(): i for i, row in reversed(list(enumerate(pixels)))}
-        self._rows = np.flatnonzero(has_perceptual)
-        self._perceptual = perceptual[self._rows]
+    Attributes:
+        keys: str [n].
+        pixels: uint8 [n, 16].
+        perceptual: uint64 [n].
+        has_perceptual: bool [n].
+    """
+
+    keys: np.ndarray
+    pixels: np.ndarray
+    perceptual: np.ndarray
+    has_perceptual: np.ndarray
+
+    @functools.cached_property
+    def _by_pixels(self) -> dict[bytes, int]:
+        """Hash of pixels -> the first row that has it."""
+        return {row.tobytes(): i for i, row in reversed(list(enumerate(self.pixels)))}
 
     def digest(self) -> str:
         """A hash of all hashes; the same for the same pictures in any file."""
         digest = hashlib.blake2b(digest_size=16)
         for name in ("pixels", "perceptual", "has_perceptual"):
-            digest.update(self.columns[name].tobytes())
+            digest.update(getattr(self, name).tobytes())
         return digest.hexdigest()
 
     def find(self, pictures: list[PictureHash | None], max_bits: int | None) -> list[Match | None]:
@@ -129,23 +125,21 @@ class Index:
         for number, picture in enumerate(pictures):
             row = None if picture is None else self._by_pixels.get(picture.pixels)
             if row is not None:
-                found[number] = Match(str(self._keys[row]), None)
+                found[number] = Match(str(self.keys[row]), "equal pixels")
             elif picture is not None and picture.perceptual is not None and max_bits is not None:
                 asked.append(number)
-        if not len(self._perceptual):
-            return found
-        size = max(1, _CHUNK // len(self._perceptual))
-        for start in range(0, len(asked), size):
+        rows = np.flatnonzero(self.has_perceptual)
+        known = self.perceptual[rows]
+        size = max(1, _CHUNK // max(1, len(rows)))
+        for start in range(0, len(asked) if len(rows) else 0, size):
             numbers = asked[start : start + size]
             hashes = np.array([pictures[number].perceptual for number in numbers], np.uint64)
-            bits = np.minimum(*(self._differing(hashes[:, i]) for i in (0, 1)))
+            bits = np.bitwise_count(hashes[:, :, None] ^ known).min(axis=1)
             for number, row, least in zip(numbers, bits.argmin(1), bits.min(1), strict=True):
                 if least <= max_bits:
-                    found[number] = Match(str(self._keys[self._rows[row]]), int(least))
+                    how = f"{least} of 64 bits differ"
+                    found[number] = Match(str(self.keys[rows[row]]), how)
         return found
-
-    def _differing(self, hashes: np.ndarray) -> np.ndarray:
-        return np.bitwise_count(hashes[:, None] ^ self._perceptual[None])
 
 
 def make_index(source: str) -> Index:
@@ -169,14 +163,12 @@ def make_index(source: str) -> Index:
         logging.warning("%s: %d entries have no picture and caption", source, skipped)
     if not keys:
         raise ValueError(f"{source}: no pictures")
-    return _from_hashes(keys, hashes)
-
-
-def _from_hashes(keys: list[str], hashes: Iterable[PictureHash]) -> Index:
-    hashes = list(hashes)
-    pixels = np.frombuffer(b"".join(h.pixels for h in hashes), np.uint8).reshape(-1, 16)
-    perceptual = np.array([h.perceptual[0] if h.perceptual else 0 for h in hashes], np.uint64)
-    return Index(np.array(keys), pixels, perceptual, np.array([bool(h.perceptual) for h in hashes]))
+    return Index(
+        np.array(keys),
+        np.frombuffer(b"".join(found.pixels for found in hashes), np.uint8).reshape(-1, 16),
+        np.array([found.perceptual[0] if found.perceptual else 0 for found in hashes], np.uint64),
+        np.array([found.perceptual is not None for found in hashes]),
+    )
 
 
 def try_hash(data: bytes) -> PictureHash | None:
@@ -189,13 +181,17 @@ def try_hash(data: bytes) -> PictureHash | None:
 
 def write_index(path: pathlib.Path, index: Index) -> None:
     """Writes the file that `open_index` reads."""
+    arrays = {field.name: getattr(index, field.name) for field in dataclasses.fields(index)}
     with local_output(path) as local, open(local, "wb") as file:
-        np.savez(file, **index.columns)
+        np.savez(file, **arrays)
 
 
 @functools.lru_cache(maxsize=64)
 def open_index(path: str) -> Index:
     """The index of a file, or of a set of pictures; it is kept for the next call.
+
+    Args:
+        path: of an index, also in a store, or a source of `make_index`.
 
     Raises:
         ValueError: it is neither.
@@ -203,8 +199,10 @@ def open_index(path: str) -> Index:
     if not path.endswith(SUFFIX):
         return make_index(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
             return Index(**dict(file))
+    except StorageError:  # the file may be good
+        raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path}: expected an index of python -m data_prep.duplicates.image_hashes "
@@ -227,7 +225,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     index = make_index(flags.FLAGS.input)
     write_index(output, index)
-    print(f"{len(index.columns['keys']):,} pictures: {output}")
+    print(f"{len(index.keys):,} pictures: {output}")
 
 
 if __name__ == "__main__":

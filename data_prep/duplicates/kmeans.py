@@ -1,13 +1,15 @@
 """Spherical k-means on the devices of this process: rows and centroids of unit length, cosines.
 
 Rows come in chunks that are split over the devices, and products are made block by block, so that
-memory is bounded by a chunk, the centroids and their sums.
+memory is bounded by a chunk, the centroids and their sums. `rows` are numbers of rows, int64 [n],
+and `read` gives the rows of some numbers, float32 [m, d].
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,66 +42,66 @@ class KMeans:
         unit = _BLOCK * len(devices)
         self.chunk_rows = unit * max(1, -(-chunk_rows // unit))
         mesh = Mesh(np.asarray(devices), ("data",))
-        rows, whole = PartitionSpec("data"), PartitionSpec()
-        self._sharded, self._whole = (NamedSharding(mesh, spec) for spec in (rows, whole))
-        share = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-        find = functools.partial(_find_nearest, probes=probes)
-        self._find = jax.jit(share(find, in_specs=(whole, rows), out_specs=(rows, rows)))
-        add = share(_add_rows, in_specs=(whole, rows, rows), out_specs=whole)
+        split, whole = PartitionSpec("data"), PartitionSpec()
+        self._split, self._whole = NamedSharding(mesh, split), NamedSharding(mesh, whole)
+        look = jax.shard_map(
+            functools.partial(_look, probes=probes),
+            mesh=mesh,
+            in_specs=(whole, split),
+            out_specs=(split, split, whole),
+            check_vma=False,
+        )
+        self._assign = jax.jit(lambda centroids, rows: look(centroids, rows)[:2])
+
+        def add(sums: jax.Array, centroids: jax.Array, rows: jax.Array) -> Any:
+            clusters, _, own = look(centroids, rows)
+            return sums + own, clusters[:, 0]
+
         self._add = jax.jit(add, donate_argnums=0)
 
     def assign(
         self, centroids: np.ndarray, rows: np.ndarray, read: Read
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Finds the nearest clusters of each row, chunk by chunk.
-
-        Args:
-            centroids: float32 [k, d], of unit length.
-            rows: int64 [n], what to give to `read`.
-            read: rows -> float32 [m, d], of unit length.
-
-        Yields:
-            int32 [m, probes] clusters and float32 [m, probes] cosines, the nearest first.
-        """
-        for clusters, cosines, count, _ in self._run(centroids, rows, read):
-            yield np.asarray(clusters)[:count], np.asarray(cosines)[:count]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest clusters of each row and the cosines: int32 and float32 [n, probes]."""
+        on_devices, parts = jax.device_put(centroids, self._whole), []
+        for count, chunk in self._chunks(rows, read, centroids.shape[1]):
+            found = self._assign(on_devices, chunk)
+            parts.append([np.asarray(values)[:count] for values in found])
+        clusters, cosines = map(np.concatenate, zip(*parts, strict=True))
+        return clusters, cosines
 
     def improve(
         self, centroids: np.ndarray, rows: np.ndarray, read: Read
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Does one round of Lloyd's; arguments of `assign`.
+        """Does one round of Lloyd's.
 
         Returns:
             centroids: float32 [k, d]; one without rows stays where it is.
             clusters: int32 [n], by the centroids that came in.
         """
+        on_devices, parts = jax.device_put(centroids, self._whole), []
         sums = jax.device_put(jnp.zeros(centroids.shape, jnp.float32), self._whole)
-        parts = []
-        for clusters, _, count, padded in self._run(centroids, rows, read):
-            sums = self._add(sums, padded, clusters[:, 0])  # rows of zeros add nothing
-            parts.append(np.asarray(clusters)[:count, 0])
+        for count, chunk in self._chunks(rows, read, centroids.shape[1]):
+            sums, clusters = self._add(sums, on_devices, chunk)
+            parts.append(np.asarray(clusters)[:count])
         total = np.asarray(sums)
         lengths = np.linalg.norm(total, axis=1, keepdims=True)
         moved = np.where(lengths > 0, total / np.maximum(lengths, 1e-12), centroids)
         return moved.astype(np.float32), np.concatenate(parts)
 
-    def _run(
-        self, centroids: np.ndarray, rows: np.ndarray, read: Read
-    ) -> Iterator[tuple[jax.Array, jax.Array, int, jax.Array]]:
-        """Clusters and cosines of each chunk, the number of its rows, and the rows, padded."""
-        on_devices = jax.device_put(centroids, self._whole)
+    def _chunks(self, rows: np.ndarray, read: Read, width: int) -> Iterator[tuple[int, jax.Array]]:
+        """The number of rows of each chunk, and the chunk on the devices, with zeros behind."""
         for start in range(0, len(rows), self.chunk_rows):
             own = rows[start : start + self.chunk_rows]
-            padded = np.zeros((self.chunk_rows, centroids.shape[1]), np.float32)
+            padded = np.zeros((self.chunk_rows, width), np.float32)
             padded[: len(own)] = read(own)
-            chunk = jax.device_put(padded, self._sharded)
-            yield *self._find(on_devices, chunk), len(own), chunk
+            yield len(own), jax.device_put(padded, self._split)
 
 
-def _find_nearest(
+def _look(
     centroids: jax.Array, rows: jax.Array, *, probes: int
-) -> tuple[jax.Array, jax.Array]:
-    """Clusters and cosines [m, probes] of a device's rows."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Clusters and cosines [m, probes] of a device's rows; sums [k, d] of those of all devices."""
 
     def of_block(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         cosines = jnp.matmul(block, centroids.T, precision=jax.lax.Precision.HIGHEST)
@@ -110,14 +112,9 @@ def _find_nearest(
         return nearest, jnp.max(cosines, axis=1, keepdims=True)
 
     blocks = rows.reshape(-1, _BLOCK, rows.shape[1])
-    clusters, cosines = jax.lax.map(of_block, blocks)
-    return clusters.reshape(-1, probes), cosines.reshape(-1, probes)
-
-
-def _add_rows(sums: jax.Array, rows: jax.Array, nearest: jax.Array) -> jax.Array:
-    """The sums [k, d] with those of the rows of all devices."""
-    own = jax.ops.segment_sum(rows, nearest, num_segments=sums.shape[0])
-    return sums + jax.lax.psum(own, "data")
+    clusters, cosines = (found.reshape(-1, probes) for found in jax.lax.map(of_block, blocks))
+    own = jax.ops.segment_sum(rows, clusters[:, 0], num_segments=len(centroids))
+    return clusters, cosines, jax.lax.psum(own, "data")
 
 
 def choose_centroids(rows: np.ndarray, count: int, read: Read, seed: int) -> np.ndarray:
@@ -141,14 +138,11 @@ def fit(
     Args:
         kmeans: of some devices.
         centroids: float32 [k, d] to begin with.
-        rows: int64 [n] of the rows to look at.
-        read: see `KMeans.assign`.
+        rows: to look at.
+        read: of the rows.
         iterations: most rounds.
         done: rounds that were done before.
         save: called with the centroids and the number of rounds after every round.
-
-    Returns:
-        float32 [k, d].
     """
     before = None
     for number in range(done, iterations):

@@ -42,7 +42,7 @@ _CACHED = 2048  # pictures whose windows are kept: 86 kB each
 def describe_picture(
     data: bytes, *, mirrored: bool, max_pixels: int
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """The descriptor of an encoded picture.
+    """The descriptor and the thumbnail of an encoded picture.
 
     Args:
         data: the encoded picture.
@@ -50,13 +50,18 @@ def describe_picture(
         max_pixels: of a picture that is decoded.
 
     Returns:
-        float32 [96] of length 1, or 0 for a picture of one grey; the greys of `shrink_picture`;
-        width and height.
+        float32 [96] of length 1, or 0 for a picture of one grey; greys, uint8 [SIDE, SIDE]; width
+        and height.
 
     Raises:
         ImageError: no picture.
     """
-    channels, size = _decode_small(data, max_pixels)
+    image = open_image(data, max_pixels=max_pixels)
+    size = image.size
+    if image.format == "JPEG":
+        image.draft("RGB", (2 * _DECODED, 2 * _DECODED))  # decoded at a fraction of its size
+    image = load_rgb(image).convert("YCbCr").resize((_DECODED, _DECODED), Image.Resampling.BOX)
+    channels = np.asarray(image, np.float32)
     light = _average(channels[..., 0], _LIGHT_CELLS)
     light -= light.mean()
     light /= max(float(np.linalg.norm(light)), 1e-6)
@@ -65,31 +70,8 @@ def describe_picture(
     color = np.concatenate(parts[1:])
     color *= _COLOR_WEIGHT / max(float(np.linalg.norm(color)), _LEAST_COLOR)
     found = np.concatenate([parts[0], color])
-    return found / max(float(np.linalg.norm(found)), 1e-6), _shrink(channels), size
-
-
-def shrink_picture(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The greys of an encoded picture at 32 x 32, uint8, and its width and height.
-
-    Raises:
-        ImageError: no picture.
-    """
-    channels, size = _decode_small(data, max_pixels)
-    return _shrink(channels), size
-
-
-def _decode_small(data: bytes, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Lightness and two colour differences, float32 [64, 64, 3], and the size of the picture."""
-    image = open_image(data, max_pixels=max_pixels)
-    size = image.size
-    if image.format == "JPEG":
-        image.draft("RGB", (2 * _DECODED, 2 * _DECODED))  # decoded at a fraction of its size
-    image = load_rgb(image).convert("YCbCr").resize((_DECODED, _DECODED), Image.Resampling.BOX)
-    return np.asarray(image, np.float32), size
-
-
-def _shrink(channels: np.ndarray) -> np.ndarray:
-    return np.round(_average(channels[..., 0], SIDE)).astype(np.uint8)
+    greys = np.round(_average(channels[..., 0], SIDE)).astype(np.uint8)
+    return found / max(float(np.linalg.norm(found)), 1e-6), greys, size
 
 
 def _average(channel: np.ndarray, cells: int) -> np.ndarray:
@@ -104,69 +86,62 @@ def _fold(grid: np.ndarray) -> np.ndarray:
     return np.concatenate([(left + right).ravel(), np.abs(left - right).ravel()]) / np.sqrt(2)
 
 
-class Aligner:
-    """Compares pictures by the numbers of their rows."""
-
-    def __init__(self, thumbnails: np.ndarray, *, mirrored: bool):
-        """Takes uint8 [n, SIDE, SIDE], and whether mirror images are alike."""
-        self._thumbnails = thumbnails
-        self._mirrored = mirrored
-        self._windows = functools.lru_cache(maxsize=_CACHED)(self._cut)
-
-    def correlate(self, first: int, second: int) -> float:
-        """The highest correlation of two pictures; 0 where one is flat."""
-        one, other = self._windows(first), self._windows(second)
-        if one is None or other is None:
-            return 0.0
-        # Row 0 is the whole picture.
-        best = max((one @ other[0]).max(), (other @ one[0]).max())
-        if self._mirrored:
-            best = max(best, (one @ _mirror(other[0])).max(), (other @ _mirror(one[0])).max())
-        return float(best)
-
-    def _cut(self, number: int) -> np.ndarray | None:
-        """All windows of a picture, float32 [84, 256], of mean 0 and length 1; None if it is flat.
-
-        A window without contrast is 0.
-        """
-        greys = self._thumbnails[number].astype(np.float32)
-        if greys.std() < _LEAST_SPREAD:
-            return None
-        found = []
-        for rows in _averages():
-            cells = (rows @ greys @ rows.T).reshape(-1, _CELLS, rows.shape[0] // _CELLS, _CELLS)
-            found.append(cells.transpose(0, 2, 1, 3).reshape(-1, _CELLS * _CELLS))
-        windows = np.concatenate(found)
-        windows -= windows.mean(1, keepdims=True)
-        lengths = np.linalg.norm(windows, axis=1, keepdims=True)
-        is_flat = lengths < _LEAST_SPREAD * _CELLS
-        return np.where(is_flat, 0, windows / np.maximum(lengths, 1e-6))
-
-
-def verify(candidates: Iterator[Near], aligner: Aligner, least: float) -> Near:
+def verify(
+    candidates: Iterator[Near], thumbnails: np.ndarray, least: float, *, mirrored: bool
+) -> Near:
     """The first candidate of each row that is a copy, with the correlation as similarity.
 
     Args:
         candidates: of `semdedup.find_candidates`: the best partner of every row, then the second
             best.
-        aligner: of the same rows.
+        thumbnails: uint8 [n, SIDE * SIDE], of the rows.
         least: correlation from which two pictures are copies.
+        mirrored: whether mirror images are alike.
     """
-    found: list[tuple[int, int, float]] = []
-    done: set[int] = set()
+    windows = functools.lru_cache(_CACHED)(lambda row: cut_windows(thumbnails[row]))
+    found: dict[int, tuple[int, float]] = {}
     for rank in candidates:
         for row, alike in zip(rank.dropped.tolist(), rank.alike.tolist(), strict=True):
-            if row in done:
-                continue
-            correlation = aligner.correlate(row, alike)
-            if correlation >= least:
-                done.add(row)
-                found.append((row, alike, correlation))
-    columns = zip(*found, strict=True) if found else ((), (), ())
-    dropped, alike, correlations = columns
+            if row not in found:
+                similarity = correlate(windows(row), windows(alike), mirrored=mirrored)
+                if similarity >= least:
+                    found[row] = alike, similarity
+    alike, similarities = zip(*found.values(), strict=True) if found else ((), ())
     return Near(
-        np.array(dropped, np.int64), np.array(alike, np.int64), np.array(correlations, np.float32)
+        np.array(list(found), np.int64),
+        np.array(alike, np.int64),
+        np.array(similarities, np.float32),
     )
+
+
+def correlate(one: np.ndarray | None, other: np.ndarray | None, *, mirrored: bool) -> float:
+    """The highest correlation of two pictures, by their windows; 0 where one is flat."""
+    if one is None or other is None:
+        return 0.0
+    # Row 0 is the whole picture.
+    best = max((one @ other[0]).max(), (other @ one[0]).max())
+    if mirrored:
+        best = max(best, (one @ _mirror(other[0])).max(), (other @ _mirror(one[0])).max())
+    return float(best)
+
+
+def cut_windows(thumbnail: np.ndarray) -> np.ndarray | None:
+    """All windows of a picture, float32 [84, 256], of mean 0 and length 1; None if it is flat.
+
+    A window without contrast is 0.
+    """
+    greys = thumbnail.reshape(SIDE, SIDE).astype(np.float32)
+    if greys.std() < _LEAST_SPREAD:
+        return None
+    found = []
+    for rows in _averages():
+        cells = (rows @ greys @ rows.T).reshape(-1, _CELLS, rows.shape[0] // _CELLS, _CELLS)
+        found.append(cells.transpose(0, 2, 1, 3).reshape(-1, _CELLS * _CELLS))
+    windows = np.concatenate(found)
+    windows -= windows.mean(1, keepdims=True)
+    lengths = np.linalg.norm(windows, axis=1, keepdims=True)
+    is_flat = lengths < _LEAST_SPREAD * _CELLS
+    return np.where(is_flat, 0, windows / np.maximum(lengths, 1e-6))
 
 
 def _mirror(cells: np.ndarray) -> np.ndarray:

@@ -12,10 +12,10 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.duplicates.image_hashes import Match
 from data_prep.teachers import embedding_files
 from diht_jax.readers.base import SourceShard
 from diht_jax.storage import files
@@ -25,18 +25,6 @@ from diht_jax.storage.stores import is_remote, open_system
 DESCRIPTION = "embeddings.json"
 
 _CHUNK = 2**24  # cosines at a time
-
-
-class Match(NamedTuple):
-    """A picture of a set.
-
-    Attributes:
-        key: of its pair.
-        cosine: with it.
-    """
-
-    key: str
-    cosine: float
 
 
 def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
@@ -73,37 +61,46 @@ def find_files(pattern: str) -> list[str]:
     return sorted(system.unstrip_protocol(found) for found in system.glob(path))
 
 
-def list_shards(folder: str) -> list[tuple[str, int]]:
-    """Path and start of each shard that a folder of `diht_jax.embed` is of, in their order.
+def find_shard_files(folder: str) -> dict[tuple[str, int], list[str]]:
+    """The files of each shard that a folder of `diht_jax.embed` is of, by its path and start.
 
     Raises:
         ValueError: it is no such folder.
     """
     try:
-        found = json.loads(files.read_bytes(files.join(folder, DESCRIPTION)))["source"]
-        return [(shard["path"], shard["start"]) for shard in found]
+        source = json.loads(files.read_bytes(files.join(folder, DESCRIPTION)))["source"]
+        shards = [(shard["path"], shard["start"]) for shard in source]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"'{folder}': expected the --output of diht_jax.embed ({type(error).__name__}: {error})"
         ) from error
+    found: dict[tuple[str, int], list[str]] = {shard: [] for shard in shards}
+    for name in files.list_names(folder):
+        match = re.fullmatch(r"embeddings-(\d{5,})-.*\.(npz|parquet)", name)
+        if match and int(match[1]) < len(shards):
+            found[shards[int(match[1])]].append(files.join(folder, name))
+    return found
+
+
+def files_of_shard(known: dict[tuple[str, int], list[str]], source: SourceShard) -> list[str]:
+    """The files of a shard among those of `find_shard_files`; none where there are none."""
+    identity = source.identity()
+    return known.get((identity["path"], identity["start"]), [])
 
 
 def describe(folder: str) -> str:
     """A hash of what a folder of `diht_jax.embed` is of: its input, its model and its settings."""
-    list_shards(folder)
+    find_shard_files(folder)
     data = files.read_bytes(files.join(folder, DESCRIPTION))
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def files_of_shards(folder: str, num_shards: int) -> list[tuple[str, ...]]:
-    """The files that `diht_jax.embed` wrote of each shard."""
-    named = re.compile(r"embeddings-(\d{5,})-.*\.(npz|parquet)")
-    found: list[list[str]] = [[] for _ in range(num_shards)]
-    for name in files.list_names(folder):
-        match = named.fullmatch(name)
-        if match and int(match[1]) < num_shards:
-            found[int(match[1])].append(files.join(folder, name))
-    return [tuple(paths) for paths in found]
+def read_all(paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """Key -> embedding, of several files."""
+    found: dict[str, np.ndarray] = {}
+    for path in paths:
+        found |= dict(zip(*read_embeddings(path), strict=True))
+    return found
 
 
 def read_of_shard(folder: str, source: SourceShard) -> dict[str, np.ndarray]:
@@ -116,25 +113,15 @@ def read_of_shard(folder: str, source: SourceShard) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the folder is of another input, or not complete.
     """
-    numbers, paths = _index(folder)
-    identity = source.identity()
-    number = numbers.get((identity["path"], identity["start"]))
-    if number is None or not paths[number]:
+    paths = files_of_shard(_find_shard_files_once(folder), source)
+    if not paths:
         raise ValueError(
             f"'{folder}' has no embeddings of {source}; run diht_jax.embed on this input"
         )
-    found: dict[str, np.ndarray] = {}
-    for path in paths[number]:
-        keys, rows = read_embeddings(path)
-        found |= dict(zip(keys, rows, strict=True))
-    return found
+    return read_all(paths)
 
 
-@functools.lru_cache(maxsize=4)
-def _index(folder: str) -> tuple[dict[tuple[str, int], int], list[tuple[str, ...]]]:
-    """Shard -> its number, and the files of each; a worker reads them once."""
-    listed = list_shards(folder)
-    return {shard: i for i, shard in enumerate(listed)}, files_of_shards(folder, len(listed))
+_find_shard_files_once = functools.lru_cache(maxsize=4)(find_shard_files)  # by a worker
 
 
 class EmbeddedSet:
@@ -173,7 +160,8 @@ class EmbeddedSet:
             cosines = embeddings[start : start + size] @ self.embeddings.T
             nearest = cosines.argmax(axis=1)
             for row, best in zip(nearest, cosines.max(axis=1).tolist(), strict=True):
-                found.append(Match(self.keys[row], best) if best >= min_cosine else None)
+                is_near = best >= min_cosine
+                found.append(Match(self.keys[row], f"cosine {best:.3f}") if is_near else None)
         return found
 
 
@@ -190,7 +178,7 @@ def open_set(path: str) -> EmbeddedSet:
     if path.endswith(embedding_files.SUFFIXES):
         paths = find_files(path)
     else:
-        paths = [p for of_shard in files_of_shards(path, len(list_shards(path))) for p in of_shard]
+        paths = [name for of_shard in find_shard_files(path).values() for name in of_shard]
     parts = [part for part in map(read_embeddings, paths) if part[0]]
     keys = [key for part, _ in parts for key in part]
     if not keys:

@@ -59,18 +59,9 @@ def write_page(
     sources: Sequence[SourceShard],
     config: ml_collections.ConfigDict,
 ) -> None:
-    """Writes the page.
-
-    Args:
-        summary: of the job.
-        found: all duplicates.
-        sizes: int64 [k], rows of each cluster.
-        rows: of all units.
-        sources: of the units.
-        config: of the job.
-    """
+    """Writes the page; `sizes` are the rows of each cluster, and `sources` those of the units."""
     measure = "correlation" if summary["verified"] else "cosine"
-    shown = choose_pairs(found, config)
+    shown = _choose_pairs(found, config)
     pictures = _read_pictures(np.stack([found.dropped[shown], found.alike[shown]]), rows, sources)
     cards = []
     for number in shown.tolist():
@@ -91,7 +82,7 @@ def write_page(
     )
 
 
-def choose_pairs(found: Found, config: ml_collections.ConfigDict) -> np.ndarray:
+def _choose_pairs(found: Found, config: ml_collections.ConfigDict) -> np.ndarray:
     """Positions of the duplicates on the page: at random, the least alike first.
 
     At most a quarter of them are exact copies, unless there are too few others.
@@ -124,18 +115,17 @@ def _read_pictures(
     wanted = np.unique(wanted)
     found: dict[int, tuple[str, str, str | None]] = {
         int(row): (key, "", None)
-        for row, key in zip(wanted, rows.keys(wanted).to_pylist(), strict=True)
+        for row, key in zip(wanted, rows.take("key", wanted).to_pylist(), strict=True)
     }
     units = rows.unit_of(wanted)
     for unit in np.unique(units):
         if sources[unit].kind == EMBEDDED:
             continue
-        start = rows.starts[unit]
-        own = {int(row - start) for row in wanted[units == unit]}
+        start, last = int(rows.starts[unit]), int(wanted[units == unit].max())
         pairs = (entry for entry in read_pairs(sources[unit]) if isinstance(entry, Pair))
-        for number, pair in zip(range(max(own) + 1), pairs, strict=False):
-            if number in own:
-                found[int(start) + number] = pair.key, pair.caption, _shrink(pair.image)
+        for row, pair in zip(range(start, last + 1), pairs, strict=False):
+            if row in found:
+                found[row] = pair.key, pair.caption, _shrink(pair.image)
     return found
 
 

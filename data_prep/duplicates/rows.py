@@ -1,7 +1,16 @@
-"""Rows of all scanned units, numbered in their order; what is read of them is in mapped files.
+"""Rows of all scanned units, numbered in the order of the units; their files are memory-mapped.
 
-Files in a store are fetched once by a machine, into a folder below the system's temporary one; all
-processes of the job share it.
+The Arrow file of a unit has a row for each pair:
+
+    key                  text
+    hash                 uint64, of the key
+    content              uint64 [2], the halves of a hash of the picture's bytes
+    pixels               int64, of the picture; 0 where it is none
+    embedding            float16 [d], zeros where there is none; no such column where none has one
+    thumbnail            uint8 [SIDE * SIDE]; no such column for precomputed embeddings alone
+
+Files in a store are fetched once by a machine, into a folder below the system's temporary one,
+which all processes of the job share.
 """
 
 from __future__ import annotations
@@ -12,17 +21,16 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from data_prep.duplicates.pictures import SIDE
 from diht_jax.storage import files
 from diht_jax.storage.copies import cached_copy
 from diht_jax.storage.stores import input_version, is_remote
 
-EMBEDDINGS, GREYS = ".npy", ".greys.npy"  # behind the name of the file with the columns
+EMBEDDING, THUMBNAIL = "embedding", "thumbnail"
 
 _OPEN_UNITS = 512
 
@@ -34,63 +42,70 @@ def hash_keys(keys: Sequence[str]) -> np.ndarray:
     return np.frombuffer(data, "<u8")
 
 
-def cache_folder(output: str) -> str:
-    """Folder of this machine for the files of an output folder in a store."""
-    digest = hashlib.blake2b(output.encode(), digest_size=8).hexdigest()
-    return os.path.join(tempfile.gettempdir(), f"diht_jax-duplicates-{os.getuid()}-{digest}")
-
-
-def forget_copies(output: str) -> None:
-    """Removes what was fetched of an output folder."""
-    shutil.rmtree(cache_folder(output), ignore_errors=True)
-
-
-def fetch(path: str, output: str) -> str:
-    """The path of a local file with these contents.
+def write_columns(path: str, columns: Mapping[str, Any]) -> str:
+    """Writes columns of equal length to a file that appears whole; returns a hash of them.
 
     Args:
-        path: of a local file, which is its own copy, or a URL.
-        output: the output folder that the file belongs to.
+        path: of the file.
+        columns: name -> Arrow array, or NumPy array [n] or [n, width].
     """
-    if not is_remote(path):
-        return path
-    size, version = input_version(path)
-    identity = f"{path}\n{size} {version}"
-    digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-    return cached_copy(path, digest, size, cache_folder(output))
-
-
-def write_columns(path: str, columns: dict[str, Any]) -> None:
-    """Writes columns of equal length, NumPy or Arrow arrays, to a file that appears whole."""
     import pyarrow
 
-    batch = pyarrow.record_batch({name: pyarrow.array(part) for name, part in columns.items()})
+    arrays = dict(columns)
+    for name, column in columns.items():
+        if isinstance(column, np.ndarray) and column.ndim == 2:
+            flat = pyarrow.array(column.ravel())
+            arrays[name] = pyarrow.FixedSizeListArray.from_arrays(flat, column.shape[1])
+    batch = pyarrow.record_batch({name: pyarrow.array(column) for name, column in arrays.items()})
     with (
         files.local_output(path) as local,
         pyarrow.ipc.new_file(str(local), batch.schema) as writer,
     ):
         writer.write_batch(batch)
+    digest = hashlib.blake2b(str(batch.schema).encode(), digest_size=16)
+    digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
-def open_batch(path: str, output: str) -> Any:
-    """Opens what `write_columns` wrote, as a record batch that is mapped into memory."""
+def open_columns(path: str, output: str) -> dict[str, Any]:
+    """Columns that `write_columns` wrote, memory-mapped: Arrow arrays of text, else NumPy arrays.
+
+    Args:
+        path: of the file.
+        output: the output folder that the file belongs to.
+    """
     import pyarrow
 
-    return pyarrow.ipc.open_file(pyarrow.memory_map(fetch(path, output))).get_batch(0)
+    batch = pyarrow.ipc.open_file(pyarrow.memory_map(_fetch(path, output))).get_batch(0)
+    found = dict(zip(batch.schema.names, batch.columns, strict=True))
+    for name, column in found.items():
+        if pyarrow.types.is_fixed_size_list(column.type):
+            found[name] = column.values.to_numpy().reshape(len(column), column.type.list_size)
+        elif not pyarrow.types.is_large_string(column.type):
+            found[name] = column.to_numpy()
+    return found
 
 
-def open_columns(path: str, output: str) -> dict[str, np.ndarray]:
-    """Columns of numbers that `write_columns` wrote, mapped into memory."""
-    batch = open_batch(path, output)
-    return {name: batch.column(name).to_numpy() for name in batch.schema.names}
+def _fetch(path: str, output: str) -> str:
+    """The path of a local file with these contents."""
+    if not is_remote(path):
+        return path
+    size, version = input_version(path)
+    digest = hashlib.blake2b(f"{path}\n{size} {version}".encode(), digest_size=16).hexdigest()
+    return cached_copy(path, digest, size, _cache_folder(output))
 
 
-_open_table = functools.lru_cache(maxsize=_OPEN_UNITS)(open_batch)
+def _cache_folder(output: str) -> str:
+    digest = hashlib.blake2b(output.encode(), digest_size=8).hexdigest()
+    return os.path.join(tempfile.gettempdir(), f"diht_jax-duplicates-{os.getuid()}-{digest}")
 
 
-@functools.lru_cache(maxsize=_OPEN_UNITS)
-def _open_array(path: str, output: str) -> np.ndarray:
-    return np.load(fetch(path, output), mmap_mode="r")
+def forget_copies(output: str) -> None:
+    """Removes what this machine has fetched of an output folder."""
+    shutil.rmtree(_cache_folder(output), ignore_errors=True)
+
+
+_open_unit = functools.lru_cache(maxsize=_OPEN_UNITS)(open_columns)
 
 
 def open_rows(output: str, paths: Sequence[str], counts: Sequence[int]) -> Rows:
@@ -98,11 +113,10 @@ def open_rows(output: str, paths: Sequence[str], counts: Sequence[int]) -> Rows:
 
     Args:
         output: the output folder.
-        paths: files with the columns of each unit.
+        paths: of each unit's file.
         counts: rows of each unit.
     """
-    for opened in (_open_table, _open_array):
-        opened.cache_clear()  # a unit may have been scanned again
+    _open_unit.cache_clear()  # a unit may have been scanned again
     return Rows(output, tuple(paths), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
 
@@ -112,7 +126,7 @@ class Rows:
 
     Attributes:
         output: the output folder.
-        paths: files with the columns of each unit.
+        paths: of each unit's file.
         starts: int64 [units + 1], the number of each unit's first row.
     """
 
@@ -123,10 +137,35 @@ class Rows:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def of_unit(self, unit: int) -> dict[str, Any]:
+        """The columns of a unit."""
+        return _open_unit(self.paths[unit], self.output)
+
+    def unit_of(self, rows: np.ndarray) -> np.ndarray:
+        """The number of the unit of each row."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, of all rows."""
-        units = range(len(self.paths))
-        return np.concatenate([self._table(unit).column(name).to_numpy() for unit in units])
+        return np.concatenate([self.of_unit(unit)[name] for unit in range(len(self.paths))])
+
+    def take(self, name: str, rows: np.ndarray) -> Any:
+        """A column of some rows, in their order."""
+        if not len(rows):
+            return self.of_unit(0)[name][:0]
+        units = self.unit_of(rows)
+        order = np.argsort(units, kind="stable")
+        found, first = np.unique(units[order], return_index=True)
+        parts = [
+            _take(self.of_unit(unit)[name], rows[own] - self.starts[unit])
+            for unit, own in zip(found, np.split(order, first[1:]), strict=True)
+        ]
+        return _take(_concatenate(parts), np.argsort(order))
+
+    def embeddings(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings of rows that have one, float32 [n, d], each of length 1."""
+        found = self.take(EMBEDDING, rows).astype(np.float32)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
 
     def has_embedding(self) -> np.ndarray:
         """Marks the rows whose embedding is not missing, and has a direction: bool [rows].
@@ -134,64 +173,29 @@ class Rows:
         Raises:
             ValueError: units have embeddings of several sizes.
         """
-        found, widths = [], set()
-        for unit in range(len(self.paths)):
-            embeddings = self._array(unit, EMBEDDINGS)
-            found.append(np.any(embeddings != 0, axis=1))
-            widths.update({embeddings.shape[1]} if found[-1].any() else ())
+        found, widths = np.zeros(len(self), bool), set()
+        for unit, start in enumerate(self.starts[:-1]):
+            embeddings = self.of_unit(unit).get(EMBEDDING)
+            if embeddings is not None and embeddings.any():
+                found[start : start + len(embeddings)] = embeddings.any(axis=1)
+                widths.add(embeddings.shape[1])
         if len(widths) > 1:
             sizes = ", ".join(map(str, sorted(widths)))
             raise ValueError(f"embeddings of several sizes: {sizes}; expected those of one model")
-        return np.concatenate(found)
-
-    def unit_keys(self, unit: int) -> Any:
-        """The keys of a unit, as a pyarrow array."""
-        return self._table(unit).column("key")
-
-    def keys(self, rows: np.ndarray) -> Any:
-        """The keys of rows, as a pyarrow array."""
-        import pyarrow
-
-        parts = [pyarrow.array([], pyarrow.large_string())]
-        numbers = [np.empty(0, np.int64)]
-        for unit, positions, local in self._by_unit(rows):
-            parts.append(self.unit_keys(unit).take(pyarrow.array(local)))
-            numbers.append(positions)
-        order = np.argsort(np.concatenate(numbers))
-        return pyarrow.concat_arrays(parts).take(pyarrow.array(order))
-
-    def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        """Embeddings of rows that have one, float32 [n, d], each of length 1."""
-        parts = [(p, self._array(u, EMBEDDINGS)[local]) for u, p, local in self._by_unit(rows)]
-        found = np.empty((len(rows), parts[0][1].shape[1] if parts else 0), np.float32)
-        for positions, part in parts:
-            found[positions] = part
-        return found / np.linalg.norm(found, axis=1, keepdims=True)
-
-    def greys(self, rows: np.ndarray) -> np.ndarray:
-        """Thumbnails of rows, uint8 [n, side, side]."""
-        found = np.empty((len(rows), SIDE, SIDE), np.uint8)
-        for unit, positions, local in self._by_unit(rows):
-            found[positions] = self._array(unit, GREYS)[local]
         return found
 
-    def unit_of(self, rows: np.ndarray) -> np.ndarray:
-        """The number of the unit of each row."""
-        return np.searchsorted(self.starts, rows, side="right") - 1
 
-    def _table(self, unit: int) -> Any:
-        return _open_table(self.paths[unit], self.output)
+def _take(column: Any, numbers: np.ndarray) -> Any:
+    if isinstance(column, np.ndarray):
+        return column[numbers]
+    import pyarrow
 
-    def _array(self, unit: int, ending: str) -> np.ndarray:
-        return _open_array(self.paths[unit] + ending, self.output)
+    return column.take(pyarrow.array(numbers))
 
-    def _by_unit(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Unit, positions in `rows`, and numbers within the unit."""
-        units = self.unit_of(rows)
-        order = np.argsort(units, kind="stable")
-        found, first = np.unique(units[order], return_index=True)
-        groups = np.split(order, first[1:]) if len(rows) else []
-        return [
-            (int(unit), positions, rows[positions] - self.starts[unit])
-            for unit, positions in zip(found, groups, strict=True)
-        ]
+
+def _concatenate(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    import pyarrow
+
+    return pyarrow.concat_arrays(parts)

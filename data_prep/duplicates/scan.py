@@ -1,16 +1,16 @@
 """Scan of the input: the keys, content hashes, sizes and embeddings of its pairs, unit by unit.
 
-A unit is a source shard, or a file of precomputed embeddings. It is named by a hash of its input's
-path below its root, so that one that is added, removed or replaced costs itself. NAME.arrow has a
-row for each pair; next to it are NAME.arrow.npy, float16 [n, d], and NAME.arrow.greys.npy, uint8
-[n, 32, 32]. The statistics, with what the input was, are written last.
+A unit is a source shard, or a file of precomputed embeddings. Its output, an Arrow file with the
+columns of `rows.py`, is named by a hash of its input's path below its root, so that one that is
+added, removed or replaced costs itself. The statistics, with what the input was, are written last.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import json
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +21,10 @@ import numpy as np
 from absl import logging
 
 from data_prep.duplicates import precomputed
-from data_prep.duplicates.pictures import SIDE, describe_picture, shrink_picture
-from data_prep.duplicates.rows import EMBEDDINGS, GREYS, hash_keys, write_columns
+from data_prep.duplicates.pictures import describe_picture
+from data_prep.duplicates.rows import EMBEDDING, THUMBNAIL, hash_keys, write_columns
 from data_prep.jobs import fingerprint, shards
-from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord
+from data_prep.jobs.crash_search import CRASHED, WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.jobs.failures import allowed_number
 from data_prep.jobs.manifest import Input, hash_inputs
@@ -43,6 +43,10 @@ _ROWS = ".arrow"
 _OURS = re.compile(rf"[0-9a-f]{{16}}{re.escape(_ROWS)}(\..+)?")
 _SHOWN = 4
 _BATCH = 256  # entries after which progress is reported, and among which a crash is searched for
+
+# Hash of a picture's bytes, pixels (0: it is none), embedding and thumbnail.
+_Seen = tuple[bytes, int, np.ndarray | None, np.ndarray | None]
+_NOT_SEEN: _Seen = (bytes(16), 0, None, None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,43 +90,31 @@ def plan_units(
     Raises:
         ValueError: the precomputed embeddings are of other shards.
     """
-    files_of: Sequence[tuple[str, ...]] = [()] * len(inputs)
+    embeddings: list[list[str]] = [[] for _ in inputs]
     if config.input is not None and config.embeddings.kind == "files":
-        files_of = _find_embeddings(config, [found.shard for found in inputs])
+        where = config.embeddings.files
+        try:
+            known = precomputed.find_shard_files(where)
+        except ValueError as error:
+            raise ValueError(f"config.embeddings.files={error}") from error
+        embeddings = [precomputed.files_of_shard(known, found.shard) for found in inputs]
+        if not all(embeddings):
+            raise ValueError(
+                f"config.embeddings.files='{where}' is of another input than config.input="
+                f"'{config.input}': it has no embeddings of {inputs[embeddings.index([])].shard}"
+            )
     return [
         Unit(
             found.shard,
             files.join(folder, FOLDER, name + _ROWS),
-            shards.hash_config({"embeddings": [_identify(path) for path in embeddings]}),
+            shards.hash_config(
+                {"embeddings": [SourceShard(EMBEDDED, path).identity() for path in paths]}
+            ),
             config.input_identity,
-            embeddings=embeddings,
+            embeddings=tuple(paths),
         )
-        for found, name, embeddings in zip(inputs, hash_inputs(inputs), files_of, strict=True)
+        for found, name, paths in zip(inputs, hash_inputs(inputs), embeddings, strict=True)
     ]
-
-
-def _identify(path: str) -> dict[str, Any]:
-    return SourceShard(EMBEDDED, path).identity()
-
-
-def _find_embeddings(
-    config: ml_collections.ConfigDict, sources: Sequence[SourceShard]
-) -> list[tuple[str, ...]]:
-    """The files of `diht_jax.embed` of each shard; it may have embedded more shards."""
-    folder = config.embeddings.files
-    try:
-        listed = precomputed.list_shards(folder)
-    except ValueError as error:
-        raise ValueError(f"config.embeddings.files={error}") from error
-    known = dict(zip(listed, precomputed.files_of_shards(folder, len(listed)), strict=True))
-    identities = (source.identity() for source in sources)
-    found = [known.get((identity["path"], identity["start"]), ()) for identity in identities]
-    if not all(found):
-        raise ValueError(
-            f"config.embeddings.files='{folder}' is of another input than "
-            f"config.input='{config.input}': it has no embeddings of {sources[found.index(())]}"
-        )
-    return found
 
 
 def reject_or_remove_stale(
@@ -142,26 +134,34 @@ def reject_or_remove_stale(
         ValueError: they are more than `max_changed` allows.
     """
     fingerprint.forget_linked()  # as an earlier run of this process saw them
-    where = files.join(folder, FOLDER)
+    where, ending = files.join(folder, FOLDER), shards.STATS_SUFFIX
     present = files.list_names(where, lambda name: _OURS.fullmatch(name) is not None)
-    ending = shards.STATS_SUFFIX
     scanned = {name.removesuffix(ending) for name in present if name.endswith(ending)}
     own = {os.path.basename(unit.output) for unit in units}
-    gone = sorted(scanned - own)
-    done, changed = {}, []
+    gone, done, changed = sorted(scanned - own), {}, []
     there = [unit for unit in units if os.path.basename(unit.output) in scanned]
     for unit, stats, change in shards.check_all(there):
         if stats is not None and change is None:
             done[unit.output] = unit, shards.trim_stats(stats)
         elif stats is not None:
             changed.append(unit)
-    allowed = allowed_number(max_changed, len(scanned))
-    if len(gone) + len(changed) > allowed:
-        raise ValueError(_describe_changes(where, gone, changed, max_changed, allowed))
+    count, allowed = len(gone) + len(changed), allowed_number(max_changed, len(scanned))
+    if count > allowed:
+        located = (
+            files.read_object(files.join(where, name + fingerprint.LOCATION_SUFFIX))
+            for name in gone[:_SHOWN]
+        )
+        names = [found["path"] for found in located if found] + [str(u.source) for u in changed]
+        raise ValueError(
+            f"'{where}' holds {len(gone)} scans of inputs that config.input or "
+            f"config.embeddings.files no longer names, and {len(changed)} of inputs that were "
+            f"replaced, such as {', '.join(names[:_SHOWN])}; config.max_changed_shards="
+            f"{max_changed:g} allows {allowed} together. Choose another config.output, or have "
+            f"them removed or scanned again with --config.max_changed_shards={count}"
+        )
     for unit in changed:
         logging.warning("%s: scanned again, since it or its embeddings changed", unit.source)
-    for path in shards.damaged_outputs(list(done.values())):
-        changed.append(done.pop(path)[0])
+    changed += [done.pop(path)[0] for path in shards.damaged_outputs(list(done.values()))]
     for unit in changed:
         files.remove(unit.stats_path)
     # The statistics first: without them a unit is not scanned.
@@ -173,31 +173,8 @@ def reject_or_remove_stale(
     return {path: stats for path, (_, stats) in done.items()}
 
 
-def _describe_changes(
-    folder: str, gone: Sequence[str], changed: Sequence[Unit], max_changed: float, allowed: int
-) -> str:
-    paths = [
-        files.read_object(files.join(folder, name + fingerprint.LOCATION_SUFFIX))
-        for name in gone[:_SHOWN]
-    ]
-    names = [found["path"] for found in paths if found] + [str(unit.source) for unit in changed]
-    count = len(gone) + len(changed)
-    return (
-        f"'{folder}' holds {len(gone)} scans of inputs that config.input or "
-        f"config.embeddings.files no longer names, and {len(changed)} of inputs that were "
-        f"replaced, such as {', '.join(names[:_SHOWN])}; config.max_changed_shards="
-        f"{max_changed:g} allows {allowed} together. Choose another config.output, or have them "
-        f"removed or scanned again with --config.max_changed_shards={count}"
-    )
-
-
-def list_scans(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> list[list[str]]:
-    """Name and hash of the scan of each unit, in order: what the search is made of."""
-    return [[os.path.basename(unit.output), stats["output"]["digest"]] for unit, stats in parts]
-
-
 def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) -> None:
-    """Writes the outputs of a unit.
+    """Writes the rows of a unit.
 
     Args:
         unit: what to scan.
@@ -207,6 +184,8 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
     Raises:
         ValueError: the input is damaged, or no file of embeddings.
     """
+    import pyarrow
+
     if unit.search is not None:  # workers have died of it, and left half-written files
         folder, name = os.path.split(unit.output)
         shards.remove_temporary_files(folder, [name])
@@ -216,125 +195,75 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
         if unit.source.kind == EMBEDDED:
             keys, found = precomputed.read_embeddings(unit.source.path)
             report(len(keys))
-            nothing = np.zeros((len(keys), 2), np.uint64)
-            columns = keys, nothing, np.zeros(len(keys), np.int64), found, None
+            columns = {
+                "content": np.zeros((len(keys), 2), np.uint64),
+                "pixels": np.zeros(len(keys), np.int64),
+                EMBEDDING: found.astype(np.float16),
+            }
         else:
-            columns = _scan_pairs(unit, report, work, config)
-        digest = _write(unit.output, *columns)
-        companions = (EMBEDDINGS,) if columns[-1] is None else (EMBEDDINGS, GREYS)
-        shards.finish_task(unit, described, {}, len(columns[0]), companions, digest)
+            keys, columns = _scan_pairs(unit, report, work, config)
+        named = {"key": pyarrow.array(keys, pyarrow.large_string()), "hash": hash_keys(keys)}
+        digest = write_columns(unit.output, named | columns)
+        shards.finish_task(unit, described, {}, len(keys), digest=digest)
 
 
 def _scan_pairs(
     unit: Unit, report: Report, work: WorkRecord, config: ml_collections.ConfigDict
-) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, list[np.ndarray | None]]:
-    """Keys, halves of the content hashes, pixels, embeddings and greys of the pairs of a shard."""
-    known: dict[str, np.ndarray] = {}
-    for path in unit.embeddings:
-        known |= dict(zip(*precomputed.read_embeddings(path), strict=True))
-    keys, digests, pixels, rows, greys = [], [], [], [], []
-    for entry, is_deadly in _entries(unit, report, work, config):
-        if isinstance(entry, Pair):
-            keys.append(entry.key)
-            digests.append(hashlib.blake2b(entry.image, digest_size=16).digest())
-            looks = (0, None, None) if is_deadly else _look_at(entry, known, config)
-            for column, value in zip((pixels, rows, greys), looks, strict=True):
-                column.append(value)
-    width = max((len(row) for row in rows if row is not None), default=0)
-    embeddings = np.zeros((len(keys), width), np.float16)
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The keys of the pairs of a shard, and the other columns."""
+    known = precomputed.read_all(unit.embeddings)
+    look = functools.partial(_look_at, known=known, config=config)
+    keys, seen, entries = [], [], _read_pairs(unit, config)
+    while batch := list(itertools.islice(entries, _BATCH)):
+        for entry in work.begin(batch, look):
+            if isinstance(entry, Pair) or entry.reason == CRASHED:
+                keys.append(entry.key)
+                seen.append(look(entry) if isinstance(entry, Pair) else _NOT_SEEN)
+        report(len(batch))
+    digests, pixels, embeddings, thumbnails = zip(*seen, strict=True) if seen else ((),) * 4
+    columns = {
+        "content": np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2),
+        "pixels": np.array(pixels, np.int64),
+        EMBEDDING: _stack(embeddings, np.float16),
+        THUMBNAIL: _stack(thumbnails, np.uint8),
+    }
+    return keys, {name: column for name, column in columns.items() if column is not None}
+
+
+def _stack(rows: Sequence[np.ndarray | None], dtype: Any) -> np.ndarray | None:
+    """Rows as an array [n, width], with zeros where there is none; None where there are none."""
+    width = next((row.size for row in rows if row is not None), None)
+    if width is None:
+        return None
+    found = np.zeros((len(rows), width), dtype)
     for number, row in enumerate(rows):
         if row is not None:
-            embeddings[number] = row
-    hashes = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
-    return keys, hashes, np.asarray(pixels, np.int64), embeddings, greys
+            found[number] = row.ravel()
+    return found
 
 
-def _entries(
-    unit: Unit, report: Report, work: WorkRecord, config: ml_collections.ConfigDict
-) -> Iterator[tuple[Pair | Skipped, bool]]:
-    """The entries of a shard, and of each whether its picture has ended the worker before.
-
-    Once a worker has died it is recorded what this one works on: the batch, and in the batch of the
-    last death each entry, while it is looked at.
-    """
-    search, number = unit.search or CrashSearch(), 0
-    entries = read_pairs(unit.source)
+def _read_pairs(unit: Unit, config: ml_collections.ConfigDict) -> Iterator[Pair | Skipped]:
     try:
-        while True:
-            first = number - number % _BATCH
-            batch = first, first + _BATCH
-            is_suspect = search.suspects == batch
-            if number == first or is_suspect:
-                work.write(BATCH, *batch)
-            entry = next(entries, None)
-            if entry is None:
-                break
-            if is_suspect:
-                work.write(PAIR, number, number + 1)
-            yield entry, number in search.crashed
-            number += 1
-            if number % _BATCH == 0:
-                report(_BATCH)
+        yield from read_pairs(unit.source)
     except DamagedTarError as error:
         if not config.keep_before_damage:
             raise
         logging.warning("%s; the pairs before the damage are compared", error)
-    report(number % _BATCH)
 
 
 def _look_at(
     pair: Pair, known: Mapping[str, np.ndarray], config: ml_collections.ConfigDict
-) -> tuple[int, np.ndarray | None, np.ndarray | None]:
-    """Pixels of the picture, embedding and greys; 0 and None where there is none."""
-    greys = None
+) -> _Seen:
+    embedding, thumbnail = known.get(pair.key), None
+    digest = hashlib.blake2b(pair.image, digest_size=16).digest()
     try:
-        if config.embeddings.kind == "descriptor":
-            row, greys, (width, height) = describe_picture(
+        if config.embeddings.kind != "descriptor" and config.verify.correlation is None:
+            width, height = open_image(pair.image).size
+        else:
+            descriptor, thumbnail, (width, height) = describe_picture(
                 pair.image, mirrored=config.embeddings.mirrored, max_pixels=MAX_PIXELS
             )
-            return width * height, row, greys
-        if config.verify.correlation is not None:
-            greys, (width, height) = shrink_picture(pair.image, max_pixels=MAX_PIXELS)
-        else:
-            width, height = open_image(pair.image).size
-        return width * height, known.get(pair.key), greys
+            embedding = descriptor if config.embeddings.kind == "descriptor" else embedding
+        return digest, width * height, embedding, thumbnail
     except ImageError:
-        return 0, None, None
-
-
-def _write(
-    path: str,
-    keys: Sequence[str],
-    hashes: np.ndarray,
-    pixels: np.ndarray,
-    embeddings: np.ndarray,
-    greys: Sequence[np.ndarray | None] | None,
-) -> str:
-    """Writes the files of a unit; returns a hash of all they hold."""
-    import pyarrow
-
-    embeddings = embeddings.astype(np.float16)
-    hashed = [hashes, pixels, embeddings]
-    _save(path + EMBEDDINGS, embeddings)
-    if greys is not None:
-        flat = np.zeros((SIDE, SIDE), np.uint8)
-        rows = np.array([flat if row is None else row for row in greys], np.uint8)
-        hashed.append(rows.reshape(-1, *flat.shape))
-        _save(path + GREYS, hashed[-1])
-    columns = {
-        "key": pyarrow.array(keys, pyarrow.large_string()),
-        "hash": hash_keys(keys),
-        "high": np.ascontiguousarray(hashes[:, 0]),
-        "low": np.ascontiguousarray(hashes[:, 1]),
-        "pixels": pixels,
-    }
-    write_columns(path, columns)
-    digest = hashlib.blake2b(json.dumps(list(keys)).encode(), digest_size=16)
-    for array in hashed:
-        digest.update(repr(array.shape).encode() + array.tobytes())
-    return digest.hexdigest()
-
-
-def _save(path: str, array: np.ndarray) -> None:
-    with files.local_output(path) as local, open(local, "wb") as file:
-        np.save(file, array)
+        return digest, 0, None, None

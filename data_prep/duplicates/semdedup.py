@@ -1,6 +1,6 @@
 """Near-duplicates within one cluster, as SemDeDup finds them (arXiv 2303.09540, algorithm 1).
 
-The rows of a cluster are ranked by the rule that says which one stays; a row is dropped when its
+The rows of a cluster come ranked by the rule that says which one stays; a row is dropped when its
 cosine with any row of a better rank is at least the threshold.
 """
 
@@ -18,7 +18,7 @@ _BLOCK = 2048  # rows of a product: 16 MB of cosines
 
 
 class Near(NamedTuple):
-    """Dropped rows, as positions in what was given.
+    """Dropped rows, by their numbers.
 
     Attributes:
         dropped: int64 [m].
@@ -31,37 +31,17 @@ class Near(NamedTuple):
     similarity: np.ndarray
 
 
-def rank_rows(keep: str, cosines: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """The order of the rows, the one that stays first; equal ones in the order of the input.
-
-    Args:
-        keep: one of `KEEP`.
-        cosines: float [n], with the centroid.
-        pixels: int [n], of the pictures.
-
-    Returns:
-        int64 [n].
-    """
-    if keep == "first":
-        return np.arange(len(cosines))
-    return np.argsort(cosines if keep == "farthest" else -pixels, kind="stable")
-
-
-def find_candidates(
-    embeddings: np.ndarray, order: np.ndarray, threshold: float, count: int = 1
-) -> Iterator[Near]:
+def find_candidates(ranked: np.ndarray, threshold: float, count: int = 1) -> Iterator[Near]:
     """Finds the rows of a better rank that each row of a cluster is most alike.
 
     Args:
-        embeddings: float32 [n, d], of unit length.
-        order: of `rank_rows`.
+        ranked: float32 [n, d], embeddings of unit length, the row that stays first.
         threshold: least cosine.
         count: of them for each row, at most.
 
     Yields:
         `count` times: the best partner of each row that has one, then the second best, and so on.
     """
-    ranked = embeddings[order]
     best = np.full((len(ranked), count), -np.inf, np.float32)
     partner = np.full((len(ranked), count), -1)
     for start in range(0, len(ranked), _BLOCK):
@@ -79,7 +59,7 @@ def find_candidates(
             )
     for number in range(count):
         rows = np.flatnonzero(best[:, number] >= threshold)
-        yield Near(order[rows], order[partner[rows, number]], best[rows, number])
+        yield Near(rows, partner[rows, number], best[rows, number])
 
 
 def _highest(values: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +82,5 @@ def best_partners(parts: Sequence[Near]) -> Near:
     nothing = Near(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     found = Near(*map(np.concatenate, zip(nothing, *parts, strict=True)))
     order = np.lexsort((found.alike, -found.similarity, found.dropped))
-    found = Near(*(column[order] for column in found))
-    _, first = np.unique(found.dropped, return_index=True)
-    return Near(*(column[first] for column in found))
+    _, first = np.unique(found.dropped[order], return_index=True)
+    return Near(*(column[order][first] for column in found))

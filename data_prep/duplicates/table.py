@@ -8,14 +8,15 @@ dropped.arrow  a row for each dropped pair whose key no other pair has, in the o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.duplicates.rows import Rows, hash_keys, open_batch, write_columns
+from data_prep.duplicates.rows import Rows, hash_keys, open_columns, write_columns
 from data_prep.duplicates.search import Clusters, Found, follow_to_kept
 from diht_jax.readers.base import SourceShard
 from diht_jax.storage import files
@@ -23,7 +24,6 @@ from diht_jax.storage import files
 TABLE = "duplicates"
 LOOKUP = "dropped.arrow"
 SUMMARY = "duplicates.json"  # written last: the folder is complete with it
-INPUTS = "inputs.json"  # hashes of names and sizes of the shards whose pairs are in the table
 EXACT, NEAR = "exact", "near"
 KINDS = (EXACT, NEAR)
 
@@ -50,24 +50,39 @@ def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]
         "digest", a hash of what `dropped.arrow` holds.
     """
     import pyarrow
+    import pyarrow.parquet
 
     folder = files.join(rows.output, TABLE)
     files.make_folder(folder)
-    alike = rows.keys(found.alike)
-    kept = rows.keys(follow_to_kept(found, found.alike))
+    alike = rows.take("key", found.alike)
+    of_dropped = {
+        "similarity": pyarrow.array(found.similarity),
+        "duplicate_of": alike.cast(pyarrow.string()),
+        "kept_key": rows.take("key", follow_to_kept(found, found.alike)).cast(pyarrow.string()),
+    }
+    places = np.full(len(rows), -1)
+    places[found.dropped] = np.arange(len(found.dropped))
+    kinds = np.full(len(rows), len(KINDS), np.int8)
+    kinds[found.dropped] = found.kind
     cluster_of = np.full(len(rows), -1, np.int32)
     cluster_of[clusters.rows] = clusters.members[:, 0]
-    edges = np.searchsorted(found.dropped, rows.starts)
-    for unit in range(len(rows.paths)):
-        own = slice(int(edges[unit]), int(edges[unit + 1]))
-        columns = (found.kind[own], found.similarity[own], alike[own], kept[own])
-        _write_unit(
-            files.join(folder, f"{unit:05d}.parquet"),
-            rows.unit_keys(unit),
-            cluster_of[rows.starts[unit] : rows.starts[unit + 1]],
-            found.dropped[own] - rows.starts[unit],
-            columns,
+    names = pyarrow.array([*KINDS, "kept"])
+    for unit, (start, stop) in enumerate(itertools.pairwise(rows.starts)):
+        place, cluster = places[start:stop], cluster_of[start:stop]
+        numbers = pyarrow.array(place, mask=place < 0)
+        table = pyarrow.table(
+            {
+                "key": rows.of_unit(unit)["key"].cast(pyarrow.string()),
+                "kind": pyarrow.DictionaryArray.from_arrays(kinds[start:stop], names),
+                "cluster": pyarrow.array(cluster, mask=cluster < 0),
+                **{name: column.take(numbers) for name, column in of_dropped.items()},
+            }
         )
+        with files.local_output(files.join(folder, f"{unit:05d}.parquet")) as local:
+            pyarrow.parquet.write_table(table, local)
+    own = {f"{unit:05d}.parquet" for unit in range(len(rows.paths))}
+    for name in set(files.list_names(folder)) - own:
+        files.remove(files.join(folder, name))
     hashes = rows.column("hash")
     values, counts = np.unique(hashes, return_counts=True)
     dropped = hashes[found.dropped]
@@ -79,57 +94,15 @@ def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]
         "similarity": found.similarity[order],
         "duplicate_of": alike.take(pyarrow.array(order)),
     }
-    write_columns(files.join(rows.output, LOOKUP), columns)
-    digest = hashlib.blake2b(json.dumps(columns["duplicate_of"].to_pylist()).encode())
-    for name in ("hash", "kind", "similarity"):
-        digest.update(columns[name].tobytes())
-    repeated = int(counts[counts > 1].sum())
-    return {"pairs_of_repeated_keys": repeated, "digest": digest.hexdigest()[:32]}
-
-
-def _write_unit(
-    path: str, keys: Any, clusters: np.ndarray, dropped: np.ndarray, columns: tuple[Any, ...]
-) -> None:
-    """Writes a row for each pair of a unit, in their order.
-
-    Args:
-        path: of the file.
-        keys: of all pairs.
-        clusters: int32 [n], -1 for none.
-        dropped: numbers of the dropped pairs.
-        columns: of the dropped pairs: kind, similarity, keys of the other and of the kept pair.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    kind, similarity, alike, kept = columns
-    kinds = np.full(len(keys), len(KINDS), np.int8)
-    kinds[dropped] = kind
-    places = np.full(len(keys), -1)
-    places[dropped] = np.arange(len(dropped))
-    places = pyarrow.array(places, mask=places < 0)
-    names = pyarrow.array([*KINDS, "kept"])
-    table = pyarrow.table(
-        {
-            "key": keys.cast(pyarrow.string()),
-            "kind": pyarrow.DictionaryArray.from_arrays(kinds, names),
-            "cluster": pyarrow.array(clusters, mask=clusters < 0),
-            "similarity": pyarrow.array(similarity).take(places),
-            "duplicate_of": alike.take(places).cast(pyarrow.string()),
-            "kept_key": kept.take(places).cast(pyarrow.string()),
-        }
-    )
-    with files.local_output(path) as local:
-        pyarrow.parquet.write_table(table, local)
-
-
-def write_summary(folder: str, summary: dict[str, Any]) -> None:
-    """Writes `duplicates.json`."""
-    files.write_object(files.join(folder, SUMMARY), summary)
+    digest = write_columns(files.join(rows.output, LOOKUP), columns)
+    return {"pairs_of_repeated_keys": int(counts[counts > 1].sum()), "digest": digest}
 
 
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Reads what `write_summary` wrote; None where the folder is not complete."""
+    """Reads `duplicates.json`; None where the folder is not complete.
+
+    "inputs" has `hash_input` of the shards whose pairs are in the table.
+    """
     return files.read_object(files.join(folder, SUMMARY))
 
 
@@ -137,18 +110,6 @@ def hash_input(source: SourceShard) -> str:
     """16 hexadecimal digits of the name and size of a shard's file."""
     row = [os.path.basename(source.path), source.identity()["size_bytes"]]
     return hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest()
-
-
-def write_inputs(folder: str, sources: Iterable[SourceShard]) -> None:
-    """Writes `inputs.json`."""
-    hashes = sorted(set(map(hash_input, sources)))
-    files.write_object(files.join(folder, INPUTS), {"inputs": hashes})
-
-
-def read_inputs(folder: str | os.PathLike[str]) -> set[str] | None:
-    """The hashes that `write_inputs` wrote; None where the table does not state them."""
-    found = files.read_object(files.join(folder, INPUTS))
-    return None if found is None else set(found["inputs"])
 
 
 class Lookup:
@@ -161,20 +122,21 @@ class Lookup:
             FileNotFoundError: there is none.
         """
         folder = os.fspath(folder)
-        self._table = open_batch(files.join(folder, LOOKUP), folder)
-        self._hashes = self._table.column("hash").to_numpy()
+        self._columns = open_columns(files.join(folder, LOOKUP), folder)
 
     def find(self, keys: Sequence[str]) -> list[Copy | None]:
         """Finds the entry of each key; None for pairs that are no duplicates."""
-        hashes = hash_keys(keys)
-        found: list[Copy | None] = []
-        for row, wanted in zip(np.searchsorted(self._hashes, hashes), hashes, strict=True):
-            is_there = row < len(self._hashes) and self._hashes[row] == wanted
-            found.append(self._read(int(row)) if is_there else None)
-        return found
+        hashes, known = hash_keys(keys), self._columns["hash"]
+        rows = np.searchsorted(known, hashes)
+        return [
+            self._read(row) if row < len(known) and known[row] == wanted else None
+            for row, wanted in zip(rows.tolist(), hashes, strict=True)
+        ]
 
     def _read(self, row: int) -> Copy:
-        kind, similarity, alike = (
-            self._table.column(name)[row].as_py() for name in ("kind", "similarity", "duplicate_of")
+        columns = self._columns
+        return Copy(
+            KINDS[columns["kind"][row]],
+            float(columns["similarity"][row]),
+            columns["duplicate_of"][row].as_py(),
         )
-        return Copy(KINDS[kind], similarity, alike)

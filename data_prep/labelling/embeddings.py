@@ -19,14 +19,14 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import CrashSearch, WorkRecord
+from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.base import Embedded, Teacher
@@ -54,46 +54,76 @@ _KEY, _EMBEDDING, _MISSING = "key", "embedding_", "missing"
 _GB = 10**9
 
 
-@dataclasses.dataclass(frozen=True)
 class ShardEmbeddings:
     """The embeddings of a shard.
 
     Attributes:
-        embeddings: [m, d], of the m records that have one.
-        rows: int64 [m], their positions in the shard, ascending.
         keys: of all n records.
-        missing: why the others have none, by their positions.
+        rows: int64 [m], positions of the m records that have an embedding, ascending.
+        embeddings: [m, d], theirs.
+        missing: why each of the others has none.
     """
 
-    embeddings: np.ndarray
-    rows: np.ndarray
-    keys: list[str]
-    missing: dict[int, str]
+    def __init__(self, keys: list[str], results: Sequence[Embedded], dtype: str):
+        """Takes what a teacher gave of each record."""
+        found = {i: result for i, result in enumerate(results) if not isinstance(result, str)}
+        self.keys = keys
+        self.rows = np.array(list(found), np.int64)
+        self.embeddings = np.stack([*found.values()]) if found else np.zeros((0, 0))
+        self.embeddings = self.embeddings.astype(dtype)
+        self.missing = [result for result in results if isinstance(result, str)]
 
     def count_missing(self) -> dict[str, int]:
         """Reason -> records that have no embedding because of it."""
-        return dict(sorted(collections.Counter(self.missing.values()).items()))
+        return dict(sorted(collections.Counter(self.missing).items()))
 
     def encode(self) -> Iterator[bytes]:
         """The n records of its file."""
-        dtype = self.embeddings.dtype
+        dtype, missing = self.embeddings.dtype, iter(self.missing)
         stored = self.embeddings.astype(dtype.newbyteorder("<"))
         vectors = dict(zip(self.rows.tolist(), stored, strict=True))
         for row, key in enumerate(self.keys):
             if row in vectors:
                 value = {_EMBEDDING + dtype.name: vectors[row].tobytes()}
             else:
-                value = {_MISSING: self.missing[row].encode()}
+                value = {_MISSING: next(missing).encode()}
             yield encode_features({_KEY: encode_key(key), **value})
+
+
+def load_embeddings(path: str) -> ShardEmbeddings:
+    """Reads the embeddings of one shard.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    keys, results, dtype = [], [], DTYPES[0]
+    try:
+        for data in read_records(path):
+            features = decode_features(data)
+            keys.append(decode_key(features[_KEY]))
+            if _MISSING in features:
+                results.append(features[_MISSING].decode())
+                continue
+            dtype = next((name for name in DTYPES if _EMBEDDING + name in features), dtype)
+            little_endian = np.dtype(dtype).newbyteorder("<")
+            results.append(np.frombuffer(features[_EMBEDDING + dtype], little_endian))
+        return ShardEmbeddings(keys, results, dtype)
+    except StorageError:  # the file may be good
+        raise
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a whole file of embeddings ({error}); delete it and run data_prep.label "
+            "again"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalCopies:
-    """A folder on the local disk with copies of what a run will read again.
+    """A folder on the local disk with copies of what a run will read again from a store.
 
     The heads learn from some shards, whose embeddings are computed, read for the training, and read
-    once more for the labels; where labels are merged, so are their records. What is in a store
-    would be fetched again each time. Workers on this machine leave copies here.
+    once more for the labels; where labels are merged, so are their records. Workers on this machine
+    leave copies here.
 
     Attributes:
         folder: of the copies.
@@ -121,27 +151,15 @@ class LocalCopies:
         with tempfile.TemporaryDirectory(prefix="diht_label_") as folder:
             yield cls(folder, config.scratch_gb * _GB)
 
-    def keep(self, path: str, records: Iterable[bytes]) -> None:
-        """Keeps the records that were just written to a path, if there is room for them."""
-        copy = self.reserve(path, 0)
-        if copy is not None:
-            with TFRecordWriter(copy) as writer:
-                for data in records:
-                    writer.write(data)
-
-    def reserve(self, path: str, num_bytes: int) -> str | None:
+    def reserve(self, path: str, num_bytes: int = 0) -> str | None:
         """The path for a copy of a file; None where there is no room for it."""
         with os.scandir(self.folder) as entries:
             kept = sum(entry.stat().st_size for entry in entries)
         return None if kept + num_bytes > self.max_bytes else self._copy_of(path)
 
-    def find(self, path: str) -> str:
-        """The copy of a path, or the path itself where there is none."""
-        return self._copy_of(path) if self.has(path) else path
-
-    def has(self, path: str) -> bool:
-        """Returns whether there is a copy of a path."""
-        return os.path.exists(self._copy_of(path))
+    def find(self, path: str) -> str | None:
+        """The copy of a path; None where there is none."""
+        return self._copy_of(path) if os.path.exists(self._copy_of(path)) else None
 
     def _copy_of(self, path: str) -> str:
         digest = hashlib.blake2b(path.encode(), digest_size=16).hexdigest()
@@ -173,32 +191,26 @@ def embed_shard(
     copies: LocalCopies | None = None,
     keeps_records: bool = False,
 ) -> None:
-    """Embeds one shard; errors of `compute_embeddings`.
+    """Embeds one shard, and leaves a copy of the embeddings, or of the records as well.
 
-    Args:
-        task: of `tasks.plan_outputs`.
-        report: called with the number of records that are done.
-        teacher: config section of `teachers.registry.default_teacher`.
-        dtype: of the file.
-        copies: get a copy of the embeddings.
-        keeps_records: whether they get a copy of the records as well.
+    Arguments and errors of `compute_embeddings`.
     """
     records_copy = None
     if copies is not None and keeps_records:
         records_copy = copies.reserve(task.source.path, files.size(task.source.path) or 0)
-    found = compute_embeddings(
-        task, report, teacher=teacher, dtype=dtype, records_copy=records_copy
-    )
-    if copies is not None:
-        copies.keep(task.output, found.encode())
+    found = compute_embeddings(task, report, teacher, dtype, records_copy=records_copy)
+    if copies is not None and (copy := copies.reserve(task.output)):
+        with TFRecordWriter(copy) as writer:
+            for data in found.encode():
+                writer.write(data)
 
 
 def compute_embeddings(
     task: LabelTask,
     report: Report,
-    *,
     teacher: ml_collections.ConfigDict,
     dtype: str,
+    *,
     work_output: str | None = None,
     records_copy: str | None = None,
 ) -> ShardEmbeddings:
@@ -220,11 +232,25 @@ def compute_embeddings(
 
     def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
         nonlocal found
-        with (
-            WorkRecord(work_output or task.output, task.search) as work,
-            TFRecordWriter(records_copy) if records_copy else contextlib.nullcontext() as copy,
-        ):
-            found = _embed(source, task.search, work, report, teacher, dtype, copy)
+        keys, results = [], []
+        with TFRecordWriter(records_copy) if records_copy else contextlib.nullcontext() as copy:
+            embedded = embed_records(
+                dataclasses.replace(task, output=work_output or task.output),
+                report,
+                open_teacher(teacher),
+                teacher.batch_size,
+            )
+            for record, result in embedded:
+                keys.append(record.key)
+                results.append(result if isinstance(result, str) else result.astype(dtype))
+                if copy is not None:
+                    copy.write(encode_record(record))
+        found = ShardEmbeddings(keys, results, dtype)
+        if not np.isfinite(found.embeddings).all():
+            raise ValueError(
+                f"{source}: an embedding is too large for {dtype}; set "
+                "config.embedding_dtype='float32'"
+            )
         for data in found.encode():
             writer.write(data)
         return {"embedded": len(found.rows), "missing": found.count_missing()}
@@ -233,105 +259,46 @@ def compute_embeddings(
     return found
 
 
-def _embed(
-    source: SourceShard,
-    search: CrashSearch | None,
-    work: WorkRecord,
-    report: Report,
-    teacher: ml_collections.ConfigDict,
-    dtype: str,
-    copy: TFRecordWriter | None,
-) -> ShardEmbeddings:
-    keys: list[str] = []
-    vectors: dict[int, np.ndarray] = {}
-    missing: dict[int, str] = {}
+def embed_records(
+    task: LabelTask, report: Report, teacher: Teacher, batch_size: int
+) -> Iterator[tuple[Record, Embedded]]:
+    """Yields each record of a shard, with its embedding or why it has none.
 
-    def read_noting_keys() -> Iterator[Record]:
-        for record in read_shard(source):
-            keys.append(record.key)
-            if copy is not None:
-                copy.write(encode_record(record))
-            yield record
-
-    opened = open_teacher(teacher)
-    for results in embed_surviving(read_noting_keys(), opened, teacher.batch_size, search, work):
-        for result in results:
-            row = len(vectors) + len(missing)
-            if isinstance(result, str):
-                missing[row] = result
-            else:
-                vectors[row] = result.astype(dtype)
-        report(len(results))
-    found = _collect(keys, vectors, missing, dtype)
-    if not np.isfinite(found.embeddings).all():
-        raise ValueError(
-            f"{source}: an embedding is too large for {dtype}; set config.embedding_dtype='float32'"
-        )
-    return found
-
-
-def _collect(
-    keys: list[str], vectors: dict[int, np.ndarray], missing: dict[int, str], dtype: str
-) -> ShardEmbeddings:
-    embeddings = np.stack([*vectors.values()]).astype(dtype) if vectors else np.zeros((0, 0), dtype)
-    return ShardEmbeddings(embeddings, np.array(list(vectors), np.int64), keys, missing)
-
-
-def embed_surviving(
-    records: Iterator[Record],
-    teacher: Teacher,
-    batch_size: int,
-    search: CrashSearch | None,
-    work: WorkRecord,
-) -> Iterator[list[Embedded]]:
-    """Yields what `Teacher.embed` does; looks for a record that ends the worker once one has died.
+    Once a worker has died of the task, it looks for the record that ends it.
 
     Args:
-        records: of a shard.
+        task: whose shard it is, and next to whose output is recorded what is worked on.
+        report: called with the number of records that are done.
         teacher: that embeds them.
         batch_size: records that are embedded at once in a search.
-        search: what is known of records that end a worker.
-        work: records what is worked on.
     """
-    if search is None:
-        yield from teacher.embed(records)
-        return
-    while chunk := list(itertools.islice(records, batch_size)):
-        entries = work.begin(chunk, lambda record: teacher.embed_all([record]))
+    waiting: collections.deque[Record] = collections.deque()
+
+    def read() -> Iterator[Record]:
+        for record in read_shard(task.source):
+            waiting.append(record)
+            yield record
+
+    with WorkRecord(task.output, task.search) as work:
+        batches: Iterable[list[Embedded]]
+        if task.search is None:
+            batches = teacher.embed(read())
+        else:
+            batches = _embed_surviving(read(), teacher, batch_size, work)
+        for batch in batches:
+            for result in batch:
+                yield waiting.popleft(), result
+            report(len(batch))
+
+
+def _embed_surviving(
+    records: Iterator[Record], teacher: Teacher, batch_size: int, work: WorkRecord
+) -> Iterator[list[Embedded]]:
+    """Like `Teacher.embed`, without the records that have ended their worker."""
+    while batch := list(itertools.islice(records, batch_size)):
+        entries = work.begin(batch, lambda record: teacher.embed_all([record]))
         found = iter(teacher.embed_all([entry for entry in entries if isinstance(entry, Record)]))
         yield [next(found) if isinstance(entry, Record) else entry.reason for entry in entries]
-
-
-def load_embeddings(path: str) -> ShardEmbeddings:
-    """Reads the embeddings of one shard.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
-    keys: list[str] = []
-    vectors: dict[int, np.ndarray] = {}
-    missing: dict[int, str] = {}
-    dtype_of_all = DTYPES[0]
-    try:
-        for row, data in enumerate(read_records(path)):
-            features = decode_features(data)
-            keys.append(decode_key(features[_KEY]))
-            dtype = next((dtype for dtype in DTYPES if _EMBEDDING + dtype in features), None)
-            if dtype is None:
-                missing[row] = features[_MISSING].decode()
-            else:
-                stored = np.frombuffer(
-                    features[_EMBEDDING + dtype], np.dtype(dtype).newbyteorder("<")
-                )
-                vectors[row] = stored.astype(dtype)
-        return _collect(keys, vectors, missing, dtype_of_all)
-    except StorageError:  # the file may be good
-        raise
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path}: not a whole file of embeddings ({error}); delete it and run data_prep.label "
-            "again"
-        ) from error
 
 
 def read_shard(source: SourceShard) -> Iterator[Record]:

@@ -16,7 +16,6 @@ from absl import logging
 from data_prep.jobs import shards
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.embeddings import LocalCopies, hash_keys, key_ranks, load_embeddings
-from data_prep.labelling.vocabulary import Targets
 from diht_jax.records.vocabulary import ConceptList, Vocabulary
 
 # Seeds of independent choices by key.
@@ -29,11 +28,11 @@ class Split:
 
     Attributes:
         embeddings: float [n, d].
-        targets: of the n images; those without any concept must not be among them.
+        targets: of the n images, see `vocabulary`; each has at least one concept.
     """
 
     embeddings: np.ndarray
-    targets: Targets
+    targets: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +41,18 @@ class Examples:
 
     Attributes:
         embeddings: [n, d].
-        targets: kind -> targets of the n images, empty rows included.
+        targets: kind -> targets of the n images, also of those without a concept.
     """
 
     embeddings: np.ndarray
-    targets: Mapping[str, Targets]
+    targets: Mapping[str, np.ndarray]
 
     def of_kind(self, kind: str) -> Split:
         """Those that have a concept of the kind."""
-        with_concept = np.flatnonzero(self.targets[kind].lengths)
-        return Split(self.embeddings[with_concept], self.targets[kind].take(with_concept))
+        lengths = (self.targets[kind] >= 0).sum(axis=1)
+        with_concept = np.flatnonzero(lengths)
+        targets = self.targets[kind][with_concept, : lengths.max(initial=0)]
+        return Split(self.embeddings[with_concept], targets)
 
 
 def is_held_out(key_hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -97,7 +98,7 @@ def gather_examples(
         config: of `labelling.config.default_config`.
         vocabulary: whose concepts are the targets.
         embedded: the embedding tasks of the shards to learn from.
-        copies: where copies of their embeddings may be.
+        copies: of their embeddings.
 
     Raises:
         ValueError: a file is damaged, or embeddings and mentions are not of the same records.
@@ -112,7 +113,7 @@ def gather_examples(
     vectors: tuple[list, list] = ([], [])
     targets = tuple({part.kind: [] for part in vocabulary} for _ in range(2))
     for task in embedded:
-        found = load_embeddings(task.output if copies is None else copies.find(task.output))
+        found = load_embeddings((copies and copies.find(task.output)) or task.output)
         key_hashes = hash_keys(found.keys)
         held_out = is_held_out(key_hashes, settings.held_out, config.seed)
         rank = key_ranks(key_hashes, 2 * config.seed + _SAMPLE)
@@ -123,7 +124,7 @@ def gather_examples(
             chosen = of_split & has_embedding & (rank < limits[number])
             vectors[number].append(found.embeddings[chosen[found.rows]])
             for kind, shard_targets in of_shard.items():
-                targets[number][kind].append(shard_targets.take(chosen))
+                targets[number][kind].append(shard_targets[chosen])
     # A shard without any embedding does not know their size.
     vectors = [[part for part in parts if part.shape[1]] for parts in vectors]
     return tuple(
@@ -138,7 +139,7 @@ def gather_examples(
 def warn_of_few_mentions(*splits: Examples) -> None:
     """Logs a warning where less than half of the images name a concept of the vocabulary."""
     named = [
-        np.any([targets.lengths > 0 for targets in split.targets.values()], axis=0)
+        np.any([(targets >= 0).any(axis=1) for targets in split.targets.values()], axis=0)
         for split in splits
     ]
     num_named, total = sum(int(mask.sum()) for mask in named), sum(mask.size for mask in named)
@@ -153,8 +154,8 @@ def warn_of_few_mentions(*splits: Examples) -> None:
         )
 
 
-def _read_targets(task: shards.ShardTask, part: ConceptList, num_records: int) -> Targets:
-    targets = concept_vocabulary.read_targets([task.source.path], part)
+def _read_targets(task: shards.ShardTask, part: ConceptList, num_records: int) -> np.ndarray:
+    targets = concept_vocabulary.read_targets(task.source.path, part)
     if len(targets) != num_records:
         raise ValueError(
             f"{task.source}: {num_records} records, but concepts of {len(targets)}; filter again"

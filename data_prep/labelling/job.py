@@ -24,7 +24,6 @@ the records of the former are read again, from a copy where there is room for it
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -47,7 +46,7 @@ from data_prep.jobs.failures import (
 )
 from data_prep.labelling import embeddings, labels, summary, tasks
 from data_prep.labelling.embeddings import LocalCopies
-from data_prep.labelling.heads import HeadsFolder
+from data_prep.labelling.heads import Heads
 from data_prep.labelling.tasks import LabelTask
 from data_prep.sources import list as source_list
 from data_prep.teachers.base import Teacher, TeacherInfo
@@ -61,8 +60,6 @@ from diht_jax.storage import files, locks
 
 _LABELS_VERSION = 2
 _CLIPS_VERSION = 2
-
-_Share = Callable[[Sequence[LabelTask]], Sequence[LabelTask]]
 
 
 def run(
@@ -105,7 +102,7 @@ def run(
         # do not share a disk.
         again = [folder, inputs[0].path] if config.merge else [folder]
         with LocalCopies.open(config, *(again if engine == "local" else ())) as copies:
-            failures = dataclasses.replace(job, copies=copies).label(failures)
+            failures = job.label(failures, copies)
     return print_failures(failures)
 
 
@@ -120,7 +117,6 @@ class _Job:
         identities: of the inputs.
         folder: of the output.
         share: this job's part of some tasks.
-        copies: of what is read again.
     """
 
     config: ml_collections.ConfigDict
@@ -128,14 +124,14 @@ class _Job:
     inputs: Sequence[SourceShard]
     identities: Sequence[ShardIdentity | None]
     folder: str
-    share: _Share
-    copies: LocalCopies | None = None
+    share: Callable[[Sequence[LabelTask]], Sequence[LabelTask]]
 
-    def label(self, failures: Failures) -> Failures:
-        """The concept labels.
+    def label(self, failures: Failures, copies: LocalCopies | None) -> Failures:
+        """Makes the concept labels.
 
         Args:
             failures: of before.
+            copies: of what is read again.
 
         Returns:
             These, and what failed.
@@ -144,42 +140,55 @@ class _Job:
         teacher = describe_teacher(config.teacher)
         embeddings_hash = embeddings.hash_embeddings(teacher.identity, config.embedding_dtype)
         embedding_tasks = self._plan(embeddings.FOLDER, embeddings_hash)
-        heads_folder = HeadsFolder(config, folder, embedding_tasks, embeddings_hash)
-        plan = heads_folder.plan()
+        heads = Heads(config, folder, embedding_tasks, embeddings_hash)
         # Merged shards are numbered, so that none may be missing.
         limit, total = 0 if config.merge else config.max_failed_shards, len(self.inputs)
-        failures |= self._embed(self.share(plan.sample), teacher)
-        embedded = survey(plan.sample)
-        if plan.sample:
+        function = functools.partial(
+            embeddings.embed_shard,
+            teacher=config.teacher,
+            dtype=config.embedding_dtype,
+            copies=copies,
+            keeps_records=config.merge,
+        )
+        pending = _unfinished(self.share(heads.sample), "embed")
+        failures |= self._run(function, pending, "embed", teacher)
+        embedded = survey(heads.sample)
+        if heads.sample:
             if is_unfinished(limit, embedded, total, "embedded"):
                 return failures
             _check_embedded(config, [task for task, _ in embedded.parts])
-        failed = [row["source"] for row in embedded.failed]
-        with contextlib.nullcontext() if plan.found else locks.leader_lock(folder):
-            if plan.found is None:
-                # One job makes them; others that come meanwhile wait, and label with these.
-                plan = heads_folder.use_trained(plan)
-            heads = heads_folder.obtain(plan, failed, teacher, self.copies)
-        label_tasks = self._plan_labels(heads, embeddings_hash, embedding_tasks)
-        _note_failed(label_tasks, embedded.failed)
+        failed = {note["source"]: note for note in embedded.failed}
+        heads.obtain(failed, teacher, copies)
+        planned = self._plan_labels(heads.description, embeddings_hash, embedding_tasks)
+        wanted = [task for task in planned if str(task.source) not in failed]
+        for task in planned:
+            if note := failed.get(str(task.source)):  # it could not be embedded
+                files.remove(task.stats_path)
+                files.write_object(task.output + FAILED_SUFFIX, note)
         settings = labels.LabelSettings(
-            folder, heads["weights_hash"], config.top_k, plan.vocabulary.describe(), config.merge
+            folder,
+            heads.description["weights_hash"],
+            config.top_k,
+            heads.vocabulary.describe(),
+            config.merge,
         )
-        wanted = [task for task in label_tasks if str(task.source) not in failed]
-        labelled, has_begun = self._label(self.share(wanted), settings, teacher)
-        failures |= labelled
+        pending = _unfinished(self.share(wanted), "label")
+        failures |= self._label(pending, settings, teacher, copies)
         with locks.leader_lock(folder):
-            found = survey(label_tasks)
+            found = survey(planned)
             if is_unfinished(limit, found, total, "labelled"):
                 return failures
-            if has_begun and files.exists(files.join(folder, shards.MERGED_STATS)):
+            if pending and files.exists(files.join(folder, shards.MERGED_STATS)):
                 print(f"{folder}: another job has described the labels")
             else:
-                if not plan.sample:
+                if not heads.sample:
                     _check_embedded(config, [task.embedding for task, _ in found.parts])
-                for made in (embedding_tasks,) if config.merge else (label_tasks, embedding_tasks):
+                # Numbered shards are those of the inputs that are there.
+                for made in (embedding_tasks,) if config.merge else (planned, embedding_tasks):
                     tasks.remove_gone(made, config.max_changed_shards)
-                summary.summarize(config, found, folder, plan.vocabulary, heads, teacher)
+                summary.summarize(
+                    config, found, folder, heads.vocabulary, heads.description, teacher
+                )
         return with_output(failures, found.failed)
 
     def embed_by_clips(self) -> tuple[Failures, bool]:
@@ -191,9 +200,8 @@ class _Job:
         settings = {"format_version": _CLIPS_VERSION, "dtype": facts.dtype, **facts.meaning}
         planned = self._plan(CLIP_EMBEDDINGS, shards.hash_config(settings))
         pending = _unfinished(self.share(planned), "embed by CLIPs")
-        where = files.join(self.folder, CLIP_EMBEDDINGS)
         if pending:
-            files.remove(files.join(where, INDEX_NAME))
+            files.remove(files.join(self.folder, CLIP_EMBEDDINGS, INDEX_NAME))
         function = functools.partial(
             labels.embed_by_clips, teachers=config.clip_teachers, facts=facts
         )
@@ -210,18 +218,9 @@ class _Job:
         return tasks.plan_outputs(self.inputs, folder, settings_hash, self.identities)
 
     def _plan_labels(
-        self,
-        heads: dict[str, Any],
-        embeddings_hash: str,
-        embedding_tasks: Sequence[LabelTask],
+        self, heads: dict[str, Any], embeddings_hash: str, embedding_tasks: Sequence[LabelTask]
     ) -> list[LabelTask]:
-        """The labelling tasks.
-
-        Args:
-            heads: what `heads.json` holds.
-            embeddings_hash: of `embeddings.hash_embeddings`.
-            embedding_tasks: of every shard.
-        """
+        """The labelling task of every shard; `heads` is what `heads.json` holds."""
         settings = {
             "format_version": _LABELS_VERSION,
             "embeddings": embeddings_hash,
@@ -229,46 +228,32 @@ class _Job:
             "vocabulary": heads["vocabulary"],
             "top_k": self.config.top_k,
         }
-        config_hash = shards.hash_config(settings)
+        settings_hash = shards.hash_config(settings)
         if self.config.merge:
-            planned = tasks.plan_merged(
-                self.config, self.inputs, self.folder, config_hash, self.identities
+            planned = tasks.plan_outputs(
+                self.inputs, self.folder, settings_hash, self.identities, self.config
             )
         else:
-            planned = self._plan(LABELS, config_hash)
+            planned = self._plan(LABELS, settings_hash)
         return [
             dataclasses.replace(task, embedding=embedding)
             for task, embedding in zip(planned, embedding_tasks, strict=True)
         ]
 
-    def _embed(self, planned: Sequence[LabelTask], teacher: TeacherInfo) -> Failures:
-        """Computes the embeddings that are missing; returns what failed."""
-        function = functools.partial(
-            embeddings.embed_shard,
-            teacher=self.config.teacher,
-            dtype=self.config.embedding_dtype,
-            copies=self.copies,
-            keeps_records=self.config.merge,
-        )
-        return self._run(function, _unfinished(planned, "embed"), "embed", teacher)
-
     def _label(
-        self, planned: Sequence[LabelTask], settings: labels.LabelSettings, teacher: TeacherInfo
-    ) -> tuple[Failures, bool]:
-        """Labels the shards that are not labelled yet; what failed, and whether there were any.
-
-        Args:
-            planned: of `_plan_labels`.
-            settings: of the labels.
-            teacher: of the embeddings.
-        """
-        pending = _unfinished(planned, "label")
+        self,
+        pending: Sequence[LabelTask],
+        settings: labels.LabelSettings,
+        teacher: TeacherInfo,
+        copies: LocalCopies | None,
+    ) -> Failures:
+        """Labels shards, those without embeddings after embedding them; returns what failed."""
         if pending:
             summary.remove_summary(self.folder)
         there = shards.find_finished([task.embedding for task in pending])
         seen = [task for task in pending if task.embedding.output in there]
         unseen = [task for task in pending if task.embedding.output not in there]
-        function = functools.partial(labels.label_shard, settings=settings, copies=self.copies)
+        function = functools.partial(labels.label_shard, settings=settings, copies=copies)
         failures = self._run(function, seen, "label")
         function = functools.partial(
             labels.embed_and_label,
@@ -276,8 +261,8 @@ class _Job:
             teacher=self.config.teacher,
             dtype=self.config.embedding_dtype,
         )
-        failures.update(self._run(function, unseen, "embed and label", teacher))
-        return failures, bool(pending)
+        failures |= self._run(function, unseen, "embed and label", teacher)
+        return failures
 
     def _run(
         self,
@@ -289,12 +274,7 @@ class _Job:
     ) -> Failures:
         """Runs tasks; what fails is noted next to their outputs.
 
-        Args:
-            function: of a task and its report.
-            pending: of this job.
-            label: of the progress bar.
-            teacher: that the function needs, if any.
-            load: makes it ready; None is `load_teacher`.
+        `teacher` is what the function needs, if any; `load` makes it ready (`load_teacher`).
         """
         options = engine_options(self.config, self.engine) | {"label": label}
         if teacher is None:
@@ -312,22 +292,18 @@ class _Job:
         return run_noting_failures(function, pending, options)
 
 
-def _note_failed(planned: Sequence[LabelTask], failed: Collection[dict[str, str]]) -> None:
-    """Notes next to the labels which shards could not be embedded."""
-    notes = {note["source"]: note for note in failed}
-    for task in planned:
-        note = notes.get(str(task.source))
-        if note is not None:
-            files.remove(task.stats_path)
-            files.write_object(task.output + FAILED_SUFFIX, note)
+def _unfinished(planned: Sequence[LabelTask], label: str) -> list[LabelTask]:
+    done = shards.find_finished(planned)
+    logging.info("%s: %d shards, %d of them done before", label, len(planned), len(done))
+    return [task for task in planned if task.output not in done]
 
 
 def _check_embedded(config: ml_collections.ConfigDict, planned: Sequence[LabelTask]) -> None:
     """Raises ValueError where no record at all has an embedding."""
     counts = [stats["counts"] for _, stats, _ in shards.check_all(planned) if stats is not None]
-    reasons = collections.Counter()
-    for count in counts:
-        reasons.update(count["missing"])
+    reasons = sum(
+        (collections.Counter(count["missing"]) for count in counts), collections.Counter()
+    )
     if any(count["embedded"] for count in counts) or not reasons:
         return
     theirs = load_teacher(config.teacher).example_keys()
@@ -342,11 +318,5 @@ def _check_embedded(config: ml_collections.ConfigDict, planned: Sequence[LabelTa
     )
 
 
-def _quoted(keys: Sequence[str]) -> str:
+def _quoted(keys: Collection[str]) -> str:
     return ", ".join(f"{key!r:.80}" for key in keys)
-
-
-def _unfinished(planned: Sequence[LabelTask], label: str) -> list[LabelTask]:
-    done = shards.find_finished(planned)
-    logging.info("%s: %d shards, %d of them done before", label, len(planned), len(done))
-    return [task for task in planned if task.output not in done]

@@ -2,29 +2,32 @@
 
 For concepts next to the shard no record is read: the embeddings are enough. In merged shards, keys,
 order and everything else of the records stay as they are.
+
+The functions of tasks take a `task`, a shard and where its labels go, and `report`, which is called
+with the number of records that are done.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 from absl import logging
 
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.labelling.embeddings import (
     LocalCopies,
     ShardEmbeddings,
     compute_embeddings,
-    embed_surviving,
+    embed_records,
     load_embeddings,
     read_shard,
 )
@@ -39,7 +42,7 @@ from diht_jax.records.formats.registry import open_writer
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.labels.clip_embeddings import ClipFacts
 from diht_jax.records.labels.concepts import NO_CONCEPTS, Concepts, encode_label, id_dtype
-from diht_jax.records.labels.shards import LabelShard, ShardIdentity, describe_labels
+from diht_jax.records.labels.shards import LabelShard, describe_labels
 from diht_jax.records.schema import CONCEPT_FIELDS, Record, decode_record, encode_record
 from diht_jax.records.vocabulary import KINDS, STATS_KEY
 from diht_jax.storage import files
@@ -70,22 +73,14 @@ class LabelSettings:
 def label_shard(
     task: LabelTask, report: Report, *, settings: LabelSettings, copies: LocalCopies | None = None
 ) -> None:
-    """Labels one shard, from its embeddings.
-
-    Args:
-        task: a shard, and where its labels go.
-        report: called with the number of records that are done.
-        settings: of the labels.
-        copies: where a copy of the embeddings, and of the records, may be.
+    """Labels one shard, from its embeddings; of these, and of the records, there may be copies.
 
     Raises:
         ValueError: the embeddings are of other records, or of another size than the heads take.
     """
     path, records_copy = task.embedding.output, None
     if copies is not None:
-        path = copies.find(path)
-        if copies.has(task.source.path):
-            records_copy = copies.find(task.source.path)
+        path, records_copy = copies.find(path) or path, copies.find(task.source.path)
     _write_labels(task, report, load_embeddings(path), settings, records_copy)
 
 
@@ -102,13 +97,6 @@ def embed_and_label(
     The heads look at 512 images of a shard at a time, whoever calls them, so that labels do not
     depend on it: records that are written again wait for their labels in a temporary file.
 
-    Args:
-        task: a shard, and where its labels go.
-        report: called with the number of records that are done.
-        settings: of the labels.
-        teacher: config section of `teachers.registry.default_teacher`.
-        dtype: of the embeddings' file.
-
     Raises:
         ValueError: see `compute_embeddings` and `label_shard`.
     """
@@ -119,8 +107,8 @@ def embed_and_label(
         found = compute_embeddings(
             dataclasses.replace(task.embedding, search=task.search),
             report,
-            teacher=teacher,
-            dtype=dtype,
+            teacher,
+            dtype,
             work_output=task.output,
             records_copy=records_copy,
         )
@@ -138,23 +126,31 @@ def _write_labels(
     predicted = _predict(found, heads, settings.top_k, task.embedding.output)
     counts = {
         "labelled": len(found.rows),
-        "unlabelled": len(found.keys) - len(found.rows),
+        "unlabelled": len(found.missing),
         "missing": found.count_missing(),
         STATS_KEY: settings.described,
     }
 
     def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
         if not settings.merge:
-            shard = _match_shard(task, found)
-            ids_type = id_dtype(settings.described)
+            shard, ids_type = task.identify(), id_dtype(settings.described)
+            if shard[1] != len(found.keys):
+                difference = f"{shard[1]} records, and there are {len(found.keys)} embeddings"
+                raise _of_others(task, difference)
             for key, concepts in zip(found.keys, predicted, strict=True):
                 writer.write(encode_label(key, concepts, ids_type))
             report(len(found.keys))
             return counts | {"shard": shard}
-        records = read_shard(source) if records_copy is None else _read_copy(records_copy)
+        records = map(decode_record, read_records(records_copy)) if records_copy else None
         added_bytes = 0
-        for record, concepts in _match_records(task, found, records, predicted):
-            data = encode_record(_with_concepts(record, concepts))
+        for number, (record, key) in enumerate(
+            itertools.zip_longest(records or read_shard(source), found.keys)
+        ):
+            if record is None or record.key != key:
+                there = "no record" if record is None else f"'{record.key}'"
+                difference = f"record {number} is {there}, and that of the embeddings {key}"
+                raise _of_others(task, difference)
+            data = encode_record(_with_concepts(record, predicted[number]))
             added_bytes += len(data) - len(encode_record(_with_concepts(record, None)))
             writer.write(data)
             report(1)
@@ -163,34 +159,11 @@ def _write_labels(
     shards.run_task(task, process)
 
 
-def _match_shard(task: LabelTask, found: ShardEmbeddings) -> ShardIdentity:
-    """The identity of a shard, which has as many records as there are embeddings."""
-    shard = task.identify()
-    if shard[1] != len(found.keys):
-        raise _of_others(task, f"{shard[1]} records, and there are {len(found.keys)} embeddings")
-    return shard
-
-
-def _match_records(
-    task: LabelTask, found: ShardEmbeddings, records: Iterable[Record], predicted: _Predicted
-) -> Iterator[tuple[Record, list[Concepts]]]:
-    """Every record with its concepts; both are of the same keys."""
-    for number, (record, key) in enumerate(itertools.zip_longest(records, found.keys)):
-        if record is None or record.key != key:
-            there = "no record" if record is None else f"'{record.key}'"
-            raise _of_others(task, f"record {number} is {there}, and that of the embeddings {key}")
-        yield record, predicted[number]
-
-
-def _of_others(task: LabelTask, detail: str) -> ValueError:
+def _of_others(task: LabelTask, difference: str) -> ValueError:
     return ValueError(
-        f"{task.source} is not the shard that {task.embedding.output} was computed from ({detail});"
-        " delete that file and run data_prep.label again"
+        f"{task.source} is not the shard that {task.embedding.output} was computed from "
+        f"({difference}); delete that file and run data_prep.label again"
     )
-
-
-def _read_copy(path: str) -> Iterator[Record]:
-    return map(decode_record, read_records(path))
 
 
 def _predict(found: ShardEmbeddings, heads: dict[str, Head], top_k: int, path: str) -> _Predicted:
@@ -233,37 +206,21 @@ def embed_by_clips(
 ) -> None:
     """Writes the embeddings that CLIP teachers give of the views and captions of one shard.
 
-    Args:
-        task: a shard, and where they go.
-        report: called with the number of records that are done.
-        teachers: config section of `teachers.clip.default_config`.
-        facts: of these teachers.
-
     Raises:
         ValueError: a damaged shard, or values that are not finite.
     """
 
     def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
-        shard, teacher, missing, keys = task.identify(), open_clip_teachers(teachers), {}, []
-
-        def read_noting_keys() -> Iterator[Record]:
-            for record in read_shard(source):
-                keys.append(record.key)
-                yield record
-
-        with WorkRecord(task.output, task.search) as work:
-            for results in embed_surviving(
-                read_noting_keys(), teacher, teachers.batch_size, task.search, work
-            ):
-                for result in results:
-                    vectors = None if isinstance(result, str) else result
-                    if vectors is None:
-                        missing[result] = missing.get(result, 0) + 1
-                    writer.write(facts.encode(keys[len(writer)], vectors))
-                report(len(results))
+        shard, missing = task.identify(), collections.Counter()
+        teacher = open_clip_teachers(teachers)
+        for record, result in embed_records(task, report, teacher, teachers.batch_size):
+            is_missing = isinstance(result, str)
+            if is_missing:
+                missing[result] += 1
+            writer.write(facts.encode(record.key, None if is_missing else result))
         if len(writer) != shard[1]:
             raise ValueError(f"{source}: {len(writer)} records, expected {shard[1]}")
-        embedded = len(writer) - sum(missing.values())
+        embedded = len(writer) - missing.total()
         return {"embedded": embedded, "missing": dict(sorted(missing.items())), "shard": shard}
 
     shards.run_task(task, process)
@@ -316,4 +273,4 @@ def _write_no_labels(task: LabelTask) -> LabelShard:
         hashing = shards.HashingWriter(writer)
         for _ in range(shard[1]):
             hashing.write(b"")
-    return LabelShard(os.path.basename(task.output), hashing.digest()[:16], shard)
+    return LabelShard(task.name, hashing.digest()[:16], shard)

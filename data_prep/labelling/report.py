@@ -45,12 +45,7 @@ def write_report(
 ) -> None:
     """Writes `report.html` and `curves.png`.
 
-    Args:
-        folder: of the labels, or of the labelled shards.
-        summary: what `stats.json` of the folder holds.
-        heads: what `heads.json` holds.
-        vocabulary: of the labels.
-        labelled: the task of every labelled shard.
+    `summary` is what `stats.json` of the folder holds, and `heads` what `heads.json` holds.
     """
     curves = draw_curves(heads)
     if curves:

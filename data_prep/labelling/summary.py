@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -38,25 +38,15 @@ def summarize(
 ) -> None:
     """Writes the files that describe the whole folder, and prints the metrics.
 
-    Args:
-        config: of `labelling.config.default_config`.
-        found: the labelling tasks that are done, and what failed.
-        folder: of the output.
-        vocabulary: of the labels.
-        heads: what `heads.json` holds.
-        teacher: of the embeddings.
+    `found` are the labelling tasks that are done, and `heads` is what `heads.json` holds.
     """
-    done_tasks = [task for task, _ in found.parts]
-    done = [stats for _, stats, _ in shards.check_all(done_tasks)]
+    tasks, done = _read_done(found)
     counts = [stats["counts"] for stats in done]
-    records = sum(stats["output"]["records"] for stats in done)
+    records, num_bytes = (_add_up(done, name) for name in ("records", "bytes"))
     missing = collections.Counter()
     for count in counts:
         missing.update(count["missing"])
-    if config.merge:
-        added_bytes = sum(count["added_bytes"] for count in counts)
-    else:
-        added_bytes = sum(stats["output"]["bytes"] for stats in done)
+    added_bytes = sum(count["added_bytes"] for count in counts) if config.merge else num_bytes
     facts = {
         "config": {k: v for k, v in config.to_dict().items() if k not in ("num_workers", "ray")},
         "shards": len(done),
@@ -71,7 +61,21 @@ def summarize(
     if found.failed:
         facts["failed"] = found.failed
     if config.merge:
-        _describe_merged(config, done_tasks, done, folder, vocabulary, teacher)
+        shards.write_index(folder, [task.output for task in tasks], vocabulary.describe())
+        hashes = ", ".join(f"{part.kind} {part.hash}" for part in vocabulary)
+        licence = f" Licence of the labels: {teacher.licence}." if teacher.licence else ""
+        write_dataset_info(
+            folder,
+            dataset=config.dataset_name,
+            split=config.split,
+            shard_lengths=[stats["output"]["records"] for stats in done],
+            num_bytes=num_bytes,
+            image_formats={name for count in counts for name in count["image_formats"]},
+            with_concepts=True,
+            description=f"Image-text pairs of {config.input} with concepts, by data_prep.label; "
+            f"vocabulary: {hashes}.{licence}",
+            file_format=config.output_format,
+        )
     else:
         write_labels_index(
             files.join(folder, LABELS),
@@ -81,7 +85,7 @@ def summarize(
             vocabulary=vocabulary.describe(),
         )
     files.write_object(files.join(folder, shards.MERGED_STATS), facts)
-    report.write_report(folder, facts, heads, vocabulary, done_tasks)
+    report.write_report(folder, facts, heads, vocabulary, tasks)
     print(report.format_metrics(heads))
     print(
         f"{facts['labelled']:,} of {records:,} images labelled in {len(done)} shards, "
@@ -95,57 +99,28 @@ def summarize(
 def summarize_clips(
     config: ml_collections.ConfigDict, found: Survey, folder: str, facts: ClipFacts
 ) -> None:
-    """Writes the index of the embeddings of CLIP teachers, and prints what they are.
-
-    Args:
-        config: of `labelling.config.default_config`.
-        found: the tasks that are done, and what failed.
-        folder: of the output.
-        facts: of the teachers.
-    """
-    done = [stats for _, stats, _ in shards.check_all([task for task, _ in found.parts])]
+    """Writes the index of the embeddings of CLIP teachers, and prints what they are."""
+    _, done = _read_done(found)
     where = files.join(folder, CLIP_EMBEDDINGS)
-    records = write_labels_index(
-        where,
-        done,
-        found.failed_tasks,
-        _relative_inputs(config, folder),
-        facts=facts.describe(),
-    )
+    inputs = _relative_inputs(config, folder)
+    records = write_labels_index(where, done, found.failed_tasks, inputs, facts=facts.describe())
     embedded = sum(stats["counts"]["embedded"] for stats in done)
     names = ", ".join(teacher.name for teacher in facts.teachers)
-    num_bytes = sum(stats["output"]["bytes"] for stats in done) / max(1, records)
     print(
-        f"{embedded:,} of {records:,} pairs embedded by {names}, {num_bytes:,.0f} bytes each: "
-        f"{where}"
+        f"{embedded:,} of {records:,} pairs embedded by {names}, "
+        f"{_add_up(done, 'bytes') / max(1, records):,.0f} bytes each: {where}"
     )
+
+
+def _read_done(found: Survey) -> tuple[list[LabelTask], list[dict[str, Any]]]:
+    """The tasks that are done, and their statistics."""
+    tasks = [task for task, _ in found.parts]
+    return tasks, [stats for _, stats, _ in shards.check_all(tasks)]
+
+
+def _add_up(done: Sequence[Mapping[str, Any]], name: str) -> int:
+    return sum(stats["output"][name] for stats in done)
 
 
 def _relative_inputs(config: ml_collections.ConfigDict, folder: str) -> list[str]:
     return [relative_input(path, folder) for path in input_paths(config.input)]
-
-
-def _describe_merged(
-    config: ml_collections.ConfigDict,
-    planned: Sequence[LabelTask],
-    done: Sequence[dict[str, Any]],
-    folder: str,
-    vocabulary: Vocabulary,
-    teacher: TeacherInfo,
-) -> None:
-    """Writes the index of merged shards, and their description for TFDS."""
-    shards.write_index(folder, [task.output for task in planned], vocabulary.describe())
-    hashes = ", ".join(f"{part.kind} {part.hash}" for part in vocabulary)
-    licence = f" Licence of the labels: {teacher.licence}." if teacher.licence else ""
-    write_dataset_info(
-        folder,
-        dataset=config.dataset_name,
-        split=config.split,
-        shard_lengths=[stats["output"]["records"] for stats in done],
-        num_bytes=sum(stats["output"]["bytes"] for stats in done),
-        image_formats={name for stats in done for name in stats["counts"]["image_formats"]},
-        with_concepts=True,
-        description=f"Image-text pairs of {config.input} with concepts, by data_prep.label; "
-        f"vocabulary: {hashes}.{licence}",
-        file_format=config.output_format,
-    )

@@ -34,15 +34,18 @@ class LabelTask(shards.ShardTask):
     shard: ShardIdentity | None = None
     embedding: LabelTask | None = None
 
+    @property
+    def name(self) -> str:
+        """The file name of the output."""
+        return os.path.basename(self.output)
+
     def identify(self) -> ShardIdentity:
         """Name, records, bytes and digest of the record shard.
 
         Raises:
             ValueError: the shard is damaged.
         """
-        if self.shard is not None:
-            return self.shard
-        return fingerprint_records(open_source([self.source.path])).shards[0]
+        return self.shard or _identify([self.source])[0]
 
 
 def input_paths(text: str) -> list[str]:
@@ -72,20 +75,24 @@ def identify_inputs(inputs: Sequence[SourceShard]) -> list[ShardIdentity | None]
         ValueError: all are damaged, or an index of theirs is out of date.
     """
     try:
-        return list(fingerprint_records(open_source([source.path for source in inputs])).shards)
+        return list(_identify(inputs))
     except StorageError:
         raise
     except ValueError as error:
-        found = [_identify_alone(source) for source in inputs]
+        found = [_try_identify(source) for source in inputs]
         if not any(found):
             raise
         logging.warning("%s", error)
         return found
 
 
-def _identify_alone(source: SourceShard) -> ShardIdentity | None:
+def _identify(inputs: Sequence[SourceShard]) -> Sequence[ShardIdentity]:
+    return fingerprint_records(open_source([source.path for source in inputs])).shards
+
+
+def _try_identify(source: SourceShard) -> ShardIdentity | None:
     try:
-        return fingerprint_records(open_source([source.path])).shards[0]
+        return _identify([source])[0]
     except StorageError:
         raise
     except ValueError:
@@ -97,53 +104,32 @@ def plan_outputs(
     folder: str,
     settings_hash: str,
     identities: Sequence[ShardIdentity | None],
+    merged: ml_collections.ConfigDict | None = None,
 ) -> list[LabelTask]:
-    """The task of every input, whose output is called as its shard is; makes the folder.
+    """The task of every input; makes the folder.
 
-    So inputs that are added or removed change nothing for the others.
+    An output is called as its shard is, so that inputs that are added or removed change nothing for
+    the others. Shards that are written again with labels are numbered, as TFDS wants them.
 
     Args:
         inputs: of `find_inputs`.
         folder: of the outputs.
         settings_hash: of all that decides them but the shard.
         identities: of `identify_inputs`.
-    """
-    files.make_folder(folder)
-    paths = [files.join(folder, name) for name in _name_outputs(inputs)]
-    return _make_tasks(inputs, paths, settings_hash, identities)
-
-
-def plan_merged(
-    config: ml_collections.ConfigDict,
-    inputs: Sequence[SourceShard],
-    folder: str,
-    settings_hash: str,
-    identities: Sequence[ShardIdentity | None],
-) -> list[LabelTask]:
-    """The task of every input that is written again with labels; numbered, as TFDS wants them.
-
-    Arguments of `plan_outputs`.
+        merged: config of shards that are written again; None for outputs next to the shards.
 
     Raises:
         ValueError: the folder holds shards that do not belong to these.
     """
-    planned = shards.plan_tasks(
-        inputs,
-        folder,
-        dataset=config.dataset_name,
-        split=config.split,
-        config_hash="",
-        output_format=config.output_format,
-    )
-    return _make_tasks(inputs, [task.output for task in planned], settings_hash, identities)
-
-
-def _make_tasks(
-    inputs: Sequence[SourceShard],
-    outputs: Sequence[str],
-    settings_hash: str,
-    identities: Sequence[ShardIdentity | None],
-) -> list[LabelTask]:
+    if merged is None:
+        files.make_folder(folder)
+        outputs = [files.join(folder, name) for name in _name_outputs(inputs)]
+    else:
+        names = {"dataset": merged.dataset_name, "split": merged.split}
+        planned = shards.plan_tasks(
+            inputs, folder, **names, config_hash="", output_format=merged.output_format
+        )
+        outputs = [task.output for task in planned]
     # The records count, and not the time of a file: a shard that was touched or copied stays.
     return [
         LabelTask(
@@ -170,7 +156,7 @@ def _name_outputs(inputs: Sequence[SourceShard]) -> list[str]:
     return names
 
 
-def remove_gone(tasks: Sequence[shards.ShardTask], limit: float) -> None:
+def remove_gone(tasks: Sequence[LabelTask], limit: float) -> None:
     """Removes outputs of shards that are gone, while they are few; else it is a warning.
 
     Args:
@@ -178,34 +164,18 @@ def remove_gone(tasks: Sequence[shards.ShardTask], limit: float) -> None:
         limit: `config.max_changed_shards`.
     """
     folder = os.path.dirname(tasks[0].output)
-    own = {os.path.basename(task.output) for task in tasks}
     present = files.list_names(folder)
     endings = (shards.STATS_SUFFIX, shards.FAILED_SUFFIX)
     made = {name.removesuffix(end) for name in present for end in endings if name.endswith(end)}
-    gone = made - own
+    gone = made.difference(task.name for task in tasks)
     allowed = allowed_number(limit, len(made))
     if len(gone) > allowed:
         logging.warning(
             "%s holds files of %d shards that config.input no longer names, such as %s; they stay, "
             "since config.max_changed_shards=%g allows %d to be removed",
-            folder,
-            len(gone),
-            min(gone),
-            limit,
-            allowed,
+            *(folder, len(gone), min(gone), limit, allowed),
         )
-        return
-    for name in shards.names_below(present, gone):
-        files.remove(files.join(folder, name))
-    if gone:
+    elif gone:
+        for name in shards.names_below(present, gone):
+            files.remove(files.join(folder, name))
         logging.warning("%s: files of %d shards that are gone are removed", folder, len(gone))
-
-
-def name_of(task: shards.ShardTask) -> str:
-    """The file name of a task's output."""
-    return os.path.basename(task.output)
-
-
-def describe_inputs(tasks: Sequence[LabelTask]) -> dict[str, str]:
-    """Name of each output -> a hash by which the records of its input are known."""
-    return {name_of(task): shards.hash_config({"shard": task.shard}) for task in tasks}

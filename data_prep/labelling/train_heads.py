@@ -28,7 +28,7 @@ from absl import logging
 
 from data_prep.labelling.examples import Examples, Split
 from data_prep.labelling.head_files import Head
-from data_prep.labelling.vocabulary import Targets, concept_factors, repeat_factors
+from data_prep.labelling.vocabulary import concept_factors, count_concepts, repeat_factors
 from diht_jax.progress import ProgressBar
 from diht_jax.records.vocabulary import ConceptList
 
@@ -139,24 +139,32 @@ def train_head(
                 "config.heads.held_out, or lower config.vocabulary.min_count"
             )
     mean, scale = _standardisation(train.embeddings)
-    factors = concept_factors(
-        train.targets.counts(num_concepts), len(train.targets), config.repeat_threshold
-    )
+    counts = count_concepts(train.targets, num_concepts)
+    factors = concept_factors(counts, len(train.targets), config.repeat_threshold)
     draws = np.cumsum(repeat_factors(train.targets, factors))
     ids, probs = _pad(train.targets)
-    params = _initial_params(train, num_concepts)
-    classify = _make_classifier(mean, scale)
     # Of d standardised dimensions, whose weights have the deviation std / sqrt(d).
     precision = train.embeddings.shape[1] / config.prior_logit_std**2
-    step, init = _make_step(classify, config, penalty=0.5 * precision / len(train.targets))
+    init, step, measure = _compile(mean, scale, config, 0.5 * precision / len(train.targets))
+    # No opinion about the image: the logarithm of each concept's frequency.
+    frequency = counts + 1.0
+    params = {
+        "kernel": jnp.zeros((train.embeddings.shape[1], num_concepts), jnp.float32),
+        "bias": jnp.asarray(np.log(frequency / frequency.sum()), jnp.float32),
+    }
     state = init(params)
     rng = np.random.default_rng(seed)
-    evaluate = _Evaluation(classify, held_out, factors)
-    curve, losses, best = [], [], params
+    evaluate = functools.partial(
+        _evaluate,
+        measure,
+        held_out,
+        _pad(held_out.targets),
+        repeat_factors(held_out.targets, factors),
+    )
+    curve, losses, best, best_step = [], [], params, 0
     regular = np.linspace(0, config.steps, _NUM_EVALUATIONS + 1).round().astype(int).tolist()
     early = [2**power for power in range(regular[1].bit_length())]
     marks = {*regular, *(mark for mark in early if mark < regular[1])}
-    best_step = 0
     for number in ProgressBar(range(config.steps + 1), "head", unit="step"):
         if number in marks:
             entry = {"step": number, **evaluate(params)}
@@ -191,38 +199,22 @@ def _standardisation(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), scale.astype(np.float32)
 
 
-def _pad(targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+def _pad(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int32 [n, m] and float32 [n, m]: ids, and a uniform distribution over each row's own."""
-    n, width = len(targets), int(targets.lengths.max())
-    starts = np.cumsum(targets.lengths) - targets.lengths
-    columns = np.arange(len(targets.ids)) - np.repeat(starts, targets.lengths)
-    ids, probs = np.zeros((n, width), np.int32), np.zeros((n, width), np.float32)
-    ids[targets.rows(), columns] = targets.ids
-    probs[targets.rows(), columns] = np.repeat(1 / targets.lengths, targets.lengths)
-    return ids, probs
+    is_own = targets >= 0
+    probs = is_own / is_own.sum(axis=1, keepdims=True)
+    return np.where(is_own, targets, 0), probs.astype(np.float32)
 
 
-def _initial_params(train: Split, num_concepts: int) -> dict[str, jax.Array]:
-    """No opinion about the image: the logarithm of each concept's frequency."""
-    frequency = train.targets.counts(num_concepts) + 1.0
-    bias = np.log(frequency / frequency.sum())
-    kernel = jnp.zeros((train.embeddings.shape[1], num_concepts), jnp.float32)
-    return {"kernel": kernel, "bias": jnp.asarray(bias, jnp.float32)}
+def _compile(
+    mean: np.ndarray, scale: np.ndarray, config: ml_collections.ConfigDict, penalty: float
+) -> tuple[Any, Any, Any]:
+    """The optimiser's init, the training step, and losses and best 10 concepts of a batch."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, max(1, config.steps)))
 
-
-def _make_classifier(mean: np.ndarray, scale: np.ndarray):
-    """A function: parameters, embeddings [b, d] of any floating dtype -> float32 [b, v]."""
-
-    def classify(params: dict[str, jax.Array], embeddings: jax.Array) -> jax.Array:
+    def classify(params, embeddings):
         x = (embeddings.astype(jnp.float32) - mean) * scale
         return x @ params["kernel"] + params["bias"]
-
-    return classify
-
-
-def _make_step(classify: Any, config: ml_collections.ConfigDict, penalty: float):
-    schedule = optax.cosine_decay_schedule(config.learning_rate, max(1, config.steps))
-    optimizer = optax.adam(schedule)
 
     def loss_fn(params, embeddings, ids, probs):
         loss = jnp.mean(soft_target_loss(classify(params, embeddings), ids, probs))
@@ -234,44 +226,40 @@ def _make_step(classify: Any, config: ml_collections.ConfigDict, penalty: float)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    return step, optimizer.init
+    @jax.jit
+    def measure(params, embeddings, ids, probs):
+        logits = classify(params, embeddings)
+        best = jax.lax.top_k(logits, min(10, logits.shape[1]))[1]
+        return soft_target_loss(logits, ids, probs), best
+
+    return optimizer.init, step, measure
 
 
-class _Evaluation:
+def _evaluate(
+    measure: Any,
+    held_out: Split,
+    padded: tuple[np.ndarray, np.ndarray],
+    weights: np.ndarray,
+    params: Any,
+) -> dict[str, float]:
     """Held-out loss and recall@10 of parameters that are still being trained.
 
     The loss is weighted as the training examples are drawn: otherwise the best parameters would be
     those of the first steps, which know nothing but what is frequent.
     """
-
-    def __init__(self, classify: Any, held_out: Split, factors: np.ndarray):
-        self._held_out = held_out
-        self._weights = repeat_factors(held_out.targets, factors)
-        self._ids, self._probs = _pad(held_out.targets)
-
-        @jax.jit
-        def measure(params, embeddings, ids, probs):
-            logits = classify(params, embeddings)
-            best = jax.lax.top_k(logits, min(10, logits.shape[1]))[1]
-            return soft_target_loss(logits, ids, probs), best
-
-        self._measure = measure
-
-    def __call__(self, params: Any) -> dict[str, float]:
-        losses, best = [], []
-        n = len(self._ids)
-        for start in range(0, n, _ROWS_AT_ONCE):
-            # The last rows once more, where it takes them to fill a batch: one shape, one compile.
-            rows = np.minimum(np.arange(start, start + _ROWS_AT_ONCE), n - 1)
-            embeddings = self._held_out.embeddings[rows]
-            loss, ids = self._measure(params, embeddings, self._ids[rows], self._probs[rows])
-            losses.append(np.asarray(loss)[: n - start])
-            best.append(np.asarray(ids)[: n - start])
-        predictions = Predictions(np.concatenate(best), self._held_out.targets)
-        return {
-            "held_out_loss": float(np.average(np.concatenate(losses), weights=self._weights)),
-            "recall_at_10": predictions.recall(10),
-        }
+    losses, best = [], []
+    n = len(weights)
+    for start in range(0, n, _ROWS_AT_ONCE):
+        # The last rows once more, where it takes them to fill a batch: one shape, one compile.
+        rows = np.minimum(np.arange(start, start + _ROWS_AT_ONCE), n - 1)
+        loss, ids = measure(params, held_out.embeddings[rows], *(part[rows] for part in padded))
+        losses.append(np.asarray(loss)[: n - start])
+        best.append(np.asarray(ids)[: n - start])
+    predictions = Predictions(np.concatenate(best), held_out.targets)
+    return {
+        "held_out_loss": float(np.average(np.concatenate(losses), weights=weights)),
+        "recall_at_10": predictions.recall(10),
+    }
 
 
 def _fold(params: dict[str, np.ndarray], mean: np.ndarray, scale: np.ndarray) -> Head:
@@ -285,7 +273,7 @@ def _rank_concepts(predictions: Predictions, part: ConceptList) -> dict[str, Any
     """Best and worst concepts, by the recall at the deepest rank that is not trivially high."""
     k = max(k for k in RANKS if k == 1 or 4 * k <= len(part))
     recall = predictions.concept_recall(k, len(part))
-    positives = predictions.targets.counts(len(part))
+    positives = count_concepts(predictions.targets, len(part))
     enough = np.flatnonzero(positives >= _MIN_POSITIVES)
     order = enough[np.lexsort((-positives[enough], -recall[enough]))]
     listed = [
@@ -310,18 +298,18 @@ class Predictions:
     """
 
     ids: np.ndarray
-    targets: Targets
+    targets: np.ndarray
 
     @functools.cached_property
     def _ranks(self) -> np.ndarray:
-        """The rank of each target in its image's row, int from 0; huge for none."""
-        found = self.ids[self.targets.rows()] == self.targets.ids[:, None]
-        return np.where(found.any(axis=1), found.argmax(axis=1), np.iinfo(np.int64).max)
+        """int64 [n, m]: the rank of each target in its image's row, from 0; huge for none."""
+        found = self.targets[:, :, None] == self.ids[:, None]
+        return np.where(found.any(axis=2), found.argmax(axis=2), np.iinfo(np.int64).max)
 
     def recall(self, k: int) -> float:
         """Share of an image's own concepts among its first k predictions, mean over images."""
-        hits = np.bincount(self.targets.rows()[self._ranks < k], minlength=len(self.targets))
-        return float(np.mean(hits / self.targets.lengths))
+        hits = (self._ranks < k).sum(axis=1)
+        return float(np.mean(hits / (self.targets >= 0).sum(axis=1)))
 
     def concept_recall(self, k: int, num_concepts: int) -> np.ndarray:
         """Share of a concept's images that have it among their first k predictions.
@@ -333,15 +321,16 @@ class Predictions:
         Returns:
             float64 [v]; NaN for a concept that no image has.
         """
-        positives = self.targets.counts(num_concepts)
-        hits = np.bincount(self.targets.ids[self._ranks < k], minlength=num_concepts)
+        positives = count_concepts(self.targets, num_concepts)
+        hits = np.bincount(self.targets[self._ranks < k], minlength=num_concepts)
         return np.where(positives > 0, hits / np.maximum(positives, 1), np.nan)
 
 
-def frequency_baseline(train: Targets, held_out: Targets, num_concepts: int, k: int) -> Predictions:
-    """Predicts the most frequent concepts of the training captions for every image."""
-    counts = train.counts(num_concepts)
-    most_frequent = np.argsort(-counts, kind="stable")[:k]
+def frequency_baseline(
+    train: np.ndarray, held_out: np.ndarray, num_concepts: int, k: int
+) -> Predictions:
+    """Predicts the most frequent concepts of the training targets for every held-out image."""
+    most_frequent = np.argsort(-count_concepts(train, num_concepts), kind="stable")[:k]
     return Predictions(np.tile(most_frequent, (len(held_out), 1)), held_out)
 
 

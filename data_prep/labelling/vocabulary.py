@@ -3,12 +3,14 @@
 Method: DiHT, arXiv 2301.02280, "Concept Distillation". The counts and mentions are stored
 next to the filtered shards; no caption is parsed here. The files of vocabularies are defined in
 `diht_jax.records.vocabulary`.
+
+Targets are the concepts of records, of one kind: int32 [n, m], ids of a vocabulary, and -1 behind
+those of a record that has fewer than m.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -22,52 +24,6 @@ from diht_jax.storage import files
 
 # Concepts of a kind that are held at once, some 100 MB; the web's captions name ever new ones.
 _MAX_HELD = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Targets:
-    """The concepts of records, of one kind, as ids of a vocabulary.
-
-    Attributes:
-        lengths: int64 [n], concepts of each record.
-        ids: int64 [sum of lengths].
-    """
-
-    lengths: np.ndarray
-    ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def rows(self) -> np.ndarray:
-        """int64 [sum of lengths], the record that each id belongs to."""
-        return np.repeat(np.arange(len(self.lengths)), self.lengths)
-
-    def take(self, records: np.ndarray) -> Targets:
-        """Those of some records.
-
-        Args:
-            records: int [m], which; or bool [n].
-        """
-        records = np.arange(len(self))[records]
-        lengths = self.lengths[records]
-        ends = np.cumsum(self.lengths)[records]
-        # Position within each record, counted from its last concept backwards.
-        behind = np.cumsum(lengths).repeat(lengths) - np.arange(lengths.sum())
-        return Targets(lengths, self.ids[ends.repeat(lengths) - behind])
-
-    def counts(self, num_concepts: int) -> np.ndarray:
-        """int64 [num_concepts], records that have each."""
-        return np.bincount(self.ids, minlength=num_concepts)
-
-
-def concatenate(parts: Sequence[Targets]) -> Targets:
-    """The targets of several shards as one."""
-    empty = np.zeros(0, np.int64)
-    return Targets(
-        np.concatenate([empty, *(part.lengths for part in parts)]),
-        np.concatenate([empty, *(part.ids for part in parts)]),
-    )
 
 
 class Counted(NamedTuple):
@@ -161,26 +117,45 @@ def build_vocabulary(
     return Vocabulary(*parts)
 
 
-def read_targets(shards: Sequence[str], concepts: ConceptList) -> Targets:
-    """The concepts of a vocabulary that the captions of each record name.
+def read_targets(shard: str, concepts: ConceptList) -> np.ndarray:
+    """The concepts of a vocabulary that the captions of each record of a shard name, as targets.
 
     Args:
-        shards: paths, in order.
+        shard: its path.
         concepts: one kind of the vocabulary; what it lacks is left out.
 
     Raises:
-        ValueError: a shard's concept file is missing or damaged.
+        ValueError: the shard's concept file is missing or damaged.
     """
     known = {name: i for i, name in enumerate(concepts.names)}
-    parts = []
-    for shard in shards:
-        names, lengths, ids = mentions.read_mentions(shard, concepts.kind)
-        to_vocabulary = np.array([known.get(name, -1) for name in names], np.int64)
-        mapped = to_vocabulary[ids]
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        kept = mapped >= 0
-        parts.append(Targets(np.bincount(rows[kept], minlength=len(lengths)), mapped[kept]))
-    return concatenate(parts)
+    names, lengths, ids = mentions.read_mentions(shard, concepts.kind)
+    mapped = np.array([known.get(name, -1) for name in names], np.int64)[ids]
+    rows = np.repeat(np.arange(len(lengths)), lengths)[mapped >= 0]
+    return make_targets(np.bincount(rows, minlength=len(lengths)), mapped[mapped >= 0])
+
+
+def make_targets(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Targets of n records.
+
+    Args:
+        lengths: int [n], concepts of each record.
+        ids: int [sum of lengths].
+    """
+    targets = np.full((len(lengths), int(lengths.max(initial=0))), -1, np.int32)
+    targets[np.arange(targets.shape[1]) < lengths[:, None]] = ids
+    return targets
+
+
+def concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The targets of several shards as one."""
+    width = max((part.shape[1] for part in parts), default=0)
+    padded = (np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in parts)
+    return np.concatenate([np.zeros((0, width), np.int32), *padded])
+
+
+def count_concepts(targets: np.ndarray, num_concepts: int) -> np.ndarray:
+    """int64 [num_concepts], records that have each."""
+    return np.bincount(targets[targets >= 0], minlength=num_concepts)
 
 
 def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> np.ndarray:
@@ -202,7 +177,7 @@ def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> n
     return np.maximum(1.0, np.sqrt(threshold / frequency))
 
 
-def repeat_factors(targets: Targets, factors: np.ndarray) -> np.ndarray:
+def repeat_factors(targets: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """The weight of each record in a draw: the largest factor of its concepts.
 
     Args:
@@ -212,6 +187,4 @@ def repeat_factors(targets: Targets, factors: np.ndarray) -> np.ndarray:
     Returns:
         float64 [n]; 0 for records without any concept.
     """
-    result = np.zeros(len(targets))
-    np.maximum.at(result, targets.rows(), factors[targets.ids])
-    return result
+    return np.append(factors, 0.0)[targets].max(axis=1, initial=0)

@@ -17,18 +17,13 @@ from absl import logging
 from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates import precomputed
-from data_prep.duplicates.image_hashes import SUFFIX, Index, open_index, try_hash
+from data_prep.duplicates.image_hashes import Match, open_index, try_hash
 from data_prep.steps import models
 from data_prep.steps.base import EVIDENCE, Candidate, Step, check_integers
 from diht_jax.config.checks import TextOrSections
 from diht_jax.readers.base import SourceShard
-from diht_jax.storage.copies import local_copy
-from diht_jax.storage.stores import is_remote
 
 _EMBEDDINGS = "config.decontaminate.embeddings"
-
-# Name of a set, key of its picture, and how it was recognised.
-_Match = tuple[str, str, str]
 
 
 class DecontaminateStep(Step):
@@ -83,7 +78,7 @@ class DecontaminateStep(Step):
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        digests = {name: _open_index(path).digest() for name, path in _sets(config).items()}
+        digests = {name: open_index(path).digest() for name, path in _sets(config).items()}
         rules = super().describe_rules(config) | {"decontaminate_sets": digests}
         c = config.decontaminate.embeddings
         if _embedded_sets(config):
@@ -105,7 +100,7 @@ class DecontaminateStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._sets = {name: _open_index(path) for name, path in _sets(config).items()}
+        self._sets = {name: open_index(path) for name, path in _sets(config).items()}
         self._embedded = _open_embedded(config)
         c = config.decontaminate.embeddings
         self._source, self._without_embedding = source, 0
@@ -113,12 +108,13 @@ class DecontaminateStep(Step):
         self._model = None if c.model is None else models.Encoder(c.model, c.batch_size)
 
     def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
-        found: list[_Match | None] = [None] * len(batch)
-        for matches in (*self._find_embedded(batch), *self._find_hashed(batch)):
-            found = [match or before for match, before in zip(matches, found, strict=True)]
+        found: list[tuple[str, Match] | None] = [None] * len(batch)
+        for name, matches in (*self._find_embedded(batch), *self._find_hashed(batch)):
+            for number, match in enumerate(matches):
+                found[number] = found[number] if match is None else (name, match)
         return {
-            self.name: [match and match[0] for match in found],
-            EVIDENCE: [match and f"{match[1]} of {match[0]}: {match[2]}" for match in found],
+            self.name: [row and row[0] for row in found],
+            EVIDENCE: [row and f"{row[1].key} of {row[0]}: {row[1].how}" for row in found],
         }
 
     def close(self) -> dict[str, Any]:
@@ -132,30 +128,25 @@ class DecontaminateStep(Step):
             )
         return {}
 
-    def _find_hashed(self, candidates: Sequence[Candidate]) -> Iterator[list[_Match | None]]:
-        """Finds of which picture each candidate is a copy; set by set, the first set last."""
+    def _find_hashed(
+        self, candidates: Sequence[Candidate]
+    ) -> Iterator[tuple[str, list[Match | None]]]:
+        """Yields each set's name, and of what each candidate is a copy; the first last."""
         c = self.config.decontaminate
-        if not self._sets:
-            return
-        pictures = [try_hash(candidate.pair.image) for candidate in candidates]
-        for name, index in reversed(self._sets.items()):
-            found = index.find(pictures, c.max_bits if c.perceptual else None)
-            yield [
-                None if match is None else (name, match.key, _describe_bits(match.bits))
-                for match in found
-            ]
+        if self._sets:
+            pictures = [try_hash(candidate.pair.image) for candidate in candidates]
+            for name, index in reversed(self._sets.items()):
+                yield name, index.find(pictures, c.max_bits if c.perceptual else None)
 
-    def _find_embedded(self, candidates: Sequence[Candidate]) -> Iterator[list[_Match | None]]:
+    def _find_embedded(
+        self, candidates: Sequence[Candidate]
+    ) -> Iterator[tuple[str, list[Match | None]]]:
         """Does the same as `_find_hashed` by embeddings."""
-        if not self._embedded:
-            return
-        embeddings = self._embed(candidates)
-        least = self.config.decontaminate.embeddings.min_cosine
-        for name, known in reversed(self._embedded.items()):
-            yield [
-                None if match is None else (name, match.key, f"cosine {match.cosine:.3f}")
-                for match in known.find(embeddings, least)
-            ]
+        if self._embedded:
+            embeddings = self._embed(candidates)
+            least = self.config.decontaminate.embeddings.min_cosine
+            for name, known in reversed(self._embedded.items()):
+                yield name, known.find(embeddings, least)
 
     def _embed(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """float32 [n, d] of the pictures, of length 1; 0 where there is no embedding."""
@@ -177,10 +168,6 @@ class DecontaminateStep(Step):
         return found
 
 
-def _describe_bits(bits: int | None) -> str:
-    return "equal pixels" if bits is None else f"{bits} of 64 bits differ"
-
-
 def _sets(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Name -> path of the evaluation sets that are hashed."""
     return _parse(config.decontaminate.sets, "config.decontaminate.sets")
@@ -195,18 +182,6 @@ def _embedded_sets(config: ml_collections.ConfigDict) -> dict[str, str]:
 def _open_set(path: str) -> precomputed.EmbeddedSet:
     """Opens a set of embeddings, and keeps it for the next shard."""
     return precomputed.open_set(path)
-
-
-@functools.lru_cache(maxsize=64)
-def _open_index(path: str) -> Index:
-    """Opens an index, also one in a store, and keeps it for the next shard."""
-    if not path.endswith(SUFFIX) or not is_remote(path):
-        return open_index(path)
-    with local_copy(path) as copy:
-        try:
-            return open_index(copy)
-        except ValueError as error:
-            raise ValueError(str(error).replace(copy, path)) from error
 
 
 def _open_embedded(config: ml_collections.ConfigDict) -> dict[str, precomputed.EmbeddedSet]:

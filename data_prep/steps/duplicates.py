@@ -9,7 +9,7 @@ import ml_collections
 from absl import logging
 from ml_collections.config_dict import placeholder
 
-from data_prep.duplicates.table import Lookup, hash_input, read_inputs, read_summary
+from data_prep.duplicates.table import Lookup, hash_input, read_summary
 from data_prep.jobs.manifest import Input
 from data_prep.steps.base import EVIDENCE, Candidate, Step
 from diht_jax.readers.base import SourceShard
@@ -49,7 +49,7 @@ class DuplicateStep(Step):
     @classmethod
     def check_inputs(cls, config: ml_collections.ConfigDict, inputs: Sequence[Input]) -> None:
         folder = config.duplicates.table
-        known = read_inputs(folder)
+        known = (read_summary(folder) or {}).get("inputs")
         looked_at = inputs[:: max(1, len(inputs) // _LOOKED_AT)]
         if known is None or any(hash_input(found.shard) in known for found in looked_at):
             return

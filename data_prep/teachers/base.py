@@ -17,6 +17,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from data_prep.jobs.models import is_shared, open_model
 from diht_jax.input import transforms
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.records.schema import Record
@@ -72,6 +73,30 @@ class Teacher(abc.ABC):
     def example_keys(self) -> list[str]:
         """Some keys of records that it knows; none of a teacher that goes by the picture."""
         return []
+
+
+class _SharedTeacher(Teacher):
+    """Stands for a teacher in other processes; sends it as many records as it takes at once."""
+
+    def __init__(self, load: Callable[[], Teacher], batch_size: int):
+        self._batch_size = batch_size
+        self._teacher = open_model(load)
+
+    def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
+        """See `Teacher.embed`."""
+        records = iter(records)
+        chunks = iter(lambda: list(itertools.islice(records, self._batch_size)), [])
+        return self._teacher.map("embed_all", ((chunk,) for chunk in chunks))
+
+
+def open_shared(load: Callable[[], Teacher], batch_size: int) -> Teacher:
+    """The teacher that a task should embed with: of this process, or one that workers share.
+
+    Args:
+        load: makes it ready, in whichever process.
+        batch_size: records that it takes at once.
+    """
+    return _SharedTeacher(load, batch_size) if is_shared() else load()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,17 +190,13 @@ def prepare_ahead(
     """
     ahead: collections.deque[tuple[list[Record], list[futures.Future]]] = collections.deque()
     pool = futures.ThreadPoolExecutor(min(max_threads, len(os.sched_getaffinity(0))))
+    records = iter(records)
     try:
-        records = iter(records)
-        while chunk := list(itertools.islice(records, batch_size)):
-            ahead.append((chunk, [pool.submit(prepare, record) for record in chunk]))
-            if len(ahead) > 1:
-                yield _take(*ahead.popleft())
-        while ahead:
-            yield _take(*ahead.popleft())
+        while (chunk := list(itertools.islice(records, batch_size))) or ahead:
+            if chunk:
+                ahead.append((chunk, [pool.submit(prepare, record) for record in chunk]))
+            if len(ahead) > 1 or not chunk:
+                done, prepared = ahead.popleft()
+                yield done, [future.result() for future in prepared]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _take(chunk: list[Record], prepared: list[futures.Future]) -> tuple[list[Record], list[Any]]:
-    return chunk, [future.result() for future in prepared]

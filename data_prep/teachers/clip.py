@@ -8,23 +8,21 @@ have a section of their own, `config.clip_teachers`.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
-from ml_collections.config_dict import placeholder
 
-from data_prep.jobs.models import is_shared
 from data_prep.teachers.base import (
     MAX_DECODING_THREADS,
     Embedded,
     Teacher,
     TeacherInfo,
+    open_shared,
     prepare_ahead,
 )
-from data_prep.teachers.registry import SharedTeacher
+from diht_jax.config.keys import COUNT, NOT_NEGATIVE, SHARE_NOT_0, Key, build_config, check_ranges
 from diht_jax.input import transforms
 from diht_jax.input.choices import crop_box, with_boxes
 from diht_jax.input.decode import ImageError, decode_rgb
@@ -35,35 +33,28 @@ from diht_jax.records.schema import Record
 Views = dict[int, np.ndarray]
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """The config section `clip_teachers`."""
-    c = ml_collections.ConfigDict()
+KEYS: dict[str, Any] = {
     # What `diht_jax.load_model` reads, with commas between: released models, work directories,
     # files of weights. None: no embeddings of CLIPs are kept.
-    c.models = placeholder(str)
-    c.crops = 0  # fixed crops of each picture that are embedded; 0: the centre alone
-    c.crop_scale = (0.9, 1.0)  # their area, as config.data.crop_scale of the training
-    c.seed = 0  # of the crops
-    c.embedding_dtype = "int8"  # of the kept embeddings; or "float16"
-    c.dtype = placeholder(str)  # of the computation; None: that of `load_model`
-    c.batch_size = 64  # pairs at once, over all devices
-    return c
+    "models": str,
+    "crops": Key(0, NOT_NEGATIVE),  # fixed crops of each picture that are embedded; 0: the centre
+    # Shares of the area of a crop, as config.data.crop_scale of the training.
+    "crop_scale": Key((0.9, 1.0), SHARE_NOT_0),
+    "seed": 0,  # of the crops
+    "embedding_dtype": "int8",  # of the kept embeddings; or "float16"
+    "dtype": str,  # of the computation; None: that of `load_model`
+    "batch_size": Key(64, COUNT),  # pairs at once, over all devices
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The config section `clip_teachers`."""
+    return build_config(KEYS)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for a value out of its range in the section."""
-    scale = tuple(config.crop_scale)
-    if config.crops < 0:
-        raise ValueError(f"config.clip_teachers.crops={config.crops}; expected at least 0")
-    if config.batch_size < 1:
-        raise ValueError(
-            f"config.clip_teachers.batch_size={config.batch_size}; expected at least 1"
-        )
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(
-            f"config.clip_teachers.crop_scale={scale}; expected two shares of the area, the lower "
-            "first, such as (0.9, 1.0)"
-        )
+    check_ranges(config, KEYS, "config.clip_teachers.")
     if config.embedding_dtype not in DTYPES:
         raise ValueError(
             f"config.clip_teachers.embedding_dtype='{config.embedding_dtype}'; expected "
@@ -77,27 +68,8 @@ class ClipTeachers(Teacher):
     D has the embeddings of all of them, one behind the other, each L2-normalised.
     """
 
-    def __init__(self, models: dict[str, Any], crops: Crops, dtype: str, batch_size: int):
-        """Wraps models that are ready.
-
-        Args:
-            models: a `LoadedModel` by the name that it was loaded by.
-            crops: that they see.
-            dtype: of the kept embeddings.
-            batch_size: pairs at once.
-        """
-        self._models = tuple(models.values())
-        teachers = tuple(
-            ClipTeacher(name, m.fingerprint(), m.embed_dim, m.image_size, m.logit_scale)
-            for name, m in models.items()
-        )
-        self.facts = ClipFacts(teachers, with_boxes(crops), dtype)
-        self.info = TeacherInfo(self.facts.meaning, in_this_process=True, name=", ".join(models))
-        self._batch_size = batch_size
-
-    @classmethod
-    def load(cls, config: ml_collections.ConfigDict) -> ClipTeachers:
-        """The models of a section `clip_teachers`.
+    def __init__(self, config: ml_collections.ConfigDict):
+        """Loads the models of a section `clip_teachers`.
 
         Raises:
             ValueError: a model that `load_model` does not read; names it.
@@ -110,8 +82,15 @@ class ClipTeachers(Teacher):
                 models[name] = load_model(name, dtype=config.dtype)
             except ValueError as error:
                 raise ValueError(f"config.clip_teachers.models='{name}': {error}") from error
+        self._models = tuple(models.values())
+        teachers = tuple(
+            ClipTeacher(name, m.fingerprint(), m.embed_dim, m.image_size, m.logit_scale)
+            for name, m in models.items()
+        )
         crops = Crops(config.crops, tuple(config.crop_scale), config.seed)
-        return cls(models, crops, config.embedding_dtype, config.batch_size)
+        self.facts = ClipFacts(teachers, with_boxes(crops), config.embedding_dtype)
+        self.info = TeacherInfo(self.facts.meaning, in_this_process=True, name=", ".join(models))
+        self._batch_size = config.batch_size
 
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
         """See `Teacher.embed`; the pictures of the next batch are decoded meanwhile."""
@@ -163,16 +142,12 @@ def load_clip_teachers(config: ml_collections.ConfigDict) -> ClipTeachers:
     Raises:
         ValueError: a model that cannot be read; names it.
     """
-    return _load(json.dumps(config.to_dict(), sort_keys=True))
+    return _load(ml_collections.FrozenConfigDict(config))
+
+
+_load = functools.lru_cache(maxsize=1)(ClipTeachers)
 
 
 def open_clip_teachers(config: ml_collections.ConfigDict) -> Teacher:
-    """The teachers that a task should embed with: of this process, or those that workers share."""
-    if is_shared():
-        return SharedTeacher(functools.partial(load_clip_teachers, config), config.batch_size)
-    return load_clip_teachers(config)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(settings: str) -> ClipTeachers:
-    return ClipTeachers.load(ml_collections.ConfigDict(json.loads(settings)))
+    """The teachers that a task should embed with; errors of shared ones come at the first batch."""
+    return open_shared(functools.partial(load_clip_teachers, config), config.batch_size)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
+import functools
 import glob
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import ml_collections
 import numpy as np
@@ -34,25 +33,23 @@ class EmbeddingTable:
         Raises:
             ValueError: nothing is found, a file is damaged or lacks a field, or a key occurs twice.
         """
-        self._fields = key_field, embedding_field
-        self._paths = _find_files(files)
-        self._rows: dict[str, tuple[int, int]] = {}
-        self._open: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._embedding_field = embedding_field
+        self._rows: dict[str, tuple[str, int]] = {}
+        self._lengths: dict[str, int] = {}
         self._dim: int | None = None
-        self._lengths: list[int] = []
-        for number, path in enumerate(self._paths):
+        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._load)
+        for path in _find_files(files):
             keys = read_keys(path, key_field)
-            self._lengths.append(len(keys))
+            self._lengths[path] = len(keys)
             if not keys:
-                self._load(path, 0)  # empty as well, or else nobody would ever look at it
+                self._load(path)  # empty as well, or else nobody would ever look at it
             for row, key in enumerate(keys):
                 if key in self._rows:
-                    first = self._paths[self._rows[key][0]]
                     raise ValueError(
-                        f"{path}: key '{key}' stands in '{first}' as well; every key must have one "
-                        "embedding"
+                        f"{path}: key '{key}' stands in '{self._rows[key][0]}' as well; every key "
+                        "must have one embedding"
                     )
-                self._rows[key] = number, row
+                self._rows[key] = path, row
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -69,25 +66,19 @@ class EmbeddingTable:
         """
         if key not in self._rows:
             return None
-        number, row = self._rows[key]
-        if number not in self._open:
-            self._open[number] = self._load(self._paths[number], self._lengths[number])
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number][row]
+        path, row = self._rows[key]
+        return self._open(path)[row]
 
-    def _load(self, path: str, num_keys: int) -> np.ndarray:
-        values = read_embeddings(path, self._fields[1])
+    def _load(self, path: str) -> np.ndarray:
+        values, num_keys = read_embeddings(path, self._embedding_field), self._lengths[path]
         if len(values) != num_keys:
             raise ValueError(f"{path}: {num_keys} keys, but {len(values)} embeddings")
-        if not num_keys:
-            return values
-        if self._dim not in (None, values.shape[1]):
-            raise ValueError(
-                f"{path}: embeddings of size {values.shape[1]}, of other files {self._dim}"
-            )
-        self._dim = values.shape[1]
+        if num_keys:
+            self._dim = self._dim or values.shape[1]
+            if self._dim != values.shape[1]:
+                raise ValueError(
+                    f"{path}: embeddings of size {values.shape[1]}, of other files {self._dim}"
+                )
         return values
 
 
@@ -126,9 +117,10 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
     Args:
         config: section `teacher.precomputed`.
     """
+    found = [(path, os.stat(path)) for path in _find_files(config.files)]
     identity = {
         "kind": "precomputed",
-        "files": [_identify(path) for path in _find_files(config.files)],
+        "files": [[os.path.abspath(path), s.st_size, s.st_mtime_ns] for path, s in found],
         "fields": [config.key_field, config.embedding_field],
     }
     # In this process, so that there is one copy of the table.
@@ -138,19 +130,9 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
 
 
 def load(config: ml_collections.ConfigDict, batch_size: int) -> PrecomputedTeacher:
-    """Reads the keys.
-
-    Args:
-        config: section `teacher.precomputed`.
-        batch_size: records at once.
-    """
+    """Reads the keys; takes section `teacher.precomputed`, and records at once."""
     table = EmbeddingTable(config.files, config.key_field, config.embedding_field)
     return PrecomputedTeacher(table, describe(config), batch_size)
-
-
-def _identify(path: str) -> Sequence[Any]:
-    stat = os.stat(path)
-    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _find_files(files: str | None) -> list[str]:

@@ -3,21 +3,22 @@
 import json
 import os
 
-import pyarrow.parquet
 import pytest
 
 from data_prep.duplicates import job, scan
 from data_prep.jobs.failures import INCOMPLETE_STATUS
-from diht_jax.config import load_recipe
-from tests.make import encoded, noise, pair_members, write_tar
+from tests.data_prep.duplicates.jobs import (
+    duplicates_config,
+    read_dropped,
+    read_rows,
+    write_pictures,
+)
+from tests.make import encoded, noise
 
 
 def _write_tar(path, seeds) -> None:
-    members: dict[str, bytes] = {}
-    for number, seed in enumerate(seeds):
-        key = f"{path.stem}-{number}"
-        members |= pair_members(key, key, encoded(noise(seed, (60, 45), cell=9)))
-    write_tar(path, members)
+    found = {f"{path.stem}-{i}": encoded(noise(n, (60, 45), 9)) for i, n in enumerate(seeds)}
+    write_pictures(path, found)
 
 
 @pytest.fixture
@@ -43,19 +44,16 @@ def scanned(monkeypatch):
     return names
 
 
+_SETTINGS = {"keep": "first", "max_failed_shards": 1.0, "max_changed_shards": 1.0}
+
+
 def _config(tars, output, **changes):
-    config = load_recipe("configs/prep/duplicates.py")
-    config.update({"input": str(tars / "*.tar"), "output": str(output), "num_workers": 0})
-    config.update({"keep": "first", "max_failed_shards": 1.0, "max_changed_shards": 1.0})
-    config.update(changes)
-    return config
+    return duplicates_config(tars, output, **_SETTINGS | changes)
 
 
 def _dropped(output):
-    rows = []
-    for path in sorted((output / "duplicates").iterdir()):
-        rows += pyarrow.parquet.read_table(path).to_pylist()
-    return len(rows), {row["key"]: row["kept_key"] for row in rows if row["kind"] != "kept"}
+    dropped = {key: kept for key, (_, kept) in read_dropped(output).items()}
+    return len(read_rows(output)), dropped
 
 
 def _cut(path) -> bytes:

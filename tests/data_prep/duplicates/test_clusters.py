@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from data_prep.duplicates import kmeans
-from data_prep.duplicates.search import Found, follow_to_kept
-from data_prep.duplicates.semdedup import find_candidates, rank_rows
+from data_prep.duplicates.search import Clusters, Found, divide_clusters, follow_to_kept
+from data_prep.duplicates.semdedup import find_candidates
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
@@ -46,8 +46,9 @@ def test_kmeans_is_that_of_the_books_on_any_number_of_devices(rows):
             means, first, numbers, rows.__getitem__, iterations=5,
             save=lambda centroids, done, saved=saved: saved.append((centroids, done)),
         )  # fmt: skip
-        parts = list(means.assign(found, numbers, rows.__getitem__))
-        clusters, cosines = (np.concatenate(part)[:, 0] for part in zip(*parts, strict=True))
+        clusters, cosines = (
+            values[:, 0] for values in means.assign(found, numbers, rows.__getitem__)
+        )
         centroids, nearest = _lloyd(rows, first, saved[-1][1])
         np.testing.assert_allclose(found, centroids, atol=1e-6)
         assert (clusters == nearest).mean() > 0.999
@@ -61,8 +62,7 @@ def test_the_nearest_clusters_are_those_of_all_cosines(rows):
     numbers = np.arange(len(rows))
     centroids = kmeans.choose_centroids(numbers, 6, rows.__getitem__, seed=3)
     means = kmeans.KMeans(512, jax.devices(), probes=3)
-    parts = list(means.assign(centroids, numbers, rows.__getitem__))
-    clusters, cosines = (np.concatenate(part) for part in zip(*parts, strict=True))
+    clusters, cosines = means.assign(centroids, numbers, rows.__getitem__)
     expected = np.argsort(-(rows.astype(np.float64) @ centroids.T), axis=1)[:, :3]
     assert (clusters == expected).mean() > 0.999
     found = np.take_along_axis(rows @ centroids.T, clusters, axis=1)
@@ -80,6 +80,11 @@ def test_a_centroid_without_rows_stays(rows):
     np.testing.assert_allclose(found, _unit(first), atol=1e-4)
 
 
+class _Pixels:
+    def __init__(self, pixels):
+        self.column = {"pixels": pixels}.get
+
+
 @pytest.mark.parametrize("keep", ["farthest", "largest", "first"])
 def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
     generator = np.random.default_rng(1)
@@ -89,33 +94,31 @@ def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
     )
     cosines = rows @ _unit(rows.mean(0, keepdims=True))[0]
     pixels = generator.integers(1, 5, 230)
+    clusters = Clusters(np.arange(230), np.zeros((230, 1), np.int32), cosines)
+    (group,) = divide_clusters(_Pixels(pixels), clusters, keep, str)
     monkeypatch.setattr("data_prep.duplicates.semdedup._BLOCK", 64)
-    order = rank_rows(keep, cosines, pixels)
-    near, second = find_candidates(rows, order, 0.9, 2)
-    (alone,) = find_candidates(rows, order, 0.9)
+    near, second = find_candidates(rows[group.rows], 0.9, 2)
+    (alone,) = find_candidates(rows[group.rows], 0.9)
     # The reference: upper triangle of all cosines in the order of the rule, largest of a column.
     rule = {"farthest": cosines, "largest": -pixels, "first": np.arange(230)}[keep]
-    expected_order = sorted(range(230), key=lambda i: (rule[i], i))
-    assert order.tolist() == expected_order
-    ranked = rows[expected_order].astype(np.float64)
+    order = sorted(range(230), key=lambda i: (rule[i], i))
+    assert group.rows.tolist() == order and group.sizes == (230,)
+    ranked = rows[order].astype(np.float64)
     upper = np.triu(ranked @ ranked.T, 1) - np.tri(230)
     best, partner = upper.max(0), upper.argmax(0)
     dropped = np.flatnonzero(best >= 0.9)
     assert 100 < len(dropped) < 200
-    assert near.dropped.tolist() == [expected_order[i] for i in dropped]
-    assert near.alike.tolist() == [expected_order[partner[i]] for i in dropped]
+    assert near.dropped.tolist() == dropped.tolist()
+    assert near.alike.tolist() == partner[dropped].tolist()
     np.testing.assert_allclose(near.similarity, best[dropped], atol=1e-6)
     assert all(np.array_equal(one, other) for one, other in zip(near, alone, strict=True))
     upper[partner, np.arange(230)] = -1
     dropped = np.flatnonzero(upper.max(0) >= 0.9)
-    assert second.dropped.tolist() == [expected_order[i] for i in dropped]
-    assert second.alike.tolist() == [expected_order[i] for i in upper.argmax(0)[dropped]]
+    assert second.dropped.tolist() == dropped.tolist()
+    assert second.alike.tolist() == upper.argmax(0)[dropped].tolist()
     parent = dict(zip(near.dropped, near.alike, strict=True))
-    order = np.argsort(near.dropped)
-    found = Found(*(column[order] for column in near), np.ones(len(order), np.uint8))
-    roots = follow_to_kept(found, near.alike)
-    assert not set(roots) & set(near.dropped)
-    for row, root in zip(near.dropped, roots, strict=True):
+    found = Found(*near, np.ones(len(near.dropped), np.uint8))
+    for row, root in zip(near.dropped, follow_to_kept(found, near.alike), strict=True):
         while row in parent:
             row = parent[row]
         assert row == root

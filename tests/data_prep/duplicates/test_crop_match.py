@@ -1,12 +1,11 @@
 """Windows of thumbnails against Pillow's, and what is found by them."""
 
-import io
-
 import numpy as np
 from PIL import Image
 
-from data_prep.duplicates.pictures import SIDE, Aligner, shrink_picture, verify
+from data_prep.duplicates.pictures import SIDE, correlate, cut_windows, describe_picture, verify
 from data_prep.duplicates.semdedup import Near
+from tests.make import encoded
 
 
 def _picture(seed: int, side: int = 320) -> Image.Image:
@@ -20,7 +19,7 @@ def _thumbnail(image: Image.Image) -> np.ndarray:
 
 def test_windows_are_those_that_pillow_cuts():
     thumbnail = _thumbnail(_picture(0))
-    found = Aligner(thumbnail[None], mirrored=True)._cut(0)
+    found = cut_windows(thumbnail)
     boxes = [
         (left * 0.025, top * 0.025, size)
         for size in (1.0, 0.95, 0.9, 0.85)
@@ -47,26 +46,28 @@ def test_crops_mirror_images_and_nothing_else_correlate():
         *(_picture(seed) for seed in range(2, 8)),
         Image.new("L", (50, 50), 90),
     ]
-    thumbnails = np.stack([_thumbnail(picture) for picture in pictures])
-    aligner = Aligner(thumbnails, mirrored=True)
-    assert min(aligner.correlate(0, 1), aligner.correlate(1, 0), aligner.correlate(0, 2)) > 0.97
-    assert max(aligner.correlate(0, other) for other in range(3, 9)) < 0.8
-    assert aligner.correlate(0, 9) == 0  # flat
-    assert Aligner(thumbnails, mirrored=False).correlate(0, 2) < 0.9
+    thumbnails = np.stack([_thumbnail(picture).ravel() for picture in pictures])
+    windows = list(map(cut_windows, thumbnails))
+
+    def like(one, other, mirrored=True):
+        return correlate(windows[one], windows[other], mirrored=mirrored)
+
+    assert min(like(0, 1), like(1, 0), like(0, 2)) > 0.97
+    assert max(like(0, other) for other in range(3, 9)) < 0.8
+    assert like(0, 9) == 0  # flat
+    assert like(0, 2, mirrored=False) < 0.9
 
     def candidates():
         yield Near(np.array([1, 4]), np.array([3, 3]), np.array([0.99, 0.98], np.float32))
         yield Near(np.array([1, 2]), np.array([0, 1]), np.array([0.9, 0.8], np.float32))
 
-    found = verify(candidates(), aligner, 0.95)
+    found = verify(candidates(), thumbnails, 0.95, mirrored=True)
     assert (found.dropped.tolist(), found.alike.tolist()) == ([1, 2], [0, 1])
-    assert found.similarity[0] == np.float32(aligner.correlate(1, 0))
+    assert found.similarity[0] == np.float32(like(1, 0))
 
 
 def test_thumbnails_are_greys_of_the_decoded_picture():
     image = _picture(3).convert("RGB")
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    greys, size = shrink_picture(buffer.getvalue(), max_pixels=10**6)
+    _, greys, size = describe_picture(encoded(image), mirrored=True, max_pixels=10**6)
     assert size == image.size and greys.dtype == np.uint8
     assert np.abs(greys - _thumbnail(_picture(3)).astype(int)).max() <= 1

@@ -1,6 +1,5 @@
 """The command on pairs with planted copies, its table, and the filter that reads it."""
 
-import itertools
 import json
 import tarfile
 
@@ -11,46 +10,47 @@ import pytest
 from PIL import Image
 
 from data_prep.decisions.report import read_report
-from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job, kmeans, search
 from data_prep.duplicates.rows import forget_copies
 from data_prep.duplicates.table import Lookup, read_summary
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
 from data_prep.sources.list import default_source, list_inputs
-from diht_jax.config import load_recipe
-from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
-from tests.make import encoded, pair_members, write_tar
+from tests.data_prep.duplicates.jobs import (
+    duplicates_config,
+    read_dropped,
+    read_rows,
+    scene,
+    write_pictures,
+)
+from tests.data_prep.filtering import jobs
+from tests.data_prep.filtering.jobs import job_config, read_records
+from tests.make import encoded
+
+_SETTINGS = {"keep": "largest", "threshold": 0.98, "verify__correlation": None}
 
 
-def _scene(seed: int) -> Image.Image:
-    """A picture of soft colours that is unlike those of other seeds."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
-    return Image.fromarray(small).resize((120, 90), Image.Resampling.BICUBIC)
-
-
-def _write_tar(path, members: dict[str, bytes]) -> None:
-    found = (pair_members(key, f"picture {key}", data) for key, data in members.items())
-    write_tar(path, dict(itertools.chain.from_iterable(part.items() for part in found)))
+def _config(source, output, **changes):
+    return duplicates_config(source, output, **_SETTINGS | changes)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Twelve scenes in two tars; copies of some in the other, and a picture that is none."""
     folder = tmp_path_factory.mktemp("pairs")
-    scenes = {f"s{i:02d}": encoded(_scene(i), "PNG") for i in range(12)}
+    scenes = {f"s{i:02d}": encoded(scene(i), "PNG") for i in range(12)}
     copies = {
         "again": scenes["s00"],  # equal bytes
-        "jpeg": encoded(_scene(1), "JPEG", quality=60),
-        "small": encoded(_scene(2).resize((60, 45)), "PNG"),
-        "mirror": encoded(_scene(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
-        "large": encoded(_scene(4).resize((240, 180)), "PNG"),
-        "again_small": encoded(_scene(2).resize((60, 45)), "PNG"),
+        "jpeg": encoded(scene(1), "JPEG", quality=60),
+        "small": encoded(scene(2).resize((60, 45)), "PNG"),
+        "mirror": encoded(scene(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
+        "large": encoded(scene(4).resize((240, 180)), "PNG"),
+        "again_small": encoded(scene(2).resize((60, 45)), "PNG"),
         "broken": b"no picture",
         "broken_too": b"no picture",
     }
-    _write_tar(folder / "0.tar", dict(list(scenes.items())[:6]))
-    _write_tar(folder / "1.tar", dict(list(scenes.items())[6:]) | copies)
+    write_pictures(folder / "0.tar", dict(list(scenes.items())[:6]))
+    write_pictures(folder / "1.tar", dict(list(scenes.items())[6:]) | copies)
     return folder
 
 
@@ -64,29 +64,6 @@ _EXPECTED = {  # with config.keep = "largest": the larger of two stays, the firs
 }
 
 
-def _config(pairs, output, **changes):
-    config = load_recipe("configs/prep/duplicates.py")
-    config.update({"input": str(pairs / "*.tar"), "output": str(output), "num_workers": 0})
-    config.update({"keep": "largest", "threshold": 0.98})
-    config.verify.correlation = None
-    for name, value in changes.items():
-        section, _, key = name.rpartition("__")
-        (config[section] if section else config)[key] = value
-    duplicates_config.check_config(config)
-    return config
-
-
-def _table(output):
-    files = sorted((output / "duplicates").glob("*.parquet"))
-    rows = [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
-    return {row.pop("key"): row for row in rows}
-
-
-def _dropped(output):
-    found = {k: (row["kind"], row["kept_key"]) for k, row in _table(output).items()}
-    return {key: value for key, value in found.items() if value[0] != "kept"}
-
-
 @pytest.fixture(scope="module")
 def found(pairs, tmp_path_factory):
     output = tmp_path_factory.mktemp("found")
@@ -95,9 +72,9 @@ def found(pairs, tmp_path_factory):
 
 
 def test_planted_copies_are_found_and_nothing_else(found):
-    table = _table(found)
+    table = read_rows(found)
     assert len(table) == 20
-    assert _dropped(found) == _EXPECTED
+    assert read_dropped(found) == _EXPECTED
     assert table["again_small"]["duplicate_of"] == "small"  # which is itself one of s02
     assert table["jpeg"]["similarity"] > 0.98 and table["again"]["similarity"] == 1
     assert (table["s05"]["cluster"], table["broken"]["cluster"]) == (0, None)
@@ -117,12 +94,12 @@ def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, c
     assert job.run(_config(pairs, found)) == {}
     assert "20 pairs: 2 (10.0%) exact copies, 4 (20.0%) near" in capsys.readouterr().out
     assert job.run(_config(pairs, found, threshold=1.0)) == {}
-    assert {key for key, (kind, _) in _dropped(found).items() if kind == "near"} <= {"mirror"}
+    assert {key for key, (kind, _) in read_dropped(found).items() if kind == "near"} <= {"mirror"}
     assert job.run(_config(pairs, found, exact=False)) == {}
-    kinds = {key: row["kind"] for key, row in _table(found).items()}
+    kinds = {key: row["kind"] for key, row in read_rows(found).items()}
     assert (kinds["again"], kinds["again_small"]) == ("near", "near")
     assert job.run(_config(pairs, found)) == {}
-    assert _dropped(found) == _EXPECTED
+    assert read_dropped(found) == _EXPECTED
     assert scanned == {path: path.stat().st_mtime_ns for path in (found / "scan").iterdir()}
     with pytest.raises(ValueError, match="holds 1 scans of inputs that .* no longer names"):
         job.run(_config(pairs, found, input=str(pairs / "0.tar")))
@@ -133,7 +110,7 @@ def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, c
 def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
     config = job_config(str(pairs / "*.tar"), tmp_path / "out", duplicates__table=str(found))
     assert run_filter(config) == {}
-    assert read_dropped(tmp_path / "out")["duplicates"] == {"exact": 2, "near": 4}
+    assert jobs.read_dropped(tmp_path / "out")["duplicates"] == {"exact": 2, "near": 4}
     kept = {record.caption.removeprefix("picture ") for record in read_records(tmp_path / "out")}
     assert kept == {"large", *(f"s{i:02d}" for i in range(12) if i != 4)}
     page = (tmp_path / "out" / "report.html").read_text()
@@ -200,7 +177,7 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     out = tmp_path / "out"
     config = _config(tmp_path, out, embeddings__files=str(tmp_path / "*.npz"), **changes)
     monkeypatch.setattr(search, "_GROUP_ROWS", 1)  # a task for each cluster
-    improve, compare = kmeans.KMeans.improve, search.find_in_group
+    improve, compare = kmeans.KMeans.improve, search.compare_group
     calls = []
 
     def stop_at(number, function):
@@ -220,14 +197,14 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
         assert state["done"] == 2 and len(state["centroids"]) == 3
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(search, "find_in_group", stop_at(2, compare))
+        patch.setattr(search, "compare_group", stop_at(2, compare))
         with pytest.raises(KeyboardInterrupt):
             job.run(config)
-    assert [path.name for path in (out / "groups").iterdir()] == ["00000000.arrow"]
+    assert [path.name[-14:] for path in (out / "groups").iterdir()] == ["00000000.arrow"]
     calls.clear()
     monkeypatch.setattr(job, "scan_unit", pytest.fail)  # nothing is made again
     monkeypatch.setattr(kmeans, "fit", pytest.fail)
-    monkeypatch.setattr(search, "find_in_group", stop_at(3, compare))
+    monkeypatch.setattr(search, "compare_group", stop_at(3, compare))
     assert job.run(config) == {}
     found = Lookup(out).find([f"k{i}" for i in range(60)])
     assert [i for i, row in enumerate(found) if row] == list(range(50, 60))
@@ -250,7 +227,7 @@ def test_the_output_of_embed_is_joined_by_keys(pairs, tmp_path):
     )
     assert job.run(config) == {}
     exact = {"again": ("exact", "s00"), "again_small": ("exact", "small")}
-    assert _dropped(tmp_path / "out") == exact | {"s07": ("near", "s02")}
+    assert read_dropped(tmp_path / "out") == exact | {"s07": ("near", "s02")}
     assert "6 pairs without an embedding are kept" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -261,15 +238,14 @@ def cropped(tmp_path_factory):
     generator = np.random.default_rng(0)
     scenes, crops = {}, {}
     for number in range(30):
-        small = generator.integers(0, 256, (9, 9, 3)).astype(np.uint8)
-        scene = Image.fromarray(small).resize((200, 150), Image.Resampling.BICUBIC)
-        scenes[f"s{number:02d}"] = encoded(scene, "PNG")
+        picture = scene(number, 9, (200, 150))
+        scenes[f"s{number:02d}"] = encoded(picture)
         if number < 10:
             left, top = generator.integers(0, 21), generator.integers(0, 16)
-            crop = scene.crop((left, top, left + 180, top + 135))
+            crop = picture.crop((left, top, left + 180, top + 135))
             crops[f"c{number:02d}"] = encoded(crop, "JPEG")
-    _write_tar(folder / "0.tar", scenes)
-    _write_tar(folder / "1.tar", crops)
+    write_pictures(folder / "0.tar", scenes)
+    write_pictures(folder / "1.tar", crops)
     return folder
 
 
@@ -280,10 +256,10 @@ def test_crops_are_found_from_store_to_store_by_an_array_of_jobs(cropped, tmp_pa
     }  # fmt: skip
     assert job.run(_config(cropped, tmp_path / "out", **changes)) == {}
     expected = {f"c{number:02d}": ("near", f"s{number:02d}") for number in range(10)}
-    assert _dropped(tmp_path / "out") == expected
+    assert read_dropped(tmp_path / "out") == expected
     cosines = _config(cropped, tmp_path / "cosines", **changes | {"verify__correlation": None})
     assert job.run(cosines) == {}
-    assert _dropped(tmp_path / "cosines").keys() > expected.keys()  # what they alone would drop
+    assert read_dropped(tmp_path / "cosines").keys() > expected.keys()  # what they alone would drop
     system = fsspec.filesystem("s3")
     system.put(str(cropped), "bucket/duplicates/in", recursive=True)
     url = f"{s3_bucket}/duplicates"

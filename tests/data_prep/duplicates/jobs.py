@@ -1,0 +1,55 @@
+"""Inputs, configs and results of the tests of duplicates."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import ml_collections
+import numpy as np
+import pyarrow.parquet
+from PIL import Image
+
+from data_prep.duplicates.config import check_config
+from diht_jax.config import load_recipe
+from tests.make import pair_members, write_tar
+
+
+def scene(seed: int, cells: int = 5, size: tuple[int, int] = (120, 90)) -> Image.Image:
+    """A picture of soft colours that is unlike those of other seeds."""
+    small = np.random.default_rng(seed).integers(0, 256, (cells, cells, 3)).astype(np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def write_pictures(path: pathlib.Path, pictures: dict[str, bytes]) -> None:
+    """A tar of pictures by their keys, with captions "picture KEY"."""
+    members: dict[str, bytes] = {}
+    for key, data in pictures.items():
+        members |= pair_members(key, f"picture {key}", data)
+    write_tar(path, members)
+
+
+def duplicates_config(
+    source: pathlib.Path, output: pathlib.Path | str, **changes: Any
+) -> ml_collections.ConfigDict:
+    """The recipe for the tars of a folder, in this process; `section__key=value` changes it."""
+    config = load_recipe("configs/prep/duplicates.py")
+    config.update({"input": str(source / "*.tar"), "output": str(output), "num_workers": 0})
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (config[section] if section else config)[key] = value
+    check_config(config)
+    return config
+
+
+def read_rows(output: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The rows of the table by key."""
+    files = sorted((output / "duplicates").iterdir())
+    rows = [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+    return {row.pop("key"): row for row in rows}
+
+
+def read_dropped(output: pathlib.Path) -> dict[str, tuple[str, str]]:
+    """Kind and kept key of each dropped pair."""
+    rows = read_rows(output).items()
+    return {key: (row["kind"], row["kept_key"]) for key, row in rows if row["kind"] != "kept"}
