@@ -20,7 +20,7 @@ from data_prep.teachers import embedding_files
 from diht_jax.readers.base import SourceShard
 from diht_jax.storage import files
 from diht_jax.storage.copies import local_copy
-from diht_jax.storage.stores import is_remote, open_system
+from diht_jax.storage.stores import is_remote
 
 DESCRIPTION = "embeddings.json"
 
@@ -55,10 +55,7 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
 
 def find_files(pattern: str) -> list[str]:
     """The paths or URLs that a glob matches, sorted."""
-    if not is_remote(pattern):
-        return sorted(glob.glob(pattern))
-    system, path = open_system(pattern, use_listings_cache=False)
-    return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+    return sorted(files.find_inputs(pattern) if is_remote(pattern) else glob.glob(pattern))
 
 
 def find_shard_files(folder: str) -> dict[tuple[str, int], list[str]]:

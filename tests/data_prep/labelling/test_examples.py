@@ -5,9 +5,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from data_prep.labelling.embeddings import key_ranks
+from data_prep.labelling.embeddings import ShardEmbeddings, key_ranks, load_embeddings
 from data_prep.labelling.examples import Examples, is_held_out, warn_of_few_mentions
 from data_prep.labelling.vocabulary import make_targets
+from diht_jax.records.tfrecord import TFRecordWriter
 
 
 def test_split_by_keys_is_fair_and_independent():
@@ -38,3 +39,17 @@ def test_few_mentions_are_warned_of(caplog):
         assert not caplog.records
         warn_of_few_mentions(examples(2, 0, 0, 0), examples(1, 0))
     assert "only 2 of 6 images name a concept" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_embeddings_are_read_as_they_were_written(tmp_path, dtype):
+    rows = np.random.default_rng(0).normal(size=(3, 5)).astype(dtype)
+    made = ShardEmbeddings(["a", "b", "c", "d"], [rows[0], "image_empty", *rows[1:]], dtype)
+    with TFRecordWriter(tmp_path / "e.tfrecord") as writer:
+        for data in made.encode():
+            writer.write(data)
+    found = load_embeddings(str(tmp_path / "e.tfrecord"))
+    assert (found.keys, found.rows.tolist()) == (["a", "b", "c", "d"], [0, 2, 3])
+    assert found.count_missing() == {"image_empty": 1}
+    assert found.embeddings.dtype == dtype
+    np.testing.assert_array_equal(found.embeddings, rows)
