@@ -125,14 +125,14 @@ def test_pairs_before_the_damage_of_a_tar_are_compared(tars, tmp_path):
 
 def _scan_or_die(unit, report, *, config):
     """As `scan_unit`, but one picture ends the process."""
-    look = scan._look_at
+    describe = scan.describe_picture
 
-    def deadly(pair, *rest):
-        if pair.key == "1-2":
+    def deadly(data, **options):
+        if data == encoded(noise(12, (60, 45), 9)):
             os._exit(7)
-        return look(pair, *rest)
+        return describe(data, **options)
 
-    scan._look_at = deadly
+    scan.describe_picture = deadly
     scan.scan_unit(unit, report, config=config)
 
 
