@@ -86,15 +86,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True) -> None:
-    """Prints results side by side, and draws them as bars.
+    """Prints two or more results files side by side, and draws them as bars.
 
     Args:
-        files: two or more results files.
+        files: their paths.
         chart: PNG to write; next to the last file where None.
         draw: whether to draw at all.
-
-    Raises:
-        ValueError: fewer or more files, or one is no results file.
     """
     if not 2 <= len(files) <= len(LETTERS):
         raise ValueError(

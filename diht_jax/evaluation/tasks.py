@@ -62,13 +62,8 @@ def evaluate_task(
         progress: show bars on stderr.
 
     Returns:
-        JSON-able: `task`, `kind`, `source`, `protocol` (prompts, ties), `metrics` and their
-        `units` (see `protocols.base.Metric`; a share is a fraction of 1), `intervals` (metric ->
-        [low, high]) and `resamples` (for comparisons) with `num_resamples`, `counts` (images,
-        texts, dropped pairs by reason), `reported` (of a task by name: which of the metrics DiHT
-        reports), `seconds` (wall time of all, compilation included), `images_per_sec` (reading,
-        decoding and encoding of the images), `page`; and what else the protocol gives, such as
-        `per_class`.
+        JSON-able: the task's entry in the results file, as docs/evaluation.md describes it; a share
+        is a fraction of 1.
 
     Raises:
         ValueError: an unknown kind, a source that cannot be read or does not hold what the task

@@ -14,15 +14,16 @@ Dollar Street: where and when it was taken, and the like. DIR may be a URL.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from diht_jax.evaluation.prompts import CLASS_SLOT, check_class_names, check_templates
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.sources.text_files import list_names, read_text
+from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
 from diht_jax.readers.array_files import parse_npy
 from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped
 from diht_jax.readers.webdataset import count_images, read_groups
@@ -31,37 +32,36 @@ from diht_jax.records.schema import Pair
 from diht_jax.storage.files import exists, join
 from diht_jax.storage.stores import is_remote
 
-CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
 DEFAULT_SPLIT = "test"
 
 _NOTE_OF_TYPE = {CLASSIFICATION: "cls", MULTILABEL: "npy", RETRIEVAL: "txt"}
-_NOTE_EXTENSIONS = tuple(_NOTE_OF_TYPE.values())
 _LARGEST_NOTE_BYTES = 2**24
 # Shards of a data set; more would take for ever to look for.
 _MOST_SHARDS = 10**6
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchmarkFolder:
-    """One split of a data set.
+def open_benchmark_folder(text: str) -> tuple[Units, dict[str, Any]]:
+    """Opens a data set; reads no image.
 
-    Attributes:
-        type: "classification", "multilabel" or "retrieval".
-        paths: of the tars, in order.
-        words: `class_names` and `templates` (with "{}" for the class name), where it has them.
-    """
+    `metadata["label"]` of a pair is an int for a classification, and `metadata["numbers"]` lists
+    what a KEY.npy of the same key holds; for a multi-label set `metadata["labels"]` lists the
+    numbers of its classes, and `metadata["ignored_labels"]` those of the classes for which it does
+    not count. Those pairs have no caption. A damaged archive is a ValueError.
 
-    type: str
-    paths: tuple[str, ...]
-    words: dict[str, tuple[str, ...]]
+    Args:
+        text: "DIR[:SPLIT]"; DIR may be a URL.
 
-
-def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkFolder:
-    """Looks at a data set; reads no image.
+    Returns:
+        One unit for each shard; and what of a task comes with the data: `kind`, and `class_names`
+        and `templates` where the folder has them.
 
     Raises:
         ValueError: not such a folder, or shards are missing.
     """
+    folder, _, split = text.rpartition(":")
+    if not folder or "/" in split:  # the colon of a URL, or none
+        folder, split = text, ""
+    split = split or DEFAULT_SPLIT
     count_file = join(folder, split, "nshards.txt")
     if not exists(count_file):
         raise ValueError(
@@ -71,14 +71,14 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
     if not (count.isdecimal() and count.isascii() and 0 < int(count[:99]) <= _MOST_SHARDS):
         raise ValueError(f"{count_file}: expected the number of shards, got '{count[:99]}'")
     names = [f"{number}.tar" for number in range(int(count))]
-    present = list_names(join(folder, split))
+    present = set(list_names(join(folder, split)))
     missing = [name for name in names if name not in present]
     if missing:
         raise ValueError(
             f"{join(folder, split)}: {len(missing)} of {len(names)} shards are missing: "
             f"{', '.join(missing[:5])}"
         )
-    paths = tuple(join(folder, split, name) for name in names)
+    paths = [join(folder, split, name) for name in names]
     type_file = join(folder, "dataset_type.txt")
     kind = CLASSIFICATION
     if exists(type_file):
@@ -86,9 +86,13 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
     if kind not in _NOTE_OF_TYPE:
         known = ", ".join(_NOTE_OF_TYPE)
         raise ValueError(f"{type_file}: expected one of {known}, got '{kind[:99]}'")
-    words: dict[str, tuple[str, ...]] = {}
+    units = Units(
+        [functools.partial(_read_shard, path, kind) for path in paths],
+        lambda: _count_pictures(paths),
+    )
+    words: dict[str, Any] = {"kind": kind}
     if kind == RETRIEVAL:  # it needs no words, whose files may be empty
-        return BenchmarkFolder(kind, paths, words)
+        return units, words
     classes = join(folder, "classnames.txt")
     if exists(classes):
         words["class_names"] = check_class_names(_read_lines(classes), classes)
@@ -99,21 +103,7 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
             words["templates"] = check_templates(lines)
         except ValueError as error:
             raise ValueError(f"{templates}: {str(error)[:500]}") from error
-    return BenchmarkFolder(kind, paths, words)
-
-
-def benchmark_units(folder: BenchmarkFolder) -> Units:
-    """One unit for each shard, which yields its pairs.
-
-    `metadata["label"]` is an int for a classification, and `metadata["numbers"]` lists what a
-    KEY.npy of the same key holds; for a multi-label set
-    `metadata["labels"]` lists the numbers of its classes, and `metadata["ignored_labels"]` those of
-    the classes for which it does not count. Those pairs have no caption.
-
-    A damaged archive is a ValueError.
-    """
-    units = [functools.partial(_read_shard, path, folder.type) for path in folder.paths]
-    return Units(units, lambda: _count_pictures(folder.paths))
+    return units, words
 
 
 def _count_pictures(paths: Sequence[str]) -> int | None:
@@ -190,4 +180,4 @@ def _limit_of(extension: str) -> int | None:
         return None
     if extension in IMAGE_EXTENSIONS:
         return MAX_IMAGE_BYTES
-    return _LARGEST_NOTE_BYTES if extension in _NOTE_EXTENSIONS else 0
+    return _LARGEST_NOTE_BYTES if extension in _NOTE_OF_TYPE.values() else 0

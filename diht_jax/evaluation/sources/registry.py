@@ -23,12 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diht_jax.evaluation.sources import annotations, caption_choices, class_folders, label_tables
-from diht_jax.evaluation.sources.benchmark_folder import (
-    DEFAULT_SPLIT,
-    BenchmarkFolder,
-    benchmark_units,
-    open_benchmark_folder,
-)
+from diht_jax.evaluation.sources.benchmark_folder import open_benchmark_folder
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.readers import parquet, registry
 from diht_jax.readers.base import Skipped, SourceShard
@@ -56,23 +51,10 @@ class Layout:
     words: Callable[..., dict[str, Any]] = lambda rest, **options: {}
 
 
-def find_benchmark_folder(source: str) -> BenchmarkFolder:
-    """The folder of "clip_benchmark:DIR[:SPLIT]"; DIR may be a URL."""
-    rest = source.removeprefix(f"{BENCHMARK}:")
-    folder, _, split = rest.rpartition(":")
-    if not folder or "/" in split:  # the colon of a URL, or none
-        folder, split = rest, ""
-    return open_benchmark_folder(folder, split or DEFAULT_SPLIT)
-
-
-def _words_of_folder(rest: str) -> dict[str, Any]:
-    folder = find_benchmark_folder(rest)
-    return {"kind": folder.type, **folder.words}
-
-
 LAYOUTS: dict[str, Layout] = {
     BENCHMARK: Layout(
-        units=lambda rest: benchmark_units(find_benchmark_folder(rest)), words=_words_of_folder
+        units=lambda rest: open_benchmark_folder(rest)[0],
+        words=lambda rest: open_benchmark_folder(rest)[1],
     ),
     ANNOTATIONS: Layout(
         units=annotations.annotation_units, options=("image_root", "image_column", "image_name")

@@ -29,15 +29,10 @@ def read_text(path: str) -> str:
 
 
 def read_json(path: str, kind: type, what: str) -> Any:
-    """Reads a JSON file, local or in a store.
-
-    Args:
-        path: of the file.
-        kind: of its value, `list` or `dict`.
-        what: what is expected, for the message.
+    """Reads a JSON file, local or in a store, whose value is of a kind, `list` or `dict`.
 
     Raises:
-        ValueError: no such file, or another value.
+        ValueError: no such file, or another value; says `what` is expected.
     """
     try:
         value = json.loads(read_text(path))
