@@ -26,10 +26,9 @@ from diht_jax.hardware.flops import count_jaxpr_flops
 from diht_jax.hardware.hlo_traffic import count_traffic
 from diht_jax.hardware.report import StepReport, describe_settings, describe_step, describe_try
 from diht_jax.hardware.topologies import Topology, get_topology
-from diht_jax.training.durations import duration_in_steps
 from diht_jax.training.monitoring.throughput import model_flops
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.recipe import check_config, default_config
+from diht_jax.training.recipe import check_config, default_config, duration_in_steps
 
 # Policies of `model.remat` by the FLOPs of what they compute again.
 _CHEAPEST_FIRST = ("none", "dots", "minimal", "full")

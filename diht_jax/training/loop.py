@@ -19,7 +19,6 @@ from diht_jax import sharding
 from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.progress import ProgressBar
 from diht_jax.records.train_data import describe_train, parse_train
-from diht_jax.training.durations import duration_in_steps, patch_dropout_steps, steps_before_end
 from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
@@ -46,7 +45,12 @@ from diht_jax.training.program import (
     with_trusted_attention,
     without_patch_dropout,
 )
-from diht_jax.training.recipe import check_config
+from diht_jax.training.recipe import (
+    check_config,
+    duration_in_steps,
+    patch_dropout_steps,
+    steps_before_end,
+)
 from diht_jax.training.run_data import open_data, open_iterator
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting

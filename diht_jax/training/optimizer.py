@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -245,18 +244,17 @@ def _num_blocks(names: Iterable[str]) -> dict[str, int]:
 
 
 def _multiplier(entry: Any, names: Iterable[str]) -> tuple[re.Pattern, float, float]:
-    if not isinstance(entry, list | tuple) or len(entry) != 3:
+    try:
+        text, *factors = entry
+        rate, weight_decay = map(float, factors)
+    except (TypeError, ValueError):
+        rate = weight_decay = -1.0
+    if not (0 <= rate < math.inf and 0 <= weight_decay < math.inf):
         raise ValueError(
             "config.optimizer.multipliers: expected entries (pattern, learning-rate factor, "
-            f"weight-decay factor), got {entry!r}"
+            f"weight-decay factor) with factors of at least 0, got {entry!r}"
         )
-    for factor in entry[1:]:
-        is_number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
-        if not is_number or not 0 <= factor < math.inf:
-            raise ValueError(
-                f"config.optimizer.multipliers: expected factors of at least 0, got {entry!r}"
-            )
-    return _pattern("multipliers", entry[0], names), float(entry[1]), float(entry[2])
+    return _pattern("multipliers", text, names), rate, weight_decay
 
 
 def _pattern(key: str, text: Any, names: Iterable[str]) -> re.Pattern:

@@ -1,14 +1,17 @@
-"""The full training config: the keys of `diht_jax.config`, of all losses and of all terms."""
+"""The full training config: keys of `diht_jax.config`, of losses and of terms; length of a run."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_collections
 
 from diht_jax.config.checks import validate_config
 from diht_jax.config.keys import FIXED, KEYS, Key, build_config, check_ranges
+from diht_jax.config.overrides import DURATION_UNITS
 from diht_jax.losses.registry import default_settings
+from diht_jax.training.optimizer import decay_start
 from diht_jax.training.terms.registry import TERMS
 
 
@@ -50,3 +53,80 @@ def key_of(name: str) -> Key:
     while name and name not in KEYS:
         name = name.rpartition(".")[0]
     return KEYS[name] if name else Key(None, resume=FIXED)
+
+
+def duration_in_steps(
+    config: ml_collections.ConfigDict, prefix: str, *, batch_size: int, num_examples: int
+) -> int:
+    """The duration `prefix` ("total") in optimiser steps, in any unit of the config.
+
+    Args:
+        config: holds `{prefix}_steps`, `{prefix}_examples` and `{prefix}_epochs`, one not None.
+        prefix: first part of the three names.
+        batch_size: global batch, in examples.
+        num_examples: size of one epoch, in examples.
+
+    Raises:
+        ValueError: none or several of the three are set, or the result is not positive.
+    """
+    values = {unit: config.get(f"{prefix}_{unit}") for unit in DURATION_UNITS}
+    given = {unit: value for unit, value in values.items() if value is not None}
+    names = ", ".join(f"config.{prefix}_{unit}" for unit in DURATION_UNITS)
+    if len(given) != 1:
+        raise ValueError(f"set exactly one of {names}; got {given or 'none of them'}")
+    unit, value = next(iter(given.items()))
+    if not math.isfinite(value):
+        raise ValueError(f"config.{prefix}_{unit}={value}: expected a finite duration")
+    examples_per_unit = {"steps": batch_size, "examples": 1, "epochs": num_examples}[unit]
+    steps = round(value * examples_per_unit / batch_size)
+    if steps < 1:
+        raise ValueError(
+            f"config.{prefix}_{unit}={value} is {steps} steps at batch size {batch_size}; "
+            "expected at least one step"
+        )
+    return steps
+
+
+def patch_dropout_steps(
+    config: ml_collections.ConfigDict, total_steps: int, *, num_examples: int
+) -> int:
+    """Number of steps, from the start of a run, that may drop patches.
+
+    Raises:
+        ValueError: several of `no_patch_dropout_steps`, `no_patch_dropout_examples` and
+            `no_patch_dropout_epochs` are set, no patches are dropped anyway, or it would be the
+            whole run.
+    """
+    if all(config.get(f"no_patch_dropout_{unit}") is None for unit in DURATION_UNITS):
+        return total_steps
+    if not config.model.patch_dropout:
+        raise ValueError(
+            "config.no_patch_dropout_* is how long a run with config.model.patch_dropout ends "
+            f"without it, but config.model.patch_dropout={config.model.patch_dropout}; set a share "
+            "of patches to drop, or leave config.no_patch_dropout_* at None"
+        )
+    last_steps = duration_in_steps(
+        config, "no_patch_dropout", batch_size=config.data.batch_size, num_examples=num_examples
+    )
+    if last_steps >= total_steps:
+        raise ValueError(
+            f"config.no_patch_dropout_*: {last_steps} steps without patch dropout are not less "
+            f"than the {total_steps} steps of the run; shorten them or set "
+            "config.model.patch_dropout=0"
+        )
+    return total_steps - last_steps
+
+
+def steps_before_end(config: ml_collections.ConfigDict, *, num_examples: int) -> int:
+    """Number of steps, from the start of a run, that do not depend on its length.
+
+    Raises:
+        ValueError: the durations are wrong, or warm-up and decay do not fit into the run.
+    """
+    total_steps = duration_in_steps(
+        config, "total", batch_size=config.data.batch_size, num_examples=num_examples
+    )
+    return min(
+        decay_start(config.optimizer, total_steps),
+        patch_dropout_steps(config, total_steps, num_examples=num_examples),
+    )

@@ -62,15 +62,21 @@ def exit_status(error: BaseException) -> int:
     """
     if not isinstance(error, ValueError | FileNotFoundError):
         return 1
+    chain = error_chain(error)
+    if any(isinstance(link, _LASTING_OS_ERRORS) for link in chain):
+        return LASTING_EXIT_CODE
+    is_temporary = any(isinstance(link, OSError | TemporaryError) for link in chain)
+    return 1 if is_temporary else LASTING_EXIT_CODE
+
+
+def error_chain(error: BaseException) -> list[BaseException]:
+    """An error and its causes, the innermost last."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    if any(isinstance(link, _LASTING_OS_ERRORS) for link in chain):
-        return LASTING_EXIT_CODE
-    is_temporary = any(isinstance(link, OSError | TemporaryError) for link in chain)
-    return 1 if is_temporary else LASTING_EXIT_CODE
+    return chain
 
 
 @contextlib.contextmanager

@@ -4,14 +4,11 @@ import json
 
 import ml_collections
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from diht_jax.config import default_config, load_recipe, validate_config
 from diht_jax.models import get_architecture
 from diht_jax.sharding import create_mesh
-from diht_jax.training.durations import duration_in_steps
-from diht_jax.training.recipe import check_config
+from diht_jax.training.recipe import check_config, duration_in_steps
 from diht_jax.training.sharded_encode import check_micro_batch
 from tests.make import RECIPES, REPOSITORY
 from tests.test_sharding import gpu_hosts
@@ -158,40 +155,6 @@ def test_wrong_durations(values, message):
     config.update(values)
     with pytest.raises(ValueError, match=message):
         duration_in_steps(config, "total", batch_size=64, num_examples=1000)
-
-
-_MIXTURE_RECIPE = """
-from diht_jax.config import default_config
-
-def get_config():
-    config = default_config()
-    config.data.train = dict(
-        laion=dict(path="/data/laion", weight=0.8), curated=dict(path="/data/curated", weight=0.2)
-    )
-    return config
-"""
-
-
-def _parse_mixture(tmp_path, *arguments):
-    (tmp_path / "recipe.py").write_text(_MIXTURE_RECIPE)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    argv = ["command", f"--config={tmp_path / 'recipe.py'}", *arguments]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("sys.argv", argv)
-        values(argv)
-    validate_config(values.config, default_config())
-    return values.config.data.train
-
-
-def test_training_data_is_a_path_or_sections_on_the_command_line_too(tmp_path):
-    assert _parse_mixture(tmp_path).to_dict() == {
-        "laion": {"path": "/data/laion", "weight": 0.8},
-        "curated": {"path": "/data/curated", "weight": 0.2},
-    }
-    assert _parse_mixture(tmp_path, "--config.data.train=/data/kept") == "/data/kept"
-    changed = _parse_mixture(tmp_path, "--config.data.train.curated.weight=0.5")
-    assert changed.curated.weight == 0.5 and changed.laion.weight == 0.8
 
 
 def test_training_data_of_another_kind_is_refused():

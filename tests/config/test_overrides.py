@@ -11,7 +11,7 @@ from data_prep.filtering.config import default_config as filter_config
 from data_prep.labelling.config import default_config as label_config
 from diht_jax import command_line
 from diht_jax.config import PathsOrSections, default_config, validate_config
-from diht_jax.training.durations import duration_in_steps
+from diht_jax.training.recipe import duration_in_steps
 from tests.make import REPOSITORY
 
 EMOJI = REPOSITORY / "configs" / "emoji.py"
@@ -68,6 +68,29 @@ def test_two_durations_of_one_command_line_are_refused(parse):
     config = parse(EMOJI, "--config.total_steps=40", "--config.total_examples=512")
     with pytest.raises(ValueError, match="exactly one of .*'steps': 40, 'examples': 512"):
         duration_in_steps(config, "total", batch_size=64, num_examples=1000)
+
+
+MIXTURE = """
+from diht_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.data.train = dict(
+        laion=dict(path="/data/laion", weight=0.8), curated=dict(path="/data/curated", weight=0.2)
+    )
+    return config
+"""
+
+
+def test_training_data_is_a_path_or_sections(parse, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(MIXTURE)
+    laion = {"path": "/data/laion", "weight": 0.8}
+    for arguments, weight in (([], 0.2), (["--config.data.train.curated.weight=0.5"], 0.5)):
+        curated = {"path": "/data/curated", "weight": weight}
+        found = parse(recipe, *arguments).data.train.to_dict()
+        assert found == {"laion": laion, "curated": curated}
+    assert parse(recipe, "--config.data.train=/data/kept").data.train == "/data/kept"
 
 
 def optional_keys(config, prefix=""):

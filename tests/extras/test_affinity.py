@@ -230,13 +230,3 @@ def test_the_contrastive_loss_has_a_weight():
         difference = with_both[name] - without[name]
         np.testing.assert_allclose(difference, 0.25 * slope, atol=1e-6)
         assert np.abs(slope).max() > 1e-3
-
-
-def test_its_keys_are_checked():
-    for changes, message in (
-        ({"affinity.weight": 1.0}, "config.affinity.widths is not set: expected those of"),
-        ({**TERM, "affinity.temperatures": (0.1,) * 3}, "one for each of the 2 teachers"),
-        ({"loss.weight": 0.0}, "config.loss.weight=0: nothing is left to learn from; expected"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            TrainProgram(tiny_config(changes), total_steps=10)

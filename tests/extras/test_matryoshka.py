@@ -5,11 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import Mesh
 
-from diht_jax.config import default_config
-from diht_jax.extras.matryoshka import first_numbers, loss_of_sizes, weighted_sizes
+from diht_jax.extras.matryoshka import first_numbers, loss_of_sizes
 from diht_jax.losses import contrastive_objective
 
 SIZES = {3: 0.5, 8: 2.0, 16: 1.0}
@@ -57,17 +55,3 @@ def test_the_sum_and_its_gradients_are_the_formula():
 def test_an_embedding_that_begins_with_zeros_has_a_finite_gradient():
     emb = jnp.zeros((1, 4)).at[0, 3].set(1.0)
     assert np.isfinite(jax.grad(lambda emb: first_numbers(emb, 2).sum())(emb)).all()
-
-
-@pytest.mark.parametrize(
-    "sizes, weights, message",
-    [
-        ((8, 4), (), r"sizes=\(8, 4\): expected rising whole numbers from 1 to less than the 16"),
-        ((4, 8), (1.0,), r"weights=\(1.0,\): expected a number of at least 0 for each of"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_named(sizes, weights, message):
-    section = default_config().matryoshka
-    section.update(sizes=sizes, weights=weights)
-    with pytest.raises(ValueError, match=f"config.matryoshka.*{message}"):
-        weighted_sizes(section, 16)

@@ -11,7 +11,6 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diht_jax import sharding
-from diht_jax.config import default_config
 from diht_jax.hardware.flops import count_flops
 from diht_jax.input.transforms import normalize
 from diht_jax.losses import contrastive_loss
@@ -20,9 +19,9 @@ from diht_jax.models.parameters import merge_model
 from diht_jax.models.vit import choose_patches
 from diht_jax.training.optimizer import split_parameters
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.sharded_encode import check_micro_batch
 from diht_jax.training.state import TrainState
 from diht_jax.training.step import loss_gradients, training_execution
+from tests import make
 
 BATCH_SIZE = 32
 # Most of the time of these tests would go into optimising programs that run for milliseconds.
@@ -30,28 +29,14 @@ QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensiv
 
 
 def tiny_config(**changes) -> ml_collections.ConfigDict:
-    config = default_config()
-    config.model.name = "tiny_32px"
-    config.model.dtype = "float32"
-    config.model.patch_dropout = 0.25
-    config.model.scan_layers = True
+    config = make.tiny_config()
+    config.model.update(patch_dropout=0.25, scan_layers=True)
     config.model.overrides.update(
-        image_size=16,
-        patch_size=4,
-        vision_layers=2,
-        vision_width=32,
-        text_layers=2,
-        text_width=16,
-        embed_dim=16,
-        context_length=8,
-        vocab_size=64,
+        patch_size=4, vision_layers=2, text_layers=2, text_width=16, context_length=8, vocab_size=64
     )
-    config.loss.impl = "gathered"
-    config.loss.beta = 0.25
+    config.loss.update(impl="gathered", beta=0.25)
     config.data.batch_size = BATCH_SIZE
-    config.optimizer.warmup_steps = 0
-    with config.unlocked():
-        config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict(changes)
     return config
 
 
@@ -279,25 +264,6 @@ def test_no_more_than_one_layer_is_whole_at_a_time():
     layer_bytes = 4 * 12 * 128**2
     # A layer's part on the device is an eighth of it, held stacked and as its gradient.
     assert (measure(8) - measure(4)) / 4 < 0.5 * layer_bytes
-
-
-@pytest.mark.parametrize("micro_batch", [12, 64])
-def test_micro_batches_that_do_not_fit_are_refused(micro_batch):
-    with pytest.raises(ValueError, match=f"config.micro_batch={micro_batch}: expected a multiple"):
-        check_micro_batch(micro_batch, 32, 8)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"model.remat": "some"}, "config.model.remat='some': expected one of none, full"),
-        ({"model.texts_per_row": 3}, "config.model.texts_per_row=3: expected a divisor of the 32"),
-    ],
-)
-def test_wrong_settings_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        program = program_of(tiny_config(**changes), 1, 1)
-        program.step(program.abstract_state())
 
 
 def equations(jaxpr):

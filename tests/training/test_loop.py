@@ -305,13 +305,8 @@ def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
     "changes, message",
     [
         ({"data.train": None, "concepts.object_weight": 1.0}, "config.data.train is not set"),
-        ({"data.batch_size": 12}, "batch_size=12 is no multiple of the 8 devices"),
-        ({"mesh.fsdp": 3}, "makes 6 devices, but there are 8"),
-        ({"optimizer.warmup_steps": 20}, "expected less than the 20 steps"),
         ({"total_epochs": 1.0}, "set exactly one of"),
-        ({"evaluation.use_ema": True}, "use_ema needs config.ema.decay"),
         ({"profile.start_step": 3}, "expected 1 <= start_step <= stop_step, or neither"),
-        ({"optimizer.frozen": ("^visoin/",)}, "'.visoin/' is found in no parameter's name"),
     ],
 )
 def test_wrong_settings_are_refused_before_training(config, tmp_path, changes, message):

@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from diht_jax.config import default_config
-from diht_jax.training.durations import patch_dropout_steps
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.recipe import patch_dropout_steps
 
 
 def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):

@@ -116,18 +116,3 @@ def test_sigmoid_loss_trains_and_is_the_same_on_any_mesh(config, tmp_path):
     losses = series(tmp_path / "one", "loss")
     np.testing.assert_allclose(series(tmp_path / "eight", "loss"), losses, rtol=2e-4)
     assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("loss.kind", "triplet", "config.loss.kind='triplet': expected 'softmax'"),
-        ("loss.alpha", 1.5, r"config.loss.alpha: expected a number in \[0, 1\], got 1.5"),
-        ("loss.beta", -0.5, "config.loss.beta: expected a finite number >= 0, got -0.5"),
-        ("concepts.feature", "hidden", "config.concepts.feature='hidden'"),
-    ],
-)
-def test_wrong_values(config, key, value, message):
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(ValueError, match=message):
-        TrainProgram(config, total_steps=10)

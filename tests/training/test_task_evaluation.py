@@ -92,20 +92,10 @@ def test_a_source_that_is_missing_ends_the_run_before_its_first_step(run, tmp_pa
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    "tasks, message",
-    [
-        (None, r"best_metric='colors/top1' is not among .*: colors/t2i_r1, "),
-        ("", "best_metric='colors/top1' is not among .*: there are no tasks"),
-    ],
-)
-def test_a_metric_that_no_task_gives_ends_the_run_before_its_first_step(
-    run, tmp_path, tasks, message
-):
+def test_a_metric_that_no_task_gives_ends_the_run_before_its_first_step(run, tmp_path):
     config, train_as = run
     config.checkpoint.best_metric = "colors/top1"
-    config.evaluation.tasks = config.evaluation.tasks if tasks is None else tasks
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="best_metric='colors/top1' is not among .*: colors/t2i_r"):
         train_as("run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 

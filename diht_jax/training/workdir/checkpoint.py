@@ -174,11 +174,15 @@ class Checkpointer:
         problems: dict[int, str] = {}
         for step in reversed(self._found):
             self._check_seen(step)
-            found, problem = read_checkpoint(self._root / str(step), target)
+            problem = None
+            try:
+                state, position, checks = read_checkpoint(self._root / str(step), target)
+            except ValueError as error:
+                problem = str(error)
             problem = first_text(problem)
             if problem is None:
                 # A computation of all processes: only once each of them has read its part.
-                problem = first_text(describe_difference(found.checks["state"], found.state))
+                problem = first_text(describe_difference(checks["state"], state))
             if problem is None:
                 break
             problems[step] = problem
@@ -191,10 +195,10 @@ class Checkpointer:
         for damaged, problem in problems.items():
             self._set_aside(damaged, problem, instead=step)
         self._manager = self._open()
-        iterator.set_state(found.data_position)
-        self.restored_dataset = found.checks["dataset"]
+        iterator.set_state(position)
+        self.restored_dataset = checks["dataset"]
         logging.info("resumed at step %d", step)
-        return found.state
+        return state
 
     def close(self) -> None:
         """Waits until everything is on disk.

@@ -27,9 +27,8 @@ from diht_jax.records.fingerprint import Fingerprint, describe_changes
 from diht_jax.records.train_data import describe_train
 from diht_jax.storage.locks import lock_folder
 from diht_jax.storage.stores import is_remote
-from diht_jax.training.durations import steps_before_end
 from diht_jax.training.multihost import check_same, check_together, gather_texts
-from diht_jax.training.recipe import key_of
+from diht_jax.training.recipe import key_of, steps_before_end
 from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,
     CONFIG_FILE,

@@ -6,7 +6,6 @@ without an error. So each checkpoint has checksums of its own.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -25,6 +24,7 @@ from diht_jax.sharding import path_name
 from diht_jax.storage.files import write_bytes
 from diht_jax.training.recipe import default_config
 from diht_jax.training.state import TrainState
+from diht_jax.training.stopping import error_chain
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIRECTORY = "checkpoints"
@@ -77,44 +77,34 @@ def _completed(written: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
     return filled
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedRun:
-    """Contents of a checkpoint.
-
-    Attributes:
-        state: the training state, sharded as requested.
-        data_position: of `TrainIterator.get_state`.
-        checks: `state` (of `tree_checksums`), `place` (of `json_checksum`, for the position in the
-            data) and `dataset`.
-    """
-
-    state: TrainState
-    data_position: dict[str, int]
-    checks: dict[str, Any]
-
-
 def read_checkpoint(
     directory: epath.Path, target: TrainState
-) -> tuple[SavedRun | None, str | None]:
-    """This process's part of a checkpoint, or why it cannot be read; the other one is None.
+) -> tuple[TrainState, dict[str, int], dict[str, Any]]:
+    """This process's part of a checkpoint.
 
     Uses Orbax's handlers without the manager, which synchronises all processes: one that fails
     alone must not leave the others waiting.
+
+    Returns:
+        The state, sharded like `target`; the position in the data, of `TrainIterator.get_state`;
+        and the checks: `state` (of `tree_checksums`), `place` (of `json_checksum`, for the
+        position) and `dataset`.
+
+    Raises:
+        ValueError: names the part that cannot be read.
     """
     item = directory / DATA_ITEM
     try:
-        json_handler = ocp.JsonCheckpointHandler()
-        position = json_handler.restore(item)
+        position = ocp.JsonCheckpointHandler().restore(item)
         item = directory / CHECKS_ITEM
         checks = read_checks(directory)
         if checks["place"] != json_checksum(position):
             item = directory / DATA_ITEM
             raise ValueError("its contents are not what was saved")
         item = directory / STATE_ITEM
-        state = read_state(directory, target)
+        return read_state(directory, target), position, checks
     except Exception as error:  # a damaged file may lead to any
-        return None, f"{item}: {explain_error(error)}"
-    return SavedRun(state, position, checks), None
+        raise ValueError(f"{item}: {explain_error(error)}") from error
 
 
 def read_state(directory: epath.Path, target: Any) -> Any:
@@ -223,11 +213,3 @@ def explain_error(error: BaseException) -> str:
     # TensorStore adds all its settings to its messages.
     text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0] or type(error).__name__
     return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]}..."
-
-
-def error_chain(error: BaseException) -> list[BaseException]:
-    """An error and its causes, the innermost last."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
-    return chain

@@ -1,6 +1,5 @@
 """Which checkpoints stay, and what happens to damaged ones and on a full disk."""
 
-import json
 import shutil
 
 import jax
@@ -12,10 +11,9 @@ from diht_jax import load_model, sharding
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.state import TrainState
 from diht_jax.training.stopping import TemporaryError
-from diht_jax.training.workdir import checkpoint, trained_model
+from diht_jax.training.workdir import checkpoint
 from diht_jax.training.workdir.checkpoint import BestStep, Checkpointer, SaveError
-from diht_jax.training.workdir.saved_run import SavedRun, tree_checksums, write_config
-from diht_jax.training.workdir.trained_model import restore_model
+from diht_jax.training.workdir.saved_run import tree_checksums, write_config
 from tests.records.stores import BucketStore
 from tests.waiting import wait_until
 
@@ -143,9 +141,9 @@ def test_a_damaged_checkpoint_in_a_bucket_gives_way_too(bucket, monkeypatch, cap
 
     def read_one(directory, target):
         if directory.name == "2":
-            return None, "a flipped bit"
+            raise ValueError("a flipped bit")
         checks = {"state": tree_checksums(state_of(1)), "dataset": None}
-        return SavedRun(state_of(1), {"next_example": 10}, checks), None
+        return state_of(1), {"next_example": 10}, checks
 
     # The arrays would be read by TensorStore, which knows Google's servers only.
     monkeypatch.setattr("diht_jax.training.workdir.checkpoint.read_checkpoint", read_one)
@@ -230,23 +228,6 @@ def test_load_model_says_what_is_missing(config, tmp_path):
     write_config(tmp_path, config)
     with pytest.raises(ValueError, match="kept no moving average"):
         load_model(tmp_path, ema=True)
-
-
-def test_the_first_process_decides_which_checkpoint_is_the_latest(
-    config, two_steps, tmp_path, monkeypatch
-):
-    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
-    write_config(tmp_path, config)
-    listed = json.dumps([1]).encode()
-    monkeypatch.setattr(checkpoint, "share_from_first", lambda read: listed)
-    checkpointer = Checkpointer(tmp_path, keep_last=5)
-    assert checkpointer.latest_step == 1
-    assert int(checkpointer.restore(state_of(0), Position(0)).step) == 1
-    checkpointer.close()
-    # It has no parameters of this config's model; which one was read is what matters.
-    monkeypatch.setattr(trained_model, "share_for", lambda mesh: lambda read: listed)
-    with pytest.raises(ValueError, match=r"checkpoints/1/state cannot be read: .*found: \[1\]"):
-        restore_model(tmp_path, sharding.create_mesh(8, 1))
 
 
 def test_a_checkpoint_that_a_process_does_not_see_yet_is_not_a_damaged_one(

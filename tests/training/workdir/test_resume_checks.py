@@ -148,19 +148,3 @@ def test_another_end_of_a_run_needs_checkpoints_from_before_it(config, tmp_path)
         check(total_steps=15)
     with pytest.raises(ValueError, match="changed: optimizer.schedule, total_steps"):
         check(total_steps=40, **{"optimizer.schedule": "cosine"})
-
-
-@pytest.mark.parametrize("bucket", ["gcsfs"], indirect=True)
-def test_in_a_bucket_only_finished_checkpoints_forbid_another_end(bucket, config):
-    workdir = epath.Path(bucket) / "run"
-    config.optimizer.update(schedule="wsd", warmup_steps=2, decay_steps=4)
-    config.total_steps = 20
-    write_config(workdir, config)
-    for step in (16, 18):
-        (workdir / "checkpoints" / str(step) / "state" / "_METADATA").write_text("{}")
-    (workdir / "checkpoints" / "16" / "commit_success.txt").write_text("")
-    config.total_steps = 40
-    check_same_start(config, workdir, num_examples=52)
-    (workdir / "checkpoints" / "18" / "commit_success.txt").write_text("")
-    with pytest.raises(ValueError, match=r"steps 18\. "):
-        check_same_start(config, workdir, num_examples=52)

@@ -1,8 +1,6 @@
 """Runs in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
 import errno
-import json
-import pathlib
 import shutil
 
 import fsspec
@@ -130,15 +128,6 @@ def test_a_damaged_or_unfinished_checkpoint_of_the_store_does_not_count(
     assert steps_in(other.folder) == steps_stored(url) == [2, 4]
     assert ("step 6 is damaged" in caplog.text) == (damage != "unfinished")
     assert not any("/6/" in name for name in stored_files(url))
-
-
-@pytest.mark.parametrize("url", ["memory"], indirect=True)
-def test_the_first_process_decides_which_checkpoint_of_a_store_is_read(staged, url, monkeypatch):
-    (staged.folder / "config.json").write_text("{}")
-    staged.send()
-    listed = json.dumps({4: read_manifests(url)[4]}).encode()
-    monkeypatch.setattr(stored_run, "share_for", lambda mesh: lambda read: listed)
-    assert steps_in(pathlib.Path(local_run(url))) == [4]
 
 
 def test_the_store_is_what_counts(staged, url, tmp_path):
