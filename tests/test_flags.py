@@ -21,7 +21,7 @@ COMMANDS = (
     "data_prep.label",
     "data_prep.reports.__main__",
     "data_prep.reports.demo",
-    "data_prep.synthetic.web",
+    "data_prep.synthetic.__main__",
     "data_prep.synthetic.teacher",
 )
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ OLD_SPELLINGS = [
     ("diht_jax.search", "count", "num_matches", "2"),
     ("diht_jax.search", "template", "caption_template", "a {caption}"),
     ("data_prep.reports.__main__", "inputs", "input", "a,b"),
-    ("data_prep.synthetic.web", "workers", "num_workers", "2"),
+    ("data_prep.synthetic.__main__", "workers", "num_workers", "2"),
     ("data_prep.synthetic.teacher", "images", "input", "a.tar"),
     ("data_prep.synthetic.teacher", "epochs", "num_epochs", "2"),
 ]

@@ -1,7 +1,72 @@
-"""Command: `python -m data_prep.synthetic`, the same as `python -m data_prep.synthetic.web`."""
+"""Command: `python -m data_prep.synthetic`, which writes the noisy web of `synthetic.web`."""
 
-from data_prep.synthetic.web import define_flags, main
+import dataclasses
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+from data_prep.synthetic import web
 from diht_jax import command_line
+
+
+def define_flags() -> None:
+    """Defines the flags of the command; only as a command, so that imports stay free of them."""
+    defaults = web.Settings()
+    flags.DEFINE_string("output", None, "Directory to write to.", required=True)
+    flags.DEFINE_integer("num_pairs", defaults.num_pairs, "Training pairs, clean and noisy.")
+    flags.DEFINE_integer("seed", defaults.seed, "Seed of everything; same seed, same bytes.")
+    flags.DEFINE_integer("image_size", defaults.image_size, "Side of the pictures in pixels.")
+    flags.DEFINE_list(
+        "noise",
+        [f"{kind}={share}" for kind, share in defaults.noise.items()],
+        "Shares of the kinds of noise among the training pairs, KIND=SHARE,...; the kinds are "
+        f"{', '.join(web.NOISE_KINDS)}; empty for none.",
+    )
+    flags.DEFINE_integer("pairs_per_tar", defaults.pairs_per_tar, "Training pairs per tar.")
+    flags.DEFINE_integer("num_retrieval", defaults.num_retrieval, "Pairs of val_retrieval.tar.")
+    flags.DEFINE_integer(
+        "num_classification",
+        defaults.num_classification,
+        "Pairs of val_shape.tar and of val_color.tar.",
+    )
+    flags.DEFINE_integer("num_workers", 0, "Processes; 0 for one per core.")
+    flags.DEFINE_alias("workers", "num_workers")
+
+
+def main() -> None:
+    """Writes the data set that the flags describe and prints number and example of each kind."""
+    given = flags.FLAGS
+    names = [field.name for field in dataclasses.fields(web.Settings) if field.name != "noise"]
+    settings = web.Settings(
+        noise=_parse_noise(given.noise), **{name: getattr(given, name) for name in names}
+    )
+    counts = web.write_dataset(settings, given.output, workers=given.num_workers)
+    logging.info("%d training pairs in %s", settings.num_pairs, given.output)
+    for kind, count in counts.items():
+        share = count / max(settings.num_pairs, 1)
+        print(f"{kind:14s} {count:7d}  {share:6.1%}  {_find_caption(settings, kind)}".rstrip())
+
+
+def _parse_noise(items: Sequence[str]) -> dict[str, float]:
+    """Reads KIND=SHARE items."""
+    shares = {}
+    for item in items:
+        kind, _, share = item.partition("=")
+        try:
+            shares[kind] = float(share)
+        except ValueError:
+            raise ValueError(
+                f"--noise takes KIND=SHARE,... (as mismatched=0.1), got {item!r}"
+            ) from None
+    return shares
+
+
+def _find_caption(settings: web.Settings, kind: str) -> str:
+    """The caption of the first training pair of a kind; empty where there is none."""
+    indices = (i for i in range(settings.num_pairs) if web.noise_kind(settings, i) == kind)
+    index = next(indices, None)
+    return "" if index is None else web.make_pair(settings, "train", index).caption
+
 
 if __name__ == "__main__":
     define_flags()

@@ -134,10 +134,10 @@ def place(
     return turned * radius + [x, y]
 
 
-def rasterize(outline: np.ndarray, side: int = GRID) -> np.ndarray:
-    """The filled placed outline as bool [side, side]; cut off at the borders of the image."""
-    mask = Image.new("L", (side, side))
-    ImageDraw.Draw(mask).polygon((outline * side).ravel().tolist(), fill=1)
+def rasterize(outline: np.ndarray) -> np.ndarray:
+    """The filled placed outline as bool [GRID, GRID]; cut off at the borders of the image."""
+    mask = Image.new("L", (GRID, GRID))
+    ImageDraw.Draw(mask).polygon((outline * GRID).ravel().tolist(), fill=1)
     return np.asarray(mask, dtype=bool)
 
 

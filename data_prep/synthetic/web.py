@@ -34,13 +34,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
 from PIL import Image
 
 from data_prep.synthetic import captions, drawing, sampling
 from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
-from diht_jax import command_line
 from diht_jax.progress import ProgressBar
 from diht_jax.storage.files import write_bytes
 
@@ -347,67 +345,3 @@ def _write_tar(path: pathlib.Path, pairs: Iterable[SyntheticPair], progress: Pro
                 tar.addfile(member, io.BytesIO(data))
             progress.update()
     temporary.rename(path)
-
-
-def _parse_noise(items: Sequence[str]) -> dict[str, float]:
-    """Reads KIND=SHARE items."""
-    shares = {}
-    for item in items:
-        kind, _, share = item.partition("=")
-        try:
-            shares[kind] = float(share)
-        except ValueError:
-            raise ValueError(
-                f"--noise takes KIND=SHARE,... (as mismatched=0.1), got {item!r}"
-            ) from None
-    return shares
-
-
-def define_flags() -> None:
-    """Defines the flags of the command; only as a command, so that imports stay free of them."""
-    defaults = Settings()
-    flags.DEFINE_string("output", None, "Directory to write to.", required=True)
-    flags.DEFINE_integer("num_pairs", defaults.num_pairs, "Training pairs, clean and noisy.")
-    flags.DEFINE_integer("seed", defaults.seed, "Seed of everything; same seed, same bytes.")
-    flags.DEFINE_integer("image_size", defaults.image_size, "Side of the pictures in pixels.")
-    flags.DEFINE_list(
-        "noise",
-        [f"{kind}={share}" for kind, share in defaults.noise.items()],
-        "Shares of the kinds of noise among the training pairs, KIND=SHARE,...; the kinds are "
-        f"{', '.join(NOISE_KINDS)}; empty for none.",
-    )
-    flags.DEFINE_integer("pairs_per_tar", defaults.pairs_per_tar, "Training pairs per tar.")
-    flags.DEFINE_integer("num_retrieval", defaults.num_retrieval, "Pairs of val_retrieval.tar.")
-    flags.DEFINE_integer(
-        "num_classification",
-        defaults.num_classification,
-        "Pairs of val_shape.tar and of val_color.tar.",
-    )
-    flags.DEFINE_integer("num_workers", 0, "Processes; 0 for one per core.")
-    flags.DEFINE_alias("workers", "num_workers")
-
-
-def main() -> None:
-    """Writes the data set that the flags describe and prints number and example of each kind."""
-    given = flags.FLAGS
-    names = [field.name for field in dataclasses.fields(Settings) if field.name != "noise"]
-    settings = Settings(
-        noise=_parse_noise(given.noise), **{name: getattr(given, name) for name in names}
-    )
-    counts = write_dataset(settings, given.output, workers=given.num_workers)
-    logging.info("%d training pairs in %s", settings.num_pairs, given.output)
-    for kind, count in counts.items():
-        share = count / max(settings.num_pairs, 1)
-        print(f"{kind:14s} {count:7d}  {share:6.1%}  {_find_caption(settings, kind)}".rstrip())
-
-
-def _find_caption(settings: Settings, kind: str) -> str:
-    """The caption of the first training pair of a kind; empty where there is none."""
-    indices = (i for i in range(settings.num_pairs) if noise_kind(settings, i) == kind)
-    index = next(indices, None)
-    return "" if index is None else make_pair(settings, _TRAIN, index).caption
-
-
-if __name__ == "__main__":
-    define_flags()
-    command_line.run(main)

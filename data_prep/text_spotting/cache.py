@@ -7,6 +7,7 @@ it. The files are appended to and never rewritten: a killed run keeps what it ha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -43,11 +44,6 @@ class Reading:
 
     peaks: dict[int, float] = dataclasses.field(default_factory=dict)
     looks: dict[int, Lines] = dataclasses.field(default_factory=dict)
-
-    def copy(self) -> Reading:
-        """One whose changes do not show here."""
-        looks = {side: Lines(look.boxes, list(look.texts)) for side, look in self.looks.items()}
-        return Reading(dict(self.peaks), looks)
 
 
 def hash_image(data: bytes) -> str:
@@ -103,16 +99,13 @@ class SpotCache:
         Args:
             image: of `hash_image`.
         """
-        known = self._readings.get(image)
-        if known is None:
-            return Reading()
-        return known.copy()
+        return copy.deepcopy(self._readings.get(image, Reading()))
 
     def put(self, image: str, reading: Reading) -> None:
         """Replaces what is known of a picture, on disk after the next `flush`."""
         if self._readings.get(image) == reading:
             return
-        self._readings[image] = reading.copy()
+        self._readings[image] = copy.deepcopy(reading)
         entry = {"image": image, **dataclasses.asdict(reading)}
         self._lines.append(json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n")
 

@@ -32,11 +32,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def attempt(read: Callable[[], Any], *names: str | pathlib.Path) -> Any:
-    """What `read` returns, or `Refused` where it raises a ValueError that names what is wrong.
-
-    Args:
-        read: calls the code under test.
-        names: texts of which the error's message must hold at least one.
+    """What `read` returns, or `Refused` where it raises a ValueError that holds one of the names.
 
     Raises:
         WrongError: the message holds none of them.

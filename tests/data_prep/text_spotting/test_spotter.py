@@ -23,7 +23,7 @@ from data_prep.text_spotting.cache import SpotCache  # noqa: E402
 from data_prep.text_spotting.match import RECOGNIZABLE, fold_text  # noqa: E402
 from data_prep.text_spotting.networks import OcrSettings, resolve  # noqa: E402
 from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
-from data_prep.text_spotting.spotter import Settings, TextSpotter, caption_matches  # noqa: E402
+from data_prep.text_spotting.spotter import Settings, TextSpotter  # noqa: E402
 from data_prep.text_spotting.weights import find_weights  # noqa: E402
 from diht_jax.config import load_recipe  # noqa: E402
 from diht_jax.input.decode import decode_rgb  # noqa: E402
@@ -111,19 +111,6 @@ def test_boxes_and_texts_are_those_of_easyocr(pictures, reader, ocr):
     assert found >= 3
 
 
-def test_decisions_are_those_of_readtext(pictures, reader):
-    chosen = [pictures[kind] for kind in ("band", "picture", "unrelated", "nothing")]
-    pairs = [(p.image, [p.caption]) for p in chosen]
-    ours = [v.matches[0] is not None for v in _judge(_SETTINGS, *pairs)]
-    plain = []
-    for picture in chosen:
-        read = reader.readtext(_bgr(picture.image), canvas_size=_OCR.canvas_size)
-        texts = [text for _, text, confidence in read if confidence >= 0.2]
-        plain.append(caption_matches(texts, picture.caption))
-    assert ours == plain
-    assert ours[0] and ours[2:] == [False, False]
-
-
 def test_a_caption_without_a_readable_run_costs_nothing(monkeypatch):
     monkeypatch.setattr(text_spotting, "load_ocr", None)
     verdict = _judge(_SETTINGS, (b"no picture at all", ["東京タワーの夜景", "a b"]))[0]
@@ -153,14 +140,6 @@ def test_reading_stops_at_the_first_match(pictures, read_lines):
     whole = _judge(complete, (picture.image, [picture.caption]))[0]
     assert len(whole.spots) >= lines and all(spot.text is not None for spot in whole.spots)
     assert whole.matches == stopped.matches != (None,)
-
-
-def test_each_caption_is_judged(pictures):
-    picture = pictures["band"]
-    captions = [_OTHER, picture.caption, "ab"]
-    assert not caption_matches([picture.drawn], _OTHER)
-    verdict = _judge(_SETTINGS, (picture.image, captions))[0]
-    assert [match is not None for match in verdict.matches] == [False, True, False]
 
 
 def test_batches_do_not_change_verdicts(pictures):
