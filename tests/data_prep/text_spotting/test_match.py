@@ -92,30 +92,20 @@ def test_against_a_search_over_all_substrings():
     ("spotted", "caption", "expected"),
     [
         (["PERSON"], "person with a dog", False),  # a word of every other caption
-        (["PERSON", "person"], "person in the snow", False),  # twice the same word
         (["PERSON", "SNOW"], "person in the snow", True),  # two of them, and nothing else
         (["PERSON", "SNOW", "a sunny day in may"], "person in the snow", False),  # much else
         (["all pink inside"], "all pink inside of it", True),  # one of them, but all that is read
-        (["CHESTNUTS"], "chestnuts in a bag", True),  # a word of few captions, and nothing else
         (["we roasted chestnuts here all day"], "chestnuts in a bag", False),  # much else
         (["roasted chestnuts here all day"], "roasted chestnuts in a bag", True),  # two such words
         (["image of spring flowers"], "a pilgrimage", False),  # a part of a word
-        (["pilgriw in may"], "a pilgrimage", False),  # half of it
         (["ilgrimage in may"], "a pilgrimage", True),  # most of it
-        (["dog in"], "a dog in the snow", False),
-        (["in the"], "a dog in the snow", False),  # words between the others
         (["look, this is what we do"], "this is what we see", False),  # however many
-        (["standing on the shore"], "a lamp on the table", False),
-        (["white dog"], "a white dog runs", True),
         (["dog white"], "a white dog runs", False),  # three letters count within a run only
-        (["stop"], "a stop sign", False),  # four characters
         (["GIVE", "WAY"], "a give way sign", False),  # no run of five
         (["GIVE", "WAY", "GIVE WAY"], "a give way sign", True),  # the spotter adds joined lines
-        (["sunset ,"], "sunset , beach", False),  # a mark is no word
         (["giantredbalooa"], "giant red balloon", True),  # blanks that were not read
         (["the 4rowds Arive f0r"], "the crowds arrive for a day", True),  # misread characters
         (["the 4uBsdk Axiva"], "the crowds arrive for a day", False),  # too many
-        (["rn0dern"], "modern kitchen", False),
         ([], "anything", False),
         (["anything"], "", False),
     ],

@@ -261,7 +261,8 @@ def _write_directory(draw: Draw, folder: pathlib.Path) -> pathlib.Path:
         places = {key: name for name, part in weights.items() for key in part}
         files = {target.name: {"weight_map": places}}
     elif form == "huggingface":
-        values = huggingface.to_huggingface(_tensors(), _ARCH)
+        params = clip_layout.from_clip(_tensors(), _ARCH)
+        values = huggingface.to_huggingface(params, _ARCH)
         values = {name: np.array(value, order="C") for name, value in values.items()}
         weights = {"model.safetensors": values}
         files = {"config.json": huggingface.make_config(_ARCH, "float32")}
