@@ -34,7 +34,6 @@ from diht_jax.input import decode
 from diht_jax.records import schema
 from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_info import shard_name
-from diht_jax.records.format import TFRecordError
 from diht_jax.records.formats.registry import FORMATS, open_writer
 from diht_jax.records.formats.shard_index import INDEX_SUFFIX
 from diht_jax.records.formats.tar_records import image_extension
@@ -211,10 +210,7 @@ def _read_slice(piece: Slice) -> Iterator[bytes]:
     step = max(1, (piece.stop - piece.start) * BLOCK_BYTES // (end - begin))
     for first in range(piece.start, piece.stop, step):
         last = min(first + step, piece.stop)
-        for record in source.split(first, last, read_range(*source.extent(first, last))):
-            if isinstance(record, TFRecordError):
-                raise record
-            yield record
+        yield from source.split(first, last, read_range(*source.extent(first, last)))
 
 
 class CommonImageWriter:

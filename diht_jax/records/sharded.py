@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -39,7 +40,7 @@ class ShardedRecords(Sequence[bytes]):
     """
 
     kind: str  # of the shards, a key of `catalog.SUFFIXES`
-    index: ShardIndex  # of a shard that no `dataset.index` describes
+    shard_type: type[OpenShard]
 
     def __init__(self, paths: Paths | Catalog):
         """Finds the shards, and counts the records of those that no `dataset.index` describes.
@@ -56,7 +57,7 @@ class ShardedRecords(Sequence[bytes]):
         self._shards = paths.shards
         self.paths = [shard.path for shard in self._shards]
         with futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:
-            counted = list(pool.map(self._count, self._shards))
+            counted = list(pool.map(self.shard_type.count, self._shards))
         self._offsets_in_memory = {
             number: offsets for number, (_, _, offsets) in enumerate(counted) if offsets is not None
         }
@@ -138,10 +139,8 @@ class ShardedRecords(Sequence[bytes]):
         if shard.index is not None:
             entry = shard.index.entry(shard.row)
             return entry.num_records, entry.num_bytes, entry.digest
-        file, offsets = self._look_at(number)
-        head = file.read_range(0, END_BYTES)
-        tail = file.read_range(max(0, file.size - END_BYTES), file.size)
-        return len(offsets), file.size, digest_shard(offsets, head, tail)
+        # Not through the cache: a look at all shards would throw out those that are being read.
+        return _open(self.shard_type, self._shards, self._offsets_in_memory, number).identify()
 
     def __getitem__(self, index: int) -> bytes:
         """The bytes of one element.
@@ -199,29 +198,15 @@ class ShardedRecords(Sequence[bytes]):
         del index
         return piece
 
-    def split(self, first: int, last: int, data: bytes) -> list[bytes | TFRecordError]:
-        """Cuts the bytes of an extent into elements.
-
-        Args:
-            first: the first record of the extent.
-            last: its end.
-            data: its bytes.
-
-        Returns:
-            What `self[n]` gives, for n in [first, last); the error that it raises where a record is
-            damaged.
+    def split(self, first: int, last: int, data: bytes) -> Iterator[bytes]:
+        """Yields the elements in the bytes of an extent; arguments and errors of `cut`.
 
         Raises:
-            TFRecordError: these are not the bytes of the extent.
+            TFRecordError: a record is damaged.
         """
-        starts, elements = self.cut(first, last, data), []
-        for number in range(last - first):
-            try:
-                piece = data[starts[number] : starts[number + 1]]
-                elements.append(self.unpack(first + number, piece))
-            except TFRecordError as error:
-                elements.append(error)
-        return elements
+        starts = self.cut(first, last, data)
+        for index, (start, end) in enumerate(itertools.pairwise(starts), first):
+            yield self.unpack(index, data[start:end])
 
     @staticmethod
     def decode(element: bytes) -> schema.Record:
@@ -242,34 +227,6 @@ class ShardedRecords(Sequence[bytes]):
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._reset_open_shards()
-
-    @classmethod
-    def _count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
-        """Record count, size in bytes, and the offsets where they could not be kept in a file."""
-        if shard.index is not None:
-            return shard.index.num_records.item(shard.row), shard.num_bytes, None
-        size = input_size(shard.path) if shard.num_bytes is None else shard.num_bytes
-        offsets = cls.index.load(shard.path, size)
-        if offsets is None:
-            offsets = cls.index.scan(shard.path)
-            try:
-                cls.index.write(shard.path, offsets, size)
-            except OSError:
-                return len(offsets), size, offsets
-        return len(offsets), size, None
-
-    @classmethod
-    def _open(
-        cls, shards: Sequence[Shard], in_memory: dict[int, np.ndarray], number: int
-    ) -> OpenShard:
-        """Opens a shard, with its offsets in memory where there are any."""
-        return OpenShard(shards[number], cls.index, in_memory.get(number))
-
-    def _look_at(self, number: int) -> tuple[Any, np.ndarray]:
-        """The bytes of a shard, and the offsets of its records."""
-        # Not through the cache: a look at all shards would throw out those that are being read.
-        opened = type(self)._open(self._shards, self._offsets_in_memory, number)
-        return opened, opened.offsets
 
     def _find(self, index: int) -> tuple[int, int]:
         """The number of a record's shard, and of the record within it."""
@@ -296,26 +253,34 @@ class ShardedRecords(Sequence[bytes]):
         # could inherit locked. A shard that falls out is closed when its last reader is done.
         # It must not refer to this object: as a cycle, it would keep files open for long.
         self._open_shard = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(
-            functools.partial(type(self)._open, self._shards, self._offsets_in_memory)
+            functools.partial(_open, self.shard_type, self._shards, self._offsets_in_memory)
         )
+
+
+def _open(
+    shard_type: type[OpenShard], shards: Sequence[Shard], in_memory: dict[int, Any], number: int
+) -> OpenShard:
+    return shard_type(shards[number], in_memory.get(number))
 
 
 class OpenShard:
     """One open shard; closed by the garbage collector.
 
     Attributes:
+        index: of the format, for a shard that no `dataset.index` describes.
         path: of the shard.
         size: in bytes.
         num_records: how many it has.
         offsets: uint64 [n], where they begin; None where a `dataset.index` states it.
     """
 
-    def __init__(self, shard: Shard, index: ShardIndex, offsets: np.ndarray | None):
+    index: ShardIndex
+
+    def __init__(self, shard: Shard, offsets: np.ndarray | None = None):
         """Opens the file.
 
         Args:
             shard: which one.
-            index: of its format.
             offsets: where its records begin, if that is known.
 
         Raises:
@@ -326,13 +291,34 @@ class OpenShard:
         opened = open_ranges(shard.path, shard.num_bytes)
         self.size, self.read_range = opened.size, opened.read_range
         if shard.index is None:
-            self.offsets = index.find(self.path, self.size) if offsets is None else offsets
+            self.offsets = self.index.find(self.path, self.size) if offsets is None else offsets
             self.num_records = len(self.offsets)
             return
         self.offsets = None
         self.num_records = int(shard.index.num_records[shard.row])
         if self.size != shard.num_bytes:
             raise self.wrong(f"it was made for {shard.num_bytes} bytes, the shard has {self.size}")
+
+    @classmethod
+    def count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
+        """Record count, size in bytes, and the offsets where they could not be kept in a file."""
+        if shard.index is not None:
+            return shard.index.num_records.item(shard.row), shard.num_bytes, None
+        size = input_size(shard.path) if shard.num_bytes is None else shard.num_bytes
+        offsets = cls.index.load(shard.path, size)
+        if offsets is None:
+            offsets = cls.index.scan(shard.path)
+            try:
+                cls.index.write(shard.path, offsets, size)
+            except OSError:
+                return len(offsets), size, offsets
+        return len(offsets), size, None
+
+    def identify(self) -> tuple[int, int, str]:
+        """Records, bytes and digest of a shard that no `dataset.index` describes."""
+        head = self.read_range(0, END_BYTES)
+        tail = self.read_range(max(0, self.size - END_BYTES), self.size)
+        return self.num_records, self.size, digest_shard(self.offsets, head, tail)
 
     def read(self, record: int) -> bytes:
         """The bytes of an element."""

@@ -6,11 +6,10 @@ What a record holds is described in `schema.py`, the bytes around it in `format.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 
-from diht_jax.records.catalog import Shard, find_shards
+from diht_jax.records.catalog import find_shards
 from diht_jax.records.format import (
     FRAME_BYTES,
     DamagedRecordError,
@@ -56,6 +55,23 @@ class TFRecordWriter(RecordWriter):
         self._file.close()
 
 
+class _TFRecordShard(OpenShard):
+    index = INDEX
+
+    def read(self, record: int) -> bytes:
+        data = unframe(super().read(record), self.path, record)
+        if data is not None:
+            return data
+        try:
+            scan_offsets(self.path)
+        except TFRecordError as error:
+            raise DamagedRecordError(
+                f"{self.path}: record {record}: its length is damaged (the checksum differs); "
+                "write the shard again"
+            ) from error
+        raise self.wrong(f"record {record} is not where the index says")
+
+
 class TFRecordSource(ShardedRecords):
     """Random access to the records of many shards, in the order of the shards.
 
@@ -64,7 +80,7 @@ class TFRecordSource(ShardedRecords):
     """
 
     kind = "tfrecord"
-    index = INDEX
+    shard_type = _TFRecordShard
 
     def unpack(self, index: int, piece: bytes) -> bytes:
         """The element of a record, of its piece of an extent; see `ShardedRecords.unpack`."""
@@ -88,24 +104,3 @@ class TFRecordSource(ShardedRecords):
         if len(starts) == last - first + 1 and starts[-1] == len(data):
             return np.array(starts, np.int64)
         return super().cut(first, last, data)
-
-    @classmethod
-    def _open(
-        cls, shards: Sequence[Shard], in_memory: dict[int, np.ndarray], number: int
-    ) -> OpenShard:
-        return _OpenShard(shards[number], cls.index, in_memory.get(number))
-
-
-class _OpenShard(OpenShard):
-    def read(self, record: int) -> bytes:
-        data = unframe(super().read(record), self.path, record)
-        if data is not None:
-            return data
-        try:
-            scan_offsets(self.path)
-        except TFRecordError as error:
-            raise DamagedRecordError(
-                f"{self.path}: record {record}: its length is damaged (the checksum differs); "
-                "write the shard again"
-            ) from error
-        raise self.wrong(f"record {record} is not where the index says")

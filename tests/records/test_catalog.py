@@ -71,7 +71,7 @@ def test_an_indexed_folder_has_the_records_and_the_fingerprint_of_its_shards(fol
             for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
                 path, start, end = source.extent(first, last)
                 data = (folder / os.path.basename(path)).read_bytes()[start:end]
-                assert source.split(first, last, data) == RECORDS[first:last]
+                assert list(source.split(first, last, data)) == RECORDS[first:last]
     part = TFRecordSource([folder / "part-2.tfrecord", folder / "part-0.tfrecord"])
     assert [part[number] for number in (0, 125)] == [RECORDS[250], RECORDS[0]]
 
@@ -112,7 +112,7 @@ def test_a_block_is_one_request_and_a_record_too_once_the_offsets_are_there(url,
     MeteredStore.requests.clear()
     for first, last in zip(starts[:-1], starts[1:], strict=True):
         path, start, end = source.extent(first, last)
-        assert source.split(first, last, read_range(path, start, end)) == RECORDS[first:last]
+        assert list(source.split(first, last, read_range(path, start, end))) == RECORDS[first:last]
     assert MeteredStore.counts() == {"get": len(starts) - 1}
     # Single records, by offsets that are read 64 at a time.
     MeteredStore.requests.clear()

@@ -126,7 +126,7 @@ def test_a_wrong_offset_is_noticed_where_it_is_used(folder):
             with pytest.raises(TFRecordError, match=r"dataset.index.*--overwrite"):
                 source[number]
         assert [source[number] for number in range(11, 300)] == expected[11:300]
-        assert source.split(64, 128, source_bytes(source, 64, 128)) == expected[64:128]
+        assert list(source.split(64, 128, source_bytes(source, 64, 128))) == expected[64:128]
     update_index(folder, overwrite=True)
     assert path.read_bytes() == good
 

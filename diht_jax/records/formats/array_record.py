@@ -7,14 +7,16 @@ alone. It has no offsets that we know, and its reader takes local or mounted fil
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from diht_jax.records.catalog import Shard
+from diht_jax.records.dataset_index import END_BYTES, digest_shard
 from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.sharded import ShardedRecords
@@ -42,47 +44,27 @@ class ArrayRecordWriter(RecordWriter):
         self._writer.close()
 
 
-class ArrayRecordSource(ShardedRecords):
-    """Random access to the records of many shards, in the order of the shards.
-
-    Like `TFRecordSource`; but no extent of several records is known.
-    """
-
-    kind = "array_record"
-
-    def extent(self, first: int, last: int) -> tuple[str, int, int]:
-        """Not known of this format.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            f"{self.locate(first)[0]}: ArrayRecord shards are not read by ranges of bytes; set "
-            'config.data.order="global", or train on TFRecord shards or tars'
-        )
-
-    def _look_at(self, number: int) -> tuple[Any, np.ndarray]:
-        # The numbers of the records stand for their offsets.
-        return open_ranges(self.paths[number]), np.arange(self.shard_lengths[number], dtype="<u8")
-
-    @classmethod
-    def _count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
-        return len(_OpenShard(shard.path)), os.path.getsize(shard.path), None
-
-    @classmethod
-    def _open(cls, shards: Sequence[Shard], in_memory: Any, number: int) -> _OpenShard:
-        return _OpenShard(shards[number].path)
-
-
-class _OpenShard:
-    def __init__(self, path: str):
-        if is_remote(path):
+class _ArrayRecordShard:
+    def __init__(self, shard: Shard, offsets: None = None):
+        self._path = shard.path
+        if is_remote(self._path):
             raise ValueError(
-                f"{path}: ArrayRecord shards are read from local or mounted folders only; mount or "
-                "copy them, or train on TFRecord shards or tars, which are read by their URL"
+                f"{self._path}: ArrayRecord shards are read from local or mounted folders only; "
+                "mount or copy them, or train on TFRecord shards or tars, which are read by their "
+                "URL"
             )
-        self._path = path
         self._reader = self._open()
+
+    @classmethod
+    def count(cls, shard: Shard) -> tuple[int, int, None]:
+        return len(cls(shard)), os.path.getsize(shard.path), None
+
+    def identify(self) -> tuple[int, int, str]:
+        with contextlib.closing(open_ranges(self._path)) as file:
+            head = file.read_range(0, END_BYTES)
+            tail = file.read_range(max(0, file.size - END_BYTES), file.size)
+        # The numbers of the records stand for their offsets.
+        return len(self), file.size, digest_shard(np.arange(len(self)), head, tail)
 
     def __len__(self) -> int:
         return self._reader.num_records()
@@ -119,6 +101,27 @@ class _OpenShard:
         return reader
 
 
+class ArrayRecordSource(ShardedRecords):
+    """Random access to the records of many shards, in the order of the shards.
+
+    Like `TFRecordSource`; but no extent of several records is known.
+    """
+
+    kind = "array_record"
+    shard_type = _ArrayRecordShard
+
+    def extent(self, first: int, last: int) -> tuple[str, int, int]:
+        """Not known of this format.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{self.locate(first)[0]}: ArrayRecord shards are not read by ranges of bytes; set "
+            'config.data.order="global", or train on TFRecord shards or tars'
+        )
+
+
 def read_array_records(path: str) -> Iterator[bytes]:
     """Yields the records of one shard in order.
 
@@ -127,6 +130,6 @@ def read_array_records(path: str) -> Iterator[bytes]:
         FileNotFoundError: there is none.
         StorageError: it cannot be read, now and after some attempts.
     """
-    shard = _OpenShard(path)
+    shard = _ArrayRecordShard(Shard(path))
     for record in range(len(shard)):
         yield shard.read(record)

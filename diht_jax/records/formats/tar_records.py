@@ -32,7 +32,7 @@ from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.formats.tar_members import walk_members
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.samples import SampleError, Skipped
-from diht_jax.records.sharded import ShardedRecords
+from diht_jax.records.sharded import OpenShard, ShardedRecords
 from diht_jax.storage.stores import check_failure, open_file
 
 _BLOCK_BYTES = 512  # headers and contents begin at multiples of it
@@ -89,6 +89,10 @@ def scan_tar(path: str) -> np.ndarray:
 INDEX = ShardIndex(b"DIHTTAR1", _BLOCK_BYTES, _BLOCK_BYTES, is_gapless=False, scan=scan_tar)
 
 
+class _TarShard(OpenShard):
+    index = INDEX
+
+
 class TarRecordSource(ShardedRecords):
     """Random access to the samples of many tars, in the order of the tars.
 
@@ -97,7 +101,7 @@ class TarRecordSource(ShardedRecords):
     """
 
     kind = "webdataset"
-    index = INDEX
+    shard_type = _TarShard
 
     @staticmethod
     def decode(element: bytes) -> schema.Record:
