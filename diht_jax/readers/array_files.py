@@ -30,10 +30,6 @@ def parse_npy(data: bytes) -> np.ndarray:
 def read_npz_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
     """One array of an `.npz` file.
 
-    Args:
-        path: of the file.
-        name: of the array.
-
     Raises:
         ValueError: no such array, or the file is damaged; names it.
     """

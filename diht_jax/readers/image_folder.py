@@ -39,11 +39,7 @@ def list_class_shards(root: str) -> list[SourceShard]:
 
 
 def read_class(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Yields the images of one class; the caption is the class name in words.
-
-    Args:
-        shard: as `list_class_shards` gives.
-    """
+    """Yields the images of one class; the caption is the class name in words."""
     class_name = clean_text(shard.options["class_name"])
     metadata = {"label": shard.options["label"], "class_name": class_name}
     caption = " ".join(class_name.replace("_", " ").split()) or class_name

@@ -106,9 +106,6 @@ def names_files(source: SourceShard) -> bool:
 def describe_linked(source: SourceShard) -> str | None:
     """Hash of size and time of change of the files that an input names; opens none of them.
 
-    Args:
-        source: `names_files` is true of it.
-
     Returns:
         None where it names no file.
     """
@@ -130,10 +127,6 @@ def describe_linked(source: SourceShard) -> str | None:
 def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
     """Divides a source into units of work, in a fixed order.
 
-    Args:
-        spec: one of the texts above, or a list of them.
-        **options: as for `open_source`.
-
     Raises:
         ValueError: nothing is found, or an option does not exist.
     """
@@ -149,9 +142,6 @@ def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
 
 def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
     """Reads one unit of work.
-
-    Args:
-        shard: one of `list_shards`.
 
     Returns:
         Pairs, and `Skipped` with its reason for each entry that is no pair.

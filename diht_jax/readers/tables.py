@@ -60,10 +60,6 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
 
     Images in a store are not compared with those of an earlier run: that would be a request each.
 
-    Args:
-        path: of a jsonl, csv or tsv file.
-        options: of the table.
-
     Raises:
         ValueError: the table is empty, lacks a column, is no UTF-8 text, or `rows_per_shard` is not
             positive.
@@ -118,9 +114,6 @@ def _whole(path: str, position: int) -> Iterator[tuple[int, int]]:
 
 def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
     """Yields the pairs of one part of a table; images are read from the folder.
-
-    Args:
-        shard: as `list_table_shards` gives.
 
     Raises:
         ValueError: csv quoting that cannot be resolved.

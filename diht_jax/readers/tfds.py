@@ -87,9 +87,6 @@ def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
 def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
     """Yields the pairs of one file; images keep their encoded bytes.
 
-    Args:
-        shard: as `list_tfds_shards` gives.
-
     Raises:
         ValueError: the file is damaged.
     """

@@ -90,10 +90,6 @@ def find_kind(paths: Paths) -> str:
 def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
     """Finds shards, and the indices that describe them.
 
-    Args:
-        paths: see `find_shards`.
-        kind: see `find_shards`.
-
     Raises:
         ShardsNotFoundError: see `find_shards`.
         ValueError: an index is damaged or does not fit its folder.

@@ -317,10 +317,6 @@ def rebuild_command(folder: str) -> str:
 def read_index(path: str, file_bytes: int | None = None) -> DatasetIndex:
     """Reads the head of an index: in a store, by one or two requests.
 
-    Args:
-        path: of the index, or its URL.
-        file_bytes: its size, where that is known.
-
     Raises:
         FileNotFoundError: there is none.
         TFRecordError: it is damaged, or cut off.

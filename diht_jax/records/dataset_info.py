@@ -117,12 +117,7 @@ def write_dataset_info(
 
 
 def write_sizes(folder: str | os.PathLike[str], sizes: Mapping[str, int]) -> None:
-    """Writes `sizes.json`.
-
-    Args:
-        folder: of the shards.
-        sizes: name of each shard -> records.
-    """
+    """Writes `sizes.json`."""
     text = json.dumps(dict(sizes), indent=1)
     write_bytes(f"{os.fspath(folder)}/{SIZES}", f"{text}\n".encode())
 

@@ -23,9 +23,6 @@ _BUT_LINE_BREAKS = re.compile(f"(?![\n\t])[{_STEERING}]")
 def escape(text: str) -> str:
     r"""The text on one line, with nothing in it that a terminal acts upon.
 
-    Args:
-        text: any text, such as a key, a caption or a path.
-
     Returns:
         The same, where control characters and the like read `\\x1b` or `\\u202e`.
     """

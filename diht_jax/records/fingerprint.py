@@ -57,9 +57,6 @@ def fingerprint_records(source: ShardedRecords) -> Fingerprint:
     written again with other records. It does not notice a change in the middle of a shard that
     leaves all lengths as they are, such as a flipped bit; the records' checksums find damage when
     they are read.
-
-    Args:
-        source: of the training data.
     """
     with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
         rows = list(pool.map(source.identify, range(len(source.paths))))

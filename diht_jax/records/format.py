@@ -81,9 +81,6 @@ def framed_length(header: bytes) -> int | None:
 def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
     """Walks through a shard from length to length; contents of a local one are not read.
 
-    Args:
-        path: of the shard, or its URL.
-
     Returns:
         uint64 [n], where each record's frame starts.
 
@@ -97,9 +94,6 @@ def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
     """Yields the records of one shard in order, checksums checked; needs no index.
-
-    Args:
-        path: of the shard.
 
     Raises:
         TFRecordError: like `scan_offsets`, and for a record whose checksum differs.

@@ -116,11 +116,7 @@ def take_caption(
 
 
 def has_sample_fields(fields: Mapping[str, Any]) -> bool:
-    """Whether a `tf.train.Example` has the layout of img2dataset rather than ours.
-
-    Args:
-        fields: name -> `tf.train.Feature`.
-    """
+    """Whether a `tf.train.Example` has the layout of img2dataset rather than ours."""
     # A user's column may be called "image" as well, but ours has no `txt`.
     has_image = any(_single_bytes(fields, name) is not None for name in IMAGE_EXTENSIONS)
     return (has_image or _TEXT in fields) if _IMAGE not in fields else has_image and _TEXT in fields

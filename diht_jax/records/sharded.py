@@ -83,20 +83,12 @@ class ShardedRecords(Sequence[bytes]):
         return block_starts(self.shard_lengths, block_records)
 
     def locate(self, index: int) -> tuple[str, int]:
-        """Shard path and number within the shard of a record, for messages.
-
-        Args:
-            index: in [0, len).
-        """
+        """Shard path and number within the shard of a record, for messages."""
         number, record = self._find(index)
         return self.paths[number], record
 
     def extent(self, first: int, last: int) -> tuple[str, int, int]:
         """Finds the bytes of the records [first, last) of one shard, for one ranged request.
-
-        Args:
-            first: the first record, in [0, len).
-            last: the end, in the same shard.
 
         Returns:
             Path of the shard, first byte, end.
@@ -130,11 +122,7 @@ class ShardedRecords(Sequence[bytes]):
         ]
 
     def identify(self, number: int) -> tuple[int, int, str]:
-        """Records, bytes and digest of a shard; see `fingerprint.fingerprint_records`.
-
-        Args:
-            number: of the shard, from 0.
-        """
+        """Records, bytes and digest of a shard; see `fingerprint.fingerprint_records`."""
         shard = self._shards[number]
         if shard.index is not None:
             entry = shard.index.entry(shard.row)

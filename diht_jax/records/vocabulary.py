@@ -150,10 +150,6 @@ def find_vocabulary(
 def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary | None:
     """The vocabulary of `config.data.train`, whose sources may have several formats.
 
-    Args:
-        train: `config.data.train`.
-        labels: `config.data.labels`.
-
     Raises:
         ValueError: as `find_vocabulary`, also of two sources that differ.
     """

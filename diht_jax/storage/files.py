@@ -120,11 +120,7 @@ def read_object(path: str) -> dict[str, Any] | None:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a whole file; an old one is replaced.
-
-    Args:
-        path: of the file; a local folder must exist.
-        data: its contents.
+    """Writes a whole file into a folder that exists; an old one is replaced.
 
     Raises:
         StorageError: the store does not take it, now and after some attempts.
@@ -151,10 +147,9 @@ def write_object(path: str, value: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def local_output(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A file that has its name once the block has ended well; an old one is replaced then.
+    """A file that has its name once the block has ended well; its local folder must exist.
 
-    Args:
-        path: of the file; a local folder must exist.
+    An old one is replaced then.
 
     Yields:
         Where the block writes a file: a temporary name in the same folder, or in the system's

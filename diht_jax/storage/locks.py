@@ -134,9 +134,6 @@ def leader_lock(folder: str) -> Iterator[None]:
     Jobs of an array that end at the same time merge and describe their output one after the other.
     A process waits for the holder. A holder that has died is noticed at once; in a store, if it was
     on another machine, after `EXPIRY_SECS`.
-
-    Args:
-        folder: that exists, or a URL.
     """
     with _lead_in_store(folder) if is_remote(folder) else _lead_locally(folder):
         yield

@@ -185,11 +185,7 @@ class RangesFile(io.RawIOBase):
     """
 
     def __init__(self, ranges: LocalRanges | StoreRanges):
-        """Begins at the first byte.
-
-        Args:
-            ranges: the opened file.
-        """
+        """Begins at the first byte."""
         self._ranges = ranges
         self._position = 0
         self.failure: StorageError | None = None

@@ -83,24 +83,12 @@ class ShardIndex:
         return self._check_offsets(path, data[_HEADER.size :].view("<u8"), shard_bytes)
 
     def find(self, path: str, shard_bytes: int, *, trust_index: bool = True) -> np.ndarray:
-        """The offsets of a shard, from its index or by a scan; nothing is written.
-
-        Args:
-            path: of the shard, or its URL.
-            shard_bytes: its size.
-            trust_index: whether an index is taken.
-        """
+        """The offsets of a shard, from its index or by a scan; nothing is written."""
         offsets = self.load(path, shard_bytes) if trust_index else None
         return self.scan(path) if offsets is None else offsets
 
     def write(self, path: str, offsets: np.ndarray, shard_bytes: int) -> None:
-        """Writes the index of a shard.
-
-        Args:
-            path: of the shard, or its URL.
-            offsets: uint64 [n].
-            shard_bytes: size of the shard.
-        """
+        """Writes the index of a shard."""
         header = _HEADER.pack(self.magic, shard_bytes, len(offsets))
         write_bytes(path + INDEX_SUFFIX, header + offsets.astype("<u8").tobytes())
 

@@ -103,7 +103,7 @@ def read_members(path: str, size_limit: Callable[[str], int | None]) -> Iterator
     """
     with open_file(path) as file:
         try:
-            yield from walk_members(file, path, size_limit, mode="r:*")
+            yield from walk_members(file, path, size_limit)
         except ValueError:
             check_failure(file)  # the archive itself may be good
             raise
@@ -114,7 +114,6 @@ def walk_members(
     path: str,
     size_limit: Callable[[str], int | None],
     *,
-    mode: str = "r:",
     is_piece: bool = False,
     is_divisible: bool = False,
     is_read: Callable[[str], bool] = lambda name: True,
@@ -125,7 +124,6 @@ def walk_members(
         file: the archive, or a piece of one, open for reading and seeking.
         path: of the archive, for messages.
         size_limit: see `read_members`.
-        mode: of `tarfile.open`; "r:" for an archive that is not compressed.
         is_piece: whether the end marker may be missing.
         is_divisible: whether the members must mean the same when they are read one by one.
         is_read: of a name, whether the contents within the limit are read.
@@ -139,7 +137,7 @@ def walk_members(
     contents_bytes = 0
     unread = None  # the member whose contents have not come yet
     try:
-        with tarfile.open(path, mode, fileobj=file, tarinfo=_BoundedInfo) as tar:
+        with tarfile.open(path, "r:*", fileobj=file, tarinfo=_BoundedInfo) as tar:
             position = -1
             while (member := tar.next()) is not None:
                 unread = member.name

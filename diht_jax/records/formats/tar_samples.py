@@ -67,11 +67,7 @@ def is_image(name: str) -> bool:
 
 
 def group_members(members: Iterable[Member]) -> Iterator[Sample]:
-    """Yields the samples of an archive; of a damaged one those that are whole, before the error.
-
-    Args:
-        members: of the archive, in order, without those that `size_limit` leaves out.
-    """
+    """Yields the samples of an archive; of a damaged one those that are whole, before the error."""
     sample, has_image, before = None, False, None
     try:
         for offset, name, data in members:
@@ -94,13 +90,7 @@ def group_members(members: Iterable[Member]) -> Iterator[Sample]:
 
 
 def _is_whole(sample: Sample, before: Sample | None, damaged: str | None) -> bool:
-    """Returns whether the last sample before the damage has all of its members.
-
-    Args:
-        sample: the last one.
-        before: the one before it.
-        damaged: the member whose contents are not whole, where that is known.
-    """
+    """Returns whether the last sample before the damage has all of its members."""
     if damaged is not None:
         return _split_name(damaged)[0] != sample.key
     # Nothing shows what came next; it is whole where it has all that the one before has.

@@ -24,11 +24,7 @@ class RecordWriter:
     index: ShardIndex | None = None  # of the format; its `_append` then notes the offsets
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Opens the temporary file.
-
-        Args:
-            path: of the shard, or its URL; a local folder must exist.
-        """
+        """Opens the temporary file."""
         self.path = os.fspath(path)
         self._output = files.local_output(self.path)
         self._local = self._output.__enter__()
@@ -38,11 +34,7 @@ class RecordWriter:
         self._open(self._local)
 
     def write(self, data: bytes) -> None:
-        """Appends one record.
-
-        Args:
-            data: the record, such as `schema.encode_record` gives.
-        """
+        """Appends one record, such as `schema.encode_record` gives."""
         self._append(data)
         self._count += 1
 

@@ -84,12 +84,7 @@ class Crops:
         return max(self.count, 1)
 
     def generator(self, key: str, number: int) -> np.random.Generator:
-        """The generator that draws a crop.
-
-        Args:
-            key: of the record.
-            number: of the crop, in [0, count).
-        """
+        """The generator that draws a crop."""
         text = f"{self.seed} {number} {key}".encode("utf-8", "surrogatepass")
         words = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), "<u8")
         return np.random.Generator(np.random.Philox(key=words))
@@ -239,10 +234,6 @@ def decode_embedded(
 
 def find_clip_embeddings(train: Any, labels: str | None) -> ClipFacts | None:
     """The facts about the CLIP embeddings of the training data; None where there are none.
-
-    Args:
-        train: `config.data.train`.
-        labels: `config.data.labels`.
 
     Raises:
         ValueError: sources with embeddings of different teachers or crops; names both.

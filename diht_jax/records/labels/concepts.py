@@ -45,23 +45,13 @@ NO_CONCEPTS: Concepts = (np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
 def id_dtype(vocabulary: Mapping[str, Any]) -> np.dtype:
-    """The type of stored ids.
-
-    Args:
-        vocabulary: of `Vocabulary.describe`.
-    """
+    """The type of stored ids."""
     largest = max(part["size"] for part in vocabulary.values())
     return np.dtype("<u2" if largest <= 2**16 else "<u4")
 
 
 def encode_label(key: str, concepts: Sequence[Concepts], ids_type: np.dtype) -> bytes:
-    """The label of a record.
-
-    Args:
-        key: of the record.
-        concepts: of the objects, and of the attributes.
-        ids_type: of `id_dtype`.
-    """
+    """The label of a record with the concepts of its objects, and of its attributes."""
     head = _HEAD.pack(_key_checksum(key), *(len(ids) for ids, _ in concepts))
     ids = b"".join(ids.astype(ids_type).tobytes() for ids, _ in concepts)
     probs = b"".join(probs.astype(_PROBABILITY).tobytes() for _, probs in concepts)
@@ -70,10 +60,6 @@ def encode_label(key: str, concepts: Sequence[Concepts], ids_type: np.dtype) -> 
 
 def decode_label(data: bytes, key: str) -> list[Concepts]:
     """The inverse of `encode_label`: ids int32 [k] and probabilities float32 [k] of each kind.
-
-    Args:
-        data: the label.
-        key: of the record that it should belong to.
 
     Raises:
         ValueError: the label of another record, or one that is damaged.

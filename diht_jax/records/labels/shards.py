@@ -172,11 +172,6 @@ def read_labels_index(
 ) -> DatasetIndex | None:
     """The index of a folder of labels; None where there is none.
 
-    Args:
-        kind: `LABELS` or `CLIP_EMBEDDINGS`.
-        folder: path or URL, as `data_prep.label` has written it.
-        key: of the config, for messages.
-
     Raises:
         ValueError: it is damaged, or was not written by `data_prep.label`.
     """
