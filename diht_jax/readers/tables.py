@@ -80,7 +80,7 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
         else:
             header, position = _read_csv_header(path, file, options)
         file.seek(position)
-        rows = _whole(path, position) if is_stored else _row_extents(path, file, position)
+        rows = _whole(path, position) if is_stored else _row_extents(path, file)
         for start, stop in rows:
             if count % options.rows_per_shard == 0:
                 parts.append((start, count))
@@ -189,16 +189,15 @@ def _read_rows(shard: SourceShard, header: list[str] | None) -> Iterator[dict[st
     """Yields rows, and a text about each one that is wrong."""
     with open_file(shard.path) as file:
         file.seek(shard.start)
-        lines = _Lines(shard.path, file, shard.start, shard.stop)
         if header is None:
-            for line in lines.raw():
+            for line in _read_lines(shard.path, file, shard.stop):
                 if line.strip():
                     try:
                         yield parse_json_object(line.decode("utf-8-sig"))
                     except ValueError as error:
                         yield str(error)
             return
-        for values in _csv_reader(shard.path, lines):
+        for values in _read_csv(shard.path, file, shard.stop):
             if not values:
                 continue
             if len(values) == len(header):
@@ -207,14 +206,14 @@ def _read_rows(shard: SourceShard, header: list[str] | None) -> Iterator[dict[st
                 yield f"{len(values)} fields; the header has {len(header)}"
 
 
-def _row_extents(path: str, file: BinaryIO, position: int) -> Iterator[tuple[int, int]]:
+def _row_extents(path: str, file: BinaryIO) -> Iterator[tuple[int, int]]:
     """Yields the first and last (exclusive) byte of every row that is not blank."""
-    lines = _Lines(path, file, position)
-    rows = lines.raw() if path.endswith(".jsonl") else _csv_reader(path, lines)
-    for row in rows:
-        start, position = position, lines.position
+    start = file.tell()
+    for row in (_read_lines if path.endswith(".jsonl") else _read_csv)(path, file):
+        end = file.tell()  # of the lines of this row, which were read one by one
         if row.strip() if isinstance(row, bytes) else row:
-            yield start, position
+            yield start, end
+        start = end
 
 
 def _check_encoding(path: str, file: BinaryIO) -> None:
@@ -232,7 +231,7 @@ def _check_jsonl_columns(path: str, file: BinaryIO, options: TableOptions) -> No
     needed = [options.image_column, options.caption_column, options.key_column]
     missing = {name for name in needed if name}
     first: dict[str, Any] | None = None
-    for line in _Lines(path, file, 0).raw():
+    for line in _read_lines(path, file):
         try:
             row = parse_json_object(line.decode("utf-8-sig"))
         except ValueError:
@@ -250,8 +249,7 @@ def _check_jsonl_columns(path: str, file: BinaryIO, options: TableOptions) -> No
 
 
 def _read_csv_header(path: str, file: BinaryIO, options: TableOptions) -> tuple[list[str], int]:
-    lines = _Lines(path, file, 0)
-    header = next(_csv_reader(path, lines), [])
+    header = next(_read_csv(path, file), [])
     header = [name.removeprefix("\ufeff").strip() for name in header]
     needed = [options.image_column, options.caption_column, options.key_column]
     missing = [name for name in needed if name and name not in header]
@@ -261,11 +259,12 @@ def _read_csv_header(path: str, file: BinaryIO, options: TableOptions) -> tuple[
             f"{', '.join(map(repr, header)) or 'nothing'}; set image_column, caption_column or "
             "key_column"
         )
-    return header, lines.position
+    return header, file.tell()
 
 
-def _csv_reader(path: str, lines: Iterator[str]) -> Iterator[list[str]]:
+def _read_csv(path: str, file: BinaryIO, stop: int | None = None) -> Iterator[list[str]]:
     csv.field_size_limit(_MAX_FIELD_CHARS)
+    lines = (line.decode("utf-8", "replace") for line in _read_lines(path, file, stop))
     delimiter = "\t" if path.endswith(".tsv") else ","
     # Strict: a quote that is never closed is an error, instead of swallowing all rows behind it.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -275,36 +274,18 @@ def _csv_reader(path: str, lines: Iterator[str]) -> Iterator[list[str]]:
         raise ValueError(f"{path}: line {reader.line_num} of this part: {error}") from error
 
 
-class _Lines(Iterator[str]):
-    """Decoded lines of a part of a file, and the byte after the last one that was taken."""
-
-    def __init__(self, path: str, file: BinaryIO, position: int, stop: int | None = None):
-        self._path = path
-        self._file = file
-        self._stop = stop
-        self.position = position
-
-    def __next__(self) -> str:
-        line = self._read()
-        if not line:
-            raise StopIteration
-        return line.decode("utf-8", "replace")
-
-    def raw(self) -> Iterator[bytes]:
-        """Yields the bytes of the lines."""
-        return iter(self._read, b"")
-
-    def _read(self) -> bytes:
-        if self._stop is not None and self.position >= self._stop:
-            return b""
-        line = self._file.readline(_MAX_LINE_BYTES + 1)
+def _read_lines(path: str, file: BinaryIO, stop: int | None = None) -> Iterator[bytes]:
+    """Yields the lines from the position of a file on, up to a byte."""
+    while stop is None or file.tell() < stop:
+        line = file.readline(_MAX_LINE_BYTES + 1)
         if len(line) > _MAX_LINE_BYTES:
             raise ValueError(
-                f"{self._path}: at byte {self.position} is a line of over {_MAX_LINE_BYTES} bytes; "
+                f"{path}: before byte {file.tell()} is a line of over {_MAX_LINE_BYTES} bytes; "
                 "expected a row of text"
             )
-        self.position += len(line)
-        return line
+        if not line:
+            return
+        yield line
 
 
 FORMAT = Format(
