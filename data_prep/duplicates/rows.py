@@ -74,16 +74,25 @@ def open_columns(path: str, output: str) -> dict[str, Any]:
         path: of the file.
         output: the output folder that the file belongs to.
     """
+    batch = _open_batch(path, output)
+    return {name: _to_numpy(batch.column(name)) for name in batch.schema.names}
+
+
+def _open_batch(path: str, output: str) -> Any:
     import pyarrow
 
-    batch = pyarrow.ipc.open_file(pyarrow.memory_map(_fetch(path, output))).get_batch(0)
-    found = dict(zip(batch.schema.names, batch.columns, strict=True))
-    for name, column in found.items():
-        if pyarrow.types.is_fixed_size_list(column.type):
-            found[name] = column.values.to_numpy().reshape(len(column), column.type.list_size)
-        elif not pyarrow.types.is_large_string(column.type):
-            found[name] = column.to_numpy()
-    return found
+    return pyarrow.ipc.open_file(pyarrow.memory_map(_fetch(path, output))).get_batch(0)
+
+
+def _to_numpy(column: Any) -> Any:
+    """An Arrow array of text as it is, one of numbers as [n], or [n, width]."""
+    import pyarrow
+
+    if pyarrow.types.is_large_string(column.type):
+        return column
+    if pyarrow.types.is_fixed_size_list(column.type):
+        return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+    return column.to_numpy()
 
 
 def _fetch(path: str, output: str) -> str:
@@ -105,7 +114,7 @@ def forget_copies(output: str) -> None:
     shutil.rmtree(_cache_folder(output), ignore_errors=True)
 
 
-_open_unit = functools.lru_cache(maxsize=_OPEN_UNITS)(open_columns)
+_open_unit = functools.lru_cache(maxsize=_OPEN_UNITS)(_open_batch)
 
 
 def open_rows(output: str, paths: Sequence[str], counts: Sequence[int]) -> Rows:
@@ -137,8 +146,8 @@ class Rows:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def of_unit(self, unit: int) -> dict[str, Any]:
-        """The columns of a unit."""
+    def of_unit(self, unit: int) -> Any:
+        """The rows of a unit, as an Arrow record batch."""
         return _open_unit(self.paths[unit], self.output)
 
     def unit_of(self, rows: np.ndarray) -> np.ndarray:
@@ -147,20 +156,23 @@ class Rows:
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, of all rows."""
-        return np.concatenate([self.of_unit(unit)[name] for unit in range(len(self.paths))])
+        units = range(len(self.paths))
+        return np.concatenate([_to_numpy(self.of_unit(unit).column(name)) for unit in units])
 
     def take(self, name: str, rows: np.ndarray) -> Any:
-        """A column of some rows, in their order."""
+        """A column of some rows, in their order: an Arrow array of text, else a NumPy array."""
+        import pyarrow
+
         if not len(rows):
-            return self.of_unit(0)[name][:0]
+            return _to_numpy(self.of_unit(0).column(name)[:0])
         units = self.unit_of(rows)
         order = np.argsort(units, kind="stable")
         found, first = np.unique(units[order], return_index=True)
         parts = [
-            _take(self.of_unit(unit)[name], rows[own] - self.starts[unit])
+            self.of_unit(unit).column(name).take(pyarrow.array(rows[own] - self.starts[unit]))
             for unit, own in zip(found, np.split(order, first[1:]), strict=True)
         ]
-        return _take(_concatenate(parts), np.argsort(order))
+        return _to_numpy(pyarrow.concat_arrays(parts).take(pyarrow.array(np.argsort(order))))
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of rows that have one, float32 [n, d], each of length 1."""
@@ -175,27 +187,14 @@ class Rows:
         """
         found, widths = np.zeros(len(self), bool), set()
         for unit, start in enumerate(self.starts[:-1]):
-            embeddings = self.of_unit(unit).get(EMBEDDING)
-            if embeddings is not None and embeddings.any():
+            batch = self.of_unit(unit)
+            if EMBEDDING not in batch.schema.names:
+                continue
+            embeddings = _to_numpy(batch.column(EMBEDDING))
+            if embeddings.any():
                 found[start : start + len(embeddings)] = embeddings.any(axis=1)
                 widths.add(embeddings.shape[1])
         if len(widths) > 1:
             sizes = ", ".join(map(str, sorted(widths)))
             raise ValueError(f"embeddings of several sizes: {sizes}; expected those of one model")
         return found
-
-
-def _take(column: Any, numbers: np.ndarray) -> Any:
-    if isinstance(column, np.ndarray):
-        return column[numbers]
-    import pyarrow
-
-    return column.take(pyarrow.array(numbers))
-
-
-def _concatenate(parts: Sequence[Any]) -> Any:
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
-    import pyarrow
-
-    return pyarrow.concat_arrays(parts)

@@ -72,7 +72,7 @@ def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]
         numbers = pyarrow.array(place, mask=place < 0)
         table = pyarrow.table(
             {
-                "key": rows.of_unit(unit)["key"].cast(pyarrow.string()),
+                "key": rows.of_unit(unit).column("key").cast(pyarrow.string()),
                 "kind": pyarrow.DictionaryArray.from_arrays(kinds[start:stop], names),
                 "cluster": pyarrow.array(cluster, mask=cluster < 0),
                 **{name: column.take(numbers) for name, column in of_dropped.items()},

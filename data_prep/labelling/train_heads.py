@@ -14,7 +14,6 @@ captions, are learnt by heart within some dozens of steps, so the first steps ar
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -86,29 +85,25 @@ def train_and_measure(
         len(held_out_split.targets),
     )
     head, curve = train_head(train_split, held_out_split, len(part), config.heads, config.seed)
-    depth = max(RANKS)
+    depth, targets = max(RANKS), held_out_split.targets
     ids, _ = head.predict(held_out_split.embeddings, depth)
-    predictions = Predictions(ids, held_out_split.targets)
-    measured = summarize(predictions, len(part))
-    baseline = summarize(
-        frequency_baseline(train_split.targets, held_out_split.targets, len(part), depth),
-        len(part),
-    )
-    recall, usual = measured["recall_at_1"], baseline["recall_at_1"]
+    usual_ids = frequent_concepts(train_split.targets, len(targets), len(part), depth)
+    measured, baseline = (summarize(found, targets, len(part)) for found in (ids, usual_ids))
+    share, usual = measured["recall_at_1"], baseline["recall_at_1"]
     # Two standard errors.
-    if recall - usual <= 2 * math.sqrt(usual * (1 - usual) / len(held_out_split.targets)):
+    if share - usual <= 2 * math.sqrt(usual * (1 - usual) / len(targets)):
         logging.warning(
             "head of the %s: it names a concept of %.1f%% of the held-out images, by chance it "
             "would be %.1f%%. Its labels say nothing about the pictures: look whether the captions "
             "are about theirs, and whether the teacher is the right one",
-            *(part.kind, 100 * recall, 100 * usual),
+            *(part.kind, 100 * share, 100 * usual),
         )
     return head, {
-        "images": {"train": len(train_split.targets), "held_out": len(held_out_split.targets)},
+        "images": {"train": len(train_split.targets), "held_out": len(targets)},
         "curve": curve,
         "metrics": measured,
         "baseline": baseline,
-        **_rank_concepts(predictions, part),
+        **_rank_concepts(ids, targets, part),
     }
 
 
@@ -255,10 +250,10 @@ def _evaluate(
         loss, ids = measure(params, held_out.embeddings[rows], *(part[rows] for part in padded))
         losses.append(np.asarray(loss)[: n - start])
         best.append(np.asarray(ids)[: n - start])
-    predictions = Predictions(np.concatenate(best), held_out.targets)
+    ranks = find_ranks(np.concatenate(best), held_out.targets)
     return {
         "held_out_loss": float(np.average(np.concatenate(losses), weights=weights)),
-        "recall_at_10": predictions.recall(10),
+        "recall_at_10": recall(ranks, held_out.targets, 10),
     }
 
 
@@ -269,15 +264,15 @@ def _fold(params: dict[str, np.ndarray], mean: np.ndarray, scale: np.ndarray) ->
     return Head(kernel.astype(np.float32), bias.astype(np.float32))
 
 
-def _rank_concepts(predictions: Predictions, part: ConceptList) -> dict[str, Any]:
+def _rank_concepts(ids: np.ndarray, targets: np.ndarray, part: ConceptList) -> dict[str, Any]:
     """Best and worst concepts, by the recall at the deepest rank that is not trivially high."""
     k = max(k for k in RANKS if k == 1 or 4 * k <= len(part))
-    recall = predictions.concept_recall(k, len(part))
-    positives = count_concepts(predictions.targets, len(part))
+    shares = concept_recall(find_ranks(ids, targets), targets, k, len(part))
+    positives = count_concepts(targets, len(part))
     enough = np.flatnonzero(positives >= _MIN_POSITIVES)
-    order = enough[np.lexsort((-positives[enough], -recall[enough]))]
+    order = enough[np.lexsort((-positives[enough], -shares[enough]))]
     listed = [
-        {"concept": part.names[i], "recall": float(recall[i]), "images": int(positives[i])}
+        {"concept": part.names[i], "recall": float(shares[i]), "images": int(positives[i])}
         for i in order
     ]
     half = min(_LISTED, len(listed) // 2)
@@ -288,56 +283,47 @@ def _rank_concepts(predictions: Predictions, part: ConceptList) -> dict[str, Any
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Predictions:
-    """Ranked concepts of images, and the concepts that their own captions name.
+def find_ranks(ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The rank of each target in the predictions for its image, from 0; huge for none.
 
-    Attributes:
-        ids: int [n, k], best first, each concept at most once in a row.
-        targets: of the n images; each has at least one.
+    Args:
+        ids: int [n, k], predicted concepts, best first, each at most once in a row.
+        targets: of the n images, [n, m]; each has at least one.
+
+    Returns:
+        int64 [n, m].
     """
-
-    ids: np.ndarray
-    targets: np.ndarray
-
-    @functools.cached_property
-    def _ranks(self) -> np.ndarray:
-        """int64 [n, m]: the rank of each target in its image's row, from 0; huge for none."""
-        found = self.targets[:, :, None] == self.ids[:, None]
-        return np.where(found.any(axis=2), found.argmax(axis=2), np.iinfo(np.int64).max)
-
-    def recall(self, k: int) -> float:
-        """Share of an image's own concepts among its first k predictions, mean over images."""
-        hits = (self._ranks < k).sum(axis=1)
-        return float(np.mean(hits / (self.targets >= 0).sum(axis=1)))
-
-    def concept_recall(self, k: int, num_concepts: int) -> np.ndarray:
-        """Share of a concept's images that have it among their first k predictions.
-
-        Args:
-            k: predictions that count.
-            num_concepts: v.
-
-        Returns:
-            float64 [v]; NaN for a concept that no image has.
-        """
-        positives = count_concepts(self.targets, num_concepts)
-        hits = np.bincount(self.targets[self._ranks < k], minlength=num_concepts)
-        return np.where(positives > 0, hits / np.maximum(positives, 1), np.nan)
+    found = targets[:, :, None] == ids[:, None]
+    return np.where(found.any(axis=2), found.argmax(axis=2), np.iinfo(np.int64).max)
 
 
-def frequency_baseline(
-    train: np.ndarray, held_out: np.ndarray, num_concepts: int, k: int
-) -> Predictions:
-    """Predicts the most frequent concepts of the training targets for every held-out image."""
+def recall(ranks: np.ndarray, targets: np.ndarray, k: int) -> float:
+    """Share of an image's own concepts among its first k predictions, mean over images."""
+    return float(np.mean((ranks < k).sum(axis=1) / (targets >= 0).sum(axis=1)))
+
+
+def concept_recall(ranks: np.ndarray, targets: np.ndarray, k: int, num_concepts: int) -> np.ndarray:
+    """Share of a concept's images that have it among their first k predictions.
+
+    Returns:
+        float64 [num_concepts]; NaN for a concept that no image has.
+    """
+    positives = count_concepts(targets, num_concepts)
+    hits = np.bincount(targets[ranks < k], minlength=num_concepts)
+    return np.where(positives > 0, hits / np.maximum(positives, 1), np.nan)
+
+
+def frequent_concepts(train: np.ndarray, num_images: int, num_concepts: int, k: int) -> np.ndarray:
+    """Predicts the k most frequent concepts of the training targets for every image."""
     most_frequent = np.argsort(-count_concepts(train, num_concepts), kind="stable")[:k]
-    return Predictions(np.tile(most_frequent, (len(held_out), 1)), held_out)
+    return np.tile(most_frequent, (num_images, 1))
 
 
-def summarize(predictions: Predictions, num_concepts: int) -> dict[str, Any]:
-    """Recall and mean recall per concept, at each of `RANKS`."""
-    per_concept = {k: predictions.concept_recall(k, num_concepts) for k in RANKS}
+def summarize(ids: np.ndarray, targets: np.ndarray, num_concepts: int) -> dict[str, Any]:
+    """Recall and mean recall per concept, at each of `RANKS`; arguments of `find_ranks`."""
+    ranks = find_ranks(ids, targets)
+    per_concept = {k: concept_recall(ranks, targets, k, num_concepts) for k in RANKS}
     return {
-        **{f"recall_at_{k}": predictions.recall(k) for k in RANKS},
+        **{f"recall_at_{k}": recall(ranks, targets, k) for k in RANKS},
         **{f"concept_recall_at_{k}": float(np.nanmean(per_concept[k])) for k in RANKS},
     }
