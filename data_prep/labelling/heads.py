@@ -74,12 +74,8 @@ class Heads:
         if self.description or self._config.heads.load:
             return
         counted = concept_vocabulary.read_counts([task.source.path for task in self._embedded])
-        c = self._config.vocabulary
         self.vocabulary = concept_vocabulary.build_vocabulary(
-            counted.concepts,
-            min_count=c.min_count,
-            stop={"objects": c.stop_objects, "attributes": c.stop_attributes},
-            max_size={"objects": c.max_objects, "attributes": c.max_attributes},
+            counted.concepts, self._config.vocabulary
         )
         logging.info("%d objects, %d attributes", *map(len, self.vocabulary))
         names = [task.name for task in self._embedded]

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 
 from data_prep.captions import mentions
@@ -76,19 +77,13 @@ def read_counts(shards: Sequence[str]) -> Counted:
 
 
 def build_vocabulary(
-    counts: Mapping[str, Mapping[str, int]],
-    *,
-    min_count: int,
-    stop: Mapping[str, Collection[str]],
-    max_size: Mapping[str, int | None],
+    counts: Mapping[str, Mapping[str, int]], config: ml_collections.ConfigDict
 ) -> Vocabulary:
     """Chooses concepts and gives them ids, the most frequent first.
 
     Args:
         counts: `concepts` of `read_counts`.
-        min_count: pairs that must mention a concept.
-        stop: kind -> concepts that are left out.
-        max_size: kind -> most concepts; None for no limit.
+        config: section `vocabulary` of `labelling.config.default_config`.
 
     Returns:
         Both vocabularies; equal counts are ordered by name. One of them may be empty.
@@ -101,18 +96,21 @@ def build_vocabulary(
         kept = [
             (-count, name)
             for name, count in counts[kind].items()
-            if count >= min_count and name not in stop[kind]
+            if count >= config.min_count and name not in config[f"stop_{kind}"]
         ]
-        kept = sorted(kept)[: max_size[kind]]
+        kept = sorted(kept)[: config[f"max_{kind}"]]
         if len(kept) > MAX_CONCEPT_ID + 1:
-            raise ValueError(f"{len(kept)} {kind}: more than {MAX_CONCEPT_ID + 1}; raise min_count")
+            raise ValueError(
+                f"{len(kept)} {kind}: more than {MAX_CONCEPT_ID + 1}; raise "
+                "config.vocabulary.min_count"
+            )
         names, negative = tuple(name for _, name in kept), (count for count, _ in kept)
         parts.append(ConceptList(kind, names, tuple(-count for count in negative)))
     if not any(parts):
         best = max((max(c.values(), default=0) for c in counts.values()), default=0)
         raise ValueError(
-            f"config.vocabulary.min_count={min_count} leaves no concept; the most frequent one "
-            f"occurs in {best} pairs"
+            f"config.vocabulary.min_count={config.min_count} leaves no concept; the most frequent "
+            f"one occurs in {best} pairs"
         )
     return Vocabulary(*parts)
 

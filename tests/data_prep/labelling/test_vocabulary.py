@@ -13,6 +13,7 @@ from data_prep.captions import mentions
 from data_prep.captions.parse import parse_captions
 from data_prep.filter import run_filter
 from data_prep.labelling import vocabulary as concept_vocabulary
+from data_prep.labelling.config import default_config
 from data_prep.labelling.vocabulary import count_concepts, make_targets, read_targets
 from diht_jax.config import load_recipe
 from diht_jax.records.tfrecord import find_shards
@@ -89,29 +90,21 @@ def test_mentions_of_real_captions_agree_with_their_graphs(web_captions, tmp_pat
     assert any("century" in names for names in objects) and sum(lengths) > 150
 
 
-def _build(counts, *, attributes=None, **changes):
-    settings = {
-        "min_count": 1,
-        "stop": {"objects": (), "attributes": ()},
-        "max_size": {"objects": None, "attributes": None},
-    }
-    return concept_vocabulary.build_vocabulary(
-        {"objects": counts, "attributes": attributes or {}}, **(settings | changes)
-    )
+def _build(counts, attributes=(), **changes):
+    config = default_config().vocabulary
+    config.update({"min_count": 1, "stop_objects": (), "stop_attributes": ()} | changes)
+    counts = {"objects": counts, "attributes": dict(attributes)}
+    return concept_vocabulary.build_vocabulary(counts, config)
 
 
 def test_vocabulary_is_ordered_and_cut():
     counts = {"dog": 5, "ant": 7, "bee": 5, "cat": 9, "photo": 20, "rare": 4}
-    vocabulary = _build(
-        counts,
-        attributes={"red": 5, "photo": 6},
-        min_count=5,
-        stop={"objects": ("photo", "absent"), "attributes": ()},
-    )
+    attributes = {"red": 5, "photo": 6}
+    vocabulary = _build(counts, attributes, min_count=5, stop_objects=("photo", "absent"))
     assert vocabulary.objects.names == ("cat", "ant", "bee", "dog")
     assert vocabulary.objects.counts == (9, 7, 5, 5)
     assert vocabulary.attributes.names == ("photo", "red")
-    limited = _build(counts, max_size={"objects": 2, "attributes": 0})
+    limited = _build(counts, attributes, max_objects=2, max_attributes=0)
     assert limited.objects.names == ("photo", "cat")
     shuffled = dict(sorted(counts.items(), reverse=True))
     assert _build(shuffled).objects.hash == _build(counts).objects.hash
