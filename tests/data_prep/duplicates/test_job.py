@@ -107,6 +107,14 @@ def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, c
         job.run(_config(pairs, found, embeddings__mirrored=False))
 
 
+def test_exact_copies_need_no_embeddings(pairs, tmp_path):
+    assert job.run(_config(pairs, tmp_path, embeddings__kind="none")) == {}
+    assert read_dropped(tmp_path) == {
+        "again": ("exact", "s00"),
+        "again_small": ("exact", "small"),
+    }
+
+
 def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
     config = job_config(str(pairs / "*.tar"), tmp_path / "out", duplicates__table=str(found))
     assert run_filter(config) == {}
