@@ -1,11 +1,10 @@
 """Shared test set-up: eight CPU devices, and the real data sets where they are present."""
 
-import collections
 import gc
 import os
 import pathlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from tests.compiling import xla_flags
 
@@ -112,32 +111,12 @@ def hang_guard():
 
 
 @pytest.fixture(scope="session")
-def s3_traffic():
-    """Bytes that went through the server of `s3_bucket`, by "GET /bucket/name" and so on."""
-    return collections.Counter()
-
-
-def _count_traffic(app: Callable, traffic: collections.Counter) -> Callable:
-    """A WSGI application with its traffic counted."""
-
-    def counted(environ, start_response):
-        request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
-        traffic[request] += int(environ.get("CONTENT_LENGTH") or 0)
-        for part in app(environ, start_response):
-            traffic[request] += len(part)
-            yield part
-
-    return counted
-
-
-@pytest.fixture(scope="session")
-def s3_bucket(s3_traffic):
+def s3_bucket():
     """An S3 server in this process (moto), found through the environment; its bucket's URL."""
     server_module = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     server = server_module.ThreadedMotoServer(port=0, verbose=False)
     server.start()
-    server._server.app = _count_traffic(server._server.app, s3_traffic)
     host, port = server.get_host_and_port()
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
     values = ("testing", "testing", f"http://{host}:{port}", "us-east-1")
