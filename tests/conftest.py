@@ -28,7 +28,7 @@ jaxtyping.install_import_hook(
     [
         *(
             f"diht_jax.losses.{name}"
-            for name in ("dense", "ring", "row_statistics", "sigmoid", "softmax", "streaming")
+            for name in ("dense", "ring", "sigmoid", "softmax", "streaming")
         ),
         "diht_jax.training.muon",
         "diht_jax.training.terms",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import queue
@@ -41,7 +42,7 @@ from diht_jax.input.workers import (
 from diht_jax.records.format import TFRecordError
 from diht_jax.storage.locks import LockedError, lock_file
 from diht_jax.storage.retries import StorageError, is_missing, is_outage, retry
-from diht_jax.storage.stores import is_remote, read_range
+from diht_jax.storage.stores import LocalRanges, is_remote, read_range
 
 _Result = TypeVar("_Result")
 
@@ -132,7 +133,8 @@ class BlockStore:
         self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: v for name, v in self.__dict__.items() if name not in ("_queue", "_stopped")}
+        of_process = ("_queue", "_starting", "_stopped")
+        return {name: value for name, value in self.__dict__.items() if name not in of_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -155,14 +157,14 @@ class BlockStore:
 
     def request(self, records: Iterable[int]) -> None:
         """Begins to fetch the blocks of some records."""
-        if self._queue is None:
-            self._queue = queue.SimpleQueue()
-            for _ in range(self._num_threads):
-                arguments = (self._queue, self._stopped)
-                threading.Thread(target=self._fetch_queued, args=arguments, daemon=True).start()
-        for block in self._blocks(records):
-            if not self._path(block).exists():
-                self._queue.put(block)
+        with self._starting:
+            if self._queue is None:
+                self._queue = queue.SimpleQueue()
+                for _ in range(self._num_threads):
+                    arguments = (self._queue, self._stopped)
+                    threading.Thread(target=self._fetch_queued, args=arguments, daemon=True).start()
+        for block in self._missing(records):
+            self._queue.put(block)
 
     def fetch(self, records: Iterable[int]) -> None:
         """Waits until the blocks of some records are here.
@@ -171,9 +173,8 @@ class BlockStore:
             StorageError: a block cannot be read from the store, or not be written here.
             ReadAheadStopped: the input was closed.
         """
-        for block in self._blocks(records):
-            if not self._path(block).exists():
-                self._fetch(block, wait=True)
+        for block in self._missing(records):
+            self._fetch(block, wait=True)
 
     def read(self, record: int) -> Any:
         """The element of a record; None where its block is not here.
@@ -226,10 +227,12 @@ class BlockStore:
 
     def _prepare(self) -> None:
         self._queue: queue.SimpleQueue[int] | None = None
+        self._starting = threading.Lock()
         self._stopped = threading.Event()
 
-    def _blocks(self, records: Iterable[int]) -> list[int]:
-        return list(dict.fromkeys(map(self.order.block_of, records)))
+    def _missing(self, records: Iterable[int]) -> list[int]:
+        blocks = dict.fromkeys(map(self.order.block_of, records))
+        return [block for block in blocks if not self._path(block).exists()]
 
     def _path(self, block: int) -> pathlib.Path:
         if self.folder is None:
@@ -270,24 +273,21 @@ class BlockStore:
         Its records are then read one by one, which tells which of them is damaged, and how.
         """
         first, end = map(int, self.order.block_starts[block : block + 2])
-        path, patience_secs = self._source.locate(first)[0], self._options.read_timeout_secs
+
+        def read() -> bytes:
+            extent = self._source.extent(first, end)
+            return _first_answer(lambda: read_extent(*extent), stopped)
+
+        timeout_secs = self._options.read_timeout_secs
         try:
-            extent = read_patiently(lambda: self._source.extent(first, end), patience_secs)
-            data = read_patiently(
-                lambda: _first_answer(lambda: read_extent(*extent), stopped), patience_secs
-            )
+            data = read_patiently(read, timeout_secs)
         except (TFRecordError, ReadAheadStopped):
             raise
         except Exception as error:
-            text = str(error)
-            if not isinstance(error, StorageError):
-                text = (
-                    f"{path}: could not be read ({error}); look at the network, the store's status "
-                    "and the credentials, and run the command again"
-                )
+            path = self._source.locate(first)[0]
             raise StorageError(
-                f"{text}; config.data.read_timeout_secs={patience_secs:g} is how long a store may "
-                "fail"
+                f"{path} could not be read (config.data.read_timeout_secs={timeout_secs:g} is how "
+                f"long a store may fail): {error}"
             ) from error
         try:
             starts = np.asarray(self._source.cut(first, end, data), np.int64)
@@ -360,16 +360,13 @@ def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
 
 
 def read_extent(path: str, start: int, end: int) -> bytes:
-    """Some bytes of a file, local or in a store.
+    """Some bytes of a file, in a store or local next to those in one.
 
     Raises:
         TimeoutError: fewer came.
     """
-    if is_remote(path):
-        data = read_range(path, start, end)
-    else:
-        with open(path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), end - start, start)
+    read = functools.partial(read_range, path) if is_remote(path) else LocalRanges(path).read_range
+    data = read(start, end)
     if len(data) != end - start:
         raise TimeoutError(f"{path}: {len(data)} bytes came instead of {end - start}")
     return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -29,57 +30,44 @@ _WORD = re.compile(r"[^\W_]+")
 _ARTICLES = frozenset(("a", "an", "the"))
 
 
+@dataclasses.dataclass(eq=False)
 class DecodeExample(grain.transforms.RandomMap):
-    """One serialised record -> one training example: random crop and token ids."""
+    """One serialised record -> one training example: random crop and token ids.
 
-    def __init__(
-        self,
-        image_size: int,
-        context_length: int,
-        crop_scale: tuple[float, float],
-        text_template: str,
-        fast_decode: bool = True,
-        num_concepts: int = 0,
-        vocabulary_sizes: Sequence[int] | None = None,
-        teacher_width: int = 0,
-        caption_choice: CaptionChoice | None = None,
-        pair_ids: bool = False,
-        class_key: str | None = None,
-    ):
-        """Settings, as in `config.data`.
+    Attributes:
+        image_size: pixels, of both sides.
+        context_length: t, token ids per text.
+        crop_scale: range of the crop's share of the picture's area.
+        text_template: with `{caption}` in it.
+        fast_decode: as `fast_crops` does it; otherwise as exactly as evaluation does.
+        num_concepts: k, the teacher's labels to take of each kind; 0 for none.
+        vocabulary_sizes: how many concepts of each of `vocabulary.KINDS` there are; a record with
+            an id beyond them is bad. None where that is not known.
+        teacher_width: D, of the CLIP teachers' embeddings to take; 0 for none.
+        caption_choice: draws one of a record's captions; None takes the first.
+        pair_ids: examples have ids that are equal for equal texts.
+        class_key: of the metadata; records with this key have the id of its value instead.
+        decode_record: element of the source -> record; see `for_source`.
+        clip_facts: of the teachers' embeddings; None where the source has none.
+    """
 
-        Args:
-            image_size: pixels, of both sides.
-            context_length: t, token ids per text.
-            crop_scale: range of the crop's share of the picture's area.
-            text_template: with `{caption}` in it.
-            fast_decode: as `fast_crops` does it; otherwise as exactly as evaluation does.
-            num_concepts: k, the teacher's labels to take of each kind; 0 for none.
-            vocabulary_sizes: how many concepts of each of `vocabulary.KINDS` there are; a record
-                with an id beyond them is bad. None where that is not known.
-            teacher_width: D, of the CLIP teachers' embeddings to take; 0 for none.
-            caption_choice: draws one of a record's captions; None takes the first.
-            pair_ids: examples have ids that are equal for equal texts.
-            class_key: of the metadata; records with this key have the id of its value instead.
+    image_size: int
+    context_length: int
+    crop_scale: tuple[float, float]
+    text_template: str
+    fast_decode: bool = True
+    num_concepts: int = 0
+    vocabulary_sizes: Sequence[int] | None = None
+    teacher_width: int = 0
+    caption_choice: CaptionChoice | None = None
+    pair_ids: bool = False
+    class_key: str | None = None
+    decode_record: Callable[[Any], schema.Record] = schema.decode_record
+    clip_facts: ClipFacts | None = None
 
-        Raises:
-            ValueError: a template without a caption.
-        """
-        if _CAPTION not in text_template:
-            raise ValueError(f"config.data.text_template='{text_template}': lacks {_CAPTION}")
-        self._image_size = image_size
-        self._context_length = context_length
-        self._crop_scale = tuple(crop_scale)
-        self._text_template = text_template
-        self._fast_decode = fast_decode
-        self._num_concepts = num_concepts
-        self._vocabulary_sizes = vocabulary_sizes
-        self._teacher_width = teacher_width
-        self._clip_facts: ClipFacts | None = None
-        self._caption_choice = caption_choice
-        self._pair_ids = pair_ids
-        self._class_key = class_key
-        self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
+    def __post_init__(self):
+        if _CAPTION not in self.text_template:
+            raise ValueError(f"config.data.text_template='{self.text_template}': lacks {_CAPTION}")
 
     def for_source(
         self, source: Any, labels: LabelRecords | None = None, clips: LabelRecords | None = None
@@ -96,27 +84,17 @@ class DecodeExample(grain.transforms.RandomMap):
         if labels is not None:
             decode = functools.partial(decode_joined, decode)
         if clips is not None:
-            other._clip_facts = ClipFacts.parse(clips.facts)
-            decode = functools.partial(decode_embedded, decode, other._clip_facts)
+            other.clip_facts = ClipFacts.parse(clips.facts)
+            decode = functools.partial(decode_embedded, decode, other.clip_facts)
         other.decode_record = decode
         return other
 
     @property
-    def needs_labels(self) -> bool:
-        """True where examples have the teacher's labels."""
-        return self._num_concepts > 0
-
-    @property
-    def needs_clip_embeddings(self) -> bool:
-        """True where examples have the embeddings of CLIP teachers."""
-        return self._teacher_width > 0
-
-    @property
     def example_bytes(self) -> int:
         """Size of one example."""
-        num_bytes = 3 * self._image_size**2 + 4 * self._context_length
-        num_bytes += 4 * self._teacher_width + 8 * self._pair_ids
-        return num_bytes + 8 * self._num_concepts * len(schema.CONCEPT_FIELDS)
+        num_bytes = 3 * self.image_size**2 + 4 * self.context_length
+        num_bytes += 4 * self.teacher_width + 8 * self.pair_ids
+        return num_bytes + 8 * self.num_concepts * len(schema.CONCEPT_FIELDS)
 
     def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Decodes one record.
@@ -136,50 +114,46 @@ class DecodeExample(grain.transforms.RandomMap):
             ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
                 record's key.
         """
-        return self.plan(self.parse(element), rng)()
-
-    def parse(self, element: bytes) -> schema.Record:
-        """The first step of `random_map`: the record, its labels checked; errors as there."""
-        record = self.decode_record(element)
-        if self._num_concepts and self._vocabulary_sizes is not None:
-            self._check_ids(record)
-        return record
+        return self.plan(element, rng)()
 
     def plan(
-        self, record: schema.Record, rng: np.random.Generator, position: int = 0
+        self, element: bytes, rng: np.random.Generator, position: int = 0
     ) -> Callable[[], dict[str, np.ndarray]]:
-        """The second step: everything but the pixels; what is returned decodes them.
+        """Everything of `random_map` but the pixels; what is returned decodes them.
 
         Either call may raise the errors of `random_map`.
 
         Args:
-            record: of `parse`.
+            element: see `random_map`.
             rng: decides the crop, and then the caption, so that the crop is the same either way.
             position: of the example in the run, for a choice of captions that changes with it.
         """
+        record = self.decode_record(element)
+        if self.num_concepts and self.vocabulary_sizes is not None:
+            self._check_ids(record)
         view, crop_rng = {}, rng
-        if self._teacher_width:
-            view, crop_rng = take_view(record, self._clip_facts, self._teacher_width, rng)
+        if self.teacher_width:
+            view, crop_rng = take_view(record, self.clip_facts, self.teacher_width, rng)
         try:
             crop = self._plan_crop(record.image, crop_rng)
         except images.ImageError as error:
             raise _bad_picture(record.key, error) from error
         caption = record.caption
-        if self._caption_choice is not None:
-            caption = self._caption_choice.choose(record, rng.random(), position)
-        text = self._text_template.replace(_CAPTION, caption)
-        example = {"tokens": tokenizer.tokenize(text, self._context_length)[0], **view}
-        if self._pair_ids:
-            found = None if self._class_key is None else record.metadata.get(self._class_key)
+        if self.caption_choice is not None:
+            caption = self.caption_choice.choose(record, rng.random(), position)
+        text = self.text_template.replace(_CAPTION, caption)
+        example = {"tokens": tokenizer.tokenize(text, self.context_length)[0], **view}
+        if self.pair_ids:
+            found = None if self.class_key is None else record.metadata.get(self.class_key)
             example["pair_ids"] = pair_id(example["tokens"], found)
-        if self._num_concepts:
+        if self.num_concepts:
             for names in schema.CONCEPT_FIELDS:
                 example.update(self._concepts(record, *names))
         return functools.partial(_decode_pixels, record.key, crop, example)
 
     def _check_ids(self, record: schema.Record) -> None:
         """Raises ValueError for an id that means no concept: its loss would be NaN, or nonsense."""
-        for (name, _), size in zip(schema.CONCEPT_FIELDS, self._vocabulary_sizes, strict=True):
+        for (name, _), size in zip(schema.CONCEPT_FIELDS, self.vocabulary_sizes, strict=True):
             ids = getattr(record, name)
             if ids is not None and len(ids) and not 0 <= ids.min() <= ids.max() < size:
                 raise ValueError(
@@ -191,11 +165,11 @@ class DecodeExample(grain.transforms.RandomMap):
         self, record: schema.Record, ids_name: str, probs_name: str
     ) -> dict[str, np.ndarray]:
         """The first k labels of one kind, their probabilities summing to 1 again."""
-        ids = np.zeros(self._num_concepts, np.int32)
-        probs = np.zeros(self._num_concepts, np.float32)
+        ids = np.zeros(self.num_concepts, np.int32)
+        probs = np.zeros(self.num_concepts, np.float32)
         found = getattr(record, ids_name)
         if found is not None and len(found):
-            count = min(len(found), self._num_concepts)
+            count = min(len(found), self.num_concepts)
             ids[:count] = found[:count]
             probs[:count] = getattr(record, probs_name)[:count]
             if probs.any():
@@ -203,10 +177,10 @@ class DecodeExample(grain.transforms.RandomMap):
         return {ids_name: ids, probs_name: probs}
 
     def _plan_crop(self, data: bytes, rng: np.random.Generator) -> Callable[[], np.ndarray]:
-        if self._fast_decode:
-            return fast_crops.plan_random_crop(data, self._image_size, rng, self._crop_scale)
+        if self.fast_decode:
+            return fast_crops.plan_random_crop(data, self.image_size, rng, self.crop_scale)
         image = images.decode_rgb(data)
-        crop = transforms.train_transform(image, self._image_size, rng, self._crop_scale)
+        crop = transforms.train_transform(image, self.image_size, rng, self.crop_scale)
         return lambda: crop
 
 

@@ -31,9 +31,7 @@ except ImportError:  # it has no wheels for Linux on ARM
 _MIN_OVERSAMPLING = 1.25
 _REDUCTIONS = (8, 4, 2)  # those for which libjpeg-turbo has vector code
 
-_START_OF_SCAN = 0xDA
-# Tables, frames of 8 bits in Huffman codes, JFIF, colour profiles, Adobe's colours, comments.
-_PLAIN_MARKERS = frozenset((0xDB, 0xC4, 0xDD, 0xC0, 0xC1, 0xC2, 0xE0, 0xE2, 0xEE, 0xFE))
+_EXIF_OR_XMP = b"\xff\xe1"  # the marker of what may turn a picture; compressed pixels lack it
 _PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")
 
 # A thread does not keep the memory of larger pictures.
@@ -43,17 +41,20 @@ _MOST_KEPT_BYTES = 2**24
 _kept = threading.local()
 
 
-def decode_random_crop(
+def plan_random_crop(
     data: bytes,
     size: int,
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-    """Decodes bytes and takes a random crop, scaled to a square.
+) -> Callable[[], np.ndarray]:
+    """Draws a random crop; what is returned decodes it, scaled to a square.
 
     The crop is the one that `transforms.train_transform` would draw; of a reduced picture its edges
     are rounded to whole reduced pixels, which moves them by less than one pixel of the result.
+
+    Only an ordinary JPEG file waits; another picture is decoded here, since it may take much more
+    memory than its crop. Either call may raise the errors.
 
     Args:
         data: an encoded image.
@@ -63,27 +64,12 @@ def decode_random_crop(
         ratio: range of the crop's width / height.
 
     Returns:
-        uint8 [size, size, 3], possibly read-only; the same for the same arguments.
+        A function that gives uint8 [size, size, 3], possibly read-only; the same for the same
+        arguments.
 
     Raises:
-        ImageError: as `images.decode_rgb`.
+        ImageError: see `decode.decode_rgb`.
         ValueError: an invalid range.
-    """
-    return plan_random_crop(data, size, rng, scale, ratio)()
-
-
-def plan_random_crop(
-    data: bytes,
-    size: int,
-    rng: np.random.Generator,
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Callable[[], np.ndarray]:
-    """Draws the crop of `decode_random_crop`; what is returned decodes it.
-
-    Only an ordinary JPEG file waits; another picture is decoded here, since it may take much more
-    memory than its crop. Arguments and errors are those of `decode_random_crop`; either call may
-    raise them.
     """
     image_size = _size_of_plain_jpeg(data)
     if image_size is None:
@@ -155,10 +141,7 @@ def scale_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
         )
     resizer, options = _resizer()
     height, width = pixels.shape[:2]
-    scaled = _kept.scaled.get(size)
-    if scaled is None:
-        scaled = cykooz_resizer.ImageData(size, size, cykooz_resizer.PixelType.U8x3)
-        _kept.scaled = {size: scaled}
+    scaled = cykooz_resizer.ImageData(size, size, cykooz_resizer.PixelType.U8x3)
     whole = cykooz_resizer.ImageData(width, height, cykooz_resizer.PixelType.U8x3, pixels.tobytes())
     resizer.resize(whole, scaled, options)
     return np.frombuffer(scaled.get_buffer(), np.uint8).reshape(size, size, 3)  # a copy
@@ -171,27 +154,12 @@ def _resizer() -> tuple[cykooz_resizer.Resizer, cykooz_resizer.ResizeOptions]:
         cubic = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)
         options = cykooz_resizer.ResizeOptions(resize_alg=cubic, use_alpha=False)
         _kept.resizer = cykooz_resizer.Resizer(), options
-        _kept.scaled = {}
     return _kept.resizer
 
 
 def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG file that is ordinary by its first markers alone.
-
-    It saves Pillow's look at the header, a fiftieth of the whole time.
-
-    Returns:
-        None where Pillow has to look: there may be EXIF or XMP, or something is odd.
-    """
-    position, end = 2, len(data) - 3
-    while position < end and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == _START_OF_SCAN:
-            break
-        if marker not in _PLAIN_MARKERS:
-            return None
-        position += 2 + int.from_bytes(data[position + 2 : position + 4])
-    else:
+    """Width and height of a JPEG file without EXIF and XMP; None where Pillow has to look."""
+    if _EXIF_OR_XMP in data:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)

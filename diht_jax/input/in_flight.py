@@ -143,7 +143,7 @@ class InFlight:
         *,
         batch_size: int,
         process_count: int,
-    ) -> range:
+    ) -> int:
         """Plans which blocks are fetched ahead, and checks that there is room for them.
 
         Args:
@@ -153,8 +153,8 @@ class InFlight:
             process_count: number of hosts.
 
         Returns:
-            The sub-batches whose blocks are fetched when one is decoded, relative to it; the step
-            is the number of workers.
+            How many sub-batches after one that is decoded the blocks of another are requested; a
+            multiple of the number of workers, which decodes both.
 
         Raises:
             ValueError: see `check_room`.
@@ -176,7 +176,7 @@ class InFlight:
             batch_size=batch_size,
             process_count=process_count,
         )
-        return range(0, parts + stride, stride)
+        return parts
 
     def _refuse(self, bound: str, needed: int, advice: str) -> None:
         batch_bytes = self._parts_per_batch * self.part_bytes
@@ -210,17 +210,14 @@ def check_room(
         process_count: hosts that share the streams.
 
     Raises:
-        ValueError: the blocks need more; names the keys, and values of them that would fit.
+        ValueError: the blocks need more; names the keys.
     """
+    streams, window = stores[0].order.num_streams, stores[0].order.window_blocks
+    held = -(-streams * window // process_count) + window + ahead_blocks
     block_bytes = [store.mean_block_bytes() for store in stores]
     num_blocks = [len(store.order.block_starts) - 1 for store in stores]
-    streams, window = stores[0].order.num_streams, stores[0].order.window_blocks
-
-    def needed_bytes(streams: int, window: int) -> int:
-        held = -(-streams * window // process_count) + window + ahead_blocks
-        return int(sum(np.minimum(num_blocks, held) * block_bytes))
-
-    needed, bound = needed_bytes(streams, window), options.bound_bytes()
+    needed = int(sum(np.minimum(num_blocks, held) * block_bytes))
+    bound = options.bound_bytes()
     logging.info(
         "blocks of the object store: about %s are kept in %s, which may take %s "
         "(config.data.read_ahead_gib)",
@@ -228,30 +225,19 @@ def check_room(
         options.parent,
         describe_bytes(bound),
     )
-    if needed <= bound:
-        return
-    fewer = [
-        f"config.data.num_streams={n}"
-        for n in range(1, streams)
-        if batch_size % n == n % process_count == 0 and needed_bytes(n, window) <= bound
-    ]
-    shorter = [
-        f"config.data.window_blocks={n}"
-        for n in range(1, window)
-        if needed_bytes(streams, n) <= bound
-    ]
-    fitting = " or ".join(fewer[-1:] + shorter[-1:])
-    raise ValueError(
-        f"the blocks that are fetched ahead need {describe_bytes(needed)} on this host "
-        f"(config.data.num_streams={streams} over {process_count} processes, windows of "
-        f"config.data.window_blocks={window} blocks of {describe_bytes(max(block_bytes))}, and "
-        f"{ahead_blocks} blocks on their way), but may take {describe_bytes(bound)} in "
-        f"{options.parent} (config.data.read_ahead_gib={options.read_ahead_gib}). Set "
-        f"{f'{fitting} (which mixes less), or ' if fitting else ''}config.data.cache_dir to a "
-        f"folder on a local disk with {describe_bytes(2 * needed)} free, or "
-        f"config.data.read_ahead_gib={np.ceil(needed / 2**30 * 1000) / 1000:.3f} where there is "
-        "room for it; on more hosts each needs less"
-    )
+    if needed > bound:
+        raise ValueError(
+            f"the blocks that are fetched ahead need {describe_bytes(needed)} on this host "
+            f"(config.data.num_streams={streams} over {process_count} processes, windows of "
+            f"config.data.window_blocks={window} blocks of {describe_bytes(max(block_bytes))}, and "
+            f"{ahead_blocks} blocks on their way), but may take {describe_bytes(bound)} in "
+            f"{options.parent} (config.data.read_ahead_gib={options.read_ahead_gib}). Lower "
+            "config.data.num_streams or config.data.window_blocks (which mixes less), or set "
+            "config.data.cache_dir to a folder on a local disk with "
+            f"{describe_bytes(2 * needed)} free, or config.data.read_ahead_gib="
+            f"{np.ceil(needed / 2**30 * 1000) / 1000:.3f} where there is room for it; on more "
+            "hosts each needs less"
+        )
 
 
 def join_parts(
@@ -268,6 +254,11 @@ def join_parts(
         return part
     rows = len(next(iter(part.values())))
     batch = {name: empty_rows(num_parts * rows, array[0]) for name, array in part.items()}
+
+    def copy(part: dict[str, np.ndarray], first_row: int) -> None:
+        for name, array in part.items():
+            batch[name][first_row : first_row + rows] = array
+
     copies: collections.deque[futures.Future] = collections.deque()
     with futures.ThreadPoolExecutor(COPYING_THREADS, "join_batch") as pool:
         for number in range(num_parts):
@@ -276,16 +267,11 @@ def join_parts(
             # A part that waits to be copied takes memory as well.
             if len(copies) == COPYING_THREADS:
                 copies.popleft().result()
-            copies.append(pool.submit(_copy_part, batch, part, number * rows))
+            copies.append(pool.submit(copy, part, number * rows))
         del part
-        for copy in copies:
-            copy.result()
+        for each in copies:
+            each.result()
     return batch
-
-
-def _copy_part(batch: dict[str, np.ndarray], part: dict[str, np.ndarray], first_row: int) -> None:
-    for name, array in part.items():
-        batch[name][first_row : first_row + len(array)] = array
 
 
 def empty_rows(rows: int, value: np.ndarray) -> np.ndarray:

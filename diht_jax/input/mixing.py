@@ -82,12 +82,9 @@ class Mixture(Sequence[tuple[int, Any]]):
         """
         self.sources = tuple(sources)
         self._weights = weights
-        self.num_records = self.example_bytes = 0
-        self.has_blocks = False
-        for source in sources:
-            self.num_records += len(source.records)
-            self.example_bytes = max(self.example_bytes, source.decode.example_bytes)
-            self.has_blocks |= source.blocks is not None
+        self.num_records = sum(len(source.records) for source in sources)
+        self.example_bytes = max(source.decode.example_bytes for source in sources)
+        self.has_blocks = any(source.blocks for source in sources)
         period = weights.period if weights else 1
         self.same_source_batches = period if period < _LONGEST_CYCLE else 1
 
@@ -139,13 +136,13 @@ class Mixture(Sequence[tuple[int, Any]]):
                 rows.append((f"{source.name}/{name}" if self._weights else name, *rest))
         return Fingerprint(tuple(rows))
 
-    def describe_orders(self, batch_size: int) -> list[str]:
+    def describe_orders(self) -> list[str]:
         """The order of each source, and its shares of the run, for the log."""
         if not self._weights:
-            return [self.sources[0].order.describe(batch_size)]
+            return [self.sources[0].order.describe()]
         shares = self._weights.describe()
         return [
-            f"{source.name} ({share} of the examples): {source.order.describe(batch_size)}"
+            f"{source.name} ({share} of the examples): {source.order.describe()}"
             for source, share in zip(self.sources, shares, strict=True)
         ]
 
@@ -159,25 +156,22 @@ class Mixture(Sequence[tuple[int, Any]]):
         for store, records in self._by_store(positions):
             store.fetch(records)
 
-    def finished_block(self, position: int) -> int:
-        """A number for the block that is not needed behind a position; -1 where there is none."""
-        number, own = self._find_source(position)
-        source = self.sources[number]
-        block = source.order.finished_block(own) if source.blocks else None
-        return -1 if block is None else block * len(self.sources) + number
+    def finish(self, positions: Iterable[int]) -> None:
+        """Deletes the blocks that are not needed any more behind some positions."""
+        for position in positions if self.has_blocks else ():
+            number, own = self._find_source(position)
+            source = self.sources[number]
+            block = source.order.finished_block(own) if source.blocks else None
+            if block is not None:
+                source.blocks.delete(block)
 
-    def delete_block(self, number: int) -> None:
-        """Deletes a block by the number that `finished_block` gave."""
-        block, source = divmod(number, len(self.sources))
-        self.sources[source].blocks.delete(block)
-
-    def with_sources(self, sources: Sequence[Source]) -> Mixture:
-        """The same mixture of other forms of its sources."""
-        return Mixture(sources, self._weights)
+    def with_sources(self, change: Callable[[Source], Source]) -> Mixture:
+        """The same mixture of changed sources."""
+        return Mixture([change(source) for source in self.sources], self._weights)
 
     def _by_store(self, positions: Iterable[int]) -> list[tuple[BlockStore, list[int]]]:
         found: list[list[int]] = [[] for _ in self.sources]
-        for position in positions:
+        for position in positions if self.has_blocks else ():
             number, record = self._find(position)
             found[number].append(record)
         return [
@@ -233,9 +227,9 @@ def open_mixture(
             records.make_offsets_local(data.cache_dir)
         decode = make_decoder(source.text_template or data.text_template)
         labels = clips = None
-        if source.labels and decode.needs_labels:
+        if source.labels and decode.num_concepts:
             labels = _open_joined(open_labels, source, records, data)
-        if source.labels and decode.needs_clip_embeddings:
+        if source.labels and decode.teacher_width:
             clips = _open_joined(open_clips, source, records, data)
             if clips is not None:
                 check_crops(clips, f"{_labels_key(source)}={source.labels}")

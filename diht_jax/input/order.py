@@ -139,7 +139,7 @@ class GlobalOrder:
             rounds=4,
         )
 
-    def describe(self, batch_size: int) -> str:
+    def describe(self) -> str:
         """A sentence for the log about what is mixed."""
         return f"every epoch is a permutation of all {self._num_records:,} records"
 
@@ -164,25 +164,13 @@ class BlockOrder:
         """Draws nothing yet.
 
         Args:
-            block_starts: int64 [B + 1], the first record of each block; the last entry is n.
+            block_starts: int64 [B + 1], the first record of each block, none empty; the last entry
+                is n.
             seed: of the permutations.
             num_streams: V. Position p belongs to stream p % V.
             window_blocks: W, that a stream mixes.
-
-        Raises:
-            ValueError: no record, an empty block, or numbers below 1.
         """
         self.block_starts = np.asarray(block_starts, np.int64)
-        if (
-            len(self.block_starts) < 2
-            or self.block_starts[0]
-            or np.diff(self.block_starts).min() < 1
-        ):
-            raise ValueError("block_starts: expected at least one block, from record 0, none empty")
-        if num_streams < 1 or window_blocks < 1:
-            raise ValueError(
-                f"num_streams={num_streams}, window_blocks={window_blocks}: expected at least 1"
-            )
         self.num_records = int(self.block_starts[-1])
         self.num_streams = num_streams
         self.window_blocks = window_blocks
@@ -203,7 +191,7 @@ class BlockOrder:
         window, row = self._find(position)
         return window.finished_block(row)
 
-    def describe(self, batch_size: int) -> str:
+    def describe(self) -> str:
         """A sentence for the log about what is mixed."""
         num_blocks = len(self.block_starts) - 1
         mean = self.num_records / num_blocks
@@ -211,27 +199,8 @@ class BlockOrder:
         return (
             f"every epoch reads {num_blocks:,} blocks of {mean:,.0f} records in a new order; "
             f"{self.num_streams} streams with windows of {self.window_blocks} blocks mix a pool of "
-            f"{pool:,} of {self.num_records:,} records (a row's block has "
-            f"{self.same_block_rows(batch_size):.1f} other rows of its batch, on average)"
+            f"{pool:,} of {self.num_records:,} records"
         )
-
-    def same_block_rows(self, batch_size: int) -> float:
-        """The number of other rows of a batch from the block of a row, on average.
-
-        Two rows of one stream that are d rows apart lie in one window of L rows with probability
-        (L - d) / L, and are then of one block with probability (K - 1) / (L - 1), with K = n / B
-        and L = W K. Counted for the blocks' mean length; the start of an epoch and blocks that two
-        streams share are left out.
-
-        Args:
-            batch_size: N, a multiple of V.
-        """
-        block_rows = self.num_records / (len(self.block_starts) - 1)
-        window_rows = min(self.window_blocks * block_rows, self.num_records / self.num_streams)
-        distances = np.arange(1, batch_size // self.num_streams)
-        pairs = (len(distances) + 1 - distances) * np.maximum(0, 1 - distances / window_rows)
-        same_block = max(0.0, (block_rows - 1) / max(1.0, window_rows - 1))
-        return float(2 * self.num_streams * pairs.sum() * min(1.0, same_block) / batch_size)
 
     def __getstate__(self) -> dict[str, object]:
         caches = ("_epoch", "_segment", "_window")

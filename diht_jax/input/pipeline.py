@@ -23,12 +23,7 @@ from diht_jax.input.examples import DecodeExample
 from diht_jax.input.in_flight import InFlight, join_parts
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder, derived_seed
-from diht_jax.input.sub_batches import (
-    FINISHED_BLOCKS,
-    SKIPPED_RECORDS,
-    SubBatches,
-    find_crashing_index,
-)
+from diht_jax.input.sub_batches import SKIPPED_RECORDS, SubBatches, find_crashing_index
 from diht_jax.records.catalog import ShardsNotFoundError
 from diht_jax.records.dataset_index import INDEX_NAME, rebuild_command
 from diht_jax.records.formats import registry as formats
@@ -108,13 +103,19 @@ class TrainIterator:
                 raise ValueError(f"config.data.train: {source!r} holds no record")
             order = order or GlobalOrder(len(source), seed)
             source = Mixture([Source("", source, order, decode.for_source(source))])
-        _check_streams(source, batch_size, process_count)
         if num_workers is None:
             num_workers = workers.default_num_workers()
         if num_workers:
             workers.warn_of_few_cores(num_workers)
             workers.claim_mark(workers.SHARED_MEMORY)  # removes what others left, before measuring
-        records = _with_block_stores(source, read_ahead, num_workers)
+
+        def with_blocks(source: Source) -> Source:
+            if not isinstance(source.order, BlockOrder) or not _is_in_store(source.records):
+                return source
+            blocks = BlockStore(source.records, source.order, read_ahead, num_processes=num_workers)
+            return dataclasses.replace(source, blocks=blocks)
+
+        records = source.with_sources(with_blocks)
         self.block_stores = [each.blocks for each in records.sources if each.blocks]
         self._records = records
         self._examples = SubBatches(
@@ -141,7 +142,7 @@ class TrainIterator:
             example_bytes=records.example_bytes,
         )
         self._in_flight.check(max_in_flight_gib)
-        self._parts_ahead = range(0)
+        self._parts_ahead = 0
         if self.block_stores:
             self._parts_ahead = self._in_flight.plan_blocks(
                 self.block_stores, read_ahead, batch_size=batch_size, process_count=process_count
@@ -178,10 +179,8 @@ class TrainIterator:
                 continue
             if SKIPPED_RECORDS in batch:
                 self._count_bad_records(batch.pop(SKIPPED_RECORDS))
+            self._records.finish(self._local_indices(self._next_example))
             self._next_example += self._batch_size
-            for number in batch.pop(FINISHED_BLOCKS, ()):
-                if number >= 0:
-                    self._records.delete_block(int(number))
             return batch
 
     def keys(self, first_example: int, most: int | None = None) -> list[str]:
@@ -194,8 +193,10 @@ class TrainIterator:
             first_example: the index.
             most: number of keys, from the first on; None: all.
         """
-        used = map(self._examples.used_index, self._local_indices(first_example)[:most])
-        return [self._records.key(index) for index in used]
+        indices = self._local_indices(first_example)[:most]
+        if self._skips:
+            indices = [self._examples.find(index)[1] for index in indices]
+        return [self._records.key(index) for index in indices]
 
     def get_state(self) -> dict[str, int]:
         """The position in the global order, as a JSON-able dict."""
@@ -290,7 +291,7 @@ class TrainIterator:
         """Counts and names the records that were skipped for the rows of a batch."""
         for row in np.flatnonzero(skipped):
             index = self._next_example + self._process_index + int(row) * self._process_count
-            for bad in self._examples.skipped_indices(index, int(skipped[row])):
+            for bad in self._examples.candidates(index)[: skipped[row]]:
                 self.skipped_records += 1
                 if self.skipped_records <= _MAX_NAMED:
                     logging.warning(
@@ -336,31 +337,10 @@ class TrainIterator:
         return iter(dataset)
 
 
-def _with_block_stores(mixture: Mixture, options: ReadAheadOptions, num_workers: int) -> Mixture:
-    """The mixture with a store of blocks for each source that is read in blocks from a store."""
-    sources = []
-    for source in mixture.sources:
-        if isinstance(source.order, BlockOrder) and _is_in_store(source.records):
-            blocks = BlockStore(source.records, source.order, options, num_processes=num_workers)
-            source = dataclasses.replace(source, blocks=blocks)
-        sources.append(source)
-    return mixture.with_sources(sources)
-
-
 def _is_in_store(records: Any) -> bool:
     # Files in fsspec's memory are known to this process alone.
     paths = getattr(records, "paths", ())
     return any(is_remote(path) and not path.startswith("memory://") for path in paths)
-
-
-def _check_streams(mixture: Mixture, batch_size: int, process_count: int) -> None:
-    for source in mixture.sources:
-        streams = getattr(source.order, "num_streams", process_count)
-        if batch_size % streams or streams % process_count:
-            raise ValueError(
-                f"an order of {streams} streams: expected a divisor of the batch size "
-                f"{batch_size} and a multiple of the {process_count} processes"
-            )
 
 
 def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
@@ -382,8 +362,8 @@ def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
     if len(unindexed) > _MANY_SHARDS:
         folder = os.path.dirname(unindexed[0])
         logging.warning(
-            "no %s describes %d shards, such as %s: every process reads the size and the index of "
-            "each of them; `%s` writes one",
-            *(INDEX_NAME, len(unindexed), unindexed[0], rebuild_command(folder)),
+            f"no {INDEX_NAME} describes {len(unindexed)} shards, such as {unindexed[0]}: every "
+            f"process reads the size and the index of each of them; `{rebuild_command(folder)}` "
+            "writes one"
         )
     return source

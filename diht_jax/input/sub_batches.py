@@ -20,7 +20,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,8 @@ from diht_jax.storage.retries import StorageError
 
 # Values of `config.data.on_bad_record`.
 MODES = ("error", "skip")
-# In a batch, for each row: bad records that were skipped to find this one, and the block of records
-# that nobody needs any more, as `Mixture.finished_block` numbers them.
-SKIPPED_RECORDS, FINISHED_BLOCKS = "skipped_records", "finished_blocks"
+# In a batch, for each row: bad records that were skipped to find this one.
+SKIPPED_RECORDS = "skipped_records"
 # Rows of a part at most.
 MAX_ROWS = 256
 # Records tried for one row of a batch. If all are bad, more than single records is damaged.
@@ -93,29 +93,20 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         self._stride = batch_size * records.same_source_batches
         self._process_index, self._process_count = process_index, process_count
         self._first_example = 0
-        self._ahead = range(0)
-        self._planned = 0
-        self._planning = threading.Lock()
+        self._ahead = 0
         self._excluded: dict[Hashable, str] = {}
         self.rows = rows_of_part(batch_size // process_count)
         self.parts_per_batch = batch_size // process_count // self.rows
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_planning"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _planning=threading.Lock())
-
-    def starting_at(self, first_example: int, ahead: range = range(0)) -> SubBatches:
+    def starting_at(self, first_example: int, ahead: int = 0) -> SubBatches:
         """The same examples with other numbers of parts.
 
         Args:
             first_example: index in the order at which part 0 begins.
-            ahead: of each part that is decoded, the numbers (relative to its own) of the parts
-                whose blocks are then requested; its step is the number of workers.
+            ahead: parts between one that is decoded and the one whose blocks are then requested.
         """
         other = copy.copy(self)
-        other._first_example, other._ahead, other._planned = first_example, ahead, 0
+        other._first_example, other._ahead = first_example, ahead
         return other
 
     def __len__(self) -> int:
@@ -138,8 +129,10 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             ValueError: a record is bad, or too many in a row are; names file and record.
             StorageError: the disk or the store fails.
         """
+        if part < self._ahead:
+            self._records.request(self.indices(part))  # which no earlier part has requested
         if self._ahead:
-            self._request_blocks(part)
+            self._records.request(self.indices(part + self._ahead))
         arrays: dict[str, np.ndarray] = {}
         for row, example in enumerate(self._examples(self.indices(part))):
             if not arrays:
@@ -152,18 +145,10 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         """Makes the record at an index a bad one, which nobody decodes any more."""
         self._excluded[self._records.record_number(index)] = problem
 
-    def candidates(self, index: int) -> Iterator[int]:
+    def candidates(self, index: int) -> range:
         """The indices whose records are tried for an index, in their order."""
         last = index + (MAX_IN_A_ROW if self._skips else 1) * self._stride
-        return iter(range(index, last, self._stride))
-
-    def used_index(self, index: int) -> int:
-        """The index of the record that the example at an index really comes from."""
-        return self._find(index)[1] if self._skips else index
-
-    def skipped_indices(self, index: int, count: int) -> list[int]:
-        """The indices of the `count` bad records that were skipped for an index."""
-        return list(range(index, index + count * self._stride, self._stride))
+        return range(index, last, self._stride)
 
     def explain(self, index: int) -> str:
         """The reason for which a record is bad."""
@@ -173,6 +158,21 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             return str(error)
         return f"{self._records.describe(index)}: could be read at the second attempt"
 
+    def find(self, index: int) -> tuple[dict[str, Any], int]:
+        """The first good example among the candidates for an index, and its own index."""
+        for tried in self.candidates(index):
+            try:
+                return self.decode(tried), tried
+            except ValueError as error:
+                is_whole_shard = isinstance(error, TFRecordError | StorageError)
+                if not self._skips or is_whole_shard and not isinstance(error, DamagedRecordError):
+                    raise
+                last = error
+        raise ValueError(
+            f"{MAX_IN_A_ROW} records in a row are bad, more than config.data.on_bad_record='skip' "
+            f"replaces; the last one: {last}"
+        )
+
     def decode(self, index: int) -> dict[str, Any]:
         """The example of the very record at an index.
 
@@ -180,13 +180,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             ValueError: the record is bad; names file and record.
         """
         try:
-            if self._excluded:
-                problem = self._excluded.get(self._records.record_number(index))
-                if problem is not None:
-                    raise ValueError(problem)
-            number, element = self._records[index]
-            decoder = self._records.sources[number].decode
-            return decoder.plan(decoder.parse(element), self._generator(index), index)()
+            return self._plan(index)()
         except (TFRecordError, StorageError):
             raise  # names file and record
         except ValueError as error:
@@ -194,72 +188,35 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
     def _examples(self, indices: range) -> Iterator[dict[str, Any]]:
-        """The examples at indices, each step before the pixels for a group of them at once.
+        """The examples at indices, everything but the pixels for a group of them at once.
 
-        A picture pushes everything else out of the processor's caches: done between pictures, these
-        steps take twice as long.
+        A picture pushes everything else out of the processor's caches: done between pictures, the
+        other steps take twice as long.
         """
-        has_blocks = self._records.has_blocks
         for first in range(0, len(indices), _GROUP_ROWS):
             group = indices[first : first + _GROUP_ROWS]
-            if has_blocks:
-                self._records.fetch(group)
-            plans = self._plan(group)
+            self._records.fetch(group)
+            plans: dict[int, Callable[[], dict[str, Any]]] = {}
             for index in group:
-                example, used = None, index
-                if index in plans:
-                    with contextlib.suppress(ValueError):
-                        example = plans[index]()
-                # What failed is tried again, for its error or its replacement.
-                if example is None and self._skips:
-                    example, used = self._find(index)
-                elif example is None:
-                    example = self.decode(index)
+                with contextlib.suppress(ValueError):
+                    plans[index] = self._plan(index)
+            for index in group:
+                try:
+                    example, used = plans[index](), index
+                except (KeyError, ValueError):  # tried again, for its error or its replacement
+                    example, used = self.find(index)
                 if self._skips:
                     example[SKIPPED_RECORDS] = np.int32((used - index) // self._stride)
-                if has_blocks:
-                    example[FINISHED_BLOCKS] = np.int64(self._records.finished_block(index))
                 yield example
 
-    def _plan(self, indices: Sequence[int]) -> dict[int, Callable[[], dict[str, Any]]]:
-        """Everything of the examples but their pixels, by index; without those that fail."""
-        elements, parsed, plans = {}, {}, {}
-        for index in indices:
-            if not self._excluded or self._records.record_number(index) not in self._excluded:
-                with contextlib.suppress(ValueError):
-                    elements[index] = self._records[index]
-        for index, (number, element) in elements.items():
-            decoder = self._records.sources[number].decode
-            with contextlib.suppress(ValueError):
-                parsed[index] = decoder, decoder.parse(element)
-        for index, (decoder, record) in parsed.items():
-            with contextlib.suppress(ValueError):
-                plans[index] = decoder.plan(record, self._generator(index), index)
-        return plans
-
-    def _find(self, index: int) -> tuple[dict[str, Any], int]:
-        """The first good example among the candidates for an index, and its own index."""
-        for tried in self.candidates(index):
-            try:
-                return self.decode(tried), tried
-            except DamagedRecordError as error:
-                last = error
-            except (TFRecordError, StorageError):
-                raise  # not of one record, but of a whole shard or of the disk
-            except ValueError as error:
-                last = error
-        raise ValueError(
-            f"{MAX_IN_A_ROW} records in a row are bad, more than config.data.on_bad_record='skip' "
-            f"replaces; the last one: {last}"
-        )
-
-    def _request_blocks(self, part: int) -> None:
-        """Begins to fetch what the next parts of this process need."""
-        with self._planning:
-            parts = [part + n for n in self._ahead if part + n >= self._planned]
-            self._planned = max(self._planned, part + self._ahead.stop)
-            for ahead in parts:
-                self._records.request(self.indices(ahead))
+    def _plan(self, index: int) -> Callable[[], dict[str, Any]]:
+        """Everything of an example but its pixels, which the result decodes."""
+        if self._excluded:
+            problem = self._excluded.get(self._records.record_number(index))
+            if problem is not None:
+                raise ValueError(problem)
+        number, element = self._records[index]
+        return self._records.sources[number].decode.plan(element, self._generator(index), index)
 
     def _generator(self, index: int) -> np.random.Generator:
         """This thread's generator, at the state of an index; a new one would ask for entropy."""
@@ -284,10 +241,9 @@ def find_crashing_index(examples: SubBatches, indices: Iterable[int]) -> int | N
     """The index of a record whose decoding ends its process, each time.
 
     A crash in a codec takes the whole worker with it, and nobody is left to tell which picture it
-    was. So a process of its own decodes the records in question one after the other, and reports
-    each before it begins. The one that it reported last is decoded once more, alone in a fresh
-    process: only a record that ends that one as well is to blame, and not, for example, a lack of
-    memory.
+    was. So a process of its own decodes the records in question one after the other. The one that
+    ends it is decoded once more, alone in a fresh process: only a record that ends that one as well
+    is to blame, and not, for example, a lack of memory.
 
     Args:
         examples: to be decoded; goes to the other process by pickle.
@@ -297,40 +253,38 @@ def find_crashing_index(examples: SubBatches, indices: Iterable[int]) -> int | N
         The first such index; None where all can be decoded, or are bad in another way.
     """
     suspect = _index_at_death(examples, indices)
-    if suspect is None:
-        return None
-    return suspect if _index_at_death(examples, [suspect]) == suspect else None
+    if suspect is not None and _index_at_death(examples, [suspect]) == suspect:
+        return suspect
+    return None
 
 
 def _index_at_death(examples: SubBatches, indices: Iterable[int]) -> int | None:
     """The index that a new process was decoding when it died; None where it did not die."""
     context = multiprocessing.get_context("spawn")  # as grain starts its workers
-    receiver, sender = context.Pipe(duplex=False)
-    arguments = (os.getpid(), examples, list(indices), sender)
-    process = context.Process(target=_decode_all, args=arguments, name="crash_search", daemon=True)
-    process.start()
-    sender.close()
-    last = None
-    try:
-        while True:
-            last = receiver.recv()
-    except EOFError:
-        process.join()
-    return last
+    arguments = (os.getpid(), examples)
+    tried = None
+    with futures.ProcessPoolExecutor(1, context, _start_search, arguments) as process:
+        try:
+            process.submit(os.getpid).result()  # it has started
+            for index in indices:
+                for tried in examples.candidates(index):
+                    if process.submit(_is_good, tried).result():
+                        break
+        except BrokenProcessPool:
+            return tried
+    return None
 
 
-def _decode_all(
-    parent: int, examples: SubBatches, indices: Sequence[int], sender: Connection
-) -> None:
+def _start_search(parent: int, examples: SubBatches) -> None:
     start_worker(parent, None)
-    for index in indices:
-        for tried in examples.candidates(index):
-            sender.send(tried)
-            try:
-                examples.decode(tried)
-            except StorageError:
-                raise
-            except ValueError:
-                continue
-            break
-    sender.send(None)
+    _kept.examples = examples
+
+
+def _is_good(index: int) -> bool:
+    try:
+        _kept.examples.decode(index)
+    except StorageError:
+        raise
+    except ValueError:
+        return False
+    return True

@@ -4,8 +4,8 @@ grain starts the workers by `spawn` and hands batches on in segments of POSIX sh
 Python's resource tracker, a process of its own, removes the segments that are left when parent and
 workers have all ended; so a worker that outlives its parent keeps them all. The tracker may be
 killed too, for example at the end of a cgroup. Therefore the names of a run's segments begin with a
-mark: the workers remove them then, and if no worker was left, the next run on this machine does.
-Folders of blocks from an object store (`blocks.py`) are marked and removed in the same way.
+mark, and the next run on this machine removes what runs that have ended left behind. Folders of
+blocks from an object store (`blocks.py`) are marked too, and the workers remove them as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing import resource_tracker, shared_memory
+from multiprocessing import shared_memory
 
 from absl import logging
 
@@ -82,8 +82,6 @@ def start_worker(
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_POLL_SECS)
-        if mark is not None and not _tracker_is_alive():
-            _remove_marked(SHARED_MEMORY, mark)
         for folder in folders:
             remove_folder(folder)
         # Without clean-up: that waits for the parent, to empty the queues to it.
@@ -133,7 +131,7 @@ def _remove_marked(folder: str, mark: str) -> None:
         if path.is_dir():
             remove_folder(path)
         else:
-            path.unlink(missing_ok=True)  # another worker may be faster
+            path.unlink(missing_ok=True)
 
 
 def remove_folder(folder: pathlib.Path) -> None:
@@ -142,12 +140,6 @@ def remove_folder(folder: pathlib.Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
-
-
-def _tracker_is_alive() -> bool:
-    """True while Python's resource tracker runs, which warns of segments that it misses."""
-    is_alive = getattr(resource_tracker._resource_tracker, "_check_alive", None)
-    return is_alive is None or is_alive()
 
 
 def has_died(error: BaseException) -> bool:

@@ -38,12 +38,16 @@ from diht_jax.losses.objective import (
     Masks,
     Objective,
     PairStatistics,
+    Rows,
     RowSlopes,
+    RowStatistics,
     Scalars,
     Tile,
+    TileMask,
 )
 from diht_jax.losses.ring import Ring, at, put, varying_axes, varying_over, zeros
-from diht_jax.losses.row_statistics import add_tile, merge, no_statistics, pair_statistics
+
+_Accumulate = Callable[..., tuple[jax.Array, ...]]
 
 
 def streaming_loss(
@@ -104,8 +108,8 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
     objective = ring.objective
     (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
     no_positives = zeros(own_texts[0].shape[:2], scale)
-    no_texts = no_statistics(objective, no_positives)
-    no_images = no_statistics(objective, zeros(images.shape[:2], scale))
+    no_texts = _no_statistics(objective, no_positives)
+    no_images = _no_statistics(objective, zeros(images.shape[:2], scale))
 
     def add_block(rounds, block, _, stays):
         texts, text_ids = block
@@ -115,7 +119,7 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
             logits = scale * inner_products(at(images, i), at(texts, j))
             masks = ring.masks(rounds, i, j, at(image_ids, i), at(text_ids, j))
             add = functools.partial(
-                add_tile, objective, logits=logits, masks=masks, scalars=scalars
+                _add_tile, objective, logits=logits, masks=masks, scalars=scalars
             )
             image_tile = add(at(image_statistics, i), axis=1)
             text_tile = add(at(text_statistics, j), axis=0)
@@ -132,14 +136,14 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
         own_texts,
         sums=no_texts,
         stays=(no_images, no_positives),
-        merge=lambda before, part: merge(objective, before, part, scalars),
+        merge=lambda before, part: _merge(objective, before, part, scalars),
     )
     text_statistics, positives = jax.tree.map(ring.texts.join, (text_statistics, positives))
     image_statistics = jax.tree.map(ring.images.join, image_statistics)
     if ring.group > 1:
         parts = ring.exchange_rows(image_statistics)
         image_statistics = functools.reduce(
-            lambda one, other: merge(objective, one, other, scalars),
+            lambda one, other: _merge(objective, one, other, scalars),
             [at(parts, member) for member in range(ring.group)],
         )
     finish = functools.partial(
@@ -150,7 +154,7 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
     if row_weights is not None:
         image_losses, text_losses = row_weights * image_losses, row_weights * text_losses
     loss = jnp.sum(image_losses) + jnp.sum(text_losses)
-    statistics = pair_statistics(positives, image_statistics, text_statistics, scale)
+    statistics = _pair_statistics(positives, image_statistics, text_statistics, scale)
     arguments = (image_emb, text_emb, scale, scalars, pair_ids, row_weights)
     return (loss, statistics), (*arguments, image_slopes, text_slopes)
 
@@ -247,3 +251,96 @@ def _tile_slopes(
     if objective.equal_pairs == "positive":
         slopes = add_part(objective.equal_slope, masks.is_equal, slopes)
     return slopes
+
+
+def _no_statistics(objective: Objective, nothing: jax.Array) -> RowStatistics:
+    """Statistics of rows without any tile; `nothing` is zeros of their shape and dtype."""
+    # The lowest finite number, not -inf: differences of two of them must not be NaN.
+    lowest = nothing + jnp.finfo(nothing.dtype).min
+    statistics = RowStatistics(lowest, nothing, (nothing,) * objective.num_sums)
+    if objective.equal_pairs == "negative":
+        return statistics
+    equal = None
+    if objective.equal_pairs == "positive":
+        equal = RowStatistics(lowest, nothing, (nothing,) * objective.num_equal_sums)
+    return statistics._replace(num_negatives=nothing, equal=equal)
+
+
+def _add_tile(
+    objective: Objective,
+    statistics: RowStatistics,
+    logits: Tile,
+    masks: Masks,
+    axis: int,
+    scalars: Scalars,
+) -> RowStatistics:
+    """Adds one more tile to statistics; sums over its `axis`, 1 for rows and 0 for columns."""
+    add = functools.partial(_add_part, logits=logits, axis=axis, scalars=scalars)
+    num_negatives, equal = statistics.num_negatives, statistics.equal
+    found = add(objective.accumulate, statistics, is_part=masks.is_negative)
+    if num_negatives is not None:
+        num_negatives = num_negatives + jnp.sum(masks.is_negative, axis).astype(logits.dtype)
+    if equal is not None:
+        equal = add(objective.accumulate_equal, equal, is_part=masks.is_equal)
+    return found._replace(num_negatives=num_negatives, equal=equal)
+
+
+def _merge(
+    objective: Objective, one: RowStatistics, other: RowStatistics, scalars: Scalars
+) -> RowStatistics:
+    """Joins the statistics of two disjoint sets of partners."""
+    found = _merge_part(objective.accumulate, one, other, scalars)
+    num_negatives = equal = None
+    if one.num_negatives is not None:
+        num_negatives = one.num_negatives + other.num_negatives
+    if one.equal is not None:
+        equal = _merge_part(objective.accumulate_equal, one.equal, other.equal, scalars)
+    return found._replace(num_negatives=num_negatives, equal=equal)
+
+
+def _pair_statistics(
+    positives: Rows, images: RowStatistics, texts: RowStatistics, scale: jax.Array
+) -> PairStatistics:
+    """Cosines from logits; with a scale of 0 all logits are 0, and so are these."""
+    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    return PairStatistics(
+        positive=positives * inverse,
+        image_hardest=images.highest * inverse,
+        image_ties=images.ties,
+        text_hardest=texts.highest * inverse,
+        text_ties=texts.ties,
+        num_negatives=images.num_negatives,
+    )
+
+
+def _add_part(
+    accumulate: _Accumulate,
+    statistics: RowStatistics,
+    logits: Tile,
+    is_part: TileMask,
+    axis: int,
+    scalars: Scalars,
+) -> RowStatistics:
+    """Adds the logits of a tile for which `is_part` is true."""
+    lowest = jnp.finfo(logits.dtype).min
+    highest = jnp.maximum(statistics.highest, jnp.max(jnp.where(is_part, logits, lowest), axis))
+    reached = is_part & (logits == jnp.expand_dims(highest, axis))
+    ties = jnp.where(statistics.highest == highest, statistics.ties, 0)
+    ties = ties + jnp.sum(reached, axis).astype(logits.dtype)
+    sums = accumulate(statistics, highest, logits, is_part, axis, scalars)
+    return RowStatistics(highest, ties, sums)
+
+
+def _merge_part(
+    accumulate: _Accumulate, one: RowStatistics, other: RowStatistics, scalars: Scalars
+) -> RowStatistics:
+    highest = jnp.maximum(one.highest, other.highest)
+    no_logits = zeros((*highest.shape, 0), highest)
+
+    def sums_relative_to_highest(statistics: RowStatistics) -> tuple[jax.Array, ...]:
+        # Another tile that is empty: the sums stay, but for what they are relative to.
+        return accumulate(statistics, highest, no_logits, no_logits > 0, -1, scalars)
+
+    ties = sum(jnp.where(part.highest == highest, part.ties, 0) for part in (one, other))
+    sums = (sums_relative_to_highest(part) for part in (one, other))
+    return RowStatistics(highest, ties, jax.tree.map(jnp.add, *sums))

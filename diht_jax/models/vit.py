@@ -1,6 +1,6 @@
 """The image tower: CLIP's vision transformer, as in DiHT's code (facebookresearch/diht).
 
-Takes float images already normalised; resizing and normalisation live in `data.images.transforms`.
+Takes float images already normalised; resizing and normalisation are in `input/transforms.py`.
 """
 
 from __future__ import annotations

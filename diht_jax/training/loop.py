@@ -150,7 +150,7 @@ class Run:
         self.program = TrainProgram(
             with_trusted_attention(config, self.total_steps, devices), self.total_steps, devices
         )
-        for line in self.mixture.describe_orders(config.data.batch_size):
+        for line in self.mixture.describe_orders():
             logging.info("order: %s", line)
         logging.info("form of the loss: %s (%s)", *self.program.loss_form())
         self.mesh, self.arch = self.program.mesh, self.program.arch

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diht_jax.hardware.chips import find_chip, peak_flops
+from diht_jax.hardware.chips import peak_flops
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,3 @@ def test_peak_of_known_kinds(kind, teraflops):
 @pytest.mark.parametrize("kind", ["cpu", "TPU v2", "NVIDIA GeForce GTX 1080", "", "TPU v5 lite+"])
 def test_unknown_kinds_have_no_peak(kind):
     assert peak_flops(kind) is None
-
-
-def test_the_memory_of_variants_differs():
-    assert find_chip("NVIDIA A100-SXM4-40GB").hbm_bytes == 40 * 2**30
-    assert find_chip("NVIDIA A100-SXM4-80GB").hbm_bytes == 80 * 2**30

@@ -17,8 +17,12 @@ from diht_jax.config import load_recipe
 from diht_jax.hardware.chips import find_chip
 from diht_jax.hardware.flops import FlopCount, count_flops
 from diht_jax.hardware.hlo_traffic import Collective, Traffic
-from diht_jax.hardware.report import StepReport, describe_settings, describe_step
-from diht_jax.hardware.roofline import link_bandwidth
+from diht_jax.hardware.report import (
+    StepReport,
+    describe_settings,
+    describe_step,
+    link_bandwidth,
+)
 from diht_jax.hardware.topologies import Topology, get_topology
 from diht_jax.training.program import TrainProgram
 from tests.make import RECIPES, REPOSITORY
@@ -56,16 +60,6 @@ def local():
     """A recipe compiled for the eight CPU devices: its config and its report."""
     config = recipe("clip_vitb32", **{"data.batch_size": 4096, "mesh.fsdp": 1})
     return config, compile_step(config, get_topology("local"))
-
-
-def run_command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "diht_jax.compile", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
 
 
 @needs_libtpu
@@ -169,14 +163,14 @@ def test_command_says_out_of_memory_and_exits_with_one():
     """More than this machine's memory, none of which is touched."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     batch_size = 8 << (memory_bytes // 8 // 300_000).bit_length()
-    done = run_command(
+    command = [
+        *(sys.executable, "-m", "diht_jax.compile", "--topology=local", "--search=false"),
         f"--config={REPOSITORY}/configs/diht_vitb32.py:debug=True",
-        "--topology=local",
         f"--global_batch={batch_size}",
-        "--search=false",
         "--config.model.overrides.vision_layers=1",
         "--config.model.overrides.text_layers=1",
-    )
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1, done.stderr
     assert f"global batch {batch_size:,}" in done.stdout
     assert "OUT OF MEMORY: needs" in done.stdout
@@ -188,11 +182,9 @@ def test_command_says_out_of_memory_and_exits_with_one():
         ("v5e", "unknown topology 'v5e'; known"),
         ("v5f:2x2", "did you mean 'v5"),
         ("v5e:3x5", "v5e slices are 1x1, 2x2"),
-        ("v5e:32x32", "unknown topology 'v5e:32x32'"),
         ("v4:4x4", "multiples of 4 up to 16x16x16"),
         ("v5p:4x4x6", "multiples of 4"),
         ("h100:2x2x2", "hosts x GPUs"),
-        ("h100:0", "hosts x GPUs"),
     ],
 )
 def test_wrong_topologies_are_errors(name, message):
@@ -206,9 +198,7 @@ def test_wrong_topologies_are_errors(name, message):
     [
         ("v4:4x4x4", "TPU v4", 64),
         ("v5e:16x16", "TPU v5 lite", 256),
-        ("v5e:1x1", "TPU v5 lite", 1),
         ("v5p:2x2x2", "TPU v5", 8),
-        ("v6e:2x4", "TPU v6 lite", 8),
     ],
 )
 def test_slices_have_their_devices(name, kind, count):
@@ -269,20 +259,6 @@ def test_roofline_by_hand():
     assert estimate.serial_mfu == pytest.approx(0.5 / 3.100003)
 
 
-def test_links_of_a_torus_and_of_a_switch():
-    torus = Topology("v5p:4x4x4", find_chip("v5p"), (4, 4, 4), (None,) * 64, 0)
-
-    def on_torus(kind, size):
-        return link_bandwidth(torus, Collective(kind, size, 1, 0, 0))
-
-    assert on_torus("all-reduce", 64) == 600e9
-    assert on_torus("all-gather", 4) == 200e9
-    assert on_torus("collective-permute", 2) == 100e9
-    switch = Topology("h100:8", find_chip("h100"), (8,), (None,) * 8, 0)
-    permutation = Collective("collective-permute", 2, 1, 0, 0, span=8)
-    assert link_bandwidth(switch, permutation) == 450e9
-
-
 @pytest.mark.parametrize(
     "kind, size, span, gb_per_sec, between_hosts",
     [
@@ -293,7 +269,6 @@ def test_links_of_a_torus_and_of_a_switch():
         ("all-reduce", 4, 25, 50, True),  # along `data`, fsdp=8: one GPU of each host
         ("all-reduce", 8, 29, 100, True),  # along `data`, fsdp=4: two GPUs of each host
         ("all-gather", 8, 8, 450, False),
-        ("all-gather", 4, 4, 450, False),
     ],
 )
 def test_links_inside_and_between_gpu_hosts(kind, size, span, gb_per_sec, between_hosts):

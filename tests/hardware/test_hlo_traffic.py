@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from diht_jax.hardware.hlo_traffic import Collective, count_traffic
 
@@ -181,36 +179,6 @@ def test_memory_traffic_without_loops_is_xla_s_own():
     compiled = jax.jit(fn).lower(x, w).compile()
     expected = compiled.cost_analysis()["bytes accessed"]
     assert count_traffic(compiled.as_text()).memory_bytes == pytest.approx(expected, rel=0.1)
-
-
-def test_collectives_of_compiled_loops():
-    """A ring and gathered parameters, compiled for eight devices of this machine."""
-    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    rows = PartitionSpec(("data", "fsdp"))
-    trips, shift = 8, [(i, (i + 1) % 8) for i in range(8)]
-
-    def local(x, w):
-        def trip(block, _):
-            whole = lax.all_gather(w, "fsdp", tiled=True)
-            return lax.ppermute(block @ whole, ("data", "fsdp"), shift), None
-
-        return lax.scan(trip, x, None, length=trips)[0]
-
-    fn = jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(rows, PartitionSpec("fsdp")), out_specs=rows)
-    )
-    x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, rows))
-    w = jax.ShapeDtypeStruct(
-        (128, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp"))
-    )
-    traffic = count_traffic(fn.lower(x, w).compile().as_text())
-    found = {row.kind: row for row in traffic.collectives}
-    ring = 8 * 8 * 128 * 4
-    assert found["collective-permute"] == Collective("collective-permute", 2, 8, ring, ring, span=8)
-    gather = found["all-gather"]
-    assert gather.group_size == 4 and gather.count in (1, 8)  # the compiler may hoist it
-    assert gather.sent_bytes == gather.count * 3 * 128 * 128
-    assert traffic.unknown_loops == 0
 
 
 BY_KIND = """\

@@ -81,11 +81,6 @@ def test_by_default_a_bad_record_is_an_error_that_names_it(shard, num_workers):
         read(shard, "error", num_workers)
 
 
-def test_another_mode_is_refused(shard):
-    with pytest.raises(ValueError, match="config.data.on_bad_record='ignore': expected 'error' or"):
-        read(shard, "ignore")
-
-
 class Places:
     """Records that are their own numbers, and decode to them; some are bad."""
 
@@ -103,12 +98,9 @@ class Places:
     def locate(self, place):
         return "places", place
 
-    def parse(self, place):
+    def plan(self, place, rng, index):
         if place in self._errors:
             raise self._errors[place]
-        return place
-
-    def plan(self, place, rng, index):
         return lambda: {"place": np.int32(place)}
 
 
@@ -123,8 +115,8 @@ def test_a_stand_in_comes_from_a_later_batch():
     part = examples[0]
     assert part["place"].tolist() == [0, 1, 2, 3, 24, 5, 6, 7, 8, 9]
     assert part["skipped_records"].tolist() == [0, 0, 0, 0, 2, 0, 0, 0, 0, 0]
-    assert examples.skipped_indices(4, 2) == [4, 14]
-    assert examples.used_index(4) == 24 and examples.explain(14) == "places: record 14: b"
+    assert examples.candidates(4)[:2] == range(4, 24, 10)
+    assert examples.find(4)[1] == 24 and examples.explain(14) == "places: record 14: b"
 
 
 def mixed_records(count):

@@ -1,8 +1,6 @@
 """Pixels against hand-made files and float formulas; no bytes but `ImageError` come through."""
 
-import io
 import struct
-import tarfile
 import zlib
 
 import numpy as np
@@ -116,14 +114,6 @@ def test_sixteen_bits_are_scaled():
     assert _decode(_png(2, 1, 16, 0, [[513, 514]], key))[0, :, 0].tolist() == [255, 2]
 
 
-@pytest.mark.parametrize(("depth_mode", "expected"), [("1", [0, 255]), ("L", [0, 200])])
-def test_grey(depth_mode, expected):
-    image = Image.new("L", (2, 1))
-    image.putpixel((1, 0), 200)
-    got = _decode(encoded(image.convert(depth_mode, dither=0), "PNG"))
-    assert got[0].tolist() == [[value] * 3 for value in expected]
-
-
 @pytest.mark.parametrize("name", ["JPEG", "TIFF"])  # Pillow writes JPEG inverted, as Adobe does
 def test_cmyk(name):
     inks = np.array([0, 255, 128, 64], np.uint8)
@@ -182,11 +172,9 @@ _INT32 = encoded(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF")
         (b"", "empty"),
         (b"<html>404</html>", "unreadable"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unreadable"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unreadable"),
         (_FLOAT, "unreadable"),
         (_INT32, "unreadable"),
         (_bomb(9000, 9000), "too_large"),
-        (_bomb(30000, 30000), "too_large"),
         (_bomb(8192, 8192), "unreadable"),  # the header is allowed, the pixels are not there
     ],
 )
@@ -196,13 +184,6 @@ def test_refusals_have_reasons(data, reason, function):
         function(data)
     assert error.value.reason == reason
     assert isinstance(error.value, ValueError)
-
-
-@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
-def test_bomb_is_too_large_where_warnings_are_errors():
-    with pytest.raises(ImageError, match="pixels") as error:
-        decode_rgb(_bomb(9999, 9999))
-    assert error.value.reason == "too_large"
 
 
 def test_limit_of_pixels():
@@ -235,13 +216,3 @@ def test_truncation_is_found_by_both(name, options):
             with pytest.raises(ImageError) as error:
                 function(data[: int(len(data) * share)])
             assert error.value.reason == "unreadable"
-
-
-def test_real_emoji_on_white(shared_data):
-    with tarfile.open(shared_data / "emoji_google.tar") as tar:
-        members = [m for m in tar.getmembers() if m.name.endswith(".png")][::400]
-        files = [tar.extractfile(m).read() for m in members]
-    for data in files:
-        rgba = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA")) / 255
-        assert (rgba[..., 3] == 0).any()
-        assert np.abs(_decode(data) - _on_white(rgba[..., :3], rgba[..., 3])).max() <= 1

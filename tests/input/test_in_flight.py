@@ -29,8 +29,8 @@ def test_a_large_batch_is_in_flight_four_times():
     assert (large.shared_bytes + large.process_bytes) / 1e9 == pytest.approx(40, abs=0.5)
 
 
-@pytest.mark.parametrize("num_workers", [1, 3, 8, 64])
-@pytest.mark.parametrize("prefetch_batches", [1, 2, 5])
+@pytest.mark.parametrize("num_workers", [1, 3, 64])
+@pytest.mark.parametrize("prefetch_batches", [1, 5])
 def test_the_workers_together_are_ahead_by_what_the_config_says(num_workers, prefetch_batches):
     settings = _LARGE | {"num_workers": num_workers, "prefetch_batches": prefetch_batches}
     planned = InFlight(**settings)

@@ -20,9 +20,6 @@ class Draw(grain.transforms.RandomMap):
     def random_map(self, element, rng):
         return {"number": np.int64(element), "drawn": rng.random((2, 3), dtype=np.float32)}
 
-    def parse(self, element):
-        return element
-
     def plan(self, element, rng, position):
         example = self.random_map(element, rng)
         return lambda: example

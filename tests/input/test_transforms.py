@@ -1,8 +1,5 @@
 """The transforms against torchvision's, on Pillow images."""
 
-import io
-import tarfile
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,17 +12,12 @@ from diht_jax.input import transforms
 SIZES = [
     (640, 480),
     (333, 517),
-    (31, 47),
     (47, 31),
     (225, 224),
-    (224, 225),
     (224, 224),
     (1, 1),
-    (5, 1),
     (1000, 37),
-    (37, 1000),
     (3, 800),
-    (2000, 10),
 ]
 
 
@@ -54,7 +46,7 @@ def largest_difference(ours, theirs):
 
 
 @pytest.mark.parametrize("width, height", SIZES)
-@pytest.mark.parametrize("size", [31, 32, 224])
+@pytest.mark.parametrize("size", [31, 224])
 def test_eval_transform_equals_torchvision(width, height, size):
     image = noise(width, height)
     ours = transforms.eval_transform(image, size)
@@ -62,27 +54,12 @@ def test_eval_transform_equals_torchvision(width, height, size):
     assert largest_difference(ours, torchvision_eval(image, size)) <= 1
 
 
-def test_eval_transform_equals_torchvision_on_photos(shared_data):
-    with tarfile.open(shared_data / "photos.tar") as tar:
-        names = [name for name in tar.getnames() if name.endswith((".jpg", ".png"))][:12]
-        images = [Image.open(io.BytesIO(tar.extractfile(name).read())) for name in names]
-    assert len(images) == 12
-    for image in images:
-        image = image.convert("RGB")
+def test_only_the_centre_of_a_thread_like_picture_is_scaled():
+    """2 x 2000 at 224 pixels would be 224 x 224,000 on the way: 150 MB, and more for worse."""
+    for image in (noise(2, 2000), noise(2000, 2)):
         ours = transforms.eval_transform(image, 224)
         assert largest_difference(ours, torchvision_eval(image, 224)) <= 1
-
-
-@pytest.mark.parametrize("upright", [True, False])
-def test_only_the_centre_of_a_thread_like_picture_is_scaled(upright):
-    """2 x 2000 at 224 pixels would be 224 x 224,000 on the way: 150 MB, and more for worse."""
-    image = noise(2, 2000) if upright else noise(2000, 2)
-    ours = transforms.eval_transform(image, 224)
-    assert largest_difference(ours, torchvision_eval(image, 224)) <= 1
-    assert ours.std() > 20
-
-
-def test_picture_that_would_scale_to_gigabytes():
+        assert ours.std() > 20
     image = noise(1, 60_000)  # 224 x 13,440,000 pixels
     centre = transforms.eval_transform(image.crop((0, 29_900, 1, 30_100)), 224)
     assert largest_difference(transforms.eval_transform(image, 224), centre) <= 1
@@ -118,7 +95,7 @@ def describe_boxes(boxes, width, height):
     }
 
 
-@pytest.mark.parametrize("width, height", [(500, 375), (300, 900), (64, 64)])
+@pytest.mark.parametrize("width, height", [(500, 375), (300, 900)])
 @pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0)])
 def test_crops_are_distributed_as_torchvision_draws_them(width, height, scale):
     import torch
@@ -150,11 +127,12 @@ def test_fallback_crop_equals_torchvision(width, height):
 
 
 def test_normalize_equals_torchvision():
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from torchvision.transforms import functional
 
     pixels = np.array(noise(20, 16))
     expected = functional.normalize(
-        functional.to_tensor(pixels), transforms.CLIP_MEAN, transforms.CLIP_STD
+        functional.to_tensor(pixels), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     )
     expected = expected.permute(1, 2, 0).numpy()
     on_device = jax.jit(transforms.normalize)(jnp.asarray(pixels)[None])
@@ -166,13 +144,6 @@ def test_normalize_equals_torchvision():
     np.testing.assert_array_equal(half, jnp.asarray(on_device[0]).astype(jnp.bfloat16))
 
 
-def test_constants_are_those_of_open_clip():
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
-    assert transforms.CLIP_MEAN == OPENAI_DATASET_MEAN
-    assert transforms.CLIP_STD == OPENAI_DATASET_STD
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -180,13 +151,10 @@ def test_constants_are_those_of_open_clip():
         (lambda: transforms.eval_transform(np.zeros((4, 4, 3), np.uint8), 8), "got ndarray"),
         (lambda: transforms.eval_transform(Image.new("RGB", (0, 4)), 8), "at least one pixel"),
         (lambda: transforms.eval_transform(noise(4, 4), 0), "size: expected a positive integer"),
-        (lambda: transforms.eval_transform(noise(4, 4), 7.5), "got 7.5"),
         (lambda: train(noise(4, 4), scale=(0.9, 0.1)), r"scale: .* got \(0.9, 0.1\)"),
-        (lambda: train(noise(4, 4), scale=(0.0, 1.0)), "scale"),
         (lambda: train(noise(4, 4), ratio=(2.0, 1.0)), "ratio"),
         (lambda: train(Image.new("L", (4, 4))), "'RGB', got mode 'L'"),
         (lambda: transforms.normalize(np.zeros((4, 4, 3))), "expected uint8"),
-        (lambda: transforms.normalize(np.zeros((3, 4, 4), np.uint8)), r"\(3, 4, 4\)"),
     ],
 )
 def test_wrong_arguments(call, message):

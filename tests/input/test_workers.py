@@ -50,28 +50,6 @@ if __name__ == "__main__":
 """
 
 
-# The same without grain: a worker that leaves a segment to its parent.
-PARENT_OF_ONE = """
-import multiprocessing, os, time
-from multiprocessing import resource_tracker, shared_memory
-from diht_jax.input import workers
-
-def work(parent, mark):
-    workers.start_worker(parent, mark)
-    segment = shared_memory.SharedMemory(create=True, size=8)
-    print(os.getpid(), segment.name, flush=True)
-    segment.close()
-    time.sleep(10_000)
-
-if __name__ == "__main__":
-    resource_tracker.ensure_running()
-    print(resource_tracker._resource_tracker._pid, flush=True)
-    arguments = os.getpid(), workers.claim_mark(workers.SHARED_MEMORY)
-    multiprocessing.get_context("spawn").Process(target=work, args=arguments).start()
-    time.sleep(10_000)
-"""
-
-
 def grey_square(number: int) -> Record:
     return Record(key=str(number), image=encoded(plain((number,) * 3, (9, 7))), caption="grey")
 
@@ -116,23 +94,6 @@ def test_a_killed_parent_leaves_no_worker_no_shared_memory_and_no_blocks(
         time.sleep(0.05)  # `hang_guard` ends it
 
 
-@pytest.mark.skipif(not pathlib.Path("/dev/shm").exists(), reason="needs Linux")
-def test_workers_remove_shared_memory_where_its_tracker_was_killed_too(tmp_path, hang_guard):
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT_OF_ONE)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
-        tracker = int(parent.stdout.readline())
-        worker, name = parent.stdout.readline().split()
-        segment = pathlib.Path("/dev/shm", name)
-        assert name.startswith("diht_jax_") and segment.exists()
-        os.kill(tracker, signal.SIGKILL)
-        parent.send_signal(signal.SIGKILL)
-    while is_running(int(worker)) or segment.exists():
-        time.sleep(0.05)  # `hang_guard` ends it
-
-
 @pytest.fixture
 def segment_folder(monkeypatch, tmp_path):
     """Stands in for /dev/shm; no mark is given yet."""
@@ -159,11 +120,6 @@ def test_a_start_removes_shared_memory_of_runs_that_were_killed(segment_folder):
     workers.claim_mark.cache_clear()
     workers.claim_mark(workers.SHARED_MEMORY)
     assert (segment_folder / f"{mark}_1").exists()
-
-
-def test_no_folder_of_shared_memory_is_no_error(segment_folder, monkeypatch):
-    monkeypatch.setattr(workers, "SHARED_MEMORY", str(segment_folder / "missing"))
-    assert workers.claim_mark(workers.SHARED_MEMORY) is None
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="needs Linux")
@@ -246,31 +202,23 @@ def test_more_workers_than_cores_are_a_warning(shared_memory, monkeypatch):
     assert "num_workers=4" in said[0] and "3 cores" in said[0] and "--cpus-per-task" in said[0]
 
 
-def test_by_default_there_is_a_worker_for_each_core_up_to_64(shared_memory):
-    for cores, expected in ((1, 1), (3, 3), (64, 64), (208, 64)):
-        shared_memory(2**30, cores)
-        assert workers.default_num_workers() == expected
-
-
-@pytest.mark.parametrize(
-    "files, expected",
-    [
-        ({"cpu.max": "800000 100000\n"}, 8),
-        ({"cpu.max": "50000 100000\n"}, 1),
-        ({"cpu.max": "150000 100000\n"}, 2),
-        ({"cpu.max": "max 100000\n"}, 48),
-        ({"cpu.max": "19200000 100000\n"}, 48),
-        ({"cpu/cpu.cfs_quota_us": "800000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 48),
-        ({}, 48),
-    ],
-)
-def test_a_container_has_the_cores_of_its_quota(
-    shared_memory, monkeypatch, tmp_path, files, expected
+def test_a_container_has_the_cores_of_its_quota_and_a_worker_for_each_up_to_64(
+    shared_memory, monkeypatch, tmp_path
 ):
-    shared_memory(2**30, cores=48)
     monkeypatch.setattr(workers, "CGROUP", tmp_path)
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert workers.usable_cores() == workers.default_num_workers() == expected
+
+    def cores(of_machine, **files):
+        shared_memory(2**30, of_machine)
+        for name, text in files.items():
+            (tmp_path / name.replace("_", ".", 1)).write_text(text)
+        return workers.default_num_workers()
+
+    assert (cores(1), cores(48), cores(208)) == (1, 48, 64)
+    assert cores(48, cpu_max="150000 100000\n") == 2
+    assert cores(48, cpu_max="max 100000\n") == 48
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()  # version 1
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, expected in (("800000\n", 8), ("-1\n", 48)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+        assert cores(48) == expected

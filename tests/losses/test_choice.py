@@ -40,9 +40,3 @@ def test_what_does_not_fit_is_not_gathered():
     """Many slow devices: 8,192 transfers of 22 us would ask for it, 18 GB of arrays forbid it."""
     choice = choose("NVIDIA H100", 4096, 1, 1_048_576, width=1024)
     assert choice.impl == "streaming" and "it needs 18.25 GB, of 4.29 GB" in choice.reason
-
-
-def test_a_setting_is_the_choice():
-    mesh = mesh_of("NVIDIA H100", 64, 8)
-    choice = choose_impl(mesh, ("data", "fsdp"), 65_536, 768, "streaming")
-    assert choice == ("streaming", "as config.loss.impl has it")

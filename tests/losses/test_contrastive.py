@@ -154,30 +154,15 @@ def test_alpha_0_has_finite_gradients(impl, reference):
     assert all(np.isfinite(grad).all() for grad in grads)
 
 
-def test_one_pair_has_the_loss_log_alpha(impl):
-    pair = np.float32([[1.0, 0.0]])
-    value, grad = jax.value_and_grad(loss_over(None, impl=impl))(pair, pair, 100.0, 0.5, 0.0)
-    np.testing.assert_allclose(value, np.log(0.5), rtol=1e-6)
-    np.testing.assert_array_equal(grad, np.zeros_like(pair))
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"impl": "steaming"}, "impl: expected one of auto, streaming, gathered.*'steaming'"),
         ({"alpha": 1.5}, r"alpha: expected a number in \[0, 1\], got 1.5"),
-        ({"alpha": float("nan")}, "alpha"),
         ({"beta": -0.1}, "beta: expected a finite number >= 0, got -0.1"),
-        ({"beta": float("inf")}, "beta"),
         ({"logit_scale": np.ones(2)}, r"logit_scale: expected a scalar, got shape \(2,\)"),
         ({"text_emb": np.ones((3, 5), np.float32)}, r"\(3, 4\) and \(3, 5\)"),
-        ({"text_emb": np.ones((2, 4), np.float32)}, r"\(3, 4\) and \(2, 4\)"),
-        ({"image_emb": np.ones(4, np.float32)}, r"\[b, d\]"),
         ({"text_emb": np.ones((3, 4), np.float16)}, "same floating-point dtype"),
-        (
-            {"image_emb": np.ones((3, 4), int), "text_emb": np.ones((3, 4), int)},
-            "floating-point dtype",
-        ),
         (
             {
                 "image_emb": np.ones((1, 4), np.float32),

@@ -104,9 +104,6 @@ def test_ties_count_as_a_fair_draw(impl):
     [
         (12, {}, "12 pairs cannot be split over the 8 devices .* multiple of 8"),
         (8, {"axis_names": ("data", "tensor")}, "expected axes of the mesh"),
-        (8, {"axis_names": ()}, "expected axes of the mesh"),
-        (8, {"beta": -1.0}, "beta"),
-        (8, {"impl": "fast"}, "impl"),
     ],
 )
 def test_wrong_arguments(mesh, num_pairs, change, message):

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diht_jax.hardware.flops import count_flops
-from diht_jax.losses import contrastive_loss, contrastive_objective, sigmoid_loss
+from diht_jax.losses import contrastive_objective, sigmoid_loss
 from diht_jax.losses.dense import dense_loss
 from diht_jax.losses.sigmoid import Sigmoid
 from diht_jax.losses.softmax import Softmax
@@ -188,21 +188,3 @@ def test_work_is_at_most_four_fifths_of_the_dense_form():
     assert work["streaming"].matmul_flops == pytest.approx(4 * product)
     assert work["gathered"].matmul_flops == pytest.approx(6 * product)
     assert work["streaming"].flops <= 0.8 * work["gathered"].flops
-
-
-def test_embeddings_that_vary_over_one_axis_of_two():
-    """Copies along the other axis give the same loss on each."""
-    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "model"))
-    rows, whole = PartitionSpec("data"), PartitionSpec()
-    arrays = pairs(32)
-    mapped = jax.shard_map(
-        functools.partial(contrastive_loss, axis_name="data", beta=0.5),
-        mesh=mesh,
-        in_specs=(rows, rows, whole),
-        out_specs=whole,
-    )
-    np.testing.assert_allclose(
-        jax.jit(mapped)(*arrays, 20.0),
-        contrastive_loss(*arrays, 20.0, beta=0.5, impl="gathered"),
-        rtol=1e-5,
-    )

@@ -48,22 +48,16 @@ def cuda(major, minor=0):
     return Target("cuda", "NVIDIA something", (major, minor))
 
 
-ROCM = Target("rocm", "AMD something")
-
-
 @pytest.mark.parametrize(
     "choice, dtype, head_dim, target, expected",
     [
         ("auto", "bfloat16", 64, None, "xla"),
-        ("auto", "bfloat16", 64, ROCM, "xla"),
         ("auto", "bfloat16", 64, cuda(7, 5), "xla"),
         ("auto", "bfloat16", 64, cuda(8), "cudnn"),
         ("auto", "float16", 128, cuda(8, 9), "cudnn"),
         ("auto", "float32", 64, cuda(9), "xla"),
         ("auto", "bfloat16", 256, cuda(8), "xla"),
         ("auto", "bfloat16", 256, cuda(10), "cudnn"),
-        ("auto", "bfloat16", 60, cuda(9), "xla"),
-        ("xla", "bfloat16", 64, cuda(9), "xla"),
         ("cudnn", "bfloat16", 64, cuda(9), "cudnn"),
     ],
 )
@@ -75,13 +69,9 @@ def test_attention_implementation(choice, dtype, head_dim, target, expected):
     "choice, dtype, num_tokens, expected",
     [
         ("auto", "bfloat16", 197, "pallas"),
-        ("auto", "bfloat16", 577, "pallas"),
         ("auto", "bfloat16", 1025, "xla"),
-        ("auto", "bfloat16", None, "xla"),
-        ("auto", "float16", 197, "xla"),
         ("auto", "float32", 197, "xla"),
         ("pallas", "float32", 197, "pallas"),
-        ("pallas", "bfloat16", 197, "pallas"),
         ("xla", "bfloat16", 197, "xla"),
     ],
 )
@@ -98,7 +88,6 @@ def test_attention_implementation_on_tpus(choice, dtype, num_tokens, expected):
         ("cudnn", "float32", cuda(9), "config.model.dtype is float32"),
         ("cudnn", "bfloat16", cuda(7), "the GPU has 7.0"),
         ("pallas", "bfloat16", None, "needs a TPU, and the device is cpu"),
-        ("fast", "bfloat16", None, "expected one of auto, xla, cudnn, pallas"),
     ],
 )
 def test_attention_that_does_not_apply_is_refused(choice, dtype, target, message):
@@ -137,7 +126,7 @@ def random_arrays(num_tokens, head_dim=64, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("num_tokens", [50, 77, 197, 257, 577])
+@pytest.mark.parametrize("num_tokens", [50, 77, 577])
 def test_padded_attention_is_attention(num_tokens, causal):
     arrays = random_arrays(num_tokens)
     padded = functools.partial(attend_padded, causal=causal, implementation="xla")

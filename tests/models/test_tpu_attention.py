@@ -61,13 +61,9 @@ def formula_and_gradients(qkv, bias, cotangent, num_heads, causal):
 @pytest.mark.parametrize(
     "num_tokens, head_dim, causal, dtype, tolerance",
     [
-        (50, 64, False, "float32", 1e-5),
         (50, 80, True, "bfloat16", 2e-2),
         (77, 64, True, "float32", 1e-5),
-        (77, 80, True, "bfloat16", 2e-2),
         (197, 64, False, "bfloat16", 2e-2),
-        (197, 80, True, "float32", 1e-5),
-        (257, 64, True, "bfloat16", 2e-2),
         (257, 80, False, "float32", 1e-5),
         (577, 64, False, "float32", 1e-5),
         (577, 80, False, "bfloat16", 2e-2),
@@ -212,8 +208,6 @@ def test_outside_of_shard_map_no_kernel_is_used():
     "dtype, num_tokens, width, kind, expected",
     [
         ("bfloat16", 197, 768, "TPU v4", None),
-        ("bfloat16", 577, 1024, "TPU v5 lite", None),
-        ("bfloat16", 577, 1024, "TPU v5p", None),
         ("bfloat16", 577, 1024, "TPU v4", "MiB of VMEM, and TPU v4 has 16"),
         ("bfloat16", 641, 64, "TPU v6 lite", "at most 640 tokens, and there are 641"),
         ("float16", 77, 512, "TPU v5 lite", "config.model.dtype is float16"),

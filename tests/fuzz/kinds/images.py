@@ -1,6 +1,6 @@
 """Encoded images: damaged, animated, giant, and bombs, in every format that is decoded.
 
-The three ways in (`decode_rgb`, `check_readable` for the filter, `decode_random_crop` for training)
+The three ways in (`decode_rgb`, `check_readable` for the filter, `plan_random_crop` for training)
 must agree on what is a picture.
 """
 
@@ -77,7 +77,7 @@ def _judge(data: bytes, must: str | None = None) -> str:
     decoded = attempt(lambda: decode.decode_rgb(data), "")
     readable = attempt(lambda: decode.check_readable(data), "")
     rng = np.random.default_rng(0)
-    crop = attempt(lambda: fast_crops.decode_random_crop(data, _CROP, rng), "")
+    crop = attempt(lambda: fast_crops.plan_random_crop(data, _CROP, rng)(), "")
     refused = isinstance(decoded, Refused)
     require(refused == isinstance(readable, Refused), f"decode {decoded}, check {readable}")
     require(refused == isinstance(crop, Refused), f"decode {decoded}, crop {crop!r:.200}")
