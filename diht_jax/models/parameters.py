@@ -102,14 +102,11 @@ def merge_model(definition: ModelDefinition, params: dict[str, Any]) -> DualEnco
     return nnx.merge(definition.graphdef, nnx.restore_int_paths(params))
 
 
-def stack_blocks(
-    params: dict[str, Any], combine: Callable[..., Any] = lambda *layers: jnp.stack(layers)
-) -> dict[str, Any]:
+def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters with the blocks of each tower stacked; stacked ones stay as they are.
 
     Args:
         params: nested dict; layer `i` of a tower at `params[tower]["blocks"][str(i)]`.
-        combine: makes one leaf of those of all layers, given as arguments.
 
     Returns:
         The same with leaves [layers, ...] at `params[tower]["blocks"]`.
@@ -119,7 +116,10 @@ def stack_blocks(
         blocks = params[tower]["blocks"]
         if "0" in blocks:
             layers = [blocks[str(i)] for i in range(len(blocks))]
-            stacked[tower] = {**params[tower], "blocks": jax.tree.map(combine, *layers)}
+            stacked[tower] = {
+                **params[tower],
+                "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),
+            }
     return stacked
 
 

@@ -77,11 +77,6 @@ def encode_on_mesh(
     rows = PartitionSpec(sharding.BATCH_AXES)
     batch_size = next(iter(examples.values())).shape[0]
     count = batch_size // (micro_batch or batch_size)
-    is_trained = merge_parameters(
-        jax.tree.map(lambda _: True, trained), jax.tree.map(lambda _: False, frozen)
-    )
-    if scan_layers:
-        is_trained = stack_blocks(is_trained, lambda *layers: any(layers))
 
     def encode_rows(trained, frozen, examples):
         params = merge_parameters(trained, frozen)
@@ -89,7 +84,7 @@ def encode_on_mesh(
         params = stack_blocks(params) if scan_layers else params
         if count == 1:
             return encode(params, examples)
-        return in_micro_batches(encode, count, is_trained)(params, examples)
+        return in_micro_batches(encode, count)(params, examples)
 
     # Sums over devices are those of the transposed `shard_map`: one for each parameter, after the
     # last micro-batch, in the parameter's dtype.
@@ -102,7 +97,7 @@ def encode_on_mesh(
     )(trained, frozen, examples)
 
 
-def in_micro_batches(encode: Encode, count: int, is_trained: Tree) -> Encode:
+def in_micro_batches(encode: Encode, count: int) -> Encode:
     """`encode` with memory for one of `count` micro-batches at a time, and the same gradient.
 
     The forward pass keeps only its results. The backward pass gets their cotangents, which a loss
@@ -113,46 +108,23 @@ def in_micro_batches(encode: Encode, count: int, is_trained: Tree) -> Encode:
     Args:
         encode: from parameters and `b / count` examples.
         count: of micro-batches; divides b.
-        is_trained: like the parameters, false where no gradient is wanted.
     """
 
-    def embed(params: Tree, examples: Tree) -> Tree:
-        parts = jax.lax.map(lambda part: encode(params, part), _split_rows(examples, count))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
-
-    @jax.custom_vjp
-    def embed_leaves(trained: list[jax.Array], frozen: list[jax.Array], examples: Tree) -> Tree:
-        return embed(merge(trained, frozen), examples)
-
-    def forward(trained, frozen, examples):
-        return embed_leaves(trained, frozen, examples), (trained, frozen, examples)
-
-    def backward(kept, cotangents):
-        trained, frozen, examples = kept
-
-        def add(sums, part):
-            part_examples, part_cotangents = part
-            _, pull_back = jax.vjp(lambda t: encode(merge(t, frozen), part_examples), trained)
-            (grads,) = pull_back(part_cotangents)
-            return [s + g.astype(s.dtype) for s, g in zip(sums, grads, strict=True)], None
-
-        # At least float32, for parameters of any dtype: this is a long sum.
-        zeros = [jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)) for p in trained]
-        parts = (_split_rows(examples, count), _split_rows(cotangents, count))
-        sums, _ = jax.lax.scan(add, zeros, parts)
-        return [s.astype(p.dtype) for s, p in zip(sums, trained, strict=True)], None, None
-
-    embed_leaves.defvjp(forward, backward)
-    flags, structure = jax.tree.flatten(is_trained)
-
-    def merge(trained: list[jax.Array], frozen: list[jax.Array]) -> Tree:
-        trained, frozen = iter(trained), iter(frozen)
-        return structure.unflatten([next(trained if flag else frozen) for flag in flags])
-
     def encode_all(params: Tree, examples: Tree) -> Tree:
-        leaves = list(zip(structure.flatten_up_to(params), flags, strict=True))
-        trained = [leaf for leaf, flag in leaves if flag]
-        return embed_leaves(trained, [leaf for leaf, flag in leaves if not flag], examples)
+        dtypes = jax.tree.map(lambda p: p.dtype, params)
+        # Gradients are summed in at least float32: this is a long sum.
+        wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def encode_part(wide: Tree, part: Tree) -> Tree:
+            return encode(jax.tree.map(lambda p, dtype: p.astype(dtype), wide, dtypes), part)
+
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), examples)
+        # From the last to the first, so that the backward pass goes from the first to the last.
+        _, encoded = jax.lax.scan(
+            lambda _, part: (None, encode_part(wide, part)), None, parts, reverse=True
+        )
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), encoded)
 
     return encode_all
 
@@ -224,7 +196,3 @@ _gather_axis.defvjp(_gather_axis_forward, _gather_axis_backward)
 
 def _partition_specs(params: dict[str, Any], mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: leaf.spec, sharding.tree_shardings(params, mesh))
-
-
-def _split_rows(tree: Tree, count: int) -> Tree:
-    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree)

@@ -94,6 +94,14 @@ def test_vocabularies_without_room_or_with_other_meanings_are_refused(
         train(concept_config, tmp_path / "fresh")
 
 
+def test_labels_beyond_the_vocabulary_are_refused_though_the_head_has_room(
+    concept_config, write_labelled, tmp_path
+):
+    concept_config.data.train = str(write_labelled(tmp_path / "two", names=("dark", "medium")))
+    with pytest.raises(ValueError, match=r"record 'square_\d+': object_ids .* vocabulary of 2;"):
+        train(concept_config, tmp_path / "run", devices=jax.devices()[:1])
+
+
 def test_heads_cost_at_most_1_percent_of_the_step():
     def step_flops(weight):
         config = load_recipe("configs/diht_vitb16.py")

@@ -116,30 +116,22 @@ def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_col
     Raises:
         ValueError: `config.data.order`, or that of a source, has no such value.
     """
-    stored = read_config(workdir).data if (workdir / CONFIG_FILE).exists() else None
+    stored = _values(read_config(workdir)) if (workdir / CONFIG_FILE).exists() else {}
+
+    def order_of(key: str, order: str, path: str | Sequence[str] | None) -> str:
+        resolved, before = resolve_order(order, path, key), stored.get(key)
+        return before if order == "auto" and before in ORDERS else resolved
+
     bound = config.copy_and_resolve_references()
     data = bound.data
     if isinstance(data.train, str | list | tuple | None):
-        data.order = _run_order("data.order", data.order, data.train, stored)
+        data.order = order_of("data.order", data.order, data.train)
         return bound
     for name, source in data.train.items():
         order = source.get("order") or data.order
         with bound.unlocked():
-            source.order = _run_order(f"data.train.{name}.order", order, source.path, stored)
+            source.order = order_of(f"data.train.{name}.order", order, source.path)
     return bound
-
-
-def _run_order(
-    key: str, order: str, path: str | Sequence[str] | None, stored: ml_collections.ConfigDict | None
-) -> str:
-    """The order that a key stands for; where it is "auto", that of the stored run."""
-    resolved = resolve_order(order, path, key)
-    if order != "auto" or stored is None:
-        return resolved
-    section: Any = ml_collections.ConfigDict({"data": stored})
-    for part in key.split("."):
-        section = section.get(part) if isinstance(section, ml_collections.ConfigDict) else None
-    return section if section in ORDERS else resolved
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
