@@ -4,7 +4,6 @@ import pytest
 
 from diht_jax.config import default_config, validate_config
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
-from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import SOURCE_OPTIONS, parse_config_tasks, parse_tasks
 
 # Option -> (its text, the same as a value of a config), but for class names, which need a file.
@@ -76,7 +75,6 @@ def test_built_in_tasks_and_folders_need_no_kind(tmp_path):
     # A kind makes it another task than the built-in one.
     (task,) = parse_config_tasks({"cifar10": {"kind": "retrieval", "source": "/d/a.tar"}})
     assert (task.kind, task.class_names) == ("retrieval", None)
-    assert set(SUITE) >= {"cifar10", "winoground", "dtd"}
 
 
 _OWN = {"source": "/d"}

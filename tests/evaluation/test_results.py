@@ -18,14 +18,16 @@ from diht_jax.evaluation.results import (
 )
 
 
-def _results(model, top1, r1, *, images=1000, extra=()):
-    def result(task, metrics):
-        counts = {"images": images, "dropped": {"image_unreadable": 2, "no_caption": 1}}
-        return {"task": task, "metrics": metrics, "counts": counts, "protocol": {"ties": "x"}}
+def _entry(task, metrics, images=100, dropped=(), **more):
+    counts = {"images": images, "dropped": dict(dropped)}
+    return {"task": task, "metrics": metrics, "counts": counts, "protocol": {"ties": "x"}, **more}
 
+
+def _results(model, top1, r1, *, images=1000, extra=()):
+    dropped = {"image_unreadable": 2, "no_caption": 1}
     shared = [
-        result("shapes", {"top1": top1}),
-        result("emoji", {"t2i_r1": r1, "t2i_median_rank": 1203.5}),
+        _entry("shapes", {"top1": top1}, images, dropped),
+        _entry("emoji", {"t2i_r1": r1, "t2i_median_rank": 1203.5}, images, dropped),
     ]
     return {"model": model, "step": 1500, "results": [*shared, *extra]}
 
@@ -43,12 +45,7 @@ def test_table_of_one_result():
 
 
 def test_comparison_is_second_minus_first_in_points(tmp_path):
-    only_second = {
-        "task": "new",
-        "metrics": {"top1": 0.3},
-        "counts": {"images": 5, "dropped": {}},
-        "protocol": {},
-    }
+    only_second = _entry("new", {"top1": 0.3})
     first = _results("a", 0.5, 0.25)
     second = _results("b", 0.625, 0.2, images=900, extra=[only_second])
     for name, results in (("a.json", first), ("b.json", second)):
@@ -74,12 +71,10 @@ def test_comparison_is_second_minus_first_in_points(tmp_path):
 
 
 def _suite_result(task, metric, value, samples=None, items="x"):
-    counts = {"images": 100, "dropped": {}}
-    result = {"task": task, "metrics": {metric: value}, "counts": counts, "protocol": {}}
-    if samples is not None:
-        described = describe_samples({metric: np.array(samples)}, items, 100)
-        result["resamples"] = described
-    return result
+    if samples is None:
+        return _entry(task, {metric: value})
+    resamples = describe_samples({metric: np.array(samples)}, items, 100)
+    return _entry(task, {metric: value}, resamples=resamples)
 
 
 def test_paired_intervals_and_means_over_the_suite():
@@ -118,9 +113,9 @@ def test_paired_intervals_and_means_over_the_suite():
     ]
     assert rows[-4:] == [
         ["suite", "mean of 17 classification", "40.00%", "15 missing"],
-        *(["suite", "mean of 10 retrieval", "20.00%", "9 missing"],),
-        *(["suite", "mean of 2 VQA", "40.00%", "1 missing"],),
-        *(["suite", "mean of all 29", "35.00%", "25 missing"],),
+        ["suite", "mean of 10 retrieval", "20.00%", "9 missing"],
+        ["suite", "mean of 2 VQA", "40.00%", "1 missing"],
+        ["suite", "mean of all 29", "35.00%", "25 missing"],
     ]
 
 
@@ -150,17 +145,7 @@ def test_intervals_and_chart(tmp_path):
 
 def test_released_weights_stand_beside_the_published_numbers():
     metrics = {"t2i_r1": 0.402, "i2t_r1": 0.6, "t2i_median_rank": 2.0}
-    measured = {
-        "model": "diht_vitb32_224px",
-        "results": [
-            {
-                "task": "coco_retrieval",
-                "metrics": metrics,
-                "counts": {"images": 5000, "dropped": {}},
-                "protocol": {"ties": "x"},
-            }
-        ],
-    }
+    measured = {"model": "diht_vitb32_224px", "results": [_entry("coco_retrieval", metrics)]}
     lines = format_comparison(published_results("diht_vitb32_224px"), measured).splitlines()
     rows = [line.split() for line in lines]
     assert ["imagenet", "top-1", "68.00%", "-", "-"] in rows
@@ -170,14 +155,12 @@ def test_released_weights_stand_beside_the_published_numbers():
 
 
 def test_units_decide_how_numbers_are_shown(tmp_path):
-    def result(model, units, **metrics):
-        counts = {"images": 5, "dropped": {}}
-        entry = {"task": "x", "metrics": metrics, "counts": counts, "protocol": {}, **units}
-        return {"model": model, "results": [entry]}
+    def result(model, **metrics):
+        return {"model": model, "results": [_entry("x", metrics, units=units)]}
 
-    units = {"units": {"top1": "share", "depth": "share", "auroc": "score", "my_rank": "rank"}}
-    first = result("a", units, top1=0.25, depth=0.25, auroc=0.5, my_rank=3.0)
-    second = result("b", units, top1=0.5, depth=0.5, auroc=0.75)
+    units = {"top1": "share", "depth": "share", "auroc": "score", "my_rank": "rank"}
+    first = result("a", top1=0.25, depth=0.25, auroc=0.5, my_rank=3.0)
+    second = result("b", top1=0.5, depth=0.5, auroc=0.75)
     write_results(tmp_path / "a.json", first)
     assert read_results(tmp_path / "a.json") == first
     both = [line.split()[-4:] for line in format_comparison(first, second).splitlines()[4:]]
@@ -189,6 +172,6 @@ def test_units_decide_how_numbers_are_shown(tmp_path):
     ]
     assert describe_metrics(second["results"][0]) == "x: top-1 50.00%, depth 50.00%, AUROC 0.7500"
     # The chart is in percent: a score has no bar.
+    units = {"depth": "score"}
     with pytest.raises(ValueError, match="no task in common"):
-        scores = [result(m, {"units": {"depth": "score"}}, depth=0.5) for m in "ab"]
-        draw_comparison(scores, tmp_path / "none.png")
+        draw_comparison([result(m, depth=0.5) for m in "ab"], tmp_path / "none.png")
