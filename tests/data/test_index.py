@@ -1,10 +1,8 @@
 """The command that indexes other people's shards: again, after a stop or a change, in a store."""
 
-import io
 import os
 import pathlib
 import shutil
-import tarfile
 
 import fsspec
 import numpy as np
@@ -15,6 +13,7 @@ from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.formats.tar_records import TarRecordSource
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from tests import make
 from tests.records.stores import MeteredStore
 
 RECORDS = [np.random.default_rng(i).bytes(i % 50) for i in range(300)]
@@ -119,12 +118,10 @@ def test_shards_in_a_store(folder, tmp_path):
 
 def test_tars_of_samples(tmp_path):
     for tar in range(2):
-        with tarfile.open(tmp_path / f"{tar:05d}.tar", "w") as file:
-            for number in range(100):
-                for suffix, data in (("jpg", b"picture"), ("txt", b"caption")):
-                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    member.size = len(data)
-                    file.addfile(member, io.BytesIO(data))
+        members = {}
+        for number in range(100):
+            members |= make.pair_members(f"{number:04d}", "caption", b"picture", "jpg")
+        make.write_tar(tmp_path / f"{tar:05d}.tar", members)
     assert update_index(tmp_path).num_records == 200
     source = TarRecordSource(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["00000.tar", "00001.tar", "dataset.index"]

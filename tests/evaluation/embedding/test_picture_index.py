@@ -1,6 +1,5 @@
 """Indexes of real pictures: exact answers, updates by what is new, and the web page."""
 
-import functools
 import io
 import itertools
 import json
@@ -24,6 +23,7 @@ from diht_jax.evaluation.embedding.picture_index import (
 )
 from diht_jax.evaluation.embedding.search_server import make_server
 from tests import make
+from tests.evaluation.embedding.processes import Processes
 
 pytest.importorskip("usearch")
 QUERIES = ["a dog", "red car", "the sea"]
@@ -130,31 +130,9 @@ def test_an_interrupted_update_goes_on(tiny_model, folder, tmp_path):
     check_answers(tiny_model, folder, tmp_path / "index")
 
 
-class Processes:
-    """Threads that stand for the processes of a job: where one fails, all raise."""
-
-    def __init__(self, count):
-        self._barrier = threading.Barrier(count, timeout=60)
-        self._errors = [None] * count
-
-    def together(self, number, work):
-        result, self._errors[number] = None, None
-        try:
-            result = work()
-        except ValueError as error:
-            self._errors[number] = error
-        self._barrier.wait()
-        failed = [error for error in self._errors if error]
-        self._barrier.wait()
-        if failed:
-            raise failed[0]
-        return result
-
-
 def update_together(model, source, index, count):
     """By the processes of a job; returns what each did or its error, and how many it decoded."""
     processes, one_at_a_time = Processes(count), threading.Lock()
-    results = [None] * count
 
     class Own(Counting):
         def encode_image(self, images):
@@ -163,19 +141,11 @@ def update_together(model, source, index, count):
 
     models = [Own(model) for _ in range(count)]
 
-    def work(number):
-        process = IndexProcess(number, count, functools.partial(processes.together, number))
-        try:
-            results[number] = update(models[number], source, index, process=process)
-        except BaseException as error:
-            results[number] = error
+    def work():
+        process = IndexProcess(processes.own.index, count, processes.together)
+        return update(models[process.index], source, index, process=process)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results, [each.decoded for each in models]
+    return processes.run(work), [each.decoded for each in models]
 
 
 def test_processes_share_an_update(tiny_model, folder, tmp_path):

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import threading
 
 import numpy as np
 import pytest
@@ -12,42 +11,8 @@ from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encod
 from diht_jax.evaluation.embedding.entries import Entries, ProcessRows
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
+from tests.evaluation.embedding.processes import Processes
 from tests.make import encoded, plain
-
-
-class _Processes:
-    """Threads that stand for processes: each gets what all have given, once all have."""
-
-    def __init__(self, count):
-        self.count = count
-        self.own = threading.local()
-        self._given = [None] * count
-        self._barrier = threading.Barrier(count, timeout=60)
-
-    def gather(self, array):
-        self._given[self.own.index] = np.array(array)
-        self._barrier.wait()
-        found = np.stack(self._given)
-        self._barrier.wait()
-        return found
-
-    def run(self, work):
-        """The result of `work` in each process, or its error."""
-        results = [None] * self.count
-
-        def start(index):
-            self.own.index = index
-            try:
-                results[index] = work()
-            except Exception as error:
-                results[index] = error
-
-        threads = [threading.Thread(target=start, args=(i,)) for i in range(self.count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
 
 
 class _Model:
@@ -123,7 +88,7 @@ def _together(monkeypatch, count, make_source, describe=_describe, **options):
 
 def _simulate(monkeypatch, count):
     """Processes that share what is embedded."""
-    processes = _Processes(count)
+    processes = Processes(count)
     monkeypatch.setattr(
         encoding.ProcessRows,
         "of",

@@ -1,0 +1,64 @@
+"""Threads that stand for the processes of a job."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class Processes:
+    """Some processes that meet: each gets what all have given, once all have.
+
+    Attributes:
+        own: its `index` is that of the calling process.
+    """
+
+    def __init__(self, count: int):
+        self.count, self.own = count, threading.local()
+        self._given: list[Any] = [None] * count
+        self._barrier = threading.Barrier(count, timeout=60)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """The values of all."""
+        self._given[self.own.index] = value
+        self._barrier.wait()
+        found = list(self._given)
+        self._barrier.wait()
+        return found
+
+    def gather(self, array: np.ndarray) -> np.ndarray:
+        """The arrays of all, stacked."""
+        return np.stack(self.exchange(np.array(array)))
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """The result of `work` in this process; where it fails in one, all raise."""
+        result, error = None, None
+        try:
+            result = work()
+        except ValueError as problem:
+            error = problem
+        failed = [problem for problem in self.exchange(error) if problem]
+        if failed:
+            raise failed[0]
+        return result
+
+    def run(self, work: Callable[[], Any]) -> list[Any]:
+        """The result of `work` in each process, or its error."""
+        results: list[Any] = [None] * self.count
+
+        def start(index: int) -> None:
+            self.own.index = index
+            try:
+                results[index] = work()
+            except Exception as error:
+                results[index] = error
+
+        threads = [threading.Thread(target=start, args=(i,)) for i in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
