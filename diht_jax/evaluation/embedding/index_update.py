@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from diht_jax.evaluation.embedding.encoding import Batching, EncodedImages, encode_images
 from diht_jax.evaluation.embedding.files import check_settings
 from diht_jax.evaluation.embedding.inputs import (
@@ -159,7 +161,8 @@ def _remove_stale(folder: pathlib.Path, shards: Sequence[SourceShard]) -> int:
             if known == manifest["states"]:
                 continue
             names = {key for key, _ in known}
-            rows = part.rows.filter([key in names for key in part.rows["key"].to_pylist()])
+            is_known = [key in names for key in part.rows["key"].to_pylist()]
+            rows = part.rows.filter(np.array(is_known, bool))
             count += len(part) - len(rows)
             if known:
                 write_part(folder, number, rows, manifest | {"states": known})
