@@ -307,8 +307,6 @@ def test_the_first_numbers_of_the_embeddings_are_a_model_of_their_own(source, tm
     "changed, message",
     [
         ({"format": "onnx"}, "format 'onnx': expected one of clip, open_clip"),
-        ({"dtype": "int8"}, "dtype 'int8': expected one of float32"),
-        ({"step": 3}, "only work directories of diht_jax.train have steps"),
         ({"ema": True}, "only work directories of diht_jax.train have steps"),
         ({"results": ["nothing.json"]}, "nothing.json: expected a results file"),
         ({"output": "."}, "is not an empty directory"),

@@ -123,12 +123,6 @@ def test_tpu_groups_fill_blocks_of_a_slice(family, shape, num_slices, fsdp):
     check_groups(devices, fsdp, fill_a_block)
 
 
-def test_part_of_a_slice_keeps_its_order():
-    chips = tpu_slice("v5e", (4, 4))[:6]
-    groups = sharding.arrange_devices(chips, 3, 2)
-    assert [chip.id for chip in groups.flat] == list(range(6))
-
-
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
 @pytest.mark.parametrize("options", [{}, {"processes_per_host": 8}, {"described": True}])
 @pytest.mark.parametrize("num_hosts", [1, 4, 64])
@@ -139,13 +133,6 @@ def test_gpu_groups_stay_inside_a_host(num_hosts, options, fsdp):
     groups = sharding.arrange_devices(shuffled, len(devices) // fsdp, fsdp)
     assert {len({device.id // 8 for device in group}) for group in groups} == {1}
     check_groups(devices, fsdp, lambda group: len({device.id // 8 for device in group}) == 1)
-
-
-def test_a_group_over_several_hosts_is_warned_of(caplog):
-    with caplog.at_level("WARNING", logger="absl"):
-        groups = sharding.arrange_devices(gpu_hosts(4, 8), 2, 16)
-    assert [device.id for device in groups.flat] == list(range(32))
-    assert "config.mesh.fsdp=16 does not divide the 8 devices" in caplog.text
 
 
 def local_share(tree, mesh):

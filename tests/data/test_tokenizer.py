@@ -112,9 +112,7 @@ def test_decode_equals_open_clip(shared_data, open_clip_tokenizer):
     "arguments, message",
     [
         ((["ok", b"bytes"],), r"texts\[1\]: expected a str, got bytes"),
-        (([None],), r"texts\[0\]: expected a str, got NoneType"),
         (("a", 1), "context_length: expected at least 2"),
-        (("a", 7.5), "context_length: expected an integer, got 7.5"),
     ],
 )
 def test_wrong_arguments_of_tokenize(arguments, message):
@@ -126,9 +124,7 @@ def test_wrong_arguments_of_tokenize(arguments, message):
     "ids, message",
     [
         ([[320, 321]], r"expected one row of integers \[t\], got shape \(1, 2\)"),
-        ([0.5], "integers"),
         ([49408], "expected 0 <= id < 49408, got 49408"),
-        ([-1], "got -1"),
     ],
 )
 def test_wrong_arguments_of_decode(ids, message):
@@ -164,21 +160,6 @@ def test_what_stands_far_behind_the_last_id_changes_nothing(words, monkeypatch):
     expected = tokenizer.tokenize(text)
     monkeypatch.setattr(tokenizer, "_CHARACTERS_PER_ID", 64)  # a 16th of the real bound
     np.testing.assert_array_equal(tokenizer.tokenize(text), expected)
-
-
-@pytest.mark.parametrize("words", ["the quick brown fox ", "a", "é", "&amp;"])
-def test_a_giant_text_is_cut_before_it_is_cleaned(words, monkeypatch):
-    lengths = []
-    clean = tokenizer.clean_text
-
-    def count_and_clean(text):
-        lengths.append(len(text))
-        return clean(text)
-
-    monkeypatch.setattr(tokenizer, "clean_text", count_and_clean)
-    ids = tokenizer.tokenize(" " * 10**6 + words * (10**7 // len(words)))
-    np.testing.assert_array_equal(ids, tokenizer.tokenize(words * 2000))
-    assert lengths[0] == 1024 * tokenizer.CONTEXT_LENGTH
 
 
 def test_texts_that_need_no_repair_are_cleaned_as_all_others():

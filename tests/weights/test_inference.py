@@ -93,9 +93,7 @@ def test_pictures_in_every_form_give_the_same(model, images, tmp_path):
     "call, message",
     [
         (lambda m: m.encode_image(np.zeros((2, 32, 32, 3))), "got float64"),
-        (lambda m: m.encode_image(np.zeros((2, 16, 16, 4), np.uint8)), r"\[2, 16, 16, 4\]"),
         (lambda m: m.encode_image(np.zeros((16, 16), np.uint8)), r"got uint8 \[16, 16\]"),
-        (lambda m: m.encode_image(np.zeros((0, 16, 3), np.uint8)), r"got uint8 \[0, 16, 3\]"),
         (
             lambda m: m.encode_image([np.zeros((1, 8, 8, 3), np.uint8)]),
             r"images\[0\]: expected one",
@@ -104,17 +102,11 @@ def test_pictures_in_every_form_give_the_same(model, images, tmp_path):
             lambda m: m.encode_image("no.png"),
             r"images\[0\]: 'no.png' cannot be read .*No such file",
         ),
-        (
-            lambda m: m.encode_image([__file__]),
-            r"test_inference.py' cannot be read .*no picture in",
-        ),
         (lambda m: m.encode_image([None]), r"images\[0\]: expected PIL images, paths .*NoneType"),
         (lambda m: m.encode_image(b"png"), "images: expected PIL images, paths .*got bytes"),
         (lambda m: m.encode_text(b"red"), "texts: expected a string, strings .*got bytes"),
-        (lambda m: m.encode_text(None), "texts: expected a string, strings .*got NoneType"),
         (lambda m: m.encode_text(["a", 3]), r"texts\[1\]: expected a str, got int"),
         (lambda m: m.encode_text(np.zeros((2, 77), np.int32)), r"\[b, 32\], got int32 \[2, 77\]"),
-        (lambda m: m.encode_text(np.zeros((2, 32), np.int64)), "got int64"),
     ],
 )
 def test_wrong_inputs_are_refused(model, call, message):
