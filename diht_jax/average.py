@@ -121,8 +121,7 @@ def average_models(
         ema: take the moving average of the parameters of those models that are work directories.
         architecture: of `load_model`, for those that are not.
         format, dtype, license: of `diht_jax.export`.
-        batch_size: of `evaluate_task`.
-        **evaluation: `num_threads` and `limit` of `evaluate_task`.
+        batch_size, **evaluation: of `evaluate_task`; also `num_threads` and `limit`.
 
     Returns:
         What `average.json` holds.

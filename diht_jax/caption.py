@@ -130,8 +130,7 @@ def caption_shards(
     Args:
         model: a `LoadedModel` with a caption decoder.
         shards: paths or URLs; their names are those of the new shards.
-        output: folder.
-        options: how captions are written.
+        output, options: where and how captions are written.
         task_index, num_tasks: every `num_tasks`-th shard from this number on is written.
         num_threads: that decode pictures.
 

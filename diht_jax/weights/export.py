@@ -48,17 +48,14 @@ def write_model(
     """Writes a model directory.
 
     Args:
-        output: of the files; is made, and must be empty.
+        output: is made, and must be empty.
         format: one of `FORMATS`: "clip" (`model.pt`, a plain torch state dict as OpenAI's, DiHT's
             and open_clip's code loads it), "safetensors" (the same names in
             `model.safetensors`), "open_clip" or "huggingface" (what their loaders expect).
-        arch: sizes.
-        params: nested dict of arrays of `models.parameters`, layer by layer.
-        preprocessing: mean and deviation of the pictures.
+        arch, params, preprocessing: the model, layer by layer.
         heads: concept heads to keep, by their names in the file; empty leaves them out.
         card: text of the model card.
-        dtype: of the stored parameters, a key of `DTYPES`. The logit scale stays float32 in memory
-            of every reader, and is stored like the rest.
+        dtype: of the stored parameters, a key of `DTYPES`.
 
     Raises:
         ValueError: unknown format or dtype, heads that the format cannot hold, files in the way.

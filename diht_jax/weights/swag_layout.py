@@ -95,12 +95,10 @@ def from_torchvision(
 
     Args:
         tensors: name -> array; the classifier may be among them and is left out.
-        path: of the file, for messages.
-        heads: see `infer_architecture`.
+        path, heads: see `infer_architecture`.
 
     Returns:
-        The architecture, and the parameters: a nested dict of float32 NumPy arrays in the form of
-        `swag_definition`.
+        The architecture, and the parameters as `swag_definition` has them, in float32.
 
     Raises:
         ValueError: parameters are missing, unknown or of another shape; lists them.

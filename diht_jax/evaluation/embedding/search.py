@@ -137,15 +137,7 @@ def draw_matches(
     title: str,
     note: str,
 ) -> None:
-    """Writes a page with the matches of every query, the best first.
-
-    Args:
-        matches_of: query -> its matches, the best first.
-        pictures: by place, all that are matches.
-        path: of the HTML file.
-        title: heading of the page.
-        note: text below it.
-    """
+    """Writes a page (HTML) with the matches of every query, the best first."""
     uris = {place: thumbnail(picture) for place, picture in pictures.items()}
     queries = [
         (

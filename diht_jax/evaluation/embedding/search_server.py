@@ -44,9 +44,9 @@ def make_server(
     Args:
         index: what is searched.
         encode_text: texts -> float [n, d]; called by one thread at a time.
-        host: address to listen at. The default is reached from this machine alone.
-        port: 0 for any that is free; see `server_port`.
-        num_matches: pictures for a query.
+        host, port: to listen at. The default is reached from this machine alone; port 0 is any that
+            is free, see `server_port`.
+        num_matches: pictures for a query that asks for no number.
         clock: seconds, from any start.
 
     Raises:
