@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -54,44 +54,36 @@ class Encoder:
         Returns:
             float32 [d] of unit length for each, or the reason why it cannot be decoded.
         """
-        if not images:
-            return []
-        found: list[np.ndarray | str] = []
-        numbers: list[int] = []  # of those that the model gets
+        found: list[np.ndarray | str] = [""] * len(images)
+        readable: list[int] = []  # numbers of those that the model gets
 
         def decode() -> Iterator[tuple[np.ndarray, int]]:
-            for chunk in _chunks(images, self._batch_size):
-                pixels = self._no_pixels()
-                before = len(numbers)
-                for image in chunk:
+            for start in range(0, len(images), self._batch_size):
+                shape = (self._batch_size, self.image_size, self.image_size, 3)
+                pixels, count = np.zeros(shape, np.uint8), 0
+                for number in range(start, min(start + self._batch_size, len(images))):
                     try:
-                        picture = eval_transform(decode_rgb(image), self.image_size)
+                        picture = eval_transform(decode_rgb(images[number]), self.image_size)
                     except ImageError as error:
-                        found.append(error.reason)
+                        found[number] = error.reason
                         continue
-                    pixels[len(numbers) - before] = picture
-                    numbers.append(len(found))
-                    found.append("")
-                if len(numbers) > before:
-                    yield pixels, len(numbers) - before
+                    pixels[count] = picture
+                    readable.append(number)
+                    count += 1
+                if count:
+                    yield pixels, count
 
-        embedded = 0
-        for rows in self._model.map("encode_images", decode()):
-            for row in rows:
-                found[numbers[embedded]] = row
-                embedded += 1
+        rows = itertools.chain.from_iterable(self._model.map("encode_images", decode()))
+        for number, row in enumerate(rows):
+            found[readable[number]] = row
         return found
 
     def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """float32 [d] of unit length for each text."""
-        if not texts:
-            return []
-        chunks = _chunks(texts, self._batch_size)
-        filled = ((chunk + [""] * (self._batch_size - len(chunk)), len(chunk)) for chunk in chunks)
+        size = self._batch_size
+        chunks = (list(texts[start : start + size]) for start in range(0, len(texts), size))
+        filled = ((chunk + [""] * (size - len(chunk)), len(chunk)) for chunk in chunks)
         return list(itertools.chain.from_iterable(self._model.map("encode_texts", filled)))
-
-    def _no_pixels(self) -> np.ndarray:
-        return np.zeros((self._batch_size, self.image_size, self.image_size, 3), np.uint8)
 
 
 class _Loaded:
@@ -117,11 +109,6 @@ class _Loaded:
 @functools.lru_cache(maxsize=4)  # several steps may have a model of their own
 def _load(model: str, batch_size: int) -> _Loaded:
     return _Loaded(model, batch_size)
-
-
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    return iter(lambda: list(itertools.islice(items, size)), [])
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,7 +4,6 @@ import collections
 import importlib.metadata
 import json
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -13,18 +12,13 @@ import pyarrow
 import pytest
 from PIL import Image
 
-from data_prep.captions.graph import CaptionGraph, Edge, ObjectNode
 from data_prep.decisions import report as report_module
 from data_prep.decisions.log import Sample, SampleLog, choose_samples, rank
 from data_prep.decisions.report import BINS, COLUMNS, Counts, merge_reports, read_report
 from data_prep.decisions.table import COLUMNS as ALL_COLUMNS
 from data_prep.decisions.table import make_schema
 from data_prep.filter import run_filter
-from data_prep.reports.page import render_report
-from data_prep.text_spotting.spotter import Spot
 from diht_jax.config import load_recipe
-from tests.data_prep.decisions.parts import gather_parts, write_part
-from tests.make import encoded, plain
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _ROWS = [
@@ -114,34 +108,6 @@ def test_parts_make_the_whole(work):
     assert merge_reports([work / "both", work / "whole"])["counts"]["read"] == 18
     with pytest.raises(ValueError, match="report.json: no report of"):
         read_report(work / "in")
-
-
-def test_spotted_boxes_are_drawn(tmp_path):
-    log = SampleLog(4, 4, 0, 10**6)
-    spots = (
-        Spot((10.0, 110.0, 20.0, 50.0), "hello there", 0.9),
-        Spot((0.0, 0.0, 40.0, 10.0, 40.0, 30.0, 0.0, 20.0), None, None),
-    )
-    graph = CaptionGraph({"dog": ObjectNode((), 1)}, [Edge("dog", "run", None)])
-    shown = Sample(
-        "k", "hello there", encoded(plain("white", (400, 200))), graph, spots, "hello there"
-    )
-    log.add("text/shows_caption", shown)
-    log.add("image/unreadable", Sample("u", "a dog", b"no image"))
-    rows = [
-        {"outcome": "text", "reason": "shows_caption", "looked": "read"},
-        {"outcome": "image", "reason": "unreadable", "looked": None},
-        {"outcome": "kept", "looked": "missed"},
-        {"outcome": "kept", "looked": "gated"},
-    ]
-    report = gather_parts(write_part(tmp_path / "p", rows, log=log))
-    assert [s["error"] for s in report["samples"]] == ["unreadable", None]
-    assert report["counts"]["text_spotting"] == {"read": 1, "gated": 2, "audited": 1, "missed": 1}
-    page = render_report(report)
-    for points in ("10,20 110,20 110,50 10,50", "0,0 40,10 40,30 0,20"):
-        assert f'points="{points}"' in page
-    text = " ".join(re.sub("<[^>]*>", " ", page).split())
-    assert "hello there 0.90" in text and "picture: unreadable" in text and "run(dog)" in text
 
 
 def test_the_lowest_ranks_are_chosen(tmp_path):

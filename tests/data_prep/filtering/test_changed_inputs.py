@@ -19,7 +19,6 @@ from diht_jax.storage import files
 from tests.data_prep.filtering.jobs import (
     job_config,
     part_names,
-    read_counts,
     read_records,
     snapshot,
     when_done,
@@ -48,25 +47,6 @@ def _add(folder: pathlib.Path, name: str, like: str) -> None:
             data = old.extractfile(member)
             member.name = f"{name.removesuffix('.tar')}-{member.name}"
             new.addfile(member, data)
-
-
-def test_a_tar_that_is_cut_off_and_deleted_later(tmp_path, filtered):
-    """The output is made of 19 of 20 parts, with the tar as with its damage."""
-    source = write_tars(tmp_path / "in", 20, pairs_per_tar=2)
-    broken = tmp_path / "in" / "00007.tar"
-    broken.write_bytes(broken.read_bytes()[:3000])
-    config = job_config(source, tmp_path / "out")
-    failures = run_filter(config)  # one percent of 20 are none, and one may fail nevertheless
-    assert list(failures) == [str(broken)] and failures.exit_status == 3
-    assert read_counts(tmp_path / "out")["kept"] == 38
-    broken.unlink()
-    filtered.clear()
-    assert run_filter(config) == {}
-    assert filtered == []
-    assert read_counts(tmp_path / "out")["kept"] == 38
-    assert "00007.tar" not in part_names(tmp_path / "out")
-    assert "failed" not in json.loads((tmp_path / "out" / "stats.json").read_text())
-    assert not list((tmp_path / "out" / "parts").glob("*.failed.json"))
 
 
 # What becomes of the parts' records: they are kept, found in the output shards, or the output.

@@ -8,10 +8,8 @@ import tarfile
 from data_prep.filter import run_filter
 from data_prep.jobs import crash_search
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch
-from data_prep.jobs.shards import ShardTask
 from data_prep.steps import registry
 from data_prep.steps.base import Step
-from diht_jax.readers.registry import SourceShard
 from tests.data_prep.filtering.jobs import job_config, read_counts, read_records, write_tars
 
 
@@ -109,15 +107,3 @@ def test_a_pair_is_blamed_only_where_two_deaths_agree():
             assert search.crashed == ()
             search, deaths = search.after(record), deaths + 1
         assert deaths == 3
-
-
-def test_who_was_killed_from_outside_is_not_blamed(tmp_path):
-    task = ShardTask(SourceShard("webdataset", "a.tar"), str(tmp_path / "part"), "hash")
-    task = crash_search.after_death(task, False)
-    assert task.search == CrashSearch()
-    work = crash_search.WorkRecord(task.output, CrashSearch(suspects=(0, 4)))
-    work.write(PAIR, 2, 3)
-    assert crash_search.after_death(task, False).search == CrashSearch()
-    assert list(tmp_path.iterdir()) == []  # the record of that run is gone
-    work.write(BATCH, 0, 4)
-    assert crash_search.after_death(task, True).search == CrashSearch(suspects=(0, 4))

@@ -55,13 +55,3 @@ def test_pairs(tmp_path):
     for name in ("/.report.html", "/.stats.json", "/.dataset_info.json", "/.features.json"):
         assert _count(tried, "open", name) == _count(tried, "os.rename", name) == 1, name
     assert _count(tried, "os.remove", "/parts/pairs-train-")
-
-
-def test_metadata(tmp_path):
-    (tmp_path / "in").mkdir()
-    rows = [{"caption": "a dog runs", "uid": f"{1:032x}"}, {"caption": "sunset"}]
-    (tmp_path / "in" / "0.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tried = _try(tmp_path, "metadata")
-    for name in ("/.0.jsonl", "/.kept_keys", "/.kept_uids", "/.report.json", "/.report.html"):
-        assert _count(tried, "os.rename", name), name
-    assert _count(tried, "os.rename", "/.stats.json") == 1

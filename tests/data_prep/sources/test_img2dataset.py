@@ -11,7 +11,6 @@ import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
-from data_prep.sources import img2dataset
 from diht_jax.config import load_recipe
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.pipeline import TrainIterator, open_records
@@ -146,18 +145,3 @@ def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
     filtered = next(TrainIterator(open_records(str(tmp_path / "out")), decode, **settings))
     for name, values in direct.items():
         np.testing.assert_array_equal(values, filtered[name])
-
-
-def test_what_is_no_such_file(tmp_path):
-    table = pyarrow.Table.from_pylist([{"url": "u", "caption": "c"}])
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="no column of images.*found url, caption.*metadata.py"):
-        list(read_pairs(SourceShard("parquet", str(tmp_path / "a.parquet"))))
-    (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match="b.parquet: cannot be read as parquet"):
-        list(read_pairs(SourceShard("parquet", str(tmp_path / "b.parquet"))))
-    (tmp_path / "c_stats.json").write_text('{"count": 3}')
-    with pytest.raises(ValueError, match="c_stats.json: not the statistics of img2dataset"):
-        img2dataset.read_download_stats(SourceShard("webdataset", str(tmp_path / "c.tar")))
-    absent = SourceShard("webdataset", str(tmp_path / "d.tar"))
-    assert img2dataset.read_download_stats(absent) is None
