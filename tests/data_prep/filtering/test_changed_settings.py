@@ -6,21 +6,7 @@ import pytest
 
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
-from data_prep.steps import captions
 from tests.data_prep.filtering.jobs import job_config, part_names, write_tars
-
-
-def test_other_rules_and_configs_are_refused_and_named(tmp_path, monkeypatch):
-    source = write_tars(tmp_path / "in", 2)
-    assert run_filter(job_config(source, tmp_path / "out", concepts=True)) == {}
-    with pytest.raises(ValueError) as refused:
-        run_filter(job_config(source, tmp_path / "out", concepts=True, image__min_side=2))
-    assert "In the config: image.min_side 1 -> 2. Choose" in str(refused.value)
-    assert "--overwrite" in str(refused.value)
-    version = captions.versions.RULES_VERSION
-    monkeypatch.setattr(captions.versions, "RULES_VERSION", version + 1)
-    with pytest.raises(ValueError, match=f"caption_rules {version} -> {version + 1}"):
-        run_filter(job_config(source, tmp_path / "out", concepts=True))
 
 
 def test_another_model_is_refused_and_other_packages_are_reported(tmp_path, monkeypatch, caplog):

@@ -86,21 +86,6 @@ def test_a_copy_elsewhere_is_the_same(big, tmp_path):
         big.is_same(moved)
 
 
-def test_a_part_of_a_table_stands_for_itself(tmp_path):
-    path = tmp_path / "t.jsonl"
-    path.write_bytes(os.urandom(_BIG))
-    first, second = (
-        SourceShard("table", str(path), start, start + _BIG // 2) for start in (0, _BIG // 2)
-    )
-    parts = []
-    for name, source in (("a", first), ("b", second)):
-        (tmp_path / name).mkdir()
-        parts.append(_Input(source, tmp_path / name))
-    _edit(str(path), 5)
-    assert [part.is_same() for part in parts] == [False, True]
-    assert not parts[0].is_same(second)
-
-
 @pytest.fixture
 def table(tmp_path) -> _Input:
     """A part of a csv beside its images."""

@@ -1,11 +1,10 @@
 """Names of parts: they follow from an input's path below its root, and from nothing else."""
 
-import ml_collections
 import pytest
 
 from data_prep.jobs import manifest
 from data_prep.jobs.manifest import Input
-from data_prep.sources.list import default_source, find_root, list_inputs
+from data_prep.sources.list import find_root
 from diht_jax.readers.registry import SourceShard
 
 
@@ -52,15 +51,3 @@ def test_parts_of_a_file_and_equal_paths_differ():
 def test_the_root_of_what_was_typed(tmp_path, text, root):
     (tmp_path / "in").mkdir()
     assert find_root(text.format(tmp_path)) == root.format(tmp_path)
-
-
-def test_inputs_know_their_path_below_the_root(tmp_path, monkeypatch):
-    for name in ("a/1.tar", "b/2.tar"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
-    source = ml_collections.ConfigDict(default_source())
-    monkeypatch.chdir(tmp_path)
-    for text in ("*/*.tar", f"{tmp_path}/*/*.tar", "./*/*.tar"):
-        assert [found.path for found in list_inputs(text, source)] == ["a/1.tar", "b/2.tar"]
-    both = list_inputs(f"a,{tmp_path}/b/2.tar", source)
-    assert [found.path for found in both] == ["1.tar", "2.tar"]
