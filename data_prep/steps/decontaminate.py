@@ -108,13 +108,13 @@ class DecontaminateStep(Step):
         self._model = None if c.model is None else models.Encoder(c.model, c.batch_size)
 
     def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
-        found: list[tuple[str, Match] | None] = [None] * len(batch)
-        for name, matches in (*self._find_embedded(batch), *self._find_hashed(batch)):
-            for number, match in enumerate(matches):
-                found[number] = found[number] if match is None else (name, match)
+        found: dict[int, tuple[str, Match]] = {}
+        for number, name, match in self._find_matches(batch):
+            found.setdefault(number, (name, match))
+        rows = [found.get(number) for number in range(len(batch))]
         return {
-            self.name: [row and row[0] for row in found],
-            EVIDENCE: [row and f"{row[1].key} of {row[0]}: {row[1].how}" for row in found],
+            self.name: [row and row[0] for row in rows],
+            EVIDENCE: [row and f"{row[1].key} of {row[0]}: {row[1].how}" for row in rows],
         }
 
     def close(self) -> dict[str, Any]:
@@ -128,43 +128,36 @@ class DecontaminateStep(Step):
             )
         return {}
 
-    def _find_hashed(
-        self, candidates: Sequence[Candidate]
-    ) -> Iterator[tuple[str, list[Match | None]]]:
-        """Yields each set's name, and of what each candidate is a copy; the first last."""
+    def _find_matches(self, batch: Sequence[Candidate]) -> Iterator[tuple[int, str, Match]]:
+        """Number of a pair, a set in order, and its picture that the pair's is a copy of."""
         c = self.config.decontaminate
+        found = []
         if self._sets:
-            pictures = [try_hash(candidate.pair.image) for candidate in candidates]
-            for name, index in reversed(self._sets.items()):
-                yield name, index.find(pictures, c.max_bits if c.perceptual else None)
-
-    def _find_embedded(
-        self, candidates: Sequence[Candidate]
-    ) -> Iterator[tuple[str, list[Match | None]]]:
-        """Does the same as `_find_hashed` by embeddings."""
+            pictures = [try_hash(candidate.pair.image) for candidate in batch]
+            most = c.max_bits if c.perceptual else None
+            found += [(name, index.find(pictures, most)) for name, index in self._sets.items()]
         if self._embedded:
-            embeddings = self._embed(candidates)
-            least = self.config.decontaminate.embeddings.min_cosine
-            for name, known in reversed(self._embedded.items()):
-                yield name, known.find(embeddings, least)
+            rows, least = self._embed(batch), c.embeddings.min_cosine
+            found += [(name, known.find(rows, least)) for name, known in self._embedded.items()]
+        for name, matches in found:
+            for number, match in enumerate(matches):
+                if match is not None:
+                    yield number, name, match
 
-    def _embed(self, candidates: Sequence[Candidate]) -> np.ndarray:
+    def _embed(self, batch: Sequence[Candidate]) -> np.ndarray:
         """float32 [n, d] of the pictures, of length 1; 0 where there is no embedding."""
-        rows = {}
         if self._precomputed is not None:
-            keys = [candidate.pair.key for candidate in candidates]
-            rows = {
-                i: self._precomputed[key] for i, key in enumerate(keys) if key in self._precomputed
-            }
-            self._without_embedding += len(keys) - len(rows)
+            rows = [self._precomputed.get(candidate.pair.key) for candidate in batch]
+            self._without_embedding += sum(row is None for row in rows)
         else:
-            images = self._model.embed_images([candidate.pair.image for candidate in candidates])
-            rows = {i: image for i, image in enumerate(images) if not isinstance(image, str)}
+            images = self._model.embed_images([candidate.pair.image for candidate in batch])
+            rows = [None if isinstance(image, str) else image for image in images]
         known = next(iter(self._embedded.values())).embeddings
-        width = len(next(iter(rows.values()), known[0]))
-        found = np.zeros((len(candidates), width), np.float32)
-        for number, row in rows.items():
-            found[number] = row / max(float(np.linalg.norm(row)), 1e-12)
+        width = next((len(row) for row in rows if row is not None), known.shape[1])
+        found = np.zeros((len(batch), width), np.float32)
+        for number, row in enumerate(rows):
+            if row is not None:
+                found[number] = row / max(float(np.linalg.norm(row)), 1e-12)
         return found
 
 
