@@ -33,12 +33,12 @@ from diht_jax.progress import ProgressBar
 from diht_jax.records.captions import all_captions, caption_kinds, check_kind, with_captions
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats.registry import open_source, open_writer
 from diht_jax.records.labels.shards import find_inputs
 from diht_jax.records.samples import SampleError
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.sharded import ShardedRecords
-from diht_jax.records.tfrecord import DamagedRecordError, TFRecordError
 from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
 from diht_jax.storage.files import write_bytes
 from diht_jax.storage.retries import StorageError

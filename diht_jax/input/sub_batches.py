@@ -29,7 +29,7 @@ import numpy as np
 from diht_jax.input.in_flight import empty_rows
 from diht_jax.input.mixing import Mixture
 from diht_jax.input.workers import start_worker
-from diht_jax.records.tfrecord import DamagedRecordError, TFRecordError
+from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.storage.retries import StorageError
 
 # Values of `config.data.on_bad_record`.

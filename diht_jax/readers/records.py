@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from diht_jax.readers.base import Format, SourceShard
 from diht_jax.records import schema
 from diht_jax.records.catalog import kind_of
+from diht_jax.records.format import read_records
 from diht_jax.records.formats.array_record import ArrayRecordSource, read_array_records
 from diht_jax.records.samples import SampleError, Skipped, has_sample_fields
 from diht_jax.records.schema import Pair
-from diht_jax.records.tfrecord import INDEX, TFRecordSource, read_records
+from diht_jax.records.tfrecord import INDEX, TFRecordSource
 from diht_jax.storage.copies import local_copy
 from diht_jax.storage.stores import input_size, is_remote
 

@@ -9,7 +9,6 @@ import pathlib
 
 import numpy as np
 
-from diht_jax.records.catalog import find_shards
 from diht_jax.records.format import (
     FRAME_BYTES,
     DamagedRecordError,
@@ -17,22 +16,12 @@ from diht_jax.records.format import (
     frame_footer,
     frame_header,
     framed_length,
-    read_records,
     scan_offsets,
     unframe,
 )
 from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.sharded import OpenShard, ShardedRecords
-
-__all__ = [
-    "DamagedRecordError",
-    "TFRecordError",
-    "TFRecordSource",
-    "TFRecordWriter",
-    "find_shards",
-    "read_records",
-]
 
 INDEX = ShardIndex(b"DIHTIDX1", FRAME_BYTES, alignment=1, is_gapless=True, scan=scan_offsets)
 

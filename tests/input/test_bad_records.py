@@ -14,8 +14,9 @@ from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import make_order
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.input.sub_batches import MAX_IN_A_ROW, SubBatches
+from diht_jax.records.format import TFRecordError
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.tfrecord import TFRecordError, TFRecordWriter
+from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.storage import retries
 from diht_jax.storage.retries import StorageError
 from tests.make import encoded, noise, plain

@@ -19,8 +19,9 @@ from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder
 from diht_jax.input.pipeline import TrainIterator
+from diht_jax.records.format import DamagedRecordError
 from diht_jax.records.schema import Record
-from diht_jax.records.tfrecord import DamagedRecordError, TFRecordSource, TFRecordWriter
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.storage import retries
 from diht_jax.storage.retries import StorageError
 from tests.make import encoded, plain, write_records

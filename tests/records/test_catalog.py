@@ -11,7 +11,8 @@ import pytest
 
 from diht_jax.data.index import update_index
 from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+from diht_jax.records.format import TFRecordError
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.storage.stores import read_range
 from tests.records.stores import MeteredStore, SparseStore
 

@@ -17,7 +17,8 @@ from diht_jax.records.dataset_index import (
     read_index,
 )
 from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+from diht_jax.records.format import TFRecordError
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 
 LENGTHS = (130, 0, 64, 1, 200)
 

@@ -19,6 +19,7 @@ from diht_jax.data.index import update_index
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.records.format import DamagedRecordError
 from diht_jax.records.formats.registry import open_writer
 from diht_jax.records.labels.concepts import (
     NO_CONCEPTS,
@@ -30,7 +31,6 @@ from diht_jax.records.labels.concepts import (
 )
 from diht_jax.records.labels.shards import find_inputs, relative_input
 from diht_jax.records.schema import CONCEPT_FIELDS, encode_record
-from diht_jax.records.tfrecord import DamagedRecordError
 from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,

@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from diht_jax.records.format import TFRecordError
 from diht_jax.records.sharded import ShardedRecords
-from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 
 
 class Counted(ShardedRecords):

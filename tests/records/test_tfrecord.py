@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from diht_jax.records import sharded
+from diht_jax.records.format import TFRecordError, read_records
 from diht_jax.records.formats.shard_index import ShardIndex
-from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter, read_records
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 

@@ -19,11 +19,12 @@ from data_prep.labelling.config import default_config
 from data_prep.labelling.examples import choose_shards
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
+from diht_jax.records.format import read_records
 from diht_jax.records.formats.registry import open_source
 from diht_jax.records.labels.concepts import open_labels
 from diht_jax.records.labels.shards import decode_features
 from diht_jax.records.schema import decode_record, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter, read_records
+from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.storage import locks
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
 

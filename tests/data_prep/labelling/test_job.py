@@ -18,8 +18,8 @@ from data_prep.labelling.tasks import find_inputs, identify_inputs, plan_outputs
 from data_prep.labelling.vocabulary import count_concepts
 from data_prep.teachers.registry import describe_teacher
 from diht_jax.records.dataset_index import read_index
+from diht_jax.records.format import read_records as read_tfrecords
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.records.tfrecord import read_records as read_tfrecords
 from diht_jax.records.vocabulary import find_vocabulary, read_vocabulary
 from tests.data_prep.labelling.pictures import (
     COLORS,

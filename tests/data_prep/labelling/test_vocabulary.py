@@ -16,7 +16,7 @@ from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.config import default_config
 from data_prep.labelling.vocabulary import count_concepts, make_targets, read_targets
 from diht_jax.config import load_recipe
-from diht_jax.records.tfrecord import find_shards
+from diht_jax.records.catalog import find_shards
 from diht_jax.records.vocabulary import ConceptList
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]

@@ -7,7 +7,6 @@ import pathlib
 import pickle
 import tarfile
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -212,16 +211,6 @@ def _compare(paths, expected, in_blocks):
     for batch, other in zip(expected[0], found, strict=True):
         for name, values in batch.items():
             np.testing.assert_array_equal(values, other[name])
-
-
-def test_batches_of_tars_are_those_of_tfrecords(web):
-    stores = fsspec.filesystem("memory")
-    stores.put(f"{web}/tars", "memory://web/tars", recursive=True)
-    stores.put(f"{web}/records", "memory://web/records", recursive=True)
-    expected = _batches(f"{web}/records", False)
-    for paths in (f"{web}/tars", "memory://web/tars", "memory://web/records"):
-        _compare(paths, expected, False)
-    assert stores.exists("memory://web/tars/00000.tar.idx")
 
 
 def test_batches_in_blocks_are_those_of_tfrecords(web):
