@@ -23,11 +23,7 @@ class DivergedError(ValueError):
 
 
 class AnomalyMonitor:
-    """Watches a run's metrics, and logs or ends the run where they are wrong.
-
-    Attributes:
-        num_skipped: updates skipped since the run was started or resumed.
-    """
+    """Watches a run's metrics, and logs or ends the run where they are wrong."""
 
     def __init__(
         self,
@@ -49,7 +45,6 @@ class AnomalyMonitor:
         self._in_a_row = 0
         self._lowest_loss = lowest_loss
         self._scale_is_capped = False
-        self.num_skipped = 0
 
     def check_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Reports a skipped update.
@@ -61,7 +56,6 @@ class AnomalyMonitor:
             self._in_a_row = 0
             return
         self._in_a_row += 1
-        self.num_skipped += 1
         logging.warning(
             "step %d: update skipped, loss %.4g and gradient norm %.4g are not both finite; "
             "the batch's records: %s",
