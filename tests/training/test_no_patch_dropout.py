@@ -43,19 +43,3 @@ def test_the_last_part_in_any_unit(changes, expected):
     config.data.batch_size = 64
     config.update(changes)
     assert patch_dropout_steps(config, 100, num_examples=1024) == expected
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"no_patch_dropout_steps": 100}, "100 steps without patch dropout are not less than"),
-        ({"no_patch_dropout_steps": 5, "model": {"patch_dropout": 0.0}}, "0.0; set a share"),
-    ],
-)
-def test_wrong_last_parts_are_refused(changes, message):
-    config = default_config()
-    config.model.patch_dropout = 0.5
-    config.data.batch_size = 64
-    config.update(changes)
-    with pytest.raises(ValueError, match=message):
-        patch_dropout_steps(config, 100, num_examples=1024)

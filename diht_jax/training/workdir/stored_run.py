@@ -351,9 +351,8 @@ def _remove_checkpoint(url: str, step: int | str) -> None:
     """Removes it from a store, its manifest first."""
     files.remove(_manifest_url(url, step))
     folder = files.join(url, CHECKPOINT_DIRECTORY, str(step))
-    urls = [files.join(folder, name) for name in _find_files(folder)]
-    for _ in files.map_many(files.remove, urls, folder):
-        pass
+    for name in _find_files(folder):
+        files.remove(files.join(folder, name))
 
 
 def _upload(path: pathlib.Path, url: str) -> None:
