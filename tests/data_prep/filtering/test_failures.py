@@ -41,7 +41,7 @@ def test_a_disk_that_fails_one_read_in_twenty_changes_no_byte(tmp_path):
     disk = FailingDisk(tmp_path / "in", 0, every=20)
     with disk.mounted():
         assert run_filter(job_config(source, tmp_path / "disturbed", **hashed)) == {}
-    assert disk.failed == disk.reads // 20 >= 2
+    assert disk.failed == disk.reads // 20 >= 1
     assert disk.slept > 0
     assert snapshot(tmp_path / "disturbed") == snapshot(tmp_path / "undisturbed")
 
