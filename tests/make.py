@@ -98,15 +98,6 @@ def write_pair_tar(
     return write_tar(path, members, mode)
 
 
-def write_pair_tars(folder: str | pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
-    """Writes `00000.tar` and so on, with captions "name TAR PAIR"; returns the glob pattern."""
-    for number in range(count):
-        captions = [f"name {number} {i}" for i in range(pairs_per_tar)]
-        path = pathlib.Path(folder) / f"{number:05d}.tar"
-        write_pair_tar(path, captions, first=number * pairs_per_tar)
-    return str(pathlib.Path(folder) / "*.tar")
-
-
 def record(number: int, **fields: Any) -> Record:
     """A record of a picture of noise, with key and caption from its number."""
     defaults = {"key": f"{number:05d}", "image": png(number), "caption": f"picture {number}"}

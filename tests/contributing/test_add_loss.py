@@ -47,9 +47,7 @@ def test_it_trains_on_eight_devices_in_both_forms():
     "change, message",
     [
         ({"target": -1.0}, "config.loss.target: expected more than 0, got -1.0"),
-        ({"target": "high"}, "'loss.target': expected float"),
         ({"targets": 1.0}, "did you mean 'loss.target'"),
-        ({"kind": "squared"}, "or 'squared_error' .squared error."),
     ],
 )
 def test_its_keys_are_checked(change, message):

@@ -83,13 +83,3 @@ def test_embed_evaluate_and_search_read_it(model, sources, tmp_path):
     assert open_units(sources[0], {}).count_entries() == len(CAPTIONS)
     assert {match.key for match in found[0]["a dog"]} == {"0", "1", "3", "4"}
     assert found[0] == found[1]
-
-
-def test_errors_name_it(sources, tmp_path):
-    (tmp_path / "a.other").write_text("x")
-    with pytest.raises(ValueError, match=r"a\.other: not a source .* \.pairs\.txt"):
-        registry.list_shards(str(tmp_path / "a.other"))
-    folder = pathlib.Path(sources[0]).parent
-    (folder / "b.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"several kinds of source \(pairs_txt, webdataset\)"):
-        registry.list_shards(str(folder))

@@ -137,22 +137,6 @@ def test_command_is_parsed(command):
         assert not data.is_dir() or (data / name).exists(), name
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("diht_jax.train --config configs/demo.py --workdir x --stepps 3", "stepps"),
-        ("diht_jax.train --config configs/demo.py --workdir x --config.loss.gamma=1", "gamma"),
-        ("diht_jax.evaluate --model x --tasks cifr10 --output o", "did you mean 'cifar10'"),
-        ("diht_jax.embed --model x stray", "unexpected arguments: stray"),
-        ("data_prep.filter --config configs/prep/cat.py --config.retries=-1", "retries"),
-    ],
-)
-def test_wrong_commands_are_seen(text, message, capsys):
-    with pytest.raises((SystemExit, ValueError, flags.Error, OSError)) as error:
-        parse(Command("page", f"python -m {text}"))
-    assert message in str(error.value) + capsys.readouterr().err
-
-
 def small_workspace(folder):
     """A checkout with recipes, tars of a few pictures, and the models that the pages name."""
     checkout, data = folder / "checkout", folder / "shared" / "data"

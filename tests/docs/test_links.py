@@ -111,17 +111,3 @@ def test_benchmarks_page_names_the_command_of_every_result(path):
     module = re.search(r"-m (\S+)", result["command"]).group(1)
     assert path.name in page and f"python -m {module}" in page
     assert result["date_utc"] and result["machine"]["cores"] and result["machine"]["cpu"]
-
-
-def test_checks_see_what_is_wrong(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("[a](nothing.md) `configs/nothing.py` `diht_jax.data.nothing` `loss.gamma`\n")
-    checks = (
-        test_relative_links_and_anchors_resolve,
-        test_files_exist,
-        test_config_keys_exist,
-        test_python_names_exist,
-    )
-    for check in checks:
-        with pytest.raises(AssertionError):
-            check(page)

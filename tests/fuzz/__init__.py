@@ -1,4 +1,4 @@
-"""Bad input, tried by the thousand: every kind of input, damaged by hypothesis.
+"""Bad input, tried by the thousand: tars, tables, records, images, weights, damaged by hypothesis.
 
     python -m tests.fuzz                               # 2,000 cases, seed 0: about 2 minutes
     python -m tests.fuzz --cases 20000 --seed 7        # more of them
@@ -14,8 +14,8 @@ must end in one of three ways:
     skip      the damaged part is skipped and counted; everything else is there
 
 Anything else fails: another exception, a good record that is missing or changed, an error that does
-not name what is wrong, more than `worker.LIMIT_SECS` for a case, more than `worker.LIMIT_BYTES` of
+not name what is wrong, more than `runner.LIMIT_SECS` for a case, more than `runner.LIMIT_BYTES` of
 memory, or a process that dies. Hypothesis then shrinks the case and shows what was drawn. Cases run
-in a process of their own (`worker.py`), which `runner.py` replaces when it dies. The same seed
-gives the same cases; nothing is kept between runs.
+in a process of their own, which `runner.py` replaces when it dies. The same seed gives the same
+cases; nothing is kept between runs.
 """

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import pathlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
@@ -77,69 +74,3 @@ def damaged(data: bytes) -> SearchStrategy[bytes]:
         st.builds(lambda start, n: data[:start] + data[start + n :], position, integers(1, 32)),
         noise(512, 1),
     )
-
-
-@st.composite
-def changed_json(draw: Draw, value: Any) -> Any:
-    """A JSON value in which one node is removed, or replaced by an odd value or another node."""
-    value = copy.deepcopy(value)
-    nodes = list(_nodes(value))
-    container, key = nodes[draw(integers(0, len(nodes) - 1))]
-    form = draw(integers(0, 3))
-    if form == 0:
-        del container[key]
-    elif form == 1:
-        other, other_key = nodes[draw(integers(0, len(nodes) - 1))]
-        container[key] = copy.deepcopy(other[other_key])
-    else:
-        container[key] = draw(one(ODD))
-    return value
-
-
-def _nodes(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Container and key of every node below a value."""
-    keys = list(value) if isinstance(value, dict) else range(len(value))
-    for key in keys:
-        yield value, key
-        if isinstance(value[key], dict | list):
-            yield from _nodes(value[key])
-
-
-@st.composite
-def changed_text(draw: Draw, data: bytes) -> bytes:
-    """A text file in which one line is removed, doubled, replaced, or has another field."""
-    lines = data.split(b"\n")
-    number = draw(integers(0, len(lines) - 1))
-    odd = [b"", b"x", b"-1", b"0", b"3", b"1.5", b"9" * 30, b"9" * 5000, b"\0", b"{}", *NOT_UTF8]
-    fields = lines[number].split(b"\t")
-    fields[draw(integers(0, len(fields) - 1))] = draw(one(odd))
-    lines[number : number + 1] = draw(
-        one([[], [lines[number]] * 2, [b"\t".join(fields)], [b"\t".join(fields[::-1])]])
-    )
-    return b"\n".join(lines)
-
-
-def damage_folder(draw: Draw, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Damages some files of a folder, or all: bytes, lines, nodes of JSON, or whole files.
-
-    Returns:
-        The files that are no longer what they were.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    before = {path: path.read_bytes() for path in files}
-    some = st.lists(integers(0, len(files) - 1), min_size=1, max_size=3, unique=True)
-    for number in draw(some | st.just(range(len(files)))):
-        path, data = files[number], before[files[number]]
-        form = draw(integers(0, 5))
-        if form == 0:
-            path.unlink()
-        elif form == 1:
-            path.write_bytes(draw(one([*NO_OBJECT, *before.values()])))
-        elif form == 2 and data:
-            path.write_bytes(draw(changed_text(data)))
-        elif data[:1] == b"{":
-            value = draw(changed_json(json.loads(data)))
-            path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
-        elif data:
-            path.write_bytes(draw(cut(data) if form == 3 else damaged(data)))
-    return [path for path in files if not path.exists() or path.read_bytes() != before[path]]

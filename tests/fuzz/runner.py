@@ -29,10 +29,7 @@ from tests.compiling import xla_flags
 from tests.fuzz.judge import OUTCOMES, require
 
 # Kind (a module of `kinds/`) -> its share of the cases.
-WEIGHTS = {
-    **{"tars": 18, "tables": 11, "records": 23, "images": 20, "embeddings": 8, "benchmarks": 9},
-    **{"weights": 16, "workdirs": 4, "tfds": 2},
-}
+WEIGHTS = {"tars": 18, "tables": 11, "records": 23, "images": 20, "weights": 16, "tfds": 2}
 LIMIT_SECS = 20  # of the processor's time for a case, so that a busy machine makes no difference
 # How much the resident memory may grow in one case. A picture of the largest allowed size takes
 # 200 MB as RGB, and copies of it are made where it is transparent.
@@ -79,7 +76,6 @@ def run(
     seed: int,
     profile: str = "suite",
     on_cases: Callable[[int], Any] = lambda cases: None,
-    package: str = "tests.fuzz.kinds",
 ) -> dict[str, Result]:
     """Runs properties; a process that dies or hangs costs the property that it was at.
 
@@ -88,7 +84,6 @@ def run(
         seed: of all of them.
         profile: "suite", or "long", which shrinks the cases that fail.
         on_cases: is called with the number of a property's cases when they are done.
-        package: where the kinds' modules are.
 
     Returns:
         `KIND:PROPERTY` -> what came of it.
@@ -104,7 +99,7 @@ def run(
         ):
             for job, cases in jobs.items():
                 kind, _, name = job.partition(":")
-                module = f"{package}.{kind}"
+                module = f"tests.fuzz.kinds.{kind}"
                 names = [name] if name else pool.schedule(_names, [module, base]).result()
                 for name in names:
                     count = -(-cases // len(names))

@@ -6,7 +6,7 @@ import string
 
 import pytest
 
-from benchmarks.lab import data, run
+from benchmarks.lab import data
 from benchmarks.lab.experiments import (
     BLOCKS,
     CLIP_TEACHERS,
@@ -19,7 +19,7 @@ from benchmarks.lab.experiments import (
     metrics_of,
     seeds_of,
 )
-from benchmarks.lab.run import Lab, Run, definition, format_list, is_done, select_runs
+from benchmarks.lab.run import Lab, Run, definition, is_done, select_runs
 from diht_jax.config import default_config, load_recipe, validate_config
 
 
@@ -61,15 +61,6 @@ def test_patterns_choose_blocks_experiments_and_runs():
     assert [r.name for r in select_runs(["raw_seed3", "oracle"])] == [
         "raw_seed3", "oracle_seed0", "oracle_seed1", "oracle_seed2",
     ]  # fmt: skip
-    everything = select_runs([])
-    assert all(block_of(r.experiment.name) not in GRIDS for r in everything)
-    assert len(everything) == sum(
-        e.seeds
-        for e in EXPERIMENTS.values()
-        if block_of(e.name) not in GRIDS and e.name not in RETIRED
-    )
-    assert everything[0].name == "raw_seed0" and everything[1].name == "cat_seed0"
-    assert len(select_runs(["grid"])) == 72
     # A block means all runs that its contrasts compare, also those of an earlier block.
     order = {r.experiment.name for r in select_runs(["order"])}
     assert order == {"cat", "cat_blocks"} and block_of("cat") == "filter"
@@ -92,16 +83,12 @@ def test_a_definition_changes_with_all_that_decides_a_run(monkeypatch):
     assert len({definition(each) for each in (one, *others)}) == 7
     assert definition(one) == definition(Run(experiment, 0))
     # Data that a student made follow from how that student was trained.
-    made = ("clip_score", "raw_rewritten", "cifar10_wrong_50_affinity", "emoji_shuffled_0_affinity")
-    behind = ("raw", "cat_captioning", "cifar10_clip_teacher", "emoji_clip_teacher")
-    for name, trained in zip(made, behind, strict=True):
-        each = Run(EXPERIMENTS[name], 0)
-        before = definition(each)
-        with monkeypatch.context() as patch:
-            changed = dataclasses.replace(EXPERIMENTS[trained], config={"loss.beta": 0.1})
-            patch.setitem(EXPERIMENTS, trained, changed)
-            assert definition(each) != before
-        assert definition(each) == before
+    each = Run(EXPERIMENTS["clip_score"], 0)
+    before = definition(each)
+    with monkeypatch.context() as patch:
+        changed = dataclasses.replace(EXPERIMENTS["raw"], config={"loss.beta": 0.1})
+        patch.setitem(EXPERIMENTS, "raw", changed)
+        assert definition(each) != before
     before = definition(one)
     monkeypatch.setattr(data, "WEB_PAIRS", 5000)
     assert definition(one) != before
@@ -130,11 +117,3 @@ def test_only_missing_and_outdated_runs_are_made_and_failures_end_nothing(tmp_pa
     lab = Lab(tmp_path / "work", tmp_path, tmp_path)
     failed = lab.make([each for each in runs if not is_done(each, tmp_path)])
     assert failed == ["oracle_seed1"] and made == ["oracle_seed2", "raw_seed0"]
-    table = format_list(runs, tmp_path)
-    assert "x.x" in table and "oracle" in table
-    # One run is left, and the runs of this student took a minute.
-    assert "filter (Filter): 3 of 4 runs, 1 minutes left" in table
-    assert (
-        run.estimate_secs(tmp_path)["web"] == 60
-        and run.estimate_secs(tmp_path)["emoji"] == STUDENTS["emoji"].run_secs
-    )

@@ -64,14 +64,6 @@ def test_verdicts_by_hand(kind, mean, reach, verdict):
     assert decide(contrast(kind), found) == verdict
 
 
-def test_the_t_interval_covers_a_known_difference():
-    rng = np.random.default_rng(1)
-    seeds = rng.normal(0.03, 0.02, (4000, 3))
-    intervals = np.array([t_interval(each) for each in seeds])
-    covered = np.mean((intervals[:, 0] <= 0.03) & (intervals[:, 1] >= 0.03))
-    assert covered == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors
-
-
 def test_the_bootstrap_covers_a_known_difference_of_crossed_factors():
     rng = np.random.default_rng(2)
     covered = []

@@ -154,21 +154,6 @@ def test_pairs_are_read_from_s3(local, s3_bucket):
         system.rm(url, recursive=True)
 
 
-def test_a_tar_takes_a_request_for_sixteen_mebibytes(tmp_path):
-    image = PNG + bytes(_RANDOM.bytes(2**20)) * 5
-    members = [
-        (f"{n}.{end}", image if end == "png" else b"c") for n in range(8) for end in ("png", "txt")
-    ]
-    write_tar(tmp_path / "a.tar", members)
-    size = (tmp_path / "a.tar").stat().st_size
-    _upload(tmp_path, "metered://large")
-    MeteredStore.requests.clear()
-    assert sum(len(pair.image) for pair in open_source("metered://large/a.tar")) == 8 * len(image)
-    assert MeteredStore.requests["bytes read"] == size
-    assert MeteredStore.requests["get"] == math.ceil(size / 2**24) <= size / 8e6
-    MeteredStore.store.clear()
-
-
 def test_paths_of_a_table_do_not_lead_out_of_its_folder():
     system = fsspec.filesystem("metered")
     system.pipe_file("/box/in/a.png", PNG)
@@ -205,16 +190,7 @@ def test_what_cannot_be_read_is_refused_at_once(monkeypatch):
     system = fsspec.filesystem("metered")
     system.pipe_file("/bad/cut.tar", b"x" * 700)
     system.pipe_file("/bad/cut.parquet", b"PAR1" + bytes(70))
-    system.pipe_file("/bad/empty.csv", b"image,caption\n")
     system.pipe_file("/bad/other.csv", b"picture,caption\na,b\n")
-    system.pipe_file("/bad/other.jsonl", b'{"image": "a"}\n' * 9)
-    for name, message in (
-        ("empty.csv", "the table has no rows"),
-        ("other.csv", "no column 'image'; the header has 'picture', 'caption'"),
-        ("other.jsonl", "no row has 'caption'"),
-    ):
-        with pytest.raises(ValueError, match=f"metered:///bad/{name}: {message}"):
-            list_shards(f"metered:///bad/{name}")
     for name in ("cut.tar", "cut.parquet"):
         with pytest.raises(ValueError, match=f"metered:///bad/{name}: ") as caught:
             list(open_source(f"metered:///bad/{name}"))

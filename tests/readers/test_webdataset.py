@@ -182,9 +182,6 @@ def test_compressed_tar(tmp_path):
     path = write_tar(tmp_path / "a.tar.gz", [("k.png", PNG), ("k.txt", b"text")], "w:gz")
     assert [pair.caption for pair in open_source(path)] == ["text"]
     data = pathlib.Path(path).read_bytes()
-    pathlib.Path(path).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"a\.tar\.gz: the tar archive cannot be read"):
-        list(open_source(path))
     pathlib.Path(path).write_bytes(gzip.compress(gzip.decompress(data)[:-10000]))
     with pytest.raises(ValueError, match=r"a\.tar\.gz: the tar archive cannot be read"):
         list(open_source(path))

@@ -1,4 +1,4 @@
-"""Object stores of tests, which count requests, fail, or take no room."""
+"""Object stores of tests, which count requests or fail."""
 
 import collections
 import errno
@@ -7,11 +7,8 @@ import pathlib
 import threading
 
 import fsspec
-import numpy as np
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
-
-from diht_jax.records.dataset_index import INDEX_NAME, ShardEntry, encode_head, encode_preamble
 
 
 class MeteredStore(MemoryFileSystem):
@@ -152,62 +149,4 @@ class Killed(BaseException):
     """Stands for the end of a process: nothing catches it."""
 
 
-class SparseStore(AbstractFileSystem):
-    """`sparse://N/...`: a folder of N shards with an index; no bytes of a shard are kept.
-
-    Each shard has `RECORDS` records whose frames have `FRAME_BYTES` each.
-    """
-
-    protocol = "sparse"
-    RECORDS, FRAME_BYTES = 128, 1000
-    requests: collections.Counter = collections.Counter()
-    heads: dict[int, bytes] = {}
-
-    def _infos(self, count):
-        size = self.RECORDS * self.FRAME_BYTES
-        infos = [(name(i), size) for i in range(count)]
-        infos.append((INDEX_NAME, len(self._front(count)) + 8 * count * self.RECORDS))
-        return [
-            {"name": f"{count}/data/{name}", "size": size, "type": "file"} for name, size in infos
-        ]
-
-    def _front(self, count):
-        """The index up to its offsets."""
-        if count not in self.heads:
-            anchors = np.arange(0, self.RECORDS, 64, np.uint64) * np.uint64(self.FRAME_BYTES)
-            size = self.RECORDS * self.FRAME_BYTES
-            entries = [
-                ShardEntry(name(i), "tfrecord", self.RECORDS, size, f"{i:016x}", anchors)
-                for i in range(count)
-            ]
-            head = encode_head(entries)
-            self.heads[count] = encode_preamble(head) + head
-        return self.heads[count]
-
-    def ls(self, path, detail=True, **kwargs):
-        self.requests["list"] += 1
-        return self._infos(int(path.split("/")[0]))
-
-    def info(self, path, **kwargs):
-        self.requests["info"] += 1
-        raise FileNotFoundError(path)
-
-    def cat_file(self, path, start=None, end=None, **kwargs):
-        self.requests["read"] += 1
-        folder, _, file = path.split("/")
-        assert file == INDEX_NAME
-        front = self._front(int(folder))
-        if end <= len(front) or start == 0:
-            return front[start:end]
-        assert start >= len(front) and (start - len(front)) % 8 == 0
-        numbers = np.arange((start - len(front)) // 8, (end - len(front)) // 8)
-        return (numbers % self.RECORDS * self.FRAME_BYTES).astype("<u8").tobytes()
-
-
-def name(number: int) -> str:
-    """Of a shard of `SparseStore`."""
-    return f"part-{number:05d}.tfrecord"
-
-
-for _store in (MeteredStore, SparseStore):
-    fsspec.register_implementation(_store.protocol, _store, clobber=True)
+fsspec.register_implementation(MeteredStore.protocol, MeteredStore, clobber=True)

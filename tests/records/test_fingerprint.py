@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 from diht_jax.records.fingerprint import Fingerprint, describe_changes, fingerprint_records
@@ -38,7 +37,6 @@ def test_the_same_shards_elsewhere_are_the_same(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (lambda f: write(f / "part-1.tfrecord", (9000, 12, 9000)), ["changed: part-1.tfrecord"]),
         # Of equal lengths, but the ends are others.
         (
             lambda f: write(f / "part-1.tfrecord", (9000, 11, 9000), b"b"),
@@ -46,8 +44,6 @@ def test_the_same_shards_elsewhere_are_the_same(folder, tmp_path_factory):
         ),
         # Two records exchanged: the same size, and the same ends.
         (lambda f: write(f / "part-1.tfrecord", (9000, 9000, 11)), ["changed: part-1.tfrecord"]),
-        (lambda f: (f / "part-0.tfrecord").unlink(), ["missing: part-0.tfrecord"]),
-        (lambda f: write(f / "part-9.tfrecord", (1,)), ["added: part-9.tfrecord"]),
         (
             lambda f: (f / "part-3.tfrecord").rename(f / "part-4.tfrecord"),
             ["missing: part-3.tfrecord", "added: part-4.tfrecord"],
@@ -71,19 +67,3 @@ def test_another_order_and_equal_names_are_reported(folder, tmp_path_factory):
     write(other / "part-0.tfrecord", (5,))
     both = look([*paths, other])
     assert describe_changes(before, both) == ["added: part-0.tfrecord (2)"]
-
-
-def test_a_table_of_many_shards_is_small():
-    rng = np.random.default_rng(0)
-    shards = tuple(
-        (f"part-{i:06d}.tfrecord", 10_000, 10**8 + int(rng.integers(10**7)), rng.bytes(8).hex())
-        for i in range(20_000)
-    )
-    packed = json.dumps(Fingerprint(shards).pack())
-    assert len(packed) < 30 * len(shards)
-    assert Fingerprint.unpack(json.loads(packed)).shards == shards
-    many = Fingerprint(shards[:100])
-    assert describe_changes(Fingerprint(shards[:110]), many) == [
-        "missing: part-000100.tfrecord, part-000101.tfrecord, part-000102.tfrecord, "
-        "part-000103.tfrecord, part-000104.tfrecord and 5 more"
-    ]

@@ -143,11 +143,12 @@ def test_batches_are_those_of_merged_records(folders, order):
     assert not mixture(plain, labels, num_concepts=0).sources[0].labels
 
 
-@pytest.mark.parametrize("suffix", [".array_record", ".tar"])
-def test_array_records_and_tars(folders, tmp_path, suffix):
-    expected, _ = batches(mixture(str(folders / "merged")))
+@pytest.mark.parametrize(("suffix", "order"), [(".array_record", "global"), (".tar", "blocks")])
+def test_array_records_and_tars(folders, tmp_path, suffix, order):
+    expected, _ = batches(mixture(str(folders / "merged"), order=order))
     other = write_folders(tmp_path, suffix)
-    assert_same(batches(mixture(str(other / "plain"), str(other / "labels")))[0], expected)
+    joined = mixture(str(other / "plain"), str(other / "labels"), order=order)
+    assert_same(batches(joined)[0], expected)
 
 
 def test_a_mixture_partly_in_a_store(folders, tmp_path):
@@ -273,18 +274,10 @@ def test_labels_of_other_shards_are_noticed(folders, tmp_path):
 
 def test_wrong_labels_are_an_error_at_the_start(folders, tmp_path):
     plain = str(folders / "plain")
-
-    def changed(name):
-        return shutil.copytree(folders / "labels", tmp_path / name)
-
-    folder = changed("missing")
-    (folder / "labels/squares-00001.tfrecord").unlink()
-    with pytest.raises(ValueError, match=r"config.data.labels=.*missing or changed.*00001.tfrec"):
-        mixture(plain, str(folder))
-    folder = changed("cut")
+    folder = shutil.copytree(folders / "labels", tmp_path / "changed")
     path = folder / "labels/squares-00002.tfrecord"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"1 changed \(squares-00002.tfrecord\)"):
+    with pytest.raises(ValueError, match=r"config.data.labels=.*1 changed \(squares-00002.tf"):
         mixture(plain, str(folder))
     # Whole, but shorter than the shard; the index was brought up to date.
     with open_writer(path) as writer:
@@ -295,11 +288,6 @@ def test_wrong_labels_are_an_error_at_the_start(folders, tmp_path):
     (folder / "labels/dataset.index").unlink()
     with pytest.raises(ValueError, match=r"labels/dataset.index is missing; expected the output"):
         mixture(plain, str(folder))
-    update_index(str(folder / "labels"), vocabulary=VOCABULARY.describe())
-    with pytest.raises(ValueError, match=r"does not state which records the labels belong to"):
-        mixture(plain, str(folder))
-    with pytest.raises(ValueError, match=r"config.data.train.one.labels=3: expected a folder"):
-        mixture({"one": {"path": plain, "weight": 1, "labels": 3}})
 
 
 def test_labels_of_other_records_are_an_error_at_the_start(folders, tmp_path):

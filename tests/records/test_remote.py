@@ -1,6 +1,5 @@
 """Records in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
-import json
 import math
 
 import fsspec
@@ -10,7 +9,6 @@ import pytest
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.formats.registry import open_source
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_vocabulary, write_vocabulary
 from diht_jax.storage import stores
 from tests.readers.inputs import PNG, write_tar
 from tests.records.stores import MeteredStore
@@ -65,33 +63,6 @@ def test_a_missing_index_is_made_and_kept(folder, local):
     assert source[19] == RECORDS[19]
     kept = system.cat_file(f"{folder}/part-1.tfrecord.idx")
     assert kept == (local / "part-1.tfrecord.idx").read_bytes()
-
-
-def test_what_is_not_there_is_reported():
-    with pytest.raises(ValueError, match="no TFRecord shard at 'memory://nothing'"):
-        TFRecordSource("memory://nothing")
-    with pytest.raises(ValueError, match="nosuch:// cannot be read"):
-        TFRecordSource("nosuch://bucket/records")
-
-
-def test_the_vocabulary_of_a_labelled_folder_is_read_there(folder, tmp_path):
-    parts = [
-        ConceptList(kind, (f"a {kind}", "other"), (5, 4)) for kind in ("objects", "attributes")
-    ]
-    vocabulary = Vocabulary(*parts)
-    write_vocabulary(tmp_path, vocabulary)
-    system = fsspec.filesystem(folder.split(":")[0])
-    for path in tmp_path.iterdir():
-        system.put_file(str(path), f"{folder}/{path.name}")
-    with pytest.raises(ValueError, match=r"part-0\.tfrecord\.stats\.json: names no vocabulary"):
-        find_vocabulary(folder)
-    stats = {"counts": {"vocabulary": vocabulary.describe()}}
-    for shard in range(2):
-        system.pipe_file(f"{folder}/part-{shard}.tfrecord.stats.json", json.dumps(stats).encode())
-    assert find_vocabulary(f"{folder}/part-*.tfrecord") == vocabulary
-    system.rm_file(f"{folder}/vocabulary_objects.tsv")
-    with pytest.raises(ValueError, match=f"{folder}/vocabulary_objects.tsv is missing"):
-        find_vocabulary(folder)
 
 
 def test_shards_without_index_are_walked_through_by_large_requests(tmp_path, monkeypatch):

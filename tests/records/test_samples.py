@@ -89,9 +89,7 @@ def test_captions_come_from_the_txt_first(texts, caption, captions):
     ("sample", "reason", "message"),
     [
         ({"key": "1", "jpg": b"J", "txt": " "}, "no_caption", "record '1': no caption .'txt'|"),
-        ({"key": "1", "jpg": b"J"}, "no_caption", "neither 'txt' nor 'caption'"),
         ({"key": "1", "txt": "a"}, "no_image", "record '1': no image .nothing in a field jpg"),
-        ({"key": "1", "png": b"", "txt": "a"}, "no_image", "no image"),
         ({"key": "1", "png": b"P", "jpg": b"J", "txt": "a"}, "duplicate", "found jpg, png"),
     ],
 )

@@ -7,8 +7,6 @@ import pickle
 import random
 import shutil
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,8 +15,6 @@ from diht_jax.records import sharded
 from diht_jax.records.format import TFRecordError, read_records
 from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
-
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 def _crc32c(data: bytes) -> int:
@@ -84,20 +80,6 @@ def test_nothing_is_visible_before_close_nor_after_an_error(tmp_path):
     assert list(TFRecordSource(path)) == [b"old"]
 
 
-def test_a_crash_before_the_index_is_written_leaves_no_wrong_one(tmp_path, monkeypatch):
-    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
-
-    def crash(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardIndex, "write", crash)
-        with pytest.raises(KeyboardInterrupt):
-            _write(path, [b"second", b"first"])
-    assert not _index(path).exists()
-    assert list(TFRecordSource(path)) == [b"second", b"first"]
-
-
 def _many_shards(folder: pathlib.Path) -> list[bytes]:
     expected = []
     for shard, count in enumerate([3, 0, 5, 1, 4]):
@@ -123,14 +105,6 @@ def test_random_access_over_shards(tmp_path):
     assert list(TFRecordSource(last_first)) == expected[9:] + expected[:3]
 
 
-def test_finds_shards_with_tfds_names_only(tmp_path):
-    for name in ("a.tfrecord-00000-of-00002", "a.tfrecord-00001-of-00002", "b.tfrecord"):
-        _write(tmp_path / name, [name.encode()])
-    for name in (".b.tfrecord.1-ff.tmp", "b.tfrecord.stats.json", "c.tfrecords.bak"):
-        (tmp_path / name).write_bytes(b"not a shard")
-    assert len(TFRecordSource(tmp_path)) == 3
-
-
 @pytest.mark.parametrize("where", ["", "absent", "*.tfrecord", []])
 def test_nothing_found(tmp_path, where):
     paths = where if isinstance(where, list) else str(tmp_path / where)
@@ -145,27 +119,6 @@ def test_pickled_and_read_by_threads(tmp_path, monkeypatch):
     order = random.Random(0).choices(range(13), k=2000)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert list(pool.map(source.__getitem__, order)) == [expected[i] for i in order]
-    open_files = [os.readlink(f"/proc/self/fd/{fd}") for fd in _open_descriptors()]
-    assert sum(str(tmp_path) in path for path in open_files) <= 4  # shard and index of each
-
-
-def _open_descriptors() -> list[str]:
-    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
-
-
-def test_inherited_by_forks(tmp_path):
-    _many_shards(tmp_path)
-    code = f"""
-import multiprocessing
-from diht_jax.data.tfrecord import TFRecordSource
-source = TFRecordSource({str(tmp_path)!r})
-expected = list(source)
-def read(index): return source[index]
-if __name__ == "__main__":
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        assert pool.map(read, list(range(13)) * 20, chunksize=1) == expected * 20
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPOSITORY)
 
 
 def test_missing_index_stays_in_memory_on_a_read_only_disk(tmp_path, monkeypatch):

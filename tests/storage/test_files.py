@@ -1,7 +1,5 @@
 """Files of an output folder: on a disk, in fsspec's memory, and on an S3 server (moto)."""
 
-import errno
-
 import fsspec
 import pytest
 
@@ -9,7 +7,7 @@ from data_prep.filtering.config import SETTINGS
 from data_prep.filtering.resharding import BalancedShard, load_written
 from data_prep.jobs import manifest
 from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, check_all
-from diht_jax.storage import files, retries
+from diht_jax.storage import files
 from diht_jax.storage.retries import StorageError
 from tests.readers.failing_disk import FailingDisk
 from tests.records.stores import MeteredStore
@@ -104,29 +102,6 @@ def test_what_another_process_writes_is_seen(s3_bucket):
     assert files.size(files.join(folder, "a")) == 3
     other.rm(folder, recursive=True)
     assert files.list_names(folder) == []
-
-
-def test_a_store_that_fails_for_a_moment_is_tried_again(monkeypatch):
-    delays, failures = [], []
-
-    def fail(*_, **__):
-        failures.append(1)
-        raise OSError(errno.EIO, "503 Slow Down")
-
-    monkeypatch.setattr(retries, "sleep", delays.append)
-    path = "metered://files/a"
-    files.write_bytes(path, b"contents")
-    good = MeteredStore.cat_file
-
-    def fail_twice(*args, **kwargs):
-        return good(*args, **kwargs) if len(failures) == 2 else fail()
-
-    monkeypatch.setattr(MeteredStore, "cat_file", fail_twice)
-    assert files.read_bytes(path) == b"contents"
-    assert delays == list(retries.DELAYS_SECS[:2])
-    monkeypatch.setattr(MeteredStore, "pipe_file", fail)
-    with pytest.raises(StorageError, match=r"^metered://files/a: could not be written in 5"):
-        files.write_bytes(path, b"other")
 
 
 def test_one_listing_is_one_request():

@@ -64,6 +64,13 @@ def test_several_labels(tmp_path, photos):
     assert (task.kind, task.class_names) == ("multilabel", ("ant", "hot dog"))
 
 
+def test_arrays_of_objects_are_skipped_and_not_unpickled(tmp_path, photos):
+    notes = [("npy", _npy([1, 0])), ("npy", _npy([{}, 1]))]
+    files = {**_WORDS, "dataset_type.txt": "multilabel\n"}
+    entries = read_source(_write(tmp_path / "x", notes, photos, files=files), {})
+    assert [getattr(entry, "reason", None) for entry in entries] == [None, "bad_row"]
+
+
 def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
     notes = [("cls", b"1"), ("cls", b"first"), ("txt", b"a dog"), ("cls", b"0")]
     source = _write(tmp_path / "x", notes, photos, files=_WORDS)

@@ -179,12 +179,3 @@ def check_tiff_tags(draw: Draw, folder: pathlib.Path) -> str:
     data = b"II*\0" + struct.pack("<I", offset) + draw(noise(size * size, size * size))
     data += struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
     return _judge(data)
-
-
-def check_broken_exif(draw: Draw, folder: pathlib.Path) -> str:
-    """A broken EXIF block is no reason to lose a picture: it is shown as it lies."""
-    block = draw(damaged(_exif(draw(integers(1, 8))).tobytes()))
-    format = draw(one(["JPEG", "PNG", "WEBP"]))
-    outcome = _judge(encoded(Image.fromarray(draw(_pixels())), format, exif=block))
-    require(outcome == SUCCESS, "a good picture is lost for its EXIF block")
-    return outcome

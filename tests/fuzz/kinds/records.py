@@ -5,7 +5,6 @@ Read in order by `diht_jax.readers`, at random by `TFRecordSource`, decoded by `
 
 from __future__ import annotations
 
-import itertools
 import pathlib
 import struct
 from collections.abc import Sequence
@@ -129,23 +128,6 @@ def check_damaged_frame(draw: Draw, folder: pathlib.Path) -> str:
     allowed = (1,) if has_index and is_flip else (1, len(own))
     require(shard.count_refused() in allowed, "damage was not noticed, or spread")
     return shard.read_in_order()
-
-
-def check_cut_off(draw: Draw, folder: pathlib.Path) -> str:
-    """Without its index, a shard that ends between two records is a shorter one; else an error."""
-    shard = _Shard(draw, folder)
-    has_index = draw(st.booleans())
-    shard.write(shard.frames if has_index else None)
-    whole = shard.path.read_bytes()
-    ends = list(itertools.accumulate(map(len, shard.frames)))[:-1]
-    size = draw(integers(1, len(whole) - 1) | one(ends))
-    shard.path.write_bytes(whole[:size])
-    opened = attempt(lambda: TFRecordSource(str(shard.path)), shard.path)
-    if size in ends and not has_index:
-        require(len(opened) == ends.index(size) + 1, "the whole records before the end")
-        return SUCCESS
-    require(isinstance(opened, Refused), f"cut off at {size} of {len(whole)} bytes, unnoticed")
-    return ERROR
 
 
 _payloads = st.lists(one([1, 20, 20, 35]).flatmap(lambda n: noise(n, n)), min_size=2, max_size=8)

@@ -5,8 +5,6 @@ The archives are put together block by block, so that a case knows where each me
 
 from __future__ import annotations
 
-import functools
-import gzip
 import json
 import pathlib
 import tarfile
@@ -19,7 +17,7 @@ from hypothesis.strategies import sampled_from as one
 
 from diht_jax.readers import registry
 from diht_jax.records.formats.tar_records import TarRecordSource
-from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, damaged, flipped, noise, words
+from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, flipped, noise, words
 from tests.fuzz.judge import Refused, attempt, judge_source, require
 
 BLOCK = tarfile.BLOCKSIZE
@@ -244,15 +242,6 @@ def check_damaged_header(draw: Draw, folder: pathlib.Path) -> str:
     return _bad_pair(draw, folder, change, must_fail=True)
 
 
-def check_cut_off(draw: Draw, folder: pathlib.Path) -> str:
-    """Up to the first whole block of zeros behind the members, all could not be there."""
-    entries = _entries(draw)
-    data = b"".join(entry.blob() for entry in entries)
-    size = draw(integers(0, len(data) + BLOCK - 1) | integers(len(data), len(data) + 9 * BLOCK))
-    lost = size < len(data) + BLOCK
-    return _judge(folder, (data + END * 5)[:size], entries, may_fail=lost, must_fail=lost)
-
-
 def check_hole(draw: Draw, folder: pathlib.Path) -> str:
     """Blocks of zeros in the midst, as an unfinished download leaves them, look like the end."""
     entries = _entries(draw)
@@ -283,17 +272,3 @@ def check_odd_members(draw: Draw, folder: pathlib.Path) -> str:
     touched = ["minus"] * (form == 2)
     data = b"".join(blobs) + END
     return _judge(folder, data, entries, *touched, ignored=["huge"], **verdict)
-
-
-def check_gzip(draw: Draw, folder: pathlib.Path) -> str:
-    """A compressed archive has a checksum: any loss is an error; a bomb is not unpacked at once."""
-    entries, is_bomb = _entries(draw), draw(integers(0, 9)) == 9
-    data = gzip.compress(b"".join(entry.blob() for entry in entries), mtime=0)
-    data += is_bomb * _compressed_bomb() + gzip.compress(END)
-    changed = data if is_bomb else draw(damaged(data))
-    return _judge(folder, changed, entries, name=f"{_NAME}.gz", may_fail=changed != data)
-
-
-@functools.cache
-def _compressed_bomb() -> bytes:
-    return gzip.compress(_raw_member(b"bomb.mp4", b"0", bytes(2**26)), 1)

@@ -1,4 +1,4 @@
-"""Folders of TensorFlow Datasets: damaged records behind right checksums, damaged descriptions."""
+"""Folders of TensorFlow Datasets: damaged records behind right checksums."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from absl import logging
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.readers import registry
-from diht_jax.records.dataset_info import FILES, shard_name, write_dataset_info
-from tests.fuzz.damage import NOT_UTF8, Draw, damage_folder, damaged, noise
+from diht_jax.records.dataset_info import shard_name, write_dataset_info
+from tests.fuzz.damage import NOT_UTF8, Draw, damaged, noise
 from tests.fuzz.framing import example, frame
-from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, judge_source, require
+from tests.fuzz.judge import SUCCESS, judge_source, require
 
 _NAME = shard_name("pairs", "train", 0, 1)
 _COUNT = 4
@@ -54,18 +53,3 @@ def check_bad_record(draw: Draw, folder: pathlib.Path) -> str:
     examples[bad] = draw(one(others) | damaged(examples[bad]) | noise(50))
     _write(folder, examples)
     return _judge(folder, list(_VALUES)[bad])
-
-
-def check_description(draw: Draw, folder: pathlib.Path) -> str:
-    """A damaged description: an error that names the folder, or as many records as it counts."""
-    _write(folder, list(map(example, _FIELDS)))
-    shard = (folder / _NAME).read_bytes()
-    damage_folder(draw, folder)
-    (folder / _NAME).write_bytes(shard)
-    source = attempt(lambda: registry.open_source(f"tfds:{folder}:train"), folder)
-    pairs = source if isinstance(source, Refused) else attempt(lambda: list(source), folder)
-    if isinstance(pairs, Refused):
-        return ERROR
-    counts = f'"{len(pairs) + sum(source.skipped.values())}"'
-    require(counts in (folder / FILES[0]).read_text(), f"{counts} records")
-    return SUCCESS

@@ -1,4 +1,4 @@
-"""Weight files and model directories of a very small CLIP: damaged, cut short, hostile."""
+"""Weight files of a very small CLIP: damaged, cut short, hostile."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax.models.zoo import Architecture
-from diht_jax.weights import clip_layout, huggingface, open_clip_config, settings
+from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import read_tensors
 from tests.fuzz.damage import (
     DEEP_JSON,
     NOT_UTF8,
     Draw,
-    changed_json,
     cut,
-    damage_folder,
     damaged,
     flipped,
 )
@@ -63,7 +61,6 @@ _FIELDS = {
     **{"context_length": 5, "vocab_size": 12},
 }
 _ARCH = Architecture(**_FIELDS)
-_PREPROCESSING = settings.Preprocessing()
 
 
 @functools.cache
@@ -119,11 +116,9 @@ def _require_equal(
         require(same or name in but, f"the values of {name} have changed")
 
 
-def _judge_model(
-    path: pathlib.Path, *names: str | pathlib.Path, but: set[str] = frozenset()
-) -> str:
-    """The model's parameters, but for some, or an error that names the path or another name."""
-    weights = attempt(lambda: read_weights(path), path, *names)
+def _judge_model(path: pathlib.Path, but: set[str] = frozenset()) -> str:
+    """The model's parameters, but for some, or an error that names the path."""
+    weights = attempt(lambda: read_weights(path), path)
     if isinstance(weights, Refused):
         return ERROR
     _require_equal(clip_layout.to_clip(weights.params, weights.arch), _tensors(), but)
@@ -246,50 +241,3 @@ def check_hostile_torch_files(draw: Draw, folder: pathlib.Path) -> str:
     result = attempt(lambda: read_tensors(path), path)
     require(isinstance(result, Refused) or not result, f"{result}")
     return ERROR
-
-
-def _write_directory(draw: Draw, folder: pathlib.Path) -> pathlib.Path:
-    """A directory of open_clip or Hugging Face, or of a few shards; returns what is to be read."""
-    form, target = draw(one(["shards", "open_clip", "huggingface"])), folder
-    weights = {"open_clip_model.safetensors": _tensors()}
-    files = {"open_clip_config.json": open_clip_config.make_config(_ARCH, _PREPROCESSING)}
-    if form == "shards":
-        items = sorted(_tensors().items())
-        half = len(items) // 2
-        weights = {"a.safetensors": dict(items[:half]), "b.safetensors": dict(items[half:])}
-        target = folder / "model.safetensors.index.json"
-        places = {key: name for name, part in weights.items() for key in part}
-        files = {target.name: {"weight_map": places}}
-    elif form == "huggingface":
-        params = clip_layout.from_clip(_tensors(), _ARCH)
-        values = huggingface.to_huggingface(params, _ARCH)
-        values = {name: np.array(value, order="C") for name, value in values.items()}
-        weights = {"model.safetensors": values}
-        files = {"config.json": huggingface.make_config(_ARCH, "float32")}
-        preprocessor = huggingface.make_preprocessor(_ARCH, _PREPROCESSING)
-        files["preprocessor_config.json"] = preprocessor
-    for name, values in weights.items():
-        (folder / name).write_bytes(safetensors.numpy.save(values))
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
-    return target
-
-
-def check_directories(draw: Draw, folder: pathlib.Path) -> str:
-    """Files damaged, swapped or gone, settings of another type or model: the model, or an error."""
-    target = _write_directory(draw, folder)
-    values = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
-    if draw(st.booleans()):
-        damage_folder(draw, folder)
-        for path, data in values.items():
-            path.write_bytes(data)  # values have no checksum; they are damaged above
-    else:
-        path = draw(one(sorted(folder.glob("*.json"))))
-        path.write_text(json.dumps(draw(changed_json(json.loads(path.read_text())))))
-    if _judge_model(target) == ERROR:
-        return ERROR
-    preprocessing = read_weights(target).preprocessing
-    numbers = (*preprocessing.mean, *preprocessing.std) if preprocessing else (0.5,) * 6
-    require(all(isinstance(v, int | float) for v in numbers), f"no numbers: {numbers}")
-    require(bool(np.isfinite(numbers).all()) and len(numbers) == 6, f"no numbers: {numbers}")
-    return SUCCESS

@@ -7,10 +7,9 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 
 from diht_jax.records.formats.registry import open_writer
-from diht_jax.records.formats.tar_records import TarRecordSource, image_extension, member_stem
+from diht_jax.records.formats.tar_records import TarRecordSource
 from diht_jax.records.schema import Pair, Record, encode_record
 from tests.readers.inputs import JPEG, PNG, encoded_image
 
@@ -61,11 +60,3 @@ def test_what_a_tar_has_no_room_for(tmp_path):
     with pytest.raises(ValueError, match="record '2': tars hold images in JPEG, PNG and WebP"):
         _write(tmp_path / "a.tar", [Pair("1", PNG, "c"), Pair("2", encoded_image("GIF"), "c")])
     assert not list(tmp_path.iterdir())
-
-
-def test_names_of_images_and_members():
-    for name, extension in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("BMP", None)):
-        assert image_extension(encoded_image(name)) == extension
-        assert extension is None or Image.open(io.BytesIO(encoded_image(name))).format == name
-    assert member_stem("a b/c.jpg") == "a b/c%2Ejpg"
-    assert member_stem("50%\n") == "50%25%0A"
