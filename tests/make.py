@@ -81,21 +81,17 @@ def pair_members(key: str, caption: str, image: bytes, suffix: str = "png") -> d
     return {f"{key}.{suffix}": image, f"{key}.txt": caption.encode()}
 
 
-def write_pair_tar(
-    path: str | pathlib.Path, captions: Sequence[str], first: int = 0, mode: str = "w"
-) -> str:
+def write_pair_tar(path: str | pathlib.Path, captions: Sequence[str]) -> str:
     """Writes a webdataset tar with one pair for each caption, and returns its path.
 
     Args:
         path: of the tar; its folder is made.
         captions: keys are their numbers, and so are the seeds of the pictures.
-        first: number of the first pair.
-        mode: of `tarfile.open`.
     """
     members: dict[str, bytes] = {}
-    for number, caption in enumerate(captions, start=first):
+    for number, caption in enumerate(captions):
         members |= pair_members(f"{number:05d}", caption, png(number))
-    return write_tar(path, members, mode)
+    return write_tar(path, members)
 
 
 def record(number: int, **fields: Any) -> Record:

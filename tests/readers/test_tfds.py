@@ -4,7 +4,6 @@ TensorFlow runs in one subprocess, which writes and reads everything that the te
 it must never come into the process that tests the training path.
 """
 
-import io
 import json
 import pathlib
 import subprocess
@@ -19,6 +18,7 @@ from diht_jax.readers.registry import Skipped, list_shards, open_source, read_pa
 from diht_jax.records import dataset_info
 from diht_jax.records.schema import Record, decode_record, encode_record
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from tests.make import encoded
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -144,17 +144,11 @@ Mnist(data_dir=work / "labels").download_and_prepare()
 '''
 
 
-def _encode(image: Image.Image, name: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, name)
-    return buffer.getvalue()
-
-
 def _make_record(index: int, image_format: str) -> Record:
     image = Image.new("RGB", (4 + index, 3), (index, 2 * index, 250))
     return Record(
         key=f"k{index}",
-        image=_encode(image, image_format),
+        image=encoded(image, image_format),
         caption=f"a “caption” {index}",
         metadata={"index": index},
         object_ids=np.arange(index, dtype=np.int32),
