@@ -123,14 +123,20 @@ def read_start(url: str, num_bytes: int) -> bytes:
 
 
 def read_whole(url: str) -> bytes:
-    """A file in a store, by one request.
+    """A file in a store; of up to 16 MiB by one request.
+
+    Without a range, some file systems ask for the size first.
 
     Raises:
         FileNotFoundError: there is none.
         StorageError: it cannot be read, now and after some attempts.
     """
-    system, path = open_system(url)
-    return retry(lambda: system.cat_file(path), url)
+    data = read_start(url, BLOCK_BYTES)
+    if len(data) < BLOCK_BYTES:
+        return data
+    system, path = open_system(url, use_listings_cache=False)
+    size = int(retry(lambda: system.info(path), url)["size"])
+    return data + read_range(url, len(data), size) if size > len(data) else data
 
 
 def open_ranges(path: str, num_bytes: int | None = None) -> LocalRanges | StoreRanges:
