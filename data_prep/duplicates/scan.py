@@ -186,11 +186,7 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
     """
     import pyarrow
 
-    if unit.search is not None:  # workers have died of it, and left half-written files
-        folder, name = os.path.split(unit.output)
-        shards.remove_temporary_files(folder, [name])
-    files.remove(unit.stats_path)
-    described = fingerprint.describe(unit.source, unit.identity)
+    described = shards.begin_task(unit)
     with WorkRecord(unit.output, unit.search) as work:
         if unit.source.kind == EMBEDDED:
             keys, found = precomputed.read_embeddings(unit.source.path)

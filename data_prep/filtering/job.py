@@ -47,6 +47,7 @@ from data_prep.jobs.failures import (
 from data_prep.jobs.shards import ShardTask
 from data_prep.reports.page import PAGE, write_report
 from data_prep.steps.registry import active_steps
+from diht_jax.data.index import is_indexable, update_index
 from diht_jax.records import dataset_info
 from diht_jax.records.formats.registry import FORMATS
 from diht_jax.storage import files, locks
@@ -297,8 +298,8 @@ def _describe_output(
             description=f"Image-text pairs of {config.input}, by data_prep.filter.",
             file_format=FORMATS[config.output_format].tfds_name,
         )
-    if not config.metadata_only:
-        shards.write_index(folder, [files.join(folder, output["file"]) for output in outputs])
+    if not config.metadata_only and all(is_indexable(output["file"]) for output in outputs):
+        update_index(folder)
     merged = {
         "config": filter_config.record_settings(config),
         "input": config.input,

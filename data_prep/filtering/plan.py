@@ -117,12 +117,7 @@ def _plan_parts(
         step.check_inputs(config, inputs)
     files.make_folder(folder)
     _settle_layout(config, folder, overwrite)
-    foreign = resharding.find_foreign(folder, config.output_format)
-    if foreign:
-        raise ValueError(
-            f"'{folder}' holds {len(foreign)} shards that do not belong to this run, such as "
-            f"'{foreign[0]}'; choose an empty folder, or delete them"
-        )
+    shards.refuse_foreign(folder, resharding.find_foreign(folder, config.output_format))
     return manifest.plan_parts(
         inputs,
         parts_folder,

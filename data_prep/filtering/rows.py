@@ -21,7 +21,7 @@ import ml_collections
 from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.chain import Chain
-from data_prep.jobs import fingerprint, shards
+from data_prep.jobs import shards
 from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.sources import list as source_list
@@ -61,11 +61,7 @@ def filter_rows(
     Raises:
         ValueError: the input is damaged.
     """
-    if task.search is not None:  # workers have died of this unit, and left half-written files
-        folder, name = os.path.split(task.output)
-        shards.remove_temporary_files(folder, [name])
-    files.remove(task.stats_path)
-    described = fingerprint.describe(task.source, task.identity)
+    described = shards.begin_task(task)
     log = ShardLog(config)
     kept: set[int] = set()
 

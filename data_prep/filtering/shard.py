@@ -60,9 +60,6 @@ def filter_shard(
     Raises:
         ValueError: the source is damaged.
     """
-    if task.search is not None:  # workers have died of this shard, and left half-written files
-        folder, name = os.path.split(task.output)
-        shards.remove_temporary_files(folder, [name])
     # A death that led to no pair may have been that of a dropped picture, shown in the report.
     is_unexplained = task.search is not None and task.search.unexplained > 0
     log = ShardLog(config, pictures=0 if is_unexplained else None)

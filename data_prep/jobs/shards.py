@@ -17,7 +17,6 @@ from typing import Any
 
 from data_prep.jobs import fingerprint
 from data_prep.jobs.crash_search import CrashSearch
-from diht_jax.data.index import is_indexable, update_index
 from diht_jax.readers.registry import SourceShard, names_files
 from diht_jax.records import dataset_info
 from diht_jax.records.catalog import kind_of
@@ -73,43 +72,13 @@ def hash_config(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def plan_tasks(
-    sources: Sequence[SourceShard],
-    folder: str,
-    *,
-    dataset: str,
-    split: str,
-    config_hash: str,
-    output_format: str = "tfrecord",
-) -> list[ShardTask]:
-    """Gives every source shard its output shard, and makes the folder.
-
-    Args:
-        sources: in order; the order decides the names.
-        folder: of the output.
-        dataset: first part of the names.
-        split: second part of the names.
-        config_hash: see `hash_config`.
-        output_format: of the output shards, one of `formats.registry.FORMATS`.
-
-    Raises:
-        ValueError: the folder holds shards that this plan would not replace, and that a training
-            run on the folder would read.
-    """
-    files.make_folder(folder)
-    suffix = FORMATS[output_format].suffix
-    count = len(sources)
-    names = [dataset_info.shard_name(dataset, split, i, count, suffix) for i in range(count)]
-    foreign = sorted(set(read_shards(folder, output_format)) - set(names))
-    if foreign:
+def refuse_foreign(folder: str, names: Sequence[str]) -> None:
+    """Raises ValueError for shards in a folder that a training run would read, and nobody plans."""
+    if names:
         raise ValueError(
-            f"'{folder}' holds {len(foreign)} shards that do not belong to this run, such as "
-            f"'{foreign[0]}'; choose an empty folder, or delete them"
+            f"'{folder}' holds {len(names)} shards that do not belong to this run, such as "
+            f"'{names[0]}'; choose an empty folder, or delete them"
         )
-    return [
-        ShardTask(source, files.join(folder, name), config_hash)
-        for source, name in zip(sources, names, strict=True)
-    ]
 
 
 def read_shards(folder: str, output_format: str) -> list[str]:
@@ -136,12 +105,20 @@ def run_task(task: ShardTask, process: Process, companions: Sequence[str] = ()) 
     Raises:
         ValueError: the source is damaged.
     """
-    files.remove(task.stats_path)
-    described = fingerprint.describe(task.source, task.identity)
+    described = begin_task(task)
     with open_writer(task.output) as writer:
         hashing = HashingWriter(writer)
         counts = process(task.source, hashing)
     return finish_task(task, described, counts, len(writer), companions, hashing.digest())
+
+
+def begin_task(task: ShardTask) -> fingerprint.Description:
+    """Removes what an earlier attempt has left; describes the input before it is read."""
+    if task.search is not None:  # workers have died of it, and left half-written files
+        folder, name = os.path.split(task.output)
+        remove_temporary_files(folder, [name])
+    files.remove(task.stats_path)
+    return fingerprint.describe(task.source, task.identity)
 
 
 def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,20 +294,6 @@ def remove_merged(folder: str) -> None:
     """Removes what describes the whole folder, before a shard of it changes."""
     for name in (MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES):
         files.remove(files.join(folder, name))
-
-
-def write_index(
-    folder: str, outputs: Iterable[str], vocabulary: Mapping[str, Any] | None = None
-) -> None:
-    """Writes the `dataset.index` of a folder, where the format of its shards has one.
-
-    Args:
-        folder: of the shards.
-        outputs: their paths.
-        vocabulary: what all of them are labelled with, see `Vocabulary.describe`.
-    """
-    if all(map(is_indexable, outputs)):
-        update_index(folder, vocabulary=vocabulary)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

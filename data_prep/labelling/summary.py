@@ -14,6 +14,7 @@ from data_prep.labelling import report
 from data_prep.labelling.labels import write_labels_index
 from data_prep.labelling.tasks import LabelTask, input_paths
 from data_prep.teachers.base import TeacherInfo
+from diht_jax.data.index import is_indexable, update_index
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.dataset_info import write_dataset_info
 from diht_jax.records.labels.clip_embeddings import ClipFacts
@@ -61,7 +62,8 @@ def summarize(
     if found.failed:
         facts["failed"] = found.failed
     if config.merge:
-        shards.write_index(folder, [task.output for task in tasks], vocabulary.describe())
+        if all(is_indexable(task.output) for task in tasks):
+            update_index(folder, vocabulary=vocabulary.describe())
         hashes = ", ".join(f"{part.kind} {part.hash}" for part in vocabulary)
         licence = f" Licence of the labels: {teacher.licence}." if teacher.licence else ""
         write_dataset_info(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from data_prep.jobs import shards
 from data_prep.jobs.failures import allowed_number
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.catalog import find_kind, find_shards
+from diht_jax.records.dataset_info import shard_name
 from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.formats.registry import open_source
+from diht_jax.records.formats.registry import FORMATS, open_source
 from diht_jax.records.labels.shards import ShardIdentity, label_shard_name
 from diht_jax.storage import files
 from diht_jax.storage.retries import StorageError
@@ -121,25 +123,25 @@ def plan_outputs(
     Raises:
         ValueError: the folder holds shards that do not belong to these.
     """
+    files.make_folder(folder)
     if merged is None:
-        files.make_folder(folder)
-        outputs = [files.join(folder, name) for name in _name_outputs(inputs)]
+        names = _name_outputs(inputs)
     else:
-        names = {"dataset": merged.dataset_name, "split": merged.split}
-        planned = shards.plan_tasks(
-            inputs, folder, **names, config_hash="", output_format=merged.output_format
-        )
-        outputs = [task.output for task in planned]
+        count, suffix = len(inputs), FORMATS[merged.output_format].suffix
+        numbered = functools.partial(shard_name, merged.dataset_name, merged.split)
+        names = [numbered(number, count, suffix) for number in range(count)]
+        present = shards.read_shards(folder, merged.output_format)
+        shards.refuse_foreign(folder, sorted(set(present) - set(names)))
     # The records count, and not the time of a file: a shard that was touched or copied stays.
     return [
         LabelTask(
             source,
-            output,
+            files.join(folder, name),
             shards.hash_config({"settings": settings_hash, "shard": shard}),
             identity="size",
             shard=shard,
         )
-        for source, output, shard in zip(inputs, outputs, identities, strict=True)
+        for source, name, shard in zip(inputs, names, identities, strict=True)
     ]
 
 

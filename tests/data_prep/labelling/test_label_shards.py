@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from data_prep.label import run_label
+from data_prep.labelling.config import default_config
+from data_prep.labelling.tasks import plan_outputs
+from diht_jax.readers.registry import SourceShard
 from diht_jax.records.formats.registry import open_source
 from diht_jax.records.labels.concepts import decode_joined, open_labels
 from diht_jax.records.schema import CONCEPT_FIELDS
@@ -125,6 +128,18 @@ def test_a_folder_stays_what_it_is(work, label_shards, tmp_path):
     for path in (work / "labelled").glob("*.tfrecord"):
         assert (merged / path.name).read_bytes() == path.read_bytes()
     assert not (merged / "labels/dataset.index").exists()
+
+
+def test_merged_shards_of_another_run_are_refused(tmp_path):
+    (tmp_path / "pairs-train-00002.tfrecord").touch()
+
+    def plan(count):
+        inputs = [SourceShard("tfrecord", f"{number}.tfrecord") for number in range(count)]
+        return plan_outputs(inputs, str(tmp_path), "h", [None] * count, merged=default_config())
+
+    with pytest.raises(ValueError, match="1 shards that do not belong.*pairs-train-00002"):
+        plan(2)
+    assert [task.name for task in plan(4)] == [f"pairs-train-{i:05d}.tfrecord" for i in range(4)]
 
 
 # The teacher of the tests, which stays with a batch until its node is lost.
