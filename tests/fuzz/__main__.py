@@ -37,12 +37,12 @@ def main() -> None:
     jobs = runner.share_out(given.cases, weights)
     with tqdm(total=sum(jobs.values()), unit="case", dynamic_ncols=True) as progress:
         results = runner.run(jobs, given.seed, "long", progress.update)
-    print(f"{'property':44}" + "".join(f"{name:>9}" for name in (*OUTCOMES, "slowest", "seconds")))
+    print(f"{'property':44}" + "".join(f"{name:>9}" for name in OUTCOMES))
     totals: collections.Counter = collections.Counter()
     for name, result in results.items():
         totals.update(result.outcomes)
         counts = "".join(f"{result.outcomes[outcome]:9}" for outcome in OUTCOMES)
-        print(f"{name:44}{counts}{result.slowest:9.1f}{result.secs:9.1f}")
+        print(f"{name:44}{counts}")
     print(f"{f'all, seed {given.seed}':44}" + "".join(f"{totals[name]:9}" for name in OUTCOMES))
     failures = {name: result.failure for name, result in results.items() if result.failure}
     for name, failure in failures.items():

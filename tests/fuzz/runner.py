@@ -14,7 +14,6 @@ import resource
 import shutil
 import signal
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,14 +54,10 @@ class Result:
     Attributes:
         outcomes: outcome -> cases.
         failure: None, or the traceback of a case that fails, with what it drew.
-        secs: of all of its cases.
-        slowest: of one of them.
     """
 
     outcomes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     failure: str | None = None
-    secs: float = 0.0
-    slowest: float = 0.0
 
 
 def share_out(cases: int, kinds: Mapping[str, int] = WEIGHTS) -> dict[str, int]:
@@ -155,12 +150,9 @@ def _run(
     @hypothesis.given(st.data())
     def run_cases(data: Any) -> None:
         folder.mkdir()
-        start = time.perf_counter()
         try:
             outcome = _run_within_limits(function, data.draw, folder)
         finally:
-            secs = time.perf_counter() - start
-            result.secs, result.slowest = result.secs + secs, max(result.slowest, secs)
             shutil.rmtree(folder)
         require(outcome in OUTCOMES, f"no outcome: {outcome!r}")
         result.outcomes[outcome] += 1

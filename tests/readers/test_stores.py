@@ -48,19 +48,14 @@ def _records(folder, suffix):
             writer.write(encode_record(Pair(key, _IMAGES[key], f"caption {key}", {"n": key})))
 
 
-def _table(folder, suffix):
+def _table(folder):
     rows = [
         {"image": f"i/{key}.png", "caption": f'caption "{key}",\nof two lines'} for key in _KEYS
     ]
     (folder / "i").mkdir()
     for row, key in zip(rows, _KEYS, strict=True):
         (folder / row["image"]).write_bytes(_IMAGES[key])
-    if suffix == "jsonl":
-        text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    else:
-        lines = (f'{r["image"]},"{r["caption"].replace(chr(34), chr(34) * 2)}"\n' for r in rows)
-        text = "image,caption\n" + "".join(lines)
-    (folder / f"a.{suffix}").write_text(text)
+    (folder / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 _MAKERS = {
@@ -68,8 +63,7 @@ _MAKERS = {
     "tar.gz": lambda folder: _tar(folder, "w:gz", "a.tar.gz"),
     "parquet of many groups": lambda folder: _parquet(folder, 2),
     "parquet of a group": lambda folder: _parquet(folder, 40),
-    "jsonl": lambda folder: _table(folder, "jsonl"),
-    "csv": lambda folder: _table(folder, "csv"),
+    "jsonl": _table,
     "tfrecord": lambda folder: _records(folder, "tfrecord"),
     "array_record": lambda folder: _records(folder, "array_record"),
 }

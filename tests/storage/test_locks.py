@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from concurrent import futures
 
 import pytest
 
@@ -21,11 +19,6 @@ with lock_folder(sys.argv[1], "--workdir", "run.lock"):
 """
 
 
-@pytest.fixture(params=["disk", "s3"])
-def folder(request, tmp_path):
-    return str(tmp_path) if request.param == "disk" else request.getfixturevalue("s3_bucket") + "/c"
-
-
 @pytest.fixture
 def time_passes(monkeypatch):
     """A clock that only moves by sleeping; its time can be set."""
@@ -35,13 +28,13 @@ def time_passes(monkeypatch):
     return now
 
 
-def _leave(folder, name=".leader-0000.json", **changes):
+def _leave(folder, **changes):
     """A lock as another process would have left it."""
     holder = {
         "token": "other", "host": "node7", "machine": "another machine", "pid": 12,
         "since": "yesterday", "renewed": 1000.0,
     } | changes  # fmt: skip
-    files.write_bytes(files.join(folder, name), json.dumps(holder).encode())
+    files.write_bytes(files.join(folder, ".leader-0000.json"), json.dumps(holder).encode())
 
 
 def test_a_killed_holder_leaves_nothing_behind(tmp_path):
@@ -58,24 +51,6 @@ def test_a_killed_holder_leaves_nothing_behind(tmp_path):
     for _ in range(2):  # one that ends leaves nothing behind, either
         with locks.lock_folder(run, "--workdir", "run.lock"):
             pass
-
-
-def test_of_many_at_once_one_leads(folder, monkeypatch):
-    monkeypatch.setattr(locks, "_POLL_SECS", 0.01)
-    inside, most = [], []
-    start = threading.Barrier(6)
-
-    def work(number):
-        start.wait(timeout=300)
-        with locks.leader_lock(folder):
-            inside.append(number)
-            most.append(len(inside))
-            inside.remove(number)
-
-    with futures.ThreadPoolExecutor(6) as pool:
-        list(pool.map(work, range(6)))
-    assert most == [1] * 6  # one after the other
-    assert files.list_names(folder) == []
 
 
 def test_the_lock_of_a_leader_on_another_machine_expires(s3_bucket, time_passes):

@@ -14,13 +14,10 @@ from diht_jax.records.formats.registry import (
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("a.tfrecord", "tfrecord"),
         ("a.tfrecord-00000-of-00002", "tfrecord"),
         ("x-train.array_record-00001-of-00002", "array_record"),
-        ("00000.tar", "webdataset"),
         ("s3://bucket/*.tar", "webdataset"),
         (".hidden.tar", None),
-        ("a.tar.idx", None),
         ("a.tfrecord.stats.json", None),
     ],
 )
