@@ -1,7 +1,6 @@
-"""Freed memory that is kept (counted in page faults), escaped names, repeated warnings."""
+"""Freed memory that is kept (counted in page faults), escaped names, URLs as outputs."""
 
 import logging
-import pathlib
 import platform
 import subprocess
 import sys
@@ -12,41 +11,6 @@ from absl import flags
 from diht_jax import command_line
 from diht_jax.evaluate import evaluate_model
 from diht_jax.export import export_model
-
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-
-_LOGGING = """
-from absl import logging
-from diht_jax import command_line
-
-def main():
-    for step in range(1, 1501):
-        logging.warning("%s: a line is kept for later: no space", "metrics.jsonl")
-        logging.info("progress")
-        if step % 500 == 0:
-            logging.error("step %d: could not be saved", step)
-
-command_line.run(main)
-"""
-
-
-def test_equal_warnings_are_counted_instead_of_repeated():
-    done = subprocess.run(
-        [sys.executable, "-c", _LOGGING], stderr=subprocess.PIPE, text=True, check=True
-    )
-    lines = [line.split(" ", 1)[1] for line in done.stderr.splitlines()]
-    assert lines.count("progress") == 1500
-    kept = "metrics.jsonl: a line is kept for later: no space"
-    assert [line for line in lines if line != "progress"] == [
-        kept,
-        f"{kept} (10 times so far)",
-        f"{kept} (100 times so far)",
-        "step 500: could not be saved",
-        f"{kept} (1,000 times so far)",
-        "step 1000: could not be saved",
-        "step 1500: could not be saved",
-    ]
-
 
 _PROGRAM = """
 import ctypes, resource, sys

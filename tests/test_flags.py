@@ -1,7 +1,6 @@
 """The flags of all commands: one convention, and the spellings that they had before."""
 
 import importlib
-import pathlib
 import re
 
 import pytest
@@ -24,7 +23,6 @@ COMMANDS = (
     "data_prep.synthetic.__main__",
     "data_prep.synthetic.teacher",
 )
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # The same word for things of another kind.
 TWO_MEANINGS = {"image_size": "of a model, or of synthetic pictures", "seed": "each has its own"}
 OLD_SPELLINGS = [
@@ -93,14 +91,6 @@ def test_one_convention(define):
         if isinstance(next(iter(by_command.values())).default, int) and name not in TWO_MEANINGS:
             defaults = {flag.default for flag in by_command.values()}
             assert len(defaults - {None}) == 1, f"--{name} has several defaults: {defaults}"
-    for name, commands in (
-        ("model", {"evaluate", "fewshot", "search", "embed", "caption", "export"}),
-        ("batch_size", {"evaluate", "fewshot", "search", "embed", "caption", "compile", "average"}),
-        ("num_threads", {"evaluate", "fewshot", "search", "embed", "caption", "average"}),
-        ("caption_template", {"evaluate", "search", "embed", "average"}),
-        ("task_index", {"filter", "label", "embed", "caption"}),
-    ):
-        assert {command.split(".")[1] for command in meanings[name]} == commands, name
 
 
 @pytest.mark.parametrize(("command", "old", "new", "text"), OLD_SPELLINGS)
@@ -110,4 +100,3 @@ def test_old_spellings_still_work(command, old, new, text, define):
     parsed = defined[new].parser.parse(text)
     assert flags.FLAGS[new].value == parsed
     assert flags.FLAGS[old].value == parsed
-    assert defined[old].help == f"Alias for --{new}."

@@ -77,9 +77,3 @@ def test_core_imports_without_heavy_packages():
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_a_config_is_validated_without_jax():
-    """Workers of data_prep validate configs and must start fast."""
-    code = "import sys, diht_jax.config; sys.exit('jax' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)

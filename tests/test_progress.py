@@ -1,14 +1,11 @@
 """Progress in redirected output: plain lines, half a minute apart by an injected clock."""
 
-import ast
 import io
 import re
 
-import pytest
 from tqdm import tqdm
 
 from diht_jax.progress import ProgressBar
-from tests.make import REPOSITORY
 
 
 class Clock:
@@ -41,18 +38,6 @@ def test_a_file_gets_a_line_every_half_minute():
     assert not re.search(r"[\r\x1b]", file.getvalue())
 
 
-def test_inner_bars_write_no_codes():
-    clock, file = Clock(), io.StringIO()
-    with ProgressBar(total=2, file=file, clock=clock) as outer:
-        for _ in range(2):
-            with ProgressBar(total=100, file=file, leave=False, clock=clock) as inner:
-                clock.secs += 31
-                inner.update(50)
-            outer.update()
-    assert positions(file) == [50, 50]
-    assert not re.search(r"[\r\x1b]", file.getvalue())
-
-
 def test_a_terminal_gets_a_lively_bar():
     clock, file = Clock(), Terminal()
     with ProgressBar(total=100, file=file, clock=clock) as bar:
@@ -60,18 +45,3 @@ def test_a_terminal_gets_a_lively_bar():
             clock.secs += 1
             bar.update()
     assert len(positions(file)) > 90 and "\r" in file.getvalue()
-
-
-@pytest.mark.parametrize("top", ["diht_jax", "data_prep", "benchmarks"])
-def test_every_command_has_these_bars(top):
-    # The logs are written beside the bars, whichever they are.
-    allowed = {"diht_jax/progress.py", "diht_jax/command_line.py"}
-    for path in (REPOSITORY / top).rglob("*.py"):
-        names = [
-            name
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for name in [getattr(node, "module", ""), *(alias.name for alias in node.names)]
-        ]
-        if str(path.relative_to(REPOSITORY)) not in allowed:
-            assert "tqdm" not in names, path

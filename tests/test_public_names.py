@@ -1,10 +1,8 @@
 """The names that other people's code relies on, at the paths and with the arguments they know."""
 
-import importlib.util
 import inspect
 
 import numpy as np
-import pytest
 
 import diht_jax
 from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
@@ -85,23 +83,3 @@ def test_text_spotting():
     assert inspect.signature(caption_matches).parameters["min_chars"].default == 5
     assert caption_matches(["FRESH BREAD"], "fresh bread every day")
     assert not caption_matches(["OPEN"], "a shop in the old town")
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "data_prep.filter",
-        "data_prep.label",
-        "diht_jax.train",
-        "diht_jax.evaluate",
-        "diht_jax.fewshot",
-        "diht_jax.search",
-        "diht_jax.embed",
-        "diht_jax.caption",
-        "diht_jax.export",
-        "diht_jax.compile",
-    ],
-)
-def test_commands(command):
-    spec = importlib.util.find_spec(command)
-    assert spec and '__name__ == "__main__"' in inspect.getsource(importlib.import_module(command))

@@ -40,18 +40,10 @@ KINDS = {
 }
 SLICES = [
     ("v4", (2, 2, 1)),
-    ("v4", (4, 4, 4)),
     ("v4", (16, 16, 16)),
-    ("v5e", (1, 1)),
-    ("v5e", (4, 8)),
     ("v5e", (16, 16)),
-    ("v5p", (2, 2, 1)),
-    ("v5p", (4, 4, 4)),
     ("v5p", (16, 16, 24)),
-    ("v6e", (1, 1)),
     ("v6e", (8, 16)),
-    ("v6e", (16, 16)),
-    ("tpu7x", (2, 2, 1)),
     ("tpu7x", (4, 4, 4)),
 ]
 
@@ -167,9 +159,3 @@ def test_an_axis_that_does_not_divide_stays_whole():
     assert sharding.partition_spec(rule, (16, 5), mesh) == PartitionSpec("fsdp", None)
     assert sharding.partition_spec(rule, (12, 5), mesh) == PartitionSpec(None, None)
     assert sharding.partition_spec("text/final_norm/scale", (16,), mesh) == PartitionSpec()
-
-
-def test_a_rule_of_another_rank_is_an_error():
-    mesh = sharding.create_mesh(1, 8)
-    with pytest.raises(ValueError, match="has 2 axes, but 'text/projection/kernel'"):
-        sharding.partition_spec("text/projection/kernel", (16,), mesh)

@@ -1,13 +1,8 @@
 """The tokenizer against open_clip's, which is CLIP's own code."""
 
-import html
 import itertools
-import random
-import subprocess
-import sys
 import unicodedata
 
-import ftfy
 import numpy as np
 import pytest
 
@@ -80,7 +75,7 @@ def test_equals_open_clip_on_web_captions(shared_data, open_clip_tokenizer):
     assert differing(captions, open_clip_tokenizer) == []
 
 
-@pytest.mark.parametrize("context_length", [2, 3, 77, 300])
+@pytest.mark.parametrize("context_length", [2, 77, 300])
 def test_equals_open_clip_on_hard_texts(open_clip_tokenizer, context_length):
     assert differing(HARD_TEXTS, open_clip_tokenizer, context_length) == []
 
@@ -108,48 +103,9 @@ def test_decode_equals_open_clip(shared_data, open_clip_tokenizer):
         assert tokenizer.decode(row) == expected, text
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((["ok", b"bytes"],), r"texts\[1\]: expected a str, got bytes"),
-        (("a", 1), "context_length: expected at least 2"),
-    ],
-)
-def test_wrong_arguments_of_tokenize(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        tokenizer.tokenize(*arguments)
-
-
-@pytest.mark.parametrize(
-    "ids, message",
-    [
-        ([[320, 321]], r"expected one row of integers \[t\], got shape \(1, 2\)"),
-        ([49408], "expected 0 <= id < 49408, got 49408"),
-    ],
-)
-def test_wrong_arguments_of_decode(ids, message):
-    with pytest.raises(ValueError, match=message):
-        tokenizer.decode(ids)
-
-
-FORKED_WORKERS = """
-import multiprocessing
-from diht_jax.data import tokenizer
-
-texts = [f"a photo of number {n} <start_of_text>" for n in range(200)]
-expected = tokenizer.tokenize(texts)
-with multiprocessing.get_context("fork").Pool(2) as pool:
-    rows = pool.map(tokenizer.tokenize, texts)
-assert all((row[0] == one).all() for row, one in zip(rows, expected, strict=True))
-print("same")
-"""
-
-
-def test_forked_workers_agree_and_nothing_warns():
-    result = subprocess.run(
-        [sys.executable, "-c", FORKED_WORKERS], capture_output=True, text=True, timeout=600
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "same\n", "")
+def test_bytes_are_refused():
+    with pytest.raises(ValueError, match=r"texts\[1\]: expected a str, got bytes"):
+        tokenizer.tokenize(["ok", b"bytes"])
 
 
 @pytest.mark.parametrize("words", ["a red fox &amp;amp; ", "ox", "é", "🐕 犬", "\u00a0\n", "<&lt;"])
@@ -160,15 +116,3 @@ def test_what_stands_far_behind_the_last_id_changes_nothing(words, monkeypatch):
     expected = tokenizer.tokenize(text)
     monkeypatch.setattr(tokenizer, "_CHARACTERS_PER_ID", 64)  # a 16th of the real bound
     np.testing.assert_array_equal(tokenizer.tokenize(text), expected)
-
-
-def test_texts_that_need_no_repair_are_cleaned_as_all_others():
-    rng = random.Random(0)
-    characters = [chr(code) for code in range(128)] * 3 + ["  ", "&amp;", "é", "’"]
-    plain = 0
-    for _ in range(2000):
-        text = "".join(rng.choices(characters[32:127] if rng.random() < 0.5 else characters, k=12))
-        repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
-        assert tokenizer.clean_text(text) == " ".join(repaired.split()).lower()
-        plain += text.isascii() and text.isprintable()
-    assert 500 < plain < 1500

@@ -1,23 +1,18 @@
 """The few-shot protocol on synthetic embeddings, and whole on real pictures."""
 
-import itertools
 import json
 import os
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.few_shot import (
     FewShotData,
     FewShotOptions,
     draw_shots,
-    evaluate_few_shot,
-    format_few_shot,
     measure_few_shot,
     split_by_class,
 )
@@ -26,7 +21,6 @@ from diht_jax.evaluation.linear_probe import (
     ProbeSettings,
     fit_probes,
 )
-from diht_jax.evaluation.task_parsing import parse_tasks
 from tests import make
 from tests.compiling import xla_flags
 
@@ -112,10 +106,6 @@ def test_means_with_the_zero_shot_classifier_go_from_it_to_the_probe(measured):
     logits = data.test.image_emb @ classifier + fitted.bias[0] / 2
     assert means[0.5] == pytest.approx((logits.argmax(axis=1) == data.test.labels).mean(), abs=2e-3)
     assert "wise_ft" not in everything["scratch"]
-    text = format_few_shot({**result, "test": "x"})
-    assert (
-        f"   all  mean with zero-shot  0: {100 * result['zero_shot']['test']:.2f}%, 0.5: " in text
-    )
 
 
 def test_prompts_are_never_worse_on_validation_and_better_with_one_shot(measured):
@@ -131,28 +121,6 @@ def test_prompts_are_never_worse_on_validation_and_better_with_one_shot(measured
     assert one["prompt_init"]["test_mean"] > one["scratch"]["test_mean"] + 0.05
     assert everything["prompt_init"]["test_mean"] > result["zero_shot"]["test"] + 0.05
     assert everything["prompt_init"]["test_mean"] > everything["scratch"]["test_mean"] - 0.03
-
-
-def test_sources_share_one_pass_and_one_set_of_classes(tiny_model, shared_data, tmp_path):
-    path = tmp_path / "some.tar"
-    with tarfile.open(shared_data / "cifar10_test.tar") as whole, tarfile.open(path, "w") as some:
-        for member in itertools.islice(whole, 3 * 100):
-            some.addfile(member, whole.extractfile(member))
-    (task,) = parse_tasks([f"cifar10={path}"])
-    options = FewShotOptions(shots=(2,), num_draws=2, num_steps=5, radii=(1.0,), weight_decays=(1,))
-    result = evaluate_few_shot(tiny_model, task, task, task, options, Batching(64))
-    assert result["counts"] == {
-        "classes": 10,
-        "train": 100,
-        "validation": 100,
-        "test": 100,
-        "dropped": {},
-    }
-    # The same images stand in all three splits, so their accuracies are the same.
-    assert result["zero_shot"]["test"] == result["zero_shot"]["validation"]
-    for method in ("prompt_init", "scratch", "prompt_penalty"):
-        assert result["results"][0][method]["test"] == result["results"][0][method]["validation"]
-    json.dumps(result, allow_nan=False)
 
 
 def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
@@ -185,7 +153,6 @@ def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
     result = json.loads(output.read_text())
     assert [row["shots"] for row in result["results"]] == [1, "all"]
     assert result["counts"]["validation"] == 2
-    assert len(result["fingerprint"]) == 64
     assert "zero-shot" in done.stdout
     with Image.open(tmp_path / "out" / "few.png") as plot:
         assert plot.width > 800

@@ -10,7 +10,6 @@ from diht_jax.evaluation.bootstrap import describe_samples
 from diht_jax.evaluation.charts import draw_comparison
 from diht_jax.evaluation.comparison import format_comparison
 from diht_jax.evaluation.results import (
-    describe_metrics,
     format_results,
     published_results,
     read_results,
@@ -32,18 +31,6 @@ def _results(model, top1, r1, *, images=1000, extra=()):
     return {"model": model, "step": 1500, "results": [*shared, *extra]}
 
 
-def test_table_of_one_result():
-    lines = format_results(_results("runs/a", 0.51235, 0.1)).splitlines()
-    assert lines[0] == "runs/a, step 1,500"
-    cells = [line.split("  ") for line in lines[3:]]
-    cells = [[cell.strip() for cell in row if cell.strip()] for row in cells]
-    assert cells == [
-        ["shapes", "top-1", "51.23%", "1,000 images, 3 dropped"],
-        ["emoji", "text to image R@1", "10.00%", "1,000 images, 3 dropped"],
-        ["text to image median rank", "1,203.5"],
-    ]
-
-
 def test_comparison_is_second_minus_first_in_points(tmp_path):
     only_second = _entry("new", {"top1": 0.3})
     first = _results("a", 0.5, 0.25)
@@ -52,22 +39,16 @@ def test_comparison_is_second_minus_first_in_points(tmp_path):
         write_results(tmp_path / "sub" / name, results)
     text = format_comparison(*(read_results(tmp_path / "sub" / n) for n in ("a.json", "b.json")))
     rows = [line.split() for line in text.splitlines()]
-    assert ["A:", "a,", "step", "1,500"] in rows
     assert ["shapes", "top-1", "50.00%", "62.50%", "+12.50"] in rows
     assert ["emoji", "text", "to", "image", "R@1", "25.00%", "20.00%", "-5.00"] in rows
     assert ["new", "top-1", "-", "30.00%", "-"] in rows
     assert "note: 'emoji' differs in images: 1000 and 900" in text
-    assert "differs in ties" not in text
     equal = format_comparison(_results("a", 0.5, 0.25), _results("b", 0.5 - 1e-9, 0.25))
     assert "+0.00" in equal and "-0.00" not in equal
 
     third = _results("c", 0.25, 0.3)
-    text = format_comparison(first, second, third)
-    rows = [line.split() for line in text.splitlines()]
-    assert rows[3] == ["task", "metric", "A", "B", "C", "B", "-", "A", "C", "-", "A"]
+    rows = [line.split() for line in format_comparison(first, second, third).splitlines()]
     assert ["shapes", "top-1", "50.00%", "62.50%", "25.00%", "+12.50", "-25.00"] in rows
-    assert ["new", "top-1", "-", "30.00%", "-", "-", "-"] in rows
-    assert text.count("note: 'emoji' differs in images") == 1
 
 
 def _suite_result(task, metric, value, samples=None, items="x"):
@@ -94,7 +75,6 @@ def test_paired_intervals_and_means_over_the_suite():
     ]
     text = format_comparison({"model": "a", "results": first}, {"model": "b", "results": second})
     rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
-    assert rows[2] == ["task", "metric", "A", "B", "B - A", "95% interval"]
     assert ["cifar10", "top-1", "50.00%", "55.00%", "+5.00", "+3.10 to +6.90 *"] in rows
     assert ["dtd", "top-1", "30.00%", "31.00%", "+1.00", "-0.90 to +2.90"] in rows
     assert ["vqav2", "accuracy", "40.00%", "50.00%", "+10.00"] in rows
@@ -103,9 +83,6 @@ def test_paired_intervals_and_means_over_the_suite():
     assert ["suite", name, "40.00%", "43.00%", "+3.00", "+1.10 to +4.90 *"] in rows
     assert ["mean of 2 VQA (1 missing)", "40.00%", "50.00%", "+10.00"] in rows
     assert ["mean of all 29 (26 missing)", "40.00%", "45.33%", "+5.33"] in rows
-    assert "mean of 10 retrieval" not in text
-    assert "* beyond chance: 0 is outside of the paired interval" in text
-    assert "note: 'vqav2' was resampled from other images" in text
 
     rows = [
         re.split(r"\s{2,}", line.strip())
@@ -131,9 +108,7 @@ def test_other_files_are_refused(content, tmp_path):
 def test_intervals_and_chart(tmp_path):
     first, second = _results("a", 0.5, 0.25), _results("b", 0.625, 0.2)
     second["results"][0]["intervals"] = {"top1": [0.59, 0.66]}
-    row = next(line for line in format_results(second).splitlines() if line.startswith("shapes"))
-    assert row.split("  ")[:2] == ["shapes", "top-1"]
-    assert "62.50%  59.00 to 66.00  1,000 images" in row
+    assert "62.50%  59.00 to 66.00  1,000 images" in format_results(second)
     draw_comparison([first, second], tmp_path / "new" / "chart.png")
     with Image.open(tmp_path / "new" / "chart.png") as chart:
         colours = {colour[:3]: n for n, colour in chart.getcolors(chart.width * chart.height)}
@@ -150,19 +125,15 @@ def test_released_weights_stand_beside_the_published_numbers():
     rows = [line.split() for line in lines]
     assert ["imagenet", "top-1", "68.00%", "-", "-"] in rows
     assert ["coco_retrieval", "text", "to", "image", "R@1", "40.60%", "40.20%", "-0.40"] in rows
-    assert not any("note" in line for line in lines)
-    assert published_results("runs/a") is None
 
 
-def test_units_decide_how_numbers_are_shown(tmp_path):
+def test_units_decide_how_numbers_are_shown():
     def result(model, **metrics):
         return {"model": model, "results": [_entry("x", metrics, units=units)]}
 
     units = {"top1": "share", "depth": "share", "auroc": "score", "my_rank": "rank"}
     first = result("a", top1=0.25, depth=0.25, auroc=0.5, my_rank=3.0)
     second = result("b", top1=0.5, depth=0.5, auroc=0.75)
-    write_results(tmp_path / "a.json", first)
-    assert read_results(tmp_path / "a.json") == first
     both = [line.split()[-4:] for line in format_comparison(first, second).splitlines()[4:]]
     assert both == [
         ["top-1", "25.00%", "50.00%", "+25.00"],
@@ -170,8 +141,3 @@ def test_units_decide_how_numbers_are_shown(tmp_path):
         ["AUROC", "0.5000", "0.7500", "+0.2500"],
         ["my_rank", "3.0", "-", "-"],
     ]
-    assert describe_metrics(second["results"][0]) == "x: top-1 50.00%, depth 50.00%, AUROC 0.7500"
-    # The chart is in percent: a score has no bar.
-    units = {"depth": "score"}
-    with pytest.raises(ValueError, match="no task in common"):
-        draw_comparison([result(m, depth=0.5) for m in "ab"], tmp_path / "none.png")

@@ -1,12 +1,7 @@
-"""Pages: escaped texts, embedded pictures, files in folders that did not exist."""
-
-import base64
-import io
+"""Pages: escaped texts, in files of folders that did not exist."""
 
 import jinja2
 import pytest
-from matplotlib.figure import Figure
-from PIL import Image
 
 from diht_jax.pages import render as pages
 
@@ -37,21 +32,3 @@ def test_texts_of_a_page_are_escaped_and_missing_ones_are_an_error(templates):
     assert '<td><span class="bar " style="width:calc(20.0 * var(--unit))"></span></td>' in page
     with pytest.raises(jinja2.UndefinedError, match="title"):
         pages.render("x.html")
-
-
-def test_data_uris_hold_the_picture():
-    """Encoded bytes stay as they are; images and figures are encoded."""
-
-    def decode(uri):
-        kind, _, data = uri.partition(";base64,")
-        return kind, base64.b64decode(data)
-
-    image = Image.new("RGBA", (300, 100), "red")
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    assert decode(pages.data_uri(png.getvalue())) == ("data:image/png", png.getvalue())
-    kind, data = decode(pages.thumbnail(image, 30))
-    assert kind == "data:image/jpeg" and Image.open(io.BytesIO(data)).size == (30, 10)
-    assert image.size == (300, 100)
-    kind, data = decode(pages.data_uri(Figure(figsize=(2, 1))))
-    assert kind == "data:image/png" and Image.open(io.BytesIO(data)).size == (300, 150)

@@ -100,31 +100,10 @@ def test_wrong_parameters_are_listed(reference, tmp_path):
     assert "wrong.pt" in message
 
 
-def test_a_state_dict_of_something_else_is_refused(reference, tmp_path):
+def test_a_state_dict_of_something_else_is_refused(tmp_path):
     torch.save(nn.Linear(3, 4).state_dict(), tmp_path / "linear.pt")
     with pytest.raises(ValueError, match=r"not a CLIP.*lacks visual.conv1.weight.*found bias, wei"):
         load_model(tmp_path / "linear.pt")
-    state = reference.open_clip_model(reference.SMALL).state_dict()
-    state["visual.positional_embedding"] = state["visual.positional_embedding"][:-1]
-    torch.save(state, tmp_path / "grid.pt")
-    with pytest.raises(ValueError, match="15 image positions, which are no square grid"):
-        load_model(tmp_path / "grid.pt")
-
-
-@pytest.mark.parametrize(
-    "architecture, message",
-    [
-        ({"activaton": "gelu"}, "did you mean 'activation'"),
-        (
-            {"vision_layers": 4},
-            r"24 missing: .*resblocks.2.attn.*resblocks.3.mlp.c_proj.w",
-        ),
-    ],
-)
-def test_wrong_architecture_fields(reference, tmp_path, architecture, message):
-    torch.save(reference.open_clip_model(reference.SMALL).state_dict(), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=message):
-        load_model(tmp_path / "a.pt", architecture=architecture)
 
 
 def test_image_positions_are_resized_on_request_as_open_clip_does(reference, tmp_path):
@@ -171,7 +150,6 @@ def test_preprocessing_of_a_config_is_kept_or_refused(reference, tmp_path):
     [
         ("vision_cfg", "ls_init_value", 0.1),
         ("vision_cfg", "layers", [3, 4, 6, 3]),
-        ("vision_cfg", "pool_type", "avg"),
         ("text_cfg", "pool_type", "last"),
     ],
 )

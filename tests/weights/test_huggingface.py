@@ -113,28 +113,9 @@ def test_defaults_are_those_of_transformers():
     assert arch.activation == "quick_gelu" and arch.vision_width == 768
 
 
-def test_wrong_parameters_are_listed_by_their_names_there(reference, tmp_path):
-    other = clip_model(reference, reference.SMALL)
-    state = dict(other.state_dict())
-    del state["text_model.encoder.layers.2.self_attn.k_proj.bias"]
-    state["classifier.weight"] = torch.zeros(3)
-    state["visual_projection.weight"] = state["visual_projection.weight"][:9]
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="whose config.json must be in the same folder"):
-        load_model(tmp_path)
-    other.config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError) as error:
-        load_model(tmp_path)
-    message = str(error.value)
-    assert "1 missing: text_model.encoder.layers.2.self_attn.k_proj.bias" in message
-    assert "1 unknown: classifier.weight" in message
-    assert "visual_projection.weight [9, 128] (expected [48, 128])" in message
-
-
 def test_settings_that_our_model_lacks_are_refused():
     for changed, message in (
         ({"model_type": "siglip"}, "expected model_type 'clip'.*got 'siglip'"),
-        ({"text_config": {"hidden_act": "gelu"}}, "several activations"),
         ({"vision_config": {"num_channels": 1}}, "1 image channels"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -93,18 +93,10 @@ def test_pictures_in_every_form_give_the_same(model, images, tmp_path):
     "call, message",
     [
         (lambda m: m.encode_image(np.zeros((2, 32, 32, 3))), "got float64"),
-        (lambda m: m.encode_image(np.zeros((16, 16), np.uint8)), r"got uint8 \[16, 16\]"),
-        (
-            lambda m: m.encode_image([np.zeros((1, 8, 8, 3), np.uint8)]),
-            r"images\[0\]: expected one",
-        ),
         (
             lambda m: m.encode_image("no.png"),
             r"images\[0\]: 'no.png' cannot be read .*No such file",
         ),
-        (lambda m: m.encode_image([None]), r"images\[0\]: expected PIL images, paths .*NoneType"),
-        (lambda m: m.encode_image(b"png"), "images: expected PIL images, paths .*got bytes"),
-        (lambda m: m.encode_text(b"red"), "texts: expected a string, strings .*got bytes"),
         (lambda m: m.encode_text(["a", 3]), r"texts\[1\]: expected a str, got int"),
         (lambda m: m.encode_text(np.zeros((2, 77), np.int32)), r"\[b, 32\], got int32 \[2, 77\]"),
     ],
@@ -153,19 +145,8 @@ def test_captions_whatever_the_batch_and_the_devices(decoder, images):
         assert caption == tokenizer.decode(written)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_tokens": 6}, "max_tokens=6: expected 1 to 5"),
-        ({"top_k": 0}, "top_k=0: expected 1 to 49408, or None"),
-        ({"temperature": 0.0}, "temperature=0.0: expected a number above 0"),
-    ],
-)
-def test_wrong_settings_of_captions(decoder, images, settings, message):
-    with pytest.raises(ValueError, match=message):
-        loaded(1, decoder=decoder).caption(images[:1], **settings)
-
-
-def test_a_model_without_a_decoder_writes_no_captions(model, images):
+def test_captions_that_cannot_be_written(model, decoder, images):
+    with pytest.raises(ValueError, match="max_tokens=6: expected 1 to 5"):
+        loaded(1, decoder=decoder).caption(images[:1], max_tokens=6)
     with pytest.raises(ValueError, match="no caption decoder: it was trained without config.capt"):
         model.caption(images[:1])

@@ -24,7 +24,6 @@ class Server(http.server.ThreadingHTTPServer):
     content = CONTENT
     breaks = 0
     ranges = True
-    status = 200
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -40,9 +39,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         asked = self.headers.get("Range")
         server.requests.append(asked)
-        if server.status != 200:
-            self.send_error(server.status)
-            return
         start = 0
         if asked and server.ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
@@ -71,16 +67,6 @@ def server():
     server.shutdown()
     server.server_close()
     thread.join()
-
-
-def test_downloads_once_with_progress(server, tmp_path, capsys):
-    path = tmp_path / "cache" / "model.ckpt"
-    for _ in range(2):
-        download(server.url, path, SHA256)
-    assert path.read_bytes() == CONTENT
-    assert server.requests == [None]
-    assert "model.ckpt" in capsys.readouterr().err
-    assert [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] == ["model.ckpt"]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -114,14 +100,6 @@ def test_damaged_cache_is_replaced(server, tmp_path):
     path.write_bytes(CONTENT[:-1] + b"x")
     download(server.url, path, SHA256)
     assert path.read_bytes() == CONTENT
-
-
-def test_missing_file_and_dead_server(server, tmp_path):
-    server.status = 404
-    with pytest.raises(ValueError, match="the server answered 404"):
-        download(server.url, tmp_path / "model.ckpt", SHA256)
-    with pytest.raises(ValueError, match="refused.*DIHT_JAX_WEIGHTS"):
-        download("http://127.0.0.1:9/model.ckpt", tmp_path / "model.ckpt", SHA256)
 
 
 @pytest.fixture
@@ -171,9 +149,6 @@ def test_environment_variable_names_a_local_copy(
 def test_environment_variable_with_a_wrong_place_or_model(
     reference, small_release, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="nowhere: no such file or directory"):
-        load_model(small_release)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "diht_vitl14_224px.ckpt").write_bytes(b"")
     monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "other"))

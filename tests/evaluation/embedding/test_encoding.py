@@ -7,7 +7,6 @@ from diht_jax.evaluation.embedding.encoding import (
     Batching,
     UnusablePair,
     encode_images,
-    encode_texts,
 )
 from diht_jax.records.schema import Pair
 from tests import make
@@ -81,16 +80,3 @@ def test_a_diverged_model_is_refused():
 
     with pytest.raises(ValueError, match="image embeddings: 3 of 3 rows are not finite"):
         encode_images(Diverged(), map(_pair, range(3)), lambda pair: None, batching=Batching(2))
-
-
-def test_texts_come_back_in_order_from_calls_of_one_size():
-    sizes = []
-
-    def encode_text(texts):
-        sizes.append(len(texts))
-        return np.array([[len(text), 1] for text in texts], np.float32)
-
-    texts = ["x" * i for i in range(1, 12)]
-    embedded = encode_texts(encode_text, texts, batching=Batching(4))
-    assert embedded[:, 0].tolist() == list(range(1, 12))
-    assert sizes == [4, 4, 4]

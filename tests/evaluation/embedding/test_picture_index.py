@@ -166,24 +166,6 @@ def test_processes_share_an_update(tiny_model, folder, tmp_path):
     assert (done.added, done.removed, done.kept) == (0, 0, 24)
 
 
-def test_an_error_of_one_process_ends_all(tiny_model, tmp_path):
-    for name in "ab":
-        tar_of(tmp_path / f"{name}.tar", range(8))
-    damaged = tmp_path / "b.tar"
-    damaged.write_bytes(damaged.read_bytes()[:2000])
-    results, _ = update_together(tiny_model, f"{tmp_path}/*.tar", tmp_path / "index", 2)
-    assert all(isinstance(error, ValueError) and "b.tar" in str(error) for error in results)
-    # What the other has made stays, and the lock is free again.
-    assert len(PictureIndex(tmp_path / "index")) == 8
-    tar_of(damaged, range(10, 18))
-    assert update(tiny_model, f"{tmp_path}/*.tar", tmp_path / "index").added == 8
-    # What only the first process checks is an error of all as well.
-    settings = tmp_path / "index" / "embeddings.json"
-    settings.write_text(settings.read_text().replace("float16", "int8"))
-    results, _ = update_together(tiny_model, str(damaged), tmp_path / "index", 2)
-    assert all("changed: dtype" in str(error) for error in results)
-
-
 def tar_of(path, seeds):
     members = {}
     for seed in seeds:

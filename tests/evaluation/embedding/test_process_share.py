@@ -79,15 +79,8 @@ def _encode(source, model, limit=None, batch_size=128):
     return encode_images(model, entries, _describe, batching=Batching(batch_size, 1))
 
 
-def _together(monkeypatch, count, make_source, describe=_describe, **options):
-    processes, model = _simulate(monkeypatch, count)
-    source = make_source(processes)
-    monkeypatch.setitem(globals(), "_describe", describe)
-    return processes.run(lambda: _encode(source, model, **options)), source
-
-
-def _simulate(monkeypatch, count):
-    """Processes that share what is embedded."""
+def _together(monkeypatch, count, make_source, **options):
+    """What each of some processes gets that share what is embedded, and their source."""
     processes = Processes(count)
     monkeypatch.setattr(
         encoding.ProcessRows,
@@ -96,7 +89,8 @@ def _simulate(monkeypatch, count):
             processes.own.index, batch_size, model.find_rows, processes.gather
         ),
     )
-    return processes, _Model(processes)
+    source, model = make_source(processes), _Model(processes)
+    return processes.run(lambda: _encode(source, model, **options)), source
 
 
 def _assert_equal(found, expected):
@@ -122,41 +116,9 @@ def test_each_process_reads_its_share_only(count, batch_size, monkeypatch):
     assert max(source.bytes_read.values()) < 1.25 * total / count + 3 * len(_png(1))
 
 
-def test_limits_and_entries_that_cannot_be_divided(monkeypatch):
+def test_a_limit_is_that_of_one_process(monkeypatch):
     expected = _encode(_Source(40), _Model(), limit=31)
     found, source = _together(monkeypatch, 4, lambda processes: _Source(40, processes), limit=31)
     for result in found:
         _assert_equal(result, expected)
     assert source.bytes_read.total() <= 4 * 31 * len(_png(1))
-
-    class Undivided(_Source):
-        """One unit: a generator that all processes read."""
-
-        @property
-        def whole(self):
-            return (entry for unit in self.units for entry in unit())
-
-    processes, model = _simulate(monkeypatch, 3)
-    source = Undivided(20, processes)
-    found = processes.run(
-        lambda: encode_images(model, source.whole, _describe, batching=Batching(8))
-    )
-    monkeypatch.undo()
-    expected = encode_images(_Model(), Undivided(20).whole, _describe, batching=Batching(8))
-    for result in found:
-        _assert_equal(result, expected)
-
-
-def test_an_error_of_one_process_is_that_of_all(monkeypatch):
-    def describe(pair):
-        if pair.key == "k20":
-            raise ValueError("record 'k20' is damaged")
-        return pair.key
-
-    found, _ = _together(
-        monkeypatch, 4, lambda processes: _Source(16, processes), describe, batch_size=8
-    )
-    assert all(isinstance(result, ValueError) for result in found)
-    messages = sorted(str(result) for result in found)
-    assert messages[-1] == "record 'k20' is damaged"
-    assert all("of 4: record 'k20' is damaged" in message for message in messages[:-1])

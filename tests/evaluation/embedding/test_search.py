@@ -54,14 +54,6 @@ def test_matches_are_the_closest_pictures(tiny_model, folder):
     np.testing.assert_array_equal(np.asarray(loaded[first.place]), expected)
 
 
-def test_pictures_beside_other_files_are_found(folder):
-    (folder / "notes.md").write_text("no picture")
-    (shard,) = list_inputs(str(folder))
-    assert shard.path == str(folder)
-    (folder / "labels.tsv").write_text("image\tcaption\n0.png\ta dog\n")
-    assert [shard.kind for shard in list_inputs(str(folder))] == ["table"]
-
-
 def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_path):
     image = (folder / "0.png").read_bytes()
     texts = [
@@ -92,22 +84,18 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
 
 
 def test_the_command(workdir, shared_data, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", "diht_jax.search", *map(str, arguments)]
-        environment = {**os.environ, "XLA_FLAGS": xla_flags()}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-
     page = tmp_path / "page.html"
     flags = ["--model", workdir, "--images", shared_data / "photos.tar", "--output", page]
-    done = run(*flags, "--count", 2, "a dog", "a red car")
+    command = [sys.executable, "-m", "diht_jax.search", *flags, "--count", 2, "a dog", "a red car"]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": xla_flags()},
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [lines[0], lines[3]] == ["a dog", "a red car"]
     assert len(lines) == 6
     assert page.stat().st_size > 10_000
-    for arguments, message in (
-        ((), "expected at least one query"),
-        (("--output", tmp_path / "page.png", "a dog"), "page.png: the page is HTML"),
-    ):
-        done = run(*flags, *arguments)
-        assert done.returncode == 1 and message in done.stderr

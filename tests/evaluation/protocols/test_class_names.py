@@ -39,14 +39,12 @@ def _raws(*rows):
             ("dog", "cat"),
             [1, 0],
         ),
-        ([({"class_name": "cat"}, "x"), ({"class_name": "ant"}, "y")], ("ant", "cat"), [1, 0]),
         # Captions only.
         (
             [({}, f"a photo of a {name}.") for name in ("cat", "dog", "cat", "dog")],
             ("cat", "dog"),
             [0, 1, 0, 1],
         ),
-        ([({}, caption) for caption in "xyxy"], ("x", "y"), [0, 1, 0, 1]),
     ],
 )
 def test_classes_found_in_the_data(rows, names, labels):
@@ -63,7 +61,6 @@ def test_classes_found_in_the_data(rows, names, labels):
             [({"label": 1}, "a cat"), ({"label": 1}, "a dog")],
             "'k1': label 1 goes with .*--class_names",
         ),
-        ([({"label": " "}, "")], "'k0': the label is blank"),
     ],
 )
 def test_what_would_be_a_guess_is_refused(rows, message):
@@ -79,7 +76,6 @@ def test_what_would_be_a_guess_is_refused(rows, message):
         ("CAT", 0),
         ("2", 2),
         ("crane", "several classes"),
-        ("dog", "none of the 5 class names"),
         (5, "outside of the 5"),
         (-1, "outside of the 5"),
     ],
@@ -100,17 +96,10 @@ def test_another_field_holds_the_label():
     assert raw_label(pair, "shape").class_name is None
     with pytest.raises(ValueError, match="'k' has no metadata field 'colour'.*shape"):
         raw_label(pair, "colour")
-    with pytest.raises(ValueError, match="'k'.*'label'.*True"):
-        raw_label(Pair("k", b"", "", {"label": True}))
 
 
 def test_groups_of_a_picture():
     pair = Pair("k", b"", "", {"numbers": [2.0, 1.5], "region": "Asia", "year": 2016})
     assert [read_group(pair, field) for field in ("0", "region", "year")] == [2, "Asia", 2016]
-    for field, message in (
-        ("2", "record 'k' has no group '2'; it has 2 numbers"),
-        ("1", "expected group '1' to be a text or a whole number"),
-        ("country", "no group 'country'; it has .'numbers', 'region', 'year'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read_group(pair, field)
+    with pytest.raises(ValueError, match="no group 'country'; it has .'numbers', 'region', 'year'"):
+        read_group(pair, "country")

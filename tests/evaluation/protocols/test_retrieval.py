@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.page import closest_items
 from diht_jax.evaluation.protocols import retrieval
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.protocols.retrieval import retrieval_metrics, retrieval_ranks, run
@@ -103,13 +102,3 @@ def test_an_image_is_resampled_with_its_captions(tiny_model, photos):
     asked = measured.measure(np.array([0, 0, 0, 2, 0]))
     assert asked["i2t_r1"] == float(result.i2t_ranks[3] < 1)
     assert asked["t2i_r1"] == np.mean(result.t2i_ranks[result.image_of_text == 3] < 1)
-
-
-def test_closest_items_agree_with_the_ranks():
-    image_emb, text_emb, image_of_text = _random_problem(60, np.random.default_rng(1))
-    image_emb[10] = image_emb[20]  # ties, which the right one must lose
-    t2i, _ = retrieval_ranks(image_emb, text_emb, image_of_text)
-    order, similarities = closest_items(text_emb, image_of_text, image_emb, np.arange(60), 60)
-    ranks = [list(row).index(own) for row, own in zip(order, image_of_text, strict=True)]
-    assert ranks == t2i.tolist()
-    assert (np.diff(similarities, axis=1) <= 0).all()

@@ -83,10 +83,8 @@ def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
     ("change", "message"),
     [
         ({"test/nshards.txt": None}, "there is no test/nshards.txt"),
-        ({"test/nshards.txt": "many"}, "expected the number of shards, got 'many'"),
         ({"test/nshards.txt": "3"}, "1 of 3 shards are missing: 2.tar"),
         ({"dataset_type.txt": "video"}, "expected one of classification, multilabel, retrieval"),
-        ({"zeroshot_classification_templates.txt": "a photo."}, "expected '{}' once"),
     ],
 )
 def test_broken_folders_are_explained(tmp_path, photos, change, message):
@@ -97,5 +95,3 @@ def test_broken_folders_are_explained(tmp_path, photos, change, message):
     with pytest.raises(ValueError) as raised:
         open_units(source, {})
     assert message in str(raised.value)
-    with pytest.raises(ValueError, match="no option 'data_dir'; it has none"):
-        open_units(source, {"data_dir": "/x"})

@@ -17,7 +17,6 @@ from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.export import export_model
-from tests.make import pair_members, write_tar
 
 _SIZE = 64
 
@@ -100,52 +99,3 @@ def test_equal_to_the_sample(folders, workdir, shared_data, monkeypatch):
     # Another label is another metric, although all similarities are the same.
     (folders / f"{name}.json").write_text(json.dumps({"mean_average_precision": 0.5}))
     assert not compare_task(model, name, folders)["equal"]
-
-
-def test_choices_between_captions_are_scored_alike(tmp_path, photos):
-    selection = pytest.importorskip("clip_benchmark.metrics.image_caption_selection")
-    import torch
-
-    captions = [[f"right {number}", f"wrong {number}"] for number in range(len(photos))]
-    rng = np.random.default_rng(0)
-    table = {text: rng.normal(size=4).astype(np.float32) for pair in captions for text in pair}
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "nshards.txt").write_text("1\n")
-    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
-    members = {}
-    for number, (photo, pair) in enumerate(zip(photos, captions, strict=True)):
-        members |= pair_members(f"s{number:07}", "\n".join(pair), photo)
-    write_tar(tmp_path / "test" / "0.tar", members)
-
-    class Model:
-        """A picture is the numbers of its corner; a text those of the table."""
-
-        logit_scale = 1.0
-
-        def preprocess(self, image):
-            return np.asarray(image)[:2, :2].copy()
-
-        def encode_image(self, images):
-            pixels = np.asarray(images, np.float32).reshape(len(images), -1)[:, :4] - 128
-            unit = pixels / np.linalg.norm(pixels, axis=1, keepdims=True)
-            return torch.from_numpy(unit) if isinstance(images, torch.Tensor) else unit
-
-        def encode_text(self, texts):
-            if isinstance(texts, torch.Tensor):
-                return texts
-            rows = np.stack([table.get(text, np.ones(4, np.float32)) for text in texts])
-            return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-    model = Model()
-    # Pictures in the dimensions of torch, of which only the order of the numbers matters here.
-    pictures = [model.preprocess(Image.open(io.BytesIO(photo)))[None] for photo in photos]
-    found = selection.evaluate(
-        model,
-        [(torch.from_numpy(np.stack(pictures).reshape(-1, 1, 3, 2, 2)), captions)],
-        lambda texts: torch.from_numpy(np.stack([table[text] for text in texts])),
-        "cpu",
-        amp=False,
-    )
-    (task,) = parse_tasks(f"sugarcrepe_add_att=caption_choice:clip_benchmark:{tmp_path}")
-    metrics = evaluate_task(model, task, batch_size=_SIZE)["metrics"]
-    assert metrics == {"accuracy": pytest.approx(found["text_acc"])} and 0 < found["text_acc"] < 1

@@ -127,31 +127,11 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
     [
         ("list:{}/a.txt", {"a.txt": "no_folder.jpg"}, "expected one picture a line"),
         ("voc:{}", {"ImageSets/Main/aeroplane_test.txt": "000001 2"}, "'IMAGE -1'"),
-        ("open_images:{}", {"class-descriptions-boxable.csv": "a"}, "such as '/m/011k07,Tortoise'"),
-        (
-            "open_images:{}",
-            {
-                "class-descriptions-boxable.csv": "/m/1,A",
-                "validation-annotations-human-imagelabels-boxable.csv": "ImageID\nx",
-            },
-            "expected the columns ImageID, LabelName and Confidence",
-        ),
-        (
-            "open_images:{}",
-            {"class-descriptions-boxable.csv": '/m/1,"' + "x" * 2**25},
-            "cannot be read as csv",
-        ),
         (
             "sugarcrepe:{}/a.json",
             {"a.json": '{"7": {"filename": "a"}}'},
             "row 7: expected texts",
         ),
-        (
-            "aro:{}/a.json",
-            {"a.json": '[{"image_path": "0", "true_caption": "", "false_caption": ""}]'},
-            "row 0: expected whole numbers of pixels as bbox_x",
-        ),
-        ("objectnet:{}", {"mappings/folder_to_objectnet_label.json": "[]"}, "object of texts"),
     ],
 )
 def test_other_files_are_named(source, files, message, tmp_path):

@@ -4,7 +4,7 @@ of classes as TFDS has them."""
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.records.tfrecord import TFRecordWriter
 
@@ -99,12 +99,3 @@ def test_names_of_clip_benchmark_have_the_order_of_tfds(task, builder, tmp_path)
     assert found == [name.casefold() for name in expected]
     # Another source numbers its labels as it likes.
     assert parse_tasks(f"{task}=/data/folder")[0].class_names is None
-
-
-def test_a_manual_download_is_explained(tmp_path):
-    (task,) = parse_tasks(f"classification:tfds:imagenet2012:validation?data_dir={tmp_path}")
-    with pytest.raises(ValueError, match="not prepared.*manual download.*ILSVRC2012_img_val.tar"):
-        check_source(task)
-    (task,) = parse_tasks(f"classification:tfds:cifar10:test?data_dir={tmp_path}")
-    with pytest.raises(ValueError, match=r"or set \?data_dir=$"):
-        check_source(task)
