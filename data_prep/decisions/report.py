@@ -44,8 +44,18 @@ BINS: dict[str, tuple[int, ...]] = {
 }
 NAMES = ("actions", "objects")
 COLUMNS = (
-    *("outcome", "reason", "label", "words", "complexity", "actions", "width", "height", "format"),
-    *("looked", "object_names", "action_names"),
+    "outcome",
+    "reason",
+    "label",
+    "words",
+    "complexity",
+    "actions",
+    "width",
+    "height",
+    "format",
+    "looked",
+    "object_names",
+    "action_names",
 )
 _GROUPED = ("outcome", "reason", "label", "format", "looked")  # of few values each
 

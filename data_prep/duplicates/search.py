@@ -267,7 +267,7 @@ def follow_to_kept(found: Found, rows: np.ndarray) -> np.ndarray:
 
 
 def _load(path: str, made_of: str) -> dict[str, np.ndarray] | None:
-    """What `_save` wrote; None where it was made of something else."""
+    """Reads what `_save` wrote; None where it was made of something else."""
     if not files.exists(path):
         return None
     with local_copy(path) as local, np.load(local, allow_pickle=False) as file:

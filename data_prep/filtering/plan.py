@@ -39,8 +39,14 @@ from diht_jax.storage import files
 
 # What describes the whole output.
 MERGED_FILES = (
-    *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
-    *(table.KEYS_FILE, table.UIDS_FILE, REPORT, PAGE),
+    shards.MERGED_STATS,
+    INDEX_NAME,
+    *dataset_info.FILES,
+    dataset_info.SIZES,
+    table.KEYS_FILE,
+    table.UIDS_FILE,
+    REPORT,
+    PAGE,
 )
 
 _SHOWN = 4  # differences that an error names

@@ -186,7 +186,7 @@ def finish_task(
 
 
 def describe_output(path: str, records: int, companions: Sequence[str] = ()) -> dict[str, Any]:
-    """What the statistics hold of an output that is written; see `finish_task`."""
+    """Statistics of an output that is written; see `finish_task`."""
     return {
         "file": os.path.basename(path),
         "records": records,

@@ -217,19 +217,30 @@ def _vary(rng: np.random.Generator, text: str, is_sentence: bool) -> str:
     return text
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    """Splits a list of phrases at its semicolons."""
+    return tuple(phrase.strip() for phrase in text.split(";"))
+
+
 _AUDIENCES = ("Mens", "Womens", "Unisex", "Baby", "Toddler", "Junior", "Adult", "Pet")
-_MATERIALS = (
-    *("Leather", "Cotton", "Stainless Steel", "Silicone", "Wooden", "Ceramic", "Nylon", "Velvet"),
-    *("Canvas", "Bamboo", "Silver", "Crystal", "Polyester", "Aluminum"),
+_MATERIALS = _listed(
+    """
+    Leather; Cotton; Stainless Steel; Silicone; Wooden; Ceramic; Nylon; Velvet; Canvas; Bamboo;
+    Silver; Crystal; Polyester; Aluminum
+    """
 )
-_GOODS = (
-    *("Wallet", "Phone Case", "T-Shirt", "Handbag", "Earrings", "Water Bottle", "Backpack"),
-    *("Wall Clock", "Desk Lamp", "Coffee Mug", "Sneakers", "Bracelet", "Pillow Case", "Jacket"),
-    *("Curtain Panel", "Phone Charger", "Storage Box", "Yoga Mat", "Hoodie", "Tablet Holder"),
+_GOODS = _listed(
+    """
+    Wallet; Phone Case; T-Shirt; Handbag; Earrings; Water Bottle; Backpack; Wall Clock; Desk Lamp;
+    Coffee Mug; Sneakers; Bracelet; Pillow Case; Jacket; Curtain Panel; Phone Charger;
+    Storage Box; Yoga Mat; Hoodie; Tablet Holder
+    """
 )
-_QUALITIES = (
-    *("RFID", "Vintage", "Waterproof", "Slim", "Portable", "Luxury", "Mini", "Heavy Duty"),
-    *("Ultra Thin", "Adjustable", "Wireless", "Classic", "Deluxe", "Eco Friendly", "Premium"),
+_QUALITIES = _listed(
+    """
+    RFID; Vintage; Waterproof; Slim; Portable; Luxury; Mini; Heavy Duty; Ultra Thin; Adjustable;
+    Wireless; Classic; Deluxe; Eco Friendly; Premium
+    """
 )
 _GOODS_COLORS = ("Brown", "Black", "Navy", "Beige", "Red", "Pink", "Grey", "White", "Multicolor")
 _AMOUNTS = ("Set of 4", "Pack of 10", "2 Pcs", "Size XL", "Size 42", "12 oz", "16 inch", "3-Pack")
@@ -263,17 +274,21 @@ def write_product_title(rng: np.random.Generator) -> str:
     return title.upper() if rng.random() < 0.2 else title
 
 
-_FILLERS = (
-    *("untitled", "Untitled", "no description", "stock photo", "click to enlarge", "thumbnail"),
-    *("Image", "photo", "placeholder", "Default Title", "n/a", "slideshow image", "logo", "banner"),
-    *("main image", "Featured Image", "Picture", "product image", "Photo Gallery", "alt text"),
+_FILLERS = _listed(
+    """
+    untitled; Untitled; no description; stock photo; click to enlarge; thumbnail; Image; photo;
+    placeholder; Default Title; n/a; slideshow image; logo; banner; main image; Featured Image;
+    Picture; product image; Photo Gallery; alt text
+    """
 )
-_FILE_FORMS = (
-    *("IMG_{n:04d}.jpg", "DSC{n:05d}", "DSC_{n:04d}.JPG", "image {small}", "Image #{small}"),
-    *("photo-{n:05d}.png", "img-{n}-{small}.jpeg", "Screenshot {date} at 10.{small:02d}.33"),
-    *("{date}", "Photo {small} of {small2}", "http://www.example.com/img/{n}.jpg", "P{n:07d}.jpg"),
-    *("www.example.org/gallery?id={n}", "untitled ({small})", "{date} {small:02d}:{small2:02d}"),
-    *("figure {small}", "{n:08x}.webp", "slide {small}", "Page {small}"),
+_FILE_FORMS = _listed(
+    """
+    IMG_{n:04d}.jpg; DSC{n:05d}; DSC_{n:04d}.JPG; image {small}; Image #{small};
+    photo-{n:05d}.png; img-{n}-{small}.jpeg; Screenshot {date} at 10.{small:02d}.33; {date};
+    Photo {small} of {small2}; http://www.example.com/img/{n}.jpg; P{n:07d}.jpg;
+    www.example.org/gallery?id={n}; untitled ({small}); {date} {small:02d}:{small2:02d};
+    figure {small}; {n:08x}.webp; slide {small}; Page {small}
+    """
 )
 
 

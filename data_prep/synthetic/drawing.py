@@ -17,8 +17,12 @@ _LINE_COLOR = (70, 72, 84)
 _LINE_WIDTH = 0.02  # Fractions of the image side, here and below.
 _EDGE_WIDTH = 0.011
 _FONT_FILES = (
-    *("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf"),
-    *("DejaVuSansMono.ttf", "pillow"),
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "DejaVuSansMono.ttf",
+    "pillow",
 )
 _TEXT_SIZES = (0.14, 0.125, 0.11, 0.1, 0.09, 0.08)
 _TEXT_MARGIN = 0.05

@@ -29,7 +29,15 @@ SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 SINGLE_RELATIONS = ("floating", "standing", "falling")
 PAIR_RELATIONS = (
-    *("on", "above", "beside", "against", "behind", "inside", "chasing", "dropping", "hanging"),
+    "on",
+    "above",
+    "beside",
+    "against",
+    "behind",
+    "inside",
+    "chasing",
+    "dropping",
+    "hanging",
 )
 # A single object is drawn large and near the middle: with small ones anywhere in the picture, a
 # student of 32 px and patches of 8 px stays at chance (docs/benchmarks.md).

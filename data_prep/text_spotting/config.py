@@ -28,14 +28,19 @@ RULES_VERSION = 3
 NOT_HASHED = ("cache", "device", "window", "batch_size", "stop_at_match")
 
 
-# Least values of counts; what lies between 0 and 1.
+# Least values of counts; names of shares, from 0 to 1.
 _LEAST = {
     **dict.fromkeys(("canvas_size", "min_chars", "misread_min_chars", "window", "batch_size"), 1),
     **dict.fromkeys(("closer_size", "closer_chars"), 0),
 }
 _SHARES = (
-    *("min_confidence", "text_threshold", "low_text", "link_threshold", "gate_score"),
-    *("closer_score", "audit_share"),
+    "min_confidence",
+    "text_threshold",
+    "low_text",
+    "link_threshold",
+    "gate_score",
+    "closer_score",
+    "audit_share",
 )
 
 

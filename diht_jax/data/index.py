@@ -198,7 +198,7 @@ def _look_at_all(
     num_threads: int,
     progress: bool,
 ) -> dict[str, tuple[ShardEntry, bool]]:
-    """What `look` finds of each shard.
+    """Looks at each shard.
 
     Raises:
         ValueError: some shards cannot be read; names them.

@@ -150,7 +150,8 @@ class CaptionDecoder(nnx.Module):
         self.dtype, self.remat, self.head_dim = dtype, remat, width // arch.text_heads
         # In the parameters' dtype, as in the text tower.
         self.token_embedding = nnx.Embed(
-            *(arch.vocab_size, width),
+            arch.vocab_size,
+            width,
             embedding_init=normal_init(0.02),
             dtype=param_dtype,
             param_dtype=param_dtype,

@@ -13,8 +13,14 @@ import numpy as np
 from diht_jax.storage.retries import is_storage_failure
 
 _BAD_ARCHIVE = (
-    *(zipfile.BadZipFile, zlib.error, OSError, EOFError),
-    *(NotImplementedError, RuntimeError, ValueError, OverflowError),
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
 )
 
 

@@ -275,7 +275,7 @@ def _indexed_vocabulary(folder: str) -> Mapping[str, Mapping[str, Any]] | None:
 
 
 def _read_label(shard: str) -> Any:
-    """What the statistics of a shard state as its vocabulary; None where there is nothing."""
+    """The vocabulary that the statistics of a shard state; None where there is nothing."""
     try:
         return json.loads(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
     except FileNotFoundError:

@@ -80,7 +80,7 @@ class ModelFiles:
 
     @property
     def is_run(self) -> bool:
-        """Whether `path` is a work directory."""
+        """Returns whether `path` is a work directory."""
         return self.step is not None
 
 

@@ -29,14 +29,25 @@ _MAX_EXPANSION = 200
 # Names of 4,096 bytes and some attributes; `tarfile` needs a second to search that many digits.
 _MAX_EXTENDED_BYTES = 2**14
 _EXTENDED_TYPES = (
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
 )
 _CHUNK_BYTES = 2**20
 # What `tarfile` raises on damaged archives; the last five escape from its parsing of headers.
 _BROKEN = (
-    *(tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError),
-    *(ValueError, OverflowError, IndexError, KeyError, TypeError),
+    tarfile.TarError,
+    EOFError,
+    OSError,
+    zlib.error,
+    lzma.LZMAError,
+    ValueError,
+    OverflowError,
+    IndexError,
+    KeyError,
+    TypeError,
 )
 
 
