@@ -2,7 +2,6 @@
 
 import pytest
 
-from diht_jax.evaluation import prompts
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.suite import NO_SOURCE, SUITE
 from diht_jax.evaluation.task_parsing import parse_tasks
@@ -28,11 +27,6 @@ def test_every_task_with_a_source_can_be_named():
             assert (task.name, task.kind, task.source) == (name, entry.kind, entry.source)
     assert len(parse_tasks("dtd")[0].templates) == 8
     assert len(parse_tasks("country211=/data/x")[0].class_names) == 211
-
-
-def test_names_and_prompts_of_ucf101_are_clips():
-    assert len(set(prompts.UCF101_CLASSES)) == 101 and len(set(prompts.UCF101_TEMPLATES)) == 48
-    assert prompts.UCF101_TEMPLATES[-1] == "a demonstration of the person practicing {}."
 
 
 def test_options_of_a_task_by_name(tmp_path):

@@ -70,12 +70,6 @@ def test_mistakes_are_explained(texts, message):
     assert message in str(raised.value)
 
 
-def test_a_missing_source_is_found_before_any_work(tmp_path):
-    (task,) = parse_tasks([f"retrieval:{tmp_path}/missing.tar"])
-    with pytest.raises(ValueError, match=r"missing\.tar"):
-        check_source(task)
-
-
 def test_columns_are_named_as_they_are_typed(tmp_path):
     table = tmp_path / "pairs.csv"
     table.write_text("picture,caption\na.png,a cat\n")

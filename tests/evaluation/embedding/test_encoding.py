@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.embedding.encoding import (
-    Batching,
-    UnusablePair,
-    encode_images,
-)
+from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encode_images
 from diht_jax.records.schema import Pair
 from tests import make
 
