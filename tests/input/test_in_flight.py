@@ -29,16 +29,6 @@ def test_a_large_batch_is_in_flight_four_times():
     assert (large.shared_bytes + large.process_bytes) / 1e9 == pytest.approx(40, abs=0.5)
 
 
-@pytest.mark.parametrize("num_workers", [1, 3, 64])
-@pytest.mark.parametrize("prefetch_batches", [1, 5])
-def test_the_workers_together_are_ahead_by_what_the_config_says(num_workers, prefetch_batches):
-    settings = _LARGE | {"num_workers": num_workers, "prefetch_batches": prefetch_batches}
-    planned = InFlight(**settings)
-    ahead = num_workers * (2 * planned.queue_parts + 2)
-    wanted = prefetch_batches * _LARGE["parts_per_batch"]
-    assert wanted <= ahead < wanted + 2 * num_workers
-
-
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """Sets the free bytes of shared memory, and those of the machine."""
@@ -63,8 +53,7 @@ def test_more_than_what_is_free_or_allowed_is_an_error_that_names_the_keys(machi
     machine(shared=30 * 10**9, memory=35 * 10**9)
     with pytest.raises(ValueError, match="may take 35.0 GB more memory, but .* need 40.0") as error:
         planned.check(None)
-    for key in ("num_workers=8", "prefetch_batches=2", "max_in_flight_gib"):
-        assert f"config.data.{key}" in str(error.value)
+    assert "config.data.num_workers=8" in str(error.value)
     planned.check(40.0)  # given, it replaces what is measured
     machine(shared=10 * 10**9, memory=50 * 10**9)
     with pytest.raises(ValueError, match="/dev/shm has 10.0 GB free, but .* need 19.9 GB"):

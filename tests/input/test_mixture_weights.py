@@ -44,19 +44,6 @@ def test_every_window_of_one_by_the_weight_has_its_example(weights, num_streams)
             assert found <= set(range(low - (len(weights) > 2), high + 1 + (len(weights) > 2)))
 
 
-def test_a_cycle_keeps_every_deadline():
-    random = np.random.default_rng(0)
-    for _ in range(100):
-        counts = random.integers(1, 12, random.integers(1, 6)).tolist()
-        shares = [Fraction(count, sum(counts)) for count in counts]
-        cycle = make_cycle(shares)
-        for source, share in enumerate(shares):
-            positions = np.flatnonzero(cycle == source)
-            assert len(positions) == share * len(cycle)
-            for count, position in enumerate(positions.tolist()):
-                assert count / share - 1 < position < (count + 1) / share
-
-
 SCHEDULE = [(0, fractions("0.8", "0.2", 0)), (3, fractions(1, 1, 1)), (10, fractions(0, 1, 1))]
 
 

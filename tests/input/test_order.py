@@ -62,16 +62,6 @@ def test_a_stream_reads_one_window_of_blocks_after_the_other():
     assert first[0] != first[1]
 
 
-def test_a_block_is_finished_where_its_stream_uses_it_last():
-    n, streams = 5003, 64
-    order = block_order(n, 16, streams, 3)
-    last_uses = {}
-    for position in range(n):
-        last_uses[position % streams, order.block_of(order[position])] = position
-    finished = {position: block for (_, block), position in last_uses.items()}
-    assert all(order.finished_block(p) == finished.get(p) for p in range(n))
-
-
 @pytest.mark.parametrize("process_count", [1, 16])
 def test_a_host_needs_the_blocks_of_its_own_streams_only(process_count):
     order = block_order(64 * 256, 16, 64, 4)
@@ -80,21 +70,6 @@ def test_a_host_needs_the_blocks_of_its_own_streams_only(process_count):
         for process in range(process_count)
     ]
     assert sum(map(len, needed)) == len(set.union(*needed)) == 1024
-
-
-@pytest.mark.parametrize("process_count", [1, 16])
-def test_the_streams_of_a_host_do_not_change_windows_together(process_count):
-    """Of the blocks that the next windows need, no eighth of the time needs far more than one."""
-    block, streams, window = 16, 256, 16
-    order = block_order(streams * block * 64, block, streams, window)
-    per_window = window * block * streams  # positions in which every stream uses up a window
-    begun = {}
-    for position in range(per_window, 3 * per_window):
-        if position % process_count == 0:
-            begun.setdefault(order.block_of(order[position]), position)
-    fresh = [first - 2 * per_window for first in begun.values() if first >= 2 * per_window]
-    eighths = np.bincount(np.array(fresh) * 8 // per_window, minlength=8)
-    assert eighths.max() <= 1.6 * streams / process_count * window / 8
 
 
 def test_more_than_four_billion_records():
@@ -136,7 +111,6 @@ def test_auto_takes_blocks_where_the_data_has_a_url():
         ("auto", "/data/kept", "global"),
         ("auto", "gs://bucket/kept", "blocks"),
         ("auto", ["/data/kept", "s3://bucket/kept"], "blocks"),
-        ("auto", None, "global"),
         ("global", "gs://bucket/kept", "global"),
         ("blocks", "/data/kept", "blocks"),
     ]

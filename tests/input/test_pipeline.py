@@ -11,7 +11,7 @@ from absl import logging
 
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.input import decode as images
-from diht_jax.input import fast_crops, pipeline, sub_batches, transforms
+from diht_jax.input import fast_crops, sub_batches, transforms
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.order import BlockOrder
 from diht_jax.input.pipeline import TrainIterator, open_records
@@ -193,19 +193,6 @@ def test_a_record_that_always_kills_its_worker_is_an_error_that_names_it(tmp_pat
         deadly_batches(tmp_path, 100, 6)
 
 
-def test_workers_that_always_die_are_an_error(monkeypatch):
-    def dead():
-        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
-        yield
-
-    starts, searches = [], []
-    monkeypatch.setattr(TrainIterator, "_start", lambda self: starts.append(None) or dead())
-    monkeypatch.setattr(pipeline, "find_crashing_index", lambda *args: searches.append(args))
-    with pytest.raises(RuntimeError, match="died 4 times in a row at examples 0 to 3 of"):
-        next(iterator(batch_size=4, num_workers=1))
-    assert len(starts) == 4 and len(searches) == 3
-
-
 class Crashing(DecodeExample):
     """Picture 5 crashes the codec."""
 
@@ -253,30 +240,6 @@ def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch)
     assert num_skipped == num_bad >= 2
     assert sum("record '5': its picture crashes its decoder" in text for text in said) == num_bad
     assert sum("the workers are started again" in text for text in said) == 1
-
-
-def test_labels_beyond_the_vocabulary_make_a_bad_record():
-    image = decode_record(numbered()[0]).image
-    decode = DecodeExample(8, 8, (1.0, 1.0), "{caption}", num_concepts=1, vocabulary_sizes=(4, 2))
-
-    def example(objects, attributes):
-        record = Record(
-            key="a",
-            image=image,
-            caption="a cat",
-            object_ids=np.int32(objects),
-            object_probs=np.full(len(objects), 0.25, np.float32),
-            attribute_ids=np.int32(attributes),
-            attribute_probs=np.full(len(attributes), 0.5, np.float32),
-        )
-        return decode.random_map(encode_record(record), np.random.default_rng(0))
-
-    assert example([3, 0], [1])["object_ids"] == [3]
-    assert example([], [])["object_probs"] == [0]
-    with pytest.raises(ValueError, match=r"record 'a': object_ids \[0, 4\] are beyond .* of 4;"):
-        example([0, 4], [1])  # also beyond the labels that are taken
-    with pytest.raises(ValueError, match=r"record 'a': attribute_ids \[2\] are beyond .* of 2;"):
-        example([3], [2])
 
 
 def test_concepts_are_cut_to_k_renormalised_and_padded():

@@ -148,19 +148,16 @@ def test_normalize_equals_torchvision():
     "call, message",
     [
         (lambda: transforms.eval_transform(Image.new("RGBA", (4, 4)), 8), "'RGB', got mode 'RGBA'"),
-        (lambda: transforms.eval_transform(np.zeros((4, 4, 3), np.uint8), 8), "got ndarray"),
         (lambda: transforms.eval_transform(Image.new("RGB", (0, 4)), 8), "at least one pixel"),
-        (lambda: transforms.eval_transform(noise(4, 4), 0), "size: expected a positive integer"),
-        (lambda: train(noise(4, 4), scale=(0.9, 0.1)), r"scale: .* got \(0.9, 0.1\)"),
-        (lambda: train(noise(4, 4), ratio=(2.0, 1.0)), "ratio"),
-        (lambda: train(Image.new("L", (4, 4))), "'RGB', got mode 'L'"),
+        (
+            lambda: transforms.train_transform(
+                noise(4, 4), 8, np.random.default_rng(0), scale=(0.9, 0.1)
+            ),
+            r"scale: .* got \(0.9, 0.1\)",
+        ),
         (lambda: transforms.normalize(np.zeros((4, 4, 3))), "expected uint8"),
     ],
 )
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def train(image, **settings):
-    return transforms.train_transform(image, 8, np.random.default_rng(0), **settings)

@@ -1,23 +1,18 @@
-"""Decoding workers: nothing of them outlives a killed parent; shared memory is checked."""
+"""Decoding workers: nothing of them outlives a killed parent; how many a machine gets."""
 
 import fcntl
-import multiprocessing
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
-from absl import logging
 
 from diht_jax.input import workers
-from diht_jax.input.batch_wait import BatchWait, StoppedWaiting
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.records.schema import Record, encode_record
 from tests.make import encoded, plain, write_records
 
@@ -122,65 +117,6 @@ def test_a_start_removes_shared_memory_of_runs_that_were_killed(segment_folder):
     assert (segment_folder / f"{mark}_1").exists()
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="needs Linux")
-def test_stopped_workers_are_reported_and_do_not_keep_a_run_from_stopping(
-    records, monkeypatch, hang_guard
-):
-    said, taken = [], 0
-    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
-    decode = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
-    batches = TrainIterator(
-        open_records(str(records)),
-        decode,
-        batch_size=4,
-        seed=0,
-        num_workers=2,
-        prefetch_batches=1,
-    )
-    wait = BatchWait(batches, poll_secs=0.01, warn_after_secs=0.02, grace_secs=0.05)
-    stopped = [f"{child.pid} (stopped by a signal)" for child in started_workers(wait)]
-    taken += 1
-    with pytest.raises(StoppedWaiting) as raised:
-        while True:  # what they had decoded before
-            wait.take(lambda: any(all(worker in text for worker in stopped) for text in said))
-            taken += 1
-    assert raised.value.position.get_state() == {"next_example": 4 * taken}
-    last = said[-1]
-    assert f"waiting for examples {4 * taken} to {4 * taken + 3} of the run's order" in last
-    assert f"in {records}/train-00000.tfrecord, from worker {taken % 2} of 2; worker proc" in last
-    assert all(text in last for text in stopped)
-    assert not multiprocessing.active_children()
-    batches.close()
-
-
-def started_workers(wait):
-    """Takes a batch, and stops the workers that have made it."""
-    wait.take(lambda: False)
-    children = multiprocessing.active_children()
-    assert len(children) == 2
-    for child in children:
-        os.kill(child.pid, signal.SIGSTOP)
-    return children
-
-
-@pytest.fixture
-def shared_memory(monkeypatch, tmp_path):
-    """Sets the free shared memory, in blocks of 4,096 bytes, and the cores of this process."""
-    monkeypatch.setattr(workers, "CGROUP", tmp_path / "no_cgroup")
-
-    def set_them(blocks: int, cores: int) -> None:
-        stats = types.SimpleNamespace(f_bavail=blocks, f_frsize=4096)
-        monkeypatch.setattr(os, "statvfs", {"/dev/shm": stats}.__getitem__)
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-
-    return set_them
-
-
-def iterator(**settings) -> TrainIterator:
-    decode = DecodeExample(64, 77, (0.9, 1.0), "{caption}", num_concepts=5)
-    return TrainIterator([b"record"], decode, batch_size=512, seed=0, **settings)
-
-
 def test_the_bytes_of_an_example_are_those_of_its_arrays():
     record = encode_record(grey_square(7))
     for num_concepts in (0, 5):
@@ -189,26 +125,14 @@ def test_the_bytes_of_an_example_are_those_of_its_arrays():
         assert decode.example_bytes == sum(array.nbytes for array in example.values())
 
 
-def test_more_workers_than_cores_are_a_warning(shared_memory, monkeypatch):
-    said = []
-    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
-    shared_memory(2**30, cores=3)
-    iterator(num_workers=3)
-    assert not said
-    iterator(num_workers=4)
-    assert len(said) == 1
-    iterator()  # one for each core
-    assert len(said) == 1
-    assert "num_workers=4" in said[0] and "3 cores" in said[0] and "--cpus-per-task" in said[0]
-
-
 def test_a_container_has_the_cores_of_its_quota_and_a_worker_for_each_up_to_64(
-    shared_memory, monkeypatch, tmp_path
+    monkeypatch, tmp_path
 ):
     monkeypatch.setattr(workers, "CGROUP", tmp_path)
 
     def cores(of_machine, **files):
-        shared_memory(2**30, of_machine)
+        usable = set(range(of_machine))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: usable, raising=False)
         for name, text in files.items():
             (tmp_path / name.replace("_", ".", 1)).write_text(text)
         return workers.default_num_workers()

@@ -128,6 +128,29 @@ def differentiate_on_mesh(local_loss, mesh, axis_name="data", check_vma=True):
     return jax.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2)))
 
 
+def differentiate(loss_fn, objective, mesh_shape):
+    """Value and all gradients of a loss of each device, summed over the mesh.
+
+    The last argument, a dict, has further arrays with a row for each pair.
+    """
+    devices = np.asarray(jax.devices()[: np.prod(mesh_shape)]).reshape(mesh_shape)
+    axes = ("data", "fsdp")
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+
+    def local(image_emb, text_emb, scale, scalars, of_rows):
+        arrays = (image_emb, text_emb, scale, scalars)
+        loss, _ = loss_fn(*arrays, objective=objective, axis_name=axes, **of_rows)
+        return jax.lax.psum(loss, axes)
+
+    mapped = jax.shard_map(
+        local,
+        mesh=Mesh(devices, axes),
+        in_specs=(rows, rows, whole, whole, rows),
+        out_specs=whole,
+    )
+    return jax.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2, 3)))
+
+
 @pytest.fixture(scope="session")
 def reference():
     """This module, for the test files beside it (which pytest imports without a package)."""

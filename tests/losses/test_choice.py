@@ -24,11 +24,8 @@ def choose(kind, data, fsdp, num_pairs, width=768):
     [
         ("NVIDIA H100", 512, 1, 65_536, "gathered"),  # 23 ms of latency for 0.8 ms of products
         ("NVIDIA H100", 64, 8, 65_536, "streaming"),  # 3 ms, gathered 8.4
-        ("NVIDIA H100", 1, 8, 65_536, "streaming"),  # 0.2 ms for 49 ms
         ("NVIDIA H100", 64, 8, 1_048_576, "streaming"),  # 2,048 examples each: products hide it
-        ("TPU v5 lite", 32, 8, 65_536, "streaming"),  # 0.6 ms for 3.1 ms
         ("TPU v5 lite", 32, 8, 8_192, "gathered"),  # 0.17 ms for 0.05 ms, gathered 0.12 ms
-        ("TPU v5 lite", 1, 1, 256, "streaming"),
         ("cpu", 8, 1, 256, "streaming"),
     ],
 )

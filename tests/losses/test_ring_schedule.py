@@ -11,10 +11,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diht_jax.hardware.chips import find_chip
 from diht_jax.hardware.topologies import get_topology
 from diht_jax.losses import contrastive_loss, ring
-from diht_jax.losses.ring import group_size
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -71,20 +69,6 @@ def test_a_group_of_all_devices_sends_nothing_round():
     assert loops_and_permutes(traced((1, 8)).jaxpr) == ([], 0)
 
 
-def count_primitives(jaxpr, names):
-    inner = [i for e in jaxpr.eqns for i in jaxprs_in_params(e.params)]
-    found = [e.primitive.name for e in jaxpr.eqns if e.primitive.name in names]
-    return sorted(found + [name for each in inner for name in count_primitives(each, names)])
-
-
-def test_a_group_has_four_collectives_in_both_passes_together():
-    """Whatever the number of rounds; the gather of the images stands in both passes' programs."""
-    names = ("all_gather", "all_to_all", "reduce_scatter")
-    expected = ["all_gather"] * 3 + ["all_to_all", "reduce_scatter"]
-    assert count_primitives(traced((4, 2)).jaxpr, names) == expected
-    assert count_primitives(traced((8, 1)).jaxpr, names) == []
-
-
 def test_groups_of_some_of_the_neighbours_equal_the_defining_formula(monkeypatch, reference):
     """Blocks of 2 x 8 float32 where 128 bytes may be gathered: 2 of the 4 along fsdp."""
     monkeypatch.setattr(ring, "_GATHERED_BYTES", 128)
@@ -97,22 +81,6 @@ def test_groups_of_some_of_the_neighbours_equal_the_defining_formula(monkeypatch
     value_and_grads = reference.differentiate_on_mesh(loss, mesh, AXES)
     cases = [("random", 100.0, *weighting) for weighting in [(1.0, 0.0), (0.999, 0.25)]]
     assert reference.find_errors(value_and_grads, cases) == []
-
-
-@pytest.mark.parametrize(
-    "sizes, num_rows, chip, group",
-    [
-        ((64, 8), 128, "h100", 8),  # 3 MB of images in a host, of 10 MiB
-        ((64, 8), 512, "h100", 4),
-        ((32, 8), 256, "v5e", 2),  # 1.6 MB, of 2 MiB
-        ((32, 8), 4096, "v5e", 1),
-        ((32, 6), 128, "cpu", 3),  # no chip of the table: as the smallest TPU
-        ((256, 1), 32, "v5e", 1),
-        ((256,), 32, "v5e", 1),  # a single axis
-    ],
-)
-def test_as_many_neighbours_gather_as_the_memory_affords(sizes, num_rows, chip, group):
-    assert group_size(sizes, num_rows * 768 * 4, find_chip(chip)) == group
 
 
 def round_bodies(hlo):

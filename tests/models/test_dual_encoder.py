@@ -166,8 +166,6 @@ def test_patch_dropout_keeps_a_random_subset_of_each_image():
     [
         ("diht_vitb_32", {}, "did you mean 'diht_vitb32_224px'"),
         ("small_64px", {"text_layer": 3}, "did you mean 'text_layers'"),
-        ("small_64px", {"text_layers": 0}, "positive int"),
-        ("small_64px", {"activation": "relu"}, "gelu or quick_gelu"),
         ("small_64px", {"patch_size": 7}, "no multiple of patch_size 7"),
     ],
 )

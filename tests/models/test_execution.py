@@ -11,9 +11,6 @@ from diht_jax.models import Architecture
 from diht_jax.models.parameters import (
     merge_model,
     model_definition,
-    model_parameters,
-    parameter_shapes,
-    stack_blocks,
 )
 from diht_jax.models.remat import POLICIES
 from diht_jax.models.transformer import Execution
@@ -67,28 +64,3 @@ def test_remat_policies_keep_gradients_and_are_ordered_by_memory():
         )
     assert memory["full"] < memory["minimal"] < memory["dots"] < memory["none"]
     assert memory["none"] > 1.5 * memory["full"]
-
-
-def test_a_scanned_model_has_the_parameters_of_the_unrolled_one():
-    definition = scanned()
-    assert definition.init_params == DEFINITION.init_params or parameter_shapes(
-        jax.eval_shape(definition.init_params, jax.random.key(0))
-    ) == parameter_shapes(parameters())
-    stacked = stack_blocks(parameters())
-    kernel = stacked["vision"]["blocks"]["mlp"]["fc_in"]["kernel"]
-    assert kernel.shape == (4, 32, 128)
-    for i in range(4):
-        np.testing.assert_array_equal(
-            kernel[i], parameters()["vision"]["blocks"][str(i)]["mlp"]["fc_in"]["kernel"]
-        )
-    model = merge_model(definition, parameters())
-    jax.tree.map(np.testing.assert_array_equal, model_parameters(model), stacked)
-    # Either layout is taken.
-    again = merge_model(definition, stacked)
-    jax.tree.map(np.testing.assert_array_equal, model_parameters(again), stacked)
-    tokens = np.random.default_rng(1).integers(1, 64, (5, 8)).astype(np.int32)
-    np.testing.assert_allclose(
-        model.encode_text(tokens),
-        merge_model(DEFINITION, parameters()).encode_text(tokens),
-        atol=1e-6,
-    )

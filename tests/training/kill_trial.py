@@ -2,7 +2,6 @@
 
     python tests/training/kill_trial.py --kills 20
     python tests/training/kill_trial.py --kills 20 --stops 20 --workers 2
-    python tests/training/kill_trial.py --kills 20 --s3
 
 Every start is the same command, `python -m diht_jax.train` with one small config that saves every
 second step, so that many of the kills hit a save. A kill is a SIGKILL, after which neither a
@@ -10,9 +9,7 @@ process of the run nor shared memory may be left. A stop is two SIGTERMs, the se
 last save or shortly before it: the run must exit with 75, its last step saved. At the end all
 arrays of the last checkpoint (parameters, optimiser, step, random key), the position in the data
 and every line of `metrics.jsonl` (but its speeds) must be bit-identical. Moments are counted in
-lines of the metrics, with a pause behind them; no clock is read. Tests run it with few kills. With
-`--s3` the killed runs are in a bucket of a local S3 server (moto), and after every second kill the
-folder on disk is lost as well.
+lines of the metrics, with a pause behind them; no clock is read. Tests run it with few kills.
 """
 
 from __future__ import annotations
@@ -22,14 +19,13 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from absl import flags
 
@@ -40,9 +36,6 @@ from tests import make  # noqa: E402
 from tests.compiling import xla_flags  # noqa: E402
 from tests.leftovers import shared_memory, wait_until_nothing_is_left  # noqa: E402
 from tests.waiting import wait_until  # noqa: E402
-
-if TYPE_CHECKING:
-    from diht_jax.training.workdir.stored_run import StagedDirectory
 
 TOTAL_STEPS = 60
 NUM_RECORDS = 64  # in two shards
@@ -84,7 +77,7 @@ class Kill(NamedTuple):
 
 def command(
     data: pathlib.Path,
-    workdir: pathlib.Path | str,
+    workdir: pathlib.Path,
     total_steps: int = TOTAL_STEPS,
     num_workers: int = 0,
 ) -> list[str]:
@@ -121,22 +114,16 @@ class Trial:
         data: pathlib.Path,
         folder: pathlib.Path,
         total_steps: int = TOTAL_STEPS,
-        store: str | None = None,
         num_workers: int = 0,
     ):
         self.data, self.folder, self.total_steps = data, folder, total_steps
-        self.store = store  # URL where killed runs are kept; None keeps them in `folder`
         self.num_workers = num_workers
         self.kills: list[Kill] = []
         self.stops: list[Kill] = []
 
     def start(self, name: str, most_lines: int | None = None) -> subprocess.Popen:
         """Starts the run, or goes on with it; after `most_lines` it waits for a signal."""
-        is_stored = self.store is not None and name.startswith("killed")
-        workdir = f"{self.store}/{name}" if is_stored else self.folder / name
-        arguments = command(self.data, workdir, self.total_steps, self.num_workers)
-        if is_stored:
-            arguments.append(f"--config.checkpoint.staging={self.folder / 'staging'}")
+        arguments = command(self.data, self.folder / name, self.total_steps, self.num_workers)
         if most_lines is not None:
             last_step = len(self.lines(name)) + most_lines  # there is a line a step
             arguments[1:3] = ["-c", _BRAKED, str(last_step)]
@@ -148,17 +135,6 @@ class Trial:
             text=True,
             start_new_session=True,  # by which all of its processes are found
         )
-
-    def staged(self, name: str) -> StagedDirectory:
-        """The folder of a run in the store."""
-        from diht_jax.training.workdir.stored_run import StagedDirectory
-
-        return StagedDirectory(f"{self.store}/{name}", str(self.folder / "staging"))
-
-    def place(self, name: str) -> pathlib.Path:
-        """Where the run works on disk."""
-        is_stored = self.store is not None and name.startswith("killed")
-        return self.staged(name).folder if is_stored else self.folder / name
 
     def finish(self, name: str) -> None:
         """Runs to the end."""
@@ -181,7 +157,7 @@ class Trial:
         """
         before = shared_memory()
         process = self.start(name)
-        lock = self.place(name) / "run.lock"
+        lock = self.folder / name / "run.lock"
 
         def is_held() -> bool:
             return lock.exists() and f'"pid": {process.pid},' in lock.read_text()
@@ -226,7 +202,7 @@ class Trial:
         _, log = process.communicate(timeout=_LONGEST_START_SECS)
         if process.returncode == 0:
             return False
-        step, saved = self.last_step(name), _last_step(self.place(name))
+        step, saved = self.last_step(name), _last_step(self.folder / name)
         if process.returncode != 75 or saved != step or self.is_saving(name):
             raise RuntimeError(f"exit {process.returncode}, step {step}, saved {saved}:\n{log}")
         moment = f"{lines:2d} lines, again {f'after {secs:.2f} s' if secs else 'in the save'}"
@@ -236,7 +212,7 @@ class Trial:
 
     def is_saving(self, name: str) -> bool:
         """Whether a checkpoint is half written."""
-        return any((self.place(name) / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        return any((self.folder / name / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
     def last_step(self, name: str) -> int:
         """That of the metrics."""
@@ -245,29 +221,8 @@ class Trial:
 
     def lines(self, name: str) -> list[bytes]:
         """Of the run's metrics file."""
-        path = self.place(name) / "metrics.jsonl"
+        path = self.folder / name / "metrics.jsonl"
         return path.read_bytes().splitlines() if path.exists() else []
-
-
-def start_s3() -> str:
-    """A bucket of an S3 server in this process, found through the environment."""
-    import logging
-
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ.update(
-        AWS_ACCESS_KEY_ID="trial",
-        AWS_SECRET_ACCESS_KEY="trial",
-        AWS_DEFAULT_REGION="us-east-1",
-        AWS_ENDPOINT_URL=f"http://{host}:{port}",
-    )
-    s3fs.S3FileSystem().mkdir("bucket")
-    return "s3://bucket"
 
 
 def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
@@ -317,7 +272,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("workers", 0, "Decoding processes of each run.")
     flags.DEFINE_integer("seed", 0, "Of the moments.")
     flags.DEFINE_integer("steps", TOTAL_STEPS, "Steps of each run.")
-    flags.DEFINE_bool("s3", False, "Keep the killed runs in a bucket.")
     flags.DEFINE_string("folder", None, "Keeps the runs; unset: a temporary one.")
 
 
@@ -328,18 +282,14 @@ def main() -> None:
     fast = "/dev/shm" if os.path.isdir("/dev/shm") else None
     folder = pathlib.Path(given.folder or tempfile.mkdtemp(prefix="kill_trial_", dir=fast))
     folder.mkdir(parents=True, exist_ok=True)
-    store = start_s3() if given.s3 else None
     data = make.write_records(folder / "records", NUM_RECORDS, [NUM_RECORDS // 2] * 2)
-    trial = Trial(data, folder, given.steps, store, given.workers)
+    trial = Trial(data, folder, given.steps, given.workers)
     trial.finish("undisturbed")
     print(f"undisturbed: {given.steps} steps", flush=True)
     rounds = 0
     for name in disturbed_runs(trial, given.kills, given.stops, random.Random(given.seed)):
         trial.finish(name)
-        if given.s3:  # only what is in the bucket counts
-            shutil.rmtree(folder / "staging")
-            trial.staged(name).fetch()
-        differences = compare(folder / "undisturbed", trial.place(name))
+        differences = compare(folder / "undisturbed", folder / name)
         print(f"{name}: {'; '.join(differences) or 'bit-identical to the undisturbed run'}")
         if differences:
             sys.exit(1)
@@ -376,8 +326,6 @@ def disturbed_runs(
                 f"{done[-1].last_step:3d}{', during a save' if done[-1].during_save else ''}",
                 flush=True,
             )
-            if trial.store and len(trial.kills) % 2 == 0:
-                shutil.rmtree(trial.folder / "staging", ignore_errors=True)
         yield name
 
 

@@ -16,7 +16,6 @@ from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.storage.locks import lock_folder
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.program import TrainStep
 
 COMPARED = ("loss", "grad_norm", "param_norm", "logit_scale", "i2t_accuracy")
 NUM_RECORDS = 52
@@ -131,32 +130,6 @@ def test_a_run_that_is_stopped_and_made_longer_is_bit_identical_to_going_straigh
     for tree in (momentum, straight.params):
         kernel = tree["vision"]["blocks"]["0"]["mlp"]["fc_in"]["kernel"]
         assert kernel.sharding.shard_shape(kernel.shape) == (32, 32)
-
-
-def test_a_step_finds_its_program_compiled(config, tmp_path, monkeypatch):
-    """So that no process waits for another one's compiler within a collective."""
-    compiled, call = [], TrainStep.__call__
-
-    def listen(event, secs, **_):
-        if "backend_compile" in event:
-            compiled.append(event)
-
-    def checked(step, *args):
-        before = len(compiled)
-        result = call(step, *args)
-        assert len(compiled) == before
-        return result
-
-    monkeypatch.setattr(TrainStep, "__call__", checked)
-    # Without patch dropout the last step is another program.
-    config.update(total_steps=6, no_patch_dropout_steps=2)
-    config.model.patch_dropout = 0.5
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        train(config, tmp_path / "run")
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert len(compiled) >= 2
 
 
 @pytest.fixture(scope="module")
@@ -328,26 +301,7 @@ def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
         train(config, tmp_path / "other")
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"data.train": None, "concepts.object_weight": 1.0}, "config.data.train is not set"),
-        ({"total_epochs": 1.0}, "set exactly one of"),
-        ({"profile.start_step": 3}, "expected 1 <= start_step <= stop_step, or neither"),
-    ],
-)
-def test_wrong_settings_are_refused_before_training(config, tmp_path, changes, message):
-    config.update_from_flattened_dict(changes)
-    with pytest.raises(ValueError, match=message):
-        train(config, tmp_path)
-
-
-def test_a_work_directory_that_cannot_be_written_is_reported(config, tmp_path, mount_tmpfs):
+def test_a_work_directory_that_cannot_be_written_is_reported(config, tmp_path):
     (tmp_path / "file").write_text("")
-    read_only = mount_tmpfs("ro,size=1m")
-    for workdir, why in (
-        (tmp_path / "file" / "run", "Not a directory"),
-        (read_only / "run", "Read-only file system"),
-    ):
-        with pytest.raises(ValueError, match=f"cannot be written: .*{why}"):
-            train(config, workdir)
+    with pytest.raises(ValueError, match="cannot be written: .*Not a directory"):
+        train(config, tmp_path / "file" / "run")

@@ -9,14 +9,12 @@ from flax.traverse_util import flatten_dict
 
 import diht_jax
 from diht_jax.models.lora import lora_of
-from diht_jax.models.parameters import merge_model, model_definition
+from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.sharding import create_mesh
 from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.loop import train
-from diht_jax.training.monitoring import debug_nans
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.workdir.saved_run import read_config, write_config
 from diht_jax.weights.export import write_model
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.settings import Preprocessing
@@ -105,25 +103,13 @@ def test_model_of_the_run_is_the_one_with_adapters(tuned, weights):
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     found = loaded.encode_image(images)
     np.testing.assert_allclose(found, unmerged.encode_image(images), atol=2e-6)
-    a, b = (
-        flat(state.params)[f"vision/blocks/0/mlp/fc_out/{part}"] for part in ("lora_a", "lora_b")
-    )
-    assert np.abs(a @ b).max() > 1e-3  # far from the model that it started as
 
 
-def test_a_new_run_with_adapters_needs_a_model_to_adapt(config, tuned, tmp_path):
+def test_a_new_run_with_adapters_needs_a_model_to_adapt(config, tmp_path):
     config.lora.rank = 2
     with pytest.raises(ValueError, match="config.lora.rank=2: adapters alone .* config.model.init"):
         train(config, tmp_path / "new")
     assert not (tmp_path / "new" / "config.json").exists()
-    # What a run has begun from lies in its checkpoints.
-    config, run, state = tuned
-    config = config.copy_and_resolve_references()
-    config.model.init_from, config.data.order = None, read_config(run).data.order
-    shutil.copytree(run, tmp_path / "old")
-    write_config(tmp_path / "old", config)
-    resumed = train(config, tmp_path / "old", devices=jax.devices()[:2])
-    jax.tree.map(np.testing.assert_array_equal, resumed, state)
 
 
 def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
@@ -139,19 +125,12 @@ def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
         np.testing.assert_array_equal(after.pop(name), value)
     assert len(after) == 2 * 4 * 2
     assert all(np.any(v) == name.endswith("lora_a") for name, v in after.items())
-    # The model that looks for numbers that are not finite has them as well.
-    watched = debug_nans._watched(adapted, lambda x: True)
-    params = jax.eval_shape(adapted.init_params, draw)
-    assert hasattr(merge_model(watched, params).text.blocks[0].mlp.fc_in, "lora_a")
 
 
-def test_weights_of_another_model_are_refused(config, weights, tmp_path):
+def test_weights_of_another_model_are_refused(config, weights):
     mesh = create_mesh(1, 1, jax.devices()[:1])
     config.model.init_from = str(weights[0])
     config.model.overrides.activation = "quick_gelu"
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     with pytest.raises(ValueError, match="init_from=.*activation is 'gelu', and 'quick_gelu' here"):
-        initial_parameters(config, arch, mesh, weights[1])
-    config.model.init_from = str(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="init_from=.*no such work directory or weight file"):
         initial_parameters(config, arch, mesh, weights[1])

@@ -141,8 +141,6 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
     assert [process.returncode for process in processes] == [EXIT_CODE] * 2, outputs
     stopped = checkpoints(run)[-1]
     assert 1 <= stopped < TOTAL_STEPS and f"stopped after step {stopped}" in outputs[0]
-    # The second one says no more than that.
-    assert "resumed" not in outputs[1] and "loss" not in outputs[1] and "step/s" not in outputs[1]
 
     # One is killed, and the other one ends.
     processes = job.start(*command)
@@ -179,8 +177,7 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
     # The command on two processes finds what training found at its end.
     evaluate = ("diht_jax.evaluate", "--model", str(run), "--tasks", tasks, "--batch_size=8")
     results = tmp_path / "two.json"
-    outputs = job.run(*evaluate, "--bootstrap=0", "--nopages", "--output", str(results))
-    assert "text R@5" in outputs[0] and "text R@5" not in outputs[1]
+    job.run(*evaluate, "--bootstrap=0", "--nopages", "--output", str(results))
     found = json.loads(results.read_text())["results"]
     measured = {
         f"evaluation/{task['task']}/{name}": value

@@ -16,7 +16,7 @@ from diht_jax.input.batch_wait import BatchWait
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
-from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError
+from diht_jax.training.monitoring.anomalies import DivergedError
 from diht_jax.training.monitoring.debug_nans import NonFiniteError
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.program import TrainStep
@@ -84,43 +84,24 @@ def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypat
     assert len(taken) == (6 if signals == 1 else 9)
 
 
-@pytest.mark.parametrize(
-    "later, error",
-    [
-        ([signal.SIGINT, signal.SIGTERM], Stopped),
-        ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], KeyboardInterrupt),
-    ],
-)
-def test_a_second_sigterm_does_not_disturb_the_last_save(
-    config, tmp_path, monkeypatch, later, error
-):
+def test_a_second_sigterm_does_not_disturb_the_last_save(config, tmp_path, monkeypatch):
     config.total_steps = 6
     config.mesh.update(data=1, fsdp=1)
-    device, take, close = jax.devices()[:1], TrainIterator.__next__, Checkpointer.close
+    take, close = TrainIterator.__next__, Checkpointer.close
 
     def terminated(iterator):
         signal.raise_signal(signal.SIGTERM)
         return take(iterator)
 
     def disturbed(checkpointer):
-        for number in later:
-            signal.raise_signal(number)
+        signal.raise_signal(signal.SIGTERM)
         close(checkpointer)
 
     monkeypatch.setattr(TrainIterator, "__next__", terminated)
     monkeypatch.setattr(Checkpointer, "close", disturbed)
-    reached = []
-    before = signal.signal(signal.SIGTERM, lambda *_: reached.append("the handler of before"))
-    try:
-        with pytest.raises(error):
-            train(config, tmp_path, devices=device)
-        assert not reached
-        signal.raise_signal(signal.SIGTERM)
-        assert reached
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if error is Stopped:
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    with pytest.raises(Stopped):
+        train(config, tmp_path, devices=jax.devices()[:1])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch, caplog):
@@ -163,12 +144,9 @@ def raised_from(cause, error):
     "error, status",
     [
         (ValueError("config.seed=-1"), LASTING_EXIT_CODE),
-        (FileNotFoundError("/data"), LASTING_EXIT_CODE),
-        (DivergedError("10 updates in a row"), LASTING_EXIT_CODE),
         (raised_from(PermissionError("/run"), ValueError("--workdir")), LASTING_EXIT_CODE),
         (SaveError("no room"), 1),
         (raised_from(ConnectionError("reset"), ValueError("gs:// cannot be read")), 1),
-        (OSError("input/output error"), 1),
     ],
 )
 def test_errors_that_no_repetition_mends_have_a_status_of_their_own(error, status):
@@ -274,29 +252,6 @@ def test_debug_nans_names_where_the_numbers_go_wrong(run):
         with pytest.raises(NonFiniteError) as raised:
             run.loop(1)
         assert message in str(raised.value)
-    assert isinstance(raised.value, DivergedError)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "norm_scale", "message"),
-    [
-        # An embedding is x W with x the scale of the norm before it; once it is normalised, the
-        # gradient of W goes as 1 / W.
-        (1e-35, 1e24, "the gradient of text/projection/kernel (first in the order of"),
-        (1e-23, 1e20, "the norm of the gradients: each of them is finite, but the sum of squares"),
-    ],
-)
-def test_debug_nans_names_gradients_where_all_before_is_finite(run, kernel, norm_scale, message):
-    params = jax.tree.map(lambda leaf: leaf, run.state.params)
-    params["text"]["projection"]["kernel"] *= kernel
-    params["text"]["final_norm"]["scale"] = jnp.full_like(
-        params["text"]["final_norm"]["scale"], norm_scale
-    )
-    params["log_logit_scale"] = jnp.float32(np.log(1e6))
-    run.state = run.state.replace(params=params)
-    with pytest.raises(NonFiniteError) as raised:
-        run.loop(1)
-    assert message in str(raised.value)
 
 
 def test_a_diverged_run_stops_and_names_its_records(run, caplog):
@@ -310,16 +265,3 @@ def test_a_diverged_run_stops_and_names_its_records(run, caplog):
     assert caplog.text.count("update skipped") == 3 and "square_0" in caplog.text
     assert_bitwise_equal(run.state.params, before)
     assert run.checkpointer.latest_step is None
-
-
-def test_spikes_and_a_capped_scale_are_reported(config, caplog):
-    monitor = AnomalyMonitor(config, str)
-    with caplog.at_level(logging.WARNING):
-        for step, (loss, scale) in enumerate([(3.0, 15.0), (2.0, 99.95), (2.5, 100.0)], start=1):
-            monitor.check_window(step, {"loss": loss, "logit_scale": scale})
-        assert caplog.text.count("logit scale has reached") == 1 and "down to" not in caplog.text
-        monitor.check_window(4, {"loss": 3.6, "logit_scale": 50.0})
-    assert "step 4: loss 3.6, while it has been down to 2" in caplog.text
-    resumed = AnomalyMonitor(config, str, lowest_loss=2.0)
-    resumed.check_window(5, {"loss": 3.7, "logit_scale": 50.0})
-    assert "step 5: loss 3.7, while it has been down to 2" in caplog.text

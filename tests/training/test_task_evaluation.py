@@ -12,9 +12,8 @@ from diht_jax.training import task_evaluation
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 
-# What the model is worth after each step, in recall and in rank: that of step 2 is the best.
+# What the model is worth after each step: that of step 2 is the best.
 SCORES = {2: 0.9, 4: 0.2, 6: 0.3}
-RANKS = {2: 3.0, 4: 40.0, 6: 20.0}
 
 
 @pytest.fixture
@@ -61,8 +60,8 @@ def scored(monkeypatch):
         return {
             "task": task.name,
             "kind": task.kind,
-            "metrics": {"t2i_r1": SCORES[model.step], "t2i_median_rank": RANKS[model.step]},
-            "units": {"t2i_r1": "share", "t2i_median_rank": "rank"},
+            "metrics": {"t2i_r1": SCORES[model.step]},
+            "units": {"t2i_r1": "share"},
         }
 
     monkeypatch.setattr(task_evaluation, "evaluate_task", evaluate_task)
@@ -84,27 +83,16 @@ def test_a_source_that_vanishes_costs_its_evaluations_only(run, tmp_path, monkey
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(without))
 
 
-def test_a_source_that_is_missing_ends_the_run_before_its_first_step(run, tmp_path):
-    _, train_as = run
+def test_a_missing_source_or_metric_ends_the_run_before_its_first_step(run, tmp_path):
+    config, train_as = run
+    config.checkpoint.best_metric = "colors/top1"
+    with pytest.raises(ValueError, match="best_metric='colors/top1' is not among"):
+        train_as("run")
+    config.checkpoint.best_metric = "colors/t2i_r1"
     shutil.rmtree(tmp_path / "source")
     with pytest.raises(ValueError, match=r"task 'colors' .* cannot be evaluated: its source .*"):
         train_as("run")
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_a_metric_that_no_task_gives_ends_the_run_before_its_first_step(run, tmp_path):
-    config, train_as = run
-    config.checkpoint.best_metric = "colors/top1"
-    with pytest.raises(ValueError, match="best_metric='colors/top1' is not among .*: colors/t2i_r"):
-        train_as("run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_the_lowest_rank_is_the_best(run, tmp_path, scored):
-    config, train_as = run
-    config.checkpoint.best_metric = "colors/t2i_median_rank"
-    train_as("run")
-    assert steps_in(tmp_path / "run") == [2, 6] and scored == [2, 4, 6]
 
 
 def test_the_best_checkpoint_stays_and_a_killed_evaluation_is_made_up_for(

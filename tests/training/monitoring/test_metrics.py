@@ -1,42 +1,22 @@
 """Metrics files: resumed runs have one line a step, and half-written lines do no harm."""
 
-import numpy as np
 from tensorboard.compat.proto import event_pb2
 
 from diht_jax.records.format import read_records
 from diht_jax.training.monitoring.metrics import (
     MetricWriter,
-    flatten_results,
-    mean_scalars,
     plot_curves,
     read_metrics,
 )
 from tests.records.stores import BucketStore
 
 
-def write_steps(workdir, start, steps):
-    writer = MetricWriter(workdir, start)
-    for step in steps:
-        writer.write(step, {"loss": step / 2})
-    writer.close()
-
-
-def test_steps_that_are_trained_again_replace_their_lines(tmp_path):
-    write_steps(tmp_path, 0, [1, 2, 3, 4])
-    write_steps(tmp_path, 2, [3, 4, 5])
-    assert read_metrics(tmp_path) == [{"step": s, "loss": s / 2} for s in (1, 2, 3, 4, 5)]
-
-
-def test_means_and_flattening():
-    rows = [{"loss": np.float32(1), "norm": np.float32(2)}, {"loss": np.float32(4), "norm": 4.0}]
-    assert mean_scalars(rows) == {"loss": 2.5, "norm": 3.0}
-    results = {"a": {"top1": 0.5, "name": "x", "ok": True, "deep": {"n": 3}}}
-    assert flatten_results(results) == {"a/top1": 0.5, "a/deep/n": 3.0}
-
-
 def test_a_run_goes_on_without_an_unwritable_tensorboard(tmp_path, caplog):
     (tmp_path / "tensorboard").write_text("in the way")
-    write_steps(tmp_path, 0, [1, 2])
+    writer = MetricWriter(tmp_path, 0)
+    for step in (1, 2):
+        writer.write(step, {"loss": step / 2})
+    writer.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
     assert caplog.text.count("the run goes on without TensorBoard") == 1
 
