@@ -32,6 +32,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from tests import make
 from tests.docs.pages import REPOSITORY, launch_script
 from tests.training import kill_trial
 from tests.waiting import wait_until
@@ -256,7 +257,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="slurm_trial_") as name:
         folder = pathlib.Path(name)
         folder.chmod(0o755)  # munge wants others not to write, and clients to find its socket
-        data = kill_trial.write_squares(folder / "squares")
+        data = make.write_records(folder / "squares", kill_trial.NUM_RECORDS)
         with slurm(folder):
             end_for_good(folder)
             train_through_stops(folder / "stops", data)

@@ -1,4 +1,4 @@
-"""The training input: exact epochs, one order on any number of hosts and workers, exact resume."""
+"""The training input: grain's order on any number of hosts and workers, and exact resume."""
 
 import dataclasses
 import os
@@ -56,15 +56,6 @@ def take(batches, count):
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
-
-
-def test_every_epoch_holds_each_record_once_in_a_new_order():
-    batches = take(iterator(), 23)
-    order = [int(image[0, 0, 0]) for batch in batches for image in batch["images"]]
-    epochs = [order[start : start + 23] for start in range(0, 92, 23)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(23))
-    assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():

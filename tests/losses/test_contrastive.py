@@ -86,6 +86,14 @@ def test_two_pairs_by_hand():
     np.testing.assert_allclose(loss, by_hand, rtol=1e-6)
 
 
+def test_gradient_from_outside_does_not_depend_on_check_vma(impl, reference):
+    value_and_grads = reference.differentiate_on_mesh(
+        loss_over("data", impl=impl), reference.mesh_of(8), check_vma=False
+    )
+    cases = [random_case(weighting) for weighting in SOME_WEIGHTINGS]
+    assert reference.find_errors(value_and_grads, cases) == []
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradient_taken_inside_of_shard_map(impl, reference, check_vma):
     """The contract of the module docstring: exact, or pmean / division without check_vma."""
