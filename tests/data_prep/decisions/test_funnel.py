@@ -1,50 +1,15 @@
 """The funnel: its order, the table for a terminal, and the scores against known noise."""
 
-import json
 import pathlib
 import re
 
 import pytest
 
 from data_prep.decisions.funnel import (
-    Funnel,
     score_filters,
-    spell_reason,
     stage_reasons,
     table_rows,
 )
-
-
-def test_funnel_table():
-    outcomes = {("image", "unreadable"): 1200, ("caption", "url"): 1, ("kept", None): 1}
-    assert Funnel(outcomes).format_table().splitlines() == [
-        "stage    reason     pairs   share",
-        "read                1,202  100.0%",
-        "caption  url            1    0.1%",
-        "image    unreadable 1,200   99.8%",
-        "kept                    1    0.1%",
-    ]
-
-
-def test_reasons_stand_in_the_order_of_the_work_and_unknown_ones_come_last():
-    outcomes = {
-        ("blur", "too_soft"): 2,
-        ("text", "shows_caption"): 9,
-        ("image", "unreadable"): 1,
-        ("caption", "no_action"): 7,
-        ("caption", "odd"): 1,
-        ("caption", "complexity"): 3,
-        ("caption", "empty"): 5,
-        ("source", "no_caption"): 1,
-    }
-    funnel = Funnel.from_json(json.loads(json.dumps(Funnel(outcomes).to_json())))
-    assert (funnel.read, funnel.kept) == (29, 0)
-    assert [(stage, spell_reason(stage, reason)) for stage, reason, _ in funnel.rows()] == [
-        ("read", ""), ("source", "no caption"), ("caption", "no words"),
-        ("caption", "C: complexity"), ("caption", "A: no action"), ("caption", "odd"),
-        ("image", "unreadable"), ("text", "T: shows its caption"), ("blur", "too soft"),
-        ("kept", ""),
-    ]  # fmt: skip
 
 
 def test_the_guide_lists_the_reasons_of_all_steps():

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from data_prep.decisions import report as report_module
-from data_prep.decisions.log import Sample, SampleLog, choose_samples, rank
 from data_prep.decisions.report import BINS, COLUMNS, Counts, merge_reports, read_report
 from data_prep.decisions.table import COLUMNS as ALL_COLUMNS
 from data_prep.decisions.table import make_schema
@@ -108,20 +107,6 @@ def test_parts_make_the_whole(work):
     assert merge_reports([work / "both", work / "whole"])["counts"]["read"] == 18
     with pytest.raises(ValueError, match="report.json: no report of"):
         read_report(work / "in")
-
-
-def test_the_lowest_ranks_are_chosen(tmp_path):
-    ranks = {f"k{i}": rank(3, f"k{i}", "c") for i in range(40)}
-    expected = sorted(ranks, key=ranks.get)[:5]
-    logs = [SampleLog(5, 2, 3, 10**6) for _ in range(3)]
-    for i, key in enumerate(ranks):
-        logs[i % 3].add("kept", Sample(key, "c"))
-    for number, log in enumerate(logs):
-        log.write(str(tmp_path / str(number)))
-    found = choose_samples(((tmp_path / n).read_bytes() for n in "201"), 5)["kept"]
-    assert [(s["key"], s["rank"]) for s in found] == [(key, ranks[key]) for key in expected]
-    assert ["graph" in sample for sample in found[:2]] == [True, True]
-    assert any("graph" not in sample for sample in found)  # held without pictures
 
 
 def test_histograms_and_names_are_those_of_a_count_by_hand(monkeypatch):

@@ -1,6 +1,6 @@
 """CLIP scores: those of the model, limits by value and by quantile, and their replay."""
 
-import types
+import json
 
 import jax
 import numpy as np
@@ -11,11 +11,8 @@ from data_prep.decisions.report import read_report
 from data_prep.decisions.table import SUFFIX, read_decisions
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
-from data_prep.filtering.chain import apply_step
 from data_prep.steps import clip
-from data_prep.steps.base import Candidate
 from diht_jax import load_model
-from diht_jax.records.schema import Pair
 from tests import make
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
 
@@ -122,29 +119,16 @@ def test_scores_of_another_model_give_no_quantile(scored, source, weights, tmp_p
         assert not (tmp_path / "out").exists()
 
 
-def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictures, expected):
+def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
     model = load_model(weights, batch_size=3)
     image_emb = model.encode_image([pictures[0]] * 8)[:1]
-    cosines = image_emb @ model.encode_text(_CAPTIONS).T
+    cosines = (image_emb @ model.encode_text(_CAPTIONS).T)[0]
     limit = float(np.median(cosines))
-    config = job_config(
-        source, tmp_path, clip__model=str(weights), clip__min_score=limit, clip__batch_size=3
-    )
-    step = clip.ClipStep(config, None)
-    worst = _CAPTIONS[int(cosines.argmin())]
-    pairs = [
-        Pair("k", make.encoded(pictures[0]), _CAPTIONS[0], {"captions": list(_CAPTIONS)}),
-        Pair("k", make.encoded(pictures[0]), worst, {}),
-        Pair("b", b"<html>", "x", {}),
-    ]
-    candidates = [Candidate.of(pair) for pair in pairs]
-    for candidate in candidates:  # as the image step leaves them
-        candidate.values |= {"width": 24, "height": 20, "image_error": None}
-    drops = []
-    log = types.SimpleNamespace(drop=lambda candidate, *drop, evidence: drops.append(drop))
-    (several,) = apply_step(step, candidates, config, log)
-    assert several.captions == [c for c, s in zip(_CAPTIONS, cosines[0], strict=True) if s >= limit]
-    assert several.values[clip.SCORE] == pytest.approx(float(cosines.max()), abs=1e-5)
-    assert candidates[1].values[clip.SCORE] == pytest.approx(float(cosines.min()), abs=1e-5)
-    assert drops == [("clip", "low_score"), ("image", "unreadable")]
-    assert candidates[2].values["width"] is None  # its header lied
+    members = make.pair_members("k", _CAPTIONS[0], make.encoded(pictures[0]))
+    members["k.json"] = json.dumps({"captions": _CAPTIONS}).encode()
+    source = make.write_tar(tmp_path / "pairs.tar", members)
+    config = job_config(source, tmp_path / "out", clip__model=str(weights), clip__min_score=limit)
+    assert run_filter(config) == {}
+    (record,) = read_records(tmp_path / "out")
+    good = [text for text, cosine in zip(_CAPTIONS, cosines, strict=True) if cosine >= limit]
+    assert (record.caption, record.metadata["captions"]) == (good[0], good)

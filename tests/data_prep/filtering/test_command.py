@@ -164,17 +164,10 @@ def test_wrong_inputs_and_outputs(tmp_path):
     source = write_tars(tmp_path / "in", 1)
     with pytest.raises(ValueError, match="config.input is not set"):
         run_filter(job_config("", tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"nothing at .*\.jsonl"):
-        run_filter(job_config(str(tmp_path / "*.jsonl"), tmp_path / "out"))
     with pytest.raises(ValueError, match="is the folder of the input"):
         run_filter(job_config(source, tmp_path / "in"))
-    config = job_config(source, tmp_path / "out")
-    config.output = ""
-    with pytest.raises(ValueError, match="config.output is not set"):
-        run_filter(config)
-    for name, value in (("image__jpeg_quality", 0), ("image__max_side", 0), ("batch_size", 0)):
-        with pytest.raises(ValueError, match=name.replace("__", r"\.")):
-            job_config(source, tmp_path / "out", **{name: value})
+    with pytest.raises(ValueError, match=r"image\.max_side"):
+        job_config(source, tmp_path / "out", image__max_side=0)
 
 
 def test_explain_shows_graph_and_decision():
@@ -206,16 +199,6 @@ def test_command(tmp_path):
     mistyped = _run(recipe, f"--config.input={source}", "--config.image.min_sid=3")
     assert mistyped.returncode != 0
     assert "min_side" in mistyped.stderr and "Traceback" not in mistyped.stderr
-
-    (tmp_path / "in" / "00001.tar").write_bytes(b"no tar")
-    refused = _run(*arguments)
-    assert refused.returncode == 1
-    assert "changed: the input" in refused.stderr and "--overwrite" in refused.stderr
-    failed = _run(
-        *arguments, "--config.num_workers=0", "--overwrite", "--config.max_failed_shards=0"
-    )
-    assert failed.returncode == 1
-    assert f"failed: {tmp_path}/in/00001.tar: " in failed.stderr
 
 
 def test_conversion_needs_no_spacy(tmp_path):

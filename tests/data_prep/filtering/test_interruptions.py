@@ -3,10 +3,8 @@
 The images are large, so that a shard takes long enough to be interrupted.
 """
 
-import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -15,8 +13,6 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from diht_jax.records.schema import decode_record
-from diht_jax.records.tfrecord import TFRecordSource
 from tests import make
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot
 
@@ -36,27 +32,6 @@ def _write_inputs(folder: pathlib.Path) -> None:
         make.write_tar(folder / "in" / f"{number:05d}.tar", members)
 
 
-def _finished(folder: pathlib.Path) -> dict[str, int]:
-    """When the statistics of each finished part, and of each output shard, were written."""
-    return {
-        str(path.relative_to(folder)): path.stat().st_mtime_ns
-        for path in folder.glob("**/*.tfrecord.stats.json")
-    }
-
-
-def _read_report(folder: pathlib.Path) -> tuple[dict, str]:
-    """report.json and report.html without where the output lies, and how long it took."""
-    report = json.loads((folder / "report.json").read_bytes())
-    for name in ("seconds", "throughput"):
-        assert report.pop(name)
-    for job in report["jobs"]:
-        del job["output"]
-    page = (folder / "report.html").read_text()
-    page, count = re.subn(r"<h2>Throughput</h2>.*?(?=<h2>)", "", page, flags=re.DOTALL)
-    assert count == 1
-    return report, page
-
-
 _CLUSTER = """
 import glob, json, pathlib, sys, threading, time
 import ray
@@ -68,9 +43,8 @@ from diht_jax.config import load_recipe
 def main(folder):
     folder = pathlib.Path(folder)
     config = load_recipe("configs/prep/convert.py")
-    config.update({"input": f"{folder}/in/*.tar,{folder}/damaged.tar"})
+    config.update({"input": f"{folder}/in/*.tar"})
     config.update({"output": f"{folder}/cluster", "examples_per_shard": 20})
-    config.max_failed_shards = 0
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
@@ -90,12 +64,6 @@ def main(folder):
     thread.start()
     print("failures", json.dumps(run_filter(config, engine="ray")), flush=True)
     thread.join()
-    stats = sorted(folder.glob("cluster/**/*.tfrecord.stats.json"))
-    print("finished", json.dumps([[path.name, path.stat().st_mtime_ns] for path in stats]))
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    (folder / "damaged.tar").write_bytes((folder / "in" / "00000.tar").read_bytes())
-    print("then", json.dumps(run_filter(config, engine="ray")), flush=True)
     cluster.shutdown()
 
 if __name__ == "__main__":
@@ -106,14 +74,12 @@ if __name__ == "__main__":
 
 def test_cluster_loses_a_node(tmp_path):
     pytest.importorskip("ray")
-    work = tmp_path
-    _write_inputs(work)
-    script = work / "cluster.py"
+    _write_inputs(tmp_path)
+    script = tmp_path / "cluster.py"
     script.write_text(_CLUSTER)
-    (work / "damaged.tar").write_bytes((work / "in" / "00000.tar").read_bytes()[:3000])
     environment = os.environ | RAY_ENVIRONMENT | {"PYTHONPATH": str(_REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, str(script), str(work)],
+        [sys.executable, str(script), str(tmp_path)],
         cwd=_REPOSITORY,
         env=environment,
         capture_output=True,
@@ -123,30 +89,10 @@ def test_cluster_loses_a_node(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "lost a node" in done.stdout
     assert "its node was lost" in done.stderr and "its task will run again" in done.stderr
-    told = {
-        name: json.loads(text)
-        for name, _, text in (line.partition(" ") for line in done.stdout.splitlines())
-        if name in ("failures", "finished", "then")
-    }
-    assert list(told["failures"]) == [f"{work}/damaged.tar"]  # and the others are complete
-    assert len(told["finished"]) == _NUM_TARS
-    # When the tar is whole, the cluster does the rest, the re-sharding too; the local engine
-    # makes the same bytes of the same input.
-    assert told["then"] == {}
-    source = f"{work}/in/*.tar,{work}/damaged.tar"
-    config = job_config(source, work / "reference", examples_per_shard=20)
+    assert "failures {}" in done.stdout
+    config = job_config(f"{tmp_path}/in/*.tar", tmp_path / "reference", examples_per_shard=20)
     assert run_filter(config) == {}
-    now = {
-        pathlib.Path(name).name: time_ns
-        for name, time_ns in _finished(work / "cluster").items()
-        if name.startswith("parts/")
-    }
-    assert {name: now[name] for name, _ in told["finished"]} == dict(map(tuple, told["finished"]))
-    found = snapshot(work / "cluster")
-    assert found == snapshot(work / "reference")
+    found = snapshot(tmp_path / "cluster")
+    assert found == snapshot(tmp_path / "reference")
     shards = {f"pairs-train-{i:05d}.tfrecord{suffix}" for i in range(3) for suffix in ("", ".idx")}
     assert shards | {"kept_keys.txt", "stats.json", "dataset_info.json"} <= found.keys()
-    assert _read_report(work / "cluster") == _read_report(work / "reference")
-    records = [decode_record(data) for data in TFRecordSource(work / "cluster")]
-    assert len(records) == (_NUM_TARS + 1) * _PAIRS
-    assert records[7].caption == "picture 1 of 1"

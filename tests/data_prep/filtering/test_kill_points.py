@@ -1,8 +1,8 @@
 """SIGKILL at the seams: before the changes that a job makes to its output folder, each in turn.
 
 `kill_points.py` does it, so that no moment is left to chance: during the filtering, the
-re-sharding, the lists, the report, and the cleaning. Kills of several processes at random moments
-are in `test_interruptions.py`.
+re-sharding, the lists, the report, and the cleaning. The loss of a node
+of a cluster is in `test_interruptions.py`.
 """
 
 import json
@@ -16,23 +16,6 @@ from PIL import Image
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 900
-
-
-def _try(folder: pathlib.Path, recipe: str, **settings) -> list[str]:
-    """The changes before which a job was killed, once every one of them is known to be harmless."""
-    command = [sys.executable, "-m", "tests.data_prep.filtering.kill_points", str(folder)]
-    done = subprocess.run(
-        [*command, f"configs/prep/{recipe}.py", json.dumps(settings)],
-        cwd=_REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=_LONGEST_SECS,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert found["problems"] == []
-    return found["tried"]
 
 
 def _count(tried: list[str], event: str, name: str) -> int:
@@ -49,7 +32,19 @@ def test_pairs(tmp_path):
                 (tmp_path / "i.json").write_text(json.dumps(row))
                 for extension in ("png", "json"):
                     tar.add(tmp_path / f"i.{extension}", f"{number}-{i}.{extension}")
-    tried = _try(tmp_path, "convert", examples_per_shard=4)
+    command = [sys.executable, "-m", "tests.data_prep.filtering.kill_points", str(tmp_path)]
+    done = subprocess.run(
+        [*command, json.dumps({"examples_per_shard": 4})],
+        cwd=_REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=_LONGEST_SECS,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    tried = found["tried"]
+    assert found["problems"] == []
     for name in ("/parts/.pairs-", "/.pairs-", "/.kept_keys", "/.kept_uids", "/.report.json"):
         assert _count(tried, "open", name) and _count(tried, "os.rename", name), name
     for name in ("/.report.html", "/.stats.json", "/.dataset_info.json", "/.features.json"):

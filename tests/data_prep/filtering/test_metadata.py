@@ -112,18 +112,6 @@ def test_lines_are_kept_byte_for_byte(tmp_path):
     assert "".join(unit.read_text() for unit in units).splitlines() == kept
 
 
-def test_wrong_tables(tmp_path, table):
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="no column 'caption'; found uid, TEXT"):
-        run_filter(_config(str(tmp_path / "a.parquet"), tmp_path / "out"))
-    (tmp_path / "b.csv").write_text("image,caption\nx,y\n")
-    with pytest.raises(ValueError, match="expected .parquet or .jsonl"):
-        run_filter(_config(str(tmp_path / "b.csv"), tmp_path / "out"))
-    config = _config(str(tmp_path / "a.parquet"), tmp_path / "out", text_spotting=True)
-    with pytest.raises(ValueError, match="text_spotting=False"):
-        run_filter(config)
-
-
 def test_a_jsonl_without_the_captions_is_refused_and_needs_no_images(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"TEXT": "a man riding a horse"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl: no row has 'caption'"):
@@ -131,26 +119,3 @@ def test_a_jsonl_without_the_captions_is_refused_and_needs_no_images(tmp_path):
     config = _config(str(tmp_path / "a.jsonl"), tmp_path / "out", source__caption_column="TEXT")
     assert run_filter(config) == {}
     assert (tmp_path / "out" / "a.jsonl").read_text() == (tmp_path / "a.jsonl").read_text()
-
-
-def test_tables_that_are_added_and_removed_cost_themselves_alone(tmp_path):
-    row = '{"caption": "a man riding a horse"}\n'
-    (tmp_path / "in").mkdir()
-    for name in "abc":
-        (tmp_path / "in" / f"{name}.jsonl").write_text(row)
-    config, output = _config(str(tmp_path / "in"), tmp_path / "out"), tmp_path / "out"
-    assert run_filter(config) == {}
-    before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.jsonl.stats.json")}
-    (tmp_path / "in" / "b2.jsonl").write_text(row)
-    assert run_filter(config) == {}
-    (tmp_path / "in" / "a.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"in/a\.jsonl'.* 0 are made again, 1 removed, and 3 stay"):
-        run_filter(config)
-    assert run_filter(config, overwrite=True) == {}
-    now = {path.name: path.stat().st_mtime_ns for path in output.glob("*.jsonl.stats.json")}
-    assert list(sorted(now)) == [f"{name}.jsonl.stats.json" for name in ("b", "b2", "c")]
-    assert all(now[name] == before[name] for name in before if name in now)
-    assert not list(output.rglob("a.jsonl*"))
-    assert (output / "kept_keys.txt").read_text().split() == [
-        f"{name}-00000000" for name in ("b", "b2", "c")
-    ]

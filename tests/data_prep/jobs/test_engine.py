@@ -12,12 +12,10 @@ import signal
 import subprocess
 import sys
 
-import aiohttp
 import pytest
 
 from data_prep.jobs import engine
 from data_prep.jobs.engine import run_tasks
-from data_prep.jobs.outcome import REFUSED, STORAGE
 from diht_jax.storage.retries import StorageError
 from tests.waiting import wait_until
 
@@ -63,15 +61,6 @@ def _run(folder: pathlib.Path, body: str, num_workers: int = 2) -> tuple[dict, s
     return {task: (result, error) for task, result, error in outcomes}, errors
 
 
-def _square(task: int, report) -> int:
-    report(1)
-    if task == 3:
-        raise ValueError("three is not allowed")
-    if task == 4:
-        raise RuntimeError("a defect")
-    return task * task
-
-
 def test_what_may_pass_is_tried_again():
     tries = collections.Counter()
 
@@ -108,7 +97,7 @@ def clock(monkeypatch):
     return passed
 
 
-@pytest.mark.parametrize("down_secs", [20, 100, 500, 2000])
+@pytest.mark.parametrize("down_secs", [100, 2000])
 def test_an_outage_of_minutes_is_waited_for_whatever_the_retries(clock, monkeypatch, down_secs):
     """Every task takes a second; after 30 s, 2 min and 8 min more it is given up."""
     monkeypatch.setattr(engine, "_STORAGE_DELAYS_SECS", (30.0, 120.0, 480.0))
@@ -125,28 +114,10 @@ def test_an_outage_of_minutes_is_waited_for_whatever_the_retries(clock, monkeypa
     for task in range(3):
         began = attempts[task]
         assert outcomes[task].error == (None if down_secs < 700 else "the store is away")
-        assert len(began) == {20: 2, 100: 3, 500: 4, 2000: 4}[down_secs]
+        assert len(began) == {100: 3, 2000: 4}[down_secs]
         for before, after, delay in zip(began, began[1:], (30, 120, 480), strict=False):
             assert delay <= after - before <= delay + 10
     assert attempts[0][1] < 38  # the others go on meanwhile
-
-
-def test_damage_is_final_and_the_cause_of_a_failure_is_known():
-    errors = {
-        0: ValueError("damaged"),
-        1: StorageError("a disk"),
-        2: aiohttp.ServerDisconnectedError(),
-        3: RuntimeError("a defect"),
-        4: FileNotFoundError("no file"),
-    }
-
-    def work(task: int, report) -> None:
-        raise errors[task]
-
-    outcomes = {o.task: o for o in run_tasks(work, range(5), num_workers=0, label="t", retries=0)}
-    assert {t: o.cause for t, o in outcomes.items()} == {
-        0: None, 1: STORAGE, 2: STORAGE, 3: None, 4: REFUSED
-    }  # fmt: skip
 
 
 def test_a_task_that_takes_too_long_is_stopped_twice_and_holds_nobody_up(tmp_path):
@@ -171,7 +142,7 @@ if __name__ == "__main__":
 
 def test_a_time_limit_needs_workers():
     with pytest.raises(ValueError, match=r"config.shard_timeout_secs=5 with config.num_workers=0"):
-        list(run_tasks(_square, range(2), num_workers=0, label="t", timeout_secs=5))
+        list(run_tasks(print, range(2), num_workers=0, label="t", timeout_secs=5))
 
 
 def test_failures_and_deaths_are_isolated_in_workers(tmp_path):

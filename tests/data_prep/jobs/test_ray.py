@@ -1,4 +1,4 @@
-"""Jobs on a real Ray cluster: models in actors of their own, nodes that join late, relative paths.
+"""Jobs on a real Ray cluster: models in actors of their own, nodes that join late.
 
 One cluster in one process serves them all, since starting it takes most of the time.
 """
@@ -8,7 +8,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import ml_collections
 import numpy as np
@@ -16,8 +15,6 @@ import pytest
 
 from benchmarks.text_spotting_testset import make_test_set
 from data_prep.filter import run_filter
-from data_prep.jobs.cluster import _WorkerActor
-from data_prep.jobs.models import _ModelActor
 from diht_jax import load_model
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot, write_clip
 from tests.docs.pages import python_blocks
@@ -27,7 +24,7 @@ _LONGEST_SECS = 900  # of the script; a failure here means that it waits for eve
 _ENVIRONMENT = RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 
 _SCRIPT = """
-import functools, itertools, json, os, pathlib, sys, threading, time
+import functools, itertools, json, os, pathlib, sys, time
 import ray
 from ray.cluster_utils import Cluster
 from data_prep.filter import run_filter
@@ -101,51 +98,6 @@ def run_failing(settings, folder):
         yield [outcome.task, outcome.result, outcome.error]
 
 
-class Holder:
-    def visit(self, folder, held):
-        pathlib.Path(folder, f"visited_{os.getpid()}").touch()
-        while held and pathlib.Path(folder, "hold").exists():  # until its node is lost
-            pathlib.Path(folder, "held").touch()
-            time.sleep(0.02)
-        return "done"
-
-
-def visit(task, report, folder):
-    model = open_model(Holder)
-    while len(list(pathlib.Path(folder).glob("visited_*"))) < 3:
-        list(model.map("visit", [(folder, False)]))
-        time.sleep(0.02)
-    return list(model.map("visit", [(folder, True)]))
-
-
-def lose_models(cluster, folder):
-    # The three model actors have room on one node alone: the batch that one of them holds meets
-    # all three dead.
-    settings = RaySettings(cluster.address, model_actors=3, gpus_per_model_actor=2.0)
-    node = cluster.add_node(num_cpus=0, num_gpus=6)
-    pathlib.Path(folder, "hold").touch()
-    found = []
-
-    def run():
-        function = functools.partial(visit, folder=folder)
-        for outcome in run_tasks(
-            function, [0], num_workers=1, label="lost", retries=0, ray=settings
-        ):
-            found.append([outcome.result, outcome.error])
-
-    ray.init(address=cluster.address, logging_level="ERROR")
-    thread = threading.Thread(target=run, daemon=True)  # nodes come and go in the main thread
-    thread.start()
-    while thread.is_alive() and not pathlib.Path(folder, "held").exists():
-        time.sleep(0.02)
-    cluster.remove_node(node, allow_graceful=False)
-    pathlib.Path(folder, "hold").unlink()
-    cluster.add_node(num_cpus=0, num_gpus=2)
-    thread.join()
-    ray.shutdown()
-    return found
-
-
 def run_models(address, folder):
     config = models_config(pathlib.Path(folder), "on_ray")
     config.num_workers = 1
@@ -172,7 +124,6 @@ def main(folder):
     print("toy", json.dumps(found), flush=True)
     failing = list(run_failing(RaySettings(cluster.address), folder))
     print("failing", json.dumps(failing), flush=True)
-    print("lost", json.dumps(lose_models(cluster, folder)), flush=True)
     print("models", json.dumps(run_models(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
@@ -268,12 +219,6 @@ def test_workers_share_models_that_die_and_nodes_that_join(printed):
     assert "others take its batches" in found["stderr"]
 
 
-def test_a_lost_node_takes_its_models_along_and_no_batch_is_blamed(printed):
-    folder, found = printed
-    assert json.loads(found["lost"]) == [[["done"], None]]
-    assert len(list(folder.glob("visited_*"))) == 4  # three on the lost node, one on the next
-
-
 def test_deaths_and_time_limits_are_those_of_local_workers(printed):
     folder, found = printed
     outcomes = {task: (result, error) for task, result, error in json.loads(found["failing"])}
@@ -299,27 +244,3 @@ def test_models_find_what_they_find_in_the_local_engine(printed):
 
 def test_example_of_the_page(printed):
     assert json.loads(printed[1]["kept:"]) == ["a dog chases a small cat"]
-
-
-def test_relative_paths_need_the_folder_of_the_job(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # an actor changes it, which is undone at the end
-    (tmp_path / "job").mkdir()
-    task = types.SimpleNamespace(source=types.SimpleNamespace(path="in/a.tar"), output="/out/a")
-    absolute = types.SimpleNamespace(source="s3://in/a.tar", output="/out/a")
-
-    def work(task, report) -> str:
-        return os.getcwd()
-
-    outcome, _ = _WorkerActor(str(tmp_path / "job"), []).work(work, task)
-    assert (outcome.result, outcome.error) == (str(tmp_path / "job"), None)
-    lost = _WorkerActor(str(tmp_path / "gone"), [])
-    outcome, _ = lost.work(work, task)
-    assert "'in/a.tar' is a relative path, and the job runs in" in outcome.error
-    assert "absolute paths or URLs" in outcome.error
-    assert lost.work(work, absolute)[0].error is None
-
-    def load():
-        raise ValueError("runs/b32: no such model")
-
-    with pytest.raises(ValueError, match="no such model; the job runs in .* name models by abs"):
-        _ModelActor(str(tmp_path / "gone")).call(load, "encode", ())

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import io
 
-import jax
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -23,8 +22,6 @@ from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.records.labels.clip_embeddings import Crops, quantize
 from diht_jax.records.schema import Record, decode_record
 from diht_jax.records.tfrecord import TFRecordSource
-from diht_jax.training.loop import train
-from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.objective import bind_data
 from tests import make
 from tests.data_prep.labelling.pictures import draw
@@ -152,39 +149,6 @@ def test_the_run_is_bound_to_its_teachers_and_crops(work):
     config.affinity.teachers_hash = "other"
     with pytest.raises(ValueError, match="config.affinity.teachers_hash=other: the embeddings in"):
         bind_data(config)
-    config.affinity.update({"teachers_hash": None, "temperatures": (0.1, 0.1, 0.1)})
-    with pytest.raises(ValueError, match="one for each of the 2 teachers"):
-        bind_data(config)
-    config.data.labels = None
-    with pytest.raises(ValueError, match="no source has embeddings of CLIP teachers"):
-        bind_data(config)
-
-
-def test_a_run_goes_on_with_its_teachers_only(work, tmp_path):
-    config = default_config()
-    config.model.name, config.model.dtype = "tiny_32px", "float32"
-    config.model.overrides.update(image_size=16, patch_size=8, vision_layers=1, text_layers=1)
-    config.model.overrides.update(context_length=16, embed_dim=8)
-    config.affinity.weight = 1.0
-    config.data.update({"train": str(work / "kept"), "labels": str(work / "labels")})
-    config.data.update({"batch_size": 4, "num_workers": 0, "on_bad_record": "skip"})
-    config.data.crop_scale = SCALE
-    config.optimizer.warmup_steps, config.total_steps, config.log_every_steps = 1, 2, 1
-    devices = jax.devices()[:2]
-    train(config, tmp_path, devices=devices)
-    losses = [row["affinity_loss"] for row in read_metrics(tmp_path)]
-    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
-    assert label(work, "others", models=str(work / "b")) == {}
-    config.data.labels = str(work / "others")
-    with pytest.raises(ValueError, match="another config; changed: .*affinity.teachers_hash"):
-        train(config, tmp_path, devices=devices)
-
-
-def test_wrong_keys_are_named(work):
-    with pytest.raises(ValueError, match="config.clip_teachers.models='nowhere': 'nowhere': no"):
-        label(work, models="nowhere")
-    with pytest.raises(ValueError, match="embedding_dtype='int4'; expected int8 or float16"):
-        label(work, embedding_dtype="int4")
 
 
 def test_crops_do_not_change():

@@ -2,21 +2,15 @@
 
 import collections
 import json
-import os
 import pathlib
 import shutil
-import threading
-from concurrent import futures
 
-import fsspec
 import ml_collections
 import pytest
 
 from data_prep.jobs.outcome import ProcessDeath
 from data_prep.label import run_label
-from data_prep.labelling import embeddings, heads, summary
-from data_prep.labelling.config import default_config
-from data_prep.labelling.examples import choose_shards
+from data_prep.labelling import embeddings
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
 from diht_jax.records.format import read_records
@@ -25,7 +19,6 @@ from diht_jax.records.labels.concepts import open_labels
 from diht_jax.records.labels.shards import decode_features
 from diht_jax.records.schema import decode_record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
-from diht_jax.storage import locks
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
 
 _DEADLY: set[bytes] = set()
@@ -152,23 +145,6 @@ def _write_again(path):
     path.with_name("dataset.index").unlink(missing_ok=True)
 
 
-def test_shards_that_were_only_touched_are_not_embedded_again(job):
-    config, reads = job
-    config.heads.max_changed_shards = 0
-    assert run_label(config) == {}
-    before = _times(config, "*/*.tfrecord")
-    kept = pathlib.Path(config.input)
-    for number, path in enumerate(sorted(kept.glob("*.tfrecord"))):
-        os.utime(path, ns=(number, number))
-    reads.clear()
-    assert run_label(config) == {}
-    assert not reads and _times(config, "*/*.tfrecord") == before
-    _write_again(kept / "pairs-train-00001.tfrecord")
-    config.heads.max_changed_shards = 1
-    assert run_label(config) == {}
-    assert reads == {"00001": 1}
-
-
 def test_files_of_shards_that_are_gone_are_removed_while_they_are_few(job, caplog):
     config, _ = job
     config.heads.max_changed_shards = 3
@@ -204,70 +180,3 @@ def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(job, 
         rows = open_labels(config.output, records, "labels")
         assert [i for i in range(NUM_IMAGES) if not _is_labelled(rows[i])] == [3, 40]
         assert not [p for p in (tmp_path / str(examples)).rglob("*") if p.name.endswith(".tmp")]
-
-
-def test_so_many_shards_are_chosen_as_have_the_wanted_images():
-    config = default_config()
-    config.heads.update({"held_out": 0.1, "max_examples": 900, "max_held_out": 50})
-    names = [f"{n}.tfrecord" for n in range(100)]
-    chosen = choose_shards([100] * 100, names, config)
-    assert len(chosen) == 10 and chosen == sorted(chosen)
-    # One more shard changes at most one of them.
-    more = choose_shards([100] * 101, [*names, "new.tfrecord"], config)
-    assert len(set(more) - set(chosen)) <= 1
-    config.heads.max_held_out = 500
-    assert len(choose_shards([100] * 100, names, config)) == 50
-    assert choose_shards([100] * 20, names[:20], config) == list(range(20))
-
-
-def test_one_job_of_an_array_trains_the_heads_and_one_describes_the_labels(job, monkeypatch):
-    config, _ = job
-    assert run_label(config, 0, 2) == {}  # the heads learn from all shards; one is missing
-    monkeypatch.setattr(locks, "_POLL_SECS", 0.01)
-    is_second_there, gathered, described = threading.Event(), [], []
-    gather, take = heads.gather_examples, locks.leader_lock
-    summarize = summary.summarize
-
-    def take_noting(folder):
-        if gathered:
-            is_second_there.set()
-        return take(folder)
-
-    def gather_slowly(*given):
-        gathered.append(given)
-        futures_of_others.append(pool.submit(run_label, config, 0, 2))
-        assert is_second_there.wait(timeout=600)
-        return gather(*given)
-
-    monkeypatch.setattr(locks, "leader_lock", take_noting)
-    monkeypatch.setattr(heads, "gather_examples", gather_slowly)
-    monkeypatch.setattr(
-        summary, "summarize", lambda *given: described.append(given) or summarize(*given)
-    )
-    futures_of_others = []
-    with futures.ThreadPoolExecutor(2) as pool:
-        assert run_label(config, 1, 2) == {}
-        assert [other.result() for other in futures_of_others] == [{}]
-    assert len(gathered) == len(described) == 1
-    assert _labelled(config) == [30, 30, 30]
-
-
-def test_labels_from_s3_to_s3_are_those_of_a_disk(job, tmp_path, s3_bucket):
-    config, _ = job
-    config.heads.update({"max_examples": 20, "max_held_out": 5})
-    config.report_images = 2
-    url, system = f"{s3_bucket}/labelling", fsspec.filesystem("s3")
-    system.put(f"{tmp_path}/kept/", f"{url}/kept/", recursive=True)
-    assert run_label(config) == {}
-    local = pathlib.Path(config.output)
-    expected = {str(p.relative_to(local)): p.read_bytes() for p in local.rglob("*.tfrecord")}
-    config.update({"input": f"{url}/kept", "output": f"{url}/out"})
-    for _ in range(2):  # the second time nothing is done
-        assert run_label(config) == {}
-        system.invalidate_cache()
-        names = [n for n in system.find(f"{url}/out") if n.endswith(".tfrecord")]
-        prefix = f"{system._strip_protocol(url)}/out/"
-        assert {n.removeprefix(prefix): system.cat_file(n) for n in names} == expected
-        assert _labelled(config) == [30, 30, 30]
-        assert system.exists(f"{url}/out/report.html")
-    system.rm(url, recursive=True)

@@ -1,15 +1,13 @@
 """Heads against float64 formulas, SciPy's optimiser and counts by hand."""
 
-import logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize, special
 
-from data_prep.labelling.config import default_config, default_heads
-from data_prep.labelling.examples import Examples, Split
+from data_prep.labelling.config import default_heads
+from data_prep.labelling.examples import Split
 from data_prep.labelling.head_files import Head, hash_heads, load_heads, write_heads
 from data_prep.labelling.train_heads import (
     concept_recall,
@@ -18,11 +16,9 @@ from data_prep.labelling.train_heads import (
     recall,
     soft_target_loss,
     summarize,
-    train_and_measure,
     train_head,
 )
 from data_prep.labelling.vocabulary import make_targets
-from diht_jax.records.vocabulary import ConceptList
 
 
 def _targets(rows: list[list[int]]) -> np.ndarray:
@@ -129,35 +125,6 @@ def test_training_ends_when_it_only_gets_worse():
     assert steps == [0, 1, 2, 4, 8, 16, 20, 40, 60, 80, 100]
     # What is kept is where it began: frequencies, and nothing of the images.
     assert np.all(head.kernel == 0)
-
-
-def _wrongly_named(rng, count: int, centres: np.ndarray, wrong: float):
-    """Pictures of classes, a share of them named at random; and the classes."""
-    truth = rng.integers(0, len(centres), count)
-    named = np.where(rng.random(count) < wrong, rng.integers(0, len(centres), count), truth)
-    pictures = 0.5 * centres[truth] + 2 * rng.normal(size=(count, centres.shape[1]))
-    targets = {"objects": _targets([[i] for i in named.tolist()])}
-    return Examples(pictures.astype(np.float16), targets), truth
-
-
-def test_few_images_with_wrong_names_teach_something(caplog):
-    # They are learnt by heart within a hundred steps, where the defaults look for the second time.
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(10, 600))
-    train, _ = _wrongly_named(rng, 900, centres, wrong=0.75)
-    held_out, truth = _wrongly_named(rng, 600, centres, wrong=0.75)
-    part = ConceptList("objects", tuple("abcdefghij"), (1,) * 10)
-    with caplog.at_level(logging.WARNING):
-        head, result = train_and_measure(default_config(), part, train, held_out)
-    losses = {entry["step"]: entry["held_out_loss"] for entry in result["curve"]}
-    assert losses[100] > losses[0] and 0 < min(losses, key=losses.get) < 100
-    ids, _ = head.predict(held_out.embeddings, 1)
-    assert np.mean(ids[:, 0] == truth) > 0.5
-    assert not caplog.records
-    unrelated, _ = _wrongly_named(rng, 900, centres, wrong=1.0)
-    with caplog.at_level(logging.WARNING):
-        train_and_measure(default_config(), part, unrelated, held_out)
-    assert "Its labels say nothing about the pictures" in caplog.text
 
 
 def test_no_example_is_an_error():

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from data_prep.label import run_label
-from data_prep.labelling import report as label_report
 from data_prep.labelling.embeddings import hash_embeddings
 from data_prep.labelling.examples import gather_examples
 from data_prep.labelling.tasks import find_inputs, identify_inputs, plan_outputs
@@ -212,31 +211,20 @@ def test_held_out_images_are_never_trained_on(work):
     assert set(map(bytes, fewer[1].embeddings)) <= rows[1]
 
 
-def test_report_shows_what_a_person_needs(work):
-    page = (work / "labelled" / "report.html").read_text()
-    assert page.count("data:image/jpeg") == 6 and page.count("data:image/png") == 1
-    assert "http" not in page  # nothing is loaded from elsewhere
+def test_heads_know_more_than_frequencies(work):
     heads = json.loads((work / "labelled" / "heads.json").read_text())
-    assert len(label_report.format_metrics(heads).splitlines()) == 5
+    name = "concept_recall_at_1"
     for result in heads["heads"].values():
-        for name, value in result["baseline"].items():
-            assert result["metrics"][name] >= value
-        name = "concept_recall_at_1"
         assert result["metrics"][name] > result["baseline"][name] + 0.1
 
 
 def test_inputs_that_cannot_be_labelled(work, tmp_path):
     with pytest.raises(ValueError, match="config.input is not set"):
         run_label(label_config("", tmp_path / "out"))
-    with pytest.raises(ValueError, match="no TFRecord shard at"):
-        run_label(label_config(tmp_path / "absent", tmp_path / "out"))
     with pytest.raises(ValueError, match="is the folder of the input"):
         run_label(label_config(work / "kept", work / "kept"))
     with pytest.raises(ValueError, match="no counts of concepts.*concepts=True"):
         run_label(label_config(work / "labelled", tmp_path / "out"))
-    for name, value in (("top_k", 256), ("heads__held_out", 1.0), ("embedding_dtype", "int8")):
-        with pytest.raises(ValueError, match=f"config.{name.replace('__', '.')}="):
-            run_label(label_config(work / "kept", tmp_path / "out", **{name: value}))
 
 
 def test_embeddings_of_other_records_are_refused(work, tmp_path):

@@ -117,19 +117,6 @@ def test_shards_added_and_removed_cost_themselves(work, tmp_path):
     assert len(_joined(kept, tmp_path / "both")) == NUM_IMAGES
 
 
-def test_a_folder_stays_what_it_is(work, label_shards, tmp_path):
-    folder = shutil.copytree(work / "labelled", tmp_path / "labelled")
-    before = _times(folder), sorted(path.name for path in folder.iterdir())
-    run_label(_config(work / "kept", folder))
-    assert (_times(folder), sorted(path.name for path in folder.iterdir())) == before
-    # Merged on request, and then they are the folder.
-    merged = shutil.copytree(label_shards, tmp_path / "merged")
-    run_label(label_config(work / "kept", merged, merge=True))
-    for path in (work / "labelled").glob("*.tfrecord"):
-        assert (merged / path.name).read_bytes() == path.read_bytes()
-    assert not (merged / "labels/dataset.index").exists()
-
-
 def test_merged_shards_of_another_run_are_refused(tmp_path):
     (tmp_path / "pairs-train-00002.tfrecord").touch()
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from data_prep.decisions.log import Sample, SampleLog
-from data_prep.decisions.report import format_samples
 from data_prep.reports import demo
 from data_prep.reports.page import write_report
 from diht_jax.evaluation.bootstrap import describe_samples
@@ -79,20 +78,6 @@ def test_differences_are_to_the_row_above_with_paired_intervals(folder):
     assert {css for css, *_ in changes[1]} == {"beyond"} and {css for css, *_ in changes[0]} == {""}
     for _, _, low, high in changes[1]:
         assert float(low) == pytest.approx(10, abs=0.1) == pytest.approx(float(high), abs=0.1)
-
-
-def test_pairs_are_printed_with_their_reasons(folder):
-    lines = format_samples(demo.read_report(folder / "filtered"), 2).splitlines()
-    assert [re.split(r"  +", line) for line in lines] == [
-        ["Kept", _OUTCOMES["kept"]],
-        ["Dropped, caption: A: no action", "Leather Wallet"],
-    ]
-
-
-def test_a_missing_student_is_named(folder):
-    (folder / "filtered_hn_nce.json").unlink()
-    with pytest.raises(ValueError, match=r"filtered_hn_nce\.json: no such results.*run_demo\.sh"):
-        demo.render_demo(folder, demo.read_report(folder / "filtered"))
 
 
 def test_the_script_trains_and_evaluates_the_students_of_the_page():

@@ -1,7 +1,5 @@
 """The share of one job of a job array, and the names of options in errors."""
 
-import dataclasses
-
 import pytest
 
 from data_prep.filter import run_filter
@@ -10,10 +8,9 @@ from data_prep.sources.list import (
     check_output,
     default_source,
     list_inputs,
-    read_pairs,
     shards_of_task,
 )
-from diht_jax.readers.registry import FORMATS, SourceShard
+from diht_jax.readers.registry import SourceShard
 from diht_jax.storage.files import find_inputs
 from tests.data_prep.filtering.jobs import job_config
 
@@ -26,7 +23,7 @@ def test_jobs_of_an_array_share_all_tasks():
             shards_of_task(range(11), index, 4)
 
 
-def test_columns_are_named_as_they_are_typed(tmp_path, monkeypatch):
+def test_columns_are_named_as_they_are_typed(tmp_path):
     table = tmp_path / "pairs.csv"
     table.write_text("picture,caption\na.png,a cat\n")
     with pytest.raises(
@@ -37,16 +34,6 @@ def test_columns_are_named_as_they_are_typed(tmp_path, monkeypatch):
     source.image_root = str(tmp_path / "absent")
     with pytest.raises(ValueError, match="'; set --config.source.image_root$"):
         list_inputs(str(table), source)
-    # Errors of the reading, and paths that contain such a name.
-    message = "image_column/caption_column.csv: no column 'image_column'; set image_column"
-
-    def refuse(shard):
-        raise ValueError(message)
-
-    monkeypatch.setitem(FORMATS, "table", dataclasses.replace(FORMATS["table"], read=refuse))
-    with pytest.raises(ValueError) as error:
-        list(read_pairs(SourceShard("table", str(table))))
-    assert str(error.value) == message.replace("set image", "set --config.source.image")
 
 
 def test_an_output_in_a_store_is_tried_at_once(s3_bucket, tmp_path):
@@ -68,7 +55,6 @@ def test_an_output_that_takes_no_file_is_refused_before_the_input_is_listed(tmp_
     for output, message in (
         ("s3:/bucket/kept", "a URL with two slashes, such as s3://bucket/kept; a local folder of "),
         (f"{tmp_path}/file/kept", f"nothing can be written to '{tmp_path}/file'; expected a fold"),
-        ("", "config.output is not set: expected a folder"),
     ):
         for recipe in ("convert", "metadata"):
             with pytest.raises(ValueError, match=message):

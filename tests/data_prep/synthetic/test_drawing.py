@@ -44,27 +44,6 @@ def test_shapes_and_colors_are_drawn_as_named(shape):
         assert (drawn & inside).sum() / (drawn | inside).sum() > 0.8, (color, shape)
 
 
-@pytest.mark.parametrize("texture", ["striped", "dotted", "checkered"])
-@pytest.mark.parametrize("size", ["small", "large"])
-def test_textures_are_visible_and_keep_the_color(texture, size):
-    rng = np.random.default_rng(1)
-    for color in COLORS:
-        scene = lay_out(rng, "floating", (SceneObject("square", color, size, texture),))
-        (item,) = scene.objects
-        picture = drawing.render_scene(rng, scene, 128).reduce(2)
-        half = item.radius * 0.6 * 64
-        x, y = item.x * 64, item.y * 64
-        region = np.asarray(
-            picture.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
-        ).astype(float)
-        patch = region.reshape(-1, 3)
-        named = np.linalg.norm(patch - COLORS[color], axis=1)
-        paled = 0.18 * np.array(COLORS[color]) + 0.82 * 255
-        pale = np.linalg.norm(patch - paled, axis=1)
-        share = (named < pale).mean()
-        assert 0.4 < share < 0.85, (color, share)
-
-
 def relation_masks(relation: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, object]:
     """Pixels of a red subject, of a blue object and of dark strokes, from a drawn picture."""
     rng = np.random.default_rng([seed, PAIR_RELATIONS.index(relation)])

@@ -20,20 +20,6 @@ def test_scenes_depend_on_seed_and_number_only():
     assert {int(row[: len(SHAPES)].sum()) for row in one[1][1::2]} == {1}
 
 
-def test_the_network_learns_colours_of_scenes_that_it_has_not_seen():
-    pictures, targets = teacher.draw_scenes(200, seed=9, workers=1)
-    single = slice(1, None, 2)
-    names = slice(len(SHAPES), len(SHAPES) + len(COLORS))
-
-    def accuracy(network):
-        logits = np.asarray(network(pictures[single]))[:, names]
-        return (logits.argmax(1) == targets[single][:, names].argmax(1)).mean()
-
-    untrained = teacher.train_teacher(teacher.BATCH, 0, seed=1)
-    trained = teacher.train_teacher(320, 8, seed=1)
-    assert accuracy(untrained) < 0.3 and accuracy(trained) > 0.35
-
-
 def test_embeddings_stand_under_the_keys_of_their_pictures(tmp_path):
     web.write_dataset(
         web.Settings(num_pairs=0, num_retrieval=0, num_classification=60),

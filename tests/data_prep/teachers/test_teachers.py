@@ -138,17 +138,12 @@ def test_swag_weights_by_environment_and_what_is_refused(swag_file, monkeypatch,
     config = default_teacher()
     with pytest.raises(ValueError, match="it is not set.*vit_h_14_lc_swag.*CC-BY-NC 4.0"):
         load_teacher(config)
-    with pytest.raises(ValueError, match="is no vit_h_14: patch_size is 8, expected 14"):
-        load_teacher(_swag_config(path, architecture="vit_h_14"))
     # The name says what the SHA-256 starts with; torch.hub checks the same.
     for start in ("0" * 8, digest[:8]):
         shutil.copy(path, tmp_path / f"swag-{start}.pth")
     with pytest.raises(ValueError, match="its name says 00000000"):
         load_teacher(_swag_config(tmp_path / f"swag-{'0' * 8}.pth"))
     load_teacher(_swag_config(tmp_path / f"swag-{digest[:8]}.pth"))
-    config.kind = "swags"
-    with pytest.raises(ValueError, match="kind='swags'; expected one of swag, torch"):
-        load_teacher(config)
 
 
 def test_torch_module(torch_config):
@@ -193,8 +188,6 @@ def test_a_broken_image_is_no_reason_to_stop(torch_config):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (None, "expected module:function"),
-        ("my_teacher:absent", "cannot be imported"),
         ("my_teacher:no_module", "returned a int; expected a torch.nn.Module"),
         ("my_teacher:two_dimensional", r"gave \[4, 3, 32, 32\] for 4 images; expected \[4, d\]"),
         ("my_teacher:Broken", "not finite"),
@@ -229,9 +222,8 @@ def test_efficientnet_knows_photos(shared_data):
     assert np.mean(right) > 0.7
 
 
-def _write_npz(path, keys, embeddings, **names):
-    fields = {"key": np.array(keys), "image_emb": embeddings}
-    np.savez(path, **{names.get(name, name): value for name, value in fields.items()})
+def _write_npz(path, keys, embeddings):
+    np.savez(path, key=np.array(keys), image_emb=embeddings)
 
 
 def test_precomputed_by_key(tmp_path):
@@ -265,15 +257,10 @@ def test_invalid_precomputed_files(tmp_path):
         return EmbeddingTable(str(tmp_path / name), "key", "image_emb")
 
     vectors = np.zeros((2, 3), np.float32)
-    with pytest.raises(ValueError, match="no .npz or .parquet file there"):
-        open_table("*.npz")
     _write_npz(tmp_path / "a.npz", ["x", "y"], vectors)
     _write_npz(tmp_path / "b.npz", ["y", "z"], vectors)
     with pytest.raises(ValueError, match=r"b\.npz: key 'y' stands in '.*a\.npz' as well"):
         open_table("*.npz")
-    _write_npz(tmp_path / "c.npz", ["x"], vectors, key="keys")
-    with pytest.raises(ValueError, match=r"c\.npz: no field 'key'"):
-        open_table("c.npz")
     # Objects would be unpickled, which runs code.
     np.savez(tmp_path / "e.npz", key=np.array(["x"]), image_emb=np.array([{}], object))
     with pytest.raises(ValueError, match=r"e\.npz: cannot be read as npz"):
@@ -281,8 +268,3 @@ def test_invalid_precomputed_files(tmp_path):
     _write_npz(tmp_path / "f.npz", ["x"], np.full((1, 3), np.nan))
     with pytest.raises(ValueError, match="not finite"):
         open_table("f.npz").get("x")
-    _write_npz(tmp_path / "g.npz", ["w"], np.zeros((1, 5)))
-    sizes = open_table("[ag].npz")
-    sizes.get("x")
-    with pytest.raises(ValueError, match=r"g\.npz: embeddings of size 5, of other files 3"):
-        sizes.get("w")

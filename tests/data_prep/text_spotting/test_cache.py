@@ -38,18 +38,6 @@ def test_settings_and_shards_do_not_mix(tmp_path):
     assert settings == {"canvas_size": 256}
 
 
-def test_what_is_got_can_be_changed_without_harm(tmp_path):
-    cache = SpotCache(tmp_path, {}, "s")
-    cache.put("a", _READING)
-    mine = cache.get("a")
-    mine.looks[256].texts[1] = ("more", 0.5)
-    mine.peaks[96] = 0.5
-    assert cache.get("a") == _READING
-    cache.put("a", mine)
-    cache.flush()
-    assert SpotCache(tmp_path, {}, "s").get("a") == mine
-
-
 def test_a_killed_run_loses_only_its_last_line(tmp_path):
     cache = SpotCache(tmp_path, {}, "s")
     for name in "abc":

