@@ -1,6 +1,6 @@
 """The caption parser against hand-made graphs, and the properties that hold on every caption.
 
-What happens to a caption before it is parsed is in `test_caption_gates.py`.
+What happens to a caption before it is parsed is in `test_gates.py`.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""The funnel: its order, the table for a terminal, and the scores against known noise."""
+"""The funnel: the reasons in the guide, and the scores of filters against known noise."""
 
 import pathlib
 import re

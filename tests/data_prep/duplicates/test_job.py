@@ -1,7 +1,6 @@
 """The command on pairs with planted copies, its table, and the filter that reads it."""
 
 import json
-import tarfile
 
 import fsspec
 import numpy as np
@@ -129,18 +128,6 @@ def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
     assert again.funnel.dropped()["duplicates"] == {"exact": 2, "near": 4}
     with pytest.raises(ValueError, match="no complete output of python -m data_prep.duplicates"):
         run_filter(job_config(str(pairs / "*.tar"), tmp_path / "b", duplicates__table=str(pairs)))
-
-
-def test_the_filter_warns_of_a_table_of_other_files(pairs, found, tmp_path, caplog):
-    """Both have the keys s00 to s05: those of a table that knows nothing of them are dropped."""
-    with tarfile.open(pairs / "0.tar") as old, tarfile.open(tmp_path / "00000.tar", "w") as new:
-        for member in old.getmembers():
-            new.addfile(member, old.extractfile(member))
-    for pattern, expected in ((pairs / "*.tar", 0), (tmp_path / "*.tar", 1)):
-        config = job_config(str(pattern), tmp_path / f"out{expected}", duplicates__table=str(found))
-        with caplog.at_level("WARNING"):
-            assert run_filter(config) == {}
-        assert caplog.text.count("was made of other files") == expected
 
 
 def test_given_embeddings_need_no_pictures(tmp_path, capsys):

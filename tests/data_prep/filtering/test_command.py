@@ -1,4 +1,4 @@
-"""The filter command: decisions, counts, resume, equal bytes, job arrays, and what it refuses."""
+"""The filter command: decisions, counts, equal bytes, and what it refuses."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Storages that fail, and archives that are cut off: what comes of a job."""
+"""Archives that are cut off: what comes of a job."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The steps: their table, what they decide by themselves, and how a shard goes through them."""
+"""Caption steps: their decisions from columns are those of the graphs."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The demo's page and what it prints, from a folder as run_demo.sh leaves it."""
+"""The demo's page, from a folder as run_demo.sh leaves it."""
 
 import json
 import pathlib
@@ -7,18 +7,17 @@ import re
 import numpy as np
 import pytest
 
-from data_prep.decisions.log import Sample, SampleLog
+from data_prep.filter import run_filter
 from data_prep.reports import demo
-from data_prep.reports.page import write_report
 from diht_jax.evaluation.bootstrap import describe_samples
-from tests.data_prep.decisions.parts import gather_parts, write_part
+from tests.data_prep.filtering.jobs import job_config
 from tests.make import encoded, plain
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
-_OUTCOMES = {"kept": "a red star sits on a <blue> ring", "caption/no_action": "Leather Wallet"}
+_CAPTIONS = ("a man riding a horse <b>& more</b>", "a red car")  # kept, and dropped: no action
 
 
-def _results(shift: float, items: str = "same") -> dict:
+def _results(shift: float) -> dict:
     rng = np.random.default_rng(0)
     results = {}
     for task, metric in demo.METRICS:
@@ -31,21 +30,18 @@ def _results(shift: float, items: str = "same") -> dict:
         samples = result.setdefault("samples", {})
         samples[metric] = draws + shift + 0.02 * rng.normal(size=200)
     for result in results.values():
-        result["resamples"] = describe_samples(result.pop("samples"), items, 9)
+        result["resamples"] = describe_samples(result.pop("samples"), "same", 9)
     return {"results": list(results.values())}
 
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
     """Two pairs, four students that differ by 0, 10 and 0 points, and their pictures."""
-    log, rows = SampleLog(5, 5, 0, 10**6), []
-    for outcome, caption in _OUTCOMES.items():
-        log.add(outcome, Sample(outcome, caption, encoded(plain("red"))))
-        stage, _, reason = outcome.partition("/")
-        rows.append({"outcome": stage, "reason": reason or None})
-    report = gather_parts(write_part(tmp_path / "part", rows, log=log))
-    (tmp_path / "filtered").mkdir()
-    write_report(tmp_path / "filtered", report)
+    (tmp_path / "i.png").write_bytes(encoded(plain("red")))
+    rows = [json.dumps({"image": "i.png", "caption": caption}) for caption in _CAPTIONS]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    config = job_config(str(tmp_path / "t.jsonl"), tmp_path / "filtered", "cat")
+    assert run_filter(config) == {}
     for name, shift in zip(demo.STUDENTS, (0.0, 0.0, 0.1, 0.1), strict=True):
         (tmp_path / name).mkdir()
         (tmp_path / name / "curves.png").write_bytes(encoded(plain("blue")))
@@ -57,9 +53,9 @@ def folder(tmp_path) -> pathlib.Path:
 def test_the_page_shows_everything_without_links(folder):
     page = demo.render_demo(folder, demo.read_report(folder / "filtered"))
     assert set(re.findall(r'(?:src|href)="(.{5})', page)) == {"data:"}
-    assert page.count("<img") == len(_OUTCOMES) + len(demo.STUDENTS)
+    assert page.count("<img") == len(_CAPTIONS) + len(demo.STUDENTS)
     assert 'srcdoc="&lt;p&gt;Examples' in page
-    assert "a red star sits on a &lt;blue&gt; ring" in page and "no action" in page
+    assert "a man riding a horse &lt;b&gt;&amp; more" in page and "no action" in page
     for title in demo.STUDENTS.values():
         assert title in page
 

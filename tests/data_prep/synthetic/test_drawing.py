@@ -1,4 +1,4 @@
-"""Pictures of the synthetic web: shapes, colours, textures and relations, measured in pixels."""
+"""Pictures of the synthetic web: shapes, colours and relations, measured in pixels."""
 
 import dataclasses
 

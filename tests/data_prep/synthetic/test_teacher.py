@@ -1,4 +1,4 @@
-"""The demo's teacher: what it is trained on, what it learns, and what it writes."""
+"""The demo's teacher: what it is trained on, and what it writes."""
 
 import numpy as np
 

@@ -174,17 +174,6 @@ def test_identity_follows_the_weights(torch_config, tmp_path, monkeypatch):
     assert describe_teacher(torch_config).identity != other
 
 
-def test_a_broken_image_is_no_reason_to_stop(torch_config):
-    records = _pictures(6)
-    whole = _embed(torch_config, records)
-    records[2] = _record("bad", b"<html>")
-    records[5] = _record("empty", b"")
-    results = _embed(torch_config, records)
-    assert (results[2], results[5]) == ("image_unreadable", "image_empty")
-    for i in (0, 1, 3, 4):
-        np.testing.assert_allclose(results[i], whole[i], rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("function", "message"),
     [
