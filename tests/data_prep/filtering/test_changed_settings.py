@@ -16,10 +16,8 @@ def test_another_model_is_refused(tmp_path, monkeypatch):
     versions = filter_config.package_versions(config)
     assert set(versions) == {"spacy", "spacy_model", "py3langid", "pillow"}
 
-    def install(**other: str) -> None:
-        monkeypatch.setattr(filter_config, "package_versions", lambda _: versions | other)
-
-    install(spacy_model="en_core_web_sm 9.0.0")
+    other = versions | {"spacy_model": "en_core_web_sm 9.0.0"}
+    monkeypatch.setattr(filter_config, "package_versions", lambda _: other)
     with pytest.raises(ValueError, match=r"spacy_model \(en_core_web_sm .*, now .* 9.0.0\)"):
         run_filter(config)
     assert run_filter(config, overwrite=True) == {}
