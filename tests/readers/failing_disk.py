@@ -11,23 +11,18 @@ from diht_jax.storage import retries
 
 
 class FailingDisk:
-    """Files under a folder whose reads raise: while `failures` are left, or each `every`-th.
+    """Files under a folder whose reads raise while `failures` are left.
 
     Attributes:
         failures: how many more reads fail.
         spared: reads that succeed before.
-        every: of so many reads one fails; 0 for none.
-        reads: how many there were.
-        failed: how many of them have failed.
         error: number of the error.
         slept: seconds that were waited in all; no time passes.
     """
 
-    def __init__(
-        self, folder, failures: int, spared: int = 0, error: int = errno.EIO, every: int = 0
-    ):
+    def __init__(self, folder, failures: int, spared: int = 0, error: int = errno.EIO):
         self.folder, self.failures, self.spared, self.error = str(folder), failures, spared, error
-        self.every, self.reads, self.failed, self.slept = every, 0, 0, 0.0
+        self.slept = 0.0
 
     @contextlib.contextmanager
     def mounted(self):
@@ -68,10 +63,8 @@ class FailingDisk:
 
     def read(self):
         """One read: raises, or does nothing."""
-        self.reads += 1
         if self.spared:
             self.spared -= 1
-        elif self.failures or (self.every and self.reads % self.every == 0):
-            self.failures -= bool(self.failures)
-            self.failed += 1
+        elif self.failures:
+            self.failures -= 1
             raise OSError(self.error, os.strerror(self.error))
