@@ -1,5 +1,6 @@
 """New captions beside the records' own, shard by shard."""
 
+import copy
 import dataclasses
 import json
 
@@ -113,6 +114,22 @@ def test_goes_on_where_it_was_and_leaves_no_half_shard(model, tmp_path, monkeypa
         assert straight == (tmp_path / "out" / name).read_bytes()
     several = read(tmp_path / "out")[0].metadata["captions"]
     assert len(several) > 2, "draws that are all alike"
+
+
+def test_errors(model, tmp_path):
+    shards = write(tmp_path / "in")
+    with pytest.raises(ValueError, match="holds the input, .*a.tfrecord; name another folder"):
+        caption_shards(model, shards, tmp_path / "in", CaptionOptions())
+    with pytest.raises(ValueError, match="two shards have the same name"):
+        caption_shards(model, [*shards, shards[0]], tmp_path / "out", CaptionOptions())
+    caption_shards(model, shards[:1], tmp_path / "out", CaptionOptions())
+    with pytest.raises(ValueError, match="captions made with other settings; changed: kind"):
+        caption_shards(model, shards, tmp_path / "out", CaptionOptions(kind="new"))
+    other = copy.copy(model)
+    other._decoder = jax.tree.map(lambda leaf: leaf + 1, model._decoder)
+    assert other.fingerprint() == model.fingerprint()
+    with pytest.raises(ValueError, match="other settings; changed: model"):
+        caption_shards(other, shards, tmp_path / "out", CaptionOptions())
 
 
 def test_labels_within_records_keep_their_vocabulary(model, tmp_path):

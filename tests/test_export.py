@@ -299,3 +299,19 @@ def test_the_first_numbers_of_the_embeddings_are_a_model_of_their_own(source, tm
     assert part.fingerprint() != whole.fingerprint()
     with pytest.raises(ValueError, match="dim=41; expected 1 to 40, the embeddings' size"):
         load_model(path, architecture=fields, dim=41)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"format": "onnx"}, "format 'onnx': expected one of clip, open_clip"),
+        ({"ema": True}, "only work directories of diht_jax.train have steps"),
+        ({"output": "."}, "is not an empty directory"),
+    ],
+)
+def test_wrong_requests(source, tmp_path, changed, message):
+    arguments = {"format": "clip", "output": tmp_path / "out", **changed}
+    format, output = arguments.pop("format"), arguments.pop("output")
+    with pytest.raises(ValueError, match=message):
+        export_model(str(source[0]), format, output, architecture=source[2], **arguments)
+    assert not (tmp_path / "out").exists()

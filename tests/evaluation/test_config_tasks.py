@@ -1,8 +1,8 @@
-"""`config.evaluation.tasks` as sections: the tasks of the texts."""
+"""`config.evaluation.tasks` as sections: the tasks of the texts, and errors that name the key."""
 
 import pytest
 
-from diht_jax.config import default_config
+from diht_jax.config import default_config, validate_config
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.task_parsing import SOURCE_OPTIONS, parse_config_tasks, parse_tasks
 
@@ -75,3 +75,25 @@ def test_built_in_tasks_and_folders_need_no_kind(tmp_path):
     # A kind makes it another task than the built-in one.
     (task,) = parse_config_tasks({"cifar10": {"kind": "retrieval", "source": "/d/a.tar"}})
     assert (task.kind, task.class_names) == ("retrieval", None)
+
+
+_OWN = {"source": "/d"}
+_RETRIEVAL = {"kind": "retrieval", **_OWN}
+_CLASSIFICATION = {"kind": "classification", **_OWN}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kind": "retrieval"}, "x.source: expected a source"),
+        ({**_OWN, "kind": "retreival"}, "x.kind: unknown kind 'retreival'; .* 'retrieval'"),
+        ({**_RETRIEVAL, "caption_templat": ""}, "x.caption_templat: .*mean 'caption_template'"),
+        ({**_CLASSIFICATION, "templates": "y"}, "x.templates: template 'y': expected '{}' once"),
+    ],
+)
+def test_mistakes_name_the_key(section, message):
+    config = default_config()
+    config.evaluation.tasks.x = section
+    validate_config(config, default_config())
+    with pytest.raises(ValueError, match=f"config.evaluation.tasks.{message}"):
+        parse_config_tasks(config.evaluation.tasks)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+from diht_jax.evaluation.results import write_results
 from tests.compiling import xla_flags
 
 
@@ -48,3 +49,20 @@ def test_two_tasks_of_a_work_directory(workdir, shared_data, tmp_path):
     assert row[:3] == ["cifar10", "top-1", f"{100 * cifar['metrics']['top1']:.2f}%"]
     page = (output.parent / "results.html").read_text()
     assert all(f'<section id="{result["task"]}">' in page for result in (cifar, emoji))
+
+
+def test_compare_needs_no_model(tmp_path):
+    for name, top1 in (("a", 0.25), ("b", 0.5)):
+        result = {
+            "task": "shapes",
+            "metrics": {"top1": top1},
+            "counts": {"images": 4, "dropped": {}},
+            "protocol": {},
+        }
+        write_results(tmp_path / f"{name}.json", {"model": name, "step": 1, "results": [result]})
+    files = f"{tmp_path}/a.json,{tmp_path}/b.json"
+    done = _run("--compare", files, "--output", tmp_path / "chart.png")
+    assert done.returncode == 0, done.stderr
+    row = done.stdout.splitlines()[-1].split()
+    assert row == ["shapes", "top-1", "25.00%", "50.00%", "+25.00"]
+    assert (tmp_path / "chart.png").exists()

@@ -96,6 +96,15 @@ def test_paired_intervals_and_means_over_the_suite():
     ]
 
 
+@pytest.mark.parametrize("content", [None, "", "{}", '{"results": [{}]}', "[]"])
+def test_other_files_are_refused(content, tmp_path):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"x\.json: expected a results file"):
+        read_results(path)
+
+
 def test_intervals_and_chart(tmp_path):
     first, second = _results("a", 0.5, 0.25), _results("b", 0.625, 0.2)
     second["results"][0]["intervals"] = {"top1": [0.59, 0.66]}
@@ -116,3 +125,19 @@ def test_released_weights_stand_beside_the_published_numbers():
     rows = [line.split() for line in lines]
     assert ["imagenet", "top-1", "68.00%", "-", "-"] in rows
     assert ["coco_retrieval", "text", "to", "image", "R@1", "40.60%", "40.20%", "-0.40"] in rows
+
+
+def test_units_decide_how_numbers_are_shown():
+    def result(model, **metrics):
+        return {"model": model, "results": [_entry("x", metrics, units=units)]}
+
+    units = {"top1": "share", "depth": "share", "auroc": "score", "my_rank": "rank"}
+    first = result("a", top1=0.25, depth=0.25, auroc=0.5, my_rank=3.0)
+    second = result("b", top1=0.5, depth=0.5, auroc=0.75)
+    both = [line.split()[-4:] for line in format_comparison(first, second).splitlines()[4:]]
+    assert both == [
+        ["top-1", "25.00%", "50.00%", "+25.00"],
+        ["depth", "25.00%", "50.00%", "+25.00"],
+        ["AUROC", "0.5000", "0.7500", "+0.2500"],
+        ["my_rank", "3.0", "-", "-"],
+    ]

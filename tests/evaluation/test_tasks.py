@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diht_jax.evaluation.page import ResultsPage, draw_rows
-from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
+from diht_jax.evaluation.tasks import Task, evaluate_task, parse_tasks
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.registry import open_source
 from tests.make import png, write_tar
@@ -80,6 +80,35 @@ def test_retrieval_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp
     shown = [re.findall(rf"right {query}at rank\s+(\d+)", text) for query in ("image ", "")]
     chosen = (ranks_of["t2i"][draw_rows(128, 6)], ranks_of["i2t"][draw_rows(128, 6, seed=1)])
     assert [list(map(int, ranks)) for ranks in shown] == [(ranks + 1).tolist() for ranks in chosen]
+
+
+def test_several_captions_and_broken_images(tiny_model, tmp_path):
+    def sidecar(*captions):
+        return json.dumps({"captions": list(captions)}).encode()
+
+    path = tmp_path / "x.tar"
+    write_tar(
+        path,
+        [
+            ("a.png", png(0)),
+            ("a.json", sidecar("one", "two", "three")),
+            ("b.png", png(1)[:60]),
+            ("b.json", sidecar("four", "five")),
+            ("c.txt", b"no image"),
+            ("d.png", png(2)),
+            ("d.json", sidecar("two", "six")),
+        ],
+    )
+    task = Task("x", "retrieval", str(path), caption_template="{caption}")
+    result = evaluate_task(tiny_model, task)
+    assert result["counts"] == {
+        "images": 2,
+        "texts": 5,
+        "different_texts": 4,
+        "limit": None,
+        "dropped": {"image_unreadable": 1, "no_image": 1},
+    }
+    assert result["metrics"]["t2i_r5"] == 1.0
 
 
 def test_an_error_names_task_source_and_record(tiny_model, tmp_path):

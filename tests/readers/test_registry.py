@@ -114,6 +114,28 @@ def test_parquet_with_images(tmp_path):
         assert [shard.path for shard in list_shards(spec)] == [tar]
 
 
+def test_foreign_record_names_file_and_record(tmp_path):
+    with TFRecordWriter(tmp_path / "a.tfrecord") as writer:
+        writer.write(encode_record(Pair("k", PNG, "c")))
+        writer.write(b"\xff not an example")
+    with pytest.raises(ValueError, match=r"a\.tfrecord: record 1: .*no tf.train.Example"):
+        list(open_source(str(tmp_path / "a.tfrecord")))
+
+
+def test_nothing_or_too_much_found(tmp_path):
+    with pytest.raises(ValueError, match="nothing at"):
+        open_source(str(tmp_path / "*.tar"))
+    with pytest.raises(ValueError, match="holds neither"):
+        open_source(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"notes\.txt: not a source of pairs"):
+        open_source(str(tmp_path / "notes.txt"))
+    write_tar(tmp_path / "a.tar", [])
+    (tmp_path / "t.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="several kinds of source"):
+        open_source(str(tmp_path))
+
+
 def test_identity_changes_with_the_input(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("k.png", PNG), ("k.txt", b"text")])
     shard = list_shards(path)[0]

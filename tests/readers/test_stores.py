@@ -1,5 +1,6 @@
 """Pairs from object stores: the same as from a disk, and by few requests."""
 
+import errno
 import json
 import math
 
@@ -176,4 +177,27 @@ def test_paths_of_a_table_do_not_lead_out_of_its_folder():
     system.pipe_file("/box/in/t.jsonl", rows.encode())
     (pair,) = open_source("metered:///box/in/t.jsonl", image_root="metered:///box")
     assert pair.image == PNG
+    MeteredStore.store.clear()
+
+
+def test_what_cannot_be_read_is_refused_at_once(monkeypatch):
+    system = fsspec.filesystem("metered")
+    system.pipe_file("/bad/cut.tar", b"x" * 700)
+    system.pipe_file("/bad/cut.parquet", b"PAR1" + bytes(70))
+    system.pipe_file("/bad/other.csv", b"picture,caption\na,b\n")
+    for name in ("cut.tar", "cut.parquet"):
+        with pytest.raises(ValueError, match=f"metered:///bad/{name}: ") as caught:
+            list(open_source(f"metered:///bad/{name}"))
+        assert not isinstance(caught.value, retries.StorageError)
+    with pytest.raises(ValueError, match=r"nosuch:// cannot be read: .*pip install s3fs"):
+        list_shards("nosuch://bucket/a.tar")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Access Denied")
+
+    monkeypatch.setattr(MeteredStore, "cat_file", refuse)
+    with pytest.raises(
+        retries.StorageError, match=r"other\.csv: could not be read \(Access Denied\)"
+    ):
+        list_shards("metered:///bad/other.csv")
     MeteredStore.store.clear()

@@ -294,6 +294,20 @@ def test_features_can_be_named(work):
         open_source("tfds:tiny_captions:val", **options | {"caption_feature": "title"})
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tfds:tiny_captions:test", "no split 'test'; there are train, val"),
+        ("tfds:tiny_captions:1.0.0", "expected tfds:NAME:SPLIT"),
+        ("tfds:mnist:train", "not prepared.*`tfds build mnist`"),
+        ("tfds:./absent:train", "no dataset_info.json in './absent'"),
+    ],
+)
+def test_wrong_names(work, spec, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(spec, data_dir=str(work / "tfrecord"))
+
+
 def test_reading_and_describing_need_no_tensorflow(work):
     code = f"""
 import sys

@@ -1,5 +1,6 @@
 """Tars of pairs: every layout, and a counted reason for whatever is no pair."""
 
+import gzip
 import io
 import json
 import os
@@ -147,6 +148,20 @@ def test_tar_never_writes_to_disk(tmp_path, monkeypatch):
     assert os.listdir(inside) == ["a.tar"]
 
 
+def test_names_that_are_no_utf8(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("k\udce9.png", PNG), ("k\udce9.txt", b"text \xe9")])
+    folder = tmp_path / "classes" / "cl\udce9"
+    folder.mkdir(parents=True)
+    (folder / "x\udce9.png").write_bytes(PNG)
+    pairs = [*open_source(path), *open_source(str(tmp_path / "classes"))]
+    assert [(p.key, p.caption) for p in pairs] == [
+        ("k\ufffd", "text \ufffd"),
+        ("cl\ufffd/x\ufffd.png", "cl\ufffd"),
+    ]
+    for pair in pairs:
+        encode_record(pair)
+
+
 def test_sparse_member_does_not_fill_the_memory(tmp_path):
     header = tarfile.TarInfo("huge.png")
     header.type, header.size = tarfile.GNUTYPE_SPARSE, 0
@@ -161,6 +176,15 @@ def test_sparse_member_does_not_fill_the_memory(tmp_path):
     source = open_source(str(path))
     assert [pair.key for pair in source] == ["b"]
     assert source.skipped == {"too_large": 1}
+
+
+def test_compressed_tar(tmp_path):
+    path = write_tar(tmp_path / "a.tar.gz", [("k.png", PNG), ("k.txt", b"text")], "w:gz")
+    assert [pair.caption for pair in open_source(path)] == ["text"]
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(gzip.compress(gzip.decompress(data)[:-10000]))
+    with pytest.raises(ValueError, match=r"a\.tar\.gz: the tar archive cannot be read"):
+        list(open_source(path))
 
 
 def test_real_tars(shared_data):

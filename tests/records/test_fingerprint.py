@@ -57,3 +57,13 @@ def test_changes_are_named(folder, change, expected):
         index.unlink()
     now = look(folder)
     assert now.digest != before.digest and describe_changes(before, now) == expected
+
+
+def test_another_order_and_equal_names_are_reported(folder, tmp_path_factory):
+    paths = sorted(folder.glob("*.tfrecord"))
+    before, now = look(paths), look(paths[::-1])
+    assert describe_changes(before, now) == ["the same shards in another order"]
+    other = tmp_path_factory.mktemp("other")
+    write(other / "part-0.tfrecord", (5,))
+    both = look([*paths, other])
+    assert describe_changes(before, both) == ["added: part-0.tfrecord (2)"]

@@ -247,6 +247,18 @@ def test_no_flipped_byte_gives_another_label(folders, tmp_path):
     assert kinds[1] >= shard.stat().st_size
 
 
+def test_a_damaged_label_is_an_error_or_a_record_that_is_skipped(folders, tmp_path):
+    folder = shutil.copytree(folders / "labels", tmp_path / "labels")
+    path = folder / "labels/squares-00001.tfrecord"  # of one record
+    data = path.read_bytes()
+    path.write_bytes(data[:-6] + bytes([data[-6] ^ 1]) + data[-5:])
+    source = mixture(str(folders / "plain"), str(folder))
+    with pytest.raises(ValueError, match=r"squares-00001.tfrecord: record 0 is damaged"):
+        batches(source)
+    found, skipped = batches(source, count=sum(LENGTHS), on_bad_record="skip")
+    assert skipped == 8  # once in each epoch
+
+
 def test_labels_of_other_shards_are_noticed(folders, tmp_path):
     """Two shards of labels of one size are exchanged; the index cannot tell."""
     folder = shutil.copytree(folders / "labels", tmp_path / "labels")
@@ -258,6 +270,24 @@ def test_labels_of_other_shards_are_noticed(folders, tmp_path):
     source = mixture(str(folders / "plain"), str(folder))
     with pytest.raises(ValueError, match=r"labels/squares-0000\d.tfrecord: record \d: the label b"):
         batches(source)
+
+
+def test_wrong_labels_are_an_error_at_the_start(folders, tmp_path):
+    plain = str(folders / "plain")
+    folder = shutil.copytree(folders / "labels", tmp_path / "changed")
+    path = folder / "labels/squares-00002.tfrecord"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"config.data.labels=.*1 changed \(squares-00002.tf"):
+        mixture(plain, str(folder))
+    # Whole, but shorter than the shard; the index was brought up to date.
+    with open_writer(path) as writer:
+        writer.write(b"")
+    update_index(str(folder / "labels"))
+    with pytest.raises(ValueError, match=r"00002.tfrecord has 1 records, and the shard .* has 9"):
+        mixture(plain, str(folder))
+    (folder / "labels/dataset.index").unlink()
+    with pytest.raises(ValueError, match=r"labels/dataset.index is missing; expected the output"):
+        mixture(plain, str(folder))
 
 
 def test_labels_of_other_records_are_an_error_at_the_start(folders, tmp_path):

@@ -56,6 +56,15 @@ def test_records_are_those_of_the_local_shards(folder, local):
     assert list(source.split(12, 19, data)) == RECORDS[12:19]
 
 
+def test_a_missing_index_is_made_and_kept(folder, local):
+    system = fsspec.filesystem(folder.split(":")[0])
+    system.rm_file(f"{folder}/part-1.tfrecord.idx")
+    source = TFRecordSource(folder)
+    assert source[19] == RECORDS[19]
+    kept = system.cat_file(f"{folder}/part-1.tfrecord.idx")
+    assert kept == (local / "part-1.tfrecord.idx").read_bytes()
+
+
 def test_shards_without_index_are_walked_through_by_large_requests(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "BLOCK_BYTES", 2**16)
     image = PNG + np.random.default_rng(0).bytes(20_000)

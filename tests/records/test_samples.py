@@ -5,6 +5,7 @@ import math
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
+from diht_jax.records.samples import SampleError
 from diht_jax.records.schema import Pair, Record, decode_record, encode_record
 
 
@@ -82,3 +83,26 @@ def test_columns_with_the_names_of_our_fields_are_metadata():
 def test_captions_come_from_the_txt_first(texts, caption, captions):
     record = decode_record(write_sample({"key": "1", "jpg": b"J", **texts}))
     assert (record.caption, record.metadata.get("captions")) == (caption, captions)
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason", "message"),
+    [
+        ({"key": "1", "jpg": b"J", "txt": " "}, "no_caption", "record '1': no caption .'txt'|"),
+        ({"key": "1", "txt": "a"}, "no_image", "record '1': no image .nothing in a field jpg"),
+        ({"key": "1", "png": b"P", "jpg": b"J", "txt": "a"}, "duplicate", "found jpg, png"),
+    ],
+)
+def test_incomplete_samples_are_named(sample, reason, message):
+    with pytest.raises(SampleError, match=message) as error:
+        decode_record(write_sample(sample))
+    assert (error.value.skipped.key, error.value.skipped.reason) == ("1", reason)
+
+
+def test_keys():
+    sample = {"jpg": b"J", "txt": "a"}
+    assert decode_record(write_sample({"key": 0, **sample})).key == "0"
+    with pytest.raises(ValueError, match="without a key; it has the fields .'jpg', 'txt'"):
+        decode_record(write_sample(sample))
+    with pytest.raises(ValueError, match="one bytes value in field 'image', got 0; .*'caption'"):
+        decode_record(write_sample({"key": "1", "caption": "a"}))

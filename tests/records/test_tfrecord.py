@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import random
+import shutil
 import struct
 
 import numpy as np
@@ -104,6 +105,13 @@ def test_random_access_over_shards(tmp_path):
     assert list(TFRecordSource(last_first)) == expected[9:] + expected[:3]
 
 
+@pytest.mark.parametrize("where", ["", "absent", "*.tfrecord", []])
+def test_nothing_found(tmp_path, where):
+    paths = where if isinstance(where, list) else str(tmp_path / where)
+    with pytest.raises(ValueError, match="no TFRecord shard"):
+        TFRecordSource(paths)
+
+
 def test_pickled_and_read_by_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(sharded, "_MAX_OPEN_SHARDS", 2)  # so that shards open and close all along
     expected = _many_shards(tmp_path)
@@ -142,6 +150,13 @@ def test_truncated_shard(tmp_path, missing_bytes, with_index):
         list(read_records(path))
 
 
+def test_shard_truncated_between_records_does_not_fit_its_index(tmp_path):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+    path.write_bytes(path.read_bytes()[:21])
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord\.idx does not belong.*43 bytes.*has 21"):
+        TFRecordSource(path)
+
+
 def _flip(path: pathlib.Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 0x10
@@ -161,6 +176,46 @@ def test_damaged_contents(tmp_path, position):
     assert next(reader) == b"first"
     with pytest.raises(TFRecordError, match=r"a\.tfrecord: record 1 is damaged"):
         next(reader)
+
+
+@pytest.mark.parametrize("position", [21, 29])
+def test_damaged_length(tmp_path, position):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+    _flip(path, position)
+    source = TFRecordSource(path)
+    assert source[0] == b"first"
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord: record 1: its length is damaged"):
+        source[1]
+    _index(path).unlink()
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord: record 1: its length is damaged"):
+        TFRecordSource(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"PK\x03\x04 this is a zip archive", "not a TFRecord file"),
+        (b"short", "not a TFRecord file"),
+        (b"\x1f\x8b\x08\x00" + bytes(30), "compressed with gzip"),
+    ],
+)
+def test_not_a_tfrecord(tmp_path, data, kind):
+    path = tmp_path / "a.tfrecord"
+    path.write_bytes(data)
+    with pytest.raises(TFRecordError, match=rf"a\.tfrecord: record 0: the file is {kind}"):
+        TFRecordSource(path)
+
+
+def test_index_of_another_shard_of_the_same_size(tmp_path):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+    other = _write(tmp_path / "b.tfrecord", [b"second", b"first"])
+    shutil.copy(_index(other), _index(path))
+    source = TFRecordSource(path)
+    for record in (0, 1):
+        with pytest.raises(
+            TFRecordError, match=rf"a\.tfrecord\.idx does not belong.*record {record} is not where"
+        ):
+            source[record]
 
 
 def test_pickle_leaves_the_offsets_on_disk(tmp_path):

@@ -10,6 +10,7 @@ from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,
+    check_vocabulary,
     find_vocabulary,
     read_vocabulary,
     write_vocabulary,
@@ -96,6 +97,22 @@ def test_of_a_data_set(tmp_path):
     assert find_vocabulary(first) == vocabulary
     assert find_vocabulary([first / "a.tfrecord", str(second / "*.tfrecord"), plain]) == vocabulary
     assert find_vocabulary(plain) is None
+
+
+def test_mismatch_says_which(tmp_path):
+    first = _labelled_folder(tmp_path / "first", _vocabulary())
+    other = _vocabulary(attributes=("black", "white"))
+    second = _labelled_folder(tmp_path / "second", other)
+    with pytest.raises(ValueError, match="vocabularies differ") as error:
+        find_vocabulary([first, second])
+    for text in (str(first), str(second), "the attributes of", other.attributes.hash):
+        assert text in str(error.value)
+    assert "the objects of" not in str(error.value)
+    _write_shard(first / "b.tfrecord", other.describe())
+    with pytest.raises(ValueError, match=r"the attributes of '.*first/b\.tfrecord' are 2 with"):
+        find_vocabulary(first)
+    with pytest.raises(ValueError, match="the attributes of 'data' are absent"):
+        check_vocabulary({}, _vocabulary().describe(), "data", "checkpoint")
 
 
 def test_files_that_were_not_copied(tmp_path):

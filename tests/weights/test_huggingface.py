@@ -64,6 +64,15 @@ def test_sharded_model(reference, tmp_path):
         load_model(tmp_path)
 
 
+def test_legacy_end_of_text_is_the_largest_id(reference, tmp_path):
+    other = clip_model(reference, reference.SMALL, eos_token_id=2)
+    other.save_pretrained(tmp_path)
+    images, tokens = reference.inputs(reference.SMALL)
+    tokens[:, 1] = 2  # would be taken for the end of text
+    assert read_weights(tmp_path).arch.end_of_text_id is None
+    check(reference, tmp_path, other, reference.SMALL, images, tokens)
+
+
 def test_end_of_text_below_added_tokens(reference, tmp_path):
     arch = dataclasses.replace(reference.SMALL, vocab_size=600, end_of_text_id=511)
     other = clip_model(reference, arch)

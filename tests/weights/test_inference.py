@@ -63,6 +63,15 @@ def test_embeddings_equal_the_plain_model_on_every_batch_size(model, images):
     np.testing.assert_allclose(loaded(1).encode_image(images[:5]), expected[:5], atol=2e-6)
 
 
+def test_one_string_is_one_text(model):
+    found = model.encode_text("red flag")
+    assert found.shape == (1, ARCH.embed_dim)
+    np.testing.assert_array_equal(found, model.encode_text(["red flag"]))
+    several = [model.encode_text(texts) for texts in (["a", "b c"], np.array(["a", "b c"]))]
+    np.testing.assert_array_equal(*several)
+    np.testing.assert_array_equal(several[0], model.encode_text(text for text in ("a", "b c")))
+
+
 def test_pictures_in_every_form_give_the_same(model, images, tmp_path):
     pictures = [Image.fromarray(image).resize((40, 50)) for image in images[:2]]
     paths = [tmp_path / "0.png", tmp_path / "1.png"]
@@ -78,6 +87,23 @@ def test_pictures_in_every_form_give_the_same(model, images, tmp_path):
     assert alone.shape == (1, ARCH.embed_dim)
     for one in (paths[0], str(paths[0]), arrays[0], jnp.asarray(arrays[0])):
         np.testing.assert_array_equal(model.encode_image(one), alone)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m.encode_image(np.zeros((2, 32, 32, 3))), "got float64"),
+        (
+            lambda m: m.encode_image("no.png"),
+            r"images\[0\]: 'no.png' cannot be read .*No such file",
+        ),
+        (lambda m: m.encode_text(["a", 3]), r"texts\[1\]: expected a str, got int"),
+        (lambda m: m.encode_text(np.zeros((2, 77), np.int32)), r"\[b, 32\], got int32 \[2, 77\]"),
+    ],
+)
+def test_wrong_inputs_are_refused(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +143,10 @@ def test_captions_whatever_the_batch_and_the_devices(decoder, images):
             logits[start] = -np.inf
             written.append(int(np.argmax(logits)))
         assert caption == tokenizer.decode(written)
+
+
+def test_captions_that_cannot_be_written(model, decoder, images):
+    with pytest.raises(ValueError, match="max_tokens=6: expected 1 to 5"):
+        loaded(1, decoder=decoder).caption(images[:1], max_tokens=6)
+    with pytest.raises(ValueError, match="no caption decoder: it was trained without config.capt"):
+        model.caption(images[:1])

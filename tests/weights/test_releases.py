@@ -144,3 +144,21 @@ def test_environment_variable_names_a_local_copy(
     monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(path if place == "file" else folder))
     assert load_model(small_release).image_size == 32
     assert server.requests == []
+
+
+def test_environment_variable_with_a_wrong_place_or_model(
+    reference, small_release, tmp_path, monkeypatch
+):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diht_vitl14_224px.ckpt").write_bytes(b"")
+    monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="holds no 'diht_vitb32_224px'; expected model_"):
+        load_model(small_release)
+    published = tmp_path / "other" / RELEASES[small_release].url.rpartition("/")[2]
+    published.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="its SHA-256 is not the one in its name"):
+        load_model(small_release)
+    monkeypatch.setitem(ARCHITECTURES, small_release, ARCHITECTURES["diht_vitb16_224px"])
+    monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "state.ckpt"))
+    with pytest.raises(ValueError, match="expected the architecture of 'diht_vitb32_224px'"):
+        load_model(small_release)

@@ -94,3 +94,13 @@ def test_every_parameter_of_the_large_ones_has_its_place(name):
     head = 1000 * arch.width + 1000
     assert sum(leaf.size for leaf in ours) == weights.meta["num_params"] - head
     assert swag_layout.URLS[name] == weights.url
+
+
+def test_other_files_are_refused(small):
+    good = _arrays(small)
+    missing = {k: v for k, v in good.items() if k != "encoder.layers.encoder_layer_1.ln_2.bias"}
+    with pytest.raises(ValueError, match=r"w\.pth.*1 missing: encoder\.layers.*_1\.ln_2\.bias"):
+        swag_layout.from_torchvision(missing, "w.pth", heads=4)
+    resnet = {"conv1.weight": np.zeros((64, 3, 7, 7)), "fc.bias": np.zeros(10)}
+    with pytest.raises(ValueError, match="not a vision transformer of torchvision"):
+        swag_layout.from_torchvision(resnet, "w.pth")

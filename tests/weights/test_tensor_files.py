@@ -155,8 +155,35 @@ def test_written_arrays_come_back_bit_for_bit(tmp_path, suffix, dtype):
         assert found[name].tobytes() == value.tobytes()
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.95])
+def test_cut_off_files_are_named(tmp_path, suffix, share):
+    path = tmp_path / f"model{suffix}"
+    tensors = {"a": np.zeros((100, 100), np.float32)}
+    if suffix == ".pt":
+        write_torch(path, tensors)
+    else:
+        write_safetensors(path, tensors)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=rf"model{suffix}: (not a whole|refused)"):
+        read_tensors(path)
+
+
 def test_ordered_dicts_and_nested_state_dicts(tmp_path):
     inner = collections.OrderedDict(a=torch.ones(2))
     for content in (inner, {"model": inner}, {"state_dict": {"_orig_mod.module.a": torch.ones(2)}}):
         torch.save(content, tmp_path / "a.pt")
         np.testing.assert_array_equal(read_tensors(tmp_path / "a.pt")["a"], np.ones(2))
+
+
+def test_other_names_and_missing_files(tmp_path):
+    (tmp_path / "a.h5").write_bytes(b"x")
+    with pytest.raises(ValueError, match="not a weight file; expected a name ending in .safetens"):
+        load_model(tmp_path / "a.h5")
+    for name in ("a.pt", "b.pt"):
+        write_torch(tmp_path / name, {"a": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match="weight files found: a.pt, b.pt; name one of them"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="no released model; did you mean 'diht_vitb32_224px'"):
+        load_model("diht_vitb32_224")

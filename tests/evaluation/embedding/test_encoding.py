@@ -62,6 +62,13 @@ def test_unusable_pairs_are_counted_with_their_reason():
     assert encoded.dropped_keys == ["k1", "k2", "k4", "k5"]
 
 
+def test_a_source_without_any_usable_image_is_refused():
+    with pytest.raises(ValueError, match=r"no usable pair.*1 entries.*image_empty"):
+        encode_images(_MeanColor(), [_pair(0, b"")], lambda pair: None, batching=Batching(8))
+    with pytest.raises(ValueError, match="no usable pair.*0 entries"):
+        encode_images(_MeanColor(), [], lambda pair: None, batching=Batching(8))
+
+
 def test_a_diverged_model_is_refused():
     class Diverged(_MeanColor):
         def encode_image(self, images):

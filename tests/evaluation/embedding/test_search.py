@@ -1,5 +1,9 @@
 """Searching real pictures by text."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +16,7 @@ from diht_jax.evaluation.embedding.search import (
     search_pictures,
 )
 from tests import make
+from tests.compiling import xla_flags
 from tests.readers.inputs import write_tar
 
 
@@ -76,3 +81,21 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
     draw_matches(result.matches, pictures, page, title="\x1b[0m", note="<script>")
     text = page.read_text()
     assert text.count('src="data:image') == 2 * (len(texts) - 1) and "<script" not in text
+
+
+def test_the_command(workdir, shared_data, tmp_path):
+    page = tmp_path / "page.html"
+    flags = ["--model", workdir, "--images", shared_data / "photos.tar", "--output", page]
+    command = [sys.executable, "-m", "diht_jax.search", *flags, "--count", 2, "a dog", "a red car"]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": xla_flags()},
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [lines[0], lines[3]] == ["a dog", "a red car"]
+    assert len(lines) == 6
+    assert page.stat().st_size > 10_000

@@ -1,5 +1,6 @@
 """Choices between captions, against tables made by hand and the official scores, derived anew."""
 
+import io
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
-from tests.make import HashedModel, png
+from tests.make import HashedModel, png, write_tar
 
 embed = HashedModel.embed
 
@@ -200,6 +201,20 @@ def test_orders_count_equal_captions_as_right_and_others_as_wrong(tmp_path):
     assert result["counts"]["texts"] == 11
     (task,) = parse_tasks(f"caption_choice:aro:{tmp_path}/coco_order.json")
     assert evaluate_task(model, task, batch_size=8)["metrics"] == {"accuracy": 2 / 4}
+
+
+def test_captions_of_any_source_are_choices_whose_first_is_right(tmp_path):
+    members, hits = {}, []
+    for number in range(9):
+        captions = [f"right {number}", f"wrong {number}"]
+        sidecar = json.dumps({"captions": captions}).encode()
+        members |= {f"{number}.png": png(number), f"{number}.json": sidecar}
+        image = _embed_picture(io.BytesIO(png(number)))
+        right, wrong = (embed(text.encode()) @ image for text in captions)
+        hits.append(right > wrong)
+    (task,) = parse_tasks(f"caption_choice:{write_tar(tmp_path / 'a.tar', members)}")
+    metrics = evaluate_task(HashedModel(), task, batch_size=8)["metrics"]
+    assert metrics == {"accuracy": pytest.approx(np.mean(hits))} and 0 < np.mean(hits) < 1
 
 
 def test_pictures_are_resampled_with_all_their_questions(sugarcrepe):

@@ -180,3 +180,12 @@ def test_answers_and_credits_are_those_of_the_official_code():
     # What all say to the letter is not normalised there; of one person we ask for equality.
     assert vqa_credit("2", ["two"] * 10) == 0
     assert vqa_credit("Two", "two.") == vqa_credit("two", ["2"]) == 1
+
+
+def test_a_missing_field_is_named(folder):
+    path = _write(folder / "a.json", [{"img": "0.png"}])
+    with pytest.raises(ValueError, match=r"row 0 has no field 'image'; it has img"):
+        list(read_annotations(path))
+    path = _write(folder / "w.jsonl", [{"image_0": "0"}])
+    with pytest.raises(ValueError, match="expected texts as image_1, caption_0, caption_1"):
+        list(read_source(f"winoground:{path}", {}))

@@ -3,8 +3,9 @@
 import io
 
 import numpy as np
+import pytest
 
-from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from tests.make import write_tar
 
@@ -76,3 +77,21 @@ def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
     entries = list(read_source(source, {}))
     reasons = {entry.key: getattr(entry, "reason", None) for entry in entries}
     assert reasons == {"s/0": None, "s/1": "bad_row", "s/2": "bad_row", "s/3": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test/nshards.txt": None}, "there is no test/nshards.txt"),
+        ({"test/nshards.txt": "3"}, "1 of 3 shards are missing: 2.tar"),
+        ({"dataset_type.txt": "video"}, "expected one of classification, multilabel, retrieval"),
+    ],
+)
+def test_broken_folders_are_explained(tmp_path, photos, change, message):
+    source = _write(tmp_path / "x", [("cls", b"1"), ("cls", b"0")], photos, files=_WORDS)
+    for name, text in change.items():
+        path = tmp_path / "x" / name
+        path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ValueError) as raised:
+        open_units(source, {})
+    assert message in str(raised.value)

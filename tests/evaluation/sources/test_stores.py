@@ -120,3 +120,24 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
     for missing in ("voc:{}/none", "clip_benchmark:{}/none", "list:{}/none.txt"):
         with pytest.raises(ValueError, match="none"):
             open_units(missing.format(url), {})
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "message"),
+    [
+        ("list:{}/a.txt", {"a.txt": "no_folder.jpg"}, "expected one picture a line"),
+        ("voc:{}", {"ImageSets/Main/aeroplane_test.txt": "000001 2"}, "'IMAGE -1'"),
+        (
+            "sugarcrepe:{}/a.json",
+            {"a.json": '{"7": {"filename": "a"}}'},
+            "row 7: expected texts",
+        ),
+    ],
+)
+def test_other_files_are_named(source, files, message, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        list(read_source(source.format(tmp_path), {}))
+    assert str(tmp_path) in str(raised.value)
