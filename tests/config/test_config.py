@@ -1,9 +1,8 @@
 """Validation of configs, durations, and the recipes of `configs/`."""
 
-import ml_collections
 import pytest
 
-from diht_jax.config import default_config, load_recipe, validate_config
+from diht_jax.config import default_config, load_recipe
 from diht_jax.models import get_architecture
 from diht_jax.sharding import create_mesh
 from diht_jax.training.recipe import check_config, duration_in_steps
@@ -98,30 +97,6 @@ def test_recipe_refuses_another_argument(arg, message):
         load_recipe(REPOSITORY / "configs" / "diht_vitb32.py", arg)
 
 
-def unlocked_config() -> ml_collections.ConfigDict:
-    config = default_config()
-    config.unlock()
-    config.loss.unlock()
-    return config
-
-
-@pytest.mark.parametrize(
-    "section, key, value, message",
-    [
-        ("loss", "betta", 0.5, "unknown config key 'loss.betta'; did you mean 'loss.beta'"),
-        ("", "learning_rate", 1.0, "did you mean 'optimizer.learning_rate'"),
-    ],
-)
-def test_unknown_key_names_the_nearest(section, key, value, message):
-    config = unlocked_config()
-    target = config
-    for name in filter(None, section.split(".")):
-        target = target[name]
-    target[key] = value
-    with pytest.raises(ValueError, match=message):
-        validate_config(config, default_config())
-
-
 @pytest.mark.parametrize(
     "name, value, steps",
     [("total_steps", 7, 7), ("total_examples", 640, 10), ("total_epochs", 2.5, 39)],
@@ -145,12 +120,3 @@ def test_wrong_durations(values, message):
     config.update(values)
     with pytest.raises(ValueError, match=message):
         duration_in_steps(config, "total", batch_size=64, num_examples=1000)
-
-
-def test_training_data_of_another_kind_is_refused():
-    config = default_config()
-    assert config.data.train is None
-    config.data.train = ["/a", "/b"]
-    validate_config(config, default_config())
-    with pytest.raises(TypeError, match="expected a path, a list of paths or a section of sources"):
-        config.data.train = 3

@@ -6,16 +6,10 @@ import os
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from diht_jax.hardware import compiler
-from diht_jax.hardware.topologies import get_topology
 from tests import make
 from tests.compiling import xla_flags
 from tests.make import REPOSITORY
@@ -70,32 +64,6 @@ def test_flags_are_added_unless_the_user_has_set_them(monkeypatch, name):
     assert os.environ[variable].split() == list(flags)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-def test_the_flags_reach_the_compiler_of_a_tpu_that_is_not_here(monkeypatch):
-    """With one of them turned round, gathers are no longer fused with products."""
-    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-
-    def loss(weights, x):
-        for weight in weights:
-            x = jnp.tanh(x @ weight)
-        return jnp.sum(x)
-
-    def compiled():
-        topology = get_topology("v5e:2x4")
-        shard = NamedSharding(Mesh(np.array(topology.devices), ("fsdp",)), P("fsdp"))
-        x, *weights = (
-            jax.ShapeDtypeStruct((size, 1024), jnp.bfloat16, sharding=shard)
-            for size in (4096, 1024, 1024, 1024)
-        )
-        lowered = jax.jit(jax.grad(loss), out_shardings=shard).lower(weights, x)
-        return lowered.compile(compiler_options=topology.compiler_options).as_text()
-
-    assert "AsyncCollective" in compiled()
-    turned_round = ("--xla_tpu_enable_async_collective_fusion=false",)
-    monkeypatch.setitem(compiler.FLAGS, "tpu", ("LIBTPU_INIT_ARGS", turned_round))
-    assert "AsyncCollective" not in compiled()
-
-
 @pytest.mark.parametrize(
     "platforms, devices, packages, expected",
     [
@@ -110,38 +78,6 @@ def test_accelerator(monkeypatch, platforms, devices, packages, expected):
     monkeypatch.setattr(compiler, "_has_device", devices.__contains__)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in packages or None)
     assert compiler.accelerator() == expected
-
-
-@pytest.fixture
-def no_cache():
-    """No compilation cache at the start, and one that would keep every program."""
-    settings = {
-        "jax_compilation_cache_dir": None,
-        "jax_compilation_cache_max_size": jax.config.values["jax_compilation_cache_max_size"],
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def test_programs_are_kept_for_one_kind_of_cpu(tmp_path, no_cache, monkeypatch):
-    compiler.keep_programs("")
-    compiler.keep_programs(None)
-    assert jax.config.jax_compilation_cache_dir is None
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(compiler, "_cpu_digest", lambda: "this_cpu")
-    compiler.keep_programs("~/kept/")
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept" / "this_cpu")
-    monkeypatch.setattr(compiler, "_cpu_digest", lambda: "other_cpu")
-    compiler.keep_programs(str(tmp_path / "mine"))  # set already, as by the environment
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept" / "this_cpu")
 
 
 def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path):

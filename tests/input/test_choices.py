@@ -57,14 +57,6 @@ def test_captions_come_by_the_weights_of_their_kinds():
     assert choice.choose(only, 0.9, 0) == "a"
 
 
-def test_weights_change_with_the_step():
-    weights = {"alt": ((0, 1.0), (10, 0.5)), "synthetic": ((0, 0), (10, 0.5)), "title": 0}
-    choice = open_caption_choice(settings(caption_weights=weights))
-    assert counts(choice, 0) == counts(choice, 8 * 10 - 1) == {"usual": 4000}
-    late = counts(choice, 8 * 10)
-    assert late == {"usual": 2000, "first drawn": 1000, "second drawn": 1000}
-
-
 class Colours:
     """Records of several captions; their pictures are large enough for crops that differ."""
 
@@ -186,8 +178,6 @@ def test_kinds_stay_with_their_captions():
     ("values", "message"),
     [
         ({"captions": "all"}, "config.data.captions='all': expected 'first' or 'sample'"),
-        ({"caption_weights": "alt"}, "config.data.caption_weights='alt': expected each kind once"),
-        ({"caption_weights": {"alt": ((0, 1), (9, 0))}}, "all weights are 0 from step 9 on"),
         (
             {"caption_weights": "alt=1", "caption_columns": "synthetic=re"},
             "has no weight for kind 'synthetic', only for alt",

@@ -3,7 +3,6 @@
 import functools
 import random
 import tarfile
-from concurrent import futures
 
 import numpy as np
 import pytest
@@ -227,11 +226,3 @@ def test_scaling_is_pillows_to_a_rounding_with_and_without_the_fast_resizer(monk
     assert psnr(scaled, exact) > 53
     monkeypatch.setattr(fast_crops, "cykooz_resizer", None)
     np.testing.assert_array_equal(fast_crops.scale_to_square(view, 224), exact)
-
-
-def test_a_crop_stays_what_it_is_while_other_threads_decode_the_next_ones():
-    files = [encoded(textured(300 + 40 * n, 280, n)) for n in range(3)]
-    expected = [fast_crop(data, 64, 0).copy() for data in files]
-    with futures.ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda data: fast_crop(data, 64, 0), files * 8))
-    np.testing.assert_array_equal(found, expected * 8)

@@ -142,22 +142,3 @@ def test_normalize_equals_torchvision():
     half = jax.jit(lambda images: transforms.normalize(images, jnp.bfloat16))(pixels)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_array_equal(half, jnp.asarray(on_device[0]).astype(jnp.bfloat16))
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: transforms.eval_transform(Image.new("RGBA", (4, 4)), 8), "'RGB', got mode 'RGBA'"),
-        (lambda: transforms.eval_transform(Image.new("RGB", (0, 4)), 8), "at least one pixel"),
-        (
-            lambda: transforms.train_transform(
-                noise(4, 4), 8, np.random.default_rng(0), scale=(0.9, 0.1)
-            ),
-            r"scale: .* got \(0.9, 0.1\)",
-        ),
-        (lambda: transforms.normalize(np.zeros((4, 4, 3))), "expected uint8"),
-    ],
-)
-def test_wrong_arguments(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -130,17 +130,3 @@ def test_the_tpu_compiler_starts_every_transfer_before_the_products(num_pairs, f
             for kind in ("collective-permute-start", "products", "collective-permute-done")
         )
         assert products and max(starts) < min(products) and max(products) < min(dones)
-
-
-@needs_libtpu
-@pytest.mark.parametrize(
-    "num_pairs, fsdp, most_mb", [(65_536, 1, 16), (65_536, 8, 16), (1_048_576, 8, 160)]
-)
-def test_memory_on_a_pod(num_pairs, fsdp, most_mb):
-    """Peak of value and gradients in float32, arguments and results included."""
-    mesh = Mesh(np.asarray(get_topology("v5e:16x16").devices).reshape(-1, fsdp), AXES)
-    arguments = abstract_arguments(mesh, num_pairs, 768)
-    shardings = (arguments[2].sharding, tuple(x.sharding for x in arguments))
-    step = jax.jit(value_and_grads(mesh), out_shardings=shardings)
-    memory = step.lower(*arguments).compile().memory_analysis()
-    assert memory.peak_memory_in_bytes <= most_mb * 1e6

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 import subprocess
-import sys
 import types
 from collections.abc import Iterable
 
@@ -170,10 +169,6 @@ def bucket(request, monkeypatch):
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: through_tensorflow)
     gfile = types.SimpleNamespace(GFile=system.open, exists=system.exists)
     monkeypatch.setattr(backend._TfBackend, "gfile", gfile)
-    # Orbax asks for the kind of a bucket.
-    client = types.SimpleNamespace(get_bucket=lambda name: object())
-    storage = types.SimpleNamespace(Client=lambda: client)
-    monkeypatch.setitem(sys.modules, "google.cloud.storage", storage)
     find_system = backend.fsspec_backend._get_filesystem
     find_system.cache_clear()
     yield "gs://bucket"

@@ -76,34 +76,6 @@ def test_a_run_that_goes_on_with_other_devices_is_the_run_on_one(config, tmp_pat
         )
 
 
-def test_a_mixture_is_trained_on_in_its_shares_and_resumed(config, squares, tmp_path, seen):
-    config.data.order = "blocks"
-    config.data.train = {
-        "some": {"path": str(squares / "squares-0.tfrecord"), "weight": 3},
-        "others": {
-            "path": str(squares / "squares-1.tfrecord"),
-            "weight": 1,
-            "text_template": "other: {caption}",
-            "order": "global",
-        },
-    }
-    config.total_steps, config.total_epochs = None, 1.9  # 52 records, of which a batch has 16
-    config.model.patch_dropout = 0.0
-    config.mesh.update(data=1, fsdp=1)
-    devices = jax.devices()[:1]
-    for stop in (2, None):
-        train(config, tmp_path / "two", devices=devices, stop_after_steps=stop)
-    counts = collections.Counter(seen)
-    # Epochs of a source are whole up to the rows by which its streams are ahead of each other.
-    assert len(seen) == 96 and len(counts) >= NUM_RECORDS - 4 and max(counts.values()) <= 3
-    last = read_metrics(tmp_path / "two")[-1]
-    assert [last[f"sources/{name}/examples"] for name in ("some", "others")] == [72, 24]
-    assert last["sources/some/epochs"] == 72 / 31 and last["sources/others/epochs"] == 24 / 21
-    config.data.train.some.weight = 2
-    with pytest.raises(ValueError, match="another config; changed: data.train.some.weight"):
-        train(config, tmp_path / "two", devices=devices)
-
-
 def test_a_run_that_is_stopped_and_made_longer_is_bit_identical_to_going_straight(config, tmp_path):
     config.total_steps = 6
     config.mesh.update(data=2, fsdp=4)

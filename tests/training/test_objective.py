@@ -97,16 +97,3 @@ def test_labels_beyond_the_vocabulary_are_refused_though_the_head_has_room(
     concept_config.data.train = str(write_labelled(tmp_path / "two", names=("dark", "medium")))
     with pytest.raises(ValueError, match=r"record 'square_\d+': object_ids .* vocabulary of 2;"):
         train(concept_config, tmp_path / "run", devices=jax.devices()[:1])
-
-
-def test_sigmoid_loss_trains_and_is_the_same_on_any_mesh(config, tmp_path):
-    config.loss.kind = "sigmoid"
-    config.total_steps = 8
-    config.optimizer.learning_rate = 3e-3
-    state = train(config, tmp_path / "one", devices=jax.devices()[:1])
-    assert float(state.params["logit_bias"]) != -10
-    assert "logit_bias" not in read_model(tmp_path / "one").params
-    train(config, tmp_path / "eight")
-    losses = series(tmp_path / "one", "loss")
-    np.testing.assert_allclose(series(tmp_path / "eight", "loss"), losses, rtol=2e-4)
-    assert losses[-1] < losses[0]

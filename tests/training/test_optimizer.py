@@ -121,53 +121,36 @@ def nested(shapes):
     return tree
 
 
-# Two image blocks, three text blocks.
-SHAPES = {
-    "log_logit_scale": (),
-    "text/blocks/0/mlp/fc_in/bias": (16,),
-    "text/blocks/0/mlp/fc_in/kernel": (4, 16),
-    "text/blocks/1/mlp/fc_in/kernel": (4, 16),
-    "text/blocks/2/mlp/fc_in/kernel": (4, 16),
-    "text/final_norm/scale": (4,),
-    "text/positional_embedding": (7, 4),
-    "text/projection/kernel": (4, 5),
-    "text/token_embedding/embedding": (9, 4),
-    "vision/blocks/0/attention/in_proj/kernel": (6, 18),
-    "vision/blocks/1/attention/in_proj/kernel": (6, 18),
-    "vision/class_embedding": (6,),
-    "vision/patch_embedding/kernel": (2, 2, 3, 6),
-    "vision/positional_embedding": (5, 6),
-    "vision/post_norm/scale": (6,),
-    "vision/pre_norm/scale": (6,),
-    "vision/projection/kernel": (6, 5),
+# Shapes and, where layer decay is 0.5, factors: two image blocks, three text blocks.
+PARAMETERS = {
+    "log_logit_scale": ((), 1.0),
+    "text/blocks/0/mlp/fc_in/bias": ((16,), 0.125),
+    "text/blocks/0/mlp/fc_in/kernel": ((4, 16), 0.125),
+    "text/blocks/1/mlp/fc_in/kernel": ((4, 16), 0.25),
+    "text/blocks/2/mlp/fc_in/kernel": ((4, 16), 0.5),
+    "text/final_norm/scale": ((4,), 1.0),
+    "text/positional_embedding": ((7, 4), 0.0625),
+    "text/projection/kernel": ((4, 5), 1.0),
+    "text/token_embedding/embedding": ((9, 4), 0.0625),
+    "vision/blocks/0/attention/in_proj/kernel": ((6, 18), 0.25),
+    "vision/blocks/1/attention/in_proj/kernel": ((6, 18), 0.5),
+    "vision/class_embedding": ((6,), 0.125),
+    "vision/patch_embedding/kernel": ((2, 2, 3, 6), 0.125),
+    "vision/positional_embedding": ((5, 6), 0.125),
+    "vision/post_norm/scale": ((6,), 1.0),
+    "vision/pre_norm/scale": ((6,), 0.125),
+    "vision/projection/kernel": ((6, 5), 1.0),
 }
 
 
 def table(config):
-    rules = update_rules(config, nested(SHAPES))
+    shapes = {path: shape for path, (shape, _) in PARAMETERS.items()}
+    rules = update_rules(config, nested(shapes))
     return {path: (rule.learning_rate, rule.weight_decay) for path, rule in rules.items()}
 
 
 def test_layer_decay_counts_each_tower_from_its_top():
-    expected = {
-        "log_logit_scale": 1.0,
-        "text/blocks/0/mlp/fc_in/bias": 0.125,
-        "text/blocks/0/mlp/fc_in/kernel": 0.125,
-        "text/blocks/1/mlp/fc_in/kernel": 0.25,
-        "text/blocks/2/mlp/fc_in/kernel": 0.5,
-        "text/final_norm/scale": 1.0,
-        "text/positional_embedding": 0.0625,
-        "text/projection/kernel": 1.0,
-        "text/token_embedding/embedding": 0.0625,
-        "vision/blocks/0/attention/in_proj/kernel": 0.25,
-        "vision/blocks/1/attention/in_proj/kernel": 0.5,
-        "vision/class_embedding": 0.125,
-        "vision/patch_embedding/kernel": 0.125,
-        "vision/positional_embedding": 0.125,
-        "vision/post_norm/scale": 1.0,
-        "vision/pre_norm/scale": 0.125,
-        "vision/projection/kernel": 1.0,
-    }
+    expected = {path: factor for path, (_, factor) in PARAMETERS.items()}
     rates = {path: rate for path, (rate, _) in table(section(layer_decay=0.5)).items()}
     assert rates == expected
 

@@ -20,7 +20,6 @@ from data_prep.captions import (
     parse_captions,
     versions,
 )
-from data_prep.captions import parse as caption_module
 from data_prep.captions.graph import format_edges, format_objects
 
 EXAMPLES = tomllib.loads(
@@ -81,17 +80,6 @@ def test_examples_are_those_of_the_shared_table(shared_data):
     assert [example["caption"] for example in SPECIFICATION] == captions
 
 
-def test_example_of_the_paper_to_the_last_edge(graphs):
-    assert graphs["spec-1"] == CaptionGraph(
-        objects={"cat": ObjectNode(("black",), 2), "bird": ObjectNode(("small", "brown"), 3)},
-        actions=[Edge("cat", "chase", "bird")],
-        relations=[],
-        drop_reason=None,
-    )
-    assert graphs["spec-1"].complexity == 3
-    assert graphs["spec-1"].has_action
-
-
 # Properties of every graph
 
 
@@ -122,17 +110,6 @@ def test_batches_order_and_duplicates_do_not_matter(web_captions, parser):
     assert shuffled == [one[i] for i in order]
     alone = [parse_captions([caption], nlp=parser)[0] for caption in captions[:5]]
     assert alone == one[:5]
-
-
-def test_vocabulary_grows_up_to_its_limit_only(parser, monkeypatch):
-    captions = [f"a zorgle{i} eating a blimfot{i}" for i in range(50)]
-    monkeypatch.setattr(caption_module, "_MAX_LEXEMES", len(parser.vocab))
-    strings = len(parser.vocab.strings)
-    full = parse_captions(captions, nlp=parser)
-    assert len(parser.vocab.strings) == strings
-    monkeypatch.setattr(caption_module, "_MAX_LEXEMES", len(parser.vocab) + 1)
-    assert parse_captions(captions, nlp=parser) == full
-    assert len(parser.vocab.strings) > strings  # the last call before the limit may pass it
 
 
 def test_hostile_texts_do_not_hang(parser, hang_guard):

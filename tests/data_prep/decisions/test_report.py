@@ -1,21 +1,15 @@
 """The report: numbers against a hand-made table, parts against the whole, and the page itself."""
 
-import collections
 import importlib.metadata
 import json
 import pathlib
 import subprocess
 import sys
 
-import numpy as np
-import pyarrow
 import pytest
 from PIL import Image
 
-from data_prep.decisions import report as report_module
-from data_prep.decisions.report import BINS, COLUMNS, Counts, merge_reports, read_report
-from data_prep.decisions.table import COLUMNS as ALL_COLUMNS
-from data_prep.decisions.table import make_schema
+from data_prep.decisions.report import merge_reports, read_report
 from data_prep.filter import run_filter
 from diht_jax.config import load_recipe
 
@@ -107,40 +101,3 @@ def test_parts_make_the_whole(work):
     assert merge_reports([work / "both", work / "whole"])["counts"]["read"] == 18
     with pytest.raises(ValueError, match="report.json: no report of"):
         read_report(work / "in")
-
-
-def test_histograms_and_names_are_those_of_a_count_by_hand(monkeypatch):
-    """However the rows are divided into tables, and however often the names are summed."""
-    monkeypatch.setattr(report_module, "_MAX_NAMES", 20)
-    monkeypatch.setattr(report_module, "_COMPACT_ROWS", 50)
-    rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(1000):
-        row = dict.fromkeys(ALL_COLUMNS) | {"outcome": "caption", "reason": "no_action"}
-        if rng.random() < 0.5:
-            row |= {"outcome": "kept", "reason": None, "width": 4000, "format": "PNG"}
-            row["height"] = int(rng.integers(1, 3000))
-        row["words"], row["complexity"] = int(rng.integers(60)), int(rng.integers(40))
-        row["object_names"] = [f"n{i}" for i in set(rng.zipf(1.6, 20)) if i < 10**6]
-        rows.append(row)
-    rows.append(dict.fromkeys(ALL_COLUMNS) | {"outcome": "source", "reason": "bad_row"})
-    table = pyarrow.Table.from_pylist(rows, schema=make_schema()).select(COLUMNS)
-    counts = Counts()
-    for start in range(0, len(table), 77):
-        counts.add(table.slice(start, 77))
-    found = counts.measures()
-    for name, column in (("complexity", "complexity"), ("caption_words", "words")):
-        values = [row[column] for row in rows if row["outcome"] == "kept"]
-        expected, _ = np.histogram(np.minimum(values, BINS[name][-1]), [*BINS[name], 10**6])
-        shown = found["histograms"][name]["kept"]
-        assert [shown.get(str(start), 0) for start in BINS[name]] == expected.tolist()
-    heights = [row["height"] for row in rows if row["outcome"] == "kept"]
-    expected, _ = np.histogram(heights, [*BINS["image_side"], 10**6])
-    assert sum(found["histograms"]["image_side"]["kept"].values()) == len(heights) == expected.sum()
-    exact = collections.Counter(
-        name for row in rows if row["outcome"] == "kept" for name in row["object_names"]
-    )
-    order = sorted(exact.items(), key=lambda item: (-item[1], item[0]))
-    assert list(found["names"]["objects"]["kept"].items()) == order[:20]
-    assert counts.image_formats() == {"PNG": len(heights)}
-    assert counts.funnel().outcomes["source", "bad_row"] == 1

@@ -100,25 +100,6 @@ def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expec
     assert replay.Replay(str(scored), config).run().not_known.total() == 8
 
 
-def test_scores_of_another_model_give_no_quantile(scored, source, weights, tmp_path):
-    """A model is known by its files, whatever its path; where they are not here, by its name."""
-    copy, other = tmp_path / "copy.safetensors", tmp_path / "other.safetensors"
-    copy.write_bytes(weights.read_bytes())
-    other.write_bytes(weights.read_bytes()[:-4] + b"1234")
-    for model, is_same in ((copy, True), (other, False), ("ViT-B/32", False)):
-        config = job_config(
-            source, tmp_path / "out", clip__model=str(model), clip__quantile=0.4,
-            clip__scores=str(scored),
-        )  # fmt: skip
-        if is_same:
-            replay.set_quantile_limit(config)
-            assert config.clip.min_score is not None
-            continue
-        with pytest.raises(ValueError, match=f"the scores of config.clip.model='{weights}', and"):
-            run_filter(config)
-        assert not (tmp_path / "out").exists()
-
-
 def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
     model = load_model(weights, batch_size=3)
     image_emb = model.encode_image([pictures[0]] * 8)[:1]

@@ -178,29 +178,6 @@ def test_explain_shows_graph_and_decision():
     assert "drop (no_action)" in explain("a red car", filter_config.default_config())
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "data_prep.filter", *arguments],
-        cwd=_REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_command(tmp_path):
-    recipe = "--config=configs/prep/convert.py"
-    source, output = write_tars(tmp_path / "in", 2), tmp_path / "out"
-    arguments = (recipe, f"--config.input={source}", f"--config.output={output}")
-    done = _run(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert "kept         10  100.0%" in done.stdout
-    assert len(read_records(output)) == 10
-
-    mistyped = _run(recipe, f"--config.input={source}", "--config.image.min_sid=3")
-    assert mistyped.returncode != 0
-    assert "min_side" in mistyped.stderr and "Traceback" not in mistyped.stderr
-
-
 def test_conversion_needs_no_spacy(tmp_path):
     source = write_tars(tmp_path / "in", 1)
     code = f"""

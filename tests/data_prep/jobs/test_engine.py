@@ -14,9 +14,7 @@ import sys
 
 import pytest
 
-from data_prep.jobs import engine
 from data_prep.jobs.engine import run_tasks
-from diht_jax.storage.retries import StorageError
 from tests.waiting import wait_until
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
@@ -82,42 +80,6 @@ def test_what_may_pass_is_tried_again():
     assert tries == {0: 1, 1: 2, 2: 3, 3: 3, 4: 1, 5: 1}
     with pytest.raises(ValueError, match="config.retries=-1; expected at least 0"):
         list(run_tasks(work, range(2), num_workers=0, label="t", retries=-1))
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The seconds that have passed, in a list; those that are slept pass at once."""
-    passed = [1000.0]
-
-    def sleep(secs):
-        passed[0] += secs
-
-    monkeypatch.setattr(engine, "_now", lambda: passed[0])
-    monkeypatch.setattr(engine, "_sleep", sleep)
-    return passed
-
-
-@pytest.mark.parametrize("down_secs", [100, 2000])
-def test_an_outage_of_minutes_is_waited_for_whatever_the_retries(clock, monkeypatch, down_secs):
-    """Every task takes a second; after 30 s, 2 min and 8 min more it is given up."""
-    monkeypatch.setattr(engine, "_STORAGE_DELAYS_SECS", (30.0, 120.0, 480.0))
-    attempts = collections.defaultdict(list)
-
-    def work(task: int, report) -> None:
-        attempts[task].append(clock[0] - 1000)
-        clock[0] += 1
-        if task < 3 and clock[0] < 1000 + down_secs:
-            raise StorageError("the store is away")
-
-    outcomes = {o.task: o for o in run_tasks(work, range(40), num_workers=0, label="t", retries=1)}
-    assert all(len(attempts[task]) == 1 for task in range(3, 40))
-    for task in range(3):
-        began = attempts[task]
-        assert outcomes[task].error == (None if down_secs < 700 else "the store is away")
-        assert len(began) == {100: 3, 2000: 4}[down_secs]
-        for before, after, delay in zip(began, began[1:], (30, 120, 480), strict=False):
-            assert delay <= after - before <= delay + 10
-    assert attempts[0][1] < 38  # the others go on meanwhile
 
 
 def test_a_task_that_takes_too_long_is_stopped_twice_and_holds_nobody_up(tmp_path):

@@ -4,8 +4,6 @@ import collections
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,7 +21,6 @@ from diht_jax.records.vocabulary import find_vocabulary, read_vocabulary
 from tests.data_prep.labelling.pictures import (
     COLORS,
     NUM_IMAGES,
-    REPOSITORY,
     label_config,
     read_records,
     snapshot,
@@ -164,14 +161,6 @@ def test_no_key_is_found(work, tmp_path):
             run_label(label_config(work / "kept", tmp_path / "out", **files))
 
 
-def test_data_without_attributes(work, tmp_path):
-    config = label_config(work / "kept", tmp_path / "out", vocabulary__max_attributes=0)
-    assert run_label(config) == {}
-    for record in read_records(tmp_path / "out"):
-        assert (len(record.object_ids), len(record.attribute_ids)) == (3, 0)
-    assert len(find_vocabulary(tmp_path / "out").attributes) == 0
-
-
 def test_heads_of_another_folder(work, tmp_path):
     stopped = {"vocabulary__stop_objects": ("car",)}
     config = label_config(
@@ -211,13 +200,6 @@ def test_held_out_images_are_never_trained_on(work):
     assert set(map(bytes, fewer[1].embeddings)) <= rows[1]
 
 
-def test_heads_know_more_than_frequencies(work):
-    heads = json.loads((work / "labelled" / "heads.json").read_text())
-    name = "concept_recall_at_1"
-    for result in heads["heads"].values():
-        assert result["metrics"][name] > result["baseline"][name] + 0.1
-
-
 def test_inputs_that_cannot_be_labelled(work, tmp_path):
     with pytest.raises(ValueError, match="config.input is not set"):
         run_label(label_config("", tmp_path / "out"))
@@ -238,22 +220,3 @@ def test_embeddings_of_other_records_are_refused(work, tmp_path):
     os.unlink(f"{shard}.stats.json")
     failures = run_label(label_config(work / "kept", folder))
     assert "is not the shard that" in next(iter(failures.values()))
-
-
-def test_command(work, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.label",
-        "--config=configs/prep/concepts.py",
-        f"--config.input={work / 'kept'}",
-        f"--config.output={tmp_path / 'out'}",
-        "--config.teacher.kind=torch",
-        "--config.teacher.torch.function=quarters:build",
-        "--config.heads.steps=20",
-        "--config.num_workers=0",
-    ]
-    options = {"cwd": REPOSITORY, "env": os.environ | {"PYTHONPATH": str(work)}}
-    done = subprocess.run(command, capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr
-    assert f"{NUM_IMAGES} of {NUM_IMAGES} images labelled in 3 shards" in done.stdout

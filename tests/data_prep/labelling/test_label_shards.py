@@ -94,29 +94,6 @@ def test_labels_are_made_of_the_embeddings_alone(work, label_shards, tmp_path):
         assert (folder / "labels" / name).read_bytes() == data
 
 
-def test_shards_added_and_removed_cost_themselves(work, tmp_path):
-    kept = shutil.copytree(work / "kept", tmp_path / "kept")
-    for path in (*kept.glob("*-00001.tfrecord*"), kept / "dataset.index"):
-        shutil.move(path, tmp_path / path.name)
-    config = _config(kept, tmp_path / "out", heads__load=str(work / "labelled"))
-    run_label(config)
-    before = [_times(tmp_path / "out" / name) for name in ("embeddings", "labels")]
-    assert [len(times) for times in before] == [2, 2]
-    for path in tmp_path.glob("*-00001.tfrecord*"):
-        shutil.move(path, kept / path.name)
-    run_label(config)
-    now = [_times(tmp_path / "out" / name) for name in ("embeddings", "labels")]
-    for old, new in zip(before, now, strict=True):
-        assert len(new) == 3 and old.items() <= new.items()
-    assert len(_joined(kept, tmp_path / "out")) == NUM_IMAGES
-    # Two shards of one name, in two folders.
-    config.input = f"{kept},{work / 'kept'}"
-    config.output = str(tmp_path / "both")
-    run_label(config)
-    assert len(_times(tmp_path / "both" / "labels")) == 6
-    assert len(_joined(kept, tmp_path / "both")) == NUM_IMAGES
-
-
 def test_merged_shards_of_another_run_are_refused(tmp_path):
     (tmp_path / "pairs-train-00002.tfrecord").touch()
 

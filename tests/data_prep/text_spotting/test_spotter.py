@@ -13,7 +13,6 @@ import torch  # noqa: E402
 
 from benchmarks.text_spotting_testset import make_test_set  # noqa: E402
 from data_prep.filter import run_filter  # noqa: E402
-from data_prep.filtering import config as filter_config  # noqa: E402
 from data_prep.text_spotting import ocr as text_spotting_ocr  # noqa: E402
 from data_prep.text_spotting import spotter as text_spotting  # noqa: E402
 from data_prep.text_spotting.cache import SpotCache  # noqa: E402
@@ -128,26 +127,6 @@ def test_batches_do_not_change_verdicts(pictures):
     assert [v.spots for v in one] == [v.spots for v in many]
 
 
-def test_the_first_look_and_its_audit(pictures):
-    bare, text = pictures["nothing"], pictures["band"]
-    pairs = [(p.image, [p.caption]) for p in (bare, text)]
-    gated = dataclasses.replace(_SETTINGS, gate_size=128, gate_score=0.3, audit_share=0.0)
-    first, second = _judge(gated, *pairs)
-    assert (first.looked, second.looked) == ("gated", "read")
-    assert first.gate < 0.3 <= second.gate
-    assert second.matches != (None,)
-
-    # A score that no picture reaches: what carries text is missed, and the audit says so.
-    blind = dataclasses.replace(gated, gate_score=2.0)
-    assert [v.matches for v in _judge(blind, *pairs)] == [(None,), (None,)]
-    audited = _judge(dataclasses.replace(blind, audit_share=1.0), *pairs)
-    assert [(v.looked, v.audited, v.missed) for v in audited] == [
-        ("gated", True, False),
-        ("gated", True, True),
-    ]
-    assert audited[1].matches == second.matches
-
-
 def test_a_closer_look_where_hardly_any_text_was_read(pictures, tmp_path, monkeypatch):
     picture, bare = pictures["band"], pictures["nothing"]
     pairs = [(picture.image, [picture.caption, _OTHER]), (bare.image, [bare.caption])]
@@ -208,18 +187,6 @@ def test_thresholds_are_replayed_without_reading(pictures, tmp_path, monkeypatch
     assert _judge(settings, (pairs[1][0], [drawn]), cache=open_cache())[0].matches != (None,)
 
 
-def test_a_reading_that_stopped_is_continued(pictures, tmp_path, read_lines):
-    picture = pictures["band"]
-    cache = SpotCache(tmp_path, _SETTINGS.describe_readings(), "shard")
-    first = _judge(_SETTINGS, (picture.image, [picture.caption]), cache=cache)[0]
-    read, total = sum(read_lines), len(first.spots)
-    assert read < total
-    other = "qqqqqqqqqq"
-    second = _judge(_SETTINGS, (picture.image, [other]), cache=cache)[0]
-    assert second.matches == (None,)
-    assert sum(read_lines) == total  # each line once, none twice
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_decides_as_the_cpu(pictures):
     pairs = [(p.image, [p.caption]) for p in pictures.values()]
@@ -277,22 +244,3 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
         ("t-00000004", "東京タワーの夜景"),
     ]
     assert list((tmp_path / "c").glob("*/t.jsonl-*.jsonl"))
-
-
-def test_hash_covers_what_decides_and_nothing_else():
-    config = filter_config.default_config()
-    before = filter_config.hash_config(config)
-    config.spotter.update({"cache": "x", "device": "cpu", "batch_size": 3, "stop_at_match": False})
-    assert filter_config.hash_config(config) == before
-    for name, value in (("min_confidence", 0.9), ("gate_score", 0.9), ("canvas_size", 999)):
-        config.spotter[name] = value
-        assert filter_config.hash_config(config) != before
-        before = filter_config.hash_config(config)
-    config.text_spotting = False
-    before = filter_config.hash_config(config)
-    config.spotter.min_confidence = 0.1
-    assert filter_config.hash_config(config) == before
-    wrong = filter_config.default_config()
-    wrong.spotter.gate_score = 1.5
-    with pytest.raises(ValueError, match=r"config\.spotter\.gate_score"):
-        filter_config.check_config(wrong)
