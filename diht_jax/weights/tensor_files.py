@@ -57,6 +57,12 @@ _STORAGES = {
 }
 
 _MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
+# Names and sizes of a model's parameters, or its code.
+_LARGEST_TEXT_BYTES = 2**26
+# Tensors may share a storage, and are each a copy on a device. A few may be tied; were all of a
+# file to share one, some bytes of it would fill any memory.
+_MAX_COPIES = 4
+_FREE_BYTES = 2**26
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -68,8 +74,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             `*.index.json`, which names its shards.
 
     Raises:
-        ValueError: another kind of file, a damaged one, or one whose pickle holds anything but
-            tensors and plain containers.
+        ValueError: another kind of file, a damaged one, one whose pickle holds anything but
+            tensors and plain containers, or one whose tensors share most of their bytes.
     """
     path = pathlib.Path(path)
     if path.name.endswith(INDEX_SUFFIX):
@@ -77,7 +83,15 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if path.suffix == SAFETENSORS_SUFFIX:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _strip_wrappers((_read_torchscript if is_torchscript(path) else _read_torch)(path))
+        tensors = (_read_torchscript if is_torchscript(path) else _read_torch)(path)
+        limit = _MAX_COPIES * path.stat().st_size + _FREE_BYTES
+        if sum(tensor.nbytes for tensor in tensors.values()) > limit:
+            raise ValueError(
+                f"{path}: tensors that share their storage would take over {limit >> 20} MiB, "
+                f"while the file has {path.stat().st_size >> 10} KiB; save them without views of "
+                "each other"
+            )
+        return _strip_wrappers(tensors)
     raise ValueError(
         f"{path}: not a weight file; expected a name ending in {', '.join(WEIGHT_SUFFIXES)}"
     )
@@ -235,7 +249,9 @@ def is_torchscript(path: pathlib.Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                if "/data/" in info.filename and info.compress_type != zipfile.ZIP_STORED:
+                if info.compress_type != zipfile.ZIP_STORED and (
+                    "/data/" in info.filename or info.file_size > _LARGEST_TEXT_BYTES
+                ):
                     raise ValueError(f"'{info.filename[:200]}' is compressed, which torch does not")
             damaged = archive.testzip()
             if damaged is not None:
@@ -261,7 +277,8 @@ def _read_torchscript(path: pathlib.Path) -> dict[str, np.ndarray]:
             root = pickles[0].removesuffix("data.pkl")
             data = archive.read(pickles[0])
             _check_memo(data)
-            return _collect("", _TensorUnpickler(io.BytesIO(data), archive, root).load())
+            module = _TensorUnpickler(io.BytesIO(data), archive, root).load()
+            return _collect(module, len(data))
     except Exception as error:  # of a damaged or hostile pickle, nearly any type
         raise ValueError(
             f"{path}: the TorchScript archive cannot be read: {error!s:.300}"
@@ -341,14 +358,23 @@ def _view_of_storage(
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides_bytes)
 
 
-def _collect(prefix: str, module: Any) -> dict[str, np.ndarray]:
+def _collect(root: Any, max_modules: int) -> dict[str, np.ndarray]:
     """Dotted name -> array, of a module and those in it, in the order of their attributes."""
-    if not isinstance(module, _Module):
-        raise ValueError(f"expected a module, got {type(module).__name__}")
     tensors: dict[str, np.ndarray] = {}
-    for name, value in module.attributes.items():
-        if isinstance(value, np.ndarray):
-            tensors[f"{prefix}{name}"] = value
-        elif isinstance(value, _Module):
-            tensors |= _collect(f"{prefix}{name}.", value)
+    found = 0
+
+    def visit(prefix: str, module: Any) -> None:
+        nonlocal found
+        found += 1
+        if found > max_modules:  # modules in each other may be named twice on every level
+            raise ValueError(f"modules that are shared make more than {max_modules} of them")
+        if not isinstance(module, _Module):
+            raise ValueError(f"expected a module, got {type(module).__name__}")
+        for name, value in module.attributes.items():
+            if isinstance(value, np.ndarray):
+                tensors[f"{prefix}{name}"] = value
+            elif isinstance(value, _Module):
+                visit(f"{prefix}{name}.", value)
+
+    visit("", root)
     return tensors

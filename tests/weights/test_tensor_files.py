@@ -177,6 +177,48 @@ def test_ordered_dicts_and_nested_state_dicts(tmp_path):
         np.testing.assert_array_equal(read_tensors(tmp_path / "a.pt")["a"], np.ones(2))
 
 
+@pytest.mark.parametrize("is_torchscript_file", [True, False])
+def test_tensors_that_share_a_storage_are_bound_by_bytes(tmp_path, is_torchscript_file):
+    """Views of a storage are cheap for torch, and copies on a device."""
+    base = torch.arange(2.0**20)  # 4 MiB
+    for count in (3, 40):
+        views = {f"b{start}": base[start:] for start in range(count)}
+        path = tmp_path / f"{count}.pt"
+        if is_torchscript_file:
+            module = nn.Module()
+            for name, view in views.items():
+                module.register_buffer(name, view)
+            torch.jit.script(module).save(path)
+        else:
+            torch.save(views, path)
+        assert path.stat().st_size < 2**23
+        if count == 3:
+            np.testing.assert_array_equal(read_tensors(path)["b2"], views["b2"].numpy())
+        else:
+            with pytest.raises(ValueError, match=r"40\.pt: .*share their storage.* over 8\d MiB"):
+                read_tensors(path)
+
+
+def test_shared_modules_and_packed_pickles_do_not_multiply(tmp_path):
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "plain.pt")
+    # 2**40 paths lead through 40 modules, each of which has the next one twice.
+    module = b"}"
+    for level in range(40):
+        module = (
+            b"c__torch__\nM\n)\x81}(X\x01\x00\x00\x00a"
+            + module
+            + b"q%cX\x01\x00\x00\x00bh%cub" % (level, level)
+        )
+    replace_pickle(tmp_path / "plain.pt", tmp_path / "deep.pt", b"\x80\x02" + module + b".")
+    with pytest.raises(ValueError, match="modules that are shared"):
+        read_tensors(tmp_path / "deep.pt")
+    replace_pickle(tmp_path / "plain.pt", tmp_path / "large.pt", b"")
+    with zipfile.ZipFile(tmp_path / "large.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("more/data.pkl", bytes(2**26 + 1))
+    with pytest.raises(ValueError, match="'more/data.pkl' is compressed"):
+        read_tensors(tmp_path / "large.pt")
+
+
 def test_other_names_and_missing_files(tmp_path):
     (tmp_path / "a.h5").write_bytes(b"x")
     with pytest.raises(ValueError, match="not a weight file; expected a name ending in .safetens"):
