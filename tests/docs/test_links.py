@@ -52,7 +52,7 @@ def is_key(name):
 @every_page
 def test_relative_links_and_anchors_resolve(path):
     text = path.read_text("utf-8")
-    targets = re.findall(r"\]\(([^)\s]+)\)", without_code(text))
+    targets = re.findall(r"\]\(([^)]+)\)", without_code(text))
     for target in targets:
         if target.startswith(("http://", "https://")):
             continue

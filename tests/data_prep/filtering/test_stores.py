@@ -168,11 +168,11 @@ def test_inputs_are_planned_by_the_pages_of_their_listing(s3_bucket, api_calls):
     tasks = job.tasks
     assert len(tasks) == 3_000
     assert api_calls["ListObjectsV2"] <= 3 + 9  # 1,000 names a page
-    assert api_calls["HeadObject"] <= 4 and api_calls["GetObject"] <= 2
-    assert api_calls.total() <= 3 + 15
+    assert api_calls["HeadObject"] <= 2 and api_calls["GetObject"] <= 2
+    assert api_calls.total() <= 3 + 13
     identities = {task.source.identity()["changed_ns"] for task in tasks}
     assert len(identities) == 1 and None not in identities  # of equal contents, without a request
-    assert api_calls.total() <= 3 + 15
+    assert api_calls.total() <= 3 + 13
     # What is small, such as the statistics of a part, is one request each.
     files.write_bytes(f"{s3_bucket}/planned/small", b"whole")
     api_calls.clear()
