@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from diht_jax.models.text import TextTransformer
 from diht_jax.models.transformer import Execution, Gather
@@ -71,9 +72,14 @@ class DualEncoder(nnx.Module):
         return l2_normalize(embeddings), fits
 
 
-def l2_normalize(x: jax.Array) -> jax.Array:
-    """Divides rows by their lengths, in float32; zero vectors stay zero."""
-    x = x.astype(jnp.float32)
-    # The floor keeps the gradient of an all-zero vector finite.
+def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Divides rows by their lengths, in at least float32.
+
+    Rows shorter than 1e-12 have no direction: they become 0, and so does their gradient, which is
+    NaN where 0 is divided by the length of 0.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
+    has_length = squared > 1e-24
+    # The inner choice keeps the derivative of the side that is not taken finite.
+    return jnp.where(has_length, x * jax.lax.rsqrt(jnp.where(has_length, squared, 1)), 0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diht_jax.models import Architecture, DualEncoder, get_architecture
+from diht_jax.models import Architecture, DualEncoder, get_architecture, l2_normalize
 from diht_jax.models.parameters import merge_model, model_definition, model_parameters
 from diht_jax.models.vit import choose_patches
 from diht_jax.weights.clip_layout import from_clip
@@ -156,3 +156,39 @@ def test_patch_dropout_keeps_a_random_subset_of_each_image():
 def test_wrong_architectures_are_refused(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         get_architecture(name, overrides)
+
+
+def _normalized_and_gradient(rows: np.ndarray, cotangents: np.ndarray) -> tuple:
+    """Of x / |x| in float64; both 0 for a row without a direction."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 1e-12)
+    tangential = cotangents - unit * (unit * cotangents).sum(1, keepdims=True)
+    return unit, np.divide(tangential, lengths, out=np.zeros_like(rows), where=lengths > 1e-12)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-13, 1e-9, 1.0, 1e9])
+def test_normalisation_and_its_gradient_are_those_of_float64_also_at_zero(length):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((4, 8))
+    rows *= length / np.linalg.norm(rows, axis=1, keepdims=True)
+    cotangents = rng.standard_normal((4, 8))
+    unit, pull_back = jax.vjp(l2_normalize, jnp.asarray(rows, jnp.float32))
+    (gradient,) = pull_back(jnp.asarray(cotangents, jnp.float32))
+    expected, expected_gradient = _normalized_and_gradient(rows, cotangents)
+    np.testing.assert_allclose(unit, expected, atol=1e-6)
+    np.testing.assert_allclose(
+        gradient, expected_gradient, rtol=1e-4, atol=1e-5 * np.abs(expected_gradient).max()
+    )
+
+
+def test_towers_whose_embeddings_are_all_zero_get_finite_gradients():
+    model = DualEncoder(SMALL, rngs=nnx.Rngs(0))
+    for tower in (model.vision, model.text):
+        tower.projection.kernel[...] = jnp.zeros_like(tower.projection.kernel[...])
+    images, tokens = jnp.ones((2, 32, 32, 3)), jnp.ones((2, 12), jnp.int32)
+
+    def loss(model):
+        return jnp.sum((model.encode_image(images) - model.encode_text(tokens) + 1) ** 2)
+
+    for gradient in jax.tree.leaves(nnx.state(nnx.grad(loss)(model))):
+        np.testing.assert_array_equal(gradient, 0)
