@@ -32,7 +32,7 @@ from data_prep.jobs.failures import Failures
 from data_prep.steps.captions import caption_limits
 from diht_jax import command_line
 from diht_jax.config.checks import validate_config
-from diht_jax.records.escaping import escape_lines
+from diht_jax.terminal import print_escaped
 
 
 def define_flags() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     validate_config(config, filter_config.default_config())
     filter_config.check_config(config)
     if given.explain is not None:
-        print(escape_lines(explain(given.explain, config)))
+        print_escaped(explain(given.explain, config))
         return
     if given.lists is not None and given.replay is None:
         raise ValueError(f"--lists='{given.lists}': expected with --replay=FOLDER only")

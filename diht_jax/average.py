@@ -21,7 +21,7 @@ from absl import flags, logging
 
 from diht_jax import command_line
 from diht_jax.config.architecture import parse_fields
-from diht_jax.records.escaping import escape_lines
+from diht_jax.terminal import print_escaped
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric, Task
@@ -196,7 +196,7 @@ def average_models(
 
         draw_trade_off(record, metrics, output / "average.png")
     logging.info("wrote %s", output)
-    print(escape_lines(_format(record, metrics)))
+    print_escaped(_format(record, metrics))
     return record
 
 

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from diht_jax.config.architecture import parse_fields
 from diht_jax.config.overrides import apply_overrides, take_unset_keys
-from diht_jax.records.escaping import escape_lines
 from diht_jax.storage.files import refuse_url
+from diht_jax.terminal import escape_lines, print_escaped
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 
@@ -296,5 +296,5 @@ def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"error: {escape_lines(message)}", file=sys.stderr)
+    print_escaped(f"error: {message}", file=sys.stderr)
     sys.exit(status)

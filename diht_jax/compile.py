@@ -26,6 +26,7 @@ from diht_jax.hardware.flops import count_jaxpr_flops
 from diht_jax.hardware.hlo_traffic import count_traffic
 from diht_jax.hardware.report import StepReport, describe_settings, describe_step, describe_try
 from diht_jax.hardware.topologies import Topology, get_topology
+from diht_jax.terminal import print_escaped
 from diht_jax.training.monitoring.throughput import model_flops
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import check_config, default_config, duration_in_steps
@@ -70,13 +71,13 @@ def main() -> None:
     topology = get_topology(name)
     logging.info("compiling for %d devices; minutes for a large model", len(topology.devices))
     report = compile_step(config, topology)
-    print(describe_step(report))
+    print_escaped(describe_step(report))
     if report.fits:
         return
     if values.search:
-        print("\nlooking for settings that fit:")
+        print_escaped("\nlooking for settings that fit:")
         found = settings_that_fit(config, topology, report)
-        print(describe_settings(found))
+        print_escaped(describe_settings(found))
     sys.exit(1)
 
 
@@ -139,7 +140,7 @@ def settings_that_fit(
             attempts = [candidate] if micro_batch is None else _halvings(candidate, too_large)
             for attempt in attempts:
                 report = compile_step(attempt, topology)
-                print(describe_try(report), flush=True)
+                print_escaped(describe_try(report))
                 if report.fits:
                     return report
     return None

@@ -13,6 +13,7 @@ import jax
 from absl import flags, logging
 
 from diht_jax.hardware.compiler import has_tpu
+from diht_jax.terminal import print_escaped
 
 flags.disclaim_key_flags()  # they are the command's own, and its --help lists them
 
@@ -130,7 +131,7 @@ def end_job(error: Exception, status: int = 1) -> None:
             "the last checkpoint"
         )
     # A line of its own, behind the progress bar.
-    print("", *lines, sep="\n", file=sys.stderr, flush=True)
+    print_escaped("\n".join(["", *lines]), file=sys.stderr)
     os._exit(status)
 
 

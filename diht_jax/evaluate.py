@@ -28,8 +28,8 @@ from diht_jax.evaluation.results import (
     read_results,
     write_results,
 )
-from diht_jax.records.escaping import escape_lines
 from diht_jax.storage.files import refuse_url
+from diht_jax.terminal import print_escaped
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Task
@@ -79,10 +79,10 @@ def main(arguments: Sequence[str]) -> None:
     )
     if not distributed.is_first():
         return
-    print(escape_lines(format_results(results)))
+    print_escaped(format_results(results))
     published = published_results(given.model)
     if published is not None:
-        print(escape_lines(f"\n{format_comparison(published, results)}"))
+        print_escaped(f"\n{format_comparison(published, results)}")
 
 
 def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True) -> None:
@@ -99,7 +99,7 @@ def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True
             f"{' '.join(files) or 'none'}"
         )
     results = [read_results(file) for file in files]
-    print(escape_lines(format_comparison(*results)))
+    print_escaped(format_comparison(*results))
     if draw:
         last = pathlib.Path(files[-1])
         chart = pathlib.Path(chart or last.with_name(f"{last.stem}.compared.png"))

@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from diht_jax import command_line, distributed
-from diht_jax.records.escaping import escape_lines
+from diht_jax.terminal import print_escaped
 
 
 def define_flags() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
     output = pathlib.Path(given.output)
     write_results(output, result)
     draw_few_shot(result, output.with_suffix(".png"))
-    print(escape_lines(format_few_shot(result)))
+    print_escaped(format_few_shot(result))
 
 
 def _options():

@@ -27,6 +27,7 @@ from typing import Any
 from absl import flags, logging
 
 from diht_jax import command_line, distributed
+from diht_jax.terminal import print_escaped
 
 
 def define_flags() -> None:
@@ -167,7 +168,7 @@ def _show(matches: dict[str, Any], pictures: dict[Any, Any], source: str, count:
     from diht_jax.evaluation.embedding.search import draw_matches, format_matches
 
     given = flags.FLAGS
-    print(format_matches(matches))
+    print_escaped(format_matches(matches))
     draw_matches(
         matches,
         pictures,

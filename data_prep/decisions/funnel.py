@@ -17,7 +17,7 @@ from data_prep.decisions.table import KEPT, SOURCE
 from data_prep.steps.registry import ordered_steps
 from data_prep.text_spotting.config import describe_counts
 from diht_jax.readers.base import SOURCE_REASONS
-from diht_jax.records.escaping import escape
+from diht_jax.terminal import escape
 
 _RECALL = "recall: "
 

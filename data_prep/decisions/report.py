@@ -31,6 +31,7 @@ from data_prep.sources.img2dataset import merge_download_stats
 from data_prep.steps.registry import ordered_steps
 from data_prep.text_spotting.config import name_machine, warn_of_machines
 from diht_jax.storage import files
+from diht_jax.terminal import escape
 
 REPORT = "report.json"
 DROPPED = "dropped"
@@ -340,7 +341,7 @@ def samples_by_outcome(report: Report) -> list[tuple[str, list[dict[str, Any]]]]
 def format_samples(report: Report, per_outcome: int) -> str:
     """Some pairs of each outcome for a terminal, a line each: outcome and caption."""
     return "\n".join(
-        f"{spell_outcome(outcome):36} {sample['caption'][:_PRINTED_CHARS]}"
+        f"{spell_outcome(outcome):36} {escape(sample['caption'][:_PRINTED_CHARS])}"
         for outcome, found in samples_by_outcome(report)
         for sample in found[:per_outcome]
     )

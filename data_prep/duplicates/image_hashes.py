@@ -28,6 +28,7 @@ from diht_jax.records.schema import Pair
 from diht_jax.storage.copies import local_copy
 from diht_jax.storage.files import local_output
 from diht_jax.storage.retries import StorageError
+from diht_jax.terminal import print_escaped
 
 SUFFIX = ".npz"
 
@@ -225,7 +226,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     index = make_index(flags.FLAGS.input)
     write_index(output, index)
-    print(f"{len(index.keys):,} pictures: {output}")
+    print_escaped(f"{len(index.keys):,} pictures: {output}")
 
 
 if __name__ == "__main__":

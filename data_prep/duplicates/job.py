@@ -39,6 +39,7 @@ from data_prep.jobs.failures import (
 from data_prep.sources.list import check_output, shards_of_task
 from diht_jax.storage import files
 from diht_jax.storage.locks import leader_lock
+from diht_jax.terminal import print_escaped
 
 SETTINGS = "settings.json"
 
@@ -99,8 +100,8 @@ def run(
         return Failures(print_failures(not_found or reason))
     forget_copies(folder)
     if is_searching:
-        print(report.describe(summary))
-        print(f"look at {files.join(folder, report.PAGE)}")
+        print_escaped(report.describe(summary))
+        print_escaped(f"look at {files.join(folder, report.PAGE)}")
     return print_failures(with_output(failures, found.failed))
 
 

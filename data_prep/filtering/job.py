@@ -51,6 +51,7 @@ from diht_jax.data.index import is_indexable, update_index
 from diht_jax.records import dataset_info
 from diht_jax.records.formats.registry import FORMATS
 from diht_jax.storage import files, locks
+from diht_jax.terminal import print_escaped
 
 
 def run(
@@ -77,7 +78,7 @@ def run(
             return Failures(print_failures(failures | again))
         result, missing = _finish(job, failures, {}, has_begun=False)
     if missing:
-        print(f"{len(missing)} shards are read again by other jobs; run the command again")
+        print_escaped(f"{len(missing)} shards are read again by other jobs; run the command again")
         error = "its records are missing"
         result = Failures(failures | {str(task.source): error for task in missing})
     return print_failures(result)
@@ -123,7 +124,7 @@ def _finish(
     with locks.leader_lock(job.folder):
         # A job that had parts to filter has removed older statistics of the whole.
         if has_begun and (merged := plan.read_written(job)) is not None:
-            print(f"{job.folder}: another job has written the output")
+            print_escaped(f"{job.folder}: another job has written the output")
             return with_output(failures, merged.get("failed", ())), []
         found = survey(job.tasks, known)
         if is_unfinished(job.config.max_failed_shards, found, len(job.tasks)):
@@ -150,7 +151,7 @@ def _report_unfinished(job: Job, found: Survey) -> None:
     print_funnel(report)
     if not found.waiting:
         write_report(job.folder, report)
-        print(f"what the shards that are done gave: {job.folder}/{PAGE}")
+        print_escaped(f"what the shards that are done gave: {job.folder}/{PAGE}")
 
 
 def _write_resharded(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTask]]:
@@ -320,23 +321,23 @@ def _describe_output(
 def print_funnel(report: Report) -> None:
     """Prints the funnel, what img2dataset counted, and the filters against known noise."""
     if d := report["download"]:
-        print(
+        print_escaped(
             f"img2dataset: {d['count']:,} rows, {d['successes']:,} downloaded, "
             f"{d['failed_to_download']:,} failed to download, {d['failed_to_resize']:,} to resize"
         )
-    print(get_funnel(report).format_table())
+    print_escaped(get_funnel(report).format_table())
     for warning in report["warnings"]:
         logging.warning("%s", warning)
     if report["measures"]["labels"]:
-        print()
-        print(format_noise_table(report["measures"]["labels"], report["clean_label"]))
+        print_escaped()
+        print_escaped(format_noise_table(report["measures"]["labels"], report["clean_label"]))
 
 
 def _show(job: Job, num_shards: int) -> None:
     report = read_report(job.folder)
     print_funnel(report)
     unit, shard = ("rows", "files") if job.config.metadata_only else ("pairs", "shards")
-    print(
+    print_escaped(
         f"{report['counts']['kept']:,} {unit} in {num_shards} {shard}: {job.folder}; look at "
         f"{job.folder}/{PAGE}"
     )

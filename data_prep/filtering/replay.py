@@ -25,8 +25,8 @@ from data_prep.decisions.table import KEPT, SOURCE, find_decisions, make_schema,
 from data_prep.filtering import config as filter_config
 from data_prep.steps import clip, models, registry
 from data_prep.steps.base import Columns
-from diht_jax.records.escaping import escape_lines
 from diht_jax.storage import files
+from diht_jax.terminal import print_escaped
 
 DROPPED_FILE = "dropped.tsv"  # a line for each dropped pair: its key, and "stage/reason"
 NOT_KNOWN_FILE = "not_known.txt"  # keys of the pairs that would have to be filtered
@@ -284,7 +284,7 @@ def run(folder: str, config: ml_collections.ConfigDict | None, to: str | None) -
         to: folder of the lists; None writes none.
     """
     result = Replay(folder, config).run(to)
-    print(escape_lines(result.format_table()))
+    print_escaped(result.format_table())
     return result
 
 

@@ -36,7 +36,7 @@ from data_prep.jobs.outcome import (
 )
 from data_prep.jobs.processes import LocalPool
 from diht_jax.progress import ProgressBar
-from diht_jax.records.escaping import escape_lines
+from diht_jax.terminal import print_escaped
 
 __all__ = ["ENGINES", "Outcome", "RaySettings", "Report", "engine_options", "run_tasks"]
 
@@ -93,7 +93,7 @@ def run_pending(
 def print_failures(failures: dict[str, str]) -> dict[str, str]:
     """Lists on stderr what failed, at the end of a job; returns the same dict."""
     for source, error in failures.items():
-        print(escape_lines(f"failed: {source}: {error}"), file=sys.stderr)
+        print_escaped(f"failed: {source}: {error}", file=sys.stderr)
     return failures
 
 

@@ -16,6 +16,7 @@ from data_prep.jobs import shards
 from data_prep.jobs.engine import run_pending
 from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask, trim_stats
 from diht_jax.storage import files
+from diht_jax.terminal import print_escaped
 
 # Status with which a command ends whose output is there, without the shards that failed.
 INCOMPLETE_STATUS = 3
@@ -145,13 +146,13 @@ def is_unfinished(limit: float, found: Survey, total: int, participle: str = "do
     num_done, failed, allowed = len(found.parts), len(found.failed), allowed_failures(limit, total)
     num_tasks = num_done + failed + found.waiting
     if found.waiting:
-        print(
+        print_escaped(
             f"{num_done} of {num_tasks} shards are {participle}; run the command again, or wait "
             "for the other jobs"
         )
         return True
     if failed > allowed:
-        print(
+        print_escaped(
             f"{num_done} of {num_tasks} shards are {participle}, {failed} failed, and "
             f"config.max_failed_shards={limit:g} allows {allowed}: there is no output. Mend them "
             "or take them out of config.input, and run the command again"

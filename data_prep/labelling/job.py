@@ -57,6 +57,7 @@ from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.labels.shards import CLIP_EMBEDDINGS, LABELS, ShardIdentity
 from diht_jax.storage import files, locks
+from diht_jax.terminal import print_escaped
 
 _LABELS_VERSION = 2
 _CLIPS_VERSION = 2
@@ -179,7 +180,7 @@ class _Job:
             if is_unfinished(limit, found, total, "labelled"):
                 return failures
             if pending and files.exists(files.join(folder, shards.MERGED_STATS)):
-                print(f"{folder}: another job has described the labels")
+                print_escaped(f"{folder}: another job has described the labels")
             else:
                 if not heads.sample:
                     _check_embedded(config, [task.embedding for task, _ in found.parts])

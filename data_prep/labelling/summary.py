@@ -21,6 +21,7 @@ from diht_jax.records.labels.clip_embeddings import ClipFacts
 from diht_jax.records.labels.shards import CLIP_EMBEDDINGS, LABELS, relative_input
 from diht_jax.records.vocabulary import Vocabulary
 from diht_jax.storage import files
+from diht_jax.terminal import print_escaped
 
 
 def remove_summary(folder: str) -> None:
@@ -88,14 +89,14 @@ def summarize(
         )
     files.write_object(files.join(folder, shards.MERGED_STATS), facts)
     report.write_report(folder, facts, heads, vocabulary, tasks)
-    print(report.format_metrics(heads))
-    print(
+    print_escaped(report.format_metrics(heads))
+    print_escaped(
         f"{facts['labelled']:,} of {records:,} images labelled in {len(done)} shards, "
         f"{facts['added_bytes_per_record']:.0f} bytes each: {folder}; look at "
         f"{folder}/{report.PAGE}"
     )
     for reason, count in sorted(missing.items()):
-        print(f"without labels: {count:,} ({reason})")
+        print_escaped(f"without labels: {count:,} ({reason})")
 
 
 def summarize_clips(
@@ -108,7 +109,7 @@ def summarize_clips(
     records = write_labels_index(where, done, found.failed_tasks, inputs, facts=facts.describe())
     embedded = sum(stats["counts"]["embedded"] for stats in done)
     names = ", ".join(teacher.name for teacher in facts.teachers)
-    print(
+    print_escaped(
         f"{embedded:,} of {records:,} pairs embedded by {names}, "
         f"{_add_up(done, 'bytes') / max(1, records):,.0f} bytes each: {where}"
     )

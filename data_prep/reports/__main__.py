@@ -15,6 +15,7 @@ from data_prep.decisions.report import format_samples, get_funnel, merge_reports
 from data_prep.reports.page import PAGE, write_report
 from diht_jax import command_line
 from diht_jax.storage import files
+from diht_jax.terminal import print_escaped
 
 _SHOWN_PAIRS = 2  # of each outcome
 
@@ -29,14 +30,14 @@ def define_flags() -> None:
 def main() -> None:
     """Shows the reports that the flags name as one, and writes it."""
     report = merge_reports(flags.FLAGS.input)
-    print(f"{get_funnel(report).format_table()}\n\n{format_samples(report, _SHOWN_PAIRS)}")
+    print_escaped(f"{get_funnel(report).format_table()}\n\n{format_samples(report, _SHOWN_PAIRS)}")
     for warning in report["warnings"]:
         logging.warning("%s", warning)
     folder = flags.FLAGS.output
     if folder is not None:
         files.make_folder(folder)
         write_report(folder, report)
-        print(f"look at {files.join(folder, PAGE)}")
+        print_escaped(f"look at {files.join(folder, PAGE)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from absl import flags, logging
 
 from data_prep.synthetic import web
 from diht_jax import command_line
+from diht_jax.terminal import print_escaped
 
 
 def define_flags() -> None:
@@ -44,7 +45,9 @@ def main() -> None:
     logging.info("%d training pairs in %s", settings.num_pairs, given.output)
     for kind, count in counts.items():
         share = count / max(settings.num_pairs, 1)
-        print(f"{kind:14s} {count:7d}  {share:6.1%}  {_find_caption(settings, kind)}".rstrip())
+        print_escaped(
+            f"{kind:14s} {count:7d}  {share:6.1%}  {_find_caption(settings, kind)}".rstrip()
+        )
 
 
 def _parse_noise(items: Sequence[str]) -> dict[str, float]:

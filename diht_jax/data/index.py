@@ -53,6 +53,7 @@ from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import find_inputs, local_output, upload
 from diht_jax.storage.locks import lock_file
 from diht_jax.storage.stores import is_remote, open_ranges
+from diht_jax.terminal import print_escaped
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _NAMES_SHOWN = 3
@@ -105,8 +106,8 @@ def main(folders: list[str]) -> None:
             progress=True,
         )
         for change in report.changes:
-            print(f"{folder}: {change}")
-        print(
+            print_escaped(f"{folder}: {change}")
+        print_escaped(
             f"{report.path}: {report.num_shards:,} shards, {report.num_records:,} records; "
             + (f"{report.num_read:,} shards were read" if report.num_read else "up to date")
         )

@@ -25,7 +25,7 @@ from diht_jax.input.decode import decode_rgb
 from diht_jax.pages.render import render, thumbnail
 from diht_jax.progress import ProgressBar
 from diht_jax.readers.base import SourceShard
-from diht_jax.records.escaping import escape
+from diht_jax.terminal import escape
 
 _MOST_SHOWN = 1000  # characters of key and caption
 

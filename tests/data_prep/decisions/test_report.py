@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from PIL import Image
 from data_prep.decisions.report import merge_reports, read_report
 from data_prep.filter import run_filter
 from diht_jax.config import load_recipe
+from tests import make
+from tests.data_prep.filtering.jobs import job_config
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _ROWS = [
@@ -101,3 +104,30 @@ def test_parts_make_the_whole(work):
     assert merge_reports([work / "both", work / "whole"])["counts"]["read"] == 18
     with pytest.raises(ValueError, match="report.json: no report of"):
         read_report(work / "in")
+
+
+def test_captions_on_the_terminal_do_not_steer_it(tmp_path):
+    captions = ["dog \x1b[2J\x07", "cat \u202egnp", "a\n10:00:00 forged", "größe 犬"]
+    source = make.write_pair_tar(tmp_path / "in.tar", captions)
+    assert run_filter(job_config(source, tmp_path / "out")) == {}
+    command = [sys.executable, "-m", "data_prep.reports", f"--input={tmp_path}/out"]
+    shown = {}
+    for encoding in ("utf-8", "ascii"):
+        done = subprocess.run(
+            command,
+            cwd=_REPOSITORY,
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        shown[encoding] = done.stdout.decode(encoding)
+    letters = set("".join(shown.values())) - {"\n"}
+    assert all(letter.isprintable() for letter in letters), letters
+    samples = shown["ascii"].split("\n\n")[1].splitlines()
+    assert {line.split(maxsplit=1)[1] for line in samples} <= {
+        r"dog \x1b[2J\x07",
+        r"cat \u202egnp",
+        r"a\x0a10:00:00 forged",
+        r"gr\xf6\xdfe \u72ac",
+    }
+    assert len(samples) == 2

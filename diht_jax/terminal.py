@@ -2,12 +2,16 @@
 
 Keys, captions and file names come from anywhere. Raw, a control character moves the cursor or
 answers for the user, a line break forges a line of the log, and a bidirectional override shows the
-text in another order than it has.
+text in another order than it has. A terminal of ASCII has no sign at all for most letters.
+
+Commands print by `print_escaped` and never by `print`.
 """
 
 from __future__ import annotations
 
 import re
+import sys
+from typing import TextIO
 
 # Control characters (C0, delete, C1), line and paragraph separators, everything that sets the
 # direction of what follows, invisible marks (byte order, tags, annotations), lone surrogates.
@@ -18,6 +22,20 @@ _STEERING = (
 )
 _IN_A_LINE = re.compile(f"[{_STEERING}]")
 _BUT_LINE_BREAKS = re.compile(f"(?![\n\t])[{_STEERING}]")
+
+
+def print_escaped(text: str = "", file: TextIO | None = None) -> None:
+    r"""Prints a text of several lines of our own, for any terminal.
+
+    Args:
+        text: what stands in it of other people is on one line by `escape`; the rest of the escaping
+            is done here. A letter that the encoding of the terminal lacks reads `\xdf`, `\u72ac`.
+        file: where to; None for stdout.
+    """
+    file = sys.stdout if file is None else file
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    shown = escape_lines(text).encode(encoding, "backslashreplace").decode(encoding)
+    print(shown, file=file, flush=True)
 
 
 def escape(text: str) -> str:

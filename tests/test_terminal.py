@@ -1,11 +1,12 @@
 """Foreign texts on a terminal: nothing in them steers it, and everything else stays readable."""
 
+import io
 import sys
 import unicodedata
 
 import pytest
 
-from diht_jax.records.escaping import escape, escape_lines
+from diht_jax.terminal import escape, escape_lines, print_escaped
 
 _BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
@@ -38,3 +39,17 @@ def test_every_character_that_unicode_calls_a_control_is_escaped():
 
 def test_lines_of_our_own_stay_lines():
     assert escape_lines("a\n\tb\x1b[1m\r\n") == "a\n\tb\\x1b[1m\\x0d\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("utf-8", "größe 犬\\x1b[2J\n\\ud800\n"),
+        ("latin-1", "größe \\u72ac\\x1b[2J\n\\ud800\n"),
+        ("ascii", "gr\\xf6\\xdfe \\u72ac\\x1b[2J\n\\ud800\n"),
+    ],
+)
+def test_letters_that_the_terminal_lacks_are_spelled(encoding, shown):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    print_escaped("größe 犬\x1b[2J\n\ud800", file=terminal)
+    assert terminal.buffer.getvalue() == shown.encode(encoding)
