@@ -15,7 +15,7 @@ Run, with the tars of emoji-datasource that the README names:
     python -m diht_jax.train --config configs/emoji.py \
         --config.data.train=runs/emoji_records --workdir runs/emoji
     python -m diht_jax.evaluate --model runs/emoji \
-        --tasks 'retrieval:emoji_twitter.tar?caption_template={caption}' --output runs/emoji.json
+        --tasks 'retrieval:emoji_twitter.tar' --output runs/emoji.json
 
 Meant for the machine it is started on; a laptop will do (`config.topology`: local).
 

@@ -119,7 +119,8 @@ def define_task_flags() -> None:
     flags.DEFINE_string(
         "caption_template",
         None,
-        "Prompt around a caption; unset: 'a photo of {caption}.'; '{caption}' for none.",
+        "Prompt around a caption, '{caption}' for none; unset: that of the model's training, or of "
+        "a benchmark its own.",
     )
     flags.DEFINE_integer(
         "limit", None, "Only this many pairs of each task, the first ones; unset: all."

@@ -2,7 +2,7 @@
 
     python -m diht_jax.evaluate --model DIR --tasks cifar10,coco_retrieval --output results.json
     python -m diht_jax.evaluate --model DIR --tasks retrieval:/data/emoji_twitter.tar \
-        --caption_template "{caption}" --output results.json
+        --output results.json
     python -m diht_jax.evaluate --compare a.json b.json
 
 `docs/evaluation.md` describes tasks, protocols and the results file. On several hosts the same

@@ -19,7 +19,7 @@ from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.protocols.base import Measured, Task
 from diht_jax.evaluation.protocols.caption_choice import CaptionChoiceResult
 from diht_jax.evaluation.protocols.classification import ClassificationResult
-from diht_jax.evaluation.protocols.retrieval import RetrievalResult
+from diht_jax.evaluation.protocols.retrieval import RetrievalResult, have_common_id
 from diht_jax.evaluation.results import describe_model, format_value, metric_of, result_rows
 from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.pages.render import render, thumbnail
@@ -87,42 +87,44 @@ def retrieval_examples(
 ) -> dict[str, Any]:
     """Queries both ways, each with its first answers, and the right one if it is not among them."""
     result: RetrievalResult = measured.result
-    image_emb, owners = measured.encoded.image_emb, result.image_of_text
-    texts = draw_rows(len(result.captions), _QUERIES)
-    images = draw_rows(len(image_emb), _QUERIES, seed=1)
-    image_ids = np.arange(len(image_emb))
-    found = closest_items(result.text_emb[texts], owners[texts], image_emb, image_ids, _ANSWERS)
-    named = closest_items(image_emb[images], images, result.text_emb, owners, _ANSWERS)
-    pictures = load([*found[0].ravel(), *owners[texts], *images])
+    image_emb, notes = measured.encoded.image_emb, measured.encoded.notes
+    texts = draw_rows(len(result.captions), _QUERIES).tolist()
+    images = draw_rows(len(image_emb), _QUERIES, seed=1).tolist()
+    right_images = have_common_id(result.text_ids[texts], result.image_ids)
+    right_texts = have_common_id(result.image_ids[images], result.text_ids)
+    found = [
+        closest_items(result.text_emb[text], image_emb, right, _ANSWERS)
+        for text, right in zip(texts, right_images, strict=True)
+    ]
+    named = [
+        closest_items(image_emb[image], result.text_emb, right, _ANSWERS)
+        for image, right in zip(images, right_texts, strict=True)
+    ]
+    pictures = load([item for answers, best in found for item in (*answers, best)] + images)
 
-    def tile(image: int, own: int, label: str) -> dict[str, Any]:
-        caption = measured.encoded.notes[image][0]
-        right = image == own
+    def tile(image: int, label: str, right: bool) -> dict[str, Any]:
+        caption = notes[image][0]
         return {"picture": pictures[image], "label": label, "caption": caption, "right": right}
 
     text_queries = []
-    for text, answers, cosines in zip(texts.tolist(), *(x.tolist() for x in found), strict=True):
-        own, rank = int(owners[text]), int(result.t2i_ranks[text]) + 1
+    for text, is_right, (answers, best) in zip(texts, right_images, found, strict=True):
+        rank = int(result.t2i_ranks[text]) + 1
         tiles = [
-            tile(image, own, f"{number}  {cosine:.3f}")
-            for number, (image, cosine) in enumerate(zip(answers, cosines, strict=True), 1)
+            tile(image, f"{number}  {cosine:.3f}", bool(is_right[image]))
+            for number, (image, cosine) in enumerate(answers.items(), 1)
         ]
-        right = None if own in answers else tile(own, own, f"rank {rank:,}")
+        right = None if best in answers else tile(best, f"rank {rank:,}", True)
         text_queries.append(
             {"text": result.captions[text], "rank": rank, "tiles": tiles, "right": right}
         )
     image_queries = []
-    for image, answers, cosines in zip(images.tolist(), *(x.tolist() for x in named), strict=True):
+    for image, is_right, (answers, best) in zip(images, right_texts, named, strict=True):
         rank = int(result.i2t_ranks[image]) + 1
         lines = [
-            (number, result.captions[text], f"{cosine:.3f}", bool(owners[text] == image))
-            for number, (text, cosine) in enumerate(zip(answers, cosines, strict=True), 1)
+            (number, result.captions[text], f"{cosine:.3f}", bool(is_right[text]))
+            for number, (text, cosine) in enumerate(answers.items(), 1)
         ]
-        right = None
-        if not any(is_right for *_, is_right in lines):
-            own_texts = np.flatnonzero(owners == image)
-            best = own_texts[np.argmax(result.text_emb[own_texts] @ image_emb[image])]
-            right = (rank, result.captions[best], "", True)
+        right = None if best in answers else (rank, result.captions[best], "", True)
         query = {"picture": pictures[image], "rank": rank, "lines": lines, "right": right}
         image_queries.append(query)
     template = task.caption_template
@@ -228,29 +230,24 @@ def draw_rows(population: int, count: int, *, seed: int = 0) -> np.ndarray:
 
 
 def closest_items(
-    queries: np.ndarray,
-    query_ids: np.ndarray,
-    gallery: np.ndarray,
-    gallery_ids: np.ndarray,
-    count: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the first items of the gallery for a few queries, in the order of the ranks.
+    query: np.ndarray, gallery: np.ndarray, right: np.ndarray, count: int
+) -> tuple[dict[int, float], int]:
+    """Finds the first items of the gallery for a query, in the order of the ranks.
 
     Args:
-        queries: float [q, d].
-        query_ids: int [q]; an item whose id equals the query's is right.
+        query: float [d].
         gallery: float [m, d].
-        gallery_ids: int [m].
-        count: items per query.
+        right: bool [m], the right items; at least one.
+        count: number of items.
 
     Returns:
-        int [q, count] indices into the gallery, and float [q, count] similarities.
+        Index in the gallery -> similarity, the first ones; and the index of the first right item.
     """
-    similarities = np.asarray(queries, np.float32) @ np.asarray(gallery, np.float32).T
-    right = np.asarray(query_ids)[:, None] == np.asarray(gallery_ids)[None, :]
+    similarities = np.asarray(gallery, np.float32) @ np.asarray(query, np.float32)
     # Among equals the right one goes last, as in the ranks.
-    order = np.lexsort((right, -similarities), axis=-1)[:, :count]
-    return order, np.take_along_axis(similarities, order, axis=-1)
+    order = np.lexsort((right, -similarities))
+    best = order[np.argmax(right[order])]
+    return {int(item): float(similarities[item]) for item in order[:count]}, int(best)
 
 
 def _load_pictures(

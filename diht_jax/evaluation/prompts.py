@@ -21,7 +21,7 @@ CAPTION_SLOT = "{caption}"
 _BENCHMARK_PREFIX = "clip_benchmark:"
 
 PLAIN_TEMPLATES = ("a photo of a {}.",)
-# The retrieval prompt of the official DiHT inference code.
+# The prompt of the official DiHT inference code for retrieval on COCO and Flickr30K.
 CAPTION_TEMPLATE = "a photo of {caption}."
 
 # No installed package has them: clip-benchmark takes them from the data set, whose file

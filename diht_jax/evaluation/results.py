@@ -95,6 +95,9 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
         counts, intervals = result["counts"], result.get("intervals", {})
         dropped = sum(counts["dropped"].values())
         about = f"{counts['images']:,} images" + (f", {dropped:,} dropped" if dropped else "")
+        equal = counts.get("equal_captions", 0)
+        about += f", {equal:,} captions equal to one of another image" if equal else ""
+        about += _describe_prompt(result.get("protocol", {}))
         task = result["task"]
         for name, value in result["metrics"].items():
             metric = metric_of(result, name)
@@ -105,6 +108,15 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
         value = format_value(Metric("share"), mean.values[0])
         rows.append(("suite", mean.name, value, "", mean.missing))
     return rows
+
+
+def _describe_prompt(protocol: Mapping[str, Any]) -> str:
+    """The prompt of captions or class names, or the number of prompts; begins with a comma."""
+    caption_template = protocol.get("caption_template")
+    templates = [caption_template] if caption_template else protocol.get("templates", [])
+    if len(templates) == 1:
+        return f', prompt "{templates[0]}"'
+    return f", {len(templates)} prompts" if templates else ""
 
 
 def published_results(model: str) -> dict[str, Any] | None:

@@ -86,7 +86,10 @@ def _imagenet(split: str, source: str = NO_SOURCE, datacomp: str = "", **fields:
 
 
 def _retrieval(split: str, form: str = "", **fields: Any) -> SuiteEntry:
-    return SuiteEntry(RETRIEVAL, split, form=form, metrics=BOTH_WAYS, numbers=2, **fields)
+    options = {"caption_template": prompts.CAPTION_TEMPLATE}
+    return SuiteEntry(
+        RETRIEVAL, split, form=form, metrics=BOTH_WAYS, numbers=2, options=options, **fields
+    )
 
 
 def _choice(split: str, form: str, *, macro: bool = False, **options: Any) -> SuiteEntry:
@@ -394,6 +397,7 @@ BENCHMARK_TASKS: dict[str, SuiteEntry] = {
         in_datacomp=False,
         kind=RETRIEVAL,
         metrics=BOTH_WAYS,
+        options={"caption_template": prompts.CAPTION_TEMPLATE},
     ),
     "fmow": _folder(
         "wilds/fmow",

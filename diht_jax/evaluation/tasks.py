@@ -6,6 +6,7 @@ The model may be a loaded one or the live parameters of a training run.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from diht_jax.evaluation.bootstrap import (
 )
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
 from diht_jax.evaluation.embedding.entries import Entries
+from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.sources.registry import open_units, read_source
@@ -71,6 +73,8 @@ def evaluate_task(
     """
     start = time.perf_counter()
     protocol = check_task(task)
+    if task.caption_template is None:
+        task = dataclasses.replace(task, caption_template=training_template(model))
     try:
         if units is None:
             units = open_units(task.source, task.source_options)
@@ -122,6 +126,20 @@ def evaluate_task(
         "images_per_sec": len(encoded.positions) / encoded.seconds,
         "page": str(page.path) if is_drawn else None,
     }
+
+
+def training_template(model: EmbeddingModel) -> str:
+    """The text that a model was trained with for a caption, such as "a photo of {caption}.".
+
+    `data.text_template` of its run, or what all sources of a mixture have in its place. "{caption}"
+    for a model that comes without a run.
+    """
+    data = getattr(getattr(model, "config", None), "data", None)
+    if data is None:
+        return CAPTION_SLOT
+    sources = data.train.values() if hasattr(data.train, "values") else ()
+    templates = {source.get("text_template") or data.text_template for source in sources}
+    return templates.pop() if len(templates) == 1 else data.text_template
 
 
 def read_entries(task: Task) -> Iterator[Pair | Skipped]:

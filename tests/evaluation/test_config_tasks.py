@@ -11,6 +11,7 @@ _VALUES = {
     "templates": ("a {};the {}, & more;{}", ["a {}", "the {}, & more", "{}"]),
     "label": ("shape", "shape"),
     "caption_template": ("x {caption}", "x {caption}"),
+    "equal_captions": ("right", "right"),
     "answer_template": ("{question} {answer}", "{question} {answer}"),
     "interpolation": ("11", "11"),
     "candidates": ("with_images", "with_images"),

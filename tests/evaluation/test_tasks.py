@@ -6,10 +6,13 @@ import re
 import numpy as np
 import pytest
 
+from diht_jax.config import default_config
 from diht_jax.evaluation.page import ResultsPage, draw_rows
+from diht_jax.evaluation.results import format_results
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_tasks
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.registry import open_source
+from tests import make
 from tests.make import png, write_tar
 
 
@@ -64,7 +67,7 @@ def test_retrieval_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp
 
     pairs = [pair for pair, _ in zip(open_source(source), range(128), strict=False)]
     image_emb = tiny_model.encode_image([decode_rgb(pair.image) for pair in pairs])
-    text_emb = tiny_model.encode_text([f"a photo of {pair.caption}." for pair in pairs])
+    text_emb = tiny_model.encode_text([pair.caption for pair in pairs])
     similarities, ranks_of = text_emb @ image_emb.T, {}
     for direction, matrix in (("t2i", similarities), ("i2t", similarities.T)):
         ranks = [list(np.argsort(-row)).index(own) for own, row in enumerate(matrix)]
@@ -73,7 +76,6 @@ def test_retrieval_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp
             expected = np.mean([rank < k for rank in ranks])
             assert result["metrics"][f"{direction}_r{k}"] == pytest.approx(expected)
     assert result["counts"]["images"] == result["counts"]["texts"] == 128
-    assert result["protocol"]["caption_template"] == "a photo of {caption}."
     assert result["images_per_sec"] > 0
     assert json.loads(json.dumps(result)) == result
     text = _write(page, result)
@@ -105,10 +107,66 @@ def test_several_captions_and_broken_images(tiny_model, tmp_path):
         "images": 2,
         "texts": 5,
         "different_texts": 4,
+        "equal_captions": 2,
         "limit": None,
         "dropped": {"image_unreadable": 1, "no_image": 1},
     }
     assert result["metrics"]["t2i_r5"] == 1.0
+
+
+class _TrainedModel(make.HashedModel):
+    """A model of a run that put a prompt around its captions; notes what it embeds."""
+
+    def __init__(self, **data):
+        self.config, self.texts = default_config(), []
+        self.config.data.update(data)
+
+    def encode_text(self, texts):
+        self.texts += texts
+        return super().encode_text(texts)
+
+
+_PHOTO = "a photo of {caption}."
+_MIXTURE = {
+    name: {"path": "x", "weight": 1, "text_template": "my {caption}"} for name in ("one", "two")
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "expected"),
+    [
+        ("retrieval:{}", {}, "{caption}"),
+        ("retrieval:{}", {"text_template": "a drawing of {caption}"}, "a drawing of {caption}"),
+        ("retrieval:{}", {"train": _MIXTURE}, "my {caption}"),
+        ("retrieval:{}?caption_template=x {{caption}}", {"text_template": _PHOTO}, "x {caption}"),
+        ("coco_retrieval={}", {}, _PHOTO),
+        ("flickr30k_retrieval={}", {}, _PHOTO),
+    ],
+)
+def test_own_pairs_take_the_prompt_of_training_and_benchmarks_their_own(
+    task, data, expected, tmp_path
+):
+    captions = ["a red car", "two dogs"]
+    source = make.write_pair_tar(tmp_path / "pairs.tar", captions)
+    model, page = _TrainedModel(**data), ResultsPage(tmp_path / "page.html")
+    result = evaluate_task(model, *parse_tasks(task.format(source)), page=page)
+    assert model.texts == [expected.replace("{caption}", caption) for caption in captions]
+    assert result["protocol"]["caption_template"] == expected
+    assert f'prompt "{expected}"' in format_results({"model": "m", "results": [result]})
+    assert expected in _write(page, result)
+
+
+def test_the_number_of_equal_captions_is_printed(tmp_path):
+    source = make.write_pair_tar(tmp_path / "pairs.tar", ["a car", "A  car", "a dog"])
+    results = [
+        evaluate_task(make.HashedModel(), *parse_tasks(f"retrieval:{source}{option}"))
+        for option in ("", "?equal_captions=right")
+    ]
+    for result in results:
+        assert result["counts"]["equal_captions"] == 2
+        table = format_results({"model": "m", "results": [result]})
+        assert "2 captions equal to one of another image" in table
+    assert results[0]["protocol"]["equal_captions"] != results[1]["protocol"]["equal_captions"]
 
 
 def test_an_error_names_task_source_and_record(tiny_model, tmp_path):

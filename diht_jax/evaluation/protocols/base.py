@@ -35,7 +35,8 @@ class Task:
         templates: prompts, each with one "{}" for the class name; for "entailment" one for each
             relation, with "{}" for the hypothesis.
         label_field: metadata field of the label, where it is not "label".
-        caption_template: prompt with "{caption}" around a caption.
+        caption_template: prompt with "{caption}" around a caption; None is the one that the model
+            was trained with.
         options: of the protocol alone, by name; those that are not given are missing.
     """
 
@@ -46,12 +47,13 @@ class Task:
     class_names: tuple[str, ...] | None = None
     templates: tuple[str, ...] = prompts.PLAIN_TEMPLATES
     label_field: str | None = None
-    caption_template: str = prompts.CAPTION_TEMPLATE
+    caption_template: str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         prompts.check_templates(self.templates)
-        prompts.fill_caption_template(self.caption_template, "")
+        if self.caption_template is not None:
+            prompts.fill_caption_template(self.caption_template, "")
 
 
 @dataclasses.dataclass(frozen=True)

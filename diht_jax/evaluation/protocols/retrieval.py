@@ -6,7 +6,8 @@ image-to-text query is right when any of the image's captions comes first.
 
 Ours, ties: a wrong item that is exactly as similar as the right one ranks before it. So a model
 that gives everything one embedding scores 0, and of two images with the same caption both
-image-to-text queries miss at rank 1.
+image-to-text queries miss at rank 1. With `equal_captions=right` a caption is a right answer for
+every image that has the same one, and so is each of these images for it.
 
 Similarities exist only as blocks on the device, never as the full matrix of queries and gallery.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,7 @@ from diht_jax.evaluation.protocols.base import (
     Metric,
     Protocol,
     Task,
+    choice,
 )
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -53,13 +56,17 @@ class RetrievalResult:
         captions: m captions, before the template.
         text_emb: float32 [m, d].
         image_of_text: int32 [m], index of each caption's image.
-        t2i_ranks: int [m], 0 when the right image comes first.
-        i2t_ranks: int [n], 0 when one of the image's captions comes first.
+        text_ids: int32 [m, 1], equal for captions that count as the same.
+        image_ids: int32 [n, k], the `text_ids` that are right for an image; -1 is none.
+        t2i_ranks: int [m], 0 when a right image comes first.
+        i2t_ranks: int [n], 0 when a right caption comes first.
     """
 
     captions: list[str]
     text_emb: np.ndarray
     image_of_text: np.ndarray
+    text_ids: np.ndarray
+    image_ids: np.ndarray
     t2i_ranks: np.ndarray
     i2t_ranks: np.ndarray
 
@@ -84,7 +91,10 @@ def run(
     index_of_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     unique_emb = encode_texts(model.encode_text, list(index_of_text), batching)
     text_emb = unique_emb[[index_of_text[text] for text in texts]]
-    t2i_ranks, i2t_ranks = retrieval_ranks(encoded.image_emb, text_emb, image_of_text)
+    numbers = number_captions(captions)
+    equal_captions = task.options.get("equal_captions", "wrong")
+    counted = numbers if equal_captions == "right" else None
+    t2i_ranks, i2t_ranks = retrieval_ranks(encoded.image_emb, text_emb, image_of_text, counted)
     return Measured(
         encoded=encoded,
         num_items=len(i2t_ranks),
@@ -95,15 +105,65 @@ def run(
             "caption_template": task.caption_template,
             "text_to_image": "every caption is a query, its own image the only right answer",
             "image_to_text": "right when any caption of the image comes first",
+            "equal_captions": f"{equal_captions}, where they belong to another image",
             "ties": "a wrong item as similar as the right one ranks before it",
         },
         counts={
             "images": len(i2t_ranks),
             "texts": len(t2i_ranks),
             "different_texts": len(index_of_text),
+            "equal_captions": count_equal(image_of_text, numbers),
         },
-        result=RetrievalResult(captions, text_emb, image_of_text, t2i_ranks, i2t_ranks),
+        result=RetrievalResult(
+            captions,
+            text_emb,
+            image_of_text,
+            *answer_ids(image_of_text, counted),
+            t2i_ranks,
+            i2t_ranks,
+        ),
     )
+
+
+def number_captions(captions: Sequence[str]) -> np.ndarray:
+    """A number for each caption, int32 [m]: equal where captions are, but for case and spaces."""
+    texts = [" ".join(caption.lower().split()) for caption in captions]
+    number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return np.array([number_of[text] for text in texts], np.int32)
+
+
+def answer_ids(
+    image_of_text: np.ndarray, text_numbers: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is right for what: an image and a text that have an id in common.
+
+    Args:
+        image_of_text: int [m], the image of each text.
+        text_numbers: int [m], equal where texts are; None for texts of which each is right for its
+            own image alone.
+
+    Returns:
+        int32 [m, 1], the id of each text; int32 [n, k], the ids of each image, filled up with -1.
+    """
+    text_ids = np.asarray(image_of_text if text_numbers is None else text_numbers, np.int32)
+    pairs = np.unique(np.stack([image_of_text, text_ids], axis=1), axis=0)
+    sizes = np.bincount(pairs[:, 0])
+    columns = np.arange(len(pairs)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    image_ids = np.full((len(sizes), sizes.max()), -1, np.int32)
+    image_ids[pairs[:, 0], columns] = pairs[:, 1]
+    return text_ids[:, None], image_ids
+
+
+def count_equal(image_of_text: np.ndarray, text_numbers: np.ndarray) -> int:
+    """The number of captions that another image has as well."""
+    _, image_ids = answer_ids(image_of_text, text_numbers)
+    images_with = np.bincount(image_ids[image_ids >= 0])
+    return int((images_with[text_numbers] > 1).sum())
+
+
+def have_common_id(ids: Any, other_ids: Any) -> Any:
+    """Bool [q, g], of ids [q, k] and [g, l]; of NumPy or JAX."""
+    return (ids[:, None, :, None] == other_ids[None, :, None, :]).any(axis=(2, 3))
 
 
 def captions_of(pair: Pair) -> tuple[str, ...]:
@@ -139,11 +199,16 @@ def retrieval_metrics(
 
 
 def retrieval_ranks(
-    image_emb: np.ndarray, text_emb: np.ndarray, image_of_text: Sequence[int] | np.ndarray
+    image_emb: np.ndarray,
+    text_emb: np.ndarray,
+    image_of_text: Sequence[int] | np.ndarray,
+    text_numbers: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The number of wrong items at or above the best right one, for every query.
 
-    Args and errors: as `retrieval_metrics`.
+    Args:
+        image_emb, text_emb, image_of_text: of `retrieval_metrics`, which has the errors, too.
+        text_numbers: of `answer_ids`.
 
     Returns:
         int32 [m] for the texts as queries, int32 [n] for the images as queries.
@@ -168,9 +233,9 @@ def retrieval_ranks(
         )
     check_finite(image_emb, "image embeddings")
     check_finite(text_emb, "text embeddings")
-    image_ids = np.arange(num_images, dtype=np.int32)
-    t2i_ranks = _rank_queries(text_emb, image_of_text, image_emb, image_ids)
-    i2t_ranks = _rank_queries(image_emb, image_ids, text_emb, image_of_text)
+    text_ids, image_ids = answer_ids(image_of_text, text_numbers)
+    t2i_ranks = _rank_queries(text_emb, text_ids, image_emb, image_ids)
+    i2t_ranks = _rank_queries(image_emb, image_ids, text_emb, text_ids)
     return t2i_ranks, i2t_ranks
 
 
@@ -187,7 +252,10 @@ def metrics_of_ranks(t2i_ranks: np.ndarray, i2t_ranks: np.ndarray) -> dict[str, 
 def _rank_queries(
     queries: np.ndarray, query_ids: np.ndarray, gallery: np.ndarray, gallery_ids: np.ndarray
 ) -> np.ndarray:
-    """int32 [q]: wrong gallery items not less similar than the best right one."""
+    """int32 [q]: wrong gallery items not less similar than the best right one.
+
+    Ids are [q, k] and [g, l], see `answer_ids`.
+    """
     gallery = jnp.asarray(gallery, jnp.float32)
     gallery_ids = jnp.asarray(gallery_ids, jnp.int32)
     size = max(1, min(len(queries), _BLOCK // len(gallery)))
@@ -207,7 +275,7 @@ def _rank_block(
 ) -> jax.Array:
     # Full float32: the default on TPUs would round to bfloat16 and make ties.
     similarities = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
-    right = query_ids[:, None] == gallery_ids[None, :]
+    right = have_common_id(query_ids, gallery_ids)
     best = jnp.where(right, similarities, -jnp.inf).max(axis=1, keepdims=True)
     return jnp.sum(~right & (similarities >= best), axis=1, dtype=jnp.int32)
 
@@ -222,5 +290,8 @@ PROTOCOL = Protocol(
             ("median_rank", "rank", "median rank"),
         ]
     },
-    options={"caption_template": CAPTION_TEMPLATE},
+    options={
+        "caption_template": CAPTION_TEMPLATE,
+        "equal_captions": choice("equal_captions", "wrong", "right"),
+    },
 )

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from diht_jax.evaluation import prompts
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
     EmbeddingModel,
     encode_images,
     encode_texts,
 )
-from diht_jax.evaluation.prompts import fill_caption_template
 from diht_jax.evaluation.protocols.base import CAPTION_TEMPLATE, Measured, Metric, Protocol, Task
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -33,7 +33,7 @@ def run(
     """
 
     def describe(pair: Pair) -> tuple[str, int, str]:
-        text = fill_caption_template(task.caption_template, pair.caption)
+        text = prompts.fill_caption_template(task.caption_template, pair.caption)
         return pair.metadata["example"], pair.metadata["side"], text
 
     encoded = encode_images(model, entries, describe, batching)
@@ -80,5 +80,6 @@ PROTOCOL = Protocol(
         "group": Metric("share", "group score"),
     },
     options={"caption_template": CAPTION_TEMPLATE},
+    defaults={"caption_template": prompts.CAPTION_TEMPLATE},
     reader="winoground",
 )

@@ -88,13 +88,33 @@ def test_equal_captions_of_two_images_tie_wherever_they_lie():
     assert not i2t[untouched].any()
 
 
+def test_equal_captions_are_right_for_all_their_images_on_request():
+    rng = np.random.default_rng(5)
+    image_emb, text_emb, image_of_text = _random_problem(60, rng)
+    numbers = rng.integers(0, 70, len(text_emb)).astype(np.int32)
+    text_emb = _unit(rng.normal(size=(70, 24)))[numbers]  # equal texts have equal embeddings
+    similarities = text_emb.astype(np.float64) @ image_emb.astype(np.float64).T
+    texts_of = [set(numbers[image_of_text == image]) for image in range(60)]
+    right = np.array([[number in own for own in texts_of] for number in numbers])
+
+    def ranks(similarities, right):
+        best = np.where(right, similarities, -np.inf).max(axis=1, keepdims=True)
+        return (~right & (similarities > best)).sum(axis=1).tolist()
+
+    t2i, i2t = retrieval_ranks(image_emb, text_emb, image_of_text, numbers)
+    assert t2i.tolist() == ranks(similarities, right)
+    assert i2t.tolist() == ranks(similarities.T, right.T)
+    alone, _ = retrieval_ranks(image_emb, text_emb, image_of_text)
+    assert alone.sum() > t2i.sum()
+
+
 def test_an_image_is_resampled_with_its_captions(tiny_model, photos):
     captions = [[f"picture {i}", f"number {i}"][: 1 + i % 2] for i in range(5)]
     pairs = [
         Pair(f"{i}", photo, "", {"captions": own})
         for i, (photo, own) in enumerate(zip(photos, captions, strict=True))
     ]
-    measured = run(tiny_model, Task("x", "retrieval", ""), pairs)
+    measured = run(tiny_model, Task("x", "retrieval", "", caption_template="{caption}"), pairs)
     result = measured.result
     assert result.captions == sum(captions, []) and measured.counts["texts"] == 7
     expected = retrieval_metrics(measured.encoded.image_emb, result.text_emb, result.image_of_text)
