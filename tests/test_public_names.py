@@ -29,7 +29,9 @@ def test_losses():
     assert list(signature)[:3] == ["image_emb", "text_emb", "logit_scale"]
     keywords = {"alpha": 1.0, "beta": 0.0, "axis_name": None}
     assert {name: signature[name].default for name in keywords} == keywords
-    assert all(signature[name].kind is inspect.Parameter.KEYWORD_ONLY for name in keywords)
+    assert [
+        name for name in keywords if signature[name].kind is not inspect.Parameter.KEYWORD_ONLY
+    ] == []
     assert signature["impl"].kind is inspect.Parameter.KEYWORD_ONLY
     assert _parameters(concept_loss) == ["logits", "ids", "probs"]
 

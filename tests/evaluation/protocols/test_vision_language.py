@@ -121,7 +121,7 @@ def test_rows_of_one_image_are_one_pair(folder):
         ("../x.png", "refused_path"),
         ("9.png", "no_image"),
     ]
-    assert all(isinstance(entry, Skipped) for entry in pairs[2:])
+    assert [entry for entry in pairs[2:] if not isinstance(entry, Skipped)] == []
 
 
 def test_entailment(folder, photos):
