@@ -133,6 +133,8 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.data.batch_size = 16
     config.micro_batch = 8 if config.micro_batch else None
     config.topology = "local"
+    if config.mesh.fsdp > 1:
+        config.mesh.data, config.mesh.fsdp = 1, -1  # all devices that there are
     config.data.num_workers = 0
     config.log_every_steps = 1
     config.checkpoint.every_steps = 2

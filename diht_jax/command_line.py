@@ -23,7 +23,9 @@ import ml_collections
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from diht_jax.config import find_recipes
 from diht_jax.config.architecture import parse_fields
+from diht_jax.config.checks import check_names
 from diht_jax.config.overrides import apply_overrides, take_unset_keys
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
@@ -194,10 +196,12 @@ def parse_flags(
 
     A wrong flag or config key exits with 2.
     """
+    given, unset = list(argv), []
     try:
-        given, unset = list(argv), []
         if config_defaults is not None:
             given = flags.FLAGS.read_flags_from_files(given, force_gnu=False)
+            for path in _config_files(given):
+                find_recipes(path)
         if any(re.search(r"(^|=)None$", argument) for argument in given) and config_defaults:
             given, unset = take_unset_keys(given, config_defaults())
         sys.argv[:] = given  # ml_collections reads the keys of configs there
@@ -206,6 +210,8 @@ def parse_flags(
             overrides = flags.FLAGS["config"].override_values
             apply_overrides(flags.FLAGS.config, unset, overrides)
     except (AttributeError, KeyError) as error:
+        if config_defaults is not None:
+            _refuse_unknown_keys(given, config_defaults())
         # A ConfigDict raises these for a key that it lacks; the text names the nearest one.
         cause = error.args[0]
         text = cause.args[0] if isinstance(cause, KeyError) else str(cause)
@@ -219,6 +225,19 @@ def parse_flags(
     if len(rest) > 1 and not takes_arguments:
         _fail(f"unexpected arguments: {' '.join(rest[1:])} (--help lists the flags)", status=2)
     return rest
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    """The recipes that `--config PATH:ARGUMENTS` of a command line names."""
+    return re.findall(r"(?:^|\0)--?config[=\0]([^:\0]+)", "\0".join(arguments))
+
+
+def _refuse_unknown_keys(arguments: Sequence[str], defaults: ml_collections.ConfigDict) -> None:
+    keys = [match[1] for each in arguments if (match := re.match(r"--?config\.([\w.]+)", each))]
+    try:
+        check_names(keys, defaults)
+    except ValueError as error:
+        _fail(str(error), status=2)
 
 
 def _call(main: Callable[[], None], writes_to_stores: bool = False) -> None:

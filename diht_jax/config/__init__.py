@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import sys
 
 import ml_collections
 
@@ -20,6 +21,7 @@ __all__ = [
     "PathsOrSections",
     "TextOrSections",
     "default_config",
+    "find_recipes",
     "load_recipe",
     "nearest_name",
     "parse_fields",
@@ -36,6 +38,25 @@ def default_config() -> ml_collections.ConfigDict:
     return default_config()
 
 
+def find_recipes(path: str | pathlib.Path) -> None:
+    """Lets a recipe import those of its own folder, and of `configs/`, in any working directory.
+
+    Args:
+        path: of the recipe; `from configs import common` looks in the folder above its own, and
+            next to this package.
+
+    Raises:
+        ValueError: no such file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file() or path.suffix != ".py":
+        raise ValueError(f"{path}: no such config file; expected a path such as configs/emoji.py")
+    checkout = pathlib.Path(__file__).resolve().parents[2]
+    for folder in map(str, (path.resolve().parents[1], checkout)):
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
 def load_recipe(path: str | pathlib.Path, arg: str = "") -> ml_collections.ConfigDict:
     """The config that a recipe file's `get_config(arg)` returns.
 
@@ -46,9 +67,8 @@ def load_recipe(path: str | pathlib.Path, arg: str = "") -> ml_collections.Confi
     Raises:
         ValueError: no such file, or it gives no config.
     """
+    find_recipes(path)
     path = pathlib.Path(path)
-    if not path.is_file() or path.suffix != ".py":
-        raise ValueError(f"{path}: no such config file; expected a path such as configs/emoji.py")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -75,14 +75,10 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
         ValueError: an unknown key (names the nearest known one) or a value of another type.
     """
     known = dict(walk(defaults))
-    free = tuple(
-        f"{name}." for name, (_, kind) in known.items() if issubclass(kind, TextOrSections)
-    )
+    check_names(walk(config), defaults)
     for name, (value, _) in walk(config).items():
-        if name.startswith(free):
+        if name not in known:  # inside a `TextOrSections`
             continue
-        if name not in known:
-            raise ValueError(_unknown_key_message(name, list(known)))
         default, expected = known[name]
         if issubclass(expected, TextOrSections):
             try:
@@ -96,6 +92,20 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
                 f"config key '{name}': expected {expected.__name__}{such_as:.200}, "
                 f"got {type(value).__name__} {value!r:.200}"
             )
+
+
+def check_names(names: Iterable[str], defaults: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for the first dotted name that is no key; names those that may be meant.
+
+    Names inside a `TextOrSections` of `defaults` are not looked at.
+    """
+    known = walk(defaults)
+    free = tuple(
+        f"{name}." for name, (_, kind) in known.items() if issubclass(kind, TextOrSections)
+    )
+    for name in names:
+        if name not in known and not name.startswith(free):
+            raise ValueError(_unknown_key_message(name[:200], list(known)))
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
@@ -128,14 +138,16 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _unknown_key_message(name: str, known: list[str]) -> str:
     section, _, last = name.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     # A right name in a wrong section is a common slip: config.beta for config.loss.beta.
-    anywhere = {k.rpartition(".")[2]: k for k in known}
-    for candidates in (siblings, anywhere):
-        nearest = nearest_name(last[:200], candidates)
-        if nearest:
-            return f"unknown config key '{name[:200]}'; did you mean '{candidates[nearest]}'?"
-    return f"unknown config key '{name[:200]}'; known keys: {', '.join(sorted(siblings.values()))}"
+    meant = [key for key in known if key.rpartition(".")[2] == last]
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    for candidates in (siblings, known):
+        by_last = {key.rpartition(".")[2]: key for key in candidates}
+        nearest = None if meant else nearest_name(last, by_last)
+        meant = [by_last[nearest]] if nearest else meant
+    if meant:
+        return f"unknown config key '{name}'; did you mean {' or '.join(map(repr, meant))}?"
+    return f"unknown config key '{name}'; known keys: {', '.join(sorted(siblings or known))}"
 
 
 def _elements_match(value: Any, default: Any) -> bool:

@@ -1,10 +1,14 @@
 """Validation of configs, durations, and the recipes of `configs/`."""
 
+import sys
+
+import jax
 import pytest
 
 from diht_jax.config import default_config, load_recipe
 from diht_jax.models import get_architecture
 from diht_jax.sharding import create_mesh
+from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import check_config, duration_in_steps
 from diht_jax.training.sharded_encode import check_micro_batch
 from tests.make import RECIPES, REPOSITORY
@@ -28,6 +32,20 @@ def test_recipe_builds_and_validates(path, arg):
     assert config.optimizer.warmup_steps < steps
     if arg:
         assert steps <= 4 and config.data.batch_size <= 16
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_debug_form_starts_on_one_device(path):
+    config = load_recipe(path, "debug=True")
+    assert TrainProgram(config, config.total_steps, jax.devices()[:1]).mesh.size == 1
+
+
+def test_a_recipe_loads_outside_of_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(REPOSITORY)])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert load_recipe(REPOSITORY / "configs" / "emoji.py").total_epochs == 40.0
 
 
 def values(name, arg=""):

@@ -64,6 +64,20 @@ def test_the_warm_up_of_a_recipe_fits_into_fewer_steps(arguments, expected, pars
     assert parse(EMOJI, *arguments).optimizer.warmup_steps == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("image_size", "did you mean 'model.overrides.image_size'"),
+        ("model.image_size", "did you mean 'model.overrides.image_size'"),
+        ("optimizer.beta", "did you mean 'loss.beta'"),
+    ],
+)
+def test_an_unknown_key_names_the_keys_that_end_so(key, meant, parse, capsys):
+    with pytest.raises(SystemExit):
+        parse(EMOJI, f"--config.{key}=3")
+    assert f"'{key}'; {meant}" in capsys.readouterr().err
+
+
 def test_two_durations_of_one_command_line_are_refused(parse):
     config = parse(EMOJI, "--config.total_steps=40", "--config.total_examples=512")
     with pytest.raises(ValueError, match="exactly one of .*'steps': 40, 'examples': 512"):
@@ -132,7 +146,7 @@ def value_of(config, key):
     ("argument", "message"),
     [
         ("--config.seed=None", "--config.seed=None: this key cannot be unset; its default is 0"),
-        ("--config.total_step=None", 'Did you mean "total_steps"'),
+        ("--config.total_step=None", "did you mean 'total_steps'"),
     ],
 )
 def test_what_cannot_be_unset_is_named_as_typed(argument, message, parse, capsys):
