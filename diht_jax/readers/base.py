@@ -69,7 +69,9 @@ class SourceShard:
     def root(self) -> str:
         """The folder of the source that the path of a folder belongs to."""
         # A class is a folder in the one that was named, pictures are that folder itself.
-        return os.path.dirname(self.path) if self.kind == "folder" else self.path
+        if self.kind == "folder":
+            return os.path.dirname(self.path)
+        return self.path.removesuffix(self.options.get("below_root", ""))
 
     def identity(self) -> dict[str, Any]:
         """Describes the input, to compare with it later: path, part, size and time of change.

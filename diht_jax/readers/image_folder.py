@@ -1,5 +1,8 @@
 """Folders of images: one sub-folder for each class, or pictures without any caption.
 
+Pictures of a class are directly in its folder. Anything deeper is an error, since the folders above
+could be splits (train, val), super-classes or dates, and not the classes that are meant.
+
 A link may lead to any file inside of the folder that was named, and to none outside of it.
 """
 
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from diht_jax.readers.base import (
     FOLDER_EXTENSIONS,
@@ -20,17 +23,77 @@ from diht_jax.readers.base import (
 from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair
 
+_SPLITS = frozenset(
+    ["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"]
+)
+
+
+class FolderLayoutError(ValueError):
+    """The sub-folders of a folder are not the classes of its pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderOptions:
+    """Which part of a folder is read.
+
+    Attributes:
+        split: sub-folder that is read in place of the folder, such as "train".
+    """
+
+    split: str | None = None
+
+
+def check_classes(root: str, pictures: Iterable[Sequence[str]]) -> bool:
+    """Checks that pictures are in folders of classes; returns whether there are any.
+
+    Args:
+        root: the folder of the classes, for the message.
+        pictures: path of each below it, in parts: class and file.
+
+    Raises:
+        FolderLayoutError: a picture is deeper, or the folders are splits.
+    """
+    names, deep = set(), None
+    for parts in pictures:
+        names.add(parts[0])
+        deep = deep or (parts if len(parts) > 2 else None)
+    splits = sorted(name for name in names if name.lower() in _SPLITS)
+    if deep is not None:
+        hint = (
+            f"read one split by '{root}?split={splits[0]}'"
+            if splits
+            else "name the folder whose sub-folders are the classes"
+        )
+        raise FolderLayoutError(
+            f"folder '{root}': '{'/'.join(deep)}' is deeper than CLASS/PICTURE; {hint}"
+        )
+    refuse_splits(root, names)
+    return bool(names)
+
+
+def refuse_splits(root: str, names: Collection[str]) -> None:
+    """Raises FolderLayoutError where all sub-folders with pictures have names of splits."""
+    if names and all(name.lower() in _SPLITS for name in names):
+        raise FolderLayoutError(
+            f"folder '{root}': its sub-folders ({', '.join(sorted(names))}) are splits, no classes;"
+            f" read one by '{root}?split={min(names)}', with captions or a folder for each class"
+        )
+
 
 def list_class_shards(root: str) -> list[SourceShard]:
     """One shard per class, in the order of the labels; empty where `root` has no such folders.
 
     Args:
         root: its visible sub-folders are the classes; their sorted order numbers them from 0.
+
+    Raises:
+        FolderLayoutError: pictures are deeper than one level, or the sub-folders are splits.
     """
     with os.scandir(root) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     folders = [os.path.join(root, name) for name in names]
-    if not any(any(walk_images(folder, root)) for folder in folders):
+    found = (path for folder in folders for path, _ in walk_images(folder, root))
+    if not check_classes(root, (os.path.relpath(path, root).split(os.sep) for path in found)):
         return []
     return [
         SourceShard("folder", folder, options={"label": label, "class_name": name})
@@ -85,6 +148,7 @@ def _count_images(shard: SourceShard) -> int:
 CLASSES = Format(
     is_folder=True,
     list_shards=lambda root, options: list_class_shards(root),
+    options=FolderOptions,
     read=read_class,
     count=_count_images,
 )

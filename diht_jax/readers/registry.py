@@ -6,13 +6,15 @@ which `read_pairs` reads, in any process. Texts that name a source:
     PATH.tar, GLOB/*.tar             webdataset, as img2dataset writes it
     PATH.jsonl, PATH.csv, PATH.tsv   a table, and a folder of images
     PATH.parquet                     images and captions in columns
-    FOLDER                           shards, tars, tables or parquet files in it; else classes
+    FOLDER                           shards, tars, tables or parquet files in it; else pictures
+                                     with a .txt of the same name; else one sub-folder a class
     PATH.tfrecord, GLOB              our own records, and img2dataset's
     PATH.array_record, GLOB          our own records
     URL of one of these              the same, in an object store; but folders of classes
     tfds:NAME[/CONFIG][:VERSION]:SPLIT, tfds:FOLDER:SPLIT   TensorFlow Datasets
 
-Options of one source of several come after it: "a.csv?image_column=file&caption_column=title".
+Options of one source of several come after it: "a.csv?image_column=file&caption_column=title", and
+"FOLDER?split=train" is the folder "train" in FOLDER.
 
 Images are not decoded here.
 """
@@ -31,7 +33,7 @@ from typing import Any
 
 from absl import logging
 
-from diht_jax.readers import image_folder, parquet, records, tables, tfds, webdataset
+from diht_jax.readers import caption_files, image_folder, parquet, records, tables, tfds, webdataset
 from diht_jax.readers.base import Format, Skipped, SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files, retries
@@ -46,6 +48,7 @@ FORMATS: dict[str, Format] = {
     "tfrecord": records.FORMAT,
     "array_record": records.ARRAY_RECORD,
     "parquet": parquet.FORMAT,
+    "caption_files": caption_files.FORMAT,
     "folder": image_folder.CLASSES,
     "pictures": image_folder.PICTURES,
 }
@@ -165,7 +168,8 @@ def name_options(message: str, form: str) -> str:
         message: of an error, with names such as "image_column".
         form: such as "--config.source.{}".
     """
-    names = "|".join(option_defaults())
+    # "split" is an ordinary word.
+    names = "|".join(name for name in option_defaults() if "_" in name)
     return re.sub(
         rf"(?<![\w.'?/-])({names})(?![\w'/]|\.\w)", lambda name: form.format(name[1]), message
     )
@@ -173,16 +177,31 @@ def name_options(message: str, form: str) -> str:
 
 def _list_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
     path, own = _split_options(text)
+    path = enter_split(path, (options | own).get("split"))
     shards = _list_plain_text(path, options | own)
     for kind in dict.fromkeys(shard.kind for shard in shards):
         known = _option_names(kind)
         for name in own:
-            if name not in known:
+            if name not in (*known, "split"):
                 raise ValueError(
                     f"{text}: this source ({kind}) has no option '{name}'; it has "
                     f"{', '.join(known) or 'none'}"
                 )
     return shards
+
+
+def enter_split(folder: str, split: str | None) -> str:
+    """The path or URL of a sub-folder; `folder` itself where no split is named.
+
+    Raises:
+        ValueError: there is no such sub-folder, as in anything but a folder.
+    """
+    if not split:
+        return folder
+    path = files.join(folder, split)
+    if not (files.exists(path) if is_remote(path) else os.path.isdir(path)):
+        raise ValueError(f"'{folder}': no sub-folder '{split}'; set split to the name of one")
+    return path
 
 
 def _split_options(text: str) -> tuple[str, dict[str, Any]]:
@@ -216,6 +235,8 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
         paths = sorted(find_inputs(text))
     elif is_folder:
         paths = sorted(entry.path for entry in os.scandir(text) if entry.is_file())
+        # img2dataset's output format "files": 00000.parquet describes the folder 00000.
+        paths = [path for path in paths if not os.path.isdir(path.removesuffix(parquet.SUFFIX))]
     else:
         paths = [text] if os.path.isfile(text) else sorted(glob.glob(text, recursive=True))
     kinds = _recognise([path for path in paths if not path.endswith(".idx")])
@@ -248,7 +269,8 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
         if form.is_folder and (shards := _list_one(kind, text, options)):
             return shards
     raise ValueError(
-        f"folder '{text}' holds neither TFRecord shards, tars or tables nor sub-folders of images"
+        f"folder '{text}' holds neither TFRecord shards, tars or tables, nor pictures with a .txt "
+        "of the same name, nor sub-folders of images"
     )
 
 

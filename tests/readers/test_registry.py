@@ -8,6 +8,7 @@ import pytest
 from PIL import features
 
 from diht_jax.input.decode import decode_rgb
+from diht_jax.readers import caption_files
 from diht_jax.readers.registry import FORMATS, Skipped, list_shards, open_source, read_pairs
 from diht_jax.records.schema import Pair, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
@@ -15,7 +16,7 @@ from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_re
 
 
 def test_class_folders(tmp_path):
-    for name in ("b/2.png", "b/1.jpg", "b/deep/3.PNG", "a_c/x.webp", ".cache/z.png", "b/.y.png"):
+    for name in ("b/2.png", "b/1.jpg", "b/3.PNG", "a_c/x.webp", ".cache/z.png", "b/.y.png"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(PNG)
@@ -28,7 +29,7 @@ def test_class_folders(tmp_path):
         ("a_c/x.webp", "a c", 0),
         ("b/1.jpg", "b", 1),
         ("b/2.png", "b", 1),
-        ("b/deep/3.PNG", "b", 1),
+        ("b/3.PNG", "b", 1),
     ]
     assert pairs[0].metadata["class_name"] == "a_c"
 
@@ -172,3 +173,94 @@ def test_each_source_may_have_options_of_its_own(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             list_shards(f"{tmp_path}/{spec}")
+
+
+def _write(folder, *names, data=PNG):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train/dog/1.png", "val/dog/1.png"), r"train/dog/1\.png.*\?split=train"),
+        (("train/1.png", "val/2.png"), r"train, val.*\?split=train"),
+        (("animals/dogs/1.png",), r"animals/dogs/1\.png"),
+        (("dog/1.png", "dog/deep/2.png"), r"dog/deep/2\.png"),
+    ],
+)
+def test_folders_that_are_no_classes_are_an_error(tmp_path, names, message):
+    _write(tmp_path, *names)
+    with pytest.raises(ValueError, match=message):
+        list_shards(str(tmp_path))
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    _write(tmp_path, "bus/1.png", "train/1.png")
+    assert [pair.caption for pair in read_entries(str(tmp_path))] == ["bus", "train"]
+
+
+def test_a_split_of_a_folder_is_read_alone(tmp_path):
+    _write(tmp_path, "train/dog/1.png", "val/cat/1.png")
+    expected = ["cat"]
+    assert [pair.caption for pair in read_entries(f"{tmp_path}?split=val")] == expected
+    assert [pair.caption for pair in read_entries(str(tmp_path), split="val")] == expected
+    with pytest.raises(ValueError, match="no sub-folder 'tset'"):
+        list_shards(f"{tmp_path}?split=tset")
+
+
+def test_captions_in_files_give_the_pairs_of_the_packed_tar(tmp_path):
+    members = {
+        "0/a.jpg": JPEG,
+        "0/a.txt": b"one",
+        "0/a.json": b'{"width": 4}',
+        "0/b.png": PNG,
+        "0/b.json": b'{"caption": "two"}',
+        "1/c.png": PNG,
+        "1/d.txt": b"no picture",
+    }
+    for name, data in members.items():
+        _write(tmp_path / "files", name, data=data)
+    # img2dataset's description of a folder.
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), tmp_path / "files" / "0.parquet")
+    entries = read_entries(str(tmp_path / "files"))
+    assert entries == read_entries(write_tar(tmp_path / "a.tar", members))
+    assert [entry.key for entry in entries if isinstance(entry, Pair)] == ["0/a", "0/b"]
+
+
+def test_parts_of_a_folder_of_captions_cover_it_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(caption_files, "_SAMPLES_PER_SHARD", 2)
+    for number in range(5):
+        _write(tmp_path, f"{number}.PNG")
+        _write(tmp_path, f"{number}.txt", data=f"caption {number}".encode())
+    assert len(list_shards(str(tmp_path))) == 3
+    assert [pair.caption for pair in read_entries(str(tmp_path))] == [
+        f"caption {number}" for number in range(5)
+    ]
+
+
+def test_captions_in_files_that_cannot_be_read_are_counted(tmp_path):
+    _write(tmp_path, "a.png", "b.png", "c.heic", "d.png", "d.gif", "e.png")
+    for name in ("b", "c", "d", "e"):
+        _write(tmp_path, f"{name}.txt", data=b"text")
+    _write(tmp_path, "b.txt", data="café".encode("latin-1"))
+    (tmp_path / "e.png").unlink()
+    (tmp_path / "e.png").symlink_to("/etc/hostname")
+    assert skip_reasons(read_entries(str(tmp_path))) == {
+        "a": "no_caption",
+        "b": "bad_row",
+        "c": "unsupported_format",
+        "d": "duplicate",
+        "e": "refused_path",
+    }
+
+
+def test_splits_with_captions_in_files_are_not_read_together(tmp_path):
+    for split in ("train", "test"):
+        _write(tmp_path, f"{split}/a.png")
+        _write(tmp_path, f"{split}/a.txt", data=split.encode())
+    with pytest.raises(ValueError, match=r"\?split=test"):
+        list_shards(str(tmp_path))
+    assert [pair.caption for pair in read_entries(f"{tmp_path}?split=test")] == ["test"]

@@ -115,7 +115,10 @@ def embed_source(
     output = os.fspath(output).rstrip("/") or "/"
     shards = list_inputs(source, **source_options)
     if "text" in options.modalities and shards[0].kind == PICTURES:
-        raise ValueError(f"{shards[0].path}: pictures without captions; take --modalities image")
+        raise ValueError(
+            f"{shards[0].path}: pictures without captions, or deeper than CLASS/PICTURE; take "
+            "--modalities image, or name a folder of classes"
+        )
     check_settings(output, _settings(model, shards, options))
     mine = shares_of(shards, options.task_index, options.num_tasks)
     dropped: collections.Counter[str] = collections.Counter()

@@ -18,6 +18,7 @@ from diht_jax.evaluation.sources.registry import count_shards
 from diht_jax.progress import ProgressBar
 from diht_jax.readers import image_folder, registry
 from diht_jax.readers.base import SourceShard, image_files
+from diht_jax.readers.image_folder import FolderLayoutError
 
 # Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
 # for any other purpose.
@@ -36,8 +37,9 @@ def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[Sour
         return [SourceShard(PICTURES, source)]
     try:
         return registry.list_shards(source, **source_options)
-    except ValueError:
-        if names & pictures:
+    except ValueError as error:
+        # Pictures at any depth can be embedded, whatever the folders above them mean.
+        if names & pictures or isinstance(error, FolderLayoutError):
             return [SourceShard(PICTURES, source)]
         raise
 

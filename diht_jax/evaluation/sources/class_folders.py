@@ -25,6 +25,7 @@ from diht_jax.readers.base import (
     UNSUPPORTED_EXTENSIONS,
     Skipped,
 )
+from diht_jax.readers.image_folder import check_classes
 from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import find_inputs, is_glob, join
@@ -146,6 +147,9 @@ def stored_class_units(url: str) -> Units | None:
     Returns:
         None where the URL does not name such a folder: a reader knows it or a file in it, or no
         sub-folder has a picture.
+
+    Raises:
+        FolderLayoutError: pictures are deeper than one level, or the sub-folders are splits.
     """
     root = url.rstrip("/")
     if _is_read_otherwise(url) or any(map(_is_read_otherwise, find_inputs(root))):
@@ -155,11 +159,12 @@ def stored_class_units(url: str) -> Units | None:
     files = [tuple(found[start:].split("/")) for found in find_inputs(join(root, "*", "**"))]
     files = [parts for parts in files if not any(part.startswith(".") for part in parts)]
     label_of = {name: label for label, name in enumerate(sorted({parts[0] for parts in files}))}
+    extensions = (*FOLDER_EXTENSIONS, *UNSUPPORTED_EXTENSIONS)
+    pictures = [p for p in sorted(files) if p[-1].rpartition(".")[2].lower() in extensions]
+    check_classes(url, pictures)
     items: list[Item] = []
-    for parts in sorted(files):
+    for parts in pictures:
         extension = parts[-1].rpartition(".")[2].lower()
-        if extension not in (*FOLDER_EXTENSIONS, *UNSUPPORTED_EXTENSIONS):
-            continue
         class_name = clean_text(parts[0])
         key = clean_text("/".join([class_name, *parts[1:]]))
         caption = " ".join(class_name.replace("_", " ").split()) or class_name

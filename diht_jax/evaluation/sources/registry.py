@@ -112,6 +112,8 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
         layout = LAYOUTS[kind]
         _refuse_options(source, options, layout.options)
         return layout.units(rest, **options)
+    options = dict(options)
+    source = registry.enter_split(source, options.pop("split", None))
     if is_remote(source) and (units := class_folders.stored_class_units(source)) is not None:
         _refuse_options(source, options, ())
         return units

@@ -7,7 +7,7 @@ archives are read, damaged ones too, is the matter of `tar_members.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from diht_jax.records.formats.tar_members import DamagedTarError, Member
@@ -20,9 +20,9 @@ from diht_jax.records.samples import (
 )
 from diht_jax.records.schema import Pair, parse_json_object
 
-_TEXT_EXTENSIONS = ("txt", "json")
+TEXT_EXTENSIONS = ("txt", "json")
 _SIZE_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | dict.fromkeys(
-    _TEXT_EXTENSIONS, 2**24
+    TEXT_EXTENSIONS, 2**24
 )
 
 
@@ -108,15 +108,17 @@ def make_pairs(samples: Iterable[Sample]) -> Iterator[tuple[int, Pair | Skipped]
         yield sample.offset, make_pair(sample)
 
 
-def make_pair(sample: Sample) -> Pair | Skipped:
+def make_pair(
+    sample: Sample, image_extensions: Collection[str] = IMAGE_EXTENSIONS
+) -> Pair | Skipped:
     """The pair of a sample, or why it is none.
 
     The caption is the `txt`, or else "caption" of the `json`, whose other fields become the
     metadata. Members of other kinds are ignored.
     """
     key, members = sample.key, sample.members
-    images = [data for extension, data in members if extension in IMAGE_EXTENSIONS]
-    texts = dict(member for member in members if member[0] in _TEXT_EXTENSIONS)
+    images = [data for extension, data in members if extension in image_extensions]
+    texts = dict(member for member in members if member[0] in TEXT_EXTENSIONS)
     names = [extension for extension, _ in members]
     if not images:
         return Skipped(key, "no_image", f"found only {', '.join(names)}")

@@ -54,6 +54,15 @@ def test_matches_are_the_closest_pictures(tiny_model, folder):
     np.testing.assert_array_equal(np.asarray(loaded[first.place]), expected)
 
 
+def test_pictures_of_any_depth_are_searched(tiny_model, folder):
+    (folder / "2024" / "may").mkdir(parents=True)
+    (folder / "0.png").rename(folder / "2024" / "may" / "0.png")
+    for path in folder.glob("*.png"):
+        path.unlink()
+    result = search_pictures(tiny_model, list_inputs(str(folder)), ["a dog"], count=3)
+    assert [match.key for match in result.matches["a dog"]] == ["2024/may/0.png"]
+
+
 def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_path):
     image = (folder / "0.png").read_bytes()
     texts = [

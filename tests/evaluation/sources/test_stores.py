@@ -36,10 +36,12 @@ def sets(tmp_path_factory, photos):
         write(f"pictures/{number}.png", photo)
         write(f"voc/JPEGImages/{number}.jpg", photo)
         write(f"birds/images/Blue_Jay/{number}.jpg", photo)
-    for name in ("ant/1.png", "ant/deep/2.PNG", "ant/z.jpg", "wasp/3.png", "wasp/drawn.svg"):
+    for name in ("ant/1.png", "ant/2.PNG", "ant/z.jpg", "wasp/3.png", "wasp/drawn.svg"):
         write(f"classes/{name}", photos[len(name) % 5])
     for name in ("bee_fly/notes.txt", ".hidden/4.png", "wasp/.5.png", "readme.md"):
         write(f"classes/{name}", b"no picture of a class")
+    write("splits/train/ant/0.png", photos[0])
+    write("splits/test/bee/1.png", photos[1])
     rows = [{"image": f"{i}.png", "caption": f"text {i}"} for i in (0, 1, 2, 9)]
     write("captions.json", json.dumps(rows))
     example = {"id": 0, "image_0": "0", "image_1": "1", "caption_0": "a b", "caption_1": "b a"}
@@ -85,6 +87,7 @@ _SOURCES = {
     "clip_benchmark": ("clip_benchmark:{}/multi", {}, 2, 0),
     "clip_benchmark, split": ("clip_benchmark:{}/multi:test", {}, 2, 0),
     "classes": ("{}/classes", {}, 4, 1),
+    "classes of a split": ("{}/splits", {"split": "test"}, 1, 0),
     "sugarcrepe": ("sugarcrepe:{}/add_att.json", {"image_root": "{}/pictures"}, 1, 1),
     "aro": ("aro:{}/relations.json", {"image_root": "{}/pictures"}, 2, 0),
     "table": ("{}/table.csv", {}, 2, 0),
@@ -112,6 +115,8 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
     assert wasps[0].metadata == {"label": 2, "class_name": "wasp"}
     with pytest.raises(ValueError, match="has no option 'image_column'; it has none"):
         open_units(f"{url}/classes", {"image_column": "image"})
+    with pytest.raises(ValueError, match=r"test/bee/1\.png.*split=test"):
+        open_units(f"{url}/splits", {})
     (task,) = parse_tasks(f"datacomp:{url}/evalsets")
     assert (task.name, task.class_names) == ("mnist", ("one", "two"))
     assert task.source == f"clip_benchmark:{url}/evalsets/wds_mnist_test"
