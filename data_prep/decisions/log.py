@@ -5,7 +5,9 @@ The time goes into a file of its own, so that everything else has the same bytes
 Samples are pairs of every outcome to look at: picture, caption, graph, and the text that was
 spotted. They depend on the pairs alone: those of the lowest random rank are chosen, so that the
 choices of shards together are the choice of the whole. Each line of their file has outcome, rank
-and a JSON object, with tabs between.
+and a JSON object, with tabs between. The pairs of the lowest and of the highest scores of a step
+are samples as well, whatever became of them: in the place of the outcome stands "SCORE/lowest" or
+"SCORE/highest".
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import platform
+import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -38,6 +42,7 @@ from diht_jax.storage import files
 
 SECONDS_SUFFIX = ".seconds.json"
 SAMPLES_SUFFIX = ".samples.tsv"
+EXTREMES = {"lowest": 1, "highest": -1}  # of a score; the sign with which it is ranked
 
 _THUMBNAIL = 256  # px of the longer side
 _QUALITY = 80
@@ -59,8 +64,8 @@ class ShardLog:
         self._samples = SampleLog(
             config.samples_per_outcome, pictures, config.seed, config.image.max_pixels
         )
-        scores = [name for step in registry.active_steps(config) for name in step.scores]
-        self._decisions = DecisionWriter(scores)
+        self._scores = [name for step in registry.active_steps(config) for name in step.scores]
+        self._decisions = DecisionWriter(self._scores)
         self._concepts = ConceptLog() if config.concepts else None
         self._label_field = config.label_field
         self._formats: collections.Counter[str] = collections.Counter()
@@ -106,7 +111,7 @@ class ShardLog:
             candidate.values.get("match"),
             evidence,
         )
-        self._samples.add(f"{stage}/{reason}", sample)
+        self._add_sample(f"{stage}/{reason}", sample, candidate)
 
     def keep(self, candidate: Candidate, image_format: str | None = None) -> None:
         """Records a pair that was kept; its image is written in this format."""
@@ -119,7 +124,8 @@ class ShardLog:
             self._concepts.add(find_mentions(candidate.graphs))
         graph = candidate.graphs[0] if candidate.graphs else None
         text = candidate.captions[0]
-        self._samples.add(KEPT, Sample(pair.key, text, pair.image, graph, candidate.spots))
+        sample = Sample(pair.key, text, pair.image, graph, candidate.spots)
+        self._add_sample(KEPT, sample, candidate)
 
     def write(self, output: str) -> dict[str, Any]:
         """Writes the files next to the output.
@@ -148,6 +154,20 @@ class ShardLog:
         }
         files.write_object(output + SECONDS_SUFFIX, seconds)
         return counts
+
+    def _add_sample(self, outcome: str, sample: Sample, candidate: Candidate) -> None:
+        """Takes a pair as a sample of its outcome, and of the ends of each of its scores."""
+        scores = {
+            name: candidate.values[name]
+            for name in self._scores
+            if candidate.values.get(name) is not None
+        }
+        sample = dataclasses.replace(sample, outcome=outcome, scores=scores)
+        self._samples.add(outcome, sample)
+        for name, score in scores.items():
+            if math.isfinite(score):
+                for end, sign in EXTREMES.items():
+                    self._samples.add(f"{name}/{end}", sample, sortable_digits(sign * score))
 
     def _add(self, candidate: Candidate, decided: dict[str, Any]) -> None:
         self._read += 1
@@ -185,6 +205,8 @@ class Sample:
         spots: what the spotter has found.
         match: the spotted text that repeats the caption.
         evidence: for people, what of the pair decided.
+        outcome: what became of it.
+        scores: name -> score, of the steps that gave it one.
     """
 
     key: str
@@ -194,6 +216,8 @@ class Sample:
     spots: Sequence[Spot] = ()
     match: str | None = None
     evidence: str | None = None
+    outcome: str = ""
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class SampleLog:
@@ -213,10 +237,16 @@ class SampleLog:
         self._max_pixels = max_pixels
         self._chosen: dict[str, list[tuple[str, str, Sample]]] = {}
 
-    def add(self, outcome: str, sample: Sample) -> None:
-        """Takes a pair if its rank is low enough, and lets go of the one of the highest rank."""
+    def add(self, outcome: str, sample: Sample, order: str = "") -> None:
+        """Takes a pair if its rank is low enough, and lets go of the one of the highest rank.
+
+        Args:
+            outcome: under which it is written.
+            sample: the pair.
+            order: what ranks it before the random rank.
+        """
         chosen = self._chosen.setdefault(outcome, [])
-        entry = rank(self._seed, sample.key, sample.caption), sample.key
+        entry = order + rank(self._seed, sample.key, sample.caption), sample.key
         place = bisect.bisect(chosen, entry, key=lambda known: known[:2])
         if place >= self._most:
             return
@@ -250,6 +280,9 @@ class SampleLog:
             "match": sample.match,
             **self._shrink(sample.image),
         }
+        if sample.scores:
+            described["scores"] = {name: round(score, 4) for name, score in sample.scores.items()}
+            described["became"] = sample.outcome
         if sample.evidence is not None:
             described["evidence"] = sample.evidence[:_MAX_CHARS]
         if sample.graph is not None and sample.graph.drop_reason is None:
@@ -281,6 +314,12 @@ def rank(seed: int, key: str, text: str) -> str:
     """Random rank of a pair, the same for any order and number of shards."""
     data = f"{seed}\n{key}\n{text}".encode("utf-8", "replace")
     return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def sortable_digits(number: float) -> str:
+    """16 hexadecimal digits that have the order of the numbers."""
+    (bits,) = struct.unpack(">Q", struct.pack(">d", number))
+    return f"{bits ^ (2**64 - 1 if bits >> 63 else 2**63):016x}"
 
 
 def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[str, Any]]]:

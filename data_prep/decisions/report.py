@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.compute as pc
 
 from data_prep.decisions.funnel import Funnel, spell_outcome
-from data_prep.decisions.log import SAMPLES_SUFFIX, SECONDS_SUFFIX, choose_samples
+from data_prep.decisions.log import EXTREMES, SAMPLES_SUFFIX, SECONDS_SUFFIX, choose_samples
 from data_prep.decisions.table import (
     FOLDER,
     KEPT,
@@ -36,12 +36,14 @@ from diht_jax.terminal import escape
 REPORT = "report.json"
 DROPPED = "dropped"
 
+SCORES = {name: words for step in ordered_steps() for name, words in step.scores.items()}
 # Histogram -> lower ends of its bins; the last bin has no upper end.
-BINS: dict[str, tuple[int, ...]] = {
+BINS: dict[str, Sequence[float]] = {
     "complexity": tuple(range(13)),
     "actions": tuple(range(7)),
     "caption_words": tuple(range(0, 37, 2)),
     "image_side": (0, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048),
+    **{name: starts for step in ordered_steps() for name, starts in step.bins.items()},
 }
 NAMES = ("actions", "objects")
 COLUMNS = (
@@ -57,6 +59,7 @@ COLUMNS = (
     "looked",
     "object_names",
     "action_names",
+    *SCORES,  # those that were recorded
 )
 _GROUPED = ("outcome", "reason", "label", "format", "looked")  # of few values each
 
@@ -94,7 +97,7 @@ def gather(
         for batches, stats, times, content in _read_all(outputs):
             waiting.extend(batches)
             if sum(map(len, waiting)) >= _BLOCK_ROWS or len(waiting) >= _BLOCK_PARTS:
-                counts.add(pyarrow.Table.from_batches(waiting).unify_dictionaries())
+                counts.add(_join(waiting))
                 waiting.clear()
             facts.add(stats["counts"])
             for name in ("pairs", "wall_secs", "cpu_secs"):
@@ -106,8 +109,13 @@ def gather(
     most = max(samples_per_outcome, report_samples)
     chosen = choose_samples(read_parts(), most)
     if waiting:
-        counts.add(pyarrow.Table.from_batches(waiting).unify_dictionaries())
+        counts.add(_join(waiting))
     funnel = counts.funnel()
+    scored = {
+        name: {end: chosen.pop(f"{name}/{end}")[:report_samples] for end in EXTREMES}
+        for name in SCORES
+        if f"{name}/lowest" in chosen
+    }
     texts = {
         outcome: [[s["rank"], s["key"], s["caption"]] for s in found[:samples_per_outcome]]
         for outcome, found in chosen.items()
@@ -132,6 +140,7 @@ def gather(
             for outcome, found in chosen.items()
             for sample in found[:report_samples]
         ],
+        "scored": scored,
         "samples_per_outcome": samples_per_outcome,
         "report_samples": report_samples,
         "clean_label": clean_label,
@@ -155,7 +164,7 @@ class Counts:
         }
 
     def add(self, rows: pyarrow.Table) -> None:
-        """Adds rows with the columns `COLUMNS`."""
+        """Adds rows with the columns `COLUMNS`; scores may be missing."""
         grouped = rows.select(_GROUPED).group_by(list(_GROUPED)).aggregate([([], "count_all")])
         groups = zip(*(grouped[name].to_pylist() for name in _GROUPED), strict=True)
         self._groups.update(dict(zip(groups, grouped["count_all"].to_pylist(), strict=True)))
@@ -196,7 +205,7 @@ class Counts:
         Returns:
             histograms: name of `BINS` -> "kept" or "dropped" -> lower end of the bin -> pairs. A
                 pair counts where it was measured: a caption that a gate refused has no complexity,
-                an image that nobody opened has no size.
+                an image that nobody opened has no size, and no pair a score without its step.
             names: "actions" or "objects" -> "kept" or "dropped" -> name -> pairs whose first
                 caption has it, of the most frequent.
             labels: outcome -> label -> pairs, where the config names a label.
@@ -226,6 +235,7 @@ class Counts:
             "actions": rows["actions"],
             "caption_words": words,
             "image_side": pc.min_element_wise(rows["width"], rows["height"]),
+            **{name: rows[name] for name in SCORES if name in BINS and name in rows.column_names},
         }
         for name, values in measured.items():
             numbers = values.drop_null().to_numpy()
@@ -238,6 +248,12 @@ class Counts:
             tables.append(table)
             if sum(map(len, tables)) > _COMPACT_ROWS + 2 * len(tables[0]):
                 self._names[kind, side] = [_sum_names(tables)]
+
+
+def _join(batches: list[pyarrow.RecordBatch]) -> pyarrow.Table:
+    """One table of them; a score that a part did not record is null there."""
+    tables = [pyarrow.Table.from_batches([batch]) for batch in batches]
+    return pyarrow.concat_tables(tables, promote_options="default").unify_dictionaries()
 
 
 def _sum_names(tables: list[pyarrow.Table]) -> pyarrow.Table:

@@ -1,4 +1,4 @@
-"""`report.html` of a filter job: the funnel, histograms, frequent names, and pairs to look at.
+"""`report.html` of a filter job: funnel, histograms, scores, frequent names, pairs to look at.
 
 Everything that the page shows comes from `decisions.report`; its template is `filter.html` of
 `diht_jax.pages`.
@@ -13,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.decisions.funnel import spell_outcome, spell_reason, table_rows
-from data_prep.decisions.report import BINS, DROPPED, NAMES, REPORT, Report, samples_by_outcome
+from data_prep.decisions.log import EXTREMES
+from data_prep.decisions.report import (
+    BINS,
+    DROPPED,
+    NAMES,
+    REPORT,
+    SCORES,
+    Report,
+    samples_by_outcome,
+)
 from data_prep.decisions.table import KEPT
 from data_prep.steps.registry import ordered_steps
 from data_prep.text_spotting.config import describe_counts
@@ -30,7 +39,8 @@ _TITLES = {
 }
 _LISTED = 25  # names of each list
 _SHOWN_SPOTS = 6  # texts under a picture
-_LABELS = 9  # bins of which each has its label
+_LABELS = 10  # that fit under a histogram
+_MOST_BINS = 40
 
 
 def write_report(folder: str | os.PathLike[str], report: Report) -> None:
@@ -65,9 +75,10 @@ def render_report(report: Report, path: str | None = None) -> str:
         worker_rate=_rate(seconds.get("pairs", 0) / max(wall_secs, 1e-9)),
         plots=[
             (_TITLES[name], *_plot(BINS[name], histograms[name]))
-            for name in BINS
+            for name in _TITLES
             if any(histograms[name].values())
         ],
+        scores=_score_sections(report),
         names=_names(report["measures"]["names"]),
         outcomes=pairs_to_show(report),
         versions=[f"{name} {' and '.join(of)}" for name, of in report["versions"].items()],
@@ -127,7 +138,9 @@ def pairs_to_show(report: Report, most: int | None = None) -> list[tuple[str, li
 
 def _describe(sample: Mapping[str, Any]) -> dict[str, Any]:
     read = [(text, confidence) for _, text, confidence in sample["spots"] if text is not None]
-    described = dict(sample) | {"read": read[:_SHOWN_SPOTS]}
+    described = dict(sample) | {"read": read[:_SHOWN_SPOTS], "became": None}
+    if "became" in sample:
+        described["became"] = spell_outcome(sample["became"])
     if sample["image"] is not None:
         width, height = sample["size"]
         # Narrow enough for the height of a tall picture to stay in bounds.
@@ -152,29 +165,82 @@ def _rate(per_sec: float) -> str:
 
 
 def _plot(
-    starts: Sequence[int], outcomes: Mapping[str, Mapping[str, int]]
+    starts: Sequence[float], outcomes: Mapping[str, Mapping[str, int]]
 ) -> tuple[list[dict[str, Any]], int]:
     """The bins of a histogram, and the highest count."""
-    bins = []
-    for i, start in enumerate(starts):
-        is_last = i + 1 == len(starts)
-        is_labelled = len(starts) <= _LABELS or i % 2 == 0 or is_last
-        bins.append(
+    found = [
+        (start, end, *(outcomes[side].get(str(start), 0) for side in (KEPT, DROPPED)))
+        for start, end in itertools.zip_longest(starts, starts[1:])
+    ]
+    first = 0
+    if len(found) > _MOST_BINS:
+        found, first = _join_bins(found)
+    stride = next(n for n in (1, 2, 5) if len(found) <= n * _LABELS)
+    bins = [
+        {
+            "name": _bin_name(start, end),
+            "kept": kept,
+            "dropped": dropped,
+            "label": "" if number % stride else f"{start:g}{'+' if end is None else ''}",
+        }
+        for number, (start, end, kept, dropped) in enumerate(found, first)
+    ]
+    return bins, max(kept + dropped for _, _, kept, dropped in found)
+
+
+def _join_bins(bins: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], int]:
+    """Some bins as one, so that few are left between the first and the last with pairs.
+
+    Returns:
+        The joined bins between these, and the number of the first of them.
+    """
+    filled = [number for number, (_, _, *counts) in enumerate(bins) if any(counts)]
+    for size in (1, 2, 5, 10, 20, 50):
+        first, last = filled[0] // size, filled[-1] // size
+        if last - first < _MOST_BINS:
+            break
+    joined = []
+    for number in range(first, last + 1):
+        starts, ends, kept, dropped = zip(*bins[size * number : size * (number + 1)], strict=True)
+        joined.append((starts[0], ends[-1], sum(kept), sum(dropped)))
+    return joined, first
+
+
+def _bin_name(start: float, end: float | None) -> str:
+    if end is None:
+        return f"{start:g} and more"
+    if isinstance(start, int):
+        return str(start) if end - 1 == start else f"{start} to {end - 1}"
+    return f"{start:g} to {end:g}"
+
+
+def _score_sections(report: Report) -> list[dict[str, Any]]:
+    """Of each score its histogram, how many pairs are below some values, and both ends."""
+    sections = []
+    for name, ends in report.get("scored", {}).items():
+        outcomes = report["measures"]["histograms"].get(name)
+        has_bins = outcomes is not None and any(outcomes.values())
+        sections.append(
             {
-                "name": _bin_name(starts, i),
-                "kept": outcomes[KEPT].get(str(start), 0),
-                "dropped": outcomes[DROPPED].get(str(start), 0),
-                "label": f"{start}{'+' if is_last else ''}" if is_labelled else "",
+                "title": SCORES[name],
+                "plot": (f"Pairs by {name}", *_plot(BINS[name], outcomes)) if has_bins else None,
+                "shares": _shares_below(BINS[name], outcomes) if has_bins else [],
+                "ends": [(end, list(map(_describe, ends[end]))) for end in EXTREMES],
             }
         )
-    return bins, max(found["kept"] + found["dropped"] for found in bins)
+    return sections
 
 
-def _bin_name(starts: Sequence[int], i: int) -> str:
-    if i + 1 == len(starts):
-        return f"{starts[i]} and more"
-    last = starts[i + 1] - 1
-    return str(starts[i]) if last == starts[i] else f"{starts[i]} to {last}"
+def _shares_below(
+    starts: Sequence[float], outcomes: Mapping[str, Mapping[str, int]]
+) -> list[tuple[float, float]]:
+    """(value, share of the pairs below it), for shares next to a tenth, a half and nine tenths."""
+    counts = [
+        sum(outcomes[side].get(str(start), 0) for side in (KEPT, DROPPED)) for start in starts
+    ]
+    below = [count / sum(counts) for count in itertools.accumulate(counts, initial=0)]
+    nearest = [min(range(len(starts)), key=lambda i: abs(below[i] - q)) for q in (0.1, 0.5, 0.9)]
+    return [(starts[i], below[i]) for i in dict.fromkeys(nearest)]
 
 
 def _names(names: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[tuple[str, list]]:

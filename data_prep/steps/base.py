@@ -149,6 +149,7 @@ class Step:
             where tables are filtered without images (`config.metadata_only`).
         reasons: why it drops pairs -> the words for people, in the order in which it asks.
         scores: columns of numbers that it adds to the decisions -> the words for people.
+        bins: score -> lower ends of the bins of its histogram, at even distances.
         limits: settings that only `decide` reads; a replay may change them.
         timer: its name among the times; None for `name`.
         section: its section of the config, if it has one; hashed only where the step is active.
@@ -161,6 +162,7 @@ class Step:
     reads: ClassVar[tuple[str, ...]] = ("caption",)
     reasons: ClassVar[Mapping[str, str]]
     scores: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
+    bins: ClassVar[Mapping[str, Sequence[float]]] = types.MappingProxyType({})
     limits: ClassVar[tuple[str, ...]] = ()
     timer: ClassVar[str | None] = None
     section: ClassVar[str | None] = None

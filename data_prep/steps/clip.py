@@ -33,6 +33,7 @@ class ClipStep(Step):
     reads = ("caption", "image")
     reasons = {"low_score": "CLIP score"}
     scores = {SCORE: "CLIP score of the best caption"}
+    bins = {SCORE: tuple(hundredth / 100 for hundredth in range(-100, 101))}
     limits = ("min_score",)
     section = "clip"
     not_hashed = ("batch_size", "quantile", "scores")  # the limit they lead to is min_score

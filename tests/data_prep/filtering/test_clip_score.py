@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.decisions.report import read_report
+from data_prep.decisions.report import merge_reports, read_report
 from data_prep.decisions.table import SUFFIX, read_decisions
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
+from data_prep.reports.page import render_report
 from data_prep.steps import clip
 from diht_jax import load_model
 from tests import make
@@ -76,6 +77,51 @@ def expected(weights, pictures):
 def test_scores_are_those_of_the_model_and_all_are_kept(scored, expected):
     np.testing.assert_allclose(_read_scores(scored), expected, atol=1e-5)
     assert len(read_records(scored)) == len(_CAPTIONS)
+
+
+def test_the_report_shows_the_pairs_of_the_lowest_and_of_the_highest_scores(scored, expected):
+    found = read_report(scored)["scored"][clip.SCORE]
+    order = [str(number) for number in np.argsort(expected)]
+    assert [sample["key"] for sample in found["lowest"]] == order
+    assert [sample["key"] for sample in found["highest"]] == order[::-1]
+    shown = [sample["scores"][clip.SCORE] for sample in found["lowest"]]
+    np.testing.assert_allclose(shown, sorted(expected), atol=1e-4)
+    assert {sample["became"] for sample in found["lowest"]} == {"kept"}
+
+
+def test_the_histogram_of_scores_counts_every_pair_in_its_bin(scored, expected):
+    found = read_report(scored)["measures"]["histograms"][clip.SCORE]
+    hundredths = np.floor(np.array(expected) * 100) / 100
+    starts, counts = np.unique(hundredths, return_counts=True)
+    assert found["dropped"] == {}
+    assert {float(start): pairs for start, pairs in found["kept"].items()} == dict(
+        zip(starts.tolist(), counts.tolist(), strict=True)
+    )
+
+
+def test_a_pair_with_a_low_score_is_shown_with_what_became_of_it(
+    scored, source, weights, expected, tmp_path
+):
+    limit = float(np.median(expected))
+    config = job_config(source, tmp_path / "out", clip__model=str(weights), clip__min_score=limit)
+    config.report_samples = 2
+    assert run_filter(config) == {}
+    report = merge_reports([tmp_path / "out", scored])
+    order = [str(number) for number in np.argsort(expected)]
+    lowest = report["scored"][clip.SCORE]["lowest"]
+    shown = {(sample["key"], sample["became"]) for sample in lowest}
+    assert shown == {(order[0], "clip/low_score"), (order[0], "kept")}
+    page = render_report(report)
+    assert "The lowest" in page
+    assert f"clip_score <b>{min(expected):.3f}</b>" in page
+
+
+def test_parts_without_scores_join_those_with(scored, source, tmp_path):
+    assert run_filter(job_config(source, tmp_path / "out")) == {}
+    report = merge_reports([tmp_path / "out", scored])
+    counted = report["measures"]["histograms"]
+    assert sum(counted[clip.SCORE]["kept"].values()) == len(_CAPTIONS)
+    assert sum(counted["caption_words"]["kept"].values()) == 2 * len(_CAPTIONS)
 
 
 def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expected, tmp_path):
