@@ -74,7 +74,7 @@ def default_config() -> ml_collections.ConfigDict:
     # Failed input shards that the output is written without: a share below 1 (0: none; else one
     # at least), or a number.
     c.max_failed_shards = 0.01
-    # So many inputs of a finished folder may be gone or replaced without --overwrite.
+    # Inputs of a finished folder that may be gone or replaced without --overwrite; as above.
     c.max_changed_shards = 0.01
     c.samples_per_outcome = 50  # examples in the statistics, to look at
     c.report_samples = 8  # examples of each outcome in the report, with pictures

@@ -71,6 +71,7 @@ def run(
         plan.forget_output(job.folder)
     _remove_half_written(job)
     failures = filter_parts(job, pending)
+    done |= failures.made
     result, missing = _finish(job, failures, done, has_begun=bool(pending))
     if missing:
         again = _filter_again(job, missing)
@@ -127,9 +128,12 @@ def _finish(
             print_escaped(f"{job.folder}: another job has written the output")
             return with_output(failures, merged.get("failed", ())), []
         found = survey(job.tasks, known)
-        if is_unfinished(job.config.max_failed_shards, found, len(job.tasks)):
+        is_alone = len(job.mine) == len(job.tasks)
+        if is_unfinished(
+            job.config.max_failed_shards, found, len(job.tasks), has_other_jobs=not is_alone
+        ):
             _report_unfinished(job, found)
-            return failures, []
+            return Failures(_find_removed(job, found) | failures), []
         if job.is_resharded:
             not_made, missing = _write_resharded(job, found)
             if missing or not_made:
@@ -137,6 +141,13 @@ def _finish(
         else:
             _write_parts(job, found)
         return with_output(failures, found.failed), []
+
+
+def _find_removed(job: Job, found: Survey) -> dict[str, str]:
+    """Inputs of this job whose parts are not there any more, with the reason."""
+    mine = {task.output for task in job.mine}
+    error = "what was made of it was removed while the filter ran; run the command again"
+    return {str(task.source): error for task in found.waiting if task.output in mine}
 
 
 def _report_unfinished(job: Job, found: Survey) -> None:

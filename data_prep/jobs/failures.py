@@ -7,12 +7,13 @@ job of an array knows that nobody works on it. A later run tries it again.
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 
-from data_prep.jobs import shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.engine import run_pending
 from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask, trim_stats
 from diht_jax.storage import files
@@ -27,9 +28,11 @@ class Failures(dict[str, str]):
 
     Attributes:
         output_written: whether the output is there nevertheless, without them.
+        made: output -> statistics of the shards that `run_noting_failures` has made.
     """
 
     output_written: bool = False
+    made: Mapping[str, dict[str, Any]] = types.MappingProxyType({})
 
     @property
     def exit_status(self) -> int:
@@ -45,13 +48,13 @@ class Survey(NamedTuple):
     Attributes:
         parts: tasks that are done, with their statistics (not read while others are waited for).
         failed: "source" and "error" of each task that failed when it was last tried.
-        waiting: tasks that are neither.
+        waiting: tasks that are neither, as far as their files tell.
         failed_tasks: those of `failed`.
     """
 
     parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]
     failed: list[dict[str, str]]
-    waiting: int
+    waiting: Sequence[ShardTask]
     failed_tasks: list[ShardTask]
 
 
@@ -61,24 +64,27 @@ def check_limit(name: str, limit: float) -> None:
         raise ValueError(f"config.{name}={limit}; expected a share below 1, or a number of shards")
 
 
-def allowed_number(limit: float, total: int) -> int:
-    """The number of shards that a limit allows; it is a share (below 1) or a number."""
-    return int(limit * total + 1e-9) if limit < 1 else int(limit)
+def allowed_number(limit: float, total: int, *, one_of_a_few: bool = True) -> int:
+    """The number of shards that a limit allows: a number, or a share (below 1) of them.
 
-
-def allowed_failures(limit: float, total: int) -> int:
-    """The number of input shards that may fail: `allowed_number`, and one of several at least.
-
-    One percent of fewer than 100 shards is none, and one bad tar would hold up all others.
+    Args:
+        limit: at least 0.
+        total: number of all shards.
+        one_of_a_few: a share above 0 allows one of several at least: one percent of fewer than 100
+            shards is none, and one bad tar would hold up all others.
     """
-    least = 1 if limit > 0 and total > 1 else 0
-    return max(least, allowed_number(limit, total))
+    least = 1 if one_of_a_few and limit > 0 and total > 1 else 0
+    return max(least, int(limit * total + 1e-9)) if limit < 1 else int(limit)
 
 
 def run_noting_failures(
     function: Any, pending: Sequence[ShardTask], options: Mapping[str, Any]
 ) -> Failures:
-    """Like `run_pending`, and notes what failed next to the outputs, until it succeeds."""
+    """Like `run_pending`, and notes what failed next to the outputs, until it succeeds.
+
+    A shard whose input has changed since it was read is made again. One whose input changes once
+    more has failed.
+    """
     if not pending:
         return Failures()
     notes = set(files.list_names(pending[0].output.rpartition("/")[0], _is_note))
@@ -86,6 +92,21 @@ def run_noting_failures(
         if os.path.basename(task.output) + FAILED_SUFFIX in notes:
             files.remove(task.output + FAILED_SUFFIX)
     failures = Failures(run_pending(function, pending, **options))
+    failures.made, changed = _compare_inputs(pending)
+    if changed:
+        for task in changed:
+            logging.warning(
+                "%s has changed since it was read: its shard is made again", task.source
+            )
+        failures.update(run_pending(function, changed, **options))
+        made_again, changed = _compare_inputs(changed)
+        failures.made |= made_again
+        for task in changed:
+            files.remove(task.stats_path)
+            failures[str(task.source)] = (
+                "it changed whenever it had been read; wait until nothing writes to it any more, "
+                "and run the command again"
+            )
     for task in pending if failures else ():
         error = failures.get(str(task.source))
         if error is not None:
@@ -95,6 +116,20 @@ def run_noting_failures(
             except OSError as refused:  # without it, other jobs take the shard for waiting
                 logging.error("that %s failed could not be noted: %s", task.source, refused)
     return failures
+
+
+def _compare_inputs(
+    tasks: Sequence[ShardTask],
+) -> tuple[dict[str, dict[str, Any]], list[ShardTask]]:
+    """Statistics, by output, of the tasks whose inputs are those that were read; and the others."""
+    fingerprint.forget_linked()
+    made, changed = {}, []
+    for task, stats, change in shards.check_all(tasks):
+        if change is not None:
+            changed.append(task)
+        elif stats is not None:
+            made[task.output] = trim_stats(stats)
+    return made, changed
 
 
 def _is_note(name: str) -> bool:
@@ -121,20 +156,33 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
             there.append(task)
         elif name + FAILED_SUFFIX in present:
             failed_tasks.append(task)
-    failed = [shards.read_json(task.output + FAILED_SUFFIX) for task in failed_tasks]
-    waiting = len(tasks) - len(there) - len(failed)
+    failed = [_read_note(task) for task in failed_tasks]
+    known_names = {task.output for task in (*there, *failed_tasks)}
+    waiting = [task for task in tasks if task.output not in known_names]
     if not waiting:
         unread = [task for task in there if task.output not in known]
         for task, stats, change in shards.check_all(unread):
             if stats is not None and change is None:
                 known[task.output] = trim_stats(stats)
-        done = [task for task in there if task.output in known]
-        waiting, there = len(there) - len(done), done
+        waiting = [task for task in there if task.output not in known]
+        there = [task for task in there if task.output in known]
     parts = [(task, known.get(task.output, {})) for task in there]
     return Survey(parts, failed, waiting, failed_tasks)
 
 
-def is_unfinished(limit: float, found: Survey, total: int, participle: str = "done") -> bool:
+def _read_note(task: ShardTask) -> dict[str, str]:
+    note = files.read_object(task.output + FAILED_SUFFIX) or {}
+    return {"source": str(task.source), "error": "it failed, and the note of it is damaged"} | note
+
+
+def is_unfinished(
+    limit: float,
+    found: Survey,
+    total: int,
+    participle: str = "done",
+    *,
+    has_other_jobs: bool = True,
+) -> bool:
     """Tells whether no output can be written yet; prints why, or which shards are left out.
 
     Args:
@@ -142,13 +190,14 @@ def is_unfinished(limit: float, found: Survey, total: int, participle: str = "do
         found: of all tasks of a stage.
         total: number of all input shards.
         participle: what is done to a shard.
+        has_other_jobs: whether other jobs may make what is missing.
     """
-    num_done, failed, allowed = len(found.parts), len(found.failed), allowed_failures(limit, total)
-    num_tasks = num_done + failed + found.waiting
+    num_done, failed, allowed = len(found.parts), len(found.failed), allowed_number(limit, total)
+    num_tasks = num_done + failed + len(found.waiting)
     if found.waiting:
         print_escaped(
-            f"{num_done} of {num_tasks} shards are {participle}; run the command again, or wait "
-            "for the other jobs"
+            f"{num_done} of {num_tasks} shards are {participle}; run the command again"
+            + (", or wait for the other jobs" if has_other_jobs else "")
         )
         return True
     if failed > allowed:

@@ -159,7 +159,7 @@ class Heads:
             before.get(name, "") not in (None, now.get(name, "")) for name in before | now
         )
         limit = self._config.heads.max_changed_shards
-        allowed = allowed_number(limit, len(before))
+        allowed = allowed_number(limit, len(before), one_of_a_few=False)
         if changed:
             logging.info(
                 "heads: %d of %d shards are others than when they were trained, and "

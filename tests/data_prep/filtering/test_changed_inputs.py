@@ -112,6 +112,84 @@ def test_the_jobs_of_an_array_together_replace_no_more_than_one_job_would(
     assert filtered == ["00003.tar", "00004.tar"]
 
 
+def _after(count: int, change, monkeypatch) -> None:
+    """Calls `change` once, when so many parts are there."""
+    real, made = filter_job.filter_shard, []
+
+    def filter_shard(task, report, **keywords):
+        result = real(task, report, **keywords)
+        made.append(task)
+        if len(made) == count:
+            change()
+        return result
+
+    monkeypatch.setattr(filter_job, "filter_shard", filter_shard)
+
+
+def test_an_input_that_changes_while_the_filter_runs_is_filtered_again(
+    tmp_path, filtered, monkeypatch
+):
+    source, output = write_tars(tmp_path / "in", 20, pairs_per_tar=1), tmp_path / "out"
+
+    def change() -> None:
+        _add(tmp_path / "in", "00001.tar", like="00002.tar")
+
+    _after(3, change, monkeypatch)
+    config = job_config(source, output, keep_parts=True)
+    assert run_filter(config) == {}
+    assert filtered.count("00001.tar") == 2 and len(filtered) == 21
+    run_filter(job_config(source, tmp_path / "fresh", keep_parts=True))
+    assert snapshot(output) == snapshot(tmp_path / "fresh")
+    assert "00001-2-0" in (output / "kept_keys.txt").read_text().split()
+
+
+def test_an_input_that_changes_whenever_it_was_read_fails(tmp_path, monkeypatch):
+    source, output = write_tars(tmp_path / "in", 3, pairs_per_tar=1), tmp_path / "out"
+    restless = tmp_path / "in" / "00001.tar"
+    real = filter_job.filter_shard
+
+    def filter_shard(task, report, **keywords):
+        result = real(task, report, **keywords)
+        if task.source.path == str(restless):
+            os.utime(restless, ns=(0, restless.stat().st_mtime_ns + 10**9))
+        return result
+
+    monkeypatch.setattr(filter_job, "filter_shard", filter_shard)
+    failures = run_filter(job_config(source, output, max_failed_shards=0))
+    assert list(failures) == [str(restless)] and failures.exit_status == 1
+    monkeypatch.setattr(filter_job, "filter_shard", real)
+    assert run_filter(job_config(source, output, max_failed_shards=0)) == {}
+    assert len(read_records(output)) == 3
+
+
+def test_parts_that_are_removed_while_the_filter_runs_are_an_error(tmp_path, monkeypatch, capsys):
+    source, output = write_tars(tmp_path / "in", 3, pairs_per_tar=1), tmp_path / "out"
+
+    def change() -> None:
+        for path in (output / "parts").glob("*"):
+            path.unlink()
+
+    _after(2, change, monkeypatch)
+    config = job_config(source, output)
+    failures = run_filter(config)
+    assert list(failures) == [str(tmp_path / "in" / f"0000{i}.tar") for i in (0, 1)]
+    assert failures.exit_status == 1
+    assert "other jobs" not in capsys.readouterr().out
+    assert run_filter(config) == {}
+    assert len(read_records(output)) == 3
+
+
+def test_a_share_allows_one_of_a_few_inputs_to_be_replaced(tmp_path, filtered):
+    source, output = write_tars(tmp_path / "in", 5, pairs_per_tar=1), tmp_path / "out"
+    run_filter(job_config(source, output))
+    filtered.clear()
+    _add(tmp_path / "in", "00003.tar", like="00001.tar")
+    with pytest.raises(ValueError, match="config.max_changed_shards=0 allows 0"):
+        run_filter(job_config(source, output, max_changed_shards=0))
+    assert run_filter(job_config(source, output, max_changed_shards=0.01)) == {}
+    assert filtered == ["00003.tar"]
+
+
 def test_other_output_shards_are_copied_and_a_kill_while_they_are_loses_nothing(
     tmp_path, filtered, monkeypatch
 ):
