@@ -129,28 +129,39 @@ def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
     return held
 
 
-class HashingWriter:
-    """Hashes the records on their way to a writer; the hash is the same for every format."""
+class RecordHash:
+    """A hash of records in their order; it is the same for every format."""
 
-    def __init__(self, writer: RecordWriter):
-        """Hands on to `writer`, which the caller closes."""
-        self.path = writer.path
-        self._writer = writer
+    def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
 
-    def write(self, data: bytes) -> None:
-        """Appends one record."""
-        self._writer.write(data)
+    def update(self, data: bytes) -> None:
+        """Takes one record."""
         self._hash.update(len(data).to_bytes(8, "little"))
         self._hash.update(data)
-
-    def __len__(self) -> int:
-        """Records written so far."""
-        return len(self._writer)
 
     def digest(self) -> str:
         """Hash of all records so far."""
         return self._hash.hexdigest()
+
+
+class HashingWriter(RecordHash):
+    """Hashes the records on their way to a writer."""
+
+    def __init__(self, writer: RecordWriter):
+        """Hands on to `writer`, which the caller closes."""
+        super().__init__()
+        self.path = writer.path
+        self._writer = writer
+
+    def write(self, data: bytes) -> None:
+        """Appends one record."""
+        self._writer.write(data)
+        self.update(data)
+
+    def __len__(self) -> int:
+        """Records written so far."""
+        return len(self._writer)
 
 
 def finish_task(

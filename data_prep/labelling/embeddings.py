@@ -90,15 +90,22 @@ class ShardEmbeddings:
             yield encode_features({_KEY: encode_key(key), **value})
 
 
-def load_embeddings(path: str) -> ShardEmbeddings:
+def load_embeddings(task: shards.ShardTask, copies: LocalCopies | None = None) -> ShardEmbeddings:
     """Reads the embeddings of one shard.
 
+    Args:
+        task: that has made them.
+        copies: where a copy may be.
+
     Raises:
-        ValueError: the file is missing or damaged.
+        ValueError: the file is missing, damaged, or not the one that was written.
     """
+    path = (copies and copies.find(task.output)) or task.output
     keys, results, dtype = [], [], DTYPES[0]
+    hashed = shards.RecordHash()
     try:
         for data in read_records(path):
+            hashed.update(data)
             features = decode_features(data)
             keys.append(decode_key(features[_KEY]))
             if _MISSING in features:
@@ -107,10 +114,12 @@ def load_embeddings(path: str) -> ShardEmbeddings:
             dtype = next((name for name in DTYPES if _EMBEDDING + name in features), dtype)
             little_endian = np.dtype(dtype).newbyteorder("<")
             results.append(np.frombuffer(features[_EMBEDDING + dtype], little_endian))
+        if hashed.digest() != shards.read_json(task.stats_path)["output"]["digest"]:
+            raise ValueError("its records are not those that were written")
         return ShardEmbeddings(keys, results, dtype)
     except StorageError:  # the file may be good
         raise
-    except (FileNotFoundError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not a whole file of embeddings ({error}); delete it and run data_prep.label "
             "again"

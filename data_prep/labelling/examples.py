@@ -113,7 +113,7 @@ def gather_examples(
     vectors: tuple[list, list] = ([], [])
     targets = tuple({part.kind: [] for part in vocabulary} for _ in range(2))
     for task in embedded:
-        found = load_embeddings((copies and copies.find(task.output)) or task.output)
+        found = load_embeddings(task, copies)
         key_hashes = hash_keys(found.keys)
         held_out = is_held_out(key_hashes, settings.held_out, config.seed)
         rank = key_ranks(key_hashes, 2 * config.seed + _SAMPLE)

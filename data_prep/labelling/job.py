@@ -59,8 +59,8 @@ from diht_jax.records.labels.shards import CLIP_EMBEDDINGS, LABELS, ShardIdentit
 from diht_jax.storage import files, locks
 from diht_jax.terminal import print_escaped
 
-_LABELS_VERSION = 2
-_CLIPS_VERSION = 2
+_LABELS_VERSION = 3
+_CLIPS_VERSION = 3
 
 
 def run(

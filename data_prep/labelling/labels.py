@@ -42,7 +42,7 @@ from diht_jax.records.formats.registry import open_writer
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.labels.clip_embeddings import ClipFacts
 from diht_jax.records.labels.concepts import NO_CONCEPTS, Concepts, encode_label, id_dtype
-from diht_jax.records.labels.shards import LabelShard, describe_labels
+from diht_jax.records.labels.shards import LabelShard, describe_labels, seal
 from diht_jax.records.schema import CONCEPT_FIELDS, Record, decode_record, encode_record
 from diht_jax.records.vocabulary import KINDS, STATS_KEY
 from diht_jax.storage import files
@@ -78,10 +78,8 @@ def label_shard(
     Raises:
         ValueError: the embeddings are of other records, or of another size than the heads take.
     """
-    path, records_copy = task.embedding.output, None
-    if copies is not None:
-        path, records_copy = copies.find(path) or path, copies.find(task.source.path)
-    _write_labels(task, report, load_embeddings(path), settings, records_copy)
+    records_copy = None if copies is None else copies.find(task.source.path)
+    _write_labels(task, report, load_embeddings(task.embedding, copies), settings, records_copy)
 
 
 def embed_and_label(
@@ -137,8 +135,9 @@ def _write_labels(
             if shard[1] != len(found.keys):
                 difference = f"{shard[1]} records, and there are {len(found.keys)} embeddings"
                 raise _of_others(task, difference)
-            for key, concepts in zip(found.keys, predicted, strict=True):
-                writer.write(encode_label(key, concepts, ids_type))
+            for number, key in enumerate(found.keys):
+                label = encode_label(seal(shard, number, key), predicted[number], ids_type)
+                writer.write(label)
             report(len(found.keys))
             return counts | {"shard": shard}
         records = map(decode_record, read_records(records_copy)) if records_copy else None
@@ -217,7 +216,8 @@ def embed_by_clips(
             is_missing = isinstance(result, str)
             if is_missing:
                 missing[result] += 1
-            writer.write(facts.encode(record.key, None if is_missing else result))
+            sealed = seal(shard, len(writer), record.key)
+            writer.write(facts.encode(record.key, sealed, None if is_missing else result))
         if len(writer) != shard[1]:
             raise ValueError(f"{source}: {len(writer)} records, expected {shard[1]}")
         embedded = len(writer) - missing.total()

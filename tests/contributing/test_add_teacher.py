@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
+from data_prep.jobs.shards import ShardTask
 from data_prep.label import run_label
 from data_prep.labelling.embeddings import load_embeddings
 from data_prep.teachers import registry
 from diht_jax.config import load_recipe
+from diht_jax.readers.registry import SourceShard
 from diht_jax.records.schema import decode_record
 from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.records.vocabulary import read_vocabulary
@@ -67,7 +69,8 @@ def test_labels_of_mean_colors(tmp_path):
     (path,) = output.glob("embeddings/*.tfrecord")
     # The pictures have the teacher's size, so that nothing is resized; small integers are exact in
     # float16.
-    np.testing.assert_array_equal(load_embeddings(path).embeddings, expected)
+    task = ShardTask(SourceShard("tfrecord", str(kept)), str(path), config_hash="")
+    np.testing.assert_array_equal(load_embeddings(task).embeddings, expected)
     vocabulary = read_vocabulary(output)
     assert sorted(vocabulary.attributes.names) == sorted(_COLORS)
     for i, data in enumerate(TFRecordSource(output)):

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from diht_jax.data.index import update_index
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.formats.registry import open_source
+from diht_jax.records.labels.clip_embeddings import ClipFacts
 from diht_jax.records.labels.concepts import Concepts, encode_label, id_dtype
 from diht_jax.records.labels.shards import (
+    CLIP_EMBEDDINGS,
+    LABELS,
     LabelShard,
     describe_labels,
     label_shard_name,
     relative_input,
+    seal,
 )
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.records.vocabulary import Vocabulary, write_vocabulary
@@ -34,23 +41,51 @@ def write_labels(
         labels: of each record, the objects and the attributes.
         vocabulary: what the ids mean.
     """
+    described = vocabulary.describe()
+
+    def encode(index: int, key: str, sealed: int) -> bytes:
+        return encode_label(sealed, labels[index], id_dtype(described))
+
     folder = pathlib.Path(folder)
-    (folder / "labels").mkdir(parents=True)
+    _write_shards(folder, LABELS, records, encode, vocabulary=described)
+    write_vocabulary(folder, vocabulary)
+    return folder
+
+
+def write_clip_embeddings(
+    folder: pathlib.Path, records: pathlib.Path, facts: ClipFacts, vectors: np.ndarray
+) -> None:
+    """Adds embeddings of CLIP teachers to a folder: of n records, [n, views + 1, D]."""
+
+    def encode(index: int, key: str, sealed: int) -> bytes:
+        return facts.encode(key, sealed, vectors[index])
+
+    _write_shards(folder, CLIP_EMBEDDINGS, records, encode, facts=facts.describe())
+
+
+def _write_shards(
+    folder: pathlib.Path,
+    kind: str,
+    records: str | pathlib.Path,
+    encode: Callable[[int, str, int], bytes],
+    vocabulary: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Writes shards of what `encode` makes of the number, key and seal of each record."""
+    (folder / kind).mkdir(parents=True)
     source = open_source(str(records))
-    described, shards, index = vocabulary.describe(), [], 0
+    shards, index = [], 0
     for identity, length in zip(
         fingerprint_records(source).shards, source.shard_lengths.tolist(), strict=True
     ):
         name, digest = label_shard_name(identity[0]), hashlib.sha256()
-        with TFRecordWriter(folder / "labels" / name) as writer:
-            for _ in range(length):
+        with TFRecordWriter(folder / kind / name) as writer:
+            for number in range(length):
                 key = source.decode(source[index]).key
-                data = encode_label(key, labels[index], id_dtype(described))
+                data = encode(index, key, seal(identity, number, key))
                 writer.write(data)
                 digest.update(data)
                 index += 1
         shards.append(LabelShard(name, digest.hexdigest()[:16], identity))
-    stated = describe_labels(shards, [relative_input(str(records), str(folder))])
-    update_index(str(folder / "labels"), vocabulary=described, labels=stated)
-    write_vocabulary(folder, vocabulary)
-    return folder
+    stated = describe_labels(shards, [relative_input(str(records), str(folder))], facts)
+    update_index(str(folder / kind), vocabulary=vocabulary, labels=stated)

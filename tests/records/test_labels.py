@@ -20,7 +20,14 @@ from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.records.format import DamagedRecordError
+from diht_jax.records.format import read_records as read_tfrecords
 from diht_jax.records.formats.registry import open_writer
+from diht_jax.records.labels.clip_embeddings import (
+    ClipFacts,
+    ClipTeacher,
+    Crops,
+    decode_embedded,
+)
 from diht_jax.records.labels.concepts import (
     NO_CONCEPTS,
     decode_joined,
@@ -29,7 +36,14 @@ from diht_jax.records.labels.concepts import (
     id_dtype,
     open_labels,
 )
-from diht_jax.records.labels.shards import find_inputs, relative_input
+from diht_jax.records.labels.shards import (
+    CLIP_EMBEDDINGS,
+    Label,
+    find_inputs,
+    open_label_records,
+    relative_input,
+    seal,
+)
 from diht_jax.records.schema import CONCEPT_FIELDS, encode_record
 from diht_jax.records.vocabulary import (
     ConceptList,
@@ -38,7 +52,8 @@ from diht_jax.records.vocabulary import (
     write_vocabulary,
 )
 from diht_jax.storage.stores import open_system
-from tests.records.labels import write_labels
+from tests.make import write_records
+from tests.records.labels import write_clip_embeddings, write_labels
 from tests.training.conftest import colored_square
 
 LENGTHS = (9, 1, 9)
@@ -47,6 +62,7 @@ VOCABULARY = Vocabulary(
     ConceptList("attributes", ("bright", "dull", "red"), (1, 1, 1)),
 )
 SIZES = (5, 3)
+FACTS = ClipFacts((ClipTeacher("clip", "f", 6, 16, 100.0),), Crops(0, (0.9, 1.0), 0), "int8")
 NAMES = [name for names in CONCEPT_FIELDS for name in names]
 
 
@@ -200,9 +216,11 @@ def test_ten_of_each_kind_take_120_bytes(tmp_path, size, num_bytes):
     path = tmp_path / "labels.tfrecord"
     with open_writer(path) as writer:
         for number in range(100):
-            writer.write(encode_label(f"key {number}", [(ids, probs)] * 2, ids_type))
+            writer.write(encode_label(number, [(ids, probs)] * 2, ids_type))
     assert path.stat().st_size == 100 * num_bytes
-    found = decode_label(encode_label("k", [(ids, probs), NO_CONCEPTS], ids_type), "k")
+    shard = ("train-00000.tfrecord", 1, 2, "0" * 16)
+    data = encode_label(seal(shard, 0, "k"), [(ids, probs), NO_CONCEPTS], ids_type)
+    found = decode_label(Label(data, "labels.tfrecord", shard, 0), "k")
     assert found[0][0].tolist() == ids.tolist() and found[1][0].size == 0
 
 
@@ -259,17 +277,49 @@ def test_a_damaged_label_is_an_error_or_a_record_that_is_skipped(folders, tmp_pa
     assert skipped == 8  # once in each epoch
 
 
-def test_labels_of_other_shards_are_noticed(folders, tmp_path):
-    """Two shards of labels of one size are exchanged; the index cannot tell."""
-    folder = shutil.copytree(folders / "labels", tmp_path / "labels")
-    first, last = (folder / f"labels/squares-0000{n}.tfrecord" for n in (0, 2))
+@pytest.fixture(scope="module")
+def equal_keys(tmp_path_factory):
+    """Two shards of records that all have one key; labels, and embeddings of a CLIP, of these."""
+    folder = tmp_path_factory.mktemp("equal_keys")
+    records = [dataclasses.replace(colored_square(i), key="same") for i in range(8)]
+    write_records(folder / "plain", records, (4, 4))
+    ids = [(np.array([number]), np.ones(1, np.float32)) for number in range(8)]
+    write_labels(folder / "labels", folder / "plain", [[i, NO_CONCEPTS] for i in ids], VOCABULARY)
+    rows = np.random.default_rng(0).normal(size=(8, 2, 6))
+    write_clip_embeddings(folder / "labels", folder / "plain", FACTS, rows)
+    return folder
+
+
+def read_both(folder):
+    """Concepts and embeddings of all records."""
+    records = open_records(str(folder / "plain"))
+    labels = open_labels(str(folder / "labels"), records, "labels")
+    clips = open_label_records(CLIP_EMBEDDINGS, str(folder / "labels"), records)
+    assert len(records) == len(labels) == len(clips)
+    for index in range(len(records)):
+        yield decode_joined(records.decode, (records[index], labels[index]))
+        yield decode_embedded(records.decode, FACTS, (records[index], clips[index]))
+
+
+@pytest.mark.parametrize("kind", ["labels", "clip_embeddings"])
+@pytest.mark.parametrize("change", ["exchange shards", "exchange records"])
+def test_labels_of_other_records_are_noticed(equal_keys, tmp_path, kind, change):
+    """Sizes, checksums and keys are right; the index cannot tell."""
+    folder = shutil.copytree(equal_keys, tmp_path / "changed")
+    assert len(list(read_both(folder))) == 16
+    first, last = (folder / f"labels/{kind}/train-0000{n}.tfrecord" for n in (0, 1))
     assert first.stat().st_size == last.stat().st_size
-    data = first.read_bytes()
-    first.write_bytes(last.read_bytes())
-    last.write_bytes(data)
-    source = mixture(str(folders / "plain"), str(folder))
-    with pytest.raises(ValueError, match=r"labels/squares-0000\d.tfrecord: record \d: the label b"):
-        batches(source)
+    if change == "exchange shards":
+        data = first.read_bytes()
+        first.write_bytes(last.read_bytes())
+        last.write_bytes(data)
+    else:
+        data = list(read_tfrecords(first))
+        with open_writer(first) as writer:
+            for number in (1, 0, 2, 3):
+                writer.write(data[number])
+    with pytest.raises(ValueError, match=rf"{kind}/train-00000.tfrecord: record 0: the label bel"):
+        list(read_both(folder))
 
 
 def test_wrong_labels_are_an_error_at_the_start(folders, tmp_path):

@@ -3,6 +3,7 @@
 The label of a record (`shards.py`) has the features
 
     key        of the record
+    seal       uint32, little-endian (`shards.seal`)
     image_emb  [k, D] of k views of the picture
     text_emb   [D] of the caption
 
@@ -40,7 +41,7 @@ from diht_jax.records.train_data import parse_train
 
 DTYPES = ("int8", "float16")
 
-_KEY, _IMAGE, _TEXT = "key", "image_emb", "text_emb"
+_KEY, _SEAL, _IMAGE, _TEXT = "key", "seal", "image_emb", "text_emb"
 _LARGEST = 127  # of int8
 
 
@@ -149,30 +150,32 @@ class ClipFacts:
             facts["dtype"],
         )
 
-    def encode(self, key: str, vectors: np.ndarray | None) -> bytes:
+    def encode(self, key: str, seal: int, vectors: np.ndarray | None) -> bytes:
         """The label of a record.
 
         Args:
             key: of the record.
+            seal: likewise.
             vectors: float [views + 1, D], the text last; None where it has no embeddings.
         """
+        named = {_KEY: encode_key(key), _SEAL: seal.to_bytes(4, "little")}
         if vectors is None:
-            return encode_features({_KEY: encode_key(key)})
+            return encode_features(named)
         ends = np.cumsum([teacher.width for teacher in self.teachers])[:-1]
         parts = [quantize(part, self.dtype) for part in np.split(vectors, ends, axis=1)]
         stored = np.concatenate(parts, axis=1).astype(self._number)
         views = {_IMAGE: stored[:-1].tobytes(), _TEXT: stored[-1].tobytes()}
-        return encode_features({_KEY: encode_key(key), **views})
+        return encode_features(named | views)
 
-    def decode(self, data: bytes, key: str) -> ClipViews | None:
-        """The inverse of `encode`.
+    def decode(self, label: Label, key: str) -> ClipViews | None:
+        """The inverse of `encode`, for the record with a key.
 
         Raises:
             ValueError: the label of another record, or a damaged one.
         """
-        found = decode_features(data)
-        if found.get(_KEY, encode_key(key)) != encode_key(key):
-            raise ValueError(f"the embeddings belong to another record than '{key}'")
+        found = decode_features(label.data)
+        if found:  # empty for all records of a shard that could not be embedded
+            label.check(int.from_bytes(found.get(_SEAL, b""), "little"), key)
         if _IMAGE not in found:
             return None
         try:
@@ -226,9 +229,9 @@ def decode_embedded(
     data, label = element
     record = decode(data)
     try:
-        views = facts.decode(label.data, record.key)
+        views = facts.decode(label, record.key)
     except ValueError as error:
-        raise ValueError(f"{label.where}: {error}") from error
+        raise label.wrong(error) from error
     return EmbeddedRecord(**vars(record), clip_views=views)
 
 

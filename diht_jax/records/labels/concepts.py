@@ -2,7 +2,7 @@
 
 The feature `labels` of a `tf.train.Example`, little-endian::
 
-    uint32 CRC32C of the record's key | uint8 number of objects | uint8 number of attributes
+    uint32 seal of the record (`shards.seal`) | uint8 number of objects | uint8 of attributes
     ids | float16 probabilities
 
 First come the ids of the objects, likeliest first, then those of the attributes; the probabilities
@@ -18,16 +18,15 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from diht_jax.records.labels.shards import (
     LABELS,
+    REMAKE,
     Label,
     LabelRecords,
     decode_features,
     encode_features,
-    encode_key,
     missing_labels,
     open_label_records,
 )
@@ -37,7 +36,6 @@ from diht_jax.records.sharded import ShardedRecords
 _FEATURE = "labels"
 _HEAD = struct.Struct("<IBB")
 _PROBABILITY = np.dtype("<f2")
-_ADVICE = "label the data again (python -m data_prep.label)"
 
 # Ids and probabilities of one kind of concepts, likeliest first.
 Concepts = tuple[np.ndarray, np.ndarray]
@@ -50,28 +48,31 @@ def id_dtype(vocabulary: Mapping[str, Any]) -> np.dtype:
     return np.dtype("<u2" if largest <= 2**16 else "<u4")
 
 
-def encode_label(key: str, concepts: Sequence[Concepts], ids_type: np.dtype) -> bytes:
+def encode_label(seal: int, concepts: Sequence[Concepts], ids_type: np.dtype) -> bytes:
     """The label of a record with the concepts of its objects, and of its attributes."""
-    head = _HEAD.pack(_key_checksum(key), *(len(ids) for ids, _ in concepts))
+    head = _HEAD.pack(seal, *(len(ids) for ids, _ in concepts))
     ids = b"".join(ids.astype(ids_type).tobytes() for ids, _ in concepts)
     probs = b"".join(probs.astype(_PROBABILITY).tobytes() for _, probs in concepts)
     return encode_features({_FEATURE: head + ids + probs})
 
 
-def decode_label(data: bytes, key: str) -> list[Concepts]:
+def decode_label(label: Label, key: str) -> list[Concepts]:
     """The inverse of `encode_label`: ids int32 [k] and probabilities float32 [k] of each kind.
+
+    Args:
+        label: of a record.
+        key: of that record.
 
     Raises:
         ValueError: the label of another record, or one that is damaged.
     """
-    packed = decode_features(data).get(_FEATURE)
+    packed = decode_features(label.data).get(_FEATURE)
     if packed is None:
         return [NO_CONCEPTS, NO_CONCEPTS]
     if len(packed) < _HEAD.size:
-        raise ValueError(f"a label of {len(packed)} bytes is cut off; {_ADVICE}")
-    checksum, *counts = _HEAD.unpack_from(packed)
-    if checksum != _key_checksum(key):
-        raise ValueError(f"the label belongs to another record than '{key}'; {_ADVICE}")
+        raise ValueError(f"a label of {len(packed)} bytes is cut off; {REMAKE}")
+    found, *counts = _HEAD.unpack_from(packed)
+    label.check(found, key)
     total = sum(counts)
     if not total:
         return [NO_CONCEPTS, NO_CONCEPTS]
@@ -80,7 +81,7 @@ def decode_label(data: bytes, key: str) -> list[Concepts]:
     if rest or width not in (2, 4):
         raise ValueError(
             f"a label of {len(packed)} bytes for {counts[0]} objects and {counts[1]} attributes; "
-            f"{_ADVICE}"
+            f"{REMAKE}"
         )
     ids = np.frombuffer(packed, f"<u{width}", total, _HEAD.size).astype(np.int32)
     probs = np.frombuffer(packed, _PROBABILITY, total, _HEAD.size + width * total)
@@ -100,13 +101,13 @@ def decode_joined(decode: Callable[[Any], Record], element: tuple[Any, Label]) -
     """
     record, label = decode(element[0]), element[1]
     try:
-        concepts = decode_label(label.data, record.key)
+        concepts = decode_label(label, record.key)
         values: dict[str, np.ndarray] = {}
         for names, (ids, probs) in zip(CONCEPT_FIELDS, concepts, strict=True):
             check_concepts(record.key, names[0], ids, names[1], probs)
             values |= {names[0]: ids, names[1]: probs}
     except ValueError as error:
-        raise ValueError(f"{label.where}: {error}") from error
+        raise label.wrong(error) from error
     return dataclasses.replace(record, **values)
 
 
@@ -120,7 +121,3 @@ def open_labels(folder: str, records: ShardedRecords, key: str, **options: Any) 
     if found is None:
         raise missing_labels(folder, key)
     return found
-
-
-def _key_checksum(key: str) -> int:
-    return google_crc32c.value(encode_key(key))

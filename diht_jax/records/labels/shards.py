@@ -9,8 +9,9 @@ A folder that `data_prep.label` writes has
 Each of the two folders has an `.idx` for each shard, and a `dataset.index`. The JSON in the head of
 that index states under `labels` which record shard each of them belongs to, by its name, number of
 records, bytes and digest (`fingerprint.py`), so that labels of other records are noticed at the
-start of a run, and the record shards may be anywhere. A label also holds a checksum of its
-record's key, so that labels in another order are noticed when they are read.
+start of a run, and the record shards may be anywhere. A label also holds a checksum of the record
+that it belongs to (`seal`), so that labels in another order, or in another file, are noticed when
+they are read.
 
 A label is a `tf.train.Example` with features of bytes. What is in them belongs to `concepts.py` and
 `clip_embeddings.py`.
@@ -25,9 +26,12 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import google_crc32c
+
 from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME, DatasetIndex, read_index
 from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.format import DamagedRecordError
 from diht_jax.records.schema import Example, parse_example
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.tfrecord import TFRecordSource
@@ -41,6 +45,7 @@ LABELS = "labels"
 CLIP_EMBEDDINGS = "clip_embeddings"
 
 _MAX_OPEN_COPIES = 128
+REMAKE = "delete this file, and run `python -m data_prep.label` again"
 _ADVICE = "copy the whole folder again, or run `python -m data_prep.label` again"
 
 # Name, records, bytes and digest of a record shard, as in a `Fingerprint`.
@@ -66,11 +71,33 @@ class Label(NamedTuple):
 
     Attributes:
         data: a serialised `tf.train.Example`.
-        where: file and number, for messages.
+        where: its file, for messages.
+        shard: the record shard that it belongs to.
+        number: of the record within either.
     """
 
     data: bytes
     where: str
+    shard: ShardIdentity
+    number: int
+
+    def check(self, found: int, key: str) -> None:
+        """Compares the seal in a label with that of a record.
+
+        Raises:
+            ValueError: the label belongs to another record.
+        """
+        if found != seal(self.shard, self.number, key):
+            raise ValueError(f"the label belongs to another record than '{key}'; {REMAKE}")
+
+    def wrong(self, error: ValueError) -> ValueError:
+        """The error for a label that cannot be used; names its file and number."""
+        return ValueError(f"{self.where}: record {self.number}: {error}")
+
+
+def seal(shard: ShardIdentity, number: int, key: str) -> int:
+    """A CRC32C of what a label belongs to: digest of the record shard, number within it, key."""
+    return google_crc32c.value(f"{shard[3]} {number} ".encode() + encode_key(key))
 
 
 def label_shard_name(shard: str) -> str:
@@ -232,6 +259,9 @@ class LabelRecords(Sequence[Label]):
                 fingerprint_records(records).shards, shards, strict=True
             )
         ]
+        self._sources = {
+            path: shard.source for path, shard in zip(records.paths, shards, strict=True)
+        }
         self._copies = {
             path: (path, f"{shard.digest}-{shard.name}", identity[2])
             for path, shard, identity in zip(records.paths, shards, self._identities, strict=True)
@@ -248,10 +278,14 @@ class LabelRecords(Sequence[Label]):
             TFRecordError: it is damaged, or its shard was replaced.
         """
         path, number = self._records.locate(index)
-        where = f"{path}: record {number}"
-        if not is_remote(path):
-            return Label(self._records[index], where)
-        return Label(self._open_copy(*self._copies[path])[number], where)
+        try:
+            if is_remote(path):
+                data = self._open_copy(*self._copies[path])[number]
+            else:
+                data = self._records[index]
+        except DamagedRecordError as error:
+            raise DamagedRecordError(f"{error} ({REMAKE})") from error
+        return Label(data, path, self._sources[path], number)
 
     def fingerprint(self) -> tuple[ShardIdentity, ...]:
         """Rows of a `Fingerprint` for the shards of labels."""

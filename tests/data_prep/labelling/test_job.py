@@ -4,16 +4,19 @@ import collections
 import json
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
+from data_prep.jobs.shards import ShardTask
 from data_prep.label import run_label
-from data_prep.labelling.embeddings import hash_embeddings
+from data_prep.labelling.embeddings import hash_embeddings, load_embeddings
 from data_prep.labelling.examples import gather_examples
 from data_prep.labelling.tasks import find_inputs, identify_inputs, plan_outputs
 from data_prep.labelling.vocabulary import count_concepts
 from data_prep.teachers.registry import describe_teacher
+from diht_jax.readers.registry import SourceShard
 from diht_jax.records.dataset_index import read_index
 from diht_jax.records.format import read_records as read_tfrecords
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
@@ -209,14 +212,27 @@ def test_inputs_that_cannot_be_labelled(work, tmp_path):
         run_label(label_config(work / "labelled", tmp_path / "out"))
 
 
-def test_embeddings_of_other_records_are_refused(work, tmp_path):
-    folder = tmp_path / "out"
-    run_label(label_config(work / "kept", folder))
-    shard, path = (sorted(folder.glob(name))[0] for name in ("*.tfrecord", "embeddings/*.tfrecord"))
+@pytest.mark.parametrize("merge", [True, False])
+def test_embeddings_in_another_order_are_refused(work, tmp_path, merge):
+    folder = shutil.copytree(work / "labelled", tmp_path / "out")
+    for path in folder.glob("pairs*"):
+        path.unlink()
+    path = sorted(folder.glob("embeddings/*.tfrecord"))[0]
     records = list(read_tfrecords(path))
     with TFRecordWriter(path) as writer:
         for data in reversed(records):
             writer.write(data)
-    os.unlink(f"{shard}.stats.json")
-    failures = run_label(label_config(work / "kept", folder))
-    assert "is not the shard that" in next(iter(failures.values()))
+    (failure,) = run_label(label_config(work / "kept", folder, merge=merge)).values()
+    assert str(path) in failure and "not those that were written" in failure
+
+
+def test_no_flipped_byte_gives_another_embedding(work, tmp_path):
+    folder = shutil.copytree(work / "labelled" / "embeddings", tmp_path / "embeddings")
+    path = sorted(folder.glob("*.tfrecord"))[0]
+    task = ShardTask(SourceShard("tfrecord", "kept"), str(path), config_hash="")
+    data = path.read_bytes()
+    load_embeddings(task)
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+        with pytest.raises(ValueError, match=str(path)):
+            load_embeddings(task)
