@@ -49,7 +49,7 @@ def main() -> None:
         # After the validation: a mistyped key should not have to wait for these imports.
         from diht_jax.training.loop import train
 
-        train(config, workdir)
+        train(config, workdir, set_keys=flags.FLAGS["config"].override_values)
     except Stopped as stopped:
         # All is saved; one more of them must not replace the status that launchers wait for.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

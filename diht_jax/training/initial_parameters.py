@@ -1,27 +1,78 @@
-"""Initial parameters of a run from `config.model.init_from`."""
+"""The model of `config.model.init_from`: its architecture and its parameters, for a new run."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import ml_collections
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.models.parameters import parameter_shapes
+from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.models.positions import fit_positions
-from diht_jax.models.zoo import Architecture
+from diht_jax.models.zoo import ARCHITECTURES, Architecture, get_architecture
 from diht_jax.training.optimizer import merge_parameters
+from diht_jax.training.recipe import default_config
+from diht_jax.training.workdir.saved_run import (
+    CHECKPOINT_DIRECTORY,
+    CONFIG_FILE,
+    finished_steps,
+    read_config,
+)
 from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
-from diht_jax.weights.releases import locate_weights
+from diht_jax.weights.releases import RELEASES, locate_weights
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import ModelFiles, read_weights
 
-# What decides what parameters mean and does not show in their shapes.
-_SETTINGS = ("activation", "vision_heads", "text_heads", "layer_norm_epsilon")
+# Positions are fitted to these.
+_INPUT_SIZES = ("image_size", "context_length")
+
+
+def bind_architecture(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path | None = None,
+    set_keys: Collection[str] | None = None,
+) -> ml_collections.ConfigDict:
+    """The config, with the architecture of the model in `config.model.init_from`, if any.
+
+    The user's own settings stay: with `model.name` all of it, else the `model.overrides` that he
+    set. A recipe for the same model keeps its sizes of images and texts, to which positions are
+    fitted.
+
+    Args:
+        config: of the run.
+        workdir: of the run. One with checkpoints goes on with the architecture that it has.
+        set_keys: dotted names of what the user set; by default what differs from `default_config`.
+
+    Raises:
+        ValueError: the model cannot be read, or has no such architecture.
+    """
+    if config.model.init_from is None:
+        return config
+    if set_keys is None:
+        set_keys = _changed_keys(config.model)
+    if "model.name" in set_keys:
+        return config
+    own = get_architecture(config.model.name, config.model.overrides.to_dict())
+    bound = config.copy_and_resolve_references()
+    kept = [f for f in ARCHITECTURE_FIELDS if f"model.overrides.{f}" in set_keys]
+    arch = _stored_architecture(workdir)
+    if arch is None:
+        arch = _read_architecture(config.model.init_from)
+        sizes = {field: getattr(own, field) for field in _INPUT_SIZES}
+        if dataclasses.replace(arch, **sizes) == own:
+            return config
+        logging.info("architecture: that of %s", config.model.init_from)
+    _set_architecture(bound.model, arch)
+    for field in kept:
+        bound.model.overrides[field] = config.model.overrides[field]
+    return bound
 
 
 def initial_parameters(
@@ -45,26 +96,13 @@ def initial_parameters(
     else:
         weights = _read_weights(source)
         params, found_arch, version = weights.params, weights.arch, ""
+    _check_same_architecture(config.model, found_arch, arch)
     num_patches = (arch.image_size // arch.patch_size) ** 2
     try:
         params = fit_positions(params, num_patches, arch.context_length)
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
     params = merge_parameters(drawn, params)
-    found, expected = parameter_shapes(params), parameter_shapes(drawn)
-    names = found.keys() | expected.keys()
-    wrong = sorted(name for name in names if found.get(name) != expected.get(name))
-    if wrong:
-        raise ValueError(
-            f"config.model.init_from={source}: shapes differ from those of '{config.model.name}' "
-            f"in {', '.join(wrong[:5])}"
-        )
-    for field in _SETTINGS:
-        if getattr(found_arch, field) != getattr(arch, field):
-            raise ValueError(
-                f"config.model.init_from={source}: {field} is {getattr(found_arch, field)!r}, and "
-                f"{getattr(arch, field)!r} here; set config.model.overrides.{field} to the former"
-            )
     logging.info("starts from %s%s", version, source)
     params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, drawn)
     return jax.device_put(params, sharding.tree_shardings(params, mesh))
@@ -82,3 +120,73 @@ def _read_weights(source: str) -> ModelFiles:
             f"deviation {pictures.std}; training knows those of CLIP alone, {Preprocessing()}"
         )
     return weights
+
+
+def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
+    """Dotted names of the keys of the architecture that differ from the default ones."""
+    changed = {f"model.overrides.{k}" for k, v in section.overrides.items() if v is not None}
+    return changed | ({"model.name"} if section.name != default_config().model.name else set())
+
+
+def _stored_architecture(workdir: epath.Path | None) -> Architecture | None:
+    """The architecture of the run in a work directory; None where it has no checkpoint yet."""
+    if workdir is None or not (workdir / CONFIG_FILE).exists():
+        return None
+    if not finished_steps(workdir / CHECKPOINT_DIRECTORY):
+        return None
+    stored = read_config(workdir).model
+    return get_architecture(stored.name, stored.overrides.to_dict())
+
+
+def _read_architecture(source: str) -> Architecture:
+    if source in RELEASES:
+        return ARCHITECTURES[source]
+    folder = local_run(source)
+    if not is_run(folder):
+        return _read_weights(source).arch
+    section = read_config(folder).model
+    try:
+        return get_architecture(section.name, section.overrides.to_dict())
+    except ValueError as error:
+        raise ValueError(f"config.model.init_from={source}: {error}") from error
+
+
+def _set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> None:
+    """Makes a section `model` describe an architecture: by its name, or by what differs."""
+    names = [name for name, known in ARCHITECTURES.items() if known == arch]
+    section.name = names[0] if names else section.name
+    base = ARCHITECTURES[section.name]
+    for field in ARCHITECTURE_FIELDS:
+        value = getattr(arch, field)
+        section.overrides[field] = None if value == getattr(base, field) else value
+
+
+def _check_same_architecture(
+    section: ml_collections.ConfigDict, found: Architecture, expected: Architecture
+) -> None:
+    """Refuses a model that differs in more than the sizes of images and texts.
+
+    Raises:
+        ValueError: names each setting.
+    """
+    differing = [
+        f"config.model.overrides.{field}={_value(found, field)!r} "
+        f"(the run has {_value(expected, field)!r})"
+        for field in ARCHITECTURE_FIELDS
+        if field not in (*_INPUT_SIZES, "end_of_text_id")
+        and _value(found, field) != _value(expected, field)
+    ]
+    if differing:
+        raise ValueError(
+            f"config.model.init_from={section.init_from} is a model of another architecture than "
+            f"config.model.name={section.name} with config.model.overrides: it has "
+            f"{', '.join(differing)}. Leave these settings out, and the run takes them from the "
+            "model; or set them so"
+        )
+
+
+def _value(arch: Architecture, field: str) -> Any:
+    value = getattr(arch, field)
+    if value is None and field.endswith("_mlp_width"):
+        return 4 * getattr(arch, field.replace("_mlp", ""))
+    return value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import ml_collections
@@ -19,7 +19,7 @@ from diht_jax import sharding
 from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.progress import ProgressBar
 from diht_jax.records.train_data import describe_train, parse_train
-from diht_jax.training.initial_parameters import initial_parameters
+from diht_jax.training.initial_parameters import bind_architecture, initial_parameters
 from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
 from diht_jax.training.monitoring.metrics import (
@@ -78,6 +78,7 @@ def train(
     *,
     stop_after_steps: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    set_keys: Collection[str] | None = None,
 ) -> TrainState:
     """Trains, or goes on training, the run in `workdir`.
 
@@ -87,6 +88,8 @@ def train(
         stop_after_steps: ends early, saved, as if interrupted there; the schedule is still that
             of the whole run.
         devices: to train on; all of the job by default.
+        set_keys: what stays where `config.model.init_from` brings its architecture: see
+            `initial_parameters.bind_architecture`.
 
     Returns:
         The last state.
@@ -100,13 +103,14 @@ def train(
     """
     check_config(config)
     parse_train(config.data.train, config.data.labels)
-    config = check_together(lambda: bind_data(config))
     check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
         # The first to enter, hence the last to leave: a second SIGTERM must not end the process
         # while the last checkpoint is still being written or copied.
         stop_request = stack.enter_context(StopRequest())
         workdir = stack.enter_context(open_workdir(workdir, config.checkpoint.staging))
+        config = check_together(lambda: bind_architecture(config, workdir, set_keys))
+        config = check_together(lambda: bind_data(config))
         config = check_together(lambda: bind_order(config, workdir))
         check_hosts_share_config(config)
         check_together(lambda: check_same_run(config, workdir))

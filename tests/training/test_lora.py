@@ -8,8 +8,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import diht_jax
-from diht_jax.models.lora import lora_of
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.lora import Lora, lora_of
+from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.sharding import create_mesh
 from diht_jax.training.initial_parameters import initial_parameters
@@ -127,10 +127,29 @@ def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
     assert [(name, v) for name, v in after.items() if np.any(v) != name.endswith("lora_a")] == []
 
 
+@pytest.mark.parametrize("rank, alpha", [(2, 16.0), (8, 4.0)])
+def test_an_adapted_layer_adds_alpha_over_rank_times_its_product(rank, alpha):
+    arch = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1, "vocab_size": 64})
+    lora = Lora(rank, alpha, ("text",), ("fc_in",))
+    definition, init = model_definition(arch, "float32", "float32", lora=lora)
+    params = jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(0)))
+    layer = params["text"]["blocks"]["0"]["mlp"]["fc_in"]
+    rng = np.random.default_rng(0)
+    layer["lora_b"] = rng.standard_normal(layer["lora_b"].shape).astype(np.float32)
+    x = rng.standard_normal((3, arch.text_width)).astype(np.float32)
+    model = merge_model(definition, params)
+    found = model.text.blocks[0].mlp.fc_in(x)
+    w, b, a = (layer[name].astype(np.float64) for name in ("kernel", "bias", "lora_a"))
+    expected = x @ w + b + alpha / rank * (x @ a @ layer["lora_b"])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_of_another_model_are_refused(config, weights):
     mesh = create_mesh(1, 1, jax.devices()[:1])
     config.model.init_from = str(weights[0])
     config.model.overrides.activation = "quick_gelu"
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-    with pytest.raises(ValueError, match="init_from=.*activation is 'gelu', and 'quick_gelu' here"):
+    with pytest.raises(
+        ValueError, match=r"overrides\.activation='gelu' \(the run has 'quick_gelu'\)"
+    ):
         initial_parameters(config, arch, mesh, weights[1])

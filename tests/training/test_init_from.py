@@ -1,0 +1,130 @@
+"""`config.model.init_from`: the run takes the model's architecture, save what the user has set."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from diht_jax.models.parameters import model_definition
+from diht_jax.models.zoo import Architecture, get_architecture
+from diht_jax.training.initial_parameters import bind_architecture
+from diht_jax.training.loop import train
+from diht_jax.training.recipe import default_config
+from diht_jax.training.workdir.saved_run import read_config
+from diht_jax.weights.export import write_model
+from diht_jax.weights.settings import Preprocessing
+from tests.compiling import xla_flags
+from tests.training.conftest import CACHE_EVERYTHING
+
+OTHER = Architecture(
+    image_size=24,
+    patch_size=8,
+    vision_layers=1,
+    vision_width=48,
+    vision_heads=3,
+    text_layers=1,
+    text_width=32,
+    text_heads=4,
+    embed_dim=16,
+    context_length=26,
+    activation="quick_gelu",
+    layer_norm_epsilon=1e-6,
+    vision_mlp_width=64,
+)
+
+
+def architecture_of(config) -> Architecture:
+    return get_architecture(config.model.name, config.model.overrides.to_dict())
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A weight directory of `OTHER`, and its parameters."""
+    _, init = model_definition(OTHER, "float32", "float32")
+    params = jax.tree.map(np.asarray, init(jax.random.key(3)))
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    settings = {"preprocessing": Preprocessing(), "heads": {}, "card": ""}
+    write_model(folder, "safetensors", arch=OTHER, params=params, **settings)
+    return folder, params
+
+
+@pytest.fixture
+def recipe(config, weights):
+    """A recipe of another architecture in every field; nothing of it is typed by the user."""
+    config.model.init_from = str(weights[0])
+    config.model.patch_dropout = 0.0
+    return config
+
+
+def test_a_run_starts_as_the_model_and_goes_on_without_it(recipe, weights, tmp_path):
+    source = shutil.copytree(weights[0], tmp_path / "model")
+    recipe.model.init_from = str(source)
+    recipe.optimizer.update(learning_rate=0.0, warmup_steps=0)
+    recipe.total_steps = 2
+    recipe.checkpoint.every_steps = 1
+    options = {"set_keys": ("data.train",), "devices": jax.devices()[:1]}
+    first = train(recipe, tmp_path / "run", stop_after_steps=1, **options)
+    jax.tree.map(np.testing.assert_array_equal, first.params, weights[1])
+    shutil.rmtree(source)
+    second = train(recipe, tmp_path / "run", **options)
+    assert int(second.step) == 2
+    jax.tree.map(np.testing.assert_array_equal, second.params, weights[1])
+
+
+def test_the_command_takes_the_architecture_save_what_is_typed(weights, squares, tmp_path):
+    command = [
+        *(sys.executable, "-m", "diht_jax.train", "--config=configs/cifar10_finetune.py"),
+        *(f"--config.model.init_from={weights[0]}", "--config.model.overrides.context_length=30"),
+        *(f"--config.data.train={squares}", "--config.data.batch_size=4"),
+        *("--config.total_steps=1", f"--workdir={tmp_path}"),
+    ]
+    environment = {**os.environ, **CACHE_EVERYTHING, "XLA_FLAGS": xla_flags(1)}
+    subprocess.run(command, env=environment, check=True)
+    expected = dataclasses.replace(OTHER, context_length=30)
+    assert architecture_of(read_config(tmp_path)) == expected
+
+
+def test_of_a_model_unlike_the_recipe_all_is_taken(recipe):
+    assert architecture_of(bind_architecture(recipe, set_keys=())) == OTHER
+
+
+def test_a_recipe_of_the_same_model_keeps_its_sizes_of_images_and_texts(weights):
+    recipe = default_config()
+    same = {field: value for field, value in vars(OTHER).items() if value is not None}
+    recipe.model.overrides.update({**same, "image_size": 40, "context_length": 50})
+    recipe.model.init_from = str(weights[0])
+    bound = architecture_of(bind_architecture(recipe, set_keys=()))
+    assert (bound.image_size, bound.context_length) == (40, 50)
+
+
+def test_sizes_that_the_user_sets_stay(recipe):
+    recipe.model.overrides.image_size = 48
+    bound = bind_architecture(recipe, set_keys=("model.overrides.image_size",))
+    assert architecture_of(bound) == get_architecture(
+        "tiny_32px", {**vars(OTHER), "image_size": 48}
+    )
+
+
+def test_a_name_that_the_user_sets_stays(recipe):
+    before = architecture_of(recipe)
+    assert architecture_of(bind_architecture(recipe, set_keys=("model.name",))) == before
+
+
+def test_a_config_made_in_python_keeps_what_differs_from_the_defaults(weights):
+    config = default_config()
+    config.model.init_from = str(weights[0])
+    assert architecture_of(bind_architecture(config)) == OTHER
+    config.model.overrides.embed_dim = 8
+    assert architecture_of(bind_architecture(config)).embed_dim == 8
+
+
+def test_a_setting_that_does_not_fit_is_named_with_the_models_value(recipe, tmp_path):
+    recipe.model.overrides.embed_dim = 8
+    message = r"config\.model\.overrides\.embed_dim=16 \(the run has 8\)\. Leave"
+    with pytest.raises(ValueError, match=message):
+        train(recipe, tmp_path / "run", set_keys=("model.overrides.embed_dim",))
