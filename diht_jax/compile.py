@@ -3,8 +3,10 @@
     python -m diht_jax.compile --config configs/diht_vitl14.py --topology v5e:16x16
 
 Prints, for one device and one step, memory, floating-point operations, traffic, communication and a
-roofline estimate. Exits with 1 when the step does not fit, after having looked for settings of
-`config.micro_batch` and `config.model.remat` that do. Nothing is run and no array is made.
+roofline estimate. Fewer devices than the recipe is meant for take their part of its batch. Exits
+with 1 when the step does not fit, after having looked for a batch that does, and for settings of
+`config.micro_batch` and `config.model.remat` that do with the whole batch. Nothing is run and no
+array is made.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -24,9 +26,16 @@ from ml_collections import config_flags
 from diht_jax import command_line
 from diht_jax.hardware.flops import count_jaxpr_flops
 from diht_jax.hardware.hlo_traffic import count_traffic
-from diht_jax.hardware.report import StepReport, describe_settings, describe_step, describe_try
-from diht_jax.hardware.topologies import Topology, get_topology
+from diht_jax.hardware.report import (
+    StepReport,
+    describe_batch,
+    describe_settings,
+    describe_step,
+    describe_try,
+)
+from diht_jax.hardware.topologies import LOCAL, Topology, get_topology, parse_topology
 from diht_jax.terminal import print_escaped
+from diht_jax.training.initial_parameters import bind_architecture
 from diht_jax.training.monitoring.throughput import model_flops
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import check_config, default_config, duration_in_steps
@@ -45,7 +54,10 @@ def define_flags() -> None:
         "(config.topology) by default.",
     )
     flags.DEFINE_integer(
-        "batch_size", None, "Examples a batch, over all devices; unset: config.data.batch_size."
+        "batch_size",
+        None,
+        "Examples a batch, over all devices; unset: config.data.batch_size, or a part of it for "
+        "fewer devices than config.topology has.",
     )
     flags.DEFINE_alias("global_batch", "batch_size")
     flags.DEFINE_bool("search", True, "Look for settings that fit when the recipe's do not.")
@@ -62,23 +74,65 @@ def main() -> None:
         raise ValueError(
             "the recipe names no config.topology; name what to compile for: --topology v5e:16x16"
         )
-    if values.batch_size is not None:
-        config.data.batch_size = values.batch_size
-    if name != "local":
+    if name != LOCAL:
         # The machine's own devices are of no use here.
         jax.config.update("jax_platforms", "cpu")
 
+    set_keys = set(values["config"].override_values)
+    config = bind_architecture(config, set_keys=set_keys)
     topology = get_topology(name)
+    if values.batch_size is not None:
+        config.data.batch_size = values.batch_size
+        set_keys.add("data.batch_size")
+    config, changes = for_fewer_devices(config, len(topology.devices), set_keys)
+    if changes:
+        print_escaped(f"{name} has fewer devices than {config.topology}: {' '.join(changes)}\n")
     logging.info("compiling for %d devices; minutes for a large model", len(topology.devices))
     report = compile_step(config, topology)
     print_escaped(describe_step(report))
     if report.fits:
         return
     if values.search:
-        print_escaped("\nlooking for settings that fit:")
+        print_escaped("\nlooking for a batch that fits:")
+        smaller = batch_that_fits(config, topology, report)
+        print_escaped(describe_batch(smaller, config.micro_batch))
+        print_escaped("\nlooking for settings that fit with the whole batch:")
         found = settings_that_fit(config, topology, report)
         print_escaped(describe_settings(found))
     sys.exit(1)
+
+
+def for_fewer_devices(
+    config: ml_collections.ConfigDict, num_devices: int, set_keys: Collection[str]
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """A recipe on fewer devices than those of its own `config.topology`.
+
+    A device has as many examples as there; `mesh.fsdp` becomes all devices where it does not divide
+    them.
+
+    Args:
+        config: the recipe.
+        num_devices: to compile for.
+        set_keys: dotted names of what the user set, which stays.
+
+    Returns:
+        The config, and the flags that are changed.
+    """
+    if not config.topology or config.topology == LOCAL or "topology" in set_keys:
+        return config, []
+    meant_for = math.prod(parse_topology(config.topology)[1])
+    if num_devices >= meant_for:
+        return config, []
+    config = config.copy_and_resolve_references()
+    changed: dict[str, int] = {}
+    if "data.batch_size" not in set_keys:
+        changed["data.batch_size"] = config.data.batch_size // meant_for * num_devices
+        if config.micro_batch and "micro_batch" not in set_keys:
+            changed["micro_batch"] = config.micro_batch // meant_for * num_devices
+    if num_devices % config.mesh.fsdp and "mesh.fsdp" not in set_keys:
+        changed["mesh.fsdp"] = num_devices
+    config.update_from_flattened_dict(changed)
+    return config, [f"--config.{name}={value}" for name, value in changed.items()]
 
 
 def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepReport:
@@ -122,6 +176,24 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
     )
 
 
+def batch_that_fits(
+    config: ml_collections.ConfigDict, topology: Topology, too_large: StepReport
+) -> StepReport | None:
+    """The largest halving of the batch that fits with the other settings as they are, or None.
+
+    Prints every attempt. `too_large` is the report of what does not fit.
+    """
+    first = config.micro_batch or config.data.batch_size // 2
+    for batch_size in _halvings(config, first, too_large):
+        candidate = config.copy_and_resolve_references()
+        candidate.data.batch_size, candidate.micro_batch = batch_size, None
+        report = compile_step(candidate, topology)
+        print_escaped(describe_try(report))
+        if report.fits:
+            return report
+    return None
+
+
 def settings_that_fit(
     config: ml_collections.ConfigDict, topology: Topology, too_large: StepReport
 ) -> StepReport | None:
@@ -135,11 +207,11 @@ def settings_that_fit(
         for remat in _CHEAPEST_FIRST:
             if (remat, micro_batch) == (config.model.remat, config.micro_batch):
                 continue
-            candidate = config.copy_and_resolve_references()
-            candidate.model.remat, candidate.micro_batch = remat, micro_batch
-            attempts = [candidate] if micro_batch is None else _halvings(candidate, too_large)
-            for attempt in attempts:
-                report = compile_step(attempt, topology)
+            sizes = [None] if micro_batch is None else _halvings(config, micro_batch, too_large)
+            for size in sizes:
+                candidate = config.copy_and_resolve_references()
+                candidate.model.remat, candidate.micro_batch = remat, size
+                report = compile_step(candidate, topology)
                 print_escaped(describe_try(report))
                 if report.fits:
                     return report
@@ -155,22 +227,19 @@ def _largest_micro_batch(config: ml_collections.ConfigDict, num_devices: int) ->
     return None
 
 
-def _halvings(
-    candidate: ml_collections.ConfigDict, too_large: StepReport
-) -> Iterator[ml_collections.ConfigDict]:
-    """The candidate with ever smaller micro-batches, from the first with a chance to fit."""
-    num_devices = len(too_large.topology.devices)
+def _halvings(config: ml_collections.ConfigDict, first: int, too_large: StepReport) -> list[int]:
+    """Examples to embed at once: `first` and ever fewer, without those that cannot fit."""
+    least = config.model.texts_per_row * len(too_large.topology.devices)
     examples_before = too_large.micro_batch or too_large.batch_size
     excess_bytes = too_large.needed_bytes - too_large.argument_bytes
-    while True:
-        share = candidate.micro_batch / examples_before
-        # Intermediate values shrink with the micro-batch; another policy may halve them again.
-        if too_large.argument_bytes + share * excess_bytes / 2 < too_large.memory_limit_bytes:
-            yield candidate.copy_and_resolve_references()
-        smaller = candidate.micro_batch // 2
-        if smaller % num_devices or smaller == 0:
-            return
-        candidate.micro_batch = smaller
+    # Intermediate values shrink with the examples; another policy may halve them again.
+    room_bytes = 2 * (too_large.memory_limit_bytes - too_large.argument_bytes)
+    sizes = []
+    while first and first % least == 0:
+        if first / examples_before * excess_bytes < room_bytes:
+            sizes.append(first)
+        first = first // 2 if first % 2 == 0 else 0
+    return sizes
 
 
 def _total_steps(config: ml_collections.ConfigDict) -> int:

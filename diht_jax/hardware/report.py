@@ -173,13 +173,24 @@ def describe_try(report: StepReport) -> str:
     """Formats an attempt to make a step fit as one line."""
     outcome = "fits" if report.fits else "too large"
     return (
-        f"  config.model.remat={report.remat} config.micro_batch={report.micro_batch}: "
-        f"{_gib(report.needed_bytes)}, {report.flops.matmul_flops / 1e12:.2f} TFLOP: {outcome}"
+        f"  config.data.batch_size={report.batch_size} config.model.remat={report.remat} "
+        f"config.micro_batch={report.micro_batch}: {_gib(report.needed_bytes)}, "
+        f"{report.flops.matmul_flops / 1e12:.2f} TFLOP: {outcome}"
     )
 
 
+def describe_batch(found: StepReport | None, micro_batch_before: int | None) -> str:
+    """Formats a smaller batch that fits, without micro-batches, as flags."""
+    if found is None:
+        return "no batch fits; take more devices, or a larger config.mesh.fsdp"
+    changes = [f"--config.data.batch_size={found.batch_size}"]
+    if micro_batch_before is not None:
+        changes.append("--config.micro_batch=None")
+    return f"a batch that fits: {' '.join(changes)}"
+
+
 def describe_settings(found: StepReport | None) -> str:
-    """Formats the result of the search as flags."""
+    """Formats settings that fit with the whole batch as flags."""
     if found is None:
         return (
             "no setting of config.model.remat and config.micro_batch fits; take more devices, a "

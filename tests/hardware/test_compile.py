@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diht_jax import compile as compile_command
-from diht_jax.compile import compile_step, settings_that_fit
+from diht_jax.compile import batch_that_fits, compile_step, for_fewer_devices, settings_that_fit
 from diht_jax.config import load_recipe
 from diht_jax.hardware.chips import find_chip
 from diht_jax.hardware.flops import FlopCount
@@ -43,6 +43,7 @@ needs_cuda = pytest.mark.skipif(
 def recipe(name, **changes):
     config = load_recipe(REPOSITORY / "configs" / f"{name}.py", "debug=True")
     config.model.overrides.vision_layers = config.model.overrides.text_layers = 1
+    config.mesh.data = -1
     config.update_from_flattened_dict(changes)
     return config
 
@@ -123,6 +124,44 @@ def test_search_takes_the_cheapest_settings(monkeypatch, capsys):
     assert last.endswith(": fits") and all(line.endswith(": too large") for line in before)
     flops = [float(line.partition(" TFLOP")[0].split()[-1]) for line in (*before, last)]
     assert flops == sorted(flops)
+
+
+def test_first_suggestion_is_the_largest_halving_of_the_batch_that_fits(local):
+    config, whole = local
+    limit_bytes = int(0.7 * whole.needed_bytes)
+    topology = dataclasses.replace(whole.topology, memory_limit_bytes=limit_bytes)
+    too_large = dataclasses.replace(whole, fits=False, memory_limit_bytes=limit_bytes)
+    found = batch_that_fits(config, topology, too_large)
+    assert found.fits and found.batch_size == 2048
+    settings = (found.remat, found.micro_batch, found.mesh)
+    assert settings == (whole.remat, whole.micro_batch, whole.mesh)
+
+
+@pytest.mark.parametrize(
+    "num_devices, set_keys, batch_size, fsdp",
+    [
+        (256, (), 65_536, 8),
+        (64, (), 16_384, 8),
+        (4, (), 1024, 4),
+        (1, (), 256, 1),
+        (4, ("data.batch_size", "mesh.fsdp"), 65_536, 8),
+    ],
+)
+def test_a_small_slice_takes_its_part_of_the_recipes_batch(num_devices, set_keys, batch_size, fsdp):
+    config = load_recipe(REPOSITORY / "configs" / "diht_vitb16.py")  # of 256 devices
+    scaled, _ = for_fewer_devices(config, num_devices, set_keys)
+    assert (scaled.data.batch_size, scaled.mesh.fsdp) == (batch_size, fsdp)
+
+
+def test_flags_of_a_small_slice_make_the_config_that_was_compiled():
+    config = load_recipe(REPOSITORY / "configs" / "diht_vitb16.py")
+    config.micro_batch = 16_384
+    scaled, changes = for_fewer_devices(config, 4, ())
+    settings = dict(flag.removeprefix("--config.").split("=") for flag in changes)
+    assert settings.pop("micro_batch") == "256"
+    config.update_from_flattened_dict({name: int(value) for name, value in settings.items()})
+    config.micro_batch = 256
+    assert scaled.to_dict() == config.to_dict()
 
 
 def test_command_says_out_of_memory_and_exits_with_one():
