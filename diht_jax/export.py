@@ -101,6 +101,12 @@ def export_model(
         logging.warning("%s: there are no concept heads to keep", model)
     if source.decoder is not None:
         logging.warning("%s: the caption decoder is left out, no format has one", model)
+    for name, value in source.loss_scalars.items():
+        logging.warning(
+            "%s: %s=%.6g, which the loss has learnt, is left out, since no format has it: it is in "
+            "the card. Probabilities of pairs need it, similarities do not",
+            *(model, name, value),
+        )
     params = jax.tree.map(np.asarray, source.params)
     write_model(
         output,
@@ -120,6 +126,7 @@ def export_model(
             concepts=read_concepts(*data) if source.heads else None,
             results=measured,
             heads=sorted(heads),
+            loss_scalars=source.loss_scalars,
             license=license,
         ),
     )

@@ -158,6 +158,7 @@ def read_model(
             heads=heads_to_clip(trained.heads),
             config=trained.config,
             decoder=trained.decoder,
+            loss_scalars=trained.loss_scalars,
             step=trained.step,
             ema=ema,
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -208,6 +209,13 @@ def test_concept_heads_are_left_out_or_kept(tmp_path):
     export_model(path, "open_clip", tmp_path / "x")
 
 
+class Place:
+    """A position in the data."""
+
+    def get_state(self):
+        return {"position": 0}
+
+
 @pytest.fixture
 def workdir(tmp_path):
     """A work directory as the training loop leaves it, with results of an evaluation."""
@@ -228,10 +236,6 @@ def workdir(tmp_path):
     state = state.replace(
         step=state.step + 7, ema_params=jax.tree.map(lambda p: p + 1, state.ema_params)
     )
-
-    class Place:
-        def get_state(self):
-            return {"position": 0}
 
     run = tmp_path / "run"
     run.mkdir()
@@ -285,6 +289,20 @@ def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
     ):
         assert line in card, card
     assert "0.999" not in card
+
+
+def test_the_bias_that_a_sigmoid_loss_has_learnt_is_named_where_it_is_left_out(
+    workdir, tmp_path, caplog
+):
+    run, state = workdir
+    params = {**state.params, "logit_bias": np.float32(-9.25)}
+    shutil.rmtree(run / "checkpoints")
+    saver = Checkpointer(run, keep_last=1)
+    saver.save(state.replace(params=params), Place())
+    saver.close()
+    export_model(str(run), "clip", tmp_path / "out")
+    assert "logit_bias=-9.25" in caplog.text
+    assert "| logit_bias, not in the file | -9.25 |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_first_numbers_of_the_embeddings_are_a_model_of_their_own(source, tmp_path):

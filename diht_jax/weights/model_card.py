@@ -66,6 +66,7 @@ def model_card(
     concepts: Vocabulary | None = None,
     results: Sequence[tuple[str, Mapping[str, Any]]],
     heads: Sequence[str] = (),
+    loss_scalars: Mapping[str, float] | None = None,
     license: str | None = None,
 ) -> str:
     """The card's text, Markdown with the front matter that model hubs read.
@@ -79,6 +80,7 @@ def model_card(
         concepts: that a distilled model was trained with.
         results: (source, {metric: value}) of each evaluation.
         heads: names of the concept heads that were kept.
+        loss_scalars: what the loss has learnt, by name; no format has it.
         license: of the weights, as the user states it.
     """
     fields = [(name, v) for name, v in dataclasses.asdict(arch).items() if v is not None]
@@ -91,6 +93,7 @@ def model_card(
             ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"),
             *fields,
             ("concept heads", ", ".join(heads) or "left out"),
+            *((f"{name}, not in the file", f"{v:.6g}") for name, v in (loss_scalars or {}).items()),
         ],
         origin=origin,
         members=[(f"`{name}`", f"{weight:g}") for name, weight in origin.members],

@@ -63,6 +63,7 @@ class ModelFiles:
         sha256: of a weight file, in hex; None for one in shards.
         config: the training config of a run; for others' weights `loading` fills in the defaults.
         decoder: parameters of the caption decoder of a run that trained one.
+        loss_scalars: of a run, what its loss has learnt, such as SigLIP's `logit_bias`.
         step: optimiser step, of a run.
         ema: whether these are the moving average of the parameters.
     """
@@ -75,6 +76,7 @@ class ModelFiles:
     sha256: str | None = None
     config: ml_collections.ConfigDict | None = None
     decoder: dict[str, Any] | None = None
+    loss_scalars: dict[str, float] = dataclasses.field(default_factory=dict)
     step: int | None = None
     ema: bool = False
 

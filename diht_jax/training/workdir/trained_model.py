@@ -46,6 +46,7 @@ class TrainedModel:
             average where that was asked for.
         heads: concept heads of the training objective, `{name: {kernel, bias}}`; maybe none.
         decoder: parameters of the caption decoder, or None.
+        loss_scalars: what the loss has learnt next to the model, such as SigLIP's `logit_bias`.
         step: optimiser step of the checkpoint.
     """
 
@@ -54,6 +55,7 @@ class TrainedModel:
     params: dict[str, Any]
     heads: dict[str, Any]
     decoder: dict[str, Any] | None
+    loss_scalars: dict[str, float]
     step: int
 
 
@@ -119,7 +121,6 @@ def restore_model(
         checks = read_checks(directory)["state"]
         saved = {path: number for path, number in checks.items() if path.startswith(f"{name}/")}
         problem = describe_difference(saved, {name: found})
-        # The objective's own parameters are left out, except concept heads and decoder.
         parts = (*TOWERS, "log_logit_scale")
         params = {part: found[part] for part in parts if part in found}
         if problem is None and parameter_shapes(params) != shapes:
@@ -136,5 +137,10 @@ def restore_model(
         params=merge_adapters(params, lora),
         heads=found.get(HEADS, {}),
         decoder=found.get(DECODER),
+        loss_scalars={
+            name: float(value)
+            for name, value in found.items()
+            if name not in parts and getattr(value, "ndim", None) == 0
+        },
         step=step,
     )
