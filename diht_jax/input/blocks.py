@@ -328,6 +328,8 @@ def _may_pass(error: Exception) -> bool:
 def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
     """The result of a request, which is sent again where no answer comes; the first one counts.
 
+    So does an error of the latest request. One of a request that was overtaken changes nothing.
+
     Requests run in threads of their own, since nobody can end a thread to which a library never
     returns.
 
@@ -335,27 +337,28 @@ def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
         TimeoutError: no answer came at all.
         ReadAheadStopped: the input was closed.
     """
-    answers: queue.SimpleQueue[tuple[bytes, BaseException | None]] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[int, bytes, BaseException | None]] = queue.SimpleQueue()
 
-    def ask() -> None:
+    def ask(number: int) -> None:
         try:
-            answers.put((read(), None))
+            answers.put((number, read(), None))
         except BaseException as error:
-            answers.put((b"", error))
+            answers.put((number, b"", error))
 
     for number in range(_MAX_REQUESTS):
-        threading.Thread(target=ask, name="read_block", daemon=True).start()
+        threading.Thread(target=ask, args=(number,), name="read_block", daemon=True).start()
         asked = clock()
         while clock() - asked < _PATIENCE_SECS * 2**number:
             try:
-                data, error = answers.get(timeout=_POLL_SECS)
+                answered, data, error = answers.get(timeout=_POLL_SECS)
             except queue.Empty:
                 if stopped.is_set():
                     raise ReadAheadStopped("the input was closed") from None
                 continue
-            if error is not None:
+            if error is None:
+                return data
+            if answered == number:
                 raise error
-            return data
     raise TimeoutError("no answer came")
 
 

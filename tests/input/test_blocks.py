@@ -1,6 +1,8 @@
 """Training from an object store gives the batches of local files, and asks for each block once."""
 
+import itertools
 import pathlib
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -20,6 +22,7 @@ from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.storage import retries
 from diht_jax.storage.retries import StorageError
 from tests.make import encoded, plain, write_records
+from tests.waiting import wait_until
 
 RECORDS, BATCH, BLOCK, BAD = 300, 20, 10, 7
 EPOCH, BLOCKS = RECORDS // BATCH, RECORDS // BLOCK
@@ -165,6 +168,40 @@ def test_failing_requests_are_sent_again(store, cache, monkeypatch, no_waiting, 
     check_same(batches, local, EPOCH)
     assert requests_for_bytes(store) > 1.2 * BLOCKS
     batches.close()
+
+
+@pytest.mark.parametrize("late", ["an error", "an answer"])
+def test_of_a_request_that_was_overtaken_an_error_changes_nothing(
+    store, cache, monkeypatch, late, hang_guard
+):
+    """The first request answers once the second one waits; its error must bring no third one."""
+    source, requests, read = open_source(store, cache), [], blocks.read_extent
+
+    def read_extent(*extent):
+        requests.append(threading.current_thread())
+        if len(requests) == 1:
+            wait_until(lambda: len(requests) == 2)
+            if late == "an error":
+                raise ConnectionResetError("too late")
+            return read(*extent)
+        if late == "an error":
+            requests[0].join()
+            return read(*extent)
+        closed.wait()  # for ever
+        return b""
+
+    closed = threading.Event()
+    now = itertools.count(step=blocks._PATIENCE_SECS)  # until there are two
+    last = lambda: 0.0 if len(requests) == 2 else float(next(now))  # noqa: E731
+    monkeypatch.setattr(blocks, "clock", last)
+    monkeypatch.setattr(blocks, "read_extent", read_extent)
+    blocks_of = BlockStore(source, block_order(source), ReadAheadOptions(cache_dir=str(cache)))
+    blocks_of.start()
+    blocks_of.fetch([0])
+    assert len(requests) == 2
+    assert blocks_of.read(0) == TFRecordSource(store)[0]
+    closed.set()
+    blocks_of.stop()
 
 
 def test_a_store_that_goes_on_failing_is_an_error(

@@ -1,8 +1,12 @@
 """Which of a record's captions an example has: shares by kind, steps, hosts, formats, errors."""
 
+import ast
 import collections
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -124,6 +128,31 @@ def test_a_run_goes_on_with_the_same_captions_on_other_hosts(order):
     # The pictures and their crops are those of a run that takes the first captions.
     for batch, first in zip(whole, batches(24, order=order, captions="first"), strict=True):
         np.testing.assert_array_equal(batch["images"], first["images"])
+
+
+_DRAWS = """
+from diht_jax.input.choices import CaptionChoice
+from diht_jax.records.schema import Record
+
+kinds = ["alt", "synthetic", "title", "recaption"]
+texts = [f"{kind} {n}" for kind in kinds for n in range(3)]
+metadata = {"captions": texts, "caption_kinds": [kind for kind in kinds for _ in range(3)]}
+record = Record("k", b"", texts[0], metadata)
+weights = {kind: ((0, 1),) for kind in kinds}
+for choice in (CaptionChoice(weights, batch_size=8), CaptionChoice(batch_size=8)):
+    print([choice.choose(record, (n + 0.5) / 64, n) for n in range(64)])
+"""
+
+
+def test_two_interpreters_draw_the_same_captions():
+    draws = {
+        subprocess.check_output(
+            [sys.executable, "-c", _DRAWS], env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        for seed in "123"
+    }
+    assert len(draws) == 1
+    assert len(set(ast.literal_eval(draws.pop().splitlines()[0].decode()))) == 12
 
 
 def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(tmp_path):

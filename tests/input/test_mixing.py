@@ -99,6 +99,15 @@ def test_every_source_has_its_share_and_its_own_epochs(order):
     assert mixed.num_records == 107
 
 
+@pytest.mark.parametrize("order", ["global", "blocks"])
+def test_two_sources_of_one_folder_come_in_different_orders(order):
+    train = {name: {"path": "/many", "weight": 1} for name in ("once", "again")}
+    once, again = (source.order for source in mixture(train, order=order).sources)
+    numbers = [[order[position] for position in range(90)] for order in (once, again)]
+    assert sorted(numbers[0]) == sorted(numbers[1]) == list(range(90))
+    assert sum(map(int.__eq__, *numbers)) < 20  # positions with the same record
+
+
 def test_each_source_has_its_own_captions_and_keys():
     mixed = mixture(two("blocks"))
     (batch,) = batches(mixed)

@@ -57,7 +57,7 @@ def test_own_positions_are_used_once_and_stay_in_their_stream(num_streams):
         used[source, own % num_streams].append(own // num_streams)
     for counts in used.values():
         assert counts == list(range(len(counts)))
-    for position in range(0, len(rows), 12):
+    for position in range(0, len(rows), num_streams):
         before = collections.Counter(source for source, _ in rows[:position])
         assert shares.counts(position) == [before[source] for source in range(3)]
     # The schedule: nothing of the third source before step 3, nothing of the first from 10 on.

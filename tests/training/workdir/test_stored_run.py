@@ -9,9 +9,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from diht_jax.loading import read_model
-from diht_jax.storage import retries
+from diht_jax.storage import files, retries
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.workdir import stored_run
 from diht_jax.training.workdir.checkpoint import SaveError
 from diht_jax.training.workdir.stored_run import (
     StagedDirectory,
@@ -188,6 +189,30 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(
     assert steps_in(again.folder) == [2, 4]
     again.close_after(None)
     assert steps_stored(url) == [2, 4]
+
+
+def test_the_run_goes_on_uploading_after_an_error_that_passes(monkeypatch, tmp_path, caplog):
+    url, send, failures = f"memory://{tmp_path.name}/run", files.upload, []
+
+    def failing(path, target):
+        if len(failures) < 2:
+            failures.append(target)
+            raise OSError("503 Slow Down")
+        send(path, target)
+
+    monkeypatch.setattr(files, "upload", failing)
+    for name in ("_POLL_SECONDS", "_RETRY_SECONDS"):
+        monkeypatch.setattr(stored_run, name, 0.01)
+    staged = StagedDirectory(url, str(tmp_path / "machine"))
+    staged.fetch()
+    staged.start()
+    for step in (2, 4):  # the second one comes when all is well again
+        put_checkpoint(staged.folder, step)
+        wait_until(lambda step=step: step in steps_stored(url), longest_secs=60)
+        manifest = make_manifest(staged.folder / "checkpoints" / str(step))
+        assert read_manifests(url)[step] == manifest
+    assert len(failures) == 2 and "503 Slow Down" in caplog.text
+    staged.close_after(None)
 
 
 def test_what_cannot_be_is_reported(config):
