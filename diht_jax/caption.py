@@ -40,7 +40,8 @@ from diht_jax.records.samples import SampleError
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
-from diht_jax.storage.files import write_bytes
+from diht_jax.storage.files import remove_temporary_files, write_bytes
+from diht_jax.storage.locks import lock_folder
 from diht_jax.storage.retries import StorageError
 
 SETTINGS_FILE = "captions.json"
@@ -136,8 +137,8 @@ def caption_shards(
 
     Raises:
         ValueError: the model has no decoder, two shards have one name, a shard of the input is in
-            `output`, `output` has captions of another model or of other options, or a whole shard
-            is damaged.
+            `output`, `output` has captions of another model or of other options, another process
+            works on this task, or a whole shard is damaged.
     """
     shards = list(shards)
     targets = {str(output / pathlib.PurePosixPath(shard).name): shard for shard in shards}
@@ -150,12 +151,25 @@ def caption_shards(
     settings = {"model": model.fingerprint(decoder=True), **dataclasses.asdict(options)}
     check_settings(output, settings, name=SETTINGS_FILE, what="captions")
     own = list(targets)[task_index::num_tasks]
-    _copy_vocabulary(shards, own, output)
-    missing = [target for target in own if not pathlib.Path(target).exists()]
-    logging.info("%d shards, of which %d are there", len(own), len(own) - len(missing))
-    if not missing:
-        return
-    source = open_source([targets[target] for target in missing])
+    names = tuple(f"{pathlib.Path(target).name}." for target in own)
+    with lock_folder(output, "--output", f".task-{task_index}-of-{num_tasks}.lock"):
+        remove_temporary_files(str(output), lambda name: f"{name}.".startswith(names))
+        _copy_vocabulary(shards, own, output)
+        missing = [target for target in own if not pathlib.Path(target).exists()]
+        logging.info("%d shards, of which %d are there", len(own), len(own) - len(missing))
+        if missing:
+            sources = [targets[target] for target in missing]
+            _write_shards(model, sources, missing, options, num_threads)
+
+
+def _write_shards(
+    model: Any,
+    shards: Sequence[str],
+    targets: Sequence[str],
+    options: CaptionOptions,
+    num_threads: int | None,
+) -> None:
+    source = open_source(list(shards))
     ends = np.cumsum(source.shard_lengths).tolist()
     write = functools.partial(_captions_of, model, options)
     unreadable, left_out = 0, collections.Counter[str]()
@@ -163,7 +177,7 @@ def caption_shards(
         futures.ThreadPoolExecutor(num_threads) as pool,
         ProgressBar(total=len(source), unit="image", desc="captions") as bar,
     ):
-        for target, first, end in zip(missing, [0, *ends], ends, strict=False):
+        for target, first, end in zip(targets, [0, *ends], ends, strict=False):
             with open_writer(target) as writer:
                 for start in range(first, end, _AT_ONCE):
                     indices = range(start, min(start + _AT_ONCE, end))

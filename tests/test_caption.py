@@ -28,6 +28,7 @@ from diht_jax.records.vocabulary import (
     find_train_vocabulary,
     write_vocabulary,
 )
+from diht_jax.storage.files import temporary_path
 from diht_jax.weights.inference import LoadedModel
 from tests import make
 from tests.records.labels import write_labels
@@ -114,6 +115,17 @@ def test_goes_on_where_it_was_and_leaves_no_half_shard(model, tmp_path, monkeypa
         assert straight == (tmp_path / "out" / name).read_bytes()
     several = read(tmp_path / "out")[0].metadata["captions"]
     assert len(several) > 2, "draws that are all alike"
+
+
+def test_what_a_killed_run_has_left_is_removed_but_for_that_of_other_tasks(model, tmp_path):
+    shards, output = write(tmp_path / "in"), tmp_path / "out"
+    output.mkdir()
+    left = [temporary_path(output / name) for name in ("a.tfrecord", "a.tfrecord.idx")]
+    others = temporary_path(output / "b.tfrecord")
+    for path in (*left, others):
+        path.write_bytes(b"half a shard")
+    caption_shards(model, shards, output, CaptionOptions(), task_index=0, num_tasks=2)
+    assert [path for path in output.iterdir() if path.suffix == ".tmp"] == [others]
 
 
 def test_errors(model, tmp_path):

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,9 +32,6 @@ FAILED_SUFFIX = ".failed.json"  # next to an output that could not be made: why
 # Path -> bytes, None where the file is missing.
 Sizes = Callable[[str], int | None]
 Process = Callable[[SourceShard, RecordWriter], dict[str, Any]]
-
-# The names of `files.temporary_path`.
-_TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -292,13 +288,8 @@ def remove_temporary_files(folder: str, names: Iterable[str]) -> None:
         names: outputs that no other process is writing now; their temporary files are removed, and
             those of files whose names begin with them.
     """
-    if is_remote(folder):
-        return
-    found = files.list_names(folder, lambda name: _TEMPORARY.fullmatch(name) is not None)
-    wanted = frozenset(names) if found else ()
-    for name in found:
-        if names_below([_TEMPORARY.fullmatch(name)[1]], wanted):
-            files.remove(files.join(folder, name))
+    wanted = frozenset(names)
+    files.remove_temporary_files(folder, lambda name: bool(names_below([name], wanted)))
 
 
 def remove_merged(folder: str) -> None:

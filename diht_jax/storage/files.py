@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -21,6 +22,7 @@ from diht_jax.storage.stores import forget_input, is_remote, note_input, open_sy
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
 _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
+_TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")  # the names of `temporary_path`
 _READ_THREADS, _READ_AHEAD = 32, 256  # of small files in a store
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -176,6 +178,21 @@ def temporary_path(path: str | os.PathLike[str]) -> pathlib.Path:
     """A hidden name in the same folder, which no other process takes and no search finds."""
     path = pathlib.Path(path)
     return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+
+
+def remove_temporary_files(folder: str, wanted: Callable[[str], bool]) -> None:
+    """Removes the half-written files that killed processes have left; in a store there are none.
+
+    Args:
+        folder: of the files.
+        wanted: by the name that a file was to have, whether to remove it. No other process may be
+            writing it now.
+    """
+    if is_remote(folder):
+        return
+    for name in list_names(folder, lambda name: _TEMPORARY.fullmatch(name) is not None):
+        if wanted(_TEMPORARY.fullmatch(name)[1]):
+            remove(join(folder, name))
 
 
 def commit(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
