@@ -71,7 +71,10 @@ def finish(
     """
     own = config.topology
     if args.topology not in (None, own, LOCAL):
-        suit(config, args.topology)
+        try:
+            suit(config, args.topology)
+        except ValueError as error:
+            raise ValueError(f"recipe argument 'topology={args.topology}': {error}") from error
     if args.debug:
         shrink(config)
     if args.topology is not None:

@@ -11,6 +11,7 @@ from absl import flags
 from diht_jax import command_line
 from diht_jax.evaluate import evaluate_model
 from diht_jax.export import export_model
+from tests.make import REPOSITORY
 
 _PROGRAM = """
 import ctypes, resource, sys
@@ -72,3 +73,11 @@ def test_no_command_writes_to_a_url_as_if_it_were_a_folder(url, tmp_path, monkey
         with pytest.raises(ValueError, match=f"output={url}: "):
             write()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_argument_that_a_recipe_refuses_is_one_line():
+    config = f"--config={REPOSITORY}/configs/diht_vitb16.py:topology=rtx4090:1"
+    command = [sys.executable, "-m", "diht_jax.train", config, "--workdir=unused"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "rtx4090:1" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

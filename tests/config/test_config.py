@@ -108,6 +108,7 @@ def test_clip_vitb32_differs_from_diht_vitb32_in_the_loss_alone(arg):
         ("debug=Tru", "'debug=Tru': expected True or False"),
         ("debug=True,toplogy=v5e:2x2", "'toplogy=v5e:2x2': .*did you mean 'topology'"),
         ("topology=h10:8", "unknown topology 'h10:8'; did you mean 'h100:...'?"),
+        ("topology=rtx4090:1", "^recipe argument 'topology=rtx4090:1': .*v5e:16x16.*h100:8"),
     ],
 )
 def test_recipe_refuses_another_argument(arg, message):
