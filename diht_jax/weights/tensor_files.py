@@ -7,6 +7,9 @@ TorchScript archives, such as OpenAI's CLIP files, are refused by `torch.load(we
 and `torch.jit.load` runs the code in them. Their pickle is read here by an unpickler that knows
 tensors and nothing else: every class of the archive becomes an inert `_Module`, and any other name
 is refused.
+
+A zip archive of torch has checksums. A safetensors file has none, so that one of ours states the
+CRC32 of its tensors in its metadata.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import pathlib
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -56,6 +61,7 @@ _STORAGES = {
     "BoolStorage": np.bool_,
 }
 
+_CHECKSUM = "crc32"  # in the metadata of a safetensors file
 _MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
 # Names and sizes of a model's parameters, or its code.
 _LARGEST_TEXT_BYTES = 2**26
@@ -104,10 +110,35 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> 
     with local_output(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        # transformers asks for this entry.
-        safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
+        # transformers asks for the first entry.
+        metadata = {"format": "pt", _CHECKSUM: _checksum(contiguous)}
+        safetensors.numpy.save_file(contiguous, temporary, metadata=metadata)
+        _sort_metadata(temporary)
         # The library lets only the owner read its files.
         temporary.chmod(mode)
+
+
+def _sort_metadata(path: pathlib.Path) -> None:
+    """Brings the metadata of a safetensors file into one order: equal tensors give equal bytes."""
+    with open(path, "r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.write(text.encode().ljust(size))
+
+
+def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
+    """CRC32 of names, dtypes, shapes and values, 8 hexadecimal digits."""
+    names = sorted(tensors)
+    facts = [[name, str(tensors[name].dtype), tensors[name].shape] for name in names]
+    checksum = zlib.crc32(json.dumps(facts).encode())
+    for name in names:
+        checksum = zlib.crc32(
+            np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8), checksum
+        )
+    return f"{checksum:08x}"
 
 
 def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -121,13 +152,20 @@ def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stated = (file.metadata() or {}).get(_CHECKSUM)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # The library meets number formats that NumPy does not have with errors of its own kinds.
     except (safetensors.SafetensorError, OSError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"{path}: not a whole safetensors file that NumPy can hold ({_first_line(error)}); "
             "download or write it again"
         ) from error
+    if stated is not None and stated != _checksum(tensors):
+        raise ValueError(
+            f"{path}: damaged: the checksum of its tensors is {_checksum(tensors)}, and the file "
+            f"states {stated}; copy or export it again"
+        )
+    return tensors
 
 
 def _read_index(path: pathlib.Path) -> dict[str, np.ndarray]:

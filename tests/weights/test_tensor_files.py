@@ -9,6 +9,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from torch import nn
 
@@ -168,6 +169,38 @@ def test_cut_off_files_are_named(tmp_path, suffix, share):
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(ValueError, match=rf"model{suffix}: (not a whole|refused)"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("place", [-1, -100, -167])
+def test_a_flipped_bit_in_a_safetensors_file_is_named(tmp_path, place):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"a": np.ones((10, 4), np.float32), "b": np.zeros(3, np.float16)})
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1  # in a number of either tensor, or at the end of the header
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.safetensors: (damaged|not a whole)"):
+        read_tensors(path)
+
+
+def test_values_that_changed_place_are_named(tmp_path):
+    one, other = np.zeros(2, np.float32), np.ones(2, np.float32)
+    write_safetensors(tmp_path / "a.safetensors", {"a": one, "b": other})
+    safetensors.numpy.save_file(
+        {"a": other, "b": one},
+        tmp_path / "b.safetensors",
+        metadata=safetensors.safe_open(tmp_path / "a.safetensors", "np").metadata(),
+    )
+    with pytest.raises(ValueError, match=r"b.safetensors: damaged"):
+        read_tensors(tmp_path / "b.safetensors")
+
+
+def test_equal_tensors_give_equal_bytes_of_safetensors(tmp_path):
+    tensors = {"a": np.ones(3, np.float32), "z": np.zeros((2, 2), np.float16)}
+    written = set()
+    for number in range(8):  # the library shuffles the metadata
+        write_safetensors(tmp_path / f"{number}.safetensors", tensors)
+        written.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(written) == 1
 
 
 def test_ordered_dicts_and_nested_state_dicts(tmp_path):
