@@ -9,7 +9,6 @@ exact search in float32 by NumPy, which holds all embeddings in memory and is th
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import resource
@@ -27,7 +26,7 @@ from absl import flags
 from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.evaluation.embedding import index_update, picture_index
-from diht_jax.evaluation.embedding.files import PICTURES, SETTINGS_FILE
+from diht_jax.evaluation.embedding.files import PICTURES, SETTINGS_FILE, write_object
 from diht_jax.progress import ProgressBar
 
 _CENTRES = 20_000
@@ -97,9 +96,12 @@ def write_indexes(
 ) -> np.ndarray:
     """Writes an index of each dtype; returns the embeddings, float32 [count, d]."""
     image_emb = np.empty((count, centres.shape[1]), np.float32)
+    settings = {
+        dtype: {"index": picture_index.LAYOUT, "dtype": dtype} for dtype in picture_index.DTYPES
+    }
     for dtype in picture_index.DTYPES:
         (folder / dtype).mkdir()
-        (folder / dtype / SETTINGS_FILE).write_text(json.dumps({"index": 1, "dtype": dtype}))
+        write_object(folder / dtype / SETTINGS_FILE, settings[dtype])
     size = index_update.PART_ROWS
     for number, first in enumerate(ProgressBar(range(0, count, size), desc="parts", unit="part")):
         part = image_emb[first : first + size]
@@ -118,7 +120,7 @@ def write_indexes(
         for dtype in picture_index.DTYPES:
             stored = picture_index.quantize(part, dtype)
             rows = picture_index.make_rows(notes, stored)
-            picture_index.write_part(folder / dtype, number, rows, manifest)
+            picture_index.write_part(folder / dtype, number, rows, manifest, settings[dtype])
     return image_emb
 
 

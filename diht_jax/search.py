@@ -2,8 +2,8 @@
 
     python -m diht_jax.search --model runs/b32 --input photos "a red car" "two dogs on a beach"
 
-Prints the best matches of every query, and draws them on a page (`--output`). `--input` is a
-folder of pictures, or any source of `diht_jax.readers.registry`.
+Prints the best matches of every query; `--output=found.html` draws them on a page as well.
+`--input` is a folder of pictures, or any source of `diht_jax.readers.registry`.
 
     python -m diht_jax.search --model runs/b32 --input photos --index photos_index "a red car"
     python -m diht_jax.search --model runs/b32 --index photos_index --serve
@@ -19,9 +19,11 @@ first one searches and writes. An index is then in a folder that all hosts share
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import pathlib
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from absl import flags, logging
@@ -37,7 +39,7 @@ def define_flags() -> None:
     distributed.define_flags()
     flags.DEFINE_string("input", None, "Folder of pictures, tar, or another source.")
     flags.DEFINE_alias("images", "input")
-    flags.DEFINE_string("output", "search.html", "Page (HTML) to write.")
+    flags.DEFINE_string("output", None, "Page (HTML) of the matches; unset: they are printed.")
     flags.DEFINE_integer("num_matches", 8, "Pictures a query.")
     flags.DEFINE_alias("count", "num_matches")
     flags.DEFINE_string("index", None, "Folder of an index, which is made or brought up to date.")
@@ -53,25 +55,28 @@ def define_flags() -> None:
 def main(queries: list[str]) -> None:
     """Searches for the queries that stand on the command line."""
     from diht_jax.evaluation.embedding.inputs import list_inputs
-    from diht_jax.evaluation.embedding.picture_index import PictureIndex
+    from diht_jax.evaluation.embedding.picture_index import PictureIndex, import_usearch
 
     given = flags.FLAGS
-    if queries and not given.output.endswith((".html", ".htm")):
+    if given.output and not given.output.endswith((".html", ".htm")):
         raise ValueError(
             f"--output={given.output}: the page is HTML; expected a name that ends in .html"
         )
     if given.serve and not given.index:
         raise ValueError("--serve searches an index: give --index=FOLDER, and --input to make it")
-    command_line.require_flags("model", *(() if given.index else ("input", "output")))
+    command_line.require_flags("model", *(() if given.index else ("input",)))
     if not (queries or given.index):
         raise ValueError('expected at least one query, such as "a red car", behind the flags')
     if not (queries or given.serve or given.input):
         raise ValueError("--index: expected queries, --serve, or --input to bring it up to date")
-    # What is missing should not have to wait for the model.
+    # What is missing should not have to wait for the model, nor for the pictures.
     shards = list_inputs(given.input) if given.input else []
-    if given.index and not shards:
-        PictureIndex(given.index)
-    (_search_index if given.index else _search_source)(shards, queries)
+    if not given.index:
+        _search_source(shards, queries)
+        return
+    if queries or given.serve:
+        import_usearch()
+    _search_index(shards, queries, None if shards else PictureIndex(given.index))
 
 
 def _load_model(*, on_all_hosts: bool) -> Any:
@@ -114,13 +119,18 @@ def _search_source(shards: list[Any], queries: list[str]) -> None:
         return
     if result.encoded.dropped:
         logging.warning("left out: %s", result.encoded.dropped)
-    found = itertools.chain(*result.matches.values())
-    pictures = load_pictures(shards, found)
-    _show(result.matches, pictures, given.input, len(result.encoded.positions))
+    load = functools.partial(load_pictures, shards)
+    _show(result.matches, load, given.input, len(result.encoded.positions))
 
 
-def _search_index(shards: list[Any], queries: list[str]) -> None:
-    """Brings the index up to date with the source, if there is one, and searches it."""
+def _search_index(shards: list[Any], queries: list[str], index: Any) -> None:
+    """Brings the index up to date with the source, if there is one, and searches it.
+
+    Args:
+        shards: of the source.
+        queries: what to search for.
+        index: the `PictureIndex`; None where the source is yet to be embedded.
+    """
     from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.embedding.index_update import IndexProcess, update_index
     from diht_jax.evaluation.embedding.picture_index import PictureIndex
@@ -153,25 +163,32 @@ def _search_index(shards: list[Any], queries: list[str]) -> None:
         )
     if not distributed.is_first():
         return
-    index = PictureIndex(given.index)
+    index = index or PictureIndex(given.index)
     index.check_model(model)
     if texts:
         found = index.search(model.encode_text(list(texts.values())), given.num_matches)
-        pictures = load_indexed_pictures(index, itertools.chain(*found))
-        _show(dict(zip(texts, found, strict=True)), pictures, given.index, len(index))
+        load = functools.partial(load_indexed_pictures, index)
+        _show(dict(zip(texts, found, strict=True)), load, given.index, len(index))
     if given.serve:
         _serve(index, model)
 
 
-def _show(matches: dict[str, Any], pictures: dict[Any, Any], source: str, count: int) -> None:
-    """Prints the matches, and draws them on the page."""
+def _show(
+    matches: dict[str, Any],
+    load: Callable[[Iterable[Any]], dict[Any, Any]],
+    source: str,
+    count: int,
+) -> None:
+    """Prints the matches, and draws them on the page where there is to be one."""
     from diht_jax.evaluation.embedding.search import draw_matches, format_matches
 
     given = flags.FLAGS
     print_escaped(format_matches(matches))
+    if not given.output:
+        return
     draw_matches(
         matches,
-        pictures,
+        load(itertools.chain(*matches.values())),
         given.output,
         title=f"Search in {pathlib.PurePath(source).name}",
         note=f"{count:,} pictures, model {given.model}; cosines",

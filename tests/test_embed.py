@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet
@@ -64,7 +65,7 @@ def write_tar(path, numbers, broken=(), silent=()):
             members[f"{i:03d}.png"] = b"no image"
         if i in silent:
             del members[f"{i:03d}.txt"]
-    make.write_tar(path, members)
+    return make.write_tar(path, members)
 
 
 def read_all(folder):
@@ -91,13 +92,15 @@ def check_rows(model, rows, numbers):
 
 
 def assert_same_files(expected_folder, found_folder):
-    """Byte by byte, but for the seconds that a part took."""
+    """Byte by byte, but for the seconds that a part took, and so the digest."""
     names = sorted(path.name for path in expected_folder.iterdir())
     assert names == sorted(path.name for path in found_folder.iterdir())
     for name in names:
         expected, found = ((f / name).read_bytes() for f in (expected_folder, found_folder))
         if name.endswith(".json"):
-            expected, found = (json.loads(text) | {"seconds": 0} for text in (expected, found))
+            expected, found = (
+                json.loads(text) | {"seconds": 0, "digest": ""} for text in (expected, found)
+            )
         assert found == expected, name
 
 
@@ -143,6 +146,27 @@ def test_interrupted_work_goes_on(model, tmp_path, monkeypatch, stop_after):
     check_rows(model, read_all(out), range(14))
     assert embed_source(model, source, out, OPTIONS)["files"] == 5
     assert len(calls) == 5
+
+
+def test_a_cut_part_is_made_again_and_damaged_statistics_are_named(model, tmp_path):
+    source, out = write_tar(tmp_path / "a.tar", range(9)), tmp_path / "out"
+    embed_source(model, source, out, OPTIONS)
+    shutil.copytree(out, tmp_path / "whole")
+    cut = out / "embeddings-00000-00001.npz"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (out / "embeddings-00000-00000.npz").unlink()
+    embed_source(model, source, out, OPTIONS)
+    assert_same_files(tmp_path / "whole", out)
+    stats = out / "embeddings-00000-00001.json"
+    data = stats.read_bytes()
+    stats.write_bytes(data.replace(b'"pairs": 4', b'"pairs": 3'))
+    with pytest.raises(ValueError, match=r"embeddings-00000-00001.json: damaged.*delete it"):
+        embed_source(model, source, out, OPTIONS)
+    stats.write_bytes(data)
+    settings = out / "embeddings.json"
+    settings.write_bytes(settings.read_bytes().replace(b"float32", b"float31", 1))
+    with pytest.raises(ValueError, match=r"embeddings.json: damaged"):
+        embed_source(model, source, out, OPTIONS)
 
 
 def test_a_replaced_picture_of_a_table_is_noticed(model, tmp_path):

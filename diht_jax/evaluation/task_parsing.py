@@ -187,11 +187,26 @@ def _read_text(text: str) -> _Request:
     if name is None and body in TASKS_BY_NAME:
         entry = TASKS_BY_NAME[body]
         return _Request(where, body, None, entry.source, options, entry)
-    raise ValueError(
-        f"unknown task '{text}'; {_hint(name or body, TASKS_BY_NAME)} For data of your own write "
-        "'classification:SOURCE' or 'retrieval:SOURCE', or another kind of task: "
-        f"{', '.join(PROTOCOLS)}"
-    )
+    raise ValueError(_explain_unknown(text, kind if source else name or body, source))
+
+
+def _explain_unknown(text: str, typed: str, source: str) -> str:
+    """The message for a task that is none.
+
+    Args:
+        text: of the task.
+        typed: what should be its name, or its kind where a source follows.
+        source: behind a colon; empty where there is none.
+    """
+    own = f"for data of your own write KIND:SOURCE, KIND one of {', '.join(PROTOCOLS)}"
+    kinds = [*PROTOCOLS, registry.BENCHMARK]
+    known = kinds if source else [*TASKS_BY_NAME, *kinds]
+    nearest = difflib.get_close_matches(typed, known, n=1, cutoff=0.7)
+    if not nearest:
+        return f"unknown task '{text}'; {own}. Tasks by name: {', '.join(TASKS_BY_NAME)}"
+    is_kind = nearest[0] in kinds
+    meant = f"{nearest[0]}:{source or 'SOURCE'}" if is_kind else nearest[0]
+    return f"unknown task '{text}'; did you mean '{meant}'? Or {own}"
 
 
 def _read_section(name: str, section: Any) -> _Request:

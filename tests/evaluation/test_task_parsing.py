@@ -60,6 +60,9 @@ def test_defaults_reach_the_tasks_they_belong_to():
     ("texts", "message"),
     [
         (["cifar01"], "unknown task 'cifar01'; did you mean 'cifar10'"),
+        (["retreival:/a.tar"], "did you mean 'retrieval:/a.tar'?"),
+        (["mine=clasification:/a.tar"], "did you mean 'classification:/a.tar'?"),
+        (["retreival"], "did you mean 'retrieval:SOURCE'?"),
         (["retrieval:/a.tar?caption_templat=x"], "did you mean 'caption_template'"),
         (["retrieval:/a.tar", "retrieval:/b/a.tar"], "two tasks are called 'a'"),
     ],
@@ -68,6 +71,13 @@ def test_mistakes_are_explained(texts, message):
     with pytest.raises(ValueError) as raised:
         parse_tasks(texts)
     assert message in str(raised.value)
+
+
+def test_a_task_like_no_other_is_told_the_form_before_the_names():
+    with pytest.raises(ValueError) as raised:
+        parse_tasks("/data/pairs.tar")
+    message = str(raised.value)
+    assert message.index("KIND:SOURCE") < message.index("cifar10")
 
 
 def test_columns_are_named_as_they_are_typed(tmp_path):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,8 +40,7 @@ MODALITIES = ("image", "text")
 DTYPES = ("float32", "float16")
 SETTINGS_FILE = "embeddings.json"
 
-# What a part's statistics must hold for a run to go on after it.
-_STATS_TYPES = {"file": str, "pairs": int, "entries": int, "dropped": dict, "is_last": bool}
+_DIGEST = "digest"  # key of a JSON object: of all its other keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,20 @@ def embed_source(
 
 
 def _find_part(stem: str, part: int) -> dict[str, Any] | None:
-    return read_stats(f"{stem}-{part:05d}.json")
+    """The statistics of a part that is finished; one whose file is gone or cut is made again."""
+    stats = read_object(f"{stem}-{part:05d}.json", "delete it to have its part made again")
+    if stats is None:
+        return None
+    path = files.join(os.path.dirname(stem), stats["file"])
+    if (size := files.size(path)) != stats["bytes"]:
+        logging.warning(
+            "%s: %s, expected %d bytes; made again",
+            path,
+            "missing" if size is None else f"{size} bytes",
+            stats["bytes"],
+        )
+        return None
+    return stats
 
 
 def _embed_part(
@@ -173,9 +187,12 @@ def _embed_part(
     columns = {name: value.astype(options.dtype) for name, value in columns.items()}
     path = f"{stem}-{part:05d}"
     encode = _encode_npz if options.format == "npz" else _encode_parquet
-    files.write_bytes(f"{path}.{options.format}", encode(notes, columns))
+    data = encode(notes, columns)
+    files.write_bytes(f"{path}.{options.format}", data)
     stats = {
         "file": os.path.basename(f"{path}.{options.format}"),
+        "bytes": len(data),
+        "crc32": zlib.crc32(data),
         "pairs": len(notes),
         "entries": entries.count,
         "dropped": dict(dropped),
@@ -186,7 +203,7 @@ def _embed_part(
         "shard": share.number,
         "part": part,
     }
-    files.write_bytes(f"{path}.json", (json.dumps(stats, indent=1) + "\n").encode())
+    write_object(f"{path}.json", stats)
     return stats
 
 
@@ -241,6 +258,7 @@ def check_settings(
     *,
     name: str = SETTINGS_FILE,
     what: str = "embeddings",
+    flag: str = "--output",
 ) -> None:
     """Writes the settings of a work, or compares them with those that are there.
 
@@ -248,7 +266,7 @@ def check_settings(
         output: directory, or its URL; is made.
         settings: what must be the same for the directory to be gone on with, JSON-able.
         name: of the file.
-        what: the directory holds, for messages.
+        what, flag: the directory holds, and is given by; for messages.
 
     Raises:
         ValueError: it holds work of other settings, or a damaged file.
@@ -256,41 +274,48 @@ def check_settings(
     output = os.fspath(output)
     files.make_folder(output)
     path = f"{output}/{name}"
-    found = read_object(path)
+    found = read_object(path, f"take another {flag}, or remove this one with all that is in it")
     if found is None:
-        files.write_bytes(path, (json.dumps(settings, indent=1) + "\n").encode())
+        write_object(path, settings)
         return
     changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
     if changed:
         raise ValueError(
             f"{output} holds {what} made with other settings; changed: "
-            f"{', '.join(changed[:20])[:500]}. Take the same to go on with it, or another --output"
+            f"{', '.join(changed[:20])[:500]}. Take the same to go on with it, or another {flag}"
         )
 
 
-def read_stats(path: str) -> dict[str, Any] | None:
-    """Reads the statistics of a finished part; None where it is not finished.
+def write_object(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
+    """Writes a JSON object with a digest of what it holds, for `read_object`."""
+    checked = values | {_DIGEST: _digest(values)}
+    files.write_bytes(path, (json.dumps(checked, indent=1) + "\n").encode())
+
+
+def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | None:
+    """Reads what `write_object` wrote, without the digest; None where there is no file.
+
+    Args:
+        path: of the file.
+        remedy: what to do about a damaged one, for the message.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or of a version that wrote no digest.
     """
-    stats = read_object(path)
-    if stats is None:
-        return None
-    for name, kind in _STATS_TYPES.items():
-        if type(stats.get(name)) is not kind:
-            raise ValueError(
-                f"{path}: '{name}' is {stats.get(name)!r:.80}; expected {kind.__name__}. Delete "
-                "the file to have its part made again"
-            )
-    return stats
-
-
-def read_object(path: str) -> dict[str, Any] | None:
-    """Reads the JSON object in a file; None where there is no file, an error for anything else."""
     try:
-        return parse_json_object(files.read_bytes(path))
+        values = parse_json_object(files.read_bytes(path))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON object ({error}); delete it") from error
+        raise ValueError(f"{path}: damaged, expected a JSON object ({error}); {remedy}") from error
+    stated = values.pop(_DIGEST, None)
+    if stated is None:
+        raise ValueError(f"{path}: of an older version, without a digest; {remedy}")
+    if stated != _digest(values):
+        raise ValueError(f"{path}: damaged, since its digest is that of other values; {remedy}")
+    return values
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

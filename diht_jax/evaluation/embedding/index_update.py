@@ -28,11 +28,14 @@ from diht_jax.evaluation.embedding.inputs import (
 )
 from diht_jax.evaluation.embedding.picture_index import (
     DTYPES,
+    LAYOUT,
+    Part,
     make_rows,
     make_thumbnail,
-    part_path,
     quantize,
-    read_parts,
+    read_manifests,
+    remove_leftovers,
+    remove_part,
     write_part,
 )
 from diht_jax.progress import ProgressBar
@@ -117,7 +120,7 @@ def update_index(
         raise ValueError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)} for an index")
     folder, process, removed = pathlib.Path(folder), process or IndexProcess(), 0
     settings = {
-        "index": 1,
+        "index": LAYOUT,
         "model_sha256": model.fingerprint(),
         "image_size": model.image_size,
         "dtype": dtype,
@@ -125,52 +128,55 @@ def update_index(
 
     def prepare() -> None:
         nonlocal removed
-        check_settings(folder, settings)
+        check_settings(folder, settings, what="an index", flag="--index")
         stack.enter_context(lock_folder(folder, "--index", ".lock"))
-        removed = _remove_stale(folder, shards)
+        removed = _remove_stale(folder, settings, shards)
+        remove_leftovers(folder, read_manifests(folder, settings).values())
 
     with contextlib.ExitStack() as stack:
         process.together(prepare if process.index == 0 else lambda: None)
         # Read by all before the first part is made.
-        old = process.together(lambda: read_parts(folder))
+        old = process.together(lambda: read_manifests(folder, settings))
         encode = functools.partial(encode_images, model, batching=batching, allow_empty=True)
         first_new = max(old, default=-1) + 1
         numbers = itertools.count(first_new + process.index, process.count)
-        updater = _Updater(folder, dtype, model.embed_dim, encode, thumbnails, numbers)
-        manifests = [part.manifest for part in old.values()]
+        updater = _Updater(folder, settings, model.embed_dim, encode, thumbnails, numbers)
         shares = shares_of(shards, process.index, process.count)
-        process.together(lambda: updater.add(shares, manifests))
-        parts = read_parts(folder)
+        process.together(lambda: updater.add(shares, list(old.values())))
+        manifests = read_manifests(folder, settings)
     dropped: collections.Counter[str] = collections.Counter()
-    for part in parts.values():
-        dropped.update(part.manifest["dropped"])
-    added = sum(len(part) for number, part in parts.items() if number >= first_new)
-    return Update(added, removed, sum(map(len, parts.values())) - added, dict(dropped))
+    for manifest in manifests.values():
+        dropped.update(manifest["dropped"])
+    pictures = {number: manifest["pictures"] for number, manifest in manifests.items()}
+    added = sum(count for number, count in pictures.items() if number >= first_new)
+    return Update(added, removed, sum(pictures.values()) - added, dict(dropped))
 
 
-def _remove_stale(folder: pathlib.Path, shards: Sequence[SourceShard]) -> int:
+def _remove_stale(
+    folder: pathlib.Path, settings: dict[str, Any], shards: Sequence[SourceShard]
+) -> int:
     """Removes what is gone or was changed: parts of shards, pictures of folders. Counts it."""
     by_unit = {_unit(shard): shard for shard in shards}
     states = {unit: _states(s) for unit, s in by_unit.items() if s.kind == PICTURES}
     count = 0
-    for number, part in read_parts(folder).items():
-        manifest, path = part.manifest, part_path(folder, number)
+    for number, manifest in read_manifests(folder, settings).items():
         unit = manifest["unit"]
         if unit in states:
             known = [pair for pair in manifest["states"] if states[unit].get(pair[0]) == pair[1]]
             if known == manifest["states"]:
                 continue
-            names = {key for key, _ in known}
-            is_known = [key in names for key in part.rows["key"].to_pylist()]
-            rows = part.rows.filter(np.array(is_known, bool))
-            count += len(part) - len(rows)
-            if known:
-                write_part(folder, number, rows, manifest | {"states": known})
-            else:
-                path.unlink()
+            count += manifest["pictures"]
+            if not known:
+                remove_part(folder, number)
+                continue
+            names, rows = {key for key, _ in known}, Part(folder, manifest).rows
+            is_known = [key in names for key in rows["key"].to_pylist()]
+            rows = rows.filter(np.array(is_known, bool))
+            count -= len(rows)
+            write_part(folder, number, rows, manifest | {"states": known}, settings)
         elif unit not in by_unit or by_unit[unit].identity() != manifest["identity"]:
-            count += len(part)
-            path.unlink()
+            count += manifest["pictures"]
+            remove_part(folder, number)
     return count
 
 
@@ -179,7 +185,7 @@ class _Updater:
     """Adds to an index what it lacks; `numbers` are those of the parts to come."""
 
     folder: pathlib.Path
-    dtype: str
+    settings: dict[str, Any]
     dim: int
     encode: Callable[..., EncodedImages]
     thumbnails: bool
@@ -239,9 +245,8 @@ class _Updater:
             "dropped": encoded.dropped,
             "states": list(states),
         }
-        rows = make_rows(encoded.notes, quantize(image_emb, self.dtype))
-        write_part(self.folder, next(self.numbers), rows, manifest)
-        return manifest
+        rows = make_rows(encoded.notes, quantize(image_emb, self.settings["dtype"]))
+        return write_part(self.folder, next(self.numbers), rows, manifest, self.settings)
 
 
 def _unit(shard: SourceShard) -> str:

@@ -1,8 +1,10 @@
 """An index of embedded pictures on disk, searched exactly; `index_update.py` makes it.
 
-A part holds up to 10,000 pictures in one Arrow file, `NNNNN.arrow`, which is read through a memory
-map: key, caption, thumbnail and embedding of each, and as metadata of the schema, in JSON, what the
-part was made of.
+A part holds up to 10,000 pictures. `NNNNN.json` has what it was made of, the name of its Arrow file
+and the CRC-32 of each block of that; it is written last, and the part is complete with it. The
+Arrow file has key, caption, thumbnail and embedding of each picture and is read through a memory
+map, whose blocks are compared first: those of a thumbnail when it is shown, all others when the
+index is opened.
 
 usearch (Apache-2.0) compares a query with every embedding, in vector code and on all cores.
 """
@@ -11,33 +13,35 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow
 from PIL import Image
 
-from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object
+from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object, write_object
 from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.input.decode import ImageError, load_rgb, open_image
 from diht_jax.readers import image_folder
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import write_bytes
+from diht_jax.storage import files
 
 Place = tuple[int, int]
 
 DTYPES = ("float16", "int8")
+LAYOUT = 2  # in an index's settings
 # Pixels, of the longer side.
 THUMBNAIL_SIDE = 160
 # Matches of each part that are compared again in float32, as a multiple of the requested ones: the
 # comparison in eight bits rounds the query, too.
 _CANDIDATES = 4
-_MANIFEST = b"diht_jax.part"
-_MANIFEST_KEYS = {"unit", "identity", "part", "is_last", "entries", "dropped", "states"}
+# Bytes of a block: small for one thumbnail, and a list of few numbers for a part.
+_BLOCK = 2**20
+_REMEDY = "delete the .json file and bring the index up to date with --input"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +70,18 @@ class PictureIndex:
         Raises:
             ValueError: there is no index, or it is damaged.
         """
-        settings = read_object(f"{os.fspath(folder)}/{SETTINGS_FILE}")
+        path = f"{os.fspath(folder)}/{SETTINGS_FILE}"
+        settings = read_object(path, "make the index again, in another --index")
         if settings is None:
             raise ValueError(f"--index={folder}: no index; --input=SOURCE makes one")
+        if settings.get("index") != LAYOUT:
+            raise ValueError(f"{path}: expected the settings of an index; make it again")
         self.settings = settings
-        self._parts = read_parts(pathlib.Path(folder))
+        folder = pathlib.Path(folder)
+        manifests = read_manifests(folder, settings)
+        if not manifests:
+            raise ValueError(f"--index={folder}: no pictures; --input=SOURCE brings them in")
+        self._parts = {number: Part(folder, found) for number, found in manifests.items()}
 
     def __len__(self) -> int:
         return sum(map(len, self._parts.values()))
@@ -112,10 +123,11 @@ class PictureIndex:
         """
         if part not in self._parts or not 0 <= row < len(self._parts[part]):
             return None
-        rows, identity = self._parts[part].rows, self._parts[part].manifest["identity"]
+        found = self._parts[part]
+        identity = found.manifest["identity"]
         if identity["kind"] != PICTURES:
-            return rows["thumbnail"][row].as_py() or None
-        root, key = identity["path"], rows["key"][row].as_py()
+            return found.thumbnail(row) or None
+        root, key = identity["path"], found.rows["key"][row].as_py()
         entry = next(image_folder.read_listed(root, [(os.path.join(root, key), key, None)]))
         return make_thumbnail(entry.image) or None if isinstance(entry, Pair) else None
 
@@ -126,41 +138,63 @@ class PictureIndex:
 
 
 class Part:
-    """The file of one part.
+    """The Arrow file of one part.
 
     Attributes:
         rows: table of key, caption, thumbnail and image_emb.
         manifest: what the part was made of, see `index_update`.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
         """Opens the file; raises ValueError where it is damaged."""
-        try:
-            with pyarrow.memory_map(str(path)) as file:
-                self.rows = pyarrow.ipc.open_file(file).read_all()
-            self.manifest = json.loads(self.rows.schema.metadata[_MANIFEST])
-            if not self.manifest.keys() >= _MANIFEST_KEYS:
-                raise ValueError("no whole manifest")
-            column = self.rows["image_emb"]
-            values = column.chunk(0).flatten().to_numpy()
-            self._image_emb = values.reshape(len(self.rows), column.type.list_size)
-        except (
-            ValueError, OSError, KeyError, TypeError, AttributeError, pyarrow.ArrowException,
-        ) as error:  # fmt: skip
+        self.manifest, self._path = manifest, folder / manifest["file"]
+        self._checked: set[int] = set()
+        size = files.size(str(self._path))
+        if size != manifest["bytes"]:
+            found = "missing" if size is None else f"{size} bytes"
             raise ValueError(
-                f"{path}: damaged part of an index ({error}); delete it to have it made again"
-            ) from error
+                f"{self._path}: {found}, expected {manifest['bytes']} bytes; {_REMEDY}"
+            )
+        with pyarrow.memory_map(str(self._path)) as file:
+            self._data = file.read_buffer()
+        start, stop = manifest["thumbnails"]
+        self._check(0, start)
+        self._check(stop, size)
+        # Only now, since pyarrow does not survive every damaged file.
+        self.rows = pyarrow.ipc.open_file(self._data).read_all()
+        column = self.rows["image_emb"]
+        values = column.chunk(0).flatten().to_numpy()
+        self._image_emb = values.reshape(len(self.rows), column.type.list_size)
+
+    def _check(self, start: int, stop: int) -> None:
+        """Compares the blocks that hold a range of bytes with their CRCs, each once."""
+        for block in range(start // _BLOCK, -(-stop // _BLOCK)):
+            if block in self._checked:
+                continue
+            if _block_crcs(self._data, [block]) != [self.manifest["crc32"][block]]:
+                raise ValueError(
+                    f"{self._path}: damaged within 1 MiB from byte {block * _BLOCK}; {_REMEDY}"
+                )
+            self._checked.add(block)
+
+    def thumbnail(self, row: int) -> bytes:
+        """The thumbnail of a picture, empty where there is none; ValueError for a damaged one."""
+        _, offsets, data = self.rows["thumbnail"].chunk(0).buffers()
+        start, stop = np.frombuffer(offsets, np.int32)[row : row + 2].tolist()
+        if start == stop:
+            return b""
+        first = data.address - self._data.address
+        self._check(first + start, first + stop)
+        return data[start:stop].to_pybytes()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def search(self, queries: np.ndarray, count: int) -> Iterator[list[tuple[float, int]]]:
         """Yields the rows nearest to each query, with their similarities."""
-        # With the package, since JAX and Orbax need none of it.
-        try:
-            from usearch.index import MetricKind, search
-        except ImportError as error:
-            raise ValueError("searching an index needs usearch: pip install usearch") from error
+        import_usearch()
+        from usearch.index import MetricKind, search
+
         wanted = min(len(self), _CANDIDATES * count)
         if not wanted:
             yield from ([] for _ in queries)
@@ -176,9 +210,33 @@ class Part:
             yield [(float(similarities[i]), int(rows[i])) for i in best]
 
 
-def read_parts(folder: pathlib.Path) -> dict[int, Part]:
-    """Opens all parts of an index, by number."""
-    return {int(path.stem): Part(path) for path in sorted(folder.glob("[0-9]*.arrow"))}
+def import_usearch() -> None:
+    """Raises ValueError where usearch is not installed."""
+    # With the package, since JAX and Orbax need none of it.
+    try:
+        import usearch.index  # noqa: F401
+    except ImportError as error:
+        raise ValueError("searching an index needs usearch: pip install usearch") from error
+
+
+def read_manifests(folder: pathlib.Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Reads what the parts of an index were made of, by number.
+
+    Args:
+        folder: of the index.
+        settings: of the index.
+
+    Raises:
+        ValueError: a file is damaged, or of another index.
+    """
+    manifests = {}
+    for path in sorted(folder.glob("[0-9]*.json")):
+        manifest = read_object(path, "delete it and bring the index up to date with --input")
+        number = int(path.stem)
+        if (manifest.get("number"), manifest.get("settings")) != (number, settings):
+            raise ValueError(f"{path}: not part {number} of this index; {_REMEDY}")
+        manifests[number] = manifest
+    return manifests
 
 
 def make_rows(notes: Sequence[tuple[str, str, bytes]], stored: np.ndarray) -> pyarrow.Table:
@@ -196,19 +254,67 @@ def make_rows(notes: Sequence[tuple[str, str, bytes]], stored: np.ndarray) -> py
 
 
 def write_part(
-    folder: pathlib.Path, number: int, rows: pyarrow.Table, manifest: dict[str, Any]
-) -> None:
-    """Writes a part, whole or not at all."""
-    rows, buffer = rows.replace_schema_metadata({_MANIFEST: json.dumps(manifest)}), io.BytesIO()
-    arrays = [pyarrow.concat_arrays(column.chunks) for column in rows.columns]
+    folder: pathlib.Path,
+    number: int,
+    rows: pyarrow.Table,
+    manifest: dict[str, Any],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes a part, whole or not at all, in place of one with this number; returns its manifest.
+
+    Args:
+        folder: of the index.
+        number: of the part.
+        rows: of `make_rows`.
+        manifest: what it was made of.
+        settings: of the index.
+    """
+    arrays, buffer = [pyarrow.concat_arrays(column.chunks) for column in rows.columns], io.BytesIO()
     with pyarrow.ipc.new_file(buffer, rows.schema) as to:
         to.write_batch(pyarrow.record_batch(arrays, rows.schema))  # one, for the memory map
-    write_bytes(part_path(folder, number), buffer.getvalue())
+    data = pyarrow.py_buffer(buffer.getvalue())
+    crcs = _block_crcs(data, range(-(-data.size // _BLOCK)))
+    # Named by its contents, so that the old file is there until the new manifest is.
+    name = f"{number:05d}-{zlib.crc32(repr(crcs).encode()):08x}.arrow"
+    files.write_bytes(folder / name, data.to_pybytes())
+    manifest = manifest | {
+        "number": number,
+        "settings": settings,
+        "pictures": len(rows),
+        "file": name,
+        "bytes": data.size,
+        "crc32": crcs,
+        "thumbnails": _thumbnails_range(data),
+    }
+    write_object(folder / f"{number:05d}.json", manifest)
+    return manifest
 
 
-def part_path(folder: pathlib.Path, number: int) -> pathlib.Path:
-    """The file of a part."""
-    return folder / f"{number:05d}.arrow"
+def remove_part(folder: pathlib.Path, number: int) -> None:
+    """Removes a part; its Arrow file is removed by `remove_leftovers`."""
+    (folder / f"{number:05d}.json").unlink()
+
+
+def remove_leftovers(folder: pathlib.Path, manifests: Iterable[dict[str, Any]]) -> None:
+    """Removes the Arrow files that no part names, such as those of an interrupted update."""
+    named = {manifest["file"] for manifest in manifests}
+    for path in folder.glob("[0-9]*.arrow"):
+        if path.name not in named:
+            path.unlink()
+
+
+def _block_crcs(data: pyarrow.Buffer, blocks: Iterable[int]) -> list[int]:
+    return [zlib.crc32(data[block * _BLOCK : (block + 1) * _BLOCK]) for block in blocks]
+
+
+def _thumbnails_range(data: pyarrow.Buffer) -> list[int]:
+    """The first byte and the end of the thumbnails in an Arrow file."""
+    column = pyarrow.ipc.open_file(data).read_all()["thumbnail"]
+    found = column.chunk(0).buffers()[-1]
+    if found is None or not found.size:
+        return [0, 0]
+    start = found.address - data.address
+    return [start, start + found.size]
 
 
 def quantize(embeddings: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,9 +1,12 @@
 """Indexes of real pictures: exact answers, updates by what is new, and the web page."""
 
+import collections
 import io
 import itertools
 import json
 import os
+import re
+import socket
 import threading
 import urllib.error
 import urllib.parse
@@ -14,14 +17,14 @@ import pyarrow
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.embedding import index_update
+from diht_jax.evaluation.embedding import index_update, picture_index
 from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.index_update import IndexProcess, update_index
 from diht_jax.evaluation.embedding.picture_index import (
     PictureIndex,
 )
-from diht_jax.evaluation.embedding.search_server import make_server
+from diht_jax.evaluation.embedding.search_server import is_own_host, make_server
 from tests import make
 from tests.evaluation.embedding.processes import Processes
 
@@ -100,7 +103,8 @@ def test_answers_are_the_nearest_pictures(tiny_model, folder, tmp_path, dtype, t
     assert len(index) == 20
     check_answers(tiny_model, folder, tmp_path / "index", tolerance=tolerance)
     assert [len(hits) for hits in index.search(np.ones((1, tiny_model.embed_dim)), 50)] == [20]
-    with pyarrow.memory_map(str(tmp_path / "index/00000.arrow")) as file:
+    (part,) = (tmp_path / "index").glob("00000-*.arrow")
+    with pyarrow.memory_map(str(part)) as file:
         column = pyarrow.ipc.open_file(file).read_all()["image_emb"]
     assert column.chunk(0).flatten().to_numpy().dtype == dtype
 
@@ -203,12 +207,77 @@ def test_other_work_and_damage_are_errors(tiny_model, folder, tmp_path):
         update(tiny_model, folder, tmp_path / "index", dtype="int8")
     with pytest.raises(ValueError, match="--dtype=float32: expected one of float16, int8"):
         update(tiny_model, folder, tmp_path / "other", dtype="float32")
-    (tmp_path / "index/00001.arrow").write_bytes(b"")
-    with pytest.raises(ValueError, match="00001.arrow: damaged part .* delete it"):
+    (part,) = (tmp_path / "index").glob("00001-*.arrow")
+    part.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"00001-\w+.arrow: 0 bytes, .* delete the .json file"):
         PictureIndex(tmp_path / "index")
-    (tmp_path / "index/00001.arrow").unlink()
+    (tmp_path / "index/00001.json").unlink()
     assert update(tiny_model, folder, tmp_path / "index").added == 5  # the sixth is the bad one
     check_answers(tiny_model, folder, tmp_path / "index")
+    assert len(list((tmp_path / "index").glob("*.arrow"))) == 4
+
+
+def test_an_index_of_an_older_layout_is_an_error(tmp_path):
+    (tmp_path / "embeddings.json").write_text(json.dumps({"index": 1, "model_sha256": "x"}))
+    (tmp_path / "00000.arrow").write_bytes(b"ARROW1")
+    with pytest.raises(ValueError, match="embeddings.json: of an older version"):
+        PictureIndex(tmp_path)
+
+
+def _damages(files, others, rng):
+    """(file, its damaged bytes) of each kind in turn: flips, cuts, zeroed pages, other files."""
+    names = sorted(files)
+    while True:
+        for kind in range(4):
+            name = names[rng.integers(len(names))]
+            data = bytearray(files[name])
+            start = int(rng.integers(len(data)))
+            if kind == 0:
+                data[start] ^= 1 << int(rng.integers(8))
+            elif kind == 1:
+                del data[start:]
+            elif kind == 2:
+                start -= start % 4096
+                data[start : start + 4096] = bytes(len(data[start : start + 4096]))
+            else:
+                data = bytearray([files, others][rng.integers(2)][names[rng.integers(len(names))]])
+            yield name, bytes(data)
+
+
+def test_no_damage_of_an_index_is_silent_or_ends_the_process(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(picture_index, "_BLOCK", 2048)
+    queries = tiny_model.encode_text(QUERIES)
+
+    def answers(index):
+        index = PictureIndex(index)
+        found = index.search(queries, 20)
+        return found, [index.picture(*match.place) for match in found[0]]
+
+    contents = []
+    for number in range(2):
+        tar_of(tmp_path / f"{number}.tar", range(20 * number, 20 * number + 14))
+        update(tiny_model, tmp_path / f"{number}.tar", tmp_path / f"index{number}")
+        folder = tmp_path / f"index{number}"
+        contents.append({path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))})
+    # The Arrow files have other names in the other index: they are exchanged by their order.
+    files, others = contents
+    others = dict(zip(files, others.values(), strict=True))
+    assert sorted(name.split(".")[-1] for name in files) == ["arrow"] * 3 + ["json"] * 4
+    index = tmp_path / "index0"
+    expected, damages = answers(index), _damages(files, others, np.random.default_rng(0))
+    kinds = collections.Counter()
+    for name, data in itertools.islice(damages, 240):
+        (index / name).write_bytes(data)
+        try:
+            found = answers(index)
+        except ValueError as error:
+            assert name.split(".")[0] in str(error), (name, str(error))
+            kinds["named"] += 1
+        else:
+            assert found == expected, f"{name} was damaged in silence"
+            kinds["as before"] += 1
+        (index / name).write_bytes(files[name])
+    assert kinds["named"] > 200, kinds
 
 
 @pytest.fixture
@@ -230,9 +299,10 @@ def server(tiny_model, folder, tmp_path):
         thread.join()
 
 
-def get(server, path):
+def get(server, path, **headers):
+    url = f"http://127.0.0.1:{server.server_port}{path}"
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}{path}") as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read()
@@ -259,3 +329,29 @@ def test_the_page_finds_pictures_and_refuses_everything_else(tiny_model, server,
         assert status == 400 and "expected q, 1 to 1000" in json.loads(answer)["error"]
     for path in ("/picture", "/picture?part=0&row=-1", "/picture?part=9&row=0", "/etc/passwd"):
         assert get(server, path)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/search?q=a", "/picture?part=0&row=0"])
+def test_foreign_hosts_are_refused(server, path):
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1", "["):
+        assert get(server, path, Host=host)[0] == 403, host
+    for host in ("localhost", "LOCALHOST:9000", "127.0.0.1", "[::1]:8000", socket.gethostname()):
+        assert get(server, path, Host=host)[0] == 200, host
+
+
+@pytest.mark.parametrize("served", ["0.0.0.0", "192.168.1.5", "pictures.example"])
+def test_a_page_for_other_machines_answers_to_addresses_and_its_own_name(served):
+    assert is_own_host("192.168.1.5:8000", served)
+    assert is_own_host(f"{served}:8000", served)
+    assert not is_own_host("evil.example:8000", served)
+
+
+def test_each_page_has_a_nonce_of_its_own(server):
+    pages = [get(server, "/") for _ in range(2)]
+    nonces = []
+    for _, headers, page in pages:
+        (script, style) = re.findall(r"'nonce-([^']+)'", headers["Content-Security-Policy"])
+        assert script == style and len(script) >= 16
+        assert re.findall(r'nonce="([^"]*)"', page.decode()) == [script] * 2
+        nonces.append(script)
+    assert nonces[0] != nonces[1]

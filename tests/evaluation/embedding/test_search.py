@@ -92,17 +92,40 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
     assert text.count('src="data:image') == 2 * (len(texts) - 1) and "<script" not in text
 
 
+def _run(*arguments, folder=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "diht_jax.search", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "XLA_FLAGS": xla_flags(), **environment},
+        timeout=900,
+    )
+
+
+def test_a_page_is_written_on_request_only(workdir, folder, tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    done = _run("--model", workdir, "--input", folder, "a dog", folder=here)
+    assert done.returncode == 0 and done.stdout.startswith("a dog\n"), done.stderr
+    assert not list(here.iterdir())
+
+
+def test_a_missing_usearch_is_found_before_anything_is_embedded(folder, tmp_path):
+    # A module that fails to import, in front of an installed one; the model is never looked at.
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without/usearch.py").write_text("raise ImportError")
+    path = os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])
+    index = tmp_path / "index"
+    done = _run("--model", "/none", "--input", folder, "--index", index, "a dog", PYTHONPATH=path)
+    assert done.returncode == 1 and "pip install usearch" in done.stderr
+    assert not index.exists()
+
+
 def test_the_command(workdir, shared_data, tmp_path):
     page = tmp_path / "page.html"
     flags = ["--model", workdir, "--images", shared_data / "photos.tar", "--output", page]
-    command = [sys.executable, "-m", "diht_jax.search", *flags, "--count", 2, "a dog", "a red car"]
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": xla_flags()},
-        timeout=900,
-    )
+    done = _run(*flags, "--count", 2, "a dog", "a red car")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [lines[0], lines[3]] == ["a dog", "a red car"]
