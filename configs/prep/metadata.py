@@ -3,11 +3,11 @@ r"""C and A on metadata, before anything is downloaded: parquet or jsonl with a 
 Method: DiHT, arXiv 2301.02280. The kept rows are written as they came, to files of the same names;
 then download them (img2dataset) and filter the result with configs/prep/cat.py, which adds T.
 
-Run (LAION's column of captions is TEXT, DataComp's text):
+Run (LAION's column of captions TEXT, and DataComp's text, are found by their names; another is
+named by --config.source.caption_column):
 
     python -m data_prep.filter --config configs/prep/metadata.py \
-        --config.input='/laion/*.parquet' --config.output=/laion_kept \
-        --config.source.caption_column=TEXT
+        --config.input='/laion/*.parquet' --config.output=/laion_kept
 
 Expected: about half of the rows; report.html counts the others by reason.
 """

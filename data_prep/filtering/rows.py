@@ -27,7 +27,8 @@ from data_prep.jobs.engine import Report
 from data_prep.sources import list as source_list
 from data_prep.steps.base import Candidate, Step
 from diht_jax.readers.base import Skipped, SourceShard
-from diht_jax.readers.parquet import explain_errors, open_parquet
+from diht_jax.readers.columns import ColumnOptions, find_columns
+from diht_jax.readers.parquet import BadRow, batch_rows, explain_errors, open_parquet
 from diht_jax.readers.registry import list_shards
 from diht_jax.records.samples import clean_text, pick_captions
 from diht_jax.records.schema import Pair, parse_json_object
@@ -144,7 +145,8 @@ def _filter_parquet(
         waiting: list[Any] = []
         with explain_errors(source.path, lambda: "damaged"):
             for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.stop)):
-                kept = select(batch.select(wanted).to_pylist())
+                rows = batch_rows(source.path, batch.select(wanted))
+                kept = select([r.detail if isinstance(r, BadRow) else r for r in rows])
                 waiting.append(batch.filter(pyarrow.array(kept, pyarrow.bool_())))
                 if sum(part.num_rows for part in waiting) >= _WRITTEN_ROWS:
                     writer.write_table(pyarrow.Table.from_batches(waiting, schema))
@@ -201,7 +203,7 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
     """
     if not pairs:
         raise ValueError("config.input is not set: expected parquet or jsonl files with captions")
-    options = source.to_dict() | {"image_column": None}  # no images are read
+    options = source.to_dict() | {"image_column": ""}  # no images are read
     units = []
     for text in source_list.typed_texts(pairs):
         for unit in list_shards(text, **options):
@@ -241,12 +243,13 @@ def name_outputs(units: Sequence[SourceShard]) -> list[str]:
 def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[SourceShard]:
     file = open_parquet(path, is_footer_enough=True)
     names = file.schema_arrow.names
-    for column in (source.caption_column, source.key_column):
-        if column is not None and column not in names:
-            raise ValueError(
-                f"{path}: no column '{column}'; found {', '.join(names)}; set "
-                "config.source.caption_column or config.source.key_column"
-            )
+    own = ColumnOptions("", source.caption_column, source.key_column)
+    own, missing = find_columns(names, own)
+    if missing:
+        raise ValueError(
+            f"{path}: no {' and no '.join(missing)}; found {', '.join(names)}; set "
+            "config.source.caption_column or config.source.key_column"
+        )
     start, rows, num_bytes, first_row = 0, 0, 0, 0
     least_bytes = _STORE_UNIT_BYTES if is_remote(path) else 0
     for number in range(file.metadata.num_row_groups):
@@ -255,6 +258,6 @@ def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[S
         num_bytes += sum(group.column(i).total_compressed_size for i in range(group.num_columns))
         is_last = number + 1 == file.metadata.num_row_groups
         if (rows >= source.rows_per_shard and num_bytes >= least_bytes) or is_last:
-            options = {"first_row": first_row}
+            options = {"first_row": first_row, "caption_column": own.caption_column}
             yield SourceShard(PARQUET, path, start, number + 1, options)
             start, rows, num_bytes, first_row = number + 1, 0, 0, first_row + rows

@@ -17,10 +17,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
+
 from diht_jax.readers.base import IMAGE_EXTENSIONS, SourceShard
 from diht_jax.readers.parquet import (
-    CAPTION_COLUMNS,
     SUFFIX,
+    BadRow,
     clean_row,
     explain_errors,
     open_parquet,
@@ -34,6 +36,7 @@ COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 
 TFRECORD_SUFFIX = ".tfrecord"
 
+_CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")  # what the tar has already
 _MAX_STATUSES = 50
 
 
@@ -97,11 +100,16 @@ def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
     if "key" not in names:
         return {}
     wanted = [name for name in names if name not in IMAGE_EXTENSIONS]
+    rows, bad = {}, []
     with explain_errors(path, lambda: "damaged"):
-        return {
-            str(row["key"]): clean_row(row, ("key", *CAPTION_COLUMNS))
-            for row in read_rows(file, wanted)
-        }
+        for row in read_rows(path, file, wanted):
+            if isinstance(row, BadRow):
+                bad.append(row.detail)
+                row = row.values
+            rows[str(row.get("key"))] = clean_row(row, ("key", *_CAPTION_COLUMNS))
+    if bad:
+        logging.warning("%d pairs lack a value that cannot be read, such as %s", len(bad), bad[0])
+    return rows
 
 
 def _stem(path: str) -> str:

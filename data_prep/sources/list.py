@@ -31,7 +31,7 @@ _Task = TypeVar("_Task")
 def default_source() -> ml_collections.ConfigDict:
     """The config section `source`: the options of all source formats, with their defaults.
 
-    Their meaning is in the formats' own options, such as `readers.tables.TableOptions`.
+    Their meaning is in the formats' own options, such as `readers.columns.ColumnOptions`.
     """
     c = ml_collections.ConfigDict()
     for name, field in registry.option_defaults().items():

@@ -111,13 +111,14 @@ class Format:
         read: yields the pairs of one shard, and `Skipped` for an entry that is no pair; raises
             ValueError naming the file if it is damaged.
         suffixes: endings of the names of its files.
+        named_only: those of them that are read where a file is named, not where its folder is.
         matches: whether a path is such a file, where the ending alone does not decide it.
         prefix: start of texts that name a data set rather than files, such as "tfds:".
         is_folder: reads folders without any file of another format.
         list_shards: divides a path (or a text with the prefix) into units of work; takes an
             instance of `options` as second argument. None: one unit for each file.
         options: dataclass of the options that a user may set; each has a default, and the type of
-            one whose default is None is `str | None`. Names are unique over all formats.
+            one whose default is None is `str | None`. Of two formats, equal names mean the same.
         count: entries of a shard, exactly or nearly, without reading images; None if unknown.
         count_reads_file: counting goes through the whole file, so that only the first shard is
             counted, and the others are estimated by their bytes.
@@ -130,6 +131,7 @@ class Format:
 
     read: Callable[[SourceShard], Iterator[Pair | Skipped]]
     suffixes: tuple[str, ...] = ()
+    named_only: tuple[str, ...] = ()
     matches: Callable[[str], bool] | None = None
     prefix: str = ""
     is_folder: bool = False
@@ -140,11 +142,16 @@ class Format:
     metadata_of: tuple[str, ...] = ()
     list_linked_files: Callable[[SourceShard], Iterable[tuple[str, str]]] | None = None
 
-    def is_file(self, path: str) -> bool:
-        """True for the path of a file of this format, by its name."""
+    def is_file(self, path: str, *, is_named: bool = True) -> bool:
+        """True for the path of a file of this format, by its name.
+
+        Args:
+            path: of the file.
+            is_named: whether the user has named the file, rather than its folder.
+        """
         if self.matches is not None:
             return self.matches(path)
-        return path.endswith(self.suffixes)
+        return path.endswith(self.suffixes) and (is_named or not path.endswith(self.named_only))
 
 
 def held_bytes(entry: Pair | Skipped) -> int:

@@ -1,21 +1,23 @@
 """Parquet files with images, such as those of img2dataset's output format "parquet".
 
-Images stand in a column named by their extension, or in one of the name "image", as bytes or as
-Hugging Face's struct of bytes and path; captions in one of `CAPTION_COLUMNS`; the other columns
-become metadata. A number in a column "label" gets its name from Hugging Face's description in the
-file, where there is one. In a folder with tars,
-img2dataset's parquet files hold metadata only.
+Images are bytes, Hugging Face's struct of bytes and path, or paths in the file's folder (as in the
+`metadata.parquet` of Hugging Face's imagefolder). Columns are those of `columns.ColumnOptions`; the
+others become metadata. A number in a column "label" gets its name from Hugging Face's description
+in the file, where there is one. In a folder with tars, img2dataset's parquet files hold metadata
+only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Format, Skipped, SourceShard
+from diht_jax.readers.base import MAX_IMAGE_BYTES, Format, Skipped, SourceShard, read_image
+from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns
 from diht_jax.records.formats.tar_members import check_expansion
 from diht_jax.records.samples import clean_text, merge_captions, pick_captions
 from diht_jax.records.schema import Pair, parse_json_object
@@ -31,9 +33,9 @@ from diht_jax.storage.stores import (
 )
 
 SUFFIX = ".parquet"
-IMAGE_COLUMNS = (*IMAGE_EXTENSIONS, "image")
-CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
 LABEL_COLUMN = "label"
+# Hugging Face's name for a table of the pictures next to it.
+_IMAGE_TABLE = "metadata.parquet"
 
 # Bytes of a column of a local file that Arrow reads at once, instead of all of it in a row group.
 _BUFFER_BYTES = 2**20
@@ -87,19 +89,52 @@ def explain_errors(path: str, describe: Callable[[], str]) -> Iterator[None]:
         raise ValueError(f"{path}: {describe()} ({error})") from error
 
 
-def read_rows(file: Any, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+class BadRow(NamedTuple):
+    """A row with a value that Python cannot hold: a date far out of range, bytes that are no text.
+
+    Attributes:
+        values: the others, by column.
+        detail: file, column and error, for a person.
+    """
+
+    values: dict[str, Any]
+    detail: str
+
+
+def batch_rows(path: str, batch: Any) -> list[dict[str, Any] | BadRow]:
+    """The rows of a record batch of a file."""
+    try:
+        return batch.to_pylist()
+    except Exception:  # Arrow raises nearly any type; the values are looked at one by one
+        return [_row(path, batch, number) for number in range(batch.num_rows)]
+
+
+def _row(path: str, batch: Any, number: int) -> dict[str, Any] | BadRow:
+    values, detail = {}, ""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column[number].as_py()
+        except Exception as error:
+            detail = detail or f"{path}: column '{name}' ({column.type}): {error}"
+    return BadRow(values, detail) if detail else values
+
+
+def read_rows(
+    path: str, file: Any, columns: list[str] | None = None
+) -> Iterator[dict[str, Any] | BadRow]:
     """Yields the rows of a file of `open_parquet`, one at a time.
 
     A few bytes can stand for many rows of hundreds of megabytes each, which Arrow would unpack
     together, however few rows a batch had.
 
     Args:
+        path: of the file, for messages.
         file: of `open_parquet`.
         columns: names of those that are read; all where None.
     """
     for row_groups in _row_group_runs(file.metadata):
         for batch in file.iter_batches(1, row_groups, columns=columns, use_threads=False):
-            yield from batch.to_pylist()
+            yield from batch_rows(path, batch)
 
 
 def _row_group_runs(metadata: Any) -> Iterator[list[int]]:
@@ -117,6 +152,17 @@ def _row_group_runs(metadata: Any) -> Iterator[list[int]]:
         yield run
 
 
+def list_parquet_shards(path: str, options: ColumnOptions) -> list[SourceShard]:
+    """One shard for each file, with the options that were set.
+
+    Images of a `metadata.parquet` on a local disk are compared with those of an earlier run.
+    """
+    stated = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
+    root = options.image_root or path
+    reads_linked = os.path.basename(path) == _IMAGE_TABLE and not is_remote(root)
+    return [SourceShard("parquet", path, options=stated, reads_linked=reads_linked)]
+
+
 def read_parquet(source: SourceShard, *, needs_caption: bool = True) -> Iterator[Pair | Skipped]:
     """Yields the pairs of one file, in its order.
 
@@ -130,32 +176,73 @@ def read_parquet(source: SourceShard, *, needs_caption: bool = True) -> Iterator
         StorageError: it cannot be read, now and after some attempts.
     """
     file = open_parquet(source.path)
-    names = file.schema_arrow.names
-    image_column = _find_column(source.path, names, IMAGE_COLUMNS, "images")
-    caption_column = None
-    if needs_caption or not set(CAPTION_COLUMNS).isdisjoint(names):
-        caption_column = _find_column(source.path, names, CAPTION_COLUMNS, "captions")
+    options = _find_columns(source, file.schema_arrow.names, needs_caption)
     class_names = _read_class_names(file.schema_arrow.metadata)
     stem = os.path.basename(source.path).removesuffix(SUFFIX)
     seen: set[str] = set()
     number = 0
     num_bytes, unpacked_bytes = input_size(source.path), 0
     with explain_errors(source.path, lambda: f"damaged at row {number}"):
-        for row in read_rows(file):
-            key = clean_text(str(row.get("key") or "")) or f"{stem}-{number:08d}"
+        for row in read_rows(source.path, file):
+            values = row.values if isinstance(row, BadRow) else row
+            key = clean_text(str(values.get(options.key_column) or "")) or f"{stem}-{number:08d}"
             number += 1
-            if isinstance(row[image_column], dict):  # Hugging Face's struct
-                row[image_column] = row[image_column].get("bytes")
-            unpacked_bytes += len(row[image_column] or b"")
+            unpacked_bytes += len(_image_of(values.get(options.image_column)) or b"")
             check_expansion(source.path, num_bytes, unpacked_bytes)
+            if isinstance(row, BadRow):
+                yield Skipped(key, "bad_row", row.detail)
+                continue
             if key in seen:
                 yield Skipped(key, "duplicate", "the key was there before")
                 continue
             seen.add(key)
-            pair = _make_pair(key, row, image_column, caption_column, needs_caption)
+            pair = _make_pair(key, row, options, needs_caption)
             if isinstance(pair, Pair) and "class_name" not in pair.metadata:
                 pair.metadata.update(_class_name(pair.metadata.get(LABEL_COLUMN), class_names))
             yield pair
+
+
+def list_parquet_images(source: SourceShard) -> Iterator[tuple[str, str]]:
+    """Yields folder and path in it of every image that a file names."""
+    try:
+        file = open_parquet(source.path)
+        options = _find_columns(source, file.schema_arrow.names, needs_caption=False)
+        for row in read_rows(source.path, file, [options.image_column]):
+            values = row.values if isinstance(row, BadRow) else row
+            if isinstance(name := _image_of(values.get(options.image_column)), str):
+                yield options.image_root, name
+    except ValueError:
+        return  # the error is that of the file's reader
+
+
+def _image_of(value: Any) -> bytes | str | None:
+    """The bytes of an image or its path, which Hugging Face's struct has where it has no bytes."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, bytes | str) else None
+
+
+def _find_columns(
+    source: SourceShard, names: Collection[str], needs_caption: bool
+) -> ColumnOptions:
+    """The options of a file with the names of its columns; no captions are the column ""."""
+    known = {field.name for field in dataclasses.fields(ColumnOptions)} & source.options.keys()
+    options = ColumnOptions(**{name: source.options[name] for name in known})
+    root = options.image_root or os.path.dirname(source.path) or "."
+    options = dataclasses.replace(
+        options,
+        image_root=root if is_remote(root) else os.path.realpath(root),
+        key_column=options.key_column or ("key" if "key" in names else None),
+    )
+    options, missing = find_columns(names, options)
+    if options.caption_column is None and not needs_caption:
+        options, missing = find_columns(names, dataclasses.replace(options, caption_column=""))
+    if missing:
+        raise ValueError(
+            f"{describe_missing(source.path, names, missing)}; to filter a table of captions "
+            "without images use configs/prep/metadata.py"
+        )
+    return options
 
 
 def _class_name(label: Any, names: list[str]) -> dict[str, str]:
@@ -176,39 +263,28 @@ def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
 
 
 def _make_pair(
-    key: str,
-    row: dict[str, Any],
-    image_column: str,
-    caption_column: str | None,
-    needs_caption: bool,
+    key: str, row: dict[str, Any], options: ColumnOptions, needs_caption: bool
 ) -> Pair | Skipped:
-    image = row[image_column]
-    if not isinstance(image, bytes) or not image:
+    image = _image_of(row[options.image_column])
+    if not image:
         status = row.get("error_message") or row.get("status") or "nothing in the column"
         return Skipped(key, "no_image", str(status))
     if len(image) > MAX_IMAGE_BYTES:
         return Skipped(key, "too_large", f"an image of {len(image)} bytes")
-    captions = pick_captions(row[caption_column]) if caption_column else []
+    stated = row.get(options.caption_column)
+    captions = pick_captions(stated)
     if needs_caption and not captions:
-        return Skipped(key, "no_caption", f"nothing in column '{caption_column}'")
-    metadata = clean_row(row, ("key", image_column, caption_column or ""))
+        return Skipped(key, "no_caption", f"nothing in column '{options.caption_column}'")
+    if isinstance(image, str):
+        image = read_image(options.image_root, image, key)
+        if isinstance(image, Skipped):
+            return image
+    metadata = clean_row(row, (options.key_column, options.image_column, options.caption_column))
     caption = captions[0] if captions else ""
-    stated = row[caption_column] if caption_column else None
     return Pair(key, image, caption, merge_captions(metadata, captions, stated))
 
 
-def _find_column(path: str, names: list[str], wanted: tuple[str, ...], what: str) -> str:
-    for name in wanted:
-        if name in names:
-            return name
-    raise ValueError(
-        f"{path}: no column of {what}; expected one of {', '.join(wanted)}, found "
-        f"{', '.join(names)}; to filter a table of captions without images use "
-        "configs/prep/metadata.py"
-    )
-
-
-def clean_row(row: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
+def clean_row(row: Mapping[str, Any], without: Collection[str | None]) -> dict[str, Any]:
     """A row's columns but some, as JSON can hold them: no NaN, dates as text, no bytes."""
     kept = {k: v for k, v in row.items() if k not in without and v is not None}
     kept = {k: v for k, v in kept.items() if not isinstance(v, bytes)}
@@ -217,7 +293,10 @@ def clean_row(row: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any
 
 FORMAT = Format(
     suffixes=(SUFFIX,),
+    list_shards=list_parquet_shards,
+    options=ColumnOptions,
     read=read_parquet,
     count=lambda source: open_parquet(source.path, is_footer_enough=True).metadata.num_rows,
     metadata_of=("webdataset", "tfrecord", "array_record"),
+    list_linked_files=list_parquet_images,
 )

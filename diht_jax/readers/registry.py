@@ -4,8 +4,8 @@
 which `read_pairs` reads, in any process. Texts that name a source:
 
     PATH.tar, GLOB/*.tar             webdataset, as img2dataset writes it
-    PATH.jsonl, PATH.csv, PATH.tsv   a table, and a folder of images
-    PATH.parquet                     images and captions in columns
+    PATH.jsonl, .csv, .tsv, .json    a table, and a folder of images
+    PATH.parquet                     images, or their paths, and captions in columns
     FOLDER                           shards, tars, tables or parquet files in it; else pictures
                                      with a .txt of the same name; else one sub-folder a class
     PATH.tfrecord, GLOB              our own records, and img2dataset's
@@ -239,7 +239,7 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
         paths = [path for path in paths if not os.path.isdir(path.removesuffix(parquet.SUFFIX))]
     else:
         paths = [text] if os.path.isfile(text) else sorted(glob.glob(text, recursive=True))
-    kinds = _recognise([path for path in paths if not path.endswith(".idx")])
+    kinds = _recognise([p for p in paths if not p.endswith(".idx")], is_named=not is_folder)
     known = {path: kind for path, kind in kinds.items() if kind is not None}
     if is_folder and len(set(known.values())) > 1:
         raise ValueError(
@@ -274,9 +274,9 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
     )
 
 
-def _recognise(paths: Sequence[str]) -> dict[str, str | None]:
+def _recognise(paths: Sequence[str], *, is_named: bool) -> dict[str, str | None]:
     """Path -> kind, None where no format reads it; files that only hold metadata are left out."""
-    kinds = {path: _kind_of(path) for path in paths}
+    kinds = {path: _kind_of(path, is_named) for path in paths}
     present = set(kinds.values()) - {None}
     return {
         path: kind
@@ -285,10 +285,11 @@ def _recognise(paths: Sequence[str]) -> dict[str, str | None]:
     }
 
 
-def _kind_of(path: str) -> str | None:
+def _kind_of(path: str, is_named: bool) -> str | None:
     if os.path.basename(path).startswith("."):
         return None
-    return next((kind for kind, form in FORMATS.items() if form.is_file(path)), None)
+    matching = (kind for kind, form in FORMATS.items() if form.is_file(path, is_named=is_named))
+    return next(matching, None)
 
 
 def _list_one(kind: str, path: str, options: dict[str, Any]) -> list[SourceShard]:

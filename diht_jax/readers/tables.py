@@ -1,7 +1,8 @@
-"""Tables of captions of the images of a folder: jsonl, csv and tsv.
+"""Tables of captions of the images of a folder: jsonl, csv, tsv, and lists in json.
 
 A table is cut into parts of `rows_per_shard` rows, so that many workers can share a large one; for
-that it is read once more. One in an object store is a single part, and read once.
+that it is read once more. A json file, and a table in an object store, is a single part. Fields of
+a csv are separated by commas, tabs or semicolons, which its header shows.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from diht_jax.readers.base import Format, Skipped, SourceShard, read_image
+from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns
 from diht_jax.records.samples import clean_text, merge_captions, pick_captions
-from diht_jax.records.schema import Pair, parse_json_object
+from diht_jax.records.schema import Pair, parse_json, parse_json_object
+from diht_jax.storage.files import read_bytes
 from diht_jax.storage.stores import input_size, is_remote, open_file, read_start
 
-TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
+TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
 
+_CSV_SUFFIXES = (".csv", ".tsv")
+_DELIMITERS = (",", "\t", ";")
+_CONVERT_LATIN = "`iconv -f ISO-8859-1 -t UTF-8` converts a table in Latin-1"
 _MAX_FIELD_CHARS = 2**24
 _MAX_LINE_BYTES = 2**28
 _HEAD_BYTES = 2**18  # of a table in a store, in which its columns are looked for
@@ -36,22 +42,13 @@ _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_B
 
 
 @dataclasses.dataclass(frozen=True)
-class TableOptions:
+class TableOptions(ColumnOptions):
     """The form of a table.
 
     Attributes:
-        image_column: holds the image's path, relative to `image_root`.
-        caption_column: holds the caption; in jsonl it may be a list of captions.
-        key_column: holds the key; keys are made of table name and row number where it is None.
-        image_root: folder of the images, or its URL; the table's own folder where it is None.
-            Paths that lead out of it are refused.
         rows_per_shard: size of the parts of a local table.
     """
 
-    image_column: str = "image"
-    caption_column: str = "caption"
-    key_column: str | None = None
-    image_root: str | None = None
     rows_per_shard: int = 10_000
 
 
@@ -72,38 +69,44 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
         raise ValueError(f"{path}: there is no image folder '{root}'; set image_root")
     is_stored = is_remote(path)
     parts: list[tuple[int, int]] = []  # first byte and row
-    count, header, position = 0, None, 0
+    count, position = 0, 0
+    header = delimiter = None
     with io.BytesIO(read_start(path, _HEAD_BYTES)) if is_stored else open_file(path) as file:
         _check_encoding(path, file)
-        if path.endswith(".jsonl"):
-            _check_jsonl_columns(path, file, options)
+        if path.endswith(_CSV_SUFFIXES):
+            options, header, delimiter = _read_csv_header(path, file, options)
+            position = file.tell()
         else:
-            header, position = _read_csv_header(path, file, options)
+            lines = _read_lines(path, file)
+            rows = _read_json(path) if path.endswith(".json") else map(_parse_line, lines)
+            options = _find_json_columns(path, rows, options)
         file.seek(position)
-        rows = _whole(path, position) if is_stored else _row_extents(path, file)
-        for start, stop in rows:
+        is_one = is_stored or path.endswith(".json")
+        extents = _whole(path, position) if is_one else _row_extents(path, file, delimiter)
+        for start, stop in extents:
             if count % options.rows_per_shard == 0:
                 parts.append((start, count))
             count, position = count + 1, stop
     if not count:
         raise ValueError(f"{path}: the table has no rows")
     stops = [start for start, _ in parts[1:]] + [position]
-    shared = dataclasses.asdict(options) | {"image_root": root, "header": header}
+    shared = dataclasses.asdict(options) | {"image_root": root}
+    shared |= {"header": header, "delimiter": delimiter}
     reads_linked = not (is_stored or is_remote(root))
     shards = []
     for (start, row), stop in zip(parts, stops, strict=True):
-        num_rows = None if is_stored else min(options.rows_per_shard, count - row)
+        num_rows = None if is_one else min(options.rows_per_shard, count - row)
         own = shared | {"first_row": row, "num_rows": num_rows}
         shards.append(SourceShard("table", path, start, stop, own, reads_linked))
     return shards
 
 
 def _whole(path: str, position: int) -> Iterator[tuple[int, int]]:
-    """The rows of a table in a store as a single one, if there are any."""
+    """The rows of a table that is not divided, as a single one, if there are any."""
     size = input_size(path)
     if size > _LARGE_TABLE_BYTES:
         logging.warning(
-            "%s: %d MB in a store are a single unit of work; several smaller tables would let "
+            "%s: %d MB are a single unit of work; several smaller tables would let "
             "several workers read them",
             path,
             size // 10**6,
@@ -119,7 +122,7 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
         ValueError: csv quoting that cannot be resolved.
         StorageError: the table, or an image, cannot be read, now and after some attempts.
     """
-    first_row, header = shard.options["first_row"], shard.options["header"]
+    first_row = shard.options["first_row"]
     options = TableOptions(
         **{f.name: shard.options[f.name] for f in dataclasses.fields(TableOptions)}
     )
@@ -134,7 +137,7 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
             return Skipped(default_key, "bad_row", row)
         return _make_pair(row, options, root, default_key)
 
-    rows = enumerate(_read_rows(shard, header), start=first_row)
+    rows = enumerate(_read_rows(shard), start=first_row)
     yield from map_ahead(make, rows) if is_stored else map(make, rows)
 
 
@@ -179,37 +182,68 @@ def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:
     options = shard.options
     if "header" not in options:
         return  # not a part that `list_table_shards` has made
-    for row in _read_rows(shard, options["header"]):
+    for row in _read_rows(shard):
         name = None if isinstance(row, str) else row.get(options["image_column"])
         if isinstance(name, str) and name.strip():
             yield options["image_root"], name.strip()
 
 
-def _read_rows(shard: SourceShard, header: list[str] | None) -> Iterator[dict[str, Any] | str]:
+def _read_rows(shard: SourceShard) -> Iterator[dict[str, Any] | str]:
     """Yields rows, and a text about each one that is wrong."""
+    if shard.path.endswith(".json"):
+        yield from _read_json(shard.path)
+        return
+    header = shard.options["header"]
     with open_file(shard.path) as file:
         file.seek(shard.start)
         if header is None:
-            for line in _read_lines(shard.path, file, shard.stop):
-                if line.strip():
-                    try:
-                        yield parse_json_object(line.decode("utf-8-sig"))
-                    except ValueError as error:
-                        yield str(error)
+            lines = _read_lines(shard.path, file, shard.stop)
+            yield from (_parse_line(line) for line in lines if line.strip())
             return
-        for values in _read_csv(shard.path, file, shard.stop):
+        for values in _read_csv(shard.path, file, shard.options["delimiter"], shard.stop):
             if not values:
                 continue
-            if len(values) == len(header):
+            if len(values) != len(header):
+                yield f"{shard.path}: {len(values)} fields; the header has {len(header)}"
+                continue
+            bad = next((n for n, value in zip(header, values, strict=True) if _is_bad(value)), None)
+            if bad is None:
                 yield dict(zip(header, values, strict=True))
             else:
-                yield f"{len(values)} fields; the header has {len(header)}"
+                yield f"{shard.path}: column '{bad}' is not UTF-8; {_CONVERT_LATIN}"
 
 
-def _row_extents(path: str, file: BinaryIO) -> Iterator[tuple[int, int]]:
+def _is_bad(text: str) -> bool:
+    """Whether a text had bytes that are no UTF-8, as `_read_csv` marks them."""
+    return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | str:
+    try:
+        return parse_json_object(line.decode("utf-8-sig"))
+    except ValueError as error:
+        return str(error)
+
+
+def _read_json(path: str) -> Iterator[dict[str, Any] | str]:
+    """Yields the rows of a json file, and a text about each one that is no object."""
+    try:
+        rows = parse_json(read_bytes(path).decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"{path}: a JSON {type(rows).__name__}; expected a list of objects, such as "
+            '[{"image": "a.jpg", "caption": "a dog"}]'
+        )
+    for row in rows:
+        yield row if isinstance(row, dict) else f"a JSON {type(row).__name__}; expected an object"
+
+
+def _row_extents(path: str, file: BinaryIO, delimiter: str | None) -> Iterator[tuple[int, int]]:
     """Yields the first and last (exclusive) byte of every row that is not blank."""
     start = file.tell()
-    for row in (_read_lines if path.endswith(".jsonl") else _read_csv)(path, file):
+    for row in _read_csv(path, file, delimiter) if delimiter else _read_lines(path, file):
         end = file.tell()  # of the lines of this row, which were read one by one
         if row.strip() if isinstance(row, bytes) else row:
             yield start, end
@@ -226,48 +260,49 @@ def _check_encoding(path: str, file: BinaryIO) -> None:
         )
 
 
-def _check_jsonl_columns(path: str, file: BinaryIO, options: TableOptions) -> None:
+def _find_json_columns(
+    path: str, rows: Iterable[dict[str, Any] | str], options: TableOptions
+) -> TableOptions:
     """Looks for rows with the columns, as a csv has them in its header; goes no further."""
-    needed = [options.image_column, options.caption_column, options.key_column]
-    missing = {name for name in needed if name}
-    first: dict[str, Any] | None = None
-    for line in _read_lines(path, file):
-        try:
-            row = parse_json_object(line.decode("utf-8-sig"))
-        except ValueError:
+    names: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, str):
             continue  # it is counted when the rows are read
-        first = row if first is None else first
-        missing -= row.keys()
+        names |= dict.fromkeys(row)
+        found, missing = find_columns(names, options)
         if not missing:
-            return
-    if first is not None:
-        raise ValueError(
-            f"{path}: no row has {', '.join(map(repr, sorted(missing)))}; the first one has "
-            f"{', '.join(map(repr, list(first)[:20])) or 'nothing':.500}; set image_column, "
-            "caption_column or key_column"
-        )
+            return found
+    if names:
+        raise ValueError(describe_missing(path, names, missing))
+    return options
 
 
-def _read_csv_header(path: str, file: BinaryIO, options: TableOptions) -> tuple[list[str], int]:
-    header = next(_read_csv(path, file), [])
-    header = [name.removeprefix("\ufeff").strip() for name in header]
-    needed = [options.image_column, options.caption_column, options.key_column]
-    missing = [name for name in needed if name and name not in header]
-    if missing:
-        raise ValueError(
-            f"{path}: no column {', '.join(map(repr, missing))}; the header has "
-            f"{', '.join(map(repr, header)) or 'nothing'}; set image_column, caption_column or "
-            "key_column"
-        )
-    return header, file.tell()
+def _read_csv_header(
+    path: str, file: BinaryIO, options: TableOptions
+) -> tuple[TableOptions, list[str], str]:
+    """The options with the names of the columns, the header, and what separates the fields."""
+    best: list[str] = []
+    for delimiter in ("\t",) if path.endswith(".tsv") else _DELIMITERS:
+        file.seek(0)
+        header = next(_read_csv(path, file, delimiter, strict=False), [])
+        if any(map(_is_bad, header)):
+            raise ValueError(f"{path}: the header is not UTF-8; {_CONVERT_LATIN}")
+        header = [name.removeprefix("\ufeff").strip() for name in header]
+        found, missing = find_columns(header, options)
+        if not missing:
+            return found, header, delimiter
+        best = max(best, header, key=len)
+    raise ValueError(describe_missing(path, best, find_columns(best, options)[1]))
 
 
-def _read_csv(path: str, file: BinaryIO, stop: int | None = None) -> Iterator[list[str]]:
+def _read_csv(
+    path: str, file: BinaryIO, delimiter: str, stop: int | None = None, strict: bool = True
+) -> Iterator[list[str]]:
+    """Yields the fields of each row; a byte that is no UTF-8 is a lone surrogate in them."""
     csv.field_size_limit(_MAX_FIELD_CHARS)
-    lines = (line.decode("utf-8", "replace") for line in _read_lines(path, file, stop))
-    delimiter = "\t" if path.endswith(".tsv") else ","
+    lines = (line.decode("utf-8", "surrogateescape") for line in _read_lines(path, file, stop))
     # Strict: a quote that is never closed is an error, instead of swallowing all rows behind it.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=strict)
     try:
         yield from reader
     except csv.Error as error:
@@ -290,6 +325,7 @@ def _read_lines(path: str, file: BinaryIO, stop: int | None = None) -> Iterator[
 
 FORMAT = Format(
     suffixes=TABLE_SUFFIXES,
+    named_only=(".json",),
     list_shards=list_table_shards,
     options=TableOptions,
     read=read_table,

@@ -17,13 +17,12 @@ import numpy as np
 
 from diht_jax.readers.base import Format, Skipped, SourceShard
 from diht_jax.records.format import read_records
-from diht_jax.records.samples import merge_captions, pick_captions
+from diht_jax.records.samples import CAPTION_NAMES, merge_captions, pick_captions
 from diht_jax.records.schema import Pair
 from diht_jax.storage.retries import is_storage_failure
 
 PREFIX = "tfds:"
 
-_CAPTION_NAMES = ("caption", "captions", "text", "title", "description")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -220,7 +219,7 @@ def _pick_features(spec: str, features: Mapping[str, Any], options: TfdsOptions)
     images = list(_find_features(features, tfds.features.Image))
     texts = list(_find_features(features, tfds.features.Text, nested=True))
     labels = list(_find_features(features, tfds.features.ClassLabel))
-    named = [n for n in texts if n.rsplit("/", 1)[-1] in _CAPTION_NAMES]
+    named = [n for n in texts if n.rsplit("/", 1)[-1].lower() in CAPTION_NAMES]
     image = _pick_one(spec, "image_feature", options.image_feature, [images])
     caption = _pick_one(spec, "caption_feature", options.caption_feature, [named, texts, labels])
     return image, caption

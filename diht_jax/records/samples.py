@@ -10,10 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Names of columns and fields, in any case; of several that are there the first counts.
+IMAGE_NAMES = (
+    *IMAGE_EXTENSIONS,
+    "image",
+    "img",
+    "file_name",
+    "filename",
+    "filepath",
+    "file_path",
+    "image_path",
+    "img_path",
+    "path",
+    "file",
+)
+CAPTION_NAMES = ("txt", "caption", "captions", "text", "title", "description")
 # Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
 MAX_IMAGE_BYTES = 2**28
 
@@ -55,6 +70,13 @@ class SampleError(ValueError):
 def clean_text(text: str) -> str:
     """Strips a text, and replaces lone surrogates, which no UTF-8 file can hold, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+
+
+def find_name(names: Iterable[str], wanted: Sequence[str]) -> str | None:
+    """The first of the wanted names that is there in any case; None where there is none."""
+    present = {name.strip().lower(): name for name in names}
+    present |= {name: name for name in present.values()}  # "text" before "TEXT"
+    return next((present[name] for name in wanted if name in present), None)
 
 
 def pick_captions(value: Any) -> list[str]:
@@ -101,7 +123,7 @@ def take_caption(
 
     Args:
         text: contents of `txt`, which come first.
-        metadata: with `caption`, which comes next, and `captions`.
+        metadata: with `caption`, which comes next, and `captions`; else one of `CAPTION_NAMES`.
 
     Returns:
         The first caption, None where there is none; the metadata without `key` and `caption`, and
@@ -110,7 +132,10 @@ def take_caption(
     in_metadata = pick_captions(metadata.get("caption"))
     captions = pick_captions((text or b"").decode("utf-8-sig", "replace")) or in_metadata
     captions = pick_captions(captions + pick_captions(metadata.get("captions")))
-    rest = {name: value for name, value in metadata.items() if name not in ("caption", _KEY)}
+    other = None
+    if not captions and (other := find_name(metadata, CAPTION_NAMES)) is not None:
+        captions = pick_captions(metadata[other])
+    rest = {name: value for name, value in metadata.items() if name not in ("caption", other, _KEY)}
     stated = metadata.get("captions") or captions[:1]
     return (captions[0] if captions else None), merge_captions(rest, captions, stated)
 

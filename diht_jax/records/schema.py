@@ -271,18 +271,27 @@ def _decode_bytes(fields: Any, name: str, key: str) -> bytes:
     return values[0]
 
 
-def parse_json_object(data: bytes | str) -> dict[str, Any]:
-    """Reads one JSON object; numbers that JSON cannot hold (NaN, infinity) become None.
+def parse_json(data: bytes | str) -> Any:
+    """Reads one JSON value; numbers that JSON cannot hold (NaN, infinity) become None.
 
     Raises:
-        ValueError: no JSON, or no object.
+        ValueError: no JSON.
     """
     if isinstance(data, bytes):
         data = data.decode(json.detect_encoding(data), "surrogatepass")
     try:
-        value = _JSON.decode(data)
+        return _JSON.decode(data)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def parse_json_object(data: bytes | str) -> dict[str, Any]:
+    """Like `parse_json`, for an object.
+
+    Raises:
+        ValueError: no JSON, or no object.
+    """
+    value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}; expected an object")
     return value

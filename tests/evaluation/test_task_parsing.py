@@ -84,8 +84,6 @@ def test_columns_are_named_as_they_are_typed(tmp_path):
     table = tmp_path / "pairs.csv"
     table.write_text("picture,caption\na.png,a cat\n")
     (task,) = parse_tasks(f"mine=retrieval:{table}")
-    message = (
-        r"task 'mine': .*no column 'image'; .* set \?image_column=, \?caption_column= or \?key"
-    )
+    message = r"task 'mine': .*'picture'.* set \?image_column=, \?caption_column= or \?key_column="
     with pytest.raises(ValueError, match=message):
         check_source(task)

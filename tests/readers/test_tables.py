@@ -4,9 +4,12 @@ import csv
 import json
 import pathlib
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from diht_jax.readers.registry import list_shards, open_source, read_pairs
+from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair
 from tests.readers.inputs import JPEG, PNG, read_entries, skip_reasons
 
@@ -111,9 +114,9 @@ def test_parts_of_a_jsonl_cover_it_once(tmp_path):
     ("text", "options", "message"),
     [
         (
-            "image,text\na.png,x\n",
+            "image,words\na.png,x\n",
             {},
-            r"t\.csv: no column 'caption'; the header has 'image', 'text'",
+            r"t\.csv: .*'image', 'words'; set image_column",
         ),
         ('image,caption\na.png,"never closed\n', {}, r"t\.csv: .*unexpected end"),
         ("image,caption\na.png,x\n", {"image_root": "/absent"}, "no image folder '/absent'"),
@@ -128,13 +131,13 @@ def test_wrong_tables(tmp_path, text, options, message):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([{"img": "a.png", "caption": "x"}], {}, r"no row has 'image'; the first one has 'img', "),
-        ([{"image": "a.png", "caption": "x"}], {"key_column": "uid"}, r"no row has 'uid'"),
+        ([{"picture": "a.png", "caption": "x"}], {}, "'picture'"),
+        ([{"image": "a.png", "caption": "x"}], {"key_column": "uid"}, "'uid'"),
     ],
 )
 def test_a_jsonl_without_a_column_is_refused_as_a_csv_is(tmp_path, rows, options, message):
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match=rf"t\.jsonl: {message}.*set image_column"):
+    with pytest.raises(ValueError, match=rf"t\.jsonl: .*{message}.*set image_column"):
         list_shards(str(tmp_path / "t.jsonl"), **options)
 
 
@@ -165,3 +168,111 @@ def test_rows_of_a_table_may_share_a_key(tmp_path):
     (tmp_path / "t.csv").write_text("id,image,caption\n7,images/a.png,one\n7,images/a.png,two\n")
     entries = read_entries(str(tmp_path / "t.csv"), key_column="id")
     assert [(pair.key, pair.caption) for pair in entries] == [("7", "one"), ("7", "two")]
+
+
+_NAMES = [("image", "caption"), ("filepath", "title"), ("File_Name", "TEXT"), ("img", "txt")]
+
+
+@pytest.mark.parametrize(("image", "caption"), _NAMES)
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_columns_of_all_tables_are_found_by_the_same_names(tmp_path, form, image, caption):
+    (tmp_path / "a.png").write_bytes(PNG)
+    row, path = {image: "a.png", caption: "one", "year": "1999"}, tmp_path / f"t.{form}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    elif form in ("csv", "tsv"):
+        lines = ({"csv": ",", "tsv": "\t"}[form].join(part) for part in (row, row.values()))
+        path.write_text("\n".join(lines))
+    else:
+        path.write_text(json.dumps([row] if form == "json" else row))
+    assert read_entries(str(path)) == [Pair("t-00000000", PNG, "one", {"year": "1999"})]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+def test_the_header_shows_what_separates_the_fields_of_a_csv(tmp_path, delimiter):
+    (tmp_path / "a.png").write_bytes(PNG)
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+        writer.writerows([["filepath", "title"], ["a.png", "one, two; three\tfour"]])
+    (pair,) = read_entries(str(tmp_path / "t.csv"))
+    assert pair.caption == clean_text("one, two; three\tfour")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_the_imagefolder_of_hugging_face(tmp_path, name):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0001.png").write_bytes(PNG)
+    path, row = tmp_path / "train" / name, {"file_name": "0001.png", "text": "a cat"}
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    else:
+        path.write_text(
+            json.dumps(row) if name.endswith("jsonl") else "file_name,text\n0001.png,a cat"
+        )
+    for spec in (tmp_path / "train", f"{tmp_path}?split=train"):
+        (pair,) = read_entries(str(spec))
+        assert (pair.image, pair.caption) == (PNG, "a cat")
+
+
+def test_a_list_in_json_is_read_where_it_is_named_alone(tmp_path):
+    rows = [{"image": "dog/a.png", "caption": "one", "size": float("nan")}, 7]
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "a.png").write_bytes(PNG)
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(rows))
+    pair, skipped = read_entries(str(path))
+    assert (pair.caption, pair.metadata) == ("one", {"size": None})
+    assert skipped.reason == "bad_row"
+    # In a folder such a file may be anything.
+    assert [pair.caption for pair in read_entries(str(tmp_path))] == ["dog"]
+    path.write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"t\.json: .*list of objects"):
+        list_shards(str(path))
+
+
+def test_a_csv_in_latin_1_loses_the_rows_with_other_letters_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    text = "image,caption,place\na.png,café,x\na.png,tea,x\na.png,tea,Zürich\n"
+    (tmp_path / "t.csv").write_bytes(text.encode("latin-1"))
+    first, pair, last = read_entries(str(tmp_path / "t.csv"))
+    assert pair.caption == "tea"
+    for entry, column in ((first, "caption"), (last, "place")):
+        assert entry.reason == "bad_row"
+        assert str(tmp_path / "t.csv") in entry.detail and f"'{column}'" in entry.detail
+    (tmp_path / "t.csv").write_bytes("image,caption,café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"t\.csv: the header"):
+        list_shards(str(tmp_path / "t.csv"))
+
+
+def _not_utf8():
+    # Arrow does not look at the bytes of a column that is made of buffers.
+    offsets = pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1]
+    return pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, offsets, pyarrow.py_buffer(b"a\xe9b")]
+    )
+
+
+_BAD_COLUMNS = {
+    "date": lambda: pyarrow.array([0, 2**31 - 1, 1], pyarrow.int32()).cast(pyarrow.date32()),
+    "text": _not_utf8,
+    "year 0": lambda: pyarrow.array([0, -(10**6) * 62_167_219_200, 1], pyarrow.timestamp("us")),
+    "zone": lambda: pyarrow.array([None, 0, None], pyarrow.timestamp("us", "Mars/Phobos")),
+}
+
+
+@pytest.mark.parametrize("column", _BAD_COLUMNS)
+def test_a_value_that_python_cannot_hold_costs_its_row_of_parquet(tmp_path, column):
+    path = tmp_path / "t.parquet"
+    columns = {"png": [PNG] * 3, "txt": ["one", "two", "three"], column: _BAD_COLUMNS[column]()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    first, bad, last = read_entries(str(path))
+    assert (first.caption, last.caption) == ("one", "three")
+    assert (bad.key, bad.reason) == ("t-00000001", "bad_row")
+    assert str(path) in bad.detail and f"'{column}'" in bad.detail
+
+
+def test_options_name_the_columns_of_parquet_too(tmp_path):
+    row = {"picture": PNG, "en": "one", "txt": "eins", "id": 7}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "t.parquet")
+    spec = f"{tmp_path}/t.parquet?image_column=picture&caption_column=en&key_column=id"
+    assert read_entries(spec) == [Pair("7", PNG, "one", {"txt": "eins"})]

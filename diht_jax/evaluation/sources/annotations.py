@@ -20,11 +20,17 @@ from typing import Any
 
 from diht_jax.evaluation.sources.pictures import Units, picture_units
 from diht_jax.evaluation.sources.text_files import check_texts, read_json, read_text, require
-from diht_jax.records.samples import merge_captions, pick_captions
+from diht_jax.records.samples import (
+    CAPTION_NAMES,
+    IMAGE_NAMES,
+    find_name,
+    merge_captions,
+    pick_captions,
+)
 from diht_jax.records.schema import Pair, parse_json_object
 from diht_jax.storage.files import join
 
-_CAPTION_FIELDS = ("caption", "sentence", "question")
+_CAPTION_FIELDS = (*CAPTION_NAMES, "sentence", "question")
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
@@ -53,32 +59,34 @@ def annotation_units(
     path: str,
     *,
     image_root: str | None = None,
-    image_column: str = "image",
+    image_column: str | None = None,
     image_name: str = "{}",
 ) -> Units:
     """One pair per image, in the order in which the images first occur.
 
-    A pair has the captions of all rows (fields `caption`, `sentence` or `question`), and the rows
-    themselves as `metadata["rows"]`; `image_column` is the field of a row that names the image.
+    A pair has the captions of all rows (`samples.CAPTION_NAMES`, `sentence` or `question`), and the
+    rows themselves as `metadata["rows"]`; `image_column` is the field of a row that names the
+    image, or one of `samples.IMAGE_NAMES` where it is None.
     """
     require(path, "a .json or .jsonl file")
     by_image: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(read_rows(path)):
-        value = row.get(image_column)
+        field = image_column or find_name(row, IMAGE_NAMES) or "image"
+        value = row.get(field)
         if value in (None, ""):
             raise ValueError(
-                f"{path}: row {number} has no field '{image_column}'; it has "
+                f"{path}: row {number} has no field '{field}'; it has "
                 f"{', '.join(list(row)[:20])[:500] or 'none'} (option image_column names another)"
             )
         if not isinstance(value, str | int):
             raise ValueError(
-                f"{path}: row {number}: field '{image_column}' is {value!r:.80}; expected a name "
+                f"{path}: row {number}: field '{field}' is {value!r:.80}; expected a name "
                 "or a number"
             )
         by_image.setdefault(image_name.format(value), []).append(row)
     items = []
     for name, rows in by_image.items():
-        fields = [next((field for field in _CAPTION_FIELDS if field in row), None) for row in rows]
+        fields = [find_name(row, _CAPTION_FIELDS) for row in rows]
         texts = [
             pick_captions(row[field]) for row, field in zip(rows, fields, strict=True) if field
         ]

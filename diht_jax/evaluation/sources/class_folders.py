@@ -152,7 +152,9 @@ def stored_class_units(url: str) -> Units | None:
         FolderLayoutError: pictures are deeper than one level, or the sub-folders are splits.
     """
     root = url.rstrip("/")
-    if _is_read_otherwise(url) or any(map(_is_read_otherwise, find_inputs(root))):
+    if _is_read_otherwise(url) or any(
+        _is_read_otherwise(path, is_named=False) for path in find_inputs(root)
+    ):
         return None
     system, path = open_system(root)
     start = len(system.unstrip_protocol(path).rstrip("/")) + 1
@@ -177,6 +179,6 @@ def stored_class_units(url: str) -> Units | None:
     return picture_units(root, items) if items else None
 
 
-def _is_read_otherwise(url: str) -> bool:
-    is_known = any(form.is_file(url) for form in registry.FORMATS.values())
+def _is_read_otherwise(url: str, *, is_named: bool = True) -> bool:
+    is_known = any(form.is_file(url, is_named=is_named) for form in registry.FORMATS.values())
     return is_known or is_glob(open_system(url)[1])

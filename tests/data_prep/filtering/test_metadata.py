@@ -113,9 +113,19 @@ def test_lines_are_kept_byte_for_byte(tmp_path):
 
 
 def test_a_jsonl_without_the_captions_is_refused_and_needs_no_images(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"TEXT": "a man riding a horse"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl: no row has 'caption'"):
+    (tmp_path / "a.jsonl").write_text('{"ALT": "a man riding a horse"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl: .*'ALT'"):
         run_filter(_config(str(tmp_path / "a.jsonl"), tmp_path / "out"))
-    config = _config(str(tmp_path / "a.jsonl"), tmp_path / "out", source__caption_column="TEXT")
+    config = _config(str(tmp_path / "a.jsonl"), tmp_path / "out", source__caption_column="ALT")
     assert run_filter(config) == {}
     assert (tmp_path / "out" / "a.jsonl").read_text() == (tmp_path / "a.jsonl").read_text()
+
+
+def test_a_text_that_is_not_utf8_costs_its_row_of_a_table(tmp_path):
+    captions = [b"a man riding a horse", b"caf\xe9", b"a dog biting a man"]
+    texts = pyarrow.array(captions, pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet")
+    assert run_filter(_config(str(tmp_path / "t.parquet"), tmp_path / "out")) == {}
+    kept = pyarrow.parquet.read_table(tmp_path / "out" / "t.parquet")
+    assert kept["text"].to_pylist() == [captions[0].decode(), captions[2].decode()]
+    assert read_dropped(tmp_path / "out") == {"source": {"bad_row": 1}}

@@ -1,0 +1,64 @@
+"""The columns of a table, of any format, that make a pair: those that are set, or found by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from diht_jax.records.samples import CAPTION_NAMES, IMAGE_NAMES, find_name
+
+_NAMES_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnOptions:
+    """Columns of a table or parquet file.
+
+    Attributes:
+        image_column: holds the image, or its path relative to `image_root`; the first of
+            `samples.IMAGE_NAMES`, in any case, where it is None; "" where no image is read.
+        caption_column: holds the caption, or a list of captions; the first of
+            `samples.CAPTION_NAMES`, in any case, where it is None.
+        key_column: holds the key; keys are made of table name and row number where it is None.
+            (Of parquet files, it is "key" where there is such a column.)
+        image_root: folder of the images, or its URL; the table's own folder where it is None.
+            Paths that lead out of it are refused.
+    """
+
+    image_column: str | None = None
+    caption_column: str | None = None
+    key_column: str | None = None
+    image_root: str | None = None
+
+
+def find_columns(names: Collection[str], options: Any) -> tuple[Any, list[str]]:
+    """Completes options by the columns that a table has.
+
+    Args:
+        names: of its columns.
+        options: a `ColumnOptions`, or options that extend it.
+
+    Returns:
+        The options with the names of the columns; and what is missing, in words.
+    """
+    image, caption = options.image_column, options.caption_column
+    image = find_name(names, IMAGE_NAMES) if image is None else image
+    caption = find_name(names, CAPTION_NAMES) if caption is None else caption
+    missing = []
+    if image is None:
+        missing.append(f"column of images ({', '.join(IMAGE_NAMES)})")
+    if caption is None:
+        missing.append(f"column of captions ({', '.join(CAPTION_NAMES)})")
+    stated = [name for name in (image, caption, options.key_column) if name and name not in names]
+    missing += [f"column '{name}'" for name in stated]
+    return dataclasses.replace(options, image_column=image, caption_column=caption), missing
+
+
+def describe_missing(path: str, names: Collection[str], missing: list[str]) -> str:
+    """The message about a table that lacks columns."""
+    shown = ", ".join(map(repr, list(names)[:_NAMES_SHOWN])) or "nothing"
+    return (
+        f"{path}: no {' and no '.join(missing)}; it has {shown:.500}; set image_column, "
+        "caption_column or key_column"
+    )
