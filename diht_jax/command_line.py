@@ -53,8 +53,8 @@ def run(
     those whose default is None, and a duration on the command line replaces the recipe's.
     With `writes_to_stores`, `--output` may be a URL.
 
-    A wrong flag or config key exits with 2, a `ValueError` or missing file (bad input) with 1,
-    both with their message on stderr; an error with an attribute `exit_status` exits with that.
+    A wrong flag or config key exits with 2, a `ValueError` (bad input) or an error of a disk with
+    1, both with their message on stderr; an error with an attribute `exit_status` exits with that.
     `--verbosity=1` adds the traceback and what the libraries log.
     """
     app.run(
@@ -248,7 +248,7 @@ def _call(main: Callable[[], None], writes_to_stores: bool = False) -> None:
         if "output" in flags.FLAGS and not writes_to_stores:
             refuse_url(flags.FLAGS["output"].value, "--output")
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if verbose:
             traceback.print_exc()
         _fail(_with_flags(str(error)), status=getattr(error, "exit_status", 1))

@@ -23,6 +23,7 @@ from absl import logging
 from data_prep.jobs.cluster import RayPool, RaySettings
 from data_prep.jobs.outcome import (
     DEATH,
+    FULL,
     KILLED,
     LOST,
     NOT_STARTED,
@@ -36,6 +37,7 @@ from data_prep.jobs.outcome import (
 )
 from data_prep.jobs.processes import LocalPool
 from diht_jax.progress import ProgressBar
+from diht_jax.storage.retries import FullError
 from diht_jax.terminal import print_escaped
 
 __all__ = ["ENGINES", "Outcome", "RaySettings", "Report", "engine_options", "run_tasks"]
@@ -111,9 +113,9 @@ def run_tasks(
     """Calls `function(task, report)` for every task; a failure does not stop the others.
 
     A progress bar on stderr shows shards done, their ETA, and pairs per second. A task that may
-    succeed when it is run again soon runs again among the others: one to which the system refused
-    something, one that took too long (once), and one whose worker died. One that a disk or a store
-    has failed runs again after some time, three times. But where a local worker was killed from
+    succeed when it is run again soon runs again among the others: one that took too long (once),
+    and one whose worker died. One that a disk or a store has failed runs again after some time,
+    three times. But where a local worker was killed from
     outside, as the kernel does when memory runs out, the task waits for the end of the others and
     runs alone, with all the memory there is.
 
@@ -122,7 +124,7 @@ def run_tasks(
         tasks: picklable.
         num_workers: processes; 0 runs in this process, None takes one per core (of the cluster).
         label: of the progress bar.
-        retries: how often a task is run again after failures of each kind; failures of its storage,
+        retries: how often a task is run again after its worker has died; failures of its storage,
             and lost nodes of a cluster, have limits of their own, unless this is 0.
         timeout_secs: after which a task's worker is stopped; needs worker processes.
         after_death: called when the worker of a task has died, unless `retries` is 0: with the
@@ -135,6 +137,7 @@ def run_tasks(
 
     Raises:
         ValueError: a number is out of its range, no worker can start, or there is no such cluster.
+        FullError: there is no room for the output of a task.
     """
     for name, value in (("num_workers", num_workers), ("retries", retries)):
         if value is not None and value < 0:
@@ -156,6 +159,8 @@ def run_tasks(
                 for future in done:
                     attempt, outcome = queue.busy.pop(future), pool.read(future)
                     outcome = dataclasses.replace(outcome, task=attempt.task)
+                    if outcome.cause == FULL:
+                        raise FullError(outcome.error)
                     again = _next_attempt(attempt, outcome.cause, retries, after_death)
                     if again is None:
                         progress.advance()

@@ -7,20 +7,20 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from diht_jax.storage.retries import is_outage, is_storage_failure
+from diht_jax.storage.retries import FullError, is_outage
 
 Report = Callable[[int], None]
 Function = Callable[[Any, Report], Any]
 
 POLL_SECS = 0.5
 
-# Why a task failed although it may succeed when it is run again.
+# Why a task failed, where that says what to do next.
 STORAGE = "storage"  # a disk, a network or a store has failed for longer than a read was tried
-REFUSED = "refused"  # the system or a store refused something, which waiting seldom changes
 DEATH = "death"  # the worker process ended while it was at work
 KILLED = "killed"  # from outside while others were at work: memory ran out
 LOST = "lost"  # the node of the worker is gone
 TIMEOUT = "timeout"  # the task took longer than it may
+FULL = "full"  # there is no room for the output: other tasks would fail of it as well
 NOT_STARTED = "not started"  # the worker has ended before it had the task
 
 
@@ -55,10 +55,10 @@ def call_function(function: Function, task: Any, report: Report) -> Outcome:
 
 
 def failed_outcome(error: Exception) -> Outcome:
-    """The outcome of a task that raised; what a disk or a store refused may pass later."""
-    cause = None
-    if isinstance(error, OSError) or is_storage_failure(error):
-        cause = STORAGE if is_outage(error) else REFUSED
+    """The outcome of a task that raised; an outage of a disk or a store may pass later."""
+    cause = STORAGE if is_outage(error) else None
+    if isinstance(error, FullError):
+        cause = FULL
     if isinstance(error, ProcessDeath):
         cause = DEATH
     return Outcome(error=describe_error(error), cause=cause)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
-from diht_jax.storage.retries import retry
+from diht_jax.storage.retries import naming_output, retry
 from diht_jax.storage.stores import forget_input, is_remote, note_input, open_system, read_whole
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
@@ -158,18 +158,21 @@ def local_output(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         temporary folder for a URL, from where it is uploaded.
 
     Raises:
-        StorageError: the store does not take it, now and after some attempts.
+        FullError: there is no room for it.
+        StorageError: the disk or the store does not take it.
     """
     if is_remote(os.fspath(path)):
         with tempfile.TemporaryDirectory(prefix="diht_jax-") as folder:
             local = pathlib.Path(folder) / os.fspath(path).rsplit("/", 1)[1]
-            yield local
+            with naming_output(local):
+                yield local
             upload(local, os.fspath(path))
         return
     temporary = temporary_path(path)
     try:
-        yield temporary
-        commit(temporary, path)
+        with naming_output(path):
+            yield temporary
+            commit(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

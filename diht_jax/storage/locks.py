@@ -28,7 +28,8 @@ from diht_jax.storage import files
 from diht_jax.storage.retries import retry
 from diht_jax.storage.stores import is_remote, open_system
 
-# A holder on another machine that has not renewed its lock for this long is taken for dead.
+# A holder on another machine whose lock was not renewed while this process looked at it for this
+# long is taken for dead. The clocks of machines are not compared.
 EXPIRY_SECS = 300.0
 
 _LEADER = ".leader.lock"  # in a local folder
@@ -38,7 +39,7 @@ _NAME = re.compile(r"\.leader-(\d{4,})\.json")  # in a store
 # File systems without locks; a process goes on there without one.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
-_now = time.time  # tests put their own clock here; seconds since 1970, as other machines count
+_now = time.monotonic  # tests put their own clock here
 _sleep = time.sleep
 # Tokens of the locks in stores that this process holds: any other of its own was left behind.
 _held: set[str] = set()
@@ -132,8 +133,8 @@ def leader_lock(folder: str) -> Iterator[None]:
     """Holds an output folder, local or in a store, for the length of the block.
 
     Jobs of an array that end at the same time merge and describe their output one after the other.
-    A process waits for the holder. A holder that has died is noticed at once; in a store, if it was
-    on another machine, after `EXPIRY_SECS`.
+    A process waits for the holder, and logs which one that is. A holder that has died is noticed at
+    once; in a store, if it was on another machine, after `EXPIRY_SECS`.
     """
     with _lead_in_store(folder) if is_remote(folder) else _lead_locally(folder):
         yield
@@ -142,7 +143,11 @@ def leader_lock(folder: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _lead_locally(folder: str) -> Iterator[None]:
     path = os.path.join(folder, _LEADER)
-    file = lock_file(path)
+    try:
+        file = lock_file(path, wait=False)
+    except LockedError as error:
+        logging.warning("%s: waiting for %s, which works there", folder, error.holder)
+        file = lock_file(path)
     while not _is_there(file, path):  # the holder before has deleted it
         file.close()
         file = lock_file(path)
@@ -193,15 +198,25 @@ def _lead_in_store(folder: str) -> Iterator[None]:
 
 def _create_lock(folder: str, token: str) -> str:
     """The URL of the lock that this process holds, once the others have ended."""
-    has_told = False
+    seen: dict[str, tuple[dict[str, Any], float]] = {}  # name -> the lock, since when it is so
+    told: set[str] = set()
     while True:
         names = _lock_names(folder)
-        holders = [files.read_object(files.join(folder, name)) for name in names]
-        active = next((holder for holder in holders if not _has_ended(holder)), None)
+        found = {name: files.read_object(files.join(folder, name)) for name in names}
+        for name, holder in found.items():
+            if holder is not None and (name not in seen or seen[name][0] != holder):
+                seen[name] = holder, _now()
+        active = next((n for n, h in found.items() if h and not _has_ended(h, seen[n][1])), None)
         if active is not None:
-            if not has_told:
-                logging.info("%s: waiting for %s", folder, _name_holder(active))
-                has_told = True
+            if active not in told:
+                told.add(active)
+                logging.warning(
+                    "%s: waiting for %s, until it ends or has not renewed %s for %.0f s",
+                    folder,
+                    _name_holder(found[active]),
+                    active,
+                    EXPIRY_SECS,
+                )
             _sleep(_POLL_SECS)
             continue
         number = int(_NAME.fullmatch(names[-1])[1]) + 1 if names else 0
@@ -239,15 +254,19 @@ def _lock_names(folder: str) -> list[str]:
 
 
 def _content(token: str) -> bytes:
-    facts = {"token": token, "machine": _machine(), "renewed": _now()}
+    # Renewed means that the content is another one.
+    facts = {"token": token, "machine": _machine(), "renewed": secrets.token_hex(4)}
     return json.dumps(_describe_process() | facts).encode()
 
 
-def _has_ended(holder: dict[str, Any] | None) -> bool:
-    """Returns whether a holder has died: known at once on this machine, else after a while."""
-    if holder is None:  # gone since
-        return True
-    if holder["machine"] == _machine():
+def _has_ended(holder: dict[str, Any], since_secs: float) -> bool:
+    """Returns whether a holder has died: known at once on this machine, else after a while.
+
+    Args:
+        holder: as its lock states it.
+        since_secs: when its lock became what it is, by the clock of this process.
+    """
+    if holder.get("machine") == _machine():
         if holder["pid"] == os.getpid():
             return holder["token"] not in _held
         try:
@@ -256,7 +275,7 @@ def _has_ended(holder: dict[str, Any] | None) -> bool:
             return True
         except PermissionError:
             pass
-    return _now() - holder["renewed"] > EXPIRY_SECS
+    return _now() - since_secs > EXPIRY_SECS
 
 
 def _machine() -> str:

@@ -8,10 +8,11 @@ FileNotFoundError at once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
@@ -22,8 +23,10 @@ DELAYS_SECS = (0.1, 0.5, 2.0, 5.0)
 _MISSING = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENXIO}
 )
+# Nothing more can be written: the disk or the quota is full, or the file may not become larger.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Refused for good: waiting changes nothing.
-_FINAL = frozenset({errno.EACCES, errno.EPERM})
+_FINAL = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, *_FULL})
 # Answers of a server that has too much to do, or is failing; a 4xx else is about the request.
 _PASSING_STATUS = frozenset({408, 425, 429, *range(500, 600)})
 # Errors of connections that have no number, by package and name, since no package is imported here.
@@ -32,6 +35,9 @@ _PASSING_TYPES = frozenset(
         *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError"),
         *("botocore.HTTPClientError", "botocore.ConnectionError", "botocore.ResponseParserError"),
         *("botocore.IncompleteReadError", "asyncio.IncompleteReadError", "urllib.URLError"),
+        # An answer that was damaged on its way, as the client's checksum tells.
+        *("botocore.FlexibleChecksumError", "botocore.ChecksumError", "gcsfs.ChecksumError"),
+        *("google.DataCorruption", "azure.IncompleteReadError"),
         *("azure.ServiceRequestError", "azure.ServiceResponseError"),
         *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),
         *("urllib3.TimeoutError", "urllib3.ProtocolError", "urllib3.MaxRetryError"),
@@ -45,6 +51,10 @@ sleep = time.sleep  # tests put their own clock here
 
 class StorageError(OSError, ValueError):
     """A file that exists could not be read, after several attempts; names it."""
+
+
+class FullError(StorageError):
+    """No room for an output: a full disk, a quota, or a limit on the size of files; names it."""
 
 
 def is_missing(error: OSError) -> bool:
@@ -116,6 +126,29 @@ def retry(
                 raise _storage_error(path, error, participle) from error
         sleep(delay_secs)
     raise AssertionError("the last attempt returns or raises")
+
+
+@contextlib.contextmanager
+def naming_output(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the output in errors of writing it, which the operating system leaves without a name.
+
+    Raises:
+        FullError: there is no room for it.
+        StorageError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in _FULL
+        if error.errno is None or (error.filename is not None and not is_full):
+            raise
+        advice = "look at the disk and the network"
+        if is_full:
+            advice = "free some space, raise the limit, or choose another place"
+        raise (FullError if is_full else StorageError)(
+            f"{os.fspath(path)}: could not be written ({os.strerror(error.errno)}); {advice}, and "
+            "run the command again"
+        ) from error
 
 
 def _is_final(error: BaseException) -> bool:

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from diht_jax.storage import files, locks
+from tests.waiting import wait_until
 
 HOLD = """
 import sys, time
@@ -62,6 +64,63 @@ def test_the_lock_of_a_leader_on_another_machine_expires(s3_bucket, time_passes)
         assert files.list_names(folder) == [".leader-0001.json"]
         assert not locks._create(files.join(folder, ".leader-0001.json"), "another token")
     assert files.list_names(folder) == []
+
+
+@pytest.mark.parametrize("renewed", [1e12, -1e12], ids=["ahead", "behind"])
+def test_the_clock_of_the_holder_does_not_matter(s3_bucket, time_passes, caplog, renewed):
+    folder = f"{s3_bucket}/c"
+    _leave(folder, renewed=renewed)
+    with caplog.at_level("WARNING"), locks.leader_lock(folder):
+        assert locks.EXPIRY_SECS < time_passes[0] - 1000 <= locks.EXPIRY_SECS + 2
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert folder in line and "process 12 on node7" in line
+
+
+def test_a_holder_that_renews_its_lock_is_waited_for(s3_bucket, time_passes, monkeypatch):
+    folder = f"{s3_bucket}/c"
+    _leave(folder)
+    # Its clock stands still, and it ends after a long time.
+    end_secs = 1000 + 5 * locks.EXPIRY_SECS
+
+    def sleep(secs: float) -> None:
+        time_passes[0] += 100 * secs
+        _leave(folder, renewed=f"{time_passes[0]}")
+        if time_passes[0] > end_secs:
+            files.remove(files.join(folder, ".leader-0000.json"))
+
+    monkeypatch.setattr(locks, "_sleep", sleep)
+    with locks.leader_lock(folder):
+        assert time_passes[0] > end_secs
+
+
+def test_the_lock_is_renewed_while_it_is_held(s3_bucket, monkeypatch):
+    folder = f"{s3_bucket}/c"
+    monkeypatch.setattr(locks, "_RENEWAL_SECS", 0.01)
+    with locks.leader_lock(folder):
+        path = files.join(folder, *files.list_names(folder))
+        seen: set[bytes] = set()
+        wait_until(lambda: len(seen.add(files.read_bytes(path)) or seen) >= 3)
+    assert files.list_names(folder) == []
+
+
+def test_a_local_wait_says_for_whom(tmp_path, caplog):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    (tmp_path / "run.lock").rename(tmp_path / ".leader.lock")  # the lock stays its own
+    with caplog.at_level("WARNING"):
+        waiting = threading.Thread(target=_lead, args=(str(tmp_path),))
+        waiting.start()
+        wait_until(lambda: f"waiting for process {process.pid} on " in caplog.text)
+    process.kill()
+    process.wait()
+    waiting.join()
+
+
+def _lead(folder: str) -> None:
+    with locks.leader_lock(folder):
+        pass
 
 
 def test_a_dead_leader_of_this_machine_is_known_at_once(s3_bucket, time_passes):

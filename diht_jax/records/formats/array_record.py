@@ -8,6 +8,7 @@ alone. It has no offsets that we know, and its reader takes local or mounted fil
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 from collections.abc import Iterator
@@ -38,10 +39,23 @@ class ArrayRecordWriter(RecordWriter):
         self._writer = array_record_module.ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
 
     def _append(self, data: bytes) -> None:
-        self._writer.write(data)
+        with _system_errors():
+            self._writer.write(data)
 
     def _finish(self) -> None:
-        self._writer.close()
+        with _system_errors():
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raises OSErrors for the package's RuntimeErrors, which have the system's error as text."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        number = next((n for n in errno.errorcode if f"{os.strerror(n)};" in text), errno.EIO)
+        raise OSError(number, os.strerror(number)) from error
 
 
 class _ArrayRecordShard:

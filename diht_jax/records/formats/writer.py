@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 
@@ -56,33 +57,36 @@ class RecordWriter:
             if self.index is not None:
                 # An old index must not stand next to the new shard, not even for a moment.
                 files.remove(self.path + INDEX_SUFFIX)
-        except BaseException:
-            self.discard()
+        except BaseException as error:
+            self.discard(error)
             raise
         self._is_open = False
         self._output.__exit__(None, None, None)
         if self.index is not None:
             self.index.write(self.path, np.array(self._offsets, np.uint64), size)
 
-    def discard(self) -> None:
-        """Throws away what was written; nothing is left."""
+    def discard(self, error: BaseException | None = None) -> None:
+        """Throws away what was written; nothing is left.
+
+        Args:
+            error: the reason, if any; raised with the name of the shard where it has none.
+        """
         if not self._is_open:
             return
         self._is_open = False
-        try:
+        with contextlib.suppress(OSError):  # of bytes that nobody wants
             self._finish()
-        finally:
-            discarded = RuntimeError("discarded")  # so that the output does not get its name
-            self._output.__exit__(RuntimeError, discarded, None)
+        error = error or RuntimeError("discarded")  # so that the output does not get its name
+        self._output.__exit__(type(error), error, error.__traceback__)
 
     def __enter__(self) -> RecordWriter:
         return self
 
-    def __exit__(self, error_type: object, *_: object) -> None:
+    def __exit__(self, error_type: object, error: BaseException | None, _: object) -> None:
         if error_type is None:
             self.close()
         else:
-            self.discard()
+            self.discard(error)
 
     def _open(self, path: pathlib.Path) -> None:
         """Opens a new file of this name."""

@@ -1,9 +1,13 @@
 """Archives that are cut off: what comes of a job."""
 
 import json
+import resource
+
+import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
+from diht_jax.storage import retries
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,
@@ -36,3 +40,26 @@ def test_of_a_tar_that_is_cut_off_the_pairs_before_are_kept_where_the_config_ask
     warnings = read_report(tmp_path / "kept")["warnings"]
     (warning,) = [text for text in warnings if "damaged" in text]
     assert damaged in warning
+
+
+@pytest.mark.parametrize("output_format", ["tfrecord", "array_record", "webdataset"])
+def test_an_output_that_may_not_become_larger_is_named_and_waited_for_no_time(
+    tmp_path, output_format
+):
+    """The limit of the operating system on the size of files, which rises until all have room."""
+    source, output = write_tars(tmp_path / "in", 1, pairs_per_tar=40), tmp_path / "out"
+    config = job_config(source, output, output_format=output_format, retries=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    stopped: list[str] = []
+    for kib in range(0, 1000, 2):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kib * 1024, hard))
+        try:
+            assert run_filter(config) == {}
+            break
+        except retries.FullError as error:
+            stopped.append(str(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [text for text in stopped if not text.startswith(f"{output}/")] == []
+    assert len(set(stopped)) > 1
+    assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]

@@ -4,7 +4,7 @@ Workers import the main module, so each test runs a script of its own.
 """
 
 import ast
-import collections
+import errno
 import os
 import pathlib
 import re
@@ -59,27 +59,43 @@ def _run(folder: pathlib.Path, body: str, num_workers: int = 2) -> tuple[dict, s
     return {task: (result, error) for task, result, error in outcomes}, errors
 
 
-def test_what_may_pass_is_tried_again():
-    tries = collections.Counter()
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE)
+_LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENXIO)
+
+
+@pytest.mark.parametrize("number", [*_PASSING, *_LASTING], ids=errno.errorcode.get)
+def test_only_errors_that_can_pass_are_tried_again(number):
+    tries = []
 
     def work(task: int, report) -> int:
-        tries[task] += 1
-        if tries[task] <= task:
-            raise OSError("the disk is not there") if task < 4 else ValueError("damaged")
+        tries.append(task)
+        if len(tries) <= 2:
+            raise OSError(number, os.strerror(number))
         return task
 
-    outcomes = {o.task: o for o in run_tasks(work, range(6), num_workers=0, label="t", retries=2)}
-    assert {task: (o.result, o.error) for task, o in outcomes.items()} == {
-        0: (0, None),
-        1: (1, None),
-        2: (2, None),
-        3: (None, "the disk is not there"),
-        4: (None, "damaged"),
-        5: (None, "damaged"),
-    }
-    assert tries == {0: 1, 1: 2, 2: 3, 3: 3, 4: 1, 5: 1}
+    (outcome,) = run_tasks(work, [7], num_workers=0, label="t")
+    if number in _PASSING:
+        assert (outcome.result, outcome.error, len(tries)) == (7, None, 3)
+    else:
+        assert os.strerror(number) in outcome.error
+        assert len(tries) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("damaged"), OSError("no parquet file")], ids=repr)
+def test_bad_contents_are_not_read_again(error):
+    tries = []
+
+    def work(task: int, report) -> int:
+        tries.append(task)
+        raise error
+
+    (outcome,) = run_tasks(work, [7], num_workers=0, label="t", retries=5)
+    assert (outcome.error, tries) == (str(error), [7])
+
+
+def test_retries_are_not_negative():
     with pytest.raises(ValueError, match="config.retries=-1; expected at least 0"):
-        list(run_tasks(work, range(2), num_workers=0, label="t", retries=-1))
+        list(run_tasks(print, range(2), num_workers=0, label="t", retries=-1))
 
 
 def test_a_task_that_takes_too_long_is_stopped_twice_and_holds_nobody_up(tmp_path):
