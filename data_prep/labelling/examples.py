@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import ml_collections
 import numpy as np
-from absl import logging
 
 from data_prep.jobs import shards
 from data_prep.labelling import vocabulary as concept_vocabulary
@@ -136,22 +135,16 @@ def gather_examples(
     )
 
 
-def warn_of_few_mentions(*splits: Examples) -> None:
-    """Logs a warning where less than half of the images name a concept of the vocabulary."""
+def count_named(*splits: Examples) -> dict[str, int]:
+    """Counts the images, and those that name a concept of the vocabulary; JSON-able."""
     named = [
         np.any([(targets >= 0).any(axis=1) for targets in split.targets.values()], axis=0)
         for split in splits
     ]
-    num_named, total = sum(int(mask.sum()) for mask in named), sum(mask.size for mask in named)
-    if 2 * num_named < total:
-        logging.warning(
-            "only %s of %s images name a concept of the vocabulary in their captions; the heads "
-            "learn from these alone and give every image its nearest concepts, however far: a "
-            "flower may become a person. Take more pairs, lower config.vocabulary.min_count, or "
-            "load heads that were trained on more (config.heads.load)",
-            f"{num_named:,}",
-            f"{total:,}",
-        )
+    return {
+        "all": sum(mask.size for mask in named),
+        "named": sum(int(mask.sum()) for mask in named),
+    }
 
 
 def _read_targets(task: shards.ShardTask, part: ConceptList, num_records: int) -> np.ndarray:

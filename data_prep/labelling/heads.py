@@ -20,7 +20,7 @@ from data_prep.jobs.failures import allowed_number
 from data_prep.labelling import head_files
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.embeddings import LocalCopies
-from data_prep.labelling.examples import choose_shards, gather_examples, warn_of_few_mentions
+from data_prep.labelling.examples import choose_shards, count_named, gather_examples
 from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.base import TeacherInfo
 from diht_jax.records.vocabulary import (
@@ -122,7 +122,7 @@ class Heads:
         config = self._config
         for part in self.vocabulary:
             files.write_bytes(vocabulary_path(self._folder, part.kind), encode_concepts(part))
-        heads, results = {}, {}
+        heads, results, images = {}, {}, None
         if config.heads.load:
             heads, results = head_files.load_trained(config.heads.load, teacher)
         else:
@@ -133,7 +133,7 @@ class Heads:
 
             sample = [task for task in self.sample if str(task.source) not in failed]
             train, held_out = gather_examples(config, self.vocabulary, sample, copies)
-            warn_of_few_mentions(train, held_out)
+            images = count_named(train, held_out)
             for part in filter(len, self.vocabulary):
                 heads[part.kind], results[part.kind] = train_and_measure(
                     config, part, train, held_out
@@ -148,6 +148,7 @@ class Heads:
             "vocabulary": self.vocabulary.describe(),
             "teacher": dict(teacher.identity),
             "heads": results,
+            "images": images,
         }
         files.write_object(files.join(self._folder, head_files.DESCRIPTION), self.description)
 

@@ -95,15 +95,16 @@ def run(
         source_list.shards_of_task, task_index=task_index, num_tasks=num_tasks
     )
     job = _Job(config, engine, inputs, tasks.identify_inputs(inputs), folder, share)
+    teacher = describe_teacher(config.teacher) if config.concepts else None
     failures, is_complete = Failures(), True
     if config.clip_teachers.models:
         failures, is_complete = job.embed_by_clips()
-    if config.concepts and is_complete:
+    if teacher and is_complete:
         # Merged records are read again where the heads have learnt from them. Workers of a cluster
         # do not share a disk.
         again = [folder, inputs[0].path] if config.merge else [folder]
         with LocalCopies.open(config, *(again if engine == "local" else ())) as copies:
-            failures = job.label(failures, copies)
+            failures = job.label(failures, teacher, copies)
     return print_failures(failures)
 
 
@@ -127,18 +128,20 @@ class _Job:
     folder: str
     share: Callable[[Sequence[LabelTask]], Sequence[LabelTask]]
 
-    def label(self, failures: Failures, copies: LocalCopies | None) -> Failures:
+    def label(
+        self, failures: Failures, teacher: TeacherInfo, copies: LocalCopies | None
+    ) -> Failures:
         """Makes the concept labels.
 
         Args:
             failures: of before.
+            teacher: of `config.teacher`.
             copies: of what is read again.
 
         Returns:
             These, and what failed.
         """
         config, folder = self.config, self.folder
-        teacher = describe_teacher(config.teacher)
         embeddings_hash = embeddings.hash_embeddings(teacher.identity, config.embedding_dtype)
         embedding_tasks = self._plan(embeddings.FOLDER, embeddings_hash)
         heads = Heads(config, folder, embedding_tasks, embeddings_hash)
@@ -182,6 +185,7 @@ class _Job:
             if pending and files.exists(files.join(folder, shards.MERGED_STATS)):
                 print_escaped(f"{folder}: another job has described the labels")
             else:
+                tasks.refuse_changed(self.inputs, self.identities)
                 if not heads.sample:
                     _check_embedded(config, [task.embedding for task, _ in found.parts])
                 # Numbered shards are those of the inputs that are there.

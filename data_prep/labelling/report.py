@@ -29,6 +29,7 @@ PAGE = "report.html"
 CURVES = "curves.png"
 
 _THUMBNAIL = 192  # px
+_FEW_HELD_OUT = 100  # images; of fewer the page says so
 _SHOWN = 6  # concepts of a kind under an image
 _LISTED = 40  # concepts at the head and at the tail of a vocabulary
 _MAX_TRIES = 20  # records looked at for each image of the page, until enough are held out
@@ -58,6 +59,7 @@ def write_report(
         run=_describe_run(folder, summary),
         licence=summary["licence"],
         heads_title=_describe_heads(heads),
+        warnings=find_warnings(heads),
         metrics_header=("", "", *ranks, "per concept: R@1", *ranks[1:]),
         metrics=[
             (kind, name, *(f"{100 * value:.1f}" for value in values))
@@ -78,6 +80,36 @@ def write_report(
             _describe_ranking(kind, result) for kind, result in _results(heads) if result["best"]
         ],
     )
+
+
+def find_warnings(heads: dict[str, Any]) -> list[str]:
+    """What the recalls do not say: sentences for the page and the log.
+
+    `heads` is what `heads.json` holds.
+    """
+    if heads["loaded_from"]:
+        return [
+            f"The heads were trained in {heads['loaded_from']}: the recalls are those of held-out "
+            "images there. How right the labels of these images are was not measured."
+        ]
+    warnings, images = [], heads.get("images")
+    if images and 2 * images["named"] < images["all"]:
+        warnings.append(
+            f"Only {images['named']:,} of {images['all']:,} images name a concept of the "
+            "vocabulary in their captions. The heads learn from these alone, and the recalls are "
+            "measured on those of them that are held out, so they are those of images like the "
+            "training images; of the others they say nothing. Yet every image gets its nearest "
+            "concepts, however far: a flower may become a person. Take more pairs, lower "
+            "config.vocabulary.min_count, or load heads that were trained on more "
+            "(config.heads.load)."
+        )
+    for kind, result in _results(heads):
+        if (count := result["images"]["held_out"]) < _FEW_HELD_OUT:
+            warnings.append(
+                f"The recalls of the {kind} are those of {count} held-out images: each counts "
+                f"for {100 / count:.1f} points. Take more pairs, or raise config.heads.held_out."
+            )
+    return warnings
 
 
 def format_metrics(heads: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from absl import logging
 
 from data_prep.jobs import shards
 from data_prep.jobs.failures import Survey
@@ -89,6 +90,8 @@ def summarize(
         )
     files.write_object(files.join(folder, shards.MERGED_STATS), facts)
     report.write_report(folder, facts, heads, vocabulary, tasks)
+    for warning in report.find_warnings(heads):
+        logging.warning("%s", warning)
     print_escaped(report.format_metrics(heads))
     print_escaped(
         f"{facts['labelled']:,} of {records:,} images labelled in {len(done)} shards, "

@@ -88,6 +88,20 @@ def identify_inputs(inputs: Sequence[SourceShard]) -> list[ShardIdentity | None]
         return found
 
 
+def refuse_changed(inputs: Sequence[SourceShard], before: Sequence[ShardIdentity | None]) -> None:
+    """Compares the inputs with what `identify_inputs` gave of them before.
+
+    Raises:
+        ValueError: one is another, damaged or gone; names it.
+    """
+    for source, old, new in zip(inputs, before, identify_inputs(inputs), strict=True):
+        if old != new:
+            raise ValueError(
+                f"{source} has changed since the command began, so its labels would be those of "
+                "other records; run the command again when nothing writes to config.input any more"
+            )
+
+
 def _identify(inputs: Sequence[SourceShard]) -> Sequence[ShardIdentity]:
     return fingerprint_records(open_source([source.path for source in inputs])).shards
 

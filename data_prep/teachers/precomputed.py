@@ -36,9 +36,11 @@ class EmbeddingTable:
         self._embedding_field = embedding_field
         self._rows: dict[str, tuple[str, int]] = {}
         self._lengths: dict[str, int] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
         self._dim: int | None = None
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._load)
         for path in _find_files(files):
+            self._versions[path] = _version(path)
             keys = read_keys(path, key_field)
             self._lengths[path] = len(keys)
             if not keys:
@@ -62,7 +64,8 @@ class EmbeddingTable:
         """float32 [d], or None where no file has the key.
 
         Raises:
-            ValueError: the values of its file are no embeddings, or of another size than before.
+            ValueError: the values of its file are no embeddings, or of another size than before, or
+                it was written again since its keys were read.
         """
         if key not in self._rows:
             return None
@@ -71,6 +74,11 @@ class EmbeddingTable:
 
     def _load(self, path: str) -> np.ndarray:
         values, num_keys = read_embeddings(path, self._embedding_field), self._lengths[path]
+        if _version(path) != self._versions[path]:
+            raise ValueError(
+                f"{path}: it was written again after its keys were read; run the command again "
+                "when nothing writes to it any more"
+            )
         if len(values) != num_keys:
             raise ValueError(f"{path}: {num_keys} keys, but {len(values)} embeddings")
         if num_keys:
@@ -117,10 +125,9 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
     Args:
         config: section `teacher.precomputed`.
     """
-    found = [(path, os.stat(path)) for path in _find_files(config.files)]
     identity = {
         "kind": "precomputed",
-        "files": [[os.path.abspath(path), s.st_size, s.st_mtime_ns] for path, s in found],
+        "files": [[os.path.abspath(path), *_version(path)] for path in _find_files(config.files)],
         "fields": [config.key_field, config.embedding_field],
     }
     # In this process, so that there is one copy of the table.
@@ -133,6 +140,12 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> PrecomputedTeach
     """Reads the keys; takes section `teacher.precomputed`, and records at once."""
     table = EmbeddingTable(config.files, config.key_field, config.embedding_field)
     return PrecomputedTeacher(table, describe(config), batch_size)
+
+
+def _version(path: str) -> tuple[int, int]:
+    """Bytes and time of change of a file."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 def _find_files(files: str | None) -> list[str]:

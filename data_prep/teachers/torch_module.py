@@ -43,9 +43,15 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         config: section `teacher.torch`.
 
     Raises:
-        ValueError: the function is missing or returns no torch module.
+        ValueError: torch is not installed, or the function is missing or returns no torch module.
     """
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"config.teacher.kind='torch': {error.name} is not installed; run: pip install torch "
+            "(or 'diht_jax[teacher]', with the network of configs/prep/concepts_efficientnet.py)"
+        ) from error
 
     identity = {
         "kind": "torch",
@@ -124,13 +130,15 @@ def _call_function(spec: str | None) -> Any:
             "data_prep.teachers.efficientnet_lite:build"
         )
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ModuleNotFoundError, AttributeError) as error:
+        function = getattr(importlib.import_module(module_name), name, None)
+        if function is None:
+            raise ValueError(f"config.teacher.torch.function='{spec}': no '{name}' there")
+        return function()
+    except ModuleNotFoundError as error:
         raise ValueError(
-            f"config.teacher.torch.function='{spec}' cannot be imported ({error}); the module "
-            "must be on PYTHONPATH or installed"
+            f"config.teacher.torch.function='{spec}': {error}; the module, and those that it "
+            "imports, must be on PYTHONPATH or installed"
         ) from error
-    return function()
 
 
 TEACHER = TeacherKind(default_config, describe, load)

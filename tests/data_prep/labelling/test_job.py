@@ -5,13 +5,15 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import pytest
 
 from data_prep.jobs.shards import ShardTask
 from data_prep.label import run_label
-from data_prep.labelling.embeddings import hash_embeddings, load_embeddings
+from data_prep.labelling import job as label_job
+from data_prep.labelling.embeddings import embed_shard, hash_embeddings, load_embeddings
 from data_prep.labelling.examples import gather_examples
 from data_prep.labelling.tasks import find_inputs, identify_inputs, plan_outputs
 from data_prep.labelling.vocabulary import count_concepts
@@ -212,6 +214,13 @@ def test_inputs_that_cannot_be_labelled(work, tmp_path):
         run_label(label_config(work / "labelled", tmp_path / "out"))
 
 
+def test_a_teacher_without_torch_says_what_to_install(work, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match="torch is not installed; run: pip install torch"):
+        run_label(label_config(work / "kept", tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("merge", [True, False])
 def test_embeddings_in_another_order_are_refused(work, tmp_path, merge):
     folder = shutil.copytree(work / "labelled", tmp_path / "out")
@@ -224,6 +233,63 @@ def test_embeddings_in_another_order_are_refused(work, tmp_path, merge):
             writer.write(data)
     (failure,) = run_label(label_config(work / "kept", folder, merge=merge)).values()
     assert str(path) in failure and "not those that were written" in failure
+
+
+def test_precomputed_embeddings_of_a_shard_in_two_files(work, tmp_path):
+    """Every shard has keys of both files, in another order than its own."""
+    keys = [record.key for record in read_records(work / "kept")]
+    vectors = np.random.default_rng(0).integers(-9, 9, (NUM_IMAGES, 4)).astype(np.float32)
+    (tmp_path / "files").mkdir()
+    order = np.random.default_rng(1).permutation(NUM_IMAGES)
+    for name, chosen in (("a", order[:40]), ("b", order[40:])):
+        path = tmp_path / "files" / f"{name}.npz"
+        np.savez(path, key=np.array(keys)[chosen], image_emb=vectors[chosen])
+    files = {"teacher__kind": "precomputed"}
+    files["teacher__precomputed__files"] = str(tmp_path / "files")
+    assert run_label(label_config(work / "kept", tmp_path / "out", **files)) == {}
+    found = []
+    for path in sorted((tmp_path / "out").glob("embeddings/*.tfrecord")):
+        task = ShardTask(SourceShard("tfrecord", "kept"), str(path), config_hash="")
+        found.append(load_embeddings(task).embeddings)
+    np.testing.assert_array_equal(np.concatenate(found), vectors)  # exact in float16
+
+
+@pytest.mark.parametrize("change", ["replaced", "gone"])
+def test_an_input_that_changes_while_it_is_labelled(work, tmp_path, monkeypatch, change):
+    kept = shutil.copytree(work / "kept", tmp_path / "kept")
+    (kept / "dataset.index").unlink()
+    shard = sorted(kept.glob("*.tfrecord"))[0]
+
+    def change_input(task, report, **options):
+        embed_shard(task, report, **options)
+        if task.source.path != str(shard):
+            return
+        shard.unlink()
+        if change == "replaced":
+            records = list(read_tfrecords(sorted(kept.glob("*.tfrecord"))[0]))
+            with TFRecordWriter(shard) as writer:
+                for data in records:
+                    writer.write(data)
+
+    monkeypatch.setattr(label_job.embeddings, "embed_shard", change_input)
+    with pytest.raises(ValueError, match=f"{shard.name} has changed"):
+        run_label(label_config(kept, tmp_path / "out", merge=False))
+    assert not (tmp_path / "out" / "labels" / "dataset.index").exists()
+
+
+def test_a_page_of_little_data_says_what_its_recalls_are(work, tmp_path):
+    stopped = {
+        "vocabulary__stop_objects": ("car", "house", "rain"),
+        "vocabulary__stop_attributes": ("green", "red"),
+    }
+    run_label(label_config(work / "kept", tmp_path / "out", merge=False, **stopped))
+    found = (tmp_path / "out" / "report.html").read_text()
+    named = sum("blue" in record.caption for record in read_records(work / "kept"))
+    assert f"Only {named} of {NUM_IMAGES} images" in found
+    loaded = {"heads__load": str(work / "labelled")}
+    run_label(label_config(work / "kept", tmp_path / "again", merge=False, **loaded))
+    found = (tmp_path / "again" / "report.html").read_text()
+    assert f"trained in {work / 'labelled'}: the recalls" in found
 
 
 def test_no_flipped_byte_gives_another_embedding(work, tmp_path):

@@ -241,6 +241,14 @@ def test_precomputed_by_key(tmp_path):
     assert describe_teacher(config) != before
 
 
+def test_precomputed_embeddings_that_are_written_while_they_are_read(tmp_path):
+    _write_npz(tmp_path / "a.npz", ["x", "y"], np.eye(2, dtype=np.float32))
+    table = EmbeddingTable(str(tmp_path), "key", "image_emb")
+    _write_npz(tmp_path / "a.npz", ["y", "x"], np.eye(2, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"a\.npz: it was written again"):
+        table.get("x")
+
+
 def test_invalid_precomputed_files(tmp_path):
     def open_table(name):
         return EmbeddingTable(str(tmp_path / name), "key", "image_emb")
