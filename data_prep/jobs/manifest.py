@@ -8,6 +8,7 @@ for each part, in the order of the inputs.
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -107,7 +108,9 @@ def read_manifest(folder: str) -> list[dict[str, Any]]:
 
 def _describe(name: str, found: Input) -> dict[str, Any]:
     """A line of the manifest: the part, its input, and what that was when the job was planned."""
-    shard, state = found.shard, found.shard.identity()
+    shard, state = found.shard, {"path": found.shard.path, "size_bytes": None, "changed_ns": None}
+    with contextlib.suppress(FileNotFoundError):  # its task will fail of it
+        state = shard.identity()
     return {
         "name": name,
         "path": found.path,

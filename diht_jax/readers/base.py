@@ -240,8 +240,9 @@ def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
         root: folder that no link may lead out of.
 
     Returns:
-        Paths, and the reason for which one cannot be read: "unsupported_format", or
-        "refused_path" for any link that leads out; None for the others.
+        Paths, and the reason for which one cannot be read: "unsupported_format", "refused_path" for
+        any link that leads out, or "no_image" for one that leads nowhere, a pipe, a socket or a
+        device; None for the others.
 
     Raises:
         ValueError: a link makes a folder hold itself.
@@ -250,16 +251,22 @@ def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
         extension = path.rpartition(".")[2].lower()
         is_readable = extension in FOLDER_EXTENSIONS
         is_picture = is_readable or extension in UNSUPPORTED_EXTENSIONS
-        if not is_inside and (is_picture or os.path.isdir(path)):
+        if is_inside is None:
+            if is_picture:
+                yield path, "no_image"
+        elif not is_inside and (is_picture or os.path.isdir(path)):
             yield path, "refused_path"
         elif is_inside and is_picture:
             yield path, None if is_readable else "unsupported_format"
 
 
-def walk_files(folder: str, root: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, bool]]:
+def walk_files(
+    folder: str, root: str, above: tuple[str, ...] = ()
+) -> Iterator[tuple[str, bool | None]]:
     """Yields the path of every file that is not hidden, and whether it is inside of `root`.
 
-    A link that leads out of `root` is yielded, and not followed.
+    A link that leads out of `root` is yielded, and not followed. Of a link that leads nowhere, a
+    pipe, a socket or a device it is None.
 
     Args:
         folder: where to look.
@@ -280,9 +287,11 @@ def walk_files(folder: str, root: str, above: tuple[str, ...] = ()) -> Iterator[
     for entry in children:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry.path):
             yield from walk_files(entry.path, root, (*above, real_path))
         elif entry.is_symlink() and not _is_inside(entry.path, root):
             yield entry.path, False
-        elif entry.is_file():
+        elif os.path.isfile(entry.path):
             yield entry.path, True
+        else:
+            yield entry.path, None

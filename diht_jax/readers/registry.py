@@ -234,7 +234,7 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
     if is_stored:
         paths = sorted(find_inputs(text))
     elif is_folder:
-        paths = sorted(entry.path for entry in os.scandir(text) if entry.is_file())
+        paths = sorted(entry.path for entry in os.scandir(text) if not os.path.isdir(entry.path))
         # img2dataset's output format "files": 00000.parquet describes the folder 00000.
         paths = [path for path in paths if not os.path.isdir(path.removesuffix(parquet.SUFFIX))]
     else:

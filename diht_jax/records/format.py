@@ -15,7 +15,7 @@ from typing import BinaryIO
 import google_crc32c
 import numpy as np
 
-from diht_jax.storage.stores import is_remote, open_file
+from diht_jax.storage.stores import is_remote, open_file, open_local
 
 _LENGTH = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
@@ -88,7 +88,7 @@ def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
         TFRecordError: not a TFRecord file, or cut off, or damaged between two records.
     """
     path = os.fspath(path)
-    with open_file(path) if is_remote(path) else open(path, "rb", buffering=0) as file:
+    with open_file(path) if is_remote(path) else open_local(path) as file:
         return np.array([start for start, _ in _walk_frames(path, file)], np.uint64)
 
 

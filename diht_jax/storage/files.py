@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
-from diht_jax.storage.retries import naming_output, retry
+from diht_jax.storage.retries import is_missing, naming_output, retry
 from diht_jax.storage.stores import forget_input, is_remote, note_input, open_system, read_whole
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
@@ -61,8 +61,18 @@ def size(path: str) -> int | None:
 
 
 def stat(path: str | os.PathLike[str]) -> os.stat_result:
-    """Size and times of a local file; errors are those of `retries.retry`."""
-    return retry(lambda: os.stat(path), path)
+    """Size and times of a local file; errors are those of `retries.retry`.
+
+    Raises:
+        FileNotFoundError: there is none, or it is a link that leads nowhere.
+    """
+    try:
+        return retry(lambda: os.stat(path), path)
+    except OSError as error:
+        if not is_missing(error):
+            raise
+        reason = "a link that leads nowhere" if os.path.islink(path) else "no such file"
+        raise FileNotFoundError(f"{os.fspath(path)}: {reason}") from error
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

@@ -11,6 +11,7 @@ import errno
 import functools
 import io
 import os
+import stat
 from typing import Any
 
 from diht_jax.storage.retries import StorageError, retry
@@ -166,6 +167,20 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     return io.BufferedReader(RangesFile(ranges), _BUFFER_BYTES)
 
 
+def open_local(path: str | os.PathLike[str]) -> io.FileIO:
+    """Opens a local file for reading, without a buffer.
+
+    Raises:
+        ValueError: it is a pipe, a socket or a device, which could be waited for without end.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(
+            f"{os.fspath(path)}: a pipe, a socket or a device; expected an ordinary file"
+        )
+    return open(path, "rb", buffering=0)
+
+
 def check_readable(path: str | os.PathLike[str]) -> None:
     """Raises the StorageError of a file that cannot be read to its end; see `retry`.
 
@@ -269,7 +284,7 @@ class LocalRanges:
             raise
 
     def _open(self) -> io.FileIO:
-        return open(self.path, "rb", buffering=0)  # closed by `close` or the garbage collector
+        return open_local(self.path)  # closed by `close` or the garbage collector
 
 
 class StoreRanges:

@@ -22,7 +22,7 @@ from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.storage.retries import retry
-from diht_jax.storage.stores import check_readable, is_remote, open_ranges
+from diht_jax.storage.stores import check_readable, is_remote, open_local, open_ranges
 
 # Encoded images cannot be compressed any further.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -103,7 +103,8 @@ class _ArrayRecordShard:
     def _open(self) -> Any:
         from array_record.python import array_record_module
 
-        retry(lambda: os.stat(self._path), self._path)  # its reader does not tell a missing file
+        # Its reader does not tell a missing file, and waits for a pipe.
+        retry(lambda: open_local(self._path), self._path).close()
         reader = array_record_module.ArrayRecordReader(self._path, _READER_OPTIONS)
         if not reader.ok():
             check_readable(self._path)

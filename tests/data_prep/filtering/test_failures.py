@@ -1,6 +1,7 @@
 """Archives that are cut off: what comes of a job."""
 
 import json
+import os
 import resource
 
 import pytest
@@ -63,3 +64,17 @@ def test_an_output_that_may_not_become_larger_is_named_and_waited_for_no_time(
     assert [text for text in stopped if not text.startswith(f"{output}/")] == []
     assert len(set(stopped)) > 1
     assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_pipes_and_links_that_lead_nowhere_cost_only_themselves(tmp_path):
+    source, output = write_tars(tmp_path / "in", 2), tmp_path / "out"
+    bad = [tmp_path / "in" / name for name in ("a_pipe.tar", "b_loop.tar", "c_nowhere.tar")]
+    os.mkfifo(bad[0])
+    bad[1].symlink_to(bad[1].name)
+    bad[2].symlink_to("nowhere.tar")
+    for number, pattern in enumerate((source, str(tmp_path / "in"))):
+        failures = run_filter(job_config(pattern, output / str(number), max_failed_shards=3))
+        assert list(failures) == [str(path) for path in bad]
+        assert [path for path in bad if str(path) not in failures[str(path)]] == []
+        assert failures.exit_status == 3
+        assert len(read_records(output / str(number))) == 10
