@@ -25,7 +25,7 @@ from diht_jax.config.keys import (
 )
 
 EMBEDDINGS = ("descriptor", "files", "none")
-
+OTHER_CAPTIONS = ("keep", "drop")
 
 KEYS: dict[str, Any] = {
     "input": str,  # any source of docs/data.md; None: the keys of the embeddings
@@ -35,7 +35,8 @@ KEYS: dict[str, Any] = {
     # "descriptor": colours and shapes at 8 x 8, for copies that were edited; "files": those of
     # `files`; "none": exact copies only.
     "embeddings.kind": "descriptor",
-    "embeddings.mirrored": True,  # of the descriptor: a picture and its mirror image are alike
+    # Whether a picture and its mirror image are alike, of the descriptor and when verified.
+    "embeddings.mirrored": False,
     # With an input the --output of diht_jax.embed on the same input. Without one a glob of .npz or
     # .parquet files with "key" and "image_emb", by whomever. Paths or URLs.
     "embeddings.files": str,
@@ -44,8 +45,13 @@ KEYS: dict[str, Any] = {
     # Of pictures that the cosine finds those are copies whose thumbnails have this correlation when
     # one is laid over the other, or over a part of it (0.95 finds crops); None: all of them are.
     "verify.correlation": Key(float, SHARE_NOT_0),
+    # Largest difference of colours that a verified copy may have in one of 8 x 8 parts, as a share
+    # of their range; 1: greys alone decide.
+    "verify.difference": Key(0.08, SHARE_NOT_0),
     # Pictures of the highest cosines that each one is compared with.
     "verify.candidates": Key(8, COUNT),
+    # Pairs whose picture repeats one of another caption: "keep" marks them, "drop" drops them.
+    "other_captions": "keep",
     "keep": "farthest",  # from its cluster's centre (SemDeDup), or the "largest" or "first" picture
     "clusters.count": Key(int, COUNT),  # None: by rows_per_cluster; 1 compares all with all
     "clusters.rows_per_cluster": Key(5000, COUNT),
@@ -84,7 +90,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         ValueError: a value is out of its range.
     """
     kind = config.embeddings.kind
-    for name, value, known in (("embeddings.kind", kind, EMBEDDINGS), ("keep", config.keep, KEEP)):
+    for name, value, known in (
+        ("embeddings.kind", kind, EMBEDDINGS),
+        ("keep", config.keep, KEEP),
+        ("other_captions", config.other_captions, OTHER_CAPTIONS),
+    ):
         if value not in known:
             raise ValueError(f"config.{name}='{value}'; expected one of {', '.join(known)}")
     check_ranges(config, KEYS)
@@ -110,7 +120,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
 def scan_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The settings that decide what is scanned, JSON-able."""
-    settings = {name: config[name].to_dict() for name in ("source", "embeddings")}
+    settings: dict[str, Any] = {n: config[n].to_dict() for n in ("source", "embeddings")}
     if config.embeddings.kind == "descriptor":
         settings["descriptor"] = DESCRIPTOR_VERSION
     elif config.verify.correlation is not None:
@@ -122,5 +132,5 @@ def search_settings(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], 
     """The settings that decide the clusters of scans, and what is found in them, JSON-able."""
     values = config.to_dict()
     values["clusters"].pop("chunk_rows")  # at a time; it does not decide
-    clusters = {name: values[name] for name in ("exact", "clusters", "seed")}
+    clusters = {name: values[name] for name in ("exact", "other_captions", "clusters", "seed")}
     return clusters, clusters | {name: values[name] for name in ("threshold", "keep", "verify")}

@@ -5,7 +5,8 @@ The folder of the output, on a local disk or in a store:
     scan/            of each unit of the input: keys, content hashes, embeddings, thumbnails
     settings.json    of the scan
     centroids.npz, clusters.npz, groups/    of the search, by which it goes on
-    duplicates/      a row for each pair: key, kind, cluster, similarity, duplicate_of, kept_key
+    duplicates/      a row for each pair: key, kind, cluster, similarity, duplicate_of,
+                     other_caption, kept_key
     dropped.arrow    what the filter looks up
     report.html, duplicates.json
 """
@@ -19,12 +20,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import logging
 
 from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import report, scan, search, table
-from data_prep.duplicates.rows import Rows, forget_copies, open_rows
+from data_prep.duplicates.rows import CAPTION, Rows, check_columns, forget_copies, open_rows
 from data_prep.duplicates.scan import Unit, scan_unit
+from data_prep.duplicates.semdedup import NONE
 from data_prep.jobs import shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import engine_options, print_failures
@@ -42,6 +45,8 @@ from diht_jax.storage.locks import leader_lock
 from diht_jax.terminal import print_escaped
 
 SETTINGS = "settings.json"
+
+_REMOVED = "its scan was removed while the command ran; run it again"
 
 
 def run(
@@ -81,18 +86,24 @@ def run(
             _check_settings(config, folder)
             known = scan.reject_or_remove_stale(units, folder, config.max_changed_shards)
     _wait_for_others(in_step)
-    failures = _scan(config, shards_of_task(units, task_index, num_tasks), folder, options)
+    mine = shards_of_task(units, task_index, num_tasks)
+    failures = _scan(config, mine, folder, options)
     _wait_for_others(in_step)
-    found = survey(units, known)
-    if is_unfinished(config.max_failed_shards, found, len(units), "scanned"):
+    found = survey(units, {**known, **failures.made})
+    if is_unfinished(
+        config.max_failed_shards, found, len(units), "scanned", has_other_jobs=num_tasks > 1
+    ):
         others = found.failed if in_step else ()
-        failures |= {unit["source"]: unit["error"] for unit in others}
-        return Failures(print_failures(failures))
+        reasons = {unit["source"]: unit["error"] for unit in others}
+        own = {unit.output for unit in mine}
+        reasons |= {str(u.source): _REMOVED for u in found.waiting if u.output in own}
+        return Failures(print_failures(reasons | failures))
     not_found: dict[str, str] = {}
     if is_searching:
         with leader_lock(folder):
             # Another job may have scanned more meanwhile.
-            not_found = _search(config, survey(units), folder, options)
+            known = {unit.output: stats for unit, stats in found.parts}
+            not_found = _search(config, survey(units, known), folder, options)
     _wait_for_others(in_step)
     summary = table.read_summary(folder)
     if summary is None:
@@ -118,6 +129,8 @@ def _check_settings(config: ml_collections.ConfigDict, folder: str) -> None:
     settings = json.loads(json.dumps(duplicates_config.scan_settings(config)))
     path = files.join(folder, SETTINGS)
     before = files.read_object(path)
+    if before is None and files.exists(path):
+        raise ValueError(f"'{path}' is damaged; choose another config.output, or delete the folder")
     changed = sorted(key for key in settings if before and before.get(key) != settings[key])
     if changed:
         raise ValueError(
@@ -161,19 +174,38 @@ def _search(
     )
     summary = table.read_summary(folder)
     if summary is not None:
-        if (summary.get("made_of"), summary.get("failed", [])) == (of_result, found.failed):
+        is_same = (summary.get("made_of"), summary.get("failed", [])) == (of_result, found.failed)
+        if is_same and table.is_whole(folder, summary):
             return {}
         files.remove(files.join(folder, table.SUMMARY))
-    counts = [stats["output"]["records"] for _, stats in found.parts]
-    if not sum(counts):
+    if damaged := _check_scans(found, folder):
+        return damaged
+    rows = open_rows(folder, [unit.output for unit, _ in found.parts])
+    if not len(rows):
         raise ValueError(f"config.input='{config.input}': no pairs")
-    rows = open_rows(folder, [unit.output for unit, _ in found.parts], counts)
-    copies = search.find_exact(rows) if config.exact and config.input is not None else search.NONE
-    clusters = search.find_clusters(rows, copies.dropped, config, of_clusters)
+    keep = search.keeps_captions(config)
+    is_exact = config.exact and config.input is not None
+    exact = search.find_exact(rows, keep_captions=keep) if is_exact else NONE
+    captions = rows.column(CAPTION)
+    copies = search.join(exact, NONE, captions, keep_captions=keep).dropped()
+    clusters = search.find_clusters(rows, copies.rows, config, of_clusters)
     options = dict(options) | {"timeout_secs": None}  # that is of a scan
     near, failures = search.compare_clusters(rows, clusters, config, of_result, options)
     if not failures:
-        _describe(config, found, rows, clusters, search.join(copies, near), of_result)
+        joined = search.join(exact, near, captions, keep_captions=keep)
+        _describe(config, found, rows, clusters, joined, of_result)
+    return failures
+
+
+def _check_scans(found: Survey, folder: str) -> dict[str, str]:
+    """Units whose scan is gone or damaged, with the reason; the next run scans them again."""
+    failures = {str(unit.source): _REMOVED for unit in found.waiting}
+    for unit, stats in found.parts:
+        try:
+            check_columns(unit.output, folder, stats["output"]["digest"])
+        except ValueError as error:
+            files.remove(unit.stats_path)
+            failures[str(unit.source)] = f"{unit.output}: {error}; run the command again"
     return failures
 
 
@@ -186,7 +218,7 @@ def _describe(
     made_of: str,
 ) -> None:
     """Writes the tables, the report and the summary."""
-    exact, near = (int((copies.kind == kind).sum()) for kind in range(2))
+    exact, near, marked = np.bincount(copies.kind, minlength=3).tolist()
     least = config.verify.correlation
     sizes = clusters.sizes()
     summary = {
@@ -195,6 +227,7 @@ def _describe(
         "exact": exact,
         "near": near,
         "kept": len(rows) - exact - near,
+        "kept_other_caption": marked,
         "without_embedding": len(rows) - len(clusters.rows) - exact,
         "clusters": len(sizes),
         "threshold": config.threshold if least is None else least,

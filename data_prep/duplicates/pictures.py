@@ -7,14 +7,18 @@ not other pictures of the same thing; for those take embeddings of a model.
 
 A crop moves every cell of a descriptor, so that its cosine is no higher than that of some pictures
 that are merely alike. Crop matching compares the whole of one thumbnail with windows of the other,
-of 85% to 100% of its sides at offsets of 2.5%, both ways round and mirrored. The score is the
-highest correlation of the greys; copies reach 0.95, see docs/benchmarks.md.
+of 85% to 100% of its sides at offsets of 2.5%, both ways round. The score is the highest
+correlation of the greys; copies reach 0.95, see docs/benchmarks.md. So do drawings of one outline
+on one ground, which correlate by these. What tells them apart are colours, part by part: the window
+is moved and stretched until it fits best, and then the mean colour of each of 8 x 8 parts must be
+that of the other picture.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,20 +27,24 @@ from data_prep.duplicates.semdedup import Near
 from diht_jax.input.decode import load_rgb, open_image
 
 # Raised whenever equal pictures come to have other numbers.
-DESCRIPTOR_VERSION = 1
+DESCRIPTOR_VERSION = 2
 
-SIDE = 32  # px of a thumbnail
+SIDE = 32  # px of a thumbnail, of whose colours every second one is kept in each direction
 
 _DECODED = 64  # px of a side, at which the cells of a descriptor are averaged
 _LIGHT_CELLS, _COLOR_CELLS = 8, 4
 _LEAST_COLOR = 100.0  # grey pictures have no colour to be compared by: noise is not scaled up
 _COLOR_WEIGHT = 0.5
 
-_CELLS = 16  # of a window and side, that are compared
+_CELLS = 16  # of a window and side, that are correlated
 _SIZES = (1.0, 0.95, 0.9, 0.85)
 _STEP = 0.025
 _LEAST_SPREAD = 2.0  # standard deviation of the greys; of flatter pictures noise would decide
 _CACHED = 2048  # pictures whose windows are kept: 86 kB each
+
+_PARTS = 8  # of a side, whose colours are compared
+_ROUNDS = 3  # of the fit of a window
+_NUDGE, _LONGEST_STEP = 0.004, 0.02  # of a window's place and size, as shares of the side
 
 
 def describe_picture(
@@ -50,8 +58,8 @@ def describe_picture(
         max_pixels: of a picture that is decoded.
 
     Returns:
-        float32 [96] of length 1, or 0 for a picture of one grey; greys, uint8 [SIDE, SIDE]; width
-        and height.
+        float32 [96] of length 1, or 0 for a picture of one grey; uint8 [1536], the lightness at
+        SIDE x SIDE and both colour differences at half of it; width and height.
 
     Raises:
         ImageError: no picture.
@@ -60,7 +68,7 @@ def describe_picture(
     size = image.size
     if image.format == "JPEG":
         image.draft("RGB", (2 * _DECODED, 2 * _DECODED))  # decoded at a fraction of its size
-    image = load_rgb(image).convert("YCbCr").resize((_DECODED, _DECODED), Image.Resampling.BOX)
+    image = load_rgb(image).convert("YCbCr").resize((_DECODED, _DECODED), Image.Resampling.BILINEAR)
     channels = np.asarray(image, np.float32)
     light = _average(channels[..., 0], _LIGHT_CELLS)
     light -= light.mean()
@@ -70,8 +78,10 @@ def describe_picture(
     color = np.concatenate(parts[1:])
     color *= _COLOR_WEIGHT / max(float(np.linalg.norm(color)), _LEAST_COLOR)
     found = np.concatenate([parts[0], color])
-    greys = np.round(_average(channels[..., 0], SIDE)).astype(np.uint8)
-    return found / max(float(np.linalg.norm(found)), 1e-6), greys, size
+    sides = (SIDE, SIDE // 2, SIDE // 2)
+    planes = [_average(channels[..., i], side).ravel() for i, side in enumerate(sides)]
+    thumbnail = np.round(np.concatenate(planes)).astype(np.uint8)
+    return found / max(float(np.linalg.norm(found)), 1e-6), thumbnail, size
 
 
 def _average(channel: np.ndarray, cells: int) -> np.ndarray:
@@ -87,25 +97,36 @@ def _fold(grid: np.ndarray) -> np.ndarray:
 
 
 def verify(
-    candidates: Iterator[Near], thumbnails: np.ndarray, least: float, *, mirrored: bool
+    candidates: Iterator[Near],
+    thumbnails: np.ndarray,
+    least: float,
+    difference: float,
+    *,
+    mirrored: bool,
 ) -> Near:
     """The first candidate of each row that is a copy, with the correlation as similarity.
 
     Args:
         candidates: of `semdedup.find_candidates`: the best partner of every row, then the second
             best.
-        thumbnails: uint8 [n, SIDE * SIDE], of the rows.
+        thumbnails: uint8 [n, 1536], of the rows.
         least: correlation from which two pictures are copies.
+        difference: largest difference of colours, as a share of their range, that a copy may have
+            in a part; see `has_colors_of`.
         mirrored: whether mirror images are alike.
     """
     windows = functools.lru_cache(_CACHED)(lambda row: cut_windows(thumbnails[row]))
     found: dict[int, tuple[int, float]] = {}
     for rank in candidates:
-        for row, alike in zip(rank.dropped.tolist(), rank.alike.tolist(), strict=True):
-            if row not in found:
-                similarity = correlate(windows(row), windows(alike), mirrored=mirrored)
-                if similarity >= least:
-                    found[row] = alike, similarity
+        for row, alike in zip(rank.rows.tolist(), rank.alike.tolist(), strict=True):
+            if row in found:
+                continue
+            overlay = lay_over(windows(row), windows(alike), mirrored=mirrored)
+            if overlay is None or overlay.correlation < least:
+                continue
+            cut, whole = (row, alike) if overlay.is_first_cut else (alike, row)
+            if has_colors_of(thumbnails[cut], thumbnails[whole], overlay, difference):
+                found[row] = alike, overlay.correlation
     alike, similarities = zip(*found.values(), strict=True) if found else ((), ())
     return Near(
         np.array(list(found), np.int64),
@@ -114,15 +135,100 @@ def verify(
     )
 
 
-def correlate(one: np.ndarray | None, other: np.ndarray | None, *, mirrored: bool) -> float:
-    """The highest correlation of two pictures, by their windows; 0 where one is flat."""
+class Overlay(NamedTuple):
+    """How the whole of one picture is laid over a window of another.
+
+    Attributes:
+        correlation: of the greys.
+        window: number of the window.
+        is_first_cut: whether it is one of the first picture.
+        is_mirrored: whether the whole picture is mirrored.
+    """
+
+    correlation: float
+    window: int
+    is_first_cut: bool
+    is_mirrored: bool
+
+
+def lay_over(one: np.ndarray | None, other: np.ndarray | None, *, mirrored: bool) -> Overlay | None:
+    """The overlay of two pictures, by their windows, that correlates most; None if one is flat."""
     if one is None or other is None:
-        return 0.0
-    # Row 0 is the whole picture.
-    best = max((one @ other[0]).max(), (other @ one[0]).max())
-    if mirrored:
-        best = max(best, (one @ _mirror(other[0])).max(), (other @ _mirror(one[0])).max())
-    return float(best)
+        return None
+    found = []
+    for is_first_cut, cut, whole in ((True, one, other[0]), (False, other, one[0])):
+        for is_mirrored in (False, True) if mirrored else (False,):
+            correlations = cut @ (_mirror(whole) if is_mirrored else whole)
+            best = int(correlations.argmax())
+            found.append(Overlay(float(correlations[best]), best, is_first_cut, is_mirrored))
+    return max(found)
+
+
+def has_colors_of(cut: np.ndarray, whole: np.ndarray, overlay: Overlay, difference: float) -> bool:
+    """Whether no part of an overlay differs by more than a share of the range of colours.
+
+    Args:
+        cut: uint8 [1536], the thumbnail with the window.
+        whole: uint8 [1536], the other one.
+        overlay: of the two.
+        difference: the share.
+    """
+    planes, wanted = _planes(cut), _planes(whole)
+    if overlay.is_mirrored:
+        wanted = [plane[:, ::-1] for plane in wanted]
+    everything = np.array([0.0, 0.0, 1.0, 1.0])
+    colors = _average_window(wanted, everything, _PARTS)
+
+    def fits(window: np.ndarray) -> bool:
+        distances = np.linalg.norm(_average_window(planes, window, _PARTS) - colors, axis=0)
+        return bool(distances.max() <= 255 * difference)
+
+    window = _window_places()[overlay.window]
+    if fits(window):
+        return True
+    greys = _average_window(wanted[:1], everything, _CELLS)[0]
+    return fits(_fit_window(planes[0], greys, window))
+
+
+def _planes(thumbnail: np.ndarray) -> list[np.ndarray]:
+    """Lightness and both colour differences of a thumbnail, float32 [side, side]."""
+    half = SIDE // 2
+    parts = np.split(thumbnail.astype(np.float32), [SIDE * SIDE, SIDE * SIDE + half * half])
+    return [part.reshape(side, side) for part, side in zip(parts, (SIDE, half, half), strict=True)]
+
+
+def _average_window(planes: list[np.ndarray], window: np.ndarray, cells: int) -> np.ndarray:
+    """Means of the cells of a window (top, left, height, width): float [planes, cells, cells]."""
+    top, left, height, width = window
+    return np.stack(
+        [
+            _average_cells(top, height, cells, len(plane))
+            @ plane
+            @ _average_cells(left, width, cells, len(plane)).T
+            for plane in planes
+        ]
+    )
+
+
+def _fit_window(plane: np.ndarray, wanted: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Moves and stretches a window until its cells are most like those wanted (Gauss-Newton)."""
+
+    def look(window: np.ndarray) -> np.ndarray:
+        return _average_window([plane], window, len(wanted)).ravel()
+
+    best, least = window, np.inf
+    for number in range(_ROUNDS + 1):
+        missing = wanted.ravel() - look(window)
+        if (error := missing @ missing) < least:
+            best, least = window, error
+        if number < _ROUNDS:
+            nudges = _NUDGE * np.eye(4)
+            slopes = [(look(window + n) - look(window - n)) / (2 * _NUDGE) for n in nudges]
+            step, *_ = np.linalg.lstsq(np.stack(slopes, axis=1), missing, rcond=1e-3)
+            window = window + step.clip(-_LONGEST_STEP, _LONGEST_STEP)
+            place = window[:2].clip(0, 1 - _SIZES[-1])
+            window = np.concatenate([place, np.minimum(window[2:], 1 - place)])
+    return best
 
 
 def cut_windows(thumbnail: np.ndarray) -> np.ndarray | None:
@@ -130,7 +236,7 @@ def cut_windows(thumbnail: np.ndarray) -> np.ndarray | None:
 
     A window without contrast is 0.
     """
-    greys = thumbnail.reshape(SIDE, SIDE).astype(np.float32)
+    greys = _planes(thumbnail)[0]
     if greys.std() < _LEAST_SPREAD:
         return None
     found = []
@@ -153,15 +259,30 @@ def _averages() -> list[np.ndarray]:
     """Windows along a side by size: float32 [windows * _CELLS, SIDE], means of cells."""
     found = []
     for size in _SIZES:
-        count = round((1 - size) / _STEP) + 1
-        rows = [_average_cells(number * _STEP, size) for number in range(count)]
+        rows = [_average_cells(start, size, _CELLS, SIDE) for start in _starts(size)]
         found.append(np.concatenate(rows).astype(np.float32))
     return found
 
 
-def _average_cells(start: float, size: float) -> np.ndarray:
-    """Weights of the pixels in the cells of a window, float [_CELLS, SIDE]."""
-    edges = (start + size * np.arange(_CELLS + 1) / _CELLS) * SIDE
-    pixels = np.arange(SIDE)
+@functools.cache
+def _window_places() -> np.ndarray:
+    """Top, left, height and width of the windows, as shares of the side: float [84, 4]."""
+    places = [
+        (top, left, size, size)
+        for size in _SIZES
+        for top in _starts(size)
+        for left in _starts(size)
+    ]
+    return np.array(places)
+
+
+def _starts(size: float) -> list[float]:
+    return [number * _STEP for number in range(round((1 - size) / _STEP) + 1)]
+
+
+def _average_cells(start: float, size: float, cells: int, side: int) -> np.ndarray:
+    """Weights of the pixels of a side in the cells of a window, float [cells, side]."""
+    edges = (start + size * np.arange(cells + 1) / cells) * side
+    pixels = np.arange(side)
     shared = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return np.maximum(shared, 0) * (_CELLS / (size * SIDE))
+    return np.maximum(shared, 0) * (cells / (size * side))

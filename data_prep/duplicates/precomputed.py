@@ -53,6 +53,24 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
     return keys, found
 
 
+def refuse_texts(path: str, where: str) -> None:
+    """Raises ValueError, before anything is scanned, for a file that has embeddings of texts alone.
+
+    Args:
+        path: of a file, or URL.
+        where: the setting with its value, for the message.
+    """
+    with local_copy(path) as name:
+        fields = [
+            field for field in ("image_emb", "text_emb") if embedding_files.has_field(name, field)
+        ]
+        if fields == ["text_emb"]:
+            raise ValueError(
+                f"{where}: {path} has embeddings of texts ('text_emb') and none of pictures "
+                "('image_emb'); make them by python -m diht_jax.embed --modalities image"
+            )
+
+
 def find_files(pattern: str) -> list[str]:
     """The paths or URLs that a glob matches, sorted."""
     return sorted(files.find_inputs(pattern) if is_remote(pattern) else glob.glob(pattern))

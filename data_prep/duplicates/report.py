@@ -37,6 +37,8 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"{pairs:,} pairs: {share(summary['exact'])} exact copies, {share(summary['near'])} "
         f"near-duplicates, {share(summary['kept'])} kept; {summary['clusters']:,} clusters"
     )
+    if marked := summary["kept_other_caption"]:
+        text += f"; {share(marked)} of the kept repeat a picture with another caption"
     if summary["without_embedding"]:
         text += f"; {summary['without_embedding']:,} pairs without an embedding are kept"
     if summary["pairs_of_repeated_keys"]:
@@ -62,13 +64,13 @@ def write_page(
     """Writes the page; `sizes` are the rows of each cluster, and `sources` those of the units."""
     measure = "correlation" if summary["verified"] else "cosine"
     shown = _choose_pairs(found, config)
-    pictures = _read_pictures(np.stack([found.dropped[shown], found.alike[shown]]), rows, sources)
+    pictures = _read_pictures(np.stack([found.rows[shown], found.alike[shown]]), rows, sources)
     cards = []
     for number in shown.tolist():
-        title = (
-            "equal bytes" if not found.kind[number] else f"{measure} {found.similarity[number]:.3f}"
-        )
-        cards.append((title, pictures[found.dropped[number]], pictures[found.alike[number]]))
+        title = f"{measure} {found.similarity[number]:.3f}" if found.kind[number] else "equal bytes"
+        if found.kind[number] >= len(KINDS):
+            title += ", kept for its caption"
+        cards.append((title, pictures[found.rows[number]], pictures[found.alike[number]]))
     render(
         "duplicates.html",
         files.join(rows.output, PAGE),
@@ -87,11 +89,12 @@ def _choose_pairs(found: Found, config: ml_collections.ConfigDict) -> np.ndarray
 
     At most a quarter of them are exact copies, unless there are too few others.
     """
-    order = np.random.default_rng(config.seed).permutation(len(found.dropped))
-    exact, near = (order[found.kind[order] == kind] for kind in range(len(KINDS)))
+    order = np.random.default_rng(config.seed).permutation(len(found.rows))
+    is_exact = found.kind[order] == 0
+    exact, near = order[is_exact], order[~is_exact]
     exact = exact[: max(config.report_pairs // 4, config.report_pairs - len(near))]
     shown = np.concatenate([exact, near[: config.report_pairs - len(exact)]])
-    return shown[np.lexsort((found.dropped[shown], found.similarity[shown]))]
+    return shown[np.lexsort((found.rows[shown], found.similarity[shown]))]
 
 
 def _histogram(found: Found, config: ml_collections.ConfigDict) -> list[list[Any]]:

@@ -5,9 +5,10 @@ The Arrow file of a unit has a row for each pair:
     key                  text
     hash                 uint64, of the key
     content              uint64 [2], the halves of a hash of the picture's bytes
+    caption              uint64, a hash of the text; 0 where none is known
     pixels               int64, of the picture; 0 where it is none
     embedding            float16 [d], zeros where there is none; no such column where none has one
-    thumbnail            uint8 [SIDE * SIDE]; no such column for precomputed embeddings alone
+    thumbnail            uint8 [1536]; no such column for precomputed embeddings alone
 
 Files in a store are fetched once by a machine, into a folder below the system's temporary one,
 which all processes of the job share.
@@ -30,20 +31,20 @@ from diht_jax.storage import files
 from diht_jax.storage.copies import cached_copy
 from diht_jax.storage.stores import input_version, is_remote
 
-EMBEDDING, THUMBNAIL = "embedding", "thumbnail"
+CAPTION, EMBEDDING, THUMBNAIL = "caption", "embedding", "thumbnail"
 
 _OPEN_UNITS = 512
 
 
-def hash_keys(keys: Sequence[str]) -> np.ndarray:
-    """Hashes of keys, uint64 [n]."""
-    texts = (key.encode("utf-8", "surrogatepass") for key in keys)
-    data = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+def hash_texts(texts: Sequence[str]) -> np.ndarray:
+    """Hashes of texts, uint64 [n]."""
+    encoded = (text.encode("utf-8", "surrogatepass") for text in texts)
+    data = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in encoded)
     return np.frombuffer(data, "<u8")
 
 
 def write_columns(path: str, columns: Mapping[str, Any]) -> str:
-    """Writes columns of equal length to a file that appears whole; returns a hash of them.
+    """Writes columns of equal length to a file that appears whole; returns a hash of its bytes.
 
     Args:
         path: of the file.
@@ -57,31 +58,78 @@ def write_columns(path: str, columns: Mapping[str, Any]) -> str:
             flat = pyarrow.array(column.ravel())
             arrays[name] = pyarrow.FixedSizeListArray.from_arrays(flat, column.shape[1])
     batch = pyarrow.record_batch({name: pyarrow.array(column) for name, column in arrays.items()})
-    with (
-        files.local_output(path) as local,
-        pyarrow.ipc.new_file(str(local), batch.schema) as writer,
-    ):
-        writer.write_batch(batch)
-    digest = hashlib.blake2b(str(batch.schema).encode(), digest_size=16)
-    digest.update(batch.serialize())
-    return digest.hexdigest()
+    with files.local_output(path) as local:
+        with pyarrow.ipc.new_file(str(local), batch.schema) as writer:
+            writer.write_batch(batch)
+        return _hash_file(str(local))
 
 
-def open_columns(path: str, output: str) -> dict[str, Any]:
+def _hash_file(local: str) -> str:
+    with open(local, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def open_columns(path: str, output: str, digest: str) -> dict[str, Any]:
     """Columns that `write_columns` wrote, memory-mapped: Arrow arrays of text, else NumPy arrays.
 
     Args:
         path: of the file.
         output: the output folder that the file belongs to.
+        digest: that `write_columns` returned.
+
+    Raises:
+        ValueError: the file is gone, or is not as it was written.
     """
-    batch = _open_batch(path, output)
+    batch = _open_checked(path, digest, check_columns(path, output, digest))
     return {name: _to_numpy(batch.column(name)) for name in batch.schema.names}
 
 
+def check_columns(path: str, output: str, digest: str) -> str:
+    """Compares the bytes of a file with its hash, once a process; returns the local file's path.
+
+    A reader of Arrow follows the offsets that a file states: what is damaged must not be mapped.
+
+    Args:
+        path: of the file.
+        output: the output folder that the file belongs to.
+        digest: that `write_columns` returned.
+
+    Raises:
+        ValueError: the file is gone, or is not as it was written.
+    """
+    try:
+        local = _fetch(path, output)
+        state = files.stat(local)
+    except FileNotFoundError as error:
+        raise ValueError("it is gone") from error
+    if _hash_state(local, state.st_size, state.st_mtime_ns) != digest:
+        if local != path:
+            os.unlink(local)  # it may be the copy
+        raise ValueError("it is damaged: its bytes are not those that were written")
+    return local
+
+
+@functools.lru_cache(maxsize=_OPEN_UNITS)
+def _hash_state(local: str, size: int, changed_ns: int) -> str:
+    """The hash of a file of some size and time of change."""
+    return _hash_file(local)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_checked(path: str, digest: str, local: str) -> Any:
+    """The record batch of a file that has this hash; all shards of a worker share it."""
+    return _map_batch(local)
+
+
 def _open_batch(path: str, output: str) -> Any:
+    """The record batch of a file that the searching process has checked."""
+    return _map_batch(_fetch(path, output))
+
+
+def _map_batch(local: str) -> Any:
     import pyarrow
 
-    return pyarrow.ipc.open_file(pyarrow.memory_map(_fetch(path, output))).get_batch(0)
+    return pyarrow.ipc.open_file(pyarrow.memory_map(local)).get_batch(0)
 
 
 def _to_numpy(column: Any) -> Any:
@@ -117,15 +165,15 @@ def forget_copies(output: str) -> None:
 _open_unit = functools.lru_cache(maxsize=_OPEN_UNITS)(_open_batch)
 
 
-def open_rows(output: str, paths: Sequence[str], counts: Sequence[int]) -> Rows:
+def open_rows(output: str, paths: Sequence[str]) -> Rows:
     """The rows of units as they are now.
 
     Args:
         output: the output folder.
-        paths: of each unit's file.
-        counts: rows of each unit.
+        paths: of each unit's file, which `check_columns` has looked at.
     """
     _open_unit.cache_clear()  # a unit may have been scanned again
+    counts = [_open_unit(path, output).num_rows for path in paths]
     return Rows(output, tuple(paths), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
 

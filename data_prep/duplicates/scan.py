@@ -22,7 +22,13 @@ from absl import logging
 
 from data_prep.duplicates import precomputed
 from data_prep.duplicates.pictures import describe_picture
-from data_prep.duplicates.rows import EMBEDDING, THUMBNAIL, hash_keys, write_columns
+from data_prep.duplicates.rows import (
+    CAPTION,
+    EMBEDDING,
+    THUMBNAIL,
+    hash_texts,
+    write_columns,
+)
 from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.crash_search import CRASHED, WorkRecord
 from data_prep.jobs.engine import Report
@@ -44,9 +50,9 @@ _OURS = re.compile(rf"[0-9a-f]{{16}}{re.escape(_ROWS)}(\..+)?")
 _SHOWN = 4
 _BATCH = 256  # entries after which progress is reported, and among which a crash is searched for
 
-# Hash of a picture's bytes, pixels (0: it is none), embedding and thumbnail.
-_Seen = tuple[bytes, int, np.ndarray | None, np.ndarray | None]
-_NOT_SEEN: _Seen = (bytes(16), 0, None, None)
+# Hash of a picture's bytes, its captions, pixels (0: it is none), embedding and thumbnail.
+_Seen = tuple[bytes, str, int, np.ndarray | None, np.ndarray | None]
+_NOT_SEEN: _Seen = (bytes(16), "", 0, None, None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ def find_inputs(config: ml_collections.ConfigDict) -> Sequence[Input]:
         raise ValueError(
             f"config.embeddings.files='{pattern}': no such file; expected .npz or .parquet files"
         )
+    precomputed.refuse_texts(paths[0], f"config.embeddings.files='{pattern}'")
     return [Input(SourceShard(EMBEDDED, path), find_root(pattern)) for path in paths]
 
 
@@ -103,6 +110,7 @@ def plan_units(
                 f"config.embeddings.files='{where}' is of another input than config.input="
                 f"'{config.input}': it has no embeddings of {inputs[embeddings.index([])].shard}"
             )
+        precomputed.refuse_texts(embeddings[0][0], f"config.embeddings.files='{where}'")
     return [
         Unit(
             found.shard,
@@ -138,13 +146,13 @@ def reject_or_remove_stale(
     present = files.list_names(where, lambda name: _OURS.fullmatch(name) is not None)
     scanned = {name.removesuffix(ending) for name in present if name.endswith(ending)}
     own = {os.path.basename(unit.output) for unit in units}
-    gone, done, changed = sorted(scanned - own), {}, []
+    gone, done, changed, unreadable = sorted(scanned - own), {}, [], []
     there = [unit for unit in units if os.path.basename(unit.output) in scanned]
     for unit, stats, change in shards.check_all(there):
         if stats is not None and change is None:
             done[unit.output] = unit, shards.trim_stats(stats)
-        elif stats is not None:
-            changed.append(unit)
+        else:
+            (unreadable if stats is None else changed).append(unit)
     count, allowed = len(gone) + len(changed), allowed_number(max_changed, len(scanned))
     if count > allowed:
         located = (
@@ -161,8 +169,8 @@ def reject_or_remove_stale(
         )
     for unit in changed:
         logging.warning("%s: scanned again, since it or its embeddings changed", unit.source)
-    changed += [done.pop(path)[0] for path in shards.damaged_outputs(list(done.values()))]
-    for unit in changed:
+    unreadable += [done.pop(path)[0] for path in shards.damaged_outputs(list(done.values()))]
+    for unit in (*changed, *unreadable):
         files.remove(unit.stats_path)
     # The statistics first: without them a unit is not scanned.
     stale = set(present) - set(shards.names_below(present, own))
@@ -193,12 +201,13 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
             report(len(keys))
             columns = {
                 "content": np.zeros((len(keys), 2), np.uint64),
+                CAPTION: np.zeros(len(keys), np.uint64),
                 "pixels": np.zeros(len(keys), np.int64),
                 EMBEDDING: found.astype(np.float16),
             }
         else:
             keys, columns = _scan_pairs(unit, report, work, config)
-        named = {"key": pyarrow.array(keys, pyarrow.large_string()), "hash": hash_keys(keys)}
+        named = {"key": pyarrow.array(keys, pyarrow.large_string()), "hash": hash_texts(keys)}
         digest = write_columns(unit.output, named | columns)
         shards.finish_task(unit, described, {}, len(keys), digest=digest)
 
@@ -216,8 +225,10 @@ def _scan_pairs(
                 keys.append(entry.key)
                 seen.append(look(entry) if isinstance(entry, Pair) else _NOT_SEEN)
         report(len(batch))
-    digests, pixels, embeddings, thumbnails = zip(*seen, strict=True) if seen else ((),) * 4
+    parts = zip(*seen, strict=True) if seen else [()] * 5
+    digests, captions, pixels, embeddings, thumbnails = parts
     columns = {
+        CAPTION: hash_texts(captions),
         "content": np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2),
         "pixels": np.array(pixels, np.int64),
         EMBEDDING: _stack(embeddings, np.float16),
@@ -252,6 +263,8 @@ def _look_at(
 ) -> _Seen:
     embedding, thumbnail = known.get(pair.key), None
     digest = hashlib.blake2b(pair.image, digest_size=16).digest()
+    texts = pair.metadata.get("captions") or [pair.caption]
+    caption = "\n".join(" ".join(text.split()) for text in texts)
     try:
         if config.embeddings.kind != "descriptor" and config.verify.correlation is None:
             width, height = open_image(pair.image).size
@@ -260,6 +273,6 @@ def _look_at(
                 pair.image, mirrored=config.embeddings.mirrored, max_pixels=MAX_PIXELS
             )
             embedding = descriptor if config.embeddings.kind == "descriptor" else embedding
-        return digest, width * height, embedding, thumbnail
+        return digest, caption, width * height, embedding, thumbnail
     except ImageError:
-        return digest, 0, None, None
+        return digest, caption, 0, None, None

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -20,17 +20,17 @@ import numpy as np
 from absl import logging
 
 from data_prep.duplicates.pictures import verify
-from data_prep.duplicates.rows import THUMBNAIL, Rows, open_columns, write_columns
-from data_prep.duplicates.semdedup import Near, best_partners, find_candidates
+from data_prep.duplicates.rows import CAPTION, THUMBNAIL, Rows
+from data_prep.duplicates.semdedup import NONE, Near, best_partners, find_candidates
 from data_prep.jobs.engine import Report, run_pending
+from diht_jax.readers.array_files import read_npz_array
 from diht_jax.storage import files
 from diht_jax.storage.copies import local_copy
 
 CENTROIDS, CLUSTERS, GROUPS = "centroids.npz", "clusters.npz", "groups"
 
-NONE = best_partners([])
-
 _GROUP_ROWS = 50_000  # of whole clusters, in a task
+_EXACT, _NEAR, _STAYS = range(3)
 
 
 class Clusters(NamedTuple):
@@ -52,19 +52,25 @@ class Clusters(NamedTuple):
 
 
 class Found(NamedTuple):
-    """All duplicates, by their row.
+    """All rows that repeat another one, in their order.
 
     Attributes:
-        dropped: int64 [m].
+        rows: int64 [m].
         alike: int64 [m], the row that each is a copy of.
         similarity: float32 [m], 1 for an exact copy.
-        kind: uint8 [m], a position in `table.KINDS`.
+        kind: uint8 [m], a position in `table.KINDS`; behind them: it stays, for its caption.
+        other_caption: bool [m], whether its caption is another one.
     """
 
-    dropped: np.ndarray
+    rows: np.ndarray
     alike: np.ndarray
     similarity: np.ndarray
     kind: np.ndarray
+    other_caption: np.ndarray
+
+    def dropped(self) -> Found:
+        """Those that do not stay."""
+        return Found(*(column[self.kind < _STAYS] for column in self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +90,33 @@ class Group:
     sizes: tuple[int, ...]
 
 
-def find_exact(rows: Rows) -> Near:
-    """Pictures of equal bytes: the first one of the input stays."""
-    high, low = rows.column("content").T
-    is_picture = rows.column("pixels") > 0
-    order = np.lexsort((low, high))  # equal ones stay in the order of the input
-    order = order[is_picture[order]]
+def find_exact(rows: Rows, *, keep_captions: bool) -> Near:
+    """Pictures of equal bytes, each with the first one of the input.
+
+    Args:
+        rows: of all units.
+        keep_captions: whether that is the first one of the same caption, where there is one.
+    """
+    pictures = np.flatnonzero(rows.column("pixels") > 0)
+    high, low = rows.column("content")[pictures].T
+    own = np.arange(len(pictures))
+    alike = _find_first_equal(high, low)
+    if keep_captions:
+        of_caption = _find_first_equal(high, low, rows.column(CAPTION)[pictures])
+        alike = np.where(of_caption < own, of_caption, alike)
+    repeats = np.flatnonzero(alike < own)
+    similarity = np.ones(len(repeats), np.float32)
+    return Near(pictures[repeats], pictures[alike[repeats]], similarity)
+
+
+def _find_first_equal(*columns: np.ndarray) -> np.ndarray:
+    """The first position of equal values in all columns, for each position."""
+    order = np.lexsort(columns)  # equal ones stay in the order of the input
     is_first = np.ones(len(order), bool)
-    is_first[1:] = np.diff(high[order]).astype(bool) | np.diff(low[order]).astype(bool)
-    first = order[is_first][np.cumsum(is_first) - 1]
-    dropped = order[~is_first]
-    return Near(dropped, first[~is_first], np.ones(len(dropped), np.float32))
+    is_first[1:] = np.any([np.diff(column[order]).astype(bool) for column in columns], axis=0)
+    first = np.empty(len(order), np.int64)
+    first[order] = order[is_first][np.cumsum(is_first) - 1]
+    return first
 
 
 def find_clusters(
@@ -112,7 +134,7 @@ def find_clusters(
         ValueError: embeddings of several sizes.
     """
     path, c = files.join(rows.output, CLUSTERS), config.clusters
-    if before := _load(path, made_of):
+    if before := _load(path, made_of, Clusters._fields):
         return Clusters(**before)
     is_compared = rows.has_embedding()
     is_compared[dropped] = False
@@ -142,7 +164,7 @@ def _fit_centroids(
         generator = np.random.default_rng((config.seed, 1))
         size = count * c.train_rows_per_cluster
         sample = np.sort(generator.choice(chosen, size, replace=False))
-    if before := _load(path, made_of):
+    if before := _load(path, made_of, ("centroids", "done")):
         centroids, done = before["centroids"], int(before["done"])
     else:
         centroids = kmeans.choose_centroids(sample, count, rows.embeddings, config.seed)
@@ -177,22 +199,22 @@ def compare_clusters(
     """
     folder = files.join(rows.output, GROUPS)
     files.make_folder(folder)
-    groups = divide_clusters(
-        rows, clusters, config.keep, lambda name: files.join(folder, made_of + name)
-    )
-    names, present = {os.path.basename(group.output) for group in groups}, files.list_names(folder)
-    for name in set(present) - names:
+    groups = divide_clusters(rows, clusters, config.keep, lambda name: files.join(folder, name))
+    for name in set(files.list_names(folder)) - {os.path.basename(g.output) for g in groups}:
         files.remove(files.join(folder, name))
-    pending = [group for group in groups if os.path.basename(group.output) not in present]
+    pending = [group for group in groups if _load(group.output, made_of, Near._fields) is None]
     options = dict(options)
     if len(pending) == 1 and options["ray"] is None:
         options["num_workers"] = 0  # sooner done than a worker has started
-    function = functools.partial(compare_group, rows=rows, config=config)
+    function = functools.partial(compare_group, rows=rows, config=config, made_of=made_of)
     failures = run_pending(function, pending, label="compare", **options)
     if failures:
         return NONE, failures
-    parts = [open_columns(group.output, rows.output) for group in groups]
-    return best_partners([Near(**part) for part in parts]), {}
+    parts = [_load(group.output, made_of, Near._fields) for group in groups]
+    damaged = [group.output for group, part in zip(groups, parts, strict=True) if part is None]
+    if damaged:
+        return NONE, {path: "damaged or removed; run the command again" for path in damaged}
+    return best_partners([Near(**part) for part in parts if part], rows.column(CAPTION)), {}
 
 
 def divide_clusters(
@@ -204,7 +226,7 @@ def divide_clusters(
         rows: of all units.
         clusters: of `find_clusters`.
         keep: one of `semdedup.KEEP`; it ranks the rows of a cluster.
-        path: end of a file's name -> path of the file.
+        path: name of a file -> its path.
     """
     probes = clusters.members.shape[1]
     rank = np.zeros(len(clusters.rows))  # equal ones stay in the order of the input
@@ -221,58 +243,86 @@ def divide_clusters(
     for index, (first, last) in enumerate(itertools.pairwise(edges)):
         own = order[ends[first] - sizes[first] : ends[last - 1]] // probes
         name, of_clusters = f"clusters {first} to {last - 1}", tuple(sizes[first:last].tolist())
-        groups.append(Group(name, path(f"-{index:08d}.arrow"), clusters.rows[own], of_clusters))
+        groups.append(Group(name, path(f"{index:08d}.npz"), clusters.rows[own], of_clusters))
     return groups
 
 
 def compare_group(
-    group: Group, report: Report, *, rows: Rows, config: ml_collections.ConfigDict
+    group: Group, report: Report, *, rows: Rows, config: ml_collections.ConfigDict, made_of: str
 ) -> None:
     """Writes the near-duplicates of the clusters of a group."""
-    least, parts, start = config.verify.correlation, [], 0
-    count = 1 if least is None else config.verify.candidates
+    verified, parts, start = config.verify, [NONE], 0
+    count = 1 if verified.correlation is None else verified.candidates
     for size in group.sizes:
         members = group.rows[start : start + size]
         start += size
         report(size)
         if size < 2:
             continue
-        candidates = find_candidates(rows.embeddings(members), config.threshold, count)
-        if least is None:
+        captions = rows.take(CAPTION, members) if keeps_captions(config) else None
+        candidates = find_candidates(rows.embeddings(members), config.threshold, count, captions)
+        if verified.correlation is None:
             near = next(candidates)
         else:
-            thumbnails, mirrored = rows.take(THUMBNAIL, members), config.embeddings.mirrored
-            near = verify(candidates, thumbnails, least, mirrored=mirrored)
-        parts.append(Near(members[near.dropped], members[near.alike], near.similarity))
-    write_columns(group.output, best_partners(parts)._asdict())
+            near = verify(
+                candidates,
+                rows.take(THUMBNAIL, members),
+                verified.correlation,
+                verified.difference,
+                mirrored=config.embeddings.mirrored,
+            )
+        parts.append(Near(members[near.rows], members[near.alike], near.similarity))
+    found = Near(*map(np.concatenate, zip(*parts, strict=True)))
+    _save(group.output, made_of, **found._asdict())
 
 
-def join(exact: Near, near: Near) -> Found:
-    """Exact copies and near-duplicates, by their row."""
-    kinds = np.repeat(np.array([0, 1], np.uint8), [len(exact.dropped), len(near.dropped)])
-    columns = (*map(np.concatenate, zip(exact, near, strict=True)), kinds)
-    order = np.argsort(columns[0])
-    return Found(*(column[order] for column in columns))
+def keeps_captions(config: ml_collections.ConfigDict) -> bool:
+    """Whether a pair stays that repeats pictures of other captions only."""
+    return config.other_captions == "keep"
 
 
-def follow_to_kept(found: Found, rows: np.ndarray) -> np.ndarray:
+def join(exact: Near, near: Near, captions: np.ndarray, *, keep_captions: bool) -> Found:
+    """Exact copies and near-duplicates, by their row, each once.
+
+    Args:
+        exact: of `find_exact`.
+        near: of `compare_clusters`.
+        captions: [n], numbers of the captions of all rows.
+        keep_captions: whether a row with another caption than its copy stays.
+    """
+    kind = np.repeat(np.array([_EXACT, _NEAR], np.uint8), [len(exact.rows), len(near.rows)])
+    rows, alike, similarity = map(np.concatenate, zip(exact, near, strict=True))
+    is_other = captions[rows] != captions[alike]
+    if keep_captions:
+        kind = np.where(is_other, np.uint8(_STAYS), kind)
+    order = np.lexsort((kind, rows))  # exact copies that stay come before near ones
+    _, first = np.unique(rows[order], return_index=True)
+    return Found(*(c[order][first] for c in (rows, alike, similarity, kind, is_other)))
+
+
+def follow_to_kept(dropped: Found, rows: np.ndarray) -> np.ndarray:
     """The kept row at the end of the chain of duplicates that begins at each of some rows."""
     roots, moving = rows.copy(), np.arange(len(rows))
     while len(moving):
-        position = np.searchsorted(found.dropped, roots[moving]).clip(max=len(found.dropped) - 1)
-        is_dropped = found.dropped[position] == roots[moving]
+        position = np.searchsorted(dropped.rows, roots[moving]).clip(max=len(dropped.rows) - 1)
+        is_dropped = dropped.rows[position] == roots[moving]
         moving, position = moving[is_dropped], position[is_dropped]
-        roots[moving] = found.alike[position]
+        roots[moving] = dropped.alike[position]
     return roots
 
 
-def _load(path: str, made_of: str) -> dict[str, np.ndarray] | None:
-    """Reads what `_save` wrote; None where it was made of something else."""
+def _load(path: str, made_of: str, names: Iterable[str]) -> dict[str, np.ndarray] | None:
+    """Reads what `_save` wrote; None where it is damaged or was made of something else."""
     if not files.exists(path):
         return None
-    with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
-        found = dict(file)
-    return found if str(found.pop("made_of", "")) == made_of else None
+    try:
+        with local_copy(path) as local:
+            if str(read_npz_array(local, "made_of")) != made_of:
+                return None
+            return {name: read_npz_array(local, name) for name in names}
+    except ValueError as error:
+        logging.warning("%s: made again, since it is damaged (%s)", path, error)
+        return None
 
 
 def _save(path: str, made_of: str, **arrays: Any) -> None:

@@ -15,29 +15,36 @@ import numpy as np
 KEEP = ("farthest", "largest", "first")
 
 _BLOCK = 2048  # rows of a product: 16 MB of cosines
+_AHEAD = 4  # that cosines of rows of one caption get, so that they are above all others
 
 
 class Near(NamedTuple):
-    """Dropped rows, by their numbers.
+    """Rows that repeat another one, by their numbers.
 
     Attributes:
-        dropped: int64 [m].
+        rows: int64 [m].
         alike: int64 [m], the row of a better rank that each is most alike.
         similarity: float32 [m], of the two.
     """
 
-    dropped: np.ndarray
+    rows: np.ndarray
     alike: np.ndarray
     similarity: np.ndarray
 
 
-def find_candidates(ranked: np.ndarray, threshold: float, count: int = 1) -> Iterator[Near]:
+NONE = Near(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+
+def find_candidates(
+    ranked: np.ndarray, threshold: float, count: int = 1, captions: np.ndarray | None = None
+) -> Iterator[Near]:
     """Finds the rows of a better rank that each row of a cluster is most alike.
 
     Args:
         ranked: float32 [n, d], embeddings of unit length, the row that stays first.
         threshold: least cosine.
         count: of them for each row, at most.
+        captions: [n], numbers of the rows' captions: rows of the same one come first.
 
     Yields:
         `count` times: the best partner of each row that has one, then the second best, and so on.
@@ -51,6 +58,9 @@ def find_candidates(ranked: np.ndarray, threshold: float, count: int = 1) -> Ite
             cosines = later @ ranked[first : first + _BLOCK].T
             if first == start:
                 cosines[~np.tri(len(later), k=-1, dtype=bool)] = -np.inf  # only rows before a row
+            if captions is not None:
+                is_same = captions[start:stop, None] == captions[first : first + _BLOCK]
+                cosines[is_same & (cosines >= threshold)] += _AHEAD
             numbers = np.broadcast_to(np.arange(first, first + cosines.shape[1]), cosines.shape)
             best[start:stop], partner[start:stop] = _highest(
                 np.concatenate([best[start:stop], cosines], axis=1),
@@ -59,7 +69,10 @@ def find_candidates(ranked: np.ndarray, threshold: float, count: int = 1) -> Ite
             )
     for number in range(count):
         rows = np.flatnonzero(best[:, number] >= threshold)
-        yield Near(rows, partner[rows, number], best[rows, number])
+        cosines = best[rows, number]
+        yield Near(
+            rows, partner[rows, number], np.where(cosines > _AHEAD / 2, cosines - _AHEAD, cosines)
+        )
 
 
 def _highest(values: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,14 +86,15 @@ def _highest(values: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.nd
     return np.take_along_axis(values, chosen, axis=1), np.take_along_axis(numbers, chosen, axis=1)
 
 
-def best_partners(parts: Sequence[Near]) -> Near:
-    """Near-duplicates of several clusters by dropped row, each once: with its most similar partner.
+def best_partners(parts: Sequence[Near], captions: np.ndarray) -> Near:
+    """The best partner of each row of several clusters: of its caption, then the most similar.
 
     Args:
         parts: of rows numbered alike; a row may be in several.
+        captions: [n], numbers of the captions of all rows.
     """
-    nothing = Near(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
-    found = Near(*map(np.concatenate, zip(nothing, *parts, strict=True)))
-    order = np.lexsort((found.alike, -found.similarity, found.dropped))
-    _, first = np.unique(found.dropped[order], return_index=True)
+    found = Near(*map(np.concatenate, zip(NONE, *parts, strict=True)))
+    is_other = captions[found.rows] != captions[found.alike]
+    order = np.lexsort((found.alike, -found.similarity, is_other, found.rows))
+    _, first = np.unique(found.rows[order], return_index=True)
     return Near(*(column[order][first] for column in found))

@@ -11,12 +11,19 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
-from data_prep.duplicates.rows import Rows, hash_keys, open_columns, write_columns
+from data_prep.duplicates.rows import (
+    Rows,
+    check_columns,
+    hash_texts,
+    open_columns,
+    write_columns,
+)
 from data_prep.duplicates.search import Clusters, Found, follow_to_kept
 from diht_jax.readers.base import SourceShard
 from diht_jax.storage import files
@@ -47,52 +54,55 @@ def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]
 
     Returns:
         For the summary: "pairs_of_repeated_keys", which a filter by keys cannot tell apart, and
-        "digest", a hash of what `dropped.arrow` holds.
+        "digest", a hash of `dropped.arrow`.
     """
     import pyarrow
     import pyarrow.parquet
 
     folder = files.join(rows.output, TABLE)
     files.make_folder(folder)
+    dropped = found.dropped()
+    kept_keys = rows.take("key", follow_to_kept(dropped, dropped.alike)).cast(pyarrow.string())
     alike = rows.take("key", found.alike)
-    of_dropped = {
-        "similarity": pyarrow.array(found.similarity),
-        "duplicate_of": alike.cast(pyarrow.string()),
-        "kept_key": rows.take("key", follow_to_kept(found, found.alike)).cast(pyarrow.string()),
-    }
-    places = np.full(len(rows), -1)
-    places[found.dropped] = np.arange(len(found.dropped))
-    kinds = np.full(len(rows), len(KINDS), np.int8)
-    kinds[found.dropped] = found.kind
+    places, kinds = np.full(len(rows), -1), np.full(len(rows), len(KINDS), np.int8)
+    places[found.rows], kinds[found.rows] = np.arange(len(found.rows)), found.kind
+    of_dropped = np.full(len(rows), -1)
+    of_dropped[dropped.rows] = np.arange(len(dropped.rows))
     cluster_of = np.full(len(rows), -1, np.int32)
     cluster_of[clusters.rows] = clusters.members[:, 0]
     names = pyarrow.array([*KINDS, "kept"])
     for unit, (start, stop) in enumerate(itertools.pairwise(rows.starts)):
-        place, cluster = places[start:stop], cluster_of[start:stop]
-        numbers = pyarrow.array(place, mask=place < 0)
+        cluster = cluster_of[start:stop]
+        own, own_dropped = (
+            pyarrow.array(numbers, mask=numbers < 0)
+            for numbers in (places[start:stop], of_dropped[start:stop])
+        )
         table = pyarrow.table(
             {
                 "key": rows.of_unit(unit).column("key").cast(pyarrow.string()),
                 "kind": pyarrow.DictionaryArray.from_arrays(kinds[start:stop], names),
                 "cluster": pyarrow.array(cluster, mask=cluster < 0),
-                **{name: column.take(numbers) for name, column in of_dropped.items()},
+                "similarity": pyarrow.array(found.similarity).take(own),
+                "duplicate_of": alike.cast(pyarrow.string()).take(own),
+                "other_caption": pyarrow.array(found.other_caption).take(own),
+                "kept_key": kept_keys.take(own_dropped),
             }
         )
         with files.local_output(files.join(folder, f"{unit:05d}.parquet")) as local:
-            pyarrow.parquet.write_table(table, local)
-    own = {f"{unit:05d}.parquet" for unit in range(len(rows.paths))}
-    for name in set(files.list_names(folder)) - own:
+            pyarrow.parquet.write_table(table, local, write_page_checksum=True)
+    own_names = {f"{unit:05d}.parquet" for unit in range(len(rows.paths))}
+    for name in set(files.list_names(folder)) - own_names:
         files.remove(files.join(folder, name))
     hashes = rows.column("hash")
     values, counts = np.unique(hashes, return_counts=True)
-    dropped = hashes[found.dropped]
-    order = np.argsort(dropped, kind="stable")
-    order = order[~np.isin(dropped[order], values[counts > 1])]
+    of_keys = hashes[dropped.rows]
+    order = np.argsort(of_keys, kind="stable")
+    order = order[~np.isin(of_keys[order], values[counts > 1])]
     columns = {
-        "hash": dropped[order],
-        "kind": found.kind[order],
-        "similarity": found.similarity[order],
-        "duplicate_of": alike.take(pyarrow.array(order)),
+        "hash": of_keys[order],
+        "kind": dropped.kind[order],
+        "similarity": dropped.similarity[order],
+        "duplicate_of": rows.take("key", dropped.alike[order]),
     }
     digest = write_columns(files.join(rows.output, LOOKUP), columns)
     return {"pairs_of_repeated_keys": int(counts[counts > 1].sum()), "digest": digest}
@@ -112,6 +122,16 @@ def hash_input(source: SourceShard) -> str:
     return hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest()
 
 
+def is_whole(folder: str, summary: Mapping[str, Any]) -> bool:
+    """Whether `dropped.arrow` is the one that the summary of the folder names."""
+    try:
+        check_columns(files.join(folder, LOOKUP), folder, summary["digest"])
+    except (ValueError, KeyError) as error:
+        logging.warning("%s: the tables are made again (%s)", folder, error)
+        return False
+    return True
+
+
 class Lookup:
     """Finds keys in the table of a folder."""
 
@@ -119,14 +139,26 @@ class Lookup:
         """Maps the table into memory.
 
         Raises:
-            FileNotFoundError: there is none.
+            ValueError: there is none, or it is damaged; names it.
         """
         folder = os.fspath(folder)
-        self._columns = open_columns(files.join(folder, LOOKUP), folder)
+        summary = read_summary(folder)
+        if summary is None or "digest" not in summary:
+            raise ValueError(
+                f"'{folder}': no complete output of python -m data_prep.duplicates; run that "
+                "command (again)"
+            )
+        path = files.join(folder, LOOKUP)
+        try:
+            self._columns = open_columns(path, folder, summary["digest"])
+        except ValueError as error:
+            raise ValueError(
+                f"'{path}': {error}; run python -m data_prep.duplicates again, with this output"
+            ) from error
 
     def find(self, keys: Sequence[str]) -> list[Copy | None]:
         """Finds the entry of each key; None for pairs that are no duplicates."""
-        hashes, known = hash_keys(keys), self._columns["hash"]
+        hashes, known = hash_texts(keys), self._columns["hash"]
         rows = np.searchsorted(known, hashes)
         return [
             self._read(row) if row < len(known) and known[row] == wanted else None

@@ -38,13 +38,11 @@ class DuplicateStep(Step):
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
         folder = config.duplicates.table
-        summary = read_summary(folder)
-        if summary is None:
-            raise ValueError(
-                f"config.duplicates.table='{folder}': no complete output of python -m "
-                "data_prep.duplicates; run that command (again)"
-            )
-        return super().describe_rules(config) | {"duplicates_table": summary["digest"]}
+        try:
+            Lookup(folder)  # complete and whole, before any worker reads it
+        except ValueError as error:
+            raise ValueError(f"config.duplicates.table={error}") from error
+        return super().describe_rules(config) | {"duplicates_table": read_summary(folder)["digest"]}
 
     @classmethod
     def check_inputs(cls, config: ml_collections.ConfigDict, inputs: Sequence[Input]) -> None:

@@ -56,6 +56,15 @@ def read_embeddings(path: str, field: str) -> np.ndarray:
     return values
 
 
+def has_field(path: str, field: str) -> bool:
+    """Whether a local file has an array or a column; False where it cannot be read."""
+    try:
+        _read_field(path, field)
+    except ValueError:
+        return False
+    return True
+
+
 def _read_field(path: str, field: str) -> Any:
     """A NumPy array of an npz, or a chunked array of a parquet file."""
     if path.endswith(".npz"):
@@ -64,8 +73,9 @@ def _read_field(path: str, field: str) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path, columns=[field])[field]
-    except KeyError as error:
-        raise ValueError(f"{path}: no field '{field}' ({error})") from error
+        names = pyarrow.parquet.read_schema(path).names
+        if field in names:
+            return pyarrow.parquet.read_table(path, columns=[field])[field]
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
+    raise ValueError(f"{path}: no field '{field}'; it has {', '.join(names[:10]) or 'nothing'}")

@@ -21,11 +21,13 @@ def scene(seed: int, cells: int = 5, size: tuple[int, int] = (120, 90)) -> Image
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
-def write_pictures(path: pathlib.Path, pictures: dict[str, bytes]) -> None:
-    """A tar of pictures by their keys, with captions "picture KEY"."""
+def write_pictures(
+    path: pathlib.Path, pictures: dict[str, bytes], captions: dict[str, str] | None = None
+) -> None:
+    """A tar of pictures by their keys, and captions by these, else all "a picture"."""
     members: dict[str, bytes] = {}
     for key, data in pictures.items():
-        members |= pair_members(key, f"picture {key}", data)
+        members |= pair_members(key, (captions or {}).get(key, "a picture"), data)
     write_tar(path, members)
 
 

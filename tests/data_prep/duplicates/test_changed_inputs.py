@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import pytest
 
@@ -114,6 +115,68 @@ def test_only_inputs_that_came_or_changed_are_scanned(tars, tmp_path, scanned):
     with pytest.raises(ValueError, match=r"and 3 of inputs that were replaced.*max_changed_shards"):
         job.run(_config(tars, out))
     assert sorted((out / "scan").iterdir()) == before
+
+
+def _when_first_scanned(monkeypatch, act, times=1):
+    """Calls a function after each of the first scans of 1.tar."""
+    left = [act] * times
+
+    def scan_and_act(unit, report, *, config):
+        scan.scan_unit(unit, report, config=config)
+        if left and unit.source.path.endswith("1.tar"):
+            left.pop()(unit)
+
+    monkeypatch.setattr(job, "scan_unit", scan_and_act)
+
+
+def _add_a_picture(unit):
+    _write_tar(pathlib.Path(unit.source.path), [0, 11, 12, 13, 14])
+
+
+def _make_newer(unit):
+    changed = os.stat(unit.source.path).st_mtime_ns + 1
+    os.utime(unit.source.path, ns=(changed, changed))
+
+
+_STRICT = {"max_failed_shards": 0.01, "max_changed_shards": 0.01}  # the defaults
+
+
+def test_an_input_that_changes_after_its_scan_is_scanned_again(tars, tmp_path, monkeypatch):
+    _when_first_scanned(monkeypatch, _add_a_picture)
+    assert job.run(_config(tars, tmp_path / "out", **_STRICT)) == {}
+    assert _dropped(tmp_path / "out") == (13, {"1-0": "0-0", "2-0": "0-0"})
+
+
+def test_an_input_that_goes_on_changing_is_named_until_it_rests(tars, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    _when_first_scanned(monkeypatch, _make_newer, times=2)
+    failures = job.run(_config(tars, out, **_STRICT | {"max_failed_shards": 0.0}))
+    assert list(failures) == [str(tars / "1.tar")] and failures.exit_status == 1
+    assert job.run(_config(tars, out, **_STRICT)) == {}
+    assert _dropped(out) == (12, {"1-0": "0-0", "2-0": "0-0"})
+
+
+def test_scans_removed_during_a_run_are_named_and_made_by_the_next(tars, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def remove_all(unit):
+        for path in (out / "scan").iterdir():
+            path.unlink()
+
+    _when_first_scanned(monkeypatch, remove_all)
+    failures = job.run(_config(tars, out, **_STRICT))
+    assert list(failures) == [str(tars / "0.tar"), str(tars / "1.tar")]
+    assert failures.exit_status == 1
+    assert job.run(_config(tars, out, **_STRICT)) == {}
+    assert _dropped(out) == (12, {"1-0": "0-0", "2-0": "0-0"})
+
+
+def test_one_of_a_few_inputs_may_have_changed_since(tars, tmp_path, scanned):
+    assert job.run(_config(tars, tmp_path / "out", **_STRICT)) == {}
+    scanned.clear()
+    _write_tar(tars / "1.tar", [0, 11])
+    assert job.run(_config(tars, tmp_path / "out", **_STRICT)) == {}
+    assert (scanned, _dropped(tmp_path / "out")[0]) == (["1.tar"], 10)
 
 
 def test_pairs_before_the_damage_of_a_tar_are_compared(tars, tmp_path):

@@ -108,18 +108,18 @@ def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
     best, partner = upper.max(0), upper.argmax(0)
     dropped = np.flatnonzero(best >= 0.9)
     assert 100 < len(dropped) < 200
-    assert near.dropped.tolist() == dropped.tolist()
+    assert near.rows.tolist() == dropped.tolist()
     assert near.alike.tolist() == partner[dropped].tolist()
     np.testing.assert_allclose(near.similarity, best[dropped], atol=1e-6)
     for one, other in zip(near, alone, strict=True):
         np.testing.assert_array_equal(one, other)
     upper[partner, np.arange(230)] = -1
     dropped = np.flatnonzero(upper.max(0) >= 0.9)
-    assert second.dropped.tolist() == dropped.tolist()
+    assert second.rows.tolist() == dropped.tolist()
     assert second.alike.tolist() == upper.argmax(0)[dropped].tolist()
-    parent = dict(zip(near.dropped, near.alike, strict=True))
-    found = Found(*near, np.ones(len(near.dropped), np.uint8))
-    for row, root in zip(near.dropped, follow_to_kept(found, near.alike), strict=True):
+    parent = dict(zip(near.rows, near.alike, strict=True))
+    found = Found(*near, np.ones(len(near.rows), np.uint8), np.zeros(len(near.rows), bool))
+    for row, root in zip(near.rows, follow_to_kept(found, near.alike), strict=True):
         while row in parent:
             row = parent[row]
         assert row == root

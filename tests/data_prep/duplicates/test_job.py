@@ -26,7 +26,9 @@ from tests.data_prep.filtering import jobs
 from tests.data_prep.filtering.jobs import job_config, read_records
 from tests.make import encoded
 
-_SETTINGS = {"keep": "largest", "threshold": 0.98, "verify__correlation": None}
+_SETTINGS = {
+    "keep": "largest", "threshold": 0.98, "verify__correlation": None, "embeddings__mirrored": True,
+}  # fmt: skip
 
 
 def _config(source, output, **changes):
@@ -84,7 +86,7 @@ def test_planted_copies_are_found_and_nothing_else(found):
     near, absent = lookup.find(["jpeg", "s01"])
     assert (near.kind, near.duplicate_of, absent) == ("near", "s01", None)
     page = (found / "report.html").read_text()
-    assert page.count("<figure>") == 2 * len(_EXPECTED) and "picture mirror" in page
+    assert page.count("<figure>") == 2 * len(_EXPECTED) and "mirror" in page
 
 
 def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, capsys, monkeypatch):
@@ -101,7 +103,7 @@ def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, c
     assert read_dropped(found) == _EXPECTED
     assert scanned == {path: path.stat().st_mtime_ns for path in (found / "scan").iterdir()}
     with pytest.raises(ValueError, match="holds 1 scans of inputs that .* no longer names"):
-        job.run(_config(pairs, found, input=str(pairs / "0.tar")))
+        job.run(_config(pairs, found, input=str(pairs / "0.tar"), max_changed_shards=0.0))
     with pytest.raises(ValueError, match="other settings; changed: embeddings"):
         job.run(_config(pairs, found, embeddings__mirrored=False))
 
@@ -118,7 +120,7 @@ def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
     config = job_config(str(pairs / "*.tar"), tmp_path / "out", duplicates__table=str(found))
     assert run_filter(config) == {}
     assert jobs.read_dropped(tmp_path / "out")["duplicates"] == {"exact": 2, "near": 4}
-    kept = {record.caption.removeprefix("picture ") for record in read_records(tmp_path / "out")}
+    kept = {record.key for record in read_records(tmp_path / "out")}
     assert kept == {"large", *(f"s{i:02d}" for i in range(12) if i != 4)}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "near-duplicate of another image" in page and "equal bytes: s00" in page
@@ -161,6 +163,29 @@ def test_the_output_of_embed_must_be_of_the_same_input(pairs, tmp_path):
     other = [{"path": "elsewhere.tar", "start": 0}]
     (tmp_path / "embeddings.json").write_text(json.dumps({"source": other}))
     with pytest.raises(ValueError, match="is of another input than config.input"):
+        job.run(config)
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet", "folder"])
+def test_embeddings_of_texts_are_refused_before_the_scan(pairs, tmp_path, form):
+    keys, emb = np.array(["s00", "s01"]), np.eye(2, dtype=np.float32)
+    where = tmp_path / "emb"
+    changes = {"input": None, "keep": "first"} if form != "folder" else {}
+    where.mkdir()
+    if form == "parquet":
+        table = pyarrow.table({"key": keys.tolist(), "text_emb": emb.tolist()})
+        pyarrow.parquet.write_table(table, where / "a.parquet")
+    else:
+        for number in range(2):
+            np.savez(where / f"embeddings-{number:05d}-00000.npz", key=keys, text_emb=emb)
+        inputs = list_inputs(str(pairs / "*.tar"), default_source())
+        source = [found.shard.identity() for found in inputs]
+        (where / "embeddings.json").write_text(json.dumps({"source": source}))
+    pattern = str(where if form == "folder" else where / f"*.{form}")
+    config = _config(
+        pairs, tmp_path / "out", embeddings__kind="files", embeddings__files=pattern, **changes
+    )
+    with pytest.raises(ValueError, match=r"config\.embeddings\.files=.*'text_emb'.*'image_emb'"):
         job.run(config)
 
 
