@@ -1,5 +1,6 @@
 """Jobs of several processes, each with devices of its own, started as a user starts them."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.stopping import EXIT_CODE
 from diht_jax.training.workdir.stored_run import read_manifests
 from tests.compiling import xla_flags
+from tests.training.conftest import NUM_RECORDS, colored_square, write_tfrecord
 from tests.waiting import wait_until
 
 NUM_PROCESSES, DEVICES_EACH = 2, 2
@@ -62,7 +64,11 @@ class Job:
                     *(f"--num_processes={NUM_PROCESSES}", f"--process_id={process_id}"),
                     f"--heartbeat_timeout_secs={HEARTBEAT_SECS}",
                 ],
-                env={**env, "HOME": str(self.homes[process_id])},
+                env={
+                    **env,
+                    "HOME": str(self.homes[process_id]),
+                    "PYTHONHASHSEED": str(process_id),  # sets have another order in each
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -116,19 +122,33 @@ def shades(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """The squares with several captions each, of two kinds."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for shard, numbers in enumerate((range(31), range(31, NUM_RECORDS))):
+        records = []
+        for number in numbers:
+            texts = [colored_square(number).caption, f"square {number}", f"the {number}. picture"]
+            metadata = {"captions": texts, "caption_kinds": ["alt", "synthetic", "synthetic"]}
+            records.append(dataclasses.replace(colored_square(number), metadata=metadata))
+        write_tfrecord(folder / f"squares-{shard}.tfrecord", records)
+    return folder
+
+
 def checkpoints(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
-    squares, shades, job, tmp_path
+    squares, captioned, shades, job, tmp_path
 ):
     run = tmp_path / "two"
     retrieval = f"retrieval:{squares}?caption_template={{caption}}"
     tasks = f"classification:{shades},{retrieval}"
     command = (
         *("diht_jax.train", "--config", "configs/demo.py:debug=True"),
-        *(f"--config.data.train={squares}", "--workdir", str(run), "--config.mesh.fsdp=2"),
+        *(f"--config.data.train={captioned}", "--workdir", str(run), "--config.mesh.fsdp=2"),
         *(f"--config.total_steps={TOTAL_STEPS}", f"--config.evaluation.tasks={tasks}"),
         "--config.evaluation.batch_size=8",
         *(f"--config.{k}={v}" for k, v in (SMALLER | PACKED).items()),
@@ -153,11 +173,11 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
 
     # Meanwhile the data have got an index, of which the second process is told.
     indexed = tmp_path / "indexed"
-    shutil.copytree(squares, indexed)
+    shutil.copytree(captioned, indexed)
     update_index(indexed)
     job.run(*command, f"--config.data.train={indexed}")
     config = load_recipe("configs/demo.py", "debug=True")
-    config.data.train = str(squares)
+    config.data.train = str(captioned)
     config.mesh.fsdp = 2
     config.total_steps = TOTAL_STEPS
     config.evaluation.tasks = tasks
