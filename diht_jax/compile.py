@@ -42,6 +42,8 @@ from diht_jax.training.recipe import check_config, default_config, duration_in_s
 
 # Policies of `model.remat` by the FLOPs of what they compute again.
 _CHEAPEST_FIRST = ("none", "dots", "minimal", "full")
+# Least memory of intermediate values, in shares of what their number of examples lets expect.
+_SAME_SETTINGS, _OTHER_POLICY = 0.85, 0.5
 
 
 def define_flags() -> None:
@@ -184,7 +186,7 @@ def batch_that_fits(
     Prints every attempt. `too_large` is the report of what does not fit.
     """
     first = config.micro_batch or config.data.batch_size // 2
-    for batch_size in _halvings(config, first, too_large):
+    for batch_size in _halvings(config, first, too_large, _SAME_SETTINGS):
         candidate = config.copy_and_resolve_references()
         candidate.data.batch_size, candidate.micro_batch = batch_size, None
         report = compile_step(candidate, topology)
@@ -207,7 +209,9 @@ def settings_that_fit(
         for remat in _CHEAPEST_FIRST:
             if (remat, micro_batch) == (config.model.remat, config.micro_batch):
                 continue
-            sizes = [None] if micro_batch is None else _halvings(config, micro_batch, too_large)
+            sizes: list[int | None] = [None]
+            if micro_batch is not None:
+                sizes = _halvings(config, micro_batch, too_large, _OTHER_POLICY)
             for size in sizes:
                 candidate = config.copy_and_resolve_references()
                 candidate.model.remat, candidate.micro_batch = remat, size
@@ -227,13 +231,18 @@ def _largest_micro_batch(config: ml_collections.ConfigDict, num_devices: int) ->
     return None
 
 
-def _halvings(config: ml_collections.ConfigDict, first: int, too_large: StepReport) -> list[int]:
-    """Examples to embed at once: `first` and ever fewer, without those that cannot fit."""
+def _halvings(
+    config: ml_collections.ConfigDict, first: int, too_large: StepReport, share: float
+) -> list[int]:
+    """Examples to embed at once: `first` and ever fewer, without those that cannot fit.
+
+    Intermediate values shrink with the examples. They may take this `share` of what follows from
+    that, and from what does not fit.
+    """
     least = config.model.texts_per_row * len(too_large.topology.devices)
     examples_before = too_large.micro_batch or too_large.batch_size
     excess_bytes = too_large.needed_bytes - too_large.argument_bytes
-    # Intermediate values shrink with the examples; another policy may halve them again.
-    room_bytes = 2 * (too_large.memory_limit_bytes - too_large.argument_bytes)
+    room_bytes = (too_large.memory_limit_bytes - too_large.argument_bytes) / share
     sizes = []
     while first and first % least == 0:
         if first / examples_before * excess_bytes < room_bytes:

@@ -6,18 +6,16 @@ import shutil
 
 import jax
 import numpy as np
-import optax
 import pytest
 import torch
 from PIL import Image
 
-from diht_jax import load_model, sharding
+from diht_jax import load_model
 from diht_jax.config import default_config
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.export import export_model
-from diht_jax.models import Architecture, get_architecture
-from diht_jax.models.parameters import model_definition
-from diht_jax.training.state import create_state
+from diht_jax.models import Architecture
+from diht_jax.training.program import TrainProgram
 from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.saved_run import write_config
 from diht_jax.weights import clip_layout
@@ -223,16 +221,14 @@ def workdir(tmp_path):
     config.model.name = "tiny_32px"
     config.model.overrides.update(vision_layers=1, text_layers=1)
     config.model.dtype = "float32"
+    config.optimizer.warmup_steps = 0
     config.ema.decay = 0.5
     config.data.train = str(tmp_path / "records")
     config.total_steps = 10
     (tmp_path / "records").mkdir()
     counts = {"read": 30, "kept": 20, "dropped": {"caption": {"no_action": 10}}}
     (tmp_path / "records" / "stats.json").write_text(json.dumps({"counts": counts}))
-    mesh = sharding.create_mesh(1, 1, jax.devices()[:1])
-    arch = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1})
-    _, init = model_definition(arch, "float32", "float32")
-    state = create_state(init, optax.sgd(0.1), mesh, seed=0, ema=True)
+    state = TrainProgram(config, total_steps=10, devices=jax.devices()[:1]).create_state()
     state = state.replace(
         step=state.step + 7, ema_params=jax.tree.map(lambda p: p + 1, state.ema_params)
     )

@@ -4,17 +4,13 @@ import math
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from diht_jax import sharding
 from diht_jax.config import default_config
-from diht_jax.models import get_architecture
-from diht_jax.models.parameters import model_definition
-from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from diht_jax.training.state import abstract_state
+from diht_jax.training.program import TrainProgram
 
 
 @pytest.mark.parametrize(
@@ -140,16 +136,15 @@ def local_share(tree, mesh):
 @pytest.mark.parametrize("name", ["diht_vitb32_224px", "diht_vitl14_336px"])
 def test_fsdp_divides_parameters_and_optimizer_state(name):
     config = default_config()
-    optimizer = create_optimizer(
-        config.optimizer, learning_rate_schedule(config.optimizer, total_steps=10_000)
-    )
-    _, init = model_definition(get_architecture(name), jnp.bfloat16, jnp.float32)
-    mesh = sharding.create_mesh(1, 8)
-    state = abstract_state(init, optimizer, mesh)
+    config.model.name = name
+    config.mesh.update(data=1, fsdp=8)
+    split = TrainProgram(config, total_steps=10_000)
+    mesh, state = split.mesh, split.abstract_state()
     # An eighth, and the little that is not worth a split.
     assert local_share(state.params, mesh) < 0.13
     assert local_share(state.opt_state, mesh) < 0.13
-    whole = abstract_state(init, optimizer, sharding.create_mesh(8, 1))
+    config.mesh.update(data=8, fsdp=1)
+    whole = TrainProgram(config, total_steps=10_000).abstract_state()
     assert local_share(whole.params, mesh) == 1.0
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from diht_jax import sharding
 from diht_jax.config.architecture import ARCHITECTURE_FIELDS
+from diht_jax.config.checks import validate_config
 from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import ARCHITECTURES, Architecture, get_architecture
 from diht_jax.training.optimizer import merge_parameters
@@ -134,8 +135,7 @@ def _stored_architecture(workdir: epath.Path | None) -> Architecture | None:
         return None
     if not finished_steps(workdir / CHECKPOINT_DIRECTORY):
         return None
-    stored = read_config(workdir).model
-    return get_architecture(stored.name, stored.overrides.to_dict())
+    return _architecture_of_run(workdir)
 
 
 def _read_architecture(source: str) -> Architecture:
@@ -144,11 +144,16 @@ def _read_architecture(source: str) -> Architecture:
     folder = local_run(source)
     if not is_run(folder):
         return _read_weights(source).arch
-    section = read_config(folder).model
     try:
-        return get_architecture(section.name, section.overrides.to_dict())
+        return _architecture_of_run(folder)
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
+
+
+def _architecture_of_run(folder: str | epath.Path) -> Architecture:
+    config = read_config(folder)
+    validate_config(config, default_config())
+    return get_architecture(config.model.name, config.model.overrides.to_dict())
 
 
 def _set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from absl import logging
 
 from diht_jax import sharding
@@ -36,7 +37,7 @@ from diht_jax.training.objective import (
 )
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from diht_jax.training.sharded_encode import check_micro_batch
-from diht_jax.training.state import TrainState, abstract_state, create_state
+from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import train_step, training_execution
 
 # Some ten roundings of bfloat16, relative to the largest number.
@@ -97,14 +98,30 @@ class TrainProgram:
         self.pair_ids = needs_pair_ids(config)
 
     def create_state(self) -> TrainState:
-        """The state before the first step, on the devices."""
-        return create_state(
-            self.init_params, self.optimizer, self.mesh, self.config.seed, ema=self.keeps_ema
-        )
+        """The state before the first step; no device ever holds more than its part."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        # As a Python int it would be an int32, which half of the seeds exceed.
+        return jax.jit(self._draw_state, out_shardings=shardings)(np.uint32(self.config.seed))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
-        return abstract_state(self.init_params, self.optimizer, self.mesh, ema=self.keeps_ema)
+        shapes = jax.eval_shape(self._draw_state, np.uint32(0))
+        return jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            shapes,
+            sharding.tree_shardings(shapes, self.mesh),
+        )
+
+    def _draw_state(self, seed: jax.Array) -> TrainState:
+        params_key, run_key = jax.random.split(jax.random.key(seed))
+        params = self.init_params(params_key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            key_data=jax.random.key_data(run_key),
+            ema_params=initial_average(params) if self.keeps_ema else None,
+        )
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of the batch that the input pipeline makes."""

@@ -1,22 +1,12 @@
-"""The training state: everything that one step reads and writes.
-
-It is created directly in its sharded form.
-"""
+"""The training state: everything that one step reads and writes."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import Mesh
-
-from diht_jax import sharding
 
 
 @flax.struct.dataclass
@@ -37,55 +27,6 @@ class TrainState:
     opt_state: Any
     key_data: jax.Array
     ema_params: Any = None
-
-
-def create_state(
-    init_params: Callable[[jax.Array], dict[str, Any]],
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    seed: int,
-    *,
-    ema: bool = False,
-) -> TrainState:
-    """Initialises the state on the mesh; no device ever holds more than its part."""
-    init = functools.partial(_draw_state, init_params, optimizer, ema)
-    # As a Python int it would be an int32, which half of the seeds exceed.
-    seed = np.uint32(seed)
-    shardings = sharding.tree_shardings(jax.eval_shape(init, seed), mesh)
-    return jax.jit(init, out_shardings=shardings)(seed)
-
-
-def abstract_state(
-    init_params: Callable[[jax.Array], dict[str, Any]],
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    ema: bool = False,
-) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without any array."""
-    shapes = jax.eval_shape(functools.partial(_draw_state, init_params, optimizer, ema), 0)
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        shapes,
-        sharding.tree_shardings(shapes, mesh),
-    )
-
-
-def _draw_state(
-    init_params: Callable[[jax.Array], dict[str, Any]],
-    optimizer: optax.GradientTransformation,
-    ema: bool,
-    seed: jax.Array,
-) -> TrainState:
-    params_key, run_key = jax.random.split(jax.random.key(seed))
-    params = init_params(params_key)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        key_data=jax.random.key_data(run_key),
-        ema_params=initial_average(params) if ema else None,
-    )
 
 
 def initial_average(params: dict[str, Any]) -> dict[str, Any]:

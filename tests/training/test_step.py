@@ -12,7 +12,7 @@ from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import flatten_results, read_metrics
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.state import create_state, initial_average, update_average
+from diht_jax.training.state import initial_average, update_average
 
 
 def random_batch(mesh, size=16, seed=0):
@@ -65,13 +65,12 @@ def test_step(config):
 
 
 @pytest.mark.parametrize("seed", [7, 2**32 - 1])
-def test_the_keys_of_a_run_are_those_of_its_seed(seed):
-    state = create_state(
-        lambda key: {"key": jax.random.key_data(key)},
-        optax.identity(),
-        sharding.create_mesh(4, 2),
-        seed,
-    )
+def test_the_keys_of_a_run_are_those_of_its_seed(seed, config):
+    config.seed = seed
+    program = TrainProgram(config, total_steps=10)
+    program.init_params = lambda key: {"key": jax.random.key_data(key)}
+    program.optimizer = optax.identity()
+    state = program.create_state()
     # Threefry's key of a seed, in two words.
     params_key, run_key = jax.random.split(
         jax.random.wrap_key_data(np.array([0, seed], np.uint32), impl="threefry2x32")
