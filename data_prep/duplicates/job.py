@@ -183,6 +183,9 @@ def _search(
     rows = open_rows(folder, [unit.output for unit, _ in found.parts])
     if not len(rows):
         raise ValueError(f"config.input='{config.input}': no pairs")
+    inputs = {}
+    if config.input is not None:  # as they are now; they may go during the search
+        inputs["inputs"] = sorted({table.hash_input(unit.source) for unit, _ in found.parts})
     keep = search.keeps_captions(config)
     is_exact = config.exact and config.input is not None
     exact = search.find_exact(rows, keep_captions=keep) if is_exact else NONE
@@ -193,7 +196,8 @@ def _search(
     near, failures = search.compare_clusters(rows, clusters, config, of_result, options)
     if not failures:
         joined = search.join(exact, near, captions, keep_captions=keep)
-        _describe(config, found, rows, clusters, joined, of_result)
+        known = {"made_of": of_result, **inputs}
+        _describe(config, found, rows, clusters, joined, known)
     return failures
 
 
@@ -215,9 +219,9 @@ def _describe(
     rows: Rows,
     clusters: search.Clusters,
     copies: search.Found,
-    made_of: str,
+    known: Mapping[str, Any],
 ) -> None:
-    """Writes the tables, the report and the summary."""
+    """Writes the tables, the report and the summary, of which some entries are known."""
     exact, near, marked = np.bincount(copies.kind, minlength=3).tolist()
     least = config.verify.correlation
     sizes = clusters.sizes()
@@ -233,13 +237,11 @@ def _describe(
         "threshold": config.threshold if least is None else least,
         "verified": least is not None,
         "keep": config.keep,
-        "made_of": made_of,
+        **known,
         **table.write_tables(rows, copies, clusters),
     }
     if found.failed:
         summary["failed"] = found.failed
     sources = [unit.source for unit, _ in found.parts]
-    if config.input is not None:
-        summary["inputs"] = sorted(set(map(table.hash_input, sources)))
     report.write_page(summary, copies, sizes[sizes > 0], rows, sources, config)
     files.write_object(files.join(rows.output, table.SUMMARY), summary)

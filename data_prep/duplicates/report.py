@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from absl import logging
 
 from data_prep.duplicates.rows import Rows
 from data_prep.duplicates.scan import EMBEDDED
@@ -126,9 +127,12 @@ def _read_pictures(
             continue
         start, last = int(rows.starts[unit]), int(wanted[units == unit].max())
         pairs = (entry for entry in read_pairs(sources[unit]) if isinstance(entry, Pair))
-        for row, pair in zip(range(start, last + 1), pairs, strict=False):
-            if row in found:
-                found[row] = pair.key, pair.caption, _shrink(pair.image)
+        try:
+            for row, pair in zip(range(start, last + 1), pairs, strict=False):
+                if row in found and found[row][0] == pair.key:
+                    found[row] = pair.key, pair.caption, _shrink(pair.image)
+        except (OSError, ValueError) as error:  # it may have gone or changed since its scan
+            logging.warning("%s: the page has not all its pictures (%s)", sources[unit], error)
     return found
 
 

@@ -29,6 +29,7 @@ import numpy as np
 
 from diht_jax.storage import files
 from diht_jax.storage.copies import cached_copy
+from diht_jax.storage.retries import retry
 from diht_jax.storage.stores import input_version, is_remote
 
 CAPTION, EMBEDDING, THUMBNAIL = "caption", "embedding", "thumbnail"
@@ -80,7 +81,7 @@ def open_columns(path: str, output: str, digest: str) -> dict[str, Any]:
     Raises:
         ValueError: the file is gone, or is not as it was written.
     """
-    batch = _open_checked(path, digest, check_columns(path, output, digest))
+    batch = _map_batch(check_columns(path, output, digest))
     return {name: _to_numpy(batch.column(name)) for name in batch.schema.names}
 
 
@@ -112,13 +113,7 @@ def check_columns(path: str, output: str, digest: str) -> str:
 @functools.lru_cache(maxsize=_OPEN_UNITS)
 def _hash_state(local: str, size: int, changed_ns: int) -> str:
     """The hash of a file of some size and time of change."""
-    return _hash_file(local)
-
-
-@functools.lru_cache(maxsize=1)
-def _open_checked(path: str, digest: str, local: str) -> Any:
-    """The record batch of a file that has this hash; all shards of a worker share it."""
-    return _map_batch(local)
+    return retry(lambda: _hash_file(local), local)
 
 
 def _open_batch(path: str, output: str) -> Any:
