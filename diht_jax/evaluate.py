@@ -142,10 +142,12 @@ def evaluate_model(
     from diht_jax.evaluation.task_parsing import check_source
     from diht_jax.evaluation.tasks import evaluate_task
     from diht_jax.loading import load_model
+    from diht_jax.training.multihost import check_same_step
 
     # A missing file should not have to wait for the model.
     sources = [check_source(task) for task in tasks]
-    loaded = load_model(model, batch_size=batch_size, devices=jax.devices(), **model_options)
+    loaded = load_model(model, batch_size=batch_size, **model_options)
+    check_same_step(loaded.step)
     output = pathlib.Path(output)
     results = {
         "model": model,

@@ -65,20 +65,20 @@ def main() -> None:
     for task in tasks.values():
         check_source(task)  # a missing file should not have to wait for the model
     distributed.start_from_flags()
-    import jax
-
     from diht_jax.evaluation.charts import draw_few_shot
     from diht_jax.evaluation.embedding.encoding import Batching
+    from diht_jax.evaluation.embedding.entries import Processes
     from diht_jax.evaluation.few_shot import evaluate_few_shot, format_few_shot
     from diht_jax.evaluation.results import write_results
     from diht_jax.loading import load_model
+    from diht_jax.training.multihost import check_same_step
 
     model = load_model(
         given.model,
         **command_line.model_options(),
         batch_size=given.batch_size,
-        devices=jax.devices(),
     )
+    check_same_step(model.step)
     result = {
         "model": given.model,
         "step": model.step,
@@ -90,7 +90,9 @@ def main() -> None:
             model,
             **tasks,
             options=options,
-            batching=Batching(given.batch_size, given.num_threads, distributed.is_first()),
+            batching=Batching(
+                given.batch_size, given.num_threads, distributed.is_first(), Processes.of_job()
+            ),
         ),
     }
     if not distributed.is_first():

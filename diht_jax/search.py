@@ -79,8 +79,8 @@ def main(queries: list[str]) -> None:
     _search_index(shards, queries, None if shards else PictureIndex(given.index))
 
 
-def _load_model(*, on_all_hosts: bool) -> Any:
-    """Joins the job, and loads the model: once on all devices of the job, or on those of each."""
+def _load_model() -> Any:
+    """Joins the job, and loads the model onto the devices of each process."""
     distributed.start_from_flags()
     import jax
 
@@ -94,7 +94,6 @@ def _load_model(*, on_all_hosts: bool) -> Any:
         given.model,
         **command_line.model_options(),
         batch_size=given.batch_size,
-        devices=jax.devices() if on_all_hosts else None,
     )
     check_same_step(model.step)
     return model
@@ -103,17 +102,20 @@ def _load_model(*, on_all_hosts: bool) -> Any:
 def _search_source(shards: list[Any], queries: list[str]) -> None:
     """Embeds the source, and searches it."""
     from diht_jax.evaluation.embedding.encoding import Batching
+    from diht_jax.evaluation.embedding.entries import Processes
     from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 
     given = flags.FLAGS
-    model = _load_model(on_all_hosts=True)
+    model = _load_model()
     result = search_pictures(
         model,
         shards,
         queries,
         count=given.num_matches,
         template=given.caption_template,
-        batching=Batching(given.batch_size, given.num_threads, distributed.is_first()),
+        batching=Batching(
+            given.batch_size, given.num_threads, distributed.is_first(), Processes.of_job()
+        ),
     )
     if not distributed.is_first():
         return
@@ -138,7 +140,7 @@ def _search_index(shards: list[Any], queries: list[str], index: Any) -> None:
 
     given = flags.FLAGS
     texts = fill_queries(queries, given.caption_template, given.num_matches) if queries else {}
-    model = _load_model(on_all_hosts=False)
+    model = _load_model()
     if shards:
         import jax
 

@@ -21,7 +21,7 @@ from diht_jax.evaluation.bootstrap import (
     resample,
 )
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
-from diht_jax.evaluation.embedding.entries import Entries
+from diht_jax.evaluation.embedding.entries import Entries, Processes
 from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.pictures import Units
@@ -83,7 +83,7 @@ def evaluate_task(
                 model,
                 task,
                 Entries(units, limit=limit, count=bar.update),
-                Batching(batch_size, num_threads, progress),
+                Batching(batch_size, num_threads, progress, Processes.of_job()),
             )
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+from typing import Any
 
 import jax
 import ml_collections
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from diht_jax import sharding
 from diht_jax.evaluation.results import describe_metrics
 from diht_jax.evaluation.task_parsing import check_task
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
@@ -175,11 +179,15 @@ class RunEvaluation:
     def _updated_model(self, state: TrainState, step: int) -> LoadedModel:
         """The model with the parameters to evaluate; compiled once for the whole run."""
         params = state.ema_params if self._config.evaluation.use_ema else state.params
+        mesh = self._program.mesh
+        if mesh.is_multi_process:  # each process embeds its share on its own devices
+            mesh = sharding.create_mesh(data=1, fsdp=-1, devices=jax.local_devices())
+            params = _copy_to(mesh, params)
         if self._model is None:
             self._model = LoadedModel(
                 self._program.definition,
                 params,
-                mesh=self._program.mesh,
+                mesh=mesh,
                 config=self._config,
                 image_size=self._program.arch.image_size,
                 context_length=self._program.arch.context_length,
@@ -192,6 +200,16 @@ class RunEvaluation:
         row = {f"{_PREFIX}{name}": value for name, value in measured.items()}
         self._writer.write(step, {**row, **({FAILED: num_failed} if num_failed else {})})
         self._writer.sync()
+
+
+def _copy_to(mesh: Mesh, params: Any) -> Any:
+    """Parameters that are split over all processes, on the devices of this one."""
+    shardings = sharding.tree_shardings(params, mesh)
+    return jax.tree.map(
+        lambda leaf, to: jax.device_put(multihost_utils.process_allgather(leaf, tiled=True), to),
+        params,
+        shardings,
+    )
 
 
 def _log_failure(step: int, task: Task, error: Exception) -> None:

@@ -124,27 +124,6 @@ class LoadedModel:
         self._params = params
         self.step = step
 
-    def own_rows(self, size: int) -> np.ndarray | None:
-        """Rows of a batch that this process embeds, in a job of several processes.
-
-        Of the other rows it does not look at the values, so they need not be decoded here.
-
-        Args:
-            size: rows of the batch given to `encode_image`; a multiple of `batch_size`, or less.
-
-        Returns:
-            bool [size]; None where this process has all devices of the mesh, and so all rows.
-        """
-        if self._batch_sharding.is_fully_addressable:
-            return None
-        own = np.zeros(size, bool)
-        for start in range(0, size, self._batch_size):
-            padded = self._padded_size(min(size - start, self._batch_size))
-            indices = self._batch_sharding.addressable_devices_indices_map((padded,))
-            for (rows,) in indices.values():
-                own[start:][rows] = True
-        return own
-
     def fingerprint(self, *, decoder: bool = False) -> str:
         """SHA-256 over names, shapes and float32 values of all parameters, in hex.
 
@@ -182,9 +161,7 @@ class LoadedModel:
                 through `preprocess`.
 
         Returns:
-            float32 [b, d], rows of unit length; b is 1 for a single picture. Where the model is
-            on several processes, all call with as many rows, each row is taken from the process
-            that `own_rows` names, and all get the whole result.
+            float32 [b, d], rows of unit length; b is 1 for a single picture.
 
         Raises:
             ValueError: an array of another dtype or shape, something that is no picture, or a file

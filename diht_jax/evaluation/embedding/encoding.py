@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import PIL.Image
 
-from diht_jax.evaluation.embedding.entries import Entries, Order, ProcessRows
+from diht_jax.evaluation.embedding.entries import Entries, Order, Processes
 from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.input.decode import ImageError
 from diht_jax.progress import ProgressBar
@@ -67,14 +67,16 @@ class Batching:
     """The way a source is embedded.
 
     Attributes:
-        batch_size: images, and texts, a batch over all devices.
+        batch_size: images a batch, over the devices of all processes; texts, over this process's.
         num_threads: decoding threads; None is one per core, 16 at most.
         progress: show bars on stderr.
+        processes: that embed a source together; this one alone by default.
     """
 
     batch_size: int = 256
     num_threads: int | None = None
     progress: bool = False
+    processes: Processes = Processes()
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -122,8 +124,8 @@ def encode_images(
 
     Args:
         model: see `EmbeddingModel`; uses all its devices.
-        entries: consumed once, in order. In a job of several processes each reads its share of
-            `Entries`; any others are read by all, and each decodes its share.
+        entries: consumed once, in order. Of several processes each reads its share of `Entries`;
+            any others are read by all, and each decodes its share.
         describe: called once per pair, in order; what it returns is kept, so it should be small.
             Raises `UnusablePair` to leave a pair out, any other ValueError to stop.
         batching: the defaults where None.
@@ -135,15 +137,12 @@ def encode_images(
     """
     start = time.perf_counter()
     batching = batching or Batching()
-    rows = ProcessRows.of(model, batching.batch_size)
-    found, image_emb = _encode_share(rows, model, entries, describe, batching.num_threads)
-    index_of = {row.order: i for i, row in enumerate(row for row in found if row.reason is None)}
-    if rows.count > 1:  # in order again, and within the limit
-        limit = entries.limit if isinstance(entries, Entries) else None
-        found = sorted(found, key=lambda row: row.order)[:limit]
+    own = batching.processes.share(entries)
+    shares = batching.processes.work(lambda: _encode_share(model, own, describe, batching))
+    found, image_emb = shares[0]
+    if len(shares) > 1:
+        found, image_emb = _merge_shares(shares, entries)
     kept = [(position, row) for position, row in enumerate(found) if row.reason is None]
-    if rows.count > 1:
-        image_emb = image_emb[[index_of[row.order] for _, row in kept]]
     left_out = [row for row in found if row.reason is not None]
     dropped = dict(collections.Counter(row.reason for row in left_out))
     if not kept and not allow_empty:
@@ -173,58 +172,50 @@ class _Row(NamedTuple):
     reason: str | None = None
 
 
-def _encode_share(
-    rows: ProcessRows,
-    model: EmbeddingModel,
-    entries: Iterable[Pair | Skipped],
-    describe: Callable[[Pair], Any],
-    num_threads: int | None,
+def _merge_shares(
+    shares: Sequence[tuple[list[_Row], np.ndarray]], entries: Iterable[Pair | Skipped]
 ) -> tuple[list[_Row], np.ndarray]:
-    """Decodes and embeds the entries of this process, together with the others.
+    """The entries of all processes in the order of the source, up to its limit."""
+    found = [row for rows, _ in shares for row in rows]
+    usable = [row.order for row in found if row.reason is None]
+    index_of = {order: i for i, order in enumerate(usable)}
+    limit = entries.limit if isinstance(entries, Entries) else None
+    found = sorted(found, key=lambda row: row.order)[:limit]
+    chosen = [index_of[row.order] for row in found if row.reason is None]
+    embedded = [image_emb for _, image_emb in shares if len(image_emb)]
+    return found, np.concatenate(embedded)[chosen] if embedded else np.zeros((0, 0), np.float32)
 
-    Every batch holds rows of all processes, as many of each as it has, so that all call the model
-    equally often; what was found is exchanged once, at the end.
 
-    Returns:
-        The entries of all processes and the embeddings of the usable ones, process by process.
-    """
+def _encode_share(
+    model: EmbeddingModel,
+    entries: Iterable[tuple[Order, Pair | Skipped]],
+    describe: Callable[[Pair], Any],
+    batching: Batching,
+) -> tuple[list[_Row], np.ndarray]:
+    """Decodes and embeds entries: all of them, and the embeddings of the usable ones."""
     found: list[_Row] = []
-    embeddings: list[list[np.ndarray]] = [[] for _ in range(rows.count)]
-    room = len(rows.own)
-    window = room * _BATCHES_AHEAD
-    decoded = _decode_ahead(rows.share(entries), describe, model.preprocess, window, num_threads)
+    embedded: list[np.ndarray] = []
+    size = max(1, batching.batch_size // batching.processes.count)
 
-    def take() -> list[np.ndarray]:
-        pixels: list[np.ndarray] = []
-        while len(pixels) < room and (taken := next(decoded, None)):
-            found.append(taken[0])
-            pixels += [] if taken[1] is None else [taken[1]]
-        return pixels
+    def embed(pixels: list[np.ndarray]) -> None:
+        batch = np.stack(pixels)
+        if embedded:  # a source smaller than one batch needs no filling: nothing is compiled yet
+            batch = np.pad(batch, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
+        embedded.append(np.asarray(model.encode_image(batch), np.float32)[: len(pixels)])
 
+    window = size * _BATCHES_AHEAD
+    decoded = _decode_ahead(entries, describe, model.preprocess, window, batching.num_threads)
+    pixels: list[np.ndarray] = []
     with contextlib.closing(decoded):
-        while True:
-            pixels, error = [], None
-            try:
-                pixels = take()
-            except Exception as problem:  # the others would wait for this process without end
-                error = problem
-            counts = rows.agree(len(pixels), error)
-            if not any(counts):
-                break
-            if rows.count == 1 and not embeddings[0]:
-                # A source smaller than one batch needs no filling: nothing is compiled yet.
-                batch = np.stack(pixels)
-            else:
-                shape = pixels[0].shape if pixels else (model.image_size, model.image_size, 3)
-                batch = np.zeros((rows.batch_size, *shape), np.uint8)
-                if pixels:
-                    batch[rows.own[: len(pixels)]] = pixels
-            embedded = np.asarray(model.encode_image(batch), np.float32)
-            for process, count in enumerate(counts):
-                embeddings[process].append(embedded[rows.of_process(process)[:count]])
-    batches = [batch for of_process in embeddings for batch in of_process]
-    image_emb = np.concatenate(batches) if batches else np.zeros((0, 0), np.float32)
-    return list(itertools.chain(*rows.gather_objects(found))), image_emb
+        for row, image in decoded:
+            found.append(row)
+            pixels += [] if image is None else [image]
+            if len(pixels) == size:
+                embed(pixels)
+                pixels = []
+        if pixels:
+            embed(pixels)
+    return found, np.concatenate(embedded) if embedded else np.zeros((0, 0), np.float32)
 
 
 def encode_texts(

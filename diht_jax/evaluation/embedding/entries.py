@@ -1,4 +1,4 @@
-"""The entries of a source, and how the processes of a job divide them and the rows of a batch."""
+"""The entries of a source, and how the processes of a job divide them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ Order = tuple[int, int]
 # Reads a part of a source.
 Unit = Callable[[], Iterator[Entry]]
 
-_FAILED = -1
+_CHUNK = 2**26  # bytes of each process that travel at once
+_LONGEST_WORK_MS = 7 * 24 * 60 * 60 * 1000
 
 
 class Entries(Iterable[Entry]):
@@ -81,72 +82,25 @@ def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, En
 
 
 @dataclasses.dataclass(frozen=True)
-class ProcessRows:
-    """The processes that embed together, and which rows of a batch each of them fills.
-
-    All processes call the methods alike, in the same order.
+class Processes:
+    """The processes that embed a source together, each its share on devices of its own.
 
     Attributes:
         index: of this process.
-        rows: bool [processes, batch]; every process has some.
-        gather: makes [processes, ...] of an array of each process, equal in shape.
+        count: of processes.
+        exchange: gives the value of every process, in their order; all call it alike.
     """
 
-    index: int
-    rows: np.ndarray
-    gather: Callable[[np.ndarray], np.ndarray]
+    index: int = 0
+    count: int = 1
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
 
     @classmethod
-    def of(cls, model: Any, batch_size: int) -> ProcessRows:
-        """The processes that share a model; one, where this process has all of its rows."""
-        find_rows = getattr(model, "own_rows", None)
-        if find_rows is None or find_rows(batch_size) is None:
-            return cls(0, np.ones((1, batch_size), bool), lambda array: array[None])
-        return cls.create(
-            jax.process_index(),
-            batch_size,
-            find_rows,
-            lambda array: np.asarray(multihost_utils.process_allgather(array)),
-        )
-
-    @classmethod
-    def create(
-        cls,
-        index: int,
-        batch_size: int,
-        find_rows: Callable[[int], np.ndarray],
-        gather: Callable[[np.ndarray], np.ndarray],
-    ) -> ProcessRows:
-        """Like `of`, for an explicit layout of processes.
-
-        Args:
-            index, gather: see the class.
-            batch_size: the least number of rows; doubled until every process has one.
-            find_rows: this process's rows of a batch of a size, as `LoadedModel.own_rows`.
-        """
-        rows = np.asarray(gather(find_rows(batch_size)))
-        while not rows.any(axis=1).all():
-            rows = np.asarray(gather(find_rows(2 * rows.shape[1])))
-        return cls(index, rows, gather)
-
-    @property
-    def count(self) -> int:
-        """Number of processes."""
-        return len(self.rows)
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of a batch, of all processes together."""
-        return self.rows.shape[1]
-
-    @property
-    def own(self) -> np.ndarray:
-        """int, the rows that this process fills."""
-        return self.of_process(self.index)
-
-    def of_process(self, process: int) -> np.ndarray:
-        """int, the rows that a process fills."""
-        return np.flatnonzero(self.rows[process])
+    def of_job(cls) -> Processes:
+        """The processes of the job; this one where it is alone."""
+        if jax.process_count() == 1:
+            return cls()
+        return cls(jax.process_index(), jax.process_count(), _exchange)
 
     def share(self, entries: Iterable[Entry]) -> Iterator[tuple[Order, Entry]]:
         """The entries of this process with their order.
@@ -159,31 +113,43 @@ class ProcessRows:
         numbered = enumerate(entries)
         return (((0, i), entry) for i, entry in numbered if i % self.count == self.index)
 
-    def agree(self, filled: int, error: Exception | None) -> list[int]:
-        """The number of rows that each process has filled this time.
+    def work(self, work: Callable[[], Any]) -> list[Any]:
+        """What a function returns in each process, once all are through.
 
         Raises:
             Exception: the error of this process.
             ValueError: one of another process, with its message.
         """
-        if self.count == 1 and error is not None:
-            raise error
-        counts = self.gather(np.array([_FAILED if error else filled], np.int64))[:, 0].tolist()
-        if _FAILED in counts:
-            messages = self.gather_objects(None if error is None else f"{error}")
-            if error is not None:
-                raise error
-            failed = counts.index(_FAILED)
-            raise ValueError(f"process {failed} of {self.count}: {messages[failed]}")
-        return counts
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The value of every process; they travel pickled, between processes of one job."""
         if self.count == 1:
-            return [value]
-        data = np.frombuffer(pickle.dumps(value), np.uint8)
-        sizes = self.gather(np.array([len(data)], np.int64))[:, 0]
-        padded = np.zeros(sizes.max(), np.uint8)
-        padded[: len(data)] = data
-        rows = self.gather(padded)
-        return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+            return [work()]
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as problem:  # the others would wait for this process without end
+            error = problem
+        results = self.exchange((result, None if error is None else f"{error}"))
+        if error is not None:
+            raise error
+        for process, (_, message) in enumerate(results):
+            if message is not None:
+                raise ValueError(f"process {process} of {self.count}: {message}")
+        return [result for result, _ in results]
+
+
+def _exchange(value: Any) -> list[Any]:
+    """The value of every process; they travel pickled, between processes of one job."""
+    import orbax.checkpoint.multihost
+
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    # Shares differ in size, and a collective fails where a process comes much later than another.
+    meet = orbax.checkpoint.multihost.get_barrier_sync_fn()
+    meet(key="exchange", timeout_ms=_LONGEST_WORK_MS)
+    gather = multihost_utils.process_allgather
+    counts = np.asarray(gather(np.array(divmod(len(data), _CHUNK), np.int32)))
+    sizes = counts[:, 0].astype(np.int64) * _CHUNK + counts[:, 1]
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    # In chunks, since each of them is on every device.
+    chunks = [padded[start : start + _CHUNK] for start in range(0, len(padded), _CHUNK)]
+    rows = np.concatenate([np.asarray(gather(chunk)) for chunk in chunks], axis=1)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]

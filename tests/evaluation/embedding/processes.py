@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 
 class Processes:
     """Some processes that meet: each gets what all have given, once all have.
@@ -28,10 +26,6 @@ class Processes:
         found = list(self._given)
         self._barrier.wait()
         return found
-
-    def gather(self, array: np.ndarray) -> np.ndarray:
-        """The arrays of all, stacked."""
-        return np.stack(self.exchange(np.array(array)))
 
     def together(self, work: Callable[[], Any]) -> Any:
         """The result of `work` in this process; where it fails in one, all raise."""

@@ -6,37 +6,24 @@ import functools
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encode_images
-from diht_jax.evaluation.embedding.entries import Entries, ProcessRows
+from diht_jax.evaluation.embedding.entries import Entries, Processes
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
-from tests.evaluation.embedding.processes import Processes
+from tests.evaluation.embedding.processes import Processes as Threads
 from tests.make import encoded, plain
 
 
 class _Model:
-    """A mean colour; each process puts its own rows, and all get the whole result."""
+    """A mean colour."""
 
-    logit_scale, image_size = 1.0, 4
-
-    def __init__(self, processes=None):
-        self._processes = processes
+    logit_scale = 1.0
 
     def preprocess(self, image):
         return np.asarray(image.resize((4, 4)))
 
-    def find_rows(self, size):
-        """Rows in blocks, one after the other; fewer rows than processes leave some without."""
-        each = max(1, size // self._processes.count)
-        return np.arange(size) // each == self._processes.own.index
-
     def encode_image(self, images):
-        means = images.reshape(len(images), -1, 3).mean(axis=1).astype(np.float32)
-        if self._processes is None:
-            return means
-        own = self.find_rows(len(images))
-        return self._processes.gather(np.where(own[:, None], means, 0)).sum(axis=0)
+        return images.reshape(len(images), -1, 3).mean(axis=1).astype(np.float32)
 
 
 @functools.cache
@@ -74,23 +61,22 @@ def _describe(pair):
     return {"caption": pair.caption}
 
 
-def _encode(source, model, limit=None, batch_size=128):
+def _encode(source, limit=None, batch_size=128, processes=None):
     entries = Entries(source.units, limit=limit)
-    return encode_images(model, entries, _describe, batching=Batching(batch_size, 1))
+    batching = Batching(batch_size, 1, False, processes or Processes())
+    return encode_images(_Model(), entries, _describe, batching)
 
 
-def _together(monkeypatch, count, make_source, **options):
+def _together(count, make_source, **options):
     """What each of some processes gets that share what is embedded, and their source."""
-    processes = Processes(count)
-    monkeypatch.setattr(
-        encoding.ProcessRows,
-        "of",
-        lambda model, batch_size: ProcessRows.create(
-            processes.own.index, batch_size, model.find_rows, processes.gather
-        ),
-    )
-    source, model = make_source(processes), _Model(processes)
-    return processes.run(lambda: _encode(source, model, **options)), source
+    threads = Threads(count)
+    source = make_source(threads)
+
+    def work():
+        processes = Processes(threads.own.index, count, threads.exchange)
+        return _encode(source, processes=processes, **options)
+
+    return threads.run(work), source
 
 
 def _assert_equal(found, expected):
@@ -100,12 +86,10 @@ def _assert_equal(found, expected):
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(2, 8), (3, 8), (64, 128), (64, 8)])
-def test_each_process_reads_its_share_only(count, batch_size, monkeypatch):
+def test_each_process_reads_its_share_only(count, batch_size):
     alone = _Source(128)
-    expected = _encode(alone, _Model())
-    found, source = _together(
-        monkeypatch, count, lambda processes: _Source(128, processes), batch_size=batch_size
-    )
+    expected = _encode(alone)
+    found, source = _together(count, lambda threads: _Source(128, threads), batch_size=batch_size)
     for result in found:
         if isinstance(result, Exception):
             raise result
@@ -116,9 +100,31 @@ def test_each_process_reads_its_share_only(count, batch_size, monkeypatch):
     assert max(source.bytes_read.values()) < 1.25 * total / count + 3 * len(_png(1))
 
 
-def test_a_limit_is_that_of_one_process(monkeypatch):
-    expected = _encode(_Source(40), _Model(), limit=31)
-    found, source = _together(monkeypatch, 4, lambda processes: _Source(40, processes), limit=31)
+def test_a_limit_is_that_of_one_process():
+    expected = _encode(_Source(40), limit=31)
+    found, source = _together(4, lambda threads: _Source(40, threads), limit=31)
     for result in found:
         _assert_equal(result, expected)
     assert source.bytes_read.total() <= 4 * 31 * len(_png(1))
+
+
+def test_an_error_of_one_process_ends_all():
+    def make_source(threads):
+        source = _Source(40, threads)
+        source.units[7] = lambda: iter([Pair("k", _png(0), "stop")])
+        return source
+
+    def refuse(pair):
+        if pair.caption == "stop":
+            raise ValueError("k: refused")
+
+    threads = Threads(3)
+    source = make_source(threads)
+
+    def work():
+        processes = Processes(threads.own.index, 3, threads.exchange)
+        batching = Batching(8, 1, False, processes)
+        return encode_images(_Model(), Entries(source.units), refuse, batching)
+
+    errors = [str(error) for error in threads.run(work)]
+    assert errors == ["process 1 of 3: k: refused", "k: refused", "process 1 of 3: k: refused"]
