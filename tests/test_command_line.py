@@ -1,6 +1,8 @@
 """Freed memory that is kept (counted in page faults), escaped names, URLs as outputs."""
 
+import errno
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -52,6 +54,20 @@ def test_keys_and_captions_in_logs_and_errors_are_escaped(capsys):
     assert capsys.readouterr().err == (
         f"bad record '{expected.format('  ')}'\nerror: {expected.format('')} cannot be read\n"
     )
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC, errno.ELOOP])
+def test_an_error_of_a_disk_is_one_line(monkeypatch, capsys, number):
+    monkeypatch.setattr(command_line, "_log_beside_progress_bars", lambda verbose: None)
+
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "/data/a")
+
+    with pytest.raises(SystemExit) as caught:
+        command_line._call(main)
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "/data/a" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/out", "gs://bucket/a/b.json", "memory://x"])

@@ -15,7 +15,9 @@ import collections
 import io
 import itertools
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -27,6 +29,10 @@ from diht_jax.storage import files
 from diht_jax.storage.retries import is_storage_failure
 
 CONCEPTS_SUFFIX = ".concepts.npz"
+
+# What a damaged npz raises: its zip has a checksum of each array.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError)
+_DAMAGE += (zipfile.BadZipFile, zlib.error, struct.error)
 
 # Kind -> concepts, each once.
 Mentions = Mapping[str, frozenset[str]]
@@ -112,7 +118,7 @@ def read_mentions(
             f"{path} is missing: it lists what the captions of {shard} name; write the shard again "
             "with `python -m data_prep.filter` and config.concepts=True"
         ) from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         if is_storage_failure(error):
             raise
         raise ValueError(f"{path}: not a whole concept file ({error}); filter again") from error

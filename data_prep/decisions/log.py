@@ -48,6 +48,7 @@ _THUMBNAIL = 256  # px of the longer side
 _QUALITY = 80
 _MAX_CHARS = 500
 _MAX_SPOTS = 40
+_HASH_CHARS = 33  # of the line behind the samples
 
 
 class ShardLog:
@@ -265,7 +266,8 @@ class SampleLog:
                 text = json.dumps(described, ensure_ascii=False, sort_keys=True)
                 lines.append(f"{outcome}\t{found}\t{text}\n")
         # A lone surrogate may stand in the caption of a pair that was dropped.
-        files.write_bytes(path, "".join(lines).encode("utf-8", "replace"))
+        data = "".join(lines).encode("utf-8", "replace")
+        files.write_bytes(path, data + _hash_lines(data))
 
     def _describe(self, sample: Sample, is_whole: bool) -> dict[str, Any]:
         described = {"key": sample.key, "caption": sample.caption[:_MAX_CHARS]}
@@ -322,11 +324,29 @@ def sortable_digits(number: float) -> str:
     return f"{bits ^ (2**64 - 1 if bits >> 63 else 2**63):016x}"
 
 
+def read_samples(path: str) -> bytes:
+    """The lines that `SampleLog.write` wrote; the last one of the file is a hash of them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    content = files.read_bytes(path)
+    data = content[:-_HASH_CHARS]
+    if content != data + _hash_lines(data):
+        raise ValueError(f"{path}: damaged; delete it, and run the filter again")
+    return data
+
+
+def _hash_lines(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=(_HASH_CHARS - 1) // 2).hexdigest().encode() + b"\n"
+
+
 def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[str, Any]]]:
     """Samples of the lowest ranks of any number of shards.
 
     Args:
-        contents: of the files of `SampleLog.write`.
+        contents: of `read_samples`.
         most: samples of each outcome.
 
     Returns:

@@ -16,7 +16,13 @@ import pyarrow
 import pyarrow.compute as pc
 
 from data_prep.decisions.funnel import Funnel, spell_outcome
-from data_prep.decisions.log import EXTREMES, SAMPLES_SUFFIX, SECONDS_SUFFIX, choose_samples
+from data_prep.decisions.log import (
+    EXTREMES,
+    SAMPLES_SUFFIX,
+    SECONDS_SUFFIX,
+    choose_samples,
+    read_samples,
+)
 from data_prep.decisions.table import (
     FOLDER,
     KEPT,
@@ -69,6 +75,8 @@ _MAX_DAMAGED = 100
 _MAX_NAMES = 1000  # that are reported of each kind
 _COMPACT_ROWS = 2**18  # names that wait to be summed
 _PRINTED_CHARS = 80  # of a caption
+_NAME_WORDS = 4  # of a caption from which on it is hardly a name; an edge of BINS["caption_words"]
+_FEW = 0.05  # of all pairs, kept of names
 
 Report = dict[str, Any]
 
@@ -145,7 +153,11 @@ def gather(
         "report_samples": report_samples,
         "clean_label": clean_label,
     }
-    report["warnings"] = facts.warnings() + _warn_of_failed(report["failed"])
+    report["warnings"] = [
+        *facts.warnings(),
+        *_warn_of_failed(report["failed"]),
+        *_warn_of_names(funnel, report["measures"]["histograms"]["caption_words"]),
+    ]
     return report
 
 
@@ -309,6 +321,19 @@ def _warn_of_failed(failed: Sequence[Mapping[str, str]]) -> list[str]:
     ]
 
 
+def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A warning where captions are names, of which CAT keeps next to nothing."""
+    dropped = sum(funnel.dropped().get("caption", {}).values())
+    short = sum(n for of_side in words.values() for w, n in of_side.items() if int(w) < _NAME_WORDS)
+    if funnel.kept > _FEW * funnel.read or min(dropped, short) <= funnel.read / 2:
+        return []
+    return [
+        f"{short:,} of {funnel.read:,} captions have fewer than {_NAME_WORDS} words, as names of "
+        "classes have, and the rules for captions are made for the sentences of the web: "
+        "configs/prep/convert.py is for names, and keeps every pair whose picture can be read"
+    ]
+
+
 def _read_all(outputs: Sequence[str]) -> Iterator[tuple[list, dict, dict, bytes]]:
     """Decisions, statistics, times and samples of each part, in order."""
     yield from files.map_many(_read_part, outputs, outputs[0] if outputs else "")
@@ -318,7 +343,7 @@ def _read_part(output: str) -> tuple[list[pyarrow.RecordBatch], dict, dict, byte
     batches = list(read_decisions(decisions_path(output), list(COLUMNS)))
     stats = shards.read_json(output + shards.STATS_SUFFIX)
     seconds = files.read_object(output + SECONDS_SUFFIX) or {}
-    return batches, stats, seconds, files.read_bytes(output + SAMPLES_SUFFIX)
+    return batches, stats, seconds, read_samples(output + SAMPLES_SUFFIX)
 
 
 def _throughput(funnel: Funnel, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ their uids, which is left out where no pair has a uid (the field "uid" of its me
 
 from __future__ import annotations
 
-import json
+import hashlib
 import pathlib
 import re
 import shutil
@@ -87,6 +87,7 @@ _LINE_BREAKS_AND_TABS = r"[\t\n\v\f\r\x1c-\x1e\x{85}\x{2028}\x{2029}]"
 _TABLES = (".parquet", ".jsonl")
 _UID = re.compile(r"[0-9a-f]{32}", re.IGNORECASE)
 _ROWS = 2**16  # of a row group
+_HASH_BYTES = 16
 # Keys of a shard often begin alike; what repeats is written once.
 _ENCODINGS = {"key": "DELTA_BYTE_ARRAY", "uid": "PLAIN"}
 _TEXTS = ("outcome", "reason", "label", "gate", "format", "image_error", "looked", "match")
@@ -145,7 +146,7 @@ class DecisionWriter:
         ) as writer:
             writer.write_table(table, row_group_size=_ROWS)
         files.make_folder(path.rpartition("/")[0] or ".")
-        files.write_bytes(path, sink.getvalue().to_pybytes())
+        files.write_bytes(path, _add_hash(sink.getvalue().to_pybytes()))
 
     def _pack(self) -> pyarrow.Table:
         columns = list(zip(*self._rows, strict=True)) or [()] * len(self.schema)
@@ -190,12 +191,37 @@ def read_decisions(
         FileNotFoundError: there is no such file.
         ValueError: it is damaged.
     """
-    source = pyarrow.BufferReader(files.read_bytes(path))
+    data = files.read_bytes(path)
+    rest, stated, footer = _find_hash(data)
+    if stated != _hash(rest, footer):
+        raise ValueError(f"{path}: damaged; delete it, and run the filter again")
+    source = pyarrow.BufferReader(data)
     try:
         file = pyarrow.parquet.ParquetFile(source, read_dictionary=list(_TEXTS))
         yield from file.iter_batches(_ROWS, columns=columns)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: no whole file of decisions ({error}); filter again") from error
+
+
+def _add_hash(data: bytes) -> bytes:
+    """Puts a hash of a parquet file before its footer, where readers of parquet do not look."""
+    rest, last, footer = _find_hash(data)
+    return rest + last + _hash(data) + footer
+
+
+def _find_hash(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """What stands before the hash, the hash, and the footer."""
+    footer_bytes = 8 + int.from_bytes(data[-8:-4], "little")  # its length and "PAR1" behind it
+    end = max(len(data) - footer_bytes, 0)
+    start = max(end - _HASH_BYTES, 0)
+    return data[:start], data[start:end], data[end:]
+
+
+def _hash(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
@@ -213,7 +239,7 @@ def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
         ValueError: the folder is not finished.
     """
     try:
-        stats = json.loads(files.read_bytes(files.join(folder, shards.MERGED_STATS)))
+        stats = shards.read_json(files.join(folder, shards.MERGED_STATS))
         stats["config"], stats["counts"]["read"]
     except StorageError:
         raise
@@ -230,6 +256,10 @@ def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
         names = {name: None for name in files.list_names(where) if name.endswith(suffix)}
         # Parts stand in the order of their inputs, not in that of their names.
         ordered = [entry["name"] + suffix for entry in manifest.read_manifest(where)]
+        if names and not ordered and suffix == SUFFIX:
+            raise ValueError(
+                f"{files.join(where, manifest.NAME)}: missing, or damaged; run the filter again"
+            )
         names = [name for name in ordered or names if name in names]
         if names:
             return [files.join(where, name) for name in names], stats

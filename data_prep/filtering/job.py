@@ -27,6 +27,7 @@ from absl import logging
 
 from data_prep.decisions import table
 from data_prep.decisions.funnel import format_noise_table
+from data_prep.decisions.log import SAMPLES_SUFFIX
 from data_prep.decisions.report import REPORT, Report, gather, get_funnel, read_report
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import plan, resharding, restoring
@@ -216,10 +217,14 @@ def _write_parts(job: Job, found: Survey) -> None:
 
 
 def _find_undecided(job: Job, found: Survey) -> set[str]:
-    """Outputs of the parts whose decisions are missing."""
-    names = files.list_names(job.parts_folder, lambda name: name.endswith(table.SUFFIX))
-    present = {name.removesuffix(table.SUFFIX) for name in names}
-    return {t.output for t, _ in found.parts if os.path.basename(t.output) not in present}
+    """Outputs of the parts whose decisions or samples are missing."""
+    needed = (table.SUFFIX, SAMPLES_SUFFIX)
+    present = set(files.list_names(job.parts_folder, lambda name: name.endswith(needed)))
+    return {
+        task.output
+        for task, _ in found.parts
+        if not all(os.path.basename(task.output) + suffix in present for suffix in needed)
+    }
 
 
 def _remove_half_written(job: Job) -> None:
@@ -241,7 +246,8 @@ def _is_described(job: Job) -> bool:
     """True if the files are there that describe the output of these parts as a whole."""
     names = (REPORT, PAGE, table.KEYS_FILE, *_described_by(job.config))
     is_there = all(files.exists(files.join(job.folder, name)) for name in names)
-    return is_there and plan.read_written(job) is not None
+    is_whole = files.read_object(files.join(job.folder, REPORT)) is not None
+    return is_there and is_whole and plan.read_written(job) is not None
 
 
 def _described_by(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -326,7 +332,7 @@ def _describe_output(
     }
     if found.failed:
         merged["failed"] = found.failed
-    files.write_object(files.join(folder, shards.MERGED_STATS), merged)
+    files.write_object(files.join(folder, shards.MERGED_STATS), merged, with_checksum=True)
 
 
 def print_funnel(report: Report) -> None:

@@ -170,7 +170,7 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
         ),
         "counts": counts,
     }
-    files.write_object(shard.stats_path, stats)
+    files.write_object(shard.stats_path, stats, with_checksum=True)
     return stats
 
 
@@ -269,14 +269,16 @@ def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
     described = [name for name in names if name + shards.STATS_SUFFIX in present]
     paths = [files.join(folder, name) for name in described]
     is_ours = dict(zip(described, files.map_many(_is_ours, paths, folder), strict=True))
-    # Ours too, if it was killed between the shard and its statistics.
+    # Ours too, if it was killed between the shard and its statistics, or these are damaged.
     is_begun = SETTINGS in present or files.exists(files.join(folder, PARTS, SETTINGS))
-    return [name for name in names if not is_ours.get(name, is_begun)]
+    return [n for n in names if not (is_begun if is_ours.get(n) is None else is_ours[n])]
 
 
-def _is_ours(path: str) -> bool:
-    """True if the filter has written a shard, by its statistics."""
-    stats = files.read_object(path + shards.STATS_SUFFIX) or {}
+def _is_ours(path: str) -> bool | None:
+    """True if the filter has written a shard, by its statistics; None where they are damaged."""
+    stats = files.read_object(path + shards.STATS_SUFFIX)
+    if stats is None:
+        return None
     is_part = SUFFIX in stats.get("output", {}).get("companions", {})
     return is_part or "parts" in stats.get("input", {})
 

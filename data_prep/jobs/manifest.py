@@ -70,12 +70,9 @@ def plan_parts(
     suffix = FORMATS[output_format].suffix
     prefix = shard_name(dataset, split, 0, 1, "").removesuffix("00000")
     names = [f"{prefix}{found}{suffix}" for found in hash_inputs(inputs)]
-    entries = (_describe(name, found) for name, found in zip(names, inputs, strict=True))
-    lines = ",\n".join(json.dumps(entry) for entry in entries)
-    data = f'{{"parts": [\n{lines}\n]}}\n'.encode()
-    path = files.join(folder, NAME)
-    if not files.exists(path) or files.read_bytes(path) != data:
-        files.write_bytes(path, data)
+    entries = [_describe(name, found) for name, found in zip(names, inputs, strict=True)]
+    if read_manifest(folder) != json.loads(json.dumps(entries)):
+        files.write_object(files.join(folder, NAME), {"parts": entries}, with_checksum=True)
     return [
         ShardTask(found.shard, files.join(folder, name), config_hash, identity)
         for found, name in zip(inputs, names, strict=True)

@@ -188,7 +188,7 @@ def finish_task(
         "counts": counts,
     }
     files.write_object(task.location_path, described.location)
-    files.write_object(task.stats_path, stats)
+    files.write_object(task.stats_path, stats, with_checksum=True)
     return stats
 
 
@@ -299,8 +299,15 @@ def remove_merged(folder: str) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file that is there."""
-    return json.loads(files.read_bytes(os.fspath(path)))
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    found = files.read_object(os.fspath(path))
+    if found is None:
+        raise ValueError(f"{os.fspath(path)}: missing, or damaged")
+    return found
 
 
 def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -195,7 +194,7 @@ def _image_formats(source: SourceShard) -> dict[str, int]:
     """Counts of the filter, which decide how the data set describes its images."""
     path = source.path + shards.STATS_SUFFIX
     try:
-        return json.loads(files.read_bytes(path))["counts"]["image_formats"]
+        return shards.read_json(path)["counts"]["image_formats"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: no counts of image formats; filter the shard again") from error
 

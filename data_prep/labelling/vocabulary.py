@@ -11,7 +11,6 @@ those of a record that has fewer than m.
 from __future__ import annotations
 
 import collections
-import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,7 +52,7 @@ def read_counts(shards: Sequence[str]) -> Counted:
     paths = [shard + STATS_SUFFIX for shard in shards]
     try:
         for data in files.map_many(files.read_bytes, paths, paths[0] if paths else ""):
-            stats = json.loads(data)
+            stats = files.parse_object(data) or {}
             found = stats["counts"]["concepts"]
             for kind in KINDS:
                 counts[kind].update(found[kind])

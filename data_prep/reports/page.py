@@ -46,7 +46,7 @@ _MOST_BINS = 40
 def write_report(folder: str | os.PathLike[str], report: Report) -> None:
     """Writes `report.json` and `report.html` into a folder."""
     folder = os.fspath(folder)
-    files.write_object(files.join(folder, REPORT), report)
+    files.write_object(files.join(folder, REPORT), report, with_checksum=True)
     render_report(report, files.join(folder, PAGE))
 
 

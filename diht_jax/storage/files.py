@@ -8,6 +8,7 @@ again (`diht_jax.storage.retries`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from diht_jax.storage.stores import forget_input, is_remote, note_input, open_sy
 # Stores whose folders must be made before a file is written; in the others a name is enough.
 _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
 _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")  # the names of `temporary_path`
+_CHECKSUM = "checksum"
 _READ_THREADS, _READ_AHEAD = 32, 256  # of small files in a store
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -121,14 +123,29 @@ def read_object(path: str) -> dict[str, Any] | None:
         StorageError: it cannot be read, now and after some attempts: it may be there, and whole.
     """
     try:
-        data = read_bytes(path)
+        return parse_object(read_bytes(path))
     except FileNotFoundError:
         return None
+
+
+def parse_object(data: bytes) -> dict[str, Any] | None:
+    """The JSON object in the bytes of a file; None for anything else.
+
+    An object with a checksum, as `write_object` writes it, is none if that is another one.
+    """
     try:
         found = json.loads(data)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    stated = found.pop(_CHECKSUM, None)
+    return found if stated is None or stated == _hash_object(found) else None
+
+
+def _hash_object(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -144,11 +161,18 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         local.write_bytes(data)
 
 
-def write_object(path: str, value: Mapping[str, Any]) -> None:
+def write_object(path: str, value: Mapping[str, Any], *, with_checksum: bool = False) -> None:
     """Writes JSON for people and programs, atomically.
 
     A name that is not UTF-8, which Python holds with lone surrogates, comes back as it was.
+
+    Args:
+        path: of the file.
+        value: the object.
+        with_checksum: adds the key "checksum", by which `parse_object` knows a damaged file.
     """
+    if with_checksum:
+        value = {**value, _CHECKSUM: _hash_object(json.loads(json.dumps(value)))}
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     try:
         data = text.encode()
@@ -234,10 +258,14 @@ def list_names(folder: str, wanted: Callable[[str], bool] = bool) -> list[str]:
         folder: path or URL.
         wanted: whether a name is; of a large folder the others take no memory.
     """
+
+    def look() -> list[str]:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if wanted(e.name) and e.is_file())
+
     if not is_remote(folder):
         try:
-            with os.scandir(folder) as entries:
-                return sorted(e.name for e in entries if wanted(e.name) and e.is_file())
+            return retry(look, folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
     return sorted(name for name, _ in _list_remote(folder) if wanted(name))
@@ -288,7 +316,7 @@ def remove(path: str) -> None:
         if is_remote(path):
             _call(path, lambda system, name: system.rm_file(name), "removed")
         else:
-            os.unlink(path)
+            retry(lambda: os.unlink(path), path, "removed")
 
 
 def make_folder(folder: str) -> None:

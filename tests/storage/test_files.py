@@ -1,5 +1,8 @@
 """Files of an output folder: on a disk, in fsspec's memory, and on an S3 server (moto)."""
 
+import errno
+import os
+
 import fsspec
 import pytest
 
@@ -7,7 +10,7 @@ from data_prep.filtering.config import SETTINGS
 from data_prep.filtering.resharding import BalancedShard, load_written
 from data_prep.jobs import manifest
 from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, check_all
-from diht_jax.storage import files
+from diht_jax.storage import files, retries
 from diht_jax.storage.retries import StorageError
 from tests.readers.failing_disk import FailingDisk
 from tests.records.stores import MeteredStore
@@ -110,3 +113,33 @@ def test_one_listing_is_one_request():
     MeteredStore.requests.clear()
     assert files.list_names("metered://listed") == ["0", "1", "2"]
     assert MeteredStore.counts() == {"list": 1}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["scandir", "unlink"])
+def test_a_disk_that_is_away_for_a_moment_changes_nothing(tmp_path, monkeypatch, name, number):
+    real, failures = getattr(os, name), [OSError(number, os.strerror(number))]
+
+    def fails_once(*args, **options):
+        if failures:
+            raise failures.pop()
+        return real(*args, **options)
+
+    (tmp_path / "a").write_bytes(b"x")
+    monkeypatch.setattr(retries, "sleep", lambda secs: None)
+    monkeypatch.setattr(os, name, fails_once)
+    assert files.list_names(str(tmp_path)) == ["a"]
+    files.remove(str(tmp_path / "a"))
+    assert files.list_names(str(tmp_path)) == []
+    assert not failures
+
+
+def test_an_object_with_a_checksum_is_none_once_it_is_another(tmp_path):
+    path, value = str(tmp_path / "x.json"), {"b": [1, 0.1, None], "a": {"é": "\udcff"}}
+    files.write_object(path, value, with_checksum=True)
+    assert files.read_object(path) == value
+    whole = (tmp_path / "x.json").read_text()
+    (tmp_path / "x.json").write_text(whole.replace("0.1", "0.2"))
+    assert files.read_object(path) is None
+    (tmp_path / "x.json").write_text("".join(whole.split()))  # written in another way
+    assert files.read_object(path) == value

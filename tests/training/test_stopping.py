@@ -139,10 +139,22 @@ def raised_from(cause, error):
         return raised
 
 
+def raised_from_none(caught, error):
+    """An error that is raised `from None` where another was caught."""
+    try:
+        try:
+            raise caught
+        except type(caught):
+            raise error from None
+    except type(error) as raised:
+        return raised
+
+
 @pytest.mark.parametrize(
     "error, status",
     [
         (ValueError("config.seed=-1"), LASTING_EXIT_CODE),
+        (raised_from_none(OSError("reset"), ValueError("a wrong path")), LASTING_EXIT_CODE),
         (raised_from(PermissionError("/run"), ValueError("--workdir")), LASTING_EXIT_CODE),
         (SaveError("no room"), 1),
         (raised_from(ConnectionError("reset"), ValueError("gs:// cannot be read")), 1),

@@ -1,5 +1,6 @@
 """The filter command: decisions, counts, equal bytes, and what it refuses."""
 
+import contextlib
 import io
 import json
 import pathlib
@@ -85,6 +86,32 @@ def test_captions_are_dropped_by_reason(captioned):
     assert rows[: len(_CAPTIONS)] == [
         (f"t-{n:08d}", reason) for n, reason in enumerate(_CAPTIONS.values())
     ]
+
+
+_NAMES = ("dog", "red fox", "container ship", "tabby cat", "tench")
+_SENTENCES = ("a red car", "blue sky over the green hills", "the old house at the lake")
+
+
+@pytest.mark.parametrize(
+    ("captions", "recipe", "is_named"),
+    [
+        (_NAMES, "cat", True),
+        (_NAMES, "convert", False),
+        (_SENTENCES, "cat", False),  # nothing is kept of these either
+        ((*_NAMES, "a dog is chasing a small brown bird"), "cat", False),
+    ],
+    ids=["names", "converted", "sentences", "some are kept"],
+)
+def test_the_recipe_for_names_is_named_where_cat_keeps_none(
+    tmp_path, caplog, captions, recipe, is_named
+):
+    (tmp_path / "i.png").write_bytes(_PNG)
+    source = _write_table(tmp_path, [{"image": "i.png", "caption": text} for text in captions])
+    with caplog.at_level("WARNING"), contextlib.suppress(ValueError):
+        run_filter(job_config(source, tmp_path / "out", recipe))
+    assert ("configs/prep/convert.py" in caplog.text) == is_named
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("configs/prep/convert.py" in page) == is_named
 
 
 def test_bad_captions_of_a_good_pair_are_gone(captioned):

@@ -224,6 +224,19 @@ def test_quantiles_of_scores_are_exact(tmp_path):
     assert score_quantiles(paths, "none", shares) is None
 
 
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.0, 1), (0.1, 1), (0.125, 1), (0.13, 2), (0.25, 2), (0.5, 4), (0.51, 5), (0.875, 7), (1, 8)],
+)
+def test_a_quantile_is_the_least_score_that_its_share_does_not_exceed(tmp_path, share, expected):
+    """Of the scores 1 to 8, also where share times 8 is whole."""
+    log = table.DecisionWriter(["clip"])
+    for row, value in enumerate((5, 3, 8, 1, 7, 2, 6, 4)):
+        log.add(row, {"key": "k", "outcome": "kept", "clip": float(value)})
+    log.write(str(tmp_path / "x"))
+    assert score_quantiles([str(tmp_path / "x")], "clip", [share]) == [expected]
+
+
 def test_the_queries_of_the_page_run(work, tmp_path, monkeypatch, capfd):
     filtered, config, folder = work
     (tmp_path / "runs").mkdir()
