@@ -27,7 +27,6 @@ from absl import logging
 
 from data_prep.decisions import table
 from data_prep.decisions.funnel import format_noise_table
-from data_prep.decisions.log import SAMPLES_SUFFIX
 from data_prep.decisions.report import REPORT, Report, gather, get_funnel, read_report
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import plan, resharding, restoring
@@ -179,7 +178,7 @@ def _write_resharded(job: Job, found: Survey) -> tuple[dict[str, str], list[Shar
     is_described = not unwritten and _is_described(job)
     if not is_described:
         restored, missing = restoring.plan_restoring(found.parts, unwritten, job.folder)
-        missing |= _find_undecided(job, found)
+        missing |= plan.find_undecided([task.output for task, _ in found.parts])
         if missing:
             return {}, [task for task, _ in found.parts if task.output in missing]
         report = _gather_some(job, found)
@@ -214,17 +213,6 @@ def _write_parts(job: Job, found: Survey) -> None:
         table.write_lists(job.folder, table.read_kept(task.output for task, _ in parts))
         _describe_output(job, found, [stats["output"] for _, stats in parts], report)
     _show(job, len(parts))
-
-
-def _find_undecided(job: Job, found: Survey) -> set[str]:
-    """Outputs of the parts whose decisions or samples are missing."""
-    needed = (table.SUFFIX, SAMPLES_SUFFIX)
-    present = set(files.list_names(job.parts_folder, lambda name: name.endswith(needed)))
-    return {
-        task.output
-        for task, _ in found.parts
-        if not all(os.path.basename(task.output) + suffix in present for suffix in needed)
-    }
 
 
 def _remove_half_written(job: Job) -> None:

@@ -22,6 +22,7 @@ import ml_collections
 from absl import logging
 
 from data_prep.decisions import table
+from data_prep.decisions.log import SAMPLES_SUFFIX
 from data_prep.decisions.report import REPORT
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import resharding, rows
@@ -192,11 +193,19 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
         files.write_object(path, settings)
     if not job.is_resharded:  # nothing else holds these outputs
         found = [(task, done[task.output]) for task in job.mine if task.output in done]
-        damaged = shards.damaged_outputs(found)
+        damaged = shards.damaged_outputs(found) | find_undecided(list(done))
         return {output: stats for output, stats in done.items() if output not in damaged}
     if not overwrite:
         _check_records(job, done)
     return done
+
+
+def find_undecided(outputs: Sequence[str]) -> set[str]:
+    """The outputs, all of one folder, whose decisions or samples are missing."""
+    needed = {path: (table.decisions_path(path), path + SAMPLES_SUFFIX) for path in outputs}
+    folders = {path.rpartition("/")[0] for paths in needed.values() for path in paths}
+    present = {files.join(folder, name) for folder in folders for name in files.list_names(folder)}
+    return {output for output, paths in needed.items() if not present.issuperset(paths)}
 
 
 def forget_output(folder: str) -> None:

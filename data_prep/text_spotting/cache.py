@@ -17,7 +17,8 @@ import zlib
 from typing import Any
 
 from data_prep.text_spotting.ocr import Box
-from diht_jax.storage.files import write_bytes
+from diht_jax.storage.files import add_checksum, parse_object, write_bytes
+from diht_jax.storage.retries import naming_output
 
 
 @dataclasses.dataclass
@@ -106,13 +107,13 @@ class SpotCache:
         if self._readings.get(image) == reading:
             return
         self._readings[image] = copy.deepcopy(reading)
-        entry = {"image": image, **dataclasses.asdict(reading)}
+        entry = add_checksum({"image": image, **dataclasses.asdict(reading)})
         self._lines.append(json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n")
 
     def flush(self) -> None:
         """Appends what is new to the file."""
         if self._lines:
-            with open(self.path, "ab", buffering=0) as file:
+            with naming_output(self.path), open(self.path, "ab", buffering=0) as file:
                 file.write("".join(self._lines).encode())
             self._lines = []
 
@@ -122,13 +123,13 @@ class SpotCache:
         data = self.path.read_bytes()
         for line in data.splitlines():
             try:
-                entry = json.loads(line)
+                entry = parse_object(line) or {}
                 self._readings[entry["image"]] = Reading(
                     {int(side): score for side, score in entry["peaks"].items()},
                     {int(side): _parse_lines(look) for side, look in entry["looks"].items()},
                 )
             except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # The end of a killed run; what it held is spotted again.
+                continue  # The end of a killed run, or damage; what it held is spotted again.
         if data and not data.endswith(b"\n"):
             self._lines.append("\n")
 

@@ -131,7 +131,7 @@ def read_object(path: str) -> dict[str, Any] | None:
 def parse_object(data: bytes) -> dict[str, Any] | None:
     """The JSON object in the bytes of a file; None for anything else.
 
-    An object with a checksum, as `write_object` writes it, is none if that is another one.
+    An object with a checksum (`add_checksum`) is none if that is another one.
     """
     try:
         found = json.loads(data)
@@ -141,6 +141,11 @@ def parse_object(data: bytes) -> dict[str, Any] | None:
         return None
     stated = found.pop(_CHECKSUM, None)
     return found if stated is None or stated == _hash_object(found) else None
+
+
+def add_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON-able object with the key "checksum", by which `parse_object` knows a damaged one."""
+    return {**value, _CHECKSUM: _hash_object(json.loads(json.dumps(value)))}
 
 
 def _hash_object(value: Mapping[str, Any]) -> str:
@@ -169,10 +174,10 @@ def write_object(path: str, value: Mapping[str, Any], *, with_checksum: bool = F
     Args:
         path: of the file.
         value: the object.
-        with_checksum: adds the key "checksum", by which `parse_object` knows a damaged file.
+        with_checksum: see `add_checksum`.
     """
     if with_checksum:
-        value = {**value, _CHECKSUM: _hash_object(json.loads(json.dumps(value)))}
+        value = add_checksum(value)
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     try:
         data = text.encode()
