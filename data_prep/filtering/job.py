@@ -74,14 +74,18 @@ def run(
     done |= failures.made
     result, missing = _finish(job, failures, done, has_begun=bool(pending))
     if missing:
-        again = _filter_again(job, missing)
-        if again:
-            return Failures(print_failures(failures | again))
+        logging.warning(
+            "%d finished shards are read again, since records that were made from them are "
+            "missing or damaged, such as those of %s",
+            len(missing),
+            missing[0].source,
+        )
+        again = filter_parts(job, missing)
+        if again:  # the output that is there may hold what could not be read now
+            return print_failures(Failures(failures | again))
         result, missing = _finish(job, failures, {}, has_begun=False)
-    if missing:
-        print_escaped(f"{len(missing)} shards are read again by other jobs; run the command again")
-        error = "its records are missing"
-        result = Failures(failures | {str(task.source): error for task in missing})
+    error = "what was made of it was removed again while the filter ran; run the command again"
+    result.update({str(task.source): error for task in missing})
     return print_failures(result)
 
 
@@ -92,20 +96,6 @@ def filter_parts(job: Job, pending: Sequence[ShardTask]) -> Failures:
     options = engine_options(job.config, job.engine)
     options |= {"label": "filter", "after_death": after_death}
     return run_noting_failures(work, pending, options)
-
-
-def _filter_again(job: Job, missing: Sequence[ShardTask]) -> Failures:
-    """Filters parts whose records were cleaned away, or damaged, and are wanted once more."""
-    outputs = {task.output for task in job.mine}
-    again = [task for task in missing if task.output in outputs]
-    if again:
-        logging.warning(
-            "%d finished shards are read again, since records that were made from them are "
-            "missing or damaged, such as those of %s",
-            len(again),
-            again[0].source,
-        )
-    return filter_parts(job, again)
 
 
 def _finish(
