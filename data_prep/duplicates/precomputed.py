@@ -40,6 +40,7 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
         ValueError: it holds something else.
     """
     with local_copy(path) as name:
+        embedding_files.check_digest(path, name)
         try:
             keys = embedding_files.read_keys(name, "key")
             found = embedding_files.read_embeddings(name, "image_emb")

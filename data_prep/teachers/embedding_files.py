@@ -5,13 +5,33 @@ Npz has the arrays `key` [n] and `image_emb` [n, d], parquet has such columns.
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
 
 from diht_jax.readers.array_files import read_npz_array
+from diht_jax.storage import files
 
 SUFFIXES = (".npz", ".parquet")
+
+
+def check_digest(path: str, local: str) -> None:
+    """Compares a file of `diht_jax.embed` with the CRC-32 in the `.json` next to it.
+
+    Args:
+        path: path or URL of the file; one by others, without such a `.json`, is right as it is.
+        local: the file, or a local copy of it.
+
+    Raises:
+        ValueError: they differ.
+    """
+    stated = files.read_object(f"{path.rpartition('.')[0]}.json") or {}
+    if "crc32" in stated and stated["crc32"] != zlib.crc32(files.read_bytes(local)):
+        raise ValueError(
+            f"{path}: damaged, since its CRC-32 is not that of the .json next to it; delete both "
+            "and run diht_jax.embed again"
+        )
 
 
 def read_keys(path: str, field: str) -> list[str]:

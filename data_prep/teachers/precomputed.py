@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, TeacherKind
-from data_prep.teachers.embedding_files import SUFFIXES, read_embeddings, read_keys
+from data_prep.teachers.embedding_files import SUFFIXES, check_digest, read_embeddings, read_keys
 from diht_jax.records.schema import Record
 
 _OPEN_FILES = 4
@@ -41,6 +41,7 @@ class EmbeddingTable:
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._load)
         for path in _find_files(files):
             self._versions[path] = _version(path)
+            check_digest(path, path)
             keys = read_keys(path, key_field)
             self._lengths[path] = len(keys)
             if not keys:

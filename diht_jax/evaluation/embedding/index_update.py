@@ -30,11 +30,11 @@ from diht_jax.evaluation.embedding.picture_index import (
     DTYPES,
     LAYOUT,
     Part,
+    find_leftovers,
     make_rows,
     make_thumbnail,
     quantize,
     read_manifests,
-    remove_leftovers,
     remove_part,
     write_part,
 )
@@ -131,7 +131,8 @@ def update_index(
         check_settings(folder, settings, what="an index", flag="--index")
         stack.enter_context(lock_folder(folder, "--index", ".lock"))
         removed = _remove_stale(folder, settings, shards)
-        remove_leftovers(folder, read_manifests(folder, settings).values())
+        for path in find_leftovers(folder, read_manifests(folder, settings).values()):
+            path.unlink()
 
     with contextlib.ExitStack() as stack:
         process.together(prepare if process.index == 0 else lambda: None)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+from absl import logging
 from PIL import Image
 
 from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object, write_object
@@ -81,6 +82,12 @@ class PictureIndex:
         manifests = read_manifests(folder, settings)
         if not manifests:
             raise ValueError(f"--index={folder}: no pictures; --input=SOURCE brings them in")
+        for path in find_leftovers(folder, manifests.values()):
+            logging.warning(
+                "%s: left out, since an update was interrupted or its .json is gone; --input "
+                "brings the index up to date",
+                path,
+            )
         self._parts = {number: Part(folder, found) for number, found in manifests.items()}
 
     def __len__(self) -> int:
@@ -291,16 +298,14 @@ def write_part(
 
 
 def remove_part(folder: pathlib.Path, number: int) -> None:
-    """Removes a part; its Arrow file is removed by `remove_leftovers`."""
+    """Removes a part; its Arrow file is then one of `find_leftovers`."""
     (folder / f"{number:05d}.json").unlink()
 
 
-def remove_leftovers(folder: pathlib.Path, manifests: Iterable[dict[str, Any]]) -> None:
-    """Removes the Arrow files that no part names, such as those of an interrupted update."""
+def find_leftovers(folder: pathlib.Path, manifests: Iterable[dict[str, Any]]) -> list[pathlib.Path]:
+    """The Arrow files that no part names, such as those of an interrupted update."""
     named = {manifest["file"] for manifest in manifests}
-    for path in folder.glob("[0-9]*.arrow"):
-        if path.name not in named:
-            path.unlink()
+    return [path for path in sorted(folder.glob("[0-9]*.arrow")) if path.name not in named]
 
 
 def _block_crcs(data: pyarrow.Buffer, blocks: Iterable[int]) -> list[int]:

@@ -14,6 +14,7 @@ import torchvision
 from torchvision.models import vision_transformer
 from torchvision.transforms import v2
 
+from data_prep.duplicates.precomputed import read_embeddings as read_stored
 from data_prep.teachers.precomputed import EmbeddingTable
 from data_prep.teachers.registry import (
     default_teacher,
@@ -21,9 +22,12 @@ from data_prep.teachers.registry import (
     load_teacher,
 )
 from data_prep.teachers.swag import WEIGHTS_VARIABLE
+from diht_jax.config import default_config
+from diht_jax.evaluation.embedding import files as embedding_files
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Record
+from tests import make
 from tests.make import encoded, noise
 
 _MODULE = """
@@ -265,3 +269,37 @@ def test_invalid_precomputed_files(tmp_path):
     _write_npz(tmp_path / "f.npz", ["x"], np.full((1, 3), np.nan))
     with pytest.raises(ValueError, match="not finite"):
         open_table("f.npz").get("x")
+
+
+class _Hashed(make.HashedModel):
+    """A model as `embed_source` takes it."""
+
+    image_size, context_length, embed_dim = 2, 8, 16
+    config = default_config()
+
+    def fingerprint(self):
+        return "hashed"
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet"])
+def test_a_damaged_file_of_stored_embeddings_is_named(form, tmp_path):
+    options = embedding_files.EmbedOptions(format=form, modalities=("image",), shard_size=8)
+    for name, count in (("one", 8), ("two", 7)):
+        folder = tmp_path / name
+        make.write_pair_tar(tmp_path / f"{name}.tar", ["a caption"] * count)
+        embedding_files.embed_source(_Hashed(), f"{tmp_path}/{name}.tar", folder, options)
+    path, other = (tmp_path / name / f"embeddings-00000-00000.{form}" for name in ("one", "two"))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    assert len(EmbeddingTable(str(path), "key", "image_emb")) == 8
+    for kind in range(40):
+        data, start = bytearray(whole), int(rng.integers(len(whole)))
+        if kind % 3 == 0:
+            data[start] ^= 1 << int(rng.integers(8))
+        elif kind % 3 == 1:
+            del data[start:]
+        else:
+            data = bytearray(other.read_bytes())
+        path.write_bytes(data)
+        for read in (read_stored, lambda path: EmbeddingTable(path, "key", "image_emb")):
+            with pytest.raises(ValueError, match=path.name):
+                read(str(path))

@@ -217,6 +217,13 @@ def test_other_work_and_damage_are_errors(tiny_model, folder, tmp_path):
     assert len(list((tmp_path / "index").glob("*.arrow"))) == 4
 
 
+def test_a_part_without_its_json_is_left_out_with_a_warning(tiny_model, folder, tmp_path, caplog):
+    update(tiny_model, folder, tmp_path / "index")
+    (tmp_path / "index/00002.json").unlink()
+    assert len(PictureIndex(tmp_path / "index")) < 20
+    assert "00002-" in caplog.text and "left out" in caplog.text
+
+
 def test_an_index_of_an_older_layout_is_an_error(tmp_path):
     (tmp_path / "embeddings.json").write_text(json.dumps({"index": 1, "model_sha256": "x"}))
     (tmp_path / "00000.arrow").write_bytes(b"ARROW1")
