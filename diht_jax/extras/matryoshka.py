@@ -13,9 +13,10 @@ import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Float
+
+from diht_jax.models.dual_encoder import l2_normalize
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, Metrics]]
@@ -47,12 +48,7 @@ def loss_of_sizes(
 
 def first_numbers(emb: Float[Array, "N d"], size: int) -> Float[Array, "N size"]:
     """The first numbers at unit length; the whole embeddings as they are."""
-    if size == emb.shape[1]:
-        return emb
-    cut = emb[:, :size].astype(jnp.promote_types(emb.dtype, jnp.float32))
-    # The floor keeps the gradient of an all-zero vector finite.
-    squared = jnp.sum(cut * cut, axis=1, keepdims=True)
-    return (cut * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))).astype(emb.dtype)
+    return emb if size == emb.shape[1] else l2_normalize(emb[:, :size]).astype(emb.dtype)
 
 
 def weighted_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[int, float] | None:
