@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from diht_jax.records.dataset_index import INDEX_NAME, KINDS, DatasetIndex, read_index
@@ -31,8 +32,13 @@ _NAMES = {
     "webdataset": re.compile(r"[^.].*\.tar"),
 }
 _NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "webdataset": "tar"}
-_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_CONVERT = "`python -m data_prep.filter --config configs/prep/convert.py`"
+# Why a file of another kind cannot be trained on, by the end of its name.
+_NO_SHARDS = dict.fromkeys(
+    (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"),
+    "a tar that is compressed has no random access; unpack it to a plain .tar, or make",
+)
+_NO_SHARDS |= {".parquet": "a parquet file has no random access by records; make"}
+_NO_SHARDS |= dict.fromkeys((".csv", ".tsv", ".jsonl"), "a table is no record shard; make")
 _NAMES_SHOWN = 3
 
 
@@ -233,24 +239,39 @@ def _shared_kind(files: Mapping[str, Iterable[str]]) -> str:
     kinds: dict[str, str] = {}  # and an example of each
     for entry, paths in files.items():
         found = {kind_of(path) for path in paths}
-        compressed = [path for path in paths if path.endswith(_COMPRESSED_TARS)]
-        if compressed and found == {None}:
-            raise ShardsNotFoundError(
-                f"{compressed[0]}: a tar that is compressed has no random access; unpack it to a "
-                f"plain .tar, or make record shards of it by {_CONVERT}"
-            )
+        if found == {None}:
+            _explain_others(entry, paths)
         kind = next((kind for kind in SUFFIXES if kind in found), None) or kind_of(entry)
         if kind is not None:
             kinds.setdefault(kind, entry)
     if len(kinds) > 1:
         raise ShardsNotFoundError(
             f"shards of several formats: {', '.join(kinds.values())} are {', '.join(kinds)}; name "
-            f"those of one format, or convert the others by {_CONVERT}"
+            f"those of one format, or convert the others by {_convert('OTHERS')}"
         )
     if not kinds and not any(map(os.path.isfile, files)):
+        first = next(iter(files))
+        convert = f". Pairs of other kinds become record shards by {_convert(first)}"
         raise ShardsNotFoundError(
-            f"no TFRecord shard at '{next(iter(files))}', nor one of another format; expected a "
+            f"no TFRecord shard at '{first}', nor one of another format; expected a "
             f"file, a folder of {', '.join(f'*{suffix}' for suffix in SUFFIXES.values())} files, "
-            "or a glob that matches some"
+            f"or a glob that matches some{convert if os.path.isdir(first) else ''}"
         )
     return next(iter(kinds), "tfrecord")  # a single file may have any name
+
+
+def _convert(source: str) -> str:
+    return (
+        "`python -m data_prep.filter --config configs/prep/convert.py "
+        f"--config.input={shlex.quote(source)} --config.output=FOLDER`"
+    )
+
+
+def _explain_others(entry: str, paths: Iterable[str]) -> None:
+    """Raises ShardsNotFoundError where files are of a known kind that cannot be trained on."""
+    for path in sorted(paths):
+        for suffix, reason in _NO_SHARDS.items():
+            if path.endswith(suffix):
+                raise ShardsNotFoundError(
+                    f"{path}: {reason} record shards of it by {_convert(entry)}"
+                )

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 
 import fsspec
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from diht_jax.data.index import update_index
+from diht_jax.records.catalog import open_catalog
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
@@ -133,3 +135,18 @@ def test_a_shard_of_the_same_size_that_was_written_again_is_noticed_when_it_is_r
         update_index(folder)
     update_index(folder, overwrite=True)
     assert TFRecordSource(folder)[7] == RECORDS[117]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl", "a.tar.gz"])
+def test_sources_that_are_no_shards_name_the_command_that_converts_them(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PAR1")
+    command = r"data_prep\.filter --config configs/prep/convert\.py --config\.input="
+    for source in (tmp_path / name, tmp_path, tmp_path / "a.*"):
+        with pytest.raises(ValueError, match=rf"{name}: .*{command}.?{re.escape(str(source))}"):
+            open_catalog(source)
+
+
+def test_a_folder_of_pictures_names_the_command_that_converts_it(tmp_path):
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(ValueError, match=rf"convert\.py --config\.input={tmp_path}"):
+        open_catalog(tmp_path)

@@ -1,5 +1,7 @@
 """ArrayRecord shards: random access against grain's own reader, and what is refused."""
 
+import os
+import pathlib
 import pickle
 
 import fsspec
@@ -52,6 +54,24 @@ def test_records_are_those_that_grain_reads(tmp_path):
     _write(tmp_path, (5, 0, 4))
     now = fingerprint_records(ArrayRecordSource(tmp_path))
     assert describe_changes(before, now) == ["changed: x-train-00002.array_record"]
+
+
+def test_a_reader_whose_descriptor_is_stale_is_opened_again(tmp_path):
+    records = _write(tmp_path, (4,))
+    source = ArrayRecordSource(tmp_path)
+    assert source[0] == records[0]
+    # As after a restart of a file server: no read by the reader's descriptor succeeds.
+    folder = pathlib.Path("/proc/self/fd")
+    stale = [int(fd) for fd in os.listdir(folder) if _leads_to(folder / fd, tmp_path)]
+    assert stale
+    with open(os.devnull, "wb") as unreadable:
+        for descriptor in stale:
+            os.dup2(unreadable.fileno(), descriptor)
+    assert [source[number] for number in range(4)] == records
+
+
+def _leads_to(descriptor, folder):
+    return os.path.exists(descriptor) and os.readlink(descriptor).startswith(str(folder))
 
 
 def test_damage_is_named(tmp_path):
