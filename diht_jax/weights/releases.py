@@ -25,6 +25,7 @@ CACHE_VARIABLE = "DIHT_JAX_CACHE"
 WEIGHTS_VARIABLE = "DIHT_JAX_WEIGHTS"
 
 _ADDRESS = "https://dl.fbaipublicfiles.com/diht"
+_ADVICE = f"without a network, download it elsewhere and name the file in {WEIGHTS_VARIABLE}"
 _LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 _CHUNK_BYTES = 2**20
 _TIMEOUT_SECS = 60
@@ -88,7 +89,7 @@ def fetch_release(name: str) -> pathlib.Path:
     return path
 
 
-def download(url: str, path: pathlib.Path, sha256: str) -> None:
+def download(url: str, path: pathlib.Path, sha256: str, *, advice: str = _ADVICE) -> None:
     """Downloads `url` to `path`, unless it is there with the right hash.
 
     An interrupted download goes on where it was, in this call (a few attempts) or a later one:
@@ -107,14 +108,13 @@ def download(url: str, path: pathlib.Path, sha256: str) -> None:
             logging.warning("%s: SHA-256 is not %s; downloading it again", path, sha256)
             path.unlink()
         logging.info("downloading %s to %s", url, path)
-        _download_part(url, part)
+        _download_part(url, part, advice)
         found = hash_file(part)
         if found != sha256:
             part.unlink()
             raise ValueError(
                 f"{url}: expected SHA-256 {sha256}, got {found}; the download was damaged or the "
-                "file is another one, and it was deleted. Try again, or give a file of your own "
-                f"in {WEIGHTS_VARIABLE}"
+                f"file is another one, and it was deleted. Try again; {advice}"
             )
         os.replace(part, path)
 
@@ -148,7 +148,7 @@ def _find_local(given: pathlib.Path, name: str, release: Release) -> pathlib.Pat
     return given
 
 
-def _download_part(url: str, part: pathlib.Path) -> None:
+def _download_part(url: str, part: pathlib.Path, advice: str) -> None:
     """Fills `part` up to the end, a few times over if the connection breaks off."""
     for _ in range(_MOST_ATTEMPTS):
         have_bytes = part.stat().st_size if part.exists() else 0
@@ -167,7 +167,7 @@ def _download_part(url: str, part: pathlib.Path) -> None:
     have_bytes = part.stat().st_size if part.exists() else 0
     raise ValueError(
         f"{url}: {problem}. {have_bytes} bytes are kept in {part} and the next call goes on from "
-        f"there; without a network, download the file elsewhere and name it in {WEIGHTS_VARIABLE}"
+        f"there; {advice}"
     )
 
 

@@ -47,7 +47,7 @@ RUN = (
     ("docs/weights.md", "python -m diht_jax.export --model runs/try", ""),
     ("docs/weights.md", "python -m diht_jax.embed --model runs/try", ""),
     ("docs/quickstart.md", "python -m diht_jax.search --model demo_output", ""),
-    ("docs/quickstart.md", "python -m diht_jax.search --model runs/emoji --input ../shared", ""),
+    ("docs/quickstart.md", "python -m diht_jax.search --model runs/emoji --input runs/data", ""),
 )
 # What every run of a module gets besides, so that it is small and leaves nothing outside.
 SMALLER = {
@@ -139,10 +139,10 @@ def test_command_is_parsed(command):
 
 def small_workspace(folder):
     """A checkout with recipes, tars of a few pictures, and the models that the pages name."""
-    checkout, data = folder / "checkout", folder / "shared" / "data"
-    (checkout / "runs").mkdir(parents=True)
-    (checkout / "demo_output").mkdir()
+    checkout = folder / "checkout"
+    data = checkout / "runs" / "data"
     data.mkdir(parents=True)
+    (checkout / "demo_output").mkdir()
     for link, target in (
         ("configs", REPOSITORY / "configs"),
         *(("runs/emoji", "try"), ("demo_output/filtered_concepts", "../runs/try")),
