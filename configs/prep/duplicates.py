@@ -23,10 +23,11 @@ from data_prep.duplicates.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Copies that were edited: the descriptor finds candidates, thumbnails decide.
+    """Copies that were edited: the descriptor finds candidates, thumbnails and captions decide.
 
     For what merely shows the same, take embeddings of a model and no verification; of CLIP's
-    SemDeDup takes a threshold of 0.95 and more.
+    SemDeDup takes a threshold of 0.95 and more. It drops pairs of any caption, as
+    --config.other_captions=drop does.
     """
     config = default_config()
     config.embeddings.kind = "descriptor"

@@ -43,6 +43,7 @@ _LEAST_SPREAD = 2.0  # standard deviation of the greys; of flatter pictures nois
 _CACHED = 2048  # pictures whose windows are kept: 86 kB each
 
 _PARTS = 8  # of a side, whose colours are compared
+_FITTED = 3  # differences that are larger by more than this, a fit does not mend
 _ROUNDS = 3  # of the fit of a window
 _NUDGE, _LONGEST_STEP = 0.004, 0.02  # of a window's place and size, as shares of the side
 
@@ -181,15 +182,16 @@ def has_colors_of(cut: np.ndarray, whole: np.ndarray, overlay: Overlay, differen
     everything = np.array([0.0, 0.0, 1.0, 1.0])
     colors = _average_window(wanted, everything, _PARTS)
 
-    def fits(window: np.ndarray) -> bool:
+    def largest(window: np.ndarray) -> float:
         distances = np.linalg.norm(_average_window(planes, window, _PARTS) - colors, axis=0)
-        return bool(distances.max() <= 255 * difference)
+        return float(distances.max()) / 255
 
     window = _window_places()[overlay.window]
-    if fits(window):
-        return True
-    greys = _average_window(wanted[:1], everything, _CELLS)[0]
-    return fits(_fit_window(planes[0], greys, window))
+    found = largest(window)
+    if difference < found <= _FITTED * difference:
+        greys = _average_window(wanted[:1], everything, _CELLS)[0]
+        found = min(found, largest(_fit_window(planes[0], greys, window)))
+    return found <= difference
 
 
 def _planes(thumbnail: np.ndarray) -> list[np.ndarray]:
