@@ -267,7 +267,7 @@ class SampleLog:
                 lines.append(f"{outcome}\t{found}\t{text}\n")
         # A lone surrogate may stand in the caption of a pair that was dropped.
         data = "".join(lines).encode("utf-8", "replace")
-        files.write_bytes(path, data + _hash_lines(data))
+        files.write_bytes(path, data + _hash_lines(path, data))
 
     def _describe(self, sample: Sample, is_whole: bool) -> dict[str, Any]:
         described = {"key": sample.key, "caption": sample.caption[:_MAX_CHARS]}
@@ -333,13 +333,16 @@ def read_samples(path: str) -> bytes:
     """
     content = files.read_bytes(path)
     data = content[:-_HASH_CHARS]
-    if content != data + _hash_lines(data):
+    if content != data + _hash_lines(path, data):
         raise ValueError(f"{path}: damaged; delete it, and run the filter again")
     return data
 
 
-def _hash_lines(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=(_HASH_CHARS - 1) // 2).hexdigest().encode() + b"\n"
+def _hash_lines(path: str, data: bytes) -> bytes:
+    """A line with the hash of contents and name."""
+    digest = hashlib.blake2b(os.path.basename(path).encode(), digest_size=(_HASH_CHARS - 1) // 2)
+    digest.update(data)
+    return digest.hexdigest().encode() + b"\n"
 
 
 def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[str, Any]]]:

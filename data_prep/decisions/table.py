@@ -19,6 +19,7 @@ their uids, which is left out where no pair has a uid (the field "uid" of its me
 from __future__ import annotations
 
 import hashlib
+import os
 import pathlib
 import re
 import shutil
@@ -146,7 +147,7 @@ class DecisionWriter:
         ) as writer:
             writer.write_table(table, row_group_size=_ROWS)
         files.make_folder(path.rpartition("/")[0] or ".")
-        files.write_bytes(path, _add_hash(sink.getvalue().to_pybytes()))
+        files.write_bytes(path, _add_hash(path, sink.getvalue().to_pybytes()))
 
     def _pack(self) -> pyarrow.Table:
         columns = list(zip(*self._rows, strict=True)) or [()] * len(self.schema)
@@ -189,11 +190,11 @@ def read_decisions(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+        ValueError: it is damaged, or the file of another part.
     """
     data = files.read_bytes(path)
     rest, stated, footer = _find_hash(data)
-    if stated != _hash(rest, footer):
+    if stated != _hash(path, rest, footer):
         raise ValueError(f"{path}: damaged; delete it, and run the filter again")
     source = pyarrow.BufferReader(data)
     try:
@@ -203,10 +204,10 @@ def read_decisions(
         raise ValueError(f"{path}: no whole file of decisions ({error}); filter again") from error
 
 
-def _add_hash(data: bytes) -> bytes:
+def _add_hash(path: str, data: bytes) -> bytes:
     """Puts a hash of a parquet file before its footer, where readers of parquet do not look."""
     rest, last, footer = _find_hash(data)
-    return rest + last + _hash(data) + footer
+    return rest + last + _hash(path, rest + last, footer) + footer
 
 
 def _find_hash(data: bytes) -> tuple[bytes, bytes, bytes]:
@@ -217,8 +218,9 @@ def _find_hash(data: bytes) -> tuple[bytes, bytes, bytes]:
     return data[:start], data[start:end], data[end:]
 
 
-def _hash(*parts: bytes) -> bytes:
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+def _hash(path: str, *parts: bytes) -> bytes:
+    """Of contents and name: the file of another part is not taken for this one."""
+    digest = hashlib.blake2b(os.path.basename(path).encode(), digest_size=_HASH_BYTES)
     for part in parts:
         digest.update(part)
     return digest.digest()

@@ -141,7 +141,9 @@ def _filter_parquet(
     schema = file.schema_arrow
     wanted = [name for name in schema.names if columns is None or name in columns]
     compression = _compression(file)
-    with pyarrow.parquet.ParquetWriter(path, schema, compression=compression) as writer:
+    with pyarrow.parquet.ParquetWriter(
+        path, schema, compression=compression, write_page_checksum=True
+    ) as writer:
         waiting: list[Any] = []
         with explain_errors(source.path, lambda: "damaged"):
             for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.stop)):

@@ -63,7 +63,12 @@ def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
     file = open_file(path) if is_small else RangesFile(open_ranges(path))
     buffer_size = 0 if is_stored else _BUFFER_BYTES
     try:
-        return pyarrow.parquet.ParquetFile(file, buffer_size=buffer_size, pre_buffer=is_stored)
+        return pyarrow.parquet.ParquetFile(
+            file,
+            buffer_size=buffer_size,
+            pre_buffer=is_stored,
+            page_checksum_verification=True,
+        )
     except (pyarrow.ArrowInvalid, OSError) as error:
         check_failure(file)
         if is_storage_failure(error):
