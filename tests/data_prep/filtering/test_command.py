@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -177,6 +178,34 @@ def test_same_bytes_with_any_number_of_workers(captioned, tmp_path):
         assert run_filter(config) == {}
     assert snapshot(tmp_path / "out0") == snapshot(tmp_path / "out2")
     assert len(read_records(tmp_path / "out0")) == 2 * len(read_records(captioned / "cat"))
+
+
+_FILTER = """
+import pathlib, sys
+from data_prep.filter import run_filter
+from tests.data_prep.filtering.jobs import job_config
+job = job_config(sys.argv[1], pathlib.Path(sys.argv[2]), "cat", concepts=True)
+assert run_filter(job) == {}
+"""
+
+
+def test_same_bytes_in_an_interpreter_with_other_orders_of_sets(tmp_path):
+    texts = ["a man rides a small brown horse", "a dog runs after a red ball", "two cats sleep"]
+    rows = [{"image": "i.png", "caption": texts[n:] + texts[:n]} for n in (0, 1, 2)]
+    source = _write_table(tmp_path / "in", rows)
+    (tmp_path / "in" / "i.png").write_bytes(_PNG)
+    outputs = [tmp_path / seed for seed in ("1", "2")]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", _FILTER, source, str(output)],
+            cwd=_REPOSITORY,
+            env=os.environ | {"PYTHONHASHSEED": output.name},
+            stderr=subprocess.DEVNULL,
+        )
+        for output in outputs
+    ]
+    assert [process.wait() for process in running] == [0, 0]
+    assert snapshot(outputs[0]) == snapshot(outputs[1])
 
 
 def test_nothing_kept_is_an_error(tmp_path, capsys):
