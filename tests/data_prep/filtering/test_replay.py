@@ -197,7 +197,8 @@ def test_folders_that_cannot_be_replayed(work, tmp_path):
     with pytest.raises(ValueError, match=r"--replay='.*': no finished folder"):
         replay.Replay(str(tmp_path))
     finished = filtered()
-    for path in (finished / "stats.json", *(finished / "parts").glob("*.decisions.parquet")):
+    copied = (finished / "stats.json", finished / "parts" / "manifest.json")
+    for path in (*copied, *(finished / "parts").glob("*.decisions.parquet")):
         target = tmp_path / path.relative_to(finished)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(path.read_bytes())
