@@ -35,7 +35,7 @@ from absl import logging
 
 from data_prep.jobs import manifest, shards
 from diht_jax.storage import files
-from diht_jax.storage.retries import StorageError
+from diht_jax.storage.retries import StorageError, naming_output
 from diht_jax.storage.stores import is_remote
 
 SUFFIX = ".decisions.parquet"
@@ -282,7 +282,8 @@ def write_lists(folder: str, kept: Iterable[pyarrow.RecordBatch]) -> None:
     """Writes both lists; they need no more memory for more pairs."""
     pairs, uids = 0, 0
     uids_path = files.join(folder, UIDS_FILE)
-    with tempfile.TemporaryFile(dir=None if is_remote(folder) else folder) as raw:
+    scratch = None if is_remote(folder) else folder
+    with naming_output(uids_path), tempfile.TemporaryFile(dir=scratch) as raw:
         with files.local_output(files.join(folder, KEYS_FILE)) as path, open(path, "wb") as keys:
             for rows in kept:
                 write_lines(keys, rows["key"])
