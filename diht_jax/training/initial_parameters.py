@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -60,19 +59,21 @@ def bind_architecture(
         set_keys = _changed_keys(config.model)
     if "model.name" in set_keys:
         return config
-    own = get_architecture(config.model.name, config.model.overrides.to_dict())
     bound = config.copy_and_resolve_references()
-    kept = [f for f in ARCHITECTURE_FIELDS if f"model.overrides.{f}" in set_keys]
-    arch = _stored_architecture(workdir)
-    if arch is None:
+    if workdir is not None and _has_checkpoint(workdir):
+        stored = _read_section(workdir)
+        bound.model.name = stored.name
+        bound.model.overrides.update(stored.overrides)
+    else:
+        own = get_architecture(config.model.name, config.model.overrides.to_dict())
         arch = _read_architecture(config.model.init_from)
-        sizes = {field: getattr(own, field) for field in _INPUT_SIZES}
-        if dataclasses.replace(arch, **sizes) == own:
+        if not _differing_fields(arch, own):
             return config
+        _set_architecture(bound.model, arch)
         logging.info("architecture: that of %s", config.model.init_from)
-    _set_architecture(bound.model, arch)
-    for field in kept:
-        bound.model.overrides[field] = config.model.overrides[field]
+    for field in ARCHITECTURE_FIELDS:
+        if f"model.overrides.{field}" in set_keys:
+            bound.model.overrides[field] = config.model.overrides[field]
     return bound
 
 
@@ -129,13 +130,9 @@ def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
     return changed | ({"model.name"} if section.name != default_config().model.name else set())
 
 
-def _stored_architecture(workdir: epath.Path | None) -> Architecture | None:
-    """The architecture of the run in a work directory; None where it has no checkpoint yet."""
-    if workdir is None or not (workdir / CONFIG_FILE).exists():
-        return None
-    if not finished_steps(workdir / CHECKPOINT_DIRECTORY):
-        return None
-    return _architecture_of_run(workdir)
+def _has_checkpoint(workdir: epath.Path) -> bool:
+    has_config = (workdir / CONFIG_FILE).exists()
+    return has_config and bool(finished_steps(workdir / CHECKPOINT_DIRECTORY))
 
 
 def _read_architecture(source: str) -> Architecture:
@@ -145,15 +142,17 @@ def _read_architecture(source: str) -> Architecture:
     if not is_run(folder):
         return _read_weights(source).arch
     try:
-        return _architecture_of_run(folder)
+        section = _read_section(folder)
+        return get_architecture(section.name, section.overrides.to_dict())
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
 
 
-def _architecture_of_run(folder: str | epath.Path) -> Architecture:
-    config = read_config(folder)
+def _read_section(workdir: str | epath.Path) -> ml_collections.ConfigDict:
+    """The section `model` of the run in a work directory."""
+    config = read_config(workdir)
     validate_config(config, default_config())
-    return get_architecture(config.model.name, config.model.overrides.to_dict())
+    return config.model
 
 
 def _set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> None:
@@ -177,9 +176,7 @@ def _check_same_architecture(
     differing = [
         f"config.model.overrides.{field}={_value(found, field)!r} "
         f"(the run has {_value(expected, field)!r})"
-        for field in ARCHITECTURE_FIELDS
-        if field not in (*_INPUT_SIZES, "end_of_text_id")
-        and _value(found, field) != _value(expected, field)
+        for field in _differing_fields(found, expected)
     ]
     if differing:
         raise ValueError(
@@ -188,6 +185,14 @@ def _check_same_architecture(
             f"{', '.join(differing)}. Leave these settings out, and the run takes them from the "
             "model; or set them so"
         )
+
+
+def _differing_fields(a: Architecture, b: Architecture) -> list[str]:
+    """Fields that make another model; sizes of images and texts do not."""
+    # CLIP's vocabulary has the same end of text with an id as without.
+    alike = (*_INPUT_SIZES, "end_of_text_id")
+    fields = (field for field in ARCHITECTURE_FIELDS if field not in alike)
+    return [field for field in fields if _value(a, field) != _value(b, field)]
 
 
 def _value(arch: Architecture, field: str) -> Any:

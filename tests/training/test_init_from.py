@@ -9,13 +9,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.initial_parameters import bind_architecture
 from diht_jax.training.loop import train
 from diht_jax.training.recipe import default_config
-from diht_jax.training.workdir.saved_run import read_config
+from diht_jax.training.workdir.saved_run import read_config, write_config
 from diht_jax.weights.export import write_model
 from diht_jax.weights.settings import Preprocessing
 from tests.compiling import xla_flags
@@ -97,9 +98,29 @@ def test_a_recipe_of_the_same_model_keeps_its_sizes_of_images_and_texts(weights)
     recipe = default_config()
     same = {field: value for field, value in vars(OTHER).items() if value is not None}
     recipe.model.overrides.update({**same, "image_size": 40, "context_length": 50})
+    # What is the same model, written otherwise.
+    recipe.model.overrides.update(text_mlp_width=4 * OTHER.text_width, end_of_text_id=49407)
     recipe.model.init_from = str(weights[0])
     bound = architecture_of(bind_architecture(recipe, set_keys=()))
     assert (bound.image_size, bound.context_length) == (40, 50)
+
+
+@pytest.mark.parametrize("field, value", [("patch_size", 8), ("context_length", 40)])
+def test_a_run_that_goes_on_has_the_config_that_it_began_with(
+    recipe, weights, tmp_path, field, value
+):
+    """Also where it is written in another way than from the model: as a name, or in full."""
+    same = {name: value for name, value in vars(OTHER).items() if value is not None}
+    recipe.model.overrides.update({**same, field: value})
+    set_keys = (f"model.overrides.{field}",)
+    for init_from in (str(weights[0]), "diht_vitb16_224px"):
+        recipe.model.init_from = init_from
+        first = bind_architecture(recipe, tmp_path, set_keys)
+        write_config(tmp_path, first)
+        (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+        again = bind_architecture(recipe, epath.Path(tmp_path), set_keys)
+        assert again.to_dict() == first.to_dict()
+        shutil.rmtree(tmp_path / "checkpoints")
 
 
 def test_sizes_that_the_user_sets_stay(recipe):
