@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from PIL import Image
 
 from diht_jax import command_line
 from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.readers.array_files import read_npz_array
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Pair
 from diht_jax.storage.copies import local_copy
@@ -200,11 +200,12 @@ def open_index(path: str) -> Index:
     if not path.endswith(SUFFIX):
         return make_index(path)
     try:
-        with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
-            return Index(**dict(file))
+        with local_copy(path) as local:
+            names = [field.name for field in dataclasses.fields(Index)]
+            return Index(**{name: read_npz_array(local, name) for name in names})
     except StorageError:  # the file may be good
         raise
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: expected an index of python -m data_prep.duplicates.image_hashes "
             f"({type(error).__name__}: {error})"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_prep.duplicates import job, scan
+from data_prep.duplicates import image_hashes, job, scan
 from data_prep.duplicates.table import Lookup
 from data_prep.filter import run_filter
 from tests.data_prep.duplicates.jobs import duplicates_config, read_dropped, scene, write_pictures
@@ -101,3 +101,24 @@ def test_a_damaged_scan_is_made_again(folder, ending, monkeypatch):
     assert _run(folder, **changes) == {}
     assert scanned == [str(path).removesuffix(".stats.json")]
     assert path.read_bytes() == whole and read_dropped(folder / "out") == _EXPECTED
+
+
+def test_no_damage_of_an_index_of_hashes_changes_it(tmp_path):
+    generator = np.random.default_rng(1)
+    index = image_hashes.Index(
+        np.array([f"k{i}" for i in range(50)]),
+        generator.integers(0, 256, (50, 16), np.uint8),
+        generator.integers(0, 2**63, 50, np.uint64),
+        np.ones(50, bool),
+    )
+    path = tmp_path / "index.npz"
+    image_hashes.write_index(path, index)
+    for name, damaged in _damages(path.read_bytes(), 150):
+        path.write_bytes(damaged)
+        image_hashes.open_index.cache_clear()
+        try:
+            found = image_hashes.open_index(str(path))
+        except ValueError as error:
+            assert str(path) in str(error), name
+        else:  # what an archive says besides its contents, such as times
+            assert (found.digest(), found.keys.tolist()) == (index.digest(), index.keys.tolist())
