@@ -15,11 +15,11 @@ import ml_collections
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.positions import fit_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
+from diht_jax.training.initial_parameters import set_architecture
 from diht_jax.training.recipe import default_config
 from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
@@ -217,12 +217,5 @@ def config_of(arch: Architecture) -> ml_collections.ConfigDict:
     """The default training config with this architecture, computing in float32."""
     config = default_config()
     config.model.dtype = "float32"
-    same = [name for name, known in ARCHITECTURES.items() if known == arch]
-    if same:
-        config.model.name = same[0]
-        return config
-    base = ARCHITECTURES[config.model.name]
-    for field in ARCHITECTURE_FIELDS:
-        if getattr(arch, field) != getattr(base, field):
-            config.model.overrides[field] = getattr(arch, field)
+    set_architecture(config.model, arch)
     return config

@@ -69,7 +69,7 @@ def bind_architecture(
         arch = _read_architecture(config.model.init_from)
         if not _differing_fields(arch, own):
             return config
-        _set_architecture(bound.model, arch)
+        set_architecture(bound.model, arch)
         logging.info("architecture: that of %s", config.model.init_from)
     for field in ARCHITECTURE_FIELDS:
         if f"model.overrides.{field}" in set_keys:
@@ -155,7 +155,7 @@ def _read_section(workdir: str | epath.Path) -> ml_collections.ConfigDict:
     return config.model
 
 
-def _set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> None:
+def set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> None:
     """Makes a section `model` describe an architecture: by its name, or by what differs."""
     names = [name for name, known in ARCHITECTURES.items() if known == arch]
     section.name = names[0] if names else section.name
