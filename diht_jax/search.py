@@ -70,7 +70,7 @@ def main(queries: list[str]) -> None:
     if not (queries or given.serve or given.input):
         raise ValueError("--index: expected queries, --serve, or --input to bring it up to date")
     # What is missing should not have to wait for the model, nor for the pictures.
-    shards = list_inputs(given.input) if given.input else []
+    shards = list_inputs(given.input, needs_caption=False) if given.input else []
     if not given.index:
         _search_source(shards, queries)
         return

@@ -52,6 +52,8 @@ class SourceShard:
         stop: where it ends (exclusive); None for the end of the file.
         options: what else its reader needs, JSON-able.
         reads_linked: whether files that a table only names, such as its images, are read, too.
+        needs_caption: whether parquet rows and pictures of a folder without captions are skipped;
+            else theirs is empty.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class SourceShard:
     stop: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _NO_OPTIONS)
     reads_linked: bool = True
+    needs_caption: bool = True
 
     def __str__(self) -> str:
         part = "" if self.stop is None else f"[{self.start}:{self.stop}]"
@@ -221,15 +224,6 @@ def _stored_path(root: str, name: str) -> str | None:
     inner = name.removeprefix(folder)
     path = posixpath.normpath(inner)
     return None if is_remote(inner) or f"{path}/".startswith(("/", "../")) else folder + path
-
-
-def image_files(folder: str) -> list[str]:
-    """Paths of the images in a folder and below it, sorted; hidden ones are left out.
-
-    Raises:
-        ValueError: a link makes a folder hold itself.
-    """
-    return [path for path, reason in walk_images(folder, folder) if reason is None]
 
 
 def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:

@@ -168,12 +168,8 @@ def list_parquet_shards(path: str, options: ColumnOptions) -> list[SourceShard]:
     return [SourceShard("parquet", path, options=stated, reads_linked=reads_linked)]
 
 
-def read_parquet(source: SourceShard, *, needs_caption: bool = True) -> Iterator[Pair | Skipped]:
+def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     """Yields the pairs of one file, in its order.
-
-    Args:
-        source: a whole parquet file.
-        needs_caption: whether rows without captions are skipped; else theirs is empty.
 
     Raises:
         ValueError: the file is damaged, unpacks to far more than it takes, or has no column of
@@ -181,7 +177,7 @@ def read_parquet(source: SourceShard, *, needs_caption: bool = True) -> Iterator
         StorageError: it cannot be read, now and after some attempts.
     """
     file = open_parquet(source.path)
-    options = _find_columns(source, file.schema_arrow.names, needs_caption)
+    options = _find_columns(source, file.schema_arrow.names, source.needs_caption)
     class_names = _read_class_names(file.schema_arrow.metadata)
     stem = os.path.basename(source.path).removesuffix(SUFFIX)
     seen: set[str] = set()
@@ -201,7 +197,7 @@ def read_parquet(source: SourceShard, *, needs_caption: bool = True) -> Iterator
                 yield Skipped(key, "duplicate", "the key was there before")
                 continue
             seen.add(key)
-            pair = _make_pair(key, row, options, needs_caption)
+            pair = _make_pair(key, row, options, source.needs_caption)
             if isinstance(pair, Pair) and "class_name" not in pair.metadata:
                 pair.metadata.update(_class_name(pair.metadata.get(LABEL_COLUMN), class_names))
             yield pair

@@ -170,7 +170,8 @@ def _make_pair(
         return Skipped(key, "no_caption", f"nothing in column '{options.caption_column}'")
     image = read_image(root, relative.strip(), key)
     if isinstance(image, Skipped):
-        return image
+        hint = "; image_root names another folder" if image.reason == "refused_path" else ""
+        return dataclasses.replace(image, detail=image.detail + hint)
     used = (options.image_column, options.caption_column, options.key_column)
     metadata = {name: value for name, value in row.items() if name not in used}
     stated = row[options.caption_column]

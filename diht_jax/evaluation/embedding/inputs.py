@@ -7,6 +7,7 @@ index, and what an interruption can cost.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -17,7 +18,7 @@ from diht_jax.evaluation.embedding.entries import Entry, Unit
 from diht_jax.evaluation.sources.registry import count_shards
 from diht_jax.progress import ProgressBar
 from diht_jax.readers import image_folder, registry
-from diht_jax.readers.base import SourceShard, image_files
+from diht_jax.readers.base import SourceShard
 from diht_jax.readers.image_folder import FolderLayoutError
 
 # Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
@@ -27,12 +28,26 @@ PICTURES = "pictures"
 _PICTURES_PER_UNIT = 64
 
 
-def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[SourceShard]:
-    """Lists the shards of a source; a folder of pictures, even among other files, is one."""
+def list_inputs(
+    source: str | Sequence[str], *, needs_caption: bool = True, **source_options: Any
+) -> list[SourceShard]:
+    """Lists the shards of a source; a folder of pictures, even among other files, is one.
+
+    Args:
+        source: of `readers.list_shards`, or a folder of pictures.
+        needs_caption: see `SourceShard.needs_caption`.
+        **source_options: of `readers.list_shards`.
+    """
+    shards = _list_inputs(source, source_options)
+    return [dataclasses.replace(shard, needs_caption=needs_caption) for shard in shards]
+
+
+def _list_inputs(source: str | Sequence[str], source_options: dict[str, Any]) -> list[SourceShard]:
     if not isinstance(source, str) or not os.path.isdir(source):
         return registry.list_shards(source, **source_options)
     names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and e.is_file()}
-    pictures = {os.path.basename(path) for path in image_files(source)}
+    listed = image_folder.list_pictures(source)
+    pictures = {os.path.basename(path) for path, _, reason in listed if reason is None}
     if names and names <= pictures:
         return [SourceShard(PICTURES, source)]
     try:

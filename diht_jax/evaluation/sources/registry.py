@@ -25,7 +25,7 @@ from typing import Any
 from diht_jax.evaluation.sources import annotations, caption_choices, class_folders, label_tables
 from diht_jax.evaluation.sources.benchmark_folder import open_benchmark_folder
 from diht_jax.evaluation.sources.pictures import Units
-from diht_jax.readers import parquet, registry
+from diht_jax.readers import registry
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage.stores import is_remote
@@ -118,7 +118,9 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
         _refuse_options(source, options, ())
         return units
     shards = registry.list_shards(source, **{"rows_per_shard": _TABLE_ROWS_PER_UNIT, **options})
-    units = [functools.partial(_read_shard, shard) for shard in shards]
+    # Labels are enough there, as Hugging Face has them.
+    shards = [dataclasses.replace(s, needs_caption=s.kind != "parquet") for s in shards]
+    units = [functools.partial(registry.read_pairs, shard) for shard in shards]
     return Units(units, lambda: count_shards(shards))
 
 
@@ -155,12 +157,6 @@ def words_of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     _refuse_options(source, options, LAYOUTS[kind].options)
     return LAYOUTS[kind].words(rest, **options)
-
-
-def _read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    if registry.FORMATS[shard.kind] is parquet.FORMAT:
-        return parquet.read_parquet(shard, needs_caption=False)
-    return registry.read_pairs(shard)
 
 
 def _refuse_options(source: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:

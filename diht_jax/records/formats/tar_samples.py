@@ -109,7 +109,9 @@ def make_pairs(samples: Iterable[Sample]) -> Iterator[tuple[int, Pair | Skipped]
 
 
 def make_pair(
-    sample: Sample, image_extensions: Collection[str] = IMAGE_EXTENSIONS
+    sample: Sample,
+    image_extensions: Collection[str] = IMAGE_EXTENSIONS,
+    needs_caption: bool = True,
 ) -> Pair | Skipped:
     """The pair of a sample, or why it is none.
 
@@ -133,9 +135,9 @@ def make_pair(
         except ValueError as error:
             return Skipped(key, "bad_json", str(error))
     caption, metadata = take_caption(texts.get("txt"), metadata)
-    if caption is None:
+    if caption is None and needs_caption:
         return Skipped(key, "no_caption", "neither a txt nor a json has one")
-    return Pair(key, images[0], caption, metadata)
+    return Pair(key, images[0], caption or "", metadata)
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -63,6 +63,14 @@ def test_pictures_of_any_depth_are_searched(tiny_model, folder):
     assert [match.key for match in result.matches["a dog"]] == ["2024/may/0.png"]
 
 
+def test_pictures_without_a_caption_are_searched_with_those_that_have_one(tiny_model, folder):
+    (folder / "4.txt").write_text("a red car")
+    shards = list_inputs(str(folder), needs_caption=False)
+    result = search_pictures(tiny_model, shards, ["a dog"], count=9)
+    assert {match.key for match in result.matches["a dog"]} == {"0", "1", "3", "4", "5"}
+    assert result.encoded.dropped == {"image_unreadable": 1}
+
+
 def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_path):
     image = (folder / "0.png").read_bytes()
     texts = [
