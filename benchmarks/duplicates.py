@@ -53,7 +53,7 @@ from diht_jax.readers.registry import open_source
 
 EDITS = ("resized", "re-encoded", "cropped 90%", "cropped 85%", "flipped")
 # Of an emoji that is planted again; one in so many.
-DRAWING_EDITS, PLANTED = ("resized", "re-encoded", "cropped 90%"), 10
+DRAWING_EDITS, PLANTED = ("resized", "cropped 90%"), 10
 
 
 class Setting(NamedTuple):
@@ -71,9 +71,9 @@ SETTINGS = (
     Setting(0.7, 0.95, 1),
     *(Setting(0.7, correlation, 2) for correlation in (0.9, 0.93, 0.95, 0.97)),
     Setting(0.6, 0.95, 2),
-    *(Setting(0.7, 0.95, 2, difference) for difference in (0.05, 0.08, 0.1)),
+    *(Setting(0.6, 0.95, 2, difference) for difference in (0.05, 0.08, 0.1)),
 )
-DRAWING_SETTINGS = (Setting(0.7, 0.95, 2), *SETTINGS[-3:])
+DRAWING_SETTINGS = SETTINGS[-4:]
 # The same for the embeddings of a model.
 MODEL_SETTINGS = (
     *(Setting(threshold, None, 2) for threshold in (0.8, 0.9, 0.95, 0.98)),

@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     """
     config = default_config()
     config.embeddings.kind = "descriptor"
-    config.threshold = 0.7
+    config.threshold = 0.6
     config.verify.correlation = 0.95
     config.clusters.probes = 2
     return config
