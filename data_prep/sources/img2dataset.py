@@ -31,6 +31,7 @@ from diht_jax.readers.parquet import (
 from diht_jax.readers.webdataset import TAR_SUFFIXES
 from diht_jax.storage import files
 from diht_jax.storage.retries import StorageError, is_missing
+from diht_jax.storage.stores import check_ordinary
 
 COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 
@@ -52,6 +53,7 @@ def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
     """
     path = f"{_stem(source.path)}_stats.json"
     try:
+        check_ordinary(path)
         stats = json.loads(files.read_bytes(path))
         statuses = collections.Counter({str(k): int(v) for k, v in stats["status_dict"].items()})
         counts = {name: int(stats[name]) for name in COUNTS}

@@ -25,7 +25,13 @@ from diht_jax.readers.columns import ColumnOptions, describe_missing, find_colum
 from diht_jax.records.samples import clean_text, merge_captions, pick_captions
 from diht_jax.records.schema import Pair, parse_json, parse_json_object
 from diht_jax.storage.files import read_bytes
-from diht_jax.storage.stores import input_size, is_remote, open_file, read_start
+from diht_jax.storage.stores import (
+    check_ordinary,
+    input_size,
+    is_remote,
+    open_file,
+    read_start,
+)
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
 
@@ -228,6 +234,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
 
 def _read_json(path: str) -> Iterator[dict[str, Any] | str]:
     """Yields the rows of a json file, and a text about each one that is no object."""
+    check_ordinary(path)
     try:
         rows = parse_json(read_bytes(path).decode("utf-8-sig"))
     except ValueError as error:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +33,7 @@ from diht_jax.records.labels.shards import (
     resolve_source,
 )
 from diht_jax.records.train_data import parse_train
-from diht_jax.storage.files import exists, read_bytes, write_bytes
+from diht_jax.storage.files import exists, parse_object, read_bytes, write_bytes
 
 KINDS = ("objects", "attributes")
 # In the statistics of a labelled shard, under "counts".
@@ -277,7 +276,7 @@ def _indexed_vocabulary(folder: str) -> Mapping[str, Mapping[str, Any]] | None:
 def _read_label(shard: str) -> Any:
     """The vocabulary that the statistics of a shard state; None where there is nothing."""
     try:
-        return json.loads(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
+        return parse_object(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

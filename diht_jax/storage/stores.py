@@ -168,17 +168,20 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
 
 
 def open_local(path: str | os.PathLike[str]) -> io.FileIO:
-    """Opens a local file for reading, without a buffer.
+    """Opens an ordinary local file for reading, without a buffer; see `check_ordinary`."""
+    check_ordinary(path)
+    return open(path, "rb", buffering=0)
 
-    Raises:
-        ValueError: it is a pipe, a socket or a device, which could be waited for without end.
-    """
+
+def check_ordinary(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a pipe, a socket or a device, which could be waited for without end."""
+    if is_remote(os.fspath(path)):
+        return
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(
             f"{os.fspath(path)}: a pipe, a socket or a device; expected an ordinary file"
         )
-    return open(path, "rb", buffering=0)
 
 
 def check_readable(path: str | os.PathLike[str]) -> None:

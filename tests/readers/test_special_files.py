@@ -9,7 +9,7 @@ from diht_jax.readers.registry import open_source
 from tests.make import png
 from tests.readers.inputs import read_entries, skip_reasons
 
-_SUFFIXES = (".tar", ".tar.gz", ".tfrecord", ".array_record", ".parquet", ".jsonl", ".csv")
+_SUFFIXES = (".tar", ".tar.gz", ".tfrecord", ".array_record", ".parquet", ".jsonl", ".json", ".csv")
 
 
 def _make_pipe(path):
