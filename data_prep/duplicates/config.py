@@ -64,7 +64,7 @@ KEYS: dict[str, Any] = {
     # Failed units without which the table is made: a share below 1 (0: none; else one at least),
     # or a number.
     "max_failed_shards": 0.01,
-    # Scanned inputs that may be gone or replaced, as a share or a number; more are refused.
+    # Scanned inputs that may be gone or replaced, counted in the same way; more are refused.
     "max_changed_shards": 0.01,
     "report_pairs": Key(24, NOT_NEGATIVE),  # pairs of pictures on the page
     "num_workers": int,  # processes; None: one per core, 0: no other process

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -199,10 +199,11 @@ def compare_clusters(
     """
     folder = files.join(rows.output, GROUPS)
     files.make_folder(folder)
-    groups = divide_clusters(rows, clusters, config.keep, lambda name: files.join(folder, name))
+    groups = divide_clusters(rows, clusters, config.keep, folder)
     for name in set(files.list_names(folder)) - {os.path.basename(g.output) for g in groups}:
         files.remove(files.join(folder, name))
-    pending = [group for group in groups if _load(group.output, made_of, Near._fields) is None]
+    parts = {group.output: _load(group.output, made_of, Near._fields) for group in groups}
+    pending = [group for group in groups if parts[group.output] is None]
     options = dict(options)
     if len(pending) == 1 and options["ray"] is None:
         options["num_workers"] = 0  # sooner done than a worker has started
@@ -210,23 +211,22 @@ def compare_clusters(
     failures = run_pending(function, pending, label="compare", **options)
     if failures:
         return NONE, failures
-    parts = [_load(group.output, made_of, Near._fields) for group in groups]
-    damaged = [group.output for group, part in zip(groups, parts, strict=True) if part is None]
-    if damaged:
-        return NONE, {path: "damaged or removed; run the command again" for path in damaged}
-    return best_partners([Near(**part) for part in parts if part], rows.column(CAPTION)), {}
+    parts |= {group.output: _load(group.output, made_of, Near._fields) for group in pending}
+    missing = [path for path, part in parts.items() if part is None]
+    if missing:
+        return NONE, {path: "damaged or removed; run the command again" for path in missing}
+    found = [Near(**part) for part in parts.values() if part is not None]
+    return best_partners(found, rows.column(CAPTION)), {}
 
 
-def divide_clusters(
-    rows: Rows, clusters: Clusters, keep: str, path: Callable[[str], str]
-) -> list[Group]:
+def divide_clusters(rows: Rows, clusters: Clusters, keep: str, folder: str) -> list[Group]:
     """Divides whole clusters into tasks of about equally many rows.
 
     Args:
         rows: of all units.
         clusters: of `find_clusters`.
         keep: one of `semdedup.KEEP`; it ranks the rows of a cluster.
-        path: name of a file -> its path.
+        folder: of their files.
     """
     probes = clusters.members.shape[1]
     rank = np.zeros(len(clusters.rows))  # equal ones stay in the order of the input
@@ -243,7 +243,9 @@ def divide_clusters(
     for index, (first, last) in enumerate(itertools.pairwise(edges)):
         own = order[ends[first] - sizes[first] : ends[last - 1]] // probes
         name, of_clusters = f"clusters {first} to {last - 1}", tuple(sizes[first:last].tolist())
-        groups.append(Group(name, path(f"{index:08d}.npz"), clusters.rows[own], of_clusters))
+        groups.append(
+            Group(name, files.join(folder, f"{index:08d}.npz"), clusters.rows[own], of_clusters)
+        )
     return groups
 
 

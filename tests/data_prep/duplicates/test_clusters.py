@@ -95,7 +95,7 @@ def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
     cosines = rows @ _unit(rows.mean(0, keepdims=True))[0]
     pixels = generator.integers(1, 5, 230)
     clusters = Clusters(np.arange(230), np.zeros((230, 1), np.int32), cosines)
-    (group,) = divide_clusters(_Pixels(pixels), clusters, keep, str)
+    (group,) = divide_clusters(_Pixels(pixels), clusters, keep, "groups")
     monkeypatch.setattr("data_prep.duplicates.semdedup._BLOCK", 64)
     near, second = find_candidates(rows[group.rows], 0.9, 2)
     (alone,) = find_candidates(rows[group.rows], 0.9)
