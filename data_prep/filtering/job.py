@@ -134,9 +134,12 @@ def _finish(
 
 
 def _find_removed(job: Job, found: Survey) -> dict[str, str]:
-    """Inputs of this job whose parts are not there any more, with the reason."""
+    """Inputs of this job whose parts are not what was made of them, with the reason."""
     mine = {task.output for task in job.mine}
-    error = "what was made of it was removed while the filter ran; run the command again"
+    error = (
+        "what was made of it was removed, or it has changed, while the filter ran; run the command "
+        "again"
+    )
     return {str(task.source): error for task in found.waiting if task.output in mine}
 
 

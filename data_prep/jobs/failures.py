@@ -149,16 +149,15 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
     known = dict(known or {})
     folder = tasks[0].output.rpartition("/")[0] if tasks else ""
     present = set(files.list_names(folder, lambda n: n.endswith((STATS_SUFFIX, FAILED_SUFFIX))))
-    there, failed_tasks = [], []
+    there, failed_tasks, waiting = [], [], []
     for task in tasks:
         name = os.path.basename(task.output)
         if name + STATS_SUFFIX in present:
             there.append(task)
         elif name + FAILED_SUFFIX in present:
             failed_tasks.append(task)
-    failed = [_read_note(task) for task in failed_tasks]
-    known_names = {task.output for task in (*there, *failed_tasks)}
-    waiting = [task for task in tasks if task.output not in known_names]
+        else:
+            waiting.append(task)
     if not waiting:
         unread = [task for task in there if task.output not in known]
         for task, stats, change in shards.check_all(unread):
@@ -167,7 +166,7 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
         waiting = [task for task in there if task.output not in known]
         there = [task for task in there if task.output in known]
     parts = [(task, known.get(task.output, {})) for task in there]
-    return Survey(parts, failed, waiting, failed_tasks)
+    return Survey(parts, list(map(_read_note, failed_tasks)), waiting, failed_tasks)
 
 
 def _read_note(task: ShardTask) -> dict[str, str]:
