@@ -6,13 +6,19 @@ The argument holds any number of `key=value`, with commas between them:
     --config configs/diht_vitb16.py:topology=h100:64x8
 """
 
+import dataclasses
 import difflib
 import math
+import os
+import pathlib
+import subprocess
 from typing import Any
 
 import ml_collections
 from absl import logging
 
+from diht_jax.hardware.chips import GIB, find_chip
+from diht_jax.hardware.compiler import accelerator
 from diht_jax.hardware.topologies import LOCAL, parse_topology
 
 # Architecture -> examples that a GPU of 80 GB takes at once with all values kept for the backward
@@ -25,6 +31,69 @@ EXAMPLES_AT_ONCE = {
     "diht_vitl14_336px": (64, 128),
 }
 GPUS_OF_80_GB = ("a100_80gb", "h100", "h200")
+# Taken where the memory of an accelerator is not known.
+_LEAST_GIB = 8.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The devices that a recipe is for.
+
+    Attributes:
+        has_accelerator: they are GPUs or TPUs.
+        num_devices: how many.
+        device_gib: memory of the smallest of them.
+    """
+
+    has_accelerator: bool = False
+    num_devices: int = 1
+    device_gib: float = _LEAST_GIB
+
+    def divisible(self, batch_size: int) -> int:
+        """A batch that divides by the devices: the largest power of two below, or a little more."""
+        power = 1 << (batch_size.bit_length() - 1)
+        return -(-power // self.num_devices) * self.num_devices
+
+    def micro_batch(self, model: str, batch_size: int) -> int | None:
+        """The largest part of a batch that fits; None where all of it does, or nothing is known."""
+        if not self.has_accelerator or model not in EXAMPLES_AT_ONCE:
+            return None
+        of_each = batch_size // self.num_devices
+        most = max(1, int(EXAMPLES_AT_ONCE[model][0] * self.device_gib / 80))
+        at_once = max(number for number in range(1, most + 1) if of_each % number == 0)
+        return at_once * self.num_devices if at_once < of_each else None
+
+
+def find_machine(topology: str | None) -> Machine:
+    """The devices of a topology, or those of this machine, which JAX is not asked for yet.
+
+    Raises:
+        ValueError: no such topology.
+    """
+    if topology not in (None, LOCAL):
+        family, shape = parse_topology(topology)
+        return Machine(True, math.prod(shape), find_chip(family).hbm_bytes / GIB)
+    kind = accelerator()
+    if kind == "gpu":
+        memories = _gpu_gib()
+        return Machine(True, len(memories), min(memories))
+    if kind == "tpu":
+        found = {path.name for path in pathlib.Path("/dev").glob("accel[0-9]*")}
+        found |= {path.name for path in pathlib.Path("/dev/vfio").glob("[0-9]*")}
+        return Machine(True, max(1, len(found)))
+    return Machine()
+
+
+def _gpu_gib() -> list[float]:
+    """Memory of each GPU that this process may use; one of `_LEAST_GIB` where that is not known."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    query += [f"--id={visible}"] if visible else []
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
+        return [float(mib) / 1024 for mib in output.stdout.split()] or [_LEAST_GIB]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return [_LEAST_GIB]
 
 
 def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
@@ -143,6 +212,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.checkpoint.every_steps = 2
     config.evaluation.every_steps = None
     config.evaluation.tasks = ""
+    config.data.validation_share = 0.0
     config.checkpoint.best_metric = None
     return config
 

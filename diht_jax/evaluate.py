@@ -62,9 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments:
         raise ValueError(f"unexpected arguments: {' '.join(arguments)}")
     command_line.require_flags("model", "tasks", "output")
-    from diht_jax.evaluation.task_parsing import parse_tasks
-
-    tasks = parse_tasks(given.tasks, **command_line.task_defaults())
+    tasks = open_tasks(given.model, given.tasks)
     distributed.start_from_flags()
     results = evaluate_model(
         given.model,
@@ -83,6 +81,33 @@ def main(arguments: Sequence[str]) -> None:
     published = published_results(given.model)
     if published is not None:
         print_escaped(f"\n{format_comparison(published, results)}")
+
+
+def open_tasks(model: str, texts: Sequence[str]) -> list[Task]:
+    """The tasks of `--tasks`; "validation" is what the run `model` has held out.
+
+    Raises:
+        ValueError: a wrong task, or the model is no run that holds records out.
+    """
+    from diht_jax.evaluation.task_parsing import parse_tasks
+    from diht_jax.evaluation.validation import NAME, validation_tasks
+
+    others = [text for text in texts if text.strip() != NAME]
+    tasks = parse_tasks(others, **command_line.task_defaults())
+    if len(others) == len(texts):
+        return tasks
+    from etils import epath
+
+    from diht_jax.training.workdir.saved_run import CONFIG_FILE, read_config
+
+    workdir = epath.Path(model)
+    held_out = validation_tasks(read_config(workdir)) if (workdir / CONFIG_FILE).exists() else []
+    if not held_out:
+        raise ValueError(
+            f"--tasks={NAME} is what a run has held out, and --model={model} is no work directory "
+            "of a run with config.data.validation_share; name a source: 'retrieval:SOURCE'"
+        )
+    return [*held_out, *tasks]
 
 
 def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True) -> None:

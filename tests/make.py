@@ -17,6 +17,8 @@ from diht_jax.records.schema import Pair, Record, encode_record
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
+# Arguments that a recipe cannot do without.
+REQUIRED_ARGUMENTS = {"own_data": "pairs=1000"}
 PREP_RECIPES = REPOSITORY / "configs" / "prep"
 
 

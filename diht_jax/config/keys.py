@@ -179,6 +179,9 @@ KEYS: dict[str, Key] = {
     "data.train": Key(PathsOrSections, resume=FREE, per_host=True),
     # Folder of data_prep.label with the labels of these records; None: they are in the records.
     "data.labels": Key(str, resume=FREE, per_host=True),
+    # Share of the records that are not trained on; 0: none. The task "validation" is retrieval on
+    # them, which `checkpoint.best_metric` may name: "validation/t2i_r10".
+    "data.validation_share": Key(0.0, SHARE),
     "data.batch_size": Key(65536, COUNT),  # global
     # Decoding processes; None: one for each core that this process may use; 0 decodes in threads.
     "data.num_workers": Key(int, NOT_NEGATIVE, FREE, per_host=True),

@@ -115,7 +115,7 @@ def check_source(task: Task) -> Units:
         ValueError: there is nothing to read; names options as in a task, such as "?image_column=".
     """
     try:
-        return registry.open_units(task.source, task.source_options)
+        return task.open_units()
     except ValueError as error:
         message = f"task '{task.name}': {name_options(str(error), '?{}=')}"
         raise ValueError(message) from error

@@ -25,7 +25,6 @@ from diht_jax.evaluation.embedding.entries import Entries, Processes
 from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.pictures import Units
-from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 from diht_jax.progress import ProgressBar
@@ -77,7 +76,7 @@ def evaluate_task(
         task = dataclasses.replace(task, caption_template=training_template(model))
     try:
         if units is None:
-            units = open_units(task.source, task.source_options)
+            units = task.open_units()
         with entries_bar(task.name, units, limit, hidden=not progress) as bar:
             measured = protocol.run(
                 model,
@@ -144,7 +143,8 @@ def training_template(model: EmbeddingModel) -> str:
 
 def read_entries(task: Task) -> Iterator[Pair | Skipped]:
     """The pairs of a task's source, with a `Skipped` and its reason for each that is unusable."""
-    return read_source(task.source, task.source_options)
+    for unit in task.open_units():
+        yield from unit()
 
 
 def entries_bar(name: str, units: Units, limit: int | None = None, *, hidden: bool) -> ProgressBar:

@@ -14,6 +14,7 @@ import numpy as np
 from diht_jax.input.blocks import BlockStore, read_patiently
 from diht_jax.input.choices import check_crops
 from diht_jax.input.examples import DecodeExample
+from diht_jax.input.held_out import held_out_records
 from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_order
 from diht_jax.records.fingerprint import Fingerprint, fingerprint_records
@@ -66,7 +67,7 @@ class Mixture(Sequence[tuple[int, Any]]):
 
     Attributes:
         sources: at least one.
-        num_records: of all sources together: an epoch of the run.
+        num_records: of all sources together, without those held out: an epoch of the run.
         example_bytes: size of one decoded example.
         same_source_batches: batches after which a row comes from the same source again, unless
             weights change.
@@ -82,7 +83,7 @@ class Mixture(Sequence[tuple[int, Any]]):
         """
         self.sources = tuple(sources)
         self._weights = weights
-        self.num_records = sum(len(source.records) for source in sources)
+        self.num_records = sum(source.order.num_records for source in sources)
         self.example_bytes = max(source.decode.example_bytes for source in sources)
         self.has_blocks = any(source.blocks for source in sources)
         period = weights.period if weights else 1
@@ -122,7 +123,7 @@ class Mixture(Sequence[tuple[int, Any]]):
         found = {}
         for source, count in zip(self.sources, self._weights.counts(position), strict=True):
             found[f"sources/{source.name}/examples"] = float(count)
-            found[f"sources/{source.name}/epochs"] = count / len(source.records)
+            found[f"sources/{source.name}/epochs"] = count / source.order.num_records
         return found
 
     def fingerprint(self) -> Fingerprint:
@@ -221,7 +222,12 @@ def open_mixture(
     for source in parsed:
         records = _open_source(source, open_source)
         order = make_order(
-            records, source.order or data.order, data, _source_seed(seed, source), process_count
+            records,
+            source.order or data.order,
+            data,
+            _source_seed(seed, source),
+            process_count,
+            held_out_records(records, data, seed),
         )
         if isinstance(order, GlobalOrder) and hasattr(records, "make_offsets_local"):
             records.make_offsets_local(data.cache_dir)

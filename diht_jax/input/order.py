@@ -3,6 +3,7 @@
 A position counts examples from the start of the run, over all hosts and epochs. The record there is
 a function of (seed, position) alone. There are two orders: a permutation of all records, and one
 that reads whole blocks of consecutive records, so that a request to a bucket brings hundreds.
+Either leaves out the records that are held out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import grain.experimental
 import ml_collections
 import numpy as np
 
+from diht_jax.input.held_out import NOTHING, Others
 from diht_jax.storage.stores import is_remote
 
 # Values of `config.data.order`; "auto" takes one of them.
@@ -51,7 +53,12 @@ def resolve_order(order: str, train: str | Sequence[str] | None, name: str = "da
 
 
 def make_order(
-    records: Any, order: str, data: ml_collections.ConfigDict, seed: int, process_count: int = 1
+    records: Any,
+    order: str,
+    data: ml_collections.ConfigDict,
+    seed: int,
+    process_count: int = 1,
+    held_out: np.ndarray = NOTHING,
 ) -> GlobalOrder | BlockOrder:
     """The order of a source of records.
 
@@ -61,17 +68,19 @@ def make_order(
         data: the section `config.data`.
         seed: of the permutations.
         process_count: how many hosts read it together.
+        held_out: numbers of records that it leaves out.
 
     Raises:
         ValueError: numbers in `data` that do not fit each other or the hosts.
     """
     if resolve_order(order, getattr(records, "paths", None)) == "global":
-        return GlobalOrder(len(records), seed)
+        return GlobalOrder(len(records), seed, held_out)
     return BlockOrder(
         records.block_starts(data.block_records),
         seed,
         num_streams=count_streams(data, process_count),
         window_blocks=data.window_blocks,
+        held_out=held_out,
     )
 
 
@@ -110,12 +119,13 @@ def derived_seed(seed: int, depth: int) -> int:
 class GlobalOrder:
     """Every epoch is another permutation of all records, as grain's `shuffle` does it."""
 
-    def __init__(self, num_records: int, seed: int):
+    def __init__(self, num_records: int, seed: int, held_out: np.ndarray = NOTHING):
         """Draws nothing yet.
 
         Args:
-            num_records: of the source, n.
+            num_records: of the source, held out ones included.
             seed: of the permutations.
+            held_out: numbers of records that never come, rising.
 
         Raises:
             ValueError: more records than grain can permute.
@@ -126,22 +136,24 @@ class GlobalOrder:
                 f"there are {num_records}: some would come twice an epoch and others never; set "
                 "config.data.order='blocks'"
             )
-        self._num_records = num_records
+        self.num_records = num_records - len(held_out)
+        self._others = Others(held_out)
         self._seed = derived_seed(seed, depth=1)
 
     def __getitem__(self, position: int) -> int:
-        """The number of the record, in [0, n), at a position from 0."""
-        epoch, number = divmod(position, self._num_records)
-        return grain.experimental.index_shuffle(
+        """The number of the record, among all of the source, at a position from 0."""
+        epoch, number = divmod(position, self.num_records)
+        drawn = grain.experimental.index_shuffle(
             number,
-            max_index=self._num_records - 1,
+            max_index=self.num_records - 1,
             seed=(self._seed + epoch) % 2**32,
             rounds=4,
         )
+        return self._others.record(drawn)
 
     def describe(self) -> str:
         """A sentence for the log about what is mixed."""
-        return f"every epoch is a permutation of all {self._num_records:,} records"
+        return f"every epoch is a permutation of all {self.num_records:,} records"
 
 
 class BlockOrder:
@@ -159,28 +171,40 @@ class BlockOrder:
     """
 
     def __init__(
-        self, block_starts: np.ndarray, seed: int, *, num_streams: int, window_blocks: int
+        self,
+        block_starts: np.ndarray,
+        seed: int,
+        *,
+        num_streams: int,
+        window_blocks: int,
+        held_out: np.ndarray = NOTHING,
     ):
         """Draws nothing yet.
 
         Args:
             block_starts: int64 [B + 1], the first record of each block, none empty; the last entry
-                is n.
+                is their number, held out ones included.
             seed: of the permutations.
             num_streams: V. Position p belongs to stream p % V.
             window_blocks: W, that a stream mixes.
+            held_out: numbers of records that never come, rising.
         """
         self.block_starts = np.asarray(block_starts, np.int64)
-        self.num_records = int(self.block_starts[-1])
+        # The blocks that come, and where each begins among the records that do.
+        starts = self.block_starts - np.searchsorted(held_out, self.block_starts)
+        self._blocks = np.flatnonzero(np.diff(starts))
+        self._starts = np.append(starts[self._blocks], starts[-1])
+        self._others = Others(held_out)
+        self.num_records = int(starts[-1])
         self.num_streams = num_streams
         self.window_blocks = window_blocks
         self._seed = seed
         self._make_caches()
 
     def __getitem__(self, position: int) -> int:
-        """The number of the record, in [0, n), at a position from 0."""
+        """The number of the record, among all of the source, at a position from 0."""
         window, row = self._find(position)
-        return window.record(row)
+        return self._others.record(window.record(row))
 
     def block_of(self, record: int) -> int:
         """The number of the block that holds a record."""
@@ -189,11 +213,12 @@ class BlockOrder:
     def finished_block(self, position: int) -> int | None:
         """The block that its stream no longer needs after a position; None where it still does."""
         window, row = self._find(position)
-        return window.finished_block(row)
+        finished = window.finished_block(row)
+        return None if finished is None else int(self._blocks[finished])
 
     def describe(self) -> str:
         """A sentence for the log about what is mixed."""
-        num_blocks = len(self.block_starts) - 1
+        num_blocks = len(self._blocks)
         mean = self.num_records / num_blocks
         pool = min(self.num_records, round(self.num_streams * self.window_blocks * mean))
         return (
@@ -226,9 +251,9 @@ class BlockOrder:
         self._window = functools.lru_cache(self.num_streams + _SPARE_WINDOWS)(self._make_window)
 
     def _make_epoch(self, epoch: int) -> _Epoch:
-        order = _permutation(len(self.block_starts) - 1, self._seed, epoch)
+        order = _permutation(len(self._blocks), self._seed, epoch)
         starts = np.zeros(len(order) + 1, np.int64)
-        np.cumsum(np.diff(self.block_starts)[order], out=starts[1:])
+        np.cumsum(np.diff(self._starts)[order], out=starts[1:])
         return _Epoch(order, starts)
 
     def _make_segment(self, epoch: int, stream: int) -> _Segment:
@@ -250,7 +275,7 @@ class BlockOrder:
         rows = np.clip(permuted.starts[first : end + 1], segment.first_row, segment.end_row)
         blocks = permuted.order[first:end]
         # The first record of a part, where the segment begins within its block.
-        records = self.block_starts[blocks] + rows[:-1] - permuted.starts[first:end]
+        records = self._starts[blocks] + rows[:-1] - permuted.starts[first:end]
         kept = np.diff(rows) > 0
         length = int(rows[-1] - rows[0])
         order = _permutation(length, self._seed, epoch, stream, number)

@@ -56,6 +56,7 @@ from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting
 from diht_jax.training.task_evaluation import (
     RunEvaluation,
+    log_best,
     open_tasks,
     read_best,
 )
@@ -248,6 +249,7 @@ class Run:
         if in_flight is not None:
             monitor.check_step(last_step, in_flight)
         progress.close()
+        log_best(config.checkpoint.best_metric, self.best)
         plot_curves(self.workdir)
         return self.state
 

@@ -22,6 +22,7 @@ from diht_jax import sharding
 from diht_jax.evaluation.results import describe_metrics
 from diht_jax.evaluation.task_parsing import check_task
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
+from diht_jax.evaluation.validation import validation_tasks
 from diht_jax.training.monitoring.metrics import MetricWriter, flatten_results, read_metrics
 from diht_jax.training.multihost import (
     check_same,
@@ -39,7 +40,9 @@ _PREFIX = "evaluation/"
 
 
 def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
-    """The tasks of `config.evaluation.tasks`, once the first entry of each was read on all hosts.
+    """The tasks of `config.evaluation.tasks`, and retrieval on what the run holds out.
+
+    The first entry of each was read on all hosts.
 
     Raises:
         ValueError: on all hosts, where a task is wrong or its source cannot be read on one of them
@@ -47,13 +50,14 @@ def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
     """
 
     def read() -> list[Task]:
-        tasks = parse_config_tasks(config.evaluation.tasks)
+        tasks = [*parse_config_tasks(config.evaluation.tasks), *validation_tasks(config)]
         best_metric = config.checkpoint.best_metric
         known = [f"{task.name}/{name}" for task in tasks for name in check_task(task).metrics]
         if best_metric is not None and best_metric not in known:
             raise ValueError(
                 f"config.checkpoint.best_metric='{best_metric}' is not among the results of "
-                f"config.evaluation.tasks: {', '.join(known) or 'there are no tasks'}"
+                f"config.evaluation.tasks: {', '.join(known) or 'there are no tasks'}; set it to "
+                "one of these or to None, or config.data.validation_share for 'validation/t2i_r10'"
             )
         for task in tasks:
             check_source_opens(task)
@@ -89,6 +93,14 @@ def read_best(best_metric: str | None, tasks: list[Task], workdir: epath.Path) -
     return BestStep(check_task(task).metrics[name].lower_is_better, values)
 
 
+def log_best(best_metric: str | None, best: BestStep) -> None:
+    """Says at the end of a run which step is the best, and how to take it."""
+    step = best.step(list(best.values))
+    if step is not None:
+        value = best.values[step]
+        logging.info("best %s: %.4g after step %d (--step=%d)", best_metric, value, step, step)
+
+
 def check_source_opens(task: Task) -> None:
     """Reads the first entry of a task's source.
 
@@ -102,7 +114,8 @@ def check_source_opens(task: Task) -> None:
     except Exception as error:  # which one depends on the reader and on the storage
         raise ValueError(
             f"task '{task.name}' of config.evaluation.tasks cannot be evaluated: its source "
-            f"{task.source} cannot be read: {error}"
+            f"{task.source} cannot be read: {error}. Other tasks are set by "
+            "config.evaluation.tasks, none by '', which takes config.checkpoint.best_metric=None"
         ) from error
 
 

@@ -11,7 +11,7 @@ from diht_jax.sharding import create_mesh
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import check_config, duration_in_steps
 from diht_jax.training.sharded_encode import check_micro_batch
-from tests.make import RECIPES, REPOSITORY
+from tests.make import RECIPES, REPOSITORY, REQUIRED_ARGUMENTS
 from tests.test_sharding import gpu_hosts
 
 
@@ -23,7 +23,7 @@ def repository_on_path(monkeypatch):
 @pytest.mark.parametrize("arg", ["", "debug=True"])
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_builds_and_validates(path, arg):
-    config = load_recipe(path, arg)
+    config = load_recipe(path, arg or REQUIRED_ARGUMENTS.get(path.stem, ""))
     check_config(config)
     get_architecture(config.model.name, config.model.overrides.to_dict())
     steps = duration_in_steps(

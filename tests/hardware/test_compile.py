@@ -24,7 +24,7 @@ from diht_jax.hardware.report import (
 )
 from diht_jax.hardware.topologies import Topology, get_topology
 from diht_jax.training.program import TrainProgram
-from tests.make import RECIPES, REPOSITORY
+from tests.make import RECIPES, REPOSITORY, REQUIRED_ARGUMENTS
 
 GIB = 1 << 30
 
@@ -253,7 +253,7 @@ def test_links_inside_and_between_gpu_hosts(kind, size, span, gb_per_sec):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_name_a_topology_that_they_divide(path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
-    config = load_recipe(path)
+    config = load_recipe(path, REQUIRED_ARGUMENTS.get(path.stem, ""))
     assert config.topology, f"{path.name} names no config.topology"
     assert config.topology in path.read_text().split('"""')[1], "the header does not say it"
     if config.topology == "local":

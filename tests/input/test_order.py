@@ -20,10 +20,10 @@ SHAPES = [
 ]
 
 
-def block_order(records, block, streams, window, seed=0):
+def block_order(records, block, streams, window, seed=0, **held_out):
     # A rest of less than half a block joins the block before it, as in `ShardedRecords`.
     starts = [*range(0, max(1, records - (block - 1) // 2), block), records]
-    return BlockOrder(np.array(starts), seed, num_streams=streams, window_blocks=window)
+    return BlockOrder(np.array(starts), seed, num_streams=streams, window_blocks=window, **held_out)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -33,6 +33,29 @@ def test_every_epoch_holds_each_record_once(shape):
     for epoch in epochs:
         assert sorted(epoch) == list(range(n))
     assert n < 64 or len(set(map(tuple, epochs))) == 3
+
+
+@pytest.mark.parametrize(
+    "held_out", [[], [0], [99], [3, 4, 50], range(24, 40), range(1, 100)], ids=str
+)
+def test_every_epoch_holds_each_record_once_that_is_not_held_out(held_out):
+    kept = sorted(set(range(100)) - set(held_out))
+    held_out = np.array(held_out, np.int64)
+    for order in (
+        GlobalOrder(100, seed=3, held_out=held_out),
+        block_order(100, 8, 4, 2, held_out=held_out),
+    ):
+        for epoch in range(2):
+            found = [order[epoch * len(kept) + row] for row in range(len(kept))]
+            assert sorted(found) == kept, (order, epoch)
+
+
+def test_blocks_without_a_record_to_train_on_are_never_waited_for():
+    # Blocks of 8 records, of which the second is held out.
+    order = block_order(64, 8, 4, 2, held_out=np.arange(8, 16))
+    finished = [order.finished_block(position) for position in range(56)]
+    last = {order.block_of(order[position]): position for position in range(56)}
+    assert {block: p for p, block in enumerate(finished) if block is not None} == last
 
 
 def test_the_order_is_a_function_of_seed_and_position():

@@ -15,6 +15,8 @@ import numpy as np
 
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, EncodedImages
+from diht_jax.evaluation.sources.pictures import Units
+from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
@@ -28,7 +30,7 @@ class Task:
     Attributes:
         name: names the results; unique within a run.
         kind: of `registry.PROTOCOLS`.
-        source: what `sources.registry.read_source` takes.
+        source: what `sources.registry.open_units` takes.
         source_options: its options, such as {"data_dir": ..., "image_column": ...}.
         class_names: one per integer label; None finds them in the data of a classification. For
             "vqa" the candidate answers.
@@ -54,6 +56,14 @@ class Task:
         prompts.check_templates(self.templates)
         if self.caption_template is not None:
             prompts.fill_caption_template(self.caption_template, "")
+
+    def open_units(self) -> Units:
+        """The parts of the source; reads no image.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        return open_units(self.source, self.source_options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""The recipe for one's own pairs: every number of pairs and every machine has settings that fit."""
+
+import jax
+import pytest
+
+from configs import common
+from diht_jax.config import load_recipe
+from diht_jax.sharding import create_mesh
+from diht_jax.training.program import TrainProgram
+from diht_jax.training.recipe import check_config, duration_in_steps
+from diht_jax.training.sharded_encode import check_micro_batch
+from tests import make
+
+RECIPE = make.REPOSITORY / "configs" / "own_data.py"
+PAIRS = (12, 951, 3_786, 100_000, 1_000_000, 10_000_000)
+MACHINES = {
+    "laptop": common.Machine(),
+    "small GPU": common.Machine(True, 1, 8.0),
+    "three GPUs": common.Machine(True, 3, 24.0),
+    "node": common.Machine(True, 8, 80.0),
+}
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_settings_fit_each_other_and_the_machine(machine, pairs, monkeypatch):
+    devices = MACHINES[machine]
+    monkeypatch.setattr(common, "find_machine", lambda topology: devices)
+    config = load_recipe(RECIPE, f"pairs={pairs}")
+    check_config(config)
+    count = devices.num_devices
+    create_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:count])
+    assert config.data.batch_size % count == 0
+    check_micro_batch(config.micro_batch, config.data.batch_size, count)
+    trained = pairs * (1 - config.data.validation_share)
+    assert config.data.batch_size < trained
+    assert pairs - trained == pytest.approx(min(pairs / 10, 5_000))
+    steps = duration_in_steps(
+        config, "total", batch_size=config.data.batch_size, num_examples=round(trained)
+    )
+    assert config.optimizer.warmup_steps < steps / 5
+    # The best of about ten evaluations can be kept only where it is saved.
+    assert config.evaluation.every_steps % config.checkpoint.every_steps == 0
+    assert 8 <= steps // config.evaluation.every_steps <= 15
+
+
+def test_larger_sets_get_larger_models_where_there_is_an_accelerator(monkeypatch):
+    def models(machine):
+        monkeypatch.setattr(common, "find_machine", lambda topology: MACHINES[machine])
+        return [load_recipe(RECIPE, f"pairs={pairs}").model.name for pairs in PAIRS]
+
+    assert models("laptop") == ["small_64px"] * 6
+    assert models("node") == ["small_64px"] * 4 + ["diht_vitb32_224px", "diht_vitb16_224px"]
+
+
+def test_the_number_of_pairs_is_that_of_the_data(tmp_path):
+    folder = make.write_records(tmp_path / "pairs", 30, lengths=[10, 20])
+    config = load_recipe(RECIPE, f"data={folder}")
+    assert config.data.train == str(folder)
+    expected = load_recipe(RECIPE, "pairs=30")
+    expected.data.train = str(folder)
+    assert config.to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("arg", "named"),
+    [("", "own_data.py:data="), ("data=nowhere", "'data=nowhere': no TFRecord shard")],
+)
+def test_missing_data_is_named_as_it_is_typed(arg, named):
+    with pytest.raises(ValueError, match=f"recipe argument .*{named}"):
+        load_recipe(RECIPE, arg)
+
+
+def test_ten_million_pairs_lower_for_a_node_of_eight():
+    config = load_recipe(RECIPE, "pairs=10_000_000,topology=h100:8")
+    program = TrainProgram(config, config.total_examples // config.data.batch_size, jax.devices())
+    state = program.abstract_state()
+    lowered = program.step(state).trace(state, program.abstract_batch()).lower()
+    assert "num_partitions = 8" in lowered.as_text()[:2000]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, (True, 3, 8.0)), ("0,1", (True, 2, 12.0))]
+)
+def test_gpus_are_counted_before_jax_looks(visible, expected, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\n"
+        "printf '24576\\n12288\\n'\n"
+        "case \"$*\" in *--id=0,1*) ;; *) printf '8192\\n';; esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = common.find_machine(None)
+    assert (found.has_accelerator, found.num_devices, found.device_gib) == expected

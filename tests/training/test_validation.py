@@ -1,0 +1,99 @@
+"""Held-out records are never trained on, and are what a run is measured on."""
+
+import jax
+import pytest
+
+from diht_jax.evaluate import open_tasks
+from diht_jax.evaluation.tasks import evaluate_task
+from diht_jax.evaluation.validation import validation_tasks
+from diht_jax.input.pipeline import TrainIterator
+from diht_jax.loading import load_model
+from diht_jax.training.loop import train
+from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.run_data import open_data
+from diht_jax.training.workdir.saved_run import write_config
+from tests import make
+
+
+def validation_keys(config):
+    tasks = validation_tasks(config)
+    return sorted(entry.key for task in tasks for unit in task.open_units() for entry in unit())
+
+
+@pytest.mark.parametrize("order", ["global", "blocks"])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_an_epoch_on_all_hosts_holds_every_record_but_those_held_out(order, hosts, config, squares):
+    config.data.update(validation_share=0.3, order=order, block_records=4, num_streams=4)
+    held_out, mixture = validation_keys(config), open_data(config)
+    assert len(held_out) + mixture.num_records == 52
+    batch_size = hosts * mixture.num_records  # an epoch
+    trained = [
+        TrainIterator(
+            mixture,
+            batch_size=batch_size,
+            seed=config.seed,
+            num_workers=0,
+            process_index=index,
+            process_count=hosts,
+        ).keys(first_example=3 * batch_size)
+        for index in range(hosts)
+    ]
+    seen = sorted(key for keys in trained for key in keys)
+    every = [f"square_{number:03d}" for number in range(52)]
+    assert sorted([*seen, *held_out * hosts]) == sorted(every * hosts)
+
+
+def test_the_held_out_records_of_each_source_are_a_task(config, squares, tmp_path):
+    other = make.write_records(tmp_path / "other", 40)
+    config.data.validation_share = 0.3
+    config.data.text_template = "{caption}!"
+    config.data.train = {
+        "squares": {"path": str(squares), "weight": 1.0, "text_template": "this is {caption}"},
+        "other": {"path": str(other), "weight": 1.0},
+    }
+    found = {task.name: task.caption_template for task in validation_tasks(config)}
+    assert found == {
+        "validation_squares": "this is {caption}",
+        "validation_other": "{caption}!",
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(make_config, tmp_path_factory):
+    """The config of a run of two steps that is evaluated after each, and its work directory."""
+    config, workdir = make_config(), tmp_path_factory.mktemp("runs") / "run"
+    config.total_steps = 2
+    config.optimizer.warmup_steps = 1
+    config.mesh.update(data=1, fsdp=1)
+    config.checkpoint.update(every_steps=1, best_metric="validation/t2i_r10")
+    config.evaluation.update(every_steps=1, batch_size=16)
+    config.data.update(validation_share=0.3, text_template="a photo of {caption}")
+    train(config, workdir, devices=jax.devices()[:1])
+    return config, workdir
+
+
+def test_a_run_is_measured_on_what_it_holds_out(trained):
+    config, workdir = trained
+    (task,) = open_tasks(str(workdir), ["validation"])
+    assert task.caption_template == config.data.text_template
+    loaded = load_model(str(workdir), batch_size=16, devices=jax.devices()[:1])
+    measured = evaluate_task(loaded, task, batch_size=16)
+    assert measured["counts"]["images"] == len(validation_keys(config))
+    rows = [row for row in read_metrics(workdir) if "evaluation/validation/t2i_r10" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    for name, value in measured["metrics"].items():
+        assert rows[-1][f"evaluation/validation/{name}"] == value, name
+
+
+def test_another_share_is_another_run(trained):
+    config, workdir = trained
+    other = config.copy_and_resolve_references()
+    other.data.validation_share = 0.2
+    with pytest.raises(ValueError, match="data.validation_share"):
+        train(other, workdir)
+
+
+def test_a_model_without_held_out_records_has_no_such_task(tmp_path):
+    write_config(tmp_path, make.tiny_config())
+    with pytest.raises(ValueError, match=f"--tasks=validation .*--model={tmp_path}"):
+        open_tasks(str(tmp_path), ["validation"])
