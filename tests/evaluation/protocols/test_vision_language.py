@@ -182,9 +182,19 @@ def test_answers_and_credits_are_those_of_the_official_code():
     assert vqa_credit("Two", "two.") == vqa_credit("two", ["2"]) == 1
 
 
+def test_image_and_caption_of_annotations_are_found_by_their_names(folder):
+    rows = [{"file_name": "images/0.png", "Text": text} for text in ("one", "two")]
+    (pair,) = read_annotations(_write(folder / "a.json", rows))
+    assert (pair.key, pair.caption, pair.metadata["captions"]) == (
+        "images/0.png",
+        "one",
+        ["one", "two"],
+    )
+
+
 def test_a_missing_field_is_named(folder):
-    path = _write(folder / "a.json", [{"img": "0.png"}])
-    with pytest.raises(ValueError, match=r"row 0 has no field 'image'; it has img"):
+    path = _write(folder / "a.json", [{"picture": "0.png"}])
+    with pytest.raises(ValueError, match=r"row 0 has no field 'image'; it has picture"):
         list(read_annotations(path))
     path = _write(folder / "w.jsonl", [{"image_0": "0"}])
     with pytest.raises(ValueError, match="expected texts as image_1, caption_0, caption_1"):
