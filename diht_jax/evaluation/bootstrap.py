@@ -89,8 +89,20 @@ def paired_samples(
         return None
     if described[0]["draws"] != described[1]["draws"]:
         return None
-    one, other = (np.frombuffer(base64.b64decode(d["values"][name]), "<f4") for d in described)
+    one, other = (decode_resamples(result)[name] for result in (first, second))
     return one, other
+
+
+def decode_resamples(result: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Metric -> its values in the resamples, float32 [n]; raises ValueError where damaged."""
+    described = result.get("resamples", {"values": {}})
+    decoded = {
+        name: np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+        for name, text in described["values"].items()
+    }
+    if any(len(values) != described["draws"][2] for values in decoded.values()):
+        raise ValueError("some resamples are missing")
+    return decoded
 
 
 def describe_bootstrap(num_resamples: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diht_jax.evaluation.benchmarks import suite_means
+from diht_jax.evaluation.bootstrap import decode_resamples
 from diht_jax.storage.files import write_bytes
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def read_results(path: str | pathlib.Path) -> dict[str, Any]:
         results = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         for result in results["results"]:
             result["task"], result["metrics"].items(), result["counts"]["images"]  # noqa: B018
+            decode_resamples(result)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected a results file of `python -m diht_jax.evaluate --output` "

@@ -105,6 +105,18 @@ def test_other_files_are_refused(content, tmp_path):
         read_results(path)
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[:-1], lambda text: text[8:], "é".join])
+def test_damaged_resamples_are_refused(damage, tmp_path):
+    path = tmp_path / "x.json"
+    samples = describe_samples({"top1": np.linspace(0, 1, 7)}, "items", 100)
+    write_results(path, {"model": "a", "results": [_entry("t", {"top1": 0.5}, resamples=samples)]})
+    assert read_results(path)["results"][0]["resamples"] == samples
+    samples["values"]["top1"] = damage(samples["values"]["top1"])
+    write_results(path, {"model": "a", "results": [_entry("t", {"top1": 0.5}, resamples=samples)]})
+    with pytest.raises(ValueError, match=r"x\.json: expected a results file"):
+        read_results(path)
+
+
 def test_intervals_and_chart(tmp_path):
     first, second = _results("a", 0.5, 0.25), _results("b", 0.625, 0.2)
     second["results"][0]["intervals"] = {"top1": [0.59, 0.66]}
