@@ -54,7 +54,7 @@ def create_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = Non
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
             f"config.mesh: {sizes} makes {math.prod(sizes.values())} devices, but there are "
-            f"{len(devices)}; change config.mesh.data or config.mesh.fsdp"
+            f"{len(devices)}; config.mesh.data=-1 with config.mesh.fsdp=1 fits any number"
         )
     return Mesh(arrange_devices(devices, sizes["data"], sizes["fsdp"]), BATCH_AXES)
 
