@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -51,7 +51,6 @@ DTYPES = ("float16", "float32")
 
 _FORMAT_VERSION = 2
 _KEY, _EMBEDDING, _MISSING = "key", "embedding_", "missing"
-_GB = 10**9
 
 
 class ShardEmbeddings:
@@ -90,7 +89,66 @@ class ShardEmbeddings:
             yield encode_features({_KEY: encode_key(key), **value})
 
 
-def load_embeddings(task: shards.ShardTask, copies: LocalCopies | None = None) -> ShardEmbeddings:
+@dataclasses.dataclass(frozen=True)
+class LocalCopies:
+    """Copies on the local disk of what is read again soon from a store.
+
+    The heads learn from some shards, whose embeddings are computed, read for the training, and read
+    once more for the labels; where labels are merged, so are their records. Workers on this machine
+    leave copies here.
+
+    Attributes:
+        folder: of the copies; None keeps nothing.
+        max_bytes: once they are larger, no more is kept (by a file for each worker at most).
+        with_records: whether records are kept, and not embeddings alone.
+    """
+
+    folder: str | None = None
+    max_bytes: float = 0
+    with_records: bool = False
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, max_bytes: float, with_records: bool) -> Iterator[LocalCopies]:
+        """Copies in a temporary folder, which is removed at the end."""
+        with tempfile.TemporaryDirectory(prefix="diht_label_") as folder:
+            yield cls(folder, max_bytes, with_records)
+
+    @contextlib.contextmanager
+    def write(self, path: str) -> Iterator[Callable[[bytes], None] | None]:
+        """Opens the copy of a file of records.
+
+        Yields:
+            A function that takes the records one by one; None where the file is local, or there is
+            no room.
+        """
+        copy = self._copy_of(path)
+        if copy is None or self._num_bytes() >= self.max_bytes:
+            yield None
+            return
+        with TFRecordWriter(copy) as writer:
+            yield writer.write
+
+    def find(self, path: str) -> str | None:
+        """The copy of a file; None where there is none."""
+        found = self._copy_of(path)
+        return found if found and os.path.exists(found) else None
+
+    def _copy_of(self, path: str) -> str | None:
+        if self.folder is None or not is_remote(path):
+            return None
+        digest = hashlib.blake2b(path.encode(), digest_size=16).hexdigest()
+        return os.path.join(self.folder, f"{digest}.tfrecord")
+
+    def _num_bytes(self) -> int:
+        names = files.list_names(self.folder)
+        return sum(files.size(files.join(self.folder, name)) or 0 for name in names)
+
+
+NO_COPIES = LocalCopies()
+
+
+def load_embeddings(task: shards.ShardTask, copies: LocalCopies = NO_COPIES) -> ShardEmbeddings:
     """Reads the embeddings of one shard.
 
     Args:
@@ -100,7 +158,7 @@ def load_embeddings(task: shards.ShardTask, copies: LocalCopies | None = None) -
     Raises:
         ValueError: the file is missing, damaged, or not the one that was written.
     """
-    path = (copies and copies.find(task.output)) or task.output
+    path = copies.find(task.output) or task.output
     keys, results, dtype = [], [], DTYPES[0]
     hashed = shards.RecordHash()
     try:
@@ -126,55 +184,6 @@ def load_embeddings(task: shards.ShardTask, copies: LocalCopies | None = None) -
         ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class LocalCopies:
-    """A folder on the local disk with copies of what a run will read again from a store.
-
-    The heads learn from some shards, whose embeddings are computed, read for the training, and read
-    once more for the labels; where labels are merged, so are their records. Workers on this machine
-    leave copies here.
-
-    Attributes:
-        folder: of the copies.
-        max_bytes: once they are larger, no more is kept (by a file for each worker at most).
-    """
-
-    folder: str
-    max_bytes: float
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, config: ml_collections.ConfigDict, *paths: str) -> Iterator[LocalCopies | None]:
-        """A folder of the driver for a run, removed at its end.
-
-        Args:
-            config: of `labelling.config.default_config`.
-            *paths: of the output, and of the input where it is read again.
-
-        Yields:
-            None where it would save nothing, since none of the paths is in a store.
-        """
-        if not any(map(is_remote, paths)) or not config.scratch_gb:
-            yield None
-            return
-        with tempfile.TemporaryDirectory(prefix="diht_label_") as folder:
-            yield cls(folder, config.scratch_gb * _GB)
-
-    def reserve(self, path: str, num_bytes: int = 0) -> str | None:
-        """The path for a copy of a file; None where there is no room for it."""
-        with os.scandir(self.folder) as entries:
-            kept = sum(entry.stat().st_size for entry in entries)
-        return None if kept + num_bytes > self.max_bytes else self._copy_of(path)
-
-    def find(self, path: str) -> str | None:
-        """The copy of a path; None where there is none."""
-        return self._copy_of(path) if os.path.exists(self._copy_of(path)) else None
-
-    def _copy_of(self, path: str) -> str:
-        digest = hashlib.blake2b(path.encode(), digest_size=16).hexdigest()
-        return os.path.join(self.folder, f"{digest}.tfrecord")
-
-
 def hash_embeddings(identity: dict[str, Any], dtype: str) -> str:
     """The fingerprint of all that decides the embeddings of a shard.
 
@@ -197,75 +206,47 @@ def embed_shard(
     *,
     teacher: ml_collections.ConfigDict,
     dtype: str,
-    copies: LocalCopies | None = None,
-    keeps_records: bool = False,
+    copies: LocalCopies = NO_COPIES,
 ) -> None:
-    """Embeds one shard, and leaves a copy of the embeddings, or of the records as well.
-
-    Arguments and errors of `compute_embeddings`.
-    """
-    records_copy = None
-    if copies is not None and keeps_records:
-        records_copy = copies.reserve(task.source.path, files.size(task.source.path) or 0)
-    found = compute_embeddings(task, report, teacher, dtype, records_copy=records_copy)
-    if copies is not None and (copy := copies.reserve(task.output)):
-        with TFRecordWriter(copy) as writer:
-            for data in found.encode():
-                writer.write(data)
-
-
-def compute_embeddings(
-    task: LabelTask,
-    report: Report,
-    teacher: ml_collections.ConfigDict,
-    dtype: str,
-    *,
-    work_output: str | None = None,
-    records_copy: str | None = None,
-) -> ShardEmbeddings:
-    """Embeds one shard and writes its file.
+    """Embeds one shard, writes its file, and leaves copies of what is read again.
 
     Args:
-        task: of `tasks.plan_outputs`.
+        task: that makes the embeddings, or labels of them.
         report: called with the number of records that are done.
         teacher: config section of `teachers.registry.default_teacher`.
         dtype: of the file.
-        work_output: output of the task whose worker may die of a record; None is this task's.
-        records_copy: path of a TFRecord file that gets the records that were read.
+        copies: get those of the embeddings, and of the records.
 
     Raises:
         ValueError: a damaged shard, a teacher that gives no proper embeddings, or values that
             float16 cannot hold.
     """
-    found: ShardEmbeddings | None = None
+    made = dataclasses.replace(task.embedding or task, search=task.search)
 
     def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
-        nonlocal found
         keys, results = [], []
-        with TFRecordWriter(records_copy) if records_copy else contextlib.nullcontext() as copy:
-            embedded = embed_records(
-                dataclasses.replace(task, output=work_output or task.output),
-                report,
-                open_teacher(teacher),
-                teacher.batch_size,
-            )
+        of_records = copies if copies.with_records else NO_COPIES
+        embedded = embed_records(task, report, open_teacher(teacher), teacher.batch_size)
+        with of_records.write(source.path) as copy:
             for record, result in embedded:
                 keys.append(record.key)
                 results.append(result if isinstance(result, str) else result.astype(dtype))
                 if copy is not None:
-                    copy.write(encode_record(record))
+                    copy(encode_record(record))
         found = ShardEmbeddings(keys, results, dtype)
         if not np.isfinite(found.embeddings).all():
             raise ValueError(
                 f"{source}: an embedding is too large for {dtype}; set "
                 "config.embedding_dtype='float32'"
             )
-        for data in found.encode():
-            writer.write(data)
+        with copies.write(made.output) as copy:
+            for data in found.encode():
+                writer.write(data)
+                if copy is not None:
+                    copy(data)
         return {"embedded": len(found.rows), "missing": found.count_missing()}
 
-    shards.run_task(task, process)
-    return found
+    shards.run_task(made, process)
 
 
 def embed_records(

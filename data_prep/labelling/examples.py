@@ -14,7 +14,13 @@ import numpy as np
 
 from data_prep.jobs import shards
 from data_prep.labelling import vocabulary as concept_vocabulary
-from data_prep.labelling.embeddings import LocalCopies, hash_keys, key_ranks, load_embeddings
+from data_prep.labelling.embeddings import (
+    NO_COPIES,
+    LocalCopies,
+    hash_keys,
+    key_ranks,
+    load_embeddings,
+)
 from diht_jax.records.vocabulary import ConceptList, Vocabulary
 
 # Seeds of independent choices by key.
@@ -89,7 +95,7 @@ def gather_examples(
     config: ml_collections.ConfigDict,
     vocabulary: Vocabulary,
     embedded: Sequence[shards.ShardTask],
-    copies: LocalCopies | None = None,
+    copies: LocalCopies = NO_COPIES,
 ) -> tuple[Examples, Examples]:
     """Training and held-out examples; a sample by key, where there are more than the config wants.
 

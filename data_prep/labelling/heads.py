@@ -96,9 +96,7 @@ class Heads:
         elif self._are_few_changed(found["inputs"]):
             self.description, self.vocabulary = found, read_vocabulary(self._folder)
 
-    def obtain(
-        self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies | None = None
-    ) -> None:
+    def obtain(self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies) -> None:
         """Makes the heads that are not there, and writes them with their vocabulary.
 
         One job makes them; others that come meanwhile wait, and take these.
@@ -116,9 +114,7 @@ class Heads:
                     return
         logging.info("heads: trained before")
 
-    def _make(
-        self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies | None
-    ) -> None:
+    def _make(self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies) -> None:
         config = self._config
         for part in self.vocabulary:
             files.write_bytes(vocabulary_path(self._folder, part.kind), encode_concepts(part))

@@ -59,6 +59,7 @@ from diht_jax.records.labels.shards import CLIP_EMBEDDINGS, LABELS, ShardIdentit
 from diht_jax.storage import files, locks
 from diht_jax.terminal import print_escaped
 
+_GB = 10**9
 _LABELS_VERSION = 3
 _CLIPS_VERSION = 3
 
@@ -100,10 +101,10 @@ def run(
     if config.clip_teachers.models:
         failures, is_complete = job.embed_by_clips()
     if teacher and is_complete:
-        # Merged records are read again where the heads have learnt from them. Workers of a cluster
-        # do not share a disk.
-        again = [folder, inputs[0].path] if config.merge else [folder]
-        with LocalCopies.open(config, *(again if engine == "local" else ())) as copies:
+        max_bytes = config.scratch_gb * _GB
+        with LocalCopies.open(max_bytes, with_records=config.merge) as copies:
+            if engine != "local":  # workers of a cluster do not share a disk
+                copies = embeddings.NO_COPIES
             failures = job.label(failures, teacher, copies)
     return print_failures(failures)
 
@@ -128,9 +129,7 @@ class _Job:
     folder: str
     share: Callable[[Sequence[LabelTask]], Sequence[LabelTask]]
 
-    def label(
-        self, failures: Failures, teacher: TeacherInfo, copies: LocalCopies | None
-    ) -> Failures:
+    def label(self, failures: Failures, teacher: TeacherInfo, copies: LocalCopies) -> Failures:
         """Makes the concept labels.
 
         Args:
@@ -152,7 +151,6 @@ class _Job:
             teacher=config.teacher,
             dtype=config.embedding_dtype,
             copies=copies,
-            keeps_records=config.merge,
         )
         pending = _unfinished(self.share(heads.sample), "embed")
         failures |= self._run(function, pending, "embed", teacher)
@@ -250,7 +248,7 @@ class _Job:
         pending: Sequence[LabelTask],
         settings: labels.LabelSettings,
         teacher: TeacherInfo,
-        copies: LocalCopies | None,
+        copies: LocalCopies,
     ) -> Failures:
         """Labels shards, those without embeddings after embedding them; returns what failed."""
         if pending:

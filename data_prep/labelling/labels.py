@@ -12,8 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import os
-import tempfile
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +24,8 @@ from data_prep.jobs.engine import Report
 from data_prep.labelling.embeddings import (
     LocalCopies,
     ShardEmbeddings,
-    compute_embeddings,
     embed_records,
+    embed_shard,
     load_embeddings,
     read_shard,
 )
@@ -36,13 +35,12 @@ from data_prep.teachers.clip import open_clip_teachers
 from diht_jax.data.index import update_index
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.dataset_index import INDEX_NAME
-from diht_jax.records.format import read_records
 from diht_jax.records.formats.registry import open_writer
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.labels.clip_embeddings import ClipFacts
 from diht_jax.records.labels.concepts import NO_CONCEPTS, Concepts, encode_label, id_dtype
 from diht_jax.records.labels.shards import LabelShard, describe_labels, seal
-from diht_jax.records.schema import CONCEPT_FIELDS, Record, decode_record, encode_record
+from diht_jax.records.schema import CONCEPT_FIELDS, Record, encode_record
 from diht_jax.records.vocabulary import KINDS, STATS_KEY
 from diht_jax.storage import files
 
@@ -69,18 +67,6 @@ class LabelSettings:
     merge: bool
 
 
-def label_shard(
-    task: LabelTask, report: Report, *, settings: LabelSettings, copies: LocalCopies | None = None
-) -> None:
-    """Labels one shard, from its embeddings; of these, and of the records, there may be copies.
-
-    Raises:
-        ValueError: the embeddings are of other records, or of another size than the heads take.
-    """
-    records_copy = None if copies is None else copies.find(task.source.path)
-    _write_labels(task, report, load_embeddings(task.embedding, copies), settings, records_copy)
-
-
 def embed_and_label(
     task: LabelTask,
     report: Report,
@@ -89,36 +75,27 @@ def embed_and_label(
     teacher: ml_collections.ConfigDict,
     dtype: str,
 ) -> None:
-    """Embeds one shard and labels it; the embeddings are kept, and the input is read once.
-
-    The heads look at 512 images of a shard at a time, whoever calls them, so that labels do not
-    depend on it: records that are written again wait for their labels in a temporary file.
+    """Embeds one shard and labels it; the embeddings are kept, and a store is read once.
 
     Raises:
-        ValueError: see `compute_embeddings` and `label_shard`.
+        ValueError: see `embed_shard` and `label_shard`.
     """
     for path in (task.stats_path, task.embedding.output + shards.FAILED_SUFFIX):
         files.remove(path)
-    with tempfile.TemporaryDirectory(prefix="diht_label_") as folder:
-        records_copy = os.path.join(folder, "records.tfrecord") if settings.merge else None
-        found = compute_embeddings(
-            dataclasses.replace(task.embedding, search=task.search),
-            report,
-            teacher,
-            dtype,
-            work_output=task.output,
-            records_copy=records_copy,
-        )
-        _write_labels(task, lambda _: None, found, settings, records_copy)
+    with LocalCopies.open(math.inf, with_records=settings.merge) as copies:
+        embed_shard(task, report, teacher=teacher, dtype=dtype, copies=copies)
+        label_shard(task, lambda _: None, settings=settings, copies=copies)
 
 
-def _write_labels(
-    task: LabelTask,
-    report: Report,
-    found: ShardEmbeddings,
-    settings: LabelSettings,
-    records_copy: str | None,
+def label_shard(
+    task: LabelTask, report: Report, *, settings: LabelSettings, copies: LocalCopies
 ) -> None:
+    """Labels one shard, from its embeddings; of these, and of the records, there may be copies.
+
+    Raises:
+        ValueError: the embeddings are of other records, or of another size than the heads take.
+    """
+    found = load_embeddings(task.embedding, copies)
     heads = load_heads(settings.heads_folder, settings.weights_hash)
     predicted = _predict(found, heads, settings.top_k, task.embedding.output)
     counts = {
@@ -139,11 +116,10 @@ def _write_labels(
                 writer.write(label)
             report(len(found.keys))
             return counts | {"shard": shard}
-        records = map(decode_record, read_records(records_copy)) if records_copy else None
+        copy = copies.find(source.path)
+        records = read_shard(SourceShard("tfrecord", copy) if copy else source)
         added_bytes = 0
-        for number, (record, key) in enumerate(
-            itertools.zip_longest(records or read_shard(source), found.keys)
-        ):
+        for number, (record, key) in enumerate(itertools.zip_longest(records, found.keys)):
             if record is None or record.key != key:
                 there = "no record" if record is None else f"'{record.key}'"
                 difference = f"record {number} is {there}, and that of the embeddings {key}"

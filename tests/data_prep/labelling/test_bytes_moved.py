@@ -1,7 +1,6 @@
 """The bytes that filter and labels move together, and their requests, counted in a store."""
 
 import json
-import pathlib
 import sys
 
 import fsspec
@@ -11,6 +10,7 @@ import pytest
 from data_prep.filter import run_filter
 from data_prep.label import run_label
 from data_prep.labelling.embeddings import LocalCopies
+from diht_jax.records.format import read_records
 from tests.data_prep.filtering.jobs import job_config
 from tests.data_prep.labelling.pictures import COLORS, NAMES, TEACHER, draw, label_config
 from tests.readers.inputs import write_tar
@@ -102,7 +102,10 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
 
 
 def test_copies_are_bounded(tmp_path):
-    copies = LocalCopies(str(tmp_path), max_bytes=10)
-    pathlib.Path(copies.reserve("s3://b/one")).write_bytes(b"12345678")
-    assert pathlib.Path(copies.find("s3://b/one")).read_bytes() == b"12345678"
-    assert copies.find("s3://b/two") is None and copies.reserve("s3://b/two", 3) is None
+    copies = LocalCopies(str(tmp_path), max_bytes=20)
+    with copies.write("s3://b/one") as write:
+        write(b"12345678")
+    assert list(read_records(copies.find("s3://b/one"))) == [b"12345678"]
+    with copies.write("s3://b/two") as write:
+        assert write is None
+    assert copies.find("s3://b/two") is None
