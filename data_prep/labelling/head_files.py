@@ -143,7 +143,7 @@ def load_trained(folder: str, teacher: TeacherInfo) -> tuple[dict[str, Head], di
     """
     description = read_description(folder)
     if description is None:
-        raise ValueError(f"config.heads.load='{folder}': no {DESCRIPTION} there")
+        raise ValueError(f"config.heads.load='{folder}': {DESCRIPTION} is missing or damaged")
     if description["weights_hash"] != hash_heads(folder):
         raise ValueError(f"{folder}/{WEIGHTS} is not the file that {DESCRIPTION} describes")
     expected = read_vocabulary(folder).describe()

@@ -146,7 +146,8 @@ class Heads:
             "heads": results,
             "images": images,
         }
-        files.write_object(files.join(self._folder, head_files.DESCRIPTION), self.description)
+        path = files.join(self._folder, head_files.DESCRIPTION)
+        files.write_object(path, self.description, with_checksum=True)
 
     def _are_few_changed(self, before: Mapping[str, str | None]) -> bool:
         """Compares the shards with those that heads were made for, by `_hash_inputs` of these."""

@@ -88,7 +88,7 @@ def summarize(
             _relative_inputs(config, folder),
             vocabulary=vocabulary.describe(),
         )
-    files.write_object(files.join(folder, shards.MERGED_STATS), facts)
+    files.write_object(files.join(folder, shards.MERGED_STATS), facts, with_checksum=True)
     report.write_report(folder, facts, heads, vocabulary, tasks)
     for warning in report.find_warnings(heads):
         logging.warning("%s", warning)

@@ -4,12 +4,13 @@ They are files in the folder of the labelled shards, and give the student's head
 concepts are chosen belongs in `data_prep.labelling.vocabulary`. One file per kind, for people as
 well as programs::
 
-    # objects 0f3a5c... 312 concepts
+    # objects 0f3a5c... 312 concepts 5d41402a
     id<TAB>concept<TAB>count
     0<TAB>man<TAB>5120
 
 The hash covers the kind and the concepts in the order of their ids, not the counts: two data sets
-with the same hash have the same meaning of every id.
+with the same hash have the same meaning of every id. The last number of the first line is the
+CRC32C of all other lines.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
+
+import google_crc32c
 
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_index import INDEX_NAME, read_index
@@ -98,9 +101,13 @@ def encode_concepts(part: ConceptList) -> bytes:
         if not name or "\t" in name or len(name.splitlines()) != 1 or name != name.strip():
             raise ValueError(f"{part.kind}: {name!r} cannot be kept as a concept in one line")
     rows = zip(part.names, part.counts, strict=True)
-    lines = [f"# {part.kind} {part.hash} {len(part)} concepts", _COLUMNS]
-    lines += [f"{i}\t{name}\t{count}" for i, (name, count) in enumerate(rows)]
-    return ("\n".join(lines) + "\n").encode()
+    lines = [_COLUMNS, *(f"{i}\t{name}\t{count}" for i, (name, count) in enumerate(rows))]
+    table = "\n".join(lines) + "\n"
+    return f"# {part.kind} {part.hash} {len(part)} concepts {_checksum(table)}\n{table}".encode()
+
+
+def _checksum(table: str) -> str:
+    return f"{google_crc32c.value(table.encode()):08x}"
 
 
 def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
@@ -285,10 +292,10 @@ def _read_label(shard: str) -> Any:
 
 def _read_concepts(path: str, kind: str) -> ConceptList:
     try:
-        lines = read_bytes(path).decode("utf-8").split("\n")
-        _, found_kind, expected_hash, *_ = lines[0].split(" ")
-        columns = lines[1]
-        rows = [line.split("\t") for line in lines[2:] if line]
+        first, _, table = read_bytes(path).decode("utf-8").partition("\n")
+        _, found_kind, expected_hash, _, _, checksum = first.split(" ")
+        columns, *lines = table.split("\n")
+        rows = [line.split("\t") for line in lines if line]
         in_order = [int(row[0]) for row in rows] == list(range(len(rows)))
         names = tuple(name for _, name, _ in rows)
         counts = tuple(int(count) for _, _, count in rows)
@@ -299,10 +306,11 @@ def _read_concepts(path: str, kind: str) -> ConceptList:
     except (ValueError, IndexError) as error:
         raise ValueError(f"{path}: not a vocabulary of `python -m data_prep.label`") from error
     found = ConceptList(kind, names, counts)
-    if found_kind != kind or columns != _COLUMNS or not in_order or found.hash != expected_hash:
+    is_whole = columns == _COLUMNS and in_order and checksum == _checksum(table)
+    if found_kind != kind or not is_whole or found.hash != expected_hash:
         raise ValueError(
             f"{path}: {len(found)} {kind} with hash {found.hash}, while its first line states "
-            f"{lines[0]!r:.200}; the file was changed after it was written. Take the original: the "
+            f"{first!r:.200}; the file was changed after it was written. Take the original: the "
             "records' ids are indices into it"
         )
     return found

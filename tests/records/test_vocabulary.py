@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import google_crc32c
 import pytest
 
 from diht_jax.records.schema import Pair, encode_record
@@ -43,10 +44,10 @@ def test_file_is_readable(tmp_path):
     vocabulary = _vocabulary()
     write_vocabulary(tmp_path, vocabulary)
     digest = hashlib.sha256("objects\ndog\npolar bear\ncafé".encode()).hexdigest()[:16]
-    assert (tmp_path / "vocabulary_objects.tsv").read_text(encoding="utf-8") == (
-        f"# objects {digest} 3 concepts\nid\tconcept\tcount\n"
-        "0\tdog\t100\n1\tpolar bear\t99\n2\tcafé\t98\n"
-    )
+    table = "id\tconcept\tcount\n0\tdog\t100\n1\tpolar bear\t99\n2\tcafé\t98\n"
+    checksum = f"{google_crc32c.value(table.encode()):08x}"
+    found = (tmp_path / "vocabulary_objects.tsv").read_text(encoding="utf-8")
+    assert found == f"# objects {digest} 3 concepts {checksum}\n{table}"
     assert read_vocabulary(tmp_path) == vocabulary
     assert vocabulary.describe()["objects"] == {"size": 3, "hash": digest}
 
@@ -72,6 +73,7 @@ def test_names_that_would_break_the_file(name, tmp_path):
     ("old", "new", "message"),
     [
         ("\tdog\t", "\tcat\t", "changed after it was written"),
+        ("\tdog\t100", "\tdog\t101", "changed after it was written"),
         ("0\tdog\t100\n", "", "changed after it was written"),
         ("dog\t100", "dog", "not a vocabulary"),
     ],

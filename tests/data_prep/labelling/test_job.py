@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -290,6 +291,16 @@ def test_a_page_of_little_data_says_what_its_recalls_are(work, tmp_path):
     run_label(label_config(work / "kept", tmp_path / "again", merge=False, **loaded))
     found = (tmp_path / "again" / "report.html").read_text()
     assert f"trained in {work / 'labelled'}: the recalls" in found
+
+
+def test_damaged_metrics_of_heads_are_made_again(work, tmp_path):
+    folder = shutil.copytree(work / "labelled", tmp_path / "out")
+    path = folder / "heads.json"
+    data = path.read_bytes()
+    path.write_bytes(re.sub(rb'"recall_at_1": [01]\.\d', b'"recall_at_1": 0.7', data))
+    assert path.read_bytes() != data
+    assert run_label(label_config(work / "kept", folder)) == {}
+    assert path.read_bytes() == data
 
 
 def test_no_flipped_byte_gives_another_embedding(work, tmp_path):
