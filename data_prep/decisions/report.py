@@ -341,7 +341,10 @@ def _read_all(outputs: Sequence[str]) -> Iterator[tuple[list, dict, dict, bytes]
 
 def _read_part(output: str) -> tuple[list[pyarrow.RecordBatch], dict, dict, bytes]:
     batches = list(read_decisions(decisions_path(output), list(COLUMNS)))
-    stats = shards.read_json(output + shards.STATS_SUFFIX)
+    path = output + shards.STATS_SUFFIX
+    stats = shards.read_json(path)
+    if stats["output"]["file"] != os.path.basename(output):
+        raise ValueError(f"{path}: of another part; delete it, and run the filter again")
     seconds = files.read_object(output + SECONDS_SUFFIX) or {}
     return batches, stats, seconds, read_samples(output + SAMPLES_SUFFIX)
 

@@ -41,8 +41,9 @@ def test_decisions_of_another_part_are_not_taken_for_those_of_this_one(copy):
         merge_reports([copy, copy])
 
 
-def test_samples_of_another_part_are_not_taken_for_those_of_this_one(copy):
-    one, other = sorted(copy.glob("parts/*.samples.tsv"))
+@pytest.mark.parametrize("suffix", ["samples.tsv", "stats.json"])
+def test_what_belongs_to_another_part_is_not_taken_for_that_of_this_one(copy, suffix):
+    one, other = sorted(copy.glob(f"parts/*.{suffix}"))
     one.write_bytes(other.read_bytes())
     with pytest.raises(ValueError, match=one.name):
         merge_reports([copy, copy])
