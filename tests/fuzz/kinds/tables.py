@@ -135,7 +135,7 @@ def check_forms_of_csv(draw: Draw, folder: pathlib.Path) -> str:
     else:
         header, *lines = (line.replace(b"\r\n", b"\n") for line in (header, *lines))
         lines[-1] = lines[-1].rstrip()
-    touched = [table.bad] if form in ("fields", "quote") else []
+    touched = [table.bad] if form in ("fields", "quote", "bytes") else []
     return table.judge(header, lines, *touched, may_fail=form == "quote")
 
 
@@ -144,6 +144,6 @@ def check_no_table(draw: Draw, folder: pathlib.Path) -> str:
     table = _Table(draw, folder)
     header, lines = draw(one([b"", b"\n", b" \n\n", table.header])), []
     if table.kind != "jsonl" and draw(st.booleans()):
-        odd = [b"", b"\n", b"a,b,c\n", b"image;caption;id\n", b"\xff\xfe\n", b'"image\n', b"\0\n"]
+        odd = [b"", b"\n", b"a,b,c\n", b"image|caption|id\n", b"\xff\xfe\n", b'"image\n', b"\0\n"]
         header, lines = draw(one(odd)), table.lines()
     return table.judge(header, lines, *table.values, must_fail=True)
