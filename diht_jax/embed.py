@@ -17,6 +17,7 @@ import dataclasses
 from absl import flags
 
 from diht_jax import command_line, distributed
+from diht_jax.evaluation.embedding.entries import Processes
 from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source
 from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.storage.files import check_writable
@@ -52,7 +53,7 @@ def main() -> None:
     import jax
 
     from diht_jax.loading import load_model
-    from diht_jax.training.multihost import check_same_step, work_together
+    from diht_jax.training.multihost import check_same_step
 
     # The processes of a job divide what this task of an array has.
     options = dataclasses.replace(
@@ -67,7 +68,7 @@ def main() -> None:
         batch_size=given.batch_size,
     )
     check_same_step(model.step)
-    work_together(lambda: embed_source(model, source, given.output, options))
+    Processes.of_job().together(lambda: embed_source(model, source, given.output, options))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def _search_index(shards: list[Any], queries: list[str], index: Any) -> None:
         index: the `PictureIndex`; None where the source is yet to be embedded.
     """
     from diht_jax.evaluation.embedding.encoding import Batching
-    from diht_jax.evaluation.embedding.index_update import IndexProcess, update_index
+    from diht_jax.evaluation.embedding.entries import Processes
+    from diht_jax.evaluation.embedding.index_update import update_index
     from diht_jax.evaluation.embedding.picture_index import PictureIndex
     from diht_jax.evaluation.embedding.search import fill_queries, load_indexed_pictures
 
@@ -142,10 +143,6 @@ def _search_index(shards: list[Any], queries: list[str], index: Any) -> None:
     texts = fill_queries(queries, given.caption_template, given.num_matches) if queries else {}
     model = _load_model()
     if shards:
-        import jax
-
-        from diht_jax.training.multihost import work_together
-
         update = update_index(
             model,
             shards,
@@ -153,7 +150,7 @@ def _search_index(shards: list[Any], queries: list[str], index: Any) -> None:
             dtype=given.dtype,
             batching=Batching(given.batch_size, given.num_threads),
             thumbnails=given.thumbnails,
-            process=IndexProcess(jax.process_index(), jax.process_count(), work_together),
+            processes=Processes.of_job(),
         )
         logging.info(
             "%s: %d pictures added, %d removed, %d as before; left out: %s",

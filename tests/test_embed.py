@@ -227,7 +227,7 @@ def test_folder_of_pictures_classes_and_records(model, tmp_path):
     with TFRecordWriter(tmp_path / "r.tfrecord") as writer:
         for i in range(5):
             writer.write(encode_record(Pair(f"{i}.png", png(i), "red car")))
-    with pytest.raises(ValueError, match="pictures without captions; take --modalities image"):
+    with pytest.raises(ValueError, match="pictures without captions, .* --modalities image"):
         embed_source(model, str(flat), tmp_path / "x", OPTIONS)
     assert not (tmp_path / "x").exists()
     image_only = EmbedOptions(modalities=("image",), batch_size=8)

@@ -10,14 +10,12 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from diht_jax.training.stopping import LASTING_EXIT_CODE, TemporaryError, exit_status
 
 _LONGEST_TEXT_BYTES = 2**16
-_LONGEST_WORK_MS = 7 * 24 * 60 * 60 * 1000
 
 Result = TypeVar("Result")
 
@@ -78,33 +76,6 @@ def check_together(check: Callable[[], Result]) -> Result:
         raise cause
     kind, _, text = problem.partition(":")
     raise (ValueError if kind == "lasting" else TemporaryError)(text) from cause
-
-
-def work_together(work: Callable[[], Result]) -> Result:
-    """Like `check_together`, for work that may take one process hours longer than another.
-
-    They meet at a barrier of the coordination service first: a collective fails where a process
-    comes late, with Gloo after half a minute.
-    """
-    if jax.process_count() == 1:
-        return work()
-    import orbax.checkpoint.multihost
-
-    result, problem = None, None
-    try:
-        result = work()
-    except ValueError as error:
-        problem = error
-        logging.error("%s (the job ends when the other processes are through)", problem)
-    meet = orbax.checkpoint.multihost.get_barrier_sync_fn()
-    meet(key="work_together", timeout_ms=_LONGEST_WORK_MS)
-
-    def finish() -> Result:
-        if problem is not None:
-            raise problem
-        return result
-
-    return check_together(finish)
 
 
 def share_from_first(read: Callable[[], bytes]) -> bytes:

@@ -137,8 +137,10 @@ def encode_images(
     """
     start = time.perf_counter()
     batching = batching or Batching()
-    own = batching.processes.share(entries)
-    shares = batching.processes.work(lambda: _encode_share(model, own, describe, batching))
+    processes = batching.processes
+    own = processes.share(entries)
+    share = processes.together(lambda: _encode_share(model, own, describe, batching))
+    shares = processes.exchange(share)
     found, image_emb = shares[0]
     if len(shares) > 1:
         found, image_emb = _merge_shares(shares, entries)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from diht_jax.readers.base import Skipped
@@ -83,7 +84,7 @@ def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, En
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes that embed a source together, each its share on devices of its own.
+    """The processes of a job that embed together, each its share on devices of its own.
 
     Attributes:
         index: of this process.
@@ -113,27 +114,28 @@ class Processes:
         numbered = enumerate(entries)
         return (((0, i), entry) for i, entry in numbered if i % self.count == self.index)
 
-    def work(self, work: Callable[[], Any]) -> list[Any]:
-        """What a function returns in each process, once all are through.
+    def together(self, work: Callable[[], Any]) -> Any:
+        """What a function returns in this process, once all are through.
 
         Raises:
             Exception: the error of this process.
             ValueError: one of another process, with its message.
         """
         if self.count == 1:
-            return [work()]
+            return work()
         result, error = None, None
         try:
             result = work()
         except Exception as problem:  # the others would wait for this process without end
             error = problem
-        results = self.exchange((result, None if error is None else f"{error}"))
+            logging.error("%s (the job ends when the other processes are through)", problem)
+        messages = self.exchange(None if error is None else f"{error}")
         if error is not None:
             raise error
-        for process, (_, message) in enumerate(results):
+        for process, message in enumerate(messages):
             if message is not None:
                 raise ValueError(f"process {process} of {self.count}: {message}")
-        return [result for result, _ in results]
+        return result
 
 
 def _exchange(value: Any) -> list[Any]:

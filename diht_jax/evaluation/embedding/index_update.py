@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import Batching, EncodedImages, encode_images
+from diht_jax.evaluation.embedding.entries import Processes
 from diht_jax.evaluation.embedding.files import check_settings
 from diht_jax.evaluation.embedding.inputs import (
     PICTURES,
@@ -66,22 +67,6 @@ class Update:
     dropped: dict[str, int]
 
 
-@dataclasses.dataclass(frozen=True)
-class IndexProcess:
-    """One of the processes of a job that update an index together, on a folder all of them see.
-
-    Attributes:
-        index: of this process.
-        count: of processes.
-        together: calls a function in every process, and returns what it has returned in this one
-            when all are through; where it has failed in one, it raises in all of them.
-    """
-
-    index: int = 0
-    count: int = 1
-    together: Callable[[Callable[[], Any]], Any] = lambda work: work()
-
-
 def update_index(
     model: Any,
     shards: Sequence[SourceShard],
@@ -90,7 +75,7 @@ def update_index(
     dtype: str = "float16",
     batching: Batching | None = None,
     thumbnails: bool = True,
-    process: IndexProcess | None = None,
+    processes: Processes | None = None,
 ) -> Update:
     """Makes the index of a source, or brings it up to date.
 
@@ -106,7 +91,8 @@ def update_index(
         batching: the defaults where None.
         thumbnails: keep a small picture of each entry. Those of a folder of pictures are read
             from there instead.
-        process: of a job; each embeds its share (`inputs.shares_of`).
+        processes: of a job, on a folder that all of them see; each embeds its share
+            (`inputs.shares_of`).
 
     Returns:
         What all processes together did.
@@ -118,7 +104,7 @@ def update_index(
     files.refuse_url(folder, "index")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)} for an index")
-    folder, process, removed = pathlib.Path(folder), process or IndexProcess(), 0
+    folder, processes, removed = pathlib.Path(folder), processes or Processes(), 0
     settings = {
         "index": LAYOUT,
         "model_sha256": model.fingerprint(),
@@ -135,15 +121,15 @@ def update_index(
             path.unlink()
 
     with contextlib.ExitStack() as stack:
-        process.together(prepare if process.index == 0 else lambda: None)
+        processes.together(prepare if processes.index == 0 else lambda: None)
         # Read by all before the first part is made.
-        old = process.together(lambda: read_manifests(folder, settings))
+        old = processes.together(lambda: read_manifests(folder, settings))
         encode = functools.partial(encode_images, model, batching=batching, allow_empty=True)
         first_new = max(old, default=-1) + 1
-        numbers = itertools.count(first_new + process.index, process.count)
+        numbers = itertools.count(first_new + processes.index, processes.count)
         updater = _Updater(folder, settings, model.embed_dim, encode, thumbnails, numbers)
-        shares = shares_of(shards, process.index, process.count)
-        process.together(lambda: updater.add(shares, list(old.values())))
+        shares = shares_of(shards, processes.index, processes.count)
+        processes.together(lambda: updater.add(shares, list(old.values())))
         manifests = read_manifests(folder, settings)
     dropped: collections.Counter[str] = collections.Counter()
     for manifest in manifests.values():

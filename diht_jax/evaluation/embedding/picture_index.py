@@ -12,11 +12,13 @@ usearch (Apache-2.0) compares a query with every embedding, in vector code and o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -88,7 +90,9 @@ class PictureIndex:
                 "brings the index up to date",
                 path,
             )
-        self._parts = {number: Part(folder, found) for number, found in manifests.items()}
+        with futures.ThreadPoolExecutor() as pool:  # a CRC does not hold the interpreter's lock
+            parts = pool.map(functools.partial(Part, folder), manifests.values())
+            self._parts = dict(zip(manifests, parts, strict=True))
 
     def __len__(self) -> int:
         return sum(map(len, self._parts.values()))

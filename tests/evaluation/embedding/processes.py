@@ -27,18 +27,6 @@ class Processes:
         self._barrier.wait()
         return found
 
-    def together(self, work: Callable[[], Any]) -> Any:
-        """The result of `work` in this process; where it fails in one, all raise."""
-        result, error = None, None
-        try:
-            result = work()
-        except ValueError as problem:
-            error = problem
-        failed = [problem for problem in self.exchange(error) if problem]
-        if failed:
-            raise failed[0]
-        return result
-
     def run(self, work: Callable[[], Any]) -> list[Any]:
         """The result of `work` in each process, or its error."""
         results: list[Any] = [None] * self.count

@@ -19,14 +19,15 @@ from PIL import Image
 
 from diht_jax.evaluation.embedding import index_update, picture_index
 from diht_jax.evaluation.embedding.encoding import Batching
+from diht_jax.evaluation.embedding.entries import Processes
 from diht_jax.evaluation.embedding.files import list_inputs
-from diht_jax.evaluation.embedding.index_update import IndexProcess, update_index
+from diht_jax.evaluation.embedding.index_update import update_index
 from diht_jax.evaluation.embedding.picture_index import (
     PictureIndex,
 )
 from diht_jax.evaluation.embedding.search_server import is_own_host, make_server
 from tests import make
-from tests.evaluation.embedding.processes import Processes
+from tests.evaluation.embedding.processes import Processes as Threads
 
 pytest.importorskip("usearch")
 QUERIES = ["a dog", "red car", "the sea"]
@@ -136,7 +137,7 @@ def test_an_interrupted_update_goes_on(tiny_model, folder, tmp_path):
 
 def update_together(model, source, index, count):
     """By the processes of a job; returns what each did or its error, and how many it decoded."""
-    processes, one_at_a_time = Processes(count), threading.Lock()
+    threads, one_at_a_time = Threads(count), threading.Lock()
 
     class Own(Counting):
         def encode_image(self, images):
@@ -146,10 +147,10 @@ def update_together(model, source, index, count):
     models = [Own(model) for _ in range(count)]
 
     def work():
-        process = IndexProcess(processes.own.index, count, processes.together)
-        return update(models[process.index], source, index, process=process)
+        processes = Processes(threads.own.index, count, threads.exchange)
+        return update(models[processes.index], source, index, processes=processes)
 
-    return processes.run(work), [each.decoded for each in models]
+    return threads.run(work), [each.decoded for each in models]
 
 
 def test_processes_share_an_update(tiny_model, folder, tmp_path):
