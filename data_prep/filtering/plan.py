@@ -342,7 +342,8 @@ def _check_records(job: Job, done: Mapping[str, Any]) -> None:
     merged = files.read_object(files.join(job.folder, shards.MERGED_STATS))
     if merged is None or merged.get("output_id") == job.output_id:
         return
-    if FORMATS[merged["output_format"]].suffix != ".tar":
+    written = FORMATS.get(merged.get("output_format"))  # none in statistics of something else
+    if written is None or written.suffix != ".tar":
         return
     present = set(files.list_names(job.parts_folder))
     lost = [output for output in done if os.path.basename(output) not in present]

@@ -49,6 +49,15 @@ def test_what_belongs_to_another_part_is_not_taken_for_that_of_this_one(copy, su
         merge_reports([copy, copy])
 
 
+def test_statistics_of_something_else_are_made_again(finished, copy):
+    expected = (copy / "stats.json").read_bytes()
+    shutil.copy(copy / "features.json", copy / "stats.json")
+    source = str(finished.parent / "*.tar")
+    config = job_config(source, copy, concepts=True, examples_per_shard=5)
+    assert run_filter(config) == {}
+    assert (copy / "stats.json").read_bytes() == expected
+
+
 def test_a_flipped_bit_in_a_filtered_table_is_noticed(tmp_path):
     captions = [f"a dog runs to tree {number}" for number in range(50)]
     table = pyarrow.table({"caption": captions, "url": [str(number) for number in range(50)]})
