@@ -343,8 +343,8 @@ def _read_part(output: str) -> tuple[list[pyarrow.RecordBatch], dict, dict, byte
     batches = list(read_decisions(decisions_path(output), list(COLUMNS)))
     path = output + shards.STATS_SUFFIX
     stats = shards.read_json(path)
-    if stats["output"]["file"] != os.path.basename(output):
-        raise ValueError(f"{path}: of another part; delete it, and run the filter again")
+    if stats.get("output", {}).get("file") != os.path.basename(output):
+        raise ValueError(f"{path}: of something else; delete it, and run the filter again")
     seconds = files.read_object(output + SECONDS_SUFFIX) or {}
     return batches, stats, seconds, read_samples(output + SAMPLES_SUFFIX)
 

@@ -41,6 +41,13 @@ def test_decisions_of_another_part_are_not_taken_for_those_of_this_one(copy):
         merge_reports([copy, copy])
 
 
+def test_statistics_of_another_kind_are_not_taken_for_those_of_a_part(copy):
+    path = min(copy.glob("parts/*.stats.json"))
+    shutil.copy(copy / "report.json", path)
+    with pytest.raises(ValueError, match=path.name):
+        merge_reports([copy, copy])
+
+
 @pytest.mark.parametrize("suffix", ["samples.tsv", "stats.json"])
 def test_what_belongs_to_another_part_is_not_taken_for_that_of_this_one(copy, suffix):
     one, other = sorted(copy.glob(f"parts/*.{suffix}"))
