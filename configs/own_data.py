@@ -36,10 +36,10 @@ from diht_jax.records.formats.registry import open_source
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is trained on so many pairs.
+    """Settings for a number of pairs.
 
     Attributes:
-        most_pairs: this row is for so many and fewer.
+        most_pairs: the largest number of pairs that this row is for.
         model: of `diht_jax.models.zoo`.
         batch_size: at most; a fifth of the pairs where these are few.
         epochs: how often each pair is seen.

@@ -6,7 +6,7 @@ Samples are pairs of every outcome to look at: picture, caption, graph, and the 
 spotted. They depend on the pairs alone: those of the lowest random rank are chosen, so that the
 choices of shards together are the choice of the whole. Each line of their file has outcome, rank
 and a JSON object, with tabs between. The pairs of the lowest and of the highest scores of a step
-are samples as well, whatever became of them: in the place of the outcome stands "SCORE/lowest" or
+are samples as well, kept or dropped: in the place of the outcome stands "SCORE/lowest" or
 "SCORE/highest".
 """
 

@@ -211,7 +211,7 @@ def _add_hash(path: str, data: bytes) -> bytes:
 
 
 def _find_hash(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """What stands before the hash, the hash, and the footer."""
+    """Splits a file into what precedes the hash, the hash, and the footer."""
     footer_bytes = 8 + int.from_bytes(data[-8:-4], "little")  # its length and "PAR1" behind it
     end = max(len(data) - footer_bytes, 0)
     start = max(end - _HASH_BYTES, 0)
@@ -219,7 +219,7 @@ def _find_hash(data: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def _hash(path: str, *parts: bytes) -> bytes:
-    """Of contents and name: the file of another part is not taken for this one."""
+    """Hash of contents and name: the file of another part is not taken for this one."""
     digest = hashlib.blake2b(os.path.basename(path).encode(), digest_size=_HASH_BYTES)
     for part in parts:
         digest.update(part)

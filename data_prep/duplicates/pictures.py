@@ -137,7 +137,7 @@ def verify(
 
 
 class Overlay(NamedTuple):
-    """How the whole of one picture is laid over a window of another.
+    """Placement of the whole of one picture over a window of another.
 
     Attributes:
         correlation: of the greys.
@@ -166,7 +166,7 @@ def lay_over(one: np.ndarray | None, other: np.ndarray | None, *, mirrored: bool
 
 
 def has_colors_of(cut: np.ndarray, whole: np.ndarray, overlay: Overlay, difference: float) -> bool:
-    """Whether no part of an overlay differs by more than a share of the range of colours.
+    """Tells whether no part of an overlay differs by more than a share of the range of colours.
 
     Args:
         cut: uint8 [1536], the thumbnail with the window.

@@ -279,7 +279,7 @@ def compare_group(
 
 
 def keeps_captions(config: ml_collections.ConfigDict) -> bool:
-    """Whether a pair stays that repeats pictures of other captions only."""
+    """Tells whether a pair stays that repeats pictures of other captions only."""
     return config.other_captions == "keep"
 
 

@@ -83,7 +83,7 @@ def write_report(
 
 
 def find_warnings(heads: dict[str, Any]) -> list[str]:
-    """What the recalls do not say: sentences for the page and the log.
+    """Limits of the recalls: sentences for the page and the log.
 
     `heads` is what `heads.json` holds.
     """

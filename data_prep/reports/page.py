@@ -215,7 +215,7 @@ def _bin_name(start: float, end: float | None) -> str:
 
 
 def _score_sections(report: Report) -> list[dict[str, Any]]:
-    """Of each score its histogram, how many pairs are below some values, and both ends."""
+    """Sections of the scores: histogram, shares of pairs below some values, both ends."""
     sections = []
     for name, ends in report.get("scored", {}).items():
         outcomes = report["measures"]["histograms"].get(name)

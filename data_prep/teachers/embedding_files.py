@@ -77,7 +77,7 @@ def read_embeddings(path: str, field: str) -> np.ndarray:
 
 
 def has_field(path: str, field: str) -> bool:
-    """Whether a local file has an array or a column; False where it cannot be read."""
+    """Tells whether a local file has an array or a column; False where it cannot be read."""
     try:
         _read_field(path, field)
     except ValueError:

@@ -77,7 +77,7 @@ def _read_sample(shard: SourceShard, key: str, names: list[str]) -> Pair | Skipp
 
 
 def _is_caption(path: str) -> bool:
-    """Whether a file is a text with a picture of the same name next to it."""
+    """Tells whether a file is a text with a picture of the same name next to it."""
     stem, _, extension = path.rpartition(".")
     return extension.lower() == "txt" and any(
         os.path.isfile(f"{stem}.{other}")

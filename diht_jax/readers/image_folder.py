@@ -34,7 +34,7 @@ class FolderLayoutError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class FolderOptions:
-    """Which part of a folder is read.
+    """Options of a folder.
 
     Attributes:
         split: sub-folder that is read in place of the folder, such as "train".

@@ -221,7 +221,7 @@ def _read_rows(shard: SourceShard) -> Iterator[dict[str, Any] | str]:
 
 
 def _is_bad(text: str) -> bool:
-    """Whether a text had bytes that are no UTF-8, as `_read_csv` marks them."""
+    """Tells whether a text had bytes that are no UTF-8, as `_read_csv` marks them."""
     return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
 
 

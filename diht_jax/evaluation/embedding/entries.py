@@ -115,7 +115,7 @@ class Processes:
         return (((0, i), entry) for i, entry in numbered if i % self.count == self.index)
 
     def together(self, work: Callable[[], Any]) -> Any:
-        """What a function returns in this process, once all are through.
+        """Result of a function in this process, once all are through.
 
         Raises:
             Exception: the error of this process.

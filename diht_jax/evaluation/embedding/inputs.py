@@ -53,7 +53,7 @@ def _list_inputs(source: str | Sequence[str], source_options: dict[str, Any]) ->
     try:
         return registry.list_shards(source, **source_options)
     except ValueError as error:
-        # Pictures at any depth can be embedded, whatever the folders above them mean.
+        # Pictures at any depth can be embedded: the folders above them need not be classes.
         if names & pictures or isinstance(error, FolderLayoutError):
             return [SourceShard(PICTURES, source)]
         raise

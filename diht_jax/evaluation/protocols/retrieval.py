@@ -135,7 +135,7 @@ def number_captions(captions: Sequence[str]) -> np.ndarray:
 def answer_ids(
     image_of_text: np.ndarray, text_numbers: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What is right for what: an image and a text that have an id in common.
+    """Ids of images and texts; those with an id in common are right for each other.
 
     Args:
         image_of_text: int [m], the image of each text.
