@@ -25,7 +25,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks.record import write_result
-from diht_jax.progress import ProgressBar
+from diht_jax.terminal import ProgressBar
 
 _CAPTIONS = flags.DEFINE_string(
     "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."

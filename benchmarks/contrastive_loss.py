@@ -31,7 +31,7 @@ from diht_jax.hardware.flops import count_flops
 from diht_jax.hardware.hlo_traffic import count_traffic
 from diht_jax.hardware.topologies import get_topology
 from diht_jax.losses import contrastive_loss
-from diht_jax.progress import ProgressBar
+from diht_jax.terminal import ProgressBar
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "What to compile for.")
 _WIDTH = flags.DEFINE_integer("width", 768, "Embedding size d.")

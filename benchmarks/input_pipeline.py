@@ -50,8 +50,8 @@ from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.pipeline import TrainIterator, open_records
-from diht_jax.progress import ProgressBar
 from diht_jax.records import schema
+from diht_jax.terminal import ProgressBar
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 OURS, EXACT, OPEN_CLIP = "diht_jax", "diht_jax_exact", "open_clip"

@@ -27,7 +27,7 @@ from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.evaluation.embedding import index_update, picture_index
 from diht_jax.evaluation.embedding.files import PICTURES, SETTINGS_FILE, write_object
-from diht_jax.progress import ProgressBar
+from diht_jax.terminal import ProgressBar
 
 _CENTRES = 20_000
 _SPREAD = 0.9  # of a picture around its centre, beside the centre's own length of 1

@@ -53,7 +53,7 @@ from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
 from data_prep.text_spotting.weights import find_weights
 from diht_jax import command_line
 from diht_jax.input.decode import decode_rgb
-from diht_jax.progress import ProgressBar
+from diht_jax.terminal import ProgressBar
 
 AIMS = {"false_drops": 0.01, "speed": 3.5}
 _CHUNK = 16  # pictures that are read before the work directory is brought up to date

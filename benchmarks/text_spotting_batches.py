@@ -42,7 +42,7 @@ from data_prep.text_spotting.ocr import canvas_shape, like_batches
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
 from diht_jax import command_line
 from diht_jax.input.decode import open_image
-from diht_jax.progress import ProgressBar
+from diht_jax.terminal import ProgressBar
 
 # Of LAION-2B-en in px, from 5% to 95% in steps of 5%.
 _WIDTHS = (132, 160, 180, 210, 225, 240, 262, 300, 309, 340, 400, 450, 480, 512, 600, 656, 760, 960,

@@ -29,7 +29,6 @@ from absl import flags, logging
 from diht_jax import command_line
 from diht_jax.evaluation.embedding.files import check_settings
 from diht_jax.input.decode import ImageError, decode_rgb
-from diht_jax.progress import ProgressBar
 from diht_jax.records.captions import all_captions, caption_kinds, check_kind, with_captions
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_info import STATS_SUFFIX
@@ -43,6 +42,7 @@ from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabu
 from diht_jax.storage.files import remove_temporary_files, write_bytes
 from diht_jax.storage.locks import lock_folder
 from diht_jax.storage.retries import StorageError
+from diht_jax.terminal import ProgressBar
 
 SETTINGS_FILE = "captions.json"
 # Pictures of a call; their captions do not depend on `--batch_size`.

@@ -5,7 +5,7 @@ import re
 
 from tqdm import tqdm
 
-from diht_jax.progress import ProgressBar
+from diht_jax.terminal import ProgressBar
 
 
 class Clock:

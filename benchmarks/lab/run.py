@@ -45,7 +45,7 @@ from benchmarks.lab.processes import locked, run_command
 from benchmarks.record import RESULTS, write_result
 from diht_jax import command_line
 from diht_jax.config import default_config, load_recipe
-from diht_jax.progress import ProgressBar
+from diht_jax.terminal import ProgressBar
 
 # Test data beside the shared folder, by what is measured.
 _TESTS = {

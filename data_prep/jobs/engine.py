@@ -36,9 +36,8 @@ from data_prep.jobs.outcome import (
     call_function,
 )
 from data_prep.jobs.processes import LocalPool
-from diht_jax.progress import ProgressBar
 from diht_jax.storage.retries import FullError
-from diht_jax.terminal import print_escaped
+from diht_jax.terminal import ProgressBar, print_escaped
 
 __all__ = ["ENGINES", "Outcome", "RaySettings", "Report", "engine_options", "run_tasks"]
 

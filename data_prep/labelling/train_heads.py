@@ -28,8 +28,8 @@ from absl import logging
 from data_prep.labelling.examples import Examples, Split
 from data_prep.labelling.head_files import Head
 from data_prep.labelling.vocabulary import concept_factors, count_concepts, repeat_factors
-from diht_jax.progress import ProgressBar
 from diht_jax.records.vocabulary import ConceptList
+from diht_jax.terminal import ProgressBar
 
 RANKS = (1, 5, 10)  # of recalls
 

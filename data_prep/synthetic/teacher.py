@@ -30,9 +30,9 @@ from data_prep.synthetic.shapes import SHAPES
 from data_prep.synthetic.web import map_in_processes
 from diht_jax import command_line
 from diht_jax.input import decode
-from diht_jax.progress import ProgressBar
 from diht_jax.readers.registry import open_source
 from diht_jax.storage.files import write_bytes
+from diht_jax.terminal import ProgressBar
 
 CONCEPTS: tuple[str, ...] = (*SHAPES, *COLORS, *SIZES, *TEXTURES)
 

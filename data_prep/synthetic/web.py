@@ -39,8 +39,8 @@ from PIL import Image
 from data_prep.synthetic import captions, drawing, sampling
 from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
-from diht_jax.progress import ProgressBar
 from diht_jax.storage.files import write_bytes
+from diht_jax.terminal import ProgressBar
 
 CLEAN = "clean"
 NOISE_KINDS = ("product_title", "uninformative", "rendered_text", "mismatched")

@@ -28,7 +28,6 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.progress import ProgressBar
 from diht_jax.records import tfrecord
 from diht_jax.records.catalog import describe_stale, kind_of
 from diht_jax.records.dataset_index import (
@@ -53,7 +52,7 @@ from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import find_inputs, local_output, upload
 from diht_jax.storage.locks import lock_file
 from diht_jax.storage.stores import is_remote, open_ranges
-from diht_jax.terminal import print_escaped
+from diht_jax.terminal import ProgressBar, print_escaped
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _NAMES_SHOWN = 3

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.progress import ProgressBar
+from diht_jax.terminal import ProgressBar
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1000

@@ -34,7 +34,7 @@ from diht_jax.evaluation.protocols.base import Measured, Task
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.tasks import entries_bar
-from diht_jax.progress import ProgressBar
+from diht_jax.terminal import ProgressBar
 
 ALL = "all"
 PROMPT_INIT, SCRATCH, PENALTY = "prompt_init", "scratch", "prompt_penalty"

@@ -27,9 +27,9 @@ from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
-from diht_jax.progress import ProgressBar
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
+from diht_jax.terminal import ProgressBar
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.page import ResultsPage

@@ -10,10 +10,10 @@ import ml_collections
 
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.pictures import Units
-from diht_jax.input.held_out import held_out_records
 from diht_jax.input.pipeline import open_records
 from diht_jax.readers.base import Skipped
 from diht_jax.readers.tables import map_ahead
+from diht_jax.records.held_out import held_out_records
 from diht_jax.records.labels.shards import resolve_source
 from diht_jax.records.schema import Pair
 from diht_jax.records.sharded import ShardedRecords

@@ -14,10 +14,10 @@ import numpy as np
 from diht_jax.input.blocks import BlockStore, read_patiently
 from diht_jax.input.choices import check_crops
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.held_out import held_out_records
 from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_order
 from diht_jax.records.fingerprint import Fingerprint, fingerprint_records
+from diht_jax.records.held_out import held_out_records
 from diht_jax.records.labels.concepts import open_labels
 from diht_jax.records.labels.shards import (
     CLIP_EMBEDDINGS,

@@ -19,7 +19,7 @@ import grain.experimental
 import ml_collections
 import numpy as np
 
-from diht_jax.input.held_out import NOTHING, Others
+from diht_jax.records.held_out import NOTHING, Others
 from diht_jax.storage.stores import is_remote
 
 # Values of `config.data.order`; "auto" takes one of them.

@@ -17,8 +17,8 @@ from etils import epath
 
 from diht_jax import sharding
 from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
-from diht_jax.progress import ProgressBar
 from diht_jax.records.train_data import describe_train, parse_train
+from diht_jax.terminal import ProgressBar
 from diht_jax.training.initial_parameters import bind_architecture, initial_parameters
 from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from absl import logging
 
 from diht_jax.config.checks import nearest_name
-from diht_jax.progress import ProgressBar
 from diht_jax.storage.locks import lock_file
+from diht_jax.terminal import ProgressBar
 
 CACHE_VARIABLE = "DIHT_JAX_CACHE"
 WEIGHTS_VARIABLE = "DIHT_JAX_WEIGHTS"

@@ -23,9 +23,9 @@ import PIL.Image
 from diht_jax.evaluation.embedding.entries import Entries, Order, Processes
 from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.input.decode import ImageError
-from diht_jax.progress import ProgressBar
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
+from diht_jax.terminal import ProgressBar
 
 # Decoded images waiting for the device, in batches: enough to keep the threads busy while one
 # batch is on the device, small enough for the memory of a laptop.

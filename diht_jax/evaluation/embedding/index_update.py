@@ -39,12 +39,12 @@ from diht_jax.evaluation.embedding.picture_index import (
     remove_part,
     write_part,
 )
-from diht_jax.progress import ProgressBar
 from diht_jax.readers import image_folder
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
 from diht_jax.storage.locks import lock_folder
+from diht_jax.terminal import ProgressBar
 
 # Pictures a part: what an interruption can cost.
 PART_ROWS = 10_000

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from diht_jax.evaluation.embedding.entries import Entry, Unit
 from diht_jax.evaluation.sources.registry import count_shards
-from diht_jax.progress import ProgressBar
 from diht_jax.readers import image_folder, registry
 from diht_jax.readers.base import SourceShard
 from diht_jax.readers.image_folder import FolderLayoutError
+from diht_jax.terminal import ProgressBar
 
 # Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
 # for any other purpose.

@@ -23,9 +23,8 @@ from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.sources.registry import count_shards
 from diht_jax.input.decode import decode_rgb
 from diht_jax.pages.render import render, thumbnail
-from diht_jax.progress import ProgressBar
 from diht_jax.readers.base import SourceShard
-from diht_jax.terminal import escape
+from diht_jax.terminal import ProgressBar, escape
 
 _MOST_SHOWN = 1000  # characters of key and caption
 

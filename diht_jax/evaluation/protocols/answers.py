@@ -37,9 +37,9 @@ from diht_jax.evaluation.protocols.base import (
     parse_text,
 )
 from diht_jax.evaluation.protocols.vqa_credit import vqa_credit
-from diht_jax.progress import ProgressBar
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
+from diht_jax.terminal import ProgressBar
 
 ENTAILMENT_PROMPTS = {
     "entailment": "{}",
