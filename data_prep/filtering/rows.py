@@ -211,7 +211,7 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
         for unit in list_shards(text, **options):
             if unit.kind == PARQUET:
                 units += _list_row_groups(unit.path, source)
-            elif unit.kind == "table" and unit.path.endswith(JSONL_SUFFIX):
+            elif unit.kind == "table" and unit.path.lower().endswith(JSONL_SUFFIX):
                 # Outputs of earlier runs name the column that the config has.
                 own = {**unit.options, "image_column": source.image_column}
                 units.append(dataclasses.replace(unit, options=own, reads_linked=False))

@@ -73,6 +73,7 @@ def filter_shard(
             writer = CommonImageWriter(writer)
         encode = functools.partial(_encode, config=config)
         chain = Chain(config, steps, source, log, encode, writer.write, report)
+        source = dataclasses.replace(source, unneeded=tuple(config.drop_metadata))
         entries = _with_more_captions(_with_sidecar(source), source, config)
         if config.keep_before_damage:
             entries = _until_damage(entries, facts)

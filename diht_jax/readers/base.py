@@ -7,11 +7,14 @@ way in for everybody else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import posixpath
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+from absl import logging
 
 from diht_jax.records.samples import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped
 from diht_jax.records.schema import Pair
@@ -54,6 +57,8 @@ class SourceShard:
         reads_linked: whether files that a table only names, such as its images, are read, too.
         needs_caption: whether parquet rows and pictures of a folder without captions are skipped;
             else theirs is empty.
+        unneeded: columns of metadata that nobody keeps: a value there that Python cannot hold costs
+            no row of parquet.
     """
 
     kind: str
@@ -63,6 +68,7 @@ class SourceShard:
     options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _NO_OPTIONS)
     reads_linked: bool = True
     needs_caption: bool = True
+    unneeded: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         part = "" if self.stop is None else f"[{self.start}:{self.stop}]"
@@ -113,7 +119,7 @@ class Format:
     Attributes:
         read: yields the pairs of one shard, and `Skipped` for an entry that is no pair; raises
             ValueError naming the file if it is damaged.
-        suffixes: endings of the names of its files.
+        suffixes: endings of the names of its files, in any case.
         named_only: those of them that are read where a file is named, not where its folder is.
         matches: whether a path is such a file, where the ending alone does not decide it.
         prefix: start of texts that name a data set rather than files, such as "tfds:".
@@ -154,7 +160,8 @@ class Format:
         """
         if self.matches is not None:
             return self.matches(path)
-        return path.endswith(self.suffixes) and (is_named or not path.endswith(self.named_only))
+        name = path.lower()
+        return name.endswith(self.suffixes) and (is_named or not name.endswith(self.named_only))
 
 
 def held_bytes(entry: Pair | Skipped) -> int:
@@ -237,9 +244,6 @@ def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
         Paths, and the reason for which one cannot be read: "unsupported_format", "refused_path" for
         any link that leads out, or "no_image" for one that leads nowhere, a pipe, a socket or a
         device; None for the others.
-
-    Raises:
-        ValueError: a link makes a folder hold itself.
     """
     for path, is_inside in walk_files(folder, root):
         extension = path.rpartition(".")[2].lower()
@@ -260,22 +264,20 @@ def walk_files(
     """Yields the path of every file that is not hidden, and whether it is inside of `root`.
 
     A link that leads out of `root` is yielded, and not followed. Of a link that leads nowhere, a
-    pipe, a socket or a device it is None.
+    pipe, a socket or a device it is None. A link to a folder above it is left out, with a warning.
 
     Args:
         folder: where to look.
         root: folder that no link may lead out of.
         above: real paths of the folders above.
-
-    Raises:
-        ValueError: a link makes a folder hold itself.
     """
     if not _is_inside(folder, root):
         yield folder, False
         return
     real_path = os.path.realpath(folder)
     if real_path in above:
-        raise ValueError(f"'{folder}' leads back to '{real_path}', which holds it; remove the link")
+        _warn_of_loop(folder, real_path)
+        return
     with os.scandir(folder) as entries:
         children = sorted(entries, key=lambda entry: entry.name)
     for entry in children:
@@ -289,3 +291,8 @@ def walk_files(
             yield entry.path, True
         else:
             yield entry.path, None
+
+
+@functools.cache  # once a process, however often a folder is walked
+def _warn_of_loop(folder: str, real_path: str) -> None:
+    logging.warning("'%s' leads back to '%s', which holds it: left out", folder, real_path)

@@ -64,7 +64,8 @@ def _read_sample(shard: SourceShard, key: str, names: list[str]) -> Pair | Skipp
         if extension in UNSUPPORTED_EXTENSIONS:
             detail = f"expected one of {', '.join(FOLDER_EXTENSIONS)}"
             return Skipped(key, "unsupported_format", detail)
-        data = read_image(os.path.realpath(shard.root), os.path.join(shard.path, name), key)
+        path = os.path.join(os.path.realpath(shard.path), name)
+        data = read_image(os.path.realpath(shard.root), path, key)
         if isinstance(data, Skipped):
             return data
         if extension == "txt":
@@ -94,7 +95,7 @@ def _folders(root: str) -> list[str]:
 def _list_samples(folder: str) -> dict[str, list[str]]:
     """Names of pictures and texts in a folder by their common stem, both sorted."""
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.name[0] != "." and not e.is_dir())
+        names = sorted(e.name for e in entries if e.name[0] != "." and not os.path.isdir(e))
     samples: dict[str, list[str]] = {}
     for name in names:
         if _extension(name) in (*_PICTURES, *TEXT_EXTENSIONS):

@@ -90,7 +90,7 @@ def list_class_shards(root: str) -> list[SourceShard]:
         FolderLayoutError: pictures are deeper than one level, or the sub-folders are splits.
     """
     with os.scandir(root) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        names = sorted(e.name for e in entries if os.path.isdir(e) and e.name[0] != ".")
     folders = [os.path.join(root, name) for name in names]
     found = (path for folder in folders for path, _ in walk_images(folder, root))
     if not check_classes(root, (os.path.relpath(path, root).split(os.sep) for path in found)):

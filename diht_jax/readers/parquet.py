@@ -99,10 +99,12 @@ class BadRow(NamedTuple):
 
     Attributes:
         values: the others, by column.
+        columns: those of the values that are left out.
         detail: file, column and error, for a person.
     """
 
     values: dict[str, Any]
+    columns: set[str]
     detail: str
 
 
@@ -115,13 +117,16 @@ def batch_rows(path: str, batch: Any) -> list[dict[str, Any] | BadRow]:
 
 
 def _row(path: str, batch: Any, number: int) -> dict[str, Any] | BadRow:
-    values, detail = {}, ""
+    values, bad, detail = {}, set(), ""
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             values[name] = column[number].as_py()
         except Exception as error:
-            detail = detail or f"{path}: column '{name}' ({column.type}): {error}"
-    return BadRow(values, detail) if detail else values
+            bad.add(name)
+            # Arrow asks for a package, which may well be there.
+            reason = "no such time zone is known" if "zoneinfo" in str(error) else error
+            detail = detail or f"{path}: column '{name}' ({column.type}): {reason}"
+    return BadRow(values, bad, detail) if bad else values
 
 
 def read_rows(
@@ -164,7 +169,7 @@ def list_parquet_shards(path: str, options: ColumnOptions) -> list[SourceShard]:
     """
     stated = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     root = options.image_root or path
-    reads_linked = os.path.basename(path) == _IMAGE_TABLE and not is_remote(root)
+    reads_linked = os.path.basename(path).lower() == _IMAGE_TABLE and not is_remote(root)
     return [SourceShard("parquet", path, options=stated, reads_linked=reads_linked)]
 
 
@@ -179,12 +184,16 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     file = open_parquet(source.path)
     options = _find_columns(source, file.schema_arrow.names, source.needs_caption)
     class_names = _read_class_names(file.schema_arrow.metadata)
-    stem = os.path.basename(source.path).removesuffix(SUFFIX)
+    stem = os.path.splitext(os.path.basename(source.path))[0]
+    used = {options.image_column, options.caption_column, options.key_column}
+    unneeded = set(source.unneeded) - used
     seen: set[str] = set()
     number = 0
     num_bytes, unpacked_bytes = input_size(source.path), 0
     with explain_errors(source.path, lambda: f"damaged at row {number}"):
         for row in read_rows(source.path, file):
+            if isinstance(row, BadRow) and row.columns <= unneeded:
+                row = row.values
             values = row.values if isinstance(row, BadRow) else row
             key = clean_text(str(values.get(options.key_column) or "")) or f"{stem}-{number:08d}"
             number += 1

@@ -26,7 +26,6 @@ from diht_jax.records.samples import clean_text, merge_captions, pick_captions
 from diht_jax.records.schema import Pair, parse_json, parse_json_object
 from diht_jax.storage.files import read_bytes
 from diht_jax.storage.stores import (
-    check_ordinary,
     input_size,
     is_remote,
     open_file,
@@ -37,7 +36,7 @@ TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
 
 _CSV_SUFFIXES = (".csv", ".tsv")
 _DELIMITERS = (",", "\t", ";")
-_CONVERT_LATIN = "`iconv -f ISO-8859-1 -t UTF-8` converts a table in Latin-1"
+_CONVERT_LATIN = "`iconv -f WINDOWS-1252 -t UTF-8` converts Windows' Latin letters"
 _MAX_FIELD_CHARS = 2**24
 _MAX_LINE_BYTES = 2**28
 _HEAD_BYTES = 2**18  # of a table in a store, in which its columns are looked for
@@ -70,6 +69,9 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
     """
     if options.rows_per_shard < 1:
         raise ValueError(f"rows_per_shard={options.rows_per_shard}; expected at least 1")
+    if not (is_remote(path) or os.path.isfile(path)):
+        # Reading it is an error; the tables that are listed with it are read.
+        return [SourceShard("table", path, reads_linked=False)]
     root = options.image_root or os.path.dirname(path) or "."
     if not is_remote(root) and not os.path.isdir(root):
         raise ValueError(f"{path}: there is no image folder '{root}'; set image_root")
@@ -79,15 +81,15 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
     header = delimiter = None
     with io.BytesIO(read_start(path, _HEAD_BYTES)) if is_stored else open_file(path) as file:
         _check_encoding(path, file)
-        if path.endswith(_CSV_SUFFIXES):
+        if _has_suffix(path, *_CSV_SUFFIXES):
             options, header, delimiter = _read_csv_header(path, file, options)
             position = file.tell()
         else:
-            lines = _read_lines(path, file)
-            rows = _read_json(path) if path.endswith(".json") else map(_parse_line, lines)
+            parsed = (_parse_line(path, line) for line in _read_lines(path, file))
+            rows = _read_json(path) if _has_suffix(path, ".json") else parsed
             options = _find_json_columns(path, rows, options)
         file.seek(position)
-        is_one = is_stored or path.endswith(".json")
+        is_one = is_stored or _has_suffix(path, ".json")
         extents = _whole(path, position) if is_one else _row_extents(path, file, delimiter)
         for start, stop in extents:
             if count % options.rows_per_shard == 0:
@@ -105,6 +107,10 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
         own = shared | {"first_row": row, "num_rows": num_rows}
         shards.append(SourceShard("table", path, start, stop, own, reads_linked))
     return shards
+
+
+def _has_suffix(path: str, *suffixes: str) -> bool:
+    return path.lower().endswith(suffixes)
 
 
 def _whole(path: str, position: int) -> Iterator[tuple[int, int]]:
@@ -128,6 +134,9 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
         ValueError: csv quoting that cannot be resolved.
         StorageError: the table, or an image, cannot be read, now and after some attempts.
     """
+    if not shard.options:
+        read_bytes(shard.path)  # raises: no file was there when the tables were listed
+        raise ValueError(f"{shard.path}: it appeared after the command began; run it again")
     first_row = shard.options["first_row"]
     options = TableOptions(
         **{f.name: shard.options[f.name] for f in dataclasses.fields(TableOptions)}
@@ -197,7 +206,7 @@ def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:
 
 def _read_rows(shard: SourceShard) -> Iterator[dict[str, Any] | str]:
     """Yields rows, and a text about each one that is wrong."""
-    if shard.path.endswith(".json"):
+    if _has_suffix(shard.path, ".json"):
         yield from _read_json(shard.path)
         return
     header = shard.options["header"]
@@ -205,7 +214,7 @@ def _read_rows(shard: SourceShard) -> Iterator[dict[str, Any] | str]:
         file.seek(shard.start)
         if header is None:
             lines = _read_lines(shard.path, file, shard.stop)
-            yield from (_parse_line(line) for line in lines if line.strip())
+            yield from (_parse_line(shard.path, line) for line in lines if line.strip())
             return
         for values in _read_csv(shard.path, file, shard.options["delimiter"], shard.stop):
             if not values:
@@ -225,16 +234,17 @@ def _is_bad(text: str) -> bool:
     return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | str:
+def _parse_line(path: str, line: bytes) -> dict[str, Any] | str:
     try:
         return parse_json_object(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return f"{path}: a line is not UTF-8 ({error}); {_CONVERT_LATIN}"
     except ValueError as error:
-        return str(error)
+        return f"{path}: {error}"
 
 
 def _read_json(path: str) -> Iterator[dict[str, Any] | str]:
     """Yields the rows of a json file, and a text about each one that is no object."""
-    check_ordinary(path)
     try:
         rows = parse_json(read_bytes(path).decode("utf-8-sig"))
     except ValueError as error:
@@ -290,7 +300,7 @@ def _read_csv_header(
 ) -> tuple[TableOptions, list[str], str]:
     """The options with the names of the columns, the header, and what separates the fields."""
     best: list[str] = []
-    for delimiter in ("\t",) if path.endswith(".tsv") else _DELIMITERS:
+    for delimiter in ("\t",) if _has_suffix(path, ".tsv") else _DELIMITERS:
         file.seek(0)
         header = next(_read_csv(path, file, delimiter, strict=False), [])
         if any(map(_is_bad, header)):

@@ -209,7 +209,7 @@ class _Finder:
             return {entry: None}
         if os.path.isdir(entry):
             with os.scandir(entry) as listed:
-                files = [file for file in listed if file.is_file()]
+                files = [file for file in listed if os.path.isfile(file)]
             has_index = any(file.name == INDEX_NAME for file in files)
             sizes = {file.path: file.stat().st_size if has_index else None for file in files}
             self._folders[entry.rstrip("/")] = sizes

@@ -19,7 +19,14 @@ from concurrent import futures
 from typing import Any, TypeVar
 
 from diht_jax.storage.retries import is_missing, naming_output, retry
-from diht_jax.storage.stores import forget_input, is_remote, note_input, open_system, read_whole
+from diht_jax.storage.stores import (
+    check_ordinary,
+    forget_input,
+    is_remote,
+    note_input,
+    open_system,
+    read_whole,
+)
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
 _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
@@ -82,6 +89,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is a pipe, a socket or a device.
         StorageError: it cannot be read, now and after some attempts.
     """
     name = os.fspath(path)
@@ -89,6 +97,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         return read_whole(name)
 
     def read() -> bytes:
+        check_ordinary(name)
         with open(name, "rb") as file:
             return file.read()
 

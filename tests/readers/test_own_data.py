@@ -56,11 +56,31 @@ def test_every_command_reads_the_same_pairs(tmp_path, write):
         assert [(pair.image, pair.caption) for pair in pairs] == expected, command
 
 
-def test_a_bad_value_of_parquet_is_counted_by_the_filter(tmp_path):
+@pytest.mark.parametrize("write", [_files, _open_clip, _json, _imagefolder])
+def test_a_relative_path_names_the_same_pairs(tmp_path, monkeypatch, write):
+    (tmp_path / "own" / "dogs").mkdir(parents=True)
+    for number in range(len(_CAPTIONS)):
+        (tmp_path / "own" / "dogs" / f"{number}.png").write_bytes(png(number))
+    source = write(tmp_path / "own" / "dogs")
+    # Captions in files are read of the sub-folders, too.
+    source = str(tmp_path / "own") if write is _files else source
+    expected = list(read_source(source, {}))
+    monkeypatch.chdir(tmp_path)
+    relative = source.removeprefix(f"{tmp_path}/")
+    assert [pair.caption for pair in expected] == _CAPTIONS
+    assert list(read_source(relative, {})) == expected
+    assert [e for unit in input_units(list_inputs(relative)) for e in unit()] == expected
+
+
+@pytest.mark.parametrize(
+    ("dropped", "reasons"), [((), {"source": {"bad_row": 1}}), (("taken",), {})]
+)
+def test_a_bad_value_of_parquet_costs_its_row_where_the_column_is_kept(tmp_path, dropped, reasons):
     dates = pyarrow.array([0, 2**31 - 1, 1], pyarrow.int32()).cast(pyarrow.date32())
     columns = {"png": [png(i) for i in range(3)], "txt": _CAPTIONS, "taken": dates}
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    assert run_filter(job_config(str(path), tmp_path / "kept", drop_metadata=("taken",))) == {}
-    assert [r.caption for r in read_records(tmp_path / "kept")] == [_CAPTIONS[0], _CAPTIONS[2]]
-    assert read_dropped(tmp_path / "kept") == {"source": {"bad_row": 1}}
+    assert run_filter(job_config(str(path), tmp_path / "kept", drop_metadata=dropped)) == {}
+    expected = _CAPTIONS if dropped else [_CAPTIONS[0], _CAPTIONS[2]]
+    assert [r.caption for r in read_records(tmp_path / "kept")] == expected
+    assert read_dropped(tmp_path / "kept") == reasons

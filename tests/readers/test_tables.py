@@ -244,6 +244,38 @@ def test_a_csv_in_latin_1_loses_the_rows_with_other_letters_alone(tmp_path):
         list_shards(str(tmp_path / "t.csv"))
 
 
+def test_a_jsonl_in_latin_1_names_the_file_and_how_to_convert_it(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    rows = '{"image": "a.png", "caption": "tea"}\n{"image": "a.png", "caption": "café"}\n'
+    (tmp_path / "t.jsonl").write_bytes(rows.encode("cp1252"))
+    pair, bad = read_entries(str(tmp_path / "t.jsonl"))
+    assert (pair.caption, bad.reason) == ("tea", "bad_row")
+    assert str(tmp_path / "t.jsonl") in bad.detail and "iconv -f WINDOWS-1252" in bad.detail
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_endings_of_tables_may_be_in_capitals(tmp_path, form):
+    (tmp_path / "a.png").write_bytes(PNG)
+    row, path = {"image": "a.png", "caption": "one"}, tmp_path / f"T.{form.upper()}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    elif form in ("csv", "tsv"):
+        lines = ({"csv": ",", "tsv": "\t"}[form].join(part) for part in (row, row.values()))
+        path.write_text("\n".join(lines))
+    else:
+        path.write_text(json.dumps([row] if form == "json" else row))
+    (pair,) = read_entries(str(path))
+    assert (pair.key, pair.caption) == ("T-00000000", "one")
+
+
+def test_an_unknown_time_zone_is_named_as_that(tmp_path):
+    column = _BAD_COLUMNS["zone"]()
+    columns = {"png": [PNG] * 3, "txt": ["one", "two", "three"], "at": column}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    (detail,) = [e.detail for e in read_entries(str(tmp_path / "t.parquet")) if e.key[-1] == "1"]
+    assert "Mars/Phobos" in detail and "no such time zone" in detail and "pytz" not in detail
+
+
 def _not_utf8():
     # Arrow does not look at the bytes of a column that is made of buffers.
     offsets = pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1]

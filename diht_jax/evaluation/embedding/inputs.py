@@ -45,7 +45,7 @@ def list_inputs(
 def _list_inputs(source: str | Sequence[str], source_options: dict[str, Any]) -> list[SourceShard]:
     if not isinstance(source, str) or not os.path.isdir(source):
         return registry.list_shards(source, **source_options)
-    names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and e.is_file()}
+    names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and os.path.isfile(e)}
     listed = image_folder.list_pictures(source)
     pictures = {os.path.basename(path) for path, _, reason in listed if reason is None}
     if names and names <= pictures:
