@@ -23,9 +23,9 @@ import ml_collections
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from diht_jax.config import find_recipes
+from diht_jax.config import find_recipes, load_recipe
 from diht_jax.config.architecture import parse_fields
-from diht_jax.config.checks import check_names
+from diht_jax.config.checks import check_names, walk
 from diht_jax.config.overrides import apply_overrides, take_unset_keys
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
@@ -37,6 +37,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 # How often an equal warning has come when it is written again, and how many texts are remembered.
 _SHOWN_COUNTS = frozenset(10**power for power in range(16))
 _REMEMBERED_TEXTS = 256
+_LISTED_KEYS = 5
 
 
 def run(
@@ -200,18 +201,20 @@ def parse_flags(
     try:
         if config_defaults is not None:
             given = flags.FLAGS.read_flags_from_files(given, force_gnu=False)
-            for path in _config_files(given):
+            for path, _ in _named_recipes(given):
                 find_recipes(path)
         if any(re.search(r"(^|=)None$", argument) for argument in given) and config_defaults:
             given, unset = take_unset_keys(given, config_defaults())
         sys.argv[:] = given  # ml_collections reads the keys of configs there
         rest = flags.FLAGS(given)
-        if config_defaults is not None and flags.FLAGS.config is not None:
+        if config_defaults is not None and (recipes := _named_recipes(given)):
+            _check_recipe(recipes[-1][0], flags.FLAGS.config, config_defaults())
             overrides = flags.FLAGS["config"].override_values
             apply_overrides(flags.FLAGS.config, unset, overrides)
     except (AttributeError, KeyError) as error:
         if config_defaults is not None:
             _refuse_unknown_keys(given, config_defaults())
+            _refuse_foreign_recipe(given, config_defaults())
         # A ConfigDict raises these for a key that it lacks; the text names the nearest one.
         cause = error.args[0]
         text = cause.args[0] if isinstance(cause, KeyError) else str(cause)
@@ -227,9 +230,9 @@ def parse_flags(
     return rest
 
 
-def _config_files(arguments: Sequence[str]) -> list[str]:
-    """The recipes that `--config PATH:ARGUMENTS` of a command line names."""
-    return re.findall(r"(?:^|\0)--?config[=\0]([^:\0]+)", "\0".join(arguments))
+def _named_recipes(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """The path and the arguments of each `--config PATH:ARGUMENTS` of a command line."""
+    return re.findall(r"(?:^|\0)--?config[=\0]([^:\0]+):?([^\0]*)", "\0".join(arguments))
 
 
 def _refuse_unknown_keys(arguments: Sequence[str], defaults: ml_collections.ConfigDict) -> None:
@@ -238,6 +241,39 @@ def _refuse_unknown_keys(arguments: Sequence[str], defaults: ml_collections.Conf
         check_names(keys, defaults)
     except ValueError as error:
         _fail(str(error), status=2)
+
+
+def _refuse_foreign_recipe(arguments: Sequence[str], defaults: ml_collections.ConfigDict) -> None:
+    """Explains why the recipe has no such key, where it is one of another command."""
+    for path, arg in _named_recipes(arguments)[-1:]:
+        try:
+            config = load_recipe(path, arg)
+        except (AttributeError, KeyError):  # a mistake of its own, of which the caller tells
+            return
+        except ValueError as error:
+            _fail(str(error), status=2)
+        _check_recipe(path, config, defaults)
+
+
+def _check_recipe(path: str, config: Any, defaults: ml_collections.ConfigDict) -> None:
+    """Exits for what is no config, and for one with keys that the command does not know."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        _fail(
+            f"{path}: get_config() must return an ml_collections.ConfigDict, got "
+            f"{type(config).__name__}",
+            status=2,
+        )
+    unknown = [key for key in config if key not in defaults]
+    if len(unknown) > 1:
+        _fail(
+            f"{path}: looks like a recipe of another command; this one has no keys "
+            f"{', '.join(map(repr, unknown[:_LISTED_KEYS]))}",
+            status=2,
+        )
+    try:
+        check_names(walk(config), defaults)
+    except ValueError as error:
+        _fail(f"{path}: {error}", status=2)
 
 
 def _call(main: Callable[[], None], writes_to_stores: bool = False) -> None:

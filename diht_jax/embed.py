@@ -12,6 +12,7 @@ few large files). Where one fails, the others finish theirs, and all end with it
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from absl import flags
@@ -19,7 +20,7 @@ from absl import flags
 from diht_jax import command_line, distributed
 from diht_jax.evaluation.embedding.entries import Processes
 from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source
-from diht_jax.evaluation.embedding.inputs import list_inputs
+from diht_jax.evaluation.embedding.inputs import list_inputs, refuse_unusable
 from diht_jax.storage.files import check_writable
 from diht_jax.storage.stores import is_remote
 
@@ -68,7 +69,16 @@ def main() -> None:
         batch_size=given.batch_size,
     )
     check_same_step(model.step)
-    Processes.of_job().together(lambda: embed_source(model, source, given.output, options))
+    processes = Processes.of_job()
+    done = processes.exchange(
+        processes.together(lambda: embed_source(model, source, given.output, options))
+    )
+    # A task of an array sees its own share alone, and another may have usable pairs.
+    if given.num_tasks == 1 and not any(share["pairs"] for share in done):
+        dropped = collections.Counter()
+        for share in done:
+            dropped.update(share["dropped"])
+        refuse_unusable(f"--input={','.join(given.input)}", dropped)
 
 
 if __name__ == "__main__":

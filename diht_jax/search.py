@@ -136,6 +136,7 @@ def _search_index(shards: list[Any], queries: list[str], index: Any) -> None:
     from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.embedding.entries import Processes
     from diht_jax.evaluation.embedding.index_update import update_index
+    from diht_jax.evaluation.embedding.inputs import refuse_unusable
     from diht_jax.evaluation.embedding.picture_index import PictureIndex
     from diht_jax.evaluation.embedding.search import fill_queries, load_indexed_pictures
 
@@ -160,6 +161,8 @@ def _search_index(shards: list[Any], queries: list[str], index: Any) -> None:
             update.kept,
             update.dropped or "none",
         )
+        if update.added + update.kept == 0:
+            refuse_unusable(f"--input={given.input}", update.dropped)
     if not distributed.is_first():
         return
     index = index or PictureIndex(given.index)

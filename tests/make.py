@@ -171,7 +171,7 @@ def write_run(
         ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checks,
     ):
         states.save(directory / saved_run.STATE_ITEM, state)
-        sums = {"state": saved_run.tree_checksums(state)}
+        sums = {saved_run.CHECKSUMS: saved_run.tree_checksums(state)}
         checks.save(directory / saved_run.CHECKS_ITEM, args=ocp.args.JsonSave(sums))
     return folder
 

@@ -323,13 +323,16 @@ def _warn_of_failed(failed: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> list[str]:
     """A warning where captions are names, of which CAT keeps next to nothing."""
-    dropped = sum(funnel.dropped().get("caption", {}).values())
+    dropped_at = funnel.dropped()
+    dropped = sum(dropped_at["caption"].values())
+    earlier = itertools.takewhile(lambda stage: stage != "caption", dropped_at)
+    arrived = funnel.read - sum(sum(dropped_at[stage].values()) for stage in earlier)
     short = sum(n for of_side in words.values() for w, n in of_side.items() if int(w) < _NAME_WORDS)
-    if funnel.kept > _FEW * funnel.read or min(dropped, short) <= funnel.read / 2:
+    if funnel.kept > _FEW * arrived or min(dropped, short) <= arrived / 2:
         return []
     return [
-        f"{short:,} of {funnel.read:,} captions have fewer than {_NAME_WORDS} words, as names of "
-        "classes have, and the rules for captions are made for the sentences of the web: "
+        f"{short:,} of {arrived:,} captions have fewer than {_NAME_WORDS} words, as "
+        "names of classes have, and the rules for captions are made for the sentences of the web: "
         "configs/prep/convert.py is for names, and keeps every pair whose picture can be read"
     ]
 

@@ -138,7 +138,7 @@ def _check_settings(config: ml_collections.ConfigDict, folder: str) -> None:
             "Choose another config.output, or delete the folder"
         )
     if before != settings:
-        files.write_object(path, settings)
+        files.write_object(path, settings, with_checksum=True)
 
 
 def _scan(
@@ -244,4 +244,5 @@ def _describe(
         summary["failed"] = found.failed
     sources = [unit.source for unit, _ in found.parts]
     report.write_page(summary, copies, sizes[sizes > 0], rows, sources, config)
-    files.write_object(files.join(rows.output, table.SUMMARY), summary)
+    path = files.join(rows.output, table.SUMMARY)
+    files.write_object(path, summary, with_checksum=True)

@@ -86,6 +86,11 @@ def find_shard_files(folder: str) -> dict[tuple[str, int], list[str]]:
     try:
         source = json.loads(files.read_bytes(files.join(folder, DESCRIPTION)))["source"]
         shards = [(shard["path"], shard["start"]) for shard in source]
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"'{folder}': expected a folder, the --output of diht_jax.embed, with {DESCRIPTION} in "
+            "it; there is none"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"'{folder}': expected the --output of diht_jax.embed ({type(error).__name__}: {error})"

@@ -143,6 +143,12 @@ class Lookup:
         """
         folder = os.fspath(folder)
         summary = read_summary(folder)
+        described = files.join(folder, SUMMARY)
+        if summary is None and files.exists(described):
+            raise ValueError(
+                f"'{described}': damaged; run python -m data_prep.duplicates again, with this "
+                "output"
+            )
         if summary is None or "digest" not in summary:
             raise ValueError(
                 f"'{folder}': no complete output of python -m data_prep.duplicates; run that "

@@ -20,8 +20,6 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any
 
-import pebble
-
 from data_prep.jobs.outcome import (
     DEATH,
     KILLED,
@@ -66,10 +64,11 @@ class LocalPool:
     ):
         """Starts no worker before there is a task."""
         self.room = num_workers
+        self._pebble = _import_pebble()
         self._function = function
         self._timeout_secs = timeout_secs
         self._add_pairs = add_pairs
-        self._pool: pebble.ProcessPool | None = None
+        self._pool: Any = None  # a pebble.ProcessPool
         self._failed_starts = 0
         self._context = _Context()
         self._receiver, self._sender = self._context.Pipe(duplex=False)  # of numbers of pairs
@@ -88,7 +87,7 @@ class LocalPool:
         if self._pool is not None and not self._pool.active:
             self._stop_workers()  # an idle worker has died
         if self._pool is None:
-            self._pool = pebble.ProcessPool(
+            self._pool = self._pebble.ProcessPool(
                 max_workers=self.room,
                 initializer=_begin,
                 initargs=(self._sender,),
@@ -112,7 +111,7 @@ class LocalPool:
             self._replace_workers()
             return Outcome(error="its worker process could not start", cause=NOT_STARTED)
         self._failed_starts = 0
-        if isinstance(error, pebble.ProcessExpired):
+        if isinstance(error, self._pebble.ProcessExpired):
             return self._died(error.exitcode)
         if isinstance(error, TimeoutError):
             return timed_out(self._timeout_secs)
@@ -164,7 +163,7 @@ class LocalPool:
             return
         pool.stop()
         for process in multiprocessing.active_children():  # at once, not one after the other
-            if process.name == pebble.pool.process.WORKERS_NAME:
+            if process.name == self._pebble.pool.process.WORKERS_NAME:
                 process.terminate()
         pool.join()
 
@@ -225,3 +224,14 @@ class _PairCounter:
             _sender.send_bytes(self._pairs.to_bytes(8, "little"))
         self._pairs = 0
         self._last_secs = time.monotonic()
+
+
+def _import_pebble() -> Any:
+    try:
+        import pebble
+    except ImportError as error:
+        raise ValueError(
+            "worker processes need pebble, which is not installed; run `pip install pebble`, or "
+            "install this project with its extra `prep`"
+        ) from error
+    return pebble

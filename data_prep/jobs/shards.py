@@ -73,7 +73,8 @@ def refuse_foreign(folder: str, names: Sequence[str]) -> None:
     if names:
         raise ValueError(
             f"'{folder}' holds {len(names)} shards that do not belong to this run, such as "
-            f"'{names[0]}'; choose an empty folder, or delete them"
+            f"'{names[0]}' (by '{names[0]}{STATS_SUFFIX}', where there is one); choose an empty "
+            "folder, or delete them"
         )
 
 

@@ -379,9 +379,11 @@ class Run:
 
     def _log_start(self, num_examples: int) -> None:
         num_params = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(self.state.params))
+        model = self.config.model
+        changed = [f"{k}={v}" for k, v in sorted(model.overrides.items()) if v is not None]
         logging.info(
             "%s: %.1fM parameters, %d records, %d steps of %d examples on %d x %s (mesh %s)",
-            self.config.model.name,
+            f"{model.name} with {', '.join(changed)}" if changed else model.name,
             num_params / 1e6,
             num_examples,
             self.total_steps,

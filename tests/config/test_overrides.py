@@ -154,3 +154,23 @@ def test_what_cannot_be_unset_is_named_as_typed(argument, message, parse, capsys
         parse(EMOJI, argument)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--config.total_steps=5",)])
+def test_a_recipe_of_another_command_is_named(arguments, parse, capsys):
+    recipe = REPOSITORY / "configs" / "prep" / "cat.py"
+    with pytest.raises(SystemExit) as error:
+        parse(recipe, *arguments)
+    assert error.value.code == 2
+    assert f"{recipe}: looks like a recipe of another command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--config.total_steps=5",)])
+@pytest.mark.parametrize("value", ["3", "None", "{}"])
+def test_a_recipe_that_gives_no_config_is_named(value, arguments, parse, tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"def get_config():\n    return {value}\n")
+    with pytest.raises(SystemExit) as error:
+        parse(recipe, *arguments)
+    assert error.value.code == 2
+    assert f"{recipe}: get_config() must return" in capsys.readouterr().err

@@ -201,12 +201,12 @@ def test_a_model_with_other_values_than_were_saved_is_not_loaded(finished, tmp_p
     checks = run / "checkpoints" / str(step) / "checks" / "metadata"
     kept = json.loads(checks.read_text())
     name = "params/vision/projection/kernel"
-    kept["state"][name] ^= 1
-    kept["state"]["opt_state/no/matter"] = 1  # of what is not read
+    kept["checksums"][name] ^= 1
+    kept["checksums"]["opt_state/no/matter"] = 1  # of what is not read
     checks.write_text(json.dumps(kept))
     with pytest.raises(ValueError, match=f"/{step}/state cannot be read: values differ .* {name};"):
         diht_jax.load_model(run)
-    kept["state"][name] ^= 1
+    kept["checksums"][name] ^= 1
     checks.write_text(json.dumps(kept))
     assert diht_jax.load_model(run).step == step
 
@@ -244,7 +244,7 @@ def test_changed_shards_are_named_and_refused(finished, caplog):
 
 
 def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
-    config, finished, tmp_path
+    config, finished, tmp_path, caplog
 ):
     _, small, trained = finished
     config.total_steps = 2
@@ -255,7 +255,9 @@ def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
     config.model.texts_per_row = 2
     config.optimizer.learning_rate = 0.0
     config.optimizer.warmup_steps = 0
-    fine_tuned = train(config, tmp_path / "large")
+    with caplog.at_level("INFO"):
+        fine_tuned = train(config, tmp_path / "large")
+    assert "image_size=24" in next(text for text in caplog.messages if "M parameters" in text)
     before, after = trained.params, fine_tuned.params
     assert after["vision"]["positional_embedding"].shape == (37, 32)
     np.testing.assert_array_equal(

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diht_jax.evaluation.embedding.entries import Entry, Unit
@@ -57,6 +57,21 @@ def _list_inputs(source: str | Sequence[str], source_options: dict[str, Any]) ->
         if names & pictures or isinstance(error, FolderLayoutError):
             return [SourceShard(PICTURES, source)]
         raise
+
+
+def refuse_unusable(source: str, dropped: Mapping[str, int]) -> None:
+    """Raises ValueError for a source of which every entry was left out.
+
+    Args:
+        source: the flag and its value.
+        dropped: reason -> entries; none of an empty source.
+    """
+    if dropped:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(dropped.items()))
+        raise ValueError(
+            f"{source}: nothing in it can be used; all {sum(dropped.values()):,} entries were left "
+            f"out: {reasons}"
+        )
 
 
 class ShardParts(NamedTuple):

@@ -31,6 +31,7 @@ from diht_jax.training.state import TrainState
 from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.saved_run import (
     CHECKS_ITEM,
+    CHECKSUMS,
     CORRUPT_DIRECTORY,
     DATA_ITEM,
     STATE_ITEM,
@@ -142,7 +143,7 @@ class Checkpointer:
             return
         position = iterator.get_state()
         checks = {
-            "state": tree_checksums(state),
+            CHECKSUMS: tree_checksums(state),
             "place": json_checksum(position),
             "dataset": self._dataset,
         }
@@ -182,7 +183,7 @@ class Checkpointer:
             problem = first_text(problem)
             if problem is None:
                 # A computation of all processes: only once each of them has read its part.
-                problem = first_text(describe_difference(checks["state"], state))
+                problem = first_text(describe_difference(checks, state))
             if problem is None:
                 break
             problems[step] = problem

@@ -6,6 +6,7 @@ without an error. So each checkpoint has checksums of its own.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -31,6 +32,8 @@ CHECKPOINT_DIRECTORY = "checkpoints"
 CORRUPT_DIRECTORY = "corrupt_checkpoints"
 # What a checkpoint is made of.
 STATE_ITEM, DATA_ITEM, CHECKS_ITEM = "state", "data", "checks"
+# Keys of the checks: one `tree_checksums` in each, the second one of earlier versions.
+CHECKSUMS, WEIGHTED_SUMS = "checksums", "state"
 _LONGEST_CAUSE = 600
 
 
@@ -87,7 +90,7 @@ def read_checkpoint(
 
     Returns:
         The state, sharded like `target`; the position in the data, of `TrainIterator.get_state`;
-        and the checks: `state` (of `tree_checksums`), `place` (of `json_checksum`, for the
+        and the checks: `checksums` (of `tree_checksums`), `place` (of `json_checksum`, for the
         position) and `dataset`.
 
     Raises:
@@ -153,28 +156,39 @@ def absolute_path(workdir: str | epath.Path) -> epath.Path:
     return path if "://" in os.fspath(path) else path.absolute()
 
 
-def tree_checksums(tree: Any) -> dict[str, int]:
+def tree_checksums(tree: Any, *, is_weighted: bool = False) -> dict[str, int]:
     """Checksums of 32 bits, one for each array, the same on any mesh.
 
-    `sum_i bits_i (2 i + 1)` modulo 2^32, with `bits_i` the value at index i as an unsigned integer.
-    Integer sums do not depend on their order, hence not on how an array is split; the weights are
-    odd, so any single flipped bit changes the number, and exchanged values do, too. Computed on
-    the arrays' own devices. Ours.
+    `sum_i mix(bits_i + 0x9E3779B9 i)` modulo 2^32, with `bits_i` the value at index i as an
+    unsigned integer and `mix` a bijection that spreads each bit over all. Integer sums do not
+    depend on their order, hence not on how an array is split; any single flipped bit changes the
+    number, and so do, but for one case in 2^32, several of them and exchanged values. Computed on
+    the arrays' own devices.
 
     Args:
         tree: arrays, of values up to 32 bits wide. In a job of several processes all must call.
+        is_weighted: the sum of earlier checkpoints, `sum_i bits_i (2 i + 1)`, in which two flipped
+            top bits of an array cancel.
 
     Returns:
         Path such as `params/vision/projection/kernel` -> number in [0, 2^32).
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = np.asarray(_checksums([leaf for _, leaf in leaves]))
+    sums = np.asarray(_checksums([leaf for _, leaf in leaves], is_weighted))
     return {path_name(path): int(s) for (path, _), s in zip(leaves, sums, strict=True)}
 
 
-def describe_difference(saved: dict[str, int], tree: Any) -> str | None:
-    """Names arrays that are not those that were saved; None if all are. All processes must call."""
-    found = tree_checksums(tree)
+def describe_difference(checks: dict[str, Any], tree: Any, part: str = "") -> str | None:
+    """Names arrays that are not those that were saved; None if all are. All processes must call.
+
+    Args:
+        checks: of `read_checks`. Those of an earlier version have `WEIGHTED_SUMS`.
+        tree: what was read.
+        part: beginning of the paths of the arrays that are in it.
+    """
+    kind = CHECKSUMS if CHECKSUMS in checks else WEIGHTED_SUMS
+    saved = {path: number for path, number in checks[kind].items() if path.startswith(part)}
+    found = tree_checksums(tree, is_weighted=kind == WEIGHTED_SUMS)
     wrong = sorted(p for p in saved.keys() | found.keys() if saved.get(p) != found.get(p))
     return f"values differ from what was saved in {', '.join(wrong[:3])}" if wrong else None
 
@@ -184,14 +198,14 @@ def json_checksum(value: Any) -> int:
     return google_crc32c.value(json.dumps(value, sort_keys=True).encode())
 
 
-@jax.jit
-def _checksums(arrays: list[jax.Array]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _checksums(arrays: list[jax.Array], is_weighted: bool) -> jax.Array:
     # One program for all: on CPU devices, many small ones with sums over devices can wait for each
     # other for ever.
-    return jnp.stack([_checksum(array) for array in arrays])
+    return jnp.stack([_checksum(array, is_weighted) for array in arrays])
 
 
-def _checksum(array: jax.Array) -> jax.Array:
+def _checksum(array: jax.Array, is_weighted: bool) -> jax.Array:
     array = jnp.asarray(array)
     width = array.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}"))
@@ -200,7 +214,16 @@ def _checksum(array: jax.Array) -> jax.Array:
     for axis, stride in enumerate(_strides(array.shape)):
         steps = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
         index += steps * jnp.uint32(stride % 2**32)
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    if is_weighted:
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    return jnp.sum(_mix(bits + index * jnp.uint32(0x9E3779B9)), dtype=jnp.uint32)
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """The finalizer of MurmurHash3: a bijection; each bit changes half of those of the result."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

@@ -118,9 +118,7 @@ def restore_model(
             tree_shardings(stored, mesh),
         )
         found = read_state(directory, {name: target})[name]
-        checks = read_checks(directory)["state"]
-        saved = {path: number for path, number in checks.items() if path.startswith(f"{name}/")}
-        problem = describe_difference(saved, {name: found})
+        problem = describe_difference(read_checks(directory), {name: found}, f"{name}/")
         parts = (*TOWERS, "log_logit_scale")
         params = {part: found[part] for part in parts if part in found}
         if problem is None and parameter_shapes(params) != shapes:

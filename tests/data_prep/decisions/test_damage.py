@@ -65,6 +65,14 @@ def test_statistics_of_something_else_are_made_again(finished, copy):
     assert (copy / "stats.json").read_bytes() == expected
 
 
+def test_statistics_of_a_shard_that_are_something_else_are_named(finished, copy):
+    path = min(copy.glob("*.tfrecord.stats.json"))
+    shutil.copy(copy / "features.json", path)
+    config = job_config(str(finished.parent / "*.tar"), copy, concepts=True, examples_per_shard=5)
+    with pytest.raises(ValueError, match=path.name):
+        run_filter(config)
+
+
 def test_a_flipped_bit_in_a_filtered_table_is_noticed(tmp_path):
     captions = [f"a dog runs to tree {number}" for number in range(50)]
     table = pyarrow.table({"caption": captions, "url": [str(number) for number in range(50)]})

@@ -122,3 +122,25 @@ def test_no_damage_of_an_index_of_hashes_changes_it(tmp_path):
             assert str(path) in str(error), name
         else:  # what an archive says besides its contents, such as times
             assert (found.digest(), found.keys.tolist()) == (index.digest(), index.keys.tolist())
+
+
+def test_a_damaged_description_is_named(folder):
+    path = folder / "out" / "duplicates.json"
+    whole = path.read_bytes()
+    for damaged in (whole[:50], whole.replace(b'"digest": "', b'"digest": "0')):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"duplicates\.json': damaged"):
+            Lookup(folder / "out")
+    settings = folder / "out" / "settings.json"
+    data = bytearray(settings.read_bytes())
+    data[data.index(b": ") + 3] ^= 1
+    settings.write_bytes(data)
+    with pytest.raises(ValueError, match=r"settings\.json' is damaged"):
+        _run(folder)
+
+
+def test_a_glob_instead_of_a_folder_of_embeddings_is_named(folder):
+    config = duplicates_config(folder / "in", folder / "new")
+    config.embeddings.kind, config.embeddings.files = "files", f"{folder}/et/*.npz"
+    with pytest.raises(ValueError, match=r"config\.embeddings\.files='.*et/\*\.npz': .* folder"):
+        job.run(config)

@@ -91,23 +91,28 @@ def test_captions_are_dropped_by_reason(captioned):
 
 _NAMES = ("dog", "red fox", "container ship", "tabby cat", "tench")
 _SENTENCES = ("a red car", "blue sky over the green hills", "the old house at the lake")
+_LOST = "a dog whose picture is gone"
 
 
 @pytest.mark.parametrize(
     ("captions", "recipe", "is_named"),
     [
         (_NAMES, "cat", True),
+        ((*_NAMES, *[_LOST] * 20), "cat", True),
         (_NAMES, "convert", False),
         (_SENTENCES, "cat", False),  # nothing is kept of these either
         ((*_NAMES, "a dog is chasing a small brown bird"), "cat", False),
     ],
-    ids=["names", "converted", "sentences", "some are kept"],
+    ids=["names", "names and lost pictures", "converted", "sentences", "some are kept"],
 )
 def test_the_recipe_for_names_is_named_where_cat_keeps_none(
     tmp_path, caplog, captions, recipe, is_named
 ):
     (tmp_path / "i.png").write_bytes(_PNG)
-    source = _write_table(tmp_path, [{"image": "i.png", "caption": text} for text in captions])
+    rows = [
+        {"image": "gone.png" if text == _LOST else "i.png", "caption": text} for text in captions
+    ]
+    source = _write_table(tmp_path, rows)
     with caplog.at_level("WARNING"), contextlib.suppress(ValueError):
         run_filter(job_config(source, tmp_path / "out", recipe))
     assert ("configs/prep/convert.py" in caplog.text) == is_named

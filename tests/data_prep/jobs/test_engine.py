@@ -208,3 +208,9 @@ def work(task, report):
     process.communicate(timeout=_LONGEST_SECS)
     began = {path.stem for path in tmp_path.glob("*.began")}
     wait_until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in began))
+
+
+def test_without_pebble_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pebble", None)
+    with pytest.raises(ValueError, match="pip install pebble"):
+        list(run_tasks(print, range(2), num_workers=1, label="t"))
