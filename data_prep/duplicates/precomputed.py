@@ -88,7 +88,7 @@ def find_shard_files(folder: str) -> dict[tuple[str, int], list[str]]:
         shards = [(shard["path"], shard["start"]) for shard in source]
     except FileNotFoundError as error:
         raise ValueError(
-            f"'{folder}': expected a folder, the --output of diht_jax.embed, with {DESCRIPTION} in "
+            f"'{folder}': expected the --output of diht_jax.embed, a folder with {DESCRIPTION} in "
             "it; there is none"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
