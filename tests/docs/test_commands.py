@@ -28,7 +28,11 @@ _NO_SPOTTER = "--config.text_spotting=False"
 RUN = (
     ("docs/data.md", "python -m data_prep.synthetic", "--num_pairs=32 --num_retrieval=16"),
     ("docs/data.md", "python -m data_prep.filter --config configs/prep/convert.py", ""),
-    ("README.md", "python -m data_prep.filter --config configs/prep/convert.py", ""),
+    (
+        "README.md",
+        "python -m data_prep.filter --config configs/prep/convert.py --config.input=runs",
+        "",
+    ),
     (
         "docs/filter.md",
         "python -m data_prep.filter --config configs/prep/cat.py --config.input='runs/web",
