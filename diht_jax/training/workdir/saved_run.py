@@ -6,7 +6,6 @@ without an error. So each checkpoint has checksums of its own.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pathlib
@@ -32,8 +31,7 @@ CHECKPOINT_DIRECTORY = "checkpoints"
 CORRUPT_DIRECTORY = "corrupt_checkpoints"
 # What a checkpoint is made of.
 STATE_ITEM, DATA_ITEM, CHECKS_ITEM = "state", "data", "checks"
-# Keys of the checks: one `tree_checksums` in each, the second one of earlier versions.
-CHECKSUMS, WEIGHTED_SUMS = "checksums", "state"
+CHECKSUMS = "checksums"  # key of the checks for `tree_checksums`
 _LONGEST_CAUSE = 600
 
 
@@ -156,7 +154,7 @@ def absolute_path(workdir: str | epath.Path) -> epath.Path:
     return path if "://" in os.fspath(path) else path.absolute()
 
 
-def tree_checksums(tree: Any, *, is_weighted: bool = False) -> dict[str, int]:
+def tree_checksums(tree: Any) -> dict[str, int]:
     """Checksums of 32 bits, one for each array, the same on any mesh.
 
     `sum_i mix(bits_i + 0x9E3779B9 i)` modulo 2^32, with `bits_i` the value at index i as an
@@ -167,14 +165,12 @@ def tree_checksums(tree: Any, *, is_weighted: bool = False) -> dict[str, int]:
 
     Args:
         tree: arrays, of values up to 32 bits wide. In a job of several processes all must call.
-        is_weighted: the sum of earlier checkpoints, `sum_i bits_i (2 i + 1)`, in which two flipped
-            top bits of an array cancel.
 
     Returns:
         Path such as `params/vision/projection/kernel` -> number in [0, 2^32).
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = np.asarray(_checksums([leaf for _, leaf in leaves], is_weighted))
+    sums = np.asarray(_checksums([leaf for _, leaf in leaves]))
     return {path_name(path): int(s) for (path, _), s in zip(leaves, sums, strict=True)}
 
 
@@ -182,13 +178,14 @@ def describe_difference(checks: dict[str, Any], tree: Any, part: str = "") -> st
     """Names arrays that are not those that were saved; None if all are. All processes must call.
 
     Args:
-        checks: of `read_checks`. Those of an earlier version have `WEIGHTED_SUMS`.
+        checks: of `read_checks`.
         tree: what was read.
         part: beginning of the paths of the arrays that are in it.
     """
-    kind = CHECKSUMS if CHECKSUMS in checks else WEIGHTED_SUMS
-    saved = {path: number for path, number in checks[kind].items() if path.startswith(part)}
-    found = tree_checksums(tree, is_weighted=kind == WEIGHTED_SUMS)
+    if CHECKSUMS not in checks:
+        return "its checksums are missing, or of another kind"
+    saved = {path: number for path, number in checks[CHECKSUMS].items() if path.startswith(part)}
+    found = tree_checksums(tree)
     wrong = sorted(p for p in saved.keys() | found.keys() if saved.get(p) != found.get(p))
     return f"values differ from what was saved in {', '.join(wrong[:3])}" if wrong else None
 
@@ -198,14 +195,14 @@ def json_checksum(value: Any) -> int:
     return google_crc32c.value(json.dumps(value, sort_keys=True).encode())
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _checksums(arrays: list[jax.Array], is_weighted: bool) -> jax.Array:
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> jax.Array:
     # One program for all: on CPU devices, many small ones with sums over devices can wait for each
     # other for ever.
-    return jnp.stack([_checksum(array, is_weighted) for array in arrays])
+    return jnp.stack([_checksum(array) for array in arrays])
 
 
-def _checksum(array: jax.Array, is_weighted: bool) -> jax.Array:
+def _checksum(array: jax.Array) -> jax.Array:
     array = jnp.asarray(array)
     width = array.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}"))
@@ -214,8 +211,6 @@ def _checksum(array: jax.Array, is_weighted: bool) -> jax.Array:
     for axis, stride in enumerate(_strides(array.shape)):
         steps = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
         index += steps * jnp.uint32(stride % 2**32)
-    if is_weighted:
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
     return jnp.sum(_mix(bits + index * jnp.uint32(0x9E3779B9)), dtype=jnp.uint32)
 
 
