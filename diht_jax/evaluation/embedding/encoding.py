@@ -202,7 +202,7 @@ def _encode_share(
     def embed(pixels: list[np.ndarray]) -> None:
         batch = np.stack(pixels)
         if embedded:  # a source smaller than one batch needs no filling: nothing is compiled yet
-            batch = np.pad(batch, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
+            batch = np.pad(batch, [(0, size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
         embedded.append(np.asarray(model.encode_image(batch), np.float32)[: len(pixels)])
 
     window = size * _BATCHES_AHEAD
