@@ -8,6 +8,7 @@ Files come in the order of their first call; what imports run does not count.
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import re
@@ -18,19 +19,28 @@ import threading
 from tests.make import REPOSITORY
 
 
+@functools.cache
+def project_file(path: str) -> str | None:
+    """The path of a file of the project below its root; None for any other file."""
+    name = os.path.relpath(path, REPOSITORY)
+    return name if re.match(r"(diht_jax|data_prep)/.*\.py$", name) else None
+
+
 def main(module: str, arguments: list[str]) -> dict[str, int]:
     """The files that a command enters, with the number of functions of each."""
     entered: dict[str, set[str]] = {}
     importing: collections.Counter[int] = collections.Counter()
 
     def note(frame, event, _):
+        if event not in ("call", "return"):
+            return
         code = frame.f_code
-        is_import = code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__"
-        if is_import:
-            importing[threading.get_ident()] += {"call": 1, "return": -1}.get(event, 0)
-        elif event == "call" and not importing[threading.get_ident()]:
-            name = os.path.relpath(code.co_filename, REPOSITORY)
-            if re.match(r"(diht_jax|data_prep)/.*\.py$", name) and code.co_name != "<module>":
+        if code.co_name == "<module>":
+            if frame.f_globals.get("__name__") != "__main__":
+                importing[threading.get_ident()] += 1 if event == "call" else -1
+        elif event == "call":
+            name = project_file(code.co_filename)
+            if name and not importing[threading.get_ident()]:
                 entered.setdefault(name, set()).add(code.co_qualname)
 
     sys.argv = [module, *arguments]
