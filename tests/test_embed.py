@@ -94,14 +94,14 @@ def check_rows(model, rows, numbers):
 
 
 def assert_same_files(expected_folder, found_folder):
-    """Byte by byte, but for the seconds that a part took, and so the digest."""
+    """Byte by byte, but for the seconds that a part took, and so the checksum."""
     names = sorted(path.name for path in expected_folder.iterdir())
     assert names == sorted(path.name for path in found_folder.iterdir())
     for name in names:
         expected, found = ((f / name).read_bytes() for f in (expected_folder, found_folder))
         if name.endswith(".json"):
             expected, found = (
-                json.loads(text) | {"seconds": 0, "digest": ""} for text in (expected, found)
+                json.loads(text) | {"seconds": 0, "checksum": ""} for text in (expected, found)
             )
         assert found == expected, name
 

@@ -137,10 +137,11 @@ def read_object(path: str) -> dict[str, Any] | None:
         return None
 
 
-def parse_object(data: bytes) -> dict[str, Any] | None:
+def parse_object(data: bytes, *, needs_checksum: bool = False) -> dict[str, Any] | None:
     """The JSON object in the bytes of a file; None for anything else.
 
-    An object with a checksum (`add_checksum`) is none if that is another one.
+    An object with a checksum (`add_checksum`) is none if that is another one, and if it is missing
+    where it is needed.
     """
     try:
         found = json.loads(data)
@@ -149,7 +150,9 @@ def parse_object(data: bytes) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         return None
     stated = found.pop(_CHECKSUM, None)
-    return found if stated is None or stated == _hash_object(found) else None
+    if stated is None:
+        return None if needs_checksum else found
+    return found if stated == _hash_object(found) else None
 
 
 def add_checksum(value: Mapping[str, Any]) -> dict[str, Any]:

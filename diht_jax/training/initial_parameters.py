@@ -41,7 +41,7 @@ def bind_architecture(
 ) -> ml_collections.ConfigDict:
     """The config, with the architecture of the model in `config.model.init_from`, if any.
 
-    The user's own settings stay: with `model.name` all of it, else the `model.overrides` that he
+    The user's own settings stay: with `model.name` all of it, else the `model.overrides` that were
     set. A recipe for the same model keeps its sizes of images and texts, to which positions are
     fitted.
 

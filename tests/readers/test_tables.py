@@ -173,11 +173,8 @@ def test_rows_of_a_table_may_share_a_key(tmp_path):
 _NAMES = [("image", "caption"), ("filepath", "title"), ("File_Name", "TEXT"), ("img", "txt")]
 
 
-@pytest.mark.parametrize(("image", "caption"), _NAMES)
-@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "json", "parquet"])
-def test_columns_of_all_tables_are_found_by_the_same_names(tmp_path, form, image, caption):
-    (tmp_path / "a.png").write_bytes(PNG)
-    row, path = {image: "a.png", caption: "one", "year": "1999"}, tmp_path / f"t.{form}"
+def write_table(path, form, row):
+    """A table of one row in a form."""
     if form == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
     elif form in ("csv", "tsv"):
@@ -185,6 +182,14 @@ def test_columns_of_all_tables_are_found_by_the_same_names(tmp_path, form, image
         path.write_text("\n".join(lines))
     else:
         path.write_text(json.dumps([row] if form == "json" else row))
+
+
+@pytest.mark.parametrize(("image", "caption"), _NAMES)
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_columns_of_all_tables_are_found_by_the_same_names(tmp_path, form, image, caption):
+    (tmp_path / "a.png").write_bytes(PNG)
+    row, path = {image: "a.png", caption: "one", "year": "1999"}, tmp_path / f"t.{form}"
+    write_table(path, form, row)
     assert read_entries(str(path)) == [Pair("t-00000000", PNG, "one", {"year": "1999"})]
 
 
@@ -257,13 +262,7 @@ def test_a_jsonl_in_latin_1_names_the_file_and_how_to_convert_it(tmp_path):
 def test_endings_of_tables_may_be_in_capitals(tmp_path, form):
     (tmp_path / "a.png").write_bytes(PNG)
     row, path = {"image": "a.png", "caption": "one"}, tmp_path / f"T.{form.upper()}"
-    if form == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
-    elif form in ("csv", "tsv"):
-        lines = ({"csv": ",", "tsv": "\t"}[form].join(part) for part in (row, row.values()))
-        path.write_text("\n".join(lines))
-    else:
-        path.write_text(json.dumps([row] if form == "json" else row))
+    write_table(path, form, row)
     (pair,) = read_entries(str(path))
     assert (pair.key, pair.caption) == ("T-00000000", "one")
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import hashlib
 import io
-import json
 import os
 import time
 import zlib
@@ -32,15 +30,13 @@ from diht_jax.evaluation.embedding.inputs import (
 )
 from diht_jax.readers import registry
 from diht_jax.readers.base import SourceShard
-from diht_jax.records.schema import Pair, parse_json_object
+from diht_jax.records.schema import Pair
 from diht_jax.storage import files
 
 FORMATS = ("npz", "parquet")
 MODALITIES = ("image", "text")
 DTYPES = ("float32", "float16")
 SETTINGS_FILE = "embeddings.json"
-
-_DIGEST = "digest"  # key of a JSON object: of all its other keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +199,7 @@ def _embed_part(
         "shard": share.number,
         "part": part,
     }
-    write_object(f"{path}.json", stats)
+    files.write_object(f"{path}.json", stats, with_checksum=True)
     return stats
 
 
@@ -276,7 +272,7 @@ def check_settings(
     path = f"{output}/{name}"
     found = read_object(path, f"take another {flag}, or remove this one with all that is in it")
     if found is None:
-        write_object(path, settings)
+        files.write_object(path, settings, with_checksum=True)
         return
     changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
     if changed:
@@ -286,36 +282,23 @@ def check_settings(
         )
 
 
-def write_object(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
-    """Writes a JSON object with a digest of what it holds, for `read_object`."""
-    checked = values | {_DIGEST: _digest(values)}
-    files.write_bytes(path, (json.dumps(checked, indent=1) + "\n").encode())
-
-
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | None:
-    """Reads what `write_object` wrote, without the digest; None where there is no file.
+    """Reads a JSON object that was written with a checksum; None where there is no file.
 
     Args:
         path: of the file.
         remedy: what to do about a damaged one, for the message.
 
     Raises:
-        ValueError: the file is damaged, or of a version that wrote no digest.
+        ValueError: the file is damaged, or of a version that wrote no checksum.
     """
     try:
-        values = parse_json_object(files.read_bytes(path))
+        values = files.parse_object(files.read_bytes(path), needs_checksum=True)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, expected a JSON object ({error}); {remedy}") from error
-    stated = values.pop(_DIGEST, None)
-    if stated is None:
-        raise ValueError(f"{path}: of an older version, without a digest; {remedy}")
-    if stated != _digest(values):
-        raise ValueError(f"{path}: damaged, since its digest is that of other values; {remedy}")
+    if values is None:
+        raise ValueError(
+            f"{path}: damaged or of an older version, since its checksum is wrong or missing; "
+            f"{remedy}"
+        )
     return values
-
-
-def _digest(values: dict[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

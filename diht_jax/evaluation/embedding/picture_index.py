@@ -26,7 +26,7 @@ import pyarrow
 from absl import logging
 from PIL import Image
 
-from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object, write_object
+from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object
 from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.input.decode import ImageError, load_rgb, open_image
 from diht_jax.readers import image_folder
@@ -297,7 +297,7 @@ def write_part(
         "crc32": crcs,
         "thumbnails": _thumbnails_range(data),
     }
-    write_object(folder / f"{number:05d}.json", manifest)
+    files.write_object(str(folder / f"{number:05d}.json"), manifest, with_checksum=True)
     return manifest
 
 

@@ -228,7 +228,7 @@ def test_a_part_without_its_json_is_left_out_with_a_warning(tiny_model, folder, 
 def test_an_index_of_an_older_layout_is_an_error(tmp_path):
     (tmp_path / "embeddings.json").write_text(json.dumps({"index": 1, "model_sha256": "x"}))
     (tmp_path / "00000.arrow").write_bytes(b"ARROW1")
-    with pytest.raises(ValueError, match="embeddings.json: of an older version"):
+    with pytest.raises(ValueError, match="embeddings.json: .*older version"):
         PictureIndex(tmp_path)
 
 
