@@ -26,7 +26,8 @@ from absl import flags
 from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.evaluation.embedding import index_update, picture_index
-from diht_jax.evaluation.embedding.files import PICTURES, SETTINGS_FILE, write_object
+from diht_jax.evaluation.embedding.files import PICTURES, SETTINGS_FILE
+from diht_jax.storage.files import write_object
 from diht_jax.terminal import ProgressBar
 
 _CENTRES = 20_000
@@ -101,7 +102,8 @@ def write_indexes(
     }
     for dtype in picture_index.DTYPES:
         (folder / dtype).mkdir()
-        write_object(folder / dtype / SETTINGS_FILE, settings[dtype])
+        path = str(folder / dtype / SETTINGS_FILE)
+        write_object(path, settings[dtype], with_checksum=True)
     size = index_update.PART_ROWS
     for number, first in enumerate(ProgressBar(range(0, count, size), desc="parts", unit="part")):
         part = image_emb[first : first + size]
