@@ -12,9 +12,9 @@ with `min_complexity=2`, as a process of its own, with and without lists.
 
 from __future__ import annotations
 
+import copy
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,7 +92,7 @@ def _write_parts(folder: pathlib.Path, measured: Sequence[dict[str, Any]]) -> di
     rng = np.random.default_rng(0)
     paths = [folder / "parts" / f"{n:05d}{table.SUFFIX}" for n in range(_PARTS.value)]
     distinct = min(_DISTINCT.value, _PARTS.value)
-    for number, path in enumerate(paths[:distinct]):
+    for number in range(distinct):
         log = table.DecisionWriter()
         for i, chosen in enumerate(rng.integers(len(measured), size=_ROWS)):
             # Keys as img2dataset numbers them.
@@ -101,9 +101,8 @@ def _write_parts(folder: pathlib.Path, measured: Sequence[dict[str, Any]]) -> di
                 values["width"], values["height"] = np.exp(rng.normal(6.3, 0.5, 2)).astype(int)
                 values |= _spot(rng)
             log.add(i, values)
-        log.write(str(path))
-    for i, path in enumerate(paths[distinct:]):
-        shutil.copyfile(paths[i % distinct], path)
+        for path in paths[number::distinct]:  # a copied file would not be that of its part
+            copy.deepcopy(log).write(str(path))
     parts = [{"name": path.name.removesuffix(table.SUFFIX)} for path in paths]
     files.write_object(folder / "parts" / manifest.NAME, {"parts": parts})
     config = load_recipe(_RECIPE)
