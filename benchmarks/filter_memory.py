@@ -9,7 +9,7 @@ reported is the peak of the resident memory of the main process and of the worke
 that of a shard, the second needs as much as the first.
 
 Then three jobs with two workers: 10,000 shards of one pair, 10,000 of one row of metadata, and one
-table of 1,000,000 rows, for which the main process should need no more than for 8 shards. `--jobs`
+table of 100,000 rows, for which the main process should need no more than for 8 shards. `--jobs`
 runs those of some numbers alone, and prints without writing.
 """
 
@@ -45,7 +45,7 @@ _JOBS = (
     ("pairs", 256, 1, 1),
     ("pairs", 10_000, 1, 2),
     ("metadata", 10_000, 1, 2),
-    ("metadata", 1, 1_000_000, 2),
+    ("metadata", 1, 100_000, 2),
 )
 
 _JOB = """
