@@ -23,7 +23,10 @@ from absl import logging
 # From JAX's GPU performance tips and MaxText's settings for H100s, without
 # xla_gpu_enable_pipelined_all_gather: with split parameters and micro-batches it pulls a whole
 # forward pass into the next trip (docs/benchmarks.md, "The recipes on GPUs").
+# Each process times the kernels it chooses from by itself: divided among the processes, as XLA does
+# by default, those that compile a program wait a day for one that has it in its cache already.
 GPU_FLAGS = (
+    "--xla_gpu_shard_autotuning=false",
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_enable_highest_priority_async_stream=true",
     "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",

@@ -28,6 +28,9 @@ _KNOWN_FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
 class ImageError(ValueError):
     """Bytes that are no picture we can use.
 
+    Pillow's own error is in the message and not its cause: most are of type `OSError`, by which a
+    run would end as by a disk that fails, to be started again.
+
     Attributes:
         reason: one of `REASONS`, to be counted by.
     """
@@ -86,7 +89,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:  # Pillow's plug-ins raise nearly any type on hostile bytes.
         raise ImageError(
             "unreadable", f"no picture in {len(data)} bytes ({_describe(error)})"
-        ) from error
+        ) from None
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
@@ -141,7 +144,7 @@ def _load_pixels(image: Image.Image) -> None:
     except Exception as error:
         raise ImageError(
             "unreadable", f"cannot decode the {image.format} image ({_describe(error)})"
-        ) from error
+        ) from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -160,7 +163,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     except (ValueError, OSError) as error:
         raise ImageError(
             "unreadable", f"cannot convert {image.format} mode {image.mode} to RGB ({error})"
-        ) from error
+        ) from None
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

@@ -192,6 +192,16 @@ def test_a_first_step_that_does_not_fit_is_not_tried_again(
     assert ("Lower config.micro_batch" in str(raised.value)) == (status == LASTING_EXIT_CODE)
 
 
+@pytest.mark.parametrize("image", [b"no picture", make.png()[:200]], ids=["junk", "truncated"])
+def test_a_picture_that_cannot_be_decoded_is_a_lasting_error(config, tmp_path, image):
+    """Pillow's own errors are of type `OSError`, as those of a disk that may be back soon."""
+    records = [make.record(number, image=image) for number in range(16)]
+    config.data.train = str(make.write_records(tmp_path / "records", records))
+    with pytest.raises(ValueError, match=r"record '\d{5}'") as raised:
+        train(config, tmp_path / "run", devices=jax.devices()[:1])
+    assert exit_status(raised.value) == LASTING_EXIT_CODE
+
+
 def test_the_command_exits_with_the_status_of_its_error(tmp_path):
     command = (
         *(sys.executable, "-m", "diht_jax.train", "--config=configs/demo.py:debug=True"),
