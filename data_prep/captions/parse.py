@@ -7,7 +7,7 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import spacy
@@ -23,6 +23,9 @@ from data_prep.captions.versions import find_model
 _UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
 # Some 10 MB; spaCy's tokenizer caches 10,000 words.
 _MAX_LEXEMES = 30_000
+# Characters of the captions whose graphs are kept for later calls, some 40 MB with their graphs.
+_MAX_REMEMBERED_CHARS = 1_000_000
+_ENTRY_CHARS = 16  # what an entry takes besides its caption, in characters
 
 
 class _NumpyBlasOps(NumpyOps):
@@ -100,17 +103,56 @@ def parse_captions(
                 f"({caption!r:.40}); decode bytes as UTF-8 and write a missing caption as an "
                 "empty string"
             )
-    nlp = nlp or _load_shared_parser()
+    distinct = dict.fromkeys(captions)
+    if nlp is not None:
+        graphs = _parse_distinct(distinct, nlp, batch_size)
+    else:
+        graphs = {text: graph for text in distinct if (graph := _remembered.get(text)) is not None}
+        new = [text for text in distinct if text not in graphs]
+        parsed = _parse_distinct(new, _load_shared_parser(), batch_size)
+        _remembered.add(parsed)
+        graphs |= parsed
+    return [graphs[caption] for caption in captions]
+
+
+class _Memory:
+    """Graphs of the captions that were parsed last, up to a number of characters."""
+
+    def __init__(self, max_chars: int):
+        self._max_chars = max_chars
+        self._num_chars = 0
+        self._graphs: dict[str, CaptionGraph] = {}
+
+    def get(self, caption: str) -> CaptionGraph | None:
+        return self._graphs.get(caption)
+
+    def add(self, graphs: Mapping[str, CaptionGraph]) -> None:
+        """Adds new captions; those that came first are forgotten for them."""
+        self._graphs.update(graphs)
+        self._num_chars += sum(_ENTRY_CHARS + len(caption) for caption in graphs)
+        while self._num_chars > self._max_chars:
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest]
+            self._num_chars -= _ENTRY_CHARS + len(oldest)
+
+
+_remembered = _Memory(_MAX_REMEMBERED_CHARS)
+
+
+def _parse_distinct(
+    captions: Iterable[str], nlp: Language, batch_size: int
+) -> dict[str, CaptionGraph]:
+    """The graph of each caption; those that become the same text by cleaning are parsed once."""
     words = _find_lemmatizer(nlp)
-    gated = {caption: gate_caption(caption, words.lexicon) for caption in dict.fromkeys(captions)}
+    gated = {caption: gate_caption(caption, words.lexicon) for caption in captions}
     texts = list(dict.fromkeys(text for text, reason in gated.values() if reason is None))
     with _bounded_vocabulary(nlp), _no_garbage_collection():
         docs = nlp.pipe(texts, batch_size=batch_size)
         graphs = {text: build_graph(doc, words) for text, doc in zip(texts, docs, strict=True)}
-    return [
-        graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
-        for text, reason in map(gated.__getitem__, captions)
-    ]
+    return {
+        caption: graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
+        for caption, (text, reason) in gated.items()
+    }
 
 
 def _bounded_vocabulary(nlp: Language) -> contextlib.AbstractContextManager[object]:
