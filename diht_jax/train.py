@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -32,6 +33,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Validates the config, then trains."""
+    began = time.monotonic()
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     try:
         check_config(config)
@@ -49,7 +51,7 @@ def main() -> None:
         # After the validation: a mistyped key should not have to wait for these imports.
         from diht_jax.training.loop import train
 
-        train(config, workdir, set_keys=flags.FLAGS["config"].override_values)
+        train(config, workdir, set_keys=flags.FLAGS["config"].override_values, began=began)
     except Stopped as stopped:
         # All is saved; one more of them must not replace the status that launchers wait for.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

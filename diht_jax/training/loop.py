@@ -17,6 +17,7 @@ from etils import epath
 
 from diht_jax import sharding
 from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.train_data import describe_train, parse_train
 from diht_jax.terminal import ProgressBar
 from diht_jax.training.initial_parameters import bind_architecture, initial_parameters
@@ -34,6 +35,7 @@ from diht_jax.training.monitoring.throughput import (
     log_flops,
     model_flops,
 )
+from diht_jax.training.monitoring.wall_time import WallTime
 from diht_jax.training.multihost import (
     check_together,
     wait_for_all,
@@ -80,6 +82,7 @@ def train(
     stop_after_steps: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     set_keys: Collection[str] | None = None,
+    began: float | None = None,
 ) -> TrainState:
     """Trains, or goes on training, the run in `workdir`.
 
@@ -91,6 +94,8 @@ def train(
         devices: to train on; all of the job by default.
         set_keys: what stays where `config.model.init_from` brings its architecture: see
             `initial_parameters.bind_architecture`.
+        began: `time.monotonic()` at the start of the process, for the account of the wall time;
+            now by default.
 
     Returns:
         The last state.
@@ -115,7 +120,7 @@ def train(
         config = check_together(lambda: bind_order(config, workdir))
         check_hosts_share_config(config)
         check_together(lambda: check_same_run(config, workdir))
-        run = Run(config, workdir, devices)
+        run = Run(config, workdir, devices, began)
         stack.push(run.close_after)
         stop_request.listen()
         with without_memory_is_lasting(lambda: run.has_finished_step):
@@ -136,6 +141,7 @@ class Run:
         config: ml_collections.ConfigDict,
         workdir: epath.Path,
         devices: Sequence[jax.Device] | None = None,
+        began: float | None = None,
     ):
         self.config = config
         self.workdir = workdir
@@ -173,6 +179,7 @@ class Run:
         check_hosts_agree(describe_train(config.data.train), self.fingerprint)
         self.state = self.first_state()
         self.start_step = int(self.state.step)
+        self.wall_time = WallTime(workdir, self.start_step, began=began)
         self.writer = MetricWriter(workdir, self.start_step)
         self.evaluation = RunEvaluation(config, tasks, self.program, self.writer, self.total_steps)
         self._skipped_records = 0
@@ -214,7 +221,9 @@ class Run:
         monitor = AnomalyMonitor(config, self.keys_of_step, lowest_loss=self.lowest_loss())
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
-                train_step, window = self.start_phase(step)
+                with self.wall_time.during("compile"):
+                    train_step, window = self.start_phase(step)
+                self.wall_time.begin_steps()
             try:
                 batch = window.timed(lambda: self.next_batch(stop_request))
             except StoppedWaiting as stopped:
@@ -238,8 +247,7 @@ class Run:
             if step % config.log_every_steps == 0 or saves or step == self.patch_dropout_steps:
                 progress.set_postfix_str(self.write_line(step, window, supply, monitor))
             if saves:
-                self.writer.sync()
-                self.checkpointer.save(self.state, self.iterator)
+                self.save(self.iterator)
             if stop_requested and not at_end:
                 progress.close()
                 raise Stopped(f"stopped after step {step} of {self.total_steps}")
@@ -312,7 +320,8 @@ class Run:
         Raises:
             StoppedWaiting: it does not come, and the run is to stop.
         """
-        batch = self.batches.take(stop_request.is_waiting)
+        with self.wall_time.during("input"):
+            batch = self.batches.take(stop_request.is_waiting)
         return sharding.put_batch(batch, sharding.batch_sharding(self.mesh))
 
     def write_line(
@@ -323,7 +332,7 @@ class Run:
         Raises:
             DivergedError: they show that the run has diverged.
         """
-        scalars = {**window.summary(), **self.data_metrics(step)}
+        scalars = self.measure(step, window)
         supply.check(window.input_rate)
         monitor.check_window(step, scalars)
         self.writer.write(step, scalars)
@@ -331,6 +340,19 @@ class Run:
             f"loss {scalars['loss']:.3f}, acc {100 * scalars['t2i_accuracy']:.1f}%, "
             f"scale {scalars['logit_scale']:.1f}, {scalars['images_per_sec']:.0f} img/s"
         )
+
+    def measure(self, step: int, window: ThroughputWindow) -> dict[str, float]:
+        """The metrics of the steps since the last line, up to `step`; starts the next window."""
+        scalars = {**window.summary(), **self.data_metrics(step)}
+        self.wall_time.count_hidden(window.input_rate.hidden_secs)
+        self.wall_time.save()
+        return scalars | self.wall_time.scalars()
+
+    def save(self, position: TrainIterator | Position) -> None:
+        """Saves the lines and the state; the files of the state may be finished later."""
+        with self.wall_time.during("checkpoint"):
+            self.writer.sync()
+            self.checkpointer.save(self.state, position)
 
     def stop_before(self, step: int, window: ThroughputWindow, position: Position) -> None:
         """Saves the state before a step whose batch does not come, unless it is saved already.
@@ -340,9 +362,8 @@ class Run:
         """
         if step > self.start_step + 1:
             if window.num_steps:
-                self.writer.write(step - 1, {**window.summary(), **self.data_metrics(step - 1)})
-            self.writer.sync()
-            self.checkpointer.save(self.state, position)
+                self.writer.write(step - 1, self.measure(step - 1, window))
+            self.save(position)
         raise Stopped(
             f"stopped after step {step - 1} of {self.total_steps}, while its input stalls",
             input_stalls=True,
@@ -358,7 +379,8 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluates the current state, and notes how good it is for the checkpointer."""
-        measured = self.evaluation.run(self.state)
+        with self.wall_time.during("evaluation"):
+            measured = self.evaluation.run(self.state)
         best_metric = self.config.checkpoint.best_metric
         if best_metric in measured:
             self.best.values[int(self.state.step)] = measured[best_metric]
@@ -374,6 +396,8 @@ class Run:
     def close(self) -> None:
         """Finishes the checkpoints and ends the workers."""
         with contextlib.ExitStack() as stack:  # one that fails does not keep the others open
+            stack.callback(self.wall_time.close)
+            stack.enter_context(self.wall_time.during("checkpoint"))
             for part in (self.writer, self.checkpointer, self.iterator, self.profiler):
                 stack.callback(part.close)
 

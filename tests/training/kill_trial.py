@@ -32,6 +32,7 @@ from absl import flags
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from diht_jax.training.monitoring.wall_time import USES  # noqa: E402
 from tests import make  # noqa: E402
 from tests.compiling import xla_flags  # noqa: E402
 from tests.leftovers import shared_memory, wait_until_nothing_is_left  # noqa: E402
@@ -46,6 +47,8 @@ TIMED = (
     "data_wait_share",
     "model_flops_per_sec",
     "mfu",
+    "goodput",
+    *(f"wall_secs/{use}" for use in USES),
 )
 _LONGEST_START_SECS = 900  # only against hanging
 # The command, which after so many steps waits for a signal: however late that comes on a busy

@@ -1,6 +1,7 @@
 """Runs that are killed or told to stop, and runs whose numbers go wrong."""
 
 import functools
+import json
 import logging
 import signal
 import subprocess
@@ -54,6 +55,8 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(tmp_path):
     assert 0 < last_steps[0] < last_steps[1] < 24
     trial.finish("killed")
     assert kill_trial.compare(tmp_path / "undisturbed", tmp_path / "killed") == []
+    spent = json.loads((tmp_path / "killed" / "wall_time.json").read_text())
+    assert spent["starts"] == 4 and spent["secs"]["lost"] > 0
 
 
 @pytest.mark.parametrize("signals", [1, 2])

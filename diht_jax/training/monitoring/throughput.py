@@ -116,11 +116,13 @@ class InputRate:
             that the devices were waiting for.
         is_short: most steps found the devices idle when their batch came, and waiting for batches
             is most of what the window lost.
+        hidden_secs: of the waits for batches, in which the devices worked on a step.
     """
 
     supplied: float
     possible: float | None
     is_short: bool
+    hidden_secs: float
 
 
 class ThroughputWindow:
@@ -160,6 +162,8 @@ class ThroughputWindow:
         batch = get_batch()
         self._arrived_secs = self._clock()
         self._data_wait_secs += self._arrived_secs - start
+        if self._last is None:  # nothing runs meanwhile
+            self._idle_wait_secs += self._arrived_secs - start
         self._was_idle = self._last is not None and _are_ready(self._last)
         self._num_idle += self._was_idle
         return batch
@@ -201,19 +205,23 @@ class ThroughputWindow:
     def _rate_of_input(self, elapsed_secs: float) -> InputRate:
         num_steps = len(self._measured)
         supplied = num_steps * self._batch_size / elapsed_secs
+        overlapping_secs = self._data_wait_secs - self._idle_wait_secs
         if not self._step_secs:
-            return InputRate(supplied, None, False)
+            return InputRate(supplied, None, False, overlapping_secs)
         lost_secs = elapsed_secs - num_steps * self._step_secs
         is_short = (
             self._num_idle > num_steps / 2
             and lost_secs > _LEAST_LOSS * elapsed_secs
             and self._data_wait_secs > lost_secs / 2
         )
-        return InputRate(supplied, self._batch_size / self._step_secs, is_short)
+        idle_secs = max(0.0, lost_secs - self._idle_wait_secs)
+        hidden_secs = max(0.0, overlapping_secs - idle_secs)
+        return InputRate(supplied, self._batch_size / self._step_secs, is_short, hidden_secs)
 
     def _reset(self) -> None:
         self._measured: list[dict[str, jax.Array]] = []
         self._data_wait_secs = 0.0
+        self._idle_wait_secs = 0.0
         self._num_idle = 0
         self._step_secs: float | None = None
         self._start = self._clock()
