@@ -160,7 +160,9 @@ def _download_part(url: str, part: pathlib.Path, advice: str) -> None:
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
                 # Nothing is left to send: the part is whole, or is not a part of this file.
                 return
-            raise ValueError(f"{url}: the server answered {error.code} {error.reason}") from error
+            raise ValueError(
+                f"{url}: the server answered {error.code} {error.reason}; {advice}"
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             problem = str(error) or type(error).__name__
         logging.warning("%s: %s", url, problem)

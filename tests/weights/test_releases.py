@@ -1,9 +1,6 @@
 """Released weights come over HTTP once, whole and with the right hash, or not at all."""
 
 import hashlib
-import http.server
-import re
-import threading
 
 import numpy as np
 import pytest
@@ -13,92 +10,48 @@ import diht_jax.weights.releases as releases
 from diht_jax import load_model
 from diht_jax.models.zoo import ARCHITECTURES
 from diht_jax.weights.releases import RELEASES, Release, download
+from tests.serving import FileServer
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves bytes at any address; breaks the first `breaks` connections off half-way."""
-
-    content = CONTENT
-    breaks = 0
-    ranges = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests = []
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/model.ckpt"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        server = self.server
-        asked = self.headers.get("Range")
-        server.requests.append(asked)
-        start = 0
-        if asked and server.ranges:
-            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-            if start >= len(server.content):
-                self.send_error(416)
-                return
-        body = server.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if server.breaks:
-            server.breaks -= 1
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with FileServer({"model.ckpt": CONTENT}) as started:
+        yield started
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_interrupted_download_goes_on(server, tmp_path, ranges):
     server.breaks, server.ranges = 1, ranges
-    download(server.url, tmp_path / "model.ckpt", SHA256)
+    download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt", SHA256)
     assert (tmp_path / "model.ckpt").read_bytes() == CONTENT
-    assert server.requests == [None, f"bytes={len(CONTENT) // 2}-"]
+    assert server.asked_ranges == [None, f"bytes={len(CONTENT) // 2}-"]
 
 
 def test_a_later_call_goes_on_where_an_interrupted_one_was(server, tmp_path):
     server.breaks = 3
     with pytest.raises(ValueError, match=r"bytes are kept in .*\.part and the next call goes on"):
-        download(server.url, tmp_path / "model.ckpt", SHA256)
+        download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt", SHA256)
     assert not (tmp_path / "model.ckpt").exists()
     assert 0 < (tmp_path / "model.ckpt.part").stat().st_size < len(CONTENT)
-    download(server.url, tmp_path / "model.ckpt", SHA256)
+    download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt", SHA256)
     assert (tmp_path / "model.ckpt").read_bytes() == CONTENT
-    assert len(server.requests) == 4 and server.requests[-1] != "bytes=0-"
+    assert len(server.asked_ranges) == 4 and server.asked_ranges[-1] != "bytes=0-"
     assert not (tmp_path / "model.ckpt.part").exists()
 
 
 def test_wrong_hash_leaves_nothing(server, tmp_path):
     with pytest.raises(ValueError, match=f"expected SHA-256 {'0' * 64}, got {SHA256}"):
-        download(server.url, tmp_path / "model.ckpt", "0" * 64)
+        download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt", "0" * 64)
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == []
 
 
 def test_damaged_cache_is_replaced(server, tmp_path):
     path = tmp_path / "model.ckpt"
     path.write_bytes(CONTENT[:-1] + b"x")
-    download(server.url, path, SHA256)
+    download(f"{server.url}/model.ckpt", path, SHA256)
     assert path.read_bytes() == CONTENT
 
 
@@ -107,9 +60,11 @@ def small_release(reference, server, tmp_path, monkeypatch):
     """'diht_vitb32_224px' as a small model that the local server publishes."""
     name = "diht_vitb32_224px"
     torch.save(reference.open_clip_model(reference.SMALL).state_dict(), tmp_path / "state.ckpt")
-    server.content = (tmp_path / "state.ckpt").read_bytes()
-    sha256 = hashlib.sha256(server.content).hexdigest()
-    monkeypatch.setitem(RELEASES, name, Release(f"{server.url[:-5]}_{sha256}.ckpt", sha256))
+    content = (tmp_path / "state.ckpt").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    server.files = {f"model_{sha256}.ckpt": content}
+    release = Release(f"{server.url}/model_{sha256}.ckpt", sha256)
+    monkeypatch.setitem(RELEASES, name, release)
     monkeypatch.setitem(ARCHITECTURES, name, reference.SMALL)
     monkeypatch.setenv(releases.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(releases.WEIGHTS_VARIABLE, raising=False)
@@ -124,7 +79,7 @@ def test_load_model_by_name_downloads_once(reference, small_release, server):
     for _ in range(2):
         model = load_model(small_release)
         np.testing.assert_allclose(model.encode_image(images), expected[0], atol=1e-5)
-    assert server.requests == [None]
+    assert server.asked_ranges == [None]
     assert model.config.model.name == small_release
 
 
@@ -140,10 +95,10 @@ def test_environment_variable_names_a_local_copy(
         "model_directory": folder / "model.pt",
     }[place]
     path.parent.mkdir(parents=True)
-    path.write_bytes(server.content)
+    path.write_bytes((tmp_path / "state.ckpt").read_bytes())
     monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(path if place == "file" else folder))
     assert load_model(small_release).image_size == 32
-    assert server.requests == []
+    assert server.asked_ranges == []
 
 
 def test_environment_variable_with_a_wrong_place_or_model(

@@ -1,0 +1,72 @@
+"""Photos that scikit-image and scikit-learn contain, with captions that we wrote."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from PIL import Image
+
+from data_prep.example_data.archives import ExamplePair, read_archive, write_pair_tar
+from data_prep.example_data.packages import Package
+
+_ADDRESS = "https://files.pythonhosted.org/packages"
+SCIKIT_IMAGE = Package(
+    f"{_ADDRESS}/a5/2a/e71c1a7d90e70da67b88ccc609bd6ae54798d5847369b15d3a8052232f9d/"
+    "scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+    13_711_217,
+)
+SCIKIT_LEARN = Package(
+    f"{_ADDRESS}/69/46/f8b95a7a16fd13b458401d5e85a63d88ecb3679f3649812d5fdbea4c8357/"
+    "scikit_learn-1.9.1-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl",
+    "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
+    9_315_422,
+)
+# File in one of the packages -> caption. Those of scikit-image whose documentation names the public
+# domain, CC0 or no known restriction; those of scikit-learn are CC BY 2.0.
+CAPTIONS = {
+    "skimage/data/astronaut.png": "a smiling astronaut in an orange suit in front of a flag",
+    "skimage/data/brick.png": "a wall built of long bricks",
+    "skimage/data/camera.png": "a man in a black coat looking through a camera on a tripod",
+    "skimage/data/chelsea.png": "a tabby cat looking past the camera",
+    "skimage/data/coffee.png": "a cup of espresso standing on a red saucer",
+    "skimage/data/coins.png": "four rows of old coins lying on a dark cloth",
+    "skimage/data/grass.png": "grass seen from above",
+    "skimage/data/gravel.png": "many small stones covering the ground",
+    "skimage/data/hubble_deep_field.jpg": "galaxies shining in a dark sky",
+    "skimage/data/retina.jpg": "the blood vessels at the back of an eye",
+    "skimage/data/rocket.jpg": "a rocket standing on its launch pad in the evening",
+    "skimage/data/text.png": "formulas written on paper by hand",
+    "sklearn/datasets/images/china.jpg": "a pagoda standing above a lake between trees",
+    "sklearn/datasets/images/flower.jpg": "an orange dahlia blooming in front of dark leaves",
+}
+_LONGEST_SIDE = 384  # in pixels
+
+
+def make_photos(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict[pathlib.Path, int]:
+    """Writes `photos.tar`, at most 384 pixels wide and high; returns its number of pictures.
+
+    Raises:
+        ValueError: a package is damaged or lacks a photo.
+    """
+    files: dict[str, bytes] = {}
+    for package in packages:
+        files |= read_archive(package, CAPTIONS.__contains__)
+    if missing := CAPTIONS.keys() - files.keys():
+        names = ", ".join(package.name for package in packages)
+        raise ValueError(f"{names}: have no {', '.join(sorted(missing))}")
+
+    def pairs() -> Iterator[ExamplePair]:
+        for name, caption in CAPTIONS.items():
+            image = Image.open(io.BytesIO(files[name])).convert("RGB")
+            image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=90)
+            path = pathlib.PurePosixPath(name)
+            metadata = {"source": path.parts[0]}
+            yield ExamplePair(path.stem, ".jpg", buffer.getvalue(), caption, metadata)
+
+    path = output / "photos.tar"
+    return {path: write_pair_tar(path, pairs())}

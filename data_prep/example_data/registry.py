@@ -1,0 +1,85 @@
+"""The table of examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+from data_prep.example_data.cifar10 import ARCHIVE, make_cifar10
+from data_prep.example_data.emoji import (
+    ARTISTS,
+    OPENMOJI_FONT,
+    OPENMOJI_NAMES,
+    make_emoji,
+    make_openmoji,
+)
+from data_prep.example_data.packages import Package
+from data_prep.example_data.photos import SCIKIT_IMAGE, SCIKIT_LEARN, make_photos
+from data_prep.example_data.pictures import STAMPS, make_pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Data of the pages, and how they are made.
+
+    Attributes:
+        packages: what is downloaded.
+        num_pictures: how many there are.
+        content: what they show.
+        files: what is written.
+        licence: of the pictures.
+        make: gets the local files of the packages and the output folder, and returns each file that
+            it has written with its number of pictures.
+    """
+
+    packages: tuple[Package, ...]
+    num_pictures: int
+    content: str
+    files: tuple[str, ...]
+    licence: str
+    make: Callable[[Sequence[pathlib.Path], pathlib.Path], dict[pathlib.Path, int]]
+
+
+EXAMPLES = {
+    "emoji": Example(
+        tuple(ARTISTS.values()),
+        7_572,
+        "3,786 emoji, each by two artists, 64 px",
+        ("emoji_google.tar", "emoji_twitter.tar"),
+        "Noto Emoji (Apache-2.0), Twemoji (CC BY 4.0, Twitter and contributors)",
+        make_emoji,
+    ),
+    "openmoji": Example(
+        (OPENMOJI_FONT, OPENMOJI_NAMES),
+        4_495,
+        "emoji of a third artist, with names of their own, 64 px",
+        ("openmoji.tar",),
+        "OpenMoji (CC BY-SA 4.0)",
+        make_openmoji,
+    ),
+    "pictures": Example(
+        (STAMPS,),
+        793,
+        "photos and drawings of things, up to 500 px, with captions",
+        ("pictures/captions.csv",),
+        "Tux Paint's stamps (GPL-2 or later, Bill Kendrick and contributors)",
+        make_pictures,
+    ),
+    "photos": Example(
+        (SCIKIT_IMAGE, SCIKIT_LEARN),
+        14,
+        "photos, up to 384 px, with captions",
+        ("photos.tar",),
+        "public domain, CC0; CC BY 2.0 (danielbuechele, vultilion)",
+        make_photos,
+    ),
+    "cifar10": Example(
+        (ARCHIVE,),
+        5_000,
+        "photos of ten classes, 400 and 100 of each, 32 px",
+        ("cifar10_train.tar", "cifar10_test.tar"),
+        "none stated; its authors ask to cite Krizhevsky, 2009",
+        make_cifar10,
+    ),
+}

@@ -1,0 +1,202 @@
+"""What the examples are made of: pictures, captions, order, and what is refused."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.example_data import cifar10, emoji, photos, pictures
+from data_prep.example_data.registry import EXAMPLES
+from diht_jax.weights.releases import CACHE_VARIABLE
+from tests import make
+from tests.data_prep.example_data import small_packages as small
+
+TABLE = [
+    {
+        "name": "CLOCK FACE ONE OCLOCK",
+        "image": "1f550.png",
+        "category": "Travel & Places",
+        "subcategory": "time",
+    },
+    {
+        "name": "MEN HOLDING HANDS",
+        "image": "1f46c.png",
+        "category": "People & Body",
+        "subcategory": "family",
+        "skin_variations": {
+            "1F3FF-1F3FB": {"image": "1f46c-1f3ff-1f3fb.png"},
+            "1F3FC": {"image": "1f46c-1f3fc.png"},
+        },
+    },
+    {
+        "name": "NOT DRAWN BY HER",
+        "image": "1f000.png",
+        "category": "Objects",
+        "subcategory": "other",
+    },
+]
+CAPTIONS = {
+    "1f550": "clock face one o'clock",
+    "1f46c": "men holding hands",
+    "1f46c-1f3ff-1f3fb": "men holding hands with dark and light skin tone",
+    "1f46c-1f3fc": "men holding hands with medium-light skin tone",
+}
+
+
+def read_tar(path):
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def downloaded(name):
+    """The local packages of an example; skips the test where there are none."""
+    folder = pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/diht_jax").expanduser()
+    paths = [folder / package.name for package in EXAMPLES[name].packages]
+    if not all(path.exists() for path in paths):
+        pytest.skip(f"{folder} does not have {', '.join(path.name for path in paths)}")
+    return paths
+
+
+def test_artists_have_equal_names_captions_and_order(tmp_path):
+    read = {}
+    for artist, color in (("ann", "red"), ("ben", "blue")):
+        picture = make.encoded(make.plain(color))
+        package = tmp_path / f"{artist}.tgz"
+        package.write_bytes(small.emoji(artist, TABLE, dict.fromkeys(CAPTIONS, picture)))
+        assert emoji.write_emoji_tar(package, artist, tmp_path / f"{artist}.tar") == 4
+        read[artist] = read_tar(tmp_path / f"{artist}.tar")
+        assert {read[artist][f"{name}.png"] for name in CAPTIONS} == {picture}
+    assert list(read["ann"]) == list(read["ben"])
+    texts = {name: data.decode() for name, data in read["ann"].items() if name.endswith(".txt")}
+    assert texts == {f"{name}.txt": caption for name, caption in CAPTIONS.items()}
+    assert json.loads(read["ben"]["1f46c-1f3fc.json"]) == {
+        "key": "1f46c-1f3fc",
+        "caption": "men holding hands with medium-light skin tone",
+        "category": "People & Body",
+        "subcategory": "family",
+        "source": "ben",
+    }
+
+
+@pytest.mark.parametrize("artist", emoji.ARTISTS)
+def test_the_downloaded_packages_give_the_test_data(artist, shared_data, tmp_path):
+    package = downloaded("emoji")[list(emoji.ARTISTS).index(artist)]
+    emoji.write_emoji_tar(package, artist, tmp_path / "made.tar")
+    expected = shared_data / f"emoji_{artist}.tar"
+    assert (tmp_path / "made.tar").read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["photos", "cifar10"])
+def test_the_downloaded_packages_give_as_many_pictures_as_the_list_says(name, tmp_path):
+    numbers = EXAMPLES[name].make(downloaded(name), tmp_path)
+    assert sum(numbers.values()) == EXAMPLES[name].num_pictures
+    assert {path.relative_to(tmp_path).as_posix() for path in numbers} == set(EXAMPLES[name].files)
+
+
+def test_emoji_of_several_parts_are_one_drawing(tmp_path):
+    font, _ = downloaded("openmoji")
+    texts = {"1F469": "\U0001f469", "1F469-200D-1F9B0": "\U0001f469\u200d\U0001f9b0"}
+    table = [
+        {"emoji": text, "hexcode": code, "annotation": "woman"}
+        | dict.fromkeys(("tags", "group", "subgroups"), "")
+        for code, text in texts.items()
+    ]
+    names = tmp_path / "names.tgz"
+    names.write_bytes(small.tgz({"package/data/openmoji.json": json.dumps(table).encode()}))
+    assert emoji.make_openmoji([font, names], tmp_path) == {tmp_path / "openmoji.tar": 2}
+    read = read_tar(tmp_path / "openmoji.tar")
+    plain, red = (small.decode(read[f"{name.lower()}.png"]) for name in texts)
+    assert plain.shape == red.shape == (64, 64, 4)
+    assert (plain[..., 3] > 0).any() and (plain != red).any()
+
+
+def test_a_stamp_of_several_languages_has_its_english_line(tmp_path):
+    packages = small.small_packages()["pictures"]
+    (tmp_path / "stamps.deb").write_bytes(packages[0])
+    written = pictures.make_pictures([tmp_path / "stamps.deb"], tmp_path / "data")
+    table = tmp_path / "data" / "pictures" / "captions.csv"
+    assert written == {table: 3}
+    with open(table, newline="") as file:
+        rows = {row["image"]: row["caption"] for row in csv.DictReader(file)}
+    assert rows == {f"{name}.png": caption for name, caption in small.STAMPS.items()}
+    assert all((table.parent / name).read_bytes().startswith(b"\x89PNG") for name in rows)
+
+
+def test_letters_and_pictures_without_a_text_are_left_out(tmp_path):
+    folder = "usr/share/tuxpaint/stamps"
+    files = {f"{folder}/symbols/alphabets/english/a": b"A", f"{folder}/plants/tree": b"A tree."}
+    members = {f"{name}.txt": text for name, text in files.items()}
+    members |= dict.fromkeys([f"{name}.png" for name in (*files, f"{folder}/plants/b")], make.png())
+    (tmp_path / "stamps.deb").write_bytes(small.deb(members))
+    pictures.make_pictures([tmp_path / "stamps.deb"], tmp_path)
+    found = {path.name for path in (tmp_path / "pictures").rglob("*") if path.is_file()}
+    assert found == {"tree.png", "captions.csv"}
+
+
+def test_pictures_of_somebody_else_are_not_written_over(tmp_path):
+    (tmp_path / "stamps.deb").write_bytes(small.small_packages()["pictures"][0])
+    own = tmp_path / "pictures" / "captions.csv"
+    own.parent.mkdir()
+    own.write_text("image,caption\nmine.jpg,my cat\n")
+    with pytest.raises(ValueError, match=rf"{own}: is no file of this example"):
+        pictures.make_pictures([tmp_path / "stamps.deb"], tmp_path)
+    assert own.read_text() == "image,caption\nmine.jpg,my cat\n"
+    assert [path.name for path in own.parent.iterdir()] == ["captions.csv"]
+
+
+def test_rows_of_cifar_become_pictures_of_their_class(tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    train, test = small.cifar_rows([3, 0, 3], pixels), small.cifar_rows([4], pixels[:1])
+    (tmp_path / "cifar.tar.gz").write_bytes(small.cifar(train, test))
+    cifar10.make_cifar10([tmp_path / "cifar.tar.gz"], tmp_path)
+    read = read_tar(tmp_path / "cifar10_train.tar")
+    keys = {"cat_0000": 0, "airplane_0000": 1, "cat_0001": 2}
+    for key, number in keys.items():
+        np.testing.assert_array_equal(small.decode(read[f"{key}.png"]), pixels[number])
+    assert {name.partition(".")[0] for name in read} == set(keys)
+    assert read["airplane_0000.txt"] == b"a photo of a airplane."
+    assert json.loads(read["cat_0001.json"])["label"] == "cat"
+    assert "deer_0000.png" in read_tar(tmp_path / "cifar10_test.tar")
+
+
+def test_each_class_of_cifar_has_equally_many_pictures(tmp_path):
+    labels = [0] * 401 + [1] * 402
+    rows = small.cifar_rows(labels, np.zeros((803, 32, 32, 3), np.uint8))
+    (tmp_path / "cifar.tar.gz").write_bytes(small.cifar(rows, rows))
+    numbers = cifar10.make_cifar10([tmp_path / "cifar.tar.gz"], tmp_path)
+    assert list(numbers.values()) == [800, 200]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [(bytes(3072), "are no rows of 3073"), (b"\x09" + bytes(3072), "a class")]
+)
+def test_rows_of_another_form_are_refused(rows, message, tmp_path):
+    (tmp_path / "cifar.tar.gz").write_bytes(small.cifar(rows, rows))
+    with pytest.raises(ValueError, match=f"data_batch_1.bin: .*{message}"):
+        cifar10.make_cifar10([tmp_path / "cifar.tar.gz"], tmp_path)
+
+
+def test_photos_are_small_enough_and_have_their_captions(tmp_path):
+    (tmp_path / "photos.whl").write_bytes(small.small_packages()["photos"][0])
+    numbers = photos.make_photos([tmp_path / "photos.whl"], tmp_path)
+    assert numbers == {tmp_path / "photos.tar": len(photos.CAPTIONS)}
+    read = read_tar(tmp_path / "photos.tar")
+    assert max(Image.open(io.BytesIO(read["chelsea.jpg"])).size) == 384
+    assert read["chelsea.txt"].decode() == photos.CAPTIONS["skimage/data/chelsea.png"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_package_without_its_files_is_named(name, tmp_path):
+    paths = [tmp_path / package.name for package in EXAMPLES[name].packages]
+    for path in paths:
+        kind = {".whl": small.whl, ".deb": small.deb}.get(path.suffix, small.tgz)
+        path.write_bytes(kind({"README": b"nothing else"}))
+    with pytest.raises(ValueError, match=paths[0].name):
+        EXAMPLES[name].make(paths, tmp_path / "data")
+    assert not list(tmp_path.glob("data/*"))

@@ -1,0 +1,85 @@
+"""Packages come from their address, a mirror, or npm's other registry; resumed, and compared."""
+
+import hashlib
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+
+from data_prep.example_data.packages import NPM_REGISTRY, NPM_VARIABLE, Package, fetch_package
+from data_prep.example_data.registry import EXAMPLES
+from tests.serving import FileServer
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+NAME = "emoji-1.tgz"
+PACKAGE = Package(
+    f"{NPM_REGISTRY}/emoji/-/{NAME}", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT)
+)
+
+
+@pytest.fixture
+def server():
+    with FileServer({NAME: CONTENT}) as started:
+        yield started
+
+
+def test_an_interrupted_download_goes_on(server, tmp_path):
+    server.breaks = 3
+    with pytest.raises(ValueError, match="the next call goes on"):
+        fetch_package(PACKAGE, tmp_path, server.url)
+    have = (tmp_path / f"{NAME}.part").stat().st_size
+    assert fetch_package(PACKAGE, tmp_path, server.url).read_bytes() == CONTENT
+    assert server.asked_ranges[-1] == f"bytes={have}-" != "bytes=0-"
+
+
+def test_another_file_under_the_name_is_refused(server, tmp_path):
+    server.files[NAME] = CONTENT[:-1] + b"x"
+    with pytest.raises(ValueError, match=f"expected SHA-256 {PACKAGE.sha256}"):
+        fetch_package(PACKAGE, tmp_path, server.url)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+
+
+def test_a_truncated_local_file_is_downloaded_again(server, tmp_path):
+    (tmp_path / NAME).write_bytes(CONTENT[:1000])
+    assert fetch_package(PACKAGE, tmp_path, server.url).read_bytes() == CONTENT
+
+
+def test_npms_own_variable_names_another_registry(server, tmp_path, monkeypatch):
+    monkeypatch.setenv(NPM_VARIABLE, f"{server.url}/npm/")
+    assert fetch_package(PACKAGE, tmp_path).read_bytes() == CONTENT
+    assert server.asked_paths == [f"/npm/emoji/-/{NAME}"]
+
+
+def test_without_a_network_the_message_says_what_to_fetch_and_where_to_put_it(tmp_path):
+    with pytest.raises(ValueError, match=rf"{PACKAGE.url} .*{tmp_path} \(--packages\)"):
+        fetch_package(PACKAGE, tmp_path, "http://127.0.0.1:9")
+    (tmp_path / NAME).write_bytes(CONTENT)
+    assert fetch_package(PACKAGE, tmp_path, "http://127.0.0.1:9").read_bytes() == CONTENT
+
+
+def test_a_refusing_server_is_named_with_the_way_around_it(server, tmp_path):
+    server.files.clear()
+    with pytest.raises(ValueError, match=rf"404 .*{tmp_path} \(--packages\)"):
+        fetch_package(PACKAGE, tmp_path, server.url)
+
+
+def test_a_mirror_is_an_address(tmp_path):
+    with pytest.raises(ValueError, match=r"--mirror=/srv/packages: .*--packages"):
+        fetch_package(PACKAGE, tmp_path, "/srv/packages")
+
+
+@pytest.mark.parametrize(
+    "package",
+    [package for example in EXAMPLES.values() for package in example.packages],
+    ids=lambda package: package.name,
+)
+def test_the_real_address_has_a_file_of_this_size(package):
+    request = urllib.request.Request(package.url, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            assert int(response.headers["Content-Length"]) == package.num_bytes
+    except urllib.error.HTTPError:
+        raise
+    except OSError as error:
+        pytest.skip(f"no network: {error}")
