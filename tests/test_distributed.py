@@ -1,0 +1,170 @@
+"""Start-up of jobs some of whose processes do not come."""
+
+import itertools
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from diht_jax import distributed
+from tests import make
+
+LONGEST_SECS = 300  # only against hanging
+
+
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends():
+    address = free_address()
+    command = [
+        *(sys.executable, "-m", "diht_jax.train", "--workdir=unused"),
+        f"--config={make.REPOSITORY / 'configs' / 'demo.py'}",
+        "--config.data.train=unused",
+        *(f"--coordinator_address={address}", "--num_processes=2", "--process_id=0"),
+        "--start_warning_secs=0.5",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECS)
+    assert ended.returncode == 1
+    messages = [line for line in ended.stderr.splitlines() if "process 1 of 2" in line]
+    assert len(messages) > 1 and all(address in line for line in messages)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(distributed, "_POLL_SECS", 0.1)
+
+
+class Roll:
+    """Processes of a job, as threads, that are called at one address."""
+
+    def __init__(self, num_processes):
+        self.address, self.num_processes = free_address(), num_processes
+        self.threads, self.errors = {}, {}
+
+    def start(self, process_id, **options):
+        def call():
+            try:
+                distributed.call_roll(self.address, self.num_processes, process_id, **options)
+            except ConnectionError as error:
+                self.errors[process_id] = str(error)
+
+        thread = threading.Thread(target=call, daemon=True)
+        self.threads[process_id] = thread
+        thread.start()
+
+    def join(self):
+        for thread in self.threads.values():
+            thread.join(LONGEST_SECS)
+        return self.errors
+
+    def connect(self):
+        host, _, port = self.address.rpartition(":")
+        while True:
+            try:
+                return socket.create_connection((host, int(port)))
+            except ConnectionRefusedError:  # not yet
+                continue
+
+
+def ticking(secs=1.0):
+    """A clock that goes on by so much whenever it is read."""
+    return itertools.count(0.0, secs).__next__
+
+
+def test_all_go_on_when_the_last_one_has_come():
+    roll = Roll(3)
+    for process_id in (2, 0, 1):
+        roll.start(process_id)
+    assert roll.join() == {}
+
+
+def test_those_that_came_learn_who_is_missing():
+    roll = Roll(4)
+    roll.start(0, warning_secs=1.0, clock=ticking())
+    roll.start(2, warning_secs=4.0, clock=ticking())
+    errors = roll.join()
+    assert "processes 1, 3 of 4" in errors[0]
+    assert "process 0" in errors[2] and roll.address in errors[2]
+
+
+def test_a_process_that_came_and_died_is_missing():
+    roll = Roll(3)
+    roll.start(0, warning_secs=4.0, clock=ticking())
+    with roll.connect() as gone:
+        gone.sendall(b"diht_jax 2\n")
+        assert b"process 1 of 3" in gone.recv(100)
+    assert "processes 1, 2 of 3" in roll.join()[0]
+
+
+def test_a_process_that_came_twice_is_one():
+    roll = Roll(3)
+    roll.start(0, warning_secs=4.0, clock=ticking())
+    with roll.connect() as first, roll.connect() as second:
+        for connection in (first, second):
+            connection.sendall(b"diht_jax 1\n")
+        errors = roll.join()
+    assert "process 2 of 3" in errors[0]
+
+
+@pytest.mark.parametrize("greeting", [b"GET / HTTP/1.1\r\n\r\n", b"diht_jax 7\n", b"diht_jax 0\n"])
+def test_strangers_are_not_counted(greeting):
+    roll = Roll(2)
+    roll.start(0, warning_secs=1.0, clock=ticking())
+    with roll.connect() as stranger:
+        stranger.sendall(greeting)
+        assert "process 1 of 2" in roll.join()[0]
+
+
+def test_a_service_that_is_there_already_is_left_to_jax():
+    roll = Roll(2)
+    with socket.create_server(("localhost", int(roll.address.rpartition(":")[2]))) as service:
+        roll.start(1)
+        connection = service.accept()[0]
+        with connection:
+            connection.sendall(b"\x00\x00\x18\x04")  # HTTP/2's settings
+            assert roll.join() == {}
+
+
+@pytest.mark.parametrize(
+    "address, variable, expected",
+    [
+        ("host", None, "host:8476"),
+        ("host", "9000", "host:9000"),
+        ("host:7000", "9000", "host:7000"),
+        ("[::1]", None, "[::1]:8476"),
+        ("[::1]:7000", None, "[::1]:7000"),
+    ],
+)
+def test_an_address_without_a_port_takes_that_of_the_environment(
+    monkeypatch, address, variable, expected
+):
+    monkeypatch.delenv("JAX_COORDINATOR_PORT", raising=False)
+    if variable:
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", variable)
+    assert distributed.with_port(address) == expected
+
+
+def test_tpu_pods_take_the_port_that_is_open(monkeypatch):
+    """What JAX itself finds for a slice of two hosts, as GKE describes it."""
+    from jax._src.clusters import cloud_tpu_cluster
+
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,other")
+    monkeypatch.setenv("TPU_WORKER_ID", "1")
+    for name in ("JAX_COORDINATOR_PORT", "MEGASCALE_COORDINATOR_ADDRESS"):
+        monkeypatch.setenv(name, "")
+    for name in ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"):
+        monkeypatch.setenv(name, "0" if name.endswith("ID") else "1")
+    monkeypatch.delenv("JAX_COORDINATOR_PORT")
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(distributed, "find_cluster", lambda: "TPU")
+    called = []
+    monkeypatch.setattr(distributed, "call_roll", lambda *args: called.append(args))
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **_: None)
+    distributed.start()
+    assert [call[:3] for call in called] == [("localhost:8476", 2, 1)]
