@@ -9,8 +9,8 @@ whose slices span the whole range. Sizes between the compiled ones come from the
 `extrapolate`, which the table checks against every row that was compiled. The part `gpus` compiles
 (3) the same recipes for H100s, and needs JAX's CUDA plugin instead of libtpu. Writes
 `benchmarks/results/pod_fit.json`, or `pod_fit_gpus.json`, after each row and prints the tables of
-`docs/benchmarks.md`; the same command again continues with the missing rows. Every row has the date
-and the command that made it, for rows of earlier runs are kept. A row takes minutes.
+`docs/benchmarks/pods.md`; the same command again continues with the missing rows. Every row has the
+date and the command that made it, for rows of earlier runs are kept. A row takes minutes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Benchmark records: what was measured, on which machine, with which versions, and when.
 
 Every benchmark ends with `write_result`; the JSON files are kept in the repository and quoted by
-`docs/benchmarks.md`. How something is measured is the matter of each benchmark.
+`docs/benchmarks/`. How something is measured is the matter of each benchmark.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ Run, from a model of the same architecture, here the demo's:
 
 Meant for the machine it is started on; a laptop will do (`config.topology`: local).
 
-Expected: in the laboratory (docs/experiments.md) adapters lose 2.9 points against all parameters
-and gain 7.2 on the projection alone; the synthetic web is a bad start for photos.
+Expected: in the laboratory (docs/experiments/students.md) adapters lose 2.9 points against all
+parameters and gain 7.2 on the projection alone; the synthetic web is a bad start for photos.
 """
 
 import ml_collections

@@ -9,7 +9,8 @@ Run, after `data_prep.filter` has written its shards to DATA:
 
     python -m diht_jax.train --config configs/clip_vitb16.py --config.data.train=DATA --workdir DIR
 
-Meant for v5e:16x16 (`config.topology`, docs/scaling.md); whether it fits another machine:
+Meant for v5e:16x16 (`config.topology`, docs/guides/scale/scale.md); whether it fits another
+machine:
 
     python -m diht_jax.compile --config configs/clip_vitb16.py --topology h100:8
 
@@ -60,7 +61,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.topology = "v5e:16x16"  # ours; 256 chips
     config.mesh.fsdp = 8  # ours
     config.model.scan_layers = True  # ours
-    config.model.remat = "minimal"  # ours; what fits, see docs/scaling.md
+    config.model.remat = "minimal"  # ours; what fits, see docs/guides/scale/scale.md
 
     # Evaluation and checkpoints: all ours.
     config.evaluation.tasks = "imagenet"

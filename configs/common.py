@@ -23,7 +23,7 @@ from diht_jax.hardware.topologies import LOCAL, parse_topology
 
 # Architecture -> examples that a GPU of 80 GB takes at once with all values kept for the backward
 # pass (remat "none"): with the whole state on every GPU, as on one host, and with an eighth of it.
-# Found by compiling: docs/benchmarks.md, "The recipes on GPUs".
+# Found by compiling: docs/benchmarks/gpus.md.
 EXAMPLES_AT_ONCE = {
     "diht_vitb32_224px": (1024, 1024),
     "diht_vitb16_224px": (512, 512),

@@ -4,7 +4,7 @@ HN-NCE on the pairs that the caption filter kept. `run_demo.sh` trains it four t
 number of samples seen, and changes one thing at a time: raw pairs with InfoNCE, filtered pairs,
 HN-NCE, and the concept labels of a small teacher. A batch is small, since in so short a run the
 number of updates counts most, and the optimiser is Muon, with which the student learns shapes
-(docs/benchmarks.md).
+(docs/benchmarks/index.md).
 
 Run, as a part of `bash run_demo.sh`, or alone:
 

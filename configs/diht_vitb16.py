@@ -8,7 +8,8 @@ Run, after `data_prep.filter` and `data_prep.label` have written their shards to
 
     python -m diht_jax.train --config configs/diht_vitb16.py --config.data.train=DATA --workdir DIR
 
-Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`, docs/scaling.md):
+Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`,
+docs/guides/scale/scale.md):
 
     python -m diht_jax.compile --config configs/diht_vitb16.py
 
@@ -67,7 +68,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.topology = "v5e:16x16"  # ours; 256 chips
     config.mesh.fsdp = 8  # ours
     config.model.scan_layers = True  # ours
-    config.model.remat = "minimal"  # ours; what fits, see docs/scaling.md
+    config.model.remat = "minimal"  # ours; what fits, see docs/guides/scale/scale.md
 
     # Evaluation and checkpoints: all ours.
     config.evaluation.tasks = "imagenet"

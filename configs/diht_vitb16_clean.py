@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.topology = "v5e:16x16"  # ours; 256 chips
     config.mesh.fsdp = 8  # ours
     config.model.scan_layers = True  # ours
-    config.model.remat = "minimal"  # ours; what fits, see docs/scaling.md
+    config.model.remat = "minimal"  # ours; what fits, see docs/guides/scale/scale.md
 
     # Evaluation and checkpoints: all ours.
     config.evaluation.tasks = "imagenet"

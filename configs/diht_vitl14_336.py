@@ -9,7 +9,8 @@ Run, with the work directory L14 that `diht_vitl14` has left:
     python -m diht_jax.train --config configs/diht_vitl14_336.py --config.model.init_from=L14 \
         --config.data.train=DATA --workdir DIR
 
-Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`, docs/scaling.md):
+Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`,
+docs/guides/scale/scale.md):
 
     python -m diht_jax.compile --config configs/diht_vitl14_336.py
 
@@ -68,7 +69,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.topology = "v5e:16x16"  # ours; 256 chips
     config.mesh.fsdp = 8  # ours
     config.model.scan_layers = True  # ours
-    config.model.remat = "full"  # ours; what fits, see docs/scaling.md
+    config.model.remat = "full"  # ours; what fits, see docs/guides/scale/scale.md
 
     # Evaluation and checkpoints: all ours.
     config.evaluation.tasks = "imagenet"

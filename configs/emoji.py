@@ -4,9 +4,10 @@ HN-NCE on 3,786 pairs (Noto Emoji); retrieval is measured on the same captions d
 (Twemoji). The drawings are small pictures with few colours, so crops may be harder than for photos.
 Ours: the alpha of `diht_vitb16_clean`, since every caption is right and nearly all are unique, with
 the beta of the web recipes, since half of the emoji differ from another in a skin tone alone, and a
-larger beta would give these pairs most of the weight. In the laboratory (docs/experiments.md, four
-seeds of a smaller student) alpha 0.999 and 1 differ in R@10 by one of 3,786 queries at most, and at
-this alpha beta 0.25 and 0.5 cannot be told apart: -0.2 points (-1.7 to 1.2).
+larger beta would give these pairs most of the weight. In the laboratory
+(docs/experiments/wrong_captions.md, four seeds of a smaller student) alpha 0.999 and 1 differ in
+R@10 by one of 3,786 queries at most, and at this alpha beta 0.25 and 0.5 cannot be told apart: -0.2
+points (-1.7 to 1.2).
 
 Run, with the tars of emoji-datasource that the README names:
 

@@ -4,7 +4,7 @@ The defaults follow from how many pairs there are, and from the devices. HN-NCE 
 labels; no ImageNet and no weights are needed. Up to 5,000 pairs are not trained on (a tenth of
 fewer than 50,000): retrieval on them is measured ten times, and the best checkpoint is kept.
 
-Run, with your pairs in any form of docs/data.md:
+Run, with your pairs in any form of docs/guides/prepare/sources.md:
 
     python -m data_prep.filter --config configs/prep/convert.py \
         --config.input=pictures/captions.csv --config.output=pairs

@@ -4,7 +4,7 @@
         --tasks cifar10,retrieval:photos.tar --target cifar10/top1 --reference retrieval/t2i_r1
 
 Writes a model directory as `diht_jax.export` does, `average.json` in it, and for WiSE-FT with tasks
-the plot `average.png`. `docs/finetuning.md` describes the methods.
+the plot `average.png`. `docs/guides/train/finetuning.md` describes the methods.
 """
 
 from __future__ import annotations

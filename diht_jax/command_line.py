@@ -117,7 +117,7 @@ def define_task_flags() -> None:
         [],
         "Comma-separated: cifar10, imagenet, coco_retrieval, flickr30k_retrieval=SOURCE, "
         "classification:SOURCE, retrieval:SOURCE, clip_benchmark:DIR, NAME=KIND:SOURCE; options "
-        "after '?'. docs/evaluation.md lists them.",
+        "after '?'. docs/reference/tasks.md lists them.",
     )
     flags.DEFINE_string(
         "caption_template",

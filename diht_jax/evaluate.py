@@ -5,8 +5,8 @@
         --output results.json
     python -m diht_jax.evaluate --compare a.json b.json
 
-`docs/evaluation.md` describes tasks, protocols and the results file. On several hosts the same
-command runs on each of them (see `diht_jax.distributed`), and the first one writes.
+`docs/guides/evaluate/evaluate.md` describes tasks, protocols and the results file. On several hosts
+the same command runs on each of them (see `diht_jax.distributed`), and the first one writes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python -m diht_jax.export --model runs/b32 --format open_clip --output exported/b32
 
-`--model` is what `diht_jax.load_model` takes. `docs/weights.md` describes the formats.
+`--model` is what `diht_jax.load_model` takes. `docs/guides/evaluate/weights.md` describes the
+formats.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
         --train cifar10_train.tar --test cifar10_test.tar --output fewshot.json
 
 Writes the JSON file and, next to it, a plot. On a cluster the same command runs on every host: each
-reads its share of the pictures, and the first one writes. `docs/evaluation.md` describes the
-protocol.
+reads its share of the pictures, and the first one writes. `docs/guides/evaluate/few_shot.md`
+describes the protocol.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the report: verdicts, tables, figures, and which runs are missing.
+"""Writes the pages of the report: verdicts, tables, figures, and which runs are missing.
 
     python -m benchmarks.lab.page
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import math
 import pathlib
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,17 @@ from diht_jax import command_line
 from diht_jax.storage.files import write_bytes
 
 _DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
+# Page -> (title, its blocks).
+PAGES = {
+    "filter": ("Filter and captions", ("filter", "noise", "captions", "captioning", "long_texts")),
+    "hard_negatives": ("Hard negatives and batches", ("hard_negatives", "batch", "composition")),
+    "wrong_captions": ("Wrong and equal captions", ("emoji", "equal_captions")),
+    "distillation": ("Teachers", ("distillation", "affinity")),
+    "students": (
+        "Students",
+        ("few_shot", "fine_tuning", "optimizer", "sizes", "order", "grid", "b32"),
+    ),
+}
 # Metrics that stand beside the primary one, by student.
 _BESIDE = {
     "web": {
@@ -78,18 +90,18 @@ _MOST_GRID_ROWS = 10
 def define_flags() -> None:
     """The command line of `main`."""
     flags.DEFINE_string("results", str(RESULTS / "lab"), "Folder of the result files.")
-    flags.DEFINE_string("output", str(_DOCS / "experiments.md"), "The page; figures go beside it.")
+    flags.DEFINE_string("output", str(_DOCS / "experiments"), "Folder of the pages and figures.")
 
 
 def main() -> None:
-    """Reads the results, writes page and figures."""
+    """Reads the results, writes pages and figures."""
     results = read_results(pathlib.Path(flags.FLAGS.results))
-    page = pathlib.Path(flags.FLAGS.output)
-    images = page.parent / "images"
+    folder = pathlib.Path(flags.FLAGS.output)
+    images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rows = judge(results)
     for block in BLOCKS:
-        figure = images / f"lab_{block}.svg"
+        figure = images / f"{block}.svg"
         drawn = [
             (row.contrast, row.found, row.verdict)
             for row in rows
@@ -100,12 +112,26 @@ def main() -> None:
             text = figures.draw_contrasts(drawn, f"Contrasts: {BLOCKS[block][0]}")
             write_bytes(figure, text.encode())
     outdated = sum(1 for _ in pathlib.Path(flags.FLAGS.results).glob("*.json")) - len(results)
-    write_bytes(page, format_page(rows, results, outdated).encode())
-    print(f"{page}: {len(results)} runs")
+    for name, text in format_pages(rows, results, outdated).items():
+        write_bytes(folder / name, text.encode())
+    print(f"{folder}: {len(results)} runs")
 
 
-def format_page(rows: Sequence[Row], results: dict[str, dict[str, Any]], outdated: int) -> str:
-    """The page as Markdown."""
+def format_pages(
+    rows: Sequence[Row], results: dict[str, dict[str, Any]], outdated: int
+) -> dict[str, str]:
+    """The pages as Markdown, by the names of their files."""
+    pages = {"index.md": _format_index(rows, results, outdated)}
+    described = describe(results)
+    for name, (title, blocks) in PAGES.items():
+        parts = [f"# {title}\n\n[How the differences are measured](index.md).\n"]
+        parts += [_format_verdicts([row for row in rows if row.contrast.block in blocks])]
+        parts += [_format_block(block, rows, described, results) for block in blocks]
+        pages[f"{name}.md"] = "\n".join(parts)
+    return pages
+
+
+def _format_index(rows: Sequence[Row], results: dict[str, dict[str, Any]], outdated: int) -> str:
     planned = sum(e.seeds for e in EXPERIMENTS.values() if block_of(e.name) not in GRIDS)
     made = sum(block_of(r["experiment"]["name"]) not in GRIDS for r in results.values())
     parts = [
@@ -113,17 +139,21 @@ def format_page(rows: Sequence[Row], results: dict[str, dict[str, Any]], outdate
         f"## Verdicts\n\n{made} of {planned} runs are made; of {len(rows)} contrasts "
         f"{_count_verdicts(rows)}."
         + (f" {outdated} result files are of an earlier definition." if outdated else "")
-        + " Gains are in points of the metric.\n",
-        _format_verdicts(rows),
-        _format_missing(results),
+        + "\n",
+        "| block | contrasts |\n|---|---|",
     ]
-    described = describe(results)
-    parts += [_format_block(block, rows, described, results) for block in BLOCKS]
-    return "\n".join([*parts, ENDING])
+    for name, (_, blocks) in PAGES.items():
+        for block in blocks:
+            inside = [row for row in rows if row.contrast.block == block]
+            link = f"[{BLOCKS[block][0]}]({name}.md#{_anchor(block)})"
+            parts.append(f"| {link} | {_count_verdicts(inside) if inside else 'none'} |")
+    return "\n".join([*parts, "", _format_missing(results), ENDING])
 
 
 def _format_verdicts(rows: Sequence[Row]) -> str:
     lines = [
+        "Gains are in points of the metric.",
+        "",
         "| claim | difference | 95% interval | margin | runs | Holm's p | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -201,7 +231,7 @@ def _format_block(
         lines += [NOTES[block], ""]
     lines += [f"`python -m benchmarks.lab.run --only {block}`{_describe_files(files)}", ""]
     if any(row.found for row in inside):
-        lines += [f"![contrasts: {title}](images/lab_{block}.svg)", ""]
+        lines += [f"![contrasts: {title}](images/{block}.svg)", ""]
     if block == "few_shot":
         lines += _format_shots(files)
     elif files:
@@ -301,7 +331,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _anchor(block: str) -> str:
-    return BLOCKS[block][0].lower().replace(" ", "-")
+    return re.sub(r"[^\w -]", "", BLOCKS[block][0].lower()).replace(" ", "-")
 
 
 if __name__ == "__main__":

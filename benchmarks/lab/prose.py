@@ -7,7 +7,7 @@ INTRODUCTION = """\
 
     python -m benchmarks.lab.run --list    # what is done, what is missing, and how long that takes
     python -m benchmarks.lab.run           # makes the missing runs; kill and start it at will
-    python -m benchmarks.lab.page          # this page and its figures, from the result files
+    python -m benchmarks.lab.page          # these pages and their figures, from the result files
 
 Which of the paper's claims hold in the small: tiny students on the synthetic web of the demo, on
 emoji and on CIFAR-10. Every claim was registered with its margin, and with what would refute it,
@@ -44,8 +44,8 @@ filter, one teacher and one set of its heads, so that intervals are about initia
 test items, and not about other webs or teachers. Optimiser, learning rate and crops were chosen in
 trials of one seed with concept labels on filtered pairs, on the first quarter of these scenes; raw
 pairs and InfoNCE were not tuned for themselves. Runs that are compared may be of several versions
-of this project; `cat_sizes` repeats `cat` ([the difference](#sizes-of-embeddings)). A verdict here
-is about these students on these data. Nothing transfers to LAION by itself.
+of this project; `cat_sizes` repeats `cat` ([the difference](students.md#sizes-of-embeddings)). A
+verdict here is about these students on these data. Nothing transfers to LAION by itself.
 
 **Repeated.** Three contrasts had been seen before they were registered. CAT against raw pairs was
 +13.6 (9.1 to 18.2, eight seeds) with another web and AdamW; both were changed so that shapes are

@@ -2,7 +2,8 @@ r"""CAT filtering: keep a pair whose caption has C >= 1 and an action, and is no
 
 Method: DiHT, arXiv 2301.02280. "paper" is read in papers that describe it, "recalled" is from
 memory of it and not checked, "ours" is our own choice. The input may be webdataset tars,
-jsonl/csv/tsv with an image folder, TFDS or our own shards; docs/data.md has the forms.
+jsonl/csv/tsv with an image folder, TFDS or our own shards; docs/guides/prepare/sources.md has the
+forms.
 
 Run:
 
@@ -25,7 +26,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.action = True  # paper
     config.text_spotting = True  # paper
     config.spotter.min_chars = 5  # recalled
-    # Ours, calibrated for EasyOCR (docs/benchmarks.md). Recalled: 0.8 of another spotter's scale.
+    # Ours, calibrated for EasyOCR (docs/benchmarks/text_spotting.md). Recalled: 0.8 of another
+    # spotter's scale.
     config.spotter.min_confidence = 0.1
     # Ours: words count by how common they are. Recalled: any 5 characters that match.
     config.spotter.weigh_words = True

@@ -1,7 +1,8 @@
 r"""Duplicates of a data set: exact copies, and near-duplicates as SemDeDup finds them.
 
 Method: SemDeDup, arXiv 2303.09540, on embeddings of `diht_jax.embed` (the paper: CLIP ViT-B/16) or,
-as here, on a descriptor that finds edited copies without any model. docs/data.md has the chapter.
+as here, on a descriptor that finds edited copies without any model.
+docs/guides/prepare/duplicates.md has more.
 
 Run:
 

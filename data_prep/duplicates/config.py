@@ -28,9 +28,10 @@ EMBEDDINGS = ("descriptor", "files", "none")
 OTHER_CAPTIONS = ("keep", "drop")
 
 KEYS: dict[str, Any] = {
-    "input": str,  # any source of docs/data.md; None: the keys of the embeddings
+    "input": str,  # any source of docs/guides/prepare/sources.md; None: the keys of the embeddings
     "output": str,  # folder of the table and the report, or a URL
-    "input_identity": "time",  # what counts as the same input, or "hash", "size"; docs/filter.md
+    # What counts as the same input, or "hash", "size"; docs/guides/prepare/shards.md.
+    "input_identity": "time",
     "exact": True,  # images of equal bytes are copies
     # "descriptor": colours and shapes at 8 x 8, for copies that were edited; "files": those of
     # `files`; "none": exact copies only.

@@ -8,10 +8,10 @@ not other pictures of the same thing; for those take embeddings of a model.
 A crop moves every cell of a descriptor, so that its cosine is no higher than that of some pictures
 that are merely alike. Crop matching compares the whole of one thumbnail with windows of the other,
 of 85% to 100% of its sides at offsets of 2.5%, both ways round. The score is the highest
-correlation of the greys; copies reach 0.95, see docs/benchmarks.md. So do drawings of one outline
-on one ground, which correlate by these. What tells them apart are colours, part by part: the window
-is moved and stretched until it fits best, and then the mean colour of each of 8 x 8 parts must be
-that of the other picture.
+correlation of the greys; copies reach 0.95, see docs/benchmarks/filter.md. So do drawings of one
+outline on one ground, which correlate by these. What tells them apart are colours, part by part:
+the window is moved and stretched until it fits best, and then the mean colour of each of 8 x 8
+parts must be that of the other picture.
 """
 
 from __future__ import annotations

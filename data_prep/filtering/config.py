@@ -50,13 +50,15 @@ SETTINGS = "settings.json"  # in the folder of the parts: what the config means
 def default_config() -> ml_collections.ConfigDict:
     """Every key of a filter config, with its default."""
     c = ml_collections.ConfigDict()
-    c.input = placeholder(str)  # any source of docs/data.md; several are separated by commas
+    # Any source of docs/guides/prepare/sources.md; several are separated by commas.
+    c.input = placeholder(str)
     c.output = placeholder(str)  # folder of the shards
     c.source = default_source()
     c.caption_kind = USUAL_KIND  # of the captions of the input, where they state none
     # More captions in columns of the metadata, by kind, such as "synthetic=re_caption".
     c.caption_columns = ""
-    c.input_identity = "time"  # what counts as the same input, or "hash", "size"; docs/filter.md
+    # What counts as the same input, or "hash", "size"; docs/guides/prepare/shards.md.
+    c.input_identity = "time"
     c.dataset_name = "pairs"  # with the split it makes the names of the shards
     c.split = "train"
 

@@ -38,9 +38,9 @@ class DecontaminateStep(Step):
     @classmethod
     def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
         c = config.decontaminate = ml_collections.ConfigDict()
-        # name -> a source of docs/data.md, or an index of data_prep.duplicates.image_hashes, such
-        # as sets.cifar10 = "/data/cifar10_test.tar"; or a text, "cifar10=/data/cifar10_test.tar"
-        # with commas between several.
+        # name -> a source of docs/guides/prepare/sources.md, or an index of
+        # data_prep.duplicates.image_hashes, such as sets.cifar10 = "/data/cifar10_test.tar"; or a
+        # text, "cifar10=/data/cifar10_test.tar" with commas between several.
         c.sets = TextOrSections.reference()
         c.perceptual = True  # compare perceptual hashes too; False: equal pixels only
         c.max_bits = 6  # of 64 that may differ between perceptual hashes

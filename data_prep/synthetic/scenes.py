@@ -40,7 +40,7 @@ PAIR_RELATIONS = (
     "hanging",
 )
 # A single object is drawn large and near the middle: with small ones anywhere in the picture, a
-# student of 32 px and patches of 8 px stays at chance (docs/benchmarks.md).
+# student of 32 px and patches of 8 px stays at chance.
 _SINGLE_RADII = {"small": (0.19, 0.21), "large": (0.32, 0.35)}
 _PAIR_RADII = {"small": (0.13, 0.15), "large": (0.21, 0.24)}
 _SINGLE_SHIFT = 0.05

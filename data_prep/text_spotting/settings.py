@@ -15,7 +15,7 @@ from diht_jax.input import decode as images
 class Settings:
     """Settings of reading and matching; the defaults are calibrated.
 
-    docs/benchmarks.md shows the curves that they come from.
+    docs/benchmarks/text_spotting.md shows the curves that they come from.
 
     Attributes:
         ocr: of the networks.

@@ -111,14 +111,14 @@ KEYS: dict[str, Key] = {
     "model.patch_dropout": Key(0.0, SHARE),
     # One compiled block for all layers; parameters stay per layer.
     "model.scan_layers": Key(False, resume=FREE),
-    # Values that a block computes again in the backward pass: see docs/training.md.
+    # Values that a block computes again in the backward pass: see docs/guides/train/memory.md.
     "model.remat": Key("none", resume=FREE),
     # "auto": "pallas" on TPUs, "cudnn" on NVIDIA GPUs, else "xla".
     "model.attention": Key("auto", resume=FREE),
     # Texts that share a row of the text tower, for long contexts and short texts; 1: none do.
     "model.texts_per_row": Key(1, COUNT, FREE),
     # Work directory, weight file or released name whose parameters and architecture a new run
-    # starts with: docs/finetuning.md.
+    # starts with: docs/guides/train/finetuning.md.
     "model.init_from": Key(str, per_host=True),
     # Fields of models.zoo.Architecture to replace.
     **{
@@ -127,7 +127,7 @@ KEYS: dict[str, Key] = {
     },
     "model.overrides.end_of_text_id": Key(int, NOT_NEGATIVE),
     "model.overrides.layer_norm_epsilon": Key(float, NOT_NEGATIVE),
-    # Low-rank adapters; nothing else of the model is trained then: docs/finetuning.md.
+    # Low-rank adapters; nothing else of the model is trained then: docs/guides/train/finetuning.md.
     "lora.rank": Key(0, NOT_NEGATIVE),  # 0: no adapters
     "lora.alpha": Key(16.0, POSITIVE),  # the adapters' product counts alpha / rank times
     "lora.towers": Key(("vision", "text")),

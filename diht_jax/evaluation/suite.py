@@ -16,8 +16,8 @@ CLIP_benchmark's and serve for other sources.
 Templates are CLIP's (arXiv 2103.00020), read from installed packages (`prompts`). No package has
 those of Birdsnap, UCF-101 and Hateful Memes, which stand here and in `prompts`: they are in the
 file `data/prompts.md` of CLIP's repository. Ours: the templates of Open Images, its mean average
-precision over all points, and the splits that are marked so. docs/evaluation_sets.md has each
-next to CLIP's, and the way from a public download to what a task accepts.
+precision over all points, and the splits that are marked so. docs/reference/evaluation_sets.md has
+each next to CLIP's, and the way from a public download to what a task accepts.
 """
 
 from __future__ import annotations

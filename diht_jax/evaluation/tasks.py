@@ -63,8 +63,8 @@ def evaluate_task(
         progress: show bars on stderr.
 
     Returns:
-        JSON-able: the task's entry in the results file, as docs/evaluation.md describes it; a share
-        is a fraction of 1.
+        JSON-able: the task's entry in the results file, as docs/guides/evaluate/evaluate.md
+        describes it; a share is a fraction of 1.
 
     Raises:
         ValueError: an unknown kind, a source that cannot be read or does not hold what the task

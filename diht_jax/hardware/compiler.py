@@ -22,7 +22,7 @@ from absl import logging
 # stream that goes first, also those between the trips of a loop), and small ones as one.
 # From JAX's GPU performance tips and MaxText's settings for H100s, without
 # xla_gpu_enable_pipelined_all_gather: with split parameters and micro-batches it pulls a whole
-# forward pass into the next trip (docs/benchmarks.md, "The recipes on GPUs").
+# forward pass into the next trip (docs/benchmarks/gpus.md).
 # Each process times the kernels it chooses from by itself: divided among the processes, as XLA does
 # by default, those that compile a program wait a day for one that has it in its cache already.
 GPU_FLAGS = (

@@ -26,7 +26,7 @@ _GATHERED_COLLECTIVES = 3
 # Products of the gathered form, relative to the streaming one's: six against four.
 _GATHERED_PRODUCTS = 1.5
 # Arrays [b, N] and [N, d] of float32 that the gathered form holds at its peak, fitted to what the
-# TPU compiler reports of it for N of 8,192 to 262,144 (docs/benchmarks.md, memory of the loss).
+# TPU compiler reports of it for N of 8,192 to 262,144 (docs/benchmarks/training.md).
 _BLOCKS, _GATHERED = 3.0, 3.5
 # Share of the memory that the gathered form may take from the towers.
 _MEMORY_SHARE = 0.05

@@ -33,7 +33,7 @@ class Command:
     """One command of a page.
 
     Attributes:
-        page: such as "docs/data.md".
+        page: such as "docs/guides/own_data.md".
         text: as it stands there, its lines joined, without a comment behind it.
         is_inline: stands within a sentence, where flags may be left out.
         is_for_cluster: stands in a script for a cluster, or a part of one.

@@ -8,12 +8,12 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [
     REPOSITORY / "README.md",
     REPOSITORY / "CONTRIBUTING.md",
-    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
 
 
 def page_name(path: pathlib.Path) -> str:
-    """Such as `docs/data.md`: the name of a test's case."""
+    """Such as `docs/guides/own_data.md`: the name of a test's case."""
     return str(path.relative_to(REPOSITORY))
 
 
@@ -29,8 +29,8 @@ def without_code(text: str) -> str:
 
 
 def launch_script(mark: str) -> str:
-    """The indented block of docs/scaling.md that has this text, such as `kind: Job`."""
-    text = (REPOSITORY / "docs" / "scaling.md").read_text("utf-8")
+    """The indented block of docs/guides/scale/hosts.md that has this text, such as `kind: Job`."""
+    text = (REPOSITORY / "docs/guides/scale/hosts.md").read_text("utf-8")
     blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.MULTILINE)
     (block,) = (block for block in blocks if mark in block)
     return textwrap.dedent(block).strip("\n") + "\n"

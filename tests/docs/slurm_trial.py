@@ -1,4 +1,4 @@
-"""Trial: the Slurm script of docs/scaling.md, run by a Slurm of two nodes on this machine.
+"""Trial: the Slurm script of docs/guides/scale/hosts.md, run by a Slurm of two nodes here.
 
     apt-get install slurm-wlm munge     # as root, as the trial runs
     python -m tests.docs.slurm_trial

@@ -26,31 +26,47 @@ from tests.docs.pages import REPOSITORY
 # In their order: page, how the command begins, and what is put behind it or replaced in it.
 _NO_SPOTTER = "--config.text_spotting=False"
 RUN = (
-    ("docs/data.md", "python -m data_prep.synthetic", "--num_pairs=32 --num_retrieval=16"),
-    ("docs/data.md", "python -m data_prep.filter --config configs/prep/convert.py", ""),
+    (
+        "docs/guides/prepare/records.md",
+        "python -m data_prep.synthetic",
+        "--num_pairs=32 --num_retrieval=16",
+    ),
+    (
+        "docs/guides/prepare/records.md",
+        "python -m data_prep.filter --config configs/prep/convert.py",
+        "",
+    ),
     (
         "README.md",
         "python -m data_prep.filter --config configs/prep/convert.py --config.input=runs",
         "",
     ),
     (
-        "docs/filter.md",
+        "docs/guides/prepare/filter.md",
         "python -m data_prep.filter --config configs/prep/cat.py --config.input='runs/web",
         _NO_SPOTTER,
     ),
-    ("docs/filter.md", "python -m data_prep.filter --explain", ""),
+    ("docs/guides/prepare/filter.md", "python -m data_prep.filter --explain", ""),
     (
-        "docs/filter.md",
+        "docs/guides/prepare/decisions.md",
         "python -m data_prep.filter --config configs/prep/cat.py --config.min",
         _NO_SPOTTER,
     ),
-    ("docs/filter.md", "python -m data_prep.filter --replay", ""),
-    ("docs/filter.md", "python -m data_prep.reports --input=/data/kept_a", ""),
-    ("docs/training.md", "python -m diht_jax.train --config configs/demo.py:debug=True", ""),
-    ("docs/evaluation.md", "python -m diht_jax.evaluate --model runs/try", "--num_resamples=0"),
-    ("docs/evaluation.md", "python -m diht_jax.evaluate --compare", ""),
-    ("docs/weights.md", "python -m diht_jax.export --model runs/try", ""),
-    ("docs/weights.md", "python -m diht_jax.embed --model runs/try", ""),
+    ("docs/guides/prepare/decisions.md", "python -m data_prep.filter --replay", ""),
+    ("docs/guides/prepare/decisions.md", "python -m data_prep.reports --input=/data/kept_a", ""),
+    (
+        "docs/guides/train/train.md",
+        "python -m diht_jax.train --config configs/demo.py:debug=True",
+        "",
+    ),
+    (
+        "docs/guides/evaluate/evaluate.md",
+        "python -m diht_jax.evaluate --model runs/try",
+        "--num_resamples=0",
+    ),
+    ("docs/guides/evaluate/evaluate.md", "python -m diht_jax.evaluate --compare", ""),
+    ("docs/guides/evaluate/weights.md", "python -m diht_jax.export --model runs/try", ""),
+    ("docs/guides/evaluate/weights.md", "python -m diht_jax.embed --model runs/try", ""),
     ("docs/quickstart.md", "python -m diht_jax.search --model demo_output", ""),
     ("docs/quickstart.md", "python -m diht_jax.search --model runs/emoji --input runs/data", ""),
 )

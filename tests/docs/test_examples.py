@@ -13,7 +13,7 @@ from diht_jax.weights.tensor_files import write_safetensors
 from tests.compiling import xla_flags
 from tests.docs.pages import REPOSITORY, python_blocks
 
-LIBRARY = python_blocks(REPOSITORY / "docs" / "library.md")
+LIBRARY = python_blocks(REPOSITORY / "docs/explained/library.md")
 
 # Appended to the block with the loss: its result against one device with the dense form.
 COMPARISON = """
@@ -89,7 +89,7 @@ def test_tokens_of_the_library_page(tmp_path):
     assert printed.endswith("fish & chips\n") and printed.startswith("[49406   320  1125")
 
 
-@pytest.mark.parametrize("block", python_blocks(REPOSITORY / "docs" / "how_it_works.md"))
+@pytest.mark.parametrize("block", python_blocks(REPOSITORY / "docs/explained/how_it_works.md"))
 def test_order_of_how_it_works(block, tmp_path):
     run(block, tmp_path)
 

@@ -1,4 +1,4 @@
-"""The launch scripts of docs/scaling.md and the Dockerfile: are they valid, do they start again?"""
+"""The launch scripts of hosts.md and the Dockerfile: are they valid, do they start again?"""
 
 import os
 import pathlib

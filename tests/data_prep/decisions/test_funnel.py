@@ -13,7 +13,7 @@ from data_prep.decisions.funnel import (
 
 
 def test_the_guide_lists_the_reasons_of_all_steps():
-    guide = pathlib.Path(__file__).resolve().parents[3] / "docs" / "filter.md"
+    guide = pathlib.Path(__file__).resolve().parents[3] / "docs/guides/prepare/filter.md"
     rows = re.findall(r"^\| (\w+) \| (`.*`) \|$", guide.read_text(encoding="utf-8"), re.MULTILINE)
     listed = {stage: re.findall(r"`(\w+)`", reasons) for stage, reasons in rows}
     known = {stage: list(reasons) for stage, reasons in stage_reasons().items()}

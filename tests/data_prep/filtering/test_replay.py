@@ -245,7 +245,11 @@ def test_the_queries_of_the_page_run(work, tmp_path, monkeypatch, capfd):
     replay.run(str(filtered()), None, str(tmp_path / "runs" / "lists"))
     capfd.readouterr()
     monkeypatch.chdir(tmp_path)
-    (block,) = (b for b in python_blocks(REPOSITORY / "docs/filter.md") if "import duckdb" in b)
+    (block,) = (
+        b
+        for b in python_blocks(REPOSITORY / "docs/guides/prepare/decisions.md")
+        if "import duckdb" in b
+    )
     exec(block, {})
     counts = collections.Counter((stage, reason) for _, stage, reason in read_outcomes(filtered()))
     answers = duckdb.sql("SELECT outcome, reason, count(*) FROM decisions GROUP BY ALL").fetchall()

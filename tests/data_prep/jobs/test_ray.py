@@ -184,7 +184,7 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     pytest.importorskip("ray")
     pytest.importorskip("easyocr")
     folder = tmp_path_factory.mktemp("ray")
-    (example,) = python_blocks(_REPOSITORY / "docs" / "ray.md")[:1]
+    (example,) = python_blocks(_REPOSITORY / "docs/guides/prepare/ray.md")[:1]
     (folder / "example.py").write_text(example)
     (folder / "script.py").write_text(_SCRIPT)
     _write_pictures(folder)

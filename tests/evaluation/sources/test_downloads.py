@@ -1,4 +1,4 @@
-"""docs/evaluation_sets.md: its commands, run on small archives with the published file names.
+"""docs/reference/evaluation_sets.md: its commands, on small archives with the published names.
 
 What fetches a file is replaced by a program that copies it from a folder; all else is run as it
 stands, but for our own command: its tasks are parsed, and the entries of their sources are read.
@@ -26,7 +26,7 @@ from diht_jax.evaluation.tasks import evaluate_task, read_entries
 from diht_jax.input.decode import decode_rgb
 from tests.make import HashedModel, encoded, plain, write_tar
 
-_PAGE = pathlib.Path(__file__).parents[3] / "docs" / "evaluation_sets.md"
+_PAGE = pathlib.Path(__file__).parents[3] / "docs" / "reference" / "evaluation_sets.md"
 _FETCH = 'for last; do :; done; cp "$DOWNLOADS/${last##*/}" .'
 # Program -> what it does here.
 _PROGRAMS = {
