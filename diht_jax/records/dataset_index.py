@@ -171,9 +171,13 @@ class DatasetIndex:
             kind=self.kinds[row],
             num_records=int(self.num_records[row]),
             num_bytes=int(self.num_bytes[row]),
-            digest=f"{int(self._digests[row]):016x}",
+            digest=self.digest(row),
             anchors=self._anchors[self._anchor_starts[row] : self._anchor_starts[row + 1]],
         )
+
+    def digest(self, row: int) -> str:
+        """The digest of a shard; see `digest_shard`."""
+        return f"{int(self._digests[row]):016x}"
 
     def extent(self, row: int, begin: int, end: int) -> tuple[int, int]:
         """First byte and end of the records [begin, end) of a shard.

@@ -33,7 +33,8 @@ class ShardedRecords(Sequence[bytes]):
 
     It can be pickled, shared by threads (every read carries its own offset) and inherited by
     forks; the number of open files is bounded for any number of shards. Shards that a
-    `dataset.index` describes are not looked at before they are read.
+    `dataset.index` describes are not looked at before they are read. The ends of a local one are
+    compared with the digest in the index when it is first read.
 
     Attributes:
         paths: of the shards.
@@ -68,6 +69,11 @@ class ShardedRecords(Sequence[bytes]):
         ]
         self._starts = np.cumsum([0, *lengths], dtype=np.int64)
         self._digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+        self._unchecked = {
+            number
+            for number, shard in enumerate(self._shards)
+            if shard.index is not None and not is_remote(shard.path)
+        }
         self._reset_open_shards()
 
     def __len__(self) -> int:
@@ -95,10 +101,12 @@ class ShardedRecords(Sequence[bytes]):
 
         Raises:
             IndexError: there is no such record, or they do not lie in one shard.
+            TFRecordError: a local shard is not the one that its `dataset.index` describes.
         """
         number, begin, end = self._find_range(first, last)
         shard = self._shards[number]
-        if shard.index is not None:  # no file is opened
+        if shard.index is not None:  # only the first time a local file is opened
+            self._check_once(number)
             return shard.path, *shard.index.extent(shard.row, begin, end)
         return shard.path, *self._open_shard(number).extent(begin, end)
 
@@ -142,6 +150,7 @@ class ShardedRecords(Sequence[bytes]):
             StorageError: it cannot be read, now and after some attempts.
         """
         number, record = self._find(index)
+        self._check_once(number)
         return self._open_shard(number).read(record)
 
     def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
@@ -236,6 +245,11 @@ class ShardedRecords(Sequence[bytes]):
             raise IndexError(f"records {first} to {last - 1} of {self!r} are not in one shard")
         return number, begin, end
 
+    def _check_once(self, number: int) -> None:
+        if number in self._unchecked:
+            self._open_shard(number).check_ends()
+            self._unchecked.discard(number)
+
     def _reset_open_shards(self) -> None:
         # The cache locks in C, under the interpreter's lock: there is no lock of ours that a fork
         # could inherit locked. A shard that falls out is closed when its last reader is done.
@@ -304,9 +318,26 @@ class OpenShard:
 
     def identify(self) -> tuple[int, int, str]:
         """Records, bytes and digest of a shard that no `dataset.index` describes."""
-        head = self.read_range(0, END_BYTES)
+        return self.num_records, self.size, digest_shard(self.offsets, *self._read_ends())
+
+    def check_ends(self) -> None:
+        """Compares the shard with the digest that a `dataset.index` states.
+
+        Raises:
+            TFRecordError: it is another shard, or damaged.
+        """
+        offsets = self._shard.index.offsets(self._shard.row)
+        if digest_shard(offsets, *self._read_ends()) != self._shard.index.digest(self._shard.row):
+            self._explain_ends(offsets)
+
+    def _read_ends(self) -> tuple[bytes, bytes]:
         tail = self.read_range(max(0, self.size - END_BYTES), self.size)
-        return self.num_records, self.size, digest_shard(self.offsets, head, tail)
+        return self.read_range(0, END_BYTES), tail
+
+    def _explain_ends(self, offsets: np.ndarray) -> None:
+        """Raises the error for ends that differ from the index; not if a record will tell."""
+        del offsets
+        raise self.wrong("its first or last 4 KiB are not those that the index was made of")
 
     def read(self, record: int) -> bytes:
         """The bytes of an element."""
@@ -327,8 +358,9 @@ class OpenShard:
             return wrong_index(self.path, detail)
         index = self._shard.index
         return TFRecordError(
-            f"{index.path} does not belong to {self.path} ({detail}); make it again by "
-            f"`{index.rebuild_command} --overwrite`"
+            f"{index.path} does not belong to {self.path} ({detail}); write or copy the shard "
+            f"again, or, if it is right, make the index again by `{index.rebuild_command} "
+            "--overwrite`"
         )
 
 

@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 
+from diht_jax.records.dataset_index import END_BYTES
 from diht_jax.records.format import (
     FRAME_BYTES,
     DamagedRecordError,
@@ -59,6 +60,16 @@ class _TFRecordShard(OpenShard):
                 "write the shard again"
             ) from error
         raise self.wrong(f"record {record} is not where the index says")
+
+    def _explain_ends(self, offsets: np.ndarray) -> None:
+        ends = np.append(offsets[1:], np.uint64(self.size))
+        at_ends = (offsets < END_BYTES) | (ends + np.uint64(END_BYTES) > self.size)
+        try:
+            for record in np.flatnonzero(at_ends).tolist():
+                self.read(record)
+        except DamagedRecordError:
+            return  # named when it is read; the others are good
+        super()._explain_ends(offsets)
 
 
 class TFRecordSource(ShardedRecords):

@@ -12,9 +12,12 @@ import pytest
 from diht_jax.data.index import update_index
 from diht_jax.records.catalog import open_catalog
 from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.format import TFRecordError
+from diht_jax.records.format import DamagedRecordError, TFRecordError
+from diht_jax.records.formats.registry import open_source, open_writer
+from diht_jax.records.schema import Pair, encode_record
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.storage.stores import read_range
+from tests.readers.inputs import JPEG
 from tests.records.stores import MeteredStore
 
 RECORDS = [np.random.default_rng(i).bytes(i % 50) for i in range(500)]
@@ -118,6 +121,40 @@ def test_shards_that_changed_are_named_with_what_to_do(folder, url):
         assert len(TFRecordSource(f"{path}/part-[0-2].tfrecord")) == 375
         update_index(path)
         assert len(TFRecordSource(path)) == 500
+
+
+@pytest.mark.parametrize("suffix", [".tfrecord", ".tar"])
+def test_a_shard_that_became_a_copy_of_its_sibling_is_named(tmp_path, suffix):
+    """Its records have the lengths that the index states, and their own checksums are right."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    pairs = [Pair(f"{i:03d}", JPEG, f"picture {i:03d}") for i in range(6)]
+    for number in (0, 1):
+        with open_writer(folder / f"part-{number}{suffix}") as writer:
+            for pair in pairs[3 * number :][:3]:
+                writer.write(encode_record(pair))
+    update_index(folder)
+    source = open_source(folder)
+    assert source.decode(source[5]).caption == "picture 005"
+    assert (folder / f"part-0{suffix}").stat().st_size == source.extent(3, 6)[2]
+    shutil.copy(folder / f"part-0{suffix}", folder / f"part-1{suffix}")
+    for read in (lambda source: source[5], lambda source: source.extent(3, 6)):
+        with pytest.raises(TFRecordError, match=rf"part-1{suffix} \(its first or last 4 KiB"):
+            read(open_source(folder))
+    source = open_source(folder)
+    assert source.decode(source[2]).caption == "picture 002"
+
+
+def test_a_damaged_record_at_the_end_of_a_shard_costs_no_other(folder):
+    """Its own checksum tells; that the ends are not those of the index is no error of the shard."""
+    path = folder / "part-0.tfrecord"
+    data = bytearray(path.read_bytes())
+    data[16 + 12] ^= 1  # behind the empty record 0 and the length of record 1
+    path.write_bytes(data)
+    source = TFRecordSource(folder)
+    assert [source[i] for i in range(2, 125)] == RECORDS[2:125]
+    with pytest.raises(DamagedRecordError, match=r"part-0.tfrecord: record 1 is damaged"):
+        source[1]
 
 
 def test_a_shard_of_the_same_size_that_was_written_again_is_noticed_when_it_is_read(folder):
