@@ -25,7 +25,12 @@ from jax.typing import DTypeLike
 
 # VMEM of one core, in MiB, by a regular expression for the device kind (the table of
 # https://docs.jax.dev/en/latest/pallas/tpu/hardware.html). A row needs to fit.
-_VMEM_MIB = ((r"TPU v5 ?(lite|e)", 128), (r"TPU v6 ?(lite|e)", 128), (r"TPU v5p?", 64))
+_VMEM_MIB = (
+    (r"TPU v5 ?(lite|e)", 128),
+    (r"TPU v6 ?(lite|e)", 128),
+    (r"TPU v5p?", 64),
+    (r"TPU ?v?7x?", 64),
+)
 _SMALLEST_VMEM_MIB = 16
 
 # Longer rows would need their weights in parts.
@@ -51,12 +56,17 @@ def short_attention_obstacle(
         return f"it needs bfloat16 or float32, and config.model.dtype is {jnp.dtype(dtype)}"
     if num_tokens > _MAX_TOKENS:
         return f"it takes at most {_MAX_TOKENS} tokens, and there are {num_tokens}"
-    found = (mib for pattern, mib in _VMEM_MIB if re.fullmatch(pattern, device_kind))
-    available = next(found, _SMALLEST_VMEM_MIB)
+    available = vmem_mib(device_kind)
     needed = _vmem_bytes(num_tokens, num_heads * head_dim, jnp.dtype(dtype).itemsize) / 2**20
     if needed > available:
         return f"it needs {needed:.0f} MiB of VMEM, and {device_kind} has {available}"
     return None
+
+
+def vmem_mib(device_kind: str) -> int:
+    """On-chip memory of one core, in MiB; the smallest there is for a kind that is not known."""
+    found = (mib for pattern, mib in _VMEM_MIB if re.fullmatch(pattern, device_kind))
+    return next(found, _SMALLEST_VMEM_MIB)
 
 
 def attend_short(

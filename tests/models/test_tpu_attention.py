@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diht_jax.hardware.topologies import get_topology
 from diht_jax.models import transformer
-from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle
+from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle, vmem_mib
 from diht_jax.models.transformer import Block, BlockInit, build_blocks, run_blocks
 
 # Most of the time of these tests would go into optimising programs that run for milliseconds.
@@ -209,6 +210,7 @@ def test_outside_of_shard_map_no_kernel_is_used():
     [
         ("bfloat16", 197, 768, "TPU v4", None),
         ("bfloat16", 577, 1024, "TPU v4", "MiB of VMEM, and TPU v4 has 16"),
+        ("bfloat16", 577, 1024, "TPU7x", None),
         ("bfloat16", 641, 64, "TPU v6 lite", "at most 640 tokens, and there are 641"),
         ("float16", 77, 512, "TPU v5 lite", "config.model.dtype is float16"),
     ],
@@ -218,8 +220,22 @@ def test_rows_that_do_not_fit_are_refused(dtype, num_tokens, width, kind, expect
     assert obstacle is None if expected is None else expected in obstacle
 
 
+@pytest.mark.parametrize(
+    "kind, version",
+    [
+        ("TPU v4", pltpu.ChipVersion.TPU_V4),
+        ("TPU v5 lite", pltpu.ChipVersion.TPU_V5E),
+        ("TPU v5", pltpu.ChipVersion.TPU_V5P),
+        ("TPU v6 lite", pltpu.ChipVersion.TPU_V6E),
+        ("TPU7x", pltpu.ChipVersion.TPU_7X),
+    ],
+)
+def test_the_memory_is_that_of_jaxs_table(kind, version):
+    assert vmem_mib(kind) * 2**20 == pltpu.get_tpu_info_for_chip(version, 1).vmem_capacity_bytes
+
+
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_the_kernels_compile_for_every_kind_of_tpu(topology):
     """Forward and backward, all lengths and widths in one program."""
     mesh = Mesh(np.array(get_topology(topology).devices[:1]), ("data",))
