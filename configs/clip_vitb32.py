@@ -12,7 +12,8 @@ docs/guides/scale/scale.md):
 
     python -m diht_jax.compile --config configs/clip_vitb32.py
 
-Expected: below `diht_vitb32` on the same pairs. This recipe has not been run at full length here.
+Expected: not known. Nobody has compared it with `diht_vitb32` on the same pairs, and neither recipe
+has been run at full length here.
 """
 
 import ml_collections

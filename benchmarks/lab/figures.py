@@ -11,11 +11,11 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from benchmarks.lab.experiments import GAIN, Contrast
-from benchmarks.lab.statistics import CONFIRMED, REFUTED, Estimate
+from benchmarks.lab.experiments import Contrast
+from benchmarks.lab.statistics import GAIN, HARM, LARGE_GAIN, SMALL_GAIN, Estimate
 
 _WIDTH, _LABELS, _ROW, _TOP, _BOTTOM = 860, 400, 30, 34, 40
-_COLORS = {CONFIRMED: "#1a7f37", REFUTED: "#cf222e"}
+_COLORS = {LARGE_GAIN: "#1a7f37", GAIN: "#1a7f37", SMALL_GAIN: "#1a7f37", HARM: "#cf222e"}
 _OTHER = "#57606a"
 _STEPS = (0.25, 0.5, 1, 2, 5, 10, 20, 50)  # of the axis, in points
 _LINE_CHARACTERS = 64
@@ -25,7 +25,7 @@ def draw_contrasts(rows: Sequence[tuple[Contrast, Estimate, str]], title: str) -
     """The figure of some contrasts.
 
     Args:
-        rows: contrasts that have runs, with their verdicts.
+        rows: contrasts that have runs, with their labels.
         title: for readers that do not see the figure.
     """
     low, high, step = _axis([(c, e) for c, e, _ in rows])
@@ -51,26 +51,26 @@ def draw_contrasts(rows: Sequence[tuple[Contrast, Estimate, str]], title: str) -
         ]
     parts.append(
         f'<text x="{_LABELS + plot / 2:.0f}" y="{bottom + 34}" text-anchor="middle">'
-        "difference in points; dots are runs, bars 95% intervals, red ticks margins</text>"
+        "difference in points; dots are runs, bars 95% intervals, dashed ticks margins</text>"
     )
-    for number, (contrast, found, verdict) in enumerate(rows):
-        parts += _draw_row(contrast, found, verdict, _TOP + _ROW * number + 10, x)
+    for number, (contrast, found, label) in enumerate(rows):
+        parts += _draw_row(contrast, found, label, _TOP + _ROW * number + 10, x)
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _draw_row(contrast: Contrast, found: Estimate, verdict: str, y: int, x) -> list[str]:
-    color = _COLORS.get(verdict, _OTHER)
-    margin = 100 * (contrast.margin if contrast.kind == GAIN else -contrast.margin)
+def _draw_row(contrast: Contrast, found: Estimate, label: str, y: int, x) -> list[str]:
+    color = _COLORS.get(label, _OTHER)
     lines = textwrap.wrap(contrast.claim, _LINE_CHARACTERS, max_lines=2, placeholder="…")
     parts = [
         f'<text x="{_LABELS - 12}" y="{y + 4 + 13 * (number - (len(lines) - 1) / 2):g}" '
         f'text-anchor="end">{html.escape(line)}</text>'
         for number, line in enumerate(lines)
     ]
-    parts.append(
+    parts += [
         f'<line x1="{x(margin):.1f}" x2="{x(margin):.1f}" y1="{y - 9}" y2="{y + 9}" '
-        'stroke="#cf222e" stroke-dasharray="2 2"/>'
-    )
+        'stroke="#57606a" stroke-dasharray="2 2"/>'
+        for margin in (-100 * contrast.margin, 100 * contrast.margin)
+    ]
     if math.isfinite(found.low):
         parts.append(
             f'<line x1="{x(100 * found.low):.1f}" x2="{x(100 * found.high):.1f}" y1="{y}" '

@@ -1,4 +1,4 @@
-"""Writes the pages of the report: verdicts, tables, figures, and which runs are missing.
+"""Writes the pages of the report: advice, claims, tables, figures, and which runs are missing.
 
     python -m benchmarks.lab.page
 
@@ -23,18 +23,17 @@ from benchmarks.lab.experiments import (
     BLOCKS,
     CUT_SIZES,
     EXPERIMENTS,
-    GAIN,
     GRIDS,
     SHOTS,
     STUDENTS,
-    Contrast,
     block_of,
+    key_of,
     metrics_of,
-    seeds_of,
+    runs_of,
 )
-from benchmarks.lab.prose import ENDING, INTRODUCTION, NOTES
-from benchmarks.lab.statistics import CONFIRMED, WAITING, Estimate
-from benchmarks.lab.verdicts import Row, describe, judge, read_results
+from benchmarks.lab.prose import ENDING, INTRODUCTION, METHOD, NOTES, SCOPE, SWITCHES
+from benchmarks.lab.statistics import Estimate
+from benchmarks.lab.verdicts import FIRST, SECOND, Row, describe, judge, read_results
 from benchmarks.record import RESULTS
 from diht_jax import command_line
 from diht_jax.storage.files import write_bytes
@@ -103,7 +102,7 @@ def main() -> None:
     for block in BLOCKS:
         figure = images / f"{block}.svg"
         drawn = [
-            (row.contrast, row.found, row.verdict)
+            (row.contrast, row.found, row.label)
             for row in rows
             if row.contrast.block == block and row.found is not None
         ]
@@ -121,11 +120,11 @@ def format_pages(
     rows: Sequence[Row], results: dict[str, dict[str, Any]], outdated: int
 ) -> dict[str, str]:
     """The pages as Markdown, by the names of their files."""
-    pages = {"index.md": _format_index(rows, results, outdated)}
+    method = [METHOD.format(count=len(rows)), _format_missing(results), ENDING]
+    pages = {"index.md": _format_index(rows, results, outdated), "method.md": "\n".join(method)}
     described = describe(results)
     for name, (title, blocks) in PAGES.items():
-        parts = [f"# {title}\n\n[How the differences are measured](index.md).\n"]
-        parts += [_format_verdicts([row for row in rows if row.contrast.block in blocks])]
+        parts = [f"# {title}\n\n[How the differences are measured](method.md).\n"]
         parts += [_format_block(block, rows, described, results) for block in blocks]
         pages[f"{name}.md"] = "\n".join(parts)
     return pages
@@ -135,58 +134,80 @@ def _format_index(rows: Sequence[Row], results: dict[str, dict[str, Any]], outda
     planned = sum(e.seeds for e in EXPERIMENTS.values() if block_of(e.name) not in GRIDS)
     made = sum(block_of(r["experiment"]["name"]) not in GRIDS for r in results.values())
     parts = [
-        INTRODUCTION.format(count=len(rows)),
-        f"## Verdicts\n\n{made} of {planned} runs are made; of {len(rows)} contrasts "
-        f"{_count_verdicts(rows)}."
+        INTRODUCTION,
+        _format_switches(rows),
+        SCOPE,
+        "## Primary claims\n",
+        _format_claims([row for row in rows if row.rank == FIRST]),
+        "## Secondary claims\n",
+        _format_claims([row for row in rows if row.rank == SECOND]),
+        "## All contrasts\n",
+        f"{made} of {planned} runs are made."
         + (f" {outdated} result files are of an earlier definition." if outdated else "")
         + "\n",
-        "| block | contrasts |\n|---|---|",
+        "| page | contrasts |\n|---|---|",
     ]
-    for name, (_, blocks) in PAGES.items():
-        for block in blocks:
-            inside = [row for row in rows if row.contrast.block == block]
-            link = f"[{BLOCKS[block][0]}]({name}.md#{_anchor(block)})"
-            parts.append(f"| {link} | {_count_verdicts(inside) if inside else 'none'} |")
-    return "\n".join([*parts, "", _format_missing(results), ENDING])
+    for block in (block for _, blocks in PAGES.values() for block in blocks):
+        inside = [row for row in rows if row.contrast.block == block]
+        parts.append(f"| {_link(block)} | {_count_labels(inside) if inside else 'none'} |")
+    return "\n".join([*parts, ""])
 
 
-def _format_verdicts(rows: Sequence[Row]) -> str:
+def _format_switches(rows: Sequence[Row]) -> str:
+    """What to switch on: each setting with its effect and the strongest control."""
+    by_key = {key_of(row.contrast): row for row in rows}
     lines = [
-        "Gains are in points of the metric.",
-        "",
-        "| claim | difference | 95% interval | margin | runs | Holm's p | verdict |",
-        "|---|---|---|---|---|---|---|",
+        "| switch | effect here, in points | runs | strongest control | holds for | advice |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: list(BLOCKS).index(row.contrast.block)):
-        contrast = row.contrast
+    for switch in SWITCHES:
+        row = by_key[switch.effect]
+        control = "none"
+        if switch.control:
+            control = f"{switch.control_name}: {_effect(by_key[switch.control])}"
         lines.append(
-            f"| [{BLOCKS[contrast.block][0]}](#{_anchor(contrast.block)}): {contrast.claim} "
-            f"| {_points(row.found.mean) if row.found else ''} "
-            f"| {_interval(row.found) if row.found else ''} | {_margin(contrast)} "
-            f"| {row.seeds} of {seeds_of(contrast)} "
-            f"| {'' if row.corrected is None else f'{row.corrected:.2g}'} | {_verdict(row)} |"
+            f"| {switch.name} | {_effect(row)} | {row.runs[0]} and {row.runs[1]} | {control} "
+            f"| {switch.holds_for} | {switch.advice} |"
         )
     return "\n".join([*lines, ""])
 
 
-def _verdict(row: Row) -> str:
-    if row.verdict == WAITING:
-        return "waiting for runs"
-    weak = row.verdict == CONFIRMED and not _is_left_by_holm(row)
-    return f"**{row.verdict}**" + (", not after Holm" if weak else "")
+def _effect(row: Row) -> str:
+    return f"{_points(row.found.mean)} ({_interval(row.found)})" if row.found else "no runs"
 
 
-def _is_left_by_holm(row: Row) -> bool:
-    """Whether a confirmed contrast stays so; only what is confirmed is weakened."""
-    return row.corrected < 0.05
+def _format_claims(rows: Sequence[Row]) -> str:
+    """A table of contrasts; primary ones have Holm's p."""
+    corrected = any(row.rank == FIRST for row in rows)
+    lines = [
+        "| claim | difference | 95% interval | margin | runs |"
+        + (" Holm's p |" if corrected else "")
+        + " result |",
+        "|---|---|---|---|---|---|" + ("---|" if corrected else ""),
+    ]
+    for row in sorted(rows, key=lambda row: list(BLOCKS).index(row.contrast.block)):
+        contrast = row.contrast
+        p = "" if row.corrected is None else f"{row.corrected:.2g}"
+        lines.append(
+            f"| {_link(contrast.block)}: {contrast.claim} "
+            f"| {_points(row.found.mean) if row.found else ''} "
+            f"| {_interval(row.found) if row.found else ''} | {100 * contrast.margin:.1f} "
+            f"| {_runs(row)} |" + (f" {p} |" if corrected else "") + f" {row.label} |"
+        )
+    return "\n".join([*lines, ""])
 
 
-def _count_verdicts(rows: Sequence[Row]) -> str:
-    counts = collections.Counter(row.verdict for row in rows)
-    left = sum(row.verdict == CONFIRMED and _is_left_by_holm(row) for row in rows)
-    words = [f"{count} {verdict}" for verdict, count in sorted(counts.items())]
-    weaker = f" confirmed ({left or 'none'} after Holm's correction)"
-    return ", ".join(words).replace(" confirmed", weaker)
+def _runs(row: Row) -> str:
+    """Runs of both arms, and how many there are to be where some are missing."""
+    made, wanted = (
+        f"{treated} and {control}" for treated, control in (row.runs, runs_of(row.contrast))
+    )
+    return made if made == wanted else f"{made} of {wanted}"
+
+
+def _count_labels(rows: Sequence[Row]) -> str:
+    counts = collections.Counter(row.label for row in rows)
+    return ", ".join(f"{count} {label}" for label, count in counts.most_common())
 
 
 def _format_missing(results: dict[str, dict[str, Any]]) -> str:
@@ -225,8 +246,6 @@ def _format_block(
     names = list(used) or [name for name in EXPERIMENTS if block_of(name) == block]
     files = {n: r for n, r in results.items() if r["experiment"]["name"] in names}
     lines = [f"## {title}", "", question, ""]
-    if inside:
-        lines += [f"Contrasts: {_count_verdicts(inside)}.", ""]
     if block in NOTES:
         lines += [NOTES[block], ""]
     lines += [f"`python -m benchmarks.lab.run --only {block}`{_describe_files(files)}", ""]
@@ -236,14 +255,17 @@ def _format_block(
         lines += _format_shots(files)
     elif files:
         lines += _format_experiments(block, names, files)
-    header = "| contrast | metric | means | difference | t interval | bootstrap |"
     if inside:
-        lines += [f"{header} refuted if |", "|---|---|---|---|---|---|---|"]
-        lines += [f"{_format_contrast(row)} {row.contrast.refuted_by} |" for row in inside]
+        lines += [
+            "| contrast | metric | means | difference | 95% interval | margin | runs | result |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += [_format_contrast(row) for row in inside]
     if beside:
-        lines += ["", "Looked at afterwards, without a verdict:", "", f"{header} what it is |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        lines += [f"{_format_contrast(row)} {row.contrast.claim} |" for row in beside]
+        lines += ["", "Looked at afterwards:", ""]
+        lines += ["| contrast | metric | means | difference | 95% interval | what it is |"]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [f"{_describe_contrast(row)} {row.contrast.claim} |" for row in beside]
     return "\n".join([*lines, ""])
 
 
@@ -296,18 +318,20 @@ def _format_shots(files: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _format_contrast(row: Row) -> str:
+    margin = f"{100 * row.contrast.margin:.1f}"
+    return f"{_describe_contrast(row)} {margin} | {_runs(row)} | {row.label} |"
+
+
+def _describe_contrast(row: Row) -> str:
     contrast, found = row.contrast, row.found
     names = f"`{contrast.treated}` − `{contrast.control}`"
     metrics = " − ".join(dict.fromkeys(_NAMES.get(m, f"`{m}`") for m in metrics_of(contrast)))
     if contrast.treated == contrast.control:
         names = f"`{contrast.treated}`"
     means = " − ".join(f"{100 * mean:.1f}" for mean in row.means)
-    resampled = ""
-    if found and found.resampled:
-        resampled = f"{_points(found.resampled[0])} to {_points(found.resampled[1])}"
     return (
         f"| {names} | {metrics} | {means} | {_points(found.mean) if found else ''} "
-        f"| {_interval(found) if found else ''} | {resampled} |"
+        f"| {_interval(found) if found else ''} |"
     )
 
 
@@ -321,17 +345,16 @@ def _interval(found: Estimate) -> str:
     return f"{_points(found.low)} to {_points(found.high)}"
 
 
-def _margin(contrast: Contrast) -> str:
-    return _points(contrast.margin if contrast.kind == GAIN else -contrast.margin)
-
-
 def _spread(values: Sequence[float]) -> str:
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.fmean(values):.1f}%{spread}"
 
 
-def _anchor(block: str) -> str:
-    return re.sub(r"[^\w -]", "", BLOCKS[block][0].lower()).replace(" ", "-")
+def _link(block: str) -> str:
+    page = next(name for name, (_, blocks) in PAGES.items() if block in blocks)
+    title = BLOCKS[block][0]
+    anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+    return f"[{title}]({page}.md#{anchor})"
 
 
 if __name__ == "__main__":

@@ -1,61 +1,200 @@
-"""What the report says beside its numbers."""
+"""What the report says next to its numbers."""
 
 from __future__ import annotations
 
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """A row of the first table: what to switch on, and what that rests on.
+
+    Attributes:
+        name: the config key or recipe, as Markdown.
+        effect: a contrast, by `experiments.key_of`.
+        control_name, control: what the treatment is compared with to tell what of it counts, and
+            that contrast; empty without any.
+        holds_for: the data of the effect.
+        advice: what follows from it.
+    """
+
+    name: str
+    effect: tuple[str, ...]
+    holds_for: str
+    advice: str
+    control_name: str = ""
+    control: tuple[str, ...] = ()
+
+
+SWITCHES = (
+    Switch(
+        "`configs/prep/cat.py`",
+        ("cat", "raw"),
+        "the synthetic web, half of it noise",
+        "on; where a good CLIP score is at hand, compare both",
+        "a CLIP score's best pairs instead",
+        ("cat", "clip_score"),
+    ),
+    Switch(
+        "`text_spotting` alone",
+        ("only_t", "raw"),
+        "the same web",
+        "on where pictures show text",
+    ),
+    Switch(
+        "`loss.beta=0.25`",
+        ("cat_beta_025", "cat"),
+        "filtered pairs, batches of 64",
+        "on; at large batches of other data try it",
+        "the same at a batch of 256",
+        ("cat_batch_256_beta_025", "cat_batch_256"),
+    ),
+    Switch(
+        "`loss.beta=0.25`, emoji",
+        ("emoji_shuffled_0_beta_025", "emoji_shuffled_0"),
+        "right and unique captions, batches of 128",
+        "on; less of it where captions are wrong",
+        "with half of the captions wrong",
+        ("emoji_shuffled_50_beta_025", "emoji_shuffled_50"),
+    ),
+    Switch(
+        "`concepts.*_weight`",
+        ("cat_concepts", "cat"),
+        "filtered pairs; the teacher knows the generator's own shapes",
+        "try",
+    ),
+    Switch(
+        "`concepts.*_weight`, wrong captions",
+        ("cifar10_wrong_50_teacher", "cifar10_wrong_50"),
+        "CIFAR-10, half of the captions wrong",
+        "on where captions are often wrong",
+        "against the labels of random weights",
+        ("cifar10_wrong_50_teacher", "cifar10_wrong_50_random"),
+    ),
+    Switch(
+        '`data.captions="sample"`',
+        ("cat_captions_mixed", "cat"),
+        "filtered pairs with four more captions, all of them right",
+        "on where there are several captions",
+    ),
+    Switch(
+        '`optimizer.kind="muon"`',
+        ("cat", "cat_adamw_1e_3"),
+        "filtered pairs, rates tuned for Muon",
+        "try, with a rate of its own",
+    ),
+    Switch(
+        "a few-shot start from the prompts",
+        ("unseen", "unseen", "prompts_1", "scratch_1"),
+        "one shot of unseen combinations",
+        "on below 16 shots",
+        "at 16 shots",
+        ("unseen", "unseen", "prompts_16", "scratch_16"),
+    ),
+    Switch(
+        "`loss.noise_share=0.25`",
+        ("emoji_shuffled_25_beta_025_doubted", "emoji_shuffled_25_beta_025"),
+        "emoji, just that share of the captions wrong",
+        "try where captions are wrong",
+        "where all are right",
+        ("emoji_shuffled_0_beta_025_doubted", "emoji_shuffled_0_beta_025"),
+    ),
+    Switch(
+        '`data.order="blocks"`',
+        ("cat_blocks", "cat"),
+        "filtered pairs",
+        "leave; it is there for speed",
+    ),
+    Switch(
+        '`loss.equal_pairs="mask"`',
+        ("cifar10_mask_beta_025", "cifar10_beta_025"),
+        "CIFAR-10, a dozen equal captions a batch",
+        "leave",
+    ),
+)
+
 INTRODUCTION = """\
 # Experiments
+
+What each part of the method is worth to tiny students (32 px, seconds to minutes of training), with
+95% intervals over repeated runs. Points are of R@10 on the web and on emoji, of top-1 on CIFAR-10
+and of few-shot accuracy on unseen combinations.
+"""
+
+SCOPE = """\
+- **What the data are:** a synthetic web of 3,000 drawn scenes whose noise this project chose,
+  emoji of two artists, and CIFAR-10. All runs of an arm share one web, one pass of the filter and
+  one teacher, so that intervals are about initialisation, order and test items, not about other
+  webs.
+- **What had been seen:** both arms of eight contrasts in some form before they were registered,
+  and the web was made in the same trials ([which](method.md#what-had-been-seen-before)).
+- **What does not transfer:** sizes of effects, and anything about batches of thousands, long
+  training or real captions. Nothing here was run on LAION.
+
+[How the differences are measured](method.md), and how to add an experiment.
+"""
+
+METHOD = """\
+# Method
+
+Every contrast was registered with its margin, and with what would refute it, before its runs were
+made (`benchmarks/lab/experiments.py`; its history shows when). Each run is one file in
+`benchmarks/results/lab/`, with its command, machine and versions.
 
     python -m benchmarks.lab.run --list    # what is done, what is missing, and how long that takes
     python -m benchmarks.lab.run           # makes the missing runs; kill and start it at will
     python -m benchmarks.lab.page          # these pages and their figures, from the result files
 
-Which of the paper's claims hold in the small: tiny students on the synthetic web of the demo, on
-emoji and on CIFAR-10. Every claim was registered with its margin, and with what would refute it,
-before its runs were made (`benchmarks/lab/experiments.py`; its history shows when). Each run is one
-file in `benchmarks/results/lab/`, with its command, machine and versions.
+## How it is measured
 
-**Words.** CAT is the filter: C keeps captions with a relation or an attribute (complexity), A those
-with an action, T drops pairs whose picture shows the caption as text. `raw` and `cat` are all 3,000
-pairs of the synthetic web, and those that CAT keeps. Where nothing else is said, the loss is
-InfoNCE. Beta is the strength of hard negatives (HN-NCE; 0 is InfoNCE), alpha the weight of the
-positive in the denominator. Concepts are objects and attributes that a frozen teacher sees, learnt
-next to the loss. R@10 is the share of queries whose match is among the first ten. The student is
-the demo's: pictures of 32 px, 30,720 samples in batches of 64, on emoji and CIFAR-10 61,440 of 128.
+CAT is the filter: C keeps captions with a relation or an attribute (complexity), A those with an
+action, T drops pairs whose picture shows the caption as text. `raw` and `cat` are all pairs of
+the synthetic web, and those that CAT keeps. Where nothing else is said, the loss is InfoNCE. Beta
+is the strength of hard negatives (HN-NCE; 0 is InfoNCE), alpha the weight of the positive in the
+denominator. Concepts are objects and attributes that a frozen teacher sees, learnt next to the
+loss. The student is the demo's: 30,720 samples in batches of 64, on emoji and CIFAR-10 61,440 of
+128.
 
-**How it is measured.** Students of equal seeds begin with the same parameters, and see the same
-order where they have the same data. The primary metric on the web is the mean of text-to-image and
-image-to-text R@10 among 2,000 scenes whose combinations never occur in training (chance: 0.5%); of
-composition it is the share of these scenes' captions that are preferred to one with the same words
-in another order (chance: 50%); on emoji it is the same R@10 among another artist's 3,786 drawings
-(chance: 0.26%), on CIFAR-10 zero-shot top-1 on 1,000 photos. Differences are taken seed by seed.
-The interval is Student's t over the seeds, 95%; next to it stands a bootstrap over seeds and test
-items, which is too narrow for three seeds. A gain is *confirmed* where the lower bound is above 0
-and the mean is at least the margin, and *refuted* where the upper bound is below the margin: less
-than what counts, which need not be nothing. That something costs nothing is confirmed where the
-lower bound is above minus the margin, and refuted where the upper bound is below that. Everything
-else is *undecided*. There is no verdict before all registered runs are there. Holm's p corrects for
-all {count} contrasts, those without runs included; with three seeds hardly anything can survive
-that, so it stands next to the verdict. Behind ± is the standard deviation over all seeds of an
-experiment; a contrast compares those that both have.
+The metric of the web is the mean of text-to-image and image-to-text R@10 among 2,000 scenes whose
+combinations never occur in training (chance: 0.5%); of composition it is the share of these
+scenes' captions that are preferred to one with the same words in another order (chance: 50%); on
+CIFAR-10 zero-shot top-1 on 1,000 photos. On emoji it is R@10 among another artist's 3,786
+drawings (chance: 0.26%); every caption of the test occurs in training, and half of them differ
+from another by the skin tone alone: it measures other drawings, not new concepts.
 
-**What cannot be said.** The shares and the kinds of noise of the synthetic web are this project's
-choice, and its captions speak of shapes and colours. All seeds share one web, one pass of the
-filter, one teacher and one set of its heads, so that intervals are about initialisation, order and
-test items, and not about other webs or teachers. Optimiser, learning rate and crops were chosen in
-trials of one seed with concept labels on filtered pairs, on the first quarter of these scenes; raw
-pairs and InfoNCE were not tuned for themselves. Runs that are compared may be of several versions
-of this project; `cat_sizes` repeats `cat` ([the difference](students.md#sizes-of-embeddings)). A
-verdict here is about these students on these data. Nothing transfers to LAION by itself.
+Runs on the same data are compared seed by seed, since equal seeds share their order of examples.
+Runs on different data are compared as two samples (Welch): they share nothing, and pairing them
+would leave out runs. The interval is the wider of Student's t over the runs and a bootstrap over
+runs and test items. One rule gives every result: *gain of at least the margin* where the whole
+interval is at or above it; *gain* where it is above 0, *smaller than the margin* where it ends
+below the margin; *none within the margin* where it is between minus and plus the margin; *harm*
+where it is below 0; else *undecided*. Holm's p corrects for the primary claims; they were chosen
+from the {count} contrasts by what the paper claims and by what people would act on, once the runs
+were there. Most arms have three or four runs, which is few.
 
-**Repeated.** Three contrasts had been seen before they were registered. CAT against raw pairs was
-+13.6 (9.1 to 18.2, eight seeds) with another web and AdamW; both were changed so that shapes are
-learnt. One seed of CIFAR-10 with half of the captions wrong had 42.3, 33.4 and 31.7% with labels of
-the teacher, of random weights and of other photos. CAT was 3.8 points better (2.5 to 5.0, three
-seeds) than the best fraction by CLIP score with other students. So what three seeds of it say
-depends on the students.
+Optimiser, learning rate and crops were chosen in trials of one seed with concept labels on
+filtered pairs, on the first quarter of these scenes; raw pairs and InfoNCE were not tuned for
+themselves. Runs that are compared may be of several versions of this project; `cat_sizes` repeats
+`cat` ([the difference](students.md#sizes-of-embeddings)).
+
+## What had been seen before
+
+- CAT against raw pairs: +13.6 (9.1 to 18.2, eight seeds) with another web and AdamW. Both were
+  then changed so that shapes are learnt: the web in trials, until labels visibly taught shapes,
+  and the labels were confirmed on that web.
+- CAT against the best fraction by CLIP score: 3.8 points better (2.5 to 5.0, three seeds) with
+  other students.
+- Teacher labels on CIFAR-10: -0.1 where captions are right and +9.5 where half are wrong
+  (`benchmarks/results/distillation.json`); one seed had 42.3, 33.4 and 31.7% with labels of the
+  teacher, of random weights and of other photos.
+- Concepts next to hard negatives on the web, one seed of the trials: 54.4 against 42.4%.
+- Muon against AdamW, an order by blocks, and a start from the prompts at one shot: in trials of
+  the features themselves.
+- `emoji_concepts` was made anew twice, as the rules for captions changed; its runs of today's
+  rules are missing.
 """
 
-# Beside the question of a block: what its rows need to be read.
+# What its rows need to be read.
 NOTES = {
     "filter": (
         "Of 3,000 pairs, 1,480 of them clean (`oracle`), C keeps 2,485, A 1,944 and CAT 1,636, as "

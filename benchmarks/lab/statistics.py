@@ -1,9 +1,10 @@
-"""What the runs say about a contrast: paired differences, intervals, and a verdict.
+"""What the runs say about a contrast: a difference, its interval, and a label.
 
-Runs of equal seeds are compared with each other. The interval that decides is Student's t over the
-seeds; next to it stands a bootstrap over seeds and test items. Holm's correction is over all
-registered contrasts, those without runs included, so that no verdict becomes easier by not making
-the runs of another one.
+Runs on the same data are compared seed by seed: they share their order of examples. Runs on
+different data share nothing but the number of their seed, so that all runs of both arms are
+compared as two samples (Welch). The interval that decides is the wider of Student's t over the runs
+and a bootstrap over runs and test items. Holm's correction is over the primary claims, those
+without runs included, so that no claim becomes easier by not making the runs of another one.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.special
 
-from benchmarks.lab.experiments import GAIN, Contrast
-
 LEVEL = 0.95
-NUM_RESAMPLES = 2000
+NUM_RESAMPLES = 1000
 
-CONFIRMED, REFUTED, UNDECIDED, WAITING = "confirmed", "refuted", "undecided", "waiting"
+LARGE_GAIN = "gain of at least the margin"
+GAIN, SMALL_GAIN = "gain", "gain, smaller than the margin"
+NONE, HARM, UNDECIDED, WAITING = "none within the margin", "harm", "undecided", "waiting for runs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,11 @@ class Estimate:
     """A contrast's difference, in shares of 1.
 
     Attributes:
-        differences: treated minus control, seed by seed.
+        differences: treated minus control, seed by seed; of unpaired runs, each treated one minus
+            the mean of the control.
         mean: of them.
-        low, high: the t interval of the mean; infinite with a single seed.
-        p_value: of "no better than `null`", doubled, so that it is below 1 - LEVEL just where
-            `low` is above `null`.
-        resampled: the bootstrap's interval over seeds and items; None without items.
+        low, high: the wider of both intervals, end by end; infinite with a single run of an arm.
+        p_value: of no difference, two-sided: the larger of the t test's and the bootstrap's.
     """
 
     differences: tuple[float, ...]
@@ -42,104 +42,123 @@ class Estimate:
     low: float
     high: float
     p_value: float
-    resampled: tuple[float, float] | None
-
-
-def null_of(contrast: Contrast) -> float:
-    """The difference that the treated has to exceed."""
-    return 0.0 if contrast.kind == GAIN else -contrast.margin
 
 
 def estimate(
-    contrast: Contrast,
     treated: Sequence[float],
     control: Sequence[float],
     treated_items: Sequence[np.ndarray] | None = None,
     control_items: Sequence[np.ndarray] | None = None,
+    *,
+    paired: bool,
 ) -> Estimate:
-    """The difference of a contrast.
+    """The difference between two arms.
 
     Args:
-        contrast: which one.
-        treated, control: the metric of each seed, in one order.
-        treated_items, control_items: of each seed the results of the test items, float [n].
+        treated, control: the metric of each run; paired ones in one order.
+        treated_items, control_items: of each run the results of the test items, float [n].
+        paired: whether runs of equal place are compared with each other.
 
     Raises:
-        ValueError: no runs, or not as many of both.
+        ValueError: no runs of an arm, or not as many of both where they are paired.
     """
-    if len(treated) != len(control) or not len(treated):
+    if not len(treated) or not len(control) or (paired and len(treated) != len(control)):
         raise ValueError(
-            f"'{contrast.treated}' against '{contrast.control}': expected runs of the same seeds, "
-            f"got {len(treated)} and {len(control)}"
+            f"expected runs of both arms, as many where they are paired; got {len(treated)} and "
+            f"{len(control)}"
         )
-    differences = np.subtract(treated, control)
-    low, high = t_interval(differences)
-    resampled = None
-    if treated_items is not None and control_items is not None:
-        resampled = bootstrap_interval(np.subtract(treated_items, control_items))
-    return Estimate(
-        differences=tuple(differences.tolist()),
-        mean=float(differences.mean()),
-        low=low,
-        high=high,
-        p_value=t_test(differences, null_of(contrast)),
-        resampled=resampled,
-    )
+    if paired:
+        differences = np.subtract(treated, control)
+        error, freedom = _standard_error(differences), len(differences) - 1
+    else:
+        differences = np.subtract(treated, np.mean(control))
+        error, freedom = _welch(np.asarray(treated), np.asarray(control))
+    mean = float(differences.mean())
+    low, high = t_interval(mean, error, freedom)
+    p_value = t_test(mean, error, freedom)
+    if treated_items is not None and control_items is not None and freedom > 0:
+        means = bootstrap(np.asarray(treated_items), np.asarray(control_items), paired=paired)
+        tail = 50 * (1 - LEVEL)
+        ends = np.percentile(means, [tail, 100 - tail])
+        low, high = min(low, float(ends[0])), max(high, float(ends[1]))
+        beyond = min(np.sum(means <= 0), np.sum(means >= 0))
+        p_value = max(p_value, min(1.0, 2 * float(beyond + 1) / (len(means) + 1)))
+    return Estimate(tuple(differences.tolist()), mean, low, high, p_value)
 
 
-def t_interval(differences: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Student's interval of the mean; infinite with a single value."""
-    count, mean = len(differences), float(np.mean(differences))
-    if count < 2:
+def t_interval(
+    mean: float, error: float, freedom: float, level: float = LEVEL
+) -> tuple[float, float]:
+    """Student's interval of a mean with this standard error; infinite without freedom."""
+    if freedom <= 0:
         return -math.inf, math.inf
-    quantile = scipy.special.stdtrit(count - 1, (1 + level) / 2)
-    reach = float(quantile * np.std(differences, ddof=1) / math.sqrt(count))
+    reach = float(scipy.special.stdtrit(freedom, (1 + level) / 2)) * error
     return mean - reach, mean + reach
 
 
-def t_test(differences: np.ndarray, null: float = 0.0) -> float:
-    """Twice the probability of so large a mean if the true one were `null`; 1 at most."""
-    count, mean = len(differences), float(np.mean(differences))
-    if count < 2:
+def t_test(mean: float, error: float, freedom: float) -> float:
+    """The probability of a mean at least so far from 0 if the true one were 0."""
+    if freedom <= 0:
         return 1.0
-    error = float(np.std(differences, ddof=1)) / math.sqrt(count)
     if error == 0:
-        return 0.0 if mean > null else 1.0
-    return min(1.0, 2 * float(scipy.special.stdtr(count - 1, -(mean - null) / error)))
+        return 1.0 if mean == 0 else 0.0
+    return 2 * float(scipy.special.stdtr(freedom, -abs(mean) / error))
 
 
-def bootstrap_interval(
-    differences: np.ndarray,
+def _standard_error(values: np.ndarray) -> float:
+    if len(values) < 2:
+        return math.inf
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _welch(treated: np.ndarray, control: np.ndarray) -> tuple[float, float]:
+    """Standard error and degrees of freedom (Welch and Satterthwaite) of a difference of means."""
+    if min(len(treated), len(control)) < 2:
+        return math.inf, 0
+    parts = [float(np.var(arm, ddof=1)) / len(arm) for arm in (treated, control)]
+    if sum(parts) == 0:
+        return 0.0, len(treated) + len(control) - 2
+    below = sum(
+        part**2 / (len(arm) - 1) for part, arm in zip(parts, (treated, control), strict=True)
+    )
+    return math.sqrt(sum(parts)), sum(parts) ** 2 / below
+
+
+def bootstrap(
+    treated: np.ndarray,
+    control: np.ndarray,
     *,
-    level: float = LEVEL,
+    paired: bool,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
-) -> tuple[float, float]:
-    """The percentile bootstrap of the mean over two crossed factors.
+) -> np.ndarray:
+    """Differences of means over resamples of two crossed factors: runs and test items.
 
     Args:
-        differences: float [seeds, items]; a resample draws seeds and, for all of them alike, items.
-        level: share of the resamples inside the interval.
+        treated, control: float [runs, items]. Items are the same in both arms and drawn once for
+            both; runs are drawn once for both where they are paired, else for each arm.
+        paired: whether rows of equal number belong together.
         num_resamples: how many draws.
         seed: of the draws.
+
+    Returns:
+        Float [num_resamples].
     """
-    num_seeds, num_items = differences.shape
-    of_seeds, of_items = _draw(num_seeds, num_items, num_resamples, seed)
-    means = ((of_seeds / num_seeds) @ differences * (of_items / num_items)).sum(axis=1)
-    tail = 50 * (1 - level)
-    low, high = np.percentile(means, [tail, 100 - tail]).tolist()
-    return low, high
+    items = _draw(treated.shape[1], num_resamples, seed).T
+    runs = _draw(len(treated), num_resamples, seed + 1)
+    if paired:
+        return (runs * ((treated - control) @ items).T).sum(axis=1)
+    others = _draw(len(control), num_resamples, seed + 2)
+    return (runs * (treated @ items).T).sum(axis=1) - (others * (control @ items).T).sum(axis=1)
 
 
-@functools.lru_cache(maxsize=2)  # contrasts of as many seeds and items have the same draws
-def _draw(
-    num_seeds: int, num_items: int, num_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """How often each seed, and each item, is in each resample: int64 [num_resamples, n]."""
-    rng = np.random.default_rng(seed)
-    of_seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
-    of_items = rng.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples)
-    return of_seeds, of_items
+@functools.lru_cache(maxsize=16)  # contrasts of as many runs and items have the same draws
+def _draw(count: int, num_resamples: int, seed: int) -> np.ndarray:
+    """The share of each of `count` things in each resample: float32 [num_resamples, count]."""
+    drawn = np.random.default_rng(seed).integers(count, size=(num_resamples, count))
+    drawn += count * np.arange(num_resamples)[:, None]
+    counts = np.bincount(drawn.reshape(-1), minlength=num_resamples * count)
+    return (counts.reshape(num_resamples, count) / count).astype(np.float32)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -152,12 +171,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def decide(contrast: Contrast, found: Estimate) -> str:
-    """The verdict on a contrast whose runs are all there."""
-    if contrast.kind == GAIN:
-        if found.low > 0 and found.mean >= contrast.margin:
-            return CONFIRMED
-        return REFUTED if found.high < contrast.margin else UNDECIDED
-    if found.low > -contrast.margin:
-        return CONFIRMED
-    return REFUTED if found.high < -contrast.margin else UNDECIDED
+def label(found: Estimate, margin: float) -> str:
+    """What an interval says, by the same rule for every claim.
+
+    Args:
+        found: the difference.
+        margin: what counts as worth having, in shares of 1, above 0.
+    """
+    if found.low >= margin:
+        return LARGE_GAIN
+    if found.low > 0:
+        return SMALL_GAIN if found.high < margin else GAIN
+    if found.high < 0:
+        return HARM
+    return NONE if -margin < found.low and found.high < margin else UNDECIDED

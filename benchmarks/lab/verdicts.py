@@ -12,13 +12,20 @@ from benchmarks.lab.experiments import (
     CONTRASTS,
     DESCRIBED,
     EXPERIMENTS,
+    PRIMARY,
+    SECONDARY,
     Contrast,
+    is_paired,
+    key_of,
     metrics_of,
-    seeds_of,
+    runs_of,
 )
 from benchmarks.lab.measure import unpack_items
 from benchmarks.lab.run import Run, read_result
-from benchmarks.lab.statistics import WAITING, Estimate, decide, estimate, holm
+from benchmarks.lab.statistics import WAITING, Estimate, estimate, holm, label
+
+# Ranks of contrasts: those of one family for Holm's correction, those with an interval, the rest.
+FIRST, SECOND, APPENDIX, AFTERWARDS = "primary", "secondary", "appendix", "afterwards"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +34,19 @@ class Row:
 
     Attributes:
         contrast: which one.
-        found: None without a pair of runs.
-        seeds: how many pairs there are.
-        verdict: of `statistics`.
-        means: of the metric, treated and control, over the compared seeds; empty without any.
-        corrected: Holm's p; None without a verdict.
+        rank: one of the above.
+        found: None without runs of both arms.
+        runs: how many there are of each arm.
+        label: of `statistics`; "" for what was looked at afterwards.
+        means: of the metric, treated and control, over the compared runs; empty without any.
+        corrected: Holm's p; None but for primary claims whose runs are all there.
     """
 
     contrast: Contrast
+    rank: str
     found: Estimate | None
-    seeds: int
-    verdict: str
+    runs: tuple[int, int]
+    label: str
     means: tuple[float, ...] = ()
     corrected: float | None = None
 
@@ -50,41 +59,58 @@ def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def judge(results: dict[str, dict[str, Any]]) -> list[Row]:
-    """All registered contrasts, with estimates and verdicts where runs are there."""
+    """All registered contrasts, with estimates and labels where runs are there."""
     rows = [_compare(contrast, results) for contrast in CONTRASTS]
-    complete = [row.verdict != WAITING for row in rows]
-    p_values = [
-        row.found.p_value if is_complete else 1.0
-        for row, is_complete in zip(rows, complete, strict=True)
-    ]
+    first = [row for row in rows if row.rank == FIRST]
+    p_values = [row.found.p_value if row.found and row.label != WAITING else 1.0 for row in first]
+    corrected = dict(zip((row.contrast for row in first), holm(p_values), strict=True))
     return [
-        dataclasses.replace(row, corrected=p) if is_complete else row
-        for row, is_complete, p in zip(rows, complete, holm(p_values), strict=True)
+        row
+        if row.label == WAITING
+        else dataclasses.replace(row, corrected=corrected.get(row.contrast))
+        for row in rows
     ]
 
 
 def describe(results: dict[str, dict[str, Any]]) -> list[Row]:
-    """The differences that were not registered; they have no verdict."""
-    return [
-        dataclasses.replace(_compare(contrast, results), verdict=WAITING) for contrast in DESCRIBED
-    ]
+    """The differences that were not registered; they have no label."""
+    rows = [_compare(contrast, results) for contrast in DESCRIBED]
+    return [dataclasses.replace(row, rank=AFTERWARDS, label="") for row in rows]
 
 
 def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
-    metrics = metrics_of(contrast)
-    pairs = []
-    for seed in range(seeds_of(contrast)):
-        names = [f"{name}_seed{seed}" for name in (contrast.treated, contrast.control)]
-        if all(name in results for name in names):
-            pairs.append([results[name] for name in names])
-    if not pairs:
-        return Row(contrast, None, 0, WAITING)
-    values = [[pair[i]["metrics"][metrics[i]] for pair in pairs] for i in (0, 1)]
-    items = [[_items(pair[i], metrics[i]) for pair in pairs] for i in (0, 1)]
-    found = estimate(contrast, *values, *items)
-    is_complete = len(pairs) == seeds_of(contrast)
-    verdict = decide(contrast, found) if is_complete else WAITING
-    return Row(contrast, found, len(pairs), verdict, tuple(float(np.mean(each)) for each in values))
+    key = key_of(contrast)
+    rank = FIRST if key in PRIMARY else SECOND if key in SECONDARY else APPENDIX
+    metrics, paired = metrics_of(contrast), is_paired(contrast)
+    arms = [
+        {seed: results[name] for seed in range(EXPERIMENTS[arm].seeds)
+         if (name := f"{arm}_seed{seed}") in results}
+        for arm in (contrast.treated, contrast.control)
+    ]  # fmt: skip
+    if paired:
+        arms = [{seed: arm[seed] for seed in arms[0] if seed in arms[1]} for arm in arms]
+    runs = (len(arms[0]), len(arms[1]))
+    if not all(runs):
+        return Row(contrast, rank, None, runs, WAITING)
+    values = [
+        [run["metrics"][metric] for run in arm.values()]
+        for arm, metric in zip(arms, metrics, strict=True)
+    ]
+    items = [
+        [_items(run, metric) for run in arm.values()]
+        for arm, metric in zip(arms, metrics, strict=True)
+    ]
+    found = estimate(*values, *items, paired=paired)
+    means = tuple(float(np.mean(each)) for each in values)
+    is_complete = runs == runs_of(contrast)
+    return Row(
+        contrast,
+        rank,
+        found,
+        runs,
+        label(found, contrast.margin) if is_complete else WAITING,
+        means,
+    )
 
 
 def _items(result: dict[str, Any], metric: str) -> np.ndarray:

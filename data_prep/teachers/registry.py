@@ -14,7 +14,7 @@ from data_prep.teachers import precomputed, swag, torch_module
 from data_prep.teachers.base import Teacher, TeacherInfo, TeacherKind, open_shared
 
 TEACHERS: dict[str, TeacherKind] = {
-    # SWAG's vision transformer in Flax, on all local devices (the paper's teacher).
+    # SWAG's vision transformer in Flax, on all local devices (recalled as the paper's).
     "swag": swag.TEACHER,
     # Any torch module that a function builds.
     "torch": torch_module.TEACHER,

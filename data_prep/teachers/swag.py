@@ -1,4 +1,4 @@
-"""The paper's teacher: SWAG's vision transformer in Flax, on all local devices.
+"""SWAG's vision transformer in Flax, on all local devices: the paper's teacher, as recalled.
 
 The network is in `diht_jax.models.swag`. The licence of its weights is CC-BY-NC 4.0: they and
 labels made with them are for non-commercial use only.

@@ -1,7 +1,7 @@
 """How much the texts of a picture share with its caption: words are weighed by how common they are.
 
-Ours. The paper's rule, any run of five characters (`match`), drops pairs for one word that every
-other caption holds. Pure functions of strings, as there.
+Ours. The rule recalled as the paper's, any run of five characters (`match`), drops pairs for one
+word that every other caption holds. Pure functions of strings, as there.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Settings:
         min_chars: length of the run that a line must share with the caption.
         misread_min_chars: length of such a run with one character misread; None allows none.
         weigh_words: whether the words that lines share with the caption are weighed
-            (`evidence.weigh_texts`); else any run is a match, as in the paper.
+            (`evidence.weigh_texts`); else any run is a match, as recalled of the paper.
         join_lines: whether lines that stand under one another are matched as one text as well.
         stop_at_match: leave the other lines unread once one has matched.
         window: pictures that are decoded and looked at together, unless they are very large;

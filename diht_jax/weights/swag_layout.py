@@ -18,7 +18,7 @@ from diht_jax.models.swag import ARCHITECTURES, SwagArchitecture, swag_definitio
 from diht_jax.weights.layout import Layout, Tensors, bias, from_layout, layout_shapes, linear, norm
 
 LICENCE = "CC-BY-NC 4.0 (SWAG, Meta): non-commercial use only"
-# The paper's frozen trunk: torchvision's IMAGENET1K_SWAG_LINEAR_V1.
+# Recalled as the paper's frozen trunk: torchvision's IMAGENET1K_SWAG_LINEAR_V1.
 URLS = {
     "vit_b_16": "https://download.pytorch.org/models/vit_b_16_lc_swag-4e70ced5.pth",
     "vit_l_16": "https://download.pytorch.org/models/vit_l_16_lc_swag-4d563306.pth",
