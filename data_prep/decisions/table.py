@@ -240,15 +240,19 @@ def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
     Raises:
         ValueError: the folder is not finished.
     """
+    path = files.join(folder, shards.MERGED_STATS)
     try:
-        stats = shards.read_json(files.join(folder, shards.MERGED_STATS))
+        stats = shards.read_json(path)
         stats["config"], stats["counts"]["read"]
     except StorageError:
         raise
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        found = f"{named}='{folder}': no finished folder"
+        if files.exists(path):
+            found = f"{path}: not the statistics of a finished folder"
         raise ValueError(
-            f"{named}='{folder}': no finished folder of `python -m data_prep.filter` "
-            f"({type(error).__name__}: {error}); run the filter to its end first"
+            f"{found} of `python -m data_prep.filter` ({type(error).__name__}: {error}); run the "
+            "filter to its end first"
         ) from error
     for where, suffix in (
         (files.join(folder, "parts"), SUFFIX),

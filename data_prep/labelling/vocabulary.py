@@ -11,8 +11,9 @@ those of a record that has fewer than m.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -50,9 +51,12 @@ def read_counts(shards: Sequence[str]) -> Counted:
     counts = {kind: collections.Counter() for kind in KINDS}
     records: list[int] = []
     paths = [shard + STATS_SUFFIX for shard in shards]
+    names = [os.path.basename(shard) for shard in shards]
+    others = set(names)
     try:
         for data in files.map_many(files.read_bytes, paths, paths[0] if paths else ""):
             stats = files.parse_object(data) or {}
+            _check_owner(names[len(records)], stats, others)
             found = stats["counts"]["concepts"]
             for kind in KINDS:
                 counts[kind].update(found[kind])
@@ -69,10 +73,18 @@ def read_counts(shards: Sequence[str]) -> Counted:
         if isinstance(error, OSError):  # StorageError: they may be good
             raise
         raise ValueError(
-            f"{paths[len(records)]}: no counts of concepts; write the shards again with `python -m "
-            "data_prep.filter` and config.concepts=True"
+            f"{paths[len(records)]}: no counts of concepts of its shard ({type(error).__name__}: "
+            f"{error}); write the shards again with `python -m data_prep.filter` and "
+            "config.concepts=True"
         ) from error
     return Counted(counts, records)
+
+
+def _check_owner(name: str, stats: Mapping[str, Any], shards: Collection[str]) -> None:
+    """Raises ValueError for statistics that are those of another of the shards."""
+    owner = stats["output"]["file"]
+    if owner != name and owner in shards:
+        raise ValueError(f"these are the statistics of {owner}")
 
 
 def build_vocabulary(

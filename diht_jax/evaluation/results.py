@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diht_jax.evaluation.benchmarks import suite_means
 from diht_jax.evaluation.bootstrap import decode_resamples
-from diht_jax.storage.files import write_bytes
+from diht_jax.storage.files import add_checksum, parse_object, write_bytes
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric
@@ -55,20 +55,26 @@ def metric_of(result: Mapping[str, Any], name: str) -> Metric:
 
 
 def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
-    """Writes the results of a run as JSON; the folder is made when missing."""
+    """Writes the results of a run as JSON with a checksum; the folder is made when missing."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(add_checksum(results), indent=2, ensure_ascii=False)
+    write_bytes(path, f"{text}\n".encode())
 
 
 def read_results(path: str | pathlib.Path) -> dict[str, Any]:
-    """Reads what `write_results` wrote.
+    """Reads what `write_results` wrote; a file without a checksum is taken as it is.
 
     Raises:
-        ValueError: no such file, or not such a file.
+        ValueError: no such file, not such a file, or one that was changed.
     """
     try:
-        results = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        text = pathlib.Path(path).read_bytes()
+        results = parse_object(text)
+        if results is None and isinstance(json.loads(text), dict):
+            raise ValueError(
+                "its checksum differs: it is damaged; remove 'checksum' if you edited it"
+            )
         for result in results["results"]:
             result["task"], result["metrics"].items(), result["counts"]["images"]  # noqa: B018
             decode_resamples(result)

@@ -105,6 +105,17 @@ def test_other_files_are_refused(content, tmp_path):
         read_results(path)
 
 
+def test_a_changed_metric_is_refused_unless_the_checksum_was_removed(tmp_path):
+    path = tmp_path / "x.json"
+    write_results(path, {"model": "a", "results": [_entry("t", {"top1": 0.25})]})
+    text = path.read_text().replace("0.25", "0.75")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json: .*checksum differs"):
+        read_results(path)
+    path.write_text(re.sub(r',\s*"checksum": "\w+"', "", text))
+    assert read_results(path)["results"][0]["metrics"] == {"top1": 0.75}
+
+
 @pytest.mark.parametrize("damage", [lambda text: text[:-1], lambda text: text[8:], "é".join])
 def test_damaged_resamples_are_refused(damage, tmp_path):
     path = tmp_path / "x.json"

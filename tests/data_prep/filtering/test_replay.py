@@ -196,6 +196,9 @@ def test_folders_that_cannot_be_replayed(work, tmp_path):
     filtered, config, _ = work
     with pytest.raises(ValueError, match=r"--replay='.*': no finished folder"):
         replay.Replay(str(tmp_path))
+    (tmp_path / "stats.json").write_text('{"counts": {"read": 3}}')
+    with pytest.raises(ValueError, match=rf"{tmp_path}/stats.json: .*KeyError: 'config'"):
+        replay.Replay(str(tmp_path))
     finished = filtered()
     copied = (finished / "stats.json", finished / "parts" / "manifest.json")
     for path in (*copied, *(finished / "parts").glob("*.decisions.parquet")):
