@@ -10,12 +10,12 @@ FROM python:3.11-slim-bookworm AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /diht_jax
 # Packages come before the sources, so that a change there does not install them again.
-COPY LICENSE README.md pyproject.toml requirements.txt requirements-dev.txt ./
-# Constraints may not have extras. The two packages give class names and prompts of the evaluation
-# from their data files, which need neither torch nor what else they depend on.
+COPY LICENSE NOTICE README.md pyproject.toml requirements.txt requirements-dev.txt ./
+# Constraints may not have extras. Of the extra eval the first two give class names and prompts by
+# their data files, which need neither torch nor what else they depend on.
 RUN sed 's/\[.*\]//' requirements.txt requirements-dev.txt > /constraints.txt \
     && pip install --constraint /constraints.txt '.[cloud]' \
-    && pip install --constraint /constraints.txt --no-deps clip-benchmark open_clip_torch
+    && pip install --constraint /constraints.txt --no-deps clip-benchmark open_clip_torch usearch
 
 FROM base AS cuda
 # The NVIDIA container toolkit hands the driver on to images that ask for it.

@@ -55,7 +55,7 @@ if [ -n "$missing" ]; then
 fi
 
 # The project, as a link to this folder: again where pyproject.toml or the folder's path has changed.
-# It needs no network: setuptools is one of the requirements.
+# It needs no network: hatchling is one of the requirements.
 project_state="$(cksum < pyproject.toml) $PWD"
 if ! is_done installed_project "$project_state"; then
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

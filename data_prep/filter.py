@@ -1,9 +1,9 @@
 r"""Command: CAT-filter image-text pairs of any source into TFRecord shards.
 
-    python -m data_prep.filter --config configs/prep/cat.py \\
+    python -m data_prep.filter --config prep/cat \\
         --config.input='/data/raw/*.tar' --config.output=/data/kept
     python -m data_prep.filter --explain "a black cat is chasing a small brown bird"
-    python -m data_prep.filter --config configs/prep/cat.py --config.min_complexity=2 \\
+    python -m data_prep.filter --config prep/cat --config.min_complexity=2 \\
         --replay=/data/kept
 
 Run again, it does only what is not done yet. `--engine=ray` runs it on a Ray cluster. For a job
@@ -37,7 +37,7 @@ from diht_jax.terminal import print_escaped
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/cat.py.")
+    config_flags.DEFINE_config_file("config", None, "Recipe: a name such as prep/cat, or a path.")
     flags.DEFINE_string("explain", None, "Print graph and decision for this caption.")
     flags.DEFINE_string("replay", None, "Finished folder: decide anew by the config, print funnel.")
     flags.DEFINE_string("lists", None, "Of --replay: folder for lists of kept and dropped keys.")
@@ -62,7 +62,7 @@ def main() -> None:
         replay.run(given.replay, None if given.config is None else config, given.lists)
         return
     if given.config is None:
-        raise ValueError("--config is not set: expected a file such as configs/prep/cat.py")
+        raise ValueError("--config is not set: expected a recipe such as prep/cat")
     failures = run_filter(
         config,
         given.task_index,

@@ -1,6 +1,6 @@
 r"""Command: label filtered shards with the concepts that a frozen teacher sees in each image.
 
-    python -m data_prep.label --config configs/prep/concepts.py \
+    python -m data_prep.label --config prep/concepts \
         --config.input=/data/kept --config.output=/data/labelled
 
 Three stages, each kept, so that the same command again does only what is not done yet: embeddings
@@ -29,7 +29,9 @@ from diht_jax.config.checks import validate_config
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/concepts.py.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe: a name such as prep/concepts, or a path."
+    )
     flags.DEFINE_enum("engine", "local", ENGINES, "Local processes, or a Ray cluster.")
     command_line.define_job_array_flags()
 
@@ -38,7 +40,7 @@ def main() -> None:
     """Labels the shards that the flags name."""
     given = flags.FLAGS
     if given.config is None:
-        raise ValueError("--config is not set: expected a file such as configs/prep/concepts.py")
+        raise ValueError("--config is not set: expected a recipe such as prep/concepts")
     failures = run_label(given.config, given.task_index, given.num_tasks, engine=given.engine)
     if failures:
         sys.exit(failures.exit_status)

@@ -19,4 +19,11 @@ def __getattr__(name: str) -> Any:
         from diht_jax.weights.inference import LoadedModel
 
         return LoadedModel
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("diht_jax")
+        except metadata.PackageNotFoundError:  # a checkout on the path, which is not installed
+            return "0+unknown"
     raise AttributeError(f"module 'diht_jax' has no attribute '{name}'")

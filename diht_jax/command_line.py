@@ -23,7 +23,7 @@ import ml_collections
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from diht_jax.config import find_recipes, load_recipe
+from diht_jax.config import find_recipe, load_recipe
 from diht_jax.config.architecture import parse_fields
 from diht_jax.config.checks import check_names, walk
 from diht_jax.config.overrides import apply_overrides, take_unset_keys
@@ -38,6 +38,8 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _SHOWN_COUNTS = frozenset(10**power for power in range(16))
 _REMEMBERED_TEXTS = 256
 _LISTED_KEYS = 5
+# `--config PATH` in the arguments of a command line with zeros between them.
+_CONFIG_FLAG = r"(?:^|\0)--?config[=\0]([^:\0]+)"
 
 
 def run(
@@ -201,8 +203,7 @@ def parse_flags(
     try:
         if config_defaults is not None:
             given = flags.FLAGS.read_flags_from_files(given, force_gnu=False)
-            for path, _ in _named_recipes(given):
-                find_recipes(path)
+            given = _with_paths(given)
         if any(re.search(r"(^|=)None$", argument) for argument in given) and config_defaults:
             given, unset = take_unset_keys(given, config_defaults())
         sys.argv[:] = given  # ml_collections reads the keys of configs there
@@ -232,7 +233,20 @@ def parse_flags(
 
 def _named_recipes(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """The path and the arguments of each `--config PATH:ARGUMENTS` of a command line."""
-    return re.findall(r"(?:^|\0)--?config[=\0]([^:\0]+):?([^\0]*)", "\0".join(arguments))
+    return re.findall(_CONFIG_FLAG + r":?([^\0]*)", "\0".join(arguments))
+
+
+def _with_paths(arguments: Sequence[str]) -> list[str]:
+    """A command line with the paths of recipes in place of their names; finds all of them."""
+
+    def replace(match: re.Match) -> str:
+        try:
+            path = find_recipe(match[1])
+        except ValueError as error:
+            raise ValueError(f"--config={error}") from error
+        return match[0].removesuffix(match[1]) + str(path)
+
+    return re.sub(_CONFIG_FLAG, replace, "\0".join(arguments)).split("\0")
 
 
 def _refuse_unknown_keys(arguments: Sequence[str], defaults: ml_collections.ConfigDict) -> None:

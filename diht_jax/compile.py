@@ -1,6 +1,6 @@
 """Command: compile the training step of a recipe for another machine, without that machine.
 
-    python -m diht_jax.compile --config configs/diht_vitl14.py --topology v5e:16x16
+    python -m diht_jax.compile --config diht_vitl14 --topology v5e:16x16
 
 Prints, for one device and one step, memory, floating-point operations, traffic, communication and a
 roofline estimate. Fewer devices than the recipe is meant for take their part of its batch. Exits
@@ -48,7 +48,7 @@ _SAME_SETTINGS, _OTHER_POLICY = 0.85, 0.5
 
 def define_flags() -> None:
     """The command line of `main`."""
-    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
+    config_flags.DEFINE_config_file("config", None, "Recipe: a name such as emoji, or a path.")
     flags.DEFINE_string(
         "topology",
         None,

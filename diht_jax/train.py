@@ -1,6 +1,6 @@
 """Command: train a model.
 
-    python -m diht_jax.train --config configs/emoji.py --config.data.train=DIR --workdir DIR
+    python -m diht_jax.train --config emoji --config.data.train=DIR --workdir DIR
 
 The same command again goes on where the run stopped. A run that SIGTERM or ^C has stopped has
 saved its state and exits with 75; an error that no repetition mends exits with 78. On a
@@ -25,7 +25,7 @@ from diht_jax.training.stopping import EXIT_CODE, Stopped, exit_status
 
 def define_flags() -> None:
     """The command line of `main`."""
-    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
+    config_flags.DEFINE_config_file("config", None, "Recipe: a name such as emoji, or a path.")
     flags.DEFINE_string("workdir", None, "Directory of the run, or its URL in an object store.")
     distributed.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])

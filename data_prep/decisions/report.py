@@ -333,7 +333,7 @@ def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> li
     return [
         f"{short:,} of {arrived:,} captions have fewer than {_NAME_WORDS} words, as "
         "names of classes have, and the rules for captions are made for the sentences of the web: "
-        "configs/prep/convert.py is for names, and keeps every pair whose picture can be read"
+        "--config prep/convert is for names, and keeps every pair whose picture can be read"
     ]
 
 

@@ -1,6 +1,6 @@
 r"""Command: find the duplicates of a data set, before it is filtered.
 
-    python -m data_prep.duplicates --config configs/prep/duplicates.py \
+    python -m data_prep.duplicates --config prep/duplicates \
         --config.input='/data/raw/*.tar' --config.output=/data/duplicates
 
 Exact copies are found by their bytes, near-duplicates by embeddings: k-means on the devices of one
@@ -29,7 +29,9 @@ def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     from diht_jax import distributed  # it needs JAX, which no worker should wait for
 
-    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/duplicates.py.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe: a name such as prep/duplicates, or a path."
+    )
     flags.DEFINE_enum("engine", "local", ENGINES, "Local processes, or a Ray cluster.")
     command_line.define_job_array_flags()
     distributed.define_flags()
@@ -44,7 +46,7 @@ def main() -> None:
     values = flags.FLAGS
     config = values.config
     if config is None:
-        raise ValueError("--config is not set: expected a file such as configs/prep/duplicates.py")
+        raise ValueError("--config is not set: expected a recipe such as prep/duplicates")
     validate_config(config, duplicates_config.default_config())
     duplicates_config.check_config(config)
     index, count, engine = values.task_index, values.num_tasks, values.engine

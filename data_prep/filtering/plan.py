@@ -141,7 +141,7 @@ def _plan_tables(config: ml_collections.ConfigDict, folder: str) -> list[ShardTa
     if config.text_spotting or config.concepts:
         raise ValueError(
             "config.metadata_only reads no images: set config.text_spotting=False and "
-            "config.concepts=False, as configs/prep/metadata.py does"
+            "config.concepts=False, as --config prep/metadata does"
         )
     units = rows.list_units(config.input, config.source)
     if not units:

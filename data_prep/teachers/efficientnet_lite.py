@@ -3,7 +3,7 @@
     --config.teacher.torch.function=data_prep.teachers.efficientnet_lite:build
 
 A small pretrained network (4.7 M parameters; Tan and Le 2019, arXiv 1905.11946, without squeeze and
-excitation) that the package index ships: extra `teacher` of pyproject.toml. The recipe
+excitation) that the package index ships: extra `prep` of pyproject.toml. The recipe
 `configs/prep/concepts_efficientnet.py` has its normalisation.
 """
 

@@ -50,7 +50,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"config.teacher.kind='torch': {error.name} is not installed; run: pip install torch "
-            "(or 'diht_jax[teacher]', with the network of configs/prep/concepts_efficientnet.py)"
+            "(or 'diht_jax[prep]', with the network of --config prep/concepts_efficientnet)"
         ) from error
 
     identity = {

@@ -250,7 +250,7 @@ def _find_columns(
     if missing:
         raise ValueError(
             f"{describe_missing(source.path, names, missing)}; to filter a table of captions "
-            "without images use configs/prep/metadata.py"
+            "without images use --config prep/metadata"
         )
     return options
 

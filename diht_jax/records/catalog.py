@@ -262,7 +262,7 @@ def _shared_kind(files: Mapping[str, Iterable[str]]) -> str:
 
 def _convert(source: str) -> str:
     return (
-        "`python -m data_prep.filter --config configs/prep/convert.py "
+        "`python -m data_prep.filter --config prep/convert "
         f"--config.input={shlex.quote(source)} --config.output=FOLDER`"
     )
 

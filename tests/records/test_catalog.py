@@ -177,7 +177,7 @@ def test_a_shard_of_the_same_size_that_was_written_again_is_noticed_when_it_is_r
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl", "a.tar.gz"])
 def test_sources_that_are_no_shards_name_the_command_that_converts_them(tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1")
-    command = r"data_prep\.filter --config configs/prep/convert\.py --config\.input="
+    command = r"data_prep\.filter --config prep/convert --config\.input="
     for source in (tmp_path / name, tmp_path, tmp_path / "a.*"):
         with pytest.raises(ValueError, match=rf"{name}: .*{command}.?{re.escape(str(source))}"):
             open_catalog(source)
@@ -185,5 +185,5 @@ def test_sources_that_are_no_shards_name_the_command_that_converts_them(tmp_path
 
 def test_a_folder_of_pictures_names_the_command_that_converts_it(tmp_path):
     (tmp_path / "dog").mkdir()
-    with pytest.raises(ValueError, match=rf"convert\.py --config\.input={tmp_path}"):
+    with pytest.raises(ValueError, match=rf"prep/convert --config\.input={tmp_path}"):
         open_catalog(tmp_path)

@@ -62,7 +62,7 @@ def scan_tar(path: str) -> np.ndarray:
             raise TFRecordError(
                 f"{path}: a tar that is compressed ({compression}) has no random access; unpack it "
                 "to a plain .tar, or make record shards of it by `python -m data_prep.filter "
-                "--config configs/prep/convert.py`"
+                "--config prep/convert`"
             )
         members = walk_members(
             file,

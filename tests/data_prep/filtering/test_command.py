@@ -115,9 +115,9 @@ def test_the_recipe_for_names_is_named_where_cat_keeps_none(
     source = _write_table(tmp_path, rows)
     with caplog.at_level("WARNING"), contextlib.suppress(ValueError):
         run_filter(job_config(source, tmp_path / "out", recipe))
-    assert ("configs/prep/convert.py" in caplog.text) == is_named
+    assert ("prep/convert" in caplog.text) == is_named
     page = (tmp_path / "out" / "report.html").read_text()
-    assert ("configs/prep/convert.py" in page) == is_named
+    assert ("prep/convert" in page) == is_named
 
 
 def test_bad_captions_of_a_good_pair_are_gone(captioned):

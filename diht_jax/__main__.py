@@ -1,0 +1,39 @@
+"""Command: print the version, and the recipes that `--config NAME` takes.
+
+    python -m diht_jax --version
+
+The other commands are `python -m diht_jax.train`, `diht_jax.evaluate`, `data_prep.filter` and so
+on; each lists its flags with `--help`.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from absl import flags
+
+import diht_jax
+from diht_jax import command_line
+from diht_jax.config.recipes import list_recipes, recipe_folder
+from diht_jax.terminal import print_escaped
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_bool("version", False, "Print nothing but the version.")
+
+
+def main() -> None:
+    """Prints what the flags ask for."""
+    print_escaped(f"diht_jax {diht_jax.__version__}")
+    if flags.FLAGS.version:
+        return
+    print_escaped(f"\nRecipes in {recipe_folder()}:\n")
+    for name, path in list_recipes().items():
+        summary = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
+        print_escaped(f"  {name}\n      {summary}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,27 @@
+"""One version everywhere, and the citation as its format has it."""
+
+import re
+import tomllib
+
+import yaml
+
+from tests.make import REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+CITATION = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+
+
+def test_the_changelog_and_the_citation_are_of_this_version():
+    releases = re.findall(
+        r"(?m)^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", (REPOSITORY / "CHANGELOG.md").read_text()
+    )
+    version, date = releases[0]
+    assert version == CITATION["version"] == PROJECT["version"]
+    assert date == str(CITATION["date-released"])
+    assert releases == sorted(releases, key=lambda release: release[1], reverse=True)
+
+
+def test_the_citation_names_the_paper():
+    (paper,) = CITATION["references"]
+    assert {each["value"] for each in paper["identifiers"]} == {"arXiv:2301.02280"}
+    assert CITATION["license"] in PROJECT["license"]
