@@ -55,13 +55,13 @@ KEYS: dict[str, Any] = {
     "other_captions": "keep",
     "keep": "farthest",  # from its cluster's centre (SemDeDup), or the "largest" or "first" picture
     "clusters.count": Key(int, COUNT),  # None: by rows_per_cluster; 1 compares all with all
-    "clusters.rows_per_cluster": Key(5000, COUNT),
+    "clusters.rows_per_cluster": Key(5000, COUNT),  # about
     # Nearest clusters in which each row is compared; more find more.
     "clusters.probes": Key(1, COUNT),
     "clusters.iterations": Key(20, COUNT),  # of k-means, at most
     "clusters.train_rows_per_cluster": Key(256, COUNT),  # that k-means looks at, drawn at random
     "clusters.chunk_rows": Key(65_536, COUNT),  # on the devices at a time
-    "seed": 0,
+    "seed": 0,  # of k-means
     # Failed units without which the table is made: a share below 1 (0: none; else one at least),
     # or a number.
     "max_failed_shards": 0.01,

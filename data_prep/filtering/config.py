@@ -60,7 +60,7 @@ def default_config() -> ml_collections.ConfigDict:
     # What counts as the same input, or "hash", "size"; docs/guides/prepare/shards.md.
     c.input_identity = "time"
     c.dataset_name = "pairs"  # with the split it makes the names of the shards
-    c.split = "train"
+    c.split = "train"  # the second part of these names
 
     for step in registry.ordered_steps():
         step.add_defaults(c)

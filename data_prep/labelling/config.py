@@ -72,13 +72,13 @@ KEYS: dict[str, Any] = {
     "merge": False,
     "output_format": "tfrecord",  # or "array_record": of merged shards
     "dataset_name": "pairs",  # with the split it makes the names of merged shards
-    "split": "train",
+    "split": "train",  # the second part of these names
     "concepts": True,  # whether there are to be concept labels; False: CLIP embeddings alone
     "vocabulary.min_count": Key(10, COUNT),  # pairs that must mention a concept
     "vocabulary.max_objects": Key(10_000, NOT_NEGATIVE),  # the most frequent ones
-    "vocabulary.max_attributes": Key(2_000, NOT_NEGATIVE),
+    "vocabulary.max_attributes": Key(2_000, NOT_NEGATIVE),  # the most frequent ones
     "vocabulary.stop_objects": _STOP_OBJECTS,  # never concepts
-    "vocabulary.stop_attributes": _STOP_ATTRIBUTES,
+    "vocabulary.stop_attributes": _STOP_ATTRIBUTES,  # never concepts
     "embedding_dtype": "float16",  # of the kept embeddings; or "float32"
     "top_k": Key(10, Range(1, MAX_CONCEPTS)),  # objects, and attributes, kept of each image
     # GB on the local disk for embeddings that go to a store and are read again in the same run.

@@ -40,7 +40,7 @@ class CaptionStep(Step):
     @classmethod
     def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
         config.complexity = True  # C of CAT: drop captions of a complexity under min_complexity
-        config.min_complexity = 1
+        config.min_complexity = 1  # attributes and relations of the object that has most
         config.action = True  # A of CAT: drop captions without an action
 
     @classmethod

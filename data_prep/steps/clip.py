@@ -46,7 +46,7 @@ class ClipStep(Step):
         # Instead of min_score: drop this share of all pairs that have a score in the finished
         # folder `scores`, an earlier run of the same model.
         c.quantile = placeholder(float)
-        c.scores = placeholder(str)
+        c.scores = placeholder(str)  # that folder
         c.batch_size = 64  # pictures, or texts, that the model gets at a time
 
     @classmethod

@@ -51,7 +51,7 @@ class DecontaminateStep(Step):
         # Embeddings of the pairs by the same model: the --output of diht_jax.embed on config.input,
         # or a model for diht_jax.load_model that makes them.
         c.embeddings.pairs = placeholder(str)
-        c.embeddings.model = placeholder(str)
+        c.embeddings.model = placeholder(str)  # such a model
         c.embeddings.min_cosine = 0.85  # from which two pictures are the same; depends on the model
         c.embeddings.batch_size = 64  # pictures that the model gets at a time
 

@@ -115,8 +115,8 @@ def default_config() -> ml_collections.ConfigDict:
     """The config section `teacher.precomputed`."""
     c = ml_collections.ConfigDict()
     c.files = placeholder(str)  # npz or parquet: file, folder or glob
-    c.key_field = "key"
-    c.embedding_field = "image_emb"
+    c.key_field = "key"  # column or array of the keys
+    c.embedding_field = "image_emb"  # and of the embeddings
     return c
 
 

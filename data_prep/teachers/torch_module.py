@@ -32,7 +32,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.function = placeholder(str)  # "module:function", which returns a torch.nn.Module
     c.image_size = 224  # px
     c.mean = IMAGENET_MEAN  # per channel, for values in [0, 1]
-    c.std = IMAGENET_STD
+    c.std = IMAGENET_STD  # per channel
     return c
 
 

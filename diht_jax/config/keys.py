@@ -91,22 +91,22 @@ SHARE_NOT_0 = Range(0, 1, excludes_low=True)
 DEVICES = Range(1, also=-1)
 
 KEYS: dict[str, Key] = {
-    "seed": Key(0, Range(0, 2**32, excludes_high=True)),
+    "seed": Key(0, Range(0, 2**32, excludes_high=True)),  # of parameters, order, crops
     # Length of the run: exactly one of the three.
     "total_steps": Key(int, COUNT, END),
-    "total_examples": Key(int, COUNT, END),
-    "total_epochs": Key(float, POSITIVE, END),
+    "total_examples": Key(int, COUNT, END),  # instead of steps
+    "total_epochs": Key(float, POSITIVE, END),  # instead of steps
     # The last part of the run, trained without patch dropout: at most one of the three.
     "no_patch_dropout_steps": Key(int, COUNT, END),
-    "no_patch_dropout_examples": Key(int, COUNT, END),
-    "no_patch_dropout_epochs": Key(float, POSITIVE, END),
+    "no_patch_dropout_examples": Key(int, COUNT, END),  # instead of steps
+    "no_patch_dropout_epochs": Key(float, POSITIVE, END),  # instead of steps
     # Examples (global) embedded and back-propagated at once, with the exact gradient of the whole
     # batch (GradCache); None takes the whole batch at once.
     "micro_batch": Key(int, COUNT, FREE),
     # A name of diht_jax.models.zoo.
     "model.name": Key("diht_vitb32_224px"),
     "model.dtype": Key("bfloat16"),  # compute; softmax, LayerNorm statistics, losses stay float32
-    "model.param_dtype": Key("float32"),
+    "model.param_dtype": Key("float32"),  # and of the optimiser's state
     # Share of patches left out in training (FLIP, arXiv 2212.00794).
     "model.patch_dropout": Key(0.0, SHARE),
     # One compiled block for all layers; parameters stay per layer.
@@ -130,7 +130,7 @@ KEYS: dict[str, Key] = {
     # Low-rank adapters; nothing else of the model is trained then: docs/guides/train/finetuning.md.
     "lora.rank": Key(0, NOT_NEGATIVE),  # 0: no adapters
     "lora.alpha": Key(16.0, POSITIVE),  # the adapters' product counts alpha / rank times
-    "lora.towers": Key(("vision", "text")),
+    "lora.towers": Key(("vision", "text")),  # that get adapters
     "lora.matrices": Key(("in_proj", "out_proj", "fc_in", "fc_out")),  # of each block
     # A name of diht_jax.losses.registry: "softmax" (InfoNCE, HN-NCE) or "sigmoid" (SigLIP).
     "loss.kind": Key("softmax"),
@@ -144,34 +144,34 @@ KEYS: dict[str, Key] = {
     # Sizes of leading parts of the embeddings, such as (64, 128, 256), that have a loss of their
     # own, each with a weight; () weighs them like the whole embeddings, by 1.
     "matryoshka.sizes": Key(()),
-    "matryoshka.weights": Key(()),
+    "matryoshka.weights": Key(()),  # one for each size
     "optimizer.kind": Key("adamw"),  # "muon": orthogonal updates for the matrices of blocks
     "optimizer.learning_rate": Key(1e-3, NOT_NEGATIVE),  # peak
     # After the warm-up: "cosine", or "wsd": the peak until the last `decay_steps`.
     "optimizer.schedule": Key("cosine"),
-    "optimizer.warmup_steps": Key(2000, NOT_NEGATIVE),
-    "optimizer.decay_steps": Key(int, COUNT, END),
-    "optimizer.final_learning_rate": Key(0.0, NOT_NEGATIVE, END),
-    "optimizer.b1": Key(0.9, SHARE),
-    "optimizer.b2": Key(0.98, SHARE),
-    "optimizer.eps": Key(1e-6, NOT_NEGATIVE),
+    "optimizer.warmup_steps": Key(2000, NOT_NEGATIVE),  # the rate rises from 0 to its peak
+    "optimizer.decay_steps": Key(int, COUNT, END),  # of "wsd", at the end of the run
+    "optimizer.final_learning_rate": Key(0.0, NOT_NEGATIVE, END),  # after the last step
+    "optimizer.b1": Key(0.9, SHARE),  # decay of AdamW's mean of gradients
+    "optimizer.b2": Key(0.98, SHARE),  # and of the mean of their squares
+    "optimizer.eps": Key(1e-6, NOT_NEGATIVE),  # added to AdamW's divisor
     "optimizer.weight_decay": Key(0.1, NOT_NEGATIVE),  # on matrices only
-    "optimizer.clip_global_norm": Key(1.0, POSITIVE_OR_INF),
-    "optimizer.max_logit_scale": Key(100.0, POSITIVE_OR_INF),
+    "optimizer.clip_global_norm": Key(1.0, POSITIVE_OR_INF),  # of the gradients; inf: no limit
+    "optimizer.max_logit_scale": Key(100.0, POSITIVE_OR_INF),  # after exp
     # Patterns (regular expressions) of parameters that stay as they are: ("^vision/",) is LiT.
     "optimizer.frozen": Key(()),
     # (pattern, learning-rate factor, weight-decay factor); the first found in a name counts.
     "optimizer.multipliers": Key(()),
     # Learning rate of a block relative to the one above it, in both towers; None: all the same.
     "optimizer.layer_decay": Key(float, SHARE_NOT_0),
-    "optimizer.muon.momentum": Key(0.95, SHARE),
+    "optimizer.muon.momentum": Key(0.95, SHARE),  # decay of Muon's mean of gradients
     # Root mean square of an update; that of AdamW's, so that rate and decay keep their values.
     "optimizer.muon.rms": Key(0.2, POSITIVE),
     # Decay of the parameters' moving average; None keeps none.
     "ema.decay": Key(float, SHARE),
     # Devices along the axis; -1 takes those that are left.
     "mesh.data": Key(-1, DEVICES, FREE),
-    "mesh.fsdp": Key(1, DEVICES, FREE),
+    "mesh.fsdp": Key(1, DEVICES, FREE),  # that share the parameters and the optimiser's state
     # The machine that the recipe is meant for, as --topology of diht_jax.compile: "v5e:16x16".
     "topology": Key(str, resume=FREE),
     # Directory, glob or list of TFRecord shards; or several sources, name -> dict(path=...,
@@ -208,7 +208,7 @@ KEYS: dict[str, Key] = {
     "data.crop_scale": Key((0.9, 1.0), SHARE_NOT_0),
     # Reduced-scale JPEG decoding and OpenCV; False: Pillow, exactly.
     "data.fast_decode": Key(True),
-    "data.text_template": Key("{caption}"),
+    "data.text_template": Key("{caption}"),  # what the text tower reads
     # For a record with several captions: "first", or "sample" to draw one each time it comes.
     "data.captions": Key("first"),
     # By kind, such as "alt=1,synthetic=3", or a section whose weights may be schedules, as those of
@@ -227,16 +227,16 @@ KEYS: dict[str, Key] = {
     "compilation_cache": Key("~/.cache/diht_jax/compiled", resume=FREE, per_host=True),
     # The least recently used programs are deleted; inf: none are.
     "compilation_cache_max_gib": Key(10.0, POSITIVE_OR_INF, FREE, per_host=True),
-    "log_every_steps": Key(50, COUNT, FREE),
+    "log_every_steps": Key(50, COUNT, FREE),  # a line of metrics.jsonl
     # This many updates in a row with numbers that are not finite end the run.
     "max_skipped_steps": Key(10, COUNT, FREE),
     # The first update with such numbers ends the run, and the error names where they begin.
     "debug_nans": Key(False, resume=FREE),
     # Profiles these steps, both included.
     "profile.start_step": Key(int, COUNT, FREE),
-    "profile.stop_step": Key(int, COUNT, FREE),
-    "checkpoint.every_steps": Key(1000, COUNT, FREE),
-    "checkpoint.keep_last": Key(3, COUNT, FREE),
+    "profile.stop_step": Key(int, COUNT, FREE),  # the last one
+    "checkpoint.every_steps": Key(1000, COUNT, FREE),  # and at the end
+    "checkpoint.keep_last": Key(3, COUNT, FREE),  # older ones are deleted
     # Where a run in s3:// and the like works on disk; None: ~/.cache/diht_jax/staging. Hosts of one
     # job must share it. With a folder given, gs:// goes by way of it as well.
     "checkpoint.staging": Key(str, resume=FREE, per_host=True),
@@ -247,7 +247,7 @@ KEYS: dict[str, Key] = {
     # name -> dict(kind=..., source=..., OPTION=...), such as tasks.pets = dict(kind="retrieval",
     # source="/data/pets.tar"); or a text with commas, as --tasks of diht_jax.evaluate.
     "evaluation.tasks": Key(TextOrSections, resume=FREE, per_host=True),
-    "evaluation.batch_size": Key(512, COUNT, FREE),
+    "evaluation.batch_size": Key(512, COUNT, FREE),  # images, or texts, over all devices
     # Evaluates the moving average of the parameters.
     "evaluation.use_ema": Key(False, resume=FREE),
 }

@@ -175,12 +175,12 @@ class AffinityDistillation(Term):
     """
 
     settings: ClassVar[dict[str, Any]] = {
-        "weight": 0.0,
+        "weight": 0.0,  # of this loss; 0 leaves it out
         # What each teacher's similarities are divided by, or one for all; (): 1 / its logit scale.
         "temperatures": (),
-        # Of the teachers in the data; training fills them in.
+        # Numbers in an embedding of each teacher in the data; training fills them in.
         "widths": (),
-        "teachers_hash": placeholder(str),
+        "teachers_hash": placeholder(str),  # filled in by training
     }
 
     def check(self) -> None:

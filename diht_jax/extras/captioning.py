@@ -29,7 +29,7 @@ class Captioning(Term):
     """
 
     settings: ClassVar[dict[str, Any]] = {
-        "weight": 0.0,
+        "weight": 0.0,  # of this loss; 0 leaves it out
         "layers": 6,  # of the decoder, which is as wide as the text tower
         "remat": "none",  # as config.model.remat, of the decoder's blocks
         "chunk_tokens": 2048,  # tokens of a device whose logits are held at once

@@ -30,18 +30,18 @@ class ConceptDistillation(Term):
     """
 
     settings: ClassVar[dict[str, Any]] = {
-        "object_weight": Key(0.0, NOT_NEGATIVE),
-        "attribute_weight": Key(0.0, NOT_NEGATIVE),
-        "num_objects": Key(10_000, COUNT),
-        "num_attributes": Key(2_000, COUNT),
+        "object_weight": Key(0.0, NOT_NEGATIVE),  # of the loss on objects; 0: no head for them
+        "attribute_weight": Key(0.0, NOT_NEGATIVE),  # of the loss on attributes
+        "num_objects": Key(10_000, COUNT),  # logits of the head, at least the vocabulary's size
+        "num_attributes": Key(2_000, COUNT),  # logits of the other head
         "top_k": Key(10, COUNT),  # labels of each kind that are taken from a record
         "feature": "pooled",  # or "projected": the image tower's, before or after projection
         "learning_rate_multiplier": Key(10.0, NOT_NEGATIVE),  # for the heads
-        "weight_decay_multiplier": Key(0.01, NOT_NEGATIVE),
+        "weight_decay_multiplier": Key(0.01, NOT_NEGATIVE),  # for the heads
         "chunk_rows": Key(512, COUNT),  # examples of a device whose logits are held at once
         # Hashes of the data's vocabularies; training fills them in.
         "object_hash": Key(str),
-        "attribute_hash": Key(str),
+        "attribute_hash": Key(str),  # filled in by training
     }
 
     def check(self) -> None:

@@ -1,0 +1,53 @@
+"""Pages of the site that are made: README, CONTRIBUTING and CHANGELOG, and all keys of configs."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+
+import config_keys
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+# File next to `docs/` -> page of the site.
+TOP_PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages that are made."""
+    made = {
+        page: (REPOSITORY / name).read_text("utf-8")
+        for name, page in TOP_PAGES.items()
+        if (REPOSITORY / name).exists()
+    }
+    made |= {f"reference/config/{n}.md": text for n, text in config_keys.format_pages().items()}
+    for name, text in made.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Makes links to files of the repository links of the site."""
+    source = next((n for n, p in TOP_PAGES.items() if p == page.file.src_uri), None)
+    folder = "" if source else os.path.join("docs", os.path.dirname(page.file.src_uri))
+
+    def link(match: re.Match) -> str:
+        label, target, anchor = match[1], match[2], match[3] or ""
+        path = os.path.normpath(os.path.join(folder, target))
+        if not (REPOSITORY / path).exists():  # another host's, or code that looks like a link
+            return match[0]
+        if path not in TOP_PAGES and not path.startswith("docs/"):
+            return label  # a file that is no page
+        to = TOP_PAGES.get(path, path.removeprefix("docs/"))
+        return (
+            f"[{label}]({os.path.relpath(to, os.path.dirname(page.file.src_uri) or '.')}{anchor})"
+        )
+
+    return re.sub(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)", link, markdown)
