@@ -36,7 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Makes links to files of the repository links of the site."""
     source = next((n for n, p in TOP_PAGES.items() if p == page.file.src_uri), None)
-    folder = "" if source else os.path.join("docs", os.path.dirname(page.file.src_uri))
+    here = os.path.dirname(page.file.src_uri) or "."
+    folder = "" if source else os.path.join("docs", here)
 
     def link(match: re.Match) -> str:
         label, target, anchor = match[1], match[2], match[3] or ""

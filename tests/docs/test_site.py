@@ -1,0 +1,100 @@
+"""The site: each page is in its navigation and short, and every key of a config is described."""
+
+import importlib.util
+import re
+
+import pytest
+import yaml
+
+from data_prep.duplicates.config import default_config as duplicates_config
+from data_prep.filtering.config import default_config as filter_config
+from data_prep.labelling.config import default_config as label_config
+from diht_jax.config import default_config as train_config
+from tests.docs.pages import PAGES, REPOSITORY, page_name
+from tests.docs.test_links import known_keys
+
+DOCS = REPOSITORY / "docs"
+MOST_BYTES = 15_000
+CONFIGS = {
+    "train": train_config,
+    "filter": filter_config,
+    "label": label_config,
+    "duplicates": duplicates_config,
+}
+
+
+@pytest.fixture(scope="module")
+def config_keys():
+    path = DOCS / "hooks" / "config_keys.py"
+    spec = importlib.util.spec_from_file_location("config_keys", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pages_of(navigation):
+    """The files of a part of the navigation, in its order."""
+    if isinstance(navigation, str):
+        return [navigation]
+    parts = navigation.values() if isinstance(navigation, dict) else navigation
+    return [page for part in parts for page in pages_of(part)]
+
+
+def test_every_page_is_in_the_navigation_once():
+    text = re.sub(r"!!python/\S+", "", (REPOSITORY / "mkdocs.yml").read_text())
+    listed = pages_of(yaml.safe_load(text)["nav"])
+    made = {"index.md", "contributing.md", *(f"reference/config/{name}.md" for name in CONFIGS)}
+    if (REPOSITORY / "CHANGELOG.md").exists():
+        made.add("changelog.md")
+    written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    assert sorted(listed) == sorted(made | written)
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if DOCS in p.parents], ids=page_name)
+def test_pages_are_short(path):
+    assert path.stat().st_size < MOST_BYTES
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_key_is_described(config_keys, name):
+    page = config_keys.format_pages()[name]
+    described = re.findall(r"^`([\w.]+)`\n:   \S", page, re.MULTILINE)
+    keys = known_keys(CONFIGS[name]())
+    sections = {key.rpartition(".")[0] for key in keys}
+    assert sorted(described) == sorted(keys - sections)
+
+
+def test_comments_are_those_of_their_keys(config_keys):
+    source = '''
+class Size:
+    """A size.
+
+    Attributes:
+        width, height: in
+            pixels.
+    """
+
+    width: int = 1
+    height: int = 1
+
+def defaults(config):
+    # Above.
+    config.alpha = 1  # And behind.
+    c = config.section = new()
+    c.beta = 2  # of the section
+
+KEYS = {
+    # Two lines
+    # above.
+    "gamma.delta": 3,
+    "epsilon": 4,
+}
+'''
+    found = {name: text for name, text in config_keys.comments_of(source).items() if text}
+    assert found == {
+        "width": "in pixels.",
+        "height": "in pixels.",
+        "alpha": "Above. And behind.",
+        "section.beta": "of the section",
+        "gamma.delta": "Two lines above.",
+    }
