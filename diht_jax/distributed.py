@@ -43,6 +43,8 @@ _LONGEST_GREETING_BYTES = 300
 _SHOWN_PROCESSES = 16
 # What JAX reads of a Slurm step; a batch script that starts no step by `srun` has not all of it.
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+# What JAX answers of a host that is part of no cluster it knows.
+_NO_CLUSTER = (None, None, None)
 
 
 def define_flags() -> None:
@@ -113,7 +115,14 @@ def start(
         if cluster == "TPU":
             os.environ.setdefault(_PORT_VARIABLE, DEFAULT_PORT)
         found = _ask_cluster(start_warning_secs)
-        if found is not None:
+        if found == _NO_CLUSTER:  # a notebook's TPU, or a machine of one's own
+            logging.warning(
+                "this host has TPUs and JAX finds no pod that it is part of: the command runs on "
+                "this host alone. If there are more hosts, give --coordinator_address, "
+                "--num_processes and --process_id"
+            )
+            return
+        if found is not None and None not in found:
             call_roll(*found, start_warning_secs)
         jax.distributed.initialize(**timeouts)
     else:
@@ -188,7 +197,7 @@ def find_cluster() -> str | None:
         )
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return "Open MPI"
-    wants_tpu = env.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+    wants_tpu = (env.get("JAX_PLATFORMS") or "tpu").startswith("tpu")
     if wants_tpu and has_tpu():
         return "TPU"
     return None
@@ -201,14 +210,14 @@ def with_port(address: str) -> str:
     return f"{address}:{os.environ.get(_PORT_VARIABLE, DEFAULT_PORT)}"
 
 
-def _ask_cluster(timeout_secs: float) -> tuple[str, int, int] | None:
-    """Address, number of processes and number of this one; None where JAX does not say."""
+def _ask_cluster(timeout_secs: float) -> tuple[str | None, int | None, int | None] | None:
+    """Address, number of processes and number of this one; None where JAX cannot be asked."""
     try:
         from jax._src.clusters import ClusterEnv
 
         unset = (None, None, None, None, None)
         found = ClusterEnv.auto_detect_unset_distributed_params(*unset, timeout_secs)
-        return None if None in found[:3] else found[:3]
+        return found[:3]
     except Exception as error:  # JAX asks again, and its own error ends the command
         logging.warning("the job's processes are not known: %s. %s", error, _advice("a port"))
         return None

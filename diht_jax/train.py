@@ -14,13 +14,14 @@ import signal
 import sys
 import time
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
 from diht_jax import command_line, distributed
 from diht_jax.hardware import compiler
 from diht_jax.training.recipe import check_config, default_config
-from diht_jax.training.stopping import EXIT_CODE, Stopped, exit_status
+from diht_jax.training.stopping import EXIT_CODE, Stopped, begin_job, exit_status, job_status
 
 
 def define_flags() -> None:
@@ -44,6 +45,11 @@ def main() -> None:
     except ValueError as error:
         error.exit_status = exit_status(error)
         raise
+    except ConnectionError as error:
+        error.exit_status = job_status(error, workdir)
+        raise
+    if jax.process_count() > 1 and distributed.is_first():
+        begin_job(workdir)
     if xla_flags:
         logging.info("%s", xla_flags)
     compiler.keep_programs(config.get("compilation_cache"), config.compilation_cache_max_gib)
@@ -61,8 +67,9 @@ def main() -> None:
             os._exit(EXIT_CODE)
         sys.exit(EXIT_CODE)
     except Exception as error:
+        if jax.process_count() > 1:
+            distributed.end_job(error, job_status(error, workdir))
         error.exit_status = exit_status(error)
-        distributed.end_job(error, error.exit_status)
         raise
     logging.info("finished; results in %s", workdir)
 

@@ -35,6 +35,20 @@ def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends():
     assert len(messages) > 1 and all(address in line for line in messages)
 
 
+def test_a_start_whose_peer_has_ended_for_good_ends_for_good(tmp_path):
+    (tmp_path / "ended.json").write_text('{"process": 1, "error": "record 7: no picture"}')
+    command = [
+        *(sys.executable, "-m", "diht_jax.train", f"--workdir={tmp_path}"),
+        f"--config={make.REPOSITORY / 'configs' / 'demo.py'}",
+        "--config.data.train=unused",
+        *(f"--coordinator_address={free_address()}", "--num_processes=2", "--process_id=0"),
+        "--start_warning_secs=0.5",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECS)
+    assert ended.returncode == 78
+    assert "process 1 has ended for good: record 7: no picture" in ended.stderr
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(distributed, "_POLL_SECS", 0.1)
@@ -168,3 +182,18 @@ def test_tpu_pods_take_the_port_that_is_open(monkeypatch):
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **_: None)
     distributed.start()
     assert [call[:3] for call in called] == [("localhost:8476", 2, 1)]
+
+
+def test_tpus_that_are_part_of_no_pod_are_used_by_one_process(monkeypatch, caplog):
+    """What Colab, Kaggle and a machine of one's own have: devices, and no metadata."""
+    monkeypatch.setattr(distributed, "find_cluster", lambda: "TPU")
+    monkeypatch.delenv("JAX_COORDINATOR_PORT", raising=False)
+    with caplog.at_level("WARNING"):
+        distributed.start()
+    assert "on this host alone" in caplog.text
+
+
+def test_an_empty_choice_of_platforms_is_none(monkeypatch):
+    monkeypatch.setattr(distributed, "has_tpu", lambda: True)
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    assert distributed.find_cluster() == "TPU"

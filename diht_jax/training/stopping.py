@@ -20,10 +20,14 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
+from diht_jax.storage import files
+
 # EX_TEMPFAIL of sysexits.h: try the same again.
 EXIT_CODE = 75
 # EX_CONFIG of sysexits.h: the same command would end with the same error.
 LASTING_EXIT_CODE = 78
+# In the work directory, where a process of a job of several has ended for good.
+_MARKER = "ended.json"
 # Errors of the operating system that nothing but a change by the user mends.
 _LASTING_OS_ERRORS = (
     FileNotFoundError,
@@ -67,6 +71,35 @@ def exit_status(error: BaseException) -> int:
         return LASTING_EXIT_CODE
     is_temporary = any(isinstance(link, OSError | TemporaryError) for link in chain)
     return 1 if is_temporary else LASTING_EXIT_CODE
+
+
+def job_status(error: Exception, workdir: str) -> int:
+    """The exit status of one process of several, which may know of the error alone.
+
+    A process that ends for good leaves the reason in the work directory. The others find it there
+    once they have lost that process, or wait for it at their next start, and end for good as well:
+    a loop around their command would go on for ever.
+
+    Args:
+        error: that ends this process.
+        workdir: of the run, on a disk or in a store that all processes see.
+    """
+    marker, status = files.join(workdir, _MARKER), exit_status(error)
+    try:
+        if status == LASTING_EXIT_CODE:
+            files.make_folder(workdir)
+            files.write_object(marker, {"process": jax.process_index(), "error": str(error)})
+        elif (found := files.read_object(marker)) is not None:
+            logging.error("process %s has ended for good: %s", found["process"], found["error"])
+            return LASTING_EXIT_CODE
+    except OSError as failure:
+        logging.warning("%s: %s", marker, failure)
+    return status
+
+
+def begin_job(workdir: str) -> None:
+    """Forgets how a job of several processes ended before; called by one of them."""
+    files.remove(files.join(workdir, _MARKER))
 
 
 def error_chain(error: BaseException) -> list[BaseException]:

@@ -25,7 +25,9 @@ from diht_jax.training.stopping import (
     EXIT_CODE,
     LASTING_EXIT_CODE,
     Stopped,
+    begin_job,
     exit_status,
+    job_status,
 )
 from diht_jax.training.workdir.checkpoint import Checkpointer, SaveError
 from tests import make
@@ -193,6 +195,15 @@ def test_a_first_step_that_does_not_fit_is_not_tried_again(
         train(config, tmp_path, devices=jax.devices()[:1])
     assert exit_status(raised.value) == status
     assert ("Lower config.micro_batch" in str(raised.value)) == (status == LASTING_EXIT_CODE)
+
+
+def test_processes_learn_of_each_other_that_the_job_has_ended_for_good(tmp_path):
+    lost, workdir = ConnectionError("peer closed"), str(tmp_path / "run")
+    assert job_status(lost, workdir) == 1
+    assert job_status(ValueError("record '7': no picture"), workdir) == LASTING_EXIT_CODE
+    assert job_status(lost, workdir) == LASTING_EXIT_CODE
+    begin_job(workdir)
+    assert job_status(lost, workdir) == 1
 
 
 @pytest.mark.parametrize("image", [b"no picture", make.png()[:200]], ids=["junk", "truncated"])
