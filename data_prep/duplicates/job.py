@@ -95,6 +95,7 @@ def run(
     ):
         others = found.failed if in_step else ()
         reasons = {unit["source"]: unit["error"] for unit in others}
+        reasons |= found.explain_changed()
         own = {unit.output for unit in mine}
         reasons |= {str(u.source): _REMOVED for u in found.waiting if u.output in own}
         return Failures(print_failures(reasons | failures))

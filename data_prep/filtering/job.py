@@ -64,6 +64,8 @@ def run(
 ) -> Failures:
     """Does what is not done yet; see `data_prep.filter.run_filter` for arguments and errors."""
     job = plan.plan_job(config, task_index, num_tasks, engine, overwrite)
+    # The jobs of an array that is run once more have yet to find what has changed of their own.
+    was_complete = files.exists(files.join(job.folder, shards.MERGED_STATS))
     done = plan.find_done(job, overwrite)
     pending = [task for task in job.mine if task.output not in done]
     logging.info("%d shards, %d of them done before", len(job.mine), len(job.mine) - len(pending))
@@ -72,7 +74,9 @@ def run(
     _remove_half_written(job)
     failures = filter_parts(job, pending)
     done |= failures.made
-    result, missing = _finish(job, failures, done, has_begun=bool(pending))
+    result, missing = _finish(
+        job, failures, done, has_begun=bool(pending), was_complete=was_complete
+    )
     if missing:
         logging.warning(
             "%d finished shards are read again, since records that were made from them are "
@@ -99,7 +103,12 @@ def filter_parts(job: Job, pending: Sequence[ShardTask]) -> Failures:
 
 
 def _finish(
-    job: Job, failures: Failures, known: Mapping[str, dict[str, Any]], *, has_begun: bool
+    job: Job,
+    failures: Failures,
+    known: Mapping[str, dict[str, Any]],
+    *,
+    has_begun: bool,
+    was_complete: bool = False,
 ) -> tuple[Failures, list[ShardTask]]:
     """Writes the output if all jobs are done and no other job is writing it.
 
@@ -108,6 +117,7 @@ def _finish(
         failures: of this job.
         known: output -> statistics that were read before.
         has_begun: whether this job had parts to filter.
+        was_complete: whether there was an output when it began.
 
     Returns:
         The failures to report, and the tasks that must be filtered again before there is output.
@@ -123,7 +133,8 @@ def _finish(
             job.config.max_failed_shards, found, len(job.tasks), has_other_jobs=not is_alone
         ):
             _report_unfinished(job, found)
-            return Failures(_find_removed(job, found) | failures), []
+            changed = {} if was_complete else found.explain_changed()
+            return Failures(changed | _find_removed(job, found) | failures), []
         if job.is_resharded:
             not_made, missing = _write_resharded(job, found)
             if missing or not_made:

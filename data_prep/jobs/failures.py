@@ -22,6 +22,11 @@ from diht_jax.terminal import print_escaped
 # Status with which a command ends whose output is there, without the shards that failed.
 INCOMPLETE_STATUS = 3
 
+_CHANGED = (
+    "it has changed since another job of the array had read it: run that job again once nothing "
+    "writes to it any more, or the command without --num_tasks"
+)
+
 
 class Failures(dict[str, str]):
     """Sources that failed, with the reason.
@@ -50,12 +55,18 @@ class Survey(NamedTuple):
         failed: "source" and "error" of each task that failed when it was last tried.
         waiting: tasks that are neither, as far as their files tell.
         failed_tasks: those of `failed`.
+        changed: those of `waiting` that were done, and whose input is another one since.
     """
 
     parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]
     failed: list[dict[str, str]]
     waiting: Sequence[ShardTask]
     failed_tasks: list[ShardTask]
+    changed: Sequence[ShardTask]
+
+    def explain_changed(self) -> dict[str, str]:
+        """Source -> what to do, of each task of `changed`."""
+        return {str(task.source): _CHANGED for task in self.changed}
 
 
 def check_limit(name: str, limit: float) -> None:
@@ -158,15 +169,18 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
             failed_tasks.append(task)
         else:
             waiting.append(task)
+    changed = []
     if not waiting:
         unread = [task for task in there if task.output not in known]
         for task, stats, change in shards.check_all(unread):
             if stats is not None and change is None:
                 known[task.output] = trim_stats(stats)
+            elif stats is not None and stats.get("config_hash") == task.config_hash:
+                changed.append(task)
         waiting = [task for task in there if task.output not in known]
         there = [task for task in there if task.output in known]
     parts = [(task, known.get(task.output, {})) for task in there]
-    return Survey(parts, list(map(_read_note, failed_tasks)), waiting, failed_tasks)
+    return Survey(parts, list(map(_read_note, failed_tasks)), waiting, failed_tasks, changed)
 
 
 def _read_note(task: ShardTask) -> dict[str, str]:

@@ -143,6 +143,18 @@ def test_an_input_that_changes_while_the_filter_runs_is_filtered_again(
     assert "00001-2-0" in (output / "kept_keys.txt").read_text().split()
 
 
+def test_an_input_that_changes_after_its_job_of_an_array_has_ended_fails_the_last_job(tmp_path):
+    source, output = write_tars(tmp_path / "in", 4, pairs_per_tar=1), tmp_path / "out"
+    config = job_config(source, output)
+    assert run_filter(config, 0, 2) == {}
+    _add(tmp_path / "in", "00002.tar", like="00000.tar")
+    failures = run_filter(config, 1, 2)
+    assert list(failures) == [str(tmp_path / "in" / "00002.tar")] and failures.exit_status == 1
+    assert run_filter(config, 0, 2) == {}
+    run_filter(job_config(source, tmp_path / "fresh"))
+    assert snapshot(output) == snapshot(tmp_path / "fresh")
+
+
 def test_an_input_that_changes_whenever_it_was_read_fails(tmp_path, monkeypatch):
     source, output = write_tars(tmp_path / "in", 3, pairs_per_tar=1), tmp_path / "out"
     restless = tmp_path / "in" / "00001.tar"
