@@ -180,6 +180,7 @@ def average_models(
         preprocessing=pool.sources[model.name].preprocessing,
         heads={},
         dtype=dtype,
+        has_tokenizer=pool.sources[model.name].has_tokenizer,
         card=model_card(
             format,
             arch=model.arch,

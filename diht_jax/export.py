@@ -117,6 +117,7 @@ def export_model(
         preprocessing=source.preprocessing,
         heads=heads,
         dtype=dtype,
+        has_tokenizer=source.has_tokenizer,
         card=model_card(
             format,
             arch=source.arch,

@@ -115,6 +115,7 @@ def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> L
         mean=model.preprocessing.mean,
         std=model.preprocessing.std,
         decoder=jax.device_put(model.decoder, sharding.tree_shardings(model.decoder, mesh)),
+        has_tokenizer=model.has_tokenizer,
     )
 
 

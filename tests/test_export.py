@@ -21,6 +21,7 @@ from diht_jax.training.workdir.saved_run import write_config
 from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import write_safetensors
+from tests import make
 
 ARCH = Architecture(
     image_size=32,
@@ -183,6 +184,34 @@ def test_other_parts_of_an_architecture_reach_the_configs(tmp_path):
         output = tmp_path / format
         export_model(str(tmp_path / "a.safetensors"), format, output, architecture=fields)
         assert read_weights(output).arch == arch, format
+
+
+def test_a_small_vocabulary_comes_along(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = make.tiny_config(model__overrides__vocab_size=700)
+    (tmp_path / "run").mkdir()
+    run = load_model(make.write_run(tmp_path / "run", config))
+    texts = ["a red heart", "two croissants"]
+    expected = run.tokenize(texts)
+    assert expected.max() == 699
+    for format in ("open_clip", "huggingface"):
+        export_model(str(tmp_path / "run"), format, tmp_path / format)
+        found = load_model(tmp_path / format)
+        np.testing.assert_array_equal(found.tokenize(texts), expected, err_msg=format)
+        assert found.fingerprint() == run.fingerprint()
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "huggingface")(texts)
+    assert theirs["input_ids"] == [[i for i in row if i] for row in expected.tolist()]
+
+
+def test_another_vocabulary_takes_ids_alone(tmp_path):
+    write_safetensors(
+        tmp_path / "a.safetensors", random_tensors(dataclasses.replace(ARCH, vocab_size=700))
+    )
+    for format in ("safetensors", "huggingface"):
+        export_model(str(tmp_path / "a.safetensors"), format, tmp_path / format)
+        model = load_model(tmp_path / format)
+        with pytest.raises(ValueError, match="vocabulary of 700 entries is not CLIP's"):
+            model.encode_text(["a red heart"])
 
 
 def test_concept_heads_are_left_out_or_kept(tmp_path):

@@ -3,6 +3,9 @@
 The byte-pair encoding runs in the Rust library `tokenizers`; the merges are CLIP's own (see
 bpe_simple_vocab_16e6.md). No model and no image code may come in here.
 
+A small model has a small vocabulary: the bytes, the first of CLIP's merges, and the two markers.
+Any text can still be encoded; rare words become more pieces.
+
 Safe in threads and in forked workers: texts are encoded one by one, which never starts the
 library's thread pool, so there is nothing that a fork could leave locked.
 """
@@ -24,6 +27,8 @@ CONTEXT_LENGTH = 77
 VOCAB_SIZE = 49_408
 START_OF_TEXT_ID = 49_406
 END_OF_TEXT_ID = 49_407
+_NUM_BYTES = 2 * 256  # pieces of one byte: within a word, and at its end
+SMALLEST_VOCAB = _NUM_BYTES + 2
 
 # Looked at of a text, for each id that it may give. The longest piece of the vocabulary has 32
 # bytes, and cleaning hardly shortens a text to a 32nd; all of 10 MB would take ten seconds.
@@ -31,7 +36,6 @@ _CHARACTERS_PER_ID = 1024
 
 _MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _START_OF_TEXT, _END_OF_TEXT = "<start_of_text>", "<end_of_text>"
-_SPECIAL_IDS = {_START_OF_TEXT: START_OF_TEXT_ID, _END_OF_TEXT: END_OF_TEXT_ID}
 _END_OF_WORD = "</w>"
 
 # Words are: the two markers, contractions, runs of letters, single digits, runs of anything else.
@@ -44,7 +48,11 @@ _WORD_PATTERN = (
 )
 
 
-def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -> np.ndarray:
+def tokenize(
+    texts: str | Sequence[str],
+    context_length: int = CONTEXT_LENGTH,
+    vocab_size: int = VOCAB_SIZE,
+) -> np.ndarray:
     """Token ids as CLIP makes them: start, text, end, zeros.
 
     Args:
@@ -52,12 +60,14 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -
             repaired, whitespace collapsed, lower-cased).
         context_length: t, at least 2. A longer text is cut, and its last id is the end marker; of
             a text with more than 1,024 t characters, those behind them are not looked at.
+        vocab_size: entries of the model's vocabulary, at least 514. The last two are the markers;
+            of more than CLIP's 49,408 the rest is unused.
 
     Returns:
         int32 [b, t]; b is 1 for a single string.
 
     Raises:
-        ValueError: an element is no string, or `context_length` is too small.
+        ValueError: an element is no string, or `context_length` or `vocab_size` is too small.
 
     Source: the tokenizer of CLIP (arXiv 2103.00020), as open_clip has it.
     """
@@ -69,6 +79,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -
         raise ValueError(
             f"context_length: expected at least 2 (start and end of text), got {context_length}"
         )
+    vocab_size = check_vocab_size(vocab_size)
     ids = np.zeros((len(texts), context_length), np.int32)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
@@ -79,17 +90,32 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -
         most = _CHARACTERS_PER_ID * context_length
         if len(text) > most:
             text = text.lstrip()[:most]
-        words = _encode_words(clean_text(text))[: context_length - 2]
-        ids[row, : len(words) + 2] = [START_OF_TEXT_ID, *words, END_OF_TEXT_ID]
+        words = _encode_words(clean_text(text), vocab_size)[: context_length - 2]
+        ids[row, : len(words) + 2] = [vocab_size - 2, *words, vocab_size - 1]
     return ids
 
 
-def decode(ids: Iterable[int]) -> str:
+def check_vocab_size(vocab_size: int) -> int:
+    """Entries that are used of a model's vocabulary, at most CLIP's.
+
+    Raises:
+        ValueError: too few for the bytes and the markers.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise ValueError(
+            f"vocab_size: expected at least {SMALLEST_VOCAB} (all bytes, start and end of text), "
+            f"got {vocab_size}"
+        )
+    return min(vocab_size, VOCAB_SIZE)
+
+
+def decode(ids: Iterable[int], vocab_size: int = VOCAB_SIZE) -> str:
     """The cleaned text that a row of ids stands for.
 
     Args:
         ids: integers [t]: a row of `tokenize`, or a part of one. Start markers are left out, and
             what follows the first end marker (padding) is ignored.
+        vocab_size: of `tokenize`.
 
     Returns:
         The text with one space after each word, where CLIP's vocabulary keeps no trace of the
@@ -104,14 +130,15 @@ def decode(ids: Iterable[int]) -> str:
         raise ValueError(
             f"ids: expected one row of integers [t], got shape {ids.shape} of {ids.dtype}"
         )
-    pieces, to_byte = vocabulary(), _byte_of_character()
+    vocab_size = check_vocab_size(vocab_size)
+    pieces, to_byte = vocabulary(vocab_size), _byte_of_character()
     text = bytearray()
     for token_id in ids.tolist():
-        if not 0 <= token_id < VOCAB_SIZE:
-            raise ValueError(f"ids: expected 0 <= id < {VOCAB_SIZE}, got {token_id}")
-        if token_id == END_OF_TEXT_ID:
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"ids: expected 0 <= id < {vocab_size}, got {token_id}")
+        if token_id == vocab_size - 1:
             break
-        if token_id == START_OF_TEXT_ID:
+        if token_id == vocab_size - 2:
             continue
         piece = pieces[token_id]
         text.extend(to_byte[character] for character in piece.removesuffix(_END_OF_WORD))
@@ -127,27 +154,28 @@ def clean_text(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
-def _encode_words(text: str) -> list[int]:
+def _encode_words(text: str, vocab_size: int) -> list[int]:
     """Ids of a cleaned text, without the markers at its ends."""
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(vocab_size)
     if _START_OF_TEXT not in text and _END_OF_TEXT not in text:
         return tokenizer.encode(text, add_special_tokens=False).ids
     # A caption that spells a marker out gets the marker's id, as in CLIP, but only where the
     # pattern sees it as a word; the library's own special tokens would match anywhere.
+    markers = {_START_OF_TEXT: vocab_size - 2, _END_OF_TEXT: vocab_size - 1}
     ids = []
     for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
-        if word in _SPECIAL_IDS:
-            ids.append(_SPECIAL_IDS[word])
+        if word in markers:
+            ids.append(markers[word])
         else:
             ids.extend(token.id for token in tokenizer.model.tokenize(word))
     return ids
 
 
 @functools.cache
-def _tokenizer() -> tokenizers.Tokenizer:
-    ids = {piece: token_id for token_id, piece in enumerate(vocabulary())}
+def _tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
+    ids = {piece: token_id for token_id, piece in enumerate(vocabulary(vocab_size))}
     tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab=ids, merges=merges(), end_of_word_suffix=_END_OF_WORD)
+        models.BPE(vocab=ids, merges=merges(vocab_size), end_of_word_suffix=_END_OF_WORD)
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -159,22 +187,22 @@ def _tokenizer() -> tokenizers.Tokenizer:
 
 
 @functools.cache
-def vocabulary() -> list[str]:
+def vocabulary(vocab_size: int = VOCAB_SIZE) -> list[str]:
     """The vocabulary by id: bytes, bytes that end a word, merges, markers."""
     characters = list(_byte_of_character())
     return [
         *characters,
         *(character + _END_OF_WORD for character in characters),
-        *("".join(merge) for merge in merges()),
+        *("".join(merge) for merge in merges(vocab_size)),
         _START_OF_TEXT,
         _END_OF_TEXT,
     ]
 
 
 @functools.cache
-def merges() -> list[tuple[str, str]]:
-    """The merges that CLIP uses: those after the header that fill its vocabulary."""
-    num_merges = VOCAB_SIZE - 2 * 256 - 2
+def merges(vocab_size: int = VOCAB_SIZE) -> list[tuple[str, str]]:
+    """The merges that fill a vocabulary, in CLIP's order: those after the header."""
+    num_merges = vocab_size - SMALLEST_VOCAB
     packed = importlib.resources.files("diht_jax.data").joinpath(_MERGES_FILE).read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")
     return [tuple(line.split(" ")) for line in lines[1 : num_merges + 1]]

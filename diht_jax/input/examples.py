@@ -49,6 +49,7 @@ class DecodeExample(grain.transforms.RandomMap):
         class_key: of the metadata; records with this key have the id of its value instead.
         decode_record: element of the source -> record; see `for_source`.
         clip_facts: of the teachers' embeddings; None where the source has none.
+        vocab_size: entries of the text tower's vocabulary.
     """
 
     image_size: int
@@ -64,10 +65,15 @@ class DecodeExample(grain.transforms.RandomMap):
     class_key: str | None = None
     decode_record: Callable[[Any], schema.Record] = schema.decode_record
     clip_facts: ClipFacts | None = None
+    vocab_size: int = tokenizer.VOCAB_SIZE
 
     def __post_init__(self):
         if _CAPTION not in self.text_template:
             raise ValueError(f"config.data.text_template='{self.text_template}': lacks {_CAPTION}")
+        try:
+            tokenizer.check_vocab_size(self.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"config.model.overrides.{error}") from error
 
     def for_source(
         self, source: Any, labels: LabelRecords | None = None, clips: LabelRecords | None = None
@@ -142,7 +148,10 @@ class DecodeExample(grain.transforms.RandomMap):
         if self.caption_choice is not None:
             caption = self.caption_choice.choose(record, rng.random(), position)
         text = self.text_template.replace(_CAPTION, caption)
-        example = {"tokens": tokenizer.tokenize(text, self.context_length)[0], **view}
+        example = {
+            "tokens": tokenizer.tokenize(text, self.context_length, self.vocab_size)[0],
+            **view,
+        }
         if self.pair_ids:
             found = None if self.class_key is None else record.metadata.get(self.class_key)
             example["pair_ids"] = pair_id(example["tokens"], found)

@@ -28,7 +28,8 @@ class Architecture:
         text_layers, text_width, text_heads: the text tower.
         embed_dim: size `d` of the shared embedding.
         context_length: text length, in tokens.
-        vocab_size: entries of the BPE vocabulary.
+        vocab_size: entries of the BPE vocabulary; fewer than CLIP's 49,408 hold the first of its
+            merges.
         activation: of the MLPs: "gelu" (exact, DiHT's and open_clip's) or "quick_gelu" (OpenAI's
             x * sigmoid(1.702 x)).
         layer_norm_epsilon: torch's default, which released CLIP weights were trained with.

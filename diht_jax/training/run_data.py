@@ -45,6 +45,7 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
         caption_choice=choice,
         pair_ids=needs_pair_ids(config),
         class_key=config.data.class_key,
+        vocab_size=arch.vocab_size,
     )
     return check_together(
         lambda: open_mixture(

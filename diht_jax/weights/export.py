@@ -21,8 +21,10 @@ from diht_jax.weights import clip_layout, huggingface, open_clip_config, tokeniz
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import (
     HUGGINGFACE_CONFIG,
+    HUGGINGFACE_MERGES,
     HUGGINGFACE_PREPROCESSOR,
     OPEN_CLIP_CONFIG,
+    TOKENIZER_KIND,
 )
 from diht_jax.weights.tensor_files import write_safetensors, write_torch
 
@@ -44,6 +46,7 @@ def write_model(
     heads: Mapping[str, np.ndarray],
     card: str,
     dtype: str = "float32",
+    has_tokenizer: bool = True,
 ) -> None:
     """Writes a model directory.
 
@@ -56,6 +59,7 @@ def write_model(
         heads: concept heads to keep, by their names in the file; empty leaves them out.
         card: text of the model card.
         dtype: of the stored parameters, a key of `DTYPES`.
+        has_tokenizer: see `ModelFiles`.
 
     Raises:
         ValueError: unknown format or dtype, heads that the format cannot hold, files in the way.
@@ -73,9 +77,12 @@ def write_model(
     write_bytes(output / CARD_FILE, card.encode())
     if format == "huggingface":
         _write_huggingface(output, tensors, arch, preprocessing, dtype)
+        if has_tokenizer and arch.vocab_size <= tokenizer.VOCAB_SIZE:
+            _write_huggingface_tokenizer(output, arch)
     else:
         config = open_clip_config.make_config(arch, preprocessing)
-        _write_json(output / OPEN_CLIP_CONFIG, {**config, "tokenizer": _tokenizer_settings(arch)})
+        settings = _tokenizer_settings(arch, has_tokenizer)
+        _write_json(output / OPEN_CLIP_CONFIG, {**config, "tokenizer": settings})
         if format == "clip":
             write_torch(output / "model.pt", tensors)
         else:
@@ -107,26 +114,23 @@ def _write_huggingface(
     _write_json(output / HUGGINGFACE_CONFIG, huggingface.make_config(arch, dtype))
     preprocessor = huggingface.make_preprocessor(arch, preprocessing)
     _write_json(output / HUGGINGFACE_PREPROCESSOR, preprocessor)
-    # A text tower with another vocabulary has another tokenizer, which we do not know.
-    if arch.vocab_size == tokenizer.VOCAB_SIZE:
-        _write_huggingface_tokenizer(output, arch.context_length)
     write_safetensors(output / "model.safetensors", tensors)
 
 
-def _write_huggingface_tokenizer(output: pathlib.Path, context_length: int) -> None:
-    pieces = tokenizer_file.pieces()
-    _write_json(output / "vocab.json", {piece: i for i, piece in enumerate(pieces)})
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges())]
-    write_bytes(output / "merges.txt", ("\n".join(lines) + "\n").encode())
-    write_bytes(
-        output / "tokenizer.json", tokenizer_file.make_tokenizer().to_str(pretty=True).encode()
+def _write_huggingface_tokenizer(output: pathlib.Path, arch: Architecture) -> None:
+    pieces, made = (
+        make(arch.vocab_size) for make in (tokenizer_file.pieces, tokenizer_file.make_tokenizer)
     )
+    _write_json(output / "vocab.json", {piece: i for i, piece in enumerate(pieces)})
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges(arch.vocab_size))]
+    write_bytes(output / HUGGINGFACE_MERGES, ("\n".join(lines) + "\n").encode())
+    write_bytes(output / "tokenizer.json", made.to_str(pretty=True).encode())
     markers = {"bos_token": tokenizer_file.START_OF_TEXT}
     markers |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), tokenizer_file.END_OF_TEXT)
     config = {
         # Not CLIPTokenizer, which would put its own normaliser before that of tokenizer.json.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context_length,
+        "model_max_length": arch.context_length,
         "model_input_names": ["input_ids", "attention_mask"],
         **markers,
     }
@@ -134,16 +138,17 @@ def _write_huggingface_tokenizer(output: pathlib.Path, context_length: int) -> N
     _write_json(output / "special_tokens_map.json", markers)
 
 
-def _tokenizer_settings(arch: Architecture) -> dict[str, Any]:
+def _tokenizer_settings(arch: Architecture, has_tokenizer: bool) -> dict[str, Any]:
     """Facts about the tokenizer, for formats that have no tokenizer files."""
     sizes = {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
-    if arch.vocab_size != tokenizer.VOCAB_SIZE:
+    if not has_tokenizer or arch.vocab_size < tokenizer.SMALLEST_VOCAB:
         return sizes
+    used = tokenizer.check_vocab_size(arch.vocab_size)
     return {
-        "kind": "CLIP byte-pair encoding (bpe_simple_vocab_16e6), lower case",
+        "kind": TOKENIZER_KIND,
         **sizes,
-        "start_of_text_id": tokenizer.START_OF_TEXT_ID,
-        "end_of_text_id": tokenizer.END_OF_TEXT_ID,
+        "start_of_text_id": used - 2,
+        "end_of_text_id": used - 1,
         "padding_id": 0,
     }
 

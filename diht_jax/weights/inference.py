@@ -57,6 +57,7 @@ class LoadedModel:
         mean: Sequence[float] = transforms.CLIP_MEAN,
         std: Sequence[float] = transforms.CLIP_STD,
         decoder: dict[str, Any] | None = None,
+        has_tokenizer: bool = True,
     ):
         """Wraps parameters of `models.parameters` that are on `mesh`.
 
@@ -67,10 +68,12 @@ class LoadedModel:
             batch_size: most examples embedded at once, over all devices.
             mean, std: of the pictures, per channel, for values in [0, 1].
             decoder: parameters of the caption decoder, of a model that was trained with one.
+            has_tokenizer: texts are tokenized by `data.tokenizer`; otherwise it takes ids alone.
         """
         self.config, self.step = config, step
         self.image_size, self.context_length = image_size, context_length
         self._params, self._decoder = params, decoder
+        self._has_tokenizer = has_tokenizer
         self._batch_sharding = sharding.batch_sharding(mesh)
         self._num_devices = mesh.size
         self._batch_size = math.ceil(batch_size / mesh.size) * mesh.size
@@ -96,8 +99,8 @@ class LoadedModel:
                 decoder,
                 image_tokens,
                 keys,
-                start_id=tokenizer.START_OF_TEXT_ID,
-                end_id=tokenizer.END_OF_TEXT_ID,
+                start_id=self._used_vocab_size - 2,
+                end_id=self._used_vocab_size - 1,
                 length=length,
                 top_k=top_k,
                 temperature=temperature,
@@ -149,8 +152,7 @@ class LoadedModel:
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Texts -> int32 [b, context_length]."""
-        self._check_vocabulary()
-        return tokenizer.tokenize(texts, self.context_length)
+        return tokenizer.tokenize(texts, self.context_length, self._used_vocab_size)
 
     def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
         """Embeds images.
@@ -232,7 +234,7 @@ class LoadedModel:
             raise ValueError(
                 "this model has no caption decoder: it was trained without config.captioning.weight"
             )
-        self._check_vocabulary()
+        vocab_size = self._used_vocab_size
         most = self._decoder["positional_embedding"].shape[0] - 2
         max_tokens = most if max_tokens is None else max_tokens
         if not 1 <= max_tokens <= most:
@@ -253,18 +255,22 @@ class LoadedModel:
         rows = np.arange(len(pixels), dtype=np.int32)
         for batch, batch_rows in zip(self._batches(pixels), self._batches(rows), strict=True):
             written.append(np.asarray(write(self._params, self._decoder, batch, batch_rows)))
-        return [tokenizer.decode(row) for part in written for row in part][: len(pixels)]
+        rows = [tokenizer.decode(row, vocab_size) for part in written for row in part]
+        return rows[: len(pixels)]
 
     @property
     def _vocab_size(self) -> int:
         return self._params["text"]["token_embedding"]["embedding"].shape[0]
 
-    def _check_vocabulary(self) -> None:
-        if self._vocab_size < tokenizer.VOCAB_SIZE:
+    @property
+    def _used_vocab_size(self) -> int:
+        """Entries of the vocabulary that the tokenizer uses; raises ValueError without one."""
+        if not self._has_tokenizer:
             raise ValueError(
                 f"this model's vocabulary of {self._vocab_size} entries is not CLIP's; tokenize "
                 "its texts elsewhere and give `encode_text` the ids"
             )
+        return tokenizer.check_vocab_size(self._vocab_size)
 
     def _pixels_of_all(self, images: Picture | Iterable[Picture]) -> np.ndarray:
         """uint8 [b, size, size, 3] of what `encode_image` takes."""

@@ -26,17 +26,21 @@ from etils import epath
 
 from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.config.checks import nearest_name
+from diht_jax.data import tokenizer
 from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import Architecture
 from diht_jax.weights import clip_layout, huggingface, open_clip_config
 from diht_jax.weights.layout import from_layout
 from diht_jax.weights.releases import hash_file
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.settings import ConfigSection, Preprocessing
 from diht_jax.weights.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_tensors
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HUGGINGFACE_CONFIG = "config.json"
 HUGGINGFACE_PREPROCESSOR = "preprocessor_config.json"
+HUGGINGFACE_MERGES = "merges.txt"
+# In `open_clip_config.json`; its first merges, where the vocabulary is smaller than CLIP's.
+TOKENIZER_KIND = "CLIP byte-pair encoding (bpe_simple_vocab_16e6), lower case"
 
 # Where a directory holds several weight files, the first of these is taken.
 _PREFERRED = (
@@ -66,6 +70,7 @@ class ModelFiles:
         loss_scalars: of a run, what its loss has learnt, such as SigLIP's `logit_bias`.
         step: optimiser step, of a run.
         ema: whether these are the moving average of the parameters.
+        has_tokenizer: its texts are tokenized by `data.tokenizer`.
     """
 
     arch: Architecture
@@ -79,6 +84,7 @@ class ModelFiles:
     loss_scalars: dict[str, float] = dataclasses.field(default_factory=dict)
     step: int | None = None
     ema: bool = False
+    has_tokenizer: bool = True
 
     @property
     def is_run(self) -> bool:
@@ -112,7 +118,7 @@ def read_weights(
     file = find_weight_file(path) if path.is_dir() else path
     tensors = read_tensors(file)
     is_huggingface = "vision_model.embeddings.class_embedding" in tensors
-    arch, preprocessing = _read_settings(file.parent, is_huggingface)
+    arch, preprocessing, has_tokenizer = _read_settings(file.parent, is_huggingface)
     if arch is None:
         if is_huggingface:
             raise ValueError(
@@ -143,6 +149,7 @@ def read_weights(
         heads=heads,
         preprocessing=preprocessing,
         sha256=None if file.name.endswith(INDEX_SUFFIX) else hash_file(file),
+        has_tokenizer=has_tokenizer or arch.vocab_size >= tokenizer.VOCAB_SIZE,
     )
 
 
@@ -189,24 +196,38 @@ def list_weight_files(folder: epath.Path) -> list[str]:
 
 def _read_settings(
     folder: pathlib.Path, is_huggingface: bool
-) -> tuple[Architecture | None, Preprocessing]:
-    """The settings in the configs of the file's directory; no architecture without a config."""
+) -> tuple[Architecture | None, Preprocessing, bool]:
+    """The settings in the configs of the file's directory; no architecture without a config.
+
+    The last one is whether a config names our tokenizer.
+    """
     if is_huggingface:
         config, preprocessor = folder / HUGGINGFACE_CONFIG, folder / HUGGINGFACE_PREPROCESSOR
-        arch, preprocessing = None, Preprocessing()
+        arch, preprocessing, has_tokenizer = None, Preprocessing(), False
         if config.is_file():
             arch = huggingface.read_architecture(_read_json(config), str(config))
+            has_tokenizer = _has_our_merges(folder / HUGGINGFACE_MERGES, arch.vocab_size)
         if preprocessor.is_file():
             found = _read_json(preprocessor)
             preprocessing = huggingface.read_preprocessing(found, str(preprocessor))
-        return arch, preprocessing
+        return arch, preprocessing, has_tokenizer
     path = folder / OPEN_CLIP_CONFIG
     if path.is_file():
         content = _read_json(path)
         arch = open_clip_config.read_architecture(content.get("model_cfg", content), str(path))
         preprocessing = content.get("preprocess_cfg", {})
-        return arch, open_clip_config.read_preprocessing(preprocessing, str(path))
-    return None, Preprocessing()
+        section = ConfigSection(content.get("tokenizer"), "tokenizer", str(path))
+        has_tokenizer = section.values.get("kind") == TOKENIZER_KIND
+        return arch, open_clip_config.read_preprocessing(preprocessing, str(path)), has_tokenizer
+    return None, Preprocessing(), False
+
+
+def _has_our_merges(path: pathlib.Path, vocab_size: int) -> bool:
+    """Returns whether a tokenizer's merges are the first of CLIP's that fill the vocabulary."""
+    if not path.is_file() or vocab_size < tokenizer.SMALLEST_VOCAB:
+        return False
+    merges = [" ".join(pair) for pair in tokenizer.merges(min(vocab_size, tokenizer.VOCAB_SIZE))]
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1] == merges
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -43,17 +43,17 @@ _WORDS = (
 )
 
 
-def pieces() -> list[str]:
+def pieces(vocab_size: int) -> list[str]:
     """The vocabulary by id, with the markers as transformers calls them."""
-    return [*tokenizer.vocabulary()[: tokenizer.START_OF_TEXT_ID], START_OF_TEXT, END_OF_TEXT]
+    return [*tokenizer.vocabulary(vocab_size)[:-2], START_OF_TEXT, END_OF_TEXT]
 
 
-def make_tokenizer() -> tokenizers.Tokenizer:
+def make_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
     """The tokenizer for `PreTrainedTokenizerFast`, with both markers around each text."""
     made = tokenizers.Tokenizer(
         models.BPE(
-            vocab={piece: number for number, piece in enumerate(pieces())},
-            merges=tokenizer.merges(),
+            vocab={piece: number for number, piece in enumerate(pieces(vocab_size))},
+            merges=tokenizer.merges(vocab_size),
             end_of_word_suffix="</w>",
             unk_token=END_OF_TEXT,
         )
@@ -66,8 +66,8 @@ def make_tokenizer() -> tokenizers.Tokenizer:
         ]
     )
     made.post_processor = processors.RobertaProcessing(
-        (END_OF_TEXT, tokenizer.END_OF_TEXT_ID),
-        (START_OF_TEXT, tokenizer.START_OF_TEXT_ID),
+        (END_OF_TEXT, vocab_size - 1),
+        (START_OF_TEXT, vocab_size - 2),
         trim_offsets=False,
         add_prefix_space=False,
     )

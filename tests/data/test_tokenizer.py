@@ -116,3 +116,34 @@ def test_what_stands_far_behind_the_last_id_changes_nothing(words, monkeypatch):
     expected = tokenizer.tokenize(text)
     monkeypatch.setattr(tokenizer, "_CHARACTERS_PER_ID", 64)  # a 16th of the real bound
     np.testing.assert_array_equal(tokenizer.tokenize(text), expected)
+
+
+@pytest.mark.parametrize("vocab_size", [514, 515, 4096])
+def test_a_small_vocabulary_equals_open_clip_with_as_many_merges(vocab_size, shared_data):
+    from open_clip.tokenizer import SimpleTokenizer
+
+    theirs = SimpleTokenizer()
+    num_merges = vocab_size - 514
+    theirs.bpe_ranks = {k: rank for k, rank in theirs.bpe_ranks.items() if rank < num_merges}
+    markers = ("<start_of_text>", "<end_of_text>")
+    theirs.encoder |= {marker: vocab_size - 2 + i for i, marker in enumerate(markers)}
+    theirs.cache = {marker: marker for marker in markers}
+    captions = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()[:300]
+    texts = [*captions, *(text for text in HARD_TEXTS if len(text) < 500)]
+    ours = tokenizer.tokenize(texts, 600, vocab_size)
+    for text, row in zip(texts, ours.tolist(), strict=True):
+        expected = [vocab_size - 2, *theirs.encode(text), vocab_size - 1]
+        assert row[: len(expected)] == expected, text
+        assert not any(row[len(expected) :])
+
+
+def test_a_small_vocabulary_keeps_every_text():
+    texts = ["a croissant, 3 zebras", "naïve 猫 😀", "don't"]
+    for text, row in zip(texts, tokenizer.tokenize(texts, vocab_size=600), strict=True):
+        whole = tokenizer.tokenize(text)[0]
+        assert tokenizer.decode(row, 600) == tokenizer.decode(whole)
+
+
+def test_a_vocabulary_without_all_bytes_is_refused():
+    with pytest.raises(ValueError, match="vocab_size: expected at least 514 .* got 513"):
+        tokenizer.tokenize("a", vocab_size=513)

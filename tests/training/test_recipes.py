@@ -8,6 +8,7 @@ from diht_jax.config import load_recipe
 from diht_jax.sharding import path_name
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.run_data import open_data, open_iterator
 from tests.make import RECIPES, REPOSITORY
 
 # Their debug forms differ from one of the others in numbers alone.
@@ -38,3 +39,12 @@ def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     losses = [row["loss"] for row in read_metrics(tmp_path)]
     assert len(losses) == 4 and np.isfinite(losses).all()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_a_run_with_a_small_vocabulary_reads_ids_of_it(config, squares):
+    config.model.overrides.vocab_size = 700
+    batch = next(open_iterator(config, open_data(config)))
+    assert set(batch["tokens"][:, 0]) == {698} and batch["tokens"].max() == 699
+    config.model.overrides.vocab_size = 64
+    with pytest.raises(ValueError, match="config.model.overrides.vocab_size: expected at least"):
+        open_data(config)
