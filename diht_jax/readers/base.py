@@ -276,7 +276,7 @@ def walk_files(
         return
     real_path = os.path.realpath(folder)
     if real_path in above:
-        _warn_of_loop(folder, real_path)
+        warn_of_loop(folder, real_path)
         return
     with os.scandir(folder) as entries:
         children = sorted(entries, key=lambda entry: entry.name)
@@ -294,5 +294,6 @@ def walk_files(
 
 
 @functools.cache  # once a process, however often a folder is walked
-def _warn_of_loop(folder: str, real_path: str) -> None:
+def warn_of_loop(folder: str, real_path: str) -> None:
+    """Says that a link to a folder above it is left out."""
     logging.warning("'%s' leads back to '%s', which holds it: left out", folder, real_path)

@@ -19,6 +19,7 @@ from diht_jax.readers.base import (
     SourceShard,
     read_image,
     walk_images,
+    warn_of_loop,
 )
 from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair
@@ -91,6 +92,10 @@ def list_class_shards(root: str) -> list[SourceShard]:
     """
     with os.scandir(root) as entries:
         names = sorted(e.name for e in entries if os.path.isdir(e) and e.name[0] != ".")
+    loops = [name for name in names if os.path.samefile(os.path.join(root, name), root)]
+    for name in loops:
+        warn_of_loop(os.path.join(root, name), root)
+    names = [name for name in names if name not in loops]
     folders = [os.path.join(root, name) for name in names]
     found = (path for folder in folders for path, _ in walk_images(folder, root))
     if not check_classes(root, (os.path.relpath(path, root).split(os.sep) for path in found)):

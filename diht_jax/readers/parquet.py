@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from diht_jax.readers.base import MAX_IMAGE_BYTES, Format, Skipped, SourceShard, read_image
 from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns
 from diht_jax.records.formats.tar_members import check_expansion
-from diht_jax.records.samples import clean_text, merge_captions, pick_captions
+from diht_jax.records.samples import clean_text, explain_no_caption, merge_captions, pick_captions
 from diht_jax.records.schema import Pair, parse_json_object
 from diht_jax.storage.retries import is_storage_failure
 from diht_jax.storage.stores import (
@@ -284,7 +284,8 @@ def _make_pair(
     stated = row.get(options.caption_column)
     captions = pick_captions(stated)
     if needs_caption and not captions:
-        return Skipped(key, "no_caption", f"nothing in column '{options.caption_column}'")
+        detail = explain_no_caption(options.caption_column, stated)
+        return Skipped(key, "no_caption", detail)
     if isinstance(image, str):
         image = read_image(options.image_root, image, key)
         if isinstance(image, Skipped):

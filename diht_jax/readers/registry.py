@@ -258,12 +258,13 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
         raise ValueError(
             f"nothing to read at '{text}'; of an object store tars, tables, parquet files and "
             f"record shards are read, by names that end in {_known_suffixes()}; folders of images "
-            "must be copied or mounted"
+            "must be copied or mounted, and named by their path"
         )
     if not is_folder:
+        hint = "; of several sources, name a folder or a glob of all" if "," in text else ""
         raise ValueError(
             f"nothing at '{text}'; expected a file, a folder, a glob that matches some, or "
-            "tfds:NAME:SPLIT"
+            f"tfds:NAME:SPLIT{hint}"
         )
     for kind, form in FORMATS.items():
         if form.is_folder and (shards := _list_one(kind, text, options)):

@@ -22,7 +22,7 @@ from absl import logging
 
 from diht_jax.readers.base import Format, Skipped, SourceShard, read_image
 from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns
-from diht_jax.records.samples import clean_text, merge_captions, pick_captions
+from diht_jax.records.samples import clean_text, explain_no_caption, merge_captions, pick_captions
 from diht_jax.records.schema import Pair, parse_json, parse_json_object
 from diht_jax.storage.files import read_bytes
 from diht_jax.storage.stores import (
@@ -180,16 +180,17 @@ def _make_pair(
     relative = row.get(options.image_column)
     if not isinstance(relative, str) or not relative.strip():
         return Skipped(key, "no_image", f"nothing in column '{options.image_column}'")
-    captions = pick_captions(row.get(options.caption_column))
+    stated = row.get(options.caption_column)
+    captions = pick_captions(stated)
     if not captions:
-        return Skipped(key, "no_caption", f"nothing in column '{options.caption_column}'")
+        detail = explain_no_caption(options.caption_column, stated)
+        return Skipped(key, "no_caption", detail)
     image = read_image(root, relative.strip(), key)
     if isinstance(image, Skipped):
         hint = "; image_root names another folder" if image.reason == "refused_path" else ""
         return dataclasses.replace(image, detail=image.detail + hint)
     used = (options.image_column, options.caption_column, options.key_column)
     metadata = {name: value for name, value in row.items() if name not in used}
-    stated = row[options.caption_column]
     return Pair(key, image, captions[0], merge_captions(metadata, captions, stated))
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from absl import logging
+
 from diht_jax.readers.base import IMAGE_EXTENSIONS, Format, Skipped
 from diht_jax.records.formats import tar_samples
 from diht_jax.records.formats.tar_members import read_members
@@ -26,8 +28,12 @@ def read_tar(path: str) -> Iterator[Pair | Skipped]:
         ValueError: the archive is damaged, cut off, or several in one file.
     """
     members = read_members(path, tar_samples.size_limit)
+    is_empty = True
     for _, entry in tar_samples.make_pairs(tar_samples.group_members(members)):
+        is_empty = False
         yield entry
+    if is_empty:
+        logging.warning("%s: no pairs, since no member of the tar is a picture or a text", path)
 
 
 def read_groups(

@@ -10,14 +10,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import glob
+import mimetypes
 import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from diht_jax.records.dataset_index import INDEX_NAME, KINDS, DatasetIndex, read_index
+from diht_jax.records.format import FRAME_BYTES, framed_length
 from diht_jax.storage.files import find_inputs, is_glob
-from diht_jax.storage.stores import input_size, is_remote
+from diht_jax.storage.stores import input_size, is_remote, open_local
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 # Bytes of files by path; None where no listing has stated them.
@@ -29,7 +31,7 @@ SUFFIXES = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdatase
 _NAMES = {
     "tfrecord": re.compile(r"[^.].*\.tfrecord(-\d{5,}(-of-\d{5,})?)?"),
     "array_record": re.compile(r"[^.].*\.array_record(-\d{5,}(-of-\d{5,})?)?"),
-    "webdataset": re.compile(r"[^.].*\.tar"),
+    "webdataset": re.compile(r"[^.].*\.(?i:tar)"),
 }
 _NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "webdataset": "tar"}
 # Why a file of another kind cannot be trained on, by the end of its name.
@@ -257,7 +259,24 @@ def _shared_kind(files: Mapping[str, Iterable[str]]) -> str:
             f"file, a folder of {', '.join(f'*{suffix}' for suffix in SUFFIXES.values())} files, "
             f"or a glob that matches some{convert if os.path.isdir(first) else ''}"
         )
-    return next(iter(kinds), "tfrecord")  # a single file may have any name
+    for path in files if not kinds else ():  # a TFRecord shard may have any name
+        if os.path.isfile(path):
+            _refuse_others(path)
+    return next(iter(kinds), "tfrecord")
+
+
+def _refuse_others(path: str) -> None:
+    """Raises ShardsNotFoundError for a file of an unknown name that begins as no shard does."""
+    with open_local(path) as file:
+        start = file.read(FRAME_BYTES)
+    if not start or start.startswith(b"\x1f\x8b") or framed_length(start) is not None:
+        return
+    kind = mimetypes.guess_type(path)[0]
+    raise ShardsNotFoundError(
+        f"{path}: no record shard{f' but {kind}' if kind else ''}; expected files that end in "
+        f"{', '.join(SUFFIXES.values())}, or a folder of them. Tars, tables, parquet files and "
+        f"folders of pictures become record shards by {_convert('SOURCE')}"
+    )
 
 
 def _convert(source: str) -> str:

@@ -93,6 +93,16 @@ def pick_captions(value: Any) -> list[str]:
     return list(dict.fromkeys(filter(None, cleaned)))
 
 
+def explain_no_caption(column: str | None, value: Any) -> str:
+    """Tells, for a person, why `pick_captions` finds nothing in the value of a column."""
+    values = value if isinstance(value, list | tuple) else [value]
+    other = next((item for item in values if not isinstance(item, str | None)), None)
+    if other is None:
+        return f"nothing in column '{column}'"
+    kind = type(other).__name__
+    return f"column '{column}' holds {other!r:.40} ({kind}); expected text, or a list of texts"
+
+
 def merge_captions(
     metadata: Mapping[str, Any], captions: list[str], stated: Any = None
 ) -> dict[str, Any]:

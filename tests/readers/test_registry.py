@@ -2,6 +2,7 @@
 
 import os
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -195,6 +196,31 @@ def test_folders_that_are_no_classes_are_an_error(tmp_path, names, message):
     _write(tmp_path, *names)
     with pytest.raises(ValueError, match=message):
         list_shards(str(tmp_path))
+
+
+def test_a_link_to_the_folder_of_classes_in_it_is_no_class(tmp_path):
+    folder = tmp_path / "classes"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "1.png").write_bytes(PNG)
+    (folder / "best").symlink_to(".")
+    source = open_source(str(folder))
+    assert [(pair.caption, pair.metadata["label"]) for pair in source] == [("cat", 0), ("dog", 1)]
+
+
+def test_a_list_with_commas_says_how_to_name_several(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"a,.*b'; .*several sources, name a folder or a glob"):
+        list_shards(f"{tmp_path}/a,{tmp_path}/b")
+
+
+def test_captions_in_files_of_a_store_are_refused_with_what_to_do():
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/captions/1.png", PNG)
+    system.pipe_file("/captions/1.txt", b"one")
+    with pytest.raises(ValueError, match=r"memory://captions'.*must be copied or mounted"):
+        list_shards("memory://captions")
 
 
 def test_a_class_may_have_the_name_of_a_split(tmp_path):

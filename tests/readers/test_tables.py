@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -139,6 +140,19 @@ def test_a_jsonl_without_a_column_is_refused_as_a_csv_is(tmp_path, rows, options
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=rf"t\.jsonl: .*{message}.*set image_column"):
         list_shards(str(tmp_path / "t.jsonl"), **options)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_numbers_in_a_column_of_captions_are_named_as_that(tmp_path, form):
+    path = tmp_path / f"a.{form}"
+    if form == "jsonl":
+        (tmp_path / "a.png").write_bytes(PNG)
+        path.write_text(json.dumps({"image": "a.png", "caption": 7}))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"image": [PNG], "caption": [7]}), path)
+    (entry,) = (entry for shard in list_shards(str(path)) for entry in read_pairs(shard))
+    assert entry.reason == "no_caption"
+    assert re.search(r"'caption' holds 7 \(int\)", entry.detail)
 
 
 def test_a_column_that_some_rows_have_is_enough(tmp_path):

@@ -118,6 +118,12 @@ def test_tar_counts_what_is_no_pair(tmp_path):
     assert set(source.skipped) <= set(SOURCE_REASONS)
 
 
+def test_a_tar_without_any_picture_says_so(tmp_path, caplog):
+    path = write_tar(tmp_path / "a.tar", [("README.md", b"no pair")])
+    assert list(read_tar(path)) == []
+    assert any(path in record.getMessage() for record in caplog.records)
+
+
 def test_tar_never_writes_to_disk(tmp_path, monkeypatch):
     inside = tmp_path / "inside"
     inside.mkdir()

@@ -183,6 +183,25 @@ def test_sources_that_are_no_shards_name_the_command_that_converts_them(tmp_path
             open_catalog(source)
 
 
+@pytest.mark.parametrize("name", ["report.html", "a.png", "notes"])
+def test_a_file_that_is_no_shard_is_named_with_the_sources_there_are(tmp_path, name):
+    (tmp_path / name).write_bytes(b"<html><body>twenty bytes")
+    with pytest.raises(ValueError, match=rf"{name}: no record shard.*\.tfrecord.*prep/convert"):
+        open_catalog(tmp_path / name)
+
+
+def test_shards_are_found_by_any_name_of_a_file_and_tars_in_capitals(folder, tmp_path):
+    shutil.copy(folder / "part-0.tfrecord", tmp_path / "shard of mine")
+    assert len(open_source(tmp_path / "shard of mine")) == 125
+    shutil.copytree(folder, tmp_path / "tars", ignore=lambda folder, names: names)
+    with open_writer(tmp_path / "tars" / "A.tar") as writer:
+        writer.write(encode_record(Pair("1", JPEG, "one")))
+    os.replace(tmp_path / "tars" / "A.tar", tmp_path / "tars" / "A.TAR")
+    for path in (tmp_path / "tars", tmp_path / "tars" / "A.TAR"):
+        source = open_source(path)
+        assert [source.decode(element).caption for element in source] == ["one"]
+
+
 def test_a_folder_of_pictures_names_the_command_that_converts_it(tmp_path):
     (tmp_path / "dog").mkdir()
     with pytest.raises(ValueError, match=rf"prep/convert --config\.input={tmp_path}"):
