@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import functools
 import math
+import operator
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -164,12 +165,14 @@ def average_models(
         model = soups.average_models(models, weights, read)
     if tasks:
         found["metrics"] = pool.measure(model)
+    loss_scalars = pool.mean_loss_scalars(members)
     record = {
         "method": method,
         "members": [{"model": name, "weight": weight} for name, weight in members],
         "target": target,
         "reference": reference,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **({"loss_scalars": loss_scalars} if loss_scalars else {}),
         **found,
     }
     write_model(
@@ -188,6 +191,7 @@ def average_models(
             origin=Origin(output.name, None, False, None, tuple(members)),
             config=None,
             results=[("diht_jax.average", found["metrics"])] if tasks else [],
+            loss_scalars=loss_scalars,
             license=license,
         ),
     )
@@ -286,6 +290,24 @@ class _Models:
         self.sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
         params, pictures = jax.tree.map(np.asarray, model.params), model.preprocessing
         return Ingredient(name, model.arch, params, tuple(pictures.mean), tuple(pictures.std))
+
+    def mean_loss_scalars(self, members: Sequence[tuple[str, float]]) -> dict[str, float]:
+        """The weighted mean of what the losses of the models have learnt; of each that all have."""
+        weights = [weight for _, weight in members if weight]
+        found = [self.sources[name].loss_scalars for name, weight in members if weight]
+        means = {}
+        for name in sorted(set().union(*found)):
+            values = [scalars[name] for scalars in found if name in scalars]
+            if len(values) < len(found):
+                logging.warning("%s: left out, since not all models have learnt it", name)
+                continue
+            means[name] = math.fsum(map(operator.mul, weights, values)) / math.fsum(weights)
+            logging.warning(
+                "%s=%.6g, the mean of what the losses have learnt, is in the card alone, since no "
+                "format has it",
+                *(name, means[name]),
+            )
+        return means
 
     def measure(self, model: Ingredient) -> dict[str, float]:
         """The metrics of a model by "TASK/METRIC"."""

@@ -150,9 +150,16 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
 
 
 def write_run(
-    folder: str | pathlib.Path, config: ml_collections.ConfigDict, seed: int = 0, step: int = 7
+    folder: str | pathlib.Path,
+    config: ml_collections.ConfigDict,
+    seed: int = 0,
+    step: int = 7,
+    **scalars: float,
 ) -> pathlib.Path:
-    """Writes a work directory with the initial parameters of a config as its one checkpoint."""
+    """Writes a work directory with the initial parameters of a config as its one checkpoint.
+
+    Scalars, such as `log_logit_scale` or a loss's `logit_bias`, are added to them or replace them.
+    """
     import jax
     import orbax.checkpoint as ocp
 
@@ -163,7 +170,8 @@ def write_run(
     folder = pathlib.Path(folder)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
-    state = {"params": jax.jit(init_params)(jax.random.key(seed))}
+    params = jax.jit(init_params)(jax.random.key(seed))
+    state = {"params": params | {name: jax.numpy.float32(v) for name, v in scalars.items()}}
     saved_run.write_config(folder, config)
     directory = folder / saved_run.CHECKPOINT_DIRECTORY / str(step)
     with (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,23 @@ def test_command_writes_models_with_what_was_measured(two_models, pictures, tmp_
     found = read_model(tmp_path / "soup").params["text"]["projection"]["kernel"]
     kernels = [read_model(name).params["text"]["projection"]["kernel"] for name in members]
     np.testing.assert_allclose(found, np.mean(kernels, 0), rtol=1e-6, atol=1e-8)
+
+
+def test_the_scale_and_the_bias_of_sigmoid_runs_are_averaged_too(tmp_path):
+    for name in ("a", "b", "softmax"):
+        (tmp_path / name).mkdir()
+    config = make.tiny_config(loss__kind="sigmoid")
+    make.write_run(tmp_path / "a", config, log_logit_scale=2.0, logit_bias=-8.0)
+    make.write_run(tmp_path / "b", config, seed=1, log_logit_scale=4.0, logit_bias=-4.0)
+    make.write_run(tmp_path / "softmax", make.tiny_config(), seed=2)
+    names = [str(tmp_path / name) for name in ("a", "b")]
+    record = run(names, "wise_ft", tmp_path / "out", alpha=0.25)
+    assert record["loss_scalars"] == {"logit_bias": -7.0}
+    assert read_model(tmp_path / "out").params["log_logit_scale"] == 2.5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"logit_bias.*-7\b", card)
+    other = [names[0], str(tmp_path / "softmax")]
+    assert "loss_scalars" not in run(other, "uniform", tmp_path / "mixed")
 
 
 @pytest.mark.parametrize(
