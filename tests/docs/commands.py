@@ -22,7 +22,7 @@ from unittest import mock
 from absl import app, flags
 
 from diht_jax import command_line
-from tests.docs.pages import PAGES, page_name
+from tests.docs.pages import LAUNCH_FILES, PAGES, page_name
 
 _MODULE = r"\bpython3? -m ([\w.]+)"
 _CLUSTER = re.compile(r"(?m)^\s*(?:gcloud |srun |#SBATCH|docker |scontrol |apiVersion:)")
@@ -57,8 +57,9 @@ class Command:
 
 
 def find_commands() -> list[Command]:
-    """All commands of all pages, in their order."""
-    return [command for path in PAGES for command in commands_of(path)]
+    """All commands of all pages and launch files, in their order."""
+    found = [command for path in PAGES for command in commands_of(path)]
+    return found + [c for path in LAUNCH_FILES for c in _commands_of_block(path.read_text(), path)]
 
 
 def commands_of(path: pathlib.Path) -> list[Command]:
@@ -67,7 +68,6 @@ def commands_of(path: pathlib.Path) -> list[Command]:
     if path.name == "CONTRIBUTING.md":
         text = text.partition("\n## Add a ")[0]
     text = re.sub(r"^```(?:python|text)\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    text = re.sub(r"(?m)^ *- exec (python -m .*(?:\n +--.*)*)", _joined_yaml, text)
     blocks = re.findall(r"(?:^ {4,}\S.*\n|^ {4,}\S.*\Z)+", text, re.MULTILINE)
     blocks += re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     found = [command for block in blocks for command in _commands_of_block(block, path)]
@@ -77,12 +77,8 @@ def commands_of(path: pathlib.Path) -> list[Command]:
     return found
 
 
-def _joined_yaml(match: re.Match) -> str:
-    return "    " + " ".join(match[1].split())
-
-
 def _commands_of_block(block: str, path: pathlib.Path) -> Iterator[Command]:
-    is_for_cluster = _CLUSTER.search(block) is not None
+    is_for_cluster = path in LAUNCH_FILES or _CLUSTER.search(block) is not None
     for line in re.sub(r"\\\n\s*", "", block.replace("\\\n", " \\\n")).splitlines():
         line = re.sub(r"\s#(?:\s.*|$)|^\s*#.*", "", line).strip()
         if re.search(_MODULE, line):

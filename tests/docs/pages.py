@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import textwrap
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [
@@ -10,6 +9,7 @@ PAGES = [
     REPOSITORY / "CONTRIBUTING.md",
     *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
+LAUNCH_FILES = sorted((REPOSITORY / "launch").iterdir())
 
 
 def page_name(path: pathlib.Path) -> str:
@@ -26,11 +26,3 @@ def without_code(text: str) -> str:
     """A page's text without fenced and indented blocks."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
-
-
-def launch_script(mark: str) -> str:
-    """The indented block of docs/guides/scale/hosts.md that has this text, such as `kind: Job`."""
-    text = (REPOSITORY / "docs/guides/scale/hosts.md").read_text("utf-8")
-    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.MULTILINE)
-    (block,) = (block for block in blocks if mark in block)
-    return textwrap.dedent(block).strip("\n") + "\n"

@@ -1,9 +1,9 @@
-"""Trial: the Slurm script of docs/guides/scale/hosts.md, run by a Slurm of two nodes here.
+"""Trial: launch/slurm.sbatch, run by a Slurm of two nodes here.
 
     apt-get install slurm-wlm munge     # as root, as the trial runs
     python -m tests.docs.slurm_trial
 
-The script is the page's, and so are its flags but the number of nodes and processes; only the names
+The script's flags are its own, but for the number of nodes and processes; only the names
 of recipe, data and work directory are replaced. The nodes count GPUs that they do not have, and
 the processes train a tiny model on CPUs. What is tried:
 
@@ -33,7 +33,7 @@ import tempfile
 from collections.abc import Iterator
 
 from tests import make
-from tests.docs.pages import REPOSITORY, launch_script
+from tests.docs.pages import REPOSITORY
 from tests.training import kill_trial
 from tests.waiting import wait_until
 
@@ -132,7 +132,7 @@ def output(*command: str) -> str:
 
 
 class Job:
-    """The page's script, submitted with a folder for its output and its run."""
+    """The script, submitted with a folder for its output and its run."""
 
     def __init__(self, folder: pathlib.Path, command: list[str]):
         folder.mkdir(exist_ok=True)
@@ -140,7 +140,7 @@ class Job:
         script, count = re.subn(
             r"python -m diht_jax\.train (?:.*\\\n)*.*",
             shlex.join(command),
-            launch_script("#!/bin/bash"),
+            (REPOSITORY / "launch" / "slurm.sbatch").read_text(),
         )
         assert count == 1, script
         (folder / "script.sh").write_text(script)

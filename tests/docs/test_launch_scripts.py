@@ -1,9 +1,10 @@
-"""The launch scripts of hosts.md and the Dockerfile: are they valid, do they start again?"""
+"""The files of launch/ and the Dockerfile: are they valid, do they start again?"""
 
+import copy
+import math
 import os
 import pathlib
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,24 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.docs.pages import PAGES, REPOSITORY, launch_script
+from tests.docs.pages import LAUNCH_FILES, PAGES, REPOSITORY
 
-SCRIPTS = [*REPOSITORY.glob("*.sh"), *(REPOSITORY / ".ci").iterdir()]
-POD, SLURM, KUBERNETES = "gcloud compute", "#!/bin/bash", "kind: Job"
+LAUNCH = REPOSITORY / "launch"
+SHELL_SCRIPTS = [path for path in LAUNCH_FILES if path.suffix in (".sh", ".sbatch")]
+SCRIPTS = [*REPOSITORY.glob("*.sh"), *(REPOSITORY / ".ci").iterdir(), *SHELL_SCRIPTS]
+JOBSETS = [path for path in LAUNCH_FILES if path.name.endswith("jobset.yaml")]
+MANIFESTS = [*JOBSETS, LAUNCH / "gpu_job.yaml"]
+by_name = {"ids": lambda path: path.name}
+# What JobSet takes, of its schema (kubernetes-sigs/jobset, v1alpha2).
+ACTIONS = {
+    "FailJobSet",
+    "RestartJobSet",
+    "RestartJobSetAndIgnoreMaxRestarts",
+    "RestartJob",
+    "RestartJobAndIgnoreMaxRestarts",
+}
+RULE_KEYS = {"action", "name", "onJobFailureReasons", "targetReplicatedJobs"}
+JOB_FAILURE_REASONS = {"BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"}
 # Stands in for a program: writes its arguments down, and ends with the next of the statuses in a
 # file, 0 where there is none left.
 PROGRAM = """#!/bin/sh
@@ -46,54 +61,142 @@ def test_shellcheck_finds_nothing_in_our_scripts(path):
     check_shell(path.name, path.read_text())
 
 
-def test_shellcheck_finds_nothing_in_the_scripts_of_the_page():
-    check_shell("Slurm", launch_script(SLURM))
-    check_shell("TPU pod", launch_script(POD))
-    check_shell("on each host of a pod", on_each_host())
-    (args,) = container()["args"]
-    check_shell("Kubernetes", args)
+@pytest.mark.parametrize("path", MANIFESTS, **by_name)
+def test_shellcheck_finds_nothing_in_the_commands_of_pods(path):
+    (args,) = container(job_of(path))["args"]
+    check_shell(path.name, args)
     with pytest.raises(AssertionError, match="SC2242"):
         check_shell("wrong", "exit x")
 
 
-def on_each_host() -> str:
-    """The script that the pod's last command gives to every host."""
-    commands = shlex.split(launch_script(POD), comments=True)
-    return next(c for c in reversed(commands) if c.startswith("--command=")).partition("=")[2]
+@pytest.mark.parametrize("path", LAUNCH_FILES, **by_name)
+def test_each_file_says_what_to_replace(path):
+    text = path.read_text()
+    what = re.split(r"\n#?\n", text.partition("# Replace: ")[2])[0]
+    placeholders = {name for name in ("YOUR_REGISTRY", "YOUR_BUCKET", "//BUCKET/") if name in text}
+    assert what and all(name.strip("/") in what for name in placeholders)
 
 
-def documents() -> list[dict]:
-    return list(yaml.safe_load_all(launch_script(KUBERNETES)))
+def documents(path: pathlib.Path) -> list[dict]:
+    return list(yaml.safe_load_all(path.read_text()))
 
 
-def container() -> dict:
+def job_of(path: pathlib.Path) -> dict:
+    """The Job of a manifest, in a JobSet that of its one template."""
+    found = documents(path)[-1]
+    if found["kind"] != "JobSet":
+        return found
+    (replicated,) = found["spec"]["replicatedJobs"]
+    name = f"{found['metadata']['name']}-{replicated['name']}-0"
+    spec = replicated["template"]["spec"]
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
+
+
+def num_chips(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
+
+
+def container(job: dict) -> dict:
     """The only one of the Job's pods."""
-    (found,) = documents()[1]["spec"]["template"]["spec"]["containers"]
+    (found,) = job["spec"]["template"]["spec"]["containers"]
     return found
 
 
-def test_the_manifest_is_valid():
-    service, job = documents()
+@pytest.mark.parametrize("path", MANIFESTS, **by_name)
+def test_the_documents_of_kubernetes_itself_are_valid(path):
     version = kubernetes_validate.latest_version()
-    for document in (service, job):
+    job = job_of(path)
+    for document in (*documents(path)[:-1], job):
         kubernetes_validate.validate(document, version, strict=True)
-    # What the schema does not see: names that must be equal, and a count.
-    spec = job["spec"]
-    pod = spec["template"]["spec"]
-    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    assert pod["subdomain"] == service["metadata"]["name"]
-    (args,) = container()["args"]
-    address = f"{job['metadata']['name']}-0.{pod['subdomain']}:"
-    assert f"--coordinator_address={address}" in args
-    assert f"--num_processes={spec['completions']} " in args
-    assert spec["completions"] == spec["parallelism"]
-    (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["containerName"] == container()["name"]
-    volumes = {volume["name"] for volume in pod["volumes"]}
-    assert {mount["name"] for mount in container()["volumeMounts"]} == volumes
-    job["spec"]["completionModes"] = job["spec"].pop("completionMode")
+    wrong = copy.deepcopy(job)
+    wrong["spec"]["completionModes"] = wrong["spec"].pop("completionMode")
     with pytest.raises(kubernetes_validate.ValidationError, match="completionModes"):
-        kubernetes_validate.validate(job, version, strict=True)
+        kubernetes_validate.validate(wrong, version, strict=True)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, **by_name)
+def test_what_the_schema_does_not_see_fits_together(path):
+    job = job_of(path)
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert spec["completions"] == spec["parallelism"]
+    assert spec["completionMode"] == "Indexed"
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container(job)["volumeMounts"]} == volumes
+    assert {"name": "JAX_COORDINATOR_PORT", "value": "8476"} in container(job)["env"]
+    (args,) = container(job)["args"]
+    if "--num_processes" in args:
+        # A pod's name is the Job's and its number, in the subdomain of the service.
+        subdomain = pod.get("subdomain", documents(path)[0]["metadata"]["name"])
+        assert f"--coordinator_address={job['metadata']['name']}-0.{subdomain} " in args
+        assert f"--num_processes={spec['completions']} " in args
+    else:
+        shape = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+        chips = container(job)["resources"]["limits"]["google.com/tpu"] * spec["completions"]
+        assert num_chips(shape) == chips
+
+
+def test_the_service_of_the_plain_job_has_its_pods():
+    service, job = documents(LAUNCH / "gpu_job.yaml")
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, **by_name)
+def test_exits_that_no_repetition_mends_end_the_job(path):
+    job = job_of(path)
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {
+        "containerName": container(job)["name"],
+        "operator": "In",
+        "values": [2, 78],
+    }
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # the policy needs it
+
+
+@pytest.mark.parametrize("path", JOBSETS, **by_name)
+def test_a_jobset_fails_for_them_alone(path):
+    (document,) = documents(path)
+    assert document["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    policy = document["spec"]["failurePolicy"]
+    assert policy.keys() == {"maxRestarts", "rules"} and policy["maxRestarts"] >= 1000
+    (rule,) = policy["rules"]  # the action of all other failures is RestartJobSet
+    assert rule.keys() <= RULE_KEYS and rule["action"] in ACTIONS
+    assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+    assert set(rule["onJobFailureReasons"]) <= JOB_FAILURE_REASONS
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    # A pod of its own cannot join the others again.
+    assert job_of(path)["spec"]["backoffLimit"] == 0
+
+
+def test_the_table_of_slices_counts_four_chips_a_host():
+    text = (LAUNCH / "tpu_gke_jobset.yaml").read_text()
+    rows = re.findall(r"#     (?:tpu\S+) +(\d+(?:x\d+)+) +(\d+)\n", text)
+    assert len(rows) == 4
+    for shape, hosts in rows:
+        assert num_chips(shape) == 4 * int(hosts), shape
+
+
+def test_skypilot_starts_again_but_for_errors_that_no_repetition_mends():
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    known = {"name", "workdir", "num_nodes", "resources", "envs", "setup", "run"}
+    assert task.keys() == known
+    recovery = task["resources"]["job_recovery"]
+    assert recovery.keys() == {"recover_on_exit_codes"}
+    assert 75 in recovery["recover_on_exit_codes"]
+    assert not {0, 2, 78} & set(recovery["recover_on_exit_codes"])
+    assert f"h100:{task['num_nodes']}x{task['resources']['accelerators'][-1]}" in task["run"]
+    check_shell("setup", task["setup"])
+    check_shell("run", task["run"])
+
+
+def test_skypilots_own_schema_takes_the_file():
+    schemas = pytest.importorskip("sky.utils.schemas", reason="pip install skypilot")
+    import jsonschema
+
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    jsonschema.validate(task, schemas.get_task_schema())
+    jsonschema.validate(task["resources"], schemas.get_resources_schema())
 
 
 @pytest.fixture
@@ -101,25 +204,34 @@ def run_with(tmp_path):
     """Runs a script whose programs are stand-ins; returns its status and their calls."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("python", "python3", "scontrol", "sleep"):
+    for name in ("python", "python3", "scontrol", "sleep", "uv", "gcloud", "tar", "git"):
         (programs / name).write_text(PROGRAM)
     (programs / "srun").write_text(
         '#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n'
     )
     for path in programs.iterdir():
         path.chmod(0o755)
-    (tmp_path / "run" / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / "run" / ".venv" / "bin" / "activate").touch()
+    (tmp_path / "diht_jax" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "diht_jax" / ".venv" / "bin" / "activate").touch()
 
-    def run(script: str, folder: str, statuses: list[int], **environment: str):
+    def run(
+        script: str,
+        folder: str,
+        statuses: list[int],
+        *,
+        arguments: tuple[str, ...] = (),
+        **environment: str,
+    ):
         (tmp_path / folder / "statuses").write_text("".join(f"{s}\n" for s in statuses))
         calls = tmp_path / folder / "calls"
         calls.unlink(missing_ok=True)
         path = f"{programs}:{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", "-c", script], cwd=tmp_path, env={"PATH": path, **environment}
+            ["bash", "-c", script, LAUNCH / "script", *arguments],
+            cwd=tmp_path,
+            env={"PATH": path, **environment},
         )
-        return done.returncode, calls.read_text().splitlines()
+        return done.returncode, calls.read_text().splitlines() if calls.exists() else []
 
     return run
 
@@ -127,14 +239,69 @@ def run_with(tmp_path):
 @pytest.mark.parametrize(
     "statuses, starts", [([0], 1), ([2], 1), ([78], 1), ([1, 75, 134, 0], 4), ([75] * 6, 5)]
 )
-def test_each_host_of_a_pod_starts_again_until_that_is_of_no_use(run_with, statuses, starts):
-    script = on_each_host()
+def test_each_host_of_a_slice_starts_again_until_that_is_of_no_use(
+    run_with, tmp_path, statuses, starts
+):
+    script = (LAUNCH / "tpu_host.sh").read_text()
     assert "$(seq 100)" in script
-    status, calls = run_with(script.replace("seq 100", "seq 5"), "run", statuses)
+    script = script.replace("seq 100", "seq 5")
+    status, calls = run_with(script, "diht_jax", statuses, HOME=str(tmp_path))
     assert status == 0
     training = [call for call in calls if call.startswith("python -m diht_jax.train")]
     assert len(training) == starts
     assert calls.count("sleep 30") == sum(s not in (0, 2, 78) for s in statuses[:5])
+
+
+@pytest.mark.parametrize(
+    "generation, machine, topology, hosts",
+    [
+        ("v5p", "ct5p-hightpu-4t", "4x4x8", 32),
+        ("v6e", "ct6e-standard-4t", "16x16", 64),
+        ("tpu7x", "tpu7x-standard-4t", "2x2x2", 2),
+    ],
+)
+def test_an_instance_group_has_the_hosts_of_its_topology(
+    run_with, generation, machine, topology, hosts
+):
+    script = (LAUNCH / "tpu_mig.sh").read_text()
+    script = re.sub(r"(?m)^GENERATION=\w+", f"GENERATION={generation}", script)
+    script = re.sub(r"(?m)^TOPOLOGY=\w+", f"TOPOLOGY={topology}", script)
+    status, calls = run_with(script, ".", [], arguments=("create",))
+    assert status == 0
+    gcloud = [call for call in calls if call.startswith("gcloud compute")]
+    policy, template, group = gcloud
+    assert "workload-policy b16 --region=us-east5 --type=HIGH_THROUGHPUT" in policy
+    assert f"--accelerator-topology={topology}" in policy
+    assert f"--machine-type={machine} " in template
+    assert f"--size={hosts} " in group and "--workload-policy=" in group
+
+
+@pytest.mark.parametrize("name", ["tpu_mig.sh", "tpu_vm.sh"])
+def test_the_scripts_for_slices_send_the_hosts_script(run_with, name):
+    status, calls = run_with((LAUNCH / name).read_text(), ".", [], arguments=("create",))
+    assert status == 0
+    assert sum("--metadata-from-file=startup-script=" in call for call in calls) == 1
+    assert any(call.startswith("gcloud storage cp - gs://") for call in calls)
+
+
+@pytest.mark.parametrize("name", ["tpu_mig.sh", "tpu_vm.sh"])
+def test_what_a_script_creates_it_deletes(run_with, name):
+    script = (LAUNCH / name).read_text()
+
+    def changed(action):
+        _, calls = run_with(script, ".", [], arguments=(action,))
+        found = (re.search(r"gcloud compute (.+?) create (?:workload-policy )?", c) for c in calls)
+        if action == "delete":
+            found = (re.search(r"gcloud compute (.+?) delete ", c) for c in calls)
+        return {match[1] for match in found if match}
+
+    assert changed("create") == changed("delete") != set()
+
+
+@pytest.mark.parametrize("name", ["tpu_mig.sh", "tpu_vm.sh"])
+def test_a_wrong_action_touches_nothing(run_with, name):
+    status, calls = run_with((LAUNCH / name).read_text(), ".", [], arguments=("crate",))
+    assert (status, calls) == (2, [])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +320,9 @@ def test_the_slurm_script_requeues_unless_that_is_of_no_use(run_with, status, re
     environment = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "12"}
     if restarts is not None:
         environment["SLURM_RESTART_COUNT"] = restarts
-    ended_with, calls = run_with(launch_script(SLURM), ".", [status], **environment)
+    ended_with, calls = run_with(
+        (LAUNCH / "slurm.sbatch").read_text(), ".", [status], **environment
+    )
     assert ended_with == status
     assert [c.removeprefix("scontrol ") for c in calls if c.startswith("scontrol")] == changes
 
@@ -162,13 +331,9 @@ def test_installed_extras_exist_and_the_dockerfile_has_what_it_copies():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     dockerfile = (REPOSITORY / "Dockerfile").read_text()
-    for text in (dockerfile, *(path.read_text() for path in PAGES)):
+    for text in (dockerfile, *(path.read_text() for path in (*PAGES, *LAUNCH_FILES))):
         for names in re.findall(r"""(?<=['"])\.\[([\w,]+)\]""", text):
             assert set(names.split(",")) <= extras.keys(), names
-    # All that pyproject.toml names must be there when the project is built on a host of a pod.
-    copied = launch_script(POD).partition(" scp ")[2].partition(":run/")[0]
-    for name in ("diht_jax", "configs", project["readme"], *project["license-files"]):
-        assert f" {name.removesuffix('/*')} " in copied, name
     ignored, *kept = (REPOSITORY / ".dockerignore").read_text().splitlines()
     kept = {line[1:] for line in kept if line.startswith("!")}
     assert ignored == "*" and all((REPOSITORY / name).exists() for name in kept)

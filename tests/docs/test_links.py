@@ -13,7 +13,7 @@ from data_prep.labelling.config import default_config as label_config
 from diht_jax.config import default_config as train_config
 from tests.docs.pages import PAGES, REPOSITORY, page_name, without_code
 
-TOP_LEVEL = ("diht_jax", "data_prep", "configs", "tests", "benchmarks", "docs", ".ci")
+TOP_LEVEL = ("diht_jax", "data_prep", "configs", "tests", "benchmarks", "docs", "launch", ".ci")
 RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
 # Of a loaded model, and file names.
 NOT_KEYS = {"model.logit_scale", "model.pt", "model.ckpt", "model.safetensors"}
