@@ -14,10 +14,10 @@ The argument `train` says what is trained:
 
 Run, from a model of the same architecture, here the demo's:
 
-    python -m diht_jax.train --config configs/cifar10_finetune.py \
+    python -m diht_jax.train --config cifar10_finetune \
         --config.model.init_from=runs/base --config.data.train=runs/cifar10_records \
         --workdir runs/tuned
-    python -m diht_jax.train --config configs/cifar10_finetune.py:train=lora \
+    python -m diht_jax.train --config cifar10_finetune:train=lora \
         --config.model.init_from=runs/base --config.data.train=runs/cifar10_records \
         --workdir runs/tuned_lora
 

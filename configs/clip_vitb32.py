@@ -5,12 +5,12 @@
 
 Run, after `data_prep.filter` has written its shards to DATA:
 
-    python -m diht_jax.train --config configs/clip_vitb32.py --config.data.train=DATA --workdir DIR
+    python -m diht_jax.train --config clip_vitb32 --config.data.train=DATA --workdir DIR
 
 Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`,
 docs/guides/scale/scale.md):
 
-    python -m diht_jax.compile --config configs/clip_vitb32.py
+    python -m diht_jax.compile --config clip_vitb32
 
 Expected: not known. Nobody has compared it with `diht_vitb32` on the same pairs, and neither recipe
 has been run at full length here.

@@ -2,8 +2,8 @@
 
 The argument holds any number of `key=value`, with commas between them:
 
-    --config configs/diht_vitb32.py:debug=True
-    --config configs/diht_vitb16.py:topology=h100:64x8
+    --config diht_vitb32:debug=True
+    --config diht_vitb16:topology=h100:64x8
 """
 
 import dataclasses

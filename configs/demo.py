@@ -9,9 +9,9 @@ number of updates counts most, and the optimiser is Muon, with which the student
 Run, as a part of `bash run_demo.sh`, or alone:
 
     python -m data_prep.synthetic --output demo_output/web
-    python -m data_prep.filter --config configs/prep/cat.py \
+    python -m data_prep.filter --config prep/cat \
         --config.input='demo_output/web/train-*.tar' --config.output=demo_output/filtered
-    python -m diht_jax.train --config configs/demo.py \
+    python -m diht_jax.train --config demo \
         --config.data.train=demo_output/filtered --workdir demo_output/filtered_hn_nce
 
 Meant for the machine it is started on; a laptop will do (`config.topology`: local).

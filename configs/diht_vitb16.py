@@ -6,12 +6,12 @@ checked, "ours" is our own choice.
 
 Run, after `data_prep.filter` and `data_prep.label` have written their shards to DATA:
 
-    python -m diht_jax.train --config configs/diht_vitb16.py --config.data.train=DATA --workdir DIR
+    python -m diht_jax.train --config diht_vitb16 --config.data.train=DATA --workdir DIR
 
 Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`,
 docs/guides/scale/scale.md):
 
-    python -m diht_jax.compile --config configs/diht_vitb16.py
+    python -m diht_jax.compile --config diht_vitb16
 
 Expected: with the released DiHT weights of this architecture the official code reports 72.2%
 zero-shot top-1 on ImageNet. This recipe has not been run at full length here.

@@ -7,7 +7,7 @@ describe it, "recalled" is from memory of the paper and not checked, "ours" is o
 
 Run, after `data_prep.filter` and `data_prep.label` have written their shards to DATA:
 
-    python -m diht_jax.train --config configs/diht_vitb16_clean.py --config.data.train=DATA \
+    python -m diht_jax.train --config diht_vitb16_clean --config.data.train=DATA \
         --workdir DIR
 
 Meant for v5e:16x16, where its step is that of `diht_vitb16`.

@@ -6,13 +6,13 @@ checked, "ours" is our own choice.
 
 Run, with the work directory L14 that `diht_vitl14` has left:
 
-    python -m diht_jax.train --config configs/diht_vitl14_336.py --config.model.init_from=L14 \
+    python -m diht_jax.train --config diht_vitl14_336 --config.model.init_from=L14 \
         --config.data.train=DATA --workdir DIR
 
 Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`,
 docs/guides/scale/scale.md):
 
-    python -m diht_jax.compile --config configs/diht_vitl14_336.py
+    python -m diht_jax.compile --config diht_vitl14_336
 
 Expected: with the released DiHT weights of this architecture the official code reports 77.9%
 zero-shot top-1 on ImageNet. This recipe has not been run at full length here.

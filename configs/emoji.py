@@ -11,9 +11,9 @@ points (-1.7 to 1.2).
 
 Run, with the tars of emoji-datasource that the README names:
 
-    python -m data_prep.filter --config configs/prep/convert.py \
+    python -m data_prep.filter --config prep/convert \
         --config.input=emoji_google.tar --config.output=runs/emoji_records
-    python -m diht_jax.train --config configs/emoji.py \
+    python -m diht_jax.train --config emoji \
         --config.data.train=runs/emoji_records --workdir runs/emoji
     python -m diht_jax.evaluate --model runs/emoji \
         --tasks 'retrieval:emoji_twitter.tar' --output runs/emoji.json

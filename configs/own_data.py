@@ -6,15 +6,15 @@ fewer than 50,000): retrieval on them is measured ten times, and the best checkp
 
 Run, with your pairs in any form of docs/guides/prepare/sources.md:
 
-    python -m data_prep.filter --config configs/prep/convert.py \
+    python -m data_prep.filter --config prep/convert \
         --config.input=pictures/captions.csv --config.output=pairs
-    python -m diht_jax.train --config configs/own_data.py:data=pairs --workdir runs/own
+    python -m diht_jax.train --config own_data:data=pairs --workdir runs/own
     python -m diht_jax.evaluate --model runs/own --tasks validation --output runs/own.json
 
 The argument `data` is what other recipes take as `--config.data.train`; in its place the number of
 pairs may stand, such as to compile for another machine:
 
-    python -m diht_jax.compile --config configs/own_data.py:pairs=10_000_000,topology=h100:8
+    python -m diht_jax.compile --config own_data:pairs=10_000_000,topology=h100:8
 
 Meant for the machine it is started on (`config.topology`: local). A run that goes on with another
 kind of device, where the size of the model would be another, names the keys that differ: take their
@@ -139,6 +139,6 @@ def count_pairs(args: ml_collections.ConfigDict) -> int:
         return SIZES[0].most_pairs
     raise ValueError(
         "recipe argument 'data' is missing: expected the folder of your pairs after a colon, such "
-        "as --config configs/own_data.py:data=pairs (written by data_prep.filter), or how many "
+        "as --config own_data:data=pairs (written by data_prep.filter), or how many "
         "there are, such as pairs=1000"
     )

@@ -7,7 +7,7 @@ forms.
 
 Run:
 
-    python -m data_prep.filter --config configs/prep/cat.py \
+    python -m data_prep.filter --config prep/cat \
         --config.input='/data/raw/*.tar' --config.output=/data/kept
 
 Expected: TFRecord shards with their statistics in the output folder, and the funnel on the screen.

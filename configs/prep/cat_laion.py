@@ -7,7 +7,7 @@ Method: DiHT, arXiv 2301.02280, which removed such pairs before CAT. The scores 
 
 Run:
 
-    python -m data_prep.filter --config configs/prep/cat_laion.py \
+    python -m data_prep.filter --config prep/cat_laion \
         --config.input='/data/laion/*.tar' --config.output=/data/kept
 
 Expected: as configs/prep/cat.py, with the stage "metadata" first in the funnel.

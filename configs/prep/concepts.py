@@ -8,7 +8,7 @@ only.
 
 Run:
 
-    python -m data_prep.label --config configs/prep/concepts.py \
+    python -m data_prep.label --config prep/concepts \
         --config.input=/data/kept --config.output=/data/labelled \
         --config.teacher.swag.weights=vit_h_14_lc_swag-c1eb923e.pth
 

@@ -5,7 +5,7 @@ For trials on a CPU (tens of images a second and core), and as the example of a 
 
 Run:
 
-    python -m data_prep.label --config configs/prep/concepts_efficientnet.py \
+    python -m data_prep.label --config prep/concepts_efficientnet \
         --config.input=/data/kept --config.output=/data/labelled
 
 Expected: as configs/prep/concepts.py.

@@ -4,7 +4,7 @@ Images are still checked: empty, unreadable and oversized ones are counted and l
 
 Run:
 
-    python -m data_prep.filter --config configs/prep/convert.py \
+    python -m data_prep.filter --config prep/convert \
         --config.input=emoji_google.tar --config.output=/data/emoji
 
 Expected: as many records as there are readable pairs (3,786 for the emoji).

@@ -6,7 +6,7 @@ docs/guides/prepare/duplicates.md has more.
 
 Run:
 
-    python -m data_prep.duplicates --config configs/prep/duplicates.py \
+    python -m data_prep.duplicates --config prep/duplicates \
         --config.input='/data/raw/*.tar' --config.output=/data/duplicates
 
 Expected: a table of all pairs (parquet), dropped.arrow for the filter, and report.html with pairs

@@ -6,7 +6,7 @@ then download them (img2dataset) and filter the result with configs/prep/cat.py,
 Run (LAION's column of captions TEXT, and DataComp's text, are found by their names; another is
 named by --config.source.caption_column):
 
-    python -m data_prep.filter --config configs/prep/metadata.py \
+    python -m data_prep.filter --config prep/metadata \
         --config.input='/laion/*.parquet' --config.output=/laion_kept
 
 Expected: about half of the rows; report.html counts the others by reason.

@@ -64,7 +64,7 @@ def test_the_number_of_pairs_is_that_of_the_data(tmp_path):
 
 @pytest.mark.parametrize(
     ("arg", "named"),
-    [("", "own_data.py:data="), ("data=nowhere", "'data=nowhere': no TFRecord shard")],
+    [("", "own_data:data="), ("data=nowhere", "'data=nowhere': no TFRecord shard")],
 )
 def test_missing_data_is_named_as_it_is_typed(arg, named):
     with pytest.raises(ValueError, match=f"recipe argument .*{named}"):

@@ -33,7 +33,7 @@ RUN = (
     ),
     (
         "docs/guides/prepare/records.md",
-        "python -m data_prep.filter --config configs/prep/convert.py",
+        "python -m data_prep.filter --config prep/convert",
         "",
     ),
     (
@@ -43,20 +43,20 @@ RUN = (
     ),
     (
         "docs/guides/prepare/filter.md",
-        "python -m data_prep.filter --config configs/prep/cat.py --config.input='runs/web",
+        "python -m data_prep.filter --config prep/cat --config.input='runs/web",
         _NO_SPOTTER,
     ),
     ("docs/guides/prepare/filter.md", "python -m data_prep.filter --explain", ""),
     (
         "docs/guides/prepare/decisions.md",
-        "python -m data_prep.filter --config configs/prep/cat.py --config.min",
+        "python -m data_prep.filter --config prep/cat --config.min",
         _NO_SPOTTER,
     ),
     ("docs/guides/prepare/decisions.md", "python -m data_prep.filter --replay", ""),
     ("docs/guides/prepare/decisions.md", "python -m data_prep.reports --input=/data/kept_a", ""),
     (
         "docs/guides/train/train.md",
-        "python -m diht_jax.train --config configs/demo.py:debug=True",
+        "python -m diht_jax.train --config demo:debug=True",
         "",
     ),
     (
@@ -117,7 +117,7 @@ def parse(command: Command) -> None:
     is_part = command.is_inline or command.is_for_cluster or "..." in arguments
     arguments = [text for text in arguments if text != "..."]
     # The recipe counts the records of a folder that is not here.
-    arguments = [re.sub(r"own_data\.py:data=\w+", "own_data.py:pairs=1000", a) for a in arguments]
+    arguments = [re.sub(r"\b(own_data(\.py)?):data=\w+", r"\1:pairs=1000", a) for a in arguments]
     has_recipe = any(text.startswith("--config=") or text == "--config" for text in arguments)
     if is_part and command.module in RECIPES and not has_recipe:
         arguments = ["--config", RECIPES[command.module], *arguments]
