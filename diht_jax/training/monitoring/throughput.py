@@ -44,7 +44,8 @@ def model_flops(
     what settings that save memory compute a second time (rematerialisation, the first pass over
     micro-batches) is left out, so that they cannot raise the MFU. What a recipe spares itself
     (patch dropout, a locked tower, padding of packed texts) is left out as well, and so are the
-    optimiser's own products.
+    tokens of a tower's last block that nothing reads, which a scan over the layers computes, and
+    the optimiser's own products.
 
     Args:
         config: the whole training config.
@@ -58,6 +59,7 @@ def model_flops(
     plain = config.copy_and_resolve_references()
     plain.micro_batch = None
     plain.model.remat = "none"
+    plain.model.scan_layers = False
     plain.model.attention = "xla"
     plain.concepts.chunk_rows = plain.data.batch_size
     arch = get_architecture(plain.model.name, plain.model.overrides.to_dict())
@@ -78,7 +80,7 @@ def _computes_once(config: ml_collections.ConfigDict, devices: Sequence[jax.Devi
         config, optimizer.warmup_steps + max(optimizer.decay_steps or 1, 1), devices
     )
     batch_size, captioning = config.data.batch_size, config.captioning
-    again = config.micro_batch or config.model.remat != "none"
+    again = config.micro_batch or config.model.remat != "none" or config.model.scan_layers
     chunked = program.num_labels and config.concepts.chunk_rows < batch_size
     if captioning.weight:
         again = again or captioning.remat != "none"

@@ -23,7 +23,10 @@ def tower_flops(tokens, width, layers):
     return (layers - 1) * block + last
 
 
-def test_model_flops_are_three_times_the_forward_pass(config):
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_model_flops_are_three_times_the_forward_pass(config, scan_layers):
+    """A scan computes all tokens of the last block, of which one is read."""
+    config.model.scan_layers = scan_layers
     config.model.patch_dropout = 0.0
     config.model.overrides.update(vision_layers=2, text_layers=3)
     batch, width, d = 16, 32, 16
