@@ -15,6 +15,8 @@ from tests.docs.test_links import known_keys
 
 DOCS = REPOSITORY / "docs"
 MOST_BYTES = 15_000
+MOST_BYTES_OF_PICTURE = 300_000
+MOST_WORDS_OF_README = 900
 CONFIGS = {
     "train": train_config,
     "filter": filter_config,
@@ -53,6 +55,18 @@ def test_every_page_is_in_the_navigation_once():
 @pytest.mark.parametrize("path", [p for p in PAGES if DOCS in p.parents], ids=page_name)
 def test_pages_are_short(path):
     assert path.stat().st_size < MOST_BYTES
+
+
+def test_the_readme_is_short():
+    assert len((REPOSITORY / "README.md").read_text("utf-8").split()) <= MOST_WORDS_OF_README
+
+
+def test_pictures_are_small_and_shown():
+    text = "".join(path.read_text("utf-8") for path in PAGES)
+    pictures = [path for path in DOCS.rglob("images/*") if path.suffix in (".svg", ".png")]
+    for path in pictures:
+        assert path.stat().st_size < MOST_BYTES_OF_PICTURE, path
+        assert f"images/{path.name})" in text, path
 
 
 @pytest.mark.parametrize("name", CONFIGS)
