@@ -50,7 +50,7 @@ class Tree(NamedTuple):
 def define_flags() -> None:
     """The command line of `main`."""
     flags.DEFINE_string(
-        "captions", "../shared/data/captions_web.txt", "The captions of the trees, one a line."
+        "captions", "runs/data/captions_web.txt", "The captions of the trees, one a line."
     )
     flags.DEFINE_bool("retrain", False, "Train tagger and parser on four fifths, compare on one.")
 
@@ -98,7 +98,7 @@ def read_trees(captions: Sequence[str], words: CaptionLemmatizer) -> list[Tree]:
         if reason is not None or len(tokenizer(text)) != len(parts):
             raise ValueError(
                 f"{_TREES.name}, line {line}: another caption, or tokens; the trees are those of "
-                "captions_web.txt of the shared data, and of this tokenizer and these gates"
+                "the 5,000 captions of the measurement, and of this tokenizer and these gates"
             )
         trees.append(Tree(int(line), text, [(tag, label, int(head)) for tag, label, head in parts]))
     random.Random(0).shuffle(trees)

@@ -28,7 +28,7 @@ from benchmarks.record import write_result
 from diht_jax.terminal import ProgressBar
 
 _CAPTIONS = flags.DEFINE_string(
-    "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
+    "captions", "runs/data/captions_web.txt", "A text file with one caption a line."
 )
 _LIMIT = flags.DEFINE_integer("limit", 5000, "Captions that are read.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds; of each kind the best one counts.")

@@ -37,8 +37,8 @@ from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.export import export_model
 
 _TASKS = (
-    "cifar10=../shared/data/cifar10_test.tar",
-    "emoji=retrieval:../shared/data/emoji_twitter.tar?caption_template={caption}",
+    "cifar10=runs/data/cifar10_test.tar",
+    "emoji=retrieval:runs/data/emoji_twitter.tar?caption_template={caption}",
 )
 # CLIP_benchmark's metric -> ours.
 METRIC_NAMES = {

@@ -51,7 +51,7 @@ _OPTIONS = {MULTILABEL: "?interpolation=all", RETRIEVAL: "?caption_template={cap
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     flags.DEFINE_string("model", None, "Work directory, weight file or released name.")
-    flags.DEFINE_string("data", "../shared/data", "Folder of the tars of pictures.")
+    flags.DEFINE_string("data", "runs/data", "Folder of the tars of pictures.")
     flags.DEFINE_string(
         "output", "runs/clip_benchmark_tasks", "Directory to make: folders, model and results."
     )

@@ -36,7 +36,7 @@ from diht_jax.config import load_recipe
 from diht_jax.storage import files
 
 _CAPTIONS = flags.DEFINE_string(
-    "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
+    "captions", "runs/data/captions_web.txt", "A text file with one caption a line."
 )
 _PARTS = flags.DEFINE_integer("num_parts", 1000, "Files of decisions.")
 _DISTINCT = flags.DEFINE_integer("distinct", 50, "Of them that differ.")

@@ -1,6 +1,6 @@
 """What `config.decontaminate` finds by hashes and by embeddings: photos with planted copies.
 
-    python -m benchmarks.decontamination --data ../shared/data
+    python -m benchmarks.decontamination --data runs/data
 
 The edits are those of `benchmarks.duplicates`, of every photo of `photos.tar`; the evaluation set
 is `photos.tar` itself. Recall: copies that match their own photo. False: the 4,000 pictures of

@@ -1,6 +1,6 @@
 """Does concept distillation help a small student? CIFAR-10 photos, an ImageNet teacher, some seeds.
 
-    python -m benchmarks.distillation --data ../shared/data --workdir runs/distillation
+    python -m benchmarks.distillation --data runs/data --workdir runs/distillation
 
 Three sets of captions for the same 4,000 photos: `given` ("a photo of a dog."), `noisy`, where half
 of the photos have the caption of another one, and `described`, where the colours of the photo are

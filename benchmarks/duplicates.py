@@ -1,6 +1,6 @@
 """What the search for duplicates finds: photos and drawings with planted copies.
 
-    python -m benchmarks.duplicates --data ../shared/data
+    python -m benchmarks.duplicates --data runs/data
 
 Of every photo of `photos.tar` a copy is planted: resized to half, re-encoded (JPEG, quality 50),
 cropped to 90% or 85% of each side somewhere, or mirrored; one set for each edit, among the 4,000
@@ -12,11 +12,11 @@ Their captions differ, so that by default none is dropped as a copy of another; 
 cosines alone, for thumbnails that verify what the cosines find, and with colours compared, and
 writes `benchmarks/results/duplicates.json`. Embeddings are the descriptor's; no model is needed.
 
-    python -m benchmarks.duplicates --data ../shared/data --drawings stamps.tar
+    python -m benchmarks.duplicates --data runs/data --drawings stamps.tar
 
 does the second with any other drawings, and writes `benchmarks/results/duplicates_drawings.json`.
 
-    python -m benchmarks.duplicates --data ../shared/data --model runs/emoji
+    python -m benchmarks.duplicates --data runs/data --model runs/emoji
 
 compares the emoji by the embeddings that `diht_jax.embed` makes of them by a model, and writes
 `benchmarks/results/duplicates_model.json`. There the emoji of one name in several skin tones or

@@ -32,7 +32,7 @@ from PIL import Image
 from benchmarks.record import write_result
 
 _CAPTIONS = flags.DEFINE_string(
-    "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
+    "captions", "runs/data/captions_web.txt", "A text file with one caption a line."
 )
 _CHOSEN = flags.DEFINE_multi_integer("jobs", [], "Numbers of jobs, from 0; all by default.")
 # What is filtered, shards, rows of a shard, workers.

@@ -1,6 +1,6 @@
 """Images per second and core: our input pipeline, open_clip's, and the bare JPEG decoders.
 
-    python -m benchmarks.input_pipeline --photos ../shared/data/photos.tar
+    python -m benchmarks.input_pipeline --photos runs/data/photos.tar
 
 The same JPEG files and captions reach both sides: as webdataset tars through open_clip's own
 `get_wds_dataset` (webdataset, `image_transform(is_train=True)`, its tokenizer, collated float32
@@ -85,7 +85,7 @@ class Settings:
 
 def define_flags() -> None:
     """The command line of `main`."""
-    photos = str(REPOSITORY.parent / "shared/data/photos.tar")
+    photos = str(REPOSITORY / "runs/data/photos.tar")
     flags.DEFINE_string("photos", photos, "Webdataset tar of JPEGs.")
     # Of 1,500 records, grain's shuffle takes 22 us for an index (it walks a domain of 65,536 until
     # it meets one of them); of 6,000 it takes 8, and of millions 4.

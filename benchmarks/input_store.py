@@ -77,7 +77,7 @@ class Settings:
 
 def define_flags() -> None:
     """The command line of `main`."""
-    photos = str(REPOSITORY.parent / "shared/data/photos.tar")
+    photos = str(REPOSITORY / "runs/data/photos.tar")
     flags.DEFINE_string("photos", photos, "Webdataset tar of JPEGs.")
     flags.DEFINE_integer("copies", 32, "Of the tar's photos.")
     flags.DEFINE_integer("shards", 8, "Of each format.")

@@ -1,7 +1,7 @@
 """What the text spotter finds and drops wrongly, beside the paper's rule and plain EasyOCR.
 
-    python -m benchmarks.text_spotting --photos ../shared/data/photos.tar \\
-        --captions ../shared/data/captions_web.txt --fonts FOLDER
+    python -m benchmarks.text_spotting --photos runs/data/photos.tar \\
+        --captions runs/data/captions_web.txt --fonts FOLDER
 
 Pictures with known text (`benchmarks.text_spotting_testset`), in fonts that nothing was chosen by:
 the files under `--fonts` whose names end in Regular or Bold. The text of an unrelated picture is

@@ -1,7 +1,7 @@
 """How full the text spotter's batches are, and what the canvases that fill them change.
 
-    python -m benchmarks.text_spotting_batches --photos ../shared/data/photos.tar \\
-        --captions ../shared/data/captions_web.txt
+    python -m benchmarks.text_spotting_batches --photos runs/data/photos.tar \\
+        --captions runs/data/captions_web.txt
 
 First a simulation: pictures with the sizes of LAION-2B-en go through the windows in which the
 filter hands them to the spotter, before (32 candidates at a time, a batch for each padded shape)

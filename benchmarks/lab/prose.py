@@ -141,6 +141,7 @@ Every contrast was registered with its margin, and with what would refute it, be
 made (`benchmarks/lab/experiments.py`; its history shows when). Each run is one file in
 `benchmarks/results/lab/`, with its command, machine and versions.
 
+    python -m data_prep.examples emoji cifar10 --output runs/data
     python -m benchmarks.lab.run --list    # what is done, what is missing, and how long that takes
     python -m benchmarks.lab.run           # makes the missing runs; kill and start it at will
     python -m benchmarks.lab.page          # these pages and their figures, from the result files

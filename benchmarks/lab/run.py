@@ -47,7 +47,7 @@ from diht_jax import command_line
 from diht_jax.config import default_config, load_recipe
 from diht_jax.terminal import ProgressBar
 
-# Test data beside the shared folder, by what is measured.
+# Test data besides those of `--data`, by what is measured.
 _TESTS = {
     "scenes": ("web",),
     "sizes": ("web",),
@@ -87,7 +87,7 @@ def define_flags() -> None:
     flags.DEFINE_list("only", [], "Patterns of blocks, experiments or runs; unset: all but grids.")
     flags.DEFINE_bool("list", False, "Print what is done and what is missing, and run nothing.")
     flags.DEFINE_string("workdir", "runs/lab", "Where data and runs lie.")
-    flags.DEFINE_string("data", "../shared/data", "Folder with the tars of emoji and CIFAR-10.")
+    flags.DEFINE_string("data", "runs/data", "Folder with the tars of emoji and CIFAR-10.")
     flags.DEFINE_string("train", None, "Labelled records for the block b32: a path or URL.")
     flags.DEFINE_list("tasks", ["imagenet"], "Of the block b32, as --tasks of diht_jax.evaluate.")
     flags.DEFINE_string("results", str(RESULTS / "lab"), "Folder of the result files.")

@@ -87,15 +87,15 @@ def _commands_of_block(block: str, path: pathlib.Path) -> Iterator[Command]:
 
 @contextlib.contextmanager
 def own_flags() -> Iterator[None]:
-    """No flags but absl's inside; those of before are there again behind it."""
+    """No flags but absl's and grain's inside; those of before are there again behind it."""
 
-    def is_absls(name: str) -> bool:
+    def is_librarys(name: str) -> bool:
         # Those of the keys of a config, such as "config.seed", belong to absl as well.
         owner = str(flags.FLAGS.find_module_defining_flag(name))
-        return owner.startswith("absl") and "." not in name
+        return owner.startswith(("absl", "grain")) and "." not in name
 
     def defined() -> list[str]:
-        return [name for name in list(flags.FLAGS) if not is_absls(name)]
+        return [name for name in list(flags.FLAGS) if not is_librarys(name)]
 
     before = {name: flags.FLAGS[name] for name in defined()}
     for name in before:
@@ -139,7 +139,10 @@ def parse_command(
 
 
 def run_commands(commands: list[tuple[str, list[str]]]) -> None:
-    """Runs commands in this process; exits at the first one that fails, and names it."""
+    """Runs commands in this process; exits at the first one that fails, and names it.
+
+    Of the module `-c` the argument is Python, as of the interpreter.
+    """
     for module, arguments in commands:
         with own_flags(), mock.patch.object(sys, "argv", [module, *arguments]):
             print("RUN", module, shlex.join(arguments), flush=True)
@@ -151,6 +154,9 @@ def run_commands(commands: list[tuple[str, list[str]]]) -> None:
 
 
 def _start(module: str) -> None:
+    if module == "-c":
+        exec(compile(sys.argv[1], "<page>", "exec"), {"__name__": "__main__"})
+        return
     sys.modules.pop(module, None) if module.startswith("benchmarks") else None
     runpy.run_module(module, run_name="__main__")
 

@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from data_prep.duplicates import config as duplicates_config
+from data_prep.example_data.registry import EXAMPLES
 from data_prep.filtering import config as filter_config
 from data_prep.labelling import config as label_config
 from diht_jax.config.checks import validate_config
@@ -18,7 +19,6 @@ from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.validation import NAME as VALIDATION
 from diht_jax.fewshot import task_text
 from diht_jax.training.recipe import all_keys
-from tests import make
 from tests.compiling import xla_flags
 from tests.docs.commands import Command, find_commands, parse_command
 from tests.docs.pages import REPOSITORY
@@ -34,11 +34,6 @@ RUN = (
     (
         "docs/guides/prepare/records.md",
         "python -m data_prep.filter --config prep/convert",
-        "",
-    ),
-    (
-        "README.md",
-        "python -m data_prep.filter --config configs/prep/convert.py --config.input=runs",
         "",
     ),
     (
@@ -68,7 +63,6 @@ RUN = (
     ("docs/guides/evaluate/weights.md", "python -m diht_jax.export --model runs/try", ""),
     ("docs/guides/evaluate/weights.md", "python -m diht_jax.embed --model runs/try", ""),
     ("docs/quickstart.md", "python -m diht_jax.search --model demo_output", ""),
-    ("docs/quickstart.md", "python -m diht_jax.search --model runs/emoji --input runs/data", ""),
 )
 # What every run of a module gets besides, so that it is small and leaves nothing outside.
 SMALLER = {
@@ -80,6 +74,7 @@ REPLACED = (("/data/kept_a,/data/kept_b", "runs/kept,runs/records"), ("/data/bot
 # Most of the time is XLA's; nothing is measured here.
 CHEAP = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 COMMANDS = find_commands()
+BY_HAND = {"captions_web.txt"}  # docs/guides/example_data.md says where it is from
 # Of a command within a sentence, which may lack them.
 RECIPES = {
     "diht_jax.train": "configs/demo.py",
@@ -157,29 +152,22 @@ def repository(monkeypatch):
 @pytest.mark.parametrize("command", own_commands(), ids=lambda c: f"{c.page}:{c.text[10:60]}")
 def test_command_is_parsed(command):
     parse(command)
-    data = REPOSITORY.parent / "shared" / "data"
-    for name in re.findall(r"\.\./shared/data/([\w.]+)", command.text):
-        assert not data.is_dir() or (data / name).exists(), name
+    # Nothing is read that is next to the checkout, which nobody else has.
+    files = {name for example in EXAMPLES.values() for name in example.files}
+    missing = set(re.findall(r"runs/data/([\w./]+)", command.text)) - files - BY_HAND
+    assert not missing and "../" not in command.text
 
 
 def small_workspace(folder):
-    """A checkout with recipes, tars of a few pictures, and the models that the pages name."""
+    """A checkout with recipes, and the models that the pages name."""
     checkout = folder / "checkout"
-    data = checkout / "runs" / "data"
-    data.mkdir(parents=True)
-    (checkout / "demo_output").mkdir()
+    (checkout / "demo_output").mkdir(parents=True)
     for link, target in (
         ("configs", REPOSITORY / "configs"),
-        *(("runs/emoji", "try"), ("demo_output/filtered_concepts", "../runs/try")),
-        *(("demo_output/web", "../runs/web"), ("raw.json", "runs/try.json")),
-        ("filtered.json", "runs/try.json"),
+        *(("demo_output/filtered_concepts", "../runs/try"), ("demo_output/web", "../runs/web")),
+        *(("raw.json", "runs/try.json"), ("filtered.json", "runs/try.json")),
     ):
         (checkout / link).symlink_to(target)
-    members = {}
-    for color in ("red", "green", "blue"):
-        members |= make.pair_members(color, color, make.encoded(make.plain(color)))
-    for name in ("emoji_google.tar", "emoji_twitter.tar"):
-        make.write_tar(data / name, members)
     return checkout
 
 
@@ -205,7 +193,7 @@ def test_commands_run(tmp_path):
     written = (
         *("runs/web/val_retrieval.tar", "runs/kept/report.html", "runs/both/report.html"),
         "runs/lists/dropped.tsv",
-        *("runs/emoji_records/stats.json", "runs/try/metrics.jsonl", "runs/try.html"),
+        *("runs/try/metrics.jsonl", "runs/try.html"),
         *("runs/exported/open_clip_config.json", "runs/search.html", "filtered.compared.png"),
     )
     for name in written:

@@ -14,7 +14,7 @@ from tests.make import RECIPES, REPOSITORY
 # Their debug forms differ from one of the others in numbers alone.
 ALIKE = ("clip_vitb16", "diht_vitb16_clean", "diht_vitb32", "diht_vitl14_336")
 
-# By tests/hardware/test_compiler.py and tests/docs/test_own_data.py.
+# By tests/hardware/test_compiler.py and tests/docs/test_readme.py.
 TRAINED_BY_ITS_COMMAND = ("emoji", "own_data")
 
 # Arguments beside `debug`; without them the recipe trains like that of the demo.

@@ -27,8 +27,9 @@ EMOJI = {
     "26bd": "soccer ball",
     "1f4d8": "blue book",
     "1f1ef-1f1f5": "japan flag",
+    **{f"1f5{number}": f"clock number {number}" for number in range(10, 30)},
 }
-STAMPS = {"animals/cow": "A cow.", "food/fruit/apple": "A red apple.", "town/house": "A house."}
+STAMPS = {f"food/fruit/{number}": f"A basket of {number} apples." for number in range(60)}
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
 
 

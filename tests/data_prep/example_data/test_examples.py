@@ -121,7 +121,7 @@ def test_a_stamp_of_several_languages_has_its_english_line(tmp_path):
     (tmp_path / "stamps.deb").write_bytes(packages[0])
     written = pictures.make_pictures([tmp_path / "stamps.deb"], tmp_path / "data")
     table = tmp_path / "data" / "pictures" / "captions.csv"
-    assert written == {table: 3}
+    assert written == {table: len(small.STAMPS)}
     with open(table, newline="") as file:
         rows = {row["image"]: row["caption"] for row in csv.DictReader(file)}
     assert rows == {f"{name}.png": caption for name, caption in small.STAMPS.items()}

@@ -1,0 +1,91 @@
+"""README and quickstart, command by command, in a folder that has nothing of the repository.
+
+The downloads are replaced by small packages of a server of this process.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+from tests import make
+from tests.compiling import xla_flags
+from tests.data_prep.example_data import small_packages as small
+from tests.docs.commands import find_commands, run_commands
+from tests.docs.pages import REPOSITORY, python_blocks
+from tests.serving import FileServer
+
+QUICKSTART = "docs/quickstart.md"
+# What the commands for emoji and for own pictures read and write.
+FOLLOWED = re.compile(r"(?<!/)\b(runs/(data|emoji|pictures|index|own)|pictures|pairs)\b|^emoji$")
+# So that it takes seconds: the settings are the recipes' own.
+SHORTER = {
+    "data_prep.filter": ["--config.num_workers=0"],
+    "diht_jax.train": [
+        "--config.total_steps=6",
+        "--config.data.batch_size=12",
+        "--config.compilation_cache=",
+        "--config.model.overrides.vision_layers=1",
+        "--config.model.overrides.text_layers=1",
+    ],
+    "diht_jax.evaluate": ["--num_resamples=10", "--batch_size=16"],
+    "diht_jax.search": ["--batch_size=16"],
+}
+
+
+def commands_of(page):
+    """Modules and arguments, with the recipes where they are and without what serves for ever."""
+    for command in find_commands():
+        is_followed = any(FOLLOWED.search(text) for text in command.arguments)
+        if command.page == page and is_followed and "--serve" not in command.arguments:
+            configs = f"{REPOSITORY}/configs/"
+            arguments = [text.replace("configs/", configs, 1) for text in command.arguments]
+            yield command.module, [*arguments, *SHORTER.get(command.module, [])]
+
+
+def unpacking_lines(page):
+    """The lines for a shell that unpack pictures."""
+    return re.findall(r"(?m)^    (mkdir .* tar -xf .*)$", (REPOSITORY / page).read_text("utf-8"))
+
+
+def download_examples(commands, monkeypatch, folder):
+    """Runs the commands that make examples, in this process, with small packages."""
+    files = small.replace_packages(monkeypatch, small.small_packages())
+    with FileServer(files) as server:
+        flags = [f"--mirror={server.url}", f"--packages={folder}"]
+        run_commands([(module, [*arguments, *flags]) for module, arguments in commands])
+
+
+def test_readme_and_quickstart_from_nothing_to_results(tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    commands = [*commands_of("README.md"), *commands_of(QUICKSTART)]
+    downloads = [command for command in commands if command[0] == "data_prep.examples"]
+    download_examples(downloads, monkeypatch, tmp_path / "packages")
+    for line in unpacking_lines(QUICKSTART):
+        subprocess.run(line, shell=True, check=True)
+    blocks = [("-c", [block]) for block in python_blocks(REPOSITORY / QUICKSTART)]
+    rest = [each for n, each in enumerate(commands) if each not in [*downloads, *commands[:n]]]
+    assert {module for module, _ in rest} == set(SHORTER)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.docs.commands"],
+        env={
+            **os.environ,
+            "XLA_FLAGS": xla_flags(),
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(make.REPOSITORY),
+        },
+        input=json.dumps([*rest, *blocks]),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    (own,) = json.loads((work / "runs/own.json").read_text())["results"]
+    (emoji,) = json.loads((work / "runs/emoji.json").read_text())["results"]
+    assert own["task"] == "validation" and 0 < own["counts"]["images"] < 20
+    assert emoji["counts"]["images"] == len(small.EMOJI)
+    assert (work / "runs/search.html").is_file()
+    assert re.search(r"\d  red heart\n", done.stdout)
