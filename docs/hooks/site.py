@@ -1,7 +1,11 @@
-"""Pages of the site that are made: README, CONTRIBUTING and CHANGELOG, and all keys of configs."""
+"""Pages of the site that are made.
+
+They are README, CONTRIBUTING and CHANGELOG, the notebooks, and all keys of configs.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
@@ -28,9 +32,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if (REPOSITORY / name).exists()
     }
     made |= {f"reference/config/{n}.md": text for n, text in config_keys.format_pages().items()}
+    for path in sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb")):
+        made[f"notebooks/{path.stem}.md"] = notebook_page(path)
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def notebook_page(path: pathlib.Path) -> str:
+    """A notebook as a page: its texts, and its code as blocks."""
+    parts = []
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    title, *rest = parts
+    return "\n\n".join(
+        [title, f"[The notebook]({path.name}) runs on Colab and on a laptop.", *rest]
+    )
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -1,5 +1,6 @@
 """The site: each page is in its navigation and short, and every key of a config is described."""
 
+import importlib
 import importlib.util
 import re
 
@@ -48,6 +49,7 @@ def test_every_page_is_in_the_navigation_once():
     made = {"index.md", "contributing.md", *(f"reference/config/{name}.md" for name in CONFIGS)}
     if (REPOSITORY / "CHANGELOG.md").exists():
         made.add("changelog.md")
+    made |= {f"notebooks/{path.stem}.md" for path in DOCS.glob("notebooks/*.ipynb")}
     written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
     assert sorted(listed) == sorted(made | written)
 
@@ -55,6 +57,15 @@ def test_every_page_is_in_the_navigation_once():
 @pytest.mark.parametrize("path", [p for p in PAGES if DOCS in p.parents], ids=page_name)
 def test_pages_are_short(path):
     assert path.stat().st_size < MOST_BYTES
+
+
+def test_public_names_exist_and_are_described():
+    text = (DOCS / "reference" / "api.md").read_text("utf-8")
+    names = re.findall(r"^(?:::: |      heading: )(\S+)$", text, re.MULTILINE)
+    assert "diht_jax.load_model" in names
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
 
 
 def test_the_readme_is_short():
