@@ -29,6 +29,7 @@ _PACKAGES = {
     "numpy": "numpy",
     "libtpu": "libtpu",
     "jax_cuda12_plugin": "jax-cuda12-plugin",
+    "jax_cuda13_plugin": "jax-cuda13-plugin",
     "grain": "grain",
     "PIL": "pillow",
     "cv2": "opencv-python-headless",

@@ -65,7 +65,7 @@ def main() -> None:
     if device == "gpu" and jax.default_backend() != "gpu":
         raise ValueError(
             f"--device gpu: JAX finds no GPU, only {jax.devices()[0].device_kind}; install the "
-            "extra 'gpu' (jax[cuda12]) on a machine with an NVIDIA GPU"
+            "extra 'gpu' (jax[cuda13]) on a machine with an NVIDIA GPU"
         )
     from benchmarks.record import write_result
 

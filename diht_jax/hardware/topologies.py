@@ -206,7 +206,7 @@ def _gpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
     except NotImplementedError as error:
         raise ValueError(
             f"'{family}:{text}' needs JAX's CUDA plugin, which compiles for GPUs on machines "
-            "without one too: pip install 'jax[cuda12]'"
+            "without one too: pip install 'jax[cuda13]'"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(

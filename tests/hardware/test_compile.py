@@ -35,8 +35,8 @@ needs_libtpu = pytest.mark.skipif(
 
 
 needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None,
-    reason="the CUDA compiler is absent: pip install 'jax[cuda12]'",
+    not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
+    reason="the CUDA compiler is absent: pip install 'jax[cuda13]'",
 )
 
 
