@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by run_tests.sh and run_demo.sh in the repository's root. Makes .venv with everything in the
 # files of the array `requirements` (default: requirements.txt) and with the project itself, so that
 # `import diht_jax` works from any folder, unless that has been done. Leaves the environment's Python in

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 
 from tests.compiling import xla_flags
+from tests.parts import part_of
 
 # Must be set before the first import of jax anywhere in the test process.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -64,10 +65,23 @@ LONGEST_FILES = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders the files of tests: `run_tests.sh` gives them to its processes in this order."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--part 2/4`, for machines that share the suite."""
+    parser.addoption("--part", default="1/1", help="2/4 runs the second of four parts of the files")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Orders the files of tests: `run_tests.sh` gives them to its processes in this order.
+
+    Those of other parts than `--part` are left out.
+    """
     ranks = {str(REPOSITORY / "tests" / name): rank for rank, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
+    part, parts = map(int, config.getoption("part").split("/"))
+    mine = set(part_of(list(dict.fromkeys(item.path for item in items)), part, parts))
+    others = [item for item in items if item.path not in mine]
+    items[:] = [item for item in items if item.path in mine]
+    config.hook.pytest_deselected(items=others)
 
 
 def pytest_collection_finish() -> None:
