@@ -228,6 +228,10 @@ KEYS: dict[str, Key] = {
     # The least recently used programs are deleted; inf: none are.
     "compilation_cache_max_gib": Key(10.0, POSITIVE_OR_INF, FREE, per_host=True),
     "log_every_steps": Key(50, COUNT, FREE),  # a line of metrics.jsonl
+    # Where metrics go in addition to metrics.jsonl: "tensorboard", "wandb", "trackio".
+    "trackers": Key(("tensorboard",), resume=FREE),
+    "tracking.project": Key(str, resume=FREE),  # of W&B and trackio; None: "diht_jax"
+    "tracking.name": Key(str, resume=FREE),  # of the run there; None: that of the work directory
     # This many updates in a row with numbers that are not finite end the run.
     "max_skipped_steps": Key(10, COUNT, FREE),
     # The first update with such numbers ends the run, and the error names where they begin.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric
 
 _GREY, _BLUE, _RED, _PURPLE = "#656d76", "#0969da", "#cf222e", "#8250df"
-_BAR_COLORS = ("#8c959f", _BLUE, "#1a7f37", "#bf3989", "#9a6700")
+_GREEN = "#1a7f37"
+_BAR_COLORS = ("#8c959f", _BLUE, _GREEN, "#bf3989", "#9a6700")
+_LINE_LETTERS, _MOST_LETTERS = 24, 150  # of a text next to its pictures
 _BARS_ROOM = 0.76  # height of the bars of one metric, the distance of metrics being 1
 # Method of few-shot learning -> label, color and marker.
 _METHODS = {
@@ -140,6 +144,35 @@ def draw_trade_off(
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     _save(figure, path)
+
+
+def draw_retrievals(examples: Mapping[str, Any]) -> bytes:
+    """Draws queries by text with their first pictures, framed green or red, as a PNG.
+
+    Args:
+        examples: of `page.retrieval_examples`, with Pillow images.
+    """
+    queries = examples["text_queries"]
+    columns = 1 + max(len(query["tiles"]) for query in queries)
+    figure = _new_figure(2.4 + 1.5 * columns, 0.5 + 1.6 * len(queries))
+    shares = {"width_ratios": [1.6, *[1] * columns]}
+    grid = figure.subplots(len(queries), columns + 1, squeeze=False, gridspec_kw=shares)
+    for query, (words, *cells) in zip(queries, grid, strict=True):
+        text = textwrap.fill(textwrap.shorten(query["text"], _MOST_LETTERS), _LINE_LETTERS)
+        # A dollar sign would begin a formula.
+        words.text(0, 0.5, text.replace("$", r"\$"), va="center", fontsize=9)
+        words.axis("off")
+        for tile, axes in itertools.zip_longest([*query["tiles"], query["right"]], cells):
+            if tile is None:
+                axes.axis("off")
+                continue
+            axes.imshow(tile["picture"])
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(tile["label"], fontsize=8)
+            for side in axes.spines.values():
+                side.set(color=_GREEN if tile["right"] else _RED, linewidth=3)
+    figure.suptitle(examples["title"].replace("$", r"\$"), fontsize=11)
+    return encode_picture(figure)
 
 
 def _new_figure(width: float, height: float) -> Figure:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,8 +24,11 @@ from diht_jax.evaluation.results import describe_model, format_value, metric_of,
 from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.pages.render import render, thumbnail
 
-# Rows of `EncodedImages` -> their pictures as data URIs.
-PictureLoader = Callable[[Sequence[int]], dict[int, str]]
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Rows of `EncodedImages` -> their pictures, for the page as data URIs.
+PictureLoader = Callable[[Sequence[int]], dict[int, Any]]
 
 _QUERIES, _ANSWERS = 6, 5
 _SAMPLES = 24
@@ -63,7 +66,7 @@ class ResultsPage:
             return False
 
         def load(rows: Sequence[int]) -> dict[int, str]:
-            return _load_pictures(units, measured.encoded, rows)
+            return read_pictures(units, measured.encoded, rows, thumbnail)
 
         section = EXAMPLES[task.kind](task, measured, load, logit_scale)
         metrics = [(metric_of(result, name), value) for name, value in result["metrics"].items()]
@@ -250,13 +253,23 @@ def closest_items(
     return {int(item): float(similarities[item]) for item in order[:count]}, int(best)
 
 
-def _load_pictures(
-    units: Sequence[Unit], encoded: EncodedImages, rows: Sequence[int]
-) -> dict[int, str]:
-    """Reads the parts of the source that hold the pictures once more, instead of keeping all."""
+def read_pictures(
+    units: Sequence[Unit],
+    encoded: EncodedImages,
+    rows: Sequence[int],
+    convert: Callable[[Image.Image], Any],
+) -> dict[int, Any]:
+    """Reads the parts of the source that hold the pictures once more, instead of keeping all.
+
+    Args:
+        units: of the task's source.
+        encoded: its pictures.
+        rows: of `encoded`.
+        convert: makes of each picture what is returned for its row.
+    """
     orders = {int(row): encoded.orders[row] for row in rows}
     found = read_again(units, orders.values())
-    pictures = {order: thumbnail(decode_picture(entry)) for order, entry in found.items()}
+    pictures = {order: convert(decode_picture(entry)) for order, entry in found.items()}
     return {row: pictures[order] for row, order in orders.items()}
 
 

@@ -7,9 +7,11 @@ The model may be a loaded one or the live parameters of a training run.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import time
+import typing
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from absl import logging
@@ -23,7 +25,7 @@ from diht_jax.evaluation.bootstrap import (
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
 from diht_jax.evaluation.embedding.entries import Entries, Processes
 from diht_jax.evaluation.prompts import CAPTION_SLOT
-from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.protocols.base import Measured, Task
 from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
@@ -31,8 +33,23 @@ from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 from diht_jax.terminal import ProgressBar
 
-if TYPE_CHECKING:
-    from diht_jax.evaluation.page import ResultsPage
+
+class ExamplesPage(typing.Protocol):
+    """What gets the examples of tasks, such as a `ResultsPage`."""
+
+    path: pathlib.Path | None
+
+    def add(
+        self,
+        task: Task,
+        units: Units,
+        measured: Measured,
+        result: dict[str, Any],
+        logit_scale: float,
+    ) -> bool:
+        """Adds those of one task; returns whether `path` shows them."""
+        ...
+
 
 __all__ = ["Task", "evaluate_task", "parse_config_tasks", "parse_tasks"]
 
@@ -45,7 +62,7 @@ def evaluate_task(
     batch_size: int = 256,
     num_threads: int | None = None,
     limit: int | None = None,
-    page: ResultsPage | None = None,
+    page: ExamplesPage | None = None,
     num_resamples: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from diht_jax.training.monitoring.throughput import (
     log_flops,
     model_flops,
 )
+from diht_jax.training.monitoring.trackers.registry import check_trackers
 from diht_jax.training.monitoring.wall_time import WallTime
 from diht_jax.training.multihost import (
     check_together,
@@ -146,6 +147,7 @@ class Run:
         self.config = config
         self.workdir = workdir
         self.profiler = StepProfiler(config.profile, workdir)
+        check_together(lambda: check_trackers(config.trackers))
         tasks = open_tasks(config)
         self.mixture = open_data(config)
         num_records = self.mixture.num_records
@@ -180,7 +182,7 @@ class Run:
         self.state = self.first_state()
         self.start_step = int(self.state.step)
         self.wall_time = WallTime(workdir, self.start_step, began=began)
-        self.writer = MetricWriter(workdir, self.start_step)
+        self.writer = MetricWriter(workdir, self.start_step, config)
         self.evaluation = RunEvaluation(config, tasks, self.program, self.writer, self.total_steps)
         self._skipped_records = 0
         self._log_start(num_records)
@@ -258,7 +260,9 @@ class Run:
             monitor.check_step(last_step, in_flight)
         progress.close()
         log_best(config.checkpoint.best_metric, self.best)
-        plot_curves(self.workdir)
+        curves = plot_curves(self.workdir)
+        if curves is not None:
+            self.writer.write_picture(last_step, "curves", curves)
         return self.state
 
     def run_step(
@@ -390,7 +394,8 @@ class Run:
 
         The error may be that another process is gone: to wait for it would take minutes.
         """
-        if jax.process_count() == 1 or error_type in (None, Stopped):
+        self.writer.has_failed = error_type not in (None, Stopped)
+        if jax.process_count() == 1 or not self.writer.has_failed:
             self.close()
 
     def close(self) -> None:

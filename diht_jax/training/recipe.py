@@ -11,6 +11,7 @@ from diht_jax.config.checks import validate_config
 from diht_jax.config.keys import FIXED, KEYS, Key, build_config, check_ranges
 from diht_jax.config.overrides import DURATION_UNITS
 from diht_jax.losses.registry import default_settings
+from diht_jax.training.monitoring.trackers.registry import tracker_names
 from diht_jax.training.optimizer import decay_start
 from diht_jax.training.terms.registry import TERMS
 
@@ -42,6 +43,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     keys = all_keys()
     validate_config(config, build_config(keys))
     check_ranges(config, keys)
+    tracker_names(config.trackers)
 
 
 def key_of(name: str) -> Key:

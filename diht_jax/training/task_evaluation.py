@@ -23,6 +23,7 @@ from diht_jax.evaluation.results import describe_metrics
 from diht_jax.evaluation.task_parsing import check_task
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
 from diht_jax.evaluation.validation import validation_tasks
+from diht_jax.training.monitoring.examples import TrackedExamples
 from diht_jax.training.monitoring.metrics import MetricWriter, flatten_results, read_metrics
 from diht_jax.training.multihost import (
     check_same,
@@ -158,7 +159,6 @@ class RunEvaluation:
         """
         step = int(state.step)
         model = self._updated_model(state, step)
-        batch_size = self._config.evaluation.batch_size
         results, num_failed = [], 0
         for task in self._tasks:
             try:
@@ -168,7 +168,7 @@ class RunEvaluation:
                 _log_failure(step, task, error)
                 continue
             try:
-                results.append(evaluate_task(model, task, batch_size=batch_size))
+                results.append(self._evaluate(model, task, step))
             except Exception as error:
                 num_failed += 1
                 if jax.process_count() > 1:
@@ -180,6 +180,11 @@ class RunEvaluation:
             logging.info("step %d: %s", step, "; ".join(map(describe_metrics, results)))
         self._write(step, measured, num_failed)
         return measured
+
+    def _evaluate(self, model: LoadedModel, task: Task, step: int) -> dict[str, Any]:
+        shown = {"page": TrackedExamples(self._writer, step)} if self._writer.takes_pictures else {}
+        batch_size = self._config.evaluation.batch_size
+        return evaluate_task(model, task, batch_size=batch_size, **shown)
 
     def is_missing(self, step: int, workdir: epath.Path) -> bool:
         """Returns whether a due evaluation is missing in the metrics. All processes must call."""
