@@ -1,8 +1,8 @@
 """The site: each page is in its navigation and short, and every key of a config is described."""
 
 import importlib
-import importlib.util
 import re
+import types
 
 import pytest
 import yaml
@@ -26,13 +26,16 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def config_keys():
-    path = DOCS / "hooks" / "config_keys.py"
-    spec = importlib.util.spec_from_file_location("config_keys", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def hooks(monkeypatch):
+    """Imports a file of the hooks by its name, as mkdocs does."""
+    monkeypatch.syspath_prepend(str(DOCS / "hooks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def config_keys(hooks):
+    return hooks("config_keys")
 
 
 def pages_of(navigation):
@@ -78,6 +81,24 @@ def test_pictures_are_small_and_shown():
     for path in pictures:
         assert path.stat().st_size < MOST_BYTES_OF_PICTURE, path
         assert f"images/{path.name})" in text, path
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "expected"),
+    [
+        ("index.md", "[a](docs/guides/own_data.md#b)", "[a](guides/own_data.md#b)"),
+        ("index.md", "[a](CONTRIBUTING.md#b)", "[a](contributing.md#b)"),
+        ("index.md", "[a](NOTICE)", "a"),
+        ("explained/library.md", "[a](../../README.md)", "[a](../index.md)"),
+        ("explained/library.md", "[a](security.md)", "[a](security.md)"),
+        ("explained/library.md", "[a](https://jax.dev/x)", "[a](https://jax.dev/x)"),
+        ("explained/library.md", "x[a](b)", "x[a](b)"),
+    ],
+)
+def test_links_of_files_become_links_of_the_site(hooks, page, link, expected):
+    pytest.importorskip("mkdocs")
+    of_page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri=page))
+    assert hooks("site_pages").on_page_markdown(link, of_page, None, None) == expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
