@@ -14,6 +14,8 @@ import os
 import zlib
 from concurrent import futures
 
+from absl import logging
+
 from diht_jax.records.sharded import ShardedRecords
 
 _READING_THREADS = 16
@@ -56,10 +58,19 @@ def fingerprint_records(source: ShardedRecords) -> Fingerprint:
     and last 4 KiB. So it notices shards that are missing, new, renamed, in another order, or
     written again with other records. It does not notice a change in the middle of a shard that
     leaves all lengths as they are, such as a flipped bit; the records' checksums find damage when
-    they are read.
+    they are read. Shards that are equal to another one are logged.
     """
     with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
         rows = list(pool.map(source.identify, range(len(source.paths))))
+    first: dict[tuple[int, int, str], str] = {}
+    found = zip(source.paths, rows, strict=True)
+    copies = [(p, first[row]) for p, row in found if row[0] and first.setdefault(row, p) != p]
+    if copies:
+        logging.warning(
+            "%d shards look like copies of others, such as %s of %s: if a file was copied over "
+            "another one, records are missing",
+            *(len(copies), *copies[0]),
+        )
     names = map(os.path.basename, source.paths)
     return Fingerprint(tuple((name, *row) for name, row in zip(names, rows, strict=True)))
 

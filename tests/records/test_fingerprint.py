@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from diht_jax.records.fingerprint import Fingerprint, describe_changes, fingerprint_records
+from diht_jax.records.formats.registry import open_source, open_writer
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 
 
@@ -32,6 +33,20 @@ def test_the_same_shards_elsewhere_are_the_same(folder, tmp_path_factory):
     before, now = look(folder), look(copy)
     assert before == now and before.digest == now.digest and describe_changes(before, now) == []
     assert Fingerprint.unpack(json.loads(json.dumps(before.pack()))) == before
+
+
+@pytest.mark.parametrize("suffix", ["tfrecord", "array_record"])
+def test_a_shard_that_was_copied_over_another_is_named(tmp_path, suffix, caplog):
+    paths = [str(tmp_path / f"part-{number}.{suffix}") for number in range(3)]
+    for number, path in enumerate(paths):
+        with open_writer(path) as writer:
+            writer.write(bytes([number]) * 20)
+    fingerprint_records(open_source(paths))
+    assert not caplog.records
+    shutil.copy(paths[0], paths[2])
+    fingerprint_records(open_source(paths))
+    (record,) = caplog.records
+    assert paths[0] in record.getMessage() and paths[2] in record.getMessage()
 
 
 @pytest.mark.parametrize(
