@@ -9,6 +9,7 @@ on; each lists its flags with `--help`.
 from __future__ import annotations
 
 import ast
+import textwrap
 
 from absl import flags
 
@@ -31,7 +32,9 @@ def main() -> None:
     print_escaped(f"\nRecipes in {recipe_folder()}:\n")
     for name, path in list_recipes().items():
         summary = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
-        print_escaped(f"  {name}\n      {summary}")
+        margin = " " * 6
+        lines = textwrap.fill(summary, 80, initial_indent=margin, subsequent_indent=margin)
+        print_escaped(f"  {name}\n{lines}")
 
 
 if __name__ == "__main__":
