@@ -69,7 +69,7 @@ def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
             pre_buffer=is_stored,
             page_checksum_verification=True,
         )
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         check_failure(file)
         if is_storage_failure(error):
             raise
@@ -88,7 +88,7 @@ def explain_errors(path: str, describe: Callable[[], str]) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowInvalid, OSError, MemoryError) as error:
+    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError, MemoryError) as error:
         if is_storage_failure(error):
             raise
         raise ValueError(f"{path}: {describe()} ({error})") from error

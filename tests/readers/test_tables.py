@@ -316,6 +316,15 @@ def test_a_value_that_python_cannot_hold_costs_its_row_of_parquet(tmp_path, colu
     assert str(path) in bad.detail and f"'{column}'" in bad.detail
 
 
+def test_a_parquet_file_whose_names_are_damaged_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"image": [PNG], "caption": ["one"], "source": ["web"]})
+    pyarrow.parquet.write_table(table, path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"source", b"\xffource"))
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read as parquet"):
+        read_entries(str(path))
+
+
 def test_options_name_the_columns_of_parquet_too(tmp_path):
     row = {"picture": PNG, "en": "one", "txt": "eins", "id": 7}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "t.parquet")
