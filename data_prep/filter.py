@@ -1,9 +1,9 @@
 r"""Command: CAT-filter image-text pairs of any source into TFRecord shards.
 
-    python -m data_prep.filter --config prep/cat \\
+    python -m data_prep.filter --config prep/cat \
         --config.input='/data/raw/*.tar' --config.output=/data/kept
     python -m data_prep.filter --explain "a black cat is chasing a small brown bird"
-    python -m data_prep.filter --config prep/cat --config.min_complexity=2 \\
+    python -m data_prep.filter --config prep/cat --config.min_complexity=2 \
         --replay=/data/kept
 
 Run again, it does only what is not done yet. `--engine=ray` runs it on a Ray cluster. For a job
@@ -123,4 +123,6 @@ def _optional_keys() -> ml_collections.ConfigDict:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, config_defaults=_optional_keys)
+    command_line.run(
+        main, config_defaults=_optional_keys, comment_files=filter_config.COMMENT_FILES
+    )

@@ -75,4 +75,6 @@ def run_label(
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, config_defaults=label_config.default_config)
+    command_line.run(
+        main, config_defaults=label_config.default_config, comment_files=label_config.COMMENT_FILES
+    )

@@ -1,4 +1,4 @@
-"""Command: average models: WiSE-FT, uniform and greedy soups.
+r"""Command: average models: WiSE-FT, uniform and greedy soups.
 
     python -m diht_jax.average --models runs/base,runs/tuned --method wise_ft --output averaged \
         --tasks cifar10,retrieval:photos.tar --target cifar10/top1 --reference retrieval/t2i_r1

@@ -16,16 +16,18 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from diht_jax import help_text
 from diht_jax.config import find_recipe, load_recipe
 from diht_jax.config.architecture import parse_fields
 from diht_jax.config.checks import check_names, walk
+from diht_jax.config.key_comments import read_comments
 from diht_jax.config.overrides import apply_overrides, take_unset_keys
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
@@ -47,6 +49,7 @@ def run(
     *,
     takes_arguments: bool = False,
     config_defaults: Callable[[], ml_collections.ConfigDict] | None = None,
+    comment_files: Mapping[str, str] | None = None,
     writes_to_stores: bool = False,
 ) -> None:
     """Parses the command line, then calls `main()`; exits with its outcome.
@@ -54,6 +57,7 @@ def run(
     With `takes_arguments`, what is no flag is given to `main` as a list; else it is a mistake.
     `config_defaults` makes all keys of a command that has `--config`: `--config.KEY=None` works for
     those whose default is None, and a duration on the command line replaces the recipe's.
+    `comment_files` say where `--config.help` reads what they mean, as for `read_comments`.
     With `writes_to_stores`, `--output` may be a URL.
 
     A wrong flag or config key exits with 2, a `ValueError` (bad input) or an error of a disk with
@@ -62,7 +66,9 @@ def run(
     """
     app.run(
         lambda argv: _call(lambda: main(argv[1:]) if takes_arguments else main(), writes_to_stores),
-        flags_parser=lambda argv: parse_flags(argv, takes_arguments, config_defaults),
+        flags_parser=lambda argv: _help_or_flags(
+            argv, takes_arguments, config_defaults, comment_files or {}
+        ),
     )
 
 
@@ -188,6 +194,32 @@ def keep_freed_memory() -> None:
         return
     for name, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
         mallopt(name, value)
+
+
+def _help_or_flags(
+    argv: Sequence[str],
+    takes_arguments: bool,
+    config_defaults: Callable[[], ml_collections.ConfigDict] | None,
+    comment_files: Mapping[str, str],
+) -> list[str]:
+    """Answers `--help` and `--config.help`, and exits; else `parse_flags`."""
+    section = help_text.asked_section(argv) if config_defaults is not None else None
+    if section is not None:
+        try:
+            config = config_defaults()
+            for path, arg in _named_recipes(_with_paths(argv))[-1:]:
+                config = load_recipe(path, arg)
+            text = help_text.describe_keys(config, section, read_comments(comment_files))
+        except ValueError as error:
+            _fail(str(error), status=2)
+        print_escaped(text)
+        sys.exit(0)
+    if help_text.is_asked(argv):
+        description = getattr(sys.modules["__main__"], "__doc__", None) or ""
+        found, has_config = help_text.command_flags(), config_defaults is not None
+        print_escaped(help_text.describe_command(description, found, has_config=has_config))
+        sys.exit(0)
+    return parse_flags(argv, takes_arguments, config_defaults)
 
 
 def parse_flags(

@@ -38,7 +38,7 @@ from diht_jax.terminal import print_escaped
 from diht_jax.training.initial_parameters import bind_architecture
 from diht_jax.training.monitoring.throughput import model_flops
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.recipe import check_config, default_config, duration_in_steps
+from diht_jax.training.recipe import COMMENT_FILES, check_config, default_config, duration_in_steps
 
 # Policies of `model.remat` by the FLOPs of what they compute again.
 _CHEAPEST_FIRST = ("none", "dots", "minimal", "full")
@@ -323,4 +323,4 @@ def _parse_size(text: str) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, config_defaults=default_config)
+    command_line.run(main, config_defaults=default_config, comment_files=COMMENT_FILES)

@@ -1,4 +1,4 @@
-"""Command: evaluate a model on zero-shot tasks, or compare results.
+r"""Command: evaluate a model on zero-shot tasks, or compare results.
 
     python -m diht_jax.evaluate --model DIR --tasks cifar10,coco_retrieval --output results.json
     python -m diht_jax.evaluate --model DIR --tasks retrieval:/data/emoji_twitter.tar \

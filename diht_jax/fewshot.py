@@ -1,4 +1,4 @@
-"""Command: few-shot linear probing from the prompts, and from scratch.
+r"""Command: few-shot linear probing from the prompts, and from scratch.
 
     python -m diht_jax.fewshot --model runs/b32 --task cifar10 \
         --train cifar10_train.tar --test cifar10_test.tar --output fewshot.json

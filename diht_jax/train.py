@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from diht_jax import command_line, distributed
 from diht_jax.hardware import compiler
-from diht_jax.training.recipe import check_config, default_config
+from diht_jax.training.recipe import COMMENT_FILES, check_config, default_config
 from diht_jax.training.stopping import EXIT_CODE, Stopped, begin_job, exit_status, job_status
 
 
@@ -76,4 +76,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, config_defaults=default_config)
+    command_line.run(main, config_defaults=default_config, comment_files=COMMENT_FILES)

@@ -71,4 +71,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, config_defaults=duplicates_config.default_config)
+    command_line.run(
+        main,
+        config_defaults=duplicates_config.default_config,
+        comment_files=duplicates_config.COMMENT_FILES,
+    )

@@ -75,6 +75,13 @@ KEYS: dict[str, Any] = {
     "keep_before_damage": False,  # of a tar that is cut off or damaged, scan the pairs before that
 }
 
+# Prefix of keys -> files whose comments describe them.
+COMMENT_FILES = {
+    "": "data_prep/duplicates/config.py",
+    "ray.": "data_prep/jobs/cluster.py",
+    "source.": "diht_jax/readers/*.py",
+}
+
 
 def default_config() -> ml_collections.ConfigDict:
     """Every key, with its default."""

@@ -46,6 +46,14 @@ _NOT_HASHED = (
 )
 SETTINGS = "settings.json"  # in the folder of the parts: what the config means
 
+# Prefix of keys -> files whose comments describe them.
+COMMENT_FILES = {
+    "": "data_prep/filtering/config.py data_prep/steps/*.py",
+    "spotter.": "data_prep/text_spotting/*.py",
+    "ray.": "data_prep/jobs/cluster.py",
+    "source.": "diht_jax/readers/*.py",
+}
+
 
 def default_config() -> ml_collections.ConfigDict:
     """Every key of a filter config, with its default."""

@@ -98,6 +98,19 @@ KEYS: dict[str, Any] = {
     "shard_timeout_secs": float,
 }
 
+# Prefix of keys -> files whose comments describe them.
+COMMENT_FILES = {
+    "": "data_prep/labelling/config.py",
+    "heads.": "data_prep/labelling/config.py",
+    "clip_teachers.": "data_prep/teachers/clip.py",
+    "teacher.": "data_prep/teachers/registry.py",
+    "teacher.swag.": "data_prep/teachers/swag.py",
+    "teacher.torch.": "data_prep/teachers/torch_module.py",
+    "teacher.precomputed.": "data_prep/teachers/precomputed.py",
+    "ray.": "data_prep/jobs/cluster.py",
+    "source.": "diht_jax/readers/*.py",
+}
+
 
 def default_config() -> ml_collections.ConfigDict:
     """Every key of a labelling config, with its default."""

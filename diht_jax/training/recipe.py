@@ -15,6 +15,16 @@ from diht_jax.training.monitoring.trackers.registry import tracker_names
 from diht_jax.training.optimizer import decay_start
 from diht_jax.training.terms.registry import TERMS
 
+# Prefix of keys -> files whose comments describe them.
+COMMENT_FILES = {
+    "": "diht_jax/config/keys.py",
+    "model.overrides.": "diht_jax/models/architecture.py diht_jax/models/zoo.py",
+    "loss.": "diht_jax/losses/*.py",
+    "affinity.": "diht_jax/extras/affinity.py",
+    "captioning.": "diht_jax/extras/captioning.py",
+    "concepts.": "diht_jax/training/terms/concepts.py",
+}
+
 
 def all_keys() -> dict[str, Any]:
     """Every key of a recipe by its dotted name: a `Key`, or a default without a range."""

@@ -16,7 +16,7 @@ from tests.docs.pages import PAGES, REPOSITORY, page_name, without_code
 TOP_LEVEL = ("diht_jax", "data_prep", "configs", "tests", "benchmarks", "docs", "launch", ".ci")
 RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
 # Of a loaded model, and file names.
-NOT_KEYS = {"model.logit_scale", "model.pt", "model.ckpt", "model.safetensors"}
+NOT_KEYS = {"help", "model.logit_scale", "model.pt", "model.ckpt", "model.safetensors"}
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=page_name)
 

@@ -11,6 +11,7 @@ from data_prep.duplicates.config import default_config as duplicates_config
 from data_prep.filtering.config import default_config as filter_config
 from data_prep.labelling.config import default_config as label_config
 from diht_jax.config import default_config as train_config
+from diht_jax.config.key_comments import comments_of
 from tests.docs.pages import PAGES, REPOSITORY, page_name
 from tests.docs.test_links import known_keys
 
@@ -110,7 +111,7 @@ def test_every_key_is_described(config_keys, name):
     assert sorted(described) == sorted(keys - sections)
 
 
-def test_comments_are_those_of_their_keys(config_keys):
+def test_comments_are_those_of_their_keys():
     source = '''
 class Size:
     """A size.
@@ -136,7 +137,7 @@ KEYS = {
     "epsilon": 4,
 }
 '''
-    found = {name: text for name, text in config_keys.comments_of(source).items() if text}
+    found = {name: text for name, text in comments_of(source).items() if text}
     assert found == {
         "width": "in pixels.",
         "height": "in pixels.",

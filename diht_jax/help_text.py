@@ -1,0 +1,177 @@
+"""Texts of `--help` and `--config.help`, which fit a screen.
+
+`--helpfull` has the rest: the whole description of a command, and all flags with their types.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from diht_jax.config.checks import nearest_name, walk
+
+_HELP = ("-h", "-?", "-help", "--help", "-helpshort", "--helpshort")
+# Flags that many commands have in common; they come last.
+_GROUPS = {
+    "flags of the model": ("step", "ema", "image_size", "context_length", "dim", "architecture"),
+    "flags of job arrays": ("task_index", "num_tasks"),
+}
+# Flags that few people need, of which only the names are shown.
+_NAMED_ONLY = (
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "heartbeat_timeout_secs",
+    "start_warning_secs",
+)
+_LEAST_COLUMNS, _MOST_COLUMNS = 60, 100
+_WIDEST_LEFT = 24
+_LONGEST_VALUE = 60
+
+
+def is_asked(argv: Sequence[str]) -> bool:
+    """Returns whether a command line asks for help."""
+    before = argv[: list(argv).index("--")] if "--" in argv else argv
+    return any(argument in _HELP for argument in before)
+
+
+def asked_section(argv: Sequence[str]) -> str | None:
+    """The section of `--config.help=SECTION` or `--config.help SECTION`; "" for the top level."""
+    for number, argument in enumerate(argv):
+        match = re.fullmatch(r"--?config\.help(?:=(.*))?", argument)
+        if match and match[1] is not None:
+            return match[1]
+        if match:
+            following = argv[number + 1 : number + 2]
+            return following[0] if following and not following[0].startswith("-") else ""
+    return None
+
+
+def command_flags() -> list[flags.Flag]:
+    """The flags that this command defines, in its order, without other spellings."""
+    found = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    module_of = flags.FLAGS.find_module_defining_flag
+    return [flag for flag in found if not str(module_of(flag.name)).startswith("absl.")]
+
+
+def describe_command(
+    description: str, found: Iterable[flags.Flag], *, has_config: bool = False
+) -> str:
+    """What a command does, an example, and its flags, its own first.
+
+    Args:
+        description: docstring of its file.
+        found: its flags.
+        has_config: it has a recipe.
+    """
+    first, *others = description.strip().split("\n\n")
+    example = next((part for part in others if part.startswith("    ")), "")
+    parts = [first, example] if example else [first]
+    shown = {f.name: f for f in found if not (f.help or "").startswith("Alias for ")}
+    grouped = {name for names in _GROUPS.values() for name in names}.union(_NAMED_ONLY)
+    parts.append(_block("flags:", [f for name, f in shown.items() if name not in grouped]))
+    for title, names in _GROUPS.items():
+        group = [shown[name] for name in names if name in shown]
+        parts += [_block(f"{title}:", group)] if group else []
+    last = []
+    if has_config:
+        last.append("--config.KEY=VALUE sets a key; --config.help [SECTION] lists them.")
+    named = [f"--{name}" for name in _NAMED_ONLY if name in shown]
+    if named:
+        last.append(f"On clusters that JAX cannot ask: {', '.join(named)}.")
+    last.append("--helpfull describes all of it.")
+    lines = (textwrap.fill(line, _columns(), break_on_hyphens=False) for line in last)
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def describe_keys(
+    config: ml_collections.ConfigDict, section: str, comments: Mapping[str, str]
+) -> str:
+    """The keys of a section with their values and what they mean, and the sections in it.
+
+    Args:
+        config: default values, or those of a recipe.
+        section: dotted name; "" for the top level.
+        comments: what keys mean, by their dotted names.
+
+    Raises:
+        ValueError: there is no such section.
+    """
+    found = {name: value for name, (value, _) in walk(config).items()}
+    sections = [n for n, v in found.items() if isinstance(v, ml_collections.ConfigDict) and len(v)]
+    if section in found and section not in sections:  # a key: shown by itself
+        rows = [_key_row(section, found[section], comments)]
+        return "\n".join(_rows(rows))
+    if section and section not in sections:
+        nearest = nearest_name(section, sections)
+        hint = f"did you mean '{nearest}'?" if nearest else f"sections: {', '.join(sections)}"
+        raise ValueError(f"--config.help={section}: there is no such section; {hint}")
+    prefix = f"{section}." if section else ""
+    inside = {n: v for n, v in found.items() if n.startswith(prefix)}
+    rows = [
+        _key_row(name, value, comments)
+        for name, value in inside.items()
+        if "." not in name.removeprefix(prefix) and name not in sections
+    ]
+    deeper = [n for n in sections if n in inside and "." not in n.removeprefix(prefix)]
+    counts = [
+        f"{name} ({sum(n.startswith(f'{name}.') and n not in sections for n in found)})"
+        for name in deeper
+    ]
+    parts = [
+        "\n".join([f"Keys of {section or 'the top level'}, --config.KEY=VALUE:", *_rows(rows)])
+    ]
+    if counts:
+        text = f"Sections, by --config.help SECTION: {', '.join(counts)}."
+        parts.append(textwrap.fill(text, _columns(), break_on_hyphens=False))
+    return "\n\n".join(parts)
+
+
+def _block(title: str, found: Sequence[flags.Flag]) -> str:
+    return "\n".join([title, *_rows([_flag_row(flag) for flag in found])])
+
+
+def _flag_row(flag: flags.Flag) -> tuple[str, str]:
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+    default = flag.default_as_str
+    has_default = not flag.boolean and default not in (None, "''", "'None'")
+    text = re.sub(
+        r"^<(.*?)>: ", lambda match: f"{match[1].replace('|', ' or ')}: ", flag.help or ""
+    )
+    return name, f"{text} Default: {default.strip(chr(39))}" if has_default else text
+
+
+def _key_row(name: str, value: Any, comments: Mapping[str, str]) -> tuple[str, str]:
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    text = textwrap.shorten(repr(value), _LONGEST_VALUE, placeholder=" ...")
+    return f"{name}={text}", comments.get(name, "")
+
+
+def _rows(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Two columns; a left part that is too wide for its column has a line of its own."""
+    if not rows:
+        return []
+    widest = min(_WIDEST_LEFT, max(len(left) for left, _ in rows))
+    lines = []
+    for left, right in rows:
+        room = _columns() - widest - 4
+        texts = textwrap.wrap(right, room, break_on_hyphens=False) or [""]
+        if len(left) > widest:
+            lines.append(f"  {left}")
+            left = ""
+            texts = texts if texts != [""] else []
+        for number, text in enumerate(texts):
+            lines.append(f"  {left if number == 0 else '':<{widest}}  {text}".rstrip())
+    return lines
+
+
+def _columns() -> int:
+    return min(_MOST_COLUMNS, max(_LEAST_COLUMNS, shutil.get_terminal_size((80, 24)).columns))
