@@ -71,7 +71,10 @@ def find_machine(topology: str | None) -> Machine:
         ValueError: no such topology.
     """
     if topology not in (None, LOCAL):
-        family, shape = parse_topology(topology)
+        try:
+            family, shape = parse_topology(topology)
+        except ValueError as error:
+            raise ValueError(f"recipe argument 'topology={topology}': {error}") from error
         return Machine(True, math.prod(shape), find_chip(family).hbm_bytes / GIB)
     kind = accelerator()
     if kind == "gpu":
