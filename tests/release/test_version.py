@@ -1,4 +1,4 @@
-"""One version everywhere, and the citation as its format has it."""
+"""One version everywhere, the extras that are documented, and the paper that is cited."""
 
 import re
 import tomllib
@@ -19,6 +19,12 @@ def test_the_changelog_and_the_citation_are_of_this_version():
     assert version == CITATION["version"] == PROJECT["version"]
     assert date == str(CITATION["date-released"])
     assert releases == sorted(releases, key=lambda release: release[1], reverse=True)
+
+
+def test_the_page_of_the_installation_lists_every_extra():
+    page = (REPOSITORY / "docs" / "guides" / "install.md").read_text()
+    listed = re.findall(r"(?m)^\| `([\w-]+)` \|", page)
+    assert sorted(listed) == sorted(PROJECT["optional-dependencies"])
 
 
 def test_the_citation_names_the_paper():
