@@ -61,7 +61,7 @@ EXAMPLES = {
     "pictures": Example(
         (STAMPS,),
         793,
-        "photos and drawings of things, up to 500 px, with captions",
+        "photos and drawings of things, most up to 500 px, with captions",
         ("pictures/captions.csv",),
         "Tux Paint's stamps (GPL-2 or later, Bill Kendrick and contributors)",
         make_pictures,
