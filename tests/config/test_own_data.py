@@ -64,9 +64,13 @@ def test_the_number_of_pairs_is_that_of_the_data(tmp_path):
 
 @pytest.mark.parametrize(
     ("arg", "named"),
-    [("", "own_data:data="), ("data=nowhere", "'data=nowhere': no TFRecord shard")],
+    [
+        ("", "own_data:data="),
+        ("data=nowhere", "'data=nowhere': no TFRecord shard"),
+        ("pairs=1000,topology=rtx4090:1", "'topology=rtx4090:1': unknown topology"),
+    ],
 )
-def test_missing_data_is_named_as_it_is_typed(arg, named):
+def test_missing_data_and_wrong_machines_are_named_as_they_are_typed(arg, named):
     with pytest.raises(ValueError, match=f"recipe argument .*{named}"):
         load_recipe(RECIPE, arg)
 
