@@ -75,8 +75,10 @@ def test_missing_data_and_wrong_machines_are_named_as_they_are_typed(arg, named)
         load_recipe(RECIPE, arg)
 
 
-def test_ten_million_pairs_lower_for_a_node_of_eight():
-    config = load_recipe(RECIPE, "pairs=10_000_000,topology=h100:8")
+@pytest.mark.parametrize("pairs", [1_000_000, 10_000_000])
+def test_the_large_models_lower_for_a_node_of_eight(pairs):
+    config = load_recipe(RECIPE, f"pairs={pairs},topology=h100:8")
+    config.model.overrides.update(vision_layers=2, text_layers=2)
     program = TrainProgram(config, config.total_examples // config.data.batch_size, jax.devices())
     state = program.abstract_state()
     lowered = program.step(state).trace(state, program.abstract_batch()).lower()
