@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from diht_jax import distributed
+from diht_jax.distributed import roll_call
 from tests import make
 
 LONGEST_SECS = 300  # only against hanging
@@ -51,7 +52,7 @@ def test_a_start_whose_peer_has_ended_for_good_ends_for_good(tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(distributed, "_POLL_SECS", 0.1)
+    monkeypatch.setattr(roll_call, "_POLL_SECS", 0.1)
 
 
 class Roll:
@@ -64,7 +65,7 @@ class Roll:
     def start(self, process_id, **options):
         def call():
             try:
-                distributed.call_roll(self.address, self.num_processes, process_id, **options)
+                roll_call.call_roll(self.address, self.num_processes, process_id, **options)
             except ConnectionError as error:
                 self.errors[process_id] = str(error)
 

@@ -5,7 +5,8 @@ import importlib
 import ml_collections
 import pytest
 
-from diht_jax import command_line, help_text
+from diht_jax import command_line
+from diht_jax.command_line import help_text
 from diht_jax.config.checks import walk
 from diht_jax.config.key_comments import read_comments
 from diht_jax.training.recipe import COMMENT_FILES, default_config

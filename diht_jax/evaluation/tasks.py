@@ -35,7 +35,7 @@ from diht_jax.terminal import ProgressBar
 
 
 class ExamplesPage(typing.Protocol):
-    """What gets the examples of tasks, such as a `ResultsPage`."""
+    """A page that gets the examples of tasks, such as a `ResultsPage`."""
 
     path: pathlib.Path | None
 

@@ -52,7 +52,7 @@ class MetricWriter:
 
     @property
     def takes_pictures(self) -> bool:
-        """Whether `write_picture` does something."""
+        """True if `write_picture` does something."""
         return self._trackers is not None and self._trackers.take_pictures
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

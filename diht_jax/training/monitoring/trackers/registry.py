@@ -90,7 +90,7 @@ class OpenTrackers:
 
     @property
     def take_pictures(self) -> bool:
-        """Whether any of them does."""
+        """True if any of them does."""
         return any(tracker.takes_pictures for tracker in self._open)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

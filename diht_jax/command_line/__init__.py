@@ -1,12 +1,4 @@
-"""Start of every command: flags, logs above the progress bar, user errors in one line.
-
-Also the flags that several commands have.
-
-Flags have one convention. Names are in lower_snake_case, and the same name means the same
-everywhere: `--input` is what is read, `--output` what is written, `num_` begins a number of things,
-`--batch_size` counts examples over all devices. A help text gives the unit and what an unset flag
-means; a spelling that a flag had before stays as its alias.
-"""
+"""Start of every command: flags, logs above the progress bar, user errors in one line."""
 
 from __future__ import annotations
 
@@ -23,14 +15,40 @@ import ml_collections
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from diht_jax import help_text
+from diht_jax.command_line import help_text
+from diht_jax.command_line.shared_flags import (
+    define_encoding_flags,
+    define_job_array_flags,
+    define_model_flags,
+    define_prompt_flags,
+    define_task_flags,
+    model_options,
+    numbers,
+    require_flags,
+    task_defaults,
+)
 from diht_jax.config import find_recipe, load_recipe
-from diht_jax.config.architecture import parse_fields
 from diht_jax.config.checks import check_names, walk
 from diht_jax.config.key_comments import read_comments
 from diht_jax.config.overrides import apply_overrides, take_unset_keys
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
+
+__all__ = [
+    "computes_on_cpu",
+    "define_encoding_flags",
+    "define_job_array_flags",
+    "define_model_flags",
+    "define_prompt_flags",
+    "define_task_flags",
+    "keep_freed_memory",
+    "model_options",
+    "numbers",
+    "parse_flags",
+    "require_flags",
+    "run",
+    "task_defaults",
+]
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 
@@ -70,104 +88,6 @@ def run(
             argv, takes_arguments, config_defaults, comment_files or {}
         ),
     )
-
-
-def define_model_flags() -> None:
-    """Defines `--model` and the flags that go with it."""
-    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
-    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; unset: the latest.")
-    flags.DEFINE_bool("ema", False, "Take the moving average of the parameters.")
-    flags.DEFINE_integer(
-        "image_size", None, "Resize the image positions to it, in pixels; unset: the model's own."
-    )
-    flags.DEFINE_integer(
-        "context_length",
-        None,
-        "Stretch the text positions to this many tokens; unset: the model's.",
-    )
-    flags.DEFINE_integer("dim", None, "First numbers of the embeddings to take; unset: all.")
-    flags.DEFINE_list(
-        "architecture", [], "What a bare weight file does not hold: activation=quick_gelu,..."
-    )
-
-
-def model_options() -> dict[str, Any]:
-    """Arguments of `load_model` other than the model, from the flags."""
-    given = flags.FLAGS
-    return {
-        "step": given.step,
-        "ema": given.ema,
-        "image_size": given.image_size,
-        "context_length": given.context_length,
-        "dim": given.dim,
-        "architecture": parse_fields(given.architecture),
-    }
-
-
-def define_encoding_flags() -> None:
-    """Defines the flags of the commands that encode a source of images."""
-    flags.DEFINE_integer("batch_size", 256, "Images, or texts, a batch, over all devices.")
-    flags.DEFINE_integer("num_threads", None, "Decoding threads; unset: one per core, at most 16.")
-
-
-def define_prompt_flags() -> None:
-    """Defines the flags for the words of a zero-shot classifier."""
-    flags.DEFINE_string("class_names", None, "File with one class name a line, in label order.")
-    flags.DEFINE_string(
-        "templates", None, "'a photo of a {}.;a drawing of a {}.', @FILE, cifar10 or imagenet."
-    )
-
-
-def define_task_flags() -> None:
-    """Defines `--tasks` and the flags that go with it, except those for prompts."""
-    flags.DEFINE_list(
-        "tasks",
-        [],
-        "Comma-separated: cifar10, imagenet, coco_retrieval, flickr30k_retrieval=SOURCE, "
-        "classification:SOURCE, retrieval:SOURCE, clip_benchmark:DIR, NAME=KIND:SOURCE; options "
-        "after '?'. docs/reference/tasks.md lists them.",
-    )
-    flags.DEFINE_string(
-        "caption_template",
-        None,
-        "Prompt around a caption, '{caption}' for none; unset: that of the model's training, or of "
-        "a benchmark its own.",
-    )
-    flags.DEFINE_integer(
-        "limit", None, "Only this many pairs of each task, the first ones; unset: all."
-    )
-
-
-def task_defaults() -> dict[str, Any]:
-    """Arguments of `parse_tasks` other than the tasks, from the flags."""
-    from diht_jax.evaluation.prompts import parse_templates, read_class_names
-
-    parsers = {"class_names": read_class_names, "templates": parse_templates}
-    parsers["caption_template"] = str
-    given = {name: flags.FLAGS[name].value for name in parsers if name in flags.FLAGS}
-    return {name: parsers[name](text) for name, text in given.items() if text is not None}
-
-
-def define_job_array_flags() -> None:
-    """Defines the flags that divide a command's shards between the jobs of an array."""
-    flags.DEFINE_integer("task_index", 0, "Number of this job of a job array, from 0.")
-    flags.DEFINE_integer("num_tasks", 1, "Jobs in the array.")
-
-
-def numbers(name: str) -> tuple[float, ...]:
-    """The numbers of a flag that is a list; raises ValueError for something else in it."""
-    texts = flags.FLAGS[name].value
-    try:
-        return tuple(float(text) for text in texts)
-    except ValueError as error:
-        raise ValueError(f"--{name}={','.join(texts)}: expected numbers") from error
-
-
-def require_flags(*names: str) -> None:
-    """Raises ValueError for a flag that is not given; `--help` works without it."""
-    for name in names:
-        if not flags.FLAGS[name].value:
-            raise ValueError(f"--{name} is required")
 
 
 def computes_on_cpu() -> bool:

@@ -64,7 +64,7 @@ def command_flags() -> list[flags.Flag]:
 def describe_command(
     description: str, found: Iterable[flags.Flag], *, has_config: bool = False
 ) -> str:
-    """What a command does, an example, and its flags, its own first.
+    """The help of a command: what it does, an example, and its flags, its own first.
 
     Args:
         description: docstring of its file.

@@ -1,0 +1,219 @@
+"""Start-up of a job of several processes: TPU pods, Slurm, Open MPI, or by hand.
+
+It comes before anything asks JAX for devices. Meshes and batches are `sharding`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+
+import jax
+from absl import flags, logging
+
+from diht_jax.distributed.roll_call import (
+    DEFAULT_PORT,
+    LAST_WARNING,
+    PORT_VARIABLE,
+    START_WARNING_SECS,
+    advise,
+    call_roll,
+)
+from diht_jax.hardware.compiler import has_tpu
+from diht_jax.terminal import print_escaped
+
+flags.disclaim_key_flags()  # they are the command's own, and its --help lists them
+
+# A process that has not been heard of for so long ends the job; the others say which one it was.
+HEARTBEAT_TIMEOUT_SECS = 100
+# At the end of a process, the wait for the others, which may be gone.
+SHUTDOWN_TIMEOUT_SECS = 60
+# What JAX reads of a Slurm step; a batch script that starts no step by `srun` has not all of it.
+_SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+# What JAX answers of a host that is part of no cluster it knows.
+_NO_CLUSTER = (None, None, None)
+
+
+def define_flags() -> None:
+    """The flags that `start_from_flags` reads."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of the first process, for clusters that JAX cannot ask (it can ask TPU pods, "
+        "Slurm and Open MPI). Needs --num_processes and --process_id. HOST alone takes the port of "
+        f"{PORT_VARIABLE}, or {DEFAULT_PORT}.",
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    flags.DEFINE_integer(
+        "heartbeat_timeout_secs",
+        HEARTBEAT_TIMEOUT_SECS,
+        "A process of the job that has not been heard of for so long ends the others.",
+        lower_bound=1,
+    )
+    flags.DEFINE_float(
+        "start_warning_secs",
+        START_WARNING_SECS,
+        "Seconds after which processes that have not come are named; after "
+        f"{LAST_WARNING} times as many the command ends.",
+        lower_bound=0.1,
+    )
+
+
+def start_from_flags() -> None:
+    """Joins the other processes of the job, if there are any, as the flags or the cluster say."""
+    values = flags.FLAGS
+    start(
+        values.coordinator_address,
+        values.num_processes,
+        values.process_id,
+        values.heartbeat_timeout_secs,
+        values.start_warning_secs,
+    )
+
+
+def start(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout_secs: int = HEARTBEAT_TIMEOUT_SECS,
+    start_warning_secs: float = START_WARNING_SECS,
+) -> None:
+    """Joins the other processes of the job, if there are any; see the flags.
+
+    Raises:
+        ValueError: some of the first three and not all, or numbers that do not fit.
+        ConnectionError: some processes did not come.
+    """
+    given = {
+        "--coordinator_address": coordinator_address,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    timeouts = {
+        "heartbeat_timeout_seconds": heartbeat_timeout_secs,
+        "shutdown_timeout_seconds": SHUTDOWN_TIMEOUT_SECS,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        cluster = find_cluster()
+        if cluster is None:
+            return
+        if not _call_roll_of(cluster, start_warning_secs):
+            return
+        jax.distributed.initialize(**timeouts)
+    else:
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)}: expected together with the others of {', '.join(given)}"
+            )
+        if not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"--process_id={process_id}: expected at least 0 and less than "
+                f"--num_processes={num_processes}"
+            )
+        cluster = coordinator_address = with_port(coordinator_address)
+        call_roll(coordinator_address, num_processes, process_id, start_warning_secs)
+        jax.distributed.initialize(coordinator_address, num_processes, process_id, **timeouts)
+    logging.info(
+        "process %d of %d (%s), %d of %d devices",
+        jax.process_index(),
+        jax.process_count(),
+        cluster,
+        jax.local_device_count(),
+        jax.device_count(),
+    )
+    if jax.process_index() != 0:
+        # One log is enough; warnings and errors still come from every process.
+        logging.set_verbosity(logging.WARNING)
+
+
+def is_first() -> bool:
+    """Returns whether this process writes and prints; one of a job is enough."""
+    return jax.process_index() == 0
+
+
+def end_job(error: Exception, status: int = 1) -> None:
+    """Prints the error and ends this process at once, if it is one of several.
+
+    Not by `sys.exit`: on that way out JAX, Orbax and the decoding workers would wait for processes
+    that may be no more. The others notice that this one is gone.
+
+    Args:
+        error: being handled.
+        status: of the process.
+    """
+    if jax.process_count() == 1:
+        return
+    lines = [f"error: process {jax.process_index()} of {jax.process_count()}: {error}"]
+    if not isinstance(error, ValueError):
+        traceback.print_exc()
+        lines.append(
+            "If a connection was lost or a process could not be reached, that process has ended, "
+            "and its own log says why. Start the same command on all hosts again: it goes on from "
+            "the last checkpoint"
+        )
+    # A line of its own, behind the progress bar.
+    print_escaped("\n".join(["", *lines]), file=sys.stderr)
+    os._exit(status)
+
+
+def find_cluster() -> str | None:
+    """The kind of job that this process is one of several of, or None.
+
+    Looks at the environment only, not at the network.
+    """
+    env = os.environ
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        if all(name in env for name in _SLURM_STEP):
+            return "Slurm"
+        logging.warning(
+            "the Slurm job has SLURM_NTASKS=%s tasks, but srun did not start this process: it runs "
+            "on its own; begin the command with srun to start all of them",
+            env["SLURM_NTASKS"],
+        )
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "Open MPI"
+    wants_tpu = (env.get("JAX_PLATFORMS") or "tpu").startswith("tpu")
+    if wants_tpu and has_tpu():
+        return "TPU"
+    return None
+
+
+def _call_roll_of(cluster: str, warning_secs: float) -> bool:
+    """Calls the roll of the processes that JAX finds; returns False where there are no others."""
+    if cluster == "TPU":
+        os.environ.setdefault(PORT_VARIABLE, DEFAULT_PORT)
+    found = _ask_cluster(warning_secs)
+    if cluster == "TPU" and found == _NO_CLUSTER:  # a notebook's TPU, or a single machine
+        logging.warning(
+            "this host has TPUs and JAX finds no pod that it is part of: the command runs on this "
+            "host alone. If there are more hosts, give --coordinator_address, --num_processes and "
+            "--process_id"
+        )
+        return False
+    if found is not None and None not in found:
+        call_roll(*found, warning_secs)
+    return True
+
+
+def with_port(address: str) -> str:
+    """An address as HOST:PORT; one without a port takes that of the environment, or 8476."""
+    if re.search(r"[^:]:\d+$", address):
+        return address
+    return f"{address}:{os.environ.get(PORT_VARIABLE, DEFAULT_PORT)}"
+
+
+def _ask_cluster(timeout_secs: float) -> tuple[str | None, int | None, int | None] | None:
+    """Address, number of processes and number of this one; None where JAX cannot be asked."""
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        unset = (None, None, None, None, None)
+        found = ClusterEnv.auto_detect_unset_distributed_params(*unset, timeout_secs)
+        return found[:3]
+    except Exception as error:  # JAX asks again, and its own error ends the command
+        logging.warning("the job's processes are not known: %s. %s", error, advise("a port"))
+        return None
