@@ -103,8 +103,8 @@ def _tar_members(
     with decompress(file) as stream:
         with tarfile.open(fileobj=stream, mode="r|") as members:
             for member in members:
-                if member.isfile():
-                    yield member.name.removeprefix("./"), members.extractfile(member).read
+                if member.isfile() and (content := members.extractfile(member)):
+                    yield member.name.removeprefix("./"), content.read
         while stream.read(_CHUNK_BYTES):  # up to the checksum at its end
             pass
 
