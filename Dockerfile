@@ -20,6 +20,10 @@ RUN sed 's/\[.*\]//' requirements.txt requirements-dev.txt > /constraints.txt \
 FROM base AS cuda
 # The NVIDIA container toolkit hands the driver on to images that ask for it.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# NCCL loads these to reach InfiniBand and RoCE cards; without them it falls back to sockets.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ibverbs-providers libibverbs1 librdmacm1 \
+    && rm -rf /var/lib/apt/lists/*
 RUN pip install --constraint /constraints.txt '.[gpu]'
 COPY . .
 RUN pip install --no-deps --editable .
