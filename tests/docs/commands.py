@@ -124,7 +124,7 @@ def parse_command(
     """
 
     def parse_only(main: Callable[..., None], **options: Any) -> None:
-        unparsed = ("argv", "writes_to_stores")
+        unparsed = ("argv", "comment_files", "writes_to_stores")
         parsing = {name: value for name, value in options.items() if name not in unparsed}
         command_line.parse_flags(sys.argv, **parsing)
         check(options)
