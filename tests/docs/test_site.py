@@ -27,16 +27,17 @@ CONFIGS = {
 }
 
 
-@pytest.fixture
-def hooks(monkeypatch):
+@pytest.fixture(scope="module")
+def hooks():
     """Imports a file of the hooks by its name, as mkdocs does."""
-    monkeypatch.syspath_prepend(str(DOCS / "hooks"))
-    return importlib.import_module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS / "hooks"))
+        yield importlib.import_module
 
 
-@pytest.fixture
-def config_keys(hooks):
-    return hooks("config_keys")
+@pytest.fixture(scope="module")
+def pages_of_keys(hooks):
+    return hooks("config_keys").format_pages()
 
 
 def pages_of(navigation):
@@ -103,8 +104,8 @@ def test_links_of_files_become_links_of_the_site(hooks, page, link, expected):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_key_is_described(config_keys, name):
-    page = config_keys.format_pages()[name]
+def test_every_key_is_described(pages_of_keys, name):
+    page = pages_of_keys[name]
     described = re.findall(r"^`([\w.]+)`\n:   \S", page, re.MULTILINE)
     keys = known_keys(CONFIGS[name]())
     sections = {key.rpartition(".")[0] for key in keys}
