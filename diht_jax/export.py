@@ -22,7 +22,9 @@ from diht_jax.storage.files import refuse_url
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     command_line.define_model_flags()
-    flags.DEFINE_string("format", None, "clip, open_clip, huggingface or safetensors.")
+    flags.DEFINE_string(
+        "format", None, "clip, open_clip, huggingface, safetensors, stablehlo or onnx."
+    )
     flags.DEFINE_string("output", None, "Directory to make.")
     flags.DEFINE_string("dtype", "float32", "Of the parameters: float32, bfloat16 or float16.")
     flags.DEFINE_bool("keep_heads", False, "Keep concept heads (clip, safetensors).")
@@ -61,7 +63,7 @@ def export_model(
 
     Args:
         model: released name, work directory or weight file, as `load_model` takes it.
-        format: "clip", "open_clip", "huggingface" or "safetensors".
+        format: one of `weights.export.FORMATS`.
         output: directory to make; must be empty where it exists.
         dtype: of the stored parameters.
         keep_heads: keep the concept heads that the model has.

@@ -18,6 +18,7 @@ from diht_jax.data import tokenizer
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
 from diht_jax.weights import clip_layout, huggingface, open_clip_config, tokenizer_file
+from diht_jax.weights.programs import onnx, stablehlo
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import (
     HUGGINGFACE_CONFIG,
@@ -28,10 +29,11 @@ from diht_jax.weights.source import (
 )
 from diht_jax.weights.tensor_files import write_safetensors, write_torch
 
-FORMATS = ("clip", "open_clip", "huggingface", "safetensors")
+FORMATS = ("clip", "open_clip", "huggingface", "safetensors", "stablehlo", "onnx")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CARD_FILE = "README.md"
 
+_PROGRAMS = ("stablehlo", "onnx")
 # open_clip and transformers refuse parameters that they do not know.
 _FORMATS_WITH_HEADS = ("clip", "safetensors")
 
@@ -54,7 +56,8 @@ def write_model(
         output: is made, and must be empty.
         format: one of `FORMATS`: "clip" (`model.pt`, a plain torch state dict as OpenAI's, DiHT's
             and open_clip's code loads it), "safetensors" (the same names in
-            `model.safetensors`), "open_clip" or "huggingface" (what their loaders expect).
+            `model.safetensors`), "open_clip" or "huggingface" (what their loaders expect),
+            "stablehlo" or "onnx" (both towers as programs, see `weights.programs`).
         arch, params, preprocessing: the model, layer by layer.
         heads: concept heads to keep, by their names in the file; empty leaves them out.
         card: text of the model card.
@@ -71,6 +74,12 @@ def write_model(
             f"not know; leave them out, or take {' or '.join(_FORMATS_WITH_HEADS)}"
         )
     output.mkdir(parents=True, exist_ok=True)
+    if format in _PROGRAMS:
+        _write_programs(output, format, arch, params, preprocessing, dtype)
+        if has_tokenizer and arch.vocab_size <= tokenizer.VOCAB_SIZE:
+            _write_huggingface_tokenizer(output, arch)
+        write_bytes(output / CARD_FILE, card.encode())
+        return
     to_theirs = huggingface.to_huggingface if format == "huggingface" else clip_layout.to_clip
     tensors = {**to_theirs(params, arch), **heads}
     tensors = {name: np.asarray(v).astype(DTYPES[dtype]) for name, v in tensors.items()}
@@ -100,8 +109,28 @@ def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
         raise ValueError(f"format '{format}': expected one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype '{dtype}': expected one of {', '.join(DTYPES)}")
+    if format == "onnx":
+        onnx.check_packages()
+        if dtype != "float32":
+            raise ValueError(f"format 'onnx' has float32 parameters; dtype '{dtype}' is not for it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists and is not an empty directory; name another one")
+
+
+def _write_programs(
+    output: pathlib.Path,
+    format: str,
+    arch: Architecture,
+    params: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    dtype: str,
+) -> None:
+    _write_json(output / OPEN_CLIP_CONFIG, open_clip_config.make_config(arch, preprocessing))
+    model = {"arch": arch, "params": params, "preprocessing": preprocessing}
+    if format == "onnx":
+        onnx.write_onnx(output, **model)
+    else:
+        stablehlo.write_stablehlo(output, **model, dtype=dtype)
 
 
 def _write_huggingface(

@@ -42,6 +42,8 @@ KEYS = set().union(
 )
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 
+FILES = (".py", ".md", ".json", ".jsonl", ".npz", ".onnx", ".png", ".html", ".lock", ".stablehlo")
+
 
 def is_key(name):
     """A key or a section; users name their tasks and sources. A final full stop does not count."""
@@ -83,7 +85,7 @@ def test_config_keys_exist(path):
     for name in re.findall(r"(?<![\w.])config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)(?![\w(])", text):
         assert name in ("py", "json") or re.search(r"\.(py|json)$", name) or is_key(name), name
     for name in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text):
-        is_file = name.endswith((".py", ".md", ".json", ".jsonl", ".npz", ".png", ".html", ".lock"))
+        is_file = name.endswith(FILES)
         if name.partition(".")[0] in SECTIONS and not is_file:
             assert is_key(name), name
 
