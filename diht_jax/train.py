@@ -40,7 +40,10 @@ def main() -> None:
         check_config(config)
         if command_line.computes_on_cpu():
             command_line.keep_freed_memory()
-        xla_flags = compiler.set_flags(compiler.accelerator())
+        platform, more = compiler.accelerator(), ()
+        if config.deterministic:
+            more = compiler.deterministic_flags(platform, f"{workdir}/autotuned")
+        xla_flags = compiler.set_flags(platform, more)
         distributed.start_from_flags()
     except ValueError as error:
         error.exit_status = exit_status(error)

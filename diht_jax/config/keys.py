@@ -223,6 +223,9 @@ KEYS: dict[str, Key] = {
     "data.on_bad_record": Key("error", resume=FREE),
     # Go on although the shards have changed since the checkpoint was saved.
     "data.allow_changed": Key(False, resume=FREE),
+    # On GPUs, XLA takes kernels that sum in one order, and the work directory keeps which were
+    # chosen, so that a resumed run is bit-identical there too; slower. CPUs and TPUs need it not.
+    "deterministic": Key(False, resume=FREE),
     # Folder where compiled programs are kept for the next start; empty: every start compiles.
     "compilation_cache": Key("~/.cache/diht_jax/compiled", resume=FREE, per_host=True),
     # The least recently used programs are deleted; inf: none are.

@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import re
+from collections.abc import Sequence
 
 import jax
 from absl import logging
@@ -46,17 +47,20 @@ TPU_FLAGS = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
     "--xla_tpu_data_parallel_opt_different_sized_ops=true",
 )
+# Kernels whose sums have one order; the others are not taken.
+DETERMINISTIC_FLAGS = ("--xla_gpu_exclude_nondeterministic_ops=true",)
 # Where the compilers read them: the platform's name -> (environment variable, flags).
 FLAGS = {"gpu": ("XLA_FLAGS", GPU_FLAGS), "tpu": ("LIBTPU_INIT_ARGS", TPU_FLAGS)}
 
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
 
-def set_flags(platform_name: str | None) -> str:
+def set_flags(platform_name: str | None, extra: Sequence[str] = ()) -> str:
     """Adds the flags for a platform to the environment, but for those that it has already.
 
     Args:
         platform_name: "gpu", "tpu", or anything else for none.
+        extra: more flags of that platform.
 
     Returns:
         One line for the log; empty where there is nothing to set.
@@ -66,9 +70,26 @@ def set_flags(platform_name: str | None) -> str:
     variable, wanted = FLAGS[platform_name]
     given = os.environ.get(variable, "")
     names = {_flag_name(flag) for flag in given.split()}
-    added = [flag for flag in wanted if _flag_name(flag) not in names]
+    added = [flag for flag in (*wanted, *extra) if _flag_name(flag) not in names]
     os.environ[variable] = " ".join([*added, given]).strip()
     return f"{variable}={os.environ[variable]}"
+
+
+def deterministic_flags(platform_name: str | None, folder: str) -> tuple[str, ...]:
+    """What a GPU needs for the same bits at every start; empty for other platforms.
+
+    Args:
+        platform_name: as for `set_flags`.
+        folder: keeps which kernels were the fastest, so that the next start takes the same ones; is
+            made. A URL keeps nothing: there the compiled programs have to be kept.
+    """
+    if platform_name != "gpu":
+        return ()
+    if "://" in folder:
+        return DETERMINISTIC_FLAGS
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.abspath(folder)
+    return (*DETERMINISTIC_FLAGS, f"--xla_gpu_per_fusion_autotune_cache_dir={path}")
 
 
 def compiler_options(platform_name: str) -> dict[str, bool | int]:

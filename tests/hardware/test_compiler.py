@@ -31,9 +31,10 @@ def run(script, **environment):
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
 
-def test_xla_knows_every_gpu_flag():
+def test_xla_knows_every_gpu_flag(tmp_path):
     """XLA ends a process whose flags it does not know, on every platform."""
-    flags = " ".join(compiler.GPU_FLAGS)
+    more = compiler.deterministic_flags("gpu", str(tmp_path / "autotuned"))
+    flags = " ".join((*compiler.GPU_FLAGS, *more))
     script = "import jax; jax.devices()"
     assert run(script, XLA_FLAGS=flags).returncode == 0
     refused = run(script, XLA_FLAGS=f"{flags} {UNKNOWN_FLAG}")
@@ -108,3 +109,24 @@ def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path):
     assert len(losses) == 4 and np.isfinite(losses).all()
     assert any(path.name.startswith("jit__step-") for path in programs)
     assert start("second") == (losses, programs)
+
+
+@pytest.mark.parametrize(
+    "platform, folder, keeps",
+    [("gpu", "run/autotuned", True), ("gpu", "gs://bucket/run/autotuned", False)],
+)
+def test_a_deterministic_run_keeps_its_kernels_where_it_can(
+    tmp_path, monkeypatch, platform, folder, keeps
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    compiler.set_flags(platform, compiler.deterministic_flags(platform, folder))
+    kept = f"--xla_gpu_per_fusion_autotune_cache_dir={tmp_path / folder}"
+    assert "--xla_gpu_exclude_nondeterministic_ops=true" in os.environ["XLA_FLAGS"]
+    assert (kept in os.environ["XLA_FLAGS"].split()) == keeps
+    assert (tmp_path / folder).is_dir() == keeps
+
+
+@pytest.mark.parametrize("platform", ["tpu", None])
+def test_other_platforms_need_no_flags_to_be_deterministic(tmp_path, platform):
+    assert compiler.deterministic_flags(platform, str(tmp_path / "autotuned")) == ()
