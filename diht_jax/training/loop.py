@@ -260,7 +260,8 @@ class Run:
             monitor.check_step(last_step, in_flight)
         progress.close()
         log_best(config.checkpoint.best_metric, self.best)
-        curves = plot_curves(self.workdir)
+        with self.wall_time.during("evaluation"):
+            curves = plot_curves(self.workdir)
         if curves is not None:
             self.writer.write_picture(last_step, "curves", curves)
         return self.state

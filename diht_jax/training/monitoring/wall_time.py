@@ -4,7 +4,7 @@
     compile     of the step
     step        training
     input       devices that waited for a batch
-    evaluation
+    evaluation  and the curves at the end
     checkpoint  the loop's waits for one; what is written in the background costs nothing
     lost        to restarts: steps that were made again, and the time up to the first new step
 
