@@ -283,7 +283,9 @@ class _Models:
         from diht_jax.extras.soups import Ingredient
         from diht_jax.loading import read_model
 
-        options = {"ema": self._ema} if name in self._runs else {"architecture": self._architecture}
+        options: dict[str, Any] = {"architecture": self._architecture}
+        if name in self._runs:
+            options = {"ema": self._ema}
         model = read_model(name, **options)
         if model.decoder is not None and name not in self.sources:
             logging.warning("%s: the caption decoder is left out, no format has one", name)

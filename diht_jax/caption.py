@@ -96,7 +96,8 @@ def main() -> None:
     given = flags.FLAGS
     command_line.require_flags("model", "input", "output")
     fields = [field.name for field in dataclasses.fields(CaptionOptions)]
-    options = CaptionOptions(**{name: given[name].value for name in fields})
+    values: dict[str, Any] = {name: given[name].value for name in fields}
+    options = CaptionOptions(**values)
     if not 0 <= given.task_index < given.num_tasks:
         raise ValueError(
             f"--task_index={given.task_index}: expected 0 to --num_tasks={given.num_tasks} minus 1"

@@ -15,7 +15,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -80,7 +80,8 @@ def main() -> None:
         # The machine's own devices are of no use here.
         jax.config.update("jax_platforms", "cpu")
 
-    set_keys = set(values["config"].override_values)
+    config_flag: Any = values["config"]
+    set_keys = set(config_flag.override_values)
     config = bind_architecture(config, set_keys=set_keys)
     topology = get_topology(name)
     if values.batch_size is not None:
@@ -209,7 +210,7 @@ def settings_that_fit(
         for remat in _CHEAPEST_FIRST:
             if (remat, micro_batch) == (config.model.remat, config.micro_batch):
                 continue
-            sizes: list[int | None] = [None]
+            sizes: Sequence[int | None] = [None]
             if micro_batch is not None:
                 sizes = _halvings(config, micro_batch, too_large, _OTHER_POLICY)
             for size in sizes:
@@ -269,7 +270,8 @@ def _local_bytes(tree: object) -> int:
 
 def _memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
     """The fields of `StepReport` about memory."""
-    memory, limit = compiled.memory_analysis(), topology.memory_limit_bytes
+    memory: Any = compiled.memory_analysis()
+    limit = topology.memory_limit_bytes
     needed = memory.peak_memory_in_bytes
     allocated = (
         memory.argument_size_in_bytes

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -45,7 +46,8 @@ def main() -> None:
     given = flags.FLAGS
     command_line.require_flags("model", "input", "output")
     fields = [field.name for field in dataclasses.fields(EmbedOptions)]
-    options = EmbedOptions(**{name: given[name].value for name in fields})
+    values: dict[str, Any] = {name: given[name].value for name in fields}
+    options = EmbedOptions(**values)
     source = given.input[0] if len(given.input) == 1 else given.input
     list_inputs(source)  # a missing file should not have to wait for the model
     if is_remote(given.output):

@@ -166,7 +166,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 def path_name(path: Sequence[Any]) -> str:
     """A JAX key path as `a/b/c`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def log_shardings(tree: Any, mesh: Mesh) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -37,7 +38,10 @@ class CaptionFilter:
         Raises:
             ValueError: spaCy has no English model.
         """
-        self._limits = {"min_complexity": min_complexity, "require_action": require_action}
+        self._limits: dict[str, Any] = {
+            "min_complexity": min_complexity,
+            "require_action": require_action,
+        }
         self._caption_column = caption_column
         self._has_graphs = graphs
         captions_module.parse_captions([])

@@ -83,8 +83,9 @@ def assemble_graph(
     relations = list(dict.fromkeys(relations))
     degree = dict.fromkeys(attributes, 0)
     for edge in (*actions, *relations):
-        for name in {edge.subject, edge.object} - {None}:
-            degree[name] += 1
+        for name in {edge.subject, edge.object}:
+            if name is not None:
+                degree[name] += 1
     objects = {}
     for name, words in attributes.items():
         unique = tuple(dict.fromkeys(words))

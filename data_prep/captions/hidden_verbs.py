@@ -52,7 +52,7 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         return
     tag = _guess_tag(sentence, i, words)
     lemma = words.lemmatize(low, tag) if tag else ""
-    if lemma not in words.verbs:
+    if not tag or lemma not in words.verbs:
         return
     if tag == "VBG" and sentence.dep[i] in MODIFIERS:
         actor, thing = _find_actor(sentence, noun), _find_head_noun(sentence, i)

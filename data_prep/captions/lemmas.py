@@ -6,6 +6,7 @@ the tagger, and does not turn "riding" into "rid". No rule about captions comes 
 
 import functools
 import re
+from typing import Any
 
 import numpy as np
 from spacy.attrs import LEMMA, ORTH, TAG
@@ -96,7 +97,8 @@ class CaptionLemmatizer:
             kind: {word: forms[0] for word, forms in exceptions[kind].items()} | _EXCEPTIONS[kind]
             for kind in _EXCEPTIONS
         }
-        self.nouns, self.verbs, self.adjectives = map(self._index.get, ("noun", "verb", "adj"))
+        index_of = self._index.__getitem__
+        self.nouns, self.verbs, self.adjectives = map(index_of, ("noun", "verb", "adj"))
         self.adverbs = frozenset(index["adv"])
         self.lexicon = self.nouns | self.verbs | self.adjectives
         self._cached = functools.lru_cache(_CACHE_SIZE)(self.lemmatize)
@@ -107,7 +109,8 @@ class CaptionLemmatizer:
         # By columns: token objects would take longer to make than all the rest.
         keys = doc.to_array([ORTH, TAG]).tolist()
         lemmas = [strings.add(self._cached(strings[word], strings[tag])) for word, tag in keys]
-        return doc.from_array([LEMMA], np.array(lemmas, np.uint64))
+        values: Any = np.array(lemmas, np.uint64)  # hashes; spaCy declares thinc's own array type
+        return doc.from_array([LEMMA], values)
 
     def lemmatize(self, word: str, tag: str) -> str:
         """Returns the dictionary form of a word.
@@ -162,4 +165,5 @@ def _choose_verb(word: str, listed: list[str], stems: list[str]) -> str:
 @Language.factory("caption_lemmatizer", assigns=["token.lemma"], requires=["token.tag"])
 def create_caption_lemmatizer(nlp: Language, name: str) -> CaptionLemmatizer:
     """Makes the component from the tables of the pipeline's own lemmatizer, which must be there."""
-    return CaptionLemmatizer(nlp.get_pipe("lemmatizer").lookups)
+    lemmatizer: Any = nlp.get_pipe("lemmatizer")
+    return CaptionLemmatizer(lemmatizer.lookups)

@@ -19,6 +19,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class ConceptLog:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the file; equal mentions give equal bytes."""
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for kind, counts in self.counts().items():
             ids = {name: i for i, name in enumerate(counts)}
             rows = [sorted(map(ids.__getitem__, record)) for record in self._records[kind]]

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import spacy
@@ -160,7 +161,8 @@ def _bounded_vocabulary(nlp: Language) -> contextlib.AbstractContextManager[obje
 
     Words met in a memory zone are not cached, so frequent ones should come in before.
     """
-    if nlp.vocab.in_memory_zone or len(nlp.vocab) < _MAX_LEXEMES:
+    vocabulary: Any = nlp.vocab  # its declaration lacks `in_memory_zone`
+    if vocabulary.in_memory_zone or len(vocabulary) < _MAX_LEXEMES:
         return contextlib.nullcontext()
     return nlp.memory_zone()
 

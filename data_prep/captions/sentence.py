@@ -3,6 +3,8 @@
 No rule about meaning comes in here.
 """
 
+from typing import Any
+
 from spacy.attrs import DEP, HEAD, LEMMA, LOWER, TAG
 from spacy.tokens import Doc
 
@@ -28,11 +30,17 @@ class Sentence:
     """
 
     __slots__ = ("low", "lemma", "tag", "dep", "head", "kids", "is_object", "is_hidden")
+    low: list[str]
+    lemma: list[str]
+    tag: list[str]
+    dep: list[str]
+    is_object: list[bool]
+    is_hidden: list[bool]
 
     def __init__(self, doc: Doc):
         # By columns: token objects would take longer to make than all rules together.
         columns = doc.to_array([TAG, DEP, LOWER, LEMMA]).T.tolist()
-        strings = doc.vocab.strings
+        strings: Any = doc.vocab.strings  # of hashes
         self.tag, self.dep, self.low, self.lemma = (
             list(map(strings.__getitem__, c)) for c in columns
         )

@@ -75,7 +75,7 @@ class Funnel:
         """Stage -> reason -> pairs, with all stages, in the order in which a pair meets them."""
         found: dict[str, dict[str, int]] = {stage: {} for stage in stage_reasons()}
         for stage, reason in sorted(self.outcomes, key=_order):
-            if stage != KEPT:
+            if stage != KEPT and reason is not None:
                 found.setdefault(stage, {})[reason] = self.outcomes[stage, reason]
         return found
 

@@ -173,7 +173,7 @@ class ShardLog:
     def _add(self, candidate: Candidate, decided: dict[str, Any]) -> None:
         self._read += 1
         pair, values = candidate.pair, candidate.values
-        row = values | {
+        row: dict[str, Any] = values | {
             "key": _clean(pair.key),
             "uid": pack_uid(pair.metadata.get("uid")),
             "words": len(pair.caption.split()),

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from absl import logging
 
@@ -32,7 +32,13 @@ CRASHED = "crashed"  # the reason of pairs that are left out
 _MAX_CRASHED = 20  # pairs of a shard; where there are more, they are not the reason
 _MAX_UNEXPLAINED = 2  # deaths of a shard that lead to no pair
 
-_Entry = TypeVar("_Entry")
+
+class _Keyed(Protocol):
+    @property
+    def key(self) -> str: ...
+
+
+_Entry = TypeVar("_Entry", bound=_Keyed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +88,7 @@ class WorkRecord:
         self._first = 0
 
     def begin(
-        self, entries: Sequence[_Entry], try_one: Callable[[_Entry], object]
+        self, entries: Sequence[_Entry | Skipped], try_one: Callable[[_Entry], object]
     ) -> list[_Entry | Skipped]:
         """Records that a run works on the next entries of its source.
 

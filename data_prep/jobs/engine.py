@@ -13,9 +13,9 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 from absl import logging
@@ -56,6 +56,7 @@ _now, _sleep = time.monotonic, time.sleep  # of delayed tasks; tests put their o
 
 # Task, and whether it is to blame for the end of its worker -> the task to run next, or None.
 AfterDeath = Callable[[Any, bool], Any]
+Failed = TypeVar("Failed", bound=Mapping[str, str])
 
 
 def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def run_pending(
     return failures
 
 
-def print_failures(failures: dict[str, str]) -> dict[str, str]:
+def print_failures(failures: Failed) -> Failed:
     """Lists on stderr what failed, at the end of a job; returns the same dict."""
     for source, error in failures.items():
         print_escaped(f"failed: {source}: {error}", file=sys.stderr)

@@ -130,7 +130,7 @@ class Heads:
             sample = [task for task in self.sample if str(task.source) not in failed]
             train, held_out = gather_examples(config, self.vocabulary, sample, copies)
             images = count_named(train, held_out)
-            for part in filter(len, self.vocabulary):
+            for part in (part for part in self.vocabulary if len(part)):
                 heads[part.kind], results[part.kind] = train_and_measure(
                     config, part, train, held_out
                 )

@@ -209,7 +209,7 @@ class Step:
         """Loads what the step needs to measure."""
         self.config = config
 
-    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         """Measures pairs.
 
         Args:

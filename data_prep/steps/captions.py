@@ -6,7 +6,7 @@ Good captions of a pair are kept. How captions are parsed belongs in `data_prep.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -68,7 +68,7 @@ class CaptionStep(Step):
         super().__init__(config, source)
         captions.parse_captions([])  # loads the parser
 
-    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         texts = [candidate.captions for candidate in batch]
         parsed = iter(captions.parse_captions(list(itertools.chain(*texts))))
         rows = []

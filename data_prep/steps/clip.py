@@ -7,7 +7,7 @@ a share of the scores that an earlier run has recorded (`filtering.replay.set_qu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -83,7 +83,7 @@ class ClipStep(Step):
         super().__init__(config, source)
         self._model = models.Encoder(config.clip.model, config.clip.batch_size)
 
-    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         images = self._model.embed_images([candidate.pair.image for candidate in batch])
         is_readable = [not isinstance(image, str) for image in images]
         readable = itertools.compress(batch, is_readable)
@@ -93,8 +93,10 @@ class ClipStep(Step):
         columns: dict[str, list] = {SCORE: [], EVIDENCE: [], IMAGE_ERROR: []}
         least = self.config.clip.min_score
         for candidate, image in zip(batch, images, strict=True):
-            score, evidence, error = None, None, image if isinstance(image, str) else None
-            if error is None:
+            score, evidence, error = None, None, None
+            if isinstance(image, str):
+                error = image
+            else:
                 own = np.stack(list(itertools.islice(texts, len(candidate.captions))))
                 # Row by row, so that a score does not depend on the others of its batch.
                 scores = (image * own).sum(axis=1).tolist()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -107,7 +107,7 @@ class DecontaminateStep(Step):
         self._precomputed = None if c.pairs is None else precomputed.read_of_shard(c.pairs, source)
         self._model = None if c.model is None else models.Encoder(c.model, c.batch_size)
 
-    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         found: dict[int, tuple[str, Match]] = {}
         for number, name, match in self._find_matches(batch):
             found.setdefault(number, (name, match))

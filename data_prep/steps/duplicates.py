@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -63,7 +63,7 @@ class DuplicateStep(Step):
         super().__init__(config, source)
         self._lookup = Lookup(config.duplicates.table)
 
-    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         found = self._lookup.find([candidate.pair.key for candidate in batch])
         columns: dict[str, list] = {self.name: [], EVIDENCE: []}
         for known in found:

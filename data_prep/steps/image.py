@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -54,7 +54,7 @@ class ImageStep(Step):
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
         return {"pillow": importlib.metadata.version("pillow")}
 
-    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         columns: dict[str, list] = {n: [] for n in ("format", "width", "height", IMAGE_ERROR)}
         for candidate in batch:
             data, error, header = candidate.pair.image, None, (None, None, None)

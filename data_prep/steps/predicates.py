@@ -35,7 +35,7 @@ MISSING = ("drop", "keep")
 Fields = Mapping[str, Any]
 Get = Callable[[Fields], Any]  # a value of a pair; None where it is unknown
 
-_ORDERS = {
+_ORDERS: dict[type[ast.cmpop], Callable[..., Any]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
@@ -43,7 +43,7 @@ _ORDERS = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
-_ARITHMETIC = {
+_ARITHMETIC: dict[type[ast.operator], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -99,7 +99,7 @@ class PredicateStep(Step):
         self._unknown: collections.Counter[str] = collections.Counter()
         self._seen = 0
 
-    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         self._seen += len(batch)
         found = [self._find_reason(_fields(candidate.pair)) for candidate in batch]
         return {self.name: [reason for reason, _ in found], EVIDENCE: [shown for _, shown in found]}

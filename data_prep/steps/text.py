@@ -5,7 +5,7 @@ How text is spotted and matched belongs in `data_prep.text_spotting`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -69,7 +69,7 @@ class TextStep(Step):
         )
         self._machine: dict[str, str] | None = None
 
-    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         verdicts = self._spotter.judge(
             [candidate.pair.image for candidate in batch],
             [candidate.captions for candidate in batch],

@@ -53,7 +53,8 @@ def render_scene(rng: np.random.Generator, scene: Scene, side: int) -> Image.Ima
 
 
 def _mix(color: Rgb, other: Rgb, share: float) -> Rgb:
-    return tuple(round(a + (b - a) * share) for a, b in zip(color, other, strict=True))
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(color, other, strict=True))
+    return red, green, blue
 
 
 def _paint_object(rng: np.random.Generator, canvas: Image.Image, item: SceneObject) -> None:

@@ -195,16 +195,16 @@ def _falling(rng: np.random.Generator, item: SceneObject) -> Scene:
 def _on(rng: np.random.Generator, subject: SceneObject, other: SceneObject) -> Scene | None:
     ground = _random_ground(rng)
     other = _on_ground(other.moved(x=rng.uniform(0.3, 0.7)), ground)
-    subject = _landed(subject.moved(x=other.x + rng.uniform(-0.2, 0.2) * other.radius), other)
-    return subject and Scene("on", (subject, other), ground)
+    landed = _landed(subject.moved(x=other.x + rng.uniform(-0.2, 0.2) * other.radius), other)
+    return None if landed is None else Scene("on", (landed, other), ground)
 
 
 def _above(rng: np.random.Generator, subject: SceneObject, other: SceneObject) -> Scene | None:
     ground = _random_ground(rng)
     other = _on_ground(other.moved(x=rng.uniform(0.3, 0.7)), ground)
     x = other.x + rng.uniform(-0.4, 0.4) * other.radius
-    subject = _landed(subject.moved(x=x), other, clearance=rng.uniform(0.12, 0.2))
-    return subject and Scene("above", (subject, other), ground)
+    landed = _landed(subject.moved(x=x), other, clearance=rng.uniform(0.12, 0.2))
+    return None if landed is None else Scene("above", (landed, other), ground)
 
 
 def _dropping(rng: np.random.Generator, subject: SceneObject, other: SceneObject) -> Scene | None:
@@ -212,18 +212,19 @@ def _dropping(rng: np.random.Generator, subject: SceneObject, other: SceneObject
     other = _on_ground(other.moved(x=rng.uniform(0.3, 0.7)), ground)
     x = other.x + rng.uniform(-0.3, 0.3) * other.radius
     angle = subject.angle + rng.uniform(-10, 10)
-    subject = _landed(subject.moved(x=x, angle=angle), other, clearance=rng.uniform(0.04, 0.08))
-    if subject is None:
+    landed = _landed(subject.moved(x=x, angle=angle), other, clearance=rng.uniform(0.04, 0.08))
+    if landed is None:
         return None
-    return Scene("dropping", (subject, other), ground, _trail(subject, (0.0, 1.0), 0.1))
+    return Scene("dropping", (landed, other), ground, _trail(landed, (0.0, 1.0), 0.1))
 
 
 def _hanging(rng: np.random.Generator, subject: SceneObject, other: SceneObject) -> Scene | None:
     x = rng.uniform(0.3, 0.7)
     subject = subject.moved(x=x, y=rng.uniform(0.6, 0.85))
-    other = _landed(other.moved(x=x), subject, clearance=rng.uniform(0.12, 0.2))
-    if other is None:
+    landed = _landed(other.moved(x=x), subject, clearance=rng.uniform(0.12, 0.2))
+    if landed is None:
         return None
+    other = landed
     # The thread runs between the outlines on the vertical through both centres.
     column = min(int(x * shapes.GRID), shapes.GRID - 1)
     upper = np.flatnonzero(shapes.rasterize(other.outline())[:, column])

@@ -137,7 +137,7 @@ class Ocr:
         if not corners:
             return []
         level, turned = group_text_box(corners, sort_output=True, **_GROUPING)
-        boxes = [tuple(int(v) for v in box) for box in level]
+        boxes: list[tuple[float, ...]] = [tuple(int(v) for v in box) for box in level]
         boxes += [tuple(float(v) for corner in box for v in corner) for box in turned]
         return [box for box in boxes if max(box_size(box)) > _MIN_BOX_SIDE]
 
@@ -155,12 +155,13 @@ class Ocr:
             None.
         """
         results = [("", 0.0)] * len(crops)
-        present = [i for i, crop in enumerate(crops) if crop is not None]
+        there = {i: crop for i, crop in enumerate(crops) if crop is not None}
+        present = list(there)
         batches = [
             [present[k] for k in batch]
-            for batch in like_batches([crops[i][1] for i in present], batch_size)
+            for batch in like_batches([there[i][1] for i in present], batch_size)
         ]
-        calls = (([crops[i][0] for i in batch], crops[batch[0]][1]) for batch in batches)
+        calls = (([there[i][0] for i in batch], there[batch[0]][1]) for batch in batches)
         for batch, read in zip(batches, self._networks.map("read", calls), strict=True):
             for i, result in zip(batch, read, strict=True):
                 results[i] = result
@@ -225,7 +226,8 @@ def crop_line(grey: np.ndarray, box: Box) -> tuple[np.ndarray, int] | None:
 def box_sides(box: Sequence[float]) -> tuple[float, float, float, float]:
     """(left, right, top, bottom) of the upright rectangle around a box, in px."""
     if len(box) == 4:
-        return tuple(box)
+        left, right, top, bottom = box
+        return left, right, top, bottom
     return min(box[::2]), max(box[::2]), min(box[1::2]), max(box[1::2])
 
 

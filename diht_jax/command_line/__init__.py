@@ -162,7 +162,8 @@ def parse_flags(
         rest = flags.FLAGS(given)
         if config_defaults is not None and (recipes := _named_recipes(given)):
             _check_recipe(recipes[-1][0], flags.FLAGS.config, config_defaults())
-            overrides = flags.FLAGS["config"].override_values
+            config_flag: Any = flags.FLAGS["config"]
+            overrides = config_flag.override_values
             apply_overrides(flags.FLAGS.config, unset, overrides)
     except (AttributeError, KeyError) as error:
         if config_defaults is not None:

@@ -57,7 +57,7 @@ def comments_of(source: str) -> dict[str, str]:
         elif isinstance(scope, ast.Dict):
             for key, value in zip(scope.keys, scope.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                    whole = ast.Dict(lineno=key.lineno, end_lineno=value.end_lineno)
+                    whole = ast.Dict([], [], lineno=key.lineno, end_lineno=value.end_lineno)
                     found[key.value] = found.get(key.value) or comment(whole)
         elif isinstance(scope, ast.FunctionDef):
             for name, node in _assigned_keys(scope):

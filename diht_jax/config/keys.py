@@ -298,7 +298,7 @@ def check_ranges(
             continue
         value = values.get(name)
         if isinstance(key.default, tuple):
-            _check_ends(prefix + name, value, key.range)
+            _check_ends(prefix + name, values[name], key.range)
         elif (value is None and not isinstance(key.default, type)) or (
             value is not None and value not in key.range
         ):

@@ -129,8 +129,9 @@ def _folder(
         fields["templates"] = f"clip_benchmark:{key.rpartition('/')[2]}"
         fields["class_names"] = fields["templates"] if names else None
     name = datacomp_folder(key) if in_datacomp else f"wds_{key.replace('/', '-')}"
+    fields.setdefault("kind", CLASSIFICATION)
     return SuiteEntry(
-        **{"kind": CLASSIFICATION, **fields},
+        **fields,
         split=split,
         form=f"clip_benchmark:DIR, DIR being {name} in CLIP_benchmark's layout",
         datacomp=key if in_datacomp else "",

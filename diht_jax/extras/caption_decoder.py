@@ -44,7 +44,7 @@ class CrossAttention(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.heads = heads
         # Keys and values come from vectors of another width, and keep their scale.
         image_init = normal_init(image_width**-0.5)
@@ -81,7 +81,7 @@ class DecoderBlock(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, heads, epsilon = arch.text_width, arch.text_heads, arch.layer_norm_epsilon
         self.attention_norm = layer_norm(width, epsilon, **dtypes)
         self.attention = Attention(width, heads, init, causal=True, implementation="xla", **dtypes)
@@ -146,7 +146,7 @@ class CaptionDecoder(nnx.Module):
             rngs: needs the stream `params`.
         """
         width = arch.text_width
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.dtype, self.remat, self.head_dim = dtype, remat, width // arch.text_heads
         # In the parameters' dtype, as in the text tower.
         self.token_embedding = nnx.Embed(

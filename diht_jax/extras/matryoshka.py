@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import ml_collections
@@ -38,7 +39,9 @@ def loss_of_sizes(
     Returns:
         The sum, and the metrics of the whole embeddings, with `loss_64` and the like for each size.
     """
-    total, parts, metrics = 0.0, {}, {}
+    total: Any = 0.0
+    parts: dict[str, Any] = {}
+    metrics: Metrics = {}
     for size, weight in sizes.items():
         value, metrics = loss(first_numbers(image_emb, size), first_numbers(text_emb, size))
         total += weight * value

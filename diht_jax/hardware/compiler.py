@@ -15,6 +15,7 @@ import pathlib
 import platform
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -145,7 +146,8 @@ def keep_programs(folder: str | None, max_gib: float = math.inf) -> None:
         max_gib: of a subfolder; what was used least recently makes room. Nothing is deleted in a
             store, whose files cannot be locked, nor where `JAX_COMPILATION_CACHE_MAX_SIZE` is set.
     """
-    if not folder or jax.config.jax_compilation_cache_dir:
+    settings: Any = jax.config  # has an attribute for each of its flags
+    if not folder or settings.jax_compilation_cache_dir:
         return
     path = f"{folder.rstrip('/')}/{_cpu_digest()}"
     bounded = "://" not in folder and math.isfinite(max_gib)
@@ -161,9 +163,9 @@ def keep_programs(folder: str | None, max_gib: float = math.inf) -> None:
             )
             return
     jax.config.update("jax_compilation_cache_dir", path)
-    if bounded and jax.config.jax_compilation_cache_max_size == -1:
+    if bounded and settings.jax_compilation_cache_max_size == -1:
         jax.config.update("jax_compilation_cache_max_size", int(max_gib * 2**30))
-    most = jax.config.jax_compilation_cache_max_size
+    most = settings.jax_compilation_cache_max_size
     size = f"at most {most / 2**30:g} GiB" if most >= 0 else "of any size"
     logging.info("compiled programs are kept in %s (%s)", path, size)
 

@@ -100,11 +100,16 @@ def _count_equation(eqn: JaxprEqn) -> FlopCount:
         inner = _inner_jaxprs(eqn)
         return sum((_sum_equations(jaxpr) for jaxpr in inner), FlopCount())
     if name.startswith(_READERS):
-        return FlopCount(flops=eqn.invars[0].aval.size)
+        return FlopCount(flops=_array(eqn.invars[0]).size)
     inner = _inner_jaxprs(eqn)
     if inner:
         return sum((_sum_equations(jaxpr) for jaxpr in inner), FlopCount())
-    return FlopCount(flops=sum(var.aval.size for var in eqn.outvars))
+    return FlopCount(flops=sum(_array(variable).size for variable in eqn.outvars))
+
+
+def _array(variable: Any) -> Any:
+    """Shape and size of a variable or literal that is an array."""
+    return variable.aval
 
 
 def _is_floating(eqn: JaxprEqn) -> bool:
@@ -118,10 +123,10 @@ def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
 
 
 def _dot_general(eqn: JaxprEqn) -> FlopCount:
-    left = eqn.invars[0].aval
+    left = _array(eqn.invars[0])
     (contracted, _), _ = eqn.params["dimension_numbers"]
     depth = math.prod(left.shape[axis] for axis in contracted)
-    return _products(2 * eqn.outvars[0].aval.size * depth)
+    return _products(2 * _array(eqn.outvars[0]).size * depth)
 
 
 def _convolution(eqn: JaxprEqn) -> FlopCount:
@@ -131,7 +136,7 @@ def _convolution(eqn: JaxprEqn) -> FlopCount:
     there cost nothing, so the smallest of the three equivalent counts is the true one: output,
     input or kernel elements, each times what it meets.
     """
-    image, kernel, out = (var.aval for var in (*eqn.invars[:2], *eqn.outvars))
+    image, kernel, out = map(_array, (*eqn.invars[:2], *eqn.outvars))
     spec = eqn.params["dimension_numbers"]
     window = math.prod(kernel.shape[axis] for axis in spec.rhs_spec[2:])
     channels_in, channels_out = kernel.shape[spec.rhs_spec[1]], kernel.shape[spec.rhs_spec[0]]
@@ -168,7 +173,7 @@ def _cudnn_attention(num_products: int) -> Callable[[JaxprEqn], FlopCount]:
     """Counts `num_products` of 2 b h t s d each, for queries [b, t, h, d] and keys [b, s, h, d]."""
 
     def rule(eqn: JaxprEqn) -> FlopCount:
-        (batch, queries, heads, depth), (_, keys, _, _) = (v.aval.shape for v in eqn.invars[:2])
+        (batch, queries, heads, depth), (_, keys, _, _) = (_array(v).shape for v in eqn.invars[:2])
         return _products(num_products * 2 * batch * heads * queries * keys * depth)
 
     return rule

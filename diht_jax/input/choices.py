@@ -64,10 +64,14 @@ class CaptionChoice:
         """
         self._columns = dict(columns or {})
         self._batch_size = batch_size
-        steps = sorted({step for points in (weights or {}).values() for step, _ in points})
+        points_of = weights or {}
+        steps = sorted({step for points in points_of.values() for step, _ in points})
         # From the last step on, for the first that a step has reached is the one that holds.
         self._segments = [
-            (step, {kind: float(weight_at_step(points, step)) for kind, points in weights.items()})
+            (
+                step,
+                {kind: float(weight_at_step(points, step)) for kind, points in points_of.items()},
+            )
             for step in reversed(steps)
         ]
 

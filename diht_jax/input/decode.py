@@ -126,7 +126,7 @@ def check_readable(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, i
         ImageError: where `decode_rgb` would.
     """
     image = open_image(data, max_pixels=max_pixels)
-    name = "JPEG" if image.format == "MPO" else image.format
+    name = "JPEG" if image.format == "MPO" else str(image.format)
     width, height = image.size
     if name == "JPEG":
         image.draft(None, (1, 1))

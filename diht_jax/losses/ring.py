@@ -273,7 +273,7 @@ class Ring:
         is_negative = ~is_positive
         if self.images.is_padded or self.texts.is_padded:
             is_negative &= (rows < self.images.num_rows) & (columns < self.texts.num_rows)
-        if row_ids is None:
+        if row_ids is None or column_ids is None:
             return Masks(is_positive, is_negative)
         is_equal = jnp.all(row_ids[:, None] == column_ids[None, :], axis=-1)
         return Masks(is_positive, is_negative & ~is_equal, is_negative & is_equal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,10 @@ def has_adapter(layer: Linear) -> bool:
 
 def adapter_product(layer: Linear, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
     """The contribution of a layer's adapter, [..., len(columns)] in the layer's dtype."""
-    a, b = layer.lora_a[...], layer.lora_b[...][:, columns]
+    adapted: Any = layer  # with the attributes of `models.lora`
+    a, b = adapted.lora_a[...], adapted.lora_b[...][:, columns]
     x, a, b = (value.astype(layer.dtype) for value in (x, a, b))
-    return (layer.lora_scale * (x @ a)) @ b
+    return (adapted.lora_scale * (x @ a)) @ b
 
 
 def apply_columns(layer: Linear, x: jax.Array, columns: slice) -> jax.Array:

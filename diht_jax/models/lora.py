@@ -92,9 +92,10 @@ def _add(layer: nnx.Linear, lora: Lora, key: jax.Array) -> None:
     *stack, size_in, size_out = layer.kernel[...].shape
     dtype, bound = layer.param_dtype, size_in**-0.5
     shape = (*stack, size_in, lora.rank)
-    layer.lora_a = nnx.Param(jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound))
-    layer.lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, size_out), dtype))
-    layer.lora_scale = lora.scale
+    adapted: Any = layer  # gets the attributes that `models.layers.Linear` looks for
+    adapted.lora_a = nnx.Param(jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound))
+    adapted.lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, size_out), dtype))
+    adapted.lora_scale = lora.scale
 
 
 def merge_adapters(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class SwagTransformer(nnx.Module):
     """Patches, class token, positions, blocks, LayerNorm; the class token is the feature."""
 
     def __init__(self, arch: SwagArchitecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        dtypes = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
         self.dtype = dtype
         self.image_size = arch.image_size
         self.patch_embedding = nnx.Conv(

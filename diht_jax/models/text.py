@@ -6,6 +6,7 @@ Takes token ids of `data.tokenizer`; text cleaning and BPE live there.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class TextTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         width = arch.text_width
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.dtype = dtype
         self.remat = execution.remat
         self.context_length = arch.context_length

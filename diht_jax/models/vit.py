@@ -6,6 +6,7 @@ Takes float images already normalised; resizing and normalisation are in `input/
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class VisionTransformer(nnx.Module):
         num_patches = (arch.image_size // patch) ** 2
         mlp_width = arch.vision_mlp_width or 4 * width
         epsilon = arch.layer_norm_epsilon
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         scaled_normal = normal_init(width**-0.5)
         self.dtype = dtype
         self.remat = execution.remat

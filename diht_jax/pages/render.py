@@ -97,7 +97,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals.update(bar=bar, data_uri=data_uri)
+    names: dict[str, Any] = environment.globals
+    names.update(bar=bar, data_uri=data_uri)
     environment.filters.update(
         count=lambda number: f"{number:,}", percent=lambda share: f"{100 * share:.1f}%"
     )

@@ -6,7 +6,7 @@ import io
 import os
 import zipfile
 import zlib
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def read_npz_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
     raise ValueError(f"{path}: no field '{name}'; it has {found}")
 
 
-def _read_array(file: BinaryIO) -> np.ndarray:
+def _read_array(file: IO[bytes]) -> np.ndarray:
     try:
         return np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # the parser of headers raises nearly any type

@@ -147,9 +147,9 @@ class _Finder:
             raise ShardsNotFoundError(
                 f"no {_NOUNS[kind or 'tfrecord']}: the list of paths is empty"
             )
-        entries = list(map(os.fspath, listed))
+        entries = [os.fspath(entry) for entry in listed]
         self._folders: dict[str, _Sizes] = {}  # those that were listed whole
-        self._entries_of = collections.Counter(map(os.path.dirname, entries))
+        self._entries_of = collections.Counter(os.path.dirname(entry) for entry in entries)
         self._indices: dict[str, DatasetIndex | None] = {}
         files = [self._list(entry) for entry in entries]
         self.kind = kind or _shared_kind(dict(zip(entries, files, strict=True)))

@@ -46,7 +46,7 @@ class Fingerprint:
     @classmethod
     def unpack(cls, packed: dict[str, int | str]) -> Fingerprint:
         """The inverse of `pack`."""
-        lines = zlib.decompress(base64.b85decode(packed["table"])).decode().splitlines()
+        lines = zlib.decompress(base64.b85decode(str(packed["table"]))).decode().splitlines()
         rows = (line.rsplit("\t", 3) for line in lines)
         return cls(tuple((name, int(n), int(size), digest) for name, n, size, digest in rows))
 
@@ -98,9 +98,9 @@ def _by_name(fingerprint: Fingerprint) -> dict[str, tuple[int, int, str]]:
     """Shards by name; of equal names in several folders, the second becomes `NAME (2)`."""
     seen: collections.Counter[str] = collections.Counter()
     shards = {}
-    for name, *rest in fingerprint.shards:
+    for name, count, size, digest in fingerprint.shards:
         seen[name] += 1
-        shards[name if seen[name] == 1 else f"{name} ({seen[name]})"] = tuple(rest)
+        shards[name if seen[name] == 1 else f"{name} ({seen[name]})"] = count, size, digest
     return shards
 
 

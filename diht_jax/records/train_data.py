@@ -136,7 +136,7 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
     weights = parse_weights(f"{where}.weight", section["weight"])
     return TrainSource(
         name,
-        path if isinstance(path, str) else list(map(os.fspath, path)),
+        path if isinstance(path, str) else [os.fspath(part) for part in path],
         weights,
         template,
         order,

@@ -245,7 +245,8 @@ def remove_temporary_files(folder: str, wanted: Callable[[str], bool]) -> None:
     if is_remote(folder):
         return
     for name in list_names(folder, lambda name: _TEMPORARY.fullmatch(name) is not None):
-        if wanted(_TEMPORARY.fullmatch(name)[1]):
+        found = _TEMPORARY.fullmatch(name)
+        if found and wanted(found[1]):
             remove(join(folder, name))
 
 

@@ -6,6 +6,7 @@ In this order the saved position in the data always belongs to the saved state.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Collection, Sequence
 
@@ -198,7 +199,7 @@ class Run:
         if config.model.init_from:
             params = initial_parameters(config, self.arch, self.mesh, state.params)
             average = initial_average(params) if self.program.keeps_ema else None
-            state = state.replace(params=params, ema_params=average)
+            state = dataclasses.replace(state, params=params, ema_params=average)
         return state
 
     def loop(

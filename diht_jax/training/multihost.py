@@ -6,7 +6,7 @@ Start-up is `diht_jax.distributed`'s. All processes must call each of these func
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -63,7 +63,9 @@ def check_together(check: Callable[[], Result]) -> Result:
         ValueError: with the text of the first one's; a `TemporaryError` where that one may be
             gone the next time.
     """
-    problem, cause, result = None, None, None
+    problem: str | None = None
+    cause: ValueError | None = None
+    result: Any = None
     try:
         result = check()
     except ValueError as error:
@@ -72,7 +74,7 @@ def check_together(check: Callable[[], Result]) -> Result:
     problem = first_text(problem)
     if problem is None:
         return result
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and cause is not None:
         raise cause
     kind, _, text = problem.partition(":")
     raise (ValueError if kind == "lasting" else TemporaryError)(text) from cause

@@ -147,9 +147,8 @@ def _write_huggingface(
 
 
 def _write_huggingface_tokenizer(output: pathlib.Path, arch: Architecture) -> None:
-    pieces, made = (
-        make(arch.vocab_size) for make in (tokenizer_file.pieces, tokenizer_file.make_tokenizer)
-    )
+    pieces = tokenizer_file.pieces(arch.vocab_size)
+    made = tokenizer_file.make_tokenizer(arch.vocab_size)
     _write_json(output / "vocab.json", {piece: i for i, piece in enumerate(pieces)})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges(arch.vocab_size))]
     write_bytes(output / HUGGINGFACE_MERGES, ("\n".join(lines) + "\n").encode())

@@ -184,7 +184,7 @@ class LoadedModel:
             ValueError: an array of another dtype or shape, something that is no string, or an id
                 outside of the vocabulary.
         """
-        tokens = texts
+        tokens: Any = texts
         if not isinstance(texts, np.ndarray | jax.Array) or texts.dtype.kind in "UO":
             if isinstance(texts, bytes | dict) or not isinstance(texts, Iterable):
                 raise ValueError(

@@ -76,7 +76,9 @@ def picture_units(root: str, items: Sequence[Item]) -> Units:
 
     def read_item(item: Item) -> Sequence[Pair | Skipped]:
         name, pairs = item
-        image = pairs if isinstance(pairs, Skipped) else read_image(root, name, name)
+        if isinstance(pairs, Skipped):
+            return [pairs]
+        image = read_image(root, name, name)
         if isinstance(image, Skipped):
             return [image]
         return [dataclasses.replace(pair, image=image) for pair in pairs]

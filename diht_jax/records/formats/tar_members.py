@@ -152,7 +152,7 @@ def walk_members(
             position = -1
             while (member := tar.next()) is not None:
                 unread = member.name
-                tar.members.clear()  # kept for random access, which nobody needs here
+                tar.members.clear()  # ty: ignore[missing-attribute]  (kept for random access)
                 if tar.offset <= position:
                     raise tarfile.ReadError(f"the size of '{member.name}' leads backwards")
                 position = tar.offset
@@ -167,7 +167,8 @@ def walk_members(
                 check_expansion(path, num_bytes, contents_bytes)
                 data = None
                 if is_wanted and is_read(member.name):
-                    data, unread = tar.extractfile(member).read(), None
+                    contents = tar.extractfile(member)
+                    data, unread = b"" if contents is None else contents.read(), None
                 elif is_wanted:
                     data = b""
                 yield Member(member.offset, member.name, data)

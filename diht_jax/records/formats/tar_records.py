@@ -161,7 +161,7 @@ class TarWriter(RecordWriter):
         info = tarfile.TarInfo(name)
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
-        self._tar.members.clear()  # kept for reading, which nobody does here
+        self._tar.members.clear()  # ty: ignore[missing-attribute] for reading, which nobody does
 
     def _unique_stem(self, key: str) -> str:
         stem = member_stem(key)

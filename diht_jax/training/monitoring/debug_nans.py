@@ -51,7 +51,7 @@ def explain_nonfinite(
     Returns:
         A sentence for people.
     """
-    before = state.replace(step=state.step - 1)
+    before = dataclasses.replace(state, step=state.step - 1)
     is_finite = _finite_check(program)
     where = _first_in_towers(program, config, before, batch, is_finite)
     where = where or _after_towers(program, config, before, batch, is_finite)

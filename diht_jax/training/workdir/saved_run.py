@@ -122,7 +122,7 @@ def read_state(directory: epath.Path, target: Any) -> Any:
 
 def read_checks(directory: epath.Path) -> dict[str, Any]:
     """Checksums of a checkpoint, and the fingerprint of its data set."""
-    return ocp.JsonCheckpointHandler().restore(directory / CHECKS_ITEM)
+    return dict(ocp.JsonCheckpointHandler().restore(directory / CHECKS_ITEM))
 
 
 def finished_steps(root: epath.Path) -> list[int]:

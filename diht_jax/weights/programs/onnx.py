@@ -49,7 +49,8 @@ def write_onnx(
     from transformers import CLIPConfig, CLIPModel
 
     # "eager" attention becomes plain matrix products, which every runtime has.
-    config = CLIPConfig(**huggingface.make_config(arch, "float32"), attn_implementation="eager")
+    settings = {**huggingface.make_config(arch, "float32"), "attn_implementation": "eager"}
+    config = CLIPConfig(**settings)
     model = CLIPModel(config).eval()
     tensors = huggingface.to_huggingface(params, arch)
     # Copies: the parameters may be views of arrays that cannot be written to.
