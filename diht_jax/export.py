@@ -2,8 +2,8 @@
 
     python -m diht_jax.export --model runs/b32 --format open_clip --output exported/b32
 
-`--model` is what `diht_jax.load_model` takes. `docs/guides/evaluate/weights.md` describes the
-formats.
+`--model` is what `diht_jax.load_model` takes, and `--push hf-hub:OWNER/NAME` writes it to the
+Hugging Face hub as well. `docs/guides/evaluate/weights.md` describes the formats.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from absl import flags, logging
 
 from diht_jax import command_line
 from diht_jax.storage.files import refuse_url
+from diht_jax.storage.hub import check_upload, upload
 
 
 def define_flags() -> None:
@@ -30,6 +31,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("keep_heads", False, "Keep concept heads (clip, safetensors).")
     flags.DEFINE_list("results", [], "Results files of diht_jax.evaluate, for the card.")
     flags.DEFINE_string("license", None, "Licence of the weights, for the card.")
+    flags.DEFINE_string("push", None, "Model on the Hugging Face hub to write: hf-hub:OWNER/NAME.")
+    flags.DEFINE_bool("private", False, "Of --push: a new one is not public.")
 
 
 def main() -> None:
@@ -45,6 +48,8 @@ def main() -> None:
         keep_heads=given.keep_heads,
         results=given.results,
         license=given.license,
+        push=given.push,
+        private=given.private,
     )
 
 
@@ -57,6 +62,8 @@ def export_model(
     keep_heads: bool = False,
     results: Sequence[str] = (),
     license: str | None = None,
+    push: str | None = None,
+    private: bool = False,
     **model_options: Any,
 ) -> None:
     """Writes a model directory with its card.
@@ -69,11 +76,13 @@ def export_model(
         keep_heads: keep the concept heads that the model has.
         results: files of `diht_jax.evaluate` for the card.
         license: of the weights, for the card.
+        push: "hf-hub:owner/name", where the directory goes as well; None for nowhere.
+        private: of a new model there.
         **model_options: `step`, `ema`, `image_size`, `context_length`, `dim` and `architecture` of
             `load_model`.
 
     Raises:
-        ValueError: the model cannot be read, or not be written in this format.
+        ValueError: the model cannot be read, or not be written in this format or to the hub.
     """
     refuse_url(output, "output")
     import jax
@@ -92,6 +101,8 @@ def export_model(
 
     output = pathlib.Path(output)
     check_target(output, format, dtype)
+    if push is not None:
+        check_upload(push)
     measured = [_as_row(path, read_results(path)) for path in results]
     source = read_model(model, **model_options)
     config, data = None, (None, None)
@@ -132,9 +143,13 @@ def export_model(
             heads=sorted(heads),
             loss_scalars=source.loss_scalars,
             license=license,
+            hub_name=push,
         ),
     )
     logging.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in output.iterdir())))
+    if push is not None:
+        message = f"{source.arch.image_size} px, {format}, by diht_jax.export"
+        logging.info("pushed: %s", upload(output, push, message=message, private=private))
 
 
 def _as_row(path: str, results: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.positions import fit_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
+from diht_jax.storage.hub import download, is_hub_name
 from diht_jax.training.initial_parameters import set_architecture
 from diht_jax.training.recipe import default_config
 from diht_jax.training.workdir.stored_run import local_run
@@ -26,7 +27,7 @@ from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.releases import RELEASES, locate_weights
-from diht_jax.weights.source import ModelFiles, read_weights
+from diht_jax.weights.source import ModelFiles, choose_files, read_weights
 
 
 def load_model(
@@ -51,7 +52,8 @@ def load_model(
             - a work directory of `diht_jax.train`, also in an object store (`s3://bucket/run`);
             - a weight file in CLIP's layout (OpenAI, open_clip, DiHT): .safetensors, .pt, .ckpt,
               .bin; nothing in it is executed;
-            - a directory of transformers' CLIPModel, of open_clip, or of `diht_jax.export`.
+            - a directory of transformers' CLIPModel, of open_clip, or of `diht_jax.export`;
+            - one of these on the Hugging Face hub: "hf-hub:owner/name", or with "@revision".
         step: which checkpoint of a work directory; the latest by default.
         ema: load the moving average of the parameters (`config.ema.decay` of the run).
         image_size: pixels; position embeddings are resized to it. None keeps the model's.
@@ -166,8 +168,9 @@ def read_model(
     elif step is not None or ema:
         raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
     else:
+        path = download(name, choose_files) if is_hub_name(name) else locate_weights(name)
         model = read_weights(
-            locate_weights(name),
+            path,
             architecture=architecture,
             image_size=image_size,
             context_length=context_length,

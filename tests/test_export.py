@@ -347,7 +347,7 @@ def test_the_first_numbers_of_the_embeddings_are_a_model_of_their_own(source, tm
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"format": "onnx"}, "format 'onnx': expected one of clip, open_clip"),
+        ({"format": "tflite"}, "format 'tflite': expected one of clip, open_clip"),
         ({"ema": True}, "only work directories of diht_jax.train have steps"),
         ({"output": "."}, "is not an empty directory"),
     ],

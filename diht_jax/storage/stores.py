@@ -20,7 +20,7 @@ BLOCK_BYTES = 2**24  # of one request
 _BUFFER_BYTES = 2**16
 _MAX_BLOCKS = 3  # of one file, in memory
 # What object stores call the version of a file, the most telling name first.
-_VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
+_VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created", "blob_id")
 # URL -> bytes and version of the input files that `note_inputs` was told of.
 _inputs: dict[str, tuple[int | None, str | None]] = {}
 

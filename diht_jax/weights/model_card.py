@@ -68,6 +68,7 @@ def model_card(
     heads: Sequence[str] = (),
     loss_scalars: Mapping[str, float] | None = None,
     license: str | None = None,
+    hub_name: str | None = None,
 ) -> str:
     """The card's text, Markdown with the front matter that model hubs read.
 
@@ -82,13 +83,16 @@ def model_card(
         heads: names of the concept heads that were kept.
         loss_scalars: what the loss has learnt, by name; no format has it.
         license: of the weights, as the user states it.
+        hub_name: `hf-hub:owner/name`, for a model that is written there.
     """
     fields = [(name, v) for name, v in dataclasses.asdict(arch).items() if v is not None]
     return render(
         "model_card.md",
         format=format,
         license=license,
-        title=pathlib.PurePath(origin.name).name or origin.name,
+        hub_name=hub_name,
+        repository=hub_name and hub_name.partition(":")[2],
+        title=pathlib.PurePath(hub_name or origin.name).name or origin.name,
         architecture=[
             ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"),
             *fields,

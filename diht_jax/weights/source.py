@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -186,6 +186,26 @@ def find_weight_file(folder: pathlib.Path) -> pathlib.Path:
         f"directory with one weight file ({', '.join(WEIGHT_SUFFIXES)}); weight files found: "
         + (f"{', '.join(names)}; name one of them" if names else "none")
     )
+
+
+def choose_files(names: Sequence[str]) -> list[str]:
+    """What `read_weights` needs of the files of a repository: the configs and one set of weights.
+
+    Raises:
+        ValueError: there are no weights that it reads, or several of which none has a usual name.
+    """
+    weights = [n for n in names if n.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) and "/" not in n]
+    usual = [name for name in _PREFERRED if name in weights]
+    if not usual and len(weights) != 1:
+        raise ValueError(
+            f"there is no one weight file ({', '.join(WEIGHT_SUFFIXES)}) in it, but "
+            f"{', '.join(weights) or 'none'}"
+        )
+    chosen = (usual or weights)[0]
+    stem, _, suffix = chosen.removesuffix(INDEX_SUFFIX).rpartition(".")
+    shards = [n for n in weights if n.startswith(f"{stem}-") and chosen.endswith(INDEX_SUFFIX)]
+    configs = [OPEN_CLIP_CONFIG, HUGGINGFACE_CONFIG, HUGGINGFACE_PREPROCESSOR]
+    return [name for name in names if name in (chosen, *shards, *configs)]
 
 
 def list_weight_files(folder: epath.Path) -> list[str]:

@@ -1,0 +1,125 @@
+"""Models on the Hugging Face hub, by names such as `hf-hub:owner/name`.
+
+Data sets there have URLs, `hf://datasets/owner/name/FILE`, which fsspec opens like any others.
+Both take the address of another hub from HF_ENDPOINT.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+
+PREFIX = "hf-hub:"
+_PART = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
+_NAME = re.compile(rf"{PREFIX}({_PART}/{_PART})(?:@([\w./-]+))?")
+
+
+def is_hub_name(name: str) -> bool:
+    """Returns whether a model's name is one of the hub, and no path."""
+    return name.startswith(PREFIX)
+
+
+def parse_name(name: str) -> tuple[str, str | None]:
+    """The repository and the revision of `hf-hub:owner/name@revision`.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name}: expected {PREFIX}OWNER/NAME, or {PREFIX}OWNER/NAME@REVISION")
+    return match[1], match[2]
+
+
+def download(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> pathlib.Path:
+    """Copies files of a model into the hub's cache, where they are not there yet.
+
+    Without a network the files of the last download are taken.
+
+    Args:
+        name: `hf-hub:owner/name`, with `@revision` for another than the latest.
+        choose: those that are wanted of the names of all files.
+
+    Returns:
+        Their folder.
+
+    Raises:
+        ValueError: no such model, one that this user may not read, or no network.
+    """
+    repository, revision = parse_name(name)
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    endpoint = os.environ.get("HF_ENDPOINT")
+    place = {"repo_id": repository, "revision": revision}
+    try:
+        try:
+            files = HfApi(endpoint=endpoint).list_repo_files(**place)
+        except HfHubHTTPError:  # the hub has answered
+            raise
+        except Exception:  # what it is depends on the HTTP client
+            local = {"allow_patterns": ["*.json"], "local_files_only": True}
+            return pathlib.Path(snapshot_download(**place, **local))
+        wanted = list(choose(files))
+        return pathlib.Path(snapshot_download(**place, endpoint=endpoint, allow_patterns=wanted))
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be read: {_first_line(error)}. A private model needs `hf auth login` "
+            "or HF_TOKEN"
+        ) from error
+
+
+def check_upload(name: str) -> None:
+    """Checks that `upload` may write there, before something long begins.
+
+    Raises:
+        ValueError: no name of the hub, no login, or no network.
+    """
+    _, revision = parse_name(name)
+    if revision is not None:
+        raise ValueError(f"{name}: what is written has no revision yet; leave out @{revision}")
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(endpoint=os.environ.get("HF_ENDPOINT")).whoami()
+    except Exception as error:
+        raise ValueError(f"{name} cannot be written: {_first_line(error)}. {_LOGIN}") from error
+
+
+def upload(folder: pathlib.Path, name: str, *, message: str, private: bool = False) -> str:
+    """Writes the files of a folder as one commit of a model's repository, which is made if missing.
+
+    Args:
+        folder: flat.
+        name: `hf-hub:owner/name`.
+        message: of the commit.
+        private: of a new repository.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    repository, _ = parse_name(name)
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        api.create_repo(repository, exist_ok=True, private=private)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be written: {_first_line(error)}. {_LOGIN}. {folder} has the files"
+        ) from error
+    return str(commit.commit_url)
+
+
+_LOGIN = "Log in by `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.splitlines()[0].split()).rstrip(".")

@@ -1,0 +1,147 @@
+"""Models go to the hub and come back, against a stand-in of its API."""
+
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from huggingface_hub import HfFileSystem, constants
+
+from diht_jax import load_model
+from diht_jax.export import export_model
+from diht_jax.readers.registry import list_shards, read_pairs
+from diht_jax.storage import hub, stores
+from diht_jax.weights.source import choose_files, find_weight_file
+from tests import make
+from tests.storage import hub_server
+
+SHARDS = ["model-1-of-2.safetensors", "model-2-of-2.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A hub of its own, a login there and an empty cache."""
+    with hub_server.serving() as found:
+        monkeypatch.setenv("HF_ENDPOINT", found.url)
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            found.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make.write_run(tmp_path_factory.mktemp("run"), make.tiny_config())
+
+
+@pytest.mark.parametrize("format", ["open_clip", "safetensors", "huggingface"])
+def test_a_model_comes_back_from_the_hub(server, run, tmp_path, format):
+    export_model(run, format, tmp_path / "out", push="hf-hub:someone/tiny-clip")
+    pushed = server.files["model", "someone/tiny-clip"]
+    assert {n: d for n, d in pushed.items() if n != ".gitattributes"} == {
+        path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
+    }
+    card = pushed["README.md"].decode()
+    assert "# tiny-clip\n" in card and 'load_model("hf-hub:someone/tiny-clip")' in card
+    shutil.rmtree(tmp_path / "out")
+    # As a repository of open_clip has them: torch's weights are not fetched as well.
+    server.files["model", "someone/tiny-clip"]["pytorch_model.bin"] = b"no weights"
+    devices = jax.devices()[:1]
+    model = load_model("hf-hub:someone/tiny-clip", devices=devices)
+    assert model.fingerprint() == load_model(run, devices=devices).fingerprint()
+    fetched = [path for method, path in server.requests if method == "GET" and "/resolve/" in path]
+    assert fetched and not any(path.endswith((".bin", "README.md")) for path in fetched)
+
+
+def test_open_clip_loads_what_was_pushed(server, run, tmp_path):
+    import open_clip
+    import torch
+
+    export_model(run, "open_clip", tmp_path / "out", push="hf-hub:someone/tiny")
+    theirs = open_clip.create_model("hf-hub:someone/tiny").eval()
+    ours = load_model("hf-hub:someone/tiny", devices=jax.devices()[:1])
+    tokens = ours.tokenize(["a red heart", "two men"])
+    with torch.no_grad():
+        expected = theirs.encode_text(torch.from_numpy(tokens).long(), normalize=True).numpy()
+    np.testing.assert_allclose(ours.encode_text(tokens), expected, rtol=0, atol=1e-5)
+
+
+def test_a_data_set_of_the_hub_is_read(server, tmp_path, monkeypatch):
+    path = make.write_pair_tar(tmp_path / "pairs-0.tar", ["a red car", "two dogs", "a tree"])
+    data = pathlib.Path(path).read_bytes()
+    server.files["dataset", "someone/pairs"] = {"train/pairs-0.tar": data, "README.md": b""}
+    stores._file_system.cache_clear()
+    HfFileSystem.clear_instance_cache()
+    shards = list_shards("hf://datasets/someone/pairs/train/*.tar")
+    assert [entry.caption for shard in shards for entry in read_pairs(shard)] == [
+        "a red car",
+        "two dogs",
+        "a tree",
+    ]
+    size, version = stores.input_version("hf://datasets/someone/pairs/train/pairs-0.tar")
+    assert size == len(data) and version is not None
+    stores._file_system.cache_clear()
+
+
+def test_the_cache_answers_without_a_network(server, run, tmp_path, monkeypatch):
+    export_model(run, "safetensors", tmp_path / "out", push="hf-hub:someone/tiny")
+    first = hub.download("hf-hub:someone/tiny", choose_files)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = hub.download("hf-hub:someone/tiny", choose_files)
+    assert again == first and find_weight_file(again).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["hf-hub:tiny", "hf-hub:a/b/c", "hf-hub:../x", "hf-hub:a/b@"])
+def test_a_name_that_is_none(name):
+    with pytest.raises(ValueError, match="expected hf-hub:OWNER/NAME"):
+        load_model(name)
+
+
+def test_a_missing_model_is_named(server):
+    with pytest.raises(ValueError, match=r"hf-hub:someone/nothing cannot be read.*HF_TOKEN"):
+        load_model("hf-hub:someone/nothing")
+
+
+def test_no_login_is_said_before_the_export(server, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ValueError, match=r"hf-hub:someone/tiny cannot be written.*hf auth login"):
+        export_model(run, "safetensors", tmp_path / "out", push="hf-hub:someone/tiny")
+    assert not (tmp_path / "out").exists() and not server.files
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["a.txt", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (
+            ["open_clip_config.json", "model.safetensors", "open_clip_model.safetensors"],
+            ["open_clip_config.json", "open_clip_model.safetensors"],
+        ),
+        (
+            [
+                "model-1-of-2.safetensors",
+                "model-2-of-2.safetensors",
+                "model.safetensors.index.json",
+            ],
+            [
+                "model-1-of-2.safetensors",
+                "model-2-of-2.safetensors",
+                "model.safetensors.index.json",
+            ],
+        ),
+        (["config.json", "other.pt"], ["config.json", "other.pt"]),
+    ],
+)
+def test_one_set_of_weights_is_chosen(names, chosen):
+    assert choose_files(names) == chosen
+
+
+def test_several_unusual_weight_files_are_listed():
+    with pytest.raises(ValueError, match=r"a\.pt, b\.pt"):
+        choose_files(["a.pt", "b.pt"])
