@@ -21,16 +21,22 @@ def free_address():
         return f"localhost:{probe.getsockname()[1]}"
 
 
-def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends():
+def start_without_its_peer(workdir):
+    """Runs a command whose second process never starts; returns how it ended, and its address."""
     address = free_address()
     command = [
-        *(sys.executable, "-m", "diht_jax.train", "--workdir=unused"),
+        *(sys.executable, "-m", "diht_jax.train", f"--workdir={workdir}"),
         f"--config={make.REPOSITORY / 'configs' / 'demo.py'}",
         "--config.data.train=unused",
         *(f"--coordinator_address={address}", "--num_processes=2", "--process_id=0"),
         "--start_warning_secs=0.5",
     ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECS)
+    return ended, address
+
+
+def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends(tmp_path):
+    ended, address = start_without_its_peer(tmp_path)
     assert ended.returncode == 1
     messages = [line for line in ended.stderr.splitlines() if "process 1 of 2" in line]
     assert len(messages) > 1 and all(address in line for line in messages)
@@ -38,14 +44,7 @@ def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends():
 
 def test_a_start_whose_peer_has_ended_for_good_ends_for_good(tmp_path):
     (tmp_path / "ended.json").write_text('{"process": 1, "error": "record 7: no picture"}')
-    command = [
-        *(sys.executable, "-m", "diht_jax.train", f"--workdir={tmp_path}"),
-        f"--config={make.REPOSITORY / 'configs' / 'demo.py'}",
-        "--config.data.train=unused",
-        *(f"--coordinator_address={free_address()}", "--num_processes=2", "--process_id=0"),
-        "--start_warning_secs=0.5",
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECS)
+    ended, _ = start_without_its_peer(tmp_path)
     assert ended.returncode == 78
     assert "process 1 has ended for good: record 7: no picture" in ended.stderr
 
