@@ -53,17 +53,22 @@ def download(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> pat
     from huggingface_hub.errors import HfHubHTTPError
 
     endpoint = os.environ.get("HF_ENDPOINT")
-    place = {"repo_id": repository, "revision": revision}
     try:
         try:
-            files = HfApi(endpoint=endpoint).list_repo_files(**place)
-        except HfHubHTTPError:  # the hub has answered
+            files = HfApi(endpoint=endpoint).list_repo_files(repository, revision=revision)
+            wanted, is_offline = list(choose(files)), False
+        except (HfHubHTTPError, ValueError):  # the hub has answered
             raise
         except Exception:  # what it is depends on the HTTP client
-            local = {"allow_patterns": ["*.json"], "local_files_only": True}
-            return pathlib.Path(snapshot_download(**place, **local))
-        wanted = list(choose(files))
-        return pathlib.Path(snapshot_download(**place, endpoint=endpoint, allow_patterns=wanted))
+            wanted, is_offline = ["*.json"], True
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            endpoint=endpoint,
+            allow_patterns=wanted,
+            local_files_only=is_offline,
+        )
+        return pathlib.Path(folder)
     except Exception as error:
         raise ValueError(
             f"{name} cannot be read: {_first_line(error)}. A private model needs `hf auth login` "
