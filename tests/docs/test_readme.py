@@ -35,13 +35,11 @@ SHORTER = {
 
 
 def commands_of(page):
-    """Modules and arguments, with the recipes where they are and without what serves for ever."""
+    """Modules and arguments, without what serves for ever."""
     for command in find_commands():
         is_followed = any(FOLLOWED.search(text) for text in command.arguments)
         if command.page == page and is_followed and "--serve" not in command.arguments:
-            configs = f"{REPOSITORY}/configs/"
-            arguments = [text.replace("configs/", configs, 1) for text in command.arguments]
-            yield command.module, [*arguments, *SHORTER.get(command.module, [])]
+            yield command.module, [*command.arguments, *SHORTER.get(command.module, [])]
 
 
 def unpacking_lines(page):
