@@ -15,6 +15,7 @@ import re
 import runpy
 import sys
 import threading
+import types
 
 from tests.make import REPOSITORY
 
@@ -30,30 +31,42 @@ def main(module: str, arguments: list[str]) -> dict[str, int]:
     """The files that a command enters, with the number of functions of each."""
     entered: dict[str, set[str]] = {}
     importing: collections.Counter[int] = collections.Counter()
+    known: dict[int, types.CodeType] = {}  # by `id`; these are looked at no more
 
     def note(frame, event, _):
-        if event not in ("call", "return"):
-            return
         code = frame.f_code
+        if id(code) in known:
+            return None
         if code.co_name == "<module>":
-            if frame.f_globals.get("__name__") != "__main__":
-                importing[threading.get_ident()] += 1 if event == "call" else -1
-        elif event == "call":
-            name = project_file(code.co_filename)
-            if name and not importing[threading.get_ident()]:
-                entered.setdefault(name, set()).add(code.co_qualname)
+            if frame.f_globals.get("__name__") == "__main__":
+                return None
+            importing[threading.get_ident()] += 1
+            frame.f_trace_lines = False
+            return leave_import
+        name = project_file(code.co_filename)
+        if name and not importing[threading.get_ident()]:
+            entered.setdefault(name, set()).add(code.co_qualname)
+        if not name or not importing[threading.get_ident()]:
+            known[id(code)] = code
+        return None
+
+    def leave_import(frame, event, _):
+        if event == "return":
+            importing[threading.get_ident()] -= 1
+        return leave_import
 
     sys.argv = [module, *arguments]
-    threading.setprofile(note)
-    sys.setprofile(note)
+    # Not by profiling, which would call back for every function of C too.
+    threading.settrace(note)
+    sys.settrace(note)
     try:
         runpy.run_module(module, run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
     finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
+        sys.settrace(None)
+        threading.settrace(None)
     return {name: len(functions) for name, functions in entered.items()}
 
 

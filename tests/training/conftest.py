@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import types
@@ -33,8 +34,15 @@ CACHE_EVERYTHING = {
 
 @pytest.fixture(scope="package", autouse=True)
 def compile_cache(tmp_path_factory) -> pathlib.Path:
-    """Most of the time here goes into compiling, mostly the same programs: they are kept."""
-    directory = tmp_path_factory.mktemp("compiled")
+    """Most of the time here goes into compiling, mostly the same programs: they are kept.
+
+    The processes of a run share them.
+    """
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    directory = directory / "compiled"
+    directory.mkdir(exist_ok=True)
     settings = {
         "jax_compilation_cache_dir": str(directory),
         **{name.lower(): int(value) for name, value in CACHE_EVERYTHING.items()},
