@@ -41,7 +41,8 @@ _PASSING_TYPES = frozenset(
         *("azure.ServiceRequestError", "azure.ServiceResponseError"),
         *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),
         *("urllib3.TimeoutError", "urllib3.ProtocolError", "urllib3.MaxRetryError"),
-        *("httpx.TransportError", "http.IncompleteRead", "http.BadStatusLine"),
+        *("httpx.TransportError", "httpx2.TransportError"),  # the second is huggingface_hub's
+        *("http.IncompleteRead", "http.BadStatusLine"),
         *("google.RetryError", "google.TransportError"),
     }
 )

@@ -9,6 +9,7 @@ import aiohttp
 import botocore.exceptions
 import fsspec.exceptions
 import httpx
+import httpx2
 import pyarrow
 import pytest
 import requests
@@ -58,6 +59,7 @@ _FAILURES = {
     "gcsfs 503": _GcsError(),
     "requests 503": _requests(503),
     "httpx timeout": httpx.ReadTimeout("slow"),
+    "hub connection": httpx2.ConnectError("Name or service not known"),
     "half an answer": http.client.IncompleteRead(b"half"),
     "urllib 503": urllib.error.HTTPError("http://x", 503, "busy", {}, None),
     "permissions": PermissionError("AccessDenied"),
