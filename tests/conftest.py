@@ -51,6 +51,7 @@ LONGEST_FILES = (
     "training/test_recipes.py",
     "docs/test_commands.py",
     "docs/test_readme.py",
+    "docs/test_notebook.py",
     "data_prep/text_spotting/test_spotter.py",
     "data_prep/jobs/test_ray.py",
     "data_prep/filtering/test_interruptions.py",

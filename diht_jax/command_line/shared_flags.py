@@ -19,7 +19,9 @@ flags.disclaim_key_flags()  # they are the command's own: its --help lists them
 
 def define_model_flags() -> None:
     """Defines `--model` and the flags that go with it."""
-    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
+    flags.DEFINE_string(
+        "model", None, "clipart_tiny, a released name, a work directory or a weight file."
+    )
     flags.DEFINE_integer("step", None, "Checkpoint of a work directory; unset: the latest.")
     flags.DEFINE_bool("ema", False, "Take the moving average of the parameters.")
     flags.DEFINE_integer(

@@ -1,4 +1,4 @@
-"""The released DiHT weights: names, addresses, hashes, and how they come onto this machine.
+"""Models by name: the one that comes with the package, and the released DiHT weights.
 
 Addresses and SHA-256 sums are those of DiHT's official code (facebookresearch/diht). What the files
 hold is read by `source.py`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import importlib.resources
 import os
 import pathlib
 import shutil
@@ -50,21 +51,28 @@ RELEASES: dict[str, Release] = {
 }
 
 
+# Models that come with the package, each a folder of `diht_jax.data`.
+CONTAINED = ("clipart_tiny",)
+
+
 def locate_weights(name: str) -> pathlib.Path:
-    """A path itself, or the file of a released model, fetched where it is not here.
+    """A path itself, or the files of a model by name, fetched where they are not here.
 
     Raises:
         ValueError: there is no such path and no such model.
     """
     if os.path.exists(name):
         return pathlib.Path(name)
+    if name in CONTAINED:
+        return pathlib.Path(str(importlib.resources.files("diht_jax.data") / name))
     if name in RELEASES:
         return fetch_release(name)
-    nearest = nearest_name(name, RELEASES)
+    nearest = nearest_name(name, (*CONTAINED, *RELEASES))
     hint = f"; did you mean '{nearest}'?" if nearest else ""
     raise ValueError(
-        f"'{name}': no such work directory or weight file, and no released model{hint} (released: "
-        f"{', '.join(RELEASES)}; {WEIGHTS_VARIABLE} names local files of them)"
+        f"'{name}': no such work directory or weight file, and no model of this name{hint} (with "
+        f"the package comes {', '.join(CONTAINED)}; released: {', '.join(RELEASES)}; "
+        f"{WEIGHTS_VARIABLE} names local files of them)"
     )
 
 

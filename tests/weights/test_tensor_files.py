@@ -260,5 +260,5 @@ def test_other_names_and_missing_files(tmp_path):
         write_torch(tmp_path / name, {"a": np.zeros(1, np.float32)})
     with pytest.raises(ValueError, match="weight files found: a.pt, b.pt; name one of them"):
         load_model(tmp_path)
-    with pytest.raises(ValueError, match="no released model; did you mean 'diht_vitb32_224px'"):
+    with pytest.raises(ValueError, match="no model of this name; did you mean 'diht_vitb32_224px'"):
         load_model("diht_vitb32_224")

@@ -1,0 +1,7 @@
+"""The model `clipart_tiny`, and pictures to try it with; README.md is its card."""
+
+import importlib.resources
+import pathlib
+
+# A webdataset of 60 emoji that the model was not trained on, with their names as captions.
+PICTURES = pathlib.Path(str(importlib.resources.files(__name__) / "pictures.tar"))
