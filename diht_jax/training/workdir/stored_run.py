@@ -42,6 +42,7 @@ _NOT_FILES = (
     MANIFEST_DIRECTORY,
     LOCK_FILE,
     _RECORD_FILE,
+    "wandb",  # the client writes there all the time, and sends it elsewhere
 )
 _DEFAULT_STAGING = "~/.cache/diht_jax/staging"
 _COPIES = "~/.cache/diht_jax/runs"

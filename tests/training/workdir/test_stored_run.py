@@ -162,6 +162,17 @@ def test_the_store_is_what_counts(staged, url, tmp_path):
     assert not (staged.folder / "metrics.jsonl").exists()
 
 
+def test_a_machine_keeps_what_trackers_write_for_themselves(staged, url, tmp_path):
+    (staged.folder / "wandb" / "run-1").mkdir(parents=True)
+    (staged.folder / "wandb" / "run-1" / "debug.log").write_text("line")
+    (staged.folder / "trackers.json").write_text('{"id": "3f9a1c2b"}')
+    staged.send()
+    assert not any("wandb" in name for name in stored_files(url))
+    another = StagedDirectory(url, str(tmp_path / "another machine"))
+    another.fetch()
+    assert (another.folder / "trackers.json").read_text() == '{"id": "3f9a1c2b"}'
+
+
 def test_what_the_store_did_not_take_is_kept_and_sent_later(
     mount_tmpfs, tmp_path, monkeypatch, caplog
 ):
