@@ -71,7 +71,7 @@ class ShardLog:
         self._label_field = config.label_field
         self._formats: collections.Counter[str] = collections.Counter()
         self._read = self._kept = 0
-        self._cpu_secs: collections.Counter[str] = collections.Counter()
+        self._cpu_secs: dict[str, float] = collections.defaultdict(float)
         self._start = time.perf_counter(), time.process_time()
 
     @property

@@ -6,6 +6,7 @@ are the ones that matplotlib and Pillow carry; nothing is downloaded.
 
 import functools
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -36,7 +37,8 @@ def render_scene(rng: np.random.Generator, scene: Scene, side: int) -> Image.Ima
     The generator decides on the light background tint, its shading and grain, and on small shifts
     of the colours; never on anything that a caption describes.
     """
-    wall = tuple(int(v) for v in rng.integers(214, 250, size=3))
+    red, green, blue = rng.integers(214, 250, size=3).tolist()
+    wall = red, green, blue
     big = side * _OVERSAMPLING
     canvas = Image.new("RGB", (big, big), wall)
     draw = ImageDraw.Draw(canvas)
@@ -61,7 +63,8 @@ def _paint_object(rng: np.random.Generator, canvas: Image.Image, item: SceneObje
     big = canvas.width
     shift = rng.integers(-6, 7, size=3)
     base = tuple(np.clip(np.add(COLORS[item.color], shift), 0, 255).tolist())
-    outlines = [item.outline() * big] + ([] if item.hole() is None else [item.hole() * big])
+    hole = item.hole()
+    outlines = [item.outline() * big] + ([] if hole is None else [hole * big])
     left, top = np.floor(outlines[0].min(axis=0)).astype(int) - 1
     right, bottom = np.ceil(outlines[0].max(axis=0)).astype(int) + 2
     mask = Image.new("L", (int(right - left), int(bottom - top)))
@@ -149,7 +152,8 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     # The basic layout engine, so that the picture does not depend on whether raqm is installed.
     basic = ImageFont.Layout.BASIC
     if name == "pillow":
-        return ImageFont.load_default(size).font_variant(layout_engine=basic)
+        font: Any = ImageFont.load_default(size)  # of FreeType, where a size is given
+        return font.font_variant(layout_engine=basic)
     import matplotlib
 
     path = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name

@@ -298,7 +298,8 @@ def _inside(rng: np.random.Generator, subject: SceneObject, other: SceneObject) 
         x=other.x + rng.uniform(-0.05, 0.05),
         y=other.y + rng.uniform(-0.07, 0.07),
     )
-    room = other.outline() if other.hole() is None else other.hole()
+    hole = other.hole()
+    room = other.outline() if hole is None else hole
     roomy = subject.moved(radius=1.2 * subject.radius).outline()
     contained = shapes.rasterize(roomy) & ~shapes.rasterize(room)
     return None if contained.any() else Scene("inside", (subject, other))

@@ -50,19 +50,19 @@ def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
         settings: of the match.
     """
     least = settings.min_confidence
-    known = [i for i in rank_lines(look) if look.texts[i] is not None and look.texts[i][1] >= least]
+    known = [i for i in rank_lines(look) if (text := look.texts[i]) and text[1] >= least]
     groups = stack_lines(look.boxes) if settings.join_lines and known else []
 
     def is_match(lines: Sequence[int], groups: Sequence[Sequence[int]], is_all: bool) -> bool:
         joined = _join(look, lines, groups)
-        return _matches([look.texts[i] for i in lines], joined, caption, settings, is_all=is_all)
+        return _matches(_read(look, lines), joined, caption, settings, is_all=is_all)
 
     # In the order of reading, so that lines that happen to be known do not change the answer.
     for count in range(1, len(known) + 1):
         if is_match(known[:count], groups, is_all=False):
             last = known[count - 1]
             if is_match([last], [], is_all=False):
-                return look.texts[last][0]
+                return _list_texts(look, [last])
             joined = _join(look, known[:count], [group for group in groups if last in group])
             return joined[0] if joined else _list_texts(look, known[:count])
     if known and None not in look.texts and is_match(known, groups, is_all=True):
@@ -105,14 +105,20 @@ def _matches(
     return weigh_texts(texts, joined, caption, s.min_chars, is_all=is_all)
 
 
+def _read(look: Lines, lines: Sequence[int]) -> list[tuple[str, float]]:
+    """Text and confidence of those of the lines that have been read."""
+    found = (look.texts[i] for i in lines)
+    return [text for text in found if text is not None]
+
+
 def _join(look: Lines, lines: Sequence[int], groups: Sequence[Sequence[int]]) -> list[str]:
     """The texts of the groups that more than one of the lines is in."""
     together = [[i for i in group if i in lines] for group in groups]
-    return [" ".join(look.texts[i][0] for i in group) for group in together if len(group) > 1]
+    return [" ".join(text for text, _ in _read(look, g)) for g in together if len(g) > 1]
 
 
 def _list_texts(look: Lines, lines: Sequence[int]) -> str:
-    return _BETWEEN_LINES.join(look.texts[i][0] for i in lines)
+    return _BETWEEN_LINES.join(text for text, _ in _read(look, lines))
 
 
 def stack_lines(boxes: Sequence[Box]) -> list[list[int]]:

@@ -246,7 +246,8 @@ def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
 def _ids_as_columns(pair_ids: jax.Array | None, num_rows: int) -> jax.Array:
     """[b] or [b, k] -> [b, k]; raises ValueError for anything but integers."""
     shape, dtype = (None, None) if pair_ids is None else (jnp.shape(pair_ids), pair_ids.dtype)
-    if shape is None or len(shape) not in (1, 2) or not jnp.issubdtype(dtype, jnp.integer):
+    is_right = dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+    if pair_ids is None or shape is None or len(shape) not in (1, 2) or not is_right:
         raise ValueError(
             f"pair_ids: expected integer [{num_rows}] or [{num_rows}, k], got {dtype} {shape}"
         )
