@@ -166,6 +166,16 @@ def test_a_cut_part_is_made_again_and_damaged_statistics_are_named(model, tmp_pa
         embed_source(model, source, out, OPTIONS)
     stats.write_bytes(data)
     settings = out / "embeddings.json"
+    for other in (settings, out / "embeddings-00000-00000.json"):  # whole, but of something else
+        stats.write_bytes(other.read_bytes())
+        with pytest.raises(ValueError, match=r"embeddings-00000-00001.json: .*not the statistics"):
+            embed_source(model, source, out, OPTIONS)
+    stats.write_bytes(data)
+    good = settings.read_bytes()
+    settings.write_bytes(data)
+    with pytest.raises(ValueError, match=r"other settings.*embeddings\.json"):
+        embed_source(model, source, out, OPTIONS)
+    settings.write_bytes(good)
     settings.write_bytes(settings.read_bytes().replace(b"float32", b"float31", 1))
     with pytest.raises(ValueError, match=r"embeddings.json: damaged"):
         embed_source(model, source, out, OPTIONS)

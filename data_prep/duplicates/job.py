@@ -136,7 +136,7 @@ def _check_settings(config: ml_collections.ConfigDict, folder: str) -> None:
     if changed:
         raise ValueError(
             f"'{folder}' holds duplicates of other settings; changed: {', '.join(changed)}. "
-            "Choose another config.output, or delete the folder"
+            f"Choose another config.output, or delete the folder ({path} has the old settings)"
         )
     if before != settings:
         files.write_object(path, settings, with_checksum=True)

@@ -136,9 +136,12 @@ def embed_source(
 
 def _find_part(stem: str, part: int) -> dict[str, Any] | None:
     """The statistics of a part that is finished; one whose file is gone or cut is made again."""
-    stats = read_object(f"{stem}-{part:05d}.json", "delete it to have its part made again")
+    own, remedy = f"{stem}-{part:05d}", "delete it to have its part made again"
+    stats = read_object(f"{own}.json", remedy)
     if stats is None:
         return None
+    if os.path.splitext(str(stats.get("file")))[0] != os.path.basename(own):
+        raise ValueError(f"{own}.json: these are not the statistics of this part; {remedy}")
     path = files.join(os.path.dirname(stem), stats["file"])
     if (size := files.size(path)) != stats["bytes"]:
         logging.warning(
@@ -278,7 +281,8 @@ def check_settings(
     if changed:
         raise ValueError(
             f"{output} holds {what} made with other settings; changed: "
-            f"{', '.join(changed[:20])[:500]}. Take the same to go on with it, or another {flag}"
+            f"{', '.join(changed[:20])[:500]}. Take the same as in {path} to go on with it, or "
+            f"another {flag}"
         )
 
 
