@@ -46,6 +46,30 @@ def write_onnx(
     """
     check_packages()
     import torch
+
+    towers = _make_towers(arch, params, preprocessing)
+    for name, (tower, argument, example) in towers.items():
+        with tempfile.TemporaryDirectory(dir=output) as folder:
+            path = pathlib.Path(folder) / "tower.onnx"
+            torch.onnx.export(
+                tower,
+                (example,),
+                path,
+                input_names=[argument],
+                output_names=["embeddings"],
+                dynamic_shapes=({0: torch.export.Dim("b")},),
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+            write_bytes(output / f"{name}.onnx", path.read_bytes())
+
+
+def _make_towers(
+    arch: Architecture, params: Mapping[str, Any], preprocessing: Preprocessing
+) -> dict[str, tuple[Any, str, Any]]:
+    """Modules of torch by tower, each with the name of its argument and an example of it."""
+    import torch
     from transformers import CLIPConfig, CLIPModel
 
     # "eager" attention becomes plain matrix products, which every runtime has.
@@ -78,22 +102,7 @@ def write_onnx(
             return torch.nn.functional.normalize(self.projection(pooled), dim=-1)
 
     side = arch.image_size
-    towers = {
+    return {
         "image": (ImageTower(), "images", torch.zeros((2, side, side, 3), dtype=torch.uint8)),
         "text": (TextTower(), "tokens", torch.zeros((2, arch.context_length), dtype=torch.int32)),
     }
-    for name, (tower, argument, example) in towers.items():
-        with tempfile.TemporaryDirectory(dir=output) as folder:
-            path = pathlib.Path(folder) / "tower.onnx"
-            torch.onnx.export(
-                tower,
-                (example,),
-                path,
-                input_names=[argument],
-                output_names=["embeddings"],
-                dynamic_shapes=({0: torch.export.Dim("b")},),
-                external_data=False,
-                dynamo=True,
-                verbose=False,
-            )
-            write_bytes(output / f"{name}.onnx", path.read_bytes())
