@@ -47,6 +47,7 @@ def load_model(
 
     Args:
         name_or_path: one of
+
             - "clipart_tiny", the small model for clip art and emoji that comes with the package;
             - a released DiHT model, such as "diht_vitb32_224px": downloaded once and checked, or
               taken from the environment variable DIHT_JAX_WEIGHTS (`weights.releases`);

@@ -65,6 +65,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if path not in TOP_PAGES and not path.startswith("docs/"):
             return label  # a file that is no page
         to = TOP_PAGES.get(path, path.removeprefix("docs/"))
+        if to.endswith(".ipynb") and not here.endswith("notebooks"):
+            to = f"{to.removesuffix('.ipynb')}.md"
         return (
             f"[{label}]({os.path.relpath(to, os.path.dirname(page.file.src_uri) or '.')}{anchor})"
         )

@@ -91,6 +91,8 @@ def test_pictures_are_small_and_shown():
         ("index.md", "[a](docs/guides/own_data.md#b)", "[a](guides/own_data.md#b)"),
         ("index.md", "[a](CONTRIBUTING.md#b)", "[a](contributing.md#b)"),
         ("index.md", "[a](NOTICE)", "a"),
+        ("quickstart.md", "[a](notebooks/first_steps.ipynb)", "[a](notebooks/first_steps.md)"),
+        ("notebooks/b.md", "[a](first_steps.ipynb)", "[a](first_steps.ipynb)"),
         ("explained/library.md", "[a](../../README.md)", "[a](../index.md)"),
         ("explained/library.md", "[a](security.md)", "[a](security.md)"),
         ("explained/library.md", "[a](https://jax.dev/x)", "[a](https://jax.dev/x)"),
