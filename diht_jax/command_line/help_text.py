@@ -145,7 +145,7 @@ def _flag_row(flag: flags.Flag) -> tuple[str, str]:
     text = re.sub(
         r"^<(.*?)>: ", lambda match: f"{match[1].replace('|', ' or ')}: ", flag.help or ""
     )
-    return name, f"{text} Default: {default.strip(chr(39))}" if has_default else text
+    return name, f"{text} ({default.strip(chr(39))})" if has_default else text
 
 
 def _key_row(name: str, value: Any, comments: Mapping[str, str]) -> tuple[str, str]:

@@ -20,7 +20,7 @@ flags.disclaim_key_flags()  # they are the command's own: its --help lists them
 def define_model_flags() -> None:
     """Defines `--model` and the flags that go with it."""
     flags.DEFINE_string(
-        "model", None, "clipart_tiny, a released name, a work directory or a weight file."
+        "model", None, "clipart_tiny, a released name, a run, a weight file, or hf-hub:OWNER/NAME."
     )
     flags.DEFINE_integer("step", None, "Checkpoint of a work directory; unset: the latest.")
     flags.DEFINE_bool("ema", False, "Take the moving average of the parameters.")
