@@ -1,5 +1,6 @@
 """Shared test set-up: eight CPU devices, and the real data sets where they are present."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -20,6 +21,11 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
+
+# torch's builds for CUDA bring Triton along. After TensorFlow its import ends the process, since
+# both register LLVM's options; before TensorFlow it does not.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
