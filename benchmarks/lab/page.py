@@ -127,7 +127,7 @@ def format_pages(
         parts = [f"# {title}\n\n[How the differences are measured](method.md).\n"]
         parts += [_format_block(block, rows, described, results) for block in blocks]
         pages[f"{name}.md"] = "\n".join(parts)
-    return pages
+    return {name: text.rstrip("\n") + "\n" for name, text in pages.items()}
 
 
 def _format_index(rows: Sequence[Row], results: dict[str, dict[str, Any]], outdated: int) -> str:
