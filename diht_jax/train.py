@@ -9,6 +9,7 @@ cluster the same command runs on every host; see `diht_jax.distributed`.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -70,8 +71,7 @@ def main() -> None:
             os._exit(EXIT_CODE)
         sys.exit(EXIT_CODE)
     except Exception as error:
-        if jax.process_count() > 1:
-            distributed.end_job(error, job_status(error, workdir))
+        distributed.end_job(error, functools.partial(job_status, workdir=workdir))
         error.exit_status = exit_status(error)
         raise
     logging.info("finished; results in %s", workdir)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 
 import jax
 from absl import flags, logging
@@ -135,7 +136,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def end_job(error: Exception, status: int = 1) -> None:
+def end_job(error: Exception, status: Callable[[Exception], int] = lambda _: 1) -> None:
     """Prints the error and ends this process at once, if it is one of several.
 
     Not by `sys.exit`: on that way out JAX, Orbax and the decoding workers would wait for processes
@@ -143,7 +144,8 @@ def end_job(error: Exception, status: int = 1) -> None:
 
     Args:
         error: being handled.
-        status: of the process.
+        status: gives that of the process from the error, once that is printed: where the first process has
+            ended, this one has a moment left.
     """
     if jax.process_count() == 1:
         return
@@ -157,7 +159,8 @@ def end_job(error: Exception, status: int = 1) -> None:
         )
     # A line of its own, behind the progress bar.
     print_escaped("\n".join(["", *lines]), file=sys.stderr)
-    os._exit(status)
+    sys.stderr.flush()
+    os._exit(status(error))
 
 
 def find_cluster() -> str | None:
