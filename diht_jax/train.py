@@ -52,11 +52,11 @@ def main() -> None:
     except ConnectionError as error:
         error.exit_status = job_status(error, workdir)
         raise
-    if jax.process_count() > 1 and distributed.is_first():
-        begin_job(workdir)
     if xla_flags:
         logging.info("%s", xla_flags)
     compiler.keep_programs(config.get("compilation_cache"), config.compilation_cache_max_gib)
+    if jax.process_count() > 1 and distributed.is_first():
+        begin_job(workdir)
     try:
         # After the validation: a mistyped key should not have to wait for these imports.
         from diht_jax.training.loop import train

@@ -144,7 +144,7 @@ def end_job(error: Exception, status: Callable[[Exception], int] = lambda _: 1) 
 
     Args:
         error: being handled.
-        status: gives that of the process from the error, once that is printed: where the first process has
+        status: of the process, from the error, once that is printed: where the first process has
             ended, this one has a moment left.
     """
     if jax.process_count() == 1:
