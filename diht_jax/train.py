@@ -45,7 +45,7 @@ def main() -> None:
         if config.deterministic:
             more = compiler.deterministic_flags(platform, f"{workdir}/autotuned")
         xla_flags = compiler.set_flags(platform, more)
-        distributed.start_from_flags()
+        distributed.start_from_flags(functools.partial(begin_job, workdir))
     except ValueError as error:
         error.exit_status = exit_status(error)
         raise

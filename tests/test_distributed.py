@@ -42,11 +42,17 @@ def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends(tmp_pa
     assert len(messages) > 1 and all(address in line for line in messages)
 
 
-def test_a_start_whose_peer_has_ended_for_good_ends_for_good(tmp_path):
-    (tmp_path / "ended.json").write_text('{"process": 1, "error": "record 7: no picture"}')
+@pytest.mark.parametrize("process, status", [(1, 78), (0, 1)])
+def test_a_start_ends_for_good_where_its_peer_has_and_not_where_it_did_itself(
+    tmp_path, process, status
+):
+    """A process that is started again has been mended, and its peer may only be late."""
+    text = f'{{"process": {process}, "error": "record 7: no picture"}}'
+    (tmp_path / "ended.json").write_text(text)
     ended, _ = start_without_its_peer(tmp_path)
-    assert ended.returncode == 78
-    assert "process 1 has ended for good: record 7: no picture" in ended.stderr
+    assert ended.returncode == status
+    said = f"process {process} has ended for good: record 7: no picture" in ended.stderr
+    assert said == (status == 78)
 
 
 @pytest.fixture(autouse=True)

@@ -63,8 +63,12 @@ def define_flags() -> None:
     )
 
 
-def start_from_flags() -> None:
-    """Joins the other processes of the job, if there are any, as the flags or the cluster say."""
+def start_from_flags(begin: Callable[[int], None] | None = None) -> None:
+    """Joins the other processes of the job, if there are any, as the flags or the cluster say.
+
+    Args:
+        begin: see `start`.
+    """
     values = flags.FLAGS
     start(
         values.coordinator_address,
@@ -72,6 +76,7 @@ def start_from_flags() -> None:
         values.process_id,
         values.heartbeat_timeout_secs,
         values.start_warning_secs,
+        begin,
     )
 
 
@@ -81,8 +86,15 @@ def start(
     process_id: int | None = None,
     heartbeat_timeout_secs: int = HEARTBEAT_TIMEOUT_SECS,
     start_warning_secs: float = START_WARNING_SECS,
+    begin: Callable[[int], None] | None = None,
 ) -> None:
     """Joins the other processes of the job, if there are any; see the flags.
+
+    Args:
+        coordinator_address, num_processes, process_id, heartbeat_timeout_secs, start_warning_secs:
+            of the flags.
+        begin: gets the number of this process once it is known, before the others are waited for;
+            not called where there are none.
 
     Raises:
         ValueError: some of the first three and not all, or numbers that do not fit.
@@ -102,7 +114,7 @@ def start(
         cluster = find_cluster()
         if cluster is None:
             return
-        if not _call_roll_of(cluster, start_warning_secs):
+        if not _call_roll_of(cluster, start_warning_secs, begin):
             return
         jax.distributed.initialize(**timeouts)
     else:
@@ -116,6 +128,8 @@ def start(
                 f"--num_processes={num_processes}"
             )
         cluster = coordinator_address = with_port(coordinator_address)
+        if begin is not None:
+            begin(process_id)
         call_roll(coordinator_address, num_processes, process_id, start_warning_secs)
         jax.distributed.initialize(coordinator_address, num_processes, process_id, **timeouts)
     logging.info(
@@ -185,7 +199,7 @@ def find_cluster() -> str | None:
     return None
 
 
-def _call_roll_of(cluster: str, warning_secs: float) -> bool:
+def _call_roll_of(cluster: str, warning_secs: float, begin: Callable[[int], None] | None) -> bool:
     """Calls the roll of the processes that JAX finds; returns False where there are no others."""
     if cluster == "TPU":
         os.environ.setdefault(PORT_VARIABLE, DEFAULT_PORT)
@@ -198,6 +212,8 @@ def _call_roll_of(cluster: str, warning_secs: float) -> bool:
         )
         return False
     if found is not None and None not in found:
+        if begin is not None:
+            begin(found[2])
         call_roll(*found, warning_secs)
     return True
 

@@ -97,9 +97,17 @@ def job_status(error: Exception, workdir: str) -> int:
     return status
 
 
-def begin_job(workdir: str) -> None:
-    """Forgets how a job of several processes ended before; called by one of them."""
-    files.remove(files.join(workdir, _MARKER))
+def begin_job(workdir: str, process: int | None = None) -> None:
+    """Forgets how a job of several processes ended before.
+
+    Args:
+        workdir: as for `job_status`.
+        process: number of the one that calls; what another one has left then stays, which may not
+            have been started again. None once all are there.
+    """
+    marker = files.join(workdir, _MARKER)
+    if process is None or (files.read_object(marker) or {}).get("process") == process:
+        files.remove(marker)
 
 
 def error_chain(error: BaseException) -> list[BaseException]:
