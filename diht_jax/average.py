@@ -307,7 +307,8 @@ class _Models:
             logging.warning(
                 "%s=%.6g, the mean of what the losses have learnt, is in the card alone, since no "
                 "format has it",
-                *(name, means[name]),
+                name,
+                means[name],
             )
         return means
 

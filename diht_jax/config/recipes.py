@@ -66,8 +66,7 @@ def load_recipe(name: str | pathlib.Path, arg: str = "") -> ml_collections.Confi
     """
     path = find_recipe(name)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path}: a recipe is a Python file, whose name ends with .py")
+    assert spec is not None and spec.loader is not None  # as for every name that ends with .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     get_config = getattr(module, "get_config", None)

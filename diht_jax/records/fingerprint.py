@@ -69,7 +69,8 @@ def fingerprint_records(source: ShardedRecords) -> Fingerprint:
         logging.warning(
             "%d shards look like copies of others, such as %s of %s: if a file was copied over "
             "another one, records are missing",
-            *(len(copies), *copies[0]),
+            len(copies),
+            *copies[0],
         )
     names = map(os.path.basename, source.paths)
     return Fingerprint(tuple((name, *row) for name, row in zip(names, rows, strict=True)))

@@ -61,15 +61,15 @@ class _TFRecordShard(OpenShard):
             ) from error
         raise self.wrong(f"record {record} is not where the index says")
 
-    def _explain_ends(self, offsets: np.ndarray) -> None:
+    def _has_damaged_end(self, offsets: np.ndarray) -> bool:
         ends = np.append(offsets[1:], np.uint64(self.size))
         at_ends = (offsets < END_BYTES) | (ends + np.uint64(END_BYTES) > self.size)
         try:
             for record in np.flatnonzero(at_ends).tolist():
                 self.read(record)
         except DamagedRecordError:
-            return  # named when it is read; the others are good
-        super()._explain_ends(offsets)
+            return True
+        return False
 
 
 class TFRecordSource(ShardedRecords):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 
 PREFIX = "hf-hub:"
+_LOGIN = "Log in by `hf auth login`, or set HF_TOKEN to a token that may write"
 _PART = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
 _NAME = re.compile(rf"{PREFIX}({_PART}/{_PART})(?:@([\w./-]+))?")
 
@@ -120,9 +121,6 @@ def upload(folder: pathlib.Path, name: str, *, message: str, private: bool = Fal
             f"{name} cannot be written: {_first_line(error)}. {_LOGIN}. {folder} has the files"
         ) from error
     return str(commit.commit_url)
-
-
-_LOGIN = "Log in by `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
 def _first_line(error: Exception) -> str:

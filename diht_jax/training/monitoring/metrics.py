@@ -53,7 +53,7 @@ class MetricWriter:
     @property
     def takes_pictures(self) -> bool:
         """True if `write_picture` does something."""
-        return self._trackers is not None and self._trackers.take_pictures
+        return self._trackers is not None and self._trackers.takes_pictures
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one line, and gives the same scalars to the trackers.

@@ -89,7 +89,7 @@ class OpenTrackers:
             self._open += [] if tracker is None else [tracker]
 
     @property
-    def take_pictures(self) -> bool:
+    def takes_pictures(self) -> bool:
         """True if any of them does."""
         return any(tracker.takes_pictures for tracker in self._open)
 
