@@ -66,7 +66,6 @@ LONGEST_FILES = (
     "hardware/test_compile.py",
     "extras/test_caption_decoder.py",
     "data_prep/filtering/test_kill_points.py",
-    "docs/test_readme.py",
     "release/test_wheel.py",
     "weights/test_inference.py",
     "training/test_gradients.py",

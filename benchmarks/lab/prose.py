@@ -126,7 +126,7 @@ SCOPE = """\
   emoji of two artists, and CIFAR-10. All runs of an arm share one web, one pass of the filter and
   one teacher, so that intervals are about initialisation, order and test items, not about other
   webs.
-- **What had been seen:** both arms of eight contrasts in some form before they were registered,
+- **What had been seen:** both arms of ten contrasts in some form before they were registered,
   and the web was made in the same trials ([which](method.md#what-had-been-seen-before)).
 - **What does not transfer:** sizes of effects, and anything about batches of thousands, long
   training or real captions. Nothing here was run on LAION.
