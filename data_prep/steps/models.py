@@ -16,8 +16,9 @@ import numpy as np
 from data_prep.jobs.models import is_shared, open_model
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.input.transforms import eval_transform
+from diht_jax.storage.hub import is_hub_name
 from diht_jax.storage.stores import is_remote
-from diht_jax.weights.releases import RELEASES
+from diht_jax.weights.releases import CONTAINED, RELEASES, locate_weights
 
 _READ_BYTES = 2**22
 # Batches of candidates that a step takes at once, so that shared models have several under way.
@@ -115,7 +116,8 @@ def _load(model: str, batch_size: int) -> _Loaded:
 def fingerprint(model: str, name: str) -> str:
     """Identifies a model without loading it: a file by its bytes, a folder by its list of files.
 
-    A released model is its name: its bytes are checked when it is loaded.
+    A released model is its name: its bytes are checked when it is loaded. So is a model of the hub,
+    and one in a store.
 
     Args:
         model: for `diht_jax.load_model`.
@@ -131,10 +133,12 @@ def fingerprint(model: str, name: str) -> str:
                 digest.update(data)
         return digest.hexdigest()
     if not os.path.isdir(model):
-        if model not in RELEASES and not is_remote(model):
+        if model in CONTAINED:  # a new version of the package may have another
+            return fingerprint(str(locate_weights(model) / "model.safetensors"), name)
+        if model not in RELEASES and not is_remote(model) and not is_hub_name(model):
             raise ValueError(
-                f"{name}='{model}': no such work directory or weight file, and no "
-                f"released model ({', '.join(RELEASES)})"
+                f"{name}='{model}': no such work directory or weight file, and no model of this "
+                f"name ({', '.join((*CONTAINED, *RELEASES))})"
             )
         return model
     for folder, folders, names in os.walk(model):

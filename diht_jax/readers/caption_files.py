@@ -74,7 +74,7 @@ def _read_sample(shard: SourceShard, key: str, names: list[str]) -> Pair | Skipp
             except UnicodeDecodeError as error:
                 return Skipped(key, "bad_row", f"{os.path.join(shard.path, name)}: {error}")
         members.append((extension, data))
-    return make_pair(Sample(0, key, members), FOLDER_EXTENSIONS, shard.needs_caption)
+    return make_pair(Sample(0, key, members, []), FOLDER_EXTENSIONS, shard.needs_caption)
 
 
 def _is_caption(path: str) -> bool:

@@ -15,7 +15,7 @@ RECIPES = list_recipes()
 def test_every_recipe_has_a_name():
     files = {*make.RECIPES, *make.PREP_RECIPES.glob("*.py")}
     assert set(RECIPES.values()) == files
-    assert all(RECIPES[name] == make.REPOSITORY / "configs" / f"{name}.py" for name in RECIPES)
+    assert {name: make.REPOSITORY / "configs" / f"{name}.py" for name in RECIPES} == RECIPES
 
 
 def test_the_last_part_of_a_name_is_enough():

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import lzma
 import os
+import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 from diht_jax.storage.retries import is_storage_failure
@@ -49,6 +50,12 @@ _BROKEN = (
     KeyError,
     TypeError,
 )
+
+
+# A field of the extended header of a sample's first member, for all of them:
+# "EXTENSION:BYTES:CRC32" with blanks between. A member of another size was edited since, and is
+# not compared.
+CHECKSUMS = "DIHT.crc32"
 
 
 class ExpansionError(ValueError):
@@ -90,11 +97,13 @@ class Member(NamedTuple):
         offset: of its first header, in the archive (unpacked, if it is compressed).
         name: with its folders.
         data: its contents; None where they are over the limit, empty where they were not wanted.
+        is_damaged: whether its contents are not those of the checksum that was written for it.
     """
 
     offset: int
     name: str
     data: bytes | None
+    is_damaged: bool = False
 
 
 def read_members(path: str, size_limit: Callable[[str], int | None]) -> Iterator[Member]:
@@ -146,6 +155,7 @@ def walk_members(
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     contents_bytes = 0
+    checksums: Mapping[str, tuple[int, int]] = {}
     unread = None  # the member whose contents have not come yet
     try:
         with tarfile.open(path, "r:*", fileobj=file, tarinfo=_BoundedInfo) as tar:
@@ -165,13 +175,16 @@ def walk_members(
                 is_wanted = 0 <= member.size <= limit
                 contents_bytes += member.size if is_wanted else 0
                 check_expansion(path, num_bytes, contents_bytes)
-                data = None
+                if CHECKSUMS in member.pax_headers:
+                    checksums = _parse_checksums(member)
+                data, is_damaged = None, False
                 if is_wanted and is_read(member.name):
                     contents = tar.extractfile(member)
                     data, unread = b"" if contents is None else contents.read(), None
+                    is_damaged = _is_damaged(member.name, data, checksums)
                 elif is_wanted:
                     data = b""
-                yield Member(member.offset, member.name, data)
+                yield Member(member.offset, member.name, data, is_damaged)
             _check_end(tar, is_piece)
             if is_divisible and tar.pax_headers.keys() - {"comment"}:
                 names = ", ".join(sorted(tar.pax_headers))
@@ -186,6 +199,24 @@ def walk_members(
             "download or write it again",
             unread,
         ) from error
+
+
+def state_checksums(members: Mapping[str, bytes]) -> dict[str, str]:
+    """The extended header of the first of a sample's members, given by extension."""
+    stated = (f"{name}:{len(data)}:{zlib.crc32(data):08x}" for name, data in members.items())
+    return {CHECKSUMS: " ".join(stated)}
+
+
+def _parse_checksums(member: tarfile.TarInfo) -> dict[str, tuple[int, int]]:
+    """Size and checksum by the name of each member of a sample, as the header states them."""
+    stem = member.name.rpartition(".")[0]
+    fields = re.findall(r"(\w+):(\d+):([0-9a-f]{8})\b", member.pax_headers[CHECKSUMS], re.ASCII)
+    return {f"{stem}.{name}": (int(size), int(crc, 16)) for name, size, crc in fields}
+
+
+def _is_damaged(name: str, data: bytes, checksums: Mapping[str, tuple[int, int]]) -> bool:
+    size, crc = checksums.get(name, (None, None))
+    return size == len(data) and crc != zlib.crc32(data)
 
 
 class _BoundedInfo(tarfile.TarInfo):

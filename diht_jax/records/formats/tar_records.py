@@ -4,14 +4,15 @@ An element is a piece of the archive, from the first header of a sample to that 
 is a pair; its first sample is the record. Samples without image or caption, and those whose key was
 there before, are left out when the index is made (`shard_index.py`). What the members mean is
 described in `tar_samples.py`; the same samples give the same records as the reader of tars gives
-pairs. A tar has checksums of its headers alone: contents that were damaged are noticed where they
-cannot be decoded.
+pairs. A tar has checksums of its headers alone; the writer here adds those of the contents, which
+are compared wherever such a tar is read. In tars of others, contents that were damaged are noticed
+where they cannot be decoded.
 
 A record is written as `KEY.jpg` (or `png`, `webp`, by its image's first bytes), `KEY.txt` with the
 caption and `KEY.json` with the metadata and the key, as open_clip and `readers.webdataset` read it.
 In KEY, what would divide the name otherwise is percent-encoded (every dot, and what no path can
 have), and a key that was there before gets `~2`, `~3` and so on. Headers hold no owner and no time,
-so that equal records give equal bytes.
+so that equal records give equal bytes; the first of a sample has sizes and CRC-32 of its members.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from diht_jax.records import schema
 from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats import tar_samples
 from diht_jax.records.formats.shard_index import ShardIndex
-from diht_jax.records.formats.tar_members import walk_members
+from diht_jax.records.formats.tar_members import state_checksums, walk_members
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.samples import SampleError, Skipped
 from diht_jax.records.sharded import OpenShard, ShardedRecords
@@ -150,16 +151,18 @@ class TarWriter(RecordWriter):
         self._offsets.append(self._tar.offset)
         metadata = dict(record.metadata) | {"key": record.key}
         text = json.dumps(metadata, sort_keys=True, allow_nan=False)
-        self._add(f"{stem}.{extension}", record.image)
-        self._add(f"{stem}.txt", record.caption.encode())
-        self._add(f"{stem}.json", text.encode())
+        members = {extension: record.image, "txt": record.caption.encode(), "json": text.encode()}
+        headers = state_checksums(members)
+        for name, contents in members.items():
+            self._add(f"{stem}.{name}", contents, headers)
+            headers = {}
 
     def _finish(self) -> None:
         self._tar.close()
 
-    def _add(self, name: str, data: bytes) -> None:
+    def _add(self, name: str, data: bytes, headers: dict[str, str]) -> None:
         info = tarfile.TarInfo(name)
-        info.size = len(data)
+        info.size, info.pax_headers = len(data), headers
         self._tar.addfile(info, io.BytesIO(data))
         self._tar.members.clear()  # ty: ignore[missing-attribute] for reading, which nobody does
 

@@ -34,11 +34,13 @@ class Sample(NamedTuple):
         key: the common name.
         members: extensions, in lower case, and contents; None in place of contents that are over
             the limit, of a second image, or of a second member with the same extension.
+        damaged: names of the members whose contents are not those of their checksum.
     """
 
     offset: int
     key: str
     members: list[tuple[str, bytes | None]]
+    damaged: list[str]
 
 
 def sample_limit(extension: str) -> int | None:
@@ -70,17 +72,19 @@ def group_members(members: Iterable[Member]) -> Iterator[Sample]:
     """Yields the samples of an archive; of a damaged one those that are whole, before the error."""
     sample, has_image, before = None, False, None
     try:
-        for offset, name, data in members:
+        for offset, name, data, is_damaged in members:
             stem, extension = _split_name(name)
             if sample is None or stem != sample.key:
                 if sample is not None:
                     yield sample
-                sample, has_image, before = Sample(offset, stem, []), False, sample
+                sample, has_image, before = Sample(offset, stem, [], []), False, sample
             is_image_too = extension in IMAGE_EXTENSIONS
             if (is_image_too and has_image) or extension in dict(sample.members):
                 data = None
             has_image |= is_image_too
             sample.members.append((extension, data))
+            if is_damaged:
+                sample.damaged.append(name)
     except DamagedTarError as error:
         if sample is not None and _is_whole(sample, before, error.member):
             yield sample
@@ -122,6 +126,8 @@ def make_pair(
     images = [data for extension, data in members if extension in image_extensions]
     texts = dict(member for member in members if member[0] in TEXT_EXTENSIONS)
     names = [extension for extension, _ in members]
+    if sample.damaged:
+        return Skipped(key, "bad_row", f"the checksum of {', '.join(sample.damaged)} is wrong")
     if not images:
         return Skipped(key, "no_image", f"found only {', '.join(names)}")
     if len(images) > 1 or len(set(names)) < len(names):

@@ -1,5 +1,6 @@
 """CLIP scores: those of the model, limits by value and by quantile, and their replay."""
 
+import importlib.resources
 import json
 
 import jax
@@ -12,7 +13,7 @@ from data_prep.decisions.table import SUFFIX, read_decisions
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
 from data_prep.reports.page import render_report
-from data_prep.steps import clip
+from data_prep.steps import clip, models
 from diht_jax import load_model
 from tests import make
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
@@ -159,3 +160,20 @@ def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
     (record,) = read_records(tmp_path / "out")
     good = [text for text, cosine in zip(_CAPTIONS, cosines, strict=True) if cosine >= limit]
     assert (record.caption, record.metadata["captions"]) == (good[0], good)
+
+
+def test_the_model_that_comes_with_the_package_is_known_by_its_file(tmp_path):
+    packaged = importlib.resources.files("diht_jax.data") / "clipart_tiny" / "model.safetensors"
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(packaged.read_bytes())
+    assert models.fingerprint("clipart_tiny", "x") == models.fingerprint(str(copy), "x")
+
+
+@pytest.mark.parametrize("name", ["diht_vitb32_224px", "hf-hub:owner/name", "s3://bucket/run"])
+def test_models_that_are_fetched_later_are_known_by_their_names(name):
+    assert models.fingerprint(name, "x") == name
+
+
+def test_a_model_that_nobody_knows_is_refused_by_its_key():
+    with pytest.raises(ValueError, match=r"^config\.clip\.model='clipart_tny': .*clipart_tiny"):
+        models.fingerprint("clipart_tny", "config.clip.model")

@@ -12,7 +12,8 @@ from diht_jax.readers.base import Skipped
 from diht_jax.readers.webdataset import read_tar
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.format import TFRecordError
-from diht_jax.records.formats.tar_records import TarRecordSource, scan_tar
+from diht_jax.records.formats.tar_records import TarRecordSource, TarWriter, scan_tar
+from diht_jax.records.schema import Pair, Record, encode_record
 from tests.readers.inputs import JPEG, PNG, write_tar
 
 # Whatever a tar may hold: names that need extended headers, members of other kinds, no pairs.
@@ -148,3 +149,41 @@ def test_a_stale_index_and_damaged_headers_are_noticed(tmp_path):
     path.write_bytes(bytes(data) + bytes(512))
     with pytest.raises(TFRecordError, match="a.tar.idx does not belong to .*delete the index"):
         TarRecordSource(path)
+
+
+def write_kept(path):
+    """A tar of two records by our writer; the bytes of it, and both records."""
+    records = [Record("a", JPEG, "a red fox", {"n": 1}), Record("b", PNG, "a blue cup", {"n": 2})]
+    with TarWriter(path) as writer:
+        for record in records:
+            writer.write(encode_record(record))
+    return path.read_bytes(), records
+
+
+@pytest.mark.parametrize("part", [JPEG, b"a red fox", b'"n": 1'])
+def test_a_damaged_member_of_our_own_tars_costs_its_record(tmp_path, part):
+    path = tmp_path / "a.tar"
+    data, records = write_kept(path)
+    position = data.index(part) + len(part) - 1
+    path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+    source = TarRecordSource(path)
+    assert source.decode(source[len(source) - 1]) == records[1]
+    with pytest.raises(ValueError, match=r"'a': bad row \(the checksum of a\.\w+ is wrong"):
+        source.decode(path.read_bytes())
+    assert [(entry.key, type(entry)) for entry in read_tar(str(path))] == [
+        ("a", Skipped),
+        ("b", Pair),
+    ]
+
+
+def test_a_member_that_a_tool_has_replaced_by_another_size_is_read(tmp_path):
+    data, records = write_kept(tmp_path / "a.tar")
+    edited = tmp_path / "edited.tar"
+    with tarfile.open(tmp_path / "a.tar") as before, tarfile.open(edited, "w") as after:
+        for member in before:
+            contents = before.extractfile(member).read()
+            contents = b"a vixen in the snow" if member.name == "a.txt" else contents
+            member.size = len(contents)
+            after.addfile(member, io.BytesIO(contents))
+    captions = [pair.caption for pair in read_tar(str(edited))]
+    assert captions == ["a vixen in the snow", records[1].caption]
