@@ -90,7 +90,7 @@ def export_model(
 
     from diht_jax.evaluation.results import read_results
     from diht_jax.loading import read_model
-    from diht_jax.weights.export import check_target, write_model
+    from diht_jax.weights.export import check_target, lost_scalars, write_model
     from diht_jax.weights.model_card import (
         Origin,
         model_card,
@@ -115,11 +115,12 @@ def export_model(
         logging.warning("%s: there are no concept heads to keep", model)
     if source.decoder is not None:
         logging.warning("%s: the caption decoder is left out, no format has one", model)
-    for name, value in source.loss_scalars.items():
+    lost = lost_scalars(format, source.arch, source.loss_scalars)
+    for name in lost:
         logging.warning(
-            "%s: %s=%.6g, which the loss has learnt, is left out, since no format has it: it is in "
-            "the card. Probabilities of pairs need it, similarities do not",
-            *(model, name, value),
+            "%s: %s=%.6g, which the loss has learnt, is left out, since format '%s' has no place "
+            "for it: it is in the card. Probabilities of pairs need it, similarities do not",
+            *(model, name, source.loss_scalars[name], format),
         )
     params = jax.tree.map(np.asarray, source.params)
     write_model(
@@ -131,6 +132,7 @@ def export_model(
         heads=heads,
         dtype=dtype,
         has_tokenizer=source.has_tokenizer,
+        loss_scalars=source.loss_scalars,
         card=model_card(
             format,
             arch=source.arch,
@@ -141,7 +143,7 @@ def export_model(
             concepts=read_concepts(*data) if source.heads else None,
             results=measured,
             heads=sorted(heads),
-            loss_scalars=source.loss_scalars,
+            loss_scalars={name: source.loss_scalars[name] for name in lost},
             license=license,
             hub_name=push,
         ),

@@ -54,7 +54,8 @@ def load_model(
             - a work directory of `diht_jax.train`, also in an object store (`s3://bucket/run`);
             - a weight file in CLIP's layout (OpenAI, open_clip, DiHT): .safetensors, .pt, .ckpt,
               .bin; nothing in it is executed;
-            - a directory of transformers' CLIPModel, of open_clip, or of `diht_jax.export`;
+            - a directory of transformers (CLIPModel, MetaClip2Model, SiglipModel), of open_clip, or
+              of `diht_jax.export`;
             - one of these on the Hugging Face hub: "hf-hub:owner/name", or with "@revision".
         step: which checkpoint of a work directory; the latest by default.
         ema: load the moving average of the parameters (`config.ema.decay` of the run).
@@ -120,6 +121,7 @@ def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> L
         std=model.preprocessing.std,
         decoder=jax.device_put(model.decoder, sharding.tree_shardings(model.decoder, mesh)),
         has_tokenizer=model.has_tokenizer,
+        logit_bias=model.loss_scalars.get("logit_bias", 0.0),
     )
 
 
@@ -202,6 +204,8 @@ def _with_dim(model: ModelFiles, dim: int) -> ModelFiles:
     width = model.arch.embed_dim
     if not 1 <= dim <= width:
         raise ValueError(f"{model.path}: dim={dim}; expected 1 to {width}, the embeddings' size")
+    if model.arch.vision_projection == "none":
+        raise ValueError(f"{model.path}: dim={dim}: its images are not projected; leave dim out")
     towers = {}
     for tower in TOWERS:
         kernel = model.params[tower]["projection"]["kernel"][:, :dim]

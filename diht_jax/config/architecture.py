@@ -26,7 +26,16 @@ ARCHITECTURE_FIELDS = {
     "vision_mlp_width": int,
     "text_mlp_width": int,
     "end_of_text_id": int,
+    "text_activation": str,
+    "class_token": bool,
+    "vision_pool_heads": int,
+    "rotary_grid": int,
+    "vision_projection": str,
+    "text_projection": str,
+    "causal_text": bool,
+    "text_pool": str,
 }
+_BOOLEANS = {"true": True, "false": False}
 _FIELD_NAMES = ", ".join(ARCHITECTURE_FIELDS)
 
 
@@ -46,9 +55,10 @@ def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
             nearest = nearest_name(name[:200], ARCHITECTURE_FIELDS)
             hint = f"did you mean '{nearest}'?" if nearest else f"known: {_FIELD_NAMES}"
             raise ValueError(f"--architecture {setting[:200]}: no field '{name[:200]}'; {hint}")
+        kind = ARCHITECTURE_FIELDS.get(name, str)
         try:
-            value = ARCHITECTURE_FIELDS.get(name, str)(text)
-        except ValueError:
+            value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
             equals = ""
         if not name or not equals or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(

@@ -101,9 +101,11 @@ def _dot_general(x, kernel, dimension_numbers, precision=None, out_sharding=None
 
 
 def activate(name: str, x: jax.Array) -> jax.Array:
-    """Applies "gelu" (exact) or "quick_gelu" (OpenAI's `x sigmoid(1.702 x)`)."""
+    """Applies "gelu" (exact), "gelu_tanh" or "quick_gelu" (OpenAI's `x sigmoid(1.702 x)`)."""
     if name == "quick_gelu":
         return x * jax.nn.sigmoid(1.702 * x)
+    if name == "gelu_tanh":
+        return gelu_tanh(x)
     return gelu(x)
 
 
@@ -131,6 +133,25 @@ def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@jax.custom_vjp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU by tanh, computed in at least float32; the backward pass needs `x` alone."""
+    return jax.nn.gelu(_widen(x), approximate=True).astype(x.dtype)
+
+
+def _gelu_tanh_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu_tanh(x), x
+
+
+def _gelu_tanh_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    wide = _widen(x)
+    slope = jax.vjp(jax.nn.gelu, wide)[1](jnp.ones_like(wide))[0]
+    return ((gradient * slope).astype(x.dtype),)
+
+
+gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
 
 
 def _widen(x: jax.Array) -> jax.Array:

@@ -1,13 +1,15 @@
-"""Learned position embeddings at another image size, or for texts of another length.
+"""Positions: learned ones for images of another size or texts of another length, and rotary ones.
 
-For fine-tuning at a higher resolution, or on longer texts, than the model was trained with.
+The former are for fine-tuning at a higher resolution, or on longer texts, than the model was
+trained with.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,52 @@ _KEPT_POSITIONS = 20
 _STRETCHING_FACTOR = 4
 
 
-def resize_positions(embedding: jax.Array, num_patches: int) -> jax.Array:
+class Rotary(NamedTuple):
+    """Rotary positions of tokens: cosines and sines, float32 [t, d / 2] or [b, t, d / 2].
+
+    Attributes:
+        cos, sin: of the angle of each pair of numbers (0 and 1, 2 and 3, ...) of a head.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotary_positions(side: int, reference_side: int, head_dim: int, *, class_token: bool) -> Rotary:
+    """Rotary positions of a square grid of patches, as the Perception Encoder has them.
+
+    One half of the pairs turns by the column, the other by the row, which count from 1. Those of a
+    grid of another size are spread over the reference grid. A class token is not turned.
+
+    Args:
+        side: of the grid, in patches.
+        reference_side: of the grid that the model was trained with.
+        head_dim: width of a head, a multiple of 4.
+        class_token: whether one comes before the patches.
+    """
+    num_bands = head_dim // 4
+    bands = 10000.0 ** -(np.arange(num_bands) / num_bands)
+    places = (np.arange(side) + 1) / side * reference_side
+    rows, columns = np.meshgrid(places, places, indexing="ij")
+    angles = np.concatenate([places.reshape(-1, 1) * bands for places in (columns, rows)], axis=1)
+    angles = np.pad(angles, [(int(class_token), 0), (0, 0)])
+    return Rotary(
+        jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    )
+
+
+def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
+    """Turns queries or keys [b, t, heads, d] by their positions, in at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    cos, sin = (table[..., :, None, :] for table in rotary)
+    first, second = wide[..., 0::2], wide[..., 1::2]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def resize_positions(
+    embedding: jax.Array, num_patches: int, *, class_token: bool = True
+) -> jax.Array:
     """Resizes the grid part of a ViT's position embeddings; the class token's stays.
 
     Bicubic with antialiasing on the square grid, as open_clip does when it loads a checkpoint
@@ -29,26 +76,29 @@ def resize_positions(embedding: jax.Array, num_patches: int) -> jax.Array:
     Args:
         embedding: [1 + g * g, width], class token first.
         num_patches: of the new grid, a square number.
+        class_token: False: there is none, and `embedding` is [g * g, width].
 
     Returns:
-        [1 + num_patches, width], same dtype.
+        [1 + num_patches, width], or [num_patches, width]; same dtype.
 
     Raises:
         ValueError: one of the two grids is not square.
     """
-    old_side, new_side = math.isqrt(embedding.shape[0] - 1), math.isqrt(num_patches)
-    if old_side**2 != embedding.shape[0] - 1 or new_side**2 != num_patches:
+    old_patches = embedding.shape[0] - class_token
+    old_side, new_side = math.isqrt(old_patches), math.isqrt(num_patches)
+    if old_side**2 != old_patches or new_side**2 != num_patches:
         raise ValueError(
-            f"position embeddings of {embedding.shape[0] - 1} patches cannot be resized to "
+            f"position embeddings of {old_patches} patches cannot be resized to "
             f"{num_patches}: both must be square grids"
         )
     if old_side == new_side:
         return embedding
     width = embedding.shape[1]
-    grid = embedding[1:].reshape(old_side, old_side, width).astype(jnp.float32)
+    first = int(class_token)
+    grid = embedding[first:].reshape(old_side, old_side, width).astype(jnp.float32)
     grid = jax.image.resize(grid, (new_side, new_side, width), method="cubic", antialias=True)
     grid = grid.reshape(num_patches, width).astype(embedding.dtype)
-    return jnp.concatenate([embedding[:1], grid])
+    return jnp.concatenate([embedding[:first], grid])
 
 
 def stretch_positions(embedding: jax.Array, context_length: int) -> jax.Array:
@@ -98,8 +148,9 @@ def fit_positions(
         context_length: of the text tower; see `stretch_positions`. None keeps what it has.
     """
     fitted = dict(params)
+    has_class_token = "class_embedding" in params["vision"]
     for tower, fit, size in (
-        ("vision", resize_positions, num_patches),
+        ("vision", functools.partial(resize_positions, class_token=has_class_token), num_patches),
         ("text", stretch_positions, context_length),
     ):
         if size is not None:
@@ -120,5 +171,4 @@ def fit_model(
     fitted = dataclasses.replace(arch, **{k: v for k, v in sizes.items() if v is not None})
     if fitted == arch:
         return params, arch
-    num_patches = (fitted.image_size // fitted.patch_size) ** 2
-    return fit_positions(params, num_patches, fitted.context_length), fitted
+    return fit_positions(params, fitted.num_patches, fitted.context_length), fitted

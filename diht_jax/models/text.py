@@ -1,6 +1,7 @@
 """The text tower: CLIP's causal transformer, as in DiHT's official code (facebookresearch/diht).
 
-Takes token ids of `data.tokenizer`; text cleaning and BPE live there.
+SigLIP's has no causal mask, and pools at the last token. Takes token ids of `data.tokenizer`; text
+cleaning and BPE live there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from diht_jax.models.zoo import Architecture
 
 
 class TextTransformer(nnx.Module):
-    """Token and position embeddings, causal blocks, end-of-text pooling, projection."""
+    """Token and position embeddings, blocks, pooling at one token, projection."""
 
     def __init__(
         self,
@@ -46,8 +47,15 @@ class TextTransformer(nnx.Module):
         self.remat = execution.remat
         self.context_length = arch.context_length
         self.end_of_text_id = arch.end_of_text_id
+        self.pools_last = arch.text_pool == "last"
         self.texts_per_row = execution.texts_per_row
         self.packing_fallback = execution.packing_fallback
+        if execution.texts_per_row > 1 and (self.pools_last or not arch.causal_text):
+            raise ValueError(
+                f"config.model.texts_per_row={execution.texts_per_row}: this model has causal_text="
+                f"{arch.causal_text} and text_pool='{arch.text_pool}'; only texts with a causal "
+                "mask that are pooled at their end can share a row, so take 1"
+            )
         # Looked up in the parameters' dtype: the gradient of a token sums over all its positions in
         # the batch, too many terms for bfloat16.
         self.token_embedding = nnx.Embed(
@@ -68,8 +76,8 @@ class TextTransformer(nnx.Module):
                 arch.text_heads,
                 arch.text_mlp_width or 4 * width,
                 init,
-                causal=True,
-                activation=arch.activation,
+                causal=arch.causal_text,
+                activation=arch.text_activation or arch.activation,
                 epsilon=arch.layer_norm_epsilon,
                 attention=execution.attention_kernel(
                     dtype,
@@ -85,7 +93,11 @@ class TextTransformer(nnx.Module):
         self.blocks = build_blocks(blocks, scan_layers=execution.scan_layers)
         self.final_norm = layer_norm(width, arch.layer_norm_epsilon, **dtypes)
         self.projection = nnx.Linear(
-            width, arch.embed_dim, use_bias=False, kernel_init=normal_init(width**-0.5), **dtypes
+            width,
+            arch.embed_dim,
+            use_bias=arch.text_projection == "bias",
+            kernel_init=normal_init(width**-0.5),
+            **dtypes,
         )
 
     def __call__(self, tokens: jax.Array, *, gather: Gather | None = None) -> jax.Array:
@@ -93,7 +105,8 @@ class TextTransformer(nnx.Module):
 
         Args:
             tokens: int32 [b, t] with t up to the context length. The end-of-text token is the
-                first with the architecture's `end_of_text_id`; without one, the largest id.
+                first with the architecture's `end_of_text_id`; without one, the largest id. With
+                `text_pool` "last" it does not matter, and texts are padded to the context length.
             gather: see `run_blocks`.
 
         Returns:
@@ -108,7 +121,7 @@ class TextTransformer(nnx.Module):
         pooled = run_blocks(
             self.blocks,
             x.astype(self.dtype),
-            pooled=self._end_of_text(tokens),
+            pooled=self._pooled_tokens(tokens),
             remat=self.remat,
             gather=gather,
         )
@@ -159,6 +172,11 @@ class TextTransformer(nnx.Module):
         if not self.packing_fallback:
             return embed_packed(tokens), fits
         return jax.lax.cond(fits, embed_packed, embed_padded, tokens), fits
+
+    def _pooled_tokens(self, tokens: jax.Array) -> jax.Array:
+        if self.pools_last:
+            return jnp.full(tokens.shape[0], tokens.shape[1] - 1, jnp.int32)
+        return self._end_of_text(tokens)
 
     def _end_of_text(self, tokens: jax.Array) -> jax.Array:
         return find_end_of_text(tokens, self.end_of_text_id)

@@ -27,6 +27,7 @@ from diht_jax.models.attention import (
     check_attention,
 )
 from diht_jax.models.layers import Linear, activate, apply_columns, product_and_bias
+from diht_jax.models.positions import Rotary, rotate
 from diht_jax.models.remat import ATTENTION_OUT, QKV, check_remat, checkpointed
 from diht_jax.models.tpu_attention import attend_short
 
@@ -169,14 +170,18 @@ class Attention(nnx.Module):
         self.out_proj = Linear(width, width, kernel_init=init.attention_out, **dtypes)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array | None = None, texts: jax.Array | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array | None = None,
+        texts: jax.Array | None = None,
+        rotary: Rotary | None = None,
     ) -> jax.Array:
-        """[b, t, width] -> [b, t, width]; softmax in float32. `positions`, `texts`: see `Block`."""
+        """[b, t, width] -> [b, t, width]; softmax in float32. For the others see `Block`."""
         if positions is not None:
             return self._at(x, positions)
         b, t, width = x.shape
         head_dim = width // self.heads
-        if self.implementation == "pallas" and in_shard_map():
+        if self.implementation == "pallas" and in_shard_map() and rotary is None:
             qkv, bias = product_and_bias(self.in_proj, x)
             out = attend_short(
                 checkpoint_name(qkv, QKV), bias, num_heads=self.heads, causal=self.causal
@@ -184,6 +189,8 @@ class Attention(nnx.Module):
             return checkpoint_name(self.out_proj(out), ATTENTION_OUT)
         qkv = checkpoint_name(self.in_proj(x), QKV).reshape(b, t, 3, self.heads, head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         kernel = "xla" if self.implementation == "pallas" else self.implementation
         if texts is None:
             out = attend(q, k, v, causal=self.causal, implementation=kernel)
@@ -268,7 +275,11 @@ class Block(nnx.Module):
         self.mlp = Mlp(width, mlp_width, init, activation=activation, **dtypes)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array | None = None, texts: jax.Array | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array | None = None,
+        texts: jax.Array | None = None,
+        rotary: Rotary | None = None,
     ) -> jax.Array:
         """Runs the block.
 
@@ -277,11 +288,12 @@ class Block(nnx.Module):
             positions: int32 [b], the one token of each row whose output is wanted; all by default.
             texts: int32 [b, t], which text of a row a token belongs to, and sees; None: all of the
                 row is one.
+            rotary: positions that queries and keys are turned by; not together with `positions`.
 
         Returns:
             [b, t, width], or [b, 1, width] of the tokens at `positions`.
         """
-        attended = self.attention(self.attention_norm(x), positions, texts)
+        attended = self.attention(self.attention_norm(x), positions, texts, rotary)
         x = (x if positions is None else pick_tokens(x, positions)) + attended
         return x + self.mlp(self.mlp_norm(x))
 
@@ -316,6 +328,7 @@ def run_blocks(
     *,
     pooled: jax.Array | None = None,
     texts: jax.Array | None = None,
+    rotary: Rotary | None = None,
     remat: str = "none",
     gather: Gather | None = None,
 ) -> jax.Array:
@@ -327,7 +340,7 @@ def run_blocks(
         x: [b, t, width].
         pooled: int32 [b], the one token of each row that the tower goes on with. In an unrolled
             loop the last block then computes no other one: of 12 layers, 7% less work.
-        texts: int32 [b, t], see `Block`; not together with `pooled`.
+        texts, rotary: see `Block`; neither together with `pooled`.
         remat: which intermediate values the backward pass computes again.
         gather: makes a block's parameters, as a nested dict, whole before use. Called inside of
             the block's backward pass as well, so that no more than one layer is whole at a time.
@@ -343,8 +356,10 @@ def run_blocks(
         x: jax.Array,
         positions: jax.Array | None,
         texts: jax.Array | None,
+        rotary: Rotary | None,
     ) -> jax.Array:
-        return nnx.merge(graphdef, gather(params) if gather else params)(x, positions, texts)
+        block = nnx.merge(graphdef, gather(params) if gather else params)
+        return block(x, positions, texts, rotary)
 
     def layer(block: Block):
         graphdef, params = nnx.split(block, nnx.Param)
@@ -355,9 +370,9 @@ def run_blocks(
 
     if scanned:
         run, stacked = layer(blocks)
-        x = jax.lax.scan(lambda x, params: (run(params, x, None, texts), None), x, stacked)[0]
+        x = jax.lax.scan(lambda x, p: (run(p, x, None, texts, rotary), None), x, stacked)[0]
         return x if pooled is None else pick_tokens(x, pooled)[:, 0]
     for i, block in enumerate(blocks):
         run, params = layer(block)
-        x = run(params, x, pooled if i == len(blocks) - 1 else None, texts)
+        x = run(params, x, pooled if i == len(blocks) - 1 else None, texts, rotary)
     return x if pooled is None else x[:, 0]

@@ -1,5 +1,7 @@
 """The image tower: CLIP's vision transformer, as in DiHT's code (facebookresearch/diht).
 
+With attention pooling it is that of SigLIP (Zhai et al. 2023, arXiv 2303.15343) or of the
+Perception Encoder (Bolya et al. 2025, arXiv 2504.13181).
 Takes float images already normalised; resizing and normalisation are in `input/transforms.py`.
 """
 
@@ -13,11 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from diht_jax.models.layers import Linear, apply_columns
+from diht_jax.models.positions import Rotary, rotary_positions
 from diht_jax.models.transformer import (
     Block,
     BlockInit,
     Execution,
     Gather,
+    Mlp,
     build_blocks,
     layer_norm,
     normal_init,
@@ -28,7 +33,7 @@ from diht_jax.models.zoo import Architecture
 
 
 class VisionTransformer(nnx.Module):
-    """Patches, class token, positions, blocks; class-token pooling and projection."""
+    """Patches, class token, positions, blocks; pooling and projection."""
 
     def __init__(
         self,
@@ -40,29 +45,30 @@ class VisionTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         width, patch = arch.vision_width, arch.patch_size
-        num_patches = (arch.image_size // patch) ** 2
         mlp_width = arch.vision_mlp_width or 4 * width
         epsilon = arch.layer_norm_epsilon
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         scaled_normal = normal_init(width**-0.5)
         self.dtype = dtype
         self.remat = execution.remat
-        self.image_size = arch.image_size
+        self.arch = arch
         self.patch_embedding = nnx.Conv(
             3,
             width,
             kernel_size=(patch, patch),
             strides=(patch, patch),
             padding="VALID",
-            use_bias=False,
+            use_bias=not arch.class_token,
             kernel_init=uniform_init((3 * patch * patch) ** -0.5),
             **dtypes,
         )
-        self.class_embedding = nnx.Param(scaled_normal(rngs.params(), (width,), param_dtype))
+        if arch.class_token:
+            self.class_embedding = nnx.Param(scaled_normal(rngs.params(), (width,), param_dtype))
         self.positional_embedding = nnx.Param(
-            scaled_normal(rngs.params(), (num_patches + 1, width), param_dtype)
+            scaled_normal(rngs.params(), (arch.num_image_tokens, width), param_dtype)
         )
-        self.pre_norm = layer_norm(width, epsilon, **dtypes)
+        if arch.class_token:
+            self.pre_norm = layer_norm(width, epsilon, **dtypes)
         init = BlockInit.torch_default(width, mlp_width)
         blocks = [
             Block(
@@ -76,7 +82,7 @@ class VisionTransformer(nnx.Module):
                 attention=execution.attention_kernel(
                     dtype,
                     width // arch.vision_heads,
-                    num_tokens=num_patches + 1,
+                    num_tokens=arch.num_image_tokens,
                     num_heads=arch.vision_heads,
                 ),
                 **dtypes,
@@ -85,9 +91,18 @@ class VisionTransformer(nnx.Module):
         ]
         self.blocks = build_blocks(blocks, scan_layers=execution.scan_layers)
         self.post_norm = layer_norm(width, epsilon, **dtypes)
-        self.projection = nnx.Linear(
-            width, arch.embed_dim, use_bias=False, kernel_init=scaled_normal, **dtypes
-        )
+        if arch.vision_pool_heads is not None:
+            self.pool = AttentionPool(arch, init, **dtypes)
+        if arch.vision_projection == "none":
+            self.projection = _unprojected
+        else:
+            self.projection = nnx.Linear(
+                width,
+                arch.embed_dim,
+                use_bias=arch.vision_projection == "bias",
+                kernel_init=scaled_normal,
+                **dtypes,
+            )
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Embeds normalised images -> [b, d] in the compute dtype, not normalised."""
@@ -100,7 +115,7 @@ class VisionTransformer(nnx.Module):
         kept_patches: jax.Array | None = None,
         gather: Gather | None = None,
     ) -> jax.Array:
-        """The pooled feature of images, before the projection: the class token's.
+        """The pooled feature of images, before the projection.
 
         Args:
             images: float [b, size, size, 3], normalised with CLIP's mean and std.
@@ -111,6 +126,8 @@ class VisionTransformer(nnx.Module):
         Returns:
             [b, width] in the compute dtype.
         """
+        if self.arch.vision_pool_heads is not None:
+            return self.pool(self.tokens(images, kept_patches=kept_patches, gather=gather))
         x = self._embed(images, kept_patches)
         class_positions = jnp.zeros((x.shape[0],), jnp.int32)
         return self.post_norm(
@@ -124,25 +141,92 @@ class VisionTransformer(nnx.Module):
         kept_patches: jax.Array | None = None,
         gather: Gather | None = None,
     ) -> jax.Array:
-        """All tokens of images: [b, 1 + patches, width], the first of them `features`."""
+        """All tokens of images, [b, t, width], which `pool_tokens` makes `features` of."""
         x = self._embed(images, kept_patches)
-        return self.post_norm(run_blocks(self.blocks, x, remat=self.remat, gather=gather))
+        rotary = self._rotary(kept_patches)
+        return self.post_norm(
+            run_blocks(self.blocks, x, rotary=rotary, remat=self.remat, gather=gather)
+        )
+
+    def pool_tokens(self, tokens: jax.Array) -> jax.Array:
+        """`tokens` -> `features`, [b, t, width] -> [b, width]."""
+        return tokens[:, 0] if self.arch.vision_pool_heads is None else self.pool(tokens)
+
+    def _rotary(self, kept_patches: jax.Array | None) -> Rotary | None:
+        """Rotary positions of the tokens, if the architecture has them."""
+        arch = self.arch
+        if arch.rotary_grid is None:
+            return None
+        rotary = rotary_positions(
+            arch.image_size // arch.patch_size,
+            arch.rotary_grid,
+            arch.vision_width // arch.vision_heads,
+            class_token=arch.class_token,
+        )
+        if kept_patches is None:
+            return rotary
+        first = int(arch.class_token)
+        kept = jnp.pad(kept_patches + first, ((0, 0), (first, 0)))
+        return Rotary(*(table[kept] for table in rotary))
 
     def _embed(self, images: jax.Array, kept_patches: jax.Array | None) -> jax.Array:
-        """The input of the blocks, [b, 1 + patches, width]."""
-        expected = (self.image_size, self.image_size, 3)
+        """The input of the blocks, [b, t, width]."""
+        expected = (self.arch.image_size, self.arch.image_size, 3)
         if images.shape[1:] != expected:
             raise ValueError(f"expected images of shape [b, {expected}], got {images.shape}")
         b = images.shape[0]
         patches = self.patch_embedding(images.astype(self.dtype))
         patches = patches.reshape(b, -1, patches.shape[-1])
         positions = self.positional_embedding[...].astype(self.dtype)
-        patches = patches + positions[1:]
+        patches = patches + (positions[1:] if self.arch.class_token else positions)
         if kept_patches is not None:
             patches = jnp.take_along_axis(patches, kept_patches[:, :, None], axis=1)
+        if not self.arch.class_token:
+            return patches
         class_token = self.class_embedding[...].astype(self.dtype) + positions[0]
         class_tokens = jnp.broadcast_to(class_token, (b, 1, class_token.shape[-1]))
         return self.pre_norm(jnp.concatenate([class_tokens, patches], axis=1))
+
+
+class AttentionPool(nnx.Module):
+    """Attention of one learnt query to all tokens, then a block's MLP: SigLIP's "MAP" head."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        init: BlockInit,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        width = arch.vision_width
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.heads = arch.vision_pool_heads
+        draw = uniform_init(math.sqrt(6 / (1 + width)))
+        self.probe = nnx.Param(draw(rngs.params(), (width,), param_dtype))
+        self.in_proj = Linear(width, 3 * width, kernel_init=init.attention_in, **dtypes)
+        self.out_proj = Linear(width, width, kernel_init=init.attention_out, **dtypes)
+        self.norm = layer_norm(width, arch.layer_norm_epsilon, **dtypes)
+        mlp_width = arch.vision_mlp_width or 4 * width
+        self.mlp = Mlp(width, mlp_width, init, activation=arch.activation, **dtypes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, t, width] -> [b, width]; softmax in float32."""
+        b, t, width = x.shape
+        head_dim = width // self.heads
+        probe = self.probe[...].astype(x.dtype)
+        q = apply_columns(self.in_proj, probe, slice(0, width)).reshape(1, 1, self.heads, head_dim)
+        kv = apply_columns(self.in_proj, x, slice(width, None))
+        kv = kv.reshape(b, t, 2, self.heads, head_dim)
+        q = jnp.broadcast_to(q, (b, 1, self.heads, head_dim))
+        pooled = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1])
+        pooled = self.out_proj(pooled.reshape(b, width))
+        return pooled + self.mlp(self.norm(pooled))
+
+
+def _unprojected(features: jax.Array) -> jax.Array:
+    return features
 
 
 def choose_patches(

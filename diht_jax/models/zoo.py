@@ -6,12 +6,20 @@ Numbers only; no layers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.config.checks import nearest_name
 
-ACTIVATIONS = ("gelu", "quick_gelu")
+# Values of the fields that are names; the first is CLIP's.
+CHOICES = {
+    "activation": ("gelu", "quick_gelu", "gelu_tanh"),
+    "text_activation": (None, "gelu", "quick_gelu", "gelu_tanh"),
+    "vision_projection": ("linear", "bias", "none"),
+    "text_projection": ("linear", "bias"),
+    "text_pool": ("end", "last"),
+}
 # Far above any model's, and small enough that looking at the parameters' shapes ends.
 _MOST_LAYERS = 1000
 _LARGEST_SIZE = 2**24
@@ -20,6 +28,9 @@ _LARGEST_SIZE = 2**24
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """Sizes of a dual encoder (DiHT, arXiv 2301.02280, and its official code).
+
+    The defaults make a CLIP. The fields from `text_activation` on are what SigLIP and the
+    Perception Encoder (PE-Core) have otherwise.
 
     Attributes:
         image_size: side of the square input, in pixels.
@@ -30,12 +41,24 @@ class Architecture:
         context_length: text length, in tokens.
         vocab_size: entries of the BPE vocabulary; fewer than CLIP's 49,408 hold the first of its
             merges.
-        activation: of the MLPs: "gelu" (exact, DiHT's and open_clip's) or "quick_gelu" (OpenAI's
-            x * sigmoid(1.702 x)).
+        activation: of the MLPs: "gelu" (exact, DiHT's and open_clip's), "quick_gelu" (OpenAI's
+            x * sigmoid(1.702 x)) or "gelu_tanh" (SigLIP's, GELU by tanh).
         layer_norm_epsilon: torch's default, which released CLIP weights were trained with.
         vision_mlp_width, text_mlp_width: inner width of the MLPs; None is four times the width.
         end_of_text_id: a text is pooled at the first token with this id; None pools at the largest
             id, which is the same for CLIP's vocabulary.
+        text_activation: of the text tower where it is another one; None is `activation`.
+        class_token: False is SigLIP's image tower: patches only, with a bias, and no LayerNorm
+            before the blocks. It needs `vision_pool_heads`.
+        vision_pool_heads: heads of the attention that pools all tokens of the image tower; None
+            pools at the class token.
+        rotary_grid: side, in patches, of the grid that rotary positions count in (PE-Core), which
+            stays what it is where images of another size are read; None: learned positions alone.
+            It needs `vision_pool_heads`.
+        vision_projection, text_projection: "linear", "bias" (linear with a bias), or for images
+            "none": what was pooled is the embedding.
+        causal_text: False: each token of a text sees all of them.
+        text_pool: "end" pools a text at its end, "last" at the last token, padding or not.
     """
 
     image_size: int
@@ -54,14 +77,25 @@ class Architecture:
     vision_mlp_width: int | None = None
     text_mlp_width: int | None = None
     end_of_text_id: int | None = None
+    text_activation: str | None = None
+    class_token: bool = True
+    vision_pool_heads: int | None = None
+    rotary_grid: int | None = None
+    vision_projection: str = "linear"
+    text_projection: str = "linear"
+    causal_text: bool = True
+    text_pool: str = "end"
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "end_of_text_id" else 1
-            most = _MOST_LAYERS if field.name.endswith("_layers") else _LARGEST_SIZE
-            is_size = field.name not in ("activation", "layer_norm_epsilon")
-            if is_size and value is not None and not least <= value <= most:
-                raise ValueError(f"{field.name} {value}: expected {least} to {most}")
+        for field, kind in ARCHITECTURE_FIELDS.items():
+            value, least = getattr(self, field), 0 if field == "end_of_text_id" else 1
+            most = _MOST_LAYERS if field.endswith("_layers") else _LARGEST_SIZE
+            if kind is int and value is not None and not least <= value <= most:
+                raise ValueError(f"{field} {value}: expected {least} to {most}")
+        for field, choices in CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(f"{field} '{value}': expected {_either(choices)}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
@@ -70,8 +104,40 @@ class Architecture:
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
                 raise ValueError(f"{tower}_width {width} is no multiple of {tower}_heads {heads}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation '{self.activation}': expected {' or '.join(ACTIVATIONS)}")
+        self._check_image_tower()
+
+    def _check_image_tower(self) -> None:
+        pool_heads, width = self.vision_pool_heads, self.vision_width
+        if pool_heads is None and (not self.class_token or self.rotary_grid is not None):
+            field = "rotary_grid" if self.class_token else "class_token=False"
+            raise ValueError(f"{field} needs vision_pool_heads, since all tokens are pooled then")
+        if pool_heads is not None and width % pool_heads:
+            raise ValueError(
+                f"vision_width {width} is no multiple of vision_pool_heads {pool_heads}"
+            )
+        if self.rotary_grid is not None and width // self.vision_heads % 4:
+            raise ValueError(
+                f"rotary_grid needs heads of a multiple of 4, got {width} / {self.vision_heads}"
+            )
+        if self.vision_projection == "none" and width != self.embed_dim:
+            raise ValueError(
+                f"vision_projection 'none' makes embed_dim {width}, got {self.embed_dim}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of the image tower: the patches, and the class token if there is one."""
+        return self.num_patches + self.class_token
+
+
+def _either(choices: Sequence[str | None]) -> str:
+    *first, last = (name for name in choices if name is not None)
+    return f"{', '.join(first)} or {last}"
 
 
 def _diht(image_size, patch_size, vision_layers, vision_width, text_width, embed_dim):
@@ -148,8 +214,9 @@ def get_architecture(name: str, overrides: dict[str, Any] | None = None) -> Arch
             )
         kind = ARCHITECTURE_FIELDS[field]
         allowed = (int, float) if kind is float else kind
-        is_number = kind is not str
-        if not isinstance(value, allowed) or isinstance(value, bool) or (is_number and value <= 0):
+        is_number = kind in (int, float)
+        is_wrong_kind = isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed)
+        if is_wrong_kind or (is_number and value <= 0):
             raise ValueError(
                 f"config.model.overrides.{field}: expected a {'positive ' * is_number}"
                 f"{kind.__name__}, got {value!r}"

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from absl import logging
 from etils import epath
@@ -82,7 +83,8 @@ def initial_parameters(
 ) -> dict[str, Any]:
     """The model of `config.model.init_from`, with positions for this run's images and texts.
 
-    Adapters, and the objective's own parameters, start anew.
+    Adapters and concept heads start anew; the bias of a sigmoid loss is the model's, where it has
+    one, as the logit scale is.
 
     Returns:
         Like `drawn`, on the mesh.
@@ -95,16 +97,18 @@ def initial_parameters(
     if is_run(folder):
         trained = restore_model(folder, mesh)
         params, found_arch, version = trained.params, trained.arch, f"step {trained.step} of "
+        scalars = trained.loss_scalars
     else:
         weights = _read_weights(source)
         params, found_arch, version = weights.params, weights.arch, ""
+        scalars = weights.loss_scalars
     _check_same_architecture(config.model, found_arch, arch)
-    num_patches = (arch.image_size // arch.patch_size) ** 2
     try:
-        params = fit_positions(params, num_patches, arch.context_length)
+        params = fit_positions(params, arch.num_patches, arch.context_length)
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
-    params = merge_parameters(drawn, params)
+    scalars = {k: jnp.asarray(value) for k, value in scalars.items() if k in drawn}
+    params = merge_parameters(drawn, {**params, **scalars})
     logging.info("starts from %s%s", version, source)
     params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, drawn)
     return jax.device_put(params, sharding.tree_shardings(params, mesh))

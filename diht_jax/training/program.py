@@ -149,13 +149,14 @@ class TrainProgram:
         """The attention of the step's blocks, by tower."""
         model = self.config.model
         execution = training_execution(model, self.mesh)
-        arch, all_patches = self.arch, (self.arch.image_size // self.arch.patch_size) ** 2
-        num_patches = all_patches
+        arch = self.arch
+        num_patches = arch.num_patches
         if model.patch_dropout:
-            num_patches = num_kept_patches(all_patches, model.patch_dropout)
+            num_patches = num_kept_patches(num_patches, model.patch_dropout)
+        image_tokens = num_patches + arch.class_token
         towers = {
-            "vision": (num_patches + 1, arch.vision_heads, arch.vision_width, False),
-            "text": (arch.context_length, arch.text_heads, arch.text_width, True),
+            "vision": (image_tokens, arch.vision_heads, arch.vision_width, False),
+            "text": (arch.context_length, arch.text_heads, arch.text_width, arch.causal_text),
         }
         return {
             name: TowerAttention(
@@ -168,7 +169,7 @@ class TrainProgram:
                 kernel=execution.attention_kernel(
                     model.dtype,
                     width // num_heads,
-                    num_tokens=num_tokens if name == "text" else all_patches + 1,
+                    num_tokens=num_tokens if name == "text" else arch.num_image_tokens,
                     num_heads=num_heads,
                     packed=name == "text" and model.texts_per_row > 1,
                 ),

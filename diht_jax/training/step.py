@@ -170,7 +170,7 @@ def encode_examples(
         kept_patches=examples.get("kept_patches"),
         gather=gather.block("vision") if gather else None,
     )
-    pooled = seen[:, 0] if reads_tokens else seen
+    pooled = model.vision.pool_tokens(seen) if reads_tokens else seen
     projected = model.vision.projection(pooled)
     encoded = {"image_emb": l2_normalize(projected)}
     tokens, text_gather = examples["tokens"], gather.block("text") if gather else None
@@ -197,8 +197,7 @@ def with_kept_patches(
     if share <= 0.0:
         return batch
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
-    num_patches = (arch.image_size // arch.patch_size) ** 2
-    kept = choose_patches(key, batch["images"].shape[0], num_patches, share)
+    kept = choose_patches(key, batch["images"].shape[0], arch.num_patches, share)
     by_example = sharding.batch_sharding(mesh)
     return {**batch, "kept_patches": jax.lax.with_sharding_constraint(kept, by_example)}
 

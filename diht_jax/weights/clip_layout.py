@@ -6,6 +6,7 @@ files belong in `tensor_files.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -41,6 +42,12 @@ _HEAD_WIDTH = 64
 
 # Of the names in a file that is no CLIP at all.
 _MOST_LISTED = 12
+
+# Fields of an architecture that decide which parameters there are, or what is done with them.
+_PARTS = (
+    *("text_activation", "class_token", "vision_pool_heads", "rotary_grid"),
+    *("vision_projection", "text_projection", "causal_text", "text_pool"),
+)
 
 # Ours: name prefix of concept heads in the formats that can keep them.
 HEADS_PREFIX = "concept_heads."
@@ -159,8 +166,20 @@ def our_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return parameter_shapes(jax.eval_shape(init, jax.random.key(0)))
 
 
+def check_is_clip(arch: Architecture) -> None:
+    """Raises ValueError for a model with other parts than CLIP's."""
+    others = [
+        f"{field.name}={getattr(arch, field.name)}"
+        for field in dataclasses.fields(Architecture)
+        if field.name in _PARTS and getattr(arch, field.name) != field.default
+    ]
+    if others:
+        raise ValueError(f"CLIP's layout has no place for a model with {', '.join(others)}")
+
+
 def layout(arch: Architecture) -> Layout:
     """The layout of a model."""
+    check_is_clip(arch)
     found = {
         "vision/patch_embedding/kernel": Tensors(("visual.conv1.weight",), "convolution"),
         "vision/class_embedding": Tensors(("visual.class_embedding",)),

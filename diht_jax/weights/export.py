@@ -34,6 +34,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 CARD_FILE = "README.md"
 
 _PROGRAMS = ("stablehlo", "onnx")
+_LOGIT_BIAS = "logit_bias"
 # open_clip and transformers refuse parameters that they do not know.
 _FORMATS_WITH_HEADS = ("clip", "safetensors")
 
@@ -49,6 +50,7 @@ def write_model(
     card: str,
     dtype: str = "float32",
     has_tokenizer: bool = True,
+    loss_scalars: Mapping[str, float] | None = None,
 ) -> None:
     """Writes a model directory.
 
@@ -63,9 +65,11 @@ def write_model(
         card: text of the model card.
         dtype: of the stored parameters, a key of `DTYPES`.
         has_tokenizer: see `ModelFiles`.
+        loss_scalars: what the loss has learnt; see `lost_scalars`.
 
     Raises:
-        ValueError: unknown format or dtype, heads that the format cannot hold, files in the way.
+        ValueError: unknown format or dtype, a model or heads that the format cannot hold, files in
+            the way.
     """
     check_target(output, format, dtype)
     if heads and format not in _FORMATS_WITH_HEADS:
@@ -73,6 +77,7 @@ def write_model(
             f"format '{format}' cannot hold concept heads, since its loader refuses what it does "
             f"not know; leave them out, or take {' or '.join(_FORMATS_WITH_HEADS)}"
         )
+    _check_model(format, arch)
     output.mkdir(parents=True, exist_ok=True)
     if format in _PROGRAMS:
         _write_programs(output, format, arch, params, preprocessing, dtype)
@@ -80,8 +85,12 @@ def write_model(
             _write_huggingface_tokenizer(output, arch)
         write_bytes(output / CARD_FILE, card.encode())
         return
-    to_theirs = huggingface.to_huggingface if format == "huggingface" else clip_layout.to_clip
-    tensors = {**to_theirs(params, arch), **heads}
+    if format == "huggingface":
+        logit_bias = (loss_scalars or {}).get(_LOGIT_BIAS, 0.0)
+        tensors = huggingface.to_huggingface(params, arch, logit_bias)
+    else:
+        tensors = clip_layout.to_clip(params, arch)
+    tensors = {**tensors, **heads}
     tensors = {name: np.asarray(v).astype(DTYPES[dtype]) for name, v in tensors.items()}
     write_bytes(output / CARD_FILE, card.encode())
     if format == "huggingface":
@@ -115,6 +124,22 @@ def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
             raise ValueError(f"format 'onnx' has float32 parameters; dtype '{dtype}' is not for it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists and is not an empty directory; name another one")
+
+
+def lost_scalars(format: str, arch: Architecture, loss_scalars: Mapping[str, float]) -> list[str]:
+    """Names of what a loss has learnt that a format does not hold; SiglipModel has the bias."""
+    holds_bias = format == "huggingface" and huggingface.model_type(arch) == "siglip"
+    return [name for name in loss_scalars if not (holds_bias and name == _LOGIT_BIAS)]
+
+
+def _check_model(format: str, arch: Architecture) -> None:
+    try:
+        if format == "huggingface":
+            huggingface.model_type(arch)
+        else:
+            clip_layout.check_is_clip(arch)
+    except ValueError as error:
+        raise ValueError(f"format '{format}': {error}") from error
 
 
 def _write_programs(

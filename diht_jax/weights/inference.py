@@ -41,6 +41,8 @@ class LoadedModel:
         image_size: side of the images it takes, in pixels.
         context_length: length of the texts it takes, in tokens.
         step: optimiser step of the parameters, or None.
+        logit_bias: SigLIP's, learnt with its loss: logits are `logit_scale * similarity +
+            logit_bias`, and their sigmoid is the probability of a pair; 0 where there is none.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LoadedModel:
         std: Sequence[float] = transforms.CLIP_STD,
         decoder: dict[str, Any] | None = None,
         has_tokenizer: bool = True,
+        logit_bias: float = 0.0,
     ):
         """Wraps parameters of `models.parameters` that are on `mesh`.
 
@@ -69,8 +72,9 @@ class LoadedModel:
             mean, std: of the pictures, per channel, for values in [0, 1].
             decoder: parameters of the caption decoder, of a model that was trained with one.
             has_tokenizer: texts are tokenized by `data.tokenizer`; otherwise it takes ids alone.
+            logit_bias: see the class.
         """
-        self.config, self.step = config, step
+        self.config, self.step, self.logit_bias = config, step, logit_bias
         self.image_size, self.context_length = image_size, context_length
         self._params, self._decoder = params, decoder
         self._has_tokenizer = has_tokenizer

@@ -3,7 +3,7 @@
 The files at a path decide how it is read:
 
     open_clip_config.json            CLIP's layout, as open_clip's hub and our export have it
-    config.json, "model_type": clip  transformers' CLIPModel
+    config.json with "model_type"    transformers' CLIPModel, MetaClip2Model or SiglipModel
     one weight file                  CLIP's layout (OpenAI, open_clip, DiHT)
 
 For a weight file by itself, a config next to it counts in the same way.
@@ -67,7 +67,7 @@ class ModelFiles:
         sha256: of a weight file, in hex; None for one in shards.
         config: the training config of a run; for others' weights `loading` fills in the defaults.
         decoder: parameters of the caption decoder of a run that trained one.
-        loss_scalars: of a run, what its loss has learnt, such as SigLIP's `logit_bias`.
+        loss_scalars: what the loss has learnt, such as SigLIP's `logit_bias`.
         step: optimiser step, of a run.
         ema: whether these are the moving average of the parameters.
         has_tokenizer: its texts are tokenized by `data.tokenizer`.
@@ -117,12 +117,12 @@ def read_weights(
         raise ValueError(f"{path}: no such weight file or model directory")
     file = find_weight_file(path) if path.is_dir() else path
     tensors = read_tensors(file)
-    is_huggingface = "vision_model.embeddings.class_embedding" in tensors
+    is_huggingface = "vision_model.embeddings.patch_embedding.weight" in tensors
     arch, preprocessing, has_tokenizer = _read_settings(file.parent, is_huggingface)
     if arch is None:
         if is_huggingface:
             raise ValueError(
-                f"{file}: names are those of transformers' CLIPModel, whose {HUGGINGFACE_CONFIG} "
+                f"{file}: names are those of a model of transformers, whose {HUGGINGFACE_CONFIG} "
                 "must be in the same folder; it is not"
             )
         arch = _infer_architecture(tensors, str(file), "activation" in (architecture or {}))
@@ -140,6 +140,7 @@ def read_weights(
     # A scale of shape [1] is the same as one of shape [].
     if "logit_scale" in found and found["logit_scale"].shape == (1,):
         found["logit_scale"] = found["logit_scale"].reshape(())
+    loss_scalars = _take_loss_scalars(found, arch)
     params = from_layout(found, layout, clip_layout.our_shapes(arch), str(file))
     params, arch = fit_model(params, arch, image_size=image_size, context_length=context_length)
     return ModelFiles(
@@ -149,8 +150,17 @@ def read_weights(
         heads=heads,
         preprocessing=preprocessing,
         sha256=None if file.name.endswith(INDEX_SUFFIX) else hash_file(file),
-        has_tokenizer=has_tokenizer or arch.vocab_size >= tokenizer.VOCAB_SIZE,
+        loss_scalars=loss_scalars,
+        has_tokenizer=has_tokenizer or arch.vocab_size == tokenizer.VOCAB_SIZE,
     )
+
+
+def _take_loss_scalars(tensors: dict[str, np.ndarray], arch: Architecture) -> dict[str, float]:
+    """Takes SigLIP's bias out of the tensors of a model that may have it."""
+    name = "logit_bias"
+    if arch.causal_text or name not in tensors or tensors[name].size != 1:
+        return {}
+    return {name: float(np.asarray(tensors.pop(name), np.float32).reshape(()))}
 
 
 def _infer_architecture(

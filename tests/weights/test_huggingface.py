@@ -1,4 +1,4 @@
-"""Directories of transformers' CLIPModel, old and new, give that model's embeddings."""
+"""Directories of transformers' CLIPModel and MetaClip2Model give these models' embeddings."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diht_jax import load_model
+from diht_jax.export import export_model
 from diht_jax.weights import huggingface
 from diht_jax.weights.source import read_weights
 
@@ -86,6 +87,28 @@ def test_end_of_text_below_added_tokens(reference, tmp_path):
     check(reference, tmp_path, other, arch, images, tokens)
 
 
+def test_metaclip_2_pools_at_the_first_end_and_is_exported_as_it_came(reference, tmp_path):
+    arch = dataclasses.replace(reference.SMALL, vocab_size=600, end_of_text_id=2)
+    config = transformers.MetaClip2Config(**huggingface.make_config(arch, "float32"))
+    torch.manual_seed(0)
+    other = reference.randomize(transformers.MetaClip2Model(config))
+    other.save_pretrained(tmp_path / "theirs")
+    images, _ = reference.inputs(arch)
+    # Of XLM-V: 0 begins a text, 2 ends it, 1 pads.
+    tokens = np.random.default_rng(0).integers(3, 600, (5, 12)).astype(np.int32)
+    tokens[:, 0] = 0
+    for row, end in enumerate([3, 5, 8, 11, 4]):
+        tokens[row, end], tokens[row, end + 1 :] = 2, 1
+    assert read_weights(tmp_path / "theirs").arch == arch
+    check(reference, tmp_path / "theirs", other, arch, images, tokens)
+    export_model(str(tmp_path / "theirs"), "huggingface", str(tmp_path / "ours"))
+    back = transformers.AutoModel.from_pretrained(tmp_path / "ours")
+    assert type(back) is transformers.MetaClip2Model
+    pixels = reference.pixel_values(images)
+    for ours, theirs in zip(*(embeddings(m, pixels, tokens) for m in (back, other)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_old_directory_with_a_torch_file_and_index_buffers(reference, tmp_path):
     """As `openai/clip-vit-base-patch32` is: pytorch_model.bin, position_ids, *_config_dict."""
     other = clip_model(reference, reference.SMALL)
@@ -115,7 +138,7 @@ def test_defaults_are_those_of_transformers():
 
 def test_settings_that_our_model_lacks_are_refused():
     for changed, message in (
-        ({"model_type": "siglip"}, "expected model_type 'clip'.*got 'siglip'"),
+        ({"model_type": "blip"}, "expected model_type 'clip'.*got 'blip'"),
         ({"vision_config": {"num_channels": 1}}, "1 image channels"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,76 @@
+"""The program of CLIP's architecture is the one that it was before the architecture had options."""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diht_jax.models.parameters import merge_model, model_definition
+from diht_jax.models.transformer import Execution
+from diht_jax.models.zoo import Architecture
+
+ARCH = Architecture(
+    image_size=32,
+    patch_size=8,
+    vision_layers=2,
+    vision_width=64,
+    vision_heads=2,
+    text_layers=2,
+    text_width=48,
+    text_heads=3,
+    embed_dim=40,
+    context_length=12,
+    vocab_size=100,
+)
+# SHA-256 of the StableHLO that this version of JAX lowers, of commit 9f2925b6.
+JAX_VERSION = "0.10.2"
+DIGESTS = {
+    "encode": "d1c7292e38827a754db8dfe77437160a85be7c3798499af646ba9db510e57cbd",
+    "gradient": "ff06ecce49b52e699e9729b5eaf10f9fe8242365742d0aab53cf1c959ca4ff4f",
+    "gradient, scanned": "e5b8fc16e26c5946d1230ffd088f57478be94efd700da0899cc57d1d541c74e5",
+    "gradient, packed": "cc223c54444d251205f997b518b11ef17106904ed82102814aa756c72eac8734",
+    "gradient, patches left out": (
+        "51cb8dc2cd7dd6cdeba0f6c9f303665047bfd8698b6740cd113432716f44df6f"
+    ),
+}
+
+
+def lowered(execution: Execution, kept: bool, gradient: bool) -> str:
+    """The text of the embeddings' program, or of the gradient of a loss on them."""
+    definition, init = model_definition(ARCH, jnp.bfloat16, jnp.float32, execution)
+    params = jax.eval_shape(init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((4, 12), jnp.int32)
+    patches = jax.ShapeDtypeStruct((4, 8), jnp.int32) if kept else None
+
+    def encode(params, images, tokens, patches):
+        model = merge_model(definition, params)
+        features = model.vision.features(images, kept_patches=patches)
+        if execution.texts_per_row > 1:
+            return model.embed_features(features), model.encode_packed_texts(tokens)[0]
+        return model.embed_features(features), model.encode_text(tokens)
+
+    def loss(params, images, tokens, patches):
+        image_emb, text_emb = encode(params, images, tokens, patches)
+        scale = jnp.exp(params["log_logit_scale"])
+        return -jnp.trace(jax.nn.log_softmax(scale * image_emb @ text_emb.T))
+
+    function = jax.value_and_grad(loss) if gradient else encode
+    return jax.jit(function).lower(params, images, tokens, patches).as_text()
+
+
+CASES = {
+    "encode": (Execution(), False, False),
+    "gradient": (Execution(), False, True),
+    "gradient, scanned": (Execution(scan_layers=True), False, True),
+    "gradient, packed": (Execution(texts_per_row=2), False, True),
+    "gradient, patches left out": (Execution(remat="minimal"), True, True),
+}
+
+
+@pytest.mark.skipif(jax.__version__ != JAX_VERSION, reason=f"digests of JAX {JAX_VERSION}")
+@pytest.mark.parametrize("name", CASES)
+def test_clip_is_lowered_to_the_same_program(name):
+    digest = hashlib.sha256(lowered(*CASES[name]).encode()).hexdigest()
+    assert digest == DIGESTS[name]
