@@ -26,6 +26,7 @@ from typing import Any
 # The machine's own devices are of no use here; read when JAX is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import ml_collections
 from absl import app, flags, logging
 
 from benchmarks.record import RESULTS, command_line, utc_now, write_result
@@ -72,8 +73,8 @@ def main(_: list[str]) -> None:
         return
     results = _earlier_results(NAME, ("recipes", "growth"))
     if "recipes" in _PARTS.value:
-        for path in recipes_for_pods(_ONLY.value):
-            _measure(results["recipes"], path.stem, lambda path=path: measure_recipe(path))
+        for name in recipes_for_pods(_ONLY.value):
+            _measure(results["recipes"], name, functools.partial(measure_recipe, name))
             write_result(NAME, results)
     if "growth" in _PARTS.value:
         for chips in sorted(int(text) for text in _COMPILED.value):
@@ -85,20 +86,34 @@ def main(_: list[str]) -> None:
     print(growth_table(results))
 
 
-def recipes_for_pods(only: list[str]) -> list[pathlib.Path]:
-    """The recipes that name a slice, or those of them that are asked for."""
+def recipes_for_pods(only: list[str]) -> list[str]:
+    """The recipes that name a slice, or those of them that are asked for.
+
+    Returns:
+        Names such as `diht_vitb16`, or `diht_vitb16_stages:stage=1` for each of several stages.
+    """
     others = ("common", "own_data")  # the second is for a machine at hand, and needs an argument
-    paths = sorted(path for path in CONFIGS.glob("*.py") if path.stem not in others)
-    named = [path for path in paths if load_recipe(path).topology not in (None, LOCAL)]
-    unknown = sorted(set(only) - {path.stem for path in named})
+    names = []
+    for path in sorted(path for path in CONFIGS.glob("*.py") if path.stem not in others):
+        config = load_recipe(path)
+        if config.topology in (None, LOCAL):
+            continue
+        stages = range(1, (config.stage.count or 0) + 1)
+        names += [f"{path.stem}:stage={number}" for number in stages] or [path.stem]
+    unknown = sorted(set(only) - set(names))
     if unknown:
         raise ValueError(f"--only: no recipe for a slice is called {', '.join(unknown)}")
-    return [path for path in named if not only or path.stem in only]
+    return [name for name in names if not only or name in only]
 
 
-def measure_recipe(path: pathlib.Path) -> dict[str, Any]:
+def _load(name: str, argument: str = "") -> ml_collections.ConfigDict:
+    stem, _, own = name.partition(":")
+    return load_recipe(CONFIGS / f"{stem}.py", ",".join(filter(None, (own, argument))))
+
+
+def measure_recipe(name: str) -> dict[str, Any]:
     """Compiles a recipe for the topology it names."""
-    config = load_recipe(path)
+    config = _load(name)
     return as_row(compile_step(config, get_topology(config.topology)))
 
 
@@ -106,21 +121,21 @@ def measure_gpus() -> None:
     """Compiles the recipes, each as it is for some GPUs, and prints the table."""
     results = _earlier_results(GPU_NAME, ("gpus",))
     for topology in _GPUS.value:
-        for path in recipes_for_pods(_ONLY.value):
-            measure = functools.partial(measure_on_gpus, path, topology)
-            _measure(results["gpus"], f"{path.stem}, {topology}", measure)
+        for name in recipes_for_pods(_ONLY.value):
+            measure = functools.partial(measure_on_gpus, name, topology)
+            _measure(results["gpus"], f"{name}, {topology}", measure)
             write_result(GPU_NAME, results)
     print(gpu_table(results["gpus"]))
 
 
-def measure_on_gpus(path: pathlib.Path, topology: str) -> dict[str, Any]:
+def measure_on_gpus(name: str, topology: str) -> dict[str, Any]:
     """Compiles a recipe with the settings that it has for a topology."""
-    config = load_recipe(path, f"topology={topology}")
+    config = _load(name, f"topology={topology}")
     report = compile_step(config, get_topology(topology))
     return {
         **as_row(report),
         "compiler_options": report.topology.compiler_options,
-        "recipe": path.stem,
+        "recipe": name,
         "scan_layers": config.model.scan_layers,
         "attention": report.attention,
         "loss_form": report.loss_form[0],

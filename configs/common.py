@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import subprocess
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -154,6 +155,27 @@ def finish(
     return config
 
 
+def set_stage(
+    config: ml_collections.ConfigDict, number: int, stages: Sequence[Mapping[str, Any]]
+) -> None:
+    """Sets, in place, what differs in one of the stages of a recipe.
+
+    Args:
+        config: with what the stages have in common.
+        number: of the stage, from 1; 0 for all of them, which gives the config of the first one.
+        stages: dotted names of keys and their values, for each stage.
+
+    Raises:
+        ValueError: no such stage.
+    """
+    if not 0 <= number <= len(stages):
+        raise ValueError(
+            f"recipe argument 'stage={number}': expected 1 to {len(stages)}, or none for all"
+        )
+    config.update_from_flattened_dict(stages[max(number, 1) - 1])
+    config.stage.count, config.stage.number = len(stages), number or None
+
+
 def suit(config: ml_collections.ConfigDict, topology: str) -> None:
     """Sets, in place, how the step is computed on a machine; what it computes stays the same.
 
@@ -194,7 +216,8 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.total_steps, config.total_examples, config.total_epochs = 4, None, None
     config.model.dtype = "float32"
     config.model.overrides.update(
-        image_size=32,
+        # The pictures of stages are of different sizes, as in the recipe.
+        image_size=16 * (config.stage.number or 1) if config.stage.count else 32,
         patch_size=8,
         vision_layers=2,
         vision_width=32,

@@ -71,6 +71,11 @@ def main() -> None:
     values = flags.FLAGS
     config = values.config
     check_config(config)
+    if config.stage.count and not config.stage.number:
+        raise ValueError(
+            f"config.stage.count={config.stage.count}: each stage is a program of its own; name "
+            "one by the recipe's argument, such as stage=1"
+        )
     name = values.topology or config.topology
     if not name:
         raise ValueError(

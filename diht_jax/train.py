@@ -2,6 +2,7 @@
 
     python -m diht_jax.train --config emoji --config.data.train=DIR --workdir DIR
 
+The stages of a recipe that has some are trained one after the other, in folders of their own.
 The same command again goes on where the run stopped. A run that SIGTERM or ^C has stopped has
 saved its state and exits with 75; an error that no repetition mends exits with 78. On a
 cluster the same command runs on every host; see `diht_jax.distributed`.
@@ -14,8 +15,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 import jax
+import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -39,6 +42,7 @@ def main() -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     try:
         check_config(config)
+        stages = load_stages(config)
         if command_line.computes_on_cpu():
             command_line.keep_freed_memory()
         platform, more = compiler.accelerator(), ()
@@ -61,7 +65,11 @@ def main() -> None:
         # After the validation: a mistyped key should not have to wait for these imports.
         from diht_jax.training.loop import train
 
-        train(config, workdir, set_keys=flags.FLAGS["config"].override_values, began=began)
+        options = {"set_keys": flags.FLAGS["config"].override_values, "began": began}
+        if stages:
+            train_stages(functools.partial(train, **options), stages, workdir)
+        else:
+            train(config, workdir, **options)
     except Stopped as stopped:
         # All is saved; one more of them must not replace the status that launchers wait for.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -75,6 +83,34 @@ def main() -> None:
         error.exit_status = exit_status(error)
         raise
     logging.info("finished; results in %s", workdir)
+
+
+def load_stages(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+    """The configs of the stages to train, checked, of a recipe that has some; else none."""
+    if not config.stage.count:
+        return []
+    if config.stage.number:
+        return [config]
+    numbers = range(1, config.stage.count + 1)
+    stages = [command_line.load_again(f"stage={number}") for number in numbers]
+    for stage in stages:
+        check_config(stage)
+    return stages
+
+
+def train_stages(
+    train: Callable[..., object], stages: Sequence[ml_collections.ConfigDict], workdir: str
+) -> None:
+    """Trains stages, each in a folder of its own, from the last one that has a checkpoint on."""
+    from diht_jax.training.workdir.stages import open_stage, stage_folder
+
+    first = open_stage(workdir, stages[-1].stage.count) if len(stages) > 1 else 1
+    for config in stages[first - 1 :]:
+        number = config.stage.number
+        if number > 1 and config.stage.previous is None:
+            config.stage.previous = stage_folder(workdir, number - 1)
+        logging.info("stage %d of %d", number, config.stage.count)
+        train(config, stage_folder(workdir, number))
 
 
 if __name__ == "__main__":

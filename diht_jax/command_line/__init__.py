@@ -30,7 +30,7 @@ from diht_jax.command_line.shared_flags import (
 from diht_jax.config import find_recipe, load_recipe
 from diht_jax.config.checks import check_names, walk
 from diht_jax.config.key_comments import read_comments
-from diht_jax.config.overrides import apply_overrides, take_unset_keys
+from diht_jax.config.overrides import apply_overrides, set_key, take_unset_keys
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
 
@@ -42,6 +42,7 @@ __all__ = [
     "define_prompt_flags",
     "define_task_flags",
     "keep_freed_memory",
+    "load_again",
     "model_options",
     "numbers",
     "parse_flags",
@@ -60,6 +61,8 @@ _REMEMBERED_TEXTS = 256
 _LISTED_KEYS = 5
 # `--config PATH` in the arguments of a command line with zeros between them.
 _CONFIG_FLAG = r"(?:^|\0)--?config[=\0]([^:\0]+)"
+# Keys that the command line unsets, once it is parsed.
+_unset_keys: list[str] = []
 
 
 def run(
@@ -165,6 +168,7 @@ def parse_flags(
             config_flag: Any = flags.FLAGS["config"]
             overrides = config_flag.override_values
             apply_overrides(flags.FLAGS.config, unset, overrides)
+            _unset_keys[:] = unset
     except (AttributeError, KeyError) as error:
         if config_defaults is not None:
             _refuse_unknown_keys(given, config_defaults())
@@ -182,6 +186,22 @@ def parse_flags(
     if len(rest) > 1 and not takes_arguments:
         _fail(f"unexpected arguments: {' '.join(rest[1:])} (--help lists the flags)", status=2)
     return rest
+
+
+def load_again(argument: str) -> ml_collections.ConfigDict:
+    """The recipe of the parsed command line with one argument more, and all that the line sets.
+
+    Args:
+        argument: such as "stage=2".
+    """
+    path, given = _named_recipes(sys.argv)[-1]
+    config = load_recipe(path, ",".join(filter(None, (given, argument))))
+    config_flag: Any = flags.FLAGS["config"]
+    overrides = config_flag.override_values
+    for key, value in overrides.items():
+        set_key(config, key, value)
+    apply_overrides(config, _unset_keys, overrides)
+    return config
 
 
 def _named_recipes(arguments: Sequence[str]) -> list[tuple[str, str]]:

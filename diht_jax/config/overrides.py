@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import ml_collections
 from absl import logging
@@ -70,11 +71,7 @@ def apply_overrides(
         AttributeError, KeyError: the recipe has no such key.
     """
     for key in unset:
-        *parents, last = key.split(".")
-        section = config
-        for name in parents:
-            section = section[name]
-        section[last] = None
+        set_key(config, key, None)
     for names in _DURATIONS:
         if any(config.get(name) is not None for name in names if name in given):
             for name in set(names).difference(given):
@@ -89,6 +86,15 @@ def apply_overrides(
             before,
             steps // 10,
         )
+
+
+def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    """Sets a key by its dotted name, in place."""
+    *parents, last = key.split(".")
+    section = config
+    for name in parents:
+        section = section[name]
+    section[last] = value
 
 
 def _is_optional(key: str, defaults: ml_collections.ConfigDict) -> bool:

@@ -75,6 +75,7 @@ from diht_jax.training.workdir.resume_checks import (
     open_workdir,
 )
 from diht_jax.training.workdir.saved_run import write_config
+from diht_jax.training.workdir.stages import check_stage, end_of_stage
 
 
 def train(
@@ -122,11 +123,15 @@ def train(
         config = check_together(lambda: bind_order(config, workdir))
         check_hosts_share_config(config)
         check_together(lambda: check_same_run(config, workdir))
+        check_together(lambda: check_stage(config, workdir))
         run = Run(config, workdir, devices, began)
         stack.push(run.close_after)
         stop_request.listen()
         with without_memory_is_lasting(lambda: run.has_finished_step):
-            return run.loop(stop_after_steps, stop_request)
+            state = run.loop(stop_after_steps, stop_request)
+        if run.has_next_stage and stop_request.is_waiting():
+            raise Stopped(f"stopped after stage {config.stage.number} of {config.stage.count}")
+        return state
 
 
 class Run:
@@ -134,6 +139,7 @@ class Run:
 
     Attributes:
         has_finished_step: whether the devices have finished a step in this process.
+        first_example: position in the data of the run's first example; not 0 in a later stage.
     """
 
     has_finished_step = False
@@ -182,6 +188,8 @@ class Run:
         check_hosts_agree(describe_train(config.data.train), self.fingerprint)
         self.state = self.first_state()
         self.start_step = int(self.state.step)
+        next_example = self.iterator.get_state()["next_example"]
+        self.first_example = next_example - self.start_step * config.data.batch_size
         self.wall_time = WallTime(workdir, self.start_step, began=began)
         self.writer = MetricWriter(workdir, self.start_step, config)
         self.evaluation = RunEvaluation(config, tasks, self.program, self.writer, self.total_steps)
@@ -196,11 +204,19 @@ class Run:
             check_same_data(config.data, self.checkpointer.restored_dataset, self.fingerprint)
             return state
         state = self.program.create_state()
-        if config.model.init_from:
+        if config.stage.previous:
+            before = end_of_stage(
+                config, self.arch, self.mesh, state.params, num_records=self.mixture.num_records
+            )
+            check_same_data(config.data, before.dataset, self.fingerprint)
+            self.iterator.set_state(before.position)
+            params = before.params
+        elif config.model.init_from:
             params = initial_parameters(config, self.arch, self.mesh, state.params)
-            average = initial_average(params) if self.program.keeps_ema else None
-            state = dataclasses.replace(state, params=params, ema_params=average)
-        return state
+        else:
+            return state
+        average = initial_average(params) if self.program.keeps_ema else None
+        return dataclasses.replace(state, params=params, ema_params=average)
 
     def loop(
         self, stop_after_steps: int | None, stop_request: StopRequest | None = None
@@ -251,7 +267,7 @@ class Run:
                 progress.set_postfix_str(self.write_line(step, window, supply, monitor))
             if saves:
                 self.save(self.iterator)
-            if stop_requested and not at_end:
+            if stop_requested and (not at_end or self.has_next_stage):
                 progress.close()
                 raise Stopped(f"stopped after step {step} of {self.total_steps}")
             # After the save: what fails here, or takes too long, costs no step.
@@ -291,8 +307,14 @@ class Run:
     def keys_of_step(self, step: int) -> str:
         """Names this process's records in the batch of a step, for a message."""
         batch_size = self.config.data.batch_size
-        keys = self.iterator.keys(first_example=(step - 1) * batch_size, most=SHOWN_KEYS)
+        first = self.first_example + (step - 1) * batch_size
+        keys = self.iterator.keys(first_example=first, most=SHOWN_KEYS)
         return shown_keys(keys, batch_size // jax.process_count())
+
+    @property
+    def has_next_stage(self) -> bool:
+        """Whether another stage of the recipe follows, which a request to stop is for as well."""
+        return (self.config.stage.number or 0) < (self.config.stage.count or 0)
 
     def lowest_loss(self) -> float:
         """The lowest loss in the metrics of the steps before."""
@@ -377,7 +399,7 @@ class Run:
 
     def data_metrics(self, step: int) -> dict[str, float]:
         """Examples of each source of a mixture up to a step; bad records since the last call."""
-        found = self.mixture.metrics(step * self.config.data.batch_size)
+        found = self.mixture.metrics(self.first_example + step * self.config.data.batch_size)
         if self.config.data.on_bad_record == "skip":
             before, self._skipped_records = self._skipped_records, self.iterator.skipped_records
             found["skipped_records"] = float(self._skipped_records - before)

@@ -17,6 +17,9 @@ ALIKE = ("clip_vitb16", "diht_vitb16_clean", "diht_vitb32", "diht_vitl14_336")
 # By tests/hardware/test_compiler.py and tests/docs/test_readme.py.
 TRAINED_BY_ITS_COMMAND = ("emoji", "own_data")
 
+# By test_stages.py, through all their stages.
+TRAINED_IN_STAGES = ("diht_vitb16_stages", "diht_vitl14_stages")
+
 # The model that it made comes with the package: tests/weights/test_clipart_tiny.py.
 TRAINED_IN_FULL = ("clipart_tiny",)
 
@@ -24,7 +27,7 @@ TRAINED_IN_FULL = ("clipart_tiny",)
 ARGUMENTS = {"cifar10_finetune": ",train=probe"}
 
 
-NOT_HERE = (*ALIKE, *TRAINED_BY_ITS_COMMAND, *TRAINED_IN_FULL)
+NOT_HERE = (*ALIKE, *TRAINED_BY_ITS_COMMAND, *TRAINED_IN_STAGES, *TRAINED_IN_FULL)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,19 @@ def read_checkpoint(
     Raises:
         ValueError: names the part that cannot be read.
     """
+    position, checks = read_position(directory)
+    try:
+        return read_state(directory, target), position, checks
+    except Exception as error:  # a damaged file may lead to any
+        raise ValueError(f"{directory / STATE_ITEM}: {explain_error(error)}") from error
+
+
+def read_position(directory: epath.Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """Position in the data and checks of a checkpoint, as `read_checkpoint` returns them.
+
+    Raises:
+        ValueError: names the part that cannot be read.
+    """
     item = directory / DATA_ITEM
     try:
         position = ocp.JsonCheckpointHandler().restore(item)
@@ -102,8 +115,7 @@ def read_checkpoint(
         if checks["place"] != json_checksum(position):
             item = directory / DATA_ITEM
             raise ValueError("its contents are not what was saved")
-        item = directory / STATE_ITEM
-        return read_state(directory, target), position, checks
+        return position, checks
     except Exception as error:  # a damaged file may lead to any
         raise ValueError(f"{item}: {explain_error(error)}") from error
 

@@ -1,0 +1,186 @@
+"""Stages of a recipe: each goes on where the one before has ended, through stops as well."""
+
+import functools
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from configs import common
+from diht_jax.config import load_recipe
+from diht_jax.data.tokenizer import tokenize
+from diht_jax.input.pipeline import TrainIterator
+from diht_jax.models.positions import resize_positions, stretch_positions
+from diht_jax.train import load_stages, train_stages
+from diht_jax.training.loop import Run, train
+from diht_jax.training.run_data import open_data
+from diht_jax.training.stopping import Stopped
+from diht_jax.training.workdir.saved_run import write_config
+from tests.docs.commands import parse_command
+from tests.make import tiny_config
+from tests.training.conftest import labelled_square
+
+BATCH, STEPS, VOCABULARY = 16, 2, 700
+SIZES = (
+    {"model.overrides.image_size": 16, "model.overrides.context_length": 24},
+    {"model.overrides.image_size": 32, "model.overrides.context_length": 40},
+)
+
+
+def load(number, data):
+    config = tiny_config(total_steps=STEPS)
+    config.model.overrides.vocab_size = VOCABULARY
+    config.concepts.update(object_weight=1.0, attribute_weight=1.0)
+    config.concepts.update(num_objects=3, num_attributes=2, top_k=2)
+    config.data.train = str(data)
+    common.set_stage(config, number, SIZES)
+    return config
+
+
+def run_stages(data, workdir):
+    stages = [load(number, data) for number in (1, 2)]
+    train_stages(functools.partial(train, devices=jax.devices()[:1]), stages, str(workdir))
+
+
+def final_checks(workdir):
+    """Checksums of all arrays, and the position in the data, at the end of each stage."""
+    found = {}
+    for stage in (1, 2):
+        folder = workdir / f"stage_{stage}" / "checkpoints" / str(STEPS)
+        for item in ("checks", "data"):
+            found[stage, item] = json.loads((folder / item / "metadata").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(labelled, tmp_path_factory):
+    """Two stages without a stop: their folder, their first and last states, their texts."""
+    workdir, runs = tmp_path_factory.mktemp("straight"), []
+    first_state, loop, take = Run.first_state, Run.loop, TrainIterator.__next__
+
+    def spy_first(run):
+        state = first_state(run)
+        runs.append({"first": jax.tree.map(np.array, state), "tokens": []})
+        return state
+
+    def spy_batch(iterator):
+        batch = take(iterator)
+        runs[-1]["tokens"].append(np.array(batch["tokens"]))
+        return batch
+
+    def spy_last(run, *args):
+        state = loop(run, *args)
+        runs[-1]["last"] = jax.tree.map(np.array, state)
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "first_state", spy_first)
+        patch.setattr(Run, "loop", spy_last)
+        patch.setattr(TrainIterator, "__next__", spy_batch)
+        run_stages(labelled, workdir)
+    return workdir, runs
+
+
+def test_a_stage_begins_with_the_parameters_that_the_one_before_has_ended_with(straight):
+    _, (before, after) = straight
+    expected, found = before["last"].params, after["first"].params
+    fitted = {
+        "vision": resize_positions(expected["vision"]["positional_embedding"], 16),
+        "text": stretch_positions(expected["text"]["positional_embedding"], 40),
+    }
+    for tower, positions in fitted.items():
+        assert positions.shape != expected[tower]["positional_embedding"].shape
+        expected[tower]["positional_embedding"] = np.asarray(positions)
+    assert "concept_heads" in expected
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert after["first"].step == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(after["first"].opt_state))
+
+
+def test_a_stage_goes_on_in_the_data_where_the_one_before_has_stopped(straight, labelled):
+    _, runs = straight
+    order = open_data(load(1, labelled)).sources[0].order
+    for stage, (length, run) in enumerate(zip((24, 40), runs, strict=True)):
+        positions = range(stage * STEPS * BATCH, (stage + 1) * STEPS * BATCH)
+        captions = [labelled_square(order[position]).caption for position in positions]
+        seen = np.concatenate(run["tokens"][:STEPS])
+        np.testing.assert_array_equal(seen, tokenize(captions, length, VOCABULARY))
+
+
+def test_stops_at_the_border_of_two_stages_change_nothing(
+    straight, labelled, tmp_path, monkeypatch
+):
+    take, steps = Run.next_batch, []
+
+    def one_step(run, stop_request):
+        steps.append(run.config.stage.number)
+        if len(steps) in (STEPS, STEPS + 1):  # the last step of a stage, the first of the next
+            signal.raise_signal(signal.SIGTERM)
+        return take(run, stop_request)
+
+    monkeypatch.setattr(Run, "next_batch", one_step)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            run_stages(labelled, tmp_path)
+    run_stages(labelled, tmp_path)
+    assert steps == [1] * STEPS + [2] * STEPS
+    assert final_checks(tmp_path) == final_checks(straight[0])
+
+
+def test_the_command_gives_its_keys_to_all_stages():
+    found = []
+    given = ["--config=diht_vitb16_stages:debug=True", "--workdir=x", "--config.data.train=DATA"]
+    more = ["--config.optimizer.weight_decay=0.3", "--config.data.num_workers=None"]
+    parse_command(
+        "diht_jax.train",
+        [*given, *more, "--config.total_examples=64"],
+        lambda options: found.extend(load_stages(flags.FLAGS.config)),
+    )
+    assert len(found) == 2
+    for number, config in enumerate(found, 1):
+        expected = load_recipe("diht_vitb16_stages", f"debug=True,stage={number}")
+        expected.data.update(train="DATA", num_workers=None)
+        expected.optimizer.weight_decay = 0.3
+        expected.update(total_steps=None, total_examples=64)
+        assert config.to_dict() == expected.to_dict()
+
+
+def test_a_stage_alone_takes_the_one_before_from_the_same_work_directory():
+    trained = []
+    config = load_recipe("diht_vitl14_stages", "stage=2")
+    train_stages(lambda *arguments: trained.append(arguments), load_stages(config), "RUN")
+    assert trained == [(config, "RUN/stage_2")]
+    assert config.stage.previous == "RUN/stage_1"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"number": None}, "config.stage.count=2: the stages are runs of their own"),
+        ({}, "config.stage.number=2: it would start from nothing"),
+        ({"previous": "{finished}", "batch": 24}, "32 examples, which are no multiple"),
+        ({"previous": "{finished}", "width": 64}, "its parameter text/blocks"),
+        ({"previous": "{unfinished}"}, "reached step 2 of 5"),
+    ],
+)
+def test_a_stage_that_cannot_begin_is_refused(straight, labelled, tmp_path, changes, message):
+    finished, unfinished = straight[0] / "stage_1", tmp_path / "unfinished"
+    config = load(2, labelled)
+    config.stage.update({k: v for k, v in changes.items() if k in ("number", "previous")})
+    if config.stage.previous:
+        config.stage.previous = config.stage.previous.format(
+            finished=finished, unfinished=unfinished
+        )
+    if config.stage.previous == str(unfinished):
+        unfinished.mkdir()
+        (unfinished / "checkpoints").symlink_to(finished / "checkpoints")
+        longer = load(1, labelled)
+        longer.total_steps = 5
+        write_config(unfinished, longer)
+    config.data.batch_size = changes.get("batch", BATCH)
+    config.model.overrides.text_width = changes.get("width", 32)
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", devices=jax.devices()[:1])
