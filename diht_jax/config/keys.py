@@ -222,6 +222,9 @@ KEYS: dict[str, Key] = {
     "data.caption_weights": Key(TextOrSections),
     # More captions in columns of the metadata, by kind, such as "synthetic=re_caption".
     "data.caption_columns": Key(""),
+    # Sentences of a caption that an example has, in a row and drawn each time the record comes; 0:
+    # all of them.
+    "data.caption_sentences": Key(0, NOT_NEGATIVE),
     # Key of the records' metadata that names a class, such as "class_name": records that agree in
     # it are equal pairs (loss.equal_pairs), those without it are equal by their texts.
     "data.class_key": Key(str),

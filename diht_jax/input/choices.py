@@ -1,6 +1,6 @@
-"""Choices among what a record offers to an example: its captions, and crops that teachers saw.
+"""Choices among what a record offers to an example: captions, sentences, crops that teachers saw.
 
-Both are functions of (seed, position), as a random crop is: another choice each time that the
+All are functions of (seed, position), as a random crop is: another choice each time that the
 record comes, the same one on any hosts and after any restart.
 """
 
@@ -23,6 +23,7 @@ from diht_jax.records.captions import (
     caption_kinds,
     check_kind,
     parse_columns,
+    split_sentences,
 )
 from diht_jax.records.labels.clip_embeddings import ClipFacts, Crops
 from diht_jax.records.labels.shards import LabelRecords
@@ -154,6 +155,22 @@ def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice | None
                 f"for {', '.join(weights)}"
             )
     return CaptionChoice(weights or None, columns, batch_size=data.batch_size)
+
+
+def draw_sentences(caption: str, count: int, number: float) -> str:
+    """Some sentences in a row of a caption, from any place alike, joined by spaces.
+
+    Args:
+        caption: of any length; one of no more sentences than `count` stays as it is.
+        count: at least 1.
+        number: drawn from [0, 1).
+    """
+    sentences = split_sentences(caption)
+    starts = len(sentences) - count + 1
+    if starts <= 1:
+        return caption
+    first = int(number * starts)
+    return " ".join(sentences[first : first + count])
 
 
 def _parse_kinds(given: str | Mapping[str, Any] | None) -> dict[str, Points]:

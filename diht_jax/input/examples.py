@@ -17,7 +17,7 @@ import numpy as np
 from diht_jax.data import tokenizer
 from diht_jax.input import decode as images
 from diht_jax.input import fast_crops, transforms
-from diht_jax.input.choices import CaptionChoice, take_view
+from diht_jax.input.choices import CaptionChoice, draw_sentences, take_view
 from diht_jax.records import schema
 from diht_jax.records.labels.clip_embeddings import ClipFacts, decode_embedded
 from diht_jax.records.labels.concepts import decode_joined
@@ -45,6 +45,7 @@ class DecodeExample(grain.transforms.RandomMap):
             an id beyond them is bad. None where that is not known.
         teacher_width: D, of the CLIP teachers' embeddings to take; 0 for none.
         caption_choice: draws one of a record's captions; None takes the first.
+        caption_sentences: of the caption, to draw; 0 takes all.
         pair_ids: examples have ids that are equal for equal texts.
         class_key: of the metadata; records with this key have the id of its value instead.
         decode_record: element of the source -> record; see `for_source`.
@@ -61,6 +62,7 @@ class DecodeExample(grain.transforms.RandomMap):
     vocabulary_sizes: Sequence[int] | None = None
     teacher_width: int = 0
     caption_choice: CaptionChoice | None = None
+    caption_sentences: int = 0
     pair_ids: bool = False
     class_key: str | None = None
     decode_record: Callable[[Any], schema.Record] = schema.decode_record
@@ -131,7 +133,8 @@ class DecodeExample(grain.transforms.RandomMap):
 
         Args:
             element: see `random_map`.
-            rng: decides the crop, and then the caption, so that the crop is the same either way.
+            rng: decides the crop, then the caption, then its sentences, so that what comes before
+                is the same either way.
             position: of the example in the run, for a choice of captions that changes with it.
         """
         record = self.decode_record(element)
@@ -147,6 +150,8 @@ class DecodeExample(grain.transforms.RandomMap):
         caption = record.caption
         if self.caption_choice is not None:
             caption = self.caption_choice.choose(record, rng.random(), position)
+        if self.caption_sentences:
+            caption = draw_sentences(caption, self.caption_sentences, rng.random())
         text = self.text_template.replace(_CAPTION, caption)
         example = {
             "tokens": tokenizer.tokenize(text, self.context_length, self.vocab_size)[0],

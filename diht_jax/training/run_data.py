@@ -43,6 +43,7 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
         vocabulary_sizes=vocabulary and tuple(map(len, vocabulary)),
         teacher_width=teacher_width(config),
         caption_choice=choice,
+        caption_sentences=config.data.caption_sentences,
         pair_ids=needs_pair_ids(config),
         class_key=config.data.class_key,
         vocab_size=arch.vocab_size,
