@@ -291,7 +291,8 @@ class _Models:
             logging.warning("%s: the caption decoder is left out, no format has one", name)
         self.sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
         params, pictures = jax.tree.map(np.asarray, model.params), model.preprocessing
-        return Ingredient(name, model.arch, params, tuple(pictures.mean), tuple(pictures.std))
+        resizing = (pictures.resize, pictures.interpolation)
+        return Ingredient(name, model.arch, params, pictures.mean, pictures.std, resizing)
 
     def mean_loss_scalars(self, members: Sequence[tuple[str, float]]) -> dict[str, float]:
         """The weighted mean of what the losses of the models have learnt; of each that all have."""

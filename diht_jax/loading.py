@@ -20,8 +20,8 @@ from diht_jax.models.positions import fit_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.storage.hub import download, is_hub_name
-from diht_jax.training.initial_parameters import set_architecture
-from diht_jax.training.recipe import default_config
+from diht_jax.training.initial_parameters import set_architecture, set_pictures
+from diht_jax.training.recipe import default_config, pictures_of
 from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
@@ -117,8 +117,7 @@ def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> L
         context_length=model.arch.context_length,
         batch_size=batch_size,
         step=model.step,
-        mean=model.preprocessing.mean,
-        std=model.preprocessing.std,
+        preprocessing=model.preprocessing,
         decoder=jax.device_put(model.decoder, sharding.tree_shardings(model.decoder, mesh)),
         has_tokenizer=model.has_tokenizer,
         logit_bias=model.loss_scalars.get("logit_bias", 0.0),
@@ -163,6 +162,7 @@ def read_model(
             params,
             name,
             heads=heads_to_clip(trained.heads),
+            preprocessing=pictures_of(trained.config),
             config=trained.config,
             decoder=trained.decoder,
             loss_scalars=trained.loss_scalars,
@@ -181,6 +181,7 @@ def read_model(
         )
         _check_released(name, model)
         model = dataclasses.replace(model, config=config_of(model.arch))
+        set_pictures(model.config.model, model.preprocessing)
     return model if dim is None else _with_dim(model, dim)
 
 

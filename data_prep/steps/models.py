@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.jobs.models import is_shared, open_model
 from diht_jax.input.decode import ImageError, decode_rgb
-from diht_jax.input.transforms import eval_transform
+from diht_jax.input.transforms import Preprocessing, eval_transform
 from diht_jax.storage.hub import is_hub_name
 from diht_jax.storage.stores import is_remote
 from diht_jax.weights.releases import CONTAINED, RELEASES, locate_weights
@@ -41,13 +41,13 @@ class Encoder:
         self._model = open_model(functools.partial(_load, model, batch_size))
         self._batch_size = batch_size
         if not is_shared():
-            _ = self.image_size  # loading is no pair's fault, and no part of a step's time
+            _ = self.pictures  # loading is no pair's fault, and no part of a step's time
 
     @functools.cached_property
-    def image_size(self) -> int:
-        """Side of the pictures that the model takes, in pixels."""
-        (size,) = self._model.map("find_image_size", [()])
-        return size
+    def pictures(self) -> tuple[int, Preprocessing]:
+        """Side of the pictures that the model takes, in pixels, and how they are made."""
+        (found,) = self._model.map("describe_pictures", [()])
+        return found
 
     def embed_images(self, images: Sequence[bytes]) -> list[np.ndarray | str]:
         """Decodes pictures, while a shared model works on those before.
@@ -59,12 +59,13 @@ class Encoder:
         readable: list[int] = []  # numbers of those that the model gets
 
         def decode() -> Iterator[tuple[np.ndarray, int]]:
+            size, preprocessing = self.pictures
             for start in range(0, len(images), self._batch_size):
-                shape = (self._batch_size, self.image_size, self.image_size, 3)
+                shape = (self._batch_size, size, size, 3)
                 pixels, count = np.zeros(shape, np.uint8), 0
                 for number in range(start, min(start + self._batch_size, len(images))):
                     try:
-                        picture = eval_transform(decode_rgb(images[number]), self.image_size)
+                        picture = eval_transform(decode_rgb(images[number]), size, preprocessing)
                     except ImageError as error:
                         found[number] = error.reason
                         continue
@@ -95,8 +96,9 @@ class _Loaded:
 
         self._model = load_model(model, batch_size=batch_size)
 
-    def find_image_size(self) -> int:
-        return self._model.image_size
+    def describe_pictures(self) -> tuple[int, Preprocessing]:
+        """Their side in pixels, and their preprocessing."""
+        return self._model.image_size, self._model.preprocessing
 
     def encode_images(self, pixels: np.ndarray, count: int) -> np.ndarray:
         """float32 [count, d] of the first of uint8 [b, size, size, 3]."""

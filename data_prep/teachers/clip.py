@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 import numpy as np
@@ -29,8 +29,12 @@ from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.records.labels.clip_embeddings import DTYPES, ClipFacts, ClipTeacher, Crops
 from diht_jax.records.schema import Record
 
-# What a record that could be embedded is prepared as: side in px -> uint8 [views, side, side, 3].
-Views = dict[int, np.ndarray]
+if TYPE_CHECKING:
+    from diht_jax.weights.inference import LoadedModel
+
+# What a record that could be embedded is prepared as: side in px and preprocessing -> uint8 [views,
+# side, side, 3].
+Views = dict[tuple[int, transforms.Preprocessing], np.ndarray]
 
 
 KEYS: dict[str, Any] = {
@@ -106,13 +110,18 @@ class ClipTeachers(Teacher):
             image = decode_rgb(record.image)
         except ImageError as error:
             return f"image_{error.reason}"
-        crops, sizes = self.facts.crops, {teacher.image_size for teacher in self._models}
+        crops, forms = self.facts.crops, set(map(_pictures_of, self._models))
         if not crops.count:
-            return {size: transforms.eval_transform(image, size)[None] for size in sizes}
+            return {form: transforms.eval_transform(image, *form)[None] for form in forms}
         boxes = [crop_box(crops, record.key, i, *image.size) for i in range(crops.count)]
         return {
-            size: np.stack([transforms.crop_to_square(image, box, size) for box in boxes])
-            for size in sizes
+            (size, pictures): np.stack(
+                [
+                    transforms.crop_to_square(image, box, size, pictures.interpolation)
+                    for box in boxes
+                ]
+            )
+            for size, pictures in forms
         }
 
     def _embed_chunk(self, records: Sequence[Record], results: list[Any]) -> None:
@@ -122,7 +131,7 @@ class ClipTeachers(Teacher):
             return
         parts = []
         for model in self._models:
-            views = np.concatenate([results[i][model.image_size] for i in good])
+            views = np.concatenate([results[i][_pictures_of(model)] for i in good])
             image_emb = model.encode_image(views).reshape(len(good), -1, model.embed_dim)
             text_emb = model.encode_text([records[i].caption for i in good])
             parts.append(np.concatenate([image_emb, text_emb[:, None]], axis=1))
@@ -134,6 +143,10 @@ class ClipTeachers(Teacher):
             )
         for vector, i in zip(vectors, good, strict=True):
             results[i] = vector
+
+
+def _pictures_of(model: LoadedModel) -> tuple[int, transforms.Preprocessing]:
+    return model.image_size, model.preprocessing
 
 
 def load_clip_teachers(config: ml_collections.ConfigDict) -> ClipTeachers:

@@ -120,6 +120,12 @@ KEYS: dict[str, Key] = {
     # Work directory, weight file or name of a model whose parameters and architecture a new run
     # starts with: docs/guides/train/finetuning.md.
     "model.init_from": Key(str, per_host=True),
+    # Preprocessing of pictures: where not set that of the model of `init_from`, or else CLIP's.
+    "model.pictures.mean": Key(tuple),  # per channel, for values in [0, 1]
+    "model.pictures.std": Key(tuple),  # likewise
+    # In evaluation: "crop" (short side scaled, centre cropped) or "squash" (both sides scaled).
+    "model.pictures.resize": Key(str),
+    "model.pictures.interpolation": Key(str),  # "bicubic" or "bilinear"
     # Fields of models.zoo.Architecture to replace.
     **{
         f"model.overrides.{field}": Key(kind, COUNT if kind is int else None)

@@ -30,6 +30,7 @@ class Ingredient:
         arch: sizes, activation and the like.
         params: nested dict of arrays of `models.parameters`.
         mean, std: of its pictures, per channel.
+        resizing: of its pictures, and the interpolation.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Ingredient:
     params: Parameters
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    resizing: tuple[str, ...] = ()
 
 
 Read = Callable[[str], Ingredient]
@@ -104,6 +106,7 @@ def check_same_architecture(first: Ingredient, other: Ingredient) -> None:
     }
     settings["mean of the pictures"] = other.mean, first.mean
     settings["deviation of the pictures"] = other.std, first.std
+    settings["resizing of the pictures"] = other.resizing, first.resizing
     for name, (value, wanted) in settings.items():
         if value != wanted and not _is_default_width(name, value, wanted):
             raise ValueError(

@@ -51,6 +51,7 @@ class DecodeExample(grain.transforms.RandomMap):
         decode_record: element of the source -> record; see `for_source`.
         clip_facts: of the teachers' embeddings; None where the source has none.
         vocab_size: entries of the text tower's vocabulary.
+        interpolation: of the pictures, as in `transforms.Preprocessing`.
     """
 
     image_size: int
@@ -68,6 +69,7 @@ class DecodeExample(grain.transforms.RandomMap):
     decode_record: Callable[[Any], schema.Record] = schema.decode_record
     clip_facts: ClipFacts | None = None
     vocab_size: int = tokenizer.VOCAB_SIZE
+    interpolation: str = "bicubic"
 
     def __post_init__(self):
         if _CAPTION not in self.text_template:
@@ -191,10 +193,11 @@ class DecodeExample(grain.transforms.RandomMap):
         return {ids_name: ids, probs_name: probs}
 
     def _plan_crop(self, data: bytes, rng: np.random.Generator) -> Callable[[], np.ndarray]:
+        options = {"scale": self.crop_scale, "interpolation": self.interpolation}
         if self.fast_decode:
-            return fast_crops.plan_random_crop(data, self.image_size, rng, self.crop_scale)
+            return fast_crops.plan_random_crop(data, self.image_size, rng, **options)
         image = images.decode_rgb(data)
-        crop = transforms.train_transform(image, self.image_size, rng, self.crop_scale)
+        crop = transforms.train_transform(image, self.image_size, rng, **options)
         return lambda: crop
 
 

@@ -47,6 +47,7 @@ def plan_random_crop(
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
 ) -> Callable[[], np.ndarray]:
     """Draws a random crop; what is returned decodes it, scaled to a square.
 
@@ -62,6 +63,7 @@ def plan_random_crop(
         rng: decides the crop.
         scale: range of the crop's share of the picture's area.
         ratio: range of the crop's width / height.
+        interpolation: of `transforms.Preprocessing`.
 
     Returns:
         A function that gives uint8 [size, size, 3], possibly read-only; the same for the same
@@ -75,25 +77,30 @@ def plan_random_crop(
     if image_size is None:
         image = decode.open_image(data)
         if not _is_ordinary_jpeg(image):
-            crop = transforms.train_transform(decode.load_rgb(image), size, rng, scale, ratio)
+            picture = decode.load_rgb(image)
+            crop = transforms.train_transform(picture, size, rng, scale, ratio, interpolation)
             return lambda: crop
         image_size = image.size
     box = transforms.sample_crop_box(*image_size, rng, scale, ratio)
-    return functools.partial(_decode_crop, data, image_size, box, size)
+    return functools.partial(_decode_crop, data, image_size, box, size, interpolation)
 
 
 def _decode_crop(
-    data: bytes, image_size: tuple[int, int], box: tuple[int, int, int, int], size: int
+    data: bytes,
+    image_size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    size: int,
+    interpolation: str,
 ) -> np.ndarray:
     """A crop of an ordinary JPEG file."""
     reduction = choose_reduction(box, size)
     pixels = _decode_jpeg(data, image_size, reduction)
     if pixels is None:
-        return transforms.crop_to_square(decode.decode_rgb(data), box, size)
+        return transforms.crop_to_square(decode.decode_rgb(data), box, size, interpolation)
     left, top, right, bottom = (
         edge // reduction for edge in reduce_box(box, image_size, reduction)
     )
-    return scale_to_square(pixels[top:bottom, left:right], size)
+    return scale_to_square(pixels[top:bottom, left:right], size, interpolation)
 
 
 def choose_reduction(box: tuple[int, int, int, int], size: int) -> int:
@@ -123,7 +130,7 @@ def reduce_box(
     )
 
 
-def scale_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
+def scale_to_square(pixels: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
     """Scales as `transforms.crop_to_square` does, to within the rounding of a pass.
 
     Where cykooz-resizer is not installed Pillow scales, in four times its time.
@@ -131,15 +138,15 @@ def scale_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
     Args:
         pixels: uint8 [h, w, 3], a view of a larger picture or not.
         size: pixels, of both sides of the result.
+        interpolation: of `transforms.Preprocessing`.
 
     Returns:
         uint8 [size, size, 3], possibly read-only.
     """
     if cykooz_resizer is None:
-        return transforms.crop_to_square(
-            Image.fromarray(pixels), (0, 0, pixels.shape[1], pixels.shape[0]), size
-        )
-    resizer, options = _resizer()
+        box = (0, 0, pixels.shape[1], pixels.shape[0])
+        return transforms.crop_to_square(Image.fromarray(pixels), box, size, interpolation)
+    resizer, options = _resizer(interpolation)
     height, width = pixels.shape[:2]
     scaled = cykooz_resizer.ImageData(size, size, cykooz_resizer.PixelType.U8x3)
     whole = cykooz_resizer.ImageData(width, height, cykooz_resizer.PixelType.U8x3, pixels.tobytes())
@@ -147,14 +154,19 @@ def scale_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.frombuffer(scaled.get_buffer(), np.uint8).reshape(size, size, 3)  # a copy
 
 
-def _resizer() -> tuple[cykooz_resizer.Resizer, cykooz_resizer.ResizeOptions]:
-    """This thread's resizer, and the options of an antialiased cubic filter."""
-    if not hasattr(_kept, "resizer"):
+def _resizer(
+    interpolation: str,
+) -> tuple[cykooz_resizer.Resizer, cykooz_resizer.ResizeOptions]:
+    """This thread's resizer, and the options of an antialiased filter."""
+    kept = vars(_kept).setdefault("resizers", {})
+    if interpolation not in kept:
         # Pillow's BICUBIC is the cubic with a = -0.5, which is Catmull and Rom's.
-        cubic = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)
-        options = cykooz_resizer.ResizeOptions(resize_alg=cubic, use_alpha=False)
-        _kept.resizer = cykooz_resizer.Resizer(), options
-    return _kept.resizer
+        names = {"bicubic": "catmull_rom", "bilinear": "bilinear"}
+        kind = getattr(cykooz_resizer.FilterType, names[interpolation])
+        convolution = cykooz_resizer.ResizeAlg.convolution(kind)
+        options = cykooz_resizer.ResizeOptions(resize_alg=convolution, use_alpha=False)
+        kept[interpolation] = cykooz_resizer.Resizer(), options
+    return kept[interpolation]
 
 
 def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ copy.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
@@ -23,16 +24,53 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_SCALED_PIXELS = 2**25
 _CROP_TRIES = 10
 
+RESIZES = ("crop", "squash")
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+INTERPOLATIONS = tuple(_FILTERS)
 
-def eval_transform(image: Image.Image, size: int) -> np.ndarray:
-    """Scales the short side to `size` and crops the centre.
 
-    Equal to torchvision's `Resize(size, BICUBIC)` and `CenterCrop(size)` on Pillow images. Ours:
-    of a picture hundreds of times longer than wide, only the centre is scaled.
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """Preprocessing of the pictures of a model, by default CLIP's.
+
+    Attributes:
+        mean: per channel, for values in [0, 1].
+        std: likewise.
+        resize: "crop" scales the short side and crops the centre; "squash" scales both sides, and
+            keeps all of the picture but not its aspect ratio.
+        interpolation: "bicubic" or "bilinear", both antialiased.
+    """
+
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    resize: str = "crop"
+    interpolation: str = "bicubic"
+
+    def __post_init__(self):
+        for name, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}='{getattr(self, name)}': expected {' or '.join(known)}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name}={values}: expected three numbers, one for each channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={self.std}: expected positive numbers")
+
+
+def eval_transform(
+    image: Image.Image, size: int, preprocessing: Preprocessing = Preprocessing()
+) -> np.ndarray:
+    """Makes a square of a picture: scaled and cropped, or squashed.
+
+    Equal to torchvision's `Resize(size)` and `CenterCrop(size)`, or `Resize((size, size))`, on
+    Pillow images. Ours: of a picture hundreds of times longer than wide, only the centre is scaled
+    before it is cropped.
 
     Args:
         image: mode "RGB", any size.
         size: pixels, of both sides of the result.
+        preprocessing: how it is resized; mean and deviation are for `normalize`.
 
     Returns:
         uint8 [size, size, 3], writable.
@@ -41,6 +79,9 @@ def eval_transform(image: Image.Image, size: int) -> np.ndarray:
         ValueError: not an RGB picture, or no positive size.
     """
     size = _check_input(image, size)
+    if preprocessing.resize == "squash":
+        box = (0, 0, image.width, image.height)
+        return crop_to_square(image, box, size, preprocessing.interpolation)
     if size**2 * max(image.size) / min(image.size) > _MAX_SCALED_PIXELS:
         image = _cut_off_ends(image)
     width, height = image.size
@@ -51,7 +92,7 @@ def eval_transform(image: Image.Image, size: int) -> np.ndarray:
     # Python's round, to even: torchvision's choice of the centre.
     left = round((scaled_width - size) / 2)
     top = round((scaled_height - size) / 2)
-    scaled = image.resize((scaled_width, scaled_height), Image.Resampling.BICUBIC)
+    scaled = image.resize((scaled_width, scaled_height), _FILTERS[preprocessing.interpolation])
     return np.array(scaled.crop((left, top, left + size, top + size)))
 
 
@@ -61,8 +102,9 @@ def train_transform(
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
 ) -> np.ndarray:
-    """A random crop, scaled to a square (bicubic, antialiased).
+    """A random crop, scaled to a square (antialiased).
 
     Args:
         image: mode "RGB", any size.
@@ -70,6 +112,7 @@ def train_transform(
         rng: decides the crop.
         scale: range of the crop's share of the picture's area.
         ratio: range of the crop's width / height.
+        interpolation: of `Preprocessing`.
 
     Returns:
         uint8 [size, size, 3], writable.
@@ -78,11 +121,17 @@ def train_transform(
         ValueError: not an RGB picture, no positive size, or an invalid range.
     """
     size = _check_input(image, size)
-    return crop_to_square(image, sample_crop_box(*image.size, rng, scale, ratio), size)
+    box = sample_crop_box(*image.size, rng, scale, ratio)
+    return crop_to_square(image, box, size, interpolation)
 
 
-def crop_to_square(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """A part of a picture, scaled to a square (bicubic, antialiased).
+def crop_to_square(
+    image: Image.Image,
+    box: tuple[int, int, int, int],
+    size: int,
+    interpolation: str = "bicubic",
+) -> np.ndarray:
+    """A part of a picture, scaled to a square (antialiased).
 
     Equal to torchvision's `resized_crop` on Pillow images.
 
@@ -90,11 +139,12 @@ def crop_to_square(image: Image.Image, box: tuple[int, int, int, int], size: int
         image: mode "RGB".
         box: left, top, right, bottom in pixels, inside of the picture.
         size: pixels, of both sides of the result.
+        interpolation: of `Preprocessing`.
 
     Returns:
         uint8 [size, size, 3], writable.
     """
-    return np.array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+    return np.array(image.crop(box).resize((size, size), _FILTERS[interpolation]))
 
 
 def sample_crop_box(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -40,11 +41,11 @@ def bind_architecture(
     workdir: epath.Path | None = None,
     set_keys: Collection[str] | None = None,
 ) -> ml_collections.ConfigDict:
-    """The config, with the architecture of the model in `config.model.init_from`, if any.
+    """The config, with architecture and pictures of the model in `config.model.init_from`, if any.
 
-    The user's own settings stay: with `model.name` all of it, else the `model.overrides` that were
-    set. A recipe for the same model keeps its sizes of images and texts, to which positions are
-    fitted.
+    The user's own settings stay: with `model.name` all of the architecture, else the
+    `model.overrides`, and the `model.pictures` that were set. A recipe for the same model keeps its
+    sizes of images and texts, to which positions are fitted.
 
     Args:
         config: of the run.
@@ -58,23 +59,26 @@ def bind_architecture(
         return config
     if set_keys is None:
         set_keys = _changed_keys(config.model)
-    if "model.name" in set_keys:
-        return config
+    keeps_name = "model.name" in set_keys
     bound = config.copy_and_resolve_references()
     if workdir is not None and _has_checkpoint(workdir):
         stored = _read_section(workdir)
-        bound.model.name = stored.name
-        bound.model.overrides.update(stored.overrides)
+        pictures = stored.pictures
+        if not keeps_name:
+            bound.model.name = stored.name
+            bound.model.overrides.update(stored.overrides)
     else:
+        arch, pictures = _read_start(config.model.init_from)
         own = get_architecture(config.model.name, config.model.overrides.to_dict())
-        arch = _read_architecture(config.model.init_from)
-        if not _differing_fields(arch, own):
-            return config
-        set_architecture(bound.model, arch)
-        logging.info("architecture: that of %s", config.model.init_from)
+        if not keeps_name and _differing_fields(arch, own):
+            set_architecture(bound.model, arch)
+            logging.info("architecture: that of %s", config.model.init_from)
     for field in ARCHITECTURE_FIELDS:
         if f"model.overrides.{field}" in set_keys:
             bound.model.overrides[field] = config.model.overrides[field]
+    for name, value in pictures.items():
+        if f"model.pictures.{name}" not in set_keys:
+            bound.model.pictures[name] = value
     return bound
 
 
@@ -116,21 +120,15 @@ def initial_parameters(
 
 def _read_weights(source: str) -> ModelFiles:
     try:
-        weights = read_weights(locate_weights(source))
+        return read_weights(locate_weights(source))
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
-    pictures = weights.preprocessing
-    if pictures != Preprocessing():
-        raise ValueError(
-            f"config.model.init_from={source}: its pictures have mean {pictures.mean} and "
-            f"deviation {pictures.std}; training knows those of CLIP alone, {Preprocessing()}"
-        )
-    return weights
 
 
 def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
-    """Dotted names of the keys of the architecture that differ from the default ones."""
+    """Dotted names of the keys of architecture and pictures that differ from the default ones."""
     changed = {f"model.overrides.{k}" for k, v in section.overrides.items() if v is not None}
+    changed |= {f"model.pictures.{k}" for k, v in section.pictures.items() if v is not None}
     return changed | ({"model.name"} if section.name != default_config().model.name else set())
 
 
@@ -139,15 +137,19 @@ def _has_checkpoint(workdir: epath.Path) -> bool:
     return has_config and bool(finished_steps(workdir / CHECKPOINT_DIRECTORY))
 
 
-def _read_architecture(source: str) -> Architecture:
+def _read_start(source: str) -> tuple[Architecture, ml_collections.ConfigDict]:
+    """The architecture, and the section `model.pictures`, of the model of a path or name."""
+    section = default_config().model
     if source in RELEASES:
-        return ARCHITECTURES[source]
+        return ARCHITECTURES[source], section.pictures
     folder = local_run(source)
     if not is_run(folder):
-        return _read_weights(source).arch
+        weights = _read_weights(source)
+        set_pictures(section, weights.preprocessing)
+        return weights.arch, section.pictures
     try:
         section = _read_section(folder)
-        return get_architecture(section.name, section.overrides.to_dict())
+        return get_architecture(section.name, section.overrides.to_dict()), section.pictures
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
 
@@ -167,6 +169,13 @@ def set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> 
     for field in ARCHITECTURE_FIELDS:
         value = getattr(arch, field)
         section.overrides[field] = None if value == getattr(base, field) else value
+
+
+def set_pictures(section: ml_collections.ConfigDict, preprocessing: Preprocessing) -> None:
+    """Makes a section `model` describe a preprocessing: by what differs from CLIP's."""
+    default = Preprocessing()
+    for name, value in dataclasses.asdict(preprocessing).items():
+        section.pictures[name] = None if value == getattr(default, name) else value
 
 
 def _check_same_architecture(

@@ -10,6 +10,7 @@ import ml_collections
 from diht_jax.config.checks import validate_config
 from diht_jax.config.keys import FIXED, KEYS, Key, build_config, check_ranges
 from diht_jax.config.overrides import DURATION_UNITS
+from diht_jax.input.transforms import Preprocessing
 from diht_jax.losses.registry import default_settings
 from diht_jax.training.monitoring.trackers.registry import tracker_names
 from diht_jax.training.optimizer import decay_start
@@ -54,6 +55,21 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     validate_config(config, build_config(keys))
     check_ranges(config, keys)
     tracker_names(config.trackers)
+    pictures_of(config)
+
+
+def pictures_of(config: ml_collections.ConfigDict) -> Preprocessing:
+    """The preprocessing of a run's pictures.
+
+    Raises:
+        ValueError: a value that no preprocessing has.
+    """
+    given = {name: value for name, value in config.model.pictures.items() if value is not None}
+    given |= {name: tuple(given[name]) for name in ("mean", "std") if name in given}
+    try:
+        return Preprocessing(**given)
+    except ValueError as error:
+        raise ValueError(f"config.model.pictures.{error}") from error
 
 
 def key_of(name: str) -> Key:

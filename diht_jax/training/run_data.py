@@ -17,6 +17,7 @@ from diht_jax.models.zoo import get_architecture
 from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.training.multihost import check_together
 from diht_jax.training.objective import needs_pair_ids, num_labels, teacher_width
+from diht_jax.training.recipe import pictures_of
 
 
 def open_data(config: ml_collections.ConfigDict) -> Mixture:
@@ -47,6 +48,7 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
         pair_ids=needs_pair_ids(config),
         class_key=config.data.class_key,
         vocab_size=arch.vocab_size,
+        interpolation=pictures_of(config).interpolation,
     )
     return check_together(
         lambda: open_mixture(

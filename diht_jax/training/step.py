@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
 from diht_jax import sharding
-from diht_jax.input.transforms import normalize
+from diht_jax.input.transforms import Preprocessing, normalize
 from diht_jax.losses.term import Term
 from diht_jax.models.attention import target_of
 from diht_jax.models.dual_encoder import l2_normalize
@@ -28,6 +28,7 @@ from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import Architecture
 from diht_jax.training.objective import active_terms, total_loss
 from diht_jax.training.optimizer import merge_parameters, split_parameters
+from diht_jax.training.recipe import pictures_of
 from diht_jax.training.sharded_encode import ParameterGather, encode_on_mesh
 from diht_jax.training.state import TrainState, update_average
 
@@ -115,6 +116,7 @@ def loss_gradients(
         definition=definition,
         terms=terms,
         gather=ParameterGather(state.params, mesh, jnp.dtype(definition.dtype)),
+        pictures=pictures_of(config),
     )
     # Differentiating by the trained parameters alone spares a locked tower its backward pass.
     trained, frozen = split_parameters(config.optimizer, state.params)
@@ -147,6 +149,7 @@ def encode_examples(
     definition: ModelDefinition,
     terms: Sequence[Term],
     gather: ParameterGather | None,
+    pictures: Preprocessing,
 ) -> dict[str, Float[Array, "b ..."]]:
     """Embeds examples on one device, from its part of the parameters.
 
@@ -157,6 +160,7 @@ def encode_examples(
         definition: of the model.
         terms: of the objective.
         gather: makes parameters whole; None where they are.
+        pictures: mean and deviation of the images.
 
     Returns:
         `image_emb` and `text_emb`, float32 [b, d], L2-normalised; losses of terms, float32 [b];
@@ -166,7 +170,9 @@ def encode_examples(
     model = merge_model(definition, params)
     reads_tokens = any(term.reads_image_tokens for term in terms)
     seen = (model.vision.tokens if reads_tokens else model.vision.features)(
-        normalize(examples["images"], jnp.dtype(definition.dtype)),
+        normalize(
+            examples["images"], jnp.dtype(definition.dtype), mean=pictures.mean, std=pictures.std
+        ),
         kept_patches=examples.get("kept_patches"),
         gather=gather.block("vision") if gather else None,
     )

@@ -32,6 +32,7 @@ from diht_jax.training.multihost import (
     share_from_first,
 )
 from diht_jax.training.program import TrainProgram
+from diht_jax.training.recipe import pictures_of
 from diht_jax.training.state import TrainState
 from diht_jax.training.workdir.checkpoint import BestStep
 from diht_jax.weights.inference import LoadedModel
@@ -210,6 +211,7 @@ class RunEvaluation:
                 image_size=self._program.arch.image_size,
                 context_length=self._program.arch.context_length,
                 batch_size=self._config.evaluation.batch_size,
+                preprocessing=pictures_of(self._config),
             )
         self._model.update(params, step)
         return self._model

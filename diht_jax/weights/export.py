@@ -19,7 +19,7 @@ from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
 from diht_jax.weights import clip_layout, huggingface, open_clip_config, tokenizer_file
 from diht_jax.weights.programs import onnx, stablehlo
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.settings import Preprocessing, make_preprocessor
 from diht_jax.weights.source import (
     HUGGINGFACE_CONFIG,
     HUGGINGFACE_MERGES,
@@ -166,7 +166,7 @@ def _write_huggingface(
     dtype: str,
 ) -> None:
     _write_json(output / HUGGINGFACE_CONFIG, huggingface.make_config(arch, dtype))
-    preprocessor = huggingface.make_preprocessor(arch, preprocessing)
+    preprocessor = make_preprocessor(arch, preprocessing)
     _write_json(output / HUGGINGFACE_PREPROCESSOR, preprocessor)
     write_safetensors(output / "model.safetensors", tensors)
 

@@ -15,9 +15,7 @@ from diht_jax.models.zoo import Architecture
 from diht_jax.weights.layout import Layout, Tensors, bias, linear, norm, to_layout
 from diht_jax.weights.settings import (
     ConfigSection,
-    Preprocessing,
     make_architecture,
-    make_preprocessing,
     mlp_width_unless_usual,
     only_value,
 )
@@ -27,7 +25,6 @@ BUFFERS = frozenset(("text_model.embeddings.position_ids", "vision_model.embeddi
 
 # Of configs older than transformers' fix of the text pooling: the largest id is meant.
 _LEGACY_EOS = 2
-_BICUBIC_IN_PIL = 3
 # transformers writes only what differs from the defaults of a model's config, which stand here.
 _CLIP_TOWER = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _SIGLIP_TOWER = {
@@ -301,37 +298,6 @@ def make_config(arch: Architecture, dtype: str) -> dict[str, Any]:
             image_size=arch.image_size,
             patch_size=arch.patch_size,
         ),
-    }
-
-
-def read_preprocessing(config: Mapping[str, Any], path: str) -> Preprocessing:
-    """The preprocessing in `preprocessor_config.json`; CLIP's where a field is missing.
-
-    Raises:
-        ValueError: a step is left out, or pictures are resized by another filter.
-    """
-    steps = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True)
-    wanted = {**steps, "resample": _BICUBIC_IN_PIL}
-    mean, std = config.get("image_mean"), config.get("image_std")
-    return make_preprocessing(config, mean, std, wanted, path)
-
-
-def make_preprocessor(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
-    """Contents of `preprocessor_config.json` for transformers' `CLIPImageProcessor`."""
-    size = arch.image_size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": _BICUBIC_IN_PIL,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocessing.mean),
-        "image_std": list(preprocessing.std),
     }
 
 

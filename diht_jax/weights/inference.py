@@ -26,6 +26,7 @@ from diht_jax.data import tokenizer
 from diht_jax.extras.caption_decoder import decode_captions, merge_decoder
 from diht_jax.input import transforms
 from diht_jax.input.decode import decode_rgb, load_rgb
+from diht_jax.input.transforms import Preprocessing
 from diht_jax.models.parameters import ModelDefinition, merge_model
 
 # A picture: of PIL, the path of a file, or uint8 [h, w, 3].
@@ -40,6 +41,7 @@ class LoadedModel:
         config: the training config that the model came with.
         image_size: side of the images it takes, in pixels.
         context_length: length of the texts it takes, in tokens.
+        preprocessing: of the images.
         step: optimiser step of the parameters, or None.
         logit_bias: SigLIP's, learnt with its loss: logits are `logit_scale * similarity +
             logit_bias`, and their sigmoid is the probability of a pair; 0 where there is none.
@@ -56,8 +58,7 @@ class LoadedModel:
         context_length: int,
         batch_size: int = 256,
         step: int | None = None,
-        mean: Sequence[float] = transforms.CLIP_MEAN,
-        std: Sequence[float] = transforms.CLIP_STD,
+        preprocessing: Preprocessing | None = None,
         decoder: dict[str, Any] | None = None,
         has_tokenizer: bool = True,
         logit_bias: float = 0.0,
@@ -69,13 +70,14 @@ class LoadedModel:
             mesh: axes `data` and `fsdp`.
             config, image_size, context_length, step: see the class.
             batch_size: most examples embedded at once, over all devices.
-            mean, std: of the pictures, per channel, for values in [0, 1].
+            preprocessing: of the pictures; CLIP's by default.
             decoder: parameters of the caption decoder, of a model that was trained with one.
             has_tokenizer: texts are tokenized by `data.tokenizer`; otherwise it takes ids alone.
             logit_bias: see the class.
         """
         self.config, self.step, self.logit_bias = config, step, logit_bias
         self.image_size, self.context_length = image_size, context_length
+        self.preprocessing = preprocessing or Preprocessing()
         self._params, self._decoder = params, decoder
         self._has_tokenizer = has_tokenizer
         self._batch_sharding = sharding.batch_sharding(mesh)
@@ -83,6 +85,7 @@ class LoadedModel:
         self._batch_size = math.ceil(batch_size / mesh.size) * mesh.size
         dtype = jnp.dtype(config.model.dtype)
         whole = sharding.replicated(mesh)
+        mean, std = self.preprocessing.mean, self.preprocessing.std
 
         def encode_image(params, images):
             pixels = transforms.normalize(images, dtype, mean=mean, std=std)
@@ -134,13 +137,16 @@ class LoadedModel:
     def fingerprint(self, *, decoder: bool = False) -> str:
         """SHA-256 over names, shapes and float32 values of all parameters, in hex.
 
-        Equal for the same parameters from any file, format or placement.
+        Equal for the same parameters from any file, format or placement. Preprocessing other than
+        CLIP's counts as well.
 
         Args:
             decoder: of the caption decoder as well, on which embeddings do not depend.
         """
         params = (self._params, self._decoder) if decoder else self._params
         digest = hashlib.sha256()
+        if self.preprocessing != Preprocessing():
+            digest.update(f"{self.preprocessing}\n".encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             digest.update(f"{name} {tuple(leaf.shape)}\n".encode())
@@ -150,9 +156,10 @@ class LoadedModel:
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """PIL image of any size and mode -> uint8 [size, size, 3].
 
-        Transparency is composed on white, as in training; short side resized, centre cropped.
+        Transparency is composed on white, as in training; then, as the model has it, the short side
+        is resized and the centre cropped, or both sides are resized.
         """
-        return transforms.eval_transform(load_rgb(image), self.image_size)
+        return transforms.eval_transform(load_rgb(image), self.image_size, self.preprocessing)
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Texts -> int32 [b, context_length]."""

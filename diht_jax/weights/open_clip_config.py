@@ -13,7 +13,7 @@ from diht_jax.weights.settings import (
     ConfigSection,
     Preprocessing,
     make_architecture,
-    make_preprocessing,
+    make_preprocess_cfg,
     mlp_width_unless_usual,
     only_value,
 )
@@ -97,26 +97,8 @@ def make_config(arch: Architecture, preprocessing: Preprocessing) -> dict[str, A
                 **pooling,
             },
         },
-        "preprocess_cfg": {
-            "size": arch.image_size,
-            "mode": "RGB",
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
+        "preprocess_cfg": make_preprocess_cfg(arch, preprocessing),
     }
-
-
-def read_preprocessing(config: Any, path: str) -> Preprocessing:
-    """The preprocessing in "preprocess_cfg"; CLIP's where a field is missing.
-
-    Raises:
-        ValueError: pictures are squashed or padded, or resized by another filter; or no object.
-    """
-    values = ConfigSection(config, "preprocessing", path).values
-    wanted = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}
-    return make_preprocessing(values, values.get("mean"), values.get("std"), wanted, path)
 
 
 def _refuse_extras(vision: Mapping[str, Any], text: Mapping[str, Any], path: str) -> None:

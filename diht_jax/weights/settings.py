@@ -7,28 +7,15 @@ not have is an error, never ignored.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD
+from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD, INTERPOLATIONS, Preprocessing
 from diht_jax.models.zoo import Architecture
 
 # Far above any model's sizes, and small enough to be multiplied.
 _LARGEST_SIZE = 2**24
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """Preprocessing of pictures, after resizing and centre crop (bicubic).
-
-    Attributes:
-        mean, std: per channel, for values in [0, 1].
-    """
-
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
 
 
 class ConfigSection:
@@ -94,28 +81,156 @@ def make_architecture(path: str, **fields: Any) -> Architecture:
         raise ValueError(f"{path}: {error}") from error
 
 
-def make_preprocessing(
-    config: Mapping[str, Any], mean: Any, std: Any, wanted: Mapping[str, Any], path: str
-) -> Preprocessing:
-    """The preprocessing of another library's config, with CLIP's numbers where some are None.
+def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
+    """The preprocessing in transformers' `preprocessor_config.json`.
+
+    What the file leaves out is as in its image processor: that of SigLIP, or else of CLIP.
 
     Raises:
-        ValueError: a setting has another value than the wanted one, which is all that ours has, or
-            the numbers are none.
+        ValueError: a step is left out, or is one that ours does not have.
     """
+    kind = str(config.get("image_processor_type", config.get("feature_extractor_type", "CLIP")))
+    if kind.startswith("Siglip2"):
+        raise ValueError(
+            f"{path}: image_processor_type={kind!r:.80}: pictures of many shapes (NaFlex), while "
+            "our models take squares; use a checkpoint of fixed resolution"
+        )
+    is_siglip = kind.startswith("Siglip")
+    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+    _require_values(config, steps, path)
+    factor = config.get("rescale_factor", 1 / 255)
+    if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{path}: rescale_factor={factor!r:.80}; our preprocessing has 1/255 only")
+    numbers = {2: "bilinear", 3: "bicubic"}  # of Pillow's filters
+    resample = config.get("resample", 3)
+    if not isinstance(resample, int) or resample not in numbers:
+        raise ValueError(
+            f"{path}: resample={resample!r:.80}; our preprocessing has 3 (bicubic) and 2 (bilinear)"
+        )
+    default = ((0.5,) * 3, (0.5,) * 3) if is_siglip else (CLIP_MEAN, CLIP_STD)
+    return _make_preprocessing(
+        config.get("image_mean"),
+        config.get("image_std"),
+        default,
+        path,
+        resize=_read_resize(config, is_siglip, path),
+        interpolation=numbers[resample],
+    )
+
+
+def _read_resize(config: Mapping[str, Any], is_siglip: bool, path: str) -> str:
+    """How a config of transformers makes a square of a picture."""
+    size = config.get("size", {"height": 0, "width": 0} if is_siglip else {"shortest_edge": 0})
+    side = _side(size, "size", path)
+    crops = bool(config.get("do_center_crop", not is_siglip))
+    is_squashed = isinstance(size, Mapping) and "shortest_edge" not in size
+    both = crops and "crop_size" in config and "size" in config
+    if both and _side(config["crop_size"], "crop_size", path) != side:
+        raise ValueError(
+            f"{path}: crop_size={config['crop_size']!r:.80} differs from size={size!r:.80}; our "
+            "preprocessing crops pictures to the size that their short side is scaled to"
+        )
+    if not (crops or is_squashed):
+        raise ValueError(
+            f"{path}: do_center_crop=False with size={size!r:.80}; our preprocessing makes "
+            "squares: by a crop, or from a size with 'height' and 'width'"
+        )
+    return "squash" if is_squashed else "crop"
+
+
+def make_preprocessor(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
+    """Contents of `preprocessor_config.json`, which transformers' image processors read."""
+    square = {"height": arch.image_size, "width": arch.image_size}
+    crops = preprocessing.resize == "crop"
+    return {
+        "image_processor_type": "CLIPImageProcessor" if crops else "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": arch.image_size} if crops else square,
+        "resample": 3 if preprocessing.interpolation == "bicubic" else 2,
+        **({"do_center_crop": True, "crop_size": square} if crops else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
+
+
+def read_preprocess_cfg(config: Any, path: str) -> Preprocessing:
+    """The preprocessing in "preprocess_cfg" of open_clip; CLIP's where a field is missing.
+
+    Raises:
+        ValueError: pictures are padded, or resized by another filter; or it is no object.
+    """
+    values = ConfigSection(config, "preprocessing", path).values
+    _require_values(values, {"mode": "RGB"}, path)
+    resize, interpolation = (values.get("resize_mode") or "shortest"), values.get("interpolation")
+    if resize not in ("shortest", "squash"):
+        raise ValueError(
+            f"{path}: resize_mode={resize!r:.80}; our preprocessing has 'shortest' and 'squash'"
+        )
+    if interpolation in (None, "random"):  # open_clip evaluates those with the bicubic filter
+        interpolation = "bicubic"
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"{path}: interpolation={interpolation!r:.80}; our preprocessing has "
+            f"{' and '.join(map(repr, INTERPOLATIONS))}"
+        )
+    return _make_preprocessing(
+        values.get("mean"),
+        values.get("std"),
+        (CLIP_MEAN, CLIP_STD),
+        path,
+        resize="crop" if resize == "shortest" else "squash",
+        interpolation=interpolation,
+    )
+
+
+def make_preprocess_cfg(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
+    """The "preprocess_cfg" of `open_clip_config.json`."""
+    return {
+        "size": arch.image_size,
+        "mode": "RGB",
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "interpolation": preprocessing.interpolation,
+        "resize_mode": "shortest" if preprocessing.resize == "crop" else "squash",
+    }
+
+
+def _require_values(config: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
     for name, value in wanted.items():
         if config.get(name, value) != value:
             raise ValueError(
                 f"{path}: {name}={config[name]!r:.80}; our preprocessing has {value!r} only"
             )
-    mean, std = CLIP_MEAN if mean is None else mean, CLIP_STD if std is None else std
+
+
+def _side(size: Any, name: str, path: str) -> Any:
+    """The one side of a square in a config of transformers."""
+    values = list(size.values()) if isinstance(size, Mapping) else [size]
+    known = ({"shortest_edge"}, {"height", "width"})
+    is_known = not isinstance(size, Mapping) or set(size) in known
+    if not is_known or any(value != values[0] for value in values):
+        raise ValueError(
+            f"{path}: {name}={size!r:.80}; our preprocessing makes squares: expected a number, "
+            "'shortest_edge', or equal 'height' and 'width'"
+        )
+    return values[0]
+
+
+def _make_preprocessing(
+    mean: Any, std: Any, default: tuple[Any, Any], path: str, *, resize: str, interpolation: str
+) -> Preprocessing:
+    mean, std = default[0] if mean is None else mean, default[1] if std is None else std
     for values in (mean, std):
         is_triple = isinstance(values, list | tuple) and len(values) == 3
         if not is_triple or not all(map(_is_number, values)):
             raise ValueError(f"{path}: expected three means and deviations, got {values!r:.80}")
     if min(std) <= 0:
         raise ValueError(f"{path}: expected positive deviations, got {std}")
-    return Preprocessing(tuple(mean), tuple(std))
+    return Preprocessing(tuple(mean), tuple(std), resize, interpolation)
 
 
 def only_value(values: set[Any], what: str, path: str) -> Any:

@@ -32,7 +32,12 @@ from diht_jax.models.zoo import Architecture
 from diht_jax.weights import clip_layout, huggingface, open_clip_config
 from diht_jax.weights.layout import from_layout
 from diht_jax.weights.releases import hash_file
-from diht_jax.weights.settings import ConfigSection, Preprocessing
+from diht_jax.weights.settings import (
+    ConfigSection,
+    Preprocessing,
+    read_preprocess_cfg,
+    read_preprocessor,
+)
 from diht_jax.weights.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_tensors
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -63,7 +68,7 @@ class ModelFiles:
         params: nested dict of arrays of `models.parameters`, one entry per block.
         path: weight file, or work directory of `diht_jax.train`.
         heads: concept heads under their names in CLIP's layout; empty where there are none.
-        preprocessing: mean and deviation of the pictures.
+        preprocessing: of the pictures.
         sha256: of a weight file, in hex; None for one in shards.
         config: the training config of a run; for others' weights `loading` fills in the defaults.
         decoder: parameters of the caption decoder of a run that trained one.
@@ -239,7 +244,7 @@ def _read_settings(
             has_tokenizer = _has_our_merges(folder / HUGGINGFACE_MERGES, arch.vocab_size)
         if preprocessor.is_file():
             found = _read_json(preprocessor)
-            preprocessing = huggingface.read_preprocessing(found, str(preprocessor))
+            preprocessing = read_preprocessor(found, str(preprocessor))
         return arch, preprocessing, has_tokenizer
     path = folder / OPEN_CLIP_CONFIG
     if path.is_file():
@@ -248,7 +253,7 @@ def _read_settings(
         preprocessing = content.get("preprocess_cfg", {})
         section = ConfigSection(content.get("tokenizer"), "tokenizer", str(path))
         has_tokenizer = section.values.get("kind") == TOKENIZER_KIND
-        return arch, open_clip_config.read_preprocessing(preprocessing, str(path)), has_tokenizer
+        return arch, read_preprocess_cfg(preprocessing, str(path)), has_tokenizer
     return None, Preprocessing(), False
 
 

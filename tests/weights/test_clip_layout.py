@@ -139,9 +139,9 @@ def test_preprocessing_of_a_config_is_kept_or_refused(reference, tmp_path):
         )
         expected = other.encode_image(pixels, normalize=True).numpy()
     np.testing.assert_allclose(load_model(tmp_path).encode_image(images), expected, atol=1e-5)
-    config["preprocess_cfg"]["resize_mode"] = "squash"
+    config["preprocess_cfg"]["resize_mode"] = "longest"
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="resize_mode='squash'; our preprocessing has 'shortest'"):
+    with pytest.raises(ValueError, match="resize_mode='longest'; our preprocessing has 'shortest'"):
         load_model(tmp_path)
 
 

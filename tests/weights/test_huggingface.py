@@ -143,5 +143,3 @@ def test_settings_that_our_model_lacks_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             huggingface.read_architecture({"model_type": "clip", **changed}, "config.json")
-    with pytest.raises(ValueError, match="resample=2; our preprocessing has 3 only"):
-        huggingface.read_preprocessing({"resample": 2}, "preprocessor_config.json")

@@ -25,6 +25,7 @@ from diht_jax.sharding import path_name
 from diht_jax.training.monitoring.anomalies import DivergedError
 from diht_jax.training.objective import active_terms
 from diht_jax.training.program import TrainProgram
+from diht_jax.training.recipe import pictures_of
 from diht_jax.training.state import TrainState
 from diht_jax.training.step import encode_examples, loss_gradients, with_kept_patches
 
@@ -81,6 +82,7 @@ def _first_in_towers(
             definition=_watched(program.definition, is_finite),
             terms=active_terms(config),
             gather=None,
+            pictures=pictures_of(config),
         )
     except _Found as found:
         return str(found)

@@ -1,0 +1,184 @@
+"""Pictures are made as transformers and open_clip make them, wherever the model is used."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.steps.models import Encoder
+from diht_jax import load_model
+from diht_jax.input.transforms import Preprocessing, eval_transform, normalize
+from diht_jax.loading import read_model
+from diht_jax.models.parameters import model_definition
+from diht_jax.models.zoo import get_architecture
+from diht_jax.training.loop import train
+from diht_jax.training.workdir.saved_run import read_config
+from diht_jax.weights.export import write_model
+from diht_jax.weights.settings import (
+    make_preprocessor,
+    read_preprocess_cfg,
+    read_preprocessor,
+)
+from tests import make
+
+SIDE = 48
+SIZES = [(48, 48), (20, 31), (97, 60), (640, 41), (33, 500)]
+FORMS = [
+    Preprocessing((0.5,) * 3, (0.5,) * 3, "squash", "bicubic"),
+    Preprocessing((0.5,) * 3, (0.5,) * 3, "squash", "bilinear"),
+    Preprocessing((0.1, 0.2, 0.3), (0.9, 0.8, 0.7), "crop", "bilinear"),
+    Preprocessing(),
+]
+PICTURES = Preprocessing((0.5, 0.4, 0.3), (0.5, 0.6, 0.7), "squash", "bilinear")
+
+
+def pixels_of(preprocessing, image):
+    pixels = eval_transform(image, SIDE, preprocessing)
+    return normalize(pixels, mean=preprocessing.mean, std=preprocessing.std)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.resize}-{form.interpolation}")
+def test_pixels_are_those_of_transformers(form, reference):
+    transformers = pytest.importorskip("transformers")
+    config = make_preprocessor(reference.SMALL, form)
+    side = {"height": SIDE, "width": SIDE}
+    if form.resize == "crop":
+        kind = transformers.CLIPImageProcessorPil
+        config |= {"size": {"shortest_edge": SIDE}, "crop_size": side}
+    else:
+        kind, config["size"] = transformers.SiglipImageProcessorPil, side
+    other = kind(**config)
+    assert read_preprocessor(other.to_dict(), "preprocessor_config.json") == form
+    for size in SIZES:
+        if form.resize == "crop" and (SIDE * max(size) // min(size) - SIDE) % 4 == 3:
+            continue  # transformers rounds the centre the other way
+        image = make.noise(3, size, cell=3)
+        expected = other(image, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+        np.testing.assert_allclose(pixels_of(form, image), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.resize}-{form.interpolation}")
+def test_pixels_are_those_of_open_clip(form):
+    transform = pytest.importorskip("open_clip.transform")
+    config = {
+        "mean": form.mean,
+        "std": form.std,
+        "interpolation": form.interpolation,
+        "resize_mode": "squash" if form.resize == "squash" else "shortest",
+    }
+    assert read_preprocess_cfg(config, "open_clip_config.json") == form
+    other = transform.image_transform(SIDE, is_train=False, **config)
+    for size in SIZES:
+        image = make.noise(4, size, cell=3)
+        expected = other(image).numpy().transpose(1, 2, 0)
+        np.testing.assert_allclose(pixels_of(form, image), expected, atol=1e-5)
+
+
+def test_what_a_file_leaves_out_is_as_in_its_image_processor():
+    siglip = read_preprocessor({"image_processor_type": "SiglipImageProcessor"}, "a")
+    assert siglip == FORMS[0]
+    assert read_preprocessor({"feature_extractor_type": "CLIPFeatureExtractor"}, "a") == FORMS[3]
+    assert read_preprocess_cfg({}, "a") == FORMS[3]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"resample": 1},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"size": {"height": 224, "width": 336}},
+        {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+        {"size": {"shortest_edge": 256}, "do_center_crop": False},
+        {"size": {"longest_edge": 256}},
+        {"image_std": [0.5, 0.5, 0.0]},
+        {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 256},
+    ],
+)
+def test_other_steps_are_refused_by_the_name_of_the_file(config):
+    with pytest.raises(ValueError, match=r"^some/preprocessor_config\.json: "):
+        read_preprocessor(config, "some/preprocessor_config.json")
+
+
+@pytest.mark.parametrize("config", [{"resize_mode": "longest"}, {"interpolation": "nearest"}])
+def test_other_steps_of_open_clip_are_refused(config):
+    with pytest.raises(ValueError, match=r"^open_clip_config\.json: "):
+        read_preprocess_cfg(config, "open_clip_config.json")
+
+
+@pytest.fixture(scope="module")
+def arch():
+    config = make.tiny_config()
+    return get_architecture(config.model.name, config.model.overrides.to_dict())
+
+
+@pytest.fixture(scope="module")
+def model(arch, tmp_path_factory):
+    """A directory of transformers' layout whose pictures are squashed."""
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    _, init = model_definition(arch, "float32", "float32")
+    params = jax.tree.map(np.asarray, init(jax.random.key(3)))
+    settings = {"preprocessing": PICTURES, "heads": {}, "card": ""}
+    write_model(folder, "huggingface", arch=arch, params=params, **settings)
+    assert json.loads((folder / "preprocessor_config.json").read_text())["resample"] == 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [make.noise(seed, (20 + 7 * seed, 30), cell=2) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def expected(model, pictures, arch):
+    """Embeddings of what Pillow makes of the pictures."""
+    side = (arch.image_size,) * 2
+    squashed = [np.asarray(p.resize(side, Image.Resampling.BILINEAR)) for p in pictures]
+    return load_model(model).encode_image(np.stack(squashed))
+
+
+@pytest.mark.parametrize("format", ["open_clip", "huggingface"])
+def test_an_export_keeps_them(model, format, tmp_path):
+    source = read_model(model)
+    settings = {"preprocessing": source.preprocessing, "heads": {}, "card": ""}
+    write_model(tmp_path / "out", format, arch=source.arch, params=source.params, **settings)
+    assert read_model(tmp_path / "out").preprocessing == PICTURES
+
+
+def test_a_filter_step_and_python_see_the_same_picture(model, pictures, expected):
+    np.testing.assert_allclose(load_model(model).encode_image(pictures), expected, atol=1e-6)
+    found = Encoder(str(model), 4).embed_images([make.encoded(picture) for picture in pictures])
+    np.testing.assert_allclose(np.stack(found), expected, atol=1e-6)
+
+
+def test_a_run_trains_and_evaluates_with_the_pictures_of_its_start(
+    model, pictures, expected, tmp_path
+):
+    # A crop of the whole area is the whole picture only where its shape is allowed.
+    squares = [p.resize((30, 30)) for p in pictures]
+    records = [make.record(i, image=make.encoded(p)) for i, p in enumerate(squares)]
+    config = make.tiny_config(
+        data__train=str(make.write_records(tmp_path / "records", records)),
+        data__batch_size=len(records),
+        data__crop_scale=(1.0, 1.0),
+        data__fast_decode=False,
+        model__init_from=str(model),
+        loss__alpha=1.0,
+        loss__beta=0.0,
+        optimizer__learning_rate=0.0,
+        total_steps=1,
+    )
+    train(config, tmp_path / "run", devices=jax.devices()[:1])
+    source, run = load_model(model), load_model(tmp_path / "run")
+    assert run.preprocessing == PICTURES
+    np.testing.assert_allclose(run.encode_image(pictures), expected, atol=1e-6)
+    assert read_config(tmp_path / "run").model.pictures.resize == "squash"
+
+    texts = source.encode_text([record.caption for record in records]).astype(np.float64)
+    images = source.encode_image(squares).astype(np.float64)
+    logits = source.logit_scale * images @ texts.T
+    rows = [np.log(np.exp(m).sum(axis=1)) - np.diag(m) for m in (logits, logits.T)]
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx(np.mean(rows), abs=1e-4)
