@@ -34,7 +34,8 @@ class Architecture:
 
     Attributes:
         image_size: side of the square input, in pixels.
-        patch_size: side of a patch, in pixels; divides `image_size`.
+        patch_size: side of a patch, in pixels; divides `image_size`. Without a class token it need
+            not: SigLIP at 384 px has 27 patches of 14 px in a row, and does not see the last 6 px.
         vision_layers, vision_width, vision_heads: the image tower.
         text_layers, text_width, text_heads: the text tower.
         embed_dim: size `d` of the shared embedding.
@@ -96,7 +97,9 @@ class Architecture:
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"{field} '{value}': expected {_either(choices)}")
-        if self.image_size % self.patch_size:
+        if self.image_size < self.patch_size or (
+            self.class_token and self.image_size % self.patch_size
+        ):
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
             )

@@ -53,14 +53,18 @@ _PARTS = (
 HEADS_PREFIX = "concept_heads."
 
 
-def normalize_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One layout out of its variants: extras and buffers dropped, `text.` prefix taken off."""
-    kept = {
-        # The causal mask, which some versions of CLIP save, is no parameter.
+def drop_extras(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Leaves out OpenAI's extras and the causal mask that some versions save."""
+    return {
         name: value
         for name, value in tensors.items()
         if name not in EXTRAS and name.rpartition(".")[2] != "attn_mask"
     }
+
+
+def normalize_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One layout out of its variants: extras and buffers dropped, `text.` prefix taken off."""
+    kept = drop_extras(tensors)
     if f"{_TEXT_PREFIX}positional_embedding" in kept:
         return {name.removeprefix(_TEXT_PREFIX): value for name, value in kept.items()}
     return kept
@@ -180,35 +184,46 @@ def check_is_clip(arch: Architecture) -> None:
 def layout(arch: Architecture) -> Layout:
     """The layout of a model."""
     check_is_clip(arch)
-    found = {
+    return {
         "vision/patch_embedding/kernel": Tensors(("visual.conv1.weight",), "convolution"),
         "vision/class_embedding": Tensors(("visual.class_embedding",)),
         "vision/positional_embedding": Tensors(("visual.positional_embedding",)),
         "vision/projection/kernel": Tensors(("visual.proj",)),
-        "text/token_embedding/embedding": Tensors(("token_embedding.weight",)),
-        "text/positional_embedding": Tensors(("positional_embedding",)),
-        "text/projection/kernel": Tensors(("text_projection",)),
         "log_logit_scale": Tensors(("logit_scale",)),
         **norm("vision/pre_norm", "visual.ln_pre"),
         **norm("vision/post_norm", "visual.ln_post"),
-        **norm("text/final_norm", "ln_final"),
+        **_blocks("vision", "visual.", arch.vision_layers),
+        **text_layout(arch),
     }
-    for tower, prefix, layers in (
-        ("vision", "visual.", arch.vision_layers),
-        ("text", "", arch.text_layers),
-    ):
-        for i in range(layers):
-            ours, theirs = f"{tower}/blocks/{i}", f"{prefix}{_BLOCK}.{i}"
-            in_proj = f"{theirs}.attn.in_proj"
-            found |= {
-                **norm(f"{ours}/attention_norm", f"{theirs}.ln_1"),
-                f"{ours}/attention/in_proj/kernel": Tensors((f"{in_proj}_weight",), "transposed"),
-                f"{ours}/attention/in_proj/bias": Tensors((f"{in_proj}_bias",)),
-                **linear(f"{ours}/attention/out_proj", f"{theirs}.attn.out_proj"),
-                **norm(f"{ours}/mlp_norm", f"{theirs}.ln_2"),
-                **linear(f"{ours}/mlp/fc_in", f"{theirs}.mlp.c_fc"),
-                **linear(f"{ours}/mlp/fc_out", f"{theirs}.mlp.c_proj"),
-            }
+
+
+def text_layout(arch: Architecture, prefix: str = "") -> dict[str, Tensors]:
+    """The layout of the text tower, whose names begin with the prefix."""
+    found = {
+        "text/token_embedding/embedding": Tensors((f"{prefix}token_embedding.weight",)),
+        "text/positional_embedding": Tensors((f"{prefix}positional_embedding",)),
+        **norm("text/final_norm", f"{prefix}ln_final"),
+        **_blocks("text", prefix, arch.text_layers),
+    }
+    if arch.text_projection == "bias":
+        return {**found, **linear("text/projection", f"{prefix}text_projection")}
+    return {**found, "text/projection/kernel": Tensors((f"{prefix}text_projection",))}
+
+
+def _blocks(tower: str, prefix: str, layers: int) -> dict[str, Tensors]:
+    found = {}
+    for i in range(layers):
+        ours, theirs = f"{tower}/blocks/{i}", f"{prefix}{_BLOCK}.{i}"
+        in_proj = f"{theirs}.attn.in_proj"
+        found |= {
+            **norm(f"{ours}/attention_norm", f"{theirs}.ln_1"),
+            f"{ours}/attention/in_proj/kernel": Tensors((f"{in_proj}_weight",), "transposed"),
+            f"{ours}/attention/in_proj/bias": Tensors((f"{in_proj}_bias",)),
+            **linear(f"{ours}/attention/out_proj", f"{theirs}.attn.out_proj"),
+            **norm(f"{ours}/mlp_norm", f"{theirs}.ln_2"),
+            **linear(f"{ours}/mlp/fc_in", f"{theirs}.mlp.c_fc"),
+            **linear(f"{ours}/mlp/fc_out", f"{theirs}.mlp.c_proj"),
+        }
     return found
 
 

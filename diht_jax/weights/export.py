@@ -17,7 +17,13 @@ import numpy as np
 from diht_jax.data import tokenizer
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
-from diht_jax.weights import clip_layout, huggingface, open_clip_config, tokenizer_file
+from diht_jax.weights import (
+    clip_layout,
+    huggingface,
+    open_clip_config,
+    timm_layout,
+    tokenizer_file,
+)
 from diht_jax.weights.programs import onnx, stablehlo
 from diht_jax.weights.settings import Preprocessing, make_preprocessor
 from diht_jax.weights.source import (
@@ -77,7 +83,7 @@ def write_model(
             f"format '{format}' cannot hold concept heads, since its loader refuses what it does "
             f"not know; leave them out, or take {' or '.join(_FORMATS_WITH_HEADS)}"
         )
-    _check_model(format, arch)
+    _check_model(format, arch, preprocessing)
     output.mkdir(parents=True, exist_ok=True)
     if format in _PROGRAMS:
         _write_programs(output, format, arch, params, preprocessing, dtype)
@@ -85,9 +91,11 @@ def write_model(
             _write_huggingface_tokenizer(output, arch)
         write_bytes(output / CARD_FILE, card.encode())
         return
+    logit_bias = (loss_scalars or {}).get(_LOGIT_BIAS)
     if format == "huggingface":
-        logit_bias = (loss_scalars or {}).get(_LOGIT_BIAS, 0.0)
-        tensors = huggingface.to_huggingface(params, arch, logit_bias)
+        tensors = huggingface.to_huggingface(params, arch, logit_bias or 0.0)
+    elif timm_layout.is_timm(arch):
+        tensors = timm_layout.to_timm(params, arch, logit_bias)
     else:
         tensors = clip_layout.to_clip(params, arch)
     tensors = {**tensors, **heads}
@@ -98,7 +106,7 @@ def write_model(
         if has_tokenizer and arch.vocab_size <= tokenizer.VOCAB_SIZE:
             _write_huggingface_tokenizer(output, arch)
     else:
-        config = open_clip_config.make_config(arch, preprocessing)
+        config = open_clip_config.make_config(arch, preprocessing, logit_bias)
         settings = _tokenizer_settings(arch, has_tokenizer)
         _write_json(output / OPEN_CLIP_CONFIG, {**config, "tokenizer": settings})
         if format == "clip":
@@ -127,17 +135,20 @@ def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
 
 
 def lost_scalars(format: str, arch: Architecture, loss_scalars: Mapping[str, float]) -> list[str]:
-    """Names of what a loss has learnt that a format does not hold; SiglipModel has the bias."""
-    holds_bias = format == "huggingface" and huggingface.model_type(arch) == "siglip"
+    """Names of what a loss has learnt that a format has no place for.
+
+    SigLIP's bias has one in transformers' SiglipModel, and in open_clip's models of timm's towers.
+    """
+    holds_bias = format not in _PROGRAMS and timm_layout.is_timm(arch)
     return [name for name in loss_scalars if not (holds_bias and name == _LOGIT_BIAS)]
 
 
-def _check_model(format: str, arch: Architecture) -> None:
+def _check_model(format: str, arch: Architecture, preprocessing: Preprocessing) -> None:
     try:
         if format == "huggingface":
             huggingface.model_type(arch)
-        else:
-            clip_layout.check_is_clip(arch)
+        elif format not in _PROGRAMS:
+            open_clip_config.make_config(arch, preprocessing)
     except ValueError as error:
         raise ValueError(f"format '{format}': {error}") from error
 
@@ -150,7 +161,7 @@ def _write_programs(
     preprocessing: Preprocessing,
     dtype: str,
 ) -> None:
-    _write_json(output / OPEN_CLIP_CONFIG, open_clip_config.make_config(arch, preprocessing))
+    _write_json(output / OPEN_CLIP_CONFIG, open_clip_config.describe(arch, preprocessing))
     model = {"arch": arch, "params": params, "preprocessing": preprocessing}
     if format == "onnx":
         onnx.write_onnx(output, **model)

@@ -31,11 +31,13 @@ class Tensors(NamedTuple):
         form: how each differs from ours, a key of `_FORMS`.
         are_layers: whether several are layers, stacked along our first axis; else ours has their
             values one after the other along its last axis.
+        shares: relative sizes of several along that axis, if they differ.
     """
 
     names: tuple[str, ...]
     form: str = "same"
     are_layers: bool = False
+    shares: tuple[int, ...] = ()
 
 
 Layout = Mapping[str, Tensors]
@@ -59,12 +61,15 @@ def bias(ours: str, theirs: str) -> dict[str, Tensors]:
 def to_layout(params: Mapping[str, Any], layout: Layout) -> dict[str, np.ndarray]:
     """The state dict of a parameter tree; views of its arrays."""
     flat, found = traverse_util.flatten_dict(params, sep="/"), {}
-    for path, (names, form, are_layers) in layout.items():
+    for path, (names, form, are_layers, shares) in layout.items():
         value = np.asarray(flat[path])
         if are_layers:
             parts = list(value)
+        elif len(names) == 1:
+            parts = [value]
         else:
-            parts = [value] if len(names) == 1 else np.split(value, len(names), axis=-1)
+            ends = np.cumsum(shares or [1] * len(names))
+            parts = np.split(value, value.shape[-1] * ends[:-1] // ends[-1], axis=-1)
         for name, part in zip(names, parts, strict=True):
             found[name] = _FORMS[form][0](part)
     return found
@@ -96,7 +101,7 @@ def from_layout(
                 f"{where}: parameter '{name}' is {value.dtype}; expected floating point"
             )
     flat = {}
-    for path, (names, form, are_layers) in layout.items():
+    for path, (names, form, are_layers, _) in layout.items():
         parts = [_FORMS[form][1](np.asarray(tensors[name], np.float32)) for name in names]
         if are_layers:
             flat[path] = np.stack(parts)

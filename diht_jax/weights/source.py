@@ -29,7 +29,7 @@ from diht_jax.config.checks import nearest_name
 from diht_jax.data import tokenizer
 from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import Architecture
-from diht_jax.weights import clip_layout, huggingface, open_clip_config
+from diht_jax.weights import clip_layout, huggingface, open_clip_config, timm_layout
 from diht_jax.weights.layout import from_layout
 from diht_jax.weights.releases import hash_file
 from diht_jax.weights.settings import (
@@ -130,6 +130,11 @@ def read_weights(
                 f"{file}: names are those of a model of transformers, whose {HUGGINGFACE_CONFIG} "
                 "must be in the same folder; it is not"
             )
+        if any(name.startswith(timm_layout.TRUNK) for name in tensors):
+            raise ValueError(
+                f"{file}: names are those of open_clip with an image tower of timm, for which "
+                f"{OPEN_CLIP_CONFIG} must be in the same folder; it is not"
+            )
         arch = _infer_architecture(tensors, str(file), "activation" in (architecture or {}))
     arch = _replace_fields(arch, architecture or {})
     # A config may claim any number of layers; each would be looked for by its names.
@@ -140,6 +145,8 @@ def read_weights(
     if is_huggingface:
         layout = huggingface.layout(arch)
         found = {name: value for name, value in found.items() if name not in huggingface.BUFFERS}
+    elif timm_layout.is_timm(arch):
+        layout, found = timm_layout.layout(arch), clip_layout.drop_extras(found)
     else:
         layout, found = clip_layout.layout(arch), clip_layout.normalize_names(found)
     # A scale of shape [1] is the same as one of shape [].
@@ -163,7 +170,7 @@ def read_weights(
 def _take_loss_scalars(tensors: dict[str, np.ndarray], arch: Architecture) -> dict[str, float]:
     """Takes SigLIP's bias out of the tensors of a model that may have it."""
     name = "logit_bias"
-    if arch.causal_text or name not in tensors or tensors[name].size != 1:
+    if arch.vision_pool_heads is None or name not in tensors or tensors[name].size != 1:
         return {}
     return {name: float(np.asarray(tensors.pop(name), np.float32).reshape(()))}
 

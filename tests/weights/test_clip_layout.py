@@ -51,6 +51,24 @@ def test_heads_mlp_widths_and_epsilon_of_a_config(reference, tmp_path):
     check_same_embeddings(load_model(tmp_path), reference, arch, expected)
 
 
+def test_metaclip_2_of_open_clip_pools_at_the_first_end_of_text(reference, tmp_path):
+    arch = dataclasses.replace(
+        reference.SMALL, activation="quick_gelu", vocab_size=600, end_of_text_id=2
+    )
+    config = reference.open_clip_config(arch)
+    other = reference.open_clip_model(arch)
+    torch.save(other.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    config["text_cfg"] |= {"hf_tokenizer_name": "facebook/xlm-v-base"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    assert read_weights(tmp_path).arch == arch
+    tokens = np.random.default_rng(0).integers(3, 600, (5, 12)).astype(np.int32)
+    for row, end in enumerate([3, 5, 8, 11, 4]):
+        tokens[row, end], tokens[row, end + 1 :] = 2, 1
+    expected = reference.open_clip_embeddings(other, reference.inputs(arch)[0], tokens)[1]
+    np.testing.assert_allclose(load_model(tmp_path).encode_text(tokens), expected, atol=1e-5)
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+
+
 def test_names_are_those_of_open_clip_and_shapes_those_of_our_model(reference):
     arch = reference.SMALL
     state = reference.open_clip_model(arch).state_dict()

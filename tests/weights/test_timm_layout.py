@@ -1,0 +1,162 @@
+"""open_clip's SigLIP, SigLIP 2 and PE-Core, with image towers of timm, in our towers and back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diht_jax import load_model
+from diht_jax.export import export_model
+from diht_jax.weights import open_clip_config, timm_layout
+from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import read_weights
+
+open_clip = pytest.importorskip("open_clip")
+timm = pytest.importorskip("timm")
+
+SMALL = "vit_test_patch8_siglip_24"
+PE_CORE = "vit_test_pe_core_patch16_64"
+LIKE = ("vit_base_patch16_siglip_224", "vit_pe_core_tiny_patch16_384")
+TEXT = {"context_length": 12, "vocab_size": 600, "width": 48, "heads": 2, "layers": 2}
+SIGLIP_TEXT = {
+    **TEXT,
+    "no_causal_mask": True,
+    "proj_bias": True,
+    "pool_type": "last",
+    "norm_kwargs": {"eps": 1e-6},
+    "hf_tokenizer_name": "timm/ViT-B-16-SigLIP2",
+    "tokenizer_kwargs": {"clean": "canonicalize"},
+}
+CONFIGS = {
+    "SigLIP": {
+        "embed_dim": 64,
+        "init_logit_bias": -10,
+        "vision_cfg": {"image_size": 24, "timm_model_name": SMALL, "timm_proj": "none"},
+        "text_cfg": SIGLIP_TEXT,
+    },
+    "SigLIP 2": {
+        "embed_dim": 64,
+        "init_logit_bias": -10,
+        "vision_cfg": {"image_size": 24, "timm_model_name": SMALL, "timm_proj": "none"},
+        "text_cfg": {**SIGLIP_TEXT, "act_kwargs": {"approximate": "tanh"}},
+    },
+    "PE-Core": {
+        "embed_dim": 40,
+        "vision_cfg": {"image_size": 64, "timm_model_name": PE_CORE, "timm_proj": None},
+        "text_cfg": TEXT,
+    },
+}
+for _config in CONFIGS.values():
+    _config["vision_cfg"] |= {"timm_pool": "map", "timm_model_pretrained": False}
+
+
+@timm.models.register_model
+def vit_test_patch8_siglip_24(pretrained=False, **settings):
+    """timm's SigLIP, smaller."""
+    sizes = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.5}
+    return timm.models.vit_base_patch16_siglip_224(img_size=24, **sizes, **settings)
+
+
+@timm.models.register_model
+def vit_test_pe_core_patch16_64(pretrained=False, **settings):
+    """timm's PE-Core, smaller, with the rotary positions of its 24 x 24 patches."""
+    return timm.models.vit_pe_core_tiny_patch16_384(img_size=64, depth=2, **settings)
+
+
+def small_towers():
+    """The entries of the two in our table."""
+    siglip, pe_core = (timm_layout.TOWERS[name].fields for name in LIKE)
+    sizes = {"image_size": 24, "patch_size": 8, "vision_width": 64, "vision_layers": 2}
+    sizes |= {"vision_heads": 4, "vision_pool_heads": 4, "vision_mlp_width": 160}
+    return {
+        SMALL: timm_layout.Tower({**siglip, **sizes}, "none"),
+        PE_CORE: timm_layout.Tower({**pe_core, "image_size": 64, "vision_layers": 2}, None),
+    }
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request, reference, tmp_path_factory):
+    """A model of open_clip with random weights, and its folder as open_clip's hub has it."""
+    config = CONFIGS[request.param]
+    torch.manual_seed(0)
+    other = reference.randomize(open_clip.model.CustomTextCLIP(**config))
+    folder = tmp_path_factory.mktemp("open_clip")
+    torch.save(other.state_dict(), folder / "open_clip_pytorch_model.bin")
+    content = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, tower in small_towers().items():
+            patch.setitem(timm_layout.TOWERS, name, tower)
+        yield other, folder
+
+
+def inputs(side):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, side, side, 3)).astype(np.uint8)
+    return images, rng.integers(1, 600, (3, 12)).astype(np.int32)
+
+
+def test_embeddings_and_logits_are_those_of_open_clip(model, reference):
+    other, folder = model
+    ours = load_model(folder)
+    images, tokens = inputs(ours.image_size)
+    image_emb, text_emb = ours.encode_image(images), ours.encode_text(tokens)
+    expected = reference.open_clip_embeddings(other, images, tokens)
+    np.testing.assert_allclose(image_emb, expected[0], atol=1e-5)
+    np.testing.assert_allclose(text_emb, expected[1], atol=1e-5)
+    assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
+    with torch.no_grad():
+        pixels, ids = reference.pixel_values(images), torch.from_numpy(tokens)
+        logits = other.get_logits(pixels, ids)[0].numpy()
+    found = ours.logit_scale * image_emb @ text_emb.T + ours.logit_bias
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+
+
+def test_export_gives_the_model_back_bit_for_bit(model, tmp_path):
+    other, folder = model
+    export_model(str(folder), "open_clip", str(tmp_path / "out"))
+    back = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
+    expected = other.state_dict()
+    assert back.state_dict().keys() == expected.keys()
+    for name, value in back.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), expected[name].numpy(), err_msg=name)
+    assert read_weights(tmp_path / "out").arch == read_weights(folder).arch
+
+
+@pytest.mark.parametrize("name", timm_layout.TOWERS)
+def test_the_sizes_of_a_tower_are_those_of_timm(name):
+    projection = timm_layout.TOWERS[name].projection
+    with torch.device("meta"):
+        tower = timm.create_model(name, num_classes=0 if projection == "none" else 40)
+    fields = timm_layout.TOWERS[name].fields
+    block = tower.blocks[0]
+    assert tower.patch_embed.img_size == (fields["image_size"],) * 2
+    assert tower.patch_embed.patch_size == (fields["patch_size"],) * 2
+    assert (tower.embed_dim, len(tower.blocks)) == (fields["vision_width"], fields["vision_layers"])
+    assert block.attn.num_heads == fields["vision_heads"]
+    assert tower.attn_pool.num_heads == fields["vision_pool_heads"]
+    assert block.mlp.fc1.out_features == fields["vision_mlp_width"] or 4 * fields["vision_width"]
+    assert tower.norm.eps == fields["layer_norm_epsilon"]
+    with torch.device("cpu"):
+        values = torch.linspace(-4, 4, 9)
+    kind = "tanh" if fields["activation"] == "gelu_tanh" else "none"
+    expected = torch.nn.functional.gelu(values, approximate=kind)
+    assert torch.equal(block.mlp.act(values), expected)
+    if fields["rotary_grid"]:
+        assert tower.rope.ref_feat_shape == (fields["rotary_grid"],) * 2
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP2", "ViT-L-16-SigLIP-384", "PE-Core-L-14-336"])
+def test_published_configs_are_read_and_written(name):
+    config = open_clip.get_model_config(name)
+    arch = open_clip_config.read_architecture(config, name)
+    again = open_clip_config.make_config(arch, Preprocessing())["model_cfg"]
+    assert open_clip_config.read_architecture(again, name) == arch
+    assert again["vision_cfg"]["timm_model_name"] == config["vision_cfg"]["timm_model_name"]
+
+
+def test_fastvit_is_refused():
+    config = open_clip.get_model_config("MobileCLIP2-S2")
+    with pytest.raises(ValueError, match="MobileCLIP2-S2: .*fastvit.* is a FastViT"):
+        open_clip_config.read_architecture(config, "MobileCLIP2-S2")
