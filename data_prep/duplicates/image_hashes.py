@@ -122,21 +122,21 @@ class Index:
             The first picture of equal pixels, or else the one whose hash differs least.
         """
         found: list[Match | None] = [None] * len(pictures)
-        asked = []
+        asked: list[tuple[int, tuple[int, int]]] = []
         for number, picture in enumerate(pictures):
             row = None if picture is None else self._by_pixels.get(picture.pixels)
             if row is not None:
                 found[number] = Match(str(self.keys[row]), "equal pixels")
             elif picture is not None and picture.perceptual is not None and max_bits is not None:
-                asked.append(number)
+                asked.append((number, picture.perceptual))
         rows = np.flatnonzero(self.has_perceptual)
         known = self.perceptual[rows]
         size = max(1, _CHUNK // max(1, len(rows)))
         for start in range(0, len(asked) if len(rows) else 0, size):
-            numbers = asked[start : start + size]
-            hashes = np.array([pictures[number].perceptual for number in numbers], np.uint64)
+            some = asked[start : start + size]
+            hashes = np.array([perceptual for _, perceptual in some], np.uint64)
             bits = np.bitwise_count(hashes[:, :, None] ^ known).min(axis=1)
-            for number, row, least in zip(numbers, bits.argmin(1), bits.min(1), strict=True):
+            for (number, _), row, least in zip(some, bits.argmin(1), bits.min(1), strict=True):
                 if least <= max_bits:
                     how = f"{least} of 64 bits differ"
                     found[number] = Match(str(self.keys[rows[row]]), how)

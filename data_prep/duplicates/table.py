@@ -156,7 +156,8 @@ class Lookup:
             )
         path = files.join(folder, LOOKUP)
         try:
-            self._columns = open_columns(path, folder, summary["digest"])
+            self.digest: str = summary["digest"]
+            self._columns = open_columns(path, folder, self.digest)
         except ValueError as error:
             raise ValueError(
                 f"'{path}': {error}; run python -m data_prep.duplicates again, with this output"

@@ -178,7 +178,7 @@ def _write_resharded(job: Job, found: Survey) -> tuple[dict[str, str], list[Shar
     """
     planned = resharding.plan_shards(found.parts, job.folder, job.config)
     written = resharding.load_written(planned)
-    unwritten = [shard for shard, stats in zip(planned, written, strict=True) if stats is None]
+    unwritten = [shard for shard, stats in zip(planned, written, strict=True) if not stats]
     is_described = not unwritten and _is_described(job)
     if not is_described:
         restored, missing = restoring.plan_restoring(found.parts, unwritten, job.folder)
@@ -297,7 +297,7 @@ def _describe_output(
     described = _described_by(config)
     if dataset_info.SIZES in described:
         dataset_info.write_sizes(folder, {output["file"]: output["records"] for output in outputs})
-    elif described:
+    elif described and (tfds_name := FORMATS[config.output_format].tfds_name):
         dataset_info.write_dataset_info(
             folder,
             dataset=config.dataset_name,
@@ -306,7 +306,7 @@ def _describe_output(
             num_bytes=sum(output["bytes"] for output in outputs),
             image_formats=report["counts"]["image_formats"],
             description=f"Image-text pairs of {config.input}, by data_prep.filter.",
-            file_format=FORMATS[config.output_format].tfds_name,
+            file_format=tfds_name,
         )
     if not config.metadata_only and all(is_indexable(output["file"]) for output in outputs):
         update_index(folder)

@@ -246,11 +246,11 @@ def _compare(job: Job, present: set[str]) -> tuple[dict[str, dict[str, Any]], di
         if stats is None:
             continue
         other_version = _explain_versions(stats, versions)
-        if reason is None and other_version is None:
+        if (change := reason or other_version) is None:
             done[task.output] = {k: v for k, v in stats.items() if k != "counts"}
         else:
             is_input = other_version is None and stats.get("config_hash") == task.config_hash
-            changed[task.output] = _Change(reason or other_version, is_input)
+            changed[task.output] = _Change(change, is_input)
     return done, changed
 
 
@@ -331,7 +331,7 @@ def _describe_changes(
 
 def _input_of(output: str) -> str | None:
     found = files.read_object(output + fingerprint.LOCATION_SUFFIX)
-    return found and found["path"]
+    return found["path"] if found else None
 
 
 def _check_records(job: Job, done: Mapping[str, Any]) -> None:

@@ -192,7 +192,9 @@ class Replay:
             table.write_lists(folder, write_others())
 
     def _describe(self, counts: dict[Outcome, int]) -> Result:
-        not_known = {step: n for (stage, step), n in counts.items() if stage == _NOT_KNOWN and n}
+        not_known = {
+            step: n for (stage, step), n in counts.items() if step and stage == _NOT_KNOWN and n
+        }
         known = {o: n for o, n in counts.items() if o[0] != _NOT_KNOWN and (n or o[0] == KEPT)}
         found = {name: score_quantiles(self.paths, name, QUANTILES) for name in self._shown_scores}
         before, now = (

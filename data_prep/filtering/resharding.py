@@ -34,10 +34,10 @@ from diht_jax.input import decode
 from diht_jax.records import schema
 from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_info import shard_name
-from diht_jax.records.formats.registry import FORMATS, open_writer
+from diht_jax.records.formats.registry import FORMATS, open_source, open_writer
 from diht_jax.records.formats.shard_index import INDEX_SUFFIX
 from diht_jax.records.formats.tar_records import image_extension
-from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.formats.writer import RecordSink
 from diht_jax.records.vocabulary import KINDS
 from diht_jax.storage import files
 from diht_jax.storage.copies import local_copy
@@ -202,10 +202,10 @@ def _read_slice(piece: Slice) -> Iterator[bytes]:
     """The records of a slice; from a store by requests of about a block."""
     if not is_remote(piece.path) or kind_of(piece.path) == "array_record":
         with local_copy(piece.path) as path:
-            source = FORMATS[kind_of(path)].source(path)
+            source = open_source(path)
             yield from (source[number] for number in range(piece.start, piece.stop))
         return
-    source = FORMATS[kind_of(piece.path)].source(piece.path)
+    source = open_source(piece.path)
     _, begin, end = source.extent(piece.start, piece.stop)
     step = max(1, (piece.stop - piece.start) * BLOCK_BYTES // (end - begin))
     for first in range(piece.start, piece.stop, step):
@@ -216,7 +216,7 @@ def _read_slice(piece: Slice) -> Iterator[bytes]:
 class CommonImageWriter:
     """Writes records as tars need them: an image that webdataset does not know becomes PNG."""
 
-    def __init__(self, writer: RecordWriter):
+    def __init__(self, writer: RecordSink):
         """Hands on to `writer`, which the caller closes."""
         self.path = writer.path
         self._writer = writer
@@ -235,16 +235,16 @@ class CommonImageWriter:
         return len(self._writer)
 
 
-def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any] | None]:
-    """Statistics of each output shard that was written from the same parts; None for others."""
+def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any]]:
+    """Statistics of each output shard that was written from the same parts; empty for others."""
     if not planned:
         return
     sizes = shards.open_sizes(planned[0].output.rpartition("/")[0])
 
-    def load(shard: BalancedShard) -> dict[str, Any] | None:
+    def load(shard: BalancedShard) -> dict[str, Any]:
         stats = files.read_object(shard.stats_path) or {}
         is_same = stats.get("config_hash") == shard.plan_hash
-        return stats if is_same and shards.has_output(shard, stats, sizes) else None
+        return stats if is_same and shards.has_output(shard.output, stats, sizes) else {}
 
     yield from files.map_many(load, planned, planned[0].output)
 
@@ -310,7 +310,7 @@ def _identify(stats: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"digest": output["digest"]}
 
 
-def _read_formats(part: str) -> list[str | None]:
+def _read_formats(part: str) -> list[str]:
     """The image formats of the records of a part, in order."""
     return [name for rows in read_kept([part], ["format"]) for name in rows["format"].to_pylist()]
 

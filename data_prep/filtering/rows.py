@@ -146,7 +146,7 @@ def _filter_parquet(
     ) as writer:
         waiting: list[Any] = []
         with explain_errors(source.path, lambda: "damaged"):
-            for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.stop)):
+            for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.end)):
                 rows = batch_rows(source.path, batch.select(wanted))
                 kept = select([r.detail if isinstance(r, BadRow) else r for r in rows])
                 waiting.append(batch.filter(pyarrow.array(kept, pyarrow.bool_())))
@@ -177,7 +177,7 @@ def _read_lines(source: SourceShard) -> Iterator[bytes]:
     """The lines of a range that are not blank, each with a line break."""
     with open_file(source.path) as file:
         file.seek(source.start)
-        while file.tell() < source.stop and (line := file.readline()):
+        while file.tell() < source.end and (line := file.readline()):
             if line.strip():
                 yield line if line.endswith(b"\n") else line + b"\n"
 

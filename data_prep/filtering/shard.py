@@ -33,7 +33,7 @@ from diht_jax.readers.base import held_bytes
 from diht_jax.readers.registry import Skipped, SourceShard
 from diht_jax.records import captions, catalog, schema
 from diht_jax.records.formats.tar_members import DamagedTarError
-from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.formats.writer import RecordSink
 from diht_jax.records.schema import Pair
 
 _CHUNK_BYTES = 2**28  # of pairs that are held at once; an ordinary batch takes a tenth of it
@@ -64,7 +64,7 @@ def filter_shard(
     is_unexplained = task.search is not None and task.search.unexplained > 0
     log = ShardLog(config, pictures=0 if is_unexplained else None)
 
-    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
+    def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
         facts: dict[str, Any] = {
             "download": img2dataset.read_download_stats(source),
             "versions": filter_config.package_versions(config),

@@ -209,7 +209,7 @@ class RayPool:
         """
         worker, known = self._busy.pop(future), self._ray.exceptions
         self._heard_secs = time.monotonic()
-        if worker.is_overdue:
+        if worker.is_overdue and self._timeout_secs is not None:
             return timed_out(self._timeout_secs)
         try:
             outcome, pairs = future.result()

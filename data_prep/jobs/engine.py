@@ -162,7 +162,7 @@ def run_tasks(
                     if outcome.cause == FULL:
                         raise FullError(outcome.error)
                     again = _next_attempt(attempt, outcome.cause, retries, after_death)
-                    if again is None:
+                    if again is None or outcome.cause is None:
                         progress.advance()
                         yield outcome
                         continue

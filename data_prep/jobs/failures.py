@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from absl import logging
 
 from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.engine import run_pending
-from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask, trim_stats
+from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask, Task, trim_stats
 from diht_jax.storage import files
 from diht_jax.terminal import print_escaped
 
@@ -47,7 +47,7 @@ class Failures(dict[str, str]):
         return INCOMPLETE_STATUS if self.output_written else 1
 
 
-class Survey(NamedTuple):
+class Survey(NamedTuple, Generic[Task]):
     """State of the tasks of all jobs.
 
     Attributes:
@@ -58,10 +58,10 @@ class Survey(NamedTuple):
         changed: those of `waiting` that were done, and whose input is another one since.
     """
 
-    parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]
+    parts: Sequence[tuple[Task, Mapping[str, Any]]]
     failed: list[dict[str, str]]
-    waiting: Sequence[ShardTask]
-    failed_tasks: list[ShardTask]
+    waiting: Sequence[Task]
+    failed_tasks: list[Task]
     changed: Sequence[ShardTask]
 
     def explain_changed(self) -> dict[str, str]:
@@ -147,7 +147,9 @@ def _is_note(name: str) -> bool:
     return name.endswith(FAILED_SUFFIX)
 
 
-def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | None = None) -> Survey:
+def survey(
+    tasks: Sequence[Task], known: Mapping[str, Mapping[str, Any]] | None = None
+) -> Survey[Task]:
     """Looks which tasks are done, by this config on this input, and which have failed.
 
     The statistics are held without the counts, so that the memory does not grow with them. While

@@ -24,7 +24,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from diht_jax.readers.base import read_image, walk_files
-from diht_jax.readers.registry import FORMATS, Skipped, SourceShard, describe_linked, names_files
+from diht_jax.readers.registry import (
+    Skipped,
+    SourceShard,
+    describe_linked,
+    list_linked_files,
+    names_files,
+)
 from diht_jax.storage import files
 from diht_jax.storage.stores import input_size, is_remote, open_file
 
@@ -164,7 +170,7 @@ def _hash_range(path: str, start: int, stop: int, version: int | str | None) -> 
 def _hash_linked(source: SourceShard) -> str:
     """Hash of every byte of the files that a table names, in the order of its rows."""
     digest = hashlib.blake2b(digest_size=16)
-    for root, name in FORMATS[source.kind].list_linked_files(source):
+    for root, name in list_linked_files(source):
         image = read_image(os.path.realpath(root), name, name)
         data = image.reason.encode() if isinstance(image, Skipped) else image
         digest.update(f"{len(data)}\n".encode() + data)

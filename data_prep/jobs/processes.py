@@ -113,7 +113,7 @@ class LocalPool:
         self._failed_starts = 0
         if isinstance(error, self._pebble.ProcessExpired):
             return self._died(error.exitcode)
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) and self._timeout_secs is not None:
             return timed_out(self._timeout_secs)
         try:
             return pickle.loads(future.result())
@@ -187,7 +187,10 @@ def _leave(*_: Any) -> None:
 
 def _end_with_parent() -> None:
     """Ends this process when the parent was killed: another run may begin."""
-    connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    if parent is None:  # not a worker
+        return
+    connection.wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_STOP_SECS)
     os._exit(1)
@@ -220,7 +223,7 @@ class _PairCounter:
             self.send()
 
     def send(self) -> None:
-        if self._pairs:
+        if self._pairs and _sender is not None:
             _sender.send_bytes(self._pairs.to_bytes(8, "little"))
         self._pairs = 0
         self._last_secs = time.monotonic()

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.jobs import fingerprint
 from data_prep.jobs.crash_search import CrashSearch
@@ -21,7 +21,7 @@ from diht_jax.records import dataset_info
 from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.formats.registry import FORMATS, open_writer
-from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.formats.writer import RecordSink
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
 
@@ -31,7 +31,7 @@ FAILED_SUFFIX = ".failed.json"  # next to an output that could not be made: why
 
 # Path -> bytes, None where the file is missing.
 Sizes = Callable[[str], int | None]
-Process = Callable[[SourceShard, RecordWriter], dict[str, Any]]
+Process = Callable[[SourceShard, RecordSink], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +61,9 @@ class ShardTask:
     def location_path(self) -> str:
         """Path of the location of the input."""
         return self.output + fingerprint.LOCATION_SUFFIX
+
+
+Task = TypeVar("Task", bound=ShardTask)
 
 
 def hash_config(config: dict[str, Any]) -> str:
@@ -145,7 +148,7 @@ class RecordHash:
 class HashingWriter(RecordHash):
     """Hashes the records on their way to a writer."""
 
-    def __init__(self, writer: RecordWriter):
+    def __init__(self, writer: RecordSink):
         """Hands on to `writer`, which the caller closes."""
         super().__init__()
         self.path = writer.path
@@ -218,8 +221,8 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
 
 
 def check_all(
-    tasks: Sequence[ShardTask],
-) -> Iterator[tuple[ShardTask, dict[str, Any] | None, str | None]]:
+    tasks: Sequence[Task],
+) -> Iterator[tuple[Task, dict[str, Any] | None, str | None]]:
     """Every task with its statistics and `explain_change`; from a store by many requests at once.
 
     Yields:
@@ -229,17 +232,17 @@ def check_all(
         yield from files.map_many(_check, tasks, tasks[0].output)
 
 
-def _check(task: ShardTask) -> tuple[ShardTask, dict[str, Any] | None, str | None]:
+def _check(task: Task) -> tuple[Task, dict[str, Any] | None, str | None]:
     stats = files.read_object(task.stats_path)
     return task, stats, None if stats is None else explain_change(task, stats)
 
 
-def has_output(task: ShardTask, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
-    """Tells whether the output and its other files have the sizes that the statistics name."""
+def has_output(path: str, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
+    """Tells whether an output and its other files have the sizes that its statistics name."""
     try:
         output = stats["output"]
-        return output["bytes"] == size_of(task.output) and all(
-            size == size_of(task.output + suffix) for suffix, size in output["companions"].items()
+        return output["bytes"] == size_of(path) and all(
+            size == size_of(path + suffix) for suffix, size in output["companions"].items()
         )
     except (KeyError, TypeError, AttributeError):
         return False
@@ -258,7 +261,7 @@ def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set
     if not parts:
         return set()
     sizes = open_sizes(parts[0][0].output.rpartition("/")[0])
-    return {task.output for task, stats in parts if not has_output(task, stats, sizes)}
+    return {task.output for task, stats in parts if not has_output(task.output, stats, sizes)}
 
 
 def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:

@@ -33,7 +33,7 @@ from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher
 from diht_jax.readers.registry import Skipped, SourceShard, read_pairs
 from diht_jax.records.format import read_records
-from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.formats.writer import RecordSink
 from diht_jax.records.labels.shards import (
     decode_features,
     decode_key,
@@ -141,6 +141,8 @@ class LocalCopies:
         return os.path.join(self.folder, f"{digest}.tfrecord")
 
     def _num_bytes(self) -> int:
+        if self.folder is None:
+            return 0
         names = files.list_names(self.folder)
         return sum(files.size(files.join(self.folder, name)) or 0 for name in names)
 
@@ -221,9 +223,9 @@ def embed_shard(
         ValueError: a damaged shard, a teacher that gives no proper embeddings, or values that
             float16 cannot hold.
     """
-    made = dataclasses.replace(task.embedding or task, search=task.search)
+    made = dataclasses.replace(task.embedding, search=task.search)
 
-    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
+    def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
         keys, results = [], []
         of_records = copies if copies.with_records else NO_COPIES
         embedded = embed_records(task, report, open_teacher(teacher), teacher.batch_size)

@@ -131,14 +131,16 @@ def gather_examples(
             for kind, shard_targets in of_shard.items():
                 targets[number][kind].append(shard_targets[chosen])
     # A shard without any embedding does not know their size.
-    vectors = [[part for part in parts if part.shape[1]] for parts in vectors]
-    return tuple(
+    train, held_out = (
         Examples(
-            np.concatenate(parts or [np.zeros((0, 1), np.float32)]),
+            np.concatenate(
+                [part for part in parts if part.shape[1]] or [np.zeros((0, 1), np.float32)]
+            ),
             {kind: concept_vocabulary.concatenate(found) for kind, found in of_split.items()},
         )
         for parts, of_split in zip(vectors, targets, strict=True)
     )
+    return train, held_out
 
 
 def count_named(*splits: Examples) -> dict[str, int]:

@@ -9,7 +9,7 @@ these are embedded first, and each of the others is embedded and labelled in one
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ml_collections
@@ -67,10 +67,9 @@ class Heads:
         self._config, self._folder = config, folder
         self._embedded, self._embeddings_hash = embedded, embeddings_hash
         self.sample: list[LabelTask] = []
-        self.description: dict[str, Any] | None = None
         if self._config.heads.load:
             self.vocabulary = read_vocabulary(self._config.heads.load)
-        self._find()
+        self.description = self._find()
         if self.description or self._config.heads.load:
             return
         counted = concept_vocabulary.read_counts([task.source.path for task in self._embedded])
@@ -82,21 +81,25 @@ class Heads:
         chosen = choose_shards(counted.records, names, self._config)
         self.sample = [self._embedded[number] for number in chosen]
 
-    def _find(self) -> None:
-        """Takes the heads that are there, unless others are to be made."""
+    def _find(self) -> dict[str, Any] | None:
+        """The description of the heads that are there; None where others are to be made."""
         found = head_files.read_description(self._folder)
         if (
             found is None
             or found["weights_hash"] != head_files.hash_heads(self._folder)
             or found["recipe"] != self._hash_recipe()
         ):
-            return
+            return None
         if self._config.heads.load:  # these stay for any shards
-            self.description = found if found["vocabulary"] == self.vocabulary.describe() else None
-        elif self._are_few_changed(found["inputs"]):
-            self.description, self.vocabulary = found, read_vocabulary(self._folder)
+            return found if found["vocabulary"] == self.vocabulary.describe() else None
+        if not self._are_few_changed(found["inputs"]):
+            return None
+        self.vocabulary = read_vocabulary(self._folder)
+        return found
 
-    def obtain(self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies) -> None:
+    def obtain(
+        self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies
+    ) -> dict[str, Any]:
         """Makes the heads that are not there, and writes them with their vocabulary.
 
         One job makes them; others that come meanwhile wait, and take these.
@@ -105,16 +108,22 @@ class Heads:
             failed: sources of the sample that have no embeddings.
             teacher: whose embeddings they are.
             copies: where copies of the embeddings of the sample may be.
+
+        Returns:
+            Their description.
         """
         if self.description is None:
             with locks.leader_lock(self._folder):
-                self._find()
+                self.description = self._find()
                 if self.description is None:
-                    self._make(failed, teacher, copies)
-                    return
+                    self.description = self._make(failed, teacher, copies)
+                    return self.description
         logging.info("heads: trained before")
+        return self.description
 
-    def _make(self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies) -> None:
+    def _make(
+        self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies
+    ) -> dict[str, Any]:
         config = self._config
         for part in self.vocabulary:
             files.write_bytes(vocabulary_path(self._folder, part.kind), encode_concepts(part))
@@ -136,7 +145,7 @@ class Heads:
                 )
         head_files.write_heads(self._folder, heads)
         missing = {task.name: None for task in self._embedded if str(task.source) in failed}
-        self.description = {
+        description = {
             "weights_hash": head_files.hash_heads(self._folder),
             "recipe": self._hash_recipe(),
             "inputs": _hash_inputs(self._embedded) | missing,
@@ -147,9 +156,10 @@ class Heads:
             "images": images,
         }
         path = files.join(self._folder, head_files.DESCRIPTION)
-        files.write_object(path, self.description, with_checksum=True)
+        files.write_object(path, description, with_checksum=True)
+        return description
 
-    def _are_few_changed(self, before: Mapping[str, str | None]) -> bool:
+    def _are_few_changed(self, before: dict[str, str | None]) -> bool:
         """Compares the shards with those that heads were made for, by `_hash_inputs` of these."""
         now = _hash_inputs(self._embedded)
         # A shard that had failed at that time (None) may come.

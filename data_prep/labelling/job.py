@@ -160,8 +160,8 @@ class _Job:
                 return failures
             _check_embedded(config, [task for task, _ in embedded.parts])
         failed = {note["source"]: note for note in embedded.failed}
-        heads.obtain(failed, teacher, copies)
-        planned = self._plan_labels(heads.description, embeddings_hash, embedding_tasks)
+        described = heads.obtain(failed, teacher, copies)
+        planned = self._plan_labels(described, embeddings_hash, embedding_tasks)
         wanted = [task for task in planned if str(task.source) not in failed]
         for task in planned:
             if note := failed.get(str(task.source)):  # it could not be embedded
@@ -169,7 +169,7 @@ class _Job:
                 files.write_object(task.output + FAILED_SUFFIX, note)
         settings = labels.LabelSettings(
             folder,
-            heads.description["weights_hash"],
+            described["weights_hash"],
             config.top_k,
             heads.vocabulary.describe(),
             config.merge,
@@ -189,9 +189,7 @@ class _Job:
                 # Numbered shards are those of the inputs that are there.
                 for made in (embedding_tasks,) if config.merge else (planned, embedding_tasks):
                     tasks.remove_gone(made, config.max_changed_shards)
-                summary.summarize(
-                    config, found, folder, heads.vocabulary, heads.description, teacher
-                )
+                summary.summarize(config, found, folder, heads.vocabulary, described, teacher)
         return with_output(failures, found.failed)
 
     def embed_by_clips(self) -> tuple[Failures, bool]:
@@ -239,8 +237,8 @@ class _Job:
         else:
             planned = self._plan(LABELS, settings_hash)
         return [
-            dataclasses.replace(task, embedding=embedding)
-            for task, embedding in zip(planned, embedding_tasks, strict=True)
+            dataclasses.replace(task, embeddings=embeddings)
+            for task, embeddings in zip(planned, embedding_tasks, strict=True)
         ]
 
     def _label(
@@ -279,7 +277,7 @@ class _Job:
 
         `teacher` is what the function needs, if any; `load` makes it ready (`load_teacher`).
         """
-        options = engine_options(self.config, self.engine) | {"label": label}
+        options: dict[str, Any] = engine_options(self.config, self.engine) | {"label": label}
         if teacher is None:
             if options["ray"] is not None:
                 address, cpus = options["ray"].address, options["ray"].cpus_per_worker

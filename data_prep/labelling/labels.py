@@ -36,7 +36,7 @@ from diht_jax.data.index import update_index
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.formats.registry import open_writer
-from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.formats.writer import RecordSink
 from diht_jax.records.labels.clip_embeddings import ClipFacts
 from diht_jax.records.labels.concepts import NO_CONCEPTS, Concepts, encode_label, id_dtype
 from diht_jax.records.labels.shards import LabelShard, describe_labels, seal
@@ -105,7 +105,7 @@ def label_shard(
         STATS_KEY: settings.described,
     }
 
-    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
+    def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
         if not settings.merge:
             shard, ids_type = task.identify(), id_dtype(settings.described)
             if shard[1] != len(found.keys):
@@ -184,7 +184,7 @@ def embed_by_clips(
         ValueError: a damaged shard, or values that are not finite.
     """
 
-    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
+    def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
         shard, missing = task.identify(), collections.Counter()
         teacher = open_clip_teachers(teachers)
         for record, result in embed_records(task, report, teacher, teachers.batch_size):

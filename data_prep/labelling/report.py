@@ -237,7 +237,7 @@ def describe_card(record: Record, vocabulary: Vocabulary) -> dict[str, Any]:
             (vocabulary.objects, record.object_ids, record.object_probs),
             (vocabulary.attributes, record.attribute_ids, record.attribute_probs),
         )
-        if ids is not None and len(ids)
+        if ids is not None and probs is not None and len(ids)
     ]
     card = {"key": record.key, "caption": record.caption[:200], "concepts": concepts}
     try:

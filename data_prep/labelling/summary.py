@@ -33,7 +33,7 @@ def remove_summary(folder: str) -> None:
 
 def summarize(
     config: ml_collections.ConfigDict,
-    found: Survey,
+    found: Survey[LabelTask],
     folder: str,
     vocabulary: Vocabulary,
     heads: dict[str, Any],
@@ -103,7 +103,7 @@ def summarize(
 
 
 def summarize_clips(
-    config: ml_collections.ConfigDict, found: Survey, folder: str, facts: ClipFacts
+    config: ml_collections.ConfigDict, found: Survey[LabelTask], folder: str, facts: ClipFacts
 ) -> None:
     """Writes the index of the embeddings of CLIP teachers, and prints what they are."""
     _, done = _read_done(found)
@@ -118,10 +118,10 @@ def summarize_clips(
     )
 
 
-def _read_done(found: Survey) -> tuple[list[LabelTask], list[dict[str, Any]]]:
+def _read_done(found: Survey[LabelTask]) -> tuple[list[LabelTask], list[dict[str, Any]]]:
     """The tasks that are done, and their statistics."""
     tasks = [task for task, _ in found.parts]
-    return tasks, [stats for _, stats, _ in shards.check_all(tasks)]
+    return tasks, [stats for _, stats, _ in shards.check_all(tasks) if stats is not None]
 
 
 def _add_up(done: Sequence[Mapping[str, Any]], name: str) -> int:

@@ -30,16 +30,21 @@ class LabelTask(shards.ShardTask):
 
     Attributes:
         shard: name, records, bytes and digest of the record shard; None of a damaged one.
-        embedding: the task of its embeddings; None of a task that makes them.
+        embeddings: the task of its embeddings; None of a task that makes them.
     """
 
     shard: ShardIdentity | None = None
-    embedding: LabelTask | None = None
+    embeddings: LabelTask | None = None
 
     @property
     def name(self) -> str:
         """The file name of the output."""
         return os.path.basename(self.output)
+
+    @property
+    def embedding(self) -> LabelTask:
+        """The task that makes the embeddings: another one, or this."""
+        return self.embeddings or self
 
     def identify(self) -> ShardIdentity:
         """Name, records, bytes and digest of the record shard.

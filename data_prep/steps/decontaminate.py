@@ -150,6 +150,7 @@ class DecontaminateStep(Step):
             rows = [self._precomputed.get(candidate.pair.key) for candidate in batch]
             self._without_embedding += sum(row is None for row in rows)
         else:
+            assert self._model is not None  # `check` demands one of the two
             images = self._model.embed_images([candidate.pair.image for candidate in batch])
             rows = [None if isinstance(image, str) else image for image in images]
         known = next(iter(self._embedded.values())).embeddings

@@ -39,10 +39,10 @@ class DuplicateStep(Step):
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
         folder = config.duplicates.table
         try:
-            Lookup(folder)  # complete and whole, before any worker reads it
+            table = Lookup(folder)  # complete and whole, before any worker reads it
         except ValueError as error:
             raise ValueError(f"config.duplicates.table={error}") from error
-        return super().describe_rules(config) | {"duplicates_table": read_summary(folder)["digest"]}
+        return super().describe_rules(config) | {"duplicates_table": table.digest}
 
     @classmethod
     def check_inputs(cls, config: ml_collections.ConfigDict, inputs: Sequence[Input]) -> None:

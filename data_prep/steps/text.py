@@ -121,7 +121,7 @@ class TextStep(Step):
         if self._machine is None and verdict.looked != "no_run":
             self._machine = spotter_config.describe_machine(self._spotter.settings)
         candidate.spots = verdict.spots
-        candidate.of_captions = {"match": verdict.matches}
+        candidate.of_captions = {"match": list(verdict.matches)}
         looked = "missed" if verdict.missed else "audited" if verdict.audited else verdict.looked
         shown = [match for match in verdict.matches if match is not None]
         values = {"matches": len(shown), "looked": looked}
@@ -130,7 +130,7 @@ class TextStep(Step):
         # What the longest of several captions shares with the picture does not decide alone.
         shared = [
             longest_match(text, caption, self._spotter.settings)
-            for text, caption in zip(verdict.matches, candidate.captions, strict=True)
+            for text, caption in zip(shown, candidate.captions, strict=True)
         ]
         confidence = next((s.confidence for s in verdict.spots if s.text == shown[0]), None)
         return values | {

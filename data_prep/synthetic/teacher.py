@@ -63,7 +63,7 @@ class Network(nnx.Module):
         self.norms = nnx.List([nnx.GroupNorm(m, num_groups=8, rngs=rngs) for m in _WIDTHS])
         self.head = nnx.Linear(_WIDTHS[-1], len(CONCEPTS), rngs=rngs)
 
-    def features(self, pictures: jax.Array) -> jax.Array:
+    def features(self, pictures: jax.Array | np.ndarray) -> jax.Array:
         """uint8 [b, s, s, 3] to float32 [b, d]."""
         x = pictures.astype(jnp.float32) / 127.5 - 1.0
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):

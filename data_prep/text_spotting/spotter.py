@@ -164,7 +164,7 @@ class TextSpotter:
             for picture in pictures
             for i in picture.next_lines(size, count)
         ]
-        crops = [crop_line(picture.grey, look.boxes[i]) for picture, look, i in wanted]
+        crops = [picture.crop(look.boxes[i]) for picture, look, i in wanted]
         for (_, look, i), (text, confidence) in zip(
             wanted, self._ocr.read(crops, self.settings.batch_size), strict=True
         ):
@@ -207,6 +207,11 @@ class _Picture:
         """Frees the memory of `decode`."""
         self.grey: np.ndarray | None = None
         self._shrunk: dict[int, Shrunk] = {}
+
+    def crop(self, box: Box) -> tuple[np.ndarray, int] | None:
+        """A line of the decoded picture."""
+        assert self.grey is not None
+        return crop_line(self.grey, box)
 
     def shrink(self, size: int) -> Shrunk:
         """The decoded picture with a longer side of at most `size` px."""

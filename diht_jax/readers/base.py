@@ -70,6 +70,13 @@ class SourceShard:
     needs_caption: bool = True
     unneeded: tuple[str, ...] = ()
 
+    @property
+    def end(self) -> int:
+        """`stop` of a part that states it."""
+        if self.stop is None:
+            raise ValueError(f"{self}: expected a part with an end")
+        return self.stop
+
     def __str__(self) -> str:
         part = "" if self.stop is None else f"[{self.start}:{self.stop}]"
         return f"{self.path}{part}"

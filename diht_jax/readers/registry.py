@@ -106,6 +106,12 @@ def names_files(source: SourceShard) -> bool:
     return source.reads_linked and form is not None and form.list_linked_files is not None
 
 
+def list_linked_files(source: SourceShard) -> Iterable[tuple[str, str]]:
+    """Folder and name of the files that an input's own file only names."""
+    listed = FORMATS[source.kind].list_linked_files
+    return () if listed is None else listed(source)
+
+
 def describe_linked(source: SourceShard) -> str | None:
     """Hash of size and time of change of the files that an input names; opens none of them.
 
@@ -113,7 +119,7 @@ def describe_linked(source: SourceShard) -> str | None:
         None where it names no file.
     """
     digest, count = hashlib.blake2b(digest_size=16), 0
-    for root, name in FORMATS[source.kind].list_linked_files(source):
+    for root, name in list_linked_files(source):
         count += 1
         try:
             path = os.path.join(root, name)

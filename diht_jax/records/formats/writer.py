@@ -5,11 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+from typing import Protocol
 
 import numpy as np
 
 from diht_jax.records.formats.shard_index import INDEX_SUFFIX, ShardIndex
 from diht_jax.storage import files
+
+
+class RecordSink(Protocol):
+    """Takes the records of a shard one by one: a writer, or what changes them before one."""
+
+    path: str
+
+    def write(self, data: bytes) -> None:
+        """Appends one record."""
+
+    def __len__(self) -> int: ...
 
 
 class RecordWriter:
