@@ -144,6 +144,7 @@ def average_models(
     read = functools.cache(pool.read) if method == "wise_ft" else pool.read
     found: dict[str, Any] = {}
     if method == "greedy":
+        assert target is not None  # see `_check`
         model, trials = soups.greedy_soup(
             models,
             read,

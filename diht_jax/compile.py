@@ -248,6 +248,7 @@ def _halvings(
     least = config.model.texts_per_row * len(too_large.topology.devices)
     examples_before = too_large.micro_batch or too_large.batch_size
     excess_bytes = too_large.needed_bytes - too_large.argument_bytes
+    assert too_large.memory_limit_bytes is not None  # else nothing is too large
     room_bytes = (too_large.memory_limit_bytes - too_large.argument_bytes) / share
     sizes = []
     while first and first % least == 0:

@@ -127,9 +127,9 @@ def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True
     print_escaped(format_comparison(*results))
     if draw:
         last = pathlib.Path(files[-1])
-        chart = pathlib.Path(chart or last.with_name(f"{last.stem}.compared.png"))
-        draw_comparison(results, chart)
-        logging.info("chart: %s", chart)
+        path = pathlib.Path(chart or last.with_name(f"{last.stem}.compared.png"))
+        draw_comparison(results, path)
+        logging.info("chart: %s", path)
 
 
 def evaluate_model(

@@ -106,7 +106,7 @@ def export_model(
     measured = [_as_row(path, read_results(path)) for path in results]
     source = read_model(model, **model_options)
     config, data = None, (None, None)
-    if source.is_run:
+    if source.step is not None:  # of a run
         measured = [*read_run_results(pathlib.Path(source.path), source.step), *measured]
         config = json.loads(source.config.to_json_best_effort())
         data = config["data"]["train"], config["data"].get("labels")

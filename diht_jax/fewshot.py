@@ -130,8 +130,9 @@ def _tasks() -> dict[str, Any]:
 
     given, defaults, tasks = flags.FLAGS, command_line.task_defaults(), {}
     for name in ("train", "validation", "test"):
-        if given[name].value is not None:
-            (tasks[name],) = parse_tasks([task_text(given.task, given[name].value)], **defaults)
+        source = given[name].value
+        if source is not None:
+            (tasks[name],) = parse_tasks([task_text(given.task, source)], **defaults)
             if tasks[name].kind != CLASSIFICATION:
                 raise ValueError(f"--task {given.task}: expected a classification task")
     return tasks

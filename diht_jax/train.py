@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -51,10 +52,10 @@ def main() -> None:
         xla_flags = compiler.set_flags(platform, more)
         distributed.start_from_flags(functools.partial(begin_job, workdir))
     except ValueError as error:
-        error.exit_status = exit_status(error)
+        command_line.set_exit_status(error, exit_status(error))
         raise
     except ConnectionError as error:
-        error.exit_status = job_status(error, workdir)
+        command_line.set_exit_status(error, job_status(error, workdir))
         raise
     if xla_flags:
         logging.info("%s", xla_flags)
@@ -65,7 +66,8 @@ def main() -> None:
         # After the validation: a mistyped key should not have to wait for these imports.
         from diht_jax.training.loop import train
 
-        options = {"set_keys": flags.FLAGS["config"].override_values, "began": began}
+        flag: Any = flags.FLAGS["config"]
+        options = {"set_keys": flag.override_values, "began": began}
         if stages:
             train_stages(functools.partial(train, **options), stages, workdir)
         else:
@@ -80,7 +82,7 @@ def main() -> None:
         sys.exit(EXIT_CODE)
     except Exception as error:
         distributed.end_job(error, functools.partial(job_status, workdir=workdir))
-        error.exit_status = exit_status(error)
+        command_line.set_exit_status(error, exit_status(error))
         raise
     logging.info("finished; results in %s", workdir)
 

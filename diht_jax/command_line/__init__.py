@@ -126,8 +126,8 @@ def _help_or_flags(
     comment_files: Mapping[str, str],
 ) -> list[str]:
     """Answers `--help` and `--config.help`, and exits; else `parse_flags`."""
-    section = help_text.asked_section(argv) if config_defaults is not None else None
-    if section is not None:
+    section = help_text.asked_section(argv)
+    if section is not None and config_defaults is not None:
         try:
             config = config_defaults()
             for path, arg in _named_recipes(_with_paths(argv))[-1:]:
@@ -282,7 +282,7 @@ def _with_flags(message: str) -> str:
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     if not isinstance(config, ml_collections.ConfigDict):
         return message
-    keys = "|".join(map(re.escape, config))
+    keys = "|".join(re.escape(key) for key in config)
     return re.sub(rf"(?<![\w./-])config\.(?=(?:{keys})\b)", "--config.", message)
 
 
@@ -336,6 +336,11 @@ def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
     """Drops what libraries log below a warning: Orbax logs a page at every save."""
     from_library = f"{os.sep}site-packages{os.sep}" in record.pathname
     return record.levelno >= python_logging.WARNING or not from_library
+
+
+def set_exit_status(error: BaseException, status: int) -> None:
+    """Sets the status of a command that ends by this error; 1 without it."""
+    error.__dict__["exit_status"] = status
 
 
 def _fail(message: str, status: int) -> None:

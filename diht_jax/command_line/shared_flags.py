@@ -103,7 +103,7 @@ def define_job_array_flags() -> None:
 
 def numbers(name: str) -> tuple[float, ...]:
     """The numbers of a flag that is a list; raises ValueError for something else in it."""
-    texts = flags.FLAGS[name].value
+    texts = flags.FLAGS[name].value or []
     try:
         return tuple(float(text) for text in texts)
     except ValueError as error:

@@ -41,12 +41,12 @@ def comments_of(source: str) -> dict[str, str]:
     """
     own_line, inline = _comments_by_line(source)
 
-    def comment(node: ast.AST) -> str:
+    def comment(node: ast.stmt | ast.expr) -> str:
         first = node.lineno
         above = []
         while first - 1 - len(above) in own_line:
             above.insert(0, own_line[first - 1 - len(above)])
-        behind = [inline[n] for n in range(first, node.end_lineno + 1) if n in inline]
+        behind = [inline[n] for n in range(first, (node.end_lineno or first) + 1) if n in inline]
         return " ".join([*above, *behind])
 
     found: dict[str, str] = {}
@@ -75,7 +75,7 @@ def _comments_by_line(source: str) -> tuple[dict[int, str], dict[int, str]]:
     return own_line, inline
 
 
-def _assigned_keys(function: ast.FunctionDef) -> list[tuple[str, ast.AST]]:
+def _assigned_keys(function: ast.FunctionDef) -> list[tuple[str, ast.stmt]]:
     """Keys that a function gives to a config; `c = config.clip = ...` makes `c` a section."""
     sections: dict[str, str] = {}
     found = []
@@ -93,7 +93,8 @@ def _assigned_keys(function: ast.FunctionDef) -> list[tuple[str, ast.AST]]:
 
 
 def _documented_fields(node: ast.ClassDef) -> dict[str, str]:
-    fields = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+    targets = [n.target for n in node.body if isinstance(n, ast.AnnAssign)]
+    fields = {target.id for target in targets if isinstance(target, ast.Name)}
     listed = (ast.get_docstring(node) or "").partition("Attributes:\n")[2]
     found = {}
     for names, text in re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE):

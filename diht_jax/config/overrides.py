@@ -52,7 +52,7 @@ def take_unset_keys(
         is_apart = match is not None and value is None and arguments[position:end][:1] == ["None"]
         if key is not None:
             unset.pop(key, None)
-        if (value == "None" or is_apart) and _is_optional(key, defaults):
+        if key and (value == "None" or is_apart) and _is_optional(key, defaults):
             unset[key] = None
             position += is_apart
         else:

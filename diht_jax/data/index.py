@@ -163,8 +163,11 @@ def update_index(
         entries = [entries[name] for name in sorted(entries)]
 
         def load_offsets(entry: ShardEntry) -> np.ndarray:
-            if entry.name not in rows:
-                return _load_kept(work, entry.name, entry.num_bytes)
+            if old is None or entry.name not in rows:
+                kept = _load_kept(work, entry.name, entry.num_bytes)
+                if kept is None:
+                    raise ValueError(f"{work}: the offsets of {entry.name} are gone; run it again")
+                return kept
             offsets = old.offsets(rows[entry.name])
             if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
                 raise old.damaged(f"the offsets of {entry.name} are wrong")
@@ -237,7 +240,7 @@ def _look(
     folder: str, work: pathlib.Path, trusts_index: bool, name: str, size: int
 ) -> tuple[ShardEntry, bool]:
     """The entry of a shard, and whether an earlier run has kept its offsets; keeps them."""
-    path, kind = os.path.join(folder, name), kind_of(name)
+    path, kind = os.path.join(folder, name), _kind_of(name)
     try:
         offsets = _load_kept(work, name, size)
     except (ValueError, OSError):  # damaged, or of an older shard
@@ -259,9 +262,16 @@ def _look(
     return ShardEntry(name, kind, len(offsets), size, digest, anchors), is_kept
 
 
+def _kind_of(name: str) -> str:
+    kind = kind_of(name)
+    if kind is None:
+        raise ValueError(f"{name}: not the name of a shard")
+    return kind
+
+
 def _load_kept(work: pathlib.Path, name: str, size: int) -> np.ndarray | None:
     """The offsets of a shard that were found before; None where they were not."""
-    return _INDICES[kind_of(name)].load(str(work / name), size)
+    return _INDICES[_kind_of(name)].load(str(work / name), size)
 
 
 def _write_index(

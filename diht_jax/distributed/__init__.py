@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -105,7 +106,7 @@ def start(
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
-    timeouts = {
+    timeouts: dict[str, Any] = {
         "heartbeat_timeout_seconds": heartbeat_timeout_secs,
         "shutdown_timeout_seconds": SHUTDOWN_TIMEOUT_SECS,
     }
@@ -118,7 +119,7 @@ def start(
             return
         jax.distributed.initialize(**timeouts)
     else:
-        if missing:
+        if coordinator_address is None or num_processes is None or process_id is None:
             raise ValueError(
                 f"{', '.join(missing)}: expected together with the others of {', '.join(given)}"
             )
@@ -211,10 +212,11 @@ def _call_roll_of(cluster: str, warning_secs: float, begin: Callable[[int], None
             "--process_id"
         )
         return False
-    if found is not None and None not in found:
+    address, count, number = found or _NO_CLUSTER
+    if address is not None and count is not None and number is not None:
         if begin is not None:
-            begin(found[2])
-        call_roll(*found, warning_secs)
+            begin(number)
+        call_roll(address, count, number, warning_secs)
     return True
 
 
@@ -231,7 +233,10 @@ def _ask_cluster(timeout_secs: float) -> tuple[str | None, int | None, int | Non
         from jax._src.clusters import ClusterEnv
 
         unset = (None, None, None, None, None)
-        found = ClusterEnv.auto_detect_unset_distributed_params(*unset, timeout_secs)
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            *unset,
+            timeout_secs,  # ty: ignore[invalid-argument-type]  # it may have a fraction
+        )
         return found[:3]
     except Exception as error:  # JAX asks again, and its own error ends the command
         logging.warning("the job's processes are not known: %s. %s", error, advise("a port"))

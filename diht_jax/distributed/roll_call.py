@@ -135,7 +135,8 @@ def _collect(
                     selector.unregister(key.fileobj)
                     if present.get(key.data) is key.fileobj:
                         del present[key.data]
-                    key.fileobj.close()
+                    if isinstance(key.fileobj, socket.socket):
+                        key.fileobj.close()
             missing = [n for n in range(1, num_processes) if n not in present]
             text = _list_processes(missing, num_processes)
             if missing and lateness.check(lambda at, text=text: f"missing at {at}: {text}"):

@@ -105,7 +105,8 @@ class Number:
 
     def value(self, result: Mapping[str, Any] | None) -> float | None:
         """The number in a task's result; None where it is not there, or measured otherwise."""
-        metrics = (result or {}).get("metrics", {})
+        result = result or {}
+        metrics = result.get("metrics", {})
         if any(name not in metrics for name in self.metrics):
             return None
         if self.is_datacomp and result.get("kind") == CLASSIFICATION:

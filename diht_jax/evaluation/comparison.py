@@ -76,7 +76,7 @@ def _compare_metrics(task: str, results: Sequence[dict[str, Any]]) -> list[list[
             pair = paired_samples(results[0], result, name)
             samples = None if pair is None else pair[1].astype(float) - pair[0]
             cells += _difference_cells(metric, values[name] - measured[0][name], samples)
-        rows.append(["" if rows else task, metric.label, *cells])
+        rows.append(["" if rows else task, metric.label or name, *cells])
     return rows
 
 
@@ -108,9 +108,10 @@ def _mean_samples(
             paired_samples(first[number.task], second[number.task], metric)
             for metric in number.metrics
         ]
-        if any(pair is None for pair in pairs):
+        found = [pair for pair in pairs if pair is not None]
+        if len(found) < len(pairs):
             return None
-        differences.append(np.mean([pair[1].astype(float) - pair[0] for pair in pairs], axis=0))
+        differences.append(np.mean([pair[1].astype(float) - pair[0] for pair in found], axis=0))
     if any(len(samples) != len(differences[0]) for samples in differences):
         return None
     return np.mean(differences, axis=0)

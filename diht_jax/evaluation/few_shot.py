@@ -214,7 +214,7 @@ def measure_few_shot(
         SCRATCH: (np.zeros_like(data.zero_shot), decays),
         PENALTY: (data.zero_shot, decays),
     }
-    results = []
+    results: list[dict[str, Any]] = []
     work = [(shots, method) for shots in options.shots for method in methods]
     for shots, method in ProgressBar(work, desc="few-shot", unit=" fits", disable=not progress):
         if method == PROMPT_INIT:
@@ -279,7 +279,8 @@ def split_by_class(
         most = options.validation_per_class
         held_out.append(order[: count if most is None else min(count, most)])
         kept.append(order[count:])
-    return tuple(examples.take(np.sort(np.concatenate(part))) for part in (kept, held_out))
+    train, validation = (examples.take(np.sort(np.concatenate(part))) for part in (kept, held_out))
+    return train, validation
 
 
 def draw_shots(
@@ -290,7 +291,7 @@ def draw_shots(
     Draw i with k shots is a part of draw i with more shots. A class with fewer examples gives all
     it has. With "all" there is nothing to draw: one draw of everything.
     """
-    if shots == ALL:
+    if isinstance(shots, str):
         return [examples]
     classes = _indices_by_class(examples.labels)
     short = [label for label, indices in classes if len(indices) < shots]
@@ -341,9 +342,10 @@ def _embed(
     try:
         parts = [open_units(task.source, task.source_options) for task in tasks]
         counts = [part.count_entries() for part in parts]
+        known = [count for count in counts if count is not None]
         units = Units(
             [unit for part in parts for unit in part],
-            lambda: None if None in counts else sum(counts),
+            lambda: sum(known) if len(known) == len(counts) else None,
         )
         with entries_bar("images", units, hidden=not batching.progress) as bar:
             measured = classification.run(

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ def fit_probes(
     per_setting = len(draws) * num_classes * max(block, held_out_block)
     chunk = mesh.size * max(1, min(_LOGITS_AT_ONCE // per_setting, -(-len(settings) // mesh.size)))
     accuracy = []
-    best: list[tuple[float, np.ndarray, np.ndarray]] = [(-1.0, None, None)] * len(draws)
+    best: list[tuple[float, Any, Any]] = [(-1.0, None, None)] * len(draws)
     table = np.array([dataclasses.astuple(setting) for setting in settings], np.float32)
     for first in range(0, len(table), chunk):
         part = table[first : first + chunk]

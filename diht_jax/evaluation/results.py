@@ -71,9 +71,11 @@ def read_results(path: str | pathlib.Path) -> dict[str, Any]:
     try:
         text = pathlib.Path(path).read_bytes()
         results = parse_object(text)
-        if results is None and isinstance(json.loads(text), dict):
+        if results is None:
             raise ValueError(
                 "its checksum differs: it is damaged; remove 'checksum' if you edited it"
+                if isinstance(json.loads(text), dict)
+                else "it holds no object"
             )
         for result in results["results"]:
             result["task"], result["metrics"].items(), result["counts"]["images"]  # noqa: B018
@@ -110,7 +112,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
         for name, value in result["metrics"].items():
             metric = metric_of(result, name)
             interval = _format_interval(metric, intervals[name]) if name in intervals else ""
-            rows.append((task, metric.label, format_value(metric, value), interval, about))
+            rows.append((task, metric.label or name, format_value(metric, value), interval, about))
             task = about = ""
     for mean in suite_means([{result["task"]: result for result in results["results"]}]):
         value = format_value(Metric("share"), mean.values[0])

@@ -242,7 +242,7 @@ def _read_section(name: str, section: Any) -> _Request:
 
 def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     entry, source = request.entry, request.source
-    if not source:
+    if not source and entry is not None:
         typed = f"'{request.name}={entry.form}'" if request.is_text else entry.form
         raise ValueError(
             f"task '{request.name}' has no source of its own, since it is not read from TFDS; it "

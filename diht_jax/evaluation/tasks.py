@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -37,7 +37,9 @@ from diht_jax.terminal import ProgressBar
 class ExamplesPage(typing.Protocol):
     """A page that gets the examples of tasks, such as a `ResultsPage`."""
 
-    path: pathlib.Path | None
+    @property
+    def path(self) -> pathlib.Path | None:
+        """Its file, if it is one."""
 
     def add(
         self,
@@ -158,7 +160,7 @@ def training_template(model: EmbeddingModel) -> str:
     return templates.pop() if len(templates) == 1 else data.text_template
 
 
-def read_entries(task: Task) -> Iterator[Pair | Skipped]:
+def read_entries(task: Task) -> Generator[Pair | Skipped]:
     """The pairs of a task's source, with a `Skipped` and its reason for each that is unusable."""
     for unit in task.open_units():
         yield from unit()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import ml_collections
 
@@ -74,5 +74,5 @@ def validation_tasks(config: ml_collections.ConfigDict) -> list[ValidationTask]:
     ]
 
 
-def _read(records: ShardedRecords, numbers: Sequence[int]) -> Iterator[Pair | Skipped]:
+def _read(records: ShardedRecords, numbers: Iterable[int]) -> Iterator[Pair | Skipped]:
     return map_ahead(lambda number: records.decode(records[int(number)]), numbers)

@@ -128,10 +128,12 @@ def sharded_affinity_loss(
         mesh, axis_names: see `sharded.sharded_loss`.
     """
     rows, whole = PartitionSpec(axis_names), PartitionSpec()
+    specs: Any = (rows, rows, whole)  # in the places of arrays
+    of_teacher = TeacherEmbeddings(*specs)
     return jax.shard_map(
         functools.partial(affinity_loss, axis_name=axis_names),
         mesh=mesh,
-        in_specs=(rows, rows, whole, [TeacherEmbeddings(rows, rows, whole)] * len(teachers)),
+        in_specs=(rows, rows, whole, [of_teacher] * len(teachers)),
         out_specs=whole,
     )(image_emb, text_emb, jnp.asarray(logit_scale), list(jax.tree.map(jnp.asarray, teachers)))
 

@@ -182,9 +182,9 @@ class CaptionDecoder(nnx.Module):
             def run(params, x, image_tokens, graphdef=graphdef):
                 return nnx.merge(graphdef, params)(x, image_tokens)
 
-            if self.remat != "none":
-                run = checkpointed(run, self.remat, scanned=False)
-            x = run(params, x, image_tokens)
+            is_plain = self.remat == "none"
+            call = run if is_plain else checkpointed(run, self.remat, scanned=False)
+            x = call(params, x, image_tokens)
         return self.final_norm(x)
 
     def output_kernel(self) -> jax.Array:

@@ -82,7 +82,9 @@ def _add(sums: Parameters | None, params: Parameters, weight: float = 1.0) -> Pa
     return added if sums is None else jax.tree.map(np.add, sums, added)
 
 
-def _mean(like: Ingredient, sums: Parameters, total: float) -> Ingredient:
+def _mean(like: Ingredient | None, sums: Parameters | None, total: float) -> Ingredient:
+    if like is None or sums is None:
+        raise ValueError("expected at least one model with a weight above 0")
     params = jax.tree.map(lambda s, p: (s / total).astype(p.dtype), sums, like.params)
     return dataclasses.replace(like, params=params)
 

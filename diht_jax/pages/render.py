@@ -107,9 +107,11 @@ def _environment() -> jinja2.Environment:
 
 def encode_picture(picture: Image.Image | Figure) -> bytes:
     """Encodes a Pillow image as JPEG, a figure of matplotlib as PNG."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    if hasattr(picture, "savefig"):
-        picture.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    else:
+    if isinstance(picture, Image.Image):
         picture.convert("RGB").save(buffer, "JPEG", quality=88)
+    else:
+        picture.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()

@@ -152,7 +152,7 @@ class Format:
     prefix: str = ""
     is_folder: bool = False
     list_shards: Callable[[str, Any], list[SourceShard]] | None = None
-    options: type | None = None
+    options: type[Any] | None = None
     count: Callable[[SourceShard], int | None] = lambda shard: None
     count_reads_file: bool = False
     metadata_of: tuple[str, ...] = ()

@@ -111,5 +111,5 @@ FORMAT = Format(
     is_folder=True,
     list_shards=lambda root, options: list_sample_shards(root),
     read=read_samples,
-    count=lambda shard: shard.stop - shard.start,
+    count=lambda shard: shard.end - shard.start,
 )

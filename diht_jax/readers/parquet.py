@@ -185,7 +185,7 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     options = _find_columns(source, file.schema_arrow.names, source.needs_caption)
     class_names = _read_class_names(file.schema_arrow.metadata)
     stem = os.path.splitext(os.path.basename(source.path))[0]
-    used = {options.image_column, options.caption_column, options.key_column}
+    used = {options.image, options.caption, options.key}
     unneeded = set(source.unneeded) - used
     seen: set[str] = set()
     number = 0
@@ -195,9 +195,9 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
             if isinstance(row, BadRow) and row.columns <= unneeded:
                 row = row.values
             values = row.values if isinstance(row, BadRow) else row
-            key = clean_text(str(values.get(options.key_column) or "")) or f"{stem}-{number:08d}"
+            key = clean_text(str(values.get(options.key) or "")) or f"{stem}-{number:08d}"
             number += 1
-            unpacked_bytes += len(_image_of(values.get(options.image_column)) or b"")
+            unpacked_bytes += len(_image_of(values.get(options.image)) or b"")
             check_expansion(source.path, num_bytes, unpacked_bytes)
             if isinstance(row, BadRow):
                 yield Skipped(key, "bad_row", row.detail)
@@ -208,7 +208,9 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
             seen.add(key)
             pair = _make_pair(key, row, options, source.needs_caption)
             if isinstance(pair, Pair) and "class_name" not in pair.metadata:
-                pair.metadata.update(_class_name(pair.metadata.get(LABEL_COLUMN), class_names))
+                named = _class_name(pair.metadata.get(LABEL_COLUMN), class_names)
+                metadata = {**pair.metadata, **named} if named else pair.metadata
+                pair = dataclasses.replace(pair, metadata=metadata)
             yield pair
 
 
@@ -217,10 +219,10 @@ def list_parquet_images(source: SourceShard) -> Iterator[tuple[str, str]]:
     try:
         file = open_parquet(source.path)
         options = _find_columns(source, file.schema_arrow.names, needs_caption=False)
-        for row in read_rows(source.path, file, [options.image_column]):
+        for row in read_rows(source.path, file, [options.image]):
             values = row.values if isinstance(row, BadRow) else row
-            if isinstance(name := _image_of(values.get(options.image_column)), str):
-                yield options.image_root, name
+            if isinstance(name := _image_of(values.get(options.image)), str):
+                yield options.root, name
     except ValueError:
         return  # the error is that of the file's reader
 
@@ -232,27 +234,35 @@ def _image_of(value: Any) -> bytes | str | None:
     return value if isinstance(value, bytes | str) else None
 
 
-def _find_columns(
-    source: SourceShard, names: Collection[str], needs_caption: bool
-) -> ColumnOptions:
-    """The options of a file with the names of its columns; no captions are the column ""."""
+class _Columns(NamedTuple):
+    """Names of columns, "" for captions that are not asked for; and the folder of the images."""
+
+    image: str
+    caption: str
+    key: str | None
+    root: str
+
+
+def _find_columns(source: SourceShard, names: Collection[str], needs_caption: bool) -> _Columns:
+    """The columns of a file, by its options and the names that are there."""
     known = {field.name for field in dataclasses.fields(ColumnOptions)} & source.options.keys()
     options = ColumnOptions(**{name: source.options[name] for name in known})
     root = options.image_root or os.path.dirname(source.path) or "."
     options = dataclasses.replace(
         options,
-        image_root=root if is_remote(root) else os.path.realpath(root),
         key_column=options.key_column or ("key" if "key" in names else None),
     )
     options, missing = find_columns(names, options)
     if options.caption_column is None and not needs_caption:
         options, missing = find_columns(names, dataclasses.replace(options, caption_column=""))
-    if missing:
+    image, caption = options.image_column, options.caption_column
+    if missing or image is None or caption is None:
         raise ValueError(
             f"{describe_missing(source.path, names, missing)}; to filter a table of captions "
             "without images use --config prep/metadata"
         )
-    return options
+    root = root if is_remote(root) else os.path.realpath(root)
+    return _Columns(image, caption, options.key_column, root)
 
 
 def _class_name(label: Any, names: list[str]) -> dict[str, str]:
@@ -273,24 +283,24 @@ def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
 
 
 def _make_pair(
-    key: str, row: dict[str, Any], options: ColumnOptions, needs_caption: bool
+    key: str, row: dict[str, Any], options: _Columns, needs_caption: bool
 ) -> Pair | Skipped:
-    image = _image_of(row[options.image_column])
+    image = _image_of(row[options.image])
     if not image:
         status = row.get("error_message") or row.get("status") or "nothing in the column"
         return Skipped(key, "no_image", str(status))
     if len(image) > MAX_IMAGE_BYTES:
         return Skipped(key, "too_large", f"an image of {len(image)} bytes")
-    stated = row.get(options.caption_column)
+    stated = row.get(options.caption)
     captions = pick_captions(stated)
     if needs_caption and not captions:
-        detail = explain_no_caption(options.caption_column, stated)
+        detail = explain_no_caption(options.caption, stated)
         return Skipped(key, "no_caption", detail)
     if isinstance(image, str):
-        image = read_image(options.image_root, image, key)
+        image = read_image(options.root, image, key)
         if isinstance(image, Skipped):
             return image
-    metadata = clean_row(row, (options.key_column, options.image_column, options.caption_column))
+    metadata = clean_row(row, (options.key, options.image, options.caption))
     caption = captions[0] if captions else ""
     return Pair(key, image, caption, merge_captions(metadata, captions, stated))
 

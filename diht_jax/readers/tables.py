@@ -141,8 +141,9 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
     options = TableOptions(
         **{f.name: shard.options[f.name] for f in dataclasses.fields(TableOptions)}
     )
-    is_stored = is_remote(options.image_root)
-    root = options.image_root if is_stored else os.path.realpath(options.image_root)
+    root = shard.options["image_root"]  # set when the table was listed
+    is_stored = is_remote(root)
+    root = root if is_stored else os.path.realpath(root)
     stem = clean_text(pathlib.Path(shard.path).stem)
 
     def make(numbered: tuple[int, dict[str, Any] | str]) -> Pair | Skipped:

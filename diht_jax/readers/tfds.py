@@ -105,7 +105,7 @@ def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
                 f"description ({_first_line(error)})"
             ) from error
         yield entry
-    if shard.start + count < shard.stop:
+    if shard.start + count < shard.end:
         raise ValueError(
             f"{shard.path}: {shard.start + count} records, while the data set's description states "
             f"that there are {shard.stop} at least; prepare or copy it again"
@@ -249,7 +249,7 @@ def _read_range(shard: SourceShard) -> Iterator[bytes]:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     with ArrayRecordDataSource(shard.path) as source:
-        for number in range(shard.start, min(shard.stop, len(source))):
+        for number in range(shard.start, min(shard.end, len(source))):
             yield source[number]
 
 
@@ -299,5 +299,5 @@ FORMAT = Format(
     list_shards=list_tfds_shards,
     options=TfdsOptions,
     read=read_tfds,
-    count=lambda shard: shard.stop - shard.start,
+    count=lambda shard: shard.end - shard.start,
 )

@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from diht_jax.records.samples import CAPTION_KINDS, USUAL_KIND, pick_captions
 from diht_jax.records.schema import Pair
 
+_Pair = TypeVar("_Pair", bound=Pair)
 _KIND = re.compile(r"[A-Za-z0-9_-]+")
 # What may end a sentence, with the quotes and brackets that it closes and the space behind it.
 _END = re.compile(
@@ -88,7 +90,7 @@ def caption_kinds(pair: Pair) -> list[str]:
     return [kind_of.get(text, USUAL_KIND) for text in captions]
 
 
-def with_captions(pair: Pair, captions: Sequence[str], kinds: Sequence[str]) -> Pair:
+def with_captions(pair: _Pair, captions: Sequence[str], kinds: Sequence[str]) -> _Pair:
     """The pair with other captions, at least one, and their kinds."""
     hidden = ("captions", CAPTION_KINDS)
     metadata = {name: value for name, value in pair.metadata.items() if name not in hidden}

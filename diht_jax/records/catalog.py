@@ -230,7 +230,7 @@ class _Finder:
             return None
         if folder not in self._indices:
             try:
-                self._indices[folder] = read_index(path, listed and listed.get(path))
+                self._indices[folder] = read_index(path, listed.get(path) if listed else None)
             except FileNotFoundError:
                 self._indices[folder] = None
         return self._indices[folder]

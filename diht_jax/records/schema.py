@@ -164,7 +164,7 @@ def decode_fields(fields: Mapping[str, Any]) -> Record:
         ids, probs = (concepts[name] for name in names)
         if ids is not None or probs is not None:
             check_concepts(key, names[0], ids, names[1], probs, max_id=2**31 - 1)
-            concepts[names[0]] = ids.astype(np.int32)
+            concepts[names[0]] = np.asarray(ids, np.int32)
     return Record(
         key=key,
         image=_decode_bytes(fields, IMAGE, key),

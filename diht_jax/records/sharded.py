@@ -18,7 +18,7 @@ import numpy as np
 
 from diht_jax.records import schema
 from diht_jax.records.catalog import Catalog, Paths, Shard, open_catalog
-from diht_jax.records.dataset_index import END_BYTES, digest_shard
+from diht_jax.records.dataset_index import END_BYTES, DatasetIndex, digest_shard
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.formats.shard_index import ShardIndex, wrong_index
 from diht_jax.storage.stores import input_size, is_remote, open_ranges
@@ -173,7 +173,7 @@ class ShardedRecords(Sequence[bytes]):
             starts = shard.index.bounds(shard.row, begin, end)
         else:
             opened = self._open_shard(number)
-            starts = opened.offsets[begin : end + 1].astype(np.int64)
+            starts = opened.find_offsets()[begin : end + 1].astype(np.int64)
             starts = np.append(starts, opened.size) if end == opened.num_records else starts
         if starts[-1] - starts[0] != len(data):
             raise TFRecordError(
@@ -304,9 +304,9 @@ class OpenShard:
     @classmethod
     def count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
         """Record count, size in bytes, and the offsets where they could not be kept in a file."""
-        if shard.index is not None:
-            return shard.index.num_records.item(shard.row), shard.num_bytes, None
         size = input_size(shard.path) if shard.num_bytes is None else shard.num_bytes
+        if shard.index is not None:
+            return shard.index.num_records.item(shard.row), size, None
         offsets = cls.index.load(shard.path, size)
         if offsets is None:
             offsets = cls.index.scan(shard.path)
@@ -318,7 +318,16 @@ class OpenShard:
 
     def identify(self) -> tuple[int, int, str]:
         """Records, bytes and digest of a shard that no `dataset.index` describes."""
-        return self.num_records, self.size, digest_shard(self.offsets, *self._read_ends())
+        return self.num_records, self.size, digest_shard(self.find_offsets(), *self._read_ends())
+
+    def find_offsets(self) -> np.ndarray:
+        """uint64 [n], where the records begin."""
+        return self._described.offsets(self._shard.row) if self.offsets is None else self.offsets
+
+    @property
+    def _described(self) -> DatasetIndex:
+        assert self._shard.index is not None
+        return self._shard.index
 
     def check_ends(self) -> None:
         """Compares the shard with the digest that a `dataset.index` states.
@@ -326,11 +335,10 @@ class OpenShard:
         Raises:
             TFRecordError: it is another shard, or damaged.
         """
-        offsets = self._shard.index.offsets(self._shard.row)
+        offsets = self._described.offsets(self._shard.row)
         found = digest_shard(offsets, *self._read_ends())
-        if found != self._shard.index.digest(self._shard.row) and not self._has_damaged_end(
-            offsets
-        ):
+        stated = self._described.digest(self._shard.row)
+        if found != stated and not self._has_damaged_end(offsets):
             raise self.wrong("its first or last 4 KiB are not those that the index was made of")
 
     def _read_ends(self) -> tuple[bytes, bytes]:
@@ -350,7 +358,7 @@ class OpenShard:
     def extent(self, begin: int, end: int) -> tuple[int, int]:
         """First byte and end of some records."""
         if self.offsets is None:
-            return self._shard.index.extent(self._shard.row, begin, end)
+            return self._described.extent(self._shard.row, begin, end)
         stop = self.size if end == self.num_records else int(self.offsets[end])
         return int(self.offsets[begin]), stop
 

@@ -179,9 +179,10 @@ def _shared_vocabulary(found: Iterable[tuple[str, Vocabulary | None]]) -> Vocabu
 
 def _labels_vocabulary(folder: str) -> Vocabulary:
     """The vocabulary of a folder of labels, which must be that of the labels."""
-    index = read_labels_index(LABELS, folder)
-    if index is None:
+    found = read_labels_index(LABELS, folder)
+    if found is None:
         raise missing_labels(folder)
+    index, _ = found
     vocabulary = read_vocabulary(folder)
     check_vocabulary(index.vocabulary or {}, vocabulary.describe(), index.path, folder)
     return vocabulary
@@ -283,7 +284,7 @@ def _indexed_vocabulary(folder: str) -> Mapping[str, Mapping[str, Any]] | None:
 def _read_label(shard: str) -> Any:
     """The vocabulary that the statistics of a shard state; None where there is nothing."""
     try:
-        return parse_object(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
+        return (parse_object(read_bytes(shard + STATS_SUFFIX)) or {})["counts"].get(STATS_KEY)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

@@ -206,20 +206,22 @@ def _create_lock(folder: str, token: str) -> str:
         for name, holder in found.items():
             if holder is not None and (name not in seen or seen[name][0] != holder):
                 seen[name] = holder, _now()
-        active = next((n for n, h in found.items() if h and not _has_ended(h, seen[n][1])), None)
-        if active is not None:
+        held = ((n, h) for n, h in found.items() if h and not _has_ended(h, seen[n][1]))
+        if (first := next(held, None)) is not None:
+            active, holder = first
             if active not in told:
                 told.add(active)
                 logging.warning(
                     "%s: waiting for %s, until it ends or has not renewed %s for %.0f s",
                     folder,
-                    _name_holder(found[active]),
+                    _name_holder(holder),
                     active,
                     EXPIRY_SECS,
                 )
             _sleep(_POLL_SECS)
             continue
-        number = int(_NAME.fullmatch(names[-1])[1]) + 1 if names else 0
+        latest = _NAME.fullmatch(names[-1]) if names else None
+        number = int(latest[1]) + 1 if latest else 0
         name = f".leader-{number:04d}.json"
         path = files.join(folder, name)
         if not _create(path, token):

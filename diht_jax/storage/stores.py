@@ -86,6 +86,8 @@ def input_version(url: str) -> tuple[int, str | None]:
         system, name = open_system(url)
         note_input(url, retry(lambda: system.info(name), url))
         size, version = _inputs.pop(url)
+    if size is None:
+        raise ValueError(f"{url}: the store states no size")
     return size, version
 
 
@@ -196,9 +198,9 @@ def check_readable(path: str | os.PathLike[str]) -> None:
 
 def check_failure(file: io.BufferedReader | RangesFile) -> None:
     """Raises the StorageError of a file from `open_file`, which a library may have wrapped."""
-    raw = getattr(file, "raw", file)
-    if raw.failure is not None:
-        raise raw.failure
+    failure = getattr(getattr(file, "raw", file), "failure", None)
+    if failure is not None:
+        raise failure
 
 
 class RangesFile(io.RawIOBase):

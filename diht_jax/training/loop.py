@@ -334,7 +334,7 @@ class Run:
             logging.info("no patches are dropped from step %d on", self.patch_dropout_steps + 1)
         step = self.program.step(self.state, patch_dropout=drops_patches)
         traced = step.trace(self.state, self.program.abstract_batch())
-        flops_per_step = model_flops(config, self.mesh.devices.flatten(), traced)
+        flops_per_step = model_flops(config, self.mesh.devices.flatten().tolist(), traced)
         log_flops(flops_per_step, config.data.batch_size, self.mesh)
         # The first call finds the compiled step. Some processes compile for longer than the first
         # collective of a group waits for the others (30 s on CPUs).
@@ -361,7 +361,8 @@ class Run:
             DivergedError: they show that the run has diverged.
         """
         scalars = self.measure(step, window)
-        supply.check(window.input_rate)
+        if window.input_rate is not None:
+            supply.check(window.input_rate)
         monitor.check_window(step, scalars)
         self.writer.write(step, scalars)
         return (
@@ -372,7 +373,8 @@ class Run:
     def measure(self, step: int, window: ThroughputWindow) -> dict[str, float]:
         """The metrics of the steps since the last line, up to `step`; starts the next window."""
         scalars = {**window.summary(), **self.data_metrics(step)}
-        self.wall_time.count_hidden(window.input_rate.hidden_secs)
+        if window.input_rate is not None:
+            self.wall_time.count_hidden(window.input_rate.hidden_secs)
         self.wall_time.save()
         return scalars | self.wall_time.scalars()
 

@@ -57,7 +57,7 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) 
             end_value=config.final_learning_rate,
         )
 
-    def schedule(step: jax.Array) -> jax.Array:
+    def schedule(step: Any) -> jax.Array:
         warmed = jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
         decayed = jnp.sqrt(jnp.clip((step - first_decayed) / config.decay_steps, 0.0, 1.0))
         fall = config.learning_rate - config.final_learning_rate
@@ -119,12 +119,12 @@ def create_optimizer(
         optax.scale_by_learning_rate(schedule),
     )
 
-    def init(params: dict[str, Any]) -> optax.OptState:
+    def init(params: Any) -> optax.OptState:
         return inner.init(split_parameters(config, params)[0])
 
-    def update(grads: dict[str, Any], state: optax.OptState, params: dict[str, Any]):
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> Any:
         rules = update_rules(config, params)
-        return inner.update(grads, state, split_parameters(config, params)[0], rules=rules)
+        return inner.update(updates, state, split_parameters(config, params)[0], rules=rules)
 
     return optax.GradientTransformation(init, update)
 
@@ -138,7 +138,7 @@ def _muon_or_adam(params: dict[str, Any]) -> dict[str, Any]:
 def _decay_and_scale(weight_decay: float) -> optax.GradientTransformationExtraArgs:
     """`factor * (update + weight_decay * parameter)` with each parameter's own two factors."""
 
-    def update(updates, state, params, *, rules: dict[str, UpdateRule]):
+    def update(updates: Any, state: Any, params: Any = None, *, rules: Any = None) -> Any:
         def apply(path, update, param):
             rule = rules[path_name(path)]
             if decay := weight_decay * rule.weight_decay:
@@ -222,7 +222,7 @@ def split_parameters(
     return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
 
-def merge_parameters(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+def merge_parameters(a: optax.Params, b: optax.Params) -> dict[str, Any]:
     """Joins two nested dicts into one with the leaves of both; inverts `split_parameters`."""
     return unflatten_dict({**flatten_dict(a), **flatten_dict(b)})
 

@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 from absl import logging
@@ -144,7 +145,7 @@ class StopRequest:
 
     def __init__(self):
         self._requested = self._interrupted = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         return self

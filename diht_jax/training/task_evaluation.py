@@ -87,9 +87,11 @@ def read_best(best_metric: str | None, tasks: list[Task], workdir: epath.Path) -
     task_name, _, name = best_metric.rpartition("/")
     task = next(task for task in tasks if task.name == task_name)
 
+    column = _PREFIX + best_metric
+
     def read() -> bytes:
-        rows = [row for row in read_metrics(workdir) if _PREFIX + best_metric in row]
-        return json.dumps([(row["step"], row[_PREFIX + best_metric]) for row in rows]).encode()
+        rows = [row for row in read_metrics(workdir) if column in row]
+        return json.dumps([(row["step"], row[column]) for row in rows]).encode()
 
     values = {int(step): value for step, value in json.loads(share_from_first(read))}
     return BestStep(check_task(task).metrics[name].lower_is_better, values)
@@ -183,9 +185,9 @@ class RunEvaluation:
         return measured
 
     def _evaluate(self, model: LoadedModel, task: Task, step: int) -> dict[str, Any]:
-        shown = {"page": TrackedExamples(self._writer, step)} if self._writer.takes_pictures else {}
+        page = TrackedExamples(self._writer, step) if self._writer.takes_pictures else None
         batch_size = self._config.evaluation.batch_size
-        return evaluate_task(model, task, batch_size=batch_size, **shown)
+        return evaluate_task(model, task, batch_size=batch_size, page=page)
 
     def is_missing(self, step: int, workdir: epath.Path) -> bool:
         """Returns whether a due evaluation is missing in the metrics. All processes must call."""

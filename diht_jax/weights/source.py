@@ -70,7 +70,8 @@ class ModelFiles:
         heads: concept heads under their names in CLIP's layout; empty where there are none.
         preprocessing: of the pictures.
         sha256: of a weight file, in hex; None for one in shards.
-        config: the training config of a run; for others' weights `loading` fills in the defaults.
+        config: the training config of a run; for others' weights `loading` fills in the defaults,
+            and it is empty before.
         decoder: parameters of the caption decoder of a run that trained one.
         loss_scalars: what the loss has learnt, such as SigLIP's `logit_bias`.
         step: optimiser step, of a run.
@@ -84,7 +85,7 @@ class ModelFiles:
     heads: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     sha256: str | None = None
-    config: ml_collections.ConfigDict | None = None
+    config: ml_collections.ConfigDict = dataclasses.field(default_factory=ml_collections.ConfigDict)
     decoder: dict[str, Any] | None = None
     loss_scalars: dict[str, float] = dataclasses.field(default_factory=dict)
     step: int | None = None

@@ -136,7 +136,7 @@ def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
     checksum = zlib.crc32(json.dumps(facts).encode())
     for name in names:
         checksum = zlib.crc32(
-            np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8), checksum
+            np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data, checksum
         )
     return f"{checksum:08x}"
 
@@ -378,7 +378,7 @@ def _check_memo(data: bytes) -> None:
     billions. Reading the opcodes first also finds texts that reach beyond the end.
     """
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in _MEMO_OPCODES and argument > len(data):
+        if opcode.name in _MEMO_OPCODES and (argument or 0) > len(data):
             raise pickle.UnpicklingError(f"its pickle has {argument} objects in {len(data)} bytes")
 
 

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple, Protocol
 
@@ -146,7 +146,7 @@ def encode_images(
         found, image_emb = _merge_shares(shares, entries)
     kept = [(position, row) for position, row in enumerate(found) if row.reason is None]
     left_out = [row for row in found if row.reason is not None]
-    dropped = dict(collections.Counter(row.reason for row in left_out))
+    dropped = dict(collections.Counter(row.reason for row in found if row.reason is not None))
     if not kept and not allow_empty:
         raise ValueError(
             f"no usable pair in the source: {len(left_out)} entries, left out for {dropped}"
@@ -258,8 +258,8 @@ def check_finite(embeddings: np.ndarray, what: str) -> np.ndarray:
     bad = ~np.isfinite(embeddings).all(axis=-1)
     if bad.any():
         raise ValueError(
-            f"{what}: {bad.sum()} of {len(bad)} rows are not finite (first at {bad.argmax()}); "
-            "the model has diverged or its weights are broken"
+            f"{what}: {bad.sum()} of {len(embeddings)} rows are not finite "
+            f"(first at {bad.argmax()}); the model has diverged or its weights are broken"
         )
     return embeddings
 
@@ -270,7 +270,7 @@ def _decode_ahead(
     preprocess: Callable[[PIL.Image.Image], np.ndarray],
     window: int,
     num_threads: int | None,
-) -> Iterator[tuple[_Row, np.ndarray | None]]:
+) -> Generator[tuple[_Row, np.ndarray | None]]:
     """Yields rows with their pixels, in order, up to `window` images in work.
 
     Fewer are in work where their encoded bytes take much memory.
@@ -292,7 +292,7 @@ def _decode_ahead(
         return _Row(order, entry.key, note), pool.submit(decode, entry), len(entry.image)
 
     def finish(row: _Row, work: futures.Future | None) -> tuple[_Row, np.ndarray | None]:
-        outcome = work and work.result()
+        outcome = None if work is None else work.result()
         if isinstance(outcome, ImageError):
             return _Row(row.order, row.key, reason=f"image_{outcome.reason}"), None
         return row, outcome

@@ -64,22 +64,27 @@ class Entries(Iterable[Entry]):
             yield order, entry
 
 
-def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Entry]:
+def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pair]:
     """Reads chosen entries; only the units that hold them are opened, up to the last of each.
 
     Args:
         units: as given to `Entries`.
         orders: of the entries.
+
+    Raises:
+        ValueError: the source has changed, so that one cannot be used any more.
     """
     wanted: dict[int, set[int]] = {}
     for unit, offset in orders:
         wanted.setdefault(unit, set()).add(offset)
-    return {
-        (unit, offset): entry
-        for unit, own in wanted.items()
-        for offset, entry in enumerate(itertools.islice(units[unit](), max(own) + 1))
-        if offset in own
-    }
+    found = {}
+    for unit, own in wanted.items():
+        for offset, entry in enumerate(itertools.islice(units[unit](), max(own) + 1)):
+            if offset in own and isinstance(entry, Skipped):
+                raise ValueError(f"'{entry.key}' cannot be read again: {entry.reason}")
+            if offset in own and isinstance(entry, Pair):
+                found[unit, offset] = entry
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

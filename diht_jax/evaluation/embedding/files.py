@@ -208,7 +208,8 @@ def _embed_part(
 
 def _encode_npz(notes: list[tuple[str, str]], columns: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, key=np.array([key for key, _ in notes], dtype=np.str_), **columns)
+    keys = np.array([key for key, _ in notes], dtype=np.str_)
+    np.savez(buffer, key=keys, **columns)  # ty: ignore[invalid-argument-type]  # not allow_pickle
     return buffer.getvalue()
 
 

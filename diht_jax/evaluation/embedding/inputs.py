@@ -219,7 +219,7 @@ def make_parts(
             if not reader.seek(part * size) and part:
                 return  # another process has the last part, and has not finished it yet
             manifest = make(part, PartEntries(reader, size, bar))
-        if is_own:
+        if is_own and manifest is not None:
             yield manifest
         if manifest is not None and manifest["is_last"]:
             return

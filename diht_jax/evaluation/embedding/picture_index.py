@@ -161,7 +161,7 @@ class Part:
         self.manifest, self._path = manifest, folder / manifest["file"]
         self._checked: set[int] = set()
         size = files.size(str(self._path))
-        if size != manifest["bytes"]:
+        if size is None or size != manifest["bytes"]:
             found = "missing" if size is None else f"{size} bytes"
             raise ValueError(
                 f"{self._path}: {found}, expected {manifest['bytes']} bytes; {_REMEDY}"
@@ -244,7 +244,10 @@ def read_manifests(folder: pathlib.Path, settings: dict[str, Any]) -> dict[int, 
     for path in sorted(folder.glob("[0-9]*.json")):
         manifest = read_object(path, "delete it and bring the index up to date with --input")
         number = int(path.stem)
-        if (manifest.get("number"), manifest.get("settings")) != (number, settings):
+        if manifest is None or (manifest.get("number"), manifest.get("settings")) != (
+            number,
+            settings,
+        ):
             raise ValueError(f"{path}: not part {number} of this index; {_REMEDY}")
         manifests[number] = manifest
     return manifests

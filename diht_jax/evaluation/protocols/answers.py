@@ -83,7 +83,7 @@ def run_vqa(
     template = task.options.get("answer_template", ANSWER_TEMPLATE)
     protocol = {
         "answer_template": template,
-        "candidates": len(task.class_names),
+        "candidates": len(task.names),
         "decision": "the answer whose prompt is most similar to the image",
         "accuracy": "VQA v2's, answers normalised as in its official evaluation code",
     }
@@ -92,7 +92,7 @@ def run_vqa(
         entries,
         ("question",),
         lambda row: bool(row.get("answer")),
-        list(task.class_names),
+        list(task.names),
         lambda question, answer: template.replace("{question}", question).replace(
             "{answer}", answer
         ),

@@ -57,6 +57,20 @@ class Task:
         if self.caption_template is not None:
             prompts.fill_caption_template(self.caption_template, "")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class names of a task that cannot be without them."""
+        if self.class_names is None:
+            raise ValueError(f"task '{self.name}': class_names: expected names")
+        return self.class_names
+
+    @property
+    def prompt(self) -> str:
+        """The caption template, once that of the model stands for None."""
+        if self.caption_template is None:
+            raise ValueError(f"task '{self.name}': caption_template: expected a text")
+        return self.caption_template
+
     def open_units(self) -> Units:
         """The parts of the source; reads no image.
 

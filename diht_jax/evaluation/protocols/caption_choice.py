@@ -118,7 +118,7 @@ def run(
 
     `Measured.result` is a `CaptionChoiceResult`.
     """
-    template, ties = task.caption_template, task.options.get("ties", "wrong")
+    template, ties = task.prompt, task.options.get("ties", "wrong")
     encoded = encode_images(model, entries, questions_of, batching)
     asked = [
         (image, picture, question)
@@ -172,9 +172,9 @@ def questions_of(pair: Pair) -> tuple[str, list[Question]]:
     `metadata["picture"]` names the picture, where it is not the key. Without questions there is
     one, on all captions of the pair, of which the first is the right one.
     """
-    asked = pair.metadata.get("questions")
-    if asked is None:
-        asked = [{"captions": pair.metadata.get("captions") or [pair.caption]}]
+    alone = {"captions": pair.metadata.get("captions") or [pair.caption]}
+    stated = pair.metadata.get("questions")
+    asked: list[dict[str, Any]] = [alone] if stated is None else stated
     questions = [Question(tuple(each["captions"]), each.get("group")) for each in asked]
     questions = [question for question in questions if len(question.captions) > 1]
     if not questions:
@@ -185,8 +185,8 @@ def questions_of(pair: Pair) -> tuple[str, list[Question]]:
 def _distinct_texts(model: EmbeddingModel, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Texts of which no two have equal tokens, and for each of `texts` the index of its one."""
     by_text = dict.fromkeys(texts)
-    if hasattr(model, "tokenize"):
-        tokens = np.asarray(model.tokenize(list(by_text)))
+    if (tokenize := getattr(model, "tokenize", None)) is not None:
+        tokens = np.asarray(tokenize(list(by_text)))
         by_text = {text: row.tobytes() for text, row in zip(by_text, tokens, strict=True)}
     else:
         by_text = {text: text for text in by_text}

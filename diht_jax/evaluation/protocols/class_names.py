@@ -170,14 +170,14 @@ def derive_classes(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classe
     """
     kinds = {type(raw.label): raw.key for raw in raws}
     if len(kinds) > 1:
-        words = {int: "an integer", str: "a name", type(None): "none"}
+        words: dict[type, str] = {int: "an integer", str: "a name", type(None): "none"}
         found = " and some ".join(f"{words[kind]} ('{key}')" for kind, key in kinds.items())
         raise ValueError(f"labels are mixed, some records have {found}; give all of them one kind")
     (kind,) = kinds
     if kind is str:
-        texts, origin = [raw.label for raw in raws], "names as labels"
+        texts, origin = [str(raw.label) for raw in raws], "names as labels"
     elif all(raw.class_name for raw in raws):
-        texts, origin = [raw.class_name for raw in raws], "class_name of the data"
+        texts, origin = [raw.class_name or "" for raw in raws], "class_name of the data"
     else:
         texts, origin = _strip_prompt([raw.caption for raw in raws], templates), "captions"
         # Free text is (nearly) all different; a class that has no second image is no class.
@@ -188,7 +188,10 @@ def derive_classes(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classe
                 "label to the metadata, or use a retrieval task"
             )
     name_of: dict[int | str, str] = {}
-    labels = [raw.label if kind is int else text for raw, text in zip(raws, texts, strict=True)]
+    labels = [
+        raw.label if isinstance(raw.label, int) else text
+        for raw, text in zip(raws, texts, strict=True)
+    ]
     for raw, label, text in zip(raws, labels, texts, strict=True):
         if not text.strip():
             raise ValueError(f"record '{raw.key}': the label is blank; expected a class name")

@@ -105,7 +105,7 @@ class ClassificationResult:
             metrics["f1_macro"] = f1_macro(self.predictions, labels, counts)
         return metrics
 
-    def per_class(self) -> list[dict[str, str | int | float | None]]:
+    def per_class(self) -> list[dict[str, Any]]:
         """Name, number of images and accuracy of every class; None for one without images."""
         hits = np.bincount(self.classes.labels, self.ranks == 0, len(self.classes.names))
         totals = np.bincount(self.classes.labels, minlength=len(self.classes.names))
@@ -150,7 +150,8 @@ def run(
 
     def describe(pair: Pair) -> tuple[Any, tuple[int, ...], list[int | str]]:
         raw = raw_label(pair, task.label_field)
-        label = raw if names is None else resolve_label(raw, names, index)
+        is_found = names is None or index is None
+        label = raw if is_found else resolve_label(raw, names, index)
         own_group = [] if group is None else [read_group(pair, group)]
         return label, tuple(pair.metadata.get("splits", ())), own_group
 
@@ -170,7 +171,7 @@ def run(
     return _describe(task, encoded, result)
 
 
-def _members(values: Sequence[Sequence[int | str]]) -> dict[int | str, np.ndarray]:
+def _members(values: Sequence[Sequence[Any]]) -> dict[Any, np.ndarray]:
     """Value -> bool [n], the images that have it; numbers before texts."""
     found = sorted(set(itertools.chain(*values)), key=lambda x: (isinstance(x, str), x))
     return {value: np.array([value in own for own in values]) for value in found}
@@ -243,7 +244,7 @@ def zero_shot_classifier(
         raise ValueError("class_names: expected at least one class name, got none")
     prompts = [fill_template(template, name) for name in class_names for template in templates]
     batches = encode_text_batches(encode_text, prompts, batching)
-    sums, start = 0.0, 0
+    sums, start = np.zeros((len(class_names), 0), np.float64), 0
     for text_emb in batches:
         if not start:
             sums = np.zeros((len(class_names), text_emb.shape[-1]), np.float64)
@@ -298,12 +299,12 @@ def rank_labels(
         )
     check_finite(image_emb, "image embeddings")
     check_finite(classifier, "classifier")
-    classifier = jnp.asarray(classifier, jnp.float32)
+    weights = jnp.asarray(classifier, jnp.float32)
     found = []
     for start in range(0, len(labels), _IMAGE_BLOCK):
         block = slice(start, start + _IMAGE_BLOCK)
         images = np.asarray(image_emb[block], np.float32)
-        found.append(jax.device_get(_rank_block(images, labels[block], classifier)))
+        found.append(jax.device_get(_rank_block(images, labels[block], weights)))
     predictions, ranks = zip(*found, strict=True)
     return np.concatenate(predictions), np.concatenate(ranks)
 

@@ -120,7 +120,7 @@ def run(
     Raises:
         ValueError: a label that cannot be resolved, targets of one kind only, no usable pair.
     """
-    binary, names = task.kind == "binary", task.class_names
+    binary, names = task.kind == "binary", task.names
     if binary and len(names) != 2:
         raise ValueError(
             f"yes and no need two class names, the second for label 1; got {len(names)}"
@@ -166,12 +166,12 @@ def _describe(task: Task, encoded: EncodedImages, result: LabelScores) -> Measur
     }
     counts = {
         "images": len(scores),
-        "classes": len(task.class_names),
+        "classes": len(task.names),
         "positives": int(targets.sum()),
         "classes_without_images": int((~targets.any(axis=0)).sum()),
     }
     if task.kind == "binary":
-        protocol["class_names"] = list(task.class_names)
+        protocol["class_names"] = list(task.names)
         protocol["score"] = "cosine to the second class minus cosine to the first"
 
         def measure(counts: np.ndarray) -> dict[str, float]:

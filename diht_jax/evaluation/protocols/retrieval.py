@@ -37,6 +37,7 @@ from diht_jax.evaluation.protocols.base import (
     Metric,
     Protocol,
     Task,
+    Unit,
     choice,
 )
 from diht_jax.readers.base import Skipped
@@ -86,7 +87,7 @@ def run(
     image_of_text = np.repeat(
         np.arange(len(encoded.notes), dtype=np.int32), [len(note) for note in encoded.notes]
     )
-    texts = [fill_caption_template(task.caption_template, caption) for caption in captions]
+    texts = [fill_caption_template(task.prompt, caption) for caption in captions]
     # Equal texts are encoded once: it saves work, and a tie between them is then an exact tie.
     index_of_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     unique_emb = encode_texts(model.encode_text, list(index_of_text), batching)
@@ -146,7 +147,7 @@ def answer_ids(
         int32 [m, 1], the id of each text; int32 [n, k], the ids of each image, filled up with -1.
     """
     text_ids = np.asarray(image_of_text if text_numbers is None else text_numbers, np.int32)
-    pairs = np.unique(np.stack([image_of_text, text_ids], axis=1), axis=0)
+    pairs: np.ndarray = np.unique(np.stack([image_of_text, text_ids], axis=1), axis=0)
     sizes = np.bincount(pairs[:, 0])
     columns = np.arange(len(pairs)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     image_ids = np.full((len(sizes), sizes.max()), -1, np.int32)
@@ -256,15 +257,15 @@ def _rank_queries(
 
     Ids are [q, k] and [g, l], see `answer_ids`.
     """
-    gallery = jnp.asarray(gallery, jnp.float32)
-    gallery_ids = jnp.asarray(gallery_ids, jnp.int32)
+    items = jnp.asarray(gallery, jnp.float32)
+    item_ids = jnp.asarray(gallery_ids, jnp.int32)
     size = max(1, min(len(queries), _BLOCK // len(gallery)))
     ranks = []
     for start in range(0, len(queries), size):
         # The last block begins earlier, so that all have one shape.
         rows = slice(min(start, len(queries) - size), start + size)
         block = jnp.asarray(queries[rows], jnp.float32)
-        found = np.asarray(_rank_block(block, query_ids[rows], gallery, gallery_ids))
+        found = np.asarray(_rank_block(block, query_ids[rows], items, item_ids))
         ranks.append(found[start - rows.start :])
     return np.concatenate(ranks)
 
@@ -280,15 +281,16 @@ def _rank_block(
     return jnp.sum(~right & (similarities >= best), axis=1, dtype=jnp.int32)
 
 
+_METRICS: list[tuple[str, Unit, str]] = [
+    *((f"r{k}", "share", f"R@{k}") for k in RECALL_AT),
+    ("median_rank", "rank", "median rank"),
+]
 PROTOCOL = Protocol(
     run=run,
     metrics={
         f"{direction}_{name}": Metric(unit, f"{arrow} {label}")
         for direction, arrow in (("t2i", "text to image"), ("i2t", "image to text"))
-        for name, unit, label in [
-            *((f"r{k}", "share", f"R@{k}") for k in RECALL_AT),
-            ("median_rank", "rank", "median rank"),
-        ]
+        for name, unit, label in _METRICS
     },
     options={
         "caption_template": CAPTION_TEMPLATE,

@@ -33,7 +33,7 @@ def run(
     """
 
     def describe(pair: Pair) -> tuple[str, int, str]:
-        text = prompts.fill_caption_template(task.caption_template, pair.caption)
+        text = prompts.fill_caption_template(task.prompt, pair.caption)
         return pair.metadata["example"], pair.metadata["side"], text
 
     encoded = encode_images(model, entries, describe, batching)

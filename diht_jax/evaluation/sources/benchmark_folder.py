@@ -154,7 +154,7 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> 
     return Pair(key, images[0], "", metadata)
 
 
-def _read_labels(note: bytes) -> dict[str, list[int]]:
+def _read_labels(note: bytes) -> dict[str, Any]:
     flags = parse_npy(note)
     if flags.ndim != 1 or flags.dtype.kind not in "biuf" or not np.isin(flags, (-1, 0, 1)).all():
         raise ValueError(

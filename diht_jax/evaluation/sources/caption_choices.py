@@ -139,13 +139,13 @@ def _groups_of(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]
 
 
 def _box_of(path: str, number: int, row: Mapping[str, Any]) -> Box:
-    left, top, width, height = (row.get(f"bbox_{side}") for side in "xywh")
-    sides = (left, top, width, height)
+    sides: list[Any] = [row.get(f"bbox_{side}") for side in "xywh"]
+    left, top, width, height = sides
     is_box = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
     if not is_box or width < 1 or height < 1:
         raise ValueError(
             f"{path}: row {number}: expected whole numbers of pixels as bbox_x, bbox_y, bbox_w "
-            f"and bbox_h, got {list(sides)!r:.80}"
+            f"and bbox_h, got {sides!r:.80}"
         )
     return left, top, left + width, top + height
 

@@ -20,7 +20,7 @@ from diht_jax.records.catalog import Shard
 from diht_jax.records.dataset_index import END_BYTES, digest_shard
 from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats.writer import RecordWriter
-from diht_jax.records.sharded import ShardedRecords
+from diht_jax.records.sharded import OpenShard, ShardedRecords
 from diht_jax.storage.retries import retry
 from diht_jax.storage.stores import check_readable, is_remote, open_local, open_ranges
 
@@ -58,8 +58,8 @@ def _system_errors() -> Iterator[None]:
         raise OSError(number, os.strerror(number)) from error
 
 
-class _ArrayRecordShard:
-    def __init__(self, shard: Shard, offsets: None = None):
+class _ArrayRecordShard(OpenShard):
+    def __init__(self, shard: Shard, offsets: np.ndarray | None = None):
         self._path = shard.path
         if is_remote(self._path):
             raise ValueError(

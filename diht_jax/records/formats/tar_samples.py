@@ -135,9 +135,9 @@ def make_pair(
     if images[0] is None:
         return Skipped(key, "too_large", f"an image file of over {MAX_IMAGE_BYTES} bytes")
     metadata: dict[str, Any] = {}
-    if texts.get("json"):
+    if stated := texts.get("json"):
         try:
-            metadata = parse_json_object(texts["json"])
+            metadata = parse_json_object(stated)
         except ValueError as error:
             return Skipped(key, "bad_json", str(error))
     caption, metadata = take_caption(texts.get("txt"), metadata)

@@ -143,10 +143,10 @@ class ClipFacts:
     @classmethod
     def parse(cls, facts: Mapping[str, Any]) -> ClipFacts:
         """The inverse of `describe`."""
-        crops = facts["crops"]
+        crops: dict[str, Any] = {**facts["crops"], "scale": tuple(facts["crops"]["scale"])}
         return cls(
             tuple(ClipTeacher(**teacher) for teacher in facts["teachers"]),
-            Crops(**{**crops, "scale": tuple(crops["scale"])}),
+            Crops(**crops),
             facts["dtype"],
         )
 
@@ -243,9 +243,9 @@ def find_clip_embeddings(train: Any, labels: str | None) -> ClipFacts | None:
     """
     found: dict[str, ClipFacts] = {}
     for source in map(resolve_source, parse_train(train, labels)):
-        index = read_labels_index(CLIP_EMBEDDINGS, source.labels) if source.labels else None
-        if index is not None:
-            found[source.labels] = ClipFacts.parse(index.labels["facts"])
+        stated = read_labels_index(CLIP_EMBEDDINGS, source.labels) if source.labels else None
+        if source.labels and stated is not None:
+            found[source.labels] = ClipFacts.parse(stated[1]["facts"])
     if len({facts.hash for facts in found.values()}) > 1:
         raise ValueError(
             f"config.data.train: the CLIP embeddings in {' and '.join(found)} are of different "

@@ -168,7 +168,9 @@ def find_inputs(folder: str) -> list[str] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     system, folder_there = _split(folder)
-    return stated and [
+    if not stated:
+        return None
+    return [
         text
         if is_remote(text) or os.path.isabs(text)
         else f"{system}{posixpath.normpath(posixpath.join(folder_there, text))}"
@@ -196,8 +198,8 @@ def resolve_source(source: TrainSource) -> TrainSource:
 
 def read_labels_index(
     kind: str, folder: str, key: str = "config.data.labels"
-) -> DatasetIndex | None:
-    """The index of a folder of labels; None where there is none.
+) -> tuple[DatasetIndex, Mapping[str, Any]] | None:
+    """The index of a folder of labels, and its `labels`; None where there is none.
 
     Raises:
         ValueError: it is damaged, or was not written by `data_prep.label`.
@@ -211,7 +213,7 @@ def read_labels_index(
             f"{key}={folder}: {kind}/{INDEX_NAME} does not state which records the {kind} belong "
             "to; run `python -m data_prep.label` again"
         )
-    return index
+    return index, index.labels
 
 
 def missing_labels(folder: str, key: str = "config.data.labels") -> ValueError:
@@ -335,10 +337,11 @@ def open_label_records(
     Raises:
         ValueError: a shard of labels is missing or was replaced, or a record shard has none.
     """
-    index = read_labels_index(kind, folder, key)
-    if index is None:
+    found = read_labels_index(kind, folder, key)
+    if found is None:
         return None
-    stated = [LabelShard(name, digest, tuple(row)) for name, digest, row in index.labels["shards"]]
+    _, described = found
+    stated = [LabelShard(name, digest, tuple(row)) for name, digest, row in described["shards"]]
     where = f"{key}={folder}"
     shards = _match_shards(kind, stated, records, where)
     if is_remote(folder):  # in the form of listings
@@ -362,7 +365,7 @@ def open_label_records(
                 f"{expected}; {_ADVICE}"
             )
     open_copy = functools.partial(_open_copy, cache_dir, patiently)
-    return LabelRecords(kind, source, shards, index.labels["facts"], open_copy)
+    return LabelRecords(kind, source, shards, described["facts"], open_copy)
 
 
 def _match_shards(

@@ -135,7 +135,7 @@ def _watched(definition: ModelDefinition, is_finite: IsFinite) -> Any:
 
 
 def _watching_class(kind: type, name: str, is_finite: IsFinite) -> type:
-    class Watching(kind):
+    class Watching(kind):  # ty: ignore[unsupported-base]  # one of the model's classes
         def __call__(self, x, *args, **kwargs):
             if not is_finite(x):
                 raise _Found(f"what goes into {name}")

@@ -229,7 +229,7 @@ class ThroughputWindow:
         self._start = self._clock()
 
 
-def _are_ready(metrics: dict[str, jax.Array]) -> bool:
+def _are_ready(metrics: dict[str, Any]) -> bool:
     """Returns whether the step that gives them has ended."""
     return all(value.is_ready() for value in metrics.values() if hasattr(value, "is_ready"))
 

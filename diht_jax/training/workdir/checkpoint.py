@@ -82,7 +82,7 @@ class Checkpointer:
     run goes on.
 
     Attributes:
-        restored_dataset: what `save` kept as `dataset` in the restored checkpoint, or None.
+        restored_dataset: what `save` kept as `dataset` in the restored checkpoint; empty before.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Checkpointer:
         self._dataset = dataset
         self._saving: int | None = None
         self._failure: SaveError | None = None
-        self.restored_dataset: dict[str, Any] | None = None
+        self.restored_dataset: dict[str, Any] = {}
         self._found = shared_steps(self._root, share_from_first)
         # Where there are checkpoints, the manager is opened once it is known which are whole.
         self._manager = None if self._found else self._open()
@@ -149,7 +149,7 @@ class Checkpointer:
         }
         self._saving = step
         try:
-            self._manager.save(
+            self._opened.save(
                 step,
                 args=ocp.args.Composite(
                     **{
@@ -237,21 +237,25 @@ class Checkpointer:
             item_names=(STATE_ITEM, DATA_ITEM, CHECKS_ITEM),
         )
 
+    @property
+    def _opened(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self._manager = self._open()
+        return self._manager
+
     def _remove_surpassed(self) -> None:
         """Removes what was the best until the last evaluation; `save` does so for those before."""
         if not self._best.values or self._failure is not None:
             return
-        steps = sorted(self._manager.all_steps())
+        steps = sorted(self._opened.all_steps())
         kept = {*steps[-self._keep_last :], *self._keep_steps, self._best.step(steps)}
         for step in (step for step in steps if step not in kept):
-            self._manager.delete(step)
+            self._opened.delete(step)
 
     def _finish_saving(self) -> None:
         """Waits for the save that is under way, and reports its failure."""
-        if self._manager is None:
-            self._manager = self._open()
         try:
-            self._manager.wait_until_finished()
+            self._opened.wait_until_finished()
         except Exception as error:  # as in `save`
             self._report_failure(error)
         else:
@@ -270,7 +274,7 @@ class Checkpointer:
             raise self._failure from error
         logging.error("%s; the run goes on and tries again at its next checkpoint", self._failure)
         with contextlib.suppress(Exception):  # the same error once more
-            self._manager.close()
+            self._opened.close()
         self._manager = self._open()  # removes what was written of it
 
     def _check_seen(self, step: int) -> None:

@@ -115,7 +115,7 @@ def read_position(directory: epath.Path) -> tuple[dict[str, int], dict[str, Any]
         if checks["place"] != json_checksum(position):
             item = directory / DATA_ITEM
             raise ValueError("its contents are not what was saved")
-        return position, checks
+        return dict(position), checks
     except Exception as error:  # a damaged file may lead to any
         raise ValueError(f"{item}: {explain_error(error)}") from error
 

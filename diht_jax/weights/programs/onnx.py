@@ -73,7 +73,8 @@ def _make_towers(
     from transformers import CLIPConfig, CLIPModel
 
     # "eager" attention becomes plain matrix products, which every runtime has.
-    settings = {**huggingface.make_config(arch, "float32"), "attn_implementation": "eager"}
+    settings: dict[str, Any] = huggingface.make_config(arch, "float32")
+    settings["attn_implementation"] = "eager"
     config = CLIPConfig(**settings)
     model = CLIPModel(config).eval()
     tensors = huggingface.to_huggingface(params, arch)

@@ -55,4 +55,4 @@ def write_stablehlo(
     }
     for name, (encode, inputs) in towers.items():
         exported = export.export(jax.jit(encode), platforms=_PLATFORMS)(inputs)
-        write_bytes(output / f"{name}.stablehlo", exported.serialize())
+        write_bytes(output / f"{name}.stablehlo", bytes(exported.serialize()))
