@@ -30,6 +30,13 @@ class Instruction:
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
         return found.group(1) if found else None
 
+    def callee(self, attribute: str) -> str:
+        """The same; raises ValueError where there is none."""
+        name = self.called(attribute)
+        if name is None:
+            raise ValueError(f"HLO {self.opcode} '{self.name}' without '{attribute}='")
+        return name
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:
@@ -57,6 +64,8 @@ def parse_module(text: str) -> Module:
         if found and current is not None:
             instruction = _parse_instruction(line[found.end() :], found.group(2), found.group(1))
             current[instruction.name] = instruction
+    if entry is None:
+        raise ValueError("HLO text without an entry computation")
     partitions, replicas = (
         re.search(rf"\b{name}=(\d+)", text[: text.find("\n")])
         for name in ("num_partitions", "replica_count")
@@ -98,7 +107,7 @@ def _bits(dtype: str) -> int:
     for prefix in (dtype, dtype[:2]):
         if prefix in _BITS:
             return _BITS[prefix]
-    return int(re.search(r"\d+", dtype).group())
+    return int(re.findall(r"\d+", dtype)[0])
 
 
 def all_bytes(type_text: str) -> int:

@@ -149,19 +149,19 @@ class _Counter:
             if opcode == "while":
                 trips = self._trip_count(instruction, computation)
                 for attribute, runs in (("body", trips), ("condition", trips + 1)):
-                    self._visit(instruction.called(attribute), times * runs, touches_memory)
+                    self._visit(instruction.callee(attribute), times * runs, touches_memory)
                 continue
             if opcode == "conditional":
                 for branch in re.findall(r"%([\w.\-]+)", instruction.text):
                     if branch in self._module.computations:
                         self._visit(branch, times, touches_memory)
                 continue
-            callee = instruction.called("calls") or instruction.called("to_apply")
+            called = instruction.called("calls")
             if opcode == "call":
-                self._visit(callee, times, touches_memory)
+                self._visit(called or instruction.callee("to_apply"), times, touches_memory)
                 continue
             if opcode in ("fusion", "async-start"):
-                self._visit(callee, times, touches_memory=False)
+                self._visit(called or instruction.callee("to_apply"), times, touches_memory=False)
             if touches_memory and (size := self._instruction_bytes(instruction, computation)):
                 self._bytes_by_kind[self._kind(instruction)] += times * size
 
@@ -169,7 +169,7 @@ class _Counter:
         if instruction.opcode == "custom-call":
             is_attention = re.search(r"tpu_custom_call|fmha", instruction.text)
             return "kernels" if is_attention else "products"
-        if instruction.opcode == "fusion" and self._has_product(instruction.called("calls")):
+        if instruction.opcode == "fusion" and self._has_product(instruction.callee("calls")):
             return "products"
         if instruction.opcode in _PRODUCTS:
             return "products"
@@ -180,7 +180,7 @@ class _Counter:
         """True if a computation holds a matrix product, at any depth."""
         return any(
             instruction.opcode in _PRODUCTS
-            or (instruction.opcode == "fusion" and self._has_product(instruction.called("calls")))
+            or (instruction.opcode == "fusion" and self._has_product(instruction.callee("calls")))
             for instruction in self._module.computations[name].values()
         )
 
@@ -204,7 +204,7 @@ class _Counter:
             return 2 * main_memory_bytes(operands[1].type_text)
         read = [main_memory_bytes(operand.type_text) for operand in operands]
         if opcode == "fusion":
-            return self._fusion_bytes(self._module.computations[instruction.called("calls")], read)
+            return self._fusion_bytes(self._module.computations[instruction.callee("calls")], read)
         return sum(read) + written
 
     def _fusion_bytes(self, body: dict[str, Instruction], read: list[int]) -> int:
@@ -300,22 +300,22 @@ class _Counter:
         known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
         if known:
             return int(known.group(1))
-        condition = self._module.computations[loop.called("condition")]
+        condition = self._module.computations[loop.callee("condition")]
         root = next(i for i in condition.values() if i.is_root)
         test = root
         if root.opcode == "fusion":
             return self._unknown_loop()
-        ends = [condition.get(name) for name in test.operands]
+        ends = [condition[name] for name in test.operands if name in condition]
         if (
             test.opcode != "compare"
             or "direction=LT" not in test.text
-            or None in ends
+            or len(ends) != 2
             or ends[0].opcode != "get-tuple-element"
             or ends[1].opcode != "constant"
+            or not (counter := re.search(r"index=(\d+)", ends[0].text))
         ):
             return self._unknown_loop()
-        index = int(re.search(r"index=(\d+)", ends[0].text).group(1))
-        start = self._start_value(loop, index, computation)
+        start = self._start_value(loop, int(counter.group(1)), computation)
         return self._unknown_loop() if start is None else int(ends[1].operands[0]) - start
 
     def _start_value(self, loop: Instruction, index: int, computation) -> int | None:

@@ -118,6 +118,8 @@ def link_bandwidth(topology: Topology, collective: Collective) -> float:
     group that share a host share their network cards; in a permutation every GPU has its own.
     """
     chip, is_permutation = topology.chip, collective.kind == "collective-permute"
+    if chip is None:
+        raise ValueError(f"{topology.name}: the rates of its chips are not known")
     if not chip.num_links:
         rate = chip.link_bytes_per_sec or float("inf")
         if not crosses_hosts(topology, collective) or not chip.network_bytes_per_sec:
@@ -230,6 +232,8 @@ def _flops_lines(report: StepReport) -> list[str]:
 
 def _traffic_lines(report: StepReport) -> list[str]:
     traffic = report.traffic
+    if traffic is None:
+        return []
     lines = [
         _row("memory traffic", f"{traffic.memory_bytes / 1e9:.2f} GB"),
         *(_row(f"  {kind}", f"{n / 1e9:.2f} GB") for kind, n in traffic.bytes_by_kind.items()),
@@ -253,10 +257,11 @@ def _traffic_lines(report: StepReport) -> list[str]:
 
 
 def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
-    if estimate is None:
+    chip, traffic = report.topology.chip, report.traffic
+    if estimate is None or chip is None or traffic is None:
         kind = report.topology.devices[0].device_kind
         return [f"no estimate of the time: the peak rates of '{kind}' are not known"]
-    chip, collectives = report.topology.chip, report.traffic.collectives
+    collectives = traffic.collectives
     network = f"at up to {chip.link_bytes_per_sec / 1e9:.0f} GB/s"
     if _has_hosts(report) and chip.network_bytes_per_sec:
         network += f", {chip.network_bytes_per_sec / 1e9:.0f} GB/s a GPU between hosts"

@@ -143,8 +143,10 @@ def _memory_limit(devices: tuple[jax.Device, ...], chip: Chip | None) -> int | N
     platform = devices[0].platform
     if platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-    if chip is None or platform == "tpu":
-        return chip and chip.hbm_bytes
+    if chip is None:
+        return None
+    if platform == "tpu":
+        return chip.hbm_bytes
     # The part of a GPU's memory that JAX takes.
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
     return int(share * chip.hbm_bytes)
@@ -220,6 +222,7 @@ def _target_config(family: str) -> str:
     """XLA's GpuTargetConfigProto as text."""
     (major, minor), cores, shared_kib, cache_mib, clock_ghz = _GPUS[family]
     chip = find_chip(family)
+    assert chip is not None  # all of `_GPUS` are known
     return f"""
         platform_name: "CUDA"
         device_description_str: "NVIDIA {family.replace("_", "-").upper()}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -117,7 +117,7 @@ class CaptionChoice:
         ]
         return f"one of each record's, by kind: {'; '.join(parts)}"
 
-    def _weights(self, record: Pair, kinds: Sequence[str], step: int) -> list[float]:
+    def _weights(self, record: Pair, kinds: Collection[str], step: int) -> list[float]:
         found = next(weights for first, weights in self._segments if first <= step)
         for kind in kinds:
             if kind not in found:
@@ -256,7 +256,7 @@ def take_view(
         generator of the view's crop.
     """
     views = getattr(record, "clip_views", None)
-    if views is None:
+    if views is None or facts is None:
         nothing = np.zeros(width, np.float16)
         return {IMAGE_FIELD: nothing, TEXT_FIELD: nothing}, rng
     number, crops = 0, facts.crops

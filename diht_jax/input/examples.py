@@ -141,7 +141,7 @@ class DecodeExample(grain.transforms.RandomMap):
         """
         record = self.decode_record(element)
         if self.num_concepts and self.vocabulary_sizes is not None:
-            self._check_ids(record)
+            self._check_ids(record, self.vocabulary_sizes)
         view, crop_rng = {}, rng
         if self.teacher_width:
             view, crop_rng = take_view(record, self.clip_facts, self.teacher_width, rng)
@@ -167,9 +167,9 @@ class DecodeExample(grain.transforms.RandomMap):
                 example.update(self._concepts(record, *names))
         return functools.partial(_decode_pixels, record.key, crop, example)
 
-    def _check_ids(self, record: schema.Record) -> None:
+    def _check_ids(self, record: schema.Record, sizes: Sequence[int]) -> None:
         """Raises ValueError for an id that means no concept: its loss would be NaN, or nonsense."""
-        for (name, _), size in zip(schema.CONCEPT_FIELDS, self.vocabulary_sizes, strict=True):
+        for (name, _), size in zip(schema.CONCEPT_FIELDS, sizes, strict=True):
             ids = getattr(record, name)
             if ids is not None and len(ids) and not 0 <= ids.min() <= ids.max() < size:
                 raise ValueError(

@@ -14,6 +14,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -124,10 +125,11 @@ def reduce_box(
     no whole reduced pixel, and is left out.
     """
     limits = [side // reduction for side in image_size] * 2
-    return tuple(
+    left, top, right, bottom = (
         min(round(edge / reduction), limit) * reduction
         for edge, limit in zip(box, limits, strict=True)
     )
+    return left, top, right, bottom
 
 
 def scale_to_square(pixels: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
@@ -154,10 +156,9 @@ def scale_to_square(pixels: np.ndarray, size: int, interpolation: str = "bicubic
     return np.frombuffer(scaled.get_buffer(), np.uint8).reshape(size, size, 3)  # a copy
 
 
-def _resizer(
-    interpolation: str,
-) -> tuple[cykooz_resizer.Resizer, cykooz_resizer.ResizeOptions]:
+def _resizer(interpolation: str) -> tuple[Any, Any]:
     """This thread's resizer, and the options of an antialiased filter."""
+    assert cykooz_resizer is not None
     kept = vars(_kept).setdefault("resizers", {})
     if interpolation not in kept:
         # Pillow's BICUBIC is the cubic with a = -0.5, which is Catmull and Rom's.
@@ -174,9 +175,10 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
     if _EXIF_OR_XMP in data:
         return None
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        *sides, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
+    height, width = map(int, sides)
     is_plain = colorspace in _PLAIN_COLORSPACES and width * height <= decode.MAX_PIXELS
     return (width, height) if is_plain else None
 

@@ -130,11 +130,13 @@ class Mixture(Sequence[tuple[int, Any]]):
         """Identifies all shards and labels; those of several sources begin with its name."""
         rows = []
         for source in self.sources:
-            shards = list(fingerprint_records(source.records).shards)
+            records: Any = source.records  # of shards, or a part of them
+            shards = list(fingerprint_records(records).shards)
             for labels in source.labels:
                 shards += labels.fingerprint()
-            for name, *rest in shards:
-                rows.append((f"{source.name}/{name}" if self._weights else name, *rest))
+            for name, count, size, digest in shards:
+                own = f"{source.name}/{name}" if self._weights else name
+                rows.append((own, count, size, digest))
         return Fingerprint(tuple(rows))
 
     def describe_orders(self) -> list[str]:
@@ -161,10 +163,11 @@ class Mixture(Sequence[tuple[int, Any]]):
         """Deletes the blocks that are not needed any more behind some positions."""
         for position in positions if self.has_blocks else ():
             number, own = self._find_source(position)
-            source = self.sources[number]
-            block = source.order.finished_block(own) if source.blocks else None
-            if block is not None:
-                source.blocks.delete(block)
+            order, blocks = self.sources[number].order, self.sources[number].blocks
+            if blocks and isinstance(order, BlockOrder):
+                block = order.finished_block(own)
+                if block is not None:
+                    blocks.delete(block)
 
     def with_sources(self, change: Callable[[Source], Source]) -> Mixture:
         """The same mixture of changed sources."""
@@ -193,7 +196,8 @@ class Mixture(Sequence[tuple[int, Any]]):
     def _locate(self, position: int) -> tuple[str, int]:
         number, record = self._find(position)
         records = self.sources[number].records
-        return records.locate(record) if hasattr(records, "locate") else ("", record)
+        locate = getattr(records, "locate", None)
+        return ("", record) if locate is None else locate(record)
 
 
 def open_mixture(

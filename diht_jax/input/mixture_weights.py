@@ -49,7 +49,7 @@ def make_cycle(shares: Sequence[Fraction]) -> np.ndarray:
         int64 [D].
     """
     length = math.lcm(*(share.denominator for share in shares))
-    released: list[list[tuple[Fraction, int]]] = [[] for _ in range(length)]
+    released: list[list[tuple[int, Fraction, int]]] = [[] for _ in range(length)]
     for source, share in enumerate(shares):
         for count in range(int(share * length)):
             deadline = math.ceil((count + 1) / share)

@@ -101,6 +101,8 @@ class TrainIterator:
         if not isinstance(source, Mixture):
             if not len(source):
                 raise ValueError(f"config.data.train: {source!r} holds no record")
+            if decode is None:
+                raise ValueError("decode: expected what makes examples of the records")
             order = order or GlobalOrder(len(source), seed)
             source = Mixture([Source("", source, order, decode.for_source(source))])
         if num_workers is None:
@@ -287,7 +289,7 @@ class TrainIterator:
             self._parts, [index for part in near for index in self._parts.indices(part)]
         )
 
-    def _count_bad_records(self, skipped: Sequence[int]) -> None:
+    def _count_bad_records(self, skipped: np.ndarray) -> None:
         """Counts and names the records that were skipped for the rows of a batch."""
         for row in np.flatnonzero(skipped):
             index = self._next_example + self._process_index + int(row) * self._process_count
@@ -331,7 +333,7 @@ class TrainIterator:
                     workers.start_worker,
                     os.getpid(),
                     workers.claim_mark(workers.SHARED_MEMORY),
-                    folders=[store.folder for store in self.block_stores],
+                    folders=[store.folder for store in self.block_stores if store.folder],
                 ),
             )
         return iter(dataset)
@@ -355,7 +357,7 @@ def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
     """
     check_is_set(train)
     try:
-        source = formats.open_source(train)
+        source = formats.open_source(train or ())
     except ShardsNotFoundError as error:
         raise ValueError(f"config.data.train: {error}") from error
     unindexed = source.unindexed_urls

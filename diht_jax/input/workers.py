@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing import shared_memory
+from multiprocessing import process, shared_memory
 
 from absl import logging
 
@@ -77,7 +77,7 @@ def start_worker(
     """
     if mark is not None:
         # Python has no public way to name the segments that other code makes.
-        shared_memory._make_filename = lambda: f"/{mark}_{secrets.token_hex(8)}"
+        vars(shared_memory)["_make_filename"] = lambda: f"/{mark}_{secrets.token_hex(8)}"
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -168,14 +168,15 @@ def kill_workers() -> None:
         child.join(_KILL_SECS)
 
 
-def _workers() -> list[multiprocessing.Process]:
+def _workers() -> list[process.BaseProcess]:
     children = multiprocessing.active_children()
     return sorted(
-        (child for child in children if child.name.startswith(_WORKER_NAME)), key=lambda c: c.pid
+        (child for child in children if child.name.startswith(_WORKER_NAME)),
+        key=lambda c: c.pid or 0,
     )
 
 
-def _state_of(pid: int) -> str:
+def _state_of(pid: int | None) -> str:
     try:
         letter = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -36,10 +36,12 @@ def dense_loss(
         is_negative = ~(is_positive | is_equal)
         num_negatives = jnp.sum(is_negative, axis=1).astype(i2t.dtype)
         more = (is_equal & ~is_positive,)
-    losses = (
+    image_part, text_part = (
         objective.loss_of_rows(scale * block, is_positive, scalars, *more) for block in (i2t, t2i)
     )
-    total = sum(jnp.sum(part if row_weights is None else row_weights * part) for part in losses)
+    if row_weights is not None:
+        image_part, text_part = row_weights * image_part, row_weights * text_part
+    total = jnp.sum(image_part) + jnp.sum(text_part)
     image_hardest, image_ties = _hardest(i2t, is_negative)
     text_hardest, text_ties = _hardest(t2i, is_negative)
     positive = jnp.sum(i2t, axis=1, where=is_positive)

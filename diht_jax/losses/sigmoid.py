@@ -112,10 +112,10 @@ class Sigmoid(Objective):
         is_equal: Bool[Array, "b N"] | None = None,
     ) -> Float[Array, " b"]:
         """See `Objective.loss_of_rows`."""
-        if self.equal_pairs == "positive":
+        if self.equal_pairs == "positive" and is_equal is not None:
             is_positive = is_positive | is_equal
         signs = jnp.where(is_positive, 1, -1).astype(logits.dtype)
         losses = jax.nn.log_sigmoid(signs * (logits + scalars[0]))
-        if self.equal_pairs == "mask":
+        if self.equal_pairs == "mask" and is_equal is not None:
             losses = jnp.where(is_equal, 0, losses)
         return -jnp.sum(losses, axis=1)

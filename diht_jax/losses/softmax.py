@@ -131,8 +131,9 @@ class Softmax(Objective):
         log_count, has_negatives = math.log(num_pairs - 1), None
         if statistics.num_negatives is not None:
             has_negatives = statistics.num_negatives > 0
-            statistics = _with_some_negative(statistics, has_negatives)
-            log_count = jnp.log(statistics.num_negatives)
+            counts = jnp.maximum(statistics.num_negatives, 1)
+            statistics = _with_some_negative(statistics, has_negatives, counts)
+            log_count = jnp.log(counts)
         offsets = tuple(
             factor * statistics.highest + jnp.log(total)
             for factor, total in zip(self._factors(scalars), statistics.sums, strict=True)
@@ -217,7 +218,7 @@ class Softmax(Objective):
             # All of a row without any, so that its logarithms are finite; it counts 0 below.
             is_negative |= ~has_negatives[:, None]
             log_count = jnp.log(jnp.sum(is_negative, axis=1).astype(logits.dtype))
-        if self.equal_pairs == "positive":
+        if self.equal_pairs == "positive" and is_equal is not None:
             is_positive = is_positive | is_equal
             positives = jnp.mean(logits, axis=1, where=is_positive)
             below = logits - positives[:, None]
@@ -255,12 +256,14 @@ def _exp(factor: jax.Array | float, below: Tile, is_part: TileMask) -> Tile:
     return jnp.where(is_part, jnp.exp(factor * below), 0)
 
 
-def _with_some_negative(statistics: RowStatistics, has_negatives: jax.Array) -> RowStatistics:
+def _with_some_negative(
+    statistics: RowStatistics, has_negatives: jax.Array, counts: Rows
+) -> RowStatistics:
     """Rows without negatives get one of 0, so that their logarithms are finite."""
     return statistics._replace(
         highest=jnp.where(has_negatives, statistics.highest, 0),
         sums=tuple(jnp.where(has_negatives, total, 1) for total in statistics.sums),
-        num_negatives=jnp.maximum(statistics.num_negatives, 1),
+        num_negatives=counts,
     )
 
 

@@ -167,7 +167,8 @@ def _backward(ring, residuals, cotangents):
     # The derivatives scale with the cotangent of the device that a row belongs to.
     factor = loss_grad if row_weights is None else loss_grad * row_weights
     image_slopes, text_slopes = (_scaled(part, factor) for part in slopes)
-    of_partners = [s._replace(scalars=(), positive=()) for s in (image_slopes, text_slopes)]
+    nothing: Any = ()  # what no tile reads
+    of_partners = [s._replace(scalars=(), positive=nothing) for s in (image_slopes, text_slopes)]
     image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_partners[0]))
     text_tiles = jax.tree.map(ring.texts.split, of_partners[1])
     no_images, no_texts = (zeros(tiles.shape, scale) for tiles in (images, own_texts[0]))
@@ -248,7 +249,7 @@ def _tile_slopes(
 
     nothing = (0, (0,) * len(objective.second_pass))
     slopes = add_part(objective.negative_slope, masks.is_negative, nothing)
-    if objective.equal_pairs == "positive":
+    if objective.equal_pairs == "positive" and masks.is_equal is not None:
         slopes = add_part(objective.equal_slope, masks.is_equal, slopes)
     return slopes
 
@@ -280,7 +281,7 @@ def _add_tile(
     found = add(objective.accumulate, statistics, is_part=masks.is_negative)
     if num_negatives is not None:
         num_negatives = num_negatives + jnp.sum(masks.is_negative, axis).astype(logits.dtype)
-    if equal is not None:
+    if equal is not None and masks.is_equal is not None:
         equal = add(objective.accumulate_equal, equal, is_part=masks.is_equal)
     return found._replace(num_negatives=num_negatives, equal=equal)
 
@@ -291,9 +292,9 @@ def _merge(
     """Joins the statistics of two disjoint sets of partners."""
     found = _merge_part(objective.accumulate, one, other, scalars)
     num_negatives = equal = None
-    if one.num_negatives is not None:
+    if one.num_negatives is not None and other.num_negatives is not None:
         num_negatives = one.num_negatives + other.num_negatives
-    if one.equal is not None:
+    if one.equal is not None and other.equal is not None:
         equal = _merge_part(objective.accumulate_equal, one.equal, other.equal, scalars)
     return found._replace(num_negatives=num_negatives, equal=equal)
 
@@ -341,6 +342,6 @@ def _merge_part(
         # Another tile that is empty: the sums stay, but for what they are relative to.
         return accumulate(statistics, highest, no_logits, no_logits > 0, -1, scalars)
 
-    ties = sum(jnp.where(part.highest == highest, part.ties, 0) for part in (one, other))
+    own, others = (jnp.where(part.highest == highest, part.ties, 0) for part in (one, other))
     sums = (sums_relative_to_highest(part) for part in (one, other))
-    return RowStatistics(highest, ties, jax.tree.map(jnp.add, *sums))
+    return RowStatistics(highest, own + others, jax.tree.map(jnp.add, *sums))

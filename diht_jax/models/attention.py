@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def _cudnn_obstacle(dtype: DTypeLike, head_dim: int, target: Target) -> str | No
         return f"it needs an NVIDIA GPU, and the device is {target.device_kind}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, and config.model.dtype is {jnp.dtype(dtype)}"
-    capability = target.compute_capability
+    capability = target.compute_capability or (0, 0)
     if capability < (8, 0):
         found = ".".join(map(str, capability))
         return f"it needs compute capability 8.0 (Ampere), the GPU has {found}"
@@ -158,8 +159,8 @@ def attend(
         out = attend_short(qkv, no_bias, num_heads=heads, causal=causal)
         return out.reshape(q.shape)
     if implementation == "cudnn":
-        return attend_padded(q, k, v, causal=causal, implementation=implementation)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+        return attend_padded(q, k, v, causal=causal, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
 
 
 def attend_within_texts(q: jax.Array, k: jax.Array, v: jax.Array, texts: jax.Array) -> jax.Array:
@@ -177,7 +178,12 @@ def attend_within_texts(q: jax.Array, k: jax.Array, v: jax.Array, texts: jax.Arr
 
 
 def attend_padded(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, implementation: str
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:
     """`attend` on a length that cuDNN takes, the added tokens masked by the sequences' lengths.
 

@@ -60,6 +60,7 @@ def product_and_bias(
     layer: Linear, x: jax.Array, columns: slice = slice(None)
 ) -> tuple[jax.Array, jax.Array]:
     """The two parts of what `apply_columns` adds up, [..., len(columns)] and [len(columns)]."""
+    assert layer.bias is not None
     kernel, bias = (layer.kernel[...][:, columns], layer.bias[...][columns])
     x, kernel, bias = (value.astype(layer.dtype) for value in (x, kernel, bias))
     product = checkpoint_name(_product(x, kernel), LINEAR_OUT)
