@@ -7,7 +7,7 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,7 @@ def _bounded_vocabulary(nlp: Language) -> contextlib.AbstractContextManager[obje
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def _no_garbage_collection() -> Generator[None]:
     """Pauses the garbage collector, whose passes over model and graphs take a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -25,7 +25,7 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -80,7 +80,7 @@ class ShardLog:
         return self._kept
 
     @contextlib.contextmanager
-    def clock(self, stage: str) -> Iterator[None]:
+    def clock(self, stage: str) -> Generator[None]:
         """Adds the processor time of a block to that of its stage."""
         start_secs = time.process_time()
         try:

@@ -16,7 +16,7 @@ import logging as python_logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -82,7 +82,7 @@ class RaySettings:
 
 
 @contextlib.contextmanager
-def _connect(settings: RaySettings) -> Iterator[Any]:
+def _connect(settings: RaySettings) -> Generator[Any]:
     """Gives the module, connected."""
     try:
         import ray

@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -109,13 +109,13 @@ class LocalCopies:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, max_bytes: float, with_records: bool) -> Iterator[LocalCopies]:
+    def open(cls, max_bytes: float, with_records: bool) -> Generator[LocalCopies]:
         """Copies in a temporary folder, which is removed at the end."""
         with tempfile.TemporaryDirectory(prefix="diht_label_") as folder:
             yield cls(folder, max_bytes, with_records)
 
     @contextlib.contextmanager
-    def write(self, path: str) -> Iterator[Callable[[bytes], None] | None]:
+    def write(self, path: str) -> Generator[Callable[[bytes], None] | None]:
         """Opens the copy of a file of records.
 
         Yields:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import ml_collections
@@ -88,7 +88,7 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
 
 
 @contextlib.contextmanager
-def _one_thread(torch: Any) -> Iterator[None]:
+def _one_thread(torch: Any) -> Generator[None]:
     # Workers are the parallelism on a CPU; with one thread in each, sums are added up in the same
     # order in any of them, and in this process.
     before = torch.get_num_threads()

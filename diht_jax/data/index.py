@@ -20,7 +20,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -299,7 +299,7 @@ def _write_index(
 
 
 @contextlib.contextmanager
-def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Iterator[pathlib.Path]:
+def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Generator[pathlib.Path]:
     """The folder for parts, for this process alone; it is removed where all went well.
 
     Raises:

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from diht_jax.readers.base import MAX_IMAGE_BYTES, Format, Skipped, SourceShard, read_image
@@ -77,7 +77,7 @@ def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
 
 
 @contextlib.contextmanager
-def explain_errors(path: str, describe: Callable[[], str]) -> Iterator[None]:
+def explain_errors(path: str, describe: Callable[[], str]) -> Generator[None]:
     """Makes Arrow's errors a ValueError that names the file; those of a disk stay what they are.
 
     Args:

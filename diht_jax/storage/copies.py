@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent import futures
 
 from diht_jax.storage import files, locks, stores
@@ -18,7 +18,7 @@ _DOWNLOAD_BYTES, _DOWNLOAD_THREADS = 2**25, 8  # of one request, and requests at
 
 
 @contextlib.contextmanager
-def local_copy(path: str) -> Iterator[str]:
+def local_copy(path: str) -> Generator[str]:
     """The path of a local file; of one in a store, that of a copy, which is deleted in the end."""
     if not is_remote(path):
         yield path

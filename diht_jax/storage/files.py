@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -199,7 +199,7 @@ def write_object(path: str, value: Mapping[str, Any], *, with_checksum: bool = F
 
 
 @contextlib.contextmanager
-def local_output(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def local_output(path: str | os.PathLike[str]) -> Generator[pathlib.Path]:
     """A file that has its name once the block has ended well; its local folder must exist.
 
     An old one is replaced then.

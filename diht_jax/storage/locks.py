@@ -19,7 +19,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, BinaryIO
 
 from absl import logging
@@ -92,7 +92,7 @@ def lock_file(path: str | os.PathLike[str], *, wait: bool = True) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: str | os.PathLike[str], flag: str, name: str) -> Iterator[None]:
+def lock_folder(folder: str | os.PathLike[str], flag: str, name: str) -> Generator[None]:
     """Makes a folder where it is missing, and keeps other processes from working in it.
 
     A folder in an object store is not locked; that it can be written to is checked.
@@ -129,7 +129,7 @@ def lock_folder(folder: str | os.PathLike[str], flag: str, name: str) -> Iterato
 
 
 @contextlib.contextmanager
-def leader_lock(folder: str) -> Iterator[None]:
+def leader_lock(folder: str) -> Generator[None]:
     """Holds an output folder, local or in a store, for the length of the block.
 
     Jobs of an array that end at the same time merge and describe their output one after the other.
@@ -141,7 +141,7 @@ def leader_lock(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lead_locally(folder: str) -> Iterator[None]:
+def _lead_locally(folder: str) -> Generator[None]:
     path = os.path.join(folder, _LEADER)
     try:
         file = lock_file(path, wait=False)
@@ -167,7 +167,7 @@ def _is_there(file: BinaryIO, path: str) -> bool:
 
 
 @contextlib.contextmanager
-def _lead_in_store(folder: str) -> Iterator[None]:
+def _lead_in_store(folder: str) -> Generator[None]:
     """The lock is an object `.leader-0000.json`.
 
     Whoever takes over from a dead holder creates the next number, so that only one can.

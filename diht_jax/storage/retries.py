@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
@@ -130,7 +130,7 @@ def retry(
 
 
 @contextlib.contextmanager
-def naming_output(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming_output(path: str | os.PathLike[str]) -> Generator[None]:
     """Names the output in errors of writing it, which the operating system leaves without a name.
 
     Raises:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Any
 
@@ -122,7 +122,7 @@ def error_chain(error: BaseException) -> list[BaseException]:
 
 
 @contextlib.contextmanager
-def without_memory_is_lasting(is_running: Callable[[], bool]) -> Iterator[None]:
+def without_memory_is_lasting(is_running: Callable[[], bool]) -> Generator[None]:
     """Makes an error of a run whose first step does not fit into the memory a lasting one.
 
     Raises:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diht_jax.evaluation.embedding.entries import Entry, Unit
@@ -117,7 +117,7 @@ def input_units(shards: Sequence[SourceShard]) -> list[Unit]:
 
 
 @contextlib.contextmanager
-def entries_bar(shards: Sequence[SourceShard]) -> Iterator[ProgressBar]:
+def entries_bar(shards: Sequence[SourceShard]) -> Generator[ProgressBar]:
     """A bar over the entries of all shards; their number may be an estimate until the end."""
     with ProgressBar(unit="pair", dynamic_ncols=True, total=count_shards(shards)) as bar:
         yield bar

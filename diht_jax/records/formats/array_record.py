@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class ArrayRecordWriter(RecordWriter):
 
 
 @contextlib.contextmanager
-def _system_errors() -> Iterator[None]:
+def _system_errors() -> Generator[None]:
     """Raises OSErrors for the package's RuntimeErrors, which have the system's error as text."""
     try:
         yield

@@ -18,7 +18,7 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,7 +97,7 @@ class WallTime:
         return found
 
     @contextlib.contextmanager
-    def during(self, use: str) -> Iterator[None]:
+    def during(self, use: str) -> Generator[None]:
         """Counts what is done within as one use; compiling once more, at a restart, is lost."""
         before = self._use
         self._switch("lost" if (use, before) == ("compile", "lost") else use)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ _LOOKS, _POLL_SECONDS = 10, 1.0
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Iterator[epath.Path]:
+def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Generator[epath.Path]:
     """Locks it for as long as the context lasts. All processes of a job must call.
 
     Args:
