@@ -67,11 +67,11 @@ def main() -> None:
         from diht_jax.training.loop import train
 
         flag: Any = flags.FLAGS["config"]
-        options = {"set_keys": flag.override_values, "began": began}
+        run = functools.partial(train, set_keys=flag.override_values, began=began)
         if stages:
-            train_stages(functools.partial(train, **options), stages, workdir)
+            train_stages(run, stages, workdir)
         else:
-            train(config, workdir, **options)
+            run(config, workdir)
     except Stopped as stopped:
         # All is saved; one more of them must not replace the status that launchers wait for.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

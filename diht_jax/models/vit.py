@@ -202,7 +202,7 @@ class AttentionPool(nnx.Module):
     ):
         width = arch.vision_width
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.heads = arch.vision_pool_heads
+        self.heads = arch.vision_pool_heads or arch.vision_heads
         draw = uniform_init(math.sqrt(6 / (1 + width)))
         self.probe = nnx.Param(draw(rngs.params(), (width,), param_dtype))
         self.in_proj = Linear(width, 3 * width, kernel_init=init.attention_in, **dtypes)
