@@ -193,7 +193,7 @@ class DecodeExample(grain.transforms.RandomMap):
         return {ids_name: ids, probs_name: probs}
 
     def _plan_crop(self, data: bytes, rng: np.random.Generator) -> Callable[[], np.ndarray]:
-        options = {"scale": self.crop_scale, "interpolation": self.interpolation}
+        options: dict[str, Any] = {"scale": self.crop_scale, "interpolation": self.interpolation}
         if self.fast_decode:
             return fast_crops.plan_random_crop(data, self.image_size, rng, **options)
         image = images.decode_rgb(data)

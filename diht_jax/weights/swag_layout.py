@@ -133,7 +133,9 @@ def _layout(arch: SwagArchitecture) -> Layout:
         "positional_embedding": Tensors(("encoder.pos_embedding",), "row"),
         **norm("final_norm", "encoder.ln"),
         **{
-            path: Tensors(tuple(f"{layer}{name}" for layer in layers), form, are_layers=True)
-            for path, ((name,), form, _) in block.items()
+            path: own._replace(
+                names=tuple(layer + own.names[0] for layer in layers), are_layers=True
+            )
+            for path, own in block.items()
         },
     }
