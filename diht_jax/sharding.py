@@ -29,6 +29,7 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(in_proj|[qkv]_proj|fc_in)/kernel$", PartitionSpec(None, "fsdp")),
     (r"concept_heads/\w+/kernel$", PartitionSpec(None, "fsdp")),
     (r"(out_proj|fc_out|projection)/kernel$", PartitionSpec("fsdp", None)),
+    (r"^record_means/", PartitionSpec(BATCH_AXES)),
 )
 
 
@@ -147,11 +148,15 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
                     f"{tuple(shape)}"
                 )
             names = [
-                name if name and size % mesh.shape[name] == 0 else None
+                name if name and size % _num_parts(name, mesh) == 0 else None
                 for name, size in zip(spec, shape, strict=True)
             ]
             return PartitionSpec(*names)
     return PartitionSpec()
+
+
+def _num_parts(names: str | tuple[str, ...], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

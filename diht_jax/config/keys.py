@@ -144,7 +144,8 @@ KEYS: dict[str, Key] = {
     "lora.alpha": Key(16.0, POSITIVE),  # the adapters' product counts alpha / rank times
     "lora.towers": Key(("vision", "text")),  # that get adapters
     "lora.matrices": Key(("in_proj", "out_proj", "fc_in", "fc_out")),  # of each block
-    # A name of diht_jax.losses.registry: "softmax" (InfoNCE, HN-NCE) or "sigmoid" (SigLIP).
+    # A name of diht_jax.losses.registry: "softmax" (InfoNCE, HN-NCE), "sigmoid" (SigLIP)
+    # or "fastclip" (small batches).
     "loss.kind": Key("softmax"),
     # "streaming" (memory [b, d]), "gathered" ([b, N], fewer transfers), or "auto", by the mesh and
     # the batch: losses/choice.py.
@@ -153,6 +154,8 @@ KEYS: dict[str, Key] = {
     "loss.weight": Key(1.0, NOT_NEGATIVE),
     # Share of pairs that may be wrong; losses count by how likely a pair is right. 0: all alike.
     "loss.noise_share": Key(0.0, Range(0, 0.5)),
+    # Records of which "fastclip" keeps a mean; None: as many as the data have.
+    "loss.num_records": Key(int, Range(1, 2**31, excludes_high=True), FREE),
     # Sizes of leading parts of the embeddings, such as (64, 128, 256), that have a loss of their
     # own, each with a weight; () weighs them like the whole embeddings, by 1.
     "matryoshka.sizes": Key(()),

@@ -102,6 +102,16 @@ class Mixture(Sequence[tuple[int, Any]]):
         number, record = self._find(position)
         return (number, record) if self._weights else record
 
+    @property
+    def num_record_ids(self) -> int:
+        """One more than the highest of `record_id`: the records of all sources, held out or not."""
+        return sum(len(source.records) for source in self.sources)
+
+    def record_id(self, position: int) -> int:
+        """A number of the record at a position that no record of another source has."""
+        number, record = self._find(position)
+        return sum(len(source.records) for source in self.sources[:number]) + record
+
     def key(self, position: int) -> str:
         """The key of the record at a position."""
         number, element = self[position]

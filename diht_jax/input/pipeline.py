@@ -70,6 +70,7 @@ class TrainIterator:
         max_in_flight_gib: float | None = None,
         order: GlobalOrder | BlockOrder | None = None,
         read_ahead: ReadAheadOptions = _READ_AHEAD,
+        record_ids: bool = False,
     ):
         """Builds the graph; reading starts with the first batch.
 
@@ -89,6 +90,7 @@ class TrainIterator:
             order: of the records, see `order.py`; a permutation of all of them where None. A
                 mixture has its own.
             read_ahead: how blocks are fetched from an object store.
+            record_ids: batches have the number of each record, int32 [b].
 
         Raises:
             ValueError: numbers that do not fit, no record, or too little memory.
@@ -127,6 +129,7 @@ class TrainIterator:
             process_index=process_index,
             process_count=process_count,
             on_bad_record=on_bad_record,
+            record_ids=record_ids,
         )
         self._parts = self._examples
         self._skips = on_bad_record == "skip"

@@ -68,6 +68,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         process_index: int = 0,
         process_count: int = 1,
         on_bad_record: str = "error",
+        record_ids: bool = False,
     ):
         """Reads nothing yet.
 
@@ -78,6 +79,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             process_index: number of this host, from 0.
             process_count: how many hosts there are.
             on_bad_record: one of `MODES`.
+            record_ids: examples have `record_ids`, int32, of `Mixture.record_id`.
 
         Raises:
             ValueError: another mode.
@@ -90,6 +92,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         self._records = records
         self._key = np.random.Philox(seed).state["state"]["key"]
         self._skips = on_bad_record == "skip"
+        self._record_ids = record_ids
         self._stride = batch_size * records.same_source_batches
         self._process_index, self._process_count = process_index, process_count
         self._first_example = 0
@@ -205,6 +208,8 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
                     example, used = plans[index](), index
                 except (KeyError, ValueError):  # tried again, for its error or its replacement
                     example, used = self.find(index)
+                if self._record_ids:
+                    example["record_ids"] = np.int32(self._records.record_id(used))
                 if self._skips:
                     example[SKIPPED_RECORDS] = np.int32((used - index) // self._stride)
                 yield example

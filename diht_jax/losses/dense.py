@@ -42,8 +42,8 @@ def dense_loss(
     if row_weights is not None:
         image_part, text_part = row_weights * image_part, row_weights * text_part
     total = jnp.sum(image_part) + jnp.sum(text_part)
-    image_hardest, image_ties = _hardest(i2t, is_negative)
-    text_hardest, text_ties = _hardest(t2i, is_negative)
+    image_hardest, image_ties = hardest(i2t, is_negative)
+    text_hardest, text_ties = hardest(t2i, is_negative)
     positive = jnp.sum(i2t, axis=1, where=is_positive)
     return total, PairStatistics(
         positive, image_hardest, image_ties, text_hardest, text_ties, num_negatives
@@ -107,7 +107,7 @@ def product(
     )
 
 
-def _hardest(
+def hardest(
     block: Float[Array, "b N"], is_negative: Bool[Array, "b N"]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """The highest similarity with a wrong partner, and how many reach it."""

@@ -114,6 +114,7 @@ class Objective:
         initial_logit_scale: what `logit_scale` starts from; None leaves the model's own start.
         num_sums: how many running sums a row has.
         second_pass: indices of the scalars whose derivative needs the negative logits once more.
+        keeps_means: it keeps a mean of each record, and has a form of its own: `fastclip.py`.
         equal_pairs: of `EQUAL_PAIRS`; a loss that has no such setting knows the first one only.
         num_equal_sums: how many running sums a row has of its equal pairs.
     """
@@ -124,6 +125,7 @@ class Objective:
     initial_logit_scale: ClassVar[float | None] = None
     num_sums: int = 1
     second_pass: tuple[int, ...] = ()
+    keeps_means: ClassVar[bool] = False
     equal_pairs: str = EQUAL_PAIRS[0]
     num_equal_sums: int = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from diht_jax.losses.fastclip import FastClip
 from diht_jax.losses.objective import Objective
 from diht_jax.losses.sigmoid import Sigmoid
 from diht_jax.losses.softmax import Softmax
@@ -12,6 +13,7 @@ from diht_jax.losses.softmax import Softmax
 LOSSES: dict[str, type[Objective]] = {
     "softmax": Softmax,
     "sigmoid": Sigmoid,
+    "fastclip": FastClip,
 }
 
 

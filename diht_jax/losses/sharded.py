@@ -125,7 +125,7 @@ def sharded_loss(
     """
     check_embeddings(image_emb, text_emb)
     axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
-    _check_split(image_emb.shape[0], mesh, axis_names)
+    check_split(image_emb.shape[0], mesh, axis_names)
     impl = choose_impl(mesh, axis_names, *image_emb.shape, impl).impl
 
     def on_device(image_emb, text_emb, pair_ids, pair_weights, logit_scale, learnt):
@@ -141,7 +141,7 @@ def sharded_loss(
             pair_ids=pair_ids,
             row_weights=pair_weights,
         )
-        return value, {"loss": jax.lax.stop_gradient(value), **_metrics(statistics, axis_names)}
+        return value, {"loss": jax.lax.stop_gradient(value), **pair_metrics(statistics, axis_names)}
 
     rows, whole = PartitionSpec(axis_names), PartitionSpec()
     replicated = jax.tree.map(jnp.asarray, (logit_scale, dict(learnt)))
@@ -150,7 +150,8 @@ def sharded_loss(
     )(image_emb, text_emb, pair_ids, pair_weights, *replicated)
 
 
-def _check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None:
+def check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None:
+    """Raises ValueError for axes that the mesh has not, or a batch that does not divide by them."""
     missing = [name for name in axis_names if name not in mesh.shape]
     if missing or not axis_names:
         raise ValueError(
@@ -166,7 +167,9 @@ def _check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> Non
         raise ValueError("expected a global batch of at least 2 pairs, got 1")
 
 
-def _metrics(statistics: PairStatistics, axis_name: AxisName) -> Metrics:
+def pair_metrics(statistics: PairStatistics, axis_name: AxisName) -> Metrics:
+    """The metrics of `sharded_loss`, of the statistics of the local rows."""
+
     def mean(values: jax.Array) -> jax.Array:
         return jax.lax.pmean(jnp.mean(values.astype(jnp.float32)), axis_name)
 

@@ -55,7 +55,7 @@ from diht_jax.training.recipe import (
     patch_dropout_steps,
     steps_before_end,
 )
-from diht_jax.training.run_data import open_data, open_iterator
+from diht_jax.training.run_data import bind_records, open_data, open_iterator
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting
 from diht_jax.training.task_evaluation import (
@@ -151,12 +151,12 @@ class Run:
         devices: Sequence[jax.Device] | None = None,
         began: float | None = None,
     ):
-        self.config = config
         self.workdir = workdir
         self.profiler = StepProfiler(config.profile, workdir)
         check_together(lambda: check_trackers(config.trackers))
         tasks = open_tasks(config)
         self.mixture = open_data(config)
+        config = self.config = bind_records(config, self.mixture)
         num_records = self.mixture.num_records
         self.total_steps = duration_in_steps(
             config, "total", batch_size=config.data.batch_size, num_examples=num_records

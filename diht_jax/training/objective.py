@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Integer, Shaped
 
 from diht_jax import sharding
 from diht_jax.extras.matryoshka import loss_of_sizes, weighted_sizes
 from diht_jax.extras.noisy_pairs import check_noise_share, right_probabilities
 from diht_jax.losses.contrastive import IMPLS
+from diht_jax.losses.fastclip import Means, fastclip_loss, gamma_at
 from diht_jax.losses.objective import Objective
 from diht_jax.losses.registry import LOSSES
 from diht_jax.losses.sharded import sharded_loss
@@ -29,6 +30,7 @@ from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.terms.registry import TERMS
 
 Metrics = dict[str, Float[Array, ""]]
+Kept = tuple[Means, Integer[Array, ""]] | None
 
 
 def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
@@ -78,6 +80,33 @@ def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
             f"'{config.loss.equal_pairs}' does not ask; expected 'mask' or 'positive'"
         )
     return needed
+
+
+def num_record_means(config: ml_collections.ConfigDict) -> int:
+    """Number of records of which the contrastive loss keeps a mean; 0 where it keeps none.
+
+    Raises:
+        ValueError: it is not known, or other settings do not go with that.
+    """
+    loss = LOSSES.get(config.loss.kind)
+    if loss is None or not loss.keeps_means:
+        return 0
+    for key, value in (
+        ("loss.noise_share", config.loss.noise_share),
+        ("matryoshka.sizes", tuple(config.matryoshka.sizes)),
+        ("data.class_key", config.data.class_key),
+    ):
+        if value:
+            raise ValueError(
+                f"config.{key}={value!r}: not with config.loss.kind='{config.loss.kind}', which "
+                "keeps one mean of each record, over all others"
+            )
+    if config.loss.num_records is None:
+        raise ValueError(
+            f"config.loss.kind='{config.loss.kind}' keeps a mean of each record: set "
+            "config.loss.num_records, which training finds in the data by itself"
+        )
+    return config.loss.num_records
 
 
 def with_objective_parameters(
@@ -154,8 +183,9 @@ def total_loss(
     terms: Sequence[Term],
     mesh: Mesh,
     config: ml_collections.ConfigDict,
-) -> tuple[Float[Array, ""], Metrics]:
-    """The weighted sum of all losses of the global batch, and metrics.
+    kept: Kept = None,
+) -> tuple[Float[Array, ""], Metrics, Any]:
+    """The weighted sum of all losses of the global batch, metrics, and what the loss keeps.
 
     Args:
         encoded: `image_emb` and `text_emb` [N, d], and what the terms return of examples, [N].
@@ -164,15 +194,24 @@ def total_loss(
         terms: of `active_terms`.
         mesh: axes `data` and `fsdp`.
         config: the whole training config.
+        kept: what the loss has kept of each record, and the number of updates; None where it
+            keeps nothing.
 
     Returns:
-        Scalar loss, and the metrics of `sharded_loss`; with terms or another weight than 1 of the
-        contrastive loss, `loss` is the sum, and its parts are metrics of their own.
+        Scalar loss; the metrics of `sharded_loss`; and what the loss keeps now. With terms or
+        another weight than 1 of the contrastive loss, `loss` is the sum, and its parts are metrics
+        of their own.
     """
-    total, metrics = _contrastive_loss(encoded, params, examples, mesh=mesh, config=config)
+    means = None
+    if kept is None:
+        total, metrics = _contrastive_loss(encoded, params, examples, mesh=mesh, config=config)
+    else:
+        total, metrics, means = _loss_with_means(
+            encoded, params, examples, *kept, mesh=mesh, config=config
+        )
     weight = config.loss.weight
     if not terms and weight == 1:
-        return total, metrics
+        return total, metrics, means
     metrics["contrastive_loss"] = metrics["loss"]
     if weight != 1:
         # Of 0 times the loss the gradient would be computed all the same.
@@ -182,7 +221,41 @@ def total_loss(
         for name, (weight, part) in parts.items():
             metrics[name] = jax.lax.stop_gradient(part)
             total += weight * part
-    return total, {**metrics, "loss": jax.lax.stop_gradient(total)}
+    return total, {**metrics, "loss": jax.lax.stop_gradient(total)}, means
+
+
+def _loss_with_means(
+    encoded: dict[str, jax.Array],
+    params: Parameters,
+    examples: dict[str, jax.Array],
+    means: Means,
+    step: jax.Array,
+    *,
+    mesh: Mesh,
+    config: ml_collections.ConfigDict,
+) -> tuple[jax.Array, Metrics, Means]:
+    """Like `_contrastive_loss`, for a loss that keeps a mean of each record."""
+    section = config.loss
+    gamma = gamma_at(
+        step,
+        gamma=section.gamma,
+        gamma_epochs=section.gamma_epochs,
+        batch_size=config.data.batch_size,
+        num_records=section.num_records,
+    )
+    total, metrics, means = fastclip_loss(
+        encoded["image_emb"],
+        encoded["text_emb"],
+        jnp.exp(params["log_logit_scale"]),
+        means,
+        examples["record_ids"],
+        gamma,
+        rho=section.rho,
+        epsilon=section.epsilon,
+        mesh=mesh,
+        axis_names=sharding.BATCH_AXES,
+    )
+    return total, {**metrics, "gamma": gamma}, means
 
 
 def _contrastive_loss(

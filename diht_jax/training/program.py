@@ -20,6 +20,7 @@ from absl import logging
 from diht_jax import sharding
 from diht_jax.input.choices import IMAGE_FIELD, TEXT_FIELD
 from diht_jax.losses.choice import Choice, choose_impl
+from diht_jax.losses.fastclip import initial_means
 from diht_jax.models.attention import TowerAttention, kernel_difference
 from diht_jax.models.lora import lora_of
 from diht_jax.models.parameters import model_definition
@@ -31,6 +32,7 @@ from diht_jax.training.multihost import first_text
 from diht_jax.training.objective import (
     needs_pair_ids,
     num_labels,
+    num_record_means,
     optimizer_config,
     teacher_width,
     with_objective_parameters,
@@ -58,6 +60,7 @@ class TrainProgram:
         num_labels: the teacher's labels of each kind that the step reads from a record.
         teacher_width: size of the CLIP teachers' embeddings that it reads.
         pair_ids: whether the step reads which pairs of a batch are equal.
+        num_means: records of which the loss keeps a mean, whose numbers the step reads; 0: none.
         keeps_ema: whether the state has a moving average of the parameters.
     """
 
@@ -96,6 +99,7 @@ class TrainProgram:
         self.num_labels = num_labels(config)
         self.teacher_width = teacher_width(config)
         self.pair_ids = needs_pair_ids(config)
+        self.num_means = num_record_means(config)
 
     def create_state(self) -> TrainState:
         """The state before the first step; no device ever holds more than its part."""
@@ -121,6 +125,7 @@ class TrainProgram:
             opt_state=self.optimizer.init(params),
             key_data=jax.random.key_data(run_key),
             ema_params=initial_average(params) if self.keeps_ema else None,
+            record_means=initial_means(self.num_means) if self.num_means else None,
         )
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -133,6 +138,8 @@ class TrainProgram:
         }
         if self.pair_ids:
             fields["pair_ids"] = (2,), jnp.uint32
+        if self.num_means:
+            fields["record_ids"] = (), jnp.int32
         if self.num_labels:
             for ids, probs in CONCEPT_FIELDS:
                 fields[ids] = (self.num_labels,), jnp.int32
@@ -180,6 +187,8 @@ class TrainProgram:
     def loss_form(self) -> Choice:
         """Form of the contrastive loss on this mesh, and the reason."""
         config = self.config
+        if self.num_means:
+            return Choice("gathered", "the only one of this loss")
         return choose_impl(
             self.mesh,
             sharding.BATCH_AXES,

@@ -13,10 +13,16 @@ from diht_jax.input.choices import open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.losses.registry import LOSSES
 from diht_jax.models.zoo import get_architecture
 from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.training.multihost import check_together
-from diht_jax.training.objective import needs_pair_ids, num_labels, teacher_width
+from diht_jax.training.objective import (
+    needs_pair_ids,
+    num_labels,
+    num_record_means,
+    teacher_width,
+)
 from diht_jax.training.recipe import pictures_of
 
 
@@ -61,6 +67,25 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
     )
 
 
+def bind_records(config: ml_collections.ConfigDict, mixture: Mixture) -> ml_collections.ConfigDict:
+    """The config, with the number of records where the loss keeps a mean of each.
+
+    Raises:
+        ValueError: the config has another number, such as that of the data before they changed.
+    """
+    loss = LOSSES.get(config.loss.kind)
+    if loss is None or not loss.keeps_means:
+        return config
+    found = mixture.num_record_ids
+    if config.loss.num_records not in (None, found):
+        raise ValueError(
+            f"config.loss.num_records={config.loss.num_records}: the data have {found} records"
+        )
+    config = config.copy_and_resolve_references()
+    config.loss.num_records = found
+    return config
+
+
 def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainIterator:
     """The batches of this process, as the config asks for them."""
     data = config.data
@@ -73,6 +98,7 @@ def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainI
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         on_bad_record=data.on_bad_record,
+        record_ids=bool(num_record_means(config)),
         max_in_flight_gib=data.max_in_flight_gib,
         read_ahead=ReadAheadOptions(
             read_threads=data.read_threads,

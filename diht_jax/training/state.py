@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters, optimiser state, step, random key and the parameters' moving average.
+    """Parameters, optimiser state, step, random key, and what averages and losses keep.
 
     Attributes:
         step: int32 scalar, optimiser steps done.
@@ -20,6 +20,7 @@ class TrainState:
         key_data: uint32 data of the run's random key; a step folds its number into it.
         ema_params: moving average of all parameters, like `params` in at least float32; None
             where `config.ema.decay` is not set.
+        record_means: what the loss keeps of each record; None where it keeps nothing.
     """
 
     step: jax.Array
@@ -27,6 +28,7 @@ class TrainState:
     opt_state: Any
     key_data: jax.Array
     ema_params: Any = None
+    record_means: Any = None
 
 
 def initial_average(params: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,9 @@ def train_step(
         mesh: axes `data` and `fsdp`.
         config: the whole training config.
     """
-    grads, metrics = loss_gradients(state, batch, definition=definition, mesh=mesh, config=config)
+    grads, metrics, means = loss_gradients(
+        state, batch, definition=definition, mesh=mesh, config=config
+    )
     trained, frozen = split_parameters(config.optimizer, state.params)
     grad_norm = optax.tree.norm(grads)
     with jax.named_scope(OPTIMIZER_SCOPE):
@@ -84,10 +86,10 @@ def train_step(
         ema_params = update_average(ema_params, params, config.ema.decay, state.step)
     # One bad batch must not undo weeks: without finite numbers everything stays as it was.
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    params, opt_state, ema_params = jax.tree.map(
+    params, opt_state, ema_params, means = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old),
-        (params, opt_state, ema_params),
-        (state.params, state.opt_state, state.ema_params),
+        (params, opt_state, ema_params, means),
+        (state.params, state.opt_state, state.ema_params, state.record_means),
     )
     metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
     new_state = TrainState(
@@ -96,6 +98,7 @@ def train_step(
         opt_state=opt_state,
         key_data=state.key_data,
         ema_params=ema_params,
+        record_means=means,
     )
     return new_state, metrics
 
@@ -107,8 +110,11 @@ def loss_gradients(
     definition: ModelDefinition,
     mesh: Mesh,
     config: ml_collections.ConfigDict,
-) -> tuple[dict[str, Any], Metrics]:
-    """The gradient of the global batch's loss by the trained parameters, and metrics."""
+) -> tuple[dict[str, Any], Metrics, Any]:
+    """The gradient of the global batch's loss by the trained parameters, and metrics.
+
+    Last comes what the loss keeps of each record after this batch, as `TrainState.record_means`.
+    """
     terms = active_terms(config)
     examples = with_kept_patches(state, batch, definition.arch, config.model.patch_dropout, mesh)
     encode = functools.partial(
@@ -121,7 +127,9 @@ def loss_gradients(
     # Differentiating by the trained parameters alone spares a locked tower its backward pass.
     trained, frozen = split_parameters(config.optimizer, state.params)
 
-    def loss_fn(trained: Any) -> tuple[jax.Array, Metrics]:
+    kept = None if state.record_means is None else (state.record_means, state.step)
+
+    def loss_fn(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         encoded = encode_on_mesh(
             encode,
             trained,
@@ -133,13 +141,15 @@ def loss_gradients(
         )
         packed = encoded.pop(PACKED_TEXTS, None)
         params = merge_parameters(trained, frozen)
-        loss, metrics = total_loss(encoded, params, examples, terms=terms, mesh=mesh, config=config)
+        loss, metrics, means = total_loss(
+            encoded, params, examples, terms=terms, mesh=mesh, config=config, kept=kept
+        )
         if packed is not None:
             metrics[PACKED_TEXTS] = jnp.mean(packed)
-        return loss, metrics
+        return loss, (metrics, means)
 
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-    return grads, metrics
+    (_, (metrics, means)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+    return grads, metrics, means
 
 
 def encode_examples(

@@ -104,7 +104,7 @@ def gradients(config, data, fsdp, params=None, **changed):
     program = program_of(config, data, fsdp)
     batch = {**make_batch(), **changed}
     batch = sharding.put_batch(batch, sharding.batch_sharding(program.mesh))
-    return gradient_function(program)(make_state(program.mesh, params), batch)
+    return gradient_function(program)(make_state(program.mesh, params), batch)[:2]
 
 
 @functools.cache

@@ -104,7 +104,7 @@ def _after_towers(
         mesh=program.mesh,
         config=config,
     )
-    grads, metrics = jax.jit(gradients)(state, batch)
+    grads, metrics, _ = jax.jit(gradients)(state, batch)
     wrong = [name for name in metrics if name.endswith("loss") and not is_finite(metrics[name])]
     if wrong:
         wrong.sort(key=lambda name: name == "loss")  # the sum of the others comes last
