@@ -19,15 +19,14 @@ from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.positions import fit_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
-from diht_jax.storage.hub import download, is_hub_name
 from diht_jax.training.initial_parameters import set_architecture, set_pictures
 from diht_jax.training.recipe import default_config, pictures_of
 from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.inference import LoadedModel
-from diht_jax.weights.releases import RELEASES, locate_weights
-from diht_jax.weights.source import ModelFiles, choose_files, read_weights
+from diht_jax.weights.releases import RELEASES
+from diht_jax.weights.source import ModelFiles, find_model, read_weights
 
 
 def load_model(
@@ -51,6 +50,8 @@ def load_model(
             - "clipart_tiny", the small model for clip art and emoji that comes with the package;
             - a released DiHT model, such as "diht_vitb32_224px": downloaded once and checked, or
               taken from the environment variable DIHT_JAX_WEIGHTS (`weights.releases`);
+            - another published model by the name of its architecture, such as
+              "siglip2_vitb16_224px", from the hub (`weights.releases.HUB_MODELS`);
             - a work directory of `diht_jax.train`, also in an object store (`s3://bucket/run`);
             - a weight file in CLIP's layout (OpenAI, open_clip, DiHT): .safetensors, .pt, .ckpt,
               .bin; nothing in it is executed;
@@ -172,9 +173,8 @@ def read_model(
     elif step is not None or ema:
         raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
     else:
-        path = download(name, choose_files) if is_hub_name(name) else locate_weights(name)
         model = read_weights(
-            path,
+            find_model(name),
             architecture=architecture,
             image_size=image_size,
             context_length=context_length,

@@ -18,7 +18,7 @@ from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.input.transforms import Preprocessing, eval_transform
 from diht_jax.storage.hub import is_hub_name
 from diht_jax.storage.stores import is_remote
-from diht_jax.weights.releases import CONTAINED, RELEASES, locate_weights
+from diht_jax.weights.releases import CONTAINED, HUB_MODELS, RELEASES, locate_weights
 
 _READ_BYTES = 2**22
 # Batches of candidates that a step takes at once, so that shared models have several under way.
@@ -137,10 +137,11 @@ def fingerprint(model: str, name: str) -> str:
     if not os.path.isdir(model):
         if model in CONTAINED:  # a new version of the package may have another
             return fingerprint(str(locate_weights(model) / "model.safetensors"), name)
-        if model not in RELEASES and not is_remote(model) and not is_hub_name(model):
+        known = (*CONTAINED, *RELEASES, *HUB_MODELS)
+        if model not in known and not is_remote(model) and not is_hub_name(model):
             raise ValueError(
                 f"{name}='{model}': no such work directory or weight file, and no model of this "
-                f"name ({', '.join((*CONTAINED, *RELEASES))})"
+                f"name ({', '.join(known)})"
             )
         return model
     for folder, folders, names in os.walk(model):

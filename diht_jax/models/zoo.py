@@ -1,4 +1,4 @@
-"""Named architectures: the four of DiHT, and two small ones for laptops.
+"""Named architectures: DiHT's, those of other published models, and two small ones for laptops.
 
 Numbers only; no layers.
 """
@@ -157,11 +157,92 @@ def _diht(image_size, patch_size, vision_layers, vision_width, text_width, embed
     )
 
 
+def _siglip(image_size, patch_size, width, layers, heads, vocab_size, mlp_width=None):
+    """SigLIP (arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786), whose two towers are alike."""
+    return Architecture(
+        image_size=image_size,
+        patch_size=patch_size,
+        vision_layers=layers,
+        vision_width=width,
+        vision_heads=heads,
+        vision_mlp_width=mlp_width,
+        text_layers=layers,
+        text_width=width,
+        text_heads=heads,
+        text_mlp_width=mlp_width,
+        embed_dim=width,
+        context_length=64,
+        vocab_size=vocab_size,
+        activation="gelu_tanh",
+        layer_norm_epsilon=1e-6,
+        class_token=False,
+        vision_pool_heads=heads,
+        vision_projection="none",
+        text_projection="bias",
+        causal_text=False,
+        text_pool="last",
+    )
+
+
+def _pe_core(image_size, patch_size, vision_layers, vision_width):
+    """PE-Core (arXiv 2504.13181) with the text tower of its sizes B and L."""
+    return Architecture(
+        image_size=image_size,
+        patch_size=patch_size,
+        vision_layers=vision_layers,
+        vision_width=vision_width,
+        vision_heads=vision_width // 64,
+        text_layers=24,
+        text_width=1024,
+        text_heads=16,
+        embed_dim=1024,
+        context_length=32,
+        vision_pool_heads=8,
+        rotary_grid=image_size // patch_size,
+        vision_projection="bias",
+    )
+
+
+def _vit_h14(image_size, **fields):
+    """open_clip's ViT-H-14, with QuickGELU or not."""
+    return Architecture(
+        image_size=image_size,
+        patch_size=14,
+        vision_layers=32,
+        vision_width=1280,
+        vision_heads=16,
+        text_layers=24,
+        text_width=1024,
+        text_heads=16,
+        embed_dim=1024,
+        **fields,
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "diht_vitb32_224px": _diht(224, 32, 12, 768, 512, 512),
     "diht_vitb16_224px": _diht(224, 16, 12, 768, 512, 512),
     "diht_vitl14_224px": _diht(224, 14, 24, 1024, 768, 768),
     "diht_vitl14_336px": _diht(336, 14, 24, 1024, 768, 768),
+    "siglip_vitb16_224px": _siglip(224, 16, 768, 12, 12, 32000),
+    "siglip_so400m14_384px": _siglip(384, 14, 1152, 27, 16, 32000, 4304),
+    "siglip2_vitb16_224px": _siglip(224, 16, 768, 12, 12, 256000),
+    "siglip2_vitl16_256px": _siglip(256, 16, 1024, 24, 16, 256000),
+    "siglip2_so400m14_384px": _siglip(384, 14, 1152, 27, 16, 256000, 4304),
+    "pe_core_vitb16_224px": _pe_core(224, 16, 12, 768),
+    "pe_core_vitl14_336px": _pe_core(336, 14, 24, 1024),
+    # MetaCLIP 2 (arXiv 2507.22062) on texts of all languages.
+    "metaclip2_vith14_224px": _vit_h14(
+        224, activation="quick_gelu", vocab_size=901629, end_of_text_id=2
+    ),
+    # DFN (arXiv 2309.17425): CLIPs.
+    "dfn2b_vitb16_224px": dataclasses.replace(
+        _diht(224, 16, 12, 768, 512, 512), activation="quick_gelu"
+    ),
+    "dfn2b_vitl14_224px": dataclasses.replace(
+        _diht(224, 14, 24, 1024, 768, 768), activation="quick_gelu"
+    ),
+    "dfn5b_vith14_378px": _vit_h14(378, activation="quick_gelu"),
     # Ours: sizes with which a laptop's CPU trains in minutes.
     "small_64px": Architecture(
         image_size=64,

@@ -28,9 +28,9 @@ from diht_jax.training.workdir.saved_run import (
 )
 from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
-from diht_jax.weights.releases import RELEASES, locate_weights
+from diht_jax.weights.releases import RELEASES
 from diht_jax.weights.settings import Preprocessing
-from diht_jax.weights.source import ModelFiles, read_weights
+from diht_jax.weights.source import ModelFiles, find_model, read_weights
 
 # Positions are fitted to these.
 _INPUT_SIZES = ("image_size", "context_length")
@@ -120,7 +120,7 @@ def initial_parameters(
 
 def _read_weights(source: str) -> ModelFiles:
     try:
-        return read_weights(locate_weights(source))
+        return read_weights(find_model(source))
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
 

@@ -145,7 +145,7 @@ def lost_scalars(format: str, arch: Architecture, loss_scalars: Mapping[str, flo
 
 def _check_model(format: str, arch: Architecture, preprocessing: Preprocessing) -> None:
     try:
-        if format == "huggingface":
+        if format in ("huggingface", "onnx"):  # the latter is exported from transformers' model
             huggingface.model_type(arch)
         elif format not in _PROGRAMS:
             open_clip_config.make_config(arch, preprocessing)

@@ -1,4 +1,4 @@
-"""Models by name: the one that comes with the package, and the released DiHT weights.
+"""Models by name: the one that comes with the package, DiHT's weights, and some of the hub.
 
 Addresses and SHA-256 sums are those of DiHT's official code (facebookresearch/diht). What the files
 hold is read by `source.py`.
@@ -51,6 +51,21 @@ RELEASES: dict[str, Release] = {
 }
 
 
+# Models of the Hugging Face hub by the names of their architectures.
+HUB_MODELS: dict[str, str] = {
+    "siglip_vitb16_224px": "hf-hub:google/siglip-base-patch16-224",
+    "siglip_so400m14_384px": "hf-hub:google/siglip-so400m-patch14-384",
+    "siglip2_vitb16_224px": "hf-hub:google/siglip2-base-patch16-224",
+    "siglip2_vitl16_256px": "hf-hub:google/siglip2-large-patch16-256",
+    "siglip2_so400m14_384px": "hf-hub:google/siglip2-so400m-patch14-384",
+    "pe_core_vitb16_224px": "hf-hub:timm/PE-Core-B-16",
+    "pe_core_vitl14_336px": "hf-hub:timm/PE-Core-L-14-336",
+    "metaclip2_vith14_224px": "hf-hub:facebook/metaclip-2-worldwide-huge-quickgelu",
+    "dfn2b_vitb16_224px": "hf-hub:apple/DFN2B-CLIP-ViT-B-16",
+    "dfn2b_vitl14_224px": "hf-hub:apple/DFN2B-CLIP-ViT-L-14",
+    "dfn5b_vith14_378px": "hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
+}
+
 # Models that come with the package, each a folder of `diht_jax.data`.
 CONTAINED = ("clipart_tiny",)
 
@@ -67,12 +82,12 @@ def locate_weights(name: str) -> pathlib.Path:
         return pathlib.Path(str(importlib.resources.files("diht_jax.data") / name))
     if name in RELEASES:
         return fetch_release(name)
-    nearest = nearest_name(name, (*CONTAINED, *RELEASES))
+    nearest = nearest_name(name, (*CONTAINED, *RELEASES, *HUB_MODELS))
     hint = f"; did you mean '{nearest}'?" if nearest else ""
     raise ValueError(
         f"'{name}': no such work directory or weight file, and no model of this name{hint} (with "
-        f"the package comes {', '.join(CONTAINED)}; released: {', '.join(RELEASES)}; "
-        f"{WEIGHTS_VARIABLE} names local files of them)"
+        f"the package comes {', '.join(CONTAINED)}; released: {', '.join(RELEASES)}, of which "
+        f"{WEIGHTS_VARIABLE} names local files; on the hub: {', '.join(HUB_MODELS)})"
     )
 
 

@@ -29,9 +29,10 @@ from diht_jax.config.checks import nearest_name
 from diht_jax.data import tokenizer
 from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import Architecture
+from diht_jax.storage.hub import download, is_hub_name
 from diht_jax.weights import clip_layout, huggingface, open_clip_config, timm_layout
 from diht_jax.weights.layout import from_layout
-from diht_jax.weights.releases import hash_file
+from diht_jax.weights.releases import HUB_MODELS, hash_file, locate_weights
 from diht_jax.weights.settings import (
     ConfigSection,
     Preprocessing,
@@ -174,6 +175,16 @@ def _take_loss_scalars(tensors: dict[str, np.ndarray], arch: Architecture) -> di
     if arch.vision_pool_heads is None or name not in tensors or tensors[name].size != 1:
         return {}
     return {name: float(np.asarray(tensors.pop(name), np.float32).reshape(()))}
+
+
+def find_model(name: str) -> pathlib.Path:
+    """The files of a model by name, of this package or the hub, fetched where they are not here.
+
+    Raises:
+        ValueError: there is no such path and no such model, or the hub does not answer.
+    """
+    address = name if os.path.exists(name) else HUB_MODELS.get(name, name)
+    return download(address, choose_files) if is_hub_name(address) else locate_weights(name)
 
 
 def _infer_architecture(

@@ -58,10 +58,28 @@ def short_and_long_texts() -> np.ndarray:
     return tokens
 
 
+# Of the overrides of a config: the parts that SigLIP's and PE-Core's towers have.
+SIGLIP = {
+    "class_token": False,
+    "vision_pool_heads": 2,
+    "vision_projection": "none",
+    "text_projection": "bias",
+    "causal_text": False,
+    "text_pool": "last",
+    "activation": "gelu_tanh",
+    "embed_dim": 32,
+}
+PE_CORE = {"vision_pool_heads": 4, "rotary_grid": 6, "vision_projection": "bias"}
+
+
+def config_of(parts: tuple[tuple[str, object], ...], **changes) -> ml_collections.ConfigDict:
+    return tiny_config(**{f"model.overrides.{k}": v for k, v in parts}, **changes)
+
+
 @functools.cache
-def make_params() -> dict:
+def make_params(parts: tuple[tuple[str, object], ...] = ()) -> dict:
     """Parameters of the right size, drawn without compiling anything."""
-    program = program_of(tiny_config(), 1, 1)
+    program = program_of(config_of(parts), 1, 1)
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -108,9 +126,9 @@ def gradients(config, data, fsdp, params=None, **changed):
 
 
 @functools.cache
-def reference_function():
+def reference_function(parts: tuple[tuple[str, object], ...] = ()):
     """From parameters and tokens to loss and gradient, on one device and as simply as can be."""
-    config = tiny_config(**{"model.scan_layers": False})
+    config = config_of(parts, **{"model.scan_layers": False})
     program = program_of(config, 1, 1)
     batch = make_batch()
     key = jax.random.fold_in(jax.random.key(5), 3)
@@ -168,6 +186,21 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(
         assert relative_error(grads[part], expected[part]) < 5e-6, part
     kernel = grads["vision"]["blocks"]["1"]["mlp"]["fc_in"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (32, 128 // fsdp)
+
+
+@pytest.mark.parametrize("parts", [SIGLIP, PE_CORE], ids=["SigLIP", "PE-Core"])
+def test_gradients_of_other_towers_do_not_depend_on_it_either(parts):
+    parts = tuple(parts.items())
+    config = config_of(parts, **{"model.remat": "minimal", "micro_batch": 16})
+    grads, metrics = gradients(config, 2, 4, make_params(parts))
+    loss, expected = reference_function(parts)(make_params(parts), make_batch()["tokens"])
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    assert relative_error(grads, expected) < 2e-6
+    for part in ("probe", "in_proj", "mlp"):
+        pool, wanted = (tree["vision"]["pool"][part] for tree in (grads, expected))
+        assert relative_error(pool, wanted) < 1e-5, part
+    kernel = grads["vision"]["pool"]["in_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (32, 96 // 4)
 
 
 def test_packed_texts_give_the_gradients_of_padded_ones():

@@ -97,6 +97,13 @@ def test_the_cache_answers_without_a_network(server, run, tmp_path, monkeypatch)
     assert again == first and find_weight_file(again).read_bytes()
 
 
+def test_a_published_model_comes_by_its_name(server, run, tmp_path):
+    export_model(run, "open_clip", tmp_path / "out", push="hf-hub:timm/PE-Core-B-16")
+    devices = jax.devices()[:1]
+    model = load_model("pe_core_vitb16_224px", devices=devices)
+    assert model.fingerprint() == load_model(run, devices=devices).fingerprint()
+
+
 @pytest.mark.parametrize("name", ["hf-hub:tiny", "hf-hub:a/b/c", "hf-hub:../x", "hf-hub:a/b@"])
 def test_a_name_that_is_none(name):
     with pytest.raises(ValueError, match="expected hf-hub:OWNER/NAME"):

@@ -1,5 +1,6 @@
 """Released weights come over HTTP once, whole and with the right hash, or not at all."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 import diht_jax.weights.releases as releases
 from diht_jax import load_model
 from diht_jax.models.zoo import ARCHITECTURES
-from diht_jax.weights.releases import RELEASES, Release, download
+from diht_jax.weights.open_clip_config import read_architecture
+from diht_jax.weights.releases import HUB_MODELS, RELEASES, Release, download
 from tests.serving import FileServer
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -117,3 +119,32 @@ def test_environment_variable_with_a_wrong_place_or_model(
     monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "state.ckpt"))
     with pytest.raises(ValueError, match="expected the architecture of 'diht_vitb32_224px'"):
         load_model(small_release)
+
+
+# The same model in open_clip; of SigLIP its towers compute GELU otherwise than the authors'.
+IN_OPEN_CLIP = {
+    "siglip_vitb16_224px": "ViT-B-16-SigLIP",
+    "siglip_so400m14_384px": "ViT-SO400M-14-SigLIP-384",
+    "siglip2_vitb16_224px": "ViT-B-16-SigLIP2",
+    "siglip2_vitl16_256px": "ViT-L-16-SigLIP2-256",
+    "siglip2_so400m14_384px": "ViT-SO400M-14-SigLIP2-378",
+    "pe_core_vitb16_224px": "PE-Core-B-16",
+    "pe_core_vitl14_336px": "PE-Core-L-14-336",
+    "metaclip2_vith14_224px": "ViT-H-14-worldwide-quickgelu",
+    "dfn2b_vitb16_224px": "ViT-B-16-quickgelu",
+    "dfn2b_vitl14_224px": "ViT-L-14-quickgelu",
+    "dfn5b_vith14_378px": "ViT-H-14-378-quickgelu",
+}
+
+
+@pytest.mark.parametrize("name", HUB_MODELS)
+def test_the_architecture_of_a_published_model_is_that_of_open_clip(name):
+    open_clip = pytest.importorskip("open_clip")
+    arch, other = ARCHITECTURES[name], IN_OPEN_CLIP[name]
+    found = read_architecture(open_clip.get_model_config(other), other)
+    if name.startswith("siglip"):
+        size = arch.image_size
+        found = dataclasses.replace(
+            found, activation="gelu_tanh", text_activation=None, image_size=size
+        )
+    assert found == arch

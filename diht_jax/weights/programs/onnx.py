@@ -70,13 +70,12 @@ def _make_towers(
 ) -> dict[str, tuple[Any, str, Any]]:
     """Modules of torch by tower, each with the name of its argument and an example of it."""
     import torch
-    from transformers import CLIPConfig, CLIPModel
+    from transformers import AutoConfig, AutoModel
 
     # "eager" attention becomes plain matrix products, which every runtime has.
     settings: dict[str, Any] = huggingface.make_config(arch, "float32")
     settings["attn_implementation"] = "eager"
-    config = CLIPConfig(**settings)
-    model = CLIPModel(config).eval()
+    model = AutoModel.from_config(AutoConfig.for_model(**settings)).eval()
     tensors = huggingface.to_huggingface(params, arch)
     # Copies: the parameters may be views of arrays that cannot be written to.
     state = {name: torch.from_numpy(np.array(v, np.float32)) for name, v in tensors.items()}
@@ -86,7 +85,8 @@ def _make_towers(
     class ImageTower(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.tower, self.projection = model.vision_model, model.visual_projection
+            self.tower = model.vision_model
+            self.projection = getattr(model, "visual_projection", torch.nn.Identity())
 
         def forward(self, images):
             pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 255
@@ -96,7 +96,8 @@ def _make_towers(
     class TextTower(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.tower, self.projection = model.text_model, model.text_projection
+            self.tower = model.text_model
+            self.projection = getattr(model, "text_projection", torch.nn.Identity())
 
         def forward(self, tokens):
             pooled = self.tower(input_ids=tokens).pooler_output

@@ -80,6 +80,32 @@ def test_onnx(run, expected, tmp_path):
     assert {"README.md", "image.onnx", "text.onnx", "tokenizer.json"} <= set(names)
 
 
+def test_onnx_of_siglip(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    config = make.tiny_config()
+    config.model.overrides.update(
+        vocab_size=600, class_token=False, vision_pool_heads=2, vision_projection="none"
+    )
+    config.model.overrides.update(
+        embed_dim=32, text_projection="bias", causal_text=False, text_pool="last"
+    )
+    (tmp_path / "run").mkdir()
+    run = make.write_run(tmp_path / "run", config)
+    export_model(run, "onnx", tmp_path / "out")
+    model = load_model(run, devices=jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    tokens = rng.integers(0, 600, (3, 24), dtype=np.int32)
+    for tower, inputs, expected in (
+        ("image", images, model.encode_image(images)),
+        ("text", tokens, model.encode_text(tokens)),
+    ):
+        session = onnxruntime.InferenceSession(tmp_path / "out" / f"{tower}.onnx")
+        (found,) = session.run(None, {session.get_inputs()[0].name: inputs})
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_onnx_without_its_packages(run, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install torch .* 'stablehlo'"):
