@@ -25,6 +25,7 @@ import pyarrow.parquet
 from absl import logging
 
 from benchmarks.distillation import write_pairs
+from benchmarks.lab import second_web
 from benchmarks.lab.experiments import EXPERIMENTS, SHOTS, STUDENTS, WEB_PAIRS
 from benchmarks.lab.processes import locked, run_command
 from data_prep.captions.versions import RULES_VERSION
@@ -51,6 +52,7 @@ GIVEN = "given"
 # where it ends in a number that is one.
 _MADE_WITH = {
     r"clip_score_(\d+)": "raw",
+    r"second_\d+_clip_score_(\d+)": "raw",
     r"raw_rewritten_(\d+)": "cat_captioning",
     r"cifar10_wrong_\d+_clips": "cifar10_clip_teacher",
     r"cifar10_wrong_50_own_clips": "cifar10_wrong_50_clip_teacher",
@@ -141,6 +143,9 @@ def identity(name: str) -> dict:
         model = {"model": {"config": config, "data": trained_on}}
     if name == "emoji_labelled":  # its vocabulary follows from two thousand different captions
         return {"name": name, "caption_rules": RULES_VERSION, **heads}
+    if name.startswith("second_"):
+        digest = _digest_of_second_web()
+        return {"name": name, "web": digest, "caption_rules": RULES_VERSION, **model}
     if name.startswith(("emoji", "cifar10")):
         return {"name": name, "caption_rules": SAME_SINCE_RULES, **heads, **model}
     return {
@@ -175,6 +180,11 @@ def _digest_of_web() -> str:
         [settings.noise, *({**pair.metadata, "sha256": pair.caption} for pair in pairs)]
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _digest_of_second_web() -> str:
+    return hashlib.sha256(second_web.first_captions().encode()).hexdigest()[:16]
 
 
 def _find_maker(name: str) -> tuple[Callable, tuple[str, ...]]:
@@ -212,10 +222,14 @@ def _make_only(data: Data, folder: pathlib.Path, gate: str) -> None:
 
 
 def _filter(data: Data, folder: pathlib.Path, recipe: str, of_web: str, *flags: str) -> None:
+    _run_filter(recipe, f"{data.make(of_web)}/train-*.tar", folder, *flags)
+
+
+def _run_filter(recipe: str, pairs: str, folder: pathlib.Path, *flags: str) -> None:
     run_command(
         "data_prep.filter",
         f"--config=configs/prep/{recipe}.py",
-        f"--config.input={data.make(of_web)}/train-*.tar",
+        f"--config.input={pairs}",
         f"--config.output={folder}",
         *flags,
     )
@@ -233,27 +247,58 @@ def _make_random(data: Data, folder: pathlib.Path, seed: str) -> None:
 
 
 def _make_clip_score(data: Data, folder: pathlib.Path, seed: str) -> None:
+    _write_best(data, folder, f"{data.make('web')}/train-*.tar", "raw", "cat")
+
+
+def _write_best(data: Data, folder: pathlib.Path, pairs: str, raw: str, kept: str) -> None:
+    """The pairs of `raw` with the best CLIP scores, as many as `kept` has."""
     scored = folder / "scored"
-    _filter(
-        data,
-        scored,
-        "convert",
-        "web",
-        f"--config.clip.model={data.model_of(*_made_with(folder.name))}",
-    )
+    model = data.model_of(*_made_with(folder.name))
+    _run_filter("convert", pairs, scored, f"--config.clip.model={model}")
     score_of_key: dict[str, float] = {}
     for path in sorted(glob.glob(f"{scored}/**/*.decisions.parquet", recursive=True)):
         table = pyarrow.parquet.read_table(path, columns=["key", "clip_score"]).to_pydict()
         score_of_key |= dict(zip(table["key"], table["clip_score"], strict=True))
-    raw = _read(data.make("raw"))
-    size = len(_read(data.make("cat")))
-    scores = np.array([score_of_key[record.key] for record in raw])
-    _write(folder, [raw[i] for i in sorted(np.argsort(-scores, kind="stable")[:size])])
+    records = _read(data.make(raw))
+    size = len(_read(data.make(kept)))
+    scores = np.array([score_of_key[record.key] for record in records])
+    _write(folder, [records[i] for i in sorted(np.argsort(-scores, kind="stable")[:size])])
     shutil.rmtree(scored)
 
 
 def _make_oracle(data: Data, folder: pathlib.Path) -> None:
     _write(folder, [r for r in _read(data.make("raw")) if r.metadata["noise"] == web.CLEAN])
+
+
+def _make_second(data: Data, folder: pathlib.Path, size: str, arm: str, seed: str) -> None:
+    """A variant of the second web of a seed; pairs pass each filter by themselves."""
+
+    def name(of_arm: str) -> str:
+        return f"second_{size}_{of_arm}_{seed}"
+
+    if arm == "raw":
+        _write(folder, second_web.make_records(int(seed), int(size)))
+        return
+    if arm == "clip_score":
+        _write_best(data, folder, str(data.make(name("raw"))), name("raw"), name("cat"))
+        return
+    gate = arm.removeprefix("only_")
+    if gate in _FILTERS:
+        others = [f"--config.{key}=False" for letter, key in _FILTERS.items() if letter != gate]
+        _run_filter("cat", str(data.make(name("raw"))), folder, *others)
+        return
+    raw = _read(data.make(name("raw")))
+    if arm == "oracle":
+        chosen = [r for r in raw if r.metadata["noise"] in second_web.RIGHT]
+    elif arm == "random":
+        size_of_cat = len(_read(data.make(name("cat"))))
+        order = np.random.default_rng(int(seed)).permutation(len(raw))
+        chosen = [raw[i] for i in sorted(order[:size_of_cat])]
+    else:
+        gates = {"cat": "cat", "c_and_t": "ct"}[arm]
+        kept = [{r.key for r in _read(data.make(name(f"only_{gate}")))} for gate in gates]
+        chosen = [r for r in raw if all(r.key in keys for keys in kept)]
+    _write(folder, chosen)
 
 
 def _make_teacher(data: Data, folder: pathlib.Path) -> None:
@@ -497,6 +542,7 @@ _MAKERS: dict[str, Callable] = {
     rf"(raw|cat)_of_({_KIND})_(double|half)": _make_of_web,
     "teacher": _make_teacher,
     "cat_labelled": _make_cat_labelled,
+    r"second_(\d+)_(raw|random|only_[cat]|c_and_t|cat|clip_score|oracle)_(\d+)": _make_second,
     "unseen": _make_unseen,
     "unseen_shots": _make_unseen_shots,
     "(raw|cat)_recaptioned": _make_recaptioned,

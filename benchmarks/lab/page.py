@@ -42,6 +42,7 @@ _DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 # Page -> (title, its blocks).
 PAGES = {
     "filter": ("Filter and captions", ("filter", "noise", "captions", "captioning", "long_texts")),
+    "second_web": ("A second web", ("second_web",)),
     "hard_negatives": ("Hard negatives and batches", ("hard_negatives", "batch", "composition")),
     "wrong_captions": ("Wrong and equal captions", ("emoji", "equal_captions")),
     "distillation": ("Teachers", ("distillation", "affinity")),
@@ -120,7 +121,7 @@ def format_pages(
     rows: Sequence[Row], results: dict[str, dict[str, Any]], outdated: int
 ) -> dict[str, str]:
     """The pages as Markdown, by the names of their files."""
-    method = [METHOD.format(count=len(rows)), _format_missing(results), ENDING]
+    method = [METHOD, _format_missing(results), ENDING]
     pages = {"index.md": _format_index(rows, results, outdated), "method.md": "\n".join(method)}
     described = describe(results)
     for name, (title, blocks) in PAGES.items():

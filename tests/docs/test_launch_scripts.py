@@ -304,6 +304,7 @@ def test_a_wrong_action_touches_nothing(run_with, name):
     assert (status, calls) == (2, [])
 
 
+@pytest.mark.parametrize("name", ["slurm.sbatch", "datacomp.sbatch"])
 @pytest.mark.parametrize(
     "status, restarts, changes",
     [
@@ -316,13 +317,14 @@ def test_a_wrong_action_touches_nothing(run_with, name):
         (78, None, ["update JobId=7 Requeue=0", "requeue 7"]),
     ],
 )
-def test_the_slurm_script_requeues_unless_that_is_of_no_use(run_with, status, restarts, changes):
-    environment = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "12"}
+def test_a_slurm_script_requeues_unless_that_is_of_no_use(
+    run_with, name, status, restarts, changes
+):
+    environment = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "12", "SLURM_ARRAY_TASK_ID": "0"}
     if restarts is not None:
         environment["SLURM_RESTART_COUNT"] = restarts
-    ended_with, calls = run_with(
-        (LAUNCH / "slurm.sbatch").read_text(), ".", [status], **environment
-    )
+    script = (LAUNCH / name).read_text()
+    ended_with, calls = run_with(script, ".", [status], arguments=("small",), **environment)
     assert ended_with == status
     assert [c.removeprefix("scontrol ") for c in calls if c.startswith("scontrol")] == changes
 

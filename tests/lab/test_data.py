@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.lab import data
+from benchmarks.lab import data, second_web
 from benchmarks.lab.data import Data, exchange
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.synthetic import web
@@ -127,3 +127,45 @@ def test_shuffled_labels_are_those_of_other_records(lab):
     assert sorted(labels) == list(range(20)) and sum(i == j for i, j in enumerate(labels)) < 5
     # Training finds what the labels mean.
     assert find_vocabulary(folder).objects.names == ("sun", "moon")
+
+
+def test_the_second_web_has_right_captions_without_a_verb_and_captions_of_other_pictures():
+    records = list(second_web.make_records(seed=5, count=120))
+    kinds = np.array([record.metadata["noise"] for record in records])
+    graphs = parse_captions([record.caption for record in records])
+    is_kept = np.array([cat_reason(graph) is None for graph in graphs])
+    kept = {kind: is_kept[kinds == kind].mean() for kind in second_web.KINDS}
+    assert kept["sentence"] > 0.9
+    assert max(kept["names"], kept["title"], kept["uninformative"]) < 0.1
+    for record in records:
+        shapes = {o["shape"] for o in record.metadata["scene"]["objects"]}
+        named = {shape for shape in shapes if shape in record.caption.lower()}
+        if record.metadata["noise"] in second_web.RIGHT:
+            assert named == shapes, record.caption
+        else:
+            assert not named, record.caption
+
+
+def test_a_second_web_is_that_of_its_seed_and_grows_at_its_end():
+    def captions(seed, count):
+        return [record.caption for record in second_web.make_records(seed, count)]
+
+    assert captions(1, 6) == captions(1, 12)[:6]
+    assert captions(1, 6) != captions(2, 6)
+
+
+def test_the_arms_of_a_second_web_are_chosen_from_its_pairs(tmp_path):
+    lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
+    raw = data._read(lab.make("second_24_raw_3"))
+    passes = {"c": raw[::2], "a": raw[::3], "t": raw[4:]}
+    for gate, records in passes.items():
+        folder = tmp_path / "data" / f"second_24_only_{gate}_3"
+        folder.mkdir()
+        data._write(folder, records)
+        (folder / "complete.json").write_text(json.dumps(data.identity(folder.name)))
+    names = [record.key for record in raw]
+    assert keys(lab.make("second_24_cat_3")) == [names[i] for i in (6, 12, 18)]
+    assert keys(lab.make("second_24_c_and_t_3")) == names[4::2]
+    assert len(keys(lab.make("second_24_random_3"))) == 3
+    right = [r.key for r in raw if r.metadata["noise"] not in ("mismatched", "uninformative")]
+    assert keys(lab.make("second_24_oracle_3")) == right

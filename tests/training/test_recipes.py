@@ -12,7 +12,7 @@ from diht_jax.training.run_data import open_data, open_iterator
 from tests.make import RECIPES, REPOSITORY
 
 # Their debug forms differ from one of the others in numbers alone.
-ALIKE = ("clip_vitb16", "diht_vitb16_clean", "diht_vitb32", "diht_vitl14_336")
+ALIKE = ("clip_vitb16", "datacomp", "diht_vitb16_clean", "diht_vitb32", "diht_vitl14_336")
 
 # By tests/hardware/test_compiler.py and tests/docs/test_readme.py.
 TRAINED_BY_ITS_COMMAND = ("emoji", "own_data")
