@@ -2,10 +2,10 @@
 
     python -m diht_jax.compile --config diht_vitl14 --topology v5e:16x16
 
-Prints, for one device and one step, memory, floating-point operations, traffic, communication and a
-roofline estimate. Fewer devices than the recipe is meant for take their part of its batch. Exits
-with 1 when the step does not fit, after having looked for a batch that does, and for settings of
-`config.micro_batch` and `config.model.remat` that do with the whole batch. Nothing is run and no
+Prints, for one device and one step, memory, floating-point operations, traffic, communication and
+the least time it takes. Fewer devices than the recipe is meant for take their part of its batch.
+Exits with 1 when the step does not fit, after having looked for a batch that does, and for settings
+of `config.micro_batch` and `config.model.remat` that do with the whole batch. Nothing is run and no
 array is made.
 """
 
@@ -25,7 +25,8 @@ from ml_collections import config_flags
 
 from diht_jax import command_line
 from diht_jax.hardware.flops import count_jaxpr_flops
-from diht_jax.hardware.hlo_traffic import count_traffic
+from diht_jax.hardware.hlo_traffic import count_traffic, tpu_kernels
+from diht_jax.hardware.kernel_cycles import read_kernels
 from diht_jax.hardware.report import (
     StepReport,
     describe_batch,
@@ -165,7 +166,8 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
         traffic = None
     else:
         memory = _memory(compiled, topology)
-        traffic = count_traffic(compiled.as_text())
+        text = compiled.as_text()
+        traffic = count_traffic(text, read_kernels(tpu_kernels(text)))
     size = program.mesh.size
     return StepReport(
         topology=topology,

@@ -120,6 +120,36 @@ def main_memory_bytes(type_text: str) -> int:
     return sum(size for size, in_main_memory in arrays_of(type_text) if in_main_memory)
 
 
+def _shape(type_text: str) -> list[int]:
+    """Of the first array of a type."""
+    sizes = re.search(r"\[([\d,]*)\]", type_text).group(1)
+    return _integers(sizes) if sizes else []
+
+
+def product_flops(instruction: Instruction, computation: dict[str, Instruction]) -> tuple[int, int]:
+    """FLOPs of one matrix product: (all others, those of float32 numbers in full precision).
+
+    Of `dot`, and of what XLA calls cuBLAS and cuDNN's attention for. A TPU's products are
+    convolutions, whose cost its compiler estimates.
+    """
+    text = instruction.text
+    if instruction.opcode != "dot" and "__cublas$" not in text and "__cudnn$fmha" not in text:
+        return 0, 0
+    operands = [computation[name] for name in instruction.operands if name in computation]
+    if "__cudnn$fmha" in text:
+        shape = re.search(r'"intermediate_tensor_shape":\{.*?"dimensions":\[([\d,"]+)\]', text)
+        logits = math.prod(map(int, re.findall(r"\d+", shape.group(1)))) if shape else 0
+        num_products = 5 if "Backward" in text else 2
+        return num_products * 2 * logits * _shape(operands[0].type_text)[-1], 0
+    sizes = _shape(operands[0].type_text)
+    contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]+)', text).group(1)
+    depth = math.prod(sizes[int(axis)] for axis in re.findall(r"\d+", contracted))
+    flops = 2 * math.prod(_shape(instruction.type_text)) * depth
+    in_full = re.search(r'operand_precision(?:=\{|":\[")highest', text, re.IGNORECASE)
+    is_float32 = operands[0].type_text.startswith("f32")
+    return (0, flops) if in_full and is_float32 else (flops, 0)
+
+
 def read_groups(text: str, num_devices: int) -> np.ndarray:
     """Reads `replica_groups`, in any of its three notations, or the pairs of a permutation.
 

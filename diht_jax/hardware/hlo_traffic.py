@@ -1,7 +1,8 @@
-"""Memory traffic and collectives of a compiled program, read from its optimised HLO.
+"""Work, memory traffic and collectives of a compiled program, read from its optimised HLO.
 
 XLA's cost analysis counts the body of a loop once; here every instruction counts as often as it
-runs, by the trip counts of the loops around it. FLOPs are counted by `flops`, on the jaxpr.
+runs, by the trip counts of the loops around it. The FLOPs of a whole step are counted by `flops`,
+on the jaxpr.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+from collections.abc import Iterable, Iterator, Mapping
 
 from diht_jax.hardware.hlo_text import (
     Instruction,
@@ -17,6 +19,7 @@ from diht_jax.hardware.hlo_text import (
     arrays_of,
     main_memory_bytes,
     parse_module,
+    product_flops,
     read_groups,
 )
 
@@ -74,6 +77,36 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What one instruction does on one device each time it runs, in the order of the program.
+
+    Attributes:
+        kind: "products", "kernels" (attention), "element-wise" (with sums), "copies",
+            "collectives", or "loop".
+        memory_bytes: read from and written to main memory (HBM).
+        cycles: of a TPU's core in products, as its compiler estimates them, and in kernels.
+        flops: of matrix products, those of `float32_flops` left out; not known on a TPU.
+        float32_flops: of matrix products of float32 numbers in their full precision.
+        collective: communication, once.
+        starts: name of what goes on while the next instructions run.
+        waits_for: name of what has to be done before the next instruction begins.
+        body: of a loop.
+        trips: how often the body runs.
+    """
+
+    kind: str
+    memory_bytes: int = 0
+    cycles: int = 0
+    flops: int = 0
+    float32_flops: int = 0
+    collective: Collective | None = None
+    starts: str | None = None
+    waits_for: str | None = None
+    body: tuple[Work, ...] = ()
+    trips: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Traffic:
     """Memory traffic and communication of one device.
 
@@ -82,14 +115,17 @@ class Traffic:
             results of the program's instructions.
         collectives: by kind and group size, largest first.
         unknown_loops: loops whose trip count could not be read; their bodies are counted once.
-        bytes_by_kind: `memory_bytes` by what the instructions do, largest first: "products",
-            "kernels" (attention), "element-wise" (with sums), "copies", "collectives".
+        bytes_by_kind: `memory_bytes` by the `kind` of `Work`, largest first.
+        work: all of it, in the order of the program.
+        unknown_kernels: a TPU's own kernels whose cycles are not known.
     """
 
     memory_bytes: int
     collectives: tuple[Collective, ...]
     unknown_loops: int
     bytes_by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
+    work: tuple[Work, ...] = ()
+    unknown_kernels: int = 0
 
     @property
     def sent_bytes(self) -> int:
@@ -97,17 +133,28 @@ class Traffic:
         return sum(c.sent_bytes for c in self.collectives)
 
 
-def count_traffic(hlo_text: str) -> Traffic:
-    """Counts what the program moves.
+def count_traffic(hlo_text: str, kernel_cycles: Mapping[str, int] | None = None) -> Traffic:
+    """Counts what the program moves and computes.
 
     Args:
         hlo_text: `compiled.as_text()` of one program.
+        kernel_cycles: of its `tpu_kernels`, by name.
     """
-    return _Counter(parse_module(hlo_text)).run()
+    return _Counter(parse_module(hlo_text), kernel_cycles or {}).run()
+
+
+def tpu_kernels(hlo_text: str) -> list[str]:
+    """Names of the instructions that run a TPU's own (Mosaic) kernels."""
+    return re.findall(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*\"tpu_custom_call\"", hlo_text, re.MULTILINE)
 
 
 def _is_collective(instruction: Instruction) -> bool:
     return instruction.opcode.removesuffix("-start") in COLLECTIVES
+
+
+def _chain(instruction: Instruction) -> str | None:
+    found = re.search(r'chain_id="(\d+)"', instruction.text)
+    return found and found.group(1)
 
 
 def _is_bookkeeping(instruction: Instruction) -> bool:
@@ -116,54 +163,102 @@ def _is_bookkeeping(instruction: Instruction) -> bool:
     )
 
 
-class _Counter:
-    """Walks the computations from the entry, with how often each is run."""
+def flatten(work: Iterable[Work], times: int = 1) -> Iterator[tuple[int, Work]]:
+    """Yields what is no loop, each with how often it runs."""
+    for item in work:
+        if item.body:
+            yield from flatten(item.body, times * item.trips)
+        else:
+            yield times, item
 
-    def __init__(self, module: Module):
+
+class _Counter:
+    """Walks the computations from the entry."""
+
+    def __init__(self, module: Module, kernel_cycles: Mapping[str, int]):
         self._module = module
-        self._bytes_by_kind: collections.Counter[str] = collections.Counter()
-        self._unknown_loops = 0
-        self._chains: set[str] = set()
-        self._collectives: dict[tuple[str, int, int], list[int]] = collections.defaultdict(
-            lambda: [0, 0, 0]
+        self._kernel_cycles = kernel_cycles
+        self._unknown_loops = self._unknown_kernels = 0
+        # The TPU compiler spreads one collective over several fusions, each a link of a chain.
+        self._links_left = collections.Counter(
+            chain
+            for computation in module.computations.values()
+            for instruction in computation.values()
+            if _is_collective(instruction) and (chain := _chain(instruction))
         )
+        self._begun: set[str] = set()
 
     def run(self) -> Traffic:
-        self._visit(self._module.entry, 1, touches_memory=True)
-        rows = [
-            Collective(kind, size, *values, span)
-            for (kind, size, span), values in self._collectives.items()
-        ]
-        rows.sort(key=lambda row: -row.sent_bytes)
-        by_kind = dict(self._bytes_by_kind.most_common())
-        return Traffic(sum(by_kind.values()), tuple(rows), self._unknown_loops, by_kind)
+        work = tuple(self._visit(self._module.entry, touches_memory=True))
+        sizes: collections.Counter[str] = collections.Counter()
+        rows: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+        for times, item in flatten(work):
+            sizes[item.kind] += times * item.memory_bytes
+            if row := item.collective:
+                counts = (times, times * row.payload_bytes, times * row.sent_bytes)
+                before = rows[row.kind, row.group_size, row.span]
+                before[:] = [old + new for old, new in zip(before, counts, strict=True)]
+        found = [Collective(kind, size, *sums, span) for (kind, size, span), sums in rows.items()]
+        found.sort(key=lambda row: -row.sent_bytes)
+        by_kind = {kind: size for kind, size in sizes.most_common() if size}
+        total = sum(by_kind.values())
+        unknown = self._unknown_loops
+        return Traffic(total, tuple(found), unknown, by_kind, work, self._unknown_kernels)
 
-    def _visit(self, name: str, times: int, touches_memory: bool) -> None:
+    def _visit(self, name: str, touches_memory: bool) -> list[Work]:
         computation = self._module.computations[name]
+        work = []
         for instruction in computation.values():
             opcode = instruction.opcode
-            kind = opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                self._add_collective(kind, instruction, name, times)
-                continue
-            if opcode == "while":
+            if opcode.removesuffix("-start") in COLLECTIVES:
+                work.append(self._collective(instruction, name))
+            elif opcode == "while":
                 trips = self._trip_count(instruction, computation)
                 for attribute, runs in (("body", trips), ("condition", trips + 1)):
-                    self._visit(instruction.callee(attribute), times * runs, touches_memory)
-                continue
-            if opcode == "conditional":
+                    body = self._visit(instruction.callee(attribute), touches_memory)
+                    if body:
+                        work.append(Work("loop", body=tuple(body), trips=runs))
+            elif opcode == "conditional":
                 for branch in re.findall(r"%([\w.\-]+)", instruction.text):
                     if branch in self._module.computations:
-                        self._visit(branch, times, touches_memory)
-                continue
-            called = instruction.called("calls")
-            if opcode == "call":
-                self._visit(called or instruction.callee("to_apply"), times, touches_memory)
-                continue
-            if opcode in ("fusion", "async-start"):
-                self._visit(called or instruction.callee("to_apply"), times, touches_memory=False)
-            if touches_memory and (size := self._instruction_bytes(instruction, computation)):
-                self._bytes_by_kind[self._kind(instruction)] += times * size
+                        work += self._visit(branch, touches_memory)
+            elif opcode == "call":
+                callee = instruction.called("calls") or instruction.callee("to_apply")
+                work += self._visit(callee, touches_memory)
+            elif opcode.endswith("-done"):
+                work.append(Work("copies", waits_for=instruction.operands[0]))
+            else:
+                work += self._instruction_work(instruction, computation, touches_memory)
+        return work
+
+    def _instruction_work(self, instruction, computation, touches_memory: bool) -> list[Work]:
+        inner = []
+        if instruction.opcode in ("fusion", "async-start"):
+            callee = instruction.called("calls") or instruction.callee("to_apply")
+            inner = self._visit(callee, touches_memory=False)
+        if not touches_memory:
+            flops = product_flops(instruction, computation)
+            return [*inner, Work("products", 0, 0, *flops)] if any(flops) else inner
+        communication = [item for item in inner if item.collective or item.waits_for]
+        sums = [product_flops(instruction, computation)]
+        sums += [(item.flops, item.float32_flops) for item in inner]
+        kind = self._kind(instruction)
+        own = Work(
+            kind,
+            self._instruction_bytes(instruction, computation),
+            self._cycles(instruction, kind),
+            *(sum(parts) for parts in zip(*sums, strict=True)),
+            starts=instruction.name if instruction.opcode.endswith("-start") else None,
+        )
+        has_any = own.memory_bytes or own.cycles or own.flops or own.float32_flops
+        return [*communication, own] if has_any else communication
+
+    def _cycles(self, instruction: Instruction, kind: str) -> int:
+        if kind == "kernels" and "tpu_custom_call" in instruction.text:
+            self._unknown_kernels += instruction.name not in self._kernel_cycles
+            return self._kernel_cycles.get(instruction.name, 0)
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
+        return int(estimate.group(1)) if estimate and kind == "products" else 0
 
     def _kind(self, instruction: Instruction) -> str:
         if instruction.opcode == "custom-call":
@@ -173,7 +268,7 @@ class _Counter:
             return "products"
         if instruction.opcode in _PRODUCTS:
             return "products"
-        is_copy = instruction.opcode.removesuffix("-start") in ("copy", "transpose")
+        is_copy = instruction.opcode in ("copy", "copy-start", "slice-start", "transpose")
         return "copies" if is_copy else "element-wise"
 
     def _has_product(self, name: str) -> bool:
@@ -192,10 +287,11 @@ class _Counter:
             return 0
         operands = [computation[name] for name in instruction.operands if name in computation]
         written = main_memory_bytes(instruction.type_text)
-        if opcode == "copy-start":
-            # (destination, source, context)
+        if opcode in ("copy-start", "slice-start"):
+            # (destination, source, context); a slice's source is first, and whole.
             arrays = list(arrays_of(instruction.type_text))[:2]
-            return sum(size for size, in_main_memory in arrays if in_main_memory)
+            moved = min(size for size, _ in arrays)
+            return sum(moved for _, in_main_memory in arrays if in_main_memory)
         if opcode.endswith("-start"):
             written = main_memory_bytes(operands[0].type_text) if operands else 0
         if opcode in ("dynamic-slice", "slice", "gather", "broadcast"):
@@ -256,15 +352,16 @@ class _Counter:
             return 0
         return main_memory_bytes(root.type_text)
 
-    def _add_collective(
-        self, kind: str, instruction: Instruction, computation_name: str, times: int
-    ) -> None:
-        # The TPU compiler spreads one collective over several fusions, each a link of a chain.
-        chain = re.search(r'chain_id="(\d+)"', instruction.text)
-        if chain and chain.group(1) in self._chains:
-            return
+    def _collective(self, instruction: Instruction, computation_name: str) -> Work:
+        kind = instruction.opcode.removesuffix("-start")
+        chain = _chain(instruction)
+        starts = chain or (instruction.name if instruction.opcode.endswith("-start") else None)
         if chain:
-            self._chains.add(chain.group(1))
+            self._links_left[chain] -= 1
+            if chain in self._begun:
+                last = chain if not self._links_left[chain] else None
+                return Work("collectives", waits_for=last)
+            self._begun.add(chain)
         computation = self._module.computations[computation_name]
         operands = [computation[name] for name in instruction.operands if name in computation]
         read = sum(main_memory_bytes(operand.type_text) for operand in operands)
@@ -273,8 +370,6 @@ class _Counter:
             written = read
         elif instruction.opcode == "all-gather-start":
             written = max(0, written - read)  # the type repeats the operands
-        if read + written:
-            self._bytes_by_kind["collectives"] += times * (read + written)
 
         payload = sum(all_bytes(operand.type_text) for operand in operands)
         groups = read_groups(instruction.text, self._module.num_devices)
@@ -291,10 +386,8 @@ class _Counter:
             sent = share * payload
         elif kind in ("collective-permute", "collective-broadcast"):
             sent = payload
-        row = self._collectives[kind, size, span]
-        row[0] += times
-        row[1] += times * payload
-        row[2] += times * round(sent)
+        once = Collective(kind, size, 1, payload, round(sent), span)
+        return Work("collectives", read + written, collective=once, starts=starts)
 
     def _trip_count(self, loop: Instruction, computation) -> int:
         known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)

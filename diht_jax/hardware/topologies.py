@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from diht_jax.config.checks import nearest_name
 from diht_jax.hardware.chips import Chip, find_chip
 from diht_jax.hardware.compiler import compiler_options
+from diht_jax.hardware.kernel_cycles import request_dump
 
 LOCAL = "local"
 
@@ -176,6 +177,7 @@ def _tpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
             "runs on any x86 Linux machine: pip install 'jax[tpu]'"
         )
     _keep_libtpu_offline()
+    request_dump()
     description = topologies.get_topology_desc(
         platform="tpu",
         topology_name=f"{family}:{text}",

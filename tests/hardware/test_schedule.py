@@ -1,0 +1,135 @@
+"""The least time of a program in order: against sums made by hand."""
+
+import pytest
+
+from diht_jax.hardware.hlo_traffic import Collective, Work, count_traffic, tpu_kernels
+from diht_jax.hardware.schedule import Rates, scheduled_secs
+
+# One byte, one cycle and one float32 FLOP a second, ten FLOPs of others; a collective takes as long
+# as it sends bytes.
+TPU = Rates(1.0, 1.0, 10.0, 1.0, lambda row: float(row.sent_bytes))
+GPU = Rates(1.0, 0.0, 10.0, 1.0, lambda row: float(row.sent_bytes))
+
+
+def transfer(size):
+    return Collective("all-gather", 8, 1, size, size)
+
+
+def total(*work, rates=TPU):
+    return sum(scheduled_secs(work, rates).values())
+
+
+def test_instructions_run_one_after_the_other():
+    work = (
+        Work("products", memory_bytes=3, cycles=10),
+        Work("element-wise", memory_bytes=5),
+        Work("kernels", memory_bytes=2, cycles=20),
+        Work("products", memory_bytes=8, cycles=4),
+    )
+    assert scheduled_secs(work, TPU) == {"kernels": 20, "products": 10 + 8, "element-wise": 5}
+
+
+def test_float32_products_have_a_rate_of_their_own():
+    assert total(Work("products", flops=30, float32_flops=7), rates=GPU) == 3 + 7
+
+
+def test_a_loop_runs_its_body_as_often_as_it_trips():
+    inner = Work("loop", body=(Work("kernels", cycles=3),), trips=5)
+    assert total(Work("loop", body=(inner, Work("copies", 2)), trips=4)) == 4 * (15 + 2)
+
+
+@pytest.mark.parametrize(
+    "between, exposed",
+    [
+        (Work("products", memory_bytes=1, cycles=9), 0),  # memory is free for 8 of the 9 seconds
+        (Work("products", memory_bytes=9, cycles=9), 6),  # it is never free
+        (Work("products", memory_bytes=5, cycles=9), 2),
+        (Work("loop", body=(Work("kernels", 1, 2),), trips=4), 2),
+    ],
+)
+def test_a_copy_takes_the_memory_s_time_that_is_left(between, exposed):
+    start, done = Work("copies", memory_bytes=6, starts="c"), Work("copies", waits_for="c")
+    assert total(start, between, done) == total(between) + exposed
+
+
+def test_copies_wait_for_those_before_them():
+    first = Work("copies", memory_bytes=4, starts="first")
+    second = Work("copies", memory_bytes=3, starts="second")
+    between = Work("kernels", cycles=5)
+    assert total(first, second, between, Work("copies", waits_for="second")) == 5 + 2
+
+
+def test_a_collective_goes_on_under_memory_traffic():
+    start = Work("collectives", collective=transfer(7), starts="g")
+    done = Work("collectives", waits_for="g")
+    assert total(start, Work("element-wise", memory_bytes=5), done) == 5 + 2
+    assert total(Work("collectives", collective=transfer(7)), Work("element-wise", 5)) == 12
+
+
+# A product of 40 cycles under which 30 bytes come from memory, then a kernel, three times.
+PROGRAM = """\
+HloModule layers, is_scheduled=true, num_partitions=1
+
+%product (a: f32[2,2], b: f32[2,2]) -> f32[2,2] {
+  %a = f32[2,2]{1,0} parameter(0)
+  %b = f32[2,2]{1,0} parameter(1)
+  ROOT %c = f32[2,2]{1,0:S(1)} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%body (s: (s32[], f32[2,2], f32[8,5])) -> (s32[], f32[2,2], f32[8,5]) {
+  %s = (s32[], f32[2,2]{1,0}, f32[8,5]{1,0}) parameter(0)
+  %i = s32[]{:S(2)} get-tuple-element(%s), index=0
+  %x = f32[2,2]{1,0:S(1)} get-tuple-element(%s), index=1
+  %w = f32[8,5]{1,0} get-tuple-element(%s), index=2
+  %go = ((f32[8,5]{1,0}), f32[4,5]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:4], [0:5]}
+  %y = f32[2,2]{1,0:S(1)} fusion(%x, %x), kind=kOutput, calls=%product, \
+backend_config={"window_config":{"estimated_cycles":"40"}}
+  %come = f32[4,5]{1,0:S(1)} slice-done(%go)
+  %z = f32[2,2]{1,0:S(1)} custom-call(%y, %come), custom_call_target="tpu_custom_call"
+  ROOT %t = (s32[], f32[2,2]{1,0}, f32[8,5]{1,0}) tuple(%i, %z, %w)
+}
+
+%condition (u: (s32[], f32[2,2], f32[8,5])) -> pred[] {
+  %u = (s32[], f32[2,2]{1,0}, f32[8,5]{1,0}) parameter(0)
+  ROOT %p = pred[]{:S(2)} custom-call(%u), custom_call_target="AllocateBuffer"
+}
+
+ENTRY %main (p0: (s32[], f32[2,2], f32[8,5])) -> (s32[], f32[2,2], f32[8,5]) {
+  %p0 = (s32[], f32[2,2]{1,0}, f32[8,5]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[2,2]{1,0}, f32[8,5]{1,0}) while(%p0), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_work_is_read_from_a_program():
+    assert tpu_kernels(PROGRAM) == ["z"]
+    traffic = count_traffic(PROGRAM, {"z": 11})
+    # Half of the array of 160 bytes is read, all the rest stays in fast memory: 40 of the 80
+    # seconds go by under the product.
+    assert traffic.memory_bytes == 3 * 80
+    secs = scheduled_secs(traffic.work, TPU)
+    assert secs == {"products": 3 * 40, "copies": 3 * 40, "kernels": 3 * 11}
+    assert traffic.unknown_kernels == 0 and count_traffic(PROGRAM).unknown_kernels == 1
+
+
+def test_products_of_a_gpu_are_counted_from_their_shapes():
+    text = """\
+HloModule gpu
+
+ENTRY %main (q: bf16[2,5,3,4], x: f32[6,4]) -> f32[6,6] {
+  %q = bf16[2,5,3,4]{3,2,1,0} parameter(0)
+  %x = f32[6,4]{1,0} parameter(1)
+  %a = (bf16[2,5,3,4]{3,2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":\
+{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","3","5","5"]}}}
+  %g = (f32[6,6]{1,0}, s8[9]{0}) custom-call(%x, %x), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]\
+},"precision_config":{"operand_precision":["HIGHEST","HIGHEST"]}}}
+  ROOT %d = f32[6,6]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+"""
+    attention, full, plain = count_traffic(text).work
+    assert (attention.kind, attention.flops) == ("kernels", 2 * 2 * (2 * 3 * 5 * 5) * 4)
+    assert (full.flops, full.float32_flops) == (0, 2 * 6 * 6 * 4)
+    assert (plain.flops, plain.float32_flops) == (2 * 6 * 6 * 4, 0)
