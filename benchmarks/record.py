@@ -94,7 +94,9 @@ def utc_now() -> str:
 def command_line() -> str:
     """How this process was started, as one would type it in the repository's root."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"-m {spec.name}" if spec else pathlib.Path(sys.argv[0]).name
+    program = (
+        f"-m {spec.name.removesuffix('.__main__')}" if spec else pathlib.Path(sys.argv[0]).name
+    )
     return " ".join(["python", program, *sys.argv[1:]])
 
 

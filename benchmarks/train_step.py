@@ -25,6 +25,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_collections
@@ -76,6 +77,7 @@ def main() -> None:
             batch_size=_BATCH_SIZE.value or (32 if device == "cpu" else GPU_BATCH_SIZES[model]),
             rounds=_ROUNDS.value,
             steps=_STEPS.value or (1 if device == "cpu" else 20),
+            torch_compile=_TORCH_COMPILE.value,
         )
         for model in models
     ]
@@ -85,7 +87,16 @@ def main() -> None:
     logging.info("written to %s", path)
 
 
-def compare(model: str, *, device: str, batch_size: int, rounds: int, steps: int) -> dict[str, Any]:
+def compare(
+    model: str,
+    *,
+    device: str,
+    batch_size: int,
+    rounds: int,
+    steps: int,
+    torch_compile: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Times all sides on one architecture.
 
     Args:
@@ -94,6 +105,8 @@ def compare(model: str, *, device: str, batch_size: int, rounds: int, steps: int
         batch_size: pairs a step.
         rounds: how often each side gets its turn.
         steps: of a turn.
+        torch_compile: run open_clip under torch.compile too.
+        overrides: sizes of the model that are not the architecture's.
 
     Returns:
         What the results file holds of this architecture.
@@ -105,9 +118,10 @@ def compare(model: str, *, device: str, batch_size: int, rounds: int, steps: int
     from diht_jax.training.monitoring.throughput import model_flops
 
     load_before = os.getloadavg()[0]
-    arch = get_architecture(MODELS[model])
     config = diht_config(MODELS[model], device, batch_size)
-    sides = build_sides(arch, config, device, _TORCH_COMPILE.value)
+    config.model.overrides.update(overrides or {})
+    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+    sides = build_sides(arch, config, device, torch_compile)
     failures = warm_up(sides)
     check_same_training(sides, 1e-3 if device == "cpu" else 5e-2)
     # The first round in turns moves the sides' memory to where it then stays.

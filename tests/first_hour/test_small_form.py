@@ -1,0 +1,72 @@
+"""The command of the first hour, in its small form: every part runs and leaves its numbers."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.first_hour.plan import parts_for
+from tests.docs.pages import REPOSITORY
+
+PAGE = REPOSITORY / "docs" / "benchmarks" / "first_hour.md"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The output folder of the command, and what it has printed."""
+    folder = tmp_path_factory.mktemp("first_hour")
+    options = ["--device=cpu", "--small", f"--output={folder}", f"--bucket={folder / 'bucket'}"]
+    command = [sys.executable, "-m", "benchmarks.first_hour", *options]
+    done = subprocess.run(
+        [*command, "--limit_secs=900"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return folder, command
+
+
+@pytest.fixture(scope="module")
+def parts(measured):
+    return json.loads((measured[0] / "first_hour_cpu.json").read_text())["parts"]
+
+
+def test_all_parts_are_done(parts):
+    assert set(parts) == {part.name for part in parts_for("cpu")}
+    assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(parts, "done")
+
+
+def test_a_stopped_run_has_the_losses_of_an_undisturbed_one(parts):
+    loop = parts["loop"]
+    assert loop["exit_codes"] == [0, 75, 0]
+    assert len(loop["losses"]) == 20 and loop["losses"] == loop["losses_when_resumed"]
+    assert len(set(loop["losses"])) > 10  # it trains
+
+
+def test_both_forms_of_the_loss_agree_on_eight_devices(parts):
+    assert parts["loss_forms"]["devices"] == parts["collectives"]["devices"] == 8
+    for row in parts["loss_forms"]["rows"]:
+        assert math.isclose(row["streaming_loss"], row["gathered_loss"], rel_tol=1e-5)
+
+
+def test_the_state_comes_back_from_the_bucket_which_is_empty_then(measured, parts):
+    assert parts["store"]["same_bits"] and parts["store"]["bytes"] > 1e6
+    assert list((measured[0] / "bucket").iterdir()) == []
+
+
+def test_steps_leave_a_profile(measured, parts):
+    for name in ("step_b16", "step_b16_two_micro_batches", "step_l14"):
+        files = parts[name]["profile"]["files"]
+        assert files and all((measured[0] / file).stat().st_size for file in files)
+        assert all(map(math.isfinite, parts[name]["losses"]))
+    micro = parts["step_b16_two_micro_batches"]
+    assert micro["batch_size"] == 2 * micro["micro_batch"] == 2 * parts["step_b16"]["batch_size"]
+
+
+def test_the_table_of_the_page_is_filled(measured, tmp_path):
+    page = tmp_path / "first_hour.md"
+    page.write_text(PAGE.read_text())
+    options = ["--table", f"--page={page}", f"--results={tmp_path}"]
+    subprocess.run([*measured[1], *options], cwd=REPOSITORY, check=True, capture_output=True)
+    assert all(f"| `{part.name}` |" in page.read_text() for part in parts_for("cpu"))
+    assert (tmp_path / "first_hour_cpu.json").exists()
