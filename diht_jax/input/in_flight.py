@@ -1,21 +1,20 @@
-"""Sub-batches in flight: how far the input works ahead, the memory for it, and joining them.
+"""Sub-batches in flight: how far the input works ahead, and the memory for it.
 
 Examples wait in four places: one sub-batch in the memory of each worker, being decoded; sub-batches
 in shared memory, between a worker and this process; those that are being joined; and two joined
-batches of the host, the one that is made and the one that goes to the devices.
+batches of the host, the one that is made and the one that goes to the devices (`joining.py`).
 """
 
 from __future__ import annotations
 
-import collections
 import math
-from collections.abc import Callable, Sequence
-from concurrent import futures
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
 
 from diht_jax.input.blocks import BlockStore, ReadAheadOptions
+from diht_jax.input.joining import COPYING_THREADS, JOINED_BATCHES
 from diht_jax.input.workers import (
     SHARED_MEMORY,
     available_memory,
@@ -23,11 +22,6 @@ from diht_jax.input.workers import (
     free_shared_memory,
 )
 
-# Threads that copy sub-batches into their batch. One thread would copy about as fast as eight GPUs
-# train. A copy does not hold the interpreter's lock.
-COPYING_THREADS = 4
-# Batches of this process in addition to the workers': one is joined, one goes to the devices.
-_JOINED_BATCHES = 2
 # Blocks fetched ahead, in multiples of those that are requested at the same time.
 _ROUNDS_AHEAD = 2
 
@@ -73,15 +67,15 @@ class InFlight:
         ahead = prefetch_batches * parts_per_batch
         self.queue_parts = max(1, -(-ahead // (2 * max(1, num_workers))) - 1)
         self.thread_parts = max(num_threads, ahead)
-        shared_parts, process_parts = 0, self.thread_parts + _JOINED_BATCHES * parts_per_batch
+        shared_parts, process_parts = 0, self.thread_parts + JOINED_BATCHES * parts_per_batch
         if num_workers:
             shared_parts = num_workers * (2 * self.queue_parts + 2)
             process_parts = num_workers
             if parts_per_batch == 1:  # a batch of one part stays where it is
-                shared_parts += _JOINED_BATCHES
+                shared_parts += JOINED_BATCHES
             else:
                 shared_parts += COPYING_THREADS
-                process_parts += _JOINED_BATCHES * parts_per_batch
+                process_parts += JOINED_BATCHES * parts_per_batch
         self.shared_bytes = shared_parts * self.part_bytes
         self.process_bytes = process_parts * self.part_bytes
 
@@ -238,43 +232,3 @@ def check_room(
             f"{np.ceil(needed / 2**30 * 1000) / 1000:.3f} where there is room for it; on more "
             "hosts each needs less"
         )
-
-
-def join_parts(
-    next_part: Callable[[], dict[str, np.ndarray]], num_parts: int
-) -> dict[str, np.ndarray]:
-    """Joins the next parts to a batch; each is copied as it comes, while the next one is awaited.
-
-    Args:
-        next_part: gives the parts in their order, [rows, ...] each.
-        num_parts: of a batch. A batch of one part is that part.
-    """
-    part = next_part()
-    if num_parts == 1:
-        return part
-    rows = len(next(iter(part.values())))
-    batch = {name: empty_rows(num_parts * rows, array[0]) for name, array in part.items()}
-
-    def copy(part: dict[str, np.ndarray], first_row: int) -> None:
-        for name, array in part.items():
-            batch[name][first_row : first_row + rows] = array
-
-    copies: collections.deque[futures.Future] = collections.deque()
-    with futures.ThreadPoolExecutor(COPYING_THREADS, "join_batch") as pool:
-        for number in range(num_parts):
-            if number:
-                part = next_part()
-            # A part that waits to be copied takes memory as well.
-            if len(copies) == COPYING_THREADS:
-                copies.popleft().result()
-            copies.append(pool.submit(copy, part, number * rows))
-        del part
-        for each in copies:
-            each.result()
-    return batch
-
-
-def empty_rows(rows: int, value: np.ndarray) -> np.ndarray:
-    """An array for rows of the form and type of a value."""
-    value = np.asarray(value)
-    return np.empty((rows, *value.shape), value.dtype)

@@ -20,7 +20,8 @@ from absl import flags, logging
 from diht_jax.input import workers
 from diht_jax.input.blocks import BlockStore, ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.in_flight import InFlight, join_parts
+from diht_jax.input.in_flight import InFlight
+from diht_jax.input.joining import Joiner
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder, derived_seed
 from diht_jax.input.sub_batches import SKIPPED_RECORDS, SubBatches, find_crashing_index
@@ -156,12 +157,15 @@ class TrainIterator:
         self._parts_taken = 0  # since the workers were started
         self._abandoned = False
         self._batches: Any = None
+        self._joiner = Joiner(self._next_part, self._examples.parts_per_batch)
 
     def __iter__(self) -> TrainIterator:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         """`images` uint8 [b, h, w, 3] and `tokens` int32 [b, t], b of this process.
+
+        Their memory is used again once nothing refers to them or to views of them.
 
         Decoding workers that died (a crash in a codec, the kernel's out-of-memory killer) are
         started again at the batch that they owed. A record whose picture crashes its decoder is
@@ -176,7 +180,7 @@ class TrainIterator:
             if self._batches is None:
                 self._batches = self._start()
             try:
-                batch = join_parts(self._next_part, self._examples.parts_per_batch)
+                batch = self._joiner.take()
             except RuntimeError as error:
                 if self._abandoned or not workers.has_died(error):
                     raise
@@ -242,6 +246,7 @@ class TrainIterator:
             store.stop()
 
     def _close_batches(self) -> None:
+        self._joiner.close()
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -307,8 +312,10 @@ class TrainIterator:
 
     def _next_part(self) -> dict[str, np.ndarray]:
         """The next sub-batch of those that are decoded."""
-        part = next(self._batches)
-        self._parts_taken += 1
+        batches = self._batches
+        part = next(batches)
+        if batches is self._batches:  # else it was closed meanwhile
+            self._parts_taken += 1
         return part
 
     def _start(self) -> Any:

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.input.in_flight import empty_rows
 from diht_jax.input.mixing import Mixture
 from diht_jax.input.workers import start_worker
 from diht_jax.records.format import DamagedRecordError, TFRecordError
@@ -139,7 +138,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         arrays: dict[str, np.ndarray] = {}
         for row, example in enumerate(self._examples(self.indices(part))):
             if not arrays:
-                arrays = {name: empty_rows(self.rows, value) for name, value in example.items()}
+                arrays = {name: _empty_rows(self.rows, value) for name, value in example.items()}
             for name, array in arrays.items():
                 array[row] = example[name]
         return arrays
@@ -240,6 +239,12 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
 
 
 _kept = threading.local()
+
+
+def _empty_rows(rows: int, value: np.ndarray) -> np.ndarray:
+    """An array for rows of the form and type of a value."""
+    value = np.asarray(value)
+    return np.empty((rows, *value.shape), value.dtype)
 
 
 def find_crashing_index(examples: SubBatches, indices: Iterable[int]) -> int | None:
