@@ -20,8 +20,8 @@ from absl import flags, logging
 from diht_jax.input import workers
 from diht_jax.input.blocks import BlockStore, ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.in_flight import InFlight
-from diht_jax.input.joining import Joiner
+from diht_jax.input.in_flight.joining import Joiner
+from diht_jax.input.in_flight.plan import InFlight
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder, derived_seed
 from diht_jax.input.sub_batches import SKIPPED_RECORDS, SubBatches, find_crashing_index

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from diht_jax.input.blocks import BlockStore, ReadAheadOptions
-from diht_jax.input.joining import COPYING_THREADS, JOINED_BATCHES
+from diht_jax.input.in_flight.joining import COPYING_THREADS, JOINED_BATCHES
 from diht_jax.input.workers import (
     SHARED_MEMORY,
     available_memory,
