@@ -67,8 +67,7 @@ def count_jaxpr_flops(jaxpr: Jaxpr, *, leave_out: str | None = None) -> FlopCoun
         jaxpr: of the function.
         leave_out: a `jax.named_scope` of the function whose operations do not count.
     """
-    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    counted = (eqn for eqn in live.eqns if not leave_out or leave_out not in _scopes(eqn))
+    counted = (eqn for eqn in _live(jaxpr).eqns if not leave_out or leave_out not in _scopes(eqn))
     return sum(map(_count_equation, counted), FlopCount())
 
 
@@ -79,7 +78,22 @@ def _scopes(eqn: JaxprEqn) -> list[str]:
 def _sum_equations(jaxpr: Jaxpr | ClosedJaxpr) -> FlopCount:
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    return sum(map(_count_equation, jaxpr.eqns), FlopCount())
+    return sum(map(_count_equation, _live(jaxpr).eqns), FlopCount())
+
+
+def _live(jaxpr: Jaxpr) -> Jaxpr:
+    """A jaxpr without what none of its results depends on."""
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    # JAX keeps every Pallas kernel; XLA does not.
+    read = {id(variable) for eqn in live.eqns for variable in eqn.invars}
+    read |= {id(variable) for variable in live.outvars}
+    return live.replace(
+        eqns=[
+            eqn
+            for eqn in live.eqns
+            if eqn.primitive.name != "pallas_call" or any(id(out) in read for out in eqn.outvars)
+        ]
+    )
 
 
 def _count_equation(eqn: JaxprEqn) -> FlopCount:
@@ -166,6 +180,9 @@ def _shard_map(eqn: JaxprEqn) -> FlopCount:
 
 
 def _pallas_call(eqn: JaxprEqn) -> FlopCount:
+    estimate = eqn.params["cost_estimate"]
+    if estimate is not None:  # without what the kernel multiplies by zeros
+        return FlopCount(estimate.flops + estimate.transcendentals, estimate.flops)
     return _sum_equations(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
 
 

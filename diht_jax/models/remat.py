@@ -8,7 +8,7 @@ width, t the number of tokens) and what the backward pass computes again:
     dots     the input and the outputs of the linear layers that are needed (9 w): attention,
              LayerNorm and GELU again
     minimal  the input, queries, keys, values and what attention adds (5 w): also the MLP's first
-             linear layer again, a third of a block's
+             linear layer again, a third of a block's. What the TPU kernel gives is kept too (6 w)
     full     the input (1 w): the whole block again but the MLP's last linear layer
 """
 
@@ -25,6 +25,7 @@ POLICIES = ("none", "full", "dots", "minimal")
 LINEAR_OUT = "linear_out"
 QKV = "qkv"
 ATTENTION_OUT = "attention_out"
+KERNEL_OUT = "kernel_out"  # of `tpu_attention`
 
 # Element-wise, so computed again in less time than a read from memory takes: XLA fuses them into
 # their users. The gather of a split parameter is the exception: it costs communication,
@@ -79,7 +80,7 @@ def _policy(name: str) -> Callable[..., Any]:
         "none": _save_what_costs,
         # By name: a policy does not see into the linear layers' own differentiation rule.
         "dots": policies.save_only_these_names(LINEAR_OUT),
-        "minimal": policies.save_only_these_names(QKV, ATTENTION_OUT),
+        "minimal": policies.save_only_these_names(QKV, ATTENTION_OUT, KERNEL_OUT),
         "full": policies.nothing_saveable,
     }[name]
 

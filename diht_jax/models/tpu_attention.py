@@ -3,9 +3,14 @@
 A step of XLA's attention on a TPU is bound by memory traffic, most of it the attention weights.
 Here a grid step holds all heads of one example in on-chip memory (VMEM), read in the layout that
 the projection leaves, so that neither weights nor transposed nor padded tokens reach main memory.
-The backward pass computes the weights again; nothing but the kernel's inputs is kept. The bias of
-the projection is added inside, because what is kept for the backward pass (`remat`) is the
-product without it: added outside, it would be a second array of queries, keys and values.
+The backward pass computes the weights again, from the kernel's inputs and one number for each query
+and head. The bias of the projection is added inside, because what is kept for the backward pass
+(`remat`) is the product without it: added outside, it would be a second array of queries, keys and
+values. Its gradient is summed inside too, in float32.
+
+Scores are [keys, queries]: softmax then runs down the columns of registers, which costs additions
+only, and of the five products of the backward pass none needs a transposed array of scores. The
+scores of several heads are computed before the first softmax, so that it need not be waited for.
 
 Blocks span the whole token axis, so any number of tokens is allowed. Ours.
 """
@@ -19,9 +24,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
+
+from diht_jax.models.remat import KERNEL_OUT
 
 # VMEM of one core, in MiB, by a regular expression for the device kind (the table of
 # https://docs.jax.dev/en/latest/pallas/tpu/hardware.html). A row needs to fit.
@@ -35,11 +43,16 @@ _SMALLEST_VMEM_MIB = 16
 
 # Longer rows would need their weights in parts.
 _MAX_TOKENS = 640
-# Arrays of [tokens, tokens] in float32 that the backward kernel holds at once, with room to spare.
-_WEIGHT_ARRAYS = 8
+# Heads whose scores are computed before the first softmax.
+_HEADS_AT_ONCE = 4
+# Arrays of [tokens, tokens] in float32 that the backward kernel holds at once, with room to spare:
+# two of each of these heads, and those of one in work.
+_WEIGHT_ARRAYS = 2 * _HEADS_AT_ONCE + 3
 _MASKED = -1e30
-# Of a vector register.
-_LANES = 128
+# Of a vector register; and rows of a register of bfloat16.
+_LANES, _ROWS = 128, 16
+# Scores are logarithms to the base of 2, which the hardware's exponential has.
+_LOG2_E = math.log2(math.e)
 
 
 def short_attention_obstacle(
@@ -98,59 +111,91 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _attend(qkv, bias, num_heads, causal, interpret):
-    kernel = functools.partial(_forward_kernel, num_heads=num_heads, causal=causal)
-    return _run(kernel, "attention", qkv.shape[-1] // 3, interpret, qkv, bias)
+    return _run_forward(qkv, bias, num_heads, causal, interpret)[0]
 
 
 def _forward(qkv, bias, num_heads, causal, interpret):
-    return _attend(qkv, bias, num_heads, causal, interpret), (qkv, bias)
+    found = _run_forward(qkv, bias, num_heads, causal, interpret)
+    out, log_totals = (checkpoint_name(array, KERNEL_OUT) for array in found)
+    return out, (qkv, bias, log_totals)
 
 
 def _backward(num_heads, causal, interpret, kept, gradient):
-    qkv, bias = kept
+    qkv, bias, log_totals = kept
+    b, t, width = qkv.shape
     kernel = functools.partial(_backward_kernel, num_heads=num_heads, causal=causal)
-    qkv_gradient = _run(kernel, "attention_gradient", qkv.shape[-1], interpret, qkv, bias, gradient)
-    bias_gradient = jnp.sum(qkv_gradient, axis=(0, 1), dtype=jnp.float32)
-    return qkv_gradient, bias_gradient.astype(bias.dtype)
+    shapes = [(qkv.shape, qkv.dtype), ((b, 1, width), jnp.float32)]
+    inputs = (qkv, bias[None], gradient, log_totals)
+    cost = _cost(5, num_heads, inputs, shapes)
+    qkv_gradient, sums = _run(kernel, "attention_gradient", shapes, cost, interpret, *inputs)
+    return qkv_gradient, jnp.sum(sums, axis=(0, 1)).astype(bias.dtype)
 
 
 _attend.defvjp(_forward, _backward)
 
 
+def _run_forward(qkv, bias, num_heads, causal, interpret) -> list[jax.Array]:
+    """Result [b, t, heads * d], and logarithms of softmax's denominators [b, turns, heads, t]."""
+    b, t, width = qkv.shape
+    turns = num_heads // _heads_of_a_turn(num_heads, width // 3 // num_heads)
+    shapes = [
+        ((b, t, width // 3), qkv.dtype),
+        ((b, turns, num_heads // turns, t), jnp.float32),
+    ]
+    kernel = functools.partial(_forward_kernel, num_heads=num_heads, causal=causal)
+    inputs = (qkv, bias[None])
+    cost = _cost(2, num_heads, inputs, shapes)
+    return _run(kernel, "attention", shapes, cost, interpret, *inputs)
+
+
+_Shapes = list[tuple[tuple[int, ...], DTypeLike]]
+
+
+def _cost(
+    num_products: int, num_heads: int, inputs: tuple[jax.Array, ...], outputs: _Shapes
+) -> pl.CostEstimate:
+    """What a kernel computes and moves, for XLA's scheduler."""
+    b, t, width = inputs[0].shape
+    arrays = [*((x.shape, x.dtype) for x in inputs), *outputs]
+    return pl.CostEstimate(
+        flops=num_products * 2 * b * t * t * (width // 3),
+        transcendentals=b * num_heads * t * t,
+        bytes_accessed=sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in arrays),
+    )
+
+
 def _run(
     kernel: Callable[..., None],
     name: str,
-    out_width: int,
+    outputs: _Shapes,
+    cost: pl.CostEstimate,
     interpret: bool,
-    qkv: jax.Array,
-    bias: jax.Array,
-    *gradient: jax.Array,
-) -> jax.Array:
-    """The kernel on every row of the batch -> [b, t, out_width]."""
-    b, t, _ = qkv.shape
+    *inputs: jax.Array,
+) -> list[jax.Array]:
+    """The kernel on every row of the batch; the array of two axes is of all rows."""
+    b, t, width = inputs[0].shape
 
-    def rows(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, t, width), lambda row: (row, 0, 0))
+    def block(shape: tuple[int, ...]) -> pl.BlockSpec:
+        rest = (0,) * (len(shape) - 1)
+        return pl.BlockSpec((1, *shape[1:]), lambda row: (row if len(shape) > 2 else 0, *rest))
 
+    axes = jax.typeof(inputs[0]).manual_axis_type
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(
-            (b, t, out_width), qkv.dtype, manual_axis_type=jax.typeof(qkv).manual_axis_type
-        ),
-        grid=(b,),
-        in_specs=[
-            rows(qkv.shape[-1]),
-            pl.BlockSpec((1, bias.size), lambda row: (0, 0)),
-            *(rows(x.shape[-1]) for x in gradient),
+        out_shape=[
+            jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes) for shape, dtype in outputs
         ],
-        out_specs=rows(out_width),
+        grid=(b,),
+        in_specs=[block(x.shape) for x in inputs],
+        out_specs=[block(shape) for shape, _ in outputs],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
-            vmem_limit_bytes=_vmem_bytes(t, qkv.shape[-1] // 3, qkv.dtype.itemsize),
+            vmem_limit_bytes=_vmem_bytes(t, width // 3, inputs[0].dtype.itemsize),
         ),
+        cost_estimate=cost,
         interpret=interpret,
         name=name,
-    )(qkv, bias[None], *gradient)
+    )(*inputs)
 
 
 def _vmem_bytes(num_tokens: int, width: int, itemsize: int) -> int:
@@ -161,93 +206,170 @@ def _vmem_bytes(num_tokens: int, width: int, itemsize: int) -> int:
     return rows + _WEIGHT_ARRAYS * tokens * lanes * 4 + (2 << 20)
 
 
-def _forward_kernel(qkv_ref, bias_ref, out_ref, *, num_heads: int, causal: bool):
+def _forward_kernel(qkv_ref, bias_ref, out_ref, log_totals_ref, *, num_heads: int, causal: bool):
     width = out_ref.shape[-1]
     head_dim = width // num_heads
 
-    def attend_group(read, write):
-        outs = []
-        for q, k, v in read(qkv_ref, bias_ref):
-            weights, total = _exponentials(q, k, causal)
-            outs.append(_product(weights.astype(v.dtype), v, 1, 0) / total)
-        write(out_ref, 0, outs)
+    def attend_heads(turn, columns):
+        q, k, v = _biased(qkv_ref, bias_ref, columns, width, head_dim)
+        heads = _Heads(head_dim, q.shape[1])
+        values = v.T
+        ones = jnp.ones((_ROWS, v.shape[0]), v.dtype)
+        outs, log_totals = [], []
+        for at_once in heads.batches():
+            scores = [_scores(heads.window(k, h), heads.own(q, h), causal) for h in at_once]
+            for h, of_head in zip(at_once, scores, strict=True):
+                highest = jnp.max(of_head, axis=0, keepdims=True)
+                weights = jnp.exp2(of_head - highest).astype(v.dtype)
+                # The denominators are one more row of the product.
+                rows = jnp.concatenate([heads.rows(values, h), ones])
+                product = _product(rows, weights, 1, 0)
+                total = product[head_dim : head_dim + 1]
+                outs.append(product[:head_dim] / total)
+                log_totals.append(highest + jnp.log2(total))
+        out_ref[0, :, columns(0)] = jnp.concatenate(outs).T.astype(out_ref.dtype)
+        log_totals_ref[0, turn] = jnp.concatenate(log_totals)
 
-    _for_each_group(attend_group, num_heads, head_dim)
+    _for_each_turn(attend_heads, num_heads, head_dim)
 
 
-def _backward_kernel(qkv_ref, bias_ref, g_ref, out_ref, *, num_heads: int, causal: bool):
+def _backward_kernel(
+    qkv_ref, bias_ref, g_ref, log_totals_ref, out_ref, sums_ref, *, num_heads: int, causal: bool
+):
     width = g_ref.shape[-1]
     head_dim = width // num_heads
 
-    def attend_group(read, write):
-        gradients = [], [], []
-        for (q, k, v), (g,) in zip(read(qkv_ref, bias_ref), read(g_ref), strict=True):
-            weights, total = _exponentials(q, k, causal)
-            weights = weights / total
-            by_weights = _product(g, v, 1, 1)
-            mean = jnp.sum(weights * by_weights, axis=1, keepdims=True)
-            by_scores = (weights * (by_weights - mean) * head_dim**-0.5).astype(q.dtype)
-            gradients[0].append(_product(by_scores, k, 1, 0))
-            gradients[1].append(_product(by_scores, q, 0, 0))
-            gradients[2].append(_product(weights.astype(g.dtype), g, 0, 0))
-        for part, heads in enumerate(gradients):
-            write(out_ref, part * width, heads)
+    def attend_heads(turn, columns):
+        q, k, v = _biased(qkv_ref, bias_ref, columns, width, head_dim)
+        g = g_ref[0, :, columns(0)]
+        log_totals = log_totals_ref[0, turn]
+        heads = _Heads(head_dim, q.shape[1])
+        keys = k.T
+        by_query, by_key, by_value = [], [], []
+        for at_once in heads.batches():
+            products = []
+            for h in at_once:
+                own_q, own_g = heads.own(q, h), heads.own(g, h)
+                scores = _scores(heads.window(k, h), own_q, causal)
+                products.append((own_q, own_g, scores, _product(heads.window(v, h), own_g, 1, 1)))
+            for h, (own_q, own_g, scores, by_weights) in zip(at_once, products, strict=True):
+                weights = jnp.exp2(scores - log_totals[h : h + 1])
+                mean = jnp.sum(weights * by_weights, axis=0, keepdims=True)
+                by_scores = (weights * (by_weights - mean)).astype(q.dtype)
+                by_value.append(_product(weights.astype(g.dtype), own_g, 1, 0))
+                by_key.append(_product(by_scores, own_q, 1, 0))
+                by_query.append(_product(heads.rows(keys, h), by_scores, 1, 0))
+        gradients = (
+            (jnp.concatenate(by_query) * head_dim**-0.5).T,
+            heads.side_by_side(by_key) * (1 / _LOG2_E),
+            heads.side_by_side(by_value),
+        )
+        for part, gradient in enumerate(gradients):
+            window = columns(part * width)
+            out_ref[0, :, window] = gradient.astype(out_ref.dtype)
+            sums_ref[0, :, window] = jnp.sum(gradient, axis=0, keepdims=True)
 
-    _for_each_group(attend_group, num_heads, head_dim)
+    _for_each_turn(attend_heads, num_heads, head_dim)
 
 
-def _for_each_group(run: Callable[..., None], num_heads: int, head_dim: int) -> None:
-    """Calls `run(read, write)` in a loop over the smallest groups of heads that fill whole lanes.
+class _Heads:
+    """The heads next to each other in an array of [tokens, columns].
 
-    A loop, since the compiler takes minutes for the heads one after the other. `read` gives for
-    each head of the group its [t, d] in every `width` columns of a row, a bias added; `write`
-    puts the [t, d] of the group's heads next to each other, from a first column on.
+    A head that shares a register's lanes with others is not cut out, which would move lanes: it is
+    the lanes of all with the others' set to zero, in one of a product's two arrays.
     """
-    width = num_heads * head_dim
+
+    def __init__(self, head_dim: int, columns: int):
+        whole = columns % _LANES == 0 and _LANES % head_dim == 0
+        self.head_dim, self.columns = head_dim, columns
+        self.window_size = _LANES if whole else head_dim
+
+    def batches(self) -> list[range]:
+        """The numbers of the heads, as many at once as may be."""
+        last = self.columns // self.head_dim
+        return [range(h, min(h + _HEADS_AT_ONCE, last)) for h in range(0, last, _HEADS_AT_ONCE)]
+
+    def window(self, x: jax.Array, head: int) -> jax.Array:
+        """[t, columns] -> the columns of a head and of those that share its registers."""
+        first = head * self.head_dim // self.window_size * self.window_size
+        return x[:, first : first + self.window_size]
+
+    def own(self, x: jax.Array, head: int) -> jax.Array:
+        """`window` with the columns of other heads set to zero."""
+        x = self.window(x, head)
+        if self.window_size == self.head_dim:
+            return x
+        first = head * self.head_dim % self.window_size
+        lanes = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        is_own = (lanes >= first) & (lanes < first + self.head_dim)
+        return jnp.where(is_own, x, jnp.zeros_like(x))
+
+    def rows(self, x: jax.Array, head: int) -> jax.Array:
+        """[columns, t] -> the rows of a head."""
+        return x[head * self.head_dim : (head + 1) * self.head_dim]
+
+    def side_by_side(self, parts: list[jax.Array]) -> jax.Array:
+        """What each head has in its window, zero in the columns of others -> [t, columns]."""
+        sharing = self.window_size // self.head_dim
+        windows = [
+            functools.reduce(jnp.add, parts[h : h + sharing]) for h in range(0, len(parts), sharing)
+        ]
+        return jnp.concatenate(windows, axis=1)
+
+
+def _heads_of_a_turn(num_heads: int, head_dim: int) -> int:
+    """The smallest number of heads that fill whole lanes, or twice as many."""
     group = math.lcm(head_dim, _LANES) // head_dim
     if num_heads % group:
-        group = num_heads
-    columns = group * head_dim
+        return num_heads
+    twice = 2 * group
+    return twice if twice <= _HEADS_AT_ONCE and num_heads % twice == 0 else group
 
-    def body(index, _):
-        start = index * columns if columns == width else pl.multiple_of(index * columns, _LANES)
 
-        def read(ref, bias_ref=None):
-            parts = []
-            for part in range(ref.shape[-1] // width):
-                window = pl.ds(start + part * width, columns)
-                part_of_row = ref[0, :, window]
-                if bias_ref is not None:
-                    # In float32, since not every TPU adds in bfloat16; rounded, it is the same.
-                    biased = part_of_row.astype(jnp.float32)
-                    biased = biased + bias_ref[:, window].astype(jnp.float32)
-                    part_of_row = biased.astype(ref.dtype)
-                parts.append(part_of_row)
-            for first in range(0, columns, head_dim):
-                yield [part[:, first : first + head_dim] for part in parts]
+def _for_each_turn(run: Callable[..., None], num_heads: int, head_dim: int) -> None:
+    """Calls `run(turn, columns)` in a loop over `_heads_of_a_turn`.
 
-        def write(ref, first, heads):
-            ref[0, :, pl.ds(start + first, columns)] = jnp.concatenate(heads, axis=1).astype(
-                ref.dtype
-            )
+    A loop, since the compiler takes minutes for the heads one after the other. `columns(first)`
+    are the turn's columns of an array whose heads begin at column `first`.
+    """
+    heads = _heads_of_a_turn(num_heads, head_dim)
 
-        run(read, write)
+    def body(turn, _):
+        start = turn * heads * head_dim
+        if heads < num_heads:
+            start = pl.multiple_of(start, _LANES)
+        run(turn, lambda first: pl.ds(start + first, heads * head_dim))
         return _
 
-    if columns == width:
+    if heads == num_heads:
         body(0, None)
     else:
-        jax.lax.fori_loop(0, width // columns, body, None)
+        jax.lax.fori_loop(0, num_heads // heads, body, None)
 
 
-def _exponentials(q: jax.Array, k: jax.Array, causal: bool) -> tuple[jax.Array, jax.Array]:
-    """Softmax's numerators [t, t] and denominators [t, 1], in float32."""
-    scores = _product(q, k, 1, 1) * q.shape[-1] ** -0.5
+def _biased(
+    qkv_ref, bias_ref, columns: Callable[[int], pl.Slice], width: int, head_dim: int
+) -> list[jax.Array]:
+    """Queries, keys and values of a turn's heads, [t, columns] each; queries with softmax's scale.
+
+    Added and scaled in float32, since not every TPU adds in bfloat16, and rounded once.
+    """
+    found = []
+    for part, scale in enumerate((head_dim**-0.5 * _LOG2_E, 1, 1)):
+        window = columns(part * width)
+        biased = qkv_ref[0, :, window].astype(jnp.float32)
+        biased = biased + bias_ref[:, window].astype(jnp.float32)
+        found.append((biased * scale if scale != 1 else biased).astype(qkv_ref.dtype))
+    return found
+
+
+def _scores(k: jax.Array, q: jax.Array, causal: bool) -> jax.Array:
+    """Logarithms to the base of 2 of softmax's numerators, [keys, queries] in float32."""
+    scores = _product(k, q, 1, 1)
     if causal:
-        queries, keys = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
+        keys, queries = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
         scores = jnp.where(keys <= queries, scores, _MASKED)
-    weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
-    return weights, jnp.sum(weights, axis=1, keepdims=True)
+    return scores
 
 
 def _product(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -125,12 +126,12 @@ def tower(attention, *, scan_layers):
     return graphdef, jax.tree.unflatten(structure, arrays)
 
 
-def sharded_gradients(attention, remat, *, scan_layers):
+def sharded_gradients(attention, remat, *, scan_layers, pooled=(9, 3, 0, 5)):
     """Two devices, two rows each -> the loss's jitted gradients, and their arguments."""
     graphdef, params = tower(attention, scan_layers=scan_layers)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((4, 10, 16)), jnp.float32)
-    pooled = jnp.asarray([9, 3, 0, 5])
+    pooled = None if pooled is None else jnp.asarray(pooled)
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
 
     @functools.partial(
@@ -179,6 +180,25 @@ def test_blocks_give_the_same_numbers(monkeypatch, gradients_of_xla, remat, scan
     found = [loss, *jax.tree.leaves(by_params), by_x]
     for ours, right in zip(found, [right_loss, *right_params, right_x], strict=True):
         np.testing.assert_allclose(ours, right, rtol=0, atol=1e-5 * float(np.abs(right).max()))
+
+
+def kernels_read(jaxpr):
+    """How many Pallas kernels give what something in a jaxpr reads."""
+    read = {id(variable) for eqn in jaxpr.eqns for variable in eqn.invars}
+    here = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call"]
+    inner = [
+        jaxpr for eqn in jaxpr.eqns if eqn not in here for jaxpr in jaxprs_in_params(eqn.params)
+    ]
+    return sum(any(id(out) in read for out in eqn.outvars) for eqn in here) + sum(
+        map(kernels_read, inner)
+    )
+
+
+@pytest.mark.parametrize("remat, kernels", [("minimal", 2), ("full", 3)])
+def test_minimal_keeps_what_the_kernel_gives(remat, kernels):
+    """For each of two blocks one kernel forward and one backward, and no second one forward."""
+    run, arguments = sharded_gradients("pallas", remat, scan_layers=False, pooled=None)
+    assert kernels_read(run.trace(*arguments).jaxpr.jaxpr) == 2 * kernels
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
