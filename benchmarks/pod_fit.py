@@ -92,7 +92,8 @@ def recipes_for_pods(only: list[str]) -> list[str]:
     Returns:
         Names such as `diht_vitb16`, or `diht_vitb16_stages:stage=1` for each of several stages.
     """
-    others = ("common", "own_data")  # the second is for a machine at hand, and needs an argument
+    # Those for a machine at hand, which need an argument, and for one node.
+    others = ("common", "own_data", "datacomp")
     names = []
     for path in sorted(path for path in CONFIGS.glob("*.py") if path.stem not in others):
         config = load_recipe(path)

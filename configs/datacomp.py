@@ -11,8 +11,10 @@ Run, after `data_prep.filter` has written its shards to DATA; `method=diht` need
     python -m diht_jax.train --config datacomp:scale=small,method=diht \
         --config.data.train=DATA --config.data.labels=LABELS --workdir DIR
 
-docs/guides/scale/datacomp.md has the data, the grid of 27 runs and what it costs. Meant for a node
-of eight H100 (`config.topology`); for eight chips of TPU v6e: `scale=small,topology=v6e:2x4`.
+docs/guides/scale/datacomp.md has the data, the grid of 27 runs and what it costs. Meant for one
+node, h100:8, where it fits as the compiler reports (`config.topology`):
+
+    python -m diht_jax.compile --config datacomp:method=diht
 
 Expected: for `method=clip` about DataComp's own means over its 38 tasks, recalled as 13% on raw and
 17% on the best 30% by CLIP score at the small scale, 26% and 33% at the medium one. Not run here.
