@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from diht_jax.loading import load_model
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.initial_parameters import bind_architecture
@@ -37,6 +38,20 @@ OTHER = Architecture(
     layer_norm_epsilon=1e-6,
     vision_mlp_width=64,
 )
+
+
+# Parts of SigLIP's towers, with sizes that fit.
+SIGLIP = {
+    "embed_dim": 48,
+    "vocab_size": 600,
+    "class_token": False,
+    "vision_pool_heads": 3,
+    "vision_projection": "none",
+    "text_projection": "bias",
+    "causal_text": False,
+    "text_pool": "last",
+    "activation": "gelu_tanh",
+}
 
 
 def architecture_of(config) -> Architecture:
@@ -75,6 +90,37 @@ def test_a_run_starts_as_the_model_and_goes_on_without_it(recipe, weights, tmp_p
     second = train(recipe, tmp_path / "run", **options)
     assert int(second.step) == 2
     jax.tree.map(np.testing.assert_array_equal, second.params, weights[1])
+
+
+def test_adapters_on_the_texts_of_siglip_leave_its_images_and_begin_at_its_bias(config, tmp_path):
+    arch = dataclasses.replace(OTHER, **SIGLIP)
+    _, init = model_definition(arch, "float32", "float32")
+    settings = {"preprocessing": Preprocessing(), "heads": {}, "card": ""}
+    write_model(
+        tmp_path / "siglip",
+        "huggingface",
+        arch=arch,
+        params=jax.tree.map(np.asarray, init(jax.random.key(3))),
+        loss_scalars={"logit_bias": -7.5},
+        **settings,
+    )
+    config.model.init_from = str(tmp_path / "siglip")
+    config.model.patch_dropout = 0.0
+    config.loss.update(kind="sigmoid", beta=0.0)
+    config.lora.update(rank=2, towers=("text",))
+    config.optimizer.update(learning_rate=0.01, warmup_steps=0)
+    config.total_steps = 2
+    devices = jax.devices()[:1]
+    train(config, tmp_path / "run", set_keys=("data.train",), devices=devices)
+    before, after = (
+        load_model(tmp_path / name, dtype="float32", devices=devices) for name in ("siglip", "run")
+    )
+    images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(after.encode_image(images), before.encode_image(images))
+    tokens = np.random.default_rng(0).integers(0, 600, (3, 26)).astype(np.int32)
+    assert np.abs(after.encode_text(tokens) - before.encode_text(tokens)).max() > 1e-3
+    assert before.logit_bias == -7.5 != after.logit_bias
+    assert after.logit_bias == pytest.approx(-7.5, abs=0.1)
 
 
 def test_the_command_takes_the_architecture_save_what_is_typed(weights, squares, tmp_path):
