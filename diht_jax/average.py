@@ -185,6 +185,7 @@ def average_models(
         heads={},
         dtype=dtype,
         has_tokenizer=pool.sources[model.name].has_tokenizer,
+        own_tokenizer=pool.sources[model.name].tokenizer,
         card=model_card(
             format,
             arch=model.arch,

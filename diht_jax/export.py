@@ -132,6 +132,7 @@ def export_model(
         heads=heads,
         dtype=dtype,
         has_tokenizer=source.has_tokenizer,
+        own_tokenizer=source.tokenizer,
         loss_scalars=source.loss_scalars,
         card=model_card(
             format,

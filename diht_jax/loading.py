@@ -19,9 +19,10 @@ from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.positions import fit_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
-from diht_jax.training.initial_parameters import set_architecture, set_pictures
+from diht_jax.training.initial_parameters import set_architecture, set_inputs
 from diht_jax.training.recipe import default_config, pictures_of
 from diht_jax.training.workdir.stored_run import local_run
+from diht_jax.training.workdir.tokenizer import open_tokenizer
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.inference import LoadedModel
@@ -121,6 +122,7 @@ def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> L
         preprocessing=model.preprocessing,
         decoder=jax.device_put(model.decoder, sharding.tree_shardings(model.decoder, mesh)),
         has_tokenizer=model.has_tokenizer,
+        own_tokenizer=model.tokenizer,
         logit_bias=model.loss_scalars.get("logit_bias", 0.0),
     )
 
@@ -164,6 +166,7 @@ def read_model(
             name,
             heads=heads_to_clip(trained.heads),
             preprocessing=pictures_of(trained.config),
+            tokenizer=open_tokenizer(trained.config, folder),
             config=trained.config,
             decoder=trained.decoder,
             loss_scalars=trained.loss_scalars,
@@ -181,7 +184,7 @@ def read_model(
         )
         _check_released(name, model)
         model = dataclasses.replace(model, config=config_of(model.arch))
-        set_pictures(model.config.model, model.preprocessing)
+        set_inputs(model.config.model, model)
     return model if dim is None else _with_dim(model, dim)
 
 

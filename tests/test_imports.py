@@ -14,7 +14,17 @@ from scipy.sparse.csgraph import connected_components
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("diht_jax", "data_prep")
-HEAVY = ("torch", "torchvision", "spacy", "easyocr", "ray", "tensorflow", "duckdb", "jinja2")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "spacy",
+    "easyocr",
+    "ray",
+    "tensorflow",
+    "duckdb",
+    "jinja2",
+    "sentencepiece",
+)
 
 
 def test_the_contracts_of_pyproject_hold(capsys):

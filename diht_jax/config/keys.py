@@ -126,6 +126,11 @@ KEYS: dict[str, Key] = {
     # In evaluation: "crop" (short side scaled, centre cropped) or "squash" (both sides scaled).
     "model.pictures.resize": Key(str),
     "model.pictures.interpolation": Key(str),  # "bicubic" or "bilinear"
+    # Folder with the files of a tokenizer, such as tokenizer.json: where not set that of the model
+    # of `init_from`, or else CLIP's. The run keeps a copy.
+    "model.tokenizer": Key(str, per_host=True),
+    # Of texts before such a tokenizer: "whitespace", "lower" or "canonicalize", as open_clip.
+    "model.text_cleaning": Key(str),
     # Fields of models.zoo.Architecture to replace.
     **{
         f"model.overrides.{field}": Key(kind, COUNT if kind is int else None)

@@ -71,28 +71,36 @@ def tokenize(
 
     Source: the tokenizer of CLIP (arXiv 2103.00020), as open_clip has it.
     """
-    if isinstance(texts, str):
-        texts = [texts]
+    texts = check_texts(texts, context_length)
+    vocab_size = check_vocab_size(vocab_size)
+    ids = np.zeros((len(texts), context_length), np.int32)
+    for row, text in enumerate(texts):
+        cleaned = clean_text(check_text(text, row, context_length))
+        words = _encode_words(cleaned, vocab_size)[: context_length - 2]
+        ids[row, : len(words) + 2] = [vocab_size - 2, *words, vocab_size - 1]
+    return ids
+
+
+def check_texts(texts: str | Sequence[str], context_length: int) -> Sequence[str]:
+    """Several texts; raises ValueError for a `context_length` that holds no text."""
     if not isinstance(context_length, int | np.integer):
         raise ValueError(f"context_length: expected an integer, got {context_length!r}")
     if context_length < 2:
         raise ValueError(
             f"context_length: expected at least 2 (start and end of text), got {context_length}"
         )
-    vocab_size = check_vocab_size(vocab_size)
-    ids = np.zeros((len(texts), context_length), np.int32)
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"texts[{row}]: expected a str, got {type(text).__name__} {str(text)[:80]!r}; "
-                "decode bytes and fill missing captions before tokenizing"
-            )
-        most = _CHARACTERS_PER_ID * context_length
-        if len(text) > most:
-            text = text.lstrip()[:most]
-        words = _encode_words(clean_text(text), vocab_size)[: context_length - 2]
-        ids[row, : len(words) + 2] = [vocab_size - 2, *words, vocab_size - 1]
-    return ids
+    return [texts] if isinstance(texts, str) else texts
+
+
+def check_text(text: str, row: int, context_length: int) -> str:
+    """What is looked at of a text; raises ValueError where it is no string."""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"texts[{row}]: expected a str, got {type(text).__name__} {str(text)[:80]!r}; "
+            "decode bytes and fill missing captions before tokenizing"
+        )
+    most = _CHARACTERS_PER_ID * context_length
+    return text.lstrip()[:most] if len(text) > most else text
 
 
 def check_vocab_size(vocab_size: int) -> int:
@@ -149,9 +157,14 @@ def decode(ids: Iterable[int], vocab_size: int = VOCAB_SIZE) -> str:
 
 def clean_text(text: str) -> str:
     """CLIP's cleaning: `ftfy`, HTML unescaped twice, whitespace collapsed, lower-cased."""
+    return repair_text(text).lower()
+
+
+def repair_text(text: str) -> str:
+    """CLIP's cleaning without the lower case."""
     if text.isascii() and text.isprintable() and "&" not in text:
-        return " ".join(text.split()).lower()  # nothing to repair, nor to unescape
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+        return " ".join(text.split())  # nothing to repair, nor to unescape
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def _encode_words(text: str, vocab_size: int) -> list[int]:

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from diht_jax.data import tokenizer
+from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.input import decode as images
 from diht_jax.input import fast_crops, transforms
 from diht_jax.input.choices import CaptionChoice, draw_sentences, take_view
@@ -51,6 +52,7 @@ class DecodeExample(grain.transforms.RandomMap):
         decode_record: element of the source -> record; see `for_source`.
         clip_facts: of the teachers' embeddings; None where the source has none.
         vocab_size: entries of the text tower's vocabulary.
+        own_tokenizer: of the model; None is CLIP's.
         interpolation: of the pictures, as in `transforms.Preprocessing`.
     """
 
@@ -69,13 +71,15 @@ class DecodeExample(grain.transforms.RandomMap):
     decode_record: Callable[[Any], schema.Record] = schema.decode_record
     clip_facts: ClipFacts | None = None
     vocab_size: int = tokenizer.VOCAB_SIZE
+    own_tokenizer: FileTokenizer | None = None
     interpolation: str = "bicubic"
 
     def __post_init__(self):
         if _CAPTION not in self.text_template:
             raise ValueError(f"config.data.text_template='{self.text_template}': lacks {_CAPTION}")
         try:
-            tokenizer.check_vocab_size(self.vocab_size)
+            if self.own_tokenizer is None:
+                tokenizer.check_vocab_size(self.vocab_size)
         except ValueError as error:
             raise ValueError(f"config.model.overrides.{error}") from error
 
@@ -155,10 +159,7 @@ class DecodeExample(grain.transforms.RandomMap):
         if self.caption_sentences:
             caption = draw_sentences(caption, self.caption_sentences, rng.random())
         text = self.text_template.replace(_CAPTION, caption)
-        example = {
-            "tokens": tokenizer.tokenize(text, self.context_length, self.vocab_size)[0],
-            **view,
-        }
+        example = {"tokens": self._tokenize(text, record.key), **view}
         if self.pair_ids:
             found = None if self.class_key is None else record.metadata.get(self.class_key)
             example["pair_ids"] = pair_id(example["tokens"], found)
@@ -166,6 +167,18 @@ class DecodeExample(grain.transforms.RandomMap):
             for names in schema.CONCEPT_FIELDS:
                 example.update(self._concepts(record, *names))
         return functools.partial(_decode_pixels, record.key, crop, example)
+
+    def _tokenize(self, text: str, key: str) -> np.ndarray:
+        if self.own_tokenizer is None:
+            return tokenizer.tokenize(text, self.context_length, self.vocab_size)[0]
+        (ids,) = self.own_tokenizer.tokenize(text, self.context_length)
+        if ids.max() >= self.vocab_size:
+            raise ValueError(
+                f"record '{key}': its caption has the token id {ids.max()} of "
+                f"config.model.tokenizer, and config.model.overrides.vocab_size={self.vocab_size}; "
+                "expected the tokenizer of the model"
+            )
+        return ids
 
     def _check_ids(self, record: schema.Record, sizes: Sequence[int]) -> None:
         """Raises ValueError for an id that means no concept: its loss would be NaN, or nonsense."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -18,8 +19,9 @@ from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.config.checks import validate_config
 from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import ARCHITECTURES, Architecture, get_architecture
+from diht_jax.storage import files
 from diht_jax.training.optimizer import merge_parameters
-from diht_jax.training.recipe import default_config
+from diht_jax.training.recipe import check_config, default_config
 from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,
     CONFIG_FILE,
@@ -27,11 +29,13 @@ from diht_jax.training.workdir.saved_run import (
     read_config,
 )
 from diht_jax.training.workdir.stored_run import local_run
+from diht_jax.training.workdir.tokenizer import TOKENIZER_DIRECTORY
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.releases import RELEASES
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import ModelFiles, find_model, read_weights
 
+_TOKENIZER_KEYS = {"model.tokenizer", "model.text_cleaning"}
 # Positions are fitted to these.
 _INPUT_SIZES = ("image_size", "context_length")
 
@@ -63,12 +67,12 @@ def bind_architecture(
     bound = config.copy_and_resolve_references()
     if workdir is not None and _has_checkpoint(workdir):
         stored = _read_section(workdir)
-        pictures = stored.pictures
+        inputs = stored
         if not keeps_name:
             bound.model.name = stored.name
             bound.model.overrides.update(stored.overrides)
     else:
-        arch, pictures = _read_start(config.model.init_from)
+        arch, inputs = _read_start(config.model.init_from)
         own = get_architecture(config.model.name, config.model.overrides.to_dict())
         if not keeps_name and _differing_fields(arch, own):
             set_architecture(bound.model, arch)
@@ -76,9 +80,12 @@ def bind_architecture(
     for field in ARCHITECTURE_FIELDS:
         if f"model.overrides.{field}" in set_keys:
             bound.model.overrides[field] = config.model.overrides[field]
-    for name, value in pictures.items():
+    for name, value in inputs.pictures.items():
         if f"model.pictures.{name}" not in set_keys:
             bound.model.pictures[name] = value
+    if not _TOKENIZER_KEYS & set(set_keys):
+        bound.model.update(tokenizer=inputs.tokenizer, text_cleaning=inputs.text_cleaning)
+    check_config(bound)
     return bound
 
 
@@ -126,8 +133,9 @@ def _read_weights(source: str) -> ModelFiles:
 
 
 def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
-    """Dotted names of the keys of architecture and pictures that differ from the default ones."""
+    """Dotted names of the keys of architecture and inputs that differ from the default ones."""
     changed = {f"model.overrides.{k}" for k, v in section.overrides.items() if v is not None}
+    changed |= {name for name in _TOKENIZER_KEYS if section[name.partition(".")[2]] is not None}
     changed |= {f"model.pictures.{k}" for k, v in section.pictures.items() if v is not None}
     return changed | ({"model.name"} if section.name != default_config().model.name else set())
 
@@ -138,18 +146,20 @@ def _has_checkpoint(workdir: epath.Path) -> bool:
 
 
 def _read_start(source: str) -> tuple[Architecture, ml_collections.ConfigDict]:
-    """The architecture, and the section `model.pictures`, of the model of a path or name."""
+    """The model of a path or name: its architecture, and a section `model` with its inputs."""
     section = default_config().model
     if source in RELEASES:
-        return ARCHITECTURES[source], section.pictures
+        return ARCHITECTURES[source], section
     folder = local_run(source)
     if not is_run(folder):
         weights = _read_weights(source)
-        set_pictures(section, weights.preprocessing)
-        return weights.arch, section.pictures
+        set_inputs(section, weights)
+        return weights.arch, section
     try:
         section = _read_section(folder)
-        return get_architecture(section.name, section.overrides.to_dict()), section.pictures
+        if section.tokenizer is not None:
+            section.tokenizer = files.join(folder, TOKENIZER_DIRECTORY)
+        return get_architecture(section.name, section.overrides.to_dict()), section
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
 
@@ -171,11 +181,14 @@ def set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> 
         section.overrides[field] = None if value == getattr(base, field) else value
 
 
-def set_pictures(section: ml_collections.ConfigDict, preprocessing: Preprocessing) -> None:
-    """Makes a section `model` describe a preprocessing: by what differs from CLIP's."""
+def set_inputs(section: ml_collections.ConfigDict, model: ModelFiles) -> None:
+    """Makes a section `model` describe preprocessing and tokenizer: by what differs from CLIP's."""
     default = Preprocessing()
-    for name, value in dataclasses.asdict(preprocessing).items():
+    for name, value in dataclasses.asdict(model.preprocessing).items():
         section.pictures[name] = None if value == getattr(default, name) else value
+    if model.tokenizer is not None:
+        section.tokenizer = os.path.dirname(model.tokenizer.path)
+        section.text_cleaning = model.tokenizer.clean
 
 
 def _check_same_architecture(

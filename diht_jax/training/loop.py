@@ -76,6 +76,7 @@ from diht_jax.training.workdir.resume_checks import (
 )
 from diht_jax.training.workdir.saved_run import write_config
 from diht_jax.training.workdir.stages import check_stage, end_of_stage
+from diht_jax.training.workdir.tokenizer import keep_tokenizer, open_tokenizer
 
 
 def train(
@@ -155,7 +156,8 @@ class Run:
         self.profiler = StepProfiler(config.profile, workdir)
         check_together(lambda: check_trackers(config.trackers))
         tasks = open_tasks(config)
-        self.mixture = open_data(config)
+        tokenizer = check_together(lambda: open_tokenizer(config, workdir))
+        self.mixture = open_data(config, tokenizer)
         config = self.config = bind_records(config, self.mixture)
         num_records = self.mixture.num_records
         self.total_steps = duration_in_steps(
@@ -165,6 +167,7 @@ class Run:
             config, self.total_steps, num_examples=num_records
         )
         check_together(lambda: check_same_start(config, workdir, num_examples=num_records))
+        keep_tokenizer(tokenizer, workdir)
         write_config(workdir, config)
         self.kept_step = steps_before_end(config, num_examples=num_records)
         self.program = TrainProgram(
@@ -192,7 +195,9 @@ class Run:
         self.first_example = next_example - self.start_step * config.data.batch_size
         self.wall_time = WallTime(workdir, self.start_step, began=began)
         self.writer = MetricWriter(workdir, self.start_step, config)
-        self.evaluation = RunEvaluation(config, tasks, self.program, self.writer, self.total_steps)
+        self.evaluation = RunEvaluation(
+            config, tasks, self.program, self.writer, self.total_steps, tokenizer
+        )
         self._skipped_records = 0
         self._log_start(num_records)
 

@@ -10,6 +10,7 @@ import ml_collections
 from diht_jax.config.checks import validate_config
 from diht_jax.config.keys import FIXED, KEYS, Key, build_config, check_ranges
 from diht_jax.config.overrides import DURATION_UNITS
+from diht_jax.data.file_tokenizer import CLEANINGS
 from diht_jax.input.transforms import Preprocessing
 from diht_jax.losses.registry import default_settings
 from diht_jax.training.monitoring.trackers.registry import tracker_names
@@ -56,6 +57,16 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check_ranges(config, keys)
     tracker_names(config.trackers)
     pictures_of(config)
+    clean = config.model.text_cleaning
+    if clean is not None and clean not in CLEANINGS:
+        raise ValueError(
+            f"config.model.text_cleaning='{clean}': expected one of {', '.join(CLEANINGS)}"
+        )
+    if config.model.tokenizer is not None and config.captioning.weight:
+        raise ValueError(
+            "config.captioning.weight: captions are written with CLIP's tokenizer, and not with "
+            f"config.model.tokenizer='{config.model.tokenizer}'"
+        )
 
 
 def pictures_of(config: ml_collections.ConfigDict) -> Preprocessing:

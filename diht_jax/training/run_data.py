@@ -8,6 +8,7 @@ import jax
 import ml_collections
 from absl import logging
 
+from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.input.blocks import ReadAheadOptions
 from diht_jax.input.choices import open_caption_choice
 from diht_jax.input.examples import DecodeExample
@@ -26,8 +27,12 @@ from diht_jax.training.objective import (
 from diht_jax.training.recipe import pictures_of
 
 
-def open_data(config: ml_collections.ConfigDict) -> Mixture:
+def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None = None) -> Mixture:
     """The records of the run, with what makes examples of them. All processes must call.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model; None is CLIP's.
 
     Raises:
         ValueError: the data do not fit the config, or cannot be read.
@@ -54,6 +59,7 @@ def open_data(config: ml_collections.ConfigDict) -> Mixture:
         pair_ids=needs_pair_ids(config),
         class_key=config.data.class_key,
         vocab_size=arch.vocab_size,
+        own_tokenizer=tokenizer,
         interpolation=pictures_of(config).interpolation,
     )
     return check_together(

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from diht_jax import sharding
+from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.evaluation.results import describe_metrics
 from diht_jax.evaluation.task_parsing import check_task
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
@@ -133,12 +134,14 @@ class RunEvaluation:
         program: TrainProgram,
         writer: MetricWriter,
         total_steps: int,
+        tokenizer: FileTokenizer | None = None,
     ):
         self._config = config
         self._tasks = tasks
         self._program = program
         self._writer = writer
         self._total_steps = total_steps
+        self._tokenizer = tokenizer
         self._model: LoadedModel | None = None
 
     def is_due(self, step: int) -> bool:
@@ -214,6 +217,7 @@ class RunEvaluation:
                 context_length=self._program.arch.context_length,
                 batch_size=self._config.evaluation.batch_size,
                 preprocessing=pictures_of(self._config),
+                own_tokenizer=self._tokenizer,
             )
         self._model.update(params, step)
         return self._model

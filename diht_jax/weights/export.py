@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from diht_jax.data import tokenizer
+from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
 from diht_jax.weights import (
@@ -56,6 +57,7 @@ def write_model(
     card: str,
     dtype: str = "float32",
     has_tokenizer: bool = True,
+    own_tokenizer: FileTokenizer | None = None,
     loss_scalars: Mapping[str, float] | None = None,
 ) -> None:
     """Writes a model directory.
@@ -71,6 +73,7 @@ def write_model(
         card: text of the model card.
         dtype: of the stored parameters, a key of `DTYPES`.
         has_tokenizer: see `ModelFiles`.
+        own_tokenizer: the model's, whose files are copied; None where it is CLIP's.
         loss_scalars: what the loss has learnt; see `lost_scalars`.
 
     Raises:
@@ -85,6 +88,9 @@ def write_model(
         )
     _check_model(format, arch, preprocessing)
     output.mkdir(parents=True, exist_ok=True)
+    if own_tokenizer is not None:
+        tokenizer_file.copy_tokenizer(own_tokenizer, str(output))
+    has_tokenizer = has_tokenizer and own_tokenizer is None
     if format in _PROGRAMS:
         _write_programs(output, format, arch, params, preprocessing, dtype)
         if has_tokenizer and arch.vocab_size <= tokenizer.VOCAB_SIZE:
@@ -107,6 +113,8 @@ def write_model(
             _write_huggingface_tokenizer(output, arch)
     else:
         config = open_clip_config.make_config(arch, preprocessing, logit_bias)
+        if own_tokenizer is not None:
+            config["model_cfg"]["text_cfg"] |= tokenizer_file.make_cleaning(own_tokenizer)
         settings = _tokenizer_settings(arch, has_tokenizer)
         _write_json(output / OPEN_CLIP_CONFIG, {**config, "tokenizer": settings})
         if format == "clip":

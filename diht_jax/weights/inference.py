@@ -23,6 +23,7 @@ from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.data import tokenizer
+from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.extras.caption_decoder import decode_captions, merge_decoder
 from diht_jax.input import transforms
 from diht_jax.input.decode import decode_rgb, load_rgb
@@ -61,6 +62,7 @@ class LoadedModel:
         preprocessing: Preprocessing | None = None,
         decoder: dict[str, Any] | None = None,
         has_tokenizer: bool = True,
+        own_tokenizer: FileTokenizer | None = None,
         logit_bias: float = 0.0,
     ):
         """Wraps parameters of `models.parameters` that are on `mesh`.
@@ -72,14 +74,15 @@ class LoadedModel:
             batch_size: most examples embedded at once, over all devices.
             preprocessing: of the pictures; CLIP's by default.
             decoder: parameters of the caption decoder, of a model that was trained with one.
-            has_tokenizer: texts are tokenized by `data.tokenizer`; otherwise it takes ids alone.
+            has_tokenizer: texts are tokenized; otherwise it takes ids alone.
+            own_tokenizer: that tokenizes them, instead of CLIP's.
             logit_bias: see the class.
         """
         self.config, self.step, self.logit_bias = config, step, logit_bias
         self.image_size, self.context_length = image_size, context_length
         self.preprocessing = preprocessing or Preprocessing()
         self._params, self._decoder = params, decoder
-        self._has_tokenizer = has_tokenizer
+        self._has_tokenizer, self._own_tokenizer = has_tokenizer, own_tokenizer
         self._batch_sharding = sharding.batch_sharding(mesh)
         self._num_devices = mesh.size
         self._batch_size = math.ceil(batch_size / mesh.size) * mesh.size
@@ -137,8 +140,8 @@ class LoadedModel:
     def fingerprint(self, *, decoder: bool = False) -> str:
         """SHA-256 over names, shapes and float32 values of all parameters, in hex.
 
-        Equal for the same parameters from any file, format or placement. Preprocessing other than
-        CLIP's counts as well.
+        Equal for the same parameters from any file, format or placement. Preprocessing and
+        tokenizer count as well where they are not CLIP's.
 
         Args:
             decoder: of the caption decoder as well, on which embeddings do not depend.
@@ -147,6 +150,8 @@ class LoadedModel:
         digest = hashlib.sha256()
         if self.preprocessing != Preprocessing():
             digest.update(f"{self.preprocessing}\n".encode())
+        if self._own_tokenizer is not None:
+            digest.update(f"{self._own_tokenizer.describe()}\n".encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             digest.update(f"{name} {tuple(leaf.shape)}\n".encode())
@@ -163,6 +168,8 @@ class LoadedModel:
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Texts -> int32 [b, context_length]."""
+        if self._own_tokenizer is not None:
+            return self._own_tokenizer.tokenize(texts, self.context_length)
         return tokenizer.tokenize(texts, self.context_length, self._used_vocab_size)
 
     def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
@@ -241,7 +248,7 @@ class LoadedModel:
         Raises:
             ValueError: the model has no decoder, a value out of range, or see `encode_image`.
         """
-        if self._decoder is None:
+        if self._decoder is None or self._own_tokenizer is not None:
             raise ValueError(
                 "this model has no caption decoder: it was trained without config.captioning.weight"
             )
@@ -278,8 +285,9 @@ class LoadedModel:
         """Entries of the vocabulary that the tokenizer uses; raises ValueError without one."""
         if not self._has_tokenizer:
             raise ValueError(
-                f"this model's vocabulary of {self._vocab_size} entries is not CLIP's; tokenize "
-                "its texts elsewhere and give `encode_text` the ids"
+                f"this model's vocabulary of {self._vocab_size} entries is not CLIP's, and no "
+                "tokenizer's file is in the folder of its weights; copy it there, or tokenize "
+                "texts elsewhere and give `encode_text` the ids"
             )
         return tokenizer.check_vocab_size(self._vocab_size)
 

@@ -27,6 +27,7 @@ from etils import epath
 from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.config.checks import nearest_name
 from diht_jax.data import tokenizer
+from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.hub import download, is_hub_name
@@ -40,6 +41,7 @@ from diht_jax.weights.settings import (
     read_preprocessor,
 )
 from diht_jax.weights.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_tensors
+from diht_jax.weights.tokenizer_file import TOKENIZER_FILES, read_cleaning, read_tokenizer
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HUGGINGFACE_CONFIG = "config.json"
@@ -77,7 +79,8 @@ class ModelFiles:
         loss_scalars: what the loss has learnt, such as SigLIP's `logit_bias`.
         step: optimiser step, of a run.
         ema: whether these are the moving average of the parameters.
-        has_tokenizer: its texts are tokenized by `data.tokenizer`.
+        has_tokenizer: its texts are tokenized, by `tokenizer` or else by `data.tokenizer`.
+        tokenizer: the model's own; None where it is CLIP's, or there is none.
     """
 
     arch: Architecture
@@ -92,6 +95,7 @@ class ModelFiles:
     step: int | None = None
     ema: bool = False
     has_tokenizer: bool = True
+    tokenizer: FileTokenizer | None = None
 
     @property
     def is_run(self) -> bool:
@@ -125,7 +129,7 @@ def read_weights(
     file = find_weight_file(path) if path.is_dir() else path
     tensors = read_tensors(file)
     is_huggingface = "vision_model.embeddings.patch_embedding.weight" in tensors
-    arch, preprocessing, has_tokenizer = _read_settings(file.parent, is_huggingface)
+    arch, preprocessing, has_clip_tokenizer = _read_settings(file.parent, is_huggingface)
     if arch is None:
         if is_huggingface:
             raise ValueError(
@@ -157,6 +161,8 @@ def read_weights(
     loss_scalars = _take_loss_scalars(found, arch)
     params = from_layout(found, layout, clip_layout.our_shapes(arch), str(file))
     params, arch = fit_model(params, arch, image_size=image_size, context_length=context_length)
+    has_clip_tokenizer |= arch.vocab_size == tokenizer.VOCAB_SIZE
+    own, has_clip_tokenizer = _read_tokenizer(file.parent, is_huggingface, has_clip_tokenizer)
     return ModelFiles(
         arch=arch,
         params=jax.tree.map(np.asarray, params),
@@ -165,7 +171,8 @@ def read_weights(
         preprocessing=preprocessing,
         sha256=None if file.name.endswith(INDEX_SUFFIX) else hash_file(file),
         loss_scalars=loss_scalars,
-        has_tokenizer=has_tokenizer or arch.vocab_size == tokenizer.VOCAB_SIZE,
+        has_tokenizer=has_clip_tokenizer or own is not None,
+        tokenizer=own,
     )
 
 
@@ -238,8 +245,9 @@ def choose_files(names: Sequence[str]) -> list[str]:
     chosen = (usual or weights)[0]
     stem, _, suffix = chosen.removesuffix(INDEX_SUFFIX).rpartition(".")
     shards = [n for n in weights if n.startswith(f"{stem}-") and chosen.endswith(INDEX_SUFFIX)]
-    configs = [OPEN_CLIP_CONFIG, HUGGINGFACE_CONFIG, HUGGINGFACE_PREPROCESSOR]
-    return [name for name in names if name in (chosen, *shards, *configs)]
+    configs = [OPEN_CLIP_CONFIG, HUGGINGFACE_CONFIG, HUGGINGFACE_PREPROCESSOR, HUGGINGFACE_MERGES]
+    wanted = (chosen, *shards, *configs, *TOKENIZER_FILES)
+    return [name for name in names if name in wanted]
 
 
 def list_weight_files(folder: epath.Path) -> list[str]:
@@ -274,6 +282,22 @@ def _read_settings(
         has_tokenizer = section.values.get("kind") == TOKENIZER_KIND
         return arch, read_preprocess_cfg(preprocessing, str(path)), has_tokenizer
     return None, Preprocessing(), False
+
+
+def _read_tokenizer(
+    folder: pathlib.Path, is_huggingface: bool, has_clip_tokenizer: bool
+) -> tuple[FileTokenizer | None, bool]:
+    """The tokenizer in the file's directory, and whether the model has CLIP's instead."""
+    if is_huggingface:
+        return None if has_clip_tokenizer else read_tokenizer(folder), has_clip_tokenizer
+    path = folder / OPEN_CLIP_CONFIG
+    if path.is_file():
+        content = _read_json(path)
+        text = ConfigSection(content.get("model_cfg", content), "", str(path)).section("text_cfg")
+        clean = read_cleaning(text.values, str(path))
+        if clean is not None:
+            return read_tokenizer(folder, clean), False
+    return None, has_clip_tokenizer
 
 
 def _has_our_merges(path: pathlib.Path, vocab_size: int) -> bool:

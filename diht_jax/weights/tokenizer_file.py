@@ -1,16 +1,38 @@
-"""CLIP's tokenizer as a `tokenizer.json`, whose normaliser cleans texts as ours as far as it can.
+"""Tokenizers' files: those that come with a model are read, and CLIP's is written.
 
-Of ftfy's repairs and the HTML entities it has those that replace one text by another. What depends
+What a model's folder says about its tokenizer is read here: which file it is in, how texts are
+cleaned before, padded and marked. `diht_jax.data.file_tokenizer` makes the ids.
+
+CLIP's is written as a `tokenizer.json`, whose normaliser cleans texts as ours as far as it can. Of
+ftfy's repairs and the HTML entities it has those that replace one text by another. What depends
 on the text around it, above all broken encodings ("â€™"), no normaliser of `tokenizers` can do.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import tokenizers
 from ftfy import chardata
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from diht_jax.data import tokenizer
+from diht_jax.data.file_tokenizer import CLEANINGS, FileTokenizer
+from diht_jax.storage import files
+
+TOKENIZER_JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+_SIGLIP = "SiglipTokenizer"
+# The kind of a file without a config.
+_KINDS = {"spiece.model": _SIGLIP, "tokenizer.model": "GemmaTokenizer"}
+_MODEL_FILES = (TOKENIZER_JSON, *_KINDS)
+TOKENIZER_FILES = (*_MODEL_FILES, _CONFIG, "special_tokens_map.json")
+# Of a copy: what was read of the configs in the folder that it is of.
+_SETTINGS = "tokenizer_settings.json"
 
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 
@@ -41,6 +63,152 @@ _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
+
+
+def read_tokenizer(folder: str | pathlib.Path, clean: str = "none") -> FileTokenizer | None:
+    """The tokenizer in a model's folder, or in one of `copy_tokenizer`.
+
+    Args:
+        folder: on a disk.
+        clean: of texts before, as open_clip does it; one of `CLEANINGS`.
+
+    Returns:
+        None where there is no tokenizer's file.
+
+    Raises:
+        ValueError: it cannot be read, or cuts texts at their start.
+    """
+    folder = pathlib.Path(folder)
+    if is_copy([path.name for path in folder.glob("*.json")]):
+        return _read_copy(folder)
+    found = [name for name in _MODEL_FILES if (folder / name).is_file()]
+    if not found:
+        return None
+    config = _read_object(folder / _CONFIG)
+    kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    name = "spiece.model" if kind == _SIGLIP and "spiece.model" in found else found[0]
+    made = _make_tokenizer(folder, name, kind or _KINDS.get(name, ""), config, clean)
+    made.check()
+    return made
+
+
+def _make_tokenizer(
+    folder: pathlib.Path, name: str, kind: str, config: Mapping[str, Any], clean: str
+) -> FileTokenizer:
+    if config.get("truncation_side", "right") != "right":
+        raise ValueError(
+            f"{folder / _CONFIG}: truncation_side={config['truncation_side']!r:.80}; expected "
+            "'right', since texts are cut at their end here"
+        )
+    is_gemma = kind in ("GemmaTokenizer", "Siglip2Tokenizer")
+    as_siglip = kind == _SIGLIP and name != TOKENIZER_JSON
+    if name != TOKENIZER_JSON and not (is_gemma or as_siglip):
+        raise ValueError(
+            f"{folder}: {name} of {kind or 'an unknown tokenizer'}; {TOKENIZER_JSON} is expected "
+            "with it, which save_pretrained of transformers' tokenizer writes"
+        )
+    tokens = {"eos_token": "<eos>", "bos_token": "<bos>"} if is_gemma else {"eos_token": "</s>"}
+    tokens["pad_token"] = "</s>" if kind == _SIGLIP else "<pad>"
+    for values in (_read_object(folder / "special_tokens_map.json"), config):
+        texts = {key: _content(value) for key, value in values.items() if key.endswith("_token")}
+        tokens |= {key: text for key, text in texts.items() if text is not None}
+    adds_start, adds_end = (config.get(f"add_{end}_token") for end in ("bos", "eos"))
+    return FileTokenizer(
+        path=str(folder / name),
+        pad=tokens["pad_token"],
+        pads_left=config.get("padding_side", "left" if is_gemma else "right") == "left",
+        clean=clean,
+        # SigLIP 2 was trained on lower case, which Gemma's own tokenizer does not make.
+        lower_case=bool(config.get("do_lower_case", True)) and (is_gemma or as_siglip),
+        start=tokens["bos_token"] if adds_start else "",
+        end=tokens["eos_token"] if adds_end or as_siglip else "",
+        has_own_ends=adds_start is not None or adds_end is not None,
+        unknown=tokens.get("unk_token", "<unk>"),
+        as_siglip=as_siglip,
+    )
+
+
+def copy_tokenizer(made: FileTokenizer, folder: str) -> None:
+    """Copies a tokenizer to a folder or URL, from which `read_tokenizer` makes its equal."""
+    copy_tokenizer_files(made, folder)
+    settings = dataclasses.asdict(made) | {"path": pathlib.Path(made.path).name}
+    files.write_object(files.join(folder, _SETTINGS), settings, with_checksum=True)
+
+
+def copy_tokenizer_files(made: FileTokenizer, folder: str) -> None:
+    """Copies the files of a tokenizer that other libraries read."""
+    files.make_folder(folder)
+    for name in TOKENIZER_FILES:
+        path = pathlib.Path(made.path).with_name(name)
+        if path.is_file():
+            with files.local_output(files.join(folder, name)) as temporary:
+                shutil.copyfile(path, temporary)
+
+
+def is_copy(names: Collection[str]) -> bool:
+    """Returns whether a folder with these files is one of `copy_tokenizer`."""
+    return _SETTINGS in names
+
+
+def _read_copy(folder: pathlib.Path) -> FileTokenizer:
+    found = files.read_object(str(folder / _SETTINGS)) or {}
+    fields = {field.name for field in dataclasses.fields(FileTokenizer)}
+    if not fields <= found.keys() or found["path"] not in _MODEL_FILES:
+        raise ValueError(f"{folder / _SETTINGS}: damaged; copy the folder '{folder.name}' again")
+    settings: dict[str, Any] = {name: found[name] for name in fields}
+    settings["path"] = str(folder / found["path"])
+    made = FileTokenizer(**settings)
+    made.check()
+    return made
+
+
+def read_cleaning(text: Mapping[str, Any], path: str) -> str | None:
+    """How open_clip cleans texts before a tokenizer that it names; None where it has CLIP's.
+
+    Args:
+        text: "text_cfg" of `open_clip_config.json`.
+        path: of this file, for errors.
+
+    Raises:
+        ValueError: the tokenizer has a setting that ours lacks.
+    """
+    has_other, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
+    where = f"{path}: text_cfg"
+    clean = options.get("clean", "whitespace" if has_other else "lower")
+    others = {name: value for name, value in options.items() if name != "clean"}
+    for name, value in {**others, "tokenizer_mode": text.get("tokenizer_mode")}.items():
+        if value:
+            raise ValueError(f"{where}: {name:.80}={value!r:.80}; our tokenizers do not have this")
+    if clean not in CLEANINGS[1:] or (not has_other and clean != "lower"):
+        raise ValueError(
+            f"{where}: clean={clean!r:.80}; our tokenizers do not clean texts like this"
+        )
+    return clean if has_other else None
+
+
+def make_cleaning(made: FileTokenizer) -> dict[str, Any]:
+    """What "text_cfg" says of a tokenizer whose files are in the same folder."""
+    clean = "whitespace" if made.clean == "none" else made.clean
+    return {"hf_tokenizer_name": "in this folder", "tokenizer_kwargs": {"clean": clean}}
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token, which may be described by an object."""
+    found = token.get("content") if isinstance(token, Mapping) else token
+    return found if isinstance(found, str) else None
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error!s:.200}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def pieces(vocab_size: int) -> list[str]:

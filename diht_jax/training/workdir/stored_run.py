@@ -30,6 +30,7 @@ from diht_jax.training.multihost import share_for
 from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.checkpoint import SaveError
 from diht_jax.training.workdir.saved_run import CHECKPOINT_DIRECTORY, CONFIG_FILE, CORRUPT_DIRECTORY
+from diht_jax.training.workdir.tokenizer import TOKENIZER_DIRECTORY
 
 LOCK_FILE = "run.lock"
 MANIFEST_DIRECTORY = "manifests"
@@ -287,6 +288,11 @@ def local_run(
             if problem:
                 raise ValueError(f"{name}: the checkpoint of step {step} is damaged: {problem}")
     files.write_bytes(folder / CONFIG_FILE, files.read_bytes(files.join(url, CONFIG_FILE)))
+    tokenizer = files.join(url, TOKENIZER_DIRECTORY)
+    for name in files.list_names(tokenizer):
+        (folder / TOKENIZER_DIRECTORY).mkdir(exist_ok=True)
+        data = files.read_bytes(files.join(tokenizer, name))
+        files.write_bytes(folder / TOKENIZER_DIRECTORY / name, data)
     return os.fspath(folder)
 
 

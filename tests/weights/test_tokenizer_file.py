@@ -1,0 +1,275 @@
+"""Token ids of a model's own tokenizer files are those of transformers and of open_clip."""
+
+import io
+import json
+import pickle
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from diht_jax import load_model
+from diht_jax.data import tokenizer
+from diht_jax.export import export_model
+from diht_jax.models.parameters import model_definition
+from diht_jax.models.zoo import get_architecture
+from diht_jax.training.loop import train
+from diht_jax.weights.export import write_model
+from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.tokenizer_file import copy_tokenizer, read_cleaning, read_tokenizer
+from tests import make
+
+transformers = pytest.importorskip("transformers")
+sentencepiece = pytest.importorskip("sentencepiece")
+
+LENGTH = 16
+TEXT = """
+a the photo of red CAT dogs riding İstanbul Straße über naïve façade don't it's U.S. snake_case
+5,000 #1 (left) [right] {both} "quoted" «so» – — … C++ e-mail me@x.org half-time 3/4 50% Ⅻ ﬁne ① ㎏
+Собака бежит по снегу ΟΔΥΣΣΕΥΣ γάτα στο σπίτι 狗在雪地里跑 一只红色的猫 犬が走る ネコ ｶﾀｶﾅ 고양이가
+كلب يركض קטן कुत्ता दौड़ता है ประเทศไทย con chó Đà Nẵng 🐈 👩‍👩‍👧 🇮🇹 ☃ e\u0301 \u200b \ufeff
+â€™ &amp; &lt;b&gt; &amp;eacute; ▁ </s> <unk> <s> <pad> <eos> <bos>
+"""
+WORDS = TEXT.split()
+
+
+def make_captions(count):
+    """Words of several languages, joined by all sorts of white space and signs."""
+    rng = np.random.default_rng(7)
+    gaps = [" ", " ", " ", " ", ", ", "  ", "\t", "\n", "\u3000", "\xa0", "", "."]
+    captions = ["", " ", ".", "▁", "x" * 500, "</s>", "a </s>", "</s> a", "\u0130\u0130"]
+    while len(captions) < count:
+        words = rng.choice(WORDS, rng.integers(1, 12))
+        joined = "".join(w + gaps[rng.integers(len(gaps))] for w in words)
+        drawn = "".join(map(chr, rng.integers(0x20, 0x2FFF, rng.integers(0, 4))))
+        captions.append(joined + drawn if rng.random() < 0.9 else drawn + joined)
+    return captions
+
+
+@pytest.fixture(scope="module")
+def captions():
+    return make_captions(10_000)
+
+
+def train_unigram(**options):
+    """A vocabulary of sentencepiece, as bytes; the texts have neither markers nor odd signs."""
+    plain = [word for word in WORDS if not word.startswith(("<", "&", "▁", "\u200b", "\ufeff"))]
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(plain, 6)).lower() for _ in range(400)]
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=written,
+        vocab_size=330,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+        **options,
+    )
+    return written.getvalue()
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("siglip")
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    (folder / "spiece.model").write_bytes(train_unigram(**ids))
+    transformers.SiglipTokenizer(str(folder / "spiece.model")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def siglip2(tmp_path_factory):
+    """Gemma's tokenizer with a small vocabulary: BPE without a space in front, bytes below."""
+    folder = tmp_path_factory.mktemp("siglip2")
+    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)],
+        limit_alphabet=200,
+        show_progress=False,
+    )
+    made.train_from_iterator([word.lower() for word in WORDS], trainer)
+    bpe = json.loads(made.to_str())["model"]
+    transformers.Siglip2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(pair) for pair in bpe["merges"]],
+        add_bos_token=False,
+        add_eos_token=True,
+        padding_side="right",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def xlm(tmp_path_factory):
+    """XLM-R's tokenizer, of which XLM-V's is one with more entries."""
+    folder = tmp_path_factory.mktemp("xlm")
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(train_unigram())
+    pieces = [
+        (processor.id_to_piece(i), processor.get_score(i))
+        for i in range(3, processor.get_piece_size())
+    ]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab = [*special, *pieces, ("<mask>", 0.0)]
+    transformers.XLMRobertaTokenizer(vocab=vocab).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2", "xlm"])
+def test_ids_are_those_of_transformers(kind, captions, request):
+    folder = request.getfixturevalue(kind)
+    other = transformers.AutoTokenizer.from_pretrained(folder)
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    expected = other(captions, **options, return_tensors="np").input_ids
+    found = read_tokenizer(folder).tokenize(captions, LENGTH)
+    wrong = np.flatnonzero((found != expected).any(axis=1))
+    assert not len(wrong), (len(wrong), captions[wrong[0]], found[wrong[0]], expected[wrong[0]])
+    assert len(np.unique(found)) > 150  # the vocabulary is used
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [("xlm", {}), ("siglip2", {"clean": "canonicalize"}), ("xlm", {"clean": "lower"})],
+)
+def test_ids_are_those_of_open_clip(kind, options, captions, request):
+    open_clip = pytest.importorskip("open_clip")
+    folder = request.getfixturevalue(kind)
+    other = open_clip.tokenizer.HFTokenizer(str(folder), context_length=LENGTH, **options)
+    captions = captions[:2_000]
+    text = {"hf_tokenizer_name": "someone/else", "tokenizer_kwargs": options}
+    clean = read_cleaning(text, "open_clip_config.json")
+    found = read_tokenizer(folder, clean).tokenize(captions, LENGTH)
+    np.testing.assert_array_equal(found, other(captions).numpy())
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2", "xlm"])
+def test_a_copy_and_a_worker_give_the_same_ids(kind, request, tmp_path):
+    made = read_tokenizer(request.getfixturevalue(kind))
+    copy_tokenizer(made, str(tmp_path / "copy"))
+    captions = make_captions(50)
+    expected = made.tokenize(captions, LENGTH)
+    for other in (read_tokenizer(tmp_path / "copy"), pickle.loads(pickle.dumps(made))):
+        assert other.describe() == made.describe()
+        np.testing.assert_array_equal(other.tokenize(captions, LENGTH), expected)
+
+
+def test_a_damaged_copy_is_refused(siglip, tmp_path):
+    copy_tokenizer(read_tokenizer(siglip), str(tmp_path))
+    path = tmp_path / "tokenizer_settings.json"
+    path.write_text(path.read_text().replace('"lower_case": true', '"lower_case": false'))
+    with pytest.raises(ValueError, match=r"tokenizer_settings\.json: damaged"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model(siglip, reference, tmp_path_factory):
+    """A small SiglipModel, and its folder with tokenizer and image processor."""
+    import torch
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes["intermediate_size"] = 128
+    made = reference.randomize(
+        transformers.SiglipModel(
+            transformers.SiglipConfig(
+                vision_config={**sizes, "image_size": 16, "patch_size": 8},
+                text_config={
+                    **sizes,
+                    "vocab_size": 400,
+                    "max_position_embeddings": LENGTH,
+                    "projection_size": 32,
+                },
+            )
+        )
+    )
+    folder = tmp_path_factory.mktemp("model") / "model"
+    made.save_pretrained(folder)
+    pictures = {"size": {"height": 16, "width": 16}, "resample": 2}
+    transformers.SiglipImageProcessorPil(**pictures).save_pretrained(folder)
+    for path in siglip.iterdir():
+        shutil.copy(path, folder)
+    return made, folder
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return make_captions(13)[5:], [make.noise(i, (20 + i, 31), cell=4) for i in range(4)]
+
+
+def test_texts_and_pictures_embed_as_by_transformers(model, inputs):
+    import torch
+
+    other, folder = model
+    texts, pictures = inputs
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(texts, **options, return_tensors="pt")
+    pixels = transformers.SiglipImageProcessorPil.from_pretrained(folder)(
+        pictures, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = other(input_ids=ids.input_ids, pixel_values=pixels.pixel_values)
+    ours = load_model(folder)
+    np.testing.assert_allclose(ours.encode_text(texts), expected.text_embeds, atol=1e-5)
+    np.testing.assert_allclose(ours.encode_image(pictures), expected.image_embeds, atol=1e-5)
+
+
+def test_a_run_keeps_the_tokenizer_of_its_start(model, inputs, tmp_path):
+    texts, pictures = inputs
+    source = shutil.copytree(model[1], tmp_path / "source")
+    records = [make.record(i, image=make.encoded(p)) for i, p in enumerate(pictures)]
+    config = make.tiny_config(
+        data__train=str(make.write_records(tmp_path / "records", records)),
+        data__batch_size=4,
+        model__init_from=str(source),
+        loss__kind="sigmoid",
+        optimizer__learning_rate=0.0,
+        total_steps=1,
+    )
+    for field in config.model.overrides:
+        config.model.overrides[field] = None
+    train(config, tmp_path / "run", devices=jax.devices()[:1], set_keys=("data.train",))
+    shutil.rmtree(source)
+    run, expected = load_model(tmp_path / "run"), load_model(model[1])
+    np.testing.assert_array_equal(run.tokenize(texts), expected.tokenize(texts))
+    np.testing.assert_allclose(run.encode_text(texts), expected.encode_text(texts), atol=1e-6)
+
+
+def test_transformers_reads_the_tokenizer_of_an_export(model, inputs, tmp_path):
+    export_model(str(model[1]), "huggingface", str(tmp_path / "out"))
+    found = load_model(tmp_path / "out").tokenize(inputs[0])
+    np.testing.assert_array_equal(found, load_model(model[1]).tokenize(inputs[0]))
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    np.testing.assert_array_equal(found, other(inputs[0], **options).input_ids)
+
+
+def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    overrides = {"vocab_size": 400, "context_length": LENGTH}
+    config = make.tiny_config()
+    arch = get_architecture("tiny_32px", config.model.overrides.to_dict() | overrides)
+    _, init = model_definition(arch, "float32", "float32")
+    params = jax.tree.map(np.asarray, init(jax.random.key(0)))
+    settings = {"preprocessing": Preprocessing(), "heads": {}, "card": ""}
+    made = read_tokenizer(xlm, "canonicalize")
+    folder = tmp_path / "out"
+    write_model(folder, "open_clip", arch=arch, params=params, own_tokenizer=made, **settings)
+    captions = make_captions(300)
+    expected = open_clip.get_tokenizer(f"local-dir:{folder}")(captions).numpy()
+    np.testing.assert_array_equal(load_model(folder).tokenize(captions), expected)
+
+
+@pytest.mark.parametrize(("name", "length"), [("PE-Core-B-16", 32), ("PE-Core-bigG-14-448", 72)])
+def test_pe_core_has_the_tokenizer_of_clip(name, length, captions):
+    open_clip = pytest.importorskip("open_clip")
+    texts = captions[:500]
+    expected = open_clip.get_tokenizer(name)(texts).numpy()
+    np.testing.assert_array_equal(tokenizer.tokenize(texts, length), expected)
