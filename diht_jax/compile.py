@@ -11,6 +11,7 @@ array is made.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
@@ -30,6 +31,8 @@ from diht_jax.hardware.kernel_cycles import read_kernels
 from diht_jax.hardware.report import (
     StepReport,
     describe_batch,
+    describe_changes,
+    describe_proposal,
     describe_settings,
     describe_step,
     describe_try,
@@ -64,6 +67,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_alias("global_batch", "batch_size")
     flags.DEFINE_bool("search", True, "Look for settings that fit when the recipe's do not.")
+    flags.DEFINE_bool(
+        "propose",
+        False,
+        "Compile other settings of unrolling, remat, micro-batch and mesh too, and print the "
+        "fastest by the bound: about ten compilations.",
+    )
     flags.mark_flag_as_required("config")
 
 
@@ -99,9 +108,12 @@ def main() -> None:
     logging.info("compiling for %d devices; minutes for a large model", len(topology.devices))
     report = compile_step(config, topology)
     print_escaped(describe_step(report))
+    if values.propose:
+        print_escaped("\nlooking for faster settings:")
+        print_escaped(describe_proposal(report, *fastest_settings(config, topology, report)))
     if report.fits:
         return
-    if values.search:
+    if values.search and not values.propose:
         print_escaped("\nlooking for a batch that fits:")
         smaller = batch_that_fits(config, topology, report)
         print_escaped(describe_batch(smaller, config.micro_batch))
@@ -228,6 +240,53 @@ def settings_that_fit(
                 if report.fits:
                     return report
     return None
+
+
+def fastest_settings(
+    config: ml_collections.ConfigDict, topology: Topology, report: StepReport
+) -> tuple[StepReport, dict[str, Any]]:
+    """The settings with the least bound of those that fit, and what they change.
+
+    Tries unrolling with each policy of `model.remat`, then, with the best of these, micro-batches,
+    and then the mesh. Prints every attempt. `report` is that of the config as it is.
+    """
+    best, changes = report, {}
+    for choices in _choices(config, len(topology.devices)):
+        kept = changes
+        for choice in choices:
+            tried = {**kept, **choice}
+            candidate = config.copy_and_resolve_references()
+            candidate.update_from_flattened_dict(tried)
+            try:
+                found = compile_step(candidate, topology)
+            except ValueError as error:
+                print_escaped(f"  {describe_changes(tried)}: {error}")
+                continue
+            print_escaped(describe_try(found, tried))
+            if found.fits and (not best.fits or _cost(found) < _cost(best)):
+                best, changes = found, tried
+    return best, changes
+
+
+def _choices(config: ml_collections.ConfigDict, num_devices: int) -> list[list[dict[str, Any]]]:
+    """Other values of the settings that trade memory for time, those that belong together."""
+    now = {"model.scan_layers": config.model.scan_layers, "model.remat": config.model.remat}
+    pairs = itertools.product((False, True), _CHEAPEST_FIRST)
+    layers = [dict(zip(now, pair, strict=True)) for pair in pairs]
+    sizes = {None, config.micro_batch, _largest_micro_batch(config, num_devices)}
+    fsdp = config.mesh.fsdp if config.mesh.data == -1 else 0
+    meshes = [size for size in (fsdp // 2, 2 * fsdp) if size > 0 and num_devices % size == 0]
+    return [
+        [choice for choice in layers if choice != now],
+        [{"micro_batch": size} for size in sizes - {config.micro_batch}],
+        [{"mesh.fsdp": size} for size in meshes],
+    ]
+
+
+def _cost(report: StepReport) -> float:
+    """The bound of the time, or the FLOPs where the rates of the device are not known."""
+    estimate = report.roofline
+    return estimate.scheduled_secs if estimate else report.flops.matmul_flops
 
 
 def _largest_micro_batch(config: ml_collections.ConfigDict, num_devices: int) -> int | None:

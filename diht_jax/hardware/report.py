@@ -8,6 +8,7 @@ older and weaker bound, the largest of all products, all memory traffic and all 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from diht_jax.hardware.chips import LATENCY_SECS
 from diht_jax.hardware.flops import FlopCount
@@ -188,14 +189,33 @@ def describe_step(report: StepReport) -> str:
     return "\n".join(lines)
 
 
-def describe_try(report: StepReport) -> str:
-    """Formats an attempt to make a step fit as one line."""
+def describe_try(report: StepReport, changes: dict[str, Any] | None = None) -> str:
+    """Formats an attempt at other settings as one line."""
     outcome = "fits" if report.fits else "too large"
-    return (
-        f"  config.data.batch_size={report.batch_size} config.model.remat={report.remat} "
-        f"config.micro_batch={report.micro_batch}: {_gib(report.needed_bytes)}, "
-        f"{report.flops.matmul_flops / 1e12:.2f} TFLOP: {outcome}"
+    settings = describe_changes(changes or {}) or (
+        f"config.data.batch_size={report.batch_size} config.model.remat={report.remat} "
+        f"config.micro_batch={report.micro_batch}"
     )
+    least = f", {_ms(estimate.scheduled_secs)}" if (estimate := report.roofline) else ""
+    return (
+        f"  {settings}: {_gib(report.needed_bytes)}, "
+        f"{report.flops.matmul_flops / 1e12:.2f} TFLOP{least}: {outcome}"
+    )
+
+
+def describe_changes(changes: dict[str, Any]) -> str:
+    """Formats settings as flags."""
+    return " ".join(f"--config.{name}={value}" for name, value in changes.items())
+
+
+def describe_proposal(before: StepReport, best: StepReport, changes: dict[str, Any]) -> str:
+    """Formats the fastest settings that fit as flags, with what they change."""
+    if not changes:
+        return "none of them is faster and fits"
+    gained = ""
+    if (old := before.roofline) and (new := best.roofline):
+        gained = f" ({_ms(new.scheduled_secs)} instead of {_ms(old.scheduled_secs)})"
+    return f"the fastest settings that fit: {describe_changes(changes)}{gained}"
 
 
 def describe_batch(found: StepReport | None, micro_batch_before: int | None) -> str:

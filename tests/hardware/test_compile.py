@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -12,7 +13,13 @@ import numpy as np
 import pytest
 
 from diht_jax import compile as compile_command
-from diht_jax.compile import batch_that_fits, compile_step, for_fewer_devices, settings_that_fit
+from diht_jax.compile import (
+    batch_that_fits,
+    compile_step,
+    fastest_settings,
+    for_fewer_devices,
+    settings_that_fit,
+)
 from diht_jax.config import load_recipe
 from diht_jax.hardware.chips import find_chip
 from diht_jax.hardware.flops import FlopCount
@@ -126,6 +133,56 @@ def test_search_takes_the_cheapest_settings(monkeypatch, capsys):
     assert last.endswith(": fits") and all(line.endswith(": too large") for line in before)
     flops = [float(line.partition(" TFLOP")[0].split()[-1]) for line in (*before, last)]
     assert flops == sorted(flops)
+
+
+def test_proposal_is_the_fastest_that_fits(monkeypatch, capsys, local):
+    """Against an exhaustive search, with bounds and sizes that are functions of the settings.
+
+    Unrolled layers alone do not fit, nor do they with the policy of the config.
+    """
+    config, whole = local
+    config = config.copy_and_resolve_references()
+    config.mesh.fsdp = 4
+
+    def seconds(remat, scans, micro_batch, fsdp):
+        again = {"none": 0, "dots": 1, "minimal": 2, "full": 5}[remat]
+        return 10 + again + 3 * scans + 4 * (micro_batch is not None) + fsdp / 4
+
+    def gibibytes(remat, scans, micro_batch, fsdp):
+        kept = {"none": 9, "dots": 6, "minimal": 4, "full": 2}[remat]
+        return kept - scans - 2 * (micro_batch is not None) + 8 / fsdp
+
+    def pretended(candidate, topology):
+        settings = (
+            candidate.model.remat,
+            candidate.model.scan_layers,
+            candidate.micro_batch,
+            candidate.mesh.fsdp,
+        )
+        work = (Work("element-wise", memory_bytes=int(seconds(*settings) * 10**9)),)
+        chip = dataclasses.replace(find_chip("v5e"), hbm_bytes_per_sec=1e9)
+        return dataclasses.replace(
+            whole,
+            topology=dataclasses.replace(topology, chip=chip),
+            flops=FlopCount(1, 1),
+            traffic=Traffic(0, (), 0, work=work),
+            fits=gibibytes(*settings) <= 8,
+        )
+
+    monkeypatch.setattr(compile_command, "compile_step", pretended)
+    topology = get_topology("local")
+    best, changes = fastest_settings(config, topology, pretended(config, topology))
+    possible = [
+        seconds(*settings)
+        for settings in itertools.product(
+            ("none", "dots", "minimal", "full"), (False, True), (None, 2048), (2, 4, 8)
+        )
+        if gibibytes(*settings) <= 8
+    ]
+    assert best.roofline.scheduled_secs == min(possible)
+    config.update_from_flattened_dict(changes)
+    assert pretended(config, topology).roofline == best.roofline
+    assert len(capsys.readouterr().out.splitlines()) == 7 + 1 + 2
 
 
 def test_first_suggestion_is_the_largest_halving_of_the_batch_that_fits(local):
