@@ -122,9 +122,10 @@ def optional_keys(config, prefix=""):
 @pytest.mark.parametrize("defaults", [default_config, filter_config, label_config])
 def test_none_unsets_every_optional_key(defaults, parse, tmp_path):
     optional = optional_keys(defaults())
-    assert len(optional) > 4 and set(optional.values()) <= {int, float, str}
+    assert len(optional) > 4 and set(optional.values()) <= {bool, int, float, str, tuple}
     recipe = tmp_path / "recipe.py"
-    lines = [f"    config.{key} = {kind(1)!r}" for key, kind in optional.items()]
+    values = {key: (1,) if kind is tuple else kind(1) for key, kind in optional.items()}
+    lines = [f"    config.{key} = {value!r}" for key, value in values.items()]
     recipe.write_text(
         f"from {defaults.__module__} import default_config\n\n"
         "def get_config():\n"
