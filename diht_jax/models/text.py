@@ -79,6 +79,7 @@ class TextTransformer(nnx.Module):
                 causal=arch.causal_text,
                 activation=arch.text_activation or arch.activation,
                 epsilon=arch.layer_norm_epsilon,
+                fast_variance=execution.fast_variance,
                 attention=execution.attention_kernel(
                     dtype,
                     width // arch.text_heads,

@@ -6,14 +6,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
 from diht_jax.models import Architecture
+from diht_jax.models.attention import Target
 from diht_jax.models.parameters import (
     merge_model,
     model_definition,
 )
 from diht_jax.models.remat import POLICIES
-from diht_jax.models.transformer import Execution
+from diht_jax.models.transformer import Execution, layer_norm
 
 ARCH = Architecture(
     image_size=32,
@@ -64,3 +67,24 @@ def test_remat_policies_keep_gradients_and_are_ordered_by_memory():
         )
     assert memory["full"] < memory["minimal"] < memory["dots"] < memory["none"]
     assert memory["none"] > 1.5 * memory["full"]
+
+
+@pytest.mark.parametrize("ratio, tolerance", [(1, 2e-6), (10, 1e-4)])
+def test_layer_norm_in_one_pass_is_the_formulas(ratio, tolerance):
+    """`ratio` of the mean to the deviation, which is where one pass loses digits."""
+    x = np.random.default_rng(0).standard_normal((64, 768)).astype(np.float32) + np.float32(ratio)
+    wide = x.astype(np.float64)
+    deviation = np.sqrt(wide.var(axis=1, keepdims=True) + 1e-5)
+    expected = (wide - wide.mean(axis=1, keepdims=True)) / deviation
+    settings = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    found = layer_norm(768, 1e-5, fast_variance=True, **settings)(x)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+def test_a_tpu_computes_layer_norms_in_one_pass_and_a_cpu_in_two():
+    for platform, expected in (("tpu", True), ("cpu", False), ("cuda", False)):
+        execution = Execution(target=Target(platform, platform), attention="xla")
+        definition = dataclasses.replace(DEFINITION, execution=execution)
+        model = merge_model(definition, jax.eval_shape(INIT, jax.random.key(0)))
+        norms = [model.vision.blocks[0].mlp_norm, model.text.blocks[0].attention_norm]
+        assert [norm.use_fast_variance for norm in norms] == [expected] * 2
