@@ -131,7 +131,7 @@ def measure_step(setting: Setting, recipe: str, micro_batches: int = 1) -> dict[
         "peak_bytes": max(peaks, default=None),
         "compiled_need_bytes": report.needed_bytes,
         "bound": roofline and dataclasses.asdict(roofline),
-        "ratio_to_bound": median / roofline.step_secs if roofline else None,
+        "ratio_to_bound": median / roofline.scheduled_secs if roofline else None,
         "profile": profile,
     }
 

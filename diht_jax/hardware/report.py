@@ -13,6 +13,7 @@ from typing import Any
 from diht_jax.hardware.chips import LATENCY_SECS
 from diht_jax.hardware.flops import FlopCount
 from diht_jax.hardware.hlo_traffic import Collective, Traffic
+from diht_jax.hardware.input_cores import describe_input
 from diht_jax.hardware.schedule import Rates, scheduled_secs
 from diht_jax.hardware.topologies import Topology
 
@@ -184,7 +185,11 @@ def describe_step(report: StepReport) -> str:
     ]
     if report.traffic is not None:
         lines += _traffic_lines(report)
-        lines += ["", *_roofline_lines(report, report.roofline)]
+        roofline = report.roofline
+        lines += ["", *_roofline_lines(report, roofline)]
+        if roofline is not None:
+            rate = report.batch_size / roofline.scheduled_secs
+            lines += ["", *describe_input(report.topology, rate)]
     lines += ["", _verdict(report)]
     return "\n".join(lines)
 
