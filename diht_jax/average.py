@@ -133,7 +133,7 @@ def average_models(
     """
     from diht_jax.evaluation.results import write_results
     from diht_jax.extras import soups
-    from diht_jax.weights.export import check_target, write_model
+    from diht_jax.weights.export import check_target, lost_scalars, write_model
     from diht_jax.weights.model_card import Origin, model_card
 
     output = pathlib.Path(output)
@@ -167,6 +167,13 @@ def average_models(
     if tasks:
         found["metrics"] = pool.measure(model)
     loss_scalars = pool.mean_loss_scalars(members)
+    lost = {name: loss_scalars[name] for name in lost_scalars(format, model.arch, loss_scalars)}
+    for name, value in lost.items():
+        logging.warning(
+            "%s=%.6g, the mean of what the losses have learnt, is in the card alone, since format "
+            "'%s' has no place for it",
+            *(name, value, format),
+        )
     record = {
         "method": method,
         "members": [{"model": name, "weight": weight} for name, weight in members],
@@ -186,6 +193,7 @@ def average_models(
         dtype=dtype,
         has_tokenizer=pool.sources[model.name].has_tokenizer,
         own_tokenizer=pool.sources[model.name].tokenizer,
+        loss_scalars=loss_scalars,
         card=model_card(
             format,
             arch=model.arch,
@@ -193,7 +201,7 @@ def average_models(
             origin=Origin(output.name, None, False, None, tuple(members)),
             config=None,
             results=[("diht_jax.average", found["metrics"])] if tasks else [],
-            loss_scalars=loss_scalars,
+            loss_scalars=lost,
             license=license,
         ),
     )
@@ -307,12 +315,6 @@ class _Models:
                 logging.warning("%s: left out, since not all models have learnt it", name)
                 continue
             means[name] = math.fsum(map(operator.mul, weights, values)) / math.fsum(weights)
-            logging.warning(
-                "%s=%.6g, the mean of what the losses have learnt, is in the card alone, since no "
-                "format has it",
-                name,
-                means[name],
-            )
         return means
 
     def measure(self, model: Ingredient) -> dict[str, float]:

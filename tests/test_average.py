@@ -175,6 +175,24 @@ def test_the_scale_and_the_bias_of_sigmoid_runs_are_averaged_too(tmp_path):
     assert "loss_scalars" not in run(other, "uniform", tmp_path / "mixed")
 
 
+def test_the_mean_of_two_siglips_has_the_mean_of_their_biases(tmp_path):
+    parts = {"class_token": False, "vision_pool_heads": 2, "vision_projection": "none"}
+    parts |= {"text_projection": "bias", "causal_text": False, "text_pool": "last"}
+    config = make.tiny_config(loss__kind="sigmoid")
+    config.model.overrides.update(embed_dim=32, **parts)
+    for seed, bias in enumerate((-8.0, -4.0)):
+        (tmp_path / f"{seed}").mkdir()
+        make.write_run(tmp_path / f"{seed}", config, seed=seed, logit_bias=bias)
+    names = [str(tmp_path / name) for name in ("0", "1")]
+    run(names, "uniform", tmp_path / "out", format="huggingface")
+    found = read_model(tmp_path / "out")
+    assert found.loss_scalars == {"logit_bias": -6.0}
+    probes = [read_model(name).params["vision"]["pool"]["probe"] for name in names]
+    np.testing.assert_allclose(
+        found.params["vision"]["pool"]["probe"], np.mean(probes, 0), rtol=1e-6, atol=1e-8
+    )
+
+
 @pytest.mark.parametrize(
     ("models", "method", "options", "message"),
     [
