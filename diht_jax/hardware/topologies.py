@@ -18,7 +18,7 @@ from jax.experimental import topologies
 
 from diht_jax.config.checks import nearest_name
 from diht_jax.hardware.chips import Chip, find_chip
-from diht_jax.hardware.compiler import compiler_options
+from diht_jax.hardware.compiler import compiler_options, has_tpu
 from diht_jax.hardware.kernel_cycles import request_dump
 
 LOCAL = "local"
@@ -125,6 +125,8 @@ def get_topology(name: str) -> Topology:
             (says what to install).
     """
     if name == LOCAL:
+        if has_tpu():
+            request_dump()
         devices = tuple(jax.devices())
         chip = find_chip(devices[0].device_kind)
         options = compiler_options(devices[0].platform)

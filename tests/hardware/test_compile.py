@@ -86,7 +86,6 @@ def test_debug_recipe_compiles_for_a_slice():
     assert kinds["reduce-scatter"].payload_bytes > embedding
     estimate = report.roofline
     assert 0 < estimate.scheduled_mfu <= estimate.mfu < 1
-    # The attention kernels are Mosaic's in bfloat16 alone; the compiler says how long each takes.
     assert report.traffic.unknown_kernels == 0
 
 

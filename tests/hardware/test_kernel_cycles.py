@@ -1,8 +1,15 @@
 """Bundles of kernels, counted by hand in texts of the TPU compiler's form."""
 
-import pytest
+import importlib.util
 
-from diht_jax.hardware.kernel_cycles import count_cycles, read_cycles
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from diht_jax.hardware.hlo_traffic import tpu_kernels
+from diht_jax.hardware.kernel_cycles import count_cycles, read_cycles, read_kernels
+from diht_jax.hardware.topologies import get_topology
 
 # Three bundles; a pipelined loop of seven windows, hence nine trips, of five bundles and an inner
 # loop of four trips with three bundles, the last one after its branch; one bundle.
@@ -52,3 +59,34 @@ def test_equal_kernels_are_compiled_once(tmp_path):
     expected = count_cycles(KERNEL)
     found = read_cycles(tmp_path, ["attention.3", "attention.5", "attention.7"])
     assert found == {"attention.3": expected, "attention.5": expected}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is absent: pip install 'jax[tpu]'",
+)
+def test_cycles_of_a_compiled_kernel_grow_with_its_loops():
+    device = get_topology("v5e:1x1").devices[0]
+
+    def cycles(steps, trips):
+        def kernel(source, target):
+            def square(i, carry):
+                target[i] = source[i] * source[i]
+                return carry
+
+            jax.lax.fori_loop(0, trips, square, 0)
+
+        block = pl.BlockSpec((trips, 8, 128), lambda i: (i, 0, 0))
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        shape = jax.ShapeDtypeStruct((steps * trips, 8, 128), jnp.float32, sharding=sharding)
+        run = pl.pallas_call(kernel, shape, grid=(steps,), in_specs=[block], out_specs=block)
+        text = jax.jit(run).lower(shape).compile().as_text()
+        (found,) = read_kernels(tpu_kernels(text)).values()
+        return found
+
+    few, many, long = cycles(20, 100), cycles(40, 100), cycles(20, 200)
+    # Of 100 trips more, each of 20 steps: the trips alone.
+    inner = (long - few) / 20 / 100
+    assert 2 <= inner < 20 and inner == int(inner)
+    assert many - few > 20 * 100 * inner
+    assert many - few < 20 * (100 * inner + 100)

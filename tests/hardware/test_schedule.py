@@ -1,8 +1,11 @@
 """The least time of a program in order: against sums made by hand."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from diht_jax.hardware.hlo_traffic import Collective, Work, count_traffic, tpu_kernels
+from diht_jax.hardware.flops import count_flops
+from diht_jax.hardware.hlo_traffic import Collective, Work, count_traffic, flatten, tpu_kernels
 from diht_jax.hardware.schedule import Rates, scheduled_secs
 
 # One byte, one cycle and one float32 FLOP a second, ten FLOPs of others; a collective takes as long
@@ -133,3 +136,20 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting
     assert (attention.kind, attention.flops) == ("kernels", 2 * 2 * (2 * 3 * 5 * 5) * 4)
     assert (full.flops, full.float32_flops) == (0, 2 * 6 * 6 * 4)
     assert (plain.flops, plain.float32_flops) == (2 * 6 * 6 * 4, 0)
+
+
+def test_products_of_a_compiled_program_are_those_of_its_jaxpr():
+    def layers(x, weights):
+        y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)
+        return jnp.dot(y, y.T, precision=jax.lax.Precision.HIGHEST).sum()
+
+    gradients = jax.grad(layers, argnums=(0, 1))
+    shapes = (64, 32), (5, 32, 32)
+    x, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    work = count_traffic(jax.jit(gradients).lower(x, weights).compile().as_text()).work
+    full = sum(times * item.float32_flops for times, item in flatten(work))
+    rest = sum(times * item.flops for times, item in flatten(work))
+    # The logits and the products of their gradients with both sides, of 64 x 64 x 32 each, and for
+    # each layer a product forward and two backward; those of the logits' value are not needed.
+    assert full + rest == count_flops(gradients, x, weights).matmul_flops
+    assert rest == 5 * 3 * 2 * 64 * 32 * 32
