@@ -109,8 +109,7 @@ def run_filter(
     if engine == "ray" and config.spotter.cache is not None:
         # The same folder on all nodes, also where a worker runs in another one.
         config.spotter.cache = os.path.abspath(config.spotter.cache)
-    if config.clip.quantile is not None:
-        replay.set_quantile_limit(config)
+    replay.set_quantile_limit(config)
     return filter_job.run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
 
 

@@ -23,7 +23,7 @@ from data_prep.decisions import table
 from data_prep.decisions.funnel import Funnel
 from data_prep.decisions.table import KEPT, SOURCE, find_decisions, make_schema, read_decisions
 from data_prep.filtering import config as filter_config
-from data_prep.steps import clip, models, registry
+from data_prep.steps import clip, heads, models, registry
 from data_prep.steps.base import Columns
 from diht_jax.storage import files
 from diht_jax.terminal import print_escaped
@@ -228,29 +228,71 @@ def score_quantiles(paths: Sequence[str], name: str, shares: Sequence[float]) ->
 
 
 def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
-    """Makes of `config.clip.quantile` the limit `config.clip.min_score`, in place; else nothing.
+    """Makes limits of the quantiles of steps, in place.
+
+    Of `config.clip.quantile` comes `config.clip.min_score`; of that of a linear head its `limit`.
 
     Args:
-        config: its `clip.scores` is a finished folder whose decisions have the score.
+        config: `scores` of such a step is a finished folder whose decisions have the score.
 
     Raises:
         ValueError: the folder is not finished, or has no scores, or those of another model.
     """
-    c = config.clip
-    if c.quantile is None:
-        return
-    paths, stats = find_decisions(c.scores, "config.clip.scores")
+    if config.clip.quantile is not None:
+        (score,), stats = _limit_from_scores(config, "clip", clip.SCORE, config.clip.quantile)
+        _check_model(config, stats["config"]["clip"]["model"])
+        config.clip.min_score = score
+    for step in registry.ordered_steps():
+        if not issubclass(step, heads.HeadStep):
+            continue
+        c = config[step.name]
+        if c.quantile is None:
+            continue
+        share = 1 - c.quantile if step.drops_high else c.quantile
+        (score,), _ = _limit_from_scores(config, step.name, step.score_name(), share)
+        _check_head(step, config)
+        c.limit = score
+
+
+def _limit_from_scores(
+    config: ml_collections.ConfigDict, section: str, name: str, share: float
+) -> tuple[list[float], dict[str, Any]]:
+    """The quantile of the scores in the folder that a section names, and its statistics."""
+    folder, key = config[section].scores, f"config.{section}.scores"
+    paths, stats = find_decisions(folder, key)
     try:
-        found = score_quantiles(paths, clip.SCORE, [c.quantile])
+        found = score_quantiles(paths, name, [share])
     except KeyError:
         found = None  # the step was not active
     if found is None:
+        model = "model" if section == "clip" else "head"
         raise ValueError(
-            f"config.clip.scores='{c.scores}': no pair has a score; filter into that folder with "
-            "config.clip.model first"
+            f"{key}='{folder}': no pair has a score; filter into that folder with "
+            f"config.{section}.{model} first"
         )
-    _check_model(config, stats["config"]["clip"]["model"])
-    c.min_score = found[0]
+    return found, stats
+
+
+def _check_head(step: type[heads.HeadStep], config: ml_collections.ConfigDict) -> None:
+    """Refuses the scores of another head, or of other embeddings."""
+    c = config[step.name]
+    settings = _recorded_settings(c.scores)
+    now = step.describe_rules(config)
+    for name in (f"{step.name}_head", f"{step.name}_embeddings"):
+        before = next((known[name] for known in settings if name in known), None)
+        if before != now[name]:
+            raise ValueError(
+                f"config.{step.name}.scores='{c.scores}' has scores of another "
+                f"{name.rpartition('_')[2]} than config.{step.name} names; filter into a folder "
+                "with these first, and name that folder"
+            )
+
+
+def _recorded_settings(folder: str) -> list[dict[str, Any]]:
+    return [
+        files.read_object(files.join(folder, *below, filter_config.SETTINGS)) or {}
+        for below in (("parts",), ())
+    ]
 
 
 def _check_model(config: ml_collections.ConfigDict, scored_by: str) -> None:
@@ -259,10 +301,7 @@ def _check_model(config: ml_collections.ConfigDict, scored_by: str) -> None:
     A model is known by its files; where they are not here, or were not recorded, by its name.
     """
     c = config.clip
-    settings = [
-        files.read_object(files.join(c.scores, *below, filter_config.SETTINGS)) or {}
-        for below in (("parts",), ())
-    ]
+    settings = _recorded_settings(c.scores)
     before = next((known["clip_model"] for known in settings if "clip_model" in known), None)
     now = None
     with contextlib.suppress(ValueError):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import ml_collections
 
-from data_prep.steps import captions, clip, decontaminate, duplicates, image, predicates, text
+from data_prep.steps import (
+    captions,
+    clip,
+    decontaminate,
+    duplicates,
+    heads,
+    image,
+    predicates,
+    text,
+)
 from data_prep.steps.base import Step
 
 STEPS: dict[str, type[Step]] = {
@@ -14,6 +23,8 @@ STEPS: dict[str, type[Step]] = {
     "image": image.ImageStep,
     "decontaminate": decontaminate.DecontaminateStep,
     "clip": clip.ClipStep,
+    "aesthetic": heads.AestheticStep,
+    "unsafe": heads.UnsafeStep,
     "text": text.TextStep,
 }
 
