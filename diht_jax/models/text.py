@@ -79,7 +79,7 @@ class TextTransformer(nnx.Module):
                 causal=arch.causal_text,
                 activation=arch.text_activation or arch.activation,
                 epsilon=arch.layer_norm_epsilon,
-                fast_variance=execution.fast_variance,
+                for_tpu=execution.for_tpu,
                 attention=execution.attention_kernel(
                     dtype,
                     width // arch.text_heads,

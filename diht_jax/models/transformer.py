@@ -56,8 +56,8 @@ class Execution:
     packing_fallback: bool = True
 
     @property
-    def fast_variance(self) -> bool:
-        """LayerNorm in one pass over its input, for TPUs: see `layer_norm`."""
+    def for_tpu(self) -> bool:
+        """Whether blocks compute as is best on TPUs; see `Block`."""
         return self.target is not None and self.target.platform == "tpu"
 
     def __post_init__(self):
@@ -268,7 +268,10 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    For a TPU, LayerNorm takes one pass, and gradients of biases are summed in float32.
+    """
 
     def __init__(
         self,
@@ -281,18 +284,21 @@ class Block(nnx.Module):
         activation: str,
         epsilon: float,
         attention: str = "xla",
-        fast_variance: bool = False,
+        for_tpu: bool = False,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.attention_norm = layer_norm(width, epsilon, fast_variance=fast_variance, **dtypes)
+        self.attention_norm = layer_norm(width, epsilon, fast_variance=for_tpu, **dtypes)
         self.attention = Attention(
             width, heads, init, causal=causal, implementation=attention, **dtypes
         )
-        self.mlp_norm = layer_norm(width, epsilon, fast_variance=fast_variance, **dtypes)
+        self.mlp_norm = layer_norm(width, epsilon, fast_variance=for_tpu, **dtypes)
         self.mlp = Mlp(width, mlp_width, init, activation=activation, **dtypes)
+        linear = (self.attention.in_proj, self.attention.out_proj, self.mlp.fc_in, self.mlp.fc_out)
+        for layer in linear if for_tpu else ():
+            layer.float32_bias_gradient = True
 
     def __call__(
         self,

@@ -79,7 +79,7 @@ class VisionTransformer(nnx.Module):
                 causal=False,
                 activation=arch.activation,
                 epsilon=epsilon,
-                fast_variance=execution.fast_variance,
+                for_tpu=execution.for_tpu,
                 attention=execution.attention_kernel(
                     dtype,
                     width // arch.vision_heads,

@@ -11,6 +11,7 @@ from flax import nnx
 
 from diht_jax.models import Architecture
 from diht_jax.models.attention import Target
+from diht_jax.models.layers import Linear
 from diht_jax.models.parameters import (
     merge_model,
     model_definition,
@@ -81,10 +82,14 @@ def test_layer_norm_in_one_pass_is_the_formulas(ratio, tolerance):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
-def test_a_tpu_computes_layer_norms_in_one_pass_and_a_cpu_in_two():
+def test_only_a_tpu_computes_layer_norms_in_one_pass_and_sums_biases_in_float32():
     for platform, expected in (("tpu", True), ("cpu", False), ("cuda", False)):
         execution = Execution(target=Target(platform, platform), attention="xla")
         definition = dataclasses.replace(DEFINITION, execution=execution)
         model = merge_model(definition, jax.eval_shape(INIT, jax.random.key(0)))
-        norms = [model.vision.blocks[0].mlp_norm, model.text.blocks[0].attention_norm]
-        assert [norm.use_fast_variance for norm in norms] == [expected] * 2
+        for block in (*model.vision.blocks, *model.text.blocks):
+            for norm in (block.attention_norm, block.mlp_norm):
+                assert norm.use_fast_variance == expected
+            for part in (block.attention, block.mlp):
+                layers = [x for x in vars(part).values() if isinstance(x, Linear)]
+                assert [x.float32_bias_gradient for x in layers] == [expected] * 2
