@@ -129,25 +129,35 @@ def _shape(type_text: str) -> list[int]:
 def product_flops(instruction: Instruction, computation: dict[str, Instruction]) -> tuple[int, int]:
     """FLOPs of one matrix product: (all others, those of float32 numbers in full precision).
 
-    Of `dot`, and of what XLA calls cuBLAS and cuDNN's attention for. A TPU's products are
-    convolutions, whose cost its compiler estimates.
+    Of `dot`, and of what XLA calls cuBLAS, cuDNN's convolutions and its attention for. A TPU's
+    products are convolutions, whose cost its compiler estimates.
     """
     text = instruction.text
-    if instruction.opcode != "dot" and "__cublas$" not in text and "__cudnn$fmha" not in text:
+    library = re.search(r"__cublas\$|__cudnn\$(?:conv|fmha)", text)
+    if instruction.opcode != "dot" and not library:
         return 0, 0
-    operands = [computation[name] for name in instruction.operands if name in computation]
-    if "__cudnn$fmha" in text:
-        shape = re.search(r'"intermediate_tensor_shape":\{.*?"dimensions":\[([\d,"]+)\]', text)
-        logits = math.prod(map(int, re.findall(r"\d+", shape.group(1)))) if shape else 0
+    operands = [_shape(computation[name].type_text) for name in instruction.operands[:2]]
+    if library and library.group().endswith("fmha"):
         num_products = 5 if "Backward" in text else 2
-        return num_products * 2 * logits * _shape(operands[0].type_text)[-1], 0
-    sizes = _shape(operands[0].type_text)
-    contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]+)', text).group(1)
-    depth = math.prod(sizes[int(axis)] for axis in re.findall(r"\d+", contracted))
-    flops = 2 * math.prod(_shape(instruction.type_text)) * depth
-    in_full = re.search(r'operand_precision(?:=\{|":\[")highest', text, re.IGNORECASE)
-    is_float32 = operands[0].type_text.startswith("f32")
+        logits = _json_integers("dimensions", text[text.index('"intermediate_tensor_shape"') :])
+        return num_products * 2 * math.prod(logits) * operands[0][-1], 0
+    results = math.prod(_shape(instruction.type_text))
+    if library and library.group().endswith("conv"):
+        kernel = re.search(r"dim_labels=\w+?_(\w+)->", text).group(1)
+        return 2 * results * math.prod(operands[1]) // operands[1][kernel.index("o")], 0
+    listed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", text)
+    contracted = listed and _integers(listed.group(1))
+    contracted = contracted or _json_integers("lhs_contracting_dimensions", text)
+    flops = 2 * results * math.prod(operands[0][axis] for axis in contracted)
+    in_full = re.search(r'operand_precision(?:=\{|":\s*\[")highest', text, re.IGNORECASE)
+    is_float32 = computation[instruction.operands[0]].type_text.startswith("f32")
     return (0, flops) if in_full and is_float32 else (flops, 0)
+
+
+def _json_integers(key: str, text: str) -> list[int]:
+    """The first list of this name in the text of a JSON object, of numbers in quotes."""
+    found = re.search(rf'"{key}":\s*\[([^\]]*)\]', text)
+    return [int(number) for number in re.findall(r"\d+", found.group(1))] if found else []
 
 
 def read_groups(text: str, num_devices: int) -> np.ndarray:

@@ -125,15 +125,20 @@ ENTRY %main (q: bf16[2,5,3,4], x: f32[6,4]) -> f32[6,6] {
   %x = f32[6,4]{1,0} parameter(1)
   %a = (bf16[2,5,3,4]{3,2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), \
 custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":\
-{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","3","5","5"]}}}
+{"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "3", "5", "5"]}}}
+  %i = bf16[2,8,8,3]{3,2,1,0} parameter(2)
+  %k = bf16[4,8,8,3]{3,2,1,0} parameter(3)
+  %c = (bf16[2,1,1,4]{3,2,1,0}, u8[0]{0}) custom-call(%i, %k), window={size=8x8 stride=8x8}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
   %g = (f32[6,6]{1,0}, s8[9]{0}) custom-call(%x, %x), custom_call_target="__cublas$gemm", \
 backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]\
 },"precision_config":{"operand_precision":["HIGHEST","HIGHEST"]}}}
   ROOT %d = f32[6,6]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
 }
 """
-    attention, full, plain = count_traffic(text).work
+    attention, convolution, full, plain = count_traffic(text).work
     assert (attention.kind, attention.flops) == ("kernels", 2 * 2 * (2 * 3 * 5 * 5) * 4)
+    assert convolution.flops == 2 * (2 * 4) * (8 * 8 * 3)
     assert (full.flops, full.float32_flops) == (0, 2 * 6 * 6 * 4)
     assert (plain.flops, plain.float32_flops) == (2 * 6 * 6 * 4, 0)
 
