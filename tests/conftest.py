@@ -52,6 +52,7 @@ LONGEST_FILES = (
     "training/test_stopping.py",
     "training/test_processes.py",
     "training/test_loop.py",
+    "first_hour/test_small_form.py",
     "contributing/test_walks.py",
     "training/test_objective.py",
     "training/test_recipes.py",

@@ -63,7 +63,7 @@ def measure_text_spotting(setting: Setting) -> dict[str, Any]:
     from data_prep.text_spotting.spotter import Settings, TextSpotter
 
     device = "cuda" if setting.device == "gpu" else "cpu"
-    count = 8 if setting.small else 64 if device == "cpu" else 512
+    count = 4 if setting.small else 64 if device == "cpu" else 512
     pictures = make_test_set(count, seed=3)
     spotter = TextSpotter(Settings(ocr=OcrSettings(device=device)))
     data = [picture.image for picture in pictures]

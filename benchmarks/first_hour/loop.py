@@ -107,6 +107,7 @@ def _train(
         # One device: eight on two cores wait for one another. The last one of equal flags counts.
         flag = "--xla_force_host_platform_device_count=1"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     if setting.device == "gpu":
         # The choice of kernels is shared, since other kernels round in another way.
         chosen = folder.parent / "autotuned"
