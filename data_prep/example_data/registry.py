@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from data_prep.example_data.cifar10 import ARCHIVE, make_cifar10
+from data_prep.example_data.clipart import DRAWINGS, TITLES, make_clipart
 from data_prep.example_data.emoji import (
     ARTISTS,
     OPENMOJI_FONT,
@@ -65,6 +66,14 @@ EXAMPLES = {
         ("pictures/captions.csv",),
         "Tux Paint's stamps (GPL-2 or later, Bill Kendrick and contributors)",
         make_pictures,
+    ),
+    "clipart": Example(
+        (DRAWINGS, TITLES),
+        6_824,
+        "drawings up to 256 px, with the titles, often wrong, of their artists",
+        ("clipart.tar",),
+        "public domain (Open Clip Art Library)",
+        make_clipart,
     ),
     "photos": Example(
         (SCIKIT_IMAGE, SCIKIT_LEARN),

@@ -5,13 +5,14 @@ import io
 import json
 import os
 import pathlib
+import re
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.example_data import cifar10, emoji, photos, pictures
+from data_prep.example_data import cifar10, clipart, emoji, photos, pictures
 from data_prep.example_data.registry import EXAMPLES
 from diht_jax.weights.releases import CACHE_VARIABLE
 from tests import make
@@ -198,6 +199,34 @@ def test_a_package_without_its_files_is_named(name, tmp_path):
     for path in paths:
         kind = {".whl": small.whl, ".deb": small.deb}.get(path.suffix, small.tgz)
         path.write_bytes(kind({"README": b"nothing else"}))
-    with pytest.raises(ValueError, match=paths[0].name):
+    with pytest.raises(ValueError, match=re.escape(paths[0].name)):
         EXAMPLES[name].make(paths, tmp_path / "data")
     assert not list(tmp_path.glob("data/*"))
+
+
+SVG = """<?xml version="1.0"?>
+<!DOCTYPE svg [<!ENTITY name "Bored &amp; tired dog">]>
+<svg xmlns="http://www.w3.org/2000/svg"><title>of the editor</title><metadata>
+<rdf:RDF xmlns:cc="http://web.resource.org/cc/" xmlns:dc="http://purl.org/dc/elements/1.1/"
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><cc:Work>
+<dc:title>&name;</dc:title><dc:description></dc:description>
+<dc:subject><rdf:Bag><rdf:li>dog</rdf:li><rdf:li></rdf:li><rdf:li>animal</rdf:li></rdf:Bag></dc:subject>
+<dc:creator><cc:Agent><dc:title>Ann Artist</dc:title></cc:Agent></dc:creator>
+</cc:Work></rdf:RDF></metadata></svg>"""
+
+
+def test_clipart_has_the_titles_of_its_drawings_and_is_not_larger_than_it_should_be(tmp_path):
+    drawings = {"dogs/a.b": make.png(0, (600, 300)), "small": make.png(1, (40, 30))}
+    drawings |= {"untitled": make.png(2), "odd": make.png(3), "empty": b""}
+    texts = dict.fromkeys(drawings, SVG.encode()) | {"untitled": b"<svg/>", "odd": b"<svg"}
+    folder = "usr/share/openclipart"
+    packages = [tmp_path / "png.deb", tmp_path / "svg.deb"]
+    for path, kind, files in zip(packages, ("png", "svg"), (drawings, texts), strict=True):
+        members = {f"{folder}/{kind}/{name}.{kind}": data for name, data in files.items()}
+        path.write_bytes(small.deb(members))
+    assert clipart.make_clipart(packages, tmp_path) == {tmp_path / "clipart.tar": 2}
+    read = read_tar(tmp_path / "clipart.tar")
+    assert read["dogs/a_b.txt"] == b"Bored & tired dog"
+    assert json.loads(read["small.json"])["keywords"] == ["dog", "animal"]
+    assert small.decode(read["dogs/a_b.png"]).shape == (128, 256, 4)
+    assert read["small.png"] == drawings["small"]
