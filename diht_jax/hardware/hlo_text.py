@@ -122,8 +122,8 @@ def main_memory_bytes(type_text: str) -> int:
 
 def _shape(type_text: str) -> list[int]:
     """Of the first array of a type."""
-    sizes = re.search(r"\[([\d,]*)\]", type_text).group(1)
-    return _integers(sizes) if sizes else []
+    sizes = re.search(r"\[([\d,]*)\]", type_text)
+    return _integers(sizes.group(1)) if sizes and sizes.group(1) else []
 
 
 def product_flops(instruction: Instruction, computation: dict[str, Instruction]) -> tuple[int, int]:
@@ -143,7 +143,7 @@ def product_flops(instruction: Instruction, computation: dict[str, Instruction])
         return num_products * 2 * math.prod(logits) * operands[0][-1], 0
     results = math.prod(_shape(instruction.type_text))
     if library and library.group().endswith("conv"):
-        kernel = re.search(r"dim_labels=\w+?_(\w+)->", text).group(1)
+        (kernel,) = re.findall(r"dim_labels=\w+?_(\w+)->", text)[:1]
         return 2 * results * math.prod(operands[1]) // operands[1][kernel.index("o")], 0
     listed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", text)
     contracted = listed and _integers(listed.group(1))

@@ -124,6 +124,8 @@ class StepReport:
 
 def collective_secs(topology: Topology, collective: Collective) -> tuple[float, float]:
     """Seconds that it takes to send all that a collective sends, and one latency of it."""
+    if topology.chip is None:
+        raise ValueError(f"{topology.name}: the rates of its chips are not known")
     link = topology.chip.link(between_hosts=crosses_hosts(topology, collective))
     return collective.sent_bytes / link_bandwidth(topology, collective), LATENCY_SECS[link]
 
@@ -330,7 +332,7 @@ def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
         ),
         _row("step >= max of the three", f"{_ms(estimate.step_secs)} (MFU <= {estimate.mfu:.1%})"),
     ]
-    if unknown := report.traffic.unknown_kernels:
+    if unknown := traffic.unknown_kernels:
         lines.insert(2, f"  ({unknown} kernels of unknown length, by their memory traffic alone)")
     return lines
 

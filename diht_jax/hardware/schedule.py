@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from diht_jax.hardware.hlo_traffic import Collective, Work
 
@@ -46,7 +47,7 @@ class _Timeline:
 
     def __init__(self, rates: Rates):
         self._rates = rates
-        self.secs: collections.Counter[str] = collections.Counter()
+        self.secs: Any = collections.Counter()  # by kind; fractions, which its type does not know
         # Time in which memory, or the links, were free for what goes on besides.
         self.free = {"copies": 0.0, "collectives": 0.0}
         # What goes on, in order, with the seconds that it still needs.
