@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -181,12 +182,17 @@ def _gpu_examples(model: str) -> int:
     return 1 << (max(1, most).bit_length() - 1)
 
 
-def _profile(run: Any, setting: Setting, name: str) -> dict[str, Any]:
-    """Traces a call; keeps the files in the output folder, and names what took longest."""
+def _profile(run: Callable[[], Any], setting: Setting, name: str) -> dict[str, Any]:
+    """Traces a call; keeps the files in the output folder, and names what took longest.
+
+    A profiler that the driver does not let in costs no other number of the part.
+    """
     with tempfile.TemporaryDirectory(prefix="profile_") as folder:
-        jax.profiler.start_trace(folder, create_perfetto_trace=True)
-        run()
-        jax.profiler.stop_trace()
+        try:
+            with jax.profiler.trace(folder, create_perfetto_trace=True):
+                run()
+        except Exception as error:
+            return {"files": [], "longest": [], "error": f"{type(error).__name__}: {error}"}
         kept = []
         for suffix in ("perfetto_trace.json.gz", "xplane.pb"):
             for path in sorted(pathlib.Path(folder).rglob(f"*{suffix}")):
