@@ -210,7 +210,9 @@ class Attention(nnx.Module):
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        kernel = "xla" if self.implementation == "pallas" else self.implementation
+        kernel = self.implementation
+        if kernel == "pallas" and not in_shard_map():
+            kernel = "xla"
         if texts is None:
             out = attend(q, k, v, causal=self.causal, implementation=kernel)
         else:

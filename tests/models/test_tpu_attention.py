@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from diht_jax.hardware.topologies import get_topology
 from diht_jax.models import transformer
+from diht_jax.models.positions import rotary_positions
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle, vmem_mib
 from diht_jax.models.transformer import Block, BlockInit, build_blocks, run_blocks
 
@@ -216,6 +217,31 @@ def test_the_bias_of_all_devices_gets_its_gradient(check_vma):
     assert [aval.shape for aval in jax.tree.leaves(traced.out_info)] == [(2, 10, 48), (48,)]
     assert "psum" in str(traced.jaxpr)
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_turned_queries_and_keys_go_through_the_kernel():
+    rotary = rotary_positions(3, 5, 8, class_token=True)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    x = np.random.default_rng(0).standard_normal((2, 10, 16)).astype(np.float32)
+    results = {}
+    for attention in ("pallas", "xla"):
+        graphdef, params = tower(attention, scan_layers=False)
+
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P("data"),
+            check_vma=False,
+        )
+        def encode(params, x, graphdef=graphdef):
+            return run_blocks(nnx.merge(graphdef, params), x, rotary=rotary)
+
+        with pltpu.force_tpu_interpret_mode():
+            traced = jax.jit(encode).trace(params, x)
+            assert ("pallas_call" in str(traced.jaxpr)) == (attention == "pallas")
+            results[attention] = traced.lower().compile()(params, x)
+    np.testing.assert_allclose(results["pallas"], results["xla"], rtol=1e-5, atol=1e-5)
 
 
 def test_outside_of_shard_map_no_kernel_is_used():
