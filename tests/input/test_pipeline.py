@@ -118,6 +118,24 @@ def test_worker_processes_change_nothing(monkeypatch):
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
 
 
+def test_a_batch_that_is_joined_ahead_is_not_taken_yet(monkeypatch):
+    def batches(max_rows):
+        monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
+        return TrainIterator(textured(), DECODE, batch_size=4, seed=0, num_workers=0)
+
+    whole, joined = take(batches(256), 6), batches(1)
+    for number in (0, 1, 2):
+        np.testing.assert_array_equal(next(joined)["images"], whole[number]["images"])
+    state = joined.get_state()
+    assert state == {"next_example": 12}
+    joined.set_state({"next_example": 4})
+    np.testing.assert_array_equal(next(joined)["images"], whole[1]["images"])
+    joined.set_state(state)
+    for number in (3, 4, 5):
+        np.testing.assert_array_equal(next(joined)["images"], whole[number]["images"])
+    joined.close()
+
+
 @pytest.mark.parametrize("fast_decode", [True, False])
 def test_fast_decoding_can_be_switched_off(fast_decode):
     """The same crop of the same picture; Pillow's own pixels where it is off."""
