@@ -232,8 +232,9 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: one recipe a line."""
     lines = [
         "| recipe | attention | remat | micro-batch | state and batch | temporaries | peak | "
-        "FLOPs (of the model) | memory traffic | sent | permutes | step, at least | MFU, at most |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "FLOPs (of the model) | memory traffic | sent | permutes | step as scheduled, at least | "
+        "MFU, at most | all overlapped |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in sorted(rows.items()):
         cells = [
