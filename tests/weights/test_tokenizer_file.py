@@ -17,6 +17,7 @@ from diht_jax.export import export_model
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.loop import train
+from diht_jax.training.workdir.tokenizer import keep_tokenizer, open_tokenizer
 from diht_jax.weights.export import write_model
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.tokenizer_file import copy_tokenizer, read_cleaning, read_tokenizer
@@ -240,6 +241,18 @@ def test_a_run_keeps_the_tokenizer_of_its_start(model, inputs, tmp_path):
     run, expected = load_model(tmp_path / "run"), load_model(model[1])
     np.testing.assert_array_equal(run.tokenize(texts), expected.tokenize(texts))
     np.testing.assert_allclose(run.encode_text(texts), expected.encode_text(texts), atol=1e-6)
+
+
+def test_a_run_in_a_store_keeps_its_tokenizer(siglip2, tmp_path):
+    config = make.tiny_config(model__tokenizer=str(siglip2), model__text_cleaning="canonicalize")
+    url = f"memory://runs/{tmp_path.name}"
+    keep_tokenizer(open_tokenizer(config, url), url)
+    config.model.tokenizer = "gone"
+    found = open_tokenizer(config, url)
+    expected = read_tokenizer(siglip2, "canonicalize")
+    assert found.describe() == expected.describe()
+    texts = make_captions(50)
+    np.testing.assert_array_equal(found.tokenize(texts, LENGTH), expected.tokenize(texts, LENGTH))
 
 
 def test_transformers_reads_the_tokenizer_of_an_export(model, inputs, tmp_path):
