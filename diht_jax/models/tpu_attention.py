@@ -49,8 +49,8 @@ _HEADS_AT_ONCE = 4
 # two of each of these heads, and those of one in work.
 _WEIGHT_ARRAYS = 2 * _HEADS_AT_ONCE + 3
 _MASKED = -1e30
-# Of a vector register; and rows of a register of bfloat16.
-_LANES, _ROWS = 128, 16
+# Of a vector register.
+_LANES = 128
 # Scores are logarithms to the base of 2, which the hardware's exponential has.
 _LOG2_E = math.log2(math.e)
 
@@ -214,18 +214,14 @@ def _forward_kernel(qkv_ref, bias_ref, out_ref, log_totals_ref, *, num_heads: in
         q, k, v = _biased(qkv_ref, bias_ref, columns, width, head_dim)
         heads = _Heads(head_dim, q.shape[1])
         values = v.T
-        ones = jnp.ones((_ROWS, v.shape[0]), v.dtype)
         outs, log_totals = [], []
         for at_once in heads.batches():
             scores = [_scores(heads.window(k, h), heads.own(q, h), causal) for h in at_once]
             for h, of_head in zip(at_once, scores, strict=True):
                 highest = jnp.max(of_head, axis=0, keepdims=True)
-                weights = jnp.exp2(of_head - highest).astype(v.dtype)
-                # The denominators are one more row of the product.
-                rows = jnp.concatenate([heads.rows(values, h), ones])
-                product = _product(rows, weights, 1, 0)
-                total = product[head_dim : head_dim + 1]
-                outs.append(product[:head_dim] / total)
+                weights = jnp.exp2(of_head - highest)
+                total = jnp.sum(weights, axis=0, keepdims=True)
+                outs.append(_product(heads.rows(values, h), weights.astype(v.dtype), 1, 0) / total)
                 log_totals.append(highest + jnp.log2(total))
         out_ref[0, :, columns(0)] = jnp.concatenate(outs).T.astype(out_ref.dtype)
         log_totals_ref[0, turn] = jnp.concatenate(log_totals)
