@@ -14,8 +14,9 @@ are runs of their own, in DIR/stage_1 to DIR/stage_3, and the same command goes 
 A stage starts with the parameters of the one before, positions resized, with an optimiser of its
 own, and at the place in the data where that one ended (docs/guides/train/stages.md).
 
-Meant for v5e:16x16, where all fit as the compiler reports (`config.topology`,
-docs/guides/scale/scale.md):
+Meant for v5e:16x16, where the second and the third fit as the compiler reports
+(`config.topology`, docs/guides/scale/scale.md); the first has not been compiled for it, but for
+h100:64x8:
 
     python -m diht_jax.compile --config diht_vitl14_stages:stage=1
 
@@ -35,7 +36,7 @@ STAGES = (
         "model.name": "diht_vitl14_224px",  # paper
         "model.overrides.image_size": 84,  # CLIPA; 36 patches
         "model.overrides.context_length": 32,  # CLIPA
-        "model.remat": "minimal",  # ours; what fits, see docs/guides/train/stages.md
+        "model.remat": "minimal",  # ours; fewer tokens than those of `diht_vitb16`, which fits
         "optimizer.learning_rate": 5e-4,  # ours, as `diht_vitl14`; the peak
         "optimizer.warmup_steps": 2000,  # ours, after OpenCLIP
     },

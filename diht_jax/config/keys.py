@@ -138,9 +138,10 @@ KEYS: dict[str, Key] = {
     },
     "model.overrides.end_of_text_id": Key(int, NOT_NEGATIVE),
     "model.overrides.layer_norm_epsilon": Key(float, NOT_NEGATIVE),
-    # Stages of a recipe, trained one after the other: docs/guides/train/stages.md.
-    "stage.count": Key(int, COUNT, FREE),  # how many there are; None: the recipe has none
-    "stage.number": Key(int, COUNT),  # of this one, from 1; None: all of them
+    # Stages of the recipe, which are trained one after the other; None: it has none.
+    # docs/guides/train/stages.md
+    "stage.count": Key(int, COUNT, FREE),
+    "stage.number": Key(int, COUNT),  # of the stage to train, from 1; None: all of them
     # Work directory of the stage before, whose parameters and place in the data a new run takes;
     # None: the one next to this stage's, as diht_jax.train names them.
     "stage.previous": Key(str, resume=FREE, per_host=True),

@@ -1,0 +1,81 @@
+"""What do the recipes in stages cost, against those that see full pictures from the beginning?
+
+    python -m benchmarks.pod_fit --only diht_vitb16_stages:stage=1,diht_vitl14_stages:stage=1
+    python -m benchmarks.stages
+
+Prints chip-hours by the bounds that `benchmarks.pod_fit` has compiled, where everything overlaps. A
+later stage computes the step of a recipe without stages, whose bound it has.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from absl import app
+
+from benchmarks.record import RESULTS
+from diht_jax.config import load_recipe
+
+# Recipe in stages -> the rows of its stages, and the recipes that lead to the same model.
+STAGES = {
+    "diht_vitb16_stages": (("diht_vitb16_stages:stage=1", "diht_vitb16"), ("diht_vitb16",)),
+    "diht_vitl14_stages": (
+        ("diht_vitl14_stages:stage=1", "diht_vitl14", "diht_vitl14_336"),
+        ("diht_vitl14", "diht_vitl14_336"),
+    ),
+}
+
+
+def main(_: list[str]) -> None:
+    """Prints a table for TPUs and for GPUs."""
+    tpus = json.loads((RESULTS / "pod_fit.json").read_text())["recipes"]
+    gpus = json.loads((RESULTS / "pod_fit_gpus.json").read_text())["gpus"]
+    suffix = ", h100:64x8"
+    gpus = {name.removesuffix(suffix): row for name, row in gpus.items() if name.endswith(suffix)}
+    print("| recipe | samples | v5e:16x16: step | chip-hours | h100:64x8: step | chip-hours |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for recipe, (rows, single) in STAGES.items():
+        stages = [(f"{recipe}:stage={n}", row) for n, row in enumerate(rows, 1)]
+        whole = [
+            print_part(parts, tpus, gpus) for parts in (stages, [(name, name) for name in single])
+        ]
+        ratios = [f"{b / a:.1f} times less" if a and b else "" for a, b in zip(*whole, strict=True)]
+        print(f"| stages against none | | | {ratios[0]} | | {ratios[1]} |")
+
+
+def print_part(
+    parts: list[tuple[str, str]], *machines: dict[str, dict[str, Any]]
+) -> list[float | None]:
+    """Prints a line for each part of a training, and one for all.
+
+    Args:
+        parts: recipe with its argument, and the row that has its bound.
+        *machines: name of a row -> row.
+
+    Returns:
+        Chip-hours of all parts on each machine; None where a bound is missing.
+    """
+    totals: list[float | None] = [0.0 for _ in machines]
+    for recipe, name in parts:
+        stem, _, argument = recipe.partition(":")
+        config = load_recipe(stem, argument)
+        steps = config.total_examples / config.data.batch_size
+        cells = []
+        for index, rows in enumerate(machines):
+            row, total = rows.get(name), totals[index]
+            if row is None:
+                totals[index] = None
+                cells += ["not compiled", ""]
+                continue
+            hours = steps * row["step_secs"] * row["chips"] / 3600
+            totals[index] = None if total is None else total + hours
+            cells += [f"{1e3 * row['step_secs']:,.0f} ms", f"{hours:,.0f}"]
+        print(f"| `{recipe}` | {config.total_examples / 1e9:g} billion | {' | '.join(cells)} |")
+    sums = ["" if total is None else f"**{total:,.0f}**" for total in totals]
+    print(f"| together | | | {' | | '.join(sums)} |")
+    return totals
+
+
+if __name__ == "__main__":
+    app.run(main)
