@@ -202,3 +202,39 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
 
 def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
+
+
+def trip_count(
+    module: Module, loop: Instruction, computation: dict[str, Instruction]
+) -> int | None:
+    """How often a `while` of a computation runs; None where its text does not say so."""
+    known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
+    if known:
+        return int(known.group(1))
+    condition = module.computations[loop.callee("condition")]
+    test = next(instruction for instruction in condition.values() if instruction.is_root)
+    ends = [condition[name] for name in test.operands if name in condition]
+    if (
+        test.opcode != "compare"
+        or "direction=LT" not in test.text
+        or len(ends) != 2
+        or ends[0].opcode != "get-tuple-element"
+        or ends[1].opcode != "constant"
+        or not (counter := re.search(r"index=(\d+)", ends[0].text))
+    ):
+        return None
+    start = _start_value(loop, int(counter.group(1)), computation)
+    return None if start is None else int(ends[1].operands[0]) - start
+
+
+def _start_value(loop: Instruction, index: int, computation: dict[str, Instruction]) -> int | None:
+    """The constant that a loop's counter starts from."""
+    state = computation.get(loop.operands[0])
+    if state is None or state.opcode != "tuple":
+        return None
+    value = computation.get(state.operands[index])
+    while value is not None and value.opcode in ("copy", "bitcast"):
+        value = computation.get(value.operands[0])
+    if value is None or value.opcode != "constant":
+        return None
+    return int(value.operands[0])

@@ -21,6 +21,7 @@ from diht_jax.hardware.hlo_text import (
     parse_module,
     product_flops,
     read_groups,
+    trip_count,
 )
 
 COLLECTIVES = (
@@ -213,7 +214,10 @@ class _Counter:
             if opcode.removesuffix("-start") in COLLECTIVES:
                 work.append(self._collective(instruction, name))
             elif opcode == "while":
-                trips = self._trip_count(instruction, computation)
+                trips = trip_count(self._module, instruction, computation)
+                if trips is None:
+                    self._unknown_loops += 1
+                    trips = 1
                 for attribute, runs in (("body", trips), ("condition", trips + 1)):
                     body = self._visit(instruction.callee(attribute), touches_memory)
                     if body:
@@ -388,41 +392,3 @@ class _Counter:
             sent = payload
         once = Collective(kind, size, 1, payload, round(sent), span)
         return Work("collectives", read + written, collective=once, starts=starts)
-
-    def _trip_count(self, loop: Instruction, computation) -> int:
-        known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
-        if known:
-            return int(known.group(1))
-        condition = self._module.computations[loop.callee("condition")]
-        root = next(i for i in condition.values() if i.is_root)
-        test = root
-        if root.opcode == "fusion":
-            return self._unknown_loop()
-        ends = [condition[name] for name in test.operands if name in condition]
-        if (
-            test.opcode != "compare"
-            or "direction=LT" not in test.text
-            or len(ends) != 2
-            or ends[0].opcode != "get-tuple-element"
-            or ends[1].opcode != "constant"
-            or not (counter := re.search(r"index=(\d+)", ends[0].text))
-        ):
-            return self._unknown_loop()
-        start = self._start_value(loop, int(counter.group(1)), computation)
-        return self._unknown_loop() if start is None else int(ends[1].operands[0]) - start
-
-    def _start_value(self, loop: Instruction, index: int, computation) -> int | None:
-        """The constant that a loop's counter starts from."""
-        state = computation.get(loop.operands[0])
-        if state is None or state.opcode != "tuple":
-            return None
-        value = computation.get(state.operands[index])
-        while value is not None and value.opcode in ("copy", "bitcast"):
-            value = computation.get(value.operands[0])
-        if value is None or value.opcode != "constant":
-            return None
-        return int(value.operands[0])
-
-    def _unknown_loop(self) -> int:
-        self._unknown_loops += 1
-        return 1
