@@ -14,8 +14,8 @@ are runs of their own, in DIR/stage_1 and DIR/stage_2, and the same command goes
 A stage starts with the parameters of the one before, positions resized, with an optimiser of its
 own, and at the place in the data where that one ended (docs/guides/train/stages.md).
 
-Meant for v5e:16x16, where the second fits as the compiler reports (`config.topology`,
-docs/guides/scale/scale.md); the first has not been compiled for it:
+Meant for v5e:16x16, where both fit as the compiler reports (`config.topology`,
+docs/guides/scale/scale.md):
 
     python -m diht_jax.compile --config diht_vitb16_stages:stage=1
 
@@ -34,7 +34,7 @@ STAGES = (
         "total_examples": 30_000_000_000,  # ours; samples seen
         "model.overrides.image_size": 112,  # CLIPA; 49 patches
         "model.overrides.context_length": 32,  # CLIPA
-        "model.remat": "none",  # ours; fewer tokens than those of `diht_vitb32`, which fits
+        "model.remat": "none",  # ours; what fits
         "optimizer.learning_rate": 1e-3,  # ours, as CLIPA at half this batch; the peak
         "optimizer.warmup_steps": 2000,  # ours, after OpenCLIP
     },
