@@ -188,9 +188,10 @@ class RunEvaluation:
         return measured
 
     def _evaluate(self, model: LoadedModel, task: Task, step: int) -> dict[str, Any]:
-        page = TrackedExamples(self._writer, step) if self._writer.takes_pictures else None
+        is_shown = self._writer.takes_pictures
+        shown: dict[str, Any] = {"page": TrackedExamples(self._writer, step)} if is_shown else {}
         batch_size = self._config.evaluation.batch_size
-        return evaluate_task(model, task, batch_size=batch_size, page=page)
+        return evaluate_task(model, task, batch_size=batch_size, **shown)
 
     def is_missing(self, step: int, workdir: epath.Path) -> bool:
         """Returns whether a due evaluation is missing in the metrics. All processes must call."""
