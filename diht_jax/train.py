@@ -113,6 +113,7 @@ def train_stages(
             config.stage.previous = stage_folder(workdir, number - 1)
         logging.info("stage %d of %d", number, config.stage.count)
         train(config, stage_folder(workdir, number))
+        train = functools.partial(train, began=None)  # the process began in the stage before
 
 
 if __name__ == "__main__":

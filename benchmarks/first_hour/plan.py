@@ -39,7 +39,7 @@ class Part:
         name: of its entry in the JSON file.
         function: "module:function".
         expected_secs: on a GPU or a TPU; the part is begun only where that much time is left.
-        arguments: of the function, beside the setting.
+        arguments: of the function, after the setting.
         packages: distributions that it needs, such as "easyocr" or "open_clip_torch>=3.3".
         devices: where it applies.
         starts_commands: that take the device themselves, so that its own process leaves it free.

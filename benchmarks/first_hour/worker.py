@@ -42,7 +42,7 @@ def run(part: dict[str, Any], setting: Setting) -> dict[str, Any]:
     start = time.monotonic()
     try:
         if not part["starts_commands"]:
-            _prepare(setting)
+            _prepare(setting, part["function"])
         module, _, function = part["function"].partition(":")
         found = getattr(importlib.import_module(module), function)(setting, **part["arguments"])
         entry = {"status": "done", **_plain(found)}
@@ -67,11 +67,13 @@ def _missing(text: str) -> str | None:
     return None
 
 
-def _prepare(setting: Setting) -> None:
+def _prepare(setting: Setting, function: str) -> None:
     """Sets training's flags, and keeps compiled programs for the other parts and later starts."""
-    from diht_jax.hardware import compiler
+    from diht_jax.hardware import compiler, kernel_cycles
 
     compiler.set_flags(setting.device)
+    if setting.device == "tpu" and function.endswith(":measure_step"):
+        kernel_cycles.request_dump()  # for the bound; libtpu reads its flags once, at its start
     compiler.keep_programs(os.path.join(setting.output, "programs"))
     import jax
 

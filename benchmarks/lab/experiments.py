@@ -249,7 +249,9 @@ FILTER = [
     Experiment("cat_equal_epochs", "cat", {"total_epochs": _EXAMPLES / WEB_PAIRS}),
 ]
 # Of `second_web.py`: a web, a pass of the filter, and a scoring student for each seed. Registered
-# with their predictions before any of these runs was made, or any data of them filtered.
+# with their predictions before any of these runs was made. What the caption rules keep of 240 of
+# its pairs was known by then: 46 of 46 sentences, 0 of 50 names, 0 of 53 titles. The web was not
+# changed after that.
 SECOND_SIZES = (3000, 12_000)
 SECOND_ARMS = (
     *("raw", "random", "only_c", "only_a", "only_t", "c_and_t", "cat", "clip_score", "oracle"),

@@ -198,7 +198,10 @@ themselves. Runs that are compared may be of several versions of this project; `
 # What its rows need to be read.
 NOTES = {
     "second_web": (
-        "Frozen before any run (`benchmarks/lab/second_web.py`). Of its captions 20% are "
+        "Frozen before any run (`benchmarks/lab/second_web.py`). What the caption rules keep of "
+        "240 of its pairs had been looked at before the predictions were written: 46 of 46 "
+        "sentences, 0 of 50 names without a verb, 0 of 53 titles; the web was not changed after "
+        "that. Of its captions 20% are "
         "sentences, 20% name what is shown without a verb, 10% do one of both for a picture that "
         "has other text over it, 15% are product titles that name what is shown, 25% are those of"
         " another picture, and 10% say nothing. Every seed has a web, a pass of the filter and a "

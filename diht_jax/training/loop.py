@@ -158,7 +158,8 @@ class Run:
         tasks = open_tasks(config)
         tokenizer = check_together(lambda: open_tokenizer(config, workdir))
         self.mixture = open_data(config, tokenizer)
-        config = self.config = bind_records(config, self.mixture)
+        config = check_together(lambda: bind_records(config, self.mixture, workdir))
+        self.config = config
         num_records = self.mixture.num_records
         self.total_steps = duration_in_steps(
             config, "total", batch_size=config.data.batch_size, num_examples=num_records

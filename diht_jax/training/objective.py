@@ -95,6 +95,7 @@ def num_record_means(config: ml_collections.ConfigDict) -> int:
         ("loss.noise_share", config.loss.noise_share),
         ("matryoshka.sizes", tuple(config.matryoshka.sizes)),
         ("data.class_key", config.data.class_key),
+        ("data.allow_changed", config.data.allow_changed),
     ):
         if value:
             raise ValueError(

@@ -7,6 +7,7 @@ import functools
 import jax
 import ml_collections
 from absl import logging
+from etils import epath
 
 from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.input.blocks import ReadAheadOptions
@@ -16,6 +17,7 @@ from diht_jax.input.mixing import Mixture, open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.losses.registry import LOSSES
 from diht_jax.models.zoo import get_architecture
+from diht_jax.records.train_data import describe_train
 from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.training.multihost import check_together
 from diht_jax.training.objective import (
@@ -25,6 +27,7 @@ from diht_jax.training.objective import (
     teacher_width,
 )
 from diht_jax.training.recipe import pictures_of
+from diht_jax.training.workdir.saved_run import checkpoint_root, finished_steps, read_config
 
 
 def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None = None) -> Mixture:
@@ -73,11 +76,13 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
     )
 
 
-def bind_records(config: ml_collections.ConfigDict, mixture: Mixture) -> ml_collections.ConfigDict:
+def bind_records(
+    config: ml_collections.ConfigDict, mixture: Mixture, workdir: epath.Path
+) -> ml_collections.ConfigDict:
     """The config, with the number of records where the loss keeps a mean of each.
 
     Raises:
-        ValueError: the config has another number, such as that of the data before they changed.
+        ValueError: the config, or the run in `workdir`, has another number.
     """
     loss = LOSSES.get(config.loss.kind)
     if loss is None or not loss.keeps_means:
@@ -87,6 +92,13 @@ def bind_records(config: ml_collections.ConfigDict, mixture: Mixture) -> ml_coll
         raise ValueError(
             f"config.loss.num_records={config.loss.num_records}: the data have {found} records"
         )
+    if finished_steps(checkpoint_root(workdir)):
+        before = read_config(workdir).loss.num_records
+        if before != found:
+            raise ValueError(
+                f"config.data.train={describe_train(config.data.train)}: it has {found} records, "
+                f"and {workdir} keeps a mean of each of {before}; put the old shards back"
+            )
     config = config.copy_and_resolve_references()
     config.loss.num_records = found
     return config

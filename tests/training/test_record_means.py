@@ -9,6 +9,7 @@ import pytest
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.run_data import open_data
+from diht_jax.training.workdir.saved_run import write_config
 from tests import make
 
 RECORDS = 20
@@ -51,11 +52,26 @@ def test_a_run_goes_on_bit_for_bit_and_is_the_same_on_eight_devices(tmp_path):
     "changes, message",
     [
         ({"matryoshka__sizes": (8,)}, "config.matryoshka.sizes=.*: not with config.loss.kind"),
+        (
+            {"data__allow_changed": True},
+            "config.data.allow_changed=True: not with config.loss.kind",
+        ),
         ({"loss__num_records": 7}, "config.loss.num_records=7: the data have 20 records"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(tmp_path, changes, message):
     config = run_config(make.write_records(tmp_path / "records", RECORDS))
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", devices=jax.devices()[:1])
+
+
+def test_a_run_does_not_go_on_with_another_number_of_records(tmp_path):
+    stored = run_config(make.write_records(tmp_path / "before", RECORDS))
+    stored.loss.num_records, stored.data.order = RECORDS, "global"
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    write_config(tmp_path / "run", stored)
+    config = run_config(make.write_records(tmp_path / "more", RECORDS + 1))
+    message = f"more: it has {RECORDS + 1} records, and .*run keeps a mean of each of {RECORDS}"
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run", devices=jax.devices()[:1])

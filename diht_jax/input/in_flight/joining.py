@@ -47,7 +47,7 @@ class BatchMemory:
         return len(self._loans) >= JOINED_BATCHES
 
     def lend(self, part: dict[str, np.ndarray], num_parts: int) -> dict[str, np.ndarray]:
-        """Uninitialised arrays for so many parts like one, [num_parts * rows, ...] each."""
+        """Uninitialised arrays for `num_parts` parts like `part`, [num_parts * rows, ...] each."""
         forms = {
             name: ((num_parts * len(array), *array.shape[1:]), array.dtype)
             for name, array in part.items()

@@ -125,9 +125,7 @@ def end_of_stage(
             f"{where}: it ends after {position['next_example']} examples, which are no multiple of "
             f"config.data.batch_size={config.data.batch_size}"
         )
-    params = fit_positions(
-        _all_parameters(before), (arch.image_size // arch.patch_size) ** 2, arch.context_length
-    )
+    params = fit_positions(_all_parameters(before), arch.num_patches, arch.context_length)
     return StageEnd(_like(drawn, params, mesh, where), position, checks["dataset"])
 
 
