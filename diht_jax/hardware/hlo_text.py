@@ -141,14 +141,19 @@ def product_flops(instruction: Instruction, computation: dict[str, Instruction])
         num_products = 5 if "Backward" in text else 2
         logits = _json_integers("dimensions", text[text.index('"intermediate_tensor_shape"') :])
         return num_products * 2 * math.prod(logits) * operands[0][-1], 0
-    results = math.prod(_shape(instruction.type_text))
+    result = _shape(instruction.type_text)
     if library and library.group().endswith("conv"):
-        (kernel,) = re.findall(r"dim_labels=\w+?_(\w+)->", text)[:1]
-        return 2 * results * math.prod(operands[1]) // operands[1][kernel.index("o")], 0
+        kernel, output = operands[1], result
+        if "convBackwardFilter" in text:
+            kernel, output = result, operands[1]
+        elif "convBackwardInput" in text:
+            output = operands[0]
+        (labels,) = re.findall(r"dim_labels=\w+?_(\w+)->", text)[:1]
+        return 2 * math.prod(output) * math.prod(kernel) // kernel[labels.index("o")], 0
     listed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", text)
     contracted = listed and _integers(listed.group(1))
     contracted = contracted or _json_integers("lhs_contracting_dimensions", text)
-    flops = 2 * results * math.prod(operands[0][axis] for axis in contracted)
+    flops = 2 * math.prod(result) * math.prod(operands[0][axis] for axis in contracted)
     in_full = re.search(r'operand_precision(?:=\{|":\s*\[")highest', text, re.IGNORECASE)
     is_float32 = computation[instruction.operands[0]].type_text.startswith("f32")
     return (0, flops) if in_full and is_float32 else (flops, 0)

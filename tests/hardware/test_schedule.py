@@ -130,15 +130,18 @@ custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_co
   %k = bf16[4,8,8,3]{3,2,1,0} parameter(3)
   %c = (bf16[2,1,1,4]{3,2,1,0}, u8[0]{0}) custom-call(%i, %k), window={size=8x8 stride=8x8}, \
 dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %o = bf16[2,1,1,4]{3,2,1,0} parameter(4)
+  %f = (bf16[4,8,8,3]{3,2,1,0}, u8[0]{0}) custom-call(%i, %o), window={size=8x8 stride=8x8}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
   %g = (f32[6,6]{1,0}, s8[9]{0}) custom-call(%x, %x), custom_call_target="__cublas$gemm", \
 backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]\
 },"precision_config":{"operand_precision":["HIGHEST","HIGHEST"]}}}
   ROOT %d = f32[6,6]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
 }
 """
-    attention, convolution, full, plain = count_traffic(text).work
+    attention, convolution, of_filter, full, plain = count_traffic(text).work
     assert (attention.kind, attention.flops) == ("kernels", 2 * 2 * (2 * 3 * 5 * 5) * 4)
-    assert convolution.flops == 2 * (2 * 4) * (8 * 8 * 3)
+    assert convolution.flops == of_filter.flops == 2 * (2 * 4) * (8 * 8 * 3)
     assert (full.flops, full.float32_flops) == (0, 2 * 6 * 6 * 4)
     assert (plain.flops, plain.float32_flops) == (2 * 6 * 6 * 4, 0)
 
