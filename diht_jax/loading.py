@@ -212,8 +212,8 @@ def _with_dim(model: ModelFiles, dim: int) -> ModelFiles:
         raise ValueError(f"{model.path}: dim={dim}: its images are not projected; leave dim out")
     towers = {}
     for tower in TOWERS:
-        kernel = model.params[tower]["projection"]["kernel"][:, :dim]
-        projection = {**model.params[tower]["projection"], "kernel": kernel}
+        whole = model.params[tower]["projection"]
+        projection = {name: value[..., :dim] for name, value in whole.items()}  # kernel and bias
         towers[tower] = {**model.params[tower], "projection": projection}
     config = model.config.copy_and_resolve_references()
     config.model.overrides.embed_dim = dim

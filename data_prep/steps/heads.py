@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -63,7 +64,7 @@ class HeadStep(Step):
             )
         if c.quantile is not None and not 0 < c.quantile < 1:
             raise ValueError(f"{name}.quantile={c.quantile}; expected a share, such as 0.3")
-        if (c.head is not None) != ((c.model is None) != (c.embeddings is None)):
+        if (c.model is not None) + (c.embeddings is not None) != (c.head is not None):
             raise ValueError(
                 f"{name}.head (a file of weights) goes with one of {name}.model and "
                 f"{name}.embeddings, which give the embeddings"
@@ -235,7 +236,6 @@ def read_head(path: str) -> tuple[np.ndarray, float]:
         ValueError: it cannot be read, or is another model.
     """
     arrays = _read_arrays(path)
-    arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     layers = [f"layers.{number}" for number in _LAION_LAYERS]
     if arrays.keys() == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}:
         weights, bias = _fold([(arrays[f"{n}.weight"], arrays[f"{n}.bias"]) for n in layers], path)
@@ -262,18 +262,21 @@ def read_head(path: str) -> tuple[np.ndarray, float]:
     return weights, float(bias.reshape(()))
 
 
-def _read_arrays(path: str) -> Mapping[str, np.ndarray]:
+def _read_arrays(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a file, in float64."""
     if path.endswith(WEIGHT_SUFFIXES):
         if not pathlib.Path(path).is_file():
             raise ValueError(f"{path}: no such file of weights")
-        return read_tensors(path)
+        tensors = read_tensors(path)
+        return {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
     if not path.endswith(".npz"):
         raise ValueError(f"{path}: expected a file of weights, .npz, {', '.join(WEIGHT_SUFFIXES)}")
     try:
         with np.load(path, allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a whole .npz file of arrays ({error!s:.200})") from error
+            return {name: np.asarray(found[name], np.float64) for name in found.files}
+    # An empty file, a single array, numbers of another kind, compressed ones that are damaged.
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole .npz file of numbers ({error!s:.200})") from error
 
 
 def _fold(

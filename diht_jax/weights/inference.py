@@ -248,7 +248,7 @@ class LoadedModel:
         Raises:
             ValueError: the model has no decoder, a value out of range, or see `encode_image`.
         """
-        if self._decoder is None or self._own_tokenizer is not None:
+        if self._decoder is None:
             raise ValueError(
                 "this model has no caption decoder: it was trained without config.captioning.weight"
             )

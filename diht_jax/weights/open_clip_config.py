@@ -27,14 +27,14 @@ _FIELDS = """
     pool_type eos_id patch_dropout output_tokens pad_id hf_model_pretrained timm_model_pretrained
     timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path final_ln_after_pool
     attn_pooler_queries attn_pooler_heads hf_proj_type hf_pooler_type hf_tokenizer_name
-    tokenizer_kwargs
+    tokenizer_kwargs act_kwargs
 """
 _KNOWN = frozenset(_FIELDS.split())
 _NEUTRAL = {"pos_embed_type": "learnable", "proj_type": "linear"}
 # More fields of a model whose image tower is timm's: of the image tower, of the text tower.
 _KNOWN_OF_TIMM = {
     "vision_cfg": ("timm_model_name",),
-    "text_cfg": ("no_causal_mask", "proj_bias", "act_kwargs"),
+    "text_cfg": ("no_causal_mask", "proj_bias"),
 }
 # How each tower may pool its tokens; the first is the default.
 _POOLS = {"vision_cfg": ("tok",), "text_cfg": ("argmax", "eos", "last")}
@@ -68,16 +68,22 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
         fields = _timm_fields(vision, text, bool(config.get("quick_gelu")), path)
         epsilons = {fields.pop("layer_norm_epsilon"), text_epsilon}
     else:
-        fields = _clip_fields(vision, bool(config.get("quick_gelu")))
+        fields = _clip_fields(vision, text, bool(config.get("quick_gelu")), path)
         epsilons = {vision.section("norm_kwargs").number("eps", 1e-5), text_epsilon}
     epsilon = only_value(epsilons, "LayerNorm epsilons", path)
     return make_architecture(path, **common, **fields, layer_norm_epsilon=epsilon)
 
 
-def _clip_fields(vision: ConfigSection, quick_gelu: bool) -> dict[str, Any]:
+def _clip_fields(
+    vision: ConfigSection, text: ConfigSection, quick_gelu: bool, path: str
+) -> dict[str, Any]:
     """Fields of a CLIP with an image tower of open_clip's own."""
     vision.require("width", "layers")
     width = vision.integer("width")
+    activations = {
+        _activation(tower, quick_gelu, f"{path}: {name}")
+        for name, tower in (("vision_cfg", vision), ("text_cfg", text))
+    }
     return {
         "image_size": vision.side("image_size", 224),
         "patch_size": vision.side("patch_size", 16),
@@ -85,7 +91,7 @@ def _clip_fields(vision: ConfigSection, quick_gelu: bool) -> dict[str, Any]:
         "vision_width": width,
         "vision_heads": width // vision.integer("head_width", 64),
         "vision_mlp_width": _mlp_width(width, vision),
-        "activation": "quick_gelu" if quick_gelu else "gelu",
+        "activation": only_value(activations, "activations", path),
     }
 
 
@@ -104,13 +110,7 @@ def _timm_fields(
             raise ValueError(
                 f"{path}: vision_cfg.{key}={found!r:.80}; expected {value!r}, as of {name}"
             )
-    approximate = text.section("act_kwargs").values
-    if approximate not in ({}, {"approximate": "none"}, {"approximate": "tanh"}):
-        raise ValueError(
-            f"{path}: text_cfg.act_kwargs={approximate!r:.80}; our model has 'approximate' alone"
-        )
-    by_tanh = approximate.get("approximate") == "tanh"
-    activation = "quick_gelu" if quick_gelu else "gelu_tanh" if by_tanh else "gelu"
+    activation = _activation(text, quick_gelu, f"{path}: text_cfg")
     return {
         **tower.fields,
         "text_activation": None if activation == tower.fields["activation"] else activation,
@@ -118,6 +118,17 @@ def _timm_fields(
         "text_pool": "last" if text.values.get("pool_type") == "last" else "end",
         "text_projection": "bias" if text.values.get("proj_bias") else "linear",
     }
+
+
+def _activation(tower: ConfigSection, quick_gelu: bool, where: str) -> str:
+    """The activation of a tower of open_clip's own."""
+    approximate = tower.section("act_kwargs").values
+    if approximate not in ({}, {"approximate": "none"}, {"approximate": "tanh"}):
+        raise ValueError(
+            f"{where}.act_kwargs={approximate!r:.80}; our model has 'approximate' alone"
+        )
+    by_tanh = approximate.get("approximate") == "tanh"
+    return "quick_gelu" if quick_gelu else "gelu_tanh" if by_tanh else "gelu"
 
 
 def make_config(
@@ -132,14 +143,17 @@ def make_config(
     Raises:
         ValueError: open_clip has no such model.
     """
-    norm, pooling = {}, {}
+    norm, of_text = {}, {}
+    by_tanh = {"act_kwargs": {"approximate": "tanh"}}
+    if (arch.text_activation or arch.activation) == "gelu_tanh":
+        of_text |= by_tanh
     if arch.layer_norm_epsilon != 1e-5:
         norm = {"norm_kwargs": {"eps": arch.layer_norm_epsilon}}
     if arch.end_of_text_id is not None:
-        pooling = {"pool_type": "eos", "eos_id": arch.end_of_text_id}
+        of_text |= {"pool_type": "eos", "eos_id": arch.end_of_text_id}
     if timm_layout.is_timm(arch):
-        own, vision, of_text = _timm_settings(arch, logit_bias)
-        pooling |= of_text
+        own, vision, more = _timm_settings(arch, logit_bias)
+        of_text |= more
     else:
         clip_layout.check_is_clip(arch)
         own = {"quick_gelu": arch.activation == "quick_gelu"}
@@ -151,6 +165,7 @@ def make_config(
             "patch_size": arch.patch_size,
             **_mlp_ratio(arch.vision_width, arch.vision_mlp_width),
             **norm,
+            **(by_tanh if arch.activation == "gelu_tanh" else {}),
         }
     return {
         "model_cfg": {
@@ -165,7 +180,7 @@ def make_config(
                 "layers": arch.text_layers,
                 **_mlp_ratio(arch.text_width, arch.text_mlp_width),
                 **norm,
-                **pooling,
+                **of_text,
             },
         },
         "preprocess_cfg": make_preprocess_cfg(arch, preprocessing),
@@ -205,8 +220,6 @@ def _timm_settings(
     }
     if arch.text_pool == "last":
         text["pool_type"] = "last"
-    if activation == "gelu_tanh":
-        text["act_kwargs"] = {"approximate": "tanh"}
     return whole, vision, text
 
 

@@ -82,7 +82,7 @@ def make_architecture(path: str, **fields: Any) -> Architecture:
 
 
 def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
-    """The preprocessing in transformers' `preprocessor_config.json`.
+    """The preprocessing of an image processor of transformers, from its config at a path.
 
     What the file leaves out is as in its image processor: that of SigLIP, or else of CLIP.
 

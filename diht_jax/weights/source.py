@@ -46,6 +46,8 @@ from diht_jax.weights.tokenizer_file import TOKENIZER_FILES, read_cleaning, read
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HUGGINGFACE_CONFIG = "config.json"
 HUGGINGFACE_PREPROCESSOR = "preprocessor_config.json"
+# In its place since transformers 5, with the other settings of a model's inputs.
+HUGGINGFACE_PROCESSOR = "processor_config.json"
 HUGGINGFACE_MERGES = "merges.txt"
 # In `open_clip_config.json`; its first merges, where the vocabulary is smaller than CLIP's.
 TOKENIZER_KIND = "CLIP byte-pair encoding (bpe_simple_vocab_16e6), lower case"
@@ -245,7 +247,8 @@ def choose_files(names: Sequence[str]) -> list[str]:
     chosen = (usual or weights)[0]
     stem, _, suffix = chosen.removesuffix(INDEX_SUFFIX).rpartition(".")
     shards = [n for n in weights if n.startswith(f"{stem}-") and chosen.endswith(INDEX_SUFFIX)]
-    configs = [OPEN_CLIP_CONFIG, HUGGINGFACE_CONFIG, HUGGINGFACE_PREPROCESSOR, HUGGINGFACE_MERGES]
+    pictures = (HUGGINGFACE_PROCESSOR, HUGGINGFACE_PREPROCESSOR)
+    configs = (OPEN_CLIP_CONFIG, HUGGINGFACE_CONFIG, *pictures, HUGGINGFACE_MERGES)
     wanted = (chosen, *shards, *configs, *TOKENIZER_FILES)
     return [name for name in names if name in wanted]
 
@@ -264,15 +267,12 @@ def _read_settings(
     The last one is whether a config names our tokenizer.
     """
     if is_huggingface:
-        config, preprocessor = folder / HUGGINGFACE_CONFIG, folder / HUGGINGFACE_PREPROCESSOR
-        arch, preprocessing, has_tokenizer = None, Preprocessing(), False
-        if config.is_file():
-            arch = huggingface.read_architecture(_read_json(config), str(config))
-            has_tokenizer = _has_our_merges(folder / HUGGINGFACE_MERGES, arch.vocab_size)
-        if preprocessor.is_file():
-            found = _read_json(preprocessor)
-            preprocessing = read_preprocessor(found, str(preprocessor))
-        return arch, preprocessing, has_tokenizer
+        config = folder / HUGGINGFACE_CONFIG
+        if not config.is_file():
+            return None, Preprocessing(), False
+        arch = huggingface.read_architecture(_read_json(config), str(config))
+        has_tokenizer = _has_our_merges(folder / HUGGINGFACE_MERGES, arch.vocab_size)
+        return arch, _read_image_processor(folder, arch), has_tokenizer
     path = folder / OPEN_CLIP_CONFIG
     if path.is_file():
         content = _read_json(path)
@@ -282,6 +282,23 @@ def _read_settings(
         has_tokenizer = section.values.get("kind") == TOKENIZER_KIND
         return arch, read_preprocess_cfg(preprocessing, str(path)), has_tokenizer
     return None, Preprocessing(), False
+
+
+def _read_image_processor(folder: pathlib.Path, arch: Architecture) -> Preprocessing:
+    """The preprocessing in a directory of transformers; the usual one of its model without a file.
+
+    Of two files transformers takes `processor_config.json`, if it has this part.
+    """
+    together, alone = folder / HUGGINGFACE_PROCESSOR, folder / HUGGINGFACE_PREPROCESSOR
+    if together.is_file():
+        part = "image_processor"
+        found = ConfigSection(_read_json(together).get(part), part, str(together))
+        if found.values:
+            return read_preprocessor(found.values, str(together))
+    if alone.is_file():
+        return read_preprocessor(_read_json(alone), str(alone))
+    kind = "Siglip" if huggingface.model_type(arch) == "siglip" else "CLIP"
+    return read_preprocessor({"image_processor_type": f"{kind}ImageProcessor"}, str(alone))
 
 
 def _read_tokenizer(

@@ -22,7 +22,7 @@ def check_same_embeddings(model, reference, arch, expected):
     assert np.abs(expected[1][0] - expected[1][1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "gelu_tanh"])
 def test_open_clip_state_dict_and_config(reference, tmp_path, activation):
     arch = dataclasses.replace(reference.SMALL, activation=activation)
     other = reference.open_clip_model(arch)
@@ -30,9 +30,7 @@ def test_open_clip_state_dict_and_config(reference, tmp_path, activation):
     config = {"model_cfg": reference.open_clip_config(arch), "preprocess_cfg": {}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     model = load_model(tmp_path)
-    assert model.config.model.overrides.activation == (
-        None if activation == "gelu" else "quick_gelu"
-    )
+    assert model.config.model.overrides.activation == (None if activation == "gelu" else activation)
     expected = reference.open_clip_embeddings(other, *reference.inputs(arch))
     check_same_embeddings(model, reference, arch, expected)
     assert model.logit_scale == pytest.approx(other.logit_scale.exp().item(), rel=1e-6)

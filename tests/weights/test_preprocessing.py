@@ -1,6 +1,7 @@
 """Pictures are made as transformers and open_clip make them, wherever the model is used."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from diht_jax.weights.settings import (
     read_preprocess_cfg,
     read_preprocessor,
 )
+from diht_jax.weights.source import choose_files
 from tests import make
 
 SIDE = 48
@@ -145,6 +147,18 @@ def test_an_export_keeps_them(model, format, tmp_path):
     settings = {"preprocessing": source.preprocessing, "heads": {}, "card": ""}
     write_model(tmp_path / "out", format, arch=source.arch, params=source.params, **settings)
     assert read_model(tmp_path / "out").preprocessing == PICTURES
+
+
+def test_a_processor_of_transformers_keeps_them_in_one_file(model, arch, tmp_path):
+    transformers = pytest.importorskip("transformers", "5")
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "preprocessor_config.json").unlink()
+    own = transformers.SiglipImageProcessorPil(**make_preprocessor(arch, PICTURES))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    transformers.SiglipProcessor(own, tokenizer).save_pretrained(folder)
+    assert not (folder / "preprocessor_config.json").exists()
+    assert read_model(folder).preprocessing == PICTURES
+    assert "processor_config.json" in choose_files([path.name for path in folder.iterdir()])
 
 
 def test_a_filter_step_and_python_see_the_same_picture(model, pictures, expected):

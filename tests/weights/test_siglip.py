@@ -58,7 +58,9 @@ def outputs(siglip, reference, inputs):
     images, tokens = inputs
     with torch.no_grad():
         return siglip[0](
-            pixel_values=reference.pixel_values(images), input_ids=torch.from_numpy(tokens).long()
+            # The folder has no image processor's file.
+            pixel_values=reference.pixel_values(images, 0.5, 0.5),
+            input_ids=torch.from_numpy(tokens).long(),
         )
 
 

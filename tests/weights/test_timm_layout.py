@@ -113,6 +113,15 @@ def test_embeddings_and_logits_are_those_of_open_clip(model, reference):
     np.testing.assert_allclose(found, logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["PE-Core"], indirect=True)
+def test_the_first_numbers_of_embeddings_whose_projection_has_a_bias(model):
+    whole, part = (load_model(model[1], dim=dim) for dim in (None, 24))
+    images, _ = inputs(whole.image_size)
+    expected = whole.encode_image(images)[:, :24]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(part.encode_image(images), expected, atol=1e-6)
+
+
 def test_export_gives_the_model_back_bit_for_bit(model, tmp_path):
     other, folder = model
     export_model(str(folder), "open_clip", str(tmp_path / "out"))

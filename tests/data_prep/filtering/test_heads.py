@@ -163,12 +163,30 @@ def test_the_layers_of_the_second_predictor_are_one(tmp_path):
         {"weight": np.ones((2, WIDTH)), "bias": np.zeros(2)},
         {"weight": np.full((1, WIDTH), np.nan)},
         {"weight": np.ones((1, WIDTH)), "running_mean": np.ones(WIDTH)},
+        {"coef_": np.ones((1, WIDTH)), "classes_": np.array(["safe", "unsafe"])},
     ],
 )
 def test_other_models_are_refused_by_the_name_of_the_file(arrays, tmp_path):
     np.savez(tmp_path / "head.npz", **arrays)
     with pytest.raises(ValueError, match=r"head\.npz: "):
         read_head(str(tmp_path / "head.npz"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "one array", "compressed"])
+def test_a_file_that_is_no_head_is_refused_by_its_name(damage, tmp_path):
+    path = tmp_path / "head.npz"
+    if damage == "compressed":
+        np.savez_compressed(path, weight=np.ones((1, WIDTH)))
+        data = bytearray(path.read_bytes())
+        start = 30 + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
+        data[start : start + 8] = b"\xff" * 8
+        path.write_bytes(data)
+    else:
+        with path.open("wb") as file:
+            if damage == "one array":
+                np.save(file, np.ones((1, WIDTH)))
+    with pytest.raises(ValueError, match=r"head\.npz: "):
+        read_head(str(path))
 
 
 def test_no_pickle_is_executed(tmp_path):
