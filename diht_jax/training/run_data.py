@@ -26,7 +26,7 @@ from diht_jax.training.objective import (
     num_record_means,
     teacher_width,
 )
-from diht_jax.training.recipe import pictures_of
+from diht_jax.training.recipe import check_config, pictures_of
 from diht_jax.training.workdir.saved_run import checkpoint_root, finished_steps, read_config
 
 
@@ -82,7 +82,7 @@ def bind_records(
     """The config, with the number of records where the loss keeps a mean of each.
 
     Raises:
-        ValueError: the config, or the run in `workdir`, has another number.
+        ValueError: the config, or the run in `workdir`, has another number, or there are too many.
     """
     loss = LOSSES.get(config.loss.kind)
     if loss is None or not loss.keeps_means:
@@ -101,6 +101,7 @@ def bind_records(
             )
     config = config.copy_and_resolve_references()
     config.loss.num_records = found
+    check_config(config)  # numbers of records are int32
     return config
 
 

@@ -13,7 +13,8 @@ from diht_jax.data.tokenizer import tokenize
 from diht_jax.input import decode as images
 from diht_jax.input import fast_crops, sub_batches, transforms
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.order import BlockOrder
+from diht_jax.input.mixing import Mixture, Source
+from diht_jax.input.order import BlockOrder, GlobalOrder
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.records.schema import Record, decode_record, encode_record
 from tests.make import encoded, noise, plain
@@ -98,6 +99,24 @@ def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count)
         for name, values in found.items():
             np.testing.assert_array_equal(values, whole[1][name][process::process_count])
         assert part.get_state() == {"next_example": 128}
+
+
+@pytest.mark.parametrize("process_count", [1, 3, 4])
+def test_the_parts_of_all_hosts_cover_each_batch_once(monkeypatch, process_count):
+    monkeypatch.setattr(sub_batches, "MAX_ROWS", 5)
+    records = Mixture([Source("", numbered(), GlobalOrder(23, 0), DECODE)])
+    hosts = [
+        sub_batches.SubBatches(
+            records, seed=0, batch_size=24, process_index=index, process_count=process_count
+        ).starting_at(48)
+        for index in range(process_count)
+    ]
+    parts = hosts[0].parts_per_batch
+    assert parts > 1
+    for batch in range(3):
+        own = range(batch * parts, (batch + 1) * parts)
+        found = [index for host in hosts for part in own for index in host.indices(part)]
+        assert sorted(found) == list(range(48 + 24 * batch, 48 + 24 * (batch + 1)))
 
 
 def test_images_and_tokens_belong_together():
