@@ -85,11 +85,13 @@ class HeadStep(Step):
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
         c, name = config[cls.name], f"config.{cls.name}"
         read_head(c.head)
+        if c.model is None:
+            embeddings = precomputed.describe(c.embeddings)
+        else:
+            embeddings = models.fingerprint(c.model, f"{name}.model")
         return super().describe_rules(config) | {
             f"{cls.name}_head": models.fingerprint(c.head, f"{name}.head"),
-            f"{cls.name}_embeddings": precomputed.describe(c.embeddings)
-            if c.model is None
-            else models.fingerprint(c.model, f"{name}.model"),
+            f"{cls.name}_embeddings": embeddings if c.normalize else f"{embeddings}, as stored",
         }
 
     @classmethod

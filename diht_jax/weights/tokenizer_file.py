@@ -129,20 +129,18 @@ def _make_tokenizer(
 
 
 def copy_tokenizer(made: FileTokenizer, folder: str) -> None:
-    """Copies a tokenizer to a folder or URL, from which `read_tokenizer` makes its equal."""
-    copy_tokenizer_files(made, folder)
-    settings = dataclasses.asdict(made) | {"path": pathlib.Path(made.path).name}
-    files.write_object(files.join(folder, _SETTINGS), settings, with_checksum=True)
+    """Copies a tokenizer to a folder or URL, from which `read_tokenizer` makes its equal.
 
-
-def copy_tokenizer_files(made: FileTokenizer, folder: str) -> None:
-    """Copies the files of a tokenizer that other libraries read."""
+    What other libraries read is copied too.
+    """
     files.make_folder(folder)
     for name in TOKENIZER_FILES:
         path = pathlib.Path(made.path).with_name(name)
         if path.is_file():
             with files.local_output(files.join(folder, name)) as temporary:
                 shutil.copyfile(path, temporary)
+    settings = dataclasses.asdict(made) | {"path": pathlib.Path(made.path).name}
+    files.write_object(files.join(folder, _SETTINGS), settings, with_checksum=True)
 
 
 def is_copy(names: Collection[str]) -> bool:

@@ -79,12 +79,19 @@ def test_scores_are_those_of_the_layer_and_all_are_kept(scored, expected, name):
     assert len(read_records(scored)) == NUM_PAIRS
 
 
-def test_stored_embeddings_give_the_same_scores(source, weights, head, expected, tmp_path):
-    folder = str(tmp_path / "embedded")
-    embed_source(load_model(weights), str(source), folder, EmbedOptions(modalities=("image",)))
-    keys = settings("aesthetic", head=head, embeddings=folder)
-    assert run_filter(job_config(source, tmp_path / "out", **keys)) == {}
-    found = read_scores(tmp_path / "out", "aesthetic_score")
+@pytest.fixture(scope="module")
+def scored_stored(source, weights, head, tmp_path_factory):
+    """A run on stored embeddings, and its settings."""
+    folder = tmp_path_factory.mktemp("stored")
+    embedded = str(folder / "embedded")
+    embed_source(load_model(weights), str(source), embedded, EmbedOptions(modalities=("image",)))
+    keys = settings("aesthetic", head=head, embeddings=embedded)
+    assert run_filter(job_config(source, folder / "out", **keys)) == {}
+    return folder / "out", keys
+
+
+def test_stored_embeddings_give_the_same_scores(scored_stored, expected):
+    found = read_scores(scored_stored[0], "aesthetic_score")
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -125,6 +132,13 @@ def test_scores_of_another_head_are_refused(scored, source, weights, tmp_path):
     config = job_config(source, "none", **keys)
     with pytest.raises(ValueError, match=r"config\.aesthetic\.scores=.*another head"):
         replay.set_quantile_limit(config)
+
+
+def test_scores_of_embeddings_of_another_length_are_refused(scored_stored, source):
+    output, keys = scored_stored
+    keys = keys | settings("aesthetic", normalize=False, quantile=0.25, scores=str(output))
+    with pytest.raises(ValueError, match=r"config\.aesthetic\.scores=.*another embeddings"):
+        replay.set_quantile_limit(job_config(source, "none", **keys))
 
 
 def test_every_published_format_is_read(tmp_path):
