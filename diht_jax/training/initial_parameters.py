@@ -174,7 +174,8 @@ def _read_section(workdir: str | epath.Path) -> ml_collections.ConfigDict:
 def set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> None:
     """Makes a section `model` describe an architecture: by its name, or by what differs."""
     names = [name for name, known in ARCHITECTURES.items() if known == arch]
-    section.name = names[0] if names else section.name
+    # Overrides cannot take a part away, such as attention pooling; the default model has none.
+    section.name = names[0] if names else default_config().model.name
     base = ARCHITECTURES[section.name]
     for field in ARCHITECTURE_FIELDS:
         value = getattr(arch, field)

@@ -140,6 +140,13 @@ def test_of_a_model_unlike_the_recipe_all_is_taken(recipe):
     assert architecture_of(bind_architecture(recipe, set_keys=())) == OTHER
 
 
+def test_of_a_recipe_for_siglip_no_part_is_left(recipe):
+    recipe.model.name = "siglip_vitb16_224px"
+    for field in recipe.model.overrides:
+        recipe.model.overrides[field] = None
+    assert architecture_of(bind_architecture(recipe, set_keys=())) == OTHER
+
+
 def test_a_recipe_of_the_same_model_keeps_its_sizes_of_images_and_texts(weights):
     recipe = default_config()
     same = {field: value for field, value in vars(OTHER).items() if value is not None}
