@@ -46,7 +46,7 @@ def test_the_27_runs_are_those_of_the_grid(scale):
         assert settings == SCALES[scale], arguments
         labels = config.concepts.object_weight > 0
         assert config.data.labels == (f"{config.data.train}_labels" if labels else None), arguments
-        pairs = config.data.train.removeprefix(f"/shared/datacomp/{scale}/")
+        pairs = config.data.train.removeprefix(f"/mnt/datacomp/{scale}/")
         found.add((pairs, config.loss.beta, labels, config.seed))
         workdirs.add(workdir)
     losses = [(0.0, False), (0.25, False), (0.25, True)]
@@ -64,7 +64,7 @@ def test_every_run_is_evaluated_into_a_file_of_its_own():
     for train, evaluate in list_runs("small"):
         given = dict(argument.lstrip("-").split("=", 1) for argument in evaluate)
         assert f"--workdir={given['model']}" in train
-        assert given["tasks"] == "datacomp:/shared/datacomp/evalsets"
+        assert given["tasks"] == "datacomp:/mnt/datacomp/evalsets"
         outputs.add(given["output"])
     assert len(outputs) == 27
 

@@ -14,8 +14,8 @@ from tests.make import RECIPES, REPOSITORY
 # Their debug forms differ from one of the others in numbers alone.
 ALIKE = ("clip_vitb16", "datacomp", "diht_vitb16_clean", "diht_vitb32", "diht_vitl14_336")
 
-# By tests/hardware/test_compiler.py and tests/docs/test_readme.py.
-TRAINED_BY_ITS_COMMAND = ("emoji", "own_data")
+# By test_processes.py, tests/hardware/test_compiler.py and tests/docs/test_readme.py.
+TRAINED_BY_ITS_COMMAND = ("demo", "emoji", "own_data")
 
 # By test_stages.py, through all their stages.
 TRAINED_IN_STAGES = ("diht_vitb16_stages", "diht_vitl14_stages")
@@ -23,7 +23,7 @@ TRAINED_IN_STAGES = ("diht_vitb16_stages", "diht_vitl14_stages")
 # The model that it made comes with the package: tests/weights/test_clipart_tiny.py.
 TRAINED_IN_FULL = ("clipart_tiny",)
 
-# Arguments beside `debug`; without them the recipe trains like that of the demo.
+# Arguments next to `debug`; without them the recipe trains like that of the demo.
 ARGUMENTS = {"cifar10_finetune": ",train=probe"}
 
 

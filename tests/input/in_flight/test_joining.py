@@ -119,7 +119,7 @@ def test_arrays_of_jax_stay_as_they_are(joiner, num_devices):
         shard = kept[-1]["images"].addressable_shards[0].data
         aliases += shard.unsafe_buffer_pointer() == start
         del found, shard
-        gc.collect()
+        gc.collect(0)
     assert aliases  # else this test shows nothing
     for number, found in enumerate(kept):
         assert_is(found, number)
