@@ -14,9 +14,8 @@ are runs of their own, in DIR/stage_1 to DIR/stage_3, and the same command goes 
 A stage starts with the parameters of the one before, positions resized, with an optimiser of its
 own, and at the place in the data where that one ended (docs/guides/train/stages.md).
 
-Meant for v5e:16x16, where the second and the third fit as the compiler reports
-(`config.topology`, docs/guides/scale/scale.md); the first has not been compiled for it, but for
-h100:64x8:
+Meant for v5e:16x16, where all fit as the compiler reports (`config.topology`,
+docs/guides/scale/scale.md):
 
     python -m diht_jax.compile --config diht_vitl14_stages:stage=1
 
