@@ -41,7 +41,7 @@ class FileTokenizer:
         clean: of texts, before the tokenizer sees them, as open_clip does it: "whitespace" repairs
             Unicode and HTML entities and collapses whitespace, "lower" makes lower case besides,
             "canonicalize" removes punctuation too. "none" as transformers.
-        lower_case: the tokenizer makes lower case, whatever its file says.
+        lower_case: the tokenizer makes lower case, also where its file does not say so.
         start: token before a text, where the file does not say; "" for none.
         end: token behind a text, likewise.
         has_own_ends: `start` and `end` stand for those of the file.

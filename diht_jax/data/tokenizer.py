@@ -93,7 +93,7 @@ def check_texts(texts: str | Sequence[str], context_length: int) -> Sequence[str
 
 
 def check_text(text: str, row: int, context_length: int) -> str:
-    """What is looked at of a text; raises ValueError where it is no string."""
+    """The part of a text that is looked at; raises ValueError where it is no string."""
     if not isinstance(text, str):
         raise ValueError(
             f"texts[{row}]: expected a str, got {type(text).__name__} {str(text)[:80]!r}; "

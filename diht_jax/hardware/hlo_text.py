@@ -121,7 +121,7 @@ def main_memory_bytes(type_text: str) -> int:
 
 
 def _shape(type_text: str) -> list[int]:
-    """Of the first array of a type."""
+    """Shape of the first array of a type."""
     sizes = re.search(r"\[([\d,]*)\]", type_text)
     return _integers(sizes.group(1)) if sizes and sizes.group(1) else []
 
@@ -212,7 +212,7 @@ def _integers(text: str) -> list[int]:
 def trip_count(
     module: Module, loop: Instruction, computation: dict[str, Instruction]
 ) -> int | None:
-    """How often a `while` of a computation runs; None where its text does not say so."""
+    """Number of times a `while` of a computation runs; None where its text does not say so."""
     known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
     if known:
         return int(known.group(1))

@@ -18,7 +18,7 @@ from diht_jax.hardware.hlo_traffic import Collective, Work
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a device does in a second.
+    """Peak rates of a device, in a second.
 
     Attributes:
         hbm_bytes: read from or written to memory.

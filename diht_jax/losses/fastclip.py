@@ -124,11 +124,8 @@ def fastclip_loss(
         statistics = _statistics(blocks, is_positive)
         return value + estimate, pair_metrics(statistics, axis_names), after
 
-    rows, columns, whole = (
-        PartitionSpec(axis_names),
-        PartitionSpec(None, axis_names),
-        PartitionSpec(),
-    )
+    rows, columns = PartitionSpec(axis_names), PartitionSpec(None, axis_names)
+    whole = PartitionSpec()
     before = jnp.stack([means[name][record_ids] for name in (_IMAGE, _TEXT)])
     loss, metrics, after = jax.shard_map(
         on_device,
@@ -151,7 +148,7 @@ def _log_ratios(logits: Float[Array, "b N"], is_positive: Bool[Array, "b N"]) ->
 
 
 def _replace(values: jax.Array, ids: jax.Array, new: jax.Array) -> jax.Array:
-    """Of several values for one id the largest; `set` alone would leave any of them."""
+    """Sets values by id; of several for one id the largest, where `set` alone would leave any."""
     return values.at[ids].set(-jnp.inf).at[ids].max(new.astype(values.dtype))
 
 

@@ -154,7 +154,7 @@ _Shapes = list[tuple[tuple[int, ...], DTypeLike]]
 def _cost(
     num_products: int, num_heads: int, inputs: tuple[jax.Array, ...], outputs: _Shapes
 ) -> pl.CostEstimate:
-    """What a kernel computes and moves, for XLA's scheduler."""
+    """Work and traffic of a kernel, for XLA's scheduler."""
     b, t, width = inputs[0].shape
     arrays = [*((x.shape, x.dtype) for x in inputs), *outputs]
     return pl.CostEstimate(
@@ -305,7 +305,7 @@ class _Heads:
         return x[head * self.head_dim : (head + 1) * self.head_dim]
 
     def side_by_side(self, parts: list[jax.Array]) -> jax.Array:
-        """What each head has in its window, zero in the columns of others -> [t, columns]."""
+        """Puts parts of heads into their windows, zero in the columns of others: [t, columns]."""
         sharing = self.window_size // self.head_dim
         windows = [
             functools.reduce(jnp.add, parts[h : h + sharing]) for h in range(0, len(parts), sharing)

@@ -57,7 +57,7 @@ class Execution:
 
     @property
     def for_tpu(self) -> bool:
-        """Whether blocks compute as is best on TPUs; see `Block`."""
+        """True if blocks compute as is best on TPUs; see `Block`."""
         return self.target is not None and self.target.platform == "tpu"
 
     def __post_init__(self):

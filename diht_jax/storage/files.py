@@ -137,6 +137,21 @@ def read_object(path: str) -> dict[str, Any] | None:
         return None
 
 
+def check_object(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in the bytes of a file that a user may have written.
+
+    Raises:
+        ValueError: names the file, which has something else.
+    """
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error!s:.200}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
 def parse_object(data: bytes, *, needs_checksum: bool = False) -> dict[str, Any] | None:
     """The JSON object in the bytes of a file; None for anything else.
 

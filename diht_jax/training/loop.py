@@ -319,7 +319,7 @@ class Run:
 
     @property
     def has_next_stage(self) -> bool:
-        """Whether another stage of the recipe follows, which a request to stop is for as well."""
+        """True if another stage of the recipe follows, which a request to stop is for as well."""
         return (self.config.stage.number or 0) < (self.config.stage.count or 0)
 
     def lowest_loss(self) -> float:

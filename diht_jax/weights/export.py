@@ -98,13 +98,7 @@ def write_model(
         write_bytes(output / CARD_FILE, card.encode())
         return
     logit_bias = (loss_scalars or {}).get(_LOGIT_BIAS)
-    if format == "huggingface":
-        tensors = huggingface.to_huggingface(params, arch, logit_bias or 0.0)
-    elif timm_layout.is_timm(arch):
-        tensors = timm_layout.to_timm(params, arch, logit_bias)
-    else:
-        tensors = clip_layout.to_clip(params, arch)
-    tensors = {**tensors, **heads}
+    tensors = {**_named_tensors(format, arch, params, logit_bias), **heads}
     tensors = {name: np.asarray(v).astype(DTYPES[dtype]) for name, v in tensors.items()}
     write_bytes(output / CARD_FILE, card.encode())
     if format == "huggingface":
@@ -122,6 +116,17 @@ def write_model(
         else:
             prefix = "open_clip_" if format == "open_clip" else ""
             write_safetensors(output / f"{prefix}model.safetensors", tensors)
+
+
+def _named_tensors(
+    format: str, arch: Architecture, params: Mapping[str, Any], logit_bias: float | None
+) -> dict[str, np.ndarray]:
+    """Parameters by their names in a format's layout."""
+    if format == "huggingface":
+        return huggingface.to_huggingface(params, arch, logit_bias or 0.0)
+    if timm_layout.is_timm(arch):
+        return timm_layout.to_timm(params, arch, logit_bias)
+    return clip_layout.to_clip(params, arch)
 
 
 def check_target(output: pathlib.Path, format: str, dtype: str) -> None:

@@ -108,7 +108,7 @@ def _timm_fields(
         # open_clip computes as without a projection where it is "" as well.
         if found != value and not (key == "timm_proj" and not found and value is None):
             raise ValueError(
-                f"{path}: vision_cfg.{key}={found!r:.80}; expected {value!r}, as of {name}"
+                f"{path}: vision_cfg.{key}={found!r:.80}; expected {value!r}, which {name} has"
             )
     activation = _activation(text, quick_gelu, f"{path}: text_cfg")
     return {

@@ -119,7 +119,7 @@ def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
 
 
 def _read_resize(config: Mapping[str, Any], is_siglip: bool, path: str) -> str:
-    """How a config of transformers makes a square of a picture."""
+    """Reads from a config of transformers how a square is made of a picture."""
     size = config.get("size", {"height": 0, "width": 0} if is_siglip else {"shortest_edge": 0})
     side = _side(size, "size", path)
     crops = bool(config.get("do_center_crop", not is_siglip))

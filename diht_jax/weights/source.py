@@ -12,7 +12,6 @@ For a weight file by itself, a config next to it counts in the same way.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from diht_jax.data import tokenizer
 from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import Architecture
+from diht_jax.storage.files import check_object
 from diht_jax.storage.hub import download, is_hub_name
 from diht_jax.weights import clip_layout, huggingface, open_clip_config, timm_layout
 from diht_jax.weights.layout import from_layout
@@ -270,12 +270,12 @@ def _read_settings(
         config = folder / HUGGINGFACE_CONFIG
         if not config.is_file():
             return None, Preprocessing(), False
-        arch = huggingface.read_architecture(_read_json(config), str(config))
+        arch = huggingface.read_architecture(check_object(config.read_bytes(), config), str(config))
         has_tokenizer = _has_our_merges(folder / HUGGINGFACE_MERGES, arch.vocab_size)
         return arch, _read_image_processor(folder, arch), has_tokenizer
     path = folder / OPEN_CLIP_CONFIG
     if path.is_file():
-        content = _read_json(path)
+        content = check_object(path.read_bytes(), path)
         arch = open_clip_config.read_architecture(content.get("model_cfg", content), str(path))
         preprocessing = content.get("preprocess_cfg", {})
         section = ConfigSection(content.get("tokenizer"), "tokenizer", str(path))
@@ -292,11 +292,13 @@ def _read_image_processor(folder: pathlib.Path, arch: Architecture) -> Preproces
     together, alone = folder / HUGGINGFACE_PROCESSOR, folder / HUGGINGFACE_PREPROCESSOR
     if together.is_file():
         part = "image_processor"
-        found = ConfigSection(_read_json(together).get(part), part, str(together))
+        found = ConfigSection(
+            check_object(together.read_bytes(), together).get(part), part, str(together)
+        )
         if found.values:
             return read_preprocessor(found.values, str(together))
     if alone.is_file():
-        return read_preprocessor(_read_json(alone), str(alone))
+        return read_preprocessor(check_object(alone.read_bytes(), alone), str(alone))
     kind = "Siglip" if huggingface.model_type(arch) == "siglip" else "CLIP"
     return read_preprocessor({"image_processor_type": f"{kind}ImageProcessor"}, str(alone))
 
@@ -309,7 +311,7 @@ def _read_tokenizer(
         return None if has_clip_tokenizer else read_tokenizer(folder), has_clip_tokenizer
     path = folder / OPEN_CLIP_CONFIG
     if path.is_file():
-        content = _read_json(path)
+        content = check_object(path.read_bytes(), path)
         text = ConfigSection(content.get("model_cfg", content), "", str(path)).section("text_cfg")
         clean = read_cleaning(text.values, str(path))
         if clean is not None:
@@ -323,16 +325,6 @@ def _has_our_merges(path: pathlib.Path, vocab_size: int) -> bool:
         return False
     merges = [" ".join(pair) for pair in tokenizer.merges(min(vocab_size, tokenizer.VOCAB_SIZE))]
     return path.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1] == merges
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error!s:.200}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _replace_fields(arch: Architecture, fields: Mapping[str, Any]) -> Architecture:

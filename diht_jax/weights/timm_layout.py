@@ -122,7 +122,7 @@ def tower_name(arch: Architecture) -> str:
 
 
 def is_timm(arch: Architecture) -> bool:
-    """Whether open_clip has the image tower from timm: those that pool by attention."""
+    """Returns whether open_clip has the image tower from timm: those that pool by attention."""
     return arch.vision_pool_heads is not None
 
 

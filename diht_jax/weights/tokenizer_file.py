@@ -11,7 +11,6 @@ on the text around it, above all broken encodings ("â€™"), no normaliser of
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Collection, Mapping
@@ -185,7 +184,7 @@ def read_cleaning(text: Mapping[str, Any], path: str) -> str | None:
 
 
 def make_cleaning(made: FileTokenizer) -> dict[str, Any]:
-    """What "text_cfg" says of a tokenizer whose files are in the same folder."""
+    """Settings in "text_cfg" of a tokenizer whose files are in the same folder."""
     clean = "whitespace" if made.clean == "none" else made.clean
     return {"hf_tokenizer_name": "in this folder", "tokenizer_kwargs": {"clean": clean}}
 
@@ -198,15 +197,7 @@ def _content(token: Any) -> str | None:
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error!s:.200}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    return files.check_object(path.read_bytes(), path) if path.is_file() else {}
 
 
 def pieces(vocab_size: int) -> list[str]:

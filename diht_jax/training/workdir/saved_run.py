@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from diht_jax.sharding import path_name
-from diht_jax.storage.files import write_bytes
+from diht_jax.storage.files import check_object, write_bytes
 from diht_jax.training.recipe import default_config
 from diht_jax.training.state import TrainState
 from diht_jax.training.stopping import error_chain
@@ -57,12 +57,7 @@ def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise ValueError(f"{path} is missing: {workdir} is no work directory of diht_jax.train")
-    try:
-        written = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error!s:.200}") from error
-    if not isinstance(written, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(written).__name__}")
+    written = check_object(path.read_bytes(), path)
     defaults = json.loads(default_config().to_json_best_effort())
     try:
         return ml_collections.ConfigDict(_completed(written, defaults))

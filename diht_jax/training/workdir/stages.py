@@ -34,7 +34,7 @@ from diht_jax.training.workdir.trained_model import TrainedModel, restore_model
 
 @dataclasses.dataclass(frozen=True)
 class StageEnd:
-    """What a stage leaves to the next one.
+    """The end of a stage, where the next one begins.
 
     Attributes:
         params: of the next one, on its mesh.
