@@ -95,7 +95,8 @@ def recipes_for_pods(only: list[str]) -> list[str]:
     # Those for a machine at hand, which need an argument, and for one node.
     others = ("common", "own_data", "datacomp")
     names = []
-    for path in sorted(path for path in CONFIGS.glob("*.py") if path.stem not in others):
+    files = [*CONFIGS.glob("*.py"), *CONFIGS.glob("stages/*.py")]
+    for path in sorted((p for p in files if p.stem not in others), key=lambda p: p.stem):
         config = load_recipe(path)
         if config.topology in (None, LOCAL):
             continue
@@ -109,7 +110,7 @@ def recipes_for_pods(only: list[str]) -> list[str]:
 
 def _load(name: str, argument: str = "") -> ml_collections.ConfigDict:
     stem, _, own = name.partition(":")
-    return load_recipe(CONFIGS / f"{stem}.py", ",".join(filter(None, (own, argument))))
+    return load_recipe(stem, ",".join(filter(None, (own, argument))))
 
 
 def measure_recipe(name: str) -> dict[str, Any]:

@@ -16,10 +16,14 @@ from diht_jax.data.tfrecord import TFRecordWriter
 from diht_jax.records.schema import Pair, Record, encode_record
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
+PREP_RECIPES = REPOSITORY / "configs" / "prep"
+RECIPES = sorted(
+    path
+    for path in (REPOSITORY / "configs").rglob("*.py")
+    if path.stem != "common" and path.parent != PREP_RECIPES
+)
 # Arguments that a recipe cannot do without.
 REQUIRED_ARGUMENTS = {"own_data": "pairs=1000"}
-PREP_RECIPES = REPOSITORY / "configs" / "prep"
 
 
 def noise(seed: int, size: tuple[int, int] = (30, 24), cell: int = 1) -> Image.Image:

@@ -3,7 +3,8 @@ r"""DiHT ViT-L/14 in three stages: 84 px and 32 tokens, then 224 px and 77, then
 Method: DiHT, arXiv 2301.02280, in the stages of CLIPA (arXiv 2305.07017, 2306.15658), which sees
 most samples at a fraction of the cost. Each value says where it is from: "paper" is read in DiHT's
 official code or in papers that describe it, "recalled" is from memory of that paper and not
-checked, "CLIPA" is read in the configs of its authors, "ours" is our own choice.
+checked, "CLIPA" is read in the configs of its authors, "ours" is our own choice. What is not in
+`STAGES` is as in `configs/diht_vitl14.py`.
 
 Run, after `data_prep.filter` and `data_prep.label` have written their shards to DATA; the stages
 are runs of their own, in DIR/stage_1 to DIR/stage_3, and the same command goes on after a stop:
@@ -25,8 +26,7 @@ px and 0.5 billion at 224, on other data. This recipe has not been run at full l
 
 import ml_collections
 
-from configs import common
-from diht_jax.config import default_config
+from configs import common, diht_vitl14
 
 # Samples of each stage as CLIPA takes them.
 STAGES = (
@@ -59,51 +59,6 @@ STAGES = (
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The recipe; `common.parse_arg` describes `arg`, and `stage` is one of `STAGES`, from 1."""
     args = common.parse_arg(arg, stage=0)
-    config = default_config()
-
-    # Data.
-    config.data.batch_size = 65_536  # ours, after OpenCLIP's published runs
-    config.data.crop_scale = (0.9, 1.0)  # paper
-    config.data.text_template = "{caption}"  # ours
-
-    # Architecture: its name is that of the stage.
-    config.model.dtype = "bfloat16"  # mixed precision is recalled, the format is ours
-
-    # Contrastive loss: HN-NCE.
-    config.loss.kind = "softmax"  # paper
-    config.loss.alpha = 1.0  # recalled
-    config.loss.beta = 0.25  # recalled
-    config.optimizer.max_logit_scale = 100.0  # ours, as CLIP
-
-    # Concept distillation: two linear heads, dropped at inference.
-    config.concepts.object_weight = 1.0  # ours
-    config.concepts.attribute_weight = 1.0  # ours
-    config.concepts.num_objects = 10_000  # ours; room for the vocabulary of the labels
-    config.concepts.num_attributes = 2_000  # ours
-    config.concepts.top_k = 10  # recalled; labels of each kind from a record
-    config.concepts.feature = "pooled"  # ours; before the projection
-    config.concepts.learning_rate_multiplier = 10.0  # recalled
-    config.concepts.weight_decay_multiplier = 0.01  # recalled
-
-    # Optimiser and schedule.
-    config.optimizer.kind = "adamw"  # recalled
-    config.optimizer.schedule = "cosine"  # recalled
-    config.optimizer.b1, config.optimizer.b2 = 0.9, 0.98  # ours, after OpenCLIP
-    config.optimizer.eps = 1e-6  # ours, after OpenCLIP
-    config.optimizer.weight_decay = 0.1  # ours, after OpenCLIP; matrices only
-    config.optimizer.clip_global_norm = 1.0  # ours
-
-    # Machine: changes how the step is computed, and nothing of the result.
-    config.topology = "v5e:16x16"  # ours; 256 chips
-    config.mesh.fsdp = 8  # ours
-    config.model.scan_layers = True  # ours
-
-    # Evaluation and checkpoints: all ours.
-    config.evaluation.tasks = "imagenet"
-    config.evaluation.every_steps = 10_000
-    config.checkpoint.best_metric = "imagenet/top1"
-    config.checkpoint.every_steps = 1000
-    config.checkpoint.keep_last = 3
-
+    config = diht_vitl14.get_config()
     common.set_stage(config, args.stage, STAGES)
     return common.finish(config, args)
