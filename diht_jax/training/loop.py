@@ -36,7 +36,7 @@ from diht_jax.training.monitoring.throughput import (
     log_flops,
     model_flops,
 )
-from diht_jax.training.monitoring.trackers.registry import check_trackers
+from diht_jax.training.monitoring.trackers import check_trackers
 from diht_jax.training.monitoring.wall_time import WallTime
 from diht_jax.training.multihost import (
     check_together,

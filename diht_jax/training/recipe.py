@@ -13,7 +13,7 @@ from diht_jax.config.overrides import DURATION_UNITS
 from diht_jax.data.file_tokenizer import CLEANINGS
 from diht_jax.input.transforms import Preprocessing
 from diht_jax.losses.registry import default_settings
-from diht_jax.training.monitoring.trackers.registry import tracker_names
+from diht_jax.training.monitoring.trackers import tracker_names
 from diht_jax.training.optimizer import decay_start
 from diht_jax.training.terms.registry import TERMS
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,14 +18,18 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.data.file_tokenizer import FileTokenizer
+from diht_jax.evaluation.charts import draw_retrievals
+from diht_jax.evaluation.embedding.entries import Unit
+from diht_jax.evaluation.page import read_pictures, retrieval_examples
+from diht_jax.evaluation.protocols.base import Measured
 from diht_jax.evaluation.results import describe_metrics
 from diht_jax.evaluation.task_parsing import check_task
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
 from diht_jax.evaluation.validation import validation_tasks
-from diht_jax.training.monitoring.examples import TrackedExamples
 from diht_jax.training.monitoring.metrics import MetricWriter, flatten_results, read_metrics
 from diht_jax.training.multihost import (
     check_same,
@@ -40,6 +45,7 @@ from diht_jax.weights.inference import LoadedModel
 
 FAILED = "evaluation_failed"
 _PREFIX = "evaluation/"
+_PICTURE_SIDE = 160  # pixels
 
 
 def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
@@ -189,7 +195,7 @@ class RunEvaluation:
 
     def _evaluate(self, model: LoadedModel, task: Task, step: int) -> dict[str, Any]:
         is_shown = self._writer.takes_pictures
-        shown: dict[str, Any] = {"page": TrackedExamples(self._writer, step)} if is_shown else {}
+        shown: dict[str, Any] = {"page": _TrackedExamples(self._writer, step)} if is_shown else {}
         batch_size = self._config.evaluation.batch_size
         return evaluate_task(model, task, batch_size=batch_size, **shown)
 
@@ -227,6 +233,44 @@ class RunEvaluation:
         row = {f"{_PREFIX}{name}": value for name, value in measured.items()}
         self._writer.write(step, {**row, **({FAILED: num_failed} if num_failed else {})})
         self._writer.sync()
+
+
+class _TrackedExamples:
+    """Draws the examples of retrieval tasks for the trackers: the same queries each time."""
+
+    path = None
+
+    def __init__(self, writer: MetricWriter, step: int):
+        self._writer, self._step = writer, step
+
+    def add(
+        self,
+        task: Task,
+        units: Sequence[Unit],
+        measured: Measured,
+        result: dict[str, Any],
+        logit_scale: float,
+    ) -> bool:
+        """Draws those of one task; a warning where its pictures cannot be read once more."""
+        if task.kind != "retrieval":
+            return False
+
+        def load(rows: Sequence[int]) -> dict[int, Image.Image]:
+            return read_pictures(units, measured.encoded, rows, _small)
+
+        try:
+            picture = draw_retrievals(retrieval_examples(task, measured, load, logit_scale))
+        except Exception as error:  # of the source's reader, or of its storage
+            logging.warning("no picture of task '%s': %s", task.name, error)
+            return False
+        self._writer.write_picture(self._step, f"retrievals/{task.name}", picture)
+        return False
+
+
+def _small(image: Image.Image) -> Image.Image:
+    small = image.copy()
+    small.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    return small
 
 
 def _copy_to(mesh: Mesh, params: Any) -> Any:

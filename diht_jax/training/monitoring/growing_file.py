@@ -1,4 +1,7 @@
-"""Files that grow by records, on a disk or in an object store."""
+"""Files of a run that change while it goes on, on a disk or in an object store.
+
+Nothing here waits for a store that fails: the run goes on, and a later call tries again.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,19 @@ from diht_jax.storage.files import write_bytes
 from diht_jax.storage.stores import is_remote
 
 
+def replace_file(path: epath.Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all.
+
+    Raises:
+        Exception: it cannot be written; which one depends on the storage.
+    """
+    if is_remote(os.fspath(path)):
+        path.write_bytes(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
+
+
 class GrowingFile:
     """Appends to a file. A kill leaves whole records, and what cannot be written is kept.
 
@@ -19,18 +35,10 @@ class GrowingFile:
     """
 
     def __init__(self, path: epath.Path, data: bytes):
-        """Writes the file at once.
-
-        Raises:
-            Exception: it cannot be written; which one depends on the storage.
-        """
+        """Writes the file at once; errors are those of `replace_file`."""
         self._path, self._data, self._waiting = path, data, b""
         self._is_remote = is_remote(os.fspath(path))
-        if self._is_remote:
-            path.write_bytes(data)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(os.fspath(path), data)
+        replace_file(path, data)
 
     def append(self, data: bytes) -> None:
         """Adds to the end, after what was kept; a warning where that cannot be written now."""

@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 
 from diht_jax.training.monitoring.growing_file import GrowingFile
-from diht_jax.training.monitoring.trackers.registry import METRICS_FILE, OpenTrackers
+from diht_jax.training.monitoring.trackers import METRICS_FILE, OpenTrackers
 
 
 class MetricWriter:
@@ -65,12 +65,12 @@ class MetricWriter:
         if self._lines is not None:
             self._lines.append((json.dumps({"step": step, **row}) + "\n").encode())
         if self._trackers is not None:
-            self._trackers.write(step, row)
+            self._trackers.each(lambda tracker: tracker.write(step, row))
 
     def write_picture(self, step: int, name: str, picture: bytes) -> None:
         """Gives a picture, encoded as PNG, to the trackers that take any."""
         if self._trackers is not None:
-            self._trackers.write_picture(step, name, picture)
+            self._trackers.each(lambda tracker: tracker.write_picture(step, name, picture))
 
     def sync(self) -> None:
         """Makes the lines so far outlive a crash of the machine."""
@@ -82,7 +82,7 @@ class MetricWriter:
         if self._lines is not None:
             self._lines.sync()
         if self._trackers is not None:
-            self._trackers.close(self.has_failed)
+            self._trackers.each(lambda tracker: tracker.close(self.has_failed))
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:

@@ -15,10 +15,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from diht_jax.hardware.chips import peak_flops
-from diht_jax.hardware.flops import count_flops, count_jaxpr_flops
+from diht_jax.hardware.flops import count_jaxpr_flops
 from diht_jax.input import workers
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.monitoring.metrics import mean_scalars
+from diht_jax.training.objective import num_labels
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import OPTIMIZER_SCOPE
 
@@ -53,40 +54,27 @@ def model_flops(
         traced: its step, where that is at hand: one that computes nothing twice is counted as it
             is, which saves tracing another one.
     """
-    if traced is not None and _computes_once(config, devices):
-        jaxpr = traced.jaxpr.jaxpr
-        return count_jaxpr_flops(jaxpr, leave_out=OPTIMIZER_SCOPE).matmul_flops
     plain = config.copy_and_resolve_references()
     plain.micro_batch = None
-    plain.model.remat = "none"
-    plain.model.scan_layers = False
-    plain.model.attention = "xla"
-    plain.concepts.chunk_rows = plain.data.batch_size
-    arch = get_architecture(plain.model.name, plain.model.overrides.to_dict())
-    plain.captioning.chunk_tokens = plain.data.batch_size * arch.context_length
-    plain.captioning.remat = "none"
-    plain.optimizer.update(kind="adamw", schedule="cosine", decay_steps=None)
+    plain.model.update(remat="none", scan_layers=False)
+    if num_labels(config):
+        plain.concepts.chunk_rows = max(plain.concepts.chunk_rows, plain.data.batch_size)
+    if config.captioning.weight:
+        arch = get_architecture(plain.model.name, plain.model.overrides.to_dict())
+        tokens = plain.data.batch_size * arch.context_length
+        plain.captioning.chunk_tokens = max(plain.captioning.chunk_tokens, tokens)
+        plain.captioning.remat = "none"
+    computes_once = plain == config and config.model.texts_per_row == 1
+    # No length of a run changes what a step computes.
+    plain.optimizer.update(schedule="cosine", decay_steps=None)
     program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
-    state = program.abstract_state()
-    step = program.step(state, packing_fallback=False)
-    return count_flops(step, state, program.abstract_batch()).matmul_flops
-
-
-def _computes_once(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> bool:
-    """Returns whether a recipe's step shows each matrix product of its model once."""
-    optimizer = config.optimizer
-    # As short as its schedule may be: no length of a run changes what a step computes.
-    program = TrainProgram(
-        config, optimizer.warmup_steps + max(optimizer.decay_steps or 1, 1), devices
-    )
-    batch_size, captioning = config.data.batch_size, config.captioning
-    again = config.micro_batch or config.model.remat != "none" or config.model.scan_layers
-    chunked = program.num_labels and config.concepts.chunk_rows < batch_size
-    if captioning.weight:
-        again = again or captioning.remat != "none"
-        chunked = chunked or captioning.chunk_tokens < batch_size * program.arch.context_length
     kernels = {tower.kernel for tower in program.attention().values()}
-    return not again and not chunked and config.model.texts_per_row == 1 and kernels == {"xla"}
+    if traced is None or not computes_once or kernels != {"xla"}:
+        plain.model.attention = "xla"
+        program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
+        state = program.abstract_state()
+        traced = program.step(state, packing_fallback=False).trace(state, program.abstract_batch())
+    return count_jaxpr_flops(traced.jaxpr.jaxpr, leave_out=OPTIMIZER_SCOPE).matmul_flops
 
 
 def mesh_peak_flops(mesh: Mesh) -> float | None:
@@ -97,14 +85,14 @@ def mesh_peak_flops(mesh: Mesh) -> float | None:
 
 def log_flops(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
     """Logs what a step costs, and what MFU will be measured against."""
-    peak = mesh_peak_flops(mesh)
+    peak, kind = mesh_peak_flops(mesh), mesh.devices.flat[0].device_kind
     logging.info(
         "%.3f TFLOP a step, %.2f GFLOP an image; %s",
         flops_per_step / 1e12,
         flops_per_step / batch_size / 1e9,
         f"peak of {mesh.size} devices {peak / 1e12:.0f} TFLOP/s"
         if peak
-        else f"peak of '{mesh.devices.flat[0].device_kind}' is not known, so no MFU is given",
+        else f"peak of '{kind}' is not known, so no MFU is given",
     )
 
 
@@ -237,64 +225,55 @@ def _are_ready(metrics: dict[str, Any]) -> bool:
 class InputSupply:
     """Warns, once in a while, where the input gives less than the step could take."""
 
-    def __init__(
-        self,
-        data: ml_collections.ConfigDict,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        worker_secs: Callable[[], float] = workers.processor_secs,
-    ):
-        """Starts the time."""
+    def __init__(self, data: ml_collections.ConfigDict):
+        """Takes the section `data`, and starts the time."""
         self._data = data
-        self._clock = clock
-        self._worker_secs = worker_secs
-        self._look_at = clock() + _FIRST_LOOK_SECS
-        self._before = (clock(), worker_secs())
+        self._look_at = time.monotonic() + _FIRST_LOOK_SECS
+        self._before = (time.monotonic(), workers.processor_secs())
         self._is_short: bool | None = None
 
     def check(self, rate: InputRate) -> None:
         """Looks at the window that has just ended."""
-        now, worker_secs = self._clock(), self._worker_secs()
-        before, self._before = self._before, (now, worker_secs)
+        now, worker_secs = time.monotonic(), workers.processor_secs()
+        (before, secs_before), self._before = self._before, (now, worker_secs)
         if now < self._look_at:
             return
         if rate.is_short:
-            busy_secs = max(0.0, worker_secs - before[1]) / max(now - before[0], 1e-9)
+            busy_cores = max(0.0, worker_secs - secs_before) / max(now - before, 1e-9)
             logging.warning(
                 "the input gives %.0f images/s, and the step could take %.0f; %s",
                 rate.supplied,
                 rate.possible,
-                advise(self._data, workers.usable_cores(), busy_secs),
+                self._advise(workers.usable_cores(), busy_cores),
             )
             self._look_at = now + _WARNING_SECS
         elif self._is_short is not False:
             logging.info("the input keeps up with the step: %.0f images/s", rate.supplied)
         self._is_short = rate.is_short
 
-
-def advise(data: ml_collections.ConfigDict, cores: int, busy_cores: float) -> str:
-    """Names the setting to change where the input is too slow."""
-    num_workers = data.num_workers
-    if num_workers is None:
-        num_workers = workers.default_num_workers()
-    if num_workers and busy_cores < _BUSY_SHARE * min(num_workers, cores):
+    def _advise(self, cores: int, busy_cores: float) -> str:
+        """Names the setting to change."""
+        data, num_workers = self._data, self._data.num_workers
+        if num_workers is None:
+            num_workers = workers.default_num_workers()
+        if num_workers and busy_cores < _BUSY_SHARE * min(num_workers, cores):
+            return (
+                f"its {num_workers} workers keep {busy_cores:.1f} of {cores} cores busy and wait "
+                "for storage for the rest: a local or faster disk, config.data.order='blocks' "
+                "(reads many records at once), and of data in an object store "
+                f"config.data.read_threads={data.read_threads} and config.data.cache_dir"
+            )
+        exact = "" if data.fast_decode else "set config.data.fast_decode=True, or "
+        if num_workers < cores:
+            kind = "workers" if num_workers else "workers (it decodes in threads)"
+            return (
+                f"{exact}raise config.data.num_workers: {num_workers} {kind}, and this process may "
+                f"use {cores} cores"
+            )
         return (
-            f"its {num_workers} workers keep {busy_cores:.1f} of {cores} cores busy and wait for "
-            "storage for the rest: a local or faster disk, config.data.order='blocks' (reads many "
-            "records at once), and of data in an object store config.data.read_threads="
-            f"{data.read_threads} and config.data.cache_dir"
+            f"{exact}give this process more cores (Slurm: srun --cpus-per-task) and leave "
+            f"config.data.num_workers unset: {num_workers} workers keep all {cores} busy"
         )
-    exact = "" if data.fast_decode else "set config.data.fast_decode=True, or "
-    if num_workers < cores:
-        kind = "workers" if num_workers else "workers (it decodes in threads)"
-        return (
-            f"{exact}raise config.data.num_workers: {num_workers} {kind}, and this process may use "
-            f"{cores} cores"
-        )
-    return (
-        f"{exact}give this process more cores (Slurm: srun --cpus-per-task) and leave "
-        f"config.data.num_workers unset: {num_workers} workers keep all {cores} busy"
-    )
 
 
 class StepProfiler:

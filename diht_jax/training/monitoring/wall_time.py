@@ -16,17 +16,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
 
-from diht_jax.storage.files import add_checksum, parse_object, write_bytes
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.files import add_checksum, parse_object
+from diht_jax.training.monitoring.growing_file import replace_file
 from diht_jax.training.monitoring.metrics import read_metrics
 
 FILE = "wall_time.json"
@@ -61,19 +60,20 @@ class WallTime:
         self._marked = clock() if began is None else began
         self._secs, self._starts = dict.fromkeys(USES, 0.0), 1
         if jax.process_index() == 0:
-            self._add_earlier(start_step, read_metrics(workdir))
+            self._add_earlier(workdir, start_step)
         self._use = "start" if self._starts == 1 else "lost"
         self.save()
 
-    def _add_earlier(self, start_step: int, rows: list[dict[str, float]]) -> None:
+    def _add_earlier(self, workdir: str | epath.Path, start_step: int) -> None:
         """Takes over what was, with the steps after `start_step` as lost."""
-        rows = [row for row in rows if _PREFIX + "step" in row]
-        file = self._read()
-        if not file and not rows:
-            return
-        at_start = _secs_of([row for row in rows if row["step"] <= start_step])
-        self._secs = _known(file["secs"]) if file else _secs_of(rows)
-        self._starts = (file["starts"] if file else 1) + 1
+        rows = [row for row in read_metrics(workdir) if _PREFIX + "step" in row]
+        found = self._read()
+        if found is not None:
+            self._secs, self._starts = _known(found["secs"]), found["starts"] + 1
+        elif rows:
+            self._secs, self._starts = _known(rows[-1], _PREFIX), 2
+        before = [row for row in rows if row["step"] <= start_step]
+        at_start = _known(before[-1] if before else {}, _PREFIX)
         for use in ("step", "input"):
             again = max(0.0, self._secs[use] - at_start[use])
             self._secs[use] -= again
@@ -82,13 +82,13 @@ class WallTime:
     def _read(self) -> dict[str, Any] | None:
         """The file's contents; None where there is none that can be read."""
         try:
-            if not self._path.exists():
-                return None
             found = parse_object(self._path.read_bytes(), needs_checksum=True)
-            problem = "it is damaged"
-        except Exception as error:  # as in `save`
+            problem = None if found else "it is damaged"
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # of a store
             found, problem = None, str(error)
-        if found is None:
+        if problem:
             logging.warning(
                 "%s cannot be read (%s): times are counted on from the last line of metrics.jsonl",
                 self._path,
@@ -131,29 +131,24 @@ class WallTime:
             return
         self._switch(self._use)
         secs = {use: round(secs, 3) for use, secs in self._secs.items()}
-        data = json.dumps(add_checksum({"starts": self._starts, "secs": secs}), indent=1).encode()
+        data = json.dumps(add_checksum({"starts": self._starts, "secs": secs}), indent=1) + "\n"
         try:
-            if is_remote(os.fspath(self._path)):
-                self._path.write_bytes(data + b"\n")
-            else:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(os.fspath(self._path), data + b"\n")
+            replace_file(self._path, data.encode())
         except Exception as error:  # few errors of stores are an OSError
             logging.warning("%s cannot be written: %s", self._path, error)
 
     def close(self) -> None:
         """Says what the time was spent on, and keeps it for the next start."""
         self.save()
-        logging.info("%s", self.describe())
-
-    def describe(self) -> str:
-        """One line: time, starts, and the shares of the uses from the largest one down."""
-        self._switch(self._use)
         total = sum(self._secs.values())
         shares = sorted(self._secs.items(), key=lambda item: -item[1])
-        listed = ", ".join(f"{use} {secs / total:.1%}" for use, secs in shares if secs)
-        starts = f"{self._starts} start{'s' * (self._starts > 1)}"
-        return f"wall time {datetime.timedelta(seconds=round(total))} in {starts}: {listed}"
+        logging.info(
+            "wall time %s in %d start%s: %s",
+            datetime.timedelta(seconds=round(total)),
+            self._starts,
+            "s" * (self._starts > 1),
+            ", ".join(f"{use} {secs / total:.1%}" for use, secs in shares if secs),
+        )
 
     def _switch(self, use: str) -> None:
         now = self._clock()
@@ -161,11 +156,6 @@ class WallTime:
         self._marked, self._use = now, use
 
 
-def _known(secs: Mapping[str, float]) -> dict[str, float]:
-    return {use: float(secs.get(use, 0.0)) for use in USES}
-
-
-def _secs_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The seconds in the last row; zeros where there is none."""
-    last = rows[-1] if rows else {}
-    return {use: float(last.get(_PREFIX + use, 0.0)) for use in USES}
+def _known(secs: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+    """The seconds of each use in a file or a row; zeros for those that it lacks."""
+    return {use: float(secs.get(prefix + use, 0.0)) for use in USES}

@@ -9,8 +9,7 @@ from PIL import Image
 
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
-from diht_jax.training.monitoring.trackers.base import Tracker
-from diht_jax.training.monitoring.trackers.registry import TRACKERS, check_trackers
+from diht_jax.training.monitoring.trackers import TRACKERS, Tracker, check_trackers
 from diht_jax.training.recipe import check_config
 from tests import make
 

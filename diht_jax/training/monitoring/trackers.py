@@ -1,0 +1,323 @@
+"""Trackers of experiments, which get the metrics of a run in addition to `metrics.jsonl`.
+
+A new one is a subclass of `Tracker` and an entry of `TRACKERS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import io
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import ml_collections
+from absl import logging
+from etils import epath
+
+from diht_jax.config.checks import nearest_name
+from diht_jax.records.format import frame_footer, frame_header
+from diht_jax.storage.files import join, read_object, write_object
+from diht_jax.storage.stores import is_remote
+from diht_jax.training.monitoring.growing_file import GrowingFile
+
+RUN_FILE = "trackers.json"
+METRICS_FILE = "metrics.jsonl"
+_PROJECT = "diht_jax"
+# For the end of a run, or of a machine that is taken away: what W&B has not sent by then stays on
+# disk, where `wandb sync` finds it.
+_FINISH_SECS = 60.0
+_LOCAL_MODES = ("offline", "dryrun", "disabled")
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackedRun:
+    """A run, as its trackers know it.
+
+    Attributes:
+        workdir: its work directory.
+        start_step: steps that it has behind it; more than 0 where it goes on.
+        config: its config, JSON-able.
+    """
+
+    workdir: epath.Path
+    start_step: int
+    config: Mapping[str, Any]
+
+    @functools.cached_property
+    def id(self) -> str:
+        """The same for as long as the work directory exists."""
+        path = join(self.workdir, RUN_FILE)
+        found = (read_object(path) or {}).get("id")
+        if not isinstance(found, str):
+            found = uuid.uuid4().hex[:8]
+            write_object(path, {"id": found})
+        return found
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.config["tracking"]["name"] or self.workdir.name or "run"
+
+    @property
+    def project(self) -> str | None:
+        """The project that it belongs to; None where the recipe names none."""
+        return self.config["tracking"]["project"]
+
+
+class Tracker:
+    """Writes the metrics of one run to one place.
+
+    A new one is opened where a run starts or goes on. Any method may raise: the run then goes on
+    without the tracker. None may wait for the network for long.
+
+    Attributes:
+        title: name for people.
+        package: that it needs and that does not come with this one; "" for none.
+        takes_pictures: `write_picture` does something.
+    """
+
+    title: ClassVar[str]
+    package: ClassVar[str] = ""
+    takes_pictures: ClassVar[bool] = True
+
+    def __init__(self, run: TrackedRun):
+        """Opens the run, or goes on with the one of the same id."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds metrics of a step; those of evaluations come in a call of their own."""
+        raise NotImplementedError
+
+    def write_picture(self, step: int, name: str, picture: bytes) -> None:
+        """Adds a picture, encoded as PNG."""
+
+    def close(self, failed: bool) -> None:
+        """Writes what is left; `failed` where an error ended the run."""
+
+
+class TensorBoard(Tracker):
+    """Writes TFRecord files of `Event` messages, one for each start of a run.
+
+    TensorBoard's own writer is not used: it writes in a thread that dies with the first error, and
+    then blocks the run. Pictures are left out, since a file in an object store is written anew for
+    each line.
+    """
+
+    title = "TensorBoard"
+    takes_pictures = False
+
+    def __init__(self, run: TrackedRun):
+        """Begins a file; TensorBoard hides what earlier files hold of later steps."""
+        from tensorboard.compat.proto import event_pb2
+
+        # Seconds alone would let a quick restart overwrite the file.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        first = _event(file_version="brain.Event:2")
+        first += _event(step=run.start_step + 1, session_log=start)
+        self._events = GrowingFile(run.workdir / "tensorboard" / name, first)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends an event; one that cannot be written now is kept."""
+        from tensorboard.compat.proto import summary_pb2
+
+        values = [summary_pb2.Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()]
+        self._events.append(_event(step=step, summary=summary_pb2.Summary(value=values)))
+
+    def close(self, failed: bool) -> None:
+        """Writes what was kept."""
+        self._events.sync()
+
+
+def _event(**fields: Any) -> bytes:
+    """The record of an event in a file."""
+    from tensorboard.compat.proto import event_pb2
+
+    data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+    return frame_header(len(data)) + data + frame_footer(data)
+
+
+class WeightsAndBiases(Tracker):
+    """Writes by W&B's client, which sends in a process of its own.
+
+    Its environment variables count (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_DIR, ...). The
+    step is a metric, and all others are drawn over it: W&B drops what comes for a step of its own
+    that is in the past, such as an evaluation that was caught up on.
+    """
+
+    title = "Weights & Biases"
+    package = "wandb"
+
+    def __init__(self, run: TrackedRun):
+        """Opens the run.
+
+        Raises:
+            Exception: no login, no network, or what else W&B's client reports.
+        """
+        import wandb
+
+        settings = wandb.Settings(finish_timeout=_FINISH_SECS)
+        folder = os.fspath(run.workdir)
+        # Without `prompt`, a run without a login would wait for somebody at the terminal.
+        sends = wandb.setup().settings.mode not in _LOCAL_MODES
+        if sends and not wandb.login(prompt=False, verify=False):
+            raise ValueError("no login: call `wandb login`, or set WANDB_API_KEY or WANDB_MODE")
+        self._wandb = wandb
+        self._run = wandb.init(
+            id=run.id,
+            name=os.environ.get("WANDB_NAME", run.name),
+            project=run.project or os.environ.get("WANDB_PROJECT", _PROJECT),
+            config=dict(run.config),
+            dir=None if is_remote(folder) else os.environ.get("WANDB_DIR", folder),
+            resume="allow",
+            settings=settings,
+        )
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Hands metrics over to the client."""
+        self._run.log({"step": step, **scalars})
+
+    def write_picture(self, step: int, name: str, picture: bytes) -> None:
+        """Hands a picture over to the client."""
+        from PIL import Image
+
+        image = self._wandb.Image(Image.open(io.BytesIO(picture)))
+        self._run.log({"step": step, name: image})
+
+    def close(self, failed: bool) -> None:
+        """Waits until all is sent, a minute at most."""
+        self._run.finish(exit_code=int(failed))
+
+
+class Trackio(Tracker):
+    """Writes by trackio's client, into TRACKIO_DIR or, with TRACKIO_SPACE_ID, a Space."""
+
+    title = "trackio"
+    package = "trackio"
+
+    def __init__(self, run: TrackedRun):
+        """Opens the run. trackio finds one that goes on by its name, so the id belongs there."""
+        import trackio
+
+        self._trackio = trackio
+        self._run = trackio.init(
+            project=run.project or _PROJECT,
+            name=f"{run.name}-{run.id}",
+            config=dict(run.config),
+            resume="allow",
+            embed=False,
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Hands metrics over to the client's thread."""
+        self._run.log(dict(scalars), step=step)
+
+    def write_picture(self, step: int, name: str, picture: bytes) -> None:
+        """Hands a picture over to the client's thread."""
+        from PIL import Image
+
+        image = self._trackio.Image(Image.open(io.BytesIO(picture)))
+        self._run.log({name: image}, step=step)
+
+    def close(self, failed: bool) -> None:
+        """Waits until all is written, half a minute at most."""
+        self._run.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
+
+
+def tracker_names(trackers: Sequence[str]) -> list[str]:
+    """The names in `config.trackers`; `--config.trackers=a,b` gives one text of two.
+
+    Raises:
+        ValueError: one of them is not known.
+    """
+    names = [name.strip() for text in trackers for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in TRACKERS:
+            nearest = nearest_name(name[:200].lower(), TRACKERS)
+            hint = f"did you mean '{nearest}'?" if nearest else f"known: {', '.join(TRACKERS)}"
+            raise ValueError(f"config.trackers: there is no tracker '{name:.200}'; {hint}")
+    return list(dict.fromkeys(names))
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Checks that this process could open them; only the first process of a job opens any.
+
+    Raises:
+        ValueError: one is not known, or its package is not installed.
+    """
+    for name in tracker_names(trackers):
+        package = TRACKERS[name].package
+        if package and jax.process_index() == 0:
+            spec = importlib.util.find_spec(package)
+            if spec is None or spec.origin is None:  # a folder of the same name has none
+                raise ValueError(
+                    f"config.trackers: '{name}' needs the package {package}, which is not "
+                    f"installed: `pip install {package}`, or leave it out of --config.trackers"
+                )
+
+
+class OpenTrackers:
+    """The trackers of one run. One that fails is left out from then on, with a warning."""
+
+    def __init__(
+        self, workdir: epath.Path, start_step: int, config: ml_collections.ConfigDict | None
+    ):
+        """Opens them.
+
+        Args:
+            workdir: of the run.
+            start_step: steps that it has behind it.
+            config: the whole training config; None for TensorBoard alone.
+        """
+        names, values = ["tensorboard"], {}
+        if config is not None:
+            names, values = tracker_names(config.trackers), config.to_json_best_effort()
+            values = json.loads(values)
+        run = TrackedRun(workdir, start_step, values)
+        opened = [_guard(TRACKERS[n], lambda kind=TRACKERS[n]: kind(run)) for n in names]
+        self._open = [tracker for tracker in opened if tracker is not None]
+
+    @property
+    def takes_pictures(self) -> bool:
+        """True if any of them does."""
+        return any(tracker.takes_pictures for tracker in self._open)
+
+    def each(self, action: Callable[[Tracker], None]) -> None:
+        """Calls an action with each of them."""
+        self._open = [
+            tracker
+            for tracker in self._open
+            if _guard(type(tracker), lambda t=tracker: action(t) or True)
+        ]
+
+
+def _guard(kind: type[Tracker], action: Callable[[], Result]) -> Result | None:
+    """The result of an action; None, and a warning, where it fails."""
+    try:
+        return action()
+    except Exception as error:  # each client has its own
+        logging.warning(
+            "the run goes on without %s (%s); %s holds the same numbers",
+            kind.title,
+            str(error) or type(error).__name__,
+            METRICS_FILE,
+        )
+        return None
