@@ -26,7 +26,7 @@ from absl import flags
 from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.evaluation.embedding import index_update, picture_index
-from diht_jax.evaluation.embedding.files import PICTURES, SETTINGS_FILE
+from diht_jax.evaluation.embedding.files import SETTINGS_FILE
 from diht_jax.storage.files import write_object
 from diht_jax.terminal import ProgressBar
 
@@ -109,10 +109,9 @@ def write_indexes(
         part = image_emb[first : first + size]
         part[:] = perturb(rng, centres[rng.integers(0, _CENTRES, len(part))])
         notes = [(f"{first + row:09d}.jpg", "", b"") for row in range(len(part))]
-        identity = {"kind": PICTURES, "path": str(folder)}
         manifest = {
             "unit": "",
-            "identity": identity,
+            "folder": str(folder),
             "entries": len(part),
             "is_last": True,
             "part": 0,

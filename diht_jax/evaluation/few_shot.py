@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
-from diht_jax.evaluation.embedding.entries import Entries
+from diht_jax.evaluation.embedding.entries import Entries, Units
 from diht_jax.evaluation.linear_probe import (
     FittedProbes,
     LabelledEmbeddings,
@@ -31,9 +31,7 @@ from diht_jax.evaluation.linear_probe import (
 )
 from diht_jax.evaluation.protocols import classification
 from diht_jax.evaluation.protocols.base import Measured, Task
-from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.sources.registry import open_units
-from diht_jax.evaluation.tasks import entries_bar
 from diht_jax.terminal import ProgressBar
 
 ALL = "all"
@@ -347,10 +345,8 @@ def _embed(
             [unit for part in parts for unit in part],
             lambda: sum(known) if len(known) == len(counts) else None,
         )
-        with entries_bar("images", units, hidden=not batching.progress) as bar:
-            measured = classification.run(
-                model, prompts, Entries(units, count=bar.update), batching
-            )
+        entries = Entries(units, bar="images" if batching.progress else None)
+        measured = classification.run(model, prompts, entries, batching)
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error
     encoded, found = measured.encoded, measured.result

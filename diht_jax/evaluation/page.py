@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import EncodedImages
-from diht_jax.evaluation.embedding.entries import Unit, read_again
+from diht_jax.evaluation.embedding.entries import Unit, decode_picture, read_again
 from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.protocols.base import Measured, Task
 from diht_jax.evaluation.protocols.caption_choice import CaptionChoiceResult
 from diht_jax.evaluation.protocols.classification import ClassificationResult
 from diht_jax.evaluation.protocols.retrieval import RetrievalResult, have_common_id
 from diht_jax.evaluation.results import describe_model, format_value, metric_of, result_rows
-from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.pages.render import render, thumbnail
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import Any
 
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.benchmarks import expand_datacomp
+from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import registry
-from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, TASKS_BY_NAME, SuiteEntry
 from diht_jax.readers import tfds
 from diht_jax.readers.registry import name_options, option_defaults

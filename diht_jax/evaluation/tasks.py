@@ -13,7 +13,6 @@ import typing
 from collections.abc import Generator
 from typing import Any
 
-import jax
 from absl import logging
 
 from diht_jax.evaluation.bootstrap import (
@@ -23,15 +22,13 @@ from diht_jax.evaluation.bootstrap import (
     resample,
 )
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
-from diht_jax.evaluation.embedding.entries import Entries, Processes
+from diht_jax.evaluation.embedding.entries import Entries, Processes, Units
 from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.protocols.base import Measured, Task
-from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
-from diht_jax.terminal import ProgressBar
 
 
 class ExamplesPage(typing.Protocol):
@@ -96,13 +93,9 @@ def evaluate_task(
     try:
         if units is None:
             units = task.open_units()
-        with entries_bar(task.name, units, limit, hidden=not progress) as bar:
-            measured = protocol.run(
-                model,
-                task,
-                Entries(units, limit=limit, count=bar.update),
-                Batching(batch_size, num_threads, progress, Processes.of_job()),
-            )
+        entries = Entries(units, limit=limit, bar=task.name if progress else None)
+        batching = Batching(batch_size, num_threads, progress, Processes.of_job())
+        measured = protocol.run(model, task, entries, batching)
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
     encoded, metrics = measured.encoded, measured.metrics
@@ -164,10 +157,3 @@ def read_entries(task: Task) -> Generator[Pair | Skipped]:
     """The pairs of a task's source, with a `Skipped` and its reason for each that is unusable."""
     for unit in task.open_units():
         yield from unit()
-
-
-def entries_bar(name: str, units: Units, limit: int | None = None, *, hidden: bool) -> ProgressBar:
-    """A bar over about this process's share of the entries of a source."""
-    known = [] if hidden else [n for n in (units.count_entries(), limit) if n is not None]
-    total = -(-min(known) // jax.process_count()) if known else None
-    return ProgressBar(desc=name, unit=" images", disable=hidden, total=total)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 
 import ml_collections
 
+from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.protocols.base import Task
-from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.input.pipeline import open_records
 from diht_jax.readers.base import Skipped
 from diht_jax.readers.tables import map_ahead

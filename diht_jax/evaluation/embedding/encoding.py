@@ -20,8 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import PIL.Image
 
-from diht_jax.evaluation.embedding.entries import Entries, Order, Processes
-from diht_jax.evaluation.sources.pictures import decode_picture
+from diht_jax.evaluation.embedding.entries import Entries, Order, Processes, decode_picture
 from diht_jax.input.decode import ImageError
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -126,8 +125,8 @@ def encode_images(
         model: see `EmbeddingModel`; uses all its devices.
         entries: consumed once, in order. Of several processes each reads its share of `Entries`;
             any others are read by all, and each decodes its share.
-        describe: called once per pair, in order; what it returns is kept, so it should be small.
-            Raises `UnusablePair` to leave a pair out, any other ValueError to stop.
+        describe: called once per pair, by several threads; what it returns is kept, so it should
+            be small. Raises `UnusablePair` to leave a pair out, any other ValueError to stop.
         batching: the defaults where None.
         allow_empty: without any usable pair, return embeddings of shape [0, 0].
 
@@ -271,44 +270,36 @@ def _decode_ahead(
     window: int,
     num_threads: int | None,
 ) -> Generator[tuple[_Row, np.ndarray | None]]:
-    """Yields rows with their pixels, in order, up to `window` images in work.
+    """Yields rows with their pixels, in order, up to `window` entries in work.
 
     Fewer are in work where their encoded bytes take much memory.
     """
 
-    def decode(pair: Pair) -> np.ndarray | ImageError:
-        try:
-            return preprocess(decode_picture(pair))
-        except ImageError as error:
-            return error
-
-    def begin(order: Order, entry: Pair | Skipped) -> tuple[_Row, futures.Future | None, int]:
+    def decode(order: Order, entry: Pair | Skipped) -> tuple[_Row, np.ndarray | None]:
         if isinstance(entry, Skipped):
-            return _Row(order, entry.key, reason=entry.reason), None, 0
+            return _Row(order, entry.key, reason=entry.reason), None
         try:
             note = describe(entry)
+            return _Row(order, entry.key, note), preprocess(decode_picture(entry))
         except UnusablePair as unusable:
-            return _Row(order, entry.key, reason=unusable.reason), None, 0
-        return _Row(order, entry.key, note), pool.submit(decode, entry), len(entry.image)
-
-    def finish(row: _Row, work: futures.Future | None) -> tuple[_Row, np.ndarray | None]:
-        outcome = None if work is None else work.result()
-        if isinstance(outcome, ImageError):
-            return _Row(row.order, row.key, reason=f"image_{outcome.reason}"), None
-        return row, outcome
+            reason = unusable.reason
+        except ImageError as error:
+            reason = f"image_{error.reason}"
+        return _Row(order, entry.key, reason=reason), None
 
     pool = futures.ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 16))
-    queue: collections.deque[tuple[_Row, futures.Future | None, int]] = collections.deque()
+    queue: collections.deque[tuple[futures.Future, int]] = collections.deque()
     waiting_bytes = 0
     try:
         for order, entry in entries:
-            queue.append(begin(order, entry))
-            waiting_bytes += queue[-1][2]
+            size = len(entry.image) if isinstance(entry, Pair) else 0
+            queue.append((pool.submit(decode, order, entry), size))
+            waiting_bytes += size
             while len(queue) > window or waiting_bytes > _WAITING_BYTES:
-                row, work, size = queue.popleft()
+                work, size = queue.popleft()
                 waiting_bytes -= size
-                yield finish(row, work)
-        for row, work, _ in queue:
-            yield finish(row, work)
+                yield work.result()
+        for work, _ in queue:
+            yield work.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -12,11 +12,16 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from PIL import Image
 
+from diht_jax.input.decode import MAX_PIXELS, ImageError, decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
+from diht_jax.terminal import ProgressBar
 
 Entry = Pair | Skipped
+# Left, top, right and bottom, in pixels.
+Box = tuple[int, int, int, int]
 # Number of an entry's unit, and the entry's own in it.
 Order = tuple[int, int]
 # Reads a part of a source.
@@ -26,24 +31,58 @@ _CHUNK = 2**26  # bytes of each process that travel at once
 _LONGEST_WORK_MS = 7 * 24 * 60 * 60 * 1000
 
 
+@dataclasses.dataclass(frozen=True)
+class CroppedPair(Pair):
+    """A pair on a part of a picture.
+
+    Attributes:
+        box: the part; what of it is outside of the picture is black.
+    """
+
+    box: Box = dataclasses.field(kw_only=True)
+
+
+def decode_picture(pair: Pair) -> Image.Image:
+    """The picture of a pair as `decode_rgb` gives it, cut to its box where it has one.
+
+    Raises:
+        ImageError: as `decode_rgb`; "too_large" for a box, too.
+    """
+    picture = decode_rgb(pair.image)
+    if not isinstance(pair, CroppedPair):
+        return picture
+    left, top, right, bottom = pair.box
+    if (right - left) * (bottom - top) > MAX_PIXELS:
+        raise ImageError("too_large", f"box {pair.box}: at most {MAX_PIXELS} pixels are cut out")
+    return picture.crop(pair.box)
+
+
+class Units(list[Unit]):
+    """The parts of a source, and about how many entries they have."""
+
+    def __init__(self, units: Iterable[Unit], count: Callable[[], int | None] = lambda: None):
+        """Joins them.
+
+        Args:
+            units: in the order of the entries.
+            count: makes the number of entries, which may be an estimate; None where it is unknown.
+        """
+        super().__init__(units)
+        self.count_entries = count
+
+
 class Entries(Iterable[Entry]):
     """All entries in order, or the share of one process with their order."""
 
-    def __init__(
-        self,
-        units: Sequence[Unit],
-        *,
-        limit: int | None = None,
-        count: Callable[[], object] = lambda: None,
-    ):
+    def __init__(self, units: Sequence[Unit], *, limit: int | None = None, bar: str | None = None):
         """Joins the parts of a source.
 
         Args:
             units: each reads the entries of one part.
             limit: number of entries that count, from the first on; None is all.
-            count: called for each entry, for a progress bar.
+            bar: name of the progress bar to show; None for none.
         """
-        self.limit, self._units, self._count = limit, units, count
+        self.limit, self._units, self._bar = limit, units, bar
 
     def __iter__(self) -> Iterator[Entry]:
         return (entry for _, entry in self.share(0, 1))
@@ -59,9 +98,15 @@ class Entries(Iterable[Entry]):
             for number in range(index, len(self._units), count)
             for offset, entry in enumerate(self._units[number]())
         )
-        for order, entry in itertools.islice(own, self.limit):
-            self._count()
-            yield order, entry
+        total = None
+        if self._bar is not None and isinstance(self._units, Units):
+            known = [n for n in (self._units.count_entries(), self.limit) if n is not None]
+            total = -(-min(known) // count) if known else None
+        hidden = self._bar is None
+        with ProgressBar(desc=self._bar, unit=" images", disable=hidden, total=total) as bar:
+            for found in itertools.islice(own, self.limit):
+                bar.update()
+                yield found
 
 
 def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pair]:

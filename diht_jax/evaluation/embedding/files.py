@@ -12,16 +12,16 @@ import io
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import Batching, encode_images, encode_texts
+from diht_jax.evaluation.embedding.entries import Entry
 from diht_jax.evaluation.embedding.inputs import (
     PICTURES,
-    PartEntries,
     ShardParts,
     entries_bar,
     list_inputs,
@@ -155,7 +155,13 @@ def _find_part(stem: str, part: int) -> dict[str, Any] | None:
 
 
 def _embed_part(
-    model: Any, options: EmbedOptions, share: ShardParts, stem: str, part: int, entries: PartEntries
+    model: Any,
+    options: EmbedOptions,
+    share: ShardParts,
+    stem: str,
+    part: int,
+    entries: Iterator[Entry],
+    is_last: Callable[[], bool],
 ) -> dict[str, Any]:
     """Writes the file of a part and then its statistics, which it returns."""
     start = time.perf_counter()
@@ -193,11 +199,11 @@ def _embed_part(
         "bytes": len(data),
         "crc32": zlib.crc32(data),
         "pairs": len(notes),
-        "entries": entries.count,
+        "entries": len(notes) + sum(dropped.values()),
         "dropped": dict(dropped),
         "dropped_keys": dropped_keys,
         "seconds": round(time.perf_counter() - start, 3),
-        "is_last": entries.is_last(),
+        "is_last": is_last(),
         "source": str(share.shard),
         "shard": share.number,
         "part": part,

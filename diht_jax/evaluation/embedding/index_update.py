@@ -10,19 +10,18 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import Batching, EncodedImages, encode_images
-from diht_jax.evaluation.embedding.entries import Processes
+from diht_jax.evaluation.embedding.encoding import Batching, encode_images
+from diht_jax.evaluation.embedding.entries import Entry, Processes
 from diht_jax.evaluation.embedding.files import check_settings
 from diht_jax.evaluation.embedding.inputs import (
     PICTURES,
-    PartEntries,
     ShardParts,
-    ShardReader,
+    counted,
     entries_bar,
     make_parts,
     shares_of,
@@ -36,7 +35,6 @@ from diht_jax.evaluation.embedding.picture_index import (
     make_thumbnail,
     quantize,
     read_manifests,
-    remove_part,
     write_part,
 )
 from diht_jax.readers import image_folder
@@ -44,7 +42,6 @@ from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
 from diht_jax.storage.locks import lock_folder
-from diht_jax.terminal import ProgressBar
 
 # Pictures a part: what an interruption can cost.
 PART_ROWS = 10_000
@@ -116,7 +113,9 @@ def update_index(
         nonlocal removed
         check_settings(folder, settings, what="an index", flag="--index")
         stack.enter_context(lock_folder(folder, "--index", ".lock"))
-        removed = _remove_stale(folder, settings, shards)
+        removed = _remove_stale(
+            folder, settings, {_unit(shard): _states(shard) for shard in shards}
+        )
         for path in find_leftovers(folder, read_manifests(folder, settings).values()):
             path.unlink()
 
@@ -124,12 +123,13 @@ def update_index(
         processes.together(prepare if processes.index == 0 else lambda: None)
         # Read by all before the first part is made.
         old = processes.together(lambda: read_manifests(folder, settings))
-        encode = functools.partial(encode_images, model, batching=batching, allow_empty=True)
         first_new = max(old, default=-1) + 1
         numbers = itertools.count(first_new + processes.index, processes.count)
-        updater = _Updater(folder, settings, model.embed_dim, encode, thumbnails, numbers)
+        write = functools.partial(
+            _write_part, model, folder, settings, batching, thumbnails, numbers
+        )
         shares = shares_of(shards, processes.index, processes.count)
-        processes.together(lambda: updater.add(shares, list(old.values())))
+        processes.together(lambda: _add_missing(shares, list(old.values()), write))
         manifests = read_manifests(folder, settings)
     dropped: collections.Counter[str] = collections.Counter()
     for manifest in manifests.values():
@@ -140,108 +140,100 @@ def update_index(
 
 
 def _remove_stale(
-    folder: pathlib.Path, settings: dict[str, Any], shards: Sequence[SourceShard]
+    folder: pathlib.Path, settings: dict[str, Any], current: Mapping[str, Mapping[str, Any]]
 ) -> int:
     """Removes what is gone or was changed: parts of shards, pictures of folders. Counts it."""
-    by_unit = {_unit(shard): shard for shard in shards}
-    states = {unit: _states(s) for unit, s in by_unit.items() if s.kind == PICTURES}
     count = 0
     for number, manifest in read_manifests(folder, settings).items():
-        unit = manifest["unit"]
-        if unit in states:
-            known = [pair for pair in manifest["states"] if states[unit].get(pair[0]) == pair[1]]
-            if known == manifest["states"]:
-                continue
-            count += manifest["pictures"]
-            if not known:
-                remove_part(folder, number)
-                continue
-            names, rows = {key for key, _ in known}, Part(folder, manifest).rows
-            is_known = [key in names for key in rows["key"].to_pylist()]
-            rows = rows.filter(np.array(is_known, bool))
-            count -= len(rows)
-            write_part(folder, number, rows, manifest | {"states": known}, settings)
-        elif unit not in by_unit or by_unit[unit].identity() != manifest["identity"]:
-            count += manifest["pictures"]
-            remove_part(folder, number)
+        now = current.get(manifest["unit"], {})
+        known = [[key, state] for key, state in manifest["states"] if now.get(key) == state]
+        if known == manifest["states"]:
+            continue
+        count += manifest["pictures"]
+        if not known:
+            (folder / f"{number:05d}.json").unlink()
+            continue
+        names, rows = {key for key, _ in known}, Part(folder, manifest).rows
+        rows = rows.filter(np.array([key in names for key in rows["key"].to_pylist()], bool))
+        count -= len(rows)
+        write_part(folder, number, rows, manifest | {"states": known}, settings)
     return count
 
 
-@dataclasses.dataclass(frozen=True)
-class _Updater:
-    """Adds to an index what it lacks; `numbers` are those of the parts to come."""
-
-    folder: pathlib.Path
-    settings: dict[str, Any]
-    dim: int
-    encode: Callable[..., EncodedImages]
-    thumbnails: bool
-    numbers: Iterator[int]
-
-    def add(self, shares: Sequence[ShardParts], manifests: Sequence[dict[str, Any]]) -> None:
-        """Makes this process's parts, except those that there are."""
-        with entries_bar([share.shard for share in shares]) as bar:
-            for share in shares:
-                unit = _unit(share.shard)
-                own = [manifest for manifest in manifests if manifest["unit"] == unit]
-                if share.shard.kind == PICTURES:
-                    self._add_pictures(share, own, bar)
-                    continue
+def _add_missing(
+    shares: Sequence[ShardParts],
+    manifests: Sequence[dict[str, Any]],
+    write: Callable[..., dict[str, Any]],
+) -> None:
+    """Makes this process's parts, except those that there are; `write` is `_write_part`."""
+    with entries_bar([share.shard for share in shares]) as bar:
+        for share in shares:
+            shard, states = share.shard, _states(share.shard)
+            own = [manifest for manifest in manifests if manifest["unit"] == _unit(shard)]
+            if shard.kind != PICTURES:
                 find = {manifest["part"]: manifest for manifest in own}.get
-                make = functools.partial(self._add_part, share.shard)
+                make = functools.partial(write, shard, list(states.items()))
                 collections.deque(make_parts(share, PART_ROWS, find, make, bar), maxlen=0)
+                continue
+            known = {key for manifest in own for key, _ in manifest["states"]}
+            new = [each for each in image_folder.list_pictures(shard.path) if each[1] not in known]
+            bar.update(len(known))
+            size = max(1, min(PART_ROWS, -(-len(new) // share.step)))
+            for first in range(share.first * size, len(new), share.step * size):
+                chunk = new[first : first + size]
+                entries = counted(image_folder.read_listed(shard.path, chunk), bar)
+                chosen = [(key, states[key]) for _, key, _ in chunk]
+                write(shard, chosen, first // size, entries, lambda: False)
 
-    def _add_pictures(
-        self, share: ShardParts, manifests: Sequence[dict[str, Any]], bar: ProgressBar
-    ) -> None:
-        """Adds this process's share of the pictures of a folder that are new or changed."""
-        shard, states = share.shard, _states(share.shard)
-        known = {key for manifest in manifests for key, _ in manifest["states"]}
-        listed = list(image_folder.list_pictures(shard.path))
-        new = [entry for entry in listed if entry[1] not in known]
-        bar.update(len(listed) - len(new))
-        size = max(1, min(PART_ROWS, -(-len(new) // share.step)))
-        for first in range(share.first * size, len(new), share.step * size):
-            chunk = new[first : first + size]
-            entries = PartEntries(ShardReader(shard, chunk), size, bar)
-            self._add_part(
-                shard, first // size, entries, [(key, states[key]) for _, key, _ in chunk]
-            )
 
-    def _add_part(
-        self,
-        shard: SourceShard,
-        part: int,
-        entries: PartEntries,
-        states: Sequence[tuple[str, str]] = (),
-    ) -> dict[str, Any]:
-        """Writes a part; returns its manifest."""
-        keeps_thumbnails = self.thumbnails and shard.kind != PICTURES
+def _write_part(
+    model: Any,
+    folder: pathlib.Path,
+    settings: dict[str, Any],
+    batching: Batching | None,
+    thumbnails: bool,
+    numbers: Iterator[int],
+    shard: SourceShard,
+    states: Sequence[tuple[str, Any]],
+    part: int,
+    entries: Iterator[Entry],
+    is_last: Callable[[], bool],
+) -> dict[str, Any]:
+    """Embeds entries of a shard, and writes the part of them; returns its manifest."""
+    is_folder = shard.kind == PICTURES
 
-        def describe(pair: Pair) -> tuple[str, str, bytes]:
-            return pair.key, pair.caption, make_thumbnail(pair.image) if keeps_thumbnails else b""
+    def describe(pair: Pair) -> tuple[str, str, bytes]:
+        picture = make_thumbnail(pair.image) if thumbnails and not is_folder else b""
+        return pair.key, pair.caption, picture
 
-        encoded = self.encode(entries, describe)
-        image_emb = encoded.image_emb.reshape(len(encoded.notes), self.dim)
-        manifest = {
-            "unit": _unit(shard),
-            "identity": shard.identity(),
-            "part": part,
-            "is_last": entries.is_last(),
-            "entries": entries.count,
-            "dropped": encoded.dropped,
-            "states": list(states),
-        }
-        rows = make_rows(encoded.notes, quantize(image_emb, self.settings["dtype"]))
-        return write_part(self.folder, next(self.numbers), rows, manifest, self.settings)
+    encoded = encode_images(model, entries, describe, batching, allow_empty=True)
+    notes = encoded.notes
+    stored = quantize(encoded.image_emb.reshape(len(notes), model.embed_dim), settings["dtype"])
+    manifest = {
+        "unit": _unit(shard),
+        "folder": os.path.abspath(shard.path) if is_folder else None,
+        "part": part,
+        "is_last": is_last(),
+        "entries": len(notes) + sum(encoded.dropped.values()),
+        "dropped": encoded.dropped,
+        "states": list(states),
+    }
+    pictures = [picture for _, _, picture in notes]
+    rows = make_rows(notes, stored)
+    return write_part(folder, next(numbers), rows, manifest, settings, pictures)
 
 
 def _unit(shard: SourceShard) -> str:
     return f"{shard.kind}:{shard.path}[{shard.start}:{shard.stop}]{json.dumps(dict(shard.options))}"
 
 
-def _states(shard: SourceShard) -> dict[str, str]:
-    """Size and time of change of each picture of a folder by its key, or why it cannot be read."""
+def _states(shard: SourceShard) -> dict[str, Any]:
+    """What shows that a shard was changed, or each picture of a folder, by its key.
+
+    Of a picture, size and time of change, or why it cannot be read.
+    """
+    if shard.kind != PICTURES:
+        return {"": shard.identity()}
     states = {}
     for path, key, reason in image_folder.list_pictures(shard.path):
         if reason is None:

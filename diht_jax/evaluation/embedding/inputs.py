@@ -6,6 +6,7 @@ index, and what an interruption can cost.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +15,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diht_jax.evaluation.embedding.entries import Entry, Unit
+from diht_jax.evaluation.embedding.entries import Entry, Unit, Units
 from diht_jax.evaluation.sources.registry import count_shards
 from diht_jax.readers import image_folder, registry
 from diht_jax.readers.base import SourceShard
@@ -99,7 +100,7 @@ def shares_of(shards: Sequence[SourceShard], index: int, count: int) -> list[Sha
     return shares
 
 
-def input_units(shards: Sequence[SourceShard]) -> list[Unit]:
+def input_units(shards: Sequence[SourceShard]) -> Units:
     """Divides a source into parts that can be read on their own; several of a folder."""
     units: list[Unit] = []
     for shard in shards:
@@ -113,7 +114,7 @@ def input_units(shards: Sequence[SourceShard]) -> list[Unit]:
             )
             for start in range(0, len(listed), _PICTURES_PER_UNIT)
         ]
-    return units
+    return Units(units, lambda: count_shards(shards))
 
 
 @contextlib.contextmanager
@@ -125,77 +126,11 @@ def entries_bar(shards: Sequence[SourceShard]) -> Generator[ProgressBar]:
         bar.refresh()
 
 
-class ShardReader(Iterator[Entry]):
-    """Reads a shard forwards; pictures of a folder that are skipped stay closed."""
-
-    def __init__(self, shard: SourceShard, listed: Iterable[Any] | None = None):
-        """Opens a shard before its first entry.
-
-        Args:
-            shard: the shard.
-            listed: of a folder of pictures, those to read, of `image_folder.list_pictures`; all by
-                default.
-        """
-        self._folder = shard.path if shard.kind == PICTURES else None
-        if self._folder is None:
-            listed = registry.read_pairs(shard)
-        elif listed is None:
-            listed = image_folder.list_pictures(shard.path)
-        self._items: Iterator[Any] = iter(listed)
-        self._position = 0
-
-    def __next__(self) -> Entry:
-        item = next(self._items)
-        self._position += 1
-        if self._folder is None:
-            return item
-        return next(image_folder.read_listed(self._folder, [item]))
-
-    def seek(self, position: int) -> bool:
-        """Goes forwards to an entry by its number; returns whether there is one."""
-        for _ in itertools.islice(self._items, position - self._position):
-            pass
-        self._position = max(position, self._position)
-        return not self.is_exhausted()
-
-    def is_exhausted(self) -> bool:
-        """Tells whether no entry is left."""
-        for item in self._items:
-            self._items = itertools.chain([item], self._items)
-            return False
-        return True
-
-
-class PartEntries(Iterator[Entry]):
-    """The next entries of a shard, up to a number of them.
-
-    Attributes:
-        count: entries that were taken so far.
-    """
-
-    def __init__(self, reader: ShardReader, size: int, bar: ProgressBar):
-        """Takes up to `size` entries from where the reader is, and shows them on the bar."""
-        self._reader, self._size, self._bar = reader, size, bar
-        self.count = 0
-
-    def __next__(self) -> Entry:
-        if self.count == self._size:
-            raise StopIteration
-        entry = next(self._reader)
-        self.count += 1
-        self._bar.update(1)
-        return entry
-
-    def is_last(self) -> bool:
-        """Tells, once all are taken, whether the shard has no more."""
-        return self._reader.is_exhausted()
-
-
 def make_parts(
     share: ShardParts,
     size: int,
     find: Callable[[int], dict[str, Any] | None],
-    make: Callable[[int, PartEntries], dict[str, Any]],
+    make: Callable[[int, Iterator[Entry], Callable[[], bool]], dict[str, Any]],
     bar: ProgressBar,
 ) -> Iterator[dict[str, Any]]:
     """Yields the manifests of one process's parts of a shard, and makes those that are missing.
@@ -205,21 +140,44 @@ def make_parts(
         size: entries a part.
         find: number of a part -> its manifest with "entries" and "is_last"; None where it is
             missing.
-        make: makes a part of its number and its entries; returns the manifest.
+        make: makes a part of its number, its entries, and a function that tells, once these are
+            taken, whether they are the last of the shard; returns the manifest.
         bar: over the entries.
     """
-    reader: ShardReader | None = None
+    shard, position = share.shard, 0
+    is_folder = shard.kind == PICTURES  # of which those that are skipped are not opened
+    items: Iterator[Any] | None = None
+
+    def is_last() -> bool:
+        nonlocal items
+        assert items is not None
+        ahead = list(itertools.islice(items, 1))
+        items = itertools.chain(ahead, items)
+        return not ahead
+
     for part in itertools.count():
-        is_own = part % share.step == share.first
-        manifest = find(part)
+        manifest, is_own = find(part), part % share.step == share.first
         if is_own and manifest is not None:
             bar.update(manifest["entries"])
         elif is_own:
-            reader = reader or ShardReader(share.shard)
-            if not reader.seek(part * size) and part:
+            if items is None:
+                listed = image_folder.list_pictures if is_folder else registry.read_pairs
+                items = iter(listed(shard.path if is_folder else shard))
+            collections.deque(itertools.islice(items, part * size - position), maxlen=0)
+            position = (part + 1) * size
+            if part and is_last():
                 return  # another process has the last part, and has not finished it yet
-            manifest = make(part, PartEntries(reader, size, bar))
+            chunk = itertools.islice(items, size)
+            entries = image_folder.read_listed(shard.path, chunk) if is_folder else chunk
+            manifest = make(part, counted(entries, bar), is_last)
         if is_own and manifest is not None:
             yield manifest
         if manifest is not None and manifest["is_last"]:
             return
+
+
+def counted(entries: Iterable[Entry], bar: ProgressBar) -> Iterator[Entry]:
+    """The entries, each shown on the bar when it is taken."""
+    for entry in entries:
+        bar.update()
+        yield entry

@@ -1,16 +1,17 @@
 """An index of embedded pictures on disk, searched exactly; `index_update.py` makes it.
 
 A part holds up to 10,000 pictures. `NNNNN.json` has what it was made of, the name of its Arrow file
-and the CRC-32 of each block of that; it is written last, and the part is complete with it. The
-Arrow file has key, caption, thumbnail and embedding of each picture and is read through a memory
-map, whose blocks are compared first: those of a thumbnail when it is shown, all others when the
-index is opened.
+and the CRC-32 of that; it is written last, and the part is complete with it. The Arrow file has
+key, caption and embedding of each picture, and end and CRC-32 of its thumbnail in the file next to
+it. It is compared when the index is opened, and read through a memory map; a thumbnail is compared
+when it is shown.
 
 usearch (Apache-2.0) compares a query with every embedding, in vector code and on all cores.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -27,7 +28,6 @@ from absl import logging
 from PIL import Image
 
 from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object
-from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.input.decode import ImageError, load_rgb, open_image
 from diht_jax.readers import image_folder
 from diht_jax.records.schema import Pair
@@ -36,14 +36,13 @@ from diht_jax.storage import files
 Place = tuple[int, int]
 
 DTYPES = ("float16", "int8")
-LAYOUT = 2  # in an index's settings
+LAYOUT = 3  # in an index's settings
 # Pixels, of the longer side.
 THUMBNAIL_SIDE = 160
 # Matches of each part that are compared again in float32, as a multiple of the requested ones: the
 # comparison in eight bits rounds the query, too.
 _CANDIDATES = 4
-# Bytes of a block: small for one thumbnail, and a list of few numbers for a part.
-_BLOCK = 2**20
+_THUMBNAILS = ".thumbnails"
 _REMEDY = "delete the .json file and bring the index up to date with --input"
 
 
@@ -135,11 +134,10 @@ class PictureIndex:
         if part not in self._parts or not 0 <= row < len(self._parts[part]):
             return None
         found = self._parts[part]
-        identity = found.manifest["identity"]
-        if identity["kind"] != PICTURES:
+        folder, key = found.manifest["folder"], found.rows["key"][row].as_py()
+        if folder is None:
             return found.thumbnail(row) or None
-        root, key = identity["path"], found.rows["key"][row].as_py()
-        entry = next(image_folder.read_listed(root, [(os.path.join(root, key), key, None)]))
+        entry = next(image_folder.read_listed(folder, [(os.path.join(folder, key), key, None)]))
         return make_thumbnail(entry.image) or None if isinstance(entry, Pair) else None
 
     def _match(self, negative_similarity: float, number: int, row: int) -> Match:
@@ -149,54 +147,43 @@ class PictureIndex:
 
 
 class Part:
-    """The Arrow file of one part.
+    """The files of one part.
 
     Attributes:
-        rows: table of key, caption, thumbnail and image_emb.
+        rows: table of key, caption, image_emb, and end and CRC-32 of the thumbnail.
         manifest: what the part was made of, see `index_update`.
     """
 
     def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
-        """Opens the file; raises ValueError where it is damaged."""
-        self.manifest, self._path = manifest, folder / manifest["file"]
-        self._checked: set[int] = set()
-        size = files.size(str(self._path))
-        if size is None or size != manifest["bytes"]:
-            found = "missing" if size is None else f"{size} bytes"
-            raise ValueError(
-                f"{self._path}: {found}, expected {manifest['bytes']} bytes; {_REMEDY}"
-            )
-        with pyarrow.memory_map(str(self._path)) as file:
-            self._data = file.read_buffer()
-        start, stop = manifest["thumbnails"]
-        self._check(0, start)
-        self._check(stop, size)
-        # Only now, since pyarrow does not survive every damaged file.
-        self.rows = pyarrow.ipc.open_file(self._data).read_all()
+        """Opens the Arrow file; raises ValueError where it is damaged."""
+        self.manifest, path = manifest, folder / manifest["file"]
+        self._thumbnails = path.with_suffix(_THUMBNAILS)
+        try:
+            with pyarrow.memory_map(str(path)) as file:
+                data = file.read_buffer()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
+        # Compared first, since pyarrow does not survive every damaged file.
+        if zlib.crc32(data) != manifest["crc32"]:
+            raise ValueError(f"{path}: damaged, its CRC-32 differs; {_REMEDY}")
+        self.rows = pyarrow.ipc.open_file(data).read_all()
         column = self.rows["image_emb"]
         values = column.chunk(0).flatten().to_numpy()
         self._image_emb = values.reshape(len(self.rows), column.type.list_size)
 
-    def _check(self, start: int, stop: int) -> None:
-        """Compares the blocks that hold a range of bytes with their CRCs, each once."""
-        for block in range(start // _BLOCK, -(-stop // _BLOCK)):
-            if block in self._checked:
-                continue
-            if _block_crcs(self._data, [block]) != [self.manifest["crc32"][block]]:
-                raise ValueError(
-                    f"{self._path}: damaged within 1 MiB from byte {block * _BLOCK}; {_REMEDY}"
-                )
-            self._checked.add(block)
-
     def thumbnail(self, row: int) -> bytes:
         """The thumbnail of a picture, empty where there is none; ValueError for a damaged one."""
-        _, offsets, data = self.rows["thumbnail"].chunk(0).buffers()
-        start, stop = np.frombuffer(offsets, np.int32)[row : row + 2].tolist()
+        ends = self.rows["thumbnail_end"]
+        start, stop = ends[row - 1].as_py() if row else 0, ends[row].as_py()
         if start == stop:
             return b""
-        first = data.address - self._data.address
-        self._check(first + start, first + stop)
-        return data[start:stop].to_pybytes()
+        data = b""
+        with contextlib.suppress(FileNotFoundError), open(self._thumbnails, "rb") as file:
+            file.seek(start)
+            data = file.read(stop - start)
+        if zlib.crc32(data) != self.rows["thumbnail_crc32"][row].as_py():
+            raise ValueError(f"{self._thumbnails}: missing, or damaged at byte {start}; {_REMEDY}")
+        return data
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -261,7 +248,8 @@ def make_rows(notes: Sequence[tuple[str, str, bytes]], stored: np.ndarray) -> py
         {
             "key": pyarrow.array(keys, pyarrow.string()),
             "caption": pyarrow.array(captions, pyarrow.string()),
-            "thumbnail": pyarrow.array(thumbnails, pyarrow.binary()),
+            "thumbnail_end": np.cumsum([len(data) for data in thumbnails], dtype=np.int64),
+            "thumbnail_crc32": np.array([zlib.crc32(data) for data in thumbnails], np.uint32),
             "image_emb": pyarrow.FixedSizeListArray.from_arrays(values, stored.shape[1]),
         }
     )
@@ -273,60 +261,45 @@ def write_part(
     rows: pyarrow.Table,
     manifest: dict[str, Any],
     settings: dict[str, Any],
+    thumbnails: Iterable[bytes] = (),
 ) -> dict[str, Any]:
-    """Writes a part, whole or not at all, in place of one with this number; returns its manifest.
+    """Writes the files of a part, and its manifest last; returns that.
 
     Args:
         folder: of the index.
         number: of the part.
         rows: of `make_rows`.
-        manifest: what it was made of.
+        manifest: what the part was made of.
         settings: of the index.
+        thumbnails: of the pictures, in the order of the rows.
     """
-    arrays, buffer = [pyarrow.concat_arrays(column.chunks) for column in rows.columns], io.BytesIO()
-    with pyarrow.ipc.new_file(buffer, rows.schema) as to:
-        to.write_batch(pyarrow.record_batch(arrays, rows.schema))  # one, for the memory map
-    data = pyarrow.py_buffer(buffer.getvalue())
-    crcs = _block_crcs(data, range(-(-data.size // _BLOCK)))
-    # Named by its contents, so that the old file is there until the new manifest is.
-    name = f"{number:05d}-{zlib.crc32(repr(crcs).encode()):08x}.arrow"
-    files.write_bytes(folder / name, data.to_pybytes())
+    arrays = [column.combine_chunks() for column in rows.columns]
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_file(sink, rows.schema) as writer:  # one batch, for the memory map
+        writer.write_batch(pyarrow.record_batch(arrays, rows.schema))
+    data = sink.getvalue()
+    crc32 = zlib.crc32(data)
+    # Named by its contents: while it is replaced, the old manifest names the old file.
+    path = folder / f"{number:05d}-{crc32:08x}.arrow"
+    if pictures := b"".join(thumbnails):
+        files.write_bytes(path.with_suffix(_THUMBNAILS), pictures)
+    files.write_bytes(path, data.to_pybytes())
     manifest = manifest | {
         "number": number,
         "settings": settings,
         "pictures": len(rows),
-        "file": name,
-        "bytes": data.size,
-        "crc32": crcs,
-        "thumbnails": _thumbnails_range(data),
+        "file": path.name,
+        "crc32": crc32,
     }
     files.write_object(str(folder / f"{number:05d}.json"), manifest, with_checksum=True)
     return manifest
 
 
-def remove_part(folder: pathlib.Path, number: int) -> None:
-    """Removes a part; its Arrow file is then one of `find_leftovers`."""
-    (folder / f"{number:05d}.json").unlink()
-
-
 def find_leftovers(folder: pathlib.Path, manifests: Iterable[dict[str, Any]]) -> list[pathlib.Path]:
-    """The Arrow files that no part names, such as those of an interrupted update."""
-    named = {manifest["file"] for manifest in manifests}
-    return [path for path in sorted(folder.glob("[0-9]*.arrow")) if path.name not in named]
-
-
-def _block_crcs(data: pyarrow.Buffer, blocks: Iterable[int]) -> list[int]:
-    return [zlib.crc32(data[block * _BLOCK : (block + 1) * _BLOCK]) for block in blocks]
-
-
-def _thumbnails_range(data: pyarrow.Buffer) -> list[int]:
-    """The first byte and the end of the thumbnails in an Arrow file."""
-    column = pyarrow.ipc.open_file(data).read_all()["thumbnail"]
-    found = column.chunk(0).buffers()[-1]
-    if found is None or not found.size:
-        return [0, 0]
-    start = found.address - data.address
-    return [start, start + found.size]
+    """The files that no part names, such as those of an interrupted update."""
+    named = {manifest["file"].partition(".")[0] for manifest in manifests}
+    found = [*folder.glob("[0-9]*.arrow"), *folder.glob(f"[0-9]*{_THUMBNAILS}")]
+    return [path for path in sorted(found) if path.stem not in named]
 
 
 def quantize(embeddings: np.ndarray, dtype: str) -> np.ndarray:

@@ -20,11 +20,10 @@ from diht_jax.evaluation.embedding.entries import Entries, read_again
 from diht_jax.evaluation.embedding.inputs import input_units
 from diht_jax.evaluation.embedding.picture_index import Match, PictureIndex, Place
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
-from diht_jax.evaluation.sources.registry import count_shards
 from diht_jax.input.decode import decode_rgb
 from diht_jax.pages.render import render, thumbnail
 from diht_jax.readers.base import SourceShard
-from diht_jax.terminal import ProgressBar, escape
+from diht_jax.terminal import escape
 
 _MOST_SHOWN = 1000  # characters of key and caption
 
@@ -66,19 +65,9 @@ def search_pictures(
         ValueError: no query, a blank one, a bad template, or no readable picture.
     """
     texts = fill_queries(queries, template, count)
-    batching = batching or Batching()
-    with ProgressBar(
-        desc="pictures",
-        unit=" images",
-        disable=not batching.progress,
-        total=count_shards(shards) if batching.progress else None,
-    ) as bar:
-        encoded = encode_images(
-            model,
-            Entries(input_units(shards), count=bar.update),
-            lambda pair: (pair.key, pair.caption),
-            batching,
-        )
+    bar = "pictures" if batching is not None and batching.progress else None
+    entries = Entries(input_units(shards), bar=bar)
+    encoded = encode_images(model, entries, lambda pair: (pair.key, pair.caption), batching)
     text_emb = check_finite(
         np.asarray(model.encode_text(list(texts.values())), np.float32), "text embeddings"
     )

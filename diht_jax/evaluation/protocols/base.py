@@ -15,7 +15,7 @@ import numpy as np
 
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, EncodedImages
-from diht_jax.evaluation.sources.pictures import Units
+from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair

@@ -18,7 +18,8 @@ import json
 import os
 from typing import Any
 
-from diht_jax.evaluation.sources.pictures import Units, picture_units
+from diht_jax.evaluation.embedding.entries import Units
+from diht_jax.evaluation.sources.pictures import picture_units
 from diht_jax.evaluation.sources.text_files import check_texts, read_json, read_text, require
 from diht_jax.records.samples import (
     CAPTION_NAMES,

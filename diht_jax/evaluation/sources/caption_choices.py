@@ -16,13 +16,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from diht_jax.evaluation.embedding.entries import Box, CroppedPair, Units
 from diht_jax.evaluation.sources.annotations import read_rows
-from diht_jax.evaluation.sources.pictures import (
-    Box,
-    CroppedPair,
-    Units,
-    picture_units,
-)
+from diht_jax.evaluation.sources.pictures import picture_units
 from diht_jax.evaluation.sources.text_files import check_texts, read_json, require
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import join

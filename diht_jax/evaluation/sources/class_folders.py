@@ -16,7 +16,8 @@ import posixpath
 import re
 from typing import Any
 
-from diht_jax.evaluation.sources.pictures import Item, Units, picture_units
+from diht_jax.evaluation.embedding.entries import Units
+from diht_jax.evaluation.sources.pictures import Item, picture_units
 from diht_jax.evaluation.sources.text_files import list_names, read_json, read_text, require
 from diht_jax.readers import registry
 from diht_jax.readers.base import (

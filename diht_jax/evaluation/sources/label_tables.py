@@ -14,7 +14,8 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from diht_jax.evaluation.sources.pictures import Units, picture_units
+from diht_jax.evaluation.embedding.entries import Units
+from diht_jax.evaluation.sources.pictures import picture_units
 from diht_jax.evaluation.sources.text_files import read_text, require
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import join

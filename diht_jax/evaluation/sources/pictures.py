@@ -5,64 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from PIL import Image
-
-from diht_jax.evaluation.embedding.entries import Unit
-from diht_jax.input.decode import MAX_PIXELS, ImageError, decode_rgb
+from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.readers.base import Skipped, read_image
 from diht_jax.readers.tables import map_ahead
 from diht_jax.records.schema import Pair
 from diht_jax.storage.stores import is_remote
 
-# Left, top, right and bottom, in pixels.
-Box = tuple[int, int, int, int]
 # File of a picture below some folder, and its pairs, still without the image; or why it has none.
 Item = tuple[str, "Sequence[Pair] | Skipped"]
 
 # Small enough that 5,000 pictures are shared by 64 hosts.
 _PICTURES_PER_UNIT = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class CroppedPair(Pair):
-    """A pair on a part of a picture.
-
-    Attributes:
-        box: the part; what of it is outside of the picture is black.
-    """
-
-    box: Box = dataclasses.field(kw_only=True)
-
-
-class Units(list[Unit]):
-    """The parts of a source, and about how many entries they have."""
-
-    def __init__(self, units: Iterable[Unit], count: Callable[[], int | None] = lambda: None):
-        """Joins them.
-
-        Args:
-            units: in the order of the entries.
-            count: makes the number of entries, which may be an estimate; None where it is unknown.
-        """
-        super().__init__(units)
-        self.count_entries = count
-
-
-def decode_picture(pair: Pair) -> Image.Image:
-    """The picture of a pair as `decode_rgb` gives it, cut to its box where it has one.
-
-    Raises:
-        ImageError: as `decode_rgb`; "too_large" for a box, too.
-    """
-    picture = decode_rgb(pair.image)
-    if not isinstance(pair, CroppedPair):
-        return picture
-    left, top, right, bottom = pair.box
-    if (right - left) * (bottom - top) > MAX_PIXELS:
-        raise ImageError("too_large", f"box {pair.box}: at most {MAX_PIXELS} pixels are cut out")
-    return picture.crop(pair.box)
 
 
 def picture_units(root: str, items: Sequence[Item]) -> Units:

@@ -22,9 +22,9 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources import annotations, caption_choices, class_folders, label_tables
 from diht_jax.evaluation.sources.benchmark_folder import open_benchmark_folder
-from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.readers import registry
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.schema import Pair
