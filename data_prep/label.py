@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import sys
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from data_prep.jobs.engine import ENGINES
-from data_prep.jobs.failures import Failures
 from data_prep.labelling import config as label_config
-from data_prep.labelling import job as label_job
+from data_prep.labelling.job import run_label
 from diht_jax import command_line
-from diht_jax.config.checks import validate_config
 
 
 def define_flags() -> None:
@@ -44,33 +41,6 @@ def main() -> None:
     failures = run_label(given.config, given.task_index, given.num_tasks, engine=given.engine)
     if failures:
         sys.exit(failures.exit_status)
-
-
-def run_label(
-    config: ml_collections.ConfigDict,
-    task_index: int = 0,
-    num_tasks: int = 1,
-    *,
-    engine: str = "local",
-) -> Failures:
-    """Checks the config and labels what is not labelled yet.
-
-    Args:
-        config: of `labelling.config.default_config`.
-        task_index: number of this job.
-        num_tasks: jobs that share the work.
-        engine: one of `engine.ENGINES`.
-
-    Returns:
-        Shards that failed, with the reason, and whether the labels were written without them; the
-        other shards are complete.
-
-    Raises:
-        ValueError: a wrong config, nothing to read, nowhere to write, or no concept.
-    """
-    validate_config(config, label_config.default_config())
-    label_config.check_config(config)
-    return label_job.run(config, task_index, num_tasks, engine=engine)
 
 
 if __name__ == "__main__":

@@ -206,8 +206,7 @@ def embed_shard(
     task: LabelTask,
     report: Report,
     *,
-    teacher: ml_collections.ConfigDict,
-    dtype: str,
+    config: ml_collections.ConfigDict,
     copies: LocalCopies = NO_COPIES,
 ) -> None:
     """Embeds one shard, writes its file, and leaves copies of what is read again.
@@ -215,8 +214,7 @@ def embed_shard(
     Args:
         task: that makes the embeddings, or labels of them.
         report: called with the number of records that are done.
-        teacher: config section of `teachers.registry.default_teacher`.
-        dtype: of the file.
+        config: of `labelling.config.default_config`.
         copies: get those of the embeddings, and of the records.
 
     Raises:
@@ -224,11 +222,13 @@ def embed_shard(
             float16 cannot hold.
     """
     made = dataclasses.replace(task.embedding, search=task.search)
+    dtype = config.embedding_dtype
 
     def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
         keys, results = [], []
         of_records = copies if copies.with_records else NO_COPIES
-        embedded = embed_records(task, report, open_teacher(teacher), teacher.batch_size)
+        teacher = open_teacher(config.teacher)
+        embedded = embed_records(task, report, teacher, config.teacher.batch_size)
         with of_records.write(source.path) as copy:
             for record, result in embedded:
                 keys.append(record.key)

@@ -49,7 +49,6 @@ class Heads:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        folder: str,
         embedded: Sequence[LabelTask],
         embeddings_hash: str,
     ):
@@ -57,29 +56,25 @@ class Heads:
 
         Args:
             config: of `labelling.config.default_config`.
-            folder: of the output.
             embedded: the embedding task of every shard.
             embeddings_hash: of `embeddings.hash_embeddings`.
 
         Raises:
             ValueError: a shard without counts of concepts, or no concept is frequent enough.
         """
-        self._config, self._folder = config, folder
+        self._config, self._folder = config, config.output
         self._embedded, self._embeddings_hash = embedded, embeddings_hash
         self.sample: list[LabelTask] = []
-        if self._config.heads.load:
-            self.vocabulary = read_vocabulary(self._config.heads.load)
+        if config.heads.load:
+            self.vocabulary = read_vocabulary(config.heads.load)
         self.description = self._find()
-        if self.description or self._config.heads.load:
+        if self.description or config.heads.load:
             return
-        counted = concept_vocabulary.read_counts([task.source.path for task in self._embedded])
-        self.vocabulary = concept_vocabulary.build_vocabulary(
-            counted.concepts, self._config.vocabulary
-        )
+        counted = concept_vocabulary.read_counts([task.source.path for task in embedded])
+        self.vocabulary = concept_vocabulary.build_vocabulary(counted.concepts, config.vocabulary)
         logging.info("%d objects, %d attributes", *map(len, self.vocabulary))
-        names = [task.name for task in self._embedded]
-        chosen = choose_shards(counted.records, names, self._config)
-        self.sample = [self._embedded[number] for number in chosen]
+        chosen = choose_shards(counted.records, [task.name for task in embedded], config)
+        self.sample = [embedded[number] for number in chosen]
 
     def _find(self) -> dict[str, Any] | None:
         """The description of the heads that are there; None where others are to be made."""

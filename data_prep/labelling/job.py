@@ -44,6 +44,7 @@ from data_prep.jobs.failures import (
     survey,
     with_output,
 )
+from data_prep.labelling import config as label_config
 from data_prep.labelling import embeddings, labels, summary, tasks
 from data_prep.labelling.embeddings import LocalCopies
 from data_prep.labelling.heads import Heads
@@ -52,6 +53,7 @@ from data_prep.sources import list as source_list
 from data_prep.teachers.base import Teacher, TeacherInfo
 from data_prep.teachers.clip import load_clip_teachers
 from data_prep.teachers.registry import describe_teacher, load_teacher
+from diht_jax.config.checks import validate_config
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME
@@ -64,7 +66,7 @@ _LABELS_VERSION = 3
 _CLIPS_VERSION = 3
 
 
-def run(
+def run_label(
     config: ml_collections.ConfigDict,
     task_index: int = 0,
     num_tasks: int = 1,
@@ -74,28 +76,32 @@ def run(
     """Does what is not done yet: embeds, trains the heads, labels, and writes the report.
 
     Args:
-        config: a valid one of `labelling.config.default_config`.
+        config: of `labelling.config.default_config`.
         task_index: number of this job of a job array.
         num_tasks: jobs that share the work.
         engine: one of `engine.ENGINES`.
 
     Returns:
-        Shards that failed, with the reason.
+        Shards that failed, with the reason, and whether the labels were written without them; the
+        other shards are complete.
 
     Raises:
-        ValueError: nothing to read, nowhere to write, no concept, or a teacher that is missing.
+        ValueError: a wrong config, nothing to read, nowhere to write, no concept, or a teacher that
+            is missing.
     """
+    validate_config(config, label_config.default_config())
+    label_config.check_config(config)
     inputs = tasks.find_inputs(config.input)
-    folder = source_list.check_output(config.output, inputs)
-    files.make_folder(folder)
-    if not config.merge and any(map(kind_of, files.list_names(folder))):
-        logging.info("%s holds merged shards: config.merge=True", folder)
-        config = config.copy_and_resolve_references()
+    config = config.copy_and_resolve_references()
+    config.output = source_list.check_output(config.output, inputs)
+    files.make_folder(config.output)
+    if not config.merge and any(map(kind_of, files.list_names(config.output))):
+        logging.info("%s holds merged shards: config.merge=True", config.output)
         config.merge = True
     share = functools.partial(
         source_list.shards_of_task, task_index=task_index, num_tasks=num_tasks
     )
-    job = _Job(config, engine, inputs, tasks.identify_inputs(inputs), folder, share)
+    job = _Job(config, engine, inputs, tasks.identify_inputs(inputs), share)
     teacher = describe_teacher(config.teacher) if config.concepts else None
     failures, is_complete = Failures(), True
     if config.clip_teachers.models:
@@ -118,7 +124,6 @@ class _Job:
         engine: one of `engine.ENGINES`.
         inputs: of `tasks.find_inputs`.
         identities: of the inputs.
-        folder: of the output.
         share: this job's part of some tasks.
     """
 
@@ -126,32 +131,17 @@ class _Job:
     engine: str
     inputs: Sequence[SourceShard]
     identities: Sequence[ShardIdentity | None]
-    folder: str
     share: Callable[[Sequence[LabelTask]], Sequence[LabelTask]]
 
     def label(self, failures: Failures, teacher: TeacherInfo, copies: LocalCopies) -> Failures:
-        """Makes the concept labels.
-
-        Args:
-            failures: of before.
-            teacher: of `config.teacher`.
-            copies: of what is read again.
-
-        Returns:
-            These, and what failed.
-        """
-        config, folder = self.config, self.folder
+        """Makes the concept labels; returns the failures of before, and what failed."""
+        config, folder = self.config, self.config.output
         embeddings_hash = embeddings.hash_embeddings(teacher.identity, config.embedding_dtype)
         embedding_tasks = self._plan(embeddings.FOLDER, embeddings_hash)
-        heads = Heads(config, folder, embedding_tasks, embeddings_hash)
+        heads = Heads(config, embedding_tasks, embeddings_hash)
         # Merged shards are numbered, so that none may be missing.
         limit, total = 0 if config.merge else config.max_failed_shards, len(self.inputs)
-        function = functools.partial(
-            embeddings.embed_shard,
-            teacher=config.teacher,
-            dtype=config.embedding_dtype,
-            copies=copies,
-        )
+        function = functools.partial(embeddings.embed_shard, config=config, copies=copies)
         pending = _unfinished(self.share(heads.sample), "embed")
         failures |= self._run(function, pending, "embed", teacher)
         embedded = survey(heads.sample)
@@ -162,20 +152,13 @@ class _Job:
         failed = {note["source"]: note for note in embedded.failed}
         described = heads.obtain(failed, teacher, copies)
         planned = self._plan_labels(described, embeddings_hash, embedding_tasks)
-        wanted = [task for task in planned if str(task.source) not in failed]
         for task in planned:
             if note := failed.get(str(task.source)):  # it could not be embedded
                 files.remove(task.stats_path)
                 files.write_object(task.output + FAILED_SUFFIX, note)
-        settings = labels.LabelSettings(
-            folder,
-            described["weights_hash"],
-            config.top_k,
-            heads.vocabulary.describe(),
-            config.merge,
-        )
+        wanted = [task for task in planned if str(task.source) not in failed]
         pending = _unfinished(self.share(wanted), "label")
-        failures |= self._label(pending, settings, teacher, copies)
+        failures |= self._label(pending, described, teacher, copies)
         with locks.leader_lock(folder):
             found = survey(planned)
             if is_unfinished(limit, found, total, "labelled"):
@@ -187,9 +170,9 @@ class _Job:
                 if not heads.sample:
                     _check_embedded(config, [task.embedding for task, _ in found.parts])
                 # Numbered shards are those of the inputs that are there.
-                for made in (embedding_tasks,) if config.merge else (planned, embedding_tasks):
-                    tasks.remove_gone(made, config.max_changed_shards)
-                summary.summarize(config, found, folder, heads.vocabulary, described, teacher)
+                for each in (embedding_tasks,) if config.merge else (planned, embedding_tasks):
+                    tasks.remove_gone(each, config.max_changed_shards)
+                summary.summarize(config, found, heads.vocabulary, described, teacher)
         return with_output(failures, found.failed)
 
     def embed_by_clips(self) -> tuple[Failures, bool]:
@@ -202,7 +185,7 @@ class _Job:
         planned = self._plan(CLIP_EMBEDDINGS, shards.hash_config(settings))
         pending = _unfinished(self.share(planned), "embed by CLIPs")
         if pending:
-            files.remove(files.join(self.folder, CLIP_EMBEDDINGS, INDEX_NAME))
+            files.remove(files.join(config.output, CLIP_EMBEDDINGS, INDEX_NAME))
         function = functools.partial(
             labels.embed_by_clips, teachers=config.clip_teachers, facts=facts
         )
@@ -211,57 +194,56 @@ class _Job:
         if is_unfinished(config.max_failed_shards, found, len(planned), "embedded by CLIPs"):
             return failures, False
         tasks.remove_gone(planned, config.max_changed_shards)
-        summary.summarize_clips(config, found, self.folder, facts)
+        summary.summarize_clips(config, found, facts)
         return with_output(failures, found.failed), True
 
     def _plan(self, name: str, settings_hash: str) -> list[LabelTask]:
-        folder = files.join(self.folder, name)
+        folder = files.join(self.config.output, name)
         return tasks.plan_outputs(self.inputs, folder, settings_hash, self.identities)
 
     def _plan_labels(
         self, heads: dict[str, Any], embeddings_hash: str, embedding_tasks: Sequence[LabelTask]
     ) -> list[LabelTask]:
         """The labelling task of every shard; `heads` is what `heads.json` holds."""
-        settings = {
-            "format_version": _LABELS_VERSION,
-            "embeddings": embeddings_hash,
-            "heads": heads["weights_hash"],
-            "vocabulary": heads["vocabulary"],
-            "top_k": self.config.top_k,
-        }
-        settings_hash = shards.hash_config(settings)
-        if self.config.merge:
+        config = self.config
+        settings_hash = shards.hash_config(
+            {
+                "format_version": _LABELS_VERSION,
+                "embeddings": embeddings_hash,
+                "heads": heads["weights_hash"],
+                "vocabulary": heads["vocabulary"],
+                "top_k": config.top_k,
+            }
+        )
+        if config.merge:
             planned = tasks.plan_outputs(
-                self.inputs, self.folder, settings_hash, self.identities, self.config
+                self.inputs, config.output, settings_hash, self.identities, config
             )
         else:
             planned = self._plan(LABELS, settings_hash)
         return [
-            dataclasses.replace(task, embeddings=embeddings)
-            for task, embeddings in zip(planned, embedding_tasks, strict=True)
+            dataclasses.replace(task, embeddings=made)
+            for task, made in zip(planned, embedding_tasks, strict=True)
         ]
 
     def _label(
         self,
         pending: Sequence[LabelTask],
-        settings: labels.LabelSettings,
+        described: dict[str, Any],
         teacher: TeacherInfo,
         copies: LocalCopies,
     ) -> Failures:
         """Labels shards, those without embeddings after embedding them; returns what failed."""
         if pending:
-            summary.remove_summary(self.folder)
+            summary.remove_summary(self.config.output)
         there = shards.find_finished([task.embedding for task in pending])
         seen = [task for task in pending if task.embedding.output in there]
         unseen = [task for task in pending if task.embedding.output not in there]
-        function = functools.partial(labels.label_shard, settings=settings, copies=copies)
+        heads = {name: described[name] for name in ("weights_hash", "vocabulary")}
+        options = {"config": self.config, "heads": heads}
+        function = functools.partial(labels.label_shard, **options, copies=copies)
         failures = self._run(function, seen, "label")
-        function = functools.partial(
-            labels.embed_and_label,
-            settings=settings,
-            teacher=self.config.teacher,
-            dtype=self.config.embedding_dtype,
-        )
+        function = functools.partial(labels.embed_and_label, **options)
         failures |= self._run(function, unseen, "embed and label", teacher)
         return failures
 

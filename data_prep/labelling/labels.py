@@ -48,32 +48,8 @@ from diht_jax.storage import files
 _Predicted = list[list[Concepts]]
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelSettings:
-    """The settings that decide the labels of a shard, together with its embeddings.
-
-    Attributes:
-        heads_folder: with `heads.npz`.
-        weights_hash: of these heads.
-        top_k: concepts of each kind.
-        described: `Vocabulary.describe()`.
-        merge: whether the records are written again, with labels.
-    """
-
-    heads_folder: str
-    weights_hash: str
-    top_k: int
-    described: Mapping[str, Any]
-    merge: bool
-
-
 def embed_and_label(
-    task: LabelTask,
-    report: Report,
-    *,
-    settings: LabelSettings,
-    teacher: ml_collections.ConfigDict,
-    dtype: str,
+    task: LabelTask, report: Report, *, config: ml_collections.ConfigDict, heads: Mapping[str, Any]
 ) -> None:
     """Embeds one shard and labels it; the embeddings are kept, and a store is read once.
 
@@ -82,32 +58,39 @@ def embed_and_label(
     """
     for path in (task.stats_path, task.embedding.output + shards.FAILED_SUFFIX):
         files.remove(path)
-    with LocalCopies.open(math.inf, with_records=settings.merge) as copies:
-        embed_shard(task, report, teacher=teacher, dtype=dtype, copies=copies)
-        label_shard(task, lambda _: None, settings=settings, copies=copies)
+    with LocalCopies.open(math.inf, with_records=config.merge) as copies:
+        embed_shard(task, report, config=config, copies=copies)
+        label_shard(task, lambda _: None, config=config, heads=heads, copies=copies)
 
 
 def label_shard(
-    task: LabelTask, report: Report, *, settings: LabelSettings, copies: LocalCopies
+    task: LabelTask,
+    report: Report,
+    *,
+    config: ml_collections.ConfigDict,
+    heads: Mapping[str, Any],
+    copies: LocalCopies,
 ) -> None:
     """Labels one shard, from its embeddings; of these, and of the records, there may be copies.
+
+    `heads` has the "weights_hash" and the "vocabulary" of the heads of the output.
 
     Raises:
         ValueError: the embeddings are of other records, or of another size than the heads take.
     """
     found = load_embeddings(task.embedding, copies)
-    heads = load_heads(settings.heads_folder, settings.weights_hash)
-    predicted = _predict(found, heads, settings.top_k, task.embedding.output)
+    loaded = load_heads(config.output, heads["weights_hash"])
+    predicted = _predict(found, loaded, config.top_k, task.embedding.output)
     counts = {
         "labelled": len(found.rows),
         "unlabelled": len(found.missing),
         "missing": found.count_missing(),
-        STATS_KEY: settings.described,
+        STATS_KEY: heads["vocabulary"],
     }
 
     def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
-        if not settings.merge:
-            shard, ids_type = task.identify(), id_dtype(settings.described)
+        if not config.merge:
+            shard, ids_type = task.identify(), id_dtype(heads["vocabulary"])
             if shard[1] != len(found.keys):
                 difference = f"{shard[1]} records, and there are {len(found.keys)} embeddings"
                 raise _of_others(task, difference)

@@ -34,7 +34,6 @@ def remove_summary(folder: str) -> None:
 def summarize(
     config: ml_collections.ConfigDict,
     found: Survey[LabelTask],
-    folder: str,
     vocabulary: Vocabulary,
     heads: dict[str, Any],
     teacher: TeacherInfo,
@@ -43,6 +42,7 @@ def summarize(
 
     `found` are the labelling tasks that are done, and `heads` is what `heads.json` holds.
     """
+    folder = config.output
     tasks, done = _read_done(found)
     counts = [stats["counts"] for stats in done]
     records, num_bytes = (_add_up(done, name) for name in ("records", "bytes"))
@@ -85,7 +85,7 @@ def summarize(
             files.join(folder, LABELS),
             done,
             found.failed_tasks,
-            _relative_inputs(config, folder),
+            _relative_inputs(config),
             vocabulary=vocabulary.describe(),
         )
     files.write_object(files.join(folder, shards.MERGED_STATS), facts, with_checksum=True)
@@ -103,13 +103,14 @@ def summarize(
 
 
 def summarize_clips(
-    config: ml_collections.ConfigDict, found: Survey[LabelTask], folder: str, facts: ClipFacts
+    config: ml_collections.ConfigDict, found: Survey[LabelTask], facts: ClipFacts
 ) -> None:
     """Writes the index of the embeddings of CLIP teachers, and prints what they are."""
     _, done = _read_done(found)
-    where = files.join(folder, CLIP_EMBEDDINGS)
-    inputs = _relative_inputs(config, folder)
-    records = write_labels_index(where, done, found.failed_tasks, inputs, facts=facts.describe())
+    where = files.join(config.output, CLIP_EMBEDDINGS)
+    records = write_labels_index(
+        where, done, found.failed_tasks, _relative_inputs(config), facts=facts.describe()
+    )
     embedded = sum(stats["counts"]["embedded"] for stats in done)
     names = ", ".join(teacher.name for teacher in facts.teachers)
     print_escaped(
@@ -128,5 +129,5 @@ def _add_up(done: Sequence[Mapping[str, Any]], name: str) -> int:
     return sum(stats["output"][name] for stats in done)
 
 
-def _relative_inputs(config: ml_collections.ConfigDict, folder: str) -> list[str]:
-    return [relative_input(path, folder) for path in input_paths(config.input)]
+def _relative_inputs(config: ml_collections.ConfigDict) -> list[str]:
+    return [relative_input(path, config.output) for path in input_paths(config.input)]
