@@ -25,7 +25,7 @@ import pyarrow.parquet
 from absl import logging
 
 from benchmarks.distillation import write_pairs
-from benchmarks.lab import second_web
+from benchmarks.lab import clipart, second_web
 from benchmarks.lab.experiments import EXPERIMENTS, SHOTS, STUDENTS, WEB_PAIRS
 from benchmarks.lab.processes import locked, run_command
 from data_prep.captions.versions import RULES_VERSION
@@ -53,6 +53,7 @@ GIVEN = "given"
 _MADE_WITH = {
     r"clip_score_(\d+)": "raw",
     r"second_\d+_clip_score_(\d+)": "raw",
+    r"clipart_clip_score_\d+": "emoji_clip_teacher",
     r"raw_rewritten_(\d+)": "cat_captioning",
     r"cifar10_wrong_\d+_clips": "cifar10_clip_teacher",
     r"cifar10_wrong_50_own_clips": "cifar10_wrong_50_clip_teacher",
@@ -74,6 +75,7 @@ _SHARD = "pairs-train-00000-of-00001.tfrecord"
 _TEACHER_SCENES = 4000  # as in the demo
 _TEST_SHOTS = 40  # pictures of a class that few-shot accuracy is measured on
 _FILTERS = {"c": "complexity", "a": "action", "t": "text_spotting"}
+_GATES = {"cat": "cat", "c_and_t": "ct", "only_c": "c", "only_a": "a", "only_t": "t"}
 _CHANGES = {"double": 2.0, "half": 0.5}
 
 
@@ -146,6 +148,8 @@ def identity(name: str) -> dict:
     if name.startswith("second_"):
         digest = _digest_of_second_web()
         return {"name": name, "web": digest, "caption_rules": RULES_VERSION, **model}
+    if name.startswith("clipart"):
+        return {"name": name, "held_out": clipart.digest(), "caption_rules": RULES_VERSION, **model}
     if name.startswith(("emoji", "cifar10")):
         return {"name": name, "caption_rules": SAME_SINCE_RULES, **heads, **model}
     return {
@@ -282,23 +286,76 @@ def _make_second(data: Data, folder: pathlib.Path, size: str, arm: str, seed: st
     if arm == "clip_score":
         _write_best(data, folder, str(data.make(name("raw"))), name("raw"), name("cat"))
         return
-    gate = arm.removeprefix("only_")
-    if gate in _FILTERS:
-        others = [f"--config.{key}=False" for letter, key in _FILTERS.items() if letter != gate]
-        _run_filter("cat", str(data.make(name("raw"))), folder, *others)
+    if arm.startswith("only_"):
+        _filter_by_one(folder, str(data.make(name("raw"))), arm[-1])
         return
     raw = _read(data.make(name("raw")))
     if arm == "oracle":
-        chosen = [r for r in raw if r.metadata["noise"] in second_web.RIGHT]
+        _write(folder, [r for r in raw if r.metadata["noise"] in second_web.RIGHT])
     elif arm == "random":
-        size_of_cat = len(_read(data.make(name("cat"))))
-        order = np.random.default_rng(int(seed)).permutation(len(raw))
-        chosen = [raw[i] for i in sorted(order[:size_of_cat])]
+        _write(folder, _sample(raw, len(_read(data.make(name("cat")))), int(seed)))
     else:
-        gates = {"cat": "cat", "c_and_t": "ct"}[arm]
-        kept = [{r.key for r in _read(data.make(name(f"only_{gate}")))} for gate in gates]
-        chosen = [r for r in raw if all(r.key in keys for keys in kept)]
-    _write(folder, chosen)
+        gates = [data.make(name(f"only_{gate}")) for gate in _GATES[arm]]
+        _write(folder, _intersect(raw, gates))
+
+
+def _filter_by_one(folder: pathlib.Path, pairs: str, gate: str) -> None:
+    others = [f"--config.{key}=False" for letter, key in _FILTERS.items() if letter != gate]
+    _run_filter("cat", pairs, folder, *others)
+
+
+def _sample(records: Sequence[Record], size: int, seed: int) -> list[Record]:
+    order = np.random.default_rng(seed).permutation(len(records))
+    return [records[i] for i in sorted(order[:size])]
+
+
+def _intersect(records: Sequence[Record], folders: Iterable[pathlib.Path]) -> list[Record]:
+    """The records whose keys are in all of the folders."""
+    kept = [{record.key for record in _read(folder)} for folder in folders]
+    return [record for record in records if all(record.key in keys for keys in kept)]
+
+
+def _make_clipart(data: Data, folder: pathlib.Path) -> None:
+    """Two tars: the drawings to train on, and the held-out ones with a title that names them."""
+    run_command("data_prep.examples", "clipart", f"--output={folder}")
+    pairs = list(open_source(str(folder / "clipart.tar")))
+    judgements = clipart.read_judgements()
+    if set(clipart.choose_held_out(pairs)) != set(judgements):
+        raise ValueError(f"{folder}/clipart.tar: not the drawings that were judged")
+    right = [pair for pair in pairs if judgements.get(pair.key) == "names"]
+    write_pairs(folder / "test.tar", ((pair, pair.caption) for pair in right))
+    others = [pair for pair in pairs if pair.key not in judgements]
+    write_pairs(folder / "train.tar", ((pair, pair.caption) for pair in others))
+
+
+def _make_clipart_all(data: Data, folder: pathlib.Path, gate: str) -> None:
+    """All pairs to train on, or those that one filter keeps."""
+    pairs = str(data.make("clipart") / "train.tar")
+    if gate == "raw":
+        _run_filter("convert", pairs, folder)
+    else:
+        _filter_by_one(folder, pairs, gate[-1])
+
+
+def _make_clipart_arm(data: Data, folder: pathlib.Path, arm: str, seed: str) -> None:
+    """What a filter keeps of the draw of a seed."""
+    if arm == "clip_score":
+        raw, own = f"clipart_raw_{seed}", f"clipart_own_title_{seed}"
+        _write_best(data, folder, str(data.make(raw)), raw, own)
+        return
+    everything = _read(data.make("clipart_all_raw"))
+    drawn = clipart.draw(everything, int(seed))
+    if arm == "raw":
+        _write(folder, drawn)
+    elif arm == "own_title":
+        own = clipart.has_own_title(everything)
+        keys = {r.key for r, is_own in zip(everything, own, strict=True) if is_own}
+        _write(folder, [r for r in drawn if r.key in keys])
+    elif arm == "random":
+        _write(folder, _sample(drawn, len(_read(data.make(f"clipart_only_c_{seed}"))), int(seed)))
+    else:
+        gates = [data.make(f"clipart_all_only_{gate}") for gate in _GATES[arm]]
+        _write(folder, _intersect(drawn, gates))
 
 
 def _make_teacher(data: Data, folder: pathlib.Path) -> None:
@@ -543,6 +600,9 @@ _MAKERS: dict[str, Callable] = {
     "teacher": _make_teacher,
     "cat_labelled": _make_cat_labelled,
     r"second_(\d+)_(raw|random|only_[cat]|c_and_t|cat|clip_score|oracle)_(\d+)": _make_second,
+    "clipart": _make_clipart,
+    "clipart_all_(raw|only_[cat])": _make_clipart_all,
+    r"clipart_(raw|own_title|random|only_[cat]|c_and_t|cat|clip_score)_(\d+)": _make_clipart_arm,
     "unseen": _make_unseen,
     "unseen_shots": _make_unseen_shots,
     "(raw|cat)_recaptioned": _make_recaptioned,

@@ -37,8 +37,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "measured",
         None,
-        "What is measured: scenes, sizes, composition, long, emoji, cifar10, averaged, unseen or "
-        "given.",
+        "What is measured: scenes, sizes, composition, long, emoji, clipart, cifar10, averaged, "
+        "unseen or given.",
     )
     flags.DEFINE_string("tests", "{}", "JSON: folders of test data by their names.")
     flags.DEFINE_list("tasks", None, "As of diht_jax.evaluate; what is measured of 'given'.")
@@ -113,6 +113,11 @@ def measure_long(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 def measure_emoji(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     """Retrieval among another artist's drawings."""
     return _retrieve(model, tests["shared"] / "emoji_twitter.tar", "emoji")
+
+
+def measure_clipart(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Retrieval among the held-out drawings whose titles name them."""
+    return _retrieve(model, tests["clipart"] / "test.tar", "clipart")
 
 
 def measure_photos(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
@@ -220,6 +225,7 @@ MEASURES: dict[str, Callable[[Any, Mapping[str, pathlib.Path]], Measured]] = {
     "scenes": measure_scenes,
     "composition": measure_composition,
     "emoji": measure_emoji,
+    "clipart": measure_clipart,
     "cifar10": measure_photos,
     "averaged": measure_averaged,
     "unseen": measure_few_shot,

@@ -43,6 +43,7 @@ _DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 PAGES = {
     "filter": ("Filter and captions", ("filter", "noise", "captions", "captioning", "long_texts")),
     "second_web": ("A second web", ("second_web",)),
+    "clipart": ("Real titles", ("clipart",)),
     "hard_negatives": ("Hard negatives and batches", ("hard_negatives", "batch", "composition")),
     "wrong_captions": ("Wrong and equal captions", ("emoji", "equal_captions")),
     "distillation": ("Teachers", ("distillation", "affinity")),
@@ -79,6 +80,7 @@ _NAMES = {
     "scenes/r10": "R@10, scenes",
     "long/r10": "R@10, long texts",
     "emoji/r10": "R@10, emoji",
+    "clipart/r10": "R@10, clip art",
     "cifar10/top1": "top-1",
     **{metric: name for beside in _BESIDE.values() for metric, name in beside.items()
        if metric != "scenes/r10"},

@@ -55,6 +55,7 @@ _TESTS = {
     "composition": ("web",),
     "long": ("web", "long_scenes"),
     "unseen": ("unseen_shots",),
+    "clipart": ("clipart",),
 }
 _PACKAGES = ("jax", "flax", "optax", "numpy", "pillow", "spacy", "easyocr")
 

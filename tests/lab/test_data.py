@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.lab import data, second_web
+from benchmarks.lab import clipart, data, second_web
 from benchmarks.lab.data import Data, exchange
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.synthetic import web
@@ -169,3 +169,31 @@ def test_the_arms_of_a_second_web_are_chosen_from_its_pairs(tmp_path):
     assert len(keys(lab.make("second_24_random_3"))) == 3
     right = [r.key for r in raw if r.metadata["noise"] not in ("mismatched", "uninformative")]
     assert keys(lab.make("second_24_oracle_3")) == right
+
+
+def test_the_arms_of_clip_art_are_chosen_from_the_draw_of_their_seed(tmp_path):
+    lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
+    titles = ("Flat Theme", "red house", "flat theme", "two dogs", "FLAT THEME", "red house")
+    pairs = [Record(f"{i:02d}", b"-", (*titles, f"title {i}")[min(i, 6)]) for i in range(40)]
+    kept = {"raw": pairs, "only_c": pairs[::2], "only_a": pairs[::5], "only_t": pairs[10:]}
+    for arm, records in kept.items():
+        folder = tmp_path / "data" / f"clipart_all_{arm}"
+        folder.mkdir(parents=True)
+        data._write(folder, records)
+        (folder / "complete.json").write_text(json.dumps(data.identity(folder.name)))
+    drawn = keys(lab.make("clipart_raw_1"))
+    assert len(drawn) == 32 and drawn != keys(lab.make("clipart_raw_2"))
+    assert keys(lab.make("clipart_c_and_t_1")) == [k for k in drawn if int(k) in range(10, 40, 2)]
+    assert keys(lab.make("clipart_cat_1")) == [k for k in drawn if k in ("10", "20", "30")]
+    assert keys(lab.make("clipart_own_title_1")) == [
+        k for k in drawn if k not in ("00", "02", "04")
+    ]
+    assert len(keys(lab.make("clipart_random_1"))) == len(keys(lab.make("clipart_only_c_1")))
+
+
+def test_the_judged_drawings_are_those_of_their_own_titles_with_the_least_digests():
+    judged = clipart.read_judgements()
+    assert len(judged) == 500 and set(judged.values()) == {"names", "language", "not"}
+    pairs = [Record(key, b"-", key) for key in judged]
+    shared = [Record(f"shared {i}", b"-", "Gramastar") for i in range(3)]
+    assert set(clipart.choose_held_out([*shared, *pairs])) == set(judged)
