@@ -35,32 +35,21 @@ def make_cifar10(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict
 
     Of the training set these are the first 400 pictures of each class, of the test set the first
     100, shuffled.
-
-    Raises:
-        ValueError: the archive is damaged, or a file is missing or has other rows.
     """
     (archive,) = packages
     wanted = {_FOLDER + name for name in (_NAMES, *(file for file, _ in _PARTS.values()))}
     files = dict(read_archive(archive, wanted.__contains__))
-    if missing := wanted - files.keys():
-        raise ValueError(f"{archive}: has no {', '.join(sorted(missing))}")
     names = files[_FOLDER + _NAMES].decode().split()
     numbers = {}
     for tar, (file, per_class) in _PARTS.items():
-        pairs = list(_read_pairs(archive, file, files[_FOLDER + file], names, per_class))
+        pairs = list(_read_pairs(files[_FOLDER + file], names, per_class))
         random.Random(0).shuffle(pairs)
         numbers[output / tar] = write_pair_tar(output / tar, pairs)
     return numbers
 
 
-def _read_pairs(
-    archive: pathlib.Path, file: str, data: bytes, names: Sequence[str], per_class: int
-) -> Iterator[ExamplePair]:
-    if len(data) % _ROW_BYTES:
-        raise ValueError(f"{archive}: {file}: {len(data)} bytes are no rows of {_ROW_BYTES}")
+def _read_pairs(data: bytes, names: Sequence[str], per_class: int) -> Iterator[ExamplePair]:
     rows = np.frombuffer(data, np.uint8).reshape(-1, _ROW_BYTES)
-    if rows[:, 0].max(initial=0) >= len(names):
-        raise ValueError(f"{archive}: {file}: a class above the {len(names)} of {_NAMES}")
     found: collections.Counter[str] = collections.Counter()
     for row in rows:
         name = names[row[0]]

