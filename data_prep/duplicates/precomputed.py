@@ -86,14 +86,10 @@ def find_shard_files(folder: str) -> dict[tuple[str, int], list[str]]:
     try:
         source = json.loads(files.read_bytes(files.join(folder, DESCRIPTION)))["source"]
         shards = [(shard["path"], shard["start"]) for shard in source]
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"'{folder}': expected the --output of diht_jax.embed, a folder with {DESCRIPTION} in "
-            "it; there is none"
-        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"'{folder}': expected the --output of diht_jax.embed ({type(error).__name__}: {error})"
+            f"'{folder}': expected the --output of diht_jax.embed, a folder with {DESCRIPTION} in "
+            f"it ({type(error).__name__}: {error})"
         ) from error
     found: dict[tuple[str, int], list[str]] = {shard: [] for shard in shards}
     for name in files.list_names(folder):

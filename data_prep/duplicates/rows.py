@@ -70,21 +70,6 @@ def _hash_file(local: str) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def open_columns(path: str, output: str, digest: str) -> dict[str, Any]:
-    """Columns that `write_columns` wrote, memory-mapped: Arrow arrays of text, else NumPy arrays.
-
-    Args:
-        path: of the file.
-        output: the output folder that the file belongs to.
-        digest: that `write_columns` returned.
-
-    Raises:
-        ValueError: the file is gone, or is not as it was written.
-    """
-    batch = _map_batch(check_columns(path, output, digest))
-    return {name: _to_numpy(batch.column(name)) for name in batch.schema.names}
-
-
 def check_columns(path: str, output: str, digest: str) -> str:
     """Compares the bytes of a file with its hash, once a process; returns the local file's path.
 
@@ -116,12 +101,8 @@ def _hash_state(local: str, size: int, changed_ns: int) -> str:
     return retry(lambda: _hash_file(local), local)
 
 
-def _open_batch(path: str, output: str) -> Any:
-    """The record batch of a file that the searching process has checked."""
-    return _map_batch(_fetch(path, output))
-
-
-def _map_batch(local: str) -> Any:
+def map_batch(local: str) -> Any:
+    """The record batch of a file that `check_columns` has looked at, memory-mapped."""
     import pyarrow
 
     return pyarrow.ipc.open_file(pyarrow.memory_map(local)).get_batch(0)
@@ -157,7 +138,9 @@ def forget_copies(output: str) -> None:
     shutil.rmtree(_cache_folder(output), ignore_errors=True)
 
 
-_open_unit = functools.lru_cache(maxsize=_OPEN_UNITS)(_open_batch)
+@functools.lru_cache(maxsize=_OPEN_UNITS)
+def _open_unit(path: str, output: str) -> Any:
+    return map_batch(_fetch(path, output))
 
 
 def open_rows(output: str, paths: Sequence[str]) -> Rows:

@@ -146,13 +146,9 @@ def reject_or_remove_stale(
     present = files.list_names(where, lambda name: _OURS.fullmatch(name) is not None)
     scanned = {name.removesuffix(ending) for name in present if name.endswith(ending)}
     own = {os.path.basename(unit.output) for unit in units}
-    gone, done, changed, unreadable = sorted(scanned - own), {}, [], []
     there = [unit for unit in units if os.path.basename(unit.output) in scanned]
-    for unit, stats, change in shards.check_all(there):
-        if stats is not None and change is None:
-            done[unit.output] = unit, shards.trim_stats(stats)
-        else:
-            (unreadable if stats is None else changed).append(unit)
+    done, gone = shards.find_finished(there), sorted(scanned - own)
+    changed = [unit for unit in there if unit.output not in done]
     count, allowed = len(gone) + len(changed), allowed_number(max_changed, len(scanned))
     if count > allowed:
         located = (
@@ -168,9 +164,9 @@ def reject_or_remove_stale(
             f"them removed or scanned again with --config.max_changed_shards={count}"
         )
     for unit in changed:
-        logging.warning("%s: scanned again, since it or its embeddings changed", unit.source)
-    unreadable += [done.pop(path)[0] for path in shards.damaged_outputs(list(done.values()))]
-    for unit in (*changed, *unreadable):
+        logging.warning(
+            "%s: scanned again, since it, its embeddings or its scan changed", unit.source
+        )
         files.remove(unit.stats_path)
     # The statistics first: without them a unit is not scanned.
     stale = set(present) - set(shards.names_below(present, own))
@@ -178,7 +174,7 @@ def reject_or_remove_stale(
         files.remove(files.join(where, name))
     if gone:
         logging.warning("%s: %d scans of inputs that are gone are removed", where, len(gone))
-    return {path: stats for path, (_, stats) in done.items()}
+    return done
 
 
 def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) -> None:

@@ -21,7 +21,7 @@ from data_prep.duplicates.rows import (
     Rows,
     check_columns,
     hash_texts,
-    open_columns,
+    map_batch,
     write_columns,
 )
 from data_prep.duplicates.search import Clusters, Found, follow_to_kept
@@ -149,7 +149,7 @@ class Lookup:
                 f"'{described}': damaged; run python -m data_prep.duplicates again, with this "
                 "output"
             )
-        if summary is None or "digest" not in summary:
+        if summary is None:
             raise ValueError(
                 f"'{folder}': no complete output of python -m data_prep.duplicates; run that "
                 "command (again)"
@@ -157,7 +157,7 @@ class Lookup:
         path = files.join(folder, LOOKUP)
         try:
             self.digest: str = summary["digest"]
-            self._columns = open_columns(path, folder, self.digest)
+            self._rows = map_batch(check_columns(path, folder, self.digest))
         except ValueError as error:
             raise ValueError(
                 f"'{path}': {error}; run python -m data_prep.duplicates again, with this output"
@@ -165,7 +165,7 @@ class Lookup:
 
     def find(self, keys: Sequence[str]) -> list[Copy | None]:
         """Finds the entry of each key; None for pairs that are no duplicates."""
-        hashes, known = hash_texts(keys), self._columns["hash"]
+        hashes, known = hash_texts(keys), self._rows["hash"].to_numpy()
         rows = np.searchsorted(known, hashes)
         return [
             self._read(row) if row < len(known) and known[row] == wanted else None
@@ -173,9 +173,5 @@ class Lookup:
         ]
 
     def _read(self, row: int) -> Copy:
-        columns = self._columns
-        return Copy(
-            KINDS[columns["kind"][row]],
-            float(columns["similarity"][row]),
-            columns["duplicate_of"][row].as_py(),
-        )
+        kind, *others = (self._rows[name][row].as_py() for name in Copy._fields)
+        return Copy(KINDS[kind], *others)
