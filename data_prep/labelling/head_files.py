@@ -111,10 +111,8 @@ def load_heads(folder: str, weights_hash: str) -> dict[str, Head]:
 
 def hash_heads(folder: str) -> str | None:
     """The fingerprint of what `write_heads` wrote; None where there is no file."""
-    try:
-        return _hash_weights(files.read_bytes(files.join(folder, WEIGHTS)))
-    except FileNotFoundError:
-        return None
+    path = files.join(folder, WEIGHTS)
+    return _hash_weights(files.read_bytes(path)) if files.exists(path) else None
 
 
 def _hash_weights(data: bytes) -> str:
@@ -122,9 +120,10 @@ def _hash_weights(data: bytes) -> str:
 
 
 def read_description(folder: str) -> dict[str, Any] | None:
-    """The contents of `heads.json`; None where it is missing or damaged."""
-    description = files.read_object(files.join(folder, DESCRIPTION)) or {}
-    return description if {"recipe", "weights_hash", "heads"} <= description.keys() else None
+    """The contents of `heads.json`; None where it is missing, damaged or of another `heads.npz`."""
+    description = files.read_object(files.join(folder, DESCRIPTION))
+    is_whole = description is not None and description["weights_hash"] == hash_heads(folder)
+    return description if is_whole else None
 
 
 def load_trained(folder: str, teacher: TeacherInfo) -> tuple[dict[str, Head], dict[str, Any]]:
@@ -143,9 +142,10 @@ def load_trained(folder: str, teacher: TeacherInfo) -> tuple[dict[str, Head], di
     """
     description = read_description(folder)
     if description is None:
-        raise ValueError(f"config.heads.load='{folder}': {DESCRIPTION} is missing or damaged")
-    if description["weights_hash"] != hash_heads(folder):
-        raise ValueError(f"{folder}/{WEIGHTS} is not the file that {DESCRIPTION} describes")
+        raise ValueError(
+            f"config.heads.load='{folder}': {DESCRIPTION} is missing, damaged, or does not describe "
+            f"the {WEIGHTS} there"
+        )
     expected = read_vocabulary(folder).describe()
     check_vocabulary(description["vocabulary"], expected, f"{folder}/{DESCRIPTION}", folder)
     # The identity as it comes back from JSON, without what belongs to one data set. The size of the

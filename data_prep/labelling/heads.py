@@ -79,11 +79,7 @@ class Heads:
     def _find(self) -> dict[str, Any] | None:
         """The description of the heads that are there; None where others are to be made."""
         found = head_files.read_description(self._folder)
-        if (
-            found is None
-            or found["weights_hash"] != head_files.hash_heads(self._folder)
-            or found["recipe"] != self._hash_recipe()
-        ):
+        if found is None or found["recipe"] != self._hash_recipe():
             return None
         if self._config.heads.load:  # these stay for any shards
             return found if found["vocabulary"] == self.vocabulary.describe() else None

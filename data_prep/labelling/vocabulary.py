@@ -11,9 +11,8 @@ those of a record that has fewer than m.
 from __future__ import annotations
 
 import collections
-import os
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -51,40 +50,21 @@ def read_counts(shards: Sequence[str]) -> Counted:
     counts = {kind: collections.Counter() for kind in KINDS}
     records: list[int] = []
     paths = [shard + STATS_SUFFIX for shard in shards]
-    names = [os.path.basename(shard) for shard in shards]
-    others = set(names)
-    try:
-        for data in files.map_many(files.read_bytes, paths, paths[0] if paths else ""):
-            stats = files.parse_object(data) or {}
-            _check_owner(names[len(records)], stats, others)
-            found = stats["counts"]["concepts"]
-            for kind in KINDS:
-                counts[kind].update(found[kind])
-                if len(counts[kind]) > _MAX_HELD:
-                    counts[kind] = collections.Counter(
-                        dict(counts[kind].most_common(_MAX_HELD // 2))
-                    )
-            records.append(stats["output"]["records"])
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{paths[len(records)]} is missing; expected a folder of `python -m data_prep.filter`"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, OSError):  # StorageError: they may be good
-            raise
-        raise ValueError(
-            f"{paths[len(records)]}: no counts of concepts of its shard ({type(error).__name__}: "
-            f"{error}); write the shards again with `python -m data_prep.filter` and "
-            "config.concepts=True"
-        ) from error
+    everything = files.map_many(files.read_object, paths, paths[0] if paths else "")
+    for path, stats in zip(paths, everything, strict=True):
+        try:
+            found, number = stats["counts"]["concepts"], stats["output"]["records"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: missing, damaged, or no counts of concepts; write the shards again with "
+                "`python -m data_prep.filter` and config.concepts=True"
+            ) from error
+        records.append(number)
+        for kind in KINDS:
+            counts[kind].update(found[kind])
+            if len(counts[kind]) > _MAX_HELD:
+                counts[kind] = collections.Counter(dict(counts[kind].most_common(_MAX_HELD // 2)))
     return Counted(counts, records)
-
-
-def _check_owner(name: str, stats: Mapping[str, Any], shards: Collection[str]) -> None:
-    """Raises ValueError for statistics that are those of another of the shards."""
-    owner = stats["output"]["file"]
-    if owner != name and owner in shards:
-        raise ValueError(f"these are the statistics of {owner}")
 
 
 def build_vocabulary(

@@ -4,7 +4,6 @@ import collections
 import io
 import json
 import pathlib
-import shutil
 
 import numpy as np
 import pytest
@@ -126,15 +125,6 @@ def test_repeat_factors_by_hand():
     assert fewer.tolist() == [1.0, 1.0, 2.0]
     none = make_targets(np.array([0, 1]), np.array([1]))
     assert concept_vocabulary.repeat_factors(none, factors).tolist() == [0.0, 2.0]
-
-
-def test_statistics_of_another_shard_are_not_counted_twice(filtered, tmp_path):
-    folder = shutil.copytree(filtered / "cat", tmp_path / "kept")
-    first, *_, last = find_shards(folder)
-    shutil.copy(f"{first}.stats.json", f"{last}.stats.json")
-    expected = rf"{last}.stats.json: .*statistics of {pathlib.Path(first).name}"
-    with pytest.raises(ValueError, match=expected):
-        concept_vocabulary.read_counts(find_shards(folder))
 
 
 def test_shards_without_concepts(filtered, tmp_path):
