@@ -57,15 +57,10 @@ def run(
     engine: str = "local",
     in_step: bool = False,
 ) -> Failures:
-    """Does what is not done yet.
+    """Does what is not done yet; jobs, or processes, share the scan.
 
-    Args:
-        config: a valid one of `duplicates.config.default_config`.
-        task_index: number of this job of a job array, or of this process of `jax.distributed`.
-        num_tasks: jobs, or processes, that share the scan.
-        engine: one of `engine.ENGINES`.
-        in_step: whether they are processes of `jax.distributed`, of which the first one searches
-            while the others wait. Of an array each that finds all scanned searches, one at a time.
+    Processes of `jax.distributed` are `in_step`: the first one searches while the others wait. Of
+    an array each job that finds all scanned searches, one at a time.
 
     Returns:
         Units and tasks that failed, with the reason, and whether the table was made without them.

@@ -183,11 +183,7 @@ class EmbeddedSet:
 
 
 def open_set(path: str) -> EmbeddedSet:
-    """Reads the embeddings of a set.
-
-    Args:
-        path: a folder of `diht_jax.embed`, or a glob of .npz or .parquet files with "key" and
-            "image_emb"; paths or URLs.
+    """Reads a set: a folder of `diht_jax.embed`, or a glob of .npz or .parquet files.
 
     Raises:
         ValueError: it is neither, or empty.

@@ -75,11 +75,6 @@ def check_columns(path: str, output: str, digest: str) -> str:
 
     A reader of Arrow follows the offsets that a file states: what is damaged must not be mapped.
 
-    Args:
-        path: of the file.
-        output: the output folder that the file belongs to.
-        digest: that `write_columns` returned.
-
     Raises:
         ValueError: the file is gone, or is not as it was written.
     """
@@ -144,12 +139,7 @@ def _open_unit(path: str, output: str) -> Any:
 
 
 def open_rows(output: str, paths: Sequence[str]) -> Rows:
-    """The rows of units as they are now.
-
-    Args:
-        output: the output folder.
-        paths: of each unit's file, which `check_columns` has looked at.
-    """
+    """The rows of units as they are now."""
     _open_unit.cache_clear()  # a unit may have been scanned again
     counts = [_open_unit(path, output).num_rows for path in paths]
     return Rows(output, tuple(paths), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))

@@ -89,11 +89,6 @@ def plan_units(
 ) -> list[Unit]:
     """The unit of every input.
 
-    Args:
-        config: of `duplicates.config.default_config`.
-        inputs: of `find_inputs`.
-        folder: of the output.
-
     Raises:
         ValueError: the precomputed embeddings are of other shards.
     """
@@ -128,12 +123,7 @@ def plan_units(
 def reject_or_remove_stale(
     units: Sequence[Unit], folder: str, max_changed: float
 ) -> dict[str, dict[str, Any]]:
-    """Removes scans of inputs that are gone or were replaced, while they are few.
-
-    Args:
-        units: of all inputs.
-        folder: of the output.
-        max_changed: `config.max_changed_shards`.
+    """Removes scans of inputs that are gone or were replaced, while they are few (`max_changed`).
 
     Returns:
         Output of each unit that is scanned -> what is held of its statistics.
@@ -179,11 +169,6 @@ def reject_or_remove_stale(
 
 def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) -> None:
     """Writes the rows of a unit.
-
-    Args:
-        unit: what to scan.
-        report: called with the number of pairs that are done, now and then.
-        config: of `duplicates.config.default_config`.
 
     Raises:
         ValueError: the input is damaged, or no file of embeddings.

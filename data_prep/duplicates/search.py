@@ -91,12 +91,7 @@ class Group:
 
 
 def find_exact(rows: Rows, *, keep_captions: bool) -> Near:
-    """Pictures of equal bytes, each with the first one of the input.
-
-    Args:
-        rows: of all units.
-        keep_captions: whether that is the first one of the same caption, where there is one.
-    """
+    """Pictures of equal bytes, each with the first one, or the first one of the same caption."""
     pictures = np.flatnonzero(rows.column("pixels") > 0)
     high, low = rows.column("content")[pictures].T
     own = np.arange(len(pictures))
@@ -123,12 +118,6 @@ def find_clusters(
     rows: Rows, dropped: np.ndarray, config: ml_collections.ConfigDict, made_of: str
 ) -> Clusters:
     """Clusters of all rows with an embedding, by k-means on the devices of this process.
-
-    Args:
-        rows: of all units.
-        dropped: int64 [m], rows that are left out.
-        config: of `duplicates.config.default_config`.
-        made_of: stands for the rows and the settings.
 
     Raises:
         ValueError: embeddings of several sizes.
@@ -188,15 +177,7 @@ def compare_clusters(
     made_of: str,
     options: Mapping[str, Any],
 ) -> tuple[Near, dict[str, str]]:
-    """Near-duplicates within each cluster, and tasks that failed, with the reason.
-
-    Args:
-        rows: of all units.
-        clusters: of `find_clusters`.
-        config: of `duplicates.config.default_config`.
-        made_of: stands for the clusters and the settings.
-        options: keywords of `run_pending`.
-    """
+    """Near-duplicates within each cluster, and tasks that failed, with the reason."""
     folder = files.join(rows.output, GROUPS)
     files.make_folder(folder)
     groups = divide_clusters(rows, clusters, config.keep, folder)
@@ -220,14 +201,7 @@ def compare_clusters(
 
 
 def divide_clusters(rows: Rows, clusters: Clusters, keep: str, folder: str) -> list[Group]:
-    """Divides whole clusters into tasks of about equally many rows.
-
-    Args:
-        rows: of all units.
-        clusters: of `find_clusters`.
-        keep: one of `semdedup.KEEP`; it ranks the rows of a cluster.
-        folder: of their files.
-    """
+    """Divides whole clusters into tasks of about equally many rows."""
     probes = clusters.members.shape[1]
     rank = np.zeros(len(clusters.rows))  # equal ones stay in the order of the input
     if keep == "farthest":

@@ -153,10 +153,6 @@ NO_COPIES = LocalCopies()
 def load_embeddings(task: shards.ShardTask, copies: LocalCopies = NO_COPIES) -> ShardEmbeddings:
     """Reads the embeddings of one shard.
 
-    Args:
-        task: that has made them.
-        copies: where a copy may be.
-
     Raises:
         ValueError: the file is missing, damaged, or not the one that was written.
     """
@@ -189,10 +185,6 @@ def load_embeddings(task: shards.ShardTask, copies: LocalCopies = NO_COPIES) -> 
 def hash_embeddings(identity: dict[str, Any], dtype: str) -> str:
     """The fingerprint of all that decides the embeddings of a shard.
 
-    Args:
-        identity: of the teacher.
-        dtype: of the files, one of `DTYPES`.
-
     Raises:
         ValueError: another dtype.
     """
@@ -210,12 +202,6 @@ def embed_shard(
     copies: LocalCopies = NO_COPIES,
 ) -> None:
     """Embeds one shard, writes its file, and leaves copies of what is read again.
-
-    Args:
-        task: that makes the embeddings, or labels of them.
-        report: called with the number of records that are done.
-        config: of `labelling.config.default_config`.
-        copies: get those of the embeddings, and of the records.
 
     Raises:
         ValueError: a damaged shard, a teacher that gives no proper embeddings, or values that
@@ -257,12 +243,6 @@ def embed_records(
     """Yields each record of a shard, with its embedding or why it has none.
 
     Once a worker has died of the task, it looks for the record that ends it.
-
-    Args:
-        task: whose shard it is, and next to whose output is recorded what is worked on.
-        report: called with the number of records that are done.
-        teacher: that embeds them.
-        batch_size: records that are embedded at once in a search.
     """
     waiting: collections.deque[Record] = collections.deque()
 

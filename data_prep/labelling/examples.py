@@ -61,13 +61,7 @@ class Examples:
 
 
 def is_held_out(key_hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Marks the images that are never trained on, bool [n].
-
-    Args:
-        key_hashes: uint64 [n].
-        share: of the images.
-        seed: of the choice.
-    """
+    """Marks a share of the images, by a hash of their keys, that are never trained on: bool [n]."""
     return key_ranks(key_hashes, 2 * seed + _SPLIT) < share
 
 
@@ -98,12 +92,6 @@ def gather_examples(
     copies: LocalCopies = NO_COPIES,
 ) -> tuple[Examples, Examples]:
     """Training and held-out examples; a sample by key, where there are more than the config wants.
-
-    Args:
-        config: of `labelling.config.default_config`.
-        vocabulary: whose concepts are the targets.
-        embedded: the embedding tasks of the shards to learn from.
-        copies: of their embeddings.
 
     Raises:
         ValueError: a file is damaged, or embeddings and mentions are not of the same records.

@@ -143,8 +143,8 @@ def load_trained(folder: str, teacher: TeacherInfo) -> tuple[dict[str, Head], di
     description = read_description(folder)
     if description is None:
         raise ValueError(
-            f"config.heads.load='{folder}': {DESCRIPTION} is missing, damaged, or does not describe "
-            f"the {WEIGHTS} there"
+            f"config.heads.load='{folder}': {DESCRIPTION} is missing, damaged, or not of the "
+            f"{WEIGHTS} there"
         )
     expected = read_vocabulary(folder).describe()
     check_vocabulary(description["vocabulary"], expected, f"{folder}/{DESCRIPTION}", folder)

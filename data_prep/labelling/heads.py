@@ -54,11 +54,6 @@ class Heads:
     ):
         """Decides whether the heads stay.
 
-        Args:
-            config: of `labelling.config.default_config`.
-            embedded: the embedding task of every shard.
-            embeddings_hash: of `embeddings.hash_embeddings`.
-
         Raises:
             ValueError: a shard without counts of concepts, or no concept is frequent enough.
         """
@@ -94,11 +89,6 @@ class Heads:
         """Makes the heads that are not there, and writes them with their vocabulary.
 
         One job makes them; others that come meanwhile wait, and take these.
-
-        Args:
-            failed: sources of the sample that have no embeddings.
-            teacher: whose embeddings they are.
-            copies: where copies of the embeddings of the sample may be.
 
         Returns:
             Their description.

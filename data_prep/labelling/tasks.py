@@ -132,13 +132,6 @@ def plan_outputs(
     An output is called as its shard is, so that inputs that are added or removed change nothing for
     the others. Shards that are written again with labels are numbered, as TFDS wants them.
 
-    Args:
-        inputs: of `find_inputs`.
-        folder: of the outputs.
-        settings_hash: of all that decides them but the shard.
-        identities: of `identify_inputs`.
-        merged: config of shards that are written again; None for outputs next to the shards.
-
     Raises:
         ValueError: the folder holds shards that do not belong to these.
     """
@@ -178,12 +171,7 @@ def _name_outputs(inputs: Sequence[SourceShard]) -> list[str]:
 
 
 def remove_gone(tasks: Sequence[LabelTask], limit: float) -> None:
-    """Removes outputs of shards that are gone, while they are few; else it is a warning.
-
-    Args:
-        tasks: of all shards that are there, in one folder.
-        limit: `config.max_changed_shards`.
-    """
+    """Removes outputs of shards that are gone, while they are few; else it is a warning."""
     folder = os.path.dirname(tasks[0].output)
     present = files.list_names(folder)
     endings = (shards.STATS_SUFFIX, shards.FAILED_SUFFIX)

@@ -66,12 +66,6 @@ def train_and_measure(
 ) -> tuple[Head, dict[str, Any]]:
     """Trains the head of one kind of concepts, and measures it on the held-out images.
 
-    Args:
-        config: of `labelling.config.default_config`.
-        part: the vocabulary of the kind.
-        train: examples of all images, also those without a concept of the kind.
-        held_out: likewise.
-
     Returns:
         The head, and its result: numbers of images, curve, metrics, those of the frequency
         baseline, best and worst concepts. JSON-able.

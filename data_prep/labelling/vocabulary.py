@@ -41,9 +41,6 @@ class Counted(NamedTuple):
 def read_counts(shards: Sequence[str]) -> Counted:
     """Adds up what the filter counted; of very many concepts the rarest so far are let go.
 
-    Args:
-        shards: paths of the record shards, each with its statistics.
-
     Raises:
         ValueError: a shard without statistics, or one whose captions were not parsed.
     """
@@ -71,10 +68,6 @@ def build_vocabulary(
     counts: Mapping[str, Mapping[str, int]], config: ml_collections.ConfigDict
 ) -> Vocabulary:
     """Chooses concepts and gives them ids, the most frequent first.
-
-    Args:
-        counts: `concepts` of `read_counts`.
-        config: section `vocabulary` of `labelling.config.default_config`.
 
     Returns:
         Both vocabularies; equal counts are ordered by name. One of them may be empty.
@@ -108,10 +101,6 @@ def build_vocabulary(
 
 def read_targets(shard: str, concepts: ConceptList) -> np.ndarray:
     """The concepts of a vocabulary that the captions of each record of a shard name, as targets.
-
-    Args:
-        shard: its path.
-        concepts: one kind of the vocabulary; what it lacks is left out.
 
     Raises:
         ValueError: the shard's concept file is missing or damaged.

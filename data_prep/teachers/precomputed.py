@@ -121,11 +121,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
-    """Names, sizes and times of the files.
-
-    Args:
-        config: section `teacher.precomputed`.
-    """
+    """Names, sizes and times of the files."""
     identity = {
         "kind": "precomputed",
         "files": [[os.path.abspath(path), *_version(path)] for path in _find_files(config.files)],

@@ -36,9 +36,6 @@ def default_teacher() -> ml_collections.ConfigDict:
 def describe_teacher(config: ml_collections.ConfigDict) -> TeacherInfo:
     """Describes a teacher without loading more than that needs.
 
-    Args:
-        config: of `default_teacher`.
-
     Raises:
         ValueError: an unknown kind, or files or functions that are missing.
     """
@@ -47,9 +44,6 @@ def describe_teacher(config: ml_collections.ConfigDict) -> TeacherInfo:
 
 def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
     """The teacher of a config section; loaded once per process.
-
-    Args:
-        config: of `default_teacher`.
 
     Raises:
         ValueError: as `describe_teacher`, and for files or functions that are no teacher.

@@ -45,9 +45,6 @@ def default_config() -> ml_collections.ConfigDict:
 def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
     """Finds the weights.
 
-    Args:
-        config: section `teacher.swag`.
-
     Raises:
         ValueError: there is no such file, or its SHA-256 is not the one in its name; or another
             dtype.
@@ -78,12 +75,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
 
 
 def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
-    """The network with its weights: batches are split over the devices, parameters copied.
-
-    Args:
-        config: section `teacher.swag`.
-        batch_size: images at once, rounded up to the number of devices.
-    """
+    """The network with its weights: batches are split over the devices, parameters copied."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 

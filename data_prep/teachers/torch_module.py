@@ -39,9 +39,6 @@ def default_config() -> ml_collections.ConfigDict:
 def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
     """Builds the module, whose parameters belong to its identity.
 
-    Args:
-        config: section `teacher.torch`.
-
     Raises:
         ValueError: torch is not installed, or the function is missing or returns no torch module.
     """
