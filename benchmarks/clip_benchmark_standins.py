@@ -22,11 +22,12 @@ from benchmarks.clip_benchmark_folder import plain_picture
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
 from diht_jax.evaluation.sources.registry import read_source
-from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
+from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL, TASKS_BY_NAME
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
+_CIFAR10_CLASSES = prompts.read_class_names(TASKS_BY_NAME["cifar10"].class_names or ())
 PHOTOS, EMOJI = "cifar10_test.tar", "emoji_twitter.tar"
 
 
@@ -60,7 +61,7 @@ class Standin:
 _FIVE_CAPTIONS = ("{}", "a drawing of {}", "{} on white", "this is {}", "one {} and no other")
 STANDINS: dict[str, Standin] = {
     "wds_cifar10_test": Standin(
-        "cifar10", CLASSIFICATION, PHOTOS, 400, prompts.CIFAR10_CLASSES, "cifar10"
+        "cifar10", CLASSIFICATION, PHOTOS, 400, _CIFAR10_CLASSES, "cifar10"
     ),
     "wds_vtab-eurosat_test": Standin("eurosat", CLASSIFICATION, PHOTOS, 300, "eurosat", "eurosat"),
     "wds_fer2013": Standin("fer2013", CLASSIFICATION, PHOTOS, 300, "fer2013", "fer2013"),
@@ -91,7 +92,7 @@ STANDINS: dict[str, Standin] = {
         CLASSIFICATION,
         PHOTOS,
         400,
-        prompts.CIFAR10_CLASSES,
+        _CIFAR10_CLASSES,
         ("satellite photo of {}.", "aerial photo of {}."),
         groups=6,
         num_countries=52,
@@ -101,7 +102,7 @@ STANDINS: dict[str, Standin] = {
         CLASSIFICATION,
         PHOTOS,
         400,
-        prompts.CIFAR10_CLASSES,
+        _CIFAR10_CLASSES,
         ("a photo of {}.", "{} in the wild."),
         groups=40,
         num_countries=172,
@@ -194,8 +195,8 @@ def _notes(
         return {"npy": _npy(flags.astype(np.int64))}
     shares = 1 / np.arange(1, num_classes + 1)
     label = int(rng.choice(num_classes, p=shares / shares.sum()))
-    if standin.names is prompts.CIFAR10_CLASSES:
-        label = prompts.CIFAR10_CLASSES.index(pair.metadata["label"])
+    if standin.names is _CIFAR10_CLASSES:
+        label = _CIFAR10_CLASSES.index(pair.metadata["label"])
     notes = {"cls": str(label).encode()}
     if standin.groups:
         notes["npy"] = _npy(np.array([rng.integers(standin.groups), 2017, label]))

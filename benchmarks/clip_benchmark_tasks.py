@@ -29,7 +29,7 @@ from benchmarks.clip_benchmark import METRIC_NAMES
 from benchmarks.clip_benchmark_standins import STANDINS, write_standin
 from benchmarks.record import write_result
 from diht_jax import command_line, load_model
-from diht_jax.evaluation.embedding.encoding import Batching
+from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.protocols.base import Measured
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.results import format_table
@@ -117,7 +117,7 @@ def compare_task(model: Any, name: str, output: pathlib.Path) -> dict[str, Any]:
     )
     with np.load(output / f"{name}.npz") as file:
         theirs = dict(file)
-    measured = PROTOCOLS[task.kind].run(model, task, read_entries(task), Batching())
+    measured = PROTOCOLS[task.kind].run(task, Encoder(model, read_entries(task)))
     samples, different, largest = _COMPARISONS[standin.kind](measured, theirs)
     metrics = measured.metrics
     written = json.loads((output / f"{name}.json").read_text())

@@ -131,49 +131,24 @@ def average_models(
         ValueError: a model cannot be read, the models are not of one architecture, the method
             lacks what it needs, or `ema` or `architecture` applies to none of the models.
     """
+    from diht_jax.evaluation.charts import draw_trade_off
     from diht_jax.evaluation.results import write_results
-    from diht_jax.extras import soups
-    from diht_jax.weights.export import check_target, lost_scalars, write_model
-    from diht_jax.weights.model_card import Origin, model_card
+    from diht_jax.weights.export import check_target
 
     output = pathlib.Path(output)
     check_target(output, format, dtype)
     metrics = _check(models, method, [alpha, *alphas], tasks, target, reference)
     pool = _Models(models, ema, architecture, tasks, {"batch_size": batch_size, **evaluation})
-    # The two models of WiSE-FT stay in memory for all alphas.
-    read = functools.cache(pool.read) if method == "wise_ft" else pool.read
-    found: dict[str, Any] = {}
-    if method == "greedy":
-        assert target is not None  # see `_check`
-        model, trials = soups.greedy_soup(
-            models,
-            read,
-            lambda candidate: pool.measure(candidate)[target],
-            lower_is_better=metrics[target].lower_is_better,
-        )
-        found["trials"] = [vars(trial) for trial in trials]
-        members = [(trial.name, 1.0) for trial in trials if trial.kept]
+    if method == "greedy" and target is not None:
+        model, members, found = _mix_greedily(pool, models, target, metrics)
     else:
         weights = [1 - alpha, alpha] if method == "wise_ft" else [1.0] * len(models)
+        is_measured = method == "wise_ft" and bool(tasks)
+        model, found = _mix(pool, models, weights, alphas if is_measured else ())
         members = list(zip(models, weights, strict=True))
-        if method == "wise_ft" and tasks:
-            found["grid"] = []
-            for value in alphas:
-                measured = pool.measure(soups.average_models(models, [1 - value, value], read))
-                shown = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
-                logging.info("alpha %g: %s", value, shown)
-                found["grid"].append({"alpha": value, "metrics": measured})
-        model = soups.average_models(models, weights, read)
     if tasks:
         found["metrics"] = pool.measure(model)
     loss_scalars = pool.mean_loss_scalars(members)
-    lost = {name: loss_scalars[name] for name in lost_scalars(format, model.arch, loss_scalars)}
-    for name, value in lost.items():
-        logging.warning(
-            "%s=%.6g, the mean of what the losses have learnt, is in the card alone, since format "
-            "'%s' has no place for it",
-            *(name, value, format),
-        )
     record = {
         "method": method,
         "members": [{"model": name, "weight": weight} for name, weight in members],
@@ -183,36 +158,90 @@ def average_models(
         **({"loss_scalars": loss_scalars} if loss_scalars else {}),
         **found,
     }
+    _write(output, format, dtype, model, pool.sources[model.name], record, license)
+    write_results(output / RECORD_FILE, record)
+    if "grid" in record and target:
+        draw_trade_off(record, metrics, output / "average.png")
+    logging.info("wrote %s", output)
+    print_escaped(_format(record, metrics))
+    return record
+
+
+def _mix(
+    pool: _Models, models: Sequence[str], weights: Sequence[float], alphas: Sequence[float]
+) -> tuple[Ingredient, dict[str, Any]]:
+    """The mean of models; and for alphas, "grid": what the means of the two models reach."""
+    from diht_jax.extras import soups
+
+    # The two models of WiSE-FT stay in memory for all alphas.
+    read = functools.cache(pool.read) if alphas else pool.read
+    found: dict[str, Any] = {"grid": []} if alphas else {}
+    for alpha in alphas:
+        measured = pool.measure(soups.average_models(models, [1 - alpha, alpha], read))
+        shown = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
+        logging.info("alpha %g: %s", alpha, shown)
+        found["grid"].append({"alpha": alpha, "metrics": measured})
+    return soups.average_models(models, weights, read), found
+
+
+def _mix_greedily(
+    pool: _Models, models: Sequence[str], target: str, metrics: dict[str, Metric]
+) -> tuple[Ingredient, list[tuple[str, float]], dict[str, Any]]:
+    """The greedy soup, its members with their weights, and the trials."""
+    from diht_jax.extras import soups
+
+    model, trials = soups.greedy_soup(
+        models,
+        pool.read,
+        lambda candidate: pool.measure(candidate)[target],
+        lower_is_better=metrics[target].lower_is_better,
+    )
+    members = [(trial.name, 1.0) for trial in trials if trial.kept]
+    return model, members, {"trials": [vars(trial) for trial in trials]}
+
+
+def _write(
+    output: pathlib.Path,
+    format: str,
+    dtype: str,
+    model: Ingredient,
+    source: ModelFiles,
+    record: dict[str, Any],
+    license: str | None,
+) -> None:
+    """Writes the model with its card."""
+    from diht_jax.weights.export import lost_scalars, write_model
+    from diht_jax.weights.model_card import Origin, model_card
+
+    loss_scalars = record.get("loss_scalars", {})
+    lost = {name: loss_scalars[name] for name in lost_scalars(format, model.arch, loss_scalars)}
+    for name, value in lost.items():
+        scalar = f"{name}={value:.6g}, the mean of what the losses have learnt"
+        logging.warning("%s, is in the card alone: format '%s' has no place", scalar, format)
+    members = tuple((member["model"], member["weight"]) for member in record["members"])
+    card = model_card(
+        format,
+        arch=model.arch,
+        params=model.params,
+        origin=Origin(output.name, None, False, None, members),
+        config=None,
+        results=[("diht_jax.average", record["metrics"])] if "metrics" in record else [],
+        loss_scalars=lost,
+        license=license,
+    )
     write_model(
         output,
         format,
         arch=model.arch,
         params=model.params,
-        preprocessing=pool.sources[model.name].preprocessing,
+        preprocessing=source.preprocessing,
         heads={},
         dtype=dtype,
-        has_tokenizer=pool.sources[model.name].has_tokenizer,
-        own_tokenizer=pool.sources[model.name].tokenizer,
+        has_tokenizer=source.has_tokenizer,
+        own_tokenizer=source.tokenizer,
         loss_scalars=loss_scalars,
-        card=model_card(
-            format,
-            arch=model.arch,
-            params=model.params,
-            origin=Origin(output.name, None, False, None, tuple(members)),
-            config=None,
-            results=[("diht_jax.average", found["metrics"])] if tasks else [],
-            loss_scalars=lost,
-            license=license,
-        ),
+        card=card,
     )
-    write_results(output / RECORD_FILE, record)
-    if "grid" in record and target:
-        from diht_jax.evaluation.charts import draw_trade_off
-
-        draw_trade_off(record, metrics, output / "average.png")
-    logging.info("wrote %s", output)
-    print_escaped(_format(record, metrics))
-    return record
 
 
 def _check(
@@ -270,16 +299,11 @@ class _Models:
         from diht_jax.training.workdir.trained_model import is_run
 
         self._runs = {name for name in names if is_run(local_run(name))}
+        given = f"--models={','.join(names)}"
         if ema and not self._runs:
-            raise ValueError(
-                "--ema: only work directories of diht_jax.train have one; "
-                f"--models={','.join(names)}"
-            )
+            raise ValueError(f"--ema: only work directories of diht_jax.train have one; {given}")
         if architecture and self._runs.issuperset(names):
-            raise ValueError(
-                "--architecture: work directories know theirs; give none for "
-                f"--models={','.join(names)}"
-            )
+            raise ValueError(f"--architecture: work directories know theirs; none for {given}")
         self._ema, self._architecture = ema, architecture
         self._tasks, self._evaluation = tasks, evaluation
         self._loaded: LoadedModel | None = None
@@ -300,9 +324,8 @@ class _Models:
         if model.decoder is not None and name not in self.sources:
             logging.warning("%s: the caption decoder is left out, no format has one", name)
         self.sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
-        params, pictures = jax.tree.map(np.asarray, model.params), model.preprocessing
-        resizing = (pictures.resize, pictures.interpolation)
-        return Ingredient(name, model.arch, params, pictures.mean, pictures.std, resizing)
+        params = jax.tree.map(np.asarray, model.params)
+        return Ingredient(name, model.arch, params, model.preprocessing)
 
     def mean_loss_scalars(self, members: Sequence[tuple[str, float]]) -> dict[str, float]:
         """The weighted mean of what the losses of the models have learnt; of each that all have."""
@@ -332,13 +355,11 @@ class _Models:
             self._loaded = put_on_devices(files, mesh, batch_size=batch_size)
         shardings = sharding.tree_shardings(model.params, mesh)
         self._loaded.update(jax.device_put(model.params, shardings), step=None)
-        return {
-            f"{task.name}/{name}": value
-            for task in self._tasks
-            for name, value in evaluate_task(self._loaded, task, **self._evaluation)[
-                "metrics"
-            ].items()
-        }
+        measured = {}
+        for task in self._tasks:
+            result = evaluate_task(self._loaded, task, **self._evaluation)
+            measured |= {f"{task.name}/{name}": x for name, x in result["metrics"].items()}
+        return measured
 
 
 def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:
@@ -350,11 +371,10 @@ def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:
 
     target, lines = record["target"], []
     if "trials" in record:
-        rows = [
-            (t["name"], value(target, t["alone"]), value(target, t["with_it"]),
-             "kept" if t["kept"] else "left out")
-            for t in record["trials"]
-        ]  # fmt: skip
+        rows = []
+        for trial in record["trials"]:
+            reached = [value(target, trial[name]) for name in ("alone", "with_it")]
+            rows.append((trial["name"], *reached, "kept" if trial["kept"] else "left out"))
         lines.append(format_table(("model", "alone", "soup with it", ""), rows, "lrrl"))
     if "grid" in record:
         names = list(record["grid"][0]["metrics"])
@@ -365,8 +385,7 @@ def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:
         lines.append(format_table(("alpha", *names), rows, "r" * (1 + len(names))))
     weights = ", ".join(f"{m['weight']:g} x {m['model']}" for m in record["members"])
     lines.append(f"written: the mean of {weights}")
-    for name, number in record.get("metrics", {}).items():
-        lines.append(f"{name}: {value(name, number)}")
+    lines += [f"{name}: {value(name, x)}" for name, x in record.get("metrics", {}).items()]
     return "\n".join(lines)
 
 

@@ -11,7 +11,6 @@ the same command runs on each of them (see `diht_jax.distributed`), and the firs
 
 from __future__ import annotations
 
-import datetime
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from diht_jax.evaluation.charts import draw_comparison
 from diht_jax.evaluation.comparison import format_comparison
 from diht_jax.evaluation.results import (
     LETTERS,
+    begin_results,
     format_results,
     published_results,
     read_results,
@@ -175,19 +175,15 @@ def evaluate_model(
     check_same_step(loaded.step)
     output = pathlib.Path(output)
     results = {
-        "model": model,
-        "step": loaded.step,
-        "ema": model_options.get("ema", False),
-        "fingerprint": loaded.fingerprint(),
-        "image_size": loaded.image_size,
+        **begin_results(model, loaded, ema=model_options.get("ema", False)),
         "context_length": loaded.context_length,
         "embed_dim": loaded.embed_dim,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": jax.device_count(),
         "device_kind": jax.local_devices()[0].device_kind,
         "results": [],
     }
-    page = ResultsPage(output.with_suffix(".html")) if pages and distributed.is_first() else None
+    is_first = distributed.is_first()
+    page = ResultsPage(output.with_suffix(".html")) if pages and is_first else None
     for task, units in zip(tasks, sources, strict=True):
         result = evaluate_task(
             loaded,
@@ -196,22 +192,17 @@ def evaluate_model(
             batch_size=batch_size,
             num_threads=num_threads,
             limit=limit,
-            page=page,
+            show=None if page is None else page.add,
             num_resamples=num_resamples,
-            progress=distributed.is_first(),
+            progress=is_first,
         )
         results["results"].append(result)
-        if distributed.is_first():
+        if is_first:
             write_results(output, results)
         if page is not None:
             page.write(results)
-        logging.info(
-            "task '%s': %d images in %.1f s, %.0f images/s",
-            task.name,
-            result["counts"]["images"],
-            result["seconds"],
-            result["images_per_sec"],
-        )
+        speed = f"{result['seconds']:.1f} s, {result['images_per_sec']:.0f} images/s"
+        logging.info("task '%s': %d images in %s", task.name, result["counts"]["images"], speed)
     return results
 
 

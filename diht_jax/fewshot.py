@@ -10,7 +10,6 @@ describes the protocol.
 
 from __future__ import annotations
 
-import datetime
 import pathlib
 import re
 from typing import Any
@@ -69,7 +68,7 @@ def main() -> None:
     from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.embedding.entries import Processes
     from diht_jax.evaluation.few_shot import evaluate_few_shot, format_few_shot
-    from diht_jax.evaluation.results import write_results
+    from diht_jax.evaluation.results import begin_results, write_results
     from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step
 
@@ -79,23 +78,13 @@ def main() -> None:
         batch_size=given.batch_size,
     )
     check_same_step(model.step)
+    is_first = distributed.is_first()
+    batching = Batching(given.batch_size, given.num_threads, is_first, Processes.of_job())
     result = {
-        "model": given.model,
-        "step": model.step,
-        "ema": given.ema,
-        "fingerprint": model.fingerprint(),
-        "image_size": model.image_size,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **evaluate_few_shot(
-            model,
-            **tasks,
-            options=options,
-            batching=Batching(
-                given.batch_size, given.num_threads, distributed.is_first(), Processes.of_job()
-            ),
-        ),
+        **begin_results(given.model, model, ema=given.ema),
+        **evaluate_few_shot(model, **tasks, options=options, batching=batching),
     }
-    if not distributed.is_first():
+    if not is_first:
         return
     output = pathlib.Path(given.output)
     write_results(output, result)

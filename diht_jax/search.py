@@ -56,6 +56,7 @@ def main(queries: list[str]) -> None:
     """Searches for the queries that stand on the command line."""
     from diht_jax.evaluation.embedding.inputs import list_inputs
     from diht_jax.evaluation.embedding.picture_index import PictureIndex, import_usearch
+    from diht_jax.evaluation.embedding.search import fill_queries
 
     given = flags.FLAGS
     if given.output and not given.output.endswith((".html", ".htm")):
@@ -71,12 +72,26 @@ def main(queries: list[str]) -> None:
         raise ValueError("--index: expected queries, --serve, or --input to bring it up to date")
     # What is missing should not have to wait for the model, nor for the pictures.
     shards = list_inputs(given.input, needs_caption=False) if given.input else []
-    if not given.index:
-        _search_source(shards, queries)
-        return
-    if queries or given.serve:
+    texts = fill_queries(queries, given.caption_template, given.num_matches) if queries else {}
+    if given.index and (queries or given.serve):
         import_usearch()
-    _search_index(shards, queries, None if shards else PictureIndex(given.index))
+    index = None if shards else PictureIndex(given.index)
+    model = _load_model()
+    if not given.index:
+        _search_source(model, shards, queries)
+        return
+    if shards:
+        _update_index(model, shards)
+    if not distributed.is_first():
+        return
+    index = index or PictureIndex(given.index)
+    index.check_model(model)
+    if texts:
+        found = index.search(model.encode_text(list(texts.values())), given.num_matches)
+        matches = dict(zip(texts, found, strict=True))
+        _show(matches, index.load_pictures, given.index, len(index))
+    if given.serve:
+        _serve(index, model)
 
 
 def _load_model() -> Any:
@@ -90,89 +105,63 @@ def _load_model() -> Any:
     given = flags.FLAGS
     if given.serve and jax.process_count() > 1:
         raise ValueError("--serve answers on one host: start it there when the index is made")
-    model = load_model(
-        given.model,
-        **command_line.model_options(),
-        batch_size=given.batch_size,
-    )
+    options = command_line.model_options()
+    model = load_model(given.model, **options, batch_size=given.batch_size)
     check_same_step(model.step)
     return model
 
 
-def _search_source(shards: list[Any], queries: list[str]) -> None:
+def _search_source(model: Any, shards: list[Any], queries: list[str]) -> None:
     """Embeds the source, and searches it."""
     from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.embedding.entries import Processes
     from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 
     given = flags.FLAGS
-    model = _load_model()
+    is_first = distributed.is_first()
     result = search_pictures(
         model,
         shards,
         queries,
         count=given.num_matches,
         template=given.caption_template,
-        batching=Batching(
-            given.batch_size, given.num_threads, distributed.is_first(), Processes.of_job()
-        ),
+        batching=Batching(given.batch_size, given.num_threads, is_first, Processes.of_job()),
     )
-    if not distributed.is_first():
+    if not is_first:
         return
     if result.encoded.dropped:
         logging.warning("left out: %s", result.encoded.dropped)
     load = functools.partial(load_pictures, shards)
-    _show(result.matches, load, given.input, len(result.encoded.positions))
+    _show(result.matches, load, given.input, len(result.encoded.notes))
 
 
-def _search_index(shards: list[Any], queries: list[str], index: Any) -> None:
-    """Brings the index up to date with the source, if there is one, and searches it.
-
-    Args:
-        shards: of the source.
-        queries: what to search for.
-        index: the `PictureIndex`; None where the source is yet to be embedded.
-    """
+def _update_index(model: Any, shards: list[Any]) -> None:
+    """Brings the index up to date with the source."""
     from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.embedding.entries import Processes
     from diht_jax.evaluation.embedding.index_update import update_index
     from diht_jax.evaluation.embedding.inputs import refuse_unusable
-    from diht_jax.evaluation.embedding.picture_index import PictureIndex
-    from diht_jax.evaluation.embedding.search import fill_queries, load_indexed_pictures
 
     given = flags.FLAGS
-    texts = fill_queries(queries, given.caption_template, given.num_matches) if queries else {}
-    model = _load_model()
-    if shards:
-        update = update_index(
-            model,
-            shards,
-            given.index,
-            dtype=given.dtype,
-            batching=Batching(given.batch_size, given.num_threads),
-            thumbnails=given.thumbnails,
-            processes=Processes.of_job(),
-        )
-        logging.info(
-            "%s: %d pictures added, %d removed, %d as before; left out: %s",
-            given.index,
-            update.added,
-            update.removed,
-            update.kept,
-            update.dropped or "none",
-        )
-        if update.added + update.kept == 0:
-            refuse_unusable(f"--input={given.input}", update.dropped)
-    if not distributed.is_first():
-        return
-    index = index or PictureIndex(given.index)
-    index.check_model(model)
-    if texts:
-        found = index.search(model.encode_text(list(texts.values())), given.num_matches)
-        load = functools.partial(load_indexed_pictures, index)
-        _show(dict(zip(texts, found, strict=True)), load, given.index, len(index))
-    if given.serve:
-        _serve(index, model)
+    update = update_index(
+        model,
+        shards,
+        given.index,
+        dtype=given.dtype,
+        batching=Batching(given.batch_size, given.num_threads),
+        thumbnails=given.thumbnails,
+        processes=Processes.of_job(),
+    )
+    logging.info(
+        "%s: %d pictures added, %d removed, %d as before; left out: %s",
+        given.index,
+        update.added,
+        update.removed,
+        update.kept,
+        update.dropped or "none",
+    )
+    if update.added + update.kept == 0:
+        refuse_unusable(f"--input={given.input}", update.dropped)
 
 
 def _show(
@@ -188,13 +177,10 @@ def _show(
     print_escaped(format_matches(matches))
     if not given.output:
         return
-    draw_matches(
-        matches,
-        load(itertools.chain(*matches.values())),
-        given.output,
-        title=f"Search in {pathlib.PurePath(source).name}",
-        note=f"{count:,} pictures, model {given.model}; cosines",
-    )
+    pictures = load(itertools.chain(*matches.values()))
+    title = f"Search in {pathlib.PurePath(source).name}"
+    note = f"{count:,} pictures, model {given.model}; cosines"
+    draw_matches(matches, pictures, given.output, title=title, note=note)
     logging.info("page: %s", given.output)
 
 
@@ -205,9 +191,8 @@ def _serve(index: Any, model: Any) -> None:
     given = flags.FLAGS
 
     def encode_text(queries: list[str]) -> Any:
-        return model.encode_text(
-            [fill_caption_template(given.caption_template, query) for query in queries]
-        )
+        template = given.caption_template
+        return model.encode_text([fill_caption_template(template, query) for query in queries])
 
     encode_text(["compiled before the first visitor comes"])
     server = make_server(
@@ -215,9 +200,8 @@ def _serve(index: Any, model: Any) -> None:
     )
     with server:
         host = "localhost" if given.host in ("127.0.0.1", "0.0.0.0") else given.host
-        logging.info(
-            "%d pictures: http://%s:%d/ (^C ends it)", len(index), host, server.server_port
-        )
+        address = f"http://{host}:{server.server_port}/"
+        logging.info("%d pictures: %s (^C ends it)", len(index), address)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
 

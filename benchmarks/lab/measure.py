@@ -73,12 +73,13 @@ def measure_scenes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 def measure_composition(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     """Choices between the caption of a held-out scene and a wrong one; the items are questions."""
     from benchmarks.lab.composition import REPLACEMENTS, SWAPS, ask
+    from diht_jax.evaluation.embedding.encoding import Encoder
     from diht_jax.evaluation.protocols import caption_choice
     from diht_jax.evaluation.protocols.base import Task
 
     source = str(tests["web"] / "val_retrieval.tar")
     task = Task("composition", "caption_choice", source, caption_template="{caption}")
-    found = caption_choice.run(model, task, ask(open_source(source))).result
+    found = caption_choice.run(task, Encoder(model, ask(open_source(source)))).result
     kinds = np.array([question.group for question in found.questions])
     metrics = {f"composition/{group['group']}": group["accuracy"] for group in found.per_group()}
     items = {}
@@ -185,11 +186,12 @@ def measure_tasks(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 
 
 def _retrieve(model: Any, source: pathlib.Path, name: str) -> Measured:
+    from diht_jax.evaluation.embedding.encoding import Encoder
     from diht_jax.evaluation.protocols import retrieval
     from diht_jax.evaluation.protocols.base import Task
 
     task = Task(name, "retrieval", str(source), caption_template="{caption}")
-    measured = retrieval.run(model, task, open_source(task.source))
+    measured = retrieval.run(task, Encoder(model, open_source(task.source)))
     found = measured.result
     hits = [found.t2i_ranks < RECALL_AT, found.i2t_ranks < RECALL_AT]
     metrics = {f"{name}/{metric}": value for metric, value in measured.metrics.items()}
@@ -198,11 +200,12 @@ def _retrieve(model: Any, source: pathlib.Path, name: str) -> Measured:
 
 
 def _classify(model: Any, source: pathlib.Path, name: str, templates: Iterable[str]) -> Measured:
+    from diht_jax.evaluation.embedding.encoding import Encoder
     from diht_jax.evaluation.protocols import classification
     from diht_jax.evaluation.protocols.base import Task
 
     task = Task(name, "classification", str(source), templates=tuple(templates))
-    measured = classification.run(model, task, open_source(task.source))
+    measured = classification.run(task, Encoder(model, open_source(task.source)))
     hits = pack_bits(measured.result.ranks == 0)
     return {f"{name}/top1": measured.metrics["top1"]}, {f"{name}/top1": [hits]}
 

@@ -9,7 +9,7 @@ and a retrieval on the bare captions. CIFAR-10 and others are in none but the me
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,6 @@ def main_metrics(task: str) -> tuple[str, ...]:
     return entry.metrics if entry.kind == RETRIEVAL else entry.metrics[:1]
 
 
-def datacomp_source(theirs: str, folder: str) -> str:
-    """The source of one of DataComp's tasks in a folder, with the options of its measure."""
-    kind = TASKS_BY_NAME[DATACOMP[theirs]].kind
-    if kind == "winogavil":
-        return f"{folder}/winogavil_dataset.csv"
-    return f"{_FOLDER}{folder}{_OPTIONS.get(kind, '')}"
-
-
 def expand_datacomp(text: str) -> list[str]:
     """The tasks of "datacomp:DIR" whose folders are there, as texts of `parse_tasks`.
 
@@ -59,10 +51,12 @@ def expand_datacomp(text: str) -> list[str]:
     root = text.removeprefix(_DATACOMP)
     texts, missing = [], []
     for theirs, ours in DATACOMP.items():
-        folder = join(root, datacomp_folder(theirs))
-        source = datacomp_source(theirs, folder)
-        is_csv = source.endswith(".csv")
-        if exists(source if is_csv else join(folder, "test", "nshards.txt")):
+        kind, folder = TASKS_BY_NAME[ours].kind, join(root, datacomp_folder(theirs))
+        source = f"{_FOLDER}{folder}{_OPTIONS.get(kind, '')}"
+        needed = join(folder, "test", "nshards.txt")
+        if kind == "winogavil":
+            source = needed = f"{folder}/winogavil_dataset.csv"
+        if exists(needed):
             texts.append(f"{ours}={source}")
         else:
             missing.append(datacomp_folder(theirs))
@@ -76,47 +70,46 @@ def expand_datacomp(text: str) -> list[str]:
     return texts
 
 
-_GROUPS = {
-    "classification": ("classification", "multilabel", "binary"),
-    "retrieval": ("retrieval", "winoground"),
-    "VQA": ("entailment", "vqa"),
-}
+# A number of a suite: the mean of some metrics of a task.
+Number = tuple[str, tuple[str, ...]]
+
+
+def _group_suite() -> dict[str, list[Number]]:
+    """The numbers that DiHT's suite counts, by the name of their mean."""
+    groups: dict[str, list[Number]] = {}
+    for group, kinds in {
+        "classification": (CLASSIFICATION, MULTILABEL, "binary"),
+        "retrieval": (RETRIEVAL, "winoground"),
+        "VQA": ("entailment", "vqa"),
+    }.items():
+        entries = {name: entry for name, entry in SUITE.items() if entry.kind in kinds}
+        numbers = [
+            (n, (m,)) for n, entry in entries.items() for m in entry.metrics[: entry.numbers]
+        ]
+        groups[f"mean of {len(numbers)} {group}"] = numbers
+    everything = [number for numbers in groups.values() for number in numbers]
+    return {**groups, f"mean of all {len(everything)}": everything}
+
+
+def _group_datacomp() -> dict[str, list[Number]]:
+    """DataComp's numbers, by the name of their mean."""
+    groups: dict[str, Iterable[str]] = {
+        "ImageNet shifts": _SHIFTS,
+        "VTAB": (name for name in DATACOMP if name.startswith("vtab/") or name == "sun397"),
+        "retrieval": (name for name in DATACOMP if name.startswith(("retrieval/", "misc/"))),
+        "all": DATACOMP,
+    }
+    found = {
+        group: [(DATACOMP[name], main_metrics(DATACOMP[name])) for name in names]
+        for group, names in groups.items()
+    }
+    everything = found.pop("all")
+    means = {f"DataComp: mean of {len(found[group])} {group}": found[group] for group in found}
+    return {**means, f"DataComp: mean of all {len(everything)}": everything}
+
+
 _SHIFTS = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
-_DATACOMP_GROUPS = {
-    "ImageNet shifts": _SHIFTS,
-    "VTAB": tuple(name for name in DATACOMP if name.startswith("vtab/") or name == "sun397"),
-    "retrieval": tuple(name for name in DATACOMP if name.startswith(("retrieval/", "misc/"))),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Number:
-    """One number of a suite.
-
-    Attributes:
-        task: its name.
-        metrics: the number is their mean.
-        is_datacomp: whether it must have been measured as DataComp does.
-    """
-
-    task: str
-    metrics: tuple[str, ...]
-    is_datacomp: bool = False
-
-    def value(self, result: Mapping[str, Any] | None) -> float | None:
-        """The number in a task's result; None where it is not there, or measured otherwise."""
-        result = result or {}
-        metrics = result.get("metrics", {})
-        if any(name not in metrics for name in self.metrics):
-            return None
-        if self.is_datacomp and result.get("kind") == CLASSIFICATION:
-            if not result.get("source", "").startswith(_FOLDER):
-                return None
-        elif self.is_datacomp:
-            template = result.get("protocol", {}).get("caption_template", CAPTION_SLOT)
-            if template != CAPTION_SLOT:
-                return None
-        return sum(metrics[name] for name in self.metrics) / len(self.metrics)
+SUITE_MEANS, DATACOMP_MEANS = _group_suite(), _group_datacomp()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,41 +138,34 @@ def suite_means(by_task: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Mean
     Returns:
         Without the groups of which no number is there.
     """
-    groups = suite_numbers()
-    tasks = {task for results in by_task for task in results}
-    if any(task in DATACOMP.values() and task not in SUITE for task in tasks):
-        groups |= datacomp_numbers()
+    others = set(DATACOMP.values()) - set(SUITE)
+    has_others = any(not others.isdisjoint(results) for results in by_task)
     means = []
-    for name, numbers in groups.items():
-        values = {n: [n.value(results.get(n.task)) for results in by_task] for n in numbers}
-        present = [number for number in numbers if None not in values[number]]
+    for name, numbers in (SUITE_MEANS | DATACOMP_MEANS if has_others else SUITE_MEANS).items():
+        present, found = [], []
+        for task, metrics in numbers:
+            one = [_value(results.get(task, {}), metrics, name) for results in by_task]
+            if None not in one:
+                present.append((task, metrics))
+                found.append(one)
         if present:
             missing = len(numbers) - len(present)
-            found = np.mean([values[number] for number in present], axis=0).tolist()
-            means.append(Mean(name, present, found, f"{missing} missing" if missing else ""))
+            values = np.mean(found, axis=0).tolist()
+            means.append(Mean(name, present, values, f"{missing} missing" if missing else ""))
     return means
 
 
-def suite_numbers() -> dict[str, list[Number]]:
-    """The numbers that DiHT's suite counts, by the name of their mean."""
-    groups: dict[str, list[Number]] = {}
-    for group, kinds in _GROUPS.items():
-        numbers = [
-            Number(name, (metric,))
-            for name, entry in SUITE.items()
-            if entry.kind in kinds
-            for metric in entry.metrics[: entry.numbers]
-        ]
-        groups[f"mean of {len(numbers)} {group}"] = numbers
-    everything = [number for numbers in groups.values() for number in numbers]
-    return {**groups, f"mean of all {len(everything)}": everything}
-
-
-def datacomp_numbers() -> dict[str, list[Number]]:
-    """DataComp's, by the name of their mean."""
-    numbers = {name: Number(ours, main_metrics(ours), True) for name, ours in DATACOMP.items()}
-    groups = {
-        f"DataComp: mean of {len(names)} {group}": [numbers[name] for name in names]
-        for group, names in _DATACOMP_GROUPS.items()
-    }
-    return {**groups, f"DataComp: mean of all {len(numbers)}": list(numbers.values())}
+def _value(result: Mapping[str, Any], metrics: Sequence[str], mean: str) -> float | None:
+    """A number for a mean in a task's result; None where it is not there, or measured otherwise."""
+    measured = result.get("metrics", {})
+    if any(name not in measured for name in metrics):
+        return None
+    if mean in DATACOMP_MEANS:
+        template = result.get("protocol", {}).get("caption_template", CAPTION_SLOT)
+        is_folder = result.get("source", "").startswith(_FOLDER)
+        is_as_there = (
+            is_folder if result.get("kind") == CLASSIFICATION else template == CAPTION_SLOT
+        )
+        if not is_as_there:
+            return None
+    return sum(measured[name] for name in metrics) / len(metrics)

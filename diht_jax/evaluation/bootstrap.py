@@ -6,6 +6,7 @@ Numbers only: the protocol knows how a metric follows from how often each item w
 from __future__ import annotations
 
 import base64
+import collections
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,17 +45,18 @@ def resample(
         Metric -> float64 [num_resamples].
     """
     rng = np.random.default_rng(seed)
-    measured = [
-        measure(np.bincount(rng.integers(0, num_items, num_items), minlength=num_items))
-        for _ in ProgressBar(
-            range(num_resamples),
-            "bootstrap",
-            unit=" resamples",
-            disable=not progress,
-            delay=_MOMENT_SECS,
-        )
-    ]
-    return {name: np.array([values[name] for values in measured]) for name in measured[0]}
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for _ in ProgressBar(
+        range(num_resamples),
+        "bootstrap",
+        unit=" resamples",
+        disable=not progress,
+        delay=_MOMENT_SECS,
+    ):
+        counts = np.bincount(rng.integers(0, num_items, num_items), minlength=num_items)
+        for name, value in measure(counts).items():
+            found[name].append(value)
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> list[float]:

@@ -103,15 +103,12 @@ def _mean_samples(
 ) -> np.ndarray | None:
     """Differences of the means over the resamples; None where a number cannot be paired."""
     differences = []
-    for number in numbers:
-        pairs = [
-            paired_samples(first[number.task], second[number.task], metric)
-            for metric in number.metrics
-        ]
-        found = [pair for pair in pairs if pair is not None]
+    for task, metrics in numbers:
+        pairs = [paired_samples(first[task], second[task], metric) for metric in metrics]
+        found = [pair[1].astype(float) - pair[0] for pair in pairs if pair is not None]
         if len(found) < len(pairs):
             return None
-        differences.append(np.mean([pair[1].astype(float) - pair[0] for pair in found], axis=0))
+        differences.append(np.mean(found, axis=0))
     if any(len(samples) != len(differences[0]) for samples in differences):
         return None
     return np.mean(differences, axis=0)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
+from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, Encoder
 from diht_jax.evaluation.embedding.entries import Entries, Units
 from diht_jax.evaluation.linear_probe import (
     FittedProbes,
@@ -175,11 +175,6 @@ def measure_few_shot(
 ) -> dict[str, Any]:
     """The few-shot protocol on embeddings.
 
-    Args:
-        data: the embedded splits.
-        options: the protocol.
-        progress: show a bar on stderr.
-
     Returns:
         `zero_shot`: {"test", "validation"}, fractions of 1; `results`: one entry for each number
         of shots with `shots`, `examples` (a draw), `draws` and, for "prompt_init", "scratch" and
@@ -193,49 +188,46 @@ def measure_few_shot(
         for name, examples in (("test", data.test), ("validation", data.validation))
     }
     norm = float(np.linalg.norm(data.zero_shot))
-    decays = [
-        ProbeSettings(weight_decay=decay)
-        for decay in sorted(set(options.weight_decays), reverse=True)
-    ]
+    decays = [ProbeSettings(weight_decay=x) for x in sorted(set(options.weight_decays))[::-1]]
+    # The first setting, no move at all, is the zero-shot classifier: with it in the grid the choice
+    # on the validation split cannot be worse.
+    radii, bias_radii = sorted({0.0, *options.radii}), sorted({0.0, *options.bias_radii})
+    balls = [ProbeSettings(r * norm, b, 0.0) for r, b in itertools.product(radii, bias_radii)]
     methods = {
-        # The first setting, no move at all, is the zero-shot classifier: with it in the grid the
-        # choice on the validation split cannot be worse.
-        PROMPT_INIT: (
-            data.zero_shot,
-            [
-                ProbeSettings(radius * norm, bias_radius, 0.0)
-                for radius, bias_radius in itertools.product(
-                    sorted({0.0, *options.radii}), sorted({0.0, *options.bias_radii})
-                )
-            ],
-        ),
+        PROMPT_INIT: (data.zero_shot, balls),
         SCRATCH: (np.zeros_like(data.zero_shot), decays),
         PENALTY: (data.zero_shot, decays),
     }
     results: list[dict[str, Any]] = []
-    work = [(shots, method) for shots in options.shots for method in methods]
-    for shots, method in ProgressBar(work, desc="few-shot", unit=" fits", disable=not progress):
-        if method == PROMPT_INIT:
+    total = len(options.shots) * len(methods)
+    with ProgressBar(desc="few-shot", unit=" fits", total=total, disable=not progress) as bar:
+        for shots in options.shots:
             draws = draw_shots(data.train, shots, options)
-            results.append({"shots": shots, "examples": len(draws[0]), "draws": len(draws)})
-        start, settings = methods[method]
-        fitted = fit_probes(draws, data.validation, start, settings, num_steps=options.num_steps)
-        test = [
-            probe_accuracy(data.test, weights, bias)
-            for weights, bias in zip(fitted.weights, fitted.bias, strict=True)
-        ]
-        results[-1][method] = {
-            "test": test,
-            "test_mean": statistics.fmean(test),
-            "test_std": statistics.stdev(test) if len(test) > 1 else None,
-            "validation": [
-                float(row[i]) for row, i in zip(fitted.accuracy, fitted.chosen, strict=True)
-            ],
-            "chosen": [_describe(settings[i], method, norm) for i in fitted.chosen],
-        }
-        if options.alphas and method != SCRATCH:
-            results[-1][method]["wise_ft"] = _interpolate(data, fitted, options.alphas)
+            row: dict[str, Any] = {"shots": shots, "examples": len(draws[0]), "draws": len(draws)}
+            for method, (start, settings) in methods.items():
+                fitted = fit_probes(
+                    draws, data.validation, start, settings, num_steps=options.num_steps
+                )
+                row[method] = _describe_fit(data, fitted)
+                chosen = [settings[i] for i in fitted.chosen]
+                row[method]["chosen"] = [_describe_setting(x, method, norm) for x in chosen]
+                if options.alphas and method != SCRATCH:
+                    row[method]["wise_ft"] = _interpolate(data, fitted, options.alphas)
+                bar.update()
+            results.append(row)
     return {"zero_shot": zero_shot, "results": results}
+
+
+def _describe_fit(data: FewShotData, fitted: FittedProbes) -> dict[str, Any]:
+    """Accuracies of the probes of all draws."""
+    probes = zip(fitted.weights, fitted.bias, strict=True)
+    test = [probe_accuracy(data.test, weights, bias) for weights, bias in probes]
+    return {
+        "test": test,
+        "test_mean": statistics.fmean(test),
+        "test_std": statistics.stdev(test) if len(test) > 1 else None,
+        "validation": fitted.accuracy.max(axis=1).tolist(),
+    }
 
 
 def _interpolate(
@@ -346,7 +338,7 @@ def _embed(
             lambda: sum(known) if len(known) == len(counts) else None,
         )
         entries = Entries(units, bar="images" if batching.progress else None)
-        measured = classification.run(model, prompts, entries, batching)
+        measured = classification.run(prompts, Encoder(model, entries, batching))
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error
     encoded, found = measured.encoded, measured.result
@@ -365,7 +357,7 @@ def _indices_by_class(labels: np.ndarray) -> list[tuple[int, np.ndarray]]:
     return [(int(label), np.flatnonzero(labels == label)) for label in np.unique(labels)]
 
 
-def _describe(setting: ProbeSettings, method: str, norm: float) -> dict[str, float]:
+def _describe_setting(setting: ProbeSettings, method: str, norm: float) -> dict[str, float]:
     if method != PROMPT_INIT:
         return {"weight_decay": setting.weight_decay}
     return {

@@ -51,8 +51,8 @@ class ResultsPage:
         measured: Measured,
         result: dict[str, Any],
         logit_scale: float,
-    ) -> bool:
-        """Adds the examples of a task; returns whether its kind has any.
+    ) -> str | None:
+        """Adds the examples of a task; returns the page's path where its kind has any.
 
         Args:
             task: what was measured.
@@ -62,7 +62,7 @@ class ResultsPage:
             logit_scale: turns cosine similarities into the probabilities of classes.
         """
         if task.kind not in EXAMPLES:
-            return False
+            return None
 
         def load(rows: Sequence[int]) -> dict[int, str]:
             return read_pictures(units, measured.encoded, rows, thumbnail)
@@ -71,7 +71,7 @@ class ResultsPage:
         metrics = [(metric_of(result, name), value) for name, value in result["metrics"].items()]
         cards = [(metric.label, format_value(metric, value)) for metric, value in metrics]
         self._sections.append({"name": task.name, "kind": task.kind, "cards": cards, **section})
-        return True
+        return str(self.path)
 
     def write(self, results: dict[str, Any]) -> None:
         """Writes the page of what the results file holds."""
@@ -210,7 +210,7 @@ def caption_choice_examples(
     return {
         "title": f"Choice of a caption: {task.name}",
         "note": f"{len(result.questions):,} questions on "
-        f"{len(measured.encoded.positions):,} images of {_short_source(task)}. Green is the right "
+        f"{len(measured.encoded.notes):,} images of {_short_source(task)}. Green is the right "
         "caption, red are wrong ones.",
         "questions": questions,
         "num_groups": len(result.groups),
@@ -234,16 +234,11 @@ def draw_rows(population: int, count: int, *, seed: int = 0) -> np.ndarray:
 def closest_items(
     query: np.ndarray, gallery: np.ndarray, right: np.ndarray, count: int
 ) -> tuple[dict[int, float], int]:
-    """Finds the first items of the gallery for a query, in the order of the ranks.
-
-    Args:
-        query: float [d].
-        gallery: float [m, d].
-        right: bool [m], the right items; at least one.
-        count: number of items.
+    """The first items of a gallery [m, d] for a query [d], in the order of the ranks.
 
     Returns:
-        Index in the gallery -> similarity, the first ones; and the index of the first right item.
+        Index in the gallery -> similarity, the first ones; and the index of the first item that is
+        right, of bool [m].
     """
     similarities = np.asarray(gallery, np.float32) @ np.asarray(query, np.float32)
     # Among equals the right one goes last, as in the ranks.
@@ -258,13 +253,9 @@ def read_pictures(
     rows: Sequence[int],
     convert: Callable[[Image.Image], Any],
 ) -> dict[int, Any]:
-    """Reads the parts of the source that hold the pictures once more, instead of keeping all.
+    """What `convert` makes of the pictures of some rows.
 
-    Args:
-        units: of the task's source.
-        encoded: its pictures.
-        rows: of `encoded`.
-        convert: makes of each picture what is returned for its row.
+    The parts of the source that hold them are read once more, instead of keeping all pictures.
     """
     orders = {int(row): encoded.orders[row] for row in rows}
     found = read_again(units, orders.values())

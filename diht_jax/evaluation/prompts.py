@@ -5,11 +5,9 @@ Words only: no model, no image.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import pathlib
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,55 +17,11 @@ CLASS_SLOT = "{}"
 CAPTION_SLOT = "{caption}"
 
 _BENCHMARK_PREFIX = "clip_benchmark:"
+_ALIASES = {"cifar10": "clip_benchmark:cifar10", "imagenet": "clip_benchmark:imagenet1k"}
 
 PLAIN_TEMPLATES = ("a photo of a {}.",)
 # The prompt of the official DiHT inference code for retrieval on COCO and Flickr30K.
 CAPTION_TEMPLATE = "a photo of {caption}."
-
-# No installed package has them: clip-benchmark takes them from the data set, whose file
-# `batches.meta.txt` names the labels 0 to 9 (Krizhevsky, "Learning Multiple Layers of Features from
-# Tiny Images", 2009).
-CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
-
-# The folders of UCF-101 with spaces, and its prompts, as the file `data/prompts.md` of CLIP's
-# repository (github.com/openai/CLIP, MIT licence) has them.
-UCF101_CLASSES = tuple(
-    name.strip()
-    for name in """
-    Apply Eye Makeup, Apply Lipstick, Archery, Baby Crawling, Balance Beam, Band Marching, Baseball
-    Pitch, Basketball, Basketball Dunk, Bench Press, Biking, Billiards, Blow Dry Hair, Blowing
-    Candles, Body Weight Squats, Bowling, Boxing Punching Bag, Boxing Speed Bag, Breast Stroke,
-    Brushing Teeth, Clean And Jerk, Cliff Diving, Cricket Bowling, Cricket Shot, Cutting In Kitchen,
-    Diving, Drumming, Fencing, Field Hockey Penalty, Floor Gymnastics, Frisbee Catch, Front Crawl,
-    Golf Swing, Haircut, Hammer Throw, Hammering, Hand Stand Pushups, Handstand Walking, Head
-    Massage, High Jump, Horse Race, Horse Riding, Hula Hoop, Ice Dancing, Javelin Throw, Juggling
-    Balls, Jump Rope, Jumping Jack, Kayaking, Knitting, Long Jump, Lunges, Military Parade, Mixing,
-    Mopping Floor, Nunchucks, Parallel Bars, Pizza Tossing, Playing Cello, Playing Daf, Playing
-    Dhol, Playing Flute, Playing Guitar, Playing Piano, Playing Sitar, Playing Tabla, Playing
-    Violin, Pole Vault, Pommel Horse, Pull Ups, Punch, Push Ups, Rafting, Rock Climbing Indoor, Rope
-    Climbing, Rowing, Salsa Spin, Shaving Beard, Shotput, Skate Boarding, Skiing, Skijet, Sky
-    Diving, Soccer Juggling, Soccer Penalty, Still Rings, Sumo Wrestling, Surfing, Swing, Table
-    Tennis Shot, Tai Chi, Tennis Swing, Throw Discus, Trampoline Jumping, Typing, Uneven Bars,
-    Volleyball Spiking, Walking With Dog, Wall Pushups, Writing On Board, Yo Yo
-    """.replace("\n    ", " ").split(",")
-)
-UCF101_TEMPLATES = tuple(
-    f"a {medium} of {article} person {verb}{{}}."
-    for verb in ("", "using ", "doing ", "during ", "performing ", "practicing ")
-    for article in ("a", "the")
-    for medium in ("photo", "video", "example", "demonstration")
-)
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
@@ -108,18 +62,17 @@ def parse_templates(value: str | Sequence[str]) -> tuple[str, ...]:
     """Templates as users give them.
 
     Args:
-        value: "imagenet" for CLIP's of ImageNet, "cifar10" or "clip_benchmark:NAME" for those of
-            the installed package clip_benchmark, "@FILE" for a file with one template a line, else
-            templates with ";" between them; or a list of templates.
+        value: "imagenet", "cifar10" or "clip_benchmark:NAME" for CLIP's, in the installed package
+            clip_benchmark, "@FILE" for a file with one template a line, else templates with ";"
+            between them; or a list of templates.
 
     Raises:
         ValueError: no such package, set or file, or a template without "{}".
     """
     if not isinstance(value, str):
         return check_templates(value)
-    if value == "imagenet":
-        return imagenet_prompts()[1]
-    if value == "cifar10" or value.startswith(_BENCHMARK_PREFIX):
+    value = _ALIASES.get(value, value)
+    if value.startswith(_BENCHMARK_PREFIX):
         name = value.removeprefix(_BENCHMARK_PREFIX)
         lines = _read_benchmark("en_zeroshot_classification_templates.json", name)
         return check_templates([line.replace("{c}", CLASS_SLOT) for line in lines])
@@ -140,8 +93,7 @@ def read_class_names(value: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(value, str | os.PathLike):
         return check_class_names(value, "class names")
     text = os.fspath(value)
-    if text == "imagenet":
-        return imagenet_prompts()[0]
+    text = _ALIASES.get(text, text)
     if text.startswith(_BENCHMARK_PREFIX):
         names = _read_benchmark("en_classnames.json", text.removeprefix(_BENCHMARK_PREFIX))
         return check_class_names(names, text)
@@ -163,44 +115,16 @@ def check_class_names(names: Any, where: str) -> tuple[str, ...]:
     return names
 
 
-@functools.cache
-def imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The 1,000 class names of ImageNet in label order and the 80 templates, both CLIP's.
-
-    They are read from the data file of an installed open_clip, which alone is executed: neither
-    open_clip nor torch is imported.
-
-    Raises:
-        ValueError: open_clip is not installed, or its file is not as expected.
-    """
-    path = _find_package("open_clip", "open_clip_torch") / "zero_shot_metadata.py"
-    try:
-        found = runpy.run_path(str(path))
-        names = tuple(found["IMAGENET_CLASSNAMES"])
-        templates = tuple(make(CLASS_SLOT) for make in found["OPENAI_IMAGENET_TEMPLATES"])
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"{path}: expected IMAGENET_CLASSNAMES and OPENAI_IMAGENET_TEMPLATES of open_clip 2 "
-            f"or 3 ({error!r}); give class_names=FILE and templates=... instead"
-        ) from error
-    return names, check_templates(templates)
-
-
 def _read_benchmark(file: str, name: str) -> list[str]:
     """One entry of a data file of clip_benchmark; the package itself is not imported."""
-    path = _find_package("clip_benchmark", "clip-benchmark") / "datasets" / file
+    spec = importlib.util.find_spec("clip_benchmark")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            "these class names and templates come with clip-benchmark, which is not installed; run "
+            "`pip install clip-benchmark`, or give class_names=FILE and templates=..."
+        )
+    path = pathlib.Path(spec.submodule_search_locations[0]) / "datasets" / file
     entries = read_json(str(path), dict, "a data file of clip-benchmark 1.6")
     if name not in entries:
         raise ValueError(f"{path} has no '{name}'; it has {', '.join(sorted(entries))}")
     return entries[name]
-
-
-def _find_package(module: str, package: str) -> pathlib.Path:
-    """The folder of an installed package."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"these class names and templates come with {package}, which is not installed; run "
-            f"`pip install {package}`, or give class_names=FILE and templates=..."
-        )
-    return pathlib.Path(spec.submodule_search_locations[0])

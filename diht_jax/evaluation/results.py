@@ -6,6 +6,7 @@ metrics.
 
 from __future__ import annotations
 
+import datetime
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from diht_jax.storage.files import add_checksum, parse_object, write_bytes
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric
+    from diht_jax.weights.inference import LoadedModel
 
 # Names of the results of a comparison; a table has room for these.
 LETTERS = "ABCDEFGH"
@@ -52,6 +54,18 @@ def metric_of(result: Mapping[str, Any], name: str) -> Metric:
     found = [p.metrics[name] for p in (*own, *PROTOCOLS.values()) if name in p.metrics]
     known = found[0] if found else Metric("score")
     return Metric(result.get("units", {}).get(name, known.unit), known.label or name)
+
+
+def begin_results(name: str, model: LoadedModel, *, ema: bool) -> dict[str, Any]:
+    """The part of a results file that is about the model, named as the user typed it."""
+    return {
+        "model": name,
+        "step": model.step,
+        "ema": ema,
+        "fingerprint": model.fingerprint(),
+        "image_size": model.image_size,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
@@ -111,8 +125,9 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
         task = result["task"]
         for name, value in result["metrics"].items():
             metric = metric_of(result, name)
-            interval = _format_interval(metric, intervals[name]) if name in intervals else ""
-            rows.append((task, metric.label or name, format_value(metric, value), interval, about))
+            bounds = [format_value(metric, x).removesuffix("%") for x in intervals.get(name, ())]
+            shown = (metric.label or name, format_value(metric, value), " to ".join(bounds))
+            rows.append((task, *shown, about))
             task = about = ""
     for mean in suite_means([{result["task"]: result for result in results["results"]}]):
         value = format_value(Metric("share"), mean.values[0])
@@ -165,21 +180,11 @@ def format_value(metric: Metric, value: float) -> str:
     return f"{value:,.1f}" if metric.unit == "rank" else f"{value:,.4f}"
 
 
-def _format_interval(metric: Metric, interval: Sequence[float]) -> str:
-    low, high = (format_value(metric, value).removesuffix("%") for value in interval)
-    return f"{low} to {high}"
-
-
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
     """Rows of texts under a header, each column as wide as it must be; "r" aligns to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def format_row(row: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(width) if side == "r" else cell.ljust(width)
-            for cell, width, side in zip(row, widths, align, strict=True)
-        ]
-        return "  ".join(cells).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([format_row(header), rule, *(format_row(row) for row in rows)])
+    columns = []
+    for side, (head, *cells) in zip(align, zip(header, *rows, strict=True), strict=True):
+        width = max(map(len, [head, *cells]))
+        lines = [head, "-" * width, *cells]
+        columns.append([x.rjust(width) if side == "r" else x.ljust(width) for x in lines])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -11,12 +11,12 @@ import difflib
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.benchmarks import expand_datacomp
 from diht_jax.evaluation.embedding.entries import Units
-from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
+from diht_jax.evaluation.protocols.base import Protocol, Task, parse_text
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import registry
 from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, TASKS_BY_NAME, SuiteEntry
@@ -138,26 +138,18 @@ def check_task(task: Task) -> Protocol:
     return PROTOCOLS[task.kind]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
+class _Request(NamedTuple):
     """One task as a user writes it, before anything is looked up.
 
-    Attributes:
-        where: begins the messages: "task 'cifar10?label=x'", "config.evaluation.tasks.cifar".
-        name: of the task.
-        kind: None where the name or the source decides.
-        source: empty where a built-in task has none.
-        options: by the name that the user types: texts, or the values of a config.
-        entry: of the built-in task that the name stands for.
-        is_text: whether it comes from a text; else it is a section of a config.
+    Without a kind it is the built-in task of its name. Options are by the name that the user types,
+    with texts or the values of a config.
     """
 
-    where: str
+    where: str  # begins the messages: "task 'cifar10?label=x'", "config.evaluation.tasks.cifar"
     name: str
     kind: str | None
     source: str
     options: Mapping[str, Any]
-    entry: SuiteEntry | None = None
     is_text: bool = True
 
     def error(self, message: str, option: str | None = None) -> ValueError:
@@ -181,23 +173,17 @@ def _read_text(text: str) -> _Request:
             raise ValueError(f"{where}: expected a source after '{kind}:'")
         return _Request(where, name or _name_of_source(source), kind, source, options)
     if name in TASKS_BY_NAME:
-        return _Request(where, name, None, body, options, TASKS_BY_NAME[name])
-    if kind == registry.BENCHMARK:
-        return _Request(where, name or _name_of_source(source), None, body, options)
+        return _Request(where, name, None, body, options)
+    if kind == registry.BENCHMARK:  # the folder knows its kind
+        kind = registry.words_of_source(body, {})["kind"]
+        return _Request(where, name or _name_of_source(source), kind, body, options)
     if name is None and body in TASKS_BY_NAME:
-        entry = TASKS_BY_NAME[body]
-        return _Request(where, body, None, entry.source, options, entry)
+        return _Request(where, body, None, TASKS_BY_NAME[body].source, options)
     raise ValueError(_explain_unknown(text, kind if source else name or body, source))
 
 
 def _explain_unknown(text: str, typed: str, source: str) -> str:
-    """The message for a task that is none.
-
-    Args:
-        text: of the task.
-        typed: what should be its name, or its kind where a source follows.
-        source: behind a colon; empty where there is none.
-    """
+    """The message for a text that is no task: `typed` is none of the kinds, or of the names."""
     own = f"for data of your own write KIND:SOURCE, KIND one of {', '.join(PROTOCOLS)}"
     kinds = [*PROTOCOLS, registry.BENCHMARK]
     known = kinds if source else [*TASKS_BY_NAME, *kinds]
@@ -222,12 +208,13 @@ def _read_section(name: str, section: Any) -> _Request:
     kind = options.pop("kind", None)
     entry = TASKS_BY_NAME.get(name) if kind is None else None
     source = options.pop("source", entry.source if entry else "")
-    request = _Request(where, name, kind, source, options, entry, is_text=False)
+    request = _Request(where, name, kind, source, options, is_text=False)
     if not isinstance(source, str):
         raise request.error(f"expected a text, got {source!r:.80}", "source")
     if kind is not None and kind not in PROTOCOLS:
         raise request.error(f"unknown kind '{kind}'; {_hint(str(kind), PROTOCOLS)}", "kind")
-    if kind is None and entry is None and not source.startswith(f"{registry.BENCHMARK}:"):
+    is_folder = source.startswith(f"{registry.BENCHMARK}:")
+    if kind is None and entry is None and not is_folder:
         raise request.error(
             f"expected one of {', '.join(PROTOCOLS)}; no task '{name}' is built in that would "
             f"need none ({_hint(name, TASKS_BY_NAME)})",
@@ -237,45 +224,48 @@ def _read_section(name: str, section: Any) -> _Request:
         raise request.error("expected a source, such as '/data/a.tar'", "source")
     if re.search(r"\?\w+=", source):
         raise request.error(f"'{source:.200}': give the options behind '?' as keys", "source")
+    if kind is None and entry is None:
+        return request._replace(kind=registry.words_of_source(source, {})["kind"])
     return request
 
 
 def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
-    entry, source = request.entry, request.source
-    if not source and entry is not None:
-        typed = f"'{request.name}={entry.form}'" if request.is_text else entry.form
+    name, source = request.name, request.source
+    entry = TASKS_BY_NAME[name] if request.kind is None else None
+    if entry is not None and not source:
+        typed = f"'{name}={entry.form}'" if request.is_text else entry.form
         raise ValueError(
-            f"task '{request.name}' has no source of its own, since it is not read from TFDS; it "
-            f"is measured on {entry.split}. Give that as {typed}"
+            f"task '{name}' has no source of its own, since it is not read from TFDS; it is "
+            f"measured on {entry.split}. Give that as {typed}"
         )
-    # A folder of CLIP_benchmark decides the kind, where the user and the name do not.
-    kind = request.kind or (entry.kind if entry else registry.words_of_source(source, {})["kind"])
+    kind = str(request.kind) if entry is None else entry.kind
     protocol = PROTOCOLS[kind]
     given, source_options = _parse_options(request, kind)
-    if entry is not None:
-        source_options = {**_source_options_of_entry(entry, source), **source_options}
-    known = {option.field or name for name, option in protocol.options.items()}
-    given = {**{name: value for name, value in defaults.items() if name in known}, **given}
+    known = {option.field or typed for typed, option in protocol.options.items()}
+    given = {key: value for key, value in defaults.items() if key in known} | given
+    is_folder = source.startswith(f"{registry.BENCHMARK}:")
+    fields: dict[str, Any] = dict(protocol.defaults)
     words: dict[str, Any] = {}
-    if request.kind is None or "class_names" not in given:
+    if entry is not None:
+        source_options = _source_options_of_entry(entry, source) | source_options
+    if entry is not None or is_folder or "class_names" not in given:
         words = registry.words_of_source(source, source_options)
-    found = words.pop("kind", kind)
-    if found != kind and request.kind is None:
-        raise ValueError(f"{source} is a '{found}' set, not a '{kind}' one")
-    fields = {**protocol.defaults, **words}
+        found = words.pop("kind", kind)
+        if entry is not None and found != kind:
+            raise ValueError(f"{source} is a '{found}' set, not a '{kind}' one")
+    fields |= words
     if entry is not None:
         # In CLIP_benchmark's layout the labels are those of the folder's own class names.
-        of_folder = words if source.startswith(f"{registry.BENCHMARK}:") else {}
-        fields |= _fields_of_entry(entry, source, {**of_folder, **given})
+        fields |= _fields_of_entry(entry, source, (words if is_folder else {}) | given)
     fields |= given
     try:
         task = Task(
-            name=request.name,
+            name=name,
             kind=kind,
             source=_complete_source(protocol, source, source_options),
             source_options=source_options,
-            **{name: value for name, value in fields.items() if name in _TASK_FIELDS},
-            options={name: value for name, value in fields.items() if name not in _TASK_FIELDS},
+            **{key: value for key, value in fields.items() if key in _TASK_FIELDS},
+            options={key: value for key, value in fields.items() if key not in _TASK_FIELDS},
         )
         check_task(task)
     except ValueError as error:
@@ -284,26 +274,21 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
 
 
 def _parse_options(request: _Request, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Parses the options of a task.
-
-    Returns:
-        Values by the field of `Task`, or by the option's name where it has none; and the options
-        of the source.
-    """
+    """Options of the task, by the field of `Task` where they have one, and those of the source."""
     given: dict[str, Any] = {}
     source_options: dict[str, str] = {}
     options = PROTOCOLS[kind].options
     for name, value in request.options.items():
-        is_of_source = name in SOURCE_OPTIONS
-        option = Option(parse_text) if is_of_source else options.get(name)
-        if option is None:
-            hint = _hint(name, (*options, *SOURCE_OPTIONS))
-            raise request.error(f"a '{kind}' task has no option '{name}'; {hint}", name)
         try:
-            parsed = option.parse(value)
+            if name in SOURCE_OPTIONS:
+                source_options[name] = parse_text(value)
+            elif name in options:
+                given[options[name].field or name] = options[name].parse(value)
+            else:
+                hint = _hint(name, (*options, *SOURCE_OPTIONS))
+                raise ValueError(f"a '{kind}' task has no option '{name}'; {hint}")
         except (TypeError, ValueError) as error:
             raise request.error(str(error), name) from error
-        (source_options if is_of_source else given)[option.field or name] = parsed
     return given, source_options
 
 

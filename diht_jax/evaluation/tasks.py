@@ -7,10 +7,8 @@ The model may be a loaded one or the live parameters of a training run.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import time
-import typing
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from absl import logging
@@ -21,7 +19,7 @@ from diht_jax.evaluation.bootstrap import (
     percentile_interval,
     resample,
 )
-from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel
+from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, Encoder
 from diht_jax.evaluation.embedding.entries import Entries, Processes, Units
 from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.protocols.base import Measured, Task
@@ -30,25 +28,9 @@ from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, par
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
-
-class ExamplesPage(typing.Protocol):
-    """A page that gets the examples of tasks, such as a `ResultsPage`."""
-
-    @property
-    def path(self) -> pathlib.Path | None:
-        """Its file, if it is one."""
-
-    def add(
-        self,
-        task: Task,
-        units: Units,
-        measured: Measured,
-        result: dict[str, Any],
-        logit_scale: float,
-    ) -> bool:
-        """Adds those of one task; returns whether `path` shows them."""
-        ...
-
+# Shows the examples of a task, from the task, its source, what was measured, its entry in the
+# results file, and the logit scale; returns the file that they are in, if they are in any.
+ShowExamples = Callable[[Task, Units, Measured, dict[str, Any], float], str | None]
 
 __all__ = ["Task", "evaluate_task", "parse_config_tasks", "parse_tasks"]
 
@@ -61,7 +43,7 @@ def evaluate_task(
     batch_size: int = 256,
     num_threads: int | None = None,
     limit: int | None = None,
-    page: ExamplesPage | None = None,
+    show: ShowExamples | None = None,
     num_resamples: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -74,7 +56,7 @@ def evaluate_task(
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
         limit: number of entries of the source, from the first on; None is all.
-        page: gets the examples of a classification, retrieval or choice of captions; None for none.
+        show: shows the examples of the task, such as `page.ResultsPage.add`; None for none.
         num_resamples: for bootstrap intervals; 0 leaves them out.
         progress: show bars on stderr.
 
@@ -95,16 +77,17 @@ def evaluate_task(
             units = task.open_units()
         entries = Entries(units, limit=limit, bar=task.name if progress else None)
         batching = Batching(batch_size, num_threads, progress, Processes.of_job())
-        measured = protocol.run(model, task, entries, batching)
+        measured = protocol.run(task, Encoder(model, entries, batching))
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
     encoded, metrics = measured.encoded, measured.metrics
-    if encoded.dropped:
+    left_out = sum(encoded.dropped.values())
+    if left_out:
         logging.warning(
             "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
             task.name,
-            sum(encoded.dropped.values()),
-            sum(encoded.dropped.values()) + len(encoded.positions),
+            left_out,
+            left_out + len(encoded.notes),
             encoded.dropped,
             ", ".join(encoded.dropped_keys),
         )
@@ -119,23 +102,27 @@ def evaluate_task(
         **measured.details,
     }
     if num_resamples:
-        samples = resample(
-            measured.measure, measured.num_items, num_resamples=num_resamples, progress=progress
-        )
-        result |= {
-            "protocol": {**measured.protocol, "intervals": describe_bootstrap(num_resamples)},
-            "intervals": {name: percentile_interval(values) for name, values in samples.items()},
-            "resamples": describe_samples(samples, encoded.digest, measured.num_items),
-        }
+        result |= _resampled(measured, num_resamples, progress)
     entry = TASKS_BY_NAME.get(task.name)
     if entry is not None and entry.kind == task.kind:
         result["reported"] = [name for name in entry.metrics if name in metrics]
-    is_drawn = page is not None and page.add(task, units, measured, result, model.logit_scale)
+    page = show(task, units, measured, result, model.logit_scale) if show is not None else None
     return {
         **result,
         "seconds": time.perf_counter() - start,
-        "images_per_sec": len(encoded.positions) / encoded.seconds,
-        "page": str(page.path) if is_drawn else None,
+        "images_per_sec": len(encoded.notes) / encoded.seconds,
+        "page": page,
+    }
+
+
+def _resampled(measured: Measured, num_resamples: int, progress: bool) -> dict[str, Any]:
+    """Intervals and resamples of a task's result, with the protocol that names them."""
+    size, digest = measured.num_items, measured.encoded.digest
+    samples = resample(measured.measure, size, num_resamples=num_resamples, progress=progress)
+    return {
+        "protocol": {**measured.protocol, "intervals": describe_bootstrap(num_resamples)},
+        "intervals": {name: percentile_interval(values) for name, values in samples.items()},
+        "resamples": describe_samples(samples, digest, size),
     }
 
 

@@ -29,16 +29,13 @@ class Ingredient:
         name: as the user typed it.
         arch: sizes, activation and the like.
         params: nested dict of arrays of `models.parameters`.
-        mean, std: of its pictures, per channel.
-        resizing: of its pictures, and the interpolation.
+        preprocessing: of its pictures.
     """
 
     name: str
     arch: Architecture
     params: Parameters
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    resizing: tuple[str, ...] = ()
+    preprocessing: Any = None
 
 
 Read = Callable[[str], Ingredient]
@@ -106,9 +103,7 @@ def check_same_architecture(first: Ingredient, other: Ingredient) -> None:
         field: (getattr(other.arch, field), getattr(first.arch, field))
         for field in ARCHITECTURE_FIELDS
     }
-    settings["mean of the pictures"] = other.mean, first.mean
-    settings["deviation of the pictures"] = other.std, first.std
-    settings["resizing of the pictures"] = other.resizing, first.resizing
+    settings["preprocessing"] = other.preprocessing, first.preprocessing
     for name, (value, wanted) in settings.items():
         if value != wanted and not _is_default_width(name, value, wanted):
             raise ValueError(

@@ -8,6 +8,7 @@ the metrics. Only what is wrong from the start (a source that cannot be opened, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -194,10 +195,13 @@ class RunEvaluation:
         return measured
 
     def _evaluate(self, model: LoadedModel, task: Task, step: int) -> dict[str, Any]:
-        is_shown = self._writer.takes_pictures
-        shown: dict[str, Any] = {"page": _TrackedExamples(self._writer, step)} if is_shown else {}
-        batch_size = self._config.evaluation.batch_size
-        return evaluate_task(model, task, batch_size=batch_size, **shown)
+        show = functools.partial(_track_examples, self._writer, step)
+        return evaluate_task(
+            model,
+            task,
+            batch_size=self._config.evaluation.batch_size,
+            show=show if self._writer.takes_pictures else None,
+        )
 
     def is_missing(self, step: int, workdir: epath.Path) -> bool:
         """Returns whether a due evaluation is missing in the metrics. All processes must call."""
@@ -235,36 +239,31 @@ class RunEvaluation:
         self._writer.sync()
 
 
-class _TrackedExamples:
-    """Draws the examples of retrieval tasks for the trackers: the same queries each time."""
+def _track_examples(
+    writer: MetricWriter,
+    step: int,
+    task: Task,
+    units: Sequence[Unit],
+    measured: Measured,
+    result: dict[str, Any],
+    logit_scale: float,
+) -> None:
+    """Draws the examples of a retrieval task: the same queries after each evaluation.
 
-    path = None
+    Where its pictures cannot be read once more, there is a warning.
+    """
+    if task.kind != "retrieval":
+        return
 
-    def __init__(self, writer: MetricWriter, step: int):
-        self._writer, self._step = writer, step
+    def load(rows: Sequence[int]) -> dict[int, Image.Image]:
+        return read_pictures(units, measured.encoded, rows, _small)
 
-    def add(
-        self,
-        task: Task,
-        units: Sequence[Unit],
-        measured: Measured,
-        result: dict[str, Any],
-        logit_scale: float,
-    ) -> bool:
-        """Draws those of one task; a warning where its pictures cannot be read once more."""
-        if task.kind != "retrieval":
-            return False
-
-        def load(rows: Sequence[int]) -> dict[int, Image.Image]:
-            return read_pictures(units, measured.encoded, rows, _small)
-
-        try:
-            picture = draw_retrievals(retrieval_examples(task, measured, load, logit_scale))
-        except Exception as error:  # of the source's reader, or of its storage
-            logging.warning("no picture of task '%s': %s", task.name, error)
-            return False
-        self._writer.write_picture(self._step, f"retrievals/{task.name}", picture)
-        return False
+    try:
+        picture = draw_retrievals(retrieval_examples(task, measured, load, logit_scale))
+    except Exception as error:  # of the source's reader, or of its storage
+        logging.warning("no picture of task '%s': %s", task.name, error)
+        return
+    writer.write_picture(step, f"retrievals/{task.name}", picture)
 
 
 def _small(image: Image.Image) -> Image.Image:

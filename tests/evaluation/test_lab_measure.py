@@ -6,6 +6,7 @@ import pytest
 from benchmarks.lab.composition import wrong_captions
 from benchmarks.lab.measure import measure_scenes, unpack_items
 from data_prep.synthetic import captions, web
+from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.protocols import classification, retrieval
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.readers.registry import open_source
@@ -22,7 +23,7 @@ def small_web(tmp_path_factory):
 def test_scenes_shapes_and_colours(tiny_model, small_web):
     metrics, items = measure_scenes(tiny_model, {"web": small_web})
     task = Task("x", "retrieval", f"{small_web}/val_retrieval.tar", caption_template="{caption}")
-    truth = retrieval.run(tiny_model, task, open_source(task.source))
+    truth = retrieval.run(task, Encoder(tiny_model, open_source(task.source)))
     assert metrics["scenes/t2i_r1"] == truth.metrics["t2i_r1"]
     both = [truth.metrics["t2i_r10"], truth.metrics["i2t_r10"]]
     assert metrics["scenes/r10"] == pytest.approx(np.mean(both))
@@ -30,7 +31,7 @@ def test_scenes_shapes_and_colours(tiny_model, small_web):
     np.testing.assert_array_equal(found, [truth.result.t2i_ranks < 10, truth.result.i2t_ranks < 10])
     source, templates = f"{small_web}/val_color.tar", tuple(captions.COLOR_TEMPLATES)
     task = Task("x", "classification", source, templates=templates)
-    colors = classification.run(tiny_model, task, open_source(task.source))
+    colors = classification.run(task, Encoder(tiny_model, open_source(task.source)))
     assert metrics["color/top1"] == colors.metrics["top1"]
     for name, lists in items.items():
         assert metrics[name] == pytest.approx(np.mean([unpack_items(each) for each in lists]))

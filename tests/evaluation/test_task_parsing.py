@@ -2,8 +2,8 @@
 
 import pytest
 
-from diht_jax.evaluation import prompts
 from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 
 
@@ -16,7 +16,7 @@ from diht_jax.evaluation.task_parsing import check_source, parse_tasks
                 "cifar10",
                 "classification",
                 "tfds:cifar10:test",
-                class_names=prompts.CIFAR10_CLASSES,
+                class_names=TASKS_BY_NAME["cifar10"].class_names,
                 templates=("{}",),
             ),
         ),

@@ -25,7 +25,7 @@ def test_classification_equals_the_protocol_done_by_hand(tiny_model, shared_data
     source = str(shared_data / "cifar10_test.tar")
     (task,) = parse_tasks([f"cifar10={source}"])
     page = ResultsPage(tmp_path / "page.html")
-    result = evaluate_task(tiny_model, task, batch_size=64, limit=128, page=page)
+    result = evaluate_task(tiny_model, task, batch_size=64, limit=128, show=page.add)
 
     pairs = [pair for pair, _ in zip(open_source(source), range(128), strict=False)]
     labels = np.array([task.class_names.index(pair.metadata["label"]) for pair in pairs])
@@ -63,7 +63,7 @@ def test_retrieval_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp
     source = str(shared_data / "emoji_twitter.tar")
     (task,) = parse_tasks([f"retrieval:{source}"])
     page = ResultsPage(tmp_path / "new" / "page.html")
-    result = evaluate_task(tiny_model, task, batch_size=64, limit=128, page=page)
+    result = evaluate_task(tiny_model, task, batch_size=64, limit=128, show=page.add)
 
     pairs = [pair for pair, _ in zip(open_source(source), range(128), strict=False)]
     image_emb = tiny_model.encode_image([decode_rgb(pair.image) for pair in pairs])
@@ -149,7 +149,7 @@ def test_own_pairs_take_the_prompt_of_training_and_benchmarks_their_own(
     captions = ["a red car", "two dogs"]
     source = make.write_pair_tar(tmp_path / "pairs.tar", captions)
     model, page = _TrainedModel(**data), ResultsPage(tmp_path / "page.html")
-    result = evaluate_task(model, *parse_tasks(task.format(source)), page=page)
+    result = evaluate_task(model, *parse_tasks(task.format(source)), show=page.add)
     assert model.texts == [expected.replace("{caption}", caption) for caption in captions]
     assert result["protocol"]["caption_template"] == expected
     assert f'prompt "{expected}"' in format_results({"model": "m", "results": [result]})

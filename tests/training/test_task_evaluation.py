@@ -55,7 +55,7 @@ def scored(monkeypatch):
     """Evaluation that takes no time and finds `SCORES`; the steps that were evaluated."""
     evaluated = []
 
-    def evaluate_task(model, task, *, batch_size):
+    def evaluate_task(model, task, *, batch_size, show):
         evaluated.append(model.step)
         return {
             "task": task.name,

@@ -89,7 +89,6 @@ class EncodedImages:
     Attributes:
         image_emb: float32 [n, d], L2-normalised.
         notes: n values, what `describe` returned for each usable pair.
-        positions: n ints, the index of each usable pair among the entries.
         dropped: reason -> number of entries left out: "image_" + a reason of `data.images.decode`,
             reason of a `Skipped` entry or an `UnusablePair`.
         dropped_keys: keys of the first few of them.
@@ -100,7 +99,6 @@ class EncodedImages:
 
     image_emb: np.ndarray
     notes: list[Any]
-    positions: list[int]
     dropped: dict[str, int]
     dropped_keys: list[str]
     seconds: float
@@ -138,30 +136,52 @@ def encode_images(
     batching = batching or Batching()
     processes = batching.processes
     own = processes.share(entries)
-    share = processes.together(lambda: _encode_share(model, own, describe, batching))
-    shares = processes.exchange(share)
-    found, image_emb = shares[0]
-    if len(shares) > 1:
-        found, image_emb = _merge_shares(shares, entries)
-    kept = [(position, row) for position, row in enumerate(found) if row.reason is None]
+    if processes.count == 1:
+        found, image_emb = _encode_share(model, own, describe, batching)
+    else:
+        share = processes.together(lambda: _encode_share(model, own, describe, batching))
+        found, image_emb = _merge_shares(processes.exchange(share), entries)
+    kept = [row for row in found if row.reason is None]
     left_out = [row for row in found if row.reason is not None]
-    dropped = dict(collections.Counter(row.reason for row in found if row.reason is not None))
+    dropped = dict(collections.Counter(row.reason for row in left_out))
     if not kept and not allow_empty:
         raise ValueError(
             f"no usable pair in the source: {len(left_out)} entries, left out for {dropped}"
         )
     check_finite(image_emb, "image embeddings")
-    keys = "\n".join(row.key for _, row in kept)
+    keys = "\n".join(row.key for row in kept)
     return EncodedImages(
         image_emb=image_emb,
-        notes=[row.note for _, row in kept],
-        positions=[position for position, _ in kept],
+        notes=[row.note for row in kept],
         dropped=dropped,
         dropped_keys=[row.key for row in left_out[:_DROPPED_KEYS_KEPT]],
         seconds=time.perf_counter() - start,
         digest=hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(),
-        orders=[row.order for _, row in kept],
+        orders=[row.order for row in kept],
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A model with a source to embed: what a protocol measures with.
+
+    Attributes:
+        model: what embeds.
+        entries: of the source; consumed once, in order.
+        batching: how.
+    """
+
+    model: EmbeddingModel
+    entries: Iterable[Pair | Skipped]
+    batching: Batching = Batching()
+
+    def images(self, describe: Callable[[Pair], Any]) -> EncodedImages:
+        """Embeds the image of every pair of the source; see `encode_images`."""
+        return encode_images(self.model, self.entries, describe, self.batching)
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeds at least one text: float32 [n, d], in order."""
+        return encode_texts(self.model.encode_text, texts, self.batching)
 
 
 class _Row(NamedTuple):

@@ -112,10 +112,6 @@ class Entries(Iterable[Entry]):
 def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pair]:
     """Reads chosen entries; only the units that hold them are opened, up to the last of each.
 
-    Args:
-        units: as given to `Entries`.
-        orders: of the entries.
-
     Raises:
         ValueError: the source has changed, so that one cannot be used any more.
     """

@@ -88,7 +88,6 @@ def embed_source(
     source: str | Sequence[str],
     output: str | os.PathLike[str],
     options: EmbedOptions,
-    **source_options: Any,
 ) -> dict[str, Any]:
     """Embeds every pair of a source.
 
@@ -101,7 +100,6 @@ def embed_source(
         source: of `readers.list_shards`, or a folder of pictures.
         output: directory, or its URL in a store; is made, and may hold a part of the same work.
         options: how to write.
-        **source_options: of `readers.list_shards`.
 
     Returns:
         {"pairs", "dropped": {reason: count}, "files"} of this task, earlier calls included.
@@ -110,7 +108,7 @@ def embed_source(
         ValueError: nothing to read, or the directory holds other work.
     """
     output = os.fspath(output).rstrip("/") or "/"
-    shards = list_inputs(source, **source_options)
+    shards = list_inputs(source)
     if "text" in options.modalities and shards[0].kind == PICTURES:
         raise ValueError(
             f"{shards[0].path}: pictures without captions, or deeper than CLASS/PICTURE; take "
@@ -272,7 +270,8 @@ def check_settings(
         output: directory, or its URL; is made.
         settings: what must be the same for the directory to be gone on with, JSON-able.
         name: of the file.
-        what, flag: the directory holds, and is given by; for messages.
+        what: the directory holds, for messages.
+        flag: that names the directory.
 
     Raises:
         ValueError: it holds work of other settings, or a damaged file.
@@ -296,12 +295,8 @@ def check_settings(
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | None:
     """Reads a JSON object that was written with a checksum; None where there is no file.
 
-    Args:
-        path: of the file.
-        remedy: what to do about a damaged one, for the message.
-
     Raises:
-        ValueError: the file is damaged, or of a version that wrote no checksum.
+        ValueError: the file is damaged, or of a version that wrote no checksum; says the remedy.
     """
     try:
         values = files.parse_object(files.read_bytes(path), needs_checksum=True)

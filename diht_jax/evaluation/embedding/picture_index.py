@@ -28,7 +28,7 @@ from absl import logging
 from PIL import Image
 
 from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object
-from diht_jax.input.decode import ImageError, load_rgb, open_image
+from diht_jax.input.decode import ImageError, decode_rgb, load_rgb, open_image
 from diht_jax.readers import image_folder
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
@@ -140,6 +140,16 @@ class PictureIndex:
         entry = next(image_folder.read_listed(folder, [(os.path.join(folder, key), key, None)]))
         return make_thumbnail(entry.image) or None if isinstance(entry, Pair) else None
 
+    def load_pictures(self, matches: Iterable[Match]) -> dict[Place, Image.Image]:
+        """Reads the thumbnails of matches by their places; white where there is none."""
+        pictures = {}
+        for match in matches:
+            data = self.picture(*match.place)
+            # An index may have been made without thumbnails, and a file may be gone.
+            white = Image.new("RGB", (8, 8), "white")
+            pictures[match.place] = white if data is None else decode_rgb(data)
+        return pictures
+
     def _match(self, negative_similarity: float, number: int, row: int) -> Match:
         rows = self._parts[number].rows
         key, caption = rows["key"][row].as_py(), rows["caption"][row].as_py()
@@ -220,12 +230,8 @@ def import_usearch() -> None:
 def read_manifests(folder: pathlib.Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Reads what the parts of an index were made of, by number.
 
-    Args:
-        folder: of the index.
-        settings: of the index.
-
     Raises:
-        ValueError: a file is damaged, or of another index.
+        ValueError: a file is damaged, or of an index of other settings.
     """
     manifests = {}
     for path in sorted(folder.glob("[0-9]*.json")):
@@ -265,13 +271,8 @@ def write_part(
 ) -> dict[str, Any]:
     """Writes the files of a part, and its manifest last; returns that.
 
-    Args:
-        folder: of the index.
-        number: of the part.
-        rows: of `make_rows`.
-        manifest: what the part was made of.
-        settings: of the index.
-        thumbnails: of the pictures, in the order of the rows.
+    Rows are those of `make_rows`, thumbnails in their order; the manifest says what the part was
+    made of, and the settings are those of the index.
     """
     arrays = [column.combine_chunks() for column in rows.columns]
     sink = pyarrow.BufferOutputStream()

@@ -18,7 +18,7 @@ from diht_jax.evaluation.embedding.encoding import (
 )
 from diht_jax.evaluation.embedding.entries import Entries, read_again
 from diht_jax.evaluation.embedding.inputs import input_units
-from diht_jax.evaluation.embedding.picture_index import Match, PictureIndex, Place
+from diht_jax.evaluation.embedding.picture_index import Match, Place
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.input.decode import decode_rgb
 from diht_jax.pages.render import render, thumbnail
@@ -102,19 +102,6 @@ def load_pictures(
     """Reads the pictures of matches by their places; only the parts that hold them are opened."""
     found = read_again(input_units(source), {match.place for match in matches})
     return {place: decode_rgb(entry.image) for place, entry in found.items()}
-
-
-def load_indexed_pictures(
-    index: PictureIndex, matches: Iterable[Match]
-) -> dict[Place, Image.Image]:
-    """Reads the thumbnails of an index's matches by their places; white where there is none."""
-    pictures = {}
-    for match in matches:
-        data = index.picture(*match.place)
-        # An index may have been made without thumbnails, and a file may be gone.
-        image = Image.new("RGB", (8, 8), "white") if data is None else decode_rgb(data)
-        pictures[match.place] = image
-    return pictures
 
 
 def draw_matches(

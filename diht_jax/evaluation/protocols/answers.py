@@ -13,18 +13,12 @@ Each image is embedded once, and each question with its answers once for all its
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import (
-    Batching,
-    EmbeddingModel,
-    UnusablePair,
-    encode_images,
-    encode_texts,
-)
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder, UnusablePair, encode_texts
 from diht_jax.evaluation.protocols.base import (
     CLASS_NAMES,
     TEMPLATES,
@@ -37,7 +31,6 @@ from diht_jax.evaluation.protocols.base import (
     parse_text,
 )
 from diht_jax.evaluation.protocols.vqa_credit import vqa_credit
-from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 from diht_jax.terminal import ProgressBar
 
@@ -49,9 +42,7 @@ ENTAILMENT_PROMPTS = {
 ANSWER_TEMPLATE = "question: {question} answer: {answer}"
 
 
-def run_entailment(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
-) -> Measured:
+def run_entailment(task: Task, encoder: Encoder) -> Measured:
     """Decides between the relations for every row with `sentence` and `label`."""
     prompts = dict(zip(ENTAILMENT_PROMPTS, task.templates, strict=True))
 
@@ -61,21 +52,17 @@ def run_entailment(
         return True
 
     return _answer(
-        model,
-        entries,
+        encoder,
         ("sentence", "label"),
         check,
         list(prompts),
         lambda sentence, relation: prompts[relation].replace("{}", sentence),
         lambda row, answer: float(row["label"] == answer),
         {"prompts": prompts, "decision": "the prompt most similar to the image"},
-        batching,
     )
 
 
-def run_vqa(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
-) -> Measured:
+def run_vqa(task: Task, encoder: Encoder) -> Measured:
     """Chooses among candidate answers, the task's class names, for every row with `question`.
 
     `answer` of a row lists what people said; a row without it (a test split) is left out.
@@ -88,8 +75,7 @@ def run_vqa(
         "accuracy": "VQA v2's, answers normalised as in its official evaluation code",
     }
     return _answer(
-        model,
-        entries,
+        encoder,
         ("question",),
         lambda row: bool(row.get("answer")),
         list(task.names),
@@ -98,20 +84,17 @@ def run_vqa(
         ),
         lambda row, answer: vqa_credit(answer, row["answer"]),
         protocol,
-        batching,
     )
 
 
 def _answer(
-    model: EmbeddingModel,
-    entries: Iterable[Pair | Skipped],
+    encoder: Encoder,
     needed: tuple[str, ...],
     is_usable: Callable[[dict[str, Any]], bool],
     choices: list[str],
     fill: Callable[[str, str], str],
     credit: Callable[[dict[str, Any], str], float],
     protocol: dict[str, Any],
-    batching: Batching,
 ) -> Measured:
     """Answers the rows of `annotations.annotation_units`; items are the images."""
 
@@ -126,22 +109,22 @@ def _answer(
             raise UnusablePair("no_answer")
         return usable
 
-    encoded = encode_images(model, entries, describe, batching)
+    encoded = encoder.images(describe)
     rows = [(image, row) for image, note in enumerate(encoded.notes) for row in note]
     texts = [row[needed[0]] for _, row in rows]
     images = np.array([image for image, _ in rows], np.int32)
-    answers = _choose(model, encoded.image_emb[images], texts, choices, fill, batching)
+    answers = _choose(encoder, encoded.image_emb[images], texts, choices, fill)
     credits = np.array(
         [credit(row, answer) for (_, row), answer in zip(rows, answers, strict=True)]
     )
 
     return Measured(
         encoded=encoded,
-        num_items=len(encoded.positions),
+        num_items=len(encoded.notes),
         measure=lambda counts: {"accuracy": float(np.average(credits, weights=counts[images]))},
         protocol=protocol,
         counts={
-            "images": len(encoded.positions),
+            "images": len(encoded.notes),
             "questions": len(answers),
             "texts": len(set(texts)) * len(choices),
         },
@@ -150,18 +133,18 @@ def _answer(
 
 
 def _choose(
-    model: EmbeddingModel,
+    encoder: Encoder,
     image_emb: np.ndarray,
     texts: Sequence[str],
     choices: Sequence[str],
     fill: Callable[[str, str], str],
-    batching: Batching,
 ) -> list[str]:
     """The choice whose filled prompt is most similar to the image, for each image and its text."""
     by_text: dict[str, list[int]] = collections.defaultdict(list)
     for number, text in enumerate(texts):
         by_text[text].append(number)
     distinct = list(by_text)
+    batching, model = encoder.batching, encoder.model
     at_once = max(1, batching.batch_size // len(choices))
     starts = range(0, len(distinct), at_once)
     hidden = not batching.progress or len(starts) < 2

@@ -8,17 +8,15 @@ gives is data; `evaluation/page.py` makes pictures of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from diht_jax.evaluation import prompts
-from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, EncodedImages
+from diht_jax.evaluation.embedding.encoding import EncodedImages, Encoder
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources.registry import open_units
-from diht_jax.readers.base import Skipped
-from diht_jax.records.schema import Pair
 
 Unit = Literal["share", "score", "rank"]
 
@@ -165,9 +163,8 @@ class Measured:
         return self.measure(np.ones(self.num_items, np.int64))
 
 
-# Measures a task. The entries are those of the task's source, consumed once, in order; what they
-# lack for the protocol is a ValueError.
-Run = Callable[[EmbeddingModel, Task, Iterable[Pair | Skipped], Batching], Measured]
+# Measures a task with an encoder of its source; what that lacks for the protocol is a ValueError.
+Run = Callable[[Task, Encoder], Measured]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,18 +13,12 @@ right one is (`ties=right`). Texts of equal tokens are encoded once, so such tie
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import (
-    Batching,
-    EmbeddingModel,
-    UnusablePair,
-    encode_images,
-    encode_texts,
-)
+from diht_jax.evaluation.embedding.encoding import EmbeddingModel, Encoder, UnusablePair
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.protocols.base import (
     CAPTION_TEMPLATE,
@@ -34,7 +28,6 @@ from diht_jax.evaluation.protocols.base import (
     Task,
     choice,
 )
-from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
 TIES = {
@@ -108,18 +101,13 @@ class CaptionChoiceResult:
         ]
 
 
-def run(
-    model: EmbeddingModel,
-    task: Task,
-    entries: Iterable[Pair | Skipped],
-    batching: Batching | None = None,
-) -> Measured:
+def run(task: Task, encoder: Encoder) -> Measured:
     """Finds the most similar caption of every question of `questions_of`; items are the pictures.
 
     `Measured.result` is a `CaptionChoiceResult`.
     """
     template, ties = task.prompt, task.options.get("ties", "wrong")
-    encoded = encode_images(model, entries, questions_of, batching)
+    encoded = encoder.images(questions_of)
     asked = [
         (image, picture, question)
         for image, (picture, questions) in enumerate(encoded.notes)
@@ -129,8 +117,8 @@ def run(
     number_of = {name: number for number, name in enumerate(dict.fromkeys(pictures))}
     texts = [fill_caption_template(template, text) for q in questions for text in q.captions]
     sizes = [len(question.captions) for question in questions]
-    distinct, index_of_text = _distinct_texts(model, texts)
-    text_emb = encode_texts(model.encode_text, distinct, batching)
+    distinct, index_of_text = _distinct_texts(encoder.model, texts)
+    text_emb = encoder.texts(distinct)
     flat = _similarities(encoded.image_emb, np.repeat(images, sizes), text_emb, index_of_text)
     similarities = np.split(flat, np.cumsum(sizes)[:-1])
     own = np.array([row[0] for row in similarities])
@@ -155,7 +143,7 @@ def run(
             **({"macro_accuracy": "mean over the groups"} if result.groups else {}),
         },
         counts={
-            "images": len(encoded.positions),
+            "images": len(encoded.notes),
             "pictures": len(number_of),
             "questions": len(questions),
             "texts": sum(sizes),
@@ -184,17 +172,12 @@ def questions_of(pair: Pair) -> tuple[str, list[Question]]:
 
 def _distinct_texts(model: EmbeddingModel, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Texts of which no two have equal tokens, and for each of `texts` the index of its one."""
-    by_text = dict.fromkeys(texts)
-    if (tokenize := getattr(model, "tokenize", None)) is not None:
-        tokens = np.asarray(tokenize(list(by_text)))
-        by_text = {text: row.tobytes() for text, row in zip(by_text, tokens, strict=True)}
-    else:
-        by_text = {text: text for text in by_text}
-    text_of_key: dict[Any, str] = {}
-    for text, key in by_text.items():
-        text_of_key.setdefault(key, text)
-    index_of_key = {key: index for index, key in enumerate(text_of_key)}
-    return list(text_of_key.values()), np.array([index_of_key[by_text[text]] for text in texts])
+    tokenize = getattr(model, "tokenize", None)
+    keys = texts if tokenize is None else [row.tobytes() for row in np.asarray(tokenize(texts))]
+    text_of = dict(zip(reversed(keys), reversed(texts), strict=True))  # the first of equal ones
+    distinct = {key: text_of[key] for key in keys}
+    index_of = {key: index for index, key in enumerate(distinct)}
+    return list(distinct.values()), np.array([index_of[key] for key in keys])
 
 
 def _similarities(

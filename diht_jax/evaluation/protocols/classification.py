@@ -28,10 +28,9 @@ import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import (
     Batching,
-    EmbeddingModel,
     EncodedImages,
+    Encoder,
     check_finite,
-    encode_images,
     encode_text_batches,
 )
 from diht_jax.evaluation.prompts import check_templates, fill_template
@@ -55,7 +54,6 @@ from diht_jax.evaluation.protocols.class_names import (
     read_group,
     resolve_label,
 )
-from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
 TOP_K = 5
@@ -134,12 +132,7 @@ class ClassificationResult:
         return counts
 
 
-def run(
-    model: EmbeddingModel,
-    task: Task,
-    entries: Iterable[Pair | Skipped],
-    batching: Batching | None = None,
-) -> Measured:
+def run(task: Task, encoder: Encoder) -> Measured:
     """Embeds all images, and measures how well their classes are found; items are the images.
 
     Labels are as `class_names.raw_label` reads them; without class names `derive_classes` finds
@@ -155,10 +148,12 @@ def run(
         own_group = [] if group is None else [read_group(pair, group)]
         return label, tuple(pair.metadata.get("splits", ())), own_group
 
-    encoded = encode_images(model, entries, describe, batching)
+    encoded = encoder.images(describe)
     labels, splits, groups = zip(*encoded.notes, strict=True)
     classes = _find_classes(task, labels)
-    classifier = zero_shot_classifier(model.encode_text, classes.names, task.templates, batching)
+    classifier = zero_shot_classifier(
+        encoder.model.encode_text, classes.names, task.templates, encoder.batching
+    )
     result = ClassificationResult(
         classes,
         task.templates,
@@ -326,11 +321,7 @@ def metrics_of_ranks(
 ) -> dict[str, float]:
     """`top1`; `top5`, when there are more than 5 classes; `mean_per_class`.
 
-    Args:
-        ranks: int [n], the rank of the right class, from 0.
-        labels: int [n].
-        num_classes: C.
-        counts: int [n], how often each image counts.
+    Ranks are those of the right class, from 0; `counts` is how often each image counts.
     """
     hits = np.bincount(labels, counts * (ranks == 0), num_classes)
     totals = np.bincount(labels, counts, num_classes)

@@ -16,17 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import (
-    Batching,
-    EmbeddingModel,
-    EncodedImages,
-    UnusablePair,
-    encode_images,
-)
+from diht_jax.evaluation.embedding.encoding import EncodedImages, Encoder, UnusablePair
 from diht_jax.evaluation.protocols.base import (
     CLASS_NAMES,
     LABEL,
@@ -40,7 +34,6 @@ from diht_jax.evaluation.protocols.base import (
 )
 from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, raw_label, resolve_label
 from diht_jax.evaluation.protocols.classification import zero_shot_classifier
-from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
 _RECALL_POINTS = 10  # and recall 0
@@ -103,12 +96,7 @@ class LabelScores:
     ignored: np.ndarray
 
 
-def run(
-    model: EmbeddingModel,
-    task: Task,
-    entries: Iterable[Pair | Skipped],
-    batching: Batching | None = None,
-) -> Measured:
+def run(task: Task, encoder: Encoder) -> Measured:
     """Embeds all images and scores every class; items are the images.
 
     For yes and no the label is read as in a classification; else `metadata["labels"]` (or the
@@ -139,8 +127,10 @@ def run(
         counted = resolve(pair, "counted_labels") if "counted_labels" in pair.metadata else None
         return resolve(pair, field), resolve(pair, "ignored_labels"), counted
 
-    encoded = encode_images(model, entries, describe, batching)
-    classifier = zero_shot_classifier(model.encode_text, names, task.templates, batching)
+    encoded = encoder.images(describe)
+    classifier = zero_shot_classifier(
+        encoder.model.encode_text, names, task.templates, encoder.batching
+    )
     scores = encoded.image_emb @ classifier.T
     targets, ignored = np.zeros(scores.shape, bool), np.zeros(scores.shape, bool)
     for row, (labels, ignored_labels, counted) in enumerate(encoded.notes):
@@ -228,13 +218,7 @@ def area_under_roc(
 def rank_items(
     scores: np.ndarray, targets: np.ndarray, ignored: np.ndarray | None = None
 ) -> Ranking:
-    """Sorts the items of a class.
-
-    Args:
-        scores: float [n], finite.
-        targets: bool [n].
-        ignored: bool [n], items to leave out; none by default.
-    """
+    """Sorts the items of a class by their scores, without those that are ignored."""
     order = np.argsort(-scores, kind="stable").astype(np.int32)
     if ignored is not None:
         order = order[~ignored[order]]

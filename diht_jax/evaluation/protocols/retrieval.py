@@ -15,21 +15,14 @@ Similarities exist only as blocks on the device, never as the full matrix of que
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import (
-    Batching,
-    EmbeddingModel,
-    UnusablePair,
-    check_finite,
-    encode_images,
-    encode_texts,
-)
+from diht_jax.evaluation.embedding.encoding import Encoder, UnusablePair, check_finite
 from diht_jax.evaluation.prompts import fill_caption_template
 from diht_jax.evaluation.protocols.base import (
     CAPTION_TEMPLATE,
@@ -40,7 +33,6 @@ from diht_jax.evaluation.protocols.base import (
     Unit,
     choice,
 )
-from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
 RECALL_AT = (1, 5, 10)
@@ -72,17 +64,12 @@ class RetrievalResult:
     i2t_ranks: np.ndarray
 
 
-def run(
-    model: EmbeddingModel,
-    task: Task,
-    entries: Iterable[Pair | Skipped],
-    batching: Batching | None = None,
-) -> Measured:
+def run(task: Task, encoder: Encoder) -> Measured:
     """Embeds all images and captions and measures retrieval both ways; items are the images.
 
     `Measured.result` is a `RetrievalResult`; the notes of the images are their captions.
     """
-    encoded = encode_images(model, entries, captions_of, batching)
+    encoded = encoder.images(captions_of)
     captions = [caption for note in encoded.notes for caption in note]
     image_of_text = np.repeat(
         np.arange(len(encoded.notes), dtype=np.int32), [len(note) for note in encoded.notes]
@@ -90,7 +77,7 @@ def run(
     texts = [fill_caption_template(task.prompt, caption) for caption in captions]
     # Equal texts are encoded once: it saves work, and a tie between them is then an exact tie.
     index_of_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    unique_emb = encode_texts(model.encode_text, list(index_of_text), batching)
+    unique_emb = encoder.texts(list(index_of_text))
     text_emb = unique_emb[[index_of_text[text] for text in texts]]
     numbers = number_captions(captions)
     equal_captions = task.options.get("equal_captions", "wrong")

@@ -9,32 +9,22 @@ that is no association comes before one that is exactly as similar.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import (
-    Batching,
-    EmbeddingModel,
-    encode_images,
-    encode_texts,
-)
+from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.protocols.base import Measured, Metric, Protocol, Task
-from diht_jax.readers.base import Skipped
-from diht_jax.records.schema import Pair
 
 _FEW, _MANY = 6, 10  # candidates of the smaller games at most, of the larger ones at least
 
 
-def run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
-) -> Measured:
+def run(task: Task, encoder: Encoder) -> Measured:
     """Embeds all images and cues of `annotations.winogavil_units`, and chooses for each game.
 
     Games of which an image cannot be used are left out. Items are the games.
     """
-    encoded = encode_images(model, entries, lambda pair: pair.metadata["games"], batching)
+    encoded = encoder.images(lambda pair: pair.metadata["games"])
     games: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for row, own in enumerate(encoded.notes):
         for game in own:
@@ -44,7 +34,7 @@ def run(
         raise ValueError("no game of which all images can be used")
     cues = list(dict.fromkeys(own[0][1]["cue"] for own in complete))
     prompts = [cue_prompt(cue) for cue in cues]
-    text_emb = encode_texts(model.encode_text, prompts, batching)
+    text_emb = encoder.texts(prompts)
     text_of = dict(zip(cues, text_emb, strict=True))
     found = []
     for own in complete:
@@ -79,7 +69,7 @@ def run(
             "ties": "an image that is no association comes first",
         },
         counts={
-            "images": len(encoded.positions),
+            "images": len(encoded.notes),
             "games": len(jaccard),
             "incomplete_games": len(games) - len(complete),
         },

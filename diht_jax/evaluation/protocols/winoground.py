@@ -8,25 +8,16 @@ Equal similarities are wrong.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
 
 import numpy as np
 
 from diht_jax.evaluation import prompts
-from diht_jax.evaluation.embedding.encoding import (
-    Batching,
-    EmbeddingModel,
-    encode_images,
-    encode_texts,
-)
+from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.protocols.base import CAPTION_TEMPLATE, Measured, Metric, Protocol, Task
-from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
 
-def run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], batching: Batching
-) -> Measured:
+def run(task: Task, encoder: Encoder) -> Measured:
     """Embeds all images and captions of `annotations.winoground_units`, and compares each example.
 
     Examples of which an image cannot be used are left out. Items are the examples.
@@ -36,7 +27,7 @@ def run(
         text = prompts.fill_caption_template(task.prompt, pair.caption)
         return pair.metadata["example"], pair.metadata["side"], text
 
-    encoded = encode_images(model, entries, describe, batching)
+    encoded = encoder.images(describe)
     sides: dict[str, dict[int, int]] = collections.defaultdict(dict)
     for row, (example, side, _) in enumerate(encoded.notes):
         sides[example][side] = row
@@ -44,7 +35,7 @@ def run(
     if not complete:
         raise ValueError("no example has two usable images")
     texts = [text for _, _, text in encoded.notes]
-    text_emb = encode_texts(model.encode_text, texts, batching)
+    text_emb = encoder.texts(texts)
     rows = np.array(complete)
     similarities = np.einsum("eid,ejd->eij", encoded.image_emb[rows], text_emb[rows])
     own = np.diagonal(similarities, axis1=1, axis2=2)
@@ -65,7 +56,7 @@ def run(
             "group": "both; equal similarities are wrong",
         },
         counts={
-            "images": len(encoded.positions),
+            "images": len(encoded.notes),
             "examples": len(complete),
             "incomplete_examples": len(sides) - len(complete),
         },

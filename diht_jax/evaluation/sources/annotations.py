@@ -12,15 +12,13 @@ a ValueError that names it.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from typing import Any
 
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources.pictures import picture_units
-from diht_jax.evaluation.sources.text_files import check_texts, read_json, read_text, require
+from diht_jax.evaluation.sources.text_files import check_texts, read_csv, read_json, read_text
 from diht_jax.records.samples import (
     CAPTION_NAMES,
     IMAGE_NAMES,
@@ -69,7 +67,6 @@ def annotation_units(
     rows themselves as `metadata["rows"]`; `image_column` is the field of a row that names the
     image, or one of `samples.IMAGE_NAMES` where it is None.
     """
-    require(path, "a .json or .jsonl file")
     by_image: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(read_rows(path)):
         field = image_column or find_name(row, IMAGE_NAMES) or "image"
@@ -104,7 +101,6 @@ def winoground_units(
 
     The caption is the image's own; `metadata` holds `example` (its `id`) and `side` (0 or 1).
     """
-    require(path, "Winoground's examples.jsonl")
     items = []
     for number, row in enumerate(read_rows(path)):
         check_texts(path, number, row, ("image_0", "image_1", "caption_0", "caption_1"))
@@ -124,9 +120,8 @@ def winogavil_units(
     games of the image, by `game` (number of the row), `cue`, `is_association` and the number of
     `candidates`.
     """
-    require(path, "WinoGAViL's winogavil_dataset.csv")
     games: dict[str, list[dict[str, Any]]] = {}
-    for number, row in enumerate(csv.DictReader(io.StringIO(read_text(path)))):
+    for number, row in enumerate(read_csv(path, "WinoGAViL's winogavil_dataset.csv")):
         candidates, associations = (
             _read_images(path, number, row, name) for name in ("candidates", "associations")
         )

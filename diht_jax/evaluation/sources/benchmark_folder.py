@@ -14,8 +14,10 @@ Dollar Street: where and when it was taken, and the like. DIR may be a URL.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,6 @@ DEFAULT_SPLIT = "test"
 
 _NOTE_OF_TYPE = {CLASSIFICATION: "cls", MULTILABEL: "npy", RETRIEVAL: "txt"}
 _LARGEST_NOTE_BYTES = 2**24
-# Shards of a data set; more would take for ever to look for.
-_MOST_SHARDS = 10**6
 
 
 def open_benchmark_folder(text: str) -> tuple[Units, dict[str, Any]]:
@@ -61,35 +61,19 @@ def open_benchmark_folder(text: str) -> tuple[Units, dict[str, Any]]:
     folder, _, split = text.rpartition(":")
     if not folder or "/" in split:  # the colon of a URL, or none
         folder, split = text, ""
-    split = split or DEFAULT_SPLIT
-    count_file = join(folder, split, "nshards.txt")
-    if not exists(count_file):
-        raise ValueError(
-            f"{folder}: expected CLIP_benchmark's layout, but there is no {split}/nshards.txt"
-        )
-    count = "".join(_read_lines(count_file))
-    if not (count.isdecimal() and count.isascii() and 0 < int(count[:99]) <= _MOST_SHARDS):
-        raise ValueError(f"{count_file}: expected the number of shards, got '{count[:99]}'")
-    names = [f"{number}.tar" for number in range(int(count))]
-    present = set(list_names(join(folder, split)))
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise ValueError(
-            f"{join(folder, split)}: {len(missing)} of {len(names)} shards are missing: "
-            f"{', '.join(missing[:5])}"
-        )
-    paths = [join(folder, split, name) for name in names]
+    paths = _list_tars(folder, split or DEFAULT_SPLIT)
     type_file = join(folder, "dataset_type.txt")
-    kind = CLASSIFICATION
-    if exists(type_file):
-        kind = "".join(_read_lines(type_file)).lower()
+    kind = "".join(_read_lines(type_file)).lower() if exists(type_file) else CLASSIFICATION
     if kind not in _NOTE_OF_TYPE:
         known = ", ".join(_NOTE_OF_TYPE)
         raise ValueError(f"{type_file}: expected one of {known}, got '{kind[:99]}'")
-    units = Units(
-        [functools.partial(_read_shard, path, kind) for path in paths],
-        lambda: _count_pictures(paths),
-    )
+
+    def count() -> int | None:
+        """Estimates the pictures by the first tar, but for those in a store."""
+        first = None if is_remote(paths[0]) else count_images(paths[0])
+        return None if first is None else first * len(paths)
+
+    units = Units([functools.partial(_read_shard, path, kind) for path in paths], count)
     words: dict[str, Any] = {"kind": kind}
     if kind == RETRIEVAL:  # it needs no words, whose files may be empty
         return units, words
@@ -106,10 +90,26 @@ def open_benchmark_folder(text: str) -> tuple[Units, dict[str, Any]]:
     return units, words
 
 
-def _count_pictures(paths: Sequence[str]) -> int | None:
-    """Estimates the pictures in tars by the first one; None for those in a store."""
-    first = None if is_remote(paths[0]) else count_images(paths[0])
-    return None if first is None else first * len(paths)
+def _list_tars(folder: str, split: str) -> list[str]:
+    """The shards of a split, as many as its `nshards.txt` says."""
+    count_file = join(folder, split, "nshards.txt")
+    if not exists(count_file):
+        raise ValueError(
+            f"{folder}: expected CLIP_benchmark's layout, but there is no {split}/nshards.txt"
+        )
+    text = "".join(_read_lines(count_file))
+    count = int(text) if re.fullmatch("[0-9]{1,6}", text) else 0
+    if not count:
+        raise ValueError(f"{count_file}: expected the number of shards, got '{text[:99]}'")
+    names = [f"{number}.tar" for number in range(count)]
+    present = set(list_names(join(folder, split)))
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise ValueError(
+            f"{join(folder, split)}: {len(missing)} of {count} shards are missing: "
+            f"{', '.join(missing[:5])}"
+        )
+    return [join(folder, split, name) for name in names]
 
 
 def _read_shard(path: str, kind: str) -> Iterator[Pair | Skipped]:
@@ -144,13 +144,17 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> 
         if not captions:
             return Skipped(key, "no_caption", "the txt is blank")
         return Pair(key, images[0], captions[0], merge_captions({}, captions))
-    numbers = dict(members).get("npy") if kind == CLASSIFICATION else None
     try:
-        metadata = {"label": int(note)} if kind == CLASSIFICATION else _read_labels(note)
-        if numbers is not None:
-            metadata["numbers"] = _read_numbers(numbers)
+        if kind == MULTILABEL:
+            return Pair(key, images[0], "", _read_labels(note))
+        metadata: dict[str, Any] = {"label": int(note)}
     except ValueError as error:
         return Skipped(key, "bad_row", f"{note_name}: {error}")
+    # An npy of another form, such as features, is none of the picture's numbers.
+    with contextlib.suppress(ValueError):
+        numbers = parse_npy(dict(members).get("npy") or b"")
+        if numbers.ndim == 1 and numbers.dtype.kind in "biuf":
+            metadata["numbers"] = numbers.tolist()
     return Pair(key, images[0], "", metadata)
 
 
@@ -163,16 +167,6 @@ def _read_labels(note: bytes) -> dict[str, Any]:
     labels = {"labels": np.flatnonzero(flags == 1).tolist()}
     ignored = np.flatnonzero(flags == -1).tolist()
     return {**labels, "ignored_labels": ignored} if ignored else labels
-
-
-def _read_numbers(note: bytes) -> list[int | float]:
-    """The numbers of a picture; none where the npy is anything else, such as features."""
-    try:
-        numbers = parse_npy(note)
-    except ValueError:
-        return []
-    is_row = numbers.ndim == 1 and numbers.dtype.kind in "biuf"
-    return numbers.tolist() if is_row else []
 
 
 def _limit_of(extension: str) -> int | None:

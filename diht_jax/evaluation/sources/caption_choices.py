@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import collections
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diht_jax.evaluation.embedding.entries import Box, CroppedPair, Units
 from diht_jax.evaluation.sources.annotations import read_rows
 from diht_jax.evaluation.sources.pictures import picture_units
-from diht_jax.evaluation.sources.text_files import check_texts, read_json, require
+from diht_jax.evaluation.sources.text_files import check_texts, read_json
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import join
 
@@ -35,31 +36,9 @@ SUGARCREPE_SUBSETS = (
 # Pairs of attributes with fewer test cases count for no macro accuracy in ARO's code.
 FEWEST_OF_ATTRIBUTES = 25
 # Relations that ARO's notebook "Replicate ARO!" leaves out of the macro accuracy as symmetric.
-_UNCOUNTED = (
-    "adjusting;around;attached to;beside;between;bigger than;biting;boarding;brushing;by;"
-    "chewing;cleaning;climbing;close to;coming from;coming out of;contain;crossing;dragging;"
-    "draped over;drinking;drinking from;driving;driving down;driving on;eating from;eating in;"
-    "enclosing;exiting;facing;filled with;floating in;floating on;flying;flying above;"
-    "flying in;flying over;flying through;full of;going down;going into;going through;"
-    "grazing in;growing in;growing on;guiding;hanging from;hanging in;hanging off;"
-    "hanging over;higher than;holding onto;hugging;in between;jumping off;jumping on;"
-    "jumping over;kept in;larger than;leading;leaning over;leaving;licking;longer than;"
-    "looking in;looking into;looking out;looking over;looking through;lying next to;"
-    "lying on top of;making;mixed with;mounted on;moving;near;next to;of;on the back of;"
-    "on the edge of;on the front of;on the other side of;on the side of;opening;painted on;"
-    "parked at;parked beside;parked by;parked in;parked in front of;parked near;"
-    "parked next to;perched on;petting;piled on;playing;playing in;playing on;playing with;"
-    "pouring;reaching for;reading;reflected on;riding on;running in;running on;"
-    "running through;seen through;sitting behind;sitting beside;sitting by;"
-    "sitting in front of;sitting near;sitting next to;sitting under;skiing down;skiing on;"
-    "sleeping in;sleeping on;smiling at;sniffing;splashing;sprinkled on;stacked on;"
-    "standing against;standing around;standing behind;standing beside;standing in front of;"
-    "standing near;standing next to;staring at;stuck in;surrounding;swimming in;swinging;"
-    "talking to;topped with;touching;traveling down;traveling on;tying;typing on;underneath;"
-    "wading in;waiting for;walking across;walking by;walking down;walking next to;"
-    "walking through;with;working in;working on;worn on;wrapped around;wrapped in"
+UNCOUNTED_RELATIONS = frozenset(
+    pathlib.Path(__file__).with_name("aro_symmetric.txt").read_text("utf-8").splitlines()
 )
-UNCOUNTED_RELATIONS = frozenset(_UNCOUNTED.split(";"))
 
 # Boxes of a picture (None: the whole), each with its questions.
 _Questions = dict[Box | None, list[dict[str, Any]]]
@@ -76,8 +55,8 @@ def sugarcrepe_units(path: str, *, image_root: str | None = None) -> Units:
     subsets = {name: join(path, f"{name}.json") for name in SUGARCREPE_SUBSETS}
     by_picture: dict[str, _Questions] = {}
     for group, file in {None: path}.items() if is_file else subsets.items():
-        require(file, "one of SugarCrepe's files, such as add_att.json")
-        for number, row in read_json(file, dict, "a JSON object of numbered questions").items():
+        what = "a JSON object of numbered questions, such as SugarCrepe's add_att.json"
+        for number, row in read_json(file, dict, what).items():
             check_texts(file, number, row, ("filename", "caption", "negative_caption"))
             question = {"captions": [row["caption"], row["negative_caption"]], "group": group}
             by_picture.setdefault(row["filename"], {None: []})[None].append(question)
@@ -94,7 +73,6 @@ def aro_units(path: str, *, image_root: str | None = None) -> Units:
         image_root: folder of the pictures, or its URL; by default `images` next to a file of Visual
             Genome, the folder itself of an order.
     """
-    require(path, "one of ARO's files, such as visual_genome_relation.json")
     rows = read_rows(path)
     is_order = bool(rows) and "caption_options" in rows[0]
     find_group = _groups_of(rows)

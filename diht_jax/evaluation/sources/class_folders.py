@@ -18,7 +18,7 @@ from typing import Any
 
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources.pictures import Item, picture_units
-from diht_jax.evaluation.sources.text_files import list_names, read_json, read_text, require
+from diht_jax.evaluation.sources.text_files import list_names, read_json, read_text
 from diht_jax.readers import registry
 from diht_jax.readers.base import (
     FOLDER_EXTENSIONS,
@@ -106,8 +106,10 @@ def objectnet_units(folder: str) -> Units:
     images = join(folder, "images")
     items: list[Item] = []
     for label, (name, _) in enumerate(_shared_classes(folder)):
-        require(join(images, name), "the pictures of a class of ObjectNet")
-        for picture in list_names(join(images, name)):
+        pictures = list_names(join(images, name))
+        if not pictures:
+            raise ValueError(f"no pictures in '{join(images, name)}', a class of ObjectNet")
+        for picture in pictures:
             file = f"{name}/{picture}"
             items.append((file, [Pair(file, b"", "", {"label": label})]))
     return picture_units(images, items)
@@ -129,8 +131,7 @@ def _shared_classes(folder: str) -> list[tuple[str, str]]:
 
 
 def _read_mapping(path: str) -> dict[str, str]:
-    require(path, "ObjectNet's mapping of classes, as in objectnet-1.0.zip")
-    mapping = read_json(path, dict, "a JSON object of texts")
+    mapping = read_json(path, dict, "ObjectNet's mapping of classes, a JSON object of texts")
     if not all(isinstance(value, str) for value in mapping.values()):
         raise ValueError(f"{path}: expected a JSON object of texts")
     return mapping

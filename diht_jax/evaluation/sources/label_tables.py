@@ -10,13 +10,10 @@ classification leaves out as well): these classes are `metadata["ignored_labels"
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources.pictures import picture_units
-from diht_jax.evaluation.sources.text_files import read_text, require
+from diht_jax.evaluation.sources.text_files import read_csv, read_text
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import join
 
@@ -63,8 +60,8 @@ def voc_units(folder: str) -> Units:
     images: dict[str, _Labels] = {}
     for number, name in enumerate(VOC_CLASSES):
         path = join(folder, "ImageSets", "Main", f"{name}_test.txt")
-        require(path, "VOC's list of a class; unpack VOCtest_06-Nov-2007.tar")
-        for line in read_text(path).splitlines():
+        what = "VOC's list of a class; unpack VOCtest_06-Nov-2007.tar"
+        for line in read_text(path, what).splitlines():
             image, _, state = line.strip().partition(" ")
             if state.strip() not in _VOC_STATES:
                 raise ValueError(f"{path}: expected 'IMAGE 1', 'IMAGE 0' or 'IMAGE -1': '{line}'")
@@ -79,9 +76,8 @@ def open_images_units(folder: str) -> Units:
     """The validation images of Open Images with their verified image-level labels."""
     numbers = {mid: number for number, (mid, _) in enumerate(_open_images_classes(folder))}
     path = join(folder, _OPEN_IMAGES_LABELS)
-    require(path, "Open Images' verified labels")
     images: dict[str, _Labels] = {}
-    for row in _rows(path, csv.DictReader):
+    for row in read_csv(path, "Open Images' verified labels"):
         try:
             image, number = row["ImageID"], numbers.get(row["LabelName"])
             is_there = float(row["Confidence"]) == 1
@@ -105,19 +101,12 @@ def open_images_class_names(folder: str) -> tuple[str, ...]:
 def _open_images_classes(folder: str) -> list[tuple[str, str]]:
     """(label, name) of each class; V7 has a line of column names, older versions have not."""
     path = join(folder, _OPEN_IMAGES_CLASSES)
-    require(path, "Open Images' names of the boxable classes")
-    rows = [tuple(row) for row in _rows(path, csv.reader) if row]
+    found = read_csv(path, "Open Images' names of the boxable classes", csv.reader)
+    rows = [tuple(row) for row in found if row]
     rows = [row for row in rows if row != ("LabelName", "DisplayName")]
     if not rows or any(len(row) != 2 for row in rows):
         raise ValueError(f"{path}: expected lines such as '/m/011k07,Tortoise'")
     return rows
-
-
-def _rows(path: str, reader: Callable[[Iterable[str]], Iterable[Any]]) -> Iterator[Any]:
-    try:
-        yield from reader(io.StringIO(read_text(path)))
-    except csv.Error as error:
-        raise ValueError(f"{path}: cannot be read as csv ({error})") from error
 
 
 def _units(root: str, images: dict[str, _Labels]) -> Units:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from diht_jax.storage.files import exists, find_inputs, read_bytes
+from diht_jax.storage.files import find_inputs, read_bytes
 from diht_jax.storage.retries import StorageError
 from diht_jax.storage.stores import is_remote
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, what: str = "one") -> str:
     """Reads a UTF-8 text file, local or in a store, without a byte order mark.
 
     Raises:
-        ValueError: there is none, or it is no such text.
+        ValueError: there is none, or it is no such text; says `what` is expected.
         StorageError: it cannot be read, now and after some attempts.
     """
     try:
@@ -25,7 +27,9 @@ def read_text(path: str) -> str:
     except StorageError:
         raise
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
+        raise ValueError(
+            f"{path}: cannot be read as a UTF-8 text file ({error}); expected {what}"
+        ) from error
 
 
 def read_json(path: str, kind: type, what: str) -> Any:
@@ -35,7 +39,7 @@ def read_json(path: str, kind: type, what: str) -> Any:
         ValueError: no such file, or another value; says `what` is expected.
     """
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(read_text(path, what))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected {what} ({error})") from error
     if not isinstance(value, kind):
@@ -52,10 +56,16 @@ def list_names(folder: str) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def require(path: str, what: str) -> None:
-    """Raises ValueError where there is no such file or folder."""
-    if not exists(path):
-        raise ValueError(f"nothing at '{path}'; expected {what}")
+def read_csv(path: str, what: str, reader: Callable[..., Any] = csv.DictReader) -> list[Any]:
+    """Reads the rows of a csv file, local or in a store, by one of Python's readers.
+
+    Raises:
+        ValueError: no such file, which says `what` is expected, or no csv.
+    """
+    try:
+        return list(reader(io.StringIO(read_text(path, what))))
+    except csv.Error as error:
+        raise ValueError(f"{path}: cannot be read as csv ({error})") from error
 
 
 def check_texts(path: str, number: Any, row: Any, names: Sequence[str]) -> None:

@@ -39,7 +39,6 @@ def test_each_image_counts_once_and_in_order(count):
     expected = [[i, 255 - i, 0] for i in range(count)]
     np.testing.assert_array_equal(encoded.image_emb, expected)
     assert encoded.notes == [f"c{i}" for i in range(count)]
-    assert encoded.positions == list(range(count))
     # One shape, so that a jitted encoder compiles once; no filling where one batch is enough.
     assert set(model.shapes) == {(min(count, 8), 4, 4, 3)}
     assert len(model.shapes) == -(-count // 8)
@@ -56,7 +55,6 @@ def test_unusable_pairs_are_counted_with_their_reason():
     pairs = [_pair(i, broken.get(i)) for i in range(7)]
     encoded = encode_images(_MeanColor(), pairs, describe, batching=Batching(2))
     assert encoded.notes == ["k0", "k3", "k6"]
-    assert encoded.positions == [0, 3, 6]
     assert encoded.image_emb[:, 0].tolist() == [0, 3, 6]
     assert encoded.dropped == {"image_empty": 1, "image_unreadable": 2, "no_caption": 1}
     assert encoded.dropped_keys == ["k1", "k2", "k4", "k5"]

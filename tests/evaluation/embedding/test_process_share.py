@@ -81,7 +81,7 @@ def _together(count, make_source, **options):
 
 def _assert_equal(found, expected):
     np.testing.assert_array_equal(found.image_emb, expected.image_emb)
-    for name in ("notes", "positions", "dropped", "dropped_keys", "digest", "orders"):
+    for name in ("notes", "dropped", "dropped_keys", "digest", "orders"):
         assert getattr(found, name) == getattr(expected, name), name
 
 

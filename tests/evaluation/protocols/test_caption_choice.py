@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.embedding.encoding import Batching
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.protocols.caption_choice import run
 from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.registry import read_source
@@ -219,7 +219,7 @@ def test_captions_of_any_source_are_choices_whose_first_is_right(tmp_path):
 
 def test_pictures_are_resampled_with_all_their_questions(sugarcrepe):
     (task,) = parse_tasks(f"sugarcrepe=sugarcrepe:{sugarcrepe}")
-    measured = run(HashedModel(), task, read_source(task.source, {}), Batching(8))
+    measured = run(task, Encoder(HashedModel(), read_source(task.source, {}), Batching(8)))
     result = measured.result
     only = result.picture_of_question == 1
     found = measured.measure(np.array([0, 2, 0]))

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diht_jax.evaluation.embedding.encoding import Batching
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.protocols import classification
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.protocols.classification import (
@@ -87,7 +87,7 @@ def test_classes_without_images_compete_or_not():
     pairs = _pairs(*({"label": label} for label in [7, 2, 7, 2, 5, 2]))
     names = tuple(f"class {i}" for i in range(9))
     every, some = (
-        run(_Model(), _task(names, candidates=candidates), pairs, Batching(4))
+        run(_task(names, candidates=candidates), Encoder(_Model(), pairs, Batching(4)))
         for candidates in ("all", "with_images")
     )
     classes = some.result.classes
@@ -104,7 +104,7 @@ def test_the_worst_group_and_resampled_images():
     # Region 3 has one image, so that a resample may have none of it.
     regions = np.array([1, 1, 0, 1, 0, 3])
     pairs = _pairs(*({"label": i, "region": region} for i, region in enumerate(regions.tolist())))
-    measured = run(_Model(), _task(tuple("abcdefg"), group="region", f1="macro"), pairs)
+    measured = run(_task(tuple("abcdefg"), group="region", f1="macro"), Encoder(_Model(), pairs))
     ranks = measured.result.ranks
     assert [row["group"] for row in measured.details["per_group"]] == [0, 1, 3]
     for counts in (np.ones(6, int), np.array([1, 2, 0, 1, 3, 0])):

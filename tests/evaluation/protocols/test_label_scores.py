@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diht_jax.evaluation.embedding.encoding import Batching
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.protocols.label_scores import (
     area_under_roc,
@@ -88,7 +88,7 @@ def test_images_that_count_neither_way(tiny_model, photos):
     pairs[1].metadata["ignored_labels"] = ["dog"]
     pairs[2].metadata["ignored_labels"] = [0]  # an object that is there outweighs a difficult one
     task = _task("multilabel", "dog", "bird", interpolation="11")
-    measured = run(tiny_model, task, pairs, Batching(8))
+    measured = run(task, Encoder(tiny_model, pairs, Batching(8)))
     result = measured.result
     assert result.ignored.tolist() == [[i == 1, False] for i in range(5)]
     rest = [0, 2, 3, 4]
@@ -102,7 +102,7 @@ def test_images_that_count_neither_way(tiny_model, photos):
     for pair, counted in zip(pairs, [[0, 1], [1], [0, 1], [0, 1], [0, 1]], strict=True):
         pair.metadata.pop("ignored_labels", None)
         pair.metadata["counted_labels"] = counted
-    again = run(tiny_model, task, pairs, Batching(8))
+    again = run(task, Encoder(tiny_model, pairs, Batching(8)))
     np.testing.assert_array_equal(again.result.ignored, result.ignored)
     assert again.metrics == measured.metrics
 
@@ -121,11 +121,11 @@ def _pairs(photos, labels, field):
 def test_yes_and_no(tiny_model, photos):
     pairs = _pairs(photos, [0, 1, 1, "hateful meme", 0], "label")
     task = _task("binary", "meme", "hateful meme")
-    measured = run(tiny_model, task, pairs, Batching(8))
+    measured = run(task, Encoder(tiny_model, pairs, Batching(8)))
     no, yes = tiny_model.encode_text(["a meme.", "a hateful meme."])
     scores = measured.encoded.image_emb @ (yes - no)
     np.testing.assert_allclose(measured.result.scores[:, 0], scores, atol=1e-6)
     expected = area_under_roc(scores, np.array([0, 1, 1, 1, 0], bool))
     assert measured.metrics == {"auroc": pytest.approx(expected)}
     with pytest.raises(ValueError, match="every image has the same label"):
-        run(tiny_model, task, pairs[1:3], Batching(8))
+        run(task, Encoder(tiny_model, pairs[1:3], Batching(8)))

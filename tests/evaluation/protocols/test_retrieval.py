@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.protocols import retrieval
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.protocols.retrieval import retrieval_metrics, retrieval_ranks, run
@@ -114,7 +115,9 @@ def test_an_image_is_resampled_with_its_captions(tiny_model, photos):
         Pair(f"{i}", photo, "", {"captions": own})
         for i, (photo, own) in enumerate(zip(photos, captions, strict=True))
     ]
-    measured = run(tiny_model, Task("x", "retrieval", "", caption_template="{caption}"), pairs)
+    measured = run(
+        Task("x", "retrieval", "", caption_template="{caption}"), Encoder(tiny_model, pairs)
+    )
     result = measured.result
     assert result.captions == sum(captions, []) and measured.counts["texts"] == 7
     expected = retrieval_metrics(measured.encoded.image_emb, result.text_emb, result.image_of_text)

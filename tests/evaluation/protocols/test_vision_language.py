@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.embedding.encoding import Batching
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.protocols.vqa_credit import normalise_answer, vqa_credit
 from diht_jax.evaluation.sources.registry import read_source
@@ -31,7 +31,7 @@ def _measure(model, text):
     (task,) = parse_tasks([text])
     entries = read_source(task.source, task.source_options)
     run = PROTOCOLS[task.kind].run
-    return run(model, task, entries, Batching(8))
+    return run(task, Encoder(model, entries, Batching(8)))
 
 
 class _Oracle:
