@@ -20,7 +20,7 @@ from data_prep.labelling.tasks import LabelTask
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.pages.render import render, thumbnail
 from diht_jax.records.formats.registry import open_source
-from diht_jax.records.labels.concepts import decode_joined, open_labels
+from diht_jax.records.labels.concepts import open_labels
 from diht_jax.records.schema import Record
 from diht_jax.records.vocabulary import KINDS, ConceptList, Vocabulary
 from diht_jax.storage import files
@@ -216,9 +216,8 @@ def _choose_records(
         if len(held_out) == wanted:
             break
     chosen = sorted((held_out + others)[:wanted])
-    if labels is None:
-        return [source.decode(source[index]) for index in chosen]
-    return [decode_joined(source.decode, (source[index], labels[index])) for index in chosen]
+    records = {index: source.decode(source[index]) for index in chosen}
+    return [record if labels is None else labels.join(record, i) for i, record in records.items()]
 
 
 def describe_card(record: Record, vocabulary: Vocabulary) -> dict[str, Any]:

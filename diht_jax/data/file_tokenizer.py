@@ -64,7 +64,6 @@ class FileTokenizer:
         """Token ids of texts.
 
         Args:
-            texts: one text or a sequence of texts.
             context_length: t. A longer text is cut so that its end marker stays; of a text with
                 more than 1,024 t characters, those behind them are not looked at.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import os
 import pathlib
@@ -32,7 +31,6 @@ from diht_jax.records import tfrecord
 from diht_jax.records.catalog import describe_stale, kind_of
 from diht_jax.records.dataset_index import (
     ANCHOR_RECORDS,
-    END_BYTES,
     INDEX_NAME,
     DatasetIndex,
     ShardEntry,
@@ -41,13 +39,10 @@ from diht_jax.records.dataset_index import (
     encode_preamble,
     read_index,
 )
-from diht_jax.records.format import (
-    FRAME_BYTES,
-    TFRecordError,
-    framed_length,
-)
+from diht_jax.records.format import TFRecordError
 from diht_jax.records.formats import tar_records
-from diht_jax.records.formats.shard_index import INDEX_SUFFIX, wrong_index
+from diht_jax.records.formats.shard_index import INDEX_SUFFIX
+from diht_jax.records.sharded import read_ends
 from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import find_inputs, local_output, upload
 from diht_jax.storage.locks import lock_file
@@ -146,7 +141,7 @@ def update_index(
         old = _old_index(folder, work)
         labels = labels or (old.labels if old else None)
         old = None if overwrite else old
-        changes, rows, entries = [], {}, {}
+        changes, rows = [], {}
         if old:
             known = old.sizes()
             changes = describe_stale(known, sizes, is_whole=True)
@@ -155,37 +150,51 @@ def update_index(
                 return IndexReport(path, len(old), int(old.starts[-1]), 0)
             # Shards that the old index describes as they are.
             rows = {name: row for name, row in old.rows.items() if sizes.get(name) == known[name]}
-            entries = {name: old.entry(row) for name, row in rows.items()}
-        look = functools.partial(_look, folder, work, not overwrite)
-        unknown = {name: size for name, size in sizes.items() if name not in entries}
-        found = _look_at_all(folder, look, unknown, len(sizes), num_threads, progress)
-        entries |= {name: entry for name, (entry, _) in found.items()}
-        entries = [entries[name] for name in sorted(entries)]
+        unknown = [name for name in sizes if name not in rows]
+        unread = [name for name in unknown if _load_kept(work, name, sizes[name]) is None]
+
+        def look(name: str) -> ShardEntry:
+            return _look(folder, work, name, sizes[name], trusts_index=not overwrite)
+
+        entries = _look_at_all(folder, look, unknown, len(sizes), num_threads, progress)
+        entries |= {name: old.entry(row) for name, row in rows.items()} if old else {}
 
         def load_offsets(entry: ShardEntry) -> np.ndarray:
-            if old is None or entry.name not in rows:
-                kept = _load_kept(work, entry.name, entry.num_bytes)
-                if kept is None:
-                    raise ValueError(f"{work}: the offsets of {entry.name} are gone; run it again")
-                return kept
-            offsets = old.offsets(rows[entry.name])
-            if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
-                raise old.damaged(f"the offsets of {entry.name} are wrong")
+            kept = rows.get(entry.name)
+            if old is None or kept is None:
+                offsets = _load_kept(work, entry.name, entry.num_bytes)
+            else:
+                offsets = old.offsets(kept)
+                if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
+                    raise old.damaged(f"the offsets of {entry.name} are wrong")
+            if offsets is None or len(offsets) != entry.num_records:
+                raise ValueError(f"{entry.name} has changed while its index was being written")
             return offsets
 
         vocabulary = vocabulary or _find_vocabulary(folder, sizes)
-        local = work / INDEX_NAME if is_remote(path) else pathlib.Path(path)
-        _write_index(local, entries, load_offsets, vocabulary, labels)
-        if is_remote(path):
-            try:
-                upload(local, path)
-            except OSError as error:
-                raise ValueError(
-                    f"{path}: cannot be written ({error}); the index is in {local}, copy it there"
-                ) from error
-    num_read = sum(not is_kept for _, is_kept in found.values())
-    num_records = sum(entry.num_records for entry in entries)
-    return IndexReport(path, len(entries), num_records, num_read, changes)
+        ordered = [entries[name] for name in sorted(entries)]
+        _write_index(
+            path, work, encode_head(ordered, vocabulary, labels), map(load_offsets, ordered)
+        )
+    num_records = sum(entry.num_records for entry in entries.values())
+    return IndexReport(path, len(entries), num_records, len(unread), changes)
+
+
+def _write_index(path: str, work: pathlib.Path, head: bytes, offsets: Iterable[np.ndarray]) -> None:
+    """Writes an index; it appears whole or not at all."""
+    DatasetIndex(head, path)  # so that nothing is written that no reader takes
+    local = work / INDEX_NAME if is_remote(path) else pathlib.Path(path)
+    with local_output(local) as output, open(output, "wb") as file:
+        file.write(encode_preamble(head) + head)
+        for each in offsets:
+            file.write(each.astype("<u8").tobytes())
+    if is_remote(path):
+        try:
+            upload(local, path)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cannot be written ({error}); the index is in {local}, copy it there"
+            ) from error
 
 
 def is_indexable(path: str) -> bool:
@@ -195,28 +204,24 @@ def is_indexable(path: str) -> bool:
 
 def _look_at_all(
     folder: str,
-    look: Callable[[str, int], tuple[ShardEntry, bool]],
-    sizes: Mapping[str, int],
+    look: Callable[[str], ShardEntry],
+    names: Sequence[str],
     num_shards: int,
     num_threads: int,
     progress: bool,
-) -> dict[str, tuple[ShardEntry, bool]]:
-    """Looks at each shard.
-
-    Raises:
-        ValueError: some shards cannot be read; names them.
-    """
+) -> dict[str, ShardEntry]:
+    """The entries of shards; raises ValueError for those that cannot be read, and names them."""
     found, failures = {}, {}
     pool = futures.ThreadPoolExecutor(num_threads)
     bar = ProgressBar(
         total=num_shards,
-        initial=num_shards - len(sizes),
+        initial=num_shards - len(names),
         unit="shard",
-        disable=not (progress and sizes),
+        disable=not (progress and names),
         dynamic_ncols=True,
     )
     try:
-        running = {pool.submit(look, name, size): name for name, size in sizes.items()}
+        running = {pool.submit(look, name): name for name in names}
         for future in futures.as_completed(running):
             try:
                 found[running[future]] = future.result()
@@ -237,74 +242,33 @@ def _look_at_all(
 
 
 def _look(
-    folder: str, work: pathlib.Path, trusts_index: bool, name: str, size: int
-) -> tuple[ShardEntry, bool]:
-    """The entry of a shard, and whether an earlier run has kept its offsets; keeps them."""
-    path, kind = os.path.join(folder, name), _kind_of(name)
-    try:
-        offsets = _load_kept(work, name, size)
-    except (ValueError, OSError):  # damaged, or of an older shard
-        offsets = None
-    is_kept = offsets is not None
-    if not is_kept:
+    folder: str, work: pathlib.Path, name: str, size: int, *, trusts_index: bool
+) -> ShardEntry:
+    """The entry of a shard, whose offsets are kept for a later run."""
+    path, kind = os.path.join(folder, name), str(kind_of(name))
+    offsets = _load_kept(work, name, size)
+    if offsets is None:
         offsets = _INDICES[kind].find(path, size, trust_index=trusts_index)
+        _INDICES[kind].write(str(work / name), offsets, size)
     file = open_ranges(path, size)
     if file.size != size:
         raise ValueError(f"{path}: is being written; run the command again when it is done")
-    head = file.read_range(0, END_BYTES)
-    tail = file.read_range(max(0, size - END_BYTES), size) if size > len(head) else head
-    if kind == "tfrecord" and not _fits_head(offsets, head):
-        raise wrong_index(path, "it has other records")
-    if not is_kept:
-        _INDICES[kind].write(str(work / name), offsets, size)
-    digest = digest_shard(offsets, head, tail)
+    digest = digest_shard(offsets, *read_ends(file))
     anchors = np.array(offsets[::ANCHOR_RECORDS], np.uint64)
-    return ShardEntry(name, kind, len(offsets), size, digest, anchors), is_kept
-
-
-def _kind_of(name: str) -> str:
-    kind = kind_of(name)
-    if kind is None:
-        raise ValueError(f"{name}: not the name of a shard")
-    return kind
+    return ShardEntry(name, kind, len(offsets), size, digest, anchors)
 
 
 def _load_kept(work: pathlib.Path, name: str, size: int) -> np.ndarray | None:
-    """The offsets of a shard that were found before; None where they were not."""
-    return _INDICES[_kind_of(name)].load(str(work / name), size)
-
-
-def _write_index(
-    path: pathlib.Path,
-    entries: Sequence[ShardEntry],
-    load_offsets: Callable[[ShardEntry], np.ndarray],
-    vocabulary: Mapping[str, Any] | None,
-    labels: Mapping[str, Any] | None,
-) -> None:
-    """Writes an index; it appears whole or not at all.
-
-    Raises:
-        ValueError: the entries contradict each other, or a shard has changed since.
-    """
-    head = encode_head(entries, vocabulary, labels)
-    DatasetIndex(head, os.fspath(path))  # so that nothing is written that no reader takes
-    with local_output(path) as local, open(local, "wb") as file:
-        file.write(encode_preamble(head))
-        file.write(head)
-        for entry in entries:
-            offsets = load_offsets(entry)
-            if len(offsets) != entry.num_records:
-                raise ValueError(f"{entry.name} has changed while its index was being written")
-            file.write(offsets.astype("<u8").tobytes())
+    """The offsets of a shard that an earlier run has found; None where they cannot be used."""
+    try:
+        return _INDICES[str(kind_of(name))].load(str(work / name), size)
+    except (ValueError, OSError):  # damaged, or of an older shard
+        return None
 
 
 @contextlib.contextmanager
 def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Generator[pathlib.Path]:
-    """The folder for parts, for this process alone; it is removed where all went well.
-
-    Raises:
-        ValueError: there is no such folder of shards, or it cannot be written.
-    """
+    """The folder for parts, for this process alone; it is removed where all went well."""
     if work_dir is not None or is_remote(folder):
         base = pathlib.Path(work_dir or f"{tempfile.gettempdir()}/diht_jax-{os.getuid()}")
         work = base / f"index-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
@@ -329,11 +293,7 @@ def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Genera
 
 
 def _list_shards(folder: str) -> dict[str, int]:
-    """Bytes of the shards of a folder, by name.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Bytes of the shards of a folder, by name; ValueError where there are none."""
     if is_remote(folder):
         listed = find_inputs(folder).items()
         found = {os.path.basename(path): size for path, size in listed if size is not None}
@@ -367,19 +327,6 @@ def _old_index(folder: str, work: pathlib.Path) -> DatasetIndex | None:
         logging.warning("all shards are looked at: %s", error)
         return None
     return index
-
-
-def _fits_head(offsets: np.ndarray, head: bytes) -> bool:
-    """Checks that the first records of a TFRecord shard begin where its index says."""
-    found = position = 0
-    while position + FRAME_BYTES <= len(head):
-        if found >= len(offsets) or offsets[found] != position:
-            return False
-        length = framed_length(head[position : position + FRAME_BYTES])
-        if length is None:
-            return True  # damaged, which is noticed when it is read
-        found, position = found + 1, position + length
-    return True
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 from absl import logging
@@ -28,11 +29,7 @@ class Position:
 
 
 class StoppedWaiting(Exception):
-    """Raised where the run is to stop, and the batch that it waits for does not come.
-
-    Attributes:
-        position: before that batch.
-    """
+    """The run is to stop, and the batch behind `position`, which it waits for, does not come."""
 
     def __init__(self, position: Position):
         super().__init__("the input stalls")
@@ -65,20 +62,26 @@ class BatchWait:
         self._grace_secs = grace_secs
 
     def take(self, stop_requested: Callable[[], bool]) -> dict[str, Any]:
-        """The next batch.
-
-        Args:
-            stop_requested: whether to give up a batch that does not come.
+        """The next batch; `stop_requested` tells whether to give up one that does not come.
 
         Raises:
             StoppedWaiting: it was given up; the iterator cannot be used any more.
         """
         position = Position(self._batches.get_state())
-        fetch = _Fetch(self._batches)
+        fetched: futures.Future[dict[str, Any]] = futures.Future()
+
+        def fetch() -> None:
+            try:
+                fetched.set_result(next(self._batches))
+            except BaseException as error:
+                fetched.set_exception(error)
+
+        thread = threading.Thread(target=fetch, name="next_batch", daemon=True)
+        thread.start()
         try:
             waited = stopping = 0.0
             warn_at = self._warn_after_secs
-            while not fetch.done.wait(self._poll_secs):
+            while not futures.wait([fetched], self._poll_secs).done:
                 waited += self._poll_secs
                 if stop_requested():
                     stopping += self._poll_secs
@@ -91,28 +94,6 @@ class BatchWait:
                     )
         except BaseException:  # a second ^C, too
             self._batches.abandon()
-            fetch.join(self._grace_secs)
+            thread.join(self._grace_secs)
             raise
-        if fetch.error is not None:
-            raise fetch.error
-        return fetch.batch
-
-
-class _Fetch(threading.Thread):
-    """Fetches one batch."""
-
-    def __init__(self, batches: TrainIterator):
-        super().__init__(name="next_batch", daemon=True)
-        self._batches = batches
-        self.done = threading.Event()
-        self.batch: dict[str, Any] = {}
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.batch = next(self._batches)
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.done.set()
+        return fetched.result()

@@ -112,7 +112,7 @@ class BlockStore:
         Args:
             source: records with `extent`, `cut` and `unpack`, such as `TFRecordSource`.
             order: of these records.
-            options: see there.
+            options: the keys of the config.
             num_processes: that decode on this host, and share `read_threads`; 0 for threads.
 
         Raises:
@@ -177,12 +177,7 @@ class BlockStore:
             self._fetch(block, wait=True)
 
     def read(self, record: int) -> Any:
-        """The element of a record; None where its block is not here.
-
-        Raises:
-            TFRecordError: the record is damaged.
-            StorageError: the disk of the folder fails.
-        """
+        """The element of a record; None where its block is not here. Errors as `TFRecordSource`."""
         if self.folder is None:  # in a process that does not decode
             return None
         block = self.order.block_of(record)
@@ -297,12 +292,10 @@ class BlockStore:
 
 
 def read_patiently(read: Callable[[], _Result], timeout_secs: float) -> _Result:
-    """Calls a function until it succeeds, with pauses that double up to 5 s.
+    """Calls a function until it succeeds, with pauses that double up to 5 s, or the time is over.
 
-    Args:
-        read: reads from a store.
-        timeout_secs: after which its error is raised; one that waiting does not change is raised at
-            once. Every store has error classes of its own, so that all others are tried again.
+    An error that waiting does not change is raised at once. Every store has error classes of its
+    own, so that all others are tried again.
     """
     began, pause_secs = clock(), _FIRST_PAUSE_SECS
     while True:
@@ -329,13 +322,8 @@ def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
     """The result of a request, which is sent again where no answer comes; the first one counts.
 
     So does an error of the latest request. One of a request that was overtaken changes nothing.
-
     Requests run in threads of their own, since nobody can end a thread to which a library never
-    returns.
-
-    Raises:
-        TimeoutError: no answer came at all.
-        ReadAheadStopped: the input was closed.
+    returns. Without any answer it is a TimeoutError.
     """
     answers: queue.SimpleQueue[tuple[int, bytes, BaseException | None]] = queue.SimpleQueue()
 
@@ -363,11 +351,7 @@ def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
 
 
 def read_extent(path: str, start: int, end: int) -> bytes:
-    """Some bytes of a file, in a store or local next to those in one.
-
-    Raises:
-        TimeoutError: fewer came.
-    """
+    """Some bytes of a file in a store, or of a local one; a TimeoutError if fewer came."""
     read = functools.partial(read_range, path) if is_remote(path) else LocalRanges(path).read_range
     data = read(start, end)
     if len(data) != end - start:

@@ -25,8 +25,7 @@ from diht_jax.records.captions import (
     parse_columns,
     split_sentences,
 )
-from diht_jax.records.labels.clip_embeddings import ClipFacts, Crops
-from diht_jax.records.labels.shards import LabelRecords
+from diht_jax.records.labels.clip_embeddings import ClipEmbeddings, Crops, EmbeddedRecord
 from diht_jax.records.schema import Pair, Record
 from diht_jax.records.train_data import parse_weights, weight_at_step
 
@@ -77,15 +76,9 @@ class CaptionChoice:
         ]
 
     def choose(self, record: Pair, number: float, position: int) -> str:
-        """The caption of an example.
+        """The caption of an example, by a number that is drawn from [0, 1).
 
-        Args:
-            record: with at least one caption.
-            number: drawn from [0, 1).
-            position: of the example in the run.
-
-        Returns:
-            One of the record's captions; its first one where the weights of all its kinds are 0.
+        The record's first one where the weights of all its kinds are 0.
 
         Raises:
             ValueError: a kind without weight, or kinds that do not fit the record's captions.
@@ -160,10 +153,7 @@ def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice | None
 def draw_sentences(caption: str, count: int, number: float) -> str:
     """Some sentences in a row of a caption, from any place alike, joined by spaces.
 
-    Args:
-        caption: of any length; one of no more sentences than `count` stays as it is.
-        count: at least 1.
-        number: drawn from [0, 1).
+    All where there are no more than `count`. The place is by a number drawn from [0, 1).
     """
     sentences = split_sentences(caption)
     starts = len(sentences) - count + 1
@@ -204,14 +194,9 @@ def _parse_kinds(given: str | Mapping[str, Any] | None) -> dict[str, Points]:
 def crop_box(
     crops: Crops, key: str, number: int, width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """A fixed crop of a record's picture: left, top, right, bottom in pixels.
+    """A fixed crop, by its number, of a record's picture: left, top, right, bottom in pixels.
 
-    Args:
-        crops: with a count of at least 1.
-        key: of the record.
-        number: of the crop.
-        width: of the upright picture.
-        height: likewise.
+    Width and height are those of the upright picture.
     """
     return sample_crop_box(width, height, crops.generator(key, number), crops.scale, CROP_RATIO)
 
@@ -225,15 +210,12 @@ def with_boxes(crops: Crops) -> Crops:
     return dataclasses.replace(crops, boxes=digest)
 
 
-def check_crops(clips: LabelRecords, where: str) -> None:
+def check_crops(clips: ClipEmbeddings | None, where: str) -> None:
     """Raises ValueError where this machine would draw other crops than the teachers have seen.
 
-    Args:
-        clips: of a source.
-        where: key and folder, for the message.
+    `where` names key and folder; None passes.
     """
-    crops = ClipFacts.parse(clips.facts).crops
-    if with_boxes(crops) != crops:
+    if clips is not None and with_boxes(clips.clip_facts.crops) != clips.clip_facts.crops:
         raise ValueError(
             f"{where}: numpy {np.__version__} draws other crops than the one that the teachers' "
             "embeddings were made with; take that version, or run data_prep.label again"
@@ -241,28 +223,23 @@ def check_crops(clips: LabelRecords, where: str) -> None:
 
 
 def take_view(
-    record: Record, facts: ClipFacts | None, width: int, rng: np.random.Generator
+    record: Record, width: int, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], np.random.Generator]:
     """The teachers' embeddings of one view of a record, and what draws that view.
 
-    Args:
-        record: an `EmbeddedRecord` where its source has embeddings.
-        facts: of these; None where the source has none.
-        width: D.
-        rng: of the position in the run; chooses the view.
+    `rng`, of the position in the run, chooses the view.
 
     Returns:
-        `teacher_image_emb` and `teacher_text_emb`, float16 [D], zeros where there are none; and the
-        generator of the view's crop.
+        `teacher_image_emb` and `teacher_text_emb`, float16 [width], zeros where there are none; and
+        the generator of the view's crop.
     """
-    views = getattr(record, "clip_views", None)
-    if views is None or facts is None:
+    if not isinstance(record, EmbeddedRecord) or not record.clip_views or not record.crops:
         nothing = np.zeros(width, np.float16)
         return {IMAGE_FIELD: nothing, TEXT_FIELD: nothing}, rng
-    number, crops = 0, facts.crops
-    if crops.count:
-        number = int(rng.integers(crops.count))
-        rng = crops.generator(record.key, number)
+    views, number = record.clip_views, 0
+    if record.crops.count:
+        number = int(rng.integers(record.crops.count))
+        rng = record.crops.generator(record.key, number)
     return {
         IMAGE_FIELD: views.image_emb[number].astype(np.float16),
         TEXT_FIELD: views.text_emb.astype(np.float16),

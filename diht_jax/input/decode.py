@@ -55,9 +55,6 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         max_pixels: width times height that is still decoded; checked in the header, before any
             memory is taken for pixels.
 
-    Returns:
-        A picture of mode "RGB".
-
     Raises:
         ImageError: reason "empty" (no bytes), "too_large" (more than `max_pixels`) or
             "unreadable" (no known format, truncated, corrupt, or pixels without a fixed range).
@@ -66,18 +63,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header only: format, mode, size and EXIF; no pixel is decoded yet.
-
-    Args:
-        data: an encoded image.
-        max_pixels: as for `decode_rgb`.
-
-    Returns:
-        A picture for `load_rgb`.
-
-    Raises:
-        ImageError: reason "empty", "too_large" or "unreadable", as `decode_rgb`.
-    """
+    """Reads the header only: format, mode, size and EXIF; for `load_rgb`, with its errors."""
     if not data:
         raise ImageError("empty", "the image has no bytes")
     try:
@@ -99,31 +85,20 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def load_rgb(image: Image.Image) -> Image.Image:
-    """The pixels of what `open_image` opened, as `decode_rgb` gives them.
-
-    Raises:
-        ImageError: reason "unreadable".
-    """
+    """The pixels of what `open_image` opened, as `decode_rgb` gives them; its errors, too."""
     _load_pixels(image)
     return _to_rgb(image)
 
 
 def check_readable(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
-    """Decodes bytes only to see whether that works.
+    """Decodes bytes only to see whether that works; errors as `decode_rgb`.
 
     JPEG is decoded at an eighth of its size: the whole stream is still read, so that truncation
     is found, in less than half of the time.
 
-    Args:
-        data: an encoded image.
-        max_pixels: as for `decode_rgb`.
-
     Returns:
         Format ("JPEG", "PNG", ...), and width and height in pixels as stored, before any EXIF
         rotation.
-
-    Raises:
-        ImageError: where `decode_rgb` would.
     """
     image = open_image(data, max_pixels=max_pixels)
     name = "JPEG" if image.format == "MPO" else str(image.format)

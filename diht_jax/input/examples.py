@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -20,9 +19,6 @@ from diht_jax.input import decode as images
 from diht_jax.input import fast_crops, transforms
 from diht_jax.input.choices import CaptionChoice, draw_sentences, take_view
 from diht_jax.records import schema
-from diht_jax.records.labels.clip_embeddings import ClipFacts, decode_embedded
-from diht_jax.records.labels.concepts import decode_joined
-from diht_jax.records.labels.shards import LabelRecords
 
 # Replaced by the caption in a text template.
 _CAPTION = "{caption}"
@@ -49,8 +45,6 @@ class DecodeExample(grain.transforms.RandomMap):
         caption_sentences: of the caption, to draw; 0 takes all.
         pair_ids: examples have ids that are equal for equal texts.
         class_key: of the metadata; records with this key have the id of its value instead.
-        decode_record: element of the source -> record; see `for_source`.
-        clip_facts: of the teachers' embeddings; None where the source has none.
         vocab_size: entries of the text tower's vocabulary.
         own_tokenizer: of the model; None is CLIP's.
         interpolation: of the pictures, as in `transforms.Preprocessing`.
@@ -68,8 +62,6 @@ class DecodeExample(grain.transforms.RandomMap):
     caption_sentences: int = 0
     pair_ids: bool = False
     class_key: str | None = None
-    decode_record: Callable[[Any], schema.Record] = schema.decode_record
-    clip_facts: ClipFacts | None = None
     vocab_size: int = tokenizer.VOCAB_SIZE
     own_tokenizer: FileTokenizer | None = None
     interpolation: str = "bicubic"
@@ -83,26 +75,6 @@ class DecodeExample(grain.transforms.RandomMap):
         except ValueError as error:
             raise ValueError(f"config.model.overrides.{error}") from error
 
-    def for_source(
-        self, source: Any, labels: LabelRecords | None = None, clips: LabelRecords | None = None
-    ) -> DecodeExample:
-        """The same for the elements of a source that has a form of its own, its `decode`.
-
-        Args:
-            source: of the records.
-            labels: of these records; an element is then one of the source with one of these.
-            clips: likewise; an element is then one of the above with one of these.
-        """
-        other = copy.copy(self)
-        decode = getattr(source, "decode", schema.decode_record)
-        if labels is not None:
-            decode = functools.partial(decode_joined, decode)
-        if clips is not None:
-            other.clip_facts = ClipFacts.parse(clips.facts)
-            decode = functools.partial(decode_embedded, decode, other.clip_facts)
-        other.decode_record = decode
-        return other
-
     @property
     def example_bytes(self) -> int:
         """Size of one example."""
@@ -111,10 +83,9 @@ class DecodeExample(grain.transforms.RandomMap):
         return num_bytes + 8 * self.num_concepts * len(schema.CONCEPT_FIELDS)
 
     def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Decodes one record.
+        """Decodes one serialised `tf.train.Example`.
 
         Args:
-            element: a serialised `tf.train.Example`, or what the source has instead of it.
             rng: decides the crop.
 
         Returns:
@@ -128,27 +99,25 @@ class DecodeExample(grain.transforms.RandomMap):
             ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
                 record's key.
         """
-        return self.plan(element, rng)()
+        return self.plan(schema.decode_record(element), rng)()
 
     def plan(
-        self, element: bytes, rng: np.random.Generator, position: int = 0
+        self, record: schema.Record, rng: np.random.Generator, position: int = 0
     ) -> Callable[[], dict[str, np.ndarray]]:
         """Everything of `random_map` but the pixels; what is returned decodes them.
 
         Either call may raise the errors of `random_map`.
 
         Args:
-            element: see `random_map`.
             rng: decides the crop, then the caption, then its sentences, so that what comes before
                 is the same either way.
             position: of the example in the run, for a choice of captions that changes with it.
         """
-        record = self.decode_record(element)
         if self.num_concepts and self.vocabulary_sizes is not None:
             self._check_ids(record, self.vocabulary_sizes)
         view, crop_rng = {}, rng
         if self.teacher_width:
-            view, crop_rng = take_view(record, self.clip_facts, self.teacher_width, rng)
+            view, crop_rng = take_view(record, self.teacher_width, rng)
         try:
             crop = self._plan_crop(record.image, crop_rng)
         except images.ImageError as error:

@@ -56,7 +56,7 @@ def plan_random_crop(
     are rounded to whole reduced pixels, which moves them by less than one pixel of the result.
 
     Only an ordinary JPEG file waits; another picture is decoded here, since it may take much more
-    memory than its crop. Either call may raise the errors.
+    memory than its crop. Either call may raise `ImageError` or, for a wrong range, ValueError.
 
     Args:
         data: an encoded image.
@@ -69,10 +69,6 @@ def plan_random_crop(
     Returns:
         A function that gives uint8 [size, size, 3], possibly read-only; the same for the same
         arguments.
-
-    Raises:
-        ImageError: see `decode.decode_rgb`.
-        ValueError: an invalid range.
     """
     image_size = _size_of_plain_jpeg(data)
     if image_size is None:
@@ -105,12 +101,7 @@ def _decode_crop(
 
 
 def choose_reduction(box: tuple[int, int, int, int], size: int) -> int:
-    """The factor (1, 2, 4 or 8) by which a picture may be decoded smaller for a crop.
-
-    Args:
-        box: left, top, right, bottom of the crop.
-        size: pixels that both of its sides will have.
-    """
+    """The factor (1, 2, 4 or 8) by which a picture may be decoded smaller for a crop."""
     left, top, right, bottom = box
     spare = min(right - left, bottom - top) / (size * _MIN_OVERSAMPLING)
     return next((reduction for reduction in _REDUCTIONS if reduction <= spare), 1)
@@ -133,18 +124,7 @@ def reduce_box(
 
 
 def scale_to_square(pixels: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """Scales as `transforms.crop_to_square` does, to within the rounding of a pass.
-
-    Where cykooz-resizer is not installed Pillow scales, in four times its time.
-
-    Args:
-        pixels: uint8 [h, w, 3], a view of a larger picture or not.
-        size: pixels, of both sides of the result.
-        interpolation: of `transforms.Preprocessing`.
-
-    Returns:
-        uint8 [size, size, 3], possibly read-only.
-    """
+    """Scales uint8 [h, w, 3] as `transforms.crop_to_square` does, up to the rounding of a pass."""
     if cykooz_resizer is None:
         box = (0, 0, pixels.shape[1], pixels.shape[0])
         return transforms.crop_to_square(Image.fromarray(pixels), box, size, interpolation)

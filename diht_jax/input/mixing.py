@@ -18,13 +18,10 @@ from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_order
 from diht_jax.records.fingerprint import Fingerprint, fingerprint_records
 from diht_jax.records.held_out import held_out_records
+from diht_jax.records.labels.clip_embeddings import ClipEmbeddings
 from diht_jax.records.labels.concepts import open_labels
-from diht_jax.records.labels.shards import (
-    CLIP_EMBEDDINGS,
-    LabelRecords,
-    open_label_records,
-    resolve_source,
-)
+from diht_jax.records.labels.shards import LabelRecords, resolve_source
+from diht_jax.records.schema import Record, decode_record
 from diht_jax.records.train_data import TrainSource, parse_train, switching_steps, weight_at_step
 
 # Batches between a bad record and what replaces it are no more than this.
@@ -39,9 +36,8 @@ class Source:
         name: its key in `config.data.train`; "" of the only one.
         records: number of the record -> its element.
         order: own position -> number of the record.
-        decode: makes an example of an element.
-        labels: of these records, and embeddings of CLIP teachers, where there are some; an element
-            is then a pair of one of the above and a label, for each of them in turn.
+        decode: makes an example of a record.
+        labels: of these records, and embeddings of CLIP teachers, where there are some.
         blocks: of these records, where they are fetched from an object store.
     """
 
@@ -52,55 +48,49 @@ class Source:
     labels: tuple[LabelRecords, ...] = ()
     blocks: BlockStore | None = None
 
-    def element(self, record: int) -> Any:
-        """The input of `decode` for a record."""
-        element = None if self.blocks is None else self.blocks.read(record)
-        if element is None:
-            element = self.records[record]
+    def record(self, number: int) -> Record:
+        """The record of a number with its labels; errors name the record, or the file of labels."""
+        element = None if self.blocks is None else self.blocks.read(number)
+        element = self.records[number] if element is None else element
+        record = getattr(self.records, "decode", decode_record)(element)
         for labels in self.labels:
-            element = element, labels[record]
-        return element
+            record = labels.join(record, number)
+        return record
 
 
-class Mixture(Sequence[tuple[int, Any]]):
+class Mixture(Sequence[tuple[Source, Record]]):
     """The records of an endless run, position by position.
 
     Attributes:
         sources: at least one.
+        weights: of several sources; None with the only one.
         num_records: of all sources together, without those held out: an epoch of the run.
         example_bytes: size of one decoded example.
         same_source_batches: batches after which a row comes from the same source again, unless
             weights change.
-        has_blocks: whether records come from blocks of an object store.
     """
 
     def __init__(self, sources: Sequence[Source], weights: MixtureWeights | None = None):
-        """Reads nothing yet.
-
-        Args:
-            sources: at least one.
-            weights: of several sources; None with the only one.
-        """
-        self.sources = tuple(sources)
-        self._weights = weights
+        """Reads nothing yet."""
+        self.sources, self.weights = tuple(sources), weights
         self.num_records = sum(source.order.num_records for source in sources)
         self.example_bytes = max(source.decode.example_bytes for source in sources)
-        self.has_blocks = any(source.blocks for source in sources)
+        self._has_blocks = any(source.blocks for source in sources)
         period = weights.period if weights else 1
         self.same_source_batches = period if period < _LONGEST_CYCLE else 1
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, position: int) -> tuple[int, Any]:
-        """The number of the source at a position, and the element of its record."""
-        number, record = self._find(position)
-        return number, self.sources[number].element(record)
+    def __getitem__(self, position: int) -> tuple[Source, Record]:
+        """The source at a position, and its record."""
+        number, record = self.find(position)
+        return self.sources[number], self.sources[number].record(record)
 
-    def record_number(self, position: int) -> int | tuple[int, int]:
-        """The number of the record at a position; of several sources, behind the source's own."""
-        number, record = self._find(position)
-        return (number, record) if self._weights else record
+    def find(self, position: int) -> tuple[int, int]:
+        """The number of the source at a position, and that of the record."""
+        number, own = self._find_source(position)
+        return number, self.sources[number].order[own]
 
     @property
     def num_record_ids(self) -> int:
@@ -109,13 +99,12 @@ class Mixture(Sequence[tuple[int, Any]]):
 
     def record_id(self, position: int) -> int:
         """A number of the record at a position that no record of another source has."""
-        number, record = self._find(position)
+        number, record = self.find(position)
         return sum(len(source.records) for source in self.sources[:number]) + record
 
     def key(self, position: int) -> str:
         """The key of the record at a position."""
-        number, element = self[position]
-        return self.sources[number].decode.decode_record(element).key
+        return self[position][1].key
 
     def path(self, position: int) -> str:
         """The file of the record at a position, as far as its source knows it, else ""."""
@@ -128,10 +117,10 @@ class Mixture(Sequence[tuple[int, Any]]):
 
     def metrics(self, position: int) -> dict[str, float]:
         """Examples and epochs of each source before a position; nothing with the only one."""
-        if not self._weights:
+        if not self.weights:
             return {}
         found = {}
-        for source, count in zip(self.sources, self._weights.counts(position), strict=True):
+        for source, count in zip(self.sources, self.weights.counts(position), strict=True):
             found[f"sources/{source.name}/examples"] = float(count)
             found[f"sources/{source.name}/epochs"] = count / source.order.num_records
         return found
@@ -145,15 +134,15 @@ class Mixture(Sequence[tuple[int, Any]]):
             for labels in source.labels:
                 shards += labels.fingerprint()
             for name, count, size, digest in shards:
-                own = f"{source.name}/{name}" if self._weights else name
+                own = f"{source.name}/{name}" if self.weights else name
                 rows.append((own, count, size, digest))
         return Fingerprint(tuple(rows))
 
     def describe_orders(self) -> list[str]:
         """The order of each source, and its shares of the run, for the log."""
-        if not self._weights:
+        if not self.weights:
             return [self.sources[0].order.describe()]
-        shares = self._weights.describe()
+        shares = self.weights.describe()
         return [
             f"{source.name} ({share} of the examples): {source.order.describe()}"
             for source, share in zip(self.sources, shares, strict=True)
@@ -171,7 +160,7 @@ class Mixture(Sequence[tuple[int, Any]]):
 
     def finish(self, positions: Iterable[int]) -> None:
         """Deletes the blocks that are not needed any more behind some positions."""
-        for position in positions if self.has_blocks else ():
+        for position in positions if self._has_blocks else ():
             number, own = self._find_source(position)
             order, blocks = self.sources[number].order, self.sources[number].blocks
             if blocks and isinstance(order, BlockOrder):
@@ -179,14 +168,10 @@ class Mixture(Sequence[tuple[int, Any]]):
                 if block is not None:
                     blocks.delete(block)
 
-    def with_sources(self, change: Callable[[Source], Source]) -> Mixture:
-        """The same mixture of changed sources."""
-        return Mixture([change(source) for source in self.sources], self._weights)
-
     def _by_store(self, positions: Iterable[int]) -> list[tuple[BlockStore, list[int]]]:
         found: list[list[int]] = [[] for _ in self.sources]
-        for position in positions if self.has_blocks else ():
-            number, record = self._find(position)
+        for position in positions if self._has_blocks else ():
+            number, record = self.find(position)
             found[number].append(record)
         return [
             (source.blocks, records)
@@ -196,15 +181,10 @@ class Mixture(Sequence[tuple[int, Any]]):
 
     def _find_source(self, position: int) -> tuple[int, int]:
         """The number of the source at a position, and its own position for it."""
-        return self._weights.find(position) if self._weights else (0, position)
-
-    def _find(self, position: int) -> tuple[int, int]:
-        """The number of the source at a position, and that of the record."""
-        number, own = self._find_source(position)
-        return number, self.sources[number].order[own]
+        return self.weights.find(position) if self.weights else (0, position)
 
     def _locate(self, position: int) -> tuple[str, int]:
-        number, record = self._find(position)
+        number, record = self.find(position)
         records = self.sources[number].records
         locate = getattr(records, "locate", None)
         return ("", record) if locate is None else locate(record)
@@ -231,7 +211,6 @@ def open_mixture(
             to other records; names the key.
     """
     sources = []
-    open_clips = functools.partial(open_label_records, CLIP_EMBEDDINGS)
     parsed = list(map(resolve_source, parse_train(data.train, data.get("labels"))))
     for source in parsed:
         records = _open_source(source, open_source)
@@ -246,15 +225,17 @@ def open_mixture(
         if isinstance(order, GlobalOrder) and hasattr(records, "make_offsets_local"):
             records.make_offsets_local(data.cache_dir)
         decode = make_decoder(source.text_template or data.text_template)
-        labels = clips = None
+        labels: list[LabelRecords | None] = []
+        key = f"config.data.train.{source.name}.labels" if source.name else "config.data.labels"
+        patiently = functools.partial(read_patiently, timeout_secs=data.read_timeout_secs)
+        options = {"cache_dir": data.cache_dir, "patiently": patiently}
         if source.labels and decode.num_concepts:
-            labels = _open_joined(open_labels, source, records, data)
+            labels.append(open_labels(source.labels, records, key, **options))
         if source.labels and decode.teacher_width:
-            clips = _open_joined(open_clips, source, records, data)
-            if clips is not None:
-                check_crops(clips, f"{_labels_key(source)}={source.labels}")
-        decode = decode.for_source(records, labels, clips)
-        joined = tuple(each for each in (labels, clips) if each is not None)
+            clips = ClipEmbeddings.open(source.labels, records, key, **options)
+            check_crops(clips, f"{key}={source.labels}")
+            labels.append(clips)
+        joined = tuple(each for each in labels if each is not None)
         sources.append(Source(source.name, records, order, decode, joined))
     if not parsed[0].name:
         return Mixture(sources)
@@ -265,25 +246,6 @@ def open_mixture(
     ]
     streams = count_streams(data, process_count) if in_blocks else 1
     return Mixture(sources, MixtureWeights(points, num_streams=streams, batch_size=data.batch_size))
-
-
-def _open_joined(
-    open_records: Callable[..., Any],
-    source: TrainSource,
-    records: Any,
-    data: ml_collections.ConfigDict,
-) -> Any:
-    return open_records(
-        source.labels,
-        records,
-        _labels_key(source),
-        cache_dir=data.cache_dir,
-        patiently=functools.partial(read_patiently, timeout_secs=data.read_timeout_secs),
-    )
-
-
-def _labels_key(source: TrainSource) -> str:
-    return f"config.data.train.{source.name}.labels" if source.name else "config.data.labels"
 
 
 def _open_source(source: TrainSource, open_source: Callable[[str | list[str]], Any]) -> Any:

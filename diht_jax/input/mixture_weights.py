@@ -21,11 +21,7 @@ MAX_CYCLE = 10_000
 
 
 def exact_shares(weights: Sequence[Fraction]) -> list[Fraction]:
-    """The shares of sources with these weights, whose common denominator is at most `MAX_CYCLE`.
-
-    Args:
-        weights: at least 0, of any sum above 0.
-    """
+    """The shares of sources by their weights, with a common denominator up to `MAX_CYCLE`."""
     total = sum(weights)
     shares = [Fraction(weight) / total for weight in weights]
     if math.lcm(*(share.denominator for share in shares)) <= MAX_CYCLE:
@@ -39,14 +35,11 @@ def exact_shares(weights: Sequence[Fraction]) -> list[Fraction]:
 
 
 def make_cycle(shares: Sequence[Fraction]) -> np.ndarray:
-    """The sources of D positions in a row, D the common denominator of their shares.
+    """The sources of D positions in a row, int64 [D], D the common denominator of their shares.
 
     The c-th entry of a source with share w is within the positions [c / w, (c + 1) / w): the
     earliest deadline goes first, and of equal ones that of the larger share (Liu and Layland,
     Journal of the ACM 1973; Baruah et al., Algorithmica 1996).
-
-    Returns:
-        int64 [D].
     """
     length = math.lcm(*(share.denominator for share in shares))
     released: list[list[tuple[int, Fraction, int]]] = [[] for _ in range(length)]
@@ -116,12 +109,12 @@ class MixtureWeights:
     def __init__(
         self, points: Sequence[tuple[int, Sequence[Fraction]]], *, num_streams: int, batch_size: int
     ):
-        """Makes the tables.
+        """Makes the tables of V streams and batches of a multiple of V.
 
         Args:
             points: step from which on they hold (the first is 0), and the weights of the sources.
             num_streams: V.
-            batch_size: N, a multiple of V.
+            batch_size: global.
         """
         self.num_streams = num_streams
         self._points = [(step, exact_shares(weights)) for step, weights in points]

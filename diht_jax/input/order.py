@@ -40,9 +40,6 @@ def resolve_order(order: str, train: str | Sequence[str] | None, name: str = "da
         order: one of `ORDERS`, or "auto": blocks where any of the data is in an object store.
         train: paths of the data, or URLs.
         name: of the key, for the message.
-
-    Raises:
-        ValueError: another value.
     """
     if order not in (*ORDERS, "auto"):
         raise ValueError(f"config.{name}='{order}': expected 'auto', 'global' or 'blocks'")
@@ -120,15 +117,10 @@ class GlobalOrder:
     """Every epoch is another permutation of all records, as grain's `shuffle` does it."""
 
     def __init__(self, num_records: int, seed: int, held_out: np.ndarray = NOTHING):
-        """Draws nothing yet.
-
-        Args:
-            num_records: of the source, held out ones included.
-            seed: of the permutations.
-            held_out: numbers of records that never come, rising.
+        """Draws nothing yet; `held_out` are the numbers of records that never come, rising.
 
         Raises:
-            ValueError: more records than grain can permute.
+            ValueError: more records, held out ones included, than grain can permute.
         """
         if num_records > MAX_GLOBAL_RECORDS:
             raise ValueError(

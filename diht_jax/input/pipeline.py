@@ -20,10 +20,10 @@ from absl import flags, logging
 from diht_jax.input import workers
 from diht_jax.input.blocks import BlockStore, ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.in_flight.joining import Joiner
-from diht_jax.input.in_flight.plan import InFlight
+from diht_jax.input.joining import Joiner
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder, derived_seed
+from diht_jax.input.plan import InFlight
 from diht_jax.input.sub_batches import SKIPPED_RECORDS, SubBatches, find_crashing_index
 from diht_jax.records.catalog import ShardsNotFoundError
 from diht_jax.records.dataset_index import INDEX_NAME, rebuild_command
@@ -78,13 +78,9 @@ class TrainIterator:
         Args:
             source: random-access records, such as `TFRecordSource`, or a mixture of some.
             decode: makes an example of a record; a mixture has its own.
-            batch_size: global, over all processes.
-            seed: of shuffling and cropping.
             num_workers: decoding processes; 0 decodes in threads of this process, None takes one
                 for each core that this process may use.
-            prefetch_batches: batches decoded ahead, by all workers together.
             process_index: number of this host, from 0.
-            process_count: how many hosts there are.
             on_bad_record: "error", or "skip" to replace it by another record, see
                 `sub_batches.py`.
             max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
@@ -96,35 +92,18 @@ class TrainIterator:
         Raises:
             ValueError: numbers that do not fit, no record, or too little memory.
         """
-        if batch_size % process_count:
-            raise ValueError(
-                f"config.data.batch_size={batch_size} is no multiple of the {process_count} "
-                "processes; choose a multiple"
-            )
         if not isinstance(source, Mixture):
-            if not len(source):
-                raise ValueError(f"config.data.train: {source!r} holds no record")
-            if decode is None:
-                raise ValueError("decode: expected what makes examples of the records")
-            order = order or GlobalOrder(len(source), seed)
-            source = Mixture([Source("", source, order, decode.for_source(source))])
+            source = _only(source, decode, order or GlobalOrder(max(1, len(source)), seed))
         if num_workers is None:
             num_workers = workers.default_num_workers()
         if num_workers:
             workers.warn_of_few_cores(num_workers)
             workers.claim_mark(workers.SHARED_MEMORY)  # removes what others left, before measuring
-
-        def with_blocks(source: Source) -> Source:
-            if not isinstance(source.order, BlockOrder) or not _is_in_store(source.records):
-                return source
-            blocks = BlockStore(source.records, source.order, read_ahead, num_processes=num_workers)
-            return dataclasses.replace(source, blocks=blocks)
-
-        records = source.with_sources(with_blocks)
-        self.block_stores = [each.blocks for each in records.sources if each.blocks]
-        self._records = records
+        sources = [_with_blocks(each, read_ahead, num_workers) for each in source.sources]
+        self.block_stores = [each.blocks for each in sources if each.blocks]
+        self._records = Mixture(sources, source.weights)
         self._examples = SubBatches(
-            records,
+            self._records,
             seed=derived_seed(seed, _CROP_DEPTH),
             batch_size=batch_size,
             process_index=process_index,
@@ -133,11 +112,8 @@ class TrainIterator:
             record_ids=record_ids,
         )
         self._parts = self._examples
-        self._skips = on_bad_record == "skip"
         self._num_workers = num_workers
         self._batch_size = batch_size
-        self._process_index = process_index
-        self._process_count = process_count
         self._next_example = 0
         self._in_flight = InFlight(
             num_workers=num_workers,
@@ -145,7 +121,7 @@ class TrainIterator:
             prefetch_batches=prefetch_batches,
             rows=self._examples.rows,
             parts_per_batch=self._examples.parts_per_batch,
-            example_bytes=records.example_bytes,
+            example_bytes=self._records.example_bytes,
         )
         self._in_flight.check(max_in_flight_gib)
         self._parts_ahead = 0
@@ -188,22 +164,18 @@ class TrainIterator:
                 continue
             if SKIPPED_RECORDS in batch:
                 self._count_bad_records(batch.pop(SKIPPED_RECORDS))
-            self._records.finish(self._local_indices(self._next_example))
+            self._records.finish(self._examples.batch(self._next_example))
             self._next_example += self._batch_size
             return batch
 
     def keys(self, first_example: int, most: int | None = None) -> list[str]:
-        """Keys of this process's records in the batch that begins at an index of the order.
+        """Keys of this process's records, the `most` first or all, in the batch from an index on.
 
         Where bad records are replaced, the keys are those of the replacements; to find these, the
         pictures are decoded.
-
-        Args:
-            first_example: the index.
-            most: number of keys, from the first on; None: all.
         """
-        indices = self._local_indices(first_example)[:most]
-        if self._skips:
+        indices = self._examples.batch(first_example)[:most]
+        if self._examples.skips:
             indices = [self._examples.find(index)[1] for index in indices]
         return [self._records.key(index) for index in indices]
 
@@ -219,7 +191,7 @@ class TrainIterator:
     def describe_awaited(self) -> str:
         """Names the next batch, the files of its records, and the state of the workers."""
         text = f"waiting for examples {self._batch_text(self._next_example)}"
-        paths = dict.fromkeys(map(self._records.path, self._local_indices(self._next_example)))
+        paths = dict.fromkeys(map(self._records.path, self._examples.batch(self._next_example)))
         named = [path for path in paths if path][:_MAX_FILES]
         if named:
             more = f" and {len(paths) - len(named)} more files" if len(paths) > len(named) else ""
@@ -251,19 +223,13 @@ class TrainIterator:
             self._batches.close()
             self._batches = None
 
-    def _local_indices(self, first_example: int) -> range:
-        """This process's part of the batch that begins at an index of the order."""
-        end = first_example + self._batch_size
-        return range(first_example + self._process_index, end, self._process_count)
-
     def _batch_text(self, first_example: int) -> str:
         return f"{first_example} to {first_example + self._batch_size - 1} of the run's order"
 
     def _handle_death(self, error: RuntimeError, deaths: int) -> int:
         """Logs the death of a worker, and looks for its cause; the next batch starts new ones.
 
-        Returns:
-            How many deaths in a row have no known cause.
+        Returns how many deaths in a row have no known cause.
         """
         logging.warning(
             "examples %s: %s; the workers are started again",
@@ -276,7 +242,7 @@ class TrainIterator:
             while (index := self._find_crashing_index()) is not None:
                 key = self._records.key(index)
                 self._examples.exclude(index, f"record '{key}': its picture crashes its decoder")
-                if not self._skips:
+                if not self._examples.skips:
                     raise ValueError(self._examples.explain(index)) from error
                 deaths = 0
         if deaths > MAX_RESTARTS:
@@ -299,8 +265,9 @@ class TrainIterator:
 
     def _count_bad_records(self, skipped: np.ndarray) -> None:
         """Counts and names the records that were skipped for the rows of a batch."""
+        indices = self._examples.batch(self._next_example)
         for row in np.flatnonzero(skipped):
-            index = self._next_example + self._process_index + int(row) * self._process_count
+            index = indices[row]
             for bad in self._examples.candidates(index)[: skipped[row]]:
                 self.skipped_records += 1
                 if self.skipped_records <= _MAX_NAMED:
@@ -349,17 +316,29 @@ class TrainIterator:
         return iter(dataset)
 
 
-def _is_in_store(records: Any) -> bool:
+def _only(
+    records: Sequence[bytes], decode: DecodeExample | None, order: GlobalOrder | BlockOrder
+) -> Mixture:
+    if not len(records):
+        raise ValueError(f"config.data.train: {records!r} holds no record")
+    if decode is None:
+        raise ValueError("decode: expected what makes examples of the records")
+    return Mixture([Source("", records, order, decode)])
+
+
+def _with_blocks(source: Source, read_ahead: ReadAheadOptions, num_workers: int) -> Source:
+    """The source, which reads by blocks where it is in a store and has the order for them."""
     # Files in fsspec's memory are known to this process alone.
-    paths = getattr(records, "paths", ())
-    return any(is_remote(path) and not path.startswith("memory://") for path in paths)
+    paths = getattr(source.records, "paths", ())
+    is_in_store = any(is_remote(path) and not path.startswith("memory://") for path in paths)
+    if not isinstance(source.order, BlockOrder) or not is_in_store:
+        return source
+    blocks = BlockStore(source.records, source.order, read_ahead, num_processes=num_workers)
+    return dataclasses.replace(source, blocks=blocks)
 
 
 def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
-    """The records of `config.data.train`.
-
-    Args:
-        train: a directory, a glob, or a list of shards.
+    """The records of `config.data.train`: a directory, a glob, or a list of shards.
 
     Raises:
         ValueError: it is not set, or leads to no shards, to those of several formats, or to a

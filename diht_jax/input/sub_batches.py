@@ -43,19 +43,16 @@ MAX_IN_A_ROW = 100
 _GROUP_ROWS = 32
 
 
-def rows_of_part(local_batch_size: int) -> int:
-    """The largest divisor of a host's batch that is at most `MAX_ROWS`."""
-    rows = min(MAX_ROWS, local_batch_size)
-    while local_batch_size % rows:
-        rows -= 1
-    return rows
-
-
 class SubBatches(Sequence[dict[str, np.ndarray]]):
     """The parts of one host's batches, one batch after the other, as a grain data source.
 
     Part i of the run has the host's rows [i * rows, (i + 1) * rows). An example is a function of
     the seed and of its index in the run's order.
+
+    Attributes:
+        rows: of a part.
+        parts_per_batch: of this host.
+        skips: whether bad records are replaced.
     """
 
     def __init__(
@@ -69,20 +66,16 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         on_bad_record: str = "error",
         record_ids: bool = False,
     ):
-        """Reads nothing yet.
-
-        Args:
-            records: index in the order -> number of its source, and the record.
-            seed: of the generators that examples are drawn by.
-            batch_size: global, a multiple of `process_count`.
-            process_index: number of this host, from 0.
-            process_count: how many hosts there are.
-            on_bad_record: one of `MODES`.
-            record_ids: examples have `record_ids`, int32, of `Mixture.record_id`.
+        """Reads nothing yet; for the arguments see `pipeline.TrainIterator`.
 
         Raises:
-            ValueError: another mode.
+            ValueError: another mode, or a batch that the hosts cannot share.
         """
+        if batch_size % process_count:
+            raise ValueError(
+                f"config.data.batch_size={batch_size} is no multiple of the {process_count} "
+                "processes; choose a multiple"
+            )
         if on_bad_record not in MODES:
             raise ValueError(
                 f"config.data.on_bad_record='{on_bad_record}': expected "
@@ -90,22 +83,22 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             )
         self._records = records
         self._key = np.random.Philox(seed).state["state"]["key"]
-        self._skips = on_bad_record == "skip"
+        self.skips = on_bad_record == "skip"
         self._record_ids = record_ids
+        self._batch_size = batch_size
         self._stride = batch_size * records.same_source_batches
         self._process_index, self._process_count = process_index, process_count
         self._first_example = 0
         self._ahead = 0
         self._excluded: dict[Hashable, str] = {}
-        self.rows = rows_of_part(batch_size // process_count)
-        self.parts_per_batch = batch_size // process_count // self.rows
+        local = batch_size // process_count
+        self.rows = next(n for n in range(min(MAX_ROWS, local), 0, -1) if local % n == 0)
+        self.parts_per_batch = local // self.rows
 
     def starting_at(self, first_example: int, ahead: int = 0) -> SubBatches:
-        """The same examples with other numbers of parts.
+        """The same examples with other numbers of parts: the first begins at an index of the order.
 
-        Args:
-            first_example: index in the order at which part 0 begins.
-            ahead: parts between one that is decoded and the one whose blocks are then requested.
+        `ahead` is how many parts after one that is decoded another's blocks are requested.
         """
         other = copy.copy(self)
         other._first_example, other._ahead = first_example, ahead
@@ -117,6 +110,11 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
 
     def __repr__(self) -> str:
         return f"SubBatches(rows={self.rows}, first_example={self._first_example})"
+
+    def batch(self, first_example: int) -> range:
+        """This host's indices of the batch that begins at an index of the order."""
+        end = first_example + self._batch_size
+        return range(first_example + self._process_index, end, self._process_count)
 
     def indices(self, part: int) -> range:
         """The indices in the run's order of the examples of a part."""
@@ -137,19 +135,19 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             self._records.request(self.indices(part + self._ahead))
         arrays: dict[str, np.ndarray] = {}
         for row, example in enumerate(self._examples(self.indices(part))):
-            if not arrays:
-                arrays = {name: _empty_rows(self.rows, value) for name, value in example.items()}
-            for name, array in arrays.items():
-                array[row] = example[name]
+            for name, value in example.items():
+                if not row:
+                    arrays[name] = np.empty((self.rows, *np.shape(value)), np.asarray(value).dtype)
+                arrays[name][row] = value
         return arrays
 
     def exclude(self, index: int, problem: str) -> None:
         """Makes the record at an index a bad one, which nobody decodes any more."""
-        self._excluded[self._records.record_number(index)] = problem
+        self._excluded[self._records.find(index)] = problem
 
     def candidates(self, index: int) -> range:
         """The indices whose records are tried for an index, in their order."""
-        last = index + (MAX_IN_A_ROW if self._skips else 1) * self._stride
+        last = index + (MAX_IN_A_ROW if self.skips else 1) * self._stride
         return range(index, last, self._stride)
 
     def explain(self, index: int) -> str:
@@ -167,7 +165,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
                 return self.decode(tried), tried
             except ValueError as error:
                 is_whole_shard = isinstance(error, TFRecordError | StorageError)
-                if not self._skips or is_whole_shard and not isinstance(error, DamagedRecordError):
+                if not self.skips or is_whole_shard and not isinstance(error, DamagedRecordError):
                     raise
                 last = error
         raise ValueError(
@@ -209,18 +207,18 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
                     example, used = self.find(index)
                 if self._record_ids:
                     example["record_ids"] = np.int32(self._records.record_id(used))
-                if self._skips:
+                if self.skips:
                     example[SKIPPED_RECORDS] = np.int32((used - index) // self._stride)
                 yield example
 
     def _plan(self, index: int) -> Callable[[], dict[str, Any]]:
         """Everything of an example but its pixels, which the result decodes."""
         if self._excluded:
-            problem = self._excluded.get(self._records.record_number(index))
+            problem = self._excluded.get(self._records.find(index))
             if problem is not None:
                 raise ValueError(problem)
-        number, element = self._records[index]
-        return self._records.sources[number].decode.plan(element, self._generator(index), index)
+        source, record = self._records[index]
+        return source.decode.plan(record, self._generator(index), index)
 
     def _generator(self, index: int) -> np.random.Generator:
         """This thread's generator, at the state of an index; a new one would ask for entropy."""
@@ -241,26 +239,13 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
 _kept = threading.local()
 
 
-def _empty_rows(rows: int, value: np.ndarray) -> np.ndarray:
-    """An array for rows of the form and type of a value."""
-    value = np.asarray(value)
-    return np.empty((rows, *value.shape), value.dtype)
-
-
 def find_crashing_index(examples: SubBatches, indices: Iterable[int]) -> int | None:
-    """The index of a record whose decoding ends its process, each time.
+    """The index of a record whose decoding ends its process, each time; None where there is none.
 
     A crash in a codec takes the whole worker with it, and nobody is left to tell which picture it
-    was. So a process of its own decodes the records in question one after the other. The one that
-    ends it is decoded once more, alone in a fresh process: only a record that ends that one as well
-    is to blame, and not, for example, a lack of memory.
-
-    Args:
-        examples: to be decoded; goes to the other process by pickle.
-        indices: of the order; those of replacements are tried as well.
-
-    Returns:
-        The first such index; None where all can be decoded, or are bad in another way.
+    was. So a process of its own decodes the records in question, and what may replace them, one
+    after the other. The one that ends it is decoded once more, alone in a fresh process: only a
+    record that ends that one as well is to blame, and not, for example, a lack of memory.
     """
     suspect = _index_at_death(examples, indices)
     if suspect is not None and _index_at_death(examples, [suspect]) == suspect:

@@ -106,19 +106,8 @@ def train_transform(
 ) -> np.ndarray:
     """A random crop, scaled to a square (antialiased).
 
-    Args:
-        image: mode "RGB", any size.
-        size: pixels, of both sides of the result.
-        rng: decides the crop.
-        scale: range of the crop's share of the picture's area.
-        ratio: range of the crop's width / height.
-        interpolation: of `Preprocessing`.
-
-    Returns:
-        uint8 [size, size, 3], writable.
-
-    Raises:
-        ValueError: not an RGB picture, no positive size, or an invalid range.
+    `scale` is the range of the crop's share of the picture's area, `ratio` that of its width /
+    height. Other arguments, result and errors are those of `eval_transform`.
     """
     size = _check_input(image, size)
     box = sample_crop_box(*image.size, rng, scale, ratio)
@@ -131,18 +120,10 @@ def crop_to_square(
     size: int,
     interpolation: str = "bicubic",
 ) -> np.ndarray:
-    """A part of a picture, scaled to a square (antialiased).
+    """A part of an RGB picture, scaled to a square (antialiased): uint8 [size, size, 3], writable.
 
-    Equal to torchvision's `resized_crop` on Pillow images.
-
-    Args:
-        image: mode "RGB".
-        box: left, top, right, bottom in pixels, inside of the picture.
-        size: pixels, of both sides of the result.
-        interpolation: of `Preprocessing`.
-
-    Returns:
-        uint8 [size, size, 3], writable.
+    Equal to torchvision's `resized_crop` on Pillow images. `box` is left, top, right, bottom in
+    pixels, inside of the picture.
     """
     return np.array(image.crop(box).resize((size, size), _FILTERS[interpolation]))
 

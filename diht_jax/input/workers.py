@@ -94,12 +94,10 @@ def start_worker(
 def claim_mark(folder: str) -> str | None:
     """The beginning of the names of what this process and its workers make in a folder.
 
-    The first call also removes what processes that have ended have left there. A process holds a
-    lock on a file with its mark, which the kernel frees at its end; process ids would not do, since
-    containers with ids of their own may share the folder.
-
-    Returns:
-        The mark; None where there is no such folder that can be written to.
+    None where there is no such folder that can be written to. The first call also removes what
+    processes that have ended have left there. A process holds a lock on a file with its mark, which
+    the kernel frees at its end; process ids would not do, since containers with ids of their own
+    may share the folder.
     """
     mark = f"diht_jax_{secrets.token_hex(8)}"
     path = pathlib.Path(folder, f"{mark}.lock")
@@ -242,11 +240,7 @@ def free_shared_memory() -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still take, of the machine and of its container.
-
-    Returns:
-        None where the system does not tell.
-    """
+    """Bytes that this process can still take of machine and container; None if unknown."""
     found = []
     for limit, use, statistics in _MEMORY_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"

@@ -25,20 +25,12 @@ _BAD_ARCHIVE = (
 
 
 def parse_npy(data: bytes) -> np.ndarray:
-    """The array in the bytes of an `.npy` file.
-
-    Raises:
-        ValueError: damaged, cut off, or of Python objects, which only pickle could read.
-    """
+    """The array in the bytes of an `.npy` file; ValueError where there is none without pickle."""
     return _read_array(io.BytesIO(data))
 
 
 def read_npz_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
-    """One array of an `.npz` file.
-
-    Raises:
-        ValueError: no such array, or the file is damaged; names it.
-    """
+    """One array of an `.npz` file; a ValueError names the file where it is damaged, or has none."""
     member = f"{name}.npy"
     try:
         with zipfile.ZipFile(path) as archive:

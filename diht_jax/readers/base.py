@@ -90,12 +90,10 @@ class SourceShard:
         return self.path.removesuffix(self.options.get("below_root", ""))
 
     def identity(self) -> dict[str, Any]:
-        """Describes the input, to compare with it later: path, part, size and time of change.
+        """The input's path, part, size and time of change, JSON-able, to compare with it later.
 
-        Returns:
-            A JSON-able dict. For a folder, size and time are those of the files in it together,
-            but for links that lead out; for a URL, the time is the version that the object store
-            states, or None.
+        For a folder, size and time are those of the files in it together, but for links that lead
+        out; for a URL, the time is the version that the object store states, or None.
         """
         described = {
             "kind": self.kind,
@@ -161,9 +159,7 @@ class Format:
     def is_file(self, path: str, *, is_named: bool = True) -> bool:
         """True for the path of a file of this format, by its name.
 
-        Args:
-            path: of the file.
-            is_named: whether the user has named the file, rather than its folder.
+        `is_named`: whether the user has named the file, rather than its folder.
         """
         if self.matches is not None:
             return self.matches(path)
@@ -243,14 +239,9 @@ def _stored_path(root: str, name: str) -> str | None:
 def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
     """Yields the images in a folder and below it, sorted; hidden ones are left out.
 
-    Args:
-        folder: where to look.
-        root: folder that no link may lead out of.
-
-    Returns:
-        Paths, and the reason for which one cannot be read: "unsupported_format", "refused_path" for
-        any link that leads out, or "no_image" for one that leads nowhere, a pipe, a socket or a
-        device; None for the others.
+    With each path comes the reason for which it cannot be read: "unsupported_format",
+    "refused_path" for any link that leads out of `root`, or "no_image" for one that leads nowhere,
+    a pipe, a socket or a device; None for the others.
     """
     for path, is_inside in walk_files(folder, root):
         extension = path.rpartition(".")[2].lower()
@@ -271,12 +262,8 @@ def walk_files(
     """Yields the path of every file that is not hidden, and whether it is inside of `root`.
 
     A link that leads out of `root` is yielded, and not followed. Of a link that leads nowhere, a
-    pipe, a socket or a device it is None. A link to a folder above it is left out, with a warning.
-
-    Args:
-        folder: where to look.
-        root: folder that no link may lead out of.
-        above: real paths of the folders above.
+    pipe, a socket or a device it is None. A link to a folder above it is left out, with a warning;
+    `above` are the real paths of these.
     """
     if not _is_inside(folder, root):
         yield folder, False

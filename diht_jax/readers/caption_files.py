@@ -33,16 +33,19 @@ def list_sample_shards(root: str) -> list[SourceShard]:
     Raises:
         FolderLayoutError: the sub-folders are splits.
     """
-    if not any(map(_is_caption, (path for path, _ in walk_files(root, root)))):
-        return []
-    shards, below_root = [], set()
-    for folder in _folders(root):
+    shards, below_root, has_captions = [], set(), False
+    for folder in sorted({os.path.dirname(path) for path, _ in walk_files(root, root)}):
         below = os.path.relpath(folder, root).removeprefix(".")
-        count = len(_list_samples(folder))
-        below_root |= {below.split(os.sep)[0]} if count else set()
-        for start in range(0, count, _SAMPLES_PER_SHARD):
-            stop = min(start + _SAMPLES_PER_SHARD, count)
+        samples = _list_samples(folder)
+        below_root |= {below.split(os.sep)[0]} if samples else set()
+        for names in samples.values():
+            extensions = {_extension(name) for name in names}
+            has_captions |= "txt" in extensions and not extensions.isdisjoint(FOLDER_EXTENSIONS)
+        for start in range(0, len(samples), _SAMPLES_PER_SHARD):
+            stop = min(start + _SAMPLES_PER_SHARD, len(samples))
             shards.append(SourceShard("caption_files", folder, start, stop, {"below_root": below}))
+    if not has_captions:
+        return []
     refuse_splits(root, below_root)
     return shards
 
@@ -75,21 +78,6 @@ def _read_sample(shard: SourceShard, key: str, names: list[str]) -> Pair | Skipp
                 return Skipped(key, "bad_row", f"{os.path.join(shard.path, name)}: {error}")
         members.append((extension, data))
     return make_pair(Sample(0, key, members, []), FOLDER_EXTENSIONS, shard.needs_caption)
-
-
-def _is_caption(path: str) -> bool:
-    """Tells whether a file is a text with a picture of the same name next to it."""
-    stem, _, extension = path.rpartition(".")
-    return extension.lower() == "txt" and any(
-        os.path.isfile(f"{stem}.{other}")
-        for extension in FOLDER_EXTENSIONS
-        for other in (extension, extension.upper())
-    )
-
-
-def _folders(root: str) -> list[str]:
-    """The folder and all below it that have files, sorted."""
-    return sorted({os.path.dirname(path) for path, _ in walk_files(root, root)})
 
 
 def _list_samples(folder: str) -> dict[str, list[str]]:

@@ -33,15 +33,7 @@ class ColumnOptions:
 
 
 def find_columns(names: Collection[str], options: Any) -> tuple[Any, list[str]]:
-    """Completes options by the columns that a table has.
-
-    Args:
-        names: of its columns.
-        options: a `ColumnOptions`, or options that extend it.
-
-    Returns:
-        The options with the names of the columns; and what is missing, in words.
-    """
+    """Completes `ColumnOptions` by a table's names; and tells what is missing, in words."""
     image, caption = options.image_column, options.caption_column
     image = find_name(names, IMAGE_NAMES) if image is None else image
     caption = find_name(names, CAPTION_NAMES) if caption is None else caption

@@ -45,11 +45,7 @@ class FolderOptions:
 
 
 def check_classes(root: str, pictures: Iterable[Sequence[str]]) -> bool:
-    """Checks that pictures are in folders of classes; returns whether there are any.
-
-    Args:
-        root: the folder of the classes, for the message.
-        pictures: path of each below it, in parts: class and file.
+    """Returns whether there are pictures, given as parts below `root`: class and file.
 
     Raises:
         FolderLayoutError: a picture is deeper, or the folders are splits.
@@ -84,8 +80,7 @@ def refuse_splits(root: str, names: Collection[str]) -> None:
 def list_class_shards(root: str) -> list[SourceShard]:
     """One shard per class, in the order of the labels; empty where `root` has no such folders.
 
-    Args:
-        root: its visible sub-folders are the classes; their sorted order numbers them from 0.
+    Its visible sub-folders are the classes; their sorted order numbers them from 0.
 
     Raises:
         FolderLayoutError: pictures are deeper than one level, or the sub-folders are splits.

@@ -42,17 +42,13 @@ _BUFFER_BYTES = 2**20
 
 
 def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
-    """The `pyarrow.parquet.ParquetFile` at a path; its reads are tried again.
+    """The `pyarrow.parquet.ParquetFile` at a path or URL; its reads are tried again.
 
     Of a file in a store, Arrow requests the columns that are read, neighbours together.
-
-    Args:
-        path: of the file, or its URL.
-        is_footer_enough: whether no row will be read.
+    `is_footer_enough`: no row will be read.
 
     Raises:
         ValueError: it cannot be read as one.
-        StorageError: it cannot be read, now and after some attempts.
     """
     import pyarrow
     import pyarrow.parquet
@@ -80,9 +76,7 @@ def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
 def explain_errors(path: str, describe: Callable[[], str]) -> Generator[None]:
     """Makes Arrow's errors a ValueError that names the file; those of a disk stay what they are.
 
-    Args:
-        path: of the file that is being read.
-        describe: what is wrong with it, if its contents are.
+    `describe` says what is wrong with the file, if its contents are.
     """
     import pyarrow
 
@@ -132,15 +126,10 @@ def _row(path: str, batch: Any, number: int) -> dict[str, Any] | BadRow:
 def read_rows(
     path: str, file: Any, columns: list[str] | None = None
 ) -> Iterator[dict[str, Any] | BadRow]:
-    """Yields the rows of a file of `open_parquet`, one at a time.
+    """Yields the rows of a file of `open_parquet`, one at a time, of some columns or all.
 
     A few bytes can stand for many rows of hundreds of megabytes each, which Arrow would unpack
     together, however few rows a batch had.
-
-    Args:
-        path: of the file, for messages.
-        file: of `open_parquet`.
-        columns: names of those that are read; all where None.
     """
     for row_groups in _row_group_runs(file.metadata):
         for batch in file.iter_batches(1, row_groups, columns=columns, use_threads=False):
@@ -179,7 +168,6 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     Raises:
         ValueError: the file is damaged, unpacks to far more than it takes, or has no column of
             images or of captions.
-        StorageError: it cannot be read, now and after some attempts.
     """
     file = open_parquet(source.path)
     options = _find_columns(source, file.schema_arrow.names, source.needs_caption)

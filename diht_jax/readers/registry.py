@@ -84,15 +84,14 @@ class PairSource(Iterable[Pair]):
 
 
 def open_source(spec: str | Sequence[str], **options: Any) -> PairSource:
-    """Opens a source of pairs.
+    """Opens a source of pairs, an iterable of `schema.Pair`.
+
+    Metadata may hold "captions", "label" and "class_name".
 
     Args:
         spec: one of the texts above, or a list of them.
         **options: of the formats, such as the fields of `tables.TableOptions`, for all sources that
             do not state their own.
-
-    Returns:
-        An iterable of `schema.Pair`. Metadata may hold "captions", "label" and "class_name".
 
     Raises:
         ValueError: nothing is found, or an option does not exist.
@@ -113,10 +112,9 @@ def list_linked_files(source: SourceShard) -> Iterable[tuple[str, str]]:
 
 
 def describe_linked(source: SourceShard) -> str | None:
-    """Hash of size and time of change of the files that an input names; opens none of them.
+    """Hash of size and time of change of the files that an input names; None where it names none.
 
-    Returns:
-        None where it names no file.
+    None of them is opened.
     """
     digest, count = hashlib.blake2b(digest_size=16), 0
     for root, name in list_linked_files(source):
@@ -134,11 +132,7 @@ def describe_linked(source: SourceShard) -> str | None:
 
 
 def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
-    """Divides a source into units of work, in a fixed order.
-
-    Raises:
-        ValueError: nothing is found, or an option does not exist.
-    """
+    """Divides a source into units of work, in a fixed order; arguments as for `open_source`."""
     _check_options(options)
     texts = [spec] if isinstance(spec, str) else list(spec)
     shards = [shard for text in texts for shard in _list_text(text, options)]
@@ -150,10 +144,7 @@ def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
 
 
 def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Reads one unit of work.
-
-    Returns:
-        Pairs, and `Skipped` with its reason for each entry that is no pair.
+    """Yields the pairs of one unit of work, and `Skipped` for each entry that is no pair.
 
     Raises:
         ValueError: the file is damaged; names it.
@@ -168,12 +159,7 @@ def option_defaults() -> dict[str, dataclasses.Field]:
 
 
 def name_options(message: str, form: str) -> str:
-    """A message with the options of the formats named as a user types them.
-
-    Args:
-        message: of an error, with names such as "image_column".
-        form: such as "--config.source.{}".
-    """
+    """A message with the options named as a user types them, such as "--config.source.{}"."""
     # "split" is an ordinary word.
     names = "|".join(name for name in option_defaults() if "_" in name)
     return re.sub(

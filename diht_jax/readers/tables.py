@@ -132,7 +132,6 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
     Raises:
         ValueError: csv quoting that cannot be resolved.
-        StorageError: the table, or an image, cannot be read, now and after some attempts.
     """
     if not shard.options:
         read_bytes(shard.path)  # raises: no file was there when the tables were listed

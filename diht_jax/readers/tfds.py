@@ -84,11 +84,7 @@ def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
 
 
 def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of one file; images keep their encoded bytes.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """Yields the pairs of one file, images encoded as they are; ValueError for a damaged one."""
     import tensorflow_datasets as tfds
 
     features = _builder_of_folder(shard.options["folder"]).info.features

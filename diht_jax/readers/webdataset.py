@@ -21,9 +21,6 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 def read_tar(path: str) -> Iterator[Pair | Skipped]:
     """Yields the pairs of one tar, in its order, as `tar_samples.make_pair` makes them.
 
-    Args:
-        path: of the archive, plain or compressed with gzip.
-
     Raises:
         ValueError: the archive is damaged, cut off, or several in one file.
     """
@@ -42,7 +39,6 @@ def read_groups(
     """Yields the entries of a tar, (key, [(extension, contents)]), as webdataset groups members.
 
     Args:
-        path: of the archive.
         limit_of: of an extension (lower case, maybe empty or of several parts), the bytes up to
             which such members are worth reading, 0 to be named only; None skips them.
 

@@ -51,11 +51,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def all_captions(pair: Pair) -> list[str]:
-    """The captions of a pair, its first one first.
-
-    Raises:
-        ValueError: `captions` of its metadata is no list of texts.
-    """
+    """The captions of a pair, its first one first; ValueError where they are no list of texts."""
     several = pair.metadata.get("captions", ())
     if not isinstance(several, list | tuple) or not all(isinstance(t, str) for t in several):
         raise ValueError(
@@ -66,11 +62,7 @@ def all_captions(pair: Pair) -> list[str]:
 
 
 def caption_kinds(pair: Pair) -> list[str]:
-    """The kind of each of `all_captions`.
-
-    Raises:
-        ValueError: the record's kinds are not as many as its captions.
-    """
+    """The kind of each of `all_captions`; ValueError where they are not as many."""
     captions = all_captions(pair)
     kinds = pair.metadata.get(CAPTION_KINDS)
     if kinds is None:
@@ -102,14 +94,11 @@ def with_captions(pair: _Pair, captions: Sequence[str], kinds: Sequence[str]) ->
 
 
 def parse_columns(text: str, where: str) -> dict[str, str]:
-    """The kinds of caption that lie in columns of the metadata.
+    """Column of the metadata -> kind of the captions in it.
 
     Args:
         text: such as "synthetic=re_caption,title=page_title"; "" names none.
         where: the key of the config, for messages.
-
-    Returns:
-        Name of the column -> kind.
 
     Raises:
         ValueError: another form, or a column that is named twice.
@@ -139,10 +128,8 @@ def check_kind(kind: str, where: str) -> None:
 def add_columns(pair: Pair, columns: Mapping[str, str], kind: str | None = None) -> Pair:
     """The pair with the captions in columns of its metadata behind its own ones.
 
-    Args:
-        pair: as it came; a text that it has already is not added again.
-        columns: of `parse_columns`.
-        kind: of its own captions, where they have no kinds.
+    A text that it has already is not added again. `kind` is that of its own captions, where they
+    have none.
     """
     captions, kinds = all_captions(pair), caption_kinds(pair)
     if kind is not None and CAPTION_KINDS not in pair.metadata:

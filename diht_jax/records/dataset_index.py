@@ -59,13 +59,7 @@ _MAX_HEAD_BYTES = 2**36
 
 
 def digest_shard(offsets: np.ndarray, head: bytes, tail: bytes) -> str:
-    """Digest of the places of a shard's records and of its ends, 16 hex digits.
-
-    Args:
-        offsets: uint64 [n], where the records begin.
-        head: the first `END_BYTES` of the shard.
-        tail: the last `END_BYTES`.
-    """
+    """16 hex digits of where a shard's records begin, uint64 [n], and of its two ends."""
     digest = hashlib.sha256(offsets.astype("<u8").tobytes())
     digest.update(head)
     digest.update(tail)
@@ -180,11 +174,7 @@ class DatasetIndex:
         return f"{int(self._digests[row]):016x}"
 
     def extent(self, row: int, begin: int, end: int) -> tuple[int, int]:
-        """First byte and end of the records [begin, end) of a shard.
-
-        Raises:
-            TFRecordError: the index is damaged.
-        """
+        """First byte and end of the records [begin, end) of a shard; errors as `damaged`."""
         smallest, size = KINDS[self.kinds[row]], int(self.num_bytes[row])
         start = self._offset(row, begin)
         stop = size if end == self.num_records[row] else self._offset(row, end)
@@ -195,8 +185,7 @@ class DatasetIndex:
     def bounds(self, row: int, begin: int, end: int) -> np.ndarray:
         """int64 [end - begin + 1], where the records [begin, end) begin, and where they end.
 
-        Raises:
-            TFRecordError: the index is damaged.
+        Errors as `damaged`.
         """
         first = int(self.starts[row])
         is_last = end == self.num_records[row]
@@ -214,8 +203,7 @@ class DatasetIndex:
     def make_local(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
         """Downloads an index from a store; the processes of a host share one copy.
 
-        Args:
-            cache_dir: gets the file; None is a folder of this user in the system's temporary one.
+        `cache_dir` gets the file; None is a folder of this user in the system's temporary one.
 
         Raises:
             ValueError: there is no room for it.
@@ -352,10 +340,10 @@ def encode_head(
     vocabulary: Mapping[str, Any] | None = None,
     labels: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The head of an index.
+    """The head of an index, with the entries of all shards in their order.
 
     Args:
-        entries: of all shards, in their order.
+        entries: of the shards.
         vocabulary: what they are labelled with, as `Vocabulary.describe` gives it.
         labels: what `labels.shards.describe_labels` states of shards of labels.
     """

@@ -34,17 +34,10 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 def shard_name(
     dataset: str, split: str, index: int, num_shards: int, suffix: str = ".tfrecord"
 ) -> str:
-    """File name of one shard, as TFDS forms it from our template.
+    """File name of one shard, as TFDS forms it from our template; a ValueError for other names.
 
-    Args:
-        dataset: name of the data set, lower case with underscores.
-        split: name of the split, in the same form.
-        index: of the shard, from 0.
-        num_shards: of the split; more than 99,999 make the number longer.
-        suffix: of the format.
-
-    Raises:
-        ValueError: a name is of another form.
+    Those of data set and split are lower case with underscores; `index` counts from 0, and more
+    than 99,999 shards make the number longer.
     """
     for name in (dataset, split):
         if not _NAME.fullmatch(name):

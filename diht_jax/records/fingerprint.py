@@ -54,11 +54,10 @@ class Fingerprint:
 def fingerprint_records(source: ShardedRecords) -> Fingerprint:
     """Looks at every shard that no `dataset.index` describes: two small reads each.
 
-    A shard's digest covers where its records lie, hence the length of each of them, and its first
+    A shard's digest covers where its records begin, hence the length of each of them, and its first
     and last 4 KiB. So it notices shards that are missing, new, renamed, in another order, or
-    written again with other records. It does not notice a change in the middle of a shard that
-    leaves all lengths as they are, such as a flipped bit; the records' checksums find damage when
-    they are read. Shards that are equal to another one are logged.
+    written again with other records, but not a changed byte in the middle; the records' checksums
+    find that when they are read. Shards that are equal to another one are logged.
     """
     with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
         rows = list(pool.map(source.identify, range(len(source.paths))))
@@ -77,12 +76,7 @@ def fingerprint_records(source: ShardedRecords) -> Fingerprint:
 
 
 def describe_changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """Describes the differences between two looks at a data set; empty without any.
-
-    Args:
-        before: kept in a checkpoint.
-        now: of the shards that are there.
-    """
+    """The differences between the fingerprint of a checkpoint and that of now, in words."""
     if before == now:
         return []
     old, new = _by_name(before), _by_name(now)

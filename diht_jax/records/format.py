@@ -49,12 +49,7 @@ def frame_footer(data: bytes) -> bytes:
 
 
 def unframe(frame: bytes, path: str, record: int) -> bytes | None:
-    """The record within a complete frame.
-
-    Args:
-        frame: header, record and footer, nothing else.
-        path: of the shard, for the message.
-        record: number within the shard, for the message.
+    """The record within a complete frame; `path` and `record` are for the message.
 
     Returns:
         The record's bytes; None where `frame` is not one whole frame, so that whoever cut it out
@@ -79,10 +74,7 @@ def framed_length(header: bytes) -> int | None:
 
 
 def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
-    """Walks through a shard from length to length; contents of a local one are not read.
-
-    Returns:
-        uint64 [n], where each record's frame starts.
+    """Where each record's frame starts, uint64 [n]; contents of a local shard are not read.
 
     Raises:
         TFRecordError: not a TFRecord file, or cut off, or damaged between two records.

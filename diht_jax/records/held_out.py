@@ -29,13 +29,8 @@ class Others:
 def held_out_records(records: Any, data: ml_collections.ConfigDict, seed: int) -> np.ndarray:
     """Numbers of the records of a source that `config.data.validation_share` holds out.
 
-    Whether a record is held out is a function of the seed, the name of its shard (without the
+    Whether a record is held out is a function of `config.seed`, the name of its shard (without the
     folder) and its place there alone, so that shards may be moved or added.
-
-    Args:
-        records: with `paths` and `shard_lengths`, as `ShardedRecords` has them.
-        data: the section `config.data`.
-        seed: `config.seed`.
 
     Returns:
         int64, rising.

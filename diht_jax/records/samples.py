@@ -82,11 +82,7 @@ def find_name(names: Iterable[str], wanted: Sequence[str]) -> str | None:
 def pick_captions(value: Any) -> list[str]:
     """The captions in a text, a list of texts, or anything else (none).
 
-    Args:
-        value: as it stands in a row or a json file.
-
-    Returns:
-        Cleaned captions that are not empty, in order, without repetitions.
+    Cleaned, not empty, in order, without repetitions.
     """
     values = value if isinstance(value, list | tuple) else [value]
     cleaned = (clean_text(item) for item in values if isinstance(item, str))
@@ -129,15 +125,12 @@ def merge_captions(
 def take_caption(
     text: bytes | None, metadata: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
-    """The caption of a sample, and what is left as its metadata.
+    """The first caption of a sample, None without any, and what is left as its metadata.
 
     Args:
         text: contents of `txt`, which come first.
-        metadata: with `caption`, which comes next, and `captions`; else one of `CAPTION_NAMES`.
-
-    Returns:
-        The first caption, None where there is none; the metadata without `key` and `caption`, and
-        with `captions` where there are several.
+        metadata: with `caption`, which comes next, and `captions`; else one of `CAPTION_NAMES`. It
+            comes back without `key` and `caption`, and with `captions` where there are several.
     """
     in_metadata = pick_captions(metadata.get("caption"))
     captions = pick_captions((text or b"").decode("utf-8-sig", "replace")) or in_metadata
@@ -158,14 +151,10 @@ def has_sample_fields(fields: Mapping[str, Any]) -> bool:
 
 
 def read_sample_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The pair in the fields of img2dataset's layout: key, image, caption and metadata.
+    """The pair in the fields of img2dataset's layout: the attributes of `schema.Pair`.
 
-    Args:
-        fields: name -> `tf.train.Feature`, for which `has_sample_fields` is true.
-
-    Returns:
-        The attributes of `schema.Pair`. All fields but the image, `txt`, `key` and the captions are
-        metadata: texts, and numbers that JSON can hold; None for the others.
+    All fields but the image, `txt`, `key` and the captions are metadata: texts, and numbers that
+    JSON can hold; None for the others. `has_sample_fields` must be true of the fields.
 
     Raises:
         SampleError: there is not exactly one image, or no caption.

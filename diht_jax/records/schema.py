@@ -130,11 +130,7 @@ def decode_record(data: bytes) -> Record:
 
 
 def parse_example(data: bytes) -> Mapping[str, Any]:
-    """The fields of a serialised `tf.train.Example` by name.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The fields of a serialised `tf.train.Example` by name; ValueError for other bytes."""
     try:
         return Example.FromString(data).features.feature
     except DecodeError as error:
@@ -147,8 +143,7 @@ def parse_example(data: bytes) -> Mapping[str, Any]:
 def decode_fields(fields: Mapping[str, Any]) -> Record:
     """The record in the fields of `parse_example`; errors are those of `decode_record`.
 
-    Raises:
-        SampleError: a record of img2dataset without image or caption.
+    Of img2dataset's layout also SampleError, for a record without image or caption.
     """
     if samples.has_sample_fields(fields):
         return Record(**samples.read_sample_fields(fields))
@@ -207,16 +202,7 @@ def _pack_concepts(record: Record, ids_name: str, probs_name: str) -> bytes | No
 def check_concepts(
     key: str, ids_name: str, ids: Any, probs_name: str, probs: Any, max_id: int = MAX_CONCEPT_ID
 ) -> None:
-    """Raises ValueError where ids and probabilities of one kind do not belong together.
-
-    Args:
-        key: of the record, for the message.
-        ids_name: name of the field of ids.
-        ids: integer [k].
-        probs_name: name of the field of probabilities.
-        probs: float [k].
-        max_id: the largest id that is possible.
-    """
+    """Raises ValueError where ids, integer [k], and probabilities do not fit each other."""
     if ids is None or probs is None:
         missing = ids_name if ids is None else probs_name
         raise ValueError(f"record '{key}': {missing} is missing; ids and probabilities go together")
@@ -272,11 +258,7 @@ def _decode_bytes(fields: Any, name: str, key: str) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Reads one JSON value; numbers that JSON cannot hold (NaN, infinity) become None.
-
-    Raises:
-        ValueError: no JSON.
-    """
+    """One JSON value, or a ValueError; NaN and infinity, which JSON lacks, become None."""
     if isinstance(data, bytes):
         data = data.decode(json.detect_encoding(data), "surrogatepass")
     try:

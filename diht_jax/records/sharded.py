@@ -18,7 +18,7 @@ import numpy as np
 
 from diht_jax.records import schema
 from diht_jax.records.catalog import Catalog, Paths, Shard, open_catalog
-from diht_jax.records.dataset_index import END_BYTES, DatasetIndex, digest_shard
+from diht_jax.records.dataset_index import END_BYTES, digest_shard
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.formats.shard_index import ShardIndex, wrong_index
 from diht_jax.storage.stores import input_size, is_remote, open_ranges
@@ -62,12 +62,11 @@ class ShardedRecords(Sequence[bytes]):
         self._offsets_in_memory = {
             number: offsets for number, (_, _, offsets) in enumerate(counted) if offsets is not None
         }
-        lengths = [count for count, _, _ in counted]
         identity = [
             f"{os.path.basename(path)} {count} {size}"
             for path, (count, size, _) in zip(self.paths, counted, strict=True)
         ]
-        self._starts = np.cumsum([0, *lengths], dtype=np.int64)
+        self._starts = np.cumsum([0, *(count for count, _, _ in counted)], dtype=np.int64)
         self._digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
         self._unchecked = {
             number
@@ -93,30 +92,11 @@ class ShardedRecords(Sequence[bytes]):
         number, record = self._find(index)
         return self.paths[number], record
 
-    def extent(self, first: int, last: int) -> tuple[str, int, int]:
-        """Finds the bytes of the records [first, last) of one shard, for one ranged request.
-
-        Returns:
-            Path of the shard, first byte, end.
-
-        Raises:
-            IndexError: there is no such record, or they do not lie in one shard.
-            TFRecordError: a local shard is not the one that its `dataset.index` describes.
-        """
-        number, begin, end = self._find_range(first, last)
-        shard = self._shards[number]
-        if shard.index is not None:  # only the first time a local file is opened
-            self._check_once(number)
-            return shard.path, *shard.index.extent(shard.row, begin, end)
-        return shard.path, *self._open_shard(number).extent(begin, end)
-
     def make_offsets_local(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
         """Downloads what is needed to read single records of a store by one request each.
 
         Nothing happens for local shards, nor for those that no `dataset.index` describes.
-
-        Args:
-            cache_dir: gets the files; None is a folder of this user in the system's temporary one.
+        `cache_dir` gets the files; None is a folder of this user in the system's temporary one.
         """
         for index in {id(shard.index): shard.index for shard in self._shards}.values():
             if index is not None:
@@ -141,25 +121,29 @@ class ShardedRecords(Sequence[bytes]):
     def __getitem__(self, index: int) -> bytes:
         """The bytes of one element.
 
-        Args:
-            index: in [0, len).
-
         Raises:
             IndexError: the index is negative or too large.
             TFRecordError: the record is damaged, or the shard or its index was replaced.
             StorageError: it cannot be read, now and after some attempts.
         """
         number, record = self._find(index)
-        self._check_once(number)
-        return self._open_shard(number).read(record)
+        return self._opened(number).read(record)
+
+    def extent(self, first: int, last: int) -> tuple[str, int, int]:
+        """Finds the bytes of the records [first, last) of one shard, for one ranged request.
+
+        Returns:
+            Path of the shard, first byte, end.
+
+        Raises:
+            IndexError: there is no such record, or they do not lie in one shard.
+            TFRecordError: a local shard is not the one that its `dataset.index` describes.
+        """
+        number, begin, end = self._find_range(first, last)
+        return self.paths[number], *self._opened(number).extent(begin, end)
 
     def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
-        """Cuts the bytes of an extent at its records.
-
-        Args:
-            first: the first record of the extent.
-            last: its end.
-            data: its bytes.
+        """Cuts the bytes of the extent of [first, last) at its records.
 
         Returns:
             int64 [last - first + 1], where each record's piece begins; the last entry is its end.
@@ -168,13 +152,7 @@ class ShardedRecords(Sequence[bytes]):
             TFRecordError: these are not the bytes of the extent.
         """
         number, begin, end = self._find_range(first, last)
-        shard = self._shards[number]
-        if shard.index is not None:
-            starts = shard.index.bounds(shard.row, begin, end)
-        else:
-            opened = self._open_shard(number)
-            starts = opened.find_offsets()[begin : end + 1].astype(np.int64)
-            starts = np.append(starts, opened.size) if end == opened.num_records else starts
+        starts = self._open_shard(number).bounds(begin, end)
         if starts[-1] - starts[0] != len(data):
             raise TFRecordError(
                 f"{self.paths[number]}: records {begin} to {end - 1}: {len(data)} bytes were read, "
@@ -183,11 +161,7 @@ class ShardedRecords(Sequence[bytes]):
         return starts - starts[0]
 
     def unpack(self, index: int, piece: bytes) -> bytes:
-        """The element of a record, of its piece of an extent.
-
-        Args:
-            index: in [0, len).
-            piece: the bytes between two entries of `cut`.
+        """The element of a record, of its piece between two entries of `cut`.
 
         Raises:
             TFRecordError: the record is damaged.
@@ -234,21 +208,20 @@ class ShardedRecords(Sequence[bytes]):
         return number, index - int(self._starts[number])
 
     def _find_range(self, first: int, last: int) -> tuple[int, int, int]:
-        """The shard of the records [first, last), and the first and the end within it.
-
-        Raises:
-            IndexError: there is no such record, or they do not lie in one shard.
-        """
+        """The shard of the records [first, last), and the first and the end within it."""
         number, begin = self._find(first)
         end = begin + last - first
         if not begin < end <= self._starts[number + 1] - self._starts[number]:
             raise IndexError(f"records {first} to {last - 1} of {self!r} are not in one shard")
         return number, begin, end
 
-    def _check_once(self, number: int) -> None:
+    def _opened(self, number: int) -> OpenShard:
+        """An open shard whose ends were compared with its `dataset.index`."""
+        shard = self._open_shard(number)
         if number in self._unchecked:
-            self._open_shard(number).check_ends()
+            shard.check_ends()
             self._unchecked.discard(number)
+        return shard
 
     def _reset_open_shards(self) -> None:
         # The cache locks in C, under the interpreter's lock: there is no lock of ours that a fork
@@ -273,33 +246,28 @@ class OpenShard:
         path: of the shard.
         size: in bytes.
         num_records: how many it has.
-        offsets: uint64 [n], where they begin; None where a `dataset.index` states it.
     """
 
     index: ShardIndex
 
     def __init__(self, shard: Shard, offsets: np.ndarray | None = None):
-        """Opens the file.
-
-        Args:
-            shard: which one.
-            offsets: where its records begin, if that is known.
+        """Opens the file; `offsets`, uint64 [n], is where its records begin, if that is known.
 
         Raises:
             TFRecordError: its size is not that of its index, or the index is damaged.
         """
         self.path = shard.path
-        self._shard = shard
+        self._described, self._row = shard.index, shard.row
         opened = open_ranges(shard.path, shard.num_bytes)
         self.size, self.read_range = opened.size, opened.read_range
-        if shard.index is None:
-            self.offsets = self.index.find(self.path, self.size) if offsets is None else offsets
-            self.num_records = len(self.offsets)
+        if self._described is not None:
+            self.num_records = int(self._described.num_records[shard.row])
+            if self.size != shard.num_bytes:
+                detail = f"it was made for {shard.num_bytes} bytes, the shard has {self.size}"
+                raise self.wrong(detail)
             return
-        self.offsets = None
-        self.num_records = int(shard.index.num_records[shard.row])
-        if self.size != shard.num_bytes:
-            raise self.wrong(f"it was made for {shard.num_bytes} bytes, the shard has {self.size}")
+        self._offsets = self.index.find(self.path, self.size) if offsets is None else offsets
+        self.num_records = len(self._offsets)
 
     @classmethod
     def count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
@@ -318,32 +286,15 @@ class OpenShard:
 
     def identify(self) -> tuple[int, int, str]:
         """Records, bytes and digest of a shard that no `dataset.index` describes."""
-        return self.num_records, self.size, digest_shard(self.find_offsets(), *self._read_ends())
-
-    def find_offsets(self) -> np.ndarray:
-        """uint64 [n], where the records begin."""
-        return self._described.offsets(self._shard.row) if self.offsets is None else self.offsets
-
-    @property
-    def _described(self) -> DatasetIndex:
-        assert self._shard.index is not None
-        return self._shard.index
+        return self.num_records, self.size, digest_shard(self._offsets, *read_ends(self))
 
     def check_ends(self) -> None:
-        """Compares the shard with the digest that a `dataset.index` states.
-
-        Raises:
-            TFRecordError: it is another shard, or damaged.
-        """
-        offsets = self._described.offsets(self._shard.row)
-        found = digest_shard(offsets, *self._read_ends())
-        stated = self._described.digest(self._shard.row)
-        if found != stated and not self._has_damaged_end(offsets):
+        """Raises TFRecordError unless its ends have the digest that its `dataset.index` states."""
+        assert self._described is not None
+        offsets = self._described.offsets(self._row)
+        is_same = digest_shard(offsets, *read_ends(self)) == self._described.digest(self._row)
+        if not is_same and not self._has_damaged_end(offsets):
             raise self.wrong("its first or last 4 KiB are not those that the index was made of")
-
-    def _read_ends(self) -> tuple[bytes, bytes]:
-        tail = self.read_range(max(0, self.size - END_BYTES), self.size)
-        return self.read_range(0, END_BYTES), tail
 
     def _has_damaged_end(self, offsets: np.ndarray) -> bool:
         """True if a record of the ends is damaged: it is named when it is read, others are good."""
@@ -357,21 +308,33 @@ class OpenShard:
 
     def extent(self, begin: int, end: int) -> tuple[int, int]:
         """First byte and end of some records."""
-        if self.offsets is None:
-            return self._described.extent(self._shard.row, begin, end)
-        stop = self.size if end == self.num_records else int(self.offsets[end])
-        return int(self.offsets[begin]), stop
+        if self._described is not None:
+            return self._described.extent(self._row, begin, end)
+        stop = self.size if end == self.num_records else int(self._offsets[end])
+        return int(self._offsets[begin]), stop
+
+    def bounds(self, begin: int, end: int) -> np.ndarray:
+        """int64 [end - begin + 1], where some records begin, and where they end."""
+        if self._described is not None:
+            return self._described.bounds(self._row, begin, end)
+        starts = self._offsets[begin : end + 1].astype(np.int64)
+        return np.append(starts, self.size) if end == self.num_records else starts
 
     def wrong(self, detail: str) -> TFRecordError:
         """The error for an index that does not describe the shard."""
-        if self._shard.index is None:
+        if self._described is None:
             return wrong_index(self.path, detail)
-        index = self._shard.index
         return TFRecordError(
-            f"{index.path} does not belong to {self.path} ({detail}); write or copy the shard "
-            f"again, or, if it is right, make the index again by `{index.rebuild_command} "
-            "--overwrite`"
+            f"{self._described.path} does not belong to {self.path} ({detail}); write or copy the "
+            f"shard again, or, if it is right, make the index again by "
+            f"`{self._described.rebuild_command} --overwrite`"
         )
+
+
+def read_ends(file: Any) -> tuple[bytes, bytes]:
+    """The first and the last bytes of an open shard, for `digest_shard`."""
+    head = file.read_range(0, END_BYTES)
+    return head, file.read_range(max(0, file.size - END_BYTES), file.size)
 
 
 def block_starts(shard_lengths: np.ndarray | Sequence[int], block_records: int) -> np.ndarray:

@@ -87,20 +87,23 @@ class TFRecordSource(ShardedRecords):
         path, record = self.locate(index)
         data = unframe(piece, path, record)
         if data is None:
-            raise DamagedRecordError(
-                f"{path}: record {record}: its length is damaged (the checksum differs), or it is "
-                "not where its index says; write the shard again"
-            )
+            raise self._damaged_length(index)
         return data
 
     def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
-        """Cuts the bytes of an extent at its records; by their frames, unless one is damaged."""
+        """Cuts the bytes of an extent at its records by their frames; see `ShardedRecords.cut`."""
         starts = [0]
-        while starts[-1] < len(data) and len(starts) <= last - first:
+        while len(starts) <= last - first and len(data) - starts[-1] >= FRAME_BYTES:
             length = framed_length(data[starts[-1] : starts[-1] + FRAME_BYTES])
             if length is None:
-                break
+                raise self._damaged_length(first + len(starts) - 1)
             starts.append(starts[-1] + length)
-        if len(starts) == last - first + 1 and starts[-1] == len(data):
-            return np.array(starts, np.int64)
-        return super().cut(first, last, data)
+        is_whole = len(starts) == last - first + 1 and starts[-1] == len(data)
+        return np.array(starts, np.int64) if is_whole else super().cut(first, last, data)
+
+    def _damaged_length(self, index: int) -> DamagedRecordError:
+        path, record = self.locate(index)
+        return DamagedRecordError(
+            f"{path}: record {record}: its length is damaged (the checksum differs), or it is "
+            "not where its index says; write the shard again"
+        )

@@ -54,7 +54,6 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
             weight=0.8), curated=dict(path=..., weight=0.2, text_template="a photo: {caption}",
             order="global"))`. A weight is a number, or a schedule such as ((0, 0.8), (10000, 0.5)):
             from step 10,000 on it is 0.5.
-        labels: `config.data.labels`, of the sources that name none.
 
     Raises:
         ValueError: it is not set, or not of this form; names the key as it is typed.
@@ -147,8 +146,7 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
 def parse_weights(where: str, weight: Any) -> tuple[tuple[int, Fraction], ...]:
     """A weight, or a schedule of weights, as points: step from which on it holds, and weight.
 
-    Raises:
-        ValueError: another form; names `where`, the key as it is typed.
+    Other forms are a ValueError that names `where`, the key as it is typed.
     """
     if not isinstance(weight, list | tuple):
         return ((0, _parse_weight(where, weight)),)

@@ -92,11 +92,7 @@ def vocabulary_path(folder: str | os.PathLike[str], kind: str) -> str:
 
 
 def encode_concepts(part: ConceptList) -> bytes:
-    """The contents of the file of one kind.
-
-    Raises:
-        ValueError: a concept that cannot stand in such a file.
-    """
+    """The contents of the file of one kind; ValueError for a concept that cannot stand in it."""
     for name in part.names:
         if not name or "\t" in name or len(name.splitlines()) != 1 or name != name.strip():
             raise ValueError(f"{part.kind}: {name!r} cannot be kept as a concept in one line")
@@ -129,17 +125,11 @@ def read_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
 def find_vocabulary(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
 ) -> Vocabulary | None:
-    """The vocabulary that the records of a data set are labelled with.
+    """The vocabulary that the records of a data set are labelled with; None where no shard is.
 
     Every shard in a labelled folder is checked against the folder's vocabulary, by the hashes in
     its statistics, and all labelled folders against each other; others (records without concepts)
-    may be among them.
-
-    Args:
-        paths: as `TFRecordSource` takes them: a shard, a folder, a glob, or a list of these.
-
-    Returns:
-        None where no shard is labelled.
+    may be among them. `paths` are those of `TFRecordSource`.
 
     Raises:
         ValueError: two vocabularies differ (the error names both), or a file is missing.
@@ -194,16 +184,10 @@ def check_vocabulary(
     found_in: str,
     expected_in: str,
 ) -> None:
-    """Compares two results of `Vocabulary.describe`.
-
-    Args:
-        found: kind -> size and hash, such as those of shards.
-        expected: the same of something else, such as a checkpoint.
-        found_in: where `found` comes from, for the message.
-        expected_in: where `expected` comes from.
+    """Compares two results of `Vocabulary.describe`, such as those of shards and of a checkpoint.
 
     Raises:
-        ValueError: they differ; names the kinds.
+        ValueError: they differ; names the kinds, and where the two come from.
     """
     wrong = []
     for kind in KINDS:
@@ -233,16 +217,13 @@ def folder_vocabulary(
     shards: Sequence[str],
     known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Vocabulary | None:
-    """The vocabulary of a folder, which is that of all its shards.
+    """The vocabulary of a folder, which is that of all its shards; None where none is labelled.
 
     Args:
         folder: of the shards.
         shards: their paths.
         known: what they are all labelled with, where the `dataset.index` states it; otherwise the
             statistics of every shard are read.
-
-    Returns:
-        None where no shard is labelled.
 
     Raises:
         ValueError: see `find_vocabulary`.

@@ -36,7 +36,7 @@ def cached_copy(
     folder: str | os.PathLike[str] | None = None,
     advice: str = "free some space",
 ) -> str:
-    """A copy of a file of a store on this host; its processes, and later runs, share it.
+    """The path of a copy of a store's file on this host; its processes, and later runs, share it.
 
     Args:
         url: of the file.
@@ -44,9 +44,6 @@ def cached_copy(
         num_bytes: of the file; None costs a request.
         folder: gets the copy; None is a folder of this user in the system's temporary one.
         advice: what helps where there is no room, for the message.
-
-    Returns:
-        Path of the copy.
 
     Raises:
         ValueError: there is no room for it.
@@ -73,14 +70,7 @@ def cached_copy(
 def download(url: str, path: pathlib.Path, num_bytes: int | None = None) -> None:
     """Copies a file of a store to a new local one, by several requests at a time.
 
-    Args:
-        url: of the file.
-        path: of the copy.
-        num_bytes: of the file; None costs a request.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        StorageError: it cannot be read, or another process is writing it.
+    Its size, where not given, costs one more. Errors are those of `retries.retry`.
     """
     end = stores.input_size(url) if num_bytes is None else num_bytes
     with (

@@ -56,11 +56,7 @@ def exists(path: str) -> bool:
 
 
 def size(path: str) -> int | None:
-    """Bytes of a file as it is now; None where it is missing.
-
-    Raises:
-        StorageError: it cannot be looked at, now and after some attempts.
-    """
+    """Bytes of a file as it is now; None where it is missing. Other errors are those of `retry`."""
     try:
         if not is_remote(path):
             return retry(lambda: os.path.getsize(path), path)
@@ -107,15 +103,9 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def map_many(
     function: Callable[[_Item], _Result], items: Sequence[_Item], where: str
 ) -> Iterator[_Result]:
-    """A function's result for every item, in their order; for a store many are asked for at once.
+    """Yields a function's result for every item, in their order; few are held at a time.
 
-    Args:
-        function: looks at a small file; called by threads where the files are in a store.
-        items: its arguments.
-        where: one of the files, or their folder.
-
-    Yields:
-        One at a time; few are held.
+    For files in a store (`where` is one of them, or their folder) it is called by threads.
     """
     if not is_remote(where):
         yield from map(function, items)
@@ -128,8 +118,7 @@ def map_many(
 def read_object(path: str) -> dict[str, Any] | None:
     """The JSON object in a file; None where the file is missing or has something else.
 
-    Raises:
-        StorageError: it cannot be read, now and after some attempts: it may be there, and whole.
+    Errors are those of `retries.retry`: a file that cannot be read may be there, and whole.
     """
     try:
         return parse_object(read_bytes(path))
@@ -138,11 +127,7 @@ def read_object(path: str) -> dict[str, Any] | None:
 
 
 def check_object(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in the bytes of a file that a user may have written.
-
-    Raises:
-        ValueError: names the file, which has something else.
-    """
+    """The JSON object in the bytes of a user's file; a ValueError that names it for others."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -181,11 +166,7 @@ def _hash_object(value: Mapping[str, Any]) -> str:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a whole file into a folder that exists; an old one is replaced.
-
-    Raises:
-        StorageError: the store does not take it, now and after some attempts.
-    """
+    """Writes a whole file into a folder that exists; an old one is replaced."""
     if is_remote(os.fspath(path)):
         _call(os.fspath(path), lambda system, name: system.pipe_file(name, data), "written")
         return
@@ -197,11 +178,6 @@ def write_object(path: str, value: Mapping[str, Any], *, with_checksum: bool = F
     """Writes JSON for people and programs, atomically.
 
     A name that is not UTF-8, which Python holds with lone surrogates, comes back as it was.
-
-    Args:
-        path: of the file.
-        value: the object.
-        with_checksum: see `add_checksum`.
     """
     if with_checksum:
         value = add_checksum(value)
@@ -252,10 +228,7 @@ def temporary_path(path: str | os.PathLike[str]) -> pathlib.Path:
 def remove_temporary_files(folder: str, wanted: Callable[[str], bool]) -> None:
     """Removes the half-written files that killed processes have left; in a store there are none.
 
-    Args:
-        folder: of the files.
-        wanted: by the name that a file was to have, whether to remove it. No other process may be
-            writing it now.
+    Those whose names were to be `wanted`; no other process may be writing them now.
     """
     if is_remote(folder):
         return
@@ -276,20 +249,14 @@ def commit(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> N
 
 
 def upload(path: str | os.PathLike[str], url: str) -> None:
-    """Copies a local file into a store, where it appears whole; an old one is replaced.
-
-    Raises:
-        StorageError: the store does not take it, now and after some attempts.
-    """
+    """Copies a local file into a store, where it appears whole; an old one is replaced."""
     _call(url, lambda system, name: system.put_file(os.fspath(path), name), "written")
 
 
 def list_names(folder: str, wanted: Callable[[str], bool] = bool) -> list[str]:
     """Names of the files in a folder, sorted, hidden ones too; none where it is missing.
 
-    Args:
-        folder: path or URL.
-        wanted: whether a name is; of a large folder the others take no memory.
+    Only those that are `wanted`: of a large folder the others take no memory.
     """
 
     def look() -> list[str]:
@@ -316,9 +283,6 @@ def find_inputs(pattern: str) -> dict[str, int | None]:
 
     Returns:
         Bytes by URL, None where the store does not state them; empty where there is nothing.
-
-    Raises:
-        ValueError: nothing installed knows such URLs.
     """
     system, path = open_system(pattern)
     system.invalidate_cache(path)  # other processes may have written there
@@ -361,12 +325,7 @@ def make_folder(folder: str) -> None:
 
 
 def refuse_url(path: str | os.PathLike[str] | None, name: str) -> None:
-    """Raises ValueError for an output that would need an object store.
-
-    Args:
-        path: where something is to be written; None passes.
-        name: of the flag or argument, such as "--output".
-    """
+    """Raises ValueError for an output in an object store; `name` is that of its flag."""
     if path is not None and is_remote(os.fspath(path)):
         raise ValueError(
             f"{name}={os.fspath(path)}: this is written to local or mounted folders only; write it "
@@ -377,12 +336,9 @@ def refuse_url(path: str | os.PathLike[str] | None, name: str) -> None:
 def check_writable(folder: str, name: str) -> None:
     """Writes a small file into a folder of a store and removes it.
 
-    Args:
-        folder: URL of an output.
-        name: of the flag, for the message, such as "--output".
-
     Raises:
-        ValueError: the store takes no file: no such bucket, no permission, no writing.
+        ValueError: the store takes no file: no such bucket, no permission, no writing. Names the
+            flag `name`, such as "--output".
     """
     probe = join(folder, ".probe")
     try:

@@ -23,11 +23,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def parse_name(name: str) -> tuple[str, str | None]:
-    """The repository and the revision of `hf-hub:owner/name@revision`.
-
-    Raises:
-        ValueError: it is no such name.
-    """
+    """Repository and revision of `hf-hub:owner/name@revision`; ValueError for other names."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name}: expected {PREFIX}OWNER/NAME, or {PREFIX}OWNER/NAME@REVISION")
@@ -78,11 +74,7 @@ def download(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> pat
 
 
 def check_upload(name: str) -> None:
-    """Checks that `upload` may write there, before something long begins.
-
-    Raises:
-        ValueError: no name of the hub, no login, or no network.
-    """
+    """Raises ValueError where `upload` cannot write: not a hub's name, no login, or no network."""
     _, revision = parse_name(name)
     if revision is not None:
         raise ValueError(f"{name}: what is written has no revision yet; leave out @{revision}")
@@ -95,13 +87,7 @@ def check_upload(name: str) -> None:
 
 
 def upload(folder: pathlib.Path, name: str, *, message: str, private: bool = False) -> str:
-    """Writes the files of a folder as one commit of a model's repository, which is made if missing.
-
-    Args:
-        folder: flat.
-        name: `hf-hub:owner/name`.
-        message: of the commit.
-        private: of a new repository.
+    """Writes the files of a flat folder as one commit of a model's repository, made where missing.
 
     Returns:
         The address of the commit.

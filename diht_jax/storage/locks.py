@@ -46,11 +46,7 @@ _held: set[str] = set()
 
 
 class LockedError(OSError):
-    """Another process holds the lock.
-
-    Attributes:
-        holder: which one, for messages.
-    """
+    """Another process, `holder`, holds the lock."""
 
     def __init__(self, path: str | os.PathLike[str], holder: str):
         super().__init__(f"{os.fspath(path)} is locked by {holder}")
@@ -62,10 +58,6 @@ def lock_file(path: str | os.PathLike[str], *, wait: bool = True) -> BinaryIO:
 
     The file names the holder and stays behind; only the lock on it counts. Where the file system
     has no locks, the process goes on without one.
-
-    Args:
-        path: of a local file.
-        wait: wait for another holder to end.
 
     Raises:
         LockedError: another process holds the lock, unless `wait`.
@@ -97,13 +89,9 @@ def lock_folder(folder: str | os.PathLike[str], flag: str, name: str) -> Generat
 
     A folder in an object store is not locked; that it can be written to is checked.
 
-    Args:
-        folder: path or URL.
-        flag: that names the folder, such as "--workdir", for messages.
-        name: of the lock's file in it.
-
     Raises:
-        ValueError: another process holds the lock, or nothing can be written there.
+        ValueError: another process holds the lock, or nothing can be written there; names `flag`,
+            such as "--workdir".
     """
     folder = os.fspath(folder)
     path = files.join(folder, name)
@@ -264,9 +252,7 @@ def _content(token: str) -> bytes:
 def _has_ended(holder: dict[str, Any], since_secs: float) -> bool:
     """Returns whether a holder has died: known at once on this machine, else after a while.
 
-    Args:
-        holder: as its lock states it.
-        since_secs: when its lock became what it is, by the clock of this process.
+    `since_secs` is when its lock became what it is, by the clock of this process.
     """
     if holder.get("machine") == _machine():
         if holder["pid"] == os.getpid():

@@ -133,9 +133,7 @@ def retry(
 def naming_output(path: str | os.PathLike[str]) -> Generator[None]:
     """Names the output in errors of writing it, which the operating system leaves without a name.
 
-    Raises:
-        FullError: there is no room for it.
-        StorageError: it cannot be written.
+    They become a FullError where there is no room for it, else a StorageError.
     """
     try:
         yield

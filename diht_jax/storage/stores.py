@@ -33,10 +33,8 @@ def is_remote(path: str) -> bool:
 def open_system(url: str, *, use_listings_cache: bool = True) -> tuple[Any, str]:
     """The fsspec file system that a URL belongs to, and its path there.
 
-    Args:
-        url: of a file or folder.
-        use_listings_cache: whether what an earlier listing has shown is believed; False for
-            folders that other processes write to.
+    Without `use_listings_cache` no earlier listing is believed: for folders that other processes
+    write to.
 
     Raises:
         ValueError: nothing installed knows such URLs.
@@ -77,9 +75,6 @@ def input_version(url: str) -> tuple[int, str | None]:
     """Bytes of an input file in a store, and its version; None where the store states none.
 
     A listing of its folder that this process has made is believed.
-
-    Raises:
-        FileNotFoundError: there is none.
     """
     size, version = _inputs.get(url, (None, None))
     if size is None:
@@ -97,21 +92,13 @@ def input_size(path: str) -> int:
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """The bytes [start, end) of a file in a store, fewer at its end; one request.
-
-    Raises:
-        FileNotFoundError: there is none.
-        StorageError: it cannot be read, now and after some attempts.
-    """
+    """The bytes [start, end) of a file in a store, fewer at its end; one request."""
     system, path = open_system(url)
     return retry(lambda: system.cat_file(path, start=start, end=max(start, end)), url)
 
 
 def read_start(url: str, num_bytes: int) -> bytes:
-    """The first bytes of a file in a store, which may be empty.
-
-    Stores refuse a range of an empty file.
-    """
+    """The first bytes of a file in a store, also of an empty one, where stores refuse a range."""
     system, path = open_system(url)
 
     def read() -> bytes:
@@ -129,10 +116,6 @@ def read_whole(url: str) -> bytes:
     """A file in a store; of up to 16 MiB by one request.
 
     Without a range, some file systems ask for the size first.
-
-    Raises:
-        FileNotFoundError: there is none.
-        StorageError: it cannot be read, now and after some attempts.
     """
     data = read_start(url, BLOCK_BYTES)
     if len(data) < BLOCK_BYTES:
@@ -145,24 +128,16 @@ def read_whole(url: str) -> bytes:
 def open_ranges(path: str, num_bytes: int | None = None) -> LocalRanges | StoreRanges:
     """Opens a file for reads of parts of it; in a store each of them is one request.
 
-    Args:
-        path: of the file, or its URL.
-        num_bytes: size of a file in a store; None may cost a request.
-
-    Raises:
-        FileNotFoundError: there is none.
-        StorageError: it cannot be read, now and after some attempts; also of every read.
+    `num_bytes` is the size of a file in a store; None may cost a request. Errors are those of
+    `retries.retry`, of every read too.
     """
     return StoreRanges(path, num_bytes) if is_remote(path) else LocalRanges(path)
 
 
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Opens a file, local or in a store; its reads are tried again.
+    """Opens a file, local or in a store, whose reads are tried again.
 
-    Raises:
-        FileNotFoundError: there is none.
-        StorageError: it cannot be read, now and after some attempts; every read can raise it, and
-            `check_failure` finds it where a library has wrapped it.
+    Each can raise StorageError, which `check_failure` finds where a library has wrapped it.
     """
     name = os.fspath(path)
     ranges = _StoreBlocks(name) if is_remote(name) else LocalRanges(name)
@@ -204,11 +179,7 @@ def check_failure(file: io.BufferedReader | RangesFile) -> None:
 
 
 class RangesFile(io.RawIOBase):
-    """A file object over what `open_ranges` gives.
-
-    Attributes:
-        failure: the StorageError that a read has raised, else None.
-    """
+    """A file object over what `open_ranges` gives; `failure` is the StorageError of a read."""
 
     def __init__(self, ranges: LocalRanges | StoreRanges):
         """Begins at the first byte."""
@@ -259,12 +230,7 @@ class RangesFile(io.RawIOBase):
 
 
 class LocalRanges:
-    """An open local file, which is opened again where a read fails.
-
-    Attributes:
-        path: of the file.
-        size: in bytes.
-    """
+    """An open local file, with its `path` and `size`; it is opened again where a read fails."""
 
     def __init__(self, path: str):
         self.path = path
@@ -293,12 +259,7 @@ class LocalRanges:
 
 
 class StoreRanges:
-    """A file in a store; every read is one ranged request.
-
-    Attributes:
-        path: URL of the file.
-        size: in bytes.
-    """
+    """A file of a URL (`path`) and a size in bytes in a store; every read is one ranged request."""
 
     def __init__(self, url: str, size: int | None = None):
         self.path = url

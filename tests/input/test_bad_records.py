@@ -96,6 +96,9 @@ class Places:
     def __getitem__(self, place):
         return place
 
+    def decode(self, place):
+        return place
+
     def locate(self, place):
         return "places", place
 

@@ -187,11 +187,11 @@ class Deadly(DecodeExample):
         super().__init__(8, 8, (1.0, 1.0), "{caption}", fast_decode=False)
         self._lives = str(lives)
 
-    def plan(self, element, *args):
-        if decode_record(element).key == "5" and os.listdir(self._lives):
+    def plan(self, record, *args):
+        if record.key == "5" and os.listdir(self._lives):
             os.unlink(os.path.join(self._lives, os.listdir(self._lives)[0]))
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().plan(element, *args)
+        return super().plan(record, *args)
 
 
 def deadly_batches(directory, deaths, count):
@@ -224,19 +224,19 @@ def test_a_record_that_always_kills_its_worker_is_an_error_that_names_it(tmp_pat
 class Crashing(DecodeExample):
     """Picture 5 crashes the codec."""
 
-    def plan(self, element, *args):
-        if decode_record(element).key == "5":
+    def plan(self, record, *args):
+        if record.key == "5":
             os.kill(os.getpid(), signal.SIGSEGV)
-        return super().plan(element, *args)
+        return super().plan(record, *args)
 
 
 class Unreadable(DecodeExample):
     """Picture 5 is a bad one."""
 
-    def plan(self, element, *args):
-        if decode_record(element).key == "5":
+    def plan(self, record, *args):
+        if record.key == "5":
             raise ValueError("record '5': bad")
-        return super().plan(element, *args)
+        return super().plan(record, *args)
 
 
 def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch):

@@ -23,24 +23,21 @@ from diht_jax.records.format import DamagedRecordError
 from diht_jax.records.format import read_records as read_tfrecords
 from diht_jax.records.formats.registry import open_writer
 from diht_jax.records.labels.clip_embeddings import (
+    ClipEmbeddings,
     ClipFacts,
     ClipTeacher,
     Crops,
-    decode_embedded,
 )
 from diht_jax.records.labels.concepts import (
     NO_CONCEPTS,
-    decode_joined,
     decode_label,
     encode_label,
     id_dtype,
     open_labels,
 )
 from diht_jax.records.labels.shards import (
-    CLIP_EMBEDDINGS,
     Label,
     find_inputs,
-    open_label_records,
     relative_input,
     seal,
 )
@@ -187,7 +184,10 @@ def test_a_mixture_partly_in_a_store(folders, tmp_path):
     assert len(list((tmp_path / "cache").glob("*-squares-*.tfrecord"))) == len(LENGTHS)
     assert find_train_vocabulary(sources("plain", labels=str(other / "labels")), url) == VOCABULARY
     in_worker = pickle.loads(pickle.dumps(joined))
-    assert [position for position in range(50) if in_worker[position] != joined[position]] == []
+    for position in range(50):
+        (_, found), (_, expected) = in_worker[position], joined[position]
+        assert found.key == expected.key
+        np.testing.assert_array_equal(found.object_ids, expected.object_ids)
 
 
 def test_tensorflow_reads_the_shards(folders):
@@ -230,7 +230,7 @@ def read_all(folder):
     labels, found, errors = open_labels(str(folder / "labels"), records, "labels"), {}, []
     for index in range(len(records)):
         try:
-            record = decode_joined(records.decode, (records[index], labels[index]))
+            record = labels.join(records.decode(records[index]), index)
             found[index] = [getattr(record, name).tolist() for name in NAMES]
         except ValueError as error:
             errors.append(error)
@@ -294,11 +294,11 @@ def read_both(folder):
     """Concepts and embeddings of all records."""
     records = open_records(str(folder / "plain"))
     labels = open_labels(str(folder / "labels"), records, "labels")
-    clips = open_label_records(CLIP_EMBEDDINGS, str(folder / "labels"), records)
+    clips = ClipEmbeddings.open(str(folder / "labels"), records)
     assert len(records) == len(labels) == len(clips)
     for index in range(len(records)):
-        yield decode_joined(records.decode, (records[index], labels[index]))
-        yield decode_embedded(records.decode, FACTS, (records[index], clips[index]))
+        yield labels.join(records.decode(records[index]), index)
+        yield clips.join(records.decode(records[index]), index)
 
 
 @pytest.mark.parametrize("kind", ["labels", "clip_embeddings"])

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from diht_jax.records.catalog import Shard
-from diht_jax.records.dataset_index import END_BYTES, digest_shard
+from diht_jax.records.dataset_index import digest_shard
 from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats.writer import RecordWriter
-from diht_jax.records.sharded import OpenShard, ShardedRecords
+from diht_jax.records.sharded import OpenShard, ShardedRecords, read_ends
 from diht_jax.storage.retries import retry
 from diht_jax.storage.stores import check_readable, is_remote, open_local, open_ranges
 
@@ -75,10 +75,8 @@ class _ArrayRecordShard(OpenShard):
 
     def identify(self) -> tuple[int, int, str]:
         with contextlib.closing(open_ranges(self._path)) as file:
-            head = file.read_range(0, END_BYTES)
-            tail = file.read_range(max(0, file.size - END_BYTES), file.size)
-        # The numbers of the records stand for their offsets.
-        return len(self), file.size, digest_shard(np.arange(len(self)), head, tail)
+            # The numbers of the records stand for their offsets.
+            return len(self), file.size, digest_shard(np.arange(len(self)), *read_ends(file))
 
     def __len__(self) -> int:
         return self._reader.num_records()
@@ -126,11 +124,7 @@ class ArrayRecordSource(ShardedRecords):
     shard_type = _ArrayRecordShard
 
     def extent(self, first: int, last: int) -> tuple[str, int, int]:
-        """Not known of this format.
-
-        Raises:
-            ValueError: always.
-        """
+        """Raises ValueError: the places of records are not known of this format."""
         raise ValueError(
             f"{self.locate(first)[0]}: ArrayRecord shards are not read by ranges of bytes; set "
             'config.data.order="global", or train on TFRecord shards or tars'
@@ -138,13 +132,7 @@ class ArrayRecordSource(ShardedRecords):
 
 
 def read_array_records(path: str) -> Iterator[bytes]:
-    """Yields the records of one shard in order.
-
-    Raises:
-        TFRecordError: the shard or a record is damaged.
-        FileNotFoundError: there is none.
-        StorageError: it cannot be read, now and after some attempts.
-    """
+    """Yields the records of one shard in order; errors as those of `ArrayRecordSource`."""
     shard = _ArrayRecordShard(Shard(path))
     for record in range(len(shard)):
         yield shard.read(record)

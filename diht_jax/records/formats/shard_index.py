@@ -50,10 +50,6 @@ class ShardIndex:
 
         Those of a local shard are memory-mapped: processes that read the same shards share them.
 
-        Args:
-            path: of the shard, or its URL.
-            shard_bytes: its size, which the index must confirm.
-
         Raises:
             TFRecordError: the index is damaged or another shard's, or the shard is cut off.
         """

@@ -63,11 +63,7 @@ class ExpansionError(ValueError):
 
 
 class DamagedTarError(ValueError):
-    """An archive cannot be read to its end; names it.
-
-    Attributes:
-        member: the one whose contents are not whole, where that is known.
-    """
+    """An archive cannot be read to its end; `member` is the one that is not whole, if known."""
 
     def __init__(self, message: str, member: str | None = None):
         super().__init__(message)
@@ -77,10 +73,7 @@ class DamagedTarError(ValueError):
 def check_expansion(path: str, num_bytes: int, unpacked_bytes: int) -> None:
     """Raises ExpansionError for a file that would fill any memory, or go on for ever, unpacked.
 
-    Args:
-        path: of the file, for the message.
-        num_bytes: its size.
-        unpacked_bytes: what has come out of it so far.
+    `unpacked_bytes` is what has come out of it so far.
     """
     limit = max(_UNPACKED_BYTES, _MAX_EXPANSION * num_bytes)
     if unpacked_bytes > limit:
@@ -119,7 +112,6 @@ def read_members(path: str, size_limit: Callable[[str], int | None]) -> Iterator
             whole members before the damage were yielded.
         ExpansionError: it unpacks to far more than it takes; names it.
         StorageError: it cannot be read, now and after some attempts; names it.
-        FileNotFoundError: there is none.
     """
     with open_file(path) as file:
         try:
@@ -138,7 +130,7 @@ def walk_members(
     is_divisible: bool = False,
     is_read: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[Member]:
-    """Yields the ordinary files of an open archive, in its order.
+    """Yields the ordinary files of an open archive, in its order; errors as `read_members`.
 
     Args:
         file: the archive, or a piece of one, open for reading and seeking.
@@ -147,10 +139,6 @@ def walk_members(
         is_piece: whether the end marker may be missing.
         is_divisible: whether the members must mean the same when they are read one by one.
         is_read: of a name, whether the contents within the limit are read.
-
-    Raises:
-        DamagedTarError: see `read_members`.
-        ExpansionError: see `read_members`.
     """
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)

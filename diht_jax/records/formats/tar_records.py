@@ -44,12 +44,9 @@ _MAX_KEY_LETTERS = 200
 
 
 def scan_tar(path: str) -> np.ndarray:
-    """Where the samples of a tar begin, local or in a store; those that are no pairs are logged.
+    """Where the samples of a tar begin, uint64 [n], local or in a store; images are not read.
 
-    It goes from header to header; images are not read.
-
-    Returns:
-        uint64 [n].
+    Samples that are no pairs are logged.
 
     Raises:
         TFRecordError: it is compressed, damaged or cut off.

@@ -55,9 +55,7 @@ def sample_limit(extension: str) -> int | None:
 def size_limit(name: str, limit_of: Callable[[str], int | None] = sample_limit) -> int | None:
     """The bytes up to which a member is worth reading, by its name; None where it is no part.
 
-    Args:
-        name: of the member.
-        limit_of: the same, of an extension (lower case, maybe empty or of several parts).
+    `limit_of` gives the same of an extension (lower case, maybe empty or of several parts).
     """
     stem, extension = _split_name(name)
     return limit_of(extension) if stem else None

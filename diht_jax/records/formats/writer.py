@@ -56,11 +56,7 @@ class RecordWriter:
         return self._count
 
     def close(self) -> None:
-        """Gives the shard its name, and writes its index; a second call does nothing.
-
-        Raises:
-            StorageError: the store does not take it, now and after some attempts.
-        """
+        """Gives the shard its name, and writes its index; a second call does nothing."""
         if not self._is_open:
             return
         try:
@@ -80,8 +76,7 @@ class RecordWriter:
     def discard(self, error: BaseException | None = None) -> None:
         """Throws away what was written; nothing is left.
 
-        Args:
-            error: the reason, if any; raised with the name of the shard where it has none.
+        `error`, the reason, is raised with the name of the shard where it has none.
         """
         if not self._is_open:
             return

@@ -20,9 +20,10 @@ Source: the reinforced data of MobileCLIP, arXiv 2311.17049.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ import numpy as np
 from diht_jax.records.labels.shards import (
     CLIP_EMBEDDINGS,
     Label,
+    LabelRecords,
     decode_features,
     encode_features,
     encode_key,
@@ -151,13 +153,7 @@ class ClipFacts:
         )
 
     def encode(self, key: str, seal: int, vectors: np.ndarray | None) -> bytes:
-        """The label of a record.
-
-        Args:
-            key: of the record.
-            seal: likewise.
-            vectors: float [views + 1, D], the text last; None where it has no embeddings.
-        """
+        """The label of a record of float [views + 1, D], the text last; None without embeddings."""
         named = {_KEY: encode_key(key), _SEAL: seal.to_bytes(4, "little")}
         if vectors is None:
             return encode_features(named)
@@ -168,11 +164,7 @@ class ClipFacts:
         return encode_features(named | views)
 
     def decode(self, label: Label, key: str) -> ClipViews | None:
-        """The inverse of `encode`, for the record with a key.
-
-        Raises:
-            ValueError: the label of another record, or a damaged one.
-        """
+        """The inverse of `encode`; a ValueError for the label of another record than the key's."""
         found = decode_features(label.data)
         if found:  # empty for all records of a shard that could not be embedded
             label.check(int.from_bytes(found.get(_SEAL, b""), "little"), key)
@@ -195,44 +187,33 @@ class ClipFacts:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedRecord(Record):
-    """A record with its CLIP embeddings; `clip_views` is None where it has none."""
+    """A record with its CLIP embeddings, and the crops that these are of; both None without any."""
 
     clip_views: ClipViews | None = None
+    crops: Crops | None = None
 
 
 def quantize(vectors: np.ndarray, dtype: str) -> np.ndarray:
-    """Vectors of a teacher as they are stored.
-
-    Args:
-        vectors: float [..., D]; their length is lost.
-        dtype: one of `DTYPES`.
-    """
+    """Vectors of a teacher, float [..., D], as they are stored; their length is lost."""
     if dtype == "float16":
         return vectors.astype(np.float16)
     largest = np.abs(vectors).max(axis=-1, keepdims=True)
     return np.rint(vectors * (_LARGEST / np.where(largest > 0, largest, 1))).astype(np.int8)
 
 
-def decode_embedded(
-    decode: Callable[[Any], Record], facts: ClipFacts, element: tuple[Any, Label]
-) -> Record:
-    """The record of an element with its CLIP embeddings; errors of `decode`, too.
+class ClipEmbeddings(LabelRecords):
+    """The CLIP embeddings of records."""
 
-    Args:
-        decode: makes a record of an element of the records.
-        facts: of the embeddings.
-        element: of the records, and of their `LabelRecords`.
+    kind = CLIP_EMBEDDINGS
 
-    Raises:
-        ValueError: the embeddings of another record, or damaged ones; names their file and number.
-    """
-    data, label = element
-    record = decode(data)
-    try:
-        views = facts.decode(label, record.key)
-    except ValueError as error:
-        raise label.wrong(error) from error
-    return EmbeddedRecord(**vars(record), clip_views=views)
+    @functools.cached_property
+    def clip_facts(self) -> ClipFacts:
+        """What they have in common."""
+        return ClipFacts.parse(self.facts)
+
+    def _join(self, record: Record, label: Label) -> Record:
+        views = self.clip_facts.decode(label, record.key)
+        return EmbeddedRecord(**vars(record), clip_views=views, crops=self.clip_facts.crops)
 
 
 def find_clip_embeddings(train: Any, labels: str | None) -> ClipFacts | None:

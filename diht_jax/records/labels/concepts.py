@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from diht_jax.records.labels.shards import (
     decode_features,
     encode_features,
     missing_labels,
-    open_label_records,
 )
 from diht_jax.records.schema import CONCEPT_FIELDS, Record, check_concepts
 from diht_jax.records.sharded import ShardedRecords
@@ -57,14 +56,10 @@ def encode_label(seal: int, concepts: Sequence[Concepts], ids_type: np.dtype) ->
 
 
 def decode_label(label: Label, key: str) -> list[Concepts]:
-    """The inverse of `encode_label`: ids int32 [k] and probabilities float32 [k] of each kind.
-
-    Args:
-        label: of a record.
-        key: of that record.
+    """Ids int32 [k] and probabilities float32 [k] of each kind, of the label of a record.
 
     Raises:
-        ValueError: the label of another record, or one that is damaged.
+        ValueError: the label of another record than that of the key, or one that is damaged.
     """
     packed = decode_features(label.data).get(_FEATURE)
     if packed is None:
@@ -89,35 +84,27 @@ def decode_label(label: Label, key: str) -> list[Concepts]:
     return [(ids[: counts[0]], probs[: counts[0]]), (ids[counts[0] :], probs[counts[0] :])]
 
 
-def decode_joined(decode: Callable[[Any], Record], element: tuple[Any, Label]) -> Record:
-    """The record of an element with its label in place of concepts of its own.
+class ConceptLabels(LabelRecords):
+    """Concept labels of records, which come in place of concepts of the records' own."""
 
-    Args:
-        decode: makes a record of an element of the records; its errors are raised, too.
-        element: of the records, and of `LabelRecords`.
+    kind = LABELS
 
-    Raises:
-        ValueError: the label of another record, or a damaged one; names its file and number.
-    """
-    record, label = decode(element[0]), element[1]
-    try:
-        concepts = decode_label(label, record.key)
+    def _join(self, record: Record, label: Label) -> Record:
         values: dict[str, np.ndarray] = {}
+        concepts = decode_label(label, record.key)
         for names, (ids, probs) in zip(CONCEPT_FIELDS, concepts, strict=True):
             check_concepts(record.key, names[0], ids, names[1], probs)
             values |= {names[0]: ids, names[1]: probs}
-    except ValueError as error:
-        raise label.wrong(error) from error
-    return dataclasses.replace(record, **values)
+        return dataclasses.replace(record, **values)
 
 
-def open_labels(folder: str, records: ShardedRecords, key: str, **options: Any) -> LabelRecords:
-    """The concept labels of some records; arguments and errors of `open_label_records`.
+def open_labels(folder: str, records: ShardedRecords, key: str, **options: Any) -> ConceptLabels:
+    """The concept labels of some records; arguments and errors of `LabelRecords.open`.
 
     Raises:
         ValueError: the folder has no labels.
     """
-    found = open_label_records(LABELS, folder, records, key, **options)
+    found = ConceptLabels.open(folder, records, key, **options)
     if found is None:
         raise missing_labels(folder, key)
     return found

@@ -24,7 +24,7 @@ import functools
 import os
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import google_crc32c
 
@@ -32,7 +32,7 @@ from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME, DatasetIndex, read_index
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.format import DamagedRecordError
-from diht_jax.records.schema import Example, parse_example
+from diht_jax.records.schema import Example, Record, parse_example
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.records.train_data import TrainSource
@@ -82,17 +82,9 @@ class Label(NamedTuple):
     number: int
 
     def check(self, found: int, key: str) -> None:
-        """Compares the seal in a label with that of a record.
-
-        Raises:
-            ValueError: the label belongs to another record.
-        """
+        """Raises ValueError where `found`, the seal in the label, is that of another record."""
         if found != seal(self.shard, self.number, key):
             raise ValueError(f"the label belongs to another record than '{key}'; {REMAKE}")
-
-    def wrong(self, error: ValueError) -> ValueError:
-        """The error for a label that cannot be used; names its file and number."""
-        return ValueError(f"{self.where}: record {self.number}: {error}")
 
 
 def seal(shard: ShardIdentity, number: int, key: str) -> int:
@@ -115,11 +107,7 @@ def encode_features(features: Mapping[str, bytes]) -> bytes:
 
 
 def decode_features(data: bytes) -> dict[str, bytes]:
-    """The inverse of `encode_features`.
-
-    Raises:
-        ValueError: not such an example.
-    """
+    """The inverse of `encode_features`; raises ValueError where it is no such example."""
     features = {}
     for name, feature in parse_example(data).items():
         if len(feature.bytes_list.value) != 1:
@@ -231,44 +219,27 @@ class LabelRecords(Sequence[Label]):
     its records is read, once for all processes of the host.
 
     Attributes:
-        kind: `LABELS` or `CLIP_EMBEDDINGS`.
         facts: of `describe_labels`.
     """
 
+    kind: str  # `LABELS` or `CLIP_EMBEDDINGS`
+
     def __init__(
         self,
-        kind: str,
         records: TFRecordSource,
         shards: Sequence[LabelShard],
         facts: Mapping[str, Any],
-        open_copy: Callable[[str, str, int], TFRecordSource],
+        cache_dir: str | None = None,
+        patiently: Callable[[Callable[[], Any]], Any] | None = None,
     ):
-        """Reads no label yet.
+        """Reads no label yet; `records` are the shards of labels, in the order of `shards`.
 
-        Args:
-            kind: `LABELS` or `CLIP_EMBEDDINGS`.
-            records: the shards of labels, in the order of the record shards.
-            shards: likewise.
-            facts: of `describe_labels`.
-            open_copy: URL, name and bytes of a shard in a store -> its records.
+        For the other arguments see `open`.
         """
-        self.kind = kind
         self.facts = facts
-        self._records = records
-        self._identities = [
-            (f"{kind}/{name}", count, size, shard.digest)
-            for (name, count, size, _), shard in zip(
-                fingerprint_records(records).shards, shards, strict=True
-            )
-        ]
-        self._sources = {
-            path: shard.source for path, shard in zip(records.paths, shards, strict=True)
-        }
-        self._copies = {
-            path: (path, f"{shard.digest}-{shard.name}", identity[2])
-            for path, shard, identity in zip(records.paths, shards, self._identities, strict=True)
-        }
-        self._open_copy = open_copy
+        self._records, self._cache_dir, self._patiently = records, cache_dir, patiently
+        found = fingerprint_records(records).shards
+        self._shards = dict(zip(records.paths, zip(shards, found, strict=True), strict=True))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -280,18 +251,90 @@ class LabelRecords(Sequence[Label]):
             TFRecordError: it is damaged, or its shard was replaced.
         """
         path, number = self._records.locate(index)
+        shard, (_, _, num_bytes, _) = self._shards[path]
         try:
             if is_remote(path):
-                data = self._open_copy(*self._copies[path])[number]
-            else:
-                data = self._records[index]
+                name = f"{shard.digest}-{shard.name}"
+                copy = _open_copy(self._cache_dir, self._patiently, path, name, num_bytes)
+                return Label(copy[number], path, shard.source, number)
+            return Label(self._records[index], path, shard.source, number)
         except DamagedRecordError as error:
             raise DamagedRecordError(f"{error} ({REMAKE})") from error
-        return Label(data, path, self._sources[path], number)
+
+    def join(self, record: Record, index: int) -> Record:
+        """The record of a number with its label.
+
+        Raises:
+            ValueError: the label of another record, or a damaged one; names its file and number.
+        """
+        label = self[index]
+        try:
+            return self._join(record, label)
+        except ValueError as error:
+            raise ValueError(f"{label.where}: record {label.number}: {error}") from error
+
+    def _join(self, record: Record, label: Label) -> Record:
+        raise NotImplementedError
 
     def fingerprint(self) -> tuple[ShardIdentity, ...]:
         """Rows of a `Fingerprint` for the shards of labels."""
-        return tuple(self._identities)
+        return tuple(
+            (f"{self.kind}/{name}", count, size, shard.digest)
+            for shard, (name, count, size, _) in self._shards.values()
+        )
+
+    @classmethod
+    def open(
+        cls,
+        folder: str,
+        records: ShardedRecords,
+        key: str = "config.data.labels",
+        *,
+        cache_dir: str | None = None,
+        patiently: Callable[[Callable[[], Any]], Any] | None = None,
+    ) -> Self | None:
+        """The labels of some records, after it is checked that they belong to them.
+
+        No shard of labels is opened, and no record shard that a `dataset.index` describes.
+
+        Args:
+            folder: path or URL, as `data_prep.label` has written it.
+            cache_dir: gets the copies of shards in a store; None is a folder of this user in the
+                system's temporary one.
+            patiently: calls a function until a store answers; once where None.
+
+        Returns:
+            None where the folder has no labels of this kind.
+
+        Raises:
+            ValueError: a shard of labels is missing or was replaced, or a record shard has none.
+        """
+        found = read_labels_index(cls.kind, folder, key)
+        if found is None:
+            return None
+        described = found[1]
+        stated = [LabelShard(name, digest, tuple(row)) for name, digest, row in described["shards"]]
+        where = f"{key}={folder}"
+        shards = _match_shards(cls.kind, stated, records, where)
+        if is_remote(folder):  # in the form of listings
+            system, path = open_system(folder)
+            folder = system.unstrip_protocol(path)
+        try:
+            source = TFRecordSource([os.path.join(folder, cls.kind, each.name) for each in shards])
+        except StorageError:
+            raise
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: a shard of {cls.kind} is missing or changed ({error}); {_ADVICE}"
+            ) from error
+        counts = zip(source.paths, source.shard_lengths, records.shard_lengths, strict=True)
+        for path, count, expected in counts:
+            if count != expected:
+                raise ValueError(
+                    f"{where}: {path} has {count} records, and the shard that it belongs to has "
+                    f"{expected}; {_ADVICE}"
+                )
+        return cls(source, shards, described["facts"], cache_dir, patiently)
 
 
 # The cache locks in C: there is no lock of ours that a fork could inherit locked.
@@ -309,73 +352,10 @@ def _open_copy(
     return TFRecordSource([patiently(copy) if patiently else copy()])
 
 
-def open_label_records(
-    kind: str,
-    folder: str,
-    records: ShardedRecords,
-    key: str = "config.data.labels",
-    *,
-    cache_dir: str | None = None,
-    patiently: Callable[[Callable[[], Any]], Any] | None = None,
-) -> LabelRecords | None:
-    """The labels of some records, after it is checked that they belong to them.
-
-    No shard of labels is opened, and no record shard that a `dataset.index` describes.
-
-    Args:
-        kind: `LABELS` or `CLIP_EMBEDDINGS`.
-        folder: path or URL, as `data_prep.label` has written it.
-        records: to be labelled.
-        key: of the config, for messages.
-        cache_dir: gets the copies of shards in a store; None is a folder of this user in the
-            system's temporary one.
-        patiently: calls a function until a store answers; once where None.
-
-    Returns:
-        None where the folder has no labels of this kind.
-
-    Raises:
-        ValueError: a shard of labels is missing or was replaced, or a record shard has none.
-    """
-    found = read_labels_index(kind, folder, key)
-    if found is None:
-        return None
-    _, described = found
-    stated = [LabelShard(name, digest, tuple(row)) for name, digest, row in described["shards"]]
-    where = f"{key}={folder}"
-    shards = _match_shards(kind, stated, records, where)
-    if is_remote(folder):  # in the form of listings
-        system, path = open_system(folder)
-        folder = system.unstrip_protocol(path)
-    paths = [os.path.join(folder, kind, shard.name) for shard in shards]
-    try:
-        source = TFRecordSource(paths)
-    except StorageError:
-        raise
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: a shard of {kind} is missing or changed ({error}); {_ADVICE}"
-        ) from error
-    for path, count, expected in zip(
-        paths, source.shard_lengths.tolist(), records.shard_lengths.tolist(), strict=True
-    ):
-        if count != expected:
-            raise ValueError(
-                f"{where}: {path} has {count} records, and the shard that it belongs to has "
-                f"{expected}; {_ADVICE}"
-            )
-    open_copy = functools.partial(_open_copy, cache_dir, patiently)
-    return LabelRecords(kind, source, shards, described["facts"], open_copy)
-
-
 def _match_shards(
     kind: str, stated: Sequence[LabelShard], records: ShardedRecords, where: str
 ) -> list[LabelShard]:
-    """The shard of labels of every record shard, in their order.
-
-    Raises:
-        ValueError: a record shard has none, or one of other records.
-    """
+    """The shard of labels of every record shard, in their order; ValueError where one has none."""
     by_source = {shard.source: shard for shard in stated}
     others = {shard.source[0]: shard for shard in stated}
     matched = []

@@ -16,7 +16,7 @@ from data_prep.labelling.config import default_config
 from data_prep.labelling.tasks import plan_outputs
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.formats.registry import open_source
-from diht_jax.records.labels.concepts import decode_joined, open_labels
+from diht_jax.records.labels.concepts import open_labels
 from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.records.vocabulary import find_train_vocabulary, read_vocabulary
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT
@@ -37,7 +37,7 @@ def _config(source, output, **changes):
 def _joined(source, labels):
     records = open_source(str(source))
     rows = open_labels(str(labels), records, "labels")
-    return [decode_joined(records.decode, (records[i], rows[i])) for i in range(len(records))]
+    return [rows.join(records.decode(records[i]), i) for i in range(len(records))]
 
 
 def _times(folder):

@@ -116,7 +116,7 @@ def test_an_extent_is_cut_into_its_elements(tmp_path):
 
 def test_what_is_no_plain_tar_is_refused(tmp_path):
     compressed = write_tar(tmp_path / "a.tar.gz", [("0.png", PNG), ("0.txt", b"c")], "w:gz")
-    with pytest.raises(ValueError, match=r"config.data.train: .*a.tar.gz: a tar that is compr"):
+    with pytest.raises(ValueError, match=r"config.data.train: .*a.tar.gz: no record shard"):
         open_records(compressed)
     write_tar(tmp_path / "b.tar", [("0.png", PNG * 50), ("0.txt", b"c")])
     (tmp_path / "cut.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:1024])

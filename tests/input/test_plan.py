@@ -6,7 +6,7 @@ import types
 import pytest
 
 from diht_jax.input import workers
-from diht_jax.input.in_flight.plan import InFlight
+from diht_jax.input.plan import InFlight
 
 # 65,536 examples of 224 px on one host with eight workers.
 _LARGE = {

@@ -1,9 +1,9 @@
 """Batches joined from sub-batches, one batch ahead and in memory that is used again.
 
 A host's batch may have ten gigabytes. The kernel clears every page of new memory at its first use,
-which takes longer than the copy; so the memory of a batch is lent, and comes back once nothing
-refers to its arrays any more: neither a caller, nor a view, nor a transfer to a device, nor an
-array of JAX on the CPU, which may be a view of what it was made of. All of these hold references.
+which takes longer than the copy; so the memory of a batch is used again once nothing refers to it
+any more: neither a caller, nor a view, nor a transfer to a device, nor an array of JAX on the CPU,
+which may be a view of what it was made of. All of these hold references, which are counted.
 
 While the devices take a batch, a thread joins the next one.
 """
@@ -11,14 +11,12 @@ While the devices take a batch, a thread joins the next one.
 from __future__ import annotations
 
 import collections
-import itertools
 import math
 import mmap
+import sys
 import threading
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
-from typing import Any
 
 import numpy as np
 
@@ -27,69 +25,50 @@ import numpy as np
 COPYING_THREADS = 4
 # Batches of this process in addition to the workers': one is joined, one goes to the devices.
 JOINED_BATCHES = 2
-# How often a thread that joins ahead looks for memory that has come back.
+# How often a thread that joins ahead looks for memory that is free again.
 _LOOK_SECS = 0.005
 # How long the end of such a thread is awaited: it waits for a sub-batch that is being decoded.
 _END_SECS = 5.0
 
 
 class BatchMemory:
-    """Memory of joined batches, lent out as arrays."""
+    """Memory of joined batches."""
 
     def __init__(self):
-        # Changed by a single operation each, since a loan may end in any thread.
-        self._free: collections.deque[dict[str, np.ndarray]] = collections.deque()
-        self._loans: set[int] = set()
-        self._numbers = itertools.count()
+        # For each batch its bytes by name. All arrays that are lent are views of them.
+        self._batches: list[dict[str, np.ndarray]] = []
 
     def is_short(self) -> bool:
         """Returns whether as many batches are in use as there should be at a time."""
-        return len(self._loans) >= JOINED_BATCHES
+        return sum(_references(batch) > _UNUSED for batch in self._batches) >= JOINED_BATCHES
 
     def lend(self, part: dict[str, np.ndarray], num_parts: int) -> dict[str, np.ndarray]:
         """Uninitialised arrays for `num_parts` parts like `part`, [num_parts * rows, ...] each."""
-        forms = {
-            name: ((num_parts * len(array), *array.shape[1:]), array.dtype)
-            for name, array in part.items()
-        }
-        try:
-            owned = self._free.pop()
-        except IndexError:
-            owned = {}
-        if {name: (array.shape, array.dtype) for name, array in owned.items()} != forms:
-            owned = {name: _empty_aligned(*form) for name, form in forms.items()}
-        loan, number = _Loan(), next(self._numbers)
-        self._loans.add(number)
-        weakref.finalize(loan, self._take_back, number, owned).atexit = False
-        return {name: np.asarray(_Lent(loan, array)) for name, array in owned.items()}
-
-    def _take_back(self, number: int, owned: dict[str, np.ndarray]) -> None:
-        self._loans.discard(number)
-        if len(self._free) < JOINED_BATCHES:
-            self._free.append(owned)
+        wanted = {name: num_parts * array.nbytes + mmap.PAGESIZE for name, array in part.items()}
+        unused = [batch for batch in self._batches if _references(batch) <= _UNUSED]
+        fitting = (b for b in unused if {name: raw.nbytes for name, raw in b.items()} == wanted)
+        batch = next(fitting, None)
+        # What does not fit, or is more than is needed at a time, is given back to the system.
+        gone = [b for b in unused if b is not batch][JOINED_BATCHES - 1 :]
+        self._batches = [b for b in self._batches if not any(b is other for other in gone)]
+        if batch is None:
+            batch = {name: np.empty(num_bytes, np.uint8) for name, num_bytes in wanted.items()}
+            self._batches.append(batch)
+        lent = {}
+        for name, array in part.items():
+            shape = (num_parts * len(array), *array.shape[1:])
+            start = -batch[name].ctypes.data % mmap.PAGESIZE  # so that JAX on the CPU need not copy
+            end = start + math.prod(shape) * array.itemsize
+            lent[name] = batch[name][start:end].view(array.dtype).reshape(shape)
+        return lent
 
 
-class _Loan:
-    """Ends when no array of a batch is in use any more."""
+def _references(batch: Mapping[str, np.ndarray]) -> int:
+    """References to the most used array of a batch, those of its views included."""
+    return max((sys.getrefcount(array) for array in batch.values()), default=0)
 
 
-class _Lent:
-    """The base of a lent array and of all its views, which lives as long as any of them."""
-
-    def __init__(self, loan: _Loan, owned: np.ndarray):
-        self.loan, self.owned = loan, owned
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        return self.owned.__array_interface__
-
-
-def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that begins with a page, so that JAX on the CPU need not copy it."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(num_bytes + mmap.PAGESIZE, np.uint8)
-    start = -raw.ctypes.data % mmap.PAGESIZE
-    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+_UNUSED = _references({"": np.empty(1)})
 
 
 class Joiner:
@@ -183,8 +162,6 @@ def join_parts(
 
     Args:
         next_part: gives the parts in their order, [rows, ...] each.
-        num_parts: of a batch.
-        memory: lends the batch.
     """
     part = next_part()
     rows = len(next(iter(part.values())))

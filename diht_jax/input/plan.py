@@ -1,4 +1,4 @@
-"""Sub-batches in flight: how far the input works ahead, and the memory for it.
+"""How far the input works ahead, and the memory for it.
 
 Examples wait in four places: one sub-batch in the memory of each worker, being decoded; sub-batches
 in shared memory, between a worker and this process; those that are being joined; and two joined
@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from diht_jax.input.blocks import BlockStore, ReadAheadOptions
-from diht_jax.input.in_flight.joining import COPYING_THREADS, JOINED_BATCHES
+from diht_jax.input.joining import COPYING_THREADS, JOINED_BATCHES
 from diht_jax.input.workers import (
     SHARED_MEMORY,
     available_memory,
@@ -82,53 +82,50 @@ class InFlight:
     def check(self, max_gib: float | None) -> None:
         """Logs what is in flight at most, and compares it with its bound.
 
-        Args:
-            max_gib: of `config.data.max_in_flight_gib`; None allows what is free.
+        That is `config.data.max_in_flight_gib`, or what is free where it is None. A worker that
+        writes to shared memory when that is full is killed by the kernel (SIGBUS).
 
         Raises:
-            ValueError: it is more. A worker that writes to shared memory when that is full is
-                killed by the kernel (SIGBUS).
+            ValueError: it is more.
         """
-        total = self.shared_bytes + self.process_bytes
-        decoders = (
-            f"{self._num_workers} workers"
-            if self._num_workers
-            else f"{self.num_threads} threads of this process"
-        )
+        total, threads = self.shared_bytes + self.process_bytes, f"{self.num_threads} threads"
+        sizes = (self.part_bytes, total, self.shared_bytes, self.process_bytes)
         logging.info(
             "input: %s decode sub-batches of %d examples (%s); in flight are at most %s: %s in "
             "shared memory, %s in processes (config.data.prefetch_batches=%d)",
-            decoders,
+            f"{self._num_workers} workers" if self._num_workers else threads,
             self._rows,
-            describe_bytes(self.part_bytes),
-            describe_bytes(total),
-            describe_bytes(self.shared_bytes),
-            describe_bytes(self.process_bytes),
+            *map(describe_bytes, sizes),
             self._prefetch_batches,
         )
+        shared, memory = free_shared_memory(), available_memory()
         if max_gib is not None and total > max_gib * 2**30:
-            self._refuse(
-                f"config.data.max_in_flight_gib={max_gib} is {describe_bytes(max_gib * 2**30)}",
-                total,
-                "lower the two keys, or raise it",
-            )
-        shared = free_shared_memory()
+            bound = describe_bytes(max_gib * 2**30)
+            self._refuse(f"config.data.max_in_flight_gib={max_gib} is {bound}", total, "raise it")
         if shared is not None and self.shared_bytes > shared:
             self._refuse(
                 f"{SHARED_MEMORY} has {describe_bytes(shared)} free",
                 self.shared_bytes,
-                "containers have 64 MB by default: start them with more (docker run "
+                "start containers, which have 64 MB by default, with more (docker run "
                 "--shm-size=32g; in Kubernetes an emptyDir with `medium: Memory` mounted at "
-                "/dev/shm), lower the two keys, or decode in threads (config.data.num_workers=0)",
+                "/dev/shm), or decode in threads (config.data.num_workers=0)",
             )
-        memory = available_memory()
         if max_gib is None and memory is not None and total > memory:
             self._refuse(
                 f"this process may take {describe_bytes(memory)} more memory",
                 total,
-                "lower the two keys, or give it more; config.data.max_in_flight_gib replaces "
-                "this bound",
+                "give it more; config.data.max_in_flight_gib replaces this bound",
             )
+
+    def _refuse(self, bound: str, needed: int, advice: str) -> None:
+        batch_bytes = self._parts_per_batch * self.part_bytes
+        raise ValueError(
+            f"{bound}, but decoded examples in flight "
+            f"(config.data.num_workers={self._num_workers}, "
+            f"config.data.prefetch_batches={self._prefetch_batches}; this host's batch has "
+            f"{describe_bytes(batch_bytes)}, a sub-batch {describe_bytes(self.part_bytes)}) need "
+            f"{describe_bytes(needed)}; lower the two keys, or {advice}"
+        )
 
     def plan_blocks(
         self,
@@ -138,93 +135,51 @@ class InFlight:
         batch_size: int,
         process_count: int,
     ) -> int:
-        """Plans which blocks are fetched ahead, and checks that there is room for them.
+        """Plans which blocks are fetched ahead, logs their size, and compares it with its bound.
+
+        A stream holds one window of W blocks. Further ones are held because they are fetched ahead,
+        and from windows that these have begun.
 
         Args:
             stores: the blocks of all sources that have some.
-            options: see there.
-            batch_size: global.
-            process_count: number of hosts.
 
         Returns:
             How many sub-batches after one that is decoded the blocks of another are requested; a
             multiple of the number of workers, which decodes both.
 
         Raises:
-            ValueError: see `check_room`.
+            ValueError: the blocks need more; names the keys.
         """
+        num_blocks = np.array([len(store.order.block_starts) - 1 for store in stores])
+        block_bytes = np.array([store.mean_block_bytes() for store in stores])
+        records = np.array([store.order.num_records for store in stores])
+        block_records = float((records / num_blocks).min())
         stride = max(1, self._num_workers)
-        block_records = min(
-            store.order.num_records / (len(store.order.block_starts) - 1) for store in stores
-        )
         rounds = _ROUNDS_AHEAD * options.read_threads * block_records / self._rows
         parts = math.ceil(rounds / stride) * stride
         # Decoding is ahead of the batch that is taken, and fetching ahead of that.
         decoded = max(self._parts_per_batch, self.thread_parts)
         if self._num_workers:
             decoded = self._num_workers * (2 * self.queue_parts + 3)
-        check_room(
-            stores,
-            options,
-            ahead_blocks=math.ceil((decoded + parts) * self._rows / block_records),
-            batch_size=batch_size,
-            process_count=process_count,
+        ahead = math.ceil((decoded + parts) * self._rows / block_records)
+        streams, window = stores[0].order.num_streams, stores[0].order.window_blocks
+        held = -(-streams * window // process_count) + window + ahead
+        needed = int((np.minimum(num_blocks, held) * block_bytes).sum())
+        bound = options.bound_bytes()
+        logging.info(
+            "blocks of the object store: about %s are kept in %s, which may take %s "
+            "(config.data.read_ahead_gib)",
+            describe_bytes(needed),
+            options.parent,
+            describe_bytes(bound),
         )
-        return parts
-
-    def _refuse(self, bound: str, needed: int, advice: str) -> None:
-        batch_bytes = self._parts_per_batch * self.part_bytes
-        raise ValueError(
-            f"{bound}, but decoded examples in flight "
-            f"(config.data.num_workers={self._num_workers}, "
-            f"config.data.prefetch_batches={self._prefetch_batches}; this host's batch has "
-            f"{describe_bytes(batch_bytes)}, a sub-batch {describe_bytes(self.part_bytes)}) need "
-            f"{describe_bytes(needed)}; {advice}"
-        )
-
-
-def check_room(
-    stores: Sequence[BlockStore],
-    options: ReadAheadOptions,
-    *,
-    ahead_blocks: int,
-    batch_size: int,
-    process_count: int,
-) -> None:
-    """Compares what the blocks of a host need with their bound, and logs both.
-
-    A stream holds one window of W blocks. Further ones are held because they are fetched ahead, and
-    from windows that these have begun.
-
-    Args:
-        stores: of all sources.
-        options: of all sources.
-        ahead_blocks: that are fetched ahead.
-        batch_size: global.
-        process_count: hosts that share the streams.
-
-    Raises:
-        ValueError: the blocks need more; names the keys.
-    """
-    streams, window = stores[0].order.num_streams, stores[0].order.window_blocks
-    held = -(-streams * window // process_count) + window + ahead_blocks
-    block_bytes = [store.mean_block_bytes() for store in stores]
-    num_blocks = [len(store.order.block_starts) - 1 for store in stores]
-    needed = int(sum(np.minimum(num_blocks, held) * block_bytes))
-    bound = options.bound_bytes()
-    logging.info(
-        "blocks of the object store: about %s are kept in %s, which may take %s "
-        "(config.data.read_ahead_gib)",
-        describe_bytes(needed),
-        options.parent,
-        describe_bytes(bound),
-    )
-    if needed > bound:
+        if needed <= bound:
+            return parts
         raise ValueError(
             f"the blocks that are fetched ahead need {describe_bytes(needed)} on this host "
             f"(config.data.num_streams={streams} over {process_count} processes, windows of "
-            f"config.data.window_blocks={window} blocks of {describe_bytes(max(block_bytes))}, and "
-            f"{ahead_blocks} blocks on their way), but may take {describe_bytes(bound)} in "
+            f"config.data.window_blocks={window} blocks of {describe_bytes(block_bytes.max())}, "
+            f"and {ahead} blocks on their way), but may take {describe_bytes(bound)} in "
             f"{options.parent} (config.data.read_ahead_gib={options.read_ahead_gib}). Lower "
             "config.data.num_streams or config.data.window_blocks (which mixes less), or set "
             "config.data.cache_dir to a folder on a local disk with "

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diht_jax import sharding
-from diht_jax.input.in_flight.joining import JOINED_BATCHES, Joiner
+from diht_jax.input.joining import JOINED_BATCHES, Joiner
 from tests.waiting import wait_until
 
 ROWS, PARTS = 4, 3

@@ -1,1 +1,0 @@
-"""Decoded examples on their way to the devices: how many, their memory, and joining them."""
