@@ -46,7 +46,7 @@ from diht_jax.records.sharded import read_ends
 from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import find_inputs, local_output, upload
 from diht_jax.storage.locks import lock_file
-from diht_jax.storage.stores import is_remote, open_ranges
+from diht_jax.storage.stores import RangesFile, is_remote
 from diht_jax.terminal import ProgressBar, print_escaped
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
@@ -250,7 +250,7 @@ def _look(
     if offsets is None:
         offsets = _INDICES[kind].find(path, size, trust_index=trusts_index)
         _INDICES[kind].write(str(work / name), offsets, size)
-    file = open_ranges(path, size)
+    file = RangesFile(path, size)
     if file.size != size:
         raise ValueError(f"{path}: is being written; run the command again when it is done")
     digest = digest_shard(offsets, *read_ends(file))

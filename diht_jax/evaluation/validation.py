@@ -13,11 +13,10 @@ from diht_jax.evaluation.protocols.base import Task
 from diht_jax.input.pipeline import open_records
 from diht_jax.readers.base import Skipped
 from diht_jax.readers.tables import map_ahead
-from diht_jax.records.held_out import held_out_records
 from diht_jax.records.labels.shards import resolve_source
 from diht_jax.records.schema import Pair
 from diht_jax.records.sharded import ShardedRecords
-from diht_jax.records.train_data import TrainSource, parse_train
+from diht_jax.records.train_data import TrainSource, held_out_records, parse_train
 
 NAME = "validation"
 

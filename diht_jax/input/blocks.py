@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 import queue
@@ -42,7 +41,7 @@ from diht_jax.input.workers import (
 from diht_jax.records.format import TFRecordError
 from diht_jax.storage.locks import LockedError, lock_file
 from diht_jax.storage.retries import StorageError, is_missing, is_outage, retry
-from diht_jax.storage.stores import LocalRanges, is_remote, read_range
+from diht_jax.storage.stores import RangesFile
 
 _Result = TypeVar("_Result")
 
@@ -352,8 +351,7 @@ def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
 
 def read_extent(path: str, start: int, end: int) -> bytes:
     """Some bytes of a file in a store, or of a local one; a TimeoutError if fewer came."""
-    read = functools.partial(read_range, path) if is_remote(path) else LocalRanges(path).read_range
-    data = read(start, end)
+    data = RangesFile(path, end).read_range(start, end)
     if len(data) != end - start:
         raise TimeoutError(f"{path}: {len(data)} bytes came instead of {end - start}")
     return data

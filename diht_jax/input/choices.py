@@ -131,16 +131,16 @@ def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice | None
         raise ValueError(
             f"config.data.captions='{data.captions}': expected {' or '.join(map(repr, CHOICES))}"
         )
-    weights = _parse_kinds(data.caption_weights)
-    columns = parse_columns(data.caption_columns, "config.data.caption_columns")
     if data.captions == "first":
-        for name, value in (("caption_weights", weights), ("caption_columns", columns)):
-            if value:
+        for name in ("caption_weights", "caption_columns"):
+            if data[name]:
                 raise ValueError(
                     f"config.data.{name} needs config.data.captions='sample'; with 'first' it "
                     "would do nothing"
                 )
         return None
+    weights = _parse_kinds(data.caption_weights)
+    columns = parse_columns(data.caption_columns, "config.data.caption_columns")
     for kind in columns.values():
         if weights and kind not in weights:
             raise ValueError(

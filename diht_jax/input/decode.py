@@ -6,6 +6,7 @@ that can be counted. Cropping, scaling and normalisation belong in `transforms.p
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
@@ -123,7 +124,9 @@ def _load_pixels(image: Image.Image) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = _turn_upright(image)
+    # A broken EXIF block does not concern the picture, which is shown as it is stored.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
     try:
         if image.mode.startswith("I;16") or image.mode == "I":
             return _scale_sixteen_bits(image)
@@ -139,14 +142,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError(
             "unreadable", f"cannot convert {image.format} mode {image.mode} to RGB ({error})"
         ) from None
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # A broken EXIF block does not concern the picture: show it as it is stored.
-        return image
-    return image
 
 
 def _scale_sixteen_bits(image: Image.Image) -> Image.Image:

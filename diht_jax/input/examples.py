@@ -113,8 +113,7 @@ class DecodeExample(grain.transforms.RandomMap):
                 is the same either way.
             position: of the example in the run, for a choice of captions that changes with it.
         """
-        if self.num_concepts and self.vocabulary_sizes is not None:
-            self._check_ids(record, self.vocabulary_sizes)
+        labels = self._take_labels(record) if self.num_concepts else {}
         view, crop_rng = {}, rng
         if self.teacher_width:
             view, crop_rng = take_view(record, self.teacher_width, rng)
@@ -132,10 +131,7 @@ class DecodeExample(grain.transforms.RandomMap):
         if self.pair_ids:
             found = None if self.class_key is None else record.metadata.get(self.class_key)
             example["pair_ids"] = pair_id(example["tokens"], found)
-        if self.num_concepts:
-            for names in schema.CONCEPT_FIELDS:
-                example.update(self._concepts(record, *names))
-        return functools.partial(_decode_pixels, record.key, crop, example)
+        return functools.partial(_decode_pixels, record.key, crop, example | labels)
 
     def _tokenize(self, text: str, key: str) -> np.ndarray:
         if self.own_tokenizer is None:
@@ -149,30 +145,31 @@ class DecodeExample(grain.transforms.RandomMap):
             )
         return ids
 
-    def _check_ids(self, record: schema.Record, sizes: Sequence[int]) -> None:
-        """Raises ValueError for an id that means no concept: its loss would be NaN, or nonsense."""
-        for (name, _), size in zip(schema.CONCEPT_FIELDS, sizes, strict=True):
-            ids = getattr(record, name)
-            if ids is not None and len(ids) and not 0 <= ids.min() <= ids.max() < size:
-                raise ValueError(
-                    f"record '{record.key}': {name} {ids.tolist()} are beyond the vocabulary of "
-                    f"{size}; label the data again (python -m data_prep.label)"
-                )
+    def _take_labels(self, record: schema.Record) -> dict[str, np.ndarray]:
+        """The first k labels of each kind, their probabilities summing to 1 again.
 
-    def _concepts(
-        self, record: schema.Record, ids_name: str, probs_name: str
-    ) -> dict[str, np.ndarray]:
-        """The first k labels of one kind, their probabilities summing to 1 again."""
-        ids = np.zeros(self.num_concepts, np.int32)
-        probs = np.zeros(self.num_concepts, np.float32)
-        found = getattr(record, ids_name)
-        if found is not None and len(found):
+        Raises:
+            ValueError: an id means no concept: its loss would be NaN, or nonsense.
+        """
+        labels = {}
+        sizes = self.vocabulary_sizes or (None,) * len(schema.CONCEPT_FIELDS)
+        for (ids_name, probs_name), size in zip(schema.CONCEPT_FIELDS, sizes, strict=True):
+            ids = labels[ids_name] = np.zeros(self.num_concepts, np.int32)
+            probs = labels[probs_name] = np.zeros(self.num_concepts, np.float32)
+            found = getattr(record, ids_name)
+            if found is None or not len(found):
+                continue
+            if size is not None and not 0 <= found.min() <= found.max() < size:
+                raise ValueError(
+                    f"record '{record.key}': {ids_name} {found.tolist()} are beyond the vocabulary "
+                    f"of {size}; label the data again (python -m data_prep.label)"
+                )
             count = min(len(found), self.num_concepts)
             ids[:count] = found[:count]
             probs[:count] = getattr(record, probs_name)[:count]
             if probs.any():
                 probs /= probs.sum()
-        return {ids_name: ids, probs_name: probs}
+        return labels
 
     def _plan_crop(self, data: bytes, rng: np.random.Generator) -> Callable[[], np.ndarray]:
         options: dict[str, Any] = {"scale": self.crop_scale, "interpolation": self.interpolation}

@@ -17,12 +17,17 @@ from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_order
 from diht_jax.records.fingerprint import Fingerprint, fingerprint_records
-from diht_jax.records.held_out import held_out_records
 from diht_jax.records.labels.clip_embeddings import ClipEmbeddings
 from diht_jax.records.labels.concepts import open_labels
 from diht_jax.records.labels.shards import LabelRecords, resolve_source
 from diht_jax.records.schema import Record, decode_record
-from diht_jax.records.train_data import TrainSource, parse_train, switching_steps, weight_at_step
+from diht_jax.records.train_data import (
+    TrainSource,
+    held_out_records,
+    parse_train,
+    switching_steps,
+    weight_at_step,
+)
 
 # Batches between a bad record and what replaces it are no more than this.
 _LONGEST_CYCLE = 10**6

@@ -19,7 +19,7 @@ import grain.experimental
 import ml_collections
 import numpy as np
 
-from diht_jax.records.held_out import NOTHING, Others
+from diht_jax.records.train_data import NO_RECORDS
 from diht_jax.storage.stores import is_remote
 
 # Values of `config.data.order`; "auto" takes one of them.
@@ -55,7 +55,7 @@ def make_order(
     data: ml_collections.ConfigDict,
     seed: int,
     process_count: int = 1,
-    held_out: np.ndarray = NOTHING,
+    held_out: np.ndarray = NO_RECORDS,
 ) -> GlobalOrder | BlockOrder:
     """The order of a source of records.
 
@@ -116,7 +116,7 @@ def derived_seed(seed: int, depth: int) -> int:
 class GlobalOrder:
     """Every epoch is another permutation of all records, as grain's `shuffle` does it."""
 
-    def __init__(self, num_records: int, seed: int, held_out: np.ndarray = NOTHING):
+    def __init__(self, num_records: int, seed: int, held_out: np.ndarray = NO_RECORDS):
         """Draws nothing yet; `held_out` are the numbers of records that never come, rising.
 
         Raises:
@@ -129,7 +129,7 @@ class GlobalOrder:
                 "config.data.order='blocks'"
             )
         self.num_records = num_records - len(held_out)
-        self._others = Others(held_out)
+        self._before = held_out - np.arange(len(held_out))  # others before each of them
         self._seed = derived_seed(seed, depth=1)
 
     def __getitem__(self, position: int) -> int:
@@ -141,7 +141,7 @@ class GlobalOrder:
             seed=(self._seed + epoch) % 2**32,
             rounds=4,
         )
-        return self._others.record(drawn)
+        return _skip(self._before, drawn)
 
     def describe(self) -> str:
         """A sentence for the log about what is mixed."""
@@ -169,7 +169,7 @@ class BlockOrder:
         *,
         num_streams: int,
         window_blocks: int,
-        held_out: np.ndarray = NOTHING,
+        held_out: np.ndarray = NO_RECORDS,
     ):
         """Draws nothing yet.
 
@@ -186,7 +186,7 @@ class BlockOrder:
         starts = self.block_starts - np.searchsorted(held_out, self.block_starts)
         self._blocks = np.flatnonzero(np.diff(starts))
         self._starts = np.append(starts[self._blocks], starts[-1])
-        self._others = Others(held_out)
+        self._before = held_out - np.arange(len(held_out))  # others before each of them
         self.num_records = int(starts[-1])
         self.num_streams = num_streams
         self.window_blocks = window_blocks
@@ -196,11 +196,11 @@ class BlockOrder:
     def __getitem__(self, position: int) -> int:
         """The number of the record, among all of the source, at a position from 0."""
         window, row = self._find(position)
-        return self._others.record(window.record(row))
+        return _skip(self._before, window.record(row))
 
     def block_of(self, record: int) -> int:
         """The number of the block that holds a record."""
-        return int(np.searchsorted(self.block_starts, record, side="right")) - 1
+        return _find(self.block_starts, record)
 
     def finished_block(self, position: int) -> int | None:
         """The block that its stream no longer needs after a position; None where it still does."""
@@ -233,7 +233,7 @@ class BlockOrder:
         row, stream = divmod(row, self.num_streams)
         segment = self._segment(epoch, stream)
         row += segment.first_row
-        number = segment.window_of(self._epoch(epoch).find(row))
+        number = segment.window_of(_find(self._epoch(epoch)[1], row))
         return self._window(epoch, stream, number), row
 
     def _make_caches(self) -> None:
@@ -242,11 +242,10 @@ class BlockOrder:
         self._segment = functools.lru_cache(2 * self.num_streams)(self._make_segment)
         self._window = functools.lru_cache(self.num_streams + _SPARE_WINDOWS)(self._make_window)
 
-    def _make_epoch(self, epoch: int) -> _Epoch:
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The permuted blocks, and where each begins in the sequence of all their records."""
         order = _permutation(len(self._blocks), self._seed, epoch)
-        starts = np.zeros(len(order) + 1, np.int64)
-        np.cumsum(np.diff(self._starts)[order], out=starts[1:])
-        return _Epoch(order, starts)
+        return order, np.append(0, np.cumsum(np.diff(self._starts)[order]))
 
     def _make_segment(self, epoch: int, stream: int) -> _Segment:
         rows, longer = divmod(self.num_records, self.num_streams)
@@ -254,20 +253,20 @@ class BlockOrder:
         return _Segment(
             first_row=first,
             end_row=first + rows + (stream < longer),
-            first_block=self._epoch(epoch).find(first),
+            first_block=_find(self._epoch(epoch)[1], first),
             # Multiples of the golden ratio are spread evenly, also over every H-th stream.
             first_window_blocks=1 + ((stream * _INCREMENT & _64_BITS) * self.window_blocks >> 64),
             window_blocks=self.window_blocks,
         )
 
     def _make_window(self, epoch: int, stream: int, number: int) -> _Window:
-        segment, permuted = self._segment(epoch, stream), self._epoch(epoch)
+        segment, (permuted, starts) = self._segment(epoch, stream), self._epoch(epoch)
         first = segment.first_block_of(number)
-        end = min(segment.first_block_of(number + 1), len(permuted.order))
-        rows = np.clip(permuted.starts[first : end + 1], segment.first_row, segment.end_row)
-        blocks = permuted.order[first:end]
+        end = min(segment.first_block_of(number + 1), len(permuted))
+        rows = np.clip(starts[first : end + 1], segment.first_row, segment.end_row)
+        blocks = permuted[first:end]
         # The first record of a part, where the segment begins within its block.
-        records = self._starts[blocks] + rows[:-1] - permuted.starts[first:end]
+        records = self._starts[blocks] + rows[:-1] - starts[first:end]
         kept = np.diff(rows) > 0
         length = int(rows[-1] - rows[0])
         order = _permutation(length, self._seed, epoch, stream, number)
@@ -285,16 +284,19 @@ class BlockOrder:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Epoch:
-    """The permuted blocks of an epoch, and the row at which each of them begins."""
+def _skip(before: np.ndarray, number: int) -> int:
+    """The number among all records of one among those that are not held out.
 
-    order: np.ndarray
-    starts: np.ndarray
+    Args:
+        before: how many of the others come before each that is held out.
+        number: of the record.
+    """
+    return number + int(np.searchsorted(before, number, side="right")) if len(before) else number
 
-    def find(self, row: int) -> int:
-        """The number of the permuted block with a row of the sequence of all their records."""
-        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+def _find(starts: np.ndarray, number: int) -> int:
+    """The block, of those that begin at `starts`, that holds a row or a record."""
+    return int(np.searchsorted(starts, number, side="right")) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,8 +357,8 @@ def _permutation(length: int, *key: int) -> np.ndarray:
     """int64 [length]: a permutation that is a function of the key alone."""
     state = 0
     for part in key:
-        state = _mix(np.array([(state + part + 1) * _INCREMENT & _64_BITS], np.uint64))[0]
-        state = int(state)
+        mixed = _mix(np.array([(state + part + 1) * _INCREMENT & _64_BITS], np.uint64))
+        state = int(mixed[0])
     # Different inputs have different hashes, so that any way of sorting gives the same result.
     inputs = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(_INCREMENT) + np.uint64(state)
     return np.argsort(_mix(inputs))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -216,18 +215,12 @@ def _cut_off_ends(image: Image.Image) -> Image.Image:
 
 
 def _check_input(image: Image.Image, size: int) -> int:
-    if not isinstance(image, Image.Image) or image.mode != "RGB":
-        got = f"mode {image.mode!r}" if isinstance(image, Image.Image) else type(image).__name__
+    if not isinstance(image, Image.Image) or image.mode != "RGB" or 0 in image.size:
+        got = f"{image.mode} {image.size}" if isinstance(image, Image.Image) else type(image)
         raise ValueError(
-            f"image: expected a Pillow image of mode 'RGB', got {got}; diht_jax.input.decode."
-            "decode_rgb makes one from bytes, image.convert('RGB') from another mode"
+            f"image: expected a Pillow image of mode 'RGB' with pixels, got {got}; diht_jax.input."
+            "decode.decode_rgb makes one from bytes, image.convert('RGB') from another mode"
         )
-    if 0 in image.size:
-        raise ValueError(f"image: expected at least one pixel, got size {image.size}")
-    try:
-        pixels = operator.index(size)
-    except TypeError:
-        pixels = 0
-    if pixels < 1:
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
         raise ValueError(f"size: expected a positive integer of pixels, got {size!r}")
-    return pixels
+    return int(size)

@@ -105,31 +105,20 @@ def claim_mark(folder: str) -> str | None:
         lock = lock_file(path, wait=False)
         # Held until the process ends.
         atexit.register(lambda: (path.unlink(missing_ok=True), lock.close()))
-        if _is_locked(path):  # the file system has locks
-            for other in pathlib.Path(folder).glob("diht_jax_*.lock"):
-                with contextlib.suppress(OSError), lock_file(other, wait=False):
-                    _remove_marked(folder, other.stem)
-                    other.unlink()
+        with contextlib.suppress(LockedError):
+            lock_file(path, wait=False).close()
+            return mark  # the file system has no locks
+        for other in pathlib.Path(folder).glob("diht_jax_*.lock"):
+            with contextlib.suppress(OSError), lock_file(other, wait=False):
+                for left in pathlib.Path(folder).glob(f"{other.stem}_*"):
+                    if left.is_dir():
+                        remove_folder(left)
+                    else:
+                        left.unlink(missing_ok=True)
+                other.unlink()
     except OSError:
         return None
     return mark
-
-
-def _is_locked(path: pathlib.Path) -> bool:
-    try:
-        lock_file(path, wait=False).close()
-    except LockedError:
-        return True
-    return False
-
-
-def _remove_marked(folder: str, mark: str) -> None:
-    """Removes the files and folders with a mark."""
-    for path in pathlib.Path(folder).glob(f"{mark}_*"):
-        if path.is_dir():
-            remove_folder(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def remove_folder(folder: pathlib.Path) -> None:
@@ -153,7 +142,13 @@ def has_crashed(error: BaseException) -> bool:
 
 def describe_workers() -> str:
     """The workers of this process, and what the system knows of each."""
-    found = [f"{child.pid} ({_state_of(child.pid)})" for child in _workers()]
+    found = []
+    for child in _workers():
+        state = "state unknown"
+        with contextlib.suppress(OSError):
+            letter = _read_stat(child)[0]
+            state = _STATES.get(letter, letter)
+        found.append(f"{child.pid} ({state})")
     return f"worker processes: {', '.join(found)}" if found else "no worker process is running"
 
 
@@ -174,12 +169,9 @@ def _workers() -> list[process.BaseProcess]:
     )
 
 
-def _state_of(pid: int | None) -> str:
-    try:
-        letter = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "state unknown"
-    return _STATES.get(letter, letter)
+def _read_stat(child: process.BaseProcess) -> list[str]:
+    """The fields of `/proc/PID/stat` behind the name: state, parent, ..."""
+    return pathlib.Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def processor_secs() -> float:
@@ -187,8 +179,7 @@ def processor_secs() -> float:
     ticks = 0
     for child in _workers():
         with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = pathlib.Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
+            ticks += sum(map(int, _read_stat(child)[11:13]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -196,21 +187,13 @@ def usable_cores() -> int:
     """Cores that this process may use: those it may run on, or fewer by its container's quota."""
     affine = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
-    quota = _quota_cores()
-    return cores if quota is None else min(cores, quota)
-
-
-def _quota_cores() -> int | None:
-    """The processor time that a container may take, in whole cores; None where it has no bound."""
     for names in _CPU_QUOTAS:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-            words: list[str] = []
-            for name in names:
-                words += (CGROUP / name).read_text().split()
-            quota, period = map(int, words)
+            texts = [(CGROUP / name).read_text() for name in names]
+            quota, period = map(int, " ".join(texts).split())
             if quota > 0 and period > 0:  # without a bound, -1
-                return math.ceil(quota / period)
-    return None
+                return min(cores, math.ceil(quota / period))
+    return cores
 
 
 def default_num_workers() -> int:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
-from diht_jax.records.samples import CAPTION_NAMES, IMAGE_NAMES, find_name
+from diht_jax.readers.base import MAX_IMAGE_BYTES, Skipped, read_image
+from diht_jax.records.samples import (
+    CAPTION_NAMES,
+    IMAGE_NAMES,
+    explain_no_caption,
+    find_name,
+    merge_captions,
+    pick_captions,
+)
+from diht_jax.records.schema import Pair
 
 _NAMES_SHOWN = 20
 
@@ -54,3 +63,43 @@ def describe_missing(path: str, names: Collection[str], missing: list[str]) -> s
         f"{path}: no {' and no '.join(missing)}; it has {shown:.500}; set image_column, "
         "caption_column or key_column"
     )
+
+
+def make_pair(
+    key: str,
+    image: bytes | str | None,
+    row: dict[str, Any],
+    options: ColumnOptions,
+    *,
+    needs_caption: bool = True,
+    clean: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Pair | Skipped:
+    """The pair of a row, or why there is none.
+
+    Args:
+        key: of the pair.
+        image: encoded, or its path below `image_root`.
+        row: all columns.
+        options: complete ones.
+        needs_caption: whether a row without one is no pair.
+        clean: makes metadata of the columns that are nothing else.
+    """
+    if not image:
+        nothing = f"nothing in column '{options.image_column}'"
+        status = row.get("error_message") or row.get("status") or nothing
+        return Skipped(key, "no_image", str(status))
+    if len(image) > MAX_IMAGE_BYTES:
+        return Skipped(key, "too_large", f"an image of {len(image)} bytes")
+    stated = row.get(options.caption_column) if options.caption_column else None
+    captions = pick_captions(stated)
+    if needs_caption and not captions:
+        return Skipped(key, "no_caption", explain_no_caption(options.caption_column, stated))
+    if isinstance(image, str):
+        image = read_image(str(options.image_root), image, key)
+        if isinstance(image, Skipped):
+            hint = "; image_root names another folder" if image.reason == "refused_path" else ""
+            return dataclasses.replace(image, detail=image.detail + hint)
+    used = (options.image_column, options.caption_column, options.key_column)
+    metadata = clean({name: value for name, value in row.items() if name not in used})
+    caption = captions[0] if captions else ""
+    return Pair(key, image, caption, merge_captions(metadata, captions, stated))

@@ -16,10 +16,10 @@ import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from diht_jax.readers.base import MAX_IMAGE_BYTES, Format, Skipped, SourceShard, read_image
-from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns
+from diht_jax.readers.base import Format, Skipped, SourceShard
+from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns, make_pair
 from diht_jax.records.formats.tar_members import check_expansion
-from diht_jax.records.samples import clean_text, explain_no_caption, merge_captions, pick_captions
+from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair, parse_json_object
 from diht_jax.storage.retries import is_storage_failure
 from diht_jax.storage.stores import (
@@ -29,7 +29,6 @@ from diht_jax.storage.stores import (
     input_size,
     is_remote,
     open_file,
-    open_ranges,
 )
 
 SUFFIX = ".parquet"
@@ -56,7 +55,7 @@ def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
     is_stored = is_remote(path)
     is_small = not is_stored or (not is_footer_enough and input_size(path) <= BLOCK_BYTES)
     # Of a small file in a store the whole is one request.
-    file = open_file(path) if is_small else RangesFile(open_ranges(path))
+    file = open_file(path) if is_small else RangesFile(path)
     buffer_size = 0 if is_stored else _BUFFER_BYTES
     try:
         return pyarrow.parquet.ParquetFile(
@@ -173,7 +172,7 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     options = _find_columns(source, file.schema_arrow.names, source.needs_caption)
     class_names = _read_class_names(file.schema_arrow.metadata)
     stem = os.path.splitext(os.path.basename(source.path))[0]
-    used = {options.image, options.caption, options.key}
+    used = {options.image_column, options.caption_column, options.key_column}
     unneeded = set(source.unneeded) - used
     seen: set[str] = set()
     number = 0
@@ -183,9 +182,10 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
             if isinstance(row, BadRow) and row.columns <= unneeded:
                 row = row.values
             values = row.values if isinstance(row, BadRow) else row
-            key = clean_text(str(values.get(options.key) or "")) or f"{stem}-{number:08d}"
+            key = clean_text(str(values.get(options.key_column) or "")) or f"{stem}-{number:08d}"
             number += 1
-            unpacked_bytes += len(_image_of(values.get(options.image)) or b"")
+            image = _image_of(values.get(options.image_column))
+            unpacked_bytes += len(image or b"")
             check_expansion(source.path, num_bytes, unpacked_bytes)
             if isinstance(row, BadRow):
                 yield Skipped(key, "bad_row", row.detail)
@@ -194,7 +194,9 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
                 yield Skipped(key, "duplicate", "the key was there before")
                 continue
             seen.add(key)
-            pair = _make_pair(key, row, options, source.needs_caption)
+            pair = make_pair(
+                key, image, row, options, needs_caption=source.needs_caption, clean=clean_row
+            )
             if isinstance(pair, Pair) and "class_name" not in pair.metadata:
                 named = _class_name(pair.metadata.get(LABEL_COLUMN), class_names)
                 metadata = {**pair.metadata, **named} if named else pair.metadata
@@ -207,10 +209,11 @@ def list_parquet_images(source: SourceShard) -> Iterator[tuple[str, str]]:
     try:
         file = open_parquet(source.path)
         options = _find_columns(source, file.schema_arrow.names, needs_caption=False)
-        for row in read_rows(source.path, file, [options.image]):
+        column = str(options.image_column)
+        for row in read_rows(source.path, file, [column]):
             values = row.values if isinstance(row, BadRow) else row
-            if isinstance(name := _image_of(values.get(options.image)), str):
-                yield options.root, name
+            if isinstance(name := _image_of(values.get(column)), str):
+                yield str(options.image_root), name
     except ValueError:
         return  # the error is that of the file's reader
 
@@ -222,17 +225,10 @@ def _image_of(value: Any) -> bytes | str | None:
     return value if isinstance(value, bytes | str) else None
 
 
-class _Columns(NamedTuple):
-    """Names of columns, "" for captions that are not asked for; and the folder of the images."""
-
-    image: str
-    caption: str
-    key: str | None
-    root: str
-
-
-def _find_columns(source: SourceShard, names: Collection[str], needs_caption: bool) -> _Columns:
-    """The columns of a file, by its options and the names that are there."""
+def _find_columns(
+    source: SourceShard, names: Collection[str], needs_caption: bool
+) -> ColumnOptions:
+    """The columns of a file, by its options and the names that are there; "" for no captions."""
     known = {field.name for field in dataclasses.fields(ColumnOptions)} & source.options.keys()
     options = ColumnOptions(**{name: source.options[name] for name in known})
     root = options.image_root or os.path.dirname(source.path) or "."
@@ -243,14 +239,13 @@ def _find_columns(source: SourceShard, names: Collection[str], needs_caption: bo
     options, missing = find_columns(names, options)
     if options.caption_column is None and not needs_caption:
         options, missing = find_columns(names, dataclasses.replace(options, caption_column=""))
-    image, caption = options.image_column, options.caption_column
-    if missing or image is None or caption is None:
+    if missing:
         raise ValueError(
             f"{describe_missing(source.path, names, missing)}; to filter a table of captions "
             "without images use --config prep/metadata"
         )
     root = root if is_remote(root) else os.path.realpath(root)
-    return _Columns(image, caption, options.key_column, root)
+    return dataclasses.replace(options, image_root=root)
 
 
 def _class_name(label: Any, names: list[str]) -> dict[str, str]:
@@ -270,33 +265,9 @@ def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
     return names if is_list else []
 
 
-def _make_pair(
-    key: str, row: dict[str, Any], options: _Columns, needs_caption: bool
-) -> Pair | Skipped:
-    image = _image_of(row[options.image])
-    if not image:
-        status = row.get("error_message") or row.get("status") or "nothing in the column"
-        return Skipped(key, "no_image", str(status))
-    if len(image) > MAX_IMAGE_BYTES:
-        return Skipped(key, "too_large", f"an image of {len(image)} bytes")
-    stated = row.get(options.caption)
-    captions = pick_captions(stated)
-    if needs_caption and not captions:
-        detail = explain_no_caption(options.caption, stated)
-        return Skipped(key, "no_caption", detail)
-    if isinstance(image, str):
-        image = read_image(options.root, image, key)
-        if isinstance(image, Skipped):
-            return image
-    metadata = clean_row(row, (options.key, options.image, options.caption))
-    caption = captions[0] if captions else ""
-    return Pair(key, image, caption, merge_captions(metadata, captions, stated))
-
-
-def clean_row(row: Mapping[str, Any], without: Collection[str | None]) -> dict[str, Any]:
+def clean_row(row: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
     """A row's columns but some, as JSON can hold them: no NaN, dates as text, no bytes."""
-    kept = {k: v for k, v in row.items() if k not in without and v is not None}
-    kept = {k: v for k, v in kept.items() if not isinstance(v, bytes)}
+    kept = {k: v for k, v in row.items() if k not in without and not isinstance(v, bytes | None)}
     return parse_json_object(json.dumps(kept, default=str))
 
 

@@ -169,16 +169,14 @@ def name_options(message: str, form: str) -> str:
 
 def _list_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
     path, own = _split_options(text)
-    path = enter_split(path, (options | own).get("split"))
-    shards = _list_plain_text(path, options | own)
+    shards = _list_path(enter_split(path, (options | own).get("split")), options | own)
     for kind in dict.fromkeys(shard.kind for shard in shards):
         known = _option_names(kind)
-        for name in own:
-            if name not in (*known, "split"):
-                raise ValueError(
-                    f"{text}: this source ({kind}) has no option '{name}'; it has "
-                    f"{', '.join(known) or 'none'}"
-                )
+        if unknown := own.keys() - {*known, "split"}:
+            raise ValueError(
+                f"{text}: this source ({kind}) has no option '{min(unknown)}'; it has "
+                f"{', '.join(known) or 'none'}"
+            )
     return shards
 
 
@@ -217,7 +215,7 @@ def _split_options(text: str) -> tuple[str, dict[str, Any]]:
     return match[1], own
 
 
-def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
+def _list_path(text: str, options: dict[str, Any]) -> list[SourceShard]:
     for kind, form in FORMATS.items():
         if form.prefix and text.startswith(form.prefix):
             return _list_one(kind, text, options)
@@ -269,20 +267,17 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
 
 def _recognise(paths: Sequence[str], *, is_named: bool) -> dict[str, str | None]:
     """Path -> kind, None where no format reads it; files that only hold metadata are left out."""
-    kinds = {path: _kind_of(path, is_named) for path in paths}
+    kinds: dict[str, str | None] = {}
+    for path in paths:
+        matching = (kind for kind, form in FORMATS.items() if form.is_file(path, is_named=is_named))
+        is_hidden = os.path.basename(path).startswith(".")
+        kinds[path] = None if is_hidden else next(matching, None)
     present = set(kinds.values()) - {None}
     return {
         path: kind
         for path, kind in kinds.items()
         if kind is None or present.isdisjoint(FORMATS[kind].metadata_of)
     }
-
-
-def _kind_of(path: str, is_named: bool) -> str | None:
-    if os.path.basename(path).startswith("."):
-        return None
-    matching = (kind for kind, form in FORMATS.items() if form.is_file(path, is_named=is_named))
-    return next(matching, None)
 
 
 def _list_one(kind: str, path: str, options: dict[str, Any]) -> list[SourceShard]:

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
-from diht_jax.readers.base import Format, Skipped, SourceShard, read_image
-from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns
-from diht_jax.records.samples import clean_text, explain_no_caption, merge_captions, pick_captions
+from diht_jax.readers.base import Format, Skipped, SourceShard
+from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns, make_pair
+from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair, parse_json, parse_json_object
 from diht_jax.storage.files import read_bytes
 from diht_jax.storage.stores import (
@@ -117,12 +117,8 @@ def _whole(path: str, position: int) -> Iterator[tuple[int, int]]:
     """The rows of a table that is not divided, as a single one, if there are any."""
     size = input_size(path)
     if size > _LARGE_TABLE_BYTES:
-        logging.warning(
-            "%s: %d MB are a single unit of work; several smaller tables would let "
-            "several workers read them",
-            path,
-            size // 10**6,
-        )
+        message = "%s: %d MB are one unit of work; several workers could read smaller tables"
+        logging.warning(message, path, size // 10**6)
     if position < size:
         yield position, size
 
@@ -136,13 +132,10 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
     if not shard.options:
         read_bytes(shard.path)  # raises: no file was there when the tables were listed
         raise ValueError(f"{shard.path}: it appeared after the command began; run it again")
-    first_row = shard.options["first_row"]
-    options = TableOptions(
-        **{f.name: shard.options[f.name] for f in dataclasses.fields(TableOptions)}
-    )
-    root = shard.options["image_root"]  # set when the table was listed
+    stated = {f.name: shard.options[f.name] for f in dataclasses.fields(TableOptions)}
+    root = stated["image_root"]  # set when the table was listed
     is_stored = is_remote(root)
-    root = root if is_stored else os.path.realpath(root)
+    options = TableOptions(**stated | {"image_root": root if is_stored else os.path.realpath(root)})
     stem = clean_text(pathlib.Path(shard.path).stem)
 
     def make(numbered: tuple[int, dict[str, Any] | str]) -> Pair | Skipped:
@@ -150,9 +143,12 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
         default_key = f"{stem}-{number:08d}"
         if isinstance(row, str):
             return Skipped(default_key, "bad_row", row)
-        return _make_pair(row, options, root, default_key)
+        own_key = row.get(options.key_column)
+        key = ("" if own_key is None else clean_text(str(own_key))) or default_key
+        name = row.get(options.image_column)
+        return make_pair(key, name.strip() if isinstance(name, str) else None, row, options)
 
-    rows = enumerate(_read_rows(shard), start=first_row)
+    rows = enumerate(_read_rows(shard), start=shard.options["first_row"])
     yield from map_ahead(make, rows) if is_stored else map(make, rows)
 
 
@@ -170,28 +166,6 @@ def map_ahead(make: Callable[[Any], Any], rows: Iterable[Any]) -> Iterator[Any]:
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _make_pair(
-    row: dict[str, Any], options: TableOptions, root: str, default_key: str
-) -> Pair | Skipped:
-    own_key = row.get(options.key_column)
-    key = ("" if own_key is None else clean_text(str(own_key))) or default_key
-    relative = row.get(options.image_column)
-    if not isinstance(relative, str) or not relative.strip():
-        return Skipped(key, "no_image", f"nothing in column '{options.image_column}'")
-    stated = row.get(options.caption_column)
-    captions = pick_captions(stated)
-    if not captions:
-        detail = explain_no_caption(options.caption_column, stated)
-        return Skipped(key, "no_caption", detail)
-    image = read_image(root, relative.strip(), key)
-    if isinstance(image, Skipped):
-        hint = "; image_root names another folder" if image.reason == "refused_path" else ""
-        return dataclasses.replace(image, detail=image.detail + hint)
-    used = (options.image_column, options.caption_column, options.key_column)
-    metadata = {name: value for name, value in row.items() if name not in used}
-    return Pair(key, image, captions[0], merge_captions(metadata, captions, stated))
 
 
 def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:

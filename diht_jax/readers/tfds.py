@@ -55,6 +55,8 @@ def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
         ValueError: another form of text, the data set is not prepared, the split does not
             exist, or several features could make a pair.
     """
+    import tensorflow_datasets as tfds
+
     name, split = _parse_spec(spec)
     builder = _open_builder(spec, name, options)
     try:
@@ -64,7 +66,13 @@ def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
             f"'{spec}': no split '{split}'; there are "
             f"{', '.join(sorted(builder.info.splits)) or 'none'}"
         ) from error
-    image, caption = _pick_features(spec, builder.info.features, options)
+    features = builder.info.features
+    images = list(_find_features(features, tfds.features.Image))
+    texts = list(_find_features(features, tfds.features.Text, nested=True))
+    labels = list(_find_features(features, tfds.features.ClassLabel))
+    named = [name for name in texts if name.rsplit("/", 1)[-1].lower() in CAPTION_NAMES]
+    image = _pick_one(spec, "image_feature", options.image_feature, [images])
+    caption = _pick_one(spec, "caption_feature", options.caption_feature, [named, texts, labels])
     shared = {
         "folder": str(builder.data_path),
         "format": builder.info.file_format.file_suffix,
@@ -119,8 +127,21 @@ def _read_example(
     image = bytes(example[image_feature])
     if not image:
         return Skipped(key, "no_image", f"feature '{image_feature}' is empty")
-    metadata = _label_metadata(example, labels, caption_feature)
-    captions = _read_captions(example, caption_feature, labels)
+    # Of the class label that is the caption, or of the only one; -1 marks an example without.
+    only = next(iter(labels)) if len(labels) == 1 else None
+    label_feature = caption_feature if caption_feature in labels else only
+    label = -1 if label_feature is None else int(example[label_feature])
+    metadata = {}
+    if label >= 0:
+        metadata = {"label": label, "class_name": labels[label_feature].int2str(label)}
+    if caption_feature in labels:
+        captions = [metadata["class_name"].replace("_", " ")] if metadata else []
+    else:
+        value = _look_up(example, caption_feature)
+        values = [value] if isinstance(value, bytes | str) else list(value)
+        captions = pick_captions(
+            [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values]
+        )
     if not captions:
         return Skipped(key, "no_caption", f"feature '{caption_feature}' is empty")
     return Pair(key, image, captions[0], merge_captions(metadata, captions))
@@ -193,32 +214,16 @@ def _find_features(features: Any, kind: type, *, nested: bool = False) -> dict[s
         inner = feature
         if nested and isinstance(feature, tfds.features.Sequence):
             inner = feature.feature
-        if isinstance(inner, kind) or (kind is tfds.features.Text and _is_plain_string(inner)):
+        # A text may be declared as a bare string tensor, as COCO's captions are.
+        is_string = type(inner) in (tfds.features.Tensor, tfds.features.Scalar) and (
+            inner.shape == () and np.dtype(inner.np_dtype).kind in "OSU"
+        )
+        if isinstance(inner, kind) or (kind is tfds.features.Text and is_string):
             found[name] = inner
         elif nested and isinstance(inner, tfds.features.FeaturesDict):
             children = _find_features(inner, kind, nested=True)
             found |= {f"{name}/{child}": value for child, value in children.items()}
     return found
-
-
-def _is_plain_string(feature: Any) -> bool:
-    """True for a text that is declared as a bare string tensor, as in COCO's captions."""
-    import tensorflow_datasets as tfds
-
-    is_scalar = type(feature) in (tfds.features.Tensor, tfds.features.Scalar)
-    return is_scalar and feature.shape == () and np.dtype(feature.np_dtype).kind in "OSU"
-
-
-def _pick_features(spec: str, features: Mapping[str, Any], options: TfdsOptions) -> tuple[str, str]:
-    import tensorflow_datasets as tfds
-
-    images = list(_find_features(features, tfds.features.Image))
-    texts = list(_find_features(features, tfds.features.Text, nested=True))
-    labels = list(_find_features(features, tfds.features.ClassLabel))
-    named = [n for n in texts if n.rsplit("/", 1)[-1].lower() in CAPTION_NAMES]
-    image = _pick_one(spec, "image_feature", options.image_feature, [images])
-    caption = _pick_one(spec, "caption_feature", options.caption_feature, [named, texts, labels])
-    return image, caption
 
 
 def _pick_one(spec: str, option: str, wanted: str | None, candidates: list[list[str]]) -> str:
@@ -249,20 +254,6 @@ def _read_range(shard: SourceShard) -> Iterator[bytes]:
             yield source[number]
 
 
-def _read_captions(
-    example: Mapping[str, Any], caption_feature: str, labels: Mapping[str, Any]
-) -> list[str]:
-    value = _look_up(example, caption_feature)
-    if caption_feature in labels:
-        if value < 0:  # marks an example without a label
-            return []
-        return [labels[caption_feature].int2str(int(value)).replace("_", " ")]
-    values = [value] if isinstance(value, bytes | str) else list(value)
-    return pick_captions(
-        [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values]
-    )
-
-
 def _look_up(example: Mapping[str, Any], path: str) -> Any:
     # A name may hold slashes itself ("image/filename"), hence the longest name first.
     parts = path.split("/")
@@ -272,22 +263,6 @@ def _look_up(example: Mapping[str, Any], path: str) -> Any:
             rest = "/".join(parts[end:])
             return _look_up(example[name], rest) if rest else example[name]
     raise KeyError(path)
-
-
-def _label_metadata(
-    example: Mapping[str, Any], labels: Mapping[str, Any], caption_feature: str
-) -> dict[str, Any]:
-    """`label` and `class_name` of the class label that is the caption, or of the only one."""
-    if caption_feature in labels:
-        name = caption_feature
-    elif len(labels) == 1:
-        (name,) = labels
-    else:
-        return {}
-    feature, label = labels[name], int(example[name])
-    if label < 0:
-        return {}
-    return {"label": label, "class_name": feature.int2str(label)}
 
 
 FORMAT = Format(

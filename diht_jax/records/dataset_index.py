@@ -25,7 +25,6 @@ offsets.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -40,7 +39,7 @@ import numpy as np
 
 from diht_jax.records.format import TFRecordError
 from diht_jax.storage.copies import cached_copy
-from diht_jax.storage.stores import is_remote, open_ranges
+from diht_jax.storage.stores import RangesFile, is_remote
 
 INDEX_NAME = "dataset.index"
 ANCHOR_RECORDS = 64
@@ -148,11 +147,6 @@ class DatasetIndex:
         """Size of the file."""
         return _PREAMBLE.size + len(self.head) + 8 * int(self.starts[-1])
 
-    @property
-    def rebuild_command(self) -> str:
-        """The command that brings the index up to date."""
-        return rebuild_command(os.path.dirname(self.path))
-
     def sizes(self, kind: str | None = None) -> dict[str, int]:
         """Bytes of each shard, or of those of a kind, by name."""
         rows = zip(self.names, self.kinds, self.num_bytes.tolist(), strict=True)
@@ -223,6 +217,11 @@ class DatasetIndex:
         """The error for an index that cannot be used."""
         return _damaged(self.path, detail)
 
+    @property
+    def rebuild_command(self) -> str:
+        """The command that brings the index up to date."""
+        return rebuild_command(os.path.dirname(self.path))
+
     def _offset(self, row: int, record: int) -> int:
         """The first byte of a record that is not the end of its shard."""
         group, within = divmod(record, ANCHOR_RECORDS)
@@ -238,7 +237,7 @@ class DatasetIndex:
         if last[:2] == (begin, end) and last[2] is not None:
             return last[2]
         if self._file is None:
-            file = open_ranges(self._local_path or self.path, self.file_bytes)
+            file = RangesFile(self._local_path or self.path, self.file_bytes)
             if self._local_path is not None:
                 found = file.read_range(0, _PREAMBLE.size), file.size
                 if found != (encode_preamble(self.head), self.file_bytes):
@@ -313,7 +312,7 @@ def read_index(path: str, file_bytes: int | None = None) -> DatasetIndex:
         FileNotFoundError: there is none.
         TFRecordError: it is damaged, or cut off.
     """
-    with contextlib.closing(open_ranges(path, file_bytes or 0)) as file:
+    with RangesFile(path, file_bytes or 0) as file:
         file_bytes = file_bytes if is_remote(path) else file.size
         data = file.read_range(0, _FIRST_READ_BYTES)
         if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):

@@ -101,12 +101,19 @@ def encode_record(record: Pair) -> bytes:
         raise ValueError("a record has an empty key; every pair needs one, to be named by")
     if not record.image:
         raise ValueError(f"record '{record.key}': the image is empty; expected encoded bytes")
+    try:
+        text = json.dumps(dict(record.metadata), sort_keys=True, allow_nan=False)
+        values = [record.key.encode(), record.image, record.caption.encode(), text.encode()]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"record {record.key!r}: key or caption is no UTF-8, or the metadata no JSON "
+            f"({error}); replace lone surrogates, and keep to str, int, finite float, bool, None, "
+            "list and dict"
+        ) from error
     example = Example()
     feature = example.features.feature
-    feature[KEY].bytes_list.value.append(_encode_text(record, KEY, record.key))
-    feature[IMAGE].bytes_list.value.append(record.image)
-    feature[CAPTION].bytes_list.value.append(_encode_text(record, CAPTION, record.caption))
-    feature[METADATA].bytes_list.value.append(_encode_metadata(record))
+    for name, value in zip((KEY, IMAGE, CAPTION, METADATA), values, strict=True):
+        feature[name].bytes_list.value.append(value)
     if isinstance(record, Record):
         concepts = [_pack_concepts(record, *names) for names in CONCEPT_FIELDS]
         if concepts != [None, None]:
@@ -148,9 +155,13 @@ def decode_fields(fields: Mapping[str, Any]) -> Record:
     if samples.has_sample_fields(fields):
         return Record(**samples.read_sample_fields(fields))
     key = _decode_bytes(fields, KEY, "?").decode("utf-8", "replace")
-    metadata: dict[str, Any] = {}
-    if METADATA in fields:
-        metadata = _decode_metadata(key, _decode_bytes(fields, METADATA, key))
+    stated = _decode_bytes(fields, METADATA, key) if METADATA in fields else b""
+    try:
+        metadata = parse_json_object(stated) if stated else {}
+    except ValueError as error:
+        raise ValueError(
+            f"record '{key}': field '{METADATA}' is no JSON object ({error})"
+        ) from error
     if CONCEPTS in fields:
         concepts = _unpack_concepts(key, _decode_bytes(fields, CONCEPTS, key))
     else:
@@ -167,26 +178,6 @@ def decode_fields(fields: Mapping[str, Any]) -> Record:
         metadata=metadata,
         **concepts,
     )
-
-
-def _encode_text(record: Pair, name: str, text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"record {record.key!r}: {name} cannot be written as UTF-8 ({error}); replace lone "
-            "surrogates before writing"
-        ) from error
-
-
-def _encode_metadata(record: Pair) -> bytes:
-    try:
-        return json.dumps(dict(record.metadata), sort_keys=True, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"record '{record.key}': metadata is no JSON ({error}); keep to str, int, finite "
-            "float, bool, None, list and dict"
-        ) from error
 
 
 def _pack_concepts(record: Record, ids_name: str, probs_name: str) -> bytes | None:
@@ -230,19 +221,14 @@ def _unpack_concepts(key: str, data: bytes) -> dict[str, np.ndarray]:
     for ids_name, probs_name in CONCEPT_FIELDS:
         size = rest[0] if rest else 1
         part, rest = rest[1 : 1 + 5 * size], rest[1 + 5 * size :]
-        if len(part) < 5 * size:
+        if len(part) < 5 * size or (rest and ids_name == CONCEPT_FIELDS[-1][0]):
             raise ValueError(
-                f"record '{key}': field '{CONCEPTS}' of {len(data)} bytes is cut off within "
-                f"{ids_name}; label the data again"
+                f"record '{key}': field '{CONCEPTS}' has {len(data)} bytes, too few or too many; "
+                "label the data again"
             )
         digits = np.frombuffer(part, np.uint8, 3 * size).reshape(size, 3).astype(np.int32)
         concepts[ids_name] = digits @ np.array([1, 2**8, 2**16], np.int32)
         concepts[probs_name] = np.frombuffer(part, "<f2", size, 3 * size).astype(np.float32)
-    if rest:
-        raise ValueError(
-            f"record '{key}': field '{CONCEPTS}' has {len(rest)} bytes too many; label the data "
-            "again"
-        )
     return concepts
 
 
@@ -268,11 +254,7 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def parse_json_object(data: bytes | str) -> dict[str, Any]:
-    """Like `parse_json`, for an object.
-
-    Raises:
-        ValueError: no JSON, or no object.
-    """
+    """Like `parse_json`, for an object."""
     value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}; expected an object")
@@ -285,15 +267,6 @@ def _finite_or_none(text: str) -> float | None:
 
 
 _JSON = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_none)
-
-
-def _decode_metadata(key: str, data: bytes) -> dict[str, Any]:
-    try:
-        return parse_json_object(data) if data else {}
-    except ValueError as error:
-        raise ValueError(
-            f"record '{key}': field '{METADATA}' is no JSON object ({error})"
-        ) from error
 
 
 def _decode_lists(fields: Any) -> dict[str, np.ndarray | None]:

@@ -21,7 +21,7 @@ from diht_jax.records.catalog import Catalog, Paths, Shard, open_catalog
 from diht_jax.records.dataset_index import END_BYTES, digest_shard
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.formats.shard_index import ShardIndex, wrong_index
-from diht_jax.storage.stores import input_size, is_remote, open_ranges
+from diht_jax.storage.stores import RangesFile, input_size, is_remote
 
 # Two descriptors each, of local ones: well under the usual limit of 1024 for a process.
 _MAX_OPEN_SHARDS = 128
@@ -258,7 +258,7 @@ class OpenShard:
         """
         self.path = shard.path
         self._described, self._row = shard.index, shard.row
-        opened = open_ranges(shard.path, shard.num_bytes)
+        opened = RangesFile(shard.path, shard.num_bytes)
         self.size, self.read_range = opened.size, opened.read_range
         if self._described is not None:
             self.num_records = int(self._described.num_records[shard.row])

@@ -1,4 +1,4 @@
-"""The sources of `config.data.train`: one data set, or several with weights."""
+"""The sources of `config.data.train`: one data set, or several with weights; what they hold out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+import ml_collections
+import numpy as np
+
 from diht_jax.config.checks import nearest_name
 
 _CAPTION = "{caption}"
+# Numbers of records of which none is held out.
+NO_RECORDS = np.zeros(0, np.int64)
 _KEYS = ("path", "weight", "text_template", "order", "labels")
 
 
@@ -96,11 +101,10 @@ def _is_section(train: Any) -> bool:
 
 def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
     where = f"config.data.train.{name}"
+    example = "a section such as dict(path='/data/kept', weight=0.8)"
     if not _is_section(section):
-        raise ValueError(
-            f"{where}: expected a section such as dict(path='/data/kept', weight=0.8), got "
-            f"{type(section).__name__} {section!r:.200}"
-        )
+        kind = type(section).__name__
+        raise ValueError(f"{where}: expected {example}, got {kind} {section!r:.200}")
     for key in section:
         if key not in _KEYS:
             nearest = nearest_name(str(key)[:200], _KEYS)
@@ -108,35 +112,30 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
             raise ValueError(f"{where}.{key}: no such key; {hint}")
     for key in ("path", "weight"):
         if section.get(key) is None:
-            raise ValueError(
-                f"{where}.{key} is not set: expected a section such as dict(path='/data/kept', "
-                "weight=0.8)"
-            )
-    path = section["path"]
-    paths = [path] if isinstance(path, str) else path
-    if (
-        not isinstance(paths, list | tuple)
-        or not paths
-        or not all(isinstance(each, str | os.PathLike) and os.fspath(each) for each in paths)
-    ):
-        raise ValueError(
-            f"{where}.path: expected a directory, a glob or a list of shards, got {path!r:.200}"
-        )
-    template, order = section.get("text_template"), section.get("order")
-    if template is not None and (not isinstance(template, str) or _CAPTION not in template):
-        raise ValueError(f"{where}.text_template={template!r:.200}: lacks {_CAPTION}")
-    if order not in (None, "auto", "global", "blocks"):
-        raise ValueError(f"{where}.order={order!r:.200}: expected 'auto', 'global' or 'blocks'")
-    own_labels = section.get("labels")
-    if own_labels is not None and not (isinstance(own_labels, str) and own_labels):
-        raise ValueError(
-            f"{where}.labels={own_labels!r:.200}: expected a folder of `python -m data_prep.label`"
-        )
-    weights = parse_weights(f"{where}.weight", section["weight"])
+            raise ValueError(f"{where}.{key} is not set: expected {example}")
+    path, template, order, own_labels = (
+        section.get(key) for key in ("path", "text_template", "order", "labels")
+    )
+    is_text = isinstance(path, str)
+    paths = [path] if is_text else path
+    is_list = isinstance(paths, list | tuple) and bool(paths)
+
+    def check(key: str, is_right: bool, expected: str) -> None:
+        if not is_right:
+            raise ValueError(f"{where}.{key}={section[key]!r:.200}: {expected}")
+
+    is_path = is_list and all(isinstance(p, str | os.PathLike) and os.fspath(p) for p in paths)
+    check("path", is_path, "expected a directory, a glob or a list of shards")
+    has_caption = template is None or (isinstance(template, str) and _CAPTION in template)
+    check("text_template", has_caption, f"lacks {_CAPTION}")
+    orders = (None, "auto", "global", "blocks")
+    check("order", order in orders, "expected 'auto', 'global' or 'blocks'")
+    is_folder = own_labels is None or (isinstance(own_labels, str) and own_labels != "")
+    check("labels", is_folder, "expected a folder of `python -m data_prep.label`")
     return TrainSource(
         name,
-        path if isinstance(path, str) else [os.fspath(part) for part in path],
-        weights,
+        path if is_text else [os.fspath(part) for part in paths],
+        parse_weights(f"{where}.weight", section["weight"]),
         template,
         order,
         own_labels or labels,
@@ -172,3 +171,32 @@ def _parse_weight(where: str, weight: Any) -> Fraction:
     if not is_number or not math.isfinite(weight) or weight < 0:
         raise ValueError(f"{where}={weight!r:.200}: expected a finite number, at least 0")
     return Fraction(repr(weight))  # 0.2 is a fifth, as it was typed
+
+
+def held_out_records(records: Any, data: ml_collections.ConfigDict, seed: int) -> np.ndarray:
+    """Numbers of the records of a source that `config.data.validation_share` holds out.
+
+    Whether a record is held out is a function of `config.seed`, the name of its shard (without the
+    folder) and its place there alone, so that shards may be moved or added.
+
+    Returns:
+        int64, rising.
+
+    Raises:
+        ValueError: the share is of so few records that it is none of them, or all.
+    """
+    share = data.get("validation_share")
+    if not share:
+        return NO_RECORDS
+    found, start = [NO_RECORDS], 0
+    for path, length in zip(records.paths, map(int, records.shard_lengths), strict=True):
+        bits = np.random.PCG64([seed, *os.path.basename(path).encode()]).random_raw(length)
+        found.append(start + np.flatnonzero(bits < np.uint64(share * 2**64)))
+        start += length
+    held_out = np.concatenate(found)
+    if not 0 < len(held_out) < start:
+        raise ValueError(
+            f"config.data.validation_share={share} holds out {len(held_out)} of the {start} "
+            "records; expected a share that leaves some of both, or 0"
+        )
+    return held_out

@@ -21,7 +21,6 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent import futures
 from typing import Any
 
 import google_crc32c
@@ -36,15 +35,13 @@ from diht_jax.records.labels.shards import (
     resolve_source,
 )
 from diht_jax.records.train_data import parse_train
-from diht_jax.storage.files import exists, parse_object, read_bytes, write_bytes
+from diht_jax.storage.files import exists, map_many, parse_object, read_bytes, write_bytes
 
 KINDS = ("objects", "attributes")
 # In the statistics of a labelled shard, under "counts".
 STATS_KEY = "vocabulary"
 
 _COLUMNS = "id\tconcept\tcount"
-_ABSENT = "absent"
-_READING_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +134,14 @@ def find_vocabulary(
     by_folder: dict[str, list[str]] = {}
     for shard in find_shards(paths):
         by_folder.setdefault(os.path.dirname(shard) or ".", []).append(shard)
-    return _shared_vocabulary(
-        (folder, folder_vocabulary(folder, shards, _indexed_vocabulary(folder)))
-        for folder, shards in by_folder.items()
-    )
+    found = []
+    for folder, shards in by_folder.items():
+        try:
+            known = read_index(os.path.join(folder, INDEX_NAME)).vocabulary
+        except FileNotFoundError:
+            known = None
+        found.append((folder, folder_vocabulary(folder, shards, known)))
+    return _shared_vocabulary(found)
 
 
 def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary | None:
@@ -149,12 +150,18 @@ def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary |
     Raises:
         ValueError: as `find_vocabulary`, also of two sources that differ.
     """
-    return _shared_vocabulary(
-        (source.labels, _labels_vocabulary(source.labels))
-        if source.labels
-        else (str(source.path), find_vocabulary(source.path))
-        for source in map(resolve_source, parse_train(train, labels))
-    )
+    found: list[tuple[str, Vocabulary | None]] = []
+    for source in map(resolve_source, parse_train(train, labels)):
+        if not source.labels:
+            found.append((str(source.path), find_vocabulary(source.path)))
+            continue
+        described = read_labels_index(LABELS, source.labels)
+        if described is None:
+            raise missing_labels(source.labels)
+        index, vocabulary = described[0], read_vocabulary(source.labels)
+        check_vocabulary(index.vocabulary or {}, vocabulary.describe(), index.path, source.labels)
+        found.append((source.labels, vocabulary))
+    return _shared_vocabulary(found)
 
 
 def _shared_vocabulary(found: Iterable[tuple[str, Vocabulary | None]]) -> Vocabulary | None:
@@ -165,17 +172,6 @@ def _shared_vocabulary(found: Iterable[tuple[str, Vocabulary | None]]) -> Vocabu
             first = first or (where, vocabulary)
             check_vocabulary(vocabulary.describe(), first[1].describe(), where, first[0])
     return first[1] if first else None
-
-
-def _labels_vocabulary(folder: str) -> Vocabulary:
-    """The vocabulary of a folder of labels, which must be that of the labels."""
-    found = read_labels_index(LABELS, folder)
-    if found is None:
-        raise missing_labels(folder)
-    index, _ = found
-    vocabulary = read_vocabulary(folder)
-    check_vocabulary(index.vocabulary or {}, vocabulary.describe(), index.path, folder)
-    return vocabulary
 
 
 def check_vocabulary(
@@ -189,27 +185,25 @@ def check_vocabulary(
     Raises:
         ValueError: they differ; names the kinds, and where the two come from.
     """
-    wrong = []
-    for kind in KINDS:
-        here, there = _describe_part(found, kind), _describe_part(expected, kind)
-        if here != there or here == _ABSENT:
-            wrong.append(
-                f"the {kind} of '{found_in}' are {here}, those of '{expected_in}' are {there}"
-            )
+
+    def describe(description: Any, kind: str) -> str:
+        part = description.get(kind) if isinstance(description, Mapping) else None
+        if not isinstance(part, Mapping) or not {"size", "hash"} <= part.keys():
+            return "absent"  # a file may state anything
+        return f"{part['size']} with hash {part['hash']}"
+
+    both = {kind: (describe(found, kind), describe(expected, kind)) for kind in KINDS}
+    wrong = [
+        f"the {kind} of '{found_in}' are {here}, those of '{expected_in}' are {there}"
+        for kind, (here, there) in both.items()
+        if here != there or here == "absent"
+    ]
     if wrong:
         raise ValueError(
             f"concept vocabularies differ: {'; '.join(wrong)}. Ids would mean other concepts: use "
             "data labelled with the same vocabulary (config.heads.load of data_prep.label takes "
             "over another folder's)"
         )
-
-
-def _describe_part(description: Any, kind: str) -> str:
-    """What `Vocabulary.describe` states of a kind, in words; a file may state anything."""
-    part = description.get(kind) if isinstance(description, Mapping) else None
-    if not isinstance(part, Mapping) or not {"size", "hash"} <= part.keys():
-        return _ABSENT
-    return f"{part['size']} with hash {part['hash']}"
 
 
 def folder_vocabulary(
@@ -242,9 +236,7 @@ def folder_vocabulary(
         index_path = os.path.join(folder, INDEX_NAME)
         check_vocabulary(known, vocabulary.describe(), index_path, folder)
         return vocabulary
-    with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
-        labels = list(pool.map(_read_label, shards))
-    for shard, label in zip(shards, labels, strict=True):
+    for shard, label in zip(shards, map_many(_read_label, shards, folder), strict=True):
         if label is None:
             raise ValueError(
                 f"{shard}{STATS_SUFFIX}: names no vocabulary, though the folder has one; the shard "
@@ -252,14 +244,6 @@ def folder_vocabulary(
             )
         check_vocabulary(label, vocabulary.describe(), shard, folder)
     return vocabulary
-
-
-def _indexed_vocabulary(folder: str) -> Mapping[str, Mapping[str, Any]] | None:
-    """Reads the vocabulary in the index of a folder; None where there is none."""
-    try:
-        return read_index(os.path.join(folder, INDEX_NAME)).vocabulary
-    except FileNotFoundError:
-        return None
 
 
 def _read_label(shard: str) -> Any:

@@ -1,7 +1,7 @@
 """Opened files, local or in a store (`gs://`, `s3://`, anything fsspec knows), by few requests.
 
 `open_file` opens a file for reading from front to back: one in a store is fetched by large blocks,
-each once, and the next one while a block is being read. `open_ranges` is for parts of a file in any
+each once, and the next one while a block is being read. `RangesFile` is for parts of a file in any
 order. Local files are read without fsspec.
 """
 
@@ -125,23 +125,12 @@ def read_whole(url: str) -> bytes:
     return data + read_range(url, len(data), size) if size > len(data) else data
 
 
-def open_ranges(path: str, num_bytes: int | None = None) -> LocalRanges | StoreRanges:
-    """Opens a file for reads of parts of it; in a store each of them is one request.
-
-    `num_bytes` is the size of a file in a store; None may cost a request. Errors are those of
-    `retries.retry`, of every read too.
-    """
-    return StoreRanges(path, num_bytes) if is_remote(path) else LocalRanges(path)
-
-
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Opens a file, local or in a store, whose reads are tried again.
 
     Each can raise StorageError, which `check_failure` finds where a library has wrapped it.
     """
-    name = os.fspath(path)
-    ranges = _StoreBlocks(name) if is_remote(name) else LocalRanges(name)
-    return io.BufferedReader(RangesFile(ranges), _BUFFER_BYTES)
+    return io.BufferedReader(RangesFile(os.fspath(path), in_blocks=True), _BUFFER_BYTES)
 
 
 def open_local(path: str | os.PathLike[str]) -> io.FileIO:
@@ -179,13 +168,56 @@ def check_failure(file: io.BufferedReader | RangesFile) -> None:
 
 
 class RangesFile(io.RawIOBase):
-    """A file object over what `open_ranges` gives; `failure` is the StorageError of a read."""
+    """An open file, local or in a store, for reads of parts in any order, and as a file object.
 
-    def __init__(self, ranges: LocalRanges | StoreRanges):
-        """Begins at the first byte."""
-        self._ranges = ranges
-        self._position = 0
-        self.failure: StorageError | None = None
+    A local file is opened again where a read fails. In a store every read is one ranged request;
+    with `in_blocks` large blocks are fetched, each once, and the next one in the background.
+
+    Attributes:
+        path: of the file, or its URL.
+        size: in bytes.
+        failure: the StorageError that a read as a file object has raised, else None.
+    """
+
+    def __init__(self, path: str, size: int | None = None, *, in_blocks: bool = False):
+        """Opens it; `size` is that of a file in a store, if it is known."""
+        self.path, self.failure = path, None
+        self._position, self._file, self._blocks = 0, None, None
+        if not is_remote(path):
+            self._file = retry(lambda: open_local(path), path)
+            self.size = os.fstat(self._file.fileno()).st_size
+            return
+        self.size = input_size(path) if size is None else size
+        if in_blocks:
+            from fsspec.caching import BackgroundBlockCache
+
+            self._blocks = BackgroundBlockCache(BLOCK_BYTES, self._fetch, self.size, _MAX_BLOCKS)
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """The bytes [start, end), fewer at the end of the file."""
+        if self._blocks is not None:
+            return self._blocks._fetch(start, end)
+        if is_remote(self.path):
+            return read_range(self.path, start, end)
+        return retry(lambda: self._read_local(start, end), self.path)
+
+    def _read_local(self, start: int, end: int) -> bytes:
+        file = self._file  # held here, so that another thread that opens it again does not close it
+        try:
+            return os.pread(file.fileno(), max(0, end - start), start)
+        except OSError:
+            # The descriptor of a file server that was started again stays stale.
+            self._file = open_local(self.path)
+            raise
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        end = min(end, self.size)
+        data = read_range(self.path, start, end) if start < end else b""
+        if len(data) < end - start:
+            raise StorageError(
+                f"{self.path}: it was written again while it was being read; run the command again"
+            )
+        return data
 
     def readable(self) -> bool:
         """Always."""
@@ -201,20 +233,18 @@ class RangesFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Moves the position; nothing is read."""
-        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._ranges.size}
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
         position = starts[whence] + offset
         if position < 0:
-            raise ValueError(f"{self._ranges.path}: negative position {position}")
+            raise ValueError(f"{self.path}: negative position {position}")
         self._position = position
         return position
 
     def readinto(self, buffer: memoryview) -> int:
         """Reads into a buffer, and keeps the failure of a read."""
-        end = min(self._position + len(buffer), self._ranges.size)
-        if end <= self._position:
-            return 0
+        end = max(self._position, min(self._position + len(buffer), self.size))
         try:
-            data = self._ranges.read_range(self._position, end)
+            data = self.read_range(self._position, end) if end > self._position else b""
         except StorageError as error:
             self.failure = error
             raise
@@ -225,76 +255,6 @@ class RangesFile(io.RawIOBase):
     def close(self) -> None:
         """Closes the file."""
         if not self.closed:
-            self._ranges.close()
+            for opened in filter(None, (self._file, self._blocks)):
+                opened.close()
         super().close()
-
-
-class LocalRanges:
-    """An open local file, with its `path` and `size`; it is opened again where a read fails."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self._file = retry(self._open, path)
-        self.size = os.fstat(self._file.fileno()).st_size
-
-    def read_range(self, start: int, end: int) -> bytes:
-        """The bytes [start, end), fewer at the end of the file."""
-        return retry(lambda: self._read_once(start, end), self.path)
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def _read_once(self, start: int, end: int) -> bytes:
-        file = self._file  # held here, so that another thread that opens it again does not close it
-        try:
-            return os.pread(file.fileno(), max(0, end - start), start)
-        except OSError:
-            # The descriptor of a file server that was started again stays stale.
-            self._file = self._open()
-            raise
-
-    def _open(self) -> io.FileIO:
-        return open_local(self.path)  # closed by `close` or the garbage collector
-
-
-class StoreRanges:
-    """A file of a URL (`path`) and a size in bytes in a store; every read is one ranged request."""
-
-    def __init__(self, url: str, size: int | None = None):
-        self.path = url
-        self.size = input_size(url) if size is None else size
-
-    def read_range(self, start: int, end: int) -> bytes:
-        """The bytes [start, end), fewer at the end of the file."""
-        return read_range(self.path, start, end)
-
-    def close(self) -> None:
-        """Does nothing."""
-
-
-class _StoreBlocks(StoreRanges):
-    """A file in a store that is fetched by blocks, the next one in the background."""
-
-    def __init__(self, url: str):
-        from fsspec.caching import BackgroundBlockCache
-
-        super().__init__(url)
-        self._blocks = BackgroundBlockCache(BLOCK_BYTES, self._fetch, self.size, _MAX_BLOCKS)
-
-    def read_range(self, start: int, end: int) -> bytes:
-        return self._blocks._fetch(start, end)
-
-    def close(self) -> None:
-        self._blocks.close()
-
-    def _fetch(self, start: int, end: int) -> bytes:
-        end = min(end, self.size)
-        if start >= end:
-            return b""
-        data = read_range(self.path, start, end)
-        if len(data) != end - start:
-            raise StorageError(
-                f"{self.path}: it was written again while it was being read; run the command again"
-            )
-        return data

@@ -100,7 +100,7 @@ def test_parquet_with_images(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     expected = [
         Pair("a", JPEG, "one", {"width": 4}),
-        Skipped("b", "no_image", "nothing in the column"),
+        Skipped("b", "no_image", "nothing in column 'jpg'"),
         Skipped("c", "no_caption", "nothing in column 'txt'"),
         Skipped("a", "duplicate", "the key was there before"),
     ]

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from diht_jax.records.held_out import held_out_records
+from diht_jax.records.train_data import held_out_records
 from tests.make import tiny_config
 
 

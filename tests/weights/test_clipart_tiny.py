@@ -14,7 +14,7 @@ from diht_jax.config import load_recipe
 from diht_jax.data.clipart_tiny import PICTURES
 from diht_jax.loading import read_model
 from diht_jax.models.zoo import get_architecture
-from diht_jax.records.held_out import held_out_records
+from diht_jax.records.train_data import held_out_records
 from diht_jax.training.initial_parameters import bind_architecture
 from tests import make
 from tests.docs.pages import REPOSITORY, python_blocks

@@ -22,7 +22,7 @@ from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.sharded import OpenShard, ShardedRecords, read_ends
 from diht_jax.storage.retries import retry
-from diht_jax.storage.stores import check_readable, is_remote, open_local, open_ranges
+from diht_jax.storage.stores import RangesFile, check_readable, is_remote, open_local
 
 # Encoded images cannot be compressed any further.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -74,7 +74,7 @@ class _ArrayRecordShard(OpenShard):
         return len(cls(shard)), os.path.getsize(shard.path), None
 
     def identify(self) -> tuple[int, int, str]:
-        with contextlib.closing(open_ranges(self._path)) as file:
+        with RangesFile(self._path) as file:
             # The numbers of the records stand for their offsets.
             return len(self), file.size, digest_shard(np.arange(len(self)), *read_ends(file))
 
