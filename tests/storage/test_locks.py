@@ -25,6 +25,7 @@ with lock_folder(sys.argv[1], "--workdir", "run.lock"):
 def time_passes(monkeypatch):
     """A clock that only moves by sleeping; its time can be set."""
     now = [1000.0]
+    monkeypatch.setattr(locks, "EXPIRY_SECS", 10.0)  # twenty looks at the store
     monkeypatch.setattr(locks, "_now", lambda: now[0])
     monkeypatch.setattr(locks, "_sleep", lambda secs: now.__setitem__(0, now[0] + secs))
     return now
