@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -45,7 +46,7 @@ def test_one_file_and_one_line_make_a_protocol(tmp_path, monkeypatch):
     assert tasks[0].options == {"above": BOUND}
 
     workdir, output = tmp_path / "run", tmp_path / "results.json"
-    train(config, workdir)
+    train(config, workdir, devices=jax.devices()[:1])
     evaluate_model(str(workdir), tasks, output, batch_size=8, num_resamples=20)
 
     model = load_model(workdir, batch_size=8)

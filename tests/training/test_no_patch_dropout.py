@@ -16,8 +16,8 @@ def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):
     config.model.patch_dropout = 0.5
     config.optimizer.warmup_steps = 1
     config.log_every_steps = 100
-    config.mesh.update(data=2, fsdp=1)
-    devices = jax.devices()[:2]
+    config.mesh.update(data=1, fsdp=1)
+    devices = jax.devices()[:1]
     train(config, tmp_path, stop_after_steps=4, devices=devices)
     assert int(train(config, tmp_path, devices=devices).step) == 5
     # A line is written where the parts meet, so that none averages over both.
