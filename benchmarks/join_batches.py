@@ -6,7 +6,7 @@ Sub-batches of 256 pictures of 224 px, decoded already, are copied into batches,
 
   * `new`: into a new allocation, and begun when the batch is asked for, as it was done before;
   * `reused`: into memory that has been given back;
-  * `ahead`: by `diht_jax.input.joining.Joiner`, which begins when the batch before is
+  * `ahead`: by `diht_jax.input.in_flight.Joiner`, which begins when the batch before is
     taken, while the devices work on that (here the consumer sleeps for --step_secs).
 
 Reported are gigabytes a second of the joins, and how long a step waits for its batch.
@@ -24,7 +24,7 @@ from absl import flags
 
 from benchmarks.record import write_result
 from diht_jax import command_line
-from diht_jax.input.joining import BatchMemory, Joiner, join_parts
+from diht_jax.input.in_flight import BatchMemory, Joiner, join_parts
 
 _ROWS, _SIDE = 256, 224
 

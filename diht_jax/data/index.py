@@ -159,25 +159,37 @@ def update_index(
         entries = _look_at_all(folder, look, unknown, len(sizes), num_threads, progress)
         entries |= {name: old.entry(row) for name, row in rows.items()} if old else {}
 
-        def load_offsets(entry: ShardEntry) -> np.ndarray:
-            kept = rows.get(entry.name)
-            if old is None or kept is None:
-                offsets = _load_kept(work, entry.name, entry.num_bytes)
-            else:
-                offsets = old.offsets(kept)
-                if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
-                    raise old.damaged(f"the offsets of {entry.name} are wrong")
-            if offsets is None or len(offsets) != entry.num_records:
-                raise ValueError(f"{entry.name} has changed while its index was being written")
-            return offsets
-
-        vocabulary = vocabulary or _find_vocabulary(folder, sizes)
+        if vocabulary is None:
+            try:
+                known = folder_vocabulary(folder, [os.path.join(folder, name) for name in sizes])
+                vocabulary = known.describe() if known else None
+            except ValueError as error:
+                logging.warning("the index does not state the records' concepts: %s", error)
         ordered = [entries[name] for name in sorted(entries)]
         _write_index(
-            path, work, encode_head(ordered, vocabulary, labels), map(load_offsets, ordered)
+            path,
+            work,
+            encode_head(ordered, vocabulary, labels),
+            (_load_offsets(work, old, rows, entry) for entry in ordered),
         )
     num_records = sum(entry.num_records for entry in entries.values())
     return IndexReport(path, len(entries), num_records, len(unread), changes)
+
+
+def _load_offsets(
+    work: pathlib.Path, old: DatasetIndex | None, rows: Mapping[str, int], entry: ShardEntry
+) -> np.ndarray:
+    """The offsets of a shard: of the old index, where it has a row there, or found since."""
+    row = rows.get(entry.name)
+    if old is None or row is None:
+        offsets = _load_kept(work, entry.name, entry.num_bytes)
+    else:
+        offsets = old.offsets(row)
+        if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
+            raise old.damaged(f"the offsets of {entry.name} are wrong")
+    if offsets is None or len(offsets) != entry.num_records:
+        raise ValueError(f"{entry.name} has changed while its index was being written")
+    return offsets
 
 
 def _write_index(path: str, work: pathlib.Path, head: bytes, offsets: Iterable[np.ndarray]) -> None:
@@ -304,15 +316,6 @@ def _list_shards(folder: str) -> dict[str, int]:
     if not shards:
         raise ValueError(f"'{folder}' holds no shard; expected *.tfrecord files or *.tar files")
     return shards
-
-
-def _find_vocabulary(folder: str, names: Iterable[str]) -> dict[str, Any] | None:
-    try:
-        found = folder_vocabulary(folder, [os.path.join(folder, name) for name in names])
-    except ValueError as error:
-        logging.warning("the index does not state the concepts of the records: %s", error)
-        return None
-    return None if found is None else found.describe()
 
 
 def _old_index(folder: str, work: pathlib.Path) -> DatasetIndex | None:

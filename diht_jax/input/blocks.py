@@ -40,7 +40,7 @@ from diht_jax.input.workers import (
 )
 from diht_jax.records.format import TFRecordError
 from diht_jax.storage.locks import LockedError, lock_file
-from diht_jax.storage.retries import StorageError, is_missing, is_outage, retry
+from diht_jax.storage.retries import StorageError, is_missing, is_outage
 from diht_jax.storage.stores import RangesFile
 
 _Result = TypeVar("_Result")
@@ -182,19 +182,11 @@ class BlockStore:
         block = self.order.block_of(record)
         path, number = self._path(block), record - int(self.order.block_starts[block])
 
-        def read_piece() -> bytes:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                places = os.pread(descriptor, _PLACES.size, 8 * number)
-                if not places:  # of a block whose frames are damaged
-                    return b""
-                start, end = _PLACES.unpack(places)
-                return os.pread(descriptor, end - start, start)
-            finally:
-                os.close(descriptor)
-
         try:
-            piece = retry(read_piece, path)
+            with RangesFile(str(path)) as file:
+                places = file.read_range(8 * number, 8 * number + _PLACES.size)
+                # An empty file is that of a block whose frames are damaged.
+                piece = file.read_range(*_PLACES.unpack(places)) if places else b""
         except FileNotFoundError:
             return None
         return self._source.unpack(record, piece) if piece else None
@@ -301,20 +293,18 @@ def read_patiently(read: Callable[[], _Result], timeout_secs: float) -> _Result:
         try:
             return read()
         except Exception as error:
-            if not _may_pass(error) or clock() - began >= timeout_secs:
+            if isinstance(error, StorageError):
+                may_pass = is_outage(error)
+            elif isinstance(error, OSError):
+                may_pass = not (is_missing(error) or isinstance(error, PermissionError))
+            else:
+                may_pass = not isinstance(error, _LASTING)
+            if not may_pass or clock() - began >= timeout_secs:
                 raise
             message = "%s; reading it is tried again for %g s at most"
             logging.log_every_n_seconds(logging.WARNING, message, _LOG_SECS, error, timeout_secs)
         sleep(pause_secs * (0.5 + random.random() / 2))  # hosts that fail together go on apart
         pause_secs = min(2 * pause_secs, _LONGEST_PAUSE_SECS)
-
-
-def _may_pass(error: Exception) -> bool:
-    if isinstance(error, StorageError):
-        return is_outage(error)
-    if isinstance(error, OSError):
-        return not (is_missing(error) or isinstance(error, PermissionError))
-    return not isinstance(error, _LASTING)
 
 
 def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:

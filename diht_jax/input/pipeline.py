@@ -20,10 +20,9 @@ from absl import flags, logging
 from diht_jax.input import workers
 from diht_jax.input.blocks import BlockStore, ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.joining import Joiner
+from diht_jax.input.in_flight import InFlight, Joiner
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder, derived_seed
-from diht_jax.input.plan import InFlight
 from diht_jax.input.sub_batches import SKIPPED_RECORDS, SubBatches, find_crashing_index
 from diht_jax.records.catalog import ShardsNotFoundError
 from diht_jax.records.dataset_index import INDEX_NAME, rebuild_command
@@ -78,14 +77,16 @@ class TrainIterator:
         Args:
             source: random-access records, such as `TFRecordSource`, or a mixture of some.
             decode: makes an example of a record; a mixture has its own.
+            batch_size: global, over all processes.
+            seed: of shuffling and cropping.
             num_workers: decoding processes; 0 decodes in threads of this process, None takes one
                 for each core that this process may use.
+            prefetch_batches: batches decoded ahead, by all workers together.
             process_index: number of this host, from 0.
-            on_bad_record: "error", or "skip" to replace it by another record, see
-                `sub_batches.py`.
+            process_count: how many hosts there are.
+            on_bad_record: "error", or "skip" to replace it by another record.
             max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
-            order: of the records, see `order.py`; a permutation of all of them where None. A
-                mixture has its own.
+            order: of the records; a permutation of all of them where None. A mixture has its own.
             read_ahead: how blocks are fetched from an object store.
             record_ids: batches have the number of each record, int32 [b].
 

@@ -196,12 +196,19 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
     shown = repr(name if len(name) <= 200 else f"{name[:200]}...")
     too_large = Skipped(key, "too_large", f"{shown} has over {MAX_IMAGE_BYTES} bytes")
     try:
-        path = (_stored_path if is_remote(root) else _local_path)(root, name)
-        if path is None:
-            return Skipped(key, "refused_path", f"{shown} leads out of '{root}'")
         if is_remote(root):
-            image = read_start(path, MAX_IMAGE_BYTES + 1)
+            folder = f"{root.rstrip('/')}/"
+            inner = name.removeprefix(folder)
+            path = posixpath.normpath(inner)
+            is_refused = is_remote(inner) or f"{path}/".startswith(("/", "../"))
+            image = b"" if is_refused else read_start(folder + path, MAX_IMAGE_BYTES + 1)
         else:
+            # Resolved first, so that neither ".." nor a link leads out of the folder.
+            path = os.path.realpath(os.path.join(root, name))
+            is_refused = not _is_inside(path, root)
+        if is_refused:
+            return Skipped(key, "refused_path", f"{shown} leads out of '{root}'")
+        if not is_remote(root):
             status = files.stat(path)
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
                 return Skipped(key, "no_image", f"{shown} is no ordinary file")
@@ -218,22 +225,9 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
     return too_large if len(image) > MAX_IMAGE_BYTES else image
 
 
-def _local_path(root: str, name: str) -> str | None:
-    # Resolved first, so that neither ".." nor a link leads out of the folder.
-    path = os.path.realpath(os.path.join(root, name))
-    return path if _is_inside(path, root) else None
-
-
 def _is_inside(path: str, root: str) -> bool:
     root = os.path.realpath(root)
     return os.path.commonpath([root, os.path.realpath(path)]) == root
-
-
-def _stored_path(root: str, name: str) -> str | None:
-    folder = f"{root.rstrip('/')}/"
-    inner = name.removeprefix(folder)
-    path = posixpath.normpath(inner)
-    return None if is_remote(inner) or f"{path}/".startswith(("/", "../")) else folder + path
 
 
 def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:

@@ -198,9 +198,10 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
                 key, image, row, options, needs_caption=source.needs_caption, clean=clean_row
             )
             if isinstance(pair, Pair) and "class_name" not in pair.metadata:
-                named = _class_name(pair.metadata.get(LABEL_COLUMN), class_names)
-                metadata = {**pair.metadata, **named} if named else pair.metadata
-                pair = dataclasses.replace(pair, metadata=metadata)
+                label = pair.metadata.get(LABEL_COLUMN)
+                if isinstance(label, int) and 0 <= label < len(class_names):
+                    metadata = {**pair.metadata, "class_name": class_names[label]}
+                    pair = dataclasses.replace(pair, metadata=metadata)
             yield pair
 
 
@@ -246,12 +247,6 @@ def _find_columns(
         )
     root = root if is_remote(root) else os.path.realpath(root)
     return dataclasses.replace(options, image_root=root)
-
-
-def _class_name(label: Any, names: list[str]) -> dict[str, str]:
-    if isinstance(label, int) and 0 <= label < len(names):
-        return {"class_name": names[label]}
-    return {}
 
 
 def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:

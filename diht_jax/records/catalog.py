@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from diht_jax.records.dataset_index import INDEX_NAME, KINDS, DatasetIndex, read_index
 from diht_jax.records.format import FRAME_BYTES, framed_length
@@ -34,10 +35,8 @@ _NAMES = {
 }
 _NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "webdataset": "tar"}
 # Endings of sources that have no random access by records.
-_NO_SHARDS = (
-    *(".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"),
-    *(".parquet", ".csv", ".tsv", ".jsonl"),
-)
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 _NAMES_SHOWN = 3
 
 
@@ -127,10 +126,10 @@ def kind_of(path: str) -> str | None:
     return next((kind for kind, form in _NAMES.items() if form.fullmatch(name)), None)
 
 
-def describe_stale(known: Mapping[str, int], found: Mapping[str, int], is_whole: bool) -> list[str]:
-    """Differences between shards and what an index states of them, in words; empty where it fits.
+def describe_stale(known: Mapping[str, Any], found: Mapping[str, Any], is_whole: bool) -> list[str]:
+    """Differences between shards and what was stated of them, in words; empty where it fits.
 
-    Both are bytes by name; `is_whole`: those found are all of the folder.
+    Both are bytes, or more, by name; `is_whole`: those found are all that there are.
     """
     differing = {
         "changed": [name for name in found if name in known and found[name] != known[name]],
@@ -228,7 +227,9 @@ def _shared_kind(files: Sequence[tuple[str, _Sizes]]) -> str:
             kinds.setdefault(kind, entry)
         for path in sorted(paths) if found == {None} else ():
             # A TFRecord shard may have any name.
-            if path.endswith(_NO_SHARDS) or (path == entry and _begins_as_no_shard(path)):
+            if path.endswith(_COMPRESSED + _TABLES) or (
+                path == entry and _begins_as_no_shard(path)
+            ):
                 raise ShardsNotFoundError(
                     f"{path}: no record shard; expected uncompressed files that end in "
                     f"{', '.join(SUFFIXES.values())}, or a folder of them. Compressed tars, "

@@ -76,6 +76,12 @@ def write_dataset_info(
 
     # TFDS knows few stores, and what is written does not name the folder.
     data_dir = "." if is_remote(os.fspath(folder)) else os.fspath(folder)
+    decodable = set(image_formats) <= _TFDS_IMAGE_FORMATS
+    names = [schema.KEY, schema.IMAGE, schema.CAPTION, schema.METADATA]
+    names += [schema.CONCEPTS] if with_concepts else []
+    features = {name: tfds.features.Text() for name in names}
+    if decodable:
+        features[schema.IMAGE] = tfds.features.Image(shape=(None, None, 3))
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=dataset,
         version=tfds.core.Version("1.0.0"),
@@ -84,7 +90,7 @@ def write_dataset_info(
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
-        features=_make_features(image_formats, with_concepts),
+        features=tfds.features.FeaturesDict(features),
         description=description,
     )
     info.set_file_format(tfds.core.FileFormat(file_format))
@@ -113,19 +119,3 @@ def write_sizes(folder: str | os.PathLike[str], sizes: Mapping[str, int]) -> Non
     """Writes `sizes.json`."""
     text = json.dumps(dict(sizes), indent=1)
     write_bytes(f"{os.fspath(folder)}/{SIZES}", f"{text}\n".encode())
-
-
-def _make_features(image_formats: Collection[str], with_concepts: bool):
-    import tensorflow_datasets as tfds
-
-    decodable = set(image_formats) <= _TFDS_IMAGE_FORMATS
-    image = tfds.features.Image(shape=(None, None, 3)) if decodable else tfds.features.Text()
-    features = {
-        schema.KEY: tfds.features.Text(),
-        schema.IMAGE: image,
-        schema.CAPTION: tfds.features.Text(),
-        schema.METADATA: tfds.features.Text(),
-    }
-    if with_concepts:
-        features[schema.CONCEPTS] = tfds.features.Text()
-    return tfds.features.FeaturesDict(features)

@@ -16,10 +16,10 @@ from concurrent import futures
 
 from absl import logging
 
+from diht_jax.records.catalog import describe_stale
 from diht_jax.records.sharded import ShardedRecords
 
 _READING_THREADS = 16
-_NAMES_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,7 @@ def describe_changes(before: Fingerprint, now: Fingerprint) -> list[str]:
     """The differences between the fingerprint of a checkpoint and that of now, in words."""
     if before == now:
         return []
-    old, new = _by_name(before), _by_name(now)
-    found = {
-        "missing": [name for name in old if name not in new],
-        "added": [name for name in new if name not in old],
-        "changed": [name for name in old if name in new and old[name] != new[name]],
-    }
-    changes = [f"{kind}: {_names(names)}" for kind, names in found.items() if names]
+    changes = describe_stale(_by_name(before), _by_name(now), is_whole=True)
     return changes or ["the same shards in another order"]
 
 
@@ -97,12 +91,6 @@ def _by_name(fingerprint: Fingerprint) -> dict[str, tuple[int, int, str]]:
         seen[name] += 1
         shards[name if seen[name] == 1 else f"{name} ({seen[name]})"] = count, size, digest
     return shards
-
-
-def _names(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    rest = len(names) - _NAMES_SHOWN
-    return f"{shown} and {rest} more" if rest > 0 else shown
 
 
 def _table(shards: tuple[tuple[str, int, int, str], ...]) -> bytes:

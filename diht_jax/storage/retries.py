@@ -124,7 +124,14 @@ def retry(
             if isinstance(error, StorageError) or not is_storage_failure(error):
                 raise
             if delay_secs is None or _is_final(error):
-                raise _storage_error(path, error, participle) from error
+                attempts = "" if _is_final(error) else f" in {len(DELAYS_SECS) + 1} attempts"
+                hint = "its contents may be good: " if participle == "read" else ""
+                # A timeout has no text of its own.
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                raise StorageError(
+                    f"{os.fspath(path)}: could not be {participle}{attempts} ({reason}); {hint}"
+                    "look at the disk, the network and the permissions, and run the command again"
+                ) from error
         sleep(delay_secs)
     raise AssertionError("the last attempt returns or raises")
 
@@ -152,14 +159,3 @@ def naming_output(path: str | os.PathLike[str]) -> Generator[None]:
 
 def _is_final(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or getattr(error, "errno", None) in _FINAL
-
-
-def _storage_error(path: str | os.PathLike[str], error: Exception, participle: str) -> StorageError:
-    attempts = "" if _is_final(error) else f" in {len(DELAYS_SECS) + 1} attempts"
-    hint = "its contents may be good: " if participle == "read" else ""
-    # A timeout has no text of its own.
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return StorageError(
-        f"{os.fspath(path)}: could not be {participle}{attempts} ({reason}); "
-        f"{hint}look at the disk, the network and the permissions, and run the command again"
-    )

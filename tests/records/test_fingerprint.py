@@ -55,13 +55,13 @@ def test_a_shard_that_was_copied_over_another_is_named(tmp_path, suffix, caplog)
         # Of equal lengths, but the ends are others.
         (
             lambda f: write(f / "part-1.tfrecord", (9000, 11, 9000), b"b"),
-            ["changed: part-1.tfrecord"],
+            ["1 changed (part-1.tfrecord)"],
         ),
         # Two records exchanged: the same size, and the same ends.
-        (lambda f: write(f / "part-1.tfrecord", (9000, 9000, 11)), ["changed: part-1.tfrecord"]),
+        (lambda f: write(f / "part-1.tfrecord", (9000, 9000, 11)), ["1 changed (part-1.tfrecord)"]),
         (
             lambda f: (f / "part-3.tfrecord").rename(f / "part-4.tfrecord"),
-            ["missing: part-3.tfrecord", "added: part-4.tfrecord"],
+            ["1 added (part-4.tfrecord)", "1 removed (part-3.tfrecord)"],
         ),
     ],
 )
@@ -81,4 +81,4 @@ def test_another_order_and_equal_names_are_reported(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     write(other / "part-0.tfrecord", (5,))
     both = look([*paths, other])
-    assert describe_changes(before, both) == ["added: part-0.tfrecord (2)"]
+    assert describe_changes(before, both) == ["1 added (part-0.tfrecord (2))"]

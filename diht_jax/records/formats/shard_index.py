@@ -76,7 +76,17 @@ class ShardIndex:
             raise wrong_index(
                 path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
             )
-        return self._check_offsets(path, data[_HEADER.size :].view("<u8"), shard_bytes)
+        offsets = data[_HEADER.size :].view("<u8")
+        if self.is_gapless and count and offsets[0] != 0:
+            raise wrong_index(path, "the first record does not begin the shard")
+        # Where no record can begin, a read could request any size.
+        bounds = np.append(offsets, np.uint64(shard_bytes)).astype(np.int64)
+        is_wrong = (np.diff(bounds) < self.record_bytes) | (bounds[:-1] < 0)
+        is_wrong |= bounds[:-1] % self.alignment > 0
+        if is_wrong.any():
+            number = int(np.argmax(is_wrong))
+            raise wrong_index(path, f"record {number} would be at byte {offsets[number]}")
+        return offsets
 
     def find(self, path: str, shard_bytes: int, *, trust_index: bool = True) -> np.ndarray:
         """The offsets of a shard, from its index or by a scan; nothing is written."""
@@ -87,22 +97,6 @@ class ShardIndex:
         """Writes the index of a shard."""
         header = _HEADER.pack(self.magic, shard_bytes, len(offsets))
         write_bytes(path + INDEX_SUFFIX, header + offsets.astype("<u8").tobytes())
-
-    def _check_offsets(self, path: str, offsets: np.ndarray, shard_bytes: int) -> np.ndarray:
-        """Rejects offsets at which no record can begin: a read there could request any size."""
-        if not len(offsets):
-            return offsets
-        if self.is_gapless and offsets[0] != 0:
-            raise wrong_index(path, "the first record does not begin the shard")
-        ends = np.append(offsets[1:], np.uint64(shard_bytes))
-        # Compared without a difference, which would wrap around.
-        smallest = np.uint64(self.record_bytes)
-        is_wrong = (ends < smallest) | (offsets % np.uint64(self.alignment) > 0)
-        is_wrong |= offsets > np.maximum(ends, smallest) - smallest
-        if is_wrong.any():
-            number = int(np.argmax(is_wrong))
-            raise wrong_index(path, f"record {number} would be at byte {offsets[number]}")
-        return offsets
 
 
 def wrong_index(path: str, detail: str) -> TFRecordError:

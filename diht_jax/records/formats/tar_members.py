@@ -130,14 +130,14 @@ def walk_members(
     is_divisible: bool = False,
     is_read: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[Member]:
-    """Yields the ordinary files of an open archive, in its order; errors as `read_members`.
+    """Yields the ordinary files of an open archive, in its order; see `read_members`.
 
     Args:
         file: the archive, or a piece of one, open for reading and seeking.
         path: of the archive, for messages.
         size_limit: see `read_members`.
-        is_piece: whether the end marker may be missing.
-        is_divisible: whether the members must mean the same when they are read one by one.
+        is_piece: the end marker may be missing.
+        is_divisible: the members must mean the same when they are read one by one.
         is_read: of a name, whether the contents within the limit are read.
     """
     num_bytes = file.seek(0, os.SEEK_END)
@@ -169,7 +169,8 @@ def walk_members(
                 if is_wanted and is_read(member.name):
                     contents = tar.extractfile(member)
                     data, unread = b"" if contents is None else contents.read(), None
-                    is_damaged = _is_damaged(member.name, data, checksums)
+                    size, crc = checksums.get(member.name, (None, None))
+                    is_damaged = size == len(data) and crc != zlib.crc32(data)
                 elif is_wanted:
                     data = b""
                 yield Member(member.offset, member.name, data, is_damaged)
@@ -200,11 +201,6 @@ def _parse_checksums(member: tarfile.TarInfo) -> dict[str, tuple[int, int]]:
     stem = member.name.rpartition(".")[0]
     fields = re.findall(r"(\w+):(\d+):([0-9a-f]{8})\b", member.pax_headers[CHECKSUMS], re.ASCII)
     return {f"{stem}.{name}": (int(size), int(crc, 16)) for name, size, crc in fields}
-
-
-def _is_damaged(name: str, data: bytes, checksums: Mapping[str, tuple[int, int]]) -> bool:
-    size, crc = checksums.get(name, (None, None))
-    return size == len(data) and crc != zlib.crc32(data)
 
 
 class _BoundedInfo(tarfile.TarInfo):

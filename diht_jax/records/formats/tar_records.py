@@ -144,7 +144,10 @@ class TarWriter(RecordWriter):
         extension = image_extension(record.image)
         if extension is None:
             raise ValueError(f"record '{record.key}': tars hold images in JPEG, PNG and WebP only")
-        stem = self._unique_stem(record.key)
+        stem = member_stem(record.key)
+        self._seen[stem] += 1
+        if self._seen[stem] > 1:
+            stem = f"{stem}~{self._seen[stem]}"  # no other stem has a tilde
         self._offsets.append(self._tar.offset)
         metadata = dict(record.metadata) | {"key": record.key}
         text = json.dumps(metadata, sort_keys=True, allow_nan=False)
@@ -163,12 +166,6 @@ class TarWriter(RecordWriter):
         self._tar.addfile(info, io.BytesIO(data))
         self._tar.members.clear()  # ty: ignore[missing-attribute] for reading, which nobody does
 
-    def _unique_stem(self, key: str) -> str:
-        stem = member_stem(key)
-        self._seen[stem] += 1
-        # No other stem has a tilde.
-        return stem if self._seen[stem] == 1 else f"{stem}~{self._seen[stem]}"
-
 
 def image_extension(image: bytes) -> str | None:
     """The extension by which webdataset knows an image: jpg, png or webp; None for others."""
@@ -180,17 +177,12 @@ def image_extension(image: bytes) -> str | None:
 
 def member_stem(key: str) -> str:
     """The name of a record's members, without their extension."""
-    encoded = "".join(letter if _is_plain(letter) else _percent(letter) for letter in key)
+    encoded = ""
+    for letter in key:
+        is_plain = letter not in ".%~\\" and letter.isprintable() and letter != "\ufeff"
+        encoded += letter if is_plain else "".join(f"%{byte:02X}" for byte in letter.encode())
     if encoded != encoded.strip():
         encoded = encoded.replace(" ", "%20")
     # No path in the archive leads out of the folder that it is unpacked in.
     stem = "/".join(part or "%2F" for part in encoded.split("/"))
     return stem if len(stem) <= _MAX_KEY_LETTERS else stem[:_MAX_KEY_LETTERS].rstrip("/")
-
-
-def _is_plain(letter: str) -> bool:
-    return letter not in ".%~\\" and letter.isprintable() and letter != "\ufeff"
-
-
-def _percent(letter: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in letter.encode())

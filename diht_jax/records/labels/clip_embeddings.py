@@ -208,7 +208,7 @@ class ClipEmbeddings(LabelRecords):
 
     @functools.cached_property
     def clip_facts(self) -> ClipFacts:
-        """What they have in common."""
+        """The facts that they have in common."""
         return ClipFacts.parse(self.facts)
 
     def _join(self, record: Record, label: Label) -> Record:

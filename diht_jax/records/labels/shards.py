@@ -357,21 +357,19 @@ def _match_shards(
 ) -> list[LabelShard]:
     """The shard of labels of every record shard, in their order; ValueError where one has none."""
     by_source = {shard.source: shard for shard in stated}
-    others = {shard.source[0]: shard for shard in stated}
+    by_name = {shard.source[0]: shard for shard in stated}
     matched = []
-    advice = "label these records with `python -m data_prep.label`, or name the labels of theirs"
     for found, path in zip(fingerprint_records(records).shards, records.paths, strict=True):
-        name, count, num_bytes, digest = found
-        if tuple(found) in by_source:
-            matched.append(by_source[found])
-        elif name not in others:
-            raise ValueError(f"{where}: no {kind} of the shard {path}; {advice}")
-        else:
-            other = others[name]
-            _, other_count, other_bytes, other_digest = other.source
+        if found not in by_source:
+            detail = f"no {kind} of the shard {path}"
+            if (other := by_name.get(found[0])) is not None:
+                detail = (
+                    f"{kind}/{other.name} belongs to another shard than {path}: records, bytes and "
+                    f"digest are {other.source[1:]} of that one and {found[1:]} of this one"
+                )
             raise ValueError(
-                f"{where}: {kind}/{other.name} belongs to another shard than {path}: to "
-                f"{other_count} records in {other_bytes} bytes with digest {other_digest}, and "
-                f"there are {count} in {num_bytes} bytes with digest {digest}; {advice}"
+                f"{where}: {detail}; label these records with `python -m data_prep.label`, or name "
+                "the labels of theirs"
             )
+        matched.append(by_source[found])
     return matched

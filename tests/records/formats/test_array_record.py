@@ -53,7 +53,7 @@ def test_records_are_those_that_grain_reads(tmp_path):
     assert fingerprint_records(again) == before
     _write(tmp_path, (5, 0, 4))
     now = fingerprint_records(ArrayRecordSource(tmp_path))
-    assert describe_changes(before, now) == ["changed: x-train-00002.array_record"]
+    assert describe_changes(before, now) == ["1 changed (x-train-00002.array_record)"]
 
 
 def test_a_reader_whose_descriptor_is_stale_is_opened_again(tmp_path):

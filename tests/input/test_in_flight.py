@@ -1,14 +1,17 @@
-"""Joined batches: what they hold, when they are made, and whose memory is used again."""
+"""Memory of the input: counted and bounded; joined batches, and whose memory is used again."""
 
 import gc
+import os
 import threading
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from diht_jax import sharding
-from diht_jax.input.joining import JOINED_BATCHES, Joiner
+from diht_jax.input import workers
+from diht_jax.input.in_flight import JOINED_BATCHES, InFlight, Joiner
 from tests.waiting import wait_until
 
 ROWS, PARTS = 4, 3
@@ -153,3 +156,69 @@ def test_closing_ends_the_thread_and_a_later_batch_begins_with_the_next_part(joi
     assert "join_batch" not in {thread.name for thread in threading.enumerate()}
     source.taken = 9 * PARTS
     assert_is(joiner.take(), 9)
+
+
+# 65,536 examples of 224 px on one host with eight workers.
+_LARGE = {
+    "num_workers": 8,
+    "num_threads": 16,
+    "prefetch_batches": 2,
+    "rows": 256,
+    "parts_per_batch": 256,
+    "example_bytes": 3 * 224**2 + 4 * 77,
+}
+
+
+def test_a_large_batch_is_in_flight_four_times():
+    large = InFlight(**_LARGE)
+    batch_bytes = 65_536 * _LARGE["example_bytes"]
+    assert batch_bytes / 1e9 == pytest.approx(9.9, abs=0.05)
+    # Two batches ahead, in sub-batches that 8 workers share, and two that are joined.
+    assert large.shared_bytes == 2 * batch_bytes + 4 * large.part_bytes
+    assert large.process_bytes == 2 * batch_bytes + 8 * large.part_bytes
+    assert (large.shared_bytes + large.process_bytes) / 1e9 == pytest.approx(40, abs=0.5)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Sets the free bytes of shared memory, and those of the machine."""
+
+    def set_them(shared: int, memory: int) -> None:
+        stats = types.SimpleNamespace(f_bavail=shared, f_frsize=1)
+        monkeypatch.setattr(os, "statvfs", {"/dev/shm": stats}.__getitem__)
+        (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nMemAvailable: {memory // 1024} kB\n")
+        monkeypatch.setattr(workers, "_MEMINFO", tmp_path / "meminfo")
+        monkeypatch.setattr(workers, "CGROUP", tmp_path)
+
+    return set_them
+
+
+def test_more_than_what_is_free_or_allowed_is_an_error_that_names_the_keys(machine):
+    planned = InFlight(**_LARGE)
+    machine(shared=30 * 10**9, memory=50 * 10**9)
+    planned.check(None)
+    planned.check(40.0)
+    with pytest.raises(ValueError, match=r"max_in_flight_gib=20.0 is 21\.5 GB, but .* 40\.0 GB"):
+        planned.check(20.0)
+    machine(shared=30 * 10**9, memory=35 * 10**9)
+    with pytest.raises(ValueError, match="may take 35.0 GB more memory, but .* need 40.0") as error:
+        planned.check(None)
+    assert "config.data.num_workers=8" in str(error.value)
+    planned.check(40.0)  # given, it replaces what is measured
+    machine(shared=10 * 10**9, memory=50 * 10**9)
+    with pytest.raises(ValueError, match="/dev/shm has 10.0 GB free, but .* need 19.9 GB"):
+        planned.check(40.0)
+
+
+def test_the_memory_of_a_container_counts_without_the_files_that_it_has_read(machine, tmp_path):
+    machine(shared=0, memory=9000 * 1024)
+    assert workers.available_memory() == 9000 * 1024
+    for name, text in {
+        "memory.max": "5000\n",
+        "memory.current": "4500\n",
+        "memory.stat": "anon 1000\nfile 3500\nshmem 500\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert workers.available_memory() == 5000 - 4500 + 3500 - 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert workers.available_memory() == 9000 * 1024
