@@ -131,8 +131,6 @@ def average_models(
         ValueError: a model cannot be read, the models are not of one architecture, the method
             lacks what it needs, or `ema` or `architecture` applies to none of the models.
     """
-    from diht_jax.evaluation.charts import draw_trade_off
-    from diht_jax.evaluation.results import write_results
     from diht_jax.weights.export import check_target
 
     output = pathlib.Path(output)
@@ -158,12 +156,7 @@ def average_models(
         **({"loss_scalars": loss_scalars} if loss_scalars else {}),
         **found,
     }
-    _write(output, format, dtype, model, pool.sources[model.name], record, license)
-    write_results(output / RECORD_FILE, record)
-    if "grid" in record and target:
-        draw_trade_off(record, metrics, output / "average.png")
-    logging.info("wrote %s", output)
-    print_escaped(_format(record, metrics))
+    _write(output, format, dtype, model, pool.sources[model.name], record, metrics, license)
     return record
 
 
@@ -207,9 +200,12 @@ def _write(
     model: Ingredient,
     source: ModelFiles,
     record: dict[str, Any],
+    metrics: dict[str, Metric],
     license: str | None,
 ) -> None:
-    """Writes the model with its card."""
+    """Writes the model with its card, the record and the plot, and prints the record."""
+    from diht_jax.evaluation.charts import draw_trade_off
+    from diht_jax.evaluation.results import write_results
     from diht_jax.weights.export import lost_scalars, write_model
     from diht_jax.weights.model_card import Origin, model_card
 
@@ -242,6 +238,11 @@ def _write(
         loss_scalars=loss_scalars,
         card=card,
     )
+    write_results(output / RECORD_FILE, record)
+    if "grid" in record and record["target"]:
+        draw_trade_off(record, metrics, output / "average.png")
+    logging.info("wrote %s", output)
+    print_escaped(_format(record, metrics))
 
 
 def _check(

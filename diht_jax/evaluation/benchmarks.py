@@ -138,8 +138,10 @@ def suite_means(by_task: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Mean
     Returns:
         Without the groups of which no number is there.
     """
-    others = set(DATACOMP.values()) - set(SUITE)
-    has_others = any(not others.isdisjoint(results) for results in by_task)
+    tasks = set().union(*by_task)
+    if TASKS_BY_NAME.keys().isdisjoint(tasks):
+        return []
+    has_others = not tasks.isdisjoint(set(DATACOMP.values()) - set(SUITE))
     means = []
     for name, numbers in (SUITE_MEANS | DATACOMP_MEANS if has_others else SUITE_MEANS).items():
         present, found = [], []

@@ -35,6 +35,14 @@ from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.terminal import ProgressBar
 
 ALL = "all"
+# Part of the protocol in the results file.
+_IN_WORDS = {
+    "prompt_init": "starts at logit scale x zero-shot classifier, moves inside the radii",
+    "prompt_penalty": "starts there too; weight decay / 2 x squared distance from it",
+    "radii_are": "fractions of the norm of the zero-shot classifier",
+    "chosen_by": "accuracy on the validation split; among equals the more cautious",
+    "spread": "standard deviation over the draws",
+}
 PROMPT_INIT, SCRATCH, PENALTY = "prompt_init", "scratch", "prompt_penalty"
 
 
@@ -151,11 +159,7 @@ def evaluate_few_shot(
             "validation": origin,
             "templates": list(found.templates),
             "class_names_from": found.classes.origin,
-            "prompt_init": "starts at logit scale x zero-shot classifier, moves inside the radii",
-            "prompt_penalty": "starts there too; weight decay / 2 x squared distance from it",
-            "radii_are": "fractions of the norm of the zero-shot classifier",
-            "chosen_by": "accuracy on the validation split; among equals the more cautious",
-            "spread": "standard deviation over the draws",
+            **_IN_WORDS,
         },
         "counts": {
             "classes": len(found.classes.names),

@@ -112,12 +112,10 @@ def fit_probes(
     Raises:
         ValueError: draws of different sizes, or none.
     """
-    sizes = sorted({len(draw) for draw in draws})
-    if len(sizes) != 1 or not settings or not len(validation) or not sizes[0]:
-        raise ValueError(
-            "expected draws of one size, a validation split and a setting; got draws of sizes "
-            f"{sizes}, {len(validation)} validation examples, {len(settings)} settings"
-        )
+    sizes = {len(draw) for draw in draws}
+    if len(sizes) != 1 or not (all(sizes) and settings and len(validation)):
+        found = f"draws of {sorted(sizes)} examples, {len(validation)} to validate on"
+        raise ValueError(f"expected draws of one size and settings, got {found}")
     mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     num_classes = start.shape[1]
     train, block = _stack_blocks(draws, num_classes)
@@ -132,8 +130,7 @@ def fit_probes(
     table = np.array([dataclasses.astuple(setting) for setting in settings], np.float32)
     for first in range(0, len(table), chunk):
         part = table[first : first + chunk]
-        # Filled up to one shape, with copies of the last; they are cut off again.
-        padded = np.pad(part, ((0, chunk - len(part)), (0, 0)), "edge")
+        padded = np.pad(part, ((0, chunk - len(part)), (0, 0)), "edge")  # to one shape
         padded = jax.device_put(padded, sharding.batch_sharding(mesh))
         hits, weights, bias = _fit_chunk(*fixed, padded, num_steps=num_steps)
         accuracy.append(np.asarray(hits, np.float64)[: len(part)].T / len(validation))

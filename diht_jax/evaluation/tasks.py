@@ -23,6 +23,7 @@ from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, Enc
 from diht_jax.evaluation.embedding.entries import Entries, Processes, Units
 from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.protocols.base import Measured, Task
+from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 from diht_jax.readers.base import Skipped
@@ -80,32 +81,10 @@ def evaluate_task(
         measured = protocol.run(task, Encoder(model, entries, batching))
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
-    encoded, metrics = measured.encoded, measured.metrics
-    left_out = sum(encoded.dropped.values())
-    if left_out:
-        logging.warning(
-            "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
-            task.name,
-            left_out,
-            left_out + len(encoded.notes),
-            encoded.dropped,
-            ", ".join(encoded.dropped_keys),
-        )
-    result = {
-        "task": task.name,
-        "kind": task.kind,
-        "source": task.source,
-        "protocol": measured.protocol,
-        "metrics": metrics,
-        "units": {name: protocol.metrics[name].unit for name in metrics},
-        "counts": {**measured.counts, "limit": limit, "dropped": encoded.dropped},
-        **measured.details,
-    }
+    encoded = measured.encoded
+    result = _describe(task, measured, limit)
     if num_resamples:
         result |= _resampled(measured, num_resamples, progress)
-    entry = TASKS_BY_NAME.get(task.name)
-    if entry is not None and entry.kind == task.kind:
-        result["reported"] = [name for name in entry.metrics if name in metrics]
     page = show(task, units, measured, result, model.logit_scale) if show is not None else None
     return {
         **result,
@@ -113,6 +92,35 @@ def evaluate_task(
         "images_per_sec": len(encoded.notes) / encoded.seconds,
         "page": page,
     }
+
+
+def _describe(task: Task, measured: Measured, limit: int | None) -> dict[str, Any]:
+    """The task's entry in the results file, so far; entries that were left out are logged."""
+    dropped, metrics = measured.encoded.dropped, measured.metrics
+    left_out = sum(dropped.values())
+    if left_out:
+        logging.warning(
+            "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
+            task.name,
+            left_out,
+            left_out + len(measured.encoded.notes),
+            dropped,
+            ", ".join(measured.encoded.dropped_keys),
+        )
+    known, entry = PROTOCOLS[task.kind].metrics, TASKS_BY_NAME.get(task.name)
+    result = {
+        "task": task.name,
+        "kind": task.kind,
+        "source": task.source,
+        "protocol": measured.protocol,
+        "metrics": metrics,
+        "units": {name: known[name].unit for name in metrics},
+        "counts": {**measured.counts, "limit": limit, "dropped": dropped},
+        **measured.details,
+    }
+    if entry is not None and entry.kind == task.kind:
+        result["reported"] = [name for name in entry.metrics if name in metrics]
+    return result
 
 
 def _resampled(measured: Measured, num_resamples: int, progress: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -122,7 +123,7 @@ def encode_images(
     Args:
         model: see `EmbeddingModel`; uses all its devices.
         entries: consumed once, in order. Of several processes each reads its share of `Entries`;
-            any others are read by all, and each decodes its share.
+            any others are one unit, which the first process reads.
         describe: called once per pair, by several threads; what it returns is kept, so it should
             be small. Raises `UnusablePair` to leave a pair out, any other ValueError to stop.
         batching: the defaults where None.
@@ -135,12 +136,14 @@ def encode_images(
     start = time.perf_counter()
     batching = batching or Batching()
     processes = batching.processes
-    own = processes.share(entries)
+    if not isinstance(entries, Entries):
+        entries = Entries([functools.partial(iter, entries)])
+    own = entries.share(processes.index, processes.count)
     if processes.count == 1:
         found, image_emb = _encode_share(model, own, describe, batching)
     else:
         share = processes.together(lambda: _encode_share(model, own, describe, batching))
-        found, image_emb = _merge_shares(processes.exchange(share), entries)
+        found, image_emb = _merge_shares(processes.exchange(share), entries.limit)
     kept = [row for row in found if row.reason is None]
     left_out = [row for row in found if row.reason is not None]
     dropped = dict(collections.Counter(row.reason for row in left_out))
@@ -194,13 +197,12 @@ class _Row(NamedTuple):
 
 
 def _merge_shares(
-    shares: Sequence[tuple[list[_Row], np.ndarray]], entries: Iterable[Pair | Skipped]
+    shares: Sequence[tuple[list[_Row], np.ndarray]], limit: int | None
 ) -> tuple[list[_Row], np.ndarray]:
     """The entries of all processes in the order of the source, up to its limit."""
     found = [row for rows, _ in shares for row in rows]
     usable = [row.order for row in found if row.reason is None]
     index_of = {order: i for i, order in enumerate(usable)}
-    limit = entries.limit if isinstance(entries, Entries) else None
     found = sorted(found, key=lambda row: row.order)[:limit]
     chosen = [index_of[row.order] for row in found if row.reason is None]
     embedded = [image_emb for _, image_emb in shares if len(image_emb)]

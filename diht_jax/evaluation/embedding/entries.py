@@ -149,17 +149,6 @@ class Processes:
             return cls()
         return cls(jax.process_index(), jax.process_count(), _exchange)
 
-    def share(self, entries: Iterable[Entry]) -> Iterator[tuple[Order, Entry]]:
-        """The entries of this process with their order.
-
-        Units of `Entries` are divided; any other iterable is read by all processes, and each keeps
-        every n-th entry.
-        """
-        if isinstance(entries, Entries):
-            return entries.share(self.index, self.count)
-        numbered = enumerate(entries)
-        return (((0, i), entry) for i, entry in numbered if i % self.count == self.index)
-
     def together(self, work: Callable[[], Any]) -> Any:
         """Result of a function in this process, once all are through.
 

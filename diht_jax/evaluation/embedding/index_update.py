@@ -83,20 +83,17 @@ def update_index(
     Args:
         model: a `LoadedModel`.
         shards: of `inputs.list_inputs`.
-        folder: of the index; is made.
+        folder: of the index; is made. All processes of a job see it.
         dtype: of the stored embeddings, one of `DTYPES`.
         batching: the defaults where None.
-        thumbnails: keep a small picture of each entry. Those of a folder of pictures are read
-            from there instead.
-        processes: of a job, on a folder that all of them see; each embeds its share
-            (`inputs.shares_of`).
+        thumbnails: keep a small picture of each entry; those of a folder are read from there.
+        processes: of a job; each embeds its share (`inputs.shares_of`).
 
     Returns:
         What all processes together did.
 
     Raises:
-        ValueError: the folder holds the index of another model or dtype, or another process is
-            updating it.
+        ValueError: the folder has an index of another model or dtype, or is being updated.
     """
     files.refuse_url(folder, "index")
     if dtype not in DTYPES:
@@ -131,11 +128,11 @@ def update_index(
         shares = shares_of(shards, processes.index, processes.count)
         processes.together(lambda: _add_missing(shares, list(old.values()), write))
         manifests = read_manifests(folder, settings)
-    dropped: collections.Counter[str] = collections.Counter()
-    for manifest in manifests.values():
-        dropped.update(manifest["dropped"])
     pictures = {number: manifest["pictures"] for number, manifest in manifests.items()}
     added = sum(count for number, count in pictures.items() if number >= first_new)
+    dropped = collections.Counter[str]()
+    for manifest in manifests.values():
+        dropped.update(manifest["dropped"])
     return Update(added, removed, sum(pictures.values()) - added, dict(dropped))
 
 

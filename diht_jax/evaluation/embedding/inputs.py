@@ -29,30 +29,27 @@ PICTURES = "pictures"
 _PICTURES_PER_UNIT = 64
 
 
-def list_inputs(
-    source: str | Sequence[str], *, needs_caption: bool = True, **source_options: Any
-) -> list[SourceShard]:
+def list_inputs(source: str | Sequence[str], *, needs_caption: bool = True) -> list[SourceShard]:
     """Lists the shards of a source; a folder of pictures, even among other files, is one.
 
     Args:
         source: of `readers.list_shards`, or a folder of pictures.
         needs_caption: see `SourceShard.needs_caption`.
-        **source_options: of `readers.list_shards`.
     """
-    shards = _list_inputs(source, source_options)
+    shards = _list_inputs(source)
     return [dataclasses.replace(shard, needs_caption=needs_caption) for shard in shards]
 
 
-def _list_inputs(source: str | Sequence[str], source_options: dict[str, Any]) -> list[SourceShard]:
+def _list_inputs(source: str | Sequence[str]) -> list[SourceShard]:
     if not isinstance(source, str) or not os.path.isdir(source):
-        return registry.list_shards(source, **source_options)
+        return registry.list_shards(source)
     names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and os.path.isfile(e)}
     listed = image_folder.list_pictures(source)
     pictures = {os.path.basename(path) for path, _, reason in listed if reason is None}
     if names and names <= pictures:
         return [SourceShard(PICTURES, source)]
     try:
-        return registry.list_shards(source, **source_options)
+        return registry.list_shards(source)
     except ValueError as error:
         # Pictures at any depth can be embedded: the folders above them need not be classes.
         if names & pictures or isinstance(error, FolderLayoutError):

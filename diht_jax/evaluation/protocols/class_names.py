@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,19 +17,11 @@ from diht_jax.evaluation.prompts import CLASS_SLOT
 from diht_jax.records.schema import Pair
 
 
-@dataclasses.dataclass(frozen=True)
-class RawLabel:
-    """All that one pair has about its class.
+class RawLabel(NamedTuple):
+    """All that one pair has about its class."""
 
-    Attributes:
-        key: of the pair, for messages.
-        label: `metadata["label"]`, or the field the task names; None when absent.
-        class_name: `metadata["class_name"]`, or None.
-        caption: of the pair.
-    """
-
-    key: str
-    label: int | str | None
+    key: str  # of the pair, for messages
+    label: int | str | None  # metadata["label"], or the field the task names
     class_name: str | None = None
     caption: str = ""
 

@@ -115,9 +115,8 @@ def run(task: Task, encoder: Encoder) -> Measured:
 
 def number_captions(captions: Sequence[str]) -> np.ndarray:
     """A number for each caption, int32 [m]: equal where captions are, but for case and spaces."""
-    texts = [" ".join(caption.lower().split()) for caption in captions]
-    number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    return np.array([number_of[text] for text in texts], np.int32)
+    texts = np.array([" ".join(caption.lower().split()) for caption in captions], object)
+    return np.unique(texts, return_inverse=True)[1].astype(np.int32)
 
 
 def answer_ids(
