@@ -30,7 +30,7 @@ from tests.training.conftest import NUM_RECORDS, colored_square, write_tfrecord
 from tests.waiting import wait_until
 
 NUM_PROCESSES, DEVICES_EACH = 2, 2
-TOTAL_STEPS = 16
+TOTAL_STEPS = 18
 SMALLER = {"model.overrides.vision_layers": 1, "model.overrides.text_layers": 1}
 # With fields of the batch, and texts that all devices pack or none.
 PACKED = {"loss.equal_pairs": "mask", "data.captions": "sample", "model.texts_per_row": 2}
@@ -89,13 +89,21 @@ class Job:
             raise AssertionError("\n".join([f"exit codes {codes}", *outputs]))  # whole
         return outputs
 
-    def wait_for_lines(self, workdir: pathlib.Path, more: int) -> None:
-        wanted = len(read_metrics(workdir)) + more
+    def wait_for_lines(self, folder: pathlib.Path, more: int, name: str = "loss") -> None:
+        """Until the metrics below a folder have more lines with a name that begins like this."""
+
+        def count() -> int:
+            rows = [
+                row for path in folder.rglob("metrics.jsonl") for row in read_metrics(path.parent)
+            ]
+            return sum(any(key.startswith(name) for key in row) for row in rows)
+
+        wanted = count() + more
 
         def has_them() -> bool:
             ended = [process.poll() for process in self.processes]
             assert ended == [None, None], self.outputs()
-            return len(read_metrics(workdir)) >= wanted
+            return count() >= wanted
 
         wait_until(has_them)
 
@@ -136,66 +144,73 @@ def captioned(tmp_path_factory):
     return folder
 
 
-def checkpoints(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-
-
-def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
-    squares, captioned, shades, job, tmp_path
+def test_a_job_in_a_store_that_loses_a_process_and_is_stopped_is_the_run_of_one(
+    squares, captioned, shades, job, tmp_path, s3_bucket
 ):
-    run = tmp_path / "two"
+    run, staging = f"{s3_bucket}/job", tmp_path / "shared"
     retrieval = f"retrieval:{squares}?caption_template={{caption}}"
     tasks = f"classification:{shades},{retrieval}"
-    command = (
-        *("diht_jax.train", "--config", "configs/demo.py:debug=True"),
-        *(f"--config.data.train={captioned}", "--workdir", str(run), "--config.mesh.fsdp=2"),
-        *(f"--config.total_steps={TOTAL_STEPS}", f"--config.evaluation.tasks={tasks}"),
-        "--config.evaluation.batch_size=8",
-        *(f"--config.{k}={v}" for k, v in (SMALLER | PACKED).items()),
+    changes = {
+        **(SMALLER | PACKED | {"mesh.fsdp": 2, "total_steps": TOTAL_STEPS}),
+        **{"evaluation.tasks": tasks, "evaluation.every_steps": 6, "evaluation.batch_size": 8},
+    }
+    config = load_recipe("configs/demo.py", "debug=True")
+    config.data.train = str(captioned)
+    config.update_from_flattened_dict(changes)
+    devices = jax.devices()[:4]
+    straight = train(config, tmp_path / "straight", devices=devices)
+    config.checkpoint.staging = str(tmp_path / "one process")
+    train(config, run, devices=devices, stop_after_steps=3)
+
+    # Two processes with a staging folder each are refused.
+    unstaged = (
+        *("diht_jax.train", "--config", "configs/demo.py:debug=True", "--workdir", run),
+        *(f"--config.data.train={captioned}", *(f"--config.{k}={v}" for k, v in changes.items())),
     )
-    # One of the processes is told to stop, and both do.
-    processes = job.start(*command)
-    job.wait_for_lines(run, 1)
-    processes[1].send_signal(signal.SIGTERM)
+    homes, job.homes = job.homes, [tmp_path / "host_0", tmp_path / "host_1"]
+    processes = job.start(*unstaged)
     outputs = job.outputs()
-    assert [process.returncode for process in processes] == [EXIT_CODE] * 2, outputs
-    stopped = checkpoints(run)[-1]
-    assert 1 <= stopped < TOTAL_STEPS and f"stopped after step {stopped}" in outputs[0]
+    assert 0 not in [process.returncode for process in processes]
+    assert [output for output in outputs if "process 1 does not see" not in output] == [], outputs
+    assert "Set config.checkpoint.staging to a folder that all hosts share" in outputs[1]
+    job.homes = homes
 
     # One is killed, and the other one ends.
+    command = (*unstaged, f"--config.checkpoint.staging={staging}")
     processes = job.start(*command)
-    job.wait_for_lines(run, 2)
+    job.wait_for_lines(staging, 1)
     processes[1].kill()
     outputs = job.outputs()
     assert processes[0].returncode not in (0, EXIT_CODE)
     # A collective notices the broken connection, or JAX's service the missing heartbeats.
     assert re.search("Start the same command|another task died", outputs[0]), outputs[0]
 
-    # Meanwhile the data have got an index, of which the second process is told.
+    # Meanwhile the data have got an index, of which the second process is told. They evaluate, and
+    # one of them is told to stop: both do.
     indexed = tmp_path / "indexed"
     shutil.copytree(captioned, indexed)
     update_index(indexed)
-    job.run(*command, f"--config.data.train={indexed}")
-    config = load_recipe("configs/demo.py", "debug=True")
-    config.data.train = str(captioned)
-    config.mesh.fsdp = 2
-    config.total_steps = TOTAL_STEPS
-    config.evaluation.tasks = tasks
-    config.evaluation.batch_size = 8
-    config.update_from_flattened_dict(SMALLER | PACKED)
-    train(config, tmp_path / "one", devices=jax.devices()[:4])
-    one, two = read_metrics(tmp_path / "one"), read_metrics(run)
+    processes = job.start(*command, f"--config.data.train={indexed}")
+    job.wait_for_lines(staging, 1, name="evaluation/")
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = job.outputs()
+    assert [process.returncode for process in processes] == [EXIT_CODE] * 2, outputs
+    stopped = max(read_manifests(run))
+    assert 6 <= stopped < TOTAL_STEPS and f"stopped after step {stopped}" in outputs[0]
+
+    # One process ends what two have begun.
+    state = train(config, run, devices=devices)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(straight), strict=True):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-3, atol=1e-5)
+    (staged,) = (tmp_path / "one process").rglob("metrics.jsonl")
+    one, two = read_metrics(tmp_path / "straight"), read_metrics(staged.parent)
     assert [row["step"] for row in two] == [row["step"] for row in one]
-    np.testing.assert_allclose(
-        [row["loss"] for row in two if "loss" in row],
-        [row["loss"] for row in one if "loss" in row],
-        rtol=1e-4,
-    )
-    assert two[-1].keys() == one[-1].keys() and len(one[-1]) > 10
-    assert two[-1] == pytest.approx(one[-1])
+    for ours, theirs in zip(two, one, strict=True):
+        names = [name for name in theirs if name == "loss" or name.startswith("evaluation/")]
+        assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-4)
 
     # The command on two processes finds what training found at its end.
-    evaluate = ("diht_jax.evaluate", "--model", str(run), "--tasks", tasks, "--batch_size=8")
+    evaluate = ("diht_jax.evaluate", "--model", run, "--tasks", tasks, "--batch_size=8")
     results = tmp_path / "two.json"
     job.run(*evaluate, "--bootstrap=0", "--nopages", "--output", str(results))
     found = json.loads(results.read_text())["results"]
@@ -205,16 +220,18 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
         for name, value in task["metrics"].items()
     }
     assert measured == pytest.approx({k: v for k, v in two[-1].items() if k != "step"})
+    assert len(measured) == 10
     counts = found[0]["counts"]
     assert (counts["images"], counts["dropped"]) == (11, {"image_unreadable": 1})
 
-    # Each embeds a file of its own; one of them is damaged, and both end with that.
+
+def test_processes_that_embed_end_together_where_a_file_is_damaged(shades, job, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for index in (0, 1):
             tar.add(shades / "shade 0" / f"{index}.png", f"{index}.png")
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 20])
-    embed = ("diht_jax.embed", "--model", str(run), "--input", f"{tmp_path}/?.tar")
+    embed = ("diht_jax.embed", "--model", "clipart_tiny", "--input", f"{tmp_path}/?.tar")
     job.start(*embed, "--output", str(tmp_path / "embedded"), "--batch_size=8")
     outputs = job.outputs()
     assert [process.returncode for process in job.processes] == [1, 1], outputs
@@ -222,41 +239,6 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
         output for output in outputs if not ("error:" in output and "b.tar: the tar" in output)
     ] == [], outputs
     assert (tmp_path / "embedded" / "embeddings-00000-00000.json").exists()
-
-
-def test_a_run_in_a_store_goes_on_with_another_number_of_processes(
-    squares, job, tmp_path, s3_bucket, caplog
-):
-    run = f"{s3_bucket}/job"
-    command = (
-        *("diht_jax.train", "--config", "configs/demo.py:debug=True"),
-        *(f"--config.data.train={squares}", "--workdir", run, "--config.mesh.fsdp=2"),
-        *("--config.total_steps=6", *(f"--config.{k}={v}" for k, v in SMALLER.items())),
-    )
-    config = load_recipe("configs/demo.py", "debug=True")
-    config.data.train = str(squares)
-    config.mesh.fsdp = 2
-    config.update_from_flattened_dict({"total_steps": 6, **SMALLER})
-    devices = jax.devices()[:4]
-    straight = train(config, tmp_path / "straight", devices=devices)
-    config.checkpoint.staging = str(tmp_path / "one process")
-    train(config, run, devices=devices, stop_after_steps=3)
-
-    job.homes = [tmp_path / "host_0", tmp_path / "host_1"]
-    processes = job.start(*command)
-    outputs = job.outputs()
-    assert 0 not in [process.returncode for process in processes]
-    assert [output for output in outputs if "process 1 does not see" not in output] == [], outputs
-    assert "Set config.checkpoint.staging to a folder that all hosts share" in outputs[1]
-
-    job.run(*command, f"--config.checkpoint.staging={tmp_path / 'shared'}")
-    assert max(read_manifests(run)) == 6
-    # Reading it checks the sums of the whole state, of which each process wrote its part.
-    caplog.set_level("INFO")
-    state = train(config, run, devices=devices)
-    assert "resumed at step 6" in caplog.text and "damaged" not in caplog.text
-    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(straight), strict=True):
-        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-3, atol=1e-5)
 
 
 def test_wrong_flags():
