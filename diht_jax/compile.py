@@ -132,7 +132,6 @@ def for_fewer_devices(
     them.
 
     Args:
-        config: the recipe.
         num_devices: to compile for.
         set_keys: dotted names of what the user set, which stays.
 

@@ -21,8 +21,8 @@ from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.initial_parameters import set_architecture, set_inputs
 from diht_jax.training.recipe import default_config, pictures_of
+from diht_jax.training.workdir.saved_run import open_tokenizer
 from diht_jax.training.workdir.stored_run import local_run
-from diht_jax.training.workdir.tokenizer import open_tokenizer
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.inference import LoadedModel

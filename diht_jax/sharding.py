@@ -87,8 +87,15 @@ def arrange_devices(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.n
                 size,
             )
         return np.asarray([d for island in islands for d in island]).reshape(data, fsdp)
-    arranged = [_arrange_island(island, size // fsdp, fsdp) for island in islands]
-    return np.concatenate(arranged)
+    shape = (size // fsdp, fsdp)
+    return np.concatenate(
+        [
+            mesh_utils.create_device_mesh(shape, island, allow_split_physical_axes=True)
+            if _is_cuboid(island)
+            else np.asarray(island).reshape(shape)
+            for island in islands
+        ]
+    )
 
 
 def _fast_islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
@@ -107,13 +114,6 @@ def _fast_islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
 
     ordered = sorted(devices, key=lambda device: (*island(device), device.id))
     return [list(group) for _, group in itertools.groupby(ordered, key=island)]
-
-
-def _arrange_island(devices: list[jax.Device], data: int, fsdp: int) -> np.ndarray:
-    """The [data, fsdp] devices of one slice or host."""
-    if not _is_cuboid(devices):
-        return np.asarray(devices).reshape(data, fsdp)
-    return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
 
 
 def _is_cuboid(devices: Sequence[jax.Device]) -> bool:
@@ -172,27 +172,6 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 def path_name(path: Sequence[Any]) -> str:
     """A JAX key path as `a/b/c`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
-def log_shardings(tree: Any, mesh: Mesh) -> None:
-    """Logs how many bytes of the parameters are split over `fsdp`, and the largest that are not."""
-    if mesh.shape["fsdp"] == 1:
-        return
-    split_bytes, whole = 0, []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        num_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
-        if any(partition_spec(path_name(path), leaf.shape, mesh)):
-            split_bytes += num_bytes
-        else:
-            whole.append((num_bytes, path_name(path)))
-    whole.sort(reverse=True)
-    logging.info(
-        "fsdp=%d: %.1f MB of parameters split, %.1f MB whole on every device (largest: %s)",
-        mesh.shape["fsdp"],
-        split_bytes / 1e6,
-        sum(num_bytes for num_bytes, _ in whole) / 1e6,
-        ", ".join(f"{name} {num_bytes / 1e6:.2f} MB" for num_bytes, name in whole[:3]),
-    )
 
 
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -64,13 +64,7 @@ def command_flags() -> list[flags.Flag]:
 def describe_command(
     description: str, found: Iterable[flags.Flag], *, has_config: bool = False
 ) -> str:
-    """The help of a command: what it does, an example, and its flags, its own first.
-
-    Args:
-        description: docstring of its file.
-        found: its flags.
-        has_config: it has a recipe.
-    """
+    """The help of a command: what it does, an example, and its flags, its own first."""
     first, *others = description.strip().split("\n\n")
     example = next((part for part in others if part.startswith("    ")), "")
     parts = [first, example] if example else [first]
@@ -100,9 +94,6 @@ def describe_keys(
         config: default values, or those of a recipe.
         section: dotted name; "" for the top level.
         comments: what keys mean, by their dotted names.
-
-    Raises:
-        ValueError: there is no such section.
     """
     found = {name: value for name, (value, _) in walk(config).items()}
     sections = [n for n, v in found.items() if isinstance(v, ml_collections.ConfigDict) and len(v)]

@@ -44,9 +44,6 @@ def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
 
     Returns:
         Names and values, of the types of `ARCHITECTURE_FIELDS`.
-
-    Raises:
-        ValueError: not of this form, or no such field.
     """
     fields = {}
     for setting in settings:

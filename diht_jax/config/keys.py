@@ -311,7 +311,6 @@ def check_ranges(
         config: with names and types that `validate_config` has checked.
         keys: dotted name -> `Key`; None is right for a key that is not set by default. Other
             entries have no range.
-        prefix: of the names in messages.
 
     Raises:
         ValueError: names the first key whose value is outside of its range, and the range.

@@ -28,16 +28,12 @@ def take_unset_keys(
     """Takes `--config.KEY=None` and `--config.KEY None` out of a command line.
 
     Args:
-        arguments: the command line.
         defaults: all keys; those whose default is None, and those of a `TextOrSections`, are
             optional. Unknown keys stay on the command line, whose parser refuses them.
 
     Returns:
         The other arguments, and the keys that are None in the end: of several values for one key
         the last one counts.
-
-    Raises:
-        ValueError: a key that is not optional.
     """
     rest: list[str] = []
     unset: dict[str, None] = {}
@@ -98,11 +94,7 @@ def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
 
 
 def _is_optional(key: str, defaults: ml_collections.ConfigDict) -> bool:
-    """Returns whether a key may be None; False for an unknown one.
-
-    Raises:
-        ValueError: it is known and may not.
-    """
+    """Returns whether a key may be None; False for an unknown one."""
     section, name = defaults, ""
     for name in key.split("."):
         if not isinstance(section, ml_collections.ConfigDict) or name not in section:

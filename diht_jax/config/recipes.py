@@ -39,9 +39,6 @@ def find_recipe(name: str | pathlib.Path) -> pathlib.Path:
         name: such as `demo` or `prep/cat`; what ends with `.py` is a path. For
             `from configs import common` the folder above the recipe's own is searched, and then
             `configs/` itself, in any working directory.
-
-    Raises:
-        ValueError: no such recipe.
     """
     path = pathlib.Path(name)
     if path.suffix != ".py":

@@ -65,20 +65,11 @@ def define_flags() -> None:
 
 
 def start_from_flags(begin: Callable[[int], None] | None = None) -> None:
-    """Joins the other processes of the job, if there are any, as the flags or the cluster say.
-
-    Args:
-        begin: see `start`.
-    """
-    values = flags.FLAGS
-    start(
-        values.coordinator_address,
-        values.num_processes,
-        values.process_id,
-        values.heartbeat_timeout_secs,
-        values.start_warning_secs,
-        begin,
-    )
+    """Joins the other processes of the job, if there are any, as the flags or the cluster say."""
+    names = ("coordinator_address", "num_processes", "process_id")
+    names += ("heartbeat_timeout_secs", "start_warning_secs")
+    values = [flags.FLAGS[name].value for name in names]
+    start(*values, begin=begin)
 
 
 def start(
@@ -89,11 +80,11 @@ def start(
     start_warning_secs: float = START_WARNING_SECS,
     begin: Callable[[int], None] | None = None,
 ) -> None:
-    """Joins the other processes of the job, if there are any; see the flags.
+    """Joins the other processes of the job, if there are any.
 
     Args:
         coordinator_address, num_processes, process_id, heartbeat_timeout_secs, start_warning_secs:
-            of the flags.
+            see the flags.
         begin: gets the number of this process once it is known, before the others are waited for;
             not called where there are none.
 
@@ -113,9 +104,7 @@ def start(
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         cluster = find_cluster()
-        if cluster is None:
-            return
-        if not _call_roll_of(cluster, start_warning_secs, begin):
+        if cluster is None or not _call_roll_of(cluster, start_warning_secs, begin):
             return
         jax.distributed.initialize(**timeouts)
     else:
@@ -158,7 +147,6 @@ def end_job(error: Exception, status: Callable[[Exception], int] = lambda _: 1) 
     that may be no more. The others notice that this one is gone.
 
     Args:
-        error: being handled.
         status: of the process, from the error, once that is printed: where the first process has
             ended, this one has a moment left.
     """

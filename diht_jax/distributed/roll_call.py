@@ -38,10 +38,7 @@ def call_roll(
 
     Args:
         address: HOST:PORT where the first process listens for as long as this lasts.
-        num_processes: of the job.
-        process_id: of this one.
         warning_secs: until the first message, and between two of them.
-        clock: in seconds.
 
     Raises:
         ConnectionError: after the time of the last message some are still missing.
@@ -54,7 +51,11 @@ def call_roll(
         _answer_roll(host.strip("[]"), int(port), process_id, lateness)
         return
     try:
-        listener = _listen(int(port), num_processes)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        listener = socket.create_server(
+            ("", int(port)), family=family, dualstack_ipv6=both, backlog=num_processes
+        )
     except OSError as error:  # JAX's own error ends the command where the port is taken
         logging.warning("port %s cannot be opened for the roll call: %s", port, error)
         return
@@ -99,16 +100,6 @@ def advise(port: str) -> str:
         f"Did the command start on all hosts, and does a firewall let them reach {port} of the "
         f"first one? --coordinator_address or {PORT_VARIABLE}, the same on all hosts, takes "
         "another port"
-    )
-
-
-def _listen(port: int, num_processes: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    return socket.create_server(
-        ("", port),
-        family=socket.AF_INET6 if both else socket.AF_INET,
-        dualstack_ipv6=both,
-        backlog=num_processes,
     )
 
 

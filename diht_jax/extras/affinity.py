@@ -31,8 +31,8 @@ from ml_collections.config_dict import placeholder
 
 from diht_jax.losses.concepts import map_in_chunks
 from diht_jax.losses.contrastive import check_embeddings
-from diht_jax.losses.dense import AxisName, inner_products
-from diht_jax.losses.objective import check_scalar
+from diht_jax.losses.dense import inner_products
+from diht_jax.losses.objective import AxisName, check_scalar
 from diht_jax.losses.term import Parameters, Term
 from diht_jax.sharding import BATCH_AXES
 
@@ -125,7 +125,7 @@ def sharded_affinity_loss(
 
     Args:
         image_emb, text_emb, logit_scale, teachers: see `affinity_loss`; global.
-        mesh, axis_names: see `sharded.sharded_loss`.
+        mesh, axis_names: see `losses.contrastive.sharded_loss`.
     """
     rows, whole = PartitionSpec(axis_names), PartitionSpec()
     specs: Any = (rows, rows, whole)  # in the places of arrays
@@ -186,7 +186,6 @@ class AffinityDistillation(Term):
     }
 
     def check(self) -> None:
-        """See `Term.check`."""
         super().check()
         name, section = self.name, self.section
         for value in section.temperatures:
@@ -271,7 +270,7 @@ class AffinityDistillation(Term):
         type(self)(name, config[name], self.arch)  # checks that there are as many
         return config
 
-    def of_all_pairs(
+    def of_batch(
         self,
         encoded: dict[str, jax.Array],
         params: Parameters,
@@ -279,7 +278,7 @@ class AffinityDistillation(Term):
         *,
         mesh: Mesh,
     ) -> dict[str, tuple[float, jax.Array]]:
-        """The loss over the pairs that all teachers have embedded; see `Term.of_all_pairs`."""
+        """The loss over the pairs that all teachers have embedded; see `Term.of_batch`."""
         temperatures = tuple(self.section.temperatures)
         if len(temperatures) == 1:
             temperatures *= len(self.section.widths)

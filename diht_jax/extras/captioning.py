@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from diht_jax.config.keys import COUNT, Key
 from diht_jax.extras.caption_decoder import CaptionDecoder, merge_decoder
 from diht_jax.losses.concepts import concept_losses_in_chunks
 from diht_jax.losses.term import Parameters, Term
@@ -30,20 +32,14 @@ class Captioning(Term):
 
     settings: ClassVar[dict[str, Any]] = {
         "weight": 0.0,  # of this loss; 0 leaves it out
-        "layers": 6,  # of the decoder, which is as wide as the text tower
+        "layers": Key(6, COUNT),  # of the decoder, which is as wide as the text tower
         "remat": "none",  # as config.model.remat, of the decoder's blocks
-        "chunk_tokens": 2048,  # tokens of a device whose logits are held at once
+        "chunk_tokens": Key(2048, COUNT),  # tokens of a device whose logits are held at once
     }
     reads_image_tokens: bool = True
 
     def check(self) -> None:
-        """See `Term.check`."""
         super().check()
-        for key in ("layers", "chunk_tokens"):
-            if self.section[key] < 1:
-                raise ValueError(
-                    f"config.{self.name}.{key}={self.section[key]}: expected at least 1"
-                )
         if self.section.remat not in POLICIES:
             raise ValueError(
                 f"config.{self.name}.remat='{self.section.remat}': expected one of "
@@ -78,7 +74,12 @@ class Captioning(Term):
         return {"captioning_loss": jnp.sum(losses.reshape(b, t), axis=1)}
 
     def of_batch(
-        self, encoded: dict[str, jax.Array], params: Parameters, examples: dict[str, jax.Array]
+        self,
+        encoded: dict[str, jax.Array],
+        params: Parameters,
+        examples: dict[str, jax.Array],
+        *,
+        mesh: Mesh,
     ) -> dict[str, tuple[float, jax.Array]]:
         """The mean over the batch's tokens, in nats; see `Term.of_batch`."""
         count = jnp.sum(is_predicted(examples["tokens"], self.arch.end_of_text_id))

@@ -61,7 +61,6 @@ def set_flags(platform_name: str | None, extra: Sequence[str] = ()) -> str:
 
     Args:
         platform_name: "gpu", "tpu", or anything else for none.
-        extra: more flags of that platform.
 
     Returns:
         One line for the log; empty where there is nothing to set.
@@ -80,7 +79,6 @@ def deterministic_flags(platform_name: str | None, folder: str) -> tuple[str, ..
     """What a GPU needs for the same bits at every start; empty for other platforms.
 
     Args:
-        platform_name: as for `set_flags`.
         folder: keeps which kernels were the fastest, so that the next start takes the same ones; is
             made. A URL keeps nothing: there the compiled programs have to be kept.
     """

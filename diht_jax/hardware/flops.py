@@ -51,7 +51,6 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> FlopCount:
     replicated outside of `shard_map` counts once.
 
     Args:
-        fn: what to count; need not be jitted.
         *args: arrays or `jax.ShapeDtypeStruct`s, in any tree.
 
     Raises:
@@ -60,25 +59,20 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> FlopCount:
     return count_jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def count_jaxpr_flops(jaxpr: Jaxpr, *, leave_out: str | None = None) -> FlopCount:
+def count_jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, *, leave_out: str | None = None) -> FlopCount:
     """Counts the FLOPs of a jaxpr; see `count_flops`.
 
     Args:
-        jaxpr: of the function.
         leave_out: a `jax.named_scope` of the function whose operations do not count.
     """
-    counted = (eqn for eqn in _live(jaxpr).eqns if not leave_out or leave_out not in _scopes(eqn))
-    return sum(map(_count_equation, counted), FlopCount())
-
-
-def _scopes(eqn: JaxprEqn) -> list[str]:
-    return str(eqn.source_info.name_stack).split("/")
-
-
-def _sum_equations(jaxpr: Jaxpr | ClosedJaxpr) -> FlopCount:
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    return sum(map(_count_equation, _live(jaxpr).eqns), FlopCount())
+    counted = (
+        _count_equation(eqn)
+        for eqn in _live(jaxpr).eqns
+        if leave_out is None or leave_out not in str(eqn.source_info.name_stack).split("/")
+    )
+    return sum(counted, FlopCount())
 
 
 def _live(jaxpr: Jaxpr) -> Jaxpr:
@@ -110,30 +104,21 @@ def _count_equation(eqn: JaxprEqn) -> FlopCount:
             f"count_flops: '{name}' is a foreign kernel whose FLOPs the jaxpr does not show; "
             "count the function with an implementation written in JAX"
         )
-    if name in _MOVES or not _is_floating(eqn):
-        inner = _inner_jaxprs(eqn)
-        return sum((_sum_equations(jaxpr) for jaxpr in inner), FlopCount())
-    if name.startswith(_READERS):
+    # The functions that jit, checkpoint, custom derivatives and the like call.
+    inner = [value for value in eqn.params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
+    dtypes = [getattr(var.aval, "dtype", None) for var in (*eqn.invars, *eqn.outvars)]
+    is_floating = any(dtype is not None and jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
+    is_counted = is_floating and name not in _MOVES
+    if is_counted and name.startswith(_READERS):
         return FlopCount(flops=_array(eqn.invars[0]).size)
-    inner = _inner_jaxprs(eqn)
-    if inner:
-        return sum((_sum_equations(jaxpr) for jaxpr in inner), FlopCount())
-    return FlopCount(flops=sum(_array(variable).size for variable in eqn.outvars))
+    if is_counted and not inner:
+        return FlopCount(flops=sum(_array(variable).size for variable in eqn.outvars))
+    return sum(map(count_jaxpr_flops, inner), FlopCount())
 
 
 def _array(variable: Any) -> Any:
     """Shape and size of a variable or literal that is an array."""
     return variable.aval
-
-
-def _is_floating(eqn: JaxprEqn) -> bool:
-    dtypes = [getattr(var.aval, "dtype", None) for var in (*eqn.invars, *eqn.outvars)]
-    return any(dtype is not None and jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
-
-
-def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
-    """The functions that jit, checkpoint, custom derivatives and the like call."""
-    return [value for value in eqn.params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
 
 
 def _dot_general(eqn: JaxprEqn) -> FlopCount:
@@ -166,24 +151,26 @@ def _products(flops: int) -> FlopCount:
 
 
 def _scan(eqn: JaxprEqn) -> FlopCount:
-    return _sum_equations(eqn.params["jaxpr"]) * eqn.params["length"]
+    return count_jaxpr_flops(eqn.params["jaxpr"]) * eqn.params["length"]
 
 
 def _cond(eqn: JaxprEqn) -> FlopCount:
-    return max((_sum_equations(branch) for branch in eqn.params["branches"]), key=lambda w: w.flops)
+    return max(
+        (count_jaxpr_flops(branch) for branch in eqn.params["branches"]), key=lambda w: w.flops
+    )
 
 
 def _shard_map(eqn: JaxprEqn) -> FlopCount:
     sizes = dict(eqn.params["mesh"].shape)
     num_devices = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
-    return _sum_equations(eqn.params["jaxpr"]) * num_devices
+    return count_jaxpr_flops(eqn.params["jaxpr"]) * num_devices
 
 
 def _pallas_call(eqn: JaxprEqn) -> FlopCount:
     estimate = eqn.params["cost_estimate"]
     if estimate is not None:  # without what the kernel multiplies by zeros
         return FlopCount(estimate.flops + estimate.transcendentals, estimate.flops)
-    return _sum_equations(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
+    return count_jaxpr_flops(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
 
 
 def _cudnn_attention(num_products: int) -> Callable[[JaxprEqn], FlopCount]:

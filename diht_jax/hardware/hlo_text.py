@@ -168,10 +168,6 @@ def _json_integers(key: str, text: str) -> list[int]:
 def read_groups(text: str, num_devices: int) -> np.ndarray:
     """Reads `replica_groups`, in any of its three notations, or the pairs of a permutation.
 
-    Args:
-        text: of the instruction, with its attributes.
-        num_devices: of the program.
-
     Returns:
         int [groups, devices], positions in the mesh; one group of all devices where the text names
         none.

@@ -23,7 +23,6 @@ def describe_input(topology: Topology, images_per_sec: float) -> list[str]:
     """Formats how many cores of each host keep up with a step.
 
     Args:
-        topology: that the step is for.
         images_per_sec: over all devices.
     """
     hosts = num_hosts(topology)

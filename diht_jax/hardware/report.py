@@ -170,11 +170,12 @@ def _span(topology: Topology, collective: Collective) -> int:
 def describe_step(report: StepReport) -> str:
     """Formats memory, FLOPs, traffic, communication, roofline and verdict as a page."""
     devices = report.topology.devices
+    micro_batch = "none" if report.micro_batch is None else f"{report.micro_batch:,}"
     lines = [
         f"{report.topology.name}: {len(devices)} x {devices[0].device_kind}, mesh "
         + " ".join(f"{name}={size}" for name, size in report.mesh.items()),
         f"global batch {report.batch_size:,} ({report.batch_size // len(devices):,} a device), "
-        f"micro-batch {_micro_batch(report)}, remat {report.remat}",
+        f"micro-batch {micro_batch}, remat {report.remat}",
         "attention kernels: "
         + ", ".join(f"{kernel} ({tower})" for tower, kernel in report.attention.items()),
         "form of the loss: {} ({})".format(*report.loss_form),
@@ -353,10 +354,6 @@ def _has_hosts(report: StepReport) -> bool:
     """True for GPUs of several hosts."""
     chip, shape = report.topology.chip, report.topology.shape
     return chip is not None and not chip.num_links and len(shape) > 1
-
-
-def _micro_batch(report: StepReport) -> str:
-    return "none" if report.micro_batch is None else f"{report.micro_batch:,}"
 
 
 def _options(report: StepReport) -> str:

@@ -1,6 +1,7 @@
-"""The losses over pairs of the global batch: InfoNCE, HN-NCE and the sigmoid loss.
+"""The losses over pairs of the global batch: InfoNCE, HN-NCE, the sigmoid loss, and any other.
 
-For custom training loops: pure functions of embeddings, without parameters, mesh or metrics. The
+`contrastive_loss` and `sigmoid_loss` are for custom training loops: pure functions of embeddings.
+`contrastive_objective` and `sharded_loss` take global arrays and a mesh, and add metrics. The
 formulas are in `softmax.py` and `sigmoid.py`, the two ways to compute them in `streaming.py` and
 `dense.py`.
 
@@ -19,23 +20,33 @@ How gradients come out, for a loss taken inside `jax.shard_map` over `axis_name`
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Integer
 
-from diht_jax.losses.dense import AxisName, dense_loss
+from diht_jax.losses.choice import choose_impl
+from diht_jax.losses.dense import dense_loss
 from diht_jax.losses.objective import (
+    AxisName,
     Objective,
     PairStatistics,
     Scalars,
     check_equal_pairs,
     check_scalar,
+    pair_metrics,
 )
 from diht_jax.losses.sigmoid import Sigmoid
 from diht_jax.losses.softmax import Softmax, is_known_zero
 from diht_jax.losses.streaming import streaming_loss
 
 IMPLS = ("streaming", "gathered")
+
+Metrics = dict[str, jax.Array]
 
 
 def contrastive_loss(
@@ -172,6 +183,120 @@ def sigmoid_loss(
     )[0]
 
 
+def contrastive_objective(
+    image_emb: Float[Array, "N d"],
+    text_emb: Float[Array, "N d"],
+    logit_scale: Float[Array, ""] | float,
+    logit_bias: jax.Array | float | None = None,
+    *,
+    mesh: Mesh,
+    axis_names: str | tuple[str, ...] = ("data", "fsdp"),
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    impl: str = "streaming",
+    stop_weight_gradient: bool = False,
+    pair_ids: Integer[Array, "N ..."] | None = None,
+    equal_pairs: str = "mask",
+    pair_weights: Float[Array, " N"] | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """`contrastive_loss` or `sigmoid_loss` of a global batch on a mesh, with metrics.
+
+    With a `logit_bias` it is `sigmoid_loss`, which has no alpha and beta. The other arguments are
+    those of `contrastive_loss`, global, and of `sharded_loss`, whose results and errors it has.
+    """
+    settings: dict[str, Any] = {"equal_pairs": "negative" if pair_ids is None else equal_pairs}
+    if logit_bias is None:
+        loss, learnt = Softmax, {}
+        settings.update(alpha=alpha, beta=beta, stop_weight_gradient=stop_weight_gradient)
+    else:
+        loss, learnt = Sigmoid, {"logit_bias": logit_bias}
+    return sharded_loss(
+        loss,
+        image_emb,
+        text_emb,
+        logit_scale,
+        learnt,
+        settings=settings,
+        mesh=mesh,
+        axis_names=axis_names,
+        impl=impl,
+        pair_ids=pair_ids,
+        pair_weights=pair_weights,
+    )
+
+
+def sharded_loss(
+    loss: type[Objective],
+    image_emb: Float[Array, "N d"],
+    text_emb: Float[Array, "N d"],
+    logit_scale: Float[Array, ""] | float,
+    learnt: Mapping[str, jax.Array | float],
+    *,
+    settings: Mapping[str, Any],
+    mesh: Mesh,
+    axis_names: str | tuple[str, ...] = ("data", "fsdp"),
+    impl: str = "streaming",
+    pair_ids: Integer[Array, "N ..."] | None = None,
+    pair_weights: Float[Array, " N"] | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Any contrastive loss of a global batch on a mesh, with metrics.
+
+    Made for `jax.value_and_grad(..., has_aux=True)` inside a jitted step: the gradient with
+    respect to all array arguments is that of the full-batch loss, with nothing left to reduce.
+
+    Args:
+        loss: such as those of `registry.LOSSES`.
+        image_emb, text_emb, logit_scale: see `contrastive_loss`; global.
+        learnt: a scalar for each name in `loss.parameters`.
+        settings: a value for each key in `loss.settings`.
+        mesh: the mesh of the step; other axes than `axis_names` hold copies.
+        axis_names: axes that the batch is split over; their sizes must divide N.
+        impl: see `contrastive_loss`; or "auto": see `choice.choose_impl`.
+        pair_ids, pair_weights: see `contrastive_loss`; global. Ids are needed where `settings` has
+            another value of `equal_pairs` than "negative".
+
+    Returns:
+        The loss (mean over the global batch, replicated), and a dict of float32 scalars that carry
+        no gradient; means over the global batch:
+        `loss`.
+        `i2t_accuracy`, `t2i_accuracy`: share of queries whose own pair is the most similar of
+            all N. Ours: a tie with t others counts 1/(1 + t), the chance of a fair draw, so
+            that collapsed embeddings score 1/N and not 1.
+        `positive_similarity`: cosine of a pair.
+        `hardest_negative_similarity`: highest cosine with a wrong partner, over both directions.
+        `equal_pairs`: share of pairs that another pair of the batch is equal to; with ids alone.
+            Equal pairs then are no wrong partners for the other metrics.
+
+    Raises:
+        ValueError: wrong arguments, N < 2, or N not divisible by the devices.
+    """
+    check_embeddings(image_emb, text_emb)
+    axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+    check_split(image_emb.shape[0], mesh, axis_names)
+    impl = choose_impl(mesh, axis_names, *image_emb.shape, impl).impl
+
+    def on_device(image_emb, text_emb, pair_ids, pair_weights, logit_scale, learnt):
+        objective, scalars = loss.create(**settings, **learnt)
+        value, statistics = mean_loss(
+            objective,
+            scalars,
+            image_emb,
+            text_emb,
+            logit_scale,
+            axis_name=axis_names,
+            impl=impl,
+            pair_ids=pair_ids,
+            row_weights=pair_weights,
+        )
+        return value, {"loss": jax.lax.stop_gradient(value), **pair_metrics(statistics, axis_names)}
+
+    rows, whole = PartitionSpec(axis_names), PartitionSpec()
+    replicated = jax.tree.map(jnp.asarray, (logit_scale, dict(learnt)))
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(rows, rows, rows, rows, whole, whole), out_specs=whole
+    )(image_emb, text_emb, pair_ids, pair_weights, *replicated)
+
+
 def mean_loss(
     objective: Objective,
     scalars: Scalars,
@@ -184,19 +309,10 @@ def mean_loss(
     pair_ids: Integer[Array, "b ..."] | None = None,
     row_weights: Float[Array, " b"] | None = None,
 ) -> tuple[Float[Array, ""], PairStatistics]:
-    """Any contrastive loss: the mean of its rows and columns over the global batch.
+    """Any contrastive loss, of `Objective.create`, and the statistics of the local rows.
 
-    Args:
-        objective, scalars: of `Objective.create`.
-        image_emb, text_emb, logit_scale, axis_name, impl, pair_ids: see `contrastive_loss`; ids
-            are not read where the objective has equal pairs as negatives.
-        row_weights: `pair_weights` of `contrastive_loss`.
-
-    Returns:
-        The loss, as `contrastive_loss` returns it, and statistics of the local rows.
-
-    Raises:
-        ValueError: wrong shapes, dtypes, impl or ids.
+    The other arguments, the loss and the errors are those of `contrastive_loss`; `row_weights` are
+    its `pair_weights`. Ids are not read where the objective has equal pairs as negatives.
     """
     check_embeddings(image_emb, text_emb)
     check_scalar("logit_scale", logit_scale)
@@ -241,6 +357,23 @@ def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
             "image_emb and text_emb: expected the same floating-point dtype, got "
             f"{dtypes[0]} and {dtypes[1]}; cast them before the loss"
         )
+
+
+def check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None:
+    """Raises ValueError for axes that the mesh has not, or a batch that does not divide by them."""
+    missing = [name for name in axis_names if name not in mesh.shape]
+    if missing or not axis_names:
+        raise ValueError(
+            f"axis_names: expected axes of the mesh {tuple(mesh.shape)}, got {axis_names}"
+        )
+    num_devices = math.prod(mesh.shape[name] for name in axis_names)
+    if num_pairs % num_devices:
+        raise ValueError(
+            f"a global batch of {num_pairs} pairs cannot be split over the "
+            f"{num_devices} devices of mesh axes {axis_names}; choose a multiple of {num_devices}"
+        )
+    if num_pairs < 2:
+        raise ValueError("expected a global batch of at least 2 pairs, got 1")
 
 
 def _ids_as_columns(pair_ids: jax.Array | None, num_rows: int) -> jax.Array:

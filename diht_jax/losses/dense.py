@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from diht_jax.losses.objective import Objective, PairStatistics, Scalars
-
-AxisName = str | tuple[str, ...] | None
+from diht_jax.losses.objective import AxisName, Objective, PairStatistics, Scalars
 
 
 def dense_loss(
@@ -32,7 +30,8 @@ def dense_loss(
     scale = jnp.asarray(logit_scale, i2t.dtype)
     is_negative, num_negatives, more = ~is_positive, None, ()
     if pair_ids is not None:
-        is_equal = _is_equal(pair_ids, axis_name)
+        all_ids = jax.lax.all_gather(pair_ids, axis_name, tiled=True) if axis_name else pair_ids
+        is_equal = jnp.all(pair_ids[:, None] == all_ids[None, :], axis=-1)
         is_negative = ~(is_positive | is_equal)
         num_negatives = jnp.sum(is_negative, axis=1).astype(i2t.dtype)
         more = (is_equal & ~is_positive,)
@@ -48,12 +47,6 @@ def dense_loss(
     return total, PairStatistics(
         positive, image_hardest, image_ties, text_hardest, text_ties, num_negatives
     )
-
-
-def _is_equal(pair_ids: Integer[Array, "b k"], axis_name: AxisName) -> Bool[Array, "b N"]:
-    """Equality of the ids of local rows and of the global batch, in all columns."""
-    all_ids = jax.lax.all_gather(pair_ids, axis_name, tiled=True) if axis_name else pair_ids
-    return jnp.all(pair_ids[:, None] == all_ids[None, :], axis=-1)
 
 
 def similarity_blocks(

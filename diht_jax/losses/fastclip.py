@@ -28,10 +28,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from diht_jax.config.keys import NOT_NEGATIVE, POSITIVE, SHARE_NOT_0, Key
-from diht_jax.losses.contrastive import check_embeddings
+from diht_jax.losses.contrastive import check_embeddings, check_split
 from diht_jax.losses.dense import hardest, similarity_blocks
-from diht_jax.losses.objective import Objective, PairStatistics, Scalars
-from diht_jax.losses.sharded import check_split, pair_metrics
+from diht_jax.losses.objective import Objective, PairStatistics, Scalars, pair_metrics
 
 # Of the records: their means for images and for texts, as logarithms.
 Means = dict[str, Float[Array, " records"]]

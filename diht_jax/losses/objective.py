@@ -28,6 +28,9 @@ Scalars = tuple[jax.Array | float, ...]
 # What pairs with equal ids are to one another.
 EQUAL_PAIRS = ("negative", "mask", "positive")
 
+# Mesh axes that a batch is split over.
+AxisName = str | tuple[str, ...] | None
+
 # Values of the rows (or columns) of a tile, of a device, or of all tiles of a device.
 Rows = Float[Array, "*tiles rows"]
 # Logits of a tile; [..., rows, 0] for an empty one.
@@ -237,3 +240,37 @@ def check_scalar(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a scalar, traced or not."""
     if jnp.shape(value) != ():
         raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(value)}")
+
+
+def pair_metrics(statistics: PairStatistics, axis_name: AxisName) -> dict[str, jax.Array]:
+    """The metrics of `contrastive.sharded_loss`, of the statistics of the local rows."""
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jax.lax.pmean(jnp.mean(values.astype(jnp.float32)), axis_name)
+
+    statistics = jax.lax.stop_gradient(statistics)
+    metrics = {}
+    if statistics.num_negatives is not None:
+        num_others = jax.lax.axis_size(axis_name) * len(statistics.positive) - 1
+        metrics["equal_pairs"] = mean(statistics.num_negatives < num_others)
+        # Without any negative it is as dissimilar as can be, and not infinitely.
+        statistics = statistics._replace(
+            image_hardest=jnp.maximum(statistics.image_hardest, -1),
+            text_hardest=jnp.maximum(statistics.text_hardest, -1),
+        )
+    positive = statistics.positive
+    hardest = (statistics.image_hardest + statistics.text_hardest) / 2
+    return {
+        "i2t_accuracy": mean(
+            _top1_credit(positive, statistics.image_hardest, statistics.image_ties)
+        ),
+        "t2i_accuracy": mean(_top1_credit(positive, statistics.text_hardest, statistics.text_ties)),
+        "positive_similarity": mean(positive),
+        "hardest_negative_similarity": mean(hardest),
+        **metrics,
+    }
+
+
+def _top1_credit(positive: jax.Array, hardest: jax.Array, ties: jax.Array) -> jax.Array:
+    """[b]: 1 if the positive wins, 1/(1 + t) if it ties with t negatives, else 0."""
+    return jnp.where(positive > hardest, 1, jnp.where(positive == hardest, 1 / (1 + ties), 0))

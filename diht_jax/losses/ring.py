@@ -138,7 +138,9 @@ class Ring:
             axes = tuple(sorted(axes, key=mesh.axis_names.index))
         sizes = tuple(jax.lax.axis_size(axis) for axis in axes)
         num_rows, width = block.shape
-        group = group_size(sizes, block.size * block.dtype.itemsize, _chip_of(mesh))
+        device = getattr(mesh, "abstract_device", None)
+        chip = find_chip(device.device_kind) if device else None
+        group = group_size(sizes, block.size * block.dtype.itemsize, chip)
         most_tile = most_tile or tile_of_block(group * num_rows, width)
         images, texts = (Tiling.create(rows, most_tile) for rows in (group * num_rows, num_rows))
         return cls(objective, axes, math.prod(sizes), group, images, texts)
@@ -302,11 +304,6 @@ def _as_one(send: Callable[[jax.Array], jax.Array], rows: Any) -> Any:
     """Sends a tree of arrays of one shape as one array, since a ring is bound by its transfers."""
     leaves, structure = jax.tree.flatten(rows)
     return jax.tree.unflatten(structure, list(send(jnp.stack(leaves)))) if leaves else rows
-
-
-def _chip_of(mesh: jax.sharding.AbstractMesh) -> Chip | None:
-    device = getattr(mesh, "abstract_device", None)
-    return find_chip(device.device_kind) if device else None
 
 
 def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:

@@ -49,7 +49,6 @@ class Sigmoid(Objective):
     def create(
         cls, logit_bias: jax.Array | float, equal_pairs: str = "negative"
     ) -> tuple[Sigmoid, Scalars]:
-        """See `Objective.create`."""
         check_scalar("logit_bias", logit_bias)
         check_equal_pairs(equal_pairs)
         return cls(equal_pairs), (logit_bias,)
@@ -63,14 +62,12 @@ class Sigmoid(Objective):
         axis: int,
         scalars: Scalars,
     ) -> tuple[Rows, ...]:
-        """See `Objective.accumulate`."""
         losses = jnp.where(is_negative, jax.nn.softplus(logits + scalars[0]), 0)
         return (statistics.sums[0] + jnp.sum(losses, axis),)
 
     def finish(
         self, statistics: RowStatistics, positives: Rows, scalars: Scalars, num_pairs: int
     ) -> tuple[Rows, RowSlopes]:
-        """See `Objective.finish`."""
         losses = statistics.sums[0] + jax.nn.softplus(-(positives + scalars[0]))
         if statistics.equal is not None:
             losses += statistics.equal.sums[0]
@@ -80,7 +77,6 @@ class Sigmoid(Objective):
     def negative_slope(
         self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
     ) -> tuple[Tile, tuple[Tile, ...]]:
-        """See `Objective.negative_slope`."""
         slope = jnp.expand_dims(slopes.negative, axis) * jax.nn.sigmoid(logits + scalars[0])
         return slope, (slope,)
 
@@ -93,14 +89,12 @@ class Sigmoid(Objective):
         axis: int,
         scalars: Scalars,
     ) -> tuple[Rows, ...]:
-        """See `Objective.accumulate_equal`."""
         losses = jnp.where(is_equal, jax.nn.softplus(-(logits + scalars[0])), 0)
         return (statistics.sums[0] + jnp.sum(losses, axis),)
 
     def equal_slope(
         self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
     ) -> tuple[Tile, tuple[Tile | int, ...]]:
-        """See `Objective.equal_slope`."""
         slope = -jnp.expand_dims(slopes.negative, axis) * jax.nn.sigmoid(-(logits + scalars[0]))
         return slope, (slope,)
 
@@ -111,7 +105,6 @@ class Sigmoid(Objective):
         scalars: Scalars,
         is_equal: Bool[Array, "b N"] | None = None,
     ) -> Float[Array, " b"]:
-        """See `Objective.loss_of_rows`."""
         if self.equal_pairs == "positive" and is_equal is not None:
             is_positive = is_positive | is_equal
         signs = jnp.where(is_positive, 1, -1).astype(logits.dtype)

@@ -102,7 +102,6 @@ class Softmax(Objective):
 
     @property
     def second_pass(self) -> tuple[int, ...]:
-        """See `Objective`."""
         beta_matters = self.weighted and not self.stop_weight_gradient
         return (1,) if self.differentiate_beta and beta_matters else ()
 
@@ -115,7 +114,6 @@ class Softmax(Objective):
         axis: int,
         scalars: Scalars,
     ) -> tuple[Rows, ...]:
-        """See `Objective.accumulate`."""
         below = jnp.where(is_negative, logits - jnp.expand_dims(highest, axis), -jnp.inf)
         shrink = statistics.highest - highest
         return tuple(
@@ -126,7 +124,6 @@ class Softmax(Objective):
     def finish(
         self, statistics: RowStatistics, positives: Rows, scalars: Scalars, num_pairs: int
     ) -> tuple[Rows, RowSlopes]:
-        """See `Objective.finish`."""
         log_alpha = jnp.log(scalars[0])
         log_count, has_negatives = math.log(num_pairs - 1), None
         if statistics.num_negatives is not None:
@@ -159,7 +156,6 @@ class Softmax(Objective):
     def negative_slope(
         self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
     ) -> tuple[Tile, tuple[Tile, ...]]:
-        """See `Objective.negative_slope`."""
         beta = scalars[1]
         factor = jnp.expand_dims(slopes.negative, axis)
         offsets = [jnp.expand_dims(offset, axis) for offset in slopes.offsets]
@@ -181,7 +177,6 @@ class Softmax(Objective):
         axis: int,
         scalars: Scalars,
     ) -> tuple[Rows, ...]:
-        """See `Objective.accumulate_equal`."""
         below = jnp.where(is_equal, logits - jnp.expand_dims(highest, axis), -jnp.inf)
         shrunk = statistics.sums[0] * jnp.exp(statistics.highest - highest)
         return (
@@ -193,7 +188,6 @@ class Softmax(Objective):
     def equal_slope(
         self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
     ) -> tuple[Tile, tuple[Tile | int, ...]]:
-        """See `Objective.equal_slope`."""
         share, constant = (jnp.expand_dims(factor, axis) for factor in slopes.equal)
         slope = share * jnp.exp(logits - jnp.expand_dims(slopes.offsets[-1], axis)) + constant
         return slope, (0,) * len(self.second_pass)
@@ -205,7 +199,6 @@ class Softmax(Objective):
         scalars: Scalars,
         is_equal: Bool[Array, "b N"] | None = None,
     ) -> Float[Array, " b"]:
-        """See `Objective.loss_of_rows`."""
         alpha, beta = scalars
         positives = jnp.sum(logits, axis=1, where=is_positive)
         log_alpha = jnp.log(jnp.asarray(alpha, logits.dtype))

@@ -33,8 +33,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from diht_jax.losses.dense import AxisName, inner_products, product
+from diht_jax.losses.dense import inner_products, product
 from diht_jax.losses.objective import (
+    AxisName,
     Masks,
     Objective,
     PairStatistics,
@@ -190,10 +191,7 @@ def _backward(ring, residuals, cotangents):
             scalar_grads = jax.tree.map(
                 lambda total, part: total + jnp.sum(part), scalar_grads, by_scalars
             )
-            return (
-                put(text_grads, text_grad, j),
-                (put(image_grads, image_grad, i), scalar_grads),
-            )
+            return (put(text_grads, text_grad, j), (put(image_grads, image_grad, i), scalar_grads))
 
         return ring.for_each_tile(one_tile, (no_texts, stays))
 

@@ -109,7 +109,12 @@ class Term:
         return {}
 
     def of_batch(
-        self, encoded: dict[str, jax.Array], params: Parameters, examples: dict[str, jax.Array]
+        self,
+        encoded: dict[str, jax.Array],
+        params: Parameters,
+        examples: dict[str, jax.Array],
+        *,
+        mesh: Mesh,
     ) -> dict[str, tuple[float, jax.Array]]:
         """Weights and losses of the global batch.
 
@@ -118,24 +123,9 @@ class Term:
                 returns, [N]; split over the mesh by rows.
             params: all parameters.
             examples: the global batch.
+            mesh: axes `data` and `fsdp`, for a term that compares all pairs.
 
         Returns:
             Weight and scalar by the name of a loss, which is that of its metric.
         """
         raise NotImplementedError
-
-    def of_all_pairs(
-        self,
-        encoded: dict[str, jax.Array],
-        params: Parameters,
-        examples: dict[str, jax.Array],
-        *,
-        mesh: Mesh,
-    ) -> dict[str, tuple[float, jax.Array]]:
-        """Like `of_batch`, which it calls, for a term that compares all pairs of the global batch.
-
-        Args:
-            encoded, params, examples: see `of_batch`.
-            mesh: axes `data` and `fsdp`.
-        """
-        return self.of_batch(encoded, params, examples)

@@ -16,20 +16,13 @@ from jax.sharding import Mesh
 
 from diht_jax import sharding
 from diht_jax.config.architecture import ARCHITECTURE_FIELDS
-from diht_jax.config.checks import validate_config
 from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import ARCHITECTURES, Architecture, get_architecture
 from diht_jax.storage import files
 from diht_jax.training.optimizer import merge_parameters
 from diht_jax.training.recipe import check_config, default_config
-from diht_jax.training.workdir.saved_run import (
-    CHECKPOINT_DIRECTORY,
-    CONFIG_FILE,
-    finished_steps,
-    read_config,
-)
+from diht_jax.training.workdir.saved_run import TOKENIZER_DIRECTORY, read_config, steps_of_run
 from diht_jax.training.workdir.stored_run import local_run
-from diht_jax.training.workdir.tokenizer import TOKENIZER_DIRECTORY
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.releases import RELEASES
 from diht_jax.weights.settings import Preprocessing
@@ -52,12 +45,8 @@ def bind_architecture(
     sizes of images and texts, to which positions are fitted.
 
     Args:
-        config: of the run.
         workdir: of the run. One with checkpoints goes on with the architecture that it has.
         set_keys: dotted names of what the user set; by default what differs from `default_config`.
-
-    Raises:
-        ValueError: the model cannot be read, or has no such architecture.
     """
     if config.model.init_from is None:
         return config
@@ -65,8 +54,8 @@ def bind_architecture(
         set_keys = _changed_keys(config.model)
     keeps_name = "model.name" in set_keys
     bound = config.copy_and_resolve_references()
-    if workdir is not None and _has_checkpoint(workdir):
-        stored = _read_section(workdir)
+    if workdir is not None and steps_of_run(workdir):
+        stored = read_config(workdir).model
         inputs = stored
         if not keeps_name:
             bound.model.name = stored.name
@@ -99,9 +88,6 @@ def initial_parameters(
 
     Returns:
         Like `drawn`, on the mesh.
-
-    Raises:
-        ValueError: it cannot be read, or is a model of another architecture.
     """
     source = config.model.init_from
     folder = local_run(source, mesh=mesh)
@@ -140,11 +126,6 @@ def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
     return changed | ({"model.name"} if section.name != default_config().model.name else set())
 
 
-def _has_checkpoint(workdir: epath.Path) -> bool:
-    has_config = (workdir / CONFIG_FILE).exists()
-    return has_config and bool(finished_steps(workdir / CHECKPOINT_DIRECTORY))
-
-
 def _read_start(source: str) -> tuple[Architecture, ml_collections.ConfigDict]:
     """The model of a path or name: its architecture, and a section `model` with its inputs."""
     section = default_config().model
@@ -156,19 +137,12 @@ def _read_start(source: str) -> tuple[Architecture, ml_collections.ConfigDict]:
         set_inputs(section, weights)
         return weights.arch, section
     try:
-        section = _read_section(folder)
+        section = read_config(folder).model
         if section.tokenizer is not None:
             section.tokenizer = files.join(folder, TOKENIZER_DIRECTORY)
         return get_architecture(section.name, section.overrides.to_dict()), section
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
-
-
-def _read_section(workdir: str | epath.Path) -> ml_collections.ConfigDict:
-    """The section `model` of the run in a work directory."""
-    config = read_config(workdir)
-    validate_config(config, default_config())
-    return config.model
 
 
 def set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> None:
@@ -195,11 +169,7 @@ def set_inputs(section: ml_collections.ConfigDict, model: ModelFiles) -> None:
 def _check_same_architecture(
     section: ml_collections.ConfigDict, found: Architecture, expected: Architecture
 ) -> None:
-    """Refuses a model that differs in more than the sizes of images and texts.
-
-    Raises:
-        ValueError: names each setting.
-    """
+    """Refuses a model that differs in more than the sizes of images and texts."""
     differing = [
         f"config.model.overrides.{field}={_value(found, field)!r} "
         f"(the run has {_value(expected, field)!r})"

@@ -21,27 +21,20 @@ from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.train_data import describe_train, parse_train
 from diht_jax.terminal import ProgressBar
+from diht_jax.training import recipe, task_evaluation
 from diht_jax.training.initial_parameters import bind_architecture, initial_parameters
-from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys
-from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
-from diht_jax.training.monitoring.metrics import (
-    MetricWriter,
-    plot_curves,
-    read_metrics,
+from diht_jax.training.monitoring import throughput
+from diht_jax.training.monitoring.anomalies import (
+    SHOWN_KEYS,
+    AnomalyMonitor,
+    NonFiniteError,
+    explain_nonfinite,
+    shown_keys,
 )
-from diht_jax.training.monitoring.throughput import (
-    InputSupply,
-    StepProfiler,
-    ThroughputWindow,
-    log_flops,
-    model_flops,
-)
+from diht_jax.training.monitoring.metrics import MetricWriter, plot_curves, read_metrics
 from diht_jax.training.monitoring.trackers import check_trackers
 from diht_jax.training.monitoring.wall_time import WallTime
-from diht_jax.training.multihost import (
-    check_together,
-    wait_for_all,
-)
+from diht_jax.training.multihost import check_together, wait_for_all
 from diht_jax.training.objective import bind_data
 from diht_jax.training.program import (
     TrainProgram,
@@ -49,34 +42,13 @@ from diht_jax.training.program import (
     with_trusted_attention,
     without_patch_dropout,
 )
-from diht_jax.training.recipe import (
-    check_config,
-    duration_in_steps,
-    patch_dropout_steps,
-    steps_before_end,
-)
 from diht_jax.training.run_data import bind_records, open_data, open_iterator
-from diht_jax.training.state import TrainState, initial_average
+from diht_jax.training.step import TrainState, initial_average
 from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting
-from diht_jax.training.task_evaluation import (
-    RunEvaluation,
-    log_best,
-    open_tasks,
-    read_best,
-)
+from diht_jax.training.workdir import resume_checks
 from diht_jax.training.workdir.checkpoint import Checkpointer
-from diht_jax.training.workdir.resume_checks import (
-    bind_order,
-    check_hosts_agree,
-    check_hosts_share_config,
-    check_same_data,
-    check_same_run,
-    check_same_start,
-    open_workdir,
-)
-from diht_jax.training.workdir.saved_run import write_config
+from diht_jax.training.workdir.saved_run import keep_tokenizer, open_tokenizer, write_config
 from diht_jax.training.workdir.stages import check_stage, end_of_stage
-from diht_jax.training.workdir.tokenizer import keep_tokenizer, open_tokenizer
 
 
 def train(
@@ -111,19 +83,20 @@ def train(
         DivergedError: too many updates in a row were not finite.
         Stopped: a signal came, and the state is saved.
     """
-    check_config(config)
+    recipe.check_config(config)
     parse_train(config.data.train, config.data.labels)
-    check_hosts_share_config(config)
+    resume_checks.check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
         # The first to enter, hence the last to leave: a second SIGTERM must not end the process
         # while the last checkpoint is still being written or copied.
         stop_request = stack.enter_context(StopRequest())
-        workdir = stack.enter_context(open_workdir(workdir, config.checkpoint.staging))
+        opened = resume_checks.open_workdir(workdir, config.checkpoint.staging)
+        workdir = stack.enter_context(opened)
         config = check_together(lambda: bind_architecture(config, workdir, set_keys))
         config = check_together(lambda: bind_data(config))
-        config = check_together(lambda: bind_order(config, workdir))
-        check_hosts_share_config(config)
-        check_together(lambda: check_same_run(config, workdir))
+        config = check_together(lambda: resume_checks.bind_order(config, workdir))
+        resume_checks.check_hosts_share_config(config)
+        check_together(lambda: resume_checks.check_same_run(config, workdir))
         check_together(lambda: check_stage(config, workdir))
         run = Run(config, workdir, devices, began)
         stack.push(run.close_after)
@@ -153,35 +126,25 @@ class Run:
         began: float | None = None,
     ):
         self.workdir = workdir
-        self.profiler = StepProfiler(config.profile, workdir)
+        self.profiler = throughput.StepProfiler(config.profile, workdir)
         check_together(lambda: check_trackers(config.trackers))
-        tasks = open_tasks(config)
+        tasks = task_evaluation.open_tasks(config)
         tokenizer = check_together(lambda: open_tokenizer(config, workdir))
         self.mixture = open_data(config, tokenizer)
-        config = check_together(lambda: bind_records(config, self.mixture, workdir))
-        self.config = config
-        num_records = self.mixture.num_records
-        self.total_steps = duration_in_steps(
-            config, "total", batch_size=config.data.batch_size, num_examples=num_records
-        )
-        self.patch_dropout_steps = patch_dropout_steps(
-            config, self.total_steps, num_examples=num_records
-        )
-        check_together(lambda: check_same_start(config, workdir, num_examples=num_records))
+        self.config = config = check_together(lambda: bind_records(config, self.mixture, workdir))
+        self._set_lengths()
         keep_tokenizer(tokenizer, workdir)
         write_config(workdir, config)
-        self.kept_step = steps_before_end(config, num_examples=num_records)
-        self.program = TrainProgram(
-            with_trusted_attention(config, self.total_steps, devices), self.total_steps, devices
-        )
+        trusted = with_trusted_attention(config, self.total_steps, devices)
+        self.program = TrainProgram(trusted, self.total_steps, devices)
         for line in self.mixture.describe_orders():
             logging.info("order: %s", line)
         logging.info("form of the loss: %s (%s)", *self.program.loss_form())
-        self.mesh, self.arch = self.program.mesh, self.program.arch
+        self.mesh = self.program.mesh
         self.iterator = open_iterator(config, self.mixture)
         self.batches = BatchWait(self.iterator)
         self.fingerprint = self.mixture.fingerprint()
-        self.best = read_best(config.checkpoint.best_metric, tasks, workdir)
+        self.best = task_evaluation.read_best(config.checkpoint.best_metric, tasks, workdir)
         self.checkpointer = Checkpointer(
             workdir,
             keep_last=config.checkpoint.keep_last,
@@ -189,36 +152,50 @@ class Run:
             best=self.best,
             dataset=self.fingerprint.pack(),
         )
-        check_hosts_agree(describe_train(config.data.train), self.fingerprint)
+        resume_checks.check_hosts_agree(describe_train(config.data.train), self.fingerprint)
         self.state = self.first_state()
         self.start_step = int(self.state.step)
         next_example = self.iterator.get_state()["next_example"]
         self.first_example = next_example - self.start_step * config.data.batch_size
         self.wall_time = WallTime(workdir, self.start_step, began=began)
         self.writer = MetricWriter(workdir, self.start_step, config)
-        self.evaluation = RunEvaluation(
+        self.evaluation = task_evaluation.RunEvaluation(
             config, tasks, self.program, self.writer, self.total_steps, tokenizer
         )
         self._skipped_records = 0
-        self._log_start(num_records)
+        self._log_start()
+
+    def _set_lengths(self) -> None:
+        """Sets the steps of the run and of its parts; checks them against its checkpoints."""
+        config, num_examples = self.config, self.mixture.num_records
+        self.total_steps = recipe.duration_in_steps(
+            config, "total", batch_size=config.data.batch_size, num_examples=num_examples
+        )
+        self.patch_dropout_steps = recipe.patch_dropout_steps(
+            config, self.total_steps, num_examples=num_examples
+        )
+        check_together(
+            lambda: resume_checks.check_same_start(config, self.workdir, num_examples=num_examples)
+        )
+        self.kept_step = recipe.steps_before_end(config, num_examples=num_examples)
 
     def first_state(self) -> TrainState:
         """The state of the latest checkpoint, or that of a new run."""
         config = self.config
         if self.checkpointer.latest_step is not None:
             state = self.checkpointer.restore(self.program.abstract_state(), self.iterator)
-            check_same_data(config.data, self.checkpointer.restored_dataset, self.fingerprint)
+            saved = self.checkpointer.restored_dataset
+            resume_checks.check_same_data(config.data, saved, self.fingerprint)
             return state
-        state = self.program.create_state()
+        state, arch = self.program.create_state(), self.program.arch
         if config.stage.previous:
-            before = end_of_stage(
-                config, self.arch, self.mesh, state.params, num_records=self.mixture.num_records
+            params, position, dataset = end_of_stage(
+                config, arch, self.mesh, state.params, num_records=self.mixture.num_records
             )
-            check_same_data(config.data, before.dataset, self.fingerprint)
-            self.iterator.set_state(before.position)
-            params = before.params
+            resume_checks.check_same_data(config.data, dataset, self.fingerprint)
+            self.iterator.set_state(position)
         elif config.model.init_from:
-            params = initial_parameters(config, self.arch, self.mesh, state.params)
+            params = initial_parameters(config, arch, self.mesh, state.params)
         else:
             return state
         average = initial_average(params) if self.program.keeps_ema else None
@@ -229,7 +206,6 @@ class Run:
     ) -> TrainState:
         """Trains up to the end of the run, or up to `stop_after_steps`."""
         stop_request = stop_request or StopRequest()
-        config = self.config
         last_step = min(self.total_steps, stop_after_steps or self.total_steps)
         progress = ProgressBar(
             total=self.total_steps,
@@ -242,47 +218,47 @@ class Run:
         if self.start_step and self.evaluation.is_missing(self.start_step, self.workdir):
             self.evaluate()
         in_flight = None
-        supply = InputSupply(config.data)
-        monitor = AnomalyMonitor(config, self.keys_of_step, lowest_loss=self.lowest_loss())
+        self.supply = throughput.InputSupply(self.config.data)
+        lowest_loss = self._lowest_loss()
+        self.monitor = AnomalyMonitor(self.config, self.keys_of_step, lowest_loss=lowest_loss)
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
                 with self.wall_time.during("compile"):
-                    train_step, window = self.start_phase(step)
+                    train_step, self.window = self.start_phase(step)
                 self.wall_time.begin_steps()
             try:
-                batch = window.timed(lambda: self.next_batch(stop_request))
+                batch = self.window.timed(lambda: self.next_batch(stop_request))
             except StoppedWaiting as stopped:
                 progress.close()
-                self.stop_before(step, window, stopped.position)
+                self._stop_before(step, stopped.position)
             metrics = self.run_step(step, train_step, batch)
-            window.add(metrics)
+            self.window.add(metrics)
             # Two steps in flight keep the device busy; more would only move the progress bar ahead.
             if in_flight is not None:
-                monitor.check_step(step - 1, in_flight)
+                self.monitor.check_step(step - 1, in_flight)
                 self.has_finished_step = True
             in_flight = metrics
             if self.profiler.ends_at(step):
-                window.excluded(self.profiler.close)
+                self.window.excluded(self.profiler.close)
             progress.update()
-            at_end = step == last_step
-            stop_requested = stop_request.is_due(step)
+            at_end, stop_requested = step == last_step, stop_request.is_due(step)
             saves = at_end or stop_requested or step == self.kept_step
-            saves = saves or step % config.checkpoint.every_steps == 0
+            saves = saves or step % self.config.checkpoint.every_steps == 0
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.
-            if step % config.log_every_steps == 0 or saves or step == self.patch_dropout_steps:
-                progress.set_postfix_str(self.write_line(step, window, supply, monitor))
+            if saves or step % self.config.log_every_steps == 0 or step == self.patch_dropout_steps:
+                progress.set_postfix_str(self._write_line(step))
             if saves:
-                self.save(self.iterator)
+                self._save(self.iterator)
             if stop_requested and (not at_end or self.has_next_stage):
                 progress.close()
                 raise Stopped(f"stopped after step {step} of {self.total_steps}")
             # After the save: what fails here, or takes too long, costs no step.
             if self.evaluation.is_due(step):
-                window.excluded(self.evaluate)
+                self.window.excluded(self.evaluate)
         if in_flight is not None:
-            monitor.check_step(last_step, in_flight)
+            self.monitor.check_step(last_step, in_flight)
         progress.close()
-        log_best(config.checkpoint.best_metric, self.best)
+        task_evaluation.log_best(self.config.checkpoint.best_metric, self.best)
         with self.wall_time.during("evaluation"):
             curves = plot_curves(self.workdir)
         if curves is not None:
@@ -299,10 +275,8 @@ class Run:
         """
         with self.profiler.step(step):
             self.state, metrics = train_step(self.state, batch)
-        if train_step.trace_count > 1:
-            raise AssertionError(f"the step was traced {train_step.trace_count} times")
         if self.config.debug_nans and float(metrics["skipped"]):
-            where = explain_nonfinite(self.program, self.config_at(step), self.state, batch)
+            where = explain_nonfinite(self.program, self._config_at(step), self.state, batch)
             raise NonFiniteError(
                 f"step {step}: loss or gradients are not finite; {where}. The batch's records: "
                 f"{self.keys_of_step(step)}. Parameters and the last checkpoint are as "
@@ -322,31 +296,20 @@ class Run:
         """True if another stage of the recipe follows, which a request to stop is for as well."""
         return (self.config.stage.number or 0) < (self.config.stage.count or 0)
 
-    def lowest_loss(self) -> float:
-        """The lowest loss in the metrics of the steps before."""
-        rows = read_metrics(self.workdir) if self.start_step else []
-        losses = (row["loss"] for row in rows if row["step"] <= self.start_step and "loss" in row)
-        return min(filter(math.isfinite, losses), default=math.inf)
-
-    def config_at(self, step: int) -> ml_collections.ConfigDict:
-        """The config, without patch dropout in the run's last part."""
-        drops_patches = step <= self.patch_dropout_steps
-        return self.config if drops_patches else without_patch_dropout(self.config)
-
-    def start_phase(self, first_step: int) -> tuple[TrainStep, ThroughputWindow]:
+    def start_phase(self, first_step: int) -> tuple[TrainStep, throughput.ThroughputWindow]:
         """The jitted step of the part of the run that begins here, and its measurements."""
-        config, drops_patches = self.config_at(first_step), first_step <= self.patch_dropout_steps
+        config, drops_patches = self._config_at(first_step), first_step <= self.patch_dropout_steps
         if not drops_patches:
             logging.info("no patches are dropped from step %d on", self.patch_dropout_steps + 1)
         step = self.program.step(self.state, patch_dropout=drops_patches)
         traced = step.trace(self.state, self.program.abstract_batch())
-        flops_per_step = model_flops(config, self.mesh.devices.flatten().tolist(), traced)
-        log_flops(flops_per_step, config.data.batch_size, self.mesh)
+        flops = throughput.model_flops(config, self.mesh.devices.flatten().tolist(), traced)
+        throughput.log_flops(flops, config.data.batch_size, self.mesh)
         # The first call finds the compiled step. Some processes compile for longer than the first
         # collective of a group waits for the others (30 s on CPUs).
         traced.lower().compile()
         wait_for_all(f"compiled for step {first_step}")
-        return step, ThroughputWindow(config.data.batch_size, flops_per_step, self.mesh)
+        return step, throughput.ThroughputWindow(config.data.batch_size, flops, self.mesh)
 
     def next_batch(self, stop_request: StopRequest) -> dict[str, jax.Array]:
         """The next global batch, on the devices.
@@ -357,61 +320,6 @@ class Run:
         with self.wall_time.during("input"):
             batch = self.batches.take(stop_request.is_waiting)
         return sharding.put_batch(batch, sharding.batch_sharding(self.mesh))
-
-    def write_line(
-        self, step: int, window: ThroughputWindow, supply: InputSupply, monitor: AnomalyMonitor
-    ) -> str:
-        """Writes the metrics of the steps since the last line; returns them for the progress bar.
-
-        Raises:
-            DivergedError: they show that the run has diverged.
-        """
-        scalars = self.measure(step, window)
-        if window.input_rate is not None:
-            supply.check(window.input_rate)
-        monitor.check_window(step, scalars)
-        self.writer.write(step, scalars)
-        return (
-            f"loss {scalars['loss']:.3f}, acc {100 * scalars['t2i_accuracy']:.1f}%, "
-            f"scale {scalars['logit_scale']:.1f}, {scalars['images_per_sec']:.0f} img/s"
-        )
-
-    def measure(self, step: int, window: ThroughputWindow) -> dict[str, float]:
-        """The metrics of the steps since the last line, up to `step`; starts the next window."""
-        scalars = {**window.summary(), **self.data_metrics(step)}
-        if window.input_rate is not None:
-            self.wall_time.count_hidden(window.input_rate.hidden_secs)
-        self.wall_time.save()
-        return scalars | self.wall_time.scalars()
-
-    def save(self, position: TrainIterator | Position) -> None:
-        """Saves the lines and the state; the files of the state may be finished later."""
-        with self.wall_time.during("checkpoint"):
-            self.writer.sync()
-            self.checkpointer.save(self.state, position)
-
-    def stop_before(self, step: int, window: ThroughputWindow, position: Position) -> None:
-        """Saves the state before a step whose batch does not come, unless it is saved already.
-
-        Raises:
-            Stopped: always.
-        """
-        if step > self.start_step + 1:
-            if window.num_steps:
-                self.writer.write(step - 1, self.measure(step - 1, window))
-            self.save(position)
-        raise Stopped(
-            f"stopped after step {step - 1} of {self.total_steps}, while its input stalls",
-            input_stalls=True,
-        )
-
-    def data_metrics(self, step: int) -> dict[str, float]:
-        """Examples of each source of a mixture up to a step; bad records since the last call."""
-        found = self.mixture.metrics(self.first_example + step * self.config.data.batch_size)
-        if self.config.data.on_bad_record == "skip":
-            before, self._skipped_records = self._skipped_records, self.iterator.skipped_records
-            found["skipped_records"] = float(self._skipped_records - before)
-        return found
 
     def evaluate(self) -> None:
         """Evaluates the current state, and notes how good it is for the checkpointer."""
@@ -438,7 +346,63 @@ class Run:
             for part in (self.writer, self.checkpointer, self.iterator, self.profiler):
                 stack.callback(part.close)
 
-    def _log_start(self, num_examples: int) -> None:
+    def _lowest_loss(self) -> float:
+        """The lowest loss in the metrics of the steps before."""
+        rows = read_metrics(self.workdir) if self.start_step else []
+        losses = (row["loss"] for row in rows if row["step"] <= self.start_step and "loss" in row)
+        return min(filter(math.isfinite, losses), default=math.inf)
+
+    def _config_at(self, step: int) -> ml_collections.ConfigDict:
+        """The config, without patch dropout in the run's last part."""
+        drops_patches = step <= self.patch_dropout_steps
+        return self.config if drops_patches else without_patch_dropout(self.config)
+
+    def _write_line(self, step: int) -> str:
+        """Writes the metrics since the last line; returns them for the progress bar."""
+        scalars = self._measure(step)
+        if self.window.input_rate is not None:
+            self.supply.check(self.window.input_rate)
+        self.monitor.check_window(step, scalars)
+        self.writer.write(step, scalars)
+        return (
+            f"loss {scalars['loss']:.3f}, acc {100 * scalars['t2i_accuracy']:.1f}%, "
+            f"scale {scalars['logit_scale']:.1f}, {scalars['images_per_sec']:.0f} img/s"
+        )
+
+    def _measure(self, step: int) -> dict[str, float]:
+        """The metrics of the steps since the last line, up to `step`; starts the next window."""
+        scalars = self.window.summary()
+        scalars |= self.mixture.metrics(self.first_example + step * self.config.data.batch_size)
+        if self.config.data.on_bad_record == "skip":
+            before, self._skipped_records = self._skipped_records, self.iterator.skipped_records
+            scalars["skipped_records"] = float(self._skipped_records - before)
+        if self.window.input_rate is not None:
+            self.wall_time.count_hidden(self.window.input_rate.hidden_secs)
+        self.wall_time.save()
+        return scalars | self.wall_time.scalars()
+
+    def _save(self, position: TrainIterator | Position) -> None:
+        """Saves the lines and the state; the files of the state may be finished later."""
+        with self.wall_time.during("checkpoint"):
+            self.writer.sync()
+            self.checkpointer.save(self.state, position)
+
+    def _stop_before(self, step: int, position: Position) -> None:
+        """Saves the state before a step whose batch does not come, unless it is saved already.
+
+        Raises:
+            Stopped: always.
+        """
+        if step > self.start_step + 1:
+            if self.window.num_steps:
+                self.writer.write(step - 1, self._measure(step - 1))
+            self._save(position)
+        raise Stopped(
+            f"stopped after step {step - 1} of {self.total_steps}, while its input stalls",
+            input_stalls=True,
+        )
+
+    def _log_start(self) -> None:
         num_params = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(self.state.params))
         model = self.config.model
         changed = [f"{k}={v}" for k, v in sorted(model.overrides.items()) if v is not None]
@@ -446,11 +410,10 @@ class Run:
             "%s: %.1fM parameters, %d records, %d steps of %d examples on %d x %s (mesh %s)",
             f"{model.name} with {', '.join(changed)}" if changed else model.name,
             num_params / 1e6,
-            num_examples,
+            self.mixture.num_records,
             self.total_steps,
             self.config.data.batch_size,
             self.mesh.size,
             jax.devices()[0].device_kind,
             dict(self.mesh.shape),
         )
-        sharding.log_shardings(self.state.params, self.mesh)

@@ -40,12 +40,8 @@ def check_same(text: str, describe: Callable[[list[str], str], str]) -> None:
     """Refuses a job whose processes have different texts.
 
     Args:
-        text: of this process.
         describe: makes the message from all texts and the numbers of the processes that differ
             from the first one, such as "1, 3".
-
-    Raises:
-        ValueError: with that message.
     """
     texts = gather_texts(text)
     others = [str(number) for number, other in enumerate(texts) if other != texts[0]]
@@ -111,11 +107,7 @@ def share_for(mesh: Mesh | None) -> Callable[[Callable[[], bytes]], bytes]:
 
 
 def check_same_step(step: int | None) -> None:
-    """Refuses a job whose processes have each read a model, and not all that of one step.
-
-    Raises:
-        ValueError: names the steps.
-    """
+    """Refuses a job whose processes have each read a model, and not all that of one step."""
     check_same(
         str(step),
         lambda texts, _: (

@@ -6,6 +6,7 @@ inference never sees it. The losses themselves are in `diht_jax.losses` and in `
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,11 +21,10 @@ from jaxtyping import Array, Float, Integer, Shaped
 from diht_jax import sharding
 from diht_jax.extras.matryoshka import loss_of_sizes, weighted_sizes
 from diht_jax.extras.noisy_pairs import check_noise_share, right_probabilities
-from diht_jax.losses.contrastive import IMPLS
+from diht_jax.losses.contrastive import IMPLS, sharded_loss
 from diht_jax.losses.fastclip import Means, fastclip_loss, gamma_at
 from diht_jax.losses.objective import Objective
 from diht_jax.losses.registry import LOSSES
-from diht_jax.losses.sharded import sharded_loss
 from diht_jax.losses.term import Parameters, Term
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.terms.registry import TERMS
@@ -34,22 +34,14 @@ Kept = tuple[Means, Integer[Array, ""]] | None
 
 
 def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
-    """The terms that count in this run.
-
-    Raises:
-        ValueError: wrong values in the section of a term, active or not, or an unknown model.
-    """
+    """The terms that count in this run."""
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     terms = [term(name, config[name], arch) for name, term in TERMS.items()]
     return tuple(term for term in terms if term.is_active)
 
 
 def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config, with what the terms must know of the data; see `Term.bind_data`.
-
-    Raises:
-        ValueError: the data lack what a term needs.
-    """
+    """The config, with what the terms must know of the data; see `Term.bind_data`."""
     for term in active_terms(config):
         config = term.bind_data(config)
     return config
@@ -83,11 +75,7 @@ def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
 
 
 def num_record_means(config: ml_collections.ConfigDict) -> int:
-    """Number of records of which the contrastive loss keeps a mean; 0 where it keeps none.
-
-    Raises:
-        ValueError: it is not known, or other settings do not go with that.
-    """
+    """Number of records of which the contrastive loss keeps a mean; 0 where it keeps none."""
     loss = LOSSES.get(config.loss.kind)
     if loss is None or not loss.keeps_means:
         return 0
@@ -115,11 +103,7 @@ def with_objective_parameters(
     config: ml_collections.ConfigDict,
     arch: Architecture,
 ) -> Callable[[jax.Array], Parameters]:
-    """The function from a key to the model's parameters, made to add the objective's own.
-
-    Raises:
-        ValueError: wrong values in `config.loss` or in the section of a term.
-    """
+    """The function from a key to the model's parameters, made to add the objective's own."""
     loss, terms = checked_loss(config.loss), active_terms(config)
     weighted_sizes(config.matryoshka, arch.embed_dim)  # checks the section
     if not terms and config.loss.weight == 0:
@@ -147,11 +131,7 @@ def with_objective_parameters(
 
 
 def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
-    """The contrastive loss that the section `loss` of a config selects.
-
-    Raises:
-        ValueError: an unknown loss, or values that are out of its range.
-    """
+    """The contrastive loss that the section `loss` of a config selects."""
     if section.kind not in LOSSES:
         known = " or ".join(f"'{kind}' ({loss.title})" for kind, loss in LOSSES.items())
         raise ValueError(f"config.loss.kind='{section.kind}': expected {known}")
@@ -191,10 +171,6 @@ def total_loss(
     Args:
         encoded: `image_emb` and `text_emb` [N, d], and what the terms return of examples, [N].
         params: of this run, with `log_logit_scale` and what losses and terms learn.
-        examples: the batch.
-        terms: of `active_terms`.
-        mesh: axes `data` and `fsdp`.
-        config: the whole training config.
         kept: what the loss has kept of each record, and the number of updates; None where it
             keeps nothing.
 
@@ -203,13 +179,9 @@ def total_loss(
         another weight than 1 of the contrastive loss, `loss` is the sum, and its parts are metrics
         of their own.
     """
-    means = None
-    if kept is None:
-        total, metrics = _contrastive_loss(encoded, params, examples, mesh=mesh, config=config)
-    else:
-        total, metrics, means = _loss_with_means(
-            encoded, params, examples, *kept, mesh=mesh, config=config
-        )
+    total, metrics, means = _contrastive_loss(
+        encoded, params, examples, mesh=mesh, config=config, kept=kept
+    )
     weight = config.loss.weight
     if not terms and weight == 1:
         return total, metrics, means
@@ -218,45 +190,11 @@ def total_loss(
         # Of 0 times the loss the gradient would be computed all the same.
         total = weight * total if weight else jnp.zeros_like(total)
     for term in terms:
-        parts = term.of_all_pairs(encoded, params, examples, mesh=mesh)
+        parts = term.of_batch(encoded, params, examples, mesh=mesh)
         for name, (weight, part) in parts.items():
             metrics[name] = jax.lax.stop_gradient(part)
             total += weight * part
     return total, {**metrics, "loss": jax.lax.stop_gradient(total)}, means
-
-
-def _loss_with_means(
-    encoded: dict[str, jax.Array],
-    params: Parameters,
-    examples: dict[str, jax.Array],
-    means: Means,
-    step: jax.Array,
-    *,
-    mesh: Mesh,
-    config: ml_collections.ConfigDict,
-) -> tuple[jax.Array, Metrics, Means]:
-    """Like `_contrastive_loss`, for a loss that keeps a mean of each record."""
-    section = config.loss
-    gamma = gamma_at(
-        step,
-        gamma=section.gamma,
-        gamma_epochs=section.gamma_epochs,
-        batch_size=config.data.batch_size,
-        num_records=section.num_records,
-    )
-    total, metrics, means = fastclip_loss(
-        encoded["image_emb"],
-        encoded["text_emb"],
-        jnp.exp(params["log_logit_scale"]),
-        means,
-        examples["record_ids"],
-        gamma,
-        rho=section.rho,
-        epsilon=section.epsilon,
-        mesh=mesh,
-        axis_names=sharding.BATCH_AXES,
-    )
-    return total, {**metrics, "gamma": gamma}, means
 
 
 def _contrastive_loss(
@@ -266,10 +204,34 @@ def _contrastive_loss(
     *,
     mesh: Mesh,
     config: ml_collections.ConfigDict,
-) -> tuple[jax.Array, Metrics]:
-    """The contrastive loss of the global batch, and its metrics; arguments as for `total_loss`."""
+    kept: Kept,
+) -> tuple[jax.Array, Metrics, Means | None]:
+    """The contrastive loss of the global batch; see `total_loss`."""
     image_emb, text_emb = encoded["image_emb"], encoded["text_emb"]
-    loss, noise_share = LOSSES[config.loss.kind], config.loss.noise_share
+    section = config.loss
+    if kept is not None:
+        means, step = kept
+        gamma = gamma_at(
+            step,
+            gamma=section.gamma,
+            gamma_epochs=section.gamma_epochs,
+            batch_size=config.data.batch_size,
+            num_records=section.num_records,
+        )
+        total, metrics, means = fastclip_loss(
+            image_emb,
+            text_emb,
+            jnp.exp(params["log_logit_scale"]),
+            means,
+            examples["record_ids"],
+            gamma,
+            rho=section.rho,
+            epsilon=section.epsilon,
+            mesh=mesh,
+            axis_names=sharding.BATCH_AXES,
+        )
+        return total, {**metrics, "gamma": gamma}, means
+    loss, noise_share = LOSSES[section.kind], section.noise_share
     pair_weights, metrics = None, {}
     if noise_share:
         probabilities = right_probabilities(image_emb, text_emb, noise_share)
@@ -283,20 +245,18 @@ def _contrastive_loss(
             text_emb,
             jnp.exp(params["log_logit_scale"]),
             {name: params[name] for name in loss.parameters},
-            settings=_settings(loss, config.loss),
+            settings=_settings(loss, section),
             mesh=mesh,
             axis_names=sharding.BATCH_AXES,
-            impl=config.loss.impl,
+            impl=section.impl,
             pair_ids=examples.get("pair_ids"),
             pair_weights=pair_weights,
         )
 
     sizes = weighted_sizes(config.matryoshka, image_emb.shape[1])
-    if sizes is None:
-        total, of_loss = loss_of(image_emb, text_emb)
-    else:
-        total, of_loss = loss_of_sizes(loss_of, image_emb, text_emb, sizes)
-    return total, {**of_loss, **metrics}
+    compute = loss_of if sizes is None else functools.partial(loss_of_sizes, loss_of, sizes=sizes)
+    total, of_loss = compute(image_emb, text_emb)
+    return total, {**of_loss, **metrics}, None
 
 
 def _settings(loss: type[Objective], section: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -38,9 +38,6 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) 
     "cosine" goes down along half a cosine. "wsd" (warm-up, stable, decay) stays at the peak until
     `decay_steps` before the end, then follows 1 - sqrt, the best of the forms that arXiv 2405.18392
     compares. Up to there the run does not depend on its length.
-
-    Raises:
-        ValueError: an unknown schedule, or warm-up and decay do not fit into the run.
     """
     if not 0 <= config.warmup_steps < total_steps:
         raise ValueError(
@@ -67,11 +64,7 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) 
 
 
 def decay_start(config: ml_collections.ConfigDict, total_steps: int) -> int:
-    """Number of steps, from the start of a run, that do not depend on its length.
-
-    Raises:
-        ValueError: an unknown schedule, or warm-up and decay do not fit into the run.
-    """
+    """Number of steps, from the start of a run, that do not depend on its length."""
     if config.schedule not in SCHEDULES:
         raise ValueError(
             f"config.optimizer.schedule='{config.schedule}': expected one of {', '.join(SCHEDULES)}"
@@ -100,9 +93,6 @@ def create_optimizer(
     `init(params)` takes all parameters and makes moments for the trained ones only.
     `update(grads, state, params)` takes gradients of the trained ones
     (`split_parameters`) and all parameters, and returns updates of the trained ones.
-
-    Raises:
-        ValueError: no such optimiser.
     """
     if config.kind not in KINDS:
         raise ValueError(

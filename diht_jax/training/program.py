@@ -7,9 +7,7 @@ runs there. No data, no checkpoints and no measuring here.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +37,14 @@ from diht_jax.training.objective import (
 )
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from diht_jax.training.sharded_encode import check_micro_batch
-from diht_jax.training.state import TrainState, initial_average
-from diht_jax.training.step import train_step, training_execution
+from diht_jax.training.step import TrainState, initial_average, train_step, training_execution
 
 # Some ten roundings of bfloat16, relative to the largest number.
 _ATTENTION_TOLERANCE = 2e-2
+
+
+# The jitted step of a run: traced, compiled or called with (state, batch).
+TrainStep = jax.stages.Wrapped
 
 
 class TrainProgram:
@@ -200,38 +201,18 @@ class TrainProgram:
     def step(
         self, state: TrainState, *, patch_dropout: bool = True, packing_fallback: bool = True
     ) -> TrainStep:
-        """The jitted step for states like `state` (arrays, or shapes with shardings).
+        """The jitted `step(state, batch) -> (state, metrics)`, which donates the old state.
 
         Args:
-            state: of the run.
+            state: of the run, as arrays or as shapes with shardings.
             patch_dropout: False for the step of the run's last part, which drops no patches.
             packing_fallback: see `Execution`.
-        """
-        config = self.config if patch_dropout else without_patch_dropout(self.config)
-        return TrainStep(self, config, state, packing_fallback=packing_fallback)
-
-
-class TrainStep:
-    """`step(state, batch) -> (state, metrics)`; the old state is donated.
-
-    Attributes:
-        trace_count: how often the function was traced; more than once is a defect.
-    """
-
-    def __init__(
-        self,
-        program: TrainProgram,
-        config: ml_collections.ConfigDict,
-        state: TrainState,
-        *,
-        packing_fallback: bool = True,
-    ):
-        """Prepares the jitted step; see `TrainProgram.step`.
 
         Raises:
             ValueError: a wrong `config.micro_batch` or `config.model` value.
         """
-        mesh = program.mesh
+        config = self.config if patch_dropout else without_patch_dropout(self.config)
+        mesh = self.mesh
         check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
         at_once = (config.micro_batch or config.data.batch_size) // mesh.size
         if at_once % config.model.texts_per_row:
@@ -239,38 +220,26 @@ class TrainStep:
                 f"config.model.texts_per_row={config.model.texts_per_row}: expected a divisor of "
                 f"the {at_once} texts that a device embeds at once"
             )
-        self.trace_count = 0
         execution = training_execution(config.model, mesh)
         execution = dataclasses.replace(execution, packing_fallback=packing_fallback)
-        self._update = functools.partial(
-            train_step,
-            definition=dataclasses.replace(program.definition, execution=execution),
-            optimizer=program.optimizer,
-            schedule=program.schedule,
-            mesh=mesh,
-            config=config,
-        )
+        definition = dataclasses.replace(self.definition, execution=execution)
+
+        def _step(
+            state: TrainState, batch: dict[str, jax.Array]
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
+            return train_step(
+                state,
+                batch,
+                definition=definition,
+                optimizer=self.optimizer,
+                schedule=self.schedule,
+                mesh=mesh,
+                config=config,
+            )
+
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        self._jitted = jax.jit(
-            self._step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
-        )
-
-    def __call__(
-        self, state: TrainState, batch: dict[str, jax.Array]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Runs the step: see `step.train_step`; the state is donated."""
-        return self._jitted(state, batch)
-
-    def trace(self, state: TrainState, batch: dict[str, Any]) -> jax.stages.Traced:
-        """The traced step, to be lowered, compiled or counted without being run."""
-        return self._jitted.trace(state, batch)
-
-    def _step(
-        self, state: TrainState, batch: dict[str, jax.Array]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Pure but for the counter, which counts the calls by the tracer."""
-        self.trace_count += 1
-        return self._update(state, batch)
+        out_shardings = (shardings, sharding.replicated(mesh))
+        return jax.jit(_step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -281,9 +250,7 @@ def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.C
 
 
 def with_trusted_attention(
-    config: ml_collections.ConfigDict,
-    total_steps: int,
-    devices: Sequence[jax.Device] | None = None,
+    config: ml_collections.ConfigDict, total_steps: int, devices: Sequence[jax.Device] | None = None
 ) -> ml_collections.ConfigDict:
     """The config, with XLA's attention where another kernel gives other numbers on this machine.
 

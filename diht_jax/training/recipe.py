@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import ml_collections
 
 from diht_jax.config.checks import validate_config
-from diht_jax.config.keys import FIXED, KEYS, Key, build_config, check_ranges
+from diht_jax.config.keys import FIXED, FREE, KEYS, Key, build_config, check_ranges
 from diht_jax.config.overrides import DURATION_UNITS
 from diht_jax.data.file_tokenizer import CLEANINGS
 from diht_jax.input.transforms import Preprocessing
@@ -47,11 +48,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Checks name, type and range of every key of a recipe.
-
-    Raises:
-        ValueError: names the first wrong key.
-    """
+    """Checks name, type and range of every key of a recipe."""
     keys = all_keys()
     validate_config(config, build_config(keys))
     check_ranges(config, keys)
@@ -70,11 +67,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
 
 def pictures_of(config: ml_collections.ConfigDict) -> Preprocessing:
-    """The preprocessing of a run's pictures.
-
-    Raises:
-        ValueError: a value that no preprocessing has.
-    """
+    """The preprocessing of a run's pictures."""
     given = {name: value for name, value in config.model.pictures.items() if value is not None}
     given |= {name: tuple(given[name]) for name in ("mean", "std") if name in given}
     try:
@@ -87,8 +80,12 @@ def key_of(name: str) -> Key:
     """The key that a dotted name belongs to, or is a part of.
 
     Names inside a section of the user's own, such as "evaluation.tasks.pets.kind", belong to the
-    key of that section. Settings of losses and terms are fixed in a run.
+    key of that section. Settings of losses and terms are fixed in a run, and so are the sources of
+    a mixture but for their paths.
     """
+    if name.startswith("data.train."):
+        is_path = bool(re.fullmatch(r"data\.train\.[^.]+\.(path|labels)", name))
+        return Key(None, resume=FREE if is_path else FIXED, per_host=is_path)
     while name and name not in KEYS:
         name = name.rpartition(".")[0]
     return KEYS[name] if name else Key(None, resume=FIXED)
@@ -104,9 +101,6 @@ def duration_in_steps(
         prefix: first part of the three names.
         batch_size: global batch, in examples.
         num_examples: size of one epoch, in examples.
-
-    Raises:
-        ValueError: none or several of the three are set, or the result is not positive.
     """
     values = {unit: config.get(f"{prefix}_{unit}") for unit in DURATION_UNITS}
     given = {unit: value for unit, value in values.items() if value is not None}
@@ -157,11 +151,7 @@ def patch_dropout_steps(
 
 
 def steps_before_end(config: ml_collections.ConfigDict, *, num_examples: int) -> int:
-    """Number of steps, from the start of a run, that do not depend on its length.
-
-    Raises:
-        ValueError: the durations are wrong, or warm-up and decay do not fit into the run.
-    """
+    """Number of steps, from the start of a run, that do not depend on its length."""
     total_steps = duration_in_steps(
         config, "total", batch_size=config.data.batch_size, num_examples=num_examples
     )

@@ -20,25 +20,16 @@ from diht_jax.models.zoo import get_architecture
 from diht_jax.records.train_data import describe_train
 from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.training.multihost import check_together
-from diht_jax.training.objective import (
-    needs_pair_ids,
-    num_labels,
-    num_record_means,
-    teacher_width,
-)
+from diht_jax.training.objective import needs_pair_ids, num_labels, num_record_means, teacher_width
 from diht_jax.training.recipe import check_config, pictures_of
-from diht_jax.training.workdir.saved_run import checkpoint_root, finished_steps, read_config
+from diht_jax.training.workdir.saved_run import read_config, steps_of_run
 
 
 def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None = None) -> Mixture:
     """The records of the run, with what makes examples of them. All processes must call.
 
     Args:
-        config: of the run.
         tokenizer: of the model; None is CLIP's.
-
-    Raises:
-        ValueError: the data do not fit the config, or cannot be read.
     """
     num_concepts = num_labels(config)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
@@ -92,7 +83,7 @@ def bind_records(
         raise ValueError(
             f"config.loss.num_records={config.loss.num_records}: the data have {found} records"
         )
-    if finished_steps(checkpoint_root(workdir)):
+    if steps_of_run(workdir):
         before = read_config(workdir).loss.num_records
         if before != found:
             raise ValueError(

@@ -64,9 +64,7 @@ def encode_on_mesh(
         encode: gets this device's part of every parameter, to be made whole with
             `ParameterGather`.
         trained: nested dict of parameters, sharded by the partition rules, layer by layer.
-        frozen: the other parameters, likewise.
         examples: arrays [N, ...], split over the mesh by rows.
-        mesh: axes `data` and `fsdp`.
         micro_batch: examples, over all devices, to encode at once; see `in_micro_batches`.
         scan_layers: `encode` wants the blocks stacked.
 

@@ -1,4 +1,4 @@
-"""The optimiser step, a pure function of (state, batch).
+"""The training state and the optimiser step, a pure function of (state, batch).
 
 Metrics are a dict of scalars; averaging and writing them is done elsewhere.
 """
@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -30,7 +31,6 @@ from diht_jax.training.objective import active_terms, total_loss
 from diht_jax.training.optimizer import merge_parameters, split_parameters
 from diht_jax.training.recipe import pictures_of
 from diht_jax.training.sharded_encode import ParameterGather, encode_on_mesh
-from diht_jax.training.state import TrainState, update_average
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -38,6 +38,53 @@ Metrics = dict[str, Float[Array, ""]]
 OPTIMIZER_SCOPE = "optimizer"
 # Share of the texts that shared rows as they were meant to.
 PACKED_TEXTS = "packed_texts"
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Parameters, optimiser state, step, random key, and what averages and losses keep.
+
+    Attributes:
+        step: int32 scalar, optimiser steps done.
+        params: nested dict of arrays, keys are strings.
+        opt_state: optax state.
+        key_data: uint32 data of the run's random key; a step folds its number into it.
+        ema_params: moving average of all parameters, like `params` in at least float32; None
+            where `config.ema.decay` is not set.
+        record_means: what the loss keeps of each record; None where it keeps nothing.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key_data: jax.Array
+    ema_params: Any = None
+    record_means: Any = None
+
+
+def initial_average(params: dict[str, Any]) -> dict[str, Any]:
+    """The moving average before the first step: the parameters, in at least float32.
+
+    In bfloat16 an average would stand still: its step is below the format's resolution.
+    """
+    return jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
+
+
+def update_average(
+    average: dict[str, Any], params: dict[str, Any], decay: float, step: jax.Array
+) -> dict[str, Any]:
+    """`average + (1 - d) (params - average)` with `d = min(decay, (1 + step) / (10 + step))`.
+
+    The rising `d`, that of TensorFlow's `ExponentialMovingAverage`, lets the average forget the
+    random initialisation within the first steps instead of after `1 / (1 - decay)`.
+
+    Args:
+        average: as in `TrainState.ema_params`.
+        decay: in [0, 1).
+        step: int32 scalar, optimiser steps done before this one.
+    """
+    weight = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: a + weight * (p.astype(a.dtype) - a), average, params)
 
 
 def train_step(
@@ -56,11 +103,8 @@ def train_step(
         state: sharded by the partition rules.
         batch: `images` uint8 [N, h, w, 3] and `tokens` int32 [N, t], split over the mesh, and what
             losses and terms read besides.
-        definition: of the model, with the execution of the step.
         optimizer: as used to create `state`.
         schedule: the learning rate by step, for the metrics.
-        mesh: axes `data` and `fsdp`.
-        config: the whole training config.
     """
     grads, metrics, means = loss_gradients(
         state, batch, definition=definition, mesh=mesh, config=config
@@ -167,8 +211,6 @@ def encode_examples(
         params: this device's part of every parameter.
         examples: `images` uint8 [b, h, w, 3], `tokens` int32 [b, t], and `kept_patches` int32
             [b, k] where patches are dropped; labels where terms read them.
-        definition: of the model.
-        terms: of the objective.
         gather: makes parameters whole; None where they are.
         pictures: mean and deviation of the images.
 

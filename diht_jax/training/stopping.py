@@ -82,7 +82,6 @@ def job_status(error: Exception, workdir: str) -> int:
     a loop around their command would go on for ever.
 
     Args:
-        error: that ends this process.
         workdir: of the run, on a disk or in a store that all processes see.
     """
     marker, status = files.join(workdir, _MARKER), exit_status(error)
@@ -102,7 +101,6 @@ def begin_job(workdir: str, process: int | None = None) -> None:
     """Forgets how a job of several processes ended before.
 
     Args:
-        workdir: as for `job_status`.
         process: number of the one that calls; what another one has left then stays, which may not
             have been started again. None once all are there.
     """

@@ -32,15 +32,10 @@ from diht_jax.evaluation.task_parsing import check_task
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
 from diht_jax.evaluation.validation import validation_tasks
 from diht_jax.training.monitoring.metrics import MetricWriter, flatten_results, read_metrics
-from diht_jax.training.multihost import (
-    check_same,
-    check_together,
-    gather_texts,
-    share_from_first,
-)
+from diht_jax.training.multihost import check_same, check_together, gather_texts, share_from_first
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import pictures_of
-from diht_jax.training.state import TrainState
+from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.checkpoint import BestStep
 from diht_jax.weights.inference import LoadedModel
 
@@ -114,11 +109,7 @@ def log_best(best_metric: str | None, best: BestStep) -> None:
 
 
 def check_source_opens(task: Task) -> None:
-    """Reads the first entry of a task's source.
-
-    Raises:
-        ValueError: it cannot be read, or there is none; names the task.
-    """
+    """Reads the first entry of a task's source."""
     try:
         with contextlib.closing(read_entries(task)) as entries:
             if next(entries, None) is None:

@@ -18,8 +18,7 @@ from diht_jax.models.parameters import merge_model
 from diht_jax.models.vit import choose_patches
 from diht_jax.training.optimizer import split_parameters
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.state import TrainState
-from diht_jax.training.step import loss_gradients, training_execution
+from diht_jax.training.step import TrainState, loss_gradients, training_execution
 from tests import make
 
 BATCH_SIZE = 32

@@ -90,7 +90,7 @@ def test_a_feature_that_is_off_adds_nothing_to_the_step():
     plain = traced({})
     assert plain.lower().as_text() == traced(IDLE).lower().as_text()
     in_plain = functions_of(plain.jaxpr)
-    assert "TrainStep._step" in in_plain and "Softmax.accumulate" in in_plain
+    assert "train_step" in in_plain and "Softmax.accumulate" in in_plain
     for features in (FEATURES, ADAPTERS):
         settings = {key: value for keys in features.values() for key, value in keys.items()}
         in_step = functions_of(traced(settings).jaxpr)

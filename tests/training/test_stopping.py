@@ -17,10 +17,8 @@ from diht_jax.input.batch_wait import BatchWait
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
-from diht_jax.training.monitoring.anomalies import DivergedError
-from diht_jax.training.monitoring.debug_nans import NonFiniteError
+from diht_jax.training.monitoring.anomalies import DivergedError, NonFiniteError
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.program import TrainStep
 from diht_jax.training.stopping import (
     EXIT_CODE,
     LASTING_EXIT_CODE,
@@ -182,15 +180,15 @@ def test_a_first_step_that_does_not_fit_is_not_tried_again(
 ):
     config.total_steps = 6
     config.mesh.update(data=1, fsdp=1)
-    step, calls = TrainStep.__call__, []
+    step, calls = Run.run_step, []
 
-    def failing(train_step, *arguments):
+    def failing(run, *arguments):
         calls.append(None)
         if len(calls) == failing_call:
             raise jax.errors.JaxRuntimeError(text)
-        return step(train_step, *arguments)
+        return step(run, *arguments)
 
-    monkeypatch.setattr(TrainStep, "__call__", failing)
+    monkeypatch.setattr(Run, "run_step", failing)
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=text) as raised:
         train(config, tmp_path, devices=jax.devices()[:1])
     assert exit_status(raised.value) == status

@@ -17,7 +17,7 @@ from diht_jax.export import export_model
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.loop import train
-from diht_jax.training.workdir.tokenizer import keep_tokenizer, open_tokenizer
+from diht_jax.training.workdir.saved_run import keep_tokenizer, open_tokenizer
 from diht_jax.weights.export import write_model
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.tokenizer_file import copy_tokenizer, read_cleaning, read_tokenizer

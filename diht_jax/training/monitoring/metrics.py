@@ -35,8 +35,6 @@ class MetricWriter:
         will be trained again.
 
         Args:
-            workdir: of the run.
-            start_step: steps that it has behind it.
             config: the whole training config, for the trackers; None takes TensorBoard alone.
         """
         self._lines = self._trackers = None

@@ -49,8 +49,6 @@ def model_flops(
     the optimiser's own products.
 
     Args:
-        config: the whole training config.
-        devices: that it runs on.
         traced: its step, where that is at hand: one that computes nothing twice is counted as it
             is, which saves tracing another one.
     """
@@ -154,7 +152,9 @@ class ThroughputWindow:
         self._data_wait_secs += self._arrived_secs - start
         if self._last is None:  # nothing runs meanwhile
             self._idle_wait_secs += self._arrived_secs - start
-        self._was_idle = self._last is not None and _are_ready(self._last)
+        self._was_idle = self._last is not None and all(
+            value.is_ready() for value in self._last.values() if hasattr(value, "is_ready")
+        )
         self._num_idle += self._was_idle
         return batch
 
@@ -215,11 +215,6 @@ class ThroughputWindow:
         self._num_idle = 0
         self._step_secs: float | None = None
         self._start = self._clock()
-
-
-def _are_ready(metrics: dict[str, Any]) -> bool:
-    """Returns whether the step that gives them has ended."""
-    return all(value.is_ready() for value in metrics.values() if hasattr(value, "is_ready"))
 
 
 class InputSupply:

@@ -65,7 +65,7 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for people."""
         return self.config["tracking"]["name"] or self.workdir.name or "run"
 
     @property
@@ -243,11 +243,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def tracker_names(trackers: Sequence[str]) -> list[str]:
-    """The names in `config.trackers`; `--config.trackers=a,b` gives one text of two.
-
-    Raises:
-        ValueError: one of them is not known.
-    """
+    """The names in `config.trackers`; `--config.trackers=a,b` gives one text of two."""
     names = [name.strip() for text in trackers for name in text.split(",") if name.strip()]
     for name in names:
         if name not in TRACKERS:
@@ -258,11 +254,7 @@ def tracker_names(trackers: Sequence[str]) -> list[str]:
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """Checks that this process could open them; only the first process of a job opens any.
-
-    Raises:
-        ValueError: one is not known, or its package is not installed.
-    """
+    """Checks that this process could open them; only the first process of a job opens any."""
     for name in tracker_names(trackers):
         package = TRACKERS[name].package
         if package and jax.process_index() == 0:
@@ -283,8 +275,6 @@ class OpenTrackers:
         """Opens them.
 
         Args:
-            workdir: of the run.
-            start_step: steps that it has behind it.
             config: the whole training config; None for TensorBoard alone.
         """
         names, values = ["tensorboard"], {}

@@ -53,7 +53,6 @@ class WallTime:
             workdir: of the run, before lines of later steps are removed from its metrics.
             start_step: of the checkpoint that the run goes on from.
             began: the clock's time at the start of this process; now by default.
-            clock: in seconds.
         """
         self._path = epath.Path(workdir) / FILE
         self._clock = clock

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
@@ -45,7 +46,6 @@ class ConceptDistillation(Term):
     }
 
     def check(self) -> None:
-        """See `Term.check`."""
         super().check()
         name, section = self.name, self.section
         if section.feature not in ("pooled", "projected"):
@@ -61,17 +61,14 @@ class ConceptDistillation(Term):
 
     @property
     def is_active(self) -> bool:
-        """See `Term.is_active`."""
         return bool(self.active_heads)
 
     @property
     def num_labels(self) -> int:
-        """See `Term`."""
         return self.section.top_k
 
     @property
     def multipliers(self) -> tuple[tuple[str, float, float], ...]:
-        """See `Term`."""
         section = self.section
         factors = (section.learning_rate_multiplier, section.weight_decay_multiplier)
         return ((f"^{HEADS}/", *factors),)
@@ -81,10 +78,6 @@ class ConceptDistillation(Term):
 
         They are part of the run's config, so that a run cannot be resumed on data whose ids mean
         other concepts.
-
-        Raises:
-            ValueError: the data are not labelled, a vocabulary has no room in its head, or is not
-                the one that the config names.
         """
         # Here, since the defaults of a config are read without any data.
         from diht_jax.records.train_data import describe_train
@@ -153,6 +146,8 @@ class ConceptDistillation(Term):
         encoded: dict[str, Float[Array, "N ..."]],
         params: Parameters,
         examples: dict[str, Shaped[Array, "N ..."]],
+        *,
+        mesh: Mesh,
     ) -> dict[str, tuple[float, Float[Array, ""]]]:
         """The means over labelled examples; see `Term.of_batch`."""
         losses = {}

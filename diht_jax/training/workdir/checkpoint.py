@@ -21,13 +21,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from diht_jax.input.batch_wait import Position
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.training.multihost import (
-    first_text,
-    gather_texts,
-    share_from_first,
-    wait_for_all,
-)
-from diht_jax.training.state import TrainState
+from diht_jax.training.multihost import first_text, gather_texts, share_from_first, wait_for_all
+from diht_jax.training.step import TrainState
 from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.saved_run import (
     CHECKS_ITEM,
@@ -97,7 +92,6 @@ class Checkpointer:
         """Opens or creates the directory. All processes of a job must call.
 
         Args:
-            workdir: of the run.
             keep_last: how many of the latest checkpoints stay.
             keep_step: the checkpoint of this step stays too.
             best: knows the best step, whose checkpoint stays as well; it may learn of later ones.
@@ -123,11 +117,7 @@ class Checkpointer:
             return self._manager.latest_step()
         return max(self._found, default=None)
 
-    def save(
-        self,
-        state: TrainState,
-        iterator: TrainIterator | Position,
-    ) -> None:
+    def save(self, state: TrainState, iterator: TrainIterator | Position) -> None:
         """Starts saving, unless this step is saved; returns before the files are finished.
 
         Where a checkpoint cannot be written (a full disk, say), an error is logged and the run goes

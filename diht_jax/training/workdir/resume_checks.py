@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from diht_jax.config.checks import flatten
-from diht_jax.config.keys import END, FIXED, FREE
+from diht_jax.config.keys import END, FIXED
 from diht_jax.input.order import ORDERS, resolve_order
 from diht_jax.records.fingerprint import Fingerprint, describe_changes
 from diht_jax.records.train_data import describe_train
@@ -29,16 +28,9 @@ from diht_jax.storage.locks import lock_folder
 from diht_jax.storage.stores import is_remote
 from diht_jax.training.multihost import check_same, check_together, gather_texts
 from diht_jax.training.recipe import key_of, steps_before_end
-from diht_jax.training.workdir.saved_run import (
-    CHECKPOINT_DIRECTORY,
-    CONFIG_FILE,
-    finished_steps,
-    read_config,
-)
+from diht_jax.training.workdir.saved_run import CONFIG_FILE, read_config, steps_of_run
 from diht_jax.training.workdir.stored_run import LOCK_FILE, StagedDirectory
 
-# Free in the sources of a mixture, whose weights, templates and orders are fixed.
-_PATHS = re.compile(r"data\.train\.[^.]+\.(path|labels)")
 # At a file of the first process, before hosts are taken to share no folder.
 _LOOKS, _POLL_SECONDS = 10, 1.0
 
@@ -112,9 +104,6 @@ def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_col
 
     A run that is there already goes on in its own order, also when its data has moved to or from an
     object store.
-
-    Raises:
-        ValueError: `config.data.order`, or that of a source, has no such value.
     """
     stored = _values(read_config(workdir)) if (workdir / CONFIG_FILE).exists() else {}
 
@@ -139,11 +128,8 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
 
     A run that ended before its first checkpoint may begin anew with any config. With
     `optimizer.schedule="wsd"` another length may be right: see `check_same_start`.
-
-    Raises:
-        ValueError: it is another run, or a new one with adapters and no model that they adapt.
     """
-    if not _steps_of_run(workdir):
+    if not steps_of_run(workdir):
         if config.lora.rank and not config.model.init_from:
             raise ValueError(
                 f"config.lora.rank={config.lora.rank}: adapters alone are trained, and the model "
@@ -163,12 +149,8 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
 def check_same_start(
     config: ml_collections.ConfigDict, workdir: epath.Path, *, num_examples: int
 ) -> None:
-    """Refuses another end of the run behind checkpoints that the end before has shaped.
-
-    Raises:
-        ValueError: names the checkpoints.
-    """
-    steps = _steps_of_run(workdir)
+    """Refuses another end of the run behind checkpoints that the end before has shaped."""
+    steps = steps_of_run(workdir)
     stored = read_config(workdir) if steps else config
     if not _changed_keys(stored, config, (END,)):
         return
@@ -184,15 +166,11 @@ def check_same_start(
 
 
 def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
-    """Refuses hosts with different configs: each would compute another step. All must call.
-
-    Raises:
-        ValueError: names the processes that differ from the first one, and the keys.
-    """
+    """Refuses hosts with different configs: each would compute another step. All must call."""
     own = {
         name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
         for name, value in _values(config).items()
-        if not _PATHS.fullmatch(name) and (_in_mixture(name) or not key_of(name).per_host)
+        if not key_of(name).per_host
     }
 
     def describe(texts: list[str], others: str) -> str:
@@ -208,11 +186,7 @@ def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
 
 
 def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
-    """Refuses hosts that see different data: each would train on another order.
-
-    Raises:
-        ValueError: names the processes that differ from the first one.
-    """
+    """Refuses hosts that see different data: each would train on another order."""
     check_same(
         fingerprint.digest,
         lambda _, others: (
@@ -225,11 +199,7 @@ def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
 def check_same_data(
     config: ml_collections.ConfigDict, saved: dict[str, Any], fingerprint: Fingerprint
 ) -> None:
-    """Refuses to go on with other data than the checkpoint's, unless that is allowed.
-
-    Raises:
-        ValueError: names the shards that were changed, are missing or were added.
-    """
+    """Refuses to go on with other data than the checkpoint's, unless that is allowed."""
     if saved["digest"] == fingerprint.digest:
         return
     changes = describe_changes(Fingerprint.unpack(saved), fingerprint)
@@ -246,12 +216,6 @@ def check_same_data(
     logging.warning("%s; the run goes on with it", text)
 
 
-def _steps_of_run(workdir: epath.Path) -> list[int]:
-    """Steps of the finished checkpoints of the run that is there, if any."""
-    is_run = (workdir / CONFIG_FILE).exists()
-    return finished_steps(workdir / CHECKPOINT_DIRECTORY) if is_run else []
-
-
 def _changed_keys(
     old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, policies: Sequence[str]
 ) -> list[str]:
@@ -260,20 +224,10 @@ def _changed_keys(
     return sorted(
         name
         for name in old_values.keys() | new_values.keys()
-        if old_values.get(name) != new_values.get(name) and _policy_of(name) in policies
+        if old_values.get(name) != new_values.get(name) and key_of(name).resume in policies
     )
 
 
 def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Values by dotted name, as JSON keeps them."""
     return flatten(json.loads(config.to_json_best_effort()))
-
-
-def _policy_of(name: str) -> str:
-    if _in_mixture(name):
-        return FREE if _PATHS.fullmatch(name) else FIXED
-    return key_of(name).resume
-
-
-def _in_mixture(name: str) -> bool:
-    return name.startswith("data.train.")

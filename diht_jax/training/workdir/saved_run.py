@@ -1,4 +1,4 @@
-"""Files of a run in its work directory: its config, its checkpoints, and what they are checked by.
+"""Files of a run in its work directory: its config, its tokenizer, its checkpoints.
 
 Orbax checks its index files, but not the values: it restores an array file with a flipped bit
 without an error. So each checkpoint has checksums of its own.
@@ -6,9 +6,12 @@ without an error. So each checkpoint has checksums of its own.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +23,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from diht_jax.config.checks import validate_config
+from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.sharding import path_name
-from diht_jax.storage.files import check_object, write_bytes
+from diht_jax.storage import copies, files
+from diht_jax.storage.stores import is_remote
+from diht_jax.training.monitoring.growing_file import replace_file
 from diht_jax.training.recipe import default_config
-from diht_jax.training.state import TrainState
+from diht_jax.training.step import TrainState
 from diht_jax.training.stopping import error_chain
+from diht_jax.weights.tokenizer_file import copy_tokenizer, is_copy, read_tokenizer
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIRECTORY = "checkpoints"
 CORRUPT_DIRECTORY = "corrupt_checkpoints"
+TOKENIZER_DIRECTORY = "tokenizer"  # its files are copied: the run needs no others
 # What a checkpoint is made of.
 STATE_ITEM, DATA_ITEM, CHECKS_ITEM = "state", "data", "checks"
 CHECKSUMS = "checksums"  # key of the checks for `tree_checksums`
@@ -39,30 +48,31 @@ def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -
     """Writes the config into the work directory, as JSON."""
     if jax.process_index() != 0:
         return
-    path = epath.Path(workdir) / CONFIG_FILE
+    # Whole or not at all: a kill must not leave a run that cannot be resumed.
     text = config.to_json_best_effort(indent=2) + "\n"
-    if "://" in os.fspath(path):
-        path.write_text(text)
-    else:
-        # A kill in the middle of it must not leave a run that cannot be resumed.
-        write_bytes(pathlib.Path(path), text.encode())
+    replace_file(epath.Path(workdir) / CONFIG_FILE, text.encode())
 
 
 def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
     """The config that `write_config` left, with the defaults of the keys that it lacks.
 
     Raises:
-        ValueError: the file is missing or is no JSON.
+        ValueError: the file is missing, is no JSON or no training config.
     """
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise ValueError(f"{path} is missing: {workdir} is no work directory of diht_jax.train")
-    written = check_object(path.read_bytes(), path)
+    written = files.check_object(path.read_bytes(), path)
     defaults = json.loads(default_config().to_json_best_effort())
     try:
-        return ml_collections.ConfigDict(_completed(written, defaults))
+        config = ml_collections.ConfigDict(_completed(written, defaults))
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: names that no config can have ({error!s:.200})") from error
+    try:
+        validate_config(config, default_config())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config
 
 
 def _completed(written: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -71,6 +81,52 @@ def _completed(written: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
         if isinstance(value, dict) and isinstance(defaults.get(key), dict):
             filled[key] = _completed(value, defaults[key])
     return filled
+
+
+def open_tokenizer(
+    config: ml_collections.ConfigDict, workdir: str | epath.Path
+) -> FileTokenizer | None:
+    """The tokenizer of a run, from its work directory, or else from `config.model.tokenizer`.
+
+    Returns:
+        None where it is CLIP's.
+    """
+    if config.model.tokenizer is None:
+        return None
+    folder = files.join(os.fspath(workdir), TOKENIZER_DIRECTORY)
+    names = files.list_names(folder)
+    if is_copy(names):
+        return read_tokenizer(_local_folder(folder, names))
+    try:
+        found = read_tokenizer(config.model.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"config.model.tokenizer={config.model.tokenizer}: {error}") from error
+    if found is None:
+        raise ValueError(
+            f"config.model.tokenizer={config.model.tokenizer}: no tokenizer's file in this folder, "
+            "such as tokenizer.json"
+        )
+    clean = config.model.text_cleaning
+    return found if clean is None else dataclasses.replace(found, clean=clean)
+
+
+def keep_tokenizer(found: FileTokenizer | None, workdir: str | epath.Path) -> None:
+    """Copies a tokenizer into the work directory, unless it is there."""
+    folder = files.join(os.fspath(workdir), TOKENIZER_DIRECTORY)
+    if found is None or jax.process_index() != 0 or is_copy(files.list_names(folder)):
+        return
+    copy_tokenizer(found, folder)
+
+
+def _local_folder(folder: str, names: list[str]) -> str:
+    """The folder, or a copy of that of a store on this host."""
+    if not is_remote(folder):
+        return folder
+    name = f"tokenizer-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+    local = pathlib.Path(tempfile.gettempdir()) / f"diht_jax-{os.getuid()}" / name
+    for name in names:
+        copies.cached_copy(files.join(folder, name), name, folder=local)
+    return str(local)
 
 
 def read_checkpoint(
@@ -97,11 +153,7 @@ def read_checkpoint(
 
 
 def read_position(directory: epath.Path) -> tuple[dict[str, int], dict[str, Any]]:
-    """Position in the data and checks of a checkpoint, as `read_checkpoint` returns them.
-
-    Raises:
-        ValueError: names the part that cannot be read.
-    """
+    """Position in the data and checks of a checkpoint, as `read_checkpoint` returns them."""
     item = directory / DATA_ITEM
     try:
         position = ocp.JsonCheckpointHandler().restore(item)
@@ -139,6 +191,12 @@ def finished_steps(root: epath.Path) -> list[int]:
     """
     paths = ocp.utils.checkpoint_steps_paths(root)
     return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+
+def steps_of_run(workdir: str | epath.Path) -> list[int]:
+    """Steps of the finished checkpoints in a work directory; none where there is no run."""
+    is_run = (epath.Path(workdir) / CONFIG_FILE).exists()
+    return finished_steps(checkpoint_root(workdir)) if is_run else []
 
 
 def shared_steps(root: epath.Path, share: Callable[[Callable[[], bytes]], bytes]) -> list[int]:
@@ -185,8 +243,6 @@ def describe_difference(checks: dict[str, Any], tree: Any, part: str = "") -> st
     """Names arrays that are not those that were saved; None if all are. All processes must call.
 
     Args:
-        checks: of `read_checks`.
-        tree: what was read.
         part: beginning of the paths of the arrays that are in it.
     """
     if CHECKSUMS not in checks:

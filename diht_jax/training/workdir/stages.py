@@ -8,7 +8,6 @@ forget within tens of steps, those of the stage before would change nothing.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -32,21 +31,6 @@ from diht_jax.training.workdir.stored_run import local_run, read_manifests
 from diht_jax.training.workdir.trained_model import TrainedModel, restore_model
 
 
-@dataclasses.dataclass(frozen=True)
-class StageEnd:
-    """The end of a stage, where the next one begins.
-
-    Attributes:
-        params: of the next one, on its mesh.
-        position: in the data, as for `TrainIterator.set_state`.
-        dataset: fingerprint of these data, packed.
-    """
-
-    params: dict[str, Any]
-    position: dict[str, int]
-    dataset: dict[str, Any]
-
-
 def stage_folder(workdir: str, number: int) -> str:
     """Work directory of a stage in that of all of them."""
     return files.join(workdir, f"stage_{number}")
@@ -66,11 +50,7 @@ def open_stage(workdir: str, count: int) -> int:
 
 
 def check_stage(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses all stages as one run, and a later stage that would start from nothing.
-
-    Raises:
-        ValueError: with what to do.
-    """
+    """Refuses all stages as one run, and a later stage that would start from nothing."""
     number, count = config.stage.number, config.stage.count
     if count and not number:
         raise ValueError(
@@ -92,15 +72,15 @@ def end_of_stage(
     drawn: dict[str, Any],
     *,
     num_records: int,
-) -> StageEnd:
-    """The end of the stage in `config.stage.previous`, for the run of a config.
+) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
+    """The end of the stage in `config.stage.previous`, where the run of a config begins.
 
     Args:
-        config: of the run.
-        arch: of its model.
-        mesh: of its devices.
         drawn: its initial parameters; what the stage before does not have stays.
-        num_records: of the data.
+
+    Returns:
+        Parameters of the run, on its mesh; the position in the data, as for
+        `TrainIterator.set_state`; and the fingerprint of these data, packed.
 
     Raises:
         ValueError: that stage cannot be read or is not finished, or has other parameters.
@@ -109,10 +89,7 @@ def end_of_stage(
     folder = local_run(config.stage.previous, mesh=mesh)
     before = restore_model(folder, mesh)
     steps = duration_in_steps(
-        before.config,
-        "total",
-        batch_size=before.config.data.batch_size,
-        num_examples=num_records,
+        before.config, "total", batch_size=before.config.data.batch_size, num_examples=num_records
     )
     if before.step < steps:
         raise ValueError(
@@ -126,7 +103,7 @@ def end_of_stage(
             f"config.data.batch_size={config.data.batch_size}"
         )
     params = fit_positions(_all_parameters(before), arch.num_patches, arch.context_length)
-    return StageEnd(_like(drawn, params, mesh, where), position, checks["dataset"])
+    return _like(drawn, params, mesh, where), position, checks["dataset"]
 
 
 def _all_parameters(trained: TrainedModel) -> dict[str, Any]:

@@ -29,8 +29,12 @@ from diht_jax.storage.stores import is_remote, open_system
 from diht_jax.training.multihost import share_for
 from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.checkpoint import SaveError
-from diht_jax.training.workdir.saved_run import CHECKPOINT_DIRECTORY, CONFIG_FILE, CORRUPT_DIRECTORY
-from diht_jax.training.workdir.tokenizer import TOKENIZER_DIRECTORY
+from diht_jax.training.workdir.saved_run import (
+    CHECKPOINT_DIRECTORY,
+    CONFIG_FILE,
+    CORRUPT_DIRECTORY,
+    TOKENIZER_DIRECTORY,
+)
 
 LOCK_FILE = "run.lock"
 MANIFEST_DIRECTORY = "manifests"
@@ -84,9 +88,6 @@ class StagedDirectory:
 
         A folder that has all of the store's checkpoints, and none that were removed there, stays as
         it is: it may be ahead by what never reached the store. Any other is fetched anew.
-
-        Raises:
-            TemporaryError: the store cannot be read.
         """
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         try:

@@ -11,14 +11,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from diht_jax.config.checks import validate_config
 from diht_jax.extras.captioning import DECODER
 from diht_jax.models.lora import lora_of, merge_adapters
 from diht_jax.models.parameters import TOWERS, model_definition, parameter_shapes
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.sharding import tree_shardings
 from diht_jax.training.multihost import share_for
-from diht_jax.training.recipe import default_config
 from diht_jax.training.terms.concepts import HEADS
 from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,
@@ -74,7 +72,6 @@ def restore_model(
     """Reads config and parameters, and nothing else, of a run.
 
     Args:
-        workdir: of the run.
         mesh: the devices to put the parameters on; the processes of a job that have some of them
             must all call.
         step: which checkpoint; the latest by default, of a job the latest for its first process.
@@ -84,7 +81,6 @@ def restore_model(
         ValueError: `workdir` is no work directory, or has no such checkpoint or no average.
     """
     config = read_config(workdir)
-    validate_config(config, default_config())
     if ema and config.ema.decay is None:
         raise ValueError(
             f"{workdir}: this run kept no moving average of its parameters; train with "
@@ -111,24 +107,15 @@ def restore_model(
         ) from error
     directory = root / str(step)
     try:
-        stored = ocp.PyTreeCheckpointHandler().metadata(directory / STATE_ITEM).tree[name]
-        target = jax.tree.map(
-            lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
-            stored,
-            tree_shardings(stored, mesh),
-        )
-        found = read_state(directory, {name: target})[name]
-        problem = describe_difference(read_checks(directory), {name: found}, f"{name}/")
+        found = _read_parameters(directory, name, mesh)
         parts = (*TOWERS, "log_logit_scale")
         params = {part: found[part] for part in parts if part in found}
-        if problem is None and parameter_shapes(params) != shapes:
-            problem = f"its parameters are not those of the model in {CONFIG_FILE}"
+        if parameter_shapes(params) != shapes:
+            raise ValueError(f"its parameters are not those of the model in {CONFIG_FILE}")
     except Exception as error:  # a damaged file may lead to any
-        problem = explain_error(error)
-    if problem is not None:
         raise ValueError(
-            f"{directory / STATE_ITEM} cannot be read: {problem}; steps found: {steps}"
-        )
+            f"{directory / STATE_ITEM} cannot be read: {explain_error(error)}; steps found: {steps}"
+        ) from None
     return TrainedModel(
         config=config,
         arch=arch,
@@ -142,3 +129,18 @@ def restore_model(
         },
         step=step,
     )
+
+
+def _read_parameters(directory: epath.Path, name: str, mesh: Mesh) -> dict[str, Any]:
+    """The parameters of a checkpoint, or their average, on a mesh, with what is learnt besides."""
+    stored = ocp.PyTreeCheckpointHandler().metadata(directory / STATE_ITEM).tree[name]
+    target = jax.tree.map(
+        lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
+        stored,
+        tree_shardings(stored, mesh),
+    )
+    found = read_state(directory, {name: target})[name]
+    problem = describe_difference(read_checks(directory), {name: found}, f"{name}/")
+    if problem is not None:
+        raise ValueError(problem)
+    return found

@@ -8,7 +8,7 @@ import pytest
 
 from diht_jax import load_model, sharding
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
-from diht_jax.training.state import TrainState
+from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.checkpoint import BestStep, Checkpointer, SaveError
 from diht_jax.training.workdir.saved_run import tree_checksums, write_config
 from tests.waiting import wait_until
