@@ -55,12 +55,7 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
 
 
 def refuse_texts(path: str, where: str) -> None:
-    """Raises ValueError, before anything is scanned, for a file that has embeddings of texts alone.
-
-    Args:
-        path: of a file, or URL.
-        where: the setting with its value, for the message.
-    """
+    """Raises ValueError for a file that has embeddings of texts alone; `where` names the setting."""
     with local_copy(path) as name:
         fields = [
             field for field in ("image_emb", "text_emb") if embedding_files.has_field(name, field)
@@ -121,11 +116,7 @@ def read_all(paths: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read_of_shard(folder: str, source: SourceShard) -> dict[str, np.ndarray]:
-    """Key -> embedding of the pairs of one shard.
-
-    Args:
-        folder: of `diht_jax.embed` on the same input.
-        source: the shard.
+    """Key -> embedding of the pairs of one shard, by `diht_jax.embed` on the same input.
 
     Raises:
         ValueError: the folder is of another input, or not complete.

@@ -258,14 +258,7 @@ def keeps_captions(config: ml_collections.ConfigDict) -> bool:
 
 
 def join(exact: Near, near: Near, captions: np.ndarray, *, keep_captions: bool) -> Found:
-    """Exact copies and near-duplicates, by their row, each once.
-
-    Args:
-        exact: of `find_exact`.
-        near: of `compare_clusters`.
-        captions: [n], numbers of the captions of all rows.
-        keep_captions: whether a row with another caption than its copy stays.
-    """
+    """Exact copies and near-duplicates, by their row, each once."""
     kind = np.repeat(np.array([_EXACT, _NEAR], np.uint8), [len(exact.rows), len(near.rows)])
     rows, alike, similarity = map(np.concatenate, zip(exact, near, strict=True))
     is_other = captions[rows] != captions[alike]

@@ -37,12 +37,7 @@ class ExamplePair(NamedTuple):
 def read_archive(
     path: pathlib.Path, is_wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields name and content of files of an archive, in its order.
-
-    Args:
-        path: of a `.tgz` or `.tar.gz`, of a `.whl`, or of a `.deb`, whose SHA-256 was compared.
-        is_wanted: says by a name, without a leading `./`, whether the file is read.
-    """
+    """Yields name, without a leading `./`, and content of wanted files of a .tgz, .whl or .deb."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
             for name in filter(is_wanted, archive.namelist()):

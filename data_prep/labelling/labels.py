@@ -193,15 +193,10 @@ def write_labels_index(
     vocabulary: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> int:
-    """Writes the index of a folder of labels, which training reads; returns how many it describes.
+    """Writes the index of a folder of labels; shards that have failed get labels that are empty.
 
-    Args:
-        folder: of the shards of labels.
-        done: their statistics.
-        failed: tasks of shards that have failed; they get labels that are empty.
-        inputs: paths or URLs of the labelled records, made by `relative_input`.
-        vocabulary: `Vocabulary.describe` of the labels.
-        facts: further JSON-able facts about the labels.
+    Returns:
+        The number of labels.
     """
     listed = [
         LabelShard(

@@ -76,14 +76,7 @@ class Network(nnx.Module):
 
 
 def train_teacher(num_scenes: int, epochs: int, seed: int, workers: int = 0) -> Network:
-    """A network trained on scenes of its own.
-
-    Args:
-        num_scenes: drawn, half of them of a single object.
-        epochs: over them.
-        seed: of scenes, parameters and order.
-        workers: processes that draw; 0 for one per core.
-    """
+    """A network trained on scenes of its own, half of them of a single object."""
     pictures, targets = draw_scenes(num_scenes, seed, workers)
     network = Network(nnx.Rngs(seed))
     steps = epochs * (num_scenes // BATCH)
@@ -154,18 +147,7 @@ def shrink(picture: Image.Image) -> np.ndarray:
 def write_embeddings(
     source: str, output: str | os.PathLike[str], *, num_scenes: int, epochs: int, seed: int
 ) -> int:
-    """Trains a teacher and writes its embeddings of all pictures of a source.
-
-    Args:
-        source: of `diht_jax.readers.registry.open_source`.
-        output: npz file with `key` [n] and `image_emb` float32 [n, d].
-        num_scenes: of `train_teacher`.
-        epochs: of `train_teacher`.
-        seed: of `train_teacher`.
-
-    Returns:
-        The number of pictures.
-    """
+    """Writes key and image_emb of all pictures of a source to an npz file; returns their number."""
     network = train_teacher(num_scenes, epochs, seed)
     keys, pictures = [], []
     for pair in ProgressBar(open_source(source), unit="image", desc="embedding"):

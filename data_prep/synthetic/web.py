@@ -242,11 +242,6 @@ def write_dataset(
 ) -> dict[str, int]:
     """Writes all tars and the manifest; tars that an interrupted run finished are kept.
 
-    Args:
-        settings: what to write.
-        output: directory; made when missing.
-        workers: processes; 0 for one per core. The files do not depend on it.
-
     Returns:
         The number of training pairs of each kind.
 
@@ -312,13 +307,7 @@ def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
 def map_in_processes(
     function: Callable[[Any], Any], tasks: Sequence[Any], workers: int = 0
 ) -> Iterator[Any]:
-    """Yields the results of a picklable function, in the order of the tasks.
-
-    Args:
-        function: of a task.
-        tasks: its arguments.
-        workers: processes; 0 for one per core. A single one is this process itself.
-    """
+    """Yields the results of a picklable function, in the order of the tasks; 0 is one worker per core."""
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     if workers <= 1:
         yield from map(function, tasks)

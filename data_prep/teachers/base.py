@@ -90,12 +90,7 @@ class _SharedTeacher(Teacher):
 
 
 def open_shared(load: Callable[[], Teacher], batch_size: int) -> Teacher:
-    """The teacher that a task should embed with: of this process, or one that workers share.
-
-    Args:
-        load: makes it ready, in whichever process.
-        batch_size: records that it takes at once.
-    """
+    """The teacher that a task should embed with: that of `load`, or one that workers share."""
     return _SharedTeacher(load, batch_size) if is_shared() else load()
 
 
@@ -180,14 +175,7 @@ def prepare_ahead(
     max_threads: int,
     prepare: Callable[[Record], Any],
 ) -> Iterator[tuple[list[Record], list[Any]]]:
-    """Yields batches of records with what was prepared of each, the next batch meanwhile.
-
-    Args:
-        records: in order.
-        batch_size: records at once.
-        max_threads: that prepare them, if there are as many cores.
-        prepare: decodes a record, or says why it cannot be embedded.
-    """
+    """Yields batches of records with what was prepared of each, the next batch meanwhile."""
     ahead: collections.deque[tuple[list[Record], list[futures.Future]]] = collections.deque()
     pool = futures.ThreadPoolExecutor(min(max_threads, len(os.sched_getaffinity(0))))
     records = iter(records)

@@ -25,11 +25,6 @@ class EmbeddingTable:
     def __init__(self, files: str | None, key_field: str, embedding_field: str):
         """Reads the keys.
 
-        Args:
-            files: a file, a folder or a glob.
-            key_field: array or column with the keys, text or bytes.
-            embedding_field: array [n, d], or column of lists of one length.
-
         Raises:
             ValueError: nothing is found, a file is damaged or lacks a field, or a key occurs twice.
         """
