@@ -5,7 +5,7 @@ It is a part of the repairs of the parse. What a correct parse means is not deci
 
 from data_prep.captions import lexicon
 from data_prep.captions.lemmas import CaptionLemmatizer
-from data_prep.captions.sentence import ADJECTIVE_TAGS, MODIFIERS, NOUN_TAGS, Sentence
+from data_prep.captions.sentence import MODIFIERS, NOUN_TAGS, Sentence
 
 # The tags that a verb gets when it is misread.
 HIDDEN_VERB_TAGS = frozenset(("NN", "NNS", "VBG"))
@@ -21,32 +21,22 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
     """Finds, in place, a verb that was read as a noun or as a modifier, with its subject before it.
 
     "businessman counting money", "couple hugging", "a woman dances in a dress", "bride and groom
-    holding hands", "man on a chair playing guitar", "a red square rests on a circle".
-
-    Args:
-      sentence: the parsed caption.
-      i: a token after the first, with one of HIDDEN_VERB_TAGS.
-      words: the English words.
+    holding hands", "man on a chair playing guitar", "a red square rests on a circle". Token `i`
+    is not the first one, and has one of HIDDEN_VERB_TAGS.
     """
     noun = i - 1
     low = sentence.low[i]
     if sentence.low[noun] in lexicon.NAMED_PLURALS.get(low, ()):
         return
-    if sentence.low[noun] == "fun" and low.endswith("ing") and sentence.dep[i] == "dobj":
-        sentence.tag[i], sentence.lemma[i] = "VBG", words.lemmatize(low, "VBG")
-        sentence.dep[i] = "xcomp"  # "having fun playing"
-        return
-    if sentence.tag[i] in ("NNS", "NNPS") and _has_own_subject(sentence, i, words):
+    if sentence.tag[i] == "NNS" and _has_own_subject(sentence, i, words):
         sentence.tag[i], sentence.lemma[i] = "VBZ", words.lemmatize(low, "VBZ")
         return
-    if sentence.tag[noun] not in NOUN_TAGS and not _may_be_shape(sentence, noun, words):
+    if sentence.tag[noun] not in NOUN_TAGS and not _may_be_shape(sentence, noun, words.nouns):
         return
     if sentence.tag[i] == "NN" and low in words.verbs and sentence.has_kid(i, "nsubj"):
         acts = has_thing(sentence, i) or sentence.has_kid(i, "prt")
         if acts and low not in lexicon.DESCRIBING_NOUNS:
             sentence.tag[i] = "VBP"
-            if sentence.head[noun] == i and sentence.dep[noun] == "compound":
-                _make_subject(sentence, noun, i)
         return
     if _correct_deed(sentence, noun, i, words):
         return
@@ -56,8 +46,6 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         return
     if tag == "VBG" and sentence.dep[i] in MODIFIERS:
         actor, thing = _find_actor(sentence, noun), _find_head_noun(sentence, i)
-        if actor is None and low in lexicon.OPEN_GERUNDS and sentence.head[noun] in (i, thing):
-            actor = noun  # "a mountain overlooking a town"
         if actor is None or thing is None:
             return
         if actor != noun or sentence.lemma[thing] not in lexicon.PURPOSE_NOUNS:
@@ -67,74 +55,43 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         if sentence.tag[noun] == "JJ":
             sentence.tag[noun] = "NN"
         sentence.tag[i], sentence.lemma[i] = tag, lemma
-        for kid in sentence.kids_of(i, "appos"):
-            sentence.dep[kid] = "dobj"
         _make_subject(sentence, noun, i)
 
 
 def _has_own_subject(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
     """Returns whether a form in -s has a singular subject: "the branch moves in the wind"."""
-    subjects = sentence.kids_of(i, "nsubj")
-    return (
-        bool(subjects)
-        and all(sentence.tag[kid] in ("NN", "NNP") for kid in subjects)
-        and words.lemmatize(sentence.low[i], "VBZ") in words.verbs
-        and _is_followed(sentence, i)
-    )
+    is_verb = words.lemmatize(sentence.low[i], "VBZ") in words.verbs
+    return is_verb and sentence.has_kid(i, "nsubj") and _is_followed(sentence, i)
 
 
 def _correct_deed(sentence: Sentence, noun: int, i: int, words: CaptionLemmatizer) -> bool:
-    """Finds an everyday deed behind a living thing or a name: "dog chases cat", "kids ride bikes".
+    """Finds an everyday deed behind a living thing: "dog chases cat", "kids ride bikes".
 
     Returns:
       Whether it was one.
     """
-    low, tag = sentence.low[i], sentence.tag[i]
-    if tag == "NNS":
-        verb_tag, lemma = "VBZ", words.lemmatize(low, "VBZ")
-        agrees = sentence.tag[noun] not in ("NNS", "NNPS")
-    else:
-        verb_tag, lemma = "VBP", low
-        agrees = sentence.tag[noun] == "NNS" or _is_second_of_pair(sentence, i)
-    if tag == "VBG" or lemma not in lexicon.DEEDS or not agrees:
+    is_singular = sentence.tag[i] == "NNS"
+    tag = "VBZ" if is_singular else "VBP"
+    lemma = words.lemmatize(sentence.low[i], tag)
+    agrees = is_singular != (sentence.tag[noun] == "NNS")
+    if sentence.tag[i] == "VBG" or lemma not in lexicon.DEEDS or not agrees:
         return False
-    if sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS and not _is_name(sentence, noun, words):
+    if sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS:
         return False
     thing = _find_head_noun(sentence, i) if sentence.dep[i] in MODIFIERS else None
-    if thing is None and (
-        sentence.head[noun] != i or sentence.dep[i] not in NOMINAL or not _is_followed(sentence, i)
-    ):
+    if thing is None and (sentence.head[noun] != i or not _is_followed(sentence, i)):
         return False
-    sentence.tag[i], sentence.lemma[i] = verb_tag, lemma
-    if sentence.tag[noun] in ADJECTIVE_TAGS:
-        sentence.tag[noun] = "NN"
-    if thing is not None:
-        _make_clause(sentence, noun, i, thing)
-    else:
+    sentence.tag[i], sentence.lemma[i] = tag, lemma
+    if thing is None:
         _make_subject(sentence, noun, i)
+    else:
+        _make_clause(sentence, noun, i, thing)
     return True
 
 
-def _is_second_of_pair(sentence: Sentence, i: int) -> bool:
-    """Returns whether a noun is joined to a living thing before it ("person and groom embrace")."""
-    partner = sentence.head[i]
-    return (
-        sentence.dep[i] == "conj"
-        and partner < i
-        and sentence.lemma[partner] in lexicon.ANIMATE_NOUNS
-    )
-
-
-def _is_name(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
-    """Returns whether a word at the beginning is no English word, and so most likely a name."""
-    return i == 0 and sentence.low[i].isalpha() and sentence.low[i] not in words.lexicon
-
-
-def _may_be_shape(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
+def _may_be_shape(sentence: Sentence, i: int, nouns: frozenset[str]) -> bool:
     """Returns whether an adjective may be the noun of a misread verb ("a red square rests on")."""
-    if _is_name(sentence, i, words):
-        return True
-    return sentence.tag[i] == "JJ" and sentence.head[i] == i + 1 and sentence.low[i] in words.nouns
+    return sentence.tag[i] == "JJ" and sentence.head[i] == i + 1 and sentence.low[i] in nouns
 
 
 def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | None:
@@ -147,32 +104,21 @@ def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | No
     if tag != "NN":
         return None
     # "orange koi fish in a pond": the name of an animal is the noun.
-    if (
-        low in words.verbs
-        and low not in lexicon.ANIMATE_NOUNS
-        and _reads_as_plural(sentence, i - 1, i, words.nouns)
-    ):
+    may_act = low in words.verbs and low not in lexicon.ANIMATE_NOUNS
+    if may_act and _reads_as_plural(sentence, i - 1, i, words.nouns):
         return "VBP"
     return "VBG" if low.endswith("ing") and low not in lexicon.NOMINAL_GERUNDS else None
 
 
 def _takes_subject(sentence: Sentence, noun: int, i: int) -> bool:
     """Returns whether the noun before a token is its modifier, with no subject there already."""
-    return (
-        sentence.head[noun] == i
-        and sentence.dep[noun] not in ("nsubj", "nsubjpass")
-        and sentence.lemma[noun] not in lexicon.CALENDAR
-        and sentence.dep[i] not in MODIFIERS
-        and not sentence.has_kid(i, "nsubj", "nsubjpass")
-    )
+    return sentence.head[noun] == i and not sentence.has_kid(i, "nsubj", "nsubjpass")
 
 
 def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmatizer) -> bool:
     """Returns whether a token tagged as a noun is rather a verb; one tagged as a verb stays one."""
     noun, tag = i - 1, sentence.tag[i]
     if tag == "NNS":
-        if sentence.tag[noun] == "JJ":
-            return _is_singular(sentence, i)
         return lemma not in words.nouns or _reads_as_finite(sentence, noun, i)
     if tag == "NN" and sentence.low[i].endswith("ing"):
         thing_acts = lemma in lexicon.POSTURE_VERBS and _is_followed(sentence, i)
@@ -183,23 +129,13 @@ def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmati
 
 def _reads_as_plural(sentence: Sentence, noun: int, i: int, nouns: frozenset[str]) -> bool:
     """Returns whether a base form follows its plural subject: "firefighters battle a blaze"."""
-    if has_thing(sentence, i) and sentence.lemma[noun] in lexicon.ANIMATE_NOUNS:
-        return True
-    if sentence.low[i] not in nouns and sentence.lemma[noun] in lexicon.ANIMATE_NOUNS:
+    if sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS:
+        return False
+    if sentence.low[i] not in nouns:
         return True  # "artist perform during a festival"
-    if not _is_followed(sentence, i):
-        return False
-    if sentence.dep[noun] != "compound" or sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS:
-        return False
-    if sentence.tag[noun] == "NNS":
-        return True
-    # "a man and a woman dance in the street": the article is the woman's.
-    partner = sentence.head[i]
-    return (
-        sentence.dep[i] == "conj"
-        and sentence.lemma[partner] in lexicon.ANIMATE_NOUNS
-        and _is_singular(sentence, i)
-    )
+    # "a man and a woman dance in the street"
+    follows = sentence.tag[noun] == "NNS" or sentence.dep[i] == "conj"
+    return sentence.dep[noun] == "compound" and follows
 
 
 def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:
@@ -265,11 +201,6 @@ def _make_subject(sentence: Sentence, noun: int, verb: int) -> None:
     dep = "pobj" if sentence.dep[verb] == "pcomp" else sentence.dep[verb]
     sentence.attach(noun, partner, dep)
     sentence.attach(verb, noun, "acl")
-    if dep == "conj":
-        # "bride and groom kissing under a tree": what follows is the verb's, not the pair's.
-        for kid in list(sentence.kids[partner]):
-            if kid > verb and sentence.dep[kid] == "prep":
-                sentence.attach(kid, verb, "prep")
 
 
 def _make_clause(sentence: Sentence, actor: int, verb: int, thing: int) -> None:
@@ -283,8 +214,6 @@ def _make_clause(sentence: Sentence, actor: int, verb: int, thing: int) -> None:
     if above in (verb, thing):
         at_root = sentence.head[thing] == thing
         sentence.attach(first, first if at_root else sentence.head[thing], sentence.dep[thing])
-        move_modifiers(sentence, thing, first)
-        move_modifiers(sentence, verb, first)
     sentence.attach(verb, actor, "acl")
     sentence.attach(thing, verb, "dobj")
     if actor < verb - 1:

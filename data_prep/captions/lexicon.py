@@ -90,8 +90,6 @@ JOINED_PARTICIPLES = word_set("""
 # Nouns that describe as adjectives do and are things where no noun follows: "isolated on white".
 COLORS = DESCRIBING_NOUNS - word_set("antique luxury premium retro vintage")
 
-PLATINGS = word_set("bronze copper gold silver")
-
 # Adjectives behind which an infinitive is as good as done: "about to land".
 IMMINENT_ADJECTIVES = word_set("about able ready")
 
@@ -148,11 +146,6 @@ NOMINAL_GERUNDS = word_set("""
     opening painting parking racing setting showing training watching wedding writing
 """)
 
-# Adverbs of place that are read as nouns: "country artist onstage".
-PLACE_ADVERBS = word_set("""
-    ashore backstage downstairs indoors offshore offstage onstage outdoors overhead upstairs
-""")
-
 # Plurals read as verbs that make one name with these words before them: "autumn leaves".
 NAMED_PLURALS = {
     "drops": word_set("blood dew rain water"),
@@ -164,18 +157,6 @@ NAMED_PLURALS = {
 
 # What one has while one does something: "having fun playing".
 PASTIMES = word_set("difficulty fun time trouble")
-
-# Forms in -ing that are prepositions when nobody does them: "comfortable considering his age".
-PREPOSITIONAL_GERUNDS = word_set("concerning considering excluding including regarding")
-
-# Clothes: what is said behind them of place and time is said of who wears them.
-CLOTHES = word_set("""
-    apron attire bikini blazer blouse boot cap cape cardigan cloak clothes clothing coat costume
-    dress garment glasses glove gown hat headdress helmet hoodie jacket jeans jersey jumpsuit
-    kimono kit leggings mask outfit overalls pajamas pants robe saree sari scarf shirt shoe
-    short shorts skirt sneaker suit sunglasses sweater sweatshirt swimsuit t-shirt tights top
-    trousers tutu tuxedo underwear uniform vest
-""")
 
 # Times, weather and backgrounds, the setting of all that a caption names before them.
 SETTINGS = word_set("""
@@ -198,10 +179,6 @@ PERSON_PRONOUNS = word_set("""
     anybody anyone everybody everyone he her him i me she somebody someone them they us we you
 """)
 SUBJECT_PRONOUNS = word_set("he i she they we")
-PRONOUNS = PERSON_PRONOUNS | word_set("""
-    's hers herself himself his it itself mine myself one ours ourselves theirs themselves yours
-    yourself yourselves
-""")
 RELATIVE_PRONOUNS = word_set("who whom which that")
 
 # First names that are no other words: persons, as living things are.
@@ -312,17 +289,6 @@ INTRANSITIVE_VERBS = word_set("""
     leap lie melt rise set shine sit sleep smile sparkle stand stroll swim twinkle walk weep
 """)
 
-# What people do with their bodies: behind a thing that somebody has, who has it does it.
-BODILY_VERBS = word_set("""
-    carry cook crouch dance drink eat frown grin hold kneel laugh listen look play pose read
-    sing sit smile speak squat stand talk use wait walk wear work write
-""")
-
-# Verbs behind whose object a form in -ing is what that does: "watch a train passing".
-PERCEIVING_VERBS = word_set(
-    "capture catch depict feel find hear leave photograph picture see show watch"
-)
-
 # Verbs of posture and motion that any thing may do: "a square resting on a circle".
 POSTURE_VERBS = word_set("""
     bounce drift drop fall float fly hide hover lean lie rest roll sit slide spin stand swing
@@ -387,11 +353,6 @@ CONDITION_VERBS = word_set("""
     accent adorn associate attach coat compose connect consider cover crowd decorate dedicate
     deem describe dress equip fill finish fringe furnish garnish highlight inspire know line
     litter load make overlay pack relate shape strew stuff surround top trim use
-""")
-
-# Forms in -ing that behind a thing are verbs: "a tripod facing a mountain".
-OPEN_GERUNDS = word_set("""
-    bearing containing depicting facing featuring holding overlooking showing surrounding
 """)
 
 # Verbs that hand their subject on to the verb behind them and are no deeds of their own.

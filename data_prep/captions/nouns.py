@@ -107,9 +107,7 @@ def _joins_participle(sentence: Sentence, i: int) -> bool:
     if after > head:
         return False
     low = sentence.low[after]
-    if low not in lexicon.JOINED_PARTICIPLES and (
-        sentence.low[i] not in lexicon.PLATINGS or not low.endswith("ed")
-    ):
+    if low not in lexicon.JOINED_PARTICIPLES:
         return False
     if head != after and (sentence.head[after] != head or sentence.dep[after] not in MODIFIERS):
         return False

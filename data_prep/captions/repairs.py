@@ -17,7 +17,6 @@ from data_prep.captions.hidden_verbs import (
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.sentence import (
     ADJECTIVE_TAGS,
-    FINITE_TAGS,
     MODIFIERS,
     NOUN_TAGS,
     VERB_TAGS,
@@ -26,16 +25,11 @@ from data_prep.captions.sentence import (
 
 _BEARS = frozenset(("black", "brown", "grizzly", "koala", "panda", "polar", "teddy"))
 
-_DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"PRP", "UH"}
+_DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"UH"}
 
 
 def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
-    """Corrects a parse in place.
-
-    Args:
-      sentence: the parsed caption.
-      words: the English words.
-    """
+    """Corrects a parse in place."""
     tag, dep, low = sentence.tag, sentence.dep, sentence.low
     for i in range(len(sentence)):
         if dep[i] == "prt" and sentence.has_kid(i, "pobj"):
@@ -47,21 +41,11 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
                 _correct_false_verb(sentence, i, words)
             elif low[i] in lexicon.PURPOSE_GERUNDS:
                 _name_purpose(sentence, i)
-            elif (
-                sentence.lemma[i] not in words.verbs
-                and low[i] in words.nouns
-                and tag[sentence.head[i]] in NOUN_TAGS
-                and sentence.head[i] > i
-            ):
-                tag[i], dep[i], sentence.lemma[i] = "NN", "compound", low[i]  # "thanksgiving meal"
         elif tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)
     for i in range(1, len(sentence)):
         if tag[i] in HIDDEN_VERB_TAGS or (tag[i] == "VBZ" and dep[i] == "pobj"):
             correct_hidden_verb(sentence, i, words)
-        named = dep[i - 1] == "compound" and tag[i] in FINITE_TAGS and sentence.head[i - 1] == i
-        if named and sentence.lemma[i - 1] in lexicon.ANIMATE_NOUNS:
-            _make_subject(sentence, i - 1)  # "olympic athlete competes"
 
 
 def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
@@ -75,8 +59,6 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             is_name = tag == "NNP" and sentence.dep[i] == "amod"
             if low not in words.nouns or low in lexicon.ADJECTIVES or is_name:
                 sentence.tag[i] = "JJ"
-        elif sentence.dep[i] == "pcomp":
-            sentence.dep[i] = "pobj"
         elif sentence.dep[i] == "poss" and sentence.lemma[i] in lexicon.SETTINGS:
             for kid in sentence.kids_of(i, "amod"):  # "a cold winter 's day"
                 sentence.attach(kid, sentence.head[i], "amod")
@@ -85,12 +67,6 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         ):
             is_subject = _make_subject(sentence, i)
             sentence.dep[i] = "nsubj" if is_subject else "dep"
-        if tag == "NNP" and low.endswith("men") and low[:-2] + "an" in words.nouns:
-            sentence.tag[i], sentence.lemma[i] = "NNS", low[:-2] + "an"
-        if low in lexicon.PLACE_ADVERBS and i and sentence.dep[i - 1] == "compound":
-            sentence.tag[i] = "RB"
-            sentence.replace(i, i - 1)
-            sentence.attach(i, i - 1, "advmod")
     elif tag in ADJECTIVE_TAGS:
         if sentence.dep[i] in MODIFIERS and low in lexicon.KIND_NOUNS:
             sentence.tag[i], sentence.dep[i] = "NN", "compound"
@@ -107,9 +83,6 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.tag[i] = "NN"
         elif low in words.verbs and low not in words.adjectives and has_thing(sentence, i):
             sentence.tag[i] = "VBP"
-    elif tag == "PRP":
-        if low not in lexicon.PRONOUNS and low in words.nouns:
-            sentence.tag[i] = "NN"
     elif tag == "UH" and low in lexicon.ANIMATE_NOUNS:
         sentence.tag[i] = "NN"
         if sentence.tag[sentence.head[i]] in VERB_TAGS and sentence.head[i] > i:
@@ -119,9 +92,7 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
 def _make_subject(sentence: Sentence, i: int) -> bool:
     """Makes a noun the subject of the verb behind it that it hangs on, if that has none."""
     verb = sentence.head[i]
-    if verb < i or sentence.tag[i] not in NOUN_TAGS or sentence.tag[verb] not in VERB_TAGS:
-        return False
-    if sentence.dep[verb] in MODIFIERS:
+    if verb < i or sentence.tag[verb] not in VERB_TAGS or sentence.dep[verb] in MODIFIERS:
         return False
     if sentence.has_kid(verb, "nsubj", "nsubjpass"):
         return False
@@ -144,13 +115,9 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
     participles before a bare noun ("wet stones", "stacked pipes", "picture of sleeping cats").
     """
     low, lemma = sentence.low[i], sentence.lemma[i]
-    if low in lexicon.PREPOSITIONAL_GERUNDS and not sentence.has_kid(i, "nsubj", "aux"):
-        sentence.tag[i], sentence.dep[i] = "IN", "prep"
-        for kid in sentence.kids_of(i, "dobj"):
-            sentence.dep[kid] = "pobj"
-        return
     if i and sentence.low[i - 1] in lexicon.NAMED_PLURALS.get(low, ()):
-        _name_plural(sentence, i, words)
+        sentence.tag[i], sentence.lemma[i] = "NNS", words.lemmatize(low, "NNS")
+        sentence.attach(i - 1, i, "compound")
         return
     if sentence.tag[i] in ("VB", "VBP") and low not in words.lexicon:
         past = words.lemmatize(low, "VBD")
@@ -162,13 +129,6 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         return
     if (
         (following == "of" and (low in lexicon.PICTURE_NOUNS or low in lexicon.COUNTING_WORDS))
-        or (
-            following == "of"
-            and i == 0
-            and low in words.nouns
-            and sentence.tag[i][:2] == "VB"
-            and sentence.tag[i] != "VB"
-        )
         or low in lexicon.DESCRIBING_NOUNS
         or (lemma not in words.verbs and (low in words.nouns or lemma in words.nouns))
         or (lemma in words.nouns and _names_part(sentence, i))
@@ -191,23 +151,8 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         named = low in lexicon.ROOM_GERUNDS
         sentence.tag[i] = "NN" if named else "JJ"
         sentence.lemma[i] = low
-        if sentence.dep[i] == "pcomp":
-            sentence.dep[i] = "pobj"
         sentence.replace(i, things[0])
         sentence.attach(i, things[0], "compound" if named else "amod")
-
-
-def _name_plural(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
-    """Makes one thing of a plural read as a verb and the noun before it: "raking autumn leaves"."""
-    noun = i - 1
-    sentence.tag[i], sentence.lemma[i] = "NNS", words.lemmatize(sentence.low[i], "NNS")
-    if sentence.head[noun] != i:
-        for subject in sentence.kids_of(i, "nsubj"):
-            sentence.replace(i, subject)
-        sentence.replace(noun, i)
-        if sentence.dep[i] == "npadvmod":
-            sentence.dep[i] = "dobj"
-    sentence.attach(noun, i, "compound")
 
 
 def _begins_with_thing(sentence: Sentence, i: int) -> bool:
@@ -251,12 +196,6 @@ def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemma
     if sentence.has_kid(thing, "det", "poss") or thing < i:
         return False
     listed = sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in NOUN_TAGS
-    if listed and not (
-        (sentence.tag[i] == "VBN" or sentence.lemma[sentence.head[i]] not in lexicon.ANIMATE_NOUNS)
-        and thing == i + 1
-        and sentence.low[i - 1] == "and"
-    ):
-        return False
     if (
         not listed
         and sentence.dep[i] != "pcomp"
@@ -264,8 +203,6 @@ def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemma
     ):
         return False
     tag, low = sentence.tag[i], sentence.low[i]
-    if tag in ("VB", "VBP"):
-        return i == 0 and low in words.adjectives
     if tag == "VBG":
         if i == 0 and low in lexicon.ROOM_GERUNDS and thing == 1 and sentence.tag[1] == "NN":
             return sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS

@@ -54,18 +54,13 @@ class SubjectFinder:
                 return self._infer(head)
             shared = self._find_of_participle(i)
             return shared, bool(shared)
-        if dep == "ROOT" and sentence.has_kid(i, "aux"):
-            # "a butterfly looking for nectar ... will pollinate a flower"
-            for kid in sentence.kids_of(i, "advcl", "ccomp"):
-                if kid < i and sentence.has_kid(kid, "nsubj") and not sentence.has_kid(kid, "mark"):
-                    return self.find(kid)
         return [], False
 
     def _find_of_participle(self, i: int) -> list[int]:
         """The subjects of a participle behind a noun.
 
         In "girl with a hat smiling" the parser gives the participle to the hat; a living thing
-        farther up is taken instead, unless things do that as well ("girl with hair blowing").
+        farther up is taken instead.
         """
         sentence = self.sentence
         noun = sentence.head[i]
@@ -78,23 +73,13 @@ class SubjectFinder:
             nouns.is_animate(sentence, j) for j in content
         ):
             return self.share(noun, i)
-        lemma, base = sentence.lemma[i], noun
+        base = noun
         while sentence.dep[base] in ("conj", "pobj", "prep", "dobj"):
-            if sentence.dep[base] == "dobj" and not (
-                sentence.dep[i] == "conj"
-                or lemma in lexicon.BODILY_VERBS
-                or sentence.lemma[base] in lexicon.CLOTHES
-            ):
-                break
-            if lemma in lexicon.THING_VERBS and not self._carries(base):
+            if sentence.dep[base] == "dobj" and sentence.dep[i] != "conj":
                 break
             base = sentence.head[base]
-            if sentence.tag[base] in VERB_TAGS:
-                above = self.find(base)[0]
-                if sentence.lemma[base] in lexicon.PERCEIVING_VERBS:
-                    break
-            else:
-                above = nouns.find_content(sentence, base)
+            acts = sentence.tag[base] in VERB_TAGS
+            above = self.find(base)[0] if acts else nouns.find_content(sentence, base)
             if any(nouns.is_animate(sentence, j) for j in above):
                 return above
         return self.share(noun, i)
@@ -107,14 +92,6 @@ class SubjectFinder:
         if sentence.tag[i] in VERB_TAGS:
             return self.find(i)[0] or self.share(noun, before)
         return self.share(i, before)
-
-    def _carries(self, base: int) -> bool:
-        """Returns whether who is in or on a thing does what it does: "girl in a kayak floating"."""
-        sentence = self.sentence
-        if sentence.dep[base] == "pobj":
-            worn = sentence.lemma[base] in lexicon.CLOTHES
-            return sentence.low[sentence.head[base]] in ("in", "on") and not worn
-        return sentence.dep[base] == "prep" or sentence.lemma[base] in lexicon.CLOTHES
 
     def _find_of_gerund(self, i: int) -> tuple[list[int], bool]:
         """The subjects of a gerund behind a preposition ("after winning a race")."""

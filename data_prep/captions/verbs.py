@@ -117,10 +117,6 @@ class _GraphBuilder:
             if linking:
                 self.relate(subjects, nouns.find_prep_targets(sentence, i))
                 return
-        for clause in sentence.kids_of(i, "ccomp"):
-            if sentence.tag[clause] in ADJECTIVE_TAGS:  # "make the event possible"
-                things = sentence.kids_of(clause, "nsubj")
-                self.predicate([clause], self.expand(things))
         kind = self.classify(i, passive, agents, subjects)
         if kind is None:
             return

@@ -55,7 +55,7 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
 
 
 def refuse_texts(path: str, where: str) -> None:
-    """Raises ValueError for a file that has embeddings of texts alone; `where` names the setting."""
+    """Raises ValueError, naming the setting, for a file that has embeddings of texts alone."""
     with local_copy(path) as name:
         fields = [
             field for field in ("image_emb", "text_emb") if embedding_files.has_field(name, field)

@@ -307,7 +307,7 @@ def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
 def map_in_processes(
     function: Callable[[Any], Any], tasks: Sequence[Any], workers: int = 0
 ) -> Iterator[Any]:
-    """Yields the results of a picklable function, in the order of the tasks; 0 is one worker per core."""
+    """Yields a picklable function's results in the order of the tasks; 0 is a worker per core."""
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     if workers <= 1:
         yield from map(function, tasks)
