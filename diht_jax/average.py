@@ -206,38 +206,30 @@ def _write(
     """Writes the model with its card, the record and the plot, and prints the record."""
     from diht_jax.evaluation.charts import draw_trade_off
     from diht_jax.evaluation.results import write_results
-    from diht_jax.weights.export import lost_scalars, write_model
-    from diht_jax.weights.model_card import Origin, model_card
+    from diht_jax.weights.export import find_lost_scalars, write_model
+    from diht_jax.weights.model_card import model_card
 
     loss_scalars = record.get("loss_scalars", {})
-    lost = {name: loss_scalars[name] for name in lost_scalars(format, model.arch, loss_scalars)}
-    for name, value in lost.items():
-        scalar = f"{name}={value:.6g}, the mean of what the losses have learnt"
-        logging.warning("%s, is in the card alone: format '%s' has no place", scalar, format)
-    members = tuple((member["model"], member["weight"]) for member in record["members"])
+    mean = dataclasses.replace(
+        source,
+        arch=model.arch,
+        params=model.params,
+        loss_scalars=loss_scalars,
+        step=None,
+        ema=False,
+        sha256=None,
+    )
     card = model_card(
         format,
-        arch=model.arch,
-        params=model.params,
-        origin=Origin(output.name, None, False, None, members),
+        mean,
+        output.name,
+        members=[(member["model"], member["weight"]) for member in record["members"]],
         config=None,
         results=[("diht_jax.average", record["metrics"])] if "metrics" in record else [],
-        loss_scalars=lost,
+        lost=find_lost_scalars(format, model.arch, loss_scalars, output.name),
         license=license,
     )
-    write_model(
-        output,
-        format,
-        arch=model.arch,
-        params=model.params,
-        preprocessing=source.preprocessing,
-        heads={},
-        dtype=dtype,
-        has_tokenizer=source.has_tokenizer,
-        own_tokenizer=source.tokenizer,
-        loss_scalars=loss_scalars,
-        card=card,
-    )
+    write_model(output, format, mean, card=card, dtype=dtype)
     write_results(output / RECORD_FILE, record)
     if "grid" in record and record["target"]:
         draw_trade_off(record, metrics, output / "average.png")

@@ -8,6 +8,7 @@ Hugging Face hub as well. `docs/guides/evaluate/weights.md` describes the format
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -90,9 +91,8 @@ def export_model(
 
     from diht_jax.evaluation.results import read_results
     from diht_jax.loading import read_model
-    from diht_jax.weights.export import check_target, lost_scalars, write_model
+    from diht_jax.weights.export import check_target, find_lost_scalars, write_model
     from diht_jax.weights.model_card import (
-        Origin,
         model_card,
         read_concepts,
         read_data_facts,
@@ -110,45 +110,26 @@ def export_model(
         measured = [*read_run_results(pathlib.Path(source.path), source.step), *measured]
         config = json.loads(source.config.to_json_best_effort())
         data = config["data"]["train"], config["data"].get("labels")
-    heads = source.heads if keep_heads else {}
-    if keep_heads and not heads:
+    if keep_heads and not source.heads:
         logging.warning("%s: there are no concept heads to keep", model)
     if source.decoder is not None:
         logging.warning("%s: the caption decoder is left out, no format has one", model)
-    lost = lost_scalars(format, source.arch, source.loss_scalars)
-    for name in lost:
-        logging.warning(
-            "%s: %s=%.6g, which the loss has learnt, is left out, since format '%s' has no place "
-            "for it: it is in the card. Probabilities of pairs need it, similarities do not",
-            *(model, name, source.loss_scalars[name], format),
-        )
-    params = jax.tree.map(np.asarray, source.params)
-    write_model(
-        output,
+    lost = find_lost_scalars(format, source.arch, source.loss_scalars, model)
+    source = dataclasses.replace(source, params=jax.tree.map(np.asarray, source.params))
+    card = model_card(
         format,
-        arch=source.arch,
-        params=params,
-        preprocessing=source.preprocessing,
-        heads=heads,
-        dtype=dtype,
-        has_tokenizer=source.has_tokenizer,
-        own_tokenizer=source.tokenizer,
-        loss_scalars=source.loss_scalars,
-        card=model_card(
-            format,
-            arch=source.arch,
-            params=params,
-            origin=Origin(model, source.step, source.ema, source.sha256),
-            config=config,
-            data=read_data_facts(*data),
-            concepts=read_concepts(*data) if source.heads else None,
-            results=measured,
-            heads=sorted(heads),
-            loss_scalars={name: source.loss_scalars[name] for name in lost},
-            license=license,
-            hub_name=push,
-        ),
+        source,
+        model,
+        config=config,
+        data=read_data_facts(*data),
+        concepts=read_concepts(*data) if source.heads else None,
+        results=measured,
+        heads=sorted(source.heads) if keep_heads else (),
+        lost=lost,
+        license=license,
+        hub_name=push,
     )
+    write_model(output, format, source, card=card, dtype=dtype, keep_heads=keep_heads)
     logging.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in output.iterdir())))
     if push is not None:
         message = f"{source.arch.image_size} px, {format}, by diht_jax.export"

@@ -27,7 +27,7 @@ from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.releases import RELEASES
-from diht_jax.weights.source import ModelFiles, find_model, read_weights
+from diht_jax.weights.source import ModelFiles, read_weights
 
 
 def load_model(
@@ -110,21 +110,12 @@ def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> L
     definition, _ = model_definition(
         model.arch, section.dtype, section.param_dtype, Execution(attention=attention)
     )
-    return LoadedModel(
-        definition,
-        jax.device_put(model.params, sharding.tree_shardings(model.params, mesh)),
-        mesh=mesh,
-        config=model.config,
-        image_size=model.arch.image_size,
-        context_length=model.arch.context_length,
-        batch_size=batch_size,
-        step=model.step,
-        preprocessing=model.preprocessing,
+    placed = dataclasses.replace(
+        model,
+        params=jax.device_put(model.params, sharding.tree_shardings(model.params, mesh)),
         decoder=jax.device_put(model.decoder, sharding.tree_shardings(model.decoder, mesh)),
-        has_tokenizer=model.has_tokenizer,
-        own_tokenizer=model.tokenizer,
-        logit_bias=model.loss_scalars.get("logit_bias", 0.0),
     )
+    return LoadedModel(definition, placed, mesh, batch_size=batch_size)
 
 
 def read_model(
@@ -177,7 +168,7 @@ def read_model(
         raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
     else:
         model = read_weights(
-            find_model(name),
+            name,
             architecture=architecture,
             image_size=image_size,
             context_length=context_length,

@@ -18,7 +18,7 @@ from diht_jax.loading import load_model, read_model
 from diht_jax.models import Architecture
 from diht_jax.models.parameters import model_definition
 from diht_jax.weights.export import write_model
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import ModelFiles
 from tests import make
 
 ARCH = Architecture(
@@ -97,15 +97,7 @@ def two_models(tmp_path_factory):
             lambda p, rng=rng: 0.1 * rng.standard_normal(p.shape, np.float32),
             jax.eval_shape(init, jax.random.key(0)),
         )
-        write_model(
-            folder / name,
-            "safetensors",
-            arch=arch,
-            params=params,
-            preprocessing=Preprocessing(),
-            heads={},
-            card="",
-        )
+        write_model(folder / name, "safetensors", ModelFiles(arch, params, name), card="")
     return folder
 
 

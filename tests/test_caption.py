@@ -30,6 +30,7 @@ from diht_jax.records.vocabulary import (
 )
 from diht_jax.storage.files import temporary_path
 from diht_jax.weights.inference import LoadedModel
+from diht_jax.weights.source import ModelFiles
 from tests import make
 from tests.records.labels import write_labels
 
@@ -41,15 +42,10 @@ def model():
     decoder = model_parameters(CaptionDecoder(arch, 1, rngs=nnx.Rngs(params=jax.random.key(1))))
     config = default_config()
     config.model.dtype = "float32"
-    return LoadedModel(
-        *(definition, init(jax.random.key(0))),
-        mesh=sharding.create_mesh(1, 1, jax.devices()[:1]),
-        config=config,
-        image_size=32,
-        context_length=6,
-        batch_size=8,
-        decoder=decoder,
-    )
+    params = init(jax.random.key(0))
+    files = ModelFiles(arch, params, "drawn", config=config, decoder=decoder)
+    mesh = sharding.create_mesh(1, 1, jax.devices()[:1])
+    return LoadedModel(definition, files, mesh, batch_size=8)
 
 
 def records(count, first=0, labelled=True):

@@ -17,7 +17,6 @@ import pathlib
 import re
 import string
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -35,18 +34,18 @@ class FileTokenizer:
     """Makes token ids by a tokenizer's file. It is opened where it is used first.
 
     Attributes:
-        path: `tokenizer.json`, or a `.model` file of sentencepiece.
+        path: `tokenizer.json`, or a `.model` file of sentencepiece, of which texts are cleaned and
+            encoded as by transformers' SiglipTokenizer.
         pad: token behind the end of a text (or before its start).
         pads_left: padding comes before the text.
         clean: of texts, before the tokenizer sees them, as open_clip does it: "whitespace" repairs
             Unicode and HTML entities and collapses whitespace, "lower" makes lower case besides,
             "canonicalize" removes punctuation too. "none" as transformers.
         lower_case: the tokenizer makes lower case, also where its file does not say so.
-        start: token before a text, where the file does not say; "" for none.
-        end: token behind a text, likewise.
+        start: token before a text, where `has_own_ends`; "" for none.
+        end: token behind a text, likewise, and of a `.model` file.
         has_own_ends: `start` and `end` stand for those of the file.
-        unknown: token for what the vocabulary lacks, where `as_siglip`.
-        as_siglip: cleans and encodes as transformers' SiglipTokenizer.
+        unknown: token for what the vocabulary lacks, of a `.model` file.
     """
 
     path: str
@@ -58,7 +57,6 @@ class FileTokenizer:
     end: str = ""
     has_own_ends: bool = False
     unknown: str = ""
-    as_siglip: bool = False
 
     def tokenize(self, texts: str | Sequence[str], context_length: int) -> np.ndarray:
         """Token ids of texts.
@@ -74,11 +72,11 @@ class FileTokenizer:
             ValueError: an element is no string, or the file cannot be read.
         """
         texts = check_texts(texts, context_length)
-        opened = self._opened()
-        ids = np.full((len(texts), context_length), opened.pad_id, np.int32)
+        encode, pad_id = self._opened()
+        ids = np.full((len(texts), context_length), pad_id, np.int32)
         for row, text in enumerate(texts):
             text = self._cleaned(check_text(text, row, context_length))
-            found = opened.encode(text, context_length)
+            found = encode(text, context_length)
             if found:
                 ids[row, slice(-len(found), None) if self.pads_left else slice(len(found))] = found
         return ids
@@ -119,21 +117,15 @@ class FileTokenizer:
             ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """A text and the number of ids -> ids with the markers, without padding."""
-
-    encode: Callable[[str, int], list[int]]
-    pad_id: int
+# A text and the number of ids -> ids with the markers, without padding; and the id of padding.
+_Opened = tuple[Callable[[str, int], list[int]], int]
 
 
 @functools.lru_cache(maxsize=4)
 def _open(settings: FileTokenizer) -> _Opened:
     if not os.path.isfile(settings.path):
         raise ValueError(f"{settings.path}: no such file, which a tokenizer is read from")
-    if settings.path.endswith(".json"):
-        return _open_json(settings)
-    return _open_model(settings)
+    return (_open_json if settings.path.endswith(".json") else _open_model)(settings)
 
 
 def _open_json(settings: FileTokenizer) -> _Opened:
@@ -155,10 +147,15 @@ def _open_json(settings: FileTokenizer) -> _Opened:
         found.truncate(max(0, length - num_ends))
         return opened.post_process(found).ids[:length]
 
-    return _Opened(encode, find(settings.pad))
+    return encode, find(settings.pad)
 
 
 def _open_model(settings: FileTokenizer) -> _Opened:
+    """Ids of a text as transformers' SiglipTokenizer makes them.
+
+    Every part of a text between markers that it spells out is encoded behind the unknown token,
+    whose pieces are left out again: this is what keeps a space at its start.
+    """
     try:
         import sentencepiece
     except ModuleNotFoundError as error:
@@ -168,35 +165,21 @@ def _open_model(settings: FileTokenizer) -> _Opened:
         ) from error
     processor = sentencepiece.SentencePieceProcessor()
     processor.Load(settings.path)
-    find = functools.partial(_find_id, settings, lambda piece: _piece_id(processor, piece))
-    start, end = ([find(token)] if token else [] for token in (settings.start, settings.end))
-    text_ids = _siglip_ids(settings, processor) if settings.as_siglip else processor.encode
 
-    def encode(text: str, length: int) -> list[int]:
-        if settings.lower_case and not settings.as_siglip:
-            text = text.lower()
-        found = [*start, *text_ids(text)][: length - len(end)]
-        # A text that spells the marker out has it already, which SiglipTokenizer looks at.
-        return found if settings.as_siglip and found[-1:] == end else found + end
+    def look(piece: str) -> int | None:
+        number = processor.piece_to_id(piece)
+        return number if processor.id_to_piece(number) == piece else None
 
-    return _Opened(encode, find(settings.pad))
-
-
-def _siglip_ids(settings: FileTokenizer, processor: Any) -> Callable[[str], list[int]]:
-    """Ids of a text, without the end, as transformers' SiglipTokenizer makes them.
-
-    Every part of a text between markers that it spells out is encoded behind the unknown token,
-    whose pieces are left out again: this is what keeps a space at its start.
-    """
+    find = functools.partial(_find_id, settings, look)
+    end = find(settings.end)
     markers = {token: processor.piece_to_id(token) for token in (settings.end, settings.unknown)}
     pattern = re.compile(rf"\s*({'|'.join(map(re.escape, markers))})\s*")
     num_prefix = len(processor.encode(settings.unknown))
     space = [processor.piece_to_id(_METASPACE)]
 
-    def encode(text: str) -> list[int]:
-        parts = pattern.split(_METASPACE + text.replace(_METASPACE, " "))
+    def encode(text: str, length: int) -> list[int]:
         found: list[int] = []
-        for part in filter(None, parts):
+        for part in filter(None, pattern.split(_METASPACE + text.replace(_METASPACE, " "))):
             if part in markers:
                 found = [] if found == space else found
                 found.append(markers[part])
@@ -204,14 +187,11 @@ def _siglip_ids(settings: FileTokenizer, processor: Any) -> Callable[[str], list
             part = part.lower() if settings.lower_case else part
             part = re.sub(r"\s+", " ", part.translate(_PUNCTUATION)).strip()
             found += processor.encode(settings.unknown + part)[num_prefix:]
-        return found
+        found = found[: length - 1]
+        # A text that spells the marker out has it already.
+        return found if found[-1:] == [end] else [*found, end]
 
-    return encode
-
-
-def _piece_id(processor: Any, piece: str) -> int | None:
-    number = processor.piece_to_id(piece)
-    return number if processor.id_to_piece(number) == piece else None
+    return encode, find(settings.pad)
 
 
 def _find_id(settings: FileTokenizer, look: Callable[[str], int | None], token: str) -> int:

@@ -39,12 +39,8 @@ class CrossAttention(nnx.Module):
         image_width: int,
         heads: int,
         init: BlockInit,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **dtypes: Any,
     ):
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.heads = heads
         # Keys and values come from vectors of another width, and keep their scale.
         image_init = normal_init(image_width**-0.5)
@@ -76,12 +72,8 @@ class DecoderBlock(nnx.Module):
         self,
         arch: Architecture,
         init: BlockInit,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **dtypes: Any,
     ):
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, heads, epsilon = arch.text_width, arch.text_heads, arch.layer_norm_epsilon
         self.attention_norm = layer_norm(width, epsilon, **dtypes)
         self.attention = Attention(width, heads, init, causal=True, implementation="xla", **dtypes)

@@ -16,13 +16,12 @@ from jax.typing import DTypeLike
 
 from diht_jax.models.packing import find_starts, pack
 from diht_jax.models.transformer import (
-    Block,
     BlockInit,
     Execution,
     Gather,
-    build_blocks,
     in_shard_map,
     layer_norm,
+    make_blocks,
     normal_init,
     run_blocks,
 )
@@ -70,28 +69,20 @@ class TextTransformer(nnx.Module):
             normal_init(0.01)(rngs.params(), (arch.context_length, width), param_dtype)
         )
         init = BlockInit.scaled_by_depth(width, arch.text_layers)
-        blocks = [
-            Block(
-                width,
-                arch.text_heads,
-                arch.text_mlp_width or 4 * width,
-                init,
-                causal=arch.causal_text,
-                activation=arch.text_activation or arch.activation,
-                epsilon=arch.layer_norm_epsilon,
-                for_tpu=execution.for_tpu,
-                attention=execution.attention_kernel(
-                    dtype,
-                    width // arch.text_heads,
-                    num_tokens=arch.context_length,
-                    num_heads=arch.text_heads,
-                    packed=execution.texts_per_row > 1,
-                ),
-                **dtypes,
-            )
-            for _ in range(arch.text_layers)
-        ]
-        self.blocks = build_blocks(blocks, scan_layers=execution.scan_layers)
+        self.blocks = make_blocks(
+            execution,
+            arch.text_layers,
+            width,
+            arch.text_heads,
+            num_tokens=arch.context_length,
+            packed=execution.texts_per_row > 1,
+            mlp_width=arch.text_mlp_width or 4 * width,
+            init=init,
+            causal=arch.causal_text,
+            activation=arch.text_activation or arch.activation,
+            epsilon=arch.layer_norm_epsilon,
+            **dtypes,
+        )
         self.final_norm = layer_norm(width, arch.layer_norm_epsilon, **dtypes)
         self.projection = nnx.Linear(
             width,

@@ -2,7 +2,8 @@
 
 Layout and initialisation follow CLIP (Radford et al. 2021, arXiv 2103.00020, and its released
 code); the activation is the architecture's: exact GELU in DiHT's official code, QuickGELU in
-OpenAI's weights.
+OpenAI's weights. `dtypes` of a layer are `dtype`, of the computation, `param_dtype`, of the stored
+parameters, and `rngs`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,14 +102,8 @@ def normal_init(stddev: float) -> nnx.Initializer:
 
 
 def layer_norm(
-    width: int,
-    epsilon: float,
-    *,
-    fast_variance: bool = False,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-):
+    width: int, epsilon: float, *, fast_variance: bool = False, **dtypes: Any
+) -> nnx.LayerNorm:
     """LayerNorm over the last axis; statistics in float32 for every `dtype`.
 
     Args:
@@ -116,33 +111,22 @@ def layer_norm(
         epsilon: added to the variance.
         fast_variance: the mean of squares less the square of the mean, which needs one pass instead
             of two. Relative to the result it is off by 1e-7 (mean / deviation)^2.
-        dtype, param_dtype, rngs: of the layer.
+        **dtypes: of the layer, see the module.
     """
-    return nnx.LayerNorm(
-        width,
-        epsilon=epsilon,
-        use_fast_variance=fast_variance,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=fast_variance, **dtypes)
 
 
-class BlockInit:
-    """Weight initialisers of one block.
+class BlockInit(NamedTuple):
+    """Weight initialisers of the four kernels of one block.
 
     CLIP's code scales the text tower's weights with width and depth, and leaves the image
     tower's blocks at torch's defaults; both choices are kept.
-
-    Attributes:
-        attention_in, attention_out, mlp_in, mlp_out: initialisers of the four kernels.
     """
 
-    def __init__(self, attention_in, attention_out, mlp_in, mlp_out):
-        self.attention_in = attention_in
-        self.attention_out = attention_out
-        self.mlp_in = mlp_in
-        self.mlp_out = mlp_out
+    attention_in: nnx.Initializer
+    attention_out: nnx.Initializer
+    mlp_in: nnx.Initializer
+    mlp_out: nnx.Initializer
 
     @classmethod
     def scaled_by_depth(cls, width: int, layers: int) -> BlockInit:
@@ -177,14 +161,11 @@ class Attention(nnx.Module):
         *,
         causal: bool,
         implementation: str,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **dtypes: Any,
     ):
         self.heads = heads
         self.causal = causal
         self.implementation = implementation
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.in_proj = Linear(width, 3 * width, kernel_init=init.attention_in, **dtypes)
         self.out_proj = Linear(width, width, kernel_init=init.attention_out, **dtypes)
 
@@ -243,11 +224,8 @@ class Mlp(nnx.Module):
         init: BlockInit,
         *,
         activation: str,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **dtypes: Any,
     ):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.activation = activation
         self.fc_in = Linear(
             width,
@@ -287,11 +265,8 @@ class Block(nnx.Module):
         epsilon: float,
         attention: str = "xla",
         for_tpu: bool = False,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **dtypes: Any,
     ):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = layer_norm(width, epsilon, fast_variance=for_tpu, **dtypes)
         self.attention = Attention(
             width, heads, init, causal=causal, implementation=attention, **dtypes
@@ -334,6 +309,34 @@ def in_shard_map() -> bool:
 def pick_tokens(x: jax.Array, positions: jax.Array) -> jax.Array:
     """[b, t, width] and int32 [b] -> [b, 1, width], one token of each row."""
     return jnp.take_along_axis(x, positions[:, None, None], axis=1)
+
+
+def make_blocks(
+    execution: Execution,
+    layers: int,
+    width: int,
+    heads: int,
+    *,
+    num_tokens: int,
+    packed: bool = False,
+    **settings: Any,
+) -> nnx.List | Block:
+    """The blocks of a tower, as `run_blocks` takes them.
+
+    Args:
+        execution: of the model.
+        layers: number of blocks.
+        width, heads: of the tower.
+        num_tokens: of its sequences.
+        packed: whether several texts share a sequence.
+        **settings: the others of a `Block`.
+    """
+    attention = execution.attention_kernel(
+        settings["dtype"], width // heads, num_tokens=num_tokens, num_heads=heads, packed=packed
+    )
+    settings = {"attention": attention, "for_tpu": execution.for_tpu, **settings}
+    blocks = [Block(width, heads, **settings) for _ in range(layers)]
+    return build_blocks(blocks, scan_layers=execution.scan_layers)
 
 
 def build_blocks(blocks: Sequence[Block], *, scan_layers: bool) -> nnx.List | Block:

@@ -18,13 +18,12 @@ from jax.typing import DTypeLike
 from diht_jax.models.layers import Linear, apply_columns
 from diht_jax.models.positions import Rotary, rotary_positions
 from diht_jax.models.transformer import (
-    Block,
     BlockInit,
     Execution,
     Gather,
     Mlp,
-    build_blocks,
     layer_norm,
+    make_blocks,
     normal_init,
     run_blocks,
     uniform_init,
@@ -70,27 +69,19 @@ class VisionTransformer(nnx.Module):
         if arch.class_token:
             self.pre_norm = layer_norm(width, epsilon, **dtypes)
         init = BlockInit.torch_default(width, mlp_width)
-        blocks = [
-            Block(
-                width,
-                arch.vision_heads,
-                mlp_width,
-                init,
-                causal=False,
-                activation=arch.activation,
-                epsilon=epsilon,
-                for_tpu=execution.for_tpu,
-                attention=execution.attention_kernel(
-                    dtype,
-                    width // arch.vision_heads,
-                    num_tokens=arch.num_image_tokens,
-                    num_heads=arch.vision_heads,
-                ),
-                **dtypes,
-            )
-            for _ in range(arch.vision_layers)
-        ]
-        self.blocks = build_blocks(blocks, scan_layers=execution.scan_layers)
+        self.blocks = make_blocks(
+            execution,
+            arch.vision_layers,
+            width,
+            arch.vision_heads,
+            num_tokens=arch.num_image_tokens,
+            mlp_width=mlp_width,
+            init=init,
+            causal=False,
+            activation=arch.activation,
+            epsilon=epsilon,
+            **dtypes,
+        )
         self.post_norm = layer_norm(width, epsilon, **dtypes)
         if arch.vision_pool_heads is not None:
             self.pool = AttentionPool(arch, init, **dtypes)
@@ -196,16 +187,12 @@ class AttentionPool(nnx.Module):
         self,
         arch: Architecture,
         init: BlockInit,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **dtypes: Any,
     ):
         width = arch.vision_width
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.heads = arch.vision_pool_heads or arch.vision_heads
         draw = uniform_init(math.sqrt(6 / (1 + width)))
-        self.probe = nnx.Param(draw(rngs.params(), (width,), param_dtype))
+        self.probe = nnx.Param(draw(dtypes["rngs"].params(), (width,), dtypes["param_dtype"]))
         self.in_proj = Linear(width, 3 * width, kernel_init=init.attention_in, **dtypes)
         self.out_proj = Linear(width, width, kernel_init=init.attention_out, **dtypes)
         self.norm = layer_norm(width, arch.layer_norm_epsilon, **dtypes)

@@ -6,7 +6,8 @@ Numbers only; no layers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diht_jax.config.architecture import ARCHITECTURE_FIELDS
@@ -88,11 +89,10 @@ class Architecture:
     text_pool: str = "end"
 
     def __post_init__(self):
-        for field, kind in ARCHITECTURE_FIELDS.items():
-            value, least = getattr(self, field), 0 if field == "end_of_text_id" else 1
-            most = _MOST_LAYERS if field.endswith("_layers") else _LARGEST_SIZE
-            if kind is int and value is not None and not least <= value <= most:
-                raise ValueError(f"{field} {value}: expected {least} to {most}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                _check_value(field.name, value)
         for field, choices in CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
@@ -138,136 +138,88 @@ class Architecture:
         return self.num_patches + self.class_token
 
 
+def _check_value(field: str, value: Any) -> None:
+    """Raises ValueError for a value of another type, or a number out of range."""
+    kind, expected = ARCHITECTURE_FIELDS[field], ""
+    least = 0 if field == "end_of_text_id" else 1
+    most = _MOST_LAYERS if field.endswith("_layers") else _LARGEST_SIZE
+    if kind is int and (type(value) is not int or not least <= value <= most):
+        expected = f"an integer from {least} to {most}"
+    elif kind is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+        expected = "a positive number"
+    elif kind in (bool, str) and not isinstance(value, kind):
+        expected = kind.__name__
+    if expected:
+        raise ValueError(f"{field}={value!r:.80}: expected {expected}")
+
+
 def _either(choices: Sequence[str | None]) -> str:
     *first, last = (name for name in choices if name is not None)
     return f"{', '.join(first)} or {last}"
 
 
-def _diht(image_size, patch_size, vision_layers, vision_width, text_width, embed_dim):
-    return Architecture(
-        image_size=image_size,
-        patch_size=patch_size,
-        vision_layers=vision_layers,
-        vision_width=vision_width,
-        vision_heads=vision_width // 64,
-        text_layers=12,
-        text_width=text_width,
-        text_heads=text_width // 64,
-        embed_dim=embed_dim,
-    )
+# What SigLIP (arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786) have otherwise than CLIP.
+_SIGLIP: dict[str, Any] = {
+    "context_length": 64,
+    "activation": "gelu_tanh",
+    "layer_norm_epsilon": 1e-6,
+    "class_token": False,
+    "vision_projection": "none",
+    "text_projection": "bias",
+    "causal_text": False,
+    "text_pool": "last",
+}
+_SIGLIP_B: dict[str, Any] = {"vision_pool_heads": 12, **_SIGLIP}
+_SIGLIP_L: dict[str, Any] = {"vision_pool_heads": 16, **_SIGLIP}
+_SIGLIP_SO: dict[str, Any] = {"vision_mlp_width": 4304, "text_mlp_width": 4304, **_SIGLIP_L}
+# PE-Core (arXiv 2504.13181) with the text tower of its sizes B and L.
+_PE_CORE: dict[str, Any] = {
+    "context_length": 32,
+    "vision_pool_heads": 8,
+    "vision_projection": "bias",
+}
+# MetaCLIP 2 (arXiv 2507.22062) on texts of all languages.
+_WORLDWIDE: dict[str, Any] = {"vocab_size": 901629, "end_of_text_id": 2}
+_QUICK: dict[str, Any] = {"activation": "quick_gelu"}
 
-
-def _siglip(image_size, patch_size, width, layers, heads, vocab_size, mlp_width=None):
-    """SigLIP (arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786), whose two towers are alike."""
-    return Architecture(
-        image_size=image_size,
-        patch_size=patch_size,
-        vision_layers=layers,
-        vision_width=width,
-        vision_heads=heads,
-        vision_mlp_width=mlp_width,
-        text_layers=layers,
-        text_width=width,
-        text_heads=heads,
-        text_mlp_width=mlp_width,
-        embed_dim=width,
-        context_length=64,
-        vocab_size=vocab_size,
-        activation="gelu_tanh",
-        layer_norm_epsilon=1e-6,
-        class_token=False,
-        vision_pool_heads=heads,
-        vision_projection="none",
-        text_projection="bias",
-        causal_text=False,
-        text_pool="last",
-    )
-
-
-def _pe_core(image_size, patch_size, vision_layers, vision_width):
-    """PE-Core (arXiv 2504.13181) with the text tower of its sizes B and L."""
-    return Architecture(
-        image_size=image_size,
-        patch_size=patch_size,
-        vision_layers=vision_layers,
-        vision_width=vision_width,
-        vision_heads=vision_width // 64,
-        text_layers=24,
-        text_width=1024,
-        text_heads=16,
-        embed_dim=1024,
-        context_length=32,
-        vision_pool_heads=8,
-        rotary_grid=image_size // patch_size,
-        vision_projection="bias",
-    )
-
-
-def _vit_h14(image_size, **fields):
-    """open_clip's ViT-H-14, with QuickGELU or not."""
-    return Architecture(
-        image_size=image_size,
-        patch_size=14,
-        vision_layers=32,
-        vision_width=1280,
-        vision_heads=16,
-        text_layers=24,
-        text_width=1024,
-        text_heads=16,
-        embed_dim=1024,
-        **fields,
-    )
-
-
+# By the sizes of images and patches; layers, width and heads of the image tower and of the text
+# tower; and the size of the embeddings.
 ARCHITECTURES: dict[str, Architecture] = {
-    "diht_vitb32_224px": _diht(224, 32, 12, 768, 512, 512),
-    "diht_vitb16_224px": _diht(224, 16, 12, 768, 512, 512),
-    "diht_vitl14_224px": _diht(224, 14, 24, 1024, 768, 768),
-    "diht_vitl14_336px": _diht(336, 14, 24, 1024, 768, 768),
-    "siglip_vitb16_224px": _siglip(224, 16, 768, 12, 12, 32000),
-    "siglip_so400m14_384px": _siglip(384, 14, 1152, 27, 16, 32000, 4304),
-    "siglip2_vitb16_224px": _siglip(224, 16, 768, 12, 12, 256000),
-    "siglip2_vitl16_256px": _siglip(256, 16, 1024, 24, 16, 256000),
-    "siglip2_so400m14_384px": _siglip(384, 14, 1152, 27, 16, 256000, 4304),
-    "pe_core_vitb16_224px": _pe_core(224, 16, 12, 768),
-    "pe_core_vitl14_336px": _pe_core(336, 14, 24, 1024),
-    # MetaCLIP 2 (arXiv 2507.22062) on texts of all languages.
-    "metaclip2_vith14_224px": _vit_h14(
-        224, activation="quick_gelu", vocab_size=901629, end_of_text_id=2
+    "diht_vitb32_224px": Architecture(224, 32, 12, 768, 12, 12, 512, 8, 512),
+    "diht_vitb16_224px": Architecture(224, 16, 12, 768, 12, 12, 512, 8, 512),
+    "diht_vitl14_224px": Architecture(224, 14, 24, 1024, 16, 12, 768, 12, 768),
+    "diht_vitl14_336px": Architecture(336, 14, 24, 1024, 16, 12, 768, 12, 768),
+    "siglip_vitb16_224px": Architecture(
+        224, 16, 12, 768, 12, 12, 768, 12, 768, vocab_size=32000, **_SIGLIP_B
+    ),
+    "siglip_so400m14_384px": Architecture(
+        384, 14, 27, 1152, 16, 27, 1152, 16, 1152, vocab_size=32000, **_SIGLIP_SO
+    ),
+    "siglip2_vitb16_224px": Architecture(
+        224, 16, 12, 768, 12, 12, 768, 12, 768, vocab_size=256000, **_SIGLIP_B
+    ),
+    "siglip2_vitl16_256px": Architecture(
+        256, 16, 24, 1024, 16, 24, 1024, 16, 1024, vocab_size=256000, **_SIGLIP_L
+    ),
+    "siglip2_so400m14_384px": Architecture(
+        384, 14, 27, 1152, 16, 27, 1152, 16, 1152, vocab_size=256000, **_SIGLIP_SO
+    ),
+    "pe_core_vitb16_224px": Architecture(
+        224, 16, 12, 768, 12, 24, 1024, 16, 1024, rotary_grid=14, **_PE_CORE
+    ),
+    "pe_core_vitl14_336px": Architecture(
+        336, 14, 24, 1024, 16, 24, 1024, 16, 1024, rotary_grid=24, **_PE_CORE
+    ),
+    "metaclip2_vith14_224px": Architecture(
+        224, 14, 32, 1280, 16, 24, 1024, 16, 1024, **_QUICK, **_WORLDWIDE
     ),
     # DFN (arXiv 2309.17425): CLIPs.
-    "dfn2b_vitb16_224px": dataclasses.replace(
-        _diht(224, 16, 12, 768, 512, 512), activation="quick_gelu"
-    ),
-    "dfn2b_vitl14_224px": dataclasses.replace(
-        _diht(224, 14, 24, 1024, 768, 768), activation="quick_gelu"
-    ),
-    "dfn5b_vith14_378px": _vit_h14(378, activation="quick_gelu"),
+    "dfn2b_vitb16_224px": Architecture(224, 16, 12, 768, 12, 12, 512, 8, 512, **_QUICK),
+    "dfn2b_vitl14_224px": Architecture(224, 14, 24, 1024, 16, 12, 768, 12, 768, **_QUICK),
+    "dfn5b_vith14_378px": Architecture(378, 14, 32, 1280, 16, 24, 1024, 16, 1024, **_QUICK),
     # Ours: sizes with which a laptop's CPU trains in minutes.
-    "small_64px": Architecture(
-        image_size=64,
-        patch_size=8,
-        vision_layers=4,
-        vision_width=192,
-        vision_heads=3,
-        text_layers=2,
-        text_width=192,
-        text_heads=3,
-        embed_dim=192,
-        context_length=32,
-    ),
-    "tiny_32px": Architecture(
-        image_size=32,
-        patch_size=8,
-        vision_layers=4,
-        vision_width=128,
-        vision_heads=2,
-        text_layers=2,
-        text_width=128,
-        text_heads=2,
-        embed_dim=128,
-        context_length=32,
-    ),
+    "small_64px": Architecture(64, 8, 4, 192, 3, 2, 192, 3, 192, context_length=32),
+    "tiny_32px": Architecture(32, 8, 4, 128, 2, 2, 128, 2, 128, context_length=32),
 }
 
 
@@ -287,22 +239,24 @@ def get_architecture(name: str, overrides: dict[str, Any] | None = None) -> Arch
         raise ValueError(
             f"unknown architecture '{name}'; {hint}known: {', '.join(sorted(ARCHITECTURES))}"
         )
-    fields = [field.name for field in dataclasses.fields(Architecture)]
     replaced = {k: v for k, v in (overrides or {}).items() if v is not None}
-    for field, value in replaced.items():
-        if field not in fields:
-            nearest = nearest_name(field, fields)
+    return replace_fields(ARCHITECTURES[name], replaced, "config.model.overrides")
+
+
+def replace_fields(arch: Architecture, fields: Mapping[str, Any], where: str) -> Architecture:
+    """The architecture with other values of some fields.
+
+    Raises:
+        ValueError: an unknown field (names the nearest known one), or sizes that do not fit.
+    """
+    for field in fields:
+        if field not in ARCHITECTURE_FIELDS:
+            nearest = nearest_name(field, ARCHITECTURE_FIELDS)
             hint = f"did you mean '{nearest}'? " if nearest else ""
             raise ValueError(
-                f"config.model.overrides has no field '{field}'; {hint}known: {', '.join(fields)}"
+                f"{where} has no field '{field}'; {hint}known: {', '.join(ARCHITECTURE_FIELDS)}"
             )
-        kind = ARCHITECTURE_FIELDS[field]
-        allowed = (int, float) if kind is float else kind
-        is_number = kind in (int, float)
-        is_wrong_kind = isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed)
-        if is_wrong_kind or (is_number and value <= 0):
-            raise ValueError(
-                f"config.model.overrides.{field}: expected a {'positive ' * is_number}"
-                f"{kind.__name__}, got {value!r}"
-            )
-    return dataclasses.replace(ARCHITECTURES[name], **replaced)
+    try:
+        return dataclasses.replace(arch, **fields)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error

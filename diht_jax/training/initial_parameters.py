@@ -26,7 +26,7 @@ from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.releases import RELEASES
 from diht_jax.weights.settings import Preprocessing
-from diht_jax.weights.source import ModelFiles, find_model, read_weights
+from diht_jax.weights.source import ModelFiles, read_weights
 
 _TOKENIZER_KEYS = {"model.tokenizer", "model.text_cleaning"}
 # Positions are fitted to these.
@@ -113,7 +113,7 @@ def initial_parameters(
 
 def _read_weights(source: str) -> ModelFiles:
     try:
-        return read_weights(find_model(source))
+        return read_weights(source)
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
 

@@ -38,6 +38,7 @@ from diht_jax.training.recipe import pictures_of
 from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.checkpoint import BestStep
 from diht_jax.weights.inference import LoadedModel
+from diht_jax.weights.source import ModelFiles
 
 FAILED = "evaluation_failed"
 _PREFIX = "evaluation/"
@@ -210,17 +211,16 @@ class RunEvaluation:
             mesh = sharding.create_mesh(data=1, fsdp=-1, devices=jax.local_devices())
             params = _copy_to(mesh, params)
         if self._model is None:
-            self._model = LoadedModel(
-                self._program.definition,
+            model = ModelFiles(
+                self._program.arch,
                 params,
-                mesh=mesh,
-                config=self._config,
-                image_size=self._program.arch.image_size,
-                context_length=self._program.arch.context_length,
-                batch_size=self._config.evaluation.batch_size,
+                "the run",
                 preprocessing=pictures_of(self._config),
-                own_tokenizer=self._tokenizer,
+                config=self._config,
+                tokenizer=self._tokenizer,
             )
+            batch_size = self._config.evaluation.batch_size
+            self._model = LoadedModel(self._program.definition, model, mesh, batch_size=batch_size)
         self._model.update(params, step)
         return self._model
 

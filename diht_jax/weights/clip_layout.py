@@ -20,8 +20,10 @@ import numpy as np
 from diht_jax.models.parameters import model_definition, parameter_shapes
 from diht_jax.models.zoo import Architecture
 from diht_jax.weights.layout import (
+    BlockNames,
     Layout,
     Tensors,
+    blocks,
     from_layout,
     layout_shapes,
     linear,
@@ -31,9 +33,9 @@ from diht_jax.weights.layout import (
 
 # Scalars that OpenAI's archives carry besides the parameters.
 EXTRAS = frozenset(("input_resolution", "context_length", "vocab_size"))
-# open_clip's CustomTextCLIP keeps the text tower in a module of its own.
-_TEXT_PREFIX = "text."
-_BLOCK = "transformer.resblocks"
+TEXT_PREFIX = "text."
+_BLOCKS = "transformer.resblocks."
+_BLOCK = BlockNames("ln_1", ("attn.in_proj_",), "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 # CLIP's head width is 64; the big open_clip models differ (width -> heads, open_clip's
 # ViT-H-14, ViT-g-14 and ViT-bigG-14), and shapes do not show it.
@@ -53,20 +55,19 @@ _PARTS = (
 HEADS_PREFIX = "concept_heads."
 
 
-def drop_extras(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leaves out OpenAI's extras and the causal mask that some versions save."""
-    return {
+def normalize_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One layout out of its variants, without OpenAI's extras and the causal mask of some versions.
+
+    open_clip's CustomTextCLIP keeps the text tower in a module `text`; with an image tower of its
+    own the prefix is taken off.
+    """
+    kept = {
         name: value
         for name, value in tensors.items()
         if name not in EXTRAS and name.rpartition(".")[2] != "attn_mask"
     }
-
-
-def normalize_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One layout out of its variants: extras and buffers dropped, `text.` prefix taken off."""
-    kept = drop_extras(tensors)
-    if f"{_TEXT_PREFIX}positional_embedding" in kept:
-        return {name.removeprefix(_TEXT_PREFIX): value for name, value in kept.items()}
+    if "visual.conv1.weight" in kept and f"{TEXT_PREFIX}positional_embedding" in kept:
+        return {name.removeprefix(TEXT_PREFIX): value for name, value in kept.items()}
     return kept
 
 
@@ -112,18 +113,18 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
         return Architecture(
             image_size=side * patch_size,
             patch_size=patch_size,
-            vision_layers=_count_blocks(tensors, f"visual.{_BLOCK}"),
+            vision_layers=_count_blocks(tensors, f"visual.{_BLOCKS}"),
             vision_width=vision_width,
             vision_heads=_UNUSUAL_HEADS.get(vision_width, max(1, vision_width // _HEAD_WIDTH)),
-            text_layers=_count_blocks(tensors, _BLOCK),
+            text_layers=_count_blocks(tensors, _BLOCKS),
             text_width=text_width,
             # The text towers of the same models have heads 64 wide.
             text_heads=max(1, text_width // _HEAD_WIDTH),
             embed_dim=tensors["visual.proj"].shape[1],
             context_length=tensors["positional_embedding"].shape[0],
             vocab_size=vocab_size,
-            vision_mlp_width=_mlp_width(tensors, f"visual.{_BLOCK}", vision_width),
-            text_mlp_width=_mlp_width(tensors, _BLOCK, text_width),
+            vision_mlp_width=_mlp_width(tensors, f"visual.{_BLOCKS}", vision_width),
+            text_mlp_width=_mlp_width(tensors, _BLOCKS, text_width),
         )
     except ValueError as error:
         raise ValueError(f"{path}: its shapes are those of no model: {error}") from error
@@ -146,14 +147,6 @@ def to_clip(params: Mapping[str, Any], arch: Architecture) -> dict[str, np.ndarr
     return to_layout(params, layout(arch))
 
 
-def split_heads(
-    tensors: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(parameters of the dual encoder, concept heads under their full names)."""
-    heads = {name: v for name, v in tensors.items() if name.startswith(HEADS_PREFIX)}
-    return {name: v for name, v in tensors.items() if name not in heads}, heads
-
-
 def heads_to_clip(heads: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Linear heads `{name: {kernel, bias}}` as `concept_heads.NAME.weight` and `.bias`."""
     tensors = {}
@@ -170,15 +163,21 @@ def our_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return parameter_shapes(jax.eval_shape(init, jax.random.key(0)))
 
 
-def check_is_clip(arch: Architecture) -> None:
-    """Raises ValueError for a model with other parts than CLIP's."""
-    others = [
-        f"{field.name}={getattr(arch, field.name)}"
+def parts_unlike_clip(arch: Architecture) -> dict[str, Any]:
+    """The fields of a model in which it has other parts than CLIP's."""
+    return {
+        field.name: getattr(arch, field.name)
         for field in dataclasses.fields(Architecture)
         if field.name in _PARTS and getattr(arch, field.name) != field.default
-    ]
-    if others:
-        raise ValueError(f"CLIP's layout has no place for a model with {', '.join(others)}")
+    }
+
+
+def check_is_clip(arch: Architecture) -> None:
+    """Raises ValueError for a model with other parts than CLIP's."""
+    parts = parts_unlike_clip(arch)
+    if parts:
+        shown = ", ".join(f"{name}={value}" for name, value in parts.items())
+        raise ValueError(f"CLIP's layout has no place for a model with {shown}")
 
 
 def layout(arch: Architecture) -> Layout:
@@ -192,7 +191,7 @@ def layout(arch: Architecture) -> Layout:
         "log_logit_scale": Tensors(("logit_scale",)),
         **norm("vision/pre_norm", "visual.ln_pre"),
         **norm("vision/post_norm", "visual.ln_post"),
-        **_blocks("vision", "visual.", arch.vision_layers),
+        **blocks("vision/blocks", f"visual.{_BLOCKS}", arch.vision_layers, _BLOCK),
         **text_layout(arch),
     }
 
@@ -203,39 +202,22 @@ def text_layout(arch: Architecture, prefix: str = "") -> dict[str, Tensors]:
         "text/token_embedding/embedding": Tensors((f"{prefix}token_embedding.weight",)),
         "text/positional_embedding": Tensors((f"{prefix}positional_embedding",)),
         **norm("text/final_norm", f"{prefix}ln_final"),
-        **_blocks("text", prefix, arch.text_layers),
+        **blocks("text/blocks", f"{prefix}{_BLOCKS}", arch.text_layers, _BLOCK),
     }
     if arch.text_projection == "bias":
         return {**found, **linear("text/projection", f"{prefix}text_projection")}
     return {**found, "text/projection/kernel": Tensors((f"{prefix}text_projection",))}
 
 
-def _blocks(tower: str, prefix: str, layers: int) -> dict[str, Tensors]:
-    found = {}
-    for i in range(layers):
-        ours, theirs = f"{tower}/blocks/{i}", f"{prefix}{_BLOCK}.{i}"
-        in_proj = f"{theirs}.attn.in_proj"
-        found |= {
-            **norm(f"{ours}/attention_norm", f"{theirs}.ln_1"),
-            f"{ours}/attention/in_proj/kernel": Tensors((f"{in_proj}_weight",), "transposed"),
-            f"{ours}/attention/in_proj/bias": Tensors((f"{in_proj}_bias",)),
-            **linear(f"{ours}/attention/out_proj", f"{theirs}.attn.out_proj"),
-            **norm(f"{ours}/mlp_norm", f"{theirs}.ln_2"),
-            **linear(f"{ours}/mlp/fc_in", f"{theirs}.mlp.c_fc"),
-            **linear(f"{ours}/mlp/fc_out", f"{theirs}.mlp.c_proj"),
-        }
-    return found
-
-
 def _count_blocks(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
-    pattern = re.compile(rf"{re.escape(prefix)}\.(\d{{1,9}})\.")
+    pattern = re.compile(rf"{re.escape(prefix)}(\d{{1,9}})\.")
     indices = [int(match[1]) for name in tensors if (match := pattern.match(name))]
     return max(indices, default=-1) + 1
 
 
 def _mlp_width(tensors: Mapping[str, np.ndarray], prefix: str, width: int) -> int | None:
     """Inner width of the MLPs, or None where it is the usual one."""
-    weight = tensors.get(f"{prefix}.0.mlp.c_fc.weight")
+    weight = tensors.get(f"{prefix}0.mlp.c_fc.weight")
     # `check_parameters` reports a weight that is no matrix.
     if weight is None or weight.ndim != 2 or weight.shape[0] == 4 * width:
         return None

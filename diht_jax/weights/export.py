@@ -13,9 +13,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 
-from diht_jax.data import tokenizer
-from diht_jax.data.file_tokenizer import FileTokenizer
+from diht_jax.data.tokenizer import SMALLEST_VOCAB, VOCAB_SIZE, check_vocab_size, merges
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
 from diht_jax.weights import (
@@ -25,14 +25,17 @@ from diht_jax.weights import (
     timm_layout,
     tokenizer_file,
 )
+from diht_jax.weights.layout import to_layout
 from diht_jax.weights.programs import onnx, stablehlo
-from diht_jax.weights.settings import Preprocessing, make_preprocessor
+from diht_jax.weights.settings import make_preprocessor
 from diht_jax.weights.source import (
     HUGGINGFACE_CONFIG,
     HUGGINGFACE_MERGES,
     HUGGINGFACE_PREPROCESSOR,
+    LOGIT_BIAS,
     OPEN_CLIP_CONFIG,
     TOKENIZER_KIND,
+    ModelFiles,
 )
 from diht_jax.weights.tensor_files import write_safetensors, write_torch
 
@@ -41,24 +44,19 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 CARD_FILE = "README.md"
 
 _PROGRAMS = ("stablehlo", "onnx")
-_LOGIT_BIAS = "logit_bias"
 # open_clip and transformers refuse parameters that they do not know.
 _FORMATS_WITH_HEADS = ("clip", "safetensors")
+_FORMATS_WITH_TOKENIZER = ("huggingface", *_PROGRAMS)
 
 
 def write_model(
     output: pathlib.Path,
     format: str,
+    model: ModelFiles,
     *,
-    arch: Architecture,
-    params: Mapping[str, Any],
-    preprocessing: Preprocessing,
-    heads: Mapping[str, np.ndarray],
     card: str,
     dtype: str = "float32",
-    has_tokenizer: bool = True,
-    own_tokenizer: FileTokenizer | None = None,
-    loss_scalars: Mapping[str, float] | None = None,
+    keep_heads: bool = False,
 ) -> None:
     """Writes a model directory.
 
@@ -68,49 +66,42 @@ def write_model(
             and open_clip's code loads it), "safetensors" (the same names in
             `model.safetensors`), "open_clip" or "huggingface" (what their loaders expect),
             "stablehlo" or "onnx" (both towers as programs, see `weights.programs`).
-        arch, params, preprocessing: the model, layer by layer.
-        heads: concept heads to keep, by their names in the file; empty leaves them out.
+        model: what to write.
         card: text of the model card.
         dtype: of the stored parameters, a key of `DTYPES`.
-        has_tokenizer: see `ModelFiles`.
-        own_tokenizer: the model's, whose files are copied; None where it is CLIP's.
-        loss_scalars: what the loss has learnt; see `lost_scalars`.
+        keep_heads: write the model's concept heads too, if it has any.
 
     Raises:
         ValueError: unknown format or dtype, a model or heads that the format cannot hold, files in
             the way.
     """
     check_target(output, format, dtype)
+    heads = model.heads if keep_heads else {}
     if heads and format not in _FORMATS_WITH_HEADS:
         raise ValueError(
             f"format '{format}' cannot hold concept heads, since its loader refuses what it does "
             f"not know; leave them out, or take {' or '.join(_FORMATS_WITH_HEADS)}"
         )
-    _check_model(format, arch, preprocessing)
+    try:
+        configs = _make_configs(format, model, dtype)
+    except ValueError as error:
+        raise ValueError(f"format '{format}': {error}") from error
     output.mkdir(parents=True, exist_ok=True)
-    if own_tokenizer is not None:
-        tokenizer_file.copy_tokenizer(own_tokenizer, str(output))
-    has_tokenizer = has_tokenizer and own_tokenizer is None
-    if format in _PROGRAMS:
-        _write_programs(output, format, arch, params, preprocessing, dtype)
-        if has_tokenizer and arch.vocab_size <= tokenizer.VOCAB_SIZE:
-            _write_huggingface_tokenizer(output, arch)
-        write_bytes(output / CARD_FILE, card.encode())
-        return
-    logit_bias = (loss_scalars or {}).get(_LOGIT_BIAS)
-    tensors = {**_named_tensors(format, arch, params, logit_bias), **heads}
-    tensors = {name: np.asarray(v).astype(DTYPES[dtype]) for name, v in tensors.items()}
+    has_place = format in _FORMATS_WITH_TOKENIZER and model.arch.vocab_size <= VOCAB_SIZE
+    if model.tokenizer is not None:
+        tokenizer_file.copy_tokenizer(model.tokenizer, str(output))
+    elif model.has_tokenizer and has_place:
+        _write_huggingface_tokenizer(output, model.arch)
+    for name, content in configs.items():
+        _write_json(output / name, content)
     write_bytes(output / CARD_FILE, card.encode())
-    if format == "huggingface":
-        _write_huggingface(output, tensors, arch, preprocessing, dtype)
-        if has_tokenizer and arch.vocab_size <= tokenizer.VOCAB_SIZE:
-            _write_huggingface_tokenizer(output, arch)
+    if format == "onnx":
+        onnx.write_onnx(output, model)
+    elif format == "stablehlo":
+        stablehlo.write_stablehlo(output, model, dtype)
     else:
-        config = open_clip_config.make_config(arch, preprocessing, logit_bias)
-        if own_tokenizer is not None:
-            config["model_cfg"]["text_cfg"] |= tokenizer_file.make_cleaning(own_tokenizer)
-        settings = _tokenizer_settings(arch, has_tokenizer)
-        _write_json(output / OPEN_CLIP_CONFIG, {**config, "tokenizer": settings})
+        tensors = {**_named_tensors(format, model), **heads}
+        tensors = {name: np.asarray(v).astype(DTYPES[dtype]) for name, v in tensors.items()}
         if format == "clip":
             write_torch(output / "model.pt", tensors)
         else:
@@ -118,15 +109,45 @@ def write_model(
             write_safetensors(output / f"{prefix}model.safetensors", tensors)
 
 
-def _named_tensors(
-    format: str, arch: Architecture, params: Mapping[str, Any], logit_bias: float | None
-) -> dict[str, np.ndarray]:
-    """Parameters by their names in a format's layout."""
+def _make_configs(format: str, model: ModelFiles, dtype: str) -> dict[str, dict[str, Any]]:
+    """The configs of a format by the names of their files; ValueError if it has no such model."""
+    arch, preprocessing = model.arch, model.preprocessing
     if format == "huggingface":
-        return huggingface.to_huggingface(params, arch, logit_bias or 0.0)
-    if timm_layout.is_timm(arch):
-        return timm_layout.to_timm(params, arch, logit_bias)
-    return clip_layout.to_clip(params, arch)
+        return {
+            HUGGINGFACE_CONFIG: huggingface.make_config(arch, dtype),
+            HUGGINGFACE_PREPROCESSOR: make_preprocessor(arch, preprocessing),
+        }
+    if format in _PROGRAMS:
+        if format == "onnx":  # exported from transformers' model
+            huggingface.model_type(arch)
+        return {OPEN_CLIP_CONFIG: open_clip_config.describe(arch, preprocessing)}
+    config = open_clip_config.make_config(arch, preprocessing, model.loss_scalars.get(LOGIT_BIAS))
+    # Facts about the tokenizer, of which these formats have no files.
+    facts: dict[str, Any] = {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
+    if model.tokenizer is not None:
+        config["model_cfg"]["text_cfg"] |= tokenizer_file.make_cleaning(model.tokenizer)
+    elif model.has_tokenizer and arch.vocab_size >= SMALLEST_VOCAB:
+        used = check_vocab_size(arch.vocab_size)
+        facts |= {
+            "kind": TOKENIZER_KIND,
+            "start_of_text_id": used - 2,
+            "end_of_text_id": used - 1,
+            "padding_id": 0,
+        }
+    return {OPEN_CLIP_CONFIG: {**config, "tokenizer": facts}}
+
+
+def _named_tensors(format: str, model: ModelFiles) -> dict[str, np.ndarray]:
+    """Parameters by their names in a format's layout."""
+    logit_bias = model.loss_scalars.get(LOGIT_BIAS)
+    if format == "huggingface":
+        return huggingface.to_huggingface(model.params, model.arch, logit_bias or 0.0)
+    if not timm_layout.is_timm(model.arch):
+        return clip_layout.to_clip(model.params, model.arch)
+    tensors = to_layout(model.params, timm_layout.layout(model.arch))
+    if logit_bias is not None:
+        tensors[LOGIT_BIAS] = np.asarray(logit_bias, np.float32)
+    return tensors
 
 
 def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
@@ -147,59 +168,33 @@ def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
         raise ValueError(f"{output}: exists and is not an empty directory; name another one")
 
 
-def lost_scalars(format: str, arch: Architecture, loss_scalars: Mapping[str, float]) -> list[str]:
-    """Names of what a loss has learnt that a format has no place for.
+def find_lost_scalars(
+    format: str, arch: Architecture, loss_scalars: Mapping[str, float], name: str
+) -> list[str]:
+    """Names of what the loss of the model `name` has learnt that a format has no place for.
 
     SigLIP's bias has one in transformers' SiglipModel, and in open_clip's models of timm's towers.
+    The others are logged.
     """
     holds_bias = format not in _PROGRAMS and timm_layout.is_timm(arch)
-    return [name for name in loss_scalars if not (holds_bias and name == _LOGIT_BIAS)]
-
-
-def _check_model(format: str, arch: Architecture, preprocessing: Preprocessing) -> None:
-    try:
-        if format in ("huggingface", "onnx"):  # the latter is exported from transformers' model
-            huggingface.model_type(arch)
-        elif format not in _PROGRAMS:
-            open_clip_config.make_config(arch, preprocessing)
-    except ValueError as error:
-        raise ValueError(f"format '{format}': {error}") from error
-
-
-def _write_programs(
-    output: pathlib.Path,
-    format: str,
-    arch: Architecture,
-    params: Mapping[str, Any],
-    preprocessing: Preprocessing,
-    dtype: str,
-) -> None:
-    _write_json(output / OPEN_CLIP_CONFIG, open_clip_config.describe(arch, preprocessing))
-    model = {"arch": arch, "params": params, "preprocessing": preprocessing}
-    if format == "onnx":
-        onnx.write_onnx(output, **model)
-    else:
-        stablehlo.write_stablehlo(output, **model, dtype=dtype)
-
-
-def _write_huggingface(
-    output: pathlib.Path,
-    tensors: Mapping[str, np.ndarray],
-    arch: Architecture,
-    preprocessing: Preprocessing,
-    dtype: str,
-) -> None:
-    _write_json(output / HUGGINGFACE_CONFIG, huggingface.make_config(arch, dtype))
-    preprocessor = make_preprocessor(arch, preprocessing)
-    _write_json(output / HUGGINGFACE_PREPROCESSOR, preprocessor)
-    write_safetensors(output / "model.safetensors", tensors)
+    lost = [scalar for scalar in loss_scalars if not (holds_bias and scalar == LOGIT_BIAS)]
+    for scalar in lost:
+        logging.warning(
+            "%s: %s=%.6g, which the loss has learnt, is left out, since format '%s' has no place "
+            "for it: it is in the card. Probabilities of pairs need it, similarities do not",
+            name,
+            scalar,
+            loss_scalars[scalar],
+            format,
+        )
+    return lost
 
 
 def _write_huggingface_tokenizer(output: pathlib.Path, arch: Architecture) -> None:
     pieces = tokenizer_file.pieces(arch.vocab_size)
     made = tokenizer_file.make_tokenizer(arch.vocab_size)
     _write_json(output / "vocab.json", {piece: i for i, piece in enumerate(pieces)})
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges(arch.vocab_size))]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges(arch.vocab_size))]
     write_bytes(output / HUGGINGFACE_MERGES, ("\n".join(lines) + "\n").encode())
     write_bytes(output / "tokenizer.json", made.to_str(pretty=True).encode())
     markers = {"bos_token": tokenizer_file.START_OF_TEXT}
@@ -213,21 +208,6 @@ def _write_huggingface_tokenizer(output: pathlib.Path, arch: Architecture) -> No
     }
     _write_json(output / "tokenizer_config.json", config)
     _write_json(output / "special_tokens_map.json", markers)
-
-
-def _tokenizer_settings(arch: Architecture, has_tokenizer: bool) -> dict[str, Any]:
-    """Facts about the tokenizer, for formats that have no tokenizer files."""
-    sizes = {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
-    if not has_tokenizer or arch.vocab_size < tokenizer.SMALLEST_VOCAB:
-        return sizes
-    used = tokenizer.check_vocab_size(arch.vocab_size)
-    return {
-        "kind": TOKENIZER_KIND,
-        **sizes,
-        "start_of_text_id": used - 2,
-        "end_of_text_id": used - 1,
-        "padding_id": 0,
-    }
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

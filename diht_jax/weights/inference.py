@@ -16,19 +16,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.data import tokenizer
-from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.extras.caption_decoder import decode_captions, merge_decoder
 from diht_jax.input import transforms
 from diht_jax.input.decode import decode_rgb, load_rgb
 from diht_jax.input.transforms import Preprocessing
 from diht_jax.models.parameters import ModelDefinition, merge_model
+from diht_jax.weights.source import LOGIT_BIAS, ModelFiles
 
 # A picture: of PIL, the path of a file, or uint8 [h, w, 3].
 Picture = Image.Image | str | os.PathLike | np.ndarray
@@ -49,44 +48,26 @@ class LoadedModel:
     """
 
     def __init__(
-        self,
-        definition: ModelDefinition,
-        params: dict[str, Any],
-        *,
-        mesh: Mesh,
-        config: ml_collections.ConfigDict,
-        image_size: int,
-        context_length: int,
-        batch_size: int = 256,
-        step: int | None = None,
-        preprocessing: Preprocessing | None = None,
-        decoder: dict[str, Any] | None = None,
-        has_tokenizer: bool = True,
-        own_tokenizer: FileTokenizer | None = None,
-        logit_bias: float = 0.0,
+        self, definition: ModelDefinition, model: ModelFiles, mesh: Mesh, *, batch_size: int = 256
     ):
-        """Wraps parameters of `models.parameters` that are on `mesh`.
+        """Wraps a model whose parameters are on the devices.
 
         Args:
-            definition, params: the model.
-            mesh: axes `data` and `fsdp`.
-            config, image_size, context_length, step: see the class.
+            definition: how it computes.
+            model: the rest, in the dtype of its config.
+            mesh: the devices, with axes `data` and `fsdp`.
             batch_size: most examples embedded at once, over all devices.
-            preprocessing: of the pictures; CLIP's by default.
-            decoder: parameters of the caption decoder, of a model that was trained with one.
-            has_tokenizer: texts are tokenized; otherwise it takes ids alone.
-            own_tokenizer: that tokenizes them, instead of CLIP's.
-            logit_bias: see the class.
         """
-        self.config, self.step, self.logit_bias = config, step, logit_bias
-        self.image_size, self.context_length = image_size, context_length
-        self.preprocessing = preprocessing or Preprocessing()
-        self._params, self._decoder = params, decoder
-        self._has_tokenizer, self._own_tokenizer = has_tokenizer, own_tokenizer
+        self.config, self.step = model.config, model.step
+        self.logit_bias = model.loss_scalars.get(LOGIT_BIAS, 0.0)
+        self.image_size, self.context_length = model.arch.image_size, model.arch.context_length
+        self.preprocessing = model.preprocessing
+        self._params, self._decoder = model.params, model.decoder
+        self._has_tokenizer, self._own_tokenizer = model.has_tokenizer, model.tokenizer
         self._batch_sharding = sharding.batch_sharding(mesh)
         self._num_devices = mesh.size
         self._batch_size = math.ceil(batch_size / mesh.size) * mesh.size
-        dtype = jnp.dtype(config.model.dtype)
+        dtype = jnp.dtype(model.config.model.dtype)
         whole = sharding.replicated(mesh)
         mean, std = self.preprocessing.mean, self.preprocessing.std
 
@@ -291,27 +272,29 @@ class LoadedModel:
             )
         return tokenizer.check_vocab_size(self._vocab_size)
 
-    def _pixels_of_all(self, images: Picture | Iterable[Picture]) -> np.ndarray:
+    def _pixels_of_all(self, pictures: Picture | Iterable[Picture]) -> np.ndarray:
         """uint8 [b, size, size, 3] of what `encode_image` takes."""
-        if isinstance(images, Image.Image | str | os.PathLike):
+        images: Any = pictures
+        shape = (self.image_size, self.image_size, 3)
+        is_array = isinstance(images, np.ndarray | jax.Array)
+        if is_array and images.shape[1:] == shape and images.dtype == np.uint8:
+            return np.asarray(images)
+        if isinstance(images, Image.Image | str | os.PathLike) or (is_array and images.ndim == 3):
             images = [images]
-        if isinstance(images, np.ndarray | jax.Array):
-            images = _check_array(np.asarray(images), "images")
-            images = images[None] if images.ndim == 3 else images
-            if images.shape[1:3] == (self.image_size, self.image_size):
-                return images
         if not isinstance(images, Iterable) or isinstance(images, bytes | dict):
             raise ValueError(f"images: {_EXPECTED_PICTURES}, got {type(images).__name__}")
         rows = [self._pixels_of(image, f"images[{i}]") for i, image in enumerate(images)]
-        shape = (len(rows), self.image_size, self.image_size, 3)
-        return np.reshape(np.asarray(rows, np.uint8), shape)
+        return np.reshape(np.asarray(rows, np.uint8), (len(rows), *shape))
 
     def _pixels_of(self, image: Picture, name: str) -> np.ndarray:
         """uint8 [size, size, 3] of one picture among several."""
         if isinstance(image, np.ndarray | jax.Array):
-            image = _check_array(np.asarray(image), name)
-            if image.ndim == 4:
-                raise ValueError(f"{name}: expected one picture, got {list(image.shape)}")
+            image = np.asarray(image)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(
+                    f"{name}: expected uint8 [h, w, 3] with values from 0 to 255, got "
+                    f"{image.dtype} {list(image.shape)}"
+                )
             if image.shape[:2] == (self.image_size, self.image_size):
                 return image
             image = Image.fromarray(image)
@@ -349,14 +332,3 @@ class LoadedModel:
         while padded < size:
             padded *= 2
         return min(padded, self._batch_size)
-
-
-def _check_array(array: np.ndarray, name: str) -> np.ndarray:
-    """Returns pictures [b, h, w, 3], or one [h, w, 3], as they are; anything else is an error."""
-    is_picture = array.ndim in (3, 4) and array.shape[-1] == 3 and 0 not in array.shape[-3:]
-    if array.dtype != np.uint8 or not is_picture:
-        raise ValueError(
-            f"{name}: expected uint8 [h, w, 3] or [b, h, w, 3] with values from 0 to 255, got "
-            f"{array.dtype} {list(array.shape)}"
-        )
-    return array

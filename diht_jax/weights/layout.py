@@ -27,20 +27,29 @@ class Tensors(NamedTuple):
     """The tensors of another library behind one array of ours.
 
     Attributes:
-        names: of the tensors.
+        names: of the tensors; ours has the values of several one after the other along its last
+            axis.
         form: how each differs from ours, a key of `_FORMS`.
-        are_layers: whether several are layers, stacked along our first axis; else ours has their
-            values one after the other along its last axis.
         shares: relative sizes of several along that axis, if they differ.
     """
 
     names: tuple[str, ...]
     form: str = "same"
-    are_layers: bool = False
     shares: tuple[int, ...] = ()
 
 
 Layout = Mapping[str, Tensors]
+
+
+class BlockNames(NamedTuple):
+    """Another library's names of the parts of a block; `in_proj` may be several, with the dot."""
+
+    attention_norm: str
+    in_proj: tuple[str, ...]
+    out_proj: str
+    mlp_norm: str
+    fc_in: str
+    fc_out: str
 
 
 def norm(ours: str, theirs: str) -> dict[str, Tensors]:
@@ -48,9 +57,16 @@ def norm(ours: str, theirs: str) -> dict[str, Tensors]:
     return {f"{ours}/scale": Tensors((f"{theirs}.weight",)), **bias(ours, theirs)}
 
 
-def linear(ours: str, theirs: str) -> dict[str, Tensors]:
-    """The entries of a linear layer."""
-    return {f"{ours}/kernel": Tensors((f"{theirs}.weight",), "transposed"), **bias(ours, theirs)}
+def linear(
+    ours: str, *theirs: str, dot: str = ".", shares: tuple[int, ...] = ()
+) -> dict[str, Tensors]:
+    """The entries of a linear layer, which the other library may have in several parts."""
+    weights = tuple(f"{name}{dot}weight" for name in theirs)
+    biases = tuple(f"{name}{dot}bias" for name in theirs)
+    return {
+        f"{ours}/kernel": Tensors(weights, "transposed", shares),
+        f"{ours}/bias": Tensors(biases, "same", shares),
+    }
 
 
 def bias(ours: str, theirs: str) -> dict[str, Tensors]:
@@ -58,18 +74,31 @@ def bias(ours: str, theirs: str) -> dict[str, Tensors]:
     return {f"{ours}/bias": Tensors((f"{theirs}.bias",))}
 
 
+def blocks(ours: str, theirs: str, layers: int, names: BlockNames) -> dict[str, Tensors]:
+    """The entries of a tower's blocks, `ours/0` and on, whose names begin with `theirs0` and on."""
+    found: dict[str, Tensors] = {}
+    for i in range(layers):
+        block, prefix = f"{ours}/{i}", f"{theirs}{i}."
+        in_proj = (f"{prefix}{name}" for name in names.in_proj)
+        found |= {
+            **norm(f"{block}/attention_norm", f"{prefix}{names.attention_norm}"),
+            **linear(f"{block}/attention/in_proj", *in_proj, dot=""),
+            **linear(f"{block}/attention/out_proj", f"{prefix}{names.out_proj}"),
+            **norm(f"{block}/mlp_norm", f"{prefix}{names.mlp_norm}"),
+            **linear(f"{block}/mlp/fc_in", f"{prefix}{names.fc_in}"),
+            **linear(f"{block}/mlp/fc_out", f"{prefix}{names.fc_out}"),
+        }
+    return found
+
+
 def to_layout(params: Mapping[str, Any], layout: Layout) -> dict[str, np.ndarray]:
     """The state dict of a parameter tree; views of its arrays."""
     flat, found = traverse_util.flatten_dict(params, sep="/"), {}
-    for path, (names, form, are_layers, shares) in layout.items():
-        value = np.asarray(flat[path])
-        if are_layers:
-            parts = list(value)
-        elif len(names) == 1:
-            parts = [value]
-        else:
+    for path, (names, form, shares) in layout.items():
+        parts = [np.asarray(flat[path])]
+        if len(names) > 1:
             ends = np.cumsum(shares or [1] * len(names))
-            parts = np.split(value, value.shape[-1] * ends[:-1] // ends[-1], axis=-1)
+            parts = np.split(parts[0], parts[0].shape[-1] * ends[:-1] // ends[-1], axis=-1)
         for name, part in zip(names, parts, strict=True):
             found[name] = _FORMS[form][0](part)
     return found
@@ -101,12 +130,9 @@ def from_layout(
                 f"{where}: parameter '{name}' is {value.dtype}; expected floating point"
             )
     flat = {}
-    for path, (names, form, are_layers, _) in layout.items():
+    for path, (names, form, _) in layout.items():
         parts = [_FORMS[form][1](np.asarray(tensors[name], np.float32)) for name in names]
-        if are_layers:
-            flat[path] = np.stack(parts)
-        else:
-            flat[path] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        flat[path] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

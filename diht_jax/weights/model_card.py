@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 
-from diht_jax.models.zoo import Architecture
 from diht_jax.pages.render import render
 from diht_jax.records.labels.shards import find_inputs
 from diht_jax.records.train_data import TrainSource, parse_train
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
 from diht_jax.storage.files import read_object
+from diht_jax.weights.source import ModelFiles
 
 # Sections of the training config that make the recipe, in the order of the card.
 _RECIPE = ("loss", "optimizer", "data", "ema", "mesh")
@@ -36,37 +36,18 @@ _SWITCHED_ON_BY = {
 _SHOWN_CONCEPTS = 40
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """The origin of the parameters.
-
-    Attributes:
-        name: how the user called the model.
-        step: of a run of `diht_jax.train`; None for a weight file.
-        ema: whether they are the moving average.
-        sha256: of a weight file, in hex, or None.
-        members: (name, weight) of the models that they are a mean of; empty of a model by itself.
-    """
-
-    name: str
-    step: int | None
-    ema: bool
-    sha256: str | None
-    members: tuple[tuple[str, float], ...] = ()
-
-
 def model_card(
     format: str,
+    model: ModelFiles,
+    name: str,
     *,
-    arch: Architecture,
-    params: Mapping[str, Any],
-    origin: Origin,
+    members: Sequence[tuple[str, float]] = (),
     config: Mapping[str, Any] | None,
     data: Sequence[Mapping[str, Any]] = (),
     concepts: Vocabulary | None = None,
     results: Sequence[tuple[str, Mapping[str, Any]]],
     heads: Sequence[str] = (),
-    loss_scalars: Mapping[str, float] | None = None,
+    lost: Sequence[str] = (),
     license: str | None = None,
     hub_name: str | None = None,
 ) -> str:
@@ -74,40 +55,42 @@ def model_card(
 
     Args:
         format: of the export; decides the lines that show how to load it.
-        arch, params: of the model.
-        origin: of the parameters.
+        model: with the origin of its parameters.
+        name: how the user calls the model.
+        members: (name, weight) of the models that it is a mean of; empty of a model by itself.
         config: the training config as plain dicts; None for weights not trained here.
         data: of `read_data_facts`.
         concepts: that a distilled model was trained with.
         results: (source, {metric: value}) of each evaluation.
         heads: names of the concept heads that were kept.
-        loss_scalars: what the loss has learnt, by name; no format has it.
+        lost: names of what the loss has learnt that the format has no place for.
         license: of the weights, as the user states it.
         hub_name: `hf-hub:owner/name`, for a model that is written there.
     """
-    fields = [(name, v) for name, v in dataclasses.asdict(arch).items() if v is not None]
+    fields = [(field, v) for field, v in dataclasses.asdict(model.arch).items() if v is not None]
     return render(
         "model_card.md",
         format=format,
         license=license,
         hub_name=hub_name,
         repository=hub_name and hub_name.partition(":")[2],
-        title=pathlib.PurePath(hub_name or origin.name).name or origin.name,
+        title=pathlib.PurePath(hub_name or name).name or name,
         architecture=[
-            ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"),
+            ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,}"),
             *fields,
             ("concept heads", ", ".join(heads) or "left out"),
-            *((f"{name}, not in the file", f"{v:.6g}") for name, v in (loss_scalars or {}).items()),
+            *((f"{key}, not in the file", f"{model.loss_scalars[key]:.6g}") for key in lost),
         ],
-        origin=origin,
-        members=[(f"`{name}`", f"{weight:g}") for name, weight in origin.members],
-        recipe=[] if config is None else _recipe_rows(origin, config),
+        name=name,
+        sha256=model.sha256,
+        members=[(f"`{member}`", f"{weight:g}") for member, weight in members],
+        recipe=[] if config is None else _recipe_rows(model, config),
         data=data,
         concepts=[f"{p.kind} ({len(p):,}): {_most_frequent(p)}" for p in concepts or ()],
         results=[
-            (source, name, f"{value:.4g}" if isinstance(value, float) else value)
+            (source, metric, f"{value:.4g}" if isinstance(value, float) else value)
             for source, metrics in results
-            for name, value in metrics.items()
+            for metric, value in metrics.items()
         ],
     )
 
@@ -193,9 +176,9 @@ def read_run_results(workdir: pathlib.Path, step: int) -> list[tuple[str, dict[s
     return last
 
 
-def _recipe_rows(origin: Origin, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    which = "moving average of the parameters" if origin.ema else "parameters"
-    rows: list[tuple[str, Any]] = [("checkpoint", f"{which} at step {origin.step}")]
+def _recipe_rows(model: ModelFiles, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    which = "moving average of the parameters" if model.ema else "parameters"
+    rows: list[tuple[str, Any]] = [("checkpoint", f"{which} at step {model.step}")]
     rows += [(key, value) for key, value in config.items() if key.startswith("total_") and value]
     rows += [(f"model.{key}", config["model"][key]) for key in ("dtype", "param_dtype")]
     switched_on = (

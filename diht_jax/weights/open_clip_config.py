@@ -17,8 +17,6 @@ from diht_jax.weights.settings import (
     Preprocessing,
     make_architecture,
     make_preprocess_cfg,
-    mlp_width_unless_usual,
-    only_value,
 )
 
 # Fields of a tower that are read below, or leave the computation alone.
@@ -38,6 +36,7 @@ _KNOWN_OF_TIMM = {
 }
 # How each tower may pool its tokens; the first is the default.
 _POOLS = {"vision_cfg": ("tok",), "text_cfg": ("argmax", "eos", "last")}
+_BY_TANH = {"act_kwargs": {"approximate": "tanh"}}
 
 
 def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
@@ -47,88 +46,73 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
         ValueError: a field is missing, or asks for something that our model does not have.
     """
     whole = ConfigSection(config, "", path)
-    whole.require("vision_cfg", "text_cfg", "embed_dim")
+    embed_dim = whole.integer("embed_dim")
     vision, text = whole.section("vision_cfg"), whole.section("text_cfg")
-    _refuse_extras(vision.values, text.values, path)
-    text_width = text.integer("width", 512)
-    text_epsilon = text.section("norm_kwargs").number("eps", 1e-5)
-    common = {
-        "text_layers": text.integer("layers", 12),
-        "text_width": text_width,
-        "text_heads": text.integer("heads", 8),
-        "embed_dim": whole.integer("embed_dim"),
-        "context_length": text.integer("context_length", 77),
-        "vocab_size": text.integer("vocab_size", 49408),
-        "text_mlp_width": _mlp_width(text_width, text),
-        "end_of_text_id": (
+    _refuse_extras(vision, text)
+    quick_gelu = bool(config.get("quick_gelu"))
+    width = text.integer("width", 512)
+    is_timm = "timm_model_name" in vision.values
+    return make_architecture(
+        path,
+        embed_dim=embed_dim,
+        text_layers=text.integer("layers", 12),
+        text_width=width,
+        text_heads=text.integer("heads", 8),
+        text_mlp_width=_mlp_width(width, text),
+        text_activation=_activation(text, quick_gelu),
+        text_epsilon=text.section("norm_kwargs").number("eps", 1e-5),
+        context_length=text.integer("context_length", 77),
+        vocab_size=text.integer("vocab_size", 49408),
+        end_of_text_id=(
             text.integer("eos_id", 2) if text.values.get("pool_type") == "eos" else None
         ),
-    }
-    if "timm_model_name" in vision.values:
-        fields = _timm_fields(vision, text, bool(config.get("quick_gelu")), path)
-        epsilons = {fields.pop("layer_norm_epsilon"), text_epsilon}
-    else:
-        fields = _clip_fields(vision, text, bool(config.get("quick_gelu")), path)
-        epsilons = {vision.section("norm_kwargs").number("eps", 1e-5), text_epsilon}
-    epsilon = only_value(epsilons, "LayerNorm epsilons", path)
-    return make_architecture(path, **common, **fields, layer_norm_epsilon=epsilon)
+        **(_timm_fields(vision, text) if is_timm else _clip_fields(vision, text, quick_gelu)),
+    )
 
 
-def _clip_fields(
-    vision: ConfigSection, text: ConfigSection, quick_gelu: bool, path: str
-) -> dict[str, Any]:
+def _clip_fields(vision: ConfigSection, text: ConfigSection, quick_gelu: bool) -> dict[str, Any]:
     """Fields of a CLIP with an image tower of open_clip's own."""
-    vision.require("width", "layers")
-    width = vision.integer("width")
-    activations = {
-        _activation(tower, quick_gelu, f"{path}: {name}")
-        for name, tower in (("vision_cfg", vision), ("text_cfg", text))
-    }
+    width, activation = vision.integer("width"), _activation(vision, quick_gelu)
+    if activation != _activation(text, quick_gelu):
+        raise text.error("act_kwargs", "that of vision_cfg, since our CLIP has one activation")
     return {
-        "image_size": vision.side("image_size", 224),
-        "patch_size": vision.side("patch_size", 16),
+        "image_size": vision.integer("image_size", 224),
+        "patch_size": vision.integer("patch_size", 16),
         "vision_layers": vision.integer("layers"),
         "vision_width": width,
-        "vision_heads": width // vision.integer("head_width", 64),
+        "vision_heads": max(1, width // vision.integer("head_width", 64)),
         "vision_mlp_width": _mlp_width(width, vision),
-        "activation": only_value(activations, "activations", path),
+        "activation": activation,
+        "layer_norm_epsilon": vision.section("norm_kwargs").number("eps", 1e-5),
     }
 
 
-def _timm_fields(
-    vision: ConfigSection, text: ConfigSection, quick_gelu: bool, path: str
-) -> dict[str, Any]:
+def _timm_fields(vision: ConfigSection, text: ConfigSection) -> dict[str, Any]:
     """Fields of a model with an image tower of timm, and a text tower of open_clip's own."""
-    name = str(vision.values["timm_model_name"])
-    tower = timm_layout.find_tower(name, path)
-    wanted = {"timm_pool": "map", "timm_proj": tower.projection}
-    wanted["image_size"] = tower.fields["image_size"]
-    for key, value in wanted.items():
-        found = vision.values.get(key)
+    tower = timm_layout.find_tower(vision)
+    for key, wanted in (
+        ("timm_pool", "map"),
         # open_clip computes as without a projection where it is "" as well.
-        if found != value and not (key == "timm_proj" and not found and value is None):
-            raise ValueError(
-                f"{path}: vision_cfg.{key}={found!r:.80}; expected {value!r}, which {name} has"
-            )
-    activation = _activation(text, quick_gelu, f"{path}: text_cfg")
+        ("timm_proj", tower.projection),
+        ("image_size", tower.fields["image_size"]),
+    ):
+        if vision.values.get(key) != wanted and (vision.values.get(key) or wanted):
+            raise vision.error(key, f"{wanted!r}, which this tower of timm has")
     return {
         **tower.fields,
-        "text_activation": None if activation == tower.fields["activation"] else activation,
         "causal_text": not text.values.get("no_causal_mask", False),
         "text_pool": "last" if text.values.get("pool_type") == "last" else "end",
         "text_projection": "bias" if text.values.get("proj_bias") else "linear",
     }
 
 
-def _activation(tower: ConfigSection, quick_gelu: bool, where: str) -> str:
+def _activation(tower: ConfigSection, quick_gelu: bool) -> str:
     """The activation of a tower of open_clip's own."""
-    approximate = tower.section("act_kwargs").values
-    if approximate not in ({}, {"approximate": "none"}, {"approximate": "tanh"}):
-        raise ValueError(
-            f"{where}.act_kwargs={approximate!r:.80}; our model has 'approximate' alone"
-        )
-    by_tanh = approximate.get("approximate") == "tanh"
-    return "quick_gelu" if quick_gelu else "gelu_tanh" if by_tanh else "gelu"
+    kind = tower.section("act_kwargs")
+    found = kind.one_of("approximate", {"none": "gelu", "tanh": "gelu_tanh"}, "none")
+    if kind.values.keys() - {"approximate"}:
+        raise tower.error("act_kwargs", "'approximate' alone")
+    return "quick_gelu" if quick_gelu else found
 
 
 def make_config(
@@ -143,20 +127,41 @@ def make_config(
     Raises:
         ValueError: open_clip has no such model.
     """
-    norm, of_text = {}, {}
-    by_tanh = {"act_kwargs": {"approximate": "tanh"}}
-    if (arch.text_activation or arch.activation) == "gelu_tanh":
-        of_text |= by_tanh
+    text_activation = arch.text_activation or arch.activation
+    norm: dict[str, Any] = {}
     if arch.layer_norm_epsilon != 1e-5:
         norm = {"norm_kwargs": {"eps": arch.layer_norm_epsilon}}
+    text = {
+        "context_length": arch.context_length,
+        "vocab_size": arch.vocab_size,
+        "width": arch.text_width,
+        "heads": arch.text_heads,
+        "layers": arch.text_layers,
+        **_mlp_ratio(arch.text_width, arch.text_mlp_width),
+        **norm,
+        **(_BY_TANH if text_activation == "gelu_tanh" else {}),
+    }
     if arch.end_of_text_id is not None:
-        of_text |= {"pool_type": "eos", "eos_id": arch.end_of_text_id}
+        text |= {"pool_type": "eos", "eos_id": arch.end_of_text_id}
+    whole: dict[str, Any] = {"quick_gelu": text_activation == "quick_gelu"}
     if timm_layout.is_timm(arch):
-        own, vision, more = _timm_settings(arch, logit_bias)
-        of_text |= more
+        name = timm_layout.tower_name(arch)
+        whole["custom_text"] = True
+        if logit_bias is not None:
+            whole["init_logit_bias"] = logit_bias
+        vision = {
+            "image_size": arch.image_size,
+            "timm_model_name": name,
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": timm_layout.TOWERS[name].projection,
+        }
+        text["no_causal_mask"] = not arch.causal_text
+        text["proj_bias"] = arch.text_projection == "bias"
+        if arch.text_pool == "last":
+            text["pool_type"] = "last"
     else:
         clip_layout.check_is_clip(arch)
-        own = {"quick_gelu": arch.activation == "quick_gelu"}
         vision = {
             "image_size": arch.image_size,
             "layers": arch.vision_layers,
@@ -165,23 +170,14 @@ def make_config(
             "patch_size": arch.patch_size,
             **_mlp_ratio(arch.vision_width, arch.vision_mlp_width),
             **norm,
-            **(by_tanh if arch.activation == "gelu_tanh" else {}),
+            **(_BY_TANH if arch.activation == "gelu_tanh" else {}),
         }
     return {
         "model_cfg": {
             "embed_dim": arch.embed_dim,
-            **own,
+            **whole,
             "vision_cfg": vision,
-            "text_cfg": {
-                "context_length": arch.context_length,
-                "vocab_size": arch.vocab_size,
-                "width": arch.text_width,
-                "heads": arch.text_heads,
-                "layers": arch.text_layers,
-                **_mlp_ratio(arch.text_width, arch.text_mlp_width),
-                **norm,
-                **of_text,
-            },
+            "text_cfg": text,
         },
         "preprocess_cfg": make_preprocess_cfg(arch, preprocessing),
     }
@@ -196,52 +192,23 @@ def describe(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]
         return {"model_cfg": dataclasses.asdict(arch), "preprocess_cfg": settings}
 
 
-def _timm_settings(
-    arch: Architecture, logit_bias: float | None
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Settings of a model with an image tower of timm: of the whole, of images, more of texts."""
-    name = timm_layout.tower_name(arch)
-    activation = arch.text_activation or arch.activation
-    whole: dict[str, Any] = {"custom_text": True}
-    if logit_bias is not None:
-        whole["init_logit_bias"] = logit_bias
-    if activation == "quick_gelu":
-        whole["quick_gelu"] = True
-    vision = {
-        "image_size": arch.image_size,
-        "timm_model_name": name,
-        "timm_model_pretrained": False,
-        "timm_pool": "map",
-        "timm_proj": timm_layout.TOWERS[name].projection,
-    }
-    text: dict[str, Any] = {
-        "no_causal_mask": not arch.causal_text,
-        "proj_bias": arch.text_projection == "bias",
-    }
-    if arch.text_pool == "last":
-        text["pool_type"] = "last"
-    return whole, vision, text
-
-
-def _refuse_extras(vision: Mapping[str, Any], text: Mapping[str, Any], path: str) -> None:
-    is_timm = bool(vision.get("timm_model_name"))
-    for name, values in (("vision_cfg", vision), ("text_cfg", text)):
+def _refuse_extras(vision: ConfigSection, text: ConfigSection) -> None:
+    is_timm = bool(vision.values.get("timm_model_name"))
+    for name, tower in (("vision_cfg", vision), ("text_cfg", text)):
         known = {*_KNOWN, *(_KNOWN_OF_TIMM[name] if is_timm else ())}
-        if isinstance(values.get("layers"), list | tuple):
-            raise ValueError(f"{path}: {name} is a ResNet; our model has transformers only")
-        for key, value in values.items():
+        if isinstance(tower.values.get("layers"), list | tuple):
+            raise tower.error("layers", "a number; this is a ResNet, and our model a transformer")
+        for key, value in tower.values.items():
             is_epsilon = key == "norm_kwargs" and isinstance(value, dict) and {*value} == {"eps"}
             if value and key not in known and not is_epsilon and _NEUTRAL.get(key) != value:
-                raise ValueError(
-                    f"{path}: {name}.{key[:80]}={value!r:.80}; our model does not have this"
-                )
-        pool = values.get("pool_type", _POOLS[name][0])
+                raise tower.error(key, "nothing, since our model does not have this")
+        pool = tower.values.get("pool_type", _POOLS[name][0])
         if pool not in _POOLS[name] or (pool == "last" and not is_timm):
-            raise ValueError(f"{path}: {name}.pool_type={pool!r:.80}; expected '{_POOLS[name][0]}'")
+            raise tower.error("pool_type", repr(_POOLS[name][0]))
 
 
-def _mlp_width(width: int, tower: ConfigSection) -> int | None:
-    return mlp_width_unless_usual(int(width * tower.number("mlp_ratio", 4.0)), width)
+def _mlp_width(width: int, tower: ConfigSection) -> int:
+    return int(width * tower.number("mlp_ratio", 4.0))
 
 
 def _mlp_ratio(width: int, mlp_width: int | None) -> dict[str, float]:

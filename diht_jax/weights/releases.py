@@ -103,13 +103,26 @@ def fetch_release(name: str) -> pathlib.Path:
         ValueError: nothing there, no connection, or a file with another hash.
     """
     release = RELEASES[name]
-    given = os.environ.get(WEIGHTS_VARIABLE)
-    if given:
-        return _find_local(pathlib.Path(given), name, release)
-    folder = pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/diht_jax").expanduser()
-    path = folder / release.url.rpartition("/")[2]
-    download(release.url, path, release.sha256)
-    return path
+    published = release.url.rpartition("/")[2]
+    text = os.environ.get(WEIGHTS_VARIABLE)
+    if not text:
+        cache = pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/diht_jax").expanduser()
+        download(release.url, cache / published, release.sha256)
+        return cache / published
+    given = pathlib.Path(text).expanduser()
+    if not given.exists():
+        raise ValueError(f"{WEIGHTS_VARIABLE}={given}: no such file or directory")
+    names = (published, name, *(f"{name}{suffix}" for suffix in _LOCAL_SUFFIXES))
+    # Any other directory is taken for one of a model; `source.py` raises if it is not.
+    found = next((given / other for other in names if (given / other).exists()), given)
+    if found.name == published and hash_file(found) != release.sha256:
+        raise ValueError(f"{found}: its SHA-256 is not the one in its name; get it again")
+    entries = [entry.name for entry in given.iterdir()] if given.is_dir() else []
+    if found == given and any(other in entry for entry in entries for other in RELEASES):
+        raise ValueError(
+            f"{WEIGHTS_VARIABLE}={given}: holds no '{name}'; expected {', '.join(names)}"
+        )
+    return found
 
 
 def download(url: str, path: pathlib.Path, sha256: str, *, advice: str = _ADVICE) -> None:
@@ -146,29 +159,6 @@ def hash_file(path: pathlib.Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _find_local(given: pathlib.Path, name: str, release: Release) -> pathlib.Path:
-    given = given.expanduser()
-    if not given.exists():
-        raise ValueError(f"{WEIGHTS_VARIABLE}={given}: no such file or directory")
-    published = given / release.url.rpartition("/")[2]
-    if published.is_file():
-        if hash_file(published) != release.sha256:
-            raise ValueError(f"{published}: its SHA-256 is not the one in its name; get it again")
-        return published
-    candidates = [given / name, *(given / f"{name}{suffix}" for suffix in _LOCAL_SUFFIXES)]
-    if given.is_dir():
-        for candidate in candidates:
-            if candidate.exists():
-                return candidate
-        # Any other directory is taken for one of a model; `source.py` raises if it is not.
-        if any(other in entry.name for entry in given.iterdir() for other in RELEASES):
-            raise ValueError(
-                f"{WEIGHTS_VARIABLE}={given}: holds no '{name}'; expected {published.name} or "
-                f"{', '.join(candidate.name for candidate in candidates)}"
-            )
-    return given
 
 
 def _download_part(url: str, part: pathlib.Path, advice: str) -> None:

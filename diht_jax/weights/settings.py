@@ -8,11 +8,13 @@ not have is an error, never ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD, INTERPOLATIONS, Preprocessing
 from diht_jax.models.zoo import Architecture
+from diht_jax.storage.files import check_object
 
 # Far above any model's sizes, and small enough to be multiplied.
 _LARGEST_SIZE = 2**24
@@ -36,45 +38,61 @@ class ConfigSection:
         """A part of it by name."""
         return ConfigSection(self.values.get(name), name, self._path)
 
-    def require(self, *names: str) -> None:
-        """Raises ValueError if fields are missing."""
-        missing = [name for name in names if name not in self.values]
-        if missing:
-            raise ValueError(
-                f"{self._path}: the model config lacks {', '.join(map(repr, missing))}"
-            )
-
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number; raises ValueError if invalid or out of range."""
+        """A whole number; a list of equal ones, the sides of a square, counts as one."""
         value = self.values.get(name, default)
+        if isinstance(value, list) and value and all(side == value[0] for side in value):
+            value = value[0]
         if type(value) is not int or not least <= value <= _LARGEST_SIZE:
-            raise self._error(name, value, f"an integer from {least} to {_LARGEST_SIZE}")
+            raise self.error(name, f"an integer from {least} to {_LARGEST_SIZE}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number; raises ValueError if invalid."""
+        """A positive number."""
         value = self.values.get(name, default)
-        if not _is_number(value) or not 0 < value <= _LARGEST_SIZE:
-            raise self._error(name, value, "a positive number")
+        if type(value) not in (int, float) or not 0 < value <= _LARGEST_SIZE:
+            raise self.error(name, "a positive number")
         return value
 
-    def side(self, name: str, default: int | None = None) -> int:
-        """The side of a square: one number, or the same one several times."""
-        value = self.values.get(name, default)
-        if isinstance(value, list | tuple) and value:
-            if any(side != value[0] for side in value):
-                raise self._error(name, value, "equal sides; our pictures and patches are squares")
-            return ConfigSection({name: value[0]}, self._name, self._path).integer(name)
-        return self.integer(name, default)
+    def one_of(self, name: str, known: Mapping[str, Any], default: str | None = None) -> Any:
+        """The meaning of a known name; None stands for the default."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if not isinstance(value, str) or value not in known:
+            raise self.error(name, " or ".join(map(repr, known)))
+        return known[value]
 
-    def _error(self, name: str, value: Any, expected: str) -> ValueError:
+    def error(self, name: str, expected: str) -> ValueError:
+        """The error of a value that is none of ours."""
         where = f"{self._name}.{name}" if self._name else name
+        value = self.values.get(name)
         return ValueError(f"{self._path}: {where} is {value!r:.80}; expected {expected}")
 
 
-def make_architecture(path: str, **fields: Any) -> Architecture:
-    """The architecture; an error names the file."""
-    fields["vision_heads"] = max(1, fields["vision_heads"])
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file, a ValueError for anything else."""
+    return check_object(path.read_bytes(), path) if path.is_file() else {}
+
+
+def make_architecture(path: str, *, text_epsilon: float, **fields: Any) -> Architecture:
+    """The architecture of a config, in which a field is None where it says what is usual.
+
+    Args:
+        path: of the config, for errors.
+        text_epsilon: `layer_norm_epsilon` of the text tower.
+        **fields: of `Architecture`, some with the usual value spelled out.
+
+    Raises:
+        ValueError: the towers' epsilons differ, or the sizes do not fit.
+    """
+    epsilon = fields["layer_norm_epsilon"]
+    if epsilon != text_epsilon:
+        raise ValueError(f"{path}: LayerNorm epsilons {epsilon} and {text_epsilon}; ours has one")
+    for tower in ("vision", "text"):
+        if fields[f"{tower}_mlp_width"] == 4 * fields[f"{tower}_width"]:
+            fields[f"{tower}_mlp_width"] = None
+    if fields["text_activation"] == fields["activation"]:
+        fields["text_activation"] = None
     try:
         return Architecture(**fields)
     except ValueError as error:
@@ -89,6 +107,7 @@ def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
     Raises:
         ValueError: a step is left out, or is one that ours does not have.
     """
+    section = ConfigSection(config, "", path)
     kind = str(config.get("image_processor_type", config.get("feature_extractor_type", "CLIP")))
     if kind.startswith("Siglip2"):
         raise ValueError(
@@ -96,45 +115,39 @@ def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
             "our models take squares; use a checkpoint of fixed resolution"
         )
     is_siglip = kind.startswith("Siglip")
-    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
-    _require_values(config, steps, path)
-    factor = config.get("rescale_factor", 1 / 255)
-    if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{path}: rescale_factor={factor!r:.80}; our preprocessing has 1/255 only")
-    numbers = {2: "bilinear", 3: "bicubic"}  # of Pillow's filters
-    resample = config.get("resample", 3)
-    if not isinstance(resample, int) or resample not in numbers:
-        raise ValueError(
-            f"{path}: resample={resample!r:.80}; our preprocessing has 3 (bicubic) and 2 (bilinear)"
-        )
-    default = ((0.5,) * 3, (0.5,) * 3) if is_siglip else (CLIP_MEAN, CLIP_STD)
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if config.get(step, True) is not True:
+            raise section.error(step, "True, as our preprocessing does it")
+    if not math.isclose(section.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise section.error("rescale_factor", "1/255")
+    filters = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+    resample = section.integer("resample", 3, least=0)
+    if resample not in filters:
+        raise section.error("resample", "3 (bicubic) or 2 (bilinear)")
+    halves = (0.5, 0.5, 0.5)
     return _make_preprocessing(
-        config.get("image_mean"),
-        config.get("image_std"),
-        default,
+        config,
+        ("image_mean", halves if is_siglip else CLIP_MEAN),
+        ("image_std", halves if is_siglip else CLIP_STD),
         path,
-        resize=_read_resize(config, is_siglip, path),
-        interpolation=numbers[resample],
+        resize=_read_resize(section, is_siglip),
+        interpolation=filters[resample],
     )
 
 
-def _read_resize(config: Mapping[str, Any], is_siglip: bool, path: str) -> str:
+def _read_resize(section: ConfigSection, is_siglip: bool) -> str:
     """Reads from a config of transformers how a square is made of a picture."""
-    size = config.get("size", {"height": 0, "width": 0} if is_siglip else {"shortest_edge": 0})
-    side = _side(size, "size", path)
-    crops = bool(config.get("do_center_crop", not is_siglip))
-    is_squashed = isinstance(size, Mapping) and "shortest_edge" not in size
-    both = crops and "crop_size" in config and "size" in config
-    if both and _side(config["crop_size"], "crop_size", path) != side:
-        raise ValueError(
-            f"{path}: crop_size={config['crop_size']!r:.80} differs from size={size!r:.80}; our "
-            "preprocessing crops pictures to the size that their short side is scaled to"
-        )
+    values = section.values
+    size = _side(section, "size")
+    is_squashed = is_siglip
+    if size is not None:
+        is_squashed = isinstance(values["size"], Mapping) and "height" in values["size"]
+    crops = bool(values.get("do_center_crop", not is_siglip))
+    crop_size = _side(section, "crop_size") if crops else None
+    if None not in (size, crop_size) and size != crop_size:
+        raise section.error("crop_size", f"size, {values['size']!r:.80}, which our pictures have")
     if not (crops or is_squashed):
-        raise ValueError(
-            f"{path}: do_center_crop=False with size={size!r:.80}; our preprocessing makes "
-            "squares: by a crop, or from a size with 'height' and 'width'"
-        )
+        raise section.error("do_center_crop", "True, or a size with 'height' and 'width'")
     return "squash" if is_squashed else "crop"
 
 
@@ -163,27 +176,17 @@ def read_preprocess_cfg(config: Any, path: str) -> Preprocessing:
     Raises:
         ValueError: pictures are padded, or resized by another filter; or it is no object.
     """
-    values = ConfigSection(config, "preprocessing", path).values
-    _require_values(values, {"mode": "RGB"}, path)
-    resize, interpolation = (values.get("resize_mode") or "shortest"), values.get("interpolation")
-    if resize not in ("shortest", "squash"):
-        raise ValueError(
-            f"{path}: resize_mode={resize!r:.80}; our preprocessing has 'shortest' and 'squash'"
-        )
-    if interpolation in (None, "random"):  # open_clip evaluates those with the bicubic filter
-        interpolation = "bicubic"
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"{path}: interpolation={interpolation!r:.80}; our preprocessing has "
-            f"{' and '.join(map(repr, INTERPOLATIONS))}"
-        )
+    section = ConfigSection(config, "preprocess_cfg", path)
+    section.one_of("mode", {"RGB": None}, "RGB")
+    # open_clip evaluates models that were trained with random filters by the bicubic one.
+    filters = {**{name: name for name in INTERPOLATIONS}, "random": "bicubic"}
     return _make_preprocessing(
-        values.get("mean"),
-        values.get("std"),
-        (CLIP_MEAN, CLIP_STD),
+        section.values,
+        ("mean", CLIP_MEAN),
+        ("std", CLIP_STD),
         path,
-        resize="crop" if resize == "shortest" else "squash",
-        interpolation=interpolation,
+        resize=section.one_of("resize_mode", {"shortest": "crop", "squash": "squash"}, "shortest"),
+        interpolation=section.one_of("interpolation", filters, "bicubic"),
     )
 
 
@@ -199,52 +202,30 @@ def make_preprocess_cfg(arch: Architecture, preprocessing: Preprocessing) -> dic
     }
 
 
-def _require_values(config: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
-    for name, value in wanted.items():
-        if config.get(name, value) != value:
-            raise ValueError(
-                f"{path}: {name}={config[name]!r:.80}; our preprocessing has {value!r} only"
-            )
-
-
-def _side(size: Any, name: str, path: str) -> Any:
-    """The one side of a square in a config of transformers."""
-    values = list(size.values()) if isinstance(size, Mapping) else [size]
+def _side(section: ConfigSection, name: str) -> Any:
+    """The one side of a square in a config of transformers; None where it says nothing."""
+    size = section.values.get(name)
+    sides = list(size.values()) if isinstance(size, Mapping) else [size]
     known = ({"shortest_edge"}, {"height", "width"})
     is_known = not isinstance(size, Mapping) or set(size) in known
-    if not is_known or any(value != values[0] for value in values):
-        raise ValueError(
-            f"{path}: {name}={size!r:.80}; our preprocessing makes squares: expected a number, "
-            "'shortest_edge', or equal 'height' and 'width'"
-        )
-    return values[0]
+    if not is_known or any(side != sides[0] for side in sides):
+        raise section.error(name, "a number, 'shortest_edge', or equal 'height' and 'width'")
+    return sides[0]
 
 
 def _make_preprocessing(
-    mean: Any, std: Any, default: tuple[Any, Any], path: str, *, resize: str, interpolation: str
+    config: Mapping[str, Any],
+    mean: tuple[str, Sequence[float]],
+    std: tuple[str, Sequence[float]],
+    path: str,
+    **steps: str,
 ) -> Preprocessing:
-    mean, std = default[0] if mean is None else mean, default[1] if std is None else std
-    for values in (mean, std):
-        is_triple = isinstance(values, list | tuple) and len(values) == 3
-        if not is_triple or not all(map(_is_number, values)):
-            raise ValueError(f"{path}: expected three means and deviations, got {values!r:.80}")
-    if min(std) <= 0:
-        raise ValueError(f"{path}: expected positive deviations, got {std}")
-    return Preprocessing(tuple(mean), tuple(std), resize, interpolation)
-
-
-def only_value(values: set[Any], what: str, path: str) -> Any:
-    """The one value of both towers; raises ValueError where they differ."""
-    if len(values) != 1:
-        raise ValueError(f"{path}: several {what}, {sorted(values)!s:.200}; our model has one")
-    return next(iter(values))
-
-
-def mlp_width_unless_usual(mlp_width: int, width: int) -> int | None:
-    """The inner width of the MLPs; None where it is four times the width."""
-    return None if mlp_width == 4 * width else mlp_width
-
-
-def _is_number(value: Any) -> bool:
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and (isinstance(value, int) or math.isfinite(value))
+    """The preprocessing with the numbers that a config has by these names, or else the defaults."""
+    numbers: list[Any] = [
+        default if config.get(name) is None else config[name] for name, default in (mean, std)
+    ]
+    try:
+        numbers = [tuple(float(value) for value in values) for values in numbers]
+        return Preprocessing(numbers[0], numbers[1], **steps)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {mean[0]} and {std[0]}: {error}") from error

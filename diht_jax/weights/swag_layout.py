@@ -11,11 +11,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.swag import ARCHITECTURES, SwagArchitecture, swag_definition
-from diht_jax.weights.layout import Layout, Tensors, bias, from_layout, layout_shapes, linear, norm
+from diht_jax.weights.layout import (
+    BlockNames,
+    Layout,
+    Tensors,
+    bias,
+    blocks,
+    from_layout,
+    layout_shapes,
+    norm,
+)
 
 LICENCE = "CC-BY-NC 4.0 (SWAG, Meta): non-commercial use only"
 # Recalled as the paper's frozen trunk: torchvision's IMAGENET1K_SWAG_LINEAR_V1.
@@ -26,6 +36,14 @@ URLS = {
 }
 
 _LAYER = "encoder.layers.encoder_layer_"
+_BLOCK = BlockNames(
+    attention_norm="ln_1",
+    in_proj=("self_attention.in_proj_",),
+    out_proj="self_attention.out_proj",
+    mlp_norm="ln_2",
+    fc_in="mlp.0",
+    fc_out="mlp.3",
+)
 # The classifier on top of the trunk.
 _HEAD = "heads."
 # How torchvision called the MLP's layers when the weights were published.
@@ -106,36 +124,30 @@ def from_torchvision(
     tensors = normalize_names(tensors)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     arch = infer_architecture(shapes, path, heads)
-    return arch, from_layout(tensors, _layout(arch), _our_shapes(arch), path)
+    params = from_layout(tensors, _layout(arch), _our_shapes(arch), path)
+    layers = params["blocks"].values()
+    params["blocks"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    return arch, params
 
 
 def _our_shapes(arch: SwagArchitecture) -> dict[str, tuple[int, ...]]:
-    return parameter_shapes(swag_definition(arch, "float32")[1])
+    """Path -> shape, layer by layer."""
+    shapes = {}
+    for path, shape in parameter_shapes(swag_definition(arch, "float32")[1]).items():
+        tower, _, rest = path.partition("/")
+        if tower == "blocks":
+            shapes |= {f"blocks/{i}/{rest}": shape[1:] for i in range(arch.layers)}
+        else:
+            shapes[path] = shape
+    return shapes
 
 
 def _layout(arch: SwagArchitecture) -> Layout:
-    block = {
-        **norm("blocks/attention_norm", "ln_1"),
-        "blocks/attention/in_proj/kernel": Tensors(
-            ("self_attention.in_proj_weight",), "transposed"
-        ),
-        "blocks/attention/in_proj/bias": Tensors(("self_attention.in_proj_bias",)),
-        **linear("blocks/attention/out_proj", "self_attention.out_proj"),
-        **norm("blocks/mlp_norm", "ln_2"),
-        **linear("blocks/mlp/fc_in", "mlp.0"),
-        **linear("blocks/mlp/fc_out", "mlp.3"),
-    }
-    layers = [f"{_LAYER}{i}." for i in range(arch.layers)]
     return {
         "patch_embedding/kernel": Tensors(("conv_proj.weight",), "convolution"),
         **bias("patch_embedding", "conv_proj"),
         "class_embedding": Tensors(("class_token",), "plane"),
         "positional_embedding": Tensors(("encoder.pos_embedding",), "row"),
         **norm("final_norm", "encoder.ln"),
-        **{
-            path: own._replace(
-                names=tuple(layer + own.names[0] for layer in layers), are_layers=True
-            )
-            for path, own in block.items()
-        },
+        **blocks("blocks", _LAYER, arch.layers, _BLOCK),
     }

@@ -3,10 +3,9 @@
 Names are taken as they stand in the file; what they mean belongs in `clip_layout.py` and
 `huggingface.py`. torch is imported only inside the functions that read or write its format.
 
-TorchScript archives, such as OpenAI's CLIP files, are refused by `torch.load(weights_only=True)`,
-and `torch.jit.load` runs the code in them. Their pickle is read here by an unpickler that knows
-tensors and nothing else: every class of the archive becomes an inert `_Module`, and any other name
-is refused.
+`torch.load(weights_only=True)` refuses TorchScript archives, such as OpenAI's CLIP files, and
+`torch.jit.load` runs the code in them. Without their code they are plain files of torch, whose
+classes `_Module` stands for.
 
 A zip archive of torch has checksums. A safetensors file has none, so that one of ours states the
 CRC32 of its tensors in its metadata.
@@ -14,20 +13,17 @@ CRC32 of its tensors in its metadata.
 
 from __future__ import annotations
 
-import collections
 import io
 import json
-import math
 import os
 import pathlib
 import pickle
-import pickletools
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -47,22 +43,7 @@ _MAX_DEPTH = 8
 # What wrappers (data parallelism, torch.compile) put before every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
-# Storages in a TorchScript archive.
-_STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
-
 _CHECKSUM = "crc32"  # in the metadata of a safetensors file
-_MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
 # Names and sizes of a model's parameters, or its code.
 _LARGEST_TEXT_BYTES = 2**26
 # Tensors may share a storage, and are each a copy on a device. A few may be tied; were all of a
@@ -89,7 +70,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if path.suffix == SAFETENSORS_SUFFIX:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        tensors = (_read_torchscript if is_torchscript(path) else _read_torch)(path)
+        tensors = _read_torch(path)
         limit = _MAX_COPIES * path.stat().st_size + _FREE_BYTES
         if sum(tensor.nbytes for tensor in tensors.values()) > limit:
             raise ValueError(
@@ -191,8 +172,25 @@ def _read_index(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     torch = _import_torch(path)
+    if is_torchscript(path):
+        state = _read_torchscript(torch, path)
+    else:
+        state = _find_state_dict(torch, path, _load(torch, path, path))
+    return {str(name): _to_numpy(torch, path, str(name), value) for name, value in state.items()}
+
+
+def _load(torch: Any, path: pathlib.Path, content: Any, allowed: Sequence[Any] = ()) -> Any:
+    """The content of a torch file, of whose pickle no more is taken than is allowed.
+
+    Args:
+        torch: the module.
+        path: for messages.
+        content: the path again, or a file of bytes.
+        allowed: pairs of what stands for a class or function, and its full name in the file.
+    """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(content, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: refused: its pickle holds more than tensors and plain containers"
@@ -203,8 +201,6 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path}: not a whole torch file ({_first_line(error)}); download or write it again"
         ) from error
-    state = _find_state_dict(torch, path, loaded)
-    return {str(name): _to_numpy(torch, path, str(name), value) for name, value in state.items()}
 
 
 def _find_state_dict(torch: Any, path: pathlib.Path, loaded: Any) -> Mapping[str, Any]:
@@ -301,118 +297,51 @@ def is_torchscript(path: pathlib.Path) -> bool:
         ) from error
 
 
-def _read_torchscript(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Dotted name -> array of every parameter and buffer.
-
-    Raises:
-        ValueError: the archive is damaged, or its pickle names anything but tensors and modules.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise ValueError(f"expected one data.pkl, found {len(pickles)}")
-            root = pickles[0].removesuffix("data.pkl")
-            data = archive.read(pickles[0])
-            _check_memo(data)
-            module = _TensorUnpickler(io.BytesIO(data), archive, root).load()
-            return _collect(module, len(data))
-    except Exception as error:  # of a damaged or hostile pickle, nearly any type
-        raise ValueError(
-            f"{path}: the TorchScript archive cannot be read: {error!s:.300}"
-        ) from error
-
-
 class _Module:
-    """Stands for any class of the archive; holds what its pickle set and can do nothing."""
+    """Stands for any class of an archive; holds what its pickle set and can do nothing."""
 
-    attributes: dict[str, Any] = {}
+    attributes: Mapping[str, Any] = {}
 
     def __setstate__(self, state: Any) -> None:
         self.attributes = state if isinstance(state, dict) else {}
 
 
-class _StorageType(NamedTuple):
-    dtype: Any
+def _read_torchscript(torch: Any, path: pathlib.Path) -> dict[str, Any]:
+    """Dotted name -> tensor of every parameter and buffer."""
+    plain = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(plain, "w") as copy:
+        for name in archive.namelist():
+            if "/code/" not in name and not name.endswith("/constants.pkl"):
+                copy.writestr(name, archive.read(name))
+        most = sum(i.file_size for i in archive.infolist() if i.filename.endswith("/data.pkl"))
+    try:
+        plain.seek(0)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(plain)
+        plain.seek(0)
+    except Exception as error:  # as above
+        raise ValueError(f"{path}: not a whole torch file ({_first_line(error)})") from error
+    allowed: list[Any] = [(_Module, name) for name in names if name.startswith("__torch__.")]
+    allowed += [(_first, name) for name in names if name.startswith("torch.jit._pickle.")]
+    return _collect(torch, path, _load(torch, path, plain, allowed), most)
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str):
-        super().__init__(file, encoding="utf-8")
-        self._archive, self._root = archive, root
-        self._storages: dict[str, np.ndarray] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "__torch__" or module.startswith("__torch__."):
-            return _Module
-        if module == "torch" and name in _STORAGES:
-            return _StorageType(_STORAGES[name])
-        known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _view_of_storage,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-        }
-        if module == "torch.jit._pickle":
-            return lambda *args: args[0] if args else []
-        if (module, name) in known:
-            return known[module, name]
-        raise pickle.UnpicklingError(
-            f"refused: its pickle asks for '{module}.{name}', which is neither a tensor nor a "
-            "module, and could run code of whoever made it"
-        )
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, storage_type, key, _, _ = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise pickle.UnpicklingError(f"refused: unknown kind of storage {kind!r}")
-        if key not in self._storages:
-            data = self._archive.read(f"{self._root}data/{key}")
-            self._storages[key] = np.frombuffer(data, storage_type.dtype)
-        return self._storages[key]
+def _first(*values: Any) -> Any:
+    """A list or a value, without what TorchScript says about its type."""
+    return values[0] if values else []
 
 
-def _check_memo(data: bytes) -> None:
-    """Rejects positions in the memo that no pickle of this size needs.
-
-    Python's unpickler makes room for all positions up to the highest, of which a few bytes can name
-    billions. Reading the opcodes first also finds texts that reach beyond the end.
-    """
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in _MEMO_OPCODES and (argument or 0) > len(data):
-            raise pickle.UnpicklingError(f"its pickle has {argument} objects in {len(data)} bytes")
-
-
-def _view_of_storage(
-    storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any
-) -> np.ndarray:
-    """A strided view, which must be inside of its storage."""
-    if any(size < 0 for size in shape) or any(stride < 0 for stride in strides) or offset < 0:
-        raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset}")
-    last = offset + sum((s - 1) * stride for s, stride in zip(shape, strides, strict=True))
-    num_elements = math.prod(shape)
-    if num_elements and (last >= storage.size or num_elements > storage.size):
-        raise ValueError(f"tensor of shape {shape} reaches beyond its {storage.size} elements")
-    strides_bytes = [stride * storage.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides_bytes)
-
-
-def _collect(root: Any, max_modules: int) -> dict[str, np.ndarray]:
-    """Dotted name -> array, of a module and those in it, in the order of their attributes."""
-    tensors: dict[str, np.ndarray] = {}
-    found = 0
-
-    def visit(prefix: str, module: Any) -> None:
-        nonlocal found
+def _collect(torch: Any, path: pathlib.Path, root: Any, most_modules: int) -> dict[str, Any]:
+    """Dotted name -> tensor, of a module and those in it."""
+    tensors: dict[str, Any] = {}
+    modules, found = [("", root)] if isinstance(root, _Module) else [], 0
+    while modules:
+        prefix, module = modules.pop()
         found += 1
-        if found > max_modules:  # modules in each other may be named twice on every level
-            raise ValueError(f"modules that are shared make more than {max_modules} of them")
-        if not isinstance(module, _Module):
-            raise ValueError(f"expected a module, got {type(module).__name__}")
+        if found > most_modules:  # modules in each other may be named twice on every level
+            raise ValueError(f"{path}: modules that are shared make over {most_modules} of them")
         for name, value in module.attributes.items():
-            if isinstance(value, np.ndarray):
+            if torch.is_tensor(value):
                 tensors[f"{prefix}{name}"] = value
             elif isinstance(value, _Module):
-                visit(f"{prefix}{name}.", value)
-
-    visit("", root)
+                modules.append((f"{prefix}{name}.", value))
     return tensors

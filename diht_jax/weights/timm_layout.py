@@ -10,15 +10,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from diht_jax.models.zoo import Architecture
-from diht_jax.weights.clip_layout import text_layout
-from diht_jax.weights.layout import Layout, Tensors, bias, linear, norm, to_layout
+from diht_jax.weights.clip_layout import TEXT_PREFIX, text_layout
+from diht_jax.weights.layout import BlockNames, Layout, Tensors, bias, blocks, linear, norm
+from diht_jax.weights.settings import ConfigSection
 
 TRUNK = "visual.trunk."
-# Of the query, and of keys and values together.
-_QUERY_AND_REST = (1, 2)
+_BLOCK = BlockNames("norm1", ("attn.qkv.",), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +87,19 @@ def _perception_encoders() -> Iterator[tuple[str, Tower]]:
 TOWERS: dict[str, Tower] = dict([*_siglip_towers(), *_perception_encoders()])
 
 
-def find_tower(name: str, path: str) -> Tower:
-    """The tower of a `timm_model_name`, which may end with the tag of its weights.
+def find_tower(vision: ConfigSection) -> Tower:
+    """The tower of the `timm_model_name` in "vision_cfg", which may end with a tag of its weights.
 
     Raises:
         ValueError: our image tower cannot be this one.
     """
+    name = str(vision.values["timm_model_name"])
     found = TOWERS.get(name.partition(".")[0])
     if found is None:
-        kind = " is a FastViT, which has convolutions, and" if name.startswith("fastvit") else ""
-        raise ValueError(
-            f"{path}: vision_cfg.timm_model_name='{name:.80}'{kind} is none of the image towers of "
-            f"timm that ours can be: {', '.join(TOWERS)}"
+        kind = "this is a FastViT, with convolutions; " if name.startswith("fastvit") else ""
+        raise vision.error(
+            "timm_model_name",
+            f"{kind}the image towers of timm that ours can be: {', '.join(TOWERS)}",
         )
     return found
 
@@ -126,21 +125,6 @@ def is_timm(arch: Architecture) -> bool:
     return arch.vision_pool_heads is not None
 
 
-def to_timm(
-    params: Mapping[str, Any], arch: Architecture, logit_bias: float | None = None
-) -> dict[str, np.ndarray]:
-    """open_clip's state dict of a parameter tree of ours; views of its arrays.
-
-    Args:
-        params, arch: the model.
-        logit_bias: of SigLIP's loss, if the model has one.
-    """
-    tensors = to_layout(params, layout(arch))
-    if logit_bias is not None:
-        tensors["logit_bias"] = np.asarray(logit_bias, np.float32)
-    return tensors
-
-
 def layout(arch: Architecture) -> Layout:
     """The layout of a model."""
     pool = f"{TRUNK}attn_pool"
@@ -151,16 +135,16 @@ def layout(arch: Architecture) -> Layout:
         "vision/positional_embedding": Tensors((f"{TRUNK}pos_embed",), "row"),
         **norm("vision/post_norm", f"{TRUNK}norm"),
         "vision/pool/probe": Tensors((f"{pool}.latent",), "plane"),
+        # The query, and keys and values together.
+        **linear("vision/pool/in_proj", f"{pool}.q", f"{pool}.kv", shares=(1, 2)),
         **linear("vision/pool/out_proj", f"{pool}.proj"),
         **norm("vision/pool/norm", f"{pool}.norm"),
         **linear("vision/pool/mlp/fc_in", f"{pool}.mlp.fc1"),
         **linear("vision/pool/mlp/fc_out", f"{pool}.mlp.fc2"),
-        **text_layout(arch, "text."),
+        **blocks("vision/blocks", f"{TRUNK}blocks.", arch.vision_layers, _BLOCK),
+        **text_layout(arch, TEXT_PREFIX),
         "log_logit_scale": Tensors(("logit_scale",)),
     }
-    for leaf, theirs, form in (("kernel", "weight", "transposed"), ("bias", "bias", "same")):
-        names = tuple(f"{pool}.{part}.{theirs}" for part in ("q", "kv"))
-        found[f"vision/pool/in_proj/{leaf}"] = Tensors(names, form, shares=_QUERY_AND_REST)
     if arch.class_token:
         found["vision/class_embedding"] = Tensors((f"{TRUNK}cls_token",), "plane")
         found |= norm("vision/pre_norm", f"{TRUNK}norm_pre")
@@ -168,14 +152,4 @@ def layout(arch: Architecture) -> Layout:
         found |= bias("vision/patch_embedding", f"{TRUNK}patch_embed.proj")
     if arch.vision_projection == "bias":
         found |= linear("vision/projection", f"{TRUNK}head")
-    for i in range(arch.vision_layers):
-        ours, theirs = f"vision/blocks/{i}", f"{TRUNK}blocks.{i}"
-        found |= {
-            **norm(f"{ours}/attention_norm", f"{theirs}.norm1"),
-            **linear(f"{ours}/attention/in_proj", f"{theirs}.attn.qkv"),
-            **linear(f"{ours}/attention/out_proj", f"{theirs}.attn.proj"),
-            **norm(f"{ours}/mlp_norm", f"{theirs}.norm2"),
-            **linear(f"{ours}/mlp/fc_in", f"{theirs}.mlp.fc1"),
-            **linear(f"{ours}/mlp/fc_out", f"{theirs}.mlp.fc2"),
-        }
     return found

@@ -23,12 +23,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from diht_jax.data import tokenizer
 from diht_jax.data.file_tokenizer import CLEANINGS, FileTokenizer
 from diht_jax.storage import files
+from diht_jax.weights.settings import read_config
 
 TOKENIZER_JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
-_SIGLIP = "SiglipTokenizer"
-# The kind of a file without a config.
-_KINDS = {"spiece.model": _SIGLIP, "tokenizer.model": "GemmaTokenizer"}
-_MODEL_FILES = (TOKENIZER_JSON, *_KINDS)
+SIGLIP_MODEL, _SIGLIP = "spiece.model", "SiglipTokenizer"
+_MODEL_FILES = (TOKENIZER_JSON, SIGLIP_MODEL)
 TOKENIZER_FILES = (*_MODEL_FILES, _CONFIG, "special_tokens_map.json")
 # Of a copy: what was read of the configs in the folder that it is of.
 _SETTINGS = "tokenizer_settings.json"
@@ -83,48 +82,43 @@ def read_tokenizer(folder: str | pathlib.Path, clean: str = "none") -> FileToken
     found = [name for name in _MODEL_FILES if (folder / name).is_file()]
     if not found:
         return None
-    config = _read_object(folder / _CONFIG)
-    kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-    name = "spiece.model" if kind == _SIGLIP and "spiece.model" in found else found[0]
-    made = _make_tokenizer(folder, name, kind or _KINDS.get(name, ""), config, clean)
-    made.check()
-    return made
-
-
-def _make_tokenizer(
-    folder: pathlib.Path, name: str, kind: str, config: Mapping[str, Any], clean: str
-) -> FileTokenizer:
+    path = folder / _CONFIG
+    config = read_config(path)
     if config.get("truncation_side", "right") != "right":
         raise ValueError(
-            f"{folder / _CONFIG}: truncation_side={config['truncation_side']!r:.80}; expected "
-            "'right', since texts are cut at their end here"
+            f"{path}: truncation_side={config['truncation_side']!r:.80}; expected 'right', since "
+            "texts are cut at their end here"
+        )
+    kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    is_siglip = SIGLIP_MODEL in found and (kind == _SIGLIP or found == [SIGLIP_MODEL])
+    if is_siglip and kind not in ("", _SIGLIP):
+        raise ValueError(
+            f"{folder}: {SIGLIP_MODEL} of {kind}; {TOKENIZER_JSON} is expected with it, which "
+            "save_pretrained of transformers' tokenizer writes"
         )
     is_gemma = kind in ("GemmaTokenizer", "Siglip2Tokenizer")
-    as_siglip = kind == _SIGLIP and name != TOKENIZER_JSON
-    if name != TOKENIZER_JSON and not (is_gemma or as_siglip):
-        raise ValueError(
-            f"{folder}: {name} of {kind or 'an unknown tokenizer'}; {TOKENIZER_JSON} is expected "
-            "with it, which save_pretrained of transformers' tokenizer writes"
-        )
     tokens = {"eos_token": "<eos>", "bos_token": "<bos>"} if is_gemma else {"eos_token": "</s>"}
-    tokens["pad_token"] = "</s>" if kind == _SIGLIP else "<pad>"
-    for values in (_read_object(folder / "special_tokens_map.json"), config):
-        texts = {key: _content(value) for key, value in values.items() if key.endswith("_token")}
-        tokens |= {key: text for key, text in texts.items() if text is not None}
+    tokens["pad_token"] = "</s>" if is_siglip or kind == _SIGLIP else "<pad>"
+    for values in (read_config(folder / "special_tokens_map.json"), config):
+        for key, value in values.items():
+            text = value.get("content") if isinstance(value, Mapping) else value
+            if key.endswith("_token") and isinstance(text, str):
+                tokens[key] = text
     adds_start, adds_end = (config.get(f"add_{end}_token") for end in ("bos", "eos"))
-    return FileTokenizer(
-        path=str(folder / name),
+    made = FileTokenizer(
+        path=str(folder / (SIGLIP_MODEL if is_siglip else found[0])),
         pad=tokens["pad_token"],
         pads_left=config.get("padding_side", "left" if is_gemma else "right") == "left",
         clean=clean,
         # SigLIP 2 was trained on lower case, which Gemma's own tokenizer does not make.
-        lower_case=bool(config.get("do_lower_case", True)) and (is_gemma or as_siglip),
+        lower_case=bool(config.get("do_lower_case", True)) and (is_gemma or is_siglip),
         start=tokens["bos_token"] if adds_start else "",
-        end=tokens["eos_token"] if adds_end or as_siglip else "",
+        end=tokens["eos_token"] if adds_end or is_siglip else "",
         has_own_ends=adds_start is not None or adds_end is not None,
         unknown=tokens.get("unk_token", "<unk>"),
-        as_siglip=as_siglip,
     )
+    made.check()
+    return made
 
 
 def copy_tokenizer(made: FileTokenizer, folder: str) -> None:
@@ -187,17 +181,6 @@ def make_cleaning(made: FileTokenizer) -> dict[str, Any]:
     """Settings in "text_cfg" of a tokenizer whose files are in the same folder."""
     clean = "whitespace" if made.clean == "none" else made.clean
     return {"hf_tokenizer_name": "in this folder", "tokenizer_kwargs": {"clean": clean}}
-
-
-def _content(token: Any) -> str | None:
-    """The text of a token, which may be described by an object."""
-    found = token.get("content") if isinstance(token, Mapping) else token
-    return found if isinstance(found, str) else None
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    return files.check_object(path.read_bytes(), path) if path.is_file() else {}
 
 
 def pieces(vocab_size: int) -> list[str]:

@@ -8,6 +8,7 @@ from diht_jax.config import default_config
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.weights.inference import LoadedModel
+from diht_jax.weights.source import ModelFiles
 from tests import make
 from tests.make import png
 
@@ -22,15 +23,9 @@ def tiny_model() -> LoadedModel:
     definition, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
     mesh = sharding.create_mesh(data=-1, fsdp=1)
     assert mesh.size == 8
-    return LoadedModel(
-        definition,
-        jax.device_put(jax.jit(init_params)(jax.random.key(0)), sharding.replicated(mesh)),
-        mesh=mesh,
-        config=config,
-        image_size=arch.image_size,
-        context_length=arch.context_length,
-        batch_size=64,
-    )
+    params = jax.device_put(jax.jit(init_params)(jax.random.key(0)), sharding.replicated(mesh))
+    files = ModelFiles(arch, params, "drawn", config=config)
+    return LoadedModel(definition, files, mesh, batch_size=64)
 
 
 @pytest.fixture(scope="package")

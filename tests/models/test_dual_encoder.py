@@ -1,4 +1,4 @@
-"""The dual encoder against open_clip's: sizes, initialisation, and outputs on equal weights."""
+"""The dual encoder against open_clip's: sizes and initialisation; and its parts."""
 
 import dataclasses
 
@@ -59,30 +59,6 @@ def test_parameter_counts_are_those_of_open_clip(name):
     assert count == sum(p.numel() for p in reference.parameters())
     if name == "diht_vitb32_224px":
         assert count == 151_277_313
-
-
-def test_embeddings_equal_open_clip_on_equal_weights():
-    import torch
-
-    reference = open_clip_model(SMALL)
-    definition, init = model_definition(SMALL, jnp.float32, jnp.float32)
-    params = from_clip(numpy_state(reference), SMALL)
-    expected_shapes = jax.tree.map(jnp.shape, jax.eval_shape(init, jax.random.key(0)))
-    assert jax.tree.map(np.shape, params) == expected_shapes
-
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((5, 32, 32, 3)).astype(np.float32)
-    tokens = rng.integers(1, 500, (5, 12)).astype(np.int32)
-    tokens[np.arange(5), [2, 5, 8, 11, 3]] = 511  # end of text: the largest id
-    with torch.no_grad():
-        image_emb = reference.encode_image(
-            torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), normalize=True
-        )
-        text_emb = reference.encode_text(torch.from_numpy(tokens), normalize=True)
-    model = merge_model(definition, params)
-    with jax.default_matmul_precision("highest"):
-        np.testing.assert_allclose(model.encode_image(images), image_emb.numpy(), atol=2e-6)
-        np.testing.assert_allclose(model.encode_text(tokens), text_emb.numpy(), atol=2e-6)
 
 
 def test_initialisation_has_the_spread_of_open_clips():

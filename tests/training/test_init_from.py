@@ -19,7 +19,7 @@ from diht_jax.training.loop import train
 from diht_jax.training.recipe import default_config
 from diht_jax.training.workdir.saved_run import read_config, write_config
 from diht_jax.weights.export import write_model
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import ModelFiles
 from tests.compiling import xla_flags
 from tests.training.conftest import CACHE_EVERYTHING
 
@@ -64,8 +64,7 @@ def weights(tmp_path_factory):
     _, init = model_definition(OTHER, "float32", "float32")
     params = jax.tree.map(np.asarray, init(jax.random.key(3)))
     folder = tmp_path_factory.mktemp("weights") / "model"
-    settings = {"preprocessing": Preprocessing(), "heads": {}, "card": ""}
-    write_model(folder, "safetensors", arch=OTHER, params=params, **settings)
+    write_model(folder, "safetensors", ModelFiles(OTHER, params, "drawn"), card="")
     return folder, params
 
 
@@ -95,15 +94,9 @@ def test_a_run_starts_as_the_model_and_goes_on_without_it(recipe, weights, tmp_p
 def test_adapters_on_the_texts_of_siglip_leave_its_images_and_begin_at_its_bias(config, tmp_path):
     arch = dataclasses.replace(OTHER, **SIGLIP)
     _, init = model_definition(arch, "float32", "float32")
-    settings = {"preprocessing": Preprocessing(), "heads": {}, "card": ""}
-    write_model(
-        tmp_path / "siglip",
-        "huggingface",
-        arch=arch,
-        params=jax.tree.map(np.asarray, init(jax.random.key(3))),
-        loss_scalars={"logit_bias": -7.5},
-        **settings,
-    )
+    params = jax.tree.map(np.asarray, init(jax.random.key(3)))
+    drawn = ModelFiles(arch, params, "drawn", loss_scalars={"logit_bias": -7.5})
+    write_model(tmp_path / "siglip", "huggingface", drawn, card="")
     config.model.init_from = str(tmp_path / "siglip")
     config.model.patch_dropout = 0.0
     config.loss.update(kind="sigmoid", beta=0.0)

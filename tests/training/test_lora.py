@@ -17,7 +17,7 @@ from diht_jax.training.loop import train
 from diht_jax.training.program import TrainProgram
 from diht_jax.weights.export import write_model
 from diht_jax.weights.inference import LoadedModel
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import ModelFiles
 
 
 def flat(tree):
@@ -36,15 +36,7 @@ def weights(make_config, tmp_path_factory):
         jax.eval_shape(init, jax.random.key(0)),
     )
     folder = tmp_path_factory.mktemp("weights") / "model"
-    write_model(
-        folder,
-        "safetensors",
-        arch=arch,
-        params=params,
-        preprocessing=Preprocessing(),
-        heads={},
-        card="",
-    )
+    write_model(folder, "safetensors", ModelFiles(arch, params, "drawn"), card="")
     return folder, params
 
 
@@ -89,15 +81,8 @@ def test_adapters_alone_are_trained_and_have_moments(tuned, weights):
 def test_model_of_the_run_is_the_one_with_adapters(tuned, weights):
     config, run, state = tuned
     program = TrainProgram(config, 4, jax.devices()[:2])
-    unmerged = LoadedModel(
-        program.definition,
-        state.params,
-        mesh=program.mesh,
-        config=config,
-        image_size=16,
-        context_length=24,
-        batch_size=8,
-    )
+    files = ModelFiles(program.arch, state.params, "run", config=config)
+    unmerged = LoadedModel(program.definition, files, program.mesh, batch_size=8)
     loaded = diht_jax.load_model(run, devices=jax.devices()[:1], batch_size=8)
     assert flat(loaded._params).keys() == flat(weights[1]).keys()
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)

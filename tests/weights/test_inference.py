@@ -17,6 +17,7 @@ from diht_jax.input.transforms import normalize
 from diht_jax.models import get_architecture
 from diht_jax.models.parameters import merge_model, model_definition, model_parameters
 from diht_jax.weights.inference import LoadedModel
+from diht_jax.weights.source import ModelFiles
 
 ARCH = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1})
 GRAPHDEF, INIT = model_definition(ARCH, jnp.float32, jnp.float32)
@@ -27,17 +28,8 @@ def loaded(num_devices, batch_size=16, decoder=None):
     config.model.dtype = "float32"
     mesh = sharding.create_mesh(-1, 1, jax.devices()[:num_devices])
     params = jax.device_put(INIT(jax.random.key(0)), sharding.replicated(mesh))
-    return LoadedModel(
-        GRAPHDEF,
-        params,
-        mesh=mesh,
-        config=config,
-        image_size=ARCH.image_size,
-        context_length=ARCH.context_length,
-        batch_size=batch_size,
-        step=7,
-        decoder=decoder,
-    )
+    files = ModelFiles(ARCH, params, "drawn", config=config, decoder=decoder)
+    return LoadedModel(GRAPHDEF, files, mesh, batch_size=batch_size)
 
 
 @pytest.fixture(scope="module")

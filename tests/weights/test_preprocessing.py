@@ -22,7 +22,7 @@ from diht_jax.weights.settings import (
     read_preprocess_cfg,
     read_preprocessor,
 )
-from diht_jax.weights.source import choose_files
+from diht_jax.weights.source import ModelFiles, choose_files
 from tests import make
 
 SIDE = 48
@@ -122,8 +122,8 @@ def model(arch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "model"
     _, init = model_definition(arch, "float32", "float32")
     params = jax.tree.map(np.asarray, init(jax.random.key(3)))
-    settings = {"preprocessing": PICTURES, "heads": {}, "card": ""}
-    write_model(folder, "huggingface", arch=arch, params=params, **settings)
+    drawn = ModelFiles(arch, params, "drawn", preprocessing=PICTURES)
+    write_model(folder, "huggingface", drawn, card="")
     assert json.loads((folder / "preprocessor_config.json").read_text())["resample"] == 2
     return folder
 
@@ -144,8 +144,7 @@ def expected(model, pictures, arch):
 @pytest.mark.parametrize("format", ["open_clip", "huggingface"])
 def test_an_export_keeps_them(model, format, tmp_path):
     source = read_model(model)
-    settings = {"preprocessing": source.preprocessing, "heads": {}, "card": ""}
-    write_model(tmp_path / "out", format, arch=source.arch, params=source.params, **settings)
+    write_model(tmp_path / "out", format, source, card="")
     assert read_model(tmp_path / "out").preprocessing == PICTURES
 
 

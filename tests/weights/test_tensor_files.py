@@ -130,7 +130,7 @@ def test_torchscript_tensor_beyond_its_storage_is_refused(tmp_path):
     assert data.count(b"(K\x03K\x02t") == 1
     forged = data.replace(b"(K\x03K\x02t", b"(K\xf0K\x02t")
     replace_pickle(tmp_path / "good.pt", tmp_path / "bad.pt", forged)
-    with pytest.raises(ValueError, match=r"tensor of shape \(240, 2\) reaches beyond its 6 el"):
+    with pytest.raises(ValueError, match=r"bad\.pt: not a whole torch file"):
         read_tensors(tmp_path / "bad.pt")
 
 

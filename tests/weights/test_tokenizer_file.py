@@ -19,7 +19,7 @@ from diht_jax.models.zoo import get_architecture
 from diht_jax.training.loop import train
 from diht_jax.training.workdir.saved_run import keep_tokenizer, open_tokenizer
 from diht_jax.weights.export import write_model
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import ModelFiles
 from diht_jax.weights.tokenizer_file import copy_tokenizer, read_cleaning, read_tokenizer
 from tests import make
 
@@ -271,10 +271,10 @@ def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
     arch = get_architecture("tiny_32px", config.model.overrides.to_dict() | overrides)
     _, init = model_definition(arch, "float32", "float32")
     params = jax.tree.map(np.asarray, init(jax.random.key(0)))
-    settings = {"preprocessing": Preprocessing(), "heads": {}, "card": ""}
     made = read_tokenizer(xlm, "canonicalize")
     folder = tmp_path / "out"
-    write_model(folder, "open_clip", arch=arch, params=params, own_tokenizer=made, **settings)
+    drawn = ModelFiles(arch, params, "drawn", tokenizer=made)
+    write_model(folder, "open_clip", drawn, card="")
     captions = make_captions(300)
     expected = open_clip.get_tokenizer(f"local-dir:{folder}")(captions).numpy()
     np.testing.assert_array_equal(load_model(folder).tokenize(captions), expected)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 import tempfile
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
 from diht_jax.weights import huggingface
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import ModelFiles
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
@@ -28,18 +26,8 @@ def check_packages() -> None:
         )
 
 
-def write_onnx(
-    output: pathlib.Path,
-    *,
-    arch: Architecture,
-    params: Mapping[str, Any],
-    preprocessing: Preprocessing,
-) -> None:
-    """Writes `image.onnx` and `text.onnx`, with float32 parameters.
-
-    Args:
-        output: directory.
-        arch, params, preprocessing: the model, layer by layer.
+def write_onnx(output: pathlib.Path, model: ModelFiles) -> None:
+    """Writes `image.onnx` and `text.onnx`, with float32 parameters, into a directory.
 
     Raises:
         ValueError: a package is missing.
@@ -47,8 +35,7 @@ def write_onnx(
     check_packages()
     import torch
 
-    towers = _make_towers(arch, params, preprocessing)
-    for name, (tower, argument, example) in towers.items():
+    for name, (tower, argument, example) in _make_towers(model).items():
         with tempfile.TemporaryDirectory(dir=output) as folder:
             path = pathlib.Path(folder) / "tower.onnx"
             torch.onnx.export(
@@ -65,18 +52,17 @@ def write_onnx(
             write_bytes(output / f"{name}.onnx", path.read_bytes())
 
 
-def _make_towers(
-    arch: Architecture, params: Mapping[str, Any], preprocessing: Preprocessing
-) -> dict[str, tuple[Any, str, Any]]:
+def _make_towers(source: ModelFiles) -> dict[str, tuple[Any, str, Any]]:
     """Modules of torch by tower, each with the name of its argument and an example of it."""
     import torch
     from transformers import AutoConfig, AutoModel
 
+    arch, preprocessing = source.arch, source.preprocessing
     # "eager" attention becomes plain matrix products, which every runtime has.
     settings: dict[str, Any] = huggingface.make_config(arch, "float32")
     settings["attn_implementation"] = "eager"
     model = AutoModel.from_config(AutoConfig.for_model(**settings)).eval()
-    tensors = huggingface.to_huggingface(params, arch)
+    tensors = huggingface.to_huggingface(source.params, arch)
     # Copies: the parameters may be views of arrays that cannot be written to.
     state = {name: torch.from_numpy(np.array(v, np.float32)) for name, v in tensors.items()}
     model.load_state_dict(state)

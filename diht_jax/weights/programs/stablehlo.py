@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,34 +11,26 @@ from jax import export
 from diht_jax.input import transforms
 from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.transformer import Execution
-from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import ModelFiles
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def write_stablehlo(
-    output: pathlib.Path,
-    *,
-    arch: Architecture,
-    params: Mapping[str, Any],
-    preprocessing: Preprocessing,
-    dtype: str,
-) -> None:
+def write_stablehlo(output: pathlib.Path, model: ModelFiles, dtype: str) -> None:
     """Writes `image.stablehlo` and `text.stablehlo` for `jax.export.deserialize`.
 
     Args:
         output: directory.
-        arch, params, preprocessing: the model, layer by layer.
+        model: layer by layer.
         dtype: of the parameters in the files; what is computed is float32.
     """
+    arch, mean, std = model.arch, model.preprocessing.mean, model.preprocessing.std
     # XLA's attention is the one that every platform has.
     definition, _ = model_definition(arch, "float32", dtype, Execution(attention="xla"))
-    stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), model.params)
 
     def encode_image(images):
-        mean, std = preprocessing.mean, preprocessing.std
         pixels = transforms.normalize(images, jnp.dtype("float32"), mean=mean, std=std)
         return merge_model(definition, stored).encode_image(pixels)
 
