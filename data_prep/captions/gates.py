@@ -268,9 +268,6 @@ def _part_tags(text: str) -> str:
 def fold_case(text: str) -> str:
     """Lower-cases text that is written in capitals or in Title Case, for the tagger's sake.
 
-    Args:
-      text: any text.
-
     Returns:
       The text, in lower case when capitals are the rule in it (Ours: 60% of the letters, or 80% of
       the words after the first).
@@ -292,13 +289,6 @@ def is_english(text: str, lexicon: frozenset[str] = frozenset()) -> bool:
     Function words of English and of other languages and the words of the lexicon are counted; where
     they do not settle it, py3langid decides. A short text without evidence (a name) passes, since
     wrong refusals cost more than captions without an action.
-
-    Args:
-      text: a cleaned caption with at least one letter.
-      lexicon: lower-case base forms of English words.
-
-    Returns:
-      False for a text in another language.
     """
     words = _WORD.findall(text.lower())
     letters = "".join(words)

@@ -69,16 +69,7 @@ class CaptionGraph:
 def assemble_graph(
     attributes: Mapping[str, Sequence[str]], actions: Iterable[Edge], relations: Iterable[Edge]
 ) -> CaptionGraph:
-    """Builds a graph from named objects and edges, dropping repeated edges and attributes.
-
-    Args:
-      attributes: object name -> its attributes; every end of an edge must be a key.
-      actions: action edges.
-      relations: relation edges.
-
-    Returns:
-      The graph, with the complexity of each object counted.
-    """
+    """Builds a graph; every end of an edge is an object, and repeated edges and attributes go."""
     actions = list(dict.fromkeys(actions))
     relations = list(dict.fromkeys(relations))
     degree = dict.fromkeys(attributes, 0)
@@ -119,16 +110,7 @@ def cat_reason(
 def format_graph(
     graph: CaptionGraph, *, min_complexity: int = 1, require_action: bool = True
 ) -> str:
-    """Renders a graph for people: objects[attributes]:complexity, edges, C, and the decision.
-
-    Args:
-      graph: a parsed caption.
-      min_complexity: as in `cat_reason`.
-      require_action: as in `cat_reason`.
-
-    Returns:
-      Five lines without a final newline.
-    """
+    """Renders a graph for people, in five lines: objects[attributes]:complexity, edges, decision."""
     reason = cat_reason(graph, min_complexity=min_complexity, require_action=require_action)
     decision = "keep" if reason is None else f"drop ({reason})"
     return "\n".join(

@@ -65,11 +65,7 @@ def _has_own_subject(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bo
 
 
 def _correct_deed(sentence: Sentence, noun: int, i: int, words: CaptionLemmatizer) -> bool:
-    """Finds an everyday deed behind a living thing: "dog chases cat", "kids ride bikes".
-
-    Returns:
-      Whether it was one.
-    """
+    """Finds an everyday deed behind a living thing: "dog chases cat", "kids ride bikes"."""
     is_singular = sentence.tag[i] == "NNS"
     tag = "VBZ" if is_singular else "VBP"
     lemma = words.lemmatize(sentence.low[i], tag)

@@ -113,15 +113,7 @@ class CaptionLemmatizer:
         return doc.from_array([LEMMA], values)
 
     def lemmatize(self, word: str, tag: str) -> str:
-        """Returns the dictionary form of a word.
-
-        Args:
-          word: a word in any case.
-          tag: its Penn Treebank tag; tags that do not inflect give the word back.
-
-        Returns:
-          The base form, in lower case.
-        """
+        """The dictionary form of a word, in lower case; the word itself for tags without inflection."""
         word = word.lower().replace("’", "'")
         if word in _AUXILIARIES and tag[:2] in ("VB", "MD"):
             return _AUXILIARIES[word]

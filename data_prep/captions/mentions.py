@@ -40,11 +40,7 @@ Mentions = Mapping[str, frozenset[str]]
 
 
 def find_mentions(graphs: Iterable[CaptionGraph]) -> Mentions:
-    """The objects and attributes that occur in the captions of one image.
-
-    Args:
-        graphs: of all its captions.
-    """
+    """The objects and attributes that occur in the captions of one image."""
     graphs = list(graphs)
     nodes = [node for graph in graphs for node in graph.objects.values()]
     objects = {name for graph in graphs for name in graph.objects} - CALENDAR

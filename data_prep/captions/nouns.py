@@ -203,15 +203,9 @@ def is_place_noun(sentence: Sentence, i: int) -> bool:
 
 
 def find_referents(sentence: Sentence, i: int) -> list[int]:
-    """The objects that a noun phrase stands for.
+    """The objects that a noun phrase stands for, by its head: with coordinations, none for "it".
 
-    Args:
-      sentence: the parsed caption.
-      i: head of the phrase.
-
-    Returns:
-      Indices of objects: the head and its coordinations, with transparent nouns replaced by what
-      they stand for and relative pronouns by their antecedent; empty for "it" and the like.
+    Transparent nouns ("photo of") give way to what follows, relative pronouns to their antecedent.
     """
     found = list(find_content(sentence, i))
     for kid in sentence.kids_of(i, "conj"):

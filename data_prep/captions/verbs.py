@@ -24,15 +24,7 @@ _ACTION, _RELATION, _PLACE = "action", "relation", "place"
 
 
 def build_graph(doc: Doc, words: CaptionLemmatizer) -> CaptionGraph:
-    """Extracts the graph of one caption.
-
-    Args:
-      doc: a caption with tags, dependencies and lemmas.
-      words: the English words, to recognise verbs tagged as nouns and nouns tagged as verbs.
-
-    Returns:
-      The caption's graph.
-    """
+    """Extracts the graph of one caption."""
     sentence = Sentence(doc)
     repair_sentence(sentence, words)
     nouns.mark_objects(sentence)

@@ -1,4 +1,4 @@
-"""Packages come from their address, a mirror, or npm's other registry; resumed, and compared."""
+"""Packages come from their address, a mirror, or npm's other registry."""
 
 import hashlib
 import urllib.error
@@ -22,27 +22,6 @@ PACKAGE = Package(
 def server():
     with FileServer({NAME: CONTENT}) as started:
         yield started
-
-
-def test_an_interrupted_download_goes_on(server, tmp_path):
-    server.breaks = 3
-    with pytest.raises(ValueError, match="the next call goes on"):
-        fetch_package(PACKAGE, tmp_path, server.url)
-    have = (tmp_path / f"{NAME}.part").stat().st_size
-    assert fetch_package(PACKAGE, tmp_path, server.url).read_bytes() == CONTENT
-    assert server.asked_ranges[-1] == f"bytes={have}-" != "bytes=0-"
-
-
-def test_another_file_under_the_name_is_refused(server, tmp_path):
-    server.files[NAME] = CONTENT[:-1] + b"x"
-    with pytest.raises(ValueError, match=f"expected SHA-256 {PACKAGE.sha256}"):
-        fetch_package(PACKAGE, tmp_path, server.url)
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-
-
-def test_a_truncated_local_file_is_downloaded_again(server, tmp_path):
-    (tmp_path / NAME).write_bytes(CONTENT[:1000])
-    assert fetch_package(PACKAGE, tmp_path, server.url).read_bytes() == CONTENT
 
 
 def test_npms_own_variable_names_another_registry(server, tmp_path, monkeypatch):
