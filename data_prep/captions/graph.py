@@ -110,7 +110,7 @@ def cat_reason(
 def format_graph(
     graph: CaptionGraph, *, min_complexity: int = 1, require_action: bool = True
 ) -> str:
-    """Renders a graph for people, in five lines: objects[attributes]:complexity, edges, decision."""
+    """Renders a graph and its decision for people, in five lines; an object has its complexity."""
     reason = cat_reason(graph, min_complexity=min_complexity, require_action=require_action)
     decision = "keep" if reason is None else f"drop ({reason})"
     return "\n".join(
