@@ -30,7 +30,7 @@ def test_notebook_runs_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", xla_flags())
     monkeypatch.setenv("FIRST_STEPS_PAIRS", "130")
-    monkeypatch.setenv("FIRST_STEPS_STEPS", "3")
+    monkeypatch.setenv("FIRST_STEPS_STEPS", "1")
     for scheme in ("http", "https", "all"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # nobody answers there
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -46,4 +46,4 @@ def test_notebook_runs_without_a_network(tmp_path, monkeypatch):
     assert len(shown) == 3  # matches, graphs, matches of the student
     for name in ("raw", "kept"):
         rows = (tmp_path / "first_steps" / f"student_{name}" / "metrics.jsonl").read_text()
-        assert json.loads(rows.splitlines()[-1])["step"] == 3
+        assert json.loads(rows.splitlines()[-1])["step"] == 1

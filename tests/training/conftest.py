@@ -20,6 +20,7 @@ from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
+from diht_jax.training import loop
 from tests import make
 from tests.records.stores import BucketStore
 
@@ -55,6 +56,14 @@ def compile_cache(tmp_path_factory) -> pathlib.Path:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def no_curves():
+    """A run draws its curves at its end, which costs as much as training a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_curves", lambda workdir: None)
+        yield
 
 
 def colored_square(index: int) -> Record:

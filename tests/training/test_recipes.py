@@ -1,5 +1,6 @@
 """Every program that the recipes of `configs/` make in their debug form trains end to end."""
 
+import jax
 import numpy as np
 import pytest
 from jax.tree_util import tree_leaves_with_path
@@ -39,7 +40,8 @@ def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     config = load_recipe(path, "debug=True" + ARGUMENTS.get(path.stem, ""))
     config.data.train = str(labelled)
-    state = train(config, tmp_path)
+    num_devices = 8 if path.stem == "diht_vitb16" else 1
+    state = train(config, tmp_path, devices=jax.devices()[:num_devices])
     assert int(state.step) == 4
     if path.stem in ARGUMENTS:
         trained = {path_name(path) for path, _ in tree_leaves_with_path(state.opt_state)}
