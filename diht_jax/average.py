@@ -360,7 +360,7 @@ def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:
     from diht_jax.evaluation.results import format_table, format_value
 
     def value(name: str, number: float) -> str:
-        return "" if math.isnan(number) else format_value(metrics[name], number)
+        return "" if math.isnan(number) else format_value(metrics[name].unit, number)
 
     target, lines = record["target"], []
     if "trials" in record:

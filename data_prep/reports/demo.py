@@ -20,7 +20,7 @@ from absl import flags
 from data_prep.decisions.report import Report, read_report
 from data_prep.reports.page import funnel_data, pairs_to_show
 from diht_jax import command_line
-from diht_jax.evaluation.bootstrap import paired_samples, percentile_interval
+from diht_jax.evaluation.bootstrap import paired_differences, percentile_interval
 from diht_jax.pages.render import data_uri, render
 
 # Folder of a student -> what it is; each changes one thing of the one before.
@@ -121,10 +121,10 @@ def _difference(first: Mapping[str, Any], second: Mapping[str, Any], metric: str
     from markupsafe import Markup
 
     change = f"{100 * (second['metrics'][metric] - first['metrics'][metric]):+.1f}"
-    samples = paired_samples(first, second, metric)
+    samples = paired_differences(first, second, metric)
     if samples is None:
         return change
-    low, high = percentile_interval(100 * (samples[1].astype(float) - samples[0]))
+    low, high = percentile_interval(100 * samples)
     css = "beyond" if low > 0 or high < 0 else ""
     cell = Markup('<span class="{}">{} ({:+.1f} to {:+.1f})</span>')
     return cell.format(css, change, low, high)

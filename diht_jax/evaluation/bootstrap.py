@@ -78,13 +78,12 @@ def describe_samples(
     }
 
 
-def paired_samples(
+def paired_differences(
     first: Mapping[str, Any], second: Mapping[str, Any], name: str
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The resamples of a metric in two results of a task, of the same draws from the same items.
+) -> np.ndarray | None:
+    """The second result's resamples of a metric minus the first's, float64 [resamples].
 
-    Returns:
-        float32 arrays of one length; None where a result has no resamples, or of other draws.
+    None where one has no resamples, or of other draws or items than the other's.
     """
     described = [result.get("resamples", {}) for result in (first, second)]
     if any(name not in one.get("values", {}) for one in described):
@@ -92,7 +91,7 @@ def paired_samples(
     if described[0]["draws"] != described[1]["draws"]:
         return None
     one, other = (decode_resamples(result)[name] for result in (first, second))
-    return one, other
+    return other.astype(float) - one
 
 
 def decode_resamples(result: Mapping[str, Any]) -> dict[str, np.ndarray]:

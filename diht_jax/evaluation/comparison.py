@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from diht_jax.evaluation.benchmarks import Number, suite_means
-from diht_jax.evaluation.bootstrap import LEVEL, paired_samples, percentile_interval
+from diht_jax.evaluation.bootstrap import LEVEL, paired_differences, percentile_interval
 from diht_jax.evaluation.results import (
     LETTERS,
     describe_model,
@@ -23,9 +23,6 @@ from diht_jax.evaluation.results import (
     format_value,
     metric_of,
 )
-
-if TYPE_CHECKING:
-    from diht_jax.evaluation.protocols.base import Metric
 
 _MARK = "*"
 
@@ -68,30 +65,26 @@ def _compare_metrics(task: str, results: Sequence[dict[str, Any]]) -> list[list[
         metric = metric_of(
             next(r for r, x in zip(results, measured, strict=True) if name in x), name
         )
-        cells = [format_value(metric, x[name]) if name in x else "-" for x in measured]
+        cells = [format_value(metric.unit, x[name]) if name in x else "-" for x in measured]
         for result, values in zip(results[1:], measured[1:], strict=True):
             if name not in values or name not in measured[0]:
                 cells += ["-", ""]
                 continue
-            pair = paired_samples(results[0], result, name)
-            samples = None if pair is None else pair[1].astype(float) - pair[0]
-            cells += _difference_cells(metric, values[name] - measured[0][name], samples)
+            samples = paired_differences(results[0], result, name)
+            cells += _difference_cells(metric.unit, values[name] - measured[0][name], samples)
         rows.append(["" if rows else task, metric.label or name, *cells])
     return rows
 
 
 def _compare_means(by_task: Sequence[Mapping[str, dict[str, Any]]]) -> list[list[str]]:
     """A row for each mean of the suite of which all results have a number."""
-    from diht_jax.evaluation.protocols.base import Metric  # as in `results.metric_of`
-
     rows = []
     for mean in suite_means(by_task):
         label = f"{mean.name} ({mean.missing})" if mean.missing else mean.name
-        share = Metric("share", label)
-        cells = [format_value(share, value) for value in mean.values]
+        cells = [format_value("share", value) for value in mean.values]
         for tasks, value in zip(by_task[1:], mean.values[1:], strict=True):
             samples = _mean_samples(by_task[0], tasks, mean.numbers)
-            cells += _difference_cells(share, value - mean.values[0], samples)
+            cells += _difference_cells("share", value - mean.values[0], samples)
         rows.append(["" if rows else "suite", label, *cells])
     return rows
 
@@ -104,30 +97,30 @@ def _mean_samples(
     """Differences of the means over the resamples; None where a number cannot be paired."""
     differences = []
     for task, metrics in numbers:
-        pairs = [paired_samples(first[task], second[task], metric) for metric in metrics]
-        found = [pair[1].astype(float) - pair[0] for pair in pairs if pair is not None]
-        if len(found) < len(pairs):
+        found = [paired_differences(first[task], second[task], metric) for metric in metrics]
+        paired = [samples for samples in found if samples is not None]
+        if len(paired) < len(found):
             return None
-        differences.append(np.mean(found, axis=0))
+        differences.append(np.mean(paired, axis=0))
     if any(len(samples) != len(differences[0]) for samples in differences):
         return None
     return np.mean(differences, axis=0)
 
 
-def _difference_cells(metric: Metric, value: float, samples: np.ndarray | None) -> list[str]:
+def _difference_cells(unit: str, value: float, samples: np.ndarray | None) -> list[str]:
     """The difference and its interval, which is empty without resamples."""
-    difference = _format_difference(metric, value)
+    difference = _format_difference(unit, value)
     if samples is None:
         return [difference, ""]
     low, high = percentile_interval(samples)
     mark = _MARK if low > 0 or high < 0 else " "
-    texts = [_format_difference(metric, bound) for bound in (low, high)]
+    texts = [_format_difference(unit, bound) for bound in (low, high)]
     return [difference, f"{' to '.join(texts)} {mark}"]
 
 
-def _format_difference(metric: Metric, value: float) -> str:
-    digits = {"share": 2, "score": 4, "rank": 1}[metric.unit]
-    value = 100 * value if metric.unit == "share" else value
+def _format_difference(unit: str, value: float) -> str:
+    digits = {"share": 2, "score": 4, "rank": 1}[unit]
+    value = 100 * value if unit == "share" else value
     # Adding 0.0 turns a -0.0 that rounding left into 0.0.
     return f"{round(value, digits) + 0.0:+,.{digits}f}"
 

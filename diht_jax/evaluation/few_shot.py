@@ -341,7 +341,7 @@ def _embed(
             [unit for part in parts for unit in part],
             lambda: sum(known) if len(known) == len(counts) else None,
         )
-        entries = Entries(units, bar="images" if batching.progress else None)
+        entries = Entries(units, name="images")
         measured = classification.run(prompts, Encoder(model, entries, batching))
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error

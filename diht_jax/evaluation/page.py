@@ -69,7 +69,7 @@ class ResultsPage:
 
         section = EXAMPLES[task.kind](task, measured, load, logit_scale)
         metrics = [(metric_of(result, name), value) for name, value in result["metrics"].items()]
-        cards = [(metric.label, format_value(metric, value)) for metric, value in metrics]
+        cards = [(metric.label, format_value(metric.unit, value)) for metric, value in metrics]
         self._sections.append({"name": task.name, "kind": task.kind, "cards": cards, **section})
         return str(self.path)
 

@@ -111,9 +111,6 @@ def format_results(results: dict[str, Any]) -> str:
 
 def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Task, metric, value, interval and a note of every metric, and of the means over the suite."""
-    # Here, as in `metric_of`.
-    from diht_jax.evaluation.protocols.base import Metric
-
     rows = []
     for result in results["results"]:
         counts, intervals = result["counts"], result.get("intervals", {})
@@ -125,12 +122,13 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
         task = result["task"]
         for name, value in result["metrics"].items():
             metric = metric_of(result, name)
-            bounds = [format_value(metric, x).removesuffix("%") for x in intervals.get(name, ())]
-            shown = (metric.label or name, format_value(metric, value), " to ".join(bounds))
+            unit, bounds = metric.unit, intervals.get(name, ())
+            interval = " to ".join(format_value(unit, x).removesuffix("%") for x in bounds)
+            shown = (metric.label or name, format_value(unit, value), interval)
             rows.append((task, *shown, about))
             task = about = ""
     for mean in suite_means([{result["task"]: result for result in results["results"]}]):
-        value = format_value(Metric("share"), mean.values[0])
+        value = format_value("share", mean.values[0])
         rows.append(("suite", mean.name, value, "", mean.missing))
     return rows
 
@@ -162,7 +160,7 @@ def describe_metrics(result: dict[str, Any]) -> str:
     shown = []
     for name, value in result["metrics"].items():
         metric = metric_of(result, name)
-        shown.append(f"{metric.label} {format_value(metric, value)}")
+        shown.append(f"{metric.label} {format_value(metric.unit, value)}")
     return f"{result['task']}: {', '.join(shown)}"
 
 
@@ -173,11 +171,11 @@ def describe_model(results: dict[str, Any]) -> str:
     return f"{results['model']}" + ("" if step is None else f", step {step:,}") + average
 
 
-def format_value(metric: Metric, value: float) -> str:
+def format_value(unit: str, value: float) -> str:
     """A metric's value by its unit: "51.24%", "0.2874", rank "1,203.5"."""
-    if metric.unit == "share":
+    if unit == "share":
         return f"{100 * value:.2f}%"
-    return f"{value:,.1f}" if metric.unit == "rank" else f"{value:,.4f}"
+    return f"{value:,.1f}" if unit == "rank" else f"{value:,.4f}"
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:

@@ -76,7 +76,7 @@ def evaluate_task(
     try:
         if units is None:
             units = task.open_units()
-        entries = Entries(units, limit=limit, bar=task.name if progress else None)
+        entries = Entries(units, limit=limit, name=task.name)
         batching = Batching(batch_size, num_threads, progress, Processes.of_job())
         measured = protocol.run(task, Encoder(model, entries, batching))
     except ValueError as error:

@@ -5,7 +5,7 @@ import pytest
 
 from diht_jax.evaluation.bootstrap import (
     describe_samples,
-    paired_samples,
+    paired_differences,
     percentile_interval,
     resample,
 )
@@ -30,12 +30,12 @@ def test_a_paired_difference_has_the_interval_of_mcnemar():
         return {"resamples": describe_samples(samples, items, 1000, seed)}
 
     a, b = measured(first), measured(second)
-    pair = paired_samples(a, b, "top1")
-    low, high = percentile_interval(pair[1].astype(float) - pair[0])
+    differences = paired_differences(a, b, "top1")
+    low, high = percentile_interval(differences)
     # The variance of the paired difference is (30 + 60 - 30^2 / 1000) / 1000^2.
     half = 1.96 * np.sqrt(90 - 0.9) / 1000
     assert [low, high] == pytest.approx([0.03 - half, 0.03 + half], abs=0.0025)
     assert low > 0  # while the intervals of A and of B overlap by far
     for other in (measured(second, seed=1), measured(second, items="y"), {}):
-        assert paired_samples(a, other, "top1") is None
-    assert paired_samples(a, b, "top5") is None
+        assert paired_differences(a, other, "top1") is None
+    assert paired_differences(a, b, "top5") is None

@@ -138,7 +138,7 @@ def encode_images(
     processes = batching.processes
     if not isinstance(entries, Entries):
         entries = Entries([functools.partial(iter, entries)])
-    own = entries.share(processes.index, processes.count)
+    own = entries.share(processes.index, processes.count, progress=batching.progress)
     if processes.count == 1:
         found, image_emb = _encode_share(model, own, describe, batching)
     else:

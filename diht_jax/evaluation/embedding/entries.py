@@ -74,21 +74,23 @@ class Units(list[Unit]):
 class Entries(Iterable[Entry]):
     """All entries in order, or the share of one process with their order."""
 
-    def __init__(self, units: Sequence[Unit], *, limit: int | None = None, bar: str | None = None):
+    def __init__(self, units: Sequence[Unit], *, limit: int | None = None, name: str | None = None):
         """Joins the parts of a source.
 
         Args:
             units: each reads the entries of one part.
             limit: number of entries that count, from the first on; None is all.
-            bar: name of the progress bar to show; None for none.
+            name: of the progress bar.
         """
-        self.limit, self._units, self._bar = limit, units, bar
+        self.limit, self._units, self._name = limit, units, name
 
     def __iter__(self) -> Iterator[Entry]:
         return (entry for _, entry in self.share(0, 1))
 
-    def share(self, index: int, count: int) -> Iterator[tuple[Order, Entry]]:
-        """The entries of every `count`-th unit from number `index` on.
+    def share(
+        self, index: int, count: int, *, progress: bool = False
+    ) -> Iterator[tuple[Order, Entry]]:
+        """The entries of every `count`-th unit from number `index` on, maybe with a progress bar.
 
         Where there is a limit, these are up to `limit` entries: which of them are among the first
         of all is known when all processes are through.
@@ -99,11 +101,11 @@ class Entries(Iterable[Entry]):
             for offset, entry in enumerate(self._units[number]())
         )
         total = None
-        if self._bar is not None and isinstance(self._units, Units):
+        if progress and isinstance(self._units, Units):
             known = [n for n in (self._units.count_entries(), self.limit) if n is not None]
             total = -(-min(known) // count) if known else None
-        hidden = self._bar is None
-        with ProgressBar(desc=self._bar, unit=" images", disable=hidden, total=total) as bar:
+        hidden = not progress
+        with ProgressBar(desc=self._name, unit=" images", disable=hidden, total=total) as bar:
             for found in itertools.islice(own, self.limit):
                 bar.update()
                 yield found

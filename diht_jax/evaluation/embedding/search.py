@@ -65,8 +65,7 @@ def search_pictures(
         ValueError: no query, a blank one, a bad template, or no readable picture.
     """
     texts = fill_queries(queries, template, count)
-    bar = "pictures" if batching is not None and batching.progress else None
-    entries = Entries(input_units(shards), bar=bar)
+    entries = Entries(input_units(shards), name="pictures")
     encoded = encode_images(model, entries, lambda pair: (pair.key, pair.caption), batching)
     text_emb = check_finite(
         np.asarray(model.encode_text(list(texts.values())), np.float32), "text embeddings"
