@@ -143,7 +143,6 @@ def for_fewer_devices(
     meant_for = math.prod(parse_topology(config.topology)[1])
     if num_devices >= meant_for:
         return config, []
-    config = config.copy_and_resolve_references()
     changed: dict[str, int] = {}
     if "data.batch_size" not in set_keys:
         changed["data.batch_size"] = config.data.batch_size // meant_for * num_devices
@@ -151,8 +150,14 @@ def for_fewer_devices(
             changed["micro_batch"] = config.micro_batch // meant_for * num_devices
     if num_devices % config.mesh.fsdp and "mesh.fsdp" not in set_keys:
         changed["mesh.fsdp"] = num_devices
-    config.update_from_flattened_dict(changed)
-    return config, [f"--config.{name}={value}" for name, value in changed.items()]
+    return _changed(config, changed), [f"--config.{k}={value}" for k, value in changed.items()]
+
+
+def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> Any:
+    """A copy of the config with other values of some keys, by their dotted names."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(changes)
+    return changed
 
 
 def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepReport:
@@ -172,7 +177,10 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
-        arguments = _local_bytes((state, program.abstract_batch()))
+        arguments = sum(
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in jax.tree.leaves((state, program.abstract_batch()))
+        )
         memory = _out_of_memory(error, arguments, topology)
         traffic = None
     else:
@@ -206,9 +214,8 @@ def batch_that_fits(
     """
     first = config.micro_batch or config.data.batch_size // 2
     for batch_size in _halvings(config, first, too_large, _SAME_SETTINGS):
-        candidate = config.copy_and_resolve_references()
-        candidate.data.batch_size, candidate.micro_batch = batch_size, None
-        report = compile_step(candidate, topology)
+        changes = {"data.batch_size": batch_size, "micro_batch": None}
+        report = compile_step(_changed(config, changes), topology)
         print_escaped(describe_try(report))
         if report.fits:
             return report
@@ -232,9 +239,8 @@ def settings_that_fit(
             if micro_batch is not None:
                 sizes = _halvings(config, micro_batch, too_large, _OTHER_POLICY)
             for size in sizes:
-                candidate = config.copy_and_resolve_references()
-                candidate.model.remat, candidate.micro_batch = remat, size
-                report = compile_step(candidate, topology)
+                changes = {"model.remat": remat, "micro_batch": size}
+                report = compile_step(_changed(config, changes), topology)
                 print_escaped(describe_try(report))
                 if report.fits:
                     return report
@@ -254,10 +260,8 @@ def fastest_settings(
         kept = changes
         for choice in choices:
             tried = {**kept, **choice}
-            candidate = config.copy_and_resolve_references()
-            candidate.update_from_flattened_dict(tried)
             try:
-                found = compile_step(candidate, topology)
+                found = compile_step(_changed(config, tried), topology)
             except ValueError as error:
                 print_escaped(f"  {describe_changes(tried)}: {error}")
                 continue
@@ -324,14 +328,6 @@ def _total_steps(config: ml_collections.ConfigDict) -> int:
     # Of epochs, the data set is not looked at.
     num_examples = batch_size * (1 if config.total_epochs is None else 1000)
     return duration_in_steps(config, "total", batch_size=batch_size, num_examples=num_examples)
-
-
-def _local_bytes(tree: object) -> int:
-    """Bytes of a tree of shapes with shardings on one device."""
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:

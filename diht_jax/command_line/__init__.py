@@ -30,7 +30,7 @@ from diht_jax.command_line.shared_flags import (
 from diht_jax.config import find_recipe, load_recipe
 from diht_jax.config.checks import check_names, walk
 from diht_jax.config.key_comments import read_comments
-from diht_jax.config.overrides import apply_overrides, set_key, take_unset_keys
+from diht_jax.config.recipes import apply_overrides, set_key, take_unset_keys
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
 

@@ -68,7 +68,7 @@ def start_from_flags(begin: Callable[[int], None] | None = None) -> None:
     """Joins the other processes of the job, if there are any, as the flags or the cluster say."""
     names = ("coordinator_address", "num_processes", "process_id")
     names += ("heartbeat_timeout_secs", "start_warning_secs")
-    values = [flags.FLAGS[name].value for name in names]
+    values: Any = [flags.FLAGS[name].value for name in names]
     start(*values, begin=begin)
 
 

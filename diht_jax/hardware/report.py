@@ -8,16 +8,19 @@ older and weaker bound, the largest of all products, all memory traffic and all 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from diht_jax.hardware.chips import LATENCY_SECS
 from diht_jax.hardware.flops import FlopCount
 from diht_jax.hardware.hlo_traffic import Collective, Traffic
-from diht_jax.hardware.input_cores import describe_input
 from diht_jax.hardware.schedule import Rates, scheduled_secs
 from diht_jax.hardware.topologies import Topology
 
 _GIB = 1 << 30
+# Side of the photos -> images per second of one core, read, decoded, cropped to 224 px and
+# tokenized: `diht_jax` of benchmarks/results/input_pipeline.json, on an AMD EPYC.
+IMAGES_PER_CORE_SEC = {"384 px": 1438.9, "512 px": 980.2, "256 to 1024 px": 810.4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +127,10 @@ class StepReport:
 
 def collective_secs(topology: Topology, collective: Collective) -> tuple[float, float]:
     """Seconds that it takes to send all that a collective sends, and one latency of it."""
-    if topology.chip is None:
-        raise ValueError(f"{topology.name}: the rates of its chips are not known")
+    bandwidth = link_bandwidth(topology, collective)
+    assert topology.chip is not None  # it has a bandwidth
     link = topology.chip.link(between_hosts=crosses_hosts(topology, collective))
-    return collective.sent_bytes / link_bandwidth(topology, collective), LATENCY_SECS[link]
+    return collective.sent_bytes / bandwidth, LATENCY_SECS[link]
 
 
 def link_bandwidth(topology: Topology, collective: Collective) -> float:
@@ -197,6 +200,32 @@ def describe_step(report: StepReport) -> str:
     return "\n".join(lines)
 
 
+def num_hosts(topology: Topology) -> int:
+    """Hosts that read the input: GPUs by the shape, a TPU slice as its compiler counts them."""
+    chip = topology.chip
+    if chip is not None and not chip.num_links:
+        return math.prod(topology.shape[:-1])
+    return len({getattr(device, "process_index", 0) for device in topology.devices})
+
+
+def describe_input(topology: Topology, images_per_sec: float) -> list[str]:
+    """Formats how many cores of each host keep up with the images per second of all devices."""
+    hosts = num_hosts(topology)
+    of_host = images_per_sec / hosts
+    cores = {side: math.ceil(of_host / rate) for side, rate in IMAGES_PER_CORE_SEC.items()}
+    devices = len(topology.devices) // hosts
+    return [
+        f"input of a host with {devices} devices, at the first of these bounds",
+        f"  {'examples per second':<32} {of_host:,.0f}",
+        f"  {'cores that decode them':<32} "
+        + ", ".join(f"{count:,} ({side})" for side, count in cores.items()),
+        "  by one core of an AMD EPYC, for crops of 224 px with config.data.fast_decode:",
+        "  "
+        + ", ".join(f"{rate:,.0f}/s ({side})" for side, rate in IMAGES_PER_CORE_SEC.items())
+        + "; benchmarks/results/input_pipeline.json",
+    ]
+
+
 def describe_try(report: StepReport, changes: dict[str, Any] | None = None) -> str:
     """Formats an attempt at other settings as one line."""
     outcome = "fits" if report.fits else "too large"
@@ -255,14 +284,10 @@ def _memory_lines(report: StepReport) -> list[str]:
         return _gib(num_bytes) + (f" of {_gib(limit)} ({num_bytes / limit:.0%})" if limit else "")
 
     lines = [_row("arguments (state and batch)", _gib(report.argument_bytes))]
-    if report.temporary_bytes is None:
-        return [*lines, _row("needed", of_limit(report.needed_bytes))]
-    return [
-        *lines,
-        _row("temporaries", _gib(report.temporary_bytes)),
-        _row("peak", _gib(report.peak_bytes)),
-        _row("needed", of_limit(report.needed_bytes)),
-    ]
+    if report.temporary_bytes is not None:
+        lines.append(_row("temporaries", _gib(report.temporary_bytes)))
+        lines.append(_row("peak", _gib(report.peak_bytes)))
+    return [*lines, _row("needed", of_limit(report.needed_bytes))]
 
 
 def _flops_lines(report: StepReport) -> list[str]:

@@ -10,7 +10,7 @@ import ml_collections
 
 from diht_jax.config.checks import validate_config
 from diht_jax.config.keys import FIXED, FREE, KEYS, Key, build_config, check_ranges
-from diht_jax.config.overrides import DURATION_UNITS
+from diht_jax.config.recipes import DURATION_UNITS
 from diht_jax.data.file_tokenizer import CLEANINGS
 from diht_jax.input.transforms import Preprocessing
 from diht_jax.losses.registry import default_settings

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from diht_jax.hardware.chips import GIB, find_chip
-from diht_jax.hardware.input_cores import IMAGES_PER_CORE_SEC, describe_input, num_hosts
+from diht_jax.hardware.report import IMAGES_PER_CORE_SEC, describe_input, num_hosts
 from diht_jax.hardware.topologies import Topology
 from tests.docs.pages import REPOSITORY
 

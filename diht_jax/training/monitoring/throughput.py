@@ -152,9 +152,8 @@ class ThroughputWindow:
         self._data_wait_secs += self._arrived_secs - start
         if self._last is None:  # nothing runs meanwhile
             self._idle_wait_secs += self._arrived_secs - start
-        self._was_idle = self._last is not None and all(
-            value.is_ready() for value in self._last.values() if hasattr(value, "is_ready")
-        )
+        last: Any = self._last  # of arrays, whose type does not know `is_ready`
+        self._was_idle = last is not None and all(value.is_ready() for value in last.values())
         self._num_idle += self._was_idle
         return batch
 

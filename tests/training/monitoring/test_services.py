@@ -9,7 +9,7 @@ import pytest
 
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from tests import make
-from tests.training.monitoring.trackers.wandb_file import history_of, read_wandb_file
+from tests.training.monitoring.wandb_file import history_of, read_wandb_file
 
 
 @pytest.fixture(autouse=True)
