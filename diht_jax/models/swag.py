@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from diht_jax.models.attention import attention_implementation
 from diht_jax.models.transformer import (
-    Block,
     BlockInit,
-    build_blocks,
+    Execution,
     layer_norm,
+    make_blocks,
     normal_init,
     run_blocks,
 )
@@ -77,22 +76,19 @@ class SwagTransformer(nnx.Module):
         self.positional_embedding = nnx.Param(
             small_normal(rngs.params(), (num_patches + 1, arch.width), jnp.float32)
         )
-        init = BlockInit.torch_default(arch.width, arch.mlp_width)
-        blocks = [
-            Block(
-                arch.width,
-                arch.heads,
-                arch.mlp_width,
-                init,
-                causal=False,
-                activation="gelu",
-                epsilon=_EPSILON,
-                attention=attention_implementation("auto", dtype, arch.width // arch.heads),
-                **dtypes,
-            )
-            for _ in range(arch.layers)
-        ]
-        self.blocks = build_blocks(blocks, scan_layers=True)
+        self.blocks = make_blocks(
+            Execution(scan_layers=True),
+            arch.layers,
+            arch.width,
+            arch.heads,
+            num_tokens=None,
+            mlp_width=arch.mlp_width,
+            init=BlockInit.torch_default(arch.width, arch.mlp_width),
+            causal=False,
+            activation="gelu",
+            epsilon=_EPSILON,
+            **dtypes,
+        )
         self.final_norm = layer_norm(arch.width, _EPSILON, **dtypes)
 
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -32,6 +32,7 @@ from diht_jax.models.positions import Rotary, rotate
 from diht_jax.models.remat import ATTENTION_OUT, QKV, check_remat, checkpointed
 from diht_jax.models.tpu_attention import attend_short
 
+normal_init = nnx.initializers.normal  # of N(0, stddev^2)
 Gather = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -70,7 +71,7 @@ class Execution:
         dtype: DTypeLike,
         head_dim: int,
         *,
-        num_tokens: int,
+        num_tokens: int | None,
         num_heads: int,
         packed: bool = False,
     ) -> str:
@@ -94,11 +95,6 @@ def uniform_init(bound: float) -> nnx.Initializer:
         return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
     return init
-
-
-def normal_init(stddev: float) -> nnx.Initializer:
-    """Initialiser drawing from N(0, stddev^2)."""
-    return nnx.initializers.normal(stddev)
 
 
 def layer_norm(
@@ -317,19 +313,13 @@ def make_blocks(
     width: int,
     heads: int,
     *,
-    num_tokens: int,
+    num_tokens: int | None,
     packed: bool = False,
     **settings: Any,
 ) -> nnx.List | Block:
-    """The blocks of a tower, as `run_blocks` takes them.
+    """The blocks of a tower, as `run_blocks` takes them; `settings` are the others of a `Block`.
 
-    Args:
-        execution: of the model.
-        layers: number of blocks.
-        width, heads: of the tower.
-        num_tokens: of its sequences.
-        packed: whether several texts share a sequence.
-        **settings: the others of a `Block`.
+    Without a fixed number of tokens the kernel for TPUs does not apply, nor with packed texts.
     """
     attention = execution.attention_kernel(
         settings["dtype"], width // heads, num_tokens=num_tokens, num_heads=heads, packed=packed
