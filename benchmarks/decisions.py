@@ -31,7 +31,7 @@ from data_prep.captions import parse_captions
 from data_prep.captions.graph import cat_reason
 from data_prep.decisions import table
 from data_prep.filtering import config as filter_config
-from data_prep.jobs import manifest, shards
+from data_prep.jobs import shards
 from diht_jax.config import load_recipe
 from diht_jax.storage import files
 
@@ -104,7 +104,7 @@ def _write_parts(folder: pathlib.Path, measured: Sequence[dict[str, Any]]) -> di
         for path in paths[number::distinct]:  # a copied file would not be that of its part
             copy.deepcopy(log).write(str(path))
     parts = [{"name": path.name.removesuffix(table.SUFFIX)} for path in paths]
-    files.write_object(folder / "parts" / manifest.NAME, {"parts": parts})
+    files.write_object(folder / "parts" / table.MANIFEST, {"parts": parts})
     config = load_recipe(_RECIPE)
     files.write_object(
         folder / shards.MERGED_STATS,

@@ -49,8 +49,8 @@ from benchmarks.text_spotting_scores import foreign_captions, print_report, scor
 from benchmarks.text_spotting_testset import TestPicture, make_test_set
 from data_prep.text_spotting.cache import SpotCache, hash_image
 from data_prep.text_spotting.match import caption_matches
+from data_prep.text_spotting.networks import find_weights
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
-from data_prep.text_spotting.weights import find_weights
 from diht_jax import command_line
 from diht_jax.input.decode import decode_rgb
 from diht_jax.terminal import ProgressBar

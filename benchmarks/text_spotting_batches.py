@@ -142,7 +142,7 @@ def simulate(sizes: np.ndarray) -> dict[str, Any]:
                     shapes = [_canvas(sizes[row], side, when == "now") for row in chosen]
                     batches[stage] += [
                         (len(batch), *shapes[batch[0]])
-                        for batch in like_batches(shapes, s.batch_size)
+                        for batch in like_batches(dict(enumerate(shapes)), s.batch_size)
                     ]
         found[when] = {stage: _describe(rows) for stage, rows in batches.items()}
     return found

@@ -58,7 +58,7 @@ def main() -> None:
     if given.lists is not None and given.replay is None:
         raise ValueError(f"--lists='{given.lists}': expected with --replay=FOLDER only")
     if given.replay is not None:
-        replay.set_quantile_limit(config)
+        filter_config.set_quantile_limit(config)
         replay.run(given.replay, None if given.config is None else config, given.lists)
         return
     if given.config is None:
@@ -109,7 +109,7 @@ def run_filter(
     if engine == "ray" and config.spotter.cache is not None:
         # The same folder on all nodes, also where a worker runs in another one.
         config.spotter.cache = os.path.abspath(config.spotter.cache)
-    replay.set_quantile_limit(config)
+    filter_config.set_quantile_limit(config)
     return filter_job.run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
 
 

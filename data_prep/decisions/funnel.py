@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from data_prep.decisions.table import KEPT, SOURCE
 from data_prep.steps.registry import ordered_steps
-from data_prep.text_spotting.config import describe_counts
 from diht_jax.readers.base import SOURCE_REASONS
 from diht_jax.terminal import escape
 
@@ -46,6 +45,19 @@ def _spell_plainly(reason: str) -> str:
     return reason if " " in reason else reason.replace("_", " ")
 
 
+def describe_spotting(counts: Mapping[str, Any]) -> str:
+    """A sentence about what was done to find text."""
+    text = (
+        f"text-spotting: {counts.get('read', 0):,} pictures read, "
+        f"{counts.get('gated', 0):,} without a trace of text at the first look, "
+        f"{counts.get('no_run', 0):,} with captions that no spotter reads"
+    )
+    if audited := counts.get("audited", 0):
+        missed = counts.get("missed", 0)
+        text += f"; audit of the first look: {missed:,} of {audited:,} showed the caption"
+    return text
+
+
 @dataclasses.dataclass
 class Funnel:
     """Counts of pairs.
@@ -72,11 +84,17 @@ class Funnel:
         return self.outcomes.get((KEPT, None), 0)
 
     def dropped(self) -> dict[str, dict[str, int]]:
-        """Stage -> reason -> pairs, with all stages, in the order in which a pair meets them."""
-        found: dict[str, dict[str, int]] = {stage: {} for stage in stage_reasons()}
-        for stage, reason in sorted(self.outcomes, key=_order):
+        """Stage -> reason -> pairs, with all stages, in the order in which a pair meets them.
+
+        What no step of today knows comes last.
+        """
+        found: dict[str, dict[str, int]] = {}
+        for stage, reasons in stage_reasons().items():
+            met = [reason for reason in reasons if (stage, reason) in self.outcomes]
+            found[stage] = {reason: self.outcomes[stage, reason] for reason in met}
+        for stage, reason in sorted(self.outcomes, key=str):
             if stage != KEPT and reason is not None:
-                found.setdefault(stage, {})[reason] = self.outcomes[stage, reason]
+                found.setdefault(stage, {}).setdefault(reason, self.outcomes[stage, reason])
         return found
 
     def share(self, pairs: int) -> float:
@@ -85,17 +103,17 @@ class Funnel:
 
     def rows(self) -> list[tuple[str, str, int]]:
         """Stage, reason, pairs: what was read, the reasons as a pair meets them, what was kept."""
-        dropped = [
-            (stage, *item) for stage, found in self.dropped().items() for item in found.items()
-        ]
-        return [("read", "", self.read), *dropped, (KEPT, "", self.kept)]
+        rows = [("read", "", self.read)]
+        for stage, found in self.dropped().items():
+            rows += [(stage, reason, pairs) for reason, pairs in found.items()]
+        return [*rows, (KEPT, "", self.kept)]
 
     def format_table(self) -> str:
         """The funnel as a table of counts and shares of what came in, and how text was found."""
         rows = [(stage, spell_reason(stage, reason), pairs) for stage, reason, pairs in self.rows()]
-        reason_width = max(len(reason) for _, reason, _ in rows)
+        stages, reasons, _ = zip(*rows, strict=True)
+        width, reason_width = max(8, *map(len, stages)), max(map(len, reasons))
         count_width = max(len("pairs"), len(f"{self.read:,}"))
-        width = max(8, *(len(stage) for stage, _, _ in rows))
         lines = [f"{'stage':{width}} {'reason':{reason_width}} {'pairs':>{count_width}}   share"]
         for stage, reason, count in rows:
             lines.append(
@@ -103,7 +121,7 @@ class Funnel:
                 f"{100 * self.share(count):5.1f}%"
             )
         if self.text_spotting:
-            lines.append(describe_counts(self.text_spotting))
+            lines.append(describe_spotting(self.text_spotting))
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -118,11 +136,12 @@ class Funnel:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Funnel:
         """Reads the result of `to_json`."""
-        outcomes: collections.Counter[tuple[str, str | None]] = collections.Counter()
-        for stage, reasons in data["dropped"].items():
-            outcomes.update({(stage, reason): pairs for reason, pairs in reasons.items()})
-        outcomes[KEPT, None] = data["kept"]
-        return cls(outcomes, data["text_spotting"])
+        outcomes: dict[tuple[str, str | None], int] = {
+            (stage, reason): pairs
+            for stage, reasons in data["dropped"].items()
+            for reason, pairs in reasons.items()
+        }
+        return cls(outcomes | {(KEPT, None): data["kept"]}, data["text_spotting"])
 
 
 class FilterScore(NamedTuple):
@@ -172,10 +191,14 @@ def score_filters(
         return FilterScore(name, drops, precision, share, share.pop(clean_label))
 
     scores, arrived = [], total.copy()
-    for outcome in sorted(labels, key=lambda outcome: _order(outcome.partition("/")[::2])):
-        if outcome != KEPT:
-            scores.append(score(_spell(outcome), labels[outcome], arrived))
-            arrived.subtract(labels[outcome])
+    outcomes = {outcome.partition("/")[::2]: 1 for outcome in labels}
+    for stage, reason, _ in Funnel(outcomes).rows()[1:-1]:
+        spelled = spell_reason(stage, reason)
+        if spelled[:2] not in ("C:", "A:", "T:"):  # the filters of the paper, by their letters
+            spelled = f"{stage}: {spelled}"
+        dropped = labels[f"{stage}/{reason}"]
+        scores.append(score(spelled, dropped, arrived))
+        arrived.subtract(dropped)
     dropped = total.copy()
     dropped.subtract(labels.get(KEPT, {}))
     return [*scores, score("all filters", dropped, total)], kinds
@@ -184,11 +207,13 @@ def score_filters(
 def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> list[list[str]]:
     """The scores as text, the header first."""
     scores, kinds = score_filters(labels, clean_label)
-    header = ["filter", "drops", "precision", *(f"{_RECALL}{_words(kind)}" for kind in kinds)]
-    rows = [[*header, f"{_words(clean_label)} lost"]]
+    words = [label.replace("_", " ") for label in (*kinds, clean_label)]
+    header = ["filter", "drops", "precision", *(f"{_RECALL}{word}" for word in words[:-1])]
+    rows = [[*header, f"{words[-1]} lost"]]
     for score in scores:
         shares = [score.precision, *(score.recall[kind] for kind in kinds), score.clean_lost]
-        rows.append([score.name, f"{score.drops:,}", *map(_percent, shares)])
+        cells = ["-" if share is None else f"{100 * share:.1f}%" for share in shares]
+        rows.append([score.name, f"{score.drops:,}", *cells])
     return rows
 
 
@@ -197,36 +222,9 @@ def format_noise_table(labels: Mapping[str, Mapping[str, int]], clean_label: str
     rows = [[escape(cell) for cell in row] for row in table_rows(labels, clean_label)]
     rows[0] = [cell.removeprefix(_RECALL) for cell in rows[0]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
     title = "against known noise; under each kind of it the recall, of the pairs that came so far:"
-    return "\n".join([title, *lines])
-
-
-def _spell(outcome: str) -> str:
-    """C, A and T by their letters, what else drops pairs by its stage."""
-    stage, _, reason = outcome.partition("/")
-    spelled = spell_reason(stage, reason)
-    return spelled if spelled[:2] in ("C:", "A:", "T:") else f"{stage}: {spelled}"
-
-
-def _order(outcome: tuple[str, str | None]) -> tuple[int, int, str]:
-    """Sort key of stage and reason: as a pair meets them, those that no step knows last."""
-    stage, reason = outcome
-    stages = stage_reasons()
-    known = list(stages.get(stage, ()))
-    number = list(stages).index(stage) if stage in stages else len(stages)
-    return number, known.index(reason) if reason in known else len(known), str(outcome)
-
-
-def _words(label: str) -> str:
-    return label.replace("_", " ")
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"
+    lines = [title]
+    for name, *cells in rows:
+        others = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *others]).rstrip())
+    return "\n".join(lines)

@@ -16,7 +16,6 @@ import base64
 import bisect
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
@@ -25,8 +24,9 @@ import os
 import platform
 import struct
 import time
+import types
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -70,14 +70,9 @@ class ShardLog:
         self._concepts = ConceptLog() if config.concepts else None
         self._label_field = config.label_field
         self._formats: collections.Counter[str] = collections.Counter()
-        self._read = self._kept = 0
+        self._read = self.kept = 0  # pairs
         self._cpu_secs: dict[str, float] = collections.defaultdict(float)
         self._start = time.perf_counter(), time.process_time()
-
-    @property
-    def kept(self) -> int:
-        """Pairs that were kept."""
-        return self._kept
 
     @contextlib.contextmanager
     def clock(self, stage: str) -> Generator[None]:
@@ -91,52 +86,34 @@ class ShardLog:
     def skip(self, entry: Skipped, row: int) -> None:
         """Records an entry of the source that is no pair."""
         self._read += 1
-        self._decisions.add(
-            row,
-            {"key": _clean(entry.key), "outcome": SOURCE, "reason": entry.reason, "captions": 0},
-        )
+        decided = {"outcome": SOURCE, "reason": entry.reason, "captions": 0}
+        self._decisions.add(row, decided | {"key": _clean(entry.key)})
         self._samples.add(f"{SOURCE}/{entry.reason}", Sample(entry.key, entry.detail))
 
     def drop(
         self, candidate: Candidate, stage: str, reason: str, evidence: str | None = None
     ) -> None:
         """Records a pair that was dropped."""
-        pair = candidate.pair
-        self._add(candidate, {"outcome": stage, "reason": reason, "format": None})
-        sample = Sample(
-            pair.key,
-            pair.caption,
-            pair.image,
-            candidate.first_graph,
-            candidate.spots,
-            candidate.values.get("match"),
-            evidence,
-        )
-        self._add_sample(f"{stage}/{reason}", sample, candidate)
+        self._decide(candidate, {"outcome": stage, "reason": reason, "format": None})
+        graph, text = candidate.first_graph, candidate.pair.caption
+        self._sample(f"{stage}/{reason}", candidate, text, graph, evidence)
 
     def keep(self, candidate: Candidate, image_format: str | None = None) -> None:
         """Records a pair that was kept; its image is written in this format."""
-        pair = candidate.pair
-        self._kept += 1
+        self.kept += 1
         if image_format is not None:
             self._formats[image_format] += 1
-        self._add(candidate, {"outcome": KEPT, "format": image_format})
+        self._decide(candidate, {"outcome": KEPT, "format": image_format})
         if self._concepts is not None:
             self._concepts.add(find_mentions(candidate.graphs))
         graph = candidate.graphs[0] if candidate.graphs else None
-        text = candidate.captions[0]
-        sample = Sample(pair.key, text, pair.image, graph, candidate.spots)
-        self._add_sample(KEPT, sample, candidate)
+        self._sample(KEPT, candidate, candidate.captions[0], graph)
 
     def write(self, output: str) -> dict[str, Any]:
-        """Writes the files next to the output.
-
-        Returns:
-            The counts for the statistics; the same in every run.
-        """
+        """Writes the files next to the output; returns counts, which are the same in every run."""
         counts: dict[str, Any] = {
             "read": self._read,
-            "kept": self._kept,
+            "kept": self.kept,
             "image_formats": dict(sorted(self._formats.items())),
         }
         self._decisions.write(decisions_path(output))
@@ -148,7 +125,7 @@ class ShardLog:
         seconds = {
             "worker": f"{platform.node()}:{os.getpid()}",
             "pairs": self._read,
-            "kept": self._kept,
+            "kept": self.kept,
             "wall_secs": round(time.perf_counter() - wall_secs, 4),
             "cpu_secs": round(time.process_time() - cpu_secs, 4),
             "cpu_secs_of_stages": {k: round(v, 4) for k, v in sorted(self._cpu_secs.items())},
@@ -156,24 +133,32 @@ class ShardLog:
         files.write_object(output + SECONDS_SUFFIX, seconds)
         return counts
 
-    def _add_sample(self, outcome: str, sample: Sample, candidate: Candidate) -> None:
+    def _sample(
+        self,
+        outcome: str,
+        candidate: Candidate,
+        text: str,
+        graph: CaptionGraph | None,
+        evidence: str | None = None,
+    ) -> None:
         """Takes a pair as a sample of its outcome, and of the ends of each of its scores."""
-        scores = {
-            name: candidate.values[name]
-            for name in self._scores
-            if candidate.values.get(name) is not None
-        }
-        sample = dataclasses.replace(sample, outcome=outcome, scores=scores)
+        values, pair = candidate.values, candidate.pair
+        scores = {name: values[name] for name in self._scores if values.get(name) is not None}
+        match = values.get("match")
+        sample = Sample(
+            pair.key, text, pair.image, graph, candidate.spots, match, evidence, outcome, scores
+        )
         self._samples.add(outcome, sample)
         for name, score in scores.items():
             if math.isfinite(score):
                 for end, sign in EXTREMES.items():
                     self._samples.add(f"{name}/{end}", sample, sortable_digits(sign * score))
 
-    def _add(self, candidate: Candidate, decided: dict[str, Any]) -> None:
+    def _decide(self, candidate: Candidate, decided: dict[str, Any]) -> None:
+        """Adds the row of a pair."""
         self._read += 1
-        pair, values = candidate.pair, candidate.values
-        row: dict[str, Any] = values | {
+        pair = candidate.pair
+        row: dict[str, Any] = candidate.values | {
             "key": _clean(pair.key),
             "uid": pack_uid(pair.metadata.get("uid")),
             "words": len(pair.caption.split()),
@@ -194,8 +179,7 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A pair that may be looked at.
 
     Attributes:
@@ -218,20 +202,16 @@ class Sample:
     match: str | None = None
     evidence: str | None = None
     outcome: str = ""
-    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, float] = types.MappingProxyType({})
 
 
 class SampleLog:
     """Chooses some pairs of each outcome of a shard."""
 
     def __init__(self, texts: int, pictures: int, seed: int, max_pixels: int):
-        """Begins without any.
+        """Begins without any; of each outcome key and caption of `texts` pairs will be kept.
 
-        Args:
-            texts: pairs of each outcome of which key and caption are kept.
-            pictures: pairs of each outcome of which everything is kept.
-            seed: decides which.
-            max_pixels: of a picture that is still decoded.
+        Of `pictures` pairs everything is, where the picture has no more than `max_pixels`.
         """
         self._pictures, self._most = pictures, max(texts, pictures)
         self._seed = seed
@@ -241,13 +221,11 @@ class SampleLog:
     def add(self, outcome: str, sample: Sample, order: str = "") -> None:
         """Takes a pair if its rank is low enough, and lets go of the one of the highest rank.
 
-        Args:
-            outcome: under which it is written.
-            sample: the pair.
-            order: what ranks it before the random rank.
+        `order` ranks it before the random rank, which is the same for any number of shards.
         """
         chosen = self._chosen.setdefault(outcome, [])
-        entry = order + rank(self._seed, sample.key, sample.caption), sample.key
+        data = f"{self._seed}\n{sample.key}\n{sample.caption}".encode("utf-8", "replace")
+        entry = order + hashlib.blake2b(data, digest_size=8).hexdigest(), sample.key
         place = bisect.bisect(chosen, entry, key=lambda known: known[:2])
         if place >= self._most:
             return
@@ -262,60 +240,47 @@ class SampleLog:
         lines = []
         for outcome, chosen in sorted(self._chosen.items()):
             for number, (found, _, sample) in enumerate(chosen):
-                described = self._describe(sample, number < self._pictures)
+                described = {"key": sample.key, "caption": sample.caption[:_MAX_CHARS]}
+                if number < self._pictures:
+                    described |= _describe(sample, self._max_pixels)
                 text = json.dumps(described, ensure_ascii=False, sort_keys=True)
                 lines.append(f"{outcome}\t{found}\t{text}\n")
         # A lone surrogate may stand in the caption of a pair that was dropped.
         data = "".join(lines).encode("utf-8", "replace")
         files.write_bytes(path, data + _hash_lines(path, data))
 
-    def _describe(self, sample: Sample, is_whole: bool) -> dict[str, Any]:
-        described = {"key": sample.key, "caption": sample.caption[:_MAX_CHARS]}
-        if not is_whole:
-            return described
-        described |= {
-            "graph": None,
-            "spots": [
-                [[round(x, 1) for x in map(float, spot.box)], spot.text, spot.confidence]
-                for spot in sample.spots[:_MAX_SPOTS]
-            ],
-            "match": sample.match,
-            **self._shrink(sample.image),
-        }
-        if sample.scores:
-            described["scores"] = {name: round(score, 4) for name, score in sample.scores.items()}
-            described["became"] = sample.outcome
-        if sample.evidence is not None:
-            described["evidence"] = sample.evidence[:_MAX_CHARS]
-        if sample.graph is not None and sample.graph.drop_reason is None:
-            described["graph"] = {
-                "objects": format_objects(sample.graph),
-                "actions": format_edges(sample.graph.actions),
-                "relations": format_edges(sample.graph.relations),
-                "complexity": sample.graph.complexity,
-            }
-        return described
 
-    def _shrink(self, data: bytes) -> dict[str, Any]:
-        """Size of the image, and a small version of it; or why there is none."""
-        if not data:
-            return {"size": None, "image": None, "error": None}
+def _describe(sample: Sample, max_pixels: int) -> dict[str, Any]:
+    """All that is shown of a sample; its image small, or why there is none."""
+    found: dict[str, Any] = {"size": None, "image": None, "error": None, "graph": None}
+    found["match"] = sample.match
+    found["spots"] = [
+        [[round(x, 1) for x in map(float, spot.box)], spot.text, spot.confidence]
+        for spot in sample.spots[:_MAX_SPOTS]
+    ]
+    if sample.scores:
+        found["scores"] = {name: round(score, 4) for name, score in sample.scores.items()}
+        found["became"] = sample.outcome
+    if sample.evidence is not None:
+        found["evidence"] = sample.evidence[:_MAX_CHARS]
+    if sample.graph is not None and sample.graph.drop_reason is None:
+        found["graph"] = {
+            "objects": format_objects(sample.graph),
+            "actions": format_edges(sample.graph.actions),
+            "relations": format_edges(sample.graph.relations),
+            "complexity": sample.graph.complexity,
+        }
+    if sample.image:
         try:
-            image = decode_rgb(data, max_pixels=self._max_pixels)
+            image = decode_rgb(sample.image, max_pixels=max_pixels)
         except ImageError as error:
-            return {"size": None, "image": None, "error": error.reason}
-        size = list(image.size)
+            return found | {"error": error.reason}
+        found["size"] = list(image.size)
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
-        text = base64.b64encode(buffer.getvalue()).decode()
-        return {"size": size, "image": text, "error": None}
-
-
-def rank(seed: int, key: str, text: str) -> str:
-    """Random rank of a pair, the same for any order and number of shards."""
-    data = f"{seed}\n{key}\n{text}".encode("utf-8", "replace")
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+        found["image"] = base64.b64encode(buffer.getvalue()).decode()
+    return found
 
 
 def sortable_digits(number: float) -> str:

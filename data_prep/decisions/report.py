@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.compute as pc
 
-from data_prep.decisions.funnel import Funnel, spell_outcome
+from data_prep.decisions.funnel import Funnel
 from data_prep.decisions.log import (
     EXTREMES,
     SAMPLES_SUFFIX,
@@ -33,14 +32,13 @@ from data_prep.decisions.table import (
     read_decisions,
 )
 from data_prep.jobs import shards
-from data_prep.sources.img2dataset import merge_download_stats
+from data_prep.sources import merge_download_stats
 from data_prep.steps.registry import ordered_steps
-from data_prep.text_spotting.config import name_machine, warn_of_machines
 from diht_jax.storage import files
-from diht_jax.terminal import escape
 
 REPORT = "report.json"
 DROPPED = "dropped"
+_SIDES = (KEPT, DROPPED)
 
 SCORES = {name: words for step in ordered_steps() for name, words in step.scores.items()}
 # Histogram -> lower ends of its bins; the last bin has no upper end.
@@ -51,7 +49,7 @@ BINS: dict[str, Sequence[float]] = {
     "image_side": (0, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048),
     **{name: starts for step in ordered_steps() for name, starts in step.bins.items()},
 }
-NAMES = ("actions", "objects")
+NAMES = {"actions": "action_names", "objects": "object_names"}  # kind -> its column
 COLUMNS = (
     "outcome",
     "reason",
@@ -71,10 +69,8 @@ _GROUPED = ("outcome", "reason", "label", "format", "looked")  # of few values e
 
 _VERSION = 3
 _BLOCK_ROWS, _BLOCK_PARTS = 2**17, 256  # that are counted at a time
-_MAX_DAMAGED = 100
 _MAX_NAMES = 1000  # that are reported of each kind
 _COMPACT_ROWS = 2**18  # names that wait to be summed
-_PRINTED_CHARS = 80  # of a caption
 _NAME_WORDS = 4  # of a caption from which on it is hardly a name; an edge of BINS["caption_words"]
 _FEW = 0.05  # of all pairs, kept of names
 
@@ -98,123 +94,74 @@ def gather(
         report_samples: samples of each outcome with pictures.
         clean_label: the label of good pairs.
     """
-    counts, facts, seconds = Counts(), _Facts(), collections.Counter()
-    waiting: list[pyarrow.RecordBatch] = []
+    sums, facts = _Sums(), _Facts()
 
     def read_parts() -> Iterator[bytes]:
-        for batches, stats, times, content in _read_all(outputs):
-            waiting.extend(batches)
-            if sum(map(len, waiting)) >= _BLOCK_ROWS or len(waiting) >= _BLOCK_PARTS:
-                counts.add(_join(waiting))
-                waiting.clear()
-            facts.add(stats["counts"])
-            for name in ("pairs", "wall_secs", "cpu_secs"):
-                seconds[name] += times.get(name, 0)
-            for stage, secs in times.get("cpu_secs_of_stages", {}).items():
-                seconds[f"stage/{stage}"] += secs
+        where = outputs[0] if outputs else ""
+        for batches, stats, times, content in files.map_many(_read_part, outputs, where):
+            sums.add(batches)
+            facts.add(stats["counts"], times)
             yield content
 
-    most = max(samples_per_outcome, report_samples)
-    chosen = choose_samples(read_parts(), most)
-    if waiting:
-        counts.add(_join(waiting))
-    funnel = counts.funnel()
-    scored = {
-        name: {end: chosen.pop(f"{name}/{end}")[:report_samples] for end in EXTREMES}
-        for name in SCORES
-        if f"{name}/lowest" in chosen
-    }
-    texts = {
-        outcome: [[s["rank"], s["key"], s["caption"]] for s in found[:samples_per_outcome]]
-        for outcome, found in chosen.items()
-    }
-    report: Report = {
+    chosen = choose_samples(read_parts(), max(samples_per_outcome, report_samples))
+    funnel, image_formats, measures = sums.finish()
+    scored, texts, samples = {}, {}, []
+    for name in SCORES:
+        if f"{name}/lowest" in chosen:
+            scored[name] = {end: chosen.pop(f"{name}/{end}")[:report_samples] for end in EXTREMES}
+    for outcome, found in chosen.items():
+        texts[outcome] = [[s["rank"], s["key"], s["caption"]] for s in found[:samples_per_outcome]]
+        samples += [{"outcome": outcome} | sample for sample in found[:report_samples]]
+    failed = [failed for job in jobs for failed in job.get("failed", ())]
+    return {
         "version": _VERSION,
         "jobs": list(jobs),
         "funnel": [
             {"stage": stage, "reason": reason, "pairs": pairs, "share": funnel.share(pairs)}
             for stage, reason, pairs in funnel.rows()
         ],
-        "throughput": _throughput(funnel, seconds),
-        "counts": funnel.to_json() | {"image_formats": counts.image_formats(), "samples": texts},
-        "measures": counts.measures(),
+        "throughput": _throughput(funnel, facts.seconds),
+        "counts": funnel.to_json() | {"image_formats": image_formats, "samples": texts},
+        "measures": measures,
         "download": facts.download,
         "versions": {k: dict(sorted(v.items())) for k, v in sorted(facts.versions.items())},
-        "failed": [failed for job in jobs for failed in job.get("failed", ())],
-        "warnings": [],
-        "seconds": {k: round(v, 4) for k, v in sorted(seconds.items())},
-        "samples": [
-            {"outcome": outcome} | sample
-            for outcome, found in chosen.items()
-            for sample in found[:report_samples]
+        "failed": failed,
+        "warnings": [
+            *facts.warnings(failed),
+            *_warn_of_names(funnel, measures["histograms"]["caption_words"]),
         ],
+        "seconds": {k: round(v, 4) for k, v in sorted(facts.seconds.items())},
+        "samples": samples,
         "scored": scored,
         "samples_per_outcome": samples_per_outcome,
         "report_samples": report_samples,
         "clean_label": clean_label,
     }
-    report["warnings"] = [
-        *facts.warnings(),
-        *_warn_of_failed(report["failed"]),
-        *_warn_of_names(funnel, report["measures"]["histograms"]["caption_words"]),
-    ]
-    return report
 
 
-class Counts:
+class _Sums:
     """Sums over the rows of decisions that were added: outcomes, histograms, names, labels.
 
     They are the same for any order and division of the rows into tables.
     """
 
     def __init__(self) -> None:
-        self._groups: collections.Counter[tuple[str | None, ...]] = collections.Counter()
-        sides = (KEPT, DROPPED)
-        self._bins = {(n, s): np.zeros(len(BINS[n]), np.int64) for n in BINS for s in sides}
-        self._names: dict[tuple[str, str], list[pyarrow.Table]] = {
-            (kind, side): [] for kind in NAMES for side in sides
-        }
+        self._waiting: list[pyarrow.RecordBatch] = []
+        self._groups: list[pyarrow.Table] = []
+        self._bins: dict[tuple[str, str], Any] = collections.defaultdict(int)
+        self._names: dict[tuple[str, str], list[pyarrow.Table]] = collections.defaultdict(list)
 
-    def add(self, rows: pyarrow.Table) -> None:
+    def add(self, batches: Sequence[pyarrow.RecordBatch]) -> None:
         """Adds rows with the columns `COLUMNS`; scores may be missing."""
-        grouped = rows.select(_GROUPED).group_by(list(_GROUPED)).aggregate([([], "count_all")])
-        groups = zip(*(grouped[name].to_pylist() for name in _GROUPED), strict=True)
-        self._groups.update(dict(zip(groups, grouped["count_all"].to_pylist(), strict=True)))
-        is_kept = pc.equal(rows["outcome"], KEPT)
-        for side, chosen in ((KEPT, is_kept), (DROPPED, pc.invert(is_kept))):
-            self._add_side(side, rows.filter(chosen))
+        self._waiting += batches
+        if sum(map(len, self._waiting)) >= _BLOCK_ROWS or len(self._waiting) >= _BLOCK_PARTS:
+            self._count()
 
-    def _count(self, *columns: str) -> collections.Counter[tuple[Any, ...]]:
-        """Number of rows for each combination of values."""
-        places = [_GROUPED.index(name) for name in columns]
-        found: collections.Counter[tuple[Any, ...]] = collections.Counter()
-        for values, rows in self._groups.items():
-            found[tuple(values[place] for place in places)] += rows
-        return found
+    def finish(self) -> tuple[Funnel, dict[str, int], dict[str, Any]]:
+        """The funnel, kept pairs by the format of their image, and measures, JSON-able.
 
-    def funnel(self) -> Funnel:
-        """Counts of outcomes, and what was done to find text."""
-        looked = collections.Counter({value: n for (value,), n in self._count("looked").items()})
-        spotting = collections.Counter(
-            {
-                "read": looked["read"],
-                "no_run": looked["no_run"],
-                "gated": looked["gated"] + looked["audited"] + looked["missed"],
-                "audited": looked["audited"] + looked["missed"],
-                "missed": looked["missed"],
-            }
-        )
-        return Funnel(dict(self._count("outcome", "reason")), +spotting)
+        The measures are:
 
-    def image_formats(self) -> dict[str, int]:
-        """Format -> kept pairs."""
-        found = {name: pairs for (name,), pairs in self._count("format").items()}
-        return {name: found[name] for name in sorted(filter(None, found))}
-
-    def measures(self) -> dict[str, Any]:
-        """Histograms, frequent names and labels of the pairs, JSON-able.
-
-        Returns:
             histograms: name of `BINS` -> "kept" or "dropped" -> lower end of the bin -> pairs. A
                 pair counts where it was measured: a caption that a gate refused has no complexity,
                 an image that nobody opened has no size, and no pair a score without its step.
@@ -222,124 +169,137 @@ class Counts:
                 caption has it, of the most frequent.
             labels: outcome -> label -> pairs, where the config names a label.
         """
-        histograms: dict[str, Any] = {name: {} for name in BINS}
+        self._count()
+        outcomes, looked, formats = (collections.Counter[Any]() for _ in range(3))
+        labels: dict[str, dict[str, int]] = {}
+        for row in _sum(self._groups, *_GROUPED).to_pylist() if self._groups else ():
+            stage, reason, label, image_format, look, pairs = row.values()
+            outcomes[stage, reason] += pairs
+            looked[look] += pairs
+            formats[image_format] += pairs
+            if label is not None:
+                of_label = labels.setdefault(f"{stage}/{reason}" if reason else stage, {})
+                of_label[label] = of_label.get(label, 0) + pairs
+        del formats[None]
+        looked["audited"] += looked["missed"]
+        looked["gated"] += looked["audited"]
+        spotting = {name: n for name, n in looked.items() if name and n}
+        measures: dict[str, Any] = {"labels": labels}
+        measures["histograms"] = {name: {side: {} for side in _SIDES} for name in BINS}
         for (name, side), found in self._bins.items():
             filled = np.flatnonzero(found)
-            histograms[name][side] = {str(BINS[name][i]): int(found[i]) for i in filled}
-        names: dict[str, Any] = {kind: {} for kind in NAMES}
+            of_name = measures["histograms"][name]
+            of_name[side] = {str(BINS[name][i]): int(found[i]) for i in filled}
+        measures["names"] = {kind: {side: {} for side in _SIDES} for kind in NAMES}
         for (kind, side), tables in self._names.items():
             order = [("count", "descending"), ("name", "ascending")]
-            rows = _sum_names(tables).sort_by(order).slice(0, _MAX_NAMES)
-            names[kind][side] = dict(
-                zip(rows["name"].to_pylist(), rows["count"].to_pylist(), strict=True)
-            )
-        labels: dict[str, dict[str, int]] = {}
-        for (stage, reason, label), pairs in self._count("outcome", "reason", "label").items():
-            if label is not None:
-                outcome = stage if reason is None else f"{stage}/{reason}"
-                labels.setdefault(outcome, {})[label] = pairs
-        return {"histograms": histograms, "names": names, "labels": labels}
+            rows = _sum(tables, "name").sort_by(order).slice(0, _MAX_NAMES).to_pydict()
+            measures["names"][kind][side] = dict(zip(*rows.values(), strict=True))
+        return Funnel(outcomes, spotting), dict(sorted(formats.items())), measures
 
-    def _add_side(self, side: str, rows: pyarrow.Table) -> None:
-        words = rows.filter(pc.not_equal(rows["outcome"], SOURCE))["words"]
-        measured = {
-            "complexity": rows["complexity"],
-            "actions": rows["actions"],
-            "caption_words": words,
-            "image_side": pc.min_element_wise(rows["width"], rows["height"]),
-            **{name: rows[name] for name in SCORES if name in BINS and name in rows.column_names},
-        }
-        for name, values in measured.items():
-            numbers = values.drop_null().to_numpy()
-            places = np.searchsorted(BINS[name], numbers, side="right") - 1
-            self._bins[name, side] += np.bincount(places, minlength=len(BINS[name]))
-        for kind, column in (("actions", "action_names"), ("objects", "object_names")):
-            found = pc.value_counts(pc.list_flatten(rows[column]))
-            table = pyarrow.table({"name": found.field("values"), "count": found.field("counts")})
-            tables = self._names[kind, side]
-            tables.append(table)
-            if sum(map(len, tables)) > _COMPACT_ROWS + 2 * len(tables[0]):
-                self._names[kind, side] = [_sum_names(tables)]
-
-
-def _join(batches: list[pyarrow.RecordBatch]) -> pyarrow.Table:
-    """One table of them; a score that a part did not record is null there."""
-    tables = [pyarrow.Table.from_batches([batch]) for batch in batches]
-    return pyarrow.concat_tables(tables, promote_options="default").unify_dictionaries()
+    def _count(self) -> None:
+        """Counts the rows that wait; a score that a part did not record is null there."""
+        if not self._waiting:
+            return
+        tables = [pyarrow.Table.from_batches([batch]) for batch in self._waiting]
+        self._waiting = []
+        all_rows = pyarrow.concat_tables(tables, promote_options="default").unify_dictionaries()
+        grouped = all_rows.select(_GROUPED).group_by(list(_GROUPED)).aggregate([([], "count_all")])
+        self._groups.append(grouped.rename_columns({"count_all": "count"}))
+        is_kept = pc.equal(all_rows["outcome"], KEPT)
+        for side, chosen in zip(_SIDES, (is_kept, pc.invert(is_kept)), strict=True):
+            rows = all_rows.filter(chosen)
+            scores = [name for name in SCORES if name in BINS and name in rows.column_names]
+            measured = {name: rows[name] for name in ("complexity", "actions", *scores)}
+            words = rows.filter(pc.not_equal(rows["outcome"], SOURCE))["words"]
+            measured["caption_words"] = words
+            measured["image_side"] = pc.min_element_wise(rows["width"], rows["height"])
+            for name, values in measured.items():
+                numbers = values.drop_null().to_numpy()
+                places = np.searchsorted(BINS[name], numbers, side="right") - 1
+                self._bins[name, side] += np.bincount(places, minlength=len(BINS[name]))
+            for kind, column in NAMES.items():
+                found = pc.value_counts(pc.list_flatten(rows[column]))
+                names = pyarrow.table({"name": found.field(0), "count": found.field(1)})
+                known = self._names[kind, side] = [*self._names[kind, side], names]
+                if sum(map(len, known)) > _COMPACT_ROWS + 2 * len(known[0]):
+                    self._names[kind, side] = [_sum(known, "name")]
 
 
-def _sum_names(tables: list[pyarrow.Table]) -> pyarrow.Table:
-    if not tables:
-        return pyarrow.table({"name": pyarrow.array([], pyarrow.string()), "count": []})
-    total = pyarrow.concat_tables(tables).group_by("name").aggregate([("count", "sum")])
-    return total.rename_columns({"count_sum": "count"})
+def _sum(tables: Sequence[pyarrow.Table], *columns: str) -> pyarrow.Table:
+    """The sums of the columns "count" of tables, for each combination of other columns."""
+    rows = pyarrow.concat_tables(tables).unify_dictionaries()
+    total = rows.group_by(list(columns)).aggregate([("count", "sum")])
+    return total.rename_columns({"count_sum": "count"}).select([*columns, "count"])
 
 
 class _Facts:
-    """Facts of parts besides counts: versions, machines, downloads, damage."""
+    """Facts of parts besides counts: versions, machines, times, downloads, damage."""
 
     def __init__(self) -> None:
         self.download: dict[str, Any] = {}
         self.versions: dict[str, collections.Counter[str]] = {}
-        self._spotters: collections.Counter[str] = collections.Counter()
-        self._damaged: list[str] = []
+        self.seconds: collections.Counter[str] = collections.Counter()
+        self._machines: collections.Counter[str] = collections.Counter()
+        self._damaged = ""
         self._num_damaged = 0
 
-    def add(self, stated: Mapping[str, Any]) -> None:
-        """Adds the counts in the statistics of a part."""
+    def add(self, stated: Mapping[str, Any], times: Mapping[str, Any]) -> None:
+        """Adds the counts in the statistics of a part, and its times."""
         merge_download_stats(self.download, stated.get("download"))
-        if stated.get("spotter") is not None:
-            self._spotters[name_machine(stated["spotter"])] += 1
+        if (spotter := stated.get("spotter")) is not None:
+            self._machines[f"{spotter['precision']} on {spotter['device']}"] += 1
         for name, version in stated.get("versions", {}).items():
             self.versions.setdefault(name, collections.Counter())[version] += 1
         if "damaged" in stated:
             self._num_damaged += 1
-            self._damaged = [*self._damaged, stated["damaged"]][:_MAX_DAMAGED]
+            self._damaged = self._damaged or stated["damaged"]
+        for name in ("pairs", "wall_secs", "cpu_secs"):
+            self.seconds[name] += times.get(name, 0)
+        for stage, secs in times.get("cpu_secs_of_stages", {}).items():
+            self.seconds[f"stage/{stage}"] += secs
 
-    def warnings(self) -> list[str]:
+    def warnings(self, failed: Sequence[Mapping[str, str]]) -> Iterator[str]:
         """Warnings that a person should read before the pairs are used."""
-        found = [
-            f"shards were made with unlike versions of {name}: "
-            + ", ".join(f"{v} ({count:,} shards)" for v, count in sorted(of_version.items()))
-            for name, of_version in sorted(self.versions.items())
-            if len(of_version) > 1
-        ]
-        if self._damaged:
-            found.append(
-                f"{self._num_damaged:,} archives are damaged, and only the pairs before the damage "
-                f"are here, such as those of {self._damaged[0]}"
+
+        def list_counts(counts: Mapping[str, int]) -> str:
+            return ", ".join(f"{name} ({n:,} shards)" for name, n in sorted(counts.items()))
+
+        if len(self._machines) > 1:
+            yield (
+                f"text was read with different rounding, {list_counts(self._machines)}: another "
+                "run, on other machines, may decide differently about a few pairs; name "
+                "config.spotter.precision and device to avoid it"
             )
-        return [*filter(None, [warn_of_machines(self._spotters)]), *found]
+        for name, of_version in sorted(self.versions.items()):
+            if len(of_version) > 1:
+                counts = list_counts(of_version)
+                yield f"shards were made with unlike versions of {name}: {counts}"
+        if self._num_damaged:
+            yield (
+                f"{self._num_damaged:,} archives are damaged, and only the pairs before the damage "
+                f"are here, such as those of {self._damaged}"
+            )
+        if failed:
+            yield (
+                f"{len(failed):,} input shards failed, and nothing of them is here, such as "
+                f"{failed[0]['source']}: {failed[0]['error']}"
+            )
 
 
-def _warn_of_failed(failed: Sequence[Mapping[str, str]]) -> list[str]:
-    if not failed:
-        return []
-    return [
-        f"{len(failed):,} input shards failed, and nothing of them is here, such as "
-        f"{failed[0]['source']}: {failed[0]['error']}"
-    ]
-
-
-def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     """A warning where captions are names, of which CAT keeps next to nothing."""
-    dropped_at = funnel.dropped()
-    dropped = sum(dropped_at["caption"].values())
-    earlier = itertools.takewhile(lambda stage: stage != "caption", dropped_at)
-    arrived = funnel.read - sum(sum(dropped_at[stage].values()) for stage in earlier)
+    dropped_at = {stage: sum(found.values()) for stage, found in funnel.dropped().items()}
+    stages = list(dropped_at)
+    arrived = funnel.read - sum(map(dropped_at.get, stages[: stages.index("caption")]))
     short = sum(n for of_side in words.values() for w, n in of_side.items() if int(w) < _NAME_WORDS)
-    if funnel.kept > _FEW * arrived or min(dropped, short) <= arrived / 2:
-        return []
-    return [
-        f"{short:,} of {arrived:,} captions have fewer than {_NAME_WORDS} words, as "
-        "names of classes have, and the rules for captions are made for the sentences of the web: "
-        "--config prep/convert is for names, and keeps every pair whose picture can be read"
-    ]
-
-
-def _read_all(outputs: Sequence[str]) -> Iterator[tuple[list, dict, dict, bytes]]:
-    """Decisions, statistics, times and samples of each part, in order."""
-    yield from files.map_many(_read_part, outputs, outputs[0] if outputs else "")
+    if funnel.kept <= _FEW * arrived and min(dropped_at["caption"], short) > arrived / 2:
+        yield (
+            f"{short:,} of {arrived:,} captions have fewer than {_NAME_WORDS} words, as "
+            "names of classes have, and the rules for captions are made for the sentences of the "
+            "web: --config prep/convert is for names, and keeps every pair whose picture can be "
+            "read"
+        )
 
 
 def _read_part(output: str) -> tuple[list[pyarrow.RecordBatch], dict, dict, bytes]:
@@ -375,25 +335,6 @@ def get_funnel(report: Report) -> Funnel:
     return Funnel.from_json(report["counts"])
 
 
-def samples_by_outcome(report: Report) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The samples of each outcome: what was kept first, then the order of the funnel."""
-    found = {
-        outcome: list(group)
-        for outcome, group in itertools.groupby(report["samples"], lambda s: s["outcome"])
-    }
-    order = [KEPT, *(f"{row['stage']}/{row['reason']}" for row in report["funnel"])]
-    return [(name, found[name]) for name in dict.fromkeys(order) if name in found]
-
-
-def format_samples(report: Report, per_outcome: int) -> str:
-    """Some pairs of each outcome for a terminal, a line each: outcome and caption."""
-    return "\n".join(
-        f"{spell_outcome(outcome):36} {escape(sample['caption'][:_PRINTED_CHARS])}"
-        for outcome, found in samples_by_outcome(report)
-        for sample in found[:per_outcome]
-    )
-
-
 def read_report(folder: str | os.PathLike[str]) -> Report:
     """Reads `report.json` of a folder.
 
@@ -422,7 +363,11 @@ def merge_reports(folders: Sequence[str | os.PathLike[str]]) -> Report:
     for folder, report in zip(folders, reports, strict=True):
         merged = [job["output"] for job in report["jobs"]]  # where this one was merged of others
         for part_of in merged if len(merged) > 1 else [os.fspath(folder)]:
-            outputs += _find_outputs(part_of)
+            for path in find_decisions(part_of, "--input")[0]:
+                if not path.endswith(SUFFIX):  # of a filtered table
+                    name = path.rpartition(f"{FOLDER}/")[2].removesuffix(".parquet")
+                    path = files.join(part_of, name)
+                outputs.append(path.removesuffix(SUFFIX))
     return gather(
         outputs,
         [job for report in reports for job in report["jobs"]],
@@ -430,12 +375,3 @@ def merge_reports(folders: Sequence[str | os.PathLike[str]]) -> Report:
         report_samples=reports[0]["report_samples"],
         clean_label=reports[0]["clean_label"],
     )
-
-
-def _find_outputs(folder: str) -> Iterable[str]:
-    """The parts, or filtered tables, of a finished folder."""
-    for path in find_decisions(folder, "--input")[0]:
-        if path.endswith(SUFFIX):
-            yield path.removesuffix(SUFFIX)
-        else:
-            yield files.join(folder, path.rpartition(f"{FOLDER}/")[2].removesuffix(".parquet"))

@@ -18,11 +18,10 @@ their uids, which is left out where no pair has a uid (the field "uid" of its me
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import pathlib
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -33,13 +32,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 from absl import logging
 
-from data_prep.jobs import manifest, shards
+from data_prep.jobs import shards
 from diht_jax.storage import files
-from diht_jax.storage.retries import StorageError, naming_output
+from diht_jax.storage.retries import naming_output
 from diht_jax.storage.stores import is_remote
 
 SUFFIX = ".decisions.parquet"
 FOLDER = "decisions"  # of those of tables
+MANIFEST = "manifest.json"  # of the parts of a folder, in the order of their inputs
 KEPT = "kept"
 SOURCE = "source"  # the stage of entries that are no pairs
 
@@ -81,7 +81,7 @@ KEYS_FILE = "kept_keys.txt"
 UIDS_FILE = "kept_uids.npy"
 UID_DTYPE = np.dtype("u8,u8")
 
-_MAX_SORTED = 2**24  # uids that are sorted at a time: 256 MB
+_BLOCK_UIDS = 2**20  # that are written at a time
 _LINE_BREAKS = r"[\n\v\f\r\x1c-\x1e\x{85}\x{2028}\x{2029}]"
 _LINE_BREAKS_AND_TABS = r"[\t\n\v\f\r\x1c-\x1e\x{85}\x{2028}\x{2029}]"
 
@@ -241,35 +241,36 @@ def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
         ValueError: the folder is not finished.
     """
     path = files.join(folder, shards.MERGED_STATS)
-    try:
-        stats = shards.read_json(path)
-        stats["config"], stats["counts"]["read"]
-    except StorageError:
-        raise
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+    stats: dict[str, Any] = {}
+    with contextlib.suppress(NotADirectoryError):
+        stats = files.read_object(path) or {}
+    if "config" not in stats or "read" not in stats.get("counts", ()):
         found = f"{named}='{folder}': no finished folder"
         if files.exists(path):
             found = f"{path}: not the statistics of a finished folder"
         raise ValueError(
-            f"{found} of `python -m data_prep.filter` ({type(error).__name__}: {error}); run the "
-            "filter to its end first"
-        ) from error
-    for where, suffix in (
-        (files.join(folder, "parts"), SUFFIX),
-        (files.join(folder, FOLDER), ".parquet"),
-        (folder, SUFFIX),
-    ):
-        names = {name: None for name in files.list_names(where) if name.endswith(suffix)}
+            f"{found} of `python -m data_prep.filter`; run the filter to its end first"
+        )
+    for below, suffix in ((("parts",), SUFFIX), ((FOLDER,), ".parquet"), ((), SUFFIX)):
+        where = files.join(folder, *below)
+        present = files.list_names(where, lambda name, suffix=suffix: name.endswith(suffix))
+        if not present:
+            continue
         # Parts stand in the order of their inputs, not in that of their names.
-        ordered = [entry["name"] + suffix for entry in manifest.read_manifest(where)]
-        if names and not ordered and suffix == SUFFIX:
+        ordered = [entry["name"] + suffix for entry in read_manifest(where)]
+        if not ordered and suffix == SUFFIX:
             raise ValueError(
-                f"{files.join(where, manifest.NAME)}: missing, or damaged; run the filter again"
+                f"{files.join(where, MANIFEST)}: missing, or damaged; run the filter again"
             )
-        names = [name for name in ordered or names if name in names]
-        if names:
-            return [files.join(where, name) for name in names], stats
+        known = set(present)
+        names = [name for name in ordered or present if name in known]
+        return [files.join(where, name) for name in names], stats
     raise ValueError(f"{named}='{folder}': no files of decisions; filter it again with --overwrite")
+
+
+def read_manifest(folder: str) -> list[dict[str, Any]]:
+    """A line for each part of a folder, with its "name"; none where it is missing or damaged."""
+    return (files.read_object(files.join(folder, MANIFEST)) or {}).get("parts", [])
 
 
 def read_kept(
@@ -284,24 +285,42 @@ def read_kept(
 
 def write_lists(folder: str, kept: Iterable[pyarrow.RecordBatch]) -> None:
     """Writes both lists; they need no more memory for more pairs."""
-    pairs, uids = 0, 0
+    pairs = uids = 0
     uids_path = files.join(folder, UIDS_FILE)
     scratch = None if is_remote(folder) else folder
     with naming_output(uids_path), tempfile.TemporaryFile(dir=scratch) as raw:
         with files.local_output(files.join(folder, KEYS_FILE)) as path, open(path, "wb") as keys:
             for rows in kept:
                 write_lines(keys, rows["key"])
-                found = _halves(rows["uid"])
-                raw.write(found.tobytes())
+                found = rows["uid"].drop_null()
+                if len(found):
+                    start, stop = 16 * found.offset, 16 * (found.offset + len(found))
+                    raw.write(memoryview(found.buffers()[1])[start:stop])
                 pairs, uids = pairs + len(rows), uids + len(found)
         raw.flush()
         if uids:
-            with files.local_output(uids_path) as path:
-                _write_sorted(path, np.memmap(raw, UID_DTYPE, "r"))
+            with files.local_output(uids_path) as path, open(path, "xb") as file:
+                _write_sorted(file, np.memmap(raw, "S16", "r+"))
         else:
             files.remove(uids_path)
     if 0 < uids < pairs:
         logging.warning("%s: %d of %d kept pairs have no uid", UIDS_FILE, pairs - uids, pairs)
+
+
+def _write_sorted(file: IO[bytes], uids: np.ndarray) -> None:
+    """Writes each uid once, in order; they are sorted where they are, in a file that is mapped."""
+    uids.sort()  # bytes have the order of the numbers
+
+    def distinct() -> Iterator[np.ndarray]:
+        for start in range(0, len(uids), _BLOCK_UIDS):
+            block = uids[max(start - 1, 0) : start + _BLOCK_UIDS]
+            is_new = np.concatenate([[start == 0], block[1:] != block[:-1]])
+            yield block[is_new]
+
+    header = {"descr": UID_DTYPE.descr, "fortran_order": False}
+    np.lib.format.write_array_header_1_0(file, header | {"shape": (sum(map(len, distinct())),)})
+    for block in distinct():
+        file.write(np.frombuffer(block.tobytes(), ">u8").astype("<u8").tobytes())
 
 
 def write_lines(file: IO[bytes], *columns: pyarrow.Array) -> None:
@@ -316,35 +335,3 @@ def write_lines(file: IO[bytes], *columns: pyarrow.Array) -> None:
     _, ends, text = lines.buffers()
     start, stop = np.frombuffer(ends, np.int32)[[lines.offset, lines.offset + len(lines)]]
     file.write(memoryview(text)[start:stop])
-
-
-def _halves(uids: pyarrow.Array) -> np.ndarray:
-    """Uids that are not null as numbers."""
-    found = uids.drop_null()
-    if not len(found):
-        return np.empty(0, UID_DTYPE)
-    numbers = np.frombuffer(found.buffers()[1], ">u8")
-    numbers = numbers[2 * found.offset : 2 * (found.offset + len(found))]
-    return numbers.astype("<u8").view(UID_DTYPE)
-
-
-def _write_sorted(path: pathlib.Path, uids: np.ndarray) -> None:
-    """Sorts range by range of the upper half, so that only a range is ever held."""
-    ranges = -(-len(uids) // _MAX_SORTED)
-    with tempfile.TemporaryFile(dir=path.parent) as body:
-        count = 0
-        for number in range(ranges):
-            chosen = []
-            for start in range(0, len(uids), _MAX_SORTED):
-                part = uids[start : start + _MAX_SORTED]
-                # Uids are hashes: equal ranges hold about equally many.
-                number_of = (part["f0"] >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32)
-                chosen.append(part[number_of == number])
-            values = np.unique(np.concatenate(chosen))
-            body.write(values.tobytes())
-            count += len(values)
-        with open(path, "xb") as file:
-            header = {"descr": UID_DTYPE.descr, "fortran_order": False, "shape": (count,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            body.seek(0)
-            shutil.copyfileobj(body, file, 2**24)

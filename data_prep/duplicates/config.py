@@ -9,10 +9,10 @@ import ml_collections
 
 from data_prep.duplicates.pictures import DESCRIPTOR_VERSION
 from data_prep.duplicates.semdedup import KEEP
-from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.failures import check_limit
 from data_prep.jobs.fingerprint import check_identity
-from data_prep.sources.list import default_source
+from data_prep.jobs.workers import RaySettings
+from data_prep.sources import default_source
 from diht_jax.config.keys import (
     COUNT,
     NOT_NEGATIVE,
@@ -78,7 +78,7 @@ KEYS: dict[str, Any] = {
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
     "": "data_prep/duplicates/config.py",
-    "ray.": "data_prep/jobs/cluster.py",
+    "ray.": "data_prep/jobs/workers.py",
     "source.": "diht_jax/readers/*.py",
 }
 

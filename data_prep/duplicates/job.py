@@ -39,7 +39,7 @@ from data_prep.jobs.failures import (
     survey,
     with_output,
 )
-from data_prep.sources.list import check_output, shards_of_task
+from data_prep.sources import check_output, shards_of_task
 from diht_jax.storage import files
 from diht_jax.storage.locks import leader_lock
 from diht_jax.terminal import print_escaped

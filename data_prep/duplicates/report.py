@@ -13,7 +13,7 @@ from data_prep.duplicates.rows import Rows
 from data_prep.duplicates.scan import EMBEDDED
 from data_prep.duplicates.search import Found
 from data_prep.duplicates.table import KINDS
-from data_prep.sources.list import read_pairs
+from data_prep.sources import read_pairs
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.pages.render import bar, render, thumbnail
 from diht_jax.readers.base import SourceShard

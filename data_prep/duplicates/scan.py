@@ -33,9 +33,8 @@ from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.crash_search import CRASHED, WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.jobs.failures import allowed_number
-from data_prep.jobs.manifest import Input, hash_inputs
 from data_prep.jobs.shards import ShardTask
-from data_prep.sources.list import find_root, list_inputs, read_pairs
+from data_prep.sources import Input, find_root, hash_inputs, list_inputs, read_pairs
 from diht_jax.input.decode import MAX_PIXELS, ImageError, open_image
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.formats.tar_members import DamagedTarError

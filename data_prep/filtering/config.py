@@ -1,26 +1,31 @@
-"""The config of the filter: its keys, its checks, and the hash of all that decides what is written.
+"""The config of the filter: keys, checks, limits, and the hash of all that decides what is written.
 
 The keys of the steps stand in the steps' own files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from ml_collections.config_dict import placeholder
 
+from data_prep.decisions.table import find_decisions, read_decisions
 from data_prep.jobs import shards
-from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.failures import check_limit
 from data_prep.jobs.fingerprint import check_identity
-from data_prep.sources.list import default_source
+from data_prep.jobs.workers import RaySettings
+from data_prep.sources import default_source
 from data_prep.steps import registry
 from data_prep.steps.base import check_integers
+from data_prep.steps.clip import ScoreStep
 from diht_jax.records.captions import USUAL_KIND, check_kind, parse_columns
 from diht_jax.records.formats.registry import check_format
+from diht_jax.storage import files
 
 # Raised whenever the same config comes to mean other records.
 _FORMAT_VERSION = 4
@@ -49,8 +54,10 @@ SETTINGS = "settings.json"  # in the folder of the parts: what the config means
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
     "": "data_prep/filtering/config.py data_prep/steps/*.py",
+    "aesthetic.": "data_prep/steps/heads.py",
+    "unsafe.": "data_prep/steps/heads.py",
     "spotter.": "data_prep/text_spotting/*.py",
-    "ray.": "data_prep/jobs/cluster.py",
+    "ray.": "data_prep/jobs/workers.py",
     "source.": "diht_jax/readers/*.py",
 }
 
@@ -134,6 +141,76 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     RaySettings(**config.ray.to_dict()).check()
     for step in registry.ordered_steps():
         step.check(config)
+
+
+def score_quantiles(paths: Sequence[str], name: str, shares: Sequence[float]) -> list[float] | None:
+    """The least scores that are as high as a share of all; held are 4 bytes for each pair.
+
+    Args:
+        paths: files of decisions.
+        name: of the score.
+        shares: in [0, 1].
+
+    Returns:
+        For each share the value of `numpy.quantile` with method "inverted_cdf", of the pairs
+        that have the score; None where none has.
+    """
+    found = [rows[name].drop_null().to_numpy() for p in paths for rows in read_decisions(p, [name])]
+    values = np.concatenate(found) if found else np.zeros(0, np.float32)
+    values = values[~np.isnan(values)]
+    return np.quantile(values, shares, method="inverted_cdf").tolist() if len(values) else None
+
+
+def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
+    """Makes limits of the quantiles of steps, in place, such as `clip.min_score`.
+
+    Raises:
+        ValueError: a folder `scores` is not finished, or has no scores, or those of another model.
+    """
+    for step in registry.ordered_steps():
+        if not issubclass(step, ScoreStep) or config[step.name].quantile is None:
+            continue
+        c, key = config[step.name], f"config.{step.name}.scores"
+        paths, stats = find_decisions(c.scores, key)
+        try:
+            share = 1 - c.quantile if step.drops_high else c.quantile
+            found = score_quantiles(paths, step.score_name(), [share])
+        except KeyError:
+            found = None  # the step was not active
+        if found is None:
+            raise ValueError(
+                f"{key}='{c.scores}': no pair has a score; filter into that folder with "
+                f"config.{step.name}.{step.source_key} first"
+            )
+        _check_model(step, config, stats["config"][step.name])
+        c[step.limit_key] = found[0]
+
+
+def _check_model(
+    step: type[ScoreStep], config: ml_collections.ConfigDict, scored_by: Mapping[str, Any]
+) -> None:
+    """Refuses the scores of another model, head or embeddings than the config names.
+
+    They are known by their files; where these are not here, or were not recorded, by their names.
+    """
+    c = config[step.name]
+    now: Mapping[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        now = step.describe_rules(config)
+    for below in (("parts",), ()):
+        before = files.read_object(files.join(c.scores, *below, SETTINGS)) or {}
+        known = [name for name in now if name in before and not name.endswith("_rules")]
+        other = [name.rpartition("_")[2] for name in known if before[name] != now[name]]
+        if known:
+            break
+    else:
+        names = (step.source_key, "model", "embeddings")
+        other = [name for name in names if scored_by.get(name) != c.get(name)]
+    if other:
+        raise ValueError(
+            f"config.{step.name}.scores='{c.scores}' has scores of another {other[0]} than "
+            f"config.{step.name} names; filter into a folder with these first, and name that folder"
+        )
 
 
 def caption_columns(config: ml_collections.ConfigDict) -> dict[str, str]:

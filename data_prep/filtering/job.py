@@ -12,7 +12,7 @@ The folder of the output:
     dataset_info.json, features.json; for tars sizes.json
 
 Where config.metadata_only is set, rows of tables are filtered without images: the kept rows of
-`INPUT.parquet` are `OUTPUT/INPUT.parquet` (`rows`). What is done to a pair belongs in `chain`.
+`INPUT.parquet` are `OUTPUT/INPUT.parquet` (`rows`). What is done to a pair belongs in `shard`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from data_prep.decisions import table
 from data_prep.decisions.funnel import format_noise_table
 from data_prep.decisions.report import REPORT, Report, gather, get_funnel, read_report
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import plan, resharding, restoring
+from data_prep.filtering import plan, resharding
 from data_prep.filtering.plan import Job
 from data_prep.filtering.rows import filter_rows
 from data_prep.filtering.shard import filter_shard
-from data_prep.jobs import manifest, shards
+from data_prep.jobs import shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import engine_options, print_failures, run_pending
 from data_prep.jobs.failures import (
@@ -53,6 +53,9 @@ from diht_jax.records.formats.registry import FORMATS
 from diht_jax.storage import files, locks
 from diht_jax.terminal import print_escaped
 
+_REMOVED = "what was made of it was removed, or it has changed, while the filter ran; run the "
+_REMOVED += "command again"
+
 
 def run(
     config: ml_collections.ConfigDict,
@@ -71,11 +74,12 @@ def run(
     logging.info("%d shards, %d of them done before", len(job.mine), len(job.mine) - len(pending))
     if pending:
         plan.forget_output(job.folder)
-    _remove_half_written(job)
+    names = [os.path.basename(task.output) for task in job.mine]
+    shards.remove_temporary_files(job.parts_folder, names)
+    shards.remove_temporary_files(files.join(job.folder, table.FOLDER), names)
     failures = filter_parts(job, pending)
-    done |= failures.made
     result, missing = _finish(
-        job, failures, done, has_begun=bool(pending), was_complete=was_complete
+        job, failures, done | failures.made, has_begun=bool(pending), was_complete=was_complete
     )
     if missing:
         logging.warning(
@@ -88,8 +92,7 @@ def run(
         if again:  # the output that is there may hold what could not be read now
             return print_failures(Failures(failures | again))
         result, missing = _finish(job, failures, {}, has_begun=False)
-    error = "what was made of it was removed again while the filter ran; run the command again"
-    result.update({str(task.source): error for task in missing})
+    result.update({str(task.source): _REMOVED for task in missing})
     return print_failures(result)
 
 
@@ -132,36 +135,23 @@ def _finish(
         if is_unfinished(
             job.config.max_failed_shards, found, len(job.tasks), has_other_jobs=not is_alone
         ):
-            _report_unfinished(job, found)
+            if found.parts and (is_alone or not found.waiting):
+                _show_unfinished(job, found)
             changed = {} if was_complete else found.explain_changed()
-            return Failures(changed | _find_removed(job, found) | failures), []
-        if job.is_resharded:
-            not_made, missing = _write_resharded(job, found)
-            if missing or not_made:
-                return Failures(failures | not_made), missing
-        else:
-            _write_parts(job, found)
+            mine = {task.output for task in job.mine}
+            removed = {str(t.source): _REMOVED for t in found.waiting if t.output in mine}
+            return Failures(changed | removed | failures), []
+        not_made, missing = _write_output(job, found)
+        if missing or not_made:
+            return Failures(failures | not_made), missing
         return with_output(failures, found.failed), []
 
 
-def _find_removed(job: Job, found: Survey) -> dict[str, str]:
-    """Inputs of this job whose parts are not what was made of them, with the reason."""
-    mine = {task.output for task in job.mine}
-    error = (
-        "what was made of it was removed, or it has changed, while the filter ran; run the command "
-        "again"
-    )
-    return {str(task.source): error for task in found.waiting if task.output in mine}
-
-
-def _report_unfinished(job: Job, found: Survey) -> None:
+def _show_unfinished(job: Job, found: Survey) -> None:
     """Prints the funnel of the parts that are done, where no output can be written.
 
     Once no part is waited for, the report is written as well: it lists what has failed.
     """
-    has_all = len(job.mine) == len(job.tasks)
-    if not found.parts or (found.waiting and not has_all):
-        return
     report = _gather(job, found)
     print_funnel(report)
     if not found.waiting:
@@ -169,69 +159,61 @@ def _report_unfinished(job: Job, found: Survey) -> None:
         print_escaped(f"what the shards that are done gave: {job.folder}/{PAGE}")
 
 
-def _write_resharded(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTask]]:
-    """Makes the output shards of the parts, as far as they are not there.
+def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTask]]:
+    """Makes the output shards of the parts, as far as they are not there, and describes them.
 
     Returns:
         Output shards that could not be made, with the reason; and the parts that must be filtered
         again, since records of theirs are nowhere.
     """
-    planned = resharding.plan_shards(found.parts, job.folder, job.config)
+    config, folder, parts = job.config, job.folder, found.parts
+    planned = resharding.plan_shards(parts, folder, config) if job.is_resharded else []
     written = resharding.load_written(planned)
     unwritten = [shard for shard, stats in zip(planned, written, strict=True) if not stats]
-    is_described = not unwritten and _is_described(job)
-    if not is_described:
-        restored, missing = restoring.plan_restoring(found.parts, unwritten, job.folder)
-        missing |= plan.find_undecided([task.output for task, _ in found.parts])
-        if missing:
-            return {}, [task for task, _ in found.parts if task.output in missing]
-        report = _gather_some(job, found)
-        shards.remove_merged(job.folder)
-        options = engine_options(job.config, job.engine)
-        failures = run_pending(restoring.restore_part, restored, label="restore", **options)
+    if unwritten or not _is_described(job):
+        restored: list[resharding.BalancedShard] = []
+        if job.is_resharded:
+            restored, missing = resharding.plan_restoring(parts, unwritten, folder)
+            missing |= plan.find_undecided([task.output for task, _ in parts])
+            if missing:
+                return {}, [task for task, _ in parts if task.output in missing]
+        elif not config.metadata_only:  # as training reads them: in the order of their names
+            parts = sorted(parts, key=lambda part: part[0].output)
+        report = _gather(job, found)
+        if not report["counts"]["kept"] and not config.metadata_only:
+            print_funnel(report)
+            write_report(folder, report)
+            raise ValueError(
+                f"none of the {report['counts']['read']} pairs of '{config.input}' was kept; the "
+                f"reasons are in the table above, examples in {folder}/{PAGE}"
+            )
+        shards.remove_merged(folder)
+        options = engine_options(config, job.engine)
+        failures = run_pending(resharding.copy_records, restored, label="restore", **options)
         if failures:
             return failures, []
-        resharding.remove_stale_shards(job.folder, planned, job.config.output_format)
-        _remove_half_described(job, [os.path.basename(shard.output) for shard in planned])
-        table.write_lists(job.folder, table.read_kept(task.output for task, _ in found.parts))
+        if job.is_resharded:
+            resharding.remove_stale_shards(folder, planned, config.output_format)
+        outputs = [os.path.basename(shard.output) for shard in planned]
+        shards.remove_temporary_files(folder, [*outputs, *plan.MERGED_FILES])
+        described = [filter_config.SETTINGS, table.MANIFEST]
+        shards.remove_temporary_files(job.parts_folder, described)
+        table.write_lists(folder, table.read_kept(task.output for task, _ in parts))
         failures = run_pending(resharding.write_shard, unwritten, label="re-shard", **options)
         if failures:
             return failures, []
-        outputs = [stats["output"] for stats in resharding.load_written(planned)]
-        _describe_output(job, found, outputs, report)
-    _show(job, len(planned))
-    if not job.config.keep_parts:
+        made = list(resharding.load_written(planned)) or [stats for _, stats in parts]
+        _describe_output(job, found, [stats["output"] for stats in made], report)
+    report = read_report(folder)
+    print_funnel(report)
+    unit, shard = ("rows", "files") if config.metadata_only else ("pairs", "shards")
+    print_escaped(
+        f"{report['counts']['kept']:,} {unit} in {len(planned or parts)} {shard}: {folder}; look "
+        f"at {folder}/{PAGE}"
+    )
+    if job.is_resharded and not config.keep_parts:
         resharding.remove_records(job.parts_folder, job.tasks)
     return {}, []
-
-
-def _write_parts(job: Job, found: Survey) -> None:
-    """Describes a folder whose parts are the output."""
-    # As training reads them, which is the order of their names.
-    is_table = job.config.metadata_only
-    parts = found.parts if is_table else sorted(found.parts, key=lambda part: part[0].output)
-    if not _is_described(job):
-        report = _gather(job, found) if is_table else _gather_some(job, found)
-        shards.remove_merged(job.folder)
-        _remove_half_described(job, [])
-        table.write_lists(job.folder, table.read_kept(task.output for task, _ in parts))
-        _describe_output(job, found, [stats["output"] for _, stats in parts], report)
-    _show(job, len(parts))
-
-
-def _remove_half_written(job: Job) -> None:
-    """Removes what killed runs have left of the parts of this job."""
-    names = [os.path.basename(task.output) for task in job.mine]
-    shards.remove_temporary_files(job.parts_folder, names)
-    if job.config.metadata_only:
-        shards.remove_temporary_files(files.join(job.folder, table.FOLDER), names)
-
-
-def _remove_half_described(job: Job, outputs: Sequence[str]) -> None:
-    """Removes what killed runs have left of output shards, and of what describes the whole."""
-    shards.remove_temporary_files(job.folder, [*outputs, *plan.MERGED_FILES])
-    described = [filter_config.SETTINGS, manifest.NAME]
-    shards.remove_temporary_files(job.parts_folder, described)
 
 
 def _is_described(job: Job) -> bool:
@@ -269,23 +251,6 @@ def _gather(job: Job, found: Survey) -> Report:
         report_samples=job.config.report_samples,
         clean_label=job.config.clean_label,
     )
-
-
-def _gather_some(job: Job, found: Survey) -> Report:
-    """The report of the parts.
-
-    Raises:
-        ValueError: no pair was kept.
-    """
-    report = _gather(job, found)
-    if not report["counts"]["kept"]:
-        print_funnel(report)
-        write_report(job.folder, report)
-        raise ValueError(
-            f"none of the {report['counts']['read']} pairs of '{job.config.input}' was kept; the "
-            f"reasons are in the table above, examples in {job.folder}/{PAGE}"
-        )
-    return report
 
 
 def _describe_output(
@@ -340,13 +305,3 @@ def print_funnel(report: Report) -> None:
     if report["measures"]["labels"]:
         print_escaped()
         print_escaped(format_noise_table(report["measures"]["labels"], report["clean_label"]))
-
-
-def _show(job: Job, num_shards: int) -> None:
-    report = read_report(job.folder)
-    print_funnel(report)
-    unit, shard = ("rows", "files") if job.config.metadata_only else ("pairs", "shards")
-    print_escaped(
-        f"{report['counts']['kept']:,} {unit} in {num_shards} {shard}: {job.folder}; look at "
-        f"{job.folder}/{PAGE}"
-    )

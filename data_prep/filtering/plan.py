@@ -11,43 +11,40 @@ change costs itself, and a mistyped `config.input` costs nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 from absl import logging
 
+from data_prep import sources
 from data_prep.decisions import table
 from data_prep.decisions.log import SAMPLES_SUFFIX
 from data_prep.decisions.report import REPORT
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import resharding, rows
 from data_prep.filtering.config import SETTINGS
-from data_prep.jobs import fingerprint, manifest, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.failures import allowed_number
 from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask
 from data_prep.reports.page import PAGE
-from data_prep.sources import list as source_list
+from data_prep.sources import Input, hash_inputs
 from data_prep.steps.registry import active_steps
 from diht_jax.records import dataset_info
 from diht_jax.records.dataset_index import INDEX_NAME
+from diht_jax.records.dataset_info import shard_name
 from diht_jax.records.formats.registry import FORMATS
 from diht_jax.storage import files
 
 # What describes the whole output.
 MERGED_FILES = (
-    shards.MERGED_STATS,
-    INDEX_NAME,
-    *dataset_info.FILES,
-    dataset_info.SIZES,
-    table.KEYS_FILE,
-    table.UIDS_FILE,
-    REPORT,
-    PAGE,
+    *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
+    *(table.KEYS_FILE, table.UIDS_FILE, REPORT, PAGE),
 )
 
 _SHOWN = 4  # differences that an error names
@@ -104,36 +101,61 @@ def plan_job(
         ValueError: nothing to read, nowhere to write, or the folder holds shards of others or was
             made in another way and is not to be overwritten.
     """
-    folder = source_list.check_folder(config.output)
+    folder = parts_folder = sources.check_folder(config.output)
     if config.metadata_only:
-        parts_folder, tasks = folder, _plan_tables(config, folder)
+        tasks = _plan_tables(config, folder)
     else:
-        is_output = config.examples_per_shard is None
-        parts_folder = folder if is_output else files.join(folder, resharding.PARTS)
-        tasks = _plan_parts(config, folder, parts_folder, overwrite)
-    mine = source_list.shards_of_task(tasks, task_index, num_tasks)
+        inputs = sources.list_inputs(config.input, config.source)
+        sources.check_not_input(folder, (found.shard for found in inputs))
+        for step in active_steps(config):
+            step.check_inputs(config, inputs)
+        files.make_folder(folder)
+        _settle_layout(config, folder, overwrite)
+        shards.refuse_foreign(folder, resharding.find_foreign(folder, config.output_format))
+        if config.examples_per_shard is not None:
+            parts_folder = files.join(folder, resharding.PARTS)
+        tasks = _plan_parts(config, inputs, parts_folder, is_output=parts_folder == folder)
+    mine = sources.shards_of_task(tasks, task_index, num_tasks)
     return Job(config, folder, parts_folder, tasks, mine, engine)
 
 
 def _plan_parts(
-    config: ml_collections.ConfigDict, folder: str, parts_folder: str, overwrite: bool
-) -> Sequence[ShardTask]:
-    inputs = source_list.list_inputs(config.input, config.source)
-    source_list.check_not_input(folder, (found.shard for found in inputs))
-    for step in active_steps(config):
-        step.check_inputs(config, inputs)
+    config: ml_collections.ConfigDict, inputs: Sequence[Input], folder: str, *, is_output: bool
+) -> list[ShardTask]:
+    """Gives every input its part, named by the input alone; writes the manifest.
+
+    So an input that is added, removed or replaced concerns its own part.
+    """
     files.make_folder(folder)
-    _settle_layout(config, folder, overwrite)
-    shards.refuse_foreign(folder, resharding.find_foreign(folder, config.output_format))
-    return manifest.plan_parts(
-        inputs,
-        parts_folder,
-        dataset=config.dataset_name,
-        split=config.split,
-        config_hash=filter_config.hash_config(config),
-        output_format=config.output_format if parts_folder == folder else "tfrecord",
-        identity=config.input_identity,
-    )
+    suffix = FORMATS[config.output_format if is_output else "tfrecord"].suffix
+    prefix = shard_name(config.dataset_name, config.split, 0, 1, "").removesuffix("00000")
+    names = [f"{prefix}{found}{suffix}" for found in hash_inputs(inputs)]
+    entries = []
+    for name, found in zip(names, inputs, strict=True):
+        shard = found.shard
+        state: dict[str, Any] = {"path": shard.path, "size_bytes": None, "changed_ns": None}
+        with contextlib.suppress(FileNotFoundError):  # its task will fail of it
+            state = shard.identity()
+        entries.append(
+            {
+                "name": name,
+                "path": found.path,
+                "source": state["path"],
+                "kind": shard.kind,
+                "start": shard.start,
+                "stop": shard.stop,
+                "size_bytes": state["size_bytes"],
+                "changed": state["changed_ns"],  # a time, or the version that a store states
+            }
+        )
+    if table.read_manifest(folder) != json.loads(json.dumps(entries)):
+        path = files.join(folder, table.MANIFEST)
+        files.write_object(path, {"parts": entries}, with_checksum=True)
+    config_hash = filter_config.hash_config(config)
+    return [
+        ShardTask(found.shard, files.join(folder, name), config_hash, config.input_identity)
+        for found, name in zip(inputs, names, strict=True)
+    ]
 
 
 def _plan_tables(config: ml_collections.ConfigDict, folder: str) -> list[ShardTask]:
@@ -146,7 +168,7 @@ def _plan_tables(config: ml_collections.ConfigDict, folder: str) -> list[ShardTa
     units = rows.list_units(config.input, config.source)
     if not units:
         raise ValueError(f"config.input='{config.input}': the tables have no rows")
-    source_list.check_not_input(folder, units)
+    sources.check_not_input(folder, units)
     files.make_folder(folder)
     config_hash = filter_config.hash_config(config)
     return [
@@ -162,23 +184,23 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     those of another config, model or rules where that was asked for. The statistics of each task
     are read once. Those of other jobs are looked at only where something of this job has changed.
 
-    Args:
-        job: of `plan_job`.
-        overwrite: remove what has changed, however much that is.
-
     Raises:
         ValueError: something has changed, and it is not to be overwritten.
     """
     fingerprint.forget_linked()  # as an earlier run of this process saw them
-    present = set(files.list_names(job.parts_folder, _is_record_of_work))
+    present = {
+        name
+        for name in files.list_names(job.parts_folder)
+        if name.endswith((STATS_SUFFIX, FAILED_SUFFIX)) and not name.startswith(".")
+    }
     done, changed = _compare(job, present)
     names = {os.path.basename(task.output) for task in job.tasks} if present else set()
     finished = [n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)]
     gone = sorted(name for name in finished if name not in names)
     if (changed or gone) and not overwrite:
         _refuse_many(job, changed, gone, len(finished))
-    for path, change in changed.items():
-        logging.warning("%s: made again, since this changed: %s", path, change.reason)
+    for path, (reason, _) in changed.items():
+        logging.warning("%s: made again, since this changed: %s", path, reason)
     for name in gone:
         path = files.join(job.parts_folder, name)
         logging.warning("%s: removed, since %s is gone", path, _input_of(path) or "its input")
@@ -187,9 +209,9 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     resharding.remove_outputs(job.parts_folder, removed)
     if changed or gone:
         forget_output(job.folder)
-    settings = filter_config.describe_settings(job.config)
+    settings = json.loads(json.dumps(filter_config.describe_settings(job.config)))
     path = files.join(job.parts_folder, SETTINGS)
-    if (files.read_object(path) or {}) != json.loads(json.dumps(settings)):
+    if (files.read_object(path) or {}) != settings:
         files.write_object(path, settings)
     if not job.is_resharded:  # nothing else holds these outputs
         found = [(task, done[task.output]) for task in job.mine if task.output in done]
@@ -223,49 +245,32 @@ def read_written(job: Job) -> dict[str, Any] | None:
     return merged if len(failed) == len(merged.get("failed", ())) else None
 
 
-def _is_record_of_work(name: str) -> bool:
-    return name.endswith((STATS_SUFFIX, FAILED_SUFFIX)) and not name.startswith(".")
+# Output -> why a finished part is not done any more, and whether it is by its input alone.
+_Changes = dict[str, tuple[str, bool]]
 
 
-class _Change(NamedTuple):
-    """Why a finished part is not done any more, and whether it is by its input alone."""
-
-    reason: str
-    is_input: bool
-
-
-def _compare(job: Job, present: set[str]) -> tuple[dict[str, dict[str, Any]], dict[str, _Change]]:
-    """This job's finished parts: statistics without counts of those that are done, and the others.
-
-    Both by output.
-    """
+def _compare(job: Job, present: set[str]) -> tuple[dict[str, dict[str, Any]], _Changes]:
+    """This job's finished parts: statistics without counts of those that are done, and the rest."""
     versions = filter_config.package_versions(job.config)
     there = [task for task in job.mine if os.path.basename(task.stats_path) in present]
     done, changed = {}, {}
-    for task, stats, reason in shards.check_all(there):
+    for task, stats, change in shards.check_all(there):
         if stats is None:
             continue
-        other_version = _explain_versions(stats, versions)
-        if (change := reason or other_version) is None:
-            done[task.output] = {k: v for k, v in stats.items() if k != "counts"}
+        is_input = stats.get("config_hash") == task.config_hash
+        before = stats.get("counts", {}).get("versions", {})
+        for name in filter_config.DECIDING_PACKAGES:
+            if name in before and name in versions and before[name] != versions[name]:
+                is_input = False
+                change = change or f"{name} ({before[name]}, now {versions[name]})"
+        if change is None:
+            done[task.output] = shards.trim_stats(stats)
         else:
-            is_input = other_version is None and stats.get("config_hash") == task.config_hash
-            changed[task.output] = _Change(change, is_input)
+            changed[task.output] = change, is_input
     return done, changed
 
 
-def _explain_versions(stats: Mapping[str, Any], versions: Mapping[str, str]) -> str | None:
-    """The package that has changed and decides; None where none has."""
-    before = stats.get("counts", {}).get("versions", {})
-    for name in filter_config.DECIDING_PACKAGES:
-        if name in before and name in versions and before[name] != versions[name]:
-            return f"{name} ({before[name]}, now {versions[name]})"
-    return None
-
-
-def _refuse_many(
-    job: Job, changed: Mapping[str, _Change], gone: Sequence[str], finished: int
-) -> None:
+def _refuse_many(job: Job, changed: _Changes, gone: Sequence[str], finished: int) -> None:
     """Raises ValueError for more changes than a job makes by itself.
 
     Each job of an array removes what has changed of its own: together they must stay within the
@@ -273,10 +278,13 @@ def _refuse_many(
     """
     limit = job.config.max_changed_shards
     allowed = allowed_number(limit, finished)
-    are_inputs = all(change.is_input for change in changed.values())
+    are_inputs = all(is_input for _, is_input in changed.values())
     spare, elsewhere = allowed - len(gone) - len(changed), 0
     if are_inputs and changed and spare >= 0:
-        elsewhere = _count_changed_elsewhere(job, spare + 1)
+        own = {task.output for task in job.mine}
+        others = shards.check_all([task for task in job.tasks if task.output not in own])
+        theirs = (stats for _, stats, reason in others if stats is not None and reason is not None)
+        elsewhere = sum(1 for _ in itertools.islice(theirs, spare + 1))
     if are_inputs and elsewhere <= spare:
         return
     text = _describe_changes(job, changed, gone, finished)
@@ -290,21 +298,11 @@ def _refuse_many(
     raise ValueError(text)
 
 
-def _count_changed_elsewhere(job: Job, limit: int) -> int:
-    """Counts the changed parts of other jobs, up to `limit`."""
-    own = {task.output for task in job.mine}
-    checked = shards.check_all([task for task in job.tasks if task.output not in own])
-    changed = (task for task, stats, reason in checked if stats is not None and reason is not None)
-    return sum(1 for _ in itertools.islice(changed, limit))
-
-
-def _describe_changes(
-    job: Job, changed: Mapping[str, _Change], gone: Sequence[str], finished: int
-) -> str:
+def _describe_changes(job: Job, changed: _Changes, gone: Sequence[str], finished: int) -> str:
     """Tells what has changed, and what `--overwrite` would cost."""
     texts = []
     if changed:
-        reasons = list(dict.fromkeys(change.reason for change in changed.values()))
+        reasons = list(dict.fromkeys(reason for reason, _ in changed.values()))
         text = f"'{job.parts_folder}' holds {len(changed)} shards that were made before this "
         text += f"changed: {'; '.join(reasons[:_SHOWN])}"
         if len(reasons) > _SHOWN:
@@ -330,20 +328,17 @@ def _describe_changes(
 
 
 def _input_of(output: str) -> str | None:
-    found = files.read_object(output + fingerprint.LOCATION_SUFFIX)
-    return found["path"] if found else None
+    return (files.read_object(output + fingerprint.LOCATION_SUFFIX) or {}).get("path")
 
 
 def _check_records(job: Job, done: Mapping[str, Any]) -> None:
-    """Refuses to read finished inputs again, unasked, where their records cannot be copied.
+    """Refuses to read finished inputs again, unasked, where their records are in tars only.
 
-    Records of other formats are found again in the output, see `restoring`.
+    Records of other formats are found again in the output, see `resharding`.
     """
-    merged = files.read_object(files.join(job.folder, shards.MERGED_STATS))
-    if merged is None or merged.get("output_id") == job.output_id:
-        return
+    merged = files.read_object(files.join(job.folder, shards.MERGED_STATS)) or {}
     written = FORMATS.get(merged.get("output_format"))  # none in statistics of something else
-    if written is None or written.suffix != ".tar":
+    if merged.get("output_id") == job.output_id or written is None or written.suffix != ".tar":
         return
     present = set(files.list_names(job.parts_folder))
     lost = [output for output in done if os.path.basename(output) not in present]
@@ -377,8 +372,8 @@ def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bo
         resharding.remove_stale_shards(folder, [], config.output_format)
         stale = files.list_names(other)
     else:
-        names = [entry["name"] for entry in manifest.read_manifest(folder)]
-        stale = shards.names_below(files.list_names(folder), names) + [manifest.NAME, SETTINGS]
+        names = [entry["name"] for entry in table.read_manifest(folder)]
+        stale = shards.names_below(files.list_names(folder), names) + [table.MANIFEST, SETTINGS]
     # The settings last: until then the folder is known for what it is.
     for name in sorted(stale, key=lambda name: name == SETTINGS):
         files.remove(files.join(other, name))

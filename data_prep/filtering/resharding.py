@@ -3,7 +3,11 @@
 It is planned when all parts are done, and every output shard is a task. The order of the records is
 that of the input, and sizes differ by one record at most. A task reads a run of consecutive records
 from one or several parts and holds one record at a time; what is done already, from the same parts,
-is not done again. What happens to a pair belongs in `shard`.
+is not done again.
+
+A complete job removes the records of its parts. When an input is added or removed, or the output is
+to have other shards, the parts that are needed are written again from the output shards that are
+there, before these are replaced: nothing is filtered again.
 """
 
 from __future__ import annotations
@@ -19,17 +23,12 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from data_prep.captions.mentions import (
-    CONCEPTS_SUFFIX,
-    ConceptLog,
-    Mentions,
-    concept_path,
-    read_mentions,
-)
+from data_prep.captions.mentions import CONCEPTS_SUFFIX, ConceptLog, concept_path, read_mentions
 from data_prep.decisions.table import SUFFIX, decisions_path, read_kept
 from data_prep.filtering.config import SETTINGS
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
+from data_prep.jobs.shards import STATS_SUFFIX
 from diht_jax.input import decode
 from diht_jax.records import schema
 from diht_jax.records.catalog import kind_of
@@ -47,8 +46,9 @@ PARTS = "parts"
 
 Part = tuple[shards.ShardTask, Mapping[str, Any]]  # with its statistics
 
-# Files that go with the records of a part; the records themselves come last.
-_OF_RECORDS = (CONCEPTS_SUFFIX, INDEX_SUFFIX, "")
+_OF_RECORDS = ("", CONCEPTS_SUFFIX, INDEX_SUFFIX)  # endings of the files of a part's records
+# Of a tar the records do not come out as they went in.
+_COPIED_FORMATS = ("tfrecord", "array_record")
 _REPORT_EVERY = 256
 
 
@@ -91,22 +91,15 @@ class BalancedShard:
     @property
     def stats_path(self) -> str:
         """Path of its statistics."""
-        return self.output + shards.STATS_SUFFIX
+        return self.output + STATS_SUFFIX
 
 
 def plan_shards(
     parts: Sequence[Part], folder: str, config: ml_collections.ConfigDict
 ) -> list[BalancedShard]:
-    """Divides the records of all parts among output shards.
+    """Divides the records of all parts, in order, among one output shard at least.
 
-    Args:
-        parts: tasks with their statistics, in order.
-        folder: of the output.
-        config: of the filter. The number of shards is that of all records divided by
-            `examples_per_shard`, rounded up.
-
-    Returns:
-        One shard at least.
+    The number of shards is that of all records divided by `examples_per_shard`, rounded up.
     """
     counts = (stats["output"]["records"] for _, stats in parts)
     records = np.fromiter(counts, np.int64, len(parts))
@@ -124,7 +117,7 @@ def plan_shards(
             offset = int(ends[i] - records[i])
             start, stop = max(first - offset, 0), min(last - offset, int(records[i]))
             if start < stop:
-                slices.append(Slice(task.output, start, stop, hash_part(stats)))
+                slices.append(Slice(task.output, start, stop, _hash_part(stats)))
                 taken.append([_identify(stats), start, stop])
         suffix = FORMATS[config.output_format].suffix
         name = shard_name(config.dataset_name, config.split, number, count, suffix)
@@ -140,16 +133,19 @@ def plan_shards(
     return [plan(number) for number in range(count)]
 
 
-def hash_part(stats: Mapping[str, Any]) -> str:
-    """A short hash of what the records of a part are."""
+def _identify(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Identity of the records of a part, wherever they were read from."""
+    output = stats["output"]
+    found = {"config": stats["config_hash"], "records": output["records"]}
+    return found | {"digest": output["digest"]}
+
+
+def _hash_part(stats: Mapping[str, Any]) -> str:
     return shards.hash_config(_identify(stats))
 
 
 def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
-    """Writes one output shard; a task of `engine.run_tasks`.
-
-    Returns:
-        Its statistics, as in their file.
+    """Writes one output shard and its statistics, which it returns; a task of `run_tasks`.
 
     Raises:
         ValueError: a part is damaged or gone.
@@ -158,7 +154,8 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     records, concepts = copy_records(shard, report)
     formats: collections.Counter[str] = collections.Counter()
     for part in shard.slices:
-        formats.update(_read_formats(part.path)[part.start : part.stop])
+        found = (rows["format"].to_pylist() for rows in read_kept([part.path], ["format"]))
+        formats.update(itertools.islice(itertools.chain(*found), part.start, part.stop))
     counts: dict[str, Any] = {"image_formats": dict(sorted(formats.items()))}
     if shard.with_concepts:
         counts["concepts"] = concepts.counts()
@@ -175,10 +172,10 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
 
 
 def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]:
-    """Writes the records of the slices of a shard, and the concepts that go with them.
+    """Writes the records of the slices of a shard, or of a part that is restored.
 
     Returns:
-        How many records there are, and their concepts.
+        How many records there are, and the concepts that their captions name.
     """
     concepts = ConceptLog()
     with open_writer(shard.output) as plain_writer:
@@ -191,8 +188,7 @@ def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]
                     writer.write(data)
                 report(len(some))
             if shard.with_concepts:
-                for mentions in _read_mentions(piece):
-                    concepts.add(mentions)
+                _copy_mentions(piece, concepts)
         if shard.with_concepts:
             concepts.write(concept_path(shard.output))
     return len(writer), concepts
@@ -213,6 +209,20 @@ def _read_slice(piece: Slice) -> Iterator[bytes]:
         yield from source.split(first, last, read_range(*source.extent(first, last)))
 
 
+def _copy_mentions(piece: Slice, concepts: ConceptLog) -> None:
+    """Adds the concepts that the captions of the records name, record by record."""
+    rows = {}
+    for kind in KINDS:
+        names, lengths, ids = read_mentions(piece.path, kind)
+        ends = np.cumsum(lengths)
+        rows[kind] = [
+            frozenset(names[i] for i in ids[ends[number] - lengths[number] : ends[number]])
+            for number in range(piece.start, piece.stop)
+        ]
+    for mentions in zip(*rows.values(), strict=True):
+        concepts.add(dict(zip(rows, mentions, strict=True)))
+
+
 class CommonImageWriter:
     """Writes records as tars need them: an image that webdataset does not know becomes PNG."""
 
@@ -231,7 +241,6 @@ class CommonImageWriter:
         self._writer.write(data)
 
     def __len__(self) -> int:
-        """Records written so far."""
         return len(self._writer)
 
 
@@ -249,6 +258,82 @@ def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any]]:
     yield from files.map_many(load, planned, planned[0].output)
 
 
+def plan_restoring(
+    parts: Sequence[Part], unwritten: Sequence[BalancedShard], folder: str
+) -> tuple[list[BalancedShard], set[str]]:
+    """Finds where the records are that new output shards need, and that no part has.
+
+    Returns:
+        The parts that can be written again, as slices of old output shards; and the outputs of
+        those some of whose records are nowhere.
+    """
+    needed = {piece.path for shard in unwritten for piece in shard.slices}
+    lost = shards.damaged_outputs([part for part in parts if part[0].output in needed])
+    found, missing = [], set()
+    pieces_of = _index_old_shards(parts, folder) if lost else {}
+    for task, stats in parts:
+        if task.output not in lost:
+            continue
+        slices, position = [], 0
+        for start, (path, first, last, _) in pieces_of.get(task.output, ()):
+            if start <= position < start + last - first:
+                slices.append(Slice(path, first + position - start, last))
+                position = start + last - first
+        with_concepts = CONCEPTS_SUFFIX in stats["output"]["companions"]
+        is_whole = position == stats["output"]["records"]
+        if with_concepts:
+            is_whole &= all(files.exists(piece.path + CONCEPTS_SUFFIX) for piece in slices)
+        if is_whole:
+            found.append(BalancedShard(task.output, tuple(slices), "", with_concepts))
+        else:
+            missing.add(task.output)
+    return found, missing
+
+
+def _index_old_shards(parts: Sequence[Part], folder: str) -> dict[str, list[tuple[int, Slice]]]:
+    """Output of a part -> its records in whole old output shards: number of the first, where."""
+    known = {os.path.basename(task.output): (task.output, stats) for task, stats in parts}
+    found: dict[str, list[tuple[int, Slice]]] = collections.defaultdict(list)
+    for name in files.list_names(folder, lambda name: name.endswith(STATS_SUFFIX)):
+        path = files.join(folder, name.removesuffix(STATS_SUFFIX))
+        if kind_of(path) not in _COPIED_FORMATS:
+            continue
+        written = files.read_object(path + STATS_SUFFIX) or {}
+        rows = written.get("input", {}).get("parts")
+        if not rows or written["output"]["bytes"] != files.size(path):
+            continue
+        first = 0
+        for name, start, stop, part_hash in rows:
+            output, stats = known.get(name, ("", {}))
+            # The part may have been made anew since.
+            if output and _hash_part(stats) == part_hash:
+                found[output].append((start, Slice(path, first, first + stop - start)))
+            first += stop - start
+    return {output: sorted(slices) for output, slices in found.items()}
+
+
+def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
+    """Names of the shards in a folder that training would read, and no filter has written."""
+    names = shards.read_shards(folder, output_format)
+    if not names:
+        return []
+    present = set(files.list_names(folder))
+    paths = [files.join(folder, name) for name in names]
+    is_ours = dict(zip(names, files.map_many(_is_ours, paths, folder), strict=True))
+    # Ours too, if it was killed between the shard and its statistics, or these are damaged.
+    is_begun = SETTINGS in present or files.exists(files.join(folder, PARTS, SETTINGS))
+    return [name for name in names if not (is_begun if is_ours[name] is None else is_ours[name])]
+
+
+def _is_ours(path: str) -> bool | None:
+    """True if the filter has written a shard, by its statistics; None where there are none."""
+    stats = files.read_object(path + STATS_SUFFIX)
+    if stats is None:
+        return None
+    is_part = SUFFIX in stats.get("output", {}).get("companions", {})
+    return is_part or "parts" in stats.get("input", {})
+
+
 def remove_stale_shards(
     folder: str, planned: Sequence[BalancedShard], output_format: str = "tfrecord"
 ) -> None:
@@ -260,33 +345,10 @@ def remove_stale_shards(
     remove_outputs(folder, stale)
 
 
-def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
-    """Names of the shards in a folder that training would read, and no filter has written."""
-    names = shards.read_shards(folder, output_format)
-    if not names:
-        return []
-    present = set(files.list_names(folder))
-    described = [name for name in names if name + shards.STATS_SUFFIX in present]
-    paths = [files.join(folder, name) for name in described]
-    is_ours = dict(zip(described, files.map_many(_is_ours, paths, folder), strict=True))
-    # Ours too, if it was killed between the shard and its statistics, or these are damaged.
-    is_begun = SETTINGS in present or files.exists(files.join(folder, PARTS, SETTINGS))
-    return [n for n in names if not (is_begun if is_ours.get(n) is None else is_ours[n])]
-
-
-def _is_ours(path: str) -> bool | None:
-    """True if the filter has written a shard, by its statistics; None where they are damaged."""
-    stats = files.read_object(path + shards.STATS_SUFFIX)
-    if stats is None:
-        return None
-    is_part = SUFFIX in stats.get("output", {}).get("companions", {})
-    return is_part or "parts" in stats.get("input", {})
-
-
 def remove_outputs(folder: str, names: Collection[str]) -> None:
     """Removes shards with all files that belong to them; their statistics first."""
     below = shards.names_below(files.list_names(folder), names) if names else []
-    for name in sorted(below, key=lambda name: not name.endswith(shards.STATS_SUFFIX)):
+    for name in sorted(below, key=lambda name: not name.endswith(STATS_SUFFIX)):
         files.remove(files.join(folder, name))
     for name in names:  # those of a table are elsewhere
         files.remove(decisions_path(files.join(folder, name)))
@@ -294,36 +356,6 @@ def remove_outputs(folder: str, names: Collection[str]) -> None:
 
 def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
     """Removes the records of parts; the statistics of how they were done stay."""
-    names = {os.path.basename(task.output) for task in tasks}
-
-    def is_of_records(name: str) -> bool:
-        return any(name.endswith(s) and name.removesuffix(s) in names for s in _OF_RECORDS)
-
-    for name in files.list_names(folder, is_of_records):
+    wanted = {os.path.basename(task.output) + end for task in tasks for end in _OF_RECORDS}
+    for name in files.list_names(folder, wanted.__contains__):
         files.remove(files.join(folder, name))
-
-
-def _identify(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Identity of the records of a part, wherever they were read from."""
-    output = stats["output"]
-    found = {"config": stats["config_hash"], "records": output["records"]}
-    return found | {"digest": output["digest"]}
-
-
-def _read_formats(part: str) -> list[str]:
-    """The image formats of the records of a part, in order."""
-    return [name for rows in read_kept([part], ["format"]) for name in rows["format"].to_pylist()]
-
-
-def _read_mentions(piece: Slice) -> Iterator[Mentions]:
-    """Concepts that the captions of the records name, record by record."""
-    rows = {}
-    for kind in KINDS:
-        names, lengths, ids = read_mentions(piece.path, kind)
-        ends = np.cumsum(lengths)
-        rows[kind] = [
-            frozenset(names[i] for i in ids[ends[number] - lengths[number] : ends[number]])
-            for number in range(piece.start, piece.stop)
-        ]
-    for mentions in zip(*rows.values(), strict=True):
-        yield dict(zip(rows, mentions, strict=True))

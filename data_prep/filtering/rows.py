@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 
+from data_prep import sources
 from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config
-from data_prep.filtering.chain import Chain
+from data_prep.filtering.shard import Chain
 from data_prep.jobs import shards
 from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
-from data_prep.sources import list as source_list
 from data_prep.steps.base import Candidate, Step
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.columns import ColumnOptions, find_columns
@@ -54,80 +53,68 @@ def filter_rows(
     config: ml_collections.ConfigDict,
     steps: Sequence[type[Step]],
 ) -> dict[str, Any]:
-    """Does one task: filters the rows of one unit.
-
-    Returns:
-        The statistics of the unit.
+    """Does one task: filters the rows of one unit, and returns its statistics.
 
     Raises:
         ValueError: the input is damaged.
     """
     described = shards.begin_task(task)
-    log = ShardLog(config)
-    kept: set[int] = set()
+    log, source, kept = ShardLog(config), task.source, set[int]()
+    # A table that states options of its own has them in its units.
+    caption, key = (
+        source.options.get(name, config.source[name]) for name in ("caption_column", "key_column")
+    )
+    captions, keys = [caption, *filter_config.caption_columns(config)], [key, "key", "uid"]
+    numbers = itertools.count()
 
     def keep(candidate: Candidate, log: ShardLog) -> int:
         log.keep(candidate)
         return candidate.row
 
-    names = _Names.of(task.source, config)
     with WorkRecord(task.output, task.search) as work, files.local_output(task.output) as path:
-        chain = Chain(config, steps, task.source, log, keep, kept.add)
-        first = 0
+        chain = Chain(config, steps, source, log, keep, kept.add)
 
         def select(rows: Sequence[_Row]) -> list[bool]:
-            nonlocal first
-            numbers = range(first, first + len(rows))
-            first += len(rows)
-            pairs = map(functools.partial(_make_pair, task.source, names), numbers, rows)
+            own = list(itertools.islice(numbers, len(rows)))
+            first = source.options.get("first_row", 0)
+            stem = clean_text(pathlib.Path(source.path).stem)
+            pairs = [
+                _make_pair(row, captions, keys, f"{stem}-{first + number:08d}")
+                for number, row in zip(own, rows, strict=True)
+            ]
             kept.clear()
-            chain.run(work.begin(list(pairs), chain.try_one))
+            chain.run(work.begin(pairs, chain.try_one))
             report(len(rows))
-            return [number in kept for number in numbers]
+            return [number in kept for number in own]
 
-        if task.source.kind == PARQUET:
+        if source.kind == PARQUET:
             reads_all = any("metadata" in step.reads for step in steps)
-            wanted = None if reads_all else {*names.captions, *names.keys, config.label_field}
-            _filter_parquet(task.source, path, select, wanted)
+            wanted = None if reads_all else {*captions, *keys, config.label_field}
+            _filter_parquet(source, path, select, wanted)
         else:
-            _filter_jsonl(task.source, path, select)
+            remaining = _read_lines(source)
+            with open(path, "xb") as output:
+                while lines := list(itertools.islice(remaining, _BATCH_ROWS)):
+                    output.writelines(itertools.compress(lines, select([*map(_parse, lines)])))
         facts = {"versions": filter_config.package_versions(config)} | chain.close()
-    counts = log.write(task.output) | facts
-    return shards.finish_task(task, described, counts, log.kept)
+    return shards.finish_task(task, described, log.write(task.output) | facts, log.kept)
 
 
-class _Names(NamedTuple):
-    """Columns of captions, and those that may hold the key."""
-
-    captions: Sequence[str | None]
-    keys: Sequence[str | None]
-
-    @classmethod
-    def of(cls, source: SourceShard, config: ml_collections.ConfigDict) -> _Names:
-        """Those of a unit; a table that states options of its own has them in its units."""
-        caption, key = (
-            source.options.get(name, config.source[name])
-            for name in ("caption_column", "key_column")
-        )
-        return cls([caption, *filter_config.caption_columns(config)], [key, "key", "uid"])
-
-
-def _make_pair(source: SourceShard, names: _Names, number: int, row: _Row) -> Pair | Skipped:
+def _make_pair(
+    row: _Row, captions: Sequence[str | None], keys: Sequence[str | None], default_key: str
+) -> Pair | Skipped:
     """The pair of a row, without a picture; a text explains why a row could not be read."""
-    number += source.options.get("first_row", 0)
-    default_key = f"{clean_text(pathlib.Path(source.path).stem)}-{number:08d}"
     if isinstance(row, str):
         return Skipped(default_key, "bad_row", row)
-    values = (row.get(name) for name in names.keys if name is not None)
+    values = (row.get(name) for name in keys if name is not None)
     key = next((clean_text(str(v)) for v in values if v not in (None, "")), "") or default_key
-    captions = pick_captions([text for name in names.captions for text in _texts(row.get(name))])
-    if not captions:
+    found = (row.get(name) for name in captions)
+    texts = pick_captions(
+        [text for value in found for text in (value if isinstance(value, list) else [value])]
+    )
+    if not texts:
         return Skipped(key, "no_caption", "")
-    return Pair(key, b"", captions[0], {**row, "captions": captions})
-
-
-def _texts(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return Pair(key, b"", texts[0], {**row, "captions": texts})
 
 
 def _filter_parquet(
@@ -138,11 +125,16 @@ def _filter_parquet(
     import pyarrow.parquet
 
     file = open_parquet(source.path)
-    schema = file.schema_arrow
+    schema, metadata = file.schema_arrow, file.metadata
     wanted = [name for name in schema.names if columns is None or name in columns]
-    compression = _compression(file)
+    compression = "snappy"
+    if metadata.num_row_groups and metadata.num_columns:  # hardly one for each column
+        compression = metadata.row_group(0).column(0).compression.lower()
     with pyarrow.parquet.ParquetWriter(
-        path, schema, compression=compression, write_page_checksum=True
+        path,
+        schema,
+        compression="none" if compression == "uncompressed" else compression,
+        write_page_checksum=True,
     ) as writer:
         waiting: list[Any] = []
         with explain_errors(source.path, lambda: "damaged"):
@@ -157,22 +149,6 @@ def _filter_parquet(
             writer.write_table(pyarrow.Table.from_batches(waiting, schema))
 
 
-def _compression(file: Any) -> str:
-    """Compression of the first column; writers hardly use another for each."""
-    metadata = file.metadata
-    if not metadata.num_row_groups or not metadata.num_columns:
-        return "snappy"
-    name = metadata.row_group(0).column(0).compression.lower()
-    return "none" if name == "uncompressed" else name
-
-
-def _filter_jsonl(source: SourceShard, path: pathlib.Path, select: _Select) -> None:
-    remaining = _read_lines(source)
-    with open(path, "xb") as output:
-        while lines := list(itertools.islice(remaining, _BATCH_ROWS)):
-            output.writelines(itertools.compress(lines, select(list(map(_parse_line, lines)))))
-
-
 def _read_lines(source: SourceShard) -> Iterator[bytes]:
     """The lines of a range that are not blank, each with a line break."""
     with open_file(source.path) as file:
@@ -182,7 +158,7 @@ def _read_lines(source: SourceShard) -> Iterator[bytes]:
                 yield line if line.endswith(b"\n") else line + b"\n"
 
 
-def _parse_line(line: bytes) -> _Row:
+def _parse(line: bytes) -> _Row:
     try:
         return parse_json_object(line.decode("utf-8-sig"))
     except ValueError as error:
@@ -190,14 +166,9 @@ def _parse_line(line: bytes) -> _Row:
 
 
 def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[SourceShard]:
-    """Divides tables into units of about `rows_per_shard` rows.
+    """Divides the tables of `config.input` into units of about `rows_per_shard` rows.
 
-    Args:
-        pairs: `config.input`: parquet and jsonl files, globs or folders of them.
-        source: config section of `sources.list.default_source`.
-
-    Returns:
-        Units of a jsonl file are ranges of its bytes, those of a parquet file of its row groups.
+    Units of a jsonl file are ranges of its bytes, those of a parquet file of its row groups.
 
     Raises:
         ValueError: nothing is found, another kind of file is named, or the column of captions is
@@ -207,7 +178,7 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
         raise ValueError("config.input is not set: expected parquet or jsonl files with captions")
     options = source.to_dict() | {"image_column": ""}  # no images are read
     units = []
-    for text in source_list.typed_texts(pairs):
+    for text in sources.typed_texts(pairs):
         for unit in list_shards(text, **options):
             if unit.kind == PARQUET:
                 units += _list_row_groups(unit.path, source)

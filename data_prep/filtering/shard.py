@@ -1,6 +1,7 @@
-"""CAT filtering of one shard: every pair goes through the steps, and the others are written.
+"""CAT filtering of one shard: pairs go through the steps; those that remain are written.
 
-Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)".
+Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". What is recorded of a
+pair belongs in `data_prep.decisions.log`.
 """
 
 from __future__ import annotations
@@ -8,25 +9,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import logging
 
 from data_prep.captions.mentions import CONCEPTS_SUFFIX
 from data_prep.decisions import table
 from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config
-from data_prep.filtering.chain import Chain
 from data_prep.filtering.resharding import CommonImageWriter
 from data_prep.jobs import shards
 from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
-from data_prep.sources import img2dataset
-from data_prep.sources.list import read_pairs
-from data_prep.steps.base import IMAGE_ERROR, Candidate, Step
+from data_prep.sources import read_download_stats, read_pairs, read_sidecar
+from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.steps.image import ImageStep
 from diht_jax.input import decode
 from diht_jax.readers.base import held_bytes
@@ -46,16 +47,7 @@ def filter_shard(
     config: ml_collections.ConfigDict,
     steps: Sequence[type[Step]],
 ) -> dict[str, Any]:
-    """Does one task of the filter.
-
-    Args:
-        task: source and output.
-        report: called with the number of pairs that are done, now and then.
-        config: of `config.default_config`.
-        steps: of `steps.registry.active_steps`.
-
-    Returns:
-        The shard's statistics.
+    """Does one task of the filter by the active steps, and returns the shard's statistics.
 
     Raises:
         ValueError: the source is damaged.
@@ -66,7 +58,7 @@ def filter_shard(
 
     def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
         facts: dict[str, Any] = {
-            "download": img2dataset.read_download_stats(source),
+            "download": read_download_stats(source),
             "versions": filter_config.package_versions(config),
         }
         if catalog.kind_of(os.fspath(writer.path)) == "webdataset":
@@ -74,11 +66,8 @@ def filter_shard(
         encode = functools.partial(_encode, config=config)
         chain = Chain(config, steps, source, log, encode, writer.write, report)
         source = dataclasses.replace(source, unneeded=tuple(config.drop_metadata))
-        entries = _with_more_captions(_with_sidecar(source), source, config)
-        if config.keep_before_damage:
-            entries = _until_damage(entries, facts)
         with WorkRecord(task.output, task.search) as work:
-            while chunk := _next_chunk(entries, config.batch_size, log):
+            for chunk in _read_chunks(source, config, log, facts):
                 chain.run(work.begin(chunk, chain.try_one))
         facts |= chain.close()
         return log.write(os.fspath(writer.path)) | facts
@@ -87,43 +76,56 @@ def filter_shard(
     return shards.run_task(task, process, companions)
 
 
-def _until_damage(
-    entries: Iterator[Pair | Skipped], facts: dict[str, Any]
-) -> Iterator[Pair | Skipped]:
-    """The entries before the damage of an archive, which is recorded and no error."""
-    try:
-        yield from entries
-    except DamagedTarError as error:
-        facts["damaged"] = str(error)
-        logging.warning("%s; the pairs before the damage are kept", error)
+def _read_chunks(
+    source: SourceShard, config: ml_collections.ConfigDict, log: ShardLog, facts: dict[str, Any]
+) -> Iterator[list[Pair | Skipped]]:
+    """The entries, some at a time; fewer where they would take much memory together.
 
-
-def _next_chunk(
-    entries: Iterator[Pair | Skipped], size: int, log: ShardLog
-) -> list[Pair | Skipped]:
-    """The next entries, `size` at most; fewer where they would take much memory together."""
-    with log.clock("reading"):
+    Where `config.keep_before_damage` is set, damage of an archive is one of the facts, and no
+    error.
+    """
+    entries = _read_entries(source, config)
+    while True:
         chunk: list[Pair | Skipped] = []
         room_bytes = _CHUNK_BYTES
-        while len(chunk) < size and room_bytes > 0 and (entry := next(entries, None)) is not None:
-            chunk.append(entry)
-            room_bytes -= held_bytes(entry)
-        return chunk
+        with log.clock("reading"):
+            try:
+                while len(chunk) < config.batch_size and room_bytes > 0:
+                    chunk.append(entry := next(entries))
+                    room_bytes -= held_bytes(entry)
+            except StopIteration:
+                pass
+            except DamagedTarError as error:
+                if not config.keep_before_damage:
+                    raise
+                facts["damaged"] = str(error)
+                logging.warning("%s; the pairs before the damage are kept", error)
+        if not chunk:
+            return
+        yield chunk
 
 
-def _with_more_captions(
-    entries: Iterator[Pair | Skipped], source: SourceShard, config: ml_collections.ConfigDict
+def _read_entries(
+    source: SourceShard, config: ml_collections.ConfigDict
 ) -> Iterator[Pair | Skipped]:
-    """The pairs with the captions in columns of their metadata, and the kinds of all of them."""
+    """The pairs with the captions in columns of their metadata, and the kinds of all of them.
+
+    Those of a tar without metadata take it from img2dataset's parquet file, if there is one: the
+    tars of img2dataset have the same in their json members, unless somebody left those out.
+    """
     columns = filter_config.caption_columns(config)
-    if not columns and config.caption_kind == captions.USUAL_KIND:
-        yield from entries
-        return
+    is_usual = not columns and config.caption_kind == captions.USUAL_KIND
+    sidecar: dict[str, dict[str, Any]] | None = None
     missing = set(columns)
-    for entry in entries:
+    for entry in read_pairs(source):
         if isinstance(entry, Pair):
+            if not entry.metadata and source.kind == "webdataset":
+                if sidecar is None:
+                    sidecar = read_sidecar(source)
+                entry = dataclasses.replace(entry, metadata=sidecar.get(entry.key, {}))
             missing.difference_update(entry.metadata)
-            entry = captions.add_columns(entry, columns, config.caption_kind)
+            if not is_usual:
+                entry = captions.add_columns(entry, columns, config.caption_kind)
         yield entry
     for column in sorted(missing):
         logging.warning(
@@ -131,51 +133,153 @@ def _with_more_captions(
         )
 
 
-def _with_sidecar(source: SourceShard) -> Iterator[Pair | Skipped]:
-    """The pairs; those without metadata take it from img2dataset's parquet file, if there is one.
-
-    The tars of img2dataset have the same in their json members, unless somebody left those out.
-    """
-    sidecar: dict[str, dict[str, Any]] | None = None
-    for entry in read_pairs(source):
-        if isinstance(entry, Pair) and not entry.metadata and source.kind == "webdataset":
-            if sidecar is None:
-                sidecar = img2dataset.read_sidecar(source)
-            entry = dataclasses.replace(entry, metadata=sidecar.get(entry.key, {}))
-        yield entry
-
-
 def _encode(candidate: Candidate, log: ShardLog, config: ml_collections.ConfigDict) -> bytes | None:
     """The record of a pair, which is logged; None if its image turns out to be damaged."""
-    pair, image_format = _narrow(candidate), candidate.values["format"]
+    pair, image_format, c = candidate.pair, candidate.values["format"], config.image
+    texts, good = captions.all_captions(pair), candidate.captions
+    if len(good) < len(texts):
+        kind_of = dict(zip(texts, captions.caption_kinds(pair), strict=True))
+        pair = captions.with_captions(pair, good, [kind_of[text] for text in good])
     longer = max(candidate.values["width"], candidate.values["height"])
-    if config.image.max_side is not None and longer > config.image.max_side:
+    if c.max_side is not None and longer > c.max_side:
         try:
-            image_format, data = "JPEG", _shrink(pair.image, config)
+            image = decode.decode_rgb(pair.image, max_pixels=c.max_pixels)
         except decode.ImageError as error:
             candidate.values[IMAGE_ERROR] = error.reason
             log.drop(candidate, ImageStep.name, error.reason)
             return None
-        pair = dataclasses.replace(pair, image=data)
+        size = (c.max_side, c.max_side)
+        image.thumbnail(size, decode.Image.Resampling.BICUBIC, reducing_gap=None)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=c.jpeg_quality, optimize=True)
+        image_format, pair = "JPEG", dataclasses.replace(pair, image=buffer.getvalue())
     log.keep(candidate, image_format)
     metadata = {k: v for k, v in pair.metadata.items() if k not in config.drop_metadata}
     return schema.encode_record(dataclasses.replace(pair, metadata=metadata))
 
 
-def _narrow(candidate: Candidate) -> Pair:
-    """The pair without the captions that are no longer good."""
-    pair, good = candidate.pair, candidate.captions
-    texts = captions.all_captions(pair)
-    if len(good) == len(texts):
-        return pair
-    kind_of = dict(zip(texts, captions.caption_kinds(pair), strict=True))
-    return captions.with_captions(pair, good, [kind_of[text] for text in good])
+# Makes of a pair that no step has dropped what is written, and logs it; None writes nothing.
+Encode = Callable[[Candidate, ShardLog], Any]
 
 
-def _shrink(data: bytes, config: ml_collections.ConfigDict) -> bytes:
-    image = decode.decode_rgb(data, max_pixels=config.image.max_pixels)
-    side = config.image.max_side
-    image.thumbnail((side, side), decode.Image.Resampling.BICUBIC, reducing_gap=None)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=config.image.jpeg_quality, optimize=True)
-    return buffer.getvalue()
+class Chain:
+    """The steps of one shard, at work on its entries."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        steps: Sequence[type[Step]],
+        source: SourceShard,
+        log: ShardLog,
+        encode: Encode,
+        write: Callable[[Any], object],
+        report: Callable[[int], None] = lambda pairs: None,
+    ):
+        """Loads the steps; `log` gets what happens to every entry, `write` what `encode` makes."""
+        self._config, self._log, self._encode, self._write = config, log, encode, write
+        self._report = report
+        self._first = 0
+        self._open_trial = functools.partial(Chain, config, steps, source, encode=encode)
+        with log.clock("loading"):
+            self._steps = [step(config, source) for step in steps]
+
+    def run(self, entries: Sequence[Pair | Skipped]) -> None:
+        """Filters the next entries of the shard."""
+        candidates = []
+        for row, entry in enumerate(entries, self._first):
+            if isinstance(entry, Skipped):
+                self._log.skip(entry, row)
+            else:
+                candidates.append(Candidate.of(entry, row))
+        self._first += len(entries)
+        self._report(len(entries) - len(candidates))
+        self._advance(candidates, self._steps)
+
+    def try_one(self, pair: Pair) -> None:
+        """Does to a pair alone what `run` does, to no effect; this process may die of it."""
+        self._trial._advance([Candidate.of(pair)], self._trial._steps)
+
+    @functools.cached_property
+    def _trial(self) -> Chain:
+        return self._open_trial(log=ShardLog(self._config), write=lambda encoded: None)
+
+    def close(self) -> dict[str, object]:
+        """Ends the shard; returns the facts that the steps state about it."""
+        facts: dict[str, object] = {}
+        for step in self._steps:
+            facts |= step.close()
+        return facts
+
+    def _advance(self, candidates: list[Candidate], steps: Sequence[Step]) -> None:
+        """Takes candidates through the steps that are left, and writes those that remain.
+
+        From a step with a batch size on they go in groups, so that a slow step shows its progress.
+        """
+        for number, step in enumerate(steps):
+            size = step.batch_size(self._config)
+            if size is not None and size < len(candidates):
+                for start in range(0, len(candidates), size):
+                    self._advance(candidates[start : start + size], steps[number:])
+                return
+            if candidates:
+                with self._log.clock(step.timer or step.name):
+                    remaining = apply_step(step, candidates, self._config, self._log)
+                self._report(len(candidates) - len(remaining))
+                candidates = remaining
+        with self._log.clock("writing"):
+            for candidate in candidates:
+                encoded = self._encode(candidate, self._log)
+                if encoded is not None:
+                    self._write(encoded)
+        self._report(len(candidates))
+
+
+def apply_step(
+    step: Step, batch: Sequence[Candidate], config: ml_collections.ConfigDict, log: ShardLog
+) -> list[Candidate]:
+    """Measures pairs that have come through the same steps, one at least, and decides about them.
+
+    Returns:
+        Those that are not dropped, with their good captions.
+    """
+    measured = dict(step.measure(batch))
+    evidence = measured.pop(EVIDENCE, None) or [None] * len(batch)
+    for name, column in measured.items():
+        for candidate, value in zip(batch, column, strict=True):
+            candidate.values[name] = value
+    deciding: list[type[Step]] = [type(step)]
+    if IMAGE_ERROR in measured and not isinstance(step, ImageStep):
+        deciding.insert(0, ImageStep)
+        for candidate in batch:
+            if candidate.values[IMAGE_ERROR] is not None:  # the size is that of a header that lied
+                candidate.values |= {"width": None, "height": None}
+    columns = Columns({n: [c.values[n] for c in batch] for n in batch[0].values}, len(batch))
+    drops: list[tuple[str, str] | None] = [None] * len(batch)
+    for decider in deciding:
+        for reason, holds in decider.decide(columns, config).items():
+            for i in np.flatnonzero(holds):
+                drops[i] = drops[i] or (decider.name, reason)
+    remaining = []
+    for candidate, drop, shown in zip(batch, drops, evidence, strict=True):
+        if drop is None:
+            remaining.append(candidate)
+        else:
+            log.drop(candidate, *drop, evidence=shown if drop[0] == step.name else None)
+    _narrow(step, remaining, config)
+    return remaining
+
+
+def _narrow(step: Step, batch: Sequence[Candidate], config: ml_collections.ConfigDict) -> None:
+    """Drops those of several captions about each of which the step decides that it is not good."""
+    several = [c for c in batch if c.of_captions and len(c.captions) > 1]
+    if several:
+        names = several[0].of_captions
+        flat = {n: list(itertools.chain(*(c.of_captions[n] for c in several))) for n in names}
+        ends = np.cumsum([len(candidate.captions) for candidate in several])
+        is_good = np.ones(int(ends[-1]), bool)
+        for holds in step.decide(Columns(flat, len(is_good)), config).values():
+            is_good &= ~holds
+        for candidate, own in zip(several, np.split(is_good, ends[:-1]), strict=True):
+            candidate.keep_captions(own.tolist())
+    for candidate in batch:
+        candidate.of_captions = {}

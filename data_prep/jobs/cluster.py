@@ -22,63 +22,21 @@ from typing import Any
 
 from absl import logging
 
-from data_prep.jobs.models import (
-    ClusterActor,
-    ModelActors,
-    SharedModel,
-    share_models,
-    start_models,
-)
-from data_prep.jobs.outcome import (
+from data_prep.jobs.models import ClusterActor, ModelActors, SharedModel, share_models, start_models
+from data_prep.jobs.workers import (
     DEATH,
     LOST,
     Function,
     Outcome,
+    RaySettings,
     Report,
     call_function,
     describe_error,
-    timed_out,
 )
 
 _WAITING_SECS = 60.0
 
 _now = time.monotonic  # of the limit of a task; tests put their own clock here
-
-
-@dataclasses.dataclass(frozen=True)
-class RaySettings:
-    """Settings of a cluster, and the resources of a worker.
-
-    Attributes:
-        address: "auto" for the running cluster (or $RAY_ADDRESS), "local" to start one on this
-            machine for the time of the job, else HOST:PORT.
-        cpus_per_worker: cores that a worker reserves.
-        gpus_per_worker: GPUs, or a part of one, that a worker reserves and sees.
-        model_actors: actors at most that hold the networks for all workers, as many as the GPUs
-            have room for; 0 for none: each worker has its own.
-        gpus_per_model_actor: GPUs, or a part of one, that such an actor reserves and sees.
-    """
-
-    address: str = "auto"
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
-    model_actors: int = 0
-    gpus_per_model_actor: float = 1.0
-
-    def check(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            ValueError: a number is negative, or a worker would reserve nothing.
-        """
-        for field in dataclasses.fields(self)[1:]:
-            if (value := getattr(self, field.name)) < 0:
-                raise ValueError(f"config.ray.{field.name}={value}; expected at least 0")
-        if not self.cpus_per_worker and not self.gpus_per_worker:
-            raise ValueError(
-                "config.ray.cpus_per_worker=0 and config.ray.gpus_per_worker=0; expected one of "
-                "them to be more: they limit how many workers run on a node"
-            )
 
 
 @contextlib.contextmanager
@@ -124,7 +82,7 @@ class _Worker:
 
 
 class RayPool:
-    """Actors on a cluster, one task at a time in each; see `engine.ThisProcess`."""
+    """Actors on a cluster, one task at a time in each; see `workers.ThisProcess`."""
 
     def __init__(
         self,
@@ -210,7 +168,7 @@ class RayPool:
         worker, known = self._busy.pop(future), self._ray.exceptions
         self._heard_secs = time.monotonic()
         if worker.is_overdue and self._timeout_secs is not None:
-            return timed_out(self._timeout_secs)
+            return Outcome.timed_out(self._timeout_secs)
         try:
             outcome, pairs = future.result()
         except known.RayTaskError as error:
@@ -239,23 +197,17 @@ class RayPool:
         reason = " ".join(str(error).split())
         if getattr(error, "actor_init_failed", False):
             raise ValueError(f"no Ray worker could start: {reason}")
-        # The task is not to blame for the loss of its node, or for memory that others took.
-        is_lost = _is_node_loss(self._ray, error)
-        is_lost |= isinstance(error, self._ray.exceptions.OutOfMemoryError)
+        # The task is not to blame for the loss of its node, or for memory that others took. A node
+        # that does not answer is called unavailable until Ray gives it up, and its actors are ended
+        # by whoever has started them.
+        known = self._ray.exceptions
+        lost = known.NodeDiedError | known.ActorUnavailableError | known.ObjectLostError
+        is_lost = isinstance(error, lost | known.OutOfMemoryError)
+        is_lost |= any(sign in str(error) for sign in ("node has died", "killed by `ray.kill`"))
         return Outcome(
             error=f"the Ray worker died at work, or its node was lost: {reason}",
             cause=LOST if is_lost else DEATH,
         )
-
-
-def _is_node_loss(ray: Any, error: Exception) -> bool:
-    """Tells the loss of a node from the death of an actor by what it did."""
-    known = ray.exceptions
-    # A node that does not answer is called unavailable until Ray gives it up, and its actors are
-    # ended by whoever has started them.
-    lost = known.NodeDiedError | known.ActorUnavailableError | known.ObjectLostError
-    reasons = ("node has died", "killed by `ray.kill`")
-    return isinstance(error, lost) or any(reason in str(error) for reason in reasons)
 
 
 class _WorkerActor(ClusterActor):
@@ -268,22 +220,15 @@ class _WorkerActor(ClusterActor):
 
     def work(self, function: Function, task: Any) -> tuple[Outcome, int]:
         """Does one task; returns the outcome and the number of pairs."""
-        relative = _find_relative_path(task)
-        if relative is not None and self.no_folder:
-            error = (
-                f"'{relative}' is a relative path, and {self.no_folder}; name input and output by "
-                "absolute paths or URLs, or start the job in a folder that all nodes have"
-            )
-            return Outcome(error=error), 0
+        source = getattr(task, "source", None)
+        for path in (getattr(source, "path", source), getattr(task, "output", None)):
+            is_relative = isinstance(path, str) and "://" not in path and not os.path.isabs(path)
+            if is_relative and self.no_folder:
+                error = (
+                    f"'{path}' is a relative path, and {self.no_folder}; name input and output by "
+                    "absolute paths or URLs, or start the job in a folder that all nodes have"
+                )
+                return Outcome(error=error), 0
         pairs: list[int] = []
         outcome = call_function(function, task, pairs.append)
         return outcome, sum(pairs)
-
-
-def _find_relative_path(task: Any) -> str | None:
-    """The input or the output of a task, where it is a relative path."""
-    source = getattr(task, "source", None)
-    for path in (getattr(source, "path", source), getattr(task, "output", None)):
-        if isinstance(path, str) and "://" not in path and not os.path.isabs(path):
-            return path
-    return None

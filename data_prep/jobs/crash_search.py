@@ -17,11 +17,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from absl import logging
 
-from data_prep.jobs.outcome import ProcessDeath
+from data_prep.jobs.workers import ProcessDeath
 from diht_jax.readers.registry import Skipped
 from diht_jax.storage import files
 
@@ -31,14 +31,6 @@ CRASHED = "crashed"  # the reason of pairs that are left out
 
 _MAX_CRASHED = 20  # pairs of a shard; where there are more, they are not the reason
 _MAX_UNEXPLAINED = 2  # deaths of a shard that lead to no pair
-
-
-class _Keyed(Protocol):
-    @property
-    def key(self) -> str: ...
-
-
-_Entry = TypeVar("_Entry", bound=_Keyed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +54,11 @@ class CrashSearch:
             record: the last one of the run; None where it had not begun a batch.
         """
         if record is not None:
-            stage, *batch = record["stage"], record["first"], record["last"]
+            stage, batch = record["stage"], (record["first"], record["last"])
             if stage == PAIR and len(self.crashed) < _MAX_CRASHED:
                 return CrashSearch((*self.crashed, batch[0]), None, self.unexplained)
-            if stage == BATCH and self.suspects != tuple(batch):
-                return dataclasses.replace(self, suspects=tuple(batch))
+            if stage == BATCH and self.suspects != batch:
+                return dataclasses.replace(self, suspects=batch)
         # Outside of all pairs, or of a batch although each of its pairs alone did no harm.
         if self.unexplained < _MAX_UNEXPLAINED:
             return dataclasses.replace(self, unexplained=self.unexplained + 1)
@@ -77,23 +69,16 @@ class WorkRecord:
     """The file in which a run records what it works on, once a worker has died of the shard."""
 
     def __init__(self, output: str, search: CrashSearch | None):
-        """Begins a record, or none at all.
-
-        Args:
-            output: path or URL of the shard's output.
-            search: of the task; None where no worker has died.
-        """
+        """Begins a record next to an output, or none at all where no worker has died of it."""
         self._path = None if search is None else _record_path(output)
         self._search = search or CrashSearch()
         self._first = 0
 
-    def begin(
-        self, entries: Sequence[_Entry | Skipped], try_one: Callable[[_Entry], object]
-    ) -> list[_Entry | Skipped]:
+    def begin(self, entries: Sequence[Any], try_one: Callable[[Any], object]) -> list[Any]:
         """Records that a run works on the next entries of its source.
 
         Args:
-            entries: each with a `key`.
+            entries: `Skipped`, or something with a `key`.
             try_one: does to one of them what will be done to all, to no effect; called for each
                 suspect, and may end this process.
 
@@ -102,7 +87,7 @@ class WorkRecord:
         """
         batch = self._first, self._first + len(entries)
         self._first = batch[1]
-        found: list[_Entry | Skipped] = list(entries)
+        found = list(entries)
         for number in set(self._search.crashed) & set(range(*batch)):
             entry = entries[number - batch[0]]
             detail = "the worker process died whenever it worked on it"
@@ -110,19 +95,12 @@ class WorkRecord:
         if self._search.suspects == batch:
             for number, entry in enumerate(found, batch[0]):
                 if not isinstance(entry, Skipped):
-                    self.write(PAIR, number, number + 1)
+                    self._write(PAIR, number, number + 1)
                     try_one(entry)
-        self.write(BATCH, *batch)
+        self._write(BATCH, *batch)
         return found
 
-    def write(self, stage: str, first: int, last: int) -> None:
-        """Records what comes next.
-
-        Args:
-            stage: BATCH or PAIR.
-            first: of the entries.
-            last: of the entries, exclusive.
-        """
+    def _write(self, stage: str, first: int, last: int) -> None:
         if self._path is not None:
             record = {"stage": stage, "first": first, "last": last}
             files.write_bytes(self._path, json.dumps(record).encode())
@@ -138,21 +116,11 @@ class WorkRecord:
 
 
 def after_death(task: Any, may_be_blamed: bool) -> Any:
-    """The task to run when the worker of one has died; an `engine.AfterDeath`.
-
-    Args:
-        task: the `ShardTask` that was run.
-        may_be_blamed: whether the worker died of what it did; False where it was killed from
-            outside.
-
-    Returns:
-        A `ShardTask`; None where the search is given up.
-    """
+    """The `ShardTask` to run when the worker of one has died, or None; an `engine.AfterDeath`."""
     path = _record_path(task.output)
     record = None
     with contextlib.suppress(OSError):
         record = files.read_object(path)
-    with contextlib.suppress(OSError):
         files.remove(path)
     if task.search is None or not may_be_blamed:
         return dataclasses.replace(task, search=task.search or CrashSearch())

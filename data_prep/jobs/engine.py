@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import heapq
-import itertools
 import os
 import sys
 import time
@@ -20,8 +18,7 @@ from typing import Any, TypeVar
 import ml_collections
 from absl import logging
 
-from data_prep.jobs.cluster import RayPool, RaySettings
-from data_prep.jobs.outcome import (
+from data_prep.jobs.workers import (
     DEATH,
     FULL,
     KILLED,
@@ -31,11 +28,12 @@ from data_prep.jobs.outcome import (
     STORAGE,
     TIMEOUT,
     Function,
+    LocalPool,
     Outcome,
+    RaySettings,
     Report,
-    call_function,
+    ThisProcess,
 )
-from data_prep.jobs.processes import LocalPool
 from diht_jax.storage.retries import FullError
 from diht_jax.terminal import ProgressBar, print_escaped
 
@@ -48,11 +46,9 @@ _OTHERS_FIRST = 8
 # Before each further attempt of one that its storage has failed: a store that is down, or a file
 # server that is moved, is away for minutes.
 _STORAGE_DELAYS_SECS = (30.0, 120.0, 480.0)
-# Nodes of a cluster that may be taken away at any time; the task has nothing to do with it.
-_MAX_LOST_NODES = 10
+# How often each cause is forgiven; `retries` for the others. Nodes may be taken away at any time.
+_LIMITS = {TIMEOUT: 1, STORAGE: len(_STORAGE_DELAYS_SECS), LOST: 10}
 _STALL_SECS = 300.0
-
-_now, _sleep = time.monotonic, time.sleep  # of delayed tasks; tests put their own clock here
 
 # Task, and whether it is to blame for the end of its worker -> the task to run next, or None.
 AfterDeath = Callable[[Any, bool], Any]
@@ -69,20 +65,13 @@ def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, 
     }
 
 
-def run_pending(
-    function: Function,
-    tasks: Sequence[Any],
-    **options: Any,
-) -> dict[str, str]:
-    """Runs tasks whose results are files, and logs every failure.
+def run_pending(function: Function, tasks: Sequence[Any], **options: Any) -> dict[str, str]:
+    """Runs tasks whose results are files; logs and returns each `source` that failed, with why.
 
     Args:
         function: see `run_tasks`.
         tasks: those that are not done yet, each with a `source`.
         **options: of `run_tasks`.
-
-    Returns:
-        Sources that failed, with the reason.
     """
     failures = {}
     for outcome in run_tasks(function, tasks, **options):
@@ -115,9 +104,8 @@ def run_tasks(
     A progress bar on stderr shows shards done, their ETA, and pairs per second. A task that may
     succeed when it is run again soon runs again among the others: one that took too long (once),
     and one whose worker died. One that a disk or a store has failed runs again after some time,
-    three times. But where a local worker was killed from
-    outside, as the kernel does when memory runs out, the task waits for the end of the others and
-    runs alone, with all the memory there is.
+    three times. But where a local worker was killed from outside, as the kernel does when memory
+    runs out, the task waits for the end of the others and runs alone, with all the memory there is.
 
     Args:
         function: importable by its name; calls `report(n)` whenever it has done n more pairs.
@@ -139,14 +127,8 @@ def run_tasks(
         ValueError: a number is out of its range, no worker can start, or there is no such cluster.
         FullError: there is no room for the output of a task.
     """
-    for name, value in (("num_workers", num_workers), ("retries", retries)):
-        if value is not None and value < 0:
-            raise ValueError(f"config.{name}={value}; expected at least 0")
-    if timeout_secs is not None and num_workers == 0 and ray is None:
-        raise ValueError(
-            f"config.shard_timeout_secs={timeout_secs:g} with config.num_workers=0: only a worker "
-            "process can be stopped; set config.num_workers=1 or more"
-        )
+    if retries < 0:
+        raise ValueError(f"config.retries={retries}; expected at least 0")
     if not tasks:
         return
     queue = _Queue(tasks)
@@ -163,7 +145,7 @@ def run_tasks(
                         raise FullError(outcome.error)
                     again = _next_attempt(attempt, outcome.cause, retries, after_death)
                     if again is None or outcome.cause is None:
-                        progress.advance()
+                        progress.add(0, tasks=1)
                         yield outcome
                         continue
                     when = queue.put_back(again, outcome.cause)
@@ -176,35 +158,6 @@ def run_tasks(
             pool.stop()
 
 
-class ThisProcess:
-    """The pool that runs tasks here, one after the other; the others have the same methods."""
-
-    room = 1  # tasks that may be under way
-
-    def __init__(self, function: Function, add_pairs: Report):
-        self._function = function
-        self._add_pairs = add_pairs
-
-    def submit(self, task: Any) -> futures.Future:
-        """Starts a task, which has ended when its future is done."""
-        future: futures.Future[Outcome] = futures.Future()
-        future.set_result(call_function(self._function, task, self._add_pairs))
-        return future
-
-    def poll(self) -> None:
-        """Looks after the tasks that are under way, and counts the pairs that are done."""
-
-    def read(self, future: futures.Future) -> Outcome:
-        """The outcome of a task that has ended."""
-        return future.result()
-
-    def narrow(self) -> None:
-        """Leaves all memory to a single task."""
-
-    def stop(self) -> None:
-        """Ends all workers, at work or not."""
-
-
 def _open_pool(
     function: Function,
     num_workers: int | None,
@@ -212,9 +165,18 @@ def _open_pool(
     timeout_secs: float | None,
     ray: RaySettings | None,
     add_pairs: Report,
-) -> ThisProcess | LocalPool | RayPool:
+) -> Any:
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"config.num_workers={num_workers}; expected at least 0")
     if ray is not None:
+        from data_prep.jobs.cluster import RayPool
+
         return RayPool(function, ray, num_workers, timeout_secs, add_pairs)
+    if num_workers == 0 and timeout_secs is not None:
+        raise ValueError(
+            f"config.shard_timeout_secs={timeout_secs:g} with config.num_workers=0: only a worker "
+            "process can be stopped; set config.num_workers=1 or more"
+        )
     if num_workers == 0:
         return ThisProcess(function, add_pairs)
     count = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
@@ -235,15 +197,15 @@ class _Queue:
     def __init__(self, tasks: Sequence[Any]):
         self.busy: dict[futures.Future[Any], _Attempt] = {}
         self._ready = collections.deque(map(_Attempt, tasks))
-        self._delayed: list[tuple[float, int, _Attempt]] = []  # a heap: when, and in which order
+        self._delayed: list[tuple[float, _Attempt]] = []  # with the time when they run again
         self._alone: list[_Attempt] = []  # those that want all memory, after all others
-        self._numbers = itertools.count()
 
-    def fill(self, pool: ThisProcess | LocalPool | RayPool) -> bool:
+    def fill(self, pool: Any) -> bool:
         """Gives the pool what it has room for, after a while if need be; False at the end."""
         while True:
-            while self._delayed and self._delayed[0][0] <= _now():
-                self._ready.appendleft(heapq.heappop(self._delayed)[2])
+            now = time.monotonic()
+            self._ready.extendleft(attempt for when, attempt in self._delayed if when <= now)
+            self._delayed = [(when, attempt) for when, attempt in self._delayed if when > now]
             if self._alone and not (self._ready or self._delayed or self.busy):
                 pool.narrow()
                 self._ready.extend(self._alone)
@@ -253,7 +215,7 @@ class _Queue:
                 self.busy[pool.submit(attempt.task)] = attempt
             if self.busy or not self._delayed:
                 return len(self.busy) > 0
-            _sleep(max(self._delayed[0][0] - _now(), 0))
+            time.sleep(max(min(when for when, _ in self._delayed) - time.monotonic(), 0))
 
     def put_back(self, attempt: _Attempt, cause: str) -> str:
         """Takes a task that failed; returns when it runs again, for the log."""
@@ -263,7 +225,7 @@ class _Queue:
         if cause != STORAGE or not (secs := _STORAGE_DELAYS_SECS[attempt.failures[cause] - 1]):
             self._ready.insert(0 if cause == NOT_STARTED else _OTHERS_FIRST, attempt)
             return ""
-        heapq.heappush(self._delayed, (_now() + secs, next(self._numbers), attempt))
+        self._delayed.append((time.monotonic() + secs, attempt))
         return f", in {secs:.0f} s"
 
 
@@ -278,8 +240,7 @@ def _next_attempt(
     is_searched = after_death is not None and retries > 0
     counted = DEATH if cause == KILLED and not is_searched else cause
     attempt.failures[counted] += 1
-    limits = {TIMEOUT: 1, STORAGE: len(_STORAGE_DELAYS_SECS), LOST: _MAX_LOST_NODES}
-    is_allowed = attempt.failures[counted] <= limits.get(counted, retries)
+    is_allowed = attempt.failures[counted] <= _LIMITS.get(counted, retries)
     if is_searched and cause in (DEATH, KILLED, LOST):
         # The search ends by itself.
         task = after_death(attempt.task, cause == DEATH)
@@ -300,32 +261,24 @@ class _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._describe_rate()
+        self.refresh(is_due=True)
         self._bar.close()
 
-    def advance(self) -> None:
-        """Counts a task that has ended."""
-        self._heard_secs = time.monotonic()
-        self._describe_rate()
-        self._bar.update(1)
-
-    def add(self, pairs: int) -> None:
-        """Counts pairs that are done."""
+    def add(self, pairs: int, tasks: int = 0) -> None:
+        """Counts pairs that are done, and tasks that have ended."""
         self._heard_secs = time.monotonic()
         self._pairs += pairs
-        self.refresh()
+        self.refresh(is_due=tasks > 0)
+        self._bar.update(tasks)
 
-    def refresh(self) -> None:
-        """Draws the bar, if it was not drawn for some time."""
+    def refresh(self, *, is_due: bool = False) -> None:
+        """Draws the bar, if that is due or it was not drawn for some time."""
         now = time.monotonic()
-        if now - self._drawn_secs >= POLL_SECS:
-            self._describe_rate()
-            self._bar.refresh()
+        if is_due or now - self._drawn_secs >= POLL_SECS:
+            rate = self._pairs / max(now - self._start_secs, 1e-9)
+            text = f"{self._pairs:,} pairs, {rate:,.0f} pairs/s"
+            self._bar.set_postfix_str(text, refresh=now - self._drawn_secs >= POLL_SECS)
+            self._drawn_secs = now
         if now - self._heard_secs >= _STALL_SECS:
             self._heard_secs = now
             logging.warning("no sign of life from any worker for %.0f s", _STALL_SECS)
-
-    def _describe_rate(self) -> None:
-        self._drawn_secs = time.monotonic()
-        rate = self._pairs / max(self._drawn_secs - self._start_secs, 1e-9)
-        self._bar.set_postfix_str(f"{self._pairs:,} pairs, {rate:,.0f} pairs/s", refresh=False)

@@ -22,11 +22,6 @@ from diht_jax.terminal import print_escaped
 # Status with which a command ends whose output is there, without the shards that failed.
 INCOMPLETE_STATUS = 3
 
-_CHANGED = (
-    "it has changed since another job of the array had read it: run that job again once nothing "
-    "writes to it any more, or the command without --num_tasks"
-)
-
 
 class Failures(dict[str, str]):
     """Sources that failed, with the reason.
@@ -66,7 +61,9 @@ class Survey(NamedTuple, Generic[Task]):
 
     def explain_changed(self) -> dict[str, str]:
         """Source -> what to do, of each task of `changed`."""
-        return {str(task.source): _CHANGED for task in self.changed}
+        text = "it has changed since another job of the array had read it: run that job again once "
+        text += "nothing writes to it any more, or the command without --num_tasks"
+        return {str(task.source): text for task in self.changed}
 
 
 def check_limit(name: str, limit: float) -> None:
@@ -78,11 +75,8 @@ def check_limit(name: str, limit: float) -> None:
 def allowed_number(limit: float, total: int, *, one_of_a_few: bool = True) -> int:
     """The number of shards that a limit allows: a number, or a share (below 1) of them.
 
-    Args:
-        limit: at least 0.
-        total: number of all shards.
-        one_of_a_few: a share above 0 allows one of several at least: one percent of fewer than 100
-            shards is none, and one bad tar would hold up all others.
+    A share above 0 allows one of several at least, unless `one_of_a_few` is false: one percent of
+    fewer than 100 shards is none, and one bad tar would hold up all others.
     """
     least = 1 if one_of_a_few and limit > 0 and total > 1 else 0
     return max(least, int(limit * total + 1e-9)) if limit < 1 else int(limit)
@@ -98,26 +92,32 @@ def run_noting_failures(
     """
     if not pending:
         return Failures()
-    notes = set(files.list_names(pending[0].output.rpartition("/")[0], _is_note))
+    folder = pending[0].output.rpartition("/")[0]
+    notes = set(files.list_names(folder, lambda name: name.endswith(FAILED_SUFFIX)))
     for task in pending if notes else ():
         if os.path.basename(task.output) + FAILED_SUFFIX in notes:
             files.remove(task.output + FAILED_SUFFIX)
-    failures = Failures(run_pending(function, pending, **options))
-    failures.made, changed = _compare_inputs(pending)
-    if changed:
-        for task in changed:
-            logging.warning(
-                "%s has changed since it was read: its shard is made again", task.source
-            )
+    failures = Failures()
+    failures.made, changed = {}, pending
+    for is_again in (False, True):
         failures.update(run_pending(function, changed, **options))
-        made_again, changed = _compare_inputs(changed)
-        failures.made |= made_again
+        fingerprint.forget_linked()
+        checked, changed = shards.check_all(changed), []
+        for task, stats, change in checked:
+            if change is not None:
+                changed.append(task)
+            elif stats is not None:
+                failures.made[task.output] = trim_stats(stats)
         for task in changed:
-            files.remove(task.stats_path)
-            failures[str(task.source)] = (
-                "it changed whenever it had been read; wait until nothing writes to it any more, "
-                "and run the command again"
-            )
+            text = "%s has changed since it was read: its shard is made again"
+            if is_again:
+                files.remove(task.stats_path)
+                text = "it changed whenever it had been read; wait until nothing writes to it any "
+                failures[str(task.source)] = f"{text}more, and run the command again"
+            else:
+                logging.warning(text, task.source)
+        if not changed:
+            break
     for task in pending if failures else ():
         error = failures.get(str(task.source))
         if error is not None:
@@ -127,24 +127,6 @@ def run_noting_failures(
             except OSError as refused:  # without it, other jobs take the shard for waiting
                 logging.error("that %s failed could not be noted: %s", task.source, refused)
     return failures
-
-
-def _compare_inputs(
-    tasks: Sequence[ShardTask],
-) -> tuple[dict[str, dict[str, Any]], list[ShardTask]]:
-    """Statistics, by output, of the tasks whose inputs are those that were read; and the others."""
-    fingerprint.forget_linked()
-    made, changed = {}, []
-    for task, stats, change in shards.check_all(tasks):
-        if change is not None:
-            changed.append(task)
-        elif stats is not None:
-            made[task.output] = trim_stats(stats)
-    return made, changed
-
-
-def _is_note(name: str) -> bool:
-    return name.endswith(FAILED_SUFFIX)
 
 
 def survey(
@@ -162,32 +144,25 @@ def survey(
     known = dict(known or {})
     folder = tasks[0].output.rpartition("/")[0] if tasks else ""
     present = set(files.list_names(folder, lambda n: n.endswith((STATS_SUFFIX, FAILED_SUFFIX))))
-    there, failed_tasks, waiting = [], [], []
+    there, failed_tasks, waiting, changed = [], [], [], []
     for task in tasks:
         name = os.path.basename(task.output)
-        if name + STATS_SUFFIX in present:
-            there.append(task)
-        elif name + FAILED_SUFFIX in present:
-            failed_tasks.append(task)
-        else:
-            waiting.append(task)
-    changed = []
+        is_done, is_failed = (name + end in present for end in (STATS_SUFFIX, FAILED_SUFFIX))
+        (there if is_done else failed_tasks if is_failed else waiting).append(task)
     if not waiting:
-        unread = [task for task in there if task.output not in known]
-        for task, stats, change in shards.check_all(unread):
+        for task, stats, change in shards.check_all([t for t in there if t.output not in known]):
             if stats is not None and change is None:
                 known[task.output] = trim_stats(stats)
             elif stats is not None and stats.get("config_hash") == task.config_hash:
                 changed.append(task)
         waiting = [task for task in there if task.output not in known]
         there = [task for task in there if task.output in known]
+    failed = []
+    for task in failed_tasks:
+        note = {"source": str(task.source), "error": "it failed, and the note of it is damaged"}
+        failed.append(note | (files.read_object(task.output + FAILED_SUFFIX) or {}))
     parts = [(task, known.get(task.output, {})) for task in there]
-    return Survey(parts, list(map(_read_note, failed_tasks)), waiting, failed_tasks, changed)
-
-
-def _read_note(task: ShardTask) -> dict[str, str]:
-    note = files.read_object(task.output + FAILED_SUFFIX) or {}
-    return {"source": str(task.source), "error": "it failed, and the note of it is damaged"} | note
+    return Survey(parts, failed, waiting, failed_tasks, changed)
 
 
 def is_unfinished(
@@ -201,10 +176,10 @@ def is_unfinished(
     """Tells whether no output can be written yet; prints why, or which shards are left out.
 
     Args:
-        limit: `config.max_failed_shards`, how many input shards may fail.
+        limit: `config.max_failed_shards`, of all input shards, which are `total`.
         found: of all tasks of a stage.
-        total: number of all input shards.
-        participle: what is done to a shard.
+        total: number of input shards.
+        participle: what the stage does to a shard.
         has_other_jobs: whether other jobs may make what is missing.
     """
     num_done, failed, allowed = len(found.parts), len(found.failed), allowed_number(limit, total)
@@ -214,17 +189,13 @@ def is_unfinished(
             f"{num_done} of {num_tasks} shards are {participle}; run the command again"
             + (", or wait for the other jobs" if has_other_jobs else "")
         )
-        return True
-    if failed > allowed:
+    elif failed > allowed:
         print_escaped(
             f"{num_done} of {num_tasks} shards are {participle}, {failed} failed, and "
             f"config.max_failed_shards={limit:g} allows {allowed}: there is no output. Mend them "
             "or take them out of config.input, and run the command again"
         )
-        return True
-    if not num_done:
-        return True
-    if failed:
+    elif num_done and failed:
         logging.warning(
             "the output is written without %d of %d shards, which failed, such as %s; the next run "
             "tries them again",
@@ -232,12 +203,11 @@ def is_unfinished(
             num_tasks,
             found.failed[0]["source"],
         )
-    return False
+    return bool(found.waiting) or failed > allowed or not num_done
 
 
 def with_output(failures: Mapping[str, str], failed: Sequence[Mapping[str, str]]) -> Failures:
     """The failures of all jobs of an array, where the output was written without them."""
-    known = {found["source"]: found["error"] for found in failed}
-    result = Failures({**failures, **known})
+    result = Failures({**failures, **{found["source"]: found["error"] for found in failed}})
     result.output_written = True
     return result

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from diht_jax.readers.base import read_image, walk_files
@@ -80,16 +80,10 @@ def describe(source: SourceShard, identity: str = "time") -> Description:
 def is_same(
     source: SourceShard, contents: Mapping[str, Any], location_path: str, identity: str = "time"
 ) -> bool:
-    """Compares an input with its description from before.
+    """Compares an input with the contents of before, and the location in a file, if it is there.
 
     An input that was touched or copied is compared by its bytes where they were hashed; if they are
     the same, its new location is written down, so that the next run need not read it.
-
-    Args:
-        source: the input now.
-        contents: of `describe`, before.
-        location_path: file of the location, before; it may be missing.
-        identity: one of `IDENTITIES`.
 
     Raises:
         FileNotFoundError: the input is gone.
@@ -142,7 +136,11 @@ def _look_at(source: SourceShard) -> Description:
 def _hash_all(source: SourceShard) -> str:
     """The hash of every byte of a file, of its part, or of a folder's files with their names."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, path in _list_files(source):
+    found = [("", source.path)]
+    if not is_remote(source.path) and os.path.isdir(source.path):
+        inside = [path for path, is_inside in walk_files(source.path, source.root) if is_inside]
+        found = sorted((os.path.relpath(path, source.path), path) for path in inside)
+    for name, path in found:
         size = input_size(path)
         digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
         version = SourceShard(source.kind, path).identity()["changed_ns"]
@@ -175,12 +173,3 @@ def _hash_linked(source: SourceShard) -> str:
         data = image.reason.encode() if isinstance(image, Skipped) else image
         digest.update(f"{len(data)}\n".encode() + data)
     return digest.hexdigest()
-
-
-def _list_files(source: SourceShard) -> Iterator[tuple[str, str]]:
-    """Name and path of the file of an input, or of every file in a folder, by name."""
-    if is_remote(source.path) or not os.path.isdir(source.path):
-        yield "", source.path
-        return
-    found = [path for path, is_inside in walk_files(source.path, source.root) if is_inside]
-    yield from sorted((os.path.relpath(path, source.path), path) for path in found)

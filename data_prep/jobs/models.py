@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import logging
 
-from data_prep.jobs.outcome import POLL_SECS, ProcessDeath
+from data_prep.jobs.workers import POLL_SECS, ProcessDeath
 
 # Batches that a worker has under way: one computes, the others travel or wait.
 _MAX_UNDER_WAY = 4
@@ -182,7 +182,6 @@ class _Call:
     arguments: Any
     actor: Any = None
     result: Any = None
-    deaths: int = 0
 
 
 class SharedModel:
@@ -218,18 +217,18 @@ class SharedModel:
     def _receive(self, method: str, under_way: collections.deque[_Call]) -> Any:
         """The result of the first call."""
         call = under_way.popleft()
-        while True:
+        for deaths in range(1, _MAX_DEATHS + 1):
             try:
                 return self._ray.get(call.result)
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from error  # of the model itself, as if it had run here
             except self._ray.exceptions.RayError as error:
-                call.deaths += 1
-                if call.deaths == _MAX_DEATHS:
+                if deaths == _MAX_DEATHS:
                     reason = " ".join(str(error).split())
                     raise ProcessDeath(
                         f"{_MAX_DEATHS} model actors died of one batch: {reason}"
                     ) from error
-                logging.warning("a model actor died, or its node was lost; others take its batches")
-                self._actors.ask_again()
-                self._send(call, method, under_way)
+            logging.warning("a model actor died, or its node was lost; others take its batches")
+            self._actors.ask_again()
+            self._send(call, method, under_way)
+        raise AssertionError("the last attempt returns or raises")

@@ -31,7 +31,6 @@ FAILED_SUFFIX = ".failed.json"  # next to an output that could not be made: why
 
 # Path -> bytes, None where the file is missing.
 Sizes = Callable[[str], int | None]
-Process = Callable[[SourceShard, RecordSink], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,16 +90,17 @@ def read_shards(folder: str, output_format: str) -> list[str]:
     return [name for name in files.list_names(folder) if kind_of(name) in first]
 
 
-def run_task(task: ShardTask, process: Process, companions: Sequence[str] = ()) -> dict[str, Any]:
-    """Does one task; nothing of it is visible until it is complete.
+def run_task(
+    task: ShardTask,
+    process: Callable[[SourceShard, RecordSink], dict[str, Any]],
+    companions: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Does one task; nothing of it is visible until it is complete. Returns its statistics.
 
     Args:
         task: what to do.
         process: reads the source, writes records, returns JSON-able counts.
         companions: endings of further files that `process` writes, such as ".more" for OUTPUT.more.
-
-    Returns:
-        The statistics, as they are in the file.
 
     Raises:
         ValueError: the source is damaged.
@@ -121,49 +121,6 @@ def begin_task(task: ShardTask) -> fingerprint.Description:
     return fingerprint.describe(task.source, task.identity)
 
 
-def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of statistics that a driver holds: nothing that grows with the records."""
-    held = {name: stats[name] for name in ("config_hash", "input", "output") if name in stats}
-    if "digest" in held.get("output", {}):
-        held.pop("input", None)  # the records are known by their hash
-    return held
-
-
-class RecordHash:
-    """A hash of records in their order; it is the same for every format."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-
-    def update(self, data: bytes) -> None:
-        """Takes one record."""
-        self._hash.update(len(data).to_bytes(8, "little"))
-        self._hash.update(data)
-
-    def digest(self) -> str:
-        """Hash of all records so far."""
-        return self._hash.hexdigest()
-
-
-class HashingWriter(RecordHash):
-    """Hashes the records on their way to a writer."""
-
-    def __init__(self, writer: RecordSink):
-        """Hands on to `writer`, which the caller closes."""
-        super().__init__()
-        self.path = writer.path
-        self._writer = writer
-
-    def write(self, data: bytes) -> None:
-        """Appends one record."""
-        self._writer.write(data)
-        self.update(data)
-
-    def __len__(self) -> int:
-        """Records written so far."""
-        return len(self._writer)
-
-
 def finish_task(
     task: ShardTask,
     described: fingerprint.Description,
@@ -172,16 +129,7 @@ def finish_task(
     companions: Sequence[str] = (),
     digest: str | None = None,
 ) -> dict[str, Any]:
-    """Writes the statistics, which makes the task done.
-
-    Args:
-        task: whose output is written.
-        described: the input, before it was read.
-        counts: what happened to the records.
-        records: in the output.
-        companions: endings of further files that belong to the output.
-        digest: of the records.
-    """
+    """Writes the statistics, which makes the task done: what it read, what it wrote, counts."""
     output = describe_output(task.output, records, companions)
     if digest is not None:
         output["digest"] = digest
@@ -206,27 +154,50 @@ def describe_output(path: str, records: int, companions: Sequence[str] = ()) -> 
     }
 
 
-def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
-    """Names what has changed since a task was done: the config, the input, or nothing (None)."""
-    if stats.get("config_hash") != task.config_hash:
-        return f"the config (hash {stats.get('config_hash')}, now {task.config_hash})"
-    try:
-        before = stats.get("input") or {}
-        if fingerprint.is_same(task.source, before, task.location_path, task.identity):
-            return None
-    except FileNotFoundError:
-        return f"the input '{task.source}', which is gone"
-    images = " or an image that it names" if names_files(task.source) else ""
-    return f"the input '{task.source}'{images}"
+def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of statistics that a driver holds: nothing that grows with the records."""
+    return {name: stats[name] for name in ("config_hash", "output") if name in stats}
+
+
+class RecordHash:
+    """A hash of records in their order; it is the same for every format."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def update(self, data: bytes) -> None:
+        """Takes one record."""
+        self._hash.update(len(data).to_bytes(8, "little"))
+        self._hash.update(data)
+
+    def digest(self) -> str:
+        """Hash of all records so far."""
+        return self._hash.hexdigest()
+
+
+class HashingWriter(RecordHash):
+    """Hashes the records on their way to a writer, which the caller closes."""
+
+    def __init__(self, writer: RecordSink):
+        super().__init__()
+        self.path = writer.path
+        self._writer = writer
+
+    def write(self, data: bytes) -> None:
+        """Appends one record."""
+        self._writer.write(data)
+        self.update(data)
+
+    def __len__(self) -> int:
+        return len(self._writer)
 
 
 def check_all(
     tasks: Sequence[Task],
 ) -> Iterator[tuple[Task, dict[str, Any] | None, str | None]]:
-    """Every task with its statistics and `explain_change`; from a store by many requests at once.
+    """Every task, its statistics, and what has changed since: config or input, None for nothing.
 
-    Yields:
-        One at a time, so that the counts are held of a few only.
+    From a store they are read by many requests at once; the counts are held of a few only.
     """
     if tasks:
         yield from files.map_many(_check, tasks, tasks[0].output)
@@ -234,7 +205,19 @@ def check_all(
 
 def _check(task: Task) -> tuple[Task, dict[str, Any] | None, str | None]:
     stats = files.read_object(task.stats_path)
-    return task, stats, None if stats is None else explain_change(task, stats)
+    if stats is None:
+        return task, None, None
+    if stats.get("config_hash") != task.config_hash:
+        change = f"the config (hash {stats.get('config_hash')}, now {task.config_hash})"
+        return task, stats, change
+    try:
+        before = stats.get("input") or {}
+        if fingerprint.is_same(task.source, before, task.location_path, task.identity):
+            return task, stats, None
+    except FileNotFoundError:
+        return task, stats, f"the input '{task.source}', which is gone"
+    images = " or an image that it names" if names_files(task.source) else ""
+    return task, stats, f"the input '{task.source}'{images}"
 
 
 def has_output(path: str, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
@@ -265,11 +248,7 @@ def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set
 
 
 def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
-    """The tasks of one folder that were done before, by the same config on the same input.
-
-    Returns:
-        Output of each -> what is held of its statistics.
-    """
+    """Output -> `trim_stats`, of the tasks of one folder that are done and whole."""
     if not tasks:
         return {}
     folder = tasks[0].output.rpartition("/")[0]
@@ -285,12 +264,9 @@ def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
 
 
 def remove_temporary_files(folder: str, names: Iterable[str]) -> None:
-    """Removes the half-written files that a killed run has left; in a store there are none.
+    """Removes the half-written files that a killed run has left of outputs and their companions.
 
-    Args:
-        folder: of the files.
-        names: outputs that no other process is writing now; their temporary files are removed, and
-            those of files whose names begin with them.
+    No other process may be writing these outputs now.
     """
     wanted = frozenset(names)
     files.remove_temporary_files(folder, lambda name: bool(names_below([name], wanted)))
@@ -303,11 +279,7 @@ def remove_merged(folder: str) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
+    """The JSON object in a file; a ValueError where it is missing or damaged."""
     found = files.read_object(os.fspath(path))
     if found is None:
         raise ValueError(f"{os.fspath(path)}: missing, or damaged")
@@ -317,10 +289,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:
     """The file names that belong to outputs: their own, and those with more behind a dot."""
     wanted = frozenset(outputs)
-    return [name for name in names if not wanted.isdisjoint(_prefixes(name))]
 
+    def belongs(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[: i + 1]) in wanted for i in range(len(parts)))
 
-def _prefixes(name: str) -> list[str]:
-    """The name without its last parts: "a.b.c", "a.b", "a"."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return list(filter(belongs, names))

@@ -10,8 +10,8 @@ from typing import Any
 
 import ml_collections
 
-from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.failures import check_limit
+from data_prep.jobs.workers import RaySettings
 from data_prep.teachers import clip
 from data_prep.teachers.registry import default_teacher
 from diht_jax.config.keys import (
@@ -107,7 +107,7 @@ COMMENT_FILES = {
     "teacher.swag.": "data_prep/teachers/swag.py",
     "teacher.torch.": "data_prep/teachers/torch_module.py",
     "teacher.precomputed.": "data_prep/teachers/precomputed.py",
-    "ray.": "data_prep/jobs/cluster.py",
+    "ray.": "data_prep/jobs/workers.py",
     "source.": "diht_jax/readers/*.py",
 }
 

@@ -33,6 +33,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
+from data_prep import sources
 from data_prep.jobs import shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import RaySettings, engine_options, print_failures
@@ -49,7 +50,6 @@ from data_prep.labelling import embeddings, labels, summary, tasks
 from data_prep.labelling.embeddings import LocalCopies
 from data_prep.labelling.heads import Heads
 from data_prep.labelling.tasks import LabelTask
-from data_prep.sources import list as source_list
 from data_prep.teachers.base import Teacher, TeacherInfo
 from data_prep.teachers.clip import load_clip_teachers
 from data_prep.teachers.registry import describe_teacher, load_teacher
@@ -93,14 +93,12 @@ def run_label(
     label_config.check_config(config)
     inputs = tasks.find_inputs(config.input)
     config = config.copy_and_resolve_references()
-    config.output = source_list.check_output(config.output, inputs)
+    config.output = sources.check_output(config.output, inputs)
     files.make_folder(config.output)
     if not config.merge and any(map(kind_of, files.list_names(config.output))):
         logging.info("%s holds merged shards: config.merge=True", config.output)
         config.merge = True
-    share = functools.partial(
-        source_list.shards_of_task, task_index=task_index, num_tasks=num_tasks
-    )
+    share = functools.partial(sources.shards_of_task, task_index=task_index, num_tasks=num_tasks)
     job = _Job(config, engine, inputs, tasks.identify_inputs(inputs), share)
     teacher = describe_teacher(config.teacher) if config.concepts else None
     failures, is_complete = Failures(), True

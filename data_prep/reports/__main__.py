@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from absl import flags, logging
 
-from data_prep.decisions.report import format_samples, get_funnel, merge_reports
-from data_prep.reports.page import PAGE, write_report
+from data_prep.decisions.funnel import spell_outcome
+from data_prep.decisions.report import get_funnel, merge_reports
+from data_prep.reports.page import PAGE, samples_by_outcome, write_report
 from diht_jax import command_line
 from diht_jax.storage import files
-from diht_jax.terminal import print_escaped
+from diht_jax.terminal import escape, print_escaped
 
 _SHOWN_PAIRS = 2  # of each outcome
+_SHOWN_CHARS = 80  # of a caption
 
 
 def define_flags() -> None:
@@ -30,7 +32,12 @@ def define_flags() -> None:
 def main() -> None:
     """Shows the reports that the flags name as one, and writes it."""
     report = merge_reports(flags.FLAGS.input)
-    print_escaped(f"{get_funnel(report).format_table()}\n\n{format_samples(report, _SHOWN_PAIRS)}")
+    lines = [
+        f"{spell_outcome(outcome):36} {escape(sample['caption'][:_SHOWN_CHARS])}"
+        for outcome, found in samples_by_outcome(report)
+        for sample in found[:_SHOWN_PAIRS]
+    ]
+    print_escaped("\n".join([get_funnel(report).format_table(), "", *lines]))
     for warning in report["warnings"]:
         logging.warning("%s", warning)
     folder = flags.FLAGS.output

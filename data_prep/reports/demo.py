@@ -55,12 +55,7 @@ def main() -> None:
 
 
 def render_demo(folder: pathlib.Path, report: Report, path: str | None = None) -> str:
-    """The page, as text; written when a path is given.
-
-    Args:
-        folder: with the work directories and the results files of `STUDENTS`.
-        report: of the filter.
-        path: of the page.
+    """The page of a folder with the runs and results of `STUDENTS`; written when a path is given.
 
     Raises:
         ValueError: a results file or a picture is missing.

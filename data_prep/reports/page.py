@@ -6,13 +6,21 @@ Everything that the page shows comes from `decisions.report`; its template is `f
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.decisions.funnel import spell_outcome, spell_reason, table_rows
+import numpy as np
+
+from data_prep.decisions.funnel import (
+    describe_spotting,
+    spell_outcome,
+    spell_reason,
+    table_rows,
+)
 from data_prep.decisions.log import EXTREMES
 from data_prep.decisions.report import (
     BINS,
@@ -21,11 +29,9 @@ from data_prep.decisions.report import (
     REPORT,
     SCORES,
     Report,
-    samples_by_outcome,
 )
 from data_prep.decisions.table import KEPT
 from data_prep.steps.registry import ordered_steps
-from data_prep.text_spotting.config import describe_counts
 from diht_jax.pages.render import bar, render
 from diht_jax.storage import files
 
@@ -52,16 +58,20 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> None:
 
 def render_report(report: Report, path: str | None = None) -> str:
     """The page of one job, or of several; written when a path is given."""
+
+    def rate(per_sec: float) -> str:
+        return f"{per_sec:,.0f}" if per_sec >= 100 else f"{per_sec:.1f}"
+
     throughput = dict(report["throughput"])
     seconds, total = report["seconds"], throughput.pop("cpu_secs", 0.0)
     stages = ("reading", *(step.timer or step.name for step in ordered_steps()), "writing")
     rows = [
-        [name, _rate(throughput[name]), f"{seconds[f'stage/{name}']:,.1f}"]
+        [name, rate(throughput[name]), f"{seconds[f'stage/{name}']:,.1f}"]
         for name in stages
         if name in throughput
     ]
     if rows or total:
-        rows.append(["all", _rate(total), f"{seconds['cpu_secs']:,.1f}"])
+        rows.append(["all", rate(total), f"{seconds['cpu_secs']:,.1f}"])
     wall_secs = seconds.get("wall_secs", 0.0)
     histograms = report["measures"]["histograms"]
     return render(
@@ -72,7 +82,7 @@ def render_report(report: Report, path: str | None = None) -> str:
         num_shards=sum(job["shards"] for job in report["jobs"]),
         throughput=rows,
         wall_secs=wall_secs,
-        worker_rate=_rate(seconds.get("pairs", 0) / max(wall_secs, 1e-9)),
+        worker_rate=rate(seconds.get("pairs", 0) / max(wall_secs, 1e-9)),
         plots=[
             (_TITLES[name], *_plot(BINS[name], histograms[name]))
             for name in _TITLES
@@ -88,7 +98,7 @@ def render_report(report: Report, path: str | None = None) -> str:
 def funnel_data(report: Report) -> dict[str, Any]:
     """The report, with the rows and notes of the macros `funnel` and `noise`."""
     counts, labels = report["counts"], report["measures"]["labels"]
-    notes = [describe_counts(counts["text_spotting"])] if counts["text_spotting"] else []
+    notes = [describe_spotting(counts["text_spotting"])] if counts["text_spotting"] else []
     if d := report["download"]:
         statuses = ", ".join(f"{name} {count:,}" for name, count in d["status_dict"].items())
         notes.append(
@@ -136,6 +146,15 @@ def pairs_to_show(report: Report, most: int | None = None) -> list[tuple[str, li
     ]
 
 
+def samples_by_outcome(report: Report) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The samples of each outcome: what was kept first, then the order of the funnel."""
+    found: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    for sample in report["samples"]:
+        found[sample["outcome"]].append(sample)
+    order = [KEPT, *(f"{row['stage']}/{row['reason']}" for row in report["funnel"])]
+    return [(name, found[name]) for name in dict.fromkeys(order) if name in found]
+
+
 def _describe(sample: Mapping[str, Any]) -> dict[str, Any]:
     read = [(text, confidence) for _, text, confidence in sample["spots"] if text is not None]
     described = dict(sample) | {"read": read[:_SHOWN_SPOTS], "became": None}
@@ -145,102 +164,67 @@ def _describe(sample: Mapping[str, Any]) -> dict[str, Any]:
         width, height = sample["size"]
         # Narrow enough for the height of a tall picture to stay in bounds.
         described["shown_width"] = min(250, round(220 * width / height))
-        described["polygons"] = [
-            (_corners(box), text is not None and text == sample["match"])
-            for box, text, _ in sample["spots"]
-        ]
+        described["polygons"] = polygons = []
+        for box, text, _ in sample["spots"]:  # of `text_spotting.ocr`
+            if len(box) == 4:
+                left, right, top, bottom = box
+                box = (left, top, right, top, right, bottom, left, bottom)
+            corners = (f"{x:g},{y:g}" for x, y in zip(box[::2], box[1::2], strict=True))
+            polygons.append((" ".join(corners), text is not None and text == sample["match"]))
     return described
-
-
-def _corners(box: Sequence[float]) -> str:
-    """The corners of a box of `text_spotting.ocr`: x_min, x_max, y_min, y_max, or four points."""
-    if len(box) == 4:
-        left, right, top, bottom = box
-        box = (left, top, right, top, right, bottom, left, bottom)
-    return " ".join(f"{x:g},{y:g}" for x, y in zip(box[::2], box[1::2], strict=True))
-
-
-def _rate(per_sec: float) -> str:
-    return f"{per_sec:,.0f}" if per_sec >= 100 else f"{per_sec:.1f}"
 
 
 def _plot(
     starts: Sequence[float], outcomes: Mapping[str, Mapping[str, int]]
 ) -> tuple[list[dict[str, Any]], int]:
-    """The bins of a histogram, and the highest count."""
-    found = [
-        (start, end, *(outcomes[side].get(str(start), 0) for side in (KEPT, DROPPED)))
-        for start, end in itertools.zip_longest(starts, starts[1:])
-    ]
-    first = 0
-    if len(found) > _MOST_BINS:
-        found, first = _join_bins(found)
-    stride = next(n for n in (1, 2, 5) if len(found) <= n * _LABELS)
-    bins = [
-        {
-            "name": _bin_name(start, end),
-            "kept": kept,
-            "dropped": dropped,
-            "label": "" if number % stride else f"{start:g}{'+' if end is None else ''}",
-        }
-        for number, (start, end, kept, dropped) in enumerate(found, first)
-    ]
-    return bins, max(kept + dropped for _, _, kept, dropped in found)
+    """The bins of a histogram, and the highest count.
 
-
-def _join_bins(bins: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], int]:
-    """Some bins as one, so that few are left between the first and the last with pairs.
-
-    Returns:
-        The joined bins between these, and the number of the first of them.
+    Of many bins some are joined, so that few are left between the first and the last with pairs.
     """
-    filled = [number for number, (_, _, *counts) in enumerate(bins) if any(counts)]
-    for size in (1, 2, 5, 10, 20, 50):
-        first, last = filled[0] // size, filled[-1] // size
-        if last - first < _MOST_BINS:
-            break
-    joined = []
+    sides = [[outcomes[side].get(str(start), 0) for start in starts] for side in (KEPT, DROPPED)]
+    counts, ends = np.array(sides), [*starts[1:], None]
+    first, last, size = 0, len(starts) - 1, 1
+    if len(starts) > _MOST_BINS:
+        filled = np.flatnonzero(counts.any(axis=0)).tolist()
+        for size in (1, 2, 5, 10, 20, 50):
+            first, last = filled[0] // size, filled[-1] // size
+            if last - first < _MOST_BINS:
+                break
+    stride = next(n for n in (1, 2, 5) if last - first < n * _LABELS)
+    bins, highest = [], 0
     for number in range(first, last + 1):
-        starts, ends, kept, dropped = zip(*bins[size * number : size * (number + 1)], strict=True)
-        joined.append((starts[0], ends[-1], sum(kept), sum(dropped)))
-    return joined, first
-
-
-def _bin_name(start: float, end: float | None) -> str:
-    if end is None:
-        return f"{start:g} and more"
-    if isinstance(start, int):
-        return str(start) if end - 1 == start else f"{start} to {end - 1}"
-    return f"{start:g} to {end:g}"
+        own = slice(size * number, size * (number + 1))
+        start, end = starts[own][0], ends[own][-1]
+        kept, dropped = counts[:, own].sum(axis=1).tolist()
+        highest = max(highest, kept + dropped)
+        if end is None:
+            name = f"{start:g} and more"
+        elif isinstance(start, int):
+            name = str(start) if end - 1 == start else f"{start} to {end - 1:g}"
+        else:
+            name = f"{start:g} to {end:g}"
+        label = "" if number % stride else f"{start:g}{'+' if end is None else ''}"
+        bins.append({"name": name, "kept": kept, "dropped": dropped, "label": label})
+    return bins, highest
 
 
 def _score_sections(report: Report) -> list[dict[str, Any]]:
     """Sections of the scores: histogram, shares of pairs below some values, both ends."""
     sections = []
     for name, ends in report.get("scored", {}).items():
-        outcomes = report["measures"]["histograms"].get(name)
-        has_bins = outcomes is not None and any(outcomes.values())
-        sections.append(
-            {
-                "title": SCORES[name],
-                "plot": (f"Pairs by {name}", *_plot(BINS[name], outcomes)) if has_bins else None,
-                "shares": _shares_below(BINS[name], outcomes) if has_bins else [],
-                "ends": [(end, list(map(_describe, ends[end]))) for end in EXTREMES],
-            }
-        )
+        outcomes, plot, shares = report["measures"]["histograms"].get(name), None, []
+        if outcomes is not None and any(outcomes.values()):
+            starts = BINS[name]
+            plot = (f"Pairs by {name}", *_plot(starts, outcomes))
+            counts = [
+                sum(side.get(str(start), 0) for side in outcomes.values()) for start in starts
+            ]
+            below = np.cumsum([0, *counts]) / sum(counts)
+            nearest = [int(np.argmin(abs(below[:-1] - share))) for share in (0.1, 0.5, 0.9)]
+            shares = [(starts[i], float(below[i])) for i in dict.fromkeys(nearest)]
+        shown = [(end, list(map(_describe, ends[end]))) for end in EXTREMES]
+        sections.append({"title": SCORES[name], "plot": plot, "shares": shares, "ends": shown})
     return sections
-
-
-def _shares_below(
-    starts: Sequence[float], outcomes: Mapping[str, Mapping[str, int]]
-) -> list[tuple[float, float]]:
-    """(value, share of the pairs below it), for shares next to a tenth, a half and nine tenths."""
-    counts = [
-        sum(outcomes[side].get(str(start), 0) for side in (KEPT, DROPPED)) for start in starts
-    ]
-    below = [count / sum(counts) for count in itertools.accumulate(counts, initial=0)]
-    nearest = [min(range(len(starts)), key=lambda i: abs(below[i] - q)) for q in (0.1, 0.5, 0.9)]
-    return [(starts[i], below[i]) for i in dict.fromkeys(nearest)]
 
 
 def _names(names: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[tuple[str, list]]:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 
 from data_prep.captions.graph import CaptionGraph
-from data_prep.jobs.manifest import Input
+from data_prep.sources import Input
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.captions import all_captions
@@ -81,7 +81,7 @@ class Columns:
         self._columns = columns
         self._length = length
         self._arrays: dict[str, pyarrow.Array] = {}
-        self._codes: dict[str, tuple[list[str], np.ndarray]] = {}
+        self._masks: dict[str, dict[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self._length
@@ -97,13 +97,19 @@ class Columns:
 
     def is_text(self, name: str, value: str) -> np.ndarray:
         """Mask of the pairs for which a column has this text, bool [n]."""
-        texts, codes = self.codes(name)
-        return codes == texts.index(value) if value in texts else np.zeros(self._length, bool)
+        return self.texts(name).get(value, np.zeros(self._length, bool))
 
     def texts(self, name: str) -> dict[str, np.ndarray]:
         """Each text of a column -> mask of its pairs, bool [n]."""
-        texts, codes = self.codes(name)
-        return {text: codes == number for number, text in enumerate(texts)}
+        if name not in self._masks:
+            array, self._masks[name] = self._array(name), {}
+            if not pyarrow.types.is_null(array.type):
+                if not pyarrow.types.is_dictionary(array.type):
+                    array = array.dictionary_encode()
+                codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+                texts = enumerate(array.dictionary.to_pylist())
+                self._masks[name] = {text: codes == number for number, text in texts}
+        return self._masks[name]
 
     def reasons(self, stage: str) -> dict[str, np.ndarray]:
         """Each reason of a stage -> mask of its pairs, bool [n].
@@ -115,19 +121,6 @@ class Columns:
             return self.texts(stage)
         is_own = self.is_text("outcome", stage)
         return {reason: is_own & holds for reason, holds in self.texts("reason").items()}
-
-    def codes(self, name: str) -> tuple[list[str], np.ndarray]:
-        """The different texts of a column, and their numbers, int64 [n]; -1 for null."""
-        if name not in self._codes:
-            array = self._array(name)
-            if pyarrow.types.is_null(array.type):
-                self._codes[name] = [], np.full(self._length, -1)
-            else:
-                if not pyarrow.types.is_dictionary(array.type):
-                    array = array.dictionary_encode()
-                codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-                self._codes[name] = array.dictionary.to_pylist(), codes.astype(np.int64)
-        return self._codes[name]
 
     def _array(self, name: str) -> pyarrow.Array:
         if name not in self._arrays:

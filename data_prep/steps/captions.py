@@ -19,6 +19,8 @@ from data_prep.steps.base import Candidate, Columns, Step, check_integers
 from diht_jax.readers.base import SourceShard
 
 _MOST = 255  # a larger complexity is recorded, and decided about, as this one
+_COLUMNS = ("captions", "gate", "complexity", "actions", "best_complexity")
+_COLUMNS += ("best_active_complexity", "object_names", "action_names")
 
 
 class CaptionStep(Step):
@@ -69,16 +71,26 @@ class CaptionStep(Step):
         captions.parse_captions([])  # loads the parser
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
-        texts = [candidate.captions for candidate in batch]
-        parsed = iter(captions.parse_captions(list(itertools.chain(*texts))))
-        rows = []
+        texts = itertools.chain(*(candidate.captions for candidate in batch))
+        parsed = iter(captions.parse_captions(list(texts)))
+        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         for candidate in batch:
             graphs = list(itertools.islice(parsed, len(candidate.captions)))
             candidate.graphs, candidate.first_graph = graphs, graphs[0]
+            rows = [_describe(graph) for graph in graphs]
+            values = rows[0] | {"captions": min(len(graphs), _MOST)}
+            if rows[0]["gate"] is None:
+                values["object_names"] = list(graphs[0].objects)
+                values["action_names"] = sorted({edge.predicate for edge in graphs[0].actions})
             if len(graphs) > 1:
-                candidate.of_captions = _as_columns([_describe(graph) for graph in graphs])
-            rows.append(_describe_pair(graphs))
-        return _as_columns(rows)
+                candidate.of_captions = {name: [row[name] for row in rows] for name in rows[0]}
+                found = [row for row in rows if row["gate"] is None]
+                for name in ("best_complexity", "best_active_complexity"):
+                    values[name] = max((row["complexity"] for row in found), default=None)
+                    found = [row for row in found if row["actions"]]
+            for name, column in columns.items():
+                column.append(values.get(name))
+        return columns
 
     @classmethod
     def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
@@ -132,29 +144,3 @@ def _describe(graph: CaptionGraph) -> dict[str, Any]:
         return {"captions": 1, "gate": graph.drop_reason, "complexity": None, "actions": None}
     complexity, actions = min(graph.complexity, _MOST), min(len(graph.actions), _MOST)
     return {"captions": 1, "gate": None, "complexity": complexity, "actions": actions}
-
-
-def _describe_pair(graphs: Sequence[CaptionGraph]) -> dict[str, Any]:
-    """The columns of a pair: its first caption, and the best of several."""
-    first = graphs[0]
-    values = _describe(first) | {
-        "captions": min(len(graphs), _MOST),
-        "best_complexity": None,
-        "best_active_complexity": None,
-        "object_names": None,
-        "action_names": None,
-    }
-    if first.drop_reason is None:
-        values["object_names"] = list(first.objects)
-        values["action_names"] = sorted({edge.predicate for edge in first.actions})
-    if len(graphs) > 1:
-        parsed = [graph for graph in graphs if graph.drop_reason is None]
-        active = [graph for graph in parsed if graph.has_action]
-        for name, found in (("best_complexity", parsed), ("best_active_complexity", active)):
-            if found:
-                values[name] = min(max(graph.complexity for graph in found), _MOST)
-    return values
-
-
-def _as_columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}

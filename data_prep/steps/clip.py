@@ -1,14 +1,15 @@
-"""CLIP score: the cosine of picture and caption, by any model that `diht_jax.load_model` reads.
+"""Scores with a limit; the CLIP score: the cosine of picture and caption, by any model.
 
-What DataComp and LAION filter by (arXiv 2304.14108, 2210.08402). A limit is a cosine, or comes from
-a share of the scores that an earlier run has recorded (`filtering.replay.set_quantile_limit`).
+The latter is what DataComp and LAION filter by (arXiv 2304.14108, 2210.08402). A limit is a score,
+or comes from a share of the scores that an earlier run has recorded
+(`filtering.config.set_quantile_limit`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_collections
 import numpy as np
@@ -22,7 +23,68 @@ from diht_jax.readers.base import SourceShard
 SCORE = "clip_score"
 
 
-class ClipStep(Step):
+class ScoreStep(Step):
+    """A step with one score and one reason; its section of the config has its name.
+
+    The section has the keys `batch_size`, `quantile` and `scores` besides those that are named
+    here.
+
+    Attributes:
+        source_key: what gives the scores; the step is active where it is set.
+        limit_key: the limit; None records scores only.
+        drops_high: pairs are dropped that are above the limit, not those below.
+    """
+
+    not_hashed = ("batch_size", "quantile", "scores")  # the limit they lead to is hashed
+    source_key: ClassVar[str] = "model"
+    limit_key: ClassVar[str] = "limit"
+    drops_high: ClassVar[bool] = False
+
+    @classmethod
+    def score_name(cls) -> str:
+        """The column of the scores."""
+        return next(iter(cls.scores))
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        c, name = config[cls.name], f"config.{cls.name}"
+        check_integers({f"{cls.name}.batch_size": (c.batch_size, 1)})
+        if (c.quantile is None) != (c.scores is None):
+            raise ValueError(
+                f"{name}.quantile and {name}.scores (the folder of a run that recorded scores) go "
+                "together; one of them is not set"
+            )
+        if c.quantile is not None and not 0 < c.quantile < 1:
+            raise ValueError(f"{name}.quantile={c.quantile}; expected a share, such as 0.3")
+        if not cls.is_active(config) and (c[cls.limit_key], c.quantile) != (None, None):
+            raise ValueError(f"{name}.{cls.source_key} is not set: expected what gives the scores")
+
+    @classmethod
+    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
+        return config[cls.name][cls.source_key] is not None
+
+    @classmethod
+    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+        limit = config[cls.name][cls.limit_key]
+        if limit is None:
+            return {}
+        scores, (reason,) = columns.numbers(cls.score_name()), cls.reasons
+        return {reason: scores > limit if cls.drops_high else scores < limit}
+
+    def to_columns(self, found: Sequence[float | str | None]) -> dict[str, list[Any]]:
+        """The columns for the score of each pair, or why its picture cannot be decoded."""
+        limit, (words,) = self.config[self.name][self.limit_key], self.reasons.values()
+        bound = "most" if self.drops_high else "least"
+        scores = [None if isinstance(score, str) else score for score in found]
+        evidence = [
+            None if score is None or limit is None else f"{words} {score:.3f}, {bound} {limit:.3f}"
+            for score in scores
+        ]
+        errors = [score if isinstance(score, str) else None for score in found]
+        return {self.score_name(): scores, EVIDENCE: evidence, IMAGE_ERROR: errors}
+
+
+class ClipStep(ScoreStep):
     """Drops captions whose score is too low, and pairs without another one.
 
     The score of a pair is the highest of its captions that came so far.
@@ -36,7 +98,7 @@ class ClipStep(Step):
     bins = {SCORE: tuple(hundredth / 100 for hundredth in range(-100, 101))}
     limits = ("min_score",)
     section = "clip"
-    not_hashed = ("batch_size", "quantile", "scores")  # the limit they lead to is min_score
+    limit_key = "min_score"
 
     @classmethod
     def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
@@ -51,23 +113,10 @@ class ClipStep(Step):
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
-        c = config.clip
-        check_integers({"clip.batch_size": (c.batch_size, 1)})
-        if c.min_score is not None and not -1 <= c.min_score <= 1:
-            raise ValueError(f"config.clip.min_score={c.min_score}; expected a cosine, -1 to 1")
-        if (c.quantile is None) != (c.scores is None):
-            raise ValueError(
-                "config.clip.quantile and config.clip.scores (the folder of a run that recorded "
-                "scores) go together; one of them is not set"
-            )
-        if c.quantile is not None and not 0 < c.quantile < 1:
-            raise ValueError(f"config.clip.quantile={c.quantile}; expected a share, such as 0.3")
-        if c.model is None and (c.min_score is not None or c.quantile is not None):
-            raise ValueError("config.clip.model is not set: expected what gives the scores")
-
-    @classmethod
-    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        return config.clip.model is not None
+        super().check(config)
+        least = config.clip.min_score
+        if least is not None and not -1 <= least <= 1:
+            raise ValueError(f"config.clip.min_score={least}; expected a cosine, -1 to 1")
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -85,33 +134,20 @@ class ClipStep(Step):
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         images = self._model.embed_images([candidate.pair.image for candidate in batch])
-        is_readable = [not isinstance(image, str) for image in images]
-        readable = itertools.compress(batch, is_readable)
-        texts = iter(
-            self._model.embed_texts([text for candidate in readable for text in candidate.captions])
-        )
-        columns: dict[str, list] = {SCORE: [], EVIDENCE: [], IMAGE_ERROR: []}
-        least = self.config.clip.min_score
+        readable = itertools.compress(batch, [not isinstance(image, str) for image in images])
+        captions = [text for candidate in readable for text in candidate.captions]
+        texts = iter(self._model.embed_texts(captions))
+        found: list[float | str | None] = []
         for candidate, image in zip(batch, images, strict=True):
-            score, evidence, error = None, None, None
             if isinstance(image, str):
-                error = image
-            else:
-                own = np.stack(list(itertools.islice(texts, len(candidate.captions))))
-                # Row by row, so that a score does not depend on the others of its batch.
-                scores = (image * own).sum(axis=1).tolist()
-                candidate.of_captions = {SCORE: scores}
-                score = max(scores)
-                if least is not None:
-                    evidence = f"CLIP score {score:.3f}, least {least:.3f}"
-            for name, value in zip(columns, (score, evidence, error), strict=True):
-                columns[name].append(value)
-        return columns
-
-    @classmethod
-    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
-        least = config.clip.min_score
-        return {} if least is None else {"low_score": columns.numbers(SCORE) < least}
+                found.append(image)
+                continue
+            own = np.stack(list(itertools.islice(texts, len(candidate.captions))))
+            # Row by row, so that a score does not depend on the others of its batch.
+            cosines = (image * own).sum(axis=1).tolist()
+            candidate.of_captions = {SCORE: cosines}
+            found.append(max(cosines))
+        return self.to_columns(found)
 
     @classmethod
     def find_unknown(

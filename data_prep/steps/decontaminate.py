@@ -6,14 +6,12 @@ How pictures are hashed belongs in `data_prep.duplicates.image_hashes`, how embe
 
 from __future__ import annotations
 
-import collections
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
-from absl import logging
 from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates import precomputed
@@ -103,56 +101,41 @@ class DecontaminateStep(Step):
         self._sets = {name: open_index(path) for name, path in _sets(config).items()}
         self._embedded = _open_embedded(config)
         c = config.decontaminate.embeddings
-        self._source, self._without_embedding = source, 0
-        self._precomputed = None if c.pairs is None else precomputed.read_of_shard(c.pairs, source)
-        self._model = None if c.model is None else models.Encoder(c.model, c.batch_size)
+        self._pictures = None
+        if self._embedded:
+            self._pictures = models.PictureEmbeddings(
+                source, c.pairs, f"{_EMBEDDINGS}.pairs", c.model, c.batch_size
+            )
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
-        found: dict[int, tuple[str, Match]] = {}
-        for number, name, match in self._find_matches(batch):
-            found.setdefault(number, (name, match))
-        rows = [found.get(number) for number in range(len(batch))]
-        return {
-            self.name: [row and row[0] for row in rows],
-            EVIDENCE: [row and f"{row[1].key} of {row[0]}: {row[1].how}" for row in rows],
-        }
-
-    def close(self) -> dict[str, Any]:
-        if self._without_embedding:
-            logging.warning(
-                "%s: %d pairs have no embedding in %s.pairs='%s', and went on without a comparison",
-                self._source,
-                self._without_embedding,
-                _EMBEDDINGS,
-                self.config.decontaminate.embeddings.pairs,
-            )
-        return {}
-
-    def _find_matches(self, batch: Sequence[Candidate]) -> Iterator[tuple[int, str, Match]]:
-        """Number of a pair, a set in order, and its picture that the pair's is a copy of."""
         c = self.config.decontaminate
-        found = []
+        matches: list[tuple[str, Sequence[Match | None]]] = []  # of each set
         if self._sets:
             pictures = [try_hash(candidate.pair.image) for candidate in batch]
             most = c.max_bits if c.perceptual else None
-            found += [(name, index.find(pictures, most)) for name, index in self._sets.items()]
+            matches += [(name, index.find(pictures, most)) for name, index in self._sets.items()]
         if self._embedded:
             rows, least = self._embed(batch), c.embeddings.min_cosine
-            found += [(name, known.find(rows, least)) for name, known in self._embedded.items()]
-        for name, matches in found:
-            for number, match in enumerate(matches):
-                if match is not None:
-                    yield number, name, match
+            matches += [(name, known.find(rows, least)) for name, known in self._embedded.items()]
+        reasons: list[str | None] = [None] * len(batch)
+        evidence: list[str | None] = [None] * len(batch)
+        for name, found in matches:
+            for number, match in enumerate(found):
+                if match is not None and reasons[number] is None:
+                    reasons[number] = name
+                    evidence[number] = f"{match.key} of {name}: {match.how}"
+        return {self.name: reasons, EVIDENCE: evidence}
+
+    def close(self) -> dict[str, Any]:
+        if self._pictures is not None:
+            self._pictures.warn_of_missing("a comparison")
+        return {}
 
     def _embed(self, batch: Sequence[Candidate]) -> np.ndarray:
         """float32 [n, d] of the pictures, of length 1; 0 where there is no embedding."""
-        if self._precomputed is not None:
-            rows = [self._precomputed.get(candidate.pair.key) for candidate in batch]
-            self._without_embedding += sum(row is None for row in rows)
-        else:
-            assert self._model is not None  # `check` demands one of the two
-            images = self._model.embed_images([candidate.pair.image for candidate in batch])
-            rows = [None if isinstance(image, str) else image for image in images]
+        assert self._pictures is not None
+        embedded = self._pictures.embed([candidate.pair for candidate in batch])
+        rows = [row if isinstance(row, np.ndarray) else None for row in embedded]
         known = next(iter(self._embedded.values())).embeddings
         width = next((len(row) for row in rows if row is not None), known.shape[1])
         found = np.zeros((len(batch), width), np.float32)
@@ -172,10 +155,8 @@ def _embedded_sets(config: ml_collections.ConfigDict) -> dict[str, str]:
     return _parse(config.decontaminate.embeddings.sets, f"{_EMBEDDINGS}.sets")
 
 
-@functools.lru_cache(maxsize=64)
-def _open_set(path: str) -> precomputed.EmbeddedSet:
-    """Opens a set of embeddings, and keeps it for the next shard."""
-    return precomputed.open_set(path)
+# Sets stay open for the next shard.
+_open_set = functools.lru_cache(maxsize=64)(precomputed.open_set)
 
 
 def _open_embedded(config: ml_collections.ConfigDict) -> dict[str, precomputed.EmbeddedSet]:
@@ -195,16 +176,12 @@ def _parse(sets: str | ml_collections.ConfigDict | None, key: str) -> dict[str, 
     Raises:
         ValueError: they are written in another form.
     """
+    found = list((sets or {}).items()) if not isinstance(sets, str) else []
     if isinstance(sets, str):
         entries = [text.partition("=") for text in filter(None, sets.split(","))]
         found = [(name.strip(), path.strip()) for name, _, path in entries]
-    else:
-        found = list((sets or {}).items())
-    repeated = [
-        name for name, count in collections.Counter(n for n, _ in found).items() if count > 1
-    ]
-    wrong = [name for name, path in found if not name or not isinstance(path, str) or not path]
-    if repeated or wrong:
+    is_wrong = any(not name or not isinstance(path, str) or not path for name, path in found)
+    if is_wrong or len(dict(found)) < len(found):
         raise ValueError(
             f"{key}={sets!r}; expected a different name and a path for each, "
             "such as 'cifar10=/data/cifar10_test.tar,coco=/data/coco.npz'"

@@ -10,7 +10,7 @@ from absl import logging
 from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates.table import Lookup, hash_input, read_summary
-from data_prep.jobs.manifest import Input
+from data_prep.sources import Input
 from data_prep.steps.base import EVIDENCE, Candidate, Step
 from diht_jax.readers.base import SourceShard
 

@@ -2,9 +2,7 @@
 
 LAION's two aesthetic predictors are such layers on embeddings of OpenAI's CLIP L/14, at unit
 length: the first one layer, the second five with nothing between them, which are one
-(github.com/LAION-AI/aesthetic-predictor, .../christophschuhmann/improved-aesthetic-predictor). A
-limit is a score, or comes from a share of the scores that an earlier run has recorded
-(`filtering.replay.set_quantile_limit`).
+(github.com/LAION-AI/aesthetic-predictor, .../christophschuhmann/improved-aesthetic-predictor).
 """
 
 from __future__ import annotations
@@ -14,16 +12,16 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import ml_collections
 import numpy as np
-from absl import logging
 from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates import precomputed
 from data_prep.steps import models
-from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step, check_integers
+from data_prep.steps.base import Candidate
+from data_prep.steps.clip import ScoreStep
 from diht_jax.readers.base import SourceShard
 from diht_jax.weights.tensor_files import WEIGHT_SUFFIXES, read_tensors
 
@@ -34,52 +32,46 @@ _NAMES = (("weight", "bias"), ("coef_", "intercept_"), ("coef", "intercept"))
 _LAION_LAYERS = (0, 2, 4, 6, 7)
 
 
-class HeadStep(Step):
-    """A step that scores pictures by a linear layer on their embeddings.
-
-    Its section of the config has its name.
-
-    Attributes:
-        drops_high: pairs are dropped that are above the limit, not those below.
-    """
+class HeadStep(ScoreStep):
+    """A step that scores pictures by a linear layer on their embeddings."""
 
     reads = ("image",)
     limits = ("limit",)
-    not_hashed = ("batch_size", "quantile", "scores")  # the limit they lead to is hashed
-    drops_high: ClassVar[bool] = False
+    source_key = "head"
 
     @classmethod
-    def score_name(cls) -> str:
-        """The column of the scores."""
-        return next(iter(cls.scores))
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        c = ml_collections.ConfigDict()
+        # Weights of a linear layer: .npz, .safetensors, or torch's state dict, of which nothing is
+        # executed; an unsafe one is high for unsafe pictures, as a logistic regression; None:
+        # nothing is scored.
+        c.head = placeholder(str)
+        c.model = placeholder(str)  # for diht_jax.load_model, which makes the embeddings
+        c.embeddings = placeholder(str)  # or the --output of diht_jax.embed on config.input
+        c.normalize = True  # to unit length before the layer; False: embeddings as they are stored
+        # Least aesthetic score, greatest unsafe one (before any sigmoid); None: recorded only.
+        c.limit = placeholder(float)
+        # Instead of limit: drop this share of all pairs that have a score in the finished folder
+        # `scores`, an earlier run with the same head and model.
+        c.quantile = placeholder(float)
+        c.scores = placeholder(str)  # that folder
+        c.batch_size = 64  # pictures that the model gets at a time
+        config[cls.name] = c
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
         c, name = config[cls.name], f"config.{cls.name}"
-        check_integers({f"{cls.name}.batch_size": (c.batch_size, 1)})
-        if (c.quantile is None) != (c.scores is None):
-            raise ValueError(
-                f"{name}.quantile and {name}.scores (the folder of a run that recorded scores) go "
-                "together; one of them is not set"
-            )
-        if c.quantile is not None and not 0 < c.quantile < 1:
-            raise ValueError(f"{name}.quantile={c.quantile}; expected a share, such as 0.3")
         if (c.model is not None) + (c.embeddings is not None) != (c.head is not None):
             raise ValueError(
                 f"{name}.head (a file of weights) goes with one of {name}.model and "
                 f"{name}.embeddings, which give the embeddings"
             )
-        if c.head is None and (c.limit is not None or c.quantile is not None):
-            raise ValueError(f"{name}.head is not set: expected what gives the scores")
+        super().check(config)
         if not c.normalize and c.model is not None:
             raise ValueError(
                 f"{name}.normalize=False: {name}.model makes embeddings of unit length; expected "
                 f"{name}.embeddings of another length"
             )
-
-    @classmethod
-    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        return config[cls.name].head is not None
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -103,57 +95,20 @@ class HeadStep(Step):
         super().__init__(config, source)
         c = self._keys = config[self.name]
         self._weights, self._bias = read_head(c.head)
-        self._source, self._without_embedding = source, 0
-        self._stored: Mapping[str, np.ndarray] | None = None
-        self._model: models.Encoder | None = None
-        if c.model is None:
-            self._stored = precomputed.read_of_shard(c.embeddings, source)
-        else:
-            self._model = models.Encoder(c.model, c.batch_size)
+        self._source = source
+        self._pictures = models.PictureEmbeddings(
+            source, c.embeddings, f"config.{self.name}.embeddings", c.model, c.batch_size
+        )
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
-        columns: dict[str, list] = {self.score_name(): [], EVIDENCE: [], IMAGE_ERROR: []}
-        limit = self._keys.limit
-        for found in self._embed(batch):
-            score = evidence = None
-            if isinstance(found, np.ndarray):
-                score = self._score(found)
-                if limit is not None:
-                    bound = "most" if self.drops_high else "least"
-                    evidence = f"{self.scores[self.score_name()]} {score:.3f}, {bound} {limit:.3f}"
-            error = found if isinstance(found, str) else None
-            for name, value in zip(columns, (score, evidence, error), strict=True):
-                columns[name].append(value)
-        return columns
-
-    @classmethod
-    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
-        limit = config[cls.name].limit
-        if limit is None:
-            return {}
-        scores, (reason,) = columns.numbers(cls.score_name()), cls.reasons
-        return {reason: scores > limit if cls.drops_high else scores < limit}
+        found = self._pictures.embed([candidate.pair for candidate in batch])
+        return self.to_columns(
+            [self._score(row) if isinstance(row, np.ndarray) else row for row in found]
+        )
 
     def close(self) -> dict[str, Any]:
-        if self._without_embedding:
-            logging.warning(
-                "%s: %d pairs have no embedding in config.%s.embeddings='%s', and went on without "
-                "a score",
-                self._source,
-                self._without_embedding,
-                self.name,
-                self._keys.embeddings,
-            )
+        self._pictures.warn_of_missing("a score")
         return {}
-
-    def _embed(self, batch: Sequence[Candidate]) -> list[np.ndarray | str | None]:
-        """The embedding of each pair, or why its picture has none."""
-        if self._model is not None:
-            return list(self._model.embed_images([candidate.pair.image for candidate in batch]))
-        assert self._stored is not None
-        found = [self._stored.get(candidate.pair.key) for candidate in batch]
-        self._without_embedding += sum(row is None for row in found)
-        return list(found)
 
     def _score(self, embedding: np.ndarray) -> float:
         if embedding.shape != self._weights.shape:
@@ -171,56 +126,22 @@ class HeadStep(Step):
 class AestheticStep(HeadStep):
     """Drops pictures with a low aesthetic score."""
 
-    name = "aesthetic"
+    name = section = "aesthetic"
     order = 27  # as dear as a CLIP score, and cheaper than to look for text
     reasons = {"low_score": "aesthetic score"}
     scores = {"aesthetic_score": "aesthetic score"}
     bins = {"aesthetic_score": tuple(tenth / 10 for tenth in range(-20, 121))}
-    section = "aesthetic"
-
-    @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        c = config.aesthetic = ml_collections.ConfigDict()
-        # Weights of a linear layer: .npz, .safetensors, or torch's state dict, of which nothing is
-        # executed; None: nothing is scored.
-        c.head = placeholder(str)
-        c.model = placeholder(str)  # for diht_jax.load_model, which makes the embeddings
-        c.embeddings = placeholder(str)  # or the --output of diht_jax.embed on config.input
-        c.normalize = True  # to unit length before the layer; False: embeddings as they are stored
-        c.limit = placeholder(float)  # least score; None: scores are recorded only
-        # Instead of limit: drop this share of all pairs that have a score in the finished folder
-        # `scores`, an earlier run with the same head and model.
-        c.quantile = placeholder(float)
-        c.scores = placeholder(str)  # that folder
-        c.batch_size = 64  # pictures that the model gets at a time
 
 
 class UnsafeStep(HeadStep):
     """Drops pictures with a high score of a safety predictor."""
 
-    name = "unsafe"
+    name = section = "unsafe"
     order = 28
     reasons = {"high_score": "unsafe score"}
     scores = {"unsafe_score": "unsafe score"}
     bins = {"unsafe_score": tuple(tenth / 10 for tenth in range(-100, 101))}
-    section = "unsafe"
     drops_high = True
-
-    @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        c = config.unsafe = ml_collections.ConfigDict()
-        # Weights of a linear layer whose scores are high for unsafe pictures, such as a logistic
-        # regression, as aesthetic.head; None: nothing is scored.
-        c.head = placeholder(str)
-        c.model = placeholder(str)  # for diht_jax.load_model, which makes the embeddings
-        c.embeddings = placeholder(str)  # or the --output of diht_jax.embed on config.input
-        c.normalize = True  # to unit length before the layer; False: embeddings as they are stored
-        c.limit = placeholder(float)  # greatest score, before any sigmoid; None: recorded only
-        # Instead of limit: drop this share of all pairs that have a score in the finished folder
-        # `scores`, an earlier run with the same head and model.
-        c.quantile = placeholder(float)
-        c.scores = placeholder(str)  # that folder
-        c.batch_size = 64  # pictures that the model gets at a time
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,10 +12,14 @@ import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from absl import logging
 
+from data_prep.duplicates import precomputed
 from data_prep.jobs.models import is_shared, open_model
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.input.transforms import Preprocessing, eval_transform
+from diht_jax.readers.base import SourceShard
+from diht_jax.records.schema import Pair
 from diht_jax.storage.hub import is_hub_name
 from diht_jax.storage.stores import is_remote
 from diht_jax.weights.releases import CONTAINED, HUB_MODELS, RELEASES, locate_weights
@@ -86,6 +90,46 @@ class Encoder:
         chunks = (list(texts[start : start + size]) for start in range(0, len(texts), size))
         filled = ((chunk + [""] * (size - len(chunk)), len(chunk)) for chunk in chunks)
         return list(itertools.chain.from_iterable(self._model.map("encode_texts", filled)))
+
+
+class PictureEmbeddings:
+    """Embeddings of the pictures of a shard: stored ones, by the keys of pairs, or a model's."""
+
+    def __init__(
+        self,
+        source: SourceShard,
+        stored: str | None,
+        key: str,
+        model: str | None,
+        batch_size: int,
+    ):
+        """Reads what is stored of the shard, or loads the model.
+
+        `stored` is the --output of `diht_jax.embed` on the input, which `key` of the config names;
+        `model` is for `diht_jax.load_model`.
+        """
+        self._source, self._where, self._missing = source, f"{key}='{stored}'", 0
+        self._rows = None if stored is None else precomputed.read_of_shard(stored, source)
+        self._model = None if stored is not None else Encoder(str(model), batch_size)
+
+    def embed(self, pairs: Sequence[Pair]) -> Sequence[np.ndarray | str | None]:
+        """[d] of each; None where nothing is stored, a reason where a picture is not readable."""
+        if self._model is not None:
+            return self._model.embed_images([pair.image for pair in pairs])
+        found = [self._rows.get(pair.key) for pair in pairs]
+        self._missing += sum(row is None for row in found)
+        return found
+
+    def warn_of_missing(self, lacking: str) -> None:
+        """Warns where pairs had no embedding, and so went on without a score, or a comparison."""
+        if self._missing:
+            logging.warning(
+                "%s: %d pairs have no embedding in %s, and went on without %s",
+                self._source,
+                self._missing,
+                self._where,
+                lacking,
+            )
 
 
 class _Loaded:

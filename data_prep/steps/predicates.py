@@ -28,12 +28,10 @@ from absl import logging
 
 from data_prep.steps.base import EVIDENCE, Candidate, Step
 from diht_jax.readers.base import SourceShard
-from diht_jax.records.schema import Pair
 
 MISSING = ("drop", "keep")
 
 Fields = Mapping[str, Any]
-Get = Callable[[Fields], Any]  # a value of a pair; None where it is unknown
 
 _ORDERS: dict[type[ast.cmpop], Callable[..., Any]] = {
     ast.Lt: operator.lt,
@@ -49,7 +47,6 @@ _ARITHMETIC: dict[type[ast.operator], Callable[..., Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_FUNCTIONS = {"min": min, "max": max}
 _EXPECTED = "comparisons joined by and, or and not, such as 'punsafe < 0.5 and LANGUAGE == \"en\"'"
 
 
@@ -101,8 +98,18 @@ class PredicateStep(Step):
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         self._seen += len(batch)
-        found = [self._find_reason(_fields(candidate.pair)) for candidate in batch]
-        return {self.name: [reason for reason, _ in found], EVIDENCE: [shown for _, shown in found]}
+        reasons, evidence = [], []
+        for candidate in batch:
+            pair = candidate.pair
+            fields = {**pair.metadata, "key": pair.key, "caption": pair.caption}
+            reason, condition = self._find_reason(fields)
+            shown = (
+                f"{name} = {fields[name]!r:.80}" if fields.get(name) is not None else f"no {name}"
+                for name in (condition.fields if condition else ())
+            )
+            reasons.append(reason)
+            evidence.append(", ".join(shown) or None)
+        return {self.name: reasons, EVIDENCE: evidence}
 
     def close(self) -> dict[str, Any]:
         """Warns of conditions that no pair of the shard decides: a field's name may be wrong."""
@@ -114,25 +121,21 @@ class PredicateStep(Step):
                 )  # fmt: skip
         return {}
 
-    def _find_reason(self, fields: Fields) -> tuple[str | None, str | None]:
-        """Why a pair is dropped, and what of it decides."""
+    def _find_reason(self, fields: Fields) -> tuple[str | None, Condition | None]:
+        """Why a pair is dropped, and the condition that decides it."""
         for condition in self._conditions:
             holds = condition.holds(fields)
             if holds is None:
                 self._unknown[condition.text] += 1
                 if self._drops_unknown:
-                    return f"{condition.text} is unknown", _show(condition, fields)
+                    return f"{condition.text} is unknown", condition
             elif not holds:
-                return f"{condition.text} is false", _show(condition, fields)
+                return f"{condition.text} is false", condition
         return None, None
 
 
 def _parse(texts: Sequence[str]) -> list[Condition]:
-    """The conditions of the config.
-
-    Raises:
-        ValueError: one is not of the language, with the key of the config.
-    """
+    """The conditions of the config; a ValueError names its key where one is not of the language."""
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"config.predicates.require={texts!r}; expected texts, such as "
@@ -144,36 +147,29 @@ def _parse(texts: Sequence[str]) -> list[Condition]:
         raise ValueError(f"config.predicates.require has {error}") from error
 
 
-def _fields(pair: Pair) -> Fields:
-    """The metadata, with key and caption."""
-    return {**pair.metadata, "key": pair.key, "caption": pair.caption}
-
-
-def _show(condition: Condition, fields: Fields) -> str:
-    found = (f"{name} = {fields[name]!r:.80}" if fields.get(name) is not None else f"no {name}"
-             for name in condition.fields)  # fmt: skip
-    return ", ".join(found)
-
-
 class Condition(NamedTuple):
     """A condition that was parsed.
 
     Attributes:
         text: as it was typed, with single spaces.
         fields: the fields that it reads, in their order.
-        holds: gives True, False or None (unknown) for the fields of a pair.
+        tree: its syntax tree.
     """
 
     text: str
     fields: tuple[str, ...]
-    holds: Callable[[Fields], bool | None]
+    tree: ast.expr
+
+    def holds(self, fields: Fields) -> bool | None:
+        """True, False or None (unknown) for the fields of a pair."""
+        return _truth(self.tree, fields)
 
 
-class _Term(NamedTuple):
-    """A value within a comparison, and what it is by its form: "number", "text" or "field"."""
+class _NoFields(dict[str, Any]):
+    """A pair without fields, which keeps the names that it is asked for."""
 
-    get: Get
-    kind: str
+    def get(self, name: str, default: Any = None) -> None:
+        self[name] = None
 
 
 def parse_condition(text: str) -> Condition:
@@ -182,50 +178,40 @@ def parse_condition(text: str) -> Condition:
     Raises:
         ValueError: it is not of this language; the message shows where.
     """
+    asked = _NoFields()
     try:
-        body = ast.parse(text.strip(), mode="eval").body
-        parser = _Parser()
-        holds = parser.truth(body)
+        tree = ast.parse(text.strip(), mode="eval").body
+        _truth(tree, asked)  # all of it is looked at, however it ends
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         detail = error.msg if isinstance(error, SyntaxError) else str(error)
         raise ValueError(f"'{text}': {detail}; expected {_EXPECTED}") from error
-    if not parser.fields:
+    if not asked:
         raise ValueError(f"'{text}': names no field; expected {_EXPECTED}")
-    return Condition(" ".join(text.split()), tuple(parser.fields), holds)
+    return Condition(" ".join(text.split()), tuple(asked), tree)
 
 
-class _Parser:
-    """Turns syntax trees into functions, and collects the names of fields."""
+def _truth(node: ast.expr, fields: Fields) -> bool | None:
+    match node:
+        case ast.BoolOp(op, values):
+            return _join([_truth(value, fields) for value in values], isinstance(op, ast.Or))
+        case ast.UnaryOp(ast.Not(), operand):
+            truth = _truth(operand, fields)
+            return None if truth is None else not truth
+        case ast.Compare(left, kinds, rights):
+            sides = zip([left, *rights[:-1]], kinds, rights, strict=True)
+            return _join([_compare(*parts, fields) for parts in sides], is_or=False)
+    raise ValueError(f"'{ast.unparse(node)}' is no comparison")
 
-    def __init__(self) -> None:
-        self.fields: dict[str, None] = {}
 
-    def truth(self, node: ast.expr) -> Get:
-        match node:
-            case ast.BoolOp(op, values):
-                return _join([self.truth(value) for value in values], isinstance(op, ast.Or))
-            case ast.UnaryOp(ast.Not(), operand):
-                return _apply(operator.not_, lambda truth: truth, self.truth(operand))
-            case ast.Compare(left, kinds, rights):
-                lefts = [left, *rights[:-1]]
-                return _join(list(map(self._comparison, lefts, kinds, rights)), is_or=False)
-        raise ValueError(f"'{ast.unparse(node)}' is no comparison")
+def _join(truths: Sequence[bool | None], is_or: bool) -> bool | None:
+    """`or`, or `and`: one that settles it does, else unknown wins."""
+    if is_or in truths:
+        return is_or
+    return None if None in truths else not is_or
 
-    def _comparison(self, left: ast.expr, kind: ast.cmpop, right: ast.expr) -> Get:
-        if isinstance(kind, ast.In | ast.NotIn):
-            return self._membership(left, isinstance(kind, ast.In), right)
-        if type(kind) not in _ORDERS:
-            raise ValueError("'is' compares nothing here")
-        terms = [self._term(node) for node in (left, right)]
-        kinds = {term.kind for term in terms}
-        if kinds == {"text", "number"}:
-            raise ValueError(
-                f"'{ast.unparse(left)}' and '{ast.unparse(right)}' are a number and a text"
-            )
-        read = _as_text if "text" in kinds else _as_number
-        return _apply(_ORDERS[type(kind)], read, *(term.get for term in terms))
 
-    def _membership(self, left: ast.expr, is_wanted: bool, right: ast.expr) -> Get:
+def _compare(left: ast.expr, kind: ast.cmpop, right: ast.expr, fields: Fields) -> bool | None:
+    if isinstance(kind, ast.In | ast.NotIn):
         if not isinstance(right, ast.List | ast.Tuple | ast.Set) or not right.elts:
             raise ValueError(f"'{ast.unparse(right)}' after 'in'; expected a list of constants")
         values = [element.value for element in right.elts if isinstance(element, ast.Constant)]
@@ -233,71 +219,60 @@ class _Parser:
         are_numbers = all(isinstance(value, int | float) for value in values)
         if len(values) < len(right.elts) or not (are_texts or are_numbers):
             raise ValueError(f"'{ast.unparse(right)}': expected texts only, or numbers only")
+        is_wanted = isinstance(kind, ast.In)
         read = _as_text if are_texts else _as_number
-        return _apply(lambda value: (value in values) is is_wanted, read, self._term(left).get)
-
-    def _term(self, node: ast.expr) -> _Term:
-        match node:
-            case ast.Constant(int() | float() | str() as value):
-                return _Term(lambda fields: value, "text" if isinstance(value, str) else "number")
-            case ast.Name(name) | ast.Call(ast.Name("field"), [ast.Constant(str() as name)], []):
-                self.fields[name] = None
-                return _Term(lambda fields: fields.get(name), "field")
-            case ast.UnaryOp(ast.USub(), operand):
-                return self._calculation(operator.neg, operand)
-            case ast.BinOp(left, op, right) if type(op) in _ARITHMETIC:
-                return self._calculation(_ARITHMETIC[type(op)], left, right)
-            case ast.Call(ast.Name("min" | "max" as name), [_, _, *_] as values, []):
-                return self._calculation(_FUNCTIONS[name], *values)
-            case ast.Call(ast.Name("len"), [value], []):
-                return _Term(_apply(int, _length, self._term(value).get), "number")
-            case ast.Call(ast.Name(name), _, []):
-                raise ValueError(
-                    f"{name}(): expected min and max of several values, len of one, or "
-                    "field('NAME')"
-                )
-        raise ValueError(f"'{ast.unparse(node)}' is no field, number or text")
-
-    def _calculation(self, function: Callable[..., Any], *nodes: ast.expr) -> _Term:
-        terms = [self._term(node) for node in nodes]
-        if any(term.kind == "text" for term in terms):
-            raise ValueError("a text among numbers")
-        return _Term(_apply(function, _as_number, *(term.get for term in terms)), "number")
+        return _apply(lambda value: (value in values) is is_wanted, read, _term(left, fields)[0])
+    if type(kind) not in _ORDERS:
+        raise ValueError("'is' compares nothing here")
+    terms, types = zip(_term(left, fields), _term(right, fields), strict=True)
+    if set(types) == {"text", "number"}:
+        raise ValueError(
+            f"'{ast.unparse(left)}' and '{ast.unparse(right)}' are a number and a text"
+        )
+    return _apply(_ORDERS[type(kind)], _as_text if "text" in types else _as_number, *terms)
 
 
-def _apply(function: Callable[..., Any], read: Callable[[Any], Any], *gets: Get) -> Get:
+def _term(node: ast.expr, fields: Fields) -> tuple[Any, str]:
+    """A value within a comparison, and what it is by its form: "number", "text" or "field"."""
+    match node:
+        case ast.Constant(int() | float() | str() as value):
+            return value, "text" if isinstance(value, str) else "number"
+        case ast.Name(name) | ast.Call(ast.Name("field"), [ast.Constant(str() as name)], []):
+            return fields.get(name), "field"
+        case ast.UnaryOp(ast.USub(), operand):
+            return _calculate(operator.neg, [operand], fields)
+        case ast.BinOp(left, op, right) if type(op) in _ARITHMETIC:
+            return _calculate(_ARITHMETIC[type(op)], [left, right], fields)
+        case ast.Call(ast.Name("min" | "max" as name), [_, _, *_] as values, []):
+            return _calculate(min if name == "min" else max, values, fields)
+        case ast.Call(ast.Name("len"), [value], []):
+            found, _ = _term(value, fields)
+            return len(found) if isinstance(found, str | list | tuple) else None, "number"
+        case ast.Call(ast.Name(name), _, []):
+            raise ValueError(
+                f"{name}(): expected min and max of several values, len of one, or field('NAME')"
+            )
+    raise ValueError(f"'{ast.unparse(node)}' is no field, number or text")
+
+
+def _calculate(
+    function: Callable[..., Any], nodes: Sequence[ast.expr], fields: Fields
+) -> tuple[Any, str]:
+    values, types = zip(*(_term(node, fields) for node in nodes), strict=True)
+    if "text" in types:
+        raise ValueError("a text among numbers")
+    return _apply(function, _as_number, *values), "number"
+
+
+def _apply(function: Callable[..., Any], read: Callable[[Any], Any], *values: Any) -> Any:
     """The function of values as `read` reads them; unknown where one of them is."""
-
-    def get(fields: Fields) -> Any:
-        values = [read(get(fields)) for get in gets]
-        if any(value is None for value in values):
-            return None
-        try:
-            return function(*values)
-        except ArithmeticError:
-            return None
-
-    return get
-
-
-def _join(parts: Sequence[Get], is_or: bool) -> Get:
-    """`or` of the parts, or `and`: the first that settles it does, else unknown wins."""
-
-    def get(fields: Fields) -> bool | None:
-        found: bool | None = not is_or
-        for part in parts:
-            truth = part(fields)
-            if truth is is_or:
-                return is_or
-            if truth is None:
-                found = None
-        return found
-
-    return get
-
-
-def _length(value: Any) -> int | None:
-    return len(value) if isinstance(value, str | list | tuple) else None
+    found = [read(value) for value in values]
+    if any(value is None for value in found):
+        return None
+    try:
+        return function(*found)
+    except ArithmeticError:
+        return None
 
 
 def _as_text(value: Any) -> str | None:

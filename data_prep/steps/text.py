@@ -5,20 +5,21 @@ How text is spotted and matched belongs in `data_prep.text_spotting`.
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from data_prep.batches.text import TextSpotter
 from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.steps.captions import compare_captions
-from data_prep.text_spotting import config as spotter_config
-from data_prep.text_spotting.cache import name_shard
+from data_prep.text_spotting import settings as spotter_settings
 from data_prep.text_spotting.looks import longest_match
-from data_prep.text_spotting.spotter import Verdict
-from data_prep.text_spotting.weights import easyocr_version
+from data_prep.text_spotting.networks import easyocr_version
+from data_prep.text_spotting.ocr import resolve_for_networks
+from data_prep.text_spotting.spotter import Verdict, open_spotter
 from diht_jax.readers.base import SourceShard
 
 _COLUMNS = ("matches", "looked", "match", "match_chars", "match_confidence", IMAGE_ERROR)
@@ -33,16 +34,16 @@ class TextStep(Step):
     reasons = {"shows_caption": "T: shows its caption"}
     limits = ("min_chars", "min_confidence")
     section = "spotter"
-    not_hashed = spotter_config.NOT_HASHED
+    not_hashed = spotter_settings.NOT_HASHED
 
     @classmethod
     def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
         config.text_spotting = True  # T of CAT: drop captions that their picture shows as text
-        config.spotter = spotter_config.default_spotter()
+        config.spotter = spotter_settings.default_spotter()
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
-        spotter_config.check_spotter(config.spotter)
+        spotter_settings.check_spotter(config.spotter)
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
@@ -50,7 +51,7 @@ class TextStep(Step):
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        return {"spotting_rules": spotter_config.RULES_VERSION, "easyocr": easyocr_version()}
+        return {"spotting_rules": spotter_settings.RULES_VERSION, "easyocr": easyocr_version()}
 
     @classmethod
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -62,11 +63,10 @@ class TextStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._spotter = TextSpotter(
-            **config.spotter.to_dict(),
-            max_pixels=config.image.max_pixels,
-            shard=name_shard(source.path, source.start, source.stop),
-        )
+        name = os.path.basename(source.path.rstrip("/"))  # independent of the folder of the shard
+        part = zlib.crc32(f"{name}\n{source.start}\n{source.stop}".encode())
+        max_pixels = config.image.max_pixels
+        self._spotter = open_spotter(config.spotter, max_pixels, f"{name}-{part:08x}")
         self._machine: dict[str, str] | None = None
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
@@ -119,7 +119,9 @@ class TextStep(Step):
         if verdict.error is not None:
             return {IMAGE_ERROR: verdict.error.reason}
         if self._machine is None and verdict.looked != "no_run":
-            self._machine = spotter_config.describe_machine(self._spotter.settings)
+            ocr = resolve_for_networks(self._spotter.settings.ocr)
+            device = ocr.device.partition(":")[0]
+            self._machine = {"precision": ocr.precision, "device": device}
         candidate.spots = verdict.spots
         candidate.of_captions = {"match": list(verdict.matches)}
         looked = "missed" if verdict.missed else "audited" if verdict.audited else verdict.looked

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zlib
 from typing import Any
 
 from data_prep.text_spotting.ocr import Box
@@ -52,19 +51,6 @@ def hash_image(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def name_shard(path: str, start: int, stop: int | None) -> str:
-    """The name of a shard's file; independent of the folder of the shard.
-
-    Args:
-        path: of the input shard.
-        start: where the part begins.
-        stop: where it ends.
-    """
-    base = os.path.basename(path.rstrip("/"))
-    part = zlib.crc32(f"{base}\n{start}\n{stop}".encode())
-    return f"{base}-{part:08x}"
-
-
 class SpotCache:
     """The readings of one shard.
 
@@ -73,13 +59,7 @@ class SpotCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any], shard: str):
-        """Opens the file, or begins a new one.
-
-        Args:
-            folder: of the cache; made if missing.
-            settings: JSON-able, all that the readings depend on.
-            shard: of `name_shard`.
-        """
+        """Opens the file of a shard and of settings that all readings depend on, or begins one."""
         text = json.dumps(settings, indent=1, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         directory = pathlib.Path(folder) / digest
@@ -89,17 +69,14 @@ class SpotCache:
         self.path = directory / f"{shard}.jsonl"
         self._readings: dict[str, Reading] = {}
         self._lines: list[str] = []
-        self._load()
+        if self.path.exists():
+            self._load(self.path.read_bytes())
 
     def __len__(self) -> int:
         return len(self._readings)
 
     def get(self, image: str) -> Reading:
-        """A reading to be completed by the caller; an empty one for an unknown picture.
-
-        Args:
-            image: of `hash_image`.
-        """
+        """A reading to be completed by the caller; an empty one for an unknown `hash_image`."""
         return copy.deepcopy(self._readings.get(image, Reading()))
 
     def put(self, image: str, reading: Reading) -> None:
@@ -117,25 +94,17 @@ class SpotCache:
                 file.write("".join(self._lines).encode())
             self._lines = []
 
-    def _load(self) -> None:
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
+    def _load(self, data: bytes) -> None:
         for line in data.splitlines():
             try:
                 entry = parse_object(line) or {}
-                self._readings[entry["image"]] = Reading(
-                    {int(side): score for side, score in entry["peaks"].items()},
-                    {int(side): _parse_lines(look) for side, look in entry["looks"].items()},
-                )
+                reading = Reading({int(side): score for side, score in entry["peaks"].items()})
+                for side, look in entry["looks"].items():
+                    boxes = [tuple(box) for box in look["boxes"]]
+                    texts = [None if text is None else tuple(text) for text in look["texts"]]
+                    reading.looks[int(side)] = Lines(boxes, texts)
+                self._readings[entry["image"]] = reading
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # The end of a killed run, or damage; what it held is spotted again.
         if data and not data.endswith(b"\n"):
             self._lines.append("\n")
-
-
-def _parse_lines(entry: dict[str, Any]) -> Lines:
-    return Lines(
-        [tuple(box) for box in entry["boxes"]],
-        [None if text is None else tuple(text) for text in entry["texts"]],
-    )

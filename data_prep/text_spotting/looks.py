@@ -9,8 +9,14 @@ import dataclasses
 from collections.abc import Sequence
 
 from data_prep.text_spotting.cache import Lines
-from data_prep.text_spotting.evidence import SURE, fold_text, weigh_texts
-from data_prep.text_spotting.match import can_match, caption_matches, shares_misread_run
+from data_prep.text_spotting.match import (
+    SURE,
+    can_match,
+    caption_matches,
+    fold_text,
+    shares_misread_run,
+    weigh_texts,
+)
 from data_prep.text_spotting.ocr import Box, box_sides, box_size
 from data_prep.text_spotting.settings import Settings
 
@@ -43,11 +49,8 @@ def count_sure_chars(look: Lines) -> int:
 def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
     """The text that matches a caption: of a line, of a group of lines, or of all that it took.
 
-    Args:
-        look: some lines may not have been read yet; what is only evidence if there is hardly
-            anything else counts when all have been.
-        caption: of the pair.
-        settings: of the match.
+    Some lines of the look may not have been read yet; what is only evidence if there is hardly
+    anything else counts when all have been.
     """
     least = settings.min_confidence
     known = [i for i in rank_lines(look) if (text := look.texts[i]) and text[1] >= least]
@@ -71,13 +74,7 @@ def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
 
 
 def longest_match(text: str, caption: str, settings: Settings) -> int:
-    """The greatest `min_chars` with which a match remains one, by itself.
-
-    Args:
-        text: of `find_match` at the settings.
-        caption: that it matches.
-        settings: of the match.
-    """
+    """The greatest `min_chars` with which a text of `find_match` matches the caption by itself."""
     texts = [(part, 1.0) for part in text.split(_BETWEEN_LINES)]
     chars = settings.min_chars
     while chars < len(text) and can_match(caption, chars + 1):
@@ -122,10 +119,7 @@ def _list_texts(look: Lines, lines: Sequence[int]) -> str:
 
 
 def stack_lines(boxes: Sequence[Box]) -> list[list[int]]:
-    """Groups lines that stand under one another.
-
-    Args:
-        boxes: of the lines, in px.
+    """Groups lines that stand under one another, by their boxes in px.
 
     Returns:
         Indices of the lines of each group of two or more, from top to bottom. A line is in one

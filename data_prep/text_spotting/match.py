@@ -1,14 +1,83 @@
 """The match decision of text-spotting: does text read in a picture repeat its caption?
 
-Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". Pure functions of
-strings. No picture and no OCR library may come in.
+Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". Ours: words are
+weighed by how common they are. The rule recalled as the paper's, any run of five characters, drops
+pairs for one word that every other caption holds. Pure functions of strings; no picture and no OCR
+library may come in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import collections
+import functools
+import itertools
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from data_prep.text_spotting.evidence import fold_text, weigh_texts
+from data_prep.captions.lexicon import word_set
+
+_FUNCTION_WORDS = word_set(
+    """
+    a about above after against all along also an and any are around as at away back be because
+    been before behind being below between but by can could did do does down during each every few
+    for from front get had has have he her here him his how i if in inside into is it its just like
+    made make many may me more most my near new next no not now of off on one only or other our out
+    outside over own s she should so some such than that the their them then there these they this
+    those three through to together too top two under until up us very was we were what when where
+    which while who will with without would you your
+    """
+)
+# Words of 3 in 1,000 captions or more, counted in every second line of `captions_web.txt`, and some
+# that describe pictures anywhere. A plural counts with its word.
+_COMMON_WORDS = word_set(
+    """
+    across actor aerial air always american animal another apartment area arrives art artist
+    athlete attend attraction automobile autumn award baby background ball basketball beach bear
+    beautiful bed bedroom best bicycle big bike biological bird black blue boat book bottles boy
+    branch bridge bright brown building business cake camera car card carpet cartoon cat
+    celebrity center centre ceremony character child children christian christmas city classic
+    close closeup cloud coast coffee collection color colored colorful colour computer concert
+    contain cool country countryside couple cover covered crowd cup cute dark day design detail
+    digital display dog door drawing dress drinking driving early empty end enjoying evening
+    event ever eye face fall family fashion female festival field filled film final first fish
+    flag floor flower food football forest found free friend full fun game garden girl glass
+    goes gold good grass great green ground group guitar hair hand happy hard hat having head
+    heart help high holding holiday home horse house ice illustration image industry instrument
+    island isolated jeans kitchen lady lake landscape laptop large last leaves left life light
+    line little live living located logo long look looking love low makes man map market match
+    men metal middle model modern morning mother mountain movie music musical national nature
+    night ocean old opening original outdoor painted painting park part party past pattern
+    people perform person photo photograph picture pink plant play player playing politician
+    pool pop portrait poses poster premiere pretty price property pub public purple rain ready
+    red restaurant riding right river road rock roof room round running runs runway sale scene
+    school sea seamless season see seen session set shape ship shirt shoes shot show showing
+    side sign single sits sitting sky small smile smiling snow soccer space species sport stage
+    stand standing statue still stock stone store storm street students style stylish suit
+    summer sun sunset table take tattoo team text texture time today top tour tourist towards
+    town traditional traffic train training travel tree use used using vector video view village
+    vintage walk walking wall watching water way wear wearing wedding week well white wild wind
+    window wine winter woman women wood wooden work working world yard year yellow young
+    """
+)
+# A word that is not common weighs so much, a common one half of it, and so does half of a word.
+_RARE, _COMMON = 2, 1
+# Evidence on its own, independent of the rest of the picture.
+_ENOUGH = 3
+# Less is evidence where the picture shows hardly anything else: (weight, characters in the caption,
+# their share of what was read with confidence), each at least.
+_ENOUGH_ALONE = ((2, 5, 0.33), (1, 8, 0.6))
+# Confidence from which a text that is not in the caption speaks against it.
+SURE = 0.5
+# A word counts if a run holds this share of it, or this number of its characters.
+_MOST_OF_WORD = 0.75
+_LONG_PIECE = 7
+_SHORT_RUN = 4
+# Share of a whole text that may be misread, and the least length of such a text.
+_MISREAD = 0.3
+_MISREAD_MIN_CHARS = 6
+_MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+
 
 # What EasyOCR's English recogniser can write, folded as `fold_text` does.
 RECOGNIZABLE = frozenset("abcdefghijklmnopqrstuvwxyz0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~€")
@@ -28,7 +97,7 @@ def caption_matches(
     one spotted text, which is one box of the spotter.
 
     Ours, with `weigh_words`: the texts are all that a picture shows, and the words that they share
-    with the caption are weighed by how common they are (`evidence.weigh_texts`).
+    with the caption are weighed by how common they are (`weigh_texts`).
 
     Args:
         spotted_texts: one text per box.
@@ -94,3 +163,201 @@ def _has_misread_run(spotted: str, caption: str, length: int) -> bool:
             if i - before_last >= length:
                 return True
     return False
+
+
+def fold_text(text: str) -> str:
+    """The text without case, compatibility forms and white space."""
+    # Folding can undo the normal form, and the normal form bring new cases: as Unicode has it for
+    # caseless matching, both are done twice.
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(unicodedata.normalize("NFKC", folded).casefold().split())
+
+
+class Shared(NamedTuple):
+    """The words and runs that a text and a caption share.
+
+    Attributes:
+        weights: the words of the caption -> what they weigh.
+        chars: of the text, how many stand in the caption.
+        longest: shared run, or all that is right of a text that stands there with misread
+            characters.
+        size: characters of the text.
+    """
+
+    weights: dict[str, int]
+    chars: int
+    longest: int
+    size: int
+
+
+def weigh_texts(
+    texts: Sequence[tuple[str, float]],
+    joined: Sequence[str],
+    caption: str,
+    min_chars: int,
+    *,
+    is_all: bool = True,
+) -> bool:
+    """Returns whether the texts of a picture are evidence that it shows its caption.
+
+    The words of the caption that stand in the texts are added up, each once: one that is common
+    (`_COMMON_WORDS`) as half of one that is not, those between ("in", "the") as nothing. Three
+    halves are evidence. One word that is not common, or two that are, are evidence only where
+    much of what was read with some confidence stands in the caption (`_ENOUGH_ALONE`); a common
+    one only where nearly all of it does.
+
+    Args:
+        texts: text and confidence (0 to 1) of each line.
+        joined: texts of lines that belong together, which add words.
+        caption: of the pair.
+        min_chars: length of the longest run that is shared, at least.
+        is_all: whether `texts` are all that the picture shows; else little is no evidence yet.
+    """
+    shared = [compare(text, caption, min_chars) for text, _ in texts]
+    together = [compare(text, caption, min_chars) for text in joined]
+    weights: dict[str, int] = {}
+    for one in shared + together:
+        for word, weight in one.weights.items():
+            weights[word] = max(weight, weights.get(word, 0))
+    score = sum(weights.values())
+    if max((one.longest for one in shared + together), default=0) < min_chars:
+        return False
+    if score >= _ENOUGH:
+        return True
+    if not is_all:
+        return False
+    # A text that is there twice counts once.
+    chars = sum(
+        {fold_text(t): one.chars for (t, _), one in zip(texts, shared, strict=True)}.values()
+    )
+    sure = [one for one, (_, confidence) in zip(shared, texts, strict=True) if confidence >= SURE]
+    share = sum(one.chars for one in sure) / max(1, sum(one.size for one in sure))
+    return any(
+        score >= weight and chars >= max(least, min_chars) and share >= least_share
+        for weight, least, least_share in _ENOUGH_ALONE
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def compare(text: str, caption: str, min_chars: int) -> Shared:
+    """Compares a text with a caption; runs under `min_chars` count for words only."""
+    spotted, target = _split_words(text), _split_words(caption)
+    weights: dict[str, int] = {}
+    inside: set[int] = set()
+    longest = 0
+    for start, at, length in _find_runs(spotted.text, target.text):
+        pieces = dict(_split_run(spotted, target, start, at, length))
+        for word, weight in pieces.items():
+            weights[word] = max(weight, weights.get(word, 0))
+        longest = max(longest, length)
+        if length >= min_chars and (pieces or length >= 2 * _SHORT_RUN):
+            inside.update(range(start, start + length))
+    stands = _find_misread(spotted.text, target.text)
+    if stands is not None:
+        first, last, errors = stands
+        for owner, size in collections.Counter(target.owner[first:last]).items():
+            word = target.words[owner]
+            if word and size >= _MOST_OF_WORD * len(word):
+                weights[word] = _weigh(word)
+        if last - first - errors >= min_chars:
+            inside.update(range(len(spotted.text)))
+            longest = max(longest, last - first - errors)
+    return Shared(weights, len(inside), longest, len(spotted.text))
+
+
+class _Words:
+    """A folded text that knows where its words begin.
+
+    Attributes:
+        text: as `fold_text` gives it.
+        owner: for each character the index of its word.
+        words: the words, freed of the marks around them.
+    """
+
+    def __init__(self, text: str):
+        parts = [part for part in map(fold_text, text.split()) if part]
+        self.text = "".join(parts)
+        self.owner = [index for index, part in enumerate(parts) for _ in part]
+        self.words = [part.strip(_MARKS) for part in parts]
+
+    def splits(self, i: int) -> bool:
+        """Returns whether a word begins at a character, or the text ends before it."""
+        if not 0 < i < len(self.text):
+            return True
+        before, after = self.text[i - 1], self.text[i]
+        return self.owner[i - 1] != self.owner[i] or before in _MARKS or after in _MARKS
+
+
+_split_words = functools.lru_cache(maxsize=1024)(_Words)
+
+
+def _weigh(word: str) -> int:
+    if word in _FUNCTION_WORDS or len(word) < 3:
+        return 0
+    is_common = word in _COMMON_WORDS or word.removesuffix("s") in _COMMON_WORDS
+    return _COMMON if is_common else _RARE
+
+
+def _find_runs(spotted: str, caption: str) -> Iterator[tuple[int, int, int]]:
+    """(start, start in the caption, length) of the longest shared runs of four characters."""
+    grams = [spotted[i : i + _SHORT_RUN] for i in range(len(spotted) - _SHORT_RUN + 1)]
+    if not any(gram in caption for gram in grams):
+        return
+    for shift in range(_SHORT_RUN - len(spotted), len(caption) - _SHORT_RUN + 1):
+        start, stop = max(0, -shift), min(len(spotted), len(caption) - shift)
+        same = (spotted[i] == caption[i + shift] for i in range(start, stop))
+        for equal, group in itertools.groupby(enumerate(same, start), key=lambda pair: pair[1]):
+            if equal:
+                run = [i for i, _ in group]
+                if len(run) >= _SHORT_RUN:
+                    yield run[0], run[0] + shift, len(run)
+
+
+def _split_run(
+    spotted: _Words, target: _Words, start: int, at: int, length: int
+) -> Iterator[tuple[str, int]]:
+    """The words of the caption that a run holds enough of, and what they weigh.
+
+    A part of a word of less than three characters is left out: it may be there by chance.
+    """
+    for owner, group in itertools.groupby(range(at, at + length), key=target.owner.__getitem__):
+        word, piece = target.words[owner], list(group)
+        first, last = piece[0], piece[-1] + 1
+        size = sum(target.text[i] not in _MARKS for i in piece)
+        if not word or size < min(3, len(word)):
+            continue
+        begins = first > at or (target.splits(first) and spotted.splits(first - at + start))
+        ends = last < at + length or (target.splits(last) and spotted.splits(last - at + start))
+        is_whole = begins and ends and size == len(word)
+        is_most = size >= _SHORT_RUN and size >= _MOST_OF_WORD * len(word)
+        if is_whole or is_most or size >= _LONG_PIECE:
+            yield word, _weigh(word)
+        elif size > _SHORT_RUN and size >= len(word) / 2:
+            yield word, min(_COMMON, _weigh(word))
+
+
+def _find_misread(spotted: str, caption: str) -> tuple[int, int, int] | None:
+    """(start, end, errors) of the part of the caption that a whole text repeats with few errors.
+
+    An error is a character too many, too few, or another one: the least number of them over all
+    parts of the caption (P. Sellers, 1980).
+    """
+    limit = int(_MISREAD * len(spotted))
+    if len(spotted) < _MISREAD_MIN_CHARS:
+        return None
+    above = [(0, j) for j in range(len(caption) + 1)]  # errors, start of the part
+    for i, char in enumerate(spotted, 1):
+        row = [(i, 0)]
+        for j, other in enumerate(caption, 1):
+            diagonal, up, left = above[j - 1], above[j], row[j - 1]
+            best = (diagonal[0] + (char != other), diagonal[1])
+            if up[0] + 1 < best[0]:
+                best = (up[0] + 1, up[1])
+            if left[0] + 1 < best[0]:
+                best = (left[0] + 1, left[1])
+            row.append(best)
+        above = row
+        if min(row)[0] > limit:
+            return None
+    errors, end = min((cell[0], j) for j, cell in enumerate(above))
+    return (above[end][1], end, errors) if errors <= limit else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,11 +85,7 @@ class Ocr:
     """Boxes and texts of pictures; forms the batches that the networks run on."""
 
     def __init__(self, settings: OcrSettings):
-        """Finds the networks; they are loaded for the first batch.
-
-        Args:
-            settings: see there.
-        """
+        """Finds the networks; they are loaded for the first batch."""
         self.settings = settings
         self._networks = open_model(functools.partial(load_networks, settings))
 
@@ -104,16 +100,13 @@ class Ocr:
     def heat_maps(
         self, pictures: Sequence[Shrunk], side: int | None = None, batch_size: int = 8
     ) -> list[HeatMaps]:
-        """Runs the detector, on batches of pictures that lie on canvases of one size.
+        """Runs the detector on pictures, in their order, in batches on canvases of one size.
 
         Args:
             pictures: of `shrink`.
             side: px of the longer side to which they were shrunk; the canvases are those of
                 `canvas_shape`. None takes EasyOCR's, of which there are many more.
             batch_size: most pictures in one batch.
-
-        Returns:
-            In the order of the pictures.
         """
         maps: list[Any] = [None] * len(pictures)
         for batch, found in self._run("detect", pictures, side, batch_size):
@@ -144,11 +137,7 @@ class Ocr:
     def read(
         self, crops: Sequence[tuple[np.ndarray, int] | None], batch_size: int = 16
     ) -> list[tuple[str, float]]:
-        """Reads lines, in batches of crops that are padded to the same width.
-
-        Args:
-            crops: of `crop_line`.
-            batch_size: most crops in one batch.
+        """Reads lines of `crop_line`, in batches of crops that are padded to the same width.
 
         Returns:
             Text and confidence (0 to 1, EasyOCR's product over the line) of each; ("", 0.0) for
@@ -156,12 +145,9 @@ class Ocr:
         """
         results = [("", 0.0)] * len(crops)
         there = {i: crop for i, crop in enumerate(crops) if crop is not None}
-        present = list(there)
-        batches = [
-            [present[k] for k in batch]
-            for batch in like_batches([there[i][1] for i in present], batch_size)
-        ]
-        calls = (([there[i][0] for i in batch], there[batch[0]][1]) for batch in batches)
+        widths = {i: width for i, (_, width) in there.items()}
+        batches = list(like_batches(widths, batch_size))
+        calls = (([there[i][0] for i in batch], widths[batch[0]]) for batch in batches)
         for batch, read in zip(batches, self._networks.map("read", calls), strict=True):
             for i, result in zip(batch, read, strict=True):
                 results[i] = result
@@ -171,23 +157,23 @@ class Ocr:
         self, method: str, pictures: Sequence[Shrunk], side: int | None, batch_size: int
     ) -> Iterator[tuple[list[int], Any]]:
         """Each batch of pictures, as indices, with what the networks make of it."""
-        shapes = [canvas_shape(picture.pixels.shape[:2], side) for picture in pictures]
+        shapes = {i: canvas_shape(p.pixels.shape[:2], side) for i, p in enumerate(pictures)}
         batches = list(like_batches(shapes, batch_size))
-        calls = (
-            (np.stack([_pad(pictures[i].pixels, shapes[i]) for i in batch]),) for batch in batches
-        )
-        return zip(batches, self._networks.map(method, calls), strict=True)
+
+        def stack(batch: list[int]) -> tuple[np.ndarray]:
+            canvases = np.zeros((len(batch), *shapes[batch[0]], 3), np.uint8)
+            for canvas, pixels in zip(canvases, (pictures[i].pixels for i in batch), strict=True):
+                canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
+            return (canvases,)
+
+        return zip(batches, self._networks.map(method, map(stack, batches)), strict=True)
 
 
 def shrink(image: np.ndarray, side: int) -> Shrunk:
     """Shrinks a picture, as EasyOCR does, so that its longer side has at most `side` px.
 
     It samples and does not average, which keeps thin strokes dark: at 160 px the detector then
-    sees more of small text than after any smoothing.
-
-    Args:
-        image: uint8 [h, w, 3], blue first, as EasyOCR takes arrays.
-        side: px.
+    sees more of small text than after any smoothing. The image is uint8 [h, w, 3], blue first.
     """
     import cv2
 
@@ -198,14 +184,10 @@ def shrink(image: np.ndarray, side: int) -> Shrunk:
 
 
 def crop_line(grey: np.ndarray, box: Box) -> tuple[np.ndarray, int] | None:
-    """Cuts out one line as EasyOCR does: 64 px high, and the width to which it will be padded.
-
-    Args:
-        grey: uint8 [h, w].
-        box: of `Ocr.find_boxes`.
+    """Cuts a line out of uint8 [h, w] as EasyOCR does; None for a box without a pixel.
 
     Returns:
-        None for a box without a pixel.
+        The line, 64 px high, and the width to which it will be padded.
     """
     from easyocr.utils import get_image_list
 
@@ -257,18 +239,11 @@ def canvas_shape(size: tuple[int, int], side: int | None) -> tuple[int, int]:
     return height, width
 
 
-def like_batches(likes: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
-    """Indices of equal values, in order of appearance, at most `batch_size` together."""
+def like_batches(likes: Mapping[int, Any], batch_size: int) -> Iterator[list[int]]:
+    """Keys of equal values, in order of appearance, at most `batch_size` together."""
     groups: dict[Any, list[int]] = {}
-    for index, like in enumerate(likes):
+    for index, like in likes.items():
         groups.setdefault(like, []).append(index)
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
-
-
-def _pad(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Black at the right and below."""
-    canvas = np.zeros((*shape, 3), np.uint8)
-    canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
-    return canvas

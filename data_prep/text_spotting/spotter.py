@@ -16,11 +16,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
+import ml_collections
 import numpy as np
 
 from data_prep.text_spotting.cache import Lines, Reading, SpotCache, hash_image
 from data_prep.text_spotting.looks import count_sure_chars, find_match, rank_lines
 from data_prep.text_spotting.match import can_match, caption_matches
+from data_prep.text_spotting.networks import OcrSettings
 from data_prep.text_spotting.ocr import Box, Ocr, Shrunk, crop_line, load_ocr, shrink
 from data_prep.text_spotting.settings import Settings
 from diht_jax.input import decode as images
@@ -57,8 +59,6 @@ class Verdict:
             None.
         looked: "no_run" where no caption could be read, "gated" where the first look saw no text,
             "read" where lines were looked for.
-        gate: highest character score at the first look; 1 for a picture that is too small for one
-            to gain anything, None without one.
         audited: the first look saw no text, and it was read all the same.
         spots: the lines of the last look that was needed, in the detector's order.
         error: why the picture could not be decoded.
@@ -66,7 +66,6 @@ class Verdict:
 
     matches: tuple[str | None, ...]
     looked: str
-    gate: float | None = None
     audited: bool = False
     spots: tuple[Spot, ...] = ()
     error: images.ImageError | None = None
@@ -83,22 +82,15 @@ class TextSpotter:
     def __init__(self, settings: Settings, cache: SpotCache | None = None):
         """The networks are loaded when the first picture has to be read.
 
-        Args:
-            settings: see there.
-            cache: where readings are looked up and kept; its settings must be `settings`'.
+        Readings are looked up and kept in the cache, whose settings must be those of `settings`.
         """
         self.settings = settings
         self._cache = cache
 
     def judge(self, data: Sequence[bytes], captions: Sequence[Sequence[str]]) -> list[Verdict]:
-        """Reads pictures as far as their captions demand it.
+        """Reads encoded pictures as far as the captions of each demand it.
 
-        Args:
-            data: encoded images.
-            captions: for each image, its captions.
-
-        Returns:
-            A verdict per image. They depend neither on the batches nor on the cache.
+        Verdicts depend neither on the batches nor on the cache.
 
         Raises:
             ValueError: EasyOCR or its weights are missing.
@@ -164,15 +156,29 @@ class TextSpotter:
             for picture in pictures
             for i in picture.next_lines(size, count)
         ]
-        crops = [picture.crop(look.boxes[i]) for picture, look, i in wanted]
-        for (_, look, i), (text, confidence) in zip(
-            wanted, self._ocr.read(crops, self.settings.batch_size), strict=True
-        ):
+        crops = [crop_line(np.asarray(picture.grey), look.boxes[i]) for picture, look, i in wanted]
+        read = self._ocr.read(crops, self.settings.batch_size)
+        for (_, look, i), (text, confidence) in zip(wanted, read, strict=True):
             look.texts[i] = (text, round(confidence, 4))
 
     @property
     def _ocr(self) -> Ocr:
         return load_ocr(self.settings.ocr)
+
+
+def open_spotter(config: ml_collections.ConfigDict, max_pixels: int, shard: str) -> TextSpotter:
+    """The spotter for one shard, with its part of the cache, by `settings.default_spotter`.
+
+    Raises:
+        ValueError: there is a cache, but no EasyOCR.
+    """
+    values = config.to_dict() | {"max_pixels": max_pixels}
+    cache = values.pop("cache")
+    ocr = {field.name: values.pop(field.name) for field in dataclasses.fields(OcrSettings)}
+    settings = Settings(ocr=OcrSettings(**ocr), **values)
+    if cache is None:
+        return TextSpotter(settings)
+    return TextSpotter(settings, SpotCache(cache, settings.describe_readings(), shard))
 
 
 class _Picture:
@@ -191,13 +197,13 @@ class _Picture:
     def decode(self) -> bool:
         """Makes the pixels ready; False for a picture that cannot be decoded."""
         if self.error is None and self.grey is None:
+            import cv2
+
             try:
                 pixels = self._decode()
             except images.ImageError as error:
                 self.error = error
                 return False
-            import cv2
-
             self.grey = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
             sizes = (self._settings.gate_size, self._settings.ocr.canvas_size)
             self._shrunk = {size: shrink(pixels, size) for size in sizes if size}
@@ -207,11 +213,6 @@ class _Picture:
         """Frees the memory of `decode`."""
         self.grey: np.ndarray | None = None
         self._shrunk: dict[int, Shrunk] = {}
-
-    def crop(self, box: Box) -> tuple[np.ndarray, int] | None:
-        """A line of the decoded picture."""
-        assert self.grey is not None
-        return crop_line(self.grey, box)
 
     def shrink(self, size: int) -> Shrunk:
         """The decoded picture with a longer side of at most `size` px."""
@@ -293,7 +294,7 @@ class _Picture:
             pairs = zip(looks[-1].boxes, looks[-1].texts, strict=True)
             spots = tuple(Spot(box, *(text or (None, None))) for box, text in pairs)
         looked = "read" if self.shows_text else "gated"
-        return Verdict(matches, looked, self.reading.peaks.get(s.gate_size), self.is_audited, spots)
+        return Verdict(matches, looked, self.is_audited, spots)
 
     def _find_match(self, looks: Iterable[Lines], caption: str) -> str | None:
         found = (find_match(look, caption, self._settings) for look in looks)

@@ -6,9 +6,9 @@ import os
 import fsspec
 import pytest
 
+from data_prep.decisions import table
 from data_prep.filtering.config import SETTINGS
 from data_prep.filtering.resharding import BalancedShard, load_written
-from data_prep.jobs import manifest
 from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, check_all
 from diht_jax.storage import files, retries
 from diht_jax.storage.retries import StorageError
@@ -57,13 +57,13 @@ def test_an_object_that_cannot_be_read_is_not_taken_for_missing(tmp_path):
         assert files.read_object(str(path)) == value
     task = ShardTask(None, str(tmp_path / "part"), "hash")
     shard = BalancedShard(str(tmp_path / "part"), (), "hash", False)
-    for name in (f"part{STATS_SUFFIX}", manifest.NAME, SETTINGS):
+    for name in (f"part{STATS_SUFFIX}", table.MANIFEST, SETTINGS):
         (tmp_path / name).write_text("{}")
     for read in (
         lambda: files.read_object(str(path)),
         lambda: next(check_all([task])),
         lambda: next(load_written([shard])),
-        lambda: manifest.read_manifest(str(tmp_path)),
+        lambda: table.read_manifest(str(tmp_path)),
         lambda: files.read_object(str(tmp_path / SETTINGS)),
     ):
         with FailingDisk(tmp_path, 10**9).mounted(), pytest.raises(StorageError):

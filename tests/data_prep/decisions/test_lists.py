@@ -26,8 +26,8 @@ def test_lists_of_keys_and_uids(tmp_path, monkeypatch):
         rows += [("repeated", uids[0]), ("without\na uid", "no uid")]
         outputs.append(str(tmp_path / f"{i}.tfrecord"))
         _write(outputs[-1], rows)
-    for most in (2**24, 40):  # sorted in one go, and range by range
-        monkeypatch.setattr(table, "_MAX_SORTED", most)
+    for block in (2**20, 40):  # written at once, and block by block
+        monkeypatch.setattr(table, "_BLOCK_UIDS", block)
         table.write_lists(str(tmp_path), table.read_kept(outputs))
         found = np.load(tmp_path / "kept_uids.npy")
         # As DataComp's own tools make the file.

@@ -14,7 +14,7 @@ from data_prep.duplicates.rows import forget_copies
 from data_prep.duplicates.table import Lookup, read_summary
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
-from data_prep.sources.list import default_source, list_inputs
+from data_prep.sources import default_source, list_inputs
 from tests.data_prep.duplicates.jobs import (
     duplicates_config,
     read_dropped,

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from data_prep.decisions.table import read_manifest
 from data_prep.filtering import config as filter_config
-from data_prep.jobs.manifest import read_manifest
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.models import Architecture
 from diht_jax.records.formats.registry import open_source

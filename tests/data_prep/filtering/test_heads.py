@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from data_prep.decisions.table import SUFFIX, read_decisions
 from data_prep.filter import run_filter
+from data_prep.filtering import config as filter_config
 from data_prep.filtering import replay
 from data_prep.steps.heads import read_head
 from diht_jax import load_model
@@ -120,7 +121,7 @@ def test_a_limit_drops_one_side_in_a_run_and_in_a_replay(
 def test_a_quantile_is_that_of_the_scores(scored, source, weights, head, expected, name, share):
     keys = settings(name, head=head, model=weights, quantile=0.25, scores=str(scored))
     config = job_config(source, "none", **keys)
-    replay.set_quantile_limit(config)
+    filter_config.set_quantile_limit(config)
     limit = np.quantile(expected, share, method="inverted_cdf")
     assert config[name].limit == pytest.approx(limit, abs=1e-5)
 
@@ -131,14 +132,14 @@ def test_scores_of_another_head_are_refused(scored, source, weights, tmp_path):
     keys = settings("aesthetic", **keys, quantile=0.25, scores=str(scored))
     config = job_config(source, "none", **keys)
     with pytest.raises(ValueError, match=r"config\.aesthetic\.scores=.*another head"):
-        replay.set_quantile_limit(config)
+        filter_config.set_quantile_limit(config)
 
 
 def test_scores_of_embeddings_of_another_length_are_refused(scored_stored, source):
     output, keys = scored_stored
     keys = keys | settings("aesthetic", normalize=False, quantile=0.25, scores=str(output))
     with pytest.raises(ValueError, match=r"config\.aesthetic\.scores=.*another embeddings"):
-        replay.set_quantile_limit(job_config(source, "none", **keys))
+        filter_config.set_quantile_limit(job_config(source, "none", **keys))
 
 
 def test_every_published_format_is_read(tmp_path):

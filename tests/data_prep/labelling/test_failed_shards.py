@@ -8,7 +8,7 @@ import shutil
 import ml_collections
 import pytest
 
-from data_prep.jobs.outcome import ProcessDeath
+from data_prep.jobs.workers import ProcessDeath
 from data_prep.label import run_label
 from data_prep.labelling import embeddings
 from data_prep.teachers import registry

@@ -18,8 +18,8 @@ from PIL import Image
 
 from data_prep.text_spotting import looks, match, ocr, spotter
 from data_prep.text_spotting.cache import Lines, Reading
-from data_prep.text_spotting.config import NOT_HASHED, RULES_VERSION
 from data_prep.text_spotting.match import can_match, caption_matches
+from data_prep.text_spotting.settings import NOT_HASHED, RULES_VERSION
 from data_prep.text_spotting.spotter import Settings
 from tests.data_prep import golden
 

@@ -17,10 +17,9 @@ from data_prep.text_spotting import ocr as text_spotting_ocr  # noqa: E402
 from data_prep.text_spotting import spotter as text_spotting  # noqa: E402
 from data_prep.text_spotting.cache import SpotCache  # noqa: E402
 from data_prep.text_spotting.match import RECOGNIZABLE, fold_text  # noqa: E402
-from data_prep.text_spotting.networks import OcrSettings  # noqa: E402
+from data_prep.text_spotting.networks import OcrSettings, find_weights  # noqa: E402
 from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
 from data_prep.text_spotting.spotter import Settings, TextSpotter  # noqa: E402
-from data_prep.text_spotting.weights import find_weights  # noqa: E402
 from diht_jax.config import load_recipe  # noqa: E402
 from diht_jax.input.decode import decode_rgb  # noqa: E402
 from diht_jax.records.schema import decode_record  # noqa: E402

@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep.filter import run_filter
-from data_prep.sources.list import (
+from data_prep.sources import (
     check_folder,
     check_output,
     default_source,

@@ -21,7 +21,7 @@ from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from tests.make import encoded, pair_members, plain, write_tar
 from tests.records.test_samples import write_sample
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _JPEG = encoded(plain("red", (60, 40)), "JPEG")
 
 # The columns of img2dataset's schema, and a column that a user asked for.

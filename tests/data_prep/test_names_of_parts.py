@@ -2,9 +2,8 @@
 
 import pytest
 
-from data_prep.jobs import manifest
-from data_prep.jobs.manifest import Input
-from data_prep.sources.list import find_root
+from data_prep import sources
+from data_prep.sources import Input, find_root
 from diht_jax.readers.registry import SourceShard
 
 
@@ -13,25 +12,25 @@ def _inputs(folder: str, *names: str) -> list[Input]:
 
 
 def test_the_other_inputs_do_not_matter():
-    ten = manifest.hash_inputs(_inputs("/a", *map(str, range(10))))
+    ten = sources.hash_inputs(_inputs("/a", *map(str, range(10))))
     assert len(set(ten)) == 10 and all(len(name) == 16 for name in ten)
-    some = manifest.hash_inputs(_inputs("/elsewhere/a", "7", "new", "2"))
+    some = sources.hash_inputs(_inputs("/elsewhere/a", "7", "new", "2"))
     assert (some[0], some[2]) == (ten[7], ten[2])
 
 
 def test_parts_of_a_file_and_equal_paths_differ():
     whole = SourceShard("table", "/a/t.csv", 0, 10)
     halves = [SourceShard("table", "/a/t.csv", 0, 5), SourceShard("table", "/a/t.csv", 5, 10)]
-    (alone,) = manifest.hash_inputs([Input(whole, "/a")])
-    assert len({alone, *manifest.hash_inputs([Input(half, "/a") for half in halves])}) == 3
+    (alone,) = sources.hash_inputs([Input(whole, "/a")])
+    assert len({alone, *sources.hash_inputs([Input(half, "/a") for half in halves])}) == 3
     longer = SourceShard("table", "/a/t.csv", 0, 12)  # the same file, replaced
-    assert manifest.hash_inputs([Input(longer, "/a")]) == [alone]
+    assert sources.hash_inputs([Input(longer, "/a")]) == [alone]
     both = _inputs("/x/a/in", "1", "2") + _inputs("/x/b/in", "2") + _inputs("/x/b/in", "2")
-    names = manifest.hash_inputs(both)
+    names = sources.hash_inputs(both)
     assert len(set(names)) == 4
-    assert names[0] == manifest.hash_inputs(_inputs("/any", "1"))[0]
+    assert names[0] == sources.hash_inputs(_inputs("/any", "1"))[0]
     moved = _inputs("/y/a/in", "1", "2") + _inputs("/y/b/in", "2") + _inputs("/y/b/in", "2")
-    assert manifest.hash_inputs(moved) == names  # the ends of the roots tell them apart
+    assert sources.hash_inputs(moved) == names  # the ends of the roots tell them apart
 
 
 @pytest.mark.parametrize(

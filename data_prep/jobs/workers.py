@@ -1,0 +1,335 @@
+"""Workers: this process, or processes of pebble's pool; settings of those of a Ray cluster.
+
+pebble stops tasks at their time limit, and the death of a worker is an error of its task alone.
+Workers are spawned, since the parent may have threads. They count their pairs through one pipe,
+whose short messages are written as a whole; no lock is shared that a dead worker could hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing.context
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import Any
+
+from diht_jax.storage.retries import FullError, is_outage
+
+Report = Callable[[int], None]  # called with a number of pairs that are done
+Function = Callable[[Any, Report], Any]
+
+POLL_SECS = 0.5
+
+# Why a task failed, where that says what to do next.
+STORAGE = "storage"  # a disk, a network or a store has failed for longer than a read was tried
+DEATH = "death"  # the worker process ended while it was at work
+KILLED = "killed"  # from outside while others were at work: memory ran out
+LOST = "lost"  # the node of the worker is gone
+TIMEOUT = "timeout"  # the task took longer than it may
+FULL = "full"  # there is no room for the output: other tasks would fail of it as well
+NOT_STARTED = "not started"  # the worker has ended before it had the task
+
+_STOP_SECS = 5.0
+_MAX_FAILED_STARTS = 3  # in a row
+# The libraries under spaCy and NumPy would start a thread per core in every worker.
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_EXITED = 256  # stands for exit code 0, which pebble takes for no death
+
+
+@dataclasses.dataclass(frozen=True)
+class RaySettings:
+    """Settings of a cluster, and the resources of a worker.
+
+    Attributes:
+        address: "auto" for the running cluster (or $RAY_ADDRESS), "local" to start one on this
+            machine for the time of the job, else HOST:PORT.
+        cpus_per_worker: cores that a worker reserves.
+        gpus_per_worker: GPUs, or a part of one, that a worker reserves and sees.
+        model_actors: actors at most that hold the networks for all workers, as many as the GPUs
+            have room for; 0 for none: each worker has its own.
+        gpus_per_model_actor: GPUs, or a part of one, that such an actor reserves and sees.
+    """
+
+    address: str = "auto"
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    model_actors: int = 0
+    gpus_per_model_actor: float = 1.0
+
+    def check(self) -> None:
+        """Raises ValueError where a number is negative, or a worker would reserve nothing."""
+        for field in dataclasses.fields(self)[1:]:
+            if (value := getattr(self, field.name)) < 0:
+                raise ValueError(f"config.ray.{field.name}={value}; expected at least 0")
+        if not self.cpus_per_worker and not self.gpus_per_worker:
+            raise ValueError(
+                "config.ray.cpus_per_worker=0 and config.ray.gpus_per_worker=0; expected one of "
+                "them to be more: they limit how many workers run on a node"
+            )
+
+
+class ProcessDeath(OSError):
+    """A process that a task needed has died of what it was given to do, as a worker may."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Result or error of one task.
+
+    Attributes:
+        task: the task; None before the engine has added it.
+        result: what the function returned; None after an error.
+        error: what went wrong; None after success.
+        cause: why the error may pass when the task is run again, one of the above; None where it
+            will not: the input is damaged, or the code has a defect.
+    """
+
+    task: Any = None
+    result: Any = None
+    error: str | None = None
+    cause: str | None = None
+
+    @classmethod
+    def of_error(cls, error: Exception) -> Outcome:
+        """The outcome of a task that raised; an outage of a disk or a store may pass later."""
+        cause = STORAGE if is_outage(error) else None
+        if isinstance(error, FullError | ProcessDeath):
+            cause = FULL if isinstance(error, FullError) else DEATH
+        return cls(error=describe_error(error), cause=cause)
+
+    @classmethod
+    def timed_out(cls, limit_secs: float) -> Outcome:
+        """The outcome of a task that was stopped after some time."""
+        error = f"stopped after config.shard_timeout_secs={limit_secs:g} seconds"
+        return cls(error=error, cause=TIMEOUT)
+
+
+def call_function(function: Function, task: Any, report: Report) -> Outcome:
+    """Does one task in this process; an exception becomes the error of the outcome."""
+    try:
+        return Outcome(result=function(task, report))
+    except Exception as error:
+        return Outcome.of_error(error)
+
+
+def describe_error(error: Exception) -> str:
+    """The error for the person who reads the log: a defect with its traceback."""
+    if isinstance(error, ValueError | OSError):  # whose messages are written for people
+        return str(error)
+    return "".join(traceback.format_exception(error))
+
+
+class ThisProcess:
+    """The pool that runs tasks here, one after the other; the others have the same methods."""
+
+    room = 1  # tasks that may be under way
+
+    def __init__(self, function: Function, add_pairs: Report):
+        self._function = function
+        self._add_pairs = add_pairs
+
+    def submit(self, task: Any) -> futures.Future:
+        """Starts a task, which has ended when its future is done."""
+        future: futures.Future[Outcome] = futures.Future()
+        future.set_result(call_function(self._function, task, self._add_pairs))
+        return future
+
+    def poll(self) -> None:
+        """Looks after the tasks that are under way, and counts the pairs that are done."""
+
+    def read(self, future: futures.Future) -> Outcome:
+        """The outcome of a task that has ended."""
+        return future.result()
+
+    def narrow(self) -> None:
+        """Leaves all memory to a single task."""
+
+    def stop(self) -> None:
+        """Ends all workers, at work or not."""
+
+
+class _Process(multiprocessing.context.SpawnProcess):
+    """A worker; it ends only with the pool, so that any other end of it is a death."""
+
+    @property
+    def exitcode(self) -> int | None:
+        return _EXITED if (code := super().exitcode) == 0 else code
+
+
+class _Context(multiprocessing.context.SpawnContext):
+    Process = _Process
+
+
+class LocalPool:
+    """Worker processes; see `ThisProcess`."""
+
+    def __init__(
+        self, function: Function, num_workers: int, timeout_secs: float | None, add_pairs: Report
+    ):
+        """Starts no worker before there is a task."""
+        try:
+            import pebble
+        except ImportError as error:
+            raise ValueError(
+                "worker processes need pebble, which is not installed; run `pip install pebble`, "
+                "or install this project with its extra `prep`"
+            ) from error
+        self.room = num_workers
+        self._pebble = pebble
+        self._function = function
+        self._timeout_secs = timeout_secs
+        self._add_pairs = add_pairs
+        self._pool: Any = None  # a pebble.ProcessPool
+        self._failed_starts = 0
+        self._context = _Context()
+        self._receiver, self._sender = self._context.Pipe(duplex=False)  # of numbers of pairs
+        self._added = [name for name in _ONE_THREAD if name not in os.environ]
+        os.environ.update(dict.fromkeys(self._added, "1"))  # which workers inherit
+
+    def submit(self, task: Any) -> futures.Future[bytes]:
+        """Starts a task."""
+        try:
+            data = pickle.dumps((self._function, task))
+        except Exception as error:
+            text = f"the task cannot be pickled: {describe_error(error)}"
+            future: futures.Future[bytes] = futures.Future()
+            future.set_result(pickle.dumps(Outcome(error=text)))
+            return future
+        if self._pool is not None and not self._pool.active:
+            self._stop_workers()  # an idle worker has died
+        if self._pool is None:
+            self._pool = self._pebble.ProcessPool(
+                max_workers=self.room,
+                initializer=_begin,
+                initargs=(self._sender,),
+                context=self._context,
+            )
+        return self._pool.schedule(_work, (data,), timeout=self._timeout_secs)
+
+    def poll(self) -> None:
+        """Counts the pairs that are done."""
+        while self._receiver.poll():
+            self._add_pairs(int.from_bytes(self._receiver.recv_bytes(), "little"))
+
+    def read(self, future: futures.Future[bytes]) -> Outcome:
+        """The outcome of a task that has ended.
+
+        Raises:
+            ValueError: no worker can start.
+        """
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            self._replace_workers()
+            return Outcome(error="its worker process could not start", cause=NOT_STARTED)
+        self._failed_starts = 0
+        if isinstance(error, self._pebble.ProcessExpired):
+            return self._died(error.exitcode)
+        if isinstance(error, TimeoutError) and self._timeout_secs is not None:
+            return Outcome.timed_out(self._timeout_secs)
+        return pickle.loads(future.result())
+
+    def _died(self, code: int) -> Outcome:
+        end = f"exit code {code % _EXITED}"
+        if code < 0:
+            end = f"signal {-code}"
+            with contextlib.suppress(ValueError):
+                end += f", {signal.Signals(-code).name}"
+        # The kernel kills the largest process when the memory of all of them runs out.
+        is_shared = code == -signal.SIGKILL and self.room > 1
+        return Outcome(
+            error=f"the worker process died at work ({end}): either memory ran out, and fewer "
+            "workers (num_workers) may help, or a library crashed; see what it printed above",
+            cause=KILLED if is_shared else DEATH,
+        )
+
+    def _replace_workers(self) -> None:
+        """Ends the workers where one has ended before any had a task, once for all their tasks."""
+        if self._pool is None or self._pool.active:
+            return
+        self._stop_workers()
+        self._failed_starts += 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise ValueError(
+                "no worker process could start: either a module cannot be imported, and its "
+                "traceback is above, or memory ran out, and fewer workers (num_workers) may help"
+            )
+
+    def narrow(self) -> None:
+        """Goes on with one worker; the others end, and give their memory back."""
+        self.room = 1
+        self._stop_workers()
+
+    def stop(self) -> None:
+        """Ends all workers, at work or not."""
+        self._stop_workers()
+        for name in self._added:
+            os.environ.pop(name, None)
+
+    def _stop_workers(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        pool.stop()
+        for process in multiprocessing.active_children():  # at once, not one after the other
+            if process.name == self._pebble.pool.process.WORKERS_NAME:
+                process.terminate()
+        pool.join()
+
+
+_sender: connection.Connection | None = None  # of this process, if it is a worker
+
+
+def _begin(sender: connection.Connection) -> None:
+    """Prepares a worker process."""
+    global _sender
+    _sender = sender
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _leave(*_: Any) -> None:
+    """Ends a worker by an exception, so that half-written files are removed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the parent was killed: another run may begin."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_STOP_SECS)
+        os._exit(1)
+
+
+def _work(data: bytes) -> bytes:
+    """Does one task; returns its outcome. Both are pickled here: a fault in that is the task's."""
+    pairs, sent_secs = 0, time.monotonic()
+
+    def report(count: int, *, is_end: bool = False) -> None:
+        """Tells the parent how many pairs are done, but not too often."""
+        nonlocal pairs, sent_secs
+        pairs += count
+        if pairs and _sender is not None and (is_end or time.monotonic() - sent_secs >= POLL_SECS):
+            _sender.send_bytes(pairs.to_bytes(8, "little"))
+            pairs, sent_secs = 0, time.monotonic()
+
+    try:
+        function, task = pickle.loads(data)
+        reply = pickle.dumps(call_function(function, task, report))
+    except Exception as error:
+        reply = pickle.dumps(Outcome.of_error(error))
+    except SystemExit:
+        os._exit(1)
+    report(0, is_end=True)
+    return reply

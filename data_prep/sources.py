@@ -1,0 +1,314 @@
+"""Units of work for the `input` of a preparation config, and what img2dataset writes next to them.
+
+The readers themselves are in `diht_jax.readers`, where the evaluation finds them too; this module
+holds what only offline jobs need: the config section, the check of the output folder, the share of
+one job, and metadata and statistics of img2dataset. A shard of img2dataset's is
+
+    00000.tar           read by diht_jax.readers.webdataset; in the output format "tfrecord"
+                        00000.tfrecord instead, read by diht_jax.readers.records
+    00000.parquet       the rows of the shard, those that could not be downloaded too; in the output
+                        format "parquet" it holds the images as well, and there is no tar
+                        (diht_jax.readers.parquet reads those)
+    00000_stats.json    rows, successes, and how the others failed
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import ml_collections
+from absl import logging
+from ml_collections.config_dict import placeholder
+
+from diht_jax.readers import registry
+from diht_jax.readers.base import IMAGE_EXTENSIONS
+from diht_jax.readers.parquet import (
+    SUFFIX,
+    BadRow,
+    clean_row,
+    explain_errors,
+    open_parquet,
+    read_rows,
+)
+from diht_jax.readers.registry import Skipped, SourceShard
+from diht_jax.readers.webdataset import TAR_SUFFIXES
+from diht_jax.records.formats.tar_members import DamagedTarError
+from diht_jax.records.schema import Pair
+from diht_jax.storage import files
+from diht_jax.storage.files import check_writable
+from diht_jax.storage.retries import StorageError, is_missing
+from diht_jax.storage.stores import check_ordinary, is_remote
+
+COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
+
+TFRECORD_SUFFIX = ".tfrecord"
+
+_CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")  # what the tar has already
+_MAX_STATUSES = 50
+
+_ONE_SLASH = re.compile(r"([a-z0-9]+):/([^/].*)", re.DOTALL)
+
+_Task = TypeVar("_Task")
+
+
+class Input(NamedTuple):
+    """A unit of work, and the root of the typed source that it came from.
+
+    Attributes:
+        shard: the unit.
+        root: the folder part of the typed text before its first wildcard; of a folder itself.
+    """
+
+    shard: SourceShard
+    root: str
+
+    @property
+    def path(self) -> str:
+        """Path of the unit below the root, with "/" between the names."""
+        path, root = (
+            text.split("://", 1)[1].strip("/")
+            if is_remote(text)
+            else os.path.abspath(text).replace(os.sep, "/")
+            for text in (self.shard.path, self.root)
+        )
+        below = path.removeprefix(f"{root}/")
+        # What a text such as tfds:NAME:SPLIT stands for is elsewhere.
+        return below if below != path else path.rpartition("/")[2]
+
+
+def default_source() -> ml_collections.ConfigDict:
+    """The config section `source`: the options of all source formats, with their defaults.
+
+    Their meaning is in the formats' own options, such as `readers.columns.ColumnOptions`.
+    """
+    c = ml_collections.ConfigDict()
+    for name, field in registry.option_defaults().items():
+        c[name] = placeholder(str) if field.default is None else field.default
+    return c
+
+
+def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> Sequence[Input]:
+    """Divides `config.input` into units of work, in a fixed order.
+
+    It is any source of `diht_jax.readers`, TFRecord shards by their URL, or several with commas
+    between them; `source` is the section of `default_source`.
+
+    Raises:
+        ValueError: no input is set or found.
+    """
+    if not pairs:
+        raise ValueError(
+            "config.input is not set: expected tars, tables, a folder, TFRecord shards or "
+            "tfds:NAME:SPLIT, such as --config.input='/data/*.tar'"
+        )
+    inputs = []
+    for text in typed_texts(pairs):
+        root = find_root(text)
+        with _naming_options():
+            found = registry.list_shards(text, **source.to_dict())
+            inputs += [Input(shard, root) for shard in found]
+    return inputs
+
+
+def hash_inputs(inputs: Sequence[Input]) -> list[str]:
+    """16 hexadecimal digits for each input; they do not depend on the inputs of other paths.
+
+    They stand for the path below the root, the kind, and the range where a file makes several
+    units. Of inputs that are alike in all of these, the second and later ones are numbered.
+    """
+    units = collections.Counter(found.shard.path for found in inputs)
+    seen: collections.Counter[str] = collections.Counter()
+    hashes = []
+    for found in inputs:
+        shard = found.shard
+        part = [shard.start, shard.stop] if units[shard.path] > 1 else []
+        text = json.dumps([found.path, shard.kind, *part])
+        name = f"{text} {seen[text]}" if seen[text] else text
+        seen[text] += 1
+        hashes.append(hashlib.blake2b(name.encode(), digest_size=8).hexdigest())
+    return hashes
+
+
+def typed_texts(pairs: str) -> list[str]:
+    """The sources that one `config.input` names, which are separated by commas."""
+    texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
+    return [text.strip() for text in texts]
+
+
+def find_root(text: str) -> str:
+    """The folder part of a typed source before its first wildcard; a folder is its own root."""
+    path = re.sub(r"\?\w+=.*", "", text, flags=re.DOTALL)  # without its options
+    before = re.split(r"[*?\[]", path, maxsplit=1)[0]
+    if is_remote(path):
+        is_folder = before == path and not os.path.splitext(path)[1]
+    else:
+        is_folder = os.path.isdir(path)
+    return path if is_folder else before.rpartition("/")[0]
+
+
+def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """Like `readers.registry.read_pairs`; errors name options as keys of the config."""
+    with _naming_options():
+        yield from registry.read_pairs(shard)
+
+
+@contextlib.contextmanager
+def _naming_options() -> Generator[None]:
+    """Makes errors name options as they are typed."""
+    try:
+        yield
+    except ValueError as error:
+        message = registry.name_options(str(error), "--config.source.{}")
+        if isinstance(error, OSError | DamagedTarError) or message == str(error):
+            raise
+        raise ValueError(message) from error
+
+
+def check_output(output: str | os.PathLike[str] | None, sources: Iterable[SourceShard]) -> str:
+    """Like `check_folder`; a folder that is being read is a ValueError as well."""
+    folder = check_folder(output)
+    check_not_input(folder, sources)
+    return folder
+
+
+def check_folder(output: str | os.PathLike[str] | None) -> str:
+    """The output folder, once it is sure that it can be written; before the input is listed.
+
+    Returns:
+        A path or URL without a slash at its end.
+
+    Raises:
+        ValueError: it is not set, is mistyped, or takes no file.
+    """
+    if not output:
+        raise ValueError("config.output is not set: expected a folder, which is made if missing")
+    folder = os.fspath(output).removeprefix("file://")
+    if match := _ONE_SLASH.fullmatch(folder):
+        raise ValueError(
+            f"config.output='{output}': expected a local folder, or a URL with two slashes, such "
+            f"as {match[1]}://{match[2]}; a local folder of this name is ./{folder}"
+        )
+    folder = folder.rstrip("/") or folder
+    if is_remote(folder):
+        check_writable(folder, "config.output")
+        return folder
+    present = os.path.abspath(folder)
+    while not os.path.lexists(present):
+        present = os.path.dirname(present)
+    if not os.path.isdir(present) or not os.access(present, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"config.output='{folder}': nothing can be written to '{present}'; expected a folder "
+            "that may be written to, or the name of a new one in such a folder"
+        )
+    return folder
+
+
+def check_not_input(folder: str, sources: Iterable[SourceShard]) -> None:
+    """Raises ValueError where the output folder is one that is being read."""
+    plain = _plain_path(folder)
+    for source in sources:
+        if os.path.dirname(_plain_path(source.path)) == plain:
+            raise ValueError(f"config.output='{folder}' is the folder of the input '{source.path}'")
+
+
+def _plain_path(path: str) -> str:
+    """A path or URL in the one form in which they are compared."""
+    if not is_remote(path):
+        return os.path.realpath(path)
+    protocol, _, name = path.partition("://")
+    return f"{protocol}://{name.strip('/')}"
+
+
+def shards_of_task(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> Sequence[_Task]:
+    """The tasks of one job of a job array: every `num_tasks`-th.
+
+    Raises:
+        ValueError: the number is not in [0, num_tasks).
+    """
+    if not 0 <= task_index < num_tasks:
+        raise ValueError(
+            f"--task_index={task_index} with --num_tasks={num_tasks}; expected an index from 0 to "
+            f"{num_tasks - 1}"
+        )
+    return tasks if num_tasks == 1 else tasks[task_index::num_tasks]
+
+
+def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
+    """The `COUNTS` of a shard that img2dataset downloaded, and its outcomes ("status_dict").
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = f"{_stem(source.path)}_stats.json"
+    try:
+        check_ordinary(path)
+        stats = json.loads(files.read_bytes(path))
+        statuses = collections.Counter({str(k): int(v) for k, v in stats["status_dict"].items()})
+        counts = {name: int(stats[name]) for name in COUNTS}
+    except FileNotFoundError:
+        return None
+    except StorageError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not the statistics of img2dataset ({type(error).__name__}: {error}); delete "
+            "the file to filter without them"
+        ) from error
+    return counts | {"status_dict": dict(statuses.most_common(_MAX_STATUSES))}
+
+
+def merge_download_stats(total: dict[str, Any], other: Mapping[str, Any] | None) -> None:
+    """Adds the counts of another shard to a dict that was empty at first."""
+    if other is None:
+        return
+    for name in COUNTS:
+        total[name] = total.get(name, 0) + other[name]
+    statuses = collections.Counter(total.get("status_dict", {}))
+    statuses.update(other["status_dict"])
+    total["status_dict"] = dict(statuses.most_common(_MAX_STATUSES))
+
+
+def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
+    """The metadata of a tar's pairs by key, from the parquet file next to it.
+
+    Returns:
+        Nothing where there is no such file, or one without keys.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = _stem(source.path) + SUFFIX
+    if not source.path.endswith(TAR_SUFFIXES):
+        return {}
+    try:
+        file = open_parquet(path)
+    except OSError as error:
+        if is_missing(error):
+            return {}
+        raise
+    names = file.schema_arrow.names
+    if "key" not in names:
+        return {}
+    wanted = [name for name in names if name not in IMAGE_EXTENSIONS]
+    rows, bad = {}, []
+    with explain_errors(path, lambda: "damaged"):
+        for row in read_rows(path, file, wanted):
+            if isinstance(row, BadRow):
+                bad.append(row.detail)
+                row = row.values
+            rows[str(row.get("key"))] = clean_row(row, ("key", *_CAPTION_COLUMNS))
+    if bad:
+        logging.warning("%d pairs lack a value that cannot be read, such as %s", len(bad), bad[0])
+    return rows
+
+
+def _stem(path: str) -> str:
+    suffixes = (*TAR_SUFFIXES, TFRECORD_SUFFIX, SUFFIX)
+    return next((path.removesuffix(s) for s in suffixes if path.endswith(s)), path)

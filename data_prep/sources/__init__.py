@@ -1,1 +1,0 @@
-"""Units of work for the input of a command."""
