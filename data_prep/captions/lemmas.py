@@ -113,7 +113,7 @@ class CaptionLemmatizer:
         return doc.from_array([LEMMA], values)
 
     def lemmatize(self, word: str, tag: str) -> str:
-        """The dictionary form of a word, in lower case; the word itself for tags without inflection."""
+        """The dictionary form of a word, in lower case; the word itself where its tag has none."""
         word = word.lower().replace("’", "'")
         if word in _AUXILIARIES and tag[:2] in ("VB", "MD"):
             return _AUXILIARIES[word]

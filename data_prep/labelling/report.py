@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from diht_jax.pages.render import render, thumbnail
 from diht_jax.records.formats.registry import open_source
 from diht_jax.records.labels.concepts import open_labels
 from diht_jax.records.schema import Record
-from diht_jax.records.vocabulary import KINDS, ConceptList, Vocabulary
+from diht_jax.records.vocabulary import KINDS, Vocabulary
 from diht_jax.storage import files
 
 PAGE = "report.html"
@@ -61,10 +61,7 @@ def write_report(
         heads_title=_describe_heads(heads),
         warnings=find_warnings(heads),
         metrics_header=("", "", *ranks, "per concept: R@1", *ranks[1:]),
-        metrics=[
-            (kind, name, *(f"{100 * value:.1f}" for value in values))
-            for kind, name, values in _metric_rows(heads)
-        ],
+        metrics=_metric_rows(heads),
         num_images="; ".join(
             f"{kind}: {result['images']['train']:,} for training, "
             f"{result['images']['held_out']:,} held out"
@@ -75,10 +72,9 @@ def write_report(
             describe_card(record, vocabulary)
             for record in _choose_records(folder, summary["config"], labelled)
         ],
-        vocabulary=[_describe_vocabulary(part) for part in vocabulary if len(part)],
-        rankings=[
-            _describe_ranking(kind, result) for kind, result in _results(heads) if result["best"]
-        ],
+        vocabulary=[part for part in vocabulary if len(part)],
+        listed=_LISTED,
+        rankings=[(kind, result) for kind, result in _results(heads) if result["best"]],
     )
 
 
@@ -114,9 +110,8 @@ def find_warnings(heads: dict[str, Any]) -> list[str]:
 
 def format_metrics(heads: dict[str, Any]) -> str:
     """Recalls of the heads and of the frequency baseline, in percent, as a table."""
-    rows = [("", "", "own concepts: R@1", "R@5", "R@10", "per concept: R@1", "R@5", "R@10")]
-    for kind, name, values in _metric_rows(heads):
-        rows.append((kind, name, *(f"{100 * value:.1f}" for value in values)))
+    header = ("", "", "own concepts: R@1", "R@5", "R@10", "per concept: R@1", "R@5", "R@10")
+    rows = [header, *_metric_rows(heads)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     title = f"{_describe_heads(heads)}\n" if heads["loaded_from"] else ""
     return title + "\n".join(
@@ -167,12 +162,14 @@ def _results(heads: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(kind, heads["heads"][kind]) for kind in KINDS if kind in heads["heads"]]
 
 
-def _metric_rows(heads: dict[str, Any]) -> Iterable[tuple[str, str, list[float]]]:
-    for kind, result in _results(heads):
-        for name, key in (("head", "metrics"), ("frequency only", "baseline")):
-            values = result[key]
-            names = [f"{prefix}recall_at_{k}" for prefix in ("", "concept_") for k in (1, 5, 10)]
-            yield kind if name == "head" else "", name, [values[n] for n in names]
+def _metric_rows(heads: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Kind, name and recalls in percent of each head, and of its baseline."""
+    names = [f"{prefix}recall_at_{k}" for prefix in ("", "concept_") for k in (1, 5, 10)]
+    return [
+        (shown, name, *(f"{100 * result[key][each]:.1f}" for each in names))
+        for kind, result in _results(heads)
+        for shown, name, key in ((kind, "head", "metrics"), ("", "frequency only", "baseline"))
+    ]
 
 
 def _describe_run(folder: str, summary: dict[str, Any]) -> str:
@@ -243,23 +240,3 @@ def describe_card(record: Record, vocabulary: Vocabulary) -> dict[str, Any]:
         return card | {"picture": thumbnail(decode_rgb(record.image), _THUMBNAIL)}
     except ImageError as error:
         return card | {"picture": None, "problem": error.reason}
-
-
-def _describe_vocabulary(part: ConceptList) -> dict[str, Any]:
-    rows = list(zip(range(len(part)), part.names, part.counts, strict=True))
-    tail = rows[_LISTED:][-_LISTED:]
-    return {"kind": part.kind, "size": len(part), "head": rows[:_LISTED], "tail": tail}
-
-
-def _describe_ranking(kind: str, result: dict[str, Any]) -> dict[str, Any]:
-    lists = [
-        (
-            name.capitalize(),
-            [
-                (entry["concept"], f"{100 * entry['recall']:.0f}%", entry["images"])
-                for entry in result[name]
-            ],
-        )
-        for name in ("best", "worst")
-    ]
-    return {"kind": kind, "rank": result["ranked_by"].rpartition("_")[2], "lists": lists}

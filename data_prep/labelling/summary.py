@@ -46,9 +46,7 @@ def summarize(
     tasks, done = _read_done(found)
     counts = [stats["counts"] for stats in done]
     records, num_bytes = (_add_up(done, name) for name in ("records", "bytes"))
-    missing = collections.Counter()
-    for count in counts:
-        missing.update(count["missing"])
+    missing = sum((collections.Counter(c["missing"]) for c in counts), collections.Counter())
     added_bytes = sum(count["added_bytes"] for count in counts) if config.merge else num_bytes
     facts = {
         "config": {k: v for k, v in config.to_dict().items() if k not in ("num_workers", "ray")},
