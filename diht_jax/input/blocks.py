@@ -40,7 +40,7 @@ from diht_jax.input.workers import (
 )
 from diht_jax.records.format import TFRecordError
 from diht_jax.storage.locks import LockedError, lock_file
-from diht_jax.storage.retries import StorageError, is_missing, is_outage
+from diht_jax.storage.retries import StorageError, is_missing, is_outage, retry
 from diht_jax.storage.stores import RangesFile
 
 _Result = TypeVar("_Result")
@@ -182,11 +182,15 @@ class BlockStore:
         block = self.order.block_of(record)
         path, number = self._path(block), record - int(self.order.block_starts[block])
 
-        try:
-            with RangesFile(str(path)) as file:
-                places = file.read_range(8 * number, 8 * number + _PLACES.size)
+        def read_piece() -> bytes:
+            with open(path, "rb", buffering=0) as file:
+                places = os.pread(file.fileno(), _PLACES.size, 8 * number)
                 # An empty file is that of a block whose frames are damaged.
-                piece = file.read_range(*_PLACES.unpack(places)) if places else b""
+                start, end = _PLACES.unpack(places) if places else (0, 0)
+                return os.pread(file.fileno(), end - start, start)
+
+        try:
+            piece = retry(read_piece, path)
         except FileNotFoundError:
             return None
         return self._source.unpack(record, piece) if piece else None
