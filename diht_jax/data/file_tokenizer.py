@@ -31,32 +31,22 @@ _METASPACE = "\u2581"  # sentencepiece's sign for a space
 
 @dataclasses.dataclass(frozen=True)
 class FileTokenizer:
-    """Makes token ids by a tokenizer's file. It is opened where it is used first.
+    """Makes token ids by a tokenizer's file. It is opened where it is used first."""
 
-    Attributes:
-        path: `tokenizer.json`, or a `.model` file of sentencepiece, of which texts are cleaned and
-            encoded as by transformers' SiglipTokenizer.
-        pad: token behind the end of a text (or before its start).
-        pads_left: padding comes before the text.
-        clean: of texts, before the tokenizer sees them, as open_clip does it: "whitespace" repairs
-            Unicode and HTML entities and collapses whitespace, "lower" makes lower case besides,
-            "canonicalize" removes punctuation too. "none" as transformers.
-        lower_case: the tokenizer makes lower case, also where its file does not say so.
-        start: token before a text, where `has_own_ends`; "" for none.
-        end: token behind a text, likewise, and of a `.model` file.
-        has_own_ends: `start` and `end` stand for those of the file.
-        unknown: token for what the vocabulary lacks, of a `.model` file.
-    """
-
+    # `tokenizer.json`, or a `.model` file of sentencepiece, of which texts are cleaned and encoded as
+    # by transformers' SiglipTokenizer.
     path: str
-    pad: str
-    pads_left: bool = False
+    pad: str  # token behind the end of a text (or before its start)
+    pads_left: bool = False  # padding comes before the text
+    # Of texts, before the tokenizer sees them, as open_clip does it: "whitespace" repairs Unicode
+    # and HTML entities and collapses whitespace, "lower" makes lower case besides, "canonicalize"
+    # removes punctuation too. "none" as transformers.
     clean: str = "none"
-    lower_case: bool = False
-    start: str = ""
-    end: str = ""
-    has_own_ends: bool = False
-    unknown: str = ""
+    lower_case: bool = False  # the tokenizer makes lower case, also where its file does not say so
+    start: str = ""  # token before a text, where `has_own_ends`; "" for none
+    end: str = ""  # token behind a text, likewise, and of a `.model` file
+    has_own_ends: bool = False  # `start` and `end` stand for those of the file
+    unknown: str = ""  # token for what the vocabulary lacks, of a `.model` file
 
     def tokenize(self, texts: str | Sequence[str], context_length: int) -> np.ndarray:
         """Token ids of texts.

@@ -56,20 +56,13 @@ _INDICES = {"tfrecord": tfrecord.INDEX, "webdataset": tar_records.INDEX}
 
 @dataclasses.dataclass(frozen=True)
 class IndexReport:
-    """The outcome of `update_index`.
+    """The outcome of `update_index`."""
 
-    Attributes:
-        path: of the index.
-        num_shards, num_records: in the index.
-        num_read: shards that had to be looked at.
-        changes: how the folder differed from an older index, in words.
-    """
-
-    path: str
+    path: str  # of the index
     num_shards: int
     num_records: int
-    num_read: int
-    changes: Sequence[str] = ()
+    num_read: int  # shards that had to be looked at
+    changes: Sequence[str] = ()  # how the folder differed from an older index, in words
 
 
 def define_flags() -> None:

@@ -65,20 +65,14 @@ class ReadAheadStopped(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class ReadAheadOptions:
-    """The keys of `config.data` for reading from object stores.
+    """The keys of `config.data` for reading from object stores."""
 
-    Attributes:
-        read_threads: blocks that a host requests at the same time.
-        cache_dir: folder on a local disk for the blocks; None: shared memory.
-        read_ahead_gib: bound of the blocks; None: half of what is free in `cache_dir`; of shared
-            memory also at most a quarter of the memory that this process may still take.
-        read_timeout_secs: how long a store may fail.
-    """
-
-    read_threads: int = 32
-    cache_dir: str | None = None
+    read_threads: int = 32  # blocks that a host requests at the same time
+    cache_dir: str | None = None  # folder on a local disk for the blocks; None: shared memory
+    # Bound of the blocks; None: half of what is free in `cache_dir`; of shared memory also at most
+    # a quarter of the memory that this process may still take.
     read_ahead_gib: float | None = None
-    read_timeout_secs: float = 600.0
+    read_timeout_secs: float = 600.0  # how long a store may fail
 
     @property
     def parent(self) -> str:

@@ -29,42 +29,27 @@ _ARTICLES = frozenset(("a", "an", "the"))
 
 @dataclasses.dataclass(eq=False)
 class DecodeExample(grain.transforms.RandomMap):
-    """One serialised record -> one training example: random crop and token ids.
+    """One serialised record -> one training example: random crop and token ids."""
 
-    Attributes:
-        image_size: pixels, of both sides.
-        context_length: t, token ids per text.
-        crop_scale: range of the crop's share of the picture's area.
-        text_template: with `{caption}` in it.
-        fast_decode: as `fast_crops` does it; otherwise as exactly as evaluation does.
-        num_concepts: k, the teacher's labels to take of each kind; 0 for none.
-        vocabulary_sizes: how many concepts of each of `vocabulary.KINDS` there are; a record with
-            an id beyond them is bad. None where that is not known.
-        teacher_width: D, of the CLIP teachers' embeddings to take; 0 for none.
-        caption_choice: draws one of a record's captions; None takes the first.
-        caption_sentences: of the caption, to draw; 0 takes all.
-        pair_ids: examples have ids that are equal for equal texts.
-        class_key: of the metadata; records with this key have the id of its value instead.
-        vocab_size: entries of the text tower's vocabulary.
-        own_tokenizer: of the model; None is CLIP's.
-        interpolation: of the pictures, as in `transforms.Preprocessing`.
-    """
-
-    image_size: int
-    context_length: int
-    crop_scale: tuple[float, float]
-    text_template: str
-    fast_decode: bool = True
-    num_concepts: int = 0
+    image_size: int  # pixels, of both sides
+    context_length: int  # t, token ids per text
+    crop_scale: tuple[float, float]  # range of the crop's share of the picture's area
+    text_template: str  # with `{caption}` in it
+    fast_decode: bool = True  # as `fast_crops` does it; otherwise as exactly as evaluation does
+    num_concepts: int = 0  # k, the teacher's labels to take of each kind; 0 for none
+    # How many concepts of each of `vocabulary.KINDS` there are; a record with an id beyond them is
+    # bad. None where that is not known.
     vocabulary_sizes: Sequence[int] | None = None
-    teacher_width: int = 0
+    teacher_width: int = 0  # D, of the CLIP teachers' embeddings to take; 0 for none
+    # Draws one of a record's captions; None takes the first.
     caption_choice: CaptionChoice | None = None
-    caption_sentences: int = 0
-    pair_ids: bool = False
+    caption_sentences: int = 0  # of the caption, to draw; 0 takes all
+    pair_ids: bool = False  # examples have ids that are equal for equal texts
+    # Of the metadata; records with this key have the id of its value instead.
     class_key: str | None = None
-    vocab_size: int = tokenizer.VOCAB_SIZE
-    own_tokenizer: FileTokenizer | None = None
-    interpolation: str = "bicubic"
+    vocab_size: int = tokenizer.VOCAB_SIZE  # entries of the text tower's vocabulary
+    own_tokenizer: FileTokenizer | None = None  # of the model; None is CLIP's
+    interpolation: str = "bicubic"  # of the pictures, as in `transforms.Preprocessing`
 
     def __post_init__(self):
         if _CAPTION not in self.text_template:

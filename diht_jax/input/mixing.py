@@ -35,22 +35,15 @@ _LONGEST_CYCLE = 10**6
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source of a run.
+    """A source of a run."""
 
-    Attributes:
-        name: its key in `config.data.train`; "" of the only one.
-        records: number of the record -> its element.
-        order: own position -> number of the record.
-        decode: makes an example of a record.
-        labels: of these records, and embeddings of CLIP teachers, where there are some.
-        blocks: of these records, where they are fetched from an object store.
-    """
-
-    name: str
-    records: Sequence[Any]
-    order: GlobalOrder | BlockOrder
-    decode: DecodeExample
+    name: str  # its key in `config.data.train`; "" of the only one
+    records: Sequence[Any]  # number of the record -> its element
+    order: GlobalOrder | BlockOrder  # own position -> number of the record
+    decode: DecodeExample  # makes an example of a record
+    # Of these records, and embeddings of CLIP teachers, where there are some.
     labels: tuple[LabelRecords, ...] = ()
+    # Of these records, where they are fetched from an object store.
     blocks: BlockStore | None = None
 
     def record(self, number: int) -> Record:

@@ -85,17 +85,11 @@ class _Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """Shares of a part of the run.
+    """Shares of a part of the run."""
 
-    Attributes:
-        first_row: of each stream.
-        rotation: of the shares.
-        taken: int64 [sources, V], rows that each stream has taken from each source before.
-    """
-
-    first_row: int
-    rotation: _Rotation
-    taken: np.ndarray
+    first_row: int  # of each stream
+    rotation: _Rotation  # of the shares
+    taken: np.ndarray  # int64 [sources, V], rows that each stream has taken from each source before
 
 
 class MixtureWeights:

@@ -322,23 +322,14 @@ class _Segment:
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """The rows of one window: `order` permutes them; the other lists have an entry for each block.
+    """The rows of one window: `order` permutes them; the lists have an entry for each block."""
 
-    Attributes:
-        first_row: of the segment.
-        order: the permutation.
-        offsets: where each block begins before the permutation.
-        records: the first record that is taken of each block.
-        blocks: numbers of the blocks.
-        last_rows: the row of the window that uses each block last.
-    """
-
-    first_row: int
-    order: np.ndarray
-    offsets: list[int]
-    records: list[int]
-    blocks: list[int]
-    last_rows: list[int]
+    first_row: int  # of the segment
+    order: np.ndarray  # the permutation
+    offsets: list[int]  # where each block begins before the permutation
+    records: list[int]  # the first record that is taken of each block
+    blocks: list[int]  # numbers of the blocks
+    last_rows: list[int]  # the row of the window that uses each block last
 
     def record(self, row: int) -> int:
         """The record at a row of the segment."""

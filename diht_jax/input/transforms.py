@@ -30,20 +30,14 @@ INTERPOLATIONS = tuple(_FILTERS)
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Preprocessing of the pictures of a model, by default CLIP's.
+    """Preprocessing of the pictures of a model, by default CLIP's."""
 
-    Attributes:
-        mean: per channel, for values in [0, 1].
-        std: likewise.
-        resize: "crop" scales the short side and crops the centre; "squash" scales both sides, and
-            keeps all of the picture but not its aspect ratio.
-        interpolation: "bicubic" or "bilinear", both antialiased.
-    """
-
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    mean: tuple[float, float, float] = CLIP_MEAN  # per channel, for values in [0, 1]
+    std: tuple[float, float, float] = CLIP_STD  # likewise
+    # "crop" scales the short side and crops the centre; "squash" scales both sides, and keeps all
+    # of the picture but not its aspect ratio.
     resize: str = "crop"
-    interpolation: str = "bicubic"
+    interpolation: str = "bicubic"  # "bicubic" or "bilinear", both antialiased
 
     def __post_init__(self):
         for name, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):

@@ -46,28 +46,21 @@ _NO_OPTIONS: Mapping[str, Any] = {}  # one for all, since there are many shards
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SourceShard:
-    """One unit of work: a tar, a part of a table, one class, or a range of a record file.
+    """One unit of work: a tar, a part of a table, one class, or a range of a record file."""
 
-    Attributes:
-        kind: name of the format in `registry.FORMATS`.
-        path: of the file or folder; a URL where it is in an object store.
-        start: where the part begins: a byte of a table, a record of a TFDS file.
-        stop: where it ends (exclusive); None for the end of the file.
-        options: what else its reader needs, JSON-able.
-        reads_linked: whether files that a table only names, such as its images, are read, too.
-        needs_caption: whether parquet rows and pictures of a folder without captions are skipped;
-            else theirs is empty.
-        unneeded: columns of metadata that nobody keeps: a value there that Python cannot hold costs
-            no row of parquet.
-    """
-
-    kind: str
-    path: str
-    start: int = 0
-    stop: int | None = None
+    kind: str  # name of the format in `registry.FORMATS`
+    path: str  # of the file or folder; a URL where it is in an object store
+    start: int = 0  # where the part begins: a byte of a table, a record of a TFDS file
+    stop: int | None = None  # where it ends (exclusive); None for the end of the file
+    # What else its reader needs, JSON-able.
     options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _NO_OPTIONS)
+    # Whether files that a table only names, such as its images, are read, too.
     reads_linked: bool = True
+    # Whether parquet rows and pictures of a folder without captions are skipped; else theirs is
+    # empty.
     needs_caption: bool = True
+    # Columns of metadata that nobody keeps: a value there that Python cannot hold costs no row of
+    # parquet.
     unneeded: tuple[str, ...] = ()
 
     @property
@@ -119,41 +112,34 @@ class SourceShard:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A source format: how it is recognised, divided into shards, read and counted.
+    """A source format: how it is recognised, divided into shards, read and counted."""
 
-    Attributes:
-        read: yields the pairs of one shard, and `Skipped` for an entry that is no pair; raises
-            ValueError naming the file if it is damaged.
-        suffixes: endings of the names of its files, in any case.
-        named_only: those of them that are read where a file is named, not where its folder is.
-        matches: whether a path is such a file, where the ending alone does not decide it.
-        prefix: start of texts that name a data set rather than files, such as "tfds:".
-        is_folder: reads folders without any file of another format.
-        list_shards: divides a path (or a text with the prefix) into units of work; takes an
-            instance of `options` as second argument. None: one unit for each file.
-        options: dataclass of the options that a user may set; each has a default, and the type of
-            one whose default is None is `str | None`. Of two formats, equal names mean the same.
-        count: entries of a shard, exactly or nearly, without reading images; None if unknown.
-        count_reads_file: counting goes through the whole file, so that only the first shard is
-            counted, and the others are estimated by their bytes.
-        metadata_of: kinds of files; in a folder with some of them, files of this format hold their
-            metadata only.
-        list_linked_files: of a shard, the files that its own file only names, such as the images
-            of a table, as `read_image` takes them: folder, path in it. They may be missing. None
-            where there are no such files.
-    """
-
+    # Yields the pairs of one shard, and `Skipped` for an entry that is no pair; raises ValueError
+    # naming the file if it is damaged.
     read: Callable[[SourceShard], Iterator[Pair | Skipped]]
-    suffixes: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()  # endings of the names of its files, in any case
+    # Those of them that are read where a file is named, not where its folder is.
     named_only: tuple[str, ...] = ()
+    # Whether a path is such a file, where the ending alone does not decide it.
     matches: Callable[[str], bool] | None = None
-    prefix: str = ""
-    is_folder: bool = False
+    prefix: str = ""  # start of texts that name a data set rather than files, such as "tfds:"
+    is_folder: bool = False  # reads folders without any file of another format
+    # Divides a path (or a text with the prefix) into units of work; takes an instance of `options`
+    # as second argument. None: one unit for each file.
     list_shards: Callable[[str, Any], list[SourceShard]] | None = None
+    # Dataclass of the options that a user may set; each has a default, and the type of one whose
+    # default is None is `str | None`. Of two formats, equal names mean the same.
     options: type[Any] | None = None
+    # Entries of a shard, exactly or nearly, without reading images; None if unknown.
     count: Callable[[SourceShard], int | None] = lambda shard: None
+    # Counting goes through the whole file, so that only the first shard is counted, and the others
+    # are estimated by their bytes.
     count_reads_file: bool = False
+    # Kinds of files; in a folder with some of them, files of this format hold their metadata only.
     metadata_of: tuple[str, ...] = ()
+    # Of a shard, the files that its own file only names, such as the images of a table, as
+    # `read_image` takes them: folder, path in it. They may be missing. None where there are no such
+    # files.
     list_linked_files: Callable[[SourceShard], Iterable[tuple[str, str]]] | None = None
 
     def is_file(self, path: str, *, is_named: bool = True) -> bool:

@@ -22,22 +22,19 @@ _NAMES_SHOWN = 20
 
 @dataclasses.dataclass(frozen=True)
 class ColumnOptions:
-    """Columns of a table or parquet file.
+    """Columns of a table or parquet file."""
 
-    Attributes:
-        image_column: holds the image, or its path relative to `image_root`; the first of
-            `samples.IMAGE_NAMES`, in any case, where it is None; "" where no image is read.
-        caption_column: holds the caption, or a list of captions; the first of
-            `samples.CAPTION_NAMES`, in any case, where it is None.
-        key_column: holds the key; keys are made of table name and row number where it is None.
-            (Of parquet files, it is "key" where there is such a column.)
-        image_root: folder of the images, or its URL; the table's own folder where it is None.
-            Paths that lead out of it are refused.
-    """
-
+    # Holds the image, or its path relative to `image_root`; the first of `samples.IMAGE_NAMES`, in
+    # any case, where it is None; "" where no image is read.
     image_column: str | None = None
+    # Holds the caption, or a list of captions; the first of `samples.CAPTION_NAMES`, in any case,
+    # where it is None.
     caption_column: str | None = None
+    # Holds the key; keys are made of table name and row number where it is None. (Of parquet files,
+    # it is "key" where there is such a column.)
     key_column: str | None = None
+    # Folder of the images, or its URL; the table's own folder where it is None. Paths that lead out
+    # of it are refused.
     image_root: str | None = None
 
 

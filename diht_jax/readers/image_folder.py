@@ -35,13 +35,9 @@ class FolderLayoutError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class FolderOptions:
-    """Options of a folder.
+    """Options of a folder."""
 
-    Attributes:
-        split: sub-folder that is read in place of the folder, such as "train".
-    """
-
-    split: str | None = None
+    split: str | None = None  # sub-folder that is read in place of the folder, such as "train"
 
 
 def check_classes(root: str, pictures: Iterable[Sequence[str]]) -> bool:

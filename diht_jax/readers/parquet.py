@@ -88,17 +88,11 @@ def explain_errors(path: str, describe: Callable[[], str]) -> Generator[None]:
 
 
 class BadRow(NamedTuple):
-    """A row with a value that Python cannot hold: a date far out of range, bytes that are no text.
+    """A row with a value that Python cannot hold: a date out of range, bytes that are no text."""
 
-    Attributes:
-        values: the others, by column.
-        columns: those of the values that are left out.
-        detail: file, column and error, for a person.
-    """
-
-    values: dict[str, Any]
-    columns: set[str]
-    detail: str
+    values: dict[str, Any]  # the others, by column
+    columns: set[str]  # those of the values that are left out
+    detail: str  # file, column and error, for a person
 
 
 def batch_rows(path: str, batch: Any) -> list[dict[str, Any] | BadRow]:

@@ -48,13 +48,9 @@ _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_B
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions(ColumnOptions):
-    """The form of a table.
+    """The form of a table."""
 
-    Attributes:
-        rows_per_shard: size of the parts of a local table.
-    """
-
-    rows_per_shard: int = 10_000
+    rows_per_shard: int = 10_000  # size of the parts of a local table
 
 
 def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:

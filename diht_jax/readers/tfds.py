@@ -28,18 +28,12 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclasses.dataclass(frozen=True)
 class TfdsOptions:
-    """The folder of a TFDS data set, and the features of it that make a pair.
+    """The folder of a TFDS data set, and the features of it that make a pair."""
 
-    Attributes:
-        data_dir: of TFDS; its default (~/tensorflow_datasets) where it is None.
-        image_feature: name of an image feature; found by type where it is None.
-        caption_feature: name of a text feature, with slashes for nested ones
-            ("captions/text"); found by name and type where it is None. Of a class label, the
-            class name is the caption.
-    """
-
-    data_dir: str | None = None
-    image_feature: str | None = None
+    data_dir: str | None = None  # of TFDS; its default (~/tensorflow_datasets) where it is None
+    image_feature: str | None = None  # name of an image feature; found by type where it is None
+    # Name of a text feature, with slashes for nested ones ("captions/text"); found by name and type
+    # where it is None. Of a class label, the class name is the caption.
     caption_feature: str | None = None
 
 

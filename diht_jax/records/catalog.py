@@ -42,19 +42,12 @@ _NAMES_SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A shard that was found.
+    """A shard that was found."""
 
-    Attributes:
-        path: its path or URL.
-        num_bytes: its size, where a listing or an index stated it.
-        index: the index that describes it, if any.
-        row: its row there.
-    """
-
-    path: str
-    num_bytes: int | None = None
-    index: DatasetIndex | None = None
-    row: int = -1
+    path: str  # its path or URL
+    num_bytes: int | None = None  # its size, where a listing or an index stated it
+    index: DatasetIndex | None = None  # the index that describes it, if any
+    row: int = -1  # its row there
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,23 +67,14 @@ def digest_shard(offsets: np.ndarray, head: bytes, tail: bytes) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ShardEntry:
-    """The entry of one shard in the index, without its offsets.
+    """The entry of one shard in the index, without its offsets."""
 
-    Attributes:
-        name: within the folder.
-        kind: one of `KINDS`.
-        num_records: how many.
-        num_bytes: size of the file.
-        digest: of `digest_shard`.
-        anchors: uint64, the offset of every 64th record.
-    """
-
-    name: str
-    kind: str
-    num_records: int
-    num_bytes: int
-    digest: str
-    anchors: np.ndarray
+    name: str  # within the folder
+    kind: str  # one of `KINDS`
+    num_records: int  # how many
+    num_bytes: int  # size of the file
+    digest: str  # of `digest_shard`
+    anchors: np.ndarray  # uint64, the offset of every 64th record
 
 
 class DatasetIndex:

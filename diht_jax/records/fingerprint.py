@@ -24,13 +24,10 @@ _READING_THREADS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """The shards of a data set, in their order.
+    """The shards of a data set, in their order."""
 
-    Attributes:
-        shards: name (without folder), number of records, size in bytes, and a digest of 16 hex
-            digits, for every shard.
-    """
-
+    # Name (without folder), number of records, size in bytes, and a digest of 16 hex digits, for
+    # every shard.
     shards: tuple[tuple[str, int, int, str], ...]
 
     @property

@@ -42,17 +42,11 @@ _LISTS = ("bytes_list", "float_list", "int64_list")
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """An entry of a source that is no pair.
+    """An entry of a source that is no pair."""
 
-    Attributes:
-        key: names the entry, as well as it can be named.
-        reason: one of `readers.base.SOURCE_REASONS`.
-        detail: what was found, for a person.
-    """
-
-    key: str
-    reason: str
-    detail: str = ""
+    key: str  # names the entry, as well as it can be named
+    reason: str  # one of `readers.base.SOURCE_REASONS`
+    detail: str = ""  # what was found, for a person
 
 
 class SampleError(ValueError):

@@ -22,23 +22,16 @@ _KEYS = ("path", "weight", "text_template", "order", "labels")
 
 @dataclasses.dataclass(frozen=True)
 class TrainSource:
-    """One source of a mixture; values that are None are those of `config.data`.
+    """One source of a mixture; values that are None are those of `config.data`."""
 
-    Attributes:
-        name: its key in `config.data.train`; "" of the only one.
-        path: as `open_records` takes it.
-        weights: step from which on it holds, and the weight; the first step is 0.
-        text_template: of its captions.
-        order: "global", "blocks" or "auto".
-        labels: folder of `data_prep.label` with the labels of its records; None where the records
-            have them, if any.
-    """
-
-    name: str
-    path: str | list[str]
+    name: str  # its key in `config.data.train`; "" of the only one
+    path: str | list[str]  # as `open_records` takes it
+    # Step from which on it holds, and the weight; the first step is 0.
     weights: tuple[tuple[int, Fraction], ...] = ((0, Fraction(1)),)
-    text_template: str | None = None
-    order: str | None = None
+    text_template: str | None = None  # of its captions
+    order: str | None = None  # "global", "blocks" or "auto"
+    # Folder of `data_prep.label` with the labels of its records; None where the records have them,
+    # if any.
     labels: str | None = None
 
 

@@ -46,17 +46,11 @@ _COLUMNS = "id\tconcept\tcount"
 
 @dataclasses.dataclass(frozen=True)
 class ConceptList:
-    """The concepts of one kind.
+    """The concepts of one kind."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        names: the concepts; the index is the id.
-        counts: pairs that mention each.
-    """
-
-    kind: str
-    names: tuple[str, ...]
-    counts: tuple[int, ...]
+    kind: str  # one of `KINDS`
+    names: tuple[str, ...]  # the concepts; the index is the id
+    counts: tuple[int, ...]  # pairs that mention each
 
     def __len__(self) -> int:
         return len(self.names)

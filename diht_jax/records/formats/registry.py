@@ -16,17 +16,12 @@ from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 
 
 class ShardFormat(NamedTuple):
-    """A format of shards.
+    """A format of shards."""
 
-    Attributes:
-        source: random access to the records of many shards; its `kind` is the name of the format.
-        writer: of one shard.
-        tfds_name: what TFDS calls it; None where it does not read it.
-    """
-
+    # Random access to the records of many shards; its `kind` is the name of the format.
     source: type[ShardedRecords]
-    writer: type[RecordWriter]
-    tfds_name: str | None = None
+    writer: type[RecordWriter]  # of one shard
+    tfds_name: str | None = None  # what TFDS calls it; None where it does not read it
 
     @property
     def suffix(self) -> str:

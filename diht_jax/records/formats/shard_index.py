@@ -28,21 +28,14 @@ _HEADER = struct.Struct("<8sQQ")
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """Reads and writes the indices of shards of one format.
+    """Reads and writes the indices of shards of one format."""
 
-    Attributes:
-        magic: the first 8 bytes.
-        record_bytes: fewest of a record.
-        alignment: records begin at multiples of it.
-        is_gapless: whether the records fill the shard.
-        scan: finds the offsets of a shard, uint64 [n], without an index; raises `TFRecordError`
-            where the shard is damaged.
-    """
-
-    magic: bytes
-    record_bytes: int
-    alignment: int
-    is_gapless: bool
+    magic: bytes  # the first 8 bytes
+    record_bytes: int  # fewest of a record
+    alignment: int  # records begin at multiples of it
+    is_gapless: bool  # whether the records fill the shard
+    # Finds the offsets of a shard, uint64 [n], without an index; raises `TFRecordError` where the
+    # shard is damaged.
     scan: Callable[[str], np.ndarray]
 
     def load(self, path: str, shard_bytes: int) -> np.ndarray | None:

@@ -84,18 +84,13 @@ def check_expansion(path: str, num_bytes: int, unpacked_bytes: int) -> None:
 
 
 class Member(NamedTuple):
-    """An ordinary file in an archive.
+    """An ordinary file in an archive."""
 
-    Attributes:
-        offset: of its first header, in the archive (unpacked, if it is compressed).
-        name: with its folders.
-        data: its contents; None where they are over the limit, empty where they were not wanted.
-        is_damaged: whether its contents are not those of the checksum that was written for it.
-    """
-
-    offset: int
-    name: str
+    offset: int  # of its first header, in the archive (unpacked, if it is compressed)
+    name: str  # with its folders
+    # Its contents; None where they are over the limit, empty where they were not wanted.
     data: bytes | None
+    # Whether its contents are not those of the checksum that was written for it.
     is_damaged: bool = False
 
 

@@ -27,20 +27,14 @@ _SIZE_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | dict.fromkeys(
 
 
 class Sample(NamedTuple):
-    """The members of one sample.
+    """The members of one sample."""
 
-    Attributes:
-        offset: of its first header, in the archive.
-        key: the common name.
-        members: extensions, in lower case, and contents; None in place of contents that are over
-            the limit, of a second image, or of a second member with the same extension.
-        damaged: names of the members whose contents are not those of their checksum.
-    """
-
-    offset: int
-    key: str
+    offset: int  # of its first header, in the archive
+    key: str  # the common name
+    # Extensions, in lower case, and contents; None in place of contents that are over the limit, of
+    # a second image, or of a second member with the same extension.
     members: list[tuple[str, bytes | None]]
-    damaged: list[str]
+    damaged: list[str]  # names of the members whose contents are not those of their checksum
 
 
 def sample_limit(extension: str) -> int | None:

@@ -48,38 +48,23 @@ _LARGEST = 127  # of int8
 
 
 class ClipTeacher(NamedTuple):
-    """A frozen CLIP.
+    """A frozen CLIP."""
 
-    Attributes:
-        name: as it was given to `load_model`.
-        fingerprint: of its parameters.
-        width: D, of its embeddings.
-        image_size: px.
-        logit_scale: after exp.
-    """
-
-    name: str
-    fingerprint: str
-    width: int
-    image_size: int
-    logit_scale: float
+    name: str  # as it was given to `load_model`
+    fingerprint: str  # of its parameters
+    width: int  # D, of its embeddings
+    image_size: int  # px
+    logit_scale: float  # after exp
 
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """The fixed crops of a record.
+    """The fixed crops of a record."""
 
-    Attributes:
-        count: k; 0 stands for one view, the centre.
-        scale: range of a crop's share of the picture's area.
-        seed: of the crops.
-        boxes: a hash of some crops, to notice another generator of random numbers.
-    """
-
-    count: int
-    scale: tuple[float, float]
-    seed: int
-    boxes: str = ""
+    count: int  # k; 0 stands for one view, the centre
+    scale: tuple[float, float]  # range of a crop's share of the picture's area
+    seed: int  # of the crops
+    boxes: str = ""  # a hash of some crops, to notice another generator of random numbers
 
     @property
     def num_views(self) -> int:
@@ -102,17 +87,11 @@ class ClipViews(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClipFacts:
-    """The teachers, crops and dtype that all CLIP embeddings of a folder have in common.
+    """The teachers, crops and dtype that all CLIP embeddings of a folder have in common."""
 
-    Attributes:
-        teachers: in the order of their columns.
-        crops: that they have seen.
-        dtype: of the stored numbers, one of `DTYPES`.
-    """
-
-    teachers: tuple[ClipTeacher, ...]
-    crops: Crops
-    dtype: str
+    teachers: tuple[ClipTeacher, ...]  # in the order of their columns
+    crops: Crops  # that they have seen
+    dtype: str  # of the stored numbers, one of `DTYPES`
 
     @property
     def width(self) -> int:

@@ -53,33 +53,20 @@ ShardIdentity = tuple[str, int, int, str]
 
 
 class LabelShard(NamedTuple):
-    """A shard of labels.
+    """A shard of labels."""
 
-    Attributes:
-        name: of the file.
-        digest: of all its records.
-        source: the record shard that it belongs to.
-    """
-
-    name: str
-    digest: str
-    source: ShardIdentity
+    name: str  # of the file
+    digest: str  # of all its records
+    source: ShardIdentity  # the record shard that it belongs to
 
 
 class Label(NamedTuple):
-    """The label of one record.
+    """The label of one record."""
 
-    Attributes:
-        data: a serialised `tf.train.Example`.
-        where: its file, for messages.
-        shard: the record shard that it belongs to.
-        number: of the record within either.
-    """
-
-    data: bytes
-    where: str
-    shard: ShardIdentity
-    number: int
+    data: bytes  # a serialised `tf.train.Example`
+    where: str  # its file, for messages
+    shard: ShardIdentity  # the record shard that it belongs to
+    number: int  # of the record within either
 
     def check(self, found: int, key: str) -> None:
         """Raises ValueError where `found`, the seal in the label, is that of another record."""
