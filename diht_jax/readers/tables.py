@@ -25,12 +25,7 @@ from diht_jax.readers.columns import ColumnOptions, describe_missing, find_colum
 from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair, parse_json, parse_json_object
 from diht_jax.storage.files import read_bytes
-from diht_jax.storage.stores import (
-    input_size,
-    is_remote,
-    open_file,
-    read_start,
-)
+from diht_jax.storage.stores import input_size, is_remote, open_file, read_start
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
 
