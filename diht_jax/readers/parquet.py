@@ -57,18 +57,17 @@ def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
     # Of a small file in a store the whole is one request.
     file = open_file(path) if is_small else RangesFile(path)
     buffer_size = 0 if is_stored else _BUFFER_BYTES
-    try:
-        return pyarrow.parquet.ParquetFile(
-            file,
-            buffer_size=buffer_size,
-            pre_buffer=is_stored,
-            page_checksum_verification=True,
-        )
-    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        check_failure(file)
-        if is_storage_failure(error):
+    with explain_errors(path, lambda: "cannot be read as parquet"):
+        try:
+            return pyarrow.parquet.ParquetFile(
+                file,
+                buffer_size=buffer_size,
+                pre_buffer=is_stored,
+                page_checksum_verification=True,
+            )
+        except (pyarrow.ArrowInvalid, OSError):
+            check_failure(file)
             raise
-        raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
 
 
 @contextlib.contextmanager

@@ -94,14 +94,13 @@ def lock_folder(folder: str | os.PathLike[str], flag: str, name: str) -> Generat
             such as "--workdir".
     """
     folder = os.fspath(folder)
-    path = files.join(folder, name)
+    lock = contextlib.nullcontext()
     try:
         files.make_folder(folder)
         if is_remote(folder):
-            files.write_bytes(path, json.dumps(_describe_process()).encode())
-            lock = contextlib.nullcontext()
+            files.check_writable(folder, flag)
         else:
-            lock = lock_file(path, wait=False)
+            lock = lock_file(os.path.join(folder, name), wait=False)
     except LockedError as error:
         raise ValueError(
             f"another run works in {folder}: {error.holder}. Wait for its end or stop it, or take "
