@@ -114,7 +114,6 @@ def update_index(
 
     Args:
         folder: of the shards, or its URL.
-        num_threads: shards that are read at a time.
         overwrite: scan all shards, also those that an index describes.
         work_dir: as the flag of this name.
         vocabulary: what all shards are labelled with (`Vocabulary.describe`); None looks at
@@ -152,12 +151,7 @@ def update_index(
         entries = _look_at_all(folder, look, unknown, len(sizes), num_threads, progress)
         entries |= {name: old.entry(row) for name, row in rows.items()} if old else {}
 
-        if vocabulary is None:
-            try:
-                known = folder_vocabulary(folder, [os.path.join(folder, name) for name in sizes])
-                vocabulary = known.describe() if known else None
-            except ValueError as error:
-                logging.warning("the index does not state the records' concepts: %s", error)
+        vocabulary = vocabulary or _find_vocabulary(folder, sizes)
         ordered = [entries[name] for name in sorted(entries)]
         _write_index(
             path,
@@ -167,6 +161,15 @@ def update_index(
         )
     num_records = sum(entry.num_records for entry in entries.values())
     return IndexReport(path, len(entries), num_records, len(unread), changes)
+
+
+def _find_vocabulary(folder: str, names: Iterable[str]) -> dict[str, Any] | None:
+    try:
+        found = folder_vocabulary(folder, [os.path.join(folder, name) for name in names])
+    except ValueError as error:
+        logging.warning("the index does not state the concepts of the records: %s", error)
+        return None
+    return found.describe() if found else None
 
 
 def _load_offsets(

@@ -50,6 +50,24 @@ class TrainIterator:
     Batch i of the run holds the examples [i * N, (i + 1) * N) of one endless order, which holds
     each record once an epoch; process p of P takes every P-th of them.
 
+    Args:
+        source: random-access records, such as `TFRecordSource`, or a mixture of some.
+        decode: makes an example of a record; a mixture has its own.
+        batch_size: global, over all processes.
+        seed: of shuffling and cropping.
+        num_workers: decoding processes; 0 decodes in threads of this process, None takes one
+            for each core that this process may use.
+        prefetch_batches: batches decoded ahead, by all workers together.
+        process_index: number of this host, from 0, of `process_count`.
+        on_bad_record: "error", or "skip" to replace it by another record.
+        max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
+        order: of the records; a permutation of all of them where None. A mixture has its own.
+        read_ahead: how blocks are fetched from an object store.
+        record_ids: batches have the number of each record, int32 [b].
+
+    Raises:
+        ValueError: numbers that do not fit, no record, or too little memory.
+
     Attributes:
         skipped_records: bad records of this process's share so far, each replaced by another one.
         block_stores: the blocks of each source in an object store; empty for local data.
@@ -72,27 +90,7 @@ class TrainIterator:
         read_ahead: ReadAheadOptions = _READ_AHEAD,
         record_ids: bool = False,
     ):
-        """Builds the graph; reading starts with the first batch.
-
-        Args:
-            source: random-access records, such as `TFRecordSource`, or a mixture of some.
-            decode: makes an example of a record; a mixture has its own.
-            batch_size: global, over all processes.
-            seed: of shuffling and cropping.
-            num_workers: decoding processes; 0 decodes in threads of this process, None takes one
-                for each core that this process may use.
-            prefetch_batches: batches decoded ahead, by all workers together.
-            process_index: number of this host, from 0.
-            process_count: how many hosts there are.
-            on_bad_record: "error", or "skip" to replace it by another record.
-            max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
-            order: of the records; a permutation of all of them where None. A mixture has its own.
-            read_ahead: how blocks are fetched from an object store.
-            record_ids: batches have the number of each record, int32 [b].
-
-        Raises:
-            ValueError: numbers that do not fit, no record, or too little memory.
-        """
+        """Builds the graph; reading starts with the first batch."""
         if not isinstance(source, Mixture):
             source = _only(source, decode, order or GlobalOrder(max(1, len(source)), seed))
         if num_workers is None:
@@ -116,14 +114,7 @@ class TrainIterator:
         self._num_workers = num_workers
         self._batch_size = batch_size
         self._next_example = 0
-        self._in_flight = InFlight(
-            num_workers=num_workers,
-            num_threads=min(16, workers.usable_cores()),
-            prefetch_batches=prefetch_batches,
-            rows=self._examples.rows,
-            parts_per_batch=self._examples.parts_per_batch,
-            example_bytes=self._records.example_bytes,
-        )
+        self._in_flight = self._plan(prefetch_batches)
         self._in_flight.check(max_in_flight_gib)
         self._parts_ahead = 0
         if self.block_stores:
@@ -277,6 +268,16 @@ class TrainIterator:
                     )
         if np.any(skipped) and self.skipped_records > _MAX_NAMED:
             logging.warning("%d bad records skipped so far", self.skipped_records)
+
+    def _plan(self, prefetch_batches: int) -> InFlight:
+        return InFlight(
+            num_workers=self._num_workers,
+            num_threads=min(16, workers.usable_cores()),
+            prefetch_batches=prefetch_batches,
+            rows=self._examples.rows,
+            parts_per_batch=self._examples.parts_per_batch,
+            example_bytes=self._records.example_bytes,
+        )
 
     def _next_part(self) -> dict[str, np.ndarray]:
         """The next sub-batch of those that are decoded."""

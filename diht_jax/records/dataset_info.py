@@ -62,15 +62,10 @@ def write_dataset_info(
 
     Args:
         folder: of the shards, or its URL; their names are those of `shard_name`.
-        dataset: name of the data set.
-        split: name of the split.
-        shard_lengths: records per shard.
-        num_bytes: size of all shards.
+        shard_lengths: records per shard, of `num_bytes` together.
         image_formats: formats that occur. TFDS decodes JPEG and PNG only: where anything else
             occurs, the feature `image` is declared as encoded bytes.
         with_concepts: whether every record has the field `concepts`, declared as bytes.
-        description: a text for people.
-        file_format: of the shards, "tfrecord" or "array_record".
     """
     import tensorflow_datasets as tfds
 
@@ -82,11 +77,9 @@ def write_dataset_info(
     features = {name: tfds.features.Text() for name in names}
     if decodable:
         features[schema.IMAGE] = tfds.features.Image(shape=(None, None, 3))
+    version = tfds.core.Version("1.0.0")
     identity = tfds.core.dataset_info.DatasetIdentity(
-        name=dataset,
-        version=tfds.core.Version("1.0.0"),
-        data_dir=data_dir,
-        module_name="",
+        name=dataset, version=version, data_dir=data_dir, module_name=""
     )
     info = tfds.core.DatasetInfo(
         builder=identity,

@@ -128,10 +128,7 @@ def walk_members(
     """Yields the ordinary files of an open archive, in its order; see `read_members`.
 
     Args:
-        file: the archive, or a piece of one, open for reading and seeking.
-        path: of the archive, for messages.
-        size_limit: see `read_members`.
-        is_piece: the end marker may be missing.
+        file: the archive, or a piece (`is_piece`) where the end marker may be missing.
         is_divisible: the members must mean the same when they are read one by one.
         is_read: of a name, whether the contents within the limit are read.
     """
@@ -169,10 +166,7 @@ def walk_members(
                 elif is_wanted:
                     data = b""
                 yield Member(member.offset, member.name, data, is_damaged)
-            _check_end(tar, is_piece)
-            if is_divisible and tar.pax_headers.keys() - {"comment"}:
-                names = ", ".join(sorted(tar.pax_headers))
-                raise tarfile.ReadError(f"it has a global header ({names}), so has no index")
+            _check_end(tar, is_piece, is_divisible)
     except ExpansionError:
         raise
     except _BROKEN as error:
@@ -213,8 +207,11 @@ class _BoundedInfo(tarfile.TarInfo):
         return info
 
 
-def _check_end(tar: tarfile.TarFile, is_piece: bool) -> None:
+def _check_end(tar: tarfile.TarFile, is_piece: bool, is_divisible: bool) -> None:
     """Raises if the archive goes on or breaks off here; reads a compressed file to its checksum."""
+    if is_divisible and tar.pax_headers.keys() - {"comment"}:
+        names = ", ".join(sorted(tar.pax_headers))
+        raise tarfile.ReadError(f"it has a global header ({names}), so has no index")
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE and not (is_piece and not block):
