@@ -33,8 +33,8 @@ _METASPACE = "\u2581"  # sentencepiece's sign for a space
 class FileTokenizer:
     """Makes token ids by a tokenizer's file. It is opened where it is used first."""
 
-    # `tokenizer.json`, or a `.model` file of sentencepiece, of which texts are cleaned and encoded as
-    # by transformers' SiglipTokenizer.
+    # `tokenizer.json`, or a `.model` file of sentencepiece, of which texts are cleaned and encoded
+    # as by transformers' SiglipTokenizer.
     path: str
     pad: str  # token behind the end of a text (or before its start)
     pads_left: bool = False  # padding comes before the text
