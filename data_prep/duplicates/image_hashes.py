@@ -144,10 +144,7 @@ class Index:
 
 
 def make_index(source: str) -> Index:
-    """Reads a set of pictures.
-
-    Args:
-        source: of `diht_jax.readers`: a tar, a table, a folder of classes.
+    """Reads a set of pictures, any source of `diht_jax.readers`.
 
     Raises:
         ValueError: nothing to read, or no picture in it.

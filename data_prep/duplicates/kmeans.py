@@ -135,14 +135,7 @@ def fit(
 ) -> np.ndarray:
     """Repeats rounds of Lloyd's until no row changes its cluster, or `iterations` are done.
 
-    Args:
-        kmeans: of some devices.
-        centroids: float32 [k, d] to begin with.
-        rows: to look at.
-        read: of the rows.
-        iterations: most rounds.
-        done: rounds that were done before.
-        save: called with the centroids and the number of rounds after every round.
+    `save` gets the centroids and the number of rounds after every round.
     """
     before = None
     for number in range(done, iterations):

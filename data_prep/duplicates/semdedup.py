@@ -87,12 +87,7 @@ def _highest(values: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.nd
 
 
 def best_partners(parts: Sequence[Near], captions: np.ndarray) -> Near:
-    """The best partner of each row of several clusters: of its caption, then the most similar.
-
-    Args:
-        parts: of rows numbered alike; a row may be in several.
-        captions: [n], numbers of the captions of all rows.
-    """
+    """The best partner of each row of several clusters: of its caption, then the most similar."""
     found = Near(*map(np.concatenate, zip(NONE, *parts, strict=True)))
     is_other = captions[found.rows] != captions[found.alike]
     order = np.lexsort((found.alike, -found.similarity, is_other, found.rows))

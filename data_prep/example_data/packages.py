@@ -37,13 +37,8 @@ def fetch_package(
 ) -> pathlib.Path:
     """The local file of a package, downloaded where it is not in the folder.
 
-    An interrupted download goes on where it was, in this call or a later one.
-
-    Args:
-        package: what is wanted.
-        folder: of the downloaded packages.
-        mirror: address of a folder with the packages' files by their names. Where it is None, the
-            package's own address; that of npm's registry gives way to `npm_config_registry`.
+    An interrupted download goes on where it was, in this call or a later one. A mirror has the file
+    by its name; without one, npm's registry gives way to `npm_config_registry`.
 
     Raises:
         ValueError: the mirror is no address, the connection failed or broke off, or the file has

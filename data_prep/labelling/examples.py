@@ -70,13 +70,7 @@ def choose_shards(
 ) -> list[int]:
     """The shards that the heads learn from: as many as have the images that the config wants.
 
-    Args:
-        records: of each shard.
-        names: of each; a hash of it decides, so that it does not depend on the others.
-        config: of `labelling.config.default_config`.
-
-    Returns:
-        Their numbers, ascending; all where there are no more images than wanted.
+    A hash of its name decides about a shard, so that it does not depend on the others.
     """
     share = config.heads.held_out
     wanted = max(config.heads.max_examples / (1 - share), config.heads.max_held_out / share)

@@ -278,15 +278,7 @@ def _rank_concepts(ids: np.ndarray, targets: np.ndarray, part: ConceptList) -> d
 
 
 def find_ranks(ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The rank of each target in the predictions for its image, from 0; huge for none.
-
-    Args:
-        ids: int [n, k], predicted concepts, best first, each at most once in a row.
-        targets: of the n images, [n, m]; each has at least one.
-
-    Returns:
-        int64 [n, m].
-    """
+    """The rank of each target [n, m] among an image's predictions [n, k], from 0; huge for none."""
     found = targets[:, :, None] == ids[:, None]
     return np.where(found.any(axis=2), found.argmax(axis=2), np.iinfo(np.int64).max)
 

@@ -113,12 +113,7 @@ def read_targets(shard: str, concepts: ConceptList) -> np.ndarray:
 
 
 def make_targets(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Targets of n records.
-
-    Args:
-        lengths: int [n], concepts of each record.
-        ids: int [sum of lengths].
-    """
+    """Targets of n records, of which `lengths` [n] says how many of the `ids` each has."""
     targets = np.full((len(lengths), int(lengths.max(initial=0))), -1, np.int32)
     targets[np.arange(targets.shape[1]) < lengths[:, None]] = ids
     return targets
@@ -156,13 +151,5 @@ def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> n
 
 
 def repeat_factors(targets: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """The weight of each record in a draw: the largest factor of its concepts.
-
-    Args:
-        targets: of the records.
-        factors: float [v], of `concept_factors`.
-
-    Returns:
-        float64 [n]; 0 for records without any concept.
-    """
+    """The weight of each record in a draw: its concepts' largest factor, or 0; float64 [n]."""
     return np.append(factors, 0.0)[targets].max(axis=1, initial=0)
