@@ -14,7 +14,7 @@ import zipfile
 import pytest
 
 from tests.compiling import xla_flags
-from tests.make import REPOSITORY
+from tests.make import REPOSITORY, write_pair_tar
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 FOLDERS = ("diht_jax", "data_prep", "configs")
@@ -41,14 +41,13 @@ def get_config(arg=""):
     return config
 """
 
+CAPTIONS = [f"a brown dog is chasing a small cat in garden {i}" for i in range(24)]
 COMMANDS = (
-    "data_prep.synthetic --output=web --num_pairs=64 --num_retrieval=16 --num_classification=13",
-    "data_prep.filter --config=prep/cat --config.input=web/train-*.tar --config.output=kept "
+    "data_prep.filter --config=prep/cat --config.input=pairs.tar --config.output=kept "
     "--config.text_spotting=False --config.num_workers=0",
     "diht_jax.train --config configs/mine.py:debug=True --config.data.train=kept --workdir=run "
     "--config.compilation_cache=",
-    "diht_jax.evaluate --model=run --tasks=retrieval:web/val_retrieval.tar --output=run.json "
-    "--num_resamples=0",
+    "diht_jax.evaluate --model=run --tasks=retrieval:pairs.tar --output=run.json --num_resamples=0",
 )
 
 
@@ -154,6 +153,7 @@ def test_the_installed_package_runs_from_any_folder(run, environment):
     assert run("diht_jax --version") == f"diht_jax {PROJECT['version']}\n"
     (run.folder / "configs").mkdir()
     (run.folder / "configs" / "mine.py").write_text(OWN_RECIPE)
+    write_pair_tar(run.folder / "pairs.tar", CAPTIONS)
     for command in COMMANDS:
         run(command)
     assert {"run.json", "run.html"} <= {path.name for path in run.folder.iterdir()}

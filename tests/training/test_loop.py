@@ -59,7 +59,7 @@ def test_a_run_that_goes_on_with_other_devices_is_the_run_on_one(config, tmp_pat
     train(config, tmp_path / "one", devices=jax.devices()[:1])
     straight = seen.copy()
     seen.clear()
-    for stop, data, fsdp, micro_batch in ((6, 2, 4, None), (13, 1, 2, 8)):
+    for stop, data, fsdp, micro_batch in ((6, 1, 1, None), (13, 2, 4, 8)):
         config.mesh.update(data=data, fsdp=fsdp)
         config.micro_batch = micro_batch
         devices = jax.devices()[: data * fsdp]
