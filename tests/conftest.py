@@ -46,36 +46,42 @@ jaxtyping.install_import_hook(
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 
-# Of 20 seconds and more, in this order at the front: at the end, one process would wait for the
-# other.
+# Of some 15 seconds and more, in this order at the front: at the end, one process would wait for
+# the other.
 LONGEST_FILES = (
-    "training/test_stopping.py",
     "training/test_processes.py",
+    "training/test_stopping.py",
     "training/test_loop.py",
-    "first_hour/test_small_form.py",
-    "contributing/test_walks.py",
-    "training/test_objective.py",
-    "training/test_recipes.py",
-    "docs/test_commands.py",
-    "docs/test_readme.py",
-    "docs/test_notebook.py",
-    "data_prep/text_spotting/test_spotter.py",
     "data_prep/jobs/test_ray.py",
-    "data_prep/filtering/test_interruptions.py",
+    "first_hour/test_small_form.py",
+    "docs/test_notebook.py",
     "data_prep/labelling/test_label_shards.py",
+    "training/test_recipes.py",
+    "training/test_gradients.py",
+    "docs/test_readme.py",
+    "training/test_objective.py",
+    "extras/test_caption_decoder.py",
     "data_prep/filtering/test_crashes.py",
     "hardware/test_compile.py",
-    "extras/test_caption_decoder.py",
+    "docs/test_commands.py",
+    "input/test_pipeline.py",
+    "data_prep/filtering/test_interruptions.py",
+    "contributing/test_walks.py",
+    "data_prep/text_spotting/test_spotter.py",
+    "training/test_init_from.py",
+    "training/test_stages.py",
+    "training/test_step.py",
     "data_prep/filtering/test_kill_points.py",
+    "training/test_record_means.py",
+    "training/test_task_evaluation.py",
     "release/test_wheel.py",
     "weights/test_inference.py",
-    "training/test_gradients.py",
-    "training/test_task_evaluation.py",
+    "weights/programs/test_programs.py",
     "weights/test_reference_models.py",
     "hardware/test_compiler.py",
     "training/workdir/test_stored_run.py",
-    "data_prep/synthetic/test_teacher.py",
     "models/test_dual_encoder.py",
+    "test_distributed.py",
     "fuzz/test_fuzz.py",
 )
 
