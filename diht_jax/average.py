@@ -364,7 +364,7 @@ def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:
 
     target, lines = record["target"], []
     if "trials" in record:
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for trial in record["trials"]:
             reached = [value(target, trial[name]) for name in ("alone", "with_it")]
             rows.append((trial["name"], *reached, "kept" if trial["kept"] else "left out"))

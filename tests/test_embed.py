@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-import diht_jax.evaluation.embedding.files as embedding_files
 from diht_jax import load_model
+from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.models import Architecture
 from diht_jax.records.schema import Pair, encode_record
@@ -124,7 +124,7 @@ def test_interrupted_work_goes_on(model, tmp_path, monkeypatch, stop_after):
     write_tar(tmp_path / "b.tar", range(9, 14))
     source, out = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], tmp_path / "out"
     calls = []
-    real = embedding_files.encode_images
+    real = Encoder.images
 
     def count(*args, **options):
         if len(calls) == stop_after:
@@ -133,7 +133,7 @@ def test_interrupted_work_goes_on(model, tmp_path, monkeypatch, stop_after):
         calls.append([key for key, _ in encoded.notes])
         return encoded
 
-    monkeypatch.setattr(embedding_files, "encode_images", count)
+    monkeypatch.setattr(Encoder, "images", count)
     with pytest.raises(KeyboardInterrupt):
         embed_source(model, source, out, OPTIONS)
     before = {path.name: path.read_bytes() for path in out.glob("*.npz")}
@@ -269,14 +269,14 @@ def test_tasks_divide_a_large_file(model, tmp_path, monkeypatch, count):
     whole = embed_source(model, source, tmp_path / "whole", options)
     assert whole["files"] == 4
     embedded = []
-    real = embedding_files.encode_images
+    real = Encoder.images
 
     def encode(*args, **more):
         encoded = real(*args, **more)
         embedded.extend(key for key, _ in encoded.notes)
         return encoded
 
-    monkeypatch.setattr(embedding_files, "encode_images", encode)
+    monkeypatch.setattr(Encoder, "images", encode)
     shares = [
         dataclasses.replace(options, task_index=task, num_tasks=count)
         for task in reversed(range(count))

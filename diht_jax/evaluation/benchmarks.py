@@ -82,9 +82,11 @@ def _group_suite() -> dict[str, list[Number]]:
         "retrieval": (RETRIEVAL, "winoground"),
         "VQA": ("entailment", "vqa"),
     }.items():
-        entries = {name: entry for name, entry in SUITE.items() if entry.kind in kinds}
-        numbers = [
-            (n, (m,)) for n, entry in entries.items() for m in entry.metrics[: entry.numbers]
+        numbers: list[Number] = [
+            (name, (metric,))
+            for name, entry in SUITE.items()
+            if entry.kind in kinds
+            for metric in entry.metrics[: entry.numbers]
         ]
         groups[f"mean of {len(numbers)} {group}"] = numbers
     everything = [number for numbers in groups.values() for number in numbers]

@@ -61,8 +61,10 @@ def datacomp_folder(key: str) -> str:
 
 
 def _make_entry(fields: Mapping[str, Any]) -> SuiteEntry:
-    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-    entry = SuiteEntry(**{**fields, **lists})
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    entry = SuiteEntry(**values)
     if entry.form or entry.source:
         return entry
     folder = datacomp_folder(entry.datacomp)

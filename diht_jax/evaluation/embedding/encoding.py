@@ -107,84 +107,106 @@ class EncodedImages:
     orders: list[Order] = dataclasses.field(default_factory=list)
 
 
-def encode_images(
-    model: EmbeddingModel,
-    entries: Iterable[Pair | Skipped],
-    describe: Callable[[Pair], Any],
-    batching: Batching | None = None,
-    *,
-    allow_empty: bool = False,
-) -> EncodedImages:
-    """Embeds the image of every pair; a pair that cannot be used is counted with its reason.
-
-    Threads decode and resize while the device works. All batches have one shape: the last one is
-    filled up and what was filled in is cut off again, so each image counts exactly once.
-
-    Args:
-        model: see `EmbeddingModel`; uses all its devices.
-        entries: consumed once, in order. Of several processes each reads its share of `Entries`;
-            any others are one unit, which the first process reads.
-        describe: called once per pair, by several threads; what it returns is kept, so it should
-            be small. Raises `UnusablePair` to leave a pair out, any other ValueError to stop.
-        batching: the defaults where None.
-        allow_empty: without any usable pair, return embeddings of shape [0, 0].
-
-    Raises:
-        ValueError: no usable pair at all, unless `allow_empty`; or an embedding that is not
-            finite.
-    """
-    start = time.perf_counter()
-    batching = batching or Batching()
-    processes = batching.processes
-    if not isinstance(entries, Entries):
-        entries = Entries([functools.partial(iter, entries)])
-    own = entries.share(processes.index, processes.count, progress=batching.progress)
-    if processes.count == 1:
-        found, image_emb = _encode_share(model, own, describe, batching)
-    else:
-        share = processes.together(lambda: _encode_share(model, own, describe, batching))
-        found, image_emb = _merge_shares(processes.exchange(share), entries.limit)
-    kept = [row for row in found if row.reason is None]
-    left_out = [row for row in found if row.reason is not None]
-    dropped = dict(collections.Counter(row.reason for row in left_out))
-    if not kept and not allow_empty:
-        raise ValueError(
-            f"no usable pair in the source: {len(left_out)} entries, left out for {dropped}"
-        )
-    check_finite(image_emb, "image embeddings")
-    keys = "\n".join(row.key for row in kept)
-    return EncodedImages(
-        image_emb=image_emb,
-        notes=[row.note for row in kept],
-        dropped=dropped,
-        dropped_keys=[row.key for row in left_out[:_DROPPED_KEYS_KEPT]],
-        seconds=time.perf_counter() - start,
-        digest=hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(),
-        orders=[row.order for row in kept],
-    )
-
-
-@dataclasses.dataclass(frozen=True)
 class Encoder:
     """A model with a source to embed: what a protocol measures with.
 
     Attributes:
-        model: what embeds.
-        entries: of the source; consumed once, in order.
+        model: see `EmbeddingModel`; uses all its devices.
         batching: how.
     """
 
-    model: EmbeddingModel
-    entries: Iterable[Pair | Skipped]
-    batching: Batching = Batching()
+    def __init__(
+        self,
+        model: EmbeddingModel,
+        entries: Entries | Iterable[Pair | Skipped],
+        batching: Batching | None = None,
+    ):
+        """Takes entries that are consumed once, in order.
 
-    def images(self, describe: Callable[[Pair], Any]) -> EncodedImages:
-        """Embeds the image of every pair of the source; see `encode_images`."""
-        return encode_images(self.model, self.entries, describe, self.batching)
+        Of several processes each reads its share of `Entries`; any others are one unit, which the
+        first process reads.
+        """
+        self.model, self.batching = model, batching or Batching()
+        if not isinstance(entries, Entries):
+            entries = Entries([functools.partial(iter, entries)])
+        self._entries = entries
+
+    def images(
+        self, describe: Callable[[Pair], Any], *, allow_empty: bool = False
+    ) -> EncodedImages:
+        """Embeds the image of every pair; one that cannot be used is counted with its reason.
+
+        Threads decode and resize while the device works. All batches have one shape: the last one
+        is filled up and what was filled in is cut off again, so each image counts exactly once.
+
+        Args:
+            describe: called once per pair, by several threads; what it returns is kept, so it
+                should be small. Raises `UnusablePair` to leave a pair out, any other ValueError to
+                stop.
+            allow_empty: without any usable pair, return embeddings of shape [0, 0].
+
+        Raises:
+            ValueError: no usable pair at all, unless `allow_empty`; or an embedding that is not
+                finite.
+        """
+        start, processes = time.perf_counter(), self.batching.processes
+        if processes.count == 1:
+            found, image_emb = self._embed_share(describe)
+        else:
+            share = processes.together(lambda: self._embed_share(describe))
+            found, image_emb = _merge_shares(processes.exchange(share), self._entries.limit)
+        kept = [row for row in found if row.reason is None]
+        left_out = [row for row in found if row.reason is not None]
+        dropped = dict(collections.Counter(str(row.reason) for row in left_out))
+        if not kept and not allow_empty:
+            raise ValueError(
+                f"no usable pair in the source: {len(left_out)} entries, left out for {dropped}"
+            )
+        check_finite(image_emb, "image embeddings")
+        keys = "\n".join(row.key for row in kept)
+        return EncodedImages(
+            image_emb=image_emb,
+            notes=[row.note for row in kept],
+            dropped=dropped,
+            dropped_keys=[row.key for row in left_out[:_DROPPED_KEYS_KEPT]],
+            seconds=time.perf_counter() - start,
+            digest=hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(),
+            orders=[row.order for row in kept],
+        )
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds at least one text: float32 [n, d], in order."""
         return encode_texts(self.model.encode_text, texts, self.batching)
+
+    def _embed_share(self, describe: Callable[[Pair], Any]) -> tuple[list[_Row], np.ndarray]:
+        """This process's entries, and the embeddings of the usable ones."""
+        batching, processes = self.batching, self.batching.processes
+        own = self._entries.share(processes.index, processes.count, progress=batching.progress)
+        size = max(1, batching.batch_size // processes.count)
+        found: list[_Row] = []
+        embedded: list[np.ndarray] = []
+
+        def embed(pixels: list[np.ndarray]) -> None:
+            batch = np.stack(pixels)
+            if (
+                embedded
+            ):  # a source smaller than one batch needs no filling: nothing is compiled yet
+                batch = np.pad(batch, [(0, size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
+            embedded.append(np.asarray(self.model.encode_image(batch), np.float32)[: len(pixels)])
+
+        window = size * _BATCHES_AHEAD
+        decoded = _decode_ahead(own, describe, self.model.preprocess, window, batching.num_threads)
+        pixels: list[np.ndarray] = []
+        with contextlib.closing(decoded):
+            for row, image in decoded:
+                found.append(row)
+                pixels += [] if image is None else [image]
+                if len(pixels) == size:
+                    embed(pixels)
+                    pixels = []
+            if pixels:
+                embed(pixels)
+        return found, np.concatenate(embedded) if embedded else np.zeros((0, 0), np.float32)
 
 
 class _Row(NamedTuple):
@@ -207,38 +229,6 @@ def _merge_shares(
     chosen = [index_of[row.order] for row in found if row.reason is None]
     embedded = [image_emb for _, image_emb in shares if len(image_emb)]
     return found, np.concatenate(embedded)[chosen] if embedded else np.zeros((0, 0), np.float32)
-
-
-def _encode_share(
-    model: EmbeddingModel,
-    entries: Iterable[tuple[Order, Pair | Skipped]],
-    describe: Callable[[Pair], Any],
-    batching: Batching,
-) -> tuple[list[_Row], np.ndarray]:
-    """Decodes and embeds entries: all of them, and the embeddings of the usable ones."""
-    found: list[_Row] = []
-    embedded: list[np.ndarray] = []
-    size = max(1, batching.batch_size // batching.processes.count)
-
-    def embed(pixels: list[np.ndarray]) -> None:
-        batch = np.stack(pixels)
-        if embedded:  # a source smaller than one batch needs no filling: nothing is compiled yet
-            batch = np.pad(batch, [(0, size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
-        embedded.append(np.asarray(model.encode_image(batch), np.float32)[: len(pixels)])
-
-    window = size * _BATCHES_AHEAD
-    decoded = _decode_ahead(entries, describe, model.preprocess, window, batching.num_threads)
-    pixels: list[np.ndarray] = []
-    with contextlib.closing(decoded):
-        for row, image in decoded:
-            found.append(row)
-            pixels += [] if image is None else [image]
-            if len(pixels) == size:
-                embed(pixels)
-                pixels = []
-        if pixels:
-            embed(pixels)
-    return found, np.concatenate(embedded) if embedded else np.zeros((0, 0), np.float32)
 
 
 def encode_texts(

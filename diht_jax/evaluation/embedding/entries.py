@@ -71,8 +71,8 @@ class Units(list[Unit]):
         self.count_entries = count
 
 
-class Entries(Iterable[Entry]):
-    """All entries in order, or the share of one process with their order."""
+class Entries:
+    """The entries of a source, which processes share."""
 
     def __init__(self, units: Sequence[Unit], *, limit: int | None = None, name: str | None = None):
         """Joins the parts of a source.
@@ -83,9 +83,6 @@ class Entries(Iterable[Entry]):
             name: of the progress bar.
         """
         self.limit, self._units, self._name = limit, units, name
-
-    def __iter__(self) -> Iterator[Entry]:
-        return (entry for _, entry in self.share(0, 1))
 
     def share(
         self, index: int, count: int, *, progress: bool = False

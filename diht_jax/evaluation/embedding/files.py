@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diht_jax.evaluation.embedding.encoding import Batching, encode_images, encode_texts
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder, encode_texts
 from diht_jax.evaluation.embedding.entries import Entry
 from diht_jax.evaluation.embedding.inputs import (
     PICTURES,
@@ -167,13 +167,8 @@ def _embed_part(
     columns: dict[str, np.ndarray] = {}
     notes, dropped, dropped_keys = [], collections.Counter(), []
     if "image" in options.modalities:
-        encoded = encode_images(
-            model,
-            entries,
-            lambda pair: (pair.key, pair.caption),
-            batching,
-            allow_empty=True,
-        )
+        encoder = Encoder(model, entries, batching)
+        encoded = encoder.images(lambda pair: (pair.key, pair.caption), allow_empty=True)
         notes, dropped, dropped_keys = encoded.notes, encoded.dropped, encoded.dropped_keys
         columns["image_emb"] = encoded.image_emb.reshape(len(notes), model.embed_dim)
     else:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import Batching, encode_images
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.embedding.entries import Entry, Processes
 from diht_jax.evaluation.embedding.files import check_settings
 from diht_jax.evaluation.embedding.inputs import (
@@ -203,7 +203,7 @@ def _write_part(
         picture = make_thumbnail(pair.image) if thumbnails and not is_folder else b""
         return pair.key, pair.caption, picture
 
-    encoded = encode_images(model, entries, describe, batching, allow_empty=True)
+    encoded = Encoder(model, entries, batching).images(describe, allow_empty=True)
     notes = encoded.notes
     stored = quantize(encoded.image_emb.reshape(len(notes), model.embed_dim), settings["dtype"])
     manifest = {

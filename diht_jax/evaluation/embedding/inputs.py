@@ -158,19 +158,25 @@ def make_parts(
             bar.update(manifest["entries"])
         elif is_own:
             if items is None:
-                listed = image_folder.list_pictures if is_folder else registry.read_pairs
-                items = iter(listed(shard.path if is_folder else shard))
+                items = _open_items(shard)
             collections.deque(itertools.islice(items, part * size - position), maxlen=0)
             position = (part + 1) * size
             if part and is_last():
                 return  # another process has the last part, and has not finished it yet
-            chunk = itertools.islice(items, size)
+            chunk: Iterator[Any] = itertools.islice(items, size)
             entries = image_folder.read_listed(shard.path, chunk) if is_folder else chunk
             manifest = make(part, counted(entries, bar), is_last)
         if is_own and manifest is not None:
             yield manifest
         if manifest is not None and manifest["is_last"]:
             return
+
+
+def _open_items(shard: SourceShard) -> Iterator[Any]:
+    """The entries of a shard, of a folder of pictures still to be read by `read_listed`."""
+    if shard.kind == PICTURES:
+        return image_folder.list_pictures(shard.path)
+    return registry.read_pairs(shard)
 
 
 def counted(entries: Iterable[Entry], bar: ProgressBar) -> Iterator[Entry]:

@@ -13,8 +13,8 @@ from diht_jax.evaluation.embedding.encoding import (
     Batching,
     EmbeddingModel,
     EncodedImages,
+    Encoder,
     check_finite,
-    encode_images,
 )
 from diht_jax.evaluation.embedding.entries import Entries, read_again
 from diht_jax.evaluation.embedding.inputs import input_units
@@ -66,7 +66,7 @@ def search_pictures(
     """
     texts = fill_queries(queries, template, count)
     entries = Entries(input_units(shards), name="pictures")
-    encoded = encode_images(model, entries, lambda pair: (pair.key, pair.caption), batching)
+    encoded = Encoder(model, entries, batching).images(lambda pair: (pair.key, pair.caption))
     text_emb = check_finite(
         np.asarray(model.encode_text(list(texts.values())), np.float32), "text embeddings"
     )

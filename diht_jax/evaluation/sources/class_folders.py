@@ -72,18 +72,15 @@ def _read_lists(path: str, splits: str | None) -> dict[str, list[int]]:
     if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", splits):
         raise ValueError(f"splits={splits}: expected numbers, such as 1 or 1,2,3")
     numbers = sorted({int(number) for number in splits.split(",")})
-    try:
-        paths = [path.format(number) for number in numbers]
-    except (AttributeError, IndexError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: expected one field such as '{{:02}}' ({error!r})") from error
-    if len(set(paths)) < len(numbers):
+    has_field = re.fullmatch(r"[^{}]*\{(:0?\d?)?\}[^{}]*", path)
+    if len(numbers) > 1 and not has_field:
         raise ValueError(
-            f"{path}: {len(numbers)} splits in one list; expected a field for the number in its "
-            "name, such as 'testlist{:02}.txt'"
+            f"{path}: expected one field for the number of the split in the name of the list, such "
+            "as 'testlist{:02}.txt'"
         )
     members: dict[str, list[int]] = {}
-    for number, one in zip(numbers, paths, strict=True):
-        for name in _read_list(one):
+    for number in numbers:
+        for name in _read_list(path.format(number) if has_field else path):
             members.setdefault(name, []).append(number)
     return members
 

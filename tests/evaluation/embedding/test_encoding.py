@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encode_images
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder, UnusablePair
 from diht_jax.records.schema import Pair
 from tests import make
 
@@ -35,7 +35,7 @@ def _pair(number, data=None):
 def test_each_image_counts_once_and_in_order(count):
     model = _MeanColor()
     pairs = map(_pair, range(count))
-    encoded = encode_images(model, pairs, lambda pair: pair.caption, batching=Batching(8, 3))
+    encoded = Encoder(model, pairs, Batching(8, 3)).images(lambda pair: pair.caption)
     expected = [[i, 255 - i, 0] for i in range(count)]
     np.testing.assert_array_equal(encoded.image_emb, expected)
     assert encoded.notes == [f"c{i}" for i in range(count)]
@@ -53,7 +53,7 @@ def test_unusable_pairs_are_counted_with_their_reason():
     whole = _pair(0).image
     broken = {1: b"", 2: b"no picture", 5: whole[: len(whole) // 2]}
     pairs = [_pair(i, broken.get(i)) for i in range(7)]
-    encoded = encode_images(_MeanColor(), pairs, describe, batching=Batching(2))
+    encoded = Encoder(_MeanColor(), pairs, Batching(2)).images(describe)
     assert encoded.notes == ["k0", "k3", "k6"]
     assert encoded.image_emb[:, 0].tolist() == [0, 3, 6]
     assert encoded.dropped == {"image_empty": 1, "image_unreadable": 2, "no_caption": 1}
@@ -62,9 +62,9 @@ def test_unusable_pairs_are_counted_with_their_reason():
 
 def test_a_source_without_any_usable_image_is_refused():
     with pytest.raises(ValueError, match=r"no usable pair.*1 entries.*image_empty"):
-        encode_images(_MeanColor(), [_pair(0, b"")], lambda pair: None, batching=Batching(8))
+        Encoder(_MeanColor(), [_pair(0, b"")], Batching(8)).images(lambda pair: None)
     with pytest.raises(ValueError, match="no usable pair.*0 entries"):
-        encode_images(_MeanColor(), [], lambda pair: None, batching=Batching(8))
+        Encoder(_MeanColor(), [], Batching(8)).images(lambda pair: None)
 
 
 def test_a_diverged_model_is_refused():
@@ -73,4 +73,4 @@ def test_a_diverged_model_is_refused():
             return super().encode_image(images) * np.nan
 
     with pytest.raises(ValueError, match="image embeddings: 3 of 3 rows are not finite"):
-        encode_images(Diverged(), map(_pair, range(3)), lambda pair: None, batching=Batching(2))
+        Encoder(Diverged(), map(_pair, range(3)), Batching(2)).images(lambda pair: None)

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.embedding.encoding import Batching, UnusablePair, encode_images
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder, UnusablePair
 from diht_jax.evaluation.embedding.entries import Entries, Processes
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -64,7 +64,7 @@ def _describe(pair):
 def _encode(source, limit=None, batch_size=128, processes=None):
     entries = Entries(source.units, limit=limit)
     batching = Batching(batch_size, 1, False, processes or Processes())
-    return encode_images(_Model(), entries, _describe, batching)
+    return Encoder(_Model(), entries, batching).images(_describe)
 
 
 def _together(count, make_source, **options):
@@ -124,7 +124,7 @@ def test_an_error_of_one_process_ends_all():
     def work():
         processes = Processes(threads.own.index, 3, threads.exchange)
         batching = Batching(8, 1, False, processes)
-        return encode_images(_Model(), Entries(source.units), refuse, batching)
+        return Encoder(_Model(), Entries(source.units), batching).images(refuse)
 
     errors = [str(error) for error in threads.run(work)]
     assert errors == ["process 1 of 3: k: refused", "k: refused", "process 1 of 3: k: refused"]
