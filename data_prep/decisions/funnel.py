@@ -191,8 +191,9 @@ def score_filters(
         return FilterScore(name, drops, precision, share, share.pop(clean_label))
 
     scores, arrived = [], total.copy()
-    outcomes = {outcome.partition("/")[::2]: 1 for outcome in labels}
-    for stage, reason, _ in Funnel(outcomes).rows()[1:-1]:
+    outcomes = (outcome.partition("/") for outcome in labels)
+    met = Funnel({(stage, reason): 1 for stage, _, reason in outcomes})
+    for stage, reason, _ in met.rows()[1:-1]:
         spelled = spell_reason(stage, reason)
         if spelled[:2] not in ("C:", "A:", "T:"):  # the filters of the paper, by their letters
             spelled = f"{stage}: {spelled}"

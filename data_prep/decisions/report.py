@@ -291,7 +291,8 @@ def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> It
     """A warning where captions are names, of which CAT keeps next to nothing."""
     dropped_at = {stage: sum(found.values()) for stage, found in funnel.dropped().items()}
     stages = list(dropped_at)
-    arrived = funnel.read - sum(map(dropped_at.get, stages[: stages.index("caption")]))
+    earlier = stages[: stages.index("caption")]
+    arrived = funnel.read - sum(dropped_at[stage] for stage in earlier)
     short = sum(n for of_side in words.values() for w, n in of_side.items() if int(w) < _NAME_WORDS)
     if funnel.kept <= _FEW * arrived and min(dropped_at["caption"], short) > arrived / 2:
         yield (

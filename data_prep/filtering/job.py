@@ -78,8 +78,9 @@ def run(
     shards.remove_temporary_files(job.parts_folder, names)
     shards.remove_temporary_files(files.join(job.folder, table.FOLDER), names)
     failures = filter_parts(job, pending)
+    known = {**done, **failures.made}
     result, missing = _finish(
-        job, failures, done | failures.made, has_begun=bool(pending), was_complete=was_complete
+        job, failures, known, has_begun=bool(pending), was_complete=was_complete
     )
     if missing:
         logging.warning(

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -109,8 +109,12 @@ class PictureEmbeddings:
         `model` is for `diht_jax.load_model`.
         """
         self._source, self._where, self._missing = source, f"{key}='{stored}'", 0
-        self._rows = None if stored is None else precomputed.read_of_shard(stored, source)
-        self._model = None if stored is not None else Encoder(str(model), batch_size)
+        self._rows: Mapping[str, np.ndarray] = {}
+        self._model: Encoder | None = None
+        if stored is None:
+            self._model = Encoder(str(model), batch_size)
+        else:
+            self._rows = precomputed.read_of_shard(stored, source)
 
     def embed(self, pairs: Sequence[Pair]) -> Sequence[np.ndarray | str | None]:
         """[d] of each; None where nothing is stored, a reason where a picture is not readable."""
