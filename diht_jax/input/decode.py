@@ -27,13 +27,10 @@ _KNOWN_FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 class ImageError(ValueError):
-    """Bytes that are no picture we can use.
+    """Bytes that are no picture we can use, with one of `REASONS` to be counted by.
 
     Pillow's own error is in the message and not its cause: most are of type `OSError`, by which a
     run would end as by a disk that fails, to be started again.
-
-    Attributes:
-        reason: one of `REASONS`, to be counted by.
     """
 
     def __init__(self, reason: str, message: str):

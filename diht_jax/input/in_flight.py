@@ -75,8 +75,7 @@ class InFlight:
             num_workers: decoding processes; 0 decodes in threads of this process.
             num_threads: those threads.
             prefetch_batches: the host's batches to decode ahead.
-            rows: of a sub-batch.
-            parts_per_batch: sub-batches of the host's batch.
+            rows: of a sub-batch, `parts_per_batch` of which are the host's batch.
             example_bytes: of one decoded example.
         """
         self.num_threads = num_threads
@@ -335,11 +334,7 @@ class _Join(threading.Thread):
 def join_parts(
     next_part: Callable[[], dict[str, np.ndarray]], num_parts: int, memory: BatchMemory
 ) -> dict[str, np.ndarray]:
-    """Joins the next parts to a batch; each is copied as it comes, while the next one is awaited.
-
-    Args:
-        next_part: gives the parts in their order, [rows, ...] each.
-    """
+    """Joins the next parts, [rows, ...] each; one is copied while the next one is awaited."""
     part = next_part()
     rows = len(next(iter(part.values())))
     batch = memory.lend(part, num_parts)

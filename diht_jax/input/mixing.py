@@ -146,16 +146,6 @@ class Mixture(Sequence[tuple[Source, Record]]):
             for source, share in zip(self.sources, shares, strict=True)
         ]
 
-    def request(self, positions: Iterable[int]) -> None:
-        """Begins to fetch the blocks that some positions need."""
-        for store, records in self._by_store(positions):
-            store.request(records)
-
-    def fetch(self, positions: Iterable[int]) -> None:
-        """Waits for the blocks that some positions need; errors as `BlockStore.fetch`."""
-        for store, records in self._by_store(positions):
-            store.fetch(records)
-
     def finish(self, positions: Iterable[int]) -> None:
         """Deletes the blocks that are not needed any more behind some positions."""
         for position in positions if self._has_blocks else ():
@@ -166,16 +156,14 @@ class Mixture(Sequence[tuple[Source, Record]]):
                 if block is not None:
                     blocks.delete(block)
 
-    def _by_store(self, positions: Iterable[int]) -> list[tuple[BlockStore, list[int]]]:
+    def by_store(self, positions: Iterable[int]) -> list[tuple[BlockStore, list[int]]]:
+        """The blocks of each source in a store, and its records at some positions."""
         found: list[list[int]] = [[] for _ in self.sources]
         for position in positions if self._has_blocks else ():
             number, record = self.find(position)
             found[number].append(record)
-        return [
-            (source.blocks, records)
-            for source, records in zip(self.sources, found, strict=True)
-            if source.blocks
-        ]
+        pairs = zip(self.sources, found, strict=True)
+        return [(source.blocks, records) for source, records in pairs if source.blocks]
 
     def _find_source(self, position: int) -> tuple[int, int]:
         """The number of the source at a position, and its own position for it."""

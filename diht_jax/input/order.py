@@ -34,12 +34,9 @@ _64_BITS = 2**64 - 1
 
 
 def resolve_order(order: str, train: str | Sequence[str] | None, name: str = "data.order") -> str:
-    """The order that a config asks for.
+    """The order of a config; "auto" is blocks where any of the data is in an object store.
 
-    Args:
-        order: one of `ORDERS`, or "auto": blocks where any of the data is in an object store.
-        train: paths of the data, or URLs.
-        name: of the key, for the message.
+    `name` is that of the key, for the message.
     """
     if order not in (*ORDERS, "auto"):
         raise ValueError(f"config.{name}='{order}': expected 'auto', 'global' or 'blocks'")
@@ -285,12 +282,7 @@ class BlockOrder:
 
 
 def _skip(before: np.ndarray, number: int) -> int:
-    """The number among all records of one among those that are not held out.
-
-    Args:
-        before: how many of the others come before each that is held out.
-        number: of the record.
-    """
+    """The number among all records; `before` counts the others before each that is held out."""
     return number + int(np.searchsorted(before, number, side="right")) if len(before) else number
 
 

@@ -129,10 +129,12 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             ValueError: a record is bad, or too many in a row are; names file and record.
             StorageError: the disk or the store fails.
         """
-        if part < self._ahead:
-            self._records.request(self.indices(part))  # which no earlier part has requested
         if self._ahead:
-            self._records.request(self.indices(part + self._ahead))
+            later = part + self._ahead
+            # The first parts also need blocks that no earlier part has requested.
+            for wanted in (part, later) if part < self._ahead else (later,):
+                for store, records in self._records.by_store(self.indices(wanted)):
+                    store.request(records)
         arrays: dict[str, np.ndarray] = {}
         for row, example in enumerate(self._examples(self.indices(part))):
             for name, value in example.items():
@@ -195,7 +197,8 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         """
         for first in range(0, len(indices), _GROUP_ROWS):
             group = indices[first : first + _GROUP_ROWS]
-            self._records.fetch(group)
+            for store, records in self._records.by_store(group):
+                store.fetch(records)
             plans: dict[int, Callable[[], dict[str, Any]]] = {}
             for index in group:
                 with contextlib.suppress(ValueError):

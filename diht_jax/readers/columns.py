@@ -74,9 +74,7 @@ def make_pair(
     """The pair of a row, or why there is none.
 
     Args:
-        key: of the pair.
         image: encoded, or its path below `image_root`.
-        row: all columns.
         options: complete ones.
         needs_caption: whether a row without one is no pair.
         clean: makes metadata of the columns that are nothing else.

@@ -93,12 +93,7 @@ class DatasetIndex:
     """
 
     def __init__(self, head: bytes, path: str, local_path: str | None = None):
-        """Reads and checks a head.
-
-        Args:
-            head: of the file.
-            path: of the file, or its URL.
-            local_path: of a copy on this host.
+        """Reads and checks a head; `local_path` is that of a copy of the file on this host.
 
         Raises:
             TFRecordError: it is damaged, or its numbers contradict each other.
@@ -332,10 +327,8 @@ def encode_head(
 ) -> bytes:
     """The head of an index, with the entries of all shards in their order.
 
-    Args:
-        entries: of the shards.
-        vocabulary: what they are labelled with, as `Vocabulary.describe` gives it.
-        labels: what `labels.shards.describe_labels` states of shards of labels.
+    `vocabulary` is what they are labelled with, as `Vocabulary.describe` gives it; `labels` is what
+    `labels.shards.describe_labels` states of shards of labels.
     """
     kinds = sorted({entry.kind for entry in entries})
     names = b"".join(entry.name.encode() + b"\0" for entry in entries)

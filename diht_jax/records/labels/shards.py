@@ -118,10 +118,8 @@ def describe_labels(
 ) -> dict[str, Any]:
     """The entry `labels` in the `dataset.index` of a folder of labels.
 
-    Args:
-        shards: all of them.
-        inputs: paths or URLs of the labelled records, made by `relative_input`.
-        facts: further JSON-able facts about the labels.
+    `inputs` are paths or URLs of the labelled records, made by `relative_input`; `facts` are
+    further JSON-able facts about the labels.
     """
     rows = [[shard.name, shard.digest, list(shard.source)] for shard in shards]
     return {"inputs": list(inputs), "shards": rows, "facts": dict(facts or {})}
