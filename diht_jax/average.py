@@ -224,7 +224,6 @@ def _write(
         mean,
         output.name,
         members=[(member["model"], member["weight"]) for member in record["members"]],
-        config=None,
         results=[("diht_jax.average", record["metrics"])] if "metrics" in record else [],
         lost=find_lost_scalars(format, model.arch, loss_scalars, output.name),
         license=license,

@@ -9,7 +9,6 @@ Hugging Face hub as well. `docs/guides/evaluate/weights.md` describes the format
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -92,12 +91,7 @@ def export_model(
     from diht_jax.evaluation.results import read_results
     from diht_jax.loading import read_model
     from diht_jax.weights.export import check_target, find_lost_scalars, write_model
-    from diht_jax.weights.model_card import (
-        model_card,
-        read_concepts,
-        read_data_facts,
-        read_run_results,
-    )
+    from diht_jax.weights.model_card import model_card
 
     output = pathlib.Path(output)
     check_target(output, format, dtype)
@@ -105,11 +99,6 @@ def export_model(
         check_upload(push)
     measured = [_as_row(path, read_results(path)) for path in results]
     source = read_model(model, **model_options)
-    config, data = None, (None, None)
-    if source.step is not None:  # of a run
-        measured = [*read_run_results(pathlib.Path(source.path), source.step), *measured]
-        config = json.loads(source.config.to_json_best_effort())
-        data = config["data"]["train"], config["data"].get("labels")
     if keep_heads and not source.heads:
         logging.warning("%s: there are no concept heads to keep", model)
     if source.decoder is not None:
@@ -120,9 +109,6 @@ def export_model(
         format,
         source,
         model,
-        config=config,
-        data=read_data_facts(*data),
-        concepts=read_concepts(*data) if source.heads else None,
         results=measured,
         heads=sorted(source.heads) if keep_heads else (),
         lost=lost,

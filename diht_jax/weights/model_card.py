@@ -42,9 +42,6 @@ def model_card(
     name: str,
     *,
     members: Sequence[tuple[str, float]] = (),
-    config: Mapping[str, Any] | None,
-    data: Sequence[Mapping[str, Any]] = (),
-    concepts: Vocabulary | None = None,
     results: Sequence[tuple[str, Mapping[str, Any]]],
     heads: Sequence[str] = (),
     lost: Sequence[str] = (),
@@ -58,15 +55,18 @@ def model_card(
         model: with the origin of its parameters.
         name: how the user calls the model.
         members: (name, weight) of the models that it is a mean of; empty of a model by itself.
-        config: the training config as plain dicts; None for weights not trained here.
-        data: of `read_data_facts`.
-        concepts: that a distilled model was trained with.
         results: (source, {metric: value}) of each evaluation.
         heads: names of the concept heads that were kept.
         lost: names of what the loss has learnt that the format has no place for.
         license: of the weights, as the user states it.
         hub_name: `hf-hub:owner/name`, for a model that is written there.
     """
+    config, data = None, (None, None)
+    if model.step is not None:  # of a run
+        config = json.loads(model.config.to_json_best_effort())
+        data = config["data"]["train"], config["data"].get("labels")
+        results = [*_read_run_results(pathlib.Path(model.path), model.step), *results]
+    concepts = _read_concepts(*data) if model.heads else None
     fields = [(field, v) for field, v in dataclasses.asdict(model.arch).items() if v is not None]
     return render(
         "model_card.md",
@@ -85,7 +85,7 @@ def model_card(
         sha256=model.sha256,
         members=[(f"`{member}`", f"{weight:g}") for member, weight in members],
         recipe=[] if config is None else _recipe_rows(model, config),
-        data=data,
+        data=_read_data_facts(*data),
         concepts=[f"{p.kind} ({len(p):,}): {_most_frequent(p)}" for p in concepts or ()],
         results=[
             (source, metric, f"{value:.4g}" if isinstance(value, float) else value)
@@ -95,13 +95,10 @@ def model_card(
     )
 
 
-def read_data_facts(train: Any, labels: str | None) -> list[dict[str, Any]]:
-    """Reads the statistics next to the training data, where the config leads to them.
+def _read_data_facts(train: Any, labels: str | None) -> list[dict[str, Any]]:
+    """Statistics next to the training data, where `config.data.train` and `labels` lead to them.
 
     A folder of labels or of labelled records leads on to the records that were labelled.
-
-    Args:
-        train, labels: `config.data.train` and `config.data.labels`.
 
     Returns:
         Of each source its `name` ("" of the only one) and `path`, as the config has them; where its
@@ -126,7 +123,7 @@ def read_data_facts(train: Any, labels: str | None) -> list[dict[str, Any]]:
     return facts
 
 
-def read_concepts(train: Any, labels: str | None) -> Vocabulary | None:
+def _read_concepts(train: Any, labels: str | None) -> Vocabulary | None:
     """The concepts that the training data are labelled with, where they can be read."""
     try:
         return find_train_vocabulary(train, labels)
@@ -159,7 +156,7 @@ def _read_statistics(folder: str) -> dict[str, Any]:
         return {}
 
 
-def read_run_results(workdir: pathlib.Path, step: int) -> list[tuple[str, dict[str, float]]]:
+def _read_run_results(workdir: pathlib.Path, step: int) -> list[tuple[str, dict[str, float]]]:
     """The last evaluation in a run's `metrics.jsonl` at or before `step`, as (source, metrics)."""
     path, last = workdir / "metrics.jsonl", []
     if not path.is_file():

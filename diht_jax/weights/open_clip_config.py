@@ -36,7 +36,6 @@ _KNOWN_OF_TIMM = {
 }
 # How each tower may pool its tokens; the first is the default.
 _POOLS = {"vision_cfg": ("tok",), "text_cfg": ("argmax", "eos", "last")}
-_BY_TANH = {"act_kwargs": {"approximate": "tanh"}}
 
 
 def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
@@ -93,13 +92,13 @@ def _timm_fields(vision: ConfigSection, text: ConfigSection) -> dict[str, Any]:
     for key, wanted in (
         ("timm_pool", "map"),
         # open_clip computes as without a projection where it is "" as well.
-        ("timm_proj", tower.projection),
-        ("image_size", tower.fields["image_size"]),
+        ("timm_proj", timm_layout.projection_name(tower)),
+        ("image_size", tower["image_size"]),
     ):
         if vision.values.get(key) != wanted and (vision.values.get(key) or wanted):
             raise vision.error(key, f"{wanted!r}, which this tower of timm has")
     return {
-        **tower.fields,
+        **tower,
         "causal_text": not text.values.get("no_causal_mask", False),
         "text_pool": "last" if text.values.get("pool_type") == "last" else "end",
         "text_projection": "bias" if text.values.get("proj_bias") else "linear",
@@ -127,59 +126,64 @@ def make_config(
     Raises:
         ValueError: open_clip has no such model.
     """
-    text_activation = arch.text_activation or arch.activation
-    norm: dict[str, Any] = {}
-    if arch.layer_norm_epsilon != 1e-5:
-        norm = {"norm_kwargs": {"eps": arch.layer_norm_epsilon}}
+    is_timm = timm_layout.is_timm(arch)
+    whole: dict[str, Any] = {"embed_dim": arch.embed_dim}
+    whole["quick_gelu"] = (arch.text_activation or arch.activation) == "quick_gelu"
+    if is_timm:
+        whole["custom_text"] = True
+    if is_timm and logit_bias is not None:
+        whole["init_logit_bias"] = logit_bias
+    whole["vision_cfg"] = (_make_timm_vision if is_timm else _make_vision)(arch)
     text = {
         "context_length": arch.context_length,
         "vocab_size": arch.vocab_size,
-        "width": arch.text_width,
         "heads": arch.text_heads,
-        "layers": arch.text_layers,
-        **_mlp_ratio(arch.text_width, arch.text_mlp_width),
-        **norm,
-        **(_BY_TANH if text_activation == "gelu_tanh" else {}),
+        **_make_tower(arch, "text", arch.text_activation or arch.activation),
     }
     if arch.end_of_text_id is not None:
         text |= {"pool_type": "eos", "eos_id": arch.end_of_text_id}
-    whole: dict[str, Any] = {"quick_gelu": text_activation == "quick_gelu"}
-    if timm_layout.is_timm(arch):
-        name = timm_layout.tower_name(arch)
-        whole["custom_text"] = True
-        if logit_bias is not None:
-            whole["init_logit_bias"] = logit_bias
-        vision = {
-            "image_size": arch.image_size,
-            "timm_model_name": name,
-            "timm_model_pretrained": False,
-            "timm_pool": "map",
-            "timm_proj": timm_layout.TOWERS[name].projection,
-        }
+    if is_timm:
         text["no_causal_mask"] = not arch.causal_text
         text["proj_bias"] = arch.text_projection == "bias"
-        if arch.text_pool == "last":
-            text["pool_type"] = "last"
-    else:
-        clip_layout.check_is_clip(arch)
-        vision = {
-            "image_size": arch.image_size,
-            "layers": arch.vision_layers,
-            "width": arch.vision_width,
-            "head_width": arch.vision_width // arch.vision_heads,
-            "patch_size": arch.patch_size,
-            **_mlp_ratio(arch.vision_width, arch.vision_mlp_width),
-            **norm,
-            **(_BY_TANH if arch.activation == "gelu_tanh" else {}),
-        }
+    if arch.text_pool == "last":
+        text["pool_type"] = "last"
     return {
-        "model_cfg": {
-            "embed_dim": arch.embed_dim,
-            **whole,
-            "vision_cfg": vision,
-            "text_cfg": text,
-        },
+        "model_cfg": {**whole, "text_cfg": text},
         "preprocess_cfg": make_preprocess_cfg(arch, preprocessing),
+    }
+
+
+def _make_tower(arch: Architecture, tower: str, activation: str) -> dict[str, Any]:
+    """Settings of a tower of open_clip's own."""
+    width, mlp_width = getattr(arch, f"{tower}_width"), getattr(arch, f"{tower}_mlp_width")
+    settings = {"width": width, "layers": getattr(arch, f"{tower}_layers")}
+    if mlp_width is not None:
+        settings["mlp_ratio"] = _mlp_ratio(width, mlp_width)
+    if arch.layer_norm_epsilon != 1e-5:
+        settings["norm_kwargs"] = {"eps": arch.layer_norm_epsilon}
+    if activation == "gelu_tanh":
+        settings["act_kwargs"] = {"approximate": "tanh"}
+    return settings
+
+
+def _make_vision(arch: Architecture) -> dict[str, Any]:
+    clip_layout.check_is_clip(arch)
+    return {
+        "image_size": arch.image_size,
+        "patch_size": arch.patch_size,
+        "head_width": arch.vision_width // arch.vision_heads,
+        **_make_tower(arch, "vision", arch.activation),
+    }
+
+
+def _make_timm_vision(arch: Architecture) -> dict[str, Any]:
+    name = timm_layout.tower_name(arch)
+    return {
+        "image_size": arch.image_size,
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": timm_layout.projection_name(timm_layout.TOWERS[name]),
     }
 
 
@@ -211,11 +215,9 @@ def _mlp_width(width: int, tower: ConfigSection) -> int:
     return int(width * tower.number("mlp_ratio", 4.0))
 
 
-def _mlp_ratio(width: int, mlp_width: int | None) -> dict[str, float]:
+def _mlp_ratio(width: int, mlp_width: int) -> float:
     """The ratio that gives `mlp_width` back when open_clip multiplies and truncates."""
-    if mlp_width is None:
-        return {}
     ratio = mlp_width / width
     while int(width * ratio) < mlp_width:
         ratio *= 1 + 1e-12
-    return {"mlp_ratio": ratio}
+    return ratio

@@ -149,19 +149,7 @@ def read_weights(
         raise ValueError(f"{file}: {len(tensors)} parameters for a model of {most_layers} layers")
     heads = {k: v for k, v in tensors.items() if k.startswith(clip_layout.HEADS_PREFIX)}
     tensors = {name: value for name, value in tensors.items() if name not in heads}
-    if is_huggingface:
-        layout = huggingface.layout(arch)
-        tensors = {k: v for k, v in tensors.items() if k not in huggingface.BUFFERS}
-    else:
-        layout = (timm_layout if timm_layout.is_timm(arch) else clip_layout).layout(arch)
-        tensors = clip_layout.normalize_names(tensors)
-    # A scale of shape [1] is the same as one of shape [].
-    if "logit_scale" in tensors and tensors["logit_scale"].shape == (1,):
-        tensors["logit_scale"] = tensors["logit_scale"].reshape(())
-    loss_scalars = {}
-    if timm_layout.is_timm(arch) and LOGIT_BIAS in tensors and tensors[LOGIT_BIAS].size == 1:
-        loss_scalars[LOGIT_BIAS] = float(tensors.pop(LOGIT_BIAS).astype(np.float32).item())
-    params = from_layout(tensors, layout, clip_layout.our_shapes(arch), str(file))
+    params, loss_scalars = _convert(tensors, arch, is_huggingface, str(file))
     params, arch = fit_model(params, arch, image_size=image_size, context_length=context_length)
     return ModelFiles(
         arch=arch,
@@ -174,6 +162,25 @@ def read_weights(
         has_tokenizer=settings.has_tokenizer,
         tokenizer=settings.tokenizer,
     )
+
+
+def _convert(
+    tensors: dict[str, np.ndarray], arch: Architecture, is_huggingface: bool, where: str
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Our parameters of a state dict, and what the loss has learnt."""
+    if is_huggingface:
+        layout = huggingface.layout(arch)
+        tensors = {k: v for k, v in tensors.items() if k not in huggingface.BUFFERS}
+    else:
+        layout = (timm_layout if timm_layout.is_timm(arch) else clip_layout).layout(arch)
+        tensors = clip_layout.normalize_names(tensors)
+    # A scale of shape [1] is the same as one of shape [].
+    if "logit_scale" in tensors and tensors["logit_scale"].shape == (1,):
+        tensors["logit_scale"] = tensors["logit_scale"].reshape(())
+    loss_scalars = {}
+    if timm_layout.is_timm(arch) and LOGIT_BIAS in tensors and tensors[LOGIT_BIAS].size == 1:
+        loss_scalars[LOGIT_BIAS] = float(tensors.pop(LOGIT_BIAS).astype(np.float32).item())
+    return from_layout(tensors, layout, clip_layout.our_shapes(arch), where), loss_scalars
 
 
 def _find_model(name: str) -> pathlib.Path:

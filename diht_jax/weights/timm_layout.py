@@ -6,7 +6,6 @@ tower in a module `text` under CLIP's names.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,17 +18,8 @@ TRUNK = "visual.trunk."
 _BLOCK = BlockNames("norm1", ("attn.qkv.",), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
-@dataclasses.dataclass(frozen=True)
-class Tower:
-    """An image tower of timm, as open_clip calls it for the model.
-
-    Attributes:
-        fields: of `Architecture`, all that the name decides but the size of the embeddings.
-        projection: open_clip's `timm_proj`, "none" for a tower without a projection.
-    """
-
-    fields: Mapping[str, Any]
-    projection: str | None
+# Fields of `Architecture`: all that a tower's name decides but the size of the embeddings.
+Tower = Mapping[str, Any]
 
 
 def _siglip_towers() -> Iterator[tuple[str, Tower]]:
@@ -57,7 +47,7 @@ def _siglip_towers() -> Iterator[tuple[str, Tower]]:
                 "activation": "gelu_tanh" if size in by_tanh else "gelu",
                 "layer_norm_epsilon": 1e-6,
             }
-            yield f"vit_{name}_patch{patch}_siglip_{size}", Tower(fields, "none")
+            yield f"vit_{name}_patch{patch}_siglip_{size}", fields
 
 
 def _perception_encoders() -> Iterator[tuple[str, Tower]]:
@@ -81,7 +71,7 @@ def _perception_encoders() -> Iterator[tuple[str, Tower]]:
             "activation": "gelu",
             "layer_norm_epsilon": 1e-5,
         }
-        yield f"vit_pe_core_{name}_patch{patch}_{size}", Tower(fields, None)
+        yield f"vit_pe_core_{name}_patch{patch}_{size}", fields
 
 
 TOWERS: dict[str, Tower] = dict([*_siglip_towers(), *_perception_encoders()])
@@ -111,13 +101,18 @@ def tower_name(arch: Architecture) -> str:
         ValueError: timm has none of these sizes.
     """
     for name, tower in TOWERS.items():
-        if all(getattr(arch, field) == value for field, value in tower.fields.items()):
+        if all(getattr(arch, field) == value for field, value in tower.items()):
             return name
     raise ValueError(
         f"open_clip takes towers that pool by attention from timm, which has none of "
         f"{arch.image_size} px with patches of {arch.patch_size} px, {arch.vision_layers} layers, "
         f"width {arch.vision_width} and activation '{arch.activation}'"
     )
+
+
+def projection_name(tower: Tower) -> str | None:
+    """open_clip's `timm_proj` of a tower, "none" for one without a projection."""
+    return "none" if tower["vision_projection"] == "none" else None
 
 
 def is_timm(arch: Architecture) -> bool:

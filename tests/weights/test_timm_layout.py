@@ -66,12 +66,12 @@ def vit_test_pe_core_patch16_64(pretrained=False, **settings):
 
 def small_towers():
     """The entries of the two in our table."""
-    siglip, pe_core = (timm_layout.TOWERS[name].fields for name in LIKE)
+    siglip, pe_core = (timm_layout.TOWERS[name] for name in LIKE)
     sizes = {"image_size": 24, "patch_size": 8, "vision_width": 64, "vision_layers": 2}
     sizes |= {"vision_heads": 4, "vision_pool_heads": 4, "vision_mlp_width": 160}
     return {
-        SMALL: timm_layout.Tower({**siglip, **sizes}, "none"),
-        PE_CORE: timm_layout.Tower({**pe_core, "image_size": 64, "vision_layers": 2}, None),
+        SMALL: {**siglip, **sizes},
+        PE_CORE: {**pe_core, "image_size": 64, "vision_layers": 2},
     }
 
 
@@ -135,10 +135,10 @@ def test_export_gives_the_model_back_bit_for_bit(model, tmp_path):
 
 @pytest.mark.parametrize("name", timm_layout.TOWERS)
 def test_the_sizes_of_a_tower_are_those_of_timm(name):
-    projection = timm_layout.TOWERS[name].projection
+    fields = timm_layout.TOWERS[name]
     with torch.device("meta"):
-        tower = timm.create_model(name, num_classes=0 if projection == "none" else 40)
-    fields = timm_layout.TOWERS[name].fields
+        num_classes = 0 if fields["vision_projection"] == "none" else 40
+        tower = timm.create_model(name, num_classes=num_classes)
     block = tower.blocks[0]
     assert tower.patch_embed.img_size == (fields["image_size"],) * 2
     assert tower.patch_embed.patch_size == (fields["patch_size"],) * 2

@@ -27,12 +27,7 @@ def check_packages() -> None:
 
 
 def write_onnx(output: pathlib.Path, model: ModelFiles) -> None:
-    """Writes `image.onnx` and `text.onnx`, with float32 parameters, into a directory.
-
-    Raises:
-        ValueError: a package is missing.
-    """
-    check_packages()
+    """Writes `image.onnx` and `text.onnx`, with float32 parameters, into a directory."""
     import torch
 
     for name, (tower, argument, example) in _make_towers(model).items():
