@@ -12,11 +12,11 @@ from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.input.pipeline import open_records
 from diht_jax.readers.base import Skipped
-from diht_jax.readers.tables import map_ahead
 from diht_jax.records.labels.shards import resolve_source
 from diht_jax.records.schema import Pair
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import TrainSource, held_out_records, parse_train
+from diht_jax.storage.files import map_many
 
 NAME = "validation"
 
@@ -74,4 +74,4 @@ def validation_tasks(config: ml_collections.ConfigDict) -> list[ValidationTask]:
 
 
 def _read(records: ShardedRecords, numbers: Iterable[int]) -> Iterator[Pair | Skipped]:
-    return map_ahead(lambda number: records.decode(records[int(number)]), numbers)
+    return map_many(lambda number: records.decode(records[int(number)]), numbers)

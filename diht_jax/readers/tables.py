@@ -8,14 +8,12 @@ a csv are separated by commas, tabs or semicolons, which its header shows.
 from __future__ import annotations
 
 import codecs
-import collections
 import csv
 import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from absl import logging
@@ -24,7 +22,7 @@ from diht_jax.readers.base import Format, Skipped, SourceShard
 from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns, make_pair
 from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair, parse_json, parse_json_object
-from diht_jax.storage.files import read_bytes
+from diht_jax.storage.files import map_many, read_bytes
 from diht_jax.storage.stores import input_size, is_remote, open_file, read_start
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
@@ -36,7 +34,6 @@ _MAX_FIELD_CHARS = 2**24
 _MAX_LINE_BYTES = 2**28
 _HEAD_BYTES = 2**18  # of a table in a store, in which its columns are looked for
 _LARGE_TABLE_BYTES = 2**30
-_IMAGES_AHEAD = 16  # requests at a time, where each image is one
 # Texts in UTF-16 and UTF-32 begin so, with zeros among the bytes that follow.
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
@@ -140,23 +137,7 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
         return make_pair(key, name.strip() if isinstance(name, str) else None, row, options)
 
     rows = enumerate(_read_rows(shard), start=shard.options["first_row"])
-    yield from map_ahead(make, rows) if is_stored else map(make, rows)
-
-
-def map_ahead(make: Callable[[Any], Any], rows: Iterable[Any]) -> Iterator[Any]:
-    """The results in order, of which some are made at the same time."""
-    waiting: collections.deque[futures.Future[Any]] = collections.deque()
-    with futures.ThreadPoolExecutor(_IMAGES_AHEAD) as pool:
-        try:
-            for row in rows:
-                waiting.append(pool.submit(make, row))
-                if len(waiting) == _IMAGES_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    yield from map_many(make, rows, root)
 
 
 def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ again (`diht_jax.storage.retries`).
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -14,7 +15,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from diht_jax.storage.stores import (
 _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
 _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")  # the names of `temporary_path`
 _CHECKSUM = "checksum"
-_READ_THREADS, _READ_AHEAD = 32, 256  # of small files in a store
+_READ_THREADS = 32  # small files in a store that are read at a time
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -101,18 +102,27 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def map_many(
-    function: Callable[[_Item], _Result], items: Sequence[_Item], where: str
+    function: Callable[[_Item], _Result], items: Iterable[_Item], where: str | None = None
 ) -> Iterator[_Result]:
     """Yields a function's result for every item, in their order; few are held at a time.
 
-    For files in a store (`where` is one of them, or their folder) it is called by threads.
+    Threads call it, unless `where`, one of its files or their folder, is on a local disk.
     """
-    if not is_remote(where):
+    if where is not None and not is_remote(where):
         yield from map(function, items)
         return
+    waiting: collections.deque[futures.Future[_Result]] = collections.deque()
     with futures.ThreadPoolExecutor(_READ_THREADS) as pool:
-        for start in range(0, len(items), _READ_AHEAD):
-            yield from pool.map(function, items[start : start + _READ_AHEAD])
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) == _READ_THREADS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def read_object(path: str) -> dict[str, Any] | None:

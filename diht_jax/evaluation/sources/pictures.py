@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.readers.base import Skipped, read_image
-from diht_jax.readers.tables import map_ahead
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import map_many
 from diht_jax.storage.stores import is_remote
 
 # File of a picture below some folder, and its pairs, still without the image; or why it has none.
@@ -39,7 +39,7 @@ def picture_units(root: str, items: Sequence[Item]) -> Units:
         return [dataclasses.replace(pair, image=image) for pair in pairs]
 
     def read(part: Sequence[Item]) -> Iterator[Pair | Skipped]:
-        for entries in (map_ahead if is_remote(root) else map)(read_item, part):
+        for entries in map_many(read_item, part, root):
             yield from entries
 
     starts = range(0, len(items), _PICTURES_PER_UNIT)
