@@ -335,13 +335,13 @@ def _embed(
     prompts = dataclasses.replace(tasks[-1], options={})  # all classes compete
     try:
         parts = [open_units(task.source, task.source_options) for task in tasks]
-        counts = [part.count_entries() for part in parts]
-        known = [count for count in counts if count is not None]
-        units = Units(
-            [unit for part in parts for unit in part],
-            lambda: sum(known) if len(known) == len(counts) else None,
-        )
-        entries = Entries(units, name="images")
+
+        def count() -> int | None:
+            counts = [part.count_entries() for part in parts]
+            known = [number for number in counts if number is not None]
+            return sum(known) if len(known) == len(counts) else None
+
+        entries = Entries(Units(itertools.chain(*parts), count), name="images")
         measured = classification.run(prompts, Encoder(model, entries, batching))
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error

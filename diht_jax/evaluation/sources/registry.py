@@ -125,25 +125,21 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
 
 
 def count_shards(shards: Sequence[SourceShard]) -> int | None:
-    """About how many entries shards have, for progress bars; None where none has a known number.
+    """About how many entries shards have, for progress bars; None where that is unknown.
 
-    Shards of a format that can count without reading a file are counted; of others the first is,
-    and the rest are estimated from what is known, by their bytes.
+    Shards of formats that count without reading a file are counted; else the first one is, and the
+    others are estimated by their bytes.
     """
-    formats = [registry.FORMATS[shard.kind] for shard in shards]
-    lengths = [
-        None if form.count_reads_file else form.count(shard)
-        for form, shard in zip(formats, shards, strict=True)
-    ]
-    if shards and not any(lengths):
-        lengths[0] = formats[0].count(shards[0])
-    sizes = [shard.identity()["size_bytes"] for shard in shards]
-    known = [(n, size) for n, size in zip(lengths, sizes, strict=True) if n is not None]
-    if not known:
-        return None
-    per_byte = sum(n for n, _ in known) / max(1, sum(size for _, size in known))
-    pairs = zip(lengths, sizes, strict=True)
-    return round(sum(size * per_byte if n is None else n for n, size in pairs))
+    total = 0
+    for shard in shards:
+        form = registry.FORMATS[shard.kind]
+        count = None if form.count_reads_file else form.count(shard)
+        if count is None:
+            first = registry.FORMATS[shards[0].kind].count(shards[0])
+            sizes = [shard.identity()["size_bytes"] for shard in shards]
+            return None if first is None else round(first * sum(sizes) / max(1, sizes[0]))
+        total += count
+    return total
 
 
 def words_of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
