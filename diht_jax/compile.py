@@ -324,10 +324,9 @@ def _halvings(
 
 def _total_steps(config: ml_collections.ConfigDict) -> int:
     """Length of the schedule, a constant of the program without influence on its cost."""
-    batch_size = config.data.batch_size
     # Of epochs, the data set is not looked at.
-    num_examples = batch_size * (1 if config.total_epochs is None else 1000)
-    return duration_in_steps(config, "total", batch_size=batch_size, num_examples=num_examples)
+    num_examples = config.data.batch_size * (1 if config.total_epochs is None else 1000)
+    return duration_in_steps(config, "total", num_examples=num_examples)
 
 
 def _memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:

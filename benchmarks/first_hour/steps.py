@@ -86,7 +86,7 @@ def measure_step(setting: Setting, recipe: str, micro_batches: int = 1) -> dict[
     report = compile_step(
         config, dataclasses.replace(topology, devices=devices, shape=(len(devices),))
     )
-    total = duration_in_steps(config, "total", batch_size=batch_size, num_examples=batch_size)
+    total = duration_in_steps(config, "total", num_examples=batch_size)
     program = TrainProgram(config, total, devices)
     state = program.create_state()
     step = program.step(state)

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Collection, Sequence
 
 import jax
 import ml_collections
-import numpy as np
 from absl import logging
 from etils import epath
 
@@ -23,15 +21,8 @@ from diht_jax.records.train_data import describe_train, parse_train
 from diht_jax.terminal import ProgressBar
 from diht_jax.training import recipe, task_evaluation
 from diht_jax.training.initial_parameters import bind_architecture, initial_parameters
-from diht_jax.training.monitoring import throughput
-from diht_jax.training.monitoring.anomalies import (
-    SHOWN_KEYS,
-    AnomalyMonitor,
-    NonFiniteError,
-    explain_nonfinite,
-    shown_keys,
-)
-from diht_jax.training.monitoring.metrics import MetricWriter, plot_curves, read_metrics
+from diht_jax.training.monitoring import anomalies, throughput
+from diht_jax.training.monitoring.metrics import MetricWriter, plot_curves
 from diht_jax.training.monitoring.trackers import check_trackers
 from diht_jax.training.monitoring.wall_time import WallTime
 from diht_jax.training.multihost import check_together, wait_for_all
@@ -39,6 +30,7 @@ from diht_jax.training.objective import bind_data
 from diht_jax.training.program import (
     TrainProgram,
     TrainStep,
+    log_start,
     with_trusted_attention,
     without_patch_dropout,
 )
@@ -163,14 +155,12 @@ class Run:
             config, tasks, self.program, self.writer, self.total_steps, tokenizer
         )
         self._skipped_records = 0
-        self._log_start()
+        log_start(self.program, self.state.params, self.mixture.num_records, self.total_steps)
 
     def _set_lengths(self) -> None:
         """Sets the steps of the run and of its parts; checks them against its checkpoints."""
         config, num_examples = self.config, self.mixture.num_records
-        self.total_steps = recipe.duration_in_steps(
-            config, "total", batch_size=config.data.batch_size, num_examples=num_examples
-        )
+        self.total_steps = recipe.duration_in_steps(config, "total", num_examples=num_examples)
         self.patch_dropout_steps = recipe.patch_dropout_steps(
             config, self.total_steps, num_examples=num_examples
         )
@@ -219,8 +209,8 @@ class Run:
             self.evaluate()
         in_flight = None
         self.supply = throughput.InputSupply(self.config.data)
-        lowest_loss = self._lowest_loss()
-        self.monitor = AnomalyMonitor(self.config, self.keys_of_step, lowest_loss=lowest_loss)
+        lowest = anomalies.lowest_loss(self.workdir, self.start_step)
+        self.monitor = anomalies.AnomalyMonitor(self.config, self.keys_of_step, lowest)
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
                 with self.wall_time.during("compile"):
@@ -258,11 +248,7 @@ class Run:
         if in_flight is not None:
             self.monitor.check_step(last_step, in_flight)
         progress.close()
-        task_evaluation.log_best(self.config.checkpoint.best_metric, self.best)
-        with self.wall_time.during("evaluation"):
-            curves = plot_curves(self.workdir)
-        if curves is not None:
-            self.writer.write_picture(last_step, "curves", curves)
+        self._draw_curves(last_step)
         return self.state
 
     def run_step(
@@ -276,8 +262,10 @@ class Run:
         with self.profiler.step(step):
             self.state, metrics = train_step(self.state, batch)
         if self.config.debug_nans and float(metrics["skipped"]):
-            where = explain_nonfinite(self.program, self._config_at(step), self.state, batch)
-            raise NonFiniteError(
+            where = anomalies.explain_nonfinite(
+                self.program, self._config_at(step), self.state, batch
+            )
+            raise anomalies.NonFiniteError(
                 f"step {step}: loss or gradients are not finite; {where}. The batch's records: "
                 f"{self.keys_of_step(step)}. Parameters and the last checkpoint are as "
                 "before this step (config.debug_nans)"
@@ -288,8 +276,8 @@ class Run:
         """Names this process's records in the batch of a step, for a message."""
         batch_size = self.config.data.batch_size
         first = self.first_example + (step - 1) * batch_size
-        keys = self.iterator.keys(first_example=first, most=SHOWN_KEYS)
-        return shown_keys(keys, batch_size // jax.process_count())
+        keys = self.iterator.keys(first_example=first, most=anomalies.SHOWN_KEYS)
+        return anomalies.shown_keys(keys, batch_size // jax.process_count())
 
     @property
     def has_next_stage(self) -> bool:
@@ -346,12 +334,6 @@ class Run:
             for part in (self.writer, self.checkpointer, self.iterator, self.profiler):
                 stack.callback(part.close)
 
-    def _lowest_loss(self) -> float:
-        """The lowest loss in the metrics of the steps before."""
-        rows = read_metrics(self.workdir) if self.start_step else []
-        losses = (row["loss"] for row in rows if row["step"] <= self.start_step and "loss" in row)
-        return min(filter(math.isfinite, losses), default=math.inf)
-
     def _config_at(self, step: int) -> ml_collections.ConfigDict:
         """The config, without patch dropout in the run's last part."""
         drops_patches = step <= self.patch_dropout_steps
@@ -381,6 +363,14 @@ class Run:
         self.wall_time.save()
         return scalars | self.wall_time.scalars()
 
+    def _draw_curves(self, last_step: int) -> None:
+        """Draws the metrics of the whole run, and says which step was the best."""
+        task_evaluation.log_best(self.config.checkpoint.best_metric, self.best)
+        with self.wall_time.during("evaluation"):
+            curves = plot_curves(self.workdir)
+        if curves is not None:
+            self.writer.write_picture(last_step, "curves", curves)
+
     def _save(self, position: TrainIterator | Position) -> None:
         """Saves the lines and the state; the files of the state may be finished later."""
         with self.wall_time.during("checkpoint"):
@@ -400,20 +390,4 @@ class Run:
         raise Stopped(
             f"stopped after step {step - 1} of {self.total_steps}, while its input stalls",
             input_stalls=True,
-        )
-
-    def _log_start(self) -> None:
-        num_params = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(self.state.params))
-        model = self.config.model
-        changed = [f"{k}={v}" for k, v in sorted(model.overrides.items()) if v is not None]
-        logging.info(
-            "%s: %.1fM parameters, %d records, %d steps of %d examples on %d x %s (mesh %s)",
-            f"{model.name} with {', '.join(changed)}" if changed else model.name,
-            num_params / 1e6,
-            self.mixture.num_records,
-            self.total_steps,
-            self.config.data.batch_size,
-            self.mesh.size,
-            jax.devices()[0].device_kind,
-            dict(self.mesh.shape),
         )

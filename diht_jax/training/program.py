@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -240,6 +241,25 @@ class TrainProgram:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         out_shardings = (shardings, sharding.replicated(mesh))
         return jax.jit(_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def log_start(
+    program: TrainProgram, params: dict[str, Any], num_records: int, total_steps: int
+) -> None:
+    """Logs the sizes of a run."""
+    model = program.config.model
+    changed = [f"{k}={v}" for k, v in sorted(model.overrides.items()) if v is not None]
+    logging.info(
+        "%s: %.1fM parameters, %d records, %d steps of %d examples on %d x %s (mesh %s)",
+        f"{model.name} with {', '.join(changed)}" if changed else model.name,
+        sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
+        num_records,
+        total_steps,
+        program.config.data.batch_size,
+        program.mesh.size,
+        jax.devices()[0].device_kind,
+        dict(program.mesh.shape),
+    )
 
 
 def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -91,15 +91,12 @@ def key_of(name: str) -> Key:
     return KEYS[name] if name else Key(None, resume=FIXED)
 
 
-def duration_in_steps(
-    config: ml_collections.ConfigDict, prefix: str, *, batch_size: int, num_examples: int
-) -> int:
+def duration_in_steps(config: ml_collections.ConfigDict, prefix: str, *, num_examples: int) -> int:
     """The duration `prefix` ("total") in optimiser steps, in any unit of the config.
 
     Args:
         config: holds `{prefix}_steps`, `{prefix}_examples` and `{prefix}_epochs`, one not None.
         prefix: first part of the three names.
-        batch_size: global batch, in examples.
         num_examples: size of one epoch, in examples.
     """
     values = {unit: config.get(f"{prefix}_{unit}") for unit in DURATION_UNITS}
@@ -110,6 +107,7 @@ def duration_in_steps(
     unit, value = next(iter(given.items()))
     if not math.isfinite(value):
         raise ValueError(f"config.{prefix}_{unit}={value}: expected a finite duration")
+    batch_size = config.data.batch_size
     examples_per_unit = {"steps": batch_size, "examples": 1, "epochs": num_examples}[unit]
     steps = round(value * examples_per_unit / batch_size)
     if steps < 1:
@@ -138,9 +136,7 @@ def patch_dropout_steps(
             f"without it, but config.model.patch_dropout={config.model.patch_dropout}; set a share "
             "of patches to drop, or leave config.no_patch_dropout_* at None"
         )
-    last_steps = duration_in_steps(
-        config, "no_patch_dropout", batch_size=config.data.batch_size, num_examples=num_examples
-    )
+    last_steps = duration_in_steps(config, "no_patch_dropout", num_examples=num_examples)
     if last_steps >= total_steps:
         raise ValueError(
             f"config.no_patch_dropout_*: {last_steps} steps without patch dropout are not less "
@@ -152,9 +148,7 @@ def patch_dropout_steps(
 
 def steps_before_end(config: ml_collections.ConfigDict, *, num_examples: int) -> int:
     """Number of steps, from the start of a run, that do not depend on its length."""
-    total_steps = duration_in_steps(
-        config, "total", batch_size=config.data.batch_size, num_examples=num_examples
-    )
+    total_steps = duration_in_steps(config, "total", num_examples=num_examples)
     return min(
         decay_start(config.optimizer, total_steps),
         patch_dropout_steps(config, total_steps, num_examples=num_examples),

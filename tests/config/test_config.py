@@ -26,9 +26,7 @@ def test_recipe_builds_and_validates(path, arg):
     config = load_recipe(path, arg or REQUIRED_ARGUMENTS.get(path.stem, ""))
     check_config(config)
     get_architecture(config.model.name, config.model.overrides.to_dict())
-    steps = duration_in_steps(
-        config, "total", batch_size=config.data.batch_size, num_examples=10_000
-    )
+    steps = duration_in_steps(config, "total", num_examples=10_000)
     assert config.optimizer.warmup_steps < steps
     if arg:
         assert steps <= 4 and config.data.batch_size <= 16
@@ -122,8 +120,9 @@ def test_recipe_refuses_another_argument(arg, message):
 )
 def test_durations(name, value, steps):
     config = default_config()
+    config.data.batch_size = 64
     config[name] = value
-    assert duration_in_steps(config, "total", batch_size=64, num_examples=1000) == steps
+    assert duration_in_steps(config, "total", num_examples=1000) == steps
 
 
 @pytest.mark.parametrize(
@@ -136,6 +135,7 @@ def test_durations(name, value, steps):
 )
 def test_wrong_durations(values, message):
     config = default_config()
+    config.data.batch_size = 64
     config.update(values)
     with pytest.raises(ValueError, match=message):
-        duration_in_steps(config, "total", batch_size=64, num_examples=1000)
+        duration_in_steps(config, "total", num_examples=1000)

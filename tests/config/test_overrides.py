@@ -81,7 +81,7 @@ def test_an_unknown_key_names_the_keys_that_end_so(key, meant, parse, capsys):
 def test_two_durations_of_one_command_line_are_refused(parse):
     config = parse(EMOJI, "--config.total_steps=40", "--config.total_examples=512")
     with pytest.raises(ValueError, match="exactly one of .*'steps': 40, 'examples': 512"):
-        duration_in_steps(config, "total", batch_size=64, num_examples=1000)
+        duration_in_steps(config, "total", num_examples=1000)
 
 
 MIXTURE = """

@@ -35,9 +35,7 @@ def test_the_settings_fit_each_other_and_the_machine(machine, pairs, monkeypatch
     trained = pairs * (1 - config.data.validation_share)
     assert config.data.batch_size < trained
     assert pairs - trained == pytest.approx(min(pairs / 10, 5_000))
-    steps = duration_in_steps(
-        config, "total", batch_size=config.data.batch_size, num_examples=round(trained)
-    )
+    steps = duration_in_steps(config, "total", num_examples=round(trained))
     assert config.optimizer.warmup_steps < steps / 5
     # The best of about ten evaluations can be kept only where it is saved.
     assert config.evaluation.every_steps % config.checkpoint.every_steps == 0

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from absl import logging
+from etils import epath
 from flax import nnx
 
 from diht_jax import sharding
 from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.transformer import Execution
 from diht_jax.sharding import path_name
+from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.objective import active_terms
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import pictures_of
@@ -50,7 +52,6 @@ class AnomalyMonitor:
         self,
         config: ml_collections.ConfigDict,
         keys_of_step: Callable[[int], str],
-        *,
         lowest_loss: float = math.inf,
     ):
         """Starts to watch.
@@ -109,6 +110,13 @@ class AnomalyMonitor:
                 self._max_logit_scale,
             )
         self._scale_is_capped = is_capped
+
+
+def lowest_loss(workdir: epath.Path, start_step: int) -> float:
+    """The lowest loss in the metrics of a run up to a step."""
+    rows = read_metrics(workdir) if start_step else []
+    losses = (row["loss"] for row in rows if row["step"] <= start_step and "loss" in row)
+    return min(filter(math.isfinite, losses), default=math.inf)
 
 
 def shown_keys(keys: Sequence[str], num_records: int) -> str:

@@ -11,24 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.extras.captioning import DECODER
 from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
 from diht_jax.training.multihost import share_from_first
 from diht_jax.training.recipe import duration_in_steps
-from diht_jax.training.terms.concepts import HEADS
 from diht_jax.training.workdir.saved_run import checkpoint_root, finished_steps, read_position
 from diht_jax.training.workdir.stored_run import local_run, read_manifests
-from diht_jax.training.workdir.trained_model import TrainedModel, restore_model
+from diht_jax.training.workdir.trained_model import restore_model
 
 
 def stage_folder(workdir: str, number: int) -> str:
@@ -88,9 +85,7 @@ def end_of_stage(
     where = f"config.stage.previous={config.stage.previous}"
     folder = local_run(config.stage.previous, mesh=mesh)
     before = restore_model(folder, mesh)
-    steps = duration_in_steps(
-        before.config, "total", batch_size=before.config.data.batch_size, num_examples=num_records
-    )
+    steps = duration_in_steps(before.config, "total", num_examples=num_records)
     if before.step < steps:
         raise ValueError(
             f"{where}: it has reached step {before.step} of {steps}; the command that trains it "
@@ -102,14 +97,9 @@ def end_of_stage(
             f"{where}: it ends after {position['next_example']} examples, which are no multiple of "
             f"config.data.batch_size={config.data.batch_size}"
         )
-    params = fit_positions(_all_parameters(before), arch.num_patches, arch.context_length)
+    params = {**before.params, **before.learnt}
+    params = fit_positions(params, arch.num_patches, arch.context_length)
     return _like(drawn, params, mesh, where), position, checks["dataset"]
-
-
-def _all_parameters(trained: TrainedModel) -> dict[str, Any]:
-    scalars = {name: jnp.float32(value) for name, value in trained.loss_scalars.items()}
-    parts = {HEADS: trained.heads, DECODER: trained.decoder}
-    return {**trained.params, **scalars, **{name: part for name, part in parts.items() if part}}
 
 
 def _like(drawn: dict[str, Any], params: dict[str, Any], mesh: Mesh, where: str) -> dict[str, Any]:

@@ -42,19 +42,30 @@ class TrainedModel:
         arch: sizes.
         params: nested dict of arrays, sharded by the partition rules, adapters merged; their moving
             average where that was asked for.
-        heads: concept heads of the training objective, `{name: {kernel, bias}}`; maybe none.
-        decoder: parameters of the caption decoder, or None.
-        loss_scalars: what the loss has learnt next to the model, such as SigLIP's `logit_bias`.
+        learnt: what the objective has learnt next to the model.
         step: optimiser step of the checkpoint.
     """
 
     config: ml_collections.ConfigDict
     arch: Architecture
     params: dict[str, Any]
-    heads: dict[str, Any]
-    decoder: dict[str, Any] | None
-    loss_scalars: dict[str, float]
+    learnt: dict[str, Any]
     step: int
+
+    @property
+    def heads(self) -> dict[str, Any]:
+        """Concept heads, `{name: {kernel, bias}}`; maybe none."""
+        return self.learnt.get(HEADS, {})
+
+    @property
+    def decoder(self) -> dict[str, Any] | None:
+        """Parameters of the caption decoder, if there is one."""
+        return self.learnt.get(DECODER)
+
+    @property
+    def loss_scalars(self) -> dict[str, float]:
+        """What the loss has learnt, such as SigLIP's `logit_bias`."""
+        return {k: float(v) for k, v in self.learnt.items() if getattr(v, "ndim", None) == 0}
 
 
 def is_run(name: str) -> bool:
@@ -120,13 +131,7 @@ def restore_model(
         config=config,
         arch=arch,
         params=merge_adapters(params, lora),
-        heads=found.get(HEADS, {}),
-        decoder=found.get(DECODER),
-        loss_scalars={
-            name: float(value)
-            for name, value in found.items()
-            if name not in parts and getattr(value, "ndim", None) == 0
-        },
+        learnt={name: value for name, value in found.items() if name not in parts},
         step=step,
     )
 
