@@ -38,17 +38,11 @@ _LEAST_GIB = 8.0
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices that a recipe is for.
+    """The devices that a recipe is for."""
 
-    Attributes:
-        has_accelerator: they are GPUs or TPUs.
-        num_devices: how many.
-        device_gib: memory of the smallest of them.
-    """
-
-    has_accelerator: bool = False
-    num_devices: int = 1
-    device_gib: float = _LEAST_GIB
+    has_accelerator: bool = False  # they are GPUs or TPUs
+    num_devices: int = 1  # how many
+    device_gib: float = _LEAST_GIB  # memory of the smallest of them
 
     def divisible(self, batch_size: int) -> int:
         """A batch that divides by the devices: the largest power of two below, or a little more."""

@@ -36,23 +36,14 @@ from diht_jax.records.formats.registry import open_source
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Settings for a number of pairs.
+    """Settings for a number of pairs."""
 
-    Attributes:
-        most_pairs: the largest number of pairs that this row is for.
-        model: of `diht_jax.models.zoo`.
-        batch_size: at most; a fifth of the pairs where these are few.
-        epochs: how often each pair is seen.
-        learning_rate: the peak, of AdamW.
-        crop_scale: least share of a picture that a crop leaves.
-    """
-
-    most_pairs: float
-    model: str
-    batch_size: int
-    epochs: float
-    learning_rate: float
-    crop_scale: float
+    most_pairs: float  # the largest number of pairs that this row is for
+    model: str  # of `diht_jax.models.zoo`
+    batch_size: int  # at most; a fifth of the pairs where these are few
+    epochs: float  # how often each pair is seen
+    learning_rate: float  # the peak, of AdamW
+    crop_scale: float  # least share of a picture that a crop leaves
 
 
 SIZES = (

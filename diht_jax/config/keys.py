@@ -26,21 +26,13 @@ FIXED, END, FREE = "fixed", "end", "free"
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`.
+    """Numbers from `low` to `high`."""
 
-    Attributes:
-        low: the least.
-        high: the greatest; None means any finite number.
-        excludes_low: `low` itself is outside.
-        excludes_high: `high` itself is outside.
-        also: an extra allowed value.
-    """
-
-    low: float
-    high: float | None = None
-    excludes_low: bool = False
-    excludes_high: bool = False
-    also: float | None = None
+    low: float  # the least
+    high: float | None = None  # the greatest; None means any finite number
+    excludes_low: bool = False  # `low` itself is outside
+    excludes_high: bool = False  # `high` itself is outside
+    also: float | None = None  # an extra allowed value
 
     def __contains__(self, value: float) -> bool:
         if value == self.also:
@@ -59,18 +51,12 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of a config.
+    """A key of a config."""
 
-    Attributes:
-        default: its value, or the type of a key that is not set by default.
-        range: of a number; a tuple of numbers has it for each of them.
-        resume: FIXED, END or FREE.
-        per_host: the hosts of a job may have different values, such as paths of their own.
-    """
-
-    default: Any
-    range: Range | None = None
-    resume: str = FIXED
+    default: Any  # its value, or the type of a key that is not set by default
+    range: Range | None = None  # of a number; a tuple of numbers has it for each of them
+    resume: str = FIXED  # FIXED, END or FREE
+    # The hosts of a job may have different values, such as paths of their own.
     per_host: bool = False
 
     def initial(self) -> Any:

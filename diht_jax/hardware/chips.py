@@ -37,31 +37,20 @@ LATENCY_SECS = {link: START_SECS[link] + step for link, step in STEP_SECS.items(
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX sees it: a whole chip, but one of the two cores of a TPU7x.
+    """One device as JAX sees it: a whole chip, but one of the two cores of a TPU7x."""
 
-    Attributes:
-        name: short name, such as "v5e".
-        kind: regular expression for JAX's `device_kind`.
-        peak_flops: bfloat16 multiply-adds times 2, per second.
-        hbm_bytes: memory.
-        hbm_bytes_per_sec: its bandwidth.
-        link_bytes_per_sec: out of the chip over all its links (ICI, NVLink), one direction; 0
-            where there are none.
-        num_links: of the torus, 2 per axis; 0 where every chip reaches every other one alike.
-        network_bytes_per_sec: from one GPU to other hosts, one direction; 0 where not known.
-        float32_flops: the same for float32 in full precision; 0 where not known.
-        clock_hz: of a TPU's core, which issues one bundle of instructions a cycle; 0 for GPUs.
-    """
-
-    name: str
-    kind: str
-    peak_flops: float
-    hbm_bytes: int
-    hbm_bytes_per_sec: float
+    name: str  # short name, such as "v5e"
+    kind: str  # regular expression for JAX's `device_kind`
+    peak_flops: float  # bfloat16 multiply-adds times 2, per second
+    hbm_bytes: int  # memory
+    hbm_bytes_per_sec: float  # its bandwidth
+    # Out of the chip over all its links (ICI, NVLink), one direction; 0 where there are none.
     link_bytes_per_sec: float
-    num_links: int = 0
+    num_links: int = 0  # of the torus, 2 per axis; 0 where every chip reaches every other one alike
+    # From one GPU to other hosts, one direction; 0 where not known.
     network_bytes_per_sec: float = 0.0
-    float32_flops: float = 0.0
+    float32_flops: float = 0.0  # the same for float32 in full precision; 0 where not known
+    # Of a TPU's core, which issues one bundle of instructions a cycle; 0 for GPUs.
     clock_hz: float = 0.0
 
     def link(self, *, between_hosts: bool) -> str:

@@ -20,17 +20,13 @@ from jax.interpreters import partial_eval
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of a function, summed over all devices of the mesh.
+    """FLOPs of a function, summed over all devices of the mesh."""
 
-    Attributes:
-        flops: floating-point operations: `matmul_flops`, and one for each element that an
-            element-wise operation makes or a reduction reads. Selecting, converting, moving and
-            communicating count nothing.
-        matmul_flops: of matrix products and convolutions, a multiply-add being two.
-    """
-
+    # Floating-point operations: `matmul_flops`, and one for each element that an element-wise
+    # operation makes or a reduction reads. Selecting, converting, moving and communicating count
+    # nothing.
     flops: int = 0
-    matmul_flops: int = 0
+    matmul_flops: int = 0  # of matrix products and convolutions, a multiply-add being two
 
     def __add__(self, other: FlopCount) -> FlopCount:
         return FlopCount(self.flops + other.flops, self.matmul_flops + other.matmul_flops)

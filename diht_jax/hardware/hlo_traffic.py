@@ -55,78 +55,51 @@ _FREE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of communication, summed over the program, for one device.
+    """One kind of communication, summed over the program, for one device."""
 
-    Attributes:
-        kind: one of `COLLECTIVES`.
-        group_size: devices that take part together; 2 for a permutation.
-        count: how often it runs.
-        payload_bytes: of the array that is reduced, gathered (its whole) or passed on.
-        sent_bytes: what a device sends over its links with a bandwidth-optimal algorithm:
-            (g-1)/g of the payload to gather, to scatter or to exchange, twice that to reduce, all
-            of it to permute.
-        span: devices of the mesh from the first to the last one that communicate with each other,
-            at most; None where that is not known.
-    """
-
-    kind: str
-    group_size: int
-    count: int
-    payload_bytes: int
+    kind: str  # one of `COLLECTIVES`
+    group_size: int  # devices that take part together; 2 for a permutation
+    count: int  # how often it runs
+    payload_bytes: int  # of the array that is reduced, gathered (its whole) or passed on
+    # What a device sends over its links with a bandwidth-optimal algorithm: (g-1)/g of the payload
+    # to gather, to scatter or to exchange, twice that to reduce, all of it to permute.
     sent_bytes: int
+    # Devices of the mesh from the first to the last one that communicate with each other, at most;
+    # None where that is not known.
     span: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one instruction does on one device each time it runs, in the order of the program.
+    """What one instruction does on one device each time it runs, in the order of the program."""
 
-    Attributes:
-        kind: "products", "kernels" (attention), "element-wise" (with sums), "copies",
-            "collectives", or "loop".
-        memory_bytes: read from and written to main memory (HBM).
-        cycles: of a TPU's core in products, as its compiler estimates them, and in kernels.
-        flops: of matrix products, those of `float32_flops` left out; not known on a TPU.
-        float32_flops: of matrix products of float32 numbers in their full precision.
-        collective: communication, once.
-        starts: name of what goes on while the next instructions run.
-        waits_for: name of what has to be done before the next instruction begins.
-        body: of a loop.
-        trips: how often the body runs.
-    """
-
+    # "products", "kernels" (attention), "element-wise" (with sums), "copies", "collectives", or
+    # "loop".
     kind: str
-    memory_bytes: int = 0
-    cycles: int = 0
-    flops: int = 0
-    float32_flops: int = 0
-    collective: Collective | None = None
-    starts: str | None = None
-    waits_for: str | None = None
-    body: tuple[Work, ...] = ()
-    trips: int = 1
+    memory_bytes: int = 0  # read from and written to main memory (HBM)
+    cycles: int = 0  # of a TPU's core in products, as its compiler estimates them, and in kernels
+    flops: int = 0  # of matrix products, those of `float32_flops` left out; not known on a TPU
+    float32_flops: int = 0  # of matrix products of float32 numbers in their full precision
+    collective: Collective | None = None  # communication, once
+    starts: str | None = None  # name of what goes on while the next instructions run
+    waits_for: str | None = None  # name of what has to be done before the next instruction begins
+    body: tuple[Work, ...] = ()  # of a loop
+    trips: int = 1  # how often the body runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Memory traffic and communication of one device.
+    """Memory traffic and communication of one device."""
 
-    Attributes:
-        memory_bytes: read from and written to the device's main memory (HBM), by the operands and
-            results of the program's instructions.
-        collectives: by kind and group size, largest first.
-        unknown_loops: loops whose trip count could not be read; their bodies are counted once.
-        bytes_by_kind: `memory_bytes` by the `kind` of `Work`, largest first.
-        work: all of it, in the order of the program.
-        unknown_kernels: a TPU's own kernels whose cycles are not known.
-    """
-
+    # Read from and written to the device's main memory (HBM), by the operands and results of the
+    # program's instructions.
     memory_bytes: int
-    collectives: tuple[Collective, ...]
-    unknown_loops: int
+    collectives: tuple[Collective, ...]  # by kind and group size, largest first
+    unknown_loops: int  # loops whose trip count could not be read; their bodies are counted once
+    # `memory_bytes` by the `kind` of `Work`, largest first.
     bytes_by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
-    work: tuple[Work, ...] = ()
-    unknown_kernels: int = 0
+    work: tuple[Work, ...] = ()  # all of it, in the order of the program
+    unknown_kernels: int = 0  # a TPU's own kernels whose cycles are not known
 
     @property
     def sent_bytes(self) -> int:

@@ -25,74 +25,49 @@ IMAGES_PER_CORE_SEC = {"384 px": 1438.9, "512 px": 980.2, "256 to 1024 px": 810.
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least time that a step can take, and what follows for MFU.
+    """The least time that a step can take, and what follows for MFU."""
 
-    Attributes:
-        compute_secs: matrix products at the peak rate.
-        memory_secs: memory traffic at the memory's bandwidth.
-        network_secs: what is sent, at the bandwidth of the links that can be used for it.
-        latency_secs: latencies of the collectives, one after the other.
-        step_secs: the largest of products, memory, and network with its latency: everything else
-            hidden behind it.
-        mfu: bound, `model_flops / (peak step_secs)`.
-        secs_by_kind: seconds of the program as it is scheduled, by what the instructions do.
-        scheduled_secs: their sum, the bound that is reported.
-        scheduled_mfu: bound, `model_flops / (peak scheduled_secs)`.
-    """
-
-    compute_secs: float
-    memory_secs: float
-    network_secs: float
-    latency_secs: float
+    compute_secs: float  # matrix products at the peak rate
+    memory_secs: float  # memory traffic at the memory's bandwidth
+    network_secs: float  # what is sent, at the bandwidth of the links that can be used for it
+    latency_secs: float  # latencies of the collectives, one after the other
+    # The largest of products, memory, and network with its latency: everything else hidden behind
+    # it.
     step_secs: float
-    mfu: float
+    mfu: float  # bound, `model_flops / (peak step_secs)`
+    # Seconds of the program as it is scheduled, by what the instructions do.
     secs_by_kind: dict[str, float]
-    scheduled_secs: float
-    scheduled_mfu: float
+    scheduled_secs: float  # their sum, the bound that is reported
+    scheduled_mfu: float  # bound, `model_flops / (peak scheduled_secs)`
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """A compiled training step. Everything is for one device and one step.
+    """A compiled training step. Everything is for one device and one step."""
 
-    Attributes:
-        topology: what it was compiled for.
-        mesh: size of each axis.
-        batch_size: global, in examples.
-        attention: kernel of each tower.
-        loss_form: how the contrastive loss is computed, and why.
-        micro_batch, remat: the config's settings that trade FLOPs for memory.
-        memory_limit_bytes: what a program may use; None where not known.
-        argument_bytes: state and batch; the state is donated: its result needs no other room.
-        temporary_bytes: set aside for intermediate values; None where the compiler gave up.
-        peak_bytes: all values that are alive at once, the program included.
-        needed_bytes: what must fit. On a TPU the peak, which is what its compiler's own limit
-            follows (its size of the temporaries counts more than is ever held); elsewhere, where
-            the peak leaves temporaries out, arguments, results, temporaries and the program.
-        fits: whether it runs within the memory.
-        flops: floating-point operations, recomputation included.
-        model_flops: operations of the model's matrix products without recomputation, which MFU is
-            measured by.
-        traffic: memory and communication; None where the compiler gave up.
-        trace_secs, compile_secs: time spent on this machine.
-    """
-
-    topology: Topology
-    mesh: dict[str, int]
-    batch_size: int
-    attention: dict[str, str]
-    loss_form: tuple[str, str]
+    topology: Topology  # what it was compiled for
+    mesh: dict[str, int]  # size of each axis
+    batch_size: int  # global, in examples
+    attention: dict[str, str]  # kernel of each tower
+    loss_form: tuple[str, str]  # how the contrastive loss is computed, and why
+    # The config's settings that trade FLOPs for memory.
     micro_batch: int | None
     remat: str
-    memory_limit_bytes: int | None
-    argument_bytes: int
+    memory_limit_bytes: int | None  # what a program may use; None where not known
+    argument_bytes: int  # state and batch; the state is donated: its result needs no other room
+    # Set aside for intermediate values; None where the compiler gave up.
     temporary_bytes: int | None
-    peak_bytes: int
+    peak_bytes: int  # all values that are alive at once, the program included
+    # What must fit. On a TPU the peak, which is what its compiler's own limit follows (its size of
+    # the temporaries counts more than is ever held); elsewhere, where the peak leaves temporaries
+    # out, arguments, results, temporaries and the program.
     needed_bytes: int
-    fits: bool
-    flops: FlopCount
+    fits: bool  # whether it runs within the memory
+    flops: FlopCount  # floating-point operations, recomputation included
+    # Operations of the model's matrix products without recomputation, which MFU is measured by.
     model_flops: int
-    traffic: Traffic | None
+    traffic: Traffic | None  # memory and communication; None where the compiler gave up
+    # Time spent on this machine.
     trace_secs: float
     compile_secs: float
 

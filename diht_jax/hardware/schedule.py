@@ -18,21 +18,13 @@ from diht_jax.hardware.hlo_traffic import Collective, Work
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Peak rates of a device, in a second.
+    """Peak rates of a device, in a second."""
 
-    Attributes:
-        hbm_bytes: read from or written to memory.
-        cycles: of a TPU's core; 0 for other devices.
-        flops: of matrix products.
-        float32_flops: of those of float32 numbers in full precision.
-        collective_secs: of one collective, latency included.
-    """
-
-    hbm_bytes: float
-    cycles: float
-    flops: float
-    float32_flops: float
-    collective_secs: Callable[[Collective], float]
+    hbm_bytes: float  # read from or written to memory
+    cycles: float  # of a TPU's core; 0 for other devices
+    flops: float  # of matrix products
+    float32_flops: float  # of those of float32 numbers in full precision
+    collective_secs: Callable[[Collective], float]  # of one collective, latency included
 
 
 def scheduled_secs(work: Iterable[Work], rates: Rates) -> dict[str, float]:

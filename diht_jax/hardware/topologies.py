@@ -26,23 +26,15 @@ LOCAL = "local"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for.
+    """Devices to compile for."""
 
-    Attributes:
-        name: as asked for.
-        chip: what one of them can do; None for a kind that the table lacks.
-        shape: of the torus, or (hosts, GPUs of a host).
-        devices: in the compiler's order.
-        memory_limit_bytes: what a program may use on one device; None where not known.
-        compiler_options: for `jax.stages.Lowered.compile`: the flags that training sets, and what
-            compiling without the devices needs.
-    """
-
-    name: str
-    chip: Chip | None
-    shape: tuple[int, ...]
-    devices: tuple[jax.Device, ...]
-    memory_limit_bytes: int | None
+    name: str  # as asked for
+    chip: Chip | None  # what one of them can do; None for a kind that the table lacks
+    shape: tuple[int, ...]  # of the torus, or (hosts, GPUs of a host)
+    devices: tuple[jax.Device, ...]  # in the compiler's order
+    memory_limit_bytes: int | None  # what a program may use on one device; None where not known
+    # For `jax.stages.Lowered.compile`: the flags that training sets, and what compiling without the
+    # devices needs.
     compiler_options: dict[str, bool | int] = dataclasses.field(default_factory=dict)
 
 

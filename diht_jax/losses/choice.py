@@ -37,15 +37,10 @@ _GPUS_OF_A_HOST = 8
 
 
 class Choice(NamedTuple):
-    """A form of the loss, and why: for the log.
+    """A form of the loss, and why: for the log."""
 
-    Attributes:
-        impl: "streaming" or "gathered".
-        reason: a clause.
-    """
-
-    impl: str
-    reason: str
+    impl: str  # "streaming" or "gathered"
+    reason: str  # a clause
 
 
 def choose_impl(

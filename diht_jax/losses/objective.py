@@ -57,80 +57,53 @@ class PairStatistics(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Kinds of the logits of a tile. One that is of none of them is no logit at all.
+    """Kinds of the logits of a tile. One that is of none of them is no logit at all."""
 
-    Attributes:
-        is_positive: the pair itself.
-        is_negative: a wrong partner.
-        is_equal: an equal pair that is neither; None where equal pairs are negatives.
-    """
-
-    is_positive: TileMask
-    is_negative: TileMask
+    is_positive: TileMask  # the pair itself
+    is_negative: TileMask  # a wrong partner
+    # An equal pair that is neither; None where equal pairs are negatives.
     is_equal: TileMask | None = None
 
 
 class RowStatistics(NamedTuple):
-    """Running statistics of rows (or columns).
+    """Running statistics of rows (or columns)."""
 
-    Attributes:
-        highest: highest negative logit so far; finite from the start.
-        ties: number of negatives that reach it.
-        sums: of the objective.
-        num_negatives: so far; None where all pairs but the own one are negatives.
-        equal: the same of equal pairs, where these are positives.
-    """
-
-    highest: Rows
-    ties: Rows
-    sums: tuple[Rows, ...]
-    num_negatives: Rows | None = None
-    equal: RowStatistics | None = None
+    highest: Rows  # highest negative logit so far; finite from the start
+    ties: Rows  # number of negatives that reach it
+    sums: tuple[Rows, ...]  # of the objective
+    num_negatives: Rows | None = None  # so far; None where all pairs but the own one are negatives
+    equal: RowStatistics | None = None  # the same of equal pairs, where these are positives
 
 
 class RowSlopes(NamedTuple):
-    """Values of rows (or columns) that the backward pass needs.
+    """Values of rows (or columns) that the backward pass needs."""
 
-    Attributes:
-        positive: derivative of the row's loss by its positive logit.
-        negative: factor of the derivative by a negative logit.
-        offsets: of the objective.
-        scalars: derivatives by all scalars, without what the second pass adds.
-        equal: factors of the derivative by the logit of an equal pair, where these are positives.
-    """
-
-    positive: Rows
-    negative: Rows
-    offsets: tuple[Rows, ...]
-    scalars: tuple[Rows, ...]
+    positive: Rows  # derivative of the row's loss by its positive logit
+    negative: Rows  # factor of the derivative by a negative logit
+    offsets: tuple[Rows, ...]  # of the objective
+    scalars: tuple[Rows, ...]  # derivatives by all scalars, without what the second pass adds
+    # Factors of the derivative by the logit of an equal pair, where these are positives.
     equal: tuple[Rows, ...] = ()
 
 
 class Objective:
-    """A contrastive loss. Instances hold what is known when the step is traced, and are hashable.
+    """A contrastive loss. Instances hold what is known when a step is traced, and are hashable."""
 
-    Attributes:
-        title: for people, in messages.
-        settings: its keys of `config.loss` with their defaults.
-        parameters: scalars that are learnt, with the values that they start from; each is a
-            parameter of the run by this name.
-        initial_logit_scale: what `logit_scale` starts from; None leaves the model's own start.
-        num_sums: how many running sums a row has.
-        second_pass: indices of the scalars whose derivative needs the negative logits once more.
-        keeps_means: it keeps a mean of each record, and has a form of its own: `fastclip.py`.
-        equal_pairs: of `EQUAL_PAIRS`; a loss that has no such setting knows the first one only.
-        num_equal_sums: how many running sums a row has of its equal pairs.
-    """
-
-    title: ClassVar[str] = ""
-    settings: ClassVar[dict[str, Any]] = {}
+    title: ClassVar[str] = ""  # for people, in messages
+    settings: ClassVar[dict[str, Any]] = {}  # its keys of `config.loss` with their defaults
+    # Scalars that are learnt, with the values that they start from; each is a parameter of the run
+    # by this name.
     parameters: ClassVar[dict[str, float]] = {}
+    # What `logit_scale` starts from; None leaves the model's own start.
     initial_logit_scale: ClassVar[float | None] = None
-    num_sums: int = 1
+    num_sums: int = 1  # how many running sums a row has
+    # Indices of the scalars whose derivative needs the negative logits once more.
     second_pass: tuple[int, ...] = ()
+    # It keeps a mean of each record, and has a form of its own: `fastclip.py`.
     keeps_means: ClassVar[bool] = False
+    # Of `EQUAL_PAIRS`; a loss that has no such setting knows the first one only.
     equal_pairs: str = EQUAL_PAIRS[0]
-    num_equal_sums: int = 0
+    num_equal_sums: int = 0  # how many running sums a row has of its equal pairs
 
     @classmethod
     def create(cls, **values: Any) -> tuple[Self, Scalars]:

@@ -99,23 +99,14 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Sizes, known when the step is traced.
+    """Sizes, known when the step is traced."""
 
-    Attributes:
-        objective: the loss of one row.
-        axes: mesh axes that the batch is split over, in the mesh's order.
-        num_devices: along them.
-        group: G, neighbours along the last axis that gather their images.
-        images: tiles of the images of a group, the rows of a block of logits.
-        texts: tiles of the texts of a device, its columns.
-    """
-
-    objective: Objective
-    axes: tuple[str, ...]
-    num_devices: int
-    group: int
-    images: Tiling
-    texts: Tiling
+    objective: Objective  # the loss of one row
+    axes: tuple[str, ...]  # mesh axes that the batch is split over, in the mesh's order
+    num_devices: int  # along them
+    group: int  # G, neighbours along the last axis that gather their images
+    images: Tiling  # tiles of the images of a group, the rows of a block of logits
+    texts: Tiling  # tiles of the texts of a device, its columns
 
     @classmethod
     def create(

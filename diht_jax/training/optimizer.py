@@ -142,17 +142,11 @@ def _decay_and_scale(weight_decay: float) -> optax.GradientTransformationExtraAr
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRule:
-    """Factors of one parameter's update.
+    """Factors of one parameter's update."""
 
-    Attributes:
-        frozen: gets neither an update nor optimiser moments.
-        learning_rate: factor on the schedule's value.
-        weight_decay: factor on `config.optimizer.weight_decay`; 0 for vectors and scalars.
-    """
-
-    frozen: bool
-    learning_rate: float
-    weight_decay: float
+    frozen: bool  # gets neither an update nor optimiser moments
+    learning_rate: float  # factor on the schedule's value
+    weight_decay: float  # factor on `config.optimizer.weight_decay`; 0 for vectors and scalars
 
 
 def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, UpdateRule]:

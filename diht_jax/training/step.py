@@ -42,24 +42,16 @@ PACKED_TEXTS = "packed_texts"
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters, optimiser state, step, random key, and what averages and losses keep.
+    """Parameters, optimiser state, step, random key, and what averages and losses keep."""
 
-    Attributes:
-        step: int32 scalar, optimiser steps done.
-        params: nested dict of arrays, keys are strings.
-        opt_state: optax state.
-        key_data: uint32 data of the run's random key; a step folds its number into it.
-        ema_params: moving average of all parameters, like `params` in at least float32; None
-            where `config.ema.decay` is not set.
-        record_means: what the loss keeps of each record; None where it keeps nothing.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    key_data: jax.Array
+    step: jax.Array  # int32 scalar, optimiser steps done
+    params: Any  # nested dict of arrays, keys are strings
+    opt_state: Any  # optax state
+    key_data: jax.Array  # uint32 data of the run's random key; a step folds its number into it
+    # Moving average of all parameters, like `params` in at least float32; None where
+    # `config.ema.decay` is not set.
     ema_params: Any = None
-    record_means: Any = None
+    record_means: Any = None  # what the loss keeps of each record; None where it keeps nothing
 
 
 def initial_average(params: dict[str, Any]) -> dict[str, Any]:

@@ -96,21 +96,16 @@ def log_flops(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class InputRate:
-    """Speed of the input, and of a step that never waits for it, over one window.
+    """Speed of the input, and of a step that never waits for it, over one window."""
 
-    Attributes:
-        supplied: images per second of the window.
-        possible: images per second of a step that has its batch; None where no step was measured
-            that the devices were waiting for.
-        is_short: most steps found the devices idle when their batch came, and waiting for batches
-            is most of what the window lost.
-        hidden_secs: of the waits for batches, in which the devices worked on a step.
-    """
-
-    supplied: float
+    supplied: float  # images per second of the window
+    # Images per second of a step that has its batch; None where no step was measured that the
+    # devices were waiting for.
     possible: float | None
+    # Most steps found the devices idle when their batch came, and waiting for batches is most of
+    # what the window lost.
     is_short: bool
-    hidden_secs: float
+    hidden_secs: float  # of the waits for batches, in which the devices worked on a step
 
 
 class ThroughputWindow:

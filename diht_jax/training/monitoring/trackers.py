@@ -41,17 +41,11 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class TrackedRun:
-    """A run, as its trackers know it.
+    """A run, as its trackers know it."""
 
-    Attributes:
-        workdir: its work directory.
-        start_step: steps that it has behind it; more than 0 where it goes on.
-        config: its config, JSON-able.
-    """
-
-    workdir: epath.Path
-    start_step: int
-    config: Mapping[str, Any]
+    workdir: epath.Path  # its work directory
+    start_step: int  # steps that it has behind it; more than 0 where it goes on
+    config: Mapping[str, Any]  # its config, JSON-able
 
     @functools.cached_property
     def id(self) -> str:
@@ -79,16 +73,11 @@ class Tracker:
 
     A new one is opened where a run starts or goes on. Any method may raise: the run then goes on
     without the tracker. None may wait for the network for long.
-
-    Attributes:
-        title: name for people.
-        package: that it needs and that does not come with this one; "" for none.
-        takes_pictures: `write_picture` does something.
     """
 
-    title: ClassVar[str]
-    package: ClassVar[str] = ""
-    takes_pictures: ClassVar[bool] = True
+    title: ClassVar[str]  # name for people
+    package: ClassVar[str] = ""  # that it needs and that does not come with this one; "" for none
+    takes_pictures: ClassVar[bool] = True  # `write_picture` does something
 
     def __init__(self, run: TrackedRun):
         """Opens the run, or goes on with the one of the same id."""

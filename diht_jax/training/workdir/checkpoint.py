@@ -48,14 +48,10 @@ class SaveError(TemporaryError):
 
 @dataclasses.dataclass
 class BestStep:
-    """Orbax's policy that preserves the checkpoint with the best value.
+    """Orbax's policy that preserves the checkpoint with the best value."""
 
-    Attributes:
-        lower_is_better: whether that is the lowest, not the highest.
-        values: by step; the latest of equal ones counts.
-    """
-
-    lower_is_better: bool = False
+    lower_is_better: bool = False  # whether that is the lowest, not the highest
+    # By step; the latest of equal ones counts.
     values: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:

@@ -35,22 +35,15 @@ from diht_jax.weights.source import list_weight_files
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """The model in a work directory.
+    """The model in a work directory."""
 
-    Attributes:
-        config: the training config.
-        arch: sizes.
-        params: nested dict of arrays, sharded by the partition rules, adapters merged; their moving
-            average where that was asked for.
-        learnt: what the objective has learnt next to the model.
-        step: optimiser step of the checkpoint.
-    """
-
-    config: ml_collections.ConfigDict
-    arch: Architecture
+    config: ml_collections.ConfigDict  # the training config
+    arch: Architecture  # sizes
+    # Nested dict of arrays, sharded by the partition rules, adapters merged; their moving average
+    # where that was asked for.
     params: dict[str, Any]
-    learnt: dict[str, Any]
-    step: int
+    learnt: dict[str, Any]  # what the objective has learnt next to the model
+    step: int  # optimiser step of the checkpoint
 
     @property
     def heads(self) -> dict[str, Any]:
