@@ -1,19 +1,12 @@
 """Corrections to the parse where the small English model goes astray on captions.
 
 Captions are mostly noun phrases, and the model was trained on sentences. Each rule corrects a kind
-of error seen in web captions: here wrong tags and words that are no verbs, in `hidden_verbs` verbs
-that were not seen. What a correct parse means is not decided here. Rules that
-changed no decision on captions that nobody had looked at are not kept.
+of error seen in web captions: wrong tags, words that are no verbs, and verbs read as nouns or as
+modifiers. What a correct parse means is not decided here. Rules that changed no decision on
+captions that nobody had looked at are not kept.
 """
 
 from data_prep.captions import lexicon
-from data_prep.captions.hidden_verbs import (
-    HIDDEN_VERB_TAGS,
-    NOMINAL,
-    correct_hidden_verb,
-    has_thing,
-    move_modifiers,
-)
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.sentence import (
     ADJECTIVE_TAGS,
@@ -23,6 +16,14 @@ from data_prep.captions.sentence import (
     Sentence,
 )
 
+# The tags that a verb gets when it is misread.
+_HIDDEN_VERB_TAGS = frozenset(("NN", "NNS", "VBG"))
+# The roles of a noun in a sentence, in which a misread verb may be found.
+_NOMINAL = frozenset(("ROOT", "pobj", "dobj", "nsubj", "conj", "attr", "appos"))
+_SINGULAR_DETERMINERS = frozenset(("a", "an", "another", "each", "every", "this"))
+_PLURAL_WORDS = frozenset(("few", "many", "dozen", "hundred", "thousand", "million", "couple"))
+_PHRASE_TAGS = frozenset(("DT", "JJ", "PRP$", "CD", "NN", "VBN", "POS"))
+_AFTER_VERB = frozenset(("IN", "DT", "TO", "RP", "PRP$"))
 _BEARS = frozenset(("black", "brown", "grizzly", "koala", "panda", "polar", "teddy"))
 
 _DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"UH"}
@@ -39,13 +40,17 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
                 continue
             if dep[i] not in MODIFIERS:
                 _correct_false_verb(sentence, i, words)
-            elif low[i] in lexicon.PURPOSE_GERUNDS:
-                _name_purpose(sentence, i)
+            elif (
+                low[i] in lexicon.PURPOSE_GERUNDS
+                and tag[sentence.head[i]] in NOUN_TAGS
+                and sentence.lemma[sentence.head[i]] not in lexicon.ANIMATE_NOUNS
+            ):  # "living" in "living room"; a swimming child swims
+                tag[i], dep[i], sentence.lemma[i] = "NN", "compound", low[i]
         elif tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)
     for i in range(1, len(sentence)):
-        if tag[i] in HIDDEN_VERB_TAGS or (tag[i] == "VBZ" and dep[i] == "pobj"):
-            correct_hidden_verb(sentence, i, words)
+        if tag[i] in _HIDDEN_VERB_TAGS or (tag[i] == "VBZ" and dep[i] == "pobj"):
+            _correct_hidden_verb(sentence, i, words)
 
 
 def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
@@ -65,7 +70,7 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         elif sentence.dep[i] == "npadvmod" and (
             low in lexicon.ANIMATE_NOUNS and low != "hand"  # "hand painted"
         ):
-            is_subject = _make_subject(sentence, i)
+            is_subject = _give_subject(sentence, i)
             sentence.dep[i] = "nsubj" if is_subject else "dep"
     elif tag in ADJECTIVE_TAGS:
         if sentence.dep[i] in MODIFIERS and low in lexicon.KIND_NOUNS:
@@ -78,10 +83,10 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.tag[i], sentence.lemma[i] = "NNS", words.lemmatize(low, "NNS")
         elif low in words.nouns and (
             low not in words.adjectives
-            or (sentence.dep[i] in NOMINAL and low in lexicon.ANIMATE_NOUNS)
+            or (sentence.dep[i] in _NOMINAL and low in lexicon.ANIMATE_NOUNS)
         ):
             sentence.tag[i] = "NN"
-        elif low in words.verbs and low not in words.adjectives and has_thing(sentence, i):
+        elif low in words.verbs and low not in words.adjectives and _has_thing(sentence, i):
             sentence.tag[i] = "VBP"
     elif tag == "UH" and low in lexicon.ANIMATE_NOUNS:
         sentence.tag[i] = "NN"
@@ -89,7 +94,7 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.dep[i] = "nsubj"
 
 
-def _make_subject(sentence: Sentence, i: int) -> bool:
+def _give_subject(sentence: Sentence, i: int) -> bool:
     """Makes a noun the subject of the verb behind it that it hangs on, if that has none."""
     verb = sentence.head[i]
     if verb < i or sentence.tag[verb] not in VERB_TAGS or sentence.dep[verb] in MODIFIERS:
@@ -97,15 +102,8 @@ def _make_subject(sentence: Sentence, i: int) -> bool:
     if sentence.has_kid(verb, "nsubj", "nsubjpass"):
         return False
     sentence.dep[i] = "nsubj"
-    move_modifiers(sentence, verb, i)
+    _move_modifiers(sentence, verb, i)
     return True
-
-
-def _name_purpose(sentence: Sentence, i: int) -> None:
-    """Makes "living" a part of the name in "living room"; a swimming child swims."""
-    thing = sentence.head[i]
-    if sentence.tag[thing] in NOUN_TAGS and sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS:
-        sentence.tag[i], sentence.dep[i], sentence.lemma[i] = "NN", "compound", sentence.low[i]
 
 
 def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
@@ -186,7 +184,7 @@ def _reads_as_name(sentence: Sentence, i: int) -> bool:
         and sentence.tag[i - 1] in ("NN", "NNP")
         and sentence.lemma[i - 1] not in lexicon.ANIMATE_NOUNS
         and not sentence.has_kid(i, "aux", "ccomp", "xcomp")
-        and not has_thing(sentence, i)
+        and not _has_thing(sentence, i)
         and len(sentence.kids_of(i, "nsubj")) == 1
     )
 
@@ -211,3 +209,204 @@ def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemma
         kinds = lexicon.ANIMATE_NOUNS | lexicon.PURPOSE_NOUNS
         return sentence.lemma[thing] in kinds and sentence.tag[thing] != "NNS"
     return tag in ("VBN", "VBD") and low.endswith(("ed", "en", "rn", "wn"))
+
+
+def _correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
+    """Finds, in place, a verb that was read as a noun or as a modifier, with its subject before it.
+
+    "businessman counting money", "couple hugging", "a woman dances in a dress", "bride and groom
+    holding hands", "man on a chair playing guitar", "a red square rests on a circle". Token `i`
+    is not the first one, and has one of _HIDDEN_VERB_TAGS.
+    """
+    noun = i - 1
+    low = sentence.low[i]
+    if sentence.low[noun] in lexicon.NAMED_PLURALS.get(low, ()):
+        return
+    if sentence.tag[i] == "NNS" and sentence.has_kid(i, "nsubj") and _is_followed(sentence, i):
+        lemma = words.lemmatize(low, "VBZ")
+        if lemma in words.verbs:  # "the branch moves in the wind"
+            sentence.tag[i], sentence.lemma[i] = "VBZ", lemma
+            return
+    is_shape = sentence.tag[noun] == "JJ" and sentence.head[noun] == i
+    if sentence.tag[noun] not in NOUN_TAGS and not (
+        is_shape and sentence.low[noun] in words.nouns  # "a red square rests on"
+    ):
+        return
+    if sentence.tag[i] == "NN" and low in words.verbs and sentence.has_kid(i, "nsubj"):
+        acts = _has_thing(sentence, i) or sentence.has_kid(i, "prt")
+        if acts and low not in lexicon.DESCRIBING_NOUNS:
+            sentence.tag[i] = "VBP"
+        return
+    if _correct_deed(sentence, noun, i, words):
+        return
+    tag = _guess_tag(sentence, i, words)
+    lemma = words.lemmatize(low, tag) if tag else ""
+    if not tag or lemma not in words.verbs:
+        return
+    if tag == "VBG" and sentence.dep[i] in MODIFIERS:
+        actor, thing = _find_actor(sentence, noun), _find_head_noun(sentence, i)
+        if actor is None or thing is None:
+            return
+        if actor != noun or sentence.lemma[thing] not in lexicon.PURPOSE_NOUNS:
+            sentence.tag[i], sentence.lemma[i] = tag, lemma
+            _make_clause(sentence, actor, i, thing)
+    elif (
+        sentence.head[noun] == i
+        and not sentence.has_kid(i, "nsubj", "nsubjpass")
+        and _reads_as_verb(sentence, i, lemma, words)
+    ):
+        if sentence.tag[noun] == "JJ":
+            sentence.tag[noun] = "NN"
+        sentence.tag[i], sentence.lemma[i] = tag, lemma
+        _make_subject(sentence, noun, i)
+
+
+def _correct_deed(sentence: Sentence, noun: int, i: int, words: CaptionLemmatizer) -> bool:
+    """Finds an everyday deed behind a living thing: "dog chases cat", "kids ride bikes"."""
+    is_singular = sentence.tag[i] == "NNS"
+    tag = "VBZ" if is_singular else "VBP"
+    lemma = words.lemmatize(sentence.low[i], tag)
+    agrees = is_singular != (sentence.tag[noun] == "NNS")
+    if sentence.tag[i] == "VBG" or lemma not in lexicon.DEEDS or not agrees:
+        return False
+    if sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS:
+        return False
+    thing = _find_head_noun(sentence, i) if sentence.dep[i] in MODIFIERS else None
+    if thing is None and (sentence.head[noun] != i or not _is_followed(sentence, i)):
+        return False
+    sentence.tag[i], sentence.lemma[i] = tag, lemma
+    if thing is None:
+        _make_subject(sentence, noun, i)
+    else:
+        _make_clause(sentence, noun, i, thing)
+    return True
+
+
+def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | None:
+    """The tag a token has if it is a hidden verb; None when it cannot be one."""
+    tag, low = sentence.tag[i], sentence.low[i]
+    if tag == "NNS":
+        return "VBZ"
+    if tag == "VBG":
+        return "VBG"
+    if tag != "NN":
+        return None
+    # "orange koi fish in a pond": the name of an animal is the noun.
+    may_act = low in words.verbs and low not in lexicon.ANIMATE_NOUNS
+    if may_act and _reads_as_plural(sentence, i - 1, i, words.nouns):
+        return "VBP"
+    return "VBG" if low.endswith("ing") and low not in lexicon.NOMINAL_GERUNDS else None
+
+
+def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmatizer) -> bool:
+    """Returns whether a token tagged as a noun is rather a verb; one tagged as a verb stays one."""
+    noun, tag = i - 1, sentence.tag[i]
+    if tag == "NNS":
+        return lemma not in words.nouns or _reads_as_finite(sentence, noun, i)
+    if tag == "NN" and sentence.low[i].endswith("ing"):
+        thing_acts = lemma in lexicon.POSTURE_VERBS and _is_followed(sentence, i)
+        acts = thing_acts or _find_actor(sentence, noun) is not None
+        return acts and sentence.dep[i] in _NOMINAL
+    return True
+
+
+def _reads_as_plural(sentence: Sentence, noun: int, i: int, nouns: frozenset[str]) -> bool:
+    """Returns whether a base form follows its plural subject: "firefighters battle a blaze"."""
+    if sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS:
+        return False
+    if sentence.low[i] not in nouns:
+        return True  # "artist perform during a festival"
+    # "a man and a woman dance in the street"
+    follows = sentence.tag[noun] == "NNS" or sentence.dep[i] == "conj"
+    return sentence.dep[noun] == "compound" and follows
+
+
+def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:
+    """Returns whether a form in -s is a verb: after a singular determiner or a living thing."""
+    if sentence.tag[noun] == "NNS" or sentence.dep[i] not in (*_NOMINAL, "ccomp"):
+        return False
+    modifiers = {sentence.low[kid] for kid in sentence.kids[i]}
+    if modifiers & _SINGULAR_DETERMINERS and not modifiers & _PLURAL_WORDS:
+        return True
+    if not _is_followed(sentence, i):
+        return False
+    if sentence.lemma[i] in lexicon.MOVING_VERBS and sentence.has_kid(i, "det"):
+        return True
+    return sentence.lemma[noun] in lexicon.ANIMATE_NOUNS
+
+
+def _has_thing(sentence: Sentence, i: int) -> bool:
+    """Returns whether a verb has an object, a number not counted ("Size 42")."""
+    return any(sentence.tag[kid] != "CD" for kid in sentence.kids_of(i, "dobj"))
+
+
+def _is_followed(sentence: Sentence, i: int) -> bool:
+    if i + 1 >= len(sentence):
+        return False
+    return sentence.tag[i + 1] in _AFTER_VERB or sentence.low[i + 1] == "next"
+
+
+def _find_actor(sentence: Sentence, noun: int) -> int | None:
+    """The living thing that a following -ing form describes: the noun, or the one it belongs to.
+
+    In "man on a chair playing" the phrases are read off the tags, since the parse is not trusted.
+    """
+    if sentence.lemma[noun] in lexicon.ANIMATE_NOUNS:
+        return noun
+    i = noun
+    while i > 0 and sentence.tag[i] in _PHRASE_TAGS | NOUN_TAGS:
+        i -= 1
+    if sentence.tag[i] == "IN" and i > 0 and sentence.lemma[i - 1] in lexicon.ANIMATE_NOUNS:
+        return i - 1
+    return None
+
+
+def _find_head_noun(sentence: Sentence, i: int) -> int | None:
+    """The noun at the head of the compound that a modifier stands in, if it follows."""
+    head = sentence.head[i]
+    while sentence.dep[head] in MODIFIERS and sentence.head[head] > head:
+        head = sentence.head[head]
+    return head if head > i and sentence.tag[head] in NOUN_TAGS else None
+
+
+def _make_subject(sentence: Sentence, noun: int, verb: int) -> None:
+    """Turns the modifier of a verb into its subject; the verb keeps its position or follows it."""
+    _move_modifiers(sentence, verb, noun)
+    if sentence.dep[verb] in ("ROOT", "ccomp", "advcl", "parataxis", "acl", "xcomp"):
+        sentence.attach(noun, verb, "nsubj")
+        return
+    partner = sentence.head[verb]
+    dep = "pobj" if sentence.dep[verb] == "pcomp" else sentence.dep[verb]
+    sentence.attach(noun, partner, dep)
+    sentence.attach(verb, noun, "acl")
+
+
+def _make_clause(sentence: Sentence, actor: int, verb: int, thing: int) -> None:
+    """Makes "actor verb thing" of a compound noun with the thing as its head."""
+    first = actor
+    while sentence.dep[first] == "conj" and sentence.head[first] not in (verb, thing):
+        first = sentence.head[first]
+    above = first
+    while above not in (verb, thing) and sentence.head[above] != above:
+        above = sentence.head[above]
+    if above in (verb, thing):
+        at_root = sentence.head[thing] == thing
+        sentence.attach(first, first if at_root else sentence.head[thing], sentence.dep[thing])
+    sentence.attach(verb, actor, "acl")
+    sentence.attach(thing, verb, "dobj")
+    if actor < verb - 1:
+        # "people at the march holding signs": the phrase between is the actor's.
+        noun, preposition = verb - 1, actor + 1
+        sentence.attach(preposition, actor, "prep")
+        sentence.attach(noun, preposition, "pobj")
+        for i in range(preposition + 1, noun):
+            if sentence.head[i] in (actor, preposition, verb, thing):
+                label = "compound" if sentence.tag[i] in NOUN_TAGS else sentence.dep[i]
+                sentence.attach(i, noun, label)
+
+
+def _move_modifiers(sentence: Sentence, old: int, new: int) -> None:
+    """Gives the modifiers of a token that stand before another one to that one."""
+    for kid in list(sentence.kids[old]):
+        if kid < new and sentence.dep[kid] in ("det", "amod", "nummod", "compound", "poss"):
+            sentence.attach(kid, new, sentence.dep[kid])
