@@ -12,14 +12,12 @@ import dataclasses
 import hashlib
 import os
 import zlib
-from concurrent import futures
 
 from absl import logging
 
 from diht_jax.records.catalog import describe_stale
 from diht_jax.records.sharded import ShardedRecords
-
-_READING_THREADS = 16
+from diht_jax.storage.files import map_many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +54,7 @@ def fingerprint_records(source: ShardedRecords) -> Fingerprint:
     written again with other records, but not a changed byte in the middle; the records' checksums
     find that when they are read. Shards that are equal to another one are logged.
     """
-    with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
-        rows = list(pool.map(source.identify, range(len(source.paths))))
+    rows = list(map_many(source.identify, range(len(source.paths))))
     first: dict[tuple[int, int, str], str] = {}
     found = zip(source.paths, rows, strict=True)
     copies = [(p, first[row]) for p, row in found if row[0] and first.setdefault(row, p) != p]

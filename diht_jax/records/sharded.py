@@ -11,7 +11,6 @@ import itertools
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from diht_jax.records.catalog import Catalog, Paths, Shard, open_catalog
 from diht_jax.records.dataset_index import END_BYTES, digest_shard
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.formats.shard_index import ShardIndex, wrong_index
+from diht_jax.storage.files import map_many
 from diht_jax.storage.stores import RangesFile, input_size, is_remote
 
 # Two descriptors each, of local ones: well under the usual limit of 1024 for a process.
 _MAX_OPEN_SHARDS = 128
-_OPENING_THREADS = 16  # counting the records of many shards waits for the file system
 
 
 class ShardedRecords(Sequence[bytes]):
@@ -57,8 +56,7 @@ class ShardedRecords(Sequence[bytes]):
             paths = open_catalog(paths, self.kind)
         self._shards = paths.shards
         self.paths = [shard.path for shard in self._shards]
-        with futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:
-            counted = list(pool.map(self.shard_type.count, self._shards))
+        counted = list(map_many(self.shard_type.count, self._shards))
         self._offsets_in_memory = {
             number: offsets for number, (_, _, offsets) in enumerate(counted) if offsets is not None
         }
