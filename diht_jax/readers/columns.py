@@ -89,12 +89,11 @@ def make_pair(
     captions = pick_captions(stated)
     if needs_caption and not captions:
         return Skipped(key, "no_caption", explain_no_caption(options.caption_column, stated))
-    if isinstance(image, str):
-        image = read_image(str(options.image_root), image, key)
-        if isinstance(image, Skipped):
-            hint = "; image_root names another folder" if image.reason == "refused_path" else ""
-            return dataclasses.replace(image, detail=image.detail + hint)
+    data = read_image(str(options.image_root), image, key) if isinstance(image, str) else image
+    if isinstance(data, Skipped):
+        hint = "; image_root names another folder" if data.reason == "refused_path" else ""
+        return dataclasses.replace(data, detail=data.detail + hint)
     used = (options.image_column, options.caption_column, options.key_column)
     metadata = clean({name: value for name, value in row.items() if name not in used})
     caption = captions[0] if captions else ""
-    return Pair(key, image, caption, merge_captions(metadata, captions, stated))
+    return Pair(key, data, caption, merge_captions(metadata, captions, stated))

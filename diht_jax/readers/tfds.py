@@ -124,9 +124,8 @@ def _read_example(
     # Of the class label that is the caption, or of the only one; -1 marks an example without.
     only = next(iter(labels)) if len(labels) == 1 else None
     label_feature = caption_feature if caption_feature in labels else only
-    label = -1 if label_feature is None else int(example[label_feature])
-    metadata = {}
-    if label >= 0:
+    metadata: dict[str, Any] = {}
+    if label_feature is not None and (label := int(example[label_feature])) >= 0:
         metadata = {"label": label, "class_name": labels[label_feature].int2str(label)}
     if caption_feature in labels:
         captions = [metadata["class_name"].replace("_", " ")] if metadata else []

@@ -14,6 +14,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from diht_jax.records import schema
 from diht_jax.storage.files import write_bytes
@@ -74,7 +75,7 @@ def write_dataset_info(
     decodable = set(image_formats) <= _TFDS_IMAGE_FORMATS
     names = [schema.KEY, schema.IMAGE, schema.CAPTION, schema.METADATA]
     names += [schema.CONCEPTS] if with_concepts else []
-    features = {name: tfds.features.Text() for name in names}
+    features: dict[str, Any] = {name: tfds.features.Text() for name in names}
     if decodable:
         features[schema.IMAGE] = tfds.features.Image(shape=(None, None, 3))
     version = tfds.core.Version("1.0.0")

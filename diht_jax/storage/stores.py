@@ -203,6 +203,7 @@ class RangesFile(io.RawIOBase):
 
     def _read_local(self, start: int, end: int) -> bytes:
         file = self._file  # held here, so that another thread that opens it again does not close it
+        assert file is not None
         try:
             return os.pread(file.fileno(), max(0, end - start), start)
         except OSError:
