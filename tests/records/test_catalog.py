@@ -197,9 +197,3 @@ def test_shards_are_found_by_any_name_of_a_file_and_tars_in_capitals(folder, tmp
     for path in (tmp_path / "tars", tmp_path / "tars" / "A.TAR"):
         source = open_source(path)
         assert [source.decode(element).caption for element in source] == ["one"]
-
-
-def test_a_folder_of_pictures_names_the_command_that_converts_it(tmp_path):
-    (tmp_path / "dog").mkdir()
-    with pytest.raises(ValueError, match=rf"prep/convert --config\.input={tmp_path}"):
-        open_catalog(tmp_path)

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from diht_jax.records.format import TFRecordError
 from diht_jax.records.sharded import ShardedRecords
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.tfrecord import TFRecordWriter
 
 
 class Counted(ShardedRecords):
@@ -51,19 +50,3 @@ def shard(tmp_path):
     with TFRecordWriter(tmp_path / "b.tfrecord") as writer:
         writer.write(b"another shard")
     return path
-
-
-def test_one_range_holds_the_records_of_an_extent(shard):
-    source, contents = TFRecordSource(shard.parent), shard.read_bytes()
-    for first in range(6):
-        for last in range(first + 1, 7):
-            path, start, end = source.extent(first, last)
-            assert path == str(shard)
-            expected = [source[number] for number in range(first, last)]
-            assert list(source.split(first, last, contents[start:end])) == expected
-    assert source.extent(0, 6)[1:] == (0, len(contents))
-    for first, last in ((5, 7), (3, 3), (6, 8), (-1, 2)):
-        with pytest.raises(IndexError):
-            source.extent(first, last)
-    with pytest.raises(TFRecordError, match=r"a.tfrecord: records 0 to 5: 8 bytes were read"):
-        list(source.split(0, 6, contents[:8]))

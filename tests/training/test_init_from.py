@@ -129,17 +129,6 @@ def test_the_command_takes_the_architecture_save_what_is_typed(weights, squares,
     assert architecture_of(read_config(tmp_path)) == expected
 
 
-def test_of_a_model_unlike_the_recipe_all_is_taken(recipe):
-    assert architecture_of(bind_architecture(recipe, set_keys=())) == OTHER
-
-
-def test_of_a_recipe_for_siglip_no_part_is_left(recipe):
-    recipe.model.name = "siglip_vitb16_224px"
-    for field in recipe.model.overrides:
-        recipe.model.overrides[field] = None
-    assert architecture_of(bind_architecture(recipe, set_keys=())) == OTHER
-
-
 def test_a_recipe_of_the_same_model_keeps_its_sizes_of_images_and_texts(weights):
     recipe = default_config()
     same = {field: value for field, value in vars(OTHER).items() if value is not None}
@@ -167,14 +156,6 @@ def test_a_run_that_goes_on_has_the_config_that_it_began_with(
         again = bind_architecture(recipe, epath.Path(tmp_path), set_keys)
         assert again.to_dict() == first.to_dict()
         shutil.rmtree(tmp_path / "checkpoints")
-
-
-def test_sizes_that_the_user_sets_stay(recipe):
-    recipe.model.overrides.image_size = 48
-    bound = bind_architecture(recipe, set_keys=("model.overrides.image_size",))
-    assert architecture_of(bound) == get_architecture(
-        "tiny_32px", {**vars(OTHER), "image_size": 48}
-    )
 
 
 def test_a_name_that_the_user_sets_stays(recipe):

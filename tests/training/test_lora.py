@@ -11,8 +11,6 @@ import diht_jax
 from diht_jax.models.lora import Lora, lora_of
 from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.zoo import get_architecture
-from diht_jax.sharding import create_mesh
-from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.loop import train
 from diht_jax.training.program import TrainProgram
 from diht_jax.weights.export import write_model
@@ -127,14 +125,3 @@ def test_an_adapted_layer_adds_alpha_over_rank_times_its_product(rank, alpha):
     w, b, a = (layer[name].astype(np.float64) for name in ("kernel", "bias", "lora_a"))
     expected = x @ w + b + alpha / rank * (x @ a @ layer["lora_b"])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_weights_of_another_model_are_refused(config, weights):
-    mesh = create_mesh(1, 1, jax.devices()[:1])
-    config.model.init_from = str(weights[0])
-    config.model.overrides.activation = "quick_gelu"
-    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-    with pytest.raises(
-        ValueError, match=r"overrides\.activation='gelu' \(the run has 'quick_gelu'\)"
-    ):
-        initial_parameters(config, arch, mesh, weights[1])

@@ -1,7 +1,6 @@
 """Runs of FastCLIP's loss, which keep a mean of each record in their state."""
 
 import json
-import types
 
 import jax
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.run_data import bind_records, open_data
+from diht_jax.training.run_data import open_data
 from diht_jax.training.workdir.saved_run import write_config
 from tests import make
 
@@ -76,9 +75,3 @@ def test_a_run_does_not_go_on_with_another_number_of_records(tmp_path):
     message = f"more: it has {RECORDS + 1} records, and .*run keeps a mean of each of {RECORDS}"
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run", devices=jax.devices()[:1])
-
-
-def test_more_records_than_their_numbers_can_count_are_refused(tmp_path):
-    many = types.SimpleNamespace(num_record_ids=2**31)
-    with pytest.raises(ValueError, match="config.loss.num_records=2147483648"):
-        bind_records(run_config(tmp_path), many, tmp_path)

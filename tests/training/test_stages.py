@@ -156,17 +156,6 @@ def test_a_stage_alone_takes_the_one_before_from_the_same_work_directory():
     assert config.stage.previous == "RUN/stage_1"
 
 
-def test_the_time_of_a_stage_is_not_counted_in_the_next_one(tmp_path):
-    found = []
-
-    def spy(config, workdir, began=None):
-        found.append((config.stage.number, began))
-
-    stages = [load(number, "DATA") for number in (1, 2)]
-    train_stages(functools.partial(spy, began=5.0), stages, str(tmp_path))
-    assert found == [(1, 5.0), (2, None)]
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -85,14 +85,6 @@ def test_a_run_is_measured_on_what_it_holds_out(trained):
         assert rows[-1][f"evaluation/validation/{name}"] == value, name
 
 
-def test_another_share_is_another_run(trained):
-    config, workdir = trained
-    other = config.copy_and_resolve_references()
-    other.data.validation_share = 0.2
-    with pytest.raises(ValueError, match="data.validation_share"):
-        train(other, workdir)
-
-
 def test_a_model_without_held_out_records_has_no_such_task(tmp_path):
     write_config(tmp_path, make.tiny_config())
     with pytest.raises(ValueError, match=f"--tasks=validation .*--model={tmp_path}"):

@@ -15,8 +15,6 @@ from diht_jax.data.clipart_tiny import PICTURES
 from diht_jax.loading import read_model
 from diht_jax.models.zoo import get_architecture
 from diht_jax.records.train_data import held_out_records
-from diht_jax.training.initial_parameters import bind_architecture
-from tests import make
 from tests.docs.pages import REPOSITORY, python_blocks
 
 WEIGHTS = PICTURES.with_name("model.safetensors")
@@ -65,13 +63,6 @@ def test_architecture_is_that_of_its_recipe():
     section = load_recipe("clipart_tiny").model
     expected = get_architecture(section.name, section.overrides.to_dict())
     assert read_model("clipart_tiny").arch == expected
-
-
-def test_a_run_may_start_from_it():
-    config = make.tiny_config(model__init_from="clipart_tiny")
-    section = bind_architecture(config, set_keys=()).model
-    found = get_architecture(section.name, section.overrides.to_dict())
-    assert found.vocab_size == 4096 and found.vision_layers == 5
 
 
 def test_its_pictures_were_held_out_of_training(shared_data):

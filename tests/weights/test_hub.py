@@ -16,8 +16,6 @@ from diht_jax.weights.source import choose_files, find_weight_file
 from tests import make
 from tests.storage import hub_server
 
-SHARDS = ["model-1-of-2.safetensors", "model-2-of-2.safetensors", "model.safetensors.index.json"]
-
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
@@ -120,35 +118,3 @@ def test_no_login_is_said_before_the_export(server, run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"hf-hub:someone/tiny cannot be written.*hf auth login"):
         export_model(run, "safetensors", tmp_path / "out", push="hf-hub:someone/tiny")
     assert not (tmp_path / "out").exists() and not server.files
-
-
-@pytest.mark.parametrize(
-    ("names", "chosen"),
-    [
-        (["a.txt", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
-        (
-            ["open_clip_config.json", "model.safetensors", "open_clip_model.safetensors"],
-            ["open_clip_config.json", "open_clip_model.safetensors"],
-        ),
-        (
-            [
-                "model-1-of-2.safetensors",
-                "model-2-of-2.safetensors",
-                "model.safetensors.index.json",
-            ],
-            [
-                "model-1-of-2.safetensors",
-                "model-2-of-2.safetensors",
-                "model.safetensors.index.json",
-            ],
-        ),
-        (["config.json", "other.pt"], ["config.json", "other.pt"]),
-    ],
-)
-def test_one_set_of_weights_is_chosen(names, chosen):
-    assert choose_files(names) == chosen
-
-
-def test_several_unusual_weight_files_are_listed():
-    with pytest.raises(ValueError, match=r"a\.pt, b\.pt"):
-        choose_files(["a.pt", "b.pt"])

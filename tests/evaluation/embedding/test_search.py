@@ -128,14 +128,3 @@ def test_a_missing_usearch_is_found_before_anything_is_embedded(folder, tmp_path
     done = _run("--model", "/none", "--input", folder, "--index", index, "a dog", PYTHONPATH=path)
     assert done.returncode == 1 and "pip install usearch" in done.stderr
     assert not index.exists()
-
-
-def test_the_command(workdir, shared_data, tmp_path):
-    page = tmp_path / "page.html"
-    flags = ["--model", workdir, "--images", shared_data / "photos.tar", "--output", page]
-    done = _run(*flags, "--count", 2, "a dog", "a red car")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [lines[0], lines[3]] == ["a dog", "a red car"]
-    assert len(lines) == 6
-    assert page.stat().st_size > 10_000

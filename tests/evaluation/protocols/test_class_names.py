@@ -6,7 +6,6 @@ from diht_jax.evaluation.protocols.class_names import (
     derive_classes,
     name_index,
     raw_label,
-    read_group,
     resolve_label,
 )
 from diht_jax.records.schema import Pair
@@ -96,10 +95,3 @@ def test_another_field_holds_the_label():
     assert raw_label(pair, "shape").class_name is None
     with pytest.raises(ValueError, match="'k' has no metadata field 'colour'.*shape"):
         raw_label(pair, "colour")
-
-
-def test_groups_of_a_picture():
-    pair = Pair("k", b"", "", {"numbers": [2.0, 1.5], "region": "Asia", "year": 2016})
-    assert [read_group(pair, field) for field in ("0", "region", "year")] == [2, "Asia", 2016]
-    with pytest.raises(ValueError, match="no group 'country'; it has .'numbers', 'region', 'year'"):
-        read_group(pair, "country")

@@ -4,25 +4,11 @@ import fsspec
 import pytest
 
 from diht_jax.records import schema
-from diht_jax.records.catalog import find_kind, find_shards, kind_of
+from diht_jax.records.catalog import find_kind, find_shards
 from diht_jax.records.formats.registry import (
     FORMATS,
     open_writer,
 )
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a.tfrecord-00000-of-00002", "tfrecord"),
-        ("x-train.array_record-00001-of-00002", "array_record"),
-        ("s3://bucket/*.tar", "webdataset"),
-        (".hidden.tar", None),
-        ("a.tfrecord.stats.json", None),
-    ],
-)
-def test_names(name, expected):
-    assert kind_of(name) == expected
 
 
 def test_folders_globs_and_lists(tmp_path):

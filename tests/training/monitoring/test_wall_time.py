@@ -76,14 +76,6 @@ def test_steps_made_again_and_start_up_are_lost_however_often_a_run_is_killed(tm
     assert json.loads((tmp_path / FILE).read_text())["starts"] == 3
 
 
-def test_all_steps_are_lost_where_a_run_begins_anew(tmp_path):
-    clock = Clock()
-    first, writer = start(tmp_path, clock, 0, opening=1.0, compiling=1.0)
-    train_steps(first, writer, clock, range(1, 4))
-    again, _ = start(tmp_path, clock, 0, opening=1.0, compiling=1.0)
-    assert secs(again.scalars()) == {"start": 1.0, "compile": 1.0, "lost": 3 * 1.5 + 2.0}
-
-
 def test_a_damaged_file_is_replaced_by_the_last_line(tmp_path, caplog):
     clock = Clock()
     first, writer = start(tmp_path, clock, 0, opening=1.0, compiling=1.0)
