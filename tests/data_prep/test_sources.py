@@ -1,4 +1,4 @@
-"""The share of one job of a job array, and the names of options in errors."""
+"""Outputs that take no file, and the names of options in errors."""
 
 import pytest
 
@@ -8,19 +8,10 @@ from data_prep.sources import (
     check_output,
     default_source,
     list_inputs,
-    shards_of_task,
 )
 from diht_jax.readers.registry import SourceShard
 from diht_jax.storage.files import find_inputs
 from tests.data_prep.filtering.jobs import job_config
-
-
-def test_jobs_of_an_array_share_all_tasks():
-    parts = [shards_of_task(range(11), i, 4) for i in range(4)]
-    assert sorted(number for part in parts for number in part) == list(range(11))
-    for index in (-1, 4):
-        with pytest.raises(ValueError, match="expected an index from 0 to 3"):
-            shards_of_task(range(11), index, 4)
 
 
 def test_columns_are_named_as_they_are_typed(tmp_path):

@@ -127,12 +127,6 @@ def test_what_the_schema_does_not_see_fits_together(path):
         assert num_chips(shape) == chips
 
 
-def test_the_service_of_the_plain_job_has_its_pods():
-    service, job = documents(LAUNCH / "gpu_job.yaml")
-    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
-
-
 @pytest.mark.parametrize("path", MANIFESTS, **by_name)
 def test_exits_that_no_repetition_mends_end_the_job(path):
     job = job_of(path)
@@ -159,14 +153,6 @@ def test_a_jobset_fails_for_them_alone(path):
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     # A pod of its own cannot join the others again.
     assert job_of(path)["spec"]["backoffLimit"] == 0
-
-
-def test_the_table_of_slices_counts_four_chips_a_host():
-    text = (LAUNCH / "tpu_gke_jobset.yaml").read_text()
-    rows = re.findall(r"#     (?:tpu\S+) +(\d+(?:x\d+)+) +(\d+)\n", text)
-    assert len(rows) == 4
-    for shape, hosts in rows:
-        assert num_chips(shape) == 4 * int(hosts), shape
 
 
 def test_skypilot_starts_again_but_for_errors_that_no_repetition_mends():
@@ -266,14 +252,6 @@ def test_an_instance_group_has_the_hosts_of_its_topology(
     assert f"--accelerator-topology={topology}" in policy
     assert f"--machine-type={machine} " in template
     assert f"--size={hosts} " in group and "--workload-policy=" in group
-
-
-@pytest.mark.parametrize("name", ["tpu_mig.sh", "tpu_vm.sh"])
-def test_the_scripts_for_slices_send_the_hosts_script(run_with, name):
-    status, calls = run_with((LAUNCH / name).read_text(), ".", [], arguments=("create",))
-    assert status == 0
-    assert sum("--metadata-from-file=startup-script=" in call for call in calls) == 1
-    assert any(call.startswith("gcloud storage cp - gs://") for call in calls)
 
 
 @pytest.mark.parametrize("name", ["tpu_mig.sh", "tpu_vm.sh"])

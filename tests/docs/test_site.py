@@ -17,7 +17,6 @@ from tests.docs.test_links import known_keys
 
 DOCS = REPOSITORY / "docs"
 MOST_BYTES = 15_000
-MOST_BYTES_OF_PICTURE = 300_000
 MOST_WORDS_OF_README = 900
 CONFIGS = {
     "train": train_config,
@@ -75,14 +74,6 @@ def test_public_names_exist_and_are_described():
 
 def test_the_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text("utf-8").split()) <= MOST_WORDS_OF_README
-
-
-def test_pictures_are_small_and_shown():
-    text = "".join(path.read_text("utf-8") for path in PAGES)
-    pictures = [path for path in DOCS.rglob("images/*") if path.suffix in (".svg", ".png")]
-    for path in pictures:
-        assert path.stat().st_size < MOST_BYTES_OF_PICTURE, path
-        assert f"images/{path.name})" in text, path
 
 
 @pytest.mark.parametrize(

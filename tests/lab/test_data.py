@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.lab import clipart, data, second_web
+from benchmarks.lab import data, second_web
 from benchmarks.lab.data import Data, exchange
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.synthetic import web
@@ -189,11 +189,3 @@ def test_the_arms_of_clip_art_are_chosen_from_the_draw_of_their_seed(tmp_path):
         k for k in drawn if k not in ("00", "02", "04")
     ]
     assert len(keys(lab.make("clipart_random_1"))) == len(keys(lab.make("clipart_only_c_1")))
-
-
-def test_the_judged_drawings_are_those_of_their_own_titles_with_the_least_digests():
-    judged = clipart.read_judgements()
-    assert len(judged) == 500 and set(judged.values()) == {"names", "language", "not"}
-    pairs = [Record(key, b"-", key) for key in judged]
-    shared = [Record(f"shared {i}", b"-", "Gramastar") for i in range(3)]
-    assert set(clipart.choose_held_out([*shared, *pairs])) == set(judged)

@@ -11,7 +11,6 @@ from benchmarks.lab.experiments import (
     EXPERIMENTS,
     RETIRED,
     STUDENTS,
-    block_of,
 )
 from benchmarks.lab.run import Lab, Run, definition, is_done, select_runs
 from diht_jax.config import default_config, load_recipe, validate_config
@@ -33,18 +32,6 @@ def test_experiments_name_data_students_and_keys_that_exist(name):
     if "total_epochs" in experiment.config:
         config.total_examples = None  # as the command line does
     validate_config(config, default_config())
-
-
-def test_patterns_choose_blocks_experiments_and_runs():
-    assert [r.name for r in select_runs(["raw_seed3", "oracle"])] == [
-        "raw_seed3", "oracle_seed0", "oracle_seed1", "oracle_seed2",
-    ]  # fmt: skip
-    # A block means all runs that its contrasts compare, also those of an earlier block.
-    order = {r.experiment.name for r in select_runs(["order"])}
-    assert order == {"cat", "cat_blocks"} and block_of("cat") == "filter"
-    assert {"raw", "cat"} < {r.experiment.name for r in select_runs(["captioning"])}
-    with pytest.raises(ValueError, match="--only=filtre: no block, experiment or run"):
-        select_runs(["filtre"])
 
 
 def test_a_definition_changes_with_all_that_decides_a_run(monkeypatch):

@@ -41,36 +41,12 @@ def test_decisions_of_another_part_are_not_taken_for_those_of_this_one(copy):
         merge_reports([copy, copy])
 
 
-def test_statistics_of_another_kind_are_not_taken_for_those_of_a_part(copy):
-    path = min(copy.glob("parts/*.stats.json"))
-    shutil.copy(copy / "report.json", path)
-    with pytest.raises(ValueError, match=path.name):
-        merge_reports([copy, copy])
-
-
 @pytest.mark.parametrize("suffix", ["samples.tsv", "stats.json"])
 def test_what_belongs_to_another_part_is_not_taken_for_that_of_this_one(copy, suffix):
     one, other = sorted(copy.glob(f"parts/*.{suffix}"))
     one.write_bytes(other.read_bytes())
     with pytest.raises(ValueError, match=one.name):
         merge_reports([copy, copy])
-
-
-def test_statistics_of_something_else_are_made_again(finished, copy):
-    expected = (copy / "stats.json").read_bytes()
-    shutil.copy(copy / "features.json", copy / "stats.json")
-    source = str(finished.parent / "*.tar")
-    config = job_config(source, copy, concepts=True, examples_per_shard=5)
-    assert run_filter(config) == {}
-    assert (copy / "stats.json").read_bytes() == expected
-
-
-def test_statistics_of_a_shard_that_are_something_else_are_named(finished, copy):
-    path = min(copy.glob("*.tfrecord.stats.json"))
-    shutil.copy(copy / "features.json", path)
-    config = job_config(str(finished.parent / "*.tar"), copy, concepts=True, examples_per_shard=5)
-    with pytest.raises(ValueError, match=path.name):
-        run_filter(config)
 
 
 def test_a_flipped_bit_in_a_filtered_table_is_noticed(tmp_path):

@@ -10,7 +10,6 @@ import sys
 import pytest
 from PIL import Image
 
-from data_prep.decisions.log import sortable_digits
 from data_prep.decisions.report import merge_reports, read_report
 from data_prep.filter import run_filter
 from diht_jax.config import load_recipe
@@ -132,8 +131,3 @@ def test_captions_on_the_terminal_do_not_steer_it(tmp_path):
         r"gr\xf6\xdfe \u72ac",
     }
     assert len(samples) == 2
-
-
-def test_digits_have_the_order_of_scores_of_both_signs():
-    scores = [0.31, -0.02, 1.0, 0.0, -0.7, 1e-9, 0.3]
-    assert sorted(scores, key=sortable_digits) == sorted(scores)

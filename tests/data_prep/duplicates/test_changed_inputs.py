@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from data_prep.duplicates import job, scan, search
+from data_prep.duplicates import job, scan
 from data_prep.jobs.failures import INCOMPLETE_STATUS
 from tests.data_prep.duplicates.jobs import (
     duplicates_config,
@@ -169,22 +169,6 @@ def test_scans_removed_during_a_run_are_named_and_made_by_the_next(tars, tmp_pat
     assert failures.exit_status == 1
     assert job.run(_config(tars, out, **_STRICT)) == {}
     assert _dropped(out) == (12, {"1-0": "0-0", "2-0": "0-0"})
-
-
-def test_an_input_that_goes_during_the_search_is_missed_on_the_page_alone(
-    tars, tmp_path, monkeypatch
-):
-    compare = search.compare_clusters
-
-    def remove_and_compare(*arguments):
-        (tars / "1.tar").unlink()
-        return compare(*arguments)
-
-    monkeypatch.setattr(search, "compare_clusters", remove_and_compare)
-    assert job.run(_config(tars, tmp_path / "out")) == {}
-    assert _dropped(tmp_path / "out") == (12, {"1-0": "0-0", "2-0": "0-0"})
-    # Of the four pictures of the two duplicates, that of 1-0 is not there.
-    assert (tmp_path / "out" / "report.html").read_text().count("<img") == 3
 
 
 def test_one_of_a_few_inputs_may_have_changed_since(tars, tmp_path, scanned):

@@ -9,19 +9,13 @@ from data_prep.duplicates.pictures import (
     describe_picture,
     has_colors_of,
     lay_over,
-    verify,
 )
-from data_prep.duplicates.semdedup import Near
 from tests.make import encoded
 
 
 def _picture(seed: int, side: int = 320) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (9, 9), np.uint8)
     return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _greys(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def _thumbnail(image: Image.Image) -> np.ndarray:
@@ -48,36 +42,6 @@ def test_windows_are_those_that_pillow_cuts():
         assert row @ (cells / np.linalg.norm(cells)) > 0.985
 
 
-def test_crops_mirror_images_and_nothing_else_correlate():
-    whole = _picture(1)
-    crop = whole.crop((20, 5, 20 + 288, 5 + 288))
-    pictures = [
-        whole,
-        crop,
-        crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-        *(_picture(seed) for seed in range(2, 8)),
-        Image.new("L", (50, 50), 90),
-    ]
-    thumbnails = np.stack([_thumbnail(picture) for picture in pictures])
-    windows = list(map(cut_windows, thumbnails))
-
-    def like(one, other, mirrored=True):
-        return lay_over(windows[one], windows[other], mirrored=mirrored).correlation
-
-    assert min(like(0, 1), like(1, 0)) > 0.97
-    assert max(like(0, other) for other in range(3, 9)) < 0.8
-    assert lay_over(windows[0], windows[9], mirrored=True) is None  # flat
-    assert like(0, 2, mirrored=False) < 0.9
-
-    def candidates():
-        yield Near(np.array([1, 4]), np.array([3, 3]), np.array([0.99, 0.98], np.float32))
-        yield Near(np.array([1, 2]), np.array([0, 1]), np.array([0.9, 0.8], np.float32))
-
-    found = verify(candidates(), thumbnails, 0.95, 0.05, mirrored=True)
-    assert (found.rows.tolist(), found.alike.tolist()) == ([1, 2], [0, 1])
-    assert found.similarity[0] == np.float32(like(1, 0))
-
-
 def test_a_mirrored_crop_is_found_from_either_picture():
     whole = _picture(1)
     crop = whole.crop((20, 5, 20 + 288, 5 + 288)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -89,12 +53,3 @@ def test_a_mirrored_crop_is_found_from_either_picture():
         assert found.correlation > 0.97 and found.is_mirrored
         assert found.is_first_cut == (one == 0)
         assert has_colors_of(pictures[0], pictures[1], found, 0.06)
-
-
-def test_thumbnails_are_lightness_and_colors_of_the_decoded_picture():
-    image = _picture(3).convert("RGB")
-    _, found, size = describe_picture(encoded(image), mirrored=True, max_pixels=10**6)
-    assert size == image.size and found.dtype == np.uint8
-    greys, colors = np.split(found.astype(int), [SIDE * SIDE])
-    assert np.abs(greys - _greys(_picture(3)).ravel()).max() <= 2
-    assert len(colors) == SIDE * SIDE // 2 and (colors == 128).all()  # it is grey

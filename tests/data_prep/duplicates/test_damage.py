@@ -137,10 +137,3 @@ def test_a_damaged_description_is_named(folder):
     settings.write_bytes(data)
     with pytest.raises(ValueError, match=r"settings\.json' is damaged"):
         _run(folder)
-
-
-def test_a_glob_instead_of_a_folder_of_embeddings_is_named(folder):
-    config = duplicates_config(folder / "in", folder / "new")
-    config.embeddings.kind, config.embeddings.files = "files", f"{folder}/et/*.npz"
-    with pytest.raises(ValueError, match=r"config\.embeddings\.files='.*et/\*\.npz': .* folder"):
-        job.run(config)

@@ -1,6 +1,5 @@
 """CLIP scores: those of the model, limits by value and by quantile, and their replay."""
 
-import importlib.resources
 import json
 
 import jax
@@ -8,11 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.decisions.report import merge_reports, read_report
+from data_prep.decisions.report import read_report
 from data_prep.decisions.table import SUFFIX, read_decisions
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
-from data_prep.reports.page import render_report
 from data_prep.steps import clip, models
 from diht_jax import load_model
 from tests import make
@@ -100,31 +98,6 @@ def test_the_histogram_of_scores_counts_every_pair_in_its_bin(scored, expected):
     )
 
 
-def test_a_pair_with_a_low_score_is_shown_with_what_became_of_it(
-    scored, source, weights, expected, tmp_path
-):
-    limit = float(np.median(expected))
-    config = job_config(source, tmp_path / "out", clip__model=str(weights), clip__min_score=limit)
-    config.report_samples = 2
-    assert run_filter(config) == {}
-    report = merge_reports([tmp_path / "out", scored])
-    order = [str(number) for number in np.argsort(expected)]
-    lowest = report["scored"][clip.SCORE]["lowest"]
-    shown = {(sample["key"], sample["became"]) for sample in lowest}
-    assert shown == {(order[0], "clip/low_score"), (order[0], "kept")}
-    page = render_report(report)
-    assert "The lowest" in page
-    assert f"clip_score <b>{min(expected):.3f}</b>" in page
-
-
-def test_parts_without_scores_join_those_with(scored, source, tmp_path):
-    assert run_filter(job_config(source, tmp_path / "out")) == {}
-    report = merge_reports([tmp_path / "out", scored])
-    counted = report["measures"]["histograms"]
-    assert sum(counted[clip.SCORE]["kept"].values()) == len(_CAPTIONS)
-    assert sum(counted["caption_words"]["kept"].values()) == 2 * len(_CAPTIONS)
-
-
 def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expected, tmp_path):
     config = job_config(
         source, tmp_path / "out", clip__model=str(weights), clip__quantile=0.4,
@@ -160,18 +133,6 @@ def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
     (record,) = read_records(tmp_path / "out")
     good = [text for text, cosine in zip(_CAPTIONS, cosines, strict=True) if cosine >= limit]
     assert (record.caption, record.metadata["captions"]) == (good[0], good)
-
-
-def test_the_model_that_comes_with_the_package_is_known_by_its_file(tmp_path):
-    packaged = importlib.resources.files("diht_jax.data") / "clipart_tiny" / "model.safetensors"
-    copy = tmp_path / "model.safetensors"
-    copy.write_bytes(packaged.read_bytes())
-    assert models.fingerprint("clipart_tiny", "x") == models.fingerprint(str(copy), "x")
-
-
-@pytest.mark.parametrize("name", ["diht_vitb32_224px", "hf-hub:owner/name", "s3://bucket/run"])
-def test_models_that_are_fetched_later_are_known_by_their_names(name):
-    assert models.fingerprint(name, "x") == name
 
 
 def test_a_model_that_nobody_knows_is_refused_by_its_key():

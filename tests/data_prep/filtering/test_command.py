@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.filter import explain, run_filter
-from data_prep.filtering import config as filter_config
+from data_prep.filter import run_filter
 from diht_jax.input.decode import decode_rgb
 from tests.data_prep.filtering.jobs import (
     job_config,
@@ -227,14 +226,6 @@ def test_wrong_inputs_and_outputs(tmp_path):
         run_filter(job_config(source, tmp_path / "in"))
     with pytest.raises(ValueError, match=r"image\.max_side"):
         job_config(source, tmp_path / "out", image__max_side=0)
-
-
-def test_explain_shows_graph_and_decision():
-    text = explain("A black cat is chasing a small brown bird", filter_config.default_config())
-    assert "cat[black]:2; bird[small,brown]:3" in text
-    assert "chase(cat,bird)" in text
-    assert "keep" in text
-    assert "drop (no_action)" in explain("a red car", filter_config.default_config())
 
 
 def test_conversion_needs_no_spacy(tmp_path):

@@ -64,21 +64,6 @@ def test_pairs_that_kill_their_worker_are_found_and_the_shard_goes_on(tmp_path, 
     assert not [p for p in (tmp_path / "b").rglob("*") if p.name.endswith(".tmp")]
 
 
-def test_rows_of_a_table_that_kill_their_worker_are_found(tmp_path, monkeypatch):
-    captions = [f"name {1 if n == 1 else 0} {n}" for n in range(9)]  # one of them is deadly
-    lines = [f'{{"key": "k{n}", "caption": "{text}"}}\n' for n, text in enumerate(captions)]
-    (tmp_path / "in.jsonl").write_text("".join(lines))
-    monkeypatch.setitem(registry.STEPS, "deadly", DeadlyStep)
-    settings = {"recipe": "metadata", "complexity": False, "action": False, "num_workers": 1}
-    config = job_config(str(tmp_path / "in.jsonl"), tmp_path / "out", **settings)
-    assert run_filter(config) == {}
-    kept = (tmp_path / "out" / "in.jsonl").read_text()
-    assert kept == "".join(line for n, line in enumerate(lines) if n != 6)
-    counts = read_counts(tmp_path / "out")
-    assert counts["dropped"]["source"] == {"crashed": 1} and counts["read"] == 9
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.name.endswith(".tmp")]
-
-
 def _record(stage, first, last):
     return {"stage": stage, "first": first, "last": last}
 

@@ -75,27 +75,6 @@ def test_a_filter_that_reads_a_damaged_file_names_it_or_makes_it_again(finished,
         shutil.rmtree(output)
 
 
-_TABLE = "".join(json.dumps({"caption": f"a dog runs {n}"}) + "\n" for n in range(3))
-
-
-@pytest.mark.parametrize("ending", [".parquet", ".samples.tsv"])
-@pytest.mark.parametrize("recipe", ["convert", "metadata"])
-def test_files_that_were_removed_are_made_again(tmp_path, recipe, ending):
-    """Where the parts are the output, and of tables."""
-    source, settings = write_tars(tmp_path / "in", 2), {"examples_per_shard": None}
-    if recipe == "metadata":
-        source, settings = str(tmp_path / "in" / "t.jsonl"), {}
-        pathlib.Path(source).write_text(_TABLE)
-    config = job_config(source, tmp_path / "out", recipe, **settings)
-    assert run_filter(config) == {}
-    expected = snapshot(tmp_path / "out")
-    for path in (tmp_path / "out").rglob(f"*{ending}"):
-        path.unlink()
-    (tmp_path / "out" / "report.json").unlink()
-    assert run_filter(config) == {}
-    assert snapshot(tmp_path / "out") == expected
-
-
 @pytest.mark.parametrize("kind", ["parts/*.decisions.parquet", "parts/manifest.json", "stats.json"])
 def test_a_replay_names_the_damaged_file(finished, tmp_path, kind):
     whole, _ = finished

@@ -206,24 +206,6 @@ def test_folders_that_cannot_be_replayed(work, tmp_path):
         replay.Replay(str(tmp_path)).run()
 
 
-def test_quantiles_of_scores_are_exact(tmp_path):
-    rng = np.random.default_rng(0)
-    values = np.concatenate([rng.normal(0.3, 0.1, 900), rng.normal(-5, 3, 90), [0.0, -0.0, 0.25]])
-    values = np.float32(values)
-    paths = []
-    for number, some in enumerate(np.array_split(values, 3)):
-        log = table.DecisionWriter(["clip", "none"])
-        for row, value in enumerate(some):
-            log.add(2 * row, {"key": "k", "outcome": "kept", "clip": float(value)})
-            log.add(2 * row + 1, {"key": "k", "outcome": "caption", "reason": "url"})
-        paths.append(str(tmp_path / str(number)))
-        log.write(paths[-1])
-    shares = (0.0, 0.01, 0.5, 0.507, 0.99, 1.0)
-    found = score_quantiles(paths, "clip", shares)
-    assert found == np.quantile(values, shares, method="inverted_cdf").tolist()
-    assert score_quantiles(paths, "none", shares) is None
-
-
 @pytest.mark.parametrize(
     ("share", "expected"),
     [(0.0, 1), (0.1, 1), (0.125, 1), (0.13, 2), (0.25, 2), (0.5, 4), (0.51, 5), (0.875, 7), (1, 8)],

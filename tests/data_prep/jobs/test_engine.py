@@ -93,11 +93,6 @@ def test_bad_contents_are_not_read_again(error):
     assert (outcome.error, tries) == (str(error), [7])
 
 
-def test_retries_are_not_negative():
-    with pytest.raises(ValueError, match="config.retries=-1; expected at least 0"):
-        list(run_tasks(print, range(2), num_workers=0, label="t", retries=-1))
-
-
 def test_a_task_that_takes_too_long_is_stopped_twice_and_holds_nobody_up(tmp_path):
     body = """
 import functools
@@ -208,9 +203,3 @@ def work(task, report):
     process.communicate(timeout=_LONGEST_SECS)
     began = {path.stem for path in tmp_path.glob("*.began")}
     wait_until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in began))
-
-
-def test_without_pebble_the_error_names_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pebble", None)
-    with pytest.raises(ValueError, match="pip install pebble"):
-        list(run_tasks(print, range(2), num_workers=1, label="t"))

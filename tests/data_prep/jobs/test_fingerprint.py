@@ -47,27 +47,6 @@ def _edit(path: str, offset: int) -> None:
     os.utime(path, ns=(changed_ns + 1, changed_ns + 1))
 
 
-def test_size_and_time_are_enough_and_nothing_is_read(big, tmp_path, monkeypatch):
-    def fail(path):
-        raise AssertionError(f"{path} was read")
-
-    monkeypatch.setattr(fingerprint, "open_file", fail)
-    known = _Input(big.source, tmp_path, "time")
-    assert "digest" not in known.described.contents
-    moved = SourceShard("webdataset", f"{tmp_path}/moved.tar")
-    shutil.copy2(big.source.path, moved.path)
-    assert known.is_same(moved)  # the time goes with it
-    os.utime(moved.path, ns=(5, 5))
-    assert not known.is_same(moved)
-    known.identity = "size"  # what a copy without times leaves; from then on it is known
-    assert known.is_same(moved)
-    known.identity = "time"
-    assert known.is_same(moved)
-    os.truncate(moved.path, _BIG - 1)
-    known.identity = "size"
-    assert not known.is_same(moved)
-
-
 def test_a_copy_elsewhere_is_the_same(big, tmp_path):
     copy = shutil.copy(big.source.path, tmp_path / "copy.tar")
     os.utime(copy, ns=(7, 7))

@@ -9,8 +9,6 @@ import pytest
 
 from data_prep.filter import run_filter
 from data_prep.label import run_label
-from data_prep.labelling.embeddings import LocalCopies
-from diht_jax.records.format import read_records
 from tests.data_prep.filtering.jobs import job_config
 from tests.data_prep.labelling.pictures import COLORS, NAMES, TEACHER, draw, label_config
 from tests.readers.inputs import write_tar
@@ -99,13 +97,3 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
     shards = [name for name in merged[0] if name.endswith(".tfrecord") or name == "/heads.npz"]
     assert len(shards) == 2 * _TARS + 1
     assert [name for name in shards if merged[0][name] != merged[2][name]] == []
-
-
-def test_copies_are_bounded(tmp_path):
-    copies = LocalCopies(str(tmp_path), max_bytes=20)
-    with copies.write("s3://b/one") as write:
-        write(b"12345678")
-    assert list(read_records(copies.find("s3://b/one"))) == [b"12345678"]
-    with copies.write("s3://b/two") as write:
-        assert write is None
-    assert copies.find("s3://b/two") is None

@@ -19,7 +19,7 @@ from diht_jax.input.choices import with_boxes
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
-from diht_jax.records.labels.clip_embeddings import Crops, quantize
+from diht_jax.records.labels.clip_embeddings import Crops
 from diht_jax.records.schema import Record, decode_record
 from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.training.objective import bind_data
@@ -154,11 +154,3 @@ def test_the_run_is_bound_to_its_teachers_and_crops(work):
 def test_crops_do_not_change():
     """Fixed for ever: embeddings that lie on disks belong to them."""
     assert with_boxes(Crops(4, (0.5, 1.0), 7)).boxes == "1d746604c12f9cb7"
-
-
-def test_int8_keeps_direction():
-    rows = np.random.default_rng(0).normal(size=(50, 512)).astype(np.float32)
-    stored = quantize(rows, "int8").astype(np.float64)
-    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(stored, axis=1)
-    cosines = np.sum(rows * stored, axis=1) / lengths
-    assert cosines.min() > 0.9999 and not quantize(np.zeros((1, 4)), "int8").any()

@@ -1,20 +1,17 @@
 """Heads against float64 formulas, SciPy's optimiser and counts by hand."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize, special
 
 from data_prep.labelling.config import default_heads
 from data_prep.labelling.examples import Split
-from data_prep.labelling.head_files import Head, hash_heads, load_heads, write_heads
+from data_prep.labelling.head_files import Head
 from data_prep.labelling.train_heads import (
     concept_recall,
     find_ranks,
     frequent_concepts,
     recall,
-    soft_target_loss,
     summarize,
     train_head,
 )
@@ -36,23 +33,6 @@ def _config(**changes):
     config = default_heads()
     config.update(changes)
     return config
-
-
-def test_loss_is_dense_cross_entropy():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(6, 11)) * 30
-    rows = [[3], [0, 10], [1, 2, 3, 4], [7], [5, 6], [9]]
-    ids, probs = np.zeros((6, 4), np.int32), np.zeros((6, 4))
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], probs[i, : len(row)] = row, 1 / len(row)
-    dense = _dense(_targets(rows), 11)
-    expected = -(dense * special.log_softmax(logits, axis=1)).sum(axis=1)
-    loss = soft_target_loss(*map(jnp.float32, (logits,)), ids, jnp.float32(probs))
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    gradient = jax.grad(lambda z: soft_target_loss(z, ids, jnp.float32(probs)).sum())(
-        jnp.float32(logits)
-    )
-    np.testing.assert_allclose(gradient, special.softmax(logits, axis=1) - dense, atol=2e-6)
 
 
 @pytest.mark.parametrize("std", [1e6, 0.4])
@@ -148,28 +128,6 @@ def test_predictions_are_the_top_of_the_softmax():
     assert ids.dtype == np.int32 and probs.dtype == np.float32
     alone, _ = head.predict(x[700:701], 10)
     np.testing.assert_array_equal(alone[0], ids[700])
-
-
-def test_ties_and_small_vocabularies():
-    head = Head(np.zeros((2, 4), np.float32), np.array([0, 1, 0, 1], np.float32))
-    ids, probs = head.predict(np.ones((3, 2)), 10)
-    assert ids.tolist() == [[1, 3, 0, 2]] * 3
-    np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-6)
-
-
-def test_equal_heads_are_equal_files_and_others_are_refused(tmp_path):
-    one, other = (Head(np.full((3, v), v, "f4"), np.ones(v, "f4")) for v in (4, 2))
-    write_heads(tmp_path, {"objects": one, "attributes": other})
-    first = hash_heads(tmp_path)
-    write_heads(tmp_path, {"attributes": other, "objects": one})
-    assert hash_heads(tmp_path) == first
-    write_heads(tmp_path, {"objects": one})
-    second = hash_heads(tmp_path)
-    np.testing.assert_array_equal(load_heads(tmp_path, second)["objects"].kernel, one.kernel)
-    with pytest.raises(ValueError, match=f"other heads .hash {second}. than this"):
-        load_heads(tmp_path, first)
-    with pytest.raises(ValueError, match="no heads of data_prep.label"):
-        load_heads(tmp_path / "absent", first)
 
 
 def test_metrics_by_hand():

@@ -20,10 +20,9 @@ from data_prep.labelling.tasks import find_inputs, identify_inputs, plan_outputs
 from data_prep.labelling.vocabulary import count_concepts
 from data_prep.teachers.registry import describe_teacher
 from diht_jax.readers.registry import SourceShard
-from diht_jax.records.dataset_index import read_index
 from diht_jax.records.format import read_records as read_tfrecords
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.records.vocabulary import find_vocabulary, read_vocabulary
+from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.vocabulary import read_vocabulary
 from tests.data_prep.labelling.pictures import (
     COLORS,
     NUM_IMAGES,
@@ -58,19 +57,6 @@ def test_same_bytes_with_any_number_of_workers(work, tmp_path):
     # These name their own folder.
     different = {name for name in found if found[name] != expected[name]}
     assert different <= {"report.html", "stats.json"}
-
-
-def test_hash_travels_with_every_shard(work):
-    vocabulary = read_vocabulary(work / "labelled")
-    for path in (work / "labelled").glob("*.tfrecord.stats.json"):
-        assert json.loads(path.read_text())["counts"]["vocabulary"] == vocabulary.describe()
-    assert find_vocabulary(work / "labelled") == vocabulary
-    # The index knows it of all shards, so that a start need not look at each.
-    index = read_index(str(work / "labelled" / "dataset.index"))
-    assert index.vocabulary == vocabulary.describe()
-    assert index.num_records.sum() == len(TFRecordSource(work / "labelled"))
-    info = json.loads((work / "labelled" / "dataset_info.json").read_text())
-    assert vocabulary.objects.hash in info["description"]
 
 
 def test_run_again_does_only_what_is_missing(work, tmp_path):
@@ -204,15 +190,6 @@ def test_held_out_images_are_never_trained_on(work):
     fewer = gather_examples(config, read_vocabulary(work / "labelled"), embedded)
     assert 10 < len(fewer[0].embeddings) < 32 and 3 < len(fewer[1].embeddings) < 18
     assert set(map(bytes, fewer[1].embeddings)) <= rows[1]
-
-
-def test_inputs_that_cannot_be_labelled(work, tmp_path):
-    with pytest.raises(ValueError, match="config.input is not set"):
-        run_label(label_config("", tmp_path / "out"))
-    with pytest.raises(ValueError, match="is the folder of the input"):
-        run_label(label_config(work / "kept", work / "kept"))
-    with pytest.raises(ValueError, match="no counts of concepts.*concepts=True"):
-        run_label(label_config(work / "labelled", tmp_path / "out"))
 
 
 def test_a_teacher_without_torch_says_what_to_install(work, tmp_path, monkeypatch):

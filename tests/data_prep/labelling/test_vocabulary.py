@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.captions import mentions
-from data_prep.captions.parse import parse_captions
 from data_prep.filter import run_filter
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.config import default_config
-from data_prep.labelling.vocabulary import count_concepts, make_targets, read_targets
+from data_prep.labelling.vocabulary import count_concepts, read_targets
 from diht_jax.config import load_recipe
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.vocabulary import ConceptList
@@ -77,19 +75,6 @@ def test_filter_keeps_what_each_record_names(filtered):
     assert np.sum(counts, axis=0).tolist() == [1, 2]
 
 
-def test_mentions_of_real_captions_agree_with_their_graphs(web_captions, tmp_path):
-    graphs = parse_captions(web_captions[:150])
-    log = mentions.ConceptLog()
-    for graph in graphs:
-        log.add(mentions.find_mentions([graph]))
-    log.write(tmp_path / f"shard{mentions.CONCEPTS_SUFFIX}")
-    names, lengths, ids = mentions.read_mentions(tmp_path / "shard", "objects")
-    found = [sorted(names[i] for i in row) for row in np.split(ids, np.cumsum(lengths)[:-1])]
-    objects = [{" ".join(name.split()) for name in g.objects} for g in graphs]
-    assert found == [sorted(names - {"century"}) for names in objects]  # times are no concepts
-    assert any("century" in names for names in objects) and sum(lengths) > 150
-
-
 def _build(counts, attributes=(), **changes):
     config = default_config().vocabulary
     config.update({"min_count": 1, "stop_objects": (), "stop_attributes": ()} | changes)
@@ -110,21 +95,6 @@ def test_vocabulary_is_ordered_and_cut():
     assert _build(shuffled).objects.hash == _build(counts).objects.hash
     with pytest.raises(ValueError, match="min_count=30 leaves no concept.* occurs in 20 pairs"):
         _build(counts, min_count=30)
-
-
-def test_repeat_factors_by_hand():
-    # Of 16 records, 16 have concept 0, 4 have concept 1 as well, one has concept 2.
-    rows = [[0]] * 11 + [[0, 1]] * 4 + [[2, 0]]
-    targets = make_targets(np.array([len(row) for row in rows]), np.array(sum(rows, [])))
-    counts = count_concepts(targets, 3)
-    factors = concept_vocabulary.concept_factors(counts, 16, 1.0)
-    assert factors.tolist() == [1.0, 2.0, 4.0]
-    repeated = concept_vocabulary.repeat_factors(targets, factors)
-    assert repeated.tolist() == [1.0] * 11 + [2.0] * 4 + [4.0]
-    fewer = concept_vocabulary.concept_factors(counts, 16, 0.25)
-    assert fewer.tolist() == [1.0, 1.0, 2.0]
-    none = make_targets(np.array([0, 1]), np.array([1]))
-    assert concept_vocabulary.repeat_factors(none, factors).tolist() == [0.0, 2.0]
 
 
 def test_shards_without_concepts(filtered, tmp_path):

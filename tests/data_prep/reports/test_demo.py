@@ -13,7 +13,6 @@ from diht_jax.evaluation.bootstrap import describe_samples
 from tests.data_prep.filtering.jobs import job_config
 from tests.make import encoded, plain
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _CAPTIONS = ("a man riding a horse <b>& more</b>", "a red car")  # kept, and dropped: no action
 
 
@@ -74,11 +73,3 @@ def test_differences_are_to_the_row_above_with_paired_intervals(folder):
     assert {css for css, *_ in changes[1]} == {"beyond"} and {css for css, *_ in changes[0]} == {""}
     for _, _, low, high in changes[1]:
         assert float(low) == pytest.approx(10, abs=0.1) == pytest.approx(float(high), abs=0.1)
-
-
-def test_the_script_trains_and_evaluates_the_students_of_the_page():
-    script = (_REPOSITORY / "run_demo.sh").read_text("utf-8")
-    trained = re.findall(r"\btrain (\w+) (?:raw|filtered|labelled)\b", script)
-    evaluated = re.findall(r"^  evaluate (\w+) -- evaluate (\w+)$", script, re.MULTILINE)
-    assert trained == [name for both in evaluated for name in both] == list(demo.STUDENTS)
-    assert f"students=({' '.join(demo.STUDENTS)})" in script

@@ -4,20 +4,9 @@ import numpy as np
 
 from data_prep.synthetic import teacher, web
 from data_prep.synthetic.scenes import COLORS
-from data_prep.synthetic.shapes import SHAPES
 from data_prep.teachers.precomputed import EmbeddingTable
 from diht_jax.input import decode
 from diht_jax.readers.registry import open_source
-
-
-def test_scenes_depend_on_seed_and_number_only():
-    one = teacher.draw_scenes(70, seed=3, workers=1)
-    two = teacher.draw_scenes(80, seed=3, workers=2)
-    for a, b in zip(one, two, strict=True):
-        np.testing.assert_array_equal(a, b[:70])
-    assert one[0].shape == (70, 64, 64, 3) and one[0].dtype == np.uint8
-    # Every other scene has a single object.
-    assert {int(row[: len(SHAPES)].sum()) for row in one[1][1::2]} == {1}
 
 
 def test_embeddings_stand_under_the_keys_of_their_pictures(tmp_path):

@@ -1,24 +1,8 @@
-"""Which lines of text stand under one another, on boxes written by hand."""
+"""Matches of lines that stand under one another, on boxes written by hand."""
 
 from data_prep.text_spotting.cache import Lines
-from data_prep.text_spotting.looks import find_match, stack_lines
+from data_prep.text_spotting.looks import find_match
 from data_prep.text_spotting.settings import Settings
-
-
-def test_lines_under_one_another():
-    give, way = (10, 90, 0, 20), (20, 80, 25, 45)
-    assert stack_lines([give, way]) == [[0, 1]]
-    assert stack_lines([way, give]) == [[1, 0]]  # from top to bottom, whatever the order
-    assert stack_lines([give]) == [] and stack_lines([]) == []
-
-
-def test_lines_that_do_not_belong_together():
-    line = (10, 90, 0, 20)
-    assert stack_lines([line, (100, 180, 25, 45)]) == []  # beside
-    assert stack_lines([line, (80, 160, 25, 45)]) == []  # hardly under it
-    assert stack_lines([line, (10, 90, 45, 65)]) == []  # more than a line between
-    assert stack_lines([line, (10, 90, 25, 75)]) == []  # much larger letters
-    assert stack_lines([line, (12, 88, 3, 23)]) == []  # on top of it
 
 
 def _match(boxes, texts, caption, **settings) -> str | None:

@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from data_prep.text_spotting.match import can_match
 from data_prep.text_spotting.spotter import caption_matches
 
 # Spotted texts, caption, whether five characters in a row are shared. Written by hand.
@@ -25,15 +24,6 @@ _TABLE = [
 @pytest.mark.parametrize(("spotted", "caption", "expected"), _TABLE)
 def test_matches_of_the_table(spotted, caption, expected):
     assert caption_matches(spotted, caption) is expected
-
-
-def test_length_of_the_run():
-    assert caption_matches(["happ"], "happy dog", min_chars=4)
-    assert not caption_matches(["happy"], "happy dog", min_chars=6)
-    assert caption_matches(["happyd"], "happy dog", 6)
-    for wrong in ({"min_chars": 0}, {"misread_min_chars": 0}):
-        with pytest.raises(ValueError, match="expected at least 1"):
-            caption_matches(["x"], "x", **wrong)
 
 
 def _search(spotted: str, caption: str, length: int, errors: int) -> bool:
@@ -95,14 +85,3 @@ def test_texts_of_other_captions_seldom_match(web_captions):
             assert caption_matches(lines, drawn, weigh_words=weigh)
     assert found[True] <= 10  # of a thousand
     assert found[False] >= 40
-
-
-def test_captions_that_no_spotter_could_read():
-    assert can_match("abcde")
-    assert can_match("a b c d e")
-    assert can_match("Straße") and can_match("ＳＡＬＥＳ")
-    assert not can_match("abcd")
-    assert not can_match("東京タワーの夜景")
-    assert not can_match("ab東cd京ef")  # no five in a row
-    assert not can_match("")
-    assert can_match("abc", min_chars=3)
