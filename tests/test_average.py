@@ -13,7 +13,7 @@ from PIL import Image
 from diht_jax.average import average_models as run
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
-from diht_jax.extras.soups import Ingredient, average_models, greedy_soup
+from diht_jax.extras.soups import Ingredient, greedy_soup
 from diht_jax.loading import load_model, read_model
 from diht_jax.models import Architecture
 from diht_jax.models.parameters import model_definition
@@ -43,17 +43,6 @@ def trees(count, dtype=np.float32):
         f"m{i}": Ingredient(f"m{i}", ARCH, {"a": {"kernel": draw(3, 4)}, "b": draw(2)})
         for i in range(count)
     }
-
-
-def test_mean_is_that_of_numpy():
-    models = trees(3)
-    weights = [0.25, 2.0, 1.0]
-    mean = average_models(list(models), weights, models.__getitem__)
-    expected = np.average(
-        [m.params["a"]["kernel"].astype(np.float64) for m in models.values()], 0, weights
-    )
-    np.testing.assert_array_equal(mean.params["a"]["kernel"], expected.astype(np.float32))
-    assert mean.params["b"].dtype == np.float32
 
 
 @pytest.mark.parametrize("lower_is_better", [False, True])
@@ -165,24 +154,6 @@ def test_the_scale_and_the_bias_of_sigmoid_runs_are_averaged_too(tmp_path):
     assert re.search(r"logit_bias.*-7\b", card)
     other = [names[0], str(tmp_path / "softmax")]
     assert "loss_scalars" not in run(other, "uniform", tmp_path / "mixed")
-
-
-def test_the_mean_of_two_siglips_has_the_mean_of_their_biases(tmp_path):
-    parts = {"class_token": False, "vision_pool_heads": 2, "vision_projection": "none"}
-    parts |= {"text_projection": "bias", "causal_text": False, "text_pool": "last"}
-    config = make.tiny_config(loss__kind="sigmoid")
-    config.model.overrides.update(embed_dim=32, **parts)
-    for seed, bias in enumerate((-8.0, -4.0)):
-        (tmp_path / f"{seed}").mkdir()
-        make.write_run(tmp_path / f"{seed}", config, seed=seed, logit_bias=bias)
-    names = [str(tmp_path / name) for name in ("0", "1")]
-    run(names, "uniform", tmp_path / "out", format="huggingface")
-    found = read_model(tmp_path / "out")
-    assert found.loss_scalars == {"logit_bias": -6.0}
-    probes = [read_model(name).params["vision"]["pool"]["probe"] for name in names]
-    np.testing.assert_allclose(
-        found.params["vision"]["pool"]["probe"], np.mean(probes, 0), rtol=1e-6, atol=1e-8
-    )
 
 
 @pytest.mark.parametrize(

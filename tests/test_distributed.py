@@ -97,13 +97,6 @@ def ticking(secs=1.0):
     return itertools.count(0.0, secs).__next__
 
 
-def test_all_go_on_when_the_last_one_has_come():
-    roll = Roll(3)
-    for process_id in (2, 0, 1):
-        roll.start(process_id)
-    assert roll.join() == {}
-
-
 def test_those_that_came_learn_who_is_missing():
     roll = Roll(4)
     roll.start(0, warning_secs=1.0, clock=ticking())
@@ -197,9 +190,3 @@ def test_tpus_that_are_part_of_no_pod_are_used_by_one_process(monkeypatch, caplo
     with caplog.at_level("WARNING"):
         distributed.start()
     assert "on this host alone" in caplog.text
-
-
-def test_an_empty_choice_of_platforms_is_none(monkeypatch):
-    monkeypatch.setattr(distributed, "has_tpu", lambda: True)
-    monkeypatch.setenv("JAX_PLATFORMS", "")
-    assert distributed.find_cluster() == "TPU"

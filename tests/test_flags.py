@@ -1,30 +1,10 @@
 """The flags of all commands: one convention, and the spellings that they had before."""
 
 import importlib
-import re
 
 import pytest
 from absl import flags
 
-COMMANDS = (
-    "diht_jax.train",
-    "diht_jax.compile",
-    "diht_jax.evaluate",
-    "diht_jax.fewshot",
-    "diht_jax.search",
-    "diht_jax.embed",
-    "diht_jax.caption",
-    "diht_jax.export",
-    "diht_jax.average",
-    "data_prep.filter",
-    "data_prep.label",
-    "data_prep.reports.__main__",
-    "data_prep.reports.demo",
-    "data_prep.synthetic.__main__",
-    "data_prep.synthetic.teacher",
-)
-# The same word for things of another kind.
-TWO_MEANINGS = {"image_size": "of a model, or of synthetic pictures", "seed": "each has its own"}
 OLD_SPELLINGS = [
     ("diht_jax.compile", "global_batch", "batch_size", "64"),
     ("diht_jax.evaluate", "bootstrap", "num_resamples", "0"),
@@ -70,27 +50,6 @@ def define():
     undefine()
     for name, flag in foreign.items():
         flags.FLAGS[name] = flag
-
-
-def test_one_convention(define):
-    meanings = {}
-    old = {(command, name) for command, name, _, _ in OLD_SPELLINGS}
-    for command in COMMANDS:
-        for name, flag in define(command).items():
-            assert re.fullmatch("[a-z]+(_[a-z]+)*", name), (command, name)
-            if (command, name) in old:
-                continue
-            assert flag.help.endswith("."), (command, name, flag.help)
-            meanings.setdefault(name, {})[command] = flag
-    for name, by_command in meanings.items():
-        kinds = {flag.flag_type() for flag in by_command.values()}
-        if name in ("input", "output"):
-            assert kinds <= {"string", "comma separated list of strings"}
-        else:
-            assert len(kinds) == 1, f"--{name} is of several types: {kinds}"
-        if isinstance(next(iter(by_command.values())).default, int) and name not in TWO_MEANINGS:
-            defaults = {flag.default for flag in by_command.values()}
-            assert len(defaults - {None}) == 1, f"--{name} has several defaults: {defaults}"
 
 
 @pytest.mark.parametrize(("command", "old", "new", "text"), OLD_SPELLINGS)

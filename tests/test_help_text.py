@@ -1,7 +1,5 @@
 """`--help` fits a screen, a command's own flags first, and `--config.help` lists every key."""
 
-import importlib
-
 import ml_collections
 import pytest
 
@@ -10,34 +8,6 @@ from diht_jax.command_line import help_text
 from diht_jax.config.checks import walk
 from diht_jax.config.key_comments import read_comments
 from diht_jax.training.recipe import COMMENT_FILES, default_config
-from tests.test_flags import COMMANDS, define
-
-__all__ = ["define"]
-
-
-@pytest.fixture(autouse=True)
-def terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_a_screen(command, define):
-    found = list(define(command).values())
-    text = help_text.describe_command(importlib.import_module(command).__doc__, found)
-    lines = text.splitlines()
-    written = [line for line in lines if "python -m" not in line and not line.startswith("    ")]
-    assert len(lines) <= 46
-    assert [line for line in written if len(line) > 80 and line != lines[0]] == []
-    for flag in found:
-        if not flag.help.startswith("Alias for"):
-            assert f"--{flag.name}" in text or f"--[no]{flag.name}" in text
-
-
-def test_own_flags_come_first(define):
-    found = list(define("diht_jax.export").values())
-    text = help_text.describe_command("Command: x.", found)
-    assert text.index("--output") < text.index("--image_size")
-    assert text.index("--image_size") < text.index("--helpfull")
 
 
 def listed_keys(text):

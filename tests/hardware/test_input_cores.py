@@ -1,15 +1,11 @@
 """Cores of a host for the input: the measured rates, and the division by hosts."""
 
-import json
 import math
 import types
 
-import pytest
-
 from diht_jax.hardware.chips import GIB, find_chip
-from diht_jax.hardware.report import IMAGES_PER_CORE_SEC, describe_input, num_hosts
+from diht_jax.hardware.report import describe_input, num_hosts
 from diht_jax.hardware.topologies import Topology
-from tests.docs.pages import REPOSITORY
 
 
 def gpus(*shape):
@@ -17,25 +13,11 @@ def gpus(*shape):
     return Topology("h100", find_chip("h100"), shape, devices, 60 * GIB)
 
 
-def test_rates_are_those_of_the_benchmark():
-    path = REPOSITORY / "benchmarks" / "results" / "input_pipeline.json"
-    result = json.loads(path.read_text())
-    found = {"384 px": result, **result["other_data_sets"]}
-    assert {
-        name: found[name]["images_per_sec_and_core"]["diht_jax"] for name in IMAGES_PER_CORE_SEC
-    } == IMAGES_PER_CORE_SEC
-
-
 def test_eight_gpus_that_take_55_000_images_need_39_to_68_cores():
     lines = describe_input(gpus(8), 55_000)
     # 55,000 / 1,438.9 = 38.2; / 980.2 = 56.1; / 810.4 = 67.9
     assert "39 (384 px), 57 (512 px), 68 (256 to 1024 px)" in "\n".join(lines)
     assert any("55,000" in line for line in lines)
-
-
-@pytest.mark.parametrize("shape, hosts", [((8,), 1), ((4, 8), 4), ((64, 8), 64)])
-def test_hosts_of_gpus(shape, hosts):
-    assert num_hosts(gpus(*shape)) == hosts
 
 
 def test_hosts_of_a_slice_are_those_of_its_devices():

@@ -36,11 +36,6 @@ def test_float32_products_have_a_rate_of_their_own():
     assert total(Work("products", flops=30, float32_flops=7), rates=GPU) == 3 + 7
 
 
-def test_a_loop_runs_its_body_as_often_as_it_trips():
-    inner = Work("loop", body=(Work("kernels", cycles=3),), trips=5)
-    assert total(Work("loop", body=(inner, Work("copies", 2)), trips=4)) == 4 * (15 + 2)
-
-
 @pytest.mark.parametrize(
     "between, exposed",
     [

@@ -1,7 +1,5 @@
 """Readers of pairs: the right one for every source, and a counted reason for what is no pair."""
 
-import os
-
 import fsspec
 import pyarrow
 import pyarrow.parquet
@@ -73,22 +71,6 @@ def test_links_of_class_folders_that_lead_out_are_refused(tmp_path):
     assert sizes == [1, 2, 0]
 
 
-def test_own_records_and_lists_of_sources(tmp_path):
-    expected = []
-    for shard in range(2):
-        with TFRecordWriter(tmp_path / f"p-train-{shard:05d}.tfrecord") as writer:
-            for i in range(3):
-                pair = Pair(f"{shard}/{i}", PNG, f"caption {i}", {"label": i})
-                writer.write(encode_record(pair))
-                expected.append((pair.key, pair.image, pair.caption, pair.metadata))
-    for spec in (str(tmp_path), str(tmp_path / "*.tfrecord"), str(tmp_path / "p-*")):
-        pairs = list(open_source(spec))
-        assert [(p.key, p.image, p.caption, p.metadata) for p in pairs] == expected
-    tar = write_tar(tmp_path / "x.tar", [("k.png", PNG), ("k.txt", b"text")])
-    one = str(tmp_path / "p-train-00001.tfrecord")
-    assert [p.key for p in open_source([tar, one])] == ["k", "1/0", "1/1", "1/2"]
-
-
 def test_parquet_with_images(tmp_path):
     rows = [
         {"key": "a", "jpg": JPEG, "txt": "one", "width": 4},
@@ -136,22 +118,6 @@ def test_nothing_or_too_much_found(tmp_path):
     (tmp_path / "t.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="several kinds of source"):
         open_source(str(tmp_path))
-
-
-def test_identity_changes_with_the_input(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("k.png", PNG), ("k.txt", b"text")])
-    shard = list_shards(path)[0]
-    before = shard.identity()
-    assert before == list_shards(path)[0].identity()
-    os.utime(path, ns=(0, 1))
-    assert shard.identity() != before
-    folder = tmp_path / "classes"
-    (folder / "a").mkdir(parents=True)
-    (folder / "a" / "1.png").write_bytes(PNG)
-    shard = list_shards(str(folder))[0]
-    before = shard.identity()
-    (folder / "a" / "2.png").write_bytes(PNG)
-    assert shard.identity() != before
 
 
 def test_each_source_may_have_options_of_its_own(tmp_path):
@@ -206,13 +172,6 @@ def test_a_link_to_the_folder_of_classes_in_it_is_no_class(tmp_path):
     (folder / "best").symlink_to(".")
     source = open_source(str(folder))
     assert [(pair.caption, pair.metadata["label"]) for pair in source] == [("cat", 0), ("dog", 1)]
-
-
-def test_a_list_with_commas_says_how_to_name_several(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=r"a,.*b'; .*several sources, name a folder or a glob"):
-        list_shards(f"{tmp_path}/a,{tmp_path}/b")
 
 
 def test_captions_in_files_of_a_store_are_refused_with_what_to_do():

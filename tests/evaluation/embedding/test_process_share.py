@@ -106,25 +106,3 @@ def test_a_limit_is_that_of_one_process():
     for result in found:
         _assert_equal(result, expected)
     assert source.bytes_read.total() <= 4 * 31 * len(_png(1))
-
-
-def test_an_error_of_one_process_ends_all():
-    def make_source(threads):
-        source = _Source(40, threads)
-        source.units[7] = lambda: iter([Pair("k", _png(0), "stop")])
-        return source
-
-    def refuse(pair):
-        if pair.caption == "stop":
-            raise ValueError("k: refused")
-
-    threads = Threads(3)
-    source = make_source(threads)
-
-    def work():
-        processes = Processes(threads.own.index, 3, threads.exchange)
-        batching = Batching(8, 1, False, processes)
-        return Encoder(_Model(), Entries(source.units), batching).images(refuse)
-
-    errors = [str(error) for error in threads.run(work)]
-    assert errors == ["process 1 of 3: k: refused", "k: refused", "process 1 of 3: k: refused"]
