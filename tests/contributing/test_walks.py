@@ -12,7 +12,7 @@ from tests import make
 from tests.compiling import xla_flags
 from tests.contributing.blocks import GUIDE
 
-CAPTIONS = [f"a brown dog is chasing a small cat in garden {i}" for i in range(40)]
+CAPTIONS = [f"a brown dog is chasing a small cat in garden {i}" for i in range(16)]
 
 
 def named_files(title):
@@ -58,6 +58,8 @@ def walks(tmp_path_factory):
         "--config.total_steps=2",
         "--config.data.batch_size=16",
         "--config.data.num_workers=0",
+        "--config.model.overrides.vision_layers=1",
+        "--config.model.overrides.text_layers=1",
     )
     evaluated = enter(
         "diht_jax.evaluate",
