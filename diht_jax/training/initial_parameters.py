@@ -91,21 +91,15 @@ def initial_parameters(
     """
     source = config.model.init_from
     folder = local_run(source, mesh=mesh)
-    if is_run(folder):
-        trained = restore_model(folder, mesh)
-        params, found_arch, version = trained.params, trained.arch, f"step {trained.step} of "
-        scalars = trained.loss_scalars
-    else:
-        weights = _read_weights(source)
-        params, found_arch, version = weights.params, weights.arch, ""
-        scalars = weights.loss_scalars
-    _check_same_architecture(config.model, found_arch, arch)
+    start = restore_model(folder, mesh) if is_run(folder) else _read_weights(source)
+    _check_same_architecture(config.model, start.arch, arch)
     try:
-        params = fit_positions(params, arch.num_patches, arch.context_length)
+        params = fit_positions(start.params, arch.num_patches, arch.context_length)
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
-    scalars = {k: jnp.asarray(value) for k, value in scalars.items() if k in drawn}
+    scalars = {k: jnp.asarray(value) for k, value in start.loss_scalars.items() if k in drawn}
     params = merge_parameters(drawn, {**params, **scalars})
+    version = "" if start.step is None else f"step {start.step} of "
     logging.info("starts from %s%s", version, source)
     params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, drawn)
     return jax.device_put(params, sharding.tree_shardings(params, mesh))
