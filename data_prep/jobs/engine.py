@@ -143,16 +143,9 @@ def run_tasks(
                     outcome = dataclasses.replace(outcome, task=attempt.task)
                     if outcome.cause == FULL:
                         raise FullError(outcome.error)
-                    again = _next_attempt(attempt, outcome.cause, retries, after_death)
-                    if again is None or outcome.cause is None:
+                    if not queue.retry(attempt, outcome, retries, after_death):
                         progress.add(0, tasks=1)
                         yield outcome
-                        continue
-                    when = queue.put_back(again, outcome.cause)
-                    if outcome.cause != NOT_STARTED:
-                        name = getattr(outcome.task, "source", outcome.task)
-                        text = "%s: %s; its task will run again%s"
-                        logging.warning(text, name, outcome.error, when)
                 progress.refresh()
         finally:
             pool.stop()
@@ -217,36 +210,39 @@ class _Queue:
                 return len(self.busy) > 0
             time.sleep(max(min(when for when, _ in self._delayed) - time.monotonic(), 0))
 
-    def put_back(self, attempt: _Attempt, cause: str) -> str:
-        """Takes a task that failed; returns when it runs again, for the log."""
+    def retry(
+        self, attempt: _Attempt, outcome: Outcome, retries: int, after_death: AfterDeath | None
+    ) -> bool:
+        """Takes a task back that failed and may pass; False where its outcome is final."""
+        cause = outcome.cause
+        if cause == NOT_STARTED:
+            self._ready.appendleft(attempt)
+            return True
+        if cause is None or not (retries or cause == TIMEOUT):
+            return False
+        is_searched = after_death is not None and retries > 0
+        counted = DEATH if cause == KILLED and not is_searched else cause
+        attempt.failures[counted] += 1
+        is_allowed = attempt.failures[counted] <= _LIMITS.get(counted, retries)
+        if is_searched and cause in (DEATH, KILLED, LOST):
+            # The search ends by itself.
+            task = after_death(attempt.task, cause == DEATH)
+            is_allowed = task is not None and (is_allowed or cause == DEATH)
+            attempt = dataclasses.replace(attempt, task=task)
+        if not is_allowed:
+            return False
+        when = ""
         if cause == KILLED:
             self._alone.append(attempt)
-            return ", alone"
-        if cause != STORAGE or not (secs := _STORAGE_DELAYS_SECS[attempt.failures[cause] - 1]):
-            self._ready.insert(0 if cause == NOT_STARTED else _OTHERS_FIRST, attempt)
-            return ""
-        self._delayed.append((time.monotonic() + secs, attempt))
-        return f", in {secs:.0f} s"
-
-
-def _next_attempt(
-    attempt: _Attempt, cause: str | None, retries: int, after_death: AfterDeath | None
-) -> _Attempt | None:
-    """The attempt to run in place of one that ended; None where its outcome is final."""
-    if cause == NOT_STARTED:
-        return attempt
-    if cause is None or not (retries or cause == TIMEOUT):
-        return None
-    is_searched = after_death is not None and retries > 0
-    counted = DEATH if cause == KILLED and not is_searched else cause
-    attempt.failures[counted] += 1
-    is_allowed = attempt.failures[counted] <= _LIMITS.get(counted, retries)
-    if is_searched and cause in (DEATH, KILLED, LOST):
-        # The search ends by itself.
-        task = after_death(attempt.task, cause == DEATH)
-        is_allowed = task is not None and (is_allowed or cause == DEATH)
-        attempt = dataclasses.replace(attempt, task=task)
-    return attempt if is_allowed else None
+            when = ", alone"
+        elif cause == STORAGE and (secs := _STORAGE_DELAYS_SECS[attempt.failures[cause] - 1]):
+            self._delayed.append((time.monotonic() + secs, attempt))
+            when = f", in {secs:.0f} s"
+        else:
+            self._ready.insert(_OTHERS_FIRST, attempt)
+        name = getattr(outcome.task, "source", outcome.task)
+        logging.warning("%s: %s; its task will run again%s", name, outcome.error, when)
+        return True
 
 
 class _Progress:
