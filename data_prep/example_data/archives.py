@@ -47,7 +47,7 @@ def read_archive(
         if path.suffix == ".deb":
             _seek_debian_files(file)
         with tarfile.open(fileobj=file, mode="r|*") as members:
-            for member in members:
+            for member in filter(tarfile.TarInfo.isfile, members):  # no links
                 name = member.name.removeprefix("./")
                 if is_wanted(name) and (content := members.extractfile(member)):
                     yield name, content.read()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.example_data import cifar10, clipart, emoji, photos, pictures
+from data_prep.example_data import archives, cifar10, clipart, emoji, photos, pictures
 from data_prep.example_data.registry import EXAMPLES
 from diht_jax.weights.releases import CACHE_VARIABLE
 from tests import make
@@ -201,3 +201,13 @@ def test_clipart_has_the_titles_of_its_drawings_and_is_not_larger_than_it_should
     assert json.loads(read["small.json"])["keywords"] == ["dog", "animal"]
     assert small.decode(read["dogs/a_b.png"]).shape == (128, 256, 4)
     assert read["small.png"] == drawings["small"]
+
+
+def test_links_in_a_package_are_no_files(tmp_path):
+    path = tmp_path / "package.tgz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, kind in (("one.txt", tarfile.REGTYPE), ("two.txt", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "one.txt"
+            tar.addfile(member)
+    assert dict(archives.read_archive(path, lambda name: True)) == {"one.txt": b""}
