@@ -115,16 +115,6 @@ def test_a_process_that_came_and_died_is_missing():
     assert "processes 1, 2 of 3" in roll.join()[0]
 
 
-def test_a_process_that_came_twice_is_one():
-    roll = Roll(3)
-    roll.start(0, warning_secs=4.0, clock=ticking())
-    with roll.connect() as first, roll.connect() as second:
-        for connection in (first, second):
-            connection.sendall(b"diht_jax 1\n")
-        errors = roll.join()
-    assert "process 2 of 3" in errors[0]
-
-
 @pytest.mark.parametrize("greeting", [b"GET / HTTP/1.1\r\n\r\n", b"diht_jax 7\n", b"diht_jax 0\n"])
 def test_strangers_are_not_counted(greeting):
     roll = Roll(2)

@@ -126,8 +126,3 @@ def test_a_deterministic_run_keeps_its_kernels_where_it_can(
     assert "--xla_gpu_exclude_nondeterministic_ops=true" in os.environ["XLA_FLAGS"]
     assert (kept in os.environ["XLA_FLAGS"].split()) == keeps
     assert (tmp_path / folder).is_dir() == keeps
-
-
-@pytest.mark.parametrize("platform", ["tpu", None])
-def test_other_platforms_need_no_flags_to_be_deterministic(tmp_path, platform):
-    assert compiler.deterministic_flags(platform, str(tmp_path / "autotuned")) == ()

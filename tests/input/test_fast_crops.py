@@ -168,31 +168,6 @@ def test_all_else_goes_the_exact_way(name):
         np.testing.assert_array_equal(fast_crop(data, 32, seed), exact_crop(data, 32, seed))
 
 
-def bomb():
-    """A JPEG header of 60000 x 60000 pixels."""
-    data = bytearray(encoded(Image.new("RGB", (16, 16))))
-    frame = data.index(b"\xff\xc0") + 5
-    data[frame : frame + 4] = b"\xea\x60\xea\x60"
-    return bytes(data)
-
-
-@pytest.mark.parametrize(
-    "data, reason",
-    [
-        (b"", "empty"),
-        (encoded(textured(64, 64), progressive=True)[:900], "unreadable"),
-        (bomb(), "too_large"),
-    ],
-    ids=["empty", "truncated", "bomb"],
-)
-def test_refusals_are_those_of_exact_decoding(data, reason):
-    with pytest.raises(ImageError) as exact:
-        decode.decode_rgb(data)
-    with pytest.raises(ImageError) as ours:
-        fast_crop(data, 32, 0)
-    assert ours.value.reason == exact.value.reason == reason
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_jpegs_are_refused_or_read_as_exact_decoding_does():
     """Damage that only spoils pixels must give the same pixels, whoever decodes them."""

@@ -3,45 +3,13 @@
 import collections
 from fractions import Fraction
 
-import numpy as np
 import pytest
 
-from diht_jax.input.mixture_weights import MAX_CYCLE, MixtureWeights, exact_shares, make_cycle
+from diht_jax.input.mixture_weights import MAX_CYCLE, MixtureWeights, exact_shares
 
 
 def fractions(*values):
     return [Fraction(value) for value in values]
-
-
-def windows(values, source, length):
-    """How many entries of every window of a length are of a source."""
-    before = np.cumsum([0, *(np.asarray(values) == source)])
-    return before[length:] - before[:-length]
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [
-        ("0.8", "0.2"),
-        ("1/2", "1/4", "1/4"),
-        ("2/3", "1/3"),
-    ],
-)
-@pytest.mark.parametrize("num_streams", [1, 3 * 7 * 11])
-def test_every_window_of_one_by_the_weight_has_its_example(weights, num_streams):
-    """With a number of streams that has no factor in common with the length of the cycle."""
-    weights = fractions(*weights)
-    if num_streams > 1 and make_cycle(weights).size % 3 == 0:
-        num_streams //= 3
-    shares = MixtureWeights([(0, weights)], num_streams=num_streams, batch_size=4 * num_streams)
-    sources = [shares.find(position)[0] for position in range(2000)]
-    for source, weight in enumerate(weights):
-        if weight.numerator == 1:
-            assert set(windows(sources, source, weight.denominator)) == {1}
-        for length in range(1, 40):
-            found = set(windows(sources, source, length).tolist())
-            low, high = int(length * weight), -int(-length * weight // 1)
-            assert found <= set(range(low - (len(weights) > 2), high + 1 + (len(weights) > 2)))
 
 
 SCHEDULE = [(0, fractions("0.8", "0.2", 0)), (3, fractions(1, 1, 1)), (10, fractions(0, 1, 1))]

@@ -1,10 +1,6 @@
 """Parts of captions: how texts are split, and which sentences an example has."""
 
-import ast
 import collections
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -86,22 +82,3 @@ def test_an_example_has_the_sentences_that_seed_and_position_say():
             np.testing.assert_array_equal(batch["tokens"][row], expected)
         np.testing.assert_array_equal(batch["images"], next(whole)["images"])
     whole.close()
-
-
-_DRAWS = """
-from diht_jax.input.choices import draw_sentences
-
-caption = "One. Two. Three. Four. Five."
-print([draw_sentences(caption, 2, (n + 0.5) / 64) for n in range(64)])
-"""
-
-
-def test_two_interpreters_draw_the_same_sentences():
-    draws = {
-        subprocess.check_output(
-            [sys.executable, "-c", _DRAWS], env={**os.environ, "PYTHONHASHSEED": seed}
-        )
-        for seed in "12"
-    }
-    assert len(draws) == 1
-    assert len(set(ast.literal_eval(draws.pop().decode()))) == 4

@@ -49,20 +49,6 @@ def test_attention_implementation(choice, dtype, head_dim, target, expected):
 
 
 @pytest.mark.parametrize(
-    "choice, dtype, num_tokens, expected",
-    [
-        ("auto", "bfloat16", 197, "pallas"),
-        ("auto", "bfloat16", 1025, "xla"),
-        ("pallas", "float32", 197, "pallas"),
-    ],
-)
-def test_attention_implementation_on_tpus(choice, dtype, num_tokens, expected):
-    target = Target("tpu", "TPU v5 lite")
-    options = {"num_tokens": num_tokens, "num_heads": 12}
-    assert attention_implementation(choice, dtype, 64, target, **options) == expected
-
-
-@pytest.mark.parametrize(
     "choice, dtype, target, message",
     [
         ("cudnn", "bfloat16", cuda(7), "the GPU has 7.0"),

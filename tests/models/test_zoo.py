@@ -13,10 +13,6 @@ def test_fields_of_a_command_line_have_their_types():
         parse_fields(["causal_text=no"])
 
 
-def test_overrides_of_a_config_may_be_true_or_false():
-    assert not get_architecture("tiny_32px", {"causal_text": False}).causal_text
-
-
 @pytest.mark.parametrize(
     ("overrides", "field"),
     [

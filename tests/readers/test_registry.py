@@ -9,8 +9,7 @@ from PIL import features
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers import caption_files
 from diht_jax.readers.registry import FORMATS, Skipped, list_shards, open_source, read_pairs
-from diht_jax.records.schema import Pair, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.schema import Pair
 from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_reasons, write_tar
 
 
@@ -96,14 +95,6 @@ def test_parquet_with_images(tmp_path):
     tar = write_tar(tmp_path / "00000.tar", [("k.png", PNG), ("k.txt", b"text")])
     for spec in (str(tmp_path), str(tmp_path / "0*")):
         assert [shard.path for shard in list_shards(spec)] == [tar]
-
-
-def test_foreign_record_names_file_and_record(tmp_path):
-    with TFRecordWriter(tmp_path / "a.tfrecord") as writer:
-        writer.write(encode_record(Pair("k", PNG, "c")))
-        writer.write(b"\xff not an example")
-    with pytest.raises(ValueError, match=r"a\.tfrecord: record 1: .*no tf.train.Example"):
-        list(open_source(str(tmp_path / "a.tfrecord")))
 
 
 def test_nothing_or_too_much_found(tmp_path):

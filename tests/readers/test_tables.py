@@ -96,20 +96,6 @@ def test_csv_in_parts(tmp_path, suffix, delimiter, rows_per_shard):
     }
 
 
-def test_parts_of_a_jsonl_cover_it_once(tmp_path):
-    folder = _image_folder(tmp_path)
-    path = tmp_path / "t.jsonl"
-    rows = [
-        json.dumps({"image": "a.png", "caption": f"é {i}"}, ensure_ascii=False) for i in range(23)
-    ]
-    path.write_text("\r\n".join(rows) + "\n", encoding="utf-8")
-    whole = read_entries(str(path), image_root=str(folder))
-    for rows_per_shard in (1, 5, 23):
-        options = {"image_root": str(folder), "rows_per_shard": rows_per_shard}
-        assert read_entries(str(path), **options) == whole
-    assert [pair.caption for pair in whole] == [f"é {i}" for i in range(23)]
-
-
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
@@ -126,19 +112,6 @@ def test_wrong_tables(tmp_path, text, options, message):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         list(open_source(str(tmp_path / "t.csv"), **options))
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "message"),
-    [
-        ([{"picture": "a.png", "caption": "x"}], {}, "'picture'"),
-        ([{"image": "a.png", "caption": "x"}], {"key_column": "uid"}, "'uid'"),
-    ],
-)
-def test_a_jsonl_without_a_column_is_refused_as_a_csv_is(tmp_path, rows, options, message):
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match=rf"t\.jsonl: .*{message}.*set image_column"):
-        list_shards(str(tmp_path / "t.jsonl"), **options)
 
 
 def test_a_column_that_some_rows_have_is_enough(tmp_path):

@@ -1,9 +1,6 @@
 """Tars of pairs: every layout, and a counted reason for whatever is no pair."""
 
-import gzip
-import io
 import json
-import os
 import pathlib
 import tarfile
 
@@ -12,7 +9,7 @@ import pytest
 from diht_jax.readers.base import SOURCE_REASONS
 from diht_jax.readers.registry import open_source
 from diht_jax.readers.webdataset import read_tar
-from diht_jax.records.schema import Pair, encode_record
+from diht_jax.records.schema import encode_record
 from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_reasons, write_tar
 
 
@@ -124,36 +121,6 @@ def test_a_tar_without_any_picture_says_so(tmp_path, caplog):
     assert any(path in record.getMessage() for record in caplog.records)
 
 
-def test_tar_never_writes_to_disk(tmp_path, monkeypatch):
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    path = write_tar(
-        inside / "a.tar",
-        [
-            ("../escape.png", PNG),
-            ("../escape.txt", b"up"),
-            (f"{tmp_path}/absolute.png", PNG),
-            (f"{tmp_path}/absolute.txt", b"root"),
-        ],
-    )
-    with tarfile.open(path, "a") as tar:
-        link = tarfile.TarInfo("link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-        text = tarfile.TarInfo("link.txt")
-        text.size = 4
-        tar.addfile(text, io.BytesIO(b"text"))
-    monkeypatch.chdir(inside)
-    entries = read_entries(path)
-    assert [e.key for e in entries if isinstance(e, Pair)] == [
-        "../escape",
-        f"{tmp_path}/absolute",
-    ]
-    assert skip_reasons(entries) == {"link": "no_image"}
-    assert sorted(os.listdir(tmp_path)) == ["inside"]
-    assert os.listdir(inside) == ["a.tar"]
-
-
 def test_names_that_are_no_utf8(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("k\udce9.png", PNG), ("k\udce9.txt", b"text \xe9")])
     folder = tmp_path / "classes" / "cl\udce9"
@@ -166,38 +133,3 @@ def test_names_that_are_no_utf8(tmp_path):
     ]
     for pair in pairs:
         encode_record(pair)
-
-
-def test_sparse_member_does_not_fill_the_memory(tmp_path):
-    header = tarfile.TarInfo("huge.png")
-    header.type, header.size = tarfile.GNUTYPE_SPARSE, 0
-    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
-    block[386:398], block[398:410] = b"00000000000\0", b"00000000000\0"
-    block[483:495] = b"77777777777\0"  # real size: 8 GiB of zeros
-    block[148:156] = b"        "
-    block[148:156] = b"%06o\0 " % sum(block)
-    good = write_tar(tmp_path / "good.tar", [("b.png", PNG), ("b.txt", b"text")])
-    path = tmp_path / "a.tar"
-    path.write_bytes(bytes(block) + pathlib.Path(good).read_bytes())
-    source = open_source(str(path))
-    assert [pair.key for pair in source] == ["b"]
-    assert source.skipped == {"too_large": 1}
-
-
-def test_compressed_tar(tmp_path):
-    path = write_tar(tmp_path / "a.tar.gz", [("k.png", PNG), ("k.txt", b"text")], "w:gz")
-    assert [pair.caption for pair in open_source(path)] == ["text"]
-    data = pathlib.Path(path).read_bytes()
-    pathlib.Path(path).write_bytes(gzip.compress(gzip.decompress(data)[:-10000]))
-    with pytest.raises(ValueError, match=r"a\.tar\.gz: the tar archive cannot be read"):
-        list(open_source(path))
-
-
-def test_real_tars(shared_data):
-    source = open_source(str(shared_data / "emoji_*.tar"))
-    pairs = list(source)
-    assert len(pairs) == 2 * 3786
-    assert not source.skipped
-    assert {p.key for p in pairs[:3786]} == {p.key for p in pairs[3786:]}
-    cifar = list(open_source(str(shared_data / "cifar10_test.tar")))
-    assert len({p.metadata["label"] for p in cifar}) == 10

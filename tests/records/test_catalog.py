@@ -180,13 +180,6 @@ def test_sources_that_are_no_shards_name_the_command_that_converts_them(tmp_path
             open_catalog(source)
 
 
-@pytest.mark.parametrize("name", ["report.html", "a.png", "notes"])
-def test_a_file_that_is_no_shard_is_named_with_the_sources_there_are(tmp_path, name):
-    (tmp_path / name).write_bytes(b"<html><body>twenty bytes")
-    with pytest.raises(ValueError, match=rf"{name}: no record shard.*\.tfrecord.*prep/convert"):
-        open_catalog(tmp_path / name)
-
-
 def test_shards_are_found_by_any_name_of_a_file_and_tars_in_capitals(folder, tmp_path):
     shutil.copy(folder / "part-0.tfrecord", tmp_path / "shard of mine")
     assert len(open_source(tmp_path / "shard of mine")) == 125

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
-from diht_jax.records.schema import Example, Record, decode_record, encode_record
+from diht_jax.records.schema import Record, decode_record, encode_record
 
 _IMAGE = bytes(range(256)) * 3
 
@@ -80,30 +80,3 @@ def test_refuses_to_encode(changes, message):
         encode_record(record)
     if changes.get("key") != "":
         assert "00012" in str(error.value)
-
-
-def _serialize(**features) -> bytes:
-    example = Example()
-    for name, value in features.items():
-        if isinstance(value, bytes):
-            example.features.feature[name].bytes_list.value.append(value)
-        else:
-            example.features.feature[name].int64_list.value.append(value)
-    # Deterministic, since the bytes become the names of tests.
-    return example.SerializeToString(deterministic=True)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"\xff\xff not a message", "no tf.train.Example"),
-        (b"", "field 'key'"),
-        (_serialize(key=b"k7", caption=b"c"), r"record 'k7'.*'image', got 0.*\['caption', 'key'\]"),
-        (_serialize(key=b"k7", image=b"i", caption=b"c", metadata=b"{"), "'k7'.*'metadata' is no"),
-        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b"\1abcd\0"), "'k7'.*too few"),
-        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b"\0\0\0"), "or too many"),
-    ],
-)
-def test_refuses_to_decode(data, message):
-    with pytest.raises(ValueError, match=message):
-        decode_record(data)

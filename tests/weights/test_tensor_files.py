@@ -9,7 +9,6 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 from torch import nn
 
@@ -63,14 +62,6 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, form, suffix):
         with open(path, "rb") as file:
             pickle.load(file)
         assert marker.exists()
-
-
-def test_pickle_under_a_safetensors_name_is_refused(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(pickle.dumps(Malicious(tmp_path / "marker")))
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        load_model(path)
-    assert not (tmp_path / "marker").exists()
 
 
 class Attention(nn.Module):
@@ -156,21 +147,6 @@ def test_written_arrays_come_back_bit_for_bit(tmp_path, suffix, dtype):
         assert found[name].tobytes() == value.tobytes()
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.95])
-def test_cut_off_files_are_named(tmp_path, suffix, share):
-    path = tmp_path / f"model{suffix}"
-    tensors = {"a": np.zeros((100, 100), np.float32)}
-    if suffix == ".pt":
-        write_torch(path, tensors)
-    else:
-        write_safetensors(path, tensors)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(ValueError, match=rf"model{suffix}: (not a whole|refused)"):
-        read_tensors(path)
-
-
 @pytest.mark.parametrize("place", [-1, -100, -167])
 def test_a_flipped_bit_in_a_safetensors_file_is_named(tmp_path, place):
     path = tmp_path / "model.safetensors"
@@ -180,18 +156,6 @@ def test_a_flipped_bit_in_a_safetensors_file_is_named(tmp_path, place):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"model.safetensors: (damaged|not a whole)"):
         read_tensors(path)
-
-
-def test_values_that_changed_place_are_named(tmp_path):
-    one, other = np.zeros(2, np.float32), np.ones(2, np.float32)
-    write_safetensors(tmp_path / "a.safetensors", {"a": one, "b": other})
-    safetensors.numpy.save_file(
-        {"a": other, "b": one},
-        tmp_path / "b.safetensors",
-        metadata=safetensors.safe_open(tmp_path / "a.safetensors", "np").metadata(),
-    )
-    with pytest.raises(ValueError, match=r"b.safetensors: damaged"):
-        read_tensors(tmp_path / "b.safetensors")
 
 
 def test_equal_tensors_give_equal_bytes_of_safetensors(tmp_path):

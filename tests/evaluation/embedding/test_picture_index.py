@@ -225,13 +225,6 @@ def test_a_part_without_its_json_is_left_out_with_a_warning(tiny_model, folder, 
     assert "00002-" in caplog.text and "left out" in caplog.text
 
 
-def test_an_index_of_an_older_layout_is_an_error(tmp_path):
-    (tmp_path / "embeddings.json").write_text(json.dumps({"index": 1, "model_sha256": "x"}))
-    (tmp_path / "00000.arrow").write_bytes(b"ARROW1")
-    with pytest.raises(ValueError, match="embeddings.json: .*older version"):
-        PictureIndex(tmp_path)
-
-
 def _damages(files, others, rng):
     """(file, its damaged bytes) of each kind in turn: flips, cuts, zeroed pages, other files."""
     names = sorted(files)

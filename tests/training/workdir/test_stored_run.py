@@ -224,10 +224,3 @@ def test_the_run_goes_on_uploading_after_an_error_that_passes(monkeypatch, tmp_p
         assert read_manifests(url)[step] == manifest
     assert len(failures) == 2 and "503 Slow Down" in caplog.text
     staged.close_after(None)
-
-
-def test_what_cannot_be_is_reported(config):
-    with pytest.raises(ValueError, match="memory://nothing: no run of diht_jax.train with a"):
-        read_model("memory://nothing")
-    with pytest.raises(ValueError, match="nosuch:// cannot be read"):
-        train(config, "nosuch://bucket/run")
