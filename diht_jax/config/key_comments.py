@@ -37,7 +37,7 @@ def comments_of(source: str) -> dict[str, str]:
 
     Args:
         source: Python, with keys as `c.section.key = default`, as `"section.key": default` in a
-            dict, or as fields of a dataclass whose docstring describes them.
+            dict, or as fields of a dataclass, which its docstring or a comment describes.
     """
     own_line, inline = _comments_by_line(source)
 
@@ -52,8 +52,11 @@ def comments_of(source: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for scope in ast.walk(ast.parse(source)):
         if isinstance(scope, ast.ClassDef):
-            for name, text in _documented_fields(scope).items():
-                found.setdefault(name, text)
+            documented = _documented_fields(scope)
+            for node in scope.body:
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    name = node.target.id
+                    found[name] = found.get(name) or documented.get(name) or comment(node)
         elif isinstance(scope, ast.Dict):
             for key, value in zip(scope.keys, scope.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(key.value, str):

@@ -14,16 +14,6 @@ def make(*arguments):
     run_commands([(COMMAND, [str(text) for text in arguments])])
 
 
-@pytest.mark.parametrize("arguments", [(), ("--list",), ("emoji", "--list")])
-def test_names_are_listed_with_pictures_and_licences(arguments, capsys):
-    make(*arguments)
-    printed = capsys.readouterr().out
-    for name, example in EXAMPLES.items():
-        assert name in printed and example.licence in printed
-        assert f"{example.num_pictures:,}" in printed
-    assert max(map(len, printed.splitlines()[1:])) <= 80
-
-
 def test_several_examples_come_from_a_mirror_with_their_licences(tmp_path, monkeypatch, capsys):
     files = small.replace_packages(monkeypatch, small.small_packages())
     names = ["emoji", "pictures", "photos", "cifar10"]

@@ -25,9 +25,3 @@ def test_the_page_of_the_installation_lists_every_extra():
     page = (REPOSITORY / "docs" / "guides" / "install.md").read_text()
     listed = re.findall(r"(?m)^\| `([\w-]+)` \|", page)
     assert sorted(listed) == sorted(PROJECT["optional-dependencies"])
-
-
-def test_the_citation_names_the_paper():
-    (paper,) = CITATION["references"]
-    assert {each["value"] for each in paper["identifiers"]} == {"arXiv:2301.02280"}
-    assert CITATION["license"] in PROJECT["license"]
