@@ -33,8 +33,8 @@ def with_scale(state, scale):
 
 def test_step(config):
     """One compiled step serves all checks: compiling is what takes the time."""
-    config.mesh.update(data=4, fsdp=2)
-    program = TrainProgram(config, config.total_steps)
+    config.mesh.update(data=1, fsdp=2)
+    program = TrainProgram(config, config.total_steps, jax.devices()[:2])
     mesh, state = program.mesh, program.create_state()
     step = program.step(state)
     batch = random_batch(mesh)
