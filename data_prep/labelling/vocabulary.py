@@ -50,6 +50,7 @@ def read_counts(shards: Sequence[str]) -> Counted:
     everything = files.map_many(files.read_object, paths, paths[0] if paths else "")
     for path, stats in zip(paths, everything, strict=True):
         try:
+            stats = stats or {}  # a missing or damaged file
             found, number = stats["counts"]["concepts"], stats["output"]["records"]
         except (KeyError, TypeError) as error:
             raise ValueError(
