@@ -127,6 +127,16 @@ def write_records(
     return folder
 
 
+def small_architecture(**changes: Any) -> Any:
+    """An `Architecture` of one layer a tower; `changes` are its other fields."""
+    from diht_jax.models import Architecture
+
+    sizes = {"image_size": 16, "patch_size": 8, "embed_dim": 16, "context_length": 12}
+    for tower in ("vision", "text"):
+        sizes |= {f"{tower}_layers": 1, f"{tower}_width": 64, f"{tower}_heads": 1}
+    return Architecture(**sizes | changes)
+
+
 def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
     """A config that trains a model of one layer in seconds; `section__key=value` changes it."""
     from diht_jax.config import default_config, validate_config

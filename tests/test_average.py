@@ -15,24 +15,12 @@ from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.extras.soups import Ingredient, greedy_soup
 from diht_jax.loading import load_model, read_model
-from diht_jax.models import Architecture
 from diht_jax.models.parameters import model_definition
 from diht_jax.weights.export import write_model
 from diht_jax.weights.source import ModelFiles
 from tests import make
 
-ARCH = Architecture(
-    image_size=16,
-    patch_size=8,
-    vision_layers=1,
-    vision_width=64,
-    vision_heads=1,
-    text_layers=1,
-    text_width=64,
-    text_heads=1,
-    embed_dim=16,
-    context_length=12,
-)
+ARCH = make.small_architecture()
 
 
 def trees(count, dtype=np.float32):

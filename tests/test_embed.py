@@ -13,25 +13,13 @@ import pytest
 from diht_jax import load_model
 from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
-from diht_jax.models import Architecture
 from diht_jax.records.schema import Pair, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
 from tests import make
 
-ARCH = Architecture(
-    image_size=16,
-    patch_size=8,
-    vision_layers=1,
-    vision_width=64,
-    vision_heads=1,
-    text_layers=1,
-    text_width=64,
-    text_heads=1,
-    embed_dim=24,
-    context_length=8,
-)
+ARCH = make.small_architecture(embed_dim=24, context_length=8)
 OPTIONS = EmbedOptions(shard_size=4, batch_size=8)
 
 

@@ -14,7 +14,6 @@ from diht_jax import load_model
 from diht_jax.config import default_config
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.export import export_model
-from diht_jax.models import Architecture
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.saved_run import write_config
@@ -23,17 +22,8 @@ from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import write_safetensors
 from tests import make
 
-ARCH = Architecture(
-    image_size=32,
-    patch_size=8,
-    vision_layers=2,
-    vision_width=64,
-    vision_heads=1,
-    text_layers=2,
-    text_width=64,
-    text_heads=1,
-    embed_dim=40,
-    context_length=16,
+ARCH = make.small_architecture(
+    image_size=32, vision_layers=2, text_layers=2, embed_dim=40, context_length=16
 )
 FORMATS = ("clip", "open_clip", "huggingface", "safetensors")
 TEXTS = [

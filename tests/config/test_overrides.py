@@ -11,7 +11,6 @@ from data_prep.filtering.config import default_config as filter_config
 from data_prep.labelling.config import default_config as label_config
 from diht_jax import command_line
 from diht_jax.config import PathsOrSections, default_config, validate_config
-from diht_jax.training.recipe import duration_in_steps
 from tests.make import REPOSITORY
 
 EMOJI = REPOSITORY / "configs" / "emoji.py"
@@ -76,12 +75,6 @@ def test_an_unknown_key_names_the_keys_that_end_so(key, meant, parse, capsys):
     with pytest.raises(SystemExit):
         parse(EMOJI, f"--config.{key}=3")
     assert f"'{key}'; {meant}" in capsys.readouterr().err
-
-
-def test_two_durations_of_one_command_line_are_refused(parse):
-    config = parse(EMOJI, "--config.total_steps=40", "--config.total_examples=512")
-    with pytest.raises(ValueError, match="exactly one of .*'steps': 40, 'examples': 512"):
-        duration_in_steps(config, "total", num_examples=1000)
 
 
 MIXTURE = """

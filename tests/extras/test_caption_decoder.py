@@ -12,25 +12,14 @@ from diht_jax.export import export_model
 from diht_jax.extras.caption_decoder import CaptionDecoder, decode_captions, merge_decoder
 from diht_jax.extras.captioning import DECODER
 from diht_jax.input.transforms import normalize
-from diht_jax.models import Architecture
 from diht_jax.models.parameters import merge_model, model_parameters
 from diht_jax.training.loop import train
 from diht_jax.training.program import TrainProgram
 from tests import make
 from tests.contributing.tiny_runs import BATCH_SIZE, tiny_config
 
-ARCH = Architecture(
-    image_size=16,
-    patch_size=8,
-    vision_layers=1,
-    vision_width=48,
-    vision_heads=2,
-    text_layers=1,
-    text_width=32,
-    text_heads=4,
-    embed_dim=16,
-    context_length=10,
-    vocab_size=50,
+ARCH = make.small_architecture(
+    vision_width=48, vision_heads=2, text_width=32, text_heads=4, context_length=10, vocab_size=50
 )
 LAYERS = 3
 START, END = 48, 49

@@ -16,9 +16,10 @@ from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.input.sub_batches import MAX_IN_A_ROW, SubBatches
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.storage import retries
 from diht_jax.storage.retries import StorageError
+from tests import make
 from tests.make import encoded, plain
 
 DECODE = DecodeExample(4, 8, (0.9, 1.0), "{caption}")
@@ -123,24 +124,20 @@ def places(errors, stride=10):
     return SubBatches(records, seed=0, batch_size=stride, on_bad_record="skip")
 
 
-def test_a_stand_in_comes_from_a_later_batch():
-    examples = places({4: ValueError("a"), 14: ValueError("b"), 25: ValueError("c")})
-    part = examples[0]
-    assert part["place"].tolist() == [0, 1, 2, 3, 24, 5, 6, 7, 8, 9]
-    assert part["skipped_records"].tolist() == [0, 0, 0, 0, 2, 0, 0, 0, 0, 0]
-    assert examples.candidates(4)[:2] == range(4, 24, 10)
-    assert examples.find(4)[1] == 24 and examples.explain(14) == "places: record 14: b"
+def test_a_broken_shard_is_never_skipped(shard, monkeypatch):
+    def refuse(*_):
+        raise TFRecordError("the index is another's")
 
-
-def test_a_broken_shard_is_never_skipped():
+    monkeypatch.setattr(TFRecordSource, "__getitem__", refuse)
     with pytest.raises(TFRecordError, match="index"):
-        places({4: TFRecordError("the index is another's")})[0]
+        read(shard, "skip")
 
 
-def test_the_search_for_a_good_record_ends():
-    errors = {4 + 10 * n: ValueError(f"bad {n}") for n in range(MAX_IN_A_ROW)}
-    with pytest.raises(ValueError, match=f"{MAX_IN_A_ROW} records in a row are bad.*bad 99"):
-        places(errors)[0]
+def test_the_search_for_a_good_record_ends(tmp_path):
+    records = [make.record(number, image=b"no picture") for number in range(24)]
+    folder = make.write_records(tmp_path / "records", records)
+    with pytest.raises(ValueError, match=f"{MAX_IN_A_ROW} records in a row are bad"):
+        read(folder, "skip")
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])

@@ -12,6 +12,7 @@ from diht_jax.models import Architecture, DualEncoder, get_architecture, l2_norm
 from diht_jax.models.parameters import merge_model, model_definition, model_parameters
 from diht_jax.models.vit import choose_patches
 from diht_jax.weights.clip_layout import from_clip
+from tests import make
 from tests.weights.conftest import open_clip_config
 
 OPEN_CLIP_NAMES = {
@@ -20,17 +21,14 @@ OPEN_CLIP_NAMES = {
     "diht_vitl14_224px": "ViT-L-14",
     "diht_vitl14_336px": "ViT-L-14-336",
 }
-SMALL = Architecture(
+SMALL = make.small_architecture(
     image_size=32,
-    patch_size=8,
     vision_layers=2,
     vision_width=128,
     vision_heads=2,
     text_layers=2,
-    text_width=64,
     text_heads=4,
     embed_dim=48,
-    context_length=12,
     vocab_size=512,
 )
 

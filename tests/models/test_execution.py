@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diht_jax.models import Architecture
 from diht_jax.models.attention import Target
 from diht_jax.models.layers import Linear
 from diht_jax.models.parameters import (
@@ -18,17 +17,16 @@ from diht_jax.models.parameters import (
 )
 from diht_jax.models.remat import POLICIES
 from diht_jax.models.transformer import Execution, layer_norm
+from tests import make
 
-ARCH = Architecture(
+ARCH = make.small_architecture(
     image_size=32,
-    patch_size=8,
     vision_layers=4,
     vision_width=32,
     vision_heads=2,
     text_layers=3,
     text_width=16,
     text_heads=2,
-    embed_dim=16,
     context_length=8,
     vocab_size=64,
 )

@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diht_jax.hardware.flops import count_flops
-from diht_jax.models import Architecture
 from diht_jax.models.packing import find_starts, pack
 from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.transformer import Execution
+from tests import make
 
-ARCH = Architecture(
-    image_size=16,
-    patch_size=8,
-    vision_layers=1,
+ARCH = make.small_architecture(
     vision_width=16,
     vision_heads=2,
     text_layers=2,

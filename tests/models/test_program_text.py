@@ -8,19 +8,16 @@ import pytest
 
 from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.transformer import Execution
-from diht_jax.models.zoo import Architecture
+from tests import make
 
-ARCH = Architecture(
+ARCH = make.small_architecture(
     image_size=32,
-    patch_size=8,
     vision_layers=2,
-    vision_width=64,
     vision_heads=2,
     text_layers=2,
     text_width=48,
     text_heads=3,
     embed_dim=40,
-    context_length=12,
     vocab_size=100,
 )
 # SHA-256 of the StableHLO that this version of JAX lowers, of commit 9f2925b6.

@@ -20,22 +20,19 @@ from diht_jax.training.recipe import default_config
 from diht_jax.training.workdir.saved_run import read_config, write_config
 from diht_jax.weights.export import write_model
 from diht_jax.weights.source import ModelFiles
+from tests import make
 from tests.compiling import xla_flags
 from tests.training.conftest import CACHE_EVERYTHING
 
-OTHER = Architecture(
+OTHER = make.small_architecture(
     image_size=24,
-    patch_size=8,
-    vision_layers=1,
     vision_width=48,
     vision_heads=3,
-    text_layers=1,
     text_width=32,
     text_heads=4,
-    embed_dim=16,
     context_length=26,
     activation="quick_gelu",
-    layer_norm_epsilon=1e-6,
+    layer_norm_epsilon=1e-06,
     vision_mlp_width=64,
 )
 

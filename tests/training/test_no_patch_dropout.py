@@ -3,10 +3,8 @@
 import jax
 import pytest
 
-from diht_jax.config import default_config
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.recipe import patch_dropout_steps
 
 
 def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):
@@ -27,19 +25,3 @@ def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):
     assert costs[1] == pytest.approx(costs[2])
     # Of 16 patches, 8 are left; the text tower costs what it did.
     assert 1.2 < costs[1] / costs[0] < 2.0
-
-
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        ({}, 100),
-        ({"no_patch_dropout_steps": 30}, 70),
-        ({"no_patch_dropout_epochs": 1.5}, 76),
-    ],
-)
-def test_the_last_part_in_any_unit(changes, expected):
-    config = default_config()
-    config.model.patch_dropout = 0.5
-    config.data.batch_size = 64
-    config.update(changes)
-    assert patch_dropout_steps(config, 100, num_examples=1024) == expected

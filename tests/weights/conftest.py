@@ -6,25 +6,21 @@ import jax
 import numpy as np
 import pytest
 
-from diht_jax.models import Architecture
 from diht_jax.weights import open_clip_config as configs
 from diht_jax.weights.settings import Preprocessing
+from tests import make
 
 # From the paper of CLIP (arXiv 2103.00020), released code.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
-SMALL = Architecture(
+SMALL = make.small_architecture(
     image_size=32,
-    patch_size=8,
     vision_layers=2,
     vision_width=128,
     vision_heads=2,
     text_layers=3,
-    text_width=64,
-    text_heads=1,
     embed_dim=48,
-    context_length=12,
     vocab_size=49408,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -28,19 +29,11 @@ class Processes:
         return found
 
     def run(self, work: Callable[[], Any]) -> list[Any]:
-        """The result of `work` in each process, or its error."""
-        results: list[Any] = [None] * self.count
+        """The result of `work` in each process."""
 
-        def start(index: int) -> None:
+        def start(index: int) -> Any:
             self.own.index = index
-            try:
-                results[index] = work()
-            except Exception as error:
-                results[index] = error
+            return work()
 
-        threads = [threading.Thread(target=start, args=(i,)) for i in range(self.count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
+        with concurrent.futures.ThreadPoolExecutor(self.count) as threads:
+            return list(threads.map(start, range(self.count)))
