@@ -122,7 +122,7 @@ def finished(make_config, squares, tmp_path_factory):
     config.checkpoint.keep_last = 2
     config.profile.update(start_step=3, stop_step=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_curves", plot_curves)  # which no other test here draws
+        patch.setattr(loop, "plot_curves", plot_curves)
         return config, folder / "run", train_on_one(config, folder / "run")
 
 

@@ -7,8 +7,9 @@ import jax
 import pytest
 from PIL import Image
 
+from diht_jax.training import loop
 from diht_jax.training.loop import train
-from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
+from diht_jax.training.monitoring.metrics import MetricWriter, plot_curves, read_metrics
 from diht_jax.training.monitoring.trackers import TRACKERS, Tracker, check_trackers
 from diht_jax.training.recipe import check_config
 from tests import make
@@ -40,7 +41,8 @@ def recorder(monkeypatch):
     return Recorder
 
 
-def test_training_is_tracked_with_its_pictures(config, squares, tmp_path, recorder):
+def test_training_is_tracked_with_its_pictures(config, squares, tmp_path, recorder, monkeypatch):
+    monkeypatch.setattr(loop, "plot_curves", plot_curves)
     config.total_steps = 2
     config.optimizer.warmup_steps = 0
     config.trackers = ("recorder",)
