@@ -15,11 +15,6 @@ class Clock:
         return self.secs
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def positions(file):
     return [int(found) for found in re.findall(r"(\d+)/100 \[", file.getvalue())]
 
@@ -36,12 +31,3 @@ def test_a_file_gets_a_line_every_half_minute():
     assert positions(file) == [30, 60, 90, 100] and len(lines) == 4
     assert lines[0].startswith("train:  30%") and "[00:30<01:10,  1.00step/s" in lines[0]
     assert not re.search(r"[\r\x1b]", file.getvalue())
-
-
-def test_a_terminal_gets_a_lively_bar():
-    clock, file = Clock(), Terminal()
-    with ProgressBar(total=100, file=file, clock=clock) as bar:
-        for _ in range(100):
-            clock.secs += 1
-            bar.update()
-    assert len(positions(file)) > 90 and "\r" in file.getvalue()

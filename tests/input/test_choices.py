@@ -203,21 +203,6 @@ def test_kinds_stay_with_their_captions():
         all_captions(Pair("k", b"", "a", {"captions": ["a", 3]}))
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"captions": "all"}, "config.data.captions='all': expected 'first' or 'sample'"),
-        (
-            {"caption_weights": "alt=1", "caption_columns": "synthetic=re"},
-            "has no weight for kind 'synthetic', only for alt",
-        ),
-    ],
-)
-def test_wrong_settings_name_their_key(values, message):
-    with pytest.raises(ValueError, match=message):
-        open_caption_choice(settings(**values))
-
-
 def test_wrong_records_are_bad_records():
     choice = open_caption_choice(settings(caption_weights="alt=1,synthethic=1"))
     with pytest.raises(ValueError, match="record 'k': config.data.caption_weights has no weight"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diht_jax.config import default_config
-from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, resolve_order
+from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams
 
 # Records, block, streams, window: odd numbers, streams without a record, one block, one stream.
 SHAPES = [
@@ -127,15 +127,3 @@ def test_streams_divide_the_batch_and_hosts_divide_the_streams():
         count_streams(section(num_streams=1000))
     with pytest.raises(ValueError, match="num_streams=1024 is no multiple of the 3 processes"):
         count_streams(section(batch_size=3072), process_count=3)
-
-
-def test_auto_takes_blocks_where_the_data_has_a_url():
-    cases = [
-        ("auto", "/data/kept", "global"),
-        ("auto", "gs://bucket/kept", "blocks"),
-        ("auto", ["/data/kept", "s3://bucket/kept"], "blocks"),
-        ("global", "gs://bucket/kept", "global"),
-        ("blocks", "/data/kept", "blocks"),
-    ]
-    for order, train, expected in cases:
-        assert resolve_order(order, train) == expected

@@ -15,7 +15,7 @@ from diht_jax.input import fast_crops, sub_batches, transforms
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder
-from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.schema import Record, decode_record, encode_record
 from tests.make import encoded, noise, plain
 
@@ -169,15 +169,6 @@ def test_fast_decoding_can_be_switched_off(fast_decode):
         assert (fast != exact).any()
         np.testing.assert_array_equal(example["images"], fast if fast_decode else exact)
         assert np.abs(fast.astype(float) - exact).mean() < 2
-
-
-def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="no multiple of the 3 processes"):
-        iterator(process_count=3)
-    with pytest.raises(ValueError, match="holds no record"):
-        TrainIterator([], DECODE, batch_size=4, seed=0, num_workers=0)
-    with pytest.raises(ValueError, match="config.data.train is not set"):
-        open_records(None)
 
 
 class Deadly(DecodeExample):

@@ -16,8 +16,8 @@ from PIL import Image
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.registry import Skipped, list_shards, open_source, read_pairs
 from diht_jax.records import dataset_info
-from diht_jax.records.schema import Record, decode_record, encode_record
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
 from tests.make import encoded
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -37,31 +37,7 @@ def encode_png(value):
     Image.fromarray(np.full((3, 5, 3), value, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
-# 1. Our shards by tf.data.
-spec = {
-    name: tf.io.FixedLenFeature([], tf.string)
-    for name in ("key", "image", "caption", "metadata", "concepts")
-}
-files = sorted(map(str, (work / "ours").glob("*.tfrecord")))
-result["parsed"] = []
-for data in tf.data.TFRecordDataset(files):
-    example = tf.io.parse_single_example(data, spec)
-    pixels = tf.io.decode_image(example["image"], channels=3).numpy()
-    packed = example["concepts"]
-    k = int(tf.io.decode_raw(tf.strings.substr(packed, 0, 1), tf.uint8)[0])
-    digits = tf.io.decode_raw(tf.strings.substr(packed, 1, 3 * k), tf.uint8)
-    ids = tf.cast(tf.reshape(digits, [k, 3]), tf.int32) @ tf.constant([[1], [2**8], [2**16]])
-    probs = tf.io.decode_raw(tf.strings.substr(packed, 1 + 3 * k, 2 * k), tf.float16)
-    result["parsed"].append({
-        "key": example["key"].numpy().decode(),
-        "caption": example["caption"].numpy().decode(),
-        "metadata": json.loads(example["metadata"].numpy()),
-        "object_ids": ids[:, 0].numpy().tolist(),
-        "object_probs": probs.numpy().tolist(),
-        "pixel_sum": int(pixels.sum()),
-    })
-
-# 2. A folder of ours by TFDS; with images that it decodes, and with bytes.
+# 1. A folder of ours by TFDS; with images that it decodes, and with bytes.
 for name in ("ours", "webp"):
     builder = tfds.builder_from_directory(work / name)
     rows = list(tfds.as_numpy(builder.as_dataset(split="train", shuffle_files=False)))
@@ -76,23 +52,7 @@ for name in ("ours", "webp"):
         "num_objects": [row["concepts"][0] for row in rows if "concepts" in row],
     }
 
-# 3. A shard by TensorFlow's writer.
-def bytes_feature(value):
-    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-
-with tf.io.TFRecordWriter(str(work / "theirs.tfrecord")) as writer:
-    for i in range(7):
-        feature = {
-            "key": bytes_feature(b"%d" % i),
-            "image": bytes_feature(encode_png(i)),
-            "caption": bytes_feature("n\\u00famero {}".format(i).encode()),
-            "attribute_ids": tf.train.Feature(int64_list=tf.train.Int64List(value=[i, 9])),
-            "attribute_probs": tf.train.Feature(float_list=tf.train.FloatList(value=[0.75, 0.25])),
-        }
-        example = tf.train.Example(features=tf.train.Features(feature=feature))
-        writer.write(example.SerializeToString())
-
-# 4. Data sets by TFDS.
+# 2. Data sets by TFDS.
 class TinyCaptions(tfds.core.GeneratorBasedBuilder):
     """Laid out as COCO captions."""
     VERSION = tfds.core.Version("1.0.0")
@@ -207,20 +167,6 @@ def _pixel_sum(index: int) -> int:
     return (4 + index) * 3 * (index + 2 * index + 250)
 
 
-def test_tensorflow_reads_our_shards(result):
-    assert result["parsed"] == [
-        {
-            "key": f"k{i}",
-            "caption": f"a “caption” {i}",
-            "metadata": {"index": i},
-            "object_ids": list(range(i)),
-            "object_probs": [0.125] * i,
-            "pixel_sum": _pixel_sum(i),
-        }
-        for i in range(5)
-    ]
-
-
 def test_tfds_opens_our_folder(result):
     ours = result["ours"]
     assert (ours["name"], ours["count"]) == ("pairs", 5)
@@ -232,16 +178,6 @@ def test_tfds_opens_our_folder(result):
 def test_tfds_gives_bytes_where_it_cannot_decode(result):
     files = [bytes.fromhex(image) for image in result["webp"]["images"]]
     assert files == [_make_record(0, "PNG").image, _make_record(1, "WEBP").image]
-
-
-def test_we_read_tensorflows_shard(work):
-    source = TFRecordSource(work / "theirs.tfrecord")
-    records = [decode_record(data) for data in source]
-    assert [(r.key, r.caption) for r in records] == [(str(i), f"número {i}") for i in range(7)]
-    assert [np.asarray(decode_rgb(r.image)).max() for r in records] == list(range(7))
-    assert records[3].attribute_ids.tolist() == [3, 9]
-    assert records[3].attribute_probs.tolist() == [0.75, 0.25]
-    assert [pair.key for pair in open_source(str(work / "theirs.tfrecord"))] == list("0123456")
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])

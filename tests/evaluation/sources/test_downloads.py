@@ -110,28 +110,6 @@ def _flickr30k(folder):
     write_tar(folder / "flickr30k-images.tar.gz", pictures, "w:gz")
 
 
-def _albef(folder):
-    _flickr30k(folder)
-    captions = [f"caption {i}" for i in range(5)]
-    files = {
-        "flickr30k_test": [{"image": "flickr30k-images/1007129816.jpg", "caption": captions}],
-        "ve_test": [{"image": "1009434119", "sentence": "a dog", "label": "entailment"}],
-        "vqa_val": [
-            {
-                "question_id": 262148000,
-                "question": "Where is he looking?",
-                "answer": ["down"] * 9 + ["up"],
-                "image": "val2014/COCO_val2014_000000262148.jpg",
-                "dataset": "vqa",
-            }
-        ],
-        "answer_list": ["down", "up"],
-    }
-    members = {f"data/{name}.json": json.dumps(rows).encode() for name, rows in files.items()}
-    write_tar(folder / "data.tar.gz", members, "w:gz")
-    _zip(folder / "val2014.zip", {"val2014/COCO_val2014_000000262148.jpg": _jpeg(1)})
-
-
 def _objectnet(folder):
     mappings = {
         "folder_to_objectnet_label": {"air_freshener": "Air freshener", "tv": "TV", "axe": "Axe"},
@@ -173,7 +151,6 @@ _SECTIONS = {
     "ucf101": _ucf101,
     "voc2007": _voc2007,
     "open_images": _open_images,
-    "flickr30k_retrieval, snli_ve and vqav2": _albef,
     "objectnet": _objectnet,
     "aro_coco_order and aro_flickr30k_order": _aro_order,
 }
@@ -276,15 +253,6 @@ def test_open_images(run_section):
         {"labels": [2], "counted_labels": [2, 1]},
         {"labels": [1], "counted_labels": [1]},
     ]
-
-
-def test_flickr30k_snli_ve_and_vqav2(run_section):
-    tasks, entries = run_section("flickr30k_retrieval, snli_ve and vqav2")
-    (retrieval,), (entailment,), (vqa,) = entries.values()
-    assert len(retrieval.metadata["captions"]) == 5
-    assert entailment.metadata["rows"][0]["label"] == "entailment"
-    assert vqa.metadata["rows"][0]["answer"].count("down") == 9
-    assert tasks["vqav2"].class_names == ("down", "up")
 
 
 def test_objectnet(run_section):
