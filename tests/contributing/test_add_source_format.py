@@ -9,16 +9,14 @@ import pytest
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from diht_jax import load_model
-from diht_jax.config import load_recipe
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source, list_inputs
 from diht_jax.evaluation.embedding.search import search_pictures
 from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
 from diht_jax.readers import registry
-from diht_jax.records.schema import decode_record
-from diht_jax.records.tfrecord import TFRecordSource
 from tests import make
 from tests.contributing.blocks import load_example
+from tests.data_prep.filtering.jobs import job_config, read_records
 
 CAPTIONS = ["a red dog", "two cats", "", "a green hat", "the sea"]
 
@@ -46,12 +44,9 @@ def sources(tmp_path, monkeypatch):
 
 
 def _filter(source, output):
-    config = load_recipe(make.PREP_RECIPES / "convert.py")
-    config.update({"input": source, "output": str(output), "num_workers": 0})
-    assert run_filter(config) == {}
+    assert run_filter(job_config(source, output)) == {}
     assert read_report(output)["counts"]["dropped"]["source"] == {"no_caption": 1}
-    pairs = [decode_record(data) for data in TFRecordSource(output)]
-    return [(pair.key, pair.image, pair.caption) for pair in pairs]
+    return [(pair.key, pair.image, pair.caption) for pair in read_records(output)]
 
 
 def test_filter_reads_it(sources, tmp_path):

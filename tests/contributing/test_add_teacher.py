@@ -14,10 +14,9 @@ from data_prep.labelling.embeddings import load_embeddings
 from data_prep.teachers import registry
 from diht_jax.config import load_recipe
 from diht_jax.readers.registry import SourceShard
-from diht_jax.records.schema import decode_record
-from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.records.vocabulary import read_vocabulary
 from tests.contributing.blocks import load_example
+from tests.data_prep.filtering.jobs import job_config, read_records
 from tests.make import PREP_RECIPES
 
 _COLORS = {"red": (230, 10, 20), "green": (10, 200, 30), "blue": (30, 20, 210)}
@@ -44,9 +43,7 @@ def _write_filtered(folder: pathlib.Path) -> tuple[pathlib.Path, np.ndarray]:
         rows.append({"image": f"{i}.png", "caption": f"a {name} house in the rain"})
         expected.append(quarters.ravel())
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = load_recipe(PREP_RECIPES / "convert.py")
-    config.update({"input": str(folder / "pairs.jsonl"), "output": str(folder / "kept")})
-    config.update({"num_workers": 0, "concepts": True})
+    config = job_config(str(folder / "pairs.jsonl"), folder / "kept", concepts=True)
     assert run_filter(config) == {}
     return folder / "kept", np.array(expected, np.float32)
 
@@ -73,9 +70,8 @@ def test_labels_of_mean_colors(tmp_path):
     np.testing.assert_array_equal(load_embeddings(task).embeddings, expected)
     vocabulary = read_vocabulary(output)
     assert sorted(vocabulary.attributes.names) == sorted(_COLORS)
-    for i, data in enumerate(TFRecordSource(output)):
-        best = decode_record(data).attribute_ids[0]
-        assert vocabulary.attributes.names[best] == list(_COLORS)[i % 3]
+    for i, record in enumerate(read_records(output)):
+        assert vocabulary.attributes.names[record.attribute_ids[0]] == list(_COLORS)[i % 3]
     summary = json.loads((output / "stats.json").read_text())
     assert summary["teacher"] == {"kind": "mean_color", "image_size": 32, "cells": 2}
     labelled = next(output.glob("*.tfrecord")).stat().st_mtime_ns

@@ -11,17 +11,15 @@ import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
-from diht_jax.config import load_recipe
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.registry import read_pairs
-from diht_jax.records.schema import decode_record
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.tfrecord import TFRecordWriter
+from tests.data_prep.filtering.jobs import job_config, read_records
 from tests.make import encoded, pair_members, plain, write_tar
 from tests.records.test_samples import write_sample
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _JPEG = encoded(plain("red", (60, 40)), "JPEG")
 
 # The columns of img2dataset's schema, and a column that a user asked for.
@@ -86,10 +84,8 @@ def _write_tfrecord(folder: pathlib.Path, rows: list[dict]) -> None:
 
 
 def _run(source: str, output: pathlib.Path) -> list:
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
-    config.update({"input": source, "output": str(output), "num_workers": 0})
-    assert run_filter(config) == {}
-    return [decode_record(data) for data in TFRecordSource(output)]
+    assert run_filter(job_config(source, output)) == {}
+    return read_records(output)
 
 
 @pytest.mark.parametrize("with_json", [True, False])

@@ -1,12 +1,14 @@
-"""Outputs that take no file, and the names of options in errors."""
+"""Names of parts, outputs that take no file, and the names of options in errors."""
 
 import pytest
 
 from data_prep.filter import run_filter
 from data_prep.sources import (
+    Input,
     check_folder,
     check_output,
     default_source,
+    hash_inputs,
     list_inputs,
 )
 from diht_jax.readers.registry import SourceShard
@@ -50,3 +52,22 @@ def test_an_output_that_takes_no_file_is_refused_before_the_input_is_listed(tmp_
                 run_filter(job_config("absent.tar", output, recipe))
     assert check_folder(f"file://{tmp_path}/new/kept/") == f"{tmp_path}/new/kept"
     assert check_folder("./s3:/bucket") == "./s3:/bucket"
+
+
+def _inputs(folder: str, *names: str) -> list[Input]:
+    return [Input(SourceShard("webdataset", f"{folder}/{name}"), folder) for name in names]
+
+
+def test_parts_of_a_file_and_equal_paths_differ():
+    whole = SourceShard("table", "/a/t.csv", 0, 10)
+    halves = [SourceShard("table", "/a/t.csv", 0, 5), SourceShard("table", "/a/t.csv", 5, 10)]
+    (alone,) = hash_inputs([Input(whole, "/a")])
+    assert len({alone, *hash_inputs([Input(half, "/a") for half in halves])}) == 3
+    longer = SourceShard("table", "/a/t.csv", 0, 12)  # the same file, replaced
+    assert hash_inputs([Input(longer, "/a")]) == [alone]
+    both = _inputs("/x/a/in", "1", "2") + _inputs("/x/b/in", "2") + _inputs("/x/b/in", "2")
+    names = hash_inputs(both)
+    assert len(set(names)) == 4
+    assert names[0] == hash_inputs(_inputs("/any", "1"))[0]
+    moved = _inputs("/y/a/in", "1", "2") + _inputs("/y/b/in", "2") + _inputs("/y/b/in", "2")
+    assert hash_inputs(moved) == names  # the ends of the roots tell them apart

@@ -22,16 +22,6 @@ SCRIPTS = [*REPOSITORY.glob("*.sh"), *(REPOSITORY / ".ci").iterdir(), *SHELL_SCR
 JOBSETS = [path for path in LAUNCH_FILES if path.name.endswith("jobset.yaml")]
 MANIFESTS = [*JOBSETS, LAUNCH / "gpu_job.yaml"]
 by_name = {"ids": lambda path: path.name}
-# What JobSet takes, of its schema (kubernetes-sigs/jobset, v1alpha2).
-ACTIONS = {
-    "FailJobSet",
-    "RestartJobSet",
-    "RestartJobSetAndIgnoreMaxRestarts",
-    "RestartJob",
-    "RestartJobAndIgnoreMaxRestarts",
-}
-RULE_KEYS = {"action", "name", "onJobFailureReasons", "targetReplicatedJobs"}
-JOB_FAILURE_REASONS = {"BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"}
 # Stands in for a program: writes its arguments down, and ends with the next of the statuses in a
 # file, 0 where there is none left.
 PROGRAM = """#!/bin/sh
@@ -147,9 +137,6 @@ def test_a_jobset_fails_for_them_alone(path):
     policy = document["spec"]["failurePolicy"]
     assert policy.keys() == {"maxRestarts", "rules"} and policy["maxRestarts"] >= 1000
     (rule,) = policy["rules"]  # the action of all other failures is RestartJobSet
-    assert rule.keys() <= RULE_KEYS and rule["action"] in ACTIONS
-    assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
-    assert set(rule["onJobFailureReasons"]) <= JOB_FAILURE_REASONS
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     # A pod of its own cannot join the others again.
     assert job_of(path)["spec"]["backoffLimit"] == 0

@@ -12,7 +12,6 @@ from PIL import Image
 
 from data_prep.decisions.report import merge_reports, read_report
 from data_prep.filter import run_filter
-from diht_jax.config import load_recipe
 from tests import make
 from tests.data_prep.filtering.jobs import job_config
 
@@ -41,10 +40,8 @@ def work(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("report")
     source = _make_source(folder / "in")
     for output, rows_per_shard in (("whole", 100), ("parts", 2)):
-        config = load_recipe(_REPOSITORY / "configs" / "prep" / "cat.py")
-        config.update({"input": source, "output": str(folder / output), "num_workers": 0})
-        config.update({"text_spotting": False, "label_field": "quality", "clean_label": "good"})
-        config.source.rows_per_shard = rows_per_shard
+        config = job_config(source, folder / output, "cat", source__rows_per_shard=rows_per_shard)
+        config.update({"label_field": "quality", "clean_label": "good"})
         assert run_filter(config) == {}
     return folder
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.decisions.table import read_manifest
+from data_prep.decisions.table import SUFFIX, read_decisions, read_manifest
 from data_prep.filtering import config as filter_config
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.models import Architecture
@@ -120,6 +120,12 @@ def read_outcomes(output: pathlib.Path) -> list[tuple[str, str, str | None]]:
     tables = [pyarrow.parquet.read_table(path) for path in sorted(paths)]
     rows = pyarrow.concat_tables(tables).select(["key", "outcome", "reason"]).to_pylist()
     return [tuple(row.values()) for row in rows]
+
+
+def read_scores(output: pathlib.Path, name: str) -> list[float]:
+    """A column of the decisions of an output that has one part."""
+    (path,) = output.glob(f"parts/*{SUFFIX}")
+    return [value for rows in read_decisions(str(path), [name]) for value in rows[name].to_pylist()]
 
 
 def read_counts(output: pathlib.Path) -> dict[str, Any]:

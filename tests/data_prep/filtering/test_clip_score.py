@@ -8,13 +8,18 @@ import pytest
 from PIL import Image
 
 from data_prep.decisions.report import read_report
-from data_prep.decisions.table import SUFFIX, read_decisions
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
 from data_prep.steps import clip, models
 from diht_jax import load_model
 from tests import make
-from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
+from tests.data_prep.filtering.jobs import (
+    job_config,
+    read_dropped,
+    read_records,
+    read_scores,
+    write_clip,
+)
 
 _CAPTIONS = [
     "a dog",
@@ -58,12 +63,6 @@ def scored(source, weights, tmp_path_factory):
     return output
 
 
-def _read_scores(output) -> list[float]:
-    (path,) = (output / "parts").glob(f"*{SUFFIX}")
-    batches = read_decisions(str(path), [clip.SCORE])
-    return [value for rows in batches for value in rows[clip.SCORE].to_pylist()]
-
-
 @pytest.fixture(scope="module")
 def expected(weights, pictures):
     """Of one pair at a time, on one device, in float64."""
@@ -74,7 +73,7 @@ def expected(weights, pictures):
 
 
 def test_scores_are_those_of_the_model_and_all_are_kept(scored, expected):
-    np.testing.assert_allclose(_read_scores(scored), expected, atol=1e-5)
+    np.testing.assert_allclose(read_scores(scored, clip.SCORE), expected, atol=1e-5)
     assert len(read_records(scored)) == len(_CAPTIONS)
 
 

@@ -5,11 +5,15 @@ import pathlib
 import shutil
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data_prep.captions.mentions import read_mentions
+from data_prep.decisions.report import merge_reports
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
+from diht_jax.readers.registry import open_source
 from tests.data_prep.filtering.jobs import job_config, snapshot, write_tars
 
 _DAMAGES = 4  # of each file
@@ -108,3 +112,26 @@ def test_labels_name_the_damaged_list_of_concepts(finished, tmp_path):
             assert path.name in str(error), seed
         else:
             assert [[part.tolist() for part in map(np.array, found)]] == expected, seed
+
+
+@pytest.mark.parametrize("ending", ["decisions.parquet", "samples.tsv", "tfrecord.stats.json"])
+def test_what_belongs_to_another_part_is_not_taken_for_that_of_this_one(finished, tmp_path, ending):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    one, other = sorted(output.glob(f"parts/*.{ending}"))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=one.name):
+        merge_reports([output, output])
+
+
+def test_a_flipped_bit_in_a_filtered_table_is_noticed(tmp_path):
+    captions = [f"a dog runs to tree {number}" for number in range(50)]
+    table = pyarrow.table({"caption": captions, "url": [str(number) for number in range(50)]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", compression="none")
+    config = job_config(str(tmp_path / "in.parquet"), tmp_path / "out", metadata_only=True)
+    assert run_filter(config) == {}
+    (path,) = (tmp_path / "out").glob("*.parquet")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1  # in the first page
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=path.name):
+        list(open_source(str(path)))

@@ -12,13 +12,13 @@ from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
 from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
+from tests.data_prep.duplicates.jobs import scene
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
 from tests.make import encoded
 
 
 def _scene(seed: int, side: int = 96) -> Image.Image:
-    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8)
-    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+    return scene(seed, 6, (side, side))
 
 
 def _write_folder(folder, pictures: dict[str, bytes]) -> str:

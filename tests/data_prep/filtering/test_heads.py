@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from data_prep.decisions.table import SUFFIX, read_decisions
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import replay
@@ -16,7 +15,13 @@ from data_prep.steps.heads import read_head
 from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from tests import make
-from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records, write_clip
+from tests.data_prep.filtering.jobs import (
+    job_config,
+    read_outcomes,
+    read_records,
+    read_scores,
+    write_clip,
+)
 
 NUM_PAIRS, WIDTH = 8, 24
 
@@ -67,11 +72,6 @@ def scored(source, weights, head, tmp_path_factory):
     both = settings("aesthetic", **keys) | settings("unsafe", **keys)
     assert run_filter(job_config(source, output, **both)) == {}
     return output
-
-
-def read_scores(output, name):
-    (path,) = (output / "parts").glob(f"*{SUFFIX}")
-    return [v for rows in read_decisions(str(path), [name]) for v in rows[name].to_pylist()]
 
 
 @pytest.mark.parametrize("name", ["aesthetic", "unsafe"])

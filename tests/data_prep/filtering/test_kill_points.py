@@ -10,9 +10,8 @@ import os
 import pathlib
 import subprocess
 import sys
-import tarfile
 
-from PIL import Image
+from tests import make
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 900
@@ -23,15 +22,12 @@ def _count(tried: list[str], event: str, name: str) -> int:
 
 
 def test_pairs(tmp_path):
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "i.png")
     for number in range(2):
-        with tarfile.open(tmp_path / "in" / f"{number:05d}.tar", "w") as tar:
-            for i in range(3):
-                row = {"caption": f"picture {i}", "uid": f"{3 * number + i:032x}"}
-                (tmp_path / "i.json").write_text(json.dumps(row))
-                for extension in ("png", "json"):
-                    tar.add(tmp_path / f"i.{extension}", f"{number}-{i}.{extension}")
+        members = {}
+        for i in range(3):
+            members |= make.pair_members(f"{number}-{i}", f"picture {i}", make.png())
+            members[f"{number}-{i}.json"] = json.dumps({"uid": f"{3 * number + i:032x}"}).encode()
+        make.write_tar(tmp_path / "in" / f"{number:05d}.tar", members)
     command = [sys.executable, "-m", "tests.data_prep.filtering.kill_points", str(tmp_path)]
     done = subprocess.run(
         [*command, json.dumps({"examples_per_shard": 4})],

@@ -16,18 +16,12 @@ from data_prep.filter import run_filter
 from diht_jax.input.pipeline import open_records
 from diht_jax.readers.registry import open_source
 from diht_jax.records.formats.tar_records import INDEX, scan_tar
+from tests import make
 from tests.data_prep.filtering.jobs import job_config, read_records, snapshot
 
 _FORMATS = ("tfrecord", "array_record", "webdataset")
 _ENDINGS = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
 _IMAGES = ("JPEG", "PNG", "WEBP", "JPEG", "JPEG", "PNG", "GIF", "JPEG", "PNG")
-
-
-def _picture(name: str, number: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((42, 30), Image.Resampling.NEAREST).save(buffer, name)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +31,8 @@ def work(tmp_path_factory):
     keys = ("a.b", "a.b", "x/../y", "a", "\u00e9", "a~2", "gif", "7", "8")
     rows = []
     for number, (name, key) in enumerate(zip(_IMAGES, keys, strict=True)):
-        (folder / str(number)).write_bytes(_picture(name, number))
+        picture = make.noise(number, (42, 30), cell=6)
+        (folder / str(number)).write_bytes(make.encoded(picture, name))
         row = {"image": str(number), "caption": f"picture {number}", "id": key, "n": number}
         rows.append(row)
     rows[3]["caption"] = ["picture 3", "another caption"]

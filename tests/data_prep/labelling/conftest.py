@@ -8,12 +8,11 @@ import pytest
 
 from data_prep.filter import run_filter
 from data_prep.label import run_label
-from diht_jax.config import load_recipe
+from tests.data_prep.filtering.jobs import job_config
 from tests.data_prep.labelling.pictures import (
     COLORS,
     NAMES,
     NUM_IMAGES,
-    REPOSITORY,
     TEACHER,
     draw,
     label_config,
@@ -33,11 +32,8 @@ def work(tmp_path_factory):
         caption = "nothing" if i == NUM_IMAGES - 1 else f"a {color} {name} in the rain"
         rows.append({"image": f"{i}.png", "caption": caption, "n": i})
     (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = load_recipe(REPOSITORY / "configs" / "prep" / "convert.py")
-    config.update({"input": str(folder / "t.jsonl"), "output": str(folder / "kept")})
-    config.update({"num_workers": 0, "concepts": True})
-    config.source.rows_per_shard = 32
-    config.examples_per_shard = 32
+    config = job_config(str(folder / "t.jsonl"), folder / "kept", concepts=True)
+    config.source.rows_per_shard = config.examples_per_shard = 32
     assert run_filter(config) == {}
     sys.path.insert(0, str(folder))
     assert run_label(label_config(folder / "kept", folder / "labelled", num_workers=1)) == {}

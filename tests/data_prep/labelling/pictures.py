@@ -6,8 +6,6 @@ import numpy as np
 from PIL import Image
 
 from diht_jax.config import load_recipe
-from diht_jax.records.schema import Record, decode_record
-from diht_jax.records.tfrecord import TFRecordSource
 from tests.make import encoded
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
@@ -39,10 +37,6 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
     }
 
 
-def read_records(folder: pathlib.Path) -> list[Record]:
-    return [decode_record(data) for data in TFRecordSource(folder)]
-
-
 def label_config(source, output, **changes):
     config = load_recipe(REPOSITORY / "configs" / "prep" / "concepts.py")
     config.update({"input": str(source), "output": str(output), "num_workers": 0})
@@ -52,10 +46,5 @@ def label_config(source, output, **changes):
     config.heads.update({"steps": 150, "batch_size": 64, "learning_rate": 0.05, "held_out": 0.25})
     config.report_images = 6
     config.merge = True
-    for name, value in changes.items():
-        *sections, key = name.split("__")
-        section = config
-        for part in sections:
-            section = section[part]
-        section[key] = value
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config

@@ -6,11 +6,10 @@ import tensorflow_datasets as tfds
 
 from data_prep.filter import run_filter
 from data_prep.label import run_label
-from diht_jax.config import load_recipe
 from diht_jax.input.pipeline import open_records
 from diht_jax.records.vocabulary import find_vocabulary
+from tests.data_prep.filtering.jobs import job_config
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
-from tests.make import PREP_RECIPES
 
 
 def _label(work, source, output, **changes):
@@ -19,9 +18,7 @@ def _label(work, source, output, **changes):
 
 @pytest.mark.parametrize("name", ["array_record", "webdataset"])
 def test_labels_are_those_of_tfrecords(work, tmp_path, name):
-    config = load_recipe(PREP_RECIPES / "convert.py")
-    config.update({"input": str(work / "t.jsonl"), "output": str(tmp_path / "kept")})
-    config.update({"num_workers": 0, "concepts": True, "output_format": name})
+    config = job_config(str(work / "t.jsonl"), tmp_path / "kept", concepts=True, output_format=name)
     assert run_filter(config) == {}
     config = _label(work, tmp_path / "kept", tmp_path / "out", output_format="array_record")
     assert run_label(config) == {}

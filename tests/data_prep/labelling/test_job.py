@@ -23,11 +23,11 @@ from diht_jax.readers.registry import SourceShard
 from diht_jax.records.format import read_records as read_tfrecords
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.records.vocabulary import read_vocabulary
+from tests.data_prep.filtering.jobs import read_records
 from tests.data_prep.labelling.pictures import (
     COLORS,
     NUM_IMAGES,
     label_config,
-    read_records,
     snapshot,
 )
 

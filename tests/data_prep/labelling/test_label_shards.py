@@ -19,12 +19,11 @@ from diht_jax.records.formats.registry import open_source
 from diht_jax.records.labels.concepts import open_labels
 from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.records.vocabulary import find_train_vocabulary, read_vocabulary
-from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT
+from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, read_records
 from tests.data_prep.labelling.pictures import (
     NUM_IMAGES,
     REPOSITORY,
     label_config,
-    read_records,
 )
 
 _KEPT = ("embeddings", "heads", "vocabulary")

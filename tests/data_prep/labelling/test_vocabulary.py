@@ -1,23 +1,20 @@
 """Vocabularies and targets against counts by hand, from the filter's files."""
 
 import collections
-import io
 import json
 import pathlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.config import default_config
 from data_prep.labelling.vocabulary import count_concepts, read_targets
-from diht_jax.config import load_recipe
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.vocabulary import ConceptList
-
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
+from tests import make
+from tests.data_prep.filtering.jobs import job_config
 
 # Captions of the images, one list each, and what they name: written by hand.
 _IMAGES = [
@@ -37,19 +34,14 @@ def _count(column: int, rows=_IMAGES) -> dict[str, int]:
 def filtered(tmp_path_factory) -> pathlib.Path:
     """Folders by recipe: `convert` with concepts keeps all images, `cat` the first three."""
     folder = tmp_path_factory.mktemp("concepts")
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    (folder / "good.png").write_bytes(buffer.getvalue())
+    (folder / "good.png").write_bytes(make.png())
     (folder / "bad.png").write_bytes(b"<html>")
     rows = [{"image": "good.png", "caption": captions} for captions, *_ in _IMAGES]
     rows.insert(1, {"image": "bad.png", "caption": "a blue whale swims"})
     (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for recipe in ("cat", "convert"):
-        config = load_recipe(_REPOSITORY / "configs" / "prep" / f"{recipe}.py")
-        config.update({"input": str(folder / "t.jsonl"), "output": str(folder / recipe)})
-        config.update({"num_workers": 0, "concepts": True, "text_spotting": False})
-        config.source.rows_per_shard = 2
-        config.examples_per_shard = 2
+        config = job_config(str(folder / "t.jsonl"), folder / recipe, recipe, concepts=True)
+        config.source.rows_per_shard = config.examples_per_shard = 2
         assert run_filter(config) == {}
     return folder
 

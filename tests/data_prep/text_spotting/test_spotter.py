@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -20,14 +19,11 @@ from data_prep.text_spotting.match import RECOGNIZABLE, fold_text  # noqa: E402
 from data_prep.text_spotting.networks import OcrSettings, find_weights  # noqa: E402
 from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
 from data_prep.text_spotting.spotter import Settings, TextSpotter  # noqa: E402
-from diht_jax.config import load_recipe  # noqa: E402
 from diht_jax.input.decode import decode_rgb  # noqa: E402
-from diht_jax.records.schema import decode_record  # noqa: E402
-from diht_jax.records.tfrecord import TFRecordSource  # noqa: E402
+from tests.data_prep.filtering.jobs import job_config, read_records  # noqa: E402
 
 # Shares no five characters with what the pictures show.
 _OTHER = "two zebras jump over my fence"
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _OCR = OcrSettings(canvas_size=176, precision="float32", device="cpu")
 _SETTINGS = Settings(ocr=_OCR, gate_size=0, closer_size=0, min_confidence=0.2)
 
@@ -209,21 +205,11 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(bare.image[:500])
     lines = [json.dumps({"image": image, "caption": text}) for image, text in rows]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
-    config.text_spotting = True
-    config.spotter.update(
-        {
-            "canvas_size": 192,
-            "closer_size": 0,
-            "gate_size": 128,
-            "gate_score": 0.3,
-            "precision": "float32",
-            "audit_share": 0.0,
-            "cache": str(tmp_path / "c"),
-        }
-    )
     output = tmp_path / "out"
-    config.update({"input": str(tmp_path / "t.jsonl"), "output": str(output), "num_workers": 0})
+    config = job_config(str(tmp_path / "t.jsonl"), output, text_spotting=True)
+    config.spotter.update({"canvas_size": 192, "closer_size": 0, "gate_size": 128})
+    config.spotter.update({"gate_score": 0.3, "precision": "float32", "audit_share": 0.0})
+    config.spotter.cache = str(tmp_path / "c")
     assert run_filter(config) == {}
     counts = json.loads((output / "stats.json").read_text())["counts"]
     dropped = {stage: reasons for stage, reasons in counts["dropped"].items() if reasons}
@@ -236,8 +222,7 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     assert [key for _, key, _ in counts["samples"]["text/shows_caption"]] == ["t-00000000"]
-    records = [decode_record(data) for data in TFRecordSource(output)]
-    assert [(r.key, r.caption) for r in records] == [
+    assert [(r.key, r.caption) for r in read_records(output)] == [
         ("t-00000001", _OTHER),
         ("t-00000002", _OTHER),
         ("t-00000004", "東京タワーの夜景"),
