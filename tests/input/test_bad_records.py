@@ -10,10 +10,9 @@ from absl import logging
 
 from diht_jax.config import default_config
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import make_order
 from diht_jax.input.pipeline import TrainIterator, open_records
-from diht_jax.input.sub_batches import MAX_IN_A_ROW, SubBatches
+from diht_jax.input.sub_batches import MAX_IN_A_ROW
 from diht_jax.records.format import TFRecordError
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
@@ -81,47 +80,6 @@ def test_by_default_a_bad_record_is_an_error_that_names_it(shard, num_workers):
     assert default_config().data.on_bad_record == "error"
     with pytest.raises(ValueError, match=rf"{shard}: record (3|11|17): "):
         read(shard, "error", num_workers)
-
-
-class Places:
-    """Records that are their own numbers, and decode to them; some are bad."""
-
-    example_bytes = 8
-
-    def __init__(self, errors):
-        self._errors = errors
-
-    def __len__(self):
-        return 10**9
-
-    def __getitem__(self, place):
-        return place
-
-    def decode(self, place):
-        return place
-
-    def locate(self, place):
-        return "places", place
-
-    def plan(self, place, rng, index):
-        if place in self._errors:
-            raise self._errors[place]
-        return lambda: {"place": np.int32(place)}
-
-
-class InPlace:
-    """The order of the records themselves."""
-
-    num_records = 10**9
-
-    def __getitem__(self, position):
-        return position
-
-
-def places(errors, stride=10):
-    source = Places(errors)
-    records = Mixture([Source("", source, InPlace(), source)])
-    return SubBatches(records, seed=0, batch_size=stride, on_bad_record="skip")
 
 
 def test_a_broken_shard_is_never_skipped(shard, monkeypatch):

@@ -119,19 +119,6 @@ def test_patch_dropout_keeps_a_random_subset_of_each_image():
     assert np.abs(features - model.vision.features(blanked)).max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    "name, overrides, message",
-    [
-        ("diht_vitb_32", {}, "did you mean 'diht_vitb32_224px'"),
-        ("small_64px", {"text_layer": 3}, "did you mean 'text_layers'"),
-        ("small_64px", {"patch_size": 7}, "no multiple of patch_size 7"),
-    ],
-)
-def test_wrong_architectures_are_refused(name, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        get_architecture(name, overrides)
-
-
 def _normalized_and_gradient(rows: np.ndarray, cotangents: np.ndarray) -> tuple:
     """Of x / |x| in float64; both 0 for a row without a direction."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
