@@ -30,6 +30,30 @@ def test_gates(caption, reason, lemmatizer):
     assert gate_caption(caption, lemmatizer.lexicon)[1] == reason
 
 
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "Schwarzer Hund spielt im Garten",
+        "Czarny pies biegnie po trawie",
+        "黑色的狗在草地上奔跑",
+    ],
+)
+def test_other_languages_are_refused(caption, lemmatizer):
+    assert gate_caption(caption, lemmatizer.lexicon) == ("", "not_english")
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "red car",
+        "Rio de Janeiro carnival dancers",
+        "Lamborghini Huracan Spyder",
+    ],
+)
+def test_short_english_captions_pass(caption, lemmatizer):
+    assert gate_caption(caption, lemmatizer.lexicon)[1] is None
+
+
 def test_all_of_an_english_corpus_passes(web_captions, lemmatizer):
     refused = [text for text in web_captions if gate_caption(text, lemmatizer.lexicon)[1]]
     assert not refused

@@ -1,5 +1,6 @@
 """CLIP scores: those of the model, limits by value and by quantile, and their replay."""
 
+import importlib.resources
 import json
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.decisions.report import read_report
+from data_prep.decisions.report import merge_reports, read_report
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
 from data_prep.steps import clip, models
@@ -137,3 +138,23 @@ def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
 def test_a_model_that_nobody_knows_is_refused_by_its_key():
     with pytest.raises(ValueError, match=r"^config\.clip\.model='clipart_tny': .*clipart_tiny"):
         models.fingerprint("clipart_tny", "config.clip.model")
+
+
+def test_parts_without_scores_join_those_with(scored, source, tmp_path):
+    assert run_filter(job_config(source, tmp_path / "out")) == {}
+    report = merge_reports([tmp_path / "out", scored])
+    counted = report["measures"]["histograms"]
+    assert sum(counted[clip.SCORE]["kept"].values()) == len(_CAPTIONS)
+    assert sum(counted["caption_words"]["kept"].values()) == 2 * len(_CAPTIONS)
+
+
+def test_the_model_that_comes_with_the_package_is_known_by_its_file(tmp_path):
+    packaged = importlib.resources.files("diht_jax.data") / "clipart_tiny" / "model.safetensors"
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(packaged.read_bytes())
+    assert models.fingerprint("clipart_tiny", "x") == models.fingerprint(str(copy), "x")
+
+
+@pytest.mark.parametrize("name", ["diht_vitb32_224px", "hf-hub:owner/name", "s3://bucket/run"])
+def test_models_that_are_fetched_later_are_known_by_their_names(name):
+    assert models.fingerprint(name, "x") == name

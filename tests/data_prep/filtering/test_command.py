@@ -61,8 +61,6 @@ def captioned(tmp_path_factory) -> pathlib.Path:
     source = _write_table(folder, rows)
     (folder / "i.png").write_bytes(_PNG)
     run_filter(job_config(source, folder / "cat", "cat", batch_size=4))
-    run_filter(job_config(source, folder / "action", "cat", complexity=False))
-    run_filter(job_config(source, folder / "complexity", "cat", action=False, min_complexity=2))
     return folder
 
 

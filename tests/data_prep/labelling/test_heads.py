@@ -1,5 +1,7 @@
 """Heads against float64 formulas, SciPy's optimiser and counts by hand."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize, special
@@ -12,6 +14,7 @@ from data_prep.labelling.train_heads import (
     find_ranks,
     frequent_concepts,
     recall,
+    soft_target_loss,
     summarize,
     train_head,
 )
@@ -151,3 +154,20 @@ def test_metrics_by_hand():
 def test_baseline_knows_frequencies_only():
     ids = frequent_concepts(_targets([[2], [2, 0], [2, 0], [1]]), 2, 4, k=2)
     assert ids.tolist() == [[2, 0], [2, 0]]
+
+
+def test_loss_is_dense_cross_entropy():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 11)) * 30
+    rows = [[3], [0, 10], [1, 2, 3, 4], [7], [5, 6], [9]]
+    ids, probs = np.zeros((6, 4), np.int32), np.zeros((6, 4))
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], probs[i, : len(row)] = row, 1 / len(row)
+    dense = _dense(_targets(rows), 11)
+    expected = -(dense * special.log_softmax(logits, axis=1)).sum(axis=1)
+    loss = soft_target_loss(*map(jnp.float32, (logits,)), ids, jnp.float32(probs))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    gradient = jax.grad(lambda z: soft_target_loss(z, ids, jnp.float32(probs)).sum())(
+        jnp.float32(logits)
+    )
+    np.testing.assert_allclose(gradient, special.softmax(logits, axis=1) - dense, atol=2e-6)

@@ -10,7 +10,7 @@ import pytest
 from data_prep.filter import run_filter
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.config import default_config
-from data_prep.labelling.vocabulary import count_concepts, read_targets
+from data_prep.labelling.vocabulary import count_concepts, make_targets, read_targets
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.vocabulary import ConceptList
 from tests import make
@@ -96,3 +96,18 @@ def test_shards_without_concepts(filtered, tmp_path):
     nothing = ConceptList("objects", (), ())
     with pytest.raises(ValueError, match=r"concepts\.npz is missing.*concepts=True"):
         read_targets(str(copy), nothing)
+
+
+def test_repeat_factors_by_hand():
+    # Of 16 records, 16 have concept 0, 4 have concept 1 as well, one has concept 2.
+    rows = [[0]] * 11 + [[0, 1]] * 4 + [[2, 0]]
+    targets = make_targets(np.array([len(row) for row in rows]), np.array(sum(rows, [])))
+    counts = count_concepts(targets, 3)
+    factors = concept_vocabulary.concept_factors(counts, 16, 1.0)
+    assert factors.tolist() == [1.0, 2.0, 4.0]
+    repeated = concept_vocabulary.repeat_factors(targets, factors)
+    assert repeated.tolist() == [1.0] * 11 + [2.0] * 4 + [4.0]
+    fewer = concept_vocabulary.concept_factors(counts, 16, 0.25)
+    assert fewer.tolist() == [1.0, 1.0, 2.0]
+    none = make_targets(np.array([0, 1]), np.array([1]))
+    assert concept_vocabulary.repeat_factors(none, factors).tolist() == [0.0, 2.0]

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -291,3 +292,14 @@ def test_a_damaged_file_of_stored_embeddings_is_named(form, tmp_path):
         for read in (read_stored, lambda path: EmbeddingTable(path, "key", "image_emb")):
             with pytest.raises(ValueError, match=path.name):
                 read(str(path))
+
+
+def test_swag_runs_on_all_devices(swag_file):
+    teacher = load_teacher(_swag_config(swag_file[1]))
+    assert teacher.info == describe_teacher(_swag_config(swag_file[1]))
+    assert teacher.info.in_this_process
+    assert "non-commercial" in teacher.info.licence
+    assert len(jax.local_devices()) == 8
+    result = teacher.encode(np.zeros((8, 32, 32, 3), np.uint8))  # 5, rounded up
+    assert [shard.data.shape for shard in result.addressable_shards] == [(1, 64)] * 8
+    assert len(result.sharding.device_set) == 8

@@ -1,5 +1,7 @@
 """The cache of readings: what a killed run and a damaged file leave."""
 
+import json
+
 from data_prep.text_spotting.cache import Lines, Reading, SpotCache
 
 _READING = Reading(
@@ -43,3 +45,13 @@ def test_a_damaged_line_is_spotted_again(tmp_path):
         again = SpotCache(tmp_path, {}, "s")
         assert again.get("a") in (_READING, Reading()), place
         assert again.get("b") == _READING, place
+
+
+def test_settings_and_shards_do_not_mix(tmp_path):
+    cache = SpotCache(tmp_path, {"canvas_size": 256}, "00000.tar")
+    cache.put("a", _READING)
+    cache.flush()
+    assert len(SpotCache(tmp_path, {"canvas_size": 320}, "00000.tar")) == 0
+    assert len(SpotCache(tmp_path, {"canvas_size": 256}, "00001.tar")) == 0
+    settings = json.loads((cache.path.parent / "settings.json").read_text())
+    assert settings == {"canvas_size": 256}
