@@ -22,16 +22,6 @@ def total(*work, rates=TPU):
     return sum(scheduled_secs(work, rates).values())
 
 
-def test_instructions_run_one_after_the_other():
-    work = (
-        Work("products", memory_bytes=3, cycles=10),
-        Work("element-wise", memory_bytes=5),
-        Work("kernels", memory_bytes=2, cycles=20),
-        Work("products", memory_bytes=8, cycles=4),
-    )
-    assert scheduled_secs(work, TPU) == {"kernels": 20, "products": 10 + 8, "element-wise": 5}
-
-
 def test_float32_products_have_a_rate_of_their_own():
     assert total(Work("products", flops=30, float32_flops=7), rates=GPU) == 3 + 7
 

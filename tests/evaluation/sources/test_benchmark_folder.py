@@ -54,16 +54,6 @@ def test_classification(tmp_path, photos):
     ]
 
 
-def test_several_labels(tmp_path, photos):
-    notes = [("npy", _npy(labels)) for labels in ([1, 0], [1, 1], [0, 0], [0, 1], [1, 0])]
-    files = {**_WORDS, "dataset_type.txt": "multilabel\n"}
-    source = _write(tmp_path / "x", notes, photos, files=files)
-    labels = {pair.key: pair.metadata["labels"] for pair in read_source(source, {})}
-    assert labels == {"s/0": [0], "s/1": [0, 1], "s/2": [], "s/3": [1], "s/4": [0]}
-    (task,) = parse_tasks([f"voc2007={source}?templates={{}}"])
-    assert (task.kind, task.class_names) == ("multilabel", ("ant", "hot dog"))
-
-
 def test_arrays_of_objects_are_skipped_and_not_unpickled(tmp_path, photos):
     notes = [("npy", _npy([1, 0])), ("npy", _npy([{}, 1]))]
     files = {**_WORDS, "dataset_type.txt": "multilabel\n"}
