@@ -1,4 +1,4 @@
-"""The flags of all commands: one convention, and the spellings that they had before."""
+"""The spellings that flags had before."""
 
 import importlib
 
@@ -20,42 +20,29 @@ OLD_SPELLINGS = [
 ]
 
 
+def own_flags():
+    """The flags that are defined in this process, without absl's."""
+    module_of = flags.FLAGS.find_module_defining_flag
+    names = [name for name in flags.FLAGS if not str(module_of(name)).startswith("absl")]
+    return {name: flags.FLAGS[name] for name in names}
+
+
 @pytest.fixture
-def define():
-    """Defines the flags of a command and returns them by name; they are gone after the test."""
-    defined = []
-    # Flags that modules of other tests have defined in this process.
-    foreign = {
-        name: flags.FLAGS[name]
-        for name in list(flags.FLAGS)
-        if not str(flags.FLAGS.find_module_defining_flag(name)).startswith("absl")
-    }
-    for name in foreign:
+def no_flags():
+    """Takes away what modules of other tests have defined, and later what the test defines."""
+    before = own_flags()
+    for name in before:
         delattr(flags.FLAGS, name)
-
-    def define_flags(command):
-        undefine()
-        module = importlib.import_module(command)
-        before = set(flags.FLAGS)
-        module.define_flags()
-        defined.extend(set(flags.FLAGS) - before)
-        return {name: flags.FLAGS[name] for name in defined}
-
-    def undefine():
-        for name in defined:
-            delattr(flags.FLAGS, name)
-        defined.clear()
-
-    yield define_flags
-    undefine()
-    for name, flag in foreign.items():
+    yield
+    for name in own_flags():
+        delattr(flags.FLAGS, name)
+    for name, flag in before.items():
         flags.FLAGS[name] = flag
 
 
 @pytest.mark.parametrize(("command", "old", "new", "text"), OLD_SPELLINGS)
-def test_old_spellings_still_work(command, old, new, text, define):
-    defined = define(command)
-    defined[old].parse(text)
-    parsed = defined[new].parser.parse(text)
-    assert flags.FLAGS[new].value == parsed
-    assert flags.FLAGS[old].value == parsed
+def test_old_spellings_still_work(command, old, new, text, no_flags):
+    importlib.import_module(command).define_flags()
+    flags.FLAGS[old].parse(text)
+    parsed = flags.FLAGS[new].parser.parse(text)
+    assert flags.FLAGS[new].value == flags.FLAGS[old].value == parsed

@@ -114,39 +114,17 @@ def test_an_extent_is_cut_into_its_elements(tmp_path):
         list(source.split(0, 3, b"x" * 100))
 
 
-def test_what_is_no_plain_tar_is_refused(tmp_path):
+def test_a_compressed_tar_is_refused(tmp_path):
     compressed = write_tar(tmp_path / "a.tar.gz", [("0.png", PNG), ("0.txt", b"c")], "w:gz")
     with pytest.raises(ValueError, match=r"config.data.train: .*a.tar.gz: no record shard"):
         open_records(compressed)
-    write_tar(tmp_path / "b.tar", [("0.png", PNG * 50), ("0.txt", b"c")])
-    (tmp_path / "cut.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:1024])
-    with pytest.raises(TFRecordError, match="cut.tar: the tar archive cannot be read to its end"):
-        TarRecordSource(str(tmp_path / "cut.tar"))
-    with tarfile.open(tmp_path / "c.tar", "w", pax_headers={"path": "same"}) as tar:
-        tar.addfile(tarfile.TarInfo("0.txt"))
-    with pytest.raises(TFRecordError, match=r"c.tar: .*a global header \(path\), so has no index"):
-        TarRecordSource(str(tmp_path / "c.tar"))
 
 
-def test_a_stale_index_and_damaged_headers_are_noticed(tmp_path):
+def test_a_stale_index_is_noticed(tmp_path):
     path = tmp_path / "a.tar"
     write_tar(path, [("0.png", PNG), ("0.txt", b"c"), ("1.png", PNG), ("1.txt", b"d")])
-    source = TarRecordSource(path)
-    data = bytearray(path.read_bytes())
-    start = source.extent(1, 2)[1]
-    data[start : start + 4] = b"\xff\xff\xff\xff"  # the name in the first header of the second
-    path.write_bytes(data)
-    assert source.decode(source[0]).key == "0"
-    with pytest.raises(ValueError, match="cannot be read to its end"):
-        source.decode(source[1])
-    # In a header within the sample: nothing of it is lost in silence.
-    data[start : start + 4] = b"1.pn"
-    data[start + 1024] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="damaged member header at byte 1024"):
-        source.decode(source[1])
-    data[start + 1024] ^= 1
-    path.write_bytes(bytes(data) + bytes(512))
+    TarRecordSource(path)
+    path.write_bytes(path.read_bytes() + bytes(512))
     with pytest.raises(TFRecordError, match="a.tar.idx does not belong to .*delete the index"):
         TarRecordSource(path)
 
