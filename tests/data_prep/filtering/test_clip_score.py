@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from data_prep.decisions.report import merge_reports, read_report
 from data_prep.filter import run_filter
@@ -36,31 +35,23 @@ _CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
-    write_clip(path, image_size=16)
-    return path
+    return write_clip(tmp_path_factory.mktemp("weights") / "a.safetensors", image_size=16)
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    rng = np.random.default_rng(1)
-    return [Image.fromarray(rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)) for _ in _CAPTIONS]
+    return [make.noise(number) for number in range(len(_CAPTIONS))]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, pictures):
-    members = {}
-    for number, (picture, caption) in enumerate(zip(pictures, _CAPTIONS, strict=True)):
-        members |= make.pair_members(str(number), caption, make.encoded(picture))
-    return make.write_tar(tmp_path_factory.mktemp("pairs") / "pairs.tar", members)
+def source(tmp_path_factory):
+    return make.write_pair_tar(tmp_path_factory.mktemp("pairs") / "pairs.tar", _CAPTIONS)
 
 
 @pytest.fixture(scope="module")
 def scored(source, weights, tmp_path_factory):
     output = tmp_path_factory.mktemp("scored") / "out"
-    assert (
-        run_filter(job_config(source, output, clip__model=str(weights), clip__batch_size=3)) == {}
-    )
+    assert run_filter(job_config(source, output, clip__model=weights, clip__batch_size=3)) == {}
     return output
 
 
@@ -80,7 +71,7 @@ def test_scores_are_those_of_the_model_and_all_are_kept(scored, expected):
 
 def test_the_report_shows_the_pairs_of_the_lowest_and_of_the_highest_scores(scored, expected):
     found = read_report(scored)["scored"][clip.SCORE]
-    order = [str(number) for number in np.argsort(expected)]
+    order = [f"{number:05d}" for number in np.argsort(expected)]
     assert [sample["key"] for sample in found["lowest"]] == order
     assert [sample["key"] for sample in found["highest"]] == order[::-1]
     shown = [sample["scores"][clip.SCORE] for sample in found["lowest"]]
@@ -100,7 +91,7 @@ def test_the_histogram_of_scores_counts_every_pair_in_its_bin(scored, expected):
 
 def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expected, tmp_path):
     config = job_config(
-        source, tmp_path / "out", clip__model=str(weights), clip__quantile=0.4,
+        source, tmp_path / "out", clip__model=weights, clip__quantile=0.4,
         clip__scores=str(scored), clip__batch_size=3,
     )  # fmt: skip
     assert run_filter(config) == {}
@@ -128,7 +119,7 @@ def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
     members = make.pair_members("k", _CAPTIONS[0], make.encoded(pictures[0]))
     members["k.json"] = json.dumps({"captions": _CAPTIONS}).encode()
     source = make.write_tar(tmp_path / "pairs.tar", members)
-    config = job_config(source, tmp_path / "out", clip__model=str(weights), clip__min_score=limit)
+    config = job_config(source, tmp_path / "out", clip__model=weights, clip__min_score=limit)
     assert run_filter(config) == {}
     (record,) = read_records(tmp_path / "out")
     good = [text for text, cosine in zip(_CAPTIONS, cosines, strict=True) if cosine >= limit]

@@ -41,15 +41,13 @@ def head(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return [make.noise(number, (20, 24), cell=1 + number % 5) for number in range(NUM_PAIRS)]
+    return [make.noise(number) for number in range(NUM_PAIRS)]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, pictures):
-    members = {}
-    for number, picture in enumerate(pictures):
-        members |= make.pair_members(str(number), f"picture {number}", make.encoded(picture))
-    return make.write_tar(tmp_path_factory.mktemp("pairs") / "pairs.tar", members)
+def source(tmp_path_factory):
+    captions = [f"picture {number}" for number in range(NUM_PAIRS)]
+    return make.write_pair_tar(tmp_path_factory.mktemp("pairs") / "pairs.tar", captions)
 
 
 @pytest.fixture(scope="module")
