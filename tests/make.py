@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pathlib
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +17,7 @@ from PIL import Image
 
 from diht_jax.data.tfrecord import TFRecordWriter
 from diht_jax.records.schema import Pair, Record, encode_record
+from tests.compiling import xla_flags
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 PREP_RECIPES = REPOSITORY / "configs" / "prep"
@@ -125,6 +129,25 @@ def write_records(
             for _ in range(length):
                 writer.write(encode_record(next(rest)))
     return folder
+
+
+def run_command(
+    module: str,
+    *arguments: Any,
+    devices: int | None = None,
+    folder: pathlib.Path = REPOSITORY,
+    **environment: str,
+) -> subprocess.CompletedProcess:
+    """Runs `python -m module` with flags such as `("model", path)`, and texts; keeps its output."""
+    flags = (f"--{a[0]}={a[1]}" if isinstance(a, tuple) else a for a in arguments)
+    return subprocess.run(
+        [sys.executable, "-m", module, *flags],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "XLA_FLAGS": xla_flags(devices), **environment},
+        timeout=900,  # only against hanging
+    )
 
 
 def small_architecture(**changes: Any) -> Any:

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet
@@ -269,15 +267,10 @@ def test_tasks_divide_a_large_file(model, tmp_path, monkeypatch, count):
 @pytest.mark.parametrize("command", ["embed", "search"])
 def test_an_input_of_which_all_is_left_out_is_an_error(command, weights, tmp_path):
     source = write_tar(tmp_path / "a.tar", range(3), broken=(0, 1), silent=(2,))
-    where = "--output" if command == "embed" else "--index"
-    architecture = "--architecture=vision_heads=1,text_heads=1"
-    arguments = [f"--model={weights}", f"--input={source}", f"{where}={tmp_path}/out", architecture]
-    done = subprocess.run(
-        [sys.executable, "-m", f"diht_jax.{command}", *arguments],
-        cwd=make.REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    where = "output" if command == "embed" else "index"
+    flags = {"model": weights, "input": source, where: tmp_path / "out"}
+    flags |= {"architecture": "vision_heads=1,text_heads=1"}
+    done = make.run_command(f"diht_jax.{command}", *flags.items())
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert f"--input={source}" in last and "image_unreadable 2" in last

@@ -1,41 +1,17 @@
 """The command, as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
 
 from diht_jax.evaluation.results import write_results
-from tests.compiling import xla_flags
-
-
-def _run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "diht_jax.evaluate", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": xla_flags(2)},
-        timeout=900,
-    )
+from tests import make
 
 
 def test_two_tasks_of_a_work_directory(workdir, shared_data, tmp_path):
     output = tmp_path / "new" / "results.json"
     tasks = f"cifar10={shared_data}/cifar10_test.tar,emoji=retrieval:{shared_data}/emoji_google.tar"
-    done = _run(
-        "--model",
-        workdir,
-        "--tasks",
-        tasks,
-        "--output",
-        output,
-        "--limit",
-        40,
-        "--caption_template",
-        "{caption}",
-        "--batch_size",
-        32,
-    )
+    flags = {"model": workdir, "tasks": tasks, "output": output, "limit": 40, "batch_size": 32}
+    flags |= {"caption_template": "{caption}"}
+    done = make.run_command("diht_jax.evaluate", *flags.items(), devices=2)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     assert (results["model"], results["step"], results["devices"]) == (str(workdir), 7, 2)
@@ -62,7 +38,8 @@ def test_compare_needs_no_model(tmp_path):
         }
         write_results(tmp_path / f"{name}.json", {"model": name, "step": 1, "results": [result]})
     files = f"{tmp_path}/a.json,{tmp_path}/b.json"
-    done = _run("--compare", files, "--output", tmp_path / "chart.png")
+    flags = ("compare", files), ("output", tmp_path / "chart.png")
+    done = make.run_command("diht_jax.evaluate", *flags)
     assert done.returncode == 0, done.stderr
     row = done.stdout.splitlines()[-1].split()
     assert row == ["shapes", "top-1", "25.00%", "50.00%", "+25.00"]

@@ -1,9 +1,6 @@
 """The few-shot protocol on synthetic embeddings, and whole on real pictures."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,7 +19,6 @@ from diht_jax.evaluation.linear_probe import (
     fit_probes,
 )
 from tests import make
-from tests.compiling import xla_flags
 
 
 def _numbered(counts):
@@ -131,7 +127,7 @@ def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
             for i in range(count):
                 make.noise(i, (32, 32)).save(folder / f"{i}.png")
     output = tmp_path / "out" / "few.json"
-    arguments = {
+    flags = {
         "model": workdir,
         "train": tmp_path / "train",
         "test": tmp_path / "test",
@@ -140,15 +136,7 @@ def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
         "draws": 2,
         "fit_steps": 5,
     }
-    command = [sys.executable, "-m", "diht_jax.fewshot"]
-    command += [f"--{name}={value}" for name, value in arguments.items()]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": xla_flags()},
-        timeout=900,
-    )
+    done = make.run_command("diht_jax.fewshot", *flags.items())
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert [row["shots"] for row in result["results"]] == [1, "all"]

@@ -1,8 +1,6 @@
 """Searching real pictures by text."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from diht_jax.evaluation.embedding.search import (
     search_pictures,
 )
 from tests import make
-from tests.compiling import xla_flags
 from tests.readers.inputs import write_tar
 
 
@@ -100,21 +97,11 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
     assert text.count('src="data:image') == 2 * (len(texts) - 1) and "<script" not in text
 
 
-def _run(*arguments, folder=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "diht_jax.search", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "XLA_FLAGS": xla_flags(), **environment},
-        timeout=900,
-    )
-
-
 def test_a_page_is_written_on_request_only(workdir, folder, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
-    done = _run("--model", workdir, "--input", folder, "a dog", folder=here)
+    flags = ("model", workdir), ("input", folder)
+    done = make.run_command("diht_jax.search", *flags, "a dog", folder=here)
     assert done.returncode == 0 and done.stdout.startswith("a dog\n"), done.stderr
     assert not list(here.iterdir())
 
@@ -125,6 +112,7 @@ def test_a_missing_usearch_is_found_before_anything_is_embedded(folder, tmp_path
     (tmp_path / "without/usearch.py").write_text("raise ImportError")
     path = os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])
     index = tmp_path / "index"
-    done = _run("--model", "/none", "--input", folder, "--index", index, "a dog", PYTHONPATH=path)
+    flags = ("model", "/none"), ("input", folder), ("index", index)
+    done = make.run_command("diht_jax.search", *flags, "a dog", PYTHONPATH=path)
     assert done.returncode == 1 and "pip install usearch" in done.stderr
     assert not index.exists()
