@@ -108,10 +108,3 @@ def test_files_that_were_not_copied(tmp_path):
     (folder / "b.tfrecord.stats.json").unlink()
     with pytest.raises(ValueError, match=r"b\.tfrecord\.stats\.json: names no vocabulary"):
         find_vocabulary(folder)
-    _write_shard(folder / "b.tfrecord", _vocabulary().describe())
-    (folder / "vocabulary_attributes.tsv").unlink()
-    with pytest.raises(ValueError, match=r"vocabulary_attributes\.tsv is missing"):
-        find_vocabulary(folder)
-    (folder / "vocabulary_objects.tsv").unlink()
-    with pytest.raises(ValueError, match="is labelled, but .* is missing"):
-        find_vocabulary(folder)

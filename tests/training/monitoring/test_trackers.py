@@ -11,7 +11,6 @@ from diht_jax.training import loop
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import MetricWriter, plot_curves, read_metrics
 from diht_jax.training.monitoring.trackers import TRACKERS, Tracker, check_trackers
-from diht_jax.training.recipe import check_config
 from tests import make
 
 
@@ -85,14 +84,6 @@ def test_only_the_first_process_writes(tmp_path, recorder, monkeypatch):
     writer.write_picture(1, "curves", make.png())
     writer.close()
     assert recorder.runs == [] and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"), [(("Wandb",), "'wandb'"), (("tensorbord,wandb",), "'tensorboard'")]
-)
-def test_an_unknown_tracker_is_refused_with_the_nearest_one(given, expected):
-    with pytest.raises(ValueError, match=rf"config\.trackers: .*did you mean {expected}"):
-        check_config(make.tiny_config(trackers=given))
 
 
 def test_a_missing_package_is_named_before_the_first_step(recorder, monkeypatch):
