@@ -45,7 +45,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.name = "small_64px"
     config.model.dtype = "float32"
     config.model.patch_dropout = 0.5
-    config.model.texts_per_row = 2  # a name has 8 of 32 tokens
     config.model.overrides.vision_layers = 5
     config.model.overrides.vision_width = 128
     config.model.overrides.vision_heads = 4

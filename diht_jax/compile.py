@@ -309,7 +309,7 @@ def _halvings(
     Intermediate values shrink with the examples. They may take this `share` of what follows from
     that, and from what does not fit.
     """
-    least = config.model.texts_per_row * len(too_large.topology.devices)
+    least = len(too_large.topology.devices)
     examples_before = too_large.micro_batch or too_large.batch_size
     excess_bytes = too_large.needed_bytes - too_large.argument_bytes
     assert too_large.memory_limit_bytes is not None  # else nothing is too large

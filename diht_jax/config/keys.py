@@ -101,8 +101,6 @@ KEYS: dict[str, Key] = {
     "model.remat": Key("none", resume=FREE),
     # "auto": "pallas" on TPUs, "cudnn" on NVIDIA GPUs, else "xla".
     "model.attention": Key("auto", resume=FREE),
-    # Texts that share a row of the text tower, for long contexts and short texts; 1: none do.
-    "model.texts_per_row": Key(1, COUNT, FREE),
     # Work directory, weight file or name of a model whose parameters and architecture a new run
     # starts with: docs/guides/train/finetuning.md.
     "model.init_from": Key(str, per_host=True),

@@ -163,20 +163,6 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
 
 
-def attend_within_texts(q: jax.Array, k: jax.Array, v: jax.Array, texts: jax.Array) -> jax.Array:
-    """Causal attention of packed texts: a token sees those of its own text, up to itself.
-
-    Args:
-        q, k, v: [b, t, heads, d], of one dtype.
-        texts: int32 [b, t], the text of each token.
-
-    Returns:
-        [b, t, heads, d].
-    """
-    mask = (texts[:, :, None] == texts[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="xla")
-
-
 def attend_padded(
     q: jax.Array,
     k: jax.Array,

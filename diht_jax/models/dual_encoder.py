@@ -64,13 +64,6 @@ class DualEncoder(nnx.Module):
         """Embeds texts, int32 [b, t] -> float32 [b, d], L2-normalised."""
         return l2_normalize(self.text(tokens, gather=gather))
 
-    def encode_packed_texts(
-        self, tokens: jax.Array, *, gather: Gather | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Like `encode_text`, with several texts in a row; see `text.packed`."""
-        embeddings, fits = self.text.packed(tokens, gather=gather)
-        return l2_normalize(embeddings), fits
-
 
 def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Divides rows by their lengths, in at least float32.

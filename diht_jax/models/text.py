@@ -6,7 +6,6 @@ cleaning and BPE live there.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -14,12 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from diht_jax.models.packing import find_starts, pack
 from diht_jax.models.transformer import (
     BlockInit,
     Execution,
     Gather,
-    in_shard_map,
     layer_norm,
     make_blocks,
     normal_init,
@@ -47,14 +44,6 @@ class TextTransformer(nnx.Module):
         self.context_length = arch.context_length
         self.end_of_text_id = arch.end_of_text_id
         self.pools_last = arch.text_pool == "last"
-        self.texts_per_row = execution.texts_per_row
-        self.packing_fallback = execution.packing_fallback
-        if execution.texts_per_row > 1 and (self.pools_last or not arch.causal_text):
-            raise ValueError(
-                f"config.model.texts_per_row={execution.texts_per_row}: this model has causal_text="
-                f"{arch.causal_text} and text_pool='{arch.text_pool}'; only texts with a causal "
-                "mask that are pooled at their end can share a row, so take 1"
-            )
         # Looked up in the parameters' dtype: the gradient of a token sums over all its positions in
         # the batch, too many terms for bfloat16.
         self.token_embedding = nnx.Embed(
@@ -75,7 +64,6 @@ class TextTransformer(nnx.Module):
             width,
             arch.text_heads,
             num_tokens=arch.context_length,
-            packed=execution.texts_per_row > 1,
             mlp_width=arch.text_mlp_width or 4 * width,
             init=init,
             causal=arch.causal_text,
@@ -118,52 +106,6 @@ class TextTransformer(nnx.Module):
             gather=gather,
         )
         return self.projection(self.final_norm(pooled))
-
-    def packed(
-        self, tokens: jax.Array, *, gather: Gather | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Embeds texts, several in a row: the same embeddings for less work.
-
-        Where the texts of any device do not fit into their rows, all devices embed padded texts, in
-        as many parts, which takes longer and no more memory. Whether they fit is decided for all
-        together, because the parameters may have to be gathered on the way.
-
-        Args:
-            tokens: int32 [b, t] as for a call, b a multiple of `texts_per_row`.
-            gather: see `run_blocks`.
-
-        Returns:
-            [b, d] as for a call; and whether the texts have fitted, a bool.
-        """
-        b, t = tokens.shape
-        num_rows = b // self.texts_per_row
-        lengths = self._end_of_text(tokens).astype(jnp.int32) + 1
-        starts, fits = find_starts(lengths, num_rows, t)
-        if in_shard_map():
-            axes = jax.sharding.get_abstract_mesh().axis_names
-            fits = jax.lax.pmin(fits.astype(jnp.int32), axes) == 1
-
-        def embed_packed(tokens: jax.Array) -> jax.Array:
-            rows = pack(tokens, lengths, starts, num_rows)
-            x = self.token_embedding(rows.tokens) + self.positional_embedding[rows.positions]
-            x = run_blocks(
-                self.blocks,
-                x.astype(self.dtype),
-                texts=rows.texts,
-                remat=self.remat,
-                gather=gather,
-            )
-            pooled = x.reshape(num_rows * t, -1)[rows.ends]
-            return self.projection(self.final_norm(pooled))
-
-        def embed_padded(tokens: jax.Array) -> jax.Array:
-            embed = jax.checkpoint(functools.partial(self, gather=gather))
-            parts = jax.lax.map(embed, tokens.reshape(self.texts_per_row, num_rows, t))
-            return parts.reshape(b, -1)
-
-        if not self.packing_fallback:
-            return embed_packed(tokens), fits
-        return jax.lax.cond(fits, embed_packed, embed_padded, tokens), fits
 
     def _pooled_tokens(self, tokens: jax.Array) -> jax.Array:
         if self.pools_last:

@@ -23,7 +23,6 @@ from jax.typing import DTypeLike
 from diht_jax.models.attention import (
     Target,
     attend,
-    attend_within_texts,
     attention_implementation,
     check_attention,
 )
@@ -45,17 +44,12 @@ class Execution:
         remat: what the backward pass computes again, a name of `remat.POLICIES`.
         attention: one of `attention.IMPLEMENTATIONS`.
         target: the devices that the model runs on; None is this process's default backend.
-        texts_per_row: texts that share a row of the text tower, on average; see `packing`.
-        packing_fallback: texts that do not fit into their rows are embedded all the same. Off, it
-            is the program of a batch whose texts do fit, for counting its FLOPs.
     """
 
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "auto"
     target: Target | None = None
-    texts_per_row: int = 1
-    packing_fallback: bool = True
 
     @property
     def for_tpu(self) -> bool:
@@ -73,15 +67,8 @@ class Execution:
         *,
         num_tokens: int | None,
         num_heads: int,
-        packed: bool = False,
     ) -> str:
-        """The kernel of a tower: see `attention.attention_implementation`.
-
-        Packed texts need a mask for each row. cuDNN would take it as a bias, and compute the
-        gradient of that as well; the Pallas kernel has no masks. So they have XLA's attention.
-        """
-        if packed:
-            return "xla"
+        """The kernel of a tower: see `attention.attention_implementation`."""
         return attention_implementation(
             self.attention, dtype, head_dim, self.target, num_tokens=num_tokens, num_heads=num_heads
         )
@@ -169,7 +156,6 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         positions: jax.Array | None = None,
-        texts: jax.Array | None = None,
         rotary: Rotary | None = None,
     ) -> jax.Array:
         """[b, t, width] -> [b, t, width]; softmax in float32. For the others see `Block`."""
@@ -190,10 +176,7 @@ class Attention(nnx.Module):
         kernel = self.implementation
         if kernel == "pallas" and not in_shard_map():
             kernel = "xla"
-        if texts is None:
-            out = attend(q, k, v, causal=self.causal, implementation=kernel)
-        else:
-            out = attend_within_texts(q, k, v, texts)
+        out = attend(q, k, v, causal=self.causal, implementation=kernel)
         return checkpoint_name(self.out_proj(out.reshape(b, t, width)), ATTENTION_OUT)
 
     def _at(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -277,7 +260,6 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         positions: jax.Array | None = None,
-        texts: jax.Array | None = None,
         rotary: Rotary | None = None,
     ) -> jax.Array:
         """Runs the block.
@@ -285,14 +267,12 @@ class Block(nnx.Module):
         Args:
             x: [b, t, width].
             positions: int32 [b], the one token of each row whose output is wanted; all by default.
-            texts: int32 [b, t], which text of a row a token belongs to, and sees; None: all of the
-                row is one.
             rotary: positions that queries and keys are turned by; not together with `positions`.
 
         Returns:
             [b, t, width], or [b, 1, width] of the tokens at `positions`.
         """
-        attended = self.attention(self.attention_norm(x), positions, texts, rotary)
+        attended = self.attention(self.attention_norm(x), positions, rotary)
         x = (x if positions is None else pick_tokens(x, positions)) + attended
         return x + self.mlp(self.mlp_norm(x))
 
@@ -314,15 +294,14 @@ def make_blocks(
     heads: int,
     *,
     num_tokens: int | None,
-    packed: bool = False,
     **settings: Any,
 ) -> nnx.List | Block:
     """The blocks of a tower, as `run_blocks` takes them; `settings` are the others of a `Block`.
 
-    Without a fixed number of tokens the kernel for TPUs does not apply, nor with packed texts.
+    Without a fixed number of tokens the kernel for TPUs does not apply.
     """
     attention = execution.attention_kernel(
-        settings["dtype"], width // heads, num_tokens=num_tokens, num_heads=heads, packed=packed
+        settings["dtype"], width // heads, num_tokens=num_tokens, num_heads=heads
     )
     settings = {"attention": attention, "for_tpu": execution.for_tpu, **settings}
     blocks = [Block(width, heads, **settings) for _ in range(layers)]
@@ -348,7 +327,6 @@ def run_blocks(
     x: jax.Array,
     *,
     pooled: jax.Array | None = None,
-    texts: jax.Array | None = None,
     rotary: Rotary | None = None,
     remat: str = "none",
     gather: Gather | None = None,
@@ -361,7 +339,7 @@ def run_blocks(
         x: [b, t, width].
         pooled: int32 [b], the one token of each row that the tower goes on with. In an unrolled
             loop the last block then computes no other one: of 12 layers, 7% less work.
-        texts, rotary: see `Block`; neither together with `pooled`.
+        rotary: see `Block`; not together with `pooled`.
         remat: which intermediate values the backward pass computes again.
         gather: makes a block's parameters, as a nested dict, whole before use. Called inside of
             the block's backward pass as well, so that no more than one layer is whole at a time.
@@ -376,11 +354,10 @@ def run_blocks(
         params: dict[str, Any],
         x: jax.Array,
         positions: jax.Array | None,
-        texts: jax.Array | None,
         rotary: Rotary | None,
     ) -> jax.Array:
         block = nnx.merge(graphdef, gather(params) if gather else params)
-        return block(x, positions, texts, rotary)
+        return block(x, positions, rotary)
 
     def layer(block: Block):
         graphdef, params = nnx.split(block, nnx.Param)
@@ -391,9 +368,9 @@ def run_blocks(
 
     if scanned:
         run, stacked = layer(blocks)
-        x = jax.lax.scan(lambda x, p: (run(p, x, None, texts, rotary), None), x, stacked)[0]
+        x = jax.lax.scan(lambda x, p: (run(p, x, None, rotary), None), x, stacked)[0]
         return x if pooled is None else pick_tokens(x, pooled)[:, 0]
     for i, block in enumerate(blocks):
         run, params = layer(block)
-        x = run(params, x, pooled if i == len(blocks) - 1 else None, texts, rotary)
+        x = run(params, x, pooled if i == len(blocks) - 1 else None, rotary)
     return x if pooled is None else x[:, 0]

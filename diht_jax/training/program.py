@@ -180,7 +180,6 @@ class TrainProgram:
                     width // num_heads,
                     num_tokens=num_tokens if name == "text" else arch.num_image_tokens,
                     num_heads=num_heads,
-                    packed=name == "text" and model.texts_per_row > 1,
                 ),
             )
             for name, (num_tokens, num_heads, width, causal) in towers.items()
@@ -199,15 +198,12 @@ class TrainProgram:
             config.loss.impl,
         )
 
-    def step(
-        self, state: TrainState, *, patch_dropout: bool = True, packing_fallback: bool = True
-    ) -> TrainStep:
+    def step(self, state: TrainState, *, patch_dropout: bool = True) -> TrainStep:
         """The jitted `step(state, batch) -> (state, metrics)`, which donates the old state.
 
         Args:
             state: of the run, as arrays or as shapes with shardings.
             patch_dropout: False for the step of the run's last part, which drops no patches.
-            packing_fallback: see `Execution`.
 
         Raises:
             ValueError: a wrong `config.micro_batch` or `config.model` value.
@@ -215,14 +211,7 @@ class TrainProgram:
         config = self.config if patch_dropout else without_patch_dropout(self.config)
         mesh = self.mesh
         check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
-        at_once = (config.micro_batch or config.data.batch_size) // mesh.size
-        if at_once % config.model.texts_per_row:
-            raise ValueError(
-                f"config.model.texts_per_row={config.model.texts_per_row}: expected a divisor of "
-                f"the {at_once} texts that a device embeds at once"
-            )
         execution = training_execution(config.model, mesh)
-        execution = dataclasses.replace(execution, packing_fallback=packing_fallback)
         definition = dataclasses.replace(self.definition, execution=execution)
 
         def _step(

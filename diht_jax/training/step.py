@@ -37,7 +37,6 @@ Metrics = dict[str, Float[Array, ""]]
 # Name of the optimiser's operations in jaxprs and profiles.
 OPTIMIZER_SCOPE = "optimizer"
 # Share of the texts that shared rows as they were meant to.
-PACKED_TEXTS = "packed_texts"
 
 
 @flax.struct.dataclass
@@ -175,13 +174,10 @@ def loss_gradients(
             micro_batch=config.micro_batch,
             scan_layers=definition.execution.scan_layers,
         )
-        packed = encoded.pop(PACKED_TEXTS, None)
         params = merge_parameters(trained, frozen)
         loss, metrics, means = total_loss(
             encoded, params, examples, terms=terms, mesh=mesh, config=config, kept=kept
         )
-        if packed is not None:
-            metrics[PACKED_TEXTS] = jnp.mean(packed)
         return loss, (metrics, means)
 
     (_, (metrics, means)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
@@ -207,8 +203,7 @@ def encode_examples(
         pictures: mean and deviation of the images.
 
     Returns:
-        `image_emb` and `text_emb`, float32 [b, d], L2-normalised; losses of terms, float32 [b];
-        with several texts in a row `packed_texts`, float32 [b].
+        `image_emb` and `text_emb`, float32 [b, d], L2-normalised; losses of terms, float32 [b].
     """
     params = gather.outside_blocks(params) if gather else params
     model = merge_model(definition, params)
@@ -223,12 +218,8 @@ def encode_examples(
     pooled = model.vision.pool_tokens(seen) if reads_tokens else seen
     projected = model.vision.projection(pooled)
     encoded = {"image_emb": l2_normalize(projected)}
-    tokens, text_gather = examples["tokens"], gather.block("text") if gather else None
-    if definition.execution.texts_per_row > 1:
-        encoded["text_emb"], fits = model.encode_packed_texts(tokens, gather=text_gather)
-        encoded[PACKED_TEXTS] = jnp.full(tokens.shape[0], fits, jnp.float32)
-    else:
-        encoded["text_emb"] = model.encode_text(tokens, gather=text_gather)
+    text_gather = gather.block("text") if gather else None
+    encoded["text_emb"] = model.encode_text(examples["tokens"], gather=text_gather)
     features = {"pooled": pooled, "projected": projected, **encoded}
     if reads_tokens:
         features["image_tokens"] = seen
@@ -262,5 +253,4 @@ def training_execution(config: ml_collections.ConfigDict, mesh: Mesh) -> Executi
         remat=config.remat,
         attention=config.attention,
         target=target_of(mesh.devices.flat[0]),
-        texts_per_row=config.texts_per_row,
     )

@@ -15,7 +15,6 @@ LOCKED = {"optimizer.frozen": ("^vision/",)}
         ({"mesh.fsdp": 3}, "makes 6 devices, but there are 8"),
         ({"evaluation.use_ema": True}, "use_ema needs config.ema.decay"),
         ({"micro_batch": 12}, "config.micro_batch=12: expected a multiple of the 8 devices"),
-        ({"model.texts_per_row": 3}, "config.model.texts_per_row=3: expected a divisor of the 2"),
         ({"loss.alpha": 1.5}, r"config.loss.alpha: expected a number in \[0, 1\], got 1.5"),
         ({"loss.weight": 0.0}, "config.loss.weight=0: nothing is left to learn from; expected"),
         ({"affinity.weight": 1.0}, "config.affinity.widths is not set: expected those of"),

@@ -26,7 +26,6 @@ DIGESTS = {
     "encode": "d1c7292e38827a754db8dfe77437160a85be7c3798499af646ba9db510e57cbd",
     "gradient": "ff06ecce49b52e699e9729b5eaf10f9fe8242365742d0aab53cf1c959ca4ff4f",
     "gradient, scanned": "e5b8fc16e26c5946d1230ffd088f57478be94efd700da0899cc57d1d541c74e5",
-    "gradient, packed": "cc223c54444d251205f997b518b11ef17106904ed82102814aa756c72eac8734",
     "gradient, patches left out": (
         "51cb8dc2cd7dd6cdeba0f6c9f303665047bfd8698b6740cd113432716f44df6f"
     ),
@@ -44,8 +43,6 @@ def lowered(execution: Execution, kept: bool, gradient: bool) -> str:
     def encode(params, images, tokens, patches):
         model = merge_model(definition, params)
         features = model.vision.features(images, kept_patches=patches)
-        if execution.texts_per_row > 1:
-            return model.embed_features(features), model.encode_packed_texts(tokens)[0]
         return model.embed_features(features), model.encode_text(tokens)
 
     def loss(params, images, tokens, patches):
@@ -61,7 +58,6 @@ CASES = {
     "encode": (Execution(), False, False),
     "gradient": (Execution(), False, True),
     "gradient, scanned": (Execution(scan_layers=True), False, True),
-    "gradient, packed": (Execution(texts_per_row=2), False, True),
     "gradient, patches left out": (Execution(remat="minimal"), True, True),
 }
 

@@ -30,11 +30,16 @@ from diht_jax.records.labels.clip_embeddings import (
 )
 from diht_jax.records.labels.concepts import (
     NO_CONCEPTS,
+    decode_label,
+    encode_label,
+    id_dtype,
     open_labels,
 )
 from diht_jax.records.labels.shards import (
+    Label,
     find_inputs,
     relative_input,
+    seal,
 )
 from diht_jax.records.schema import CONCEPT_FIELDS, encode_record
 from diht_jax.records.vocabulary import (
@@ -201,6 +206,22 @@ def test_tensorflow_reads_the_shards(folders):
         np.testing.assert_array_equal(ids, np.concatenate([part[0] for part in label]))
         right = np.concatenate([part[1] for part in label]).astype(np.float16)
         np.testing.assert_array_equal(probs, right)
+
+
+@pytest.mark.parametrize(("size", "num_bytes"), [(65_536, 120), (65_537, 164)])
+def test_ten_of_each_kind_take_120_bytes(tmp_path, size, num_bytes):
+    ids_type = id_dtype({"objects": {"size": size}, "attributes": {"size": 2_000}})
+    ids = np.array([*range(9), size - 1])
+    probs = np.full(10, 0.1, np.float16)
+    path = tmp_path / "labels.tfrecord"
+    with open_writer(path) as writer:
+        for number in range(100):
+            writer.write(encode_label(number, [(ids, probs)] * 2, ids_type))
+    assert path.stat().st_size == 100 * num_bytes
+    shard = ("train-00000.tfrecord", 1, 2, "0" * 16)
+    data = encode_label(seal(shard, 0, "k"), [(ids, probs), NO_CONCEPTS], ids_type)
+    found = decode_label(Label(data, "labels.tfrecord", shard, 0), "k")
+    assert found[0][0].tolist() == ids.tolist() and found[1][0].size == 0
 
 
 def read_all(folder):

@@ -200,18 +200,6 @@ def test_gradients_of_other_towers_do_not_depend_on_it_either(parts):
     assert kernel.sharding.shard_shape(kernel.shape) == (32, 96 // 4)
 
 
-def test_packed_texts_give_the_gradients_of_padded_ones():
-    config = tiny_config(**{"model.texts_per_row": 2, "micro_batch": 16})
-    tokens = short_and_long_texts()
-    grads, metrics = gradients(config, 2, 4, tokens=tokens)
-    loss, expected = jax.device_get(reference_function()(make_params(), tokens))
-    # The first micro-batch has room for its texts on every device, the second on none.
-    assert metrics["packed_texts"] == 0.5
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
-    assert relative_error(grads, expected) < 4e-6
-    assert relative_error(grads["text"], expected["text"]) < 1e-5
-
-
 def test_frozen_parameters_get_no_gradient_and_change_nothing_else():
     frozen = ("vision/blocks/0/", "^text/", "log_logit_scale")
     config = tiny_config(**{"micro_batch": 16})

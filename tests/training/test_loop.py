@@ -263,7 +263,6 @@ def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
     config.model.init_from = str(small)
     config.model.overrides.image_size = 24
     config.model.overrides.context_length = 30
-    config.model.texts_per_row = 2
     config.optimizer.learning_rate = 0.0
     config.optimizer.warmup_steps = 0
     with caplog.at_level("INFO"):

@@ -25,7 +25,6 @@ FEATURES = {
     },
     "CaptionDecoder.__call__": {"captioning.weight": 1.0},
     "VisionTransformer.tokens": {"captioning.layers": 2},
-    "pack": {"model.texts_per_row": 2},
     "orthogonalize": {"optimizer.kind": "muon"},
     "learning_rate_schedule.<locals>.schedule": {
         "optimizer.schedule": "wsd",

@@ -44,9 +44,9 @@ def model_flops(
     Model FLOPs in the sense of PaLM (arXiv 2204.02311, appendix B), a multiply-add being two:
     what settings that save memory compute a second time (rematerialisation, the first pass over
     micro-batches) is left out, so that they cannot raise the MFU. What a recipe spares itself
-    (patch dropout, a locked tower, padding of packed texts) is left out as well, and so are the
-    tokens of a tower's last block that nothing reads, which a scan over the layers computes, and
-    the optimiser's own products.
+    (patch dropout, a locked tower) is left out as well, and so are the tokens of a tower's last
+    block that nothing reads, which a scan over the layers computes, and the optimiser's own
+    products.
 
     Args:
         traced: its step, where that is at hand: one that computes nothing twice is counted as it
@@ -62,7 +62,7 @@ def model_flops(
         tokens = plain.data.batch_size * arch.context_length
         plain.captioning.chunk_tokens = max(plain.captioning.chunk_tokens, tokens)
         plain.captioning.remat = "none"
-    computes_once = plain == config and config.model.texts_per_row == 1
+    computes_once = plain == config
     # No length of a run changes what a step computes.
     plain.optimizer.update(schedule="cosine", decay_steps=None)
     program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
@@ -71,7 +71,7 @@ def model_flops(
         plain.model.attention = "xla"
         program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
         state = program.abstract_state()
-        traced = program.step(state, packing_fallback=False).trace(state, program.abstract_batch())
+        traced = program.step(state).trace(state, program.abstract_batch())
     return count_jaxpr_flops(traced.jaxpr.jaxpr, leave_out=OPTIMIZER_SCOPE).matmul_flops
 
 
