@@ -30,7 +30,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from benchmarks.lab.data import CLIPS, Data, identity
+from benchmarks.lab.data import Data, identity
 from benchmarks.lab.experiments import (
     BLOCKS,
     EXPERIMENTS,
@@ -42,6 +42,7 @@ from benchmarks.lab.experiments import (
     blocks_of,
 )
 from benchmarks.lab.processes import locked, run_command
+from benchmarks.lab.variants import CLIPS
 from benchmarks.record import RESULTS, write_result
 from diht_jax import command_line
 from diht_jax.config import default_config, load_recipe

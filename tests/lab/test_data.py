@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.lab import data, second_web
-from benchmarks.lab.data import Data, exchange
+from benchmarks.lab import data, second_web, variants
+from benchmarks.lab.data import Data
+from benchmarks.lab.variants import exchange
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.synthetic import web
 from diht_jax.records.captions import all_captions, caption_kinds
@@ -33,12 +34,12 @@ def scene(*kinds):
 def lab(tmp_path):
     """Data whose raw and CAT variants are there already: 20 and 6 records, every other clean."""
     lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
-    unseen, seen = data.UNSEEN[0], ("circle", "blue")
+    unseen, seen = variants.UNSEEN[0], ("circle", "blue")
     for name, keys in (("raw", range(20)), ("cat", range(0, 18, 3))):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
         shown = {0: [unseen], 3: [seen], 6: [seen, unseen]}
-        data._write(
+        variants.write(
             folder,
             [
                 Record(
@@ -55,7 +56,7 @@ def lab(tmp_path):
 
 
 def keys(folder):
-    return [record.key for record in data._read(folder)]
+    return [record.key for record in variants.read(folder)]
 
 
 def test_subsets_of_the_raw_and_of_the_kept_pairs(lab):
@@ -75,9 +76,9 @@ def test_new_captions_are_of_what_the_pictures_show(tmp_path):
     folder = tmp_path / "data" / "raw"
     folder.mkdir(parents=True)
     pairs = [web.make_pair(web.Settings(), "train", index) for index in range(12)]
-    data._write(folder, pairs)
+    variants.write(folder, pairs)
     (folder / "complete.json").write_text(json.dumps(data.identity("raw")))
-    records = data._read(lab.make("raw_recaptioned"))
+    records = variants.read(lab.make("raw_recaptioned"))
     described = 0
     for record, pair in zip(records, pairs, strict=True):
         assert (record.caption, record.image) == (pair.caption, pair.image)
@@ -120,8 +121,8 @@ def test_shuffled_labels_are_those_of_other_records(lab):
     folder.mkdir()
     words = {kind: ConceptList(kind, ("sun", "moon"), (5, 4)) for kind in ("objects", "attributes")}
     write_vocabulary(lab.make("raw"), Vocabulary(**words))
-    data._shuffle_labels(lab.make("raw"), folder)
-    records = data._read(folder)
+    variants.shuffle_labels(lab.make("raw"), folder)
+    records = variants.read(folder)
     assert [record.key for record in records] == keys(lab.make("raw"))
     labels = [int(record.object_ids[0]) for record in records]
     assert sorted(labels) == list(range(20)) and sum(i == j for i, j in enumerate(labels)) < 5
@@ -156,12 +157,12 @@ def test_a_second_web_is_that_of_its_seed_and_grows_at_its_end():
 
 def test_the_arms_of_a_second_web_are_chosen_from_its_pairs(tmp_path):
     lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
-    raw = data._read(lab.make("second_24_raw_3"))
+    raw = variants.read(lab.make("second_24_raw_3"))
     passes = {"c": raw[::2], "a": raw[::3], "t": raw[4:]}
     for gate, records in passes.items():
         folder = tmp_path / "data" / f"second_24_only_{gate}_3"
         folder.mkdir()
-        data._write(folder, records)
+        variants.write(folder, records)
         (folder / "complete.json").write_text(json.dumps(data.identity(folder.name)))
     names = [record.key for record in raw]
     assert keys(lab.make("second_24_cat_3")) == [names[i] for i in (6, 12, 18)]
@@ -179,7 +180,7 @@ def test_the_arms_of_clip_art_are_chosen_from_the_draw_of_their_seed(tmp_path):
     for arm, records in kept.items():
         folder = tmp_path / "data" / f"clipart_all_{arm}"
         folder.mkdir(parents=True)
-        data._write(folder, records)
+        variants.write(folder, records)
         (folder / "complete.json").write_text(json.dumps(data.identity(folder.name)))
     drawn = keys(lab.make("clipart_raw_1"))
     assert len(drawn) == 32 and drawn != keys(lab.make("clipart_raw_2"))

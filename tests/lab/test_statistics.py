@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from benchmarks.lab.experiments import CONTRASTS, PRIMARY, SECONDARY, key_of
 from benchmarks.lab.statistics import (
     GAIN,
     HARM,
@@ -99,3 +100,11 @@ def test_the_bootstrap_covers_a_known_difference_of_crossed_factors(paired):
         low, high = np.percentile(means, [2.5, 97.5])
         covered.append(low <= 0.05 <= high)
     assert 0.9 <= np.mean(covered) <= 0.99
+
+
+def test_primary_and_secondary_claims_are_registered_and_few():
+    registered = {key_of(contrast) for contrast in CONTRASTS}
+    assert len(registered) == len(CONTRASTS)
+    assert registered >= {*PRIMARY, *SECONDARY}
+    assert not {*PRIMARY} & {*SECONDARY}
+    assert len(PRIMARY) <= 12

@@ -1,0 +1,475 @@
+"""How each variant of the laboratory's data is made, by the pattern of its name.
+
+A maker gets the data, for what its variant is made from, the folder to write into, and the groups
+of the pattern. Being one maker behind the other, this file may be long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import io
+import json
+import pathlib
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet
+
+from benchmarks.distillation import write_pairs
+from benchmarks.lab import clipart, second_web
+from benchmarks.lab.experiments import SHOTS, STUDENTS, WEB_PAIRS
+from benchmarks.lab.processes import run_command
+from data_prep.synthetic import captions, drawing, sampling, web
+from data_prep.synthetic.scenes import COLORS, Scene, SceneObject
+from data_prep.synthetic.shapes import SHAPES
+from diht_jax.readers.registry import open_source
+from diht_jax.records.captions import USUAL_KIND, with_captions
+from diht_jax.records.catalog import find_shards
+from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.format import read_records
+from diht_jax.records.schema import Record, decode_record, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.vocabulary import STATS_KEY, read_vocabulary, write_vocabulary
+from diht_jax.storage.files import write_bytes
+
+if TYPE_CHECKING:
+    from benchmarks.lab.data import Data
+
+NUM_SCENES = 2000  # of the retrieval task
+UNSEEN = tuple(
+    (shape, tuple(COLORS)[3 * number % len(COLORS)]) for number, shape in enumerate(SHAPES)
+)
+CLIPS = "clips"  # folder in a variant, with embeddings of a CLIP for its records
+
+_SHARD = "pairs-train-00000-of-00001.tfrecord"
+_TEACHER_SCENES = 4000  # as in the demo
+_TEST_SHOTS = 40  # pictures of a class that few-shot accuracy is measured on
+_FILTERS = {"c": "complexity", "a": "action", "t": "text_spotting"}
+_GATES = {"cat": "cat", "c_and_t": "ct", "only_c": "c", "only_a": "a", "only_t": "t"}
+_CHANGES = {"double": 2.0, "half": 0.5}
+
+
+def _make_web(data: Data, folder: pathlib.Path, kind: str | None, change: str | None) -> None:
+    noise = dict(web.DEFAULT_NOISE)
+    if kind is not None:
+        noise[kind] *= _CHANGES[change]
+    run_command(
+        "data_prep.synthetic",
+        f"--output={folder}",
+        f"--num_pairs={WEB_PAIRS}",
+        f"--num_retrieval={NUM_SCENES if kind is None else 0}",
+        f"--noise={','.join(f'{name}={share}' for name, share in noise.items())}",
+    )
+
+
+def _make_raw(data: Data, folder: pathlib.Path, of_web: str | None = None) -> None:
+    _filter(data, folder, "convert", of_web or "web")
+
+
+def _make_cat(data: Data, folder: pathlib.Path, of_web: str | None = None) -> None:
+    _filter(data, folder, "cat", of_web or "web")
+
+
+def _make_only(data: Data, folder: pathlib.Path, gate: str) -> None:
+    others = [f"--config.{name}=False" for key, name in _FILTERS.items() if key != gate]
+    _filter(data, folder, "cat", "web", *others)
+
+
+def _filter(data: Data, folder: pathlib.Path, recipe: str, of_web: str, *flags: str) -> None:
+    _run_filter(recipe, f"{data.make(of_web)}/train-*.tar", folder, *flags)
+
+
+def _run_filter(recipe: str, pairs: str, folder: pathlib.Path, *flags: str) -> None:
+    run_command(
+        "data_prep.filter",
+        f"--config=configs/prep/{recipe}.py",
+        f"--config.input={pairs}",
+        f"--config.output={folder}",
+        *flags,
+    )
+
+
+def _make_of_web(data: Data, folder: pathlib.Path, kept: str, kind: str, change: str) -> None:
+    {"raw": _make_raw, "cat": _make_cat}[kept](data, folder, f"web_{kind}_{change}")
+
+
+def _make_random(data: Data, folder: pathlib.Path, seed: str) -> None:
+    raw = read(data.make("raw"))
+    size = len(read(data.make("cat")))
+    chosen = np.random.default_rng(int(seed)).permutation(len(raw))[:size]
+    write(folder, [raw[i] for i in sorted(chosen)])
+
+
+def _make_clip_score(data: Data, folder: pathlib.Path, seed: str) -> None:
+    _write_best(data, folder, f"{data.make('web')}/train-*.tar", "raw", "cat")
+
+
+def _write_best(data: Data, folder: pathlib.Path, pairs: str, raw: str, kept: str) -> None:
+    """The pairs of `raw` with the best CLIP scores, as many as `kept` has."""
+    scored = folder / "scored"
+    model = data.model_for(folder.name)
+    _run_filter("convert", pairs, scored, f"--config.clip.model={model}")
+    score_of_key: dict[str, float] = {}
+    for path in sorted(glob.glob(f"{scored}/**/*.decisions.parquet", recursive=True)):
+        table = pyarrow.parquet.read_table(path, columns=["key", "clip_score"]).to_pydict()
+        score_of_key |= dict(zip(table["key"], table["clip_score"], strict=True))
+    records = read(data.make(raw))
+    size = len(read(data.make(kept)))
+    scores = np.array([score_of_key[record.key] for record in records])
+    write(folder, [records[i] for i in sorted(np.argsort(-scores, kind="stable")[:size])])
+    shutil.rmtree(scored)
+
+
+def _make_oracle(data: Data, folder: pathlib.Path) -> None:
+    write(folder, [r for r in read(data.make("raw")) if r.metadata["noise"] == web.CLEAN])
+
+
+def _make_second(data: Data, folder: pathlib.Path, size: str, arm: str, seed: str) -> None:
+    """A variant of the second web of a seed; pairs pass each filter by themselves."""
+
+    def name(of_arm: str) -> str:
+        return f"second_{size}_{of_arm}_{seed}"
+
+    if arm == "raw":
+        write(folder, second_web.make_records(int(seed), int(size)))
+        return
+    if arm == "clip_score":
+        _write_best(data, folder, str(data.make(name("raw"))), name("raw"), name("cat"))
+        return
+    if arm.startswith("only_"):
+        _filter_by_one(folder, str(data.make(name("raw"))), arm[-1])
+        return
+    raw = read(data.make(name("raw")))
+    if arm == "oracle":
+        write(folder, [r for r in raw if r.metadata["noise"] in second_web.RIGHT])
+    elif arm == "random":
+        write(folder, _sample(raw, len(read(data.make(name("cat")))), int(seed)))
+    else:
+        gates = [data.make(name(f"only_{gate}")) for gate in _GATES[arm]]
+        write(folder, _intersect(raw, gates))
+
+
+def _filter_by_one(folder: pathlib.Path, pairs: str, gate: str) -> None:
+    others = [f"--config.{key}=False" for letter, key in _FILTERS.items() if letter != gate]
+    _run_filter("cat", pairs, folder, *others)
+
+
+def _sample(records: Sequence[Record], size: int, seed: int) -> list[Record]:
+    order = np.random.default_rng(seed).permutation(len(records))
+    return [records[i] for i in sorted(order[:size])]
+
+
+def _intersect(records: Sequence[Record], folders: Iterable[pathlib.Path]) -> list[Record]:
+    """The records whose keys are in all of the folders."""
+    kept = [{record.key for record in read(folder)} for folder in folders]
+    return [record for record in records if all(record.key in keys for keys in kept)]
+
+
+def _make_clipart(data: Data, folder: pathlib.Path) -> None:
+    """Two tars: the drawings to train on, and the held-out ones with a title that names them."""
+    run_command("data_prep.examples", "clipart", f"--output={folder}")
+    pairs = list(open_source(str(folder / "clipart.tar")))
+    judgements = clipart.read_judgements()
+    if set(clipart.choose_held_out(pairs)) != set(judgements):
+        raise ValueError(f"{folder}/clipart.tar: not the drawings that were judged")
+    right = [pair for pair in pairs if judgements.get(pair.key) == "names"]
+    write_pairs(folder / "test.tar", ((pair, pair.caption) for pair in right))
+    others = [pair for pair in pairs if pair.key not in judgements]
+    write_pairs(folder / "train.tar", ((pair, pair.caption) for pair in others))
+
+
+def _make_clipart_all(data: Data, folder: pathlib.Path, gate: str) -> None:
+    """All pairs to train on, or those that one filter keeps."""
+    pairs = str(data.make("clipart") / "train.tar")
+    if gate == "raw":
+        _run_filter("convert", pairs, folder)
+    else:
+        _filter_by_one(folder, pairs, gate[-1])
+
+
+def _make_clipart_arm(data: Data, folder: pathlib.Path, arm: str, seed: str) -> None:
+    """What a filter keeps of the draw of a seed."""
+    if arm == "clip_score":
+        raw, own = f"clipart_raw_{seed}", f"clipart_own_title_{seed}"
+        _write_best(data, folder, str(data.make(raw)), raw, own)
+        return
+    everything = read(data.make("clipart_all_raw"))
+    drawn = clipart.draw(everything, int(seed))
+    if arm == "raw":
+        write(folder, drawn)
+    elif arm == "own_title":
+        own = clipart.has_own_title(everything)
+        keys = {r.key for r, is_own in zip(everything, own, strict=True) if is_own}
+        write(folder, [r for r in drawn if r.key in keys])
+    elif arm == "random":
+        write(folder, _sample(drawn, len(read(data.make(f"clipart_only_c_{seed}"))), int(seed)))
+    else:
+        gates = [data.make(f"clipart_all_only_{gate}") for gate in _GATES[arm]]
+        write(folder, _intersect(drawn, gates))
+
+
+def _make_teacher(data: Data, folder: pathlib.Path) -> None:
+    run_command(
+        "data_prep.synthetic.teacher",
+        f"--input={data.make('web')}/train-*.tar",
+        f"--output={folder}/teacher.npz",
+        f"--num_scenes={_TEACHER_SCENES}",
+    )
+
+
+def _make_cat_labelled(data: Data, folder: pathlib.Path) -> None:
+    run_command(
+        "data_prep.label",
+        "--config=configs/prep/concepts.py",
+        f"--config.input={data.make('cat')}",
+        f"--config.output={folder}",
+        "--config.teacher.kind=precomputed",
+        f"--config.teacher.precomputed.files={data.make('teacher')}/teacher.npz",
+    )
+
+
+def _make_unseen(data: Data, folder: pathlib.Path) -> None:
+    write(folder, [r for r in read(data.make("cat")) if not _shows_unseen(r)])
+
+
+def _shows_unseen(record: Record) -> bool:
+    scenes = [record.metadata.get(name) for name in ("scene", "caption_scene")]
+    kinds = {(o["shape"], o["color"]) for scene in scenes if scene for o in scene["objects"]}
+    return bool(kinds & set(UNSEEN))
+
+
+def _make_unseen_shots(data: Data, folder: pathlib.Path) -> None:
+    # A fifth of the training pictures is held out to choose settings on.
+    for split, per_class in (("train", max(SHOTS) * 5 // 4), ("test", _TEST_SHOTS)):
+        with tarfile.open(folder / f"{split}.tar", "w") as tar:
+            for index in range(per_class * len(UNSEEN)):
+                shape, color = UNSEEN[index % len(UNSEEN)]
+                rng = np.random.default_rng([len(split), index])
+                scene = sampling.sample_single(rng, shape, color)
+                picture = io.BytesIO()
+                drawing.render_scene(rng, scene, web.Settings().image_size).save(picture, "PNG")
+                label = {"label": index % len(UNSEEN), "class_name": f"{color} {shape}"}
+                caption = captions.describe_scene(rng, scene, complete=True)
+                for ending, content in (
+                    ("png", picture.getvalue()),
+                    ("txt", caption.encode()),
+                    ("json", json.dumps(label).encode()),
+                ):
+                    member = tarfile.TarInfo(f"{split}-{index:06d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def _make_recaptioned(data: Data, folder: pathlib.Path, variant: str) -> None:
+    """The records of a variant with four more captions of what the picture shows, if anything."""
+    changed = []
+    for index, record in enumerate(read(data.make(variant))):
+        texts = [record.caption, *_describe(record.metadata, 4, index)]
+        texts = list(dict.fromkeys(texts))
+        kinds = [USUAL_KIND, *["synthetic"] * (len(texts) - 1)]
+        changed.append(with_captions(record, texts, kinds))
+    write(folder, changed)
+
+
+def _make_long(data: Data, folder: pathlib.Path, variant: str) -> None:
+    """The records of a variant, their captions followed by three sentences about the picture."""
+    records = enumerate(read(data.make(variant)))
+    texts = ((r, [r.caption, *_describe(r.metadata, 3, index)]) for index, r in records)
+    write(folder, [dataclasses.replace(record, caption=_join(each)) for record, each in texts])
+
+
+def _make_long_scenes(data: Data, folder: pathlib.Path) -> None:
+    """The held-out scenes with four sentences each, in none of which all must be named."""
+    pairs = enumerate(open_source(str(data.make("web") / "val_retrieval.tar")))
+    texts = ((pair, _join(_describe(pair.metadata, 4, index))) for index, pair in pairs)
+    write_pairs(folder / "val_retrieval.tar", texts)
+
+
+def _describe(metadata: Mapping[str, Any], count: int, index: int) -> list[str]:
+    """Sentences about the scene that a picture shows; none where it shows no scene."""
+    shown = metadata.get("scene")
+    if not shown:
+        return []
+    looks = [{k: v for k, v in o.items() if k != "box"} for o in shown["objects"]]
+    scene = Scene(shown["relation"], tuple(SceneObject(**look) for look in looks))
+    rng = np.random.default_rng([count, index])
+    return [captions.describe_scene(rng, scene) for _ in range(count)]
+
+
+def _join(sentences: Sequence[str]) -> str:
+    return ". ".join(sentence.rstrip(".") for sentence in sentences)
+
+
+def _make_rewritten(data: Data, folder: pathlib.Path, seed: str) -> None:
+    run_command(
+        "diht_jax.caption",
+        f"--model={data.model_for(folder.name)}",
+        f"--input={data.make('raw')}",
+        f"--output={folder}",
+    )
+
+
+def _make_emoji(data: Data, folder: pathlib.Path) -> None:
+    run_command(
+        "data_prep.filter",
+        "--config=configs/prep/convert.py",
+        f"--config.input={data.shared / 'emoji_google.tar'}",
+        f"--config.output={folder}",
+    )
+
+
+def _make_emoji_shuffled(data: Data, folder: pathlib.Path, share: str, seed: str) -> None:
+    records = read(data.make("emoji"))
+    texts = exchange([r.caption for r in records], int(share) / 100, int(seed))
+    changed = zip(records, texts, strict=True)
+    write(folder, [dataclasses.replace(r, caption=text, metadata={}) for r, text in changed])
+
+
+def _make_photos(data: Data, folder: pathlib.Path, share: str) -> None:
+    pairs = list(open_source(str(data.shared / "cifar10_train.tar")))
+    texts = exchange([pair.caption for pair in pairs], int(share) / 100, 0)
+    tar = folder.with_name(f"{folder.name}.tar")
+    write_pairs(tar, zip(pairs, texts, strict=True))
+    run_command(
+        "data_prep.filter",
+        "--config=configs/prep/convert.py",
+        "--config.concepts=True",
+        f"--config.input={tar}",
+        f"--config.output={folder}",
+    )
+    tar.unlink()
+
+
+def _make_photo_labels(data: Data, folder: pathlib.Path, share: str, labels: str) -> None:
+    if labels == "shuffled":
+        shuffle_labels(data.make(f"cifar10_wrong_{share}_teacher"), folder)
+        return
+    builder = "benchmarks.lab.random_teacher:build"
+    run_command(
+        "data_prep.label",
+        "--config=configs/prep/concepts_efficientnet.py",
+        f"--config.input={data.make(f'cifar10_wrong_{share}')}",
+        f"--config.output={folder}",
+        "--config.merge=True",
+        *([f"--config.teacher.torch.function={builder}"] if labels == "random" else []),
+    )
+
+
+def shuffle_labels(labelled: pathlib.Path, folder: pathlib.Path) -> None:
+    """The records with the labels of other records."""
+    records = read(labelled)
+    order = np.random.default_rng(0).permutation(len(records))
+    names = ("object_ids", "object_probs", "attribute_ids", "attribute_probs")
+    write(
+        folder,
+        [
+            dataclasses.replace(record, **{name: getattr(records[i], name) for name in names})
+            for record, i in zip(records, order, strict=True)
+        ],
+    )
+    vocabulary = read_vocabulary(labelled)
+    write_vocabulary(folder, vocabulary)
+    # What training reads of the statistics of `data_prep.label`.
+    text = json.dumps({"counts": {STATS_KEY: vocabulary.describe()}})
+    write_bytes(folder / f"{_SHARD}{STATS_SUFFIX}", text.encode())
+
+
+def _make_clips(data: Data, folder: pathlib.Path, variant: str) -> None:
+    family = variant.partition("_")[0]
+    write(folder, read(data.make(variant)))
+    crop_scale = STUDENTS[family].config["data.crop_scale"]
+    run_command(
+        "data_prep.label",
+        "--config=configs/prep/concepts.py",
+        "--config.concepts=False",
+        f"--config.clip_teachers.models={data.model_for(folder.name)}",
+        "--config.clip_teachers.crops=4",
+        f"--config.clip_teachers.crop_scale={crop_scale}",
+        f"--config.input={folder}",
+        f"--config.output={folder / CLIPS}",
+    )
+
+
+def _make_emoji_labelled(data: Data, folder: pathlib.Path) -> None:
+    """The emoji with labels of the teacher of the photos."""
+    kept = folder / "kept"
+    run_command(
+        "data_prep.filter",
+        "--config=configs/prep/convert.py",
+        "--config.concepts=True",
+        f"--config.input={data.shared / 'emoji_google.tar'}",
+        f"--config.output={kept}",
+    )
+    run_command(
+        "data_prep.label",
+        "--config=configs/prep/concepts_efficientnet.py",
+        f"--config.input={kept}",
+        f"--config.output={folder}",
+        "--config.merge=True",
+    )
+
+
+def exchange(texts: Sequence[str], share: float, seed: int) -> list[str]:
+    """The texts, of which a share has changed hands: each of these is another text than before."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(texts))[: round(share * len(texts))]
+    given = rng.permutation(chosen)
+    while True:
+        unchanged = [i for i in range(len(chosen)) if texts[chosen[i]] == texts[given[i]]]
+        if not unchanged:
+            break
+        for i in unchanged:
+            j = rng.integers(len(chosen))
+            given[i], given[j] = given[j], given[i]
+    changed = list(texts)
+    for target, origin in zip(chosen, given, strict=True):
+        changed[target] = texts[origin]
+    return changed
+
+
+def read(folder: pathlib.Path) -> list[Record]:
+    """The records of a variant."""
+    return [decode_record(each) for shard in find_shards(folder) for each in read_records(shard)]
+
+
+def write(folder: pathlib.Path, records: Iterable[Record]) -> None:
+    """Writes records as the one shard of a variant."""
+    with TFRecordWriter(folder / _SHARD) as writer:
+        for record in records:
+            writer.write(encode_record(record))
+
+
+_KIND = "|".join(web.NOISE_KINDS)
+MAKERS: dict[str, Callable] = {
+    rf"web(?:_({_KIND})_(double|half))?": _make_web,
+    "raw": _make_raw,
+    "cat": _make_cat,
+    "only_([cat])": _make_only,
+    r"random_(\d+)": _make_random,
+    r"clip_score_(\d+)": _make_clip_score,
+    "oracle": _make_oracle,
+    rf"(raw|cat)_of_({_KIND})_(double|half)": _make_of_web,
+    "teacher": _make_teacher,
+    "cat_labelled": _make_cat_labelled,
+    r"second_(\d+)_(raw|random|only_[cat]|c_and_t|cat|clip_score|oracle)_(\d+)": _make_second,
+    "clipart": _make_clipart,
+    "clipart_all_(raw|only_[cat])": _make_clipart_all,
+    r"clipart_(raw|own_title|random|only_[cat]|c_and_t|cat|clip_score)_(\d+)": _make_clipart_arm,
+    "unseen": _make_unseen,
+    "unseen_shots": _make_unseen_shots,
+    "(raw|cat)_recaptioned": _make_recaptioned,
+    "(cat)_long": _make_long,
+    "long_scenes": _make_long_scenes,
+    r"raw_rewritten_(\d+)": _make_rewritten,
+    "emoji": _make_emoji,
+    r"emoji_shuffled_(\d+)_(\d+)": _make_emoji_shuffled,
+    r"(emoji_shuffled_\d+_\d+|cifar10_wrong_\d+)_clips": _make_clips,
+    "(cifar10_wrong_50)_own_clips": _make_clips,
+    "emoji_labelled": _make_emoji_labelled,
+    r"cifar10_wrong_(\d+)": _make_photos,
+    r"cifar10_wrong_(\d+)_(teacher|random|shuffled)": _make_photo_labels,
+}
