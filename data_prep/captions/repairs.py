@@ -145,7 +145,7 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         sentence.dep[i - 1] = "compound"
         return
     things = sentence.kids_of(i, "dobj")
-    if things and _describes_thing(sentence, i, things[0], words):
+    if things and _describes_thing(sentence, i, things[0]):
         named = low in lexicon.ROOM_GERUNDS
         sentence.tag[i] = "NN" if named else "JJ"
         sentence.lemma[i] = low
@@ -189,7 +189,7 @@ def _reads_as_name(sentence: Sentence, i: int) -> bool:
     )
 
 
-def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemmatizer) -> bool:
+def _describes_thing(sentence: Sentence, i: int, thing: int) -> bool:
     """Returns whether a verb without a subject describes the bare noun read as its object."""
     if sentence.has_kid(thing, "det", "poss") or thing < i:
         return False

@@ -254,17 +254,16 @@ def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
     for below, suffix in ((("parts",), SUFFIX), ((FOLDER,), ".parquet"), ((), SUFFIX)):
         where = files.join(folder, *below)
         present = files.list_names(where, lambda name, suffix=suffix: name.endswith(suffix))
-        if not present:
-            continue
         # Parts stand in the order of their inputs, not in that of their names.
         ordered = [entry["name"] + suffix for entry in read_manifest(where)]
-        if not ordered and suffix == SUFFIX:
+        if present and not ordered and suffix == SUFFIX:
             raise ValueError(
                 f"{files.join(where, MANIFEST)}: missing, or damaged; run the filter again"
             )
         known = set(present)
         names = [name for name in ordered or present if name in known]
-        return [files.join(where, name) for name in names], stats
+        if names:
+            return [files.join(where, name) for name in names], stats
     raise ValueError(f"{named}='{folder}': no files of decisions; filter it again with --overwrite")
 
 

@@ -137,7 +137,13 @@ def reject_or_remove_stale(
     own = {os.path.basename(unit.output) for unit in units}
     there = [unit for unit in units if os.path.basename(unit.output) in scanned]
     done, gone = shards.find_finished(there), sorted(scanned - own)
-    changed = [unit for unit in there if unit.output not in done]
+    # Scans that are damaged are made again whatever their number: their inputs are the same.
+    again = [unit for unit in there if unit.output not in done]
+    changed = [
+        unit
+        for unit, stats, change in shards.check_all(again)
+        if stats is not None and change is not None
+    ]
     count, allowed = len(gone) + len(changed), allowed_number(max_changed, len(scanned))
     if count > allowed:
         located = (
@@ -152,7 +158,7 @@ def reject_or_remove_stale(
             f"{max_changed:g} allows {allowed} together. Choose another config.output, or have "
             f"them removed or scanned again with --config.max_changed_shards={count}"
         )
-    for unit in changed:
+    for unit in again:
         logging.warning(
             "%s: scanned again, since it, its embeddings or its scan changed", unit.source
         )

@@ -149,7 +149,7 @@ class Lookup:
                 f"'{described}': damaged; run python -m data_prep.duplicates again, with this "
                 "output"
             )
-        if summary is None:
+        if summary is None or "digest" not in summary:
             raise ValueError(
                 f"'{folder}': no complete output of python -m data_prep.duplicates; run that "
                 "command (again)"

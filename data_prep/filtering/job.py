@@ -190,7 +190,7 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
             )
         shards.remove_merged(folder)
         options = engine_options(config, job.engine)
-        failures = run_pending(resharding.copy_records, restored, label="restore", **options)
+        failures = run_pending(resharding.restore_part, restored, label="restore", **options)
         if failures:
             return failures, []
         if job.is_resharded:

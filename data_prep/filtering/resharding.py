@@ -171,6 +171,11 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     return stats
 
 
+def restore_part(part: BalancedShard, report: Report) -> None:
+    """Writes a part of `plan_restoring` again; a task of `run_tasks`."""
+    copy_records(part, report)
+
+
 def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]:
     """Writes the records of the slices of a shard, or of a part that is restored.
 

@@ -121,6 +121,7 @@ def after_death(task: Any, may_be_blamed: bool) -> Any:
     record = None
     with contextlib.suppress(OSError):
         record = files.read_object(path)
+    with contextlib.suppress(OSError):
         files.remove(path)
     if task.search is None or not may_be_blamed:
         return dataclasses.replace(task, search=task.search or CrashSearch())

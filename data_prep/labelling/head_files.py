@@ -121,9 +121,9 @@ def _hash_weights(data: bytes) -> str:
 
 def read_description(folder: str) -> dict[str, Any] | None:
     """The contents of `heads.json`; None where it is missing, damaged or of another `heads.npz`."""
-    description = files.read_object(files.join(folder, DESCRIPTION))
-    is_whole = description is not None and description["weights_hash"] == hash_heads(folder)
-    return description if is_whole else None
+    description = files.read_object(files.join(folder, DESCRIPTION)) or {}
+    is_whole = {"recipe", "weights_hash", "heads"} <= description.keys()
+    return description if is_whole and description["weights_hash"] == hash_heads(folder) else None
 
 
 def load_trained(folder: str, teacher: TeacherInfo) -> tuple[dict[str, Head], dict[str, Any]]:

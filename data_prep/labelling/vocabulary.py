@@ -11,6 +11,7 @@ those of a record that has fewer than m.
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,18 +49,22 @@ def read_counts(shards: Sequence[str]) -> Counted:
     records: list[int] = []
     paths = [shard + STATS_SUFFIX for shard in shards]
     everything = files.map_many(files.read_object, paths, paths[0] if paths else "")
-    for path, stats in zip(paths, everything, strict=True):
+    names = {os.path.basename(shard) for shard in shards}
+    for shard, path, stats in zip(shards, paths, everything, strict=True):
         try:
             stats = stats or {}  # a missing or damaged file
-            found, number = stats["counts"]["concepts"], stats["output"]["records"]
+            found = [stats["counts"]["concepts"][kind] for kind in KINDS]
+            owner, number = stats["output"]["file"], stats["output"]["records"]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: missing, damaged, or no counts of concepts; write the shards again with "
                 "`python -m data_prep.filter` and config.concepts=True"
             ) from error
+        if owner in names and owner != os.path.basename(shard):
+            raise ValueError(f"{path}: these are the statistics of {owner}; write the shards again")
         records.append(number)
-        for kind in KINDS:
-            counts[kind].update(found[kind])
+        for kind, own in zip(KINDS, found, strict=True):
+            counts[kind].update(own)
             if len(counts[kind]) > _MAX_HELD:
                 counts[kind] = collections.Counter(dict(counts[kind].most_common(_MAX_HELD // 2)))
     return Counted(counts, records)

@@ -200,7 +200,7 @@ def _plot(
         if end is None:
             name = f"{start:g} and more"
         elif isinstance(start, int):
-            name = str(start) if end - 1 == start else f"{start} to {end - 1:g}"
+            name = str(start) if end - 1 == start else f"{start} to {end - 1}"
         else:
             name = f"{start:g} to {end:g}"
         label = "" if number % stride else f"{start:g}{'+' if end is None else ''}"

@@ -150,7 +150,6 @@ class InFlight:
         stores: Sequence[BlockStore],
         options: ReadAheadOptions,
         *,
-        batch_size: int,
         process_count: int,
     ) -> int:
         """Plans which blocks are fetched ahead, logs their size, and compares it with its bound.
@@ -213,6 +212,7 @@ class BatchMemory:
     def __init__(self):
         # For each batch its bytes by name. All arrays that are lent are views of them.
         self._batches: list[dict[str, np.ndarray]] = []
+        self._lock = threading.Lock()
 
     def is_short(self) -> bool:
         """Returns whether as many batches are in use as there should be at a time."""
@@ -220,23 +220,28 @@ class BatchMemory:
 
     def lend(self, part: dict[str, np.ndarray], num_parts: int) -> dict[str, np.ndarray]:
         """Uninitialised arrays for `num_parts` parts like `part`, [num_parts * rows, ...] each."""
-        wanted = {name: num_parts * array.nbytes + mmap.PAGESIZE for name, array in part.items()}
-        unused = [batch for batch in self._batches if _references(batch) <= _UNUSED]
-        fitting = (b for b in unused if {name: raw.nbytes for name, raw in b.items()} == wanted)
-        batch = next(fitting, None)
-        # What does not fit, or is more than is needed at a time, is given back to the system.
-        gone = [b for b in unused if b is not batch][JOINED_BATCHES - 1 :]
-        self._batches = [b for b in self._batches if not any(b is other for other in gone)]
-        if batch is None:
-            batch = {name: np.empty(num_bytes, np.uint8) for name, num_bytes in wanted.items()}
-            self._batches.append(batch)
-        lent = {}
-        for name, array in part.items():
-            shape = (num_parts * len(array), *array.shape[1:])
-            start = -batch[name].ctypes.data % mmap.PAGESIZE  # so that JAX on the CPU need not copy
-            end = start + math.prod(shape) * array.itemsize
-            lent[name] = batch[name][start:end].view(array.dtype).reshape(shape)
-        return lent
+        with self._lock:  # of a join that was given up, the thread may still be here
+            wanted = {
+                name: num_parts * array.nbytes + mmap.PAGESIZE for name, array in part.items()
+            }
+            unused = [batch for batch in self._batches if _references(batch) <= _UNUSED]
+            fitting = (b for b in unused if {name: raw.nbytes for name, raw in b.items()} == wanted)
+            batch = next(fitting, None)
+            # What does not fit, or is more than is needed at a time, is given back to the system.
+            gone = [b for b in unused if b is not batch][JOINED_BATCHES - 1 :]
+            self._batches = [b for b in self._batches if not any(b is other for other in gone)]
+            if batch is None:
+                batch = {name: np.empty(num_bytes, np.uint8) for name, num_bytes in wanted.items()}
+                self._batches.append(batch)
+            lent = {}
+            for name, array in part.items():
+                shape = (num_parts * len(array), *array.shape[1:])
+                start = (
+                    -batch[name].ctypes.data % mmap.PAGESIZE
+                )  # so that JAX on the CPU need not copy
+                end = start + math.prod(shape) * array.itemsize
+                lent[name] = batch[name][start:end].view(array.dtype).reshape(shape)
+            return lent
 
 
 def _references(batch: Mapping[str, np.ndarray]) -> int:
@@ -326,9 +331,10 @@ class _Join(threading.Thread):
             self._error = error
 
     def _part(self) -> dict[str, np.ndarray]:
+        part = {} if self._stopped else self._next_part()
         if self._stopped:
             raise InterruptedError("the input is closed")
-        return self._next_part()
+        return part
 
 
 def join_parts(

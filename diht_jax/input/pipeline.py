@@ -119,7 +119,7 @@ class TrainIterator:
         self._parts_ahead = 0
         if self.block_stores:
             self._parts_ahead = self._in_flight.plan_blocks(
-                self.block_stores, read_ahead, batch_size=batch_size, process_count=process_count
+                self.block_stores, read_ahead, process_count=process_count
             )
         self.skipped_records = 0
         self._parts_taken = 0  # since the workers were started

@@ -95,8 +95,8 @@ class TFRecordSource(ShardedRecords):
         starts = [0]
         while len(starts) <= last - first and len(data) - starts[-1] >= FRAME_BYTES:
             length = framed_length(data[starts[-1] : starts[-1] + FRAME_BYTES])
-            if length is None:
-                raise self._damaged_length(first + len(starts) - 1)
+            if length is None:  # damaged; the index knows where the other records are
+                break
             starts.append(starts[-1] + length)
         is_whole = len(starts) == last - first + 1 and starts[-1] == len(data)
         return np.array(starts, np.int64) if is_whole else super().cut(first, last, data)

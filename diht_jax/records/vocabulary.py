@@ -225,7 +225,7 @@ def folder_vocabulary(
         index_path = os.path.join(folder, INDEX_NAME)
         check_vocabulary(known, vocabulary.describe(), index_path, folder)
         return vocabulary
-    for shard, label in zip(shards, map_many(_read_label, shards, folder), strict=True):
+    for shard, label in zip(shards, map_many(_read_label, shards), strict=True):
         if label is None:
             raise ValueError(
                 f"{shard}{STATS_SUFFIX}: names no vocabulary, though the folder has one; the shard "

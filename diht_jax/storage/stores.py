@@ -214,7 +214,7 @@ class RangesFile(io.RawIOBase):
     def _fetch(self, start: int, end: int) -> bytes:
         end = min(end, self.size)
         data = read_range(self.path, start, end) if start < end else b""
-        if len(data) < end - start:
+        if len(data) != max(0, end - start):
             raise StorageError(
                 f"{self.path}: it was written again while it was being read; run the command again"
             )

@@ -43,7 +43,6 @@ from diht_jax.training.step import TrainState, initial_average, train_step, trai
 # Some ten roundings of bfloat16, relative to the largest number.
 _ATTENTION_TOLERANCE = 2e-2
 
-
 # The jitted step of a run: traced, compiled or called with (state, batch).
 TrainStep = jax.stages.Wrapped
 

@@ -36,7 +36,6 @@ Metrics = dict[str, Float[Array, ""]]
 
 # Name of the optimiser's operations in jaxprs and profiles.
 OPTIMIZER_SCOPE = "optimizer"
-# Share of the texts that shared rows as they were meant to.
 
 
 @flax.struct.dataclass

@@ -279,7 +279,7 @@ class LoadedModel:
         is_array = isinstance(images, np.ndarray | jax.Array)
         if is_array and images.shape[1:] == shape and images.dtype == np.uint8:
             return np.asarray(images)
-        if isinstance(images, Image.Image | str | os.PathLike) or (is_array and images.ndim == 3):
+        if isinstance(images, Image.Image | str | os.PathLike) or (is_array and images.ndim < 4):
             images = [images]
         if not isinstance(images, Iterable) or isinstance(images, bytes | dict):
             raise ValueError(f"images: {_EXPECTED_PICTURES}, got {type(images).__name__}")

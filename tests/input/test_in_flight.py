@@ -82,6 +82,16 @@ def test_batches_are_their_parts_in_memory_that_is_used_again(joiner):
     assert len(seen) <= 4 * JOINED_BATCHES
 
 
+def test_no_batch_is_joined_ahead_of_two_that_are_in_use(joiner, source):
+    first, second = joiner.take(), joiner.take()
+    assert joiner._memory.is_short() and source.taken == 2 * PARTS
+    ahead = joiner._ahead
+    assert ahead.is_alive() and not ahead._batch  # it waits for room
+    del first
+    wait_until(lambda: source.taken == 3 * PARTS)
+    assert_is(second, 1)
+
+
 def test_batches_that_are_kept_stay_as_they_are(joiner):
     kept = [joiner.take() for _ in range(6)]
     for number, found in enumerate(kept):

@@ -1,10 +1,8 @@
-"""Blocks of consecutive records: their limits, their bytes, and what damage costs."""
+"""Blocks of consecutive records: their limits."""
 
 import numpy as np
-import pytest
 
 from diht_jax.records.sharded import ShardedRecords
-from diht_jax.records.tfrecord import TFRecordWriter
 
 
 class Counted(ShardedRecords):
@@ -38,15 +36,3 @@ def test_blocks_end_with_their_shard_and_a_short_rest_joins_the_one_before():
         starts = Counted(lengths).block_starts(size)
         assert starts.dtype == np.int64 and starts.tolist() == divide(lengths, size)
     assert Counted([7, 5]).shard_lengths.tolist() == [7, 5]
-
-
-@pytest.fixture
-def shard(tmp_path):
-    path = tmp_path / "a.tfrecord"
-    random = np.random.default_rng(0)
-    with TFRecordWriter(path) as writer:
-        for length in (0, 40, 3, 3, 90, 17):
-            writer.write(random.bytes(length))
-    with TFRecordWriter(tmp_path / "b.tfrecord") as writer:
-        writer.write(b"another shard")
-    return path

@@ -46,17 +46,6 @@ def make_batch() -> dict[str, np.ndarray]:
     }
 
 
-def short_and_long_texts() -> np.ndarray:
-    """Two texts whose largest id, the end, comes early, and two at whose end it stands; and so on.
-
-    A row has room for two of the former, and for one of the latter.
-    """
-    tokens = make_batch()["tokens"] % 63
-    ends = np.where(np.arange(BATCH_SIZE) % 4 < 2, np.arange(BATCH_SIZE) % 3 + 1, 7)
-    tokens[np.arange(BATCH_SIZE), ends] = 63
-    return tokens
-
-
 # Of the overrides of a config: the parts that SigLIP's and PE-Core's towers have.
 SIGLIP = {
     "class_token": False,

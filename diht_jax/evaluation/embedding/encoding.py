@@ -188,9 +188,8 @@ class Encoder:
 
         def embed(pixels: list[np.ndarray]) -> None:
             batch = np.stack(pixels)
-            if (
-                embedded
-            ):  # a source smaller than one batch needs no filling: nothing is compiled yet
+            # A source smaller than one batch needs no filling: nothing is compiled yet.
+            if embedded:
                 batch = np.pad(batch, [(0, size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
             embedded.append(np.asarray(self.model.encode_image(batch), np.float32)[: len(pixels)])
 

@@ -32,7 +32,7 @@ from diht_jax.storage.files import join
 _CAPTION_FIELDS = (*CAPTION_NAMES, "sentence", "question")
 
 
-def read_rows(path: str) -> list[dict[str, Any]]:
+def read_rows(path: str, what: str = "a JSON list of objects") -> list[dict[str, Any]]:
     """Reads the rows of a `.json` list or a `.jsonl` file.
 
     Raises:
@@ -41,14 +41,14 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     if path.endswith(".jsonl"):
         rows = []
         # Not `splitlines`: JSON texts may hold other characters that it takes for line breaks.
-        for number, line in enumerate(read_text(path).split("\n"), start=1):
+        for number, line in enumerate(read_text(path, what).split("\n"), start=1):
             if line.strip():
                 try:
                     rows.append(parse_json_object(line))
                 except ValueError as error:
                     raise ValueError(f"{path}: line {number}: {error}") from error
         return rows
-    rows = read_json(path, list, "a JSON list of objects")
+    rows = read_json(path, list, what)
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a JSON list of objects")
     return rows

@@ -72,7 +72,7 @@ def _read_lists(path: str, splits: str | None) -> dict[str, list[int]]:
     if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", splits):
         raise ValueError(f"splits={splits}: expected numbers, such as 1 or 1,2,3")
     numbers = sorted({int(number) for number in splits.split(",")})
-    has_field = re.fullmatch(r"[^{}]*\{(:0?\d?)?\}[^{}]*", path)
+    has_field = re.fullmatch(r"[^{}]*\{0?(:0?\d?d?)?\}[^{}]*", path)
     if len(numbers) > 1 and not has_field:
         raise ValueError(
             f"{path}: expected one field for the number of the split in the name of the list, such "

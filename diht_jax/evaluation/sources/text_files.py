@@ -15,7 +15,7 @@ from diht_jax.storage.retries import StorageError
 from diht_jax.storage.stores import is_remote
 
 
-def read_text(path: str, what: str = "one") -> str:
+def read_text(path: str, what: str = "a text file") -> str:
     """Reads a UTF-8 text file, local or in a store, without a byte order mark.
 
     Raises:

@@ -263,9 +263,10 @@ class LabelRecords(Sequence[Label]):
 
     def fingerprint(self) -> tuple[ShardIdentity, ...]:
         """Rows of a `Fingerprint` for the shards of labels."""
+        rows = (self._shards[path] for path in self._records.paths)
         return tuple(
             (f"{self.kind}/{name}", count, size, shard.digest)
-            for shard, (name, count, size, _) in self._shards.values()
+            for shard, (name, count, size, _) in rows
         )
 
     @classmethod

@@ -268,8 +268,8 @@ class OpenTrackers:
         """
         names, values = ["tensorboard"], {}
         if config is not None:
-            names, values = tracker_names(config.trackers), config.to_json_best_effort()
-            values = json.loads(values)
+            names = tracker_names(config.trackers)
+            values = json.loads(config.to_json_best_effort())
         run = TrackedRun(workdir, start_step, values)
         opened = [_guard(TRACKERS[n], lambda kind=TRACKERS[n]: kind(run)) for n in names]
         self._open = [tracker for tracker in opened if tracker is not None]

@@ -3,6 +3,7 @@
 import collections
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -87,6 +88,15 @@ def test_vocabulary_is_ordered_and_cut():
     assert _build(shuffled).objects.hash == _build(counts).objects.hash
     with pytest.raises(ValueError, match="min_count=30 leaves no concept.* occurs in 20 pairs"):
         _build(counts, min_count=30)
+
+
+def test_statistics_of_another_shard_are_not_counted_twice(filtered, tmp_path):
+    folder = shutil.copytree(filtered / "cat", tmp_path / "kept")
+    first, *_, last = find_shards(folder)
+    shutil.copy(f"{first}.stats.json", f"{last}.stats.json")
+    expected = rf"{last}.stats.json: .*statistics of {pathlib.Path(first).name}"
+    with pytest.raises(ValueError, match=expected):
+        concept_vocabulary.read_counts(find_shards(folder))
 
 
 def test_shards_without_concepts(filtered, tmp_path):
