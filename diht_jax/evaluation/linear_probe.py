@@ -114,8 +114,10 @@ def fit_probes(
     """
     sizes = {len(draw) for draw in draws}
     if len(sizes) != 1 or not (all(sizes) and settings and len(validation)):
-        found = f"draws of {sorted(sizes)} examples, {len(validation)} to validate on, {len(settings)} settings"
-        raise ValueError(f"expected draws of one size and settings, got {found}")
+        raise ValueError(
+            f"expected draws of one size and settings, got draws of {sorted(sizes)} examples, "
+            f"{len(validation)} to validate on, {len(settings)} settings"
+        )
     mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     num_classes = start.shape[1]
     train, block = _stack_blocks(draws, num_classes)

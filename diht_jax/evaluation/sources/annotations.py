@@ -102,7 +102,7 @@ def winoground_units(
     The caption is the image's own; `metadata` holds `example` (its `id`) and `side` (0 or 1).
     """
     items = []
-    for number, row in enumerate(read_rows(path)):
+    for number, row in enumerate(read_rows(path, "Winoground's examples.jsonl")):
         check_texts(path, number, row, ("image_0", "image_1", "caption_0", "caption_1"))
         for side in (0, 1):
             metadata = {"example": str(row.get("id", number)), "side": side}

@@ -73,7 +73,7 @@ def aro_units(path: str, *, image_root: str | None = None) -> Units:
         image_root: folder of the pictures, or its URL; by default `images` next to a file of Visual
             Genome, the folder itself of an order.
     """
-    rows = read_rows(path)
+    rows = read_rows(path, "one of ARO's files, such as visual_genome_relation.json")
     is_order = bool(rows) and "caption_options" in rows[0]
     find_group = _groups_of(rows)
     by_picture: dict[str, _Questions] = {}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.embedding.encoding import Batching, Encoder
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder, UnusablePair
 from diht_jax.records.schema import Pair
 from tests import make
 
@@ -42,6 +42,29 @@ def test_each_image_counts_once_and_in_order(count):
     # One shape, so that a jitted encoder compiles once; no filling where one batch is enough.
     assert set(model.shapes) == {(min(count, 8), 4, 4, 3)}
     assert len(model.shapes) == -(-count // 8)
+
+
+def test_unusable_pairs_are_counted_with_their_reason():
+    def describe(pair):
+        if pair.key == "k4":
+            raise UnusablePair("no_caption")
+        return pair.key
+
+    whole = _pair(0).image
+    broken = {1: b"", 2: b"no picture", 5: whole[: len(whole) // 2]}
+    pairs = [_pair(i, broken.get(i)) for i in range(7)]
+    encoded = Encoder(_MeanColor(), pairs, Batching(2)).images(describe)
+    assert encoded.notes == ["k0", "k3", "k6"]
+    assert encoded.image_emb[:, 0].tolist() == [0, 3, 6]
+    assert encoded.dropped == {"image_empty": 1, "image_unreadable": 2, "no_caption": 1}
+    assert encoded.dropped_keys == ["k1", "k2", "k4", "k5"]
+
+
+def test_a_source_without_any_usable_image_is_refused():
+    with pytest.raises(ValueError, match=r"no usable pair.*1 entries.*image_empty"):
+        Encoder(_MeanColor(), [_pair(0, b"")], Batching(8)).images(lambda pair: None)
+    with pytest.raises(ValueError, match="no usable pair.*0 entries"):
+        Encoder(_MeanColor(), [], Batching(8)).images(lambda pair: None)
 
 
 def test_a_diverged_model_is_refused():

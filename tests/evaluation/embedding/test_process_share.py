@@ -104,3 +104,22 @@ def test_a_limit_is_that_of_one_process():
     for result in found:
         _assert_equal(result, expected)
     assert source.bytes_read.total() <= 4 * 31 * len(_png(1))
+
+
+def test_an_error_of_one_process_ends_all():
+    threads = Threads(3)
+    source = _Source(40, threads)
+    source.units[7] = lambda: iter([Pair("k", _png(0), "stop")])
+
+    def refuse(pair):
+        if pair.caption == "stop":
+            raise ValueError("k: refused")
+
+    def work():
+        batching = Batching(8, 1, False, Processes(threads.own.index, 3, threads.exchange))
+        with pytest.raises(ValueError) as raised:
+            Encoder(_Model(), Entries(source.units), batching).images(refuse)
+        return str(raised.value)
+
+    there = "process 1 of 3: k: refused"
+    assert threads.run(work) == [there, "k: refused", there]
