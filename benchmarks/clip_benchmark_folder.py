@@ -16,8 +16,7 @@ from collections import Counter
 from PIL import Image
 
 from diht_jax.evaluation.embedding.encoding import UnusablePair
-from diht_jax.evaluation.prompts import CLASS_SLOT, fill_caption_template
-from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.protocols.base import CLASS_SLOT, Task, fill_caption_template
 from diht_jax.evaluation.protocols.class_names import name_index, raw_label, resolve_label
 from diht_jax.evaluation.protocols.retrieval import captions_of
 from diht_jax.evaluation.sources.benchmark_folder import DEFAULT_SPLIT

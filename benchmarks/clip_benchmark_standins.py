@@ -19,15 +19,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from benchmarks.clip_benchmark_folder import plain_picture
-from diht_jax.evaluation import prompts
-from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
+from diht_jax.evaluation.protocols import base
+from diht_jax.evaluation.sources.labels import VOC_CLASSES
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL, TASKS_BY_NAME
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
-_CIFAR10_CLASSES = prompts.read_class_names(TASKS_BY_NAME["cifar10"].class_names or ())
+_CIFAR10_CLASSES = base.read_class_names(TASKS_BY_NAME["cifar10"].class_names or ())
 PHOTOS, EMOJI = "cifar10_test.tar", "emoji_twitter.tar"
 
 
@@ -147,7 +147,7 @@ def write_standin(name: str, folder: pathlib.Path, data: pathlib.Path) -> int:
     if standin.kind != RETRIEVAL:
         texts["classnames.txt"] = "\n".join(names)
         texts["zeroshot_classification_templates.txt"] = "\n".join(
-            template.replace(prompts.CLASS_SLOT, "{c}") for template in templates
+            template.replace(base.CLASS_SLOT, "{c}") for template in templates
         )
     for file, text in texts.items():
         (folder / file).write_text(f"{text}\n", encoding="utf-8")
@@ -157,11 +157,11 @@ def write_standin(name: str, folder: pathlib.Path, data: pathlib.Path) -> int:
 def _words(standin: Standin) -> tuple[Sequence[str], Sequence[str]]:
     names, templates = standin.names, standin.templates
     if isinstance(names, str):
-        names = prompts.read_class_names(f"clip_benchmark:{names}")
+        names = base.read_class_names(f"clip_benchmark:{names}")
     if isinstance(templates, str):
-        templates = prompts.parse_templates(f"clip_benchmark:{templates}")
+        templates = base.parse_templates(f"clip_benchmark:{templates}")
     if standin.num_countries:
-        countries = prompts.read_class_names("clip_benchmark:country211")
+        countries = base.read_class_names("clip_benchmark:country211")
         names = (*names, *countries[: standin.num_countries])
     return names, templates
 

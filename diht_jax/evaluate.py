@@ -19,12 +19,15 @@ from absl import flags, logging
 
 from diht_jax import command_line, distributed
 from diht_jax.evaluation.charts import draw_comparison
-from diht_jax.evaluation.comparison import format_comparison
-from diht_jax.evaluation.results import (
+from diht_jax.evaluation.comparison import (
     LETTERS,
+    PUBLISHED_PERCENT,
+    format_comparison,
+    published_results,
+)
+from diht_jax.evaluation.results import (
     begin_results,
     format_results,
-    published_results,
     read_results,
     write_results,
 )
@@ -78,8 +81,8 @@ def main(arguments: Sequence[str]) -> None:
     if not distributed.is_first():
         return
     print_escaped(format_results(results))
-    published = published_results(given.model)
-    if published is not None:
+    if given.model in PUBLISHED_PERCENT:
+        published = published_results(given.model)
         print_escaped(f"\n{format_comparison(published, results)}")
 
 
@@ -90,9 +93,9 @@ def open_tasks(model: str, texts: Sequence[str]) -> list[Task]:
         ValueError: a wrong task, or the model is no run that holds records out.
     """
     from diht_jax.evaluation.task_parsing import parse_tasks
-    from diht_jax.evaluation.validation import NAME, validation_tasks
+    from diht_jax.evaluation.tasks import VALIDATION, validation_tasks
 
-    others = [text for text in texts if text.strip() != NAME]
+    others = [text for text in texts if text.strip() != VALIDATION]
     tasks = parse_tasks(others, **command_line.task_defaults())
     if len(others) == len(texts):
         return tasks
@@ -104,8 +107,9 @@ def open_tasks(model: str, texts: Sequence[str]) -> list[Task]:
     held_out = validation_tasks(read_config(workdir)) if (workdir / CONFIG_FILE).exists() else []
     if not held_out:
         raise ValueError(
-            f"--tasks={NAME} is what a run has held out, and --model={model} is no work directory "
-            "of a run with config.data.validation_share; name a source: 'retrieval:SOURCE'"
+            f"--tasks={VALIDATION} is what a run has held out, and --model={model} is no work "
+            "directory of a run with config.data.validation_share; name a source: "
+            "'retrieval:SOURCE'"
         )
     return [*held_out, *tasks]
 

@@ -185,8 +185,8 @@ def _show(
 
 
 def _serve(index: Any, model: Any) -> None:
-    from diht_jax.evaluation.embedding.search_server import make_server
-    from diht_jax.evaluation.prompts import fill_caption_template
+    from diht_jax.evaluation.embedding.search import make_server
+    from diht_jax.evaluation.protocols.base import fill_caption_template
 
     given = flags.FLAGS
 

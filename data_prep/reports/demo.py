@@ -20,7 +20,7 @@ from absl import flags
 from data_prep.decisions.report import Report, read_report
 from data_prep.reports.page import funnel_data, pairs_to_show
 from diht_jax import command_line
-from diht_jax.evaluation.bootstrap import paired_differences, percentile_interval
+from diht_jax.evaluation.results import paired_differences, percentile_interval
 from diht_jax.pages.render import data_uri, render
 
 # Folder of a student -> what it is; each changes one thing of the one before.

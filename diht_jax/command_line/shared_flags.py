@@ -87,7 +87,7 @@ def define_task_flags() -> None:
 
 def task_defaults() -> dict[str, Any]:
     """Arguments of `parse_tasks` other than the tasks, from the flags."""
-    from diht_jax.evaluation.prompts import parse_templates, read_class_names
+    from diht_jax.evaluation.protocols.base import parse_templates, read_class_names
 
     parsers = {"class_names": read_class_names, "templates": parse_templates}
     parsers["caption_template"] = str

@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diht_jax.evaluation.results import LETTERS, describe_model, metric_of
+from diht_jax.evaluation.comparison import LETTERS
+from diht_jax.evaluation.results import describe_model, metric_of
 from diht_jax.pages.render import encode_picture
 from diht_jax.storage import files
 

@@ -14,17 +14,37 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.benchmarks import Number, suite_means
-from diht_jax.evaluation.bootstrap import LEVEL, paired_differences, percentile_interval
 from diht_jax.evaluation.results import (
-    LETTERS,
+    LEVEL,
     describe_model,
     format_table,
     format_value,
     metric_of,
+    paired_differences,
+    percentile_interval,
+    suite_means,
 )
+from diht_jax.evaluation.suite import Number
 
+# Names of the results of a comparison; a table has room for these.
+LETTERS = "ABCDEFGH"
 _MARK = "*"
+
+# Zero-shot numbers of the released DiHT weights, in percent, from the official repository
+# (facebookresearch/diht): top-1 on ImageNet, recall at 1 on COCO and Flickr30K.
+_PUBLISHED_METRICS = (
+    ("imagenet", "top1"),
+    ("coco_retrieval", "t2i_r1"),
+    ("coco_retrieval", "i2t_r1"),
+    ("flickr30k_retrieval", "t2i_r1"),
+    ("flickr30k_retrieval", "i2t_r1"),
+)
+PUBLISHED_PERCENT = {
+    "diht_vitb32_224px": (68.0, 40.6, 59.3, 68.6, 84.4),
+    "diht_vitb16_224px": (72.2, 43.3, 60.3, 72.9, 89.8),
+    "diht_vitl14_224px": (77.0, 48.0, 65.1, 76.7, 92.0),
+    "diht_vitl14_336px": (77.9, 49.3, 65.3, 78.2, 91.1),
+}
 
 
 def format_comparison(*results: dict[str, Any]) -> str:
@@ -148,3 +168,14 @@ def _unpaired(task: str, results: Sequence[dict[str, Any]]) -> list[str]:
 def _abridge(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def published_results(model: str) -> dict[str, Any]:
+    """The published numbers of one of `PUBLISHED_PERCENT`, in the form of a results file."""
+    results: dict[str, dict[str, Any]] = {}
+    for (task, metric), percent in zip(_PUBLISHED_METRICS, PUBLISHED_PERCENT[model], strict=True):
+        result = results.setdefault(
+            task, {"task": task, "metrics": {}, "protocol": {}, "counts": {}}
+        )
+        result["metrics"][metric] = percent / 100
+    return {"model": f"{model}, as published", "results": list(results.values())}

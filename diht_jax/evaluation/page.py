@@ -15,8 +15,7 @@ import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import EncodedImages
 from diht_jax.evaluation.embedding.entries import Unit, decode_picture, read_again
-from diht_jax.evaluation.prompts import CAPTION_SLOT
-from diht_jax.evaluation.protocols.base import Measured, Task
+from diht_jax.evaluation.protocols.base import CAPTION_SLOT, Measured, Task
 from diht_jax.evaluation.protocols.caption_choice import CaptionChoiceResult
 from diht_jax.evaluation.protocols.classification import ClassificationResult
 from diht_jax.evaluation.protocols.retrieval import RetrievalResult, have_common_id

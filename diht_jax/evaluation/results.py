@@ -1,59 +1,43 @@
-"""The results file, its table on the terminal, and the published numbers of the released weights.
+"""The results file: its numbers, their intervals and means over suites, and its table.
 
 Every number is shown by its unit (`protocols.base.Metric`), which the file states next to the
-metrics.
+metrics. Intervals come from resampling what was measured: the protocol knows how a metric follows
+from how often each item was drawn.
 """
 
 from __future__ import annotations
 
+import base64
+import collections
+import dataclasses
 import datetime
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diht_jax.evaluation.benchmarks import suite_means
-from diht_jax.evaluation.bootstrap import decode_resamples
+import numpy as np
+
+from diht_jax.evaluation.suite import (
+    CLASSIFICATION,
+    DATACOMP,
+    DATACOMP_MEANS,
+    SUITE,
+    SUITE_MEANS,
+    TASKS_BY_NAME,
+    Number,
+)
 from diht_jax.storage.files import add_checksum, parse_object, write_bytes
+from diht_jax.terminal import ProgressBar
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric
     from diht_jax.weights.inference import LoadedModel
 
-# Names of the results of a comparison; a table has room for these.
-LETTERS = "ABCDEFGH"
-
-# Zero-shot numbers of the released DiHT weights, in percent, from the official repository
-# (facebookresearch/diht): top-1 on ImageNet, recall at 1 on COCO and Flickr30K.
-_PUBLISHED_METRICS = (
-    ("imagenet", "top1"),
-    ("coco_retrieval", "t2i_r1"),
-    ("coco_retrieval", "i2t_r1"),
-    ("flickr30k_retrieval", "t2i_r1"),
-    ("flickr30k_retrieval", "i2t_r1"),
-)
-_PUBLISHED_PERCENT = {
-    "diht_vitb32_224px": (68.0, 40.6, 59.3, 68.6, 84.4),
-    "diht_vitb16_224px": (72.2, 43.3, 60.3, 72.9, 89.8),
-    "diht_vitl14_224px": (77.0, 48.0, 65.1, 76.7, 92.0),
-    "diht_vitl14_336px": (77.9, 49.3, 65.3, 78.2, 91.1),
-}
-
-
-def metric_of(result: Mapping[str, Any], name: str) -> Metric:
-    """The unit and the label of a metric of one task's result.
-
-    The unit is the one that the file states, the label that of the protocol. Metrics that this
-    version does not know are scores under their own name.
-    """
-    # Here, since it imports JAX, and the command's --help should not have to wait for that.
-    from diht_jax.evaluation.protocols.base import Metric
-    from diht_jax.evaluation.protocols.registry import PROTOCOLS
-
-    own = [PROTOCOLS[result["kind"]]] if result.get("kind") in PROTOCOLS else []
-    found = [p.metrics[name] for p in (*own, *PROTOCOLS.values()) if name in p.metrics]
-    known = found[0] if found else Metric("score")
-    return Metric(result.get("units", {}).get(name, known.unit), known.label or name)
+LEVEL = 0.95
+NUM_RESAMPLES = 1000
+SEED = 0
+_MOMENT_SECS = 2.0
 
 
 def begin_results(name: str, model: LoadedModel, *, ema: bool) -> dict[str, Any]:
@@ -142,19 +126,6 @@ def _describe_prompt(protocol: Mapping[str, Any]) -> str:
     return f", {len(templates)} prompts" if templates else ""
 
 
-def published_results(model: str) -> dict[str, Any] | None:
-    """The published numbers in the form of a results file; None for another model."""
-    if model not in _PUBLISHED_PERCENT:
-        return None
-    results: dict[str, dict[str, Any]] = {}
-    for (task, metric), percent in zip(_PUBLISHED_METRICS, _PUBLISHED_PERCENT[model], strict=True):
-        result = results.setdefault(
-            task, {"task": task, "metrics": {}, "protocol": {}, "counts": {}}
-        )
-        result["metrics"][metric] = percent / 100
-    return {"model": f"{model}, as published", "results": list(results.values())}
-
-
 def describe_metrics(result: dict[str, Any]) -> str:
     """The metrics of one task in a line, such as "cifar10: top-1 51.24%, top-5 90.00%"."""
     shown = []
@@ -169,6 +140,22 @@ def describe_model(results: dict[str, Any]) -> str:
     step = results.get("step")
     average = ", moving average" if results.get("ema") else ""
     return f"{results['model']}" + ("" if step is None else f", step {step:,}") + average
+
+
+def metric_of(result: Mapping[str, Any], name: str) -> Metric:
+    """The unit and the label of a metric of one task's result.
+
+    The unit is the one that the file states, the label that of the protocol. Metrics that this
+    version does not know are scores under their own name.
+    """
+    # Here, since it imports JAX, and the command's --help should not have to wait for that.
+    from diht_jax.evaluation.protocols.base import Metric
+    from diht_jax.evaluation.protocols.registry import PROTOCOLS
+
+    own = [PROTOCOLS[result["kind"]]] if result.get("kind") in PROTOCOLS else []
+    found = [p.metrics[name] for p in (*own, *PROTOCOLS.values()) if name in p.metrics]
+    known = found[0] if found else Metric("score")
+    return Metric(result.get("units", {}).get(name, known.unit), known.label or name)
 
 
 def format_value(unit: str, value: float) -> str:
@@ -186,3 +173,155 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: st
         lines = [head, "-" * width, *cells]
         columns.append([x.rjust(width) if side == "r" else x.ljust(width) for x in lines])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean over the numbers of a group that all of some results have.
+
+    Attributes:
+        name: of the mean.
+        numbers: that all have.
+        values: of each result.
+        missing: such as "3 missing"; empty where nothing is.
+    """
+
+    name: str
+    numbers: list[Number]
+    values: list[float]
+    missing: str
+
+
+def suite_means(by_task: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Mean]:
+    """The means over DiHT's suite; over DataComp's where one of the tasks is in its list alone.
+
+    Args:
+        by_task: for each of the results files the results of its tasks, by name.
+
+    Returns:
+        Without the groups of which no number is there.
+    """
+    tasks = set().union(*by_task)
+    if TASKS_BY_NAME.keys().isdisjoint(tasks):
+        return []
+    has_others = not tasks.isdisjoint(set(DATACOMP.values()) - set(SUITE))
+    means = []
+    for name, numbers in (SUITE_MEANS | DATACOMP_MEANS if has_others else SUITE_MEANS).items():
+        present, found = [], []
+        for task, metrics in numbers:
+            one = [_value(results.get(task, {}), metrics, name) for results in by_task]
+            if None not in one:
+                present.append((task, metrics))
+                found.append(one)
+        if present:
+            missing = len(numbers) - len(present)
+            values = np.mean(found, axis=0).tolist()
+            means.append(Mean(name, present, values, f"{missing} missing" if missing else ""))
+    return means
+
+
+def _value(result: Mapping[str, Any], metrics: Sequence[str], mean: str) -> float | None:
+    """A number for a mean in a task's result; None where it is not there, or measured otherwise."""
+    measured = result.get("metrics", {})
+    if any(name not in measured for name in metrics):
+        return None
+    if mean in DATACOMP_MEANS:
+        template = result.get("protocol", {}).get("caption_template", "{caption}")
+        is_folder = result.get("source", "").startswith("clip_benchmark:")
+        is_as_there = is_folder if result.get("kind") == CLASSIFICATION else template == "{caption}"
+        if not is_as_there:
+            return None
+    return sum(measured[name] for name in metrics) / len(metrics)
+
+
+def resample(
+    measure: Callable[[np.ndarray], dict[str, float]],
+    num_items: int,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = SEED,
+    progress: bool = False,
+) -> dict[str, np.ndarray]:
+    """The bootstrap of Efron (1979): `num_items` draws with replacement, many times.
+
+    The draws depend on the numbers and the seed alone, so that two models, measured on the same
+    items, are measured on the same resamples.
+
+    Args:
+        measure: metrics from int [num_items], how often each item was drawn.
+        num_items: independent items: images, for all protocols here.
+        num_resamples: how many times.
+        seed: of the draws.
+        progress: shows a bar on stderr, where it takes more than a moment.
+
+    Returns:
+        Metric -> float64 [num_resamples].
+    """
+    rng = np.random.default_rng(seed)
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for _ in ProgressBar(
+        range(num_resamples),
+        "bootstrap",
+        unit=" resamples",
+        disable=not progress,
+        delay=_MOMENT_SECS,
+    ):
+        counts = np.bincount(rng.integers(0, num_items, num_items), minlength=num_items)
+        for name, value in measure(counts).items():
+            found[name].append(value)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> list[float]:
+    """[low, high] with `level` of the resamples between them."""
+    tail = 50 * (1 - level)
+    return np.percentile(samples, [tail, 100 - tail]).tolist()
+
+
+def describe_bootstrap(num_resamples: int) -> str:
+    """Describes the intervals for the results file."""
+    return (
+        f"{LEVEL:.0%}, percentiles of {num_resamples:,} bootstrap resamples of the images with "
+        "all that belongs to them; the classes and the gallery stay as they are"
+    )
+
+
+def describe_samples(
+    samples: dict[str, np.ndarray], items: str, num_items: int, seed: int = SEED
+) -> dict[str, Any]:
+    """All that pairing two models needs, for the results file; `items` is a digest of the items."""
+    return {
+        "draws": [items, num_items, len(next(iter(samples.values()))), seed],
+        "values": {
+            name: base64.b64encode(values.astype("<f4").tobytes()).decode()
+            for name, values in samples.items()
+        },
+    }
+
+
+def paired_differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], name: str
+) -> np.ndarray | None:
+    """The second result's resamples of a metric minus the first's, float64 [resamples].
+
+    None where one has no resamples, or of other draws or items than the other's.
+    """
+    described = [result.get("resamples", {}) for result in (first, second)]
+    if any(name not in one.get("values", {}) for one in described):
+        return None
+    if described[0]["draws"] != described[1]["draws"]:
+        return None
+    one, other = (decode_resamples(result)[name] for result in (first, second))
+    return other.astype(float) - one
+
+
+def decode_resamples(result: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Metric -> its values in the resamples, float32 [n]; raises ValueError where damaged."""
+    described = result.get("resamples", {"values": {}})
+    decoded = {
+        name: np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+        for name, text in described["values"].items()
+    }
+    if any(len(values) != described["draws"][2] for values in decoded.values()):
+        raise ValueError("some resamples are missing")
+    return decoded

@@ -1,11 +1,17 @@
-"""The tasks that are known by name: `tasks.toml`, read into entries."""
+"""The tasks that are known by name (`tasks.toml`), and the numbers of DiHT's suite and DataComp's.
+
+Metrics are those that DataComp reports: its `tasklist.yml`, `eval_utils` and `aggregate_scores.py`
+(arXiv 2304.14108; github.com/mlfoundations/datacomp), without FairFace and UTKFace, which have no
+main metric. A task counts for DataComp's means as it measures it: on the folder of its download,
+and a retrieval on the bare captions. CIFAR-10 and others are in none but the mean of all.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
@@ -83,3 +89,52 @@ TASKS_BY_NAME: dict[str, SuiteEntry] = SUITE | {
 DATACOMP: dict[str, str] = {
     entry.datacomp: name for name, entry in TASKS_BY_NAME.items() if entry.datacomp
 }
+
+# A number of a suite: the mean of some metrics of a task.
+Number = tuple[str, tuple[str, ...]]
+
+
+def main_metrics(task: str) -> tuple[str, ...]:
+    """The metrics of a task whose mean is its number for DataComp (and for CLIP_benchmark)."""
+    entry = TASKS_BY_NAME[task]
+    return entry.metrics if entry.kind == RETRIEVAL else entry.metrics[:1]
+
+
+def _group_suite() -> dict[str, list[Number]]:
+    """The numbers that DiHT's suite counts, by the name of their mean."""
+    groups: dict[str, list[Number]] = {}
+    for group, kinds in {
+        "classification": (CLASSIFICATION, MULTILABEL, "binary"),
+        "retrieval": (RETRIEVAL, "winoground"),
+        "VQA": ("entailment", "vqa"),
+    }.items():
+        numbers: list[Number] = [
+            (name, (metric,))
+            for name, entry in SUITE.items()
+            if entry.kind in kinds
+            for metric in entry.metrics[: entry.numbers]
+        ]
+        groups[f"mean of {len(numbers)} {group}"] = numbers
+    everything = [number for numbers in groups.values() for number in numbers]
+    return {**groups, f"mean of all {len(everything)}": everything}
+
+
+def _group_datacomp() -> dict[str, list[Number]]:
+    """DataComp's numbers, by the name of their mean."""
+    groups: dict[str, Iterable[str]] = {
+        "ImageNet shifts": _SHIFTS,
+        "VTAB": (name for name in DATACOMP if name.startswith("vtab/") or name == "sun397"),
+        "retrieval": (name for name in DATACOMP if name.startswith(("retrieval/", "misc/"))),
+        "all": DATACOMP,
+    }
+    found = {
+        group: [(DATACOMP[name], main_metrics(DATACOMP[name])) for name in names]
+        for group, names in groups.items()
+    }
+    everything = found.pop("all")
+    means = {f"DataComp: mean of {len(found[group])} {group}": found[group] for group in found}
+    return {**means, f"DataComp: mean of all {len(everything)}": everything}
+
+
+_SHIFTS = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
+SUITE_MEANS, DATACOMP_MEANS = _group_suite(), _group_datacomp()

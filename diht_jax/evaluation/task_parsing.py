@@ -13,15 +13,31 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diht_jax.evaluation import prompts
-from diht_jax.evaluation.benchmarks import expand_datacomp
+from absl import logging
+
 from diht_jax.evaluation.embedding.entries import Units
-from diht_jax.evaluation.protocols.base import Protocol, Task, parse_text
+from diht_jax.evaluation.protocols.base import (
+    Protocol,
+    Task,
+    parse_templates,
+    parse_text,
+    read_class_names,
+)
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import registry
-from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, TASKS_BY_NAME, SuiteEntry
+from diht_jax.evaluation.suite import (
+    CLASSIFICATION,
+    DATACOMP,
+    MULTILABEL,
+    NO_SOURCE,
+    RETRIEVAL,
+    TASKS_BY_NAME,
+    SuiteEntry,
+    datacomp_folder,
+)
 from diht_jax.readers import tfds
 from diht_jax.readers.registry import name_options, option_defaults
+from diht_jax.storage.files import exists, join
 
 # The options of the readers whose values are texts, and those of the layouts of benchmarks.
 SOURCE_OPTIONS = tuple(
@@ -31,6 +47,10 @@ SOURCE_OPTIONS = tuple(
     or option_defaults()[name].default is None
     or isinstance(option_defaults()[name].default, str)
 )
+# DataComp measures with these, where a task here has options of its own.
+_DATACOMP_OPTIONS = {RETRIEVAL: "?caption_template={caption}", MULTILABEL: "?interpolation=all"}
+_DATACOMP = "datacomp:"
+_FOLDER = f"{registry.BENCHMARK}:"
 _TASK_FIELDS = {field.name for field in dataclasses.fields(Task)}
 
 
@@ -115,10 +135,19 @@ def check_source(task: Task) -> Units:
         ValueError: there is nothing to read; names options as in a task, such as "?image_column=".
     """
     try:
-        return task.open_units()
+        return open_source(task)
     except ValueError as error:
         message = f"task '{task.name}': {name_options(str(error), '?{}=')}"
         raise ValueError(message) from error
+
+
+def open_source(task: Task) -> Units:
+    """The parts of a task's source; reads no image.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    return task.open() if task.open else registry.open_units(task.source, task.source_options)
 
 
 def check_task(task: Task) -> Protocol:
@@ -136,6 +165,38 @@ def check_task(task: Task) -> Protocol:
     except ValueError as error:
         raise ValueError(f"task '{task.name}': {error}") from error
     return PROTOCOLS[task.kind]
+
+
+def expand_datacomp(text: str) -> list[str]:
+    """The tasks of "datacomp:DIR" whose folders are there, as texts of `parse_tasks`.
+
+    Any other text is the only one of its list.
+
+    Raises:
+        ValueError: no folder is there.
+    """
+    if not text.startswith(_DATACOMP):
+        return [text]
+    root = text.removeprefix(_DATACOMP)
+    texts, missing = [], []
+    for theirs, ours in DATACOMP.items():
+        kind, folder = TASKS_BY_NAME[ours].kind, join(root, datacomp_folder(theirs))
+        source = f"{_FOLDER}{folder}{_DATACOMP_OPTIONS.get(kind, '')}"
+        needed = join(folder, "test", "nshards.txt")
+        if kind == "winogavil":
+            source = needed = f"{folder}/winogavil_dataset.csv"
+        if exists(needed):
+            texts.append(f"{ours}={source}")
+        else:
+            missing.append(datacomp_folder(theirs))
+    if not texts:
+        raise ValueError(
+            f"task '{text}': none of DataComp's folders is in '{root}', such as {missing[0]}; "
+            "expected what its download_evalsets.py writes (options belong to single tasks)"
+        )
+    if missing:
+        logging.warning("%s: %d folders are missing: %s", text, len(missing), ", ".join(missing))
+    return texts
 
 
 class _Request(NamedTuple):
@@ -213,7 +274,7 @@ def _read_section(name: str, section: Any) -> _Request:
         raise request.error(f"expected a text, got {source!r:.80}", "source")
     if kind is not None and kind not in PROTOCOLS:
         raise request.error(f"unknown kind '{kind}'; {_hint(str(kind), PROTOCOLS)}", "kind")
-    is_folder = source.startswith(f"{registry.BENCHMARK}:")
+    is_folder = source.startswith(_FOLDER)
     if kind is None and entry is None and not is_folder:
         raise request.error(
             f"expected one of {', '.join(PROTOCOLS)}; no task '{name}' is built in that would "
@@ -243,7 +304,7 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     given, source_options = _parse_options(request, kind)
     known = {option.field or typed for typed, option in protocol.options.items()}
     given = {key: value for key, value in defaults.items() if key in known} | given
-    is_folder = source.startswith(f"{registry.BENCHMARK}:")
+    is_folder = source.startswith(_FOLDER)
     fields: dict[str, Any] = dict(protocol.defaults)
     words: dict[str, Any] = {}
     if entry is not None:
@@ -312,9 +373,9 @@ def _fields_of_entry(entry: SuiteEntry, source: str, given: Mapping[str, Any]) -
     if names is None and source.startswith(tfds.PREFIX):
         names = entry.tfds_class_names
     if names is not None and "class_names" not in given:
-        fields["class_names"] = prompts.read_class_names(names)
+        fields["class_names"] = read_class_names(names)
     if entry.templates is not None and "templates" not in given:
-        fields["templates"] = prompts.parse_templates(entry.templates)
+        fields["templates"] = parse_templates(entry.templates)
     return fields
 
 

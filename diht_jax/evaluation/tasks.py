@@ -1,4 +1,4 @@
-"""Evaluating a model on a task.
+"""Evaluating a model on a task, and the task of what a run holds out.
 
 A task is a data source with a protocol: `sources` reads the one, `protocols` measures by the other.
 The model may be a loaded one or the live parameters of a training run.
@@ -7,33 +7,47 @@ The model may be a loaded one or the live parameters of a training run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
+import ml_collections
 from absl import logging
 
-from diht_jax.evaluation.bootstrap import (
+from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, Encoder
+from diht_jax.evaluation.embedding.entries import Entries, Processes, Units
+from diht_jax.evaluation.protocols.base import CAPTION_SLOT, Measured, Task
+from diht_jax.evaluation.results import (
     describe_bootstrap,
     describe_samples,
     percentile_interval,
     resample,
 )
-from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, Encoder
-from diht_jax.evaluation.embedding.entries import Entries, Processes, Units
-from diht_jax.evaluation.prompts import CAPTION_SLOT
-from diht_jax.evaluation.protocols.base import Measured, Task
-from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.suite import TASKS_BY_NAME
-from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
+from diht_jax.evaluation.task_parsing import (
+    check_task,
+    open_source,
+    parse_config_tasks,
+    parse_tasks,
+)
+from diht_jax.input.pipeline import open_records
 from diht_jax.readers.base import Skipped
+from diht_jax.records.labels.shards import resolve_source
 from diht_jax.records.schema import Pair
+from diht_jax.records.train_data import TrainSource, held_out_records, parse_train
+from diht_jax.storage.files import map_many
 
 # Shows the examples of a task, from the task, its source, what was measured, its entry in the
 # results file, and the logit scale; returns the file that they are in, if they are in any.
 ShowExamples = Callable[[Task, Units, Measured, dict[str, Any], float], str | None]
 
 __all__ = ["Task", "evaluate_task", "parse_config_tasks", "parse_tasks"]
+
+# The task of what a run holds out.
+VALIDATION = "validation"
+# Small enough that all hosts have some.
+_RECORDS_PER_UNIT = 64
 
 
 def evaluate_task(
@@ -74,40 +88,14 @@ def evaluate_task(
     if task.caption_template is None:
         task = dataclasses.replace(task, caption_template=training_template(model))
     try:
-        if units is None:
-            units = task.open_units()
+        units = open_source(task) if units is None else units
         entries = Entries(units, limit=limit, name=task.name)
         batching = Batching(batch_size, num_threads, progress, Processes.of_job())
         measured = protocol.run(task, Encoder(model, entries, batching))
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
     encoded = measured.encoded
-    result = _describe(task, measured, limit)
-    if num_resamples:
-        result |= _resampled(measured, num_resamples, progress)
-    page = show(task, units, measured, result, model.logit_scale) if show is not None else None
-    return {
-        **result,
-        "seconds": time.perf_counter() - start,
-        "images_per_sec": len(encoded.notes) / encoded.seconds,
-        "page": page,
-    }
-
-
-def _describe(task: Task, measured: Measured, limit: int | None) -> dict[str, Any]:
-    """The task's entry in the results file, so far; entries that were left out are logged."""
-    dropped, metrics = measured.encoded.dropped, measured.metrics
-    left_out = sum(dropped.values())
-    if left_out:
-        logging.warning(
-            "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
-            task.name,
-            left_out,
-            left_out + len(measured.encoded.notes),
-            dropped,
-            ", ".join(measured.encoded.dropped_keys),
-        )
-    known, entry = PROTOCOLS[task.kind].metrics, TASKS_BY_NAME.get(task.name)
+    metrics, known = measured.metrics, protocol.metrics
     result = {
         "task": task.name,
         "kind": task.kind,
@@ -115,12 +103,30 @@ def _describe(task: Task, measured: Measured, limit: int | None) -> dict[str, An
         "protocol": measured.protocol,
         "metrics": metrics,
         "units": {name: known[name].unit for name in metrics},
-        "counts": {**measured.counts, "limit": limit, "dropped": dropped},
+        "counts": {**measured.counts, "limit": limit, "dropped": encoded.dropped},
         **measured.details,
     }
+    entry = TASKS_BY_NAME.get(task.name)
     if entry is not None and entry.kind == task.kind:
         result["reported"] = [name for name in entry.metrics if name in metrics]
-    return result
+    if left_out := sum(encoded.dropped.values()):
+        logging.warning(
+            "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
+            task.name,
+            left_out,
+            left_out + len(encoded.notes),
+            encoded.dropped,
+            ", ".join(encoded.dropped_keys),
+        )
+    if num_resamples:
+        result |= _resampled(measured, num_resamples, progress)
+    page = None if show is None else show(task, units, measured, result, model.logit_scale)
+    return {
+        **result,
+        "seconds": time.perf_counter() - start,
+        "images_per_sec": len(encoded.notes) / encoded.seconds,
+        "page": page,
+    }
 
 
 def _resampled(measured: Measured, num_resamples: int, progress: bool) -> dict[str, Any]:
@@ -150,5 +156,43 @@ def training_template(model: EmbeddingModel) -> str:
 
 def read_entries(task: Task) -> Generator[Pair | Skipped]:
     """The pairs of a task's source, with a `Skipped` and its reason for each that is unusable."""
-    for unit in task.open_units():
+    for unit in open_source(task):
         yield from unit()
+
+
+def validation_tasks(config: ml_collections.ConfigDict) -> list[Task]:
+    """Retrieval on what a run holds out, with the captions as it trains on them.
+
+    Returns:
+        One task for each source, called "validation", of several sources "validation_NAME"; none
+        where nothing is held out.
+
+    Raises:
+        ValueError: `config.data.train` is wrong.
+    """
+    data = config.data
+    if not data.get("validation_share"):
+        return []
+    return [
+        Task(
+            name=f"{VALIDATION}_{source.name}" if source.name else VALIDATION,
+            kind="retrieval",
+            source=f"{data.validation_share:.3g} of {source.path}",
+            caption_template=source.text_template or data.text_template,
+            open=functools.partial(_open_held_out, config, source),
+        )
+        for source in map(resolve_source, parse_train(data.train, data.get("labels")))
+    ]
+
+
+def _open_held_out(config: ml_collections.ConfigDict, source: TrainSource) -> Units:
+    """The held-out records of a source of `config.data.train`, some in each part."""
+    records = open_records(source.path)
+    held_out = held_out_records(records, config.data, config.seed)
+
+    def read(numbers: Iterable[int]) -> Iterator[Pair | Skipped]:
+        return map_many(lambda number: records.decode(records[int(number)]), numbers)
+
+    starts = range(0, len(held_out), _RECORDS_PER_UNIT)
+    parts = [held_out[start : start + _RECORDS_PER_UNIT] for start in starts]
+    return Units([functools.partial(read, part) for part in parts], lambda: len(held_out))

@@ -29,8 +29,13 @@ from diht_jax.evaluation.page import read_pictures, retrieval_examples
 from diht_jax.evaluation.protocols.base import Measured
 from diht_jax.evaluation.results import describe_metrics
 from diht_jax.evaluation.task_parsing import check_task
-from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
-from diht_jax.evaluation.validation import validation_tasks
+from diht_jax.evaluation.tasks import (
+    Task,
+    evaluate_task,
+    parse_config_tasks,
+    read_entries,
+    validation_tasks,
+)
 from diht_jax.training.monitoring.metrics import MetricWriter, flatten_results, read_metrics
 from diht_jax.training.multihost import check_same, check_together, gather_texts, share_from_first
 from diht_jax.training.program import TrainProgram

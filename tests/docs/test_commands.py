@@ -16,7 +16,7 @@ from data_prep.labelling import config as label_config
 from diht_jax.config.checks import validate_config
 from diht_jax.config.keys import check_ranges
 from diht_jax.evaluation.task_parsing import parse_tasks
-from diht_jax.evaluation.validation import NAME as VALIDATION
+from diht_jax.evaluation.tasks import VALIDATION
 from diht_jax.fewshot import task_text
 from diht_jax.training.recipe import all_keys
 from tests.compiling import xla_flags

@@ -5,11 +5,16 @@ import io
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.benchmarks import DATACOMP_MEANS, main_metrics, suite_means
+from diht_jax.evaluation.protocols.matching import cue_prompt, jaccard_index
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
-from diht_jax.evaluation.protocols.winogavil import cue_prompt, jaccard_index
-from diht_jax.evaluation.results import format_results
-from diht_jax.evaluation.suite import DATACOMP, TASKS_BY_NAME, datacomp_folder
+from diht_jax.evaluation.results import format_results, suite_means
+from diht_jax.evaluation.suite import (
+    DATACOMP,
+    DATACOMP_MEANS,
+    TASKS_BY_NAME,
+    datacomp_folder,
+    main_metrics,
+)
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from tests.make import write_tar

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.bootstrap import (
+from diht_jax.evaluation.results import (
     describe_samples,
     paired_differences,
     percentile_interval,

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.bootstrap import describe_samples
 from diht_jax.evaluation.charts import draw_comparison
-from diht_jax.evaluation.comparison import format_comparison
+from diht_jax.evaluation.comparison import format_comparison, published_results
 from diht_jax.evaluation.results import (
+    describe_samples,
     format_results,
-    published_results,
     read_results,
     write_results,
 )

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from data_prep.filter import run_filter
-from diht_jax.evaluation.sources.text_files import read_text
+from diht_jax.evaluation.sources.files import read_text
 from diht_jax.readers.registry import open_source
 from tests.data_prep.filtering.jobs import job_config, read_records
 from tests.make import png

@@ -4,8 +4,7 @@ import jax
 import pytest
 
 from diht_jax.evaluate import open_tasks
-from diht_jax.evaluation.tasks import evaluate_task
-from diht_jax.evaluation.validation import validation_tasks
+from diht_jax.evaluation.tasks import evaluate_task, read_entries, validation_tasks
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.loading import load_model
 from diht_jax.training.loop import train
@@ -17,7 +16,7 @@ from tests import make
 
 def validation_keys(config):
     tasks = validation_tasks(config)
-    return sorted(entry.key for task in tasks for unit in task.open_units() for entry in unit())
+    return sorted(entry.key for task in tasks for entry in read_entries(task))
 
 
 @pytest.mark.parametrize("order", ["global", "blocks"])

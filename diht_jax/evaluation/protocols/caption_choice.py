@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, Encoder, UnusablePair
-from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.protocols.base import (
+    CAPTION_SLOT,
     CAPTION_TEMPLATE,
     Measured,
     Metric,
     Protocol,
     Task,
     choice,
+    fill_caption_template,
 )
 from diht_jax.records.schema import Pair
 

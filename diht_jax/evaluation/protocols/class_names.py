@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diht_jax.evaluation.prompts import CLASS_SLOT
+from diht_jax.evaluation.protocols.base import CLASS_SLOT
 from diht_jax.records.schema import Pair
 
 

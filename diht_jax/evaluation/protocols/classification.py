@@ -33,7 +33,6 @@ from diht_jax.evaluation.embedding.encoding import (
     check_finite,
     encode_text_batches,
 )
-from diht_jax.evaluation.prompts import check_templates, fill_template
 from diht_jax.evaluation.protocols.base import (
     CLASS_NAMES,
     LABEL,
@@ -43,7 +42,9 @@ from diht_jax.evaluation.protocols.base import (
     Option,
     Protocol,
     Task,
+    check_templates,
     choice,
+    fill_template,
     parse_text,
 )
 from diht_jax.evaluation.protocols.class_names import (

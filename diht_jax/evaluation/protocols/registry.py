@@ -7,9 +7,8 @@ from diht_jax.evaluation.protocols import (
     caption_choice,
     classification,
     label_scores,
+    matching,
     retrieval,
-    winogavil,
-    winoground,
 )
 from diht_jax.evaluation.protocols.base import Protocol
 
@@ -18,9 +17,9 @@ PROTOCOLS: dict[str, Protocol] = {
     "retrieval": retrieval.PROTOCOL,
     "multilabel": label_scores.MULTILABEL,
     "binary": label_scores.BINARY,
-    "winoground": winoground.PROTOCOL,
+    "winoground": matching.WINOGROUND,
     "caption_choice": caption_choice.PROTOCOL,
-    "winogavil": winogavil.PROTOCOL,
+    "winogavil": matching.WINOGAVIL,
     "entailment": answers.ENTAILMENT,
     "vqa": answers.VQA,
 }

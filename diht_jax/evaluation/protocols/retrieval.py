@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import Encoder, UnusablePair, check_finite
-from diht_jax.evaluation.prompts import fill_caption_template
 from diht_jax.evaluation.protocols.base import (
     CAPTION_TEMPLATE,
     Measured,
@@ -32,6 +31,7 @@ from diht_jax.evaluation.protocols.base import (
     Task,
     Unit,
     choice,
+    fill_caption_template,
 )
 from diht_jax.records.schema import Pair
 

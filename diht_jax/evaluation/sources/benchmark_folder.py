@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.entries import Units
-from diht_jax.evaluation.prompts import CLASS_SLOT, check_class_names, check_templates
-from diht_jax.evaluation.sources.text_files import list_names, read_text
+from diht_jax.evaluation.protocols.base import CLASS_SLOT, check_class_names, check_templates
+from diht_jax.evaluation.sources.files import list_names, read_text
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
 from diht_jax.readers.array_files import parse_npy
 from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped

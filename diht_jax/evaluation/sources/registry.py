@@ -6,10 +6,10 @@ In addition to the texts of `diht_jax.readers`:
     annotations:FILE             ALBEF's JSON, Localized Narratives (`annotations`)
     winoground:FILE              Winoground's examples.jsonl (`annotations`)
     winogavil:FILE               WinoGAViL's winogavil_dataset.csv (`annotations`)
-    list:FILE                    a list of pictures in folders of classes (`class_folders`)
-    objectnet:DIR                ObjectNet's classes that are ImageNet's, too (`class_folders`)
-    voc:DIR, open_images:DIR     several labels an image (`label_tables`)
-    sugarcrepe:PATH, aro:FILE    captions of which one is right (`caption_choices`)
+    list:FILE                    a list of pictures in folders of classes (`labels`)
+    objectnet:DIR                ObjectNet's classes that are ImageNet's, too (`labels`)
+    voc:DIR, open_images:DIR     several labels an image (`labels`)
+    sugarcrepe:PATH, aro:FILE    captions of which one is right (`annotations`)
 
 These hold labels, questions, choices or pairs of pairs, which are nothing to train on. FILE and DIR
 may be URLs, and so may a folder of classes. Parquet files need no captions here.
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diht_jax.evaluation.embedding.entries import Units
-from diht_jax.evaluation.sources import annotations, caption_choices, class_folders, label_tables
+from diht_jax.evaluation.sources import annotations, labels
 from diht_jax.evaluation.sources.benchmark_folder import open_benchmark_folder
 from diht_jax.readers import registry
 from diht_jax.readers.base import Skipped, SourceShard
@@ -62,26 +62,24 @@ LAYOUTS: dict[str, Layout] = {
     "winoground": Layout(units=annotations.winoground_units, options=("image_root", "image_name")),
     "winogavil": Layout(units=annotations.winogavil_units, options=("image_root", "image_name")),
     "list": Layout(
-        units=class_folders.list_units,
+        units=labels.list_units,
         options=("image_root", "splits"),
-        words=lambda rest, **options: {
-            "class_names": class_folders.list_class_names(rest, **options)
-        },
+        words=lambda rest, **options: {"class_names": labels.list_class_names(rest, **options)},
     ),
     "voc": Layout(
-        units=label_tables.voc_units,
-        words=lambda rest: {"class_names": label_tables.VOC_CLASSES},
+        units=labels.voc_units,
+        words=lambda rest: {"class_names": labels.VOC_CLASSES},
     ),
     "open_images": Layout(
-        units=label_tables.open_images_units,
-        words=lambda rest: {"class_names": label_tables.open_images_class_names(rest)},
+        units=labels.open_images_units,
+        words=lambda rest: {"class_names": labels.open_images_class_names(rest)},
     ),
     "objectnet": Layout(
-        units=class_folders.objectnet_units,
-        words=lambda rest: {"class_names": class_folders.objectnet_class_names(rest)},
+        units=labels.objectnet_units,
+        words=lambda rest: {"class_names": labels.objectnet_class_names(rest)},
     ),
-    "sugarcrepe": Layout(units=caption_choices.sugarcrepe_units, options=("image_root",)),
-    "aro": Layout(units=caption_choices.aro_units, options=("image_root",)),
+    "sugarcrepe": Layout(units=annotations.sugarcrepe_units, options=("image_root",)),
+    "aro": Layout(units=annotations.aro_units, options=("image_root",)),
 }
 OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.options))
 
@@ -114,7 +112,7 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
         return layout.units(rest, **options)
     options = dict(options)
     source = registry.enter_split(source, options.pop("split", None))
-    if is_remote(source) and (units := class_folders.stored_class_units(source)) is not None:
+    if is_remote(source) and (units := labels.stored_class_units(source)) is not None:
         _refuse_options(source, options, ())
         return units
     shards = registry.list_shards(source, **{"rows_per_shard": _TABLE_ROWS_PER_UNIT, **options})

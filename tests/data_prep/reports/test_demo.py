@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.filter import run_filter
 from data_prep.reports import demo
-from diht_jax.evaluation.bootstrap import describe_samples
+from diht_jax.evaluation.results import describe_samples
 from tests.data_prep.filtering.jobs import job_config
 from tests.make import encoded, plain
 

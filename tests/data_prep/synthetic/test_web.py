@@ -17,7 +17,7 @@ from data_prep.synthetic import captions as synthetic_captions
 from data_prep.synthetic import sampling, web
 from data_prep.synthetic.scenes import COLORS, PAIR_RELATIONS
 from data_prep.synthetic.shapes import SHAPES
-from diht_jax.evaluation.prompts import parse_templates
+from diht_jax.evaluation.protocols.base import parse_templates
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 SMALL = web.Settings(num_pairs=50, seed=3, pairs_per_tar=20, num_retrieval=8, num_classification=24)

@@ -25,7 +25,7 @@ from diht_jax.evaluation.embedding.index_update import update_index
 from diht_jax.evaluation.embedding.picture_index import (
     PictureIndex,
 )
-from diht_jax.evaluation.embedding.search_server import is_own_host, make_server
+from diht_jax.evaluation.embedding.search import is_own_host, make_server
 from tests import make
 from tests.evaluation.embedding.processes import Processes as Threads
 

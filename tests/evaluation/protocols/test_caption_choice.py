@@ -9,7 +9,7 @@ from PIL import Image
 
 from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.protocols.caption_choice import run
-from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
+from diht_jax.evaluation.sources.annotations import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task

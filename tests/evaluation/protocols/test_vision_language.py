@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from diht_jax.evaluation.embedding.encoding import Batching, Encoder
+from diht_jax.evaluation.protocols.answers import normalise_answer, vqa_credit
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
-from diht_jax.evaluation.protocols.vqa_credit import normalise_answer, vqa_credit
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.readers.base import Skipped

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from diht_jax.evaluation.protocols.class_names import name_index, raw_label, resolve_label
-from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
+from diht_jax.evaluation.sources.labels import VOC_CLASSES
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries
 from diht_jax.input.decode import decode_rgb

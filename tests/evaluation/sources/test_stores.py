@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
+from diht_jax.evaluation.sources.labels import VOC_CLASSES
 from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from tests.make import write_tar

@@ -1,0 +1,174 @@
+"""Which of a few images belong to which words: Winoground and WinoGAViL.
+
+**Winoground** (Thrush et al., arXiv 2204.03162, section "Metrics"): two images and two captions
+with the same words. The text score asks for each image's own caption to be the more similar one,
+the image score for each caption's own image, the group score for both. Equal similarities are
+wrong.
+
+**WinoGAViL** (Bitton et al., arXiv 2207.12576): which of 5 to 12 images are associated with a cue?
+As DataComp measures it (`eval_utils/wino_eval.py`): as many of a game's images are chosen as the
+cue has associations, those most similar to "A cue" or "An cue"; the score of a game is the Jaccard
+index of the chosen and the associated ones. Ours, ties: an image that is no association comes
+before one that is exactly as similar.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from diht_jax.evaluation.embedding.encoding import Encoder
+from diht_jax.evaluation.protocols.base import (
+    CAPTION_TEMPLATE,
+    PHOTO_TEMPLATE,
+    Measured,
+    Metric,
+    Protocol,
+    Task,
+    fill_caption_template,
+)
+from diht_jax.records.schema import Pair
+
+_FEW, _MANY = 6, 10  # candidates of WinoGAViL's smaller games at most, of the larger ones at least
+
+
+def run_winoground(task: Task, encoder: Encoder) -> Measured:
+    """Embeds all images and captions of `annotations.winoground_units`, and compares each example.
+
+    Examples of which an image cannot be used are left out. Items are the examples.
+    """
+
+    def describe(pair: Pair) -> tuple[str, int, str]:
+        text = fill_caption_template(task.prompt, pair.caption)
+        return pair.metadata["example"], pair.metadata["side"], text
+
+    encoded = encoder.images(describe)
+    sides: dict[str, dict[int, int]] = defaultdict(dict)
+    for row, (example, side, _) in enumerate(encoded.notes):
+        sides[example][side] = row
+    complete = [(rows[0], rows[1]) for rows in sides.values() if len(rows) == 2]
+    if not complete:
+        raise ValueError("no example has two usable images")
+    text_emb = encoder.texts([text for _, _, text in encoded.notes])
+    rows = np.array(complete)
+    similarities = np.einsum("eid,ejd->eij", encoded.image_emb[rows], text_emb[rows])
+    own = np.diagonal(similarities, axis1=1, axis2=2)
+    # [image, caption]: along a row the image stays, along a column the caption.
+    text_right = (own > similarities[:, [0, 1], [1, 0]]).all(axis=1)
+    image_right = (own > similarities[:, [1, 0], [0, 1]]).all(axis=1)
+    right = {"text": text_right, "image": image_right, "group": text_right & image_right}
+    return Measured(
+        encoded=encoded,
+        num_items=len(complete),
+        measure=lambda counts: {
+            name: float(np.average(hits, weights=counts)) for name, hits in right.items()
+        },
+        protocol={
+            "caption_template": task.caption_template,
+            "text": "for each image its own caption is the more similar one, in both cases",
+            "image": "for each caption its own image is the more similar one, in both cases",
+            "group": "both; equal similarities are wrong",
+        },
+        counts={
+            "images": len(encoded.notes),
+            "examples": len(complete),
+            "incomplete_examples": len(sides) - len(complete),
+        },
+    )
+
+
+def run_winogavil(task: Task, encoder: Encoder) -> Measured:
+    """Embeds all images and cues of `annotations.winogavil_units`, and chooses for each game.
+
+    Games of which an image cannot be used are left out. Items are the games.
+    """
+    encoded = encoder.images(lambda pair: pair.metadata["games"])
+    games: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    for row, own in enumerate(encoded.notes):
+        for game in own:
+            games[game["game"]].append((row, game))
+    complete = [own for _, own in sorted(games.items()) if len(own) == own[0][1]["candidates"]]
+    if not complete:
+        raise ValueError("no game of which all images can be used")
+    cues = list(dict.fromkeys(own[0][1]["cue"] for own in complete))
+    text_of = dict(zip(cues, encoder.texts([cue_prompt(cue) for cue in cues]), strict=True))
+    found = []
+    for own in complete:
+        is_association = np.array([game["is_association"] for _, game in own])
+        similarities = encoded.image_emb[[row for row, _ in own]] @ text_of[own[0][1]["cue"]]
+        found.append(jaccard_index(similarities, is_association))
+    jaccard, candidates = np.array(found), np.array([len(own) for own in complete])
+    parts = {
+        "jaccard_10_12": candidates >= _MANY,
+        "jaccard_5_6": candidates <= _FEW,
+        "jaccard": np.ones(len(jaccard), bool),
+    }
+
+    def measure(counts: np.ndarray) -> dict[str, float]:
+        # A resample of few games may have none of a part; then there is no mean.
+        return {
+            name: float(np.average(jaccard, weights=counts * part))
+            if counts[part].any()
+            else float("nan")
+            for name, part in parts.items()
+            if part.any()
+        }
+
+    return Measured(
+        encoded=encoded,
+        num_items=len(jaccard),
+        measure=measure,
+        protocol={
+            "prompt": "'A' or 'An' before the cue in lower case",
+            "score": "Jaccard index of the associations and as many of the most similar images",
+            "ties": "an image that is no association comes first",
+        },
+        counts={
+            "images": len(encoded.notes),
+            "games": len(jaccard),
+            "incomplete_games": len(games) - len(complete),
+        },
+    )
+
+
+def cue_prompt(cue: str) -> str:
+    """The cue in lower case behind its article, by its first letter."""
+    cue = cue.lower()
+    return f"{'An' if cue[:1] in 'aeiou' else 'A'} {cue}"
+
+
+def jaccard_index(similarities: np.ndarray, is_association: np.ndarray) -> float:
+    """Jaccard index of the associated images and as many of those most similar.
+
+    Args:
+        similarities: float [k].
+        is_association: bool [k], some but not all.
+    """
+    number = int(is_association.sum())
+    chosen = np.lexsort((is_association, -similarities))[:number]
+    common = int(is_association[chosen].sum())
+    return common / (2 * number - common)
+
+
+WINOGROUND = Protocol(
+    run=run_winoground,
+    metrics={
+        "text": Metric("share", "text score"),
+        "image": Metric("share", "image score"),
+        "group": Metric("share", "group score"),
+    },
+    options={"caption_template": CAPTION_TEMPLATE},
+    defaults={"caption_template": PHOTO_TEMPLATE},
+    reader="winoground",
+)
+WINOGAVIL = Protocol(
+    run=run_winogavil,
+    metrics={
+        "jaccard_10_12": Metric("share", "Jaccard index of 10 and 12 images"),
+        "jaccard_5_6": Metric("share", "Jaccard index of 5 and 6 images"),
+        "jaccard": Metric("share", "Jaccard index"),
+    },
+    reader="winogavil",
+)
