@@ -29,7 +29,7 @@ from data_prep.filtering import job as filter_job
 from data_prep.filtering import replay
 from data_prep.jobs.engine import ENGINES
 from data_prep.jobs.failures import Failures
-from data_prep.steps.captions import caption_limits
+from data_prep.steps.cat import caption_limits
 from diht_jax import command_line
 from diht_jax.config.checks import validate_config
 from diht_jax.terminal import print_escaped

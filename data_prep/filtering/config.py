@@ -22,7 +22,7 @@ from data_prep.jobs.workers import RaySettings
 from data_prep.sources import default_source
 from data_prep.steps import registry
 from data_prep.steps.base import check_integers
-from data_prep.steps.clip import ScoreStep
+from data_prep.steps.scores import ScoreStep
 from diht_jax.records.captions import USUAL_KIND, check_kind, parse_columns
 from diht_jax.records.formats.registry import check_format
 from diht_jax.storage import files
@@ -54,8 +54,8 @@ SETTINGS = "settings.json"  # in the folder of the parts: what the config means
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
     "": "data_prep/filtering/config.py data_prep/steps/*.py",
-    "aesthetic.": "data_prep/steps/heads.py",
-    "unsafe.": "data_prep/steps/heads.py",
+    "aesthetic.": "data_prep/steps/scores.py",
+    "unsafe.": "data_prep/steps/scores.py",
     "spotter.": "data_prep/text_spotting/*.py",
     "ray.": "data_prep/jobs/workers.py",
     "source.": "diht_jax/readers/*.py",

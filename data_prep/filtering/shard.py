@@ -28,7 +28,7 @@ from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.sources import read_download_stats, read_pairs, read_sidecar
 from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step
-from data_prep.steps.image import ImageStep
+from data_prep.steps.cat import ImageStep
 from diht_jax.input import decode
 from diht_jax.readers.base import held_bytes
 from diht_jax.readers.registry import Skipped, SourceShard

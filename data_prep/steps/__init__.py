@@ -1,1 +1,1 @@
-"""The steps of the filter, one file each; `registry` has them all."""
+"""The steps of the filter; `registry` has them all."""

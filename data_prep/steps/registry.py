@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
+import operator
+
 import ml_collections
 
-from data_prep.steps import (
-    captions,
-    clip,
-    decontaminate,
-    duplicates,
-    heads,
-    image,
-    predicates,
-    text,
-)
+from data_prep.steps import cat, known_pictures, predicates, scores
 from data_prep.steps.base import Step
 
 STEPS: dict[str, type[Step]] = {
     "metadata": predicates.PredicateStep,
-    "duplicates": duplicates.DuplicateStep,
-    "caption": captions.CaptionStep,
-    "image": image.ImageStep,
-    "decontaminate": decontaminate.DecontaminateStep,
-    "clip": clip.ClipStep,
-    "aesthetic": heads.AestheticStep,
-    "unsafe": heads.UnsafeStep,
-    "text": text.TextStep,
+    "duplicates": known_pictures.DuplicateStep,
+    "caption": cat.CaptionStep,
+    "image": cat.ImageStep,
+    "decontaminate": known_pictures.DecontaminateStep,
+    "clip": scores.ClipStep,
+    "aesthetic": scores.AestheticStep,
+    "unsafe": scores.UnsafeStep,
+    "text": cat.TextStep,
 }
 
 
 def ordered_steps() -> list[type[Step]]:
     """All steps, in the order in which they run."""
-    return sorted(STEPS.values(), key=lambda step: step.order)
+    return sorted(STEPS.values(), key=operator.attrgetter("order"))
 
 
 def active_steps(config: ml_collections.ConfigDict) -> list[type[Step]]:

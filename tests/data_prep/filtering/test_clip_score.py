@@ -10,7 +10,7 @@ import pytest
 from data_prep.decisions.report import merge_reports, read_report
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
-from data_prep.steps import clip, models
+from data_prep.steps import models, scores
 from diht_jax import load_model
 from tests import make
 from tests.data_prep.filtering.jobs import (
@@ -65,22 +65,22 @@ def expected(weights, pictures):
 
 
 def test_scores_are_those_of_the_model_and_all_are_kept(scored, expected):
-    np.testing.assert_allclose(read_scores(scored, clip.SCORE), expected, atol=1e-5)
+    np.testing.assert_allclose(read_scores(scored, scores.SCORE), expected, atol=1e-5)
     assert len(read_records(scored)) == len(_CAPTIONS)
 
 
 def test_the_report_shows_the_pairs_of_the_lowest_and_of_the_highest_scores(scored, expected):
-    found = read_report(scored)["scored"][clip.SCORE]
+    found = read_report(scored)["scored"][scores.SCORE]
     order = [f"{number:05d}" for number in np.argsort(expected)]
     assert [sample["key"] for sample in found["lowest"]] == order
     assert [sample["key"] for sample in found["highest"]] == order[::-1]
-    shown = [sample["scores"][clip.SCORE] for sample in found["lowest"]]
+    shown = [sample["scores"][scores.SCORE] for sample in found["lowest"]]
     np.testing.assert_allclose(shown, sorted(expected), atol=1e-4)
     assert {sample["became"] for sample in found["lowest"]} == {"kept"}
 
 
 def test_the_histogram_of_scores_counts_every_pair_in_its_bin(scored, expected):
-    found = read_report(scored)["measures"]["histograms"][clip.SCORE]
+    found = read_report(scored)["measures"]["histograms"][scores.SCORE]
     hundredths = np.floor(np.array(expected) * 100) / 100
     starts, counts = np.unique(hundredths, return_counts=True)
     assert found["dropped"] == {}
@@ -135,7 +135,7 @@ def test_parts_without_scores_join_those_with(scored, source, tmp_path):
     assert run_filter(job_config(source, tmp_path / "out")) == {}
     report = merge_reports([tmp_path / "out", scored])
     counted = report["measures"]["histograms"]
-    assert sum(counted[clip.SCORE]["kept"].values()) == len(_CAPTIONS)
+    assert sum(counted[scores.SCORE]["kept"].values()) == len(_CAPTIONS)
     assert sum(counted["caption_words"]["kept"].values()) == 2 * len(_CAPTIONS)
 
 

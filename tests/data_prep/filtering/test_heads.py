@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import replay
-from data_prep.steps.heads import read_head
+from data_prep.steps.scores import read_head
 from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from tests import make

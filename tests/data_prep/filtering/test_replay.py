@@ -13,7 +13,7 @@ from data_prep.decisions import table
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
 from data_prep.filtering.config import score_quantiles
-from data_prep.steps import text
+from data_prep.steps import cat
 from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import Spot, Verdict
@@ -109,8 +109,8 @@ def work(tmp_path_factory):
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "open_spotter", _Spotter)
-        patch.setattr(text, "resolve_for_networks", lambda settings: settings)
+        patch.setattr(cat, "open_spotter", _Spotter)
+        patch.setattr(cat, "resolve_for_networks", lambda settings: settings)
         yield filtered, config, folder
 
 

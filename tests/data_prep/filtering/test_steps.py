@@ -4,7 +4,7 @@ import itertools
 
 from data_prep.captions.graph import cat_reason
 from data_prep.steps.base import Candidate, Columns
-from data_prep.steps.captions import CaptionStep, caption_limits
+from data_prep.steps.cat import CaptionStep, caption_limits
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import job_config

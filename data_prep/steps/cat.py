@@ -1,0 +1,359 @@
+"""The steps of CAT: complexity and action of captions, readable pictures, no caption shown as text.
+
+Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". Of several captions
+of a pair the good ones are kept. How captions are parsed belongs in `data_prep.captions`, how text
+is spotted and matched in `data_prep.text_spotting`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from ml_collections.config_dict import placeholder
+
+from data_prep import captions
+from data_prep.captions import versions
+from data_prep.captions.graph import GATE_REASONS, CaptionGraph
+from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step, check_integers
+from data_prep.text_spotting import settings as spotter_settings
+from data_prep.text_spotting.looks import longest_match
+from data_prep.text_spotting.networks import easyocr_version
+from data_prep.text_spotting.ocr import resolve_for_networks
+from data_prep.text_spotting.spotter import Verdict, open_spotter
+from diht_jax.input import decode
+from diht_jax.readers.base import SourceShard
+
+_MOST = 255  # a larger complexity is recorded, and decided about, as this one
+_CAPTION_COLUMNS = ("captions", "gate", "complexity", "actions", "best_complexity")
+_CAPTION_COLUMNS += ("best_active_complexity", "object_names", "action_names")
+
+
+class CaptionStep(Step):
+    """C and A: parses the captions, and drops pairs without one that passes the gates and both."""
+
+    name = "caption"
+    order = 10
+    reasons = {
+        "empty": "no words",
+        "file_name": "file name",
+        "url": "url",
+        "not_english": "not english",
+        "complexity": "C: complexity",
+        "no_action": "A: no action",
+    }
+    limits = ("complexity", "min_complexity", "action")
+    timer = "captions"
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        config.complexity = True  # C of CAT: drop captions of a complexity under min_complexity
+        config.min_complexity = 1  # attributes and relations of the object that has most
+        config.action = True  # A of CAT: drop captions without an action
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        check_integers({"min_complexity": (config.min_complexity, 0)})
+        if config.min_complexity > _MOST:
+            raise ValueError(
+                f"config.min_complexity={config.min_complexity}; expected {_MOST} at most"
+            )
+
+    @classmethod
+    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
+        """True if anything is asked of the captions; else the parser is not even loaded."""
+        return _is_wanted(config) or config.metadata_only
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        return {"caption_rules": versions.RULES_VERSION} if _is_wanted(config) else {}
+
+    @classmethod
+    def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
+        return versions.package_versions()
+
+    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
+        super().__init__(config, source)
+        captions.parse_captions([])  # loads the parser
+
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
+        texts = itertools.chain(*(candidate.captions for candidate in batch))
+        parsed = iter(captions.parse_captions(list(texts)))
+        columns: dict[str, list[Any]] = {name: [] for name in _CAPTION_COLUMNS}
+        for candidate in batch:
+            graphs = list(itertools.islice(parsed, len(candidate.captions)))
+            candidate.graphs, candidate.first_graph = graphs, graphs[0]
+            rows = [_describe(graph) for graph in graphs]
+            values = rows[0] | {"captions": min(len(graphs), _MOST)}
+            if rows[0]["gate"] is None:
+                values["object_names"] = list(graphs[0].objects)
+                values["action_names"] = sorted({edge.predicate for edge in graphs[0].actions})
+            if len(graphs) > 1:
+                candidate.of_captions = {name: [row[name] for row in rows] for name in rows[0]}
+                found = [row for row in rows if row["gate"] is None]
+                for name in ("best_complexity", "best_active_complexity"):
+                    values[name] = max((row["complexity"] for row in found), default=None)
+                    found = [row for row in found if row["actions"]]
+            for name, column in columns.items():
+                column.append(values.get(name))
+        return columns
+
+    @classmethod
+    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+        if not drops_captions(config):
+            return {}
+        limits = caption_limits(config)
+        complexity, actions = columns.numbers("complexity"), columns.numbers("actions")
+        best = np.where(actions > 0, complexity, np.nan) if limits["require_action"] else complexity
+        name = "best_active_complexity" if limits["require_action"] else "best_complexity"
+        best = np.where(columns.numbers("captions") > 1, columns.numbers(name), best)
+        is_bad = ~(best >= limits["min_complexity"])
+        is_simple = complexity < limits["min_complexity"]
+        reasons = {reason: is_bad & columns.is_text("gate", reason) for reason in GATE_REASONS}
+        return reasons | {"complexity": is_bad & is_simple, "no_action": is_bad}
+
+
+def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """C and A as arguments of `batches.CaptionFilter` and of `captions.graph.cat_reason`."""
+    return {
+        "min_complexity": config.min_complexity if config.complexity else 0,
+        "require_action": config.action,
+    }
+
+
+def drops_captions(config: ml_collections.ConfigDict) -> bool:
+    """True if captions are dropped, if only by the gates."""
+    return config.complexity or config.action
+
+
+def compare_captions(
+    before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
+) -> tuple[bool, bool]:
+    """Tells if fewer, and if more of several captions may pass this step now."""
+    old, new = (
+        tuple(caption_limits(config).values()) if drops_captions(config) else (-1, False)
+        for config in (before, now)
+    )
+    return (
+        any(b > a for a, b in zip(old, new, strict=True)),
+        any(b < a for a, b in zip(old, new, strict=True)),
+    )
+
+
+def _is_wanted(config: ml_collections.ConfigDict) -> bool:
+    return drops_captions(config) or config.concepts
+
+
+def _describe(graph: CaptionGraph) -> dict[str, Any]:
+    """The columns of one caption."""
+    if graph.drop_reason is not None:
+        return {"captions": 1, "gate": graph.drop_reason, "complexity": None, "actions": None}
+    complexity, actions = min(graph.complexity, _MOST), min(len(graph.actions), _MOST)
+    return {"captions": 1, "gate": None, "complexity": complexity, "actions": actions}
+
+
+class ImageStep(Step):
+    """Drops pairs whose image is no image or has no good size."""
+
+    name = "image"
+    order = 20
+    reads = ("image",)
+    reasons = {
+        "empty": "no bytes",
+        "unreadable": "unreadable",
+        "too_large": "too large",
+        "too_small": "too small",
+    }
+    timer = "images"
+    section = "image"
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        c = config.image = ml_collections.ConfigDict()
+        c.max_pixels = decode.MAX_PIXELS  # width times height; larger ones are not decoded
+        c.min_side = 1  # px; smaller ones are dropped
+        # px; larger ones are shrunk and written as JPEG; None keeps all bytes
+        c.max_side = placeholder(int)
+        c.jpeg_quality = 90  # of those that are shrunk
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        c = config.image
+        names = ("max_pixels", "min_side", "max_side")
+        check_integers({f"image.{name}": (c[name], 1) for name in names})
+        if not 1 <= c.jpeg_quality <= 95:
+            raise ValueError(f"config.image.jpeg_quality={c.jpeg_quality}; expected 1 to 95")
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        return {}  # its rules are a part of the filter's format version
+
+    @classmethod
+    def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
+        return {"pillow": importlib.metadata.version("pillow")}
+
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
+        columns: dict[str, list] = {n: [] for n in ("format", "width", "height", IMAGE_ERROR)}
+        for candidate in batch:
+            data, error, header = candidate.pair.image, None, (None, None, None)
+            try:
+                header = decode.check_readable(data, max_pixels=self.config.image.max_pixels)
+            except decode.ImageError as found:
+                error = found.reason
+            for name, value in zip(columns, (*header, error), strict=True):
+                columns[name].append(value)
+        return columns
+
+    @classmethod
+    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+        width, height = columns.numbers("width"), columns.numbers("height")
+        too_large = columns.is_text(IMAGE_ERROR, "too_large")
+        return {
+            "too_large": too_large | (width * height > config.image.max_pixels),
+            "empty": columns.is_text(IMAGE_ERROR, "empty"),
+            "unreadable": columns.is_text(IMAGE_ERROR, "unreadable"),
+            "too_small": np.fmin(width, height) < config.image.min_side,
+        }
+
+    @classmethod
+    def find_unknown(
+        cls, columns: Columns, before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
+    ) -> np.ndarray:
+        old, new = before.image, now.image
+        unknown = np.zeros(len(columns), bool)
+        if new.max_pixels > old.max_pixels:  # nobody has tried to decode these
+            unknown |= columns.is_text(IMAGE_ERROR, "too_large")
+        if new.max_side != old.max_side:  # only an image to be shrunk is decoded at its full size
+            dropped = cls.decide(columns, now)
+            longer = np.fmax(columns.numbers("width"), columns.numbers("height"))
+            was_shrunk = columns.is_text("outcome", "kept") & (longer > (old.max_side or np.inf))
+            shrinks = (longer > (new.max_side or np.inf)) & ~was_shrunk
+            unknown |= (shrinks & ~dropped["too_small"]) | (dropped["unreadable"] & (longer > 0))
+            unknown &= ~dropped["too_large"]
+        return unknown
+
+
+_TEXT_COLUMNS = ("matches", "looked", "match", "match_chars", "match_confidence", IMAGE_ERROR)
+
+
+class TextStep(Step):
+    """T: drops pairs of whose captions every one stands in the picture."""
+
+    name = "text"
+    order = 30
+    reads = ("caption", "image")
+    reasons = {"shows_caption": "T: shows its caption"}
+    limits = ("min_chars", "min_confidence")
+    section = "spotter"
+    not_hashed = spotter_settings.NOT_HASHED
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        config.text_spotting = True  # T of CAT: drop captions that their picture shows as text
+        config.spotter = spotter_settings.default_spotter()
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        spotter_settings.check_spotter(config.spotter)
+
+    @classmethod
+    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
+        return config.text_spotting
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        return {"spotting_rules": spotter_settings.RULES_VERSION, "easyocr": easyocr_version()}
+
+    @classmethod
+    def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
+        return {"easyocr": easyocr_version()}
+
+    @classmethod
+    def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
+        return config.spotter.window
+
+    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
+        super().__init__(config, source)
+        name = os.path.basename(source.path.rstrip("/"))  # independent of the folder of the shard
+        part = zlib.crc32(f"{name}\n{source.start}\n{source.stop}".encode())
+        max_pixels = config.image.max_pixels
+        self._spotter = open_spotter(config.spotter, max_pixels, f"{name}-{part:08x}")
+        self._machine: dict[str, str] | None = None
+
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
+        verdicts = self._spotter.judge(
+            [candidate.pair.image for candidate in batch],
+            [candidate.captions for candidate in batch],
+        )
+        columns: dict[str, list] = {name: [] for name in _TEXT_COLUMNS}
+        for candidate, verdict in zip(batch, verdicts, strict=True):
+            values = self._describe(candidate, verdict)
+            for name, column in columns.items():
+                column.append(values.get(name))
+        return columns
+
+    @classmethod
+    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+        return {"shows_caption": columns.has("match")}
+
+    @classmethod
+    def find_unknown(
+        cls, columns: Columns, before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
+    ) -> np.ndarray:
+        old, new = before.spotter, now.spotter
+        unknown = super().find_unknown(columns, before, now)
+        several, dropped = columns.numbers("captions") > 1, columns.has("match")
+        # By stricter limits of a match only pairs that were dropped may pass, by laxer ones only
+        # pairs that passed may be dropped.
+        if new.min_chars < old.min_chars or new.min_confidence < old.min_confidence:
+            unknown |= ~dropped
+        if new.min_chars != old.min_chars:
+            unknown |= dropped & (columns.numbers("match_chars") < new.min_chars)
+        if new.min_confidence != old.min_confidence:
+            least = np.float32(new.min_confidence)
+            is_sure = (columns.numbers("match_confidence") >= least) & ~several
+            unknown |= dropped & ~is_sure
+        # Of several captions others may come here now than those that were looked for.
+        fewer, more = compare_captions(before, now)
+        if more:
+            unknown |= several & dropped
+        if fewer:
+            unmatched = columns.numbers("matches") == 0
+            unknown |= several & ~dropped & ~(unmatched & (not more))
+        return unknown
+
+    def close(self) -> dict[str, Any]:
+        return {"spotter": self._machine}
+
+    def _describe(self, candidate: Candidate, verdict: Verdict) -> dict[str, Any]:
+        """The columns of one pair."""
+        if verdict.error is not None:
+            return {IMAGE_ERROR: verdict.error.reason}
+        if self._machine is None and verdict.looked != "no_run":
+            ocr = resolve_for_networks(self._spotter.settings.ocr)
+            device = ocr.device.partition(":")[0]
+            self._machine = {"precision": ocr.precision, "device": device}
+        candidate.spots = verdict.spots
+        candidate.of_captions = {"match": list(verdict.matches)}
+        looked = "missed" if verdict.missed else "audited" if verdict.audited else verdict.looked
+        shown = [match for match in verdict.matches if match is not None]
+        values = {"matches": len(shown), "looked": looked}
+        if len(shown) < len(verdict.matches):
+            return values
+        # What the longest of several captions shares with the picture does not decide alone.
+        shared = [
+            longest_match(text, caption, self._spotter.settings)
+            for text, caption in zip(shown, candidate.captions, strict=True)
+        ]
+        confidence = next((s.confidence for s in verdict.spots if s.text == shown[0]), None)
+        return values | {
+            "match": shown[0],
+            "match_chars": min(shared),
+            "match_confidence": confidence,
+        }
