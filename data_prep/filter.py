@@ -17,22 +17,48 @@ own.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_collections
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
+from data_prep.decisions import table
+from data_prep.decisions.funnel import format_noise_table
+from data_prep.decisions.report import REPORT, Report, gather, get_funnel, read_report
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import job as filter_job
-from data_prep.filtering import replay
-from data_prep.jobs.engine import ENGINES
-from data_prep.jobs.failures import Failures
+from data_prep.filtering import plan, replay, resharding
+from data_prep.filtering.plan import Job
+from data_prep.filtering.rows import filter_rows
+from data_prep.filtering.shard import filter_shard
+from data_prep.jobs import shards
+from data_prep.jobs.engine import ENGINES, after_death, engine_options, print_failures, run_pending
+from data_prep.jobs.failures import (
+    Failures,
+    Survey,
+    is_unfinished,
+    run_noting_failures,
+    survey,
+    with_output,
+)
+from data_prep.jobs.shards import ShardTask
+from data_prep.reports.page import PAGE, write_report
 from data_prep.steps.cat import caption_limits
+from data_prep.steps.registry import active_steps
 from diht_jax import command_line
 from diht_jax.config.checks import validate_config
+from diht_jax.data.index import is_indexable, update_index
+from diht_jax.records import dataset_info
+from diht_jax.records.formats.registry import FORMATS
+from diht_jax.storage import files, locks
 from diht_jax.terminal import print_escaped
+
+_REMOVED = "what was made of it was removed, or it has changed, while the filter ran; run the "
+_REMOVED += "command again"
 
 
 def define_flags() -> None:
@@ -110,7 +136,246 @@ def run_filter(
         # The same folder on all nodes, also where a worker runs in another one.
         config.spotter.cache = os.path.abspath(config.spotter.cache)
     filter_config.set_quantile_limit(config)
-    return filter_job.run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
+    job = plan.plan_job(config, task_index, num_tasks, engine, overwrite)
+    # The jobs of an array that is run once more have yet to find what has changed of their own.
+    was_complete = files.exists(files.join(job.folder, shards.MERGED_STATS))
+    done = plan.find_done(job, overwrite)
+    pending = [task for task in job.mine if task.output not in done]
+    logging.info("%d shards, %d of them done before", len(job.mine), len(job.mine) - len(pending))
+    if pending:
+        plan.forget_output(job.folder)
+    names = [os.path.basename(task.output) for task in job.mine]
+    shards.remove_temporary_files(job.parts_folder, names)
+    shards.remove_temporary_files(files.join(job.folder, table.FOLDER), names)
+    failures = filter_parts(job, pending)
+    known = {**done, **failures.made}
+    result, missing = _finish(
+        job, failures, known, has_begun=bool(pending), was_complete=was_complete
+    )
+    if missing:
+        logging.warning(
+            "%d finished shards are read again, since records that were made from them are "
+            "missing or damaged, such as those of %s",
+            len(missing),
+            missing[0].source,
+        )
+        again = filter_parts(job, missing)
+        if again:  # the output that is there may hold what could not be read now
+            return print_failures(Failures(failures | again))
+        result, missing = _finish(job, failures, {}, has_begun=False)
+    result.update({str(task.source): _REMOVED for task in missing})
+    return print_failures(result)
+
+
+def filter_parts(job: Job, pending: Sequence[ShardTask]) -> Failures:
+    """Filters some inputs; failures are noted next to their parts."""
+    function = filter_rows if job.config.metadata_only else filter_shard
+    work = functools.partial(function, config=job.config, steps=active_steps(job.config))
+    options = engine_options(job.config, job.engine)
+    options |= {"label": "filter", "after_death": after_death}
+    return run_noting_failures(work, pending, options)
+
+
+def _finish(
+    job: Job,
+    failures: Failures,
+    known: Mapping[str, dict[str, Any]],
+    *,
+    has_begun: bool,
+    was_complete: bool = False,
+) -> tuple[Failures, list[ShardTask]]:
+    """Writes the output if all jobs are done and no other job is writing it.
+
+    Args:
+        job: at its end.
+        failures: of this job.
+        known: output -> statistics that were read before.
+        has_begun: whether this job had parts to filter.
+        was_complete: whether there was an output when it began.
+
+    Returns:
+        The failures to report, and the tasks that must be filtered again before there is output.
+    """
+    with locks.leader_lock(job.folder):
+        # A job that had parts to filter has removed older statistics of the whole.
+        if has_begun and (merged := plan.read_written(job)) is not None:
+            print_escaped(f"{job.folder}: another job has written the output")
+            return with_output(failures, merged.get("failed", ())), []
+        found = survey(job.tasks, known)
+        is_alone = len(job.mine) == len(job.tasks)
+        if is_unfinished(
+            job.config.max_failed_shards, found, len(job.tasks), has_other_jobs=not is_alone
+        ):
+            if found.parts and (is_alone or not found.waiting):
+                _show_unfinished(job, found)
+            changed = {} if was_complete else found.explain_changed()
+            mine = {task.output for task in job.mine}
+            removed = {str(t.source): _REMOVED for t in found.waiting if t.output in mine}
+            return Failures(changed | removed | failures), []
+        not_made, missing = _write_output(job, found)
+        if missing or not_made:
+            return Failures(failures | not_made), missing
+        return with_output(failures, found.failed), []
+
+
+def _show_unfinished(job: Job, found: Survey) -> None:
+    """Prints the funnel of the parts that are done, where no output can be written.
+
+    Once no part is waited for, the report is written as well: it lists what has failed.
+    """
+    report = _gather(job, found)
+    print_funnel(report)
+    if not found.waiting:
+        write_report(job.folder, report)
+        print_escaped(f"what the shards that are done gave: {job.folder}/{PAGE}")
+
+
+def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTask]]:
+    """Makes the output shards of the parts, as far as they are not there, and describes them.
+
+    Returns:
+        Output shards that could not be made, with the reason; and the parts that must be filtered
+        again, since records of theirs are nowhere.
+    """
+    config, folder, parts = job.config, job.folder, found.parts
+    planned = resharding.plan_shards(parts, folder, config) if job.is_resharded else []
+    written = resharding.load_written(planned)
+    unwritten = [shard for shard, stats in zip(planned, written, strict=True) if not stats]
+    if unwritten or not _is_described(job):
+        restored: list[resharding.BalancedShard] = []
+        if job.is_resharded:
+            restored, missing = resharding.plan_restoring(parts, unwritten, folder)
+            missing |= plan.find_undecided([task.output for task, _ in parts])
+            if missing:
+                return {}, [task for task, _ in parts if task.output in missing]
+        elif not config.metadata_only:  # as training reads them: in the order of their names
+            parts = sorted(parts, key=lambda part: part[0].output)
+        report = _gather(job, found)
+        if not report["counts"]["kept"] and not config.metadata_only:
+            print_funnel(report)
+            write_report(folder, report)
+            raise ValueError(
+                f"none of the {report['counts']['read']} pairs of '{config.input}' was kept; the "
+                f"reasons are in the table above, examples in {folder}/{PAGE}"
+            )
+        shards.remove_merged(folder)
+        options = engine_options(config, job.engine)
+        failures = run_pending(resharding.restore_part, restored, label="restore", **options)
+        if failures:
+            return failures, []
+        if job.is_resharded:
+            resharding.remove_stale_shards(folder, planned, config.output_format)
+        outputs = [os.path.basename(shard.output) for shard in planned]
+        shards.remove_temporary_files(folder, [*outputs, *plan.MERGED_FILES])
+        described = [filter_config.SETTINGS, table.MANIFEST]
+        shards.remove_temporary_files(job.parts_folder, described)
+        table.write_lists(folder, table.read_kept(task.output for task, _ in parts))
+        failures = run_pending(resharding.write_shard, unwritten, label="re-shard", **options)
+        if failures:
+            return failures, []
+        made = list(resharding.load_written(planned)) or [stats for _, stats in parts]
+        _describe_output(job, found, [stats["output"] for stats in made], report)
+    report = read_report(folder)
+    print_funnel(report)
+    unit, shard = ("rows", "files") if config.metadata_only else ("pairs", "shards")
+    print_escaped(
+        f"{report['counts']['kept']:,} {unit} in {len(planned or parts)} {shard}: {folder}; look "
+        f"at {folder}/{PAGE}"
+    )
+    if job.is_resharded and not config.keep_parts:
+        resharding.remove_records(job.parts_folder, job.tasks)
+    return {}, []
+
+
+def _is_described(job: Job) -> bool:
+    """True if the files are there that describe the output of these parts as a whole."""
+    names = (REPORT, PAGE, table.KEYS_FILE, *_described_by(job.config))
+    is_there = all(files.exists(files.join(job.folder, name)) for name in names)
+    is_whole = files.read_object(files.join(job.folder, REPORT)) is not None
+    return is_there and is_whole and plan.read_written(job) is not None
+
+
+def _described_by(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The files that describe the shards of a config to other programs."""
+    if config.metadata_only:
+        return ()
+    if FORMATS[config.output_format].tfds_name is None:
+        return (dataset_info.SIZES,)
+    # To TFDS the shards of a data set are numbered.
+    return () if config.examples_per_shard is None else dataset_info.FILES
+
+
+def _gather(job: Job, found: Survey) -> Report:
+    """The report of the parts that are done, at least one."""
+    described = {
+        "input": job.config.input,
+        "output": job.config.output,
+        "settings": filter_config.record_settings(job.config),
+        "config_hash": job.tasks[0].config_hash,
+        "failed": found.failed,
+        "shards": len(found.parts),
+    }
+    return gather(
+        [task.output for task, _ in found.parts],
+        [described],
+        samples_per_outcome=job.config.samples_per_outcome,
+        report_samples=job.config.report_samples,
+        clean_label=job.config.clean_label,
+    )
+
+
+def _describe_output(
+    job: Job, found: Survey, outputs: Sequence[Mapping[str, Any]], report: Report
+) -> None:
+    """Writes report and index, what other programs need, and the merged statistics last."""
+    config, folder = job.config, job.folder
+    write_report(folder, report)
+    described = _described_by(config)
+    if dataset_info.SIZES in described:
+        dataset_info.write_sizes(folder, {output["file"]: output["records"] for output in outputs})
+    elif described and (tfds_name := FORMATS[config.output_format].tfds_name):
+        dataset_info.write_dataset_info(
+            folder,
+            dataset=config.dataset_name,
+            split=config.split,
+            shard_lengths=[output["records"] for output in outputs],
+            num_bytes=sum(output["bytes"] for output in outputs),
+            image_formats=report["counts"]["image_formats"],
+            description=f"Image-text pairs of {config.input}, by data_prep.filter.",
+            file_format=tfds_name,
+        )
+    if not config.metadata_only and all(is_indexable(output["file"]) for output in outputs):
+        update_index(folder)
+    merged = {
+        "config": filter_config.record_settings(config),
+        "input": config.input,
+        "config_hash": job.tasks[0].config_hash,
+        "output_id": job.output_id,
+        "inputs": len(job.tasks),
+        "examples_per_shard": config.examples_per_shard,
+        "output_format": config.output_format,
+        "shards": len(outputs),
+        "versions": report["versions"],
+        "counts": report["counts"] | {"measures": report["measures"]},
+    }
+    if found.failed:
+        merged["failed"] = found.failed
+    files.write_object(files.join(folder, shards.MERGED_STATS), merged, with_checksum=True)
+
+
+def print_funnel(report: Report) -> None:
+    """Prints the funnel, what img2dataset counted, and the filters against known noise."""
+    if d := report["download"]:
+        print_escaped(
+            f"img2dataset: {d['count']:,} rows, {d['successes']:,} downloaded, "
+            f"{d['failed_to_download']:,} failed to download, {d['failed_to_resize']:,} to resize"
+        )
+    print_escaped(get_funnel(report).format_table())
+    for warning in report["warnings"]:
+        logging.warning("%s", warning)
+    if report["measures"]["labels"]:
+        print_escaped()
+        print_escaped(format_noise_table(report["measures"]["labels"], report["clean_label"]))
 
 
 def _optional_keys() -> ml_collections.ConfigDict:

@@ -39,6 +39,9 @@ from diht_jax.readers.parquet import (
 )
 from diht_jax.readers.registry import Skipped, SourceShard
 from diht_jax.readers.webdataset import TAR_SUFFIXES
+from diht_jax.records.catalog import kind_of
+from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.formats.registry import FORMATS
 from diht_jax.records.formats.tar_members import DamagedTarError
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
@@ -216,6 +219,26 @@ def check_not_input(folder: str, sources: Iterable[SourceShard]) -> None:
     for source in sources:
         if os.path.dirname(_plain_path(source.path)) == plain:
             raise ValueError(f"config.output='{folder}' is the folder of the input '{source.path}'")
+
+
+def refuse_foreign(folder: str, names: Sequence[str]) -> None:
+    """Raises ValueError for shards in a folder that a training run would read, and nobody plans."""
+    if names:
+        raise ValueError(
+            f"'{folder}' holds {len(names)} shards that do not belong to this run, such as "
+            f"'{names[0]}' (by '{names[0]}{STATS_SUFFIX}', where there is one); choose an "
+            "empty folder, or delete them"
+        )
+
+
+def read_shards(folder: str, output_format: str) -> list[str]:
+    """Names of the shards that training on a folder with this format of shards would read.
+
+    Those of another format are read instead where that comes first in `FORMATS`.
+    """
+    names = list(FORMATS)
+    first = set(names[: names.index(output_format) + 1])
+    return [name for name in files.list_names(folder) if kind_of(name) in first]
 
 
 def _plain_path(path: str) -> str:

@@ -10,7 +10,7 @@ import ml_collections
 from data_prep.duplicates.pictures import DESCRIPTOR_VERSION
 from data_prep.duplicates.semdedup import KEEP
 from data_prep.jobs.failures import check_limit
-from data_prep.jobs.fingerprint import check_identity
+from data_prep.jobs.shards import check_identity
 from data_prep.jobs.workers import RaySettings
 from data_prep.sources import default_source
 from diht_jax.config.keys import (

@@ -29,8 +29,7 @@ from data_prep.duplicates.rows import CAPTION, Rows, check_columns, forget_copie
 from data_prep.duplicates.scan import Unit, scan_unit
 from data_prep.duplicates.semdedup import NONE
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import after_death
-from data_prep.jobs.engine import engine_options, print_failures
+from data_prep.jobs.engine import after_death, engine_options, print_failures
 from data_prep.jobs.failures import (
     Failures,
     Survey,

@@ -29,10 +29,9 @@ from data_prep.duplicates.rows import (
     hash_texts,
     write_columns,
 )
-from data_prep.jobs import fingerprint, shards
-from data_prep.jobs.crash_search import CRASHED, WorkRecord
-from data_prep.jobs.engine import Report
-from data_prep.jobs.failures import allowed_number
+from data_prep.jobs import shards
+from data_prep.jobs.engine import CRASHED, Report, WorkRecord
+from data_prep.jobs.failures import allowed_number, find_finished
 from data_prep.jobs.shards import ShardTask
 from data_prep.sources import Input, find_root, hash_inputs, list_inputs, read_pairs
 from diht_jax.input.decode import MAX_PIXELS, ImageError, open_image
@@ -130,13 +129,13 @@ def reject_or_remove_stale(
     Raises:
         ValueError: they are more than `max_changed` allows.
     """
-    fingerprint.forget_linked()  # as an earlier run of this process saw them
+    shards.forget_linked()  # as an earlier run of this process saw them
     where, ending = files.join(folder, FOLDER), shards.STATS_SUFFIX
     present = files.list_names(where, lambda name: _OURS.fullmatch(name) is not None)
     scanned = {name.removesuffix(ending) for name in present if name.endswith(ending)}
     own = {os.path.basename(unit.output) for unit in units}
     there = [unit for unit in units if os.path.basename(unit.output) in scanned]
-    done, gone = shards.find_finished(there), sorted(scanned - own)
+    done, gone = find_finished(there), sorted(scanned - own)
     # Scans that are damaged are made again whatever their number: their inputs are the same.
     again = [unit for unit in there if unit.output not in done]
     changed = [
@@ -147,7 +146,7 @@ def reject_or_remove_stale(
     count, allowed = len(gone) + len(changed), allowed_number(max_changed, len(scanned))
     if count > allowed:
         located = (
-            files.read_object(files.join(where, name + fingerprint.LOCATION_SUFFIX))
+            files.read_object(files.join(where, name + shards.LOCATION_SUFFIX))
             for name in gone[:_SHOWN]
         )
         names = [found["path"] for found in located if found] + [str(u.source) for u in changed]

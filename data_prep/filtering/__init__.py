@@ -1,1 +1,1 @@
-"""CAT filtering: a shard, a whole job, metadata alone, and the output shards."""
+"""CAT filtering: the config, the plan of a job, a shard, metadata alone, output shards, replay."""

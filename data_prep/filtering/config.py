@@ -17,7 +17,7 @@ from ml_collections.config_dict import placeholder
 from data_prep.decisions.table import find_decisions, read_decisions
 from data_prep.jobs import shards
 from data_prep.jobs.failures import check_limit
-from data_prep.jobs.fingerprint import check_identity
+from data_prep.jobs.shards import check_identity
 from data_prep.jobs.workers import RaySettings
 from data_prep.sources import default_source
 from data_prep.steps import registry

@@ -1,8 +1,18 @@
 """Plans a filter job: the parts of its inputs, and what of them is done, stale, or in the way.
 
-A part is the filtered form of one input shard, named by its input. Parts are in the folder `parts`
-of the output and are re-sharded, or are the output themselves where `config.examples_per_shard` is
-None; the parts of a job on metadata alone are the filtered tables.
+A part is the filtered form of one input shard, named by its input. The folder of the output:
+
+    parts/         filtered input shards: records (removed in the end), decisions, statistics,
+                   samples and times; with config.examples_per_shard=None the parts are in the
+                   folder itself, and are the output
+    *.tfrecord     the records of all parts, in shards of equal size (`resharding`); or
+                   *.array_record or *.tar, as config.output_format has it
+    dataset.index  where the records of all shards are (`diht_jax.data.index`)
+    stats.json, report.json, report.html, kept_keys.txt, kept_uids.npy
+    dataset_info.json, features.json; for tars sizes.json
+
+Where config.metadata_only is set, rows of tables are filtered without images: the kept rows of
+`INPUT.parquet` are `OUTPUT/INPUT.parquet` (`rows`).
 
 Nothing that was made with other settings is replaced unless `--overwrite` asks for it. Parts of
 inputs that are gone or were replaced follow them by themselves while they are few: an everyday
@@ -29,8 +39,8 @@ from data_prep.decisions.report import REPORT
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import resharding, rows
 from data_prep.filtering.config import SETTINGS
-from data_prep.jobs import fingerprint, shards
-from data_prep.jobs.failures import allowed_number
+from data_prep.jobs import shards
+from data_prep.jobs.failures import allowed_number, damaged_outputs
 from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask
 from data_prep.reports.page import PAGE
 from data_prep.sources import Input, hash_inputs
@@ -111,7 +121,7 @@ def plan_job(
             step.check_inputs(config, inputs)
         files.make_folder(folder)
         _settle_layout(config, folder, overwrite)
-        shards.refuse_foreign(folder, resharding.find_foreign(folder, config.output_format))
+        sources.refuse_foreign(folder, resharding.find_foreign(folder, config.output_format))
         if config.examples_per_shard is not None:
             parts_folder = files.join(folder, resharding.PARTS)
         tasks = _plan_parts(config, inputs, parts_folder, is_output=parts_folder == folder)
@@ -187,7 +197,7 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: something has changed, and it is not to be overwritten.
     """
-    fingerprint.forget_linked()  # as an earlier run of this process saw them
+    shards.forget_linked()  # as an earlier run of this process saw them
     present = {
         name
         for name in files.list_names(job.parts_folder)
@@ -215,7 +225,7 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
         files.write_object(path, settings)
     if not job.is_resharded:  # nothing else holds these outputs
         found = [(task, done[task.output]) for task in job.mine if task.output in done]
-        damaged = shards.damaged_outputs(found) | find_undecided(list(done))
+        damaged = damaged_outputs(found) | find_undecided(list(done))
         return {output: stats for output, stats in done.items() if output not in damaged}
     if not overwrite:
         _check_records(job, done)
@@ -328,7 +338,7 @@ def _describe_changes(job: Job, changed: _Changes, gone: Sequence[str], finished
 
 
 def _input_of(output: str) -> str | None:
-    return (files.read_object(output + fingerprint.LOCATION_SUFFIX) or {}).get("path")
+    return (files.read_object(output + shards.LOCATION_SUFFIX) or {}).get("path")
 
 
 def _check_records(job: Job, done: Mapping[str, Any]) -> None:

@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from data_prep import sources
 from data_prep.captions.mentions import CONCEPTS_SUFFIX, ConceptLog, concept_path, read_mentions
 from data_prep.decisions.table import SUFFIX, decisions_path, read_kept
 from data_prep.filtering.config import SETTINGS
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
+from data_prep.jobs.failures import damaged_outputs, has_output, open_sizes
 from data_prep.jobs.shards import STATS_SUFFIX
 from diht_jax.input import decode
 from diht_jax.records import schema
@@ -253,12 +255,12 @@ def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any]]:
     """Statistics of each output shard that was written from the same parts; empty for others."""
     if not planned:
         return
-    sizes = shards.open_sizes(planned[0].output.rpartition("/")[0])
+    sizes = open_sizes(planned[0].output.rpartition("/")[0])
 
     def load(shard: BalancedShard) -> dict[str, Any]:
         stats = files.read_object(shard.stats_path) or {}
         is_same = stats.get("config_hash") == shard.plan_hash
-        return stats if is_same and shards.has_output(shard.output, stats, sizes) else {}
+        return stats if is_same and has_output(shard.output, stats, sizes) else {}
 
     yield from files.map_many(load, planned, planned[0].output)
 
@@ -273,7 +275,7 @@ def plan_restoring(
         those some of whose records are nowhere.
     """
     needed = {piece.path for shard in unwritten for piece in shard.slices}
-    lost = shards.damaged_outputs([part for part in parts if part[0].output in needed])
+    lost = damaged_outputs([part for part in parts if part[0].output in needed])
     found, missing = [], set()
     pieces_of = _index_old_shards(parts, folder) if lost else {}
     for task, stats in parts:
@@ -319,7 +321,7 @@ def _index_old_shards(parts: Sequence[Part], folder: str) -> dict[str, list[tupl
 
 def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
     """Names of the shards in a folder that training would read, and no filter has written."""
-    names = shards.read_shards(folder, output_format)
+    names = sources.read_shards(folder, output_format)
     if not names:
         return []
     present = set(files.list_names(folder))
@@ -344,7 +346,7 @@ def remove_stale_shards(
 ) -> None:
     """Removes output shards of an earlier plan, in any format, that this one does not replace."""
     wanted = {os.path.basename(shard.output) for shard in planned}
-    read = set(shards.read_shards(folder, output_format))
+    read = set(sources.read_shards(folder, output_format))
     others = [name for name in files.list_names(folder) if kind_of(name) and name not in wanted]
     stale = [name for name in others if name in read or _is_ours(files.join(folder, name))]
     remove_outputs(folder, stale)

@@ -22,8 +22,7 @@ from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.shard import Chain
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import WorkRecord
-from data_prep.jobs.engine import Report
+from data_prep.jobs.engine import Report, WorkRecord
 from data_prep.steps.base import Candidate, Step
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.columns import ColumnOptions, find_columns

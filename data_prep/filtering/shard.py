@@ -24,8 +24,7 @@ from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.resharding import CommonImageWriter
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import WorkRecord
-from data_prep.jobs.engine import Report
+from data_prep.jobs.engine import Report, WorkRecord
 from data_prep.sources import read_download_stats, read_pairs, read_sidecar
 from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.steps.cat import ImageStep

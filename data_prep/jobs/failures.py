@@ -1,4 +1,4 @@
-"""Shards that failed while the others are done: noted, counted against a limit, tried again.
+"""State of the tasks of a job: done and whole, failed within a limit or beyond it, or waiting.
 
 Why a shard has failed stands next to its output (`FAILED_SUFFIX`) until it is made, so that another
 job of an array knows that nobody works on it. A later run tries it again.
@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple
 
 from absl import logging
 
-from data_prep.jobs import fingerprint, shards
+from data_prep.jobs import shards
 from data_prep.jobs.engine import run_pending
-from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask, Task, trim_stats
+from data_prep.jobs.shards import (
+    FAILED_SUFFIX,
+    STATS_SUFFIX,
+    ShardTask,
+    Task,
+    check_all,
+    trim_stats,
+)
 from diht_jax.storage import files
+from diht_jax.storage.stores import is_remote
 from diht_jax.terminal import print_escaped
+
+# Path -> bytes, None where the file is missing.
+Sizes = Callable[[str], int | None]
 
 # Status with which a command ends whose output is there, without the shards that failed.
 INCOMPLETE_STATUS = 3
@@ -101,8 +112,8 @@ def run_noting_failures(
     failures.made, changed = {}, pending
     for is_again in (False, True):
         failures.update(run_pending(function, changed, **options))
-        fingerprint.forget_linked()
-        checked, changed = shards.check_all(changed), []
+        shards.forget_linked()
+        checked, changed = check_all(changed), []
         for task, stats, change in checked:
             if change is not None:
                 changed.append(task)
@@ -150,7 +161,7 @@ def survey(
         is_done, is_failed = (name + end in present for end in (STATS_SUFFIX, FAILED_SUFFIX))
         (there if is_done else failed_tasks if is_failed else waiting).append(task)
     if not waiting:
-        for task, stats, change in shards.check_all([t for t in there if t.output not in known]):
+        for task, stats, change in check_all([t for t in there if t.output not in known]):
             if stats is not None and change is None:
                 known[task.output] = trim_stats(stats)
             elif stats is not None and stats.get("config_hash") == task.config_hash:
@@ -211,3 +222,46 @@ def with_output(failures: Mapping[str, str], failed: Sequence[Mapping[str, str]]
     result = Failures({**failures, **{found["source"]: found["error"] for found in failed}})
     result.output_written = True
     return result
+
+
+def has_output(path: str, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
+    """Tells whether an output and its other files have the sizes that its statistics name."""
+    try:
+        output = stats["output"]
+        return output["bytes"] == size_of(path) and all(
+            size == size_of(path + suffix) for suffix, size in output["companions"].items()
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def open_sizes(folder: str) -> Sizes:
+    """Bytes of the files of a folder by their path; those of a store are listed at once."""
+    if not is_remote(folder):
+        return files.size
+    listed = files.list_sizes(folder, lambda name: not name.endswith(STATS_SUFFIX))
+    return lambda path: listed.get(path.rpartition("/")[2])
+
+
+def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
+    """The outputs, all of one folder, for which `has_output` is false."""
+    if not parts:
+        return set()
+    sizes = open_sizes(parts[0][0].output.rpartition("/")[0])
+    return {task.output for task, stats in parts if not has_output(task.output, stats, sizes)}
+
+
+def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
+    """Output -> `trim_stats`, of the tasks of one folder that are done and whole."""
+    if not tasks:
+        return {}
+    folder = tasks[0].output.rpartition("/")[0]
+    present = set(files.list_names(folder, lambda name: name.endswith(STATS_SUFFIX)))
+    there = [task for task in tasks if os.path.basename(task.stats_path) in present]
+    found = [
+        (task, trim_stats(stats))
+        for task, stats, change in check_all(there)
+        if stats is not None and change is None
+    ]
+    damaged = damaged_outputs(found)
+    return {task.output: stats for task, stats in found if task.output not in damaged}

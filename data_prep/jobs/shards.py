@@ -3,34 +3,57 @@
 A shard counts as done when its statistics file exists, which is written last, and when that file
 names the same config, the same input and an output of the size that it has. What is done to
 the records is not known here; `engine.py` runs the tasks.
+
+Of every input two things are kept next to the output: its contents, as part, options and size, in
+the statistics; and its location (path, size and time of change), in a file of its own, since that
+differs from one machine to the next. What counts as the same is one of `IDENTITIES`:
+
+    time   size and time of change, or the version that an object store states; nothing is read
+    hash   like "time"; and a file that was touched or copied is known by a hash of every byte,
+           which costs a reading of its own
+    size   size alone, after a copy that has lost the times
+
+The files that a table names are part of it, and are compared in the same way.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from data_prep.jobs import fingerprint
-from data_prep.jobs.crash_search import CrashSearch
-from diht_jax.readers.registry import SourceShard, names_files
+from data_prep.jobs.engine import CrashSearch
+from diht_jax.readers.base import read_image, walk_files
+from diht_jax.readers.registry import (
+    Skipped,
+    SourceShard,
+    describe_linked,
+    list_linked_files,
+    names_files,
+)
 from diht_jax.records import dataset_info
-from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME
-from diht_jax.records.formats.registry import FORMATS, open_writer
+from diht_jax.records.formats.registry import open_writer
 from diht_jax.records.formats.writer import RecordSink
 from diht_jax.storage import files
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.stores import input_size, is_remote, open_file
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
 FAILED_SUFFIX = ".failed.json"  # next to an output that could not be made: why
 
-# Path -> bytes, None where the file is missing.
-Sizes = Callable[[str], int | None]
+
+LOCATION_SUFFIX = ".place.json"  # of the files with locations
+
+IDENTITIES = ("time", "hash", "size")
+
+_READ_BYTES = 2**22
+# One run compares its inputs several times, and a table may name millions of files.
+_states_of_linked: dict[str, str | None] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +64,7 @@ class ShardTask:
         source: what is read.
         output: path of the shard that is written.
         config_hash: of everything that decides what is written.
-        identity: what counts as the same input, one of `fingerprint.IDENTITIES`.
+        identity: what counts as the same input, one of `IDENTITIES`.
         search: for pairs that end their worker, once one has died of this task.
     """
 
@@ -59,7 +82,7 @@ class ShardTask:
     @property
     def location_path(self) -> str:
         """Path of the location of the input."""
-        return self.output + fingerprint.LOCATION_SUFFIX
+        return self.output + LOCATION_SUFFIX
 
 
 Task = TypeVar("Task", bound=ShardTask)
@@ -70,24 +93,17 @@ def hash_config(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def refuse_foreign(folder: str, names: Sequence[str]) -> None:
-    """Raises ValueError for shards in a folder that a training run would read, and nobody plans."""
-    if names:
-        raise ValueError(
-            f"'{folder}' holds {len(names)} shards that do not belong to this run, such as "
-            f"'{names[0]}' (by '{names[0]}{STATS_SUFFIX}', where there is one); choose an empty "
-            "folder, or delete them"
-        )
+class Description(NamedTuple):
+    """Description of an input, JSON-able.
 
-
-def read_shards(folder: str, output_format: str) -> list[str]:
-    """Names of the shards that training on a folder with this format of shards would read.
-
-    Those of another format are read instead where that comes first in `FORMATS`.
+    Attributes:
+        contents: what it holds, independent of where it is: part, options, size, and the hash of
+            every byte where it was asked for.
+        location: path, size and time of change.
     """
-    names = list(FORMATS)
-    first = set(names[: names.index(output_format) + 1])
-    return [name for name in files.list_names(folder) if kind_of(name) in first]
+
+    contents: dict[str, Any]
+    location: dict[str, Any]
 
 
 def run_task(
@@ -112,18 +128,18 @@ def run_task(
     return finish_task(task, described, counts, len(writer), companions, hashing.digest())
 
 
-def begin_task(task: ShardTask) -> fingerprint.Description:
+def begin_task(task: ShardTask) -> Description:
     """Removes what an earlier attempt has left; describes the input before it is read."""
     if task.search is not None:  # workers have died of it, and left half-written files
         folder, name = os.path.split(task.output)
         remove_temporary_files(folder, [name])
     files.remove(task.stats_path)
-    return fingerprint.describe(task.source, task.identity)
+    return describe_input(task.source, task.identity)
 
 
 def finish_task(
     task: ShardTask,
-    described: fingerprint.Description,
+    described: Description,
     counts: dict[str, Any],
     records: int,
     companions: Sequence[str] = (),
@@ -212,55 +228,12 @@ def _check(task: Task) -> tuple[Task, dict[str, Any] | None, str | None]:
         return task, stats, change
     try:
         before = stats.get("input") or {}
-        if fingerprint.is_same(task.source, before, task.location_path, task.identity):
+        if is_same_input(task.source, before, task.location_path, task.identity):
             return task, stats, None
     except FileNotFoundError:
         return task, stats, f"the input '{task.source}', which is gone"
     images = " or an image that it names" if names_files(task.source) else ""
     return task, stats, f"the input '{task.source}'{images}"
-
-
-def has_output(path: str, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
-    """Tells whether an output and its other files have the sizes that its statistics name."""
-    try:
-        output = stats["output"]
-        return output["bytes"] == size_of(path) and all(
-            size == size_of(path + suffix) for suffix, size in output["companions"].items()
-        )
-    except (KeyError, TypeError, AttributeError):
-        return False
-
-
-def open_sizes(folder: str) -> Sizes:
-    """Bytes of the files of a folder by their path; those of a store are listed at once."""
-    if not is_remote(folder):
-        return files.size
-    listed = files.list_sizes(folder, lambda name: not name.endswith(STATS_SUFFIX))
-    return lambda path: listed.get(path.rpartition("/")[2])
-
-
-def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
-    """The outputs, all of one folder, for which `has_output` is false."""
-    if not parts:
-        return set()
-    sizes = open_sizes(parts[0][0].output.rpartition("/")[0])
-    return {task.output for task, stats in parts if not has_output(task.output, stats, sizes)}
-
-
-def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
-    """Output -> `trim_stats`, of the tasks of one folder that are done and whole."""
-    if not tasks:
-        return {}
-    folder = tasks[0].output.rpartition("/")[0]
-    present = set(files.list_names(folder, lambda name: name.endswith(STATS_SUFFIX)))
-    there = [task for task in tasks if os.path.basename(task.stats_path) in present]
-    found = [
-        (task, trim_stats(stats))
-        for task, stats, change in check_all(there)
-        if stats is not None and change is None
-    ]
-    damaged = damaged_outputs(found)
-    return {task.output: stats for task, stats in found if task.output not in damaged}
 
 
 def remove_temporary_files(folder: str, names: Iterable[str]) -> None:
@@ -295,3 +268,122 @@ def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:
         return any(".".join(parts[: i + 1]) in wanted for i in range(len(parts)))
 
     return list(filter(belongs, names))
+
+
+def check_identity(name: str) -> None:
+    """Raises ValueError for a `config.input_identity` that is not one of `IDENTITIES`."""
+    if name not in IDENTITIES:
+        raise ValueError(f"config.input_identity='{name}'; expected one of {', '.join(IDENTITIES)}")
+
+
+def describe_input(source: SourceShard, identity: str = "time") -> Description:
+    """Describes an input; reads it only where it is hashed.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    forget_linked()  # this is what will be read
+    contents, location = _look_at(source)
+    if identity == "hash":
+        contents["digest"] = _hash_all(source)
+        if "linked" in location:
+            contents["linked"] = _hash_linked(source)
+    return Description(contents, location)
+
+
+def is_same_input(
+    source: SourceShard, contents: Mapping[str, Any], location_path: str, identity: str = "time"
+) -> bool:
+    """Compares an input with the contents of before, and the location in a file, if it is there.
+
+    An input that was touched or copied is compared by its bytes where they were hashed; if they are
+    the same, its new location is written down, so that the next run need not read it.
+
+    Raises:
+        FileNotFoundError: the input is gone.
+    """
+    now, location = _look_at(source)
+    if any(contents.get(name) != value for name, value in now.items() if name != "files"):
+        return False
+    before = files.read_object(location_path)
+    # The path is no part of it: what was moved is the same file.
+    if before is not None and before | {"path": location["path"]} == location:
+        return True
+    if "digest" in contents:
+        if contents["digest"] != _hash_all(source):
+            return False
+        if "linked" in contents and contents["linked"] != _hash_linked(source):
+            return False
+    elif identity != "size":
+        return False
+    files.write_object(location_path, location)
+    return True
+
+
+def forget_linked() -> None:
+    """Makes the next comparison look again at the files that tables name; else it is done once."""
+    _states_of_linked.clear()
+
+
+def _look_at(source: SourceShard) -> Description:
+    """The description of an input, of which nothing is read."""
+    found = source.identity()
+    location = {"path": found["path"], "size_bytes": found["size_bytes"]}
+    location["changed"] = found["changed_ns"]
+    if names_files(source):
+        key = json.dumps([str(source), found["changed_ns"], dict(source.options)], sort_keys=True)
+        if key not in _states_of_linked:
+            _states_of_linked[key] = describe_linked(source)
+        if (linked := _states_of_linked[key]) is not None:
+            location["linked"] = linked
+    contents = {
+        "kind": source.kind,
+        "start": source.start,
+        "stop": source.stop,
+        "options": dict(source.options),
+        "size_bytes": found["size_bytes"],
+        "files": found["files"],
+    }
+    return Description(json.loads(json.dumps(contents)), location)
+
+
+def _hash_all(source: SourceShard) -> str:
+    """The hash of every byte of a file, of its part, or of a folder's files with their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    found = [("", source.path)]
+    if not is_remote(source.path) and os.path.isdir(source.path):
+        inside = [path for path, is_inside in walk_files(source.path, source.root) if is_inside]
+        found = sorted((os.path.relpath(path, source.path), path) for path in inside)
+    for name, path in found:
+        size = input_size(path)
+        digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
+        version = SourceShard(source.kind, path).identity()["changed_ns"]
+        start, stop = 0, size
+        # Parts of a table are given in bytes; other parts are numbered, and the file is hashed.
+        if source.kind == "table":
+            start, stop = source.start, size if source.stop is None else min(source.stop, size)
+        digest.update(_hash_range(path, start, stop, version))
+    return digest.hexdigest()
+
+
+# For each of several parts of a parquet file the whole is hashed, but read once in a process.
+@functools.lru_cache(maxsize=1024)
+def _hash_range(path: str, start: int, stop: int, version: int | str | None) -> bytes:
+    """Hash of a range of bytes; the version makes the calls before and after a change differ."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open_file(path) as file:
+        file.seek(start)
+        while start < stop and (data := file.read(min(_READ_BYTES, stop - start))):
+            digest.update(data)
+            start += len(data)
+    return digest.digest()
+
+
+def _hash_linked(source: SourceShard) -> str:
+    """Hash of every byte of the files that a table names, in the order of its rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    for root, name in list_linked_files(source):
+        image = read_image(os.path.realpath(root), name, name)
+        data = image.reason.encode() if isinstance(image, Skipped) else image
+        digest.update(f"{len(data)}\n".encode() + data)
+    return digest.hexdigest()

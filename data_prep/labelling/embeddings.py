@@ -26,8 +26,7 @@ import ml_collections
 import numpy as np
 
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import WorkRecord
-from data_prep.jobs.engine import Report
+from data_prep.jobs.engine import Report, WorkRecord
 from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from data_prep.jobs import shards
+from data_prep.jobs.failures import find_finished
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.embeddings import (
     NO_COPIES,
@@ -91,7 +92,7 @@ def gather_examples(
         ValueError: a file is damaged, or embeddings and mentions are not of the same records.
     """
     settings = config.heads
-    done = shards.find_finished(embedded)
+    done = find_finished(embedded)
     total = sum(stats["output"]["records"] for stats in done.values())
     limits = (
         settings.max_examples / max(1, total * (1 - settings.held_out)),

@@ -35,11 +35,11 @@ from absl import logging
 
 from data_prep import sources
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import after_death
-from data_prep.jobs.engine import RaySettings, engine_options, print_failures
+from data_prep.jobs.engine import RaySettings, after_death, engine_options, print_failures
 from data_prep.jobs.failures import (
     FAILED_SUFFIX,
     Failures,
+    find_finished,
     is_unfinished,
     run_noting_failures,
     survey,
@@ -234,7 +234,7 @@ class _Job:
         """Labels shards, those without embeddings after embedding them; returns what failed."""
         if pending:
             summary.remove_summary(self.config.output)
-        there = shards.find_finished([task.embedding for task in pending])
+        there = find_finished([task.embedding for task in pending])
         seen = [task for task in pending if task.embedding.output in there]
         unseen = [task for task in pending if task.embedding.output not in there]
         heads = {name: described[name] for name in ("weights_hash", "vocabulary")}
@@ -274,7 +274,7 @@ class _Job:
 
 
 def _unfinished(planned: Sequence[LabelTask], label: str) -> list[LabelTask]:
-    done = shards.find_finished(planned)
+    done = find_finished(planned)
     logging.info("%s: %d shards, %d of them done before", label, len(planned), len(done))
     return [task for task in planned if task.output not in done]
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import ml_collections
 from absl import logging
 
+from data_prep import sources
 from data_prep.jobs import shards
 from data_prep.jobs.failures import allowed_number
 from diht_jax.readers.registry import SourceShard
@@ -142,8 +143,8 @@ def plan_outputs(
         count, suffix = len(inputs), FORMATS[merged.output_format].suffix
         numbered = functools.partial(shard_name, merged.dataset_name, merged.split)
         names = [numbered(number, count, suffix) for number in range(count)]
-        present = shards.read_shards(folder, merged.output_format)
-        shards.refuse_foreign(folder, sorted(set(present) - set(names)))
+        present = sources.read_shards(folder, merged.output_format)
+        sources.refuse_foreign(folder, sorted(set(present) - set(names)))
     # The records count, and not the time of a file: a shard that was touched or copied stays.
     return [
         LabelTask(

@@ -6,7 +6,7 @@ import signal
 import tarfile
 
 from data_prep.filter import run_filter
-from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch
+from data_prep.jobs.engine import BATCH, PAIR, CrashSearch
 from data_prep.steps import registry
 from data_prep.steps.base import Step
 from tests.data_prep.filtering.jobs import job_config, read_counts, read_records, write_tars

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from data_prep.jobs import fingerprint
+from data_prep.jobs import shards
 from diht_jax.readers.registry import SourceShard, list_shards
 from diht_jax.storage import files
 
@@ -21,12 +21,12 @@ class _Input:
     def __init__(self, source: SourceShard, folder: pathlib.Path, identity: str = "hash"):
         self.source, self.location_path = source, folder / "place.json"
         self.identity = identity
-        self.described = fingerprint.describe(source, identity)
+        self.described = shards.describe_input(source, identity)
         files.write_object(str(self.location_path), self.described.location)
 
     def is_same(self, source: SourceShard | None = None) -> bool:
         contents, path = self.described.contents, str(self.location_path)
-        return fingerprint.is_same(source or self.source, contents, path, self.identity)
+        return shards.is_same_input(source or self.source, contents, path, self.identity)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_copy_elsewhere_is_the_same(big, tmp_path):
     moved = SourceShard("webdataset", str(copy))
     assert big.is_same(moved)
     assert json.loads(big.location_path.read_text())["path"] == str(copy)
-    assert fingerprint.describe(moved, "hash").contents == big.described.contents
+    assert shards.describe_input(moved, "hash").contents == big.described.contents
     big.location_path.unlink()  # as when only the statistics were copied
     assert big.is_same(moved)
     _edit(str(copy), 5)
@@ -78,7 +78,7 @@ def table(tmp_path) -> _Input:
 
 
 def _is_same_now(known: _Input) -> bool:
-    fingerprint.forget_linked()
+    shards.forget_linked()
     return known.is_same()
 
 
