@@ -28,8 +28,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from data_prep.decisions import table
-from data_prep.decisions.funnel import format_noise_table
-from data_prep.decisions.report import REPORT, Report, gather, get_funnel, read_report
+from data_prep.decisions.report import REPORT, Funnel, Report, gather, read_report
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import plan, replay, resharding
 from data_prep.filtering.plan import Job
@@ -46,7 +45,7 @@ from data_prep.jobs.failures import (
     with_output,
 )
 from data_prep.jobs.shards import ShardTask
-from data_prep.reports.page import PAGE, write_report
+from data_prep.reports.page import PAGE, format_funnel, format_noise_table, write_report
 from data_prep.steps.cat import caption_limits
 from data_prep.steps.registry import active_steps
 from diht_jax import command_line
@@ -370,7 +369,7 @@ def print_funnel(report: Report) -> None:
             f"img2dataset: {d['count']:,} rows, {d['successes']:,} downloaded, "
             f"{d['failed_to_download']:,} failed to download, {d['failed_to_resize']:,} to resize"
         )
-    print_escaped(get_funnel(report).format_table())
+    print_escaped(format_funnel(Funnel.from_json(report["counts"])))
     for warning in report["warnings"]:
         logging.warning("%s", warning)
     if report["measures"]["labels"]:

@@ -1,11 +1,13 @@
 """The report of a filter job, or of several: queries over their decisions, as plain data.
 
-`report.json` holds it. How it looks belongs in `data_prep.reports`.
+`report.json` holds it. How it looks belongs in `data_prep.reports`. Stages and reasons are those of
+the filter steps, so that a new step shows itself; names that no step of today knows come last.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +16,6 @@ import numpy as np
 import pyarrow
 import pyarrow.compute as pc
 
-from data_prep.decisions.funnel import Funnel
 from data_prep.decisions.log import (
     EXTREMES,
     SAMPLES_SUFFIX,
@@ -22,18 +23,11 @@ from data_prep.decisions.log import (
     choose_samples,
     read_samples,
 )
-from data_prep.decisions.table import (
-    FOLDER,
-    KEPT,
-    SOURCE,
-    SUFFIX,
-    decisions_path,
-    find_decisions,
-    read_decisions,
-)
+from data_prep.decisions.table import KEPT, SOURCE, decisions_path, read_decisions
 from data_prep.jobs import shards
 from data_prep.sources import merge_download_stats
 from data_prep.steps.registry import ordered_steps
+from diht_jax.readers.base import SOURCE_REASONS
 from diht_jax.storage import files
 
 REPORT = "report.json"
@@ -50,22 +44,9 @@ BINS: dict[str, Sequence[float]] = {
     **{name: starts for step in ordered_steps() for name, starts in step.bins.items()},
 }
 NAMES = {"actions": "action_names", "objects": "object_names"}  # kind -> its column
-COLUMNS = (
-    "outcome",
-    "reason",
-    "label",
-    "words",
-    "complexity",
-    "actions",
-    "width",
-    "height",
-    "format",
-    "looked",
-    "object_names",
-    "action_names",
-    *SCORES,  # those that were recorded
-)
 _GROUPED = ("outcome", "reason", "label", "format", "looked")  # of few values each
+# Those that are read; of the scores those that were recorded.
+COLUMNS = (*_GROUPED, "words", "complexity", "actions", "width", "height", *NAMES.values(), *SCORES)
 
 _VERSION = 3
 _BLOCK_ROWS, _BLOCK_PARTS = 2**17, 256  # that are counted at a time
@@ -75,6 +56,82 @@ _NAME_WORDS = 4  # of a caption from which on it is hardly a name; an edge of BI
 _FEW = 0.05  # of all pairs, kept of names
 
 Report = dict[str, Any]
+
+
+def stage_reasons() -> dict[str, Mapping[str, str]]:
+    """Stage -> reason -> the words for people, all in the order in which a pair meets them."""
+    source = {reason: reason.replace("_", " ") for reason in SOURCE_REASONS}
+    return {SOURCE: source} | {step.name: step.reasons for step in ordered_steps()}
+
+
+@dataclasses.dataclass
+class Funnel:
+    """Counts of pairs.
+
+    Attributes:
+        outcomes: (stage, reason) -> pairs; the stage of those that were kept is "kept". A pair is
+            counted once, at the first stage that drops it.
+        text_spotting: what was done to find text: "read", "gated", "no_run"; of the gated
+            "audited", and of these "missed".
+        read: pairs that came in; by default those of `outcomes`.
+    """
+
+    outcomes: Mapping[tuple[str, str | None], int]
+    text_spotting: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    read: int = -1
+
+    def __post_init__(self) -> None:
+        if self.read < 0:
+            self.read = sum(self.outcomes.values())
+
+    @property
+    def kept(self) -> int:
+        """Pairs that were kept."""
+        return self.outcomes.get((KEPT, None), 0)
+
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """Stage -> reason -> pairs, with all stages, in the order in which a pair meets them.
+
+        What no step of today knows comes last.
+        """
+        found: dict[str, dict[str, int]] = {}
+        for stage, reasons in stage_reasons().items():
+            met = [reason for reason in reasons if (stage, reason) in self.outcomes]
+            found[stage] = {reason: self.outcomes[stage, reason] for reason in met}
+        for stage, reason in sorted(self.outcomes, key=str):
+            if stage != KEPT and reason is not None:
+                found.setdefault(stage, {}).setdefault(reason, self.outcomes[stage, reason])
+        return found
+
+    def share(self, pairs: int) -> float:
+        """Part of the pairs that came in."""
+        return pairs / self.read if self.read else 0.0
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """Stage, reason, pairs: what was read, the reasons as a pair meets them, what was kept."""
+        rows = [("read", "", self.read)]
+        for stage, found in self.dropped().items():
+            rows += [(stage, reason, pairs) for reason, pairs in found.items()]
+        return [*rows, (KEPT, "", self.kept)]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "dropped": self.dropped(),
+            "text_spotting": dict(sorted(self.text_spotting.items())),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Funnel:
+        """Reads the result of `to_json`."""
+        outcomes: dict[tuple[str, str | None], int] = {
+            (stage, reason): pairs
+            for stage, reasons in data["dropped"].items()
+            for reason, pairs in reasons.items()
+        }
+        return cls(outcomes | {(KEPT, None): data["kept"]}, data["text_spotting"])
 
 
 def gather(
@@ -331,11 +388,6 @@ def _throughput(funnel: Funnel, seconds: Mapping[str, float]) -> dict[str, float
     return found
 
 
-def get_funnel(report: Report) -> Funnel:
-    """The funnel of a report."""
-    return Funnel.from_json(report["counts"])
-
-
 def read_report(folder: str | os.PathLike[str]) -> Report:
     """Reads `report.json` of a folder.
 
@@ -353,26 +405,3 @@ def read_report(folder: str | os.PathLike[str]) -> Report:
             "run that command on the folder's input once more"
         ) from error
     return report
-
-
-def merge_reports(folders: Sequence[str | os.PathLike[str]]) -> Report:
-    """The report of several finished folders as one; of one folder, what it holds."""
-    reports = [read_report(folder) for folder in folders]
-    if len(reports) == 1:
-        return reports[0]
-    outputs: list[str] = []
-    for folder, report in zip(folders, reports, strict=True):
-        merged = [job["output"] for job in report["jobs"]]  # where this one was merged of others
-        for part_of in merged if len(merged) > 1 else [os.fspath(folder)]:
-            for path in find_decisions(part_of, "--input")[0]:
-                if not path.endswith(SUFFIX):  # of a filtered table
-                    name = path.rpartition(f"{FOLDER}/")[2].removesuffix(".parquet")
-                    path = files.join(part_of, name)
-                outputs.append(path.removesuffix(SUFFIX))
-    return gather(
-        outputs,
-        [job for report in reports for job in report["jobs"]],
-        samples_per_outcome=reports[0]["samples_per_outcome"],
-        report_samples=reports[0]["report_samples"],
-        clean_label=reports[0]["clean_label"],
-    )

@@ -19,10 +19,11 @@ import numpy as np
 import pyarrow
 
 from data_prep.decisions import table
-from data_prep.decisions.funnel import Funnel
+from data_prep.decisions.report import Funnel
 from data_prep.decisions.table import KEPT, SOURCE, find_decisions, make_schema, read_decisions
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.config import score_quantiles
+from data_prep.reports.page import format_funnel
 from data_prep.steps import registry
 from data_prep.steps.base import Columns
 from diht_jax.storage import files
@@ -58,7 +59,7 @@ class Result:
     def format_table(self) -> str:
         """The changes, the funnel and what is not known, for people."""
         lines = [f"settings: {', '.join(self.changes) or 'those of the folder'}"]
-        lines.append(self.funnel.format_table())
+        lines.append(format_funnel(self.funnel))
         if total := self.not_known.total():
             steps = ", ".join(f"{count:,} at {step}" for step, count in self.not_known.items())
             lines.append(f"not known: {total:,} pairs would have to be filtered ({steps})")

@@ -9,11 +9,20 @@ It prints the funnel and some pairs of every outcome. The output folder gets `re
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
 from absl import flags, logging
 
-from data_prep.decisions.funnel import spell_outcome
-from data_prep.decisions.report import get_funnel, merge_reports
-from data_prep.reports.page import PAGE, samples_by_outcome, write_report
+from data_prep.decisions.report import Funnel, Report, gather, read_report
+from data_prep.decisions.table import FOLDER, SUFFIX, find_decisions
+from data_prep.reports.page import (
+    PAGE,
+    format_funnel,
+    samples_by_outcome,
+    spell_outcome,
+    write_report,
+)
 from diht_jax import command_line
 from diht_jax.storage import files
 from diht_jax.terminal import escape, print_escaped
@@ -37,7 +46,7 @@ def main() -> None:
         for outcome, found in samples_by_outcome(report)
         for sample in found[:_SHOWN_PAIRS]
     ]
-    print_escaped("\n".join([get_funnel(report).format_table(), "", *lines]))
+    print_escaped("\n".join([format_funnel(Funnel.from_json(report["counts"])), "", *lines]))
     for warning in report["warnings"]:
         logging.warning("%s", warning)
     folder = flags.FLAGS.output
@@ -45,6 +54,29 @@ def main() -> None:
         files.make_folder(folder)
         write_report(folder, report)
         print_escaped(f"look at {files.join(folder, PAGE)}")
+
+
+def merge_reports(folders: Sequence[str | os.PathLike[str]]) -> Report:
+    """The report of several finished folders as one; of one folder, what it holds."""
+    reports = [read_report(folder) for folder in folders]
+    if len(reports) == 1:
+        return reports[0]
+    outputs: list[str] = []
+    for folder, report in zip(folders, reports, strict=True):
+        merged = [job["output"] for job in report["jobs"]]  # where this one was merged of others
+        for part_of in merged if len(merged) > 1 else [os.fspath(folder)]:
+            for path in find_decisions(part_of, "--input")[0]:
+                if not path.endswith(SUFFIX):  # of a filtered table
+                    name = path.rpartition(f"{FOLDER}/")[2].removesuffix(".parquet")
+                    path = files.join(part_of, name)
+                outputs.append(path.removesuffix(SUFFIX))
+    return gather(
+        outputs,
+        [job for report in reports for job in report["jobs"]],
+        samples_per_outcome=reports[0]["samples_per_outcome"],
+        report_samples=reports[0]["report_samples"],
+        clean_label=reports[0]["clean_label"],
+    )
 
 
 if __name__ == "__main__":

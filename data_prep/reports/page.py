@@ -1,7 +1,9 @@
-"""`report.html` of a filter job: funnel, histograms, scores, frequent names, pairs to look at.
+"""The report of a filter job for people: funnel, histograms, scores, frequent names, pairs.
 
 Everything that the page shows comes from `decisions.report`; its template is `filter.html` of
-`diht_jax.pages`.
+`diht_jax.pages`. The tables of the terminal are made here too. Where pairs carry a label
+(`label_field` of the config), such as in the demo, whose data names for every pair what is wrong
+with it, each filter also has its precision and recall against that known noise.
 """
 
 from __future__ import annotations
@@ -11,16 +13,10 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.decisions.funnel import (
-    describe_spotting,
-    spell_outcome,
-    spell_reason,
-    table_rows,
-)
 from data_prep.decisions.log import EXTREMES
 from data_prep.decisions.report import (
     BINS,
@@ -28,12 +24,15 @@ from data_prep.decisions.report import (
     NAMES,
     REPORT,
     SCORES,
+    Funnel,
     Report,
+    stage_reasons,
 )
 from data_prep.decisions.table import KEPT
 from data_prep.steps.registry import ordered_steps
 from diht_jax.pages.render import bar, render
 from diht_jax.storage import files
+from diht_jax.terminal import escape
 
 PAGE = "report.html"
 
@@ -43,6 +42,7 @@ _TITLES = {
     "caption_words": "Words of the caption",
     "image_side": "Shorter side of the image, px",
 }
+_RECALL = "recall: "
 _LISTED = 25  # names of each list
 _SHOWN_SPOTS = 6  # texts under a picture
 _LABELS = 10  # that fit under a histogram
@@ -238,3 +238,138 @@ def _names(names: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[tuple[s
         if rows:
             lists.append((f"{kind}, {side}", rows))
     return lists
+
+
+def spell_reason(stage: str, reason: str) -> str:
+    """A reason for people: "no words" for the caption stage's "empty".
+
+    Names become words; a reason that is a phrase, with names of fields in it, stays.
+    """
+    if words := stage_reasons().get(stage, {}).get(reason):
+        return words
+    return reason if " " in reason else reason.replace("_", " ")
+
+
+def spell_outcome(outcome: str) -> str:
+    """An outcome of the samples for people: "Kept", or "Dropped, caption: no words"."""
+    if outcome == KEPT:
+        return "Kept"
+    stage, _, reason = outcome.partition("/")
+    return f"Dropped, {stage}: {spell_reason(stage, reason)}"
+
+
+def describe_spotting(counts: Mapping[str, Any]) -> str:
+    """A sentence about what was done to find text."""
+    text = (
+        f"text-spotting: {counts.get('read', 0):,} pictures read, "
+        f"{counts.get('gated', 0):,} without a trace of text at the first look, "
+        f"{counts.get('no_run', 0):,} with captions that no spotter reads"
+    )
+    if audited := counts.get("audited", 0):
+        missed = counts.get("missed", 0)
+        text += f"; audit of the first look: {missed:,} of {audited:,} showed the caption"
+    return text
+
+
+def format_funnel(funnel: Funnel) -> str:
+    """The funnel as a table of counts and shares of what came in, and how text was found."""
+    rows = [(stage, spell_reason(stage, reason), pairs) for stage, reason, pairs in funnel.rows()]
+    stages, reasons, _ = zip(*rows, strict=True)
+    width, reason_width = max(8, *map(len, stages)), max(map(len, reasons))
+    count_width = max(len("pairs"), len(f"{funnel.read:,}"))
+    lines = [f"{'stage':{width}} {'reason':{reason_width}} {'pairs':>{count_width}}   share"]
+    for stage, reason, count in rows:
+        lines.append(
+            f"{stage:{width}} {reason:{reason_width}} {count:>{count_width},}  "
+            f"{100 * funnel.share(count):5.1f}%"
+        )
+    if funnel.text_spotting:
+        lines.append(describe_spotting(funnel.text_spotting))
+    return "\n".join(lines)
+
+
+class FilterScore(NamedTuple):
+    """One filter against the labels.
+
+    Attributes:
+        name: of the filter.
+        drops: pairs that it dropped.
+        precision: share of noise among them.
+        recall: label of noise -> share that it dropped, of the pairs that came to it; None where
+            none came.
+        clean_lost: share of the clean pairs that it dropped, of those that came to it.
+    """
+
+    name: str
+    drops: int
+    precision: float
+    recall: dict[str, float | None]
+    clean_lost: float | None
+
+
+def score_filters(
+    labels: Mapping[str, Mapping[str, int]], clean_label: str
+) -> tuple[list[FilterScore], list[str]]:
+    """Scores every filter that dropped something, in their order, and all of them together.
+
+    Args:
+        labels: outcome -> label -> pairs, as in the measures of a report.
+        clean_label: the label of good pairs; all others are noise.
+
+    Returns:
+        scores: the last one is of all filters.
+        kinds: the labels of noise, the most frequent first.
+    """
+    total: collections.Counter[str] = collections.Counter()
+    for counts in labels.values():
+        total.update(counts)
+    kinds = [label for label, _ in total.most_common() if label != clean_label]
+
+    def score(name: str, dropped: Mapping[str, int], arrived: Mapping[str, int]) -> FilterScore:
+        drops = sum(dropped.values())
+        share = {
+            label: dropped.get(label, 0) / arrived[label] if arrived[label] else None
+            for label in (*kinds, clean_label)
+        }
+        precision = (drops - dropped.get(clean_label, 0)) / drops if drops else 0.0
+        return FilterScore(name, drops, precision, share, share.pop(clean_label))
+
+    scores, arrived = [], total.copy()
+    outcomes = (outcome.partition("/") for outcome in labels)
+    met = Funnel({(stage, reason): 1 for stage, _, reason in outcomes})
+    for stage, reason, _ in met.rows()[1:-1]:
+        spelled = spell_reason(stage, reason)
+        if spelled[:2] not in ("C:", "A:", "T:"):  # the filters of the paper, by their letters
+            spelled = f"{stage}: {spelled}"
+        dropped = labels[f"{stage}/{reason}"]
+        scores.append(score(spelled, dropped, arrived))
+        arrived.subtract(dropped)
+    dropped = total.copy()
+    dropped.subtract(labels.get(KEPT, {}))
+    return [*scores, score("all filters", dropped, total)], kinds
+
+
+def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> list[list[str]]:
+    """The scores as text, the header first."""
+    scores, kinds = score_filters(labels, clean_label)
+    words = [label.replace("_", " ") for label in (*kinds, clean_label)]
+    header = ["filter", "drops", "precision", *(f"{_RECALL}{word}" for word in words[:-1])]
+    rows = [[*header, f"{words[-1]} lost"]]
+    for score in scores:
+        shares = [score.precision, *(score.recall[kind] for kind in kinds), score.clean_lost]
+        cells = ["-" if share is None else f"{100 * share:.1f}%" for share in shares]
+        rows.append([score.name, f"{score.drops:,}", *cells])
+    return rows
+
+
+def format_noise_table(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> str:
+    """The table for a terminal."""
+    rows = [[escape(cell) for cell in row] for row in table_rows(labels, clean_label)]
+    rows[0] = [cell.removeprefix(_RECALL) for cell in rows[0]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    title = "against known noise; under each kind of it the recall, of the pairs that came so far:"
+    lines = [title]
+    for name, *cells in rows:
+        others = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *others]).rstrip())
+    return "\n".join(lines)

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from data_prep.decisions.report import merge_reports, read_report
+from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
+from data_prep.reports.__main__ import merge_reports
 from data_prep.steps import models, scores
 from diht_jax import load_model
 from tests import make

@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.captions.mentions import read_mentions
-from data_prep.decisions.report import merge_reports
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
+from data_prep.reports.__main__ import merge_reports
 from diht_jax.readers.registry import open_source
 from tests.data_prep.filtering.jobs import job_config, snapshot, write_tars
 
