@@ -206,7 +206,11 @@ def _finish(
             job.config.max_failed_shards, found, len(job.tasks), has_other_jobs=not is_alone
         ):
             if found.parts and (is_alone or not found.waiting):
-                _show_unfinished(job, found)
+                report = _gather(job, found)
+                print_funnel(report)
+                if not found.waiting:  # the report lists what has failed
+                    write_report(job.folder, report)
+                    print_escaped(f"what the shards that are done gave: {job.folder}/{PAGE}")
             changed = {} if was_complete else found.explain_changed()
             mine = {task.output for task in job.mine}
             removed = {str(t.source): _REMOVED for t in found.waiting if t.output in mine}
@@ -215,18 +219,6 @@ def _finish(
         if missing or not_made:
             return Failures(failures | not_made), missing
         return with_output(failures, found.failed), []
-
-
-def _show_unfinished(job: Job, found: Survey) -> None:
-    """Prints the funnel of the parts that are done, where no output can be written.
-
-    Once no part is waited for, the report is written as well: it lists what has failed.
-    """
-    report = _gather(job, found)
-    print_funnel(report)
-    if not found.waiting:
-        write_report(job.folder, report)
-        print_escaped(f"what the shards that are done gave: {job.folder}/{PAGE}")
 
 
 def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTask]]:

@@ -147,7 +147,10 @@ class DecisionWriter:
         ) as writer:
             writer.write_table(table, row_group_size=_ROWS)
         files.make_folder(path.rpartition("/")[0] or ".")
-        files.write_bytes(path, _add_hash(path, sink.getvalue().to_pybytes()))
+        # The hash stands before the footer, where readers of parquet do not look.
+        rest, last, footer = _find_hash(sink.getvalue().to_pybytes())
+        digest = _hash(path, rest + last, footer)
+        files.write_bytes(path, rest + last + digest + footer)
 
     def _pack(self) -> pyarrow.Table:
         columns = list(zip(*self._rows, strict=True)) or [()] * len(self.schema)
@@ -202,12 +205,6 @@ def read_decisions(
         yield from file.iter_batches(_ROWS, columns=columns)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: no whole file of decisions ({error}); filter again") from error
-
-
-def _add_hash(path: str, data: bytes) -> bytes:
-    """Puts a hash of a parquet file before its footer, where readers of parquet do not look."""
-    rest, last, footer = _find_hash(data)
-    return rest + last + _hash(path, rest + last, footer) + footer
 
 
 def _find_hash(data: bytes) -> tuple[bytes, bytes, bytes]:

@@ -8,9 +8,8 @@ from typing import Any
 import ml_collections
 
 from data_prep.duplicates.pictures import DESCRIPTOR_VERSION
-from data_prep.duplicates.semdedup import KEEP
-from data_prep.jobs.failures import check_limit
-from data_prep.jobs.shards import check_identity
+from data_prep.duplicates.search import KEEP
+from data_prep.jobs.failures import check_job
 from data_prep.jobs.workers import RaySettings
 from data_prep.sources import default_source
 from diht_jax.config.keys import (
@@ -106,10 +105,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if value not in known:
             raise ValueError(f"config.{name}='{value}'; expected one of {', '.join(known)}")
     check_ranges(config, KEYS)
-    for name in ("max_failed_shards", "max_changed_shards"):
-        check_limit(name, config[name])
-    RaySettings(**config.ray.to_dict()).check()
-    check_identity(config.input_identity)
+    check_job(config)
     if (kind == "files") != (config.embeddings.files is not None):
         raise ValueError("config.embeddings.files goes with config.embeddings.kind='files'")
     if kind == "none" and not config.exact:

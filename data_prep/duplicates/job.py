@@ -8,7 +8,7 @@ The folder of the output, on a local disk or in a store:
     duplicates/      a row for each pair: key, kind, cluster, similarity, duplicate_of,
                      other_caption, kept_key
     dropped.arrow    what the filter looks up
-    report.html, duplicates.json
+    table.html, duplicates.json
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import numpy as np
 from absl import logging
 
 from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates import report, scan, search, table
-from data_prep.duplicates.rows import CAPTION, Rows, check_columns, forget_copies, open_rows
+from data_prep.duplicates import scan, search, table
+from data_prep.duplicates.rows import CAPTION, NONE, Rows, check_columns, forget_copies, open_rows
 from data_prep.duplicates.scan import Unit, scan_unit
-from data_prep.duplicates.semdedup import NONE
 from data_prep.jobs import shards
 from data_prep.jobs.engine import after_death, engine_options, print_failures
 from data_prep.jobs.failures import (
@@ -106,8 +105,8 @@ def run(
         return Failures(print_failures(not_found or reason))
     forget_copies(folder)
     if is_searching:
-        print_escaped(report.describe(summary))
-        print_escaped(f"look at {files.join(folder, report.PAGE)}")
+        print_escaped(table.describe_summary(summary))
+        print_escaped(f"look at {files.join(folder, table.PAGE)}")
     return print_failures(with_output(failures, found.failed))
 
 
@@ -238,6 +237,6 @@ def _describe(
     if found.failed:
         summary["failed"] = found.failed
     sources = [unit.source for unit, _ in found.parts]
-    report.write_page(summary, copies, sizes[sizes > 0], rows, sources, config)
+    table.write_page(summary, copies, sizes[sizes > 0], rows, sources, config)
     path = files.join(rows.output, table.SUMMARY)
     files.write_object(path, summary, with_checksum=True)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_prep.duplicates.semdedup import Near
+from data_prep.duplicates.rows import Near
 from diht_jax.input.decode import load_rgb, open_image
 
 # Raised whenever equal pictures come to have other numbers.
@@ -108,7 +108,7 @@ def verify(
     """The first candidate of each row that is a copy, with the correlation as similarity.
 
     Args:
-        candidates: of `semdedup.find_candidates`: the best partner of every row, then the second
+        candidates: of `search.find_candidates`: the best partner of every row, then the second
             best.
         thumbnails: uint8 [n, 1536], of the rows.
         least: correlation from which two pictures are copies.

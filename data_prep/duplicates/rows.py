@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,23 @@ from diht_jax.storage.stores import input_version, is_remote
 CAPTION, EMBEDDING, THUMBNAIL = "caption", "embedding", "thumbnail"
 
 _OPEN_UNITS = 512
+
+
+class Near(NamedTuple):
+    """Rows that repeat another one, by their numbers.
+
+    Attributes:
+        rows: int64 [m].
+        alike: int64 [m], the row of a better rank that each is most alike.
+        similarity: float32 [m], of the two.
+    """
+
+    rows: np.ndarray
+    alike: np.ndarray
+    similarity: np.ndarray
+
+
+NONE = Near(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
 
 def hash_texts(texts: Sequence[str]) -> np.ndarray:

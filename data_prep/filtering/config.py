@@ -16,8 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from data_prep.decisions.table import find_decisions, read_decisions
 from data_prep.jobs import shards
-from data_prep.jobs.failures import check_limit
-from data_prep.jobs.shards import check_identity
+from data_prep.jobs.failures import check_job
 from data_prep.jobs.workers import RaySettings
 from data_prep.sources import default_source
 from data_prep.steps import registry
@@ -119,8 +118,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
-    for name in ("max_failed_shards", "max_changed_shards"):
-        check_limit(name, config[name])
+    check_job(config)
     least = {"retries": 0, "samples_per_outcome": 0}
     least |= {"examples_per_shard": 1} if config.examples_per_shard is not None else {}
     least |= {"report_samples": 0, "batch_size": 1}
@@ -132,13 +130,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     caption_columns(config)
     check_kind(config.caption_kind, "config.caption_kind")
     check_format(config.output_format)
-    check_identity(config.input_identity)
     if config.metadata_only and config.output_format != "tfrecord":
         raise ValueError(
             f"config.output_format='{config.output_format}' with config.metadata_only: rows of a "
             "table are written as they came; leave one of the two out"
         )
-    RaySettings(**config.ray.to_dict()).check()
     for step in registry.ordered_steps():
         step.check(config)
 

@@ -11,12 +11,14 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple
 
+import ml_collections
 from absl import logging
 
 from data_prep.jobs import shards
-from data_prep.jobs.engine import run_pending
+from data_prep.jobs.engine import RaySettings, run_pending
 from data_prep.jobs.shards import (
     FAILED_SUFFIX,
+    IDENTITIES,
     STATS_SUFFIX,
     ShardTask,
     Task,
@@ -75,6 +77,22 @@ class Survey(NamedTuple, Generic[Task]):
         text = "it has changed since another job of the array had read it: run that job again once "
         text += "nothing writes to it any more, or the command without --num_tasks"
         return {str(task.source): text for task in self.changed}
+
+
+def check_job(config: ml_collections.ConfigDict) -> None:
+    """Checks the keys that all jobs have: limits of failed and changed shards, cluster, inputs.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    for name in ("max_failed_shards", "max_changed_shards"):
+        check_limit(name, config[name])
+    RaySettings(**config.ray.to_dict()).check()
+    identity = config.get("input_identity", IDENTITIES[0])
+    if identity not in IDENTITIES:
+        raise ValueError(
+            f"config.input_identity='{identity}'; expected one of {', '.join(IDENTITIES)}"
+        )
 
 
 def check_limit(name: str, limit: float) -> None:

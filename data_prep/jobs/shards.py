@@ -79,11 +79,6 @@ class ShardTask:
         """Path of the statistics."""
         return self.output + STATS_SUFFIX
 
-    @property
-    def location_path(self) -> str:
-        """Path of the location of the input."""
-        return self.output + LOCATION_SUFFIX
-
 
 Task = TypeVar("Task", bound=ShardTask)
 
@@ -155,7 +150,7 @@ def finish_task(
         "output": output,
         "counts": counts,
     }
-    files.write_object(task.location_path, described.location)
+    files.write_object(task.output + LOCATION_SUFFIX, described.location)
     files.write_object(task.stats_path, stats, with_checksum=True)
     return stats
 
@@ -228,7 +223,7 @@ def _check(task: Task) -> tuple[Task, dict[str, Any] | None, str | None]:
         return task, stats, change
     try:
         before = stats.get("input") or {}
-        if is_same_input(task.source, before, task.location_path, task.identity):
+        if is_same_input(task.source, before, task.output + LOCATION_SUFFIX, task.identity):
             return task, stats, None
     except FileNotFoundError:
         return task, stats, f"the input '{task.source}', which is gone"
@@ -268,12 +263,6 @@ def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:
         return any(".".join(parts[: i + 1]) in wanted for i in range(len(parts)))
 
     return list(filter(belongs, names))
-
-
-def check_identity(name: str) -> None:
-    """Raises ValueError for a `config.input_identity` that is not one of `IDENTITIES`."""
-    if name not in IDENTITIES:
-        raise ValueError(f"config.input_identity='{name}'; expected one of {', '.join(IDENTITIES)}")
 
 
 def describe_input(source: SourceShard, identity: str = "time") -> Description:

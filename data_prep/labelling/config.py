@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from data_prep.jobs.failures import check_limit
+from data_prep.jobs.failures import check_job, check_limit
 from data_prep.jobs.workers import RaySettings
 from data_prep.teachers import clip
 from data_prep.teachers.registry import default_teacher
@@ -135,10 +135,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     """
     check_format(config.output_format, _OUTPUT_FORMATS)
     check_ranges(config, KEYS | {f"heads.{name}": key for name, key in HEADS.items()})
-    RaySettings(**config.ray.to_dict()).check()
     clip.check_config(config.clip_teachers)
-    for name in ("max_failed_shards", "max_changed_shards"):
-        check_limit(name, config[name])
+    check_job(config)
     check_limit("heads.max_changed_shards", config.heads.max_changed_shards)
     if not config.concepts and not config.clip_teachers.models:
         raise ValueError(

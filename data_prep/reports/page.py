@@ -50,14 +50,9 @@ _MOST_BINS = 40
 
 
 def write_report(folder: str | os.PathLike[str], report: Report) -> None:
-    """Writes `report.json` and `report.html` into a folder."""
+    """Writes `report.json` and `report.html`, of one job or of several, into a folder."""
     folder = os.fspath(folder)
     files.write_object(files.join(folder, REPORT), report, with_checksum=True)
-    render_report(report, files.join(folder, PAGE))
-
-
-def render_report(report: Report, path: str | None = None) -> str:
-    """The page of one job, or of several; written when a path is given."""
 
     def rate(per_sec: float) -> str:
         return f"{per_sec:,.0f}" if per_sec >= 100 else f"{per_sec:.1f}"
@@ -74,9 +69,9 @@ def render_report(report: Report, path: str | None = None) -> str:
         rows.append(["all", rate(total), f"{seconds['cpu_secs']:,.1f}"])
     wall_secs = seconds.get("wall_secs", 0.0)
     histograms = report["measures"]["histograms"]
-    return render(
+    render(
         "filter.html",
-        path,
+        files.join(folder, PAGE),
         title="What the filter kept",
         report=funnel_data(report),
         num_shards=sum(job["shards"] for job in report["jobs"]),

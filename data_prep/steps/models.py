@@ -24,7 +24,6 @@ from diht_jax.storage.hub import is_hub_name
 from diht_jax.storage.stores import is_remote
 from diht_jax.weights.releases import CONTAINED, HUB_MODELS, RELEASES, locate_weights
 
-_READ_BYTES = 2**22
 # Batches of candidates that a step takes at once, so that shared models have several under way.
 BATCHES = 4
 
@@ -179,9 +178,7 @@ def fingerprint(model: str, name: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if os.path.isfile(model):
         with open(model, "rb") as file:
-            while data := file.read(_READ_BYTES):
-                digest.update(data)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, lambda: digest).hexdigest()
     if not os.path.isdir(model):
         if model in CONTAINED:  # a new version of the package may have another
             return fingerprint(str(locate_weights(model) / "model.safetensors"), name)

@@ -5,8 +5,13 @@ import numpy as np
 import pytest
 
 from data_prep.duplicates import kmeans
-from data_prep.duplicates.search import Clusters, Found, divide_clusters, follow_to_kept
-from data_prep.duplicates.semdedup import find_candidates
+from data_prep.duplicates.search import (
+    Clusters,
+    Found,
+    divide_clusters,
+    find_candidates,
+    follow_to_kept,
+)
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
@@ -96,7 +101,7 @@ def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
     pixels = generator.integers(1, 5, 230)
     clusters = Clusters(np.arange(230), np.zeros((230, 1), np.int32), cosines)
     (group,) = divide_clusters(_Pixels(pixels), clusters, keep, "groups")
-    monkeypatch.setattr("data_prep.duplicates.semdedup._BLOCK", 64)
+    monkeypatch.setattr("data_prep.duplicates.search._BLOCK", 64)
     near, second = find_candidates(rows[group.rows], 0.9, 2)
     (alone,) = find_candidates(rows[group.rows], 0.9)
     # The reference: upper triangle of all cosines in the order of the rule, largest of a column.
