@@ -15,8 +15,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.models.parameters import TOWERS, model_definition
-from diht_jax.models.positions import fit_model
+from diht_jax.models.parameters import TOWERS, fit_model, model_definition
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.initial_parameters import set_architecture, set_inputs
@@ -63,7 +62,7 @@ def load_model(
         ema: load the moving average of the parameters (`config.ema.decay` of the run).
         image_size: pixels; position embeddings are resized to it. None keeps the model's.
         context_length: tokens of a text; position embeddings are stretched to it, or cut
-            (`models.positions.stretch_positions`). None keeps the model's.
+            (`models.parameters.stretch_positions`). None keeps the model's.
         dim: how many first numbers of the embeddings to take, at unit length; for models that
             were trained with `config.matryoshka.sizes`. None takes all.
         architecture: fields of `models.Architecture` that a bare weight file does not hold, such

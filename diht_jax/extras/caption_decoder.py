@@ -15,8 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from diht_jax.models.layers import Linear
-from diht_jax.models.remat import ATTENTION_OUT, QKV, checkpointed
+from diht_jax.models.layers import ATTENTION_OUT, QKV, Linear, checkpointed
 from diht_jax.models.transformer import (
     Attention,
     BlockInit,

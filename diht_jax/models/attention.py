@@ -1,7 +1,7 @@
 """Softmax attention, and which kernel computes it: XLA's, cuDNN's or the one of `tpu_attention`.
 
 Everything that decides is the device that the program is for, which need not be one of this
-machine's (`diht_jax.compile`).
+machine's (`diht_jax.compile`). Rotary positions of queries and keys are here too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
-
 # cuDNN's gradient needs an even number of tokens, and rows of its float32 statistics that start at
 # multiples of 16 bytes are the fastest.
 _TOKENS_MULTIPLE = 8
@@ -192,6 +191,49 @@ def attend_padded(
         implementation=implementation,
     )
     return out[:, :t]
+
+
+class Rotary(NamedTuple):
+    """Rotary positions of tokens: cosines and sines, float32 [t, d / 2] or [b, t, d / 2].
+
+    Attributes:
+        cos, sin: of the angle of each pair of numbers (0 and 1, 2 and 3, ...) of a head.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotary_positions(side: int, reference_side: int, head_dim: int, *, class_token: bool) -> Rotary:
+    """Rotary positions of a square grid of patches, as the Perception Encoder has them.
+
+    One half of the pairs turns by the column, the other by the row, which count from 1. Those of a
+    grid of another size are spread over the reference grid. A class token is not turned.
+
+    Args:
+        side: of the grid, in patches.
+        reference_side: of the grid that the model was trained with.
+        head_dim: width of a head, a multiple of 4.
+        class_token: whether one comes before the patches.
+    """
+    num_bands = head_dim // 4
+    bands = 10000.0 ** -(np.arange(num_bands) / num_bands)
+    places = (np.arange(side) + 1) / side * reference_side
+    rows, columns = np.meshgrid(places, places, indexing="ij")
+    angles = np.concatenate([places.reshape(-1, 1) * bands for places in (columns, rows)], axis=1)
+    angles = np.pad(angles, [(int(class_token), 0), (0, 0)])
+    return Rotary(
+        jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    )
+
+
+def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
+    """Turns queries or keys [b, t, heads, d] by their positions, in at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    cos, sin = (table[..., :, None, :] for table in rotary)
+    first, second = wide[..., 0::2], wide[..., 1::2]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

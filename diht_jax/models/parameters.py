@@ -4,26 +4,46 @@ Parameters are stored layer by layer (`vision/blocks/0/mlp/fc_in/kernel`), also 
 scans its layers: names, optimiser rules and checkpoints know nothing of scanned layers. A model
 that scans takes the blocks of a tower stacked along a new first axis
 (`vision/blocks/mlp/fc_in/kernel`); `stack_blocks` makes that form when a step begins.
+
+`fit_positions` fits learned positions to images of another size, or to texts of another length,
+than the model was trained with.
+
+Low-rank adapters on the linear layers of the blocks are LoRA (Hu et al. 2021, arXiv 2106.09685). An
+adapted layer computes `x W + b + (alpha / rank) (x A) B` with A [in, rank] and B [rank, out] next
+to its own W; B starts at 0, so that the model starts as it was. Once merged, `W + (alpha / rank) A
+B` is an ordinary kernel, and nothing of the adapters is left. They are parameters of the layer,
+`vision/blocks/0/mlp/fc_in/lora_a` and `lora_b`. Where there are any, they alone are trained of the
+model: `frozen_by_adapters`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+import zlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from diht_jax.models.dual_encoder import DualEncoder
-from diht_jax.models.lora import Lora, add_adapters
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import Architecture
 
 TOWERS = ("vision", "text")
+# Of the text tower; Long-CLIP's choices.
+_KEPT_POSITIONS = 20
+_STRETCHING_FACTOR = 4
+A, B = "lora_a", "lora_b"  # names of the parameters of an adapter
+# The linear layers of a block, and the part of the block that each belongs to.
+MATRICES = {"in_proj": "attention", "out_proj": "attention", "fc_in": "mlp", "fc_out": "mlp"}
+_OF_THE_MODEL = (*(f"{tower}/" for tower in TOWERS), "log_logit_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,3 +155,219 @@ def _string_keys(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {str(key): _string_keys(value) for key, value in tree.items()}
     return tree
+
+
+def fit_model(
+    params: dict[str, Any],
+    arch: Architecture,
+    *,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> tuple[dict[str, Any], Architecture]:
+    """Parameters and sizes of a model for images or texts of another size; None keeps its own."""
+    sizes = {"image_size": image_size, "context_length": context_length}
+    fitted = dataclasses.replace(arch, **{k: v for k, v in sizes.items() if v is not None})
+    if fitted == arch:
+        return params, arch
+    return fit_positions(params, fitted.num_patches, fitted.context_length), fitted
+
+
+def fit_positions(
+    params: dict[str, Any], num_patches: int, context_length: int | None = None
+) -> dict[str, Any]:
+    """Model parameters with their positions for another size of images, or of texts.
+
+    Args:
+        params: nested dict of the model.
+        num_patches: of the image tower; see `resize_positions`.
+        context_length: of the text tower; see `stretch_positions`. None keeps what it has.
+    """
+    fitted = dict(params)
+    has_class_token = "class_embedding" in params["vision"]
+    for tower, fit, size in (
+        ("vision", functools.partial(resize_positions, class_token=has_class_token), num_patches),
+        ("text", stretch_positions, context_length),
+    ):
+        if size is not None:
+            embedding = fit(params[tower]["positional_embedding"], size)
+            fitted[tower] = {**params[tower], "positional_embedding": embedding}
+    return fitted
+
+
+def resize_positions(
+    embedding: jax.Array, num_patches: int, *, class_token: bool = True
+) -> jax.Array:
+    """Resizes the grid part of a ViT's position embeddings; the class token's stays.
+
+    Bicubic with antialiasing on the square grid, as open_clip does when it loads a checkpoint
+    into a model with another image size.
+
+    Args:
+        embedding: [1 + g * g, width], class token first.
+        num_patches: of the new grid, a square number.
+        class_token: False: there is none, and `embedding` is [g * g, width].
+
+    Returns:
+        [1 + num_patches, width], or [num_patches, width]; same dtype.
+
+    Raises:
+        ValueError: one of the two grids is not square.
+    """
+    old_patches = embedding.shape[0] - class_token
+    old_side, new_side = math.isqrt(old_patches), math.isqrt(num_patches)
+    if old_side**2 != old_patches or new_side**2 != num_patches:
+        raise ValueError(
+            f"position embeddings of {old_patches} patches cannot be resized to "
+            f"{num_patches}: both must be square grids"
+        )
+    if old_side == new_side:
+        return embedding
+    width = embedding.shape[1]
+    first = int(class_token)
+    grid = embedding[first:].reshape(old_side, old_side, width).astype(jnp.float32)
+    grid = jax.image.resize(grid, (new_side, new_side, width), method="cubic", antialias=True)
+    grid = grid.reshape(num_patches, width).astype(embedding.dtype)
+    return jnp.concatenate([embedding[:first], grid])
+
+
+def stretch_positions(embedding: jax.Array, context_length: int) -> jax.Array:
+    """The text tower's position embeddings for texts of another length.
+
+    Long-CLIP's rule (arXiv 2403.15378, "Knowledge-Preserved Stretching"): most texts are shorter
+    than 20 tokens, so the first 20 positions are well trained and stay; those behind them are
+    stretched by a factor of 4, linearly, and the last steps go on beyond the last position. So 77
+    positions become 248. For more than that the factor is larger, and the last one reaches as far.
+    For less, those of 248 are cut, and for no more than there are, these are cut.
+
+    Args:
+        embedding: [t, width].
+        context_length: of the new texts, in tokens.
+
+    Returns:
+        [context_length, width], same dtype.
+
+    Raises:
+        ValueError: there are too few positions to stretch them.
+    """
+    known = embedding.shape[0]
+    if context_length <= known:
+        return embedding[:context_length]
+    if known < _KEPT_POSITIONS + 2:
+        raise ValueError(
+            f"position embeddings of {known} tokens cannot be stretched to {context_length}: the "
+            f"first {_KEPT_POSITIONS} stay, and two behind them are needed"
+        )
+    factor = max(_STRETCHING_FACTOR, (context_length - _KEPT_POSITIONS) / (known - _KEPT_POSITIONS))
+    source = _KEPT_POSITIONS + np.arange(context_length - _KEPT_POSITIONS) / factor
+    before = np.minimum(source.astype(int), known - 2)
+    share = jnp.asarray((source - before)[:, None], jnp.float32)
+    table = embedding.astype(jnp.float32)
+    stretched = (1 - share) * table[before] + share * table[before + 1]
+    return jnp.concatenate([embedding[:_KEPT_POSITIONS], stretched.astype(embedding.dtype)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The layers that have adapters, and the size of these.
+
+    Attributes:
+        rank: of `A B`.
+        alpha: what `A B` is multiplied with, times the rank.
+        towers: "vision", "text" or both.
+        matrices: of each block, keys of `MATRICES`; `in_proj` makes queries, keys and values.
+    """
+
+    rank: int
+    alpha: float
+    towers: tuple[str, ...]
+    matrices: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """The factor on `A B`."""
+        return self.alpha / self.rank
+
+
+def lora_of(section: ml_collections.ConfigDict) -> Lora | None:
+    """The adapters that the section `lora` of a config describes; None for rank 0.
+
+    Raises:
+        ValueError: an unknown tower or matrix, or none.
+    """
+    if not section.rank:
+        return None
+    for key, known in (("towers", TOWERS), ("matrices", tuple(MATRICES))):
+        names = tuple(section[key])
+        if not names or not set(names) <= set(known):
+            raise ValueError(f"config.lora.{key}={names}: expected some of {', '.join(known)}")
+    return Lora(section.rank, section.alpha, tuple(section.towers), tuple(section.matrices))
+
+
+def add_adapters(model: DualEncoder, lora: Lora, key: jax.Array) -> None:
+    """Puts adapters on the layers of a model, in place.
+
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code, and B is 0. Each A follows
+    from the key and the name of its layer, independently of other layers.
+
+    Args:
+        model: with blocks layer by layer, or stacked (for its structure; all then draw alike).
+        lora: what to add.
+        key: for A.
+    """
+    for tower in lora.towers:
+        blocks = getattr(model, tower).blocks
+        stacked = not isinstance(blocks, nnx.List)
+        for number, block in enumerate([blocks] if stacked else blocks):
+            for matrix in lora.matrices:
+                name = f"{tower}/{number}/{matrix}"
+                layer = getattr(getattr(block, MATRICES[matrix]), matrix)
+                _add(layer, lora, jax.random.fold_in(key, zlib.crc32(name.encode())))
+
+
+def _add(layer: nnx.Linear, lora: Lora, key: jax.Array) -> None:
+    *stack, size_in, size_out = layer.kernel[...].shape
+    dtype, bound = layer.param_dtype, size_in**-0.5
+    shape = (*stack, size_in, lora.rank)
+    adapted: Any = layer  # gets the attributes that `models.layers.Linear` looks for
+    adapted.lora_a = nnx.Param(jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound))
+    adapted.lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, size_out), dtype))
+    adapted.lora_scale = lora.scale
+
+
+def merge_adapters(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:
+    """The parameters of the model without adapters that computes the same.
+
+    Args:
+        params: nested dict, layer by layer.
+        lora: as trained; None returns `params`.
+    """
+    if lora is None:
+        return params
+
+    def merge(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if A not in tree:
+            return {name: merge(value) for name, value in tree.items()}
+        kernel = tree["kernel"]
+        a, b = (tree[name].astype(jnp.float32) for name in (A, B))
+        change = lora.scale * jnp.matmul(a, b, precision="highest")
+        merged = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+        return {**{k: v for k, v in tree.items() if k not in (A, B)}, "kernel": merged}
+
+    return merge(params)
+
+
+def frozen_by_adapters(names: Iterable[str]) -> set[str]:
+    """Names of the parameters that adapters freeze; empty without adapters.
+
+    All of the model but its adapters: what the objective adds to the model is trained.
+    """
+    names = list(names)
+    if not any(map(_is_adapter, names)):
+        return set()
+    return {name for name in names if name.startswith(_OF_THE_MODEL) and not _is_adapter(name)}
+
+
+def _is_adapter(name: str) -> bool:
+    return name.rpartition("/")[2] in (A, B)

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from diht_jax.models.remat import KERNEL_OUT
+from diht_jax.models.layers import KERNEL_OUT
 
 # VMEM of one core, in MiB, by a regular expression for the device kind (the table of
 # https://docs.jax.dev/en/latest/pallas/tpu/hardware.html). A row needs to fit.

@@ -21,14 +21,23 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from diht_jax.models.attention import (
+    Rotary,
     Target,
     attend,
     attention_implementation,
     check_attention,
+    rotate,
 )
-from diht_jax.models.layers import Linear, activate, apply_columns, product_and_bias
-from diht_jax.models.positions import Rotary, rotate
-from diht_jax.models.remat import ATTENTION_OUT, QKV, check_remat, checkpointed
+from diht_jax.models.layers import (
+    ATTENTION_OUT,
+    QKV,
+    Linear,
+    activate,
+    apply_columns,
+    check_remat,
+    checkpointed,
+    product_and_bias,
+)
 from diht_jax.models.tpu_attention import attend_short
 
 normal_init = nnx.initializers.normal  # of N(0, stddev^2)

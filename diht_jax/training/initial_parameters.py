@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from diht_jax import sharding
 from diht_jax.config.architecture import ARCHITECTURE_FIELDS
-from diht_jax.models.positions import fit_positions
+from diht_jax.models.parameters import fit_positions
 from diht_jax.models.zoo import ARCHITECTURES, Architecture, get_architecture
 from diht_jax.storage import files
 from diht_jax.training.optimizer import merge_parameters

@@ -19,7 +19,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from diht_jax.models.lora import frozen_by_adapters
+from diht_jax.models.parameters import frozen_by_adapters
 from diht_jax.sharding import path_name
 from diht_jax.training.muon import is_block_matrix, scale_by_muon
 
@@ -158,7 +158,7 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
     BEiT's (arXiv 2106.08254), done for each tower. Weight decay is for matrices and higher only;
     biases, LayerNorm, class token and logit scale are not decayed. Positional embeddings are
     matrices by shape and are decayed, as in open_clip. Frozen are the names in which one of
-    `frozen` is found, and with adapters (`models.lora`) the rest of the model.
+    `frozen` is found, and with adapters (`models.parameters`) the rest of the model.
 
     Raises:
         ValueError: a pattern is no regular expression or is found in no name, a factor is

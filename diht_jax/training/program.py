@@ -21,10 +21,9 @@ from diht_jax.input.choices import IMAGE_FIELD, TEXT_FIELD
 from diht_jax.losses.choice import Choice, choose_impl
 from diht_jax.losses.fastclip import initial_means
 from diht_jax.models.attention import TowerAttention, kernel_difference
-from diht_jax.models.lora import lora_of
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.dual_encoder import num_kept_patches
+from diht_jax.models.parameters import lora_of, model_definition
 from diht_jax.models.transformer import Execution
-from diht_jax.models.vit import num_kept_patches
 from diht_jax.models.zoo import get_architecture
 from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.training.multihost import first_text

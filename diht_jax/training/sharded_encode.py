@@ -30,7 +30,7 @@ Tree = Any
 Encode = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]
 
 _FSDP = "fsdp"
-# Read and summed in the dtype they are stored in; see `models.text`.
+# Read and summed in the dtype they are stored in; see `models.dual_encoder`.
 _NOT_CAST = ("token_embedding", "positional_embedding")
 
 

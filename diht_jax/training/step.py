@@ -22,10 +22,9 @@ from diht_jax import sharding
 from diht_jax.input.transforms import Preprocessing, normalize
 from diht_jax.losses.term import Term
 from diht_jax.models.attention import target_of
-from diht_jax.models.dual_encoder import l2_normalize
+from diht_jax.models.dual_encoder import choose_patches, l2_normalize
 from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
-from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import Architecture
 from diht_jax.training.objective import active_terms, total_loss
 from diht_jax.training.optimizer import merge_parameters, split_parameters

@@ -25,7 +25,7 @@ from etils import epath
 
 from diht_jax.data import tokenizer
 from diht_jax.data.file_tokenizer import FileTokenizer
-from diht_jax.models.positions import fit_model
+from diht_jax.models.parameters import fit_model
 from diht_jax.models.zoo import Architecture, replace_fields
 from diht_jax.storage.hub import download, is_hub_name
 from diht_jax.weights import clip_layout, huggingface, open_clip_config, timm_layout

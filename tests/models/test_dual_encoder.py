@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from diht_jax.models import Architecture, DualEncoder, get_architecture, l2_normalize
+from diht_jax.models.dual_encoder import choose_patches
 from diht_jax.models.parameters import merge_model, model_definition, model_parameters
-from diht_jax.models.vit import choose_patches
 from diht_jax.weights.clip_layout import from_clip
 from tests import make
 from tests.weights.conftest import open_clip_config
@@ -87,7 +87,7 @@ def test_compute_dtype_is_apart_from_parameter_dtype():
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
     half = merge_model(definition, params)
     full = merge_model(model_definition(SMALL, jnp.float32, jnp.float32)[0], params)
-    assert half.vision(images).dtype == jnp.bfloat16
+    assert half.vision.features(images).dtype == jnp.bfloat16
     assert half.encode_image(images).dtype == jnp.float32
     difference = np.abs(half.encode_image(images) - full.encode_image(images)).max()
     assert 0 < difference < 0.02

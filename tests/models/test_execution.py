@@ -10,12 +10,11 @@ import pytest
 from flax import nnx
 
 from diht_jax.models.attention import Target
-from diht_jax.models.layers import Linear
+from diht_jax.models.layers import POLICIES, Linear
 from diht_jax.models.parameters import (
     merge_model,
     model_definition,
 )
-from diht_jax.models.remat import POLICIES
 from diht_jax.models.transformer import Execution, layer_norm
 from tests import make
 

@@ -10,7 +10,7 @@ import torch
 
 from diht_jax import load_model
 from diht_jax.export import export_model
-from diht_jax.models.positions import stretch_positions
+from diht_jax.models.parameters import stretch_positions
 from diht_jax.weights.source import read_weights
 from tests.weights.conftest import SMALL, open_clip_config, open_clip_model
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from diht_jax.hardware.topologies import get_topology
 from diht_jax.models import transformer
-from diht_jax.models.positions import rotary_positions
+from diht_jax.models.attention import rotary_positions
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle, vmem_mib
 from diht_jax.models.transformer import Block, BlockInit, build_blocks, run_blocks
 

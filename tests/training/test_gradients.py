@@ -13,9 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from diht_jax import sharding
 from diht_jax.input.transforms import normalize
 from diht_jax.losses import contrastive_loss
-from diht_jax.models.dual_encoder import l2_normalize
+from diht_jax.models.dual_encoder import choose_patches, l2_normalize
 from diht_jax.models.parameters import merge_model
-from diht_jax.models.vit import choose_patches
 from diht_jax.training.optimizer import split_parameters
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import TrainState, loss_gradients, training_execution

@@ -8,8 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import diht_jax
-from diht_jax.models.lora import Lora, lora_of
-from diht_jax.models.parameters import merge_model, model_definition
+from diht_jax.models.parameters import Lora, lora_of, merge_model, model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.loop import train
 from diht_jax.training.program import TrainProgram

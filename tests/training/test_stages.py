@@ -13,7 +13,7 @@ from configs import common
 from diht_jax.config import load_recipe
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.models.positions import resize_positions, stretch_positions
+from diht_jax.models.parameters import resize_positions, stretch_positions
 from diht_jax.train import load_stages, train_stages
 from diht_jax.training.loop import Run, train
 from diht_jax.training.run_data import open_data

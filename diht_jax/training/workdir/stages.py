@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.models.positions import fit_positions
+from diht_jax.models.parameters import fit_positions
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote

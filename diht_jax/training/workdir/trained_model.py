@@ -12,8 +12,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from diht_jax.extras.captioning import DECODER
-from diht_jax.models.lora import lora_of, merge_adapters
-from diht_jax.models.parameters import TOWERS, model_definition, parameter_shapes
+from diht_jax.models.parameters import (
+    TOWERS,
+    lora_of,
+    merge_adapters,
+    model_definition,
+    parameter_shapes,
+)
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.sharding import tree_shardings
 from diht_jax.training.multihost import share_for
