@@ -76,7 +76,7 @@ LONGEST_FILES = (
     "training/test_task_evaluation.py",
     "release/test_wheel.py",
     "weights/test_inference.py",
-    "weights/programs/test_programs.py",
+    "weights/test_programs.py",
     "weights/test_reference_models.py",
     "hardware/test_compiler.py",
     "training/workdir/test_stored_run.py",

@@ -20,7 +20,7 @@ def measure_swag(setting: Setting) -> dict[str, Any]:
 
     from data_prep.teachers.base import IMAGENET_MEAN, IMAGENET_STD
     from diht_jax.input import transforms
-    from diht_jax.models.swag import ARCHITECTURES, SwagArchitecture, swag_definition
+    from diht_jax.weights.swag import ARCHITECTURES, SwagArchitecture, swag_definition
 
     arch = SwagArchitecture(32, 8, 2, 32, 2, 64) if setting.small else ARCHITECTURES["vit_h_14"]
     dtype = "float32" if setting.device == "cpu" else "bfloat16"

@@ -1,6 +1,6 @@
 """SWAG's vision transformer in Flax, on all local devices: the paper's teacher, as recalled.
 
-The network is in `diht_jax.models.swag`. The licence of its weights is CC-BY-NC 4.0: they and
+The network is in `diht_jax.weights.swag`. The licence of its weights is CC-BY-NC 4.0: they and
 labels made with them are for non-commercial use only.
 """
 
@@ -49,7 +49,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         ValueError: there is no such file, or its SHA-256 is not the one in its name; or another
             dtype.
     """
-    from diht_jax.weights import swag_layout
+    from diht_jax.weights import swag
     from diht_jax.weights.releases import hash_file
 
     if config.dtype not in DTYPES:
@@ -71,7 +71,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         "weights_sha256": sha256,
         "dtype": config.dtype,
     }
-    return TeacherInfo(identity, in_this_process=True, name="swag", licence=swag_layout.LICENCE)
+    return TeacherInfo(identity, in_this_process=True, name="swag", licence=swag.LICENCE)
 
 
 def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
@@ -79,7 +79,7 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from diht_jax.models.swag import swag_definition
+    from diht_jax.weights.swag import swag_definition
 
     info = describe(config)
     path = _find_weights(config)
@@ -114,8 +114,8 @@ def read_weights(
     Raises:
         ValueError: the file holds another network.
     """
-    from diht_jax.models.swag import ARCHITECTURES
-    from diht_jax.weights import swag_layout
+    from diht_jax.weights import swag
+    from diht_jax.weights.swag import ARCHITECTURES
     from diht_jax.weights.tensor_files import read_tensors
 
     if architecture not in (None, *ARCHITECTURES):
@@ -123,7 +123,7 @@ def read_weights(
             f"config.teacher.swag.architecture='{architecture}'; expected one of "
             f"{', '.join(ARCHITECTURES)}"
         )
-    arch, params = swag_layout.from_torchvision(read_tensors(path), str(path), heads)
+    arch, params = swag.from_torchvision(read_tensors(path), str(path), heads)
     expected = ARCHITECTURES.get(architecture, arch)
     for field in ("patch_size", "layers", "width"):
         if getattr(arch, field) != getattr(expected, field):
@@ -142,7 +142,7 @@ def _encode(graphdef: Any, dtype: str, params: Any, images: Any) -> Any:
 
 
 def _find_weights(config: ml_collections.ConfigDict) -> pathlib.Path:
-    from diht_jax.weights.swag_layout import LICENCE, URLS
+    from diht_jax.weights.swag import LICENCE, URLS
 
     text = config.weights or os.environ.get(WEIGHTS_VARIABLE)
     path = pathlib.Path(text) if text else None

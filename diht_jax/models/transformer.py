@@ -50,7 +50,7 @@ class Execution:
 
     Attributes:
         scan_layers: keep the parameters of a tower's blocks stacked, and compile one block.
-        remat: what the backward pass computes again, a name of `remat.POLICIES`.
+        remat: what the backward pass computes again, a name of `layers.POLICIES`.
         attention: one of `attention.IMPLEMENTATIONS`.
         target: the devices that the model runs on; None is this process's default backend.
     """
@@ -59,11 +59,6 @@ class Execution:
     remat: str = "none"
     attention: str = "auto"
     target: Target | None = None
-
-    @property
-    def for_tpu(self) -> bool:
-        """True if blocks compute as is best on TPUs; see `Block`."""
-        return self.target is not None and self.target.platform == "tpu"
 
     def __post_init__(self):
         check_remat(self.remat)
@@ -312,7 +307,8 @@ def make_blocks(
     attention = execution.attention_kernel(
         settings["dtype"], width // heads, num_tokens=num_tokens, num_heads=heads
     )
-    settings = {"attention": attention, "for_tpu": execution.for_tpu, **settings}
+    for_tpu = execution.target is not None and execution.target.platform == "tpu"
+    settings = {"attention": attention, "for_tpu": for_tpu, **settings}
     blocks = [Block(width, heads, **settings) for _ in range(layers)]
     return build_blocks(blocks, scan_layers=execution.scan_layers)
 

@@ -1,32 +1,38 @@
 """Directories that other programs load a model from.
 
-`source.py` reads back what is written here, bit for bit. The text of the model card comes from
-`model_card.py`.
+`source.py` reads back the weights that are written here, bit for bit. The text of the model card
+comes from `model_card.py`.
+
+StableHLO (by `jax.export`: JAX and IREE run it on CPUs, GPUs and TPUs) and ONNX (by torch's
+exporter on the model of transformers) are both towers as programs that run without this package,
+with their weights in them: pictures uint8 [b, size, size, 3] and ids of texts int32
+[b, context_length] become unit vectors, float32 [b, d], for any b.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import logging
+from jax import export
 
 from diht_jax.data.tokenizer import SMALLEST_VOCAB, VOCAB_SIZE, check_vocab_size, merges
+from diht_jax.input import transforms
+from diht_jax.models.parameters import merge_model, model_definition
+from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
-from diht_jax.weights import (
-    clip_layout,
-    huggingface,
-    open_clip_config,
-    timm_layout,
-    tokenizer_file,
-)
-from diht_jax.weights.layout import to_layout
-from diht_jax.weights.programs import onnx, stablehlo
+from diht_jax.weights import clip_layout, huggingface, open_clip_layout, tokenizer_file
+from diht_jax.weights.clip_layout import to_layout
 from diht_jax.weights.settings import make_preprocessor
 from diht_jax.weights.source import (
     HUGGINGFACE_CONFIG,
@@ -44,6 +50,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 CARD_FILE = "README.md"
 
 _PROGRAMS = ("stablehlo", "onnx")
+_ONNX_PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 # open_clip and transformers refuse parameters that they do not know.
 _FORMATS_WITH_HEADS = ("clip", "safetensors")
 _FORMATS_WITH_TOKENIZER = ("huggingface", *_PROGRAMS)
@@ -65,7 +72,7 @@ def write_model(
         format: one of `FORMATS`: "clip" (`model.pt`, a plain torch state dict as OpenAI's, DiHT's
             and open_clip's code loads it), "safetensors" (the same names in
             `model.safetensors`), "open_clip" or "huggingface" (what their loaders expect),
-            "stablehlo" or "onnx" (both towers as programs, see `weights.programs`).
+            "stablehlo" or "onnx" (both towers as programs).
         model: what to write.
         card: text of the model card.
         dtype: of the stored parameters, a key of `DTYPES`.
@@ -96,9 +103,9 @@ def write_model(
         _write_json(output / name, content)
     write_bytes(output / CARD_FILE, card.encode())
     if format == "onnx":
-        onnx.write_onnx(output, model)
+        write_onnx(output, model)
     elif format == "stablehlo":
-        stablehlo.write_stablehlo(output, model, dtype)
+        write_stablehlo(output, model, dtype)
     else:
         tensors = {**_named_tensors(format, model), **heads}
         tensors = {name: np.asarray(v).astype(DTYPES[dtype]) for name, v in tensors.items()}
@@ -120,8 +127,8 @@ def _make_configs(format: str, model: ModelFiles, dtype: str) -> dict[str, dict[
     if format in _PROGRAMS:
         if format == "onnx":  # exported from transformers' model
             huggingface.model_type(arch)
-        return {OPEN_CLIP_CONFIG: open_clip_config.describe(arch, preprocessing)}
-    config = open_clip_config.make_config(arch, preprocessing, model.loss_scalars.get(LOGIT_BIAS))
+        return {OPEN_CLIP_CONFIG: open_clip_layout.describe(arch, preprocessing)}
+    config = open_clip_layout.make_config(arch, preprocessing, model.loss_scalars.get(LOGIT_BIAS))
     # Facts about the tokenizer, of which these formats have no files.
     facts: dict[str, Any] = {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
     if model.tokenizer is not None:
@@ -142,9 +149,9 @@ def _named_tensors(format: str, model: ModelFiles) -> dict[str, np.ndarray]:
     logit_bias = model.loss_scalars.get(LOGIT_BIAS)
     if format == "huggingface":
         return huggingface.to_huggingface(model.params, model.arch, logit_bias or 0.0)
-    if not timm_layout.is_timm(model.arch):
+    if not open_clip_layout.is_timm(model.arch):
         return clip_layout.to_clip(model.params, model.arch)
-    tensors = to_layout(model.params, timm_layout.layout(model.arch))
+    tensors = to_layout(model.params, open_clip_layout.layout(model.arch))
     if logit_bias is not None:
         tensors[LOGIT_BIAS] = np.asarray(logit_bias, np.float32)
     return tensors
@@ -161,7 +168,12 @@ def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype '{dtype}': expected one of {', '.join(DTYPES)}")
     if format == "onnx":
-        onnx.check_packages()
+        missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"format 'onnx' needs {', '.join(missing)}: `pip install {' '.join(missing)}`, or "
+                "take the format 'stablehlo', which needs none of them"
+            )
         if dtype != "float32":
             raise ValueError(f"format 'onnx' has float32 parameters; dtype '{dtype}' is not for it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -176,7 +188,7 @@ def find_lost_scalars(
     SigLIP's bias has one in transformers' SiglipModel, and in open_clip's models of timm's towers.
     The others are logged.
     """
-    holds_bias = format not in _PROGRAMS and timm_layout.is_timm(arch)
+    holds_bias = format not in _PROGRAMS and open_clip_layout.is_timm(arch)
     lost = [scalar for scalar in loss_scalars if not (holds_bias and scalar == LOGIT_BIAS)]
     for scalar in lost:
         logging.warning(
@@ -212,3 +224,102 @@ def _write_huggingface_tokenizer(output: pathlib.Path, arch: Architecture) -> No
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def write_stablehlo(output: pathlib.Path, model: ModelFiles, dtype: str) -> None:
+    """Writes `image.stablehlo` and `text.stablehlo` for `jax.export.deserialize`.
+
+    Args:
+        output: directory.
+        model: layer by layer.
+        dtype: of the parameters in the files; what is computed is float32.
+    """
+    arch, mean, std = model.arch, model.preprocessing.mean, model.preprocessing.std
+    # XLA's attention is the one that every platform has.
+    definition, _ = model_definition(arch, "float32", dtype, Execution(attention="xla"))
+    stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), model.params)
+
+    def encode_image(images):
+        pixels = transforms.normalize(images, jnp.dtype("float32"), mean=mean, std=std)
+        return merge_model(definition, stored).encode_image(pixels)
+
+    def encode_text(tokens):
+        return merge_model(definition, stored).encode_text(tokens)
+
+    (batch,) = export.symbolic_shape("b")
+    side = arch.image_size
+    towers = {
+        "image": (encode_image, jax.ShapeDtypeStruct((batch, side, side, 3), jnp.uint8)),
+        "text": (encode_text, jax.ShapeDtypeStruct((batch, arch.context_length), jnp.int32)),
+    }
+    for name, (encode, inputs) in towers.items():
+        exported = export.export(jax.jit(encode), platforms=_PLATFORMS)(inputs)
+        write_bytes(output / f"{name}.stablehlo", bytes(exported.serialize()))
+
+
+def write_onnx(output: pathlib.Path, model: ModelFiles) -> None:
+    """Writes `image.onnx` and `text.onnx`, with float32 parameters, into a directory."""
+    import torch
+
+    for name, (tower, argument, example) in _make_towers(model).items():
+        with tempfile.TemporaryDirectory(dir=output) as folder:
+            path = pathlib.Path(folder) / "tower.onnx"
+            torch.onnx.export(
+                tower,
+                (example,),
+                path,
+                input_names=[argument],
+                output_names=["embeddings"],
+                dynamic_shapes=({0: torch.export.Dim("b")},),
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+            write_bytes(output / f"{name}.onnx", path.read_bytes())
+
+
+def _make_towers(source: ModelFiles) -> dict[str, tuple[Any, str, Any]]:
+    """Modules of torch by tower, each with the name of its argument and an example of it."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    arch, preprocessing = source.arch, source.preprocessing
+    # "eager" attention becomes plain matrix products, which every runtime has.
+    settings: dict[str, Any] = huggingface.make_config(arch, "float32")
+    settings["attn_implementation"] = "eager"
+    model = AutoModel.from_config(AutoConfig.for_model(**settings)).eval()
+    tensors = huggingface.to_huggingface(source.params, arch)
+    # Copies: the parameters may be views of arrays that cannot be written to.
+    state = {name: torch.from_numpy(np.array(v, np.float32)) for name, v in tensors.items()}
+    model.load_state_dict(state)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+
+    class ImageTower(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = model.vision_model
+            self.projection = getattr(model, "visual_projection", torch.nn.Identity())
+
+        def forward(self, images):
+            pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 255
+            pooled = self.tower(pixel_values=(pixels - mean) / std).pooler_output
+            return torch.nn.functional.normalize(self.projection(pooled), dim=-1)
+
+    class TextTower(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = model.text_model
+            self.projection = getattr(model, "text_projection", torch.nn.Identity())
+
+        def forward(self, tokens):
+            pooled = self.tower(input_ids=tokens).pooler_output
+            return torch.nn.functional.normalize(self.projection(pooled), dim=-1)
+
+    side = arch.image_size
+    return {
+        "image": (ImageTower(), "images", torch.zeros((2, side, side, 3), dtype=torch.uint8)),
+        "text": (TextTower(), "tokens", torch.zeros((2, arch.context_length), dtype=torch.int32)),
+    }

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
-from diht_jax.weights.clip_layout import parts_unlike_clip
-from diht_jax.weights.layout import (
+from diht_jax.weights.clip_layout import (
     BlockNames,
     Layout,
     Tensors,
@@ -21,6 +20,7 @@ from diht_jax.weights.layout import (
     blocks,
     linear,
     norm,
+    parts_unlike_clip,
     to_layout,
 )
 from diht_jax.weights.settings import ConfigSection, make_architecture

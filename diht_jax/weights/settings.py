@@ -1,6 +1,6 @@
 """Architecture and preprocessing of a model, and checks of the configs that they are read from.
 
-The configs of other libraries are read by `open_clip_config.py` and `huggingface.py`, with the
+The configs of other libraries are read by `open_clip_layout.py` and `huggingface.py`, with the
 checks that stand here. A setting that would change what the model computes and that our model does
 not have is an error, never ignored.
 """

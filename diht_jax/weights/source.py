@@ -2,7 +2,7 @@
 
 The files at a path decide how it is read:
 
-    open_clip_config.json            CLIP's layout, as open_clip's hub and our export have it
+    open_clip.json            CLIP's layout, as open_clip's hub and our export have it
     config.json with "model_type"    transformers' CLIPModel, MetaClip2Model or SiglipModel
     one weight file                  CLIP's layout (OpenAI, open_clip, DiHT)
 
@@ -28,8 +28,8 @@ from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.models.parameters import fit_model
 from diht_jax.models.zoo import Architecture, replace_fields
 from diht_jax.storage.hub import download, is_hub_name
-from diht_jax.weights import clip_layout, huggingface, open_clip_config, timm_layout
-from diht_jax.weights.layout import from_layout
+from diht_jax.weights import clip_layout, huggingface, open_clip_layout
+from diht_jax.weights.clip_layout import from_layout
 from diht_jax.weights.releases import HUB_MODELS, hash_file, locate_weights
 from diht_jax.weights.settings import (
     ConfigSection,
@@ -47,7 +47,7 @@ HUGGINGFACE_PREPROCESSOR = "preprocessor_config.json"
 # In its place since transformers 5, with the other settings of a model's inputs.
 HUGGINGFACE_PROCESSOR = "processor_config.json"
 HUGGINGFACE_MERGES = "merges.txt"
-# In `open_clip_config.json`; its first merges, where the vocabulary is smaller than CLIP's.
+# In `open_clip.json`; its first merges, where the vocabulary is smaller than CLIP's.
 TOKENIZER_KIND = "CLIP byte-pair encoding (bpe_simple_vocab_16e6), lower case"
 
 LOGIT_BIAS = "logit_bias"
@@ -172,13 +172,13 @@ def _convert(
         layout = huggingface.layout(arch)
         tensors = {k: v for k, v in tensors.items() if k not in huggingface.BUFFERS}
     else:
-        layout = (timm_layout if timm_layout.is_timm(arch) else clip_layout).layout(arch)
+        layout = (open_clip_layout if open_clip_layout.is_timm(arch) else clip_layout).layout(arch)
         tensors = clip_layout.normalize_names(tensors)
     # A scale of shape [1] is the same as one of shape [].
     if "logit_scale" in tensors and tensors["logit_scale"].shape == (1,):
         tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     loss_scalars = {}
-    if timm_layout.is_timm(arch) and LOGIT_BIAS in tensors and tensors[LOGIT_BIAS].size == 1:
+    if open_clip_layout.is_timm(arch) and LOGIT_BIAS in tensors and tensors[LOGIT_BIAS].size == 1:
         loss_scalars[LOGIT_BIAS] = float(tensors.pop(LOGIT_BIAS).astype(np.float32).item())
     return from_layout(tensors, layout, clip_layout.our_shapes(arch), where), loss_scalars
 
@@ -193,7 +193,7 @@ def _infer_architecture(
     tensors: Mapping[str, np.ndarray], where: str, activation_given: bool
 ) -> Architecture:
     """The architecture of a state dict in CLIP's layout without any config."""
-    if any(name.startswith(timm_layout.TRUNK) for name in tensors):
+    if any(name.startswith(open_clip_layout.TRUNK) for name in tensors):
         raise ValueError(
             f"{where}: names are those of open_clip with an image tower of timm, for which "
             f"{OPEN_CLIP_CONFIG} must be in the same folder; it is not"
@@ -289,7 +289,7 @@ def _read_open_clip(folder: pathlib.Path) -> _Settings:
     content = read_config(path)
     whole = ConfigSection(content, "", str(path))
     model = whole.section("model_cfg") if "model_cfg" in content else whole
-    arch = open_clip_config.read_architecture(model.values, str(path))
+    arch = open_clip_layout.read_architecture(model.values, str(path))
     preprocessing = read_preprocess_cfg(content.get("preprocess_cfg"), str(path))
     clean = read_cleaning(model.section("text_cfg").values, str(path))
     if clean is not None:

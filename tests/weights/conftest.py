@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from diht_jax.weights import open_clip_config as configs
+from diht_jax.weights import open_clip_layout as configs
 from diht_jax.weights.settings import Preprocessing
 from tests import make
 

@@ -9,7 +9,7 @@ import torch
 from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES
-from diht_jax.weights import clip_layout, open_clip_config
+from diht_jax.weights import clip_layout, open_clip_layout
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -37,7 +37,7 @@ def check(reference, model, name, arch, images, tokens):
     expected = reference.open_clip_embeddings(model, images, tokens)
     # The config names what shapes do not show.
     config = open_clip.get_model_config(name)
-    assert open_clip_config.read_architecture(config, name) == arch
+    assert open_clip_layout.read_architecture(config, name) == arch
     tensors = {key: value.numpy() for key, value in model.state_dict().items()}
     params = clip_layout.from_clip(tensors, arch)
     definition, _ = model_definition(arch, jnp.float32, jnp.float32, Execution(scan_layers=True))
@@ -62,7 +62,7 @@ def test_vit_b_32_with_both_activations(reference):
     exact, _ = check(reference, model, "ViT-B-32", arch, images, tokens)
     for block in [*model.visual.transformer.resblocks, *model.transformer.resblocks]:
         block.mlp.gelu = open_clip.transformer.QuickGELU()
-    arch = open_clip_config.read_architecture(
+    arch = open_clip_layout.read_architecture(
         open_clip.get_model_config("ViT-B-32-quickgelu"), "config"
     )
     assert arch.activation == "quick_gelu"

@@ -10,7 +10,7 @@ import torch
 import diht_jax.weights.releases as releases
 from diht_jax import load_model
 from diht_jax.models.zoo import ARCHITECTURES
-from diht_jax.weights.open_clip_config import read_architecture
+from diht_jax.weights.open_clip_layout import read_architecture
 from diht_jax.weights.releases import HUB_MODELS, RELEASES, Release, download
 from tests.serving import FileServer
 

@@ -8,8 +8,8 @@ import torchvision
 from flax import nnx
 from torchvision.models.vision_transformer import VisionTransformer
 
-from diht_jax.models.swag import ARCHITECTURES, swag_definition
-from diht_jax.weights import swag_layout
+from diht_jax.weights import swag
+from diht_jax.weights.swag import ARCHITECTURES, swag_definition
 
 
 def _randomize(model: torch.nn.Module, scale: float, seed: int = 0) -> torch.nn.Module:
@@ -34,7 +34,7 @@ def small() -> VisionTransformer:
 
 
 def _features(tensors: dict[str, np.ndarray], images: np.ndarray, **options) -> np.ndarray:
-    arch, params = swag_layout.from_torchvision(tensors, "weights.pth", **options)
+    arch, params = swag.from_torchvision(tensors, "weights.pth", **options)
     graphdef, _ = swag_definition(arch, "float32")
     return np.asarray(jax.jit(lambda p, x: nnx.merge(graphdef, p)(x))(params, images))
 
@@ -84,23 +84,23 @@ def test_every_parameter_of_the_large_ones_has_its_place(name):
     with torch.device("meta"):
         model = getattr(torchvision.models, name)()
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    trunk = swag_layout.normalize_names(shapes)
+    trunk = swag.normalize_names(shapes)
     assert shapes.keys() - trunk.keys() == {"heads.head.weight", "heads.head.bias"}
-    arch = swag_layout.infer_architecture(trunk, "file")
+    arch = swag.infer_architecture(trunk, "file")
     assert arch == ARCHITECTURES[name]
-    assert swag_layout.expected_shapes(arch) == trunk
+    assert swag.expected_shapes(arch) == trunk
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_SWAG_LINEAR_V1
     ours = jax.tree.leaves(swag_definition(arch, "float32")[1])
     head = 1000 * arch.width + 1000
     assert sum(leaf.size for leaf in ours) == weights.meta["num_params"] - head
-    assert swag_layout.URLS[name] == weights.url
+    assert swag.URLS[name] == weights.url
 
 
 def test_other_files_are_refused(small):
     good = _arrays(small)
     missing = {k: v for k, v in good.items() if k != "encoder.layers.encoder_layer_1.ln_2.bias"}
     with pytest.raises(ValueError, match=r"w\.pth.*1 missing: encoder\.layers.*_1\.ln_2\.bias"):
-        swag_layout.from_torchvision(missing, "w.pth", heads=4)
+        swag.from_torchvision(missing, "w.pth", heads=4)
     resnet = {"conv1.weight": np.zeros((64, 3, 7, 7)), "fc.bias": np.zeros(10)}
     with pytest.raises(ValueError, match="not a vision transformer of torchvision"):
-        swag_layout.from_torchvision(resnet, "w.pth")
+        swag.from_torchvision(resnet, "w.pth")

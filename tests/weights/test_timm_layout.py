@@ -8,7 +8,7 @@ import torch
 
 from diht_jax import load_model
 from diht_jax.export import export_model
-from diht_jax.weights import open_clip_config, timm_layout
+from diht_jax.weights import open_clip_layout
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import read_weights
 
@@ -66,7 +66,7 @@ def vit_test_pe_core_patch16_64(pretrained=False, **settings):
 
 def small_towers():
     """The entries of the two in our table."""
-    siglip, pe_core = (timm_layout.TOWERS[name] for name in LIKE)
+    siglip, pe_core = (open_clip_layout.TOWERS[name] for name in LIKE)
     sizes = {"image_size": 24, "patch_size": 8, "vision_width": 64, "vision_layers": 2}
     sizes |= {"vision_heads": 4, "vision_pool_heads": 4, "vision_mlp_width": 160}
     return {
@@ -87,7 +87,7 @@ def model(request, reference, tmp_path_factory):
     (folder / "open_clip_config.json").write_text(json.dumps(content))
     with pytest.MonkeyPatch.context() as patch:
         for name, tower in small_towers().items():
-            patch.setitem(timm_layout.TOWERS, name, tower)
+            patch.setitem(open_clip_layout.TOWERS, name, tower)
         yield other, folder
 
 
@@ -133,9 +133,9 @@ def test_export_gives_the_model_back_bit_for_bit(model, tmp_path):
     assert read_weights(tmp_path / "out").arch == read_weights(folder).arch
 
 
-@pytest.mark.parametrize("name", timm_layout.TOWERS)
+@pytest.mark.parametrize("name", open_clip_layout.TOWERS)
 def test_the_sizes_of_a_tower_are_those_of_timm(name):
-    fields = timm_layout.TOWERS[name]
+    fields = open_clip_layout.TOWERS[name]
     with torch.device("meta"):
         num_classes = 0 if fields["vision_projection"] == "none" else 40
         tower = timm.create_model(name, num_classes=num_classes)
@@ -159,13 +159,13 @@ def test_the_sizes_of_a_tower_are_those_of_timm(name):
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP2", "ViT-L-16-SigLIP-384", "PE-Core-L-14-336"])
 def test_published_configs_are_read_and_written(name):
     config = open_clip.get_model_config(name)
-    arch = open_clip_config.read_architecture(config, name)
-    again = open_clip_config.make_config(arch, Preprocessing())["model_cfg"]
-    assert open_clip_config.read_architecture(again, name) == arch
+    arch = open_clip_layout.read_architecture(config, name)
+    again = open_clip_layout.make_config(arch, Preprocessing())["model_cfg"]
+    assert open_clip_layout.read_architecture(again, name) == arch
     assert again["vision_cfg"]["timm_model_name"] == config["vision_cfg"]["timm_model_name"]
 
 
 def test_fastvit_is_refused():
     config = open_clip.get_model_config("MobileCLIP2-S2")
     with pytest.raises(ValueError, match="MobileCLIP2-S2: .*fastvit.* is a FastViT"):
-        open_clip_config.read_architecture(config, "MobileCLIP2-S2")
+        open_clip_layout.read_architecture(config, "MobileCLIP2-S2")
