@@ -27,7 +27,7 @@ from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.record import write_result
-from diht_jax.hardware.flops import count_flops
+from diht_jax.hardware.chips import count_flops
 from diht_jax.hardware.hlo_traffic import count_traffic
 from diht_jax.hardware.topologies import get_topology
 from diht_jax.losses import contrastive_loss

@@ -15,7 +15,7 @@ from absl import flags
 
 import diht_jax
 from diht_jax import command_line
-from diht_jax.config.recipes import list_recipes, recipe_folder
+from diht_jax.config import list_recipes, recipe_folder
 from diht_jax.terminal import print_escaped
 
 

@@ -25,7 +25,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from diht_jax import command_line
-from diht_jax.hardware.flops import count_jaxpr_flops
+from diht_jax.hardware.chips import count_jaxpr_flops
 from diht_jax.hardware.hlo_traffic import count_traffic, tpu_kernels
 from diht_jax.hardware.kernel_cycles import read_kernels
 from diht_jax.hardware.report import (

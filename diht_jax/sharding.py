@@ -1,4 +1,4 @@
-"""The device mesh, the partition rules, and global batches.
+"""The device mesh, the partition rules, global batches, and parameters made whole.
 
 Axis names are `data` (replicas) and `fsdp` (parameters and optimiser state are split over it);
 a batch is split over both.
@@ -6,29 +6,38 @@ a batch is split over both.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
-BATCH_AXES = ("data", "fsdp")
+FSDP = "fsdp"
+BATCH_AXES = ("data", FSDP)
+
+# Parameters that are gathered block by block, and those that are read and summed in the dtype they
+# are stored in (see `models.dual_encoder`).
+_OF_BLOCK = re.compile(r"(vision|text)/blocks/")
+_NOT_CAST = ("token_embedding", "positional_embedding")
 
 # The first pattern found in a parameter's path decides. Optimiser moments have the path of their
 # parameter inside their own, so the same rules apply to them. Matrices are split along their larger
 # side where CLIP's shapes allow it; vectors and scalars are too small to be worth a split.
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"token_embedding/embedding$", PartitionSpec("fsdp", None)),
-    (r"patch_embedding/kernel$", PartitionSpec(None, None, None, "fsdp")),
-    (r"(in_proj|[qkv]_proj|fc_in)/kernel$", PartitionSpec(None, "fsdp")),
-    (r"concept_heads/\w+/kernel$", PartitionSpec(None, "fsdp")),
-    (r"(out_proj|fc_out|projection)/kernel$", PartitionSpec("fsdp", None)),
+    (r"token_embedding/embedding$", PartitionSpec(FSDP, None)),
+    (r"patch_embedding/kernel$", PartitionSpec(None, None, None, FSDP)),
+    (r"(in_proj|[qkv]_proj|fc_in)/kernel$", PartitionSpec(None, FSDP)),
+    (r"concept_heads/\w+/kernel$", PartitionSpec(None, FSDP)),
+    (r"(out_proj|fc_out|projection)/kernel$", PartitionSpec(FSDP, None)),
     (r"^record_means/", PartitionSpec(BATCH_AXES)),
 )
 
@@ -169,6 +178,11 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
+def partition_specs(tree: Any, mesh: Mesh) -> Any:
+    """The specs of `tree_shardings`, for `jax.shard_map`."""
+    return jax.tree.map(lambda leaf: leaf.spec, tree_shardings(tree, mesh))
+
+
 def path_name(path: Sequence[Any]) -> str:
     """A JAX key path as `a/b/c`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
@@ -180,3 +194,62 @@ def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in batch.items()
     }
+
+
+class ParameterGather:
+    """Makes split parameters whole where they are used, inside of `jax.shard_map`.
+
+    What a device needs is cast to the dtype of the computation before it is sent; what comes back,
+    the gradient, is summed in the dtype of the parameter and arrives split again.
+    """
+
+    def __init__(self, params: dict[str, Any], mesh: Mesh, dtype: DTypeLike):
+        """Notes where each parameter is split."""
+        self._dtype = dtype
+        is_split = mesh.shape[FSDP] > 1
+        self._axes = {
+            path_name(path): split.spec.index(FSDP) if FSDP in split.spec and is_split else None
+            for path, split in jax.tree_util.tree_leaves_with_path(tree_shardings(params, mesh))
+        }
+
+    def block(self, tower: str) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+        """Gathers one block of a tower, whose layers are split alike; None if they are whole."""
+        prefix = f"{tower}/blocks/0/"
+        if all(axis is None for name, axis in self._axes.items() if name.startswith(prefix)):
+            return None
+        return functools.partial(self._gather, prefix=prefix)
+
+    def outside_blocks(self, params: dict[str, Any]) -> dict[str, Any]:
+        """All parameters, with those that belong to no block of a tower made whole."""
+        return self._gather(params, prefix="")
+
+    def _gather(self, tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        def gather(path, shard):
+            name = prefix + path_name(path)
+            if not prefix and _OF_BLOCK.match(name):
+                return shard
+            axis = self._axes[name]
+            if axis is None:
+                return shard
+            dtype = shard.dtype if any(part in name for part in _NOT_CAST) else self._dtype
+            return _gather_axis(shard, axis, jnp.dtype(dtype))
+
+        return jax.tree_util.tree_map_with_path(gather, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_axis(shard: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.all_gather(shard.astype(dtype), FSDP, axis=axis, tiled=True)
+
+
+def _gather_axis_forward(shard, axis, dtype):
+    # The empty array carries the dtype of the parameter to the backward pass.
+    return _gather_axis(shard, axis, dtype), jnp.zeros((0,), shard.dtype)
+
+
+def _gather_axis_backward(axis, dtype, kept, cotangent):
+    cotangent = cotangent.astype(kept.dtype)
+    return (jax.lax.psum_scatter(cotangent, FSDP, scatter_dimension=axis, tiled=True),)
+
+
+_gather_axis.defvjp(_gather_axis_forward, _gather_axis_backward)

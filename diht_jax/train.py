@@ -25,8 +25,8 @@ from ml_collections import config_flags
 
 from diht_jax import command_line, distributed
 from diht_jax.hardware import compiler
+from diht_jax.training.multihost import EXIT_CODE, Stopped, begin_job, exit_status, job_status
 from diht_jax.training.recipe import COMMENT_FILES, check_config, default_config
-from diht_jax.training.stopping import EXIT_CODE, Stopped, begin_job, exit_status, job_status
 
 
 def define_flags() -> None:
@@ -104,7 +104,7 @@ def train_stages(
     train: Callable[..., object], stages: Sequence[ml_collections.ConfigDict], workdir: str
 ) -> None:
     """Trains stages, each in a folder of its own, from the last one that has a checkpoint on."""
-    from diht_jax.training.workdir.stages import open_stage, stage_folder
+    from diht_jax.training.initial_parameters import open_stage, stage_folder
 
     first = open_stage(workdir, stages[-1].stage.count) if len(stages) > 1 else 1
     for config in stages[first - 1 :]:

@@ -37,7 +37,7 @@ jaxtyping.install_import_hook(
             f"diht_jax.losses.{name}"
             for name in ("dense", "ring", "sigmoid", "softmax", "streaming")
         ),
-        "diht_jax.training.muon",
+        "diht_jax.training.optimizer",
         "diht_jax.training.terms",
     ],
     "beartype.beartype",

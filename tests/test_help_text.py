@@ -5,8 +5,8 @@ import pytest
 
 from diht_jax import command_line
 from diht_jax.command_line import help_text
+from diht_jax.command_line.help_text import read_comments
 from diht_jax.config.checks import walk
-from diht_jax.config.key_comments import read_comments
 from diht_jax.training.recipe import COMMENT_FILES, default_config
 
 
@@ -49,5 +49,5 @@ def test_an_unknown_section_is_refused_with_the_nearest(capsys, arguments):
 
 
 def test_help_after_a_double_dash_is_an_argument():
-    assert help_text.is_asked(["search", "--help"])
-    assert not help_text.is_asked(["search", "--", "--help"])
+    assert command_line.asks_for_help(["search", "--help"])
+    assert not command_line.asks_for_help(["search", "--", "--help"])

@@ -17,7 +17,7 @@ from benchmarks.first_hour.plan import Setting
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.stopping import EXIT_CODE
+from diht_jax.training.multihost import EXIT_CODE
 
 _STEPS, _STOP_AT = 20, 9
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from diht_jax.command_line import help_text
+from diht_jax.command_line.help_text import read_comments
 from diht_jax.command_line.shared_flags import (
     define_encoding_flags,
     define_job_array_flags,
@@ -27,14 +28,13 @@ from diht_jax.command_line.shared_flags import (
     require_flags,
     task_defaults,
 )
-from diht_jax.config import find_recipe, load_recipe
+from diht_jax.config import apply_overrides, find_recipe, load_recipe, set_key, take_unset_keys
 from diht_jax.config.checks import check_names, walk
-from diht_jax.config.key_comments import read_comments
-from diht_jax.config.recipes import apply_overrides, set_key, take_unset_keys
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
 
 __all__ = [
+    "asks_for_help",
     "computes_on_cpu",
     "define_encoding_flags",
     "define_job_array_flags",
@@ -59,6 +59,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _SHOWN_COUNTS = frozenset(10**power for power in range(16))
 _REMEMBERED_TEXTS = 256
 _LISTED_KEYS = 5
+_HELP = ("-h", "-?", "-help", "--help", "-helpshort", "--helpshort")
 # `--config PATH` in the arguments of a command line with zeros between them.
 _CONFIG_FLAG = r"(?:^|\0)--?config[=\0]([^:\0]+)"
 # Keys that the command line unsets, once it is parsed.
@@ -126,7 +127,7 @@ def _help_or_flags(
     comment_files: Mapping[str, str],
 ) -> list[str]:
     """Answers `--help` and `--config.help`, and exits; else `parse_flags`."""
-    section = help_text.asked_section(argv)
+    section = _asked_section(argv)
     if section is not None and config_defaults is not None:
         try:
             config = config_defaults()
@@ -137,12 +138,30 @@ def _help_or_flags(
             _fail(str(error), status=2)
         print_escaped(text)
         sys.exit(0)
-    if help_text.is_asked(argv):
+    if asks_for_help(argv):
         description = getattr(sys.modules["__main__"], "__doc__", None) or ""
         found, has_config = help_text.command_flags(), config_defaults is not None
         print_escaped(help_text.describe_command(description, found, has_config=has_config))
         sys.exit(0)
     return parse_flags(argv, takes_arguments, config_defaults)
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Returns whether a command line asks for help."""
+    before = argv[: list(argv).index("--")] if "--" in argv else argv
+    return any(argument in _HELP for argument in before)
+
+
+def _asked_section(argv: Sequence[str]) -> str | None:
+    """The section of `--config.help=SECTION` or `--config.help SECTION`; "" for the top level."""
+    for number, argument in enumerate(argv):
+        match = re.fullmatch(r"--?config\.help(?:=(.*))?", argument)
+        if match and match[1] is not None:
+            return match[1]
+        if match:
+            following = argv[number + 1 : number + 2]
+            return following[0] if following and not following[0].startswith("-") else ""
+    return None
 
 
 def parse_flags(

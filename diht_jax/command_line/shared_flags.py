@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from diht_jax.config.architecture import parse_fields
+from diht_jax.config.keys import parse_fields
 
 flags.disclaim_key_flags()  # they are the command's own: its --help lists them
 

@@ -1,17 +1,29 @@
-"""Configs of training: recipes, keys with their ranges, and validation.
+"""Recipes of training: found by name or path, listed, loaded, and changed by a command line.
 
 Recipes in `configs/` start from `default_config()`; `diht_jax.train` calls
 `diht_jax.training.recipe.check_config` before it does anything else. Every key is written once, in
 `keys.py`, and those of losses and of terms of the objective in their own files.
+
+A name is a path in `configs/` without `.py`, such as `demo` or `prep/cat`; its last part is enough.
+On a command line `None` unsets a key, which ml_collections cannot do (it converts a value to the
+type of the key), and a duration replaces the one that the recipe has.
 """
 
 from __future__ import annotations
 
-import ml_collections
+import difflib
+import importlib.util
+import pathlib
+import re
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any
 
-from diht_jax.config.architecture import ARCHITECTURE_FIELDS, parse_fields
+import ml_collections
+from absl import logging
+
 from diht_jax.config.checks import PathsOrSections, TextOrSections, nearest_name, validate_config
-from diht_jax.config.recipes import find_recipe, list_recipes, load_recipe
+from diht_jax.config.keys import ARCHITECTURE_FIELDS, DURATION_UNITS, parse_fields
 
 __all__ = [
     "ARCHITECTURE_FIELDS",
@@ -27,6 +39,14 @@ __all__ = [
 ]
 
 
+_DURATIONS = [
+    [f"{prefix}_{unit}" for unit in DURATION_UNITS] for prefix in ("total", "no_patch_dropout")
+]
+
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+_INSTALLED = _PACKAGE / "recipes" / "configs"  # where a wheel has them; pyproject.toml says so
+
+
 def default_config() -> ml_collections.ConfigDict:
     """Every key of a training recipe, with its default; None means "not set"."""
     # The door for recipes to a floor above: losses and terms bring keys of their own, and import
@@ -34,3 +54,174 @@ def default_config() -> ml_collections.ConfigDict:
     from diht_jax.training.recipe import default_config
 
     return default_config()
+
+
+def recipe_folder() -> pathlib.Path:
+    """The folder of the recipes: `configs/` of a checkout, or the copy in an installed package."""
+    return _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
+
+
+def list_recipes() -> dict[str, pathlib.Path]:
+    """The files of all recipes by their names, those of training first."""
+    folder = recipe_folder()
+    files = [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))]
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in files
+        if "def get_config(" in path.read_text("utf-8")
+    }
+
+
+def find_recipe(name: str | pathlib.Path) -> pathlib.Path:
+    """The file of a recipe, which may import those of its own folder and of `configs/` from now on.
+
+    Args:
+        name: such as `demo` or `prep/cat`; what ends with `.py` is a path. For
+            `from configs import common` the folder above the recipe's own is searched, and then
+            `configs/` itself, in any working directory.
+    """
+    path = pathlib.Path(name)
+    if path.suffix != ".py":
+        path = _find_name(str(name))
+    elif not path.is_file():
+        raise ValueError(f"{path}: no such config file{_suggest(path.stem)}")
+    for folder in map(str, (path.resolve().parents[1], recipe_folder().parent)):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    return path
+
+
+def load_recipe(name: str | pathlib.Path, arg: str = "") -> ml_collections.ConfigDict:
+    """The config that a recipe's `get_config(arg)` returns.
+
+    Args:
+        name: such as `demo`, or the path of a Python file.
+        arg: what follows the colon on a command line, such as "debug=True".
+
+    Raises:
+        ValueError: no such recipe, or it gives no config.
+    """
+    path = find_recipe(name)
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # as for every name that ends with .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ValueError(f"{path}: a config file must define get_config(); it does not")
+    config = get_config(arg) if arg else get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"{path}: get_config() must return an ml_collections.ConfigDict, such as that of "
+            f"diht_jax.config.default_config(); got {type(config).__name__}"
+        )
+    return config
+
+
+def take_unset_keys(
+    arguments: Sequence[str], defaults: ml_collections.ConfigDict
+) -> tuple[list[str], list[str]]:
+    """Takes `--config.KEY=None` and `--config.KEY None` out of a command line.
+
+    Args:
+        defaults: all keys; those whose default is None, and those of a `TextOrSections`, are
+            optional. Unknown keys stay on the command line, whose parser refuses them.
+
+    Returns:
+        The other arguments, and the keys that are None in the end: of several values for one key
+        the last one counts.
+    """
+    rest: list[str] = []
+    unset: dict[str, None] = {}
+    position, end = 0, len(arguments)
+    if "--" in arguments:
+        end = list(arguments).index("--")
+    while position < end:
+        argument = arguments[position]
+        position += 1
+        match = re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", argument, re.DOTALL)
+        key, value = match.groups() if match else (None, None)
+        is_apart = match is not None and value is None and arguments[position:end][:1] == ["None"]
+        if key is not None:
+            unset.pop(key, None)
+        if key and (value == "None" or is_apart) and _is_optional(key, defaults):
+            unset[key] = None
+            position += is_apart
+        else:
+            rest.append(argument)
+    return [*rest, *arguments[end:]], list(unset)
+
+
+def apply_overrides(
+    config: ml_collections.ConfigDict, unset: Collection[str], given: Collection[str]
+) -> None:
+    """Unsets keys, and those durations that a duration of the command line replaces; in place.
+
+    A recipe's warm-up that does not fit into fewer steps becomes a tenth of them.
+
+    Raises:
+        AttributeError, KeyError: the recipe has no such key.
+    """
+    for key in unset:
+        set_key(config, key, None)
+    for names in _DURATIONS:
+        if any(config.get(name) is not None for name in names if name in given):
+            for name in set(names).difference(given):
+                config[name] = None
+    steps = config.total_steps if "total_steps" in given else None
+    if steps and "optimizer.warmup_steps" not in given and config.optimizer.warmup_steps >= steps:
+        before, config.optimizer.warmup_steps = config.optimizer.warmup_steps, steps // 10
+        logging.warning(
+            "--config.total_steps=%d is shorter than the recipe's warm-up of %d steps; taking %d "
+            "(--config.optimizer.warmup_steps)",
+            steps,
+            before,
+            steps // 10,
+        )
+
+
+def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    """Sets a key by its dotted name, in place."""
+    *parents, last = key.split(".")
+    section = config
+    for name in parents:
+        section = section[name]
+    section[last] = value
+
+
+def _is_optional(key: str, defaults: ml_collections.ConfigDict) -> bool:
+    """Returns whether a key may be None; False for an unknown one."""
+    section, name = defaults, ""
+    for name in key.split("."):
+        if not isinstance(section, ml_collections.ConfigDict) or name not in section:
+            return False
+        if issubclass(section.get_type(name), TextOrSections):
+            return True
+        section = section[name]
+    if isinstance(section, ml_collections.ConfigDict):
+        raise ValueError(f"--config.{key}=None: a section cannot be unset, only its keys")
+    if section is not None:
+        raise ValueError(
+            f"--config.{key}=None: this key cannot be unset; its default is {section!r:.200}"
+        )
+    return True
+
+
+def _find_name(name: str) -> pathlib.Path:
+    recipes = list_recipes()
+    found = [path for known, path in recipes.items() if name in (known, known.rpartition("/")[2])]
+    if len(found) != 1:
+        raise ValueError(f"{name[:200]}: no recipe has this name{_suggest(name)}")
+    return found[0]
+
+
+def _suggest(name: str) -> str:
+    """The recipes whose names are like this one, and all others, as the end of a sentence."""
+    names = list(list_recipes())
+    # The last parts are compared as well: "cta" is like "prep/cat".
+    parts = {part: known for known in names for part in (known, known.rpartition("/")[2])}
+    nearest = difflib.get_close_matches(name[:200], parts, n=3)
+    hint = " or ".join(dict.fromkeys(f"'{parts[part]}'" for part in nearest))
+    return (
+        f"; did you mean {hint}? " if hint else ". "
+    ) + f"Recipes: {', '.join(names)}; or give a path that ends with .py"

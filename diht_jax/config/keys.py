@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from diht_jax.config.architecture import ARCHITECTURE_FIELDS
-from diht_jax.config.checks import PathsOrSections, TextOrSections, walk
+from diht_jax.config.checks import PathsOrSections, TextOrSections, nearest_name, walk
 
 # What a resumed run may change of a key. FIXED: nothing. END: it decides about the end of a run
 # alone, which `optimizer.schedule="wsd"` leaves open. FREE: anything.
@@ -75,6 +74,37 @@ POSITIVE_OR_INF = Range(0, math.inf, excludes_low=True)
 SHARE = Range(0, 1, excludes_high=True)
 SHARE_NOT_0 = Range(0, 1, excludes_low=True)
 DEVICES = Range(1, also=-1)
+
+# Units of a duration; a recipe sets one of them.
+DURATION_UNITS = ("steps", "examples", "epochs")
+
+# Fields of models.zoo.Architecture and their types.
+ARCHITECTURE_FIELDS = {
+    "image_size": int,
+    "patch_size": int,
+    "vision_layers": int,
+    "vision_width": int,
+    "vision_heads": int,
+    "text_layers": int,
+    "text_width": int,
+    "text_heads": int,
+    "embed_dim": int,
+    "context_length": int,
+    "vocab_size": int,
+    "activation": str,
+    "layer_norm_epsilon": float,
+    "vision_mlp_width": int,
+    "text_mlp_width": int,
+    "end_of_text_id": int,
+    "text_activation": str,
+    "class_token": bool,
+    "vision_pool_heads": int,
+    "rotary_grid": int,
+    "vision_projection": str,
+    "text_projection": str,
+    "causal_text": bool,
+    "text_pool": str,
+}
 
 KEYS: dict[str, Key] = {
     "seed": Key(0, Range(0, 2**32, excludes_high=True)),  # of parameters, order, crops
@@ -138,7 +168,7 @@ KEYS: dict[str, Key] = {
     # or "fastclip" (small batches).
     "loss.kind": Key("softmax"),
     # "streaming" (memory [b, d]), "gathered" ([b, N], fewer transfers), or "auto", by the mesh and
-    # the batch: losses/choice.py.
+    # the batch: losses/dense.py.
     "loss.impl": Key("auto", resume=FREE),
     # Weight of the contrastive loss next to the terms below; 0 trains these alone.
     "loss.weight": Key(1.0, NOT_NEGATIVE),
@@ -318,3 +348,33 @@ def _check_ends(name: str, ends: tuple[float, ...], allowed: Range) -> None:
         raise ValueError(
             f"{name}={tuple(ends)}: expected two numbers, the lower first, each {allowed}"
         )
+
+
+_BOOLEANS = {"true": True, "false": False}
+_FIELD_NAMES = ", ".join(ARCHITECTURE_FIELDS)
+
+
+def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
+    """Fields of an architecture, as a command line gives them.
+
+    Returns:
+        Names and values, of the types of `ARCHITECTURE_FIELDS`.
+    """
+    fields = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if equals and name and name not in ARCHITECTURE_FIELDS:
+            nearest = nearest_name(name[:200], ARCHITECTURE_FIELDS)
+            hint = f"did you mean '{nearest}'?" if nearest else f"known: {_FIELD_NAMES}"
+            raise ValueError(f"--architecture {setting[:200]}: no field '{name[:200]}'; {hint}")
+        kind = ARCHITECTURE_FIELDS.get(name, str)
+        try:
+            value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            equals = ""
+        if not name or not equals or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(
+                f"--architecture: expected a pair like activation=quick_gelu, got '{setting[:200]}'"
+            )
+        fields[name] = value
+    return fields

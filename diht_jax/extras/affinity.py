@@ -32,8 +32,7 @@ from ml_collections.config_dict import placeholder
 from diht_jax.losses.concepts import map_in_chunks
 from diht_jax.losses.contrastive import check_embeddings
 from diht_jax.losses.dense import inner_products
-from diht_jax.losses.objective import AxisName, check_scalar
-from diht_jax.losses.term import Parameters, Term
+from diht_jax.losses.objective import AxisName, Parameters, Term, check_scalar
 from diht_jax.sharding import BATCH_AXES
 
 # Similarities of one model that a device holds at once.

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from diht_jax.config.keys import COUNT, Key
 from diht_jax.extras.caption_decoder import CaptionDecoder, merge_decoder
 from diht_jax.losses.concepts import concept_losses_in_chunks
-from diht_jax.losses.term import Parameters, Term
+from diht_jax.losses.objective import Parameters, Term
 from diht_jax.models.dual_encoder import find_end_of_text
 from diht_jax.models.layers import POLICIES
 from diht_jax.models.parameters import model_parameters

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diht_jax.config.architecture import ARCHITECTURE_FIELDS
+from diht_jax.config.keys import ARCHITECTURE_FIELDS
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.zoo import Architecture
 

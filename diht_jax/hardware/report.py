@@ -11,8 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from diht_jax.hardware.chips import LATENCY_SECS
-from diht_jax.hardware.flops import FlopCount
+from diht_jax.hardware.chips import LATENCY_SECS, FlopCount
 from diht_jax.hardware.hlo_traffic import Collective, Traffic
 from diht_jax.hardware.schedule import Rates, scheduled_secs
 from diht_jax.hardware.topologies import Topology

@@ -29,8 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Integer
 
-from diht_jax.losses.choice import choose_impl
-from diht_jax.losses.dense import dense_loss
+from diht_jax.losses.dense import choose_impl, dense_loss
 from diht_jax.losses.objective import (
     AxisName,
     Objective,

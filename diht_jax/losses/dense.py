@@ -1,17 +1,24 @@
 """The gathered form of the losses: every device gathers all embeddings and holds [b, N] logits.
 
 The readable reference that `streaming.py` is tested against, and the faster form where many
-devices have few examples each (`choice.py`). Gradients are JAX's own.
+devices have few examples each: `choose_impl` says where. Gradients are JAX's own.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from diht_jax.hardware.chips import LATENCY_SECS, START_SECS, STEP_SECS, Chip, find_chip
 from diht_jax.losses.objective import AxisName, Objective, PairStatistics, Scalars
+from diht_jax.losses.ring import group_size
 
 
 def dense_loss(
@@ -107,3 +114,112 @@ def hardest(
     block = jax.lax.stop_gradient(block)
     hardest = jnp.max(block, axis=1, where=is_negative, initial=-jnp.inf)
     return hardest, jnp.sum(is_negative & (block == hardest[:, None]), axis=1).astype(block.dtype)
+
+
+# Transfers in a round of the ring, both passes together: two and three in the program
+# (`streaming.py`). XLA's compiler for GPUs sends those of a round as one; compiled for h100:64x8.
+_TPU_TRANSFERS, _GPU_TRANSFERS = 5, 2
+# Collectives of a group, both passes: images, their statistics, their slopes, their gradients.
+_GROUP_COLLECTIVES = 4
+# Collectives of the gathered form: images, texts, and the gradients of both as one.
+_GATHERED_COLLECTIVES = 3
+# Products of the gathered form, relative to the streaming one's: six against four.
+_GATHERED_PRODUCTS = 1.5
+# Arrays [b, N] and [N, d] of float32 that the gathered form holds at its peak, fitted to what the
+# TPU compiler reports of it for N of 8,192 to 262,144 (docs/benchmarks/training.md).
+_BLOCKS, _GATHERED = 3.0, 3.5
+# Share of the memory that the gathered form may take from the towers.
+_MEMORY_SHARE = 0.05
+# Products in float32, relative to the bfloat16 peak: six passes on a TPU, no tensor cores on a GPU.
+_TPU_SLOWDOWN, _GPU_SLOWDOWN = 6, 15
+# GPUs of a host. Described devices do not tell their host, so it is not read off the devices.
+_GPUS_OF_A_HOST = 8
+
+
+class Choice(NamedTuple):
+    """A form of the loss, and why: for the log."""
+
+    impl: str  # "streaming" or "gathered"
+    reason: str  # a clause
+
+
+def choose_impl(
+    mesh: Mesh, axis_names: Sequence[str], num_pairs: int, width: int, impl: str = "auto"
+) -> Choice:
+    """Form of the loss on a mesh, for `config.loss.impl="auto"`.
+
+    Streaming, unless the gathered form takes less time and its [b, N] logits are small. The time is
+    that of the products and of the latencies: the streaming form sends many small messages one
+    after the other, which hide behind its products, the gathered form few large ones. Only the
+    devices of the mesh count, never the machine at hand: the choice for a described machine is the
+    one that this machine makes.
+
+    Args:
+        mesh: of the step.
+        axis_names: axes that the batch is split over.
+        num_pairs: N, of the global batch.
+        width: d, of an embedding.
+        impl: anything but "auto" is the choice.
+
+    Source: ours.
+    """
+    if impl != "auto":
+        return Choice(impl, "as config.loss.impl has it")
+    device = mesh.devices.flat[0]
+    chip = find_chip(device.device_kind)
+    sizes = tuple(size for name, size in mesh.shape.items() if name in axis_names)
+    if math.prod(sizes) == 1:
+        return Choice("streaming", "there is one device")
+    if chip is None:
+        return Choice("streaming", f"nothing is known of the links of a '{device.device_kind}'")
+    return _choose(chip, sizes, num_pairs, width)
+
+
+def _choose(chip: Chip, axis_sizes: tuple[int, ...], num_pairs: int, width: int) -> Choice:
+    num_devices = math.prod(axis_sizes)
+    num_rows = num_pairs // num_devices
+    slowdown = _TPU_SLOWDOWN if chip.num_links else _GPU_SLOWDOWN
+    products_secs = 4 * 2 * num_rows * num_pairs * width * slowdown / chip.peak_flops
+    group = group_size(axis_sizes, 4 * num_rows * width, chip)
+    ring_secs, ring = _ring_latency(chip, num_devices, group)
+    gathered_secs = _GATHERED_COLLECTIVES * _collective_secs(chip, num_devices)
+    times = (
+        f"{ring}, its products {1e3 * products_secs:.1f} ms; gathered, the latency is "
+        f"{1e3 * gathered_secs:.1f} ms and the products {_GATHERED_PRODUCTS} times as many"
+    )
+    if max(ring_secs, products_secs) <= gathered_secs + _GATHERED_PRODUCTS * products_secs:
+        return Choice("streaming", times)
+    most_bytes = _MEMORY_SHARE * chip.hbm_bytes
+    needed_bytes = 4 * num_pairs * (_BLOCKS * num_rows + _GATHERED * width)
+    memory = f"it needs {needed_bytes / 1e9:.2f} GB, of {most_bytes / 1e9:.2f} GB allowed"
+    return Choice("gathered" if needed_bytes <= most_bytes else "streaming", f"{times}; {memory}")
+
+
+def _ring_latency(chip: Chip, num_devices: int, group: int) -> tuple[float, str]:
+    """Seconds of the ring's messages one after the other, and a clause about them."""
+    rounds = num_devices // group
+    link = chip.link(between_hosts=num_devices > _GPUS_OF_A_HOST)
+    transfers = (_TPU_TRANSFERS if chip.num_links else _GPU_TRANSFERS) * rounds
+    if rounds == 1:
+        transfers = 0
+    secs = transfers * LATENCY_SECS[link]
+    members = "devices"
+    if group > 1:
+        secs += _GROUP_COLLECTIVES * _collective_secs(chip, group)
+        members = f"groups of {group}"
+    return secs, (
+        f"{transfers:,} transfers round a ring of {rounds} {members} take at least "
+        f"{1e3 * secs:.1f} ms ({link})"
+    )
+
+
+def _collective_secs(chip: Chip, size: int) -> float:
+    """Latency of a gather or scatter: half the way round every axis of a torus, or NCCL's ring."""
+    link = chip.link(between_hosts=False)
+    if chip.num_links:
+        dimensions = chip.num_links // 2
+        return STEP_SECS[link] * dimensions * size ** (1 / dimensions) / 2
+    steps_between_hosts = math.ceil(size / _GPUS_OF_A_HOST) - 1
+    steps_inside = size - 1 - steps_between_hosts
+    network_secs = steps_between_hosts * STEP_SECS["network"]
+    return START_SECS[link] + steps_inside * STEP_SECS[link] + network_secs

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.config.checks import nearest_name
+from diht_jax.config.keys import ARCHITECTURE_FIELDS
 
 # Values of the fields that are names; the first is CLIP's.
 CHOICES = {

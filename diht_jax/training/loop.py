@@ -20,12 +20,22 @@ from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.train_data import describe_train, parse_train
 from diht_jax.terminal import ProgressBar
 from diht_jax.training import recipe, task_evaluation
-from diht_jax.training.initial_parameters import bind_architecture, initial_parameters
+from diht_jax.training.initial_parameters import (
+    bind_architecture,
+    check_stage,
+    end_of_stage,
+    initial_parameters,
+)
 from diht_jax.training.monitoring import anomalies, throughput
-from diht_jax.training.monitoring.metrics import MetricWriter, plot_curves
+from diht_jax.training.monitoring.metrics import MetricWriter, WallTime, plot_curves
 from diht_jax.training.monitoring.trackers import check_trackers
-from diht_jax.training.monitoring.wall_time import WallTime
-from diht_jax.training.multihost import check_together, wait_for_all
+from diht_jax.training.multihost import (
+    Stopped,
+    StopRequest,
+    check_together,
+    wait_for_all,
+    without_memory_is_lasting,
+)
 from diht_jax.training.objective import bind_data
 from diht_jax.training.program import (
     TrainProgram,
@@ -34,13 +44,11 @@ from diht_jax.training.program import (
     with_trusted_attention,
     without_patch_dropout,
 )
-from diht_jax.training.run_data import bind_records, open_data, open_iterator
 from diht_jax.training.step import TrainState, initial_average
-from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting
-from diht_jax.training.workdir import resume_checks
+from diht_jax.training.workdir import opening
 from diht_jax.training.workdir.checkpoint import Checkpointer
+from diht_jax.training.workdir.opening import bind_records, open_data, open_iterator
 from diht_jax.training.workdir.saved_run import keep_tokenizer, open_tokenizer, write_config
-from diht_jax.training.workdir.stages import check_stage, end_of_stage
 
 
 def train(
@@ -77,18 +85,18 @@ def train(
     """
     recipe.check_config(config)
     parse_train(config.data.train, config.data.labels)
-    resume_checks.check_hosts_share_config(config)
+    opening.check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
         # The first to enter, hence the last to leave: a second SIGTERM must not end the process
         # while the last checkpoint is still being written or copied.
         stop_request = stack.enter_context(StopRequest())
-        opened = resume_checks.open_workdir(workdir, config.checkpoint.staging)
+        opened = opening.open_workdir(workdir, config.checkpoint.staging)
         workdir = stack.enter_context(opened)
         config = check_together(lambda: bind_architecture(config, workdir, set_keys))
         config = check_together(lambda: bind_data(config))
-        config = check_together(lambda: resume_checks.bind_order(config, workdir))
-        resume_checks.check_hosts_share_config(config)
-        check_together(lambda: resume_checks.check_same_run(config, workdir))
+        config = check_together(lambda: opening.bind_order(config, workdir))
+        opening.check_hosts_share_config(config)
+        check_together(lambda: opening.check_same_run(config, workdir))
         check_together(lambda: check_stage(config, workdir))
         run = Run(config, workdir, devices, began)
         stack.push(run.close_after)
@@ -144,7 +152,7 @@ class Run:
             best=self.best,
             dataset=self.fingerprint.pack(),
         )
-        resume_checks.check_hosts_agree(describe_train(config.data.train), self.fingerprint)
+        opening.check_hosts_agree(describe_train(config.data.train), self.fingerprint)
         self.state = self.first_state()
         self.start_step = int(self.state.step)
         next_example = self.iterator.get_state()["next_example"]
@@ -165,7 +173,7 @@ class Run:
             config, self.total_steps, num_examples=num_examples
         )
         check_together(
-            lambda: resume_checks.check_same_start(config, self.workdir, num_examples=num_examples)
+            lambda: opening.check_same_start(config, self.workdir, num_examples=num_examples)
         )
         self.kept_step = recipe.steps_before_end(config, num_examples=num_examples)
 
@@ -175,14 +183,14 @@ class Run:
         if self.checkpointer.latest_step is not None:
             state = self.checkpointer.restore(self.program.abstract_state(), self.iterator)
             saved = self.checkpointer.restored_dataset
-            resume_checks.check_same_data(config.data, saved, self.fingerprint)
+            opening.check_same_data(config.data, saved, self.fingerprint)
             return state
         state, arch = self.program.create_state(), self.program.arch
         if config.stage.previous:
             params, position, dataset = end_of_stage(
                 config, arch, self.mesh, state.params, num_records=self.mixture.num_records
             )
-            resume_checks.check_same_data(config.data, dataset, self.fingerprint)
+            opening.check_same_data(config.data, dataset, self.fingerprint)
             self.iterator.set_state(position)
         elif config.model.init_from:
             params = initial_parameters(config, arch, self.mesh, state.params)

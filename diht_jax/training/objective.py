@@ -23,9 +23,8 @@ from diht_jax.extras.matryoshka import loss_of_sizes, weighted_sizes
 from diht_jax.extras.noisy_pairs import check_noise_share, right_probabilities
 from diht_jax.losses.contrastive import IMPLS, sharded_loss
 from diht_jax.losses.fastclip import Means, fastclip_loss, gamma_at
-from diht_jax.losses.objective import Objective
+from diht_jax.losses.objective import Objective, Parameters, Term
 from diht_jax.losses.registry import LOSSES
-from diht_jax.losses.term import Parameters, Term
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.terms.registry import TERMS
 

@@ -18,7 +18,7 @@ from absl import logging
 
 from diht_jax import sharding
 from diht_jax.input.choices import IMAGE_FIELD, TEXT_FIELD
-from diht_jax.losses.choice import Choice, choose_impl
+from diht_jax.losses.dense import Choice, choose_impl
 from diht_jax.losses.fastclip import initial_means
 from diht_jax.models.attention import TowerAttention, kernel_difference
 from diht_jax.models.dual_encoder import num_kept_patches
@@ -36,7 +36,6 @@ from diht_jax.training.objective import (
     with_objective_parameters,
 )
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from diht_jax.training.sharded_encode import check_micro_batch
 from diht_jax.training.step import TrainState, initial_average, train_step, training_execution
 
 # Some ten roundings of bfloat16, relative to the largest number.
@@ -228,6 +227,17 @@ class TrainProgram:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         out_shardings = (shardings, sharding.replicated(mesh))
         return jax.jit(_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def check_micro_batch(micro_batch: int | None, batch_size: int, num_devices: int) -> None:
+    """Raises ValueError unless every device can split its rows into equal micro-batches."""
+    if micro_batch is None:
+        return
+    if micro_batch < 1 or batch_size % micro_batch or micro_batch % num_devices:
+        raise ValueError(
+            f"config.micro_batch={micro_batch}: expected a multiple of the {num_devices} devices "
+            f"that divides config.data.batch_size={batch_size}"
+        )
 
 
 def log_start(

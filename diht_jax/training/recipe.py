@@ -9,11 +9,10 @@ from typing import Any
 import ml_collections
 
 from diht_jax.config.checks import validate_config
-from diht_jax.config.keys import FIXED, FREE, KEYS, Key, build_config, check_ranges
-from diht_jax.config.recipes import DURATION_UNITS
+from diht_jax.config.keys import DURATION_UNITS, FIXED, FREE, KEYS, Key, build_config, check_ranges
 from diht_jax.data.file_tokenizer import CLEANINGS
 from diht_jax.input.transforms import Preprocessing
-from diht_jax.losses.registry import default_settings
+from diht_jax.losses.registry import LOSSES
 from diht_jax.training.monitoring.trackers import tracker_names
 from diht_jax.training.optimizer import decay_start
 from diht_jax.training.terms.registry import TERMS
@@ -31,15 +30,15 @@ COMMENT_FILES = {
 
 def all_keys() -> dict[str, Any]:
     """Every key of a recipe by its dotted name: a `Key`, or a default without a range."""
-    return {
-        **KEYS,
-        **{f"loss.{name}": value for name, value in default_settings().items()},
-        **{
-            f"{section}.{name}": value
-            for section, term in TERMS.items()
-            for name, value in term.settings.items()
-        },
-    }
+    keys: dict[str, Any] = dict(KEYS)
+    # A loss ignores the keys of the others.
+    sections = [("loss", loss.settings) for loss in LOSSES.values()]
+    sections += [(name, term.settings) for name, term in TERMS.items()]
+    for section, settings in sections:
+        for name, value in settings.items():
+            key = f"{section}.{name}"
+            assert keys.setdefault(key, value) == value, f"{key}: two different defaults"
+    return keys
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -1,13 +1,15 @@
 """The training state and the optimiser step, a pure function of (state, batch).
 
-Metrics are a dict of scalars; averaging and writing them is done elsewhere.
+Inside of `jax.shard_map` each device encodes its own rows, in micro-batches where that is asked
+for: nothing but parameters is ever sent. The losses come on top, over the global batch. Metrics are
+a dict of scalars; averaging and writing them is done elsewhere.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -15,23 +17,28 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from diht_jax import sharding
 from diht_jax.input.transforms import Preprocessing, normalize
-from diht_jax.losses.term import Term
+from diht_jax.losses.objective import Term
 from diht_jax.models.attention import target_of
 from diht_jax.models.dual_encoder import choose_patches, l2_normalize
-from diht_jax.models.parameters import ModelDefinition, merge_model
+from diht_jax.models.parameters import ModelDefinition, merge_model, stack_blocks
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import Architecture
 from diht_jax.training.objective import active_terms, total_loss
 from diht_jax.training.optimizer import merge_parameters, split_parameters
 from diht_jax.training.recipe import pictures_of
-from diht_jax.training.sharded_encode import ParameterGather, encode_on_mesh
 
 Metrics = dict[str, Float[Array, ""]]
+Tree = Any
+# From (params, examples), nested dicts of the parameters and of arrays [b, ...], to a nested dict
+# of arrays [b, ...] of which row i depends on example i alone: this makes micro-batches possible.
+# Results for one example other than embeddings, such as the losses of concept heads, are returned
+# the same way.
+Encode = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]
 
 # Name of the optimiser's operations in jaxprs and profiles.
 OPTIMIZER_SCOPE = "optimizer"
@@ -154,7 +161,7 @@ def loss_gradients(
         encode_examples,
         definition=definition,
         terms=terms,
-        gather=ParameterGather(state.params, mesh, jnp.dtype(definition.dtype)),
+        gather=sharding.ParameterGather(state.params, mesh, jnp.dtype(definition.dtype)),
         pictures=pictures_of(config),
     )
     # Differentiating by the trained parameters alone spares a locked tower its backward pass.
@@ -182,13 +189,95 @@ def loss_gradients(
     return grads, metrics, means
 
 
+def encode_on_mesh(
+    encode: Encode,
+    trained: dict[str, Any],
+    frozen: dict[str, Any],
+    examples: dict[str, jax.Array],
+    *,
+    mesh: Mesh,
+    micro_batch: int | None = None,
+    scan_layers: bool = False,
+) -> dict[str, jax.Array]:
+    """Encodes the global batch, each device its own rows.
+
+    Differentiable with respect to `trained`, whose gradient is summed over all devices and
+    sharded like the parameters.
+
+    Args:
+        encode: gets this device's part of every parameter, to be made whole with
+            `sharding.ParameterGather`.
+        trained: nested dict of parameters, sharded by the partition rules, layer by layer.
+        examples: arrays [N, ...], split over the mesh by rows.
+        micro_batch: examples, over all devices, to encode at once; see `in_micro_batches`.
+        scan_layers: `encode` wants the blocks stacked.
+
+    Returns:
+        What `encode` returns, [N, ...], split over the mesh by rows.
+    """
+    specs = functools.partial(sharding.partition_specs, mesh=mesh)
+    rows = PartitionSpec(sharding.BATCH_AXES)
+    batch_size = next(iter(examples.values())).shape[0]
+    count = batch_size // (micro_batch or batch_size)
+
+    def encode_rows(trained, frozen, examples):
+        params = merge_parameters(trained, frozen)
+        # Once for all micro-batches.
+        params = stack_blocks(params) if scan_layers else params
+        if count == 1:
+            return encode(params, examples)
+        return in_micro_batches(encode, count)(params, examples)
+
+    # Sums over devices are those of the transposed `shard_map`: one for each parameter, after the
+    # last micro-batch, in the parameter's dtype.
+    return jax.shard_map(
+        encode_rows,
+        mesh=mesh,
+        in_specs=(specs(trained), specs(frozen), rows),
+        out_specs=rows,
+        check_vma=False,
+    )(trained, frozen, examples)
+
+
+def in_micro_batches(encode: Encode, count: int) -> Encode:
+    """`encode` with memory for one of `count` micro-batches at a time, and the same gradient.
+
+    The forward pass keeps only its results. The backward pass gets their cotangents, which a loss
+    over the whole batch has made, and encodes each micro-batch again to propagate its part back.
+    Results are exact where `encode` treats every example apart; randomness must come with the
+    examples. Source: GradCache (Gao et al. 2021, arXiv 2101.06983).
+
+    Args:
+        encode: from parameters and `b / count` examples.
+        count: of micro-batches; divides b.
+    """
+
+    def encode_all(params: Tree, examples: Tree) -> Tree:
+        dtypes = jax.tree.map(lambda p: p.dtype, params)
+        # Gradients are summed in at least float32: this is a long sum.
+        wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def encode_part(wide: Tree, part: Tree) -> Tree:
+            return encode(jax.tree.map(lambda p, dtype: p.astype(dtype), wide, dtypes), part)
+
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), examples)
+        # From the last to the first, so that the backward pass goes from the first to the last.
+        _, encoded = jax.lax.scan(
+            lambda _, part: (None, encode_part(wide, part)), None, parts, reverse=True
+        )
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), encoded)
+
+    return encode_all
+
+
 def encode_examples(
     params: dict[str, Any],
     examples: dict[str, Shaped[Array, "b ..."]],
     *,
     definition: ModelDefinition,
     terms: Sequence[Term],
-    gather: ParameterGather | None,
+    gather: sharding.ParameterGather | None,
     pictures: Preprocessing,
 ) -> dict[str, Float[Array, "b ..."]]:
     """Embeds examples on one device, from its part of the parameters.

@@ -17,8 +17,8 @@ import ml_collections
 from data_prep.duplicates import config as duplicates_config
 from data_prep.filtering import config as filter_config
 from data_prep.labelling import config as label_config
+from diht_jax.command_line.help_text import read_comments
 from diht_jax.config.checks import PathsOrSections, TextOrSections, walk
-from diht_jax.config.key_comments import read_comments
 from diht_jax.config.keys import Key
 from diht_jax.training import recipe
 

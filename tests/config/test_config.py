@@ -8,9 +8,8 @@ import pytest
 from diht_jax.config import default_config, load_recipe
 from diht_jax.models import get_architecture
 from diht_jax.sharding import create_mesh
-from diht_jax.training.program import TrainProgram
+from diht_jax.training.program import TrainProgram, check_micro_batch
 from diht_jax.training.recipe import check_config, duration_in_steps
-from diht_jax.training.sharded_encode import check_micro_batch
 from tests.make import RECIPES, REPOSITORY, REQUIRED_ARGUMENTS
 from tests.test_sharding import gpu_hosts
 

@@ -6,9 +6,8 @@ import pytest
 from configs import common
 from diht_jax.config import load_recipe
 from diht_jax.sharding import create_mesh
-from diht_jax.training.program import TrainProgram
+from diht_jax.training.program import TrainProgram, check_micro_batch
 from diht_jax.training.recipe import check_config, duration_in_steps
-from diht_jax.training.sharded_encode import check_micro_batch
 from tests import make
 
 RECIPE = make.REPOSITORY / "configs" / "own_data.py"

@@ -10,8 +10,8 @@ import yaml
 from data_prep.duplicates.config import default_config as duplicates_config
 from data_prep.filtering.config import default_config as filter_config
 from data_prep.labelling.config import default_config as label_config
+from diht_jax.command_line.help_text import comments_of
 from diht_jax.config import default_config as train_config
-from diht_jax.config.key_comments import comments_of
 from tests.docs.pages import PAGES, REPOSITORY, page_name
 from tests.docs.test_links import known_keys
 

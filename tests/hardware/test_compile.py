@@ -21,8 +21,7 @@ from diht_jax.compile import (
     settings_that_fit,
 )
 from diht_jax.config import load_recipe
-from diht_jax.hardware.chips import find_chip
-from diht_jax.hardware.flops import FlopCount
+from diht_jax.hardware.chips import FlopCount, find_chip
 from diht_jax.hardware.hlo_traffic import Collective, Traffic, Work
 from diht_jax.hardware.report import (
     StepReport,

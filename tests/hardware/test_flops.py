@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from diht_jax.hardware.flops import count_flops
+from diht_jax.hardware.chips import count_flops
 
 M, K, N = 6, 10, 14
 LEFT = jax.ShapeDtypeStruct((M, K), jnp.float32)

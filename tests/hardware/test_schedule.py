@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diht_jax.hardware.flops import count_flops
+from diht_jax.hardware.chips import count_flops
 from diht_jax.hardware.hlo_traffic import Collective, Work, count_traffic, flatten, tpu_kernels
 from diht_jax.hardware.schedule import Rates, scheduled_secs
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from diht_jax.config import load_recipe
-from diht_jax.hardware.flops import count_flops
+from diht_jax.hardware.chips import count_flops
 from diht_jax.training.program import TrainProgram
 
 

@@ -1,18 +1,16 @@
 """How the form of the loss is chosen: by the devices of the mesh, the batch and the memory."""
 
-import types
-
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from diht_jax.losses.choice import choose_impl
+from diht_jax.losses.dense import choose_impl
 
 
 def mesh_of(device_kind, data, fsdp):
     """What is looked at of a mesh, of devices that are not here."""
-    device = types.SimpleNamespace(device_kind=device_kind)
-    devices = np.full((data, fsdp), device, object)
-    return types.SimpleNamespace(devices=devices, shape={"data": data, "fsdp": fsdp})
+    device = type("Device", (), {"device_kind": device_kind})()
+    return Mesh(np.full((data, fsdp), device, object), ("data", "fsdp"))
 
 
 def choose(kind, data, fsdp, num_pairs, width=768):

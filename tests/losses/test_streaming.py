@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diht_jax.hardware.flops import count_flops
+from diht_jax.hardware.chips import count_flops
 from diht_jax.losses import contrastive_objective, sigmoid_loss
 from diht_jax.losses.dense import dense_loss
 from diht_jax.losses.sigmoid import Sigmoid

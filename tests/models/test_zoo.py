@@ -2,7 +2,7 @@
 
 import pytest
 
-from diht_jax.config.architecture import parse_fields
+from diht_jax.config.keys import parse_fields
 from diht_jax.models.zoo import get_architecture
 
 

@@ -32,7 +32,7 @@ from absl import flags
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from diht_jax.training.monitoring.wall_time import USES  # noqa: E402
+from diht_jax.training.monitoring.metrics import USES  # noqa: E402
 from tests import make  # noqa: E402
 from tests.compiling import xla_flags  # noqa: E402
 from tests.leftovers import shared_memory, wait_until_nothing_is_left  # noqa: E402

@@ -9,10 +9,12 @@ import optax
 
 from diht_jax import sharding
 from diht_jax.config import default_config
-from diht_jax.training.muon import COEFFICIENTS, ROUNDS, is_block_matrix
 from diht_jax.training.optimizer import (
+    COEFFICIENTS,
+    ROUNDS,
     create_optimizer,
     decay_start,
+    is_block_matrix,
     learning_rate_schedule,
     merge_parameters,
     update_rules,

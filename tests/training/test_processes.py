@@ -23,7 +23,7 @@ from diht_jax.config import load_recipe
 from diht_jax.data.index import update_index
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.stopping import EXIT_CODE
+from diht_jax.training.multihost import EXIT_CODE
 from diht_jax.training.workdir.stored_run import read_manifests
 from tests.compiling import xla_flags
 from tests.training.conftest import NUM_RECORDS, colored_square, write_tfrecord

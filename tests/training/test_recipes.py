@@ -9,7 +9,7 @@ from diht_jax.config import load_recipe
 from diht_jax.sharding import path_name
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.run_data import open_data, open_iterator
+from diht_jax.training.workdir.opening import open_data, open_iterator
 from tests.make import RECIPES, REPOSITORY
 
 # Their debug forms differ from one of the others in numbers alone.

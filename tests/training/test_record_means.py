@@ -8,7 +8,7 @@ import pytest
 
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.run_data import open_data
+from diht_jax.training.workdir.opening import open_data
 from diht_jax.training.workdir.saved_run import write_config
 from tests import make
 

@@ -16,8 +16,8 @@ from diht_jax.input.pipeline import TrainIterator
 from diht_jax.models.parameters import resize_positions, stretch_positions
 from diht_jax.train import load_stages, train_stages
 from diht_jax.training.loop import Run, train
-from diht_jax.training.run_data import open_data
-from diht_jax.training.stopping import Stopped
+from diht_jax.training.multihost import Stopped
+from diht_jax.training.workdir.opening import open_data
 from diht_jax.training.workdir.saved_run import write_config
 from tests.docs.commands import parse_command
 from tests.make import tiny_config

@@ -19,7 +19,7 @@ from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import DivergedError, NonFiniteError
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.stopping import (
+from diht_jax.training.multihost import (
     EXIT_CODE,
     LASTING_EXIT_CODE,
     Stopped,

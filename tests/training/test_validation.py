@@ -9,7 +9,7 @@ from diht_jax.input.pipeline import TrainIterator
 from diht_jax.loading import load_model
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.run_data import open_data
+from diht_jax.training.workdir.opening import open_data
 from diht_jax.training.workdir.saved_run import write_config
 from tests import make
 

@@ -14,8 +14,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from diht_jax.hardware.chips import peak_flops
-from diht_jax.hardware.flops import count_jaxpr_flops
+from diht_jax.hardware.chips import count_jaxpr_flops, peak_flops
 from diht_jax.input import workers
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.monitoring.metrics import mean_scalars

@@ -1,10 +1,11 @@
-"""Trackers of experiments, which get the metrics of a run in addition to `metrics.jsonl`.
+"""Trackers of experiments, which get the metrics of a run, and files that grow while it goes on.
 
-A new one is a subclass of `Tracker` and an entry of `TRACKERS`.
+A new tracker is a subclass of `Tracker` and an entry of `TRACKERS`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -24,9 +25,8 @@ from etils import epath
 
 from diht_jax.config.checks import nearest_name
 from diht_jax.records.format import frame_footer, frame_header
-from diht_jax.storage.files import join, read_object, write_object
+from diht_jax.storage.files import join, read_object, write_bytes, write_object
 from diht_jax.storage.stores import is_remote
-from diht_jax.training.monitoring.growing_file import GrowingFile
 
 RUN_FILE = "trackers.json"
 METRICS_FILE = "metrics.jsonl"
@@ -300,3 +300,59 @@ def _guard(kind: type[Tracker], action: Callable[[], Result]) -> Result | None:
             METRICS_FILE,
         )
         return None
+
+
+def replace_file(path: epath.Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all.
+
+    Raises:
+        Exception: it cannot be written; which one depends on the storage.
+    """
+    if is_remote(os.fspath(path)):
+        path.write_bytes(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
+
+
+class GrowingFile:
+    """Appends to a file, on a disk or in an object store, while the run goes on.
+
+    A kill leaves whole records. Nothing here waits for a store that fails: what cannot be written
+    is kept, and a later call tries again.
+
+    Nothing can be appended to an object of a store: it is written anew whenever it grows.
+    """
+
+    def __init__(self, path: epath.Path, data: bytes):
+        """Writes the file at once; errors are those of `replace_file`."""
+        self._path, self._data, self._waiting = path, data, b""
+        self._is_remote = is_remote(os.fspath(path))
+        replace_file(path, data)
+
+    def append(self, data: bytes) -> None:
+        """Adds to the end, after what was kept; a warning where that cannot be written now."""
+        self._waiting += data
+        try:
+            if self._is_remote:
+                self._path.write_bytes(self._data + self._waiting)
+            else:
+                with open(self._path, "r+b") as file:
+                    file.seek(len(self._data))
+                    file.truncate()  # a part of what could not be written before
+                    file.write(self._waiting)
+            self._data, self._waiting = self._data + self._waiting, b""
+        except Exception as error:  # few errors of stores are an OSError
+            logging.warning(
+                "%s: a line is kept for later, it cannot be written: %s",
+                self._path,
+                str(error) or type(error).__name__,
+            )
+
+    def sync(self) -> None:
+        """Writes what was kept, and makes the file outlive a crash of the machine."""
+        if self._waiting:
+            self.append(b"")
+        if not self._is_remote:
+            with contextlib.suppress(OSError), open(self._path, "rb") as file:
+                os.fsync(file.fileno())

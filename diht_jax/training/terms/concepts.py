@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key
 from diht_jax.losses.concepts import concept_losses_in_chunks, mean_over_labelled
-from diht_jax.losses.term import Parameters, Term
+from diht_jax.losses.objective import Parameters, Term
 
 HEADS = "concept_heads"
 

@@ -21,9 +21,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from diht_jax.input.batch_wait import Position
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.training.multihost import first_text, gather_texts, share_from_first, wait_for_all
+from diht_jax.training.multihost import (
+    TemporaryError,
+    first_text,
+    gather_texts,
+    share_from_first,
+    wait_for_all,
+)
 from diht_jax.training.step import TrainState
-from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.saved_run import (
     CHECKS_ITEM,
     CHECKSUMS,

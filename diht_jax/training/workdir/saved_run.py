@@ -28,10 +28,10 @@ from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.sharding import path_name
 from diht_jax.storage import copies, files
 from diht_jax.storage.stores import is_remote
-from diht_jax.training.monitoring.growing_file import replace_file
+from diht_jax.training.monitoring.trackers import replace_file
+from diht_jax.training.multihost import error_chain
 from diht_jax.training.recipe import default_config
 from diht_jax.training.step import TrainState
-from diht_jax.training.stopping import error_chain
 from diht_jax.weights.tokenizer_file import copy_tokenizer, is_copy, read_tokenizer
 
 CONFIG_FILE = "config.json"

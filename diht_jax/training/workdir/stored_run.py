@@ -26,8 +26,7 @@ from diht_jax.storage import copies, files
 from diht_jax.storage.locks import lock_file
 from diht_jax.storage.retries import retry
 from diht_jax.storage.stores import is_remote, open_system
-from diht_jax.training.multihost import share_for
-from diht_jax.training.stopping import TemporaryError
+from diht_jax.training.multihost import TemporaryError, share_for
 from diht_jax.training.workdir.checkpoint import SaveError
 from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,

@@ -7,9 +7,14 @@ import jax
 import pytest
 
 from diht_jax.training import loop
-from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
+from diht_jax.training.monitoring.metrics import (
+    USES,
+    WALL_TIME_FILE,
+    MetricWriter,
+    WallTime,
+    read_metrics,
+)
 from diht_jax.training.monitoring.throughput import ThroughputWindow
-from diht_jax.training.monitoring.wall_time import FILE, USES, WallTime
 from tests.training.monitoring.test_throughput import Machine
 
 
@@ -73,24 +78,26 @@ def test_steps_made_again_and_start_up_are_lost_however_often_a_run_is_killed(tm
         "checkpoint": 2.0,
         "lost": 3 * 1.5 + 15.0 + 15.0 + 5.0,
     }
-    assert json.loads((tmp_path / FILE).read_text())["starts"] == 3
+    assert json.loads((tmp_path / WALL_TIME_FILE).read_text())["starts"] == 3
 
 
 def test_a_damaged_file_is_replaced_by_the_last_line(tmp_path, caplog):
     clock = Clock()
     first, writer = start(tmp_path, clock, 0, opening=1.0, compiling=1.0)
     train_steps(first, writer, clock, range(1, 5))
-    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes().replace(b"4.0", b"9.0"))
+    (tmp_path / WALL_TIME_FILE).write_bytes(
+        (tmp_path / WALL_TIME_FILE).read_bytes().replace(b"4.0", b"9.0")
+    )
     again, _ = start(tmp_path, clock, 4, opening=1.0, compiling=1.0)
     found = secs(again.scalars())
     assert (found["step"], found["lost"]) == (4.0, 2.0)
-    assert FILE in caplog.text
+    assert WALL_TIME_FILE in caplog.text
 
 
 def test_a_file_that_cannot_be_written_costs_no_run(tmp_path, caplog):
-    (tmp_path / FILE).mkdir()
+    (tmp_path / WALL_TIME_FILE).mkdir()
     WallTime(tmp_path, 0, clock=Clock()).close()
-    assert FILE in caplog.text
+    assert WALL_TIME_FILE in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -148,7 +155,7 @@ def test_a_run_that_is_stopped_and_goes_on_accounts_for_all_of_its_time(
         loop.train(
             config, tmp_path, stop_after_steps=stop, devices=jax.devices()[:1], began=clock()
         )
-    totals = json.loads((tmp_path / FILE).read_text())
+    totals = json.loads((tmp_path / WALL_TIME_FILE).read_text())
     assert {use: s for use, s in totals["secs"].items() if s} == {
         "start": 5.0,
         "compile": 11.0,

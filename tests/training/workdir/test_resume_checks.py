@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from diht_jax.training import multihost
-from diht_jax.training.workdir.resume_checks import (
+from diht_jax.training.workdir.opening import (
     bind_order,
     check_hosts_share_config,
     check_same_run,
