@@ -142,7 +142,7 @@ def hash_inputs(inputs: Sequence[Input]) -> list[str]:
 def typed_texts(pairs: str) -> list[str]:
     """The sources that one `config.input` names, which are separated by commas."""
     texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
-    return [text.strip() for text in texts]
+    return list(map(str.strip, texts))
 
 
 def find_root(text: str) -> str:

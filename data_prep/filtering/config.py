@@ -127,7 +127,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"config.shard_timeout_secs={config.shard_timeout_secs}; expected more than 0"
         )
-    caption_columns(config)
+    parse_columns(config.caption_columns, "config.caption_columns")
     check_kind(config.caption_kind, "config.caption_kind")
     check_format(config.output_format)
     if config.metadata_only and config.output_format != "tfrecord":
@@ -207,11 +207,6 @@ def _check_model(
             f"config.{step.name}.scores='{c.scores}' has scores of another {other[0]} than "
             f"config.{step.name} names; filter into a folder with these first, and name that folder"
         )
-
-
-def caption_columns(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Columns of the metadata with more captions -> their kinds."""
-    return parse_columns(config.caption_columns, "config.caption_columns")
 
 
 def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:

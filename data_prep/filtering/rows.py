@@ -28,6 +28,7 @@ from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.columns import ColumnOptions, find_columns
 from diht_jax.readers.parquet import BadRow, batch_rows, explain_errors, open_parquet
 from diht_jax.readers.registry import list_shards
+from diht_jax.records.captions import parse_columns
 from diht_jax.records.samples import clean_text, pick_captions
 from diht_jax.records.schema import Pair, parse_json_object
 from diht_jax.storage import files
@@ -63,7 +64,8 @@ def filter_rows(
     caption, key = (
         source.options.get(name, config.source[name]) for name in ("caption_column", "key_column")
     )
-    captions, keys = [caption, *filter_config.caption_columns(config)], [key, "key", "uid"]
+    columns = parse_columns(config.caption_columns, "config.caption_columns")
+    captions, keys = [caption, *columns], [key, "key", "uid"]
     numbers = itertools.count()
 
     def keep(candidate: Candidate, log: ShardLog) -> int:

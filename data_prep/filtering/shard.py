@@ -112,7 +112,7 @@ def _read_entries(
     Those of a tar without metadata take it from img2dataset's parquet file, if there is one: the
     tars of img2dataset have the same in their json members, unless somebody left those out.
     """
-    columns = filter_config.caption_columns(config)
+    columns = captions.parse_columns(config.caption_columns, "config.caption_columns")
     is_usual = not columns and config.caption_kind == captions.USUAL_KIND
     sidecar: dict[str, dict[str, Any]] | None = None
     missing = set(columns)

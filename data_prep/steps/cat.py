@@ -68,11 +68,12 @@ class CaptionStep(Step):
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
         """True if anything is asked of the captions; else the parser is not even loaded."""
-        return _is_wanted(config) or config.metadata_only
+        return drops_captions(config) or config.concepts or config.metadata_only
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        return {"caption_rules": versions.RULES_VERSION} if _is_wanted(config) else {}
+        is_wanted = drops_captions(config) or config.concepts
+        return {"caption_rules": versions.RULES_VERSION} if is_wanted else {}
 
     @classmethod
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -144,10 +145,6 @@ def compare_captions(
         any(b > a for a, b in zip(old, new, strict=True)),
         any(b < a for a, b in zip(old, new, strict=True)),
     )
-
-
-def _is_wanted(config: ml_collections.ConfigDict) -> bool:
-    return drops_captions(config) or config.concepts
 
 
 def _describe(graph: CaptionGraph) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from data_prep.reports.page import score_filters, table_rows
 from tests import make
 from tests.data_prep.filtering.jobs import job_config
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _ROWS = [
     ("A black cat is chasing a small brown bird", "good"),
     ("a man riding a horse", "good"),
@@ -90,7 +89,7 @@ def test_parts_make_the_whole(work):
     # Jobs merge as shards do; the command is the way to it.
     command = [sys.executable, "-m", "data_prep.reports", f"--output={work}/both"]
     command += [f"--inputs={work}/whole,{work}/parts"]
-    done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=make.REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     both = read_report(work / "both")
     assert (both["counts"]["read"], both["counts"]["kept"], len(both["jobs"])) == (12, 6, 2)
@@ -114,7 +113,7 @@ def test_captions_on_the_terminal_do_not_steer_it(tmp_path):
     for encoding in ("utf-8", "ascii"):
         done = subprocess.run(
             command,
-            cwd=_REPOSITORY,
+            cwd=make.REPOSITORY,
             capture_output=True,
             env=os.environ | {"PYTHONIOENCODING": encoding},
         )

@@ -11,8 +11,8 @@ import numpy as np
 from data_prep.duplicates import job
 from data_prep.duplicates.table import Lookup, read_summary
 from tests.compiling import xla_flags
+from tests.make import REPOSITORY
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 900  # only against hanging
 
 
@@ -52,7 +52,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
         subprocess.Popen(
             [*command, f"--process_id={index}"],
             cwd=tmp_path,
-            env=os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(_REPOSITORY)},
+            env=os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -26,17 +27,23 @@ from tests.data_prep.filtering.jobs import (
 )
 
 
-@pytest.fixture
-def filtered(monkeypatch) -> list[str]:
-    """Names of the inputs that were filtered, as they come."""
-    found = []
+def _when_filtered(monkeypatch, act) -> None:
+    """Calls `act` with each task when its part is there."""
     real = filter_job.filter_shard
 
     def filter_shard(task, report, **keywords):
-        found.append(pathlib.Path(task.source.path).name)
-        return real(task, report, **keywords)
+        result = real(task, report, **keywords)
+        act(task)
+        return result
 
     monkeypatch.setattr(filter_job, "filter_shard", filter_shard)
+
+
+@pytest.fixture
+def filtered(monkeypatch) -> list[str]:
+    """Names of the inputs that were filtered, as they come."""
+    found: list[str] = []
+    _when_filtered(monkeypatch, lambda task: found.append(pathlib.Path(task.source.path).name))
     return found
 
 
@@ -114,16 +121,8 @@ def test_the_jobs_of_an_array_together_replace_no_more_than_one_job_would(
 
 def _after(count: int, change, monkeypatch) -> None:
     """Calls `change` once, when so many parts are there."""
-    real, made = filter_job.filter_shard, []
-
-    def filter_shard(task, report, **keywords):
-        result = real(task, report, **keywords)
-        made.append(task)
-        if len(made) == count:
-            change()
-        return result
-
-    monkeypatch.setattr(filter_job, "filter_shard", filter_shard)
+    made = itertools.count(1)
+    _when_filtered(monkeypatch, lambda task: change() if next(made) == count else None)
 
 
 def test_an_input_that_changes_while_the_filter_runs_is_filtered_again(
@@ -158,18 +157,15 @@ def test_an_input_that_changes_after_its_job_of_an_array_has_ended_fails_the_las
 def test_an_input_that_changes_whenever_it_was_read_fails(tmp_path, monkeypatch):
     source, output = write_tars(tmp_path / "in", 3, pairs_per_tar=1), tmp_path / "out"
     restless = tmp_path / "in" / "00001.tar"
-    real = filter_job.filter_shard
 
-    def filter_shard(task, report, **keywords):
-        result = real(task, report, **keywords)
+    def touch(task) -> None:
         if task.source.path == str(restless):
             os.utime(restless, ns=(0, restless.stat().st_mtime_ns + 10**9))
-        return result
 
-    monkeypatch.setattr(filter_job, "filter_shard", filter_shard)
-    failures = run_filter(job_config(source, output, max_failed_shards=0))
+    with monkeypatch.context() as patch:
+        _when_filtered(patch, touch)
+        failures = run_filter(job_config(source, output, max_failed_shards=0))
     assert list(failures) == [str(restless)] and failures.exit_status == 1
-    monkeypatch.setattr(filter_job, "filter_shard", real)
     assert run_filter(job_config(source, output, max_failed_shards=0)) == {}
     assert len(read_records(output)) == 3
 

@@ -23,10 +23,7 @@ from tests.data_prep.filtering.jobs import (
     snapshot,
     write_tars,
 )
-from tests.make import encoded
-
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
-
+from tests.make import REPOSITORY, encoded
 
 _RED = Image.new("RGB", (40, 20), "red")
 _PNG = encoded(_RED, "PNG")
@@ -201,7 +198,7 @@ def test_same_bytes_in_an_interpreter_with_other_orders_of_sets(tmp_path):
     subprocess.run(
         [sys.executable, "-c", _FILTER, source, str(tmp_path / "there")],
         check=True,
-        cwd=_REPOSITORY,
+        cwd=REPOSITORY,
         env=os.environ | {"PYTHONHASHSEED": seed},
         stderr=subprocess.DEVNULL,
     )
@@ -238,5 +235,5 @@ assert run_filter(config) == {{}}
 assert not {{"spacy", "tensorflow", "torch", "jax"}} & set(sys.modules)
 """
     subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=_REPOSITORY, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code], check=True, cwd=REPOSITORY, stderr=subprocess.DEVNULL
     )

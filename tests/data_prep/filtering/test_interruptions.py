@@ -16,7 +16,6 @@ from data_prep.filter import run_filter
 from tests import make
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _NUM_TARS, _PAIRS = 9, 6
 _LONGEST_SECS = 900  # of a command; a failure here means that it waits for ever
 
@@ -77,10 +76,10 @@ def test_cluster_loses_a_node(tmp_path):
     _write_inputs(tmp_path)
     script = tmp_path / "cluster.py"
     script.write_text(_CLUSTER)
-    environment = os.environ | RAY_ENVIRONMENT | {"PYTHONPATH": str(_REPOSITORY)}
+    environment = os.environ | RAY_ENVIRONMENT | {"PYTHONPATH": str(make.REPOSITORY)}
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
-        cwd=_REPOSITORY,
+        cwd=make.REPOSITORY,
         env=environment,
         capture_output=True,
         text=True,

@@ -1,19 +1,31 @@
 """SIGKILL at the seams: before the changes that a job makes to its output folder, each in turn.
 
-`kill_points.py` does it, so that no moment is left to chance: during the filtering, the
-re-sharding, the lists, the report, and the cleaning. The loss of a node
-of a cluster is in `test_interruptions.py`.
+So no moment is left to chance: during the filtering, the re-sharding, the lists, the report, and
+the cleaning. Before every change of an undisturbed run (a file opened for writing, a rename, a
+removal, a new folder) a forked child kills itself, and a second child runs to the end. Changes that
+differ in a number only, such as those of the first shard and of the second, are tried at one of
+them. The loss of a node of a cluster is in `test_interruptions.py`.
 """
 
+from __future__ import annotations
+
+import collections
+import contextlib
 import json
 import os
 import pathlib
+import re
+import shutil
+import signal
 import subprocess
 import sys
+from typing import Any
 
+from data_prep.filter import run_filter
+from diht_jax.config import load_recipe
 from tests import make
+from tests.data_prep.filtering.jobs import snapshot
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 900
 
 
@@ -28,10 +40,10 @@ def test_pairs(tmp_path):
             members |= make.pair_members(f"{number}-{i}", f"picture {i}", make.png())
             members[f"{number}-{i}.json"] = json.dumps({"uid": f"{3 * number + i:032x}"}).encode()
         make.write_tar(tmp_path / "in" / f"{number:05d}.tar", members)
-    command = [sys.executable, "-m", "tests.data_prep.filtering.kill_points", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.data_prep.filtering.test_kill_points", str(tmp_path)]
     done = subprocess.run(
         [*command, json.dumps({"examples_per_shard": 4})],
-        cwd=_REPOSITORY,
+        cwd=make.REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -46,3 +58,107 @@ def test_pairs(tmp_path):
     for name in ("/.report.html", "/.stats.json", "/.dataset_info.json", "/.features.json"):
         assert _count(tried, "open", name) == _count(tried, "os.rename", name) == 1, name
     assert _count(tried, "os.remove", "/parts/pairs-train-")
+
+
+class _Watch:
+    """Sees what this process changes in a folder, just before it happens, and may kill it then."""
+
+    def __init__(self, output: pathlib.Path, kill_at: int):
+        self._output, self._kill_at = str(output), kill_at
+        self.changes: list[str] = []
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir"):
+            return
+        if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        if not str(args[0]).startswith(self._output):
+            return
+        if len(self.changes) == self._kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.changes.append(f"{event} {str(args[0]).removeprefix(self._output)}")
+
+
+def _run(settings: dict[str, Any], output: pathlib.Path, kill_at: int = -1) -> list[str]:
+    """What the job of the command line changes, in this process."""
+    config = load_recipe("configs/prep/convert.py")
+    config.update({"num_workers": 0, "output": str(output)} | settings)
+    watch = _Watch(output, kill_at)
+    sys.addaudithook(watch)
+    assert run_filter(config) == {}
+    return watch.changes
+
+
+def _run_in_child(
+    settings: dict[str, Any], output: pathlib.Path, kill_at: int = -1
+) -> tuple[int, list[str]]:
+    """Status of the child, and what it changed."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with open(os.devnull, "w") as null, contextlib.suppress(Exception):
+            sys.stdout = sys.stderr = null
+            os.write(writer, json.dumps(_run(settings, output, kill_at)).encode())
+            os._exit(0)
+        os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        changes = json.loads(pipe.read() or "[]")
+    return os.waitpid(child, 0)[1], changes
+
+
+def _kill_and_repeat(
+    settings: dict[str, Any], output: pathlib.Path, kill_at: int, wanted: dict[str, bytes]
+) -> list[str]:
+    """What is wrong with the output of a run after a run that was killed."""
+    status, _ = _run_in_child(settings, output, kill_at)
+    if not os.WIFSIGNALED(status):
+        return [f"not killed: {status}"]
+    done = _when_finished(output)
+    status, _ = _run_in_child(settings, output)
+    found, now = snapshot(output), _when_finished(output)
+    shutil.rmtree(output)
+    if status:
+        return ["the second run failed"]
+    differs = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
+    again = {name for name, time_ns in done.items() if now.get(name) != time_ns}
+    problems = [f"differs: {name}" for name in sorted(differs)]
+    return problems + [f"was finished, and was made again: {name}" for name in sorted(again)]
+
+
+def _when_finished(output: pathlib.Path) -> dict[str, int]:
+    """Of every shard that is done, when that was noted."""
+    return {
+        str(path.relative_to(output)): path.stat().st_mtime_ns
+        for path in output.rglob("?*.stats.json")
+    }
+
+
+def _choose(changes: list[str]) -> list[int]:
+    """Of the changes that differ in numbers only, by turns the first and the last."""
+    alike: dict[str, list[int]] = collections.defaultdict(list)
+    for i, change in enumerate(changes):
+        # Names of temporary files end with a process and a random number.
+        alike[re.sub(r"\d+-[0-9a-f]{8}\.tmp|\d", "#", change)].append(i)
+    return sorted(found[-(number % 2)] for number, found in enumerate(alike.values()))
+
+
+def main() -> None:
+    """Tries all of it, and prints as JSON what was tried and the problems that were found."""
+    folder, settings = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+    settings["input"] = f"{folder}/in/*"
+    os.fsync = lambda _: None  # of use when the power goes; nearly all of the time otherwise
+    with contextlib.redirect_stdout(sys.stderr):
+        _run(settings, folder / "warm")  # what is loaded once is loaded before the forks
+    status, changes = _run_in_child(settings, folder / "whole")
+    assert status == 0
+    wanted = snapshot(folder / "whole")
+    chosen, problems = _choose(changes), []
+    for kill_at in chosen:
+        found = _kill_and_repeat(settings, folder / "killed", kill_at, wanted)
+        problems += [f"killed before {changes[kill_at]}: {problem}" for problem in found]
+    print(json.dumps({"tried": [changes[i] for i in chosen], "problems": problems}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

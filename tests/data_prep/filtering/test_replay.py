@@ -2,6 +2,7 @@
 
 import collections
 import io
+import itertools
 import json
 
 import duckdb
@@ -9,15 +10,19 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from data_prep.captions.graph import cat_reason
 from data_prep.decisions import table
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
 from data_prep.filtering.config import score_quantiles
 from data_prep.steps import cat
+from data_prep.steps.base import Candidate, Columns
 from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import Spot, Verdict
 from diht_jax.input.decode import decode_rgb
+from diht_jax.readers.base import SourceShard
+from diht_jax.records.schema import Pair
 from tests import make
 from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records
 from tests.docs.pages import REPOSITORY, python_blocks
@@ -239,3 +244,23 @@ def test_the_queries_of_the_page_run(work, tmp_path, monkeypatch, capfd):
     records = read_records(filtered())
     assert [uid for (uid,) in kept] == [record.metadata["uid"] for record in records]
     assert "with_action" in capfd.readouterr().out
+
+
+def test_captions_decide_from_columns_as_their_graphs_do(tmp_path):
+    """The reasons of `cat_reason`, for every caption alone, and the best of several for a pair."""
+    texts = ["sunset", "a red car", "a dog runs", "IMG_1.jpg", "", "a black cat is chasing a bird"]
+    config = job_config("a", tmp_path, "cat")
+    step = cat.CaptionStep(config, SourceShard("table", "t.jsonl"))
+    for complexity, least, action in itertools.product((True, False), (0, 1, 2, 3), (True, False)):
+        config.update({"complexity": complexity, "min_complexity": least, "action": action})
+        batch = [Candidate.of(Pair("k", b"", t, {"captions": [t, *texts]})) for t in texts]
+        batch += [Candidate.of(Pair("k", b"", t, {})) for t in texts]
+        measured = step.measure(batch)
+        found = [None] * len(batch)
+        for reason, holds in step.decide(Columns(measured, len(batch)), config).items():
+            found = [f or (reason if h else None) for f, h in zip(found, holds, strict=True)]
+        limits = cat.caption_limits(config)
+        for candidate, reason in zip(batch, found, strict=True):
+            truth = [cat_reason(graph, **limits) for graph in candidate.graphs]
+            is_asked = complexity or action
+            assert reason == (None if None in truth or not is_asked else truth[0])

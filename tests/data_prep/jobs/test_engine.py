@@ -15,9 +15,9 @@ import sys
 import pytest
 
 from data_prep.jobs.engine import run_tasks
+from tests.make import REPOSITORY
 from tests.waiting import wait_until
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 600  # of a script; a failure here means that it waits for ever
 
 _FRAME = """
@@ -39,7 +39,7 @@ def _start(folder: pathlib.Path, body: str, num_workers: int = 2) -> subprocess.
     script.write_text(_FRAME.format(body=body, num_workers=num_workers))
     return subprocess.Popen(
         [sys.executable, str(script)],
-        env=os.environ | {"PYTHONPATH": str(_REPOSITORY)},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

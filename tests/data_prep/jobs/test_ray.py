@@ -16,8 +16,8 @@ from benchmarks.text_spotting_testset import make_test_set
 from data_prep.filter import run_filter
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot, write_clip
 from tests.docs.pages import python_blocks
+from tests.make import REPOSITORY
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 900  # of the script; a failure here means that it waits for ever
 _ENVIRONMENT = RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 
@@ -171,7 +171,7 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     pytest.importorskip("ray")
     pytest.importorskip("easyocr")
     folder = tmp_path_factory.mktemp("ray")
-    (example,) = python_blocks(_REPOSITORY / "docs/guides/prepare/ray.md")[:1]
+    (example,) = python_blocks(REPOSITORY / "docs/guides/prepare/ray.md")[:1]
     (folder / "example.py").write_text(example)
     (folder / "script.py").write_text(_SCRIPT)
     _write_pictures(folder)
@@ -179,7 +179,7 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     done = subprocess.run(
         [sys.executable, "script.py", str(folder)],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(_REPOSITORY)} | _ENVIRONMENT,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | _ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=_LONGEST_SECS,

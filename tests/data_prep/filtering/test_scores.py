@@ -1,0 +1,312 @@
+"""Scores of CLIP and of linear layers: those of the model, limits and quantiles, and replays."""
+
+import collections
+import importlib.resources
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from data_prep.decisions.report import read_report
+from data_prep.filter import run_filter
+from data_prep.filtering import config as filter_config
+from data_prep.filtering import replay
+from data_prep.reports.__main__ import merge_reports
+from data_prep.steps import models, scores
+from data_prep.steps.scores import read_head
+from diht_jax import load_model
+from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
+from tests import make
+from tests.data_prep.filtering.jobs import (
+    job_config,
+    read_dropped,
+    read_outcomes,
+    read_records,
+    read_scores,
+    write_clip,
+)
+
+WIDTH = 24  # of the embeddings
+_CAPTIONS = [
+    "a dog",
+    "two cats",
+    "the sea at night",
+    "red",
+    "a man rides",
+    "snow",
+    "x",
+    "a tall tree",
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("weights") / "a.safetensors", image_size=16)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [make.noise(number) for number in range(len(_CAPTIONS))]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make.write_pair_tar(tmp_path_factory.mktemp("pairs") / "pairs.tar", _CAPTIONS)
+
+
+@pytest.fixture(scope="module")
+def scored(source, weights, tmp_path_factory):
+    output = tmp_path_factory.mktemp("scored") / "out"
+    assert run_filter(job_config(source, output, clip__model=weights, clip__batch_size=3)) == {}
+    return output
+
+
+@pytest.fixture(scope="module")
+def expected(weights, pictures):
+    """Of one pair at a time, on one device, in float64."""
+    model = load_model(weights, batch_size=1, devices=jax.devices()[:1])
+    pairs = zip(pictures, _CAPTIONS, strict=True)
+    embedded = [(model.encode_image(p), model.encode_text(c)) for p, c in pairs]
+    return [float(np.dot(i[0].astype(np.float64), t[0].astype(np.float64))) for i, t in embedded]
+
+
+def test_scores_are_those_of_the_model_and_all_are_kept(scored, expected):
+    np.testing.assert_allclose(read_scores(scored, scores.SCORE), expected, atol=1e-5)
+    assert len(read_records(scored)) == len(_CAPTIONS)
+
+
+def test_the_report_shows_the_pairs_of_the_lowest_and_of_the_highest_scores(scored, expected):
+    found = read_report(scored)["scored"][scores.SCORE]
+    order = [f"{number:05d}" for number in np.argsort(expected)]
+    assert [sample["key"] for sample in found["lowest"]] == order
+    assert [sample["key"] for sample in found["highest"]] == order[::-1]
+    shown = [sample["scores"][scores.SCORE] for sample in found["lowest"]]
+    np.testing.assert_allclose(shown, sorted(expected), atol=1e-4)
+    assert {sample["became"] for sample in found["lowest"]} == {"kept"}
+
+
+def test_the_histogram_of_scores_counts_every_pair_in_its_bin(scored, expected):
+    found = read_report(scored)["measures"]["histograms"][scores.SCORE]
+    hundredths = np.floor(np.array(expected) * 100) / 100
+    starts, counts = np.unique(hundredths, return_counts=True)
+    assert found["dropped"] == {}
+    assert {float(start): pairs for start, pairs in found["kept"].items()} == dict(
+        zip(starts.tolist(), counts.tolist(), strict=True)
+    )
+
+
+def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expected, tmp_path):
+    config = job_config(
+        source, tmp_path / "out", clip__model=weights, clip__quantile=0.4,
+        clip__scores=str(scored), clip__batch_size=3,
+    )  # fmt: skip
+    assert run_filter(config) == {}
+    lowest = sorted(range(len(expected)), key=expected.__getitem__)
+    dropped = {_CAPTIONS[i] for i in lowest[:3]}  # 3 of 8 are less than 40%
+    kept = [record.caption for record in read_records(tmp_path / "out")]
+    assert kept == [caption for caption in _CAPTIONS if caption not in dropped]
+    assert read_dropped(tmp_path / "out") == {"clip": {"low_score": 3}}
+    assert config.clip.min_score == pytest.approx(expected[lowest[3]], abs=1e-5)
+    samples = read_report(tmp_path / "out")["samples"]
+    assert sum("evidence" in s and s["evidence"].startswith("CLIP score ") for s in samples) == 3
+    # The replay of the recorded scores decides the same, without the model.
+    again = replay.Replay(str(scored), config).run()
+    assert (again.funnel.kept, again.not_known.total()) == (5, 0)
+    assert again.funnel.dropped()["clip"] == {"low_score": 3}
+    config.clip.model = "another"
+    assert replay.Replay(str(scored), config).run().not_known.total() == 8
+
+
+def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
+    model = load_model(weights, batch_size=3)
+    image_emb = model.encode_image([pictures[0]] * 8)[:1]
+    cosines = (image_emb @ model.encode_text(_CAPTIONS).T)[0]
+    limit = float(np.median(cosines))
+    members = make.pair_members("k", _CAPTIONS[0], make.encoded(pictures[0]))
+    members["k.json"] = json.dumps({"captions": _CAPTIONS}).encode()
+    source = make.write_tar(tmp_path / "pairs.tar", members)
+    config = job_config(source, tmp_path / "out", clip__model=weights, clip__min_score=limit)
+    assert run_filter(config) == {}
+    (record,) = read_records(tmp_path / "out")
+    good = [text for text, cosine in zip(_CAPTIONS, cosines, strict=True) if cosine >= limit]
+    assert (record.caption, record.metadata["captions"]) == (good[0], good)
+
+
+def test_a_model_that_nobody_knows_is_refused_by_its_key():
+    with pytest.raises(ValueError, match=r"^config\.clip\.model='clipart_tny': .*clipart_tiny"):
+        models.fingerprint("clipart_tny", "config.clip.model")
+
+
+def test_parts_without_scores_join_those_with(scored, source, tmp_path):
+    assert run_filter(job_config(source, tmp_path / "out")) == {}
+    report = merge_reports([tmp_path / "out", scored])
+    counted = report["measures"]["histograms"]
+    assert sum(counted[scores.SCORE]["kept"].values()) == len(_CAPTIONS)
+    assert sum(counted["caption_words"]["kept"].values()) == 2 * len(_CAPTIONS)
+
+
+def test_the_model_that_comes_with_the_package_is_known_by_its_file(tmp_path):
+    packaged = importlib.resources.files("diht_jax.data") / "clipart_tiny" / "model.safetensors"
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(packaged.read_bytes())
+    assert models.fingerprint("clipart_tiny", "x") == models.fingerprint(str(copy), "x")
+
+
+@pytest.mark.parametrize("name", ["diht_vitb32_224px", "hf-hub:owner/name", "s3://bucket/run"])
+def test_models_that_are_fetched_later_are_known_by_their_names(name):
+    assert models.fingerprint(name, "x") == name
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    path = tmp_path_factory.mktemp("head") / "head.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, weight=rng.standard_normal((1, WIDTH)), bias=np.array([0.25]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def head_scores(weights, head, pictures):
+    """The layer on the embedding of each picture, in float64."""
+    model = load_model(weights, batch_size=1, devices=jax.devices()[:1])
+    rows = np.concatenate([model.encode_image(p) for p in pictures]).astype(np.float64)
+    found = np.load(head)
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)) @ found["weight"][0] + 0.25
+
+
+def _settings(name, **keys):
+    return {f"{name}__{key}": value for key, value in keys.items()}
+
+
+@pytest.fixture(scope="module")
+def heads_scored(source, weights, head, tmp_path_factory):
+    output = tmp_path_factory.mktemp("heads_scored") / "out"
+    keys = {"head": head, "model": weights, "batch_size": 3}
+    both = _settings("aesthetic", **keys) | _settings("unsafe", **keys)
+    assert run_filter(job_config(source, output, **both)) == {}
+    return output
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "unsafe"])
+def test_scores_are_those_of_the_layer_and_all_are_kept(heads_scored, head_scores, name):
+    np.testing.assert_allclose(read_scores(heads_scored, f"{name}_score"), head_scores, atol=1e-5)
+    assert len(read_records(heads_scored)) == len(_CAPTIONS)
+
+
+@pytest.fixture(scope="module")
+def scored_stored(source, weights, head, tmp_path_factory):
+    """A run on stored embeddings, and its settings."""
+    folder = tmp_path_factory.mktemp("stored")
+    embedded = str(folder / "embedded")
+    embed_source(load_model(weights), str(source), embedded, EmbedOptions(modalities=("image",)))
+    keys = _settings("aesthetic", head=head, embeddings=embedded)
+    assert run_filter(job_config(source, folder / "out", **keys)) == {}
+    return folder / "out", keys
+
+
+def test_stored_embeddings_give_the_same_scores(scored_stored, head_scores):
+    found = read_scores(scored_stored[0], "aesthetic_score")
+    np.testing.assert_allclose(found, head_scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, reason", [("aesthetic", "low_score"), ("unsafe", "high_score")])
+def test_a_limit_drops_one_side_in_a_run_and_in_a_replay(
+    source, weights, head, head_scores, name, reason, tmp_path
+):
+    unlimited = tmp_path / "unlimited"
+    keys = _settings(name, head=head, model=weights)
+    assert run_filter(job_config(source, unlimited, **keys)) == {}
+    limit = float(np.sort(head_scores)[2:4].mean())
+    is_dropped = head_scores < limit if name == "aesthetic" else head_scores > limit
+    keys = _settings(name, head=head, model=weights, limit=limit)
+    config = job_config(source, tmp_path / "out", **keys)
+    assert run_filter(config) == {}
+    found = [
+        (outcome, why) == (name, reason) for _, outcome, why in read_outcomes(tmp_path / "out")
+    ]
+    assert found == is_dropped.tolist()
+    again = replay.Replay(str(unlimited), config).run()
+    assert again.funnel.dropped()[name] == {reason: sum(found)}
+    assert (again.funnel.kept, again.not_known.total()) == (len(_CAPTIONS) - sum(found), 0)
+
+
+@pytest.mark.parametrize("name, share", [("aesthetic", 0.25), ("unsafe", 0.75)])
+def test_a_quantile_is_that_of_the_scores(
+    heads_scored, source, weights, head, head_scores, name, share
+):
+    keys = _settings(name, head=head, model=weights, quantile=0.25, scores=str(heads_scored))
+    config = job_config(source, "none", **keys)
+    filter_config.set_quantile_limit(config)
+    limit = np.quantile(head_scores, share, method="inverted_cdf")
+    assert config[name].limit == pytest.approx(limit, abs=1e-5)
+
+
+def test_scores_of_another_head_are_refused(heads_scored, source, weights, tmp_path):
+    np.savez(tmp_path / "other.npz", weight=np.ones(WIDTH))
+    keys = {"head": str(tmp_path / "other.npz"), "model": weights}
+    keys = _settings("aesthetic", **keys, quantile=0.25, scores=str(heads_scored))
+    config = job_config(source, "none", **keys)
+    with pytest.raises(ValueError, match=r"config\.aesthetic\.scores=.*another head"):
+        filter_config.set_quantile_limit(config)
+
+
+def test_every_published_format_is_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.Linear(WIDTH, 1)
+    torch.save(layer.state_dict(), tmp_path / "a.pth")
+    arrays = {name: value.numpy() for name, value in layer.state_dict().items()}
+    save_file(arrays, tmp_path / "a.safetensors")
+    np.savez(tmp_path / "a.npz", coef_=arrays["weight"], intercept_=arrays["bias"])
+    rows = np.random.default_rng(0).standard_normal((5, WIDTH)).astype(np.float32)
+    expected = layer(torch.from_numpy(rows)).detach().numpy()[:, 0]
+    for name in ("a.pth", "a.safetensors", "a.npz"):
+        weights, bias = read_head(str(tmp_path / name))
+        np.testing.assert_allclose(rows @ weights + bias, expected, atol=1e-5)
+
+
+def test_the_layers_of_the_second_predictor_are_one(tmp_path):
+    torch = pytest.importorskip("torch")
+    nn, sizes = torch.nn, (WIDTH, 16, 12, 8, 4, 1)
+    linear = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    dropout = [nn.Dropout(0.2) for _ in range(3)]
+    order = [linear[0], dropout[0], linear[1], dropout[1], linear[2], dropout[2], *linear[3:]]
+    model = nn.Module()
+    model.layers = nn.Sequential(*order)
+    torch.save(model.state_dict(), tmp_path / "mlp.pth")
+    rows = torch.randn(5, WIDTH)
+    weights, bias = read_head(str(tmp_path / "mlp.pth"))
+    expected = model.layers.eval()(rows).detach().numpy()[:, 0]
+    np.testing.assert_allclose(rows.numpy() @ weights + bias, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"layers.0.weight": np.ones((4, WIDTH)), "layers.2.weight": np.ones((1, 4))},
+        {"weight": np.ones((2, WIDTH)), "bias": np.zeros(2)},
+        {"weight": np.full((1, WIDTH), np.nan)},
+        {"weight": np.ones((1, WIDTH)), "running_mean": np.ones(WIDTH)},
+        {"coef_": np.ones((1, WIDTH)), "classes_": np.array(["safe", "unsafe"])},
+    ],
+)
+def test_other_models_are_refused_by_the_name_of_the_file(arrays, tmp_path):
+    np.savez(tmp_path / "head.npz", **arrays)
+    with pytest.raises(ValueError, match=r"head\.npz: "):
+        read_head(str(tmp_path / "head.npz"))
+
+
+def test_no_pickle_is_executed(tmp_path):
+    class Opens:
+        def __reduce__(self):
+            return open, (str(tmp_path / "opened"), "w")
+
+    state = collections.OrderedDict(weight=Opens())
+    (tmp_path / "head.pth").write_bytes(pickle.dumps(state))
+    np.savez(tmp_path / "head.npz", weight=np.array([Opens()], object))
+    for name in ("head.pth", "head.npz"):
+        with pytest.raises(ValueError, match=name):
+            read_head(str(tmp_path / name))
+    assert not (tmp_path / "opened").exists()
