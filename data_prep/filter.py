@@ -28,7 +28,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from data_prep.decisions import table
-from data_prep.decisions.report import REPORT, Funnel, Report, gather, read_report
+from data_prep.decisions.report import REPORT, Report, gather, read_report
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import plan, replay, resharding
 from data_prep.filtering.plan import Job
@@ -361,7 +361,7 @@ def print_funnel(report: Report) -> None:
             f"img2dataset: {d['count']:,} rows, {d['successes']:,} downloaded, "
             f"{d['failed_to_download']:,} failed to download, {d['failed_to_resize']:,} to resize"
         )
-    print_escaped(format_funnel(Funnel.from_json(report["counts"])))
+    print_escaped(format_funnel(report["funnel"], report["counts"]["text_spotting"]))
     for warning in report["warnings"]:
         logging.warning("%s", warning)
     if report["measures"]["labels"]:

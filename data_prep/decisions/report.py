@@ -103,16 +103,20 @@ class Funnel:
                 found.setdefault(stage, {}).setdefault(reason, self.outcomes[stage, reason])
         return found
 
-    def share(self, pairs: int) -> float:
-        """Part of the pairs that came in."""
-        return pairs / self.read if self.read else 0.0
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of a table: what was read, the reasons as a pair meets them, what was kept.
 
-    def rows(self) -> list[tuple[str, str, int]]:
-        """Stage, reason, pairs: what was read, the reasons as a pair meets them, what was kept."""
+        Each has "stage", "reason" (empty for none), "pairs", and their "share" of what was read.
+        """
         rows = [("read", "", self.read)]
         for stage, found in self.dropped().items():
             rows += [(stage, reason, pairs) for reason, pairs in found.items()]
-        return [*rows, (KEPT, "", self.kept)]
+        rows.append((KEPT, "", self.kept))
+        read = max(self.read, 1)
+        return [
+            {"stage": stage, "reason": reason, "pairs": pairs, "share": pairs / read}
+            for stage, reason, pairs in rows
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -122,16 +126,6 @@ class Funnel:
             "dropped": self.dropped(),
             "text_spotting": dict(sorted(self.text_spotting.items())),
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Funnel:
-        """Reads the result of `to_json`."""
-        outcomes: dict[tuple[str, str | None], int] = {
-            (stage, reason): pairs
-            for stage, reasons in data["dropped"].items()
-            for reason, pairs in reasons.items()
-        }
-        return cls(outcomes | {(KEPT, None): data["kept"]}, data["text_spotting"])
 
 
 def gather(
@@ -173,10 +167,7 @@ def gather(
     return {
         "version": _VERSION,
         "jobs": list(jobs),
-        "funnel": [
-            {"stage": stage, "reason": reason, "pairs": pairs, "share": funnel.share(pairs)}
-            for stage, reason, pairs in funnel.rows()
-        ],
+        "funnel": funnel.rows(),
         "throughput": _throughput(funnel, facts.seconds),
         "counts": funnel.to_json() | {"image_formats": image_formats, "samples": texts},
         "measures": measures,

@@ -7,7 +7,6 @@ from typing import Any
 
 import ml_collections
 
-from data_prep.duplicates.pictures import DESCRIPTOR_VERSION
 from data_prep.duplicates.search import KEEP
 from data_prep.jobs.failures import check_job
 from data_prep.jobs.workers import RaySettings
@@ -120,21 +119,3 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise ValueError("config.verify.correlation needs config.input, to see the pictures")
         if config.keep == "largest":
             raise ValueError("config.keep='largest' needs config.input, to know their sizes")
-
-
-def scan_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The settings that decide what is scanned, JSON-able."""
-    settings: dict[str, Any] = {n: config[n].to_dict() for n in ("source", "embeddings")}
-    if config.embeddings.kind == "descriptor":
-        settings["descriptor"] = DESCRIPTOR_VERSION
-    elif config.verify.correlation is not None:
-        settings["thumbnails"] = True
-    return settings
-
-
-def search_settings(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings that decide the clusters of scans, and what is found in them, JSON-able."""
-    values = config.to_dict()
-    values["clusters"].pop("chunk_rows")  # at a time; it does not decide
-    clusters = {name: values[name] for name in ("exact", "other_captions", "clusters", "seed")}
-    return clusters, clusters | {name: values[name] for name in ("threshold", "keep", "verify")}

@@ -23,8 +23,8 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import scan, search, table
+from data_prep.duplicates.pictures import DESCRIPTOR_VERSION
 from data_prep.duplicates.rows import CAPTION, NONE, Rows, check_columns, forget_copies, open_rows
 from data_prep.duplicates.scan import Unit, scan_unit
 from data_prep.jobs import shards
@@ -120,7 +120,12 @@ def _wait_for_others(in_step: bool) -> None:
 
 def _check_settings(config: ml_collections.ConfigDict, folder: str) -> None:
     """Raises ValueError where the folder holds scans of other settings."""
-    settings = json.loads(json.dumps(duplicates_config.scan_settings(config)))
+    settings: dict[str, Any] = {name: config[name].to_dict() for name in ("source", "embeddings")}
+    if config.embeddings.kind == "descriptor":
+        settings["descriptor"] = DESCRIPTOR_VERSION
+    elif config.verify.correlation is not None:
+        settings["thumbnails"] = True
+    settings = json.loads(json.dumps(settings))
     path = files.join(folder, SETTINGS)
     before = files.read_object(path)
     if before is None and files.exists(path):
@@ -162,10 +167,12 @@ def _search(
     scans = [
         [os.path.basename(unit.output), stats["output"]["digest"]] for unit, stats in found.parts
     ]
-    of_clusters, of_result = (
-        shards.hash_config({"scans": scans, "settings": settings})
-        for settings in duplicates_config.search_settings(config)
-    )
+    values = config.to_dict()
+    values["clusters"].pop("chunk_rows")  # at a time; it does not decide
+    settings = {name: values[name] for name in ("exact", "other_captions", "clusters", "seed")}
+    of_clusters = shards.hash_config({"scans": scans, "settings": settings})
+    settings |= {name: values[name] for name in ("threshold", "keep", "verify")}
+    of_result = shards.hash_config({"scans": scans, "settings": settings})
     summary = table.read_summary(folder)
     if summary is not None:
         is_same = (summary.get("made_of"), summary.get("failed", [])) == (of_result, found.failed)

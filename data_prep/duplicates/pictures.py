@@ -159,7 +159,8 @@ def lay_over(one: np.ndarray | None, other: np.ndarray | None, *, mirrored: bool
     found = []
     for is_first_cut, cut, whole in ((True, one, other[0]), (False, other, one[0])):
         for is_mirrored in (False, True) if mirrored else (False,):
-            correlations = cut @ (_mirror(whole) if is_mirrored else whole)
+            cells = whole.reshape(_CELLS, _CELLS)
+            correlations = cut @ (cells[:, ::-1] if is_mirrored else cells).ravel()
             best = int(correlations.argmax())
             found.append(Overlay(float(correlations[best]), best, is_first_cut, is_mirrored))
     return max(found)
@@ -252,10 +253,6 @@ def cut_windows(thumbnail: np.ndarray) -> np.ndarray | None:
     lengths = np.linalg.norm(windows, axis=1, keepdims=True)
     is_flat = lengths < _LEAST_SPREAD * _CELLS
     return np.where(is_flat, 0, windows / np.maximum(lengths, 1e-6))
-
-
-def _mirror(cells: np.ndarray) -> np.ndarray:
-    return cells.reshape(_CELLS, _CELLS)[:, ::-1].ravel()
 
 
 @functools.cache

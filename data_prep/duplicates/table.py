@@ -38,8 +38,14 @@ from diht_jax.storage import files
 TABLE = "duplicates"
 LOOKUP = "dropped.arrow"
 SUMMARY = "duplicates.json"  # written last: the folder is complete with it
+
+PAGE = "report.html"
 EXACT, NEAR = "exact", "near"
 KINDS = (EXACT, NEAR)
+
+_THUMBNAIL = 200  # px of the longer side
+_BINS = 10
+_NAMED = 4  # units that failed
 
 
 class Copy(NamedTuple):
@@ -182,13 +188,6 @@ class Lookup:
     def _read(self, row: int) -> Copy:
         kind, *others = (self._rows[name][row].as_py() for name in Copy._fields)
         return Copy(KINDS[kind], *others)
-
-
-PAGE = "report.html"
-
-_THUMBNAIL = 200  # px of the longer side
-_BINS = 10
-_NAMED = 4  # units that failed
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:

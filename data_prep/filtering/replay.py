@@ -59,7 +59,7 @@ class Result:
     def format_table(self) -> str:
         """The changes, the funnel and what is not known, for people."""
         lines = [f"settings: {', '.join(self.changes) or 'those of the folder'}"]
-        lines.append(format_funnel(self.funnel))
+        lines.append(format_funnel(self.funnel.rows()))
         if total := self.not_known.total():
             steps = ", ".join(f"{count:,} at {step}" for step, count in self.not_known.items())
             lines.append(f"not known: {total:,} pairs would have to be filtered ({steps})")

@@ -51,6 +51,8 @@ from diht_jax.terminal import ProgressBar, print_escaped
 
 ENGINES = ("local", "ray")
 
+CRASHED = "crashed"  # the reason of pairs that are left out
+
 # A task that failed goes behind this many others.
 _OTHERS_FIRST = 8
 # Before each further attempt of one that its storage has failed: a store that is down, or a file
@@ -59,6 +61,11 @@ _STORAGE_DELAYS_SECS = (30.0, 120.0, 480.0)
 # How often each cause is forgiven; `retries` for the others. Nodes may be taken away at any time.
 _LIMITS = {TIMEOUT: 1, STORAGE: len(_STORAGE_DELAYS_SECS), LOST: 10}
 _STALL_SECS = 300.0
+
+BATCH, PAIR = "batch", "pair"  # what a run records: it works on a batch, or tries one pair of it
+
+_MAX_CRASHED = 20  # pairs of a shard; where there are more, they are not the reason
+_MAX_UNEXPLAINED = 2  # deaths of a shard that lead to no pair
 
 # Task, and whether it is to blame for the end of its worker -> the task to run next, or None.
 AfterDeath = Callable[[Any, bool], Any]
@@ -288,14 +295,6 @@ class _Progress:
         if now - self._heard_secs >= _STALL_SECS:
             self._heard_secs = now
             logging.warning("no sign of life from any worker for %.0f s", _STALL_SECS)
-
-
-BATCH, PAIR = "batch", "pair"  # what a run records: it works on a batch, or tries one pair of it
-
-CRASHED = "crashed"  # the reason of pairs that are left out
-
-_MAX_CRASHED = 20  # pairs of a shard; where there are more, they are not the reason
-_MAX_UNEXPLAINED = 2  # deaths of a shard that lead to no pair
 
 
 @dataclasses.dataclass(frozen=True)

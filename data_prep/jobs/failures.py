@@ -29,11 +29,11 @@ from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
 from diht_jax.terminal import print_escaped
 
-# Path -> bytes, None where the file is missing.
-Sizes = Callable[[str], int | None]
-
 # Status with which a command ends whose output is there, without the shards that failed.
 INCOMPLETE_STATUS = 3
+
+# Path -> bytes, None where the file is missing.
+Sizes = Callable[[str], int | None]
 
 
 class Failures(dict[str, str]):
@@ -111,6 +111,85 @@ def allowed_number(limit: float, total: int, *, one_of_a_few: bool = True) -> in
     return max(least, int(limit * total + 1e-9)) if limit < 1 else int(limit)
 
 
+def survey(
+    tasks: Sequence[Task], known: Mapping[str, Mapping[str, Any]] | None = None
+) -> Survey[Task]:
+    """Looks which tasks are done, by this config on this input, and which have failed.
+
+    The statistics are held without the counts, so that the memory does not grow with them. While
+    some tasks are waited for, by the names in the folder, none of the others' is read.
+
+    Args:
+        tasks: of one folder, in order.
+        known: output -> such statistics that were read before, and need not be read again.
+    """
+    known = dict(known or {})
+    folder = tasks[0].output.rpartition("/")[0] if tasks else ""
+    present = set(files.list_names(folder, lambda n: n.endswith((STATS_SUFFIX, FAILED_SUFFIX))))
+    there, failed_tasks, waiting, changed = [], [], [], []
+    for task in tasks:
+        name = os.path.basename(task.output)
+        is_done, is_failed = (name + end in present for end in (STATS_SUFFIX, FAILED_SUFFIX))
+        (there if is_done else failed_tasks if is_failed else waiting).append(task)
+    if not waiting:
+        for task, stats, change in check_all([t for t in there if t.output not in known]):
+            if stats is not None and change is None:
+                known[task.output] = trim_stats(stats)
+            elif stats is not None and stats.get("config_hash") == task.config_hash:
+                changed.append(task)
+        waiting = [task for task in there if task.output not in known]
+        there = [task for task in there if task.output in known]
+    failed = []
+    for task in failed_tasks:
+        note = {"source": str(task.source), "error": "it failed, and the note of it is damaged"}
+        failed.append(note | (files.read_object(task.output + FAILED_SUFFIX) or {}))
+    parts = [(task, known.get(task.output, {})) for task in there]
+    return Survey(parts, failed, waiting, failed_tasks, changed)
+
+
+def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
+    """Output -> `trim_stats`, of the tasks of one folder that are done and whole."""
+    if not tasks:
+        return {}
+    folder = tasks[0].output.rpartition("/")[0]
+    present = set(files.list_names(folder, lambda name: name.endswith(STATS_SUFFIX)))
+    there = [task for task in tasks if os.path.basename(task.stats_path) in present]
+    found = [
+        (task, trim_stats(stats))
+        for task, stats, change in check_all(there)
+        if stats is not None and change is None
+    ]
+    damaged = damaged_outputs(found)
+    return {task.output: stats for task, stats in found if task.output not in damaged}
+
+
+def has_output(path: str, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
+    """Tells whether an output and its other files have the sizes that its statistics name."""
+    try:
+        output = stats["output"]
+        return output["bytes"] == size_of(path) and all(
+            size == size_of(path + suffix) for suffix, size in output["companions"].items()
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def open_sizes(folder: str) -> Sizes:
+    """Bytes of the files of a folder by their path; those of a store are listed at once."""
+    if not is_remote(folder):
+        return files.size
+    listed = files.list_sizes(folder, lambda name: not name.endswith(STATS_SUFFIX))
+    return lambda path: listed.get(path.rpartition("/")[2])
+
+
+def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
+    """The outputs, all of one folder, for which `has_output` is false."""
+    if not parts:
+        return set()
+    sizes = open_sizes(parts[0][0].output.rpartition("/")[0])
+    return {task.output for task, stats in parts if not has_output(task.output, stats, sizes)}
+
+
 def run_noting_failures(
     function: Any, pending: Sequence[ShardTask], options: Mapping[str, Any]
 ) -> Failures:
@@ -156,42 +235,6 @@ def run_noting_failures(
             except OSError as refused:  # without it, other jobs take the shard for waiting
                 logging.error("that %s failed could not be noted: %s", task.source, refused)
     return failures
-
-
-def survey(
-    tasks: Sequence[Task], known: Mapping[str, Mapping[str, Any]] | None = None
-) -> Survey[Task]:
-    """Looks which tasks are done, by this config on this input, and which have failed.
-
-    The statistics are held without the counts, so that the memory does not grow with them. While
-    some tasks are waited for, by the names in the folder, none of the others' is read.
-
-    Args:
-        tasks: of one folder, in order.
-        known: output -> such statistics that were read before, and need not be read again.
-    """
-    known = dict(known or {})
-    folder = tasks[0].output.rpartition("/")[0] if tasks else ""
-    present = set(files.list_names(folder, lambda n: n.endswith((STATS_SUFFIX, FAILED_SUFFIX))))
-    there, failed_tasks, waiting, changed = [], [], [], []
-    for task in tasks:
-        name = os.path.basename(task.output)
-        is_done, is_failed = (name + end in present for end in (STATS_SUFFIX, FAILED_SUFFIX))
-        (there if is_done else failed_tasks if is_failed else waiting).append(task)
-    if not waiting:
-        for task, stats, change in check_all([t for t in there if t.output not in known]):
-            if stats is not None and change is None:
-                known[task.output] = trim_stats(stats)
-            elif stats is not None and stats.get("config_hash") == task.config_hash:
-                changed.append(task)
-        waiting = [task for task in there if task.output not in known]
-        there = [task for task in there if task.output in known]
-    failed = []
-    for task in failed_tasks:
-        note = {"source": str(task.source), "error": "it failed, and the note of it is damaged"}
-        failed.append(note | (files.read_object(task.output + FAILED_SUFFIX) or {}))
-    parts = [(task, known.get(task.output, {})) for task in there]
-    return Survey(parts, failed, waiting, failed_tasks, changed)
 
 
 def is_unfinished(
@@ -240,46 +283,3 @@ def with_output(failures: Mapping[str, str], failed: Sequence[Mapping[str, str]]
     result = Failures({**failures, **{found["source"]: found["error"] for found in failed}})
     result.output_written = True
     return result
-
-
-def has_output(path: str, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
-    """Tells whether an output and its other files have the sizes that its statistics name."""
-    try:
-        output = stats["output"]
-        return output["bytes"] == size_of(path) and all(
-            size == size_of(path + suffix) for suffix, size in output["companions"].items()
-        )
-    except (KeyError, TypeError, AttributeError):
-        return False
-
-
-def open_sizes(folder: str) -> Sizes:
-    """Bytes of the files of a folder by their path; those of a store are listed at once."""
-    if not is_remote(folder):
-        return files.size
-    listed = files.list_sizes(folder, lambda name: not name.endswith(STATS_SUFFIX))
-    return lambda path: listed.get(path.rpartition("/")[2])
-
-
-def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
-    """The outputs, all of one folder, for which `has_output` is false."""
-    if not parts:
-        return set()
-    sizes = open_sizes(parts[0][0].output.rpartition("/")[0])
-    return {task.output for task, stats in parts if not has_output(task.output, stats, sizes)}
-
-
-def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
-    """Output -> `trim_stats`, of the tasks of one folder that are done and whole."""
-    if not tasks:
-        return {}
-    folder = tasks[0].output.rpartition("/")[0]
-    present = set(files.list_names(folder, lambda name: name.endswith(STATS_SUFFIX)))
-    there = [task for task in tasks if os.path.basename(task.stats_path) in present]
-    found = [
-        (task, trim_stats(stats))
-        for task, stats, change in check_all(there)
-        if stats is not None and change is None
-    ]
-    damaged = damaged_outputs(found)
-    return {task.output: stats for task, stats in found if task.output not in damaged}

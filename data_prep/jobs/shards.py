@@ -46,7 +46,6 @@ STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
 FAILED_SUFFIX = ".failed.json"  # next to an output that could not be made: why
 
-
 LOCATION_SUFFIX = ".place.json"  # of the files with locations
 
 IDENTITIES = ("time", "hash", "size")

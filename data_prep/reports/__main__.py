@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from data_prep.decisions.report import Funnel, Report, gather, read_report
+from data_prep.decisions.report import Report, gather, read_report
 from data_prep.decisions.table import FOLDER, SUFFIX, find_decisions
 from data_prep.reports.page import (
     PAGE,
@@ -46,7 +46,9 @@ def main() -> None:
         for outcome, found in samples_by_outcome(report)
         for sample in found[:_SHOWN_PAIRS]
     ]
-    print_escaped("\n".join([format_funnel(Funnel.from_json(report["counts"])), "", *lines]))
+    print_escaped(
+        "\n".join([format_funnel(report["funnel"], report["counts"]["text_spotting"]), "", *lines])
+    )
     for warning in report["warnings"]:
         logging.warning("%s", warning)
     folder = flags.FLAGS.output

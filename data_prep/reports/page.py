@@ -266,20 +266,21 @@ def describe_spotting(counts: Mapping[str, Any]) -> str:
     return text
 
 
-def format_funnel(funnel: Funnel) -> str:
-    """The funnel as a table of counts and shares of what came in, and how text was found."""
-    rows = [(stage, spell_reason(stage, reason), pairs) for stage, reason, pairs in funnel.rows()]
-    stages, reasons, _ = zip(*rows, strict=True)
-    width, reason_width = max(8, *map(len, stages)), max(map(len, reasons))
-    count_width = max(len("pairs"), len(f"{funnel.read:,}"))
+def format_funnel(
+    rows: Sequence[Mapping[str, Any]], text_spotting: Mapping[str, int] | None = None
+) -> str:
+    """The rows of `Funnel.rows` as a table, and how text was found."""
+    reasons = [spell_reason(row["stage"], row["reason"]) for row in rows]
+    width, reason_width = max(8, *(len(row["stage"]) for row in rows)), max(map(len, reasons))
+    count_width = max(len("pairs"), len(f"{rows[0]['pairs']:,}"))
     lines = [f"{'stage':{width}} {'reason':{reason_width}} {'pairs':>{count_width}}   share"]
-    for stage, reason, count in rows:
+    for row, reason in zip(rows, reasons, strict=True):
         lines.append(
-            f"{stage:{width}} {reason:{reason_width}} {count:>{count_width},}  "
-            f"{100 * funnel.share(count):5.1f}%"
+            f"{row['stage']:{width}} {reason:{reason_width}} {row['pairs']:>{count_width},}  "
+            f"{100 * row['share']:5.1f}%"
         )
-    if funnel.text_spotting:
-        lines.append(describe_spotting(funnel.text_spotting))
+    if text_spotting:
+        lines.append(describe_spotting(text_spotting))
     return "\n".join(lines)
 
 
@@ -332,7 +333,8 @@ def score_filters(
     scores, arrived = [], total.copy()
     outcomes = (outcome.partition("/") for outcome in labels)
     met = Funnel({(stage, reason): 1 for stage, _, reason in outcomes})
-    for stage, reason, _ in met.rows()[1:-1]:
+    for row in met.rows()[1:-1]:
+        stage, reason = row["stage"], row["reason"]
         spelled = spell_reason(stage, reason)
         if spelled[:2] not in ("C:", "A:", "T:"):  # the filters of the paper, by their letters
             spelled = f"{stage}: {spelled}"

@@ -34,6 +34,8 @@ _MOST = 255  # a larger complexity is recorded, and decided about, as this one
 _CAPTION_COLUMNS = ("captions", "gate", "complexity", "actions", "best_complexity")
 _CAPTION_COLUMNS += ("best_active_complexity", "object_names", "action_names")
 
+_TEXT_COLUMNS = ("matches", "looked", "match", "match_chars", "match_confidence", IMAGE_ERROR)
+
 
 class CaptionStep(Step):
     """C and A: parses the captions, and drops pairs without one that passes the gates and both."""
@@ -234,9 +236,6 @@ class ImageStep(Step):
             unknown |= (shrinks & ~dropped["too_small"]) | (dropped["unreadable"] & (longer > 0))
             unknown &= ~dropped["too_large"]
         return unknown
-
-
-_TEXT_COLUMNS = ("matches", "looked", "match", "match_chars", "match_confidence", IMAGE_ERROR)
 
 
 class TextStep(Step):

@@ -28,6 +28,8 @@ from diht_jax.readers.base import SourceShard
 
 _LOOKED_AT = 32  # inputs that are compared with those of the table
 
+_EMBEDDINGS = "config.decontaminate.embeddings"
+
 
 class DuplicateStep(Step):
     """Drops the pairs that the table names by their keys."""
@@ -88,9 +90,6 @@ class DuplicateStep(Step):
                 similarity = f"similarity {known.similarity:.3f} with {known.duplicate_of}"
                 columns[EVIDENCE].append(similarity)
         return columns
-
-
-_EMBEDDINGS = "config.decontaminate.embeddings"
 
 
 class DecontaminateStep(Step):

@@ -31,6 +31,12 @@ from diht_jax.weights.tensor_files import WEIGHT_SUFFIXES, read_tensors
 
 SCORE = "clip_score"
 
+# Of a layer with one output: PyTorch's names, and scikit-learn's.
+_NAMES = (("weight", "bias"), ("coef_", "intercept_"), ("coef", "intercept"))
+# Numbers of the linear layers of LAION's second predictor; dropout is between the others, which
+# does nothing outside of training.
+_LAION_LAYERS = (0, 2, 4, 6, 7)
+
 
 class ScoreStep(Step):
     """A step with one score and one reason; its section of the config has its name.
@@ -166,13 +172,6 @@ class ClipStep(ScoreStep):
         several = columns.numbers("captions") > 1
         is_other = any(compare_captions(before, now))
         return super().find_unknown(columns, before, now) | (several & is_other)
-
-
-# Of a layer with one output: PyTorch's names, and scikit-learn's.
-_NAMES = (("weight", "bias"), ("coef_", "intercept_"), ("coef", "intercept"))
-# Numbers of the linear layers of LAION's second predictor; dropout is between the others, which
-# does nothing outside of training.
-_LAION_LAYERS = (0, 2, 4, 6, 7)
 
 
 class HeadStep(ScoreStep):
