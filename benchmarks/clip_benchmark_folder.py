@@ -22,7 +22,7 @@ from diht_jax.evaluation.protocols.retrieval import captions_of
 from diht_jax.evaluation.sources.benchmark_folder import DEFAULT_SPLIT
 from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL
 from diht_jax.evaluation.tasks import read_entries
-from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 

@@ -23,7 +23,7 @@ from diht_jax.evaluation.protocols import base
 from diht_jax.evaluation.sources.labels import VOC_CLASSES
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL, TASKS_BY_NAME
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 

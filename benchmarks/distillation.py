@@ -29,7 +29,7 @@ from absl import flags, logging
 
 from benchmarks.record import write_result
 from diht_jax import command_line
-from diht_jax.input import decode
+from diht_jax.input import transforms
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Pair
 
@@ -140,7 +140,7 @@ def relabel(pairs: list[Pair], captions: str) -> Iterator[tuple[Pair, str]]:
 
 def describe(pair: Pair) -> str:
     """A caption with the class, and the colours of the middle and of the border of the photo."""
-    pixels = np.asarray(decode.decode_rgb(pair.image), np.float64)
+    pixels = np.asarray(transforms.decode_rgb(pair.image), np.float64)
     margin = pixels.shape[0] // 8
     middle = pixels[2 * margin : -2 * margin, 2 * margin : -2 * margin].reshape(-1, 3)
     border = np.concatenate([pixels[:margin].reshape(-1, 3), pixels[-margin:].reshape(-1, 3)])

@@ -48,7 +48,7 @@ from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job
 from diht_jax import command_line, load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.registry import open_source
 
 EDITS = ("resized", "re-encoded", "cropped 90%", "cropped 85%", "flipped")

@@ -49,8 +49,9 @@ from PIL import Image
 from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records import schema
+from diht_jax.records.train_data import open_records
 from diht_jax.terminal import ProgressBar
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]

@@ -42,8 +42,8 @@ from diht_jax.input.blocks import ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.order import BlockOrder
 from diht_jax.input.pipeline import TrainIterator
+from diht_jax.records.formats import TFRecordSource, TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.terminal import ProgressBar
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]

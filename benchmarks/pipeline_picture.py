@@ -29,7 +29,7 @@ from data_prep.decisions.report import read_report
 from data_prep.reports.page import pairs_to_show
 from diht_jax import command_line
 from diht_jax.data.tfrecord import TFRecordSource
-from diht_jax.records.labels.concepts import decode_label, open_labels
+from diht_jax.records.labels.shards import decode_label, open_labels
 from diht_jax.records.schema import decode_record
 from diht_jax.storage.files import write_bytes
 

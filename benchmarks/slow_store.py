@@ -16,7 +16,7 @@ from typing import Any
 
 import fsspec
 
-from diht_jax.records.tfrecord import TFRecordSource
+from diht_jax.records.formats import TFRecordSource
 
 # The environment reaches the processes that read. Seconds; a folder for the counts; which requests
 # for bytes fail, every N-th of a process.

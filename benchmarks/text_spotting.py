@@ -52,7 +52,7 @@ from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.networks import find_weights
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
 from diht_jax import command_line
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.terminal import ProgressBar
 
 AIMS = {"false_drops": 0.01, "speed": 3.5}

@@ -41,7 +41,7 @@ from data_prep.text_spotting import ocr
 from data_prep.text_spotting.ocr import canvas_shape, like_batches
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
 from diht_jax import command_line
-from diht_jax.input.decode import open_image
+from diht_jax.input.transforms import open_image
 from diht_jax.terminal import ProgressBar
 
 # Of LAION-2B-en in px, from 5% to 95% in steps of 5%.

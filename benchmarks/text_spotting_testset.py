@@ -23,7 +23,7 @@ from data_prep.synthetic.captions import describe_scene
 from data_prep.synthetic.drawing import render_scene
 from data_prep.synthetic.sampling import sample_scene
 from data_prep.text_spotting.match import caption_matches
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 
 # Kind -> its share. The first four carry the caption and should be dropped, the others not.
 KINDS = {

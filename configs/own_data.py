@@ -31,7 +31,7 @@ import ml_collections
 
 from configs import common
 from diht_jax.config import default_config
-from diht_jax.records.formats.registry import open_source
+from diht_jax.records.formats import open_source
 
 
 @dataclasses.dataclass(frozen=True)

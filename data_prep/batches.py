@@ -20,7 +20,7 @@ from data_prep.teachers.base import Embedded
 from data_prep.teachers.registry import default_teacher, open_teacher
 from data_prep.text_spotting.settings import check_spotter, default_spotter
 from data_prep.text_spotting.spotter import Verdict, open_spotter
-from diht_jax.input.decode import MAX_PIXELS
+from diht_jax.input.transforms import MAX_PIXELS
 from diht_jax.records.schema import Record
 
 __all__ = ["CaptionFilter", "Teacher", "TextSpotter"]

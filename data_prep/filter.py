@@ -52,7 +52,7 @@ from diht_jax import command_line
 from diht_jax.config.checks import validate_config
 from diht_jax.data.index import is_indexable, update_index
 from diht_jax.records import dataset_info
-from diht_jax.records.formats.registry import FORMATS
+from diht_jax.records.formats import FORMATS
 from diht_jax.storage import files, locks
 from diht_jax.terminal import print_escaped
 

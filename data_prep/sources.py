@@ -4,8 +4,8 @@ The readers themselves are in `diht_jax.readers`, where the evaluation finds the
 holds what only offline jobs need: the config section, the check of the output folder, the share of
 one job, and metadata and statistics of img2dataset. A shard of img2dataset's is
 
-    00000.tar           read by diht_jax.readers.webdataset; in the output format "tfrecord"
-                        00000.tfrecord instead, read by diht_jax.readers.records
+    00000.tar           read by diht_jax.readers.shard_formats; in the output format "tfrecord"
+                        00000.tfrecord instead, read by diht_jax.readers.shard_formats
     00000.parquet       the rows of the shard, those that could not be downloaded too; in the output
                         format "parquet" it holds the images as well, and there is no tar
                         (diht_jax.readers.parquet reads those)
@@ -38,16 +38,15 @@ from diht_jax.readers.parquet import (
     read_rows,
 )
 from diht_jax.readers.registry import Skipped, SourceShard
-from diht_jax.readers.webdataset import TAR_SUFFIXES
+from diht_jax.readers.shard_formats import TAR_SUFFIXES
 from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.formats.registry import FORMATS
-from diht_jax.records.formats.tar_members import DamagedTarError
+from diht_jax.records.formats import FORMATS
 from diht_jax.records.schema import Pair
+from diht_jax.records.tars import DamagedTarError
 from diht_jax.storage import files
 from diht_jax.storage.files import check_writable
-from diht_jax.storage.retries import StorageError, is_missing
-from diht_jax.storage.stores import check_ordinary, is_remote
+from diht_jax.storage.stores import StorageError, check_ordinary, is_missing, is_remote
 
 COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 

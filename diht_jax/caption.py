@@ -28,20 +28,25 @@ from absl import flags, logging
 
 from diht_jax import command_line
 from diht_jax.evaluation.embedding.files import check_settings
-from diht_jax.input.decode import ImageError, decode_rgb
-from diht_jax.records.captions import all_captions, caption_kinds, check_kind, with_captions
+from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.format import DamagedRecordError, TFRecordError
-from diht_jax.records.formats.registry import open_source, open_writer
-from diht_jax.records.labels.shards import find_inputs
-from diht_jax.records.samples import SampleError
+from diht_jax.records.formats import open_source, open_writer
+from diht_jax.records.samples import (
+    SampleError,
+    all_captions,
+    caption_kinds,
+    check_kind,
+    with_captions,
+)
 from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
 from diht_jax.records.sharded import ShardedRecords
+from diht_jax.records.train_data import find_inputs
 from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
 from diht_jax.storage.files import remove_temporary_files, write_bytes
 from diht_jax.storage.locks import lock_folder
-from diht_jax.storage.retries import StorageError
+from diht_jax.storage.stores import StorageError
 from diht_jax.terminal import ProgressBar
 
 SETTINGS_FILE = "captions.json"

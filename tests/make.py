@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pathlib
 import subprocess
@@ -15,7 +16,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from diht_jax.data.tfrecord import TFRecordWriter
+from diht_jax.data.records import open_writer
 from diht_jax.records.schema import Pair, Record, encode_record
 from tests.compiling import xla_flags
 
@@ -110,6 +111,14 @@ def record(number: int, **fields: Any) -> Record:
     return Record(**defaults | fields)
 
 
+def write_shard(path: str | pathlib.Path, records: Iterable[Pair | bytes]) -> pathlib.Path:
+    """Writes one shard of the format that its name tells, and returns its path."""
+    with open_writer(path) as writer:
+        for each in records:
+            writer.write(each if isinstance(each, bytes) else encode_record(each))
+    return pathlib.Path(path)
+
+
 def write_records(
     folder: str | pathlib.Path, records: Sequence[Pair] | int, lengths: Sequence[int] | None = None
 ) -> pathlib.Path:
@@ -125,9 +134,7 @@ def write_records(
     rest = iter([record(i) for i in range(records)] if isinstance(records, int) else records)
     total = records if isinstance(records, int) else len(records)
     for shard, length in enumerate([total] if lengths is None else lengths):
-        with TFRecordWriter(folder / f"train-{shard:05d}.tfrecord") as writer:
-            for _ in range(length):
-                writer.write(encode_record(next(rest)))
+        write_shard(folder / f"train-{shard:05d}.tfrecord", itertools.islice(rest, length))
     return folder
 
 

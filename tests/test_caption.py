@@ -14,14 +14,13 @@ from diht_jax import sharding
 from diht_jax.caption import CaptionOptions, caption_shards
 from diht_jax.config import default_config
 from diht_jax.extras.caption_decoder import CaptionDecoder
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.models import get_architecture
 from diht_jax.models.parameters import model_definition, model_parameters
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.formats.registry import open_source, open_writer
-from diht_jax.records.labels.concepts import NO_CONCEPTS
+from diht_jax.records.formats import TFRecordSource, open_source, open_writer
+from diht_jax.records.labels.shards import NO_CONCEPTS
 from diht_jax.records.schema import Example, Record, encode_record
-from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,

@@ -46,9 +46,9 @@ def test_tokenizer():
 
 
 def test_records_at_the_old_and_at_the_new_path(tmp_path):
-    from diht_jax.records import tfrecord
+    from diht_jax.records import formats
 
-    assert (tfrecord.TFRecordWriter, tfrecord.TFRecordSource) == (TFRecordWriter, TFRecordSource)
+    assert (formats.TFRecordWriter, formats.TFRecordSource) == (TFRecordWriter, TFRecordSource)
     with TFRecordWriter(tmp_path / "a.tfrecord") as writer:
         writer.write(b"one")
         writer.write(b"two")

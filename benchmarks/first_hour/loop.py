@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.first_hour.plan import Setting
+from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.multihost import EXIT_CODE
 

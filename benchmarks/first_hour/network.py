@@ -16,7 +16,7 @@ from benchmarks.contrastive_loss import AXES, mapped_loss_and_grads
 from benchmarks.first_hour.plan import Setting
 from benchmarks.first_hour.steps import devices_for, recipe_config
 from benchmarks.first_hour.timing import repetitions, secs_of_call
-from diht_jax.input.batch_wait import Position
+from diht_jax.input.pipeline import Position
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.workdir.checkpoint import Checkpointer
 

@@ -27,12 +27,12 @@ from data_prep.synthetic import captions, drawing, sampling, web
 from data_prep.synthetic.scenes import COLORS, Scene, SceneObject
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax.readers.registry import open_source
-from diht_jax.records.captions import USUAL_KIND, with_captions
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.format import read_records
+from diht_jax.records.formats import TFRecordWriter
+from diht_jax.records.samples import USUAL_KIND, with_captions
 from diht_jax.records.schema import Record, decode_record, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.shard_files import read_records
 from diht_jax.records.vocabulary import STATS_KEY, read_vocabulary, write_vocabulary
 from diht_jax.storage.files import write_bytes
 

@@ -27,7 +27,7 @@ from data_prep.captions.graph import CaptionGraph
 from data_prep.captions.lexicon import CALENDAR
 from diht_jax.records.vocabulary import KINDS
 from diht_jax.storage import files
-from diht_jax.storage.retries import is_storage_failure
+from diht_jax.storage.stores import is_storage_failure
 
 CONCEPTS_SUFFIX = ".concepts.npz"
 

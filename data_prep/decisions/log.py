@@ -36,7 +36,7 @@ from data_prep.decisions.table import KEPT, SOURCE, DecisionWriter, decisions_pa
 from data_prep.steps import registry
 from data_prep.steps.base import Candidate
 from data_prep.text_spotting.spotter import Spot
-from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.storage import files
 

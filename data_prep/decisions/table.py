@@ -34,8 +34,7 @@ from absl import logging
 
 from data_prep.jobs import shards
 from diht_jax.storage import files
-from diht_jax.storage.retries import naming_output
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.stores import is_remote, naming_output
 
 SUFFIX = ".decisions.parquet"
 FOLDER = "decisions"  # of those of tables

@@ -21,13 +21,13 @@ from absl import flags, logging
 from PIL import Image
 
 from diht_jax import command_line
-from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.readers.array_files import read_npz_array
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Pair
 from diht_jax.storage.copies import local_copy
 from diht_jax.storage.files import local_output
-from diht_jax.storage.retries import StorageError
+from diht_jax.storage.stores import StorageError
 from diht_jax.terminal import print_escaped
 
 SUFFIX = ".npz"

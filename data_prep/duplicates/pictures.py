@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.duplicates.rows import Near
-from diht_jax.input.decode import load_rgb, open_image
+from diht_jax.input.transforms import load_rgb, open_image
 
 # Raised whenever equal pictures come to have other numbers.
 DESCRIPTOR_VERSION = 2

@@ -29,8 +29,7 @@ import numpy as np
 
 from diht_jax.storage import files
 from diht_jax.storage.copies import cached_copy
-from diht_jax.storage.retries import retry
-from diht_jax.storage.stores import input_version, is_remote
+from diht_jax.storage.stores import input_version, is_remote, retry
 
 CAPTION, EMBEDDING, THUMBNAIL = "caption", "embedding", "thumbnail"
 

@@ -34,10 +34,10 @@ from data_prep.jobs.engine import CRASHED, Report, WorkRecord
 from data_prep.jobs.failures import allowed_number, find_finished
 from data_prep.jobs.shards import ShardTask
 from data_prep.sources import Input, find_root, hash_inputs, list_inputs, read_pairs
-from diht_jax.input.decode import MAX_PIXELS, ImageError, open_image
+from diht_jax.input.transforms import MAX_PIXELS, ImageError, open_image
 from diht_jax.readers.base import Skipped, SourceShard
-from diht_jax.records.formats.tar_members import DamagedTarError
 from diht_jax.records.schema import Pair
+from diht_jax.records.tars import DamagedTarError
 from diht_jax.storage import files
 
 EMBEDDED = "embeddings"  # kind of a source that is a file of keys and vectors

@@ -29,7 +29,7 @@ from data_prep.duplicates.rows import (
 from data_prep.duplicates.scan import EMBEDDED
 from data_prep.duplicates.search import Clusters, Found, follow_to_kept
 from data_prep.sources import read_pairs
-from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.pages.render import bar, render, thumbnail
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair

@@ -22,8 +22,8 @@ from data_prep.sources import default_source
 from data_prep.steps import registry
 from data_prep.steps.base import check_integers
 from data_prep.steps.scores import ScoreStep
-from diht_jax.records.captions import USUAL_KIND, check_kind, parse_columns
-from diht_jax.records.formats.registry import check_format
+from diht_jax.records.formats import check_format
+from diht_jax.records.samples import USUAL_KIND, check_kind, parse_columns
 from diht_jax.storage import files
 
 # Raised whenever the same config comes to mean other records.

@@ -31,14 +31,12 @@ from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from data_prep.jobs.failures import damaged_outputs, has_output, open_sizes
 from data_prep.jobs.shards import STATS_SUFFIX
-from diht_jax.input import decode
+from diht_jax.input import transforms
 from diht_jax.records import schema
-from diht_jax.records.catalog import kind_of
-from diht_jax.records.dataset_info import shard_name
-from diht_jax.records.formats.registry import FORMATS, open_source, open_writer
-from diht_jax.records.formats.shard_index import INDEX_SUFFIX
-from diht_jax.records.formats.tar_records import image_extension
-from diht_jax.records.formats.writer import RecordSink
+from diht_jax.records.catalog import kind_of, shard_name
+from diht_jax.records.formats import FORMATS, open_source, open_writer
+from diht_jax.records.shard_files import INDEX_SUFFIX, RecordSink
+from diht_jax.records.tar_records import image_extension
 from diht_jax.records.vocabulary import KINDS
 from diht_jax.storage import files
 from diht_jax.storage.copies import local_copy
@@ -243,7 +241,7 @@ class CommonImageWriter:
         record = schema.decode_record(data)
         if image_extension(record.image) is None:
             buffer = io.BytesIO()
-            decode.decode_rgb(record.image).save(buffer, "PNG")
+            transforms.decode_rgb(record.image).save(buffer, "PNG")
             data = schema.encode_record(dataclasses.replace(record, image=buffer.getvalue()))
         self._writer.write(data)
 

@@ -24,12 +24,10 @@ from data_prep.filtering.shard import Chain
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report, WorkRecord
 from data_prep.steps.base import Candidate, Step
-from diht_jax.readers.base import Skipped, SourceShard
-from diht_jax.readers.columns import ColumnOptions, find_columns
+from diht_jax.readers.base import ColumnOptions, Skipped, SourceShard, find_columns
 from diht_jax.readers.parquet import BadRow, batch_rows, explain_errors, open_parquet
 from diht_jax.readers.registry import list_shards
-from diht_jax.records.captions import parse_columns
-from diht_jax.records.samples import clean_text, pick_captions
+from diht_jax.records.samples import clean_text, parse_columns, pick_captions
 from diht_jax.records.schema import Pair, parse_json_object
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote, open_file

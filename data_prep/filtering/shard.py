@@ -28,13 +28,13 @@ from data_prep.jobs.engine import Report, WorkRecord
 from data_prep.sources import read_download_stats, read_pairs, read_sidecar
 from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.steps.cat import ImageStep
-from diht_jax.input import decode
+from diht_jax.input import transforms
 from diht_jax.readers.base import held_bytes
 from diht_jax.readers.registry import Skipped, SourceShard
-from diht_jax.records import captions, catalog, schema
-from diht_jax.records.formats.tar_members import DamagedTarError
-from diht_jax.records.formats.writer import RecordSink
+from diht_jax.records import catalog, samples, schema
 from diht_jax.records.schema import Pair
+from diht_jax.records.shard_files import RecordSink
+from diht_jax.records.tars import DamagedTarError
 
 _CHUNK_BYTES = 2**28  # of pairs that are held at once; an ordinary batch takes a tenth of it
 
@@ -112,8 +112,8 @@ def _read_entries(
     Those of a tar without metadata take it from img2dataset's parquet file, if there is one: the
     tars of img2dataset have the same in their json members, unless somebody left those out.
     """
-    columns = captions.parse_columns(config.caption_columns, "config.caption_columns")
-    is_usual = not columns and config.caption_kind == captions.USUAL_KIND
+    columns = samples.parse_columns(config.caption_columns, "config.caption_columns")
+    is_usual = not columns and config.caption_kind == samples.USUAL_KIND
     sidecar: dict[str, dict[str, Any]] | None = None
     missing = set(columns)
     for entry in read_pairs(source):
@@ -124,7 +124,7 @@ def _read_entries(
                 entry = dataclasses.replace(entry, metadata=sidecar.get(entry.key, {}))
             missing.difference_update(entry.metadata)
             if not is_usual:
-                entry = captions.add_columns(entry, columns, config.caption_kind)
+                entry = samples.add_columns(entry, columns, config.caption_kind)
         yield entry
     for column in sorted(missing):
         logging.warning(
@@ -135,20 +135,20 @@ def _read_entries(
 def _encode(candidate: Candidate, log: ShardLog, config: ml_collections.ConfigDict) -> bytes | None:
     """The record of a pair, which is logged; None if its image turns out to be damaged."""
     pair, image_format, c = candidate.pair, candidate.values["format"], config.image
-    texts, good = captions.all_captions(pair), candidate.captions
+    texts, good = samples.all_captions(pair), candidate.captions
     if len(good) < len(texts):
-        kind_of = dict(zip(texts, captions.caption_kinds(pair), strict=True))
-        pair = captions.with_captions(pair, good, [kind_of[text] for text in good])
+        kind_of = dict(zip(texts, samples.caption_kinds(pair), strict=True))
+        pair = samples.with_captions(pair, good, [kind_of[text] for text in good])
     longer = max(candidate.values["width"], candidate.values["height"])
     if c.max_side is not None and longer > c.max_side:
         try:
-            image = decode.decode_rgb(pair.image, max_pixels=c.max_pixels)
-        except decode.ImageError as error:
+            image = transforms.decode_rgb(pair.image, max_pixels=c.max_pixels)
+        except transforms.ImageError as error:
             candidate.values[IMAGE_ERROR] = error.reason
             log.drop(candidate, ImageStep.name, error.reason)
             return None
         size = (c.max_side, c.max_side)
-        image.thumbnail(size, decode.Image.Resampling.BICUBIC, reducing_gap=None)
+        image.thumbnail(size, transforms.Image.Resampling.BICUBIC, reducing_gap=None)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=c.jpeg_quality, optimize=True)
         image_format, pair = "JPEG", dataclasses.replace(pair, image=buffer.getvalue())

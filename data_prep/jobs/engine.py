@@ -46,7 +46,7 @@ from data_prep.jobs.workers import (
 )
 from diht_jax.readers.registry import Skipped
 from diht_jax.storage import files
-from diht_jax.storage.retries import FullError
+from diht_jax.storage.stores import FullError
 from diht_jax.terminal import ProgressBar, print_escaped
 
 ENGINES = ("local", "ray")

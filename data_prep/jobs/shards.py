@@ -37,8 +37,8 @@ from diht_jax.readers.registry import (
 )
 from diht_jax.records import dataset_info
 from diht_jax.records.dataset_index import INDEX_NAME
-from diht_jax.records.formats.registry import open_writer
-from diht_jax.records.formats.writer import RecordSink
+from diht_jax.records.formats import open_writer
+from diht_jax.records.shard_files import RecordSink
 from diht_jax.storage import files
 from diht_jax.storage.stores import input_size, is_remote, open_file
 

@@ -23,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any
 
-from diht_jax.storage.retries import FullError, is_outage
+from diht_jax.storage.stores import FullError, is_outage
 
 Report = Callable[[int], None]  # called with a number of pairs that are done
 Function = Callable[[Any, Report], Any]

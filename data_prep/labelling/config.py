@@ -24,7 +24,7 @@ from diht_jax.config.keys import (
     build_config,
     check_ranges,
 )
-from diht_jax.records.formats.registry import check_format
+from diht_jax.records.formats import check_format
 from diht_jax.records.schema import MAX_CONCEPTS
 
 # Those that have room for concepts.

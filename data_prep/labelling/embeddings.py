@@ -31,8 +31,7 @@ from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher
 from diht_jax.readers.registry import Skipped, SourceShard, read_pairs
-from diht_jax.records.format import read_records
-from diht_jax.records.formats.writer import RecordSink
+from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.labels.shards import (
     decode_features,
     decode_key,
@@ -40,10 +39,9 @@ from diht_jax.records.labels.shards import (
     encode_key,
 )
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.shard_files import RecordSink, read_records
 from diht_jax.storage import files
-from diht_jax.storage.retries import StorageError
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.stores import StorageError, is_remote
 
 FOLDER = "embeddings"
 DTYPES = ("float16", "float32")

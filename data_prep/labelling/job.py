@@ -57,7 +57,8 @@ from diht_jax.config.checks import validate_config
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME
-from diht_jax.records.labels.shards import CLIP_EMBEDDINGS, LABELS, ShardIdentity
+from diht_jax.records.labels.shards import CLIP_EMBEDDINGS, ShardIdentity
+from diht_jax.records.train_data import LABELS
 from diht_jax.storage import files, locks
 from diht_jax.terminal import print_escaped
 

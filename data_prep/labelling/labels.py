@@ -35,12 +35,19 @@ from data_prep.teachers.clip import open_clip_teachers
 from diht_jax.data.index import update_index
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.dataset_index import INDEX_NAME
-from diht_jax.records.formats.registry import open_writer
-from diht_jax.records.formats.writer import RecordSink
+from diht_jax.records.formats import open_writer
 from diht_jax.records.labels.clip_embeddings import ClipFacts
-from diht_jax.records.labels.concepts import NO_CONCEPTS, Concepts, encode_label, id_dtype
-from diht_jax.records.labels.shards import LabelShard, describe_labels, seal
+from diht_jax.records.labels.shards import (
+    NO_CONCEPTS,
+    Concepts,
+    LabelShard,
+    describe_labels,
+    encode_label,
+    id_dtype,
+    seal,
+)
 from diht_jax.records.schema import CONCEPT_FIELDS, Record, encode_record
+from diht_jax.records.shard_files import RecordSink
 from diht_jax.records.vocabulary import KINDS, STATS_KEY
 from diht_jax.storage import files
 

@@ -17,10 +17,10 @@ import numpy as np
 from data_prep.labelling.embeddings import hash_keys
 from data_prep.labelling.examples import is_held_out
 from data_prep.labelling.tasks import LabelTask
-from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.pages.render import render, thumbnail
-from diht_jax.records.formats.registry import open_source
-from diht_jax.records.labels.concepts import open_labels
+from diht_jax.records.formats import open_source
+from diht_jax.records.labels.shards import open_labels
 from diht_jax.records.schema import Record
 from diht_jax.records.vocabulary import KINDS, Vocabulary
 from diht_jax.storage import files

@@ -19,7 +19,8 @@ from diht_jax.data.index import is_indexable, update_index
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.dataset_info import write_dataset_info
 from diht_jax.records.labels.clip_embeddings import ClipFacts
-from diht_jax.records.labels.shards import CLIP_EMBEDDINGS, LABELS, relative_input
+from diht_jax.records.labels.shards import CLIP_EMBEDDINGS
+from diht_jax.records.train_data import LABELS, relative_input
 from diht_jax.records.vocabulary import Vocabulary
 from diht_jax.storage import files
 from diht_jax.terminal import print_escaped

@@ -20,7 +20,7 @@ from data_prep.captions.graph import CaptionGraph
 from data_prep.sources import Input
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.readers.base import SourceShard
-from diht_jax.records.captions import all_captions
+from diht_jax.records.samples import all_captions
 from diht_jax.records.schema import Pair
 
 EVIDENCE = "evidence"  # column of texts for people: what of the pair decides; shown in the report

@@ -27,7 +27,7 @@ from data_prep.text_spotting.looks import longest_match
 from data_prep.text_spotting.networks import easyocr_version
 from data_prep.text_spotting.ocr import resolve_for_networks
 from data_prep.text_spotting.spotter import Verdict, open_spotter
-from diht_jax.input import decode
+from diht_jax.input import transforms
 from diht_jax.readers.base import SourceShard
 
 _MOST = 255  # a larger complexity is recorded, and decided about, as this one
@@ -175,7 +175,7 @@ class ImageStep(Step):
     @classmethod
     def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
         c = config.image = ml_collections.ConfigDict()
-        c.max_pixels = decode.MAX_PIXELS  # width times height; larger ones are not decoded
+        c.max_pixels = transforms.MAX_PIXELS  # width times height; larger ones are not decoded
         c.min_side = 1  # px; smaller ones are dropped
         # px; larger ones are shrunk and written as JPEG; None keeps all bytes
         c.max_side = placeholder(int)
@@ -202,8 +202,8 @@ class ImageStep(Step):
         for candidate in batch:
             data, error, header = candidate.pair.image, None, (None, None, None)
             try:
-                header = decode.check_readable(data, max_pixels=self.config.image.max_pixels)
-            except decode.ImageError as found:
+                header = transforms.check_readable(data, max_pixels=self.config.image.max_pixels)
+            except transforms.ImageError as found:
                 error = found.reason
             for name, value in zip(columns, (*header, error), strict=True):
                 columns[name].append(value)

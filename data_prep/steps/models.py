@@ -16,8 +16,7 @@ from absl import logging
 
 from data_prep.duplicates import precomputed
 from data_prep.jobs.models import is_shared, open_model
-from diht_jax.input.decode import ImageError, decode_rgb
-from diht_jax.input.transforms import Preprocessing, eval_transform
+from diht_jax.input.transforms import ImageError, Preprocessing, decode_rgb, eval_transform
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage.hub import is_hub_name

@@ -29,7 +29,7 @@ from data_prep.synthetic.scenes import COLORS, SIZES, TEXTURES, Scene
 from data_prep.synthetic.shapes import SHAPES
 from data_prep.synthetic.web import map_in_processes
 from diht_jax import command_line
-from diht_jax.input import decode
+from diht_jax.input import transforms
 from diht_jax.readers.registry import open_source
 from diht_jax.storage.files import write_bytes
 from diht_jax.terminal import ProgressBar
@@ -152,7 +152,7 @@ def write_embeddings(
     keys, pictures = [], []
     for pair in ProgressBar(open_source(source), unit="image", desc="embedding"):
         keys.append(pair.key)
-        pictures.append(shrink(decode.decode_rgb(pair.image)))
+        pictures.append(shrink(transforms.decode_rgb(pair.image)))
     buffer = io.BytesIO()
     np.savez(buffer, key=np.array(keys), image_emb=embed(network, np.stack(pictures)))
     output = pathlib.Path(output)

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.jobs.models import is_shared, open_model
 from diht_jax.input import transforms
-from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.records.schema import Record
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -25,7 +25,7 @@ from data_prep.teachers.base import (
 from diht_jax.config.keys import COUNT, NOT_NEGATIVE, SHARE_NOT_0, Key, build_config, check_ranges
 from diht_jax.input import transforms
 from diht_jax.input.choices import crop_box, with_boxes
-from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.records.labels.clip_embeddings import DTYPES, ClipFacts, ClipTeacher, Crops
 from diht_jax.records.schema import Record
 

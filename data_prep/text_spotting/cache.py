@@ -17,7 +17,7 @@ from typing import Any
 
 from data_prep.text_spotting.ocr import Box
 from diht_jax.storage.files import add_checksum, parse_object, write_bytes
-from diht_jax.storage.retries import naming_output
+from diht_jax.storage.stores import naming_output
 
 
 @dataclasses.dataclass

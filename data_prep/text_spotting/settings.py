@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from data_prep.text_spotting.networks import PRECISIONS, OcrSettings, easyocr_version
 from data_prep.text_spotting.ocr import CANVAS_STEPS, resolve_for_networks
-from diht_jax.input import decode as images
+from diht_jax.input import transforms as images
 from diht_jax.storage.files import refuse_url
 
 # What is decided about a picture that EasyOCR has read, and how it is read: raised whenever a

@@ -25,7 +25,7 @@ from data_prep.text_spotting.match import can_match, caption_matches
 from data_prep.text_spotting.networks import OcrSettings
 from data_prep.text_spotting.ocr import Box, Ocr, Shrunk, crop_line, load_ocr, shrink
 from data_prep.text_spotting.settings import Settings
-from diht_jax.input import decode as images
+from diht_jax.input import transforms as images
 
 __all__ = ["Settings", "Spot", "TextSpotter", "Verdict", "caption_matches"]
 

@@ -27,21 +27,20 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.records import tfrecord
+from diht_jax.records import formats, tar_records
 from diht_jax.records.catalog import describe_stale, kind_of
 from diht_jax.records.dataset_index import (
     ANCHOR_RECORDS,
     INDEX_NAME,
     DatasetIndex,
     ShardEntry,
+    damaged_index,
     digest_shard,
     encode_head,
     encode_preamble,
     read_index,
 )
-from diht_jax.records.format import TFRecordError
-from diht_jax.records.formats import tar_records
-from diht_jax.records.formats.shard_index import INDEX_SUFFIX
+from diht_jax.records.shard_files import INDEX_SUFFIX, TFRecordError
 from diht_jax.records.sharded import read_ends
 from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import find_inputs, local_output, upload
@@ -51,7 +50,7 @@ from diht_jax.terminal import ProgressBar, print_escaped
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _NAMES_SHOWN = 3
-_INDICES = {"tfrecord": tfrecord.INDEX, "webdataset": tar_records.INDEX}
+_INDICES = {"tfrecord": formats.INDEX, "webdataset": tar_records.INDEX}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +181,7 @@ def _load_offsets(
     else:
         offsets = old.offsets(row)
         if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
-            raise old.damaged(f"the offsets of {entry.name} are wrong")
+            raise damaged_index(old.path, f"the offsets of {entry.name} are wrong")
     if offsets is None or len(offsets) != entry.num_records:
         raise ValueError(f"{entry.name} has changed while its index was being written")
     return offsets

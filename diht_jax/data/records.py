@@ -7,7 +7,7 @@ with open_writer("/data/own/pairs-00000.tfrecord") as writer:
 """
 
 from diht_jax.records.catalog import find_shards
-from diht_jax.records.formats.registry import open_source, open_writer
+from diht_jax.records.formats import open_source, open_writer
 from diht_jax.records.schema import Pair, Record, decode_record, encode_record
 
 __all__ = [

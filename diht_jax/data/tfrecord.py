@@ -1,5 +1,5 @@
-"""The public names of `diht_jax.records.tfrecord`, at the path that users know."""
+"""The public names of `diht_jax.records.formats`, at the path that users know."""
 
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.formats import TFRecordSource, TFRecordWriter
 
 __all__ = ["TFRecordSource", "TFRecordWriter"]

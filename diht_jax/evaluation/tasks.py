@@ -31,11 +31,15 @@ from diht_jax.evaluation.task_parsing import (
     parse_config_tasks,
     parse_tasks,
 )
-from diht_jax.input.pipeline import open_records
 from diht_jax.readers.base import Skipped
-from diht_jax.records.labels.shards import resolve_source
 from diht_jax.records.schema import Pair
-from diht_jax.records.train_data import TrainSource, held_out_records, parse_train
+from diht_jax.records.train_data import (
+    TrainSource,
+    held_out_records,
+    open_records,
+    parse_train,
+    resolve_source,
+)
 from diht_jax.storage.files import map_many
 
 # Shows the examples of a task, from the task, its source, what was measured, its entry in the

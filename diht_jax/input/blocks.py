@@ -38,10 +38,9 @@ from diht_jax.input.workers import (
     describe_bytes,
     remove_folder,
 )
-from diht_jax.records.format import TFRecordError
+from diht_jax.records.shard_files import TFRecordError
 from diht_jax.storage.locks import LockedError, lock_file
-from diht_jax.storage.retries import StorageError, is_missing, is_outage, retry
-from diht_jax.storage.stores import RangesFile
+from diht_jax.storage.stores import RangesFile, StorageError, is_missing, is_outage, retry
 
 _Result = TypeVar("_Result")
 

@@ -17,7 +17,8 @@ import ml_collections
 import numpy as np
 
 from diht_jax.input.transforms import sample_crop_box
-from diht_jax.records.captions import (
+from diht_jax.records.labels.clip_embeddings import ClipEmbeddings, Crops, EmbeddedRecord
+from diht_jax.records.samples import (
     add_columns,
     all_captions,
     caption_kinds,
@@ -25,7 +26,6 @@ from diht_jax.records.captions import (
     parse_columns,
     split_sentences,
 )
-from diht_jax.records.labels.clip_embeddings import ClipEmbeddings, Crops, EmbeddedRecord
 from diht_jax.records.schema import Pair, Record
 from diht_jax.records.train_data import parse_weights, weight_at_step
 

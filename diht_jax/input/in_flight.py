@@ -149,7 +149,6 @@ class InFlight:
         self,
         stores: Sequence[BlockStore],
         options: ReadAheadOptions,
-        *,
         process_count: int,
     ) -> int:
         """Plans which blocks are fetched ahead, logs their size, and compares it with its bound.

@@ -1,11 +1,19 @@
-"""The records of a run, position by position: of one source, or of several in given shares."""
+"""The records of a run, position by position: of one source, or of several in exact shares.
+
+The source of a position is a function of the position alone, in closed form, so that a run can
+begin anywhere. Positions are those of `order.py`: position p is row p // V of stream p % V.
+"""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import heapq
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import ml_collections
@@ -14,23 +22,26 @@ import numpy as np
 from diht_jax.input.blocks import BlockStore, read_patiently
 from diht_jax.input.choices import check_crops
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_order
-from diht_jax.records.fingerprint import Fingerprint, fingerprint_records
 from diht_jax.records.labels.clip_embeddings import ClipEmbeddings
-from diht_jax.records.labels.concepts import open_labels
-from diht_jax.records.labels.shards import LabelRecords, resolve_source
+from diht_jax.records.labels.shards import LabelRecords, open_labels
 from diht_jax.records.schema import Record, decode_record
 from diht_jax.records.train_data import (
+    Fingerprint,
     TrainSource,
+    fingerprint_records,
     held_out_records,
     parse_train,
+    resolve_source,
     switching_steps,
     weight_at_step,
 )
 
 # Batches between a bad record and what replaces it are no more than this.
 _LONGEST_CYCLE = 10**6
+
+# Longest cycle; shares with a larger common denominator are rounded to multiples of 1 / MAX_CYCLE.
+MAX_CYCLE = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +111,11 @@ class Mixture(Sequence[tuple[Source, Record]]):
         number, record = self.find(position)
         return sum(len(source.records) for source in self.sources[:number]) + record
 
-    def key(self, position: int) -> str:
-        """The key of the record at a position."""
-        return self[position][1].key
-
-    def path(self, position: int) -> str:
-        """The file of the record at a position, as far as its source knows it, else ""."""
-        return self._locate(position)[0]
-
-    def describe(self, position: int) -> str:
-        """File and number within it of the record, as far as its source knows them, else ""."""
-        path, record = self._locate(position)
-        return f"{path}: record {record}" if path else ""
+    def locate(self, position: int) -> tuple[str, int]:
+        """File and number within it of the record; "" where its source does not know the file."""
+        number, record = self.find(position)
+        locate = getattr(self.sources[number].records, "locate", None)
+        return ("", record) if locate is None else locate(record)
 
     def metrics(self, position: int) -> dict[str, float]:
         """Examples and epochs of each source before a position; nothing with the only one."""
@@ -158,8 +162,10 @@ class Mixture(Sequence[tuple[Source, Record]]):
 
     def by_store(self, positions: Iterable[int]) -> list[tuple[BlockStore, list[int]]]:
         """The blocks of each source in a store, and its records at some positions."""
+        if not self._has_blocks:
+            return []
         found: list[list[int]] = [[] for _ in self.sources]
-        for position in positions if self._has_blocks else ():
+        for position in positions:
             number, record = self.find(position)
             found[number].append(record)
         pairs = zip(self.sources, found, strict=True)
@@ -168,12 +174,6 @@ class Mixture(Sequence[tuple[Source, Record]]):
     def _find_source(self, position: int) -> tuple[int, int]:
         """The number of the source at a position, and its own position for it."""
         return self.weights.find(position) if self.weights else (0, position)
-
-    def _locate(self, position: int) -> tuple[str, int]:
-        number, record = self.find(position)
-        records = self.sources[number].records
-        locate = getattr(records, "locate", None)
-        return ("", record) if locate is None else locate(record)
 
 
 def open_mixture(
@@ -253,3 +253,144 @@ def _source_seed(seed: int, source: TrainSource) -> int:
         return seed
     words = [seed, *source.name.encode()]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint32)[0])
+
+
+def exact_shares(weights: Sequence[Fraction]) -> list[Fraction]:
+    """The shares of sources by their weights, with a common denominator up to `MAX_CYCLE`."""
+    total = sum(weights)
+    shares = [Fraction(weight) / total for weight in weights]
+    if math.lcm(*(share.denominator for share in shares)) <= MAX_CYCLE:
+        return shares
+    # The largest remainders are rounded up; nothing that counts is rounded to nothing.
+    counts = [max(int(share > 0), math.floor(share * MAX_CYCLE)) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * MAX_CYCLE)
+    for index in by_remainder[: max(0, MAX_CYCLE - sum(counts))]:
+        counts[index] += 1
+    return [Fraction(count, sum(counts)) for count in counts]
+
+
+def make_cycle(shares: Sequence[Fraction]) -> np.ndarray:
+    """The sources of D positions in a row, int64 [D], D the common denominator of their shares.
+
+    The c-th entry of a source with share w is within the positions [c / w, (c + 1) / w): the
+    earliest deadline goes first, and of equal ones that of the larger share (Liu and Layland,
+    Journal of the ACM 1973; Baruah et al., Algorithmica 1996).
+    """
+    length = math.lcm(*(share.denominator for share in shares))
+    released: list[list[tuple[int, Fraction, int]]] = [[] for _ in range(length)]
+    for source, share in enumerate(shares):
+        for count in range(int(share * length)):
+            deadline = math.ceil((count + 1) / share)
+            released[math.floor(count / share)].append((deadline, -share, source))
+    waiting: list[tuple[int, Fraction, int]] = []
+    cycle = np.zeros(length, np.int64)
+    for position, entries in enumerate(released):
+        for entry in entries:
+            heapq.heappush(waiting, entry)
+        cycle[position] = heapq.heappop(waiting)[2]
+    return cycle
+
+
+class _Rotation:
+    """A cycle as the V streams of a run go through it.
+
+    Position p has entry (p + (p // V) a) mod D of the cycle, with the smallest a for which V + a
+    and D have no common factor. So within V positions the entries follow each other, and each
+    stream goes through all entries in D rows: `turned` has them in the order of a stream.
+    """
+
+    def __init__(self, shares: Sequence[Fraction], num_streams: int):
+        cycle = make_cycle(shares)
+        length = len(cycle)
+        step = next(n for n in range(num_streams, sys.maxsize) if math.gcd(n, length) == 1)
+        self.length = length
+        self.turned = cycle[np.arange(length) * (step % length) % length]
+        # Where a stream begins in `turned`.
+        inverse = pow(step, -1, length) if length > 1 else 0
+        self.begins = np.arange(num_streams) * inverse % length
+        is_source = self.turned == np.arange(len(shares))[:, None]
+        self.before = np.cumsum(np.pad(is_source, ((0, 0), (1, 0))), axis=1)  # [sources, D + 1]
+        self.per_cycle = self.before[:, -1]
+
+    def count(self, source: int, entries: int | np.ndarray) -> int | np.ndarray:
+        """Counts the entries of a source among the first ones of the endless `turned`."""
+        cycles, rest = np.divmod(entries, self.length)
+        return cycles * self.per_cycle[source] + self.before[source, rest]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    """Shares of a part of the run."""
+
+    first_row: int  # of each stream
+    rotation: _Rotation  # of the shares
+    taken: np.ndarray  # int64 [sources, V], rows that each stream has taken from each source before
+
+
+class MixtureWeights:
+    """The source of each position, and that source's own position for it.
+
+    Own positions are numbered like those of a run: row i of stream s is own position i V + s, where
+    i counts the rows of the stream that came from the source. So every own position is used once,
+    and a stream stays on its host.
+    """
+
+    def __init__(
+        self, points: Sequence[tuple[int, Sequence[Fraction]]], *, num_streams: int, batch_size: int
+    ):
+        """Makes the tables of V streams and batches of a multiple of V.
+
+        Args:
+            points: step from which on they hold (the first is 0), and the weights of the sources.
+            num_streams: V.
+            batch_size: global.
+        """
+        self.num_streams = num_streams
+        self._points = [(step, exact_shares(weights)) for step, weights in points]
+        self._segments: list[_Segment] = []
+        taken = np.zeros((len(points[0][1]), num_streams), np.int64)
+        for step, shares in self._points:
+            first_row = step * batch_size // num_streams
+            if self._segments:
+                taken = self._taken(self._segments[-1], first_row)
+            rotation = _Rotation(shares, num_streams)
+            self._segments.append(_Segment(first_row, rotation, taken))
+        self._first_rows = [segment.first_row for segment in self._segments]
+        # Batches after which each stream is at the same entry of every cycle again.
+        self.period = math.lcm(*(segment.rotation.length for segment in self._segments))
+
+    def describe(self) -> list[str]:
+        """The shares of each source, such as "4/5" or "4/5, from step 1000 on 1/2"."""
+        return [
+            ", ".join(
+                f"from step {step} on {shares[source]}" if step else str(shares[source])
+                for step, shares in self._points
+            )
+            for source in range(len(self._points[0][1]))
+        ]
+
+    def find(self, position: int) -> tuple[int, int]:
+        """The source of a position, and its own position for it."""
+        row, stream = divmod(position, self.num_streams)
+        segment = self._segments[bisect.bisect_right(self._first_rows, row) - 1]
+        rotation = segment.rotation
+        begin = int(rotation.begins[stream])
+        end = begin + row - segment.first_row
+        source = int(rotation.turned[end % rotation.length])
+        count = rotation.count(source, end) - rotation.count(source, begin)
+        return source, int(count + segment.taken[source, stream]) * self.num_streams + stream
+
+    def counts(self, position: int) -> list[int]:
+        """Examples that each source has given before a position, a multiple of V."""
+        row = position // self.num_streams
+        segment = self._segments[bisect.bisect_right(self._first_rows, row) - 1]
+        return self._taken(segment, row).sum(axis=1).tolist()
+
+    def _taken(self, segment: _Segment, row: int) -> np.ndarray:
+        rotation = segment.rotation
+        ends = rotation.begins + row - segment.first_row
+        counts = [
+            rotation.count(source, ends) - rotation.count(source, rotation.begins)
+            for source in range(len(segment.taken))
+        ]
+        return segment.taken + np.array(counts)

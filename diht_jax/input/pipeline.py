@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import grain
@@ -24,11 +26,6 @@ from diht_jax.input.in_flight import InFlight, Joiner
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder, derived_seed
 from diht_jax.input.sub_batches import SKIPPED_RECORDS, SubBatches, find_crashing_index
-from diht_jax.records.catalog import ShardsNotFoundError
-from diht_jax.records.dataset_index import INDEX_NAME, rebuild_command
-from diht_jax.records.formats import registry as formats
-from diht_jax.records.sharded import ShardedRecords
-from diht_jax.records.train_data import check_is_set
 from diht_jax.storage.stores import is_remote
 
 # Deaths of decoding workers, without a batch between them, that a run survives.
@@ -39,9 +36,26 @@ _MAX_NAMED = 100
 _MAX_FILES = 3
 # Depth below the seed at which grain's graph of old had its random crops.
 _CROP_DEPTH = 3
-# From this many shards in a store on, an index pays.
-_MANY_SHARDS = 16
 _READ_AHEAD = ReadAheadOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """A position in the data that stays while its iterator goes on."""
+
+    state: dict[str, int]
+
+    def get_state(self) -> dict[str, int]:
+        """The state that `TrainIterator.set_state` takes."""
+        return self.state
+
+
+class StoppedWaiting(Exception):
+    """The run is to stop, and the batch behind `position`, which it waits for, does not come."""
+
+    def __init__(self, position: Position):
+        super().__init__("the input stalls")
+        self.position = position
 
 
 class TrainIterator:
@@ -92,7 +106,12 @@ class TrainIterator:
     ):
         """Builds the graph; reading starts with the first batch."""
         if not isinstance(source, Mixture):
-            source = _only(source, decode, order or GlobalOrder(max(1, len(source)), seed))
+            if not len(source):
+                raise ValueError(f"config.data.train: {source!r} holds no record")
+            if decode is None:
+                raise ValueError("decode: expected what makes examples of the records")
+            order = order or GlobalOrder(len(source), seed)
+            source = Mixture([Source("", source, order, decode)])
         if num_workers is None:
             num_workers = workers.default_num_workers()
         if num_workers:
@@ -114,13 +133,18 @@ class TrainIterator:
         self._num_workers = num_workers
         self._batch_size = batch_size
         self._next_example = 0
-        self._in_flight = self._plan(prefetch_batches)
+        self._in_flight = InFlight(
+            num_workers=num_workers,
+            num_threads=min(16, workers.usable_cores()),
+            prefetch_batches=prefetch_batches,
+            rows=self._examples.rows,
+            parts_per_batch=self._examples.parts_per_batch,
+            example_bytes=self._records.example_bytes,
+        )
         self._in_flight.check(max_in_flight_gib)
-        self._parts_ahead = 0
-        if self.block_stores:
-            self._parts_ahead = self._in_flight.plan_blocks(
-                self.block_stores, read_ahead, process_count=process_count
-            )
+        plan_blocks = self._in_flight.plan_blocks
+        stores = self.block_stores
+        self._parts_ahead = plan_blocks(stores, read_ahead, process_count) if stores else 0
         self.skipped_records = 0
         self._parts_taken = 0  # since the workers were started
         self._abandoned = False
@@ -160,6 +184,57 @@ class TrainIterator:
             self._next_example += self._batch_size
             return batch
 
+    def take(
+        self,
+        stop_requested: Callable[[], bool],
+        *,
+        poll_secs: float = 1.0,
+        warn_after_secs: float = 60.0,
+        grace_secs: float = 5.0,
+    ) -> dict[str, np.ndarray]:
+        """The next batch; an input that stalls is reported, and given up for a stop.
+
+        The batch is fetched in a thread, so that the main thread can look at the time and at the
+        signals meanwhile. Time is counted in polls: a clock that is set makes no difference.
+
+        Args:
+            stop_requested: tells whether to give up a batch that does not come.
+            poll_secs: between two looks at that; a batch that comes is taken at once.
+            warn_after_secs: of waiting, until the log names what is awaited; then again after twice
+                as long.
+            grace_secs: that a batch still has to come once the run is to stop.
+
+        Raises:
+            StoppedWaiting: it was given up; the iterator cannot be used any more.
+        """
+        position = Position(self.get_state())
+        fetched: futures.Future[dict[str, np.ndarray]] = futures.Future()
+
+        def fetch() -> None:
+            try:
+                fetched.set_result(next(self))
+            except BaseException as error:
+                fetched.set_exception(error)
+
+        thread = threading.Thread(target=fetch, name="next_batch", daemon=True)
+        thread.start()
+        try:
+            waited = stopping = 0.0
+            while not futures.wait([fetched], poll_secs).done:
+                waited += poll_secs
+                if stop_requested():
+                    stopping += poll_secs
+                    if stopping >= grace_secs:
+                        raise StoppedWaiting(position)
+                if waited >= warn_after_secs:
+                    warn_after_secs *= 2
+                    logging.warning("no batch for %.0f s: %s", waited, self._describe_awaited())
+        except BaseException:  # a second ^C, too
+            self._abandon()
+            thread.join(grace_secs)
+            raise
+        return fetched.result()
+
     def keys(self, first_example: int, most: int | None = None) -> list[str]:
         """Keys of this process's records, the `most` first or all, in the batch from an index on.
 
@@ -169,7 +244,7 @@ class TrainIterator:
         indices = self._examples.batch(first_example)[:most]
         if self._examples.skips:
             indices = [self._examples.find(index)[1] for index in indices]
-        return [self._records.key(index) for index in indices]
+        return [self._records[index][1].key for index in indices]
 
     def get_state(self) -> dict[str, int]:
         """The position in the global order, as a JSON-able dict."""
@@ -180,10 +255,11 @@ class TrainIterator:
         self.close()
         self._next_example = int(state["next_example"])
 
-    def describe_awaited(self) -> str:
+    def _describe_awaited(self) -> str:
         """Names the next batch, the files of its records, and the state of the workers."""
         text = f"waiting for examples {self._batch_text(self._next_example)}"
-        paths = dict.fromkeys(map(self._records.path, self._examples.batch(self._next_example)))
+        located = map(self._records.locate, self._examples.batch(self._next_example))
+        paths = dict.fromkeys(path for path, _ in located)
         named = [path for path in paths if path][:_MAX_FILES]
         if named:
             more = f" and {len(paths) - len(named)} more files" if len(paths) > len(named) else ""
@@ -194,7 +270,7 @@ class TrainIterator:
         number = self._parts_taken % self._num_workers
         return f"{text}, from worker {number} of {self._num_workers}; {workers.describe_workers()}"
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Gives up the batch that another thread waits for: it ends with an error there."""
         self._abandoned = True
         self._stop_reading()
@@ -232,7 +308,7 @@ class TrainIterator:
         # Another end than by a crash may come from outside, the first time.
         if deaths > 1 or workers.has_crashed(error):
             while (index := self._find_crashing_index()) is not None:
-                key = self._records.key(index)
+                key = self._records[index][1].key
                 self._examples.exclude(index, f"record '{key}': its picture crashes its decoder")
                 if not self._examples.skips:
                     raise ValueError(self._examples.explain(index)) from error
@@ -268,16 +344,6 @@ class TrainIterator:
                     )
         if np.any(skipped) and self.skipped_records > _MAX_NAMED:
             logging.warning("%d bad records skipped so far", self.skipped_records)
-
-    def _plan(self, prefetch_batches: int) -> InFlight:
-        return InFlight(
-            num_workers=self._num_workers,
-            num_threads=min(16, workers.usable_cores()),
-            prefetch_batches=prefetch_batches,
-            rows=self._examples.rows,
-            parts_per_batch=self._examples.parts_per_batch,
-            example_bytes=self._records.example_bytes,
-        )
 
     def _next_part(self) -> dict[str, np.ndarray]:
         """The next sub-batch of those that are decoded."""
@@ -318,16 +384,6 @@ class TrainIterator:
         return iter(dataset)
 
 
-def _only(
-    records: Sequence[bytes], decode: DecodeExample | None, order: GlobalOrder | BlockOrder
-) -> Mixture:
-    if not len(records):
-        raise ValueError(f"config.data.train: {records!r} holds no record")
-    if decode is None:
-        raise ValueError("decode: expected what makes examples of the records")
-    return Mixture([Source("", records, order, decode)])
-
-
 def _with_blocks(source: Source, read_ahead: ReadAheadOptions, num_workers: int) -> Source:
     """The source, which reads by blocks where it is in a store and has the order for them."""
     # Files in fsspec's memory are known to this process alone.
@@ -337,26 +393,3 @@ def _with_blocks(source: Source, read_ahead: ReadAheadOptions, num_workers: int)
         return source
     blocks = BlockStore(source.records, source.order, read_ahead, num_processes=num_workers)
     return dataclasses.replace(source, blocks=blocks)
-
-
-def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
-    """The records of `config.data.train`: a directory, a glob, or a list of shards.
-
-    Raises:
-        ValueError: it is not set, or leads to no shards, to those of several formats, or to a
-            compressed tar.
-    """
-    check_is_set(train)
-    try:
-        source = formats.open_source(train or ())
-    except ShardsNotFoundError as error:
-        raise ValueError(f"config.data.train: {error}") from error
-    unindexed = source.unindexed_urls
-    if len(unindexed) > _MANY_SHARDS:
-        folder = os.path.dirname(unindexed[0])
-        logging.warning(
-            f"no {INDEX_NAME} describes {len(unindexed)} shards, such as {unindexed[0]}: every "
-            f"process reads the size and the index of each of them; `{rebuild_command(folder)}` "
-            "writes one"
-        )
-    return source

@@ -7,8 +7,8 @@ A bad record is replaced by the one whose index in the order is larger by a stri
 of the batch size as stride, the replacement is never in the same batch (where the same pair twice
 would be each other's negative), unless the data set is smaller than that. The choice is a function
 of the index alone, so that it is the same on any number of hosts and workers, and after a restart.
-What makes a record bad is decided where it is read: `records/tfrecord.py` for its frame,
-`records/schema.py` for its fields, `decode.py` for its picture.
+What makes a record bad is decided where it is read: `records/shard_files.py` for its frame,
+`records/schema.py` for its fields, `transforms.py` for its picture.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import numpy as np
 
 from diht_jax.input.mixing import Mixture
 from diht_jax.input.workers import start_worker
-from diht_jax.records.format import DamagedRecordError, TFRecordError
-from diht_jax.storage.retries import StorageError
+from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
+from diht_jax.storage.stores import StorageError
 
 # Values of `config.data.on_bad_record`.
 MODES = ("error", "skip")
@@ -158,7 +158,8 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             self.decode(index)
         except ValueError as error:
             return str(error)
-        return f"{self._records.describe(index)}: could be read at the second attempt"
+        path, record = self._records.locate(index)
+        return f"{path or 'data'}: record {record}: could be read at the second attempt"
 
     def find(self, index: int) -> tuple[dict[str, Any], int]:
         """The first good example among the candidates for an index, and its own index."""
@@ -186,8 +187,9 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         except (TFRecordError, StorageError):
             raise  # names file and record
         except ValueError as error:
-            where = self._records.describe(index)
-            raise ValueError(f"{where}: {error}" if where else str(error)) from error
+            path, record = self._records.locate(index)
+            where = f"{path}: record {record}: " if path else ""
+            raise ValueError(f"{where}{error}") from error
 
     def _examples(self, indices: range) -> Iterator[dict[str, Any]]:
         """The examples at indices, everything but the pixels for a group of them at once.

@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from diht_jax.storage.retries import is_storage_failure
+from diht_jax.storage.stores import is_storage_failure
 
 _BAD_ARCHIVE = (
     zipfile.BadZipFile,

@@ -1,7 +1,7 @@
 """Parquet files with images, such as those of img2dataset's output format "parquet".
 
 Images are bytes, Hugging Face's struct of bytes and path, or paths in the file's folder (as in the
-`metadata.parquet` of Hugging Face's imagefolder). Columns are those of `columns.ColumnOptions`; the
+`metadata.parquet` of Hugging Face's imagefolder). Columns are those of `base.ColumnOptions`; the
 others become metadata. A number in a column "label" gets its name from Hugging Face's description
 in the file, where there is one. In a folder with tars, img2dataset's parquet files hold metadata
 only.
@@ -16,18 +16,25 @@ import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from diht_jax.readers.base import Format, Skipped, SourceShard
-from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns, make_pair
-from diht_jax.records.formats.tar_members import check_expansion
+from diht_jax.readers.base import (
+    ColumnOptions,
+    Format,
+    Skipped,
+    SourceShard,
+    describe_missing,
+    find_columns,
+    make_pair,
+)
 from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair, parse_json_object
-from diht_jax.storage.retries import is_storage_failure
+from diht_jax.records.tars import check_expansion
 from diht_jax.storage.stores import (
     BLOCK_BYTES,
     RangesFile,
     check_failure,
     input_size,
     is_remote,
+    is_storage_failure,
     open_file,
 )
 

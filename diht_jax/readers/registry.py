@@ -33,22 +33,22 @@ from typing import Any
 
 from absl import logging
 
-from diht_jax.readers import caption_files, image_folder, parquet, records, tables, tfds, webdataset
+from diht_jax.readers import image_folder, parquet, shard_formats, tables, tfds
 from diht_jax.readers.base import Format, Skipped, SourceShard
 from diht_jax.records.schema import Pair
-from diht_jax.storage import files, retries
+from diht_jax.storage import files, stores
 from diht_jax.storage.files import find_inputs, is_glob
 from diht_jax.storage.stores import is_remote
 
 # Kind of a shard -> format. The first that recognises a text or a file reads it.
 FORMATS: dict[str, Format] = {
-    "webdataset": webdataset.FORMAT,
+    "webdataset": shard_formats.WEBDATASET,
     "table": tables.FORMAT,
     "tfds": tfds.FORMAT,
-    "tfrecord": records.FORMAT,
-    "array_record": records.ARRAY_RECORD,
+    "tfrecord": shard_formats.TFRECORD,
+    "array_record": shard_formats.ARRAY_RECORD,
     "parquet": parquet.FORMAT,
-    "caption_files": caption_files.FORMAT,
+    "caption_files": image_folder.CAPTION_FILES,
     "folder": image_folder.CLASSES,
     "pictures": image_folder.PICTURES,
 }
@@ -124,7 +124,7 @@ def describe_linked(source: SourceShard) -> str | None:
             status = files.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError) as error:  # no file can have such a name, either
-            if isinstance(error, OSError) and not retries.is_missing(error):
+            if isinstance(error, OSError) and not stores.is_missing(error):
                 raise
             state = "missing"
         digest.update(f"{state}\n".encode())
@@ -134,8 +134,19 @@ def describe_linked(source: SourceShard) -> str | None:
 def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
     """Divides a source into units of work, in a fixed order; arguments as for `open_source`."""
     _check_options(options)
-    texts = [spec] if isinstance(spec, str) else list(spec)
-    shards = [shard for text in texts for shard in _list_text(text, options)]
+    shards = []
+    for text in [spec] if isinstance(spec, str) else spec:
+        path, own = _split_options(text)
+        given = options | own
+        found = _list_path(enter_split(path, given.get("split")), given)
+        for kind in dict.fromkeys(shard.kind for shard in found):
+            known = _option_names(kind)
+            if unknown := own.keys() - {*known, "split"}:
+                raise ValueError(
+                    f"{text}: this source ({kind}) has no option '{min(unknown)}'; it has "
+                    f"{', '.join(known) or 'none'}"
+                )
+        shards += found
     if not shards:
         raise ValueError(
             f"no source of pairs: got {spec!r}; see diht_jax/readers/registry.py for forms"
@@ -154,8 +165,11 @@ def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 def option_defaults() -> dict[str, dataclasses.Field]:
     """Every option of the formats by its name, as a field with type and default."""
-    types = [form.options for form in FORMATS.values() if form.options]
-    return {field.name: field for kind in types for field in dataclasses.fields(kind)}
+    found: dict[str, dataclasses.Field] = {}
+    for form in FORMATS.values():
+        for field in dataclasses.fields(form.options) if form.options else ():
+            found[field.name] = field
+    return found
 
 
 def name_options(message: str, form: str) -> str:
@@ -165,19 +179,6 @@ def name_options(message: str, form: str) -> str:
     return re.sub(
         rf"(?<![\w.'?/-])({names})(?![\w'/]|\.\w)", lambda name: form.format(name[1]), message
     )
-
-
-def _list_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
-    path, own = _split_options(text)
-    shards = _list_path(enter_split(path, (options | own).get("split")), options | own)
-    for kind in dict.fromkeys(shard.kind for shard in shards):
-        known = _option_names(kind)
-        if unknown := own.keys() - {*known, "split"}:
-            raise ValueError(
-                f"{text}: this source ({kind}) has no option '{min(unknown)}'; it has "
-                f"{', '.join(known) or 'none'}"
-            )
-    return shards
 
 
 def enter_split(folder: str, split: str | None) -> str:

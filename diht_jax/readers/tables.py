@@ -18,8 +18,15 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
-from diht_jax.readers.base import Format, Skipped, SourceShard
-from diht_jax.readers.columns import ColumnOptions, describe_missing, find_columns, make_pair
+from diht_jax.readers.base import (
+    ColumnOptions,
+    Format,
+    Skipped,
+    SourceShard,
+    describe_missing,
+    find_columns,
+    make_pair,
+)
 from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair, parse_json, parse_json_object
 from diht_jax.storage.files import map_many, read_bytes

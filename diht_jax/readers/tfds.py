@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from diht_jax.readers.base import Format, Skipped, SourceShard
-from diht_jax.records.format import read_records
 from diht_jax.records.samples import CAPTION_NAMES, merge_captions, pick_captions
 from diht_jax.records.schema import Pair
-from diht_jax.storage.retries import is_storage_failure
+from diht_jax.records.shard_files import read_records
+from diht_jax.storage.stores import is_storage_failure
 
 PREFIX = "tfds:"
 

@@ -8,6 +8,7 @@ that are new, gone or of another size are an error.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import os
@@ -16,8 +17,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diht_jax.records.dataset_index import INDEX_NAME, KINDS, DatasetIndex, read_index
-from diht_jax.records.format import FRAME_BYTES, framed_length
+from diht_jax.records.dataset_index import (
+    INDEX_NAME,
+    KINDS,
+    DatasetIndex,
+    read_index,
+    rebuild_command,
+)
+from diht_jax.records.shard_files import FRAME_BYTES, framed_length
 from diht_jax.storage.files import find_inputs, is_glob
 from diht_jax.storage.stores import input_size, is_remote, open_local
 
@@ -33,6 +40,7 @@ _NAMES = {
     "array_record": re.compile(r"[^.].*\.array_record(-\d{5,}(-of-\d{5,})?)?"),
     "webdataset": re.compile(r"[^.].*\.(?i:tar)"),
 }
+_DATASET_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "webdataset": "tar"}
 # Endings of sources that have no random access by records.
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -99,7 +107,11 @@ def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
         described = {path: Shard(path, size) for path, size in sizes.items()}
         for folder in dict.fromkeys(map(os.path.dirname, sizes)) if kind in KINDS else ():
             if folder not in indices:
-                indices[folder] = _read_index(folder, folders.get(folder))
+                path, listed = os.path.join(folder, INDEX_NAME), folders.get(folder)
+                indices[folder] = None
+                if listed is None or path in listed:
+                    with contextlib.suppress(FileNotFoundError):
+                        indices[folder] = read_index(path, listed[path] if listed else None)
             # A local file of any name can be given by its path.
             own = {
                 path: size
@@ -116,7 +128,25 @@ def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
 def kind_of(path: str) -> str | None:
     """The kind of a shard by its name alone; None where it is no name of a shard."""
     name = os.path.basename(path)
-    return next((kind for kind, form in _NAMES.items() if form.fullmatch(name)), None)
+    for kind, form in _NAMES.items():
+        if form.fullmatch(name):
+            return kind
+    return None
+
+
+def shard_name(
+    dataset: str, split: str, index: int, num_shards: int, suffix: str = ".tfrecord"
+) -> str:
+    """File name of one shard, as TFDS forms it from our template; a ValueError for other names.
+
+    Those of data set and split are lower case with underscores; `index` counts from 0, and more
+    than 99,999 shards make the number longer.
+    """
+    for name in (dataset, split):
+        if not _DATASET_NAME.fullmatch(name):
+            raise ValueError(f"name '{name}': expected lower-case letters, digits and underscores")
+    digits = max(5, len(str(num_shards)))
+    return f"{dataset}-{split}-{index:0{digits}d}{suffix}"
 
 
 def describe_stale(known: Mapping[str, Any], found: Mapping[str, Any], is_whole: bool) -> list[str]:
@@ -180,17 +210,6 @@ def _list(entry: str, folders: dict[str, _Sizes], siblings: Mapping[str, int]) -
     return listed
 
 
-def _read_index(folder: str, listed: _Sizes | None) -> DatasetIndex | None:
-    """The index of a folder, if there is one."""
-    path = os.path.join(folder, INDEX_NAME)
-    if listed is not None and path not in listed:
-        return None
-    try:
-        return read_index(path, listed[path] if listed else None)
-    except FileNotFoundError:
-        return None
-
-
 def _match(index: DatasetIndex, kind: str, found: _Sizes, is_whole: bool) -> list[Shard]:
     """The shards of the index's folder, with their rows; ValueError for a stale index."""
     sizes = {
@@ -200,8 +219,8 @@ def _match(index: DatasetIndex, kind: str, found: _Sizes, is_whole: bool) -> lis
     if changes := describe_stale(index.sizes(kind), sizes, is_whole):
         raise ValueError(
             f"{index.path} does not fit the shards of its folder: {'; '.join(changes)}. If the "
-            f"shards are right, bring it up to date by `{index.rebuild_command}`, which reads "
-            "those shards only"
+            f"shards are right, bring it up to date by `{rebuild_command(index.path)}`, which "
+            "reads those shards only"
         )
     folder = os.path.dirname(index.path)
     return [

@@ -26,7 +26,6 @@ offsets.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -37,7 +36,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from diht_jax.records.format import TFRecordError
+from diht_jax.records.shard_files import TFRecordError
 from diht_jax.storage.copies import cached_copy
 from diht_jax.storage.stores import RangesFile, is_remote
 
@@ -86,10 +85,13 @@ class DatasetIndex:
     Attributes:
         path: path or URL of the file.
         head: its bytes.
-        facts: the JSON.
+        vocabulary: of the labels of all shards (`Vocabulary.describe`), where it is known.
+        labels: what `labels.shards.describe_labels` states; None of any other data set.
         names, kinds: str, of each shard.
+        rows: the row of each shard, by its name.
         num_records, num_bytes: int64 [shards].
         starts: int64 [shards + 1], the first record of each shard.
+        file_bytes: size of the file.
     """
 
     def __init__(self, head: bytes, path: str, local_path: str | None = None):
@@ -105,33 +107,13 @@ class DatasetIndex:
         try:
             self._parse()
         except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-            raise self.damaged(str(error)) from error
+            raise damaged_index(self.path, str(error)) from error
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.head, self.path, self._local_path)
-
-    @functools.cached_property
-    def rows(self) -> dict[str, int]:
-        """The row of each shard, by its name."""
-        return {name: row for row, name in enumerate(self.names)}
-
-    @property
-    def vocabulary(self) -> dict[str, Any] | None:
-        """The labels of all shards (`Vocabulary.describe`), where they are known."""
-        return self.facts.get("vocabulary")
-
-    @property
-    def labels(self) -> dict[str, Any] | None:
-        """What `labels.shards.describe_labels` states; None of any other data set."""
-        return self.facts.get("labels")
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the file."""
-        return _PREAMBLE.size + len(self.head) + 8 * int(self.starts[-1])
 
     def sizes(self, kind: str | None = None) -> dict[str, int]:
         """Bytes of each shard, or of those of a kind, by name."""
@@ -145,27 +127,25 @@ class DatasetIndex:
             kind=self.kinds[row],
             num_records=int(self.num_records[row]),
             num_bytes=int(self.num_bytes[row]),
-            digest=self.digest(row),
+            digest=f"{int(self._digests[row]):016x}",
             anchors=self._anchors[self._anchor_starts[row] : self._anchor_starts[row + 1]],
         )
 
-    def digest(self, row: int) -> str:
-        """The digest of a shard; see `digest_shard`."""
-        return f"{int(self._digests[row]):016x}"
-
     def extent(self, row: int, begin: int, end: int) -> tuple[int, int]:
-        """First byte and end of the records [begin, end) of a shard; errors as `damaged`."""
+        """First byte and end of the records [begin, end) of a shard; errors as `damaged_index`."""
         smallest, size = KINDS[self.kinds[row]], int(self.num_bytes[row])
         start = self._offset(row, begin)
         stop = size if end == self.num_records[row] else self._offset(row, end)
         if not start + smallest * (end - begin) <= stop <= size:
-            raise self.damaged(f"record {begin} of {self.names[row]} would be at byte {start}")
+            raise damaged_index(
+                self.path, f"record {begin} of {self.names[row]} would be at byte {start}"
+            )
         return start, stop
 
     def bounds(self, row: int, begin: int, end: int) -> np.ndarray:
         """int64 [end - begin + 1], where the records [begin, end) begin, and where they end.
 
-        Errors as `damaged`.
+        Errors as `damaged_index`.
         """
         first = int(self.starts[row])
         is_last = end == self.num_records[row]
@@ -173,7 +153,9 @@ class DatasetIndex:
         if is_last:
             offsets = np.append(offsets, self.num_bytes[row].astype(np.uint64))
         if (offsets > np.uint64(self.num_bytes[row])).any():
-            raise self.damaged(f"records {begin} to {end - 1} of {self.names[row]} are elsewhere")
+            raise damaged_index(
+                self.path, f"records {begin} to {end - 1} of {self.names[row]} are elsewhere"
+            )
         return offsets.astype(np.int64)
 
     def offsets(self, row: int) -> np.ndarray:
@@ -199,15 +181,6 @@ class DatasetIndex:
             )
             self._file = None
 
-    def damaged(self, detail: str) -> TFRecordError:
-        """The error for an index that cannot be used."""
-        return _damaged(self.path, detail)
-
-    @property
-    def rebuild_command(self) -> str:
-        """The command that brings the index up to date."""
-        return rebuild_command(os.path.dirname(self.path))
-
     def _offset(self, row: int, record: int) -> int:
         """The first byte of a record that is not the end of its shard."""
         group, within = divmod(record, ANCHOR_RECORDS)
@@ -232,7 +205,7 @@ class DatasetIndex:
         start = _PREAMBLE.size + len(self.head)
         data = self._file.read_range(start + 8 * begin, start + 8 * end)
         if len(data) != 8 * (end - begin):
-            raise self.damaged("it is cut off")
+            raise damaged_index(self.path, "it is cut off")
         offsets = np.frombuffer(data, "<u8")
         self._last = begin, end, offsets
         return offsets
@@ -243,7 +216,7 @@ class DatasetIndex:
         if json_bytes > len(head):
             raise ValueError("its JSON is cut off")
         position = _LENGTH.size
-        self.facts = facts = json.loads(head[position : position + json_bytes])
+        facts = json.loads(head[position : position + json_bytes])
         numbers = [facts[name] for name in ("shards", "records", "anchors", "names_bytes")]
         if not all(type(number) is int and 0 <= number < _MAX_NUMBER for number in numbers):
             raise ValueError("a number of its JSON is out of range")
@@ -264,6 +237,7 @@ class DatasetIndex:
         self.num_records, self.num_bytes = records.astype(np.int64), sizes.astype(np.int64)
         self.kinds = [facts["kinds"][kind] for kind in kinds.tolist()]
         self.names = names.split("\0")[:-1]
+        self.rows = {name: row for row, name in enumerate(self.names)}
         if len(self.names) != shards or len(self.rows) != shards or names[-1:] not in ("", "\0"):
             raise ValueError(f"it has {len(self.rows)} names for {shards} shards")
         for name in self.names:
@@ -277,18 +251,22 @@ class DatasetIndex:
         self._anchor_starts = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
         if (self.starts[-1], self._anchor_starts[-1]) != (num_records, anchors):
             raise ValueError("its numbers of records differ")
+        self.file_bytes = _PREAMBLE.size + len(head) + 8 * num_records
+        self.vocabulary: dict[str, Any] | None = facts.get("vocabulary")
+        self.labels: dict[str, Any] | None = facts.get("labels")
 
 
-def _damaged(path: str, detail: str) -> TFRecordError:
+def damaged_index(path: str, detail: str) -> TFRecordError:
+    """The error for an index that cannot be used."""
     return TFRecordError(
         f"{path}: this index is damaged ({detail}); delete it, or make it again by "
-        f"`{rebuild_command(os.path.dirname(path))} --overwrite`"
+        f"`{rebuild_command(path)} --overwrite`"
     )
 
 
-def rebuild_command(folder: str) -> str:
-    """The command that brings the index of a folder up to date."""
-    return f"python -m diht_jax.data.index {folder or '.'}"
+def rebuild_command(path: str) -> str:
+    """The command that brings an index up to date, given by its path or that of a shard."""
+    return f"python -m diht_jax.data.index {os.path.dirname(path) or '.'}"
 
 
 def read_index(path: str, file_bytes: int | None = None) -> DatasetIndex:
@@ -302,21 +280,21 @@ def read_index(path: str, file_bytes: int | None = None) -> DatasetIndex:
         file_bytes = file_bytes if is_remote(path) else file.size
         data = file.read_range(0, _FIRST_READ_BYTES)
         if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):
-            raise _damaged(path, "it has no valid header")
+            raise damaged_index(path, "it has no valid header")
         _, head_bytes, checksum, _ = _PREAMBLE.unpack_from(data)
         if head_bytes > (_MAX_HEAD_BYTES if file_bytes is None else file_bytes):
-            raise _damaged(path, "it is cut off")
+            raise damaged_index(path, "it is cut off")
         end = _PREAMBLE.size + head_bytes
         if end > len(data) == _FIRST_READ_BYTES:
             data += file.read_range(len(data), end)
     head = data[_PREAMBLE.size : end]
     if len(head) != head_bytes:
-        raise _damaged(path, "it is cut off")
+        raise damaged_index(path, "it is cut off")
     if google_crc32c.value(head) != checksum:
-        raise _damaged(path, "the checksum of its table differs")
+        raise damaged_index(path, "the checksum of its table differs")
     index = DatasetIndex(head, path)
     if file_bytes is not None and file_bytes != index.file_bytes:
-        raise _damaged(path, f"it has {file_bytes} bytes, and {index.file_bytes} are expected")
+        raise damaged_index(path, f"it has {file_bytes} bytes, and {index.file_bytes} are expected")
     return index
 
 

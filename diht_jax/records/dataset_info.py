@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -29,22 +28,6 @@ STATS_SUFFIX = ".stats.json"
 # What TFDS can decode; a folder with any other format is declared to hold encoded bytes.
 _TFDS_IMAGE_FORMATS = frozenset(("JPEG", "PNG"))
 _SHARD_TEMPLATE = "{DATASET}-{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
-
-
-def shard_name(
-    dataset: str, split: str, index: int, num_shards: int, suffix: str = ".tfrecord"
-) -> str:
-    """File name of one shard, as TFDS forms it from our template; a ValueError for other names.
-
-    Those of data set and split are lower case with underscores; `index` counts from 0, and more
-    than 99,999 shards make the number longer.
-    """
-    for name in (dataset, split):
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"name '{name}': expected lower-case letters, digits and underscores")
-    digits = max(5, len(str(num_shards)))
-    return f"{dataset}-{split}-{index:0{digits}d}{suffix}"
 
 
 def write_dataset_info(
@@ -62,7 +45,7 @@ def write_dataset_info(
     """Writes `dataset_info.json` and `features.json`.
 
     Args:
-        folder: of the shards, or its URL; their names are those of `shard_name`.
+        folder: of the shards, or its URL; their names are those of `catalog.shard_name`.
         shard_lengths: records per shard, of `num_bytes` together.
         image_formats: formats that occur. TFDS decodes JPEG and PNG only: where anything else
             occurs, the feature `image` is declared as encoded bytes.

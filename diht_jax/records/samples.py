@@ -1,17 +1,21 @@
-"""Samples as img2dataset and webdataset have them: an image under its format's name, and texts.
+"""Pairs and the samples that they come from: an image under its format's name, texts, captions.
 
 A sample's parts are `jpg`, `jpeg`, `png` or `webp` (the encoded image), `txt` (the caption), and
 metadata, of which `caption` and `captions` are captions too. In tars the parts are members and the
 metadata is `json`; in TFRecords they are fields, as img2dataset's output format "tfrecord" has
 them. What the parts mean is the same everywhere, and stands here.
+
+An image may have several captions, each of a kind such as alt text or synthetic: `captions` in the
+metadata are all texts, where there are several, and `caption_kinds` the kind of each of them, or of
+the only caption. Kinds are left out where all are the usual one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Names of columns and fields, in any case; of several that are there the first counts.
@@ -32,12 +36,38 @@ CAPTION_NAMES = ("txt", "caption", "captions", "text", "title", "description")
 # Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
 MAX_IMAGE_BYTES = 2**28
 
-# In the metadata, next to `captions`: the kind of each caption, see `captions.py`.
+# In the metadata, next to `captions`: the kind of each caption.
 CAPTION_KINDS = "caption_kinds"
 USUAL_KIND = "alt"
 
-_KEY, _TEXT, _IMAGE = "key", "txt", "image"
-_LISTS = ("bytes_list", "float_list", "int64_list")
+
+_KIND = re.compile(r"[A-Za-z0-9_-]+")
+# What may end a sentence, with the quotes and brackets that it closes and the space behind it.
+_END = re.compile(
+    r"""[.!?\u2026]+["'\u2019\u201d)\]]*\s+|[\u3002\uff01\uff1f]+[\u300d\u300f\u201d]*\s*|\s*\n\s*"""
+)
+_OPENING = "\"'\u2018\u201c(["
+# Their full stop ends none. A single letter, as in "J. S. Bach", ends none either.
+_ABBREVIATIONS = frozenset(["mr", "mrs", "ms", "dr", "prof", "st", "mt", "jr", "sr", "vs"])
+_LAST_WORD = re.compile(r"(\w+)\.$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """An image and its caption, as a source gave them.
+
+    Attributes:
+        key: names the pair within its source.
+        image: encoded bytes (JPEG, PNG, WebP, ...), untouched.
+        caption: the text; the first one where an image has several.
+        metadata: JSON-able side data: "captions" (all, where there are several), "label" (int or
+            str), "class_name" (str), and all else that the source knows.
+    """
+
+    key: str
+    image: bytes
+    caption: str
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +89,9 @@ class SampleError(ValueError):
     def __str__(self) -> str:
         reason = self.skipped.reason.replace("_", " ")
         return f"record '{self.skipped.key}': {reason} ({self.skipped.detail})"
+
+
+_Pair = TypeVar("_Pair", bound=Pair)
 
 
 def clean_text(text: str) -> str:
@@ -132,63 +165,124 @@ def take_caption(
     other = None
     if not captions and (other := find_name(metadata, CAPTION_NAMES)) is not None:
         captions = pick_captions(metadata[other])
-    rest = {name: value for name, value in metadata.items() if name not in ("caption", other, _KEY)}
+    rest = {
+        name: value for name, value in metadata.items() if name not in ("caption", other, "key")
+    }
     stated = metadata.get("captions") or captions[:1]
     return (captions[0] if captions else None), merge_captions(rest, captions, stated)
 
 
-def has_sample_fields(fields: Mapping[str, Any]) -> bool:
-    """Whether a `tf.train.Example` has the layout of img2dataset rather than ours."""
-    # A user's column may be called "image" as well, but ours has no `txt`.
-    has_image = any(_single_bytes(fields, name) is not None for name in IMAGE_EXTENSIONS)
-    return (has_image or _TEXT in fields) if _IMAGE not in fields else has_image and _TEXT in fields
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, without the space between them.
+
+    A sentence ends with a full stop, a question or exclamation mark before a space and anything
+    but a small letter, with a mark of Chinese or Japanese, or with its line. By rules alone, so
+    that every machine splits alike; a wrong guess makes a part of another length, and no more.
+    """
+    sentences, start = [], 0
+    for end in _END.finditer(text):
+        before, after = text[start : end.end()].rstrip(), text[end.end() :].lstrip(_OPENING)
+        word = _LAST_WORD.search(before)
+        is_short = word is not None and (
+            word[1].lower() in _ABBREVIATIONS or (len(word[1]) == 1 and word[1].isupper())
+        )
+        if "\n" not in end[0] and (after[:1].islower() or is_short):
+            continue
+        if before:
+            sentences.append(before.lstrip())
+        start = end.end()
+    rest = text[start:].strip()
+    return [*sentences, rest] if rest else sentences
 
 
-def read_sample_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The pair in the fields of img2dataset's layout: the attributes of `schema.Pair`.
+def all_captions(pair: Pair) -> list[str]:
+    """The captions of a pair, its first one first; ValueError where they are no list of texts."""
+    several = pair.metadata.get("captions", ())
+    if not isinstance(several, list | tuple) or not all(isinstance(t, str) for t in several):
+        raise ValueError(
+            f"record '{pair.key}': expected a list of texts in 'captions' of its metadata, got "
+            f"{several!r:.200}"
+        )
+    return [pair.caption, *(text for text in several if text != pair.caption)]
 
-    All fields but the image, `txt`, `key` and the captions are metadata: texts, and numbers that
-    JSON can hold; None for the others. `has_sample_fields` must be true of the fields.
+
+def caption_kinds(pair: Pair) -> list[str]:
+    """The kind of each of `all_captions`; ValueError where they are not as many."""
+    captions = all_captions(pair)
+    kinds = pair.metadata.get(CAPTION_KINDS)
+    if kinds is None:
+        return [USUAL_KIND] * len(captions)
+    stated = pair.metadata.get("captions") or [pair.caption]
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != len(stated)
+        or not all(isinstance(kind, str) for kind in kinds)
+    ):
+        raise ValueError(
+            f"record '{pair.key}': expected the kind of each of its {len(stated)} captions in "
+            f"'{CAPTION_KINDS}' of its metadata, got {kinds!r:.200}"
+        )
+    kind_of = dict(zip(reversed(stated), reversed(kinds), strict=True))
+    return [kind_of.get(text, USUAL_KIND) for text in captions]
+
+
+def with_captions(pair: _Pair, captions: Sequence[str], kinds: Sequence[str]) -> _Pair:
+    """The pair with other captions, at least one, and their kinds."""
+    hidden = ("captions", CAPTION_KINDS)
+    metadata = {name: value for name, value in pair.metadata.items() if name not in hidden}
+    if len(captions) > 1:
+        metadata["captions"] = list(captions)
+    if any(kind != USUAL_KIND for kind in kinds):
+        metadata[CAPTION_KINDS] = list(kinds)
+    return dataclasses.replace(pair, caption=captions[0], metadata=metadata)
+
+
+def parse_columns(text: str, where: str) -> dict[str, str]:
+    """Column of the metadata -> kind of the captions in it.
+
+    Args:
+        text: such as "synthetic=re_caption,title=page_title"; "" names none.
+        where: the key of the config, for messages.
 
     Raises:
-        SampleError: there is not exactly one image, or no caption.
-        ValueError: there is no key.
+        ValueError: another form, or a column that is named twice.
     """
-    values = {name: _plain_value(fields[name]) for name in sorted(fields)}
-    key = "" if values.get(_KEY) is None else clean_text(str(values[_KEY]))
-    if not key:
-        raise ValueError(f"a record without a key; it has the fields {sorted(fields)}")
-    images = {name: _single_bytes(fields, name) for name in IMAGE_EXTENSIONS}
-    images = {name: data for name, data in images.items() if data}
-    if len(images) > 1:
-        raise SampleError(Skipped(key, "duplicate", f"found {', '.join(images)}"))
-    if not images:
-        detail = f"nothing in a field {', '.join(IMAGE_EXTENSIONS)}"
-        raise SampleError(Skipped(key, "no_image", detail))
-    ((image_name, image),) = images.items()
-    metadata = {k: v for k, v in values.items() if k not in (image_name, _TEXT)}
-    caption, metadata = take_caption(_single_bytes(fields, _TEXT), metadata)
-    if caption is None:
-        raise SampleError(Skipped(key, "no_caption", "neither 'txt' nor 'caption' has one"))
-    return {"key": key, "image": image, "caption": caption, "metadata": metadata}
+    columns: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        kind, _, column = (piece.strip() for piece in part.partition("="))
+        if not column or column in columns:
+            raise ValueError(
+                f"{where}='{text}': expected kinds and columns of the metadata, each column once, "
+                "such as synthetic=re_caption"
+            )
+        check_kind(kind, where)
+        columns[column] = kind
+    return columns
 
 
-def _single_bytes(fields: Mapping[str, Any], name: str) -> bytes | None:
-    # `in` first: indexing a protobuf map inserts what is missing.
-    values = fields[name].bytes_list.value if name in fields else ()
-    return values[0] if len(values) == 1 else None
+def check_kind(kind: str, where: str) -> None:
+    """Raises ValueError unless `kind` can be the name of a kind of caption."""
+    if not _KIND.fullmatch(kind):
+        raise ValueError(
+            f"{where}: '{kind}' is no kind of caption; expected a name of letters, digits, - and "
+            f"_, such as {USUAL_KIND} or synthetic"
+        )
 
 
-def _plain_value(feature: Any) -> Any:
-    """The value of a field as JSON can hold it; a list where there are several."""
-    for kind in _LISTS:
-        values = [_plain(value) for value in getattr(feature, kind).value]
-        if values:
-            return values[0] if len(values) == 1 else values
-    return None
+def add_columns(pair: Pair, columns: Mapping[str, str], kind: str | None = None) -> Pair:
+    """The pair with the captions in columns of its metadata behind its own ones.
 
-
-def _plain(value: bytes | float | int) -> str | float | int | None:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return value if isinstance(value, int) or math.isfinite(value) else None
+    A text that it has already is not added again. `kind` is that of its own captions, where they
+    have none.
+    """
+    captions, kinds = all_captions(pair), caption_kinds(pair)
+    if kind is not None and CAPTION_KINDS not in pair.metadata:
+        kinds = [kind] * len(captions)
+    for column, its_kind in columns.items():
+        for text in pick_captions(pair.metadata.get(column)):
+            if text not in captions:
+                captions.append(text)
+                kinds.append(its_kind)
+    rest = {name: value for name, value in pair.metadata.items() if name not in columns}
+    return with_captions(dataclasses.replace(pair, metadata=rest), captions, kinds)

@@ -1,8 +1,8 @@
 """The record: one image-text pair as a shard holds it, and its two encodings.
 
 The only contract between `data_prep` (writes) and `diht_jax` (reads). A record is a serialised
-`tf.train.Example`, so TensorFlow and TFDS read it too. Files belong in `tfrecord.py`, pixels in
-`images/decode.py`.
+`tf.train.Example`, so TensorFlow and TFDS read it too. Files belong in `formats.py`, pixels in
+`input/transforms.py`.
 
 The concepts of a labelled record are packed into one field, `concepts`, of 102 bytes for ten
 objects and ten attributes (four lists would take over 200); first objects, then attributes::
@@ -30,7 +30,14 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
-from diht_jax.records import samples
+from diht_jax.records.samples import (
+    IMAGE_EXTENSIONS,
+    Pair,
+    SampleError,
+    Skipped,
+    clean_text,
+    take_caption,
+)
 
 KEY = "key"
 IMAGE = "image"
@@ -43,26 +50,10 @@ ATTRIBUTE_IDS = "attribute_ids"
 ATTRIBUTE_PROBS = "attribute_probs"
 
 CONCEPT_FIELDS = ((OBJECT_IDS, OBJECT_PROBS), (ATTRIBUTE_IDS, ATTRIBUTE_PROBS))
+_TEXT = "txt"  # the caption, in img2dataset's layout
+_LISTS = ("bytes_list", "float_list", "int64_list")
 MAX_CONCEPT_ID = 2**24 - 1
 MAX_CONCEPTS = 255  # of one kind, in one record
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """An image and its caption, as a source gave them.
-
-    Attributes:
-        key: names the pair within its source.
-        image: encoded bytes (JPEG, PNG, WebP, ...), untouched.
-        caption: the text; the first one where an image has several.
-        metadata: JSON-able side data: "captions" (all, where there are several), "label" (int or
-            str), "class_name" (str), and all else that the source knows.
-    """
-
-    key: str
-    image: bytes
-    caption: str
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +143,8 @@ def decode_fields(fields: Mapping[str, Any]) -> Record:
 
     Of img2dataset's layout also SampleError, for a record without image or caption.
     """
-    if samples.has_sample_fields(fields):
-        return Record(**samples.read_sample_fields(fields))
+    if has_sample_fields(fields):
+        return _read_sample_fields(fields)
     key = _decode_bytes(fields, KEY, "?").decode("utf-8", "replace")
     stated = _decode_bytes(fields, METADATA, key) if METADATA in fields else b""
     try:
@@ -279,6 +270,63 @@ def _decode_lists(fields: Any) -> dict[str, np.ndarray | None]:
         if probs in fields:
             found[probs] = np.array(fields[probs].float_list.value, np.float32)
     return found
+
+
+def has_sample_fields(fields: Mapping[str, Any]) -> bool:
+    """Whether a `tf.train.Example` has the layout of img2dataset rather than ours."""
+    # A user's column may be called "image" as well, but ours has no `txt`.
+    has_image = any(_single_bytes(fields, name) is not None for name in IMAGE_EXTENSIONS)
+    return (has_image or _TEXT in fields) if IMAGE not in fields else has_image and _TEXT in fields
+
+
+def _read_sample_fields(fields: Mapping[str, Any]) -> Record:
+    """The record in the fields of img2dataset's layout.
+
+    All fields but the image, `txt`, `key` and the captions are metadata: texts, and numbers that
+    JSON can hold; None for the others. `has_sample_fields` must be true of the fields.
+
+    Raises:
+        SampleError: there is not exactly one image, or no caption.
+        ValueError: there is no key.
+    """
+    values = {name: _plain_value(fields[name]) for name in sorted(fields)}
+    key = "" if values.get(KEY) is None else clean_text(str(values[KEY]))
+    if not key:
+        raise ValueError(f"a record without a key; it has the fields {sorted(fields)}")
+    images = {name: _single_bytes(fields, name) for name in IMAGE_EXTENSIONS}
+    images = {name: data for name, data in images.items() if data}
+    if len(images) > 1:
+        raise SampleError(Skipped(key, "duplicate", f"found {', '.join(images)}"))
+    if not images:
+        detail = f"nothing in a field {', '.join(IMAGE_EXTENSIONS)}"
+        raise SampleError(Skipped(key, "no_image", detail))
+    ((image_name, image),) = images.items()
+    metadata = {k: v for k, v in values.items() if k not in (image_name, _TEXT)}
+    caption, metadata = take_caption(_single_bytes(fields, _TEXT), metadata)
+    if caption is None:
+        raise SampleError(Skipped(key, "no_caption", "neither 'txt' nor 'caption' has one"))
+    return Record(key, image, caption, metadata)
+
+
+def _single_bytes(fields: Mapping[str, Any], name: str) -> bytes | None:
+    # `in` first: indexing a protobuf map inserts what is missing.
+    values = fields[name].bytes_list.value if name in fields else ()
+    return values[0] if len(values) == 1 else None
+
+
+def _plain_value(feature: Any) -> Any:
+    """The value of a field as JSON can hold it; a list where there are several."""
+    for kind in _LISTS:
+        values = [_plain(value) for value in getattr(feature, kind).value]
+        if values:
+            return values[0] if len(values) == 1 else values
+    return None
+
+
+def _plain(value: bytes | float | int) -> str | float | int | None:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, int) or math.isfinite(value) else None
 
 
 # TensorFlow's published `example.proto`, as a descriptor in protobuf's text format.

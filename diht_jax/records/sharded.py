@@ -17,9 +17,8 @@ import numpy as np
 
 from diht_jax.records import schema
 from diht_jax.records.catalog import Catalog, Paths, Shard, open_catalog
-from diht_jax.records.dataset_index import END_BYTES, digest_shard
-from diht_jax.records.format import TFRecordError
-from diht_jax.records.formats.shard_index import ShardIndex, wrong_index
+from diht_jax.records.dataset_index import END_BYTES, digest_shard, rebuild_command
+from diht_jax.records.shard_files import ShardIndex, TFRecordError, wrong_index
 from diht_jax.storage.files import map_many
 from diht_jax.storage.stores import RangesFile, input_size, is_remote
 
@@ -56,21 +55,20 @@ class ShardedRecords(Sequence[bytes]):
             paths = open_catalog(paths, self.kind)
         self._shards = paths.shards
         self.paths = [shard.path for shard in self._shards]
-        counted = list(map_many(self.shard_type.count, self._shards))
-        self._offsets_in_memory = {
-            number: offsets for number, (_, _, offsets) in enumerate(counted) if offsets is not None
-        }
-        identity = [
-            f"{os.path.basename(path)} {count} {size}"
-            for path, (count, size, _) in zip(self.paths, counted, strict=True)
-        ]
-        self._starts = np.cumsum([0, *(count for count, _, _ in counted)], dtype=np.int64)
+        self._offsets_in_memory: dict[int, np.ndarray] = {}
+        self._unchecked: set[int] = set()
+        counts, identity = [0], []
+        counted = map_many(self.shard_type.count, self._shards)
+        for number, (count, size, offsets) in enumerate(counted):
+            shard = self._shards[number]
+            counts.append(count)
+            identity.append(f"{os.path.basename(shard.path)} {count} {size}")
+            if offsets is not None:
+                self._offsets_in_memory[number] = offsets
+            if shard.index is not None and not is_remote(shard.path):
+                self._unchecked.add(number)
+        self._starts = np.cumsum(counts, dtype=np.int64)
         self._digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-        self._unchecked = {
-            number
-            for number, shard in enumerate(self._shards)
-            if shard.index is not None and not is_remote(shard.path)
-        }
         self._reset_open_shards()
 
     def __len__(self) -> int:
@@ -108,13 +106,13 @@ class ShardedRecords(Sequence[bytes]):
         ]
 
     def identify(self, number: int) -> tuple[int, int, str]:
-        """Records, bytes and digest of a shard; see `fingerprint.fingerprint_records`."""
+        """Records, bytes and digest of a shard; see `train_data.fingerprint_records`."""
         shard = self._shards[number]
         if shard.index is not None:
             entry = shard.index.entry(shard.row)
             return entry.num_records, entry.num_bytes, entry.digest
         # Not through the cache: a look at all shards would throw out those that are being read.
-        return _open(self.shard_type, self._shards, self._offsets_in_memory, number).identify()
+        return self.shard_type(shard, self._offsets_in_memory.get(number)).identify()
 
     def __getitem__(self, index: int) -> bytes:
         """The bytes of one element.
@@ -290,7 +288,7 @@ class OpenShard:
         """Raises TFRecordError unless its ends have the digest that its `dataset.index` states."""
         assert self._described is not None
         offsets = self._described.offsets(self._row)
-        is_same = digest_shard(offsets, *read_ends(self)) == self._described.digest(self._row)
+        is_same = digest_shard(offsets, *read_ends(self)) == self._described.entry(self._row).digest
         if not is_same and not self._has_damaged_end(offsets):
             raise self.wrong("its first or last 4 KiB are not those that the index was made of")
 
@@ -325,7 +323,7 @@ class OpenShard:
         return TFRecordError(
             f"{self._described.path} does not belong to {self.path} ({detail}); write or copy the "
             f"shard again, or, if it is right, make the index again by "
-            f"`{self._described.rebuild_command} --overwrite`"
+            f"`{rebuild_command(self._described.path)} --overwrite`"
         )
 
 

@@ -1,22 +1,41 @@
-"""The sources of `config.data.train`: one data set, or several with weights; what they hold out."""
+"""The training data of a run: the sources of `config.data.train`, what they hold out and look like.
+
+A fingerprint is kept in every checkpoint and compared when a run is resumed: the position in the
+data means nothing once the data are others.
+"""
 
 from __future__ import annotations
 
+import base64
+import collections
 import dataclasses
+import hashlib
 import math
 import os
+import posixpath
+import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import ml_collections
 import numpy as np
+from absl import logging
 
 from diht_jax.config.checks import nearest_name
+from diht_jax.records.catalog import ShardsNotFoundError, describe_stale
+from diht_jax.records.dataset_index import INDEX_NAME, read_index, rebuild_command
+from diht_jax.records.formats import open_source
+from diht_jax.records.sharded import ShardedRecords
+from diht_jax.storage.files import is_glob, map_many
+from diht_jax.storage.stores import is_remote
 
 _CAPTION = "{caption}"
+LABELS = "labels"
 # Numbers of records of which none is held out.
 NO_RECORDS = np.zeros(0, np.int64)
+# From this many shards in a store on, an index pays.
+_MANY_SHARDS = 16
 _KEYS = ("path", "weight", "text_template", "order", "labels")
 
 
@@ -44,6 +63,28 @@ def check_is_set(train: Any) -> None:
         )
 
 
+def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
+    """The records of `config.data.train`: a directory, a glob, or a list of shards.
+
+    Raises:
+        ValueError: it is not set, or leads to no shards, to those of several formats, or to a
+            compressed tar.
+    """
+    check_is_set(train)
+    try:
+        source = open_source(train or ())
+    except ShardsNotFoundError as error:
+        raise ValueError(f"config.data.train: {error}") from error
+    unindexed = source.unindexed_urls
+    if len(unindexed) > _MANY_SHARDS:
+        logging.warning(
+            f"no {INDEX_NAME} describes {len(unindexed)} shards, such as {unindexed[0]}: every "
+            "process reads the size and the index of each of them; "
+            f"`{rebuild_command(unindexed[0])}` writes one"
+        )
+    return source
+
+
 def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
     """The sources of `config.data.train`.
 
@@ -57,7 +98,7 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
         ValueError: it is not set, or not of this form; names the key as it is typed.
     """
     check_is_set(train)
-    if not _is_section(train):
+    if not hasattr(train, "keys"):
         return [TrainSource("", train if isinstance(train, str) else list(train), labels=labels)]
     sources = [_parse_source(name, train[name], labels) for name in train]
     for step in switching_steps(sources):
@@ -73,7 +114,7 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
 
 def describe_train(train: Any) -> str:
     """`config.data.train` in a message."""
-    if not _is_section(train):
+    if not hasattr(train, "keys"):
         return str(train)
     return ", ".join(f"{source.name}: {source.path}" for source in parse_train(train))
 
@@ -88,14 +129,54 @@ def weight_at_step(points: Sequence[tuple[int, Fraction]], step: int) -> Fractio
     return next(weight for first, weight in reversed(points) if first <= step)
 
 
-def _is_section(train: Any) -> bool:
-    return hasattr(train, "keys")
+def find_inputs(folder: str) -> list[str] | None:
+    """Paths of the records that the labels in a folder belong to; None where it has no labels."""
+    try:
+        stated = read_index(os.path.join(folder, LABELS, INDEX_NAME)).labels
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    system, folder_there = _split(folder)
+    if not stated:
+        return None
+    return [
+        text
+        if is_remote(text) or os.path.isabs(text)
+        else f"{system}{posixpath.normpath(posixpath.join(folder_there, text))}"
+        for text in stated["inputs"]
+    ]
+
+
+def resolve_source(source: TrainSource) -> TrainSource:
+    """A source whose path is a folder of labels alone, as the records that these belong to."""
+    if source.labels or not isinstance(source.path, str) or is_glob(source.path):
+        return source
+    inputs = find_inputs(source.path)
+    return (
+        source if inputs is None else dataclasses.replace(source, path=inputs, labels=source.path)
+    )
+
+
+def relative_input(path: str, folder: str) -> str:
+    """An input as seen from the folder of the labels, if they are in one file system.
+
+    Both may then be copied elsewhere together.
+    """
+    (system, path_there), (own, folder_there) = _split(path), _split(folder)
+    return posixpath.relpath(path_there, folder_there) if system == own else path
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The protocol of a URL, or nothing, and the absolute path behind it."""
+    if is_remote(path):
+        system, _, rest = path.partition("://")
+        return f"{system}://", rest
+    return "", os.path.abspath(path)
 
 
 def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
     where = f"config.data.train.{name}"
     example = "a section such as dict(path='/data/kept', weight=0.8)"
-    if not _is_section(section):
+    if not hasattr(section, "keys"):
         kind = type(section).__name__
         raise ValueError(f"{where}: expected {example}, got {kind} {section!r:.200}")
     for key in section:
@@ -193,3 +274,76 @@ def held_out_records(records: Any, data: ml_collections.ConfigDict, seed: int) -
             "records; expected a share that leaves some of both, or 0"
         )
     return held_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """The shards of a data set, in their order."""
+
+    # Name (without folder), number of records, size in bytes, and a digest of 16 hex digits, for
+    # every shard.
+    shards: tuple[tuple[str, int, int, str], ...]
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over all shards and their order."""
+        return hashlib.sha256(_table(self.shards)).hexdigest()[:16]
+
+    def pack(self) -> dict[str, int | str]:
+        """A JSON-able form; 30 bytes a shard or less."""
+        table = base64.b85encode(zlib.compress(_table(self.shards), 9)).decode()
+        return {"num_shards": len(self.shards), "digest": self.digest, "table": table}
+
+    @classmethod
+    def unpack(cls, packed: dict[str, int | str]) -> Fingerprint:
+        """The inverse of `pack`."""
+        lines = zlib.decompress(base64.b85decode(str(packed["table"]))).decode().splitlines()
+        rows = (line.rsplit("\t", 3) for line in lines)
+        return cls(tuple((name, int(n), int(size), digest) for name, n, size, digest in rows))
+
+
+def fingerprint_records(source: ShardedRecords) -> Fingerprint:
+    """Looks at every shard that no `dataset.index` describes: two small reads each.
+
+    A shard's digest covers where its records begin, hence the length of each of them, and its first
+    and last 4 KiB. So it notices shards that are missing, new, renamed, in another order, or
+    written again with other records, but not a changed byte in the middle; the records' checksums
+    find that when they are read. Shards that are equal to another one are logged.
+    """
+    shards, copies = [], []
+    first: dict[tuple[int, int, str], str] = {}
+    rows = map_many(source.identify, range(len(source.paths)))
+    for path, row in zip(source.paths, rows, strict=True):
+        shards.append((os.path.basename(path), *row))
+        if row[0] and first.setdefault(row, path) != path:
+            copies.append((path, first[row]))
+    if copies:
+        logging.warning(
+            "%d shards look like copies of others, such as %s of %s: if a file was copied over "
+            "another one, records are missing",
+            len(copies),
+            *copies[0],
+        )
+    return Fingerprint(tuple(shards))
+
+
+def describe_changes(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """The differences between the fingerprint of a checkpoint and that of now, in words."""
+    if before == now:
+        return []
+    changes = describe_stale(_by_name(before), _by_name(now), is_whole=True)
+    return changes or ["the same shards in another order"]
+
+
+def _by_name(fingerprint: Fingerprint) -> dict[str, tuple[int, int, str]]:
+    """Shards by name; of equal names in several folders, the second becomes `NAME (2)`."""
+    seen: collections.Counter[str] = collections.Counter()
+    shards = {}
+    for name, count, size, digest in fingerprint.shards:
+        seen[name] += 1
+        shards[name if seen[name] == 1 else f"{name} ({seen[name]})"] = count, size, digest
+    return shards
+
+
+def _table(shards: tuple[tuple[str, int, int, str], ...]) -> bytes:
+    return "".join("\t".join(map(str, shard)) + "\n" for shard in shards).encode()

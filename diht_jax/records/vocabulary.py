@@ -28,8 +28,8 @@ import google_crc32c
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_index import INDEX_NAME, read_index
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.labels.shards import LABELS, missing_labels, read_labels_index, resolve_source
-from diht_jax.records.train_data import parse_train
+from diht_jax.records.labels.shards import missing_labels, read_labels_index
+from diht_jax.records.train_data import LABELS, parse_train, resolve_source
 from diht_jax.storage.files import exists, map_many, parse_object, read_bytes, write_bytes
 
 KINDS = ("objects", "attributes")

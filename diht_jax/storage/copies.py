@@ -11,8 +11,7 @@ from collections.abc import Generator
 from concurrent import futures
 
 from diht_jax.storage import files, locks, stores
-from diht_jax.storage.retries import StorageError
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.stores import StorageError, is_remote
 
 _DOWNLOAD_BYTES, _DOWNLOAD_THREADS = 2**25, 8  # of one request, and requests at a time
 
@@ -70,7 +69,7 @@ def cached_copy(
 def download(url: str, path: pathlib.Path, num_bytes: int | None = None) -> None:
     """Copies a file of a store to a new local one, by several requests at a time.
 
-    Its size, where not given, costs one more. Errors are those of `retries.retry`.
+    Its size, where not given, costs one more. Errors are those of `stores.retry`.
     """
     end = stores.input_size(url) if num_bytes is None else num_bytes
     with (

@@ -2,13 +2,14 @@
 
 Every function takes both. A file that is written appears whole or not at all, and others see it
 at once: no listing is remembered of a folder that is written to. What fails for a moment is tried
-again (`diht_jax.storage.retries`).
+again (`diht_jax.storage.stores`).
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -19,14 +20,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Any, TypeVar
 
-from diht_jax.storage.retries import is_missing, naming_output, retry
 from diht_jax.storage.stores import (
     check_ordinary,
     forget_input,
+    is_missing,
     is_remote,
+    naming_output,
     note_input,
     open_system,
     read_whole,
+    retry,
 )
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
@@ -60,20 +63,20 @@ def size(path: str) -> int | None:
     """Bytes of a file as it is now; None where it is missing. Other errors are those of `retry`."""
     try:
         if not is_remote(path):
-            return retry(lambda: os.path.getsize(path), path)
+            return retry(functools.partial(os.path.getsize, path), path)
         return _call(path, lambda system, name: int(system.info(name)["size"] or 0))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def stat(path: str | os.PathLike[str]) -> os.stat_result:
-    """Size and times of a local file; errors are those of `retries.retry`.
+    """Size and times of a local file; errors are those of `stores.retry`.
 
     Raises:
         FileNotFoundError: there is none, or it is a link that leads nowhere.
     """
     try:
-        return retry(lambda: os.stat(path), path)
+        return retry(functools.partial(os.stat, path), path)
     except OSError as error:
         if not is_missing(error):
             raise
@@ -128,7 +131,7 @@ def map_many(
 def read_object(path: str) -> dict[str, Any] | None:
     """The JSON object in a file; None where the file is missing or has something else.
 
-    Errors are those of `retries.retry`: a file that cannot be read may be there, and whole.
+    Errors are those of `stores.retry`: a file that cannot be read may be there, and whole.
     """
     try:
         return parse_object(read_bytes(path))
@@ -242,7 +245,7 @@ def remove_temporary_files(folder: str, wanted: Callable[[str], bool]) -> None:
     """
     if is_remote(folder):
         return
-    for name in list_names(folder, lambda name: _TEMPORARY.fullmatch(name) is not None):
+    for name in list_names(folder, _TEMPORARY.fullmatch):
         found = _TEMPORARY.fullmatch(name)
         if found and wanted(found[1]):
             remove(join(folder, name))
@@ -263,7 +266,7 @@ def upload(path: str | os.PathLike[str], url: str) -> None:
     _call(url, lambda system, name: system.put_file(os.fspath(path), name), "written")
 
 
-def list_names(folder: str, wanted: Callable[[str], bool] = bool) -> list[str]:
+def list_names(folder: str, wanted: Callable[[str], object] = bool) -> list[str]:
     """Names of the files in a folder, sorted, hidden ones too; none where it is missing.
 
     Only those that are `wanted`: of a large folder the others take no memory.
@@ -323,7 +326,7 @@ def remove(path: str) -> None:
         if is_remote(path):
             _call(path, lambda system, name: system.rm_file(name), "removed")
         else:
-            retry(lambda: os.unlink(path), path, "removed")
+            retry(functools.partial(os.unlink, path), path, "removed")
 
 
 def make_folder(folder: str) -> None:
@@ -382,7 +385,7 @@ def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _call(url: str, function: Callable[[Any, str], _Result], participle: str = "read") -> _Result:
     """Calls a function with the store of a URL and the path there, and again after a failure."""
     system, name = open_system(url, use_listings_cache=False)
-    result = retry(lambda: function(system, name), url, participle)
+    result = retry(functools.partial(function, system, name), url, participle)
     if participle != "read":
         open_system(url)[0].invalidate_cache(name)  # of a listing that inputs are looked up in
         forget_input(url)

@@ -25,8 +25,7 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from diht_jax.storage import files
-from diht_jax.storage.retries import retry
-from diht_jax.storage.stores import is_remote, open_system
+from diht_jax.storage.stores import is_remote, open_system, retry
 
 # A holder on another machine whose lock was not renewed while this process looked at it for this
 # long is taken for dead. The clocks of machines are not compared.

@@ -15,8 +15,7 @@ from absl import logging
 from etils import epath
 
 from diht_jax import sharding
-from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
-from diht_jax.input.pipeline import TrainIterator
+from diht_jax.input.pipeline import Position, StoppedWaiting, TrainIterator
 from diht_jax.records.train_data import describe_train, parse_train
 from diht_jax.terminal import ProgressBar
 from diht_jax.training import recipe, task_evaluation
@@ -142,7 +141,6 @@ class Run:
         logging.info("form of the loss: %s (%s)", *self.program.loss_form())
         self.mesh = self.program.mesh
         self.iterator = open_iterator(config, self.mixture)
-        self.batches = BatchWait(self.iterator)
         self.fingerprint = self.mixture.fingerprint()
         self.best = task_evaluation.read_best(config.checkpoint.best_metric, tasks, workdir)
         self.checkpointer = Checkpointer(
@@ -314,7 +312,7 @@ class Run:
             StoppedWaiting: it does not come, and the run is to stop.
         """
         with self.wall_time.during("input"):
-            batch = self.batches.take(stop_request.is_waiting)
+            batch = self.iterator.take(stop_request.is_waiting)
         return sharding.put_batch(batch, sharding.batch_sharding(self.mesh))
 
     def evaluate(self) -> None:

@@ -24,8 +24,7 @@ from diht_jax import sharding
 from diht_jax.data import tokenizer
 from diht_jax.extras.caption_decoder import decode_captions, merge_decoder
 from diht_jax.input import transforms
-from diht_jax.input.decode import decode_rgb, load_rgb
-from diht_jax.input.transforms import Preprocessing
+from diht_jax.input.transforms import Preprocessing, decode_rgb, load_rgb
 from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.weights.source import LOGIT_BIAS, ModelFiles
 

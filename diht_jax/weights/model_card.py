@@ -16,8 +16,7 @@ from typing import Any
 import jax
 
 from diht_jax.pages.render import render
-from diht_jax.records.labels.shards import find_inputs
-from diht_jax.records.train_data import TrainSource, parse_train
+from diht_jax.records.train_data import TrainSource, find_inputs, parse_train
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
 from diht_jax.storage.files import read_object
 from diht_jax.weights.source import ModelFiles

@@ -10,7 +10,7 @@ from diht_jax import load_model
 from diht_jax.evaluate import evaluate_model
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.tasks import parse_config_tasks, parse_tasks
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from tests import make

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from diht_jax.data.index import update_index
-from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.formats.shard_index import ShardIndex
-from diht_jax.records.formats.tar_records import TarRecordSource
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.formats import TFRecordSource
+from diht_jax.records.shard_files import ShardIndex
+from diht_jax.records.tar_records import TarRecordSource
+from diht_jax.records.train_data import fingerprint_records
 from tests import make
 from tests.records.stores import MeteredStore
 
@@ -25,9 +25,9 @@ def folder(tmp_path):
     folder = tmp_path / "theirs"
     folder.mkdir()
     for shard in range(3):
-        with TFRecordWriter(folder / f"part-{shard}.tfrecord") as writer:
-            for record in RECORDS[shard * 100 : shard * 100 + 100]:
-                writer.write(record)
+        make.write_shard(
+            folder / f"part-{shard}.tfrecord", RECORDS[shard * 100 : shard * 100 + 100]
+        )
         os.remove(folder / f"part-{shard}.tfrecord.idx")
     return folder
 
@@ -53,8 +53,7 @@ def test_one_file_is_written_and_a_second_run_finds_it_up_to_date(folder):
 
 def test_only_new_and_changed_shards_are_read_again(folder):
     update_index(folder)
-    with TFRecordWriter(folder / "part-1.tfrecord") as writer:
-        writer.write(b"changed")
+    make.write_shard(folder / "part-1.tfrecord", [b"changed"])
     shutil.copy(folder / "part-0.tfrecord", folder / "part-3.tfrecord")
     os.remove(folder / "part-2.tfrecord")
     report = update_index(folder)

@@ -12,10 +12,11 @@ import pytest
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.registry import read_pairs
-from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.formats import TFRecordWriter
+from diht_jax.records.train_data import open_records
 from tests.data_prep.filtering.jobs import job_config, read_records
 from tests.make import encoded, pair_members, plain, write_tar
 from tests.records.test_samples import write_sample

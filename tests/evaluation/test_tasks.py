@@ -10,7 +10,7 @@ from diht_jax.config import default_config
 from diht_jax.evaluation.page import ResultsPage, draw_rows
 from diht_jax.evaluation.results import format_results
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_tasks
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.registry import open_source
 from tests import make
 from tests.make import png, write_tar

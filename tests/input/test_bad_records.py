@@ -11,13 +11,14 @@ from absl import logging
 from diht_jax.config import default_config
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.order import make_order
-from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.input.sub_batches import MAX_IN_A_ROW
-from diht_jax.records.format import TFRecordError
+from diht_jax.records.formats import TFRecordSource, TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.storage import retries
-from diht_jax.storage.retries import StorageError
+from diht_jax.records.shard_files import TFRecordError
+from diht_jax.records.train_data import open_records
+from diht_jax.storage import stores
+from diht_jax.storage.stores import StorageError
 from tests import make
 from tests.make import encoded, plain
 
@@ -111,12 +112,12 @@ def test_a_disk_that_fails_for_a_moment_changes_no_batch(shard, monkeypatch, err
             raise OSError(error, os.strerror(error))
         return really_read(descriptor, size, offset)
 
-    monkeypatch.setattr(retries, "sleep", slept.append)
+    monkeypatch.setattr(stores, "sleep", slept.append)
     monkeypatch.setattr(os, "pread", failing)
     values, skipped_records = read(shard, "skip")
     np.testing.assert_array_equal(values, undisturbed[0])
     assert skipped_records == undisturbed[1]
-    assert slept == list(retries.DELAYS_SECS[:3])
+    assert slept == list(stores.DELAYS_SECS[:3])
     # The file was opened again for each attempt: a stale descriptor stays stale.
     assert len(set(failures)) > 1
 
@@ -126,7 +127,7 @@ def test_a_disk_that_goes_on_failing_is_no_bad_record(shard, monkeypatch, mode):
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(retries, "sleep", lambda secs: None)
+    monkeypatch.setattr(stores, "sleep", lambda secs: None)
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(StorageError, match=f"{shard}: could not be read in 5 attempts"):
         read(shard, mode)

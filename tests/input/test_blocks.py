@@ -12,15 +12,15 @@ from benchmarks import slow_store
 from diht_jax.input import blocks
 from diht_jax.input.blocks import BlockStore, ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.mixing import Mixture, Source
-from diht_jax.input.mixture_weights import MixtureWeights
+from diht_jax.input.mixing import Mixture, MixtureWeights, Source
 from diht_jax.input.order import BlockOrder
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.records.format import DamagedRecordError
+from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.schema import Record
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.storage import retries
-from diht_jax.storage.retries import StorageError
+from diht_jax.records.shard_files import DamagedRecordError
+from diht_jax.storage import stores
+from diht_jax.storage.stores import StorageError
+from tests import make
 from tests.make import encoded, plain, write_records
 from tests.waiting import wait_until
 
@@ -157,7 +157,7 @@ def no_waiting(monkeypatch):
     def sleep(secs):
         now[0] += secs
 
-    monkeypatch.setattr(retries, "sleep", sleep)
+    monkeypatch.setattr(stores, "sleep", sleep)
     monkeypatch.setattr(blocks, "sleep", sleep)
     return now
 
@@ -224,9 +224,7 @@ def test_a_store_that_goes_on_failing_is_an_error(
 
 def test_a_damaged_record_is_named_and_those_around_it_are_read(tmp_path, cache):
     path = tmp_path / "a-0.tfrecord"
-    with TFRecordWriter(path) as writer:
-        for number in range(BLOCK):
-            writer.write(b"record %d" % number)
+    make.write_shard(path, (b"record %d" % number for number in range(BLOCK)))
     data = bytearray(path.read_bytes())
     second = TFRecordSource(tmp_path).extent(0, 1)[2]
     for damaged_byte in (second + 13, second + 2):  # of the contents, of the length

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.input import decode, fast_crops, transforms
-from diht_jax.input.decode import ImageError
+from diht_jax.input import examples, transforms
+from diht_jax.input.transforms import ImageError
 from tests import make
 
 RATIO = (3 / 4, 4 / 3)
@@ -33,12 +33,12 @@ def textured(width, height, seed=0):
 
 def exact_crop(data, size, seed, scale=(0.9, 1.0)):
     return transforms.train_transform(
-        decode.decode_rgb(data), size, np.random.default_rng(seed), scale
+        transforms.decode_rgb(data), size, np.random.default_rng(seed), scale
     )
 
 
 def fast_crop(data, size, seed, scale=(0.9, 1.0)):
-    return fast_crops.plan_random_crop(data, size, np.random.default_rng(seed), scale)()
+    return examples.plan_random_crop(data, size, np.random.default_rng(seed), scale)()
 
 
 def psnr(ours, exact):
@@ -61,11 +61,11 @@ def compare_with_exact(photos, size, resampling=None):
     """
     qualities, differences, reductions = [], [], set()
     for seed, data in enumerate(photos):
-        whole = decode.decode_rgb(data)
+        whole = transforms.decode_rgb(data)
         rng = np.random.default_rng(seed)
         box = transforms.sample_crop_box(*whole.size, rng, (0.9, 1.0), RATIO)
-        reduction = fast_crops.choose_reduction(box, size)
-        box = fast_crops.reduce_box(box, whole.size, reduction)
+        reduction = examples.choose_reduction(box, size)
+        box = examples.reduce_box(box, whole.size, reduction)
         exact = transforms.crop_to_square(whole, box, size).astype(np.float64)
         if resampling is None:
             ours = fast_crop(data, size, seed)
@@ -126,7 +126,7 @@ def test_ordinary_jpegs_are_decoded_fast_and_look_the_same(name, monkeypatch):
     for size, scale in ((160, (0.9, 1.0)), (64, (0.3, 0.5))):
         exact = exact_crop(data, size, 1, scale)
         with monkeypatch.context() as patch:
-            patch.setattr(decode, "load_rgb", None)  # the exact way would stop here
+            patch.setattr(transforms, "load_rgb", None)  # the exact way would stop here
             ours = fast_crop(data, size, 1, scale)
         assert ours.dtype == np.uint8 and ours.shape == (size, size, 3)
         assert psnr(ours, exact) > 36
@@ -163,7 +163,7 @@ def insert_zeros(data):
 @pytest.mark.parametrize("name", sorted(ODD))
 def test_all_else_goes_the_exact_way(name):
     data = ODD[name]()
-    assert "rotated" not in name or decode.decode_rgb(data).size == (60, 90)
+    assert "rotated" not in name or transforms.decode_rgb(data).size == (60, 90)
     for seed in range(3):
         np.testing.assert_array_equal(fast_crop(data, 32, seed), exact_crop(data, 32, seed))
 
@@ -197,7 +197,7 @@ def test_scaling_is_pillows_to_a_rounding_with_and_without_the_fast_resizer(monk
     pixels = np.asarray(textured(411, 305))
     exact = transforms.crop_to_square(Image.fromarray(pixels), (7, 3, 391, 300), 224)
     view = pixels[3:300, 7:391]
-    scaled = fast_crops.scale_to_square(view, 224)
+    scaled = examples.scale_to_square(view, 224)
     assert psnr(scaled, exact) > 53
-    monkeypatch.setattr(fast_crops, "cykooz_resizer", None)
-    np.testing.assert_array_equal(fast_crops.scale_to_square(view, 224), exact)
+    monkeypatch.setattr(examples, "cykooz_resizer", None)
+    np.testing.assert_array_equal(examples.scale_to_square(view, 224), exact)

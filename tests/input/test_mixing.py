@@ -1,7 +1,8 @@
-"""Mixtures of sources in a run: shares, epochs, captions, hosts, resume and read-ahead."""
+"""Mixtures of sources in a run: exact shares, epochs, captions, hosts, resume and read-ahead."""
 
 import collections
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import pytest
 from diht_jax.config import default_config
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.mixing import Mixture, open_mixture
+from diht_jax.input.mixing import MAX_CYCLE, Mixture, MixtureWeights, exact_shares, open_mixture
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.sharded import block_starts
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.train_data import fingerprint_records
+from tests import make
 from tests.make import encoded, plain
 
 
@@ -118,7 +120,7 @@ def test_each_source_has_its_own_captions_and_keys():
     assert [int(key.split("+")[0]) >= 100 for key in keys] == (
         batch["images"][:, 0, 0, 0] >= 100
     ).tolist()
-    assert {mixed.path(position) for position in range(8)} == {"0.tfrecord", "100.tfrecord"}
+    assert {mixed.locate(position)[0] for position in range(8)} == {"0.tfrecord", "100.tfrecord"}
 
 
 @pytest.mark.parametrize("process_count", [2, 8])
@@ -148,8 +150,7 @@ def test_a_bad_record_is_replaced_by_one_of_its_source():
 def test_the_fingerprint_covers_all_sources(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        with TFRecordWriter(tmp_path / name / "x.tfrecord") as writer:
-            writer.write(SOURCES["/many"][ord(name) - 90])
+        make.write_shard(tmp_path / name / "x.tfrecord", [SOURCES["/many"][ord(name) - 90]])
     train = {name: {"path": str(tmp_path / name), "weight": 1} for name in ("a", "b")}
 
     def fingerprint(train):
@@ -175,3 +176,38 @@ def test_the_fingerprint_covers_all_sources(tmp_path):
 def test_errors_name_the_key_as_it_is_typed(section, message):
     with pytest.raises(ValueError, match=message):
         mixture({"a": section}, sources={**SOURCES, "/none": Grey(0, 0)})
+
+
+def fractions(*values):
+    return [Fraction(value) for value in values]
+
+
+SCHEDULE = [(0, fractions("0.8", "0.2", 0)), (3, fractions(1, 1, 1)), (10, fractions(0, 1, 1))]
+
+
+@pytest.mark.parametrize("num_streams", [1, 4, 6, 12])
+def test_own_positions_are_used_once_and_stay_in_their_stream(num_streams):
+    shares = MixtureWeights(SCHEDULE, num_streams=num_streams, batch_size=12)
+    rows = [shares.find(position) for position in range(12 * 60)]
+    used = collections.defaultdict(list)
+    for position, (source, own) in enumerate(rows):
+        assert own % num_streams == position % num_streams
+        used[source, own % num_streams].append(own // num_streams)
+    for counts in used.values():
+        assert counts == list(range(len(counts)))
+    for position in range(0, len(rows), num_streams):
+        before = collections.Counter(source for source, _ in rows[:position])
+        assert shares.counts(position) == [before[source] for source in range(3)]
+    # The schedule: nothing of the third source before step 3, nothing of the first from 10 on.
+    assert 2 not in {source for source, _ in rows[: 3 * 12]}
+    assert 0 not in {source for source, _ in rows[10 * 12 :]}
+
+
+def test_shares_are_those_of_the_weights_however_they_are_typed():
+    assert exact_shares(fractions("0.8", "0.2")) == fractions("4/5", "1/5")
+    assert exact_shares(fractions(30, 10)) == fractions("3/4", "1/4")
+    sizes = fractions(413_871_335, 1_000_003, 7)
+    rounded = exact_shares(sizes)
+    assert sum(rounded) == 1 and min(rounded) > 0
+    for share, size in zip(rounded, sizes, strict=True):
+        assert abs(share - size / sum(sizes)) <= Fraction(3, MAX_CYCLE)

@@ -10,8 +10,8 @@ import pytest
 from absl import logging
 
 from diht_jax.data.tokenizer import tokenize
-from diht_jax.input import decode as images
-from diht_jax.input import fast_crops, sub_batches, transforms
+from diht_jax.input import examples, sub_batches, transforms
+from diht_jax.input import transforms as images
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder
@@ -165,7 +165,7 @@ def test_fast_decoding_can_be_switched_off(fast_decode):
         exact = transforms.train_transform(
             images.decode_rgb(data), 48, np.random.default_rng(seed), (0.3, 0.9)
         )
-        fast = fast_crops.plan_random_crop(data, 48, np.random.default_rng(seed), (0.3, 0.9))()
+        fast = examples.plan_random_crop(data, 48, np.random.default_rng(seed), (0.3, 0.9))()
         assert (fast != exact).any()
         np.testing.assert_array_equal(example["images"], fast if fast_decode else exact)
         assert np.abs(fast.astype(float) - exact).mean() < 2

@@ -1,4 +1,7 @@
-"""The transforms against torchvision's, on Pillow images."""
+"""Pictures: decoded against hand-made files, scaled against torchvision; `ImageError` else."""
+
+import struct
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,196 @@ from PIL import Image
 from scipy import stats
 
 from diht_jax.input import transforms
+from diht_jax.input.transforms import MAX_PIXELS, ImageError, check_readable, decode_rgb
+from tests.make import encoded
+
+
+def _decode(data: bytes) -> np.ndarray:
+    image = decode_rgb(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def _png(width, height, depth, colour_type, samples, *chunks) -> bytes:
+    """A PNG written by the specification; `samples` is an array of the file's integers."""
+
+    def chunk(name, data):
+        body = name + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    dtype = ">u2" if depth == 16 else "u1"
+    rows = np.asarray(samples).astype(dtype).reshape(height, -1)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    extra = b"".join(chunk(name, data) for name, data in chunks)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(raw))
+        + chunk(b"IEND", b"")
+    )
+
+
+def _on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """`colour` and `alpha` in [0, 1]; float64 grey levels."""
+    return 255.0 * (colour * alpha[..., None] + 1.0 - alpha[..., None])
+
+
+def test_alpha_is_composed_on_white():
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    rgba[0, :, 3], rgba[1, :, 3] = 0, 255
+    expected = _on_white(rgba[..., :3] / 255, rgba[..., 3] / 255)
+    for name, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
+        got = _decode(encoded(Image.fromarray(rgba), name, **options))
+        assert np.abs(got - expected).max() <= 1
+        assert (got[0] == 255).all()
+        np.testing.assert_array_equal(got[1], rgba[1, :, :3])
+
+
+def test_grey_with_alpha():
+    la = np.array([[[0, 0], [0, 128], [200, 255]]], np.uint8)
+    got = _decode(_png(3, 1, 8, 4, la))
+    assert got[0, :, 0].tolist() == [255, 127, 200]
+    assert (got[..., 0] == got[..., 1]).all() and (got[..., 0] == got[..., 2]).all()
+
+
+def test_palette_with_transparency():
+    palette = (b"PLTE", bytes([255, 0, 0, 0, 0, 255, 10, 20, 30]))
+    alpha = (b"tRNS", bytes([255, 0, 128]))  # per entry
+    got = _decode(_png(3, 1, 8, 3, [[0, 1, 2]], palette, alpha))
+    assert got[0, 0].tolist() == [255, 0, 0]
+    assert got[0, 1].tolist() == [255, 255, 255]
+    assert np.abs(got[0, 2] - np.array([132, 137, 142])).max() <= 1
+    opaque = _decode(_png(3, 1, 8, 3, [[0, 1, 2]], palette))
+    assert opaque[0].tolist() == [[255, 0, 0], [0, 0, 255], [10, 20, 30]]
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "key", "samples", "expected"),
+    [
+        (2, [10, 20, 30], [[10, 20, 30, 10, 20, 31]], [[255, 255, 255], [10, 20, 31]]),
+        (0, [7], [[7, 8]], [[255, 255, 255], [8, 8, 8]]),
+    ],
+)
+def test_colour_key(colour_type, key, samples, expected):
+    chunk = (b"tRNS", struct.pack(f">{len(key)}H", *key))
+    assert _decode(_png(2, 1, 8, colour_type, samples, chunk))[0].tolist() == expected
+
+
+def test_gif_takes_the_first_frame_and_its_transparency():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (_decode(data) == [255, 0, 0]).all()
+    still = Image.new("P", (2, 1))
+    still.putpalette([255, 0, 0, 0, 255, 0])
+    still.putpixel((1, 0), 1)
+    assert _decode(encoded(still, "GIF", transparency=0))[0].tolist() == [[255] * 3, [0, 255, 0]]
+
+
+def test_sixteen_bits_are_scaled():
+    values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    expected = values / 65535 * 255
+    files = {
+        "png": _png(8, 8, 16, 0, values),
+        "pgm": b"P5 8 8 65535\n" + values.astype(">u2").tobytes(),
+        "tiff": encoded(Image.fromarray(values), "TIFF"),
+    }
+    for name, data in files.items():
+        got = _decode(data)
+        assert np.abs(got - expected[..., None]).max() <= 0.51, name
+    colour = _decode(_png(2, 1, 16, 2, [[0, 65535, 32768, 256, 65279, 100]]))
+    assert np.abs(colour[0] - np.array([[0, 255, 127.5], [1, 254, 0.4]])).max() <= 1
+    alpha = _decode(_png(2, 1, 16, 6, [[0, 0, 0, 0, 0, 0, 0, 65535]]))
+    assert alpha[0].tolist() == [[255, 255, 255], [0, 0, 0]]
+    key = (b"tRNS", struct.pack(">H", 513))
+    assert _decode(_png(2, 1, 16, 0, [[513, 514]], key))[0, :, 0].tolist() == [255, 2]
+
+
+@pytest.mark.parametrize("name", ["JPEG", "TIFF"])  # Pillow writes JPEG inverted, as Adobe does
+def test_cmyk(name):
+    inks = np.array([0, 255, 128, 64], np.uint8)
+    image = Image.fromarray(np.broadcast_to(inks, (16, 16, 4)).copy(), mode="CMYK")
+    options = {"quality": 100} if name == "JPEG" else {}
+    data = encoded(image, name, **options)
+    assert name != "JPEG" or b"Adobe" in data
+    expected = 255 * (1 - inks[:3] / 255) * (1 - inks[3] / 255)
+    assert np.abs(_decode(data) - expected).max() <= 3
+
+
+# What brings the stored picture upright, by the EXIF standard.
+_UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", sorted(_UPRIGHT))
+def test_exif_orientation(orientation):
+    stored = np.zeros((16, 32, 3), np.uint8)
+    stored[:8, :8], stored[8:, 16:] = (255, 0, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    sharp = {"quality": 100, "subsampling": 0}
+    for name, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", sharp)):
+        got = _decode(encoded(Image.fromarray(stored), name, exif=exif, **options))
+        difference = np.abs(got.astype(int) - _UPRIGHT[orientation](stored))
+        assert difference.mean() < (1 if name == "JPEG" else 1e-9), name
+
+
+def _bomb(width, height) -> bytes:
+    return _png(width, height, 8, 2, np.zeros((height, 0)))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>404</html>", "unreadable"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unreadable"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unreadable"),
+        (_bomb(9000, 9000), "too_large"),
+        (_bomb(8192, 8192), "unreadable"),  # the header is allowed, the pixels are not there
+    ],
+)
+@pytest.mark.parametrize("function", [decode_rgb, check_readable])
+def test_refusals_have_reasons(data, reason, function):
+    with pytest.raises(ImageError) as error:
+        function(data)
+    assert error.value.reason == reason
+    assert isinstance(error.value, ValueError)
+
+
+def test_limit_of_pixels():
+    data = encoded(Image.new("RGB", (20, 10)), "PNG")
+    assert decode_rgb(data, max_pixels=200).size == (20, 10)
+    for function in (decode_rgb, check_readable):
+        with pytest.raises(ImageError, match="20 x 10 pixels; at most 199"):
+            function(data, max_pixels=199)
+    assert MAX_PIXELS == 8192 * 8192
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("GIF", {})],
+)
+def test_truncation_is_found_by_both(name, options):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = encoded(Image.fromarray(pixels), name, **options)
+    assert check_readable(data) == (name, 64, 64)
+    for share in (0.1, 0.5, 0.9):
+        for function in (decode_rgb, check_readable):
+            with pytest.raises(ImageError) as error:
+                function(data[: int(len(data) * share)])
+            assert error.value.reason == "unreadable"
+
 
 SIZES = [
     (640, 480),

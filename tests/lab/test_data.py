@@ -11,7 +11,7 @@ from benchmarks.lab.data import Data
 from benchmarks.lab.variants import exchange
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.synthetic import web
-from diht_jax.records.captions import all_captions, caption_kinds
+from diht_jax.records.samples import all_captions, caption_kinds
 from diht_jax.records.schema import Record
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_vocabulary, write_vocabulary
 

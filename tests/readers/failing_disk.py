@@ -7,7 +7,7 @@ import io
 import os
 from unittest import mock
 
-from diht_jax.storage import retries
+from diht_jax.storage import stores
 
 
 class FailingDisk:
@@ -57,7 +57,7 @@ class FailingDisk:
         with (
             mock.patch.object(builtins, "open", open_),
             mock.patch.object(os, "pread", pread),
-            mock.patch.object(retries, "sleep", sleep),
+            mock.patch.object(stores, "sleep", sleep),
         ):
             yield self
 

@@ -6,8 +6,8 @@ import pyarrow.parquet
 import pytest
 from PIL import features
 
-from diht_jax.input.decode import decode_rgb
-from diht_jax.readers import caption_files
+from diht_jax.input.transforms import decode_rgb
+from diht_jax.readers import image_folder
 from diht_jax.readers.registry import FORMATS, Skipped, list_shards, open_source, read_pairs
 from diht_jax.records.schema import Pair
 from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_reasons, write_tar
@@ -207,7 +207,7 @@ def test_captions_in_files_give_the_pairs_of_the_packed_tar(tmp_path):
 
 
 def test_parts_of_a_folder_of_captions_cover_it_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(caption_files, "_SAMPLES_PER_SHARD", 2)
+    monkeypatch.setattr(image_folder, "_SAMPLES_PER_SHARD", 2)
     for number in range(5):
         _write(tmp_path, f"{number}.PNG")
         _write(tmp_path, f"{number}.txt", data=f"caption {number}".encode())

@@ -1,20 +1,26 @@
-"""Disks that fail, for a moment or for good, and files that unpack to giants."""
+"""Disks that fail, files that unpack to giants, and pipes and links where files are expected."""
 
 import errno
 import gzip
 import io
 import json
+import os
+import socket
 import tarfile
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_prep.filter import run_filter
+from diht_jax.evaluation.sources.files import read_text
 from diht_jax.readers.registry import open_source
-from diht_jax.records.formats import tar_members
-from diht_jax.records.schema import Pair, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
-from diht_jax.storage import retries
+from diht_jax.records import tars
+from diht_jax.records.schema import Pair
+from diht_jax.storage import stores
+from tests import make
+from tests.data_prep.filtering.jobs import job_config, read_records
+from tests.make import png
 from tests.readers.failing_disk import FailingDisk
 from tests.readers.inputs import JPEG, PNG, read_entries, skip_reasons, write_tar
 
@@ -47,9 +53,7 @@ def _parquet(folder):
 
 def _records(folder):
     path = folder / "a.tfrecord"
-    with TFRecordWriter(path) as writer:
-        for key in _KEYS:
-            writer.write(encode_record(Pair(key, PNG, key)))
+    make.write_shard(path, (Pair(key, PNG, key) for key in _KEYS))
     return path
 
 
@@ -81,12 +85,12 @@ def test_a_moment_without_the_disk_loses_nothing(tmp_path, make, spared):
     spec = str(make(tmp_path))
     expected = [(p.key, p.image, p.caption) for p in open_source(spec)]
     assert len(expected) == len(_KEYS)
-    with FailingDisk(tmp_path, len(retries.DELAYS_SECS), spared).mounted() as disk:
+    with FailingDisk(tmp_path, len(stores.DELAYS_SECS), spared).mounted() as disk:
         source = open_source(spec)
         assert [(p.key, p.image, p.caption) for p in source] == expected
     assert not source.skipped
     assert not disk.failures
-    assert disk.slept == sum(retries.DELAYS_SECS)
+    assert disk.slept == sum(stores.DELAYS_SECS)
 
 
 @pytest.mark.parametrize(("make", "spared"), _CASES)
@@ -94,7 +98,7 @@ def test_an_outage_is_an_error_that_does_not_speak_of_damage(tmp_path, make, spa
     spec = str(make(tmp_path))
     with (
         FailingDisk(tmp_path, 10**9, spared).mounted() as disk,
-        pytest.raises(retries.StorageError, match=f"{tmp_path}.*could not be read") as caught,
+        pytest.raises(stores.StorageError, match=f"{tmp_path}.*could not be read") as caught,
     ):
         list(open_source(spec))
     assert not disk.spared
@@ -115,7 +119,7 @@ def test_only_a_missing_picture_is_no_image(tmp_path):
     with (
         FailingDisk(tmp_path / "k0.png", 10**9, error=errno.EACCES).mounted() as disk,
         pytest.raises(
-            retries.StorageError, match=r"k0\.png: could not be read \(Permission denied\)"
+            stores.StorageError, match=r"k0\.png: could not be read \(Permission denied\)"
         ),
     ):
         read_entries(str(path), key_column="id")
@@ -133,11 +137,11 @@ def test_a_damaged_file_is_not_taken_for_a_bad_disk(tmp_path):
     for path in (tar, parquet):
         with pytest.raises(ValueError, match=str(path)) as caught:
             list(open_source(str(path)))
-        assert not isinstance(caught.value, retries.StorageError)
+        assert not isinstance(caught.value, stores.StorageError)
 
 
 def test_a_small_parquet_of_giant_rows_is_refused_row_by_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_members, "_UNPACKED_BYTES", 2**24)
+    monkeypatch.setattr(tars, "_UNPACKED_BYTES", 2**24)
     zeros, count = bytes(2**22), 1000
     path = tmp_path / "bomb.parquet"
     table = pyarrow.table({"jpg": [zeros], "txt": ["x"]}).take([0] * 64)
@@ -155,7 +159,7 @@ def test_a_small_parquet_of_giant_rows_is_refused_row_by_row(tmp_path, monkeypat
 
 
 def test_a_small_tar_of_giant_members_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_members, "_UNPACKED_BYTES", 2**22)
+    monkeypatch.setattr(tars, "_UNPACKED_BYTES", 2**22)
     path = tmp_path / "bomb.tar.gz"
     zeros = bytes(2**20)
     with tarfile.open(path, "w:gz") as tar:
@@ -171,3 +175,79 @@ def test_a_small_tar_of_giant_members_is_refused(tmp_path, monkeypatch):
     write_tar(tmp_path / "text.tar", members)
     (tmp_path / "text.tar.gz").write_bytes(gzip.compress((tmp_path / "text.tar").read_bytes()))
     assert len(read_entries(str(tmp_path / "text.tar.gz"))) == 1000
+
+
+_SUFFIXES = (".tar", ".tar.gz", ".tfrecord", ".array_record", ".parquet", ".jsonl", ".json", ".csv")
+
+
+def _make_pipe(path):
+    os.mkfifo(path)
+
+
+def _make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+_KINDS = {
+    "pipe": _make_pipe,
+    "socket": _make_socket,
+    "nowhere": lambda path: path.symlink_to("nowhere"),
+    "loop": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("make", _KINDS.values(), ids=_KINDS)
+@pytest.mark.parametrize("suffix", _SUFFIXES)
+def test_what_is_no_ordinary_file_is_an_error_with_its_name(tmp_path, suffix, make):
+    path = tmp_path / f"x{suffix}"
+    make(path)
+    with pytest.raises((ValueError, OSError), match=f"x{suffix}"):
+        list(open_source(str(tmp_path / f"*{suffix}")))
+
+
+@pytest.mark.parametrize("make", _KINDS.values(), ids=_KINDS)
+def test_what_is_no_picture_in_a_folder_of_pictures_is_counted(tmp_path, make):
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "a.png").write_bytes(png())
+    make(tmp_path / "dog" / "b.png")
+    assert skip_reasons(read_entries(str(tmp_path))) == {"dog/b.png": "no_image"}
+
+
+@pytest.mark.parametrize("make", _KINDS.values(), ids=_KINDS)
+def test_what_is_no_picture_among_captions_in_files_is_counted(tmp_path, make):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "a.png").write_bytes(png())
+    make(tmp_path / "b.png")
+    assert skip_reasons(read_entries(str(tmp_path))) == {"b": "no_image"}
+
+
+def test_links_among_the_folders_that_lead_to_themselves_are_left_out(tmp_path):
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "a.png").write_bytes(png())
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dog" / "self").symlink_to(".")
+    assert [pair.key for pair in read_entries(str(tmp_path))] == ["dog/a.png"]
+    (tmp_path / "dog" / "a.txt").write_text("one")
+    assert [pair.caption for pair in read_entries(str(tmp_path))] == ["one"]
+
+
+@pytest.mark.parametrize("make", _KINDS.values(), ids=_KINDS)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_what_is_no_table_costs_the_filter_only_itself(tmp_path, suffix, make):
+    tables, bad = tmp_path / "in", tmp_path / "in" / f"a{suffix}"
+    tables.mkdir()
+    make(bad)
+    (tables / "x.png").write_bytes(png())
+    row = {".csv": "image,caption\nx.png,a dog\n", ".jsonl": '{"image":"x.png","caption":"a dog"}'}
+    (tables / f"b{suffix}").write_text(row[suffix])
+    failures = run_filter(job_config(str(tables), tmp_path / "out", max_failed_shards=1))
+    assert list(failures) == [str(bad)]
+    assert [record.caption for record in read_records(tmp_path / "out")] == ["a dog"]
+
+
+def test_a_pipe_that_a_user_names_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(ValueError, match=r"list\.txt: a pipe"):
+        read_text(str(tmp_path / "list.txt"))

@@ -12,9 +12,9 @@ import pytest
 
 from diht_jax.readers import parquet
 from diht_jax.readers.registry import FORMATS, list_shards, open_source
-from diht_jax.records.formats.registry import open_writer
-from diht_jax.records.schema import Pair, encode_record
-from diht_jax.storage import retries, stores
+from diht_jax.records.schema import Pair
+from diht_jax.storage import stores
+from tests import make
 from tests.readers.inputs import PNG, read_entries, skip_reasons, write_tar
 from tests.records.stores import MeteredStore
 
@@ -43,9 +43,10 @@ def _parquet(folder, rows_per_group):
 
 
 def _records(folder, suffix):
-    with open_writer(folder / f"a.{suffix}") as writer:
-        for key in _KEYS:
-            writer.write(encode_record(Pair(key, _IMAGES[key], f"caption {key}", {"n": key})))
+    make.write_shard(
+        folder / f"a.{suffix}",
+        (Pair(key, _IMAGES[key], f"caption {key}", {"n": key}) for key in _KEYS),
+    )
 
 
 def _table(folder):
@@ -123,12 +124,12 @@ def test_pairs_of_a_store_are_those_of_a_disk_and_fetched_once(local, metered):
 
 def test_a_store_that_fails_one_request_in_twenty_loses_nothing(local, metered, monkeypatch):
     delays = []
-    monkeypatch.setattr(retries, "sleep", delays.append)
+    monkeypatch.setattr(stores, "sleep", delays.append)
     expected = read_entries(str(local))
     MeteredStore.failing_every = 20 if len(list(local.glob("i/*"))) else 5
     for _ in range(3):
         assert read_entries(metered) == expected
-    assert delays and set(delays) <= set(retries.DELAYS_SECS[:2])
+    assert delays and set(delays) <= set(stores.DELAYS_SECS[:2])
     assert not fsspec.filesystem("metered").exists("/folder/a.tfrecord.idx")  # nothing is written
 
 
@@ -188,7 +189,7 @@ def test_what_cannot_be_read_is_refused_at_once(monkeypatch):
     for name in ("cut.tar", "cut.parquet"):
         with pytest.raises(ValueError, match=f"metered:///bad/{name}: ") as caught:
             list(open_source(f"metered:///bad/{name}"))
-        assert not isinstance(caught.value, retries.StorageError)
+        assert not isinstance(caught.value, stores.StorageError)
     with pytest.raises(ValueError, match=r"nosuch:// cannot be read: .*pip install s3fs"):
         list_shards("nosuch://bucket/a.tar")
 
@@ -197,7 +198,7 @@ def test_what_cannot_be_read_is_refused_at_once(monkeypatch):
 
     monkeypatch.setattr(MeteredStore, "cat_file", refuse)
     with pytest.raises(
-        retries.StorageError, match=r"other\.csv: could not be read \(Access Denied\)"
+        stores.StorageError, match=r"other\.csv: could not be read \(Access Denied\)"
     ):
         list_shards("metered:///bad/other.csv")
     MeteredStore.store.clear()

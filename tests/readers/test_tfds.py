@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.registry import Skipped, list_shards, open_source, read_pairs
 from diht_jax.records import dataset_info
+from diht_jax.records.catalog import shard_name
+from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
 from tests.make import encoded
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -122,7 +123,7 @@ def _write_folder(folder: pathlib.Path, image_formats: list[str], shard_lengths:
     folder.mkdir()
     index = 0
     for shard, length in enumerate(shard_lengths):
-        name = dataset_info.shard_name("pairs", "train", shard, len(shard_lengths))
+        name = shard_name("pairs", "train", shard, len(shard_lengths))
         with TFRecordWriter(folder / name) as writer:
             for _ in range(length):
                 image_format = image_formats[index % len(image_formats)]

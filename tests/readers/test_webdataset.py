@@ -8,7 +8,7 @@ import pytest
 
 from diht_jax.readers.base import SOURCE_REASONS
 from diht_jax.readers.registry import open_source
-from diht_jax.readers.webdataset import read_tar
+from diht_jax.readers.shard_formats import read_tar
 from diht_jax.records.schema import encode_record
 from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_reasons, write_tar
 

@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 
 from diht_jax.data.index import update_index
-from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.formats.registry import open_source
+from diht_jax.records.formats import TFRecordWriter, open_source
 from diht_jax.records.labels.clip_embeddings import ClipFacts
-from diht_jax.records.labels.concepts import Concepts, encode_label, id_dtype
 from diht_jax.records.labels.shards import (
     CLIP_EMBEDDINGS,
-    LABELS,
+    Concepts,
     LabelShard,
     describe_labels,
+    encode_label,
+    id_dtype,
     label_shard_name,
-    relative_input,
     seal,
 )
-from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.train_data import LABELS, fingerprint_records, relative_input
 from diht_jax.records.vocabulary import Vocabulary, write_vocabulary
 
 

@@ -1,4 +1,4 @@
-"""What a start from a `dataset.index` looks at, and what it notices of a folder that changed."""
+"""Blocks of shards; what a start from a `dataset.index` looks at, and notices of a new folder."""
 
 import os
 import pathlib
@@ -11,12 +11,13 @@ import pytest
 
 from diht_jax.data.index import update_index
 from diht_jax.records.catalog import open_catalog
-from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.format import DamagedRecordError, TFRecordError
-from diht_jax.records.formats.registry import open_source, open_writer
-from diht_jax.records.schema import Pair, encode_record
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.formats import TFRecordSource, TFRecordWriter, open_source
+from diht_jax.records.schema import Pair
+from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
+from diht_jax.records.sharded import ShardedRecords
+from diht_jax.records.train_data import fingerprint_records
 from diht_jax.storage.stores import read_range
+from tests import make
 from tests.readers.inputs import JPEG
 from tests.records.stores import MeteredStore
 
@@ -28,9 +29,9 @@ def folder(tmp_path):
     folder = tmp_path / "kept"
     folder.mkdir()
     for shard in range(4):
-        with TFRecordWriter(folder / f"part-{shard}.tfrecord") as writer:
-            for record in RECORDS[shard * 125 : shard * 125 + 125]:
-                writer.write(record)
+        make.write_shard(
+            folder / f"part-{shard}.tfrecord", RECORDS[shard * 125 : shard * 125 + 125]
+        )
     update_index(folder)
     return folder
 
@@ -130,9 +131,7 @@ def test_a_shard_that_became_a_copy_of_its_sibling_is_named(tmp_path, suffix):
     folder.mkdir()
     pairs = [Pair(f"{i:03d}", JPEG, f"picture {i:03d}") for i in range(6)]
     for number in (0, 1):
-        with open_writer(folder / f"part-{number}{suffix}") as writer:
-            for pair in pairs[3 * number :][:3]:
-                writer.write(encode_record(pair))
+        make.write_shard(folder / f"part-{number}{suffix}", pairs[3 * number :][:3])
     update_index(folder)
     source = open_source(folder)
     assert source.decode(source[5]).caption == "picture 005"
@@ -184,9 +183,41 @@ def test_shards_are_found_by_any_name_of_a_file_and_tars_in_capitals(folder, tmp
     shutil.copy(folder / "part-0.tfrecord", tmp_path / "shard of mine")
     assert len(open_source(tmp_path / "shard of mine")) == 125
     shutil.copytree(folder, tmp_path / "tars", ignore=lambda folder, names: names)
-    with open_writer(tmp_path / "tars" / "A.tar") as writer:
-        writer.write(encode_record(Pair("1", JPEG, "one")))
+    make.write_shard(tmp_path / "tars" / "A.tar", [Pair("1", JPEG, "one")])
     os.replace(tmp_path / "tars" / "A.tar", tmp_path / "tars" / "A.TAR")
     for path in (tmp_path / "tars", tmp_path / "tars" / "A.TAR"):
         source = open_source(path)
         assert [source.decode(element).caption for element in source] == ["one"]
+
+
+class Counted(ShardedRecords):
+    """Shards of some lengths, without contents."""
+
+    def __init__(self, lengths):
+        """Of these numbers of records."""
+        self._starts = np.cumsum([0, *lengths])
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+
+def divide(lengths: list[int], block_records: int) -> list[int]:
+    """The limits of the blocks, shard by shard."""
+    starts, first = [], 0
+    for length in lengths:
+        mine = list(range(0, length, block_records))
+        if len(mine) > 1 and (length - mine[-1]) * 2 < block_records:
+            mine.pop()
+        starts += [first + start for start in mine]
+        first += length
+    return [*starts, first]
+
+
+def test_blocks_end_with_their_shard_and_a_short_rest_joins_the_one_before():
+    assert Counted([10, 0, 3, 9, 1]).block_starts(4).tolist() == [0, 4, 8, 10, 13, 17, 22, 23]
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths, size = random.integers(0, 40, 9).tolist(), int(random.integers(1, 20))
+        starts = Counted(lengths).block_starts(size)
+        assert starts.dtype == np.int64 and starts.tolist() == divide(lengths, size)
+    assert Counted([7, 5]).shard_lengths.tolist() == [7, 5]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from diht_jax.data.index import update_index
-from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.formats import TFRecordSource
+from diht_jax.records.train_data import fingerprint_records
+from tests import make
 
 LENGTHS = (130, 0, 64, 1, 200)
 
@@ -19,9 +20,10 @@ LENGTHS = (130, 0, 64, 1, 200)
 def folder(tmp_path):
     random = np.random.default_rng(0)
     for number, count in enumerate(LENGTHS):
-        with TFRecordWriter(tmp_path / f"part-{number}.tfrecord") as writer:
-            for _ in range(count):
-                writer.write(random.bytes(int(random.integers(0, 90))))
+        make.write_shard(
+            tmp_path / f"part-{number}.tfrecord",
+            (random.bytes(int(random.integers(0, 90))) for _ in range(count)),
+        )
     update_index(tmp_path)
     return tmp_path
 

@@ -18,30 +18,26 @@ from diht_jax.config import default_config
 from diht_jax.data.index import update_index
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
-from diht_jax.input.pipeline import TrainIterator, open_records
-from diht_jax.records.format import DamagedRecordError
-from diht_jax.records.format import read_records as read_tfrecords
-from diht_jax.records.formats.registry import open_writer
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.labels.clip_embeddings import (
     ClipEmbeddings,
     ClipFacts,
     ClipTeacher,
     Crops,
 )
-from diht_jax.records.labels.concepts import (
+from diht_jax.records.labels.shards import (
     NO_CONCEPTS,
+    Label,
     decode_label,
     encode_label,
     id_dtype,
     open_labels,
-)
-from diht_jax.records.labels.shards import (
-    Label,
-    find_inputs,
-    relative_input,
     seal,
 )
-from diht_jax.records.schema import CONCEPT_FIELDS, encode_record
+from diht_jax.records.schema import CONCEPT_FIELDS
+from diht_jax.records.shard_files import DamagedRecordError
+from diht_jax.records.shard_files import read_records as read_tfrecords
+from diht_jax.records.train_data import find_inputs, open_records, relative_input
 from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,
@@ -49,6 +45,7 @@ from diht_jax.records.vocabulary import (
     write_vocabulary,
 )
 from diht_jax.storage.stores import open_system
+from tests import make
 from tests.make import write_records
 from tests.records.labels import write_clip_embeddings, write_labels
 from tests.training.conftest import colored_square
@@ -95,9 +92,7 @@ def write_folders(folder, suffix=".tfrecord", seed=0):
         for name, written in (("plain", records), ("merged", merged)):
             if name == "merged" and suffix == ".tar":
                 continue
-            with open_writer(folder / name / f"squares-{number:05d}{suffix}") as writer:
-                for record in written:
-                    writer.write(encode_record(record))
+            make.write_shard(folder / name / f"squares-{number:05d}{suffix}", written)
         first += count
     if suffix == ".tfrecord":
         for name in ("plain", "merged"):
@@ -214,9 +209,9 @@ def test_ten_of_each_kind_take_120_bytes(tmp_path, size, num_bytes):
     ids = np.array([*range(9), size - 1])
     probs = np.full(10, 0.1, np.float16)
     path = tmp_path / "labels.tfrecord"
-    with open_writer(path) as writer:
-        for number in range(100):
-            writer.write(encode_label(number, [(ids, probs)] * 2, ids_type))
+    make.write_shard(
+        path, (encode_label(number, [(ids, probs)] * 2, ids_type) for number in range(100))
+    )
     assert path.stat().st_size == 100 * num_bytes
     shard = ("train-00000.tfrecord", 1, 2, "0" * 16)
     data = encode_label(seal(shard, 0, "k"), [(ids, probs), NO_CONCEPTS], ids_type)
@@ -318,9 +313,7 @@ def test_labels_of_other_records_are_noticed(equal_keys, tmp_path, kind, change)
         last.write_bytes(data)
     else:
         data = list(read_tfrecords(first))
-        with open_writer(first) as writer:
-            for number in (1, 0, 2, 3):
-                writer.write(data[number])
+        make.write_shard(first, (data[number] for number in (1, 0, 2, 3)))
     update_index(str(first.parent), overwrite=True)
     with pytest.raises(ValueError, match=rf"{kind}/train-00000.tfrecord: record 0: the label bel"):
         list(read_both(folder))
@@ -334,8 +327,7 @@ def test_wrong_labels_are_an_error_at_the_start(folders, tmp_path):
     with pytest.raises(ValueError, match=r"config.data.labels=.*1 changed \(squares-00002.tf"):
         mixture(plain, str(folder))
     # Whole, but shorter than the shard; the index was brought up to date.
-    with open_writer(path) as writer:
-        writer.write(b"")
+    make.write_shard(path, [b""])
     update_index(str(folder / "labels"))
     with pytest.raises(ValueError, match=r"00002.tfrecord has 1 records, and the shard .* has 9"):
         mixture(plain, str(folder))
@@ -349,9 +341,10 @@ def test_labels_of_other_records_are_an_error_at_the_start(folders, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for number, count in enumerate(LENGTHS):
-        with open_writer(other / f"squares-{number:05d}.tfrecord") as writer:
-            for index in range(count):
-                writer.write(encode_record(colored_square(index + 100)))
+        make.write_shard(
+            other / f"squares-{number:05d}.tfrecord",
+            (colored_square(index + 100) for index in range(count)),
+        )
     labels = str(folders / "labels")
     train = {"one": {"path": str(other), "weight": 1, "labels": labels}}
     with pytest.raises(ValueError, match=r"data.train.one.labels=.*belongs to another shard than"):

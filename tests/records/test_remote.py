@@ -6,10 +6,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.formats.registry import open_source
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.formats import TFRecordSource, open_source
+from diht_jax.records.train_data import fingerprint_records
 from diht_jax.storage import stores
+from tests import make
 from tests.readers.inputs import PNG, write_tar
 from tests.records.stores import MeteredStore
 
@@ -20,9 +20,7 @@ RECORDS = [bytes([i]) * (1 + 700 * i) for i in range(20)]
 def local(tmp_path_factory):
     folder = tmp_path_factory.mktemp("local")
     for shard in range(2):
-        with TFRecordWriter(folder / f"part-{shard}.tfrecord") as writer:
-            for record in RECORDS[shard * 10 : shard * 10 + 10]:
-                writer.write(record)
+        make.write_shard(folder / f"part-{shard}.tfrecord", RECORDS[shard * 10 : shard * 10 + 10])
     return folder
 
 
@@ -69,9 +67,7 @@ def test_shards_without_index_are_walked_through_by_large_requests(tmp_path, mon
     monkeypatch.setattr(stores, "BLOCK_BYTES", 2**16)
     image = PNG + np.random.default_rng(0).bytes(20_000)
     write_tar(tmp_path / "a.tar", [(f"{n}.{e}", image) for n in range(40) for e in ("png", "txt")])
-    with TFRecordWriter(tmp_path / "a.tfrecord") as writer:
-        for number in range(40):
-            writer.write(image[number:])
+    make.write_shard(tmp_path / "a.tfrecord", (image[number:] for number in range(40)))
     for name in ("a.tar", "a.tfrecord"):
         data = (tmp_path / name).read_bytes()
         fsspec.filesystem("metered").pipe_file(f"/walked/{name}", data)

@@ -6,8 +6,7 @@ import json
 import google_crc32c
 import pytest
 
-from diht_jax.records.schema import Pair, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.schema import Pair
 from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,
@@ -16,6 +15,7 @@ from diht_jax.records.vocabulary import (
     read_vocabulary,
     write_vocabulary,
 )
+from tests import make
 
 
 def _vocabulary(objects=("dog", "polar bear", "café"), attributes=("black",)) -> Vocabulary:
@@ -26,8 +26,7 @@ def _vocabulary(objects=("dog", "polar bear", "café"), attributes=("black",)) -
 
 
 def _write_shard(path, label=None) -> None:
-    with TFRecordWriter(path) as writer:
-        writer.write(encode_record(Pair("k", b"i", "c")))
+    make.write_shard(path, [Pair("k", b"i", "c")])
     counts = {"read": 1} if label is None else {"vocabulary": label}
     (path.parent / f"{path.name}.stats.json").write_text(json.dumps({"counts": counts}))
 

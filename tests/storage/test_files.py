@@ -10,8 +10,8 @@ from data_prep.decisions import table
 from data_prep.filtering.config import SETTINGS
 from data_prep.filtering.resharding import BalancedShard, load_written
 from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, check_all
-from diht_jax.storage import files, retries
-from diht_jax.storage.retries import StorageError
+from diht_jax.storage import files, stores
+from diht_jax.storage.stores import StorageError
 from tests.readers.failing_disk import FailingDisk
 from tests.records.stores import MeteredStore
 
@@ -126,7 +126,7 @@ def test_a_disk_that_is_away_for_a_moment_changes_nothing(tmp_path, monkeypatch,
         return real(*args, **options)
 
     (tmp_path / "a").write_bytes(b"x")
-    monkeypatch.setattr(retries, "sleep", lambda secs: None)
+    monkeypatch.setattr(stores, "sleep", lambda secs: None)
     monkeypatch.setattr(os, name, fails_once)
     assert files.list_names(str(tmp_path)) == ["a"]
     files.remove(str(tmp_path / "a"))

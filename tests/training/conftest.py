@@ -17,8 +17,8 @@ from fsspec.registry import _registry
 from jax.experimental.compilation_cache import compilation_cache
 
 from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
 from diht_jax.training import loop
 from tests import make

@@ -12,8 +12,8 @@ import pytest
 
 import diht_jax
 from diht_jax.input.pipeline import TrainIterator
+from diht_jax.records.formats import TFRecordSource, TFRecordWriter
 from diht_jax.records.schema import decode_record, encode_record
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.storage.locks import lock_folder
 from diht_jax.training import loop
 from diht_jax.training.loop import train

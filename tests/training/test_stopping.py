@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diht_jax.input.batch_wait import BatchWait
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import DivergedError, NonFiniteError
 from diht_jax.training.monitoring.metrics import read_metrics
@@ -109,7 +107,8 @@ def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch,
     config.mesh.update(data=1, fsdp=1)
     device, take, end = jax.devices()[:1], TrainIterator.__next__, threading.Event()
     undisturbed = train(config, tmp_path / "undisturbed", devices=device)
-    waits = functools.partial(BatchWait, poll_secs=0.01, warn_after_secs=0.02, grace_secs=0.05)
+    waits = {"poll_secs": 0.01, "warn_after_secs": 0.02, "grace_secs": 0.05}
+    waiting = functools.partialmethod(TrainIterator.take, **waits)
     for stalled_step, saved in ((1, []), (4, ["3"])):
         taken = []
 
@@ -122,7 +121,7 @@ def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch,
 
         with monkeypatch.context() as patched:
             patched.setattr(TrainIterator, "__next__", stalling)
-            patched.setattr(loop, "BatchWait", waits)
+            patched.setattr(TrainIterator, "take", waiting)
             with pytest.raises(Stopped, match=f"after step {stalled_step - 1} of 6, while its in"):
                 train(config, tmp_path / "stalled", devices=device)
         first = 16 * (stalled_step - 1)

@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from diht_jax.evaluation.embedding.entries import Entries, Order, Processes, decode_picture
-from diht_jax.input.decode import ImageError
+from diht_jax.input.transforms import ImageError
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 from diht_jax.terminal import ProgressBar

@@ -14,7 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from diht_jax.input.decode import MAX_PIXELS, ImageError, decode_rgb
+from diht_jax.input.transforms import MAX_PIXELS, ImageError, decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 from diht_jax.terminal import ProgressBar

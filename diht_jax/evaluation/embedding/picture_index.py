@@ -28,7 +28,7 @@ from absl import logging
 from PIL import Image
 
 from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object
-from diht_jax.input.decode import ImageError, decode_rgb, load_rgb, open_image
+from diht_jax.input.transforms import ImageError, decode_rgb, load_rgb, open_image
 from diht_jax.readers import image_folder
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files

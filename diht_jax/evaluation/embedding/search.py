@@ -35,7 +35,7 @@ from diht_jax.evaluation.embedding.entries import Entries, read_again
 from diht_jax.evaluation.embedding.inputs import input_units
 from diht_jax.evaluation.embedding.picture_index import Match, PictureIndex, Place
 from diht_jax.evaluation.protocols.base import CAPTION_SLOT, fill_caption_template
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.pages.render import render, thumbnail
 from diht_jax.readers.base import SourceShard
 from diht_jax.terminal import escape

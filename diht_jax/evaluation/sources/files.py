@@ -16,8 +16,7 @@ from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.readers.base import Skipped, read_image
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import find_inputs, map_many, read_bytes
-from diht_jax.storage.retries import StorageError
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.stores import StorageError, is_remote
 
 
 def read_text(path: str, what: str = "a text file") -> str:

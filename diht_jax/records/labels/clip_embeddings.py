@@ -36,10 +36,9 @@ from diht_jax.records.labels.shards import (
     encode_features,
     encode_key,
     read_labels_index,
-    resolve_source,
 )
 from diht_jax.records.schema import Record
-from diht_jax.records.train_data import parse_train
+from diht_jax.records.train_data import parse_train, resolve_source
 
 DTYPES = ("int8", "float16")
 

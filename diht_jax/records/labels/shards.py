@@ -3,18 +3,26 @@
 A folder that `data_prep.label` writes has
 
     labels/NAME.tfrecord            concept labels of the shard NAME, record for record
-    clip_embeddings/NAME.tfrecord   embeddings of CLIP teachers, likewise
+    clip_embeddings/NAME.tfrecord   embeddings of CLIP teachers, likewise (`clip_embeddings.py`)
     vocabulary_*.tsv                what the ids mean
 
 Each of the two folders has an `.idx` for each shard, and a `dataset.index`. The JSON in the head of
 that index states under `labels` which record shard each of them belongs to, by its name, number of
-records, bytes and digest (`fingerprint.py`), so that labels of other records are noticed at the
-start of a run, and the record shards may be anywhere. A label also holds a checksum of the record
-that it belongs to (`seal`), so that labels in another order, or in another file, are noticed when
-they are read.
+records, bytes and digest (`Fingerprint`), so that labels of other records are noticed at the start
+of a run, and the record shards may be anywhere. A label also holds a checksum of the record that it
+belongs to (`seal`), so that labels in another order, or in another file, are noticed when they are
+read.
 
-A label is a `tf.train.Example` with features of bytes. What is in them belongs to `concepts.py` and
-`clip_embeddings.py`.
+A label is a `tf.train.Example` with features of bytes. That of concepts is `labels`,
+little-endian::
+
+    uint32 seal of the record | uint8 number of objects | uint8 of attributes
+    ids | float16 probabilities
+
+First come the ids of the objects, likeliest first, then those of the attributes; the probabilities
+are in the same order. Ids are uint16, or uint32 for vocabularies above 65,536. Ten of each kind
+take 120 bytes with the frame of a TFRecord. A record without labels has no ids, or no feature at
+all.
 """
 
 from __future__ import annotations
@@ -22,34 +30,39 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import posixpath
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import google_crc32c
+import numpy as np
 
 from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME, DatasetIndex, read_index
-from diht_jax.records.fingerprint import fingerprint_records
-from diht_jax.records.format import DamagedRecordError
-from diht_jax.records.schema import Example, Record, parse_example
+from diht_jax.records.formats import TFRecordSource
+from diht_jax.records.schema import CONCEPT_FIELDS, Example, Record, check_concepts, parse_example
+from diht_jax.records.shard_files import DamagedRecordError
 from diht_jax.records.sharded import ShardedRecords
-from diht_jax.records.tfrecord import TFRecordSource
-from diht_jax.records.train_data import TrainSource
+from diht_jax.records.train_data import LABELS, fingerprint_records
 from diht_jax.storage.copies import cached_copy
-from diht_jax.storage.files import is_glob
-from diht_jax.storage.retries import StorageError
-from diht_jax.storage.stores import is_remote, open_system
+from diht_jax.storage.stores import StorageError, is_remote, open_system
 
-LABELS = "labels"
 CLIP_EMBEDDINGS = "clip_embeddings"
 
 _MAX_OPEN_COPIES = 128
 REMAKE = "delete this file, and run `python -m data_prep.label` again"
 _ADVICE = "copy the whole folder again, or run `python -m data_prep.label` again"
 
+_FEATURE = "labels"
+_HEAD = struct.Struct("<IBB")
+_PROBABILITY = np.dtype("<f2")
 # Name, records, bytes and digest of a record shard, as in a `Fingerprint`.
 ShardIdentity = tuple[str, int, int, str]
+
+
+# Ids and probabilities of one kind of concepts, likeliest first.
+Concepts = tuple[np.ndarray, np.ndarray]
+NO_CONCEPTS: Concepts = (np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
 class LabelShard(NamedTuple):
@@ -123,50 +136,6 @@ def describe_labels(
     """
     rows = [[shard.name, shard.digest, list(shard.source)] for shard in shards]
     return {"inputs": list(inputs), "shards": rows, "facts": dict(facts or {})}
-
-
-def relative_input(path: str, folder: str) -> str:
-    """An input as seen from the folder of the labels, if they are in one file system.
-
-    Both may then be copied elsewhere together.
-    """
-    (system, path_there), (own, folder_there) = _split(path), _split(folder)
-    return posixpath.relpath(path_there, folder_there) if system == own else path
-
-
-def find_inputs(folder: str) -> list[str] | None:
-    """Paths of the records that the labels in a folder belong to; None where it has no labels."""
-    try:
-        stated = read_index(os.path.join(folder, LABELS, INDEX_NAME)).labels
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    system, folder_there = _split(folder)
-    if not stated:
-        return None
-    return [
-        text
-        if is_remote(text) or os.path.isabs(text)
-        else f"{system}{posixpath.normpath(posixpath.join(folder_there, text))}"
-        for text in stated["inputs"]
-    ]
-
-
-def _split(path: str) -> tuple[str, str]:
-    """The protocol of a URL, or nothing, and the absolute path behind it."""
-    if is_remote(path):
-        system, _, rest = path.partition("://")
-        return f"{system}://", rest
-    return "", os.path.abspath(path)
-
-
-def resolve_source(source: TrainSource) -> TrainSource:
-    """A source whose path is a folder of labels alone, as the records that these belong to."""
-    if source.labels or not isinstance(source.path, str) or is_glob(source.path):
-        return source
-    inputs = find_inputs(source.path)
-    return (
-        source if inputs is None else dataclasses.replace(source, path=inputs, labels=source.path)
-    )
 
 
 def read_labels_index(
@@ -359,3 +328,72 @@ def _match_shards(
             )
         matched.append(by_source[found])
     return matched
+
+
+def id_dtype(vocabulary: Mapping[str, Any]) -> np.dtype:
+    """The type of stored ids."""
+    largest = max(part["size"] for part in vocabulary.values())
+    return np.dtype("<u2" if largest <= 2**16 else "<u4")
+
+
+def encode_label(seal: int, concepts: Sequence[Concepts], ids_type: np.dtype) -> bytes:
+    """The label of a record with the concepts of its objects, and of its attributes."""
+    head = _HEAD.pack(seal, *(len(ids) for ids, _ in concepts))
+    ids = b"".join(ids.astype(ids_type).tobytes() for ids, _ in concepts)
+    probs = b"".join(probs.astype(_PROBABILITY).tobytes() for _, probs in concepts)
+    return encode_features({_FEATURE: head + ids + probs})
+
+
+def decode_label(label: Label, key: str) -> list[Concepts]:
+    """Ids int32 [k] and probabilities float32 [k] of each kind, of the label of a record.
+
+    Raises:
+        ValueError: the label of another record than that of the key, or one that is damaged.
+    """
+    packed = decode_features(label.data).get(_FEATURE)
+    if packed is None:
+        return [NO_CONCEPTS, NO_CONCEPTS]
+    if len(packed) < _HEAD.size:
+        raise ValueError(f"a label of {len(packed)} bytes is cut off; {REMAKE}")
+    found, *counts = _HEAD.unpack_from(packed)
+    label.check(found, key)
+    total = sum(counts)
+    if not total:
+        return [NO_CONCEPTS, NO_CONCEPTS]
+    width, rest = divmod(len(packed) - _HEAD.size, total)
+    width -= _PROBABILITY.itemsize
+    if rest or width not in (2, 4):
+        raise ValueError(
+            f"a label of {len(packed)} bytes for {counts[0]} objects and {counts[1]} attributes; "
+            f"{REMAKE}"
+        )
+    ids = np.frombuffer(packed, f"<u{width}", total, _HEAD.size).astype(np.int32)
+    probs = np.frombuffer(packed, _PROBABILITY, total, _HEAD.size + width * total)
+    probs = probs.astype(np.float32)
+    return [(ids[: counts[0]], probs[: counts[0]]), (ids[counts[0] :], probs[counts[0] :])]
+
+
+class ConceptLabels(LabelRecords):
+    """Concept labels of records, which come in place of concepts of the records' own."""
+
+    kind = LABELS
+
+    def _join(self, record: Record, label: Label) -> Record:
+        values: dict[str, np.ndarray] = {}
+        concepts = decode_label(label, record.key)
+        for names, (ids, probs) in zip(CONCEPT_FIELDS, concepts, strict=True):
+            check_concepts(record.key, names[0], ids, names[1], probs)
+            values |= {names[0]: ids, names[1]: probs}
+        return dataclasses.replace(record, **values)
+
+
+def open_labels(folder: str, records: ShardedRecords, key: str, **options: Any) -> ConceptLabels:
+    """The concept labels of some records; arguments and errors of `LabelRecords.open`.
+
+    Raises:
+        ValueError: the folder has no labels.
+    """
+    found = ConceptLabels.open(folder, records, key, **options)
+    if found is None:
+        raise missing_labels(folder, key)
+    return found

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 
 from diht_jax.config.checks import nearest_name
-from diht_jax.records.format import frame_footer, frame_header
+from diht_jax.records.shard_files import frame_footer, frame_header
 from diht_jax.storage.files import join, read_object, write_bytes, write_object
 from diht_jax.storage.stores import is_remote
 

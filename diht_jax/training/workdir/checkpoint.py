@@ -19,8 +19,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from diht_jax.input.batch_wait import Position
-from diht_jax.input.pipeline import TrainIterator
+from diht_jax.input.pipeline import Position, TrainIterator
 from diht_jax.training.multihost import (
     TemporaryError,
     first_text,

@@ -28,11 +28,10 @@ from diht_jax.input.choices import open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, open_mixture
 from diht_jax.input.order import ORDERS, resolve_order
-from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.losses.registry import LOSSES
 from diht_jax.models.zoo import get_architecture
-from diht_jax.records.fingerprint import Fingerprint, describe_changes
-from diht_jax.records.train_data import describe_train
+from diht_jax.records.train_data import Fingerprint, describe_changes, describe_train, open_records
 from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.storage.locks import lock_folder
 from diht_jax.storage.stores import is_remote

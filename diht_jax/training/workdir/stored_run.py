@@ -24,8 +24,7 @@ from jax.sharding import Mesh
 
 from diht_jax.storage import copies, files
 from diht_jax.storage.locks import lock_file
-from diht_jax.storage.retries import retry
-from diht_jax.storage.stores import is_remote, open_system
+from diht_jax.storage.stores import is_remote, open_system, retry
 from diht_jax.training.multihost import TemporaryError, share_for
 from diht_jax.training.workdir.checkpoint import SaveError
 from diht_jax.training.workdir.saved_run import (

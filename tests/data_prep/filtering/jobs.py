@@ -16,7 +16,7 @@ from data_prep.decisions.table import SUFFIX, read_decisions, read_manifest
 from data_prep.filtering import config as filter_config
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.models import Architecture
-from diht_jax.records.formats.registry import open_source
+from diht_jax.records.formats import open_source
 from diht_jax.records.schema import Record, decode_record
 from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
-from diht_jax.storage import retries
+from diht_jax.storage import stores
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,
@@ -57,7 +57,7 @@ def test_an_output_that_may_not_become_larger_is_named_and_waited_for_no_time(
         try:
             assert run_filter(config) == {}
             break
-        except retries.FullError as error:
+        except stores.FullError as error:
             stopped.append(str(error))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -13,9 +13,9 @@ from grain.sources import ArrayRecordDataSource
 from PIL import Image
 
 from data_prep.filter import run_filter
-from diht_jax.input.pipeline import open_records
 from diht_jax.readers.registry import open_source
-from diht_jax.records.formats.tar_records import INDEX, scan_tar
+from diht_jax.records.tar_records import INDEX, scan_tar
+from diht_jax.records.train_data import open_records
 from tests import make
 from tests.data_prep.filtering.jobs import job_config, read_records, snapshot
 

@@ -20,7 +20,7 @@ from data_prep.steps.base import Candidate, Columns
 from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import Spot, Verdict
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from tests import make

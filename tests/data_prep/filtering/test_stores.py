@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.filter import run_filter
 from data_prep.filtering import plan
-from diht_jax.storage import files, retries
+from diht_jax.storage import files, stores
 from tests.data_prep.filtering.jobs import _NOT_COMPARED, job_config, snapshot, write_tars
 from tests.records.stores import Killed, MeteredStore
 
@@ -132,7 +132,7 @@ def test_a_finished_output_shard_costs_two_requests(metered, monkeypatch):
 
 def test_a_store_that_fails_one_request_in_twenty_changes_no_byte(metered, monkeypatch):
     delays = []
-    monkeypatch.setattr(retries, "sleep", delays.append)
+    monkeypatch.setattr(stores, "sleep", delays.append)
     assert run_filter(metered("metered:///good")) == {}
     MeteredStore.failing_every = 20
     assert run_filter(metered("metered:///flaky")) == {}

@@ -18,10 +18,11 @@ from diht_jax.data.tokenizer import tokenize
 from diht_jax.input.choices import with_boxes
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
-from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.pipeline import TrainIterator
+from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.labels.clip_embeddings import Crops
 from diht_jax.records.schema import Record, decode_record
-from diht_jax.records.tfrecord import TFRecordSource
+from diht_jax.records.train_data import open_records
 from diht_jax.training.objective import bind_data
 from tests import make
 from tests.data_prep.labelling.pictures import draw

@@ -13,12 +13,10 @@ from data_prep.label import run_label
 from data_prep.labelling import embeddings
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
-from diht_jax.records.format import read_records
-from diht_jax.records.formats.registry import open_source
-from diht_jax.records.labels.concepts import open_labels
-from diht_jax.records.labels.shards import decode_features
+from diht_jax.records.formats import TFRecordWriter, open_source
+from diht_jax.records.labels.shards import decode_features, open_labels
 from diht_jax.records.schema import decode_record, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.shard_files import read_records
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
 
 _DEADLY: set[bytes] = set()

@@ -6,7 +6,7 @@ import tensorflow_datasets as tfds
 
 from data_prep.filter import run_filter
 from data_prep.label import run_label
-from diht_jax.input.pipeline import open_records
+from diht_jax.records.train_data import open_records
 from diht_jax.records.vocabulary import find_vocabulary
 from tests.data_prep.filtering.jobs import job_config
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config

@@ -20,8 +20,8 @@ from data_prep.labelling.tasks import find_inputs, identify_inputs, plan_outputs
 from data_prep.labelling.vocabulary import count_concepts
 from data_prep.teachers.registry import describe_teacher
 from diht_jax.readers.registry import SourceShard
-from diht_jax.records.format import read_records as read_tfrecords
-from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.formats import TFRecordWriter
+from diht_jax.records.shard_files import read_records as read_tfrecords
 from diht_jax.records.vocabulary import read_vocabulary
 from tests.data_prep.filtering.jobs import read_records
 from tests.data_prep.labelling.pictures import (

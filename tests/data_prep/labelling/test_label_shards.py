@@ -15,8 +15,8 @@ from data_prep.label import run_label
 from data_prep.labelling.config import default_config
 from data_prep.labelling.tasks import plan_outputs
 from diht_jax.readers.registry import SourceShard
-from diht_jax.records.formats.registry import open_source
-from diht_jax.records.labels.concepts import open_labels
+from diht_jax.records.formats import open_source
+from diht_jax.records.labels.shards import open_labels
 from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.records.vocabulary import find_train_vocabulary, read_vocabulary
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, read_records

@@ -5,7 +5,7 @@ import numpy as np
 from data_prep.synthetic import teacher, web
 from data_prep.synthetic.scenes import COLORS
 from data_prep.teachers.precomputed import EmbeddingTable
-from diht_jax.input import decode
+from diht_jax.input import transforms
 from diht_jax.readers.registry import open_source
 
 
@@ -24,7 +24,7 @@ def test_embeddings_stand_under_the_keys_of_their_pictures(tmp_path):
     pairs = list(open_source(source))
     assert len(table) == 60
     for pair in pairs:
-        seen = teacher.shrink(decode.decode_rgb(pair.image))
+        seen = teacher.shrink(transforms.decode_rgb(pair.image))
         found = table.get(pair.key)
         wanted = np.asarray(network.features(seen[None]))[0]
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)

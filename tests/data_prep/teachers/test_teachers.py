@@ -24,7 +24,7 @@ from data_prep.teachers.registry import (
 from data_prep.teachers.swag import WEIGHTS_VARIABLE
 from diht_jax.config import default_config
 from diht_jax.evaluation.embedding import files as embedding_files
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Record
 from tests import make

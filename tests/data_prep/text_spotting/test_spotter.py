@@ -19,7 +19,7 @@ from data_prep.text_spotting.match import RECOGNIZABLE, fold_text  # noqa: E402
 from data_prep.text_spotting.networks import OcrSettings, find_weights  # noqa: E402
 from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
 from data_prep.text_spotting.spotter import Settings, TextSpotter  # noqa: E402
-from diht_jax.input.decode import decode_rgb  # noqa: E402
+from diht_jax.input.transforms import decode_rgb  # noqa: E402
 from tests.data_prep.filtering.jobs import job_config, read_records  # noqa: E402
 
 # Shares no five characters with what the pictures show.

@@ -55,7 +55,7 @@ class _Oracle:
 
 def _oracle(photos, text_emb):
     """The i-th picture is the i-th unit vector, so that a text's entries are its similarities."""
-    from diht_jax.input.decode import decode_rgb
+    from diht_jax.input.transforms import decode_rgb
 
     keys = [np.asarray(decode_rgb(photo).resize((2, 2))).tobytes() for photo in photos]
     # Pictures that fill up a batch are black.

@@ -23,7 +23,7 @@ from diht_jax.evaluation.protocols.class_names import name_index, raw_label, res
 from diht_jax.evaluation.sources.labels import VOC_CLASSES
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries
-from diht_jax.input.decode import decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from tests.make import HashedModel, encoded, plain, write_tar
 
 _PAGE = pathlib.Path(__file__).parents[3] / "docs" / "reference" / "evaluation_sets.md"

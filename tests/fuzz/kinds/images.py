@@ -16,7 +16,7 @@ from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 from PIL import Image
 
-from diht_jax.input import decode, fast_crops
+from diht_jax.input import examples, transforms
 from tests.fuzz.damage import Draw, cut, damaged, flipped, noise, seeds
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 from tests.make import encoded
@@ -74,25 +74,25 @@ def _exif(orientation: int) -> Image.Exif:
 
 def _judge(data: bytes, must: str | None = None) -> str:
     """Decodes in all three ways; `must` is the reason for which it must be refused."""
-    decoded = attempt(lambda: decode.decode_rgb(data), "")
-    readable = attempt(lambda: decode.check_readable(data), "")
+    decoded = attempt(lambda: transforms.decode_rgb(data), "")
+    readable = attempt(lambda: transforms.check_readable(data), "")
     rng = np.random.default_rng(0)
-    crop = attempt(lambda: fast_crops.plan_random_crop(data, _CROP, rng)(), "")
+    crop = attempt(lambda: examples.plan_random_crop(data, _CROP, rng)(), "")
     refused = isinstance(decoded, Refused)
     require(refused == isinstance(readable, Refused), f"decode {decoded}, check {readable}")
     require(refused == isinstance(crop, Refused), f"decode {decoded}, crop {crop!r:.200}")
     if refused:
         error = None
         try:
-            decode.decode_rgb(data)
-        except decode.ImageError as caught:
+            transforms.decode_rgb(data)
+        except transforms.ImageError as caught:
             error = caught
-        require(error is not None and error.reason in decode.REASONS, f"no reason: {error!r}")
+        require(error is not None and error.reason in transforms.REASONS, f"no reason: {error!r}")
         require(must in (None, error.reason), f"expected '{must}', got '{error.reason}': {error}")
         return ERROR
     require(must is None, f"a picture of {decoded.size}, where '{must}' was expected")
     require(decoded.mode == "RGB", f"mode {decoded.mode}")
-    require(decoded.width * decoded.height <= decode.MAX_PIXELS, f"size {decoded.size}")
+    require(decoded.width * decoded.height <= transforms.MAX_PIXELS, f"size {decoded.size}")
     require(set(readable[1:]) == set(decoded.size), f"sizes {readable} and {decoded.size}")
     require(crop.shape == (_CROP, _CROP, 3) and crop.dtype == np.uint8, f"crop {crop.shape}")
     return SUCCESS
@@ -103,7 +103,7 @@ def check_undisturbed(draw: Draw, folder: pathlib.Path) -> str:
     name, array = draw(one(_FORMATS)), draw(_pixels())
     data = draw(_encoded(name, array))
     require(_judge(data) == SUCCESS, f"a good {name} was refused")
-    same = name not in _LOSSLESS or np.array_equal(np.asarray(decode.decode_rgb(data)), array)
+    same = name not in _LOSSLESS or np.array_equal(np.asarray(transforms.decode_rgb(data)), array)
     require(same, f"the pixels of a {name} have changed")
     return SUCCESS
 

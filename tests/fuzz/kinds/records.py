@@ -18,7 +18,7 @@ from hypothesis.strategies import sampled_from as one
 from diht_jax.data.index import update_index
 from diht_jax.readers import registry
 from diht_jax.records import schema
-from diht_jax.records.tfrecord import TFRecordSource
+from diht_jax.records.formats import TFRecordSource
 from tests.fuzz.damage import (
     NO_OBJECT,
     NOT_UTF8,

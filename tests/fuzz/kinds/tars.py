@@ -16,7 +16,7 @@ from hypothesis.strategies import SearchStrategy, integers
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax.readers import registry
-from diht_jax.records.formats.tar_records import TarRecordSource
+from diht_jax.records.tar_records import TarRecordSource
 from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, flipped, noise, words
 from tests.fuzz.judge import Refused, attempt, judge_source, require
 

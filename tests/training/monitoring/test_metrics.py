@@ -2,7 +2,7 @@
 
 from tensorboard.compat.proto import event_pb2
 
-from diht_jax.records.format import read_records
+from diht_jax.records.shard_files import read_records
 from diht_jax.training.monitoring.metrics import (
     MetricWriter,
     plot_curves,

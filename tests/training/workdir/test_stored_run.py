@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from diht_jax.loading import read_model
-from diht_jax.storage import files, retries
+from diht_jax.storage import files, stores
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.workdir import stored_run
@@ -176,7 +176,7 @@ def test_a_machine_keeps_what_trackers_write_for_themselves(staged, url, tmp_pat
 def test_what_the_store_did_not_take_is_kept_and_sent_later(
     mount_tmpfs, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(retries, "sleep", lambda secs: None)
+    monkeypatch.setattr(stores, "sleep", lambda secs: None)
     small_store = mount_tmpfs("size=200k")
     url = f"file://{small_store}/run"
     staged = StagedDirectory(url, str(tmp_path / "machine"))

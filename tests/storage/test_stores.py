@@ -16,8 +16,8 @@ import requests
 import yarl
 from s3fs.errors import translate_boto_error
 
-from diht_jax.storage import retries
-from diht_jax.storage.retries import StorageError, is_storage_failure
+from diht_jax.storage import stores
+from diht_jax.storage.stores import StorageError, is_storage_failure
 
 
 def _answer(status: int) -> aiohttp.ClientResponseError:
@@ -81,7 +81,7 @@ _OTHERS = {
 def slept(monkeypatch) -> list[float]:
     """The seconds that were waited; no time passes."""
     found: list[float] = []
-    monkeypatch.setattr(retries, "sleep", found.append)
+    monkeypatch.setattr(stores, "sleep", found.append)
     return found
 
 
@@ -99,13 +99,13 @@ def test_a_failure_of_a_storage_is_tried_again_and_never_called_damage(error, sl
     if isinstance(error, PermissionError):  # waiting does not change it
         left.failures = 10**6
     else:
-        assert retries.retry(read, "s3://bucket/a.tar") == "contents"
-        assert slept == list(retries.DELAYS_SECS[:2])
+        assert stores.retry(read, "s3://bucket/a.tar") == "contents"
+        assert slept == list(stores.DELAYS_SECS[:2])
         left.failures = 10**6
         slept.clear()
     with pytest.raises(StorageError, match=r"^s3://bucket/a\.tar: could not be read.*\([^)]") as e:
-        retries.retry(read, "s3://bucket/a.tar")
-    assert sum(slept) == (0 if isinstance(error, PermissionError) else sum(retries.DELAYS_SECS))
+        stores.retry(read, "s3://bucket/a.tar")
+    assert sum(slept) == (0 if isinstance(error, PermissionError) else sum(stores.DELAYS_SECS))
     assert "damage" not in str(e.value)
     assert e.value.__cause__ is error
 
@@ -118,6 +118,6 @@ def test_other_errors_are_raised_at_once_as_they_are(error, slept):
         raise error
 
     with pytest.raises(type(error)) as caught:
-        retries.retry(read, "a.tar")
+        stores.retry(read, "a.tar")
     assert caught.value is error
     assert not slept

@@ -1,12 +1,13 @@
-"""The members of a tar, read from front to back; nothing is lost in silence or trusted.
+"""Webdataset tars: the members of an archive, and the samples and pairs that they make.
 
-Nothing is ever written to disk, so that no path in an archive can do harm. What the members mean
-belongs in `tar_samples.py`.
+As webdataset groups them, members that follow each other with the same name up to the first dot of
+the base name are one sample: `KEY.jpg`, `KEY.txt` and `KEY.json`, as img2dataset writes them.
 
-Python's `tarfile` believes the headers: it reserves any size that an extended header claims,
-searches it with patterns that take quadratic time, goes backwards at a negative size, and takes a
-damaged header or a hole of zeros for the end. Each of these is an error here, and so is an archive
-that unpacks to far more than it takes.
+Nothing is ever written to disk, so that no path in an archive can do harm. Python's `tarfile`
+believes the headers: it reserves any size that an extended header claims, searches it with patterns
+that take quadratic time, goes backwards at a negative size, and takes a damaged header or a hole of
+zeros for the end. Each of these is an error here, and so is an archive that unpacks to far more
+than it takes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,23 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
-from diht_jax.storage.retries import is_storage_failure
-from diht_jax.storage.stores import check_failure, open_file
+from diht_jax.records.samples import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    Skipped,
+    clean_text,
+    take_caption,
+)
+from diht_jax.records.schema import Pair, parse_json_object
+from diht_jax.storage.stores import check_failure, is_storage_failure, open_file
 
+TEXT_EXTENSIONS = ("txt", "json")
+_SIZE_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | dict.fromkeys(
+    TEXT_EXTENSIONS, 2**24
+)
 # A file that unpacks to this much, and this many times its own size, holds no pictures: these are
 # compressed already.
 _UNPACKED_BYTES = 2**30
@@ -123,14 +135,14 @@ def walk_members(
     *,
     is_piece: bool = False,
     is_divisible: bool = False,
-    is_read: Callable[[str], bool] = lambda name: True,
+    is_read: Callable[[str], bool] | None = None,
 ) -> Iterator[Member]:
     """Yields the ordinary files of an open archive, in its order; see `read_members`.
 
     Args:
         file: the archive, or a piece (`is_piece`) where the end marker may be missing.
         is_divisible: the members must mean the same when they are read one by one.
-        is_read: of a name, whether the contents within the limit are read.
+        is_read: of a name, whether the contents within the limit are read; None reads all.
     """
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -158,7 +170,7 @@ def walk_members(
                 if CHECKSUMS in member.pax_headers:
                     checksums = _parse_checksums(member)
                 data, is_damaged = None, False
-                if is_wanted and is_read(member.name):
+                if is_wanted and (is_read is None or is_read(member.name)):
                     contents = tar.extractfile(member)
                     data, unread = b"" if contents is None else contents.read(), None
                     size, crc = checksums.get(member.name, (None, None))
@@ -225,3 +237,121 @@ def _check_end(tar: tarfile.TarFile, is_piece: bool, is_divisible: bool) -> None
                 f"more data behind the end marker at byte {tar.offset}: a hole in the file, or "
                 "archives one after the other, which `tar --concatenate` joins"
             )
+
+
+class Sample(NamedTuple):
+    """The members of one sample."""
+
+    offset: int  # of its first header, in the archive
+    key: str  # the common name
+    # Extensions, in lower case, and contents; None in place of contents that are over the limit, of
+    # a second image, or of a second member with the same extension.
+    members: list[tuple[str, bytes | None]]
+    damaged: list[str]  # names of the members whose contents are not those of their checksum
+
+
+def sample_limit(extension: str) -> int | None:
+    """The bytes up to which members of a sample are worth reading; 0 for those only named."""
+    # An extension of several parts ("mask.png") makes it another kind of member, but still one to
+    # be named.
+    if extension.rpartition(".")[2] not in _SIZE_LIMITS:
+        return None
+    return _SIZE_LIMITS.get(extension, 0)
+
+
+def size_limit(name: str, limit_of: Callable[[str], int | None] = sample_limit) -> int | None:
+    """The bytes up to which a member is worth reading, by its name; None where it is no part.
+
+    `limit_of` gives the same of an extension (lower case, maybe empty or of several parts).
+    """
+    stem, extension = _split_name(name)
+    return limit_of(extension) if stem else None
+
+
+def is_image(name: str) -> bool:
+    """Returns whether a member is an image, by its name."""
+    return _split_name(name)[1] in IMAGE_EXTENSIONS
+
+
+def group_members(members: Iterable[Member]) -> Iterator[Sample]:
+    """Yields the samples of an archive; of a damaged one those that are whole, before the error."""
+    sample, has_image, before = None, False, None
+    try:
+        for offset, name, data, is_damaged in members:
+            stem, extension = _split_name(name)
+            if sample is None or stem != sample.key:
+                if sample is not None:
+                    yield sample
+                sample, has_image, before = Sample(offset, stem, [], []), False, sample
+            is_image_too = extension in IMAGE_EXTENSIONS
+            if (is_image_too and has_image) or extension in dict(sample.members):
+                data = None
+            has_image |= is_image_too
+            sample.members.append((extension, data))
+            if is_damaged:
+                sample.damaged.append(name)
+    except DamagedTarError as error:
+        if sample is not None and _is_whole(sample, before, error.member):
+            yield sample
+        raise
+    if sample is not None:
+        yield sample
+
+
+def _is_whole(sample: Sample, before: Sample | None, damaged: str | None) -> bool:
+    """Returns whether the last sample before the damage has all of its members."""
+    if damaged is not None:
+        return _split_name(damaged)[0] != sample.key
+    # Nothing shows what came next; it is whole where it has all that the one before has.
+    return before is not None and set(dict(before.members)) <= set(dict(sample.members))
+
+
+def make_pairs(samples: Iterable[Sample]) -> Iterator[tuple[int, Pair | Skipped]]:
+    """Yields the pairs of the samples of one archive, each with its offset; a key occurs once."""
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.key in seen:
+            yield sample.offset, Skipped(sample.key, "duplicate", "the key was there before")
+            continue
+        seen.add(sample.key)
+        yield sample.offset, make_pair(sample)
+
+
+def make_pair(
+    sample: Sample,
+    image_extensions: Collection[str] = IMAGE_EXTENSIONS,
+    needs_caption: bool = True,
+) -> Pair | Skipped:
+    """The pair of a sample, or why it is none.
+
+    The caption is the `txt`, or else "caption" of the `json`, whose other fields become the
+    metadata. Members of other kinds are ignored.
+    """
+    key, members = sample.key, sample.members
+    images = [data for extension, data in members if extension in image_extensions]
+    texts = dict(member for member in members if member[0] in TEXT_EXTENSIONS)
+    names = [extension for extension, _ in members]
+    if sample.damaged:
+        return Skipped(key, "bad_row", f"the checksum of {', '.join(sample.damaged)} is wrong")
+    if not images:
+        return Skipped(key, "no_image", f"found only {', '.join(names)}")
+    if len(images) > 1 or len(set(names)) < len(names):
+        return Skipped(key, "duplicate", f"found {', '.join(names)}")
+    if images[0] is None:
+        return Skipped(key, "too_large", f"an image file of over {MAX_IMAGE_BYTES} bytes")
+    metadata: dict[str, Any] = {}
+    if stated := texts.get("json"):
+        try:
+            metadata = parse_json_object(stated)
+        except ValueError as error:
+            return Skipped(key, "bad_json", str(error))
+    caption, metadata = take_caption(texts.get("txt"), metadata)
+    if caption is None and needs_caption:
+        return Skipped(key, "no_caption", "neither a txt nor a json has one")
+    return Pair(key, images[0], caption or "", metadata)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (clean_text(f"{folder}{slash}{stem}") if stem else ""), extension.lower()

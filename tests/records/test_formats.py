@@ -1,4 +1,4 @@
-"""Shards: framing against the specification, random access, an error for every kind of damage."""
+"""TFRecord shards against the specification, with every kind of damage; the formats of shards."""
 
 import concurrent.futures
 import os
@@ -6,21 +6,21 @@ import pathlib
 import pickle
 import random
 
+import fsspec
 import numpy as np
 import pytest
 
-from diht_jax.records import sharded
-from diht_jax.records.format import TFRecordError, read_records
-from diht_jax.records.formats.shard_index import ShardIndex
-from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records import schema, sharded
+from diht_jax.records.catalog import find_kind, find_shards
+from diht_jax.records.formats import (
+    FORMATS,
+    TFRecordSource,
+    TFRecordWriter,
+    open_writer,
+)
+from diht_jax.records.shard_files import ShardIndex, TFRecordError, read_records
+from tests import make
 from tests.fuzz import framing
-
-
-def _write(path: pathlib.Path, records: list[bytes]) -> pathlib.Path:
-    with TFRecordWriter(path) as writer:
-        for record in records:
-            writer.write(record)
-    return path
 
 
 def _index(path: pathlib.Path) -> pathlib.Path:
@@ -31,7 +31,10 @@ _RECORDS = [b"", b"a", b"hello world", bytes(1000), b"\x00\xff" * 7]
 
 
 def test_writer_frames_records_and_their_offsets(tmp_path):
-    path, frames = _write(tmp_path / "a.tfrecord", _RECORDS), list(map(framing.frame, _RECORDS))
+    path, frames = (
+        make.write_shard(tmp_path / "a.tfrecord", _RECORDS),
+        list(map(framing.frame, _RECORDS)),
+    )
     assert path.read_bytes() == b"".join(frames)
     assert _index(path).read_bytes() == framing.index(frames)
     assert sorted(os.listdir(tmp_path)) == ["a.tfrecord", "a.tfrecord.idx"]
@@ -45,7 +48,7 @@ def test_nothing_is_visible_before_close_nor_after_an_error(tmp_path):
     writer.discard()
     assert os.listdir(tmp_path) == []
 
-    _write(path, [b"old"])
+    make.write_shard(path, [b"old"])
     with pytest.raises(KeyError), TFRecordWriter(path) as writer:
         writer.write(b"new")
         raise KeyError
@@ -57,7 +60,7 @@ def _many_shards(folder: pathlib.Path) -> list[bytes]:
     expected = []
     for shard, count in enumerate([3, 0, 5, 1, 4]):
         records = [f"{shard}/{i}".encode() * (i + 1) for i in range(count)]
-        _write(folder / f"pairs-train-{shard:05d}.tfrecord", records)
+        make.write_shard(folder / f"pairs-train-{shard:05d}.tfrecord", records)
         expected += records
     return expected
 
@@ -95,7 +98,7 @@ def test_pickled_and_read_by_threads(tmp_path, monkeypatch):
 
 
 def test_missing_index_stays_in_memory_on_a_read_only_disk(tmp_path, monkeypatch):
-    path = _write(tmp_path / "a.tfrecord", _RECORDS)
+    path = make.write_shard(tmp_path / "a.tfrecord", _RECORDS)
     _index(path).unlink()
 
     def refuse(*_):
@@ -111,7 +114,9 @@ def test_missing_index_stays_in_memory_on_a_read_only_disk(tmp_path, monkeypatch
 @pytest.mark.parametrize("with_index", [True, False])
 @pytest.mark.parametrize("missing_bytes", [1, 13, 30])
 def test_truncated_shard(tmp_path, missing_bytes, with_index):
-    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])  # frames of 21 and 22 bytes
+    path = make.write_shard(
+        tmp_path / "a.tfrecord", [b"first", b"second"]
+    )  # frames of 21 and 22 bytes
     data = path.read_bytes()
     path.write_bytes(data[:-missing_bytes])
     if not with_index:
@@ -139,5 +144,49 @@ def test_not_a_tfrecord(tmp_path, data, kind):
 
 
 def test_pickle_leaves_the_offsets_on_disk(tmp_path):
-    source = TFRecordSource(_write(tmp_path / "a.tfrecord", [b"x"] * 5000))
+    source = TFRecordSource(make.write_shard(tmp_path / "a.tfrecord", [b"x"] * 5000))
     assert len(pickle.dumps(source)) < 1000
+
+
+def test_folders_globs_and_lists(tmp_path):
+    for name in (
+        "tar/00000.tar",
+        "tar/00000.parquet",
+        "both/a.tar",
+        "both/a.tfrecord",
+        "odd/a.bin",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_kind(tmp_path / "tar") == find_kind(f"{tmp_path}/t*/*") == "webdataset"
+    assert find_kind([f"{tmp_path}/tar", f"{tmp_path}/both/*.tar"]) == "webdataset"
+    assert find_kind(str(tmp_path / "both")) == "tfrecord"  # as before there were others
+    assert find_kind(str(tmp_path / "odd" / "a.bin")) == "tfrecord"
+    assert find_shards(tmp_path / "tar") == [str(tmp_path / "tar" / "00000.tar")]
+    with pytest.raises(ValueError, match=r"no TFRecord shard at '.*/odd', nor one of another form"):
+        find_kind(tmp_path / "odd")
+    with pytest.raises(ValueError, match="are webdataset, tfrecord; name those of one format"):
+        find_kind([str(tmp_path / "tar"), str(tmp_path / "both")])
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_a_shard_in_a_store_is_the_local_one_and_appears_whole(form, tmp_path):
+    name = f"a{form.suffix}"
+    records = [
+        schema.encode_record(schema.Pair(f"k{n}", b"\xff\xd8" + bytes(n), "c")) for n in range(9)
+    ]
+    system, url = fsspec.filesystem("memory"), f"memory://writers/{name}"
+    for path in (str(tmp_path / name), url):
+        with open_writer(path) as writer:
+            for record in records:
+                writer.write(record)
+            assert len(writer) == len(records)
+    local = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {i["name"].rsplit("/")[-1]: system.cat(i["name"]) for i in system.ls("writers")} == local
+    with pytest.raises(RuntimeError), open_writer(url) as writer:
+        writer.write(records[0])
+        raise RuntimeError
+    assert system.cat_file(url) == local[name]
+    writer.close()
+    assert system.cat_file(url) == local[name]
+    system.rm("writers", recursive=True)

@@ -9,15 +9,14 @@ import pytest
 from grain.sources import ArrayRecordDataSource
 
 from diht_jax.input.order import BlockOrder
-from diht_jax.input.pipeline import open_records
-from diht_jax.records.fingerprint import describe_changes, fingerprint_records
-from diht_jax.records.format import DamagedRecordError, TFRecordError
-from diht_jax.records.formats.array_record import (
+from diht_jax.records.formats import (
     ArrayRecordSource,
+    open_writer,
     read_array_records,
 )
-from diht_jax.records.formats.registry import open_writer
-from diht_jax.storage.retries import StorageError
+from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
+from diht_jax.records.train_data import describe_changes, fingerprint_records, open_records
+from diht_jax.storage.stores import StorageError
 from tests.readers.failing_disk import FailingDisk
 
 

@@ -2,14 +2,14 @@
 
 An element is a piece of the archive, from the first header of a sample to that of the next one that
 is a pair; its first sample is the record. Samples without image or caption, and those whose key was
-there before, are left out when the index is made (`shard_index.py`). What the members mean is
-described in `tar_samples.py`; the same samples give the same records as the reader of tars gives
+there before, are left out when the index is made (`ShardIndex`). What the members mean is
+described in `tars.py`; the same samples give the same records as the reader of tars gives
 pairs. A tar has checksums of its headers alone; the writer here adds those of the contents, which
 are compared wherever such a tar is read. In tars of others, contents that were damaged are noticed
 where they cannot be decoded.
 
 A record is written as `KEY.jpg` (or `png`, `webp`, by its image's first bytes), `KEY.txt` with the
-caption and `KEY.json` with the metadata and the key, as open_clip and `readers.webdataset` read it.
+caption and `KEY.json` with the metadata and the key, as open_clip and the readers read it.
 In KEY, what would divide the name otherwise is percent-encoded (every dot, and what no path can
 have), and a key that was there before gets `~2`, `~3` and so on. Headers hold no owner and no time,
 so that equal records give equal bytes; the first of a sample has sizes and CRC-32 of its members.
@@ -26,14 +26,11 @@ import tarfile
 import numpy as np
 from absl import logging
 
-from diht_jax.records import schema
-from diht_jax.records.format import DamagedRecordError, TFRecordError
-from diht_jax.records.formats import tar_samples
-from diht_jax.records.formats.shard_index import ShardIndex
-from diht_jax.records.formats.tar_members import state_checksums, walk_members
-from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records import schema, tars
 from diht_jax.records.samples import SampleError, Skipped
+from diht_jax.records.shard_files import DamagedRecordError, RecordWriter, ShardIndex, TFRecordError
 from diht_jax.records.sharded import OpenShard, ShardedRecords
+from diht_jax.records.tars import state_checksums, walk_members
 from diht_jax.storage.stores import check_failure, open_file
 
 _BLOCK_BYTES = 512  # headers and contents begin at multiples of it
@@ -65,12 +62,12 @@ def scan_tar(path: str) -> np.ndarray:
         members = walk_members(
             file,
             path,
-            tar_samples.size_limit,
+            tars.size_limit,
             is_divisible=True,
-            is_read=lambda name: not tar_samples.is_image(name),
+            is_read=lambda name: not tars.is_image(name),
         )
         try:
-            for offset, entry in tar_samples.make_pairs(tar_samples.group_members(members)):
+            for offset, entry in tars.make_pairs(tars.group_members(members)):
                 if isinstance(entry, Skipped):
                     skipped[entry.reason] += 1
                 else:
@@ -109,15 +106,15 @@ class TarRecordSource(ShardedRecords):
             SampleError: the sample is no pair.
             DamagedRecordError: there is no header, or one is damaged.
         """
-        limit = tar_samples.size_limit
+        limit = tars.size_limit
         try:
             members = walk_members(io.BytesIO(element), "a tar", limit, is_piece=True)
-            sample = next(tar_samples.group_members(members), None)
+            sample = next(tars.group_members(members), None)
         except ValueError as error:
             raise DamagedRecordError(str(error)) from error
         if sample is None or sample.offset:
             raise DamagedRecordError("a tar: no sample begins where the index states one")
-        pair = tar_samples.make_pair(sample)
+        pair = tars.make_pair(sample)
         if isinstance(pair, Skipped):
             raise SampleError(pair)
         return schema.Record(pair.key, pair.image, pair.caption, pair.metadata)

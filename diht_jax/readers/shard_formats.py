@@ -1,0 +1,135 @@
+"""Packed pairs as sources: webdataset tars, and TFRecord and ArrayRecord shards.
+
+The members of a tar are `KEY.jpg`, `KEY.txt` and `KEY.json` in a row, as img2dataset writes them;
+what they mean is the matter of `records/tars.py`. Shards of records are ours or img2dataset's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from absl import logging
+
+from diht_jax.readers.base import Format, SourceShard
+from diht_jax.records import schema, tars
+from diht_jax.records.catalog import kind_of
+from diht_jax.records.formats import INDEX, ArrayRecordSource, TFRecordSource, read_array_records
+from diht_jax.records.samples import IMAGE_EXTENSIONS, SampleError, Skipped
+from diht_jax.records.schema import Pair, has_sample_fields
+from diht_jax.records.shard_files import read_records
+from diht_jax.records.tars import read_members
+from diht_jax.storage.copies import local_copy
+from diht_jax.storage.stores import input_size, is_remote
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+def read_tar(path: str) -> Iterator[Pair | Skipped]:
+    """Yields the pairs of one tar, in its order, as `tars.make_pair` makes them.
+
+    Raises:
+        ValueError: the archive is damaged, cut off, or several in one file.
+    """
+    members = read_members(path, tars.size_limit)
+    is_empty = True
+    for _, entry in tars.make_pairs(tars.group_members(members)):
+        is_empty = False
+        yield entry
+    if is_empty:
+        logging.warning("%s: no pairs, since no member of the tar is a picture or a text", path)
+
+
+def read_groups(
+    path: str, limit_of: Callable[[str], int | None]
+) -> Iterator[tuple[str, list[tuple[str, bytes | None]]]]:
+    """Yields the entries of a tar, (key, [(extension, contents)]), as webdataset groups members.
+
+    Args:
+        limit_of: of an extension (lower case, maybe empty or of several parts), the bytes up to
+            which such members are worth reading, 0 to be named only; None skips them.
+
+    Returns:
+        Contents are None where they are over the limit, and of a second image or a second member
+        with the same extension of a key.
+    """
+    members = read_members(path, lambda name: tars.size_limit(name, limit_of))
+    for sample in tars.group_members(members):
+        yield sample.key, sample.members
+
+
+def count_images(path: str) -> int | None:
+    """Image members of a plain local tar, by their headers; None where these cannot be read."""
+    suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+    try:
+        # No contents are wanted, of any size.
+        members = read_members(path, lambda name: -1 if name.lower().endswith(suffixes) else None)
+        return sum(1 for _ in members)
+    except (ValueError, OSError):
+        return None
+
+
+def read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """Yields the pairs of one shard, in its order.
+
+    Our records may share a key. Those of img2dataset may not, as in its tars.
+
+    Raises:
+        ValueError: a record is damaged or no pair; names file and record.
+    """
+    seen: set[str] = set()
+    for number, data in enumerate(_read_bytes(shard.path)):
+        try:
+            fields = schema.parse_example(data)
+            pair = schema.decode_fields(fields)
+        except SampleError as error:
+            yield error.skipped
+            continue
+        except ValueError as error:
+            raise ValueError(f"{shard.path}: record {number}: {error}") from error
+        if has_sample_fields(fields):
+            if pair.key in seen:
+                yield Skipped(pair.key, "duplicate", "the key was there before")
+                continue
+            seen.add(pair.key)
+        yield pair
+
+
+def _read_bytes(path: str) -> Iterator[bytes]:
+    if kind_of(path) == ArrayRecordSource.kind:
+        # Its library reads local files only, and begins at their end.
+        with local_copy(path) as local:
+            yield from read_array_records(local)
+    else:
+        yield from read_records(path)
+
+
+def _count_records(shard: SourceShard) -> int | None:
+    """Counts the records of a TFRecord shard; in a store by its index, if there is one."""
+    if not is_remote(shard.path):
+        return len(TFRecordSource([shard.path]))
+    offsets = INDEX.load(shard.path, input_size(shard.path))
+    return None if offsets is None else len(offsets)
+
+
+WEBDATASET = Format(
+    suffixes=TAR_SUFFIXES,
+    read=lambda shard: read_tar(shard.path),
+    count=lambda shard: (
+        count_images(shard.path)
+        if shard.path.endswith(".tar") and not is_remote(shard.path)
+        else None
+    ),
+    count_reads_file=True,
+)
+ARRAY_RECORD = Format(
+    suffixes=(".array_record",),
+    matches=lambda path: kind_of(path) == ArrayRecordSource.kind,
+    read=read_shard,
+    count=lambda shard: None if is_remote(shard.path) else len(ArrayRecordSource([shard.path])),
+)
+TFRECORD = Format(
+    suffixes=(".tfrecord",),
+    matches=lambda path: kind_of(path) == TFRecordSource.kind,  # train.tfrecord-00000-of-00010, too
+    read=read_shard,
+    count=_count_records,
+)

@@ -1,1 +1,0 @@
-"""Shards of other formats than our TFRecords: webdataset tars and ArrayRecord."""

@@ -1,0 +1,328 @@
+"""Files of record shards: TFRecord's framing, the index of a shard, and the writer of one.
+
+The framing is TensorFlow's, little-endian::
+
+    uint64 length | uint32 masked CRC32C of length | bytes | uint32 masked CRC32C of bytes
+
+The index is the file `SHARD.idx` next to a shard: where each of its records begins. It is
+little-endian, and its header ties it to one shard::
+
+    8 bytes magic | uint64 shard size | uint64 n | n x uint64 offset
+
+The magic is "DIHTIDX1" of a TFRecord shard and "DIHTTAR1" of a tar. An index needs no checksum: a
+record's own frame or header must fit its offsets when it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, Protocol
+
+import google_crc32c
+import numpy as np
+
+from diht_jax.storage import files
+from diht_jax.storage.files import read_bytes, write_bytes
+from diht_jax.storage.stores import is_remote, open_file, open_local
+
+INDEX_SUFFIX = ".idx"
+_HEADER = struct.Struct("<8sQQ")
+_LENGTH = struct.Struct("<QI")
+_CRC = struct.Struct("<I")
+FRAME_BYTES = _LENGTH.size + _CRC.size
+_MASK_DELTA = 0xA282EAD8
+
+
+class TFRecordError(ValueError):
+    """A shard or its index cannot be trusted; the message names file and record."""
+
+
+class DamagedRecordError(TFRecordError):
+    """One record is damaged; those around it can be read."""
+
+
+def masked_crc(data: bytes) -> int:
+    """CRC32C of the data, masked as the TFRecord format wants it."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+def frame_header(length: int) -> bytes:
+    """The 12 bytes before a record of `length` bytes."""
+    packed = struct.pack("<Q", length)
+    return packed + _CRC.pack(masked_crc(packed))
+
+
+def frame_footer(data: bytes) -> bytes:
+    """The 4 bytes after a record."""
+    return _CRC.pack(masked_crc(data))
+
+
+def unframe(frame: bytes, path: str, record: int) -> bytes | None:
+    """The record within a complete frame; `path` and `record` are for the message.
+
+    Returns:
+        The record's bytes; None where `frame` is not one whole frame, so that whoever cut it out
+        gave a wrong offset.
+
+    Raises:
+        TFRecordError: the frame is whole but its contents are damaged.
+    """
+    if framed_length(frame) != len(frame):
+        return None
+    data = frame[_LENGTH.size : -_CRC.size]
+    _check_contents(path, record, data, frame[-_CRC.size :])
+    return data
+
+
+def framed_length(header: bytes) -> int | None:
+    """Bytes of the frame that begins with `header`; None where its checksum is wrong."""
+    if len(header) < _LENGTH.size:
+        return None
+    length, crc = _LENGTH.unpack_from(header)
+    return length + FRAME_BYTES if masked_crc(header[:8]) == crc else None
+
+
+def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
+    """Where each record's frame starts, uint64 [n]; contents of a local shard are not read.
+
+    Raises:
+        TFRecordError: not a TFRecord file, or cut off, or damaged between two records.
+    """
+    path = os.fspath(path)
+    with open_file(path) if is_remote(path) else open_local(path) as file:
+        return np.array([start for start, _ in _walk_frames(path, file)], np.uint64)
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """Yields the records of one shard in order, checksums checked; needs no index.
+
+    Raises:
+        TFRecordError: like `scan_offsets`, and for a record whose checksum differs.
+        StorageError: the file cannot be read, now and after some attempts.
+    """
+    path = os.fspath(path)
+    with open_file(path) as file:
+        for record, (_, length) in enumerate(_walk_frames(path, file)):
+            data = file.read(length)
+            _check_contents(path, record, data, file.read(_CRC.size))
+            yield data
+
+
+def _walk_frames(path: str, file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yields where each frame starts, and the length of its record, which the file is then at."""
+    record, position, size = 0, 0, file.seek(0, os.SEEK_END)
+    while position < size:
+        file.seek(position)
+        length = _check_header(path, record, file.read(_LENGTH.size))
+        end = position + FRAME_BYTES + length
+        if end > size:
+            raise _truncated(path, record, end - size)
+        yield position, length
+        record, position = record + 1, end
+
+
+def _check_header(path: str, record: int, header: bytes) -> int:
+    """The length that a frame header states."""
+    framed = framed_length(header)
+    if framed is not None:
+        return framed - FRAME_BYTES
+    if record == 0:
+        kind = "compressed with gzip" if header.startswith(b"\x1f\x8b") else "not a TFRecord file"
+        raise TFRecordError(
+            f"{path}: record 0: the file is {kind}; expected an uncompressed TFRecord shard"
+        )
+    if len(header) < _LENGTH.size:
+        raise _truncated(path, record, _LENGTH.size - len(header))
+    raise TFRecordError(
+        f"{path}: record {record}: its length is damaged (the checksum differs), so that nothing "
+        "after it can be found; write the shard again"
+    )
+
+
+def _check_contents(path: str, record: int, data: bytes, footer: bytes) -> None:
+    if frame_footer(data) != footer:
+        raise DamagedRecordError(
+            f"{path}: record {record} is damaged (its checksum differs); write the shard again"
+        )
+
+
+def _truncated(path: str, record: int, missing_bytes: int) -> TFRecordError:
+    return TFRecordError(
+        f"{path}: record {record} is truncated ({missing_bytes} bytes are missing at the end of "
+        "the file); write or copy the shard again"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """Reads and writes the indices of shards of one format."""
+
+    magic: bytes  # the first 8 bytes
+    record_bytes: int  # fewest of a record
+    alignment: int  # records begin at multiples of it
+    is_gapless: bool  # whether the records fill the shard
+    # Finds the offsets of a shard, uint64 [n], without an index; raises `TFRecordError` where the
+    # shard is damaged.
+    scan: Callable[[str], np.ndarray]
+
+    def load(self, path: str, shard_bytes: int) -> np.ndarray | None:
+        """The offsets of the index, uint64 [n]; None where there is no index.
+
+        Those of a local shard are memory-mapped: processes that read the same shards share them.
+
+        Raises:
+            TFRecordError: the index is damaged or another shard's, or the shard is cut off.
+        """
+        try:
+            if is_remote(path):
+                data = np.frombuffer(read_bytes(path + INDEX_SUFFIX), np.uint8)
+            elif os.path.getsize(path + INDEX_SUFFIX):
+                data = np.memmap(path + INDEX_SUFFIX, np.uint8, "r")
+            else:  # nothing cannot be mapped
+                data = np.zeros(0, np.uint8)
+        except FileNotFoundError:
+            return None
+        header = data[: _HEADER.size].tobytes()
+        if len(header) < _HEADER.size or not header.startswith(self.magic):
+            raise wrong_index(path, "it has no valid header")
+        _, expected_bytes, count = _HEADER.unpack(header)
+        if len(data) != _HEADER.size + 8 * count:
+            raise wrong_index(path, f"its size is not that of an index of {count} records")
+        if self.is_gapless and bool(count) != bool(expected_bytes):
+            raise wrong_index(path, f"it has {count} records for {expected_bytes} bytes")
+        if expected_bytes != shard_bytes:
+            # A shard that was cut off has the right index: the scan finds that and raises.
+            self.scan(path)
+            raise wrong_index(
+                path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
+            )
+        offsets = data[_HEADER.size :].view("<u8")
+        if self.is_gapless and count and offsets[0] != 0:
+            raise wrong_index(path, "the first record does not begin the shard")
+        # Where no record can begin, a read could request any size.
+        bounds = np.append(offsets, np.uint64(shard_bytes)).astype(np.int64)
+        is_wrong = (np.diff(bounds) < self.record_bytes) | (bounds[:-1] < 0)
+        is_wrong |= bounds[:-1] % self.alignment > 0
+        if is_wrong.any():
+            number = int(np.argmax(is_wrong))
+            raise wrong_index(path, f"record {number} would be at byte {offsets[number]}")
+        return offsets
+
+    def find(self, path: str, shard_bytes: int, *, trust_index: bool = True) -> np.ndarray:
+        """The offsets of a shard, from its index or by a scan; nothing is written."""
+        offsets = self.load(path, shard_bytes) if trust_index else None
+        return self.scan(path) if offsets is None else offsets
+
+    def write(self, path: str, offsets: np.ndarray, shard_bytes: int) -> None:
+        """Writes the index of a shard."""
+        header = _HEADER.pack(self.magic, shard_bytes, len(offsets))
+        write_bytes(path + INDEX_SUFFIX, header + offsets.astype("<u8").tobytes())
+
+
+def wrong_index(path: str, detail: str) -> TFRecordError:
+    """The error for an index that does not describe its shard."""
+    return TFRecordError(
+        f"{path}{INDEX_SUFFIX} does not belong to {path} ({detail}); delete the index, it is built "
+        "again on the next use"
+    )
+
+
+class RecordSink(Protocol):
+    """Takes the records of a shard one by one: a writer, or what changes them before one."""
+
+    path: str
+
+    def write(self, data: bytes) -> None:
+        """Appends one record."""
+
+    def __len__(self) -> int: ...
+
+
+class RecordWriter:
+    """Writes one shard, local or in a store; use it as a context manager.
+
+    Leaving normally closes, leaving by an exception discards. Bytes go to a temporary file, so that
+    a reader never sees half a shard. A format gives `_open`, `_append` and `_finish`.
+
+    Attributes:
+        path: of the shard, or its URL.
+    """
+
+    index: ShardIndex | None = None  # of the format; its `_append` then notes the offsets
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Opens the temporary file."""
+        self.path = os.fspath(path)
+        self._output = files.local_output(self.path)
+        self._local = self._output.__enter__()
+        self._offsets: list[int] = []
+        self._count = 0
+        self._is_open = True
+        self._open(self._local)
+
+    def write(self, data: bytes) -> None:
+        """Appends one record, such as `schema.encode_record` gives."""
+        self._append(data)
+        self._count += 1
+
+    def __len__(self) -> int:
+        """Records written so far."""
+        return self._count
+
+    def close(self) -> None:
+        """Gives the shard its name, and writes its index; a second call does nothing."""
+        if not self._is_open:
+            return
+        try:
+            self._finish()
+            size = self._local.stat().st_size
+            if self.index is not None:
+                # An old index must not stand next to the new shard, not even for a moment.
+                files.remove(self.path + INDEX_SUFFIX)
+        except BaseException as error:
+            self.discard(error)
+            raise
+        self._is_open = False
+        self._output.__exit__(None, None, None)
+        if self.index is not None:
+            self.index.write(self.path, np.array(self._offsets, np.uint64), size)
+
+    def discard(self, error: BaseException | None = None) -> None:
+        """Throws away what was written; nothing is left.
+
+        `error`, the reason, is raised with the name of the shard where it has none.
+        """
+        if not self._is_open:
+            return
+        self._is_open = False
+        with contextlib.suppress(OSError):  # of bytes that nobody wants
+            self._finish()
+        error = error or RuntimeError("discarded")  # so that the output does not get its name
+        self._output.__exit__(type(error), error, error.__traceback__)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, error_type: object, error: BaseException | None, _: object) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self.discard(error)
+
+    def _open(self, path: pathlib.Path) -> None:
+        """Opens a new file of this name."""
+        raise NotImplementedError
+
+    def _append(self, data: bytes) -> None:
+        """Writes a record into it."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Completes and closes it; a second call does nothing."""
+        raise NotImplementedError
