@@ -29,8 +29,8 @@ from thinc.api import Adam
 from benchmarks.record import write_result
 from data_prep.captions.gates import gate_caption
 from data_prep.captions.graph import cat_reason
-from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.parse import load_parser
+from data_prep.captions.sentence import CaptionLemmatizer
 from data_prep.captions.verbs import build_graph
 from diht_jax import command_line
 
@@ -146,11 +146,13 @@ def score_judged(
         if not all(int(line) in by_line for line, *_ in rows):
             continue
         counts = collections.Counter(count=len(rows))
-        for line, decision, _, complexity in rows:
-            tree = by_line[int(line)]
-            docs = {"parsed": nlp(tree.text), "on_trees": words(_make_doc(nlp, tree))}
-            for name, doc in docs.items():
-                graph = build_graph(doc, words)
+        drawn = [by_line[int(line)] for line, *_ in rows]
+        parsed = nlp.pipe(tree.text for tree in drawn)
+        for tree, doc, row in zip(drawn, parsed, rows, strict=True):
+            _, decision, _, complexity = row
+            docs = {"parsed": doc, "on_trees": words(_make_doc(nlp, tree))}
+            for name, read in docs.items():
+                graph = build_graph(read, words)
                 counts[f"decisions_{name}"] += (cat_reason(graph) is None) == (decision == "keep")
                 counts[f"complexities_{name}"] += graph.complexity == int(complexity)
         found[draw] = dict(counts)

@@ -22,7 +22,7 @@ from benchmarks.lab import clipart, second_web
 from benchmarks.lab.experiments import EXPERIMENTS, STUDENTS, WEB_PAIRS
 from benchmarks.lab.processes import locked
 from benchmarks.lab.variants import MAKERS, NUM_SCENES
-from data_prep.captions.versions import RULES_VERSION
+from data_prep.captions import RULES_VERSION
 from data_prep.synthetic import web
 from diht_jax.storage.files import write_bytes
 

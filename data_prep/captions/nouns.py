@@ -1,7 +1,8 @@
-"""The noun side of the caption rules: which words are objects, and their names and attributes.
+"""The noun side of the caption rules: objects, their names and attributes, and who does what.
 
-Prepositional phrases and the objects behind them are found here too. The rules are written against
-the labels of spaCy's English dependency parser. Ours throughout: the specification is
+The subjects of a clause are its own, inherited or shared. Prepositional phrases and the objects
+behind them are found here too; edges come from `verbs`. The rules are written against the labels of
+spaCy's English dependency parser. Ours throughout: the specification is
 tests/data_prep/captions/caption_examples.toml.
 """
 
@@ -11,11 +12,11 @@ from data_prep.captions.sentence import (
     MODIFIERS,
     NOUN_TAGS,
     PARTICIPLE_TAGS,
+    VERB_TAGS,
     Sentence,
 )
 
 _NO_OBJECT = frozenset(("npadvmod", "poss", "intj", "meta", "aux", "det", "predet", "mark", "case"))
-
 _PARTING = frozenset((",", ":"))
 
 
@@ -33,30 +34,25 @@ def is_absorbed(sentence: Sentence, i: int) -> bool:
 
 def mark_objects(sentence: Sentence) -> None:
     """Fills in `is_object` and `is_hidden`; to be called once the parse is final."""
-    count = len(sentence)
-    sentence.is_object = [
-        _is_thing(sentence, i)
-        if sentence.tag[i] in NOUN_TAGS
-        else sentence.low[i] in lexicon.PERSON_PRONOUNS and is_person_pronoun(sentence, i)
-        for i in range(count)
-    ]
-    sentence.is_hidden = [False] * count
-    for of in range(1, count):
-        if sentence.low[of] == "of" and sentence.dep[of] == "prep" and sentence.has_kid(of, "pobj"):
+    sentence.is_object = []
+    for i, low in enumerate(sentence.low):
+        if sentence.tag[i] in NOUN_TAGS:
+            names_thing = (
+                sentence.dep[i] not in _NO_OBJECT
+                and len(low.rstrip(".")) > 1  # "b." at the end of a sentence is a letter
+                and low[0].isalpha()
+                and low not in lexicon.VAGUE_NOUNS
+                and (sentence.lemma[i] not in lexicon.CALENDAR or sentence.dep[i] == "pobj")
+                and not is_absorbed(sentence, i)
+            )
+        else:
+            names_thing = low in lexicon.PERSON_PRONOUNS and is_person_pronoun(sentence, i)
+        sentence.is_object.append(names_thing)
+    sentence.is_hidden = [False] * len(sentence)
+    for of, low in enumerate(sentence.low):
+        if of and low == "of" and sentence.dep[of] == "prep" and sentence.has_kid(of, "pobj"):
             head = sentence.head[of]
             sentence.is_hidden[head] = _leads_on(sentence, head)
-
-
-def _is_thing(sentence: Sentence, i: int) -> bool:
-    low = sentence.low[i]
-    return (
-        sentence.dep[i] not in _NO_OBJECT
-        and len(low.rstrip(".")) > 1  # "b." at the end of a sentence is a letter
-        and low[0].isalpha()
-        and low not in lexicon.VAGUE_NOUNS
-        and (sentence.lemma[i] not in lexicon.CALENDAR or sentence.dep[i] == "pobj")
-        and not is_absorbed(sentence, i)
-    )
 
 
 def _leads_on(sentence: Sentence, i: int) -> bool:
@@ -70,14 +66,14 @@ def _leads_on(sentence: Sentence, i: int) -> bool:
         return True
     if sentence.dep[i] == "pobj" and sentence.low[i] in lexicon.PLACE_NOUNS:
         return sentence.low[i] not in lexicon.BARE_PLACE_NOUNS or not sentence.has_kid(i, "det")
-    if not is_picture(sentence, i) or sentence.dep[i] == "dobj":
+    if sentence.lemma[i] not in lexicon.PICTURE_NOUNS or sentence.dep[i] == "dobj":
         return False
     owner = sentence.head[i]
     return not (
         sentence.dep[i] == "pobj"
         and sentence.low[owner] == "with"
         and sentence.tag[sentence.head[owner]] in NOUN_TAGS
-        and not is_picture(sentence, sentence.head[owner])
+        and sentence.lemma[sentence.head[owner]] not in lexicon.PICTURE_NOUNS
     )
 
 
@@ -177,20 +173,16 @@ def expand_adjective(sentence: Sentence, i: int) -> list[int]:
 
 def name_attributes(sentence: Sentence, indices: list[int]) -> list[str]:
     """Attributes as words, in the order of the text."""
-    return [
-        _name_attribute(sentence, i) for i in sorted(set(indices)) if sentence.low[i][0].isalpha()
-    ]
-
-
-def _name_attribute(sentence: Sentence, i: int) -> str:
-    if sentence.dep[i] in MODIFIERS and i and _joins_participle(sentence, i - 1):
-        return f"{sentence.low[i - 1]}-{sentence.low[i]}"
-    return sentence.lemma[i] if sentence.tag[i] in ADJECTIVE_TAGS else sentence.low[i]
-
-
-def is_picture(sentence: Sentence, i: int) -> bool:
-    """Returns whether a noun names the picture itself ("photo", "close-up")."""
-    return sentence.lemma[i] in lexicon.PICTURE_NOUNS
+    words = []
+    for i in sorted(set(indices)):
+        low = sentence.low[i]
+        if not low[0].isalpha():
+            continue
+        if sentence.dep[i] in MODIFIERS and i and _joins_participle(sentence, i - 1):
+            words.append(f"{sentence.low[i - 1]}-{low}")
+        else:
+            words.append(sentence.lemma[i] if sentence.tag[i] in ADJECTIVE_TAGS else low)
+    return words
 
 
 def is_place_noun(sentence: Sentence, i: int) -> bool:
@@ -216,8 +208,12 @@ def find_referents(sentence: Sentence, i: int) -> list[int]:
 def find_content(sentence: Sentence, i: int) -> list[int]:
     """Like `find_referents`, without the coordinations of the head itself."""
     if sentence.low[i] in lexicon.RELATIVE_PRONOUNS and sentence.tag[i] in ("WDT", "WP", "IN"):
-        clause = find_clause(sentence, i)
-        antecedent = i - 1 if clause is None else sentence.head[clause]
+        antecedent, clause = i - 1, i
+        while sentence.head[clause] != clause:
+            if sentence.dep[clause] == "relcl":
+                antecedent = sentence.head[clause]
+                break
+            clause = sentence.head[clause]
         return find_content(sentence, antecedent) if antecedent >= 0 else []
     if sentence.is_hidden[i]:
         found = []
@@ -227,15 +223,6 @@ def find_content(sentence: Sentence, i: int) -> list[int]:
                     found.extend(find_referents(sentence, kid))
         return found
     return [i] if sentence.is_object[i] else []
-
-
-def find_clause(sentence: Sentence, i: int) -> int | None:
-    """The head of the relative clause that a relative pronoun belongs to."""
-    while sentence.head[i] != i:
-        if sentence.dep[i] == "relcl":
-            return i
-        i = sentence.head[i]
-    return None
 
 
 def is_animate(sentence: Sentence, i: int) -> bool:
@@ -304,3 +291,119 @@ def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, 
         elif dep == "conj" and sentence.tag[kid] in ("IN", "TO"):
             found += expand_preposition(sentence, kid)
     return found
+
+
+class SubjectFinder:
+    """Finds the subjects of the verbs of one sentence, each once."""
+
+    def __init__(self, sentence: Sentence):
+        self.sentence = sentence
+        self._found: dict[int, tuple[list[int], bool]] = {}
+
+    def find(self, i: int) -> tuple[list[int], bool]:
+        """The subjects of a verb, its own or inherited, and whether the grammar gives it one."""
+        if i not in self._found:
+            self._found[i] = self._infer(i)
+        return self._found[i]
+
+    def _infer(self, i: int) -> tuple[list[int], bool]:
+        sentence = self.sentence
+        own = sentence.kids_of(i, "nsubj", "nsubjpass")
+        if own:
+            if len(own) > 1 and ":" in sentence.low[own[0] : own[-1]]:
+                own = own[-1:]  # "hair today : the model has dyed hers"
+            return [j for kid in own for j in find_referents(sentence, kid)], True
+        if sentence.has_kid(i, "expl", "csubj", "csubjpass"):
+            return [], True
+        dep, head = sentence.dep[i], sentence.head[i]
+        if dep == "acl":
+            return self._find_of_participle(i), True
+        if dep == "relcl":
+            return find_content(sentence, head), True
+        if dep == "pcomp":
+            return self._find_of_gerund(i)
+        if dep in ("conj", "xcomp", "advcl", "ccomp", "parataxis", "dep"):
+            if sentence.tag[head] in VERB_TAGS:
+                controllers = sentence.kids_of(head, "dobj") if dep == "xcomp" else []
+                pastime = controllers and sentence.lemma[controllers[0]] in lexicon.PASTIMES
+                if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS and not pastime:
+                    return find_referents(sentence, controllers[0]), True
+                return self.find(head)
+            while sentence.dep[head] == "prep" and sentence.head[head] != head:
+                head = sentence.head[head]
+            if sentence.tag[head] in VERB_TAGS:
+                return self.find(head)
+            if sentence.dep[head] in ("acomp", "oprd"):
+                return self.find(sentence.head[head])
+            if sentence.has_kid(head, "nsubj"):
+                return self._infer(head)
+            shared = self._find_of_participle(i)
+            return shared, bool(shared)
+        return [], False
+
+    def _find_of_participle(self, i: int) -> list[int]:
+        """The subjects of a participle behind a noun.
+
+        In "girl with a hat smiling" the parser gives the participle to the hat; a living thing
+        farther up is taken instead.
+        """
+        sentence = self.sentence
+        noun = sentence.head[i]
+        if sentence.lemma[i] == "isolate":
+            return self._find_of_picture(noun, i)
+        while sentence.dep[noun] == "prep" and sentence.head[noun] != noun:
+            noun = sentence.head[noun]
+        content = find_content(sentence, noun)
+        if sentence.tag[i] not in ("VBG", "VBZ") or any(is_animate(sentence, j) for j in content):
+            return self.share(noun, i)
+        base = noun
+        while sentence.dep[base] in ("conj", "pobj", "prep", "dobj"):
+            if sentence.dep[base] == "dobj" and sentence.dep[i] != "conj":
+                break
+            base = sentence.head[base]
+            acts = sentence.tag[base] in VERB_TAGS
+            above = self.find(base)[0] if acts else find_content(sentence, base)
+            if any(is_animate(sentence, j) for j in above):
+                return above
+        return self.share(noun, i)
+
+    def _find_of_picture(self, noun: int, before: int) -> list[int]:
+        """All that a picture is of: "a man with a dog isolated on white" is the man."""
+        sentence, i = self.sentence, noun
+        while sentence.dep[i] in ("acl", "conj", "dobj", "pobj", "prep") and sentence.head[i] < i:
+            i = sentence.head[i]
+        if sentence.tag[i] in VERB_TAGS:
+            return self.find(i)[0] or self.share(noun, before)
+        return self.share(i, before)
+
+    def _find_of_gerund(self, i: int) -> tuple[list[int], bool]:
+        """The subjects of a gerund behind a preposition ("after winning a race")."""
+        sentence = self.sentence
+        host = sentence.head[i]
+        while sentence.dep[host] == "prep" and sentence.head[host] != host:
+            host = sentence.head[host]
+        if sentence.tag[host] in VERB_TAGS:
+            return self.find(host)
+        if sentence.lemma[host] in lexicon.PICTURE_NOUNS:
+            return [], True
+        actors = [j for j in find_content(sentence, host) if is_animate(sentence, j)]
+        return actors, bool(actors)
+
+    def share(self, noun: int, before: int) -> list[int]:
+        """A noun with the nouns coordinated with it that stand before a common modifier.
+
+        An earlier noun with a modifier of its own behind it does not share ("a man riding a horse
+        and a dog barking").
+        """
+        sentence = self.sentence
+        found = find_content(sentence, noun)
+        for kid in sentence.kids_of(noun, "conj"):
+            if kid < before:
+                found = found + find_referents(sentence, kid)
+        while sentence.dep[noun] == "conj":
+            noun = sentence.head[noun]
+            phrases = sentence.kids_of(noun, "acl", "relcl", "prep")
+            if any(sentence.low[kid] != "of" for kid in phrases):
+                break
+            found = find_content(sentence, noun) + found
+        return found

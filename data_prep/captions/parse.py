@@ -15,11 +15,11 @@ import spacy
 from spacy.language import Language
 from thinc.api import NumpyOps
 
+from data_prep.captions import find_model
 from data_prep.captions.gates import gate_caption
 from data_prep.captions.graph import CaptionGraph
-from data_prep.captions.lemmas import CaptionLemmatizer
+from data_prep.captions.sentence import CaptionLemmatizer
 from data_prep.captions.verbs import build_graph
-from data_prep.captions.versions import find_model
 
 _UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
 # Some 10 MB; spaCy's tokenizer caches 10,000 words.
@@ -49,7 +49,7 @@ def load_parser() -> Language:
     """Loads spaCy's small English model, with only the components that the caption rules need.
 
     Returns:
-      A pipeline of tok2vec, tagger, parser and our lemmatizer (`data_prep.captions.lemmas`).
+      A pipeline of tok2vec, tagger, parser and our lemmatizer (`data_prep.captions.sentence`).
 
     Raises:
       ValueError: no English model is installed.
@@ -111,29 +111,26 @@ def parse_captions(
         graphs = {text: graph for text in distinct if (graph := _remembered.get(text)) is not None}
         new = [text for text in distinct if text not in graphs]
         parsed = _parse_distinct(new, _load_shared_parser(), batch_size)
-        _remembered.add(parsed)
+        _remembered.remember(parsed)
         graphs |= parsed
     return [graphs[caption] for caption in captions]
 
 
-class _Memory:
+class _Memory(dict[str, CaptionGraph]):
     """Graphs of the captions that were parsed last, up to a number of characters."""
 
     def __init__(self, max_chars: int):
+        super().__init__()
         self._max_chars = max_chars
         self._num_chars = 0
-        self._graphs: dict[str, CaptionGraph] = {}
 
-    def get(self, caption: str) -> CaptionGraph | None:
-        return self._graphs.get(caption)
-
-    def add(self, graphs: Mapping[str, CaptionGraph]) -> None:
+    def remember(self, graphs: Mapping[str, CaptionGraph]) -> None:
         """Adds new captions; those that came first are forgotten for them."""
-        self._graphs.update(graphs)
-        self._num_chars += sum(_ENTRY_CHARS + len(caption) for caption in graphs)
+        self.update(graphs)
+        self._num_chars += sum(map(len, graphs)) + _ENTRY_CHARS * len(graphs)
         while self._num_chars > self._max_chars:
-            oldest = next(iter(self._graphs))
-            del self._graphs[oldest]
+            oldest = next(iter(self))
+            del self[oldest]
             self._num_chars -= _ENTRY_CHARS + len(oldest)
 
 
@@ -144,27 +141,28 @@ def _parse_distinct(
     captions: Iterable[str], nlp: Language, batch_size: int
 ) -> dict[str, CaptionGraph]:
     """The graph of each caption; those that become the same text by cleaning are parsed once."""
-    words = _find_lemmatizer(nlp)
+    for _, words in nlp.pipeline:
+        if isinstance(words, CaptionLemmatizer):
+            break
+    else:
+        raise ValueError(
+            "the parser must have the component caption_lemmatizer, got "
+            f"{', '.join(nlp.pipe_names)}; use load_parser(), or call "
+            "nlp.add_pipe('caption_lemmatizer') on a pipeline with a rule lemmatizer"
+        )
     gated = {caption: gate_caption(caption, words.lexicon) for caption in captions}
     texts = list(dict.fromkeys(text for text, reason in gated.values() if reason is None))
-    with _bounded_vocabulary(nlp), _no_garbage_collection():
+    # Caps spaCy's string store: a full vocabulary forgets the words of a call after it. Words met
+    # in a memory zone are not cached, so frequent ones should come in before.
+    vocabulary: Any = nlp.vocab  # its declaration lacks `in_memory_zone`
+    is_full = len(vocabulary) >= _MAX_LEXEMES and not vocabulary.in_memory_zone
+    with nlp.memory_zone() if is_full else contextlib.nullcontext(), _no_garbage_collection():
         docs = nlp.pipe(texts, batch_size=batch_size)
         graphs = {text: build_graph(doc, words) for text, doc in zip(texts, docs, strict=True)}
     return {
         caption: graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
         for caption, (text, reason) in gated.items()
     }
-
-
-def _bounded_vocabulary(nlp: Language) -> contextlib.AbstractContextManager[object]:
-    """Caps spaCy's string store: a full vocabulary forgets the words of a call after it.
-
-    Words met in a memory zone are not cached, so frequent ones should come in before.
-    """
-    vocabulary: Any = nlp.vocab  # its declaration lacks `in_memory_zone`
-    if vocabulary.in_memory_zone or len(vocabulary) < _MAX_LEXEMES:
-        return contextlib.nullcontext()
-    return nlp.memory_zone()
 
 
 @contextlib.contextmanager
@@ -177,14 +175,3 @@ def _no_garbage_collection() -> Generator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _find_lemmatizer(nlp: Language) -> CaptionLemmatizer:
-    for _, component in nlp.pipeline:
-        if isinstance(component, CaptionLemmatizer):
-            return component
-    raise ValueError(
-        f"the parser must have the component caption_lemmatizer, got {', '.join(nlp.pipe_names)}; "
-        "use load_parser(), or call nlp.add_pipe('caption_lemmatizer') on a pipeline with a "
-        "rule lemmatizer"
-    )

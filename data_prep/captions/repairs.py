@@ -7,12 +7,12 @@ captions that nobody had looked at are not kept.
 """
 
 from data_prep.captions import lexicon
-from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.sentence import (
     ADJECTIVE_TAGS,
     MODIFIERS,
     NOUN_TAGS,
     VERB_TAGS,
+    CaptionLemmatizer,
     Sentence,
 )
 
@@ -293,8 +293,11 @@ def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | No
         return None
     # "orange koi fish in a pond": the name of an animal is the noun.
     may_act = low in words.verbs and low not in lexicon.ANIMATE_NOUNS
-    if may_act and _reads_as_plural(sentence, i - 1, i, words.nouns):
-        return "VBP"
+    if may_act and sentence.lemma[i - 1] in lexicon.ANIMATE_NOUNS:
+        # "firefighters battle a blaze", "a man and a woman dance in the street"
+        follows = sentence.tag[i - 1] == "NNS" or sentence.dep[i] == "conj"
+        if low not in words.nouns or (sentence.dep[i - 1] == "compound" and follows):
+            return "VBP"  # the former: "artist perform during a festival"
     return "VBG" if low.endswith("ing") and low not in lexicon.NOMINAL_GERUNDS else None
 
 
@@ -308,17 +311,6 @@ def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmati
         acts = thing_acts or _find_actor(sentence, noun) is not None
         return acts and sentence.dep[i] in _NOMINAL
     return True
-
-
-def _reads_as_plural(sentence: Sentence, noun: int, i: int, nouns: frozenset[str]) -> bool:
-    """Returns whether a base form follows its plural subject: "firefighters battle a blaze"."""
-    if sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS:
-        return False
-    if sentence.low[i] not in nouns:
-        return True  # "artist perform during a festival"
-    # "a man and a woman dance in the street"
-    follows = sentence.tag[noun] == "NNS" or sentence.dep[i] == "conj"
-    return sentence.dep[noun] == "compound" and follows
 
 
 def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:

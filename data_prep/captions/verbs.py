@@ -1,6 +1,6 @@
 """The verb side of the caption rules: from a parsed caption to the edges of its graph.
 
-Nouns, names and attributes come from `nouns`. Ours throughout: the specification is
+Nouns, names, attributes and subjects come from `nouns`. Ours throughout: the specification is
 tests/data_prep/captions/caption_examples.toml.
 """
 
@@ -8,10 +8,15 @@ from spacy.tokens import Doc
 
 from data_prep.captions import lexicon, nouns
 from data_prep.captions.graph import CaptionGraph, Edge, assemble_graph
-from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.repairs import repair_sentence
-from data_prep.captions.sentence import ADJECTIVE_TAGS, FINITE_TAGS, NOUN_TAGS, VERB_TAGS, Sentence
-from data_prep.captions.subjects import SubjectFinder
+from data_prep.captions.sentence import (
+    ADJECTIVE_TAGS,
+    FINITE_TAGS,
+    NOUN_TAGS,
+    VERB_TAGS,
+    CaptionLemmatizer,
+    Sentence,
+)
 
 _GERUND_CLAUSES = frozenset(
     ("ROOT", "csubj", "conj", "xcomp", "advcl", "ccomp", "parataxis", "dep")
@@ -42,7 +47,7 @@ class _GraphBuilder:
             _RELATION: [],
         }
         self.predicated: dict[int, list[int]] = {}
-        self.subjects = SubjectFinder(sentence)
+        self.subjects = nouns.SubjectFinder(sentence)
 
     def build(self) -> CaptionGraph:
         sentence = self.sentence
@@ -91,7 +96,8 @@ class _GraphBuilder:
         lemma = sentence.lemma[i]
         subjects, grounded = self.subjects.find(i)
         passive = self.is_passive(i)
-        agents = self.subjects.find_agents(i) if passive else []
+        by = sentence.kids_of(i, "agent") if passive else []  # "played by a woman"
+        agents = self.expand([kid for word in by for kid in sentence.kids_of(word, "pobj")])
         if self.is_unreal(i, grounded or bool(agents), passive):
             return
         if lemma == "be":
@@ -184,7 +190,7 @@ class _GraphBuilder:
         heads = sentence.kids_of(i, "nsubj", "nsubjpass")
         if not heads and sentence.dep[i] in ("acl", "relcl", "advcl", "conj"):
             heads = [sentence.head[i]]
-        return any(nouns.is_picture(sentence, head) for head in heads)
+        return any(sentence.lemma[head] in lexicon.PICTURE_NOUNS for head in heads)
 
     def is_passive(self, i: int) -> bool:
         sentence = self.sentence

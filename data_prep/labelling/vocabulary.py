@@ -18,7 +18,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from data_prep.captions import mentions
+from data_prep.captions import graph
 from diht_jax.records.schema import MAX_CONCEPT_ID
 from diht_jax.records.vocabulary import KINDS, STATS_SUFFIX, ConceptList, Vocabulary
 from diht_jax.storage import files
@@ -112,7 +112,7 @@ def read_targets(shard: str, concepts: ConceptList) -> np.ndarray:
         ValueError: the shard's concept file is missing or damaged.
     """
     known = {name: i for i, name in enumerate(concepts.names)}
-    names, lengths, ids = mentions.read_mentions(shard, concepts.kind)
+    names, lengths, ids = graph.read_mentions(shard, concepts.kind)
     mapped = np.array([known.get(name, -1) for name in names], np.int64)[ids]
     rows = np.repeat(np.arange(len(lengths)), lengths)[mapped >= 0]
     return make_targets(np.bincount(rows, minlength=len(lengths)), mapped[mapped >= 0])

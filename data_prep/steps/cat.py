@@ -19,7 +19,6 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from data_prep import captions
-from data_prep.captions import versions
 from data_prep.captions.graph import GATE_REASONS, CaptionGraph
 from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step, check_integers
 from data_prep.text_spotting import settings as spotter_settings
@@ -75,11 +74,11 @@ class CaptionStep(Step):
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
         is_wanted = drops_captions(config) or config.concepts
-        return {"caption_rules": versions.RULES_VERSION} if is_wanted else {}
+        return {"caption_rules": captions.RULES_VERSION} if is_wanted else {}
 
     @classmethod
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
-        return versions.package_versions()
+        return captions.package_versions()
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)

@@ -64,11 +64,6 @@ class ModelDefinition:
     execution: Execution = Execution()
     lora: Lora | None = None
 
-    @property
-    def graphdef(self) -> nnx.GraphDef:
-        """The static half of the NNX model."""
-        return _make_graphdef(self)
-
     def init_params(self, key: jax.Array) -> dict[str, Any]:
         """Draws the parameters, layer by layer; the same under every `execution`."""
         return model_parameters(self.build(key, Execution()))
@@ -89,7 +84,7 @@ class ModelDefinition:
 
 @functools.lru_cache(maxsize=16)
 def _make_graphdef(definition: ModelDefinition) -> nnx.GraphDef:
-    """Kept, as it takes the time of building the model."""
+    """The static half of the NNX model; kept, as it takes the time of building the model."""
     abstract = nnx.eval_shape(lambda: definition.build(jax.random.key(0), definition.execution))
     return nnx.split(abstract, nnx.Param)[0]
 
@@ -119,7 +114,7 @@ def merge_model(definition: ModelDefinition, params: dict[str, Any]) -> DualEnco
     params = {name: params[name] for name in (*TOWERS, "log_logit_scale")}
     if definition.execution.scan_layers:
         params = stack_blocks(params)
-    return nnx.merge(definition.graphdef, nnx.restore_int_paths(params))
+    return nnx.merge(_make_graphdef(definition), nnx.restore_int_paths(params))
 
 
 def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,8 @@ import hashlib
 import pathlib
 import tomllib
 
-from data_prep.captions import parse_captions
+from data_prep.captions import RULES_VERSION, package_versions, parse_captions
 from data_prep.captions.graph import CaptionGraph, cat_reason, format_edges, format_objects
-from data_prep.captions.versions import RULES_VERSION, package_versions
 from tests.data_prep import golden
 
 _FOLDER = pathlib.Path(__file__).parent
