@@ -218,8 +218,11 @@ def merges(vocab_size: int = VOCAB_SIZE) -> list[tuple[str, str]]:
     num_merges = vocab_size - SMALLEST_VOCAB
     packed = importlib.resources.files("diht_jax.data").joinpath(_MERGES_FILE).read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")
-    pairs = (line.split(" ") for line in lines[1 : num_merges + 1])
-    return [(first, second) for first, second in pairs]
+    pairs = []
+    for line in lines[1 : num_merges + 1]:
+        first, second = line.split(" ")
+        pairs.append((first, second))
+    return pairs
 
 
 @functools.cache

@@ -191,7 +191,7 @@ class Preprocessing:
                 raise ValueError(f"{name}='{getattr(self, name)}': expected {' or '.join(known)}")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != 3 or not all(math.isfinite(value) for value in values):
+            if len(values) != 3 or not all(map(math.isfinite, values)):
                 raise ValueError(f"{name}={values}: expected three numbers, one for each channel")
         if min(self.std) <= 0:
             raise ValueError(f"std={self.std}: expected positive numbers")

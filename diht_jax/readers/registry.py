@@ -230,14 +230,12 @@ def _list_path(text: str, options: dict[str, Any]) -> list[SourceShard]:
         paths = [path for path in paths if not os.path.isdir(path.removesuffix(parquet.SUFFIX))]
     else:
         paths = [text] if os.path.isfile(text) else sorted(glob.glob(text, recursive=True))
-    kinds = _recognise([p for p in paths if not p.endswith(".idx")], is_named=not is_folder)
-    known = {path: kind for path, kind in kinds.items() if kind is not None}
+    known, unknown = _recognise(paths, is_named=not is_folder)
     if is_folder and len(set(known.values())) > 1:
         raise ValueError(
             f"folder '{text}' holds several kinds of source "
             f"({', '.join(sorted(set(known.values())))}); name the files by a glob"
         )
-    unknown = [path for path, kind in kinds.items() if kind is None]
     if unknown and not (is_stored or is_folder):
         raise ValueError(
             f"{', '.join(unknown[:_LARGEST_LISTING])}: not a source of pairs; expected names that "
@@ -266,19 +264,21 @@ def _list_path(text: str, options: dict[str, Any]) -> list[SourceShard]:
     )
 
 
-def _recognise(paths: Sequence[str], *, is_named: bool) -> dict[str, str | None]:
-    """Path -> kind, None where no format reads it; files that only hold metadata are left out."""
-    kinds: dict[str, str | None] = {}
+def _recognise(paths: Sequence[str], *, is_named: bool) -> tuple[dict[str, str], list[str]]:
+    """The kinds of the files that a format reads, but for metadata alone; and the other paths."""
+    kinds: dict[str, str] = {}
+    unknown: list[str] = []
     for path in paths:
         matching = (kind for kind, form in FORMATS.items() if form.is_file(path, is_named=is_named))
         is_hidden = os.path.basename(path).startswith(".")
-        kinds[path] = None if is_hidden else next(matching, None)
-    present = set(kinds.values()) - {None}
-    return {
-        path: kind
-        for path, kind in kinds.items()
-        if kind is None or present.isdisjoint(FORMATS[kind].metadata_of)
-    }
+        kind = None if is_hidden else next(matching, None)
+        if kind is not None:
+            kinds[path] = kind
+        elif not path.endswith(".idx"):
+            unknown.append(path)
+    present = set(kinds.values())
+    known = {path: k for path, k in kinds.items() if present.isdisjoint(FORMATS[k].metadata_of)}
+    return known, unknown
 
 
 def _list_one(kind: str, path: str, options: dict[str, Any]) -> list[SourceShard]:

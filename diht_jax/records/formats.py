@@ -106,7 +106,10 @@ class TFRecordSource(ShardedRecords):
         path, record = self.locate(index)
         data = unframe(piece, path, record)
         if data is None:
-            raise self._damaged_length(index)
+            raise DamagedRecordError(
+                f"{path}: record {record}: its length is damaged (the checksum differs), or it is "
+                "not where its index says; write the shard again"
+            )
         return data
 
     def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
@@ -119,13 +122,6 @@ class TFRecordSource(ShardedRecords):
             starts.append(starts[-1] + length)
         is_whole = len(starts) == last - first + 1 and starts[-1] == len(data)
         return np.array(starts, np.int64) if is_whole else super().cut(first, last, data)
-
-    def _damaged_length(self, index: int) -> DamagedRecordError:
-        path, record = self.locate(index)
-        return DamagedRecordError(
-            f"{path}: record {record}: its length is damaged (the checksum differs), or it is "
-            "not where its index says; write the shard again"
-        )
 
 
 class ArrayRecordWriter(RecordWriter):

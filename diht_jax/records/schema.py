@@ -155,13 +155,20 @@ def decode_fields(fields: Mapping[str, Any]) -> Record:
         ) from error
     if CONCEPTS in fields:
         concepts = _unpack_concepts(key, _decode_bytes(fields, CONCEPTS, key))
-    else:
-        concepts = _decode_lists(fields)
-    for names in CONCEPT_FIELDS:
-        ids, probs = (concepts[name] for name in names)
+    else:  # the four lists of other writers; None where a field is absent
+        concepts: dict[str, Any] = {}
+        for ids_name, probs_name in CONCEPT_FIELDS:
+            ids, probs = fields.get(ids_name), fields.get(probs_name)
+            if ids is not None:
+                ids = np.array(ids.int64_list.value, np.int64)
+            if probs is not None:
+                probs = np.array(probs.float_list.value, np.float32)
+            concepts |= {ids_name: ids, probs_name: probs}
+    for ids_name, probs_name in CONCEPT_FIELDS:
+        ids, probs = concepts[ids_name], concepts[probs_name]
         if ids is not None or probs is not None:
-            check_concepts(key, names[0], ids, names[1], probs, max_id=2**31 - 1)
-            concepts[names[0]] = np.asarray(ids, np.int32)
+            check_concepts(key, ids_name, ids, probs_name, probs, max_id=2**31 - 1)
+            concepts[ids_name] = np.asarray(ids, np.int32)
     return Record(
         key=key,
         image=_decode_bytes(fields, IMAGE, key),
@@ -258,18 +265,6 @@ def _finite_or_none(text: str) -> float | None:
 
 
 _JSON = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_none)
-
-
-def _decode_lists(fields: Any) -> dict[str, np.ndarray | None]:
-    """The concepts of other writers; None where a field is absent."""
-    found: dict[str, np.ndarray | None] = {}
-    for ids, probs in CONCEPT_FIELDS:
-        found[ids] = found[probs] = None
-        if ids in fields:
-            found[ids] = np.array(fields[ids].int64_list.value, np.int64)
-        if probs in fields:
-            found[probs] = np.array(fields[probs].float_list.value, np.float32)
-    return found
 
 
 def has_sample_fields(fields: Mapping[str, Any]) -> bool:

@@ -36,6 +36,8 @@ class ShardedRecords(Sequence[bytes]):
 
     Attributes:
         paths: of the shards.
+        unindexed_urls: those in a store that no `dataset.index` describes; to open one costs
+            requests.
     """
 
     kind: str  # of the shards, a key of `catalog.SUFFIXES`
@@ -57,6 +59,7 @@ class ShardedRecords(Sequence[bytes]):
         self.paths = [shard.path for shard in self._shards]
         self._offsets_in_memory: dict[int, np.ndarray] = {}
         self._unchecked: set[int] = set()
+        self.unindexed_urls: list[str] = []
         counts, identity = [0], []
         counted = map_many(self.shard_type.count, self._shards)
         for number, (count, size, offsets) in enumerate(counted):
@@ -65,7 +68,9 @@ class ShardedRecords(Sequence[bytes]):
             identity.append(f"{os.path.basename(shard.path)} {count} {size}")
             if offsets is not None:
                 self._offsets_in_memory[number] = offsets
-            if shard.index is not None and not is_remote(shard.path):
+            if shard.index is None and is_remote(shard.path):
+                self.unindexed_urls.append(shard.path)
+            elif shard.index is not None and not is_remote(shard.path):
                 self._unchecked.add(number)
         self._starts = np.cumsum(counts, dtype=np.int64)
         self._digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
@@ -94,16 +99,9 @@ class ShardedRecords(Sequence[bytes]):
         Nothing happens for local shards, nor for those that no `dataset.index` describes.
         `cache_dir` gets the files; None is a folder of this user in the system's temporary one.
         """
-        for index in {id(shard.index): shard.index for shard in self._shards}.values():
-            if index is not None:
-                index.make_local(cache_dir)
-
-    @property
-    def unindexed_urls(self) -> list[str]:
-        """Shards in a store that no `dataset.index` describes: to open one costs requests."""
-        return [
-            shard.path for shard in self._shards if shard.index is None and is_remote(shard.path)
-        ]
+        for shard in self._shards:
+            if shard.index is not None:
+                shard.index.make_local(cache_dir)
 
     def identify(self, number: int) -> tuple[int, int, str]:
         """Records, bytes and digest of a shard; see `train_data.fingerprint_records`."""

@@ -51,7 +51,7 @@ def join(folder: str | os.PathLike[str], *names: str) -> str:
 
 def is_glob(path: str) -> bool:
     """Returns whether a path or URL is a pattern."""
-    return any(letter in path for letter in "*?[")
+    return not set("*?[").isdisjoint(path)
 
 
 def exists(path: str) -> bool:
