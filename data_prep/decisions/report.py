@@ -118,15 +118,6 @@ class Funnel:
             for stage, reason, pairs in rows
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
-        return {
-            "read": self.read,
-            "kept": self.kept,
-            "dropped": self.dropped(),
-            "text_spotting": dict(sorted(self.text_spotting.items())),
-        }
-
 
 def gather(
     outputs: Sequence[str],
@@ -169,7 +160,14 @@ def gather(
         "jobs": list(jobs),
         "funnel": funnel.rows(),
         "throughput": _throughput(funnel, facts.seconds),
-        "counts": funnel.to_json() | {"image_formats": image_formats, "samples": texts},
+        "counts": {
+            "read": funnel.read,
+            "kept": funnel.kept,
+            "dropped": funnel.dropped(),
+            "text_spotting": dict(sorted(funnel.text_spotting.items())),
+            "image_formats": image_formats,
+            "samples": texts,
+        },
         "measures": measures,
         "download": facts.download,
         "versions": {k: dict(sorted(v.items())) for k, v in sorted(facts.versions.items())},

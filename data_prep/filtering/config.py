@@ -119,9 +119,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         ValueError: a value is out of its range.
     """
     check_job(config)
-    least = {"retries": 0, "samples_per_outcome": 0}
-    least |= {"examples_per_shard": 1} if config.examples_per_shard is not None else {}
-    least |= {"report_samples": 0, "batch_size": 1}
+    least = {"retries": 0, "samples_per_outcome": 0, "report_samples": 0}
+    least |= {"examples_per_shard": 1, "batch_size": 1}
     check_integers({name: (config[name], minimum) for name, minimum in least.items()})
     if config.shard_timeout_secs is not None and config.shard_timeout_secs <= 0:
         raise ValueError(

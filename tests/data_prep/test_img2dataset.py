@@ -48,38 +48,26 @@ _STATS = {
 }
 
 
-def _write_tar(folder: pathlib.Path, with_json: bool) -> None:
-    """One shard of the output format "webdataset"."""
-    members: dict[str, bytes] = {}
-    for row in _ROWS:
-        if row["status"] == "success":
+def _write_shard(folder: pathlib.Path, output_format: str, with_json: bool = True) -> None:
+    """One shard of an output format, with what its writer has beside it."""
+    folder.mkdir()
+    rows, done = _ROWS, [row for row in _ROWS if row["status"] == "success"]
+    if output_format == "webdataset":
+        members: dict[str, bytes] = {}
+        for row in done:
             members |= pair_members(row["key"], row["caption"], _JPEG, "jpg")
             if with_json:
                 members[f"{row['key']}.json"] = json.dumps(row).encode()
-    write_tar(folder / "00000.tar", members)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_ROWS), folder / "00000.parquet")
-    (folder / "00000_stats.json").write_text(json.dumps(_STATS))
-
-
-def _write_parquet(folder: pathlib.Path) -> None:
-    """One shard of the output format "parquet"."""
-    folder.mkdir()
-    rows = [
-        row | {"jpg": _JPEG if row["status"] == "success" else None, "txt": row["caption"]}
-        for row in _ROWS
-    ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
-    (folder / "00000_stats.json").write_text(json.dumps(_STATS))
-
-
-def _write_tfrecord(folder: pathlib.Path, rows: list[dict]) -> None:
-    """One shard of the output format "tfrecord", with what its writer has beside it."""
-    folder.mkdir()
-    with TFRecordWriter(folder / "00000.tfrecord") as writer:
-        for row in rows:
-            if row["status"] == "success":
+        write_tar(folder / "00000.tar", members)
+    elif output_format == "tfrecord":
+        with TFRecordWriter(folder / "00000.tfrecord") as writer:
+            for row in done:
                 writer.write(write_sample({"jpg": _JPEG, "txt": row["caption"], **row}))
-    (folder / "00000.tfrecord.idx").unlink()  # img2dataset writes none
+        (folder / "00000.tfrecord.idx").unlink()  # img2dataset writes none
+    else:
+        rows = [
+            row | {"jpg": _JPEG if row in done else None, "txt": row["caption"]} for row in _ROWS
+        ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
     (folder / "00000_stats.json").write_text(json.dumps(_STATS))
 
@@ -91,7 +79,7 @@ def _run(source: str, output: pathlib.Path) -> list:
 
 @pytest.mark.parametrize("with_json", [True, False])
 def test_tars_with_statistics_and_metadata(tmp_path, capsys, with_json):
-    _write_tar(tmp_path / "in", with_json)
+    _write_shard(tmp_path / "in", "webdataset", with_json)
     records = _run(str(tmp_path / "in"), tmp_path / "out")
     assert [r.key for r in records] == ["000000000", "000000001", "000000003"]
     assert [r.image for r in records] == [_JPEG] * 3
@@ -108,7 +96,7 @@ def test_tars_with_statistics_and_metadata(tmp_path, capsys, with_json):
 
 
 def test_parquet_with_images(tmp_path):
-    _write_parquet(tmp_path / "in")
+    _write_shard(tmp_path / "in", "parquet")
     records = _run(str(tmp_path / "in"), tmp_path / "out")
     assert [r.key for r in records] == ["000000000", "000000001", "000000003"]
     assert [r.image for r in records] == [_JPEG] * 3
@@ -122,8 +110,8 @@ def test_parquet_with_images(tmp_path):
 
 
 def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
-    _write_tar(tmp_path / "tar", with_json=True)
-    _write_tfrecord(tmp_path / "in", _ROWS)
+    _write_shard(tmp_path / "tar", "webdataset")
+    _write_shard(tmp_path / "in", "tfrecord")
     records = _run(str(tmp_path / "in"), tmp_path / "out")
     expected = _run(str(tmp_path / "tar"), tmp_path / "expected")
     # None is written as an empty text.

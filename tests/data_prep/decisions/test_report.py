@@ -8,14 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from data_prep.reports.__main__ import merge_reports
 from data_prep.reports.page import score_filters, table_rows
 from tests import make
-from tests.data_prep.filtering.jobs import job_config
+from tests.data_prep.filtering.jobs import job_config, write_table
 
 _ROWS = [
     ("A black cat is chasing a small brown bird", "good"),
@@ -27,19 +26,13 @@ _ROWS = [
 ]
 
 
-def _make_source(folder: pathlib.Path) -> str:
-    folder.mkdir()
-    Image.new("RGB", (300, 90), "red").save(folder / "i.jpg")
-    rows = [{"image": "i.jpg", "caption": text, "quality": kind} for text, kind in _ROWS]
-    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / "t.jsonl")
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> pathlib.Path:
     """`whole`: all rows in one job; `parts`: the same in shards of two rows."""
     folder = tmp_path_factory.mktemp("report")
-    source = _make_source(folder / "in")
+    rows = [{"image": "i.jpg", "caption": text, "quality": kind} for text, kind in _ROWS]
+    picture = make.encoded(make.plain("red", (300, 90)), "JPEG")
+    source = write_table(folder / "in", rows, {"i.jpg": picture})
     for output, rows_per_shard in (("whole", 100), ("parts", 2)):
         config = job_config(source, folder / output, "cat", source__rows_per_shard=rows_per_shard)
         config.update({"label_field": "quality", "clean_label": "good"})

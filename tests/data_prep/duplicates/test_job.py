@@ -35,6 +35,11 @@ def _config(source, output, **changes):
     return duplicates_config(source, output, **_SETTINGS | changes)
 
 
+def _with_files(source, output, files, **changes):
+    changes |= {"embeddings__kind": "files", "embeddings__files": str(files)}
+    return _config(source, output, **changes)
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Twelve scenes in two tars; copies of some in the other, and a picture that is none."""
@@ -140,13 +145,11 @@ def test_given_embeddings_need_no_pictures(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", key=keys[:25], image_emb=emb[:25])
     table = {"key": keys[25:].tolist(), "image_emb": emb[25:].tolist()}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "b.parquet")
-    changes = {"input": None, "embeddings__kind": "files", "keep": "first"}
     for count in (1, 3):
         output = tmp_path / f"out{count}"
-        config = _config(
-            tmp_path, output, embeddings__files=str(tmp_path / "[ab].*"), clusters__count=count,
-            **changes,
-        )  # fmt: skip
+        config = _with_files(
+            tmp_path, output, tmp_path / "[ab].*", clusters__count=count, input=None, keep="first"
+        )
         assert job.run(config) == {}
         found = Lookup(output).find([f"k{i}" for i in range(40)])
         assert [i for i, row in enumerate(found) if row] == list(range(30, 39))  # k5 is left alone
@@ -155,9 +158,7 @@ def test_given_embeddings_need_no_pictures(tmp_path, capsys):
 
 
 def test_the_output_of_embed_must_be_of_the_same_input(pairs, tmp_path):
-    config = _config(
-        pairs, tmp_path / "out", embeddings__kind="files", embeddings__files=str(tmp_path)
-    )
+    config = _with_files(pairs, tmp_path / "out", tmp_path)
     with pytest.raises(ValueError, match=r"expected the --output of diht_jax\.embed"):
         job.run(config)
     other = [{"path": "elsewhere.tar", "start": 0}]
@@ -181,10 +182,8 @@ def test_embeddings_of_texts_are_refused_before_the_scan(pairs, tmp_path, form):
         inputs = list_inputs(str(pairs / "*.tar"), default_source())
         source = [found.shard.identity() for found in inputs]
         (where / "embeddings.json").write_text(json.dumps({"source": source}))
-    pattern = str(where if form == "folder" else where / f"*.{form}")
-    config = _config(
-        pairs, tmp_path / "out", embeddings__kind="files", embeddings__files=pattern, **changes
-    )
+    pattern = where if form == "folder" else where / f"*.{form}"
+    config = _with_files(pairs, tmp_path / "out", pattern, **changes)
     with pytest.raises(ValueError, match=r"config\.embeddings\.files=.*'text_emb'.*'image_emb'"):
         job.run(config)
 
@@ -193,9 +192,8 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     emb = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
     emb[50:] = emb[:10]
     np.savez(tmp_path / "a.npz", key=np.array([f"k{i}" for i in range(60)]), image_emb=emb)
-    changes = {"input": None, "embeddings__kind": "files", "keep": "first", "clusters__count": 3}
-    out = tmp_path / "out"
-    config = _config(tmp_path, out, embeddings__files=str(tmp_path / "*.npz"), **changes)
+    out, changes = tmp_path / "out", {"input": None, "keep": "first", "clusters__count": 3}
+    config = _with_files(tmp_path, out, tmp_path / "*.npz", **changes)
     monkeypatch.setattr(search, "_GROUP_ROWS", 1)  # a task for each cluster
     compare, calls = search.compare_group, []
 
@@ -234,9 +232,7 @@ def test_the_output_of_embed_is_joined_by_keys(pairs, tmp_path):
         rows = list(rows)
         path = tmp_path / f"embeddings-0000{name}.npz"
         np.savez(path, key=keys[rows], image_emb=emb[rows])
-    config = _config(
-        pairs, tmp_path / "out", embeddings__kind="files", embeddings__files=str(tmp_path)
-    )
+    config = _with_files(pairs, tmp_path / "out", tmp_path)
     assert job.run(config) == {}
     exact = {"again": ("exact", "s00"), "again_small": ("exact", "small")}
     assert read_dropped(tmp_path / "out") == exact | {"s07": ("near", "s02")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -72,6 +73,17 @@ def write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
         path = folder / f"{tar:05d}.tar"
         make.write_tar(path, [pair for files in members for pair in files.items()])
     return str(folder / "*.tar")
+
+
+def write_table(
+    folder: pathlib.Path, rows: Iterable[dict[str, Any]], pictures: Mapping[str, bytes]
+) -> str:
+    """A jsonl table of rows, with the pictures that they name; its path."""
+    folder.mkdir(exist_ok=True)
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "t.jsonl")
 
 
 def write_clip(path: pathlib.Path, image_size: int) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import pathlib
 import subprocess
@@ -21,6 +20,7 @@ from tests.data_prep.filtering.jobs import (
     read_outcomes,
     read_records,
     snapshot,
+    write_table,
     write_tars,
 )
 from tests.make import REPOSITORY, encoded
@@ -42,12 +42,6 @@ _CAPTIONS = {
 }
 
 
-def _write_table(folder: pathlib.Path, rows: list[dict]) -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / "t.jsonl")
-
-
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory) -> pathlib.Path:
     """A table with every kind of caption, and the output of both filters on it."""
@@ -55,8 +49,7 @@ def captioned(tmp_path_factory) -> pathlib.Path:
     rows = [{"image": "i.png", "caption": caption, "n": n} for n, caption in enumerate(_CAPTIONS)]
     rows.append({"image": "i.png", "caption": ["a red car", "a dog runs", "a cat sleeps"]})
     rows.append({"image": "i.png", "caption": ["a dog runs", "a red car"]})
-    source = _write_table(folder, rows)
-    (folder / "i.png").write_bytes(_PNG)
+    source = write_table(folder, rows, {"i.png": _PNG})
     run_filter(job_config(source, folder / "cat", "cat", batch_size=4))
     return folder
 
@@ -102,11 +95,10 @@ _LOST = "a dog whose picture is gone"
 def test_the_recipe_for_names_is_named_where_cat_keeps_none(
     tmp_path, caplog, captions, recipe, is_named
 ):
-    (tmp_path / "i.png").write_bytes(_PNG)
     rows = [
         {"image": "gone.png" if text == _LOST else "i.png", "caption": text} for text in captions
     ]
-    source = _write_table(tmp_path, rows)
+    source = write_table(tmp_path, rows, {"i.png": _PNG})
     with caplog.at_level("WARNING"), contextlib.suppress(ValueError):
         run_filter(job_config(source, tmp_path / "out", recipe))
     assert ("prep/convert" in caplog.text) == is_named
@@ -134,13 +126,9 @@ def test_images_are_dropped_by_reason(tmp_path):
         "bomb.png": encoded(Image.new("1", (500, 500)), "PNG"),
         "thin.png": encoded(Image.new("RGB", (40, 3)), "PNG"),
     }
-    source = _write_table(
-        tmp_path / "in",
-        [{"image": name, "caption": name, "exif": "long", "url": "u"} for name in files]
-        + [{"image": "absent.png", "caption": "x"}, {"image": "good.png", "caption": ""}],
-    )
-    for name, data in files.items():
-        (tmp_path / "in" / name).write_bytes(data)
+    rows = [{"image": name, "caption": name, "exif": "long", "url": "u"} for name in files]
+    rows += [{"image": "absent.png", "caption": "x"}, {"image": "good.png", "caption": ""}]
+    source = write_table(tmp_path / "in", rows, files)
     limits = {"image__max_pixels": 100_000, "image__min_side": 4}
     assert run_filter(job_config(source, tmp_path / "out", **limits)) == {}
     assert read_dropped(tmp_path / "out") == {
@@ -191,8 +179,7 @@ assert run_filter(job) == {}
 def test_same_bytes_in_an_interpreter_with_other_orders_of_sets(tmp_path):
     texts = ["a man rides a small brown horse", "a dog runs after a red ball", "two cats sleep"]
     rows = [{"image": "i.png", "caption": texts[n:] + texts[:n]} for n in (0, 1, 2)]
-    source = _write_table(tmp_path / "in", rows)
-    (tmp_path / "in" / "i.png").write_bytes(_PNG)
+    source = write_table(tmp_path / "in", rows, {"i.png": _PNG})
     assert run_filter(job_config(source, tmp_path / "here", "cat", concepts=True)) == {}
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     subprocess.run(
@@ -206,7 +193,7 @@ def test_same_bytes_in_an_interpreter_with_other_orders_of_sets(tmp_path):
 
 
 def test_nothing_kept_is_an_error(tmp_path, capsys):
-    source = _write_table(tmp_path / "in", [{"image": "absent.png", "caption": "x"}] * 3)
+    source = write_table(tmp_path / "in", [{"image": "absent.png", "caption": "x"}] * 3, {})
     with pytest.raises(ValueError, match=r"none of the 3 pairs of .*t\.jsonl' was kept"):
         run_filter(job_config(source, tmp_path / "out"))
     assert "no image" in capsys.readouterr().out

@@ -13,7 +13,13 @@ from data_prep.filtering.replay import Replay
 from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from tests.data_prep.duplicates.jobs import scene
-from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
+from tests.data_prep.filtering.jobs import (
+    job_config,
+    read_dropped,
+    read_records,
+    write_clip,
+    write_table,
+)
 from tests.make import encoded
 
 
@@ -22,13 +28,8 @@ def _scene(seed: int, side: int = 96) -> Image.Image:
 
 
 def _write_folder(folder, pictures: dict[str, bytes]) -> str:
-    """A table of pictures."""
-    folder.mkdir()
-    for name, data in pictures.items():
-        (folder / name).write_bytes(data)
-    lines = [f'{{"image": "{name}", "caption": "{name}"}}' for name in pictures]
-    (folder / "t.jsonl").write_text("\n".join(lines))
-    return str(folder / "t.jsonl")
+    """A table of pictures, whose names are the captions."""
+    return write_table(folder, [{"image": name, "caption": name} for name in pictures], pictures)
 
 
 @pytest.mark.parametrize("seed", range(5))

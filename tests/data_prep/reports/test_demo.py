@@ -10,7 +10,7 @@ import pytest
 from data_prep.filter import run_filter
 from data_prep.reports import demo
 from diht_jax.evaluation.results import describe_samples
-from tests.data_prep.filtering.jobs import job_config
+from tests.data_prep.filtering.jobs import job_config, write_table
 from tests.make import encoded, plain
 
 _CAPTIONS = ("a man riding a horse <b>& more</b>", "a red car")  # kept, and dropped: no action
@@ -36,10 +36,9 @@ def _results(shift: float) -> dict:
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
     """Two pairs, four students that differ by 0, 10 and 0 points, and their pictures."""
-    (tmp_path / "i.png").write_bytes(encoded(plain("red")))
-    rows = [json.dumps({"image": "i.png", "caption": caption}) for caption in _CAPTIONS]
-    (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    config = job_config(str(tmp_path / "t.jsonl"), tmp_path / "filtered", "cat")
+    rows = [{"image": "i.png", "caption": caption} for caption in _CAPTIONS]
+    source = write_table(tmp_path, rows, {"i.png": encoded(plain("red"))})
+    config = job_config(source, tmp_path / "filtered", "cat")
     assert run_filter(config) == {}
     for name, shift in zip(demo.STUDENTS, (0.0, 0.0, 0.1, 0.1), strict=True):
         (tmp_path / name).mkdir()
