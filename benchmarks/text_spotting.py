@@ -47,9 +47,9 @@ from absl import flags
 from benchmarks.record import write_result
 from benchmarks.text_spotting_scores import foreign_captions, print_report, score
 from benchmarks.text_spotting_testset import TestPicture, make_test_set
-from data_prep.text_spotting.cache import SpotCache, hash_image
 from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.networks import find_weights
+from data_prep.text_spotting.readings import SpotCache, hash_image
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
 from diht_jax import command_line
 from diht_jax.input.transforms import decode_rgb

@@ -91,24 +91,6 @@ class CaptionGraph:
         return bool(self.actions)
 
 
-def assemble_graph(
-    attributes: Mapping[str, Sequence[str]], actions: Iterable[Edge], relations: Iterable[Edge]
-) -> CaptionGraph:
-    """Builds a graph; every end of an edge is an object, and repeated edges and attributes go."""
-    actions = list(dict.fromkeys(actions))
-    relations = list(dict.fromkeys(relations))
-    degree = dict.fromkeys(attributes, 0)
-    for edge in (*actions, *relations):
-        for name in {edge.subject, edge.object}:
-            if name is not None:
-                degree[name] += 1
-    objects = {}
-    for name, words in attributes.items():
-        unique = tuple(dict.fromkeys(words))
-        objects[name] = ObjectNode(unique, len(unique) + degree[name])
-    return CaptionGraph(objects, actions, relations)
-
-
 def cat_reason(
     graph: CaptionGraph, *, min_complexity: int = 1, require_action: bool = True
 ) -> str | None:

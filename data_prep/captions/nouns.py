@@ -93,8 +93,8 @@ def name_object(sentence: Sentence, i: int) -> str:
     """The name of an object: its compound in lower case with the head as a lemma."""
     if sentence.low[i] in lexicon.PERSON_PRONOUNS:
         return "person"
-    parts = sorted(_compound_parts(sentence, i))
-    return " ".join((*(sentence.low[part] for part in parts), sentence.lemma[i].rstrip(".")))
+    parts = map(sentence.low.__getitem__, sorted(_compound_parts(sentence, i)))
+    return " ".join((*parts, sentence.lemma[i].rstrip(".")))
 
 
 def _joins_participle(sentence: Sentence, i: int) -> bool:

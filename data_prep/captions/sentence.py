@@ -53,8 +53,8 @@ class Sentence:
         self.tag, self.dep, self.low, self.lemma = (
             list(map(strings.__getitem__, c)) for c in columns
         )
-        offsets = doc.to_array(HEAD).astype("int64").tolist()
-        self.head = [i + offset for i, offset in enumerate(offsets)]
+        offsets = doc.to_array(HEAD).astype("int64")
+        self.head = (np.arange(len(offsets)) + offsets).tolist()
         if "-" in self.low:
             self._join_hyphens([token.whitespace_ == "" for token in doc])
         self.kids: list[list[int]] = [[] for _ in self.low]
@@ -214,7 +214,7 @@ class CaptionLemmatizer:
         self._index, self._rules, self._exceptions = {}, {}, {}
         for kind, own in _EXCEPTIONS.items():
             self._index[kind] = frozenset(index[kind])
-            self._rules[kind] = [tuple(rule) for rule in rules[kind]]
+            self._rules[kind] = list(map(tuple, rules[kind]))
             known = {word: forms[0] for word, forms in exceptions[kind].items()}
             self._exceptions[kind] = known | own
         self._index["verb"] |= _NEW_VERBS

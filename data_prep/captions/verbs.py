@@ -7,7 +7,7 @@ tests/data_prep/captions/caption_examples.toml.
 from spacy.tokens import Doc
 
 from data_prep.captions import lexicon, nouns
-from data_prep.captions.graph import CaptionGraph, Edge, assemble_graph
+from data_prep.captions.graph import CaptionGraph, Edge, ObjectNode
 from data_prep.captions.repairs import repair_sentence
 from data_prep.captions.sentence import (
     ADJECTIVE_TAGS,
@@ -69,14 +69,21 @@ class _GraphBuilder:
                 words += nouns.list_attributes(sentence, i)
             if i in self.predicated:
                 words += nouns.name_attributes(sentence, self.predicated[i])
-        actions, relations = (
-            [
-                Edge(names.get(subject), predicate, names.get(target))
-                for subject, predicate, target in self.edges[kind]
-            ]
-            for kind in (_ACTION, _RELATION)
-        )
-        return assemble_graph(attributes, actions, relations)
+        # Every end of an edge is an object, and repeated edges and attributes go.
+        degree = dict.fromkeys(attributes, 0)
+        graph = CaptionGraph()
+        for kind, edges in ((_ACTION, graph.actions), (_RELATION, graph.relations)):
+            named: dict[Edge, None] = {}
+            for subject, predicate, target in self.edges[kind]:
+                named[Edge(names.get(subject), predicate, names.get(target))] = None
+            edges.extend(named)
+            for edge in named:
+                for end in {edge.subject, edge.object} - {None}:
+                    degree[end] += 1
+        for name, words in attributes.items():
+            unique = tuple(dict.fromkeys(words))
+            graph.objects[name] = ObjectNode(unique, len(unique) + degree[name])
+        return graph
 
     # Verbs
 

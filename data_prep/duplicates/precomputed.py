@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_prep.duplicates.image_hashes import Match
-from data_prep.teachers import embedding_files
+from data_prep.teachers import precomputed
 from diht_jax.readers.base import SourceShard
 from diht_jax.storage import files
 from diht_jax.storage.copies import local_copy
@@ -40,10 +40,10 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
         ValueError: it holds something else.
     """
     with local_copy(path) as name:
-        embedding_files.check_digest(path, name)
+        precomputed.check_digest(path, name)
         try:
-            keys = embedding_files.read_keys(name, "key")
-            found = embedding_files.read_embeddings(name, "image_emb")
+            keys = precomputed.read_keys(name, "key")
+            found = precomputed.read_embeddings(name, "image_emb")
             if len(keys) != len(found):
                 raise ValueError(f"{len(keys)} keys, but {len(found)} embeddings")
         except ValueError as error:
@@ -58,7 +58,7 @@ def refuse_texts(path: str, where: str) -> None:
     """Raises ValueError, naming the setting, for a file that has embeddings of texts alone."""
     with local_copy(path) as name:
         fields = [
-            field for field in ("image_emb", "text_emb") if embedding_files.has_field(name, field)
+            field for field in ("image_emb", "text_emb") if precomputed.has_field(name, field)
         ]
         if fields == ["text_emb"]:
             raise ValueError(
@@ -179,7 +179,7 @@ def open_set(path: str) -> EmbeddedSet:
     Raises:
         ValueError: it is neither, or empty.
     """
-    if path.endswith(embedding_files.SUFFIXES):
+    if path.endswith(precomputed.SUFFIXES):
         paths = find_files(path)
     else:
         paths = [name for of_shard in find_shard_files(path).values() for name in of_shard]

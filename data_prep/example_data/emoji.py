@@ -11,8 +11,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.example_data.archives import ExamplePair, read_archive, write_pair_tar
-from data_prep.example_data.packages import NPM_REGISTRY, Package
+from data_prep.example_data.packages import (
+    NPM_REGISTRY,
+    ExamplePair,
+    Package,
+    read_archive,
+    write_pair_tar,
+)
 
 _SKIN_TONES = {
     "1F3FB": "light",

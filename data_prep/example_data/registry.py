@@ -6,8 +6,6 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
-from data_prep.example_data.cifar10 import ARCHIVE, make_cifar10
-from data_prep.example_data.clipart import DRAWINGS, TITLES, make_clipart
 from data_prep.example_data.emoji import (
     ARTISTS,
     OPENMOJI_FONT,
@@ -16,8 +14,14 @@ from data_prep.example_data.emoji import (
     make_openmoji,
 )
 from data_prep.example_data.packages import Package
-from data_prep.example_data.photos import SCIKIT_IMAGE, SCIKIT_LEARN, make_photos
-from data_prep.example_data.pictures import STAMPS, make_pictures
+from data_prep.example_data.photos import (
+    ARCHIVE,
+    SCIKIT_IMAGE,
+    SCIKIT_LEARN,
+    make_cifar10,
+    make_photos,
+)
+from data_prep.example_data.pictures import DRAWINGS, STAMPS, TITLES, make_clipart, make_pictures
 
 
 @dataclasses.dataclass(frozen=True)

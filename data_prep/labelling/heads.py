@@ -18,9 +18,14 @@ from absl import logging
 from data_prep.jobs import shards
 from data_prep.jobs.failures import allowed_number
 from data_prep.labelling import head_files
-from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.embeddings import LocalCopies
-from data_prep.labelling.examples import choose_shards, count_named, gather_examples
+from data_prep.labelling.examples import (
+    build_vocabulary,
+    choose_shards,
+    count_named,
+    gather_examples,
+    read_counts,
+)
 from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.base import TeacherInfo
 from diht_jax.records.vocabulary import (
@@ -65,8 +70,8 @@ class Heads:
         self.description = self._find()
         if self.description or config.heads.load:
             return
-        counted = concept_vocabulary.read_counts([task.source.path for task in embedded])
-        self.vocabulary = concept_vocabulary.build_vocabulary(counted.concepts, config.vocabulary)
+        counted = read_counts([task.source.path for task in embedded])
+        self.vocabulary = build_vocabulary(counted.concepts, config.vocabulary)
         logging.info("%d objects, %d attributes", *map(len, self.vocabulary))
         chosen = choose_shards(counted.records, [task.name for task in embedded], config)
         self.sample = [embedded[number] for number in chosen]

@@ -25,9 +25,14 @@ import numpy as np
 import optax
 from absl import logging
 
-from data_prep.labelling.examples import Examples, Split
+from data_prep.labelling.examples import (
+    Examples,
+    Split,
+    concept_factors,
+    count_concepts,
+    repeat_factors,
+)
 from data_prep.labelling.head_files import Head
-from data_prep.labelling.vocabulary import concept_factors, count_concepts, repeat_factors
 from diht_jax.records.vocabulary import ConceptList
 from diht_jax.terminal import ProgressBar
 

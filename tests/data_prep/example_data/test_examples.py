@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.example_data import archives, cifar10, clipart, emoji, photos, pictures
+from data_prep.example_data import emoji, packages, photos, pictures
 from data_prep.example_data.registry import EXAMPLES
 from diht_jax.weights.releases import CACHE_VARIABLE
 from tests import make
@@ -155,7 +155,7 @@ def test_rows_of_cifar_become_pictures_of_their_class(tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8)
     train, test = small.cifar_rows([3, 0, 3], pixels), small.cifar_rows([4], pixels[:1])
     (tmp_path / "cifar.tar.gz").write_bytes(small.cifar(train, test))
-    cifar10.make_cifar10([tmp_path / "cifar.tar.gz"], tmp_path)
+    photos.make_cifar10([tmp_path / "cifar.tar.gz"], tmp_path)
     read = read_tar(tmp_path / "cifar10_train.tar")
     keys = {"cat_0000": 0, "airplane_0000": 1, "cat_0001": 2}
     for key, number in keys.items():
@@ -195,7 +195,7 @@ def test_clipart_has_the_titles_of_its_drawings_and_is_not_larger_than_it_should
     for path, kind, files in zip(packages, ("png", "svg"), (drawings, texts), strict=True):
         members = {f"{folder}/{kind}/{name}.{kind}": data for name, data in files.items()}
         path.write_bytes(small.deb(members))
-    assert clipart.make_clipart(packages, tmp_path) == {tmp_path / "clipart.tar": 2}
+    assert pictures.make_clipart(packages, tmp_path) == {tmp_path / "clipart.tar": 2}
     read = read_tar(tmp_path / "clipart.tar")
     assert read["dogs/a_b.txt"] == b"Bored & tired dog"
     assert json.loads(read["small.json"])["keywords"] == ["dog", "animal"]
@@ -210,4 +210,4 @@ def test_links_in_a_package_are_no_files(tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "one.txt"
             tar.addfile(member)
-    assert dict(archives.read_archive(path, lambda name: True)) == {"one.txt": b""}
+    assert dict(packages.read_archive(path, lambda name: True)) == {"one.txt": b""}

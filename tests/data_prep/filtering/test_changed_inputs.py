@@ -14,7 +14,7 @@ import pytest
 from data_prep import filter as filter_job
 from data_prep.decisions.table import read_manifest
 from data_prep.filter import run_filter
-from data_prep.labelling.vocabulary import read_counts as read_concepts
+from data_prep.labelling.examples import read_counts as read_concepts
 from diht_jax.records.dataset_index import read_index
 from diht_jax.storage import files
 from tests.data_prep.filtering.jobs import (

@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize, special
 
 from data_prep.labelling.config import default_heads
-from data_prep.labelling.examples import Split
+from data_prep.labelling.examples import Split, make_targets
 from data_prep.labelling.head_files import Head
 from data_prep.labelling.train_heads import (
     concept_recall,
@@ -18,7 +18,6 @@ from data_prep.labelling.train_heads import (
     summarize,
     train_head,
 )
-from data_prep.labelling.vocabulary import make_targets
 
 
 def _targets(rows: list[list[int]]) -> np.ndarray:

@@ -15,9 +15,8 @@ from data_prep.jobs.shards import ShardTask
 from data_prep.label import run_label
 from data_prep.labelling import job as label_job
 from data_prep.labelling.embeddings import embed_shard, hash_embeddings, load_embeddings
-from data_prep.labelling.examples import gather_examples
+from data_prep.labelling.examples import count_concepts, gather_examples
 from data_prep.labelling.tasks import find_inputs, identify_inputs, plan_outputs
-from data_prep.labelling.vocabulary import count_concepts
 from data_prep.teachers.registry import describe_teacher
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.formats import TFRecordWriter

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data_prep.filter import run_filter
-from data_prep.labelling import vocabulary as concept_vocabulary
+from data_prep.labelling import examples as concept_vocabulary
 from data_prep.labelling.config import default_config
-from data_prep.labelling.vocabulary import count_concepts, make_targets, read_targets
+from data_prep.labelling.examples import count_concepts, make_targets, read_targets
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.vocabulary import ConceptList
 from tests import make

@@ -2,7 +2,7 @@
 
 import json
 
-from data_prep.text_spotting.cache import Lines, Reading, SpotCache
+from data_prep.text_spotting.readings import Lines, Reading, SpotCache
 
 _READING = Reading(
     {128: 0.25, 256: 0.5},

@@ -1,7 +1,6 @@
 """Matches of lines that stand under one another, on boxes written by hand."""
 
-from data_prep.text_spotting.cache import Lines
-from data_prep.text_spotting.looks import find_match
+from data_prep.text_spotting.readings import Lines, find_match
 from data_prep.text_spotting.settings import Settings
 
 

@@ -16,9 +16,9 @@ import random
 import numpy as np
 from PIL import Image
 
-from data_prep.text_spotting import looks, match, ocr, spotter
-from data_prep.text_spotting.cache import Lines, Reading
+from data_prep.text_spotting import match, ocr, readings, spotter
 from data_prep.text_spotting.match import can_match, caption_matches
+from data_prep.text_spotting.readings import Lines, Reading
 from data_prep.text_spotting.settings import NOT_HASHED, RULES_VERSION
 from data_prep.text_spotting.spotter import Settings
 from tests.data_prep import golden
@@ -76,7 +76,7 @@ def _verdicts() -> list[str]:
         found.append(
             f"{gate} {caption}: {verdict.looked} {verdict.matches} audited={verdict.audited} "
             f"open={picture.is_open()} next={following} "
-            f"order={looks.rank_lines(picture.reading.looks[256])}"
+            f"order={readings.rank_lines(picture.reading.looks[256])}"
         )
     return found
 

@@ -14,10 +14,10 @@ from benchmarks.text_spotting_testset import make_test_set  # noqa: E402
 from data_prep.filter import run_filter  # noqa: E402
 from data_prep.text_spotting import ocr as text_spotting_ocr  # noqa: E402
 from data_prep.text_spotting import spotter as text_spotting  # noqa: E402
-from data_prep.text_spotting.cache import SpotCache  # noqa: E402
 from data_prep.text_spotting.match import RECOGNIZABLE, fold_text  # noqa: E402
 from data_prep.text_spotting.networks import OcrSettings, find_weights  # noqa: E402
 from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
+from data_prep.text_spotting.readings import SpotCache  # noqa: E402
 from data_prep.text_spotting.spotter import Settings, TextSpotter  # noqa: E402
 from diht_jax.input.transforms import decode_rgb  # noqa: E402
 from tests.data_prep.filtering.jobs import job_config, read_records  # noqa: E402
