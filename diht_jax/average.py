@@ -138,7 +138,16 @@ def average_models(
     metrics = _check(models, method, [alpha, *alphas], tasks, target, reference)
     pool = _Models(models, ema, architecture, tasks, {"batch_size": batch_size, **evaluation})
     if method == "greedy" and target is not None:
-        model, members, found = _mix_greedily(pool, models, target, metrics)
+        from diht_jax.extras.soups import greedy_soup
+
+        model, trials = greedy_soup(
+            models,
+            pool.read,
+            lambda candidate: pool.measure(candidate)[target],
+            lower_is_better=metrics[target].lower_is_better,
+        )
+        members = [(trial.name, 1.0) for trial in trials if trial.kept]
+        found: dict[str, Any] = {"trials": [vars(trial) for trial in trials]}
     else:
         weights = [1 - alpha, alpha] if method == "wise_ft" else [1.0] * len(models)
         is_measured = method == "wise_ft" and bool(tasks)
@@ -175,22 +184,6 @@ def _mix(
         logging.info("alpha %g: %s", alpha, shown)
         found["grid"].append({"alpha": alpha, "metrics": measured})
     return soups.average_models(models, weights, read), found
-
-
-def _mix_greedily(
-    pool: _Models, models: Sequence[str], target: str, metrics: dict[str, Metric]
-) -> tuple[Ingredient, list[tuple[str, float]], dict[str, Any]]:
-    """The greedy soup, its members with their weights, and the trials."""
-    from diht_jax.extras import soups
-
-    model, trials = soups.greedy_soup(
-        models,
-        pool.read,
-        lambda candidate: pool.measure(candidate)[target],
-        lower_is_better=metrics[target].lower_is_better,
-    )
-    members = [(trial.name, 1.0) for trial in trials if trial.kept]
-    return model, members, {"trials": [vars(trial) for trial in trials]}
 
 
 def _write(
@@ -255,11 +248,9 @@ def _check(
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise ValueError(f"--alpha, --alphas: expected numbers from 0 to 1, got {alpha:g}")
-    metrics = {
-        f"{task.name}/{name}": metric
-        for task in tasks
-        for name, metric in check_task(task).metrics.items()
-    }
+    metrics = {}
+    for task in tasks:
+        metrics |= {f"{task.name}/{name}": m for name, m in check_task(task).metrics.items()}
     if method == "greedy" and not (tasks and target):
         raise ValueError("--method=greedy needs --tasks and --target, held out for the choice")
     for flag, name in (("target", target), ("reference", reference)):
@@ -309,10 +300,10 @@ class _Models:
         from diht_jax.extras.soups import Ingredient
         from diht_jax.loading import read_model
 
-        options: dict[str, Any] = {"architecture": self._architecture}
         if name in self._runs:
-            options = {"ema": self._ema}
-        model = read_model(name, **options)
+            model = read_model(name, ema=self._ema)
+        else:
+            model = read_model(name, architecture=self._architecture)
         if model.decoder is not None and name not in self.sources:
             logging.warning("%s: the caption decoder is left out, no format has one", name)
         self.sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
@@ -370,10 +361,10 @@ def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:
         lines.append(format_table(("model", "alone", "soup with it", ""), rows, "lrrl"))
     if "grid" in record:
         names = list(record["grid"][0]["metrics"])
-        rows = [
-            (f"{row['alpha']:g}", *(value(name, row["metrics"][name]) for name in names))
-            for row in record["grid"]
-        ]
+        rows = []
+        for row in record["grid"]:
+            cells = [value(name, row["metrics"][name]) for name in names]
+            rows.append((f"{row['alpha']:g}", *cells))
         lines.append(format_table(("alpha", *names), rows, "r" * (1 + len(names))))
     weights = ", ".join(f"{m['weight']:g} x {m['model']}" for m in record["members"])
     lines.append(f"written: the mean of {weights}")

@@ -249,12 +249,9 @@ def _copy_vocabulary(shards: Sequence[str], targets: Iterable[str], output: path
     by_folder = collections.defaultdict(list)
     for shard in shards:
         by_folder[os.path.dirname(shard)].append(shard)
-    within = [
-        shard
-        for folder, its_shards in by_folder.items()
-        if find_inputs(folder) is None
-        for shard in its_shards
-    ]
+    within = []
+    for folder, its_shards in by_folder.items():
+        within += its_shards if find_inputs(folder) is None else ()
     vocabulary = find_vocabulary(within) if within else None
     if vocabulary is None:
         return

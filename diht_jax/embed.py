@@ -65,11 +65,7 @@ def main() -> None:
         num_tasks=options.num_tasks * jax.process_count(),
     )
 
-    model = load_model(
-        given.model,
-        **command_line.model_options(),
-        batch_size=given.batch_size,
-    )
+    model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
     check_same_step(model.step)
     processes = Processes.of_job()
     done = processes.exchange(

@@ -25,12 +25,7 @@ from diht_jax.evaluation.comparison import (
     format_comparison,
     published_results,
 )
-from diht_jax.evaluation.results import (
-    begin_results,
-    format_results,
-    read_results,
-    write_results,
-)
+from diht_jax.evaluation.results import begin_results, format_results, read_results, write_results
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import print_escaped
 
@@ -174,7 +169,7 @@ def evaluate_model(
     from diht_jax.training.multihost import check_same_step
 
     # A missing file should not have to wait for the model.
-    sources = [check_source(task) for task in tasks]
+    sources = list(map(check_source, tasks))
     loaded = load_model(model, batch_size=batch_size, **model_options)
     check_same_step(loaded.step)
     output = pathlib.Path(output)

@@ -72,11 +72,7 @@ def main() -> None:
     from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step
 
-    model = load_model(
-        given.model,
-        **command_line.model_options(),
-        batch_size=given.batch_size,
-    )
+    model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
     check_same_step(model.step)
     is_first = distributed.is_first()
     batching = Batching(given.batch_size, given.num_threads, is_first, Processes.of_job())

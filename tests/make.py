@@ -87,6 +87,41 @@ def write_tar(
     return str(path)
 
 
+def npy(values: Any) -> bytes:
+    """The bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(values))
+    return buffer.getvalue()
+
+
+def write_benchmark_folder(
+    root: str | pathlib.Path,
+    entries: Sequence[Mapping[str, bytes]],
+    files: Mapping[str, str] | None = None,
+    *,
+    num_shards: int = 1,
+) -> str:
+    """Writes a data set in CLIP_benchmark's layout, and returns it as a source.
+
+    Args:
+        root: of the data set; is made.
+        entries: extension -> bytes of each picture, whose key is "s/" and its number.
+        files: name -> text of the other files.
+        num_shards: which share the entries in turn.
+    """
+    root = pathlib.Path(root)
+    for shard in range(num_shards):
+        members = {
+            f"s/{number}.{extension}": data
+            for number in range(shard, len(entries), num_shards)
+            for extension, data in entries[number].items()
+        }
+        write_tar(root / "test" / f"{shard}.tar", members)
+    for name, text in {"test/nshards.txt": f"{num_shards}\n", **(files or {})}.items():
+        (root / name).write_text(text)
+    return f"clip_benchmark:{root}"
+
+
 def pair_members(key: str, caption: str, image: bytes, suffix: str = "png") -> dict[str, bytes]:
     """The files of one pair of a webdataset tar."""
     return {f"{key}.{suffix}": image, f"{key}.txt": caption.encode()}

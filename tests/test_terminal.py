@@ -1,12 +1,14 @@
-"""Foreign texts on a terminal: nothing in them steers it, and everything else stays readable."""
+"""Foreign texts on a terminal, of which nothing steers it; progress in redirected output."""
 
 import io
+import re
 import sys
 import unicodedata
 
 import pytest
+from tqdm import tqdm
 
-from diht_jax.terminal import escape, escape_lines, print_escaped
+from diht_jax.terminal import ProgressBar, escape, escape_lines, print_escaped
 
 _BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
@@ -53,3 +55,28 @@ def test_letters_that_the_terminal_lacks_are_spelled(encoding, shown):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     print_escaped("größe 犬\x1b[2J\n\ud800", file=terminal)
     assert terminal.buffer.getvalue() == shown.encode(encoding)
+
+
+class Clock:
+    secs = 1000.0
+
+    def __call__(self):
+        return self.secs
+
+
+def positions(file):
+    return [int(found) for found in re.findall(r"(\d+)/100 \[", file.getvalue())]
+
+
+def test_a_file_gets_a_line_every_half_minute():
+    clock, file = Clock(), io.StringIO()
+    with ProgressBar(total=100, unit="step", desc="train", file=file, clock=clock) as bar:
+        for step in range(100):
+            clock.secs += 1
+            bar.update()
+            bar.set_postfix_str(f"loss {step}")
+            tqdm.write("a log line", file=file)
+    lines = [line for line in file.getvalue().splitlines() if line != "a log line"]
+    assert positions(file) == [30, 60, 90, 100] and len(lines) == 4
+    assert lines[0].startswith("train:  30%") and "[00:30<01:10,  1.00step/s" in lines[0]
+    assert not re.search(r"[\r\x1b]", file.getvalue())

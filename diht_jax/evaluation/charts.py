@@ -44,10 +44,9 @@ def draw_comparison(results: Sequence[dict[str, Any]], path: str | os.PathLike[s
     rows = [
         (f"{task}  {metric.label}", name, [tasks[task] for tasks in (first, *others)])
         for task, result in first.items()
-        if all(task in tasks for tasks in others)
         for name in result["metrics"]
         if (metric := metric_of(result, name)).unit == "share"
-        and all(name in tasks[task]["metrics"] for tasks in others)
+        and all(task in tasks and name in tasks[task]["metrics"] for tasks in others)
     ]
     if not rows:
         raise ValueError("the results have no task in common, so there is nothing to draw")

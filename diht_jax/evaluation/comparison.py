@@ -8,6 +8,7 @@ are nothing but chance, one is expected to look beyond it.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,7 +61,11 @@ def format_comparison(*results: dict[str, Any]) -> str:
     for task in dict.fromkeys(name for tasks in by_task for name in tasks):
         rows += _compare_metrics(task, [tasks.get(task, {}) for tasks in by_task])
         found = [tasks[task] for tasks in by_task if task in tasks]
-        notes += [*_differing_protocols(task, found), *_unpaired(task, found)]
+        notes += _differing_protocols(task, found)
+        draws = [result["resamples"]["draws"] for result in found if "resamples" in result]
+        if any(other != draws[0] for other in draws):
+            why = "was resampled from other images, or otherwise: it has no interval"
+            notes.append(f"note: '{task}' {why}")
     rows += _compare_means(by_task)
     header = ["task", "metric", *letters]
     for letter in letters[1:]:
@@ -147,27 +152,14 @@ def _format_difference(unit: str, value: float) -> str:
 
 def _differing_protocols(task: str, results: Sequence[dict[str, Any]]) -> list[str]:
     first, *others = results
-    return [
-        f"note: '{task}' differs in {key}: {_abridge(first[field][key])} and "
-        f"{_abridge(other[field].get(key))}"
-        for other in others
-        for field in ("protocol", "counts")
-        for key in first[field]
-        if first[field][key] != other[field].get(key)
-    ]
-
-
-def _unpaired(task: str, results: Sequence[dict[str, Any]]) -> list[str]:
-    """A note where both have resamples, but of other images or other draws."""
-    draws = [result["resamples"]["draws"] for result in results if "resamples" in result]
-    if all(other == draws[0] for other in draws):
-        return []
-    return [f"note: '{task}' was resampled from other images, or otherwise: it has no interval"]
-
-
-def _abridge(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    notes = []
+    for other, field in itertools.product(others, ("protocol", "counts")):
+        for key, value in first[field].items():
+            if value != other[field].get(key):
+                texts = [json.dumps(x, ensure_ascii=False) for x in (value, other[field].get(key))]
+                one, two = (x if len(x) <= 60 else f"{x[:57]}..." for x in texts)
+                notes.append(f"note: '{task}' differs in {key}: {one} and {two}")
+    return notes
 
 
 def published_results(model: str) -> dict[str, Any]:

@@ -214,7 +214,16 @@ def measure_few_shot(
                 )
                 row[method] = _describe_fit(data, fitted)
                 chosen = [settings[i] for i in fitted.chosen]
-                row[method]["chosen"] = [_describe_setting(x, method, norm) for x in chosen]
+                row[method]["chosen"] = [
+                    {
+                        "radius": setting.radius,
+                        "radius_fraction": setting.radius / norm,
+                        "bias_radius": setting.bias_radius,
+                    }
+                    if method == PROMPT_INIT
+                    else {"weight_decay": setting.weight_decay}
+                    for setting in chosen
+                ]
                 if options.alphas and method != SCRATCH:
                     row[method]["wise_ft"] = _interpolate(data, fitted, options.alphas)
                 bar.update()
@@ -238,12 +247,10 @@ def _interpolate(
     data: FewShotData, fitted: FittedProbes, alphas: Sequence[float]
 ) -> list[dict[str, float]]:
     """Test accuracy of the means of the zero-shot and each draw's classifier."""
-    rows = []
+    rows, start = [], data.zero_shot
     for alpha in alphas:
         test = [
-            probe_accuracy(
-                data.test, data.zero_shot + alpha * (weights - data.zero_shot), alpha * bias
-            )
+            probe_accuracy(data.test, start + alpha * (weights - start), alpha * bias)
             for weights, bias in zip(fitted.weights, fitted.bias, strict=True)
         ]
         rows.append({"alpha": alpha, "test_mean": statistics.fmean(test)})
@@ -312,18 +319,17 @@ def format_few_shot(result: dict[str, Any]) -> str:
         f"{'shots':>6}  {'from the prompts':>18}  {'from scratch':>18}  {'L2 to the prompts':>18}",
     ]
     for row in result["results"]:
-        cells = [_format_spread(row[method]) for method in (PROMPT_INIT, SCRATCH, PENALTY)]
-        lines.append(f"{row['shots']:>6}  " + "  ".join(f"{cell:>18}" for cell in cells))
+        line = f"{row['shots']:>6}"
+        for method in (PROMPT_INIT, SCRATCH, PENALTY):
+            mean, std = row[method]["test_mean"], row[method]["test_std"]
+            cell = f"{100 * mean:.2f}%" + ("" if std is None else f" ± {100 * std:.2f}")
+            line += f"  {cell:>18}"
+        lines.append(line)
     for row in result["results"]:
         means = row[PROMPT_INIT].get("wise_ft", [])
         cells = [f"{mean['alpha']:g}: {100 * mean['test_mean']:.2f}%" for mean in means]
         lines += [f"{row['shots']:>6}  mean with zero-shot  {', '.join(cells)}"] if cells else []
     return "\n".join(lines)
-
-
-def _format_spread(measured: dict[str, Any]) -> str:
-    spread = "" if measured["test_std"] is None else f" ± {100 * measured['test_std']:.2f}"
-    return f"{100 * measured['test_mean']:.2f}%{spread}"
 
 
 def _embed(
@@ -359,13 +365,3 @@ def _embed(
 
 def _indices_by_class(labels: np.ndarray) -> list[tuple[int, np.ndarray]]:
     return [(int(label), np.flatnonzero(labels == label)) for label in np.unique(labels)]
-
-
-def _describe_setting(setting: ProbeSettings, method: str, norm: float) -> dict[str, float]:
-    if method != PROMPT_INIT:
-        return {"weight_decay": setting.weight_decay}
-    return {
-        "radius": setting.radius,
-        "radius_fraction": setting.radius / norm,
-        "bias_radius": setting.bias_radius,
-    }

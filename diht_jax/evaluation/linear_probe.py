@@ -152,8 +152,7 @@ def fit_probes(
 def probe_accuracy(examples: LabelledEmbeddings, weights: np.ndarray, bias: np.ndarray) -> float:
     """Share of the examples whose class has the largest of the logits with [d, C] and [C]."""
     blocks, _ = _stack_blocks([examples], weights.shape[1])
-    image_emb, labels, mask = (x[0] for x in blocks)
-    return int(_count_hits(image_emb, labels, mask, weights, bias)) / len(examples)
+    return int(_count_hits(*(x[0] for x in blocks), weights, bias)) / len(examples)
 
 
 def _stack_blocks(

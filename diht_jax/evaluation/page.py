@@ -6,6 +6,7 @@ Examples are drawn at random with a fixed seed, never picked. A protocol gives i
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import EncodedImages
-from diht_jax.evaluation.embedding.entries import Unit, decode_picture, read_again
+from diht_jax.evaluation.embedding.entries import Order, Unit, decode_picture, read_again
 from diht_jax.evaluation.protocols.base import CAPTION_SLOT, Measured, Task
 from diht_jax.evaluation.protocols.caption_choice import CaptionChoiceResult
 from diht_jax.evaluation.protocols.classification import ClassificationResult
@@ -62,13 +63,12 @@ class ResultsPage:
         """
         if task.kind not in EXAMPLES:
             return None
-
-        def load(rows: Sequence[int]) -> dict[int, str]:
-            return read_pictures(units, measured.encoded, rows, thumbnail)
-
+        load = functools.partial(read_pictures, units, measured.encoded)
         section = EXAMPLES[task.kind](task, measured, load, logit_scale)
-        metrics = [(metric_of(result, name), value) for name, value in result["metrics"].items()]
-        cards = [(metric.label, format_value(metric.unit, value)) for metric, value in metrics]
+        cards = []
+        for name, value in result["metrics"].items():
+            metric = metric_of(result, name)
+            cards.append((metric.label, format_value(metric.unit, value)))
         self._sections.append({"name": task.name, "kind": task.kind, "cards": cards, **section})
         return str(self.path)
 
@@ -94,12 +94,8 @@ def retrieval_examples(
     right_images = have_common_id(result.text_ids[texts], result.image_ids)
     right_texts = have_common_id(result.image_ids[images], result.text_ids)
     found = [
-        closest_items(result.text_emb[text], image_emb, right, _ANSWERS)
-        for text, right in zip(texts, right_images, strict=True)
-    ]
-    named = [
-        closest_items(image_emb[image], result.text_emb, right, _ANSWERS)
-        for image, right in zip(images, right_texts, strict=True)
+        closest_items(query, image_emb, right)
+        for query, right in zip(result.text_emb[texts], right_images, strict=True)
     ]
     pictures = load([item for answers, best in found for item in (*answers, best)] + images)
 
@@ -119,7 +115,8 @@ def retrieval_examples(
             {"text": result.captions[text], "rank": rank, "tiles": tiles, "right": right}
         )
     image_queries = []
-    for image, is_right, (answers, best) in zip(images, right_texts, named, strict=True):
+    for image, is_right in zip(images, right_texts, strict=True):
+        answers, best = closest_items(image_emb[image], result.text_emb, is_right)
         rank = int(result.i2t_ranks[image]) + 1
         lines = [
             (number, result.captions[text], f"{cosine:.3f}", bool(is_right[text]))
@@ -231,7 +228,7 @@ def draw_rows(population: int, count: int, *, seed: int = 0) -> np.ndarray:
 
 
 def closest_items(
-    query: np.ndarray, gallery: np.ndarray, right: np.ndarray, count: int
+    query: np.ndarray, gallery: np.ndarray, right: np.ndarray, count: int = _ANSWERS
 ) -> tuple[dict[int, float], int]:
     """The first items of a gallery [m, d] for a query [d], in the order of the ranks.
 
@@ -243,25 +240,27 @@ def closest_items(
     # Among equals the right one goes last, as in the ranks.
     order = np.lexsort((right, -similarities))
     best = order[np.argmax(right[order])]
-    return {int(item): float(similarities[item]) for item in order[:count]}, int(best)
+    first = order[:count]
+    return dict(zip(first.tolist(), similarities[first].tolist(), strict=True)), int(best)
 
 
 def read_pictures(
     units: Sequence[Unit],
     encoded: EncodedImages,
     rows: Sequence[int],
-    convert: Callable[[Image.Image], Any],
+    convert: Callable[[Image.Image], Any] = thumbnail,
 ) -> dict[int, Any]:
     """What `convert` makes of the pictures of some rows.
 
     The parts of the source that hold them are read once more, instead of keeping all pictures.
     """
     orders = {int(row): encoded.orders[row] for row in rows}
-    found = read_again(units, orders.values())
-    pictures = {order: convert(decode_picture(entry)) for order, entry in found.items()}
+    pictures: dict[Order, Any] = {}
+    for order, entry in read_again(units, orders.values()).items():
+        pictures[order] = convert(decode_picture(entry))
     return {row: pictures[order] for row, order in orders.items()}
 
 
 def _short_source(task: Task) -> str:
-    is_path = not task.source.startswith("tfds:")
-    return pathlib.PurePath(task.source).name if is_path else task.source
+    is_tfds = task.source.startswith("tfds:")
+    return task.source if is_tfds else pathlib.PurePath(task.source).name

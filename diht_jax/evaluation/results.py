@@ -102,7 +102,12 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
         about = f"{counts['images']:,} images" + (f", {dropped:,} dropped" if dropped else "")
         equal = counts.get("equal_captions", 0)
         about += f", {equal:,} captions equal to one of another image" if equal else ""
-        about += _describe_prompt(result.get("protocol", {}))
+        protocol = result.get("protocol", {})
+        template = protocol.get("caption_template")
+        templates = [template] if template else protocol.get("templates", [])
+        if templates:
+            many = f", {len(templates)} prompts"
+            about += many if len(templates) > 1 else f', prompt "{templates[0]}"'
         task = result["task"]
         for name, value in result["metrics"].items():
             metric = metric_of(result, name)
@@ -115,15 +120,6 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
         value = format_value("share", mean.values[0])
         rows.append(("suite", mean.name, value, "", mean.missing))
     return rows
-
-
-def _describe_prompt(protocol: Mapping[str, Any]) -> str:
-    """The prompt of captions or class names, or the number of prompts; begins with a comma."""
-    caption_template = protocol.get("caption_template")
-    templates = [caption_template] if caption_template else protocol.get("templates", [])
-    if len(templates) == 1:
-        return f', prompt "{templates[0]}"'
-    return f", {len(templates)} prompts" if templates else ""
 
 
 def describe_metrics(result: dict[str, Any]) -> str:
@@ -152,9 +148,11 @@ def metric_of(result: Mapping[str, Any], name: str) -> Metric:
     from diht_jax.evaluation.protocols.base import Metric
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
 
-    own = [PROTOCOLS[result["kind"]]] if result.get("kind") in PROTOCOLS else []
-    found = [p.metrics[name] for p in (*own, *PROTOCOLS.values()) if name in p.metrics]
-    known = found[0] if found else Metric("score")
+    known = Metric("score")
+    for kind in (result.get("kind"), *PROTOCOLS):
+        if kind in PROTOCOLS and name in PROTOCOLS[kind].metrics:
+            known = PROTOCOLS[kind].metrics[name]
+            break
     return Metric(result.get("units", {}).get(name, known.unit), known.label or name)
 
 
@@ -226,9 +224,11 @@ def _value(result: Mapping[str, Any], metrics: Sequence[str], mean: str) -> floa
     if any(name not in measured for name in metrics):
         return None
     if mean in DATACOMP_MEANS:
-        template = result.get("protocol", {}).get("caption_template", "{caption}")
-        is_folder = result.get("source", "").startswith("clip_benchmark:")
-        is_as_there = is_folder if result.get("kind") == CLASSIFICATION else template == "{caption}"
+        if result.get("kind") == CLASSIFICATION:
+            is_as_there = result.get("source", "").startswith("clip_benchmark:")
+        else:
+            template = result.get("protocol", {}).get("caption_template", "{caption}")
+            is_as_there = template == "{caption}"
         if not is_as_there:
             return None
     return sum(measured[name] for name in metrics) / len(metrics)
@@ -259,17 +259,12 @@ def resample(
     """
     rng = np.random.default_rng(seed)
     found: dict[str, list[float]] = collections.defaultdict(list)
-    for _ in ProgressBar(
-        range(num_resamples),
-        "bootstrap",
-        unit=" resamples",
-        disable=not progress,
-        delay=_MOMENT_SECS,
-    ):
+    bar: dict[str, Any] = {"unit": " resamples", "disable": not progress, "delay": _MOMENT_SECS}
+    for _ in ProgressBar(range(num_resamples), "bootstrap", **bar):
         counts = np.bincount(rng.integers(0, num_items, num_items), minlength=num_items)
         for name, value in measure(counts).items():
             found[name].append(value)
-    return {name: np.array(values) for name, values in found.items()}
+    return dict(zip(found, map(np.array, found.values()), strict=True))
 
 
 def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> list[float]:
@@ -278,25 +273,15 @@ def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> list[float
     return np.percentile(samples, [tail, 100 - tail]).tolist()
 
 
-def describe_bootstrap(num_resamples: int) -> str:
-    """Describes the intervals for the results file."""
-    return (
-        f"{LEVEL:.0%}, percentiles of {num_resamples:,} bootstrap resamples of the images with "
-        "all that belongs to them; the classes and the gallery stay as they are"
-    )
-
-
 def describe_samples(
     samples: dict[str, np.ndarray], items: str, num_items: int, seed: int = SEED
 ) -> dict[str, Any]:
     """All that pairing two models needs, for the results file; `items` is a digest of the items."""
-    return {
-        "draws": [items, num_items, len(next(iter(samples.values()))), seed],
-        "values": {
-            name: base64.b64encode(values.astype("<f4").tobytes()).decode()
-            for name, values in samples.items()
-        },
-    }
+    texts = {}
+    for name, values in samples.items():
+        texts[name] = base64.b64encode(values.astype("<f4").tobytes()).decode()
+    draws = [items, num_items, len(next(iter(samples.values()))), seed]
+    return {"draws": draws, "values": texts}
 
 
 def paired_differences(
@@ -306,13 +291,10 @@ def paired_differences(
 
     None where one has no resamples, or of other draws or items than the other's.
     """
-    described = [result.get("resamples", {}) for result in (first, second)]
-    if any(name not in one.get("values", {}) for one in described):
+    one, other = (result.get("resamples", {"values": {}}) for result in (first, second))
+    if not (name in one["values"] and name in other["values"] and one["draws"] == other["draws"]):
         return None
-    if described[0]["draws"] != described[1]["draws"]:
-        return None
-    one, other = (decode_resamples(result)[name] for result in (first, second))
-    return other.astype(float) - one
+    return decode_resamples(second)[name].astype(float) - decode_resamples(first)[name]
 
 
 def decode_resamples(result: Mapping[str, Any]) -> dict[str, np.ndarray]:

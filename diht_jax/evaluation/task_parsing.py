@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,12 +41,11 @@ from diht_jax.readers.registry import name_options, option_defaults
 from diht_jax.storage.files import exists, join
 
 # The options of the readers whose values are texts, and those of the layouts of benchmarks.
+_READER_OPTIONS = option_defaults()
 SOURCE_OPTIONS = tuple(
     name
-    for name in dict.fromkeys([*option_defaults(), *registry.OPTIONS])
-    if name not in option_defaults()
-    or option_defaults()[name].default is None
-    or isinstance(option_defaults()[name].default, str)
+    for name in dict.fromkeys([*_READER_OPTIONS, *registry.OPTIONS])
+    if name not in _READER_OPTIONS or isinstance(_READER_OPTIONS[name].default, str | None)
 )
 # DataComp measures with these, where a task here has options of its own.
 _DATACOMP_OPTIONS = {RETRIEVAL: "?caption_template={caption}", MULTILABEL: "?interpolation=all"}
@@ -82,14 +82,13 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             built-in task without a source, default class names for several classifications.
     """
     whole: list[str] = []
-    for text in [texts] if isinstance(texts, str) else texts:
-        if whole and text.strip().isdecimal():  # "?splits=1,2,3", cut apart at its commas
-            whole[-1] += f",{text.strip()}"
-        elif text.strip():
-            whole.append(text.strip())
-    tasks = [
-        _make_task(_read_text(one), defaults) for text in whole for one in expand_datacomp(text)
-    ]
+    for text in map(str.strip, [texts] if isinstance(texts, str) else texts):
+        if whole and text.isdecimal():  # "?splits=1,2,3", cut apart at its commas
+            whole[-1] += f",{text}"
+        elif text:
+            whole.append(text)
+    expanded = itertools.chain(*map(expand_datacomp, whole))
+    tasks = [_make_task(_read_text(text), defaults) for text in expanded]
     classifications = [task.name for task in tasks if task.kind == CLASSIFICATION]
     if "class_names" in defaults and len(classifications) > 1:
         raise ValueError(
@@ -160,11 +159,13 @@ def check_task(task: Task) -> Protocol:
         raise ValueError(
             f"task '{task.name}': kind '{task.kind}' is none of {', '.join(PROTOCOLS)}"
         )
+    protocol = PROTOCOLS[task.kind]
     try:
-        PROTOCOLS[task.kind].check(task)
+        if protocol.check is not None:
+            protocol.check(task)
     except ValueError as error:
         raise ValueError(f"task '{task.name}': {error}") from error
-    return PROTOCOLS[task.kind]
+    return protocol
 
 
 def expand_datacomp(text: str) -> list[str]:
@@ -302,8 +303,10 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     kind = str(request.kind) if entry is None else entry.kind
     protocol = PROTOCOLS[kind]
     given, source_options = _parse_options(request, kind)
-    known = {option.field or typed for typed, option in protocol.options.items()}
-    given = {key: value for key, value in defaults.items() if key in known} | given
+    for typed, option in protocol.options.items():
+        field = option.field or typed
+        if field in defaults:
+            given.setdefault(field, defaults[field])
     is_folder = source.startswith(_FOLDER)
     fields: dict[str, Any] = dict(protocol.defaults)
     words: dict[str, Any] = {}
@@ -319,15 +322,10 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
         # In CLIP_benchmark's layout the labels are those of the folder's own class names.
         fields |= _fields_of_entry(entry, source, (words if is_folder else {}) | given)
     fields |= given
+    own = {key: fields.pop(key) for key in _TASK_FIELDS & fields.keys()}
+    source = _complete_source(protocol, source, source_options)
     try:
-        task = Task(
-            name=name,
-            kind=kind,
-            source=_complete_source(protocol, source, source_options),
-            source_options=source_options,
-            **{key: value for key, value in fields.items() if key in _TASK_FIELDS},
-            options={key: value for key, value in fields.items() if key not in _TASK_FIELDS},
-        )
+        task = Task(name, kind, source, source_options, **own, options=fields)
         check_task(task)
     except ValueError as error:
         raise error if request.is_text else request.error(str(error)) from error
@@ -336,8 +334,7 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
 
 def _parse_options(request: _Request, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Options of the task, by the field of `Task` where they have one, and those of the source."""
-    given: dict[str, Any] = {}
-    source_options: dict[str, str] = {}
+    given, source_options = {}, {}
     options = PROTOCOLS[kind].options
     for name, value in request.options.items():
         try:

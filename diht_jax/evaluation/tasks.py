@@ -16,14 +16,9 @@ import ml_collections
 from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, Encoder
-from diht_jax.evaluation.embedding.entries import Entries, Processes, Units
+from diht_jax.evaluation.embedding.entries import Entries, Processes, Units, divide
 from diht_jax.evaluation.protocols.base import CAPTION_SLOT, Measured, Task
-from diht_jax.evaluation.results import (
-    describe_bootstrap,
-    describe_samples,
-    percentile_interval,
-    resample,
-)
+from diht_jax.evaluation.results import LEVEL, describe_samples, percentile_interval, resample
 from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import (
     check_task,
@@ -50,8 +45,6 @@ __all__ = ["Task", "evaluate_task", "parse_config_tasks", "parse_tasks"]
 
 # The task of what a run holds out.
 VALIDATION = "validation"
-# Small enough that all hosts have some.
-_RECORDS_PER_UNIT = 64
 
 
 def evaluate_task(
@@ -99,14 +92,14 @@ def evaluate_task(
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
     encoded = measured.encoded
-    metrics, known = measured.metrics, protocol.metrics
+    metrics = measured.metrics
     result = {
         "task": task.name,
         "kind": task.kind,
         "source": task.source,
         "protocol": measured.protocol,
         "metrics": metrics,
-        "units": {name: known[name].unit for name in metrics},
+        "units": {name: protocol.metrics[name].unit for name in metrics},
         "counts": {**measured.counts, "limit": limit, "dropped": encoded.dropped},
         **measured.details,
     }
@@ -123,24 +116,23 @@ def evaluate_task(
             ", ".join(encoded.dropped_keys),
         )
     if num_resamples:
-        result |= _resampled(measured, num_resamples, progress)
+        size = measured.num_items
+        samples = resample(measured.measure, size, num_resamples=num_resamples, progress=progress)
+        intervals = (
+            f"{LEVEL:.0%}, percentiles of {num_resamples:,} bootstrap resamples of the images with "
+            "all that belongs to them; the classes and the gallery stay as they are"
+        )
+        result["protocol"] = {**measured.protocol, "intervals": intervals}
+        result["intervals"] = dict(
+            zip(samples, map(percentile_interval, samples.values()), strict=True)
+        )
+        result["resamples"] = describe_samples(samples, encoded.digest, size)
     page = None if show is None else show(task, units, measured, result, model.logit_scale)
     return {
         **result,
         "seconds": time.perf_counter() - start,
         "images_per_sec": len(encoded.notes) / encoded.seconds,
         "page": page,
-    }
-
-
-def _resampled(measured: Measured, num_resamples: int, progress: bool) -> dict[str, Any]:
-    """Intervals and resamples of a task's result, with the protocol that names them."""
-    size, digest = measured.num_items, measured.encoded.digest
-    samples = resample(measured.measure, size, num_resamples=num_resamples, progress=progress)
-    return {
-        "protocol": {**measured.protocol, "intervals": describe_bootstrap(num_resamples)},
-        "intervals": {name: percentile_interval(values) for name, values in samples.items()},
-        "resamples": describe_samples(samples, digest, size),
     }
 
 
@@ -197,6 +189,4 @@ def _open_held_out(config: ml_collections.ConfigDict, source: TrainSource) -> Un
     def read(numbers: Iterable[int]) -> Iterator[Pair | Skipped]:
         return map_many(lambda number: records.decode(records[int(number)]), numbers)
 
-    starts = range(0, len(held_out), _RECORDS_PER_UNIT)
-    parts = [held_out[start : start + _RECORDS_PER_UNIT] for start in starts]
-    return Units([functools.partial(read, part) for part in parts], lambda: len(held_out))
+    return Units(divide(held_out, read), lambda: len(held_out))

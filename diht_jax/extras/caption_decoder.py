@@ -16,13 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from diht_jax.models.layers import ATTENTION_OUT, QKV, Linear, checkpointed
-from diht_jax.models.transformer import (
-    Attention,
-    BlockInit,
-    Mlp,
-    layer_norm,
-    normal_init,
-)
+from diht_jax.models.transformer import Attention, BlockInit, Mlp, layer_norm, normal_init
 from diht_jax.models.zoo import Architecture
 
 # Keys and values of the captions so far, and of the pictures, of each block.

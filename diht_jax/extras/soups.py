@@ -94,10 +94,13 @@ def check_same_architecture(first: Ingredient, other: Ingredient) -> None:
     found, expected = parameter_shapes(other.params), parameter_shapes(first.params)
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
+            its, wanted = (
+                f"has shape {list(shapes[name])}" if name in shapes else "is missing"
+                for shapes in (found, expected)
+            )
             raise ValueError(
-                f"{other.name}: parameter '{name}' {_describe(found.get(name))}, and in "
-                f"{first.name} it {_describe(expected.get(name))}; models to average must have one "
-                "architecture"
+                f"{other.name}: parameter '{name}' {its}, and in {first.name} it {wanted}; models "
+                "to average must have one architecture"
             )
     settings = {
         field: (getattr(other.arch, field), getattr(first.arch, field))
@@ -105,20 +108,13 @@ def check_same_architecture(first: Ingredient, other: Ingredient) -> None:
     }
     settings["preprocessing"] = other.preprocessing, first.preprocessing
     for name, (value, wanted) in settings.items():
-        if value != wanted and not _is_default_width(name, value, wanted):
+        # One of two widths may be left out: the shapes have shown that they are equal.
+        is_default_width = name.endswith("_mlp_width") and None in (value, wanted)
+        if value != wanted and not is_default_width:
             raise ValueError(
                 f"{other.name}: {name} is {value!r}, and {wanted!r} in {first.name}; models to "
                 "average must have one architecture"
             )
-
-
-def _describe(shape: tuple[int, ...] | None) -> str:
-    return "is missing" if shape is None else f"has shape {list(shape)}"
-
-
-def _is_default_width(name: str, *values: Any) -> bool:
-    """True if one of two widths is left out; the shapes have shown that they are equal."""
-    return name.endswith("_mlp_width") and None in values
 
 
 @dataclasses.dataclass(frozen=True)

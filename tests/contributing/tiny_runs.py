@@ -1,4 +1,4 @@
-"""A tiny training run on eight devices, and its embeddings from a model of one device."""
+"""Steps of a tiny training run, and its embeddings from a model of one device."""
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,35 @@ def tiny_config(changes):
     return config
 
 
+def draw_batch():
+    """Random images and tokens."""
+    rng = np.random.default_rng(0)
+    return {
+        "images": rng.integers(0, 256, (BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
+        "tokens": rng.integers(1, 64, (BATCH_SIZE, 8)).astype(np.int32),
+    }
+
+
+def train_one_step(config, batch, devices=None):
+    """The program, the parameters before and after a step on a batch, and its metrics."""
+    program = TrainProgram(config, total_steps=10, devices=devices)
+    state = program.create_state()
+    step = program.step(state)
+    before = jax.device_get(state.params)
+    on_mesh = sharding.put_batch(batch, sharding.batch_sharding(program.mesh))
+    assert {name: leaf.dtype for name, leaf in on_mesh.items()} == {
+        name: leaf.dtype for name, leaf in program.abstract_batch().items()
+    }
+    state, metrics = step(state, on_mesh)
+    return program, before, jax.device_get(state.params), jax.device_get(metrics)
+
+
 def train_two_steps(config):
     """The metrics of each step, with the parameters and the float64 embeddings before it."""
     program = TrainProgram(config, total_steps=10)
     state = program.create_state()
     step = program.step(state)
-    rng = np.random.default_rng(0)
-    batch = {
-        "images": rng.integers(0, 256, (BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
-        "tokens": rng.integers(1, 64, (BATCH_SIZE, 8)).astype(np.int32),
-    }
+    batch = draw_batch()
     on_mesh = sharding.put_batch(batch, sharding.batch_sharding(program.mesh))
 
     @jax.jit

@@ -1,7 +1,5 @@
 """The names of DataComp and CLIP_benchmark: each has its task here, with their metric."""
 
-import io
-
 import numpy as np
 import pytest
 
@@ -17,7 +15,7 @@ from diht_jax.evaluation.suite import (
 )
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
-from tests.make import write_tar
+from tests import make
 
 # The keys of DataComp's tasklist.yml (github.com/mlfoundations/datacomp, 4afedc4) with its
 # `main_metric`, which is acc1 where it gives none; FairFace and UTKFace, which follow, have none.
@@ -50,57 +48,25 @@ def test_the_38_names_of_datacomp():
     assert folders == ["wds_geode_test", "wds_wilds-fmow_test", "winogavil"]
 
 
-def _write_folder(root, files, entries):
-    """A folder as DataComp's download makes it; entries are dicts of extension -> bytes."""
-    (root / "test").mkdir(parents=True)
-    (root / "test" / "nshards.txt").write_text("1\n")
-    members = {
-        f"s{number:07d}.{extension}": data
-        for number, entry in enumerate(entries)
-        for extension, data in entry.items()
-    }
-    write_tar(root / "test" / "0.tar", members)
-    for name, text in files.items():
-        (root / name).write_text(text)
-
-
 _WORDS = {
     "classnames.txt": "ant\nbee\nelk\n",
     "zeroshot_classification_templates.txt": "satellite photo of {c}.\n",
 }
 
 
-def _npy(*numbers):
-    buffer = io.BytesIO()
-    np.save(buffer, np.array(numbers))
-    return buffer.getvalue()
-
-
 def test_a_folder_of_datacomp(tiny_model, tmp_path, photos, caplog):
     labels, regions = [0, 1, 2, 1, 0], [0, 3, 3, 0, 1]
-    _write_folder(
-        tmp_path / "wds_wilds-fmow_test",
-        _WORDS,
-        [
-            {
-                "png": photos[i],
-                "cls": str(labels[i]).encode(),
-                "npy": _npy(regions[i], 14, labels[i]),
-            }
-            for i in range(5)
-        ],
-    )
-    _write_folder(
-        tmp_path / "wds_imagenet-r_test",
-        _WORDS,
-        # An npy of another form, such as features, does not matter to a task without groups.
-        [{"png": photos[i], "cls": b"2", "npy": _npy([1, 2], [3, 4])} for i in range(2)],
-    )
-    _write_folder(
-        tmp_path / "wds_mscoco_captions",
-        {"dataset_type.txt": "retrieval\n", "classnames.txt": ""},
-        [{"png": photos[i], "txt": f"photo {i}\nno {i}".encode()} for i in range(5)],
-    )
+    entries = [
+        {"png": photo, "cls": str(label).encode(), "npy": make.npy([region, 14, label])}
+        for photo, label, region in zip(photos, labels, regions, strict=True)
+    ]
+    make.write_benchmark_folder(tmp_path / "wds_wilds-fmow_test", entries, _WORDS)
+    # An npy of another form, such as features, does not matter to a task without groups.
+    entries = [{"png": photos[i], "cls": b"2", "npy": make.npy([[1, 2], [3, 4]])} for i in (0, 1)]
+    make.write_benchmark_folder(tmp_path / "wds_imagenet-r_test", entries, _WORDS)
+    entries = [{"png": photos[i], "txt": f"photo {i}\nno {i}".encode()} for i in range(5)]
+    files = {"dataset_type.txt": "retrieval\n", "classnames.txt": ""}
+    make.write_benchmark_folder(tmp_path / "wds_mscoco_captions", entries, files)
     tasks = {task.name: task for task in parse_tasks([f"datacomp:{tmp_path}"])}
     assert list(tasks) == ["coco_retrieval", "imagenet_r", "fmow"]
     assert "35 folders are missing" in caplog.text and "wds_geode_test" in caplog.text

@@ -1,10 +1,24 @@
-"""The text form of tasks."""
+"""Tasks from texts and from sections of a config, and the words of their prompts."""
+
+import importlib.util
+import json
+import subprocess
+import sys
 
 import pytest
 
+from diht_jax.config import default_config, validate_config
+from diht_jax.evaluation.protocols import base
 from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.suite import TASKS_BY_NAME
-from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+from diht_jax.evaluation.task_parsing import (
+    SOURCE_OPTIONS,
+    check_source,
+    parse_config_tasks,
+    parse_tasks,
+)
+from tests import make
 
 
 @pytest.mark.parametrize(
@@ -87,3 +101,144 @@ def test_columns_are_named_as_they_are_typed(tmp_path):
     message = r"task 'mine': .*'picture'.* set \?image_column=, \?caption_column= or \?key_column="
     with pytest.raises(ValueError, match=message):
         check_source(task)
+
+
+# Option -> (its text, the same as a value of a config), but for class names, which need a file.
+_VALUES = {
+    "templates": ("a {};the {}, & more;{}", ["a {}", "the {}, & more", "{}"]),
+    "label": ("shape", "shape"),
+    "caption_template": ("x {caption}", "x {caption}"),
+    "equal_captions": ("right", "right"),
+    "answer_template": ("{question} {answer}", "{question} {answer}"),
+    "interpolation": ("11", "11"),
+    "candidates": ("with_images", "with_images"),
+    "group": ("0", "0"),
+    "f1": ("macro", "macro"),
+    "ties": ("right", "right"),
+}
+
+
+def _sections(**sections):
+    config = default_config()
+    config.evaluation.tasks = sections
+    return config.evaluation.tasks
+
+
+@pytest.mark.parametrize("kind", PROTOCOLS)
+def test_every_option_of_every_kind_means_the_same_in_both_forms(kind, tmp_path):
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    values = {**_VALUES, "class_names": (f"{tmp_path}/names.txt", ("ant", "bee"))}
+    written = {name: values[name] for name in PROTOCOLS[kind].options}
+    source_options = {name: f"s_{name}" for name in SOURCE_OPTIONS}
+    text = "&".join(
+        f"{name}={value}"
+        for name, value in [
+            *((name, text) for name, (text, _) in written.items()),
+            *source_options.items(),
+        ]
+    )
+    (expected,) = parse_tasks(f"mine={kind}:/data/0?.json?{text}")
+    for form in (0, 1):
+        section = {name: pair[form] for name, pair in written.items()}
+        section |= {"kind": kind, "source": "/data/0?.json", **source_options}
+        assert parse_config_tasks(_sections(mine=section)) == [expected]
+    # None is a key that is not set.
+    assert parse_config_tasks({"mine": {**section, "data_dir": None}}) == parse_config_tasks(
+        {"mine": {key: value for key, value in section.items() if key != "data_dir"}}
+    )
+
+
+def test_built_in_tasks_and_folders_need_no_kind(tmp_path):
+    folder = make.write_benchmark_folder(tmp_path, [], {"classnames.txt": "dog\ncat\n"})
+    options = {"templates": "{}"}
+    assert parse_config_tasks(
+        _sections(
+            cifar10=options,
+            winoground={"source": "/d/examples.jsonl"},
+            own={"source": folder},
+            dtd={"source": "/d/dtd", **options},
+        )
+    ) == parse_tasks(
+        [
+            "cifar10?templates={}",
+            "dtd=/d/dtd?templates={}",
+            f"own={folder}",
+            "winoground=/d/examples.jsonl",
+        ]
+    )
+    # A kind makes it another task than the built-in one.
+    (task,) = parse_config_tasks({"cifar10": {"kind": "retrieval", "source": "/d/a.tar"}})
+    assert (task.kind, task.class_names) == ("retrieval", None)
+
+
+_OWN = {"source": "/d"}
+_RETRIEVAL = {"kind": "retrieval", **_OWN}
+_CLASSIFICATION = {"kind": "classification", **_OWN}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kind": "retrieval"}, "x.source: expected a source"),
+        ({**_OWN, "kind": "retreival"}, "x.kind: unknown kind 'retreival'; .* 'retrieval'"),
+        ({**_RETRIEVAL, "caption_templat": ""}, "x.caption_templat: .*mean 'caption_template'"),
+        ({**_CLASSIFICATION, "templates": "y"}, "x.templates: template 'y': expected '{}' once"),
+    ],
+)
+def test_mistakes_name_the_key(section, message):
+    config = default_config()
+    config.evaluation.tasks.x = section
+    validate_config(config, default_config())
+    with pytest.raises(ValueError, match=f"config.evaluation.tasks.{message}"):
+        parse_config_tasks(config.evaluation.tasks)
+
+
+def test_braces_in_names_and_captions_stay():
+    assert base.fill_template("a photo of a {}.", "{0} {} {x}") == "a photo of a {0} {} {x}."
+    assert base.fill_caption_template("a photo of {caption}.", "{} {caption}.") == (
+        "a photo of {} {caption}.."
+    )
+
+
+def test_templates_of_a_command_line(tmp_path):
+    assert base.parse_templates("a {}.; the {} ;") == ("a {}.", "the {}")
+    (tmp_path / "t.txt").write_text("one {}\n\ntwo {}\n")
+    assert base.parse_templates(f"@{tmp_path}/t.txt") == ("one {}", "two {}")
+
+
+def test_class_names_of_a_file(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("hot dog\n café \n\n", encoding="utf-8")
+    assert base.read_class_names(path) == ("hot dog", "café")
+    path.write_text("a\n\nb\n")
+    with pytest.raises(ValueError, match=r"names.txt.*line 2 is blank"):
+        base.read_class_names(path)
+    with pytest.raises(ValueError, match=r"missing.txt: cannot be read"):
+        base.read_class_names(tmp_path / "missing.txt")
+
+
+def test_imagenet_words_come_without_torch():
+    if importlib.util.find_spec("clip_benchmark") is None:
+        pytest.skip("clip_benchmark, which has the words, is absent")
+    program = (
+        "import json, sys\n"
+        "from diht_jax.evaluation.protocols.base import parse_templates, read_class_names\n"
+        "names, templates = read_class_names('imagenet'), parse_templates('imagenet')\n"
+        "print(json.dumps([len(names), len(templates), names[0], names[999], templates[0],"
+        " 'torch' in sys.modules or 'clip_benchmark' in sys.modules]))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert json.loads(output) == [1000, 80, "tench", "toilet paper", "a bad photo of a {}.", False]
+
+
+def test_words_that_are_given_need_no_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install clip-benchmark.*or give class_names=FILE"):
+        parse_tasks(["country211=/data/x"])
+    (tmp_path / "names.txt").write_text("Andorra\nAustria\n")
+    (task,) = parse_tasks(
+        [f"country211=/data/x?class_names={tmp_path}/names.txt&templates=in {{}}"]
+    )
+    assert (task.class_names, task.templates) == (("Andorra", "Austria"), ("in {}",))

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diht_jax import sharding
 from diht_jax.extras import affinity
 from diht_jax.extras.affinity import TeacherEmbeddings, affinity_loss, sharded_affinity_loss
 from diht_jax.input.transforms import normalize
 from diht_jax.models.parameters import merge_model
-from diht_jax.training.program import TrainProgram
-from tests.contributing.tiny_runs import BATCH_SIZE, tiny_config
+from tests.contributing.tiny_runs import BATCH_SIZE, draw_batch, tiny_config, train_one_step
 
 WIDTHS, TEMPERATURES = (12, 7), (0.01, 0.07)
 MISSING = (3, 17)  # of one teacher or the other
@@ -129,29 +127,12 @@ TERM = {
 
 
 def batch():
-    rng = np.random.default_rng(0)
-    shape = BATCH_SIZE, sum(WIDTHS)
-    found = {
-        "images": rng.integers(0, 256, (BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
-        "tokens": rng.integers(1, 64, (BATCH_SIZE, 8)).astype(np.int32),
-        "teacher_image_emb": rng.integers(-127, 128, shape).astype(np.float16),
-        "teacher_text_emb": rng.integers(-127, 128, shape).astype(np.float16),
-    }
+    rng, found = np.random.default_rng(1), draw_batch()
+    for name in ("teacher_image_emb", "teacher_text_emb"):
+        numbers = rng.integers(-127, 128, (BATCH_SIZE, sum(WIDTHS)))
+        found[name] = numbers.astype(np.float16)
     found["teacher_image_emb"][5] = found["teacher_text_emb"][5] = 0  # not embedded
     return found
-
-
-def one_step(config, devices=None):
-    program = TrainProgram(config, total_steps=10, devices=devices)
-    state = program.create_state()
-    step = program.step(state)
-    before = jax.device_get(state.params)
-    on_mesh = sharding.put_batch(batch(), sharding.batch_sharding(program.mesh))
-    assert {name: leaf.dtype for name, leaf in on_mesh.items()} == {
-        name: leaf.dtype for name, leaf in program.abstract_batch().items()
-    }
-    state, metrics = step(state, on_mesh)
-    return program, before, jax.device_get(state.params), jax.device_get(metrics)
 
 
 def expected_loss(image_emb, text_emb, scale):
@@ -164,7 +145,8 @@ def expected_loss(image_emb, text_emb, scale):
 
 
 def test_a_step_is_the_formula_whatever_the_mesh():
-    program, params, after, metrics = one_step(tiny_config({**TERM, "micro_batch": 8}))
+    config = tiny_config({**TERM, "micro_batch": 8})
+    program, params, after, metrics = train_one_step(config, batch())
 
     @jax.jit
     def embed(params):
@@ -177,7 +159,7 @@ def test_a_step_is_the_formula_whatever_the_mesh():
     total = 0.25 * metrics["contrastive_loss"] + WEIGHT * metrics["affinity_loss"]
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
     on_one = tiny_config({**TERM, "mesh.data": 1, "mesh.fsdp": 1})
-    _, _, after_one, metrics_one = one_step(on_one, jax.devices()[:1])
+    _, _, after_one, metrics_one = train_one_step(on_one, batch(), jax.devices()[:1])
     for name in ("affinity_loss", "grad_norm"):
         np.testing.assert_allclose(metrics_one[name], metrics[name], rtol=1e-5)
     # Adam's first step is as long as the learning rate whatever the gradient, so compare steps.

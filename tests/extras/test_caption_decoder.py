@@ -7,16 +7,14 @@ import pytest
 from flax import nnx
 
 import diht_jax
-from diht_jax import sharding
 from diht_jax.export import export_model
 from diht_jax.extras.caption_decoder import CaptionDecoder, decode_captions, merge_decoder
 from diht_jax.extras.captioning import DECODER
 from diht_jax.input.transforms import normalize
 from diht_jax.models.parameters import merge_model, model_parameters
 from diht_jax.training.loop import train
-from diht_jax.training.program import TrainProgram
 from tests import make
-from tests.contributing.tiny_runs import BATCH_SIZE, tiny_config
+from tests.contributing.tiny_runs import BATCH_SIZE, draw_batch, tiny_config, train_one_step
 
 ARCH = make.small_architecture(
     vision_width=48, vision_heads=2, text_width=32, text_heads=4, context_length=10, vocab_size=50
@@ -168,20 +166,7 @@ def batch():
     tokens = rng.integers(1, TERM_END, (BATCH_SIZE, 8)).astype(np.int32)
     tokens[:, 0] = 62
     tokens[np.arange(BATCH_SIZE), 1 + np.arange(BATCH_SIZE) % 7] = TERM_END
-    return {
-        "images": rng.integers(0, 256, (BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
-        "tokens": tokens,
-    }
-
-
-def one_step(changes, devices=None):
-    program = TrainProgram(tiny_config({**TERM, **changes}), total_steps=10, devices=devices)
-    state = program.create_state()
-    step = program.step(state)
-    before = jax.device_get(state.params)
-    on_mesh = sharding.put_batch(batch(), sharding.batch_sharding(program.mesh))
-    state, metrics = step(state, on_mesh)
-    return program, before, jax.device_get(state.params), jax.device_get(metrics)
+    return draw_batch() | {"tokens": tokens}
 
 
 def expected_loss(program, params, image_tokens):
@@ -204,7 +189,7 @@ def expected_loss(program, params, image_tokens):
 def alone():
     """A step on one device."""
     one = {"mesh.data": 1, "mesh.fsdp": 1, "captioning.chunk_tokens": 7}
-    return one_step(one, jax.devices()[:1])
+    return train_one_step(tiny_config(TERM | one), batch(), jax.devices()[:1])
 
 
 def test_a_step_is_the_formula_and_trains_both_sides(alone):
@@ -228,7 +213,7 @@ def test_a_step_is_the_same_on_any_mesh(alone):
     _, _, expected, expected_metrics = alone
     split = {"mesh.data": 2, "mesh.fsdp": 4, "micro_batch": 8}
     remat = {"captioning.remat": "full", "model.scan_layers": True}
-    _, _, found, metrics = one_step({**split, **remat})
+    _, _, found, metrics = train_one_step(tiny_config(TERM | split | remat), batch())
     np.testing.assert_allclose(
         metrics["captioning_loss"], expected_metrics["captioning_loss"], rtol=1e-5
     )

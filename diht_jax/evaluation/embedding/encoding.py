@@ -150,20 +150,19 @@ class Encoder:
                 finite.
         """
         start, processes = time.perf_counter(), self.batching.processes
-        if processes.count == 1:
-            found, image_emb = self._embed_share(describe)
-        else:
-            share = processes.together(lambda: self._embed_share(describe))
-            found, image_emb = _merge_shares(processes.exchange(share), self._entries.limit)
+        found, image_emb = processes.together(functools.partial(self._embed_share, describe))
+        if processes.count > 1:
+            shares = processes.exchange((found, image_emb))
+            found, image_emb = _merge_shares(shares, self._entries.limit)
         kept = [row for row in found if row.reason is None]
         left_out = [row for row in found if row.reason is not None]
-        dropped = dict(collections.Counter(str(row.reason) for row in left_out))
+        dropped = dict(collections.Counter([str(row.reason) for row in left_out]))
         if not kept and not allow_empty:
             raise ValueError(
                 f"no usable pair in the source: {len(left_out)} entries, left out for {dropped}"
             )
         check_finite(image_emb, "image embeddings")
-        keys = "\n".join(row.key for row in kept)
+        keys = "\n".join([row.key for row in kept])
         return EncodedImages(
             image_emb=image_emb,
             notes=[row.note for row in kept],

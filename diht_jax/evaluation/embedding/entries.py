@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ Order = tuple[int, int]
 # Reads a part of a source.
 Unit = Callable[[], Iterator[Entry]]
 
+# Small enough that 64 hosts share 5,000 pictures.
+_ITEMS_PER_UNIT = 64
 _CHUNK = 2**26  # bytes of each process that travel at once
 _LONGEST_WORK_MS = 7 * 24 * 60 * 60 * 1000
 
@@ -71,6 +74,12 @@ class Units(list[Unit]):
         self.count_entries = count
 
 
+def divide(items: Sequence[Any] | np.ndarray, read: Callable[..., Iterator[Entry]]) -> list[Unit]:
+    """Divides items into units of some, each of which `read` takes."""
+    starts = range(0, len(items), _ITEMS_PER_UNIT)
+    return [functools.partial(read, items[start : start + _ITEMS_PER_UNIT]) for start in starts]
+
+
 class Entries:
     """The entries of a source, which processes share."""
 
@@ -97,15 +106,11 @@ class Entries:
             for number in range(index, len(self._units), count)
             for offset, entry in enumerate(self._units[number]())
         )
-        total = None
+        bar: dict[str, Any] = {"desc": self._name, "unit": " images", "disable": not progress}
         if progress and isinstance(self._units, Units):
             known = [n for n in (self._units.count_entries(), self.limit) if n is not None]
-            total = -(-min(known) // count) if known else None
-        hidden = not progress
-        with ProgressBar(desc=self._name, unit=" images", disable=hidden, total=total) as bar:
-            for found in itertools.islice(own, self.limit):
-                bar.update()
-                yield found
+            bar["total"] = -(-min(known) // count) if known else None
+        yield from ProgressBar(itertools.islice(own, self.limit), **bar)
 
 
 def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pair]:

@@ -69,12 +69,10 @@ class EmbedOptions:
         wrong = [name for name in self.modalities if name not in MODALITIES]
         if wrong or not self.modalities:
             raise ValueError(f"modalities: expected some of {MODALITIES}, got {self.modalities}")
-        for name, value, known in (
-            ("format", self.format, FORMATS),
-            ("dtype", self.dtype, DTYPES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} '{value}': expected one of {', '.join(known)}")
+        for name, known in (("format", FORMATS), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                found = getattr(self, name)
+                raise ValueError(f"{name} '{found}': expected one of {', '.join(known)}")
         if "{caption}" not in self.caption_template:
             raise ValueError(f"caption_template '{self.caption_template}': lacks {{caption}}")
         if min(self.shard_size, self.batch_size, self.num_tasks) < 1:
@@ -179,13 +177,18 @@ def _embed_part(
                 dropped[entry.reason] += 1
     if "text" in options.modalities:
         texts = [options.caption_template.replace("{caption}", caption) for _, caption in notes]
-        columns["text_emb"] = np.zeros((0, model.embed_dim), np.float32)
-        if texts:
-            columns["text_emb"] = encode_texts(model.encode_text, texts, batching)
+        no_text = np.zeros((0, model.embed_dim), np.float32)
+        encoded_texts = encode_texts(model.encode_text, texts, batching) if texts else no_text
+        columns["text_emb"] = encoded_texts
     columns = {name: value.astype(options.dtype) for name, value in columns.items()}
     path = f"{stem}-{part:05d}"
-    encode = _encode_npz if options.format == "npz" else _encode_parquet
-    data = encode(notes, columns)
+    buffer = io.BytesIO()
+    if options.format == "npz":
+        keys = np.array([key for key, _ in notes], dtype=np.str_)
+        np.savez(buffer, key=keys, **columns)  # ty: ignore[invalid-argument-type]
+    else:
+        _write_parquet(buffer, notes, columns)
+    data = buffer.getvalue()
     files.write_bytes(f"{path}.{options.format}", data)
     stats = {
         "file": os.path.basename(f"{path}.{options.format}"),
@@ -205,14 +208,9 @@ def _embed_part(
     return stats
 
 
-def _encode_npz(notes: list[tuple[str, str]], columns: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    keys = np.array([key for key, _ in notes], dtype=np.str_)
-    np.savez(buffer, key=keys, **columns)  # ty: ignore[invalid-argument-type]  # not allow_pickle
-    return buffer.getvalue()
-
-
-def _encode_parquet(notes: list[tuple[str, str]], columns: dict[str, np.ndarray]) -> bytes:
+def _write_parquet(
+    buffer: io.BytesIO, notes: list[tuple[str, str]], columns: dict[str, np.ndarray]
+) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -223,9 +221,7 @@ def _encode_parquet(notes: list[tuple[str, str]], columns: dict[str, np.ndarray]
     for name, value in columns.items():
         flat = pyarrow.array(value.reshape(-1))
         arrays[name] = pyarrow.FixedSizeListArray.from_arrays(flat, value.shape[1])
-    buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(arrays), buffer)
-    return buffer.getvalue()
 
 
 def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> dict[str, Any]:

@@ -215,8 +215,7 @@ def _write_part(
         "dropped": encoded.dropped,
         "states": list(states),
     }
-    pictures = [picture for _, _, picture in notes]
-    rows = make_rows(notes, stored)
+    rows, pictures = make_rows(notes, stored), [picture for _, _, picture in notes]
     return write_part(folder, next(numbers), rows, manifest, settings, pictures)
 
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diht_jax.evaluation.embedding.entries import Entry, Unit, Units
+from diht_jax.evaluation.embedding.entries import Entry, Unit, Units, divide
 from diht_jax.evaluation.sources.registry import count_shards
 from diht_jax.readers import image_folder, registry
 from diht_jax.readers.base import SourceShard
@@ -25,8 +25,6 @@ from diht_jax.terminal import ProgressBar
 # Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
 # for any other purpose.
 PICTURES = "pictures"
-# Few enough that processes can share a small folder.
-_PICTURES_PER_UNIT = 64
 
 
 def list_inputs(source: str | Sequence[str], *, needs_caption: bool = True) -> list[SourceShard]:
@@ -36,25 +34,22 @@ def list_inputs(source: str | Sequence[str], *, needs_caption: bool = True) -> l
         source: of `readers.list_shards`, or a folder of pictures.
         needs_caption: see `SourceShard.needs_caption`.
     """
-    shards = _list_inputs(source)
-    return [dataclasses.replace(shard, needs_caption=needs_caption) for shard in shards]
-
-
-def _list_inputs(source: str | Sequence[str]) -> list[SourceShard]:
-    if not isinstance(source, str) or not os.path.isdir(source):
-        return registry.list_shards(source)
-    names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and os.path.isfile(e)}
-    listed = image_folder.list_pictures(source)
-    pictures = {os.path.basename(path) for path, _, reason in listed if reason is None}
-    if names and names <= pictures:
-        return [SourceShard(PICTURES, source)]
+    names, pictures = set(), set()
+    if is_folder := isinstance(source, str) and os.path.isdir(source):
+        files = filter(os.path.isfile, os.scandir(source))
+        names = {entry.name for entry in files if not entry.name.startswith(".")}
+        listed = image_folder.list_pictures(source)
+        pictures = {os.path.basename(path) for path, _, reason in listed if reason is None}
+        if names and names <= pictures:
+            return [SourceShard(PICTURES, source, needs_caption=needs_caption)]
     try:
-        return registry.list_shards(source)
+        shards = registry.list_shards(source)
     except ValueError as error:
         # Pictures at any depth can be embedded: the folders above them need not be classes.
-        if names & pictures or isinstance(error, FolderLayoutError):
-            return [SourceShard(PICTURES, source)]
-        raise
+        if not (names & pictures or (is_folder and isinstance(error, FolderLayoutError))):
+            raise
+        shards = [SourceShard(PICTURES, str(source))]
+    return [dataclasses.replace(shard, needs_caption=needs_caption) for shard in shards]
 
 
 def refuse_unusable(source: str, dropped: Mapping[str, int]) -> None:
@@ -104,14 +99,9 @@ def input_units(shards: Sequence[SourceShard]) -> Units:
         if shard.kind != PICTURES:
             units.append(functools.partial(registry.read_pairs, shard))
             continue
-        listed = list(image_folder.list_pictures(shard.path))
-        units += [
-            functools.partial(
-                image_folder.read_listed, shard.path, listed[start : start + _PICTURES_PER_UNIT]
-            )
-            for start in range(0, len(listed), _PICTURES_PER_UNIT)
-        ]
-    return Units(units, lambda: count_shards(shards))
+        read = functools.partial(image_folder.read_listed, shard.path)
+        units += divide(list(image_folder.list_pictures(shard.path)), read)
+    return Units(units, functools.partial(count_shards, shards))
 
 
 @contextlib.contextmanager
@@ -158,7 +148,9 @@ def make_parts(
             bar.update(manifest["entries"])
         elif is_own:
             if items is None:
-                items = _open_items(shard)
+                # Of a folder of pictures they are still to be read by `read_listed`.
+                list_pictures, path = image_folder.list_pictures, shard.path
+                items = list_pictures(path) if is_folder else registry.read_pairs(shard)
             collections.deque(itertools.islice(items, part * size - position), maxlen=0)
             position = (part + 1) * size
             if part and is_last():
@@ -170,13 +162,6 @@ def make_parts(
             yield manifest
         if manifest is not None and manifest["is_last"]:
             return
-
-
-def _open_items(shard: SourceShard) -> Iterator[Any]:
-    """The entries of a shard, of a folder of pictures still to be read by `read_listed`."""
-    if shard.kind == PICTURES:
-        return image_folder.list_pictures(shard.path)
-    return registry.read_pairs(shard)
 
 
 def counted(entries: Iterable[Entry], bar: ProgressBar) -> Iterator[Entry]:

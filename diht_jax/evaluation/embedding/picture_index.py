@@ -123,7 +123,13 @@ class PictureIndex:
         for number, part in self._parts.items():
             for matches, nearest in zip(found, part.search(queries, count), strict=True):
                 matches.extend((-similarity, number, row) for similarity, row in nearest)
-        return [[self._match(*match) for match in sorted(matches)[:count]] for matches in found]
+        best: list[list[Match]] = [[] for _ in queries]
+        for own, matches in zip(best, found, strict=True):
+            for negative_similarity, number, row in sorted(matches)[:count]:
+                rows = self._parts[number].rows
+                key, caption = rows["key"][row].as_py(), rows["caption"][row].as_py()
+                own.append(Match(key, caption, -negative_similarity, (number, row)))
+        return best
 
     def picture(self, part: int, row: int) -> bytes | None:
         """The thumbnail of a picture, a JPEG file.
@@ -143,17 +149,12 @@ class PictureIndex:
     def load_pictures(self, matches: Iterable[Match]) -> dict[Place, Image.Image]:
         """Reads the thumbnails of matches by their places; white where there is none."""
         pictures = {}
+        # An index may have been made without thumbnails, and a file may be gone.
+        white = Image.new("RGB", (8, 8), "white")
         for match in matches:
             data = self.picture(*match.place)
-            # An index may have been made without thumbnails, and a file may be gone.
-            white = Image.new("RGB", (8, 8), "white")
             pictures[match.place] = white if data is None else decode_rgb(data)
         return pictures
-
-    def _match(self, negative_similarity: float, number: int, row: int) -> Match:
-        rows = self._parts[number].rows
-        key, caption = rows["key"][row].as_py(), rows["caption"][row].as_py()
-        return Match(key, caption, -negative_similarity, (number, row))
 
 
 class Part:

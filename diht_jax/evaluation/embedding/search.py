@@ -128,20 +128,13 @@ def draw_matches(
 ) -> None:
     """Writes a page (HTML) with the matches of every query, the best first."""
     uris = {place: thumbnail(picture) for place, picture in pictures.items()}
-    queries = [
-        (
-            query,
-            [
-                (
-                    uris[match.place],
-                    f"{rank}   {match.similarity:.3f}",
-                    (match.caption or match.key)[:_MOST_SHOWN],
-                )
-                for rank, match in enumerate(matches, start=1)
-            ],
-        )
-        for query, matches in matches_of.items()
-    ]
+    queries = []
+    for query, matches in matches_of.items():
+        tiles = []
+        for rank, match in enumerate(matches, start=1):
+            text = (match.caption or match.key)[:_MOST_SHOWN]
+            tiles.append((uris[match.place], f"{rank}   {match.similarity:.3f}", text))
+        queries.append((query, tiles))
     render("search.html", path, title=title, note=note, queries=queries)
 
 
@@ -267,13 +260,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             count = 0
         if not 0 < len(query) <= _LONGEST_QUERY or not 0 < count <= _MOST_MATCHES:
             error = f"expected q, 1 to {_LONGEST_QUERY} characters, and count, 1 to {_MOST_MATCHES}"
-            self._send_json(400, {"error": error})
-            return
-        try:
-            self._send_json(200, self._find(query, count))
-        except Exception as error:  # the server goes on
-            logging.exception("query %r", query)
-            self._send_json(500, {"error": f"{type(error).__name__}: {error}"})
+            status, answer = 400, {"error": error}
+        else:
+            try:
+                status, answer = 200, self._find(query, count)
+            except Exception as error:  # the server goes on
+                logging.exception("query %r", query)
+                status, answer = 500, {"error": f"{type(error).__name__}: {error}"}
+        self._send(status, "application/json", json.dumps(answer).encode())
 
     def _send_picture(self, fields: dict[str, str]) -> None:
         try:
@@ -290,9 +284,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(404, "text/plain", b"no such picture")
         else:
             self._send(200, "image/jpeg", data)
-
-    def _send_json(self, status: int, value: dict[str, Any]) -> None:
-        self._send(status, "application/json", json.dumps(value).encode())
 
     def _send(self, status: int, kind: str, data: bytes, policy: str = _POLICY) -> None:
         self.send_response(status)

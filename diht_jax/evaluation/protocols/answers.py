@@ -73,22 +73,19 @@ def run_vqa(task: Task, encoder: Encoder) -> Measured:
     `answer` of a row lists what people said; a row without it (a test split) is left out.
     """
     template = task.options.get("answer_template", ANSWER_TEMPLATE)
-    protocol = {
-        "answer_template": template,
-        "candidates": len(task.names),
-        "decision": "the answer whose prompt is most similar to the image",
-        "accuracy": "VQA v2's, answers normalised as in its official evaluation code",
-    }
     return _answer(
         encoder,
         ("question",),
         lambda row: bool(row.get("answer")),
         list(task.names),
-        lambda question, answer: template.replace("{question}", question).replace(
-            "{answer}", answer
-        ),
+        lambda text, answer: template.replace("{question}", text).replace("{answer}", answer),
         lambda row, answer: vqa_credit(answer, row["answer"]),
-        protocol,
+        {
+            "answer_template": template,
+            "candidates": len(task.names),
+            "decision": "the answer whose prompt is most similar to the image",
+            "accuracy": "VQA v2's, answers normalised as in its official evaluation code",
+        },
     )
 
 
@@ -167,8 +164,9 @@ def _choose(
     return answers
 
 
-def check_answer_template(template: str) -> str:
+def _parse_answer_template(value: Any) -> str:
     """The template; raises ValueError where it lacks "{question}" or "{answer}"."""
+    template = parse_text(value)
     if template.count("{question}") != 1 or template.count("{answer}") != 1:
         raise ValueError(
             f"answer template {template!r}: expected '{{question}}' and '{{answer}}' once each, "
@@ -255,7 +253,7 @@ VQA = Protocol(
     metrics=_METRICS,
     options={
         "class_names": CLASS_NAMES,
-        "answer_template": Option(lambda value: check_answer_template(parse_text(value))),
+        "answer_template": Option(_parse_answer_template),
     },
     check=lambda task: check_has_class_names(task, "candidate answers"),
     reader="annotations",

@@ -272,29 +272,26 @@ class Measured:
         return self.measure(np.ones(self.num_items, np.int64))
 
 
-# Measures a task with an encoder of its source; what that lacks for the protocol is a ValueError.
-Run = Callable[[Task, Encoder], Measured]
-
-
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """The parsing, checks, measurement and metrics of tasks of one kind.
 
     Attributes:
-        run: measures a task.
+        run: measures a task with an encoder of its source; what that lacks for the protocol is a
+            ValueError.
         metrics: all that `run` may give, in the order of the tables.
         options: by the name that users type.
         defaults: values of `Task`'s fields where they differ from its own.
         check: raises ValueError where a task lacks what the protocol needs; the message is put
-            behind the task's name.
+            behind the task's name. None where no task does.
         reader: of `sources.registry`, where the kind leaves no choice.
     """
 
-    run: Run
+    run: Callable[[Task, Encoder], Measured]
     metrics: Mapping[str, Metric]
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    check: Callable[[Task], None] = lambda task: None
+    check: Callable[[Task], None] | None = None
     reader: str | None = None
 
 

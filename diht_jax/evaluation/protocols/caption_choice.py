@@ -92,14 +92,11 @@ class CaptionChoiceResult:
 
     def per_group(self) -> list[dict[str, Any]]:
         """Name, number of questions and accuracy of each group."""
-        return [
-            {
-                "group": name,
-                "questions": int(own.sum()),
-                "accuracy": float(self.is_right[own].mean()),
-            }
-            for name, own in self.groups.items()
-        ]
+        rows = []
+        for name, own in self.groups.items():
+            accuracy = float(self.is_right[own].mean())
+            rows.append({"group": name, "questions": int(own.sum()), "accuracy": accuracy})
+        return rows
 
 
 def run(task: Task, encoder: Encoder) -> Measured:

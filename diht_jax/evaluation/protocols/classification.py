@@ -115,16 +115,12 @@ class ClassificationResult:
 
     def per_group(self) -> list[dict[str, str | int | float]]:
         """Name, number of images, and the shares of right ones at rank 1 and within 5."""
-        ranks = {name: self.ranks[inside] for name, inside in self.groups.items()}
-        return [
-            {
-                "group": name,
-                "images": len(own),
-                "top1": float(np.mean(own == 0)),
-                "top5": float(np.mean(own < TOP_K)),
-            }
-            for name, own in ranks.items()
-        ]
+        rows = []
+        for name, inside in self.groups.items():
+            ranks = self.ranks[inside]
+            shares = {"top1": float(np.mean(ranks == 0)), "top5": float(np.mean(ranks < TOP_K))}
+            rows.append({"group": name, "images": len(ranks), **shares})
+        return rows
 
     def confusion(self) -> np.ndarray:
         """Images of the class of the row that were taken for that of the column: int [C, C]."""
@@ -143,15 +139,23 @@ def run(task: Task, encoder: Encoder) -> Measured:
     index = None if names is None else name_index(names)
 
     def describe(pair: Pair) -> tuple[Any, tuple[int, ...], list[int | str]]:
-        raw = raw_label(pair, task.label_field)
-        is_found = names is None or index is None
-        label = raw if is_found else resolve_label(raw, names, index)
+        label: Any = raw_label(pair, task.label_field)
+        if names is not None and index is not None:
+            label = resolve_label(label, names, index)
         own_group = [] if group is None else [read_group(pair, group)]
         return label, tuple(pair.metadata.get("splits", ())), own_group
 
     encoded = encoder.images(describe)
     labels, splits, groups = zip(*encoded.notes, strict=True)
-    classes = _find_classes(task, labels)
+    if names is None:
+        classes = derive_classes(labels, task.templates)
+    elif task.options.get("candidates") == "with_images":
+        present, found = np.unique(labels, return_inverse=True)
+        own_names = tuple(names[label] for label in present)
+        origin = "names given, of classes with images"
+        classes = Classes(own_names, found.astype(np.int32), origin)
+    else:
+        classes = Classes(names, np.array(labels, np.int32), "names given")
     classifier = zero_shot_classifier(
         encoder.model.encode_text, classes.names, task.templates, encoder.batching
     )
@@ -205,16 +209,6 @@ def _describe(task: Task, encoded: EncodedImages, result: ClassificationResult) 
         details=details,
         result=result,
     )
-
-
-def _find_classes(task: Task, labels: Sequence[Any]) -> Classes:
-    if task.class_names is None:
-        return derive_classes(labels, task.templates)
-    if task.options.get("candidates") != "with_images":
-        return Classes(task.class_names, np.array(labels, np.int32), "names given")
-    present, found = np.unique(labels, return_inverse=True)
-    names = tuple(task.class_names[label] for label in present)
-    return Classes(names, found.astype(np.int32), "names given, of classes with images")
 
 
 def zero_shot_classifier(

@@ -15,6 +15,7 @@ Similarities exist only as blocks on the device, never as the full matrix of que
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,6 @@ from diht_jax.evaluation.protocols.base import (
     Metric,
     Protocol,
     Task,
-    Unit,
     choice,
     fill_caption_template,
 )
@@ -48,7 +48,6 @@ class RetrievalResult:
     Attributes:
         captions: m captions, before the template.
         text_emb: float32 [m, d].
-        image_of_text: int32 [m], index of each caption's image.
         text_ids: int32 [m, 1], equal for captions that count as the same.
         image_ids: int32 [n, k], the `text_ids` that are right for an image; -1 is none.
         t2i_ranks: int [m], 0 when a right image comes first.
@@ -57,7 +56,6 @@ class RetrievalResult:
 
     captions: list[str]
     text_emb: np.ndarray
-    image_of_text: np.ndarray
     text_ids: np.ndarray
     image_ids: np.ndarray
     t2i_ranks: np.ndarray
@@ -70,16 +68,19 @@ def run(task: Task, encoder: Encoder) -> Measured:
     `Measured.result` is a `RetrievalResult`; the notes of the images are their captions.
     """
     encoded = encoder.images(captions_of)
-    captions = [caption for note in encoded.notes for caption in note]
-    image_of_text = np.repeat(
-        np.arange(len(encoded.notes), dtype=np.int32), [len(note) for note in encoded.notes]
-    )
+    captions = list(itertools.chain(*encoded.notes))
+    num_images = len(encoded.notes)
+    image_of_text = np.repeat(np.arange(num_images, dtype=np.int32), list(map(len, encoded.notes)))
     texts = [fill_caption_template(task.prompt, caption) for caption in captions]
     # Equal texts are encoded once: it saves work, and a tie between them is then an exact tie.
-    index_of_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    index_of_text = dict(zip(dict.fromkeys(texts), itertools.count(), strict=False))
     unique_emb = encoder.texts(list(index_of_text))
     text_emb = unique_emb[[index_of_text[text] for text in texts]]
-    numbers = number_captions(captions)
+    # The number of a caption is that of all that are equal to it, but for case and spaces.
+    plain = np.array([" ".join(caption.lower().split()) for caption in captions], object)
+    numbers = np.unique(plain, return_inverse=True)[1].astype(np.int32)
+    _, numbers_of_image = answer_ids(image_of_text, numbers)
+    images_with = np.bincount(numbers_of_image[numbers_of_image >= 0])
     equal_captions = task.options.get("equal_captions", "wrong")
     counted = numbers if equal_captions == "right" else None
     t2i_ranks, i2t_ranks = retrieval_ranks(encoded.image_emb, text_emb, image_of_text, counted)
@@ -100,23 +101,12 @@ def run(task: Task, encoder: Encoder) -> Measured:
             "images": len(i2t_ranks),
             "texts": len(t2i_ranks),
             "different_texts": len(index_of_text),
-            "equal_captions": count_equal(image_of_text, numbers),
+            "equal_captions": int((images_with[numbers] > 1).sum()),
         },
         result=RetrievalResult(
-            captions,
-            text_emb,
-            image_of_text,
-            *answer_ids(image_of_text, counted),
-            t2i_ranks,
-            i2t_ranks,
+            captions, text_emb, *answer_ids(image_of_text, counted), t2i_ranks, i2t_ranks
         ),
     )
-
-
-def number_captions(captions: Sequence[str]) -> np.ndarray:
-    """A number for each caption, int32 [m]: equal where captions are, but for case and spaces."""
-    texts = np.array([" ".join(caption.lower().split()) for caption in captions], object)
-    return np.unique(texts, return_inverse=True)[1].astype(np.int32)
 
 
 def answer_ids(
@@ -141,13 +131,6 @@ def answer_ids(
     return text_ids[:, None], image_ids
 
 
-def count_equal(image_of_text: np.ndarray, text_numbers: np.ndarray) -> int:
-    """The number of captions that another image has as well."""
-    _, image_ids = answer_ids(image_of_text, text_numbers)
-    images_with = np.bincount(image_ids[image_ids >= 0])
-    return int((images_with[text_numbers] > 1).sum())
-
-
 def have_common_id(ids: Any, other_ids: Any) -> Any:
     """Bool [q, g], of ids [q, k] and [g, l]; of NumPy or JAX."""
     return (ids[:, None, :, None] == other_ids[None, :, None, :]).any(axis=(2, 3))
@@ -158,8 +141,8 @@ def captions_of(pair: Pair) -> tuple[str, ...]:
 
     `metadata["captions"]` holds them; without it `caption` is the only one.
     """
-    captions = pair.metadata.get("captions") or [pair.caption]
-    captions = tuple(str(caption) for caption in captions if str(caption).strip())
+    captions = map(str, pair.metadata.get("captions") or [pair.caption])
+    captions = tuple(filter(str.strip, captions))
     if not captions:
         raise UnusablePair("no_caption")
     return captions
@@ -221,9 +204,10 @@ def retrieval_ranks(
     check_finite(image_emb, "image embeddings")
     check_finite(text_emb, "text embeddings")
     text_ids, image_ids = answer_ids(image_of_text, text_numbers)
-    t2i_ranks = _rank_queries(text_emb, text_ids, image_emb, image_ids)
-    i2t_ranks = _rank_queries(image_emb, image_ids, text_emb, text_ids)
-    return t2i_ranks, i2t_ranks
+    return (
+        _rank_queries(text_emb, text_ids, image_emb, image_ids),
+        _rank_queries(image_emb, image_ids, text_emb, text_ids),
+    )
 
 
 def metrics_of_ranks(t2i_ranks: np.ndarray, i2t_ranks: np.ndarray) -> dict[str, float]:
@@ -267,16 +251,15 @@ def _rank_block(
     return jnp.sum(~right & (similarities >= best), axis=1, dtype=jnp.int32)
 
 
-_METRICS: list[tuple[str, Unit, str]] = [
-    *((f"r{k}", "share", f"R@{k}") for k in RECALL_AT),
-    ("median_rank", "rank", "median rank"),
-]
+_METRICS = {f"r{k}": Metric("share", f"R@{k}") for k in RECALL_AT} | {
+    "median_rank": Metric("rank", "median rank")
+}
 PROTOCOL = Protocol(
     run=run,
     metrics={
-        f"{direction}_{name}": Metric(unit, f"{arrow} {label}")
+        f"{direction}_{name}": Metric(metric.unit, f"{arrow} {metric.label}")
         for direction, arrow in (("t2i", "text to image"), ("i2t", "image to text"))
-        for name, unit, label in _METRICS
+        for name, metric in _METRICS.items()
     },
     options={
         "caption_template": CAPTION_TEMPLATE,

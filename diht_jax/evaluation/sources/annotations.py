@@ -100,11 +100,11 @@ def annotation_units(
         by_image.setdefault(image_name.format(value), []).append(row)
     items = []
     for name, rows in by_image.items():
-        fields = [find_name(row, _CAPTION_FIELDS) for row in rows]
-        texts = [
-            pick_captions(row[field]) for row, field in zip(rows, fields, strict=True) if field
-        ]
-        captions = pick_captions([text for own in texts for text in own])
+        texts = []
+        for row in rows:
+            field = find_name(row, _CAPTION_FIELDS)
+            texts += pick_captions(row[field]) if field else ()
+        captions = pick_captions(texts)
         metadata = merge_captions({"rows": rows}, captions)
         items.append((name, [Pair(name, b"", captions[0] if captions else "", metadata)]))
     return picture_units(image_root or os.path.dirname(path) or ".", items)
@@ -138,9 +138,8 @@ def winogavil_units(
     """
     games: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(read_csv(path, "WinoGAViL's winogavil_dataset.csv")):
-        candidates, associations = (
-            _read_images(path, number, row, name) for name in ("candidates", "associations")
-        )
+        candidates = _read_images(path, number, row, "candidates")
+        associations = _read_images(path, number, row, "associations")
         if not row.get("cue") or not 0 < len(associations) < len(candidates):
             raise ValueError(
                 f"{path}: row {number}: expected a cue, and fewer associations than candidates"
@@ -154,11 +153,8 @@ def winogavil_units(
             }
             games.setdefault(image, []).append(game)
     root = image_root or join(os.path.dirname(path) or ".", "winogavil_images")
-    items = [
-        (image_name.format(name), [Pair(name, b"", "", {"games": own})])
-        for name, own in games.items()
-    ]
-    return picture_units(root, items)
+    pairs = [Pair(name, b"", "", {"games": own}) for name, own in games.items()]
+    return picture_units(root, [(image_name.format(pair.key), [pair]) for pair in pairs])
 
 
 def _read_images(path: str, number: int, row: dict[str, str], column: str) -> list[str]:
@@ -174,15 +170,8 @@ def _read_images(path: str, number: int, row: dict[str, str], column: str) -> li
     return images
 
 
-SUGARCREPE_SUBSETS = (
-    "add_att",
-    "add_obj",
-    "replace_att",
-    "replace_obj",
-    "replace_rel",
-    "swap_att",
-    "swap_obj",
-)
+_SUBSETS = "add_att add_obj replace_att replace_obj replace_rel swap_att swap_obj"
+SUGARCREPE_SUBSETS = tuple(_SUBSETS.split())
 # Pairs of attributes with fewer test cases count for no macro accuracy in ARO's code.
 FEWEST_OF_ATTRIBUTES = 25
 # Relations that ARO's notebook "Replicate ARO!" leaves out of the macro accuracy as symmetric.

@@ -170,8 +170,8 @@ def _read_labels(note: bytes) -> dict[str, Any]:
 
 
 def _limit_of(extension: str) -> int | None:
-    if not extension:
-        return None
     if extension in IMAGE_EXTENSIONS:
         return MAX_IMAGE_BYTES
-    return _LARGEST_NOTE_BYTES if extension in _NOTE_OF_TYPE.values() else 0
+    if extension in _NOTE_OF_TYPE.values():
+        return _LARGEST_NOTE_BYTES
+    return 0 if extension else None

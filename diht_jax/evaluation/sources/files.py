@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -12,7 +11,7 @@ import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from diht_jax.evaluation.embedding.entries import Units
+from diht_jax.evaluation.embedding.entries import Units, divide
 from diht_jax.readers.base import Skipped, read_image
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import find_inputs, map_many, read_bytes
@@ -82,9 +81,6 @@ def check_texts(path: str, number: Any, row: Any, names: Sequence[str]) -> None:
 # File of a picture below some folder, and its pairs, still without the image; or why it has none.
 Item = tuple[str, "Sequence[Pair] | Skipped"]
 
-# Small enough that 5,000 pictures are shared by 64 hosts.
-_PICTURES_PER_UNIT = 64
-
 
 def picture_units(root: str, items: Sequence[Item]) -> Units:
     """Divides pictures into units that read them; several at a time from a store.
@@ -108,7 +104,5 @@ def picture_units(root: str, items: Sequence[Item]) -> Units:
         for entries in map_many(read_item, part, root):
             yield from entries
 
-    starts = range(0, len(items), _PICTURES_PER_UNIT)
-    parts = [items[start : start + _PICTURES_PER_UNIT] for start in starts]
     count = sum(1 if isinstance(pairs, Skipped) else len(pairs) for _, pairs in items)
-    return Units([functools.partial(read, part) for part in parts], lambda: count)
+    return Units(divide(items, read), lambda: count)

@@ -204,11 +204,6 @@ _VOC_CLASSES = """
 VOC_CLASSES = tuple(_VOC_CLASSES.split())
 _VOC_STATES = {"1": "labels", "0": "ignored_labels", "-1": None}
 
-_OPEN_IMAGES_LABELS = "validation-annotations-human-imagelabels-boxable.csv"
-_OPEN_IMAGES_CLASSES = "class-descriptions-boxable.csv"
-_OPEN_IMAGES_PICTURES = "validation"
-
-
 # Metadata field -> numbers of classes of an image.
 _Labels = dict[str, list[int]]
 
@@ -237,7 +232,7 @@ def voc_units(folder: str) -> Units:
 def open_images_units(folder: str) -> Units:
     """The validation images of Open Images with their verified image-level labels."""
     numbers = {mid: number for number, (mid, _) in enumerate(_open_images_classes(folder))}
-    path = join(folder, _OPEN_IMAGES_LABELS)
+    path = join(folder, "validation-annotations-human-imagelabels-boxable.csv")
     images: dict[str, _Labels] = {}
     for row in read_csv(path, "Open Images' verified labels"):
         try:
@@ -252,7 +247,7 @@ def open_images_units(folder: str) -> Units:
             found["counted_labels"].append(number)
             if is_there:
                 found["labels"].append(number)
-    return _units(join(folder, _OPEN_IMAGES_PICTURES), images)
+    return _units(join(folder, "validation"), images)
 
 
 def open_images_class_names(folder: str) -> tuple[str, ...]:
@@ -262,7 +257,7 @@ def open_images_class_names(folder: str) -> tuple[str, ...]:
 
 def _open_images_classes(folder: str) -> list[tuple[str, str]]:
     """(label, name) of each class; V7 has a line of column names, older versions have not."""
-    path = join(folder, _OPEN_IMAGES_CLASSES)
+    path = join(folder, "class-descriptions-boxable.csv")
     found = read_csv(path, "Open Images' names of the boxable classes", csv.reader)
     rows = [tuple(row) for row in found if row]
     rows = [row for row in rows if row != ("LabelName", "DisplayName")]

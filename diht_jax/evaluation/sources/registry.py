@@ -43,43 +43,25 @@ class Layout:
     Attributes:
         units: divides it; takes what is behind the colon, and the options. Raises ValueError.
         options: their names.
-        words: what of a task comes with the data, by the field of `Task` (and its `kind`).
+        class_names: those that come with the data, from the same arguments; None for no classes.
     """
 
     units: Callable[..., Units]
     options: tuple[str, ...] = ()
-    words: Callable[..., dict[str, Any]] = lambda rest, **options: {}
+    class_names: Callable[..., tuple[str, ...]] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {
-    BENCHMARK: Layout(
-        units=lambda rest: open_benchmark_folder(rest)[0],
-        words=lambda rest: open_benchmark_folder(rest)[1],
-    ),
-    ANNOTATIONS: Layout(
-        units=annotations.annotation_units, options=("image_root", "image_column", "image_name")
-    ),
-    "winoground": Layout(units=annotations.winoground_units, options=("image_root", "image_name")),
-    "winogavil": Layout(units=annotations.winogavil_units, options=("image_root", "image_name")),
-    "list": Layout(
-        units=labels.list_units,
-        options=("image_root", "splits"),
-        words=lambda rest, **options: {"class_names": labels.list_class_names(rest, **options)},
-    ),
-    "voc": Layout(
-        units=labels.voc_units,
-        words=lambda rest: {"class_names": labels.VOC_CLASSES},
-    ),
-    "open_images": Layout(
-        units=labels.open_images_units,
-        words=lambda rest: {"class_names": labels.open_images_class_names(rest)},
-    ),
-    "objectnet": Layout(
-        units=labels.objectnet_units,
-        words=lambda rest: {"class_names": labels.objectnet_class_names(rest)},
-    ),
-    "sugarcrepe": Layout(units=annotations.sugarcrepe_units, options=("image_root",)),
-    "aro": Layout(units=annotations.aro_units, options=("image_root",)),
+    BENCHMARK: Layout(lambda rest: open_benchmark_folder(rest)[0]),
+    ANNOTATIONS: Layout(annotations.annotation_units, ("image_root", "image_column", "image_name")),
+    "winoground": Layout(annotations.winoground_units, ("image_root", "image_name")),
+    "winogavil": Layout(annotations.winogavil_units, ("image_root", "image_name")),
+    "list": Layout(labels.list_units, ("image_root", "splits"), labels.list_class_names),
+    "voc": Layout(labels.voc_units, class_names=lambda rest: labels.VOC_CLASSES),
+    "open_images": Layout(labels.open_images_units, class_names=labels.open_images_class_names),
+    "objectnet": Layout(labels.objectnet_units, class_names=labels.objectnet_class_names),
+    "sugarcrepe": Layout(annotations.sugarcrepe_units, ("image_root",)),
+    "aro": Layout(annotations.aro_units, ("image_root",)),
 }
 OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.options))
 
@@ -107,9 +89,8 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
     """
     kind, _, rest = source.partition(":")
     if kind in LAYOUTS:
-        layout = LAYOUTS[kind]
-        _refuse_options(source, options, layout.options)
-        return layout.units(rest, **options)
+        _refuse_options(source, options, LAYOUTS[kind].options)
+        return LAYOUTS[kind].units(rest, **options)
     options = dict(options)
     source = registry.enter_split(source, options.pop("split", None))
     if is_remote(source) and (units := labels.stored_class_units(source)) is not None:
@@ -119,7 +100,7 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
     # Labels are enough there, as Hugging Face has them.
     shards = [dataclasses.replace(s, needs_caption=s.kind != "parquet") for s in shards]
     units = [functools.partial(registry.read_pairs, shard) for shard in shards]
-    return Units(units, lambda: count_shards(shards))
+    return Units(units, functools.partial(count_shards, shards))
 
 
 def count_shards(shards: Sequence[SourceShard]) -> int | None:
@@ -150,7 +131,10 @@ def words_of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in LAYOUTS:
         return {}
     _refuse_options(source, options, LAYOUTS[kind].options)
-    return LAYOUTS[kind].words(rest, **options)
+    if kind == BENCHMARK:
+        return open_benchmark_folder(rest)[1]
+    read_class_names = LAYOUTS[kind].class_names
+    return {"class_names": read_class_names(rest, **options)} if read_class_names else {}
 
 
 def _refuse_options(source: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:

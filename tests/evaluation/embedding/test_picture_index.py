@@ -22,9 +22,7 @@ from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.embedding.entries import Processes
 from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.index_update import update_index
-from diht_jax.evaluation.embedding.picture_index import (
-    PictureIndex,
-)
+from diht_jax.evaluation.embedding.picture_index import PictureIndex
 from diht_jax.evaluation.embedding.search import is_own_host, make_server
 from tests import make
 from tests.evaluation.embedding.processes import Processes as Threads

@@ -1,35 +1,10 @@
 """CLIP_benchmark's layout: read by us, and by CLIP_benchmark itself with the same numbers."""
 
-import io
-
-import numpy as np
 import pytest
 
 from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
-from tests.make import write_tar
-
-
-def _npy(values):
-    buffer = io.BytesIO()
-    np.save(buffer, np.array(values))
-    return buffer.getvalue()
-
-
-def _write(root, notes, photos, *, files=None, split="test"):
-    """Two shards; `notes` are (extension, bytes), one a picture."""
-    (root / split).mkdir(parents=True)
-    (root / split / "nshards.txt").write_text("2\n")
-    for shard in (0, 1):
-        members = {}
-        for i in range(shard, len(notes), 2):
-            extension, note = notes[i]
-            members |= {f"s/{i}.png": photos[i], f"s/{i}.{extension}": note}
-        write_tar(root / split / f"{shard}.tar", members)
-    for name, text in (files or {}).items():
-        (root / name).write_text(text)
-    return f"clip_benchmark:{root}"
-
+from tests import make
 
 _WORDS = {
     "classnames.txt": "ant\nhot dog\n",
@@ -37,25 +12,28 @@ _WORDS = {
 }
 
 
+def _write(root, notes, photos, files=_WORDS):
+    """Two shards; `notes` are (extension, bytes), one a picture."""
+    entries = [
+        {"png": photo, name: note} for photo, (name, note) in zip(photos, notes, strict=False)
+    ]
+    return make.write_benchmark_folder(root, entries, files, num_shards=2)
+
+
 def test_classification(tmp_path, photos):
     notes = [("cls", str(label).encode()) for label in (1, 0, 1, 1, 0)]
-    source = _write(tmp_path / "insects", notes, photos, files=_WORDS)
+    source = _write(tmp_path / "insects", notes, photos)
     (task,) = parse_tasks([source])
     assert (task.name, task.kind) == ("insects", "classification")
     assert task.class_names == ("ant", "hot dog")
     assert task.templates == ("a {}.", "the {}.")
     pairs = list(read_source(source, {}))
-    assert [(pair.key, pair.metadata["label"]) for pair in pairs] == [
-        ("s/0", 1),
-        ("s/2", 1),
-        ("s/4", 0),
-        ("s/1", 0),
-        ("s/3", 1),
-    ]
+    found = [(pair.key, pair.metadata["label"]) for pair in pairs]
+    assert found == [("s/0", 1), ("s/2", 1), ("s/4", 0), ("s/1", 0), ("s/3", 1)]
 
 
 def test_arrays_of_objects_are_skipped_and_not_unpickled(tmp_path, photos):
-    notes = [("npy", _npy([1, 0])), ("npy", _npy([{}, 1]))]
+    notes = [("npy", make.npy([1, 0])), ("npy", make.npy([{}, 1]))]
     files = {**_WORDS, "dataset_type.txt": "multilabel\n"}
     entries = read_source(_write(tmp_path / "x", notes, photos, files=files), {})
     assert [getattr(entry, "reason", None) for entry in entries] == [None, "bad_row"]
@@ -63,7 +41,7 @@ def test_arrays_of_objects_are_skipped_and_not_unpickled(tmp_path, photos):
 
 def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
     notes = [("cls", b"1"), ("cls", b"first"), ("txt", b"a dog"), ("cls", b"0")]
-    source = _write(tmp_path / "x", notes, photos, files=_WORDS)
+    source = _write(tmp_path / "x", notes, photos)
     entries = list(read_source(source, {}))
     reasons = {entry.key: getattr(entry, "reason", None) for entry in entries}
     assert reasons == {"s/0": None, "s/1": "bad_row", "s/2": "bad_row", "s/3": None}
@@ -78,7 +56,7 @@ def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
     ],
 )
 def test_broken_folders_are_explained(tmp_path, photos, change, message):
-    source = _write(tmp_path / "x", [("cls", b"1"), ("cls", b"0")], photos, files=_WORDS)
+    source = _write(tmp_path / "x", [("cls", b"1"), ("cls", b"0")], photos)
     for name, text in change.items():
         path = tmp_path / "x" / name
         path.unlink() if text is None else path.write_text(text)

@@ -1,10 +1,8 @@
 """Evaluation sets in an object store, and as parquet: the entries are those of local files."""
 
-import io
 import json
 
 import fsspec
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from diht_jax.evaluation.sources.labels import VOC_CLASSES
 from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
-from tests.make import write_tar
+from tests import make
 
 _FEATURES = {"label": {"names": ["ant", "hot_dog"], "_type": "ClassLabel"}}
 
@@ -26,11 +24,6 @@ def sets(tmp_path_factory, photos):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data if isinstance(data, bytes) else data.encode())
-
-    def npy(values):
-        file = io.BytesIO()
-        np.save(file, np.array(values))
-        return file.getvalue()
 
     for number, photo in enumerate(photos):
         write(f"pictures/{number}.png", photo)
@@ -50,28 +43,19 @@ def sets(tmp_path_factory, photos):
     for name in VOC_CLASSES:
         states = "".join(f"{i} {(i + len(name)) % 3 - 1:2d}\n" for i in range(5))
         write(f"voc/ImageSets/Main/{name}_test.txt", states)
-    write("evalsets/wds_mnist_test/test/nshards.txt", "1")
-    write("evalsets/wds_mnist_test/test/0.tar", b"")
-    write("evalsets/wds_mnist_test/classnames.txt", "one\ntwo\n")
-    write("evalsets/wds_mnist_test/zeroshot_classification_templates.txt", "{c}\n")
-    write("multi/test/nshards.txt", "2")
-    write("multi/dataset_type.txt", "multilabel")
-    write("multi/classnames.txt", "ant\nbee\n")
-    for shard in (0, 1):
-        members = {f"{shard}.png": photos[shard], f"{shard}.npy": npy([shard, -1])}
-        write_tar(root / f"multi/test/{shard}.tar", members)
+    words = {"classnames.txt": "one\ntwo\n", "zeroshot_classification_templates.txt": "{c}\n"}
+    make.write_benchmark_folder(root / "evalsets/wds_mnist_test", [], words)
+    files = {"dataset_type.txt": "multilabel", "classnames.txt": "ant\nbee\n"}
+    entries = [{"png": photos[i], "npy": make.npy([i, -1])} for i in (0, 1)]
+    make.write_benchmark_folder(root / "multi", entries, files, num_shards=2)
     row = {"filename": "0.png", "caption": "a", "negative_caption": "b"}
     write("add_att.json", json.dumps({"0": row, "1": row | {"filename": "none.png"}}))
     row = {"image_path": "1.png", "true_caption": "a", "false_caption": "b", "relation_name": "in"}
     boxes = [{"bbox_x": 0, "bbox_y": 0, "bbox_w": w, "bbox_h": 2} for w in (2, 3)]
     write("relations.json", json.dumps([row | box for box in boxes]))
     write("table.csv", "image,caption\npictures/0.png,a\npictures/1.png,b\n")
-    table = pyarrow.table(
-        {
-            "image": [{"bytes": photo, "path": f"{i}.png"} for i, photo in enumerate(photos)],
-            "label": [1, 0, 1, 0, 1],
-        }
-    )
+    pictures = [{"bytes": photo, "path": f"{i}.png"} for i, photo in enumerate(photos)]
+    table = pyarrow.table({"image": pictures, "label": [1, 0, 1, 0, 1]})
     described = json.dumps({"info": {"features": _FEATURES}})
     table = table.replace_schema_metadata({"huggingface": described})
     pyarrow.parquet.write_table(table, root / "test-00000-of-00001.parquet")
