@@ -60,7 +60,7 @@ LONGEST_FILES = (
     "training/test_gradients.py",
     "docs/test_readme.py",
     "training/test_objective.py",
-    "extras/test_caption_decoder.py",
+    "extras/test_captioning.py",
     "data_prep/filtering/test_crashes.py",
     "hardware/test_compile.py",
     "docs/test_commands.py",

@@ -13,7 +13,7 @@ from flax import nnx
 from diht_jax import sharding
 from diht_jax.caption import CaptionOptions, caption_shards
 from diht_jax.config import default_config
-from diht_jax.extras.caption_decoder import CaptionDecoder
+from diht_jax.extras.captioning import CaptionDecoder
 from diht_jax.input.transforms import decode_rgb
 from diht_jax.models import get_architecture
 from diht_jax.models.parameters import model_definition, model_parameters

@@ -72,11 +72,8 @@ def format_comparison(*results: dict[str, Any]) -> str:
         header += [f"{letter} - {letters[0]}", f"{LEVEL:.0%} interval"]
     empty = [i for i in range(len(letters) + 3, len(header), 2) if not any(r[i] for r in rows)]
     kept = [i for i in range(len(header)) if i not in empty]
-    table = format_table(
-        [header[i] for i in kept],
-        [[row[i] for i in kept] for row in rows],
-        "".join("ll"[i : i + 1] or "r" for i in range(len(kept))),
-    )
+    cells = [[row[i] for i in kept] for row in rows]
+    table = format_table([header[i] for i in kept], cells, "ll".ljust(len(kept), "r"))
     if any(_MARK in cell for row in rows for cell in row[len(letters) + 2 :]):
         notes.insert(0, f"{_MARK} beyond chance: 0 is outside of the paired interval")
     names = [f"{letter}: {describe_model(r)}" for letter, r in zip(letters, results, strict=True)]
@@ -87,9 +84,8 @@ def _compare_metrics(task: str, results: Sequence[dict[str, Any]]) -> list[list[
     rows = []
     measured = [result.get("metrics", {}) for result in results]
     for name in dict.fromkeys(name for metrics in measured for name in metrics):
-        metric = metric_of(
-            next(r for r, x in zip(results, measured, strict=True) if name in x), name
-        )
+        with_it = next(r for r, x in zip(results, measured, strict=True) if name in x)
+        metric = metric_of(with_it, name)
         cells = [format_value(metric.unit, x[name]) if name in x else "-" for x in measured]
         for result, values in zip(results[1:], measured[1:], strict=True):
             if name not in values or name not in measured[0]:

@@ -9,9 +9,10 @@ and a retrieval on the bare captions. CIFAR-10 and others are in none but the me
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
@@ -100,41 +101,34 @@ def main_metrics(task: str) -> tuple[str, ...]:
     return entry.metrics if entry.kind == RETRIEVAL else entry.metrics[:1]
 
 
-def _group_suite() -> dict[str, list[Number]]:
-    """The numbers that DiHT's suite counts, by the name of their mean."""
-    groups: dict[str, list[Number]] = {}
+def _name_means(
+    prefix: str, groups: Mapping[str, list[Number]], everything: list[Number]
+) -> dict[str, list[Number]]:
+    means = {f"{prefix}mean of {len(numbers)} {name}": numbers for name, numbers in groups.items()}
+    return {**means, f"{prefix}mean of all {len(everything)}": everything}
+
+
+# The name of each mean -> its numbers: those that DiHT's suite counts, and DataComp's.
+_counted: dict[str, list[Number]] = {
+    group: [
+        (name, (metric,))
+        for name, entry in SUITE.items()
+        if entry.kind in kinds
+        for metric in entry.metrics[: entry.numbers]
+    ]
     for group, kinds in {
         "classification": (CLASSIFICATION, MULTILABEL, "binary"),
         "retrieval": (RETRIEVAL, "winoground"),
         "VQA": ("entailment", "vqa"),
-    }.items():
-        numbers: list[Number] = [
-            (name, (metric,))
-            for name, entry in SUITE.items()
-            if entry.kind in kinds
-            for metric in entry.metrics[: entry.numbers]
-        ]
-        groups[f"mean of {len(numbers)} {group}"] = numbers
-    everything = [number for numbers in groups.values() for number in numbers]
-    return {**groups, f"mean of all {len(everything)}": everything}
-
-
-def _group_datacomp() -> dict[str, list[Number]]:
-    """DataComp's numbers, by the name of their mean."""
-    groups: dict[str, Iterable[str]] = {
-        "ImageNet shifts": _SHIFTS,
-        "VTAB": (name for name in DATACOMP if name.startswith("vtab/") or name == "sun397"),
-        "retrieval": (name for name in DATACOMP if name.startswith(("retrieval/", "misc/"))),
-        "all": DATACOMP,
-    }
-    found = {
-        group: [(DATACOMP[name], main_metrics(DATACOMP[name])) for name in names]
-        for group, names in groups.items()
-    }
-    everything = found.pop("all")
-    means = {f"DataComp: mean of {len(found[group])} {group}": found[group] for group in found}
-    return {**means, f"DataComp: mean of all {len(everything)}": everything}
-
+    }.items()
+}
+SUITE_MEANS = _name_means("", _counted, list(itertools.chain(*_counted.values())))
 
 _SHIFTS = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
-SUITE_MEANS, DATACOMP_MEANS = _group_suite(), _group_datacomp()
+_number_of: dict[str, Number] = {key: (task, main_metrics(task)) for key, task in DATACOMP.items()}
+_datacomp_groups = {
+    "ImageNet shifts": [_number_of[key] for key in _SHIFTS],
+    "VTAB": [n for key, n in _number_of.items() if key.startswith("vtab/") or key == "sun397"],
+    "retrieval": [n for key, n in _number_of.items() if key.startswith(("retrieval/", "misc/"))],
+}
+DATACOMP_MEANS = _name_means("DataComp: ", _datacomp_groups, list(_number_of.values()))

@@ -22,7 +22,7 @@ from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.data import tokenizer
-from diht_jax.extras.caption_decoder import decode_captions, merge_decoder
+from diht_jax.extras.captioning import decode_captions, merge_decoder
 from diht_jax.input import transforms
 from diht_jax.input.transforms import Preprocessing, decode_rgb, load_rgb
 from diht_jax.models.parameters import ModelDefinition, merge_model

@@ -12,7 +12,7 @@ from PIL import Image
 from diht_jax import sharding
 from diht_jax.config import default_config
 from diht_jax.data import tokenizer
-from diht_jax.extras.caption_decoder import CaptionDecoder, merge_decoder
+from diht_jax.extras.captioning import CaptionDecoder, merge_decoder
 from diht_jax.input.transforms import normalize
 from diht_jax.models import get_architecture
 from diht_jax.models.parameters import merge_model, model_definition, model_parameters

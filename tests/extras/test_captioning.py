@@ -8,8 +8,7 @@ from flax import nnx
 
 import diht_jax
 from diht_jax.export import export_model
-from diht_jax.extras.caption_decoder import CaptionDecoder, decode_captions, merge_decoder
-from diht_jax.extras.captioning import DECODER
+from diht_jax.extras.captioning import DECODER, CaptionDecoder, decode_captions, merge_decoder
 from diht_jax.input.transforms import normalize
 from diht_jax.models.parameters import merge_model, model_parameters
 from diht_jax.training.loop import train
