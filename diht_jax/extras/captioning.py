@@ -206,7 +206,7 @@ class CaptionDecoder(nnx.Module):
             arch: of the dual encoder; width, heads, context length and vocabulary are those of its
                 text tower.
             layers: blocks.
-            remat: what the backward pass computes again, a name of `remat.POLICIES`.
+            remat: what the backward pass computes again, a name of `layers.POLICIES`.
             dtype: of the computation; logits are float32.
             param_dtype: of the stored parameters.
             rngs: needs the stream `params`.
