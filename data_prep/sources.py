@@ -39,10 +39,10 @@ from diht_jax.readers.parquet import (
 )
 from diht_jax.readers.registry import Skipped, SourceShard
 from diht_jax.readers.shard_formats import TAR_SUFFIXES
-from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats import FORMATS
 from diht_jax.records.schema import Pair
+from diht_jax.records.shard_files import kind_of
 from diht_jax.records.tars import DamagedTarError
 from diht_jax.storage import files
 from diht_jax.storage.files import check_writable

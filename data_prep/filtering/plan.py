@@ -46,9 +46,9 @@ from data_prep.reports.page import PAGE
 from data_prep.sources import Input, hash_inputs
 from data_prep.steps.registry import active_steps
 from diht_jax.records import dataset_info
-from diht_jax.records.catalog import shard_name
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.formats import FORMATS
+from diht_jax.records.shard_files import shard_name
 from diht_jax.storage import files
 
 # What describes the whole output.

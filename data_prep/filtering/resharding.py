@@ -33,9 +33,8 @@ from data_prep.jobs.failures import damaged_outputs, has_output, open_sizes
 from data_prep.jobs.shards import STATS_SUFFIX
 from diht_jax.input import transforms
 from diht_jax.records import schema
-from diht_jax.records.catalog import kind_of, shard_name
 from diht_jax.records.formats import FORMATS, open_source, open_writer
-from diht_jax.records.shard_files import INDEX_SUFFIX, RecordSink
+from diht_jax.records.shard_files import INDEX_SUFFIX, RecordSink, kind_of, shard_name
 from diht_jax.records.tar_records import image_extension
 from diht_jax.records.vocabulary import KINDS
 from diht_jax.storage import files

@@ -31,9 +31,9 @@ from data_prep.steps.cat import ImageStep
 from diht_jax.input import transforms
 from diht_jax.readers.base import held_bytes
 from diht_jax.readers.registry import Skipped, SourceShard
-from diht_jax.records import catalog, samples, schema
+from diht_jax.records import samples, schema
 from diht_jax.records.schema import Pair
-from diht_jax.records.shard_files import RecordSink
+from diht_jax.records.shard_files import RecordSink, kind_of
 from diht_jax.records.tars import DamagedTarError
 
 _CHUNK_BYTES = 2**28  # of pairs that are held at once; an ordinary batch takes a tenth of it
@@ -60,7 +60,7 @@ def filter_shard(
             "download": read_download_stats(source),
             "versions": filter_config.package_versions(config),
         }
-        if catalog.kind_of(os.fspath(writer.path)) == "webdataset":
+        if kind_of(os.fspath(writer.path)) == "webdataset":
             writer = CommonImageWriter(writer)
         encode = functools.partial(_encode, config=config)
         chain = Chain(config, steps, source, log, encode, writer.write, report)

@@ -55,9 +55,9 @@ from data_prep.teachers.clip import load_clip_teachers
 from data_prep.teachers.registry import describe_teacher, load_teacher
 from diht_jax.config.checks import validate_config
 from diht_jax.readers.registry import SourceShard
-from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.labels.shards import CLIP_EMBEDDINGS, ShardIdentity
+from diht_jax.records.shard_files import kind_of
 from diht_jax.records.train_data import LABELS
 from diht_jax.storage import files, locks
 from diht_jax.terminal import print_escaped

@@ -16,9 +16,10 @@ from data_prep import sources
 from data_prep.jobs import shards
 from data_prep.jobs.failures import allowed_number
 from diht_jax.readers.registry import SourceShard
-from diht_jax.records.catalog import find_kind, find_shards, shard_name
+from diht_jax.records.catalog import find_kind, find_shards
 from diht_jax.records.formats import FORMATS, open_source
 from diht_jax.records.labels.shards import ShardIdentity, label_shard_name
+from diht_jax.records.shard_files import shard_name
 from diht_jax.records.train_data import fingerprint_records
 from diht_jax.storage import files
 from diht_jax.storage.stores import StorageError

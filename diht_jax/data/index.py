@@ -28,7 +28,7 @@ from absl import flags, logging
 
 from diht_jax import command_line
 from diht_jax.records import formats, tar_records
-from diht_jax.records.catalog import describe_stale, kind_of
+from diht_jax.records.catalog import describe_stale
 from diht_jax.records.dataset_index import (
     ANCHOR_RECORDS,
     INDEX_NAME,
@@ -40,7 +40,7 @@ from diht_jax.records.dataset_index import (
     encode_preamble,
     read_index,
 )
-from diht_jax.records.shard_files import INDEX_SUFFIX, TFRecordError
+from diht_jax.records.shard_files import INDEX_SUFFIX, TFRecordError, kind_of
 from diht_jax.records.sharded import read_ends
 from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import find_inputs, local_output, upload

@@ -21,13 +21,13 @@ from diht_jax.records.samples import (
     IMAGE_EXTENSIONS,
     IMAGE_NAMES,
     MAX_IMAGE_BYTES,
+    Pair,
     Skipped,
     explain_no_caption,
     find_name,
     merge_captions,
     pick_captions,
 )
-from diht_jax.records.schema import Pair
 from diht_jax.storage import files, stores
 from diht_jax.storage.stores import input_version, is_remote, read_start
 

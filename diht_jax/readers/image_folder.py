@@ -27,8 +27,7 @@ from diht_jax.readers.base import (
     walk_images,
     warn_of_loop,
 )
-from diht_jax.records.samples import clean_text
-from diht_jax.records.schema import Pair
+from diht_jax.records.samples import Pair, clean_text
 from diht_jax.records.tars import TEXT_EXTENSIONS, Sample, make_pair
 
 _SPLITS = frozenset(

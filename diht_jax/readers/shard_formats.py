@@ -12,11 +12,10 @@ from absl import logging
 
 from diht_jax.readers.base import Format, SourceShard
 from diht_jax.records import schema, tars
-from diht_jax.records.catalog import kind_of
 from diht_jax.records.formats import INDEX, ArrayRecordSource, TFRecordSource, read_array_records
 from diht_jax.records.samples import IMAGE_EXTENSIONS, SampleError, Skipped
 from diht_jax.records.schema import Pair, has_sample_fields
-from diht_jax.records.shard_files import read_records
+from diht_jax.records.shard_files import kind_of, read_records
 from diht_jax.records.tars import read_members
 from diht_jax.storage.copies import local_copy
 from diht_jax.storage.stores import input_size, is_remote

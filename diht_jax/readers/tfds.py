@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.readers.base import Format, Skipped, SourceShard
-from diht_jax.records.samples import CAPTION_NAMES, merge_captions, pick_captions
-from diht_jax.records.schema import Pair
+from diht_jax.records.samples import CAPTION_NAMES, Pair, merge_captions, pick_captions
 from diht_jax.records.shard_files import read_records
 from diht_jax.storage.stores import is_storage_failure
 

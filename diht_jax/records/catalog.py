@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import glob
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from diht_jax.records.dataset_index import (
     read_index,
     rebuild_command,
 )
-from diht_jax.records.shard_files import FRAME_BYTES, framed_length
+from diht_jax.records.shard_files import FRAME_BYTES, SUFFIXES, framed_length, kind_of
 from diht_jax.storage.files import find_inputs, is_glob
 from diht_jax.storage.stores import input_size, is_remote, open_local
 
@@ -32,15 +31,6 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 # Bytes of files by path; None where no listing has stated them.
 _Sizes = dict[str, int | None]
 
-# By kind, as `config.output_format` names it; of a folder with several the first one is read.
-SUFFIXES = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
-# Both `name-00000.tfrecord` and TFDS's default `name.tfrecord-00000-of-00010`.
-_NAMES = {
-    "tfrecord": re.compile(r"[^.].*\.tfrecord(-\d{5,}(-of-\d{5,})?)?"),
-    "array_record": re.compile(r"[^.].*\.array_record(-\d{5,}(-of-\d{5,})?)?"),
-    "webdataset": re.compile(r"[^.].*\.(?i:tar)"),
-}
-_DATASET_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "webdataset": "tar"}
 # Endings of sources that have no random access by records.
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -123,30 +113,6 @@ def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
                 described |= {row.path: row for row in rows}
         shards += described.values()
     return Catalog(kind, shards)
-
-
-def kind_of(path: str) -> str | None:
-    """The kind of a shard by its name alone; None where it is no name of a shard."""
-    name = os.path.basename(path)
-    for kind, form in _NAMES.items():
-        if form.fullmatch(name):
-            return kind
-    return None
-
-
-def shard_name(
-    dataset: str, split: str, index: int, num_shards: int, suffix: str = ".tfrecord"
-) -> str:
-    """File name of one shard, as TFDS forms it from our template; a ValueError for other names.
-
-    Those of data set and split are lower case with underscores; `index` counts from 0, and more
-    than 99,999 shards make the number longer.
-    """
-    for name in (dataset, split):
-        if not _DATASET_NAME.fullmatch(name):
-            raise ValueError(f"name '{name}': expected lower-case letters, digits and underscores")
-    digits = max(5, len(str(num_shards)))
-    return f"{dataset}-{split}-{index:0{digits}d}{suffix}"
 
 
 def describe_stale(known: Mapping[str, Any], found: Mapping[str, Any], is_whole: bool) -> list[str]:

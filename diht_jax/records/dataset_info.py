@@ -45,7 +45,7 @@ def write_dataset_info(
     """Writes `dataset_info.json` and `features.json`.
 
     Args:
-        folder: of the shards, or its URL; their names are those of `catalog.shard_name`.
+        folder: of the shards, or its URL; their names are those of `shard_files.shard_name`.
         shard_lengths: records per shard, of `num_bytes` together.
         image_formats: formats that occur. TFDS decodes JPEG and PNG only: where anything else
             occurs, the feature `image` is declared as encoded bytes.

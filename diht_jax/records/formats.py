@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diht_jax.records import catalog
-from diht_jax.records.catalog import Paths, Shard
+from diht_jax.records.catalog import Paths, Shard, open_catalog
 from diht_jax.records.dataset_index import END_BYTES, digest_shard
 from diht_jax.records.shard_files import (
     FRAME_BYTES,
+    SUFFIXES,
     DamagedRecordError,
     RecordWriter,
     ShardIndex,
@@ -31,6 +31,7 @@ from diht_jax.records.shard_files import (
     frame_footer,
     frame_header,
     framed_length,
+    kind_of,
     scan_offsets,
     unframe,
 )
@@ -243,7 +244,7 @@ class ShardFormat(NamedTuple):
     @property
     def suffix(self) -> str:
         """Ending of the names of its shards."""
-        return catalog.SUFFIXES[self.source.kind]
+        return SUFFIXES[self.source.kind]
 
 
 # By the values of `config.output_format`.
@@ -270,14 +271,14 @@ def open_source(paths: Paths) -> ShardedRecords:
         ShardsNotFoundError: nothing is found, several formats are, or tars that are compressed.
         ValueError: a shard or an index is broken.
     """
-    found = catalog.open_catalog(paths)
+    found = open_catalog(paths)
     return FORMATS[found.kind].source(found)
 
 
 def open_writer(path: str | os.PathLike[str]) -> RecordWriter:
     """A writer of one shard, such as `TFRecordWriter`, by the name of the shard or its URL."""
-    kind = catalog.kind_of(os.fspath(path))
+    kind = kind_of(os.fspath(path))
     if kind is None:
-        suffixes = ", ".join(catalog.SUFFIXES.values())
+        suffixes = ", ".join(SUFFIXES.values())
         raise ValueError(f"{path}: not the name of a shard; expected one that ends in {suffixes}")
     return FORMATS[kind].writer(path)

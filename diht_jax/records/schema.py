@@ -36,6 +36,7 @@ from diht_jax.records.samples import (
     SampleError,
     Skipped,
     clean_text,
+    parse_json_object,
     take_caption,
 )
 
@@ -239,32 +240,6 @@ def _decode_bytes(fields: Any, name: str, key: str) -> bytes:
             f"record has the fields {sorted(fields)}"
         )
     return values[0]
-
-
-def parse_json(data: bytes | str) -> Any:
-    """One JSON value, or a ValueError; NaN and infinity, which JSON lacks, become None."""
-    if isinstance(data, bytes):
-        data = data.decode(json.detect_encoding(data), "surrogatepass")
-    try:
-        return _JSON.decode(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def parse_json_object(data: bytes | str) -> dict[str, Any]:
-    """Like `parse_json`, for an object."""
-    value = parse_json(data)
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON {type(value).__name__}; expected an object")
-    return value
-
-
-def _finite_or_none(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
-
-
-_JSON = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_none)
 
 
 def has_sample_fields(fields: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Files of record shards: TFRecord's framing, the index of a shard, and the writer of one.
+"""Files of record shards: their names, TFRecord's framing, the index of a shard, its writer.
 
 The framing is TensorFlow's, little-endian::
 
@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
@@ -30,6 +31,15 @@ from diht_jax.storage import files
 from diht_jax.storage.files import read_bytes, write_bytes
 from diht_jax.storage.stores import is_remote, open_file, open_local
 
+# By kind, as `config.output_format` names it; of a folder with several the first one is read.
+SUFFIXES = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
+# Both `name-00000.tfrecord` and TFDS's default `name.tfrecord-00000-of-00010`.
+_NAMES = {
+    "tfrecord": re.compile(r"[^.].*\.tfrecord(-\d{5,}(-of-\d{5,})?)?"),
+    "array_record": re.compile(r"[^.].*\.array_record(-\d{5,}(-of-\d{5,})?)?"),
+    "webdataset": re.compile(r"[^.].*\.(?i:tar)"),
+}
+_DATASET_NAME = re.compile(r"[a-z][a-z0-9_]*")
 INDEX_SUFFIX = ".idx"
 _HEADER = struct.Struct("<8sQQ")
 _LENGTH = struct.Struct("<QI")
@@ -44,6 +54,30 @@ class TFRecordError(ValueError):
 
 class DamagedRecordError(TFRecordError):
     """One record is damaged; those around it can be read."""
+
+
+def kind_of(path: str) -> str | None:
+    """The kind of a shard by its name alone; None where it is no name of a shard."""
+    name = os.path.basename(path)
+    for kind, form in _NAMES.items():
+        if form.fullmatch(name):
+            return kind
+    return None
+
+
+def shard_name(
+    dataset: str, split: str, index: int, num_shards: int, suffix: str = ".tfrecord"
+) -> str:
+    """File name of one shard, as TFDS forms it from our template; a ValueError for other names.
+
+    Those of data set and split are lower case with underscores; `index` counts from 0, and more
+    than 99,999 shards make the number longer.
+    """
+    for name in (dataset, split):
+        if not _DATASET_NAME.fullmatch(name):
+            raise ValueError(f"name '{name}': expected lower-case letters, digits and underscores")
+    digits = max(5, len(str(num_shards)))
+    return f"{dataset}-{split}-{index:0{digits}d}{suffix}"
 
 
 def masked_crc(data: bytes) -> int:

@@ -40,7 +40,7 @@ class ShardedRecords(Sequence[bytes]):
             requests.
     """
 
-    kind: str  # of the shards, a key of `catalog.SUFFIXES`
+    kind: str  # of the shards, a key of `shard_files.SUFFIXES`
     shard_type: type[OpenShard]
 
     def __init__(self, paths: Paths | Catalog):

@@ -23,11 +23,12 @@ from typing import Any, BinaryIO, NamedTuple
 from diht_jax.records.samples import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
+    Pair,
     Skipped,
     clean_text,
+    parse_json_object,
     take_caption,
 )
-from diht_jax.records.schema import Pair, parse_json_object
 from diht_jax.storage.stores import check_failure, is_storage_failure, open_file
 
 TEXT_EXTENSIONS = ("txt", "json")

@@ -16,9 +16,9 @@ from PIL import Image
 from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.registry import Skipped, list_shards, open_source, read_pairs
 from diht_jax.records import dataset_info
-from diht_jax.records.catalog import shard_name
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.shard_files import shard_name
 from tests.make import encoded
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

@@ -37,11 +37,10 @@ from typing import Any, NamedTuple, Self
 import google_crc32c
 import numpy as np
 
-from diht_jax.records.catalog import kind_of
 from diht_jax.records.dataset_index import INDEX_NAME, DatasetIndex, read_index
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.schema import CONCEPT_FIELDS, Example, Record, check_concepts, parse_example
-from diht_jax.records.shard_files import DamagedRecordError
+from diht_jax.records.shard_files import DamagedRecordError, kind_of
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import LABELS, fingerprint_records
 from diht_jax.storage.copies import cached_copy

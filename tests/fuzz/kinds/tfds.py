@@ -8,8 +8,8 @@ from absl import logging
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.records.catalog import shard_name
 from diht_jax.records.dataset_info import write_dataset_info
+from diht_jax.records.shard_files import shard_name
 from tests.fuzz.damage import NOT_UTF8, Draw, damaged, noise
 from tests.fuzz.framing import example, frame
 from tests.fuzz.judge import SUCCESS, judge_source, require
