@@ -27,7 +27,6 @@ from ml_collections import config_flags
 from diht_jax import command_line
 from diht_jax.hardware.chips import count_jaxpr_flops
 from diht_jax.hardware.hlo_traffic import count_traffic, tpu_kernels
-from diht_jax.hardware.kernel_cycles import read_kernels
 from diht_jax.hardware.report import (
     StepReport,
     describe_batch,
@@ -37,6 +36,7 @@ from diht_jax.hardware.report import (
     describe_step,
     describe_try,
 )
+from diht_jax.hardware.schedule import read_kernels
 from diht_jax.hardware.topologies import LOCAL, Topology, get_topology, parse_topology
 from diht_jax.terminal import print_escaped
 from diht_jax.training.initial_parameters import bind_architecture

@@ -72,7 +72,6 @@ LONGEST_FILES = (
     "training/test_stages.py",
     "training/test_step.py",
     "data_prep/filtering/test_kill_points.py",
-    "training/test_record_means.py",
     "training/test_task_evaluation.py",
     "release/test_wheel.py",
     "weights/test_inference.py",

@@ -1,18 +1,27 @@
-"""Freed memory that is kept (counted in page faults), escaped names, URLs as outputs."""
+"""How commands start: memory, logs and errors, URLs as outputs, old spellings of flags, help.
+
+Freed memory that is kept is counted in page faults. `--help` fits a screen, a command's own flags
+first, and `--config.help` lists every key.
+"""
 
 import errno
+import importlib
 import logging
 import os
 import platform
 import subprocess
 import sys
 
+import ml_collections
 import pytest
 from absl import flags
 
 from diht_jax import command_line
+from diht_jax.command_line import help_text
+from diht_jax.config.checks import walk
 from diht_jax.evaluate import evaluate_model
 from diht_jax.export import export_model
+from diht_jax.training.recipe import COMMENT_FILES, default_config
 from tests.make import REPOSITORY
 
 _PROGRAM = """
@@ -97,3 +106,89 @@ def test_an_argument_that_a_recipe_refuses_is_one_line():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "rtx4090:1" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+OLD_SPELLINGS = [
+    ("diht_jax.compile", "global_batch", "batch_size", "64"),
+    ("diht_jax.evaluate", "bootstrap", "num_resamples", "0"),
+    ("diht_jax.fewshot", "draws", "num_draws", "3"),
+    ("diht_jax.fewshot", "fit_steps", "num_steps", "7"),
+    ("diht_jax.search", "images", "input", "photos"),
+    ("diht_jax.search", "count", "num_matches", "2"),
+    ("diht_jax.search", "template", "caption_template", "a {caption}"),
+    ("data_prep.reports.__main__", "inputs", "input", "a,b"),
+    ("data_prep.synthetic.__main__", "workers", "num_workers", "2"),
+    ("data_prep.synthetic.teacher", "images", "input", "a.tar"),
+    ("data_prep.synthetic.teacher", "epochs", "num_epochs", "2"),
+]
+
+
+def own_flags():
+    """The flags that are defined in this process, without absl's."""
+    module_of = flags.FLAGS.find_module_defining_flag
+    names = [name for name in flags.FLAGS if not str(module_of(name)).startswith("absl")]
+    return {name: flags.FLAGS[name] for name in names}
+
+
+@pytest.fixture
+def no_flags():
+    """Takes away what modules of other tests have defined, and later what the test defines."""
+    before = own_flags()
+    for name in before:
+        delattr(flags.FLAGS, name)
+    yield
+    for name in own_flags():
+        delattr(flags.FLAGS, name)
+    for name, flag in before.items():
+        flags.FLAGS[name] = flag
+
+
+@pytest.mark.parametrize(("command", "old", "new", "text"), OLD_SPELLINGS)
+def test_old_spellings_still_work(command, old, new, text, no_flags):
+    importlib.import_module(command).define_flags()
+    flags.FLAGS[old].parse(text)
+    parsed = flags.FLAGS[new].parser.parse(text)
+    assert flags.FLAGS[new].value == flags.FLAGS[old].value == parsed
+
+
+def listed_keys(text):
+    names = (line.split("=")[0].strip() for line in text.splitlines() if "=" in line)
+    return [name for name in names if name in walk(default_config())]
+
+
+def test_the_sections_have_every_key_once():
+    config, found = default_config(), []
+    known = walk(config)
+    sections = [
+        name
+        for name, (value, _) in known.items()
+        if isinstance(value, ml_collections.ConfigDict) and len(value)
+    ]
+    for section in ["", *sections]:
+        found += listed_keys(help_text.describe_keys(config, section, {}))
+    assert sorted(found) == sorted(set(known) - set(sections))
+
+
+def answer(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        command_line._help_or_flags(["train", *arguments], False, default_config, COMMENT_FILES)
+    captured = capsys.readouterr()
+    return caught.value.code, captured.out + captured.err
+
+
+def test_keys_have_the_values_of_the_recipe(capsys):
+    status, text = answer(capsys, "--config=emoji", "--config.help", "optimizer")
+    assert status == 0
+    assert "optimizer.weight_decay=0.2" in text  # of the recipe; 0.1 by default
+    assert help_text.read_comments(COMMENT_FILES)["optimizer.weight_decay"] in text
+
+
+@pytest.mark.parametrize("arguments", [("--config.help=optimiser",), ("--config.help", "optimizr")])
+def test_an_unknown_section_is_refused_with_the_nearest(capsys, arguments):
+    status, text = answer(capsys, *arguments)
+    assert status == 2 and "did you mean 'optimizer'?" in text
+
+
+def test_help_after_a_double_dash_is_an_argument():
+    assert command_line.asks_for_help(["search", "--help"])
+    assert not command_line.asks_for_help(["search", "--", "--help"])

@@ -69,11 +69,11 @@ def _missing(text: str) -> str | None:
 
 def _prepare(setting: Setting, function: str) -> None:
     """Sets training's flags, and keeps compiled programs for the other parts and later starts."""
-    from diht_jax.hardware import compiler, kernel_cycles
+    from diht_jax.hardware import compiler, schedule
 
     compiler.set_flags(setting.device)
     if setting.device == "tpu" and function.endswith(":measure_step"):
-        kernel_cycles.request_dump()  # for the bound; libtpu reads its flags once, at its start
+        schedule.request_dump()  # for the bound; libtpu reads its flags once, at its start
     compiler.keep_programs(os.path.join(setting.output, "programs"))
     import jax
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging as python_logging
 import os
 import re
@@ -59,7 +60,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _SHOWN_COUNTS = frozenset(10**power for power in range(16))
 _REMEMBERED_TEXTS = 256
 _LISTED_KEYS = 5
-_HELP = ("-h", "-?", "-help", "--help", "-helpshort", "--helpshort")
+_HELP = frozenset(("-h", "-?", "-help", "--help", "-helpshort", "--helpshort"))
 # `--config PATH` in the arguments of a command line with zeros between them.
 _CONFIG_FLAG = r"(?:^|\0)--?config[=\0]([^:\0]+)"
 # Keys that the command line unsets, once it is parsed.
@@ -87,9 +88,12 @@ def run(
     `--verbosity=1` adds the traceback and what the libraries log.
     """
     app.run(
-        lambda argv: _call(lambda: main(argv[1:]) if takes_arguments else main(), writes_to_stores),
-        flags_parser=lambda argv: _help_or_flags(
-            argv, takes_arguments, config_defaults, comment_files or {}
+        functools.partial(_call, main, takes_arguments, writes_to_stores),
+        flags_parser=functools.partial(
+            _help_or_flags,
+            takes_arguments=takes_arguments,
+            config_defaults=config_defaults,
+            comment_files=comment_files or {},
         ),
     )
 
@@ -149,7 +153,7 @@ def _help_or_flags(
 def asks_for_help(argv: Sequence[str]) -> bool:
     """Returns whether a command line asks for help."""
     before = argv[: list(argv).index("--")] if "--" in argv else argv
-    return any(argument in _HELP for argument in before)
+    return not _HELP.isdisjoint(before)
 
 
 def _asked_section(argv: Sequence[str]) -> str | None:
@@ -282,14 +286,19 @@ def _check_recipe(path: str, config: Any, defaults: ml_collections.ConfigDict) -
         _fail(f"{path}: {error}", status=2)
 
 
-def _call(main: Callable[[], None], writes_to_stores: bool = False) -> None:
+def _call(
+    main: Callable[..., None],
+    takes_arguments: bool = False,
+    writes_to_stores: bool = False,
+    argv: Sequence[str] = (),
+) -> None:
     verbose = logging.get_verbosity() >= logging.DEBUG
     _log_beside_progress_bars(verbose)
     try:
         # In every command it names what is written.
         if "output" in flags.FLAGS and not writes_to_stores:
             refuse_url(flags.FLAGS["output"].value, "--output")
-        main()
+        main(*([argv[1:]] if takes_arguments else []))
     except (ValueError, OSError) as error:
         if verbose:
             traceback.print_exc()

@@ -80,9 +80,14 @@ def find_recipe(name: str | pathlib.Path) -> pathlib.Path:
             `from configs import common` the folder above the recipe's own is searched, and then
             `configs/` itself, in any working directory.
     """
+    name = str(name)
     path = pathlib.Path(name)
     if path.suffix != ".py":
-        path = _find_name(str(name))
+        recipes = list_recipes()
+        found = [recipes[known] for known in recipes if name in (known, known.rpartition("/")[2])]
+        if len(found) != 1:
+            raise ValueError(f"{name[:200]}: no recipe has this name{_suggest(name)}")
+        path = found[0]
     elif not path.is_file():
         raise ValueError(f"{path}: no such config file{_suggest(path.stem)}")
     for folder in map(str, (path.resolve().parents[1], recipe_folder().parent)):
@@ -205,14 +210,6 @@ def _is_optional(key: str, defaults: ml_collections.ConfigDict) -> bool:
             f"--config.{key}=None: this key cannot be unset; its default is {section!r:.200}"
         )
     return True
-
-
-def _find_name(name: str) -> pathlib.Path:
-    recipes = list_recipes()
-    found = [path for known, path in recipes.items() if name in (known, known.rpartition("/")[2])]
-    if len(found) != 1:
-        raise ValueError(f"{name[:200]}: no recipe has this name{_suggest(name)}")
-    return found[0]
 
 
 def _suggest(name: str) -> str:

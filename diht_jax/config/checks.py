@@ -17,11 +17,13 @@ class TextOrSections:
 
     expected = "a text or a section of sections"
     kinds: tuple[type, ...] = (str, ml_collections.ConfigDict)
+    is_set = True  # by default, to an empty section
 
     @classmethod
     def reference(cls) -> ml_collections.FieldReference:
-        """An empty section that a text may replace, and the other way round."""
-        return _TextOrSectionsReference(ml_collections.ConfigDict(), field_type=cls)
+        """The default, which a value of another of the kinds may replace."""
+        default = ml_collections.ConfigDict() if cls.is_set else None
+        return _TextOrSectionsReference(default, field_type=cls)
 
     @classmethod
     def check(cls, value: Any) -> None:
@@ -35,11 +37,7 @@ class PathsOrSections(TextOrSections):
 
     expected = "a path, a list of paths or a section of sources"
     kinds = (*TextOrSections.kinds, list, tuple)
-
-    @classmethod
-    def reference(cls) -> ml_collections.FieldReference:
-        """Not set."""
-        return _TextOrSectionsReference(None, field_type=cls)
+    is_set = False
 
 
 class _TextOrSectionsReference(ml_collections.FieldReference):
@@ -153,7 +151,7 @@ def _unknown_key_message(name: str, known: list[str]) -> str:
 def _elements_match(value: Any, default: Any) -> bool:
     if not isinstance(value, list | tuple) or not isinstance(default, list | tuple) or not default:
         return True
-    kinds = {type(element) for element in default}
+    kinds = set(map(type, default))
     return len(kinds) > 1 or all(
         element is not None and _type_matches(element, *kinds) for element in value
     )

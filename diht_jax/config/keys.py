@@ -329,25 +329,26 @@ def check_ranges(
     Raises:
         ValueError: names the first key whose value is outside of its range, and the range.
     """
-    values = {name: value for name, (value, _) in walk(config).items()}
+    values = walk(config)
     for name, key in keys.items():
         if not isinstance(key, Key) or key.range is None:
             continue
-        value = values.get(name)
+        value = values[name][0] if name in values else None
         if isinstance(key.default, tuple):
-            _check_ends(prefix + name, values[name], key.range)
+            if (
+                len(value) != 2
+                or not value[0] <= value[1]
+                or not (value[0] in key.range and value[1] in key.range)
+            ):
+                raise ValueError(
+                    f"{prefix}{name}={tuple(value)}: expected two numbers, the lower first, each "
+                    f"{key.range}"
+                )
         elif (value is None and not isinstance(key.default, type)) or (
             value is not None and value not in key.range
         ):
             finite = "a finite number, " if value == math.inf else ""
             raise ValueError(f"{prefix}{name}={value}: expected {finite}{key.range}")
-
-
-def _check_ends(name: str, ends: tuple[float, ...], allowed: Range) -> None:
-    if len(ends) != 2 or not ends[0] <= ends[1] or any(end not in allowed for end in ends):
-        raise ValueError(
-            f"{name}={tuple(ends)}: expected two numbers, the lower first, each {allowed}"
-        )
 
 
 _BOOLEANS = {"true": True, "false": False}

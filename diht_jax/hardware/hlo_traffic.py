@@ -1,7 +1,7 @@
 """Work, memory traffic and collectives of a compiled program, read from its optimised HLO.
 
 XLA's cost analysis counts the body of a loop once; here every instruction counts as often as it
-runs, by the trip counts of the loops around it. The FLOPs of a whole step are counted by `flops`,
+runs, by the trip counts of the loops around it. The FLOPs of a whole step are counted by `chips`,
 on the jaxpr.
 """
 

@@ -4,16 +4,34 @@ XLA runs a device's instructions in order: a LayerNorm does not run under the ne
 takes the longest of its memory traffic, its products and, for a TPU's own kernels, its cycles; only
 what the program itself starts and waits for later (copies, collectives) goes on under what stands
 between. Copies take the memory's time that those instructions leave, collectives the links'.
+
+A TPU's own kernel that waits for its own products, or for the vector units, takes longer than its
+bytes and its products; nothing in the optimised HLO says how long. The compiler can write the
+instruction bundles of each kernel, of which a core issues one a cycle. They are counted with the
+trips of the loops around them, branches as if they were taken. Waiting for memory is not in them.
 """
 
 from __future__ import annotations
 
+import atexit
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+import math
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from diht_jax.hardware.hlo_traffic import Collective, Work
+
+_LABELS = "final_bundles|deduplication-map"
+_LINE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2}))?\s*:\s*(>*)\s*(>*)\s*(\{.*)$")
+_EXIT_TEST = re.compile(r"%(p\d+)_p\d+ = scmp\.ge\.s32\.totalorder %s\d+_s\d+, (\d+)")
+_BACK = re.compile(r"sbr\.rel \(!%(p\d+)_p\d+\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,3 +120,126 @@ class _Timeline:
         if self._rates.cycles:
             return item.cycles / self._rates.cycles
         return item.flops / self._rates.flops + item.float32_flops / self._rates.float32_flops
+
+
+@functools.cache
+def request_dump() -> pathlib.Path | None:
+    """Asks the TPU compiler for bundles, and returns the folder that it writes them to.
+
+    To be called before libtpu is loaded, which reads its flags then and never again. None where
+    `LIBTPU_INIT_ARGS` asks for a dump of the user's own.
+    """
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if "xla_jf_dump" in given:
+        return None
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="tpu_kernels_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    flags = (
+        f"--xla_jf_dump_to={folder}",
+        "--xla_jf_dump_llo_text=true",
+        f"--xla_jf_dump_llo_pass_label_regex={_LABELS}",
+    )
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([given, *flags]).strip()
+    return folder
+
+
+def read_kernels(names: Collection[str]) -> dict[str, int]:
+    """Cycles of kernels of the last program that was compiled, by name; empties the folder."""
+    folder = request_dump() if names else None
+    if folder is None:
+        return {}
+    cycles = read_cycles(folder, names)
+    for path in folder.iterdir():
+        path.unlink()
+    return cycles
+
+
+def read_cycles(folder: pathlib.Path, names: Collection[str]) -> dict[str, int]:
+    """Cycles of the kernels with these names, for those that a folder has bundles of."""
+    written = {}
+    for path in folder.glob("*-final_bundles.txt"):
+        found = re.fullmatch(r"\d+-(.+)-\d+-final_bundles\.txt", path.name)
+        if found:
+            written[found.group(1)] = path
+    same_as = {}
+    for path in folder.glob("*-deduplication-map.txt"):
+        same_as |= _read_same(path.read_text())
+    cycles = {}
+    for name in names:
+        path = written.get(name) or written.get(same_as.get(name, ""))
+        counted = count_cycles(path.read_text()) if path else None
+        if counted is not None:
+            cycles[name] = counted
+    return cycles
+
+
+def _read_same(text: str) -> dict[str, str]:
+    """Instruction -> the equal one that was compiled for it."""
+    same, compiled = {}, ""
+    for line in text.splitlines():
+        if line.startswith("key:"):
+            compiled = line.removeprefix("key:")
+        elif line.startswith("  "):
+            same[line.strip()] = compiled
+    return same
+
+
+@dataclasses.dataclass
+class _Loop:
+    """Bundles of a loop's body, those of the loops in it by their trips."""
+
+    depth: int
+    cycles: int = 0
+    trips: int | None = None
+    grid: int | None = None
+    left: bool = False
+
+
+def count_cycles(text: str) -> int | None:
+    """Counts the bundles that one run of a kernel issues.
+
+    A loop runs as often as its exit test says, at most as often as its copies from main memory have
+    windows: a pipelined loop makes two more trips, for the first copy in and the last one out.
+
+    Args:
+        text: of a file `final_bundles`.
+
+    Returns:
+        None where the trips of a loop are not known.
+    """
+    loops, tests = [_Loop(0)], {}
+    for line in text.splitlines():
+        windows = re.match(r"iteration_bounds: \(([\d, ]+)\)", line)
+        if windows:
+            loops[-1].grid = math.prod(map(int, windows.group(1).split(",")))
+        found = _LINE.match(line)
+        if not found:
+            continue
+        label, depth, bundle = found.group(1), len(found.group(2) + found.group(3)), found.group(4)
+        is_empty = bundle.startswith("{}")
+        while loops[-1].left and depth < loops[-1].depth and not is_empty:
+            if not _close(loops):
+                return None
+        if label == "LB":
+            while loops[-1].depth >= depth:
+                if not _close(loops):
+                    return None
+            loops.append(_Loop(depth))
+        loops[-1].cycles += 1
+        tests |= {name: int(bound) for name, bound in _EXIT_TEST.findall(bundle)}
+        back = _BACK.search(bundle)
+        if back and len(loops) > 1 and back.group(1) in tests:
+            loops[-1].left, loops[-1].trips = True, tests[back.group(1)]
+    while len(loops) > 1:
+        if not _close(loops):
+            return None
+    return loops[0].cycles
+
+
+def _close(loops: list[_Loop]) -> bool:
+    """Adds the innermost loop to the one around it; False where its trips are not known."""
+    inner = loops.pop()
+    if inner.trips is None or not loops:
+        return False
+    loops[-1].cycles += inner.cycles * min(inner.trips, inner.grid or inner.trips)
+    return True

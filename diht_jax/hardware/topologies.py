@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from diht_jax.config.checks import nearest_name
 from diht_jax.hardware.chips import Chip, find_chip
 from diht_jax.hardware.compiler import compiler_options, has_tpu
-from diht_jax.hardware.kernel_cycles import request_dump
+from diht_jax.hardware.schedule import request_dump
 
 LOCAL = "local"
 

@@ -250,7 +250,7 @@ def sharded_loss(
         settings: a value for each key in `loss.settings`.
         mesh: the mesh of the step; other axes than `axis_names` hold copies.
         axis_names: axes that the batch is split over; their sizes must divide N.
-        impl: see `contrastive_loss`; or "auto": see `choice.choose_impl`.
+        impl: see `contrastive_loss`; or "auto": see `dense.choose_impl`.
         pair_ids, pair_weights: see `contrastive_loss`; global. Ids are needed where `settings` has
             another value of `equal_pairs` than "negative".
 
@@ -350,18 +350,17 @@ def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
             "image_emb and text_emb: expected the same shape [b, d] with b, d > 0, got "
             f"{image_shape} and {text_shape}"
         )
-    dtypes = [jnp.result_type(emb) for emb in (image_emb, text_emb)]
-    if dtypes[0] != dtypes[1] or not jnp.issubdtype(dtypes[0], jnp.floating):
+    dtype, text_dtype = jnp.result_type(image_emb), jnp.result_type(text_emb)
+    if dtype != text_dtype or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             "image_emb and text_emb: expected the same floating-point dtype, got "
-            f"{dtypes[0]} and {dtypes[1]}; cast them before the loss"
+            f"{dtype} and {text_dtype}; cast them before the loss"
         )
 
 
 def check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None:
     """Raises ValueError for axes that the mesh has not, or a batch that does not divide by them."""
-    missing = [name for name in axis_names if name not in mesh.shape]
-    if missing or not axis_names:
+    if not axis_names or set(axis_names) - set(mesh.shape):
         raise ValueError(
             f"axis_names: expected axes of the mesh {tuple(mesh.shape)}, got {axis_names}"
         )

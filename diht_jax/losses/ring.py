@@ -299,17 +299,13 @@ def _as_one(send: Callable[[jax.Array], jax.Array], rows: Any) -> Any:
 
 def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
     """Zeros of the dtype of `like`, varying over the mesh as it does."""
-    return varying_over(varying_axes(like))(jnp.zeros(shape, like.dtype))
+    return vary(varying_axes(like), jnp.zeros(shape, like.dtype))
 
 
-def varying_over(axes: frozenset[str]) -> Callable[[jax.Array], jax.Array]:
-    """A function that lets an array differ from device to device along these mesh axes."""
-
-    def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(axes - varying_axes(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return cast
+def vary(axes: frozenset[str], x: jax.Array) -> jax.Array:
+    """Lets an array differ from device to device along these mesh axes."""
+    missing = tuple(axes - varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+import sys
 from typing import Any, ClassVar
 
 import jax
@@ -85,8 +85,8 @@ class Softmax(Objective):
         check_equal_pairs(equal_pairs)
         check_scalar("alpha", alpha)
         check_scalar("beta", beta)
-        _check_range("alpha", alpha, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-        _check_range("beta", beta, "a finite number >= 0", lambda value: 0 <= value < math.inf)
+        _check_range("alpha", alpha, 1.0, "a number in [0, 1]")
+        _check_range("beta", beta, sys.float_info.max, "a finite number >= 0")
         objective = cls(
             weighted=not is_known_zero(beta),
             stop_weight_gradient=stop_weight_gradient,
@@ -239,8 +239,8 @@ def is_known_zero(value: jax.Array | float) -> bool:
     return not isinstance(value, jax.core.Tracer) and float(value) == 0
 
 
-def _check_range(name: str, value: Any, expected: str, is_right: Callable[[float], bool]) -> None:
-    if not isinstance(value, jax.core.Tracer) and not is_right(float(value)):
+def _check_range(name: str, value: Any, most: float, expected: str) -> None:
+    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) <= most:
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
 

@@ -46,7 +46,7 @@ from diht_jax.losses.objective import (
     Tile,
     TileMask,
 )
-from diht_jax.losses.ring import Ring, at, put, varying_axes, varying_over, zeros
+from diht_jax.losses.ring import Ring, at, put, vary, varying_axes, zeros
 
 _Accumulate = Callable[..., tuple[jax.Array, ...]]
 
@@ -88,7 +88,7 @@ def streaming_loss(
     # Every argument differs from device to device as far as the rule below is concerned: JAX
     # then sums the gradients of replicated ones itself, outside of it.
     varying = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(arguments)))
-    loss, statistics = _ring_loss(ring, *jax.tree.map(varying_over(varying), arguments))
+    loss, statistics = _ring_loss(ring, *jax.tree.map(functools.partial(vary, varying), arguments))
     return loss, jax.lax.stop_gradient(statistics)
 
 

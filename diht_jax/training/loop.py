@@ -91,12 +91,12 @@ def train(
         stop_request = stack.enter_context(StopRequest())
         opened = opening.open_workdir(workdir, config.checkpoint.staging)
         workdir = stack.enter_context(opened)
-        config = check_together(lambda: bind_architecture(config, workdir, set_keys))
-        config = check_together(lambda: bind_data(config))
-        config = check_together(lambda: opening.bind_order(config, workdir))
+        config = check_together(bind_architecture, config, workdir, set_keys)
+        config = check_together(bind_data, config)
+        config = check_together(opening.bind_order, config, workdir)
         opening.check_hosts_share_config(config)
-        check_together(lambda: opening.check_same_run(config, workdir))
-        check_together(lambda: check_stage(config, workdir))
+        check_together(opening.check_same_run, config, workdir)
+        check_together(check_stage, config, workdir)
         run = Run(config, workdir, devices, began)
         stack.push(run.close_after)
         stop_request.listen()
@@ -126,11 +126,11 @@ class Run:
     ):
         self.workdir = workdir
         self.profiler = throughput.StepProfiler(config.profile, workdir)
-        check_together(lambda: check_trackers(config.trackers))
+        check_together(check_trackers, config.trackers)
         tasks = task_evaluation.open_tasks(config)
-        tokenizer = check_together(lambda: open_tokenizer(config, workdir))
+        tokenizer = check_together(open_tokenizer, config, workdir)
         self.mixture = open_data(config, tokenizer)
-        self.config = config = check_together(lambda: bind_records(config, self.mixture, workdir))
+        self.config = config = check_together(bind_records, config, self.mixture, workdir)
         self._set_lengths()
         keep_tokenizer(tokenizer, workdir)
         write_config(workdir, config)
@@ -170,9 +170,7 @@ class Run:
         self.patch_dropout_steps = recipe.patch_dropout_steps(
             config, self.total_steps, num_examples=num_examples
         )
-        check_together(
-            lambda: opening.check_same_start(config, self.workdir, num_examples=num_examples)
-        )
+        check_together(opening.check_same_start, config, self.workdir, num_examples=num_examples)
         self.kept_step = recipe.steps_before_end(config, num_examples=num_examples)
 
     def first_state(self) -> TrainState:
@@ -221,9 +219,9 @@ class Run:
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
                 with self.wall_time.during("compile"):
                     train_step, self.window = self.start_phase(step)
-                self.wall_time.begin_steps()
+                self.wall_time.switch("step")
             try:
-                batch = self.window.timed(lambda: self.next_batch(stop_request))
+                batch = self.window.timed(self.next_batch, stop_request)
             except StoppedWaiting as stopped:
                 progress.close()
                 self._stop_before(step, stopped.position)

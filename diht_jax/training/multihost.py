@@ -79,8 +79,8 @@ def check_same(text: str, describe: Callable[[list[str], str], str]) -> None:
         raise ValueError(describe(texts, ", ".join(others)))
 
 
-def check_together(check: Callable[[], Result]) -> Result:
-    """Runs a check in every process; where it fails in one of them, all of them raise.
+def check_together(check: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Calls `check(*arguments, **options)` in every process; where one fails, all of them raise.
 
     Returns:
         What the check of this process returned.
@@ -93,7 +93,7 @@ def check_together(check: Callable[[], Result]) -> Result:
     cause: ValueError | None = None
     result: Any = None
     try:
-        result = check()
+        result = check(*arguments, **options)
     except ValueError as error:
         is_lasting = exit_status(error) == LASTING_EXIT_CODE
         problem, cause = f"{'lasting' if is_lasting else 'temporary'}:{error}", error

@@ -6,7 +6,6 @@ inference never sees it. The losses themselves are in `diht_jax.losses` and in `
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -35,8 +34,11 @@ Kept = tuple[Means, Integer[Array, ""]] | None
 def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
     """The terms that count in this run."""
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-    terms = [term(name, config[name], arch) for name, term in TERMS.items()]
-    return tuple(term for term in terms if term.is_active)
+    return tuple(
+        term
+        for name, kind in TERMS.items()
+        if (term := kind(name, config[name], arch)).is_active  # checks the section
+    )
 
 
 def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -46,14 +48,15 @@ def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def num_labels(config: ml_collections.ConfigDict) -> int:
-    """Number of the teacher's labels of each kind that the terms read from a record."""
-    return max((term.num_labels for term in active_terms(config)), default=0)
+def label_sizes(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """What the terms read of a record, 0 for nothing.
 
-
-def teacher_width(config: ml_collections.ConfigDict) -> int:
-    """Size of the CLIP teachers' embeddings that the terms read of a record; 0 for none."""
-    return max((term.teacher_width for term in active_terms(config)), default=0)
+    Returns:
+        Number of the teacher's labels of each kind, and size of the CLIP teachers' embeddings.
+    """
+    terms = active_terms(config)
+    num_labels = max((term.num_labels for term in terms), default=0)
+    return num_labels, max((term.teacher_width for term in terms), default=0)
 
 
 def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
@@ -104,7 +107,8 @@ def with_objective_parameters(
 ) -> Callable[[jax.Array], Parameters]:
     """The function from a key to the model's parameters, made to add the objective's own."""
     loss, terms = checked_loss(config.loss), active_terms(config)
-    weighted_sizes(config.matryoshka, arch.embed_dim)  # checks the section
+    if config.matryoshka.sizes or config.matryoshka.weights:
+        weighted_sizes(config.matryoshka, arch.embed_dim)  # checks the section
     if not terms and config.loss.weight == 0:
         raise ValueError(
             "config.loss.weight=0: nothing is left to learn from; expected more than 0, or the "
@@ -138,9 +142,10 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
         known = ", ".join(("auto", *IMPLS))
         raise ValueError(f"config.loss.impl='{section.impl}': expected one of {known}")
     loss = LOSSES[section.kind]
-    settings = _settings(loss, section)
+    settings = {key: section[key] for key in loss.settings}
     try:
-        check_noise_share(section.noise_share)
+        if section.noise_share:
+            check_noise_share(section.noise_share)
         loss.create(**settings, **loss.parameters)
     except ValueError as error:
         raise ValueError(f"config.loss.{error}") from error
@@ -244,7 +249,7 @@ def _contrastive_loss(
             text_emb,
             jnp.exp(params["log_logit_scale"]),
             {name: params[name] for name in loss.parameters},
-            settings=_settings(loss, section),
+            settings={key: section[key] for key in loss.settings},
             mesh=mesh,
             axis_names=sharding.BATCH_AXES,
             impl=section.impl,
@@ -252,11 +257,11 @@ def _contrastive_loss(
             pair_weights=pair_weights,
         )
 
-    sizes = weighted_sizes(config.matryoshka, image_emb.shape[1])
-    compute = loss_of if sizes is None else functools.partial(loss_of_sizes, loss_of, sizes=sizes)
-    total, of_loss = compute(image_emb, text_emb)
+    sizes = None
+    if config.matryoshka.sizes:
+        sizes = weighted_sizes(config.matryoshka, image_emb.shape[1])
+    if sizes:
+        total, of_loss = loss_of_sizes(loss_of, image_emb, text_emb, sizes=sizes)
+    else:
+        total, of_loss = loss_of(image_emb, text_emb)
     return total, {**of_loss, **metrics}, None
-
-
-def _settings(loss: type[Objective], section: ml_collections.ConfigDict) -> dict[str, Any]:
-    return {key: section[key] for key in loss.settings}

@@ -28,11 +28,10 @@ from diht_jax.models.zoo import get_architecture
 from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.training.multihost import first_text
 from diht_jax.training.objective import (
+    label_sizes,
     needs_pair_ids,
-    num_labels,
     num_record_means,
     optimizer_config,
-    teacher_width,
     with_objective_parameters,
 )
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
@@ -95,8 +94,7 @@ class TrainProgram:
             lora=lora_of(config.lora),
         )
         self.init_params = with_objective_parameters(init_params, config, self.arch)
-        self.num_labels = num_labels(config)
-        self.teacher_width = teacher_width(config)
+        self.num_labels, self.teacher_width = label_sizes(config)
         self.pair_ids = needs_pair_ids(config)
         self.num_means = num_record_means(config)
 

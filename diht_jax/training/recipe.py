@@ -100,8 +100,8 @@ def duration_in_steps(config: ml_collections.ConfigDict, prefix: str, *, num_exa
     """
     values = {unit: config.get(f"{prefix}_{unit}") for unit in DURATION_UNITS}
     given = {unit: value for unit, value in values.items() if value is not None}
-    names = ", ".join(f"config.{prefix}_{unit}" for unit in DURATION_UNITS)
     if len(given) != 1:
+        names = ", ".join(f"config.{prefix}_{unit}" for unit in DURATION_UNITS)
         raise ValueError(f"set exactly one of {names}; got {given or 'none of them'}")
     unit, value = next(iter(given.items()))
     if not math.isfinite(value):

@@ -172,7 +172,7 @@ class RunEvaluation:
         results, num_failed = [], 0
         for task in self._tasks:
             try:
-                check_together(lambda task=task: check_source_opens(task))
+                check_together(check_source_opens, task)
             except ValueError as error:
                 num_failed += 1
                 _log_failure(step, task, error)

@@ -1,8 +1,12 @@
-"""The table of device peaks, looked up by the names that JAX reports."""
+"""The table of device peaks by the names that JAX reports, and counted FLOPs against formulas."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
-from diht_jax.hardware.chips import peak_flops
+from diht_jax.hardware.chips import count_flops, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -24,3 +28,161 @@ def test_peak_of_known_kinds(kind, teraflops):
 @pytest.mark.parametrize("kind", ["cpu", "TPU v2", "NVIDIA GeForce GTX 1080", "", "TPU v5 lite+"])
 def test_unknown_kinds_have_no_peak(kind):
     assert peak_flops(kind) is None
+
+
+M, K, N = 6, 10, 14
+LEFT = jax.ShapeDtypeStruct((M, K), jnp.float32)
+RIGHT = jax.ShapeDtypeStruct((K, N), jnp.float32)
+SQUARE = jax.ShapeDtypeStruct((K, K), jnp.float32)
+
+
+def mesh_of(count: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def test_product_elementwise_and_reduction():
+    def fn(a, b):
+        return jnp.sum(jnp.exp(a @ b))
+
+    counted = count_flops(fn, LEFT, RIGHT)
+    assert counted.matmul_flops == 2 * M * K * N
+    assert counted.flops == 2 * M * K * N + M * N + M * N
+
+
+def test_scan_counts_every_trip():
+    def fn(x):
+        return lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, None, length=7)[0]
+
+    counted = count_flops(fn, SQUARE)
+    assert counted.matmul_flops == 7 * 2 * K**3
+    assert counted.flops == 7 * (2 * K**3 + K**2)
+
+
+def test_remat_counts_the_recomputation():
+    def layer(x, w):
+        return jnp.sin(jnp.sin(x @ w) @ w)
+
+    def loss(x, w, layer):
+        def body(c, _):
+            return layer(c, w), None
+
+        return jnp.sum(lax.scan(body, x, None, length=5)[0])
+
+    one = 2 * M * K * K
+
+    def grads(layer):
+        return count_flops(
+            lambda x, w: jax.grad(loss, argnums=(0, 1))(x, w, layer), LEFT, SQUARE
+        ).matmul_flops
+
+    # Forward 2 products, backward 4; recomputed, both again, since the cosines need their values.
+    assert grads(layer) == 5 * 6 * one
+    assert grads(jax.checkpoint(layer)) == 5 * 8 * one
+    saved = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_saveable)
+    assert grads(saved) == 5 * 6 * one
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_shard_map_counts_every_device(count):
+    """Each device multiplies its rows by all columns: together one whole product."""
+    by_rows, whole = PartitionSpec("data"), PartitionSpec()
+    rows = jax.ShapeDtypeStruct((16, K), jnp.float32)
+
+    def local(a, b):
+        return a @ b, lax.psum(jnp.sum(a), "data")
+
+    def fn(a, b):
+        return jax.shard_map(
+            local, mesh=mesh_of(count), in_specs=(by_rows, whole), out_specs=(by_rows, whole)
+        )(a, b)
+
+    counted = count_flops(fn, rows, SQUARE)
+    assert counted.matmul_flops == 2 * 16 * K * K
+    assert counted.flops == 2 * 16 * K * K + 16 * K
+
+    def replicated(a, b):
+        return jax.shard_map(
+            lambda a, b: a @ b, mesh=mesh_of(count), in_specs=(whole, whole), out_specs=whole
+        )(a, b)
+
+    assert count_flops(replicated, rows, SQUARE).matmul_flops == count * 2 * 16 * K * K
+
+
+def test_a_while_loop_is_an_error():
+    def fn(x, n):
+        return lax.fori_loop(0, n, lambda _, c: c @ c, x)
+
+    with pytest.raises(ValueError, match="trip count"):
+        count_flops(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def test_cond_counts_the_dearer_branch():
+    def fn(x, flag):
+        return lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    counted = count_flops(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.bool_))
+    assert counted.matmul_flops == 2 * 2 * K**3
+
+
+def test_patch_convolution_and_its_gradients():
+    """Patches do not overlap, so each of the three is a product of a matrix of patches."""
+    examples, side, patch, channels = 4, 32, 8, 24
+    images = jax.ShapeDtypeStruct((examples, side, side, 3), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((patch, patch, 3, channels), jnp.float32)
+
+    def conv(images, kernel):
+        return lax.conv_general_dilated(
+            images, kernel, (patch, patch), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    one = 2 * examples * (side // patch) ** 2 * patch * patch * 3 * channels
+    assert count_flops(conv, images, kernel).matmul_flops == one
+    grads = jax.grad(lambda *args: jnp.sum(conv(*args) ** 2), argnums=(0, 1))
+    assert count_flops(grads, images, kernel).matmul_flops == 3 * one
+
+
+def test_cudnn_attention_by_formula(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda *_: False)
+    batch, tokens, heads, depth = 2, 64, 4, 64
+    query = jax.ShapeDtypeStruct((batch, tokens, heads, depth), jnp.bfloat16)
+
+    def attend(q):
+        return jnp.sum(jax.nn.dot_product_attention(q, q, q, implementation="cudnn") ** 2)
+
+    one = 2 * batch * heads * tokens * tokens * depth
+    assert count_flops(attend, query).matmul_flops == 2 * one
+    assert count_flops(jax.grad(attend), query).matmul_flops == (2 + 5) * one
+
+
+def test_pallas_kernel_counts_its_grid():
+    from jax.experimental import pallas as pl
+
+    def kernel(a_ref, b_ref, out_ref):
+        out_ref[...] = a_ref[...] @ b_ref[...]
+
+    def fn(a, b):
+        return pl.pallas_call(
+            kernel,
+            grid=(4,),
+            in_specs=[
+                pl.BlockSpec((8, 32), lambda i: (i, 0)),
+                pl.BlockSpec((32, 16), lambda i: (0, 0)),
+            ],
+            out_specs=pl.BlockSpec((8, 16), lambda i: (i, 0)),
+            out_shape=jax.ShapeDtypeStruct((32, 16), jnp.float32),
+        )(a, b)
+
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 32), (32, 16)))
+    assert count_flops(fn, a, b).matmul_flops == 2 * 32 * 32 * 16
+
+
+def test_foreign_kernel_is_an_error():
+    def fn(x):
+        return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    with pytest.raises(ValueError, match="pure_callback"):
+        count_flops(fn, SQUARE)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -21,18 +22,18 @@ from diht_jax.compile import (
     settings_that_fit,
 )
 from diht_jax.config import load_recipe
-from diht_jax.hardware.chips import FlopCount, find_chip
+from diht_jax.hardware.chips import GIB, FlopCount, find_chip
 from diht_jax.hardware.hlo_traffic import Collective, Traffic, Work
 from diht_jax.hardware.report import (
     StepReport,
+    describe_input,
     describe_step,
     link_bandwidth,
+    num_hosts,
 )
 from diht_jax.hardware.topologies import Topology, get_topology
 from diht_jax.training.program import TrainProgram
 from tests.make import REPOSITORY
-
-GIB = 1 << 30
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -316,3 +317,20 @@ def test_links_inside_and_between_gpu_hosts(kind, size, span, gb_per_sec):
     traffic = Traffic(0, (Collective(kind, size, 1, 0, 0, span=span),), 0)
     report = report_with(traffic, Topology("h100:4x8", h100, (4, 8), devices, 60 * GIB))
     assert link_bandwidth(report.topology, traffic.collectives[0]) == gb_per_sec * 1e9
+
+
+def gpus(*shape):
+    devices = (types.SimpleNamespace(device_kind="NVIDIA H100"),) * math.prod(shape)
+    return Topology("h100", find_chip("h100"), shape, devices, 60 * GIB)
+
+
+def test_eight_gpus_that_take_55_000_images_need_39_to_68_cores():
+    lines = describe_input(gpus(8), 55_000)
+    # 55,000 / 1,438.9 = 38.2; / 980.2 = 56.1; / 810.4 = 67.9
+    assert "39 (384 px), 57 (512 px), 68 (256 to 1024 px)" in "\n".join(lines)
+    assert any("55,000" in line for line in lines)
+
+
+def test_hosts_of_a_slice_are_those_of_its_devices():
+    devices = tuple(types.SimpleNamespace(process_index=i // 4) for i in range(256))
+    assert num_hosts(Topology("v5e:16x16", find_chip("v5e"), (16, 16), devices, 16 * GIB)) == 64

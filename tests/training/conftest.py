@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import types
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import ml_collections
@@ -21,6 +22,7 @@ from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
 from diht_jax.training import loop
+from diht_jax.training.monitoring.metrics import read_metrics
 from tests import make
 from tests.records.stores import BucketStore
 
@@ -64,6 +66,21 @@ def no_curves():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_curves", lambda workdir: None)
         yield
+
+
+def series(workdir: pathlib.Path, name: str) -> np.ndarray:
+    """The values of a metric in the lines of a run that have it."""
+    return np.array([row[name] for row in read_metrics(workdir) if name in row])
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints in a work directory."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def assert_bitwise_equal(one: Any, other: Any) -> None:
+    """Compares the arrays of two trees."""
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), one, other)
 
 
 def colored_square(index: int) -> Record:

@@ -18,21 +18,13 @@ from diht_jax.storage.locks import lock_folder
 from diht_jax.training import loop
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import plot_curves, read_metrics
+from tests.training.conftest import NUM_RECORDS, assert_bitwise_equal, saved_steps, series
 
 COMPARED = ("loss", "grad_norm", "param_norm", "logit_scale", "i2t_accuracy")
-NUM_RECORDS = 52
-
-
-def series(workdir, name):
-    return np.array([row[name] for row in read_metrics(workdir) if name in row])
 
 
 def train_on_one(config, workdir):
     return train(config, workdir, devices=jax.devices()[:1])
-
-
-def assert_bitwise_equal(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 @pytest.fixture
@@ -92,7 +84,7 @@ def test_a_run_that_is_stopped_and_made_longer_is_bit_identical_to_going_straigh
     config.log_every_steps = 2  # a line is written at the checkpoint of step 3, too
     config.checkpoint.update(every_steps=3, keep_last=1)
     straight = train(config, tmp_path / "straight", devices=devices)
-    assert sorted(p.name for p in (tmp_path / "straight" / "checkpoints").iterdir()) == ["5", "6"]
+    assert saved_steps(tmp_path / "straight") == [5, 6]
     config.total_steps = 4  # its learning rate falls after step 3
     train(config, tmp_path / "stopped", stop_after_steps=3, devices=devices)
     config.total_steps = 6
@@ -129,7 +121,7 @@ def finished(make_config, squares, tmp_path_factory):
 def test_the_loop_leaves_what_people_look_at(finished):
     config, run, state = finished
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["4", "6"]
+    assert saved_steps(run) == [4, 6]
     row = read_metrics(run)[-1]
     expected = {
         *COMPARED,
@@ -206,7 +198,7 @@ def test_a_run_with_skipped_records_is_resumed_bit_by_bit_and_counts_them(
 def test_a_model_with_other_values_than_were_saved_is_not_loaded(finished, tmp_path):
     _, workdir, _ = finished
     run = shutil.copytree(workdir, tmp_path / "run")
-    step = max(int(path.name) for path in (run / "checkpoints").iterdir())
+    step = max(saved_steps(run))
     checks = run / "checkpoints" / str(step) / "checks" / "metadata"
     kept = json.loads(checks.read_text())
     name = "params/vision/projection/kernel"
@@ -286,3 +278,23 @@ def test_a_work_directory_that_cannot_be_written_is_reported(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written: .*Not a directory"):
         train(config, tmp_path / "file" / "run")
+
+
+def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):
+    config.total_steps = 5
+    config.no_patch_dropout_steps = 2
+    config.model.overrides.vision_layers = 2
+    config.model.patch_dropout = 0.5
+    config.optimizer.warmup_steps = 1
+    config.log_every_steps = 100
+    config.mesh.update(data=1, fsdp=1)
+    devices = jax.devices()[:1]
+    train(config, tmp_path, stop_after_steps=4, devices=devices)
+    assert int(train(config, tmp_path, devices=devices).step) == 5
+    # A line is written where the parts meet, so that none averages over both.
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [3, 4, 5]
+    costs = [row["model_flops_per_sec"] / row["images_per_sec"] for row in rows]
+    assert costs[1] == pytest.approx(costs[2])
+    # Of 16 patches, 8 are left; the text tower costs what it did.
+    assert 1.2 < costs[1] / costs[0] < 2.0

@@ -8,9 +8,9 @@ from jax.tree_util import tree_leaves_with_path
 from diht_jax.config import load_recipe
 from diht_jax.sharding import path_name
 from diht_jax.training.loop import train
-from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.workdir.opening import open_data, open_iterator
 from tests.make import RECIPES, REPOSITORY
+from tests.training.conftest import saved_steps, series
 
 # Their debug forms differ from one of the others in numbers alone.
 ALIKE = ("clip_vitb16", "datacomp", "diht_vitb16_clean", "diht_vitb32", "diht_vitl14_336")
@@ -47,9 +47,9 @@ def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
         trained = {path_name(path) for path, _ in tree_leaves_with_path(state.opt_state)}
         trained = {name.partition("/mu/")[2] for name in trained if "/mu/" in name}
         assert trained == {"vision/projection/kernel"}
-    losses = [row["loss"] for row in read_metrics(tmp_path)]
+    losses = series(tmp_path, "loss")
     assert len(losses) == 4 and np.isfinite(losses).all()
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+    assert saved_steps(tmp_path) == [2, 4]
 
 
 def test_a_run_with_a_small_vocabulary_reads_ids_of_it(config, squares):

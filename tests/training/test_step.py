@@ -13,6 +13,7 @@ from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import flatten_results, read_metrics
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import initial_average, update_average
+from tests.training.conftest import assert_bitwise_equal
 
 
 def random_batch(mesh, size=16, seed=0):
@@ -107,14 +108,14 @@ def test_a_run_with_a_locked_image_tower_evaluates_and_saves_its_average(config,
     average = state.ema_params["text"]["projection"]["kernel"]
     assert average.sharding == kernel.sharding
     assert np.abs(np.asarray(average - kernel)).max() > 1e-5
-    assert_equal(state.ema_params["vision"], state.params["vision"])
+    assert_bitwise_equal(state.ema_params["vision"], state.params["vision"])
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
     sizes = {name: total_size(tree) for name, tree in state.params.items()}
     assert 2 * (sizes["text"] + 1) <= moments <= 2 * (sizes["text"] + 1) + 2
 
     averaged, live = (diht_jax.load_model(tmp_path, ema=ema) for ema in (True, False))
-    assert_equal(averaged._params, state.ema_params)
-    assert_equal(live._params, state.params)
+    assert_bitwise_equal(averaged._params, state.ema_params)
+    assert_bitwise_equal(live._params, state.params)
     (task,) = parse_tasks([config.evaluation.tasks])
     logged = {k: v for k, v in read_metrics(tmp_path)[-1].items() if k.startswith("evaluation/")}
     results = {}
@@ -125,10 +126,6 @@ def test_a_run_with_a_locked_image_tower_evaluates_and_saves_its_average(config,
         }
     assert logged == pytest.approx(results[averaged])
     assert logged != pytest.approx(results[live])
-
-
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def total_size(tree):

@@ -28,10 +28,7 @@ from diht_jax.training.multihost import (
 from diht_jax.training.workdir.checkpoint import Checkpointer, SaveError
 from tests import make
 from tests.training import kill_trial
-
-
-def assert_bitwise_equal(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+from tests.training.conftest import assert_bitwise_equal, saved_steps
 
 
 def test_a_killed_and_a_terminated_run_end_bit_identically(tmp_path):
@@ -73,9 +70,9 @@ def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypat
     with pytest.raises(Stopped if signals == 1 else KeyboardInterrupt) as raised:
         train(config, tmp_path, devices=device)
     assert signal.getsignal(signal.SIGINT) is before
-    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    saved = saved_steps(tmp_path)
     if signals == 1:
-        assert str(raised.value) == "stopped after step 3 of 6" and saved == ["3"]
+        assert str(raised.value) == "stopped after step 3 of 6" and saved == [3]
     else:
         assert saved == []
     assert int(train(config, tmp_path, devices=device).step) == 6
@@ -99,7 +96,7 @@ def test_a_second_sigterm_does_not_disturb_the_last_save(config, tmp_path, monke
     monkeypatch.setattr(Checkpointer, "close", disturbed)
     with pytest.raises(Stopped):
         train(config, tmp_path, devices=jax.devices()[:1])
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert saved_steps(tmp_path) == [1]
 
 
 def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch, caplog):
@@ -109,7 +106,7 @@ def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch,
     undisturbed = train(config, tmp_path / "undisturbed", devices=device)
     waits = {"poll_secs": 0.01, "warn_after_secs": 0.02, "grace_secs": 0.05}
     waiting = functools.partialmethod(TrainIterator.take, **waits)
-    for stalled_step, saved in ((1, []), (4, ["3"])):
+    for stalled_step, saved in ((1, []), (4, [3])):
         taken = []
 
         def stalling(iterator, taken=taken, stalled_step=stalled_step):
@@ -126,7 +123,7 @@ def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch,
                 train(config, tmp_path / "stalled", devices=device)
         first = 16 * (stalled_step - 1)
         assert f"waiting for examples {first} to {first + 15} of the run's order, in" in caplog.text
-        assert [path.name for path in (tmp_path / "stalled/checkpoints").iterdir()] == saved
+        assert saved_steps(tmp_path / "stalled") == saved
     end.set()
     assert_bitwise_equal(train(config, tmp_path / "stalled", devices=device), undisturbed)
     assert [row["step"] for row in read_metrics(tmp_path / "stalled")] == [1, 2, 3, 4, 5, 6]

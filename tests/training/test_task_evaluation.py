@@ -11,6 +11,7 @@ from diht_jax.input.pipeline import TrainIterator
 from diht_jax.training import task_evaluation
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
+from tests.training.conftest import saved_steps
 
 # What the model is worth after each step: that of step 2 is the best.
 SCORES = {2: 0.9, 4: 0.2, 6: 0.3}
@@ -27,10 +28,6 @@ def run(config, squares, tmp_path):
     config.evaluation.every_steps = 2
     config.evaluation.tasks = f"colors=retrieval:{source}?caption_template={{caption}}"
     return config, lambda name: train(config, tmp_path / name, devices=jax.devices()[:1])
-
-
-def steps_in(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def values_of(workdir, name):
@@ -77,7 +74,7 @@ def test_a_source_that_vanishes_costs_its_evaluations_only(run, tmp_path, monkey
     assert "step 4: the evaluation of task 'colors' failed, and the run goes on" in caplog.text
     assert values_of(tmp_path / "run", "evaluation_failed") == {4: 1.0, 6: 1.0}
     assert values_of(tmp_path / "run", "evaluation/colors/t2i_r1").keys() == {2}
-    assert steps_in(tmp_path / "run") == [6]
+    assert saved_steps(tmp_path / "run") == [6]
     config.evaluation.tasks = ""
     without = train_as("without")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(without))
@@ -101,7 +98,7 @@ def test_the_best_checkpoint_stays_and_a_killed_evaluation_is_made_up_for(
     config, train_as = run
     config.checkpoint.best_metric = "colors/t2i_r1"
     straight = train_as("straight")
-    assert steps_in(tmp_path / "straight") == [2, 6] and scored == [2, 4, 6]
+    assert saved_steps(tmp_path / "straight") == [2, 6] and scored == [2, 4, 6]
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -110,7 +107,7 @@ def test_the_best_checkpoint_stays_and_a_killed_evaluation_is_made_up_for(
         patched.setattr(task_evaluation, "evaluate_task", killed)
         with pytest.raises(KeyboardInterrupt):
             train_as("killed")
-    assert steps_in(tmp_path / "killed") == [2]
+    assert saved_steps(tmp_path / "killed") == [2]
     with monkeypatch.context() as patched:
         at_step(patched, 4, killed)  # step 6: the best of steps 2 and 4 is known from the metrics
         with pytest.raises(KeyboardInterrupt):
@@ -118,7 +115,7 @@ def test_the_best_checkpoint_stays_and_a_killed_evaluation_is_made_up_for(
     resumed = train_as("killed")
     assert scored[3:] == [2, 4, 6]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(straight), jax.device_get(resumed))
-    assert steps_in(tmp_path / "killed") == [2, 6]
+    assert saved_steps(tmp_path / "killed") == [2, 6]
     for name in ("loss", "evaluation/colors/t2i_r1"):
         assert values_of(tmp_path / "killed", name) == values_of(tmp_path / "straight", name)
     train_as("killed")

@@ -24,8 +24,10 @@ from diht_jax.storage.files import add_checksum, parse_object
 from diht_jax.training.monitoring.trackers import (
     METRICS_FILE,
     GrowingFile,
-    OpenTrackers,
+    Tracker,
+    open_trackers,
     replace_file,
+    warn_without,
 )
 
 _SHOWN_RESULTS = ("top1", "t2i_r1", "i2t_r1")
@@ -51,7 +53,8 @@ class MetricWriter:
         Args:
             config: the whole training config, for the trackers; None takes TensorBoard alone.
         """
-        self._lines = self._trackers = None
+        self._lines: GrowingFile | None = None
+        self._trackers: list[Tracker] = []  # one that fails is left out from then on
         self.has_failed = False  # an error ends the run
         if jax.process_index() != 0:
             return
@@ -60,12 +63,12 @@ class MetricWriter:
         data = "".join(json.dumps(row) + "\n" for row in kept).encode()
         # At once: a kill here must not cost the lines of weeks.
         self._lines = GrowingFile(workdir / METRICS_FILE, data)
-        self._trackers = OpenTrackers(workdir, start_step, config)
+        self._trackers = open_trackers(workdir, start_step, config)
 
     @property
     def takes_pictures(self) -> bool:
         """True if `write_picture` does something."""
-        return self._trackers is not None and self._trackers.takes_pictures
+        return any(tracker.takes_pictures for tracker in self._trackers)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one line, and gives the same scalars to the trackers.
@@ -76,13 +79,11 @@ class MetricWriter:
         row = {name: float(value) for name, value in scalars.items()}
         if self._lines is not None:
             self._lines.append((json.dumps({"step": step, **row}) + "\n").encode())
-        if self._trackers is not None:
-            self._trackers.each(lambda tracker: tracker.write(step, row))
+        self._call_trackers("write", step, row)
 
     def write_picture(self, step: int, name: str, picture: bytes) -> None:
         """Gives a picture, encoded as PNG, to the trackers that take any."""
-        if self._trackers is not None:
-            self._trackers.each(lambda tracker: tracker.write_picture(step, name, picture))
+        self._call_trackers("write_picture", step, name, picture)
 
     def sync(self) -> None:
         """Makes the lines so far outlive a crash of the machine."""
@@ -91,10 +92,16 @@ class MetricWriter:
 
     def close(self) -> None:
         """Writes what was kept; a warning where that cannot be written now either."""
-        if self._lines is not None:
-            self._lines.sync()
-        if self._trackers is not None:
-            self._trackers.each(lambda tracker: tracker.close(self.has_failed))
+        self.sync()
+        self._call_trackers("close", self.has_failed)
+
+    def _call_trackers(self, method: str, *arguments: Any) -> None:
+        for tracker in tuple(self._trackers):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # each client has its own
+                self._trackers.remove(tracker)
+                warn_without(type(tracker), error)
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
@@ -257,15 +264,11 @@ class WallTime:
     def during(self, use: str) -> Generator[None]:
         """Counts what is done within as one use; compiling once more, at a restart, is lost."""
         before = self._use
-        self._switch("lost" if (use, before) == ("compile", "lost") else use)
+        self.switch("lost" if (use, before) == ("compile", "lost") else use)
         try:
             yield
         finally:
-            self._switch(before)
-
-    def begin_steps(self) -> None:
-        """Counts as training from here on what is nothing else."""
-        self._switch("step")
+            self.switch(before)
 
     def count_hidden(self, secs: float) -> None:
         """Takes from the waits for batches what the devices spent on a step meanwhile."""
@@ -275,7 +278,7 @@ class WallTime:
 
     def scalars(self) -> dict[str, float]:
         """`goodput`, the share of the time that was spent on steps which count, and the seconds."""
-        self._switch(self._use)
+        self.switch(self._use)
         total = sum(self._secs.values())
         return {
             "goodput": self._secs["step"] / total if total else 0.0,
@@ -286,7 +289,7 @@ class WallTime:
         """Writes the file; a warning where that fails."""
         if jax.process_index() != 0:
             return
-        self._switch(self._use)
+        self.switch(self._use)
         secs = {use: round(secs, 3) for use, secs in self._secs.items()}
         data = json.dumps(add_checksum({"starts": self._starts, "secs": secs}), indent=1) + "\n"
         try:
@@ -307,7 +310,8 @@ class WallTime:
             ", ".join(f"{use} {secs / total:.1%}" for use, secs in shares if secs),
         )
 
-    def _switch(self, use: str) -> None:
+    def switch(self, use: str) -> None:
+        """Counts as one use what is nothing else from here on."""
         now = self._clock()
         self._secs[self._use] += now - self._marked
         self._marked, self._use = now, use

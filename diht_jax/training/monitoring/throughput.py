@@ -18,7 +18,7 @@ from diht_jax.hardware.chips import count_jaxpr_flops, peak_flops
 from diht_jax.input import workers
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.monitoring.metrics import mean_scalars
-from diht_jax.training.objective import num_labels
+from diht_jax.training.objective import label_sizes
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import OPTIMIZER_SCOPE
 
@@ -54,7 +54,7 @@ def model_flops(
     plain = config.copy_and_resolve_references()
     plain.micro_batch = None
     plain.model.update(remat="none", scan_layers=False)
-    if num_labels(config):
+    if label_sizes(config)[0]:
         plain.concepts.chunk_rows = max(plain.concepts.chunk_rows, plain.data.batch_size)
     if config.captioning.weight:
         arch = get_architecture(plain.model.name, plain.model.overrides.to_dict())
@@ -133,15 +133,15 @@ class ThroughputWindow:
         """Steps since the last line."""
         return len(self._measured)
 
-    def timed(self, get_batch: Callable[[], Any]) -> Any:
-        """Calls `get_batch` and counts its time as waiting for data."""
+    def timed(self, get_batch: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls `get_batch(*arguments)` and counts its time as waiting for data."""
         if self._was_idle and self._step_secs is None:
             # Nothing ran before this step, so its time is what a step takes. Once in a window: the
             # host cannot work ahead meanwhile.
             jax.block_until_ready(self._last)
             self._step_secs = self._clock() - self._arrived_secs
         start = self._clock()
-        batch = get_batch()
+        batch = get_batch(*arguments)
         self._arrived_secs = self._clock()
         self._data_wait_secs += self._arrived_secs - start
         if self._last is None:  # nothing runs meanwhile

@@ -15,8 +15,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import ml_collections
@@ -35,8 +35,6 @@ _PROJECT = "diht_jax"
 # disk, where `wandb sync` finds it.
 _FINISH_SECS = 60.0
 _LOCAL_MODES = ("offline", "dryrun", "disabled")
-
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,51 +253,35 @@ def check_trackers(trackers: Sequence[str]) -> None:
                 )
 
 
-class OpenTrackers:
-    """The trackers of one run. One that fails is left out from then on, with a warning."""
+def open_trackers(
+    workdir: epath.Path, start_step: int, config: ml_collections.ConfigDict | None
+) -> list[Tracker]:
+    """The trackers of one run; one that cannot be opened is left out, with a warning.
 
-    def __init__(
-        self, workdir: epath.Path, start_step: int, config: ml_collections.ConfigDict | None
-    ):
-        """Opens them.
-
-        Args:
-            config: the whole training config; None for TensorBoard alone.
-        """
-        names, values = ["tensorboard"], {}
-        if config is not None:
-            names = tracker_names(config.trackers)
-            values = json.loads(config.to_json_best_effort())
-        run = TrackedRun(workdir, start_step, values)
-        opened = [_guard(TRACKERS[n], lambda kind=TRACKERS[n]: kind(run)) for n in names]
-        self._open = [tracker for tracker in opened if tracker is not None]
-
-    @property
-    def takes_pictures(self) -> bool:
-        """True if any of them does."""
-        return any(tracker.takes_pictures for tracker in self._open)
-
-    def each(self, action: Callable[[Tracker], None]) -> None:
-        """Calls an action with each of them."""
-        self._open = [
-            tracker
-            for tracker in self._open
-            if _guard(type(tracker), lambda t=tracker: action(t) or True)
-        ]
+    Args:
+        config: the whole training config; None for TensorBoard alone.
+    """
+    names, values, opened = ["tensorboard"], {}, []
+    if config is not None:
+        names = tracker_names(config.trackers)
+        values = json.loads(config.to_json_best_effort())
+    run = TrackedRun(workdir, start_step, values)
+    for name in names:
+        try:
+            opened.append(TRACKERS[name](run))
+        except Exception as error:  # each client has its own
+            warn_without(TRACKERS[name], error)
+    return opened
 
 
-def _guard(kind: type[Tracker], action: Callable[[], Result]) -> Result | None:
-    """The result of an action; None, and a warning, where it fails."""
-    try:
-        return action()
-    except Exception as error:  # each client has its own
-        logging.warning(
-            "the run goes on without %s (%s); %s holds the same numbers",
-            kind.title,
-            str(error) or type(error).__name__,
-            METRICS_FILE,
-        )
-        return None
+def warn_without(kind: type[Tracker], error: Exception) -> None:
+    """Logs that a run goes on without a tracker."""
+    logging.warning(
+        "the run goes on without %s (%s); %s holds the same numbers",
+        kind.title,
+        str(error) or type(error).__name__,
+        METRICS_FILE,
+    )
 
 
 def replace_file(path: epath.Path, data: bytes) -> None:

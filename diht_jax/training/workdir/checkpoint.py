@@ -66,8 +66,12 @@ class BestStep:
     def step(self, steps: Sequence[int]) -> int | None:
         """The best of the steps; None where none was measured."""
         sign = -1 if self.lower_is_better else 1
-        measured = [(sign * self.values[step], step) for step in steps if step in self.values]
-        return max((pair for pair in measured if math.isfinite(pair[0])), default=(0, None))[1]
+        measured = [
+            (sign * self.values[step], step)
+            for step in steps
+            if math.isfinite(self.values.get(step, math.nan))
+        ]
+        return max(measured, default=(0, None))[1]
 
 
 class Checkpointer:

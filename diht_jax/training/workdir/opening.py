@@ -36,7 +36,7 @@ from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.storage.locks import lock_folder
 from diht_jax.storage.stores import is_remote
 from diht_jax.training.multihost import check_same, check_together, gather_texts
-from diht_jax.training.objective import needs_pair_ids, num_labels, num_record_means, teacher_width
+from diht_jax.training.objective import label_sizes, needs_pair_ids, num_record_means
 from diht_jax.training.recipe import check_config, key_of, pictures_of, steps_before_end
 from diht_jax.training.workdir.saved_run import CONFIG_FILE, read_config, steps_of_run
 from diht_jax.training.workdir.stored_run import LOCK_FILE, StagedDirectory
@@ -201,7 +201,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
     Args:
         tokenizer: of the model; None is CLIP's.
     """
-    num_concepts = num_labels(config)
+    num_concepts, teacher_width = label_sizes(config)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     vocabulary = None
     if num_concepts:
@@ -217,7 +217,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
         fast_decode=config.data.fast_decode,
         num_concepts=num_concepts,
         vocabulary_sizes=vocabulary and tuple(map(len, vocabulary)),
-        teacher_width=teacher_width(config),
+        teacher_width=teacher_width,
         caption_choice=choice,
         caption_sentences=config.data.caption_sentences,
         pair_ids=needs_pair_ids(config),
@@ -227,13 +227,12 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
         interpolation=pictures_of(config).interpolation,
     )
     return check_together(
-        lambda: open_mixture(
-            config.data,
-            config.seed,
-            open_records,
-            lambda template: decoder(text_template=template),
-            jax.process_count(),
-        )
+        open_mixture,
+        config.data,
+        config.seed,
+        open_records,
+        lambda template: decoder(text_template=template),
+        jax.process_count(),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -234,9 +235,8 @@ def tree_checksums(tree: Any) -> dict[str, int]:
     Returns:
         Path such as `params/vision/projection/kernel` -> number in [0, 2^32).
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = np.asarray(_checksums([leaf for _, leaf in leaves]))
-    return {path_name(path): int(s) for (path, _), s in zip(leaves, sums, strict=True)}
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return dict(zip(names, np.asarray(_checksums(jax.tree.leaves(tree))).tolist(), strict=True))
 
 
 def describe_difference(checks: dict[str, Any], tree: Any, part: str = "") -> str | None:
@@ -262,7 +262,7 @@ def json_checksum(value: Any) -> int:
 def _checksums(arrays: list[jax.Array]) -> jax.Array:
     # One program for all: on CPU devices, many small ones with sums over devices can wait for each
     # other for ever.
-    return jnp.stack([_checksum(array) for array in arrays])
+    return jnp.stack(list(map(_checksum, arrays)))
 
 
 def _checksum(array: jax.Array) -> jax.Array:
@@ -271,21 +271,14 @@ def _checksum(array: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}"))
     bits = bits.astype(jnp.uint32)
     index = jnp.zeros(array.shape, jnp.uint32)
-    for axis, stride in enumerate(_strides(array.shape)):
+    for axis in range(array.ndim):
         steps = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-        index += steps * jnp.uint32(stride % 2**32)
-    return jnp.sum(_mix(bits + index * jnp.uint32(0x9E3779B9)), dtype=jnp.uint32)
-
-
-def _mix(bits: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3: a bijection; each bit changes half of those of the result."""
+        index += steps * jnp.uint32(math.prod(array.shape[axis + 1 :]) % 2**32)
+    bits += index * jnp.uint32(0x9E3779B9)
+    # The finalizer of MurmurHash3: a bijection; each bit changes half of those of the result.
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    return [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
+    return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
 
 
 def explain_error(error: BaseException) -> str:

@@ -1,14 +1,28 @@
-"""Metrics files: resumed runs have one line a step, and half-written lines do no harm."""
+"""Metrics files: resumed runs have one line a step, and half-written lines do no harm.
 
+Wall time by its use, on a clock that only tests move.
+"""
+
+import functools
+import json
+
+import jax
+import pytest
 from tensorboard.compat.proto import event_pb2
 
 from diht_jax.records.shard_files import read_records
+from diht_jax.training import loop
 from diht_jax.training.monitoring.metrics import (
+    USES,
+    WALL_TIME_FILE,
     MetricWriter,
+    WallTime,
     plot_curves,
     read_metrics,
 )
+from diht_jax.training.monitoring.throughput import ThroughputWindow
 from tests.records.stores import BucketStore
+from tests.training.monitoring.test_throughput import Machine
 
 
 def test_a_run_goes_on_without_an_unwritable_tensorboard(tmp_path, caplog):
@@ -69,3 +83,151 @@ def test_lines_that_are_no_rows_are_skipped(tmp_path):
         b'{"step": 1}\n[2]\n\xff\xfe\n{"loss": 3}\n{"step": 4}\n'
     )
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 4}]
+
+
+class Clock:
+    """Seconds that pass by a call."""
+
+    def __init__(self):
+        self.secs = 1000.0
+
+    def __call__(self):
+        return self.secs
+
+    def spend(self, secs):
+        self.secs += secs
+
+
+def secs(scalars):
+    return {use: scalars[f"wall_secs/{use}"] for use in USES if scalars[f"wall_secs/{use}"]}
+
+
+def start(folder, clock, start_step, *, opening, compiling):
+    """A process from its start up to its first step."""
+    began = clock()
+    clock.spend(opening)
+    wall_time = WallTime(folder, start_step, began=began, clock=clock)
+    with wall_time.during("compile"):
+        clock.spend(compiling)
+    wall_time.switch("step")
+    return wall_time, MetricWriter(folder, start_step)
+
+
+def train_steps(wall_time, writer, clock, steps, step_secs=1.0):
+    """Steps with a line each, a batch that comes late, and a save after step 4."""
+    for step in steps:
+        with wall_time.during("input"):
+            clock.spend(0.5)
+        clock.spend(step_secs)
+        wall_time.save()
+        writer.write(step, wall_time.scalars())
+        if step == 4:
+            with wall_time.during("checkpoint"):
+                clock.spend(2.0)
+
+
+def test_steps_made_again_and_start_up_are_lost_however_often_a_run_is_killed(tmp_path):
+    clock = Clock()
+    first, writer = start(tmp_path, clock, 0, opening=20.0, compiling=30.0)
+    train_steps(first, writer, clock, range(1, 8))
+    # Killed after step 7; the state is that of step 4. The next start is killed before its first
+    # step, and what it had done until its file was written is known.
+    clock.spend(500.0)  # no process runs
+    start(tmp_path, clock, 4, opening=15.0, compiling=7.0)
+    clock.spend(500.0)
+    third, writer = start(tmp_path, clock, 4, opening=15.0, compiling=5.0)
+    train_steps(third, writer, clock, range(5, 11), step_secs=2.0)
+    assert secs(read_metrics(tmp_path)[-1]) == {
+        "start": 20.0,
+        "compile": 30.0,
+        "step": 4 * 1.0 + 6 * 2.0,
+        "input": 10 * 0.5,
+        "checkpoint": 2.0,
+        "lost": 3 * 1.5 + 15.0 + 15.0 + 5.0,
+    }
+    assert json.loads((tmp_path / WALL_TIME_FILE).read_text())["starts"] == 3
+
+
+def test_a_damaged_file_is_replaced_by_the_last_line(tmp_path, caplog):
+    clock = Clock()
+    first, writer = start(tmp_path, clock, 0, opening=1.0, compiling=1.0)
+    train_steps(first, writer, clock, range(1, 5))
+    (tmp_path / WALL_TIME_FILE).write_bytes(
+        (tmp_path / WALL_TIME_FILE).read_bytes().replace(b"4.0", b"9.0")
+    )
+    again, _ = start(tmp_path, clock, 4, opening=1.0, compiling=1.0)
+    found = secs(again.scalars())
+    assert (found["step"], found["lost"]) == (4.0, 2.0)
+    assert WALL_TIME_FILE in caplog.text
+
+
+def test_a_file_that_cannot_be_written_costs_no_run(tmp_path, caplog):
+    (tmp_path / WALL_TIME_FILE).mkdir()
+    WallTime(tmp_path, 0, clock=Clock()).close()
+    assert WALL_TIME_FILE in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("batch_secs", "idle_secs"), [(1.5, 0.0), (2.0, 0.0), (2.5, 0.5), (6.0, 4.0)]
+)
+def test_a_wait_next_to_a_running_step_is_the_steps(tmp_path, batch_secs, idle_secs):
+    """The simulated device takes two seconds a step."""
+    machine = Machine()
+    window = ThroughputWindow(100, 1, machine, machine.clock)
+    wall_time = WallTime(tmp_path, 0, clock=machine.clock)
+    wall_time.switch("step")
+    made, before, num_steps = machine.secs, None, 100
+    for _ in range(num_steps):
+        made += batch_secs
+
+        def take(made=made):
+            with wall_time.during("input"):
+                machine.wait(made)
+
+        window.timed(take)
+        metrics = machine.step()
+        window.add(metrics)
+        if before is not None:
+            before.block_until_ready()
+        before = metrics["loss"]
+    window.summary()
+    wall_time.count_hidden(window.input_rate.hidden_secs)
+    found = secs(wall_time.scalars())
+    assert found["input"] / num_steps == pytest.approx(idle_secs, abs=0.05)
+    assert found["step"] / num_steps == pytest.approx(2.0, abs=0.05)
+
+
+def slow_down(monkeypatch, clock, owner, name, cost):
+    function = getattr(owner, name)
+
+    def slow(*args, **kwargs):
+        clock.spend(cost)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, slow)
+
+
+def test_a_run_that_is_stopped_and_goes_on_accounts_for_all_of_its_time(
+    config, tmp_path, monkeypatch
+):
+    clock = Clock()
+    monkeypatch.setattr(loop, "WallTime", functools.partial(WallTime, clock=clock))
+    slow_down(monkeypatch, clock, loop.Checkpointer, "save", 3.0)
+    slow_down(monkeypatch, clock, loop.Run, "start_phase", 11.0)
+    slow_down(monkeypatch, clock, loop.Run, "run_step", 1.0)
+    slow_down(monkeypatch, clock, loop.Run, "first_state", 5.0)
+    config.total_steps = 5
+    config.mesh.update(data=1, fsdp=1)
+    for stop in (2, None):
+        loop.train(
+            config, tmp_path, stop_after_steps=stop, devices=jax.devices()[:1], began=clock()
+        )
+    totals = json.loads((tmp_path / WALL_TIME_FILE).read_text())
+    assert {use: s for use, s in totals["secs"].items() if s} == {
+        "start": 5.0,
+        "compile": 11.0,
+        "step": 5.0,
+        "checkpoint": 2 * 3.0,
+        "lost": 5.0 + 11.0,
+    }
+    assert totals["starts"] == 2 and sum(totals["secs"].values()) == clock() - 1000.0

@@ -2,14 +2,18 @@
 
 import functools
 import json
+import pathlib
 import sqlite3
+import struct
 import sys
+import zlib
 
 import pytest
 
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from tests import make
-from tests.training.monitoring.wandb_file import history_of, read_wandb_file
+
+_BLOCK, _HEADER = 2**15, 7  # of the files that `wandb sync` sends, in bytes
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +110,38 @@ def test_trackio(tmp_path):
     [picture] = [row["retrievals/colors"] for _, row in rows if "retrievals/colors" in row]
     assert (tmp_path / "trackio" / "media" / picture["file_path"]).stat().st_size > 100
     assert json.loads(configs[0][0])["data"]["batch_size"] == 16
+
+
+def read_wandb_file(folder: pathlib.Path) -> list:
+    """The records of the file that W&B's client has written offline."""
+    from wandb.proto import wandb_internal_pb2
+
+    [path] = folder.glob("*.wandb")
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    records, parts, position = [], [], 7
+    while position + _HEADER <= len(data):
+        room = _BLOCK - position % _BLOCK
+        if room < _HEADER:  # the rest of a block is empty
+            position += room
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        part = data[position + _HEADER : position + _HEADER + length]
+        assert zlib.crc32(bytes([kind]) + part) == checksum
+        parts.append(part)
+        position += _HEADER + length
+        if kind in (1, 4):
+            records.append(wandb_internal_pb2.Record.FromString(b"".join(parts)))
+            parts = []
+    return records
+
+
+def history_of(records: list) -> list[dict]:
+    """The rows that were logged, without W&B's own entries."""
+    rows = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(item.nested_key) or item.key: item for item in record.history.item}
+            row = {name: json.loads(item.value_json) for name, item in items.items()}
+            rows.append({name: value for name, value in row.items() if name[0] != "_"})
+    return rows

@@ -11,6 +11,7 @@ from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.checkpoint import BestStep, Checkpointer, SaveError
 from diht_jax.training.workdir.saved_run import tree_checksums, write_config
+from tests.training.conftest import saved_steps
 from tests.waiting import wait_until
 
 
@@ -37,10 +38,6 @@ def state_of(step, value=0.0, size=64):
         key_data=np.array([1, 2], np.uint32),
     )
     return jax.tree.map(lambda leaf: jax.device_put(leaf, replicated), tree)
-
-
-def steps_in(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def save_steps(workdir, *steps):
@@ -73,7 +70,7 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path, keep_last, lower_is_bette
         if score is not None:
             best.values[step] = score
     checkpointer.close()
-    assert steps_in(tmp_path) == kept
+    assert saved_steps(tmp_path) == kept
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +117,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     checkpointer, state, position = restore(tmp_path)
     assert int(state.step) == 1 and position.next_example == 10
     assert "the checkpoint of step 2 is damaged" in caplog.text and cause in caplog.text
-    assert steps_in(tmp_path) == [1] and (tmp_path / "corrupt_checkpoints" / "2-0").is_dir()
+    assert saved_steps(tmp_path) == [1] and (tmp_path / "corrupt_checkpoints" / "2-0").is_dir()
     checkpointer.save(state_of(2), Position(20))
     checkpointer.close()
     checkpointer, state, _ = restore(tmp_path)
@@ -134,7 +131,7 @@ def test_without_any_whole_checkpoint_the_error_says_why_for_each(two_steps, tmp
         truncate(tmp_path / "checkpoints" / str(step) / "data" / "metadata")
     with pytest.raises(ValueError, match=r"no checkpoint can be read \(step 2: .*step 1: "):
         restore(tmp_path)
-    assert steps_in(tmp_path) == [1, 2]
+    assert saved_steps(tmp_path) == [1, 2]
 
 
 def mixed(bits):
@@ -196,7 +193,7 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(mount_t
     assert [row["step"] for row in read_metrics(small_disk / "run")] == [1, 2]
     checkpointer.save(state_of(4, size=size), Position(40))
     checkpointer.close()
-    assert steps_in(small_disk / "run") == [4]
+    assert saved_steps(small_disk / "run") == [4]
 
 
 def test_load_model_says_what_is_missing(config, tmp_path):

@@ -20,11 +20,8 @@ from diht_jax.training.workdir.stored_run import (
     make_manifest,
     read_manifests,
 )
+from tests.training.conftest import assert_bitwise_equal, saved_steps
 from tests.waiting import wait_until
-
-
-def assert_bitwise_equal(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -85,10 +82,6 @@ def put_checkpoint(folder, step):
         checkpointer.save(folder / "checkpoints" / str(step), args=ocp.args.StandardSave(state))
 
 
-def steps_in(folder):
-    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
-
-
 def steps_stored(url):
     return sorted(read_manifests(url))
 
@@ -123,7 +116,7 @@ def test_a_damaged_or_unfinished_checkpoint_of_the_store_does_not_count(
             local_run(url)
     other = StagedDirectory(url, str(tmp_path / "another machine"))
     other.fetch()
-    assert steps_in(other.folder) == steps_stored(url) == [2, 4]
+    assert saved_steps(other.folder) == steps_stored(url) == [2, 4]
     assert ("step 6 is damaged" in caplog.text) == (damage != "unfinished")
     assert not any("/6/" in name for name in stored_files(url))
 
@@ -132,13 +125,13 @@ def test_the_store_is_what_counts(staged, url, tmp_path):
     """Whatever a machine still has: gone on elsewhere, taken back, or begun anew."""
     another = StagedDirectory(url, str(tmp_path / "another machine"))
     another.fetch()
-    assert steps_in(another.folder) == [2, 4, 6]
+    assert saved_steps(another.folder) == [2, 4, 6]
     put_checkpoint(another.folder, 8)
     shutil.rmtree(another.folder / "checkpoints" / "2")
     another.send()
     put_checkpoint(staged.folder, 7)  # what the first machine had saved and never sent
     staged.fetch()
-    assert steps_in(staged.folder) == steps_stored(url) == [4, 6, 8]
+    assert saved_steps(staged.folder) == steps_stored(url) == [4, 6, 8]
 
     # A folder that lost a file gets it back, rather than take it from the store.
     next(
@@ -147,18 +140,18 @@ def test_the_store_is_what_counts(staged, url, tmp_path):
     shutil.rmtree(staged.folder / "checkpoints" / "6")
     staged.fetch()
     staged.send()
-    assert steps_in(staged.folder) == steps_stored(url) == [4, 6, 8]
+    assert saved_steps(staged.folder) == steps_stored(url) == [4, 6, 8]
     assert make_manifest(staged.folder / "checkpoints" / "8") == read_manifests(url)[8]
 
     system, root = fsspec.core.url_to_fs(url)
     system.rm_file(f"{root}/manifests/8.json")
     staged.fetch()
-    assert steps_in(staged.folder) == [4, 6]
+    assert saved_steps(staged.folder) == [4, 6]
 
     system.rm(root, recursive=True)
     (staged.folder / "old").write_text("old")
     staged.fetch()
-    assert steps_in(staged.folder) == [] and not (staged.folder / "old").exists()
+    assert saved_steps(staged.folder) == [] and not (staged.folder / "old").exists()
     assert not (staged.folder / "metrics.jsonl").exists()
 
 
@@ -197,7 +190,7 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(
     ballast.unlink()
     again = StagedDirectory(url, str(tmp_path / "machine"))
     again.fetch()
-    assert steps_in(again.folder) == [2, 4]
+    assert saved_steps(again.folder) == [2, 4]
     again.close_after(None)
     assert steps_stored(url) == [2, 4]
 
