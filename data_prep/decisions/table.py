@@ -249,7 +249,7 @@ def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
         )
     for below, suffix in ((("parts",), SUFFIX), ((FOLDER,), ".parquet"), ((), SUFFIX)):
         where = files.join(folder, *below)
-        present = files.list_names(where, lambda name, suffix=suffix: name.endswith(suffix))
+        present = files.list_names(where, suffix)
         # Parts stand in the order of their inputs, not in that of their names.
         ordered = [entry["name"] + suffix for entry in read_manifest(where)]
         if present and not ordered and suffix == SUFFIX:

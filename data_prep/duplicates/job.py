@@ -147,7 +147,7 @@ def _scan(
     options: Mapping[str, Any],
 ) -> Failures:
     where = files.join(folder, scan.FOLDER)
-    present = set(files.list_names(where, lambda name: name.endswith(shards.STATS_SUFFIX)))
+    present = set(files.list_names(where, shards.STATS_SUFFIX))
     pending = [unit for unit in mine if os.path.basename(unit.stats_path) not in present]
     logging.info("%d units, %d of them done before", len(mine), len(mine) - len(pending))
     shards.remove_temporary_files(where, [os.path.basename(unit.output) for unit in mine])

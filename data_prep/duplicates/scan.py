@@ -131,7 +131,7 @@ def reject_or_remove_stale(
     """
     shards.forget_linked()  # as an earlier run of this process saw them
     where, ending = files.join(folder, FOLDER), shards.STATS_SUFFIX
-    present = files.list_names(where, lambda name: _OURS.fullmatch(name) is not None)
+    present = files.list_names(where, wanted=_OURS.fullmatch)
     scanned = {name.removesuffix(ending) for name in present if name.endswith(ending)}
     own = {os.path.basename(unit.output) for unit in units}
     there = [unit for unit in units if os.path.basename(unit.output) in scanned]

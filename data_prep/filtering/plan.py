@@ -198,11 +198,8 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
         ValueError: something has changed, and it is not to be overwritten.
     """
     shards.forget_linked()  # as an earlier run of this process saw them
-    present = {
-        name
-        for name in files.list_names(job.parts_folder)
-        if name.endswith((STATS_SUFFIX, FAILED_SUFFIX)) and not name.startswith(".")
-    }
+    listed = files.list_names(job.parts_folder, (STATS_SUFFIX, FAILED_SUFFIX))
+    present = {name for name in listed if not name.startswith(".")}
     done, changed = _compare(job, present)
     names = {os.path.basename(task.output) for task in job.tasks} if present else set()
     finished = [n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)]
@@ -251,7 +248,7 @@ def read_written(job: Job) -> dict[str, Any] | None:
     merged = files.read_object(files.join(job.folder, shards.MERGED_STATS))
     if merged is None or merged.get("output_id") != job.output_id:
         return None
-    failed = files.list_names(job.parts_folder, lambda name: name.endswith(FAILED_SUFFIX))
+    failed = files.list_names(job.parts_folder, FAILED_SUFFIX)
     return merged if len(failed) == len(merged.get("failed", ())) else None
 
 

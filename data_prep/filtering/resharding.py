@@ -298,7 +298,7 @@ def _index_old_shards(parts: Sequence[Part], folder: str) -> dict[str, list[tupl
     """Output of a part -> its records in whole old output shards: number of the first, where."""
     known = {os.path.basename(task.output): (task.output, stats) for task, stats in parts}
     found: dict[str, list[tuple[int, Slice]]] = collections.defaultdict(list)
-    for name in files.list_names(folder, lambda name: name.endswith(STATS_SUFFIX)):
+    for name in files.list_names(folder, STATS_SUFFIX):
         path = files.join(folder, name.removesuffix(STATS_SUFFIX))
         if kind_of(path) not in _COPIED_FORMATS:
             continue
@@ -361,5 +361,5 @@ def remove_outputs(folder: str, names: Collection[str]) -> None:
 def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
     """Removes the records of parts; the statistics of how they were done stay."""
     wanted = {os.path.basename(task.output) + end for task in tasks for end in _OF_RECORDS}
-    for name in files.list_names(folder, wanted.__contains__):
+    for name in files.list_names(folder, wanted=wanted.__contains__):
         files.remove(files.join(folder, name))

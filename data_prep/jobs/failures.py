@@ -125,7 +125,7 @@ def survey(
     """
     known = dict(known or {})
     folder = tasks[0].output.rpartition("/")[0] if tasks else ""
-    present = set(files.list_names(folder, lambda n: n.endswith((STATS_SUFFIX, FAILED_SUFFIX))))
+    present = set(files.list_names(folder, (STATS_SUFFIX, FAILED_SUFFIX)))
     there, failed_tasks, waiting, changed = [], [], [], []
     for task in tasks:
         name = os.path.basename(task.output)
@@ -152,7 +152,7 @@ def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
     if not tasks:
         return {}
     folder = tasks[0].output.rpartition("/")[0]
-    present = set(files.list_names(folder, lambda name: name.endswith(STATS_SUFFIX)))
+    present = set(files.list_names(folder, STATS_SUFFIX))
     there = [task for task in tasks if os.path.basename(task.stats_path) in present]
     found = [
         (task, trim_stats(stats))
@@ -201,7 +201,7 @@ def run_noting_failures(
     if not pending:
         return Failures()
     folder = pending[0].output.rpartition("/")[0]
-    notes = set(files.list_names(folder, lambda name: name.endswith(FAILED_SUFFIX)))
+    notes = set(files.list_names(folder, FAILED_SUFFIX))
     for task in pending if notes else ():
         if os.path.basename(task.output) + FAILED_SUFFIX in notes:
             files.remove(task.output + FAILED_SUFFIX)

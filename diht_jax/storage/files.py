@@ -245,7 +245,7 @@ def remove_temporary_files(folder: str, wanted: Callable[[str], bool]) -> None:
     """
     if is_remote(folder):
         return
-    for name in list_names(folder, _TEMPORARY.fullmatch):
+    for name in list_names(folder, wanted=_TEMPORARY.fullmatch):
         found = _TEMPORARY.fullmatch(name)
         if found and wanted(found[1]):
             remove(join(folder, name))
@@ -266,22 +266,26 @@ def upload(path: str | os.PathLike[str], url: str) -> None:
     _call(url, lambda system, name: system.put_file(os.fspath(path), name), "written")
 
 
-def list_names(folder: str, wanted: Callable[[str], object] = bool) -> list[str]:
+def list_names(
+    folder: str, ending: str | tuple[str, ...] = "", wanted: Callable[[str], object] = bool
+) -> list[str]:
     """Names of the files in a folder, sorted, hidden ones too; none where it is missing.
 
-    Only those that are `wanted`: of a large folder the others take no memory.
+    Only those with an ending that are `wanted`: of a large folder the others take no memory.
     """
 
     def look() -> list[str]:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if wanted(e.name) and e.is_file())
+            names = (e.name for e in entries if e.name.endswith(ending) and e.is_file())
+            return sorted(filter(wanted, names))
 
     if not is_remote(folder):
         try:
             return retry(look, folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
-    return sorted(name for name, _ in _list_remote(folder) if wanted(name))
+    names = (name for name, _ in _list_remote(folder) if name.endswith(ending))
+    return sorted(filter(wanted, names))
 
 
 def list_sizes(folder: str, wanted: Callable[[str], bool] = bool) -> dict[str, int]:
