@@ -45,7 +45,7 @@ from diht_jax.records.schema import Pair
 from diht_jax.records.shard_files import kind_of
 from diht_jax.records.tars import DamagedTarError
 from diht_jax.storage import files
-from diht_jax.storage.files import check_writable
+from diht_jax.storage.locks import check_writable
 from diht_jax.storage.stores import StorageError, check_ordinary, is_missing, is_remote
 
 COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")

@@ -22,7 +22,7 @@ from diht_jax import command_line, distributed
 from diht_jax.evaluation.embedding.entries import Processes
 from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source
 from diht_jax.evaluation.embedding.inputs import list_inputs, refuse_unusable
-from diht_jax.storage.files import check_writable
+from diht_jax.storage.locks import check_writable
 from diht_jax.storage.stores import is_remote
 
 

@@ -27,9 +27,10 @@ from data_prep.steps.base import Candidate, Step
 from diht_jax.readers.base import ColumnOptions, Skipped, SourceShard, find_columns
 from diht_jax.readers.parquet import BadRow, batch_rows, explain_errors, open_parquet
 from diht_jax.readers.registry import list_shards
-from diht_jax.records.samples import clean_text, parse_columns, parse_json_object, pick_captions
+from diht_jax.records.samples import clean_text, parse_columns, pick_captions
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
+from diht_jax.storage.files import parse_json_object
 from diht_jax.storage.stores import is_remote, open_file
 
 PARQUET = "parquet"  # the kind of its units

@@ -25,8 +25,9 @@ from diht_jax.readers.base import (
     find_columns,
     make_pair,
 )
-from diht_jax.records.samples import Pair, clean_text, parse_json_object
+from diht_jax.records.samples import Pair, clean_text
 from diht_jax.records.tars import check_expansion
+from diht_jax.storage.files import parse_json_object
 from diht_jax.storage.stores import (
     BLOCK_BYTES,
     RangesFile,

@@ -27,8 +27,8 @@ from diht_jax.readers.base import (
     find_columns,
     make_pair,
 )
-from diht_jax.records.samples import Pair, clean_text, parse_json, parse_json_object
-from diht_jax.storage.files import map_many, read_bytes
+from diht_jax.records.samples import Pair, clean_text
+from diht_jax.storage.files import map_many, parse_json, parse_json_object, read_bytes
 from diht_jax.storage.stores import input_size, is_remote, open_file, read_start
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")

@@ -218,8 +218,9 @@ class DatasetIndex:
         position = _LENGTH.size
         facts = json.loads(head[position : position + json_bytes])
         numbers = [facts[name] for name in ("shards", "records", "anchors", "names_bytes")]
-        if not all(type(number) is int and 0 <= number < _MAX_NUMBER for number in numbers):
-            raise ValueError("a number of its JSON is out of range")
+        for number in numbers:
+            if type(number) is not int or not 0 <= number < _MAX_NUMBER:
+                raise ValueError("a number of its JSON is out of range")
         shards, num_records, anchors, names_bytes = numbers
         position += json_bytes + -json_bytes % 8
         arrays_bytes = 8 * (3 * shards + anchors) + shards + names_bytes

@@ -13,8 +13,6 @@ the only caption. Kinds are left out where all are the usual one.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -41,8 +39,6 @@ MAX_IMAGE_BYTES = 2**28
 # In the metadata, next to `captions`: the kind of each caption.
 CAPTION_KINDS = "caption_kinds"
 USUAL_KIND = "alt"
-
-
 _KIND = re.compile(r"[A-Za-z0-9_-]+")
 # What may end a sentence, with the quotes and brackets that it closes and the space behind it.
 _END = re.compile(
@@ -288,29 +284,3 @@ def add_columns(pair: Pair, columns: Mapping[str, str], kind: str | None = None)
                 kinds.append(its_kind)
     rest = {name: value for name, value in pair.metadata.items() if name not in columns}
     return with_captions(dataclasses.replace(pair, metadata=rest), captions, kinds)
-
-
-def parse_json(data: bytes | str) -> Any:
-    """One JSON value, or a ValueError; NaN and infinity, which JSON lacks, become None."""
-    if isinstance(data, bytes):
-        data = data.decode(json.detect_encoding(data), "surrogatepass")
-    try:
-        return _JSON.decode(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def parse_json_object(data: bytes | str) -> dict[str, Any]:
-    """Like `parse_json`, for an object."""
-    value = parse_json(data)
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON {type(value).__name__}; expected an object")
-    return value
-
-
-def _finite_or_none(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
-
-
-_JSON = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_none)

@@ -36,9 +36,9 @@ from diht_jax.records.samples import (
     SampleError,
     Skipped,
     clean_text,
-    parse_json_object,
     take_caption,
 )
+from diht_jax.storage.files import parse_json_object
 
 KEY = "key"
 IMAGE = "image"

@@ -26,9 +26,9 @@ from diht_jax.records.samples import (
     Pair,
     Skipped,
     clean_text,
-    parse_json_object,
     take_caption,
 )
+from diht_jax.storage.files import parse_json_object
 from diht_jax.storage.stores import check_failure, is_storage_failure, open_file
 
 TEXT_EXTENSIONS = ("txt", "json")

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -126,6 +127,32 @@ def map_many(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """One JSON value, or a ValueError; NaN and infinity, which JSON lacks, become None."""
+    if isinstance(data, bytes):
+        data = data.decode(json.detect_encoding(data), "surrogatepass")
+    try:
+        return _JSON.decode(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def parse_json_object(data: bytes | str) -> dict[str, Any]:
+    """Like `parse_json`, for an object."""
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def _finite_or_none(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+_JSON = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_none)
 
 
 def read_object(path: str) -> dict[str, Any] | None:
@@ -348,27 +375,6 @@ def refuse_url(path: str | os.PathLike[str] | None, name: str) -> None:
             f"{name}={os.fspath(path)}: this is written to local or mounted folders only; write it "
             "to one, and copy it to the store"
         )
-
-
-def check_writable(folder: str, name: str) -> None:
-    """Writes a small file into a folder of a store and removes it.
-
-    Raises:
-        ValueError: the store takes no file: no such bucket, no permission, no writing. Names the
-            flag `name`, such as "--output".
-    """
-    probe = join(folder, ".probe")
-    try:
-        write_bytes(probe, b"")
-        remove(probe)
-    except ValueError:
-        raise
-    except Exception as error:  # a missing bucket, a store that is read only, no credentials
-        raise ValueError(
-            f"{name}='{folder}': nothing can be written there "
-            f"({str(error) or type(error).__name__}); expected a local folder, or one in a bucket "
-            "that exists and may be written to"
-        ) from error
 
 
 def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

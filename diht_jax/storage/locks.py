@@ -97,7 +97,7 @@ def lock_folder(folder: str | os.PathLike[str], flag: str, name: str) -> Generat
     try:
         files.make_folder(folder)
         if is_remote(folder):
-            files.check_writable(folder, flag)
+            check_writable(folder, flag)
         else:
             lock = lock_file(os.path.join(folder, name), wait=False)
     except LockedError as error:
@@ -112,6 +112,27 @@ def lock_folder(folder: str | os.PathLike[str], flag: str, name: str) -> Generat
         ) from error
     with lock:
         yield
+
+
+def check_writable(folder: str, name: str) -> None:
+    """Writes a small file into a folder of a store and removes it.
+
+    Raises:
+        ValueError: the store takes no file: no such bucket, no permission, no writing. Names the
+            flag `name`, such as "--output".
+    """
+    probe = files.join(folder, ".probe")
+    try:
+        files.write_bytes(probe, b"")
+        files.remove(probe)
+    except ValueError:
+        raise
+    except Exception as error:  # a missing bucket, a store that is read only, no credentials
+        raise ValueError(
+            f"{name}='{folder}': nothing can be written there "
+            f"({str(error) or type(error).__name__}); expected a local folder, or one in a bucket "
+            "that exists and may be written to"
+        ) from error
 
 
 @contextlib.contextmanager

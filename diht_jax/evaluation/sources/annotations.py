@@ -40,11 +40,10 @@ from diht_jax.records.samples import (
     IMAGE_NAMES,
     find_name,
     merge_captions,
-    parse_json_object,
     pick_captions,
 )
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import join
+from diht_jax.storage.files import join, parse_json_object
 
 _CAPTION_FIELDS = (*CAPTION_NAMES, "sentence", "question")
 

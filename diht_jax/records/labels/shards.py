@@ -57,8 +57,6 @@ _HEAD = struct.Struct("<IBB")
 _PROBABILITY = np.dtype("<f2")
 # Name, records, bytes and digest of a record shard, as in a `Fingerprint`.
 ShardIdentity = tuple[str, int, int, str]
-
-
 # Ids and probabilities of one kind of concepts, likeliest first.
 Concepts = tuple[np.ndarray, np.ndarray]
 NO_CONCEPTS: Concepts = (np.zeros(0, np.int32), np.zeros(0, np.float32))
