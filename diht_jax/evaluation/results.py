@@ -170,7 +170,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: st
         width = max(map(len, [head, *cells]))
         lines = [head, "-" * width, *cells]
         columns.append([x.rjust(width) if side == "r" else x.ljust(width) for x in lines])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+    return "\n".join(["  ".join(line).rstrip() for line in zip(*columns, strict=True)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,8 @@ def render(template: str, path: str | os.PathLike[str] | None = None, /, **data:
     Returns:
         The page.
     """
-    page = _environment().get_template(template).render(**data)
+    # `is_page` tells the frame from an import of the macros next to it, which have no variables.
+    page = _environment().get_template(template).render(is_page=True, **data)
     if path is not None:
         path = os.fspath(path)
         files.make_folder(os.path.dirname(path) or ".")

@@ -8,9 +8,8 @@ from diht_jax.pages import render as pages
 
 @pytest.fixture
 def templates(tmp_path, monkeypatch):
-    """A folder with the common templates, and what a test adds."""
-    for name in ("base.html", "parts.html"):
-        (tmp_path / name).write_text((pages.TEMPLATES / name).read_text())
+    """A folder with the common template, and what a test adds."""
+    (tmp_path / "base.html").write_text((pages.TEMPLATES / "base.html").read_text())
     monkeypatch.setattr(pages, "TEMPLATES", tmp_path)
     pages._environment.cache_clear()
     yield tmp_path
@@ -20,7 +19,7 @@ def templates(tmp_path, monkeypatch):
 def test_texts_of_a_page_are_escaped_and_missing_ones_are_an_error(templates):
     """Markup of a caption stays text, in cells, captions and attributes; bars are markup."""
     (templates / "x.html").write_text(
-        '{% extends "base.html" %}{% import "parts.html" as parts %}{% block body %}'
+        '{% extends "base.html" %}{% import "base.html" as parts %}{% block body %}'
         '{{ parts.table(["<b>", "n", ""], [["<u>", 7, bar(0.5, 40)]], bars=1) }}'
         '{{ parts.grid([(none, "<caption>", "\\" onload=x")]) }}{% endblock %}'
     )
