@@ -273,10 +273,9 @@ class Joiner:
         """
         if self._num_parts == 1:
             return self._next_part()
-        join = self._ahead or self._begin()
-        self._ahead = None
+        join, self._ahead = self._ahead or _Join(self), None
         batch = join.result()
-        self._ahead = self._begin()
+        self._ahead = _Join(self)
         return batch
 
     def close(self) -> None:
@@ -285,21 +284,13 @@ class Joiner:
         if join is not None:
             join.stop()
 
-    def _begin(self) -> _Join:
-        return _Join(self._next_part, self._num_parts, self._memory)
-
 
 class _Join(threading.Thread):
     """A batch that is joined from now on."""
 
-    def __init__(
-        self,
-        next_part: Callable[[], dict[str, np.ndarray]],
-        num_parts: int,
-        memory: BatchMemory,
-    ):
+    def __init__(self, joiner: Joiner):
         super().__init__(name="join_batch", daemon=True)
-        self._next_part, self._num_parts, self._memory = next_part, num_parts, memory
+        self._joiner = joiner
         self._wanted, self._stopped = threading.Event(), False
         self._batch: dict[str, np.ndarray] = {}
         self._error: BaseException | None = None
@@ -321,16 +312,17 @@ class _Join(threading.Thread):
         self.join(_END_SECS)
 
     def run(self) -> None:
+        memory = self._joiner._memory
         try:
             # Until somebody waits for it, a batch that finds no room is not begun.
-            while self._memory.is_short() and not self._wanted.wait(_LOOK_SECS):
+            while memory.is_short() and not self._wanted.wait(_LOOK_SECS):
                 pass
-            self._batch = join_parts(self._part, self._num_parts, self._memory)
+            self._batch = join_parts(self._part, self._joiner._num_parts, memory)
         except BaseException as error:
             self._error = error
 
     def _part(self) -> dict[str, np.ndarray]:
-        part = {} if self._stopped else self._next_part()
+        part = {} if self._stopped else self._joiner._next_part()
         if self._stopped:
             raise InterruptedError("the input is closed")
         return part

@@ -230,7 +230,9 @@ class TrainIterator:
                     warn_after_secs *= 2
                     logging.warning("no batch for %.0f s: %s", waited, self._describe_awaited())
         except BaseException:  # a second ^C, too
-            self._abandon()
+            self._abandoned = True  # so that the batch ends with an error in its thread
+            self._stop_reading()
+            workers.kill_workers()
             thread.join(grace_secs)
             raise
         return fetched.result()
@@ -269,12 +271,6 @@ class TrainIterator:
             return f"{text}; they are read in threads of this process"
         number = self._parts_taken % self._num_workers
         return f"{text}, from worker {number} of {self._num_workers}; {workers.describe_workers()}"
-
-    def _abandon(self) -> None:
-        """Gives up the batch that another thread waits for: it ends with an error there."""
-        self._abandoned = True
-        self._stop_reading()
-        workers.kill_workers()
 
     def close(self) -> None:
         """Ends the workers and deletes their blocks; the next batch starts them again."""

@@ -222,7 +222,9 @@ def eval_transform(
         box = (0, 0, image.width, image.height)
         return crop_to_square(image, box, size, preprocessing.interpolation)
     if size**2 * max(image.size) / min(image.size) > _MAX_SCALED_PIXELS:
-        image = _cut_off_ends(image)
+        # The centre of a long picture, sixteen times as long as wide.
+        left, top = (max(0, (side - 16 * min(image.size)) // 2) for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     width, height = image.size
     if width <= height:
         scaled_width, scaled_height = size, int(size * height / width)
@@ -346,12 +348,6 @@ def normalize(
     factor = (1 / (255 * deviation)).astype(np.float32)
     offset = (np.asarray(mean, np.float64) / deviation).astype(np.float32)
     return (images.astype(np.float32) * factor - offset).astype(dtype)
-
-
-def _cut_off_ends(image: Image.Image) -> Image.Image:
-    """The centre of a long picture, sixteen times as long as wide."""
-    left, top = (max(0, (side - 16 * min(image.size)) // 2) for side in image.size)
-    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def _check_input(image: Image.Image, size: int) -> int:

@@ -135,16 +135,14 @@ def check_writable(folder: str, name: str) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def leader_lock(folder: str) -> Generator[None]:
+def leader_lock(folder: str) -> contextlib.AbstractContextManager[None]:
     """Holds an output folder, local or in a store, for the length of the block.
 
     Jobs of an array that end at the same time merge and describe their output one after the other.
     A process waits for the holder, and logs which one that is. A holder that has died is noticed at
     once; in a store, if it was on another machine, after `EXPIRY_SECS`.
     """
-    with _lead_in_store(folder) if is_remote(folder) else _lead_locally(folder):
-        yield
+    return _lead_in_store(folder) if is_remote(folder) else _lead_locally(folder)
 
 
 @contextlib.contextmanager
