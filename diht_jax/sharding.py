@@ -178,11 +178,6 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
-def partition_specs(tree: Any, mesh: Mesh) -> Any:
-    """The specs of `tree_shardings`, for `jax.shard_map`."""
-    return jax.tree.map(lambda leaf: leaf.spec, tree_shardings(tree, mesh))
-
-
 def path_name(path: Sequence[Any]) -> str:
     """A JAX key path as `a/b/c`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

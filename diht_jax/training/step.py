@@ -215,7 +215,7 @@ def encode_on_mesh(
     Returns:
         What `encode` returns, [N, ...], split over the mesh by rows.
     """
-    specs = functools.partial(sharding.partition_specs, mesh=mesh)
+    split = sharding.tree_shardings((trained, frozen), mesh)
     rows = PartitionSpec(sharding.BATCH_AXES)
     batch_size = next(iter(examples.values())).shape[0]
     count = batch_size // (micro_batch or batch_size)
@@ -233,7 +233,7 @@ def encode_on_mesh(
     return jax.shard_map(
         encode_rows,
         mesh=mesh,
-        in_specs=(specs(trained), specs(frozen), rows),
+        in_specs=(*jax.tree.map(lambda leaf: leaf.spec, split), rows),
         out_specs=rows,
         check_vma=False,
     )(trained, frozen, examples)

@@ -61,7 +61,11 @@ def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
     """
 
     def read() -> list[Task]:
-        tasks = [*parse_config_tasks(config.evaluation.tasks), *validation_tasks(config)]
+        tasks: list[Task] = []
+        if config.evaluation.tasks:
+            tasks += parse_config_tasks(config.evaluation.tasks)
+        if config.data.validation_share:
+            tasks += validation_tasks(config)
         best_metric = config.checkpoint.best_metric
         known = [f"{task.name}/{name}" for task in tasks for name in check_task(task).metrics]
         if best_metric is not None and best_metric not in known:
