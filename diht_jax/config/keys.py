@@ -335,13 +335,10 @@ def check_ranges(
             continue
         value = values[name][0] if name in values else None
         if isinstance(key.default, tuple):
-            if (
-                len(value) != 2
-                or not value[0] <= value[1]
-                or not (value[0] in key.range and value[1] in key.range)
-            ):
+            ends = tuple(value or ())
+            if len(ends) != 2 or not ends[0] <= ends[1] or not all(e in key.range for e in ends):
                 raise ValueError(
-                    f"{prefix}{name}={tuple(value)}: expected two numbers, the lower first, each "
+                    f"{prefix}{name}={ends}: expected two numbers, the lower first, each "
                     f"{key.range}"
                 )
         elif (value is None and not isinstance(key.default, type)) or (

@@ -48,7 +48,6 @@ def test_a_run_that_goes_on_with_other_devices_is_the_run_on_one(config, tmp_pat
     config.total_steps = 13  # of 16: four epochs of 52
     config.optimizer.kind = "muon"
     config.checkpoint.every_steps = 100
-    config.mesh.update(data=1, fsdp=1)
     train(config, tmp_path / "one", devices=jax.devices()[:1])
     straight = seen.copy()
     seen.clear()
@@ -179,7 +178,6 @@ def test_a_run_with_skipped_records_is_resumed_bit_by_bit_and_counts_them(
     config.data.train = str(tmp_path)
     config.data.on_bad_record = "skip"
     config.total_steps = 5  # 80 examples: each of the 52 records once, some of them twice
-    config.mesh.update(data=1, fsdp=1)
     device = jax.devices()[:1]
     straight = train(config, tmp_path / "straight", devices=device)
     for stop in (2, None):
@@ -287,7 +285,6 @@ def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):
     config.model.patch_dropout = 0.5
     config.optimizer.warmup_steps = 1
     config.log_every_steps = 100
-    config.mesh.update(data=1, fsdp=1)
     devices = jax.devices()[:1]
     train(config, tmp_path, stop_after_steps=4, devices=devices)
     assert int(train(config, tmp_path, devices=devices).step) == 5

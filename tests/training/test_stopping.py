@@ -55,7 +55,6 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(tmp_path):
 @pytest.mark.parametrize("signals", [1, 2])
 def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypatch, signals):
     config.total_steps = 6
-    config.mesh.update(data=1, fsdp=1)
     device, take, taken = jax.devices()[:1], Run.next_batch, []
 
     def interrupted(run, stop_request):
@@ -81,7 +80,6 @@ def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypat
 
 def test_a_second_sigterm_does_not_disturb_the_last_save(config, tmp_path, monkeypatch):
     config.total_steps = 6
-    config.mesh.update(data=1, fsdp=1)
     take, close = TrainIterator.__next__, Checkpointer.close
 
     def terminated(iterator):
@@ -101,7 +99,6 @@ def test_a_second_sigterm_does_not_disturb_the_last_save(config, tmp_path, monke
 
 def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch, caplog):
     config.total_steps = 6
-    config.mesh.update(data=1, fsdp=1)
     device, take, end = jax.devices()[:1], TrainIterator.__next__, threading.Event()
     undisturbed = train(config, tmp_path / "undisturbed", devices=device)
     waits = {"poll_secs": 0.01, "warn_after_secs": 0.02, "grace_secs": 0.05}
@@ -173,7 +170,6 @@ def test_a_first_step_that_does_not_fit_is_not_tried_again(
     config, tmp_path, monkeypatch, text, failing_call, status
 ):
     config.total_steps = 6
-    config.mesh.update(data=1, fsdp=1)
     step, calls = Run.run_step, []
 
     def failing(run, *arguments):

@@ -22,7 +22,6 @@ def run(config, squares, tmp_path):
     """Evaluates every other of six steps, on a copy of the squares; its config and a trainer."""
     source = shutil.copytree(squares, tmp_path / "source")
     config.total_steps = 6
-    config.mesh.update(data=1, fsdp=1)
     config.checkpoint.every_steps = 2
     config.checkpoint.keep_last = 1
     config.evaluation.every_steps = 2

@@ -63,7 +63,6 @@ def trained(make_config, tmp_path_factory):
     config, workdir = make_config(), tmp_path_factory.mktemp("runs") / "run"
     config.total_steps = 2
     config.optimizer.warmup_steps = 1
-    config.mesh.update(data=1, fsdp=1)
     config.checkpoint.update(every_steps=1, best_metric="validation/t2i_r10")
     config.evaluation.update(every_steps=1, batch_size=16)
     config.data.update(validation_share=0.3, text_template="a photo of {caption}")

@@ -217,7 +217,6 @@ def test_a_run_that_is_stopped_and_goes_on_accounts_for_all_of_its_time(
     slow_down(monkeypatch, clock, loop.Run, "run_step", 1.0)
     slow_down(monkeypatch, clock, loop.Run, "first_state", 5.0)
     config.total_steps = 5
-    config.mesh.update(data=1, fsdp=1)
     for stop in (2, None):
         loop.train(
             config, tmp_path, stop_after_steps=stop, devices=jax.devices()[:1], began=clock()

@@ -46,7 +46,6 @@ def test_training_is_tracked_with_its_pictures(config, squares, tmp_path, record
     config.optimizer.warmup_steps = 0
     config.trackers = ("recorder",)
     config.tracking.project = "shapes"
-    config.mesh.update(data=1, fsdp=1)
     config.evaluation.tasks = f"colors=retrieval:{squares}?caption_template={{caption}}"
     train(config, tmp_path / "run", devices=jax.devices()[:1])
     [run] = recorder.runs

@@ -46,7 +46,6 @@ def test_a_run_that_loses_its_machine_is_the_undisturbed_one(config, tmp_path, u
     config.total_steps = 6
     config.checkpoint.every_steps = 2
     config.checkpoint.keep_last = 2
-    config.mesh.update(data=1, fsdp=1)
     device = jax.devices()[:1]
     undisturbed = train(config, tmp_path / "undisturbed", devices=device)
 
