@@ -113,7 +113,7 @@ def compare(
     """
     import jax
 
-    from diht_jax.hardware.chips import peak_flops
+    from diht_jax.hardware.chips import find_chip
     from diht_jax.models import get_architecture
     from diht_jax.training.monitoring.throughput import model_flops
 
@@ -134,7 +134,8 @@ def compare(
     medians = {name: statistics.median(values) for name, values in secs.items()}
     best = min((name for name in medians if name != "diht_jax"), key=medians.get)
     flops = model_flops(config, jax.devices()[:1])
-    peak = peak_flops(jax.devices()[0].device_kind)
+    chip = find_chip(jax.devices()[0].device_kind)
+    peak = chip and chip.peak_flops
     return {
         "model": model,
         "dtype": config.model.dtype,

@@ -24,7 +24,7 @@ from configs.common import EXAMPLES_AT_ONCE, shrink
 from diht_jax import sharding
 from diht_jax.compile import compile_step
 from diht_jax.config import load_recipe
-from diht_jax.hardware.chips import peak_flops
+from diht_jax.hardware.chips import find_chip
 from diht_jax.hardware.topologies import LOCAL, get_topology
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import duration_in_steps
@@ -113,7 +113,8 @@ def measure_step(setting: Setting, recipe: str, micro_batches: int = 1) -> dict[
     profile_of = f"{recipe}_{micro_batches}"
     profile = _profile(lambda: run(_PROFILED_STEPS), setting, profile_of)
     median, roofline = statistics.median(secs), report.roofline
-    peak = peak_flops(jax.devices()[0].device_kind)
+    chip = find_chip(jax.devices()[0].device_kind)
+    peak = chip and chip.peak_flops
     return {
         "recipe": recipe,
         "devices": len(devices),

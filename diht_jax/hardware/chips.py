@@ -108,21 +108,16 @@ CHIPS: tuple[Chip, ...] = (
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The row for a `jax.Device.device_kind` (or a short name of the table), or None."""
+    """The row of a kind of device, or None.
+
+    Args:
+        device_kind: of a `jax.Device`, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3", or a short
+            name of the table.
+    """
     for chip in CHIPS:
         if device_kind == chip.name or re.fullmatch(chip.kind, device_kind):
             return chip
     return None
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 peak of one device, in operations per second; None for an unknown kind.
-
-    Args:
-        device_kind: of a `jax.Device`, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
-    """
-    chip = find_chip(device_kind)
-    return chip.peak_flops if chip else None
 
 
 @dataclasses.dataclass(frozen=True)

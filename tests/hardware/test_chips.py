@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from diht_jax.hardware.chips import count_flops, peak_flops
+from diht_jax.hardware.chips import count_flops, find_chip
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,12 @@ from diht_jax.hardware.chips import count_flops, peak_flops
     ],
 )
 def test_peak_of_known_kinds(kind, teraflops):
-    assert peak_flops(kind) == teraflops * 1e12
+    assert find_chip(kind).peak_flops == teraflops * 1e12
 
 
 @pytest.mark.parametrize("kind", ["cpu", "TPU v2", "NVIDIA GeForce GTX 1080", "", "TPU v5 lite+"])
 def test_unknown_kinds_have_no_peak(kind):
-    assert peak_flops(kind) is None
+    assert find_chip(kind) is None
 
 
 M, K, N = 6, 10, 14

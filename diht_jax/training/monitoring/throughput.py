@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from diht_jax.hardware.chips import count_jaxpr_flops, peak_flops
+from diht_jax.hardware.chips import count_jaxpr_flops, find_chip
 from diht_jax.input import workers
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.monitoring.metrics import mean_scalars
@@ -76,8 +76,8 @@ def model_flops(
 
 def mesh_peak_flops(mesh: Mesh) -> float | None:
     """Peak of all devices together in bfloat16 operations per second; None where not known."""
-    peak = peak_flops(mesh.devices.flat[0].device_kind)
-    return None if peak is None else peak * mesh.size
+    chip = find_chip(mesh.devices.flat[0].device_kind)
+    return chip.peak_flops * mesh.size if chip else None
 
 
 def log_flops(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
