@@ -158,9 +158,9 @@ def _digest_of_web() -> str:
         for split in ("train", "val_retrieval", "val_shape")
         for index in range(8)
     ]
-    text = json.dumps(
-        [settings.noise, *({**pair.metadata, "sha256": pair.caption} for pair in pairs)]
-    )
+    texts = [{"key": pair.key, "caption": pair.caption} for pair in pairs]
+    facts = [{**pair.metadata, "sha256": pair.caption} for pair in pairs]
+    text = json.dumps([settings.noise, *map(dict.__or__, texts, facts)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

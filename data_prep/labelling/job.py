@@ -234,7 +234,9 @@ class _Job:
     ) -> Failures:
         """Labels shards, those without embeddings after embedding them; returns what failed."""
         if pending:
-            summary.remove_summary(self.config.output)
+            # What describes the whole folder goes before a shard of it changes.
+            shards.remove_merged(self.config.output)
+            files.remove(files.join(self.config.output, LABELS, INDEX_NAME))
         there = find_finished([task.embedding for task in pending])
         seen = [task for task in pending if task.embedding.output in there]
         unseen = [task for task in pending if task.embedding.output not in there]

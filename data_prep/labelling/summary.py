@@ -28,7 +28,6 @@ from data_prep.teachers.base import TeacherInfo
 from diht_jax.data.index import is_indexable, update_index
 from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.pages.render import render, thumbnail
-from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.dataset_info import write_dataset_info
 from diht_jax.records.formats import open_source
 from diht_jax.records.labels.clip_embeddings import ClipFacts
@@ -47,12 +46,6 @@ _SHOWN = 6  # concepts of a kind under an image
 _LISTED = 40  # concepts at the head and at the tail of a vocabulary
 _MAX_TRIES = 20  # records looked at for each image of the page, until enough are held out
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
-
-
-def remove_summary(folder: str) -> None:
-    """Removes the files that describe the whole folder, before a shard of it changes."""
-    shards.remove_merged(folder)
-    files.remove(files.join(folder, LABELS, INDEX_NAME))
 
 
 def summarize(

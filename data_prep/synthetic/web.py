@@ -28,7 +28,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -36,10 +35,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_prep.example_data.packages import ExamplePair, write_pair_tar
 from data_prep.synthetic import captions, drawing, sampling
 from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
-from diht_jax.storage.files import write_bytes
+from diht_jax.storage.files import remove_temporary_files, write_bytes
 from diht_jax.terminal import ProgressBar
 
 CLEAN = "clean"
@@ -99,18 +99,7 @@ class Settings:
             raise ValueError(f"the shares of noise sum to {sum(self.noise.values()):g}, above 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class SyntheticPair:
-    """One sample of a tar: encoded picture with the ending of its name, caption and json data."""
-
-    key: str
-    image: bytes
-    extension: str
-    caption: str
-    metadata: dict
-
-
-def make_pair(settings: Settings, split: str, index: int) -> SyntheticPair:
+def make_pair(settings: Settings, split: str, index: int) -> ExamplePair:
     """Makes the index-th pair of "train", "val_retrieval", "val_shape" or "val_color"."""
     stream = functools.partial(_stream, settings.seed, split, index)
     if split == _TRAIN:
@@ -119,11 +108,9 @@ def make_pair(settings: Settings, split: str, index: int) -> SyntheticPair:
     else:
         kind = CLEAN
         image, caption, facts = _make_evaluation(stream, settings, split, index)
-    encoded, extension = _encode(stream("encoding"), image)
+    encoded, suffix = _encode(stream("encoding"), image)
     key = f"{split}-{index:08d}"
     metadata = {
-        "key": key,
-        "caption": caption,
         "status": "success",
         "width": image.width,
         "height": image.height,
@@ -131,7 +118,7 @@ def make_pair(settings: Settings, split: str, index: int) -> SyntheticPair:
         "noise": kind,
         **facts,
     }
-    return SyntheticPair(key, encoded, extension, caption, metadata)
+    return ExamplePair(key, suffix, encoded, caption, metadata)
 
 
 def noise_kind(settings: Settings, index: int) -> str:
@@ -211,12 +198,12 @@ def _encode(rng: np.random.Generator, image: Image.Image) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     if rng.random() < _PNG_SHARE:
         image.save(buffer, "PNG", compress_level=3)
-        return buffer.getvalue(), "png"
+        return buffer.getvalue(), ".png"
     image.save(buffer, "JPEG", quality=int(rng.integers(86, 96)))
-    return buffer.getvalue(), "jpg"
+    return buffer.getvalue(), ".jpg"
 
 
-def _make_chunk(settings: Settings, chunk: tuple[str, range]) -> list[SyntheticPair]:
+def _make_chunk(settings: Settings, chunk: tuple[str, range]) -> list[ExamplePair]:
     split, indices = chunk
     return [make_pair(settings, split, index) for index in indices]
 
@@ -269,6 +256,7 @@ def write_dataset(
         text = "".join(f"{template}\n" for template in templates)
         write_bytes(output / f"{split}{TEMPLATES_SUFFIX}", text.encode())
     plan = {k: v for k, v in planned_tars(settings).items() if not (output / k).exists()}
+    remove_temporary_files(str(output), plan.__contains__)  # of an interrupted run
     total = sum(len(indices) for _, indices in plan.values())
     # One stream over all tars keeps the workers busy across the borders of tars.
     chunks = [
@@ -280,8 +268,14 @@ def write_dataset(
     pairs = itertools.chain.from_iterable(made)
     with ProgressBar(total=total, unit="pair", desc="synthetic web") as progress:
         for name, (_, indices) in plan.items():
-            _write_tar(output / name, itertools.islice(pairs, len(indices)), progress)
+            write_pair_tar(output / name, _count(itertools.islice(pairs, len(indices)), progress))
     return manifest["counts"]
+
+
+def _count(pairs: Iterable[ExamplePair], progress: ProgressBar) -> Iterator[ExamplePair]:
+    for pair in pairs:
+        yield pair
+        progress.update()
 
 
 def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
@@ -316,21 +310,3 @@ def map_in_processes(
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as executor:
         yield from executor.map(function, tasks)
-
-
-def _write_tar(path: pathlib.Path, pairs: Iterable[SyntheticPair], progress: ProgressBar) -> None:
-    """Writes one tar under a temporary name and renames it when it is whole."""
-    temporary = path.with_suffix(".tar.tmp")
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for pair in pairs:
-            members = {
-                pair.extension: pair.image,
-                "txt": pair.caption.encode(),
-                "json": json.dumps(pair.metadata).encode(),
-            }
-            for extension, data in members.items():
-                member = tarfile.TarInfo(f"{pair.key}.{extension}")  # Time and owner stay 0.
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-            progress.update()
-    temporary.rename(path)

@@ -121,7 +121,11 @@ def caption_matches(
     if weigh_words:
         return weigh_texts([(text, 1.0) for text in spotted_texts], (), caption, min_chars)
     folded = fold_text(caption)
-    return any(_shares_run(fold_text(spotted), folded, min_chars) for spotted in spotted_texts)
+    for text in map(fold_text, spotted_texts):
+        starts = range(len(text) - min_chars + 1)
+        if any(text[start : start + min_chars] in folded for start in starts):
+            return True
+    return False
 
 
 def shares_misread_run(spotted_texts: Iterable[str], caption: str, min_chars: int) -> bool:
@@ -143,11 +147,6 @@ def can_match(caption: str, min_chars: int = 5) -> bool:
         if length >= min_chars:
             return True
     return False
-
-
-def _shares_run(spotted: str, caption: str, length: int) -> bool:
-    starts = range(len(spotted) - length + 1)
-    return any(spotted[start : start + length] in caption for start in starts)
 
 
 def _has_misread_run(spotted: str, caption: str, length: int) -> bool:

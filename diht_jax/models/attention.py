@@ -82,10 +82,16 @@ def attention_implementation(
     kernel = choice
     if choice == "auto":
         kernel = "pallas" if target.platform == "tpu" else "cudnn"
-    if kernel == "pallas":
-        obstacle = _pallas_obstacle(dtype, head_dim, target, num_tokens, num_heads)
-    else:
+    if kernel == "cudnn":
         obstacle = _cudnn_obstacle(dtype, head_dim, target)
+    elif target.platform != "tpu":
+        obstacle = f"it needs a TPU, and the device is {target.device_kind}"
+    elif num_tokens is None or num_heads is None:
+        obstacle = "it needs a fixed number of tokens"
+    else:
+        obstacle = short_attention_obstacle(
+            dtype, num_tokens, num_heads, head_dim, target.device_kind
+        )
     if choice == "auto" and kernel == "pallas" and jnp.dtype(dtype) != jnp.bfloat16:
         # Its products in float32 are exact, and take six times as long as XLA's on a TPU.
         return "xla"
@@ -120,21 +126,6 @@ def _cudnn_obstacle(dtype: DTypeLike, head_dim: int, target: Target) -> str | No
     if head_dim > widest or head_dim % 8:
         return f"it needs heads of a multiple of 8 up to {widest} wide, and they are {head_dim}"
     return None
-
-
-def _pallas_obstacle(
-    dtype: DTypeLike,
-    head_dim: int,
-    target: Target,
-    num_tokens: int | None,
-    num_heads: int | None,
-) -> str | None:
-    """Why the kernel for TPUs cannot run, or None."""
-    if target.platform != "tpu":
-        return f"it needs a TPU, and the device is {target.device_kind}"
-    if num_tokens is None or num_heads is None:
-        return "it needs a fixed number of tokens"
-    return short_attention_obstacle(dtype, num_tokens, num_heads, head_dim, target.device_kind)
 
 
 def attend(

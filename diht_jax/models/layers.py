@@ -231,19 +231,16 @@ def checkpointed(
         scanned: `run` is the body of a scan, where the compiler has no chance to merge the second
             computation with the first.
     """
-    return jax.checkpoint(run, policy=_policy(name), prevent_cse=not scanned)
-
-
-def _policy(name: str) -> Callable[..., Any]:
     check_remat(name)
     policies = jax.checkpoint_policies
-    return {
+    policy = {
         "none": _save_what_costs,
         # By name: a policy does not see into the linear layers' own differentiation rule.
         "dots": policies.save_only_these_names(LINEAR_OUT),
         "minimal": policies.save_only_these_names(QKV, ATTENTION_OUT, KERNEL_OUT),
         "full": policies.nothing_saveable,
     }[name]
+    return jax.checkpoint(run, policy=policy, prevent_cse=not scanned)
 
 
 def _save_what_costs(primitive: Any, *_, **params) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from diht_jax.config.checks import nearest_name
@@ -96,7 +96,9 @@ class Architecture:
         for field, choices in CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
-                raise ValueError(f"{field} '{value}': expected {_either(choices)}")
+                *first, last = filter(None, choices)
+                expected = f"{', '.join(first)} or {last}"
+                raise ValueError(f"{field} '{value}': expected {expected}")
         if self.image_size < self.patch_size or (
             self.class_token and self.image_size % self.patch_size
         ):
@@ -107,9 +109,6 @@ class Architecture:
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
                 raise ValueError(f"{tower}_width {width} is no multiple of {tower}_heads {heads}")
-        self._check_image_tower()
-
-    def _check_image_tower(self) -> None:
         pool_heads, width = self.vision_pool_heads, self.vision_width
         if pool_heads is None and (not self.class_token or self.rotary_grid is not None):
             field = "rotary_grid" if self.class_token else "class_token=False"
@@ -151,11 +150,6 @@ def _check_value(field: str, value: Any) -> None:
         expected = kind.__name__
     if expected:
         raise ValueError(f"{field}={value!r:.80}: expected {expected}")
-
-
-def _either(choices: Sequence[str | None]) -> str:
-    *first, last = (name for name in choices if name is not None)
-    return f"{', '.join(first)} or {last}"
 
 
 # What SigLIP (arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786) have otherwise than CLIP.

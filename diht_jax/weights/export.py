@@ -132,7 +132,10 @@ def _make_configs(format: str, model: ModelFiles, dtype: str) -> dict[str, dict[
     # Facts about the tokenizer, of which these formats have no files.
     facts: dict[str, Any] = {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
     if model.tokenizer is not None:
-        config["model_cfg"]["text_cfg"] |= tokenizer_file.make_cleaning(model.tokenizer)
+        clean = model.tokenizer.clean
+        clean = "whitespace" if clean == "none" else clean
+        names = {"hf_tokenizer_name": "in this folder", "tokenizer_kwargs": {"clean": clean}}
+        config["model_cfg"]["text_cfg"] |= names
     elif model.has_tokenizer and arch.vocab_size >= SMALLEST_VOCAB:
         used = check_vocab_size(arch.vocab_size)
         facts |= {

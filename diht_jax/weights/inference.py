@@ -318,16 +318,13 @@ class LoadedModel:
         """Parts of the rows, on the devices; the last one is padded."""
         for start in range(0, len(inputs), self._batch_size):
             chunk = inputs[start : start + self._batch_size]
-            padding = self._padded_size(len(chunk)) - len(chunk)
+            # To a power-of-two multiple of the devices: few shapes, so few compilations.
+            size = self._num_devices
+            while size < len(chunk):
+                size *= 2
+            padding = min(size, self._batch_size) - len(chunk)
             padded = np.pad(chunk, [(0, padding)] + [(0, 0)] * (chunk.ndim - 1))
             # By global index: with several processes each puts the rows of its own devices.
             yield jax.make_array_from_callback(
                 padded.shape, self._batch_sharding, lambda index, rows=padded: rows[index]
             )
-
-    def _padded_size(self, size: int) -> int:
-        """The next power-of-two multiple of the devices: few shapes, so few compilations."""
-        padded = self._num_devices
-        while padded < size:
-            padded *= 2
-        return min(padded, self._batch_size)

@@ -17,7 +17,7 @@ import jax
 
 from diht_jax.pages.render import render
 from diht_jax.records.train_data import TrainSource, find_inputs, parse_train
-from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
+from diht_jax.records.vocabulary import Vocabulary, find_train_vocabulary
 from diht_jax.storage.files import read_object
 from diht_jax.weights.source import ModelFiles
 
@@ -65,7 +65,12 @@ def model_card(
         config = json.loads(model.config.to_json_best_effort())
         data = config["data"]["train"], config["data"].get("labels")
         results = [*_read_run_results(pathlib.Path(model.path), model.step), *results]
-    concepts = _read_concepts(*data) if model.heads else None
+    concepts = []
+    for part in (_read_concepts(*data) if model.heads else None) or ():
+        order = sorted(range(len(part)), key=lambda number: -part.counts[number])
+        names = ", ".join(part.names[number] for number in order[:_SHOWN_CONCEPTS])
+        more = " ..." if len(part) > _SHOWN_CONCEPTS else ""
+        concepts.append(f"{part.kind} ({len(part):,}): {names}{more}")
     fields = [(field, v) for field, v in dataclasses.asdict(model.arch).items() if v is not None]
     return render(
         "model_card.md",
@@ -85,7 +90,7 @@ def model_card(
         members=[(f"`{member}`", f"{weight:g}") for member, weight in members],
         recipe=[] if config is None else _recipe_rows(model, config),
         data=_read_data_facts(*data),
-        concepts=[f"{p.kind} ({len(p):,}): {_most_frequent(p)}" for p in concepts or ()],
+        concepts=concepts,
         results=[
             (source, metric, f"{value:.4g}" if isinstance(value, float) else value)
             for source, metrics in results
@@ -186,9 +191,3 @@ def _recipe_rows(model: ModelFiles, config: Mapping[str, Any]) -> list[tuple[str
         rows += [(f"{section}.{key}", value) for key, value in config.get(section, {}).items()]
     rows.append(("seed", config["seed"]))
     return [row for row in rows if row[1] is not None]
-
-
-def _most_frequent(part: ConceptList) -> str:
-    order = sorted(range(len(part)), key=lambda number: -part.counts[number])
-    names = [part.names[number] for number in order[:_SHOWN_CONCEPTS]]
-    return ", ".join(names) + (" ..." if len(part) > _SHOWN_CONCEPTS else "")

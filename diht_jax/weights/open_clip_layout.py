@@ -146,7 +146,19 @@ def make_config(
         whole["custom_text"] = True
     if has_timm and logit_bias is not None:
         whole["init_logit_bias"] = logit_bias
-    whole["vision_cfg"] = (_make_timm_vision if has_timm else _make_vision)(arch)
+    vision: dict[str, Any] = {"image_size": arch.image_size}
+    if has_timm:
+        name = tower_name(arch)
+        vision |= {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map"}
+        vision["timm_proj"] = projection_name(TOWERS[name])
+    else:
+        clip_layout.check_is_clip(arch)
+        vision |= {
+            "patch_size": arch.patch_size,
+            "head_width": arch.vision_width // arch.vision_heads,
+            **_make_tower(arch, "vision", arch.activation),
+        }
+    whole["vision_cfg"] = vision
     text = {
         "context_length": arch.context_length,
         "vocab_size": arch.vocab_size,
@@ -177,27 +189,6 @@ def _make_tower(arch: Architecture, tower: str, activation: str) -> dict[str, An
     if activation == "gelu_tanh":
         settings["act_kwargs"] = {"approximate": "tanh"}
     return settings
-
-
-def _make_vision(arch: Architecture) -> dict[str, Any]:
-    clip_layout.check_is_clip(arch)
-    return {
-        "image_size": arch.image_size,
-        "patch_size": arch.patch_size,
-        "head_width": arch.vision_width // arch.vision_heads,
-        **_make_tower(arch, "vision", arch.activation),
-    }
-
-
-def _make_timm_vision(arch: Architecture) -> dict[str, Any]:
-    name = tower_name(arch)
-    return {
-        "image_size": arch.image_size,
-        "timm_model_name": name,
-        "timm_model_pretrained": False,
-        "timm_pool": "map",
-        "timm_proj": projection_name(TOWERS[name]),
-    }
 
 
 def describe(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:

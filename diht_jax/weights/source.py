@@ -129,7 +129,9 @@ def read_weights(
         ValueError: nothing to read, a file that is damaged or could run code, parameters that are
             missing, unknown or of another shape (all are listed), settings our model lacks.
     """
-    found = _find_model(os.fspath(path))
+    name = os.fspath(path)
+    address = name if os.path.exists(name) else HUB_MODELS.get(name, name)
+    found = download(address, choose_files) if is_hub_name(address) else locate_weights(name)
     file = find_weight_file(found) if found.is_dir() else found
     folder, fields = file.parent, architecture or {}
     tensors = read_tensors(file)
@@ -181,12 +183,6 @@ def _convert(
     if open_clip_layout.is_timm(arch) and LOGIT_BIAS in tensors and tensors[LOGIT_BIAS].size == 1:
         loss_scalars[LOGIT_BIAS] = float(tensors.pop(LOGIT_BIAS).astype(np.float32).item())
     return from_layout(tensors, layout, clip_layout.our_shapes(arch), where), loss_scalars
-
-
-def _find_model(name: str) -> pathlib.Path:
-    """The files of a model, fetched where they are not here."""
-    address = name if os.path.exists(name) else HUB_MODELS.get(name, name)
-    return download(address, choose_files) if is_hub_name(address) else locate_weights(name)
 
 
 def _infer_architecture(

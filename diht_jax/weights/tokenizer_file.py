@@ -177,12 +177,6 @@ def read_cleaning(text: Mapping[str, Any], path: str) -> str | None:
     return clean if has_other else None
 
 
-def make_cleaning(made: FileTokenizer) -> dict[str, Any]:
-    """Settings in "text_cfg" of a tokenizer whose files are in the same folder."""
-    clean = "whitespace" if made.clean == "none" else made.clean
-    return {"hf_tokenizer_name": "in this folder", "tokenizer_kwargs": {"clean": clean}}
-
-
 def pieces(vocab_size: int) -> list[str]:
     """The vocabulary by id, with the markers as transformers calls them."""
     return [*tokenizer.vocabulary(vocab_size)[:-2], START_OF_TEXT, END_OF_TEXT]

@@ -10,7 +10,9 @@ import sys
 import fsspec
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
+from data_prep.filter import run_filter
 from data_prep.label import run_label
 from data_prep.labelling.config import default_config
 from data_prep.labelling.tasks import plan_outputs
@@ -18,8 +20,9 @@ from diht_jax.readers.registry import SourceShard
 from diht_jax.records.formats import open_source
 from diht_jax.records.labels.shards import open_labels
 from diht_jax.records.schema import CONCEPT_FIELDS
-from diht_jax.records.vocabulary import find_train_vocabulary, read_vocabulary
-from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, read_records
+from diht_jax.records.train_data import open_records
+from diht_jax.records.vocabulary import find_train_vocabulary, find_vocabulary, read_vocabulary
+from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, read_records
 from tests.data_prep.labelling.pictures import (
     NUM_IMAGES,
     REPOSITORY,
@@ -183,3 +186,32 @@ def test_actors_of_a_cluster_write_the_same_bytes(work, label_shards, tmp_path, 
         for folder in ("out", "shared"):
             found = tmp_path / folder / path.relative_to(label_shards)
             assert found.read_bytes() == path.read_bytes()
+
+
+def _label(work, source, output, **changes):
+    return label_config(source, output, heads__load=str(work / "labelled"), **changes)
+
+
+@pytest.mark.parametrize("name", ["array_record", "webdataset"])
+def test_labels_are_those_of_tfrecords(work, tmp_path, name):
+    config = job_config(str(work / "t.jsonl"), tmp_path / "kept", concepts=True, output_format=name)
+    assert run_filter(config) == {}
+    config = _label(work, tmp_path / "kept", tmp_path / "out", output_format="array_record")
+    assert run_label(config) == {}
+    found, expected = open_records(str(tmp_path / "out")), open_records(str(work / "labelled"))
+    assert found.paths[0].endswith("pairs-train-00000.array_record") and len(found) == NUM_IMAGES
+    for number in range(NUM_IMAGES):
+        one, other = found.decode(found[number]), expected.decode(expected[number])
+        np.testing.assert_array_equal(one.object_ids, other.object_ids)
+        np.testing.assert_array_equal(one.attribute_probs, other.attribute_probs)
+        assert one.image == other.image
+        if name == "array_record":
+            assert found[number] == expected[number]
+    assert find_vocabulary(str(tmp_path / "out")) == find_vocabulary(str(work / "labelled"))
+    builder = tfds.builder_from_directory(tmp_path / "out")
+    source = builder.as_data_source(split="train", decoders={"image": tfds.decode.SkipDecoding()})
+    assert len(source[7]["concepts"]) == 2 + 5 * 6
+    # Nothing is done twice.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.array_record")}
+    assert run_label(config) == {}
+    assert before == {path: path.stat().st_mtime_ns for path in before}

@@ -13,11 +13,13 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_prep.example_data.packages import ExamplePair
 from data_prep.synthetic import captions as synthetic_captions
 from data_prep.synthetic import sampling, web
 from data_prep.synthetic.scenes import COLORS, PAIR_RELATIONS
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax.evaluation.protocols.base import parse_templates
+from diht_jax.storage.files import temporary_path
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 SMALL = web.Settings(num_pairs=50, seed=3, pairs_per_tar=20, num_retrieval=8, num_classification=24)
@@ -43,7 +45,7 @@ PHRASES = {
 
 
 @pytest.fixture(scope="module")
-def pairs() -> dict[str, list[web.SyntheticPair]]:
+def pairs() -> dict[str, list[ExamplePair]]:
     """The first 400 pairs of the default settings, by kind."""
     found = collections.defaultdict(list)
     for index in range(400):
@@ -114,8 +116,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     before = hashes(tmp_path)
     kept = tmp_path / "train-00000.tar"
     time_of_kept = kept.stat().st_mtime_ns
-    (tmp_path / "train-00001.tar").rename(tmp_path / "train-00001.tar.tmp")
-    (tmp_path / "train-00001.tar.tmp").write_bytes(b"half a tar")
+    half = temporary_path(tmp_path / "train-00001.tar")
+    (tmp_path / "train-00001.tar").rename(half)
+    half.write_bytes(b"half a tar")
     web.write_dataset(settings, tmp_path, workers=1)
     assert hashes(tmp_path) == before
     assert kept.stat().st_mtime_ns == time_of_kept
