@@ -105,8 +105,7 @@ def _load_model() -> Any:
     given = flags.FLAGS
     if given.serve and jax.process_count() > 1:
         raise ValueError("--serve answers on one host: start it there when the index is made")
-    options = command_line.model_options()
-    model = load_model(given.model, **options, batch_size=given.batch_size)
+    model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
     check_same_step(model.step)
     return model
 
@@ -119,13 +118,10 @@ def _search_source(model: Any, shards: list[Any], queries: list[str]) -> None:
 
     given = flags.FLAGS
     is_first = distributed.is_first()
+    batching = Batching(given.batch_size, given.num_threads, is_first, Processes.of_job())
+    count, template = given.num_matches, given.caption_template
     result = search_pictures(
-        model,
-        shards,
-        queries,
-        count=given.num_matches,
-        template=given.caption_template,
-        batching=Batching(given.batch_size, given.num_threads, is_first, Processes.of_job()),
+        model, shards, queries, count=count, template=template, batching=batching
     )
     if not is_first:
         return

@@ -39,9 +39,8 @@ class SuiteEntry:
         metrics: the first is the one that DiHT, or DataComp, reports.
         numbers: how many of the 29 it gives; 0 outside of the suite.
         datacomp: its key in DataComp's `tasklist.yml`, such as "vtab/dtd".
-        templates: of the prompts, as `prompts.parse_templates` takes them; the kind's own where
-            None.
-        class_names: as `prompts.read_class_names` takes them; they come with the data where None.
+        templates: of the prompts, as `base.parse_templates` takes them; the kind's own where None.
+        class_names: as `base.read_class_names` takes them; they come with the data where None.
         tfds_class_names: better ones for a TFDS source, in the order of its labels.
         source_options: of the source.
         options: of the protocol, where they differ from its own.

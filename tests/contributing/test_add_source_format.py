@@ -9,7 +9,8 @@ import pytest
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from diht_jax import load_model
-from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source, list_inputs
+from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
+from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.evaluation.embedding.search import search_pictures
 from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.tasks import evaluate_task, parse_tasks

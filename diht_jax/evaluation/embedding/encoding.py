@@ -90,7 +90,7 @@ class EncodedImages:
     Attributes:
         image_emb: float32 [n, d], L2-normalised.
         notes: n values, what `describe` returned for each usable pair.
-        dropped: reason -> number of entries left out: "image_" + a reason of `data.images.decode`,
+        dropped: reason -> number of entries left out: "image_" + the reason of an `ImageError`,
             reason of a `Skipped` entry or an `UnusablePair`.
         dropped_keys: keys of the first few of them.
         seconds: wall time of reading, decoding and encoding together.

@@ -70,7 +70,7 @@ def search_pictures(
 
     Args:
         model: a `LoadedModel`, or anything with the same methods.
-        shards: of `files.list_inputs`.
+        shards: of `inputs.list_inputs`.
         queries: texts; one that occurs twice counts once.
         count: matches a query, or all pictures where there are fewer.
         template: prompt around a query, such as "a photo of {caption}.".

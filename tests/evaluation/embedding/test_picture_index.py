@@ -20,8 +20,8 @@ from PIL import Image
 from diht_jax.evaluation.embedding import index_update
 from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.embedding.entries import Processes
-from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.index_update import update_index
+from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.evaluation.embedding.picture_index import PictureIndex
 from diht_jax.evaluation.embedding.search import is_own_host, make_server
 from tests import make

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.embedding.files import list_inputs
+from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.evaluation.embedding.search import (
     draw_matches,
     format_matches,

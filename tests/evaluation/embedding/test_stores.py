@@ -6,7 +6,8 @@ import fsspec
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import Batching
-from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source, list_inputs
+from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
+from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
