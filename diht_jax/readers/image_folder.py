@@ -48,7 +48,7 @@ class FolderOptions:
     split: str | None = None  # sub-folder that is read in place of the folder, such as "train"
 
 
-def refuse_splits(root: str, names: Collection[str]) -> None:
+def _refuse_splits(root: str, names: Collection[str]) -> None:
     """Raises FolderLayoutError where all sub-folders with pictures have names of splits."""
     if names and all(name.lower() in _SPLITS for name in names):
         raise FolderLayoutError(
@@ -76,7 +76,7 @@ def list_sample_shards(root: str) -> list[SourceShard]:
             shards.append(SourceShard("caption_files", folder, start, stop, {"below_root": below}))
     if not has_captions:
         return []
-    refuse_splits(root, below_root)
+    _refuse_splits(root, below_root)
     return shards
 
 
@@ -145,7 +145,7 @@ def check_classes(root: str, pictures: Iterable[Sequence[str]]) -> bool:
         raise FolderLayoutError(
             f"folder '{root}': '{'/'.join(deep)}' is deeper than CLASS/PICTURE; {hint}"
         )
-    refuse_splits(root, names)
+    _refuse_splits(root, names)
     return bool(names)
 
 

@@ -37,7 +37,7 @@ CAPTION_NAMES = ("txt", "caption", "captions", "text", "title", "description")
 MAX_IMAGE_BYTES = 2**28
 
 # In the metadata, next to `captions`: the kind of each caption.
-CAPTION_KINDS = "caption_kinds"
+_CAPTION_KINDS = "caption_kinds"
 USUAL_KIND = "alt"
 _KIND = re.compile(r"[A-Za-z0-9_-]+")
 # What may end a sentence, with the quotes and brackets that it closes and the space behind it.
@@ -137,13 +137,13 @@ def merge_captions(
     merged = {name: value for name, value in metadata.items() if name != "captions"}
     if len(captions) > 1:
         merged["captions"] = captions
-    kinds = merged.get(CAPTION_KINDS)
+    kinds = merged.get(_CAPTION_KINDS)
     texts = captions if stated is None else stated
     texts = texts if isinstance(texts, list | tuple) else [texts]
     if isinstance(kinds, list) and len(kinds) == len(texts):  # what does not fit stays as it is
         named = [(clean_text(t), k) for t, k in zip(texts, kinds, strict=True) if type(t) is str]
         kind_of = dict(reversed(named))
-        merged[CAPTION_KINDS] = [kind_of.get(text, USUAL_KIND) for text in captions]
+        merged[_CAPTION_KINDS] = [kind_of.get(text, USUAL_KIND) for text in captions]
     return merged
 
 
@@ -207,7 +207,7 @@ def all_captions(pair: Pair) -> list[str]:
 def caption_kinds(pair: Pair) -> list[str]:
     """The kind of each of `all_captions`; ValueError where they are not as many."""
     captions = all_captions(pair)
-    kinds = pair.metadata.get(CAPTION_KINDS)
+    kinds = pair.metadata.get(_CAPTION_KINDS)
     if kinds is None:
         return [USUAL_KIND] * len(captions)
     stated = pair.metadata.get("captions") or [pair.caption]
@@ -219,7 +219,7 @@ def caption_kinds(pair: Pair) -> list[str]:
     ):
         raise ValueError(
             f"record '{pair.key}': expected the kind of each of its {len(stated)} captions in "
-            f"'{CAPTION_KINDS}' of its metadata, got {kinds!r:.200}"
+            f"'{_CAPTION_KINDS}' of its metadata, got {kinds!r:.200}"
         )
     kind_of = dict(zip(reversed(stated), reversed(kinds), strict=True))
     return [kind_of.get(text, USUAL_KIND) for text in captions]
@@ -227,12 +227,12 @@ def caption_kinds(pair: Pair) -> list[str]:
 
 def with_captions(pair: _Pair, captions: Sequence[str], kinds: Sequence[str]) -> _Pair:
     """The pair with other captions, at least one, and their kinds."""
-    hidden = ("captions", CAPTION_KINDS)
+    hidden = ("captions", _CAPTION_KINDS)
     metadata = {name: value for name, value in pair.metadata.items() if name not in hidden}
     if len(captions) > 1:
         metadata["captions"] = list(captions)
     if any(kind != USUAL_KIND for kind in kinds):
-        metadata[CAPTION_KINDS] = list(kinds)
+        metadata[_CAPTION_KINDS] = list(kinds)
     return dataclasses.replace(pair, caption=captions[0], metadata=metadata)
 
 
@@ -275,7 +275,7 @@ def add_columns(pair: Pair, columns: Mapping[str, str], kind: str | None = None)
     have none.
     """
     captions, kinds = all_captions(pair), caption_kinds(pair)
-    if kind is not None and CAPTION_KINDS not in pair.metadata:
+    if kind is not None and _CAPTION_KINDS not in pair.metadata:
         kinds = [kind] * len(captions)
     for column, its_kind in columns.items():
         for text in pick_captions(pair.metadata.get(column)):

@@ -80,7 +80,7 @@ def shard_name(
     return f"{dataset}-{split}-{index:0{digits}d}{suffix}"
 
 
-def masked_crc(data: bytes) -> int:
+def _masked_crc(data: bytes) -> int:
     """CRC32C of the data, masked as the TFRecord format wants it."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
@@ -89,12 +89,12 @@ def masked_crc(data: bytes) -> int:
 def frame_header(length: int) -> bytes:
     """The 12 bytes before a record of `length` bytes."""
     packed = struct.pack("<Q", length)
-    return packed + _CRC.pack(masked_crc(packed))
+    return packed + _CRC.pack(_masked_crc(packed))
 
 
 def frame_footer(data: bytes) -> bytes:
     """The 4 bytes after a record."""
-    return _CRC.pack(masked_crc(data))
+    return _CRC.pack(_masked_crc(data))
 
 
 def unframe(frame: bytes, path: str, record: int) -> bytes | None:
@@ -119,7 +119,7 @@ def framed_length(header: bytes) -> int | None:
     if len(header) < _LENGTH.size:
         return None
     length, crc = _LENGTH.unpack_from(header)
-    return length + FRAME_BYTES if masked_crc(header[:8]) == crc else None
+    return length + FRAME_BYTES if _masked_crc(header[:8]) == crc else None
 
 
 def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:

@@ -251,7 +251,7 @@ class Sample(NamedTuple):
     damaged: list[str]  # names of the members whose contents are not those of their checksum
 
 
-def sample_limit(extension: str) -> int | None:
+def _sample_limit(extension: str) -> int | None:
     """The bytes up to which members of a sample are worth reading; 0 for those only named."""
     # An extension of several parts ("mask.png") makes it another kind of member, but still one to
     # be named.
@@ -260,7 +260,7 @@ def sample_limit(extension: str) -> int | None:
     return _SIZE_LIMITS.get(extension, 0)
 
 
-def size_limit(name: str, limit_of: Callable[[str], int | None] = sample_limit) -> int | None:
+def size_limit(name: str, limit_of: Callable[[str], int | None] = _sample_limit) -> int | None:
     """The bytes up to which a member is worth reading, by its name; None where it is no part.
 
     `limit_of` gives the same of an extension (lower case, maybe empty or of several parts).

@@ -54,7 +54,7 @@ class TrainSource:
     labels: str | None = None
 
 
-def check_is_set(train: Any) -> None:
+def _check_is_set(train: Any) -> None:
     """Raises ValueError where `config.data.train` is empty."""
     if not train:
         raise ValueError(
@@ -70,7 +70,7 @@ def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
         ValueError: it is not set, or leads to no shards, to those of several formats, or to a
             compressed tar.
     """
-    check_is_set(train)
+    _check_is_set(train)
     try:
         source = open_source(train or ())
     except ShardsNotFoundError as error:
@@ -97,7 +97,7 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
     Raises:
         ValueError: it is not set, or not of this form; names the key as it is typed.
     """
-    check_is_set(train)
+    _check_is_set(train)
     if not hasattr(train, "keys"):
         return [TrainSource("", train if isinstance(train, str) else list(train), labels=labels)]
     sources = [_parse_source(name, train[name], labels) for name in train]

@@ -49,7 +49,7 @@ from diht_jax.storage.stores import StorageError, is_remote, open_system
 CLIP_EMBEDDINGS = "clip_embeddings"
 
 _MAX_OPEN_COPIES = 128
-REMAKE = "delete this file, and run `python -m data_prep.label` again"
+_REMAKE = "delete this file, and run `python -m data_prep.label` again"
 _ADVICE = "copy the whole folder again, or run `python -m data_prep.label` again"
 
 _FEATURE = "labels"
@@ -81,7 +81,7 @@ class Label(NamedTuple):
     def check(self, found: int, key: str) -> None:
         """Raises ValueError where `found`, the seal in the label, is that of another record."""
         if found != seal(self.shard, self.number, key):
-            raise ValueError(f"the label belongs to another record than '{key}'; {REMAKE}")
+            raise ValueError(f"the label belongs to another record than '{key}'; {_REMAKE}")
 
 
 def seal(shard: ShardIdentity, number: int, key: str) -> int:
@@ -210,7 +210,7 @@ class LabelRecords(Sequence[Label]):
                 return Label(copy[number], path, shard.source, number)
             return Label(self._records[index], path, shard.source, number)
         except DamagedRecordError as error:
-            raise DamagedRecordError(f"{error} ({REMAKE})") from error
+            raise DamagedRecordError(f"{error} ({_REMAKE})") from error
 
     def join(self, record: Record, index: int) -> Record:
         """The record of a number with its label.
@@ -351,7 +351,7 @@ def decode_label(label: Label, key: str) -> list[Concepts]:
     if packed is None:
         return [NO_CONCEPTS, NO_CONCEPTS]
     if len(packed) < _HEAD.size:
-        raise ValueError(f"a label of {len(packed)} bytes is cut off; {REMAKE}")
+        raise ValueError(f"a label of {len(packed)} bytes is cut off; {_REMAKE}")
     found, *counts = _HEAD.unpack_from(packed)
     label.check(found, key)
     total = sum(counts)
@@ -362,7 +362,7 @@ def decode_label(label: Label, key: str) -> list[Concepts]:
     if rest or width not in (2, 4):
         raise ValueError(
             f"a label of {len(packed)} bytes for {counts[0]} objects and {counts[1]} attributes; "
-            f"{REMAKE}"
+            f"{_REMAKE}"
         )
     ids = np.frombuffer(packed, f"<u{width}", total, _HEAD.size).astype(np.int32)
     probs = np.frombuffer(packed, _PROBABILITY, total, _HEAD.size + width * total)
