@@ -65,7 +65,6 @@ LONGEST_FILES = (
     "hardware/test_compile.py",
     "docs/test_commands.py",
     "input/test_pipeline.py",
-    "data_prep/filtering/test_interruptions.py",
     "contributing/test_walks.py",
     "data_prep/text_spotting/test_spotter.py",
     "training/test_init_from.py",

@@ -4,7 +4,7 @@ So no moment is left to chance: during the filtering, the re-sharding, the lists
 the cleaning. Before every change of an undisturbed run (a file opened for writing, a rename, a
 removal, a new folder) a forked child kills itself, and a second child runs to the end. Changes that
 differ in a number only, such as those of the first shard and of the second, are tried at one of
-them. The loss of a node of a cluster is in `test_interruptions.py`.
+them. The loss of a node of a cluster is in `jobs/test_ray.py`.
 """
 
 from __future__ import annotations

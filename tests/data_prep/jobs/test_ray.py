@@ -1,4 +1,4 @@
-"""Jobs on a real Ray cluster: models in actors of their own, nodes that join late.
+"""Jobs on a real Ray cluster: models in actors of their own, nodes that join late or are lost.
 
 One cluster in one process serves them all, since starting it takes most of the time.
 """
@@ -6,30 +6,33 @@ One cluster in one process serves them all, since starting it takes most of the 
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import ml_collections
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.text_spotting_testset import make_test_set
 from data_prep.filter import run_filter
+from tests import make
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot, write_clip
 from tests.docs.pages import python_blocks
-from tests.make import REPOSITORY
 
 _LONGEST_SECS = 900  # of the script; a failure here means that it waits for ever
 _ENVIRONMENT = RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 
 _SCRIPT = """
-import functools, itertools, json, os, pathlib, sys, time
+import functools, itertools, json, os, pathlib, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from data_prep.filter import run_filter
 from data_prep.jobs import cluster as ray_workers
 from data_prep.jobs.engine import RaySettings, run_tasks
 from data_prep.jobs.models import open_model
-from tests.data_prep.jobs.test_ray import models_config
+from tests.data_prep.jobs.test_ray import models_config, tars_config
 
 
 class Doubler:
@@ -103,6 +106,27 @@ def run_models(address, folder):
     return run_filter(config, engine="ray")
 
 
+def lose(cluster, node, folder):
+    config = tars_config(pathlib.Path(folder), "lost")
+    config.num_workers = None
+    config.ray.address = cluster.address
+
+    def lose_the_node():
+        # The head has room for one worker: two of them mean that the other node is at work.
+        workers = set()
+        while len(workers) < 2:
+            time.sleep(0.01)
+            for path in pathlib.Path(folder).glob("lost/parts/*.seconds.json"):
+                workers.add(json.loads(path.read_bytes())["worker"])
+        cluster.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=lose_the_node, daemon=True)
+    thread.start()
+    failures = run_filter(config, engine="ray")
+    thread.join()
+    return failures
+
+
 def main(folder):
     os.chdir(folder)
     # A GPU in name only, to be reserved: nothing here computes on it.
@@ -117,7 +141,7 @@ def main(folder):
         function, tasks, num_workers=None, label="toy", retries=0, ray=settings
     ):
         if not found:
-            cluster.add_node(num_cpus=3)
+            node = cluster.add_node(num_cpus=3)
         found.append([outcome.task, outcome.result, outcome.error])
     print("toy", json.dumps(found), flush=True)
     failing = list(run_failing(RaySettings(cluster.address), folder))
@@ -126,6 +150,7 @@ def main(folder):
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
     ray.shutdown()
+    print("lost", json.dumps(lose(cluster, node, folder)), flush=True)
     cluster.shutdown()
 
 
@@ -155,6 +180,23 @@ def models_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDic
     )
 
 
+def tars_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
+    """Keeps every pair of the tars."""
+    return job_config(f"{folder}/in/*.tar", folder / output, examples_per_shard=20)
+
+
+def _write_tars(folder: pathlib.Path) -> None:
+    """Nine tars of large pictures, so that a shard takes long enough to be interrupted."""
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 1400, 3), np.uint8)
+    image = make.encoded(Image.fromarray(pixels), "JPEG", quality=60)
+    for number in range(9):
+        members = {}
+        for i in range(6):
+            caption = f"picture {i} of {number}"
+            members |= make.pair_members(f"{number}-{i}", caption, image, "jpg")
+        make.write_tar(folder / "in" / f"{number:05d}.tar", members)
+
+
 def _write_pictures(folder: pathlib.Path) -> None:
     """Pairs of which some show their caption."""
     pictures = {picture.kind: picture for picture in make_test_set(10, seed=1)}
@@ -171,15 +213,16 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     pytest.importorskip("ray")
     pytest.importorskip("easyocr")
     folder = tmp_path_factory.mktemp("ray")
-    (example,) = python_blocks(REPOSITORY / "docs/guides/prepare/ray.md")[:1]
+    (example,) = python_blocks(make.REPOSITORY / "docs/guides/prepare/ray.md")[:1]
     (folder / "example.py").write_text(example)
     (folder / "script.py").write_text(_SCRIPT)
     _write_pictures(folder)
+    _write_tars(folder)
     write_clip(folder / "clip.safetensors", image_size=32)
     done = subprocess.run(
         [sys.executable, "script.py", str(folder)],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | _ENVIRONMENT,
+        env=os.environ | {"PYTHONPATH": str(make.REPOSITORY)} | _ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=_LONGEST_SECS,
@@ -229,3 +272,15 @@ def test_models_find_what_they_find_in_the_local_engine(printed):
 
 def test_example_of_the_page(printed):
     assert json.loads(printed[1]["kept:"]) == ["a dog chases a small cat"]
+
+
+def test_the_loss_of_a_node_costs_no_pair_and_changes_no_byte(printed):
+    folder, found = printed
+    assert json.loads(found["lost"]) == {}
+    again = r"in/\d{5}\.tar: .*its node was lost.* its task will run again"
+    assert re.search(again, found["stderr"])
+    assert run_filter(tars_config(folder, "reference")) == {}
+    lost = snapshot(folder / "lost")
+    assert lost == snapshot(folder / "reference")
+    shards = {f"pairs-train-{i:05d}.tfrecord{suffix}" for i in range(3) for suffix in ("", ".idx")}
+    assert shards | {"kept_keys.txt", "stats.json", "dataset_info.json"} <= lost.keys()
