@@ -48,9 +48,9 @@ from diht_jax.weights.tensor_files import write_safetensors, write_torch
 FORMATS = ("clip", "open_clip", "huggingface", "safetensors", "stablehlo", "onnx")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CARD_FILE = "README.md"
-
 _PROGRAMS = ("stablehlo", "onnx")
 _ONNX_PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # open_clip and transformers refuse parameters that they do not know.
 _FORMATS_WITH_HEADS = ("clip", "safetensors")
 _FORMATS_WITH_TOKENIZER = ("huggingface", *_PROGRAMS)
@@ -227,9 +227,6 @@ def _write_huggingface_tokenizer(output: pathlib.Path, arch: Architecture) -> No
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def write_stablehlo(output: pathlib.Path, model: ModelFiles, dtype: str) -> None:
