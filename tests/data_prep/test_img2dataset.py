@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tests.records.test_samples import write_sample
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
@@ -20,6 +19,7 @@ from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.train_data import open_records
 from tests.data_prep.filtering.jobs import job_config, read_records
 from tests.make import encoded, pair_members, plain, write_tar
+from tests.records.test_schema import write_sample
 
 _JPEG = encoded(plain("red", (60, 40)), "JPEG")
 
