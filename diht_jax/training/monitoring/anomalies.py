@@ -166,11 +166,12 @@ def _first_in_towers(
     batch: dict[str, jax.Array],
     is_finite: IsFinite,
 ) -> str | None:
+    watched: Any = _WatchedDefinition(program.definition, is_finite)
     try:
         encoded = encode_examples(
             state.params,
             with_kept_patches(state, batch, program.arch, config.model.patch_dropout, program.mesh),
-            definition=_watched(program.definition, is_finite),
+            definition=watched,
             terms=active_terms(config),
             gather=None,
             pictures=pictures_of(config),
@@ -214,17 +215,6 @@ def _after_towers(
     )
 
 
-def _watched(definition: ModelDefinition, is_finite: IsFinite) -> Any:
-    """The definition of the same model with modules that look at what goes in and out."""
-    plain = dataclasses.replace(definition, execution=Execution(attention="xla"))
-    model = nnx.eval_shape(lambda: plain.build(jax.random.key(0), plain.execution))
-    for path, module in list(nnx.iter_modules(model)):
-        name = "/".join(map(str, path))
-        if name and callable(module) and not isinstance(module, nnx.List):
-            object.__setattr__(module, "__class__", _watching_class(type(module), name, is_finite))
-    return _WatchedDefinition(plain, nnx.split(model, nnx.Param)[0])
-
-
 def _watching_class(kind: type, name: str, is_finite: IsFinite) -> type:
     class Watching(kind):  # ty: ignore[unsupported-base]  # one of the model's classes
         def __call__(self, x, *args, **kwargs):
@@ -239,11 +229,21 @@ def _watching_class(kind: type, name: str, is_finite: IsFinite) -> type:
 
 
 class _WatchedDefinition:
-    """The part of a `ModelDefinition` that `merge_model` and `encode_examples` use."""
+    """The definition of the same model with modules that look at what goes in and out."""
 
-    def __init__(self, plain: ModelDefinition, graphdef: nnx.GraphDef):
-        self.arch, self.dtype, self.execution = plain.arch, plain.dtype, plain.execution
-        self.graphdef = graphdef
+    def __init__(self, plain: ModelDefinition, is_finite: IsFinite):
+        self.arch, self.dtype, self.execution = plain.arch, plain.dtype, Execution(attention="xla")
+        self._plain, self._is_finite = plain, is_finite
+
+    def build(self, key: jax.Array, execution: Execution) -> nnx.Module:
+        """See `ModelDefinition`; `merge_model` builds the model by it."""
+        model = self._plain.build(key, execution)
+        for path, module in list(nnx.iter_modules(model)):
+            name = "/".join(map(str, path))
+            if name and callable(module) and not isinstance(module, nnx.List):
+                watching = _watching_class(type(module), name, self._is_finite)
+                object.__setattr__(module, "__class__", watching)
+        return model
 
 
 def _finite_check(program: TrainProgram) -> IsFinite:
