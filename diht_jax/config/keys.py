@@ -49,11 +49,25 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Some words."""
+
+    words: tuple[str, ...]
+
+    def __contains__(self, value: str) -> bool:
+        return value in self.words
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(self.words)
+
+
+@dataclasses.dataclass(frozen=True)
 class Key:
     """A key of a config."""
 
     default: Any  # its value, or the type of a key that is not set by default
-    range: Range | None = None  # of a number; a tuple of numbers has it for each of them
+    # Of a number or a word; a tuple of numbers has it for each of them.
+    range: Range | OneOf | None = None
     resume: str = FIXED  # FIXED, END or FREE
     # The hosts of a job may have different values, such as paths of their own.
     per_host: bool = False
@@ -319,7 +333,7 @@ def build_config(keys: Mapping[str, Any]) -> ml_collections.ConfigDict:
 def check_ranges(
     config: ml_collections.ConfigDict, keys: Mapping[str, Any], prefix: str = "config."
 ) -> None:
-    """Checks the numbers of a config, or of a section.
+    """Checks the numbers and words of a config, or of a section.
 
     Args:
         config: with names and types that `validate_config` has checked.

@@ -185,7 +185,6 @@ class AffinityDistillation(Term):
     }
 
     def check(self) -> None:
-        super().check()
         name, section = self.name, self.section
         for value in section.temperatures:
             if not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from diht_jax.config.keys import COUNT, Key
+from diht_jax.config.keys import COUNT, Key, OneOf
 from diht_jax.losses.concepts import concept_losses_in_chunks
 from diht_jax.losses.objective import Parameters, Term
 from diht_jax.models.dual_encoder import find_end_of_text
@@ -40,18 +40,11 @@ class Captioning(Term):
     settings: ClassVar[dict[str, Any]] = {
         "weight": 0.0,  # of this loss; 0 leaves it out
         "layers": Key(6, COUNT),  # of the decoder, which is as wide as the text tower
-        "remat": "none",  # as config.model.remat, of the decoder's blocks
+        # As config.model.remat, of the decoder's blocks.
+        "remat": Key("none", OneOf(POLICIES)),
         "chunk_tokens": Key(2048, COUNT),  # tokens of a device whose logits are held at once
     }
     reads_image_tokens: bool = True
-
-    def check(self) -> None:
-        super().check()
-        if self.section.remat not in POLICIES:
-            raise ValueError(
-                f"config.{self.name}.remat='{self.section.remat}': expected one of "
-                f"{', '.join(POLICIES)}"
-            )
 
     def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
         """The decoder; see `CaptionDecoder`."""

@@ -299,14 +299,15 @@ class Term:
             ValueError: a value out of range; names the key, such as `config.concepts.num_objects`.
         """
         self.name, self.section, self.arch = name, section, arch
-        self.check()
-
-    def check(self) -> None:
-        """Raises ValueError for a value out of range in the section."""
         keys = dict(self.settings)
         if "weight" in keys:
             keys["weight"] = Key(0.0, NOT_NEGATIVE)
-        check_ranges(self.section, keys, f"config.{self.name}.")
+        check_ranges(section, keys, f"config.{name}.")
+        if self.is_active:
+            self.check()
+
+    def check(self) -> None:
+        """Raises ValueError where the section of an active term is wrong within its ranges."""
 
     @property
     def is_active(self) -> bool:

@@ -91,12 +91,14 @@ def train(
         stop_request = stack.enter_context(StopRequest())
         opened = opening.open_workdir(workdir, config.checkpoint.staging)
         workdir = stack.enter_context(opened)
-        config = check_together(bind_architecture, config, workdir, set_keys)
+        if config.model.init_from is not None:
+            config = check_together(bind_architecture, config, workdir, set_keys)
         config = check_together(bind_data, config)
         config = check_together(opening.bind_order, config, workdir)
         opening.check_hosts_share_config(config)
         check_together(opening.check_same_run, config, workdir)
-        check_together(check_stage, config, workdir)
+        if config.stage.number or config.stage.count:
+            check_together(check_stage, config, workdir)
         run = Run(config, workdir, devices, began)
         stack.push(run.close_after)
         stop_request.listen()

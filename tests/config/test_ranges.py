@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from diht_jax.config import default_config
-from diht_jax.config.keys import Key
+from diht_jax.config.keys import Key, OneOf, Range
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import all_keys, check_config
 from tests import make
@@ -15,8 +15,13 @@ from tests import make
 RANGES = {
     name: key.range
     for name, key in all_keys().items()
-    if isinstance(key, Key) and key.range and not isinstance(key.default, tuple)
+    if isinstance(key, Key) and isinstance(key.range, Range) and not isinstance(key.default, tuple)
 }
+WORDS = [
+    name
+    for name, key in all_keys().items()
+    if isinstance(key, Key) and isinstance(key.range, OneOf)
+]
 # Settings that these files check themselves.
 CHECKED_ELSEWHERE = ("affinity.", "captioning.")
 
@@ -65,6 +70,14 @@ def test_values_beyond_both_ends_are_refused(name):
     for value in wrong:
         with pytest.raises(ValueError, match=rf"^config\.{name}={value}: expected "):
             attempt(value)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_an_unknown_word_is_refused(name):
+    config = default_config()
+    config.update_from_flattened_dict({name: "unknown"})
+    with pytest.raises(ValueError, match=rf"^config\.{name}=unknown: expected one of "):
+        check_config(config)
 
 
 def _is_int(name):

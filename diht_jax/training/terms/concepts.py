@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key
+from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key, OneOf
 from diht_jax.losses.concepts import concept_losses_in_chunks, mean_over_labelled
 from diht_jax.losses.objective import Parameters, Term
 
@@ -36,7 +36,8 @@ class ConceptDistillation(Term):
         "num_objects": Key(10_000, COUNT),  # logits of the head, at least the vocabulary's size
         "num_attributes": Key(2_000, COUNT),  # logits of the other head
         "top_k": Key(10, COUNT),  # labels of each kind that are taken from a record
-        "feature": "pooled",  # or "projected": the image tower's, before or after projection
+        # Of the image tower, before or after projection.
+        "feature": Key("pooled", OneOf(("pooled", "projected"))),
         "learning_rate_multiplier": Key(10.0, NOT_NEGATIVE),  # for the heads
         "weight_decay_multiplier": Key(0.01, NOT_NEGATIVE),  # for the heads
         "chunk_rows": Key(512, COUNT),  # examples of a device whose logits are held at once
@@ -44,15 +45,6 @@ class ConceptDistillation(Term):
         "object_hash": Key(str),
         "attribute_hash": Key(str),  # filled in by training
     }
-
-    def check(self) -> None:
-        super().check()
-        name, section = self.name, self.section
-        if section.feature not in ("pooled", "projected"):
-            raise ValueError(
-                f"config.{name}.feature='{section.feature}': expected 'pooled' (before the "
-                "projection) or 'projected'"
-            )
 
     @property
     def active_heads(self) -> dict[str, str]:
