@@ -88,7 +88,7 @@ class Input(NamedTuple):
 def default_source() -> ml_collections.ConfigDict:
     """The config section `source`: the options of all source formats, with their defaults.
 
-    Their meaning is in the formats' own options, such as `readers.columns.ColumnOptions`.
+    Their meaning is in the formats' own options, such as `readers.base.ColumnOptions`.
     """
     c = ml_collections.ConfigDict()
     for name, field in registry.option_defaults().items():

@@ -25,7 +25,7 @@ FSDP = "fsdp"
 BATCH_AXES = ("data", FSDP)
 
 # Parameters that are gathered block by block, and those that are read and summed in the dtype they
-# are stored in (see `models.dual_encoder`).
+# are stored in (see `models.dual_encoder`, which is a floor above).
 _OF_BLOCK = re.compile(r"(vision|text)/blocks/")
 _NOT_CAST = ("token_embedding", "positional_embedding")
 

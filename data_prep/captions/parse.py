@@ -109,10 +109,11 @@ def parse_captions(
     else:
         graphs, new = {}, []
         for text in distinct:
-            if text in _remembered:
-                graphs[text] = _remembered[text]
-            else:
+            graph = _remembered.get(text)
+            if graph is None:
                 new.append(text)
+            else:
+                graphs[text] = graph
         parsed = _parse_distinct(new, _load_shared_parser(), batch_size)
         _remembered.remember(parsed)
         graphs |= parsed

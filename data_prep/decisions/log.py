@@ -30,14 +30,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from data_prep.captions.graph import (
-    CaptionGraph,
-    ConceptLog,
-    concept_path,
-    find_mentions,
-    format_edges,
-    format_objects,
-)
+from data_prep.captions.graph import CaptionGraph, format_edges, format_objects
+from data_prep.captions.mentions import ConceptLog, concept_path, find_mentions
 from data_prep.decisions.table import KEPT, SOURCE, DecisionWriter, decisions_path, pack_uid
 from data_prep.steps import registry
 from data_prep.steps.base import Candidate

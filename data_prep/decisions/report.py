@@ -1,4 +1,4 @@
-"""The report of a filter job, or of several: queries over their decisions, as plain data.
+"""Report and funnel of one or several filter jobs: queries over decisions, as plain data.
 
 `report.json` holds it. How it looks belongs in `data_prep.reports`. Stages and reasons are those of
 the filter steps, so that a new step shows itself; names that no step of today knows come last.

@@ -8,7 +8,7 @@ The folder of the output, on a local disk or in a store:
     duplicates/      a row for each pair: key, kind, cluster, similarity, duplicate_of,
                      other_caption, kept_key
     dropped.arrow    what the filter looks up
-    table.html, duplicates.json
+    report.html, duplicates.json
 """
 
 from __future__ import annotations

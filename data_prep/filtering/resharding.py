@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 
 from data_prep import sources
-from data_prep.captions.graph import CONCEPTS_SUFFIX, ConceptLog, concept_path, read_mentions
+from data_prep.captions.mentions import CONCEPTS_SUFFIX, ConceptLog, concept_path, read_mentions
 from data_prep.decisions.table import SUFFIX, decisions_path, read_kept
 from data_prep.filtering.config import SETTINGS
 from data_prep.jobs import shards

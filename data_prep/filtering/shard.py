@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from data_prep.captions.graph import CONCEPTS_SUFFIX
+from data_prep.captions.mentions import CONCEPTS_SUFFIX
 from data_prep.decisions import table
 from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config

@@ -1,7 +1,7 @@
-"""Runs tasks: in this process, in processes of this machine, or on a Ray cluster.
+"""Runs tasks here, in processes or on a Ray cluster, and finds the pairs that end a worker.
 
-What a task does, and whether it has to be done, is not known here. Since a task is a function of
-its input alone, all engines write the same bytes.
+What a task does, and whether it has to be done, is not known to the engines. Since a task is a
+function of its input alone, all of them write the same bytes.
 
 A crash in a library takes the whole worker with it, and nobody is left to name the pair. So a shard
 whose worker has died is run again, and records in a small file next to its output which batch of

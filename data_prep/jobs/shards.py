@@ -1,4 +1,4 @@
-"""Shard tasks: one source shard in, one output and its statistics out, atomic, done only once.
+"""Shard tasks: what is done for which input, one output and its statistics each, written once.
 
 A shard counts as done when its statistics file exists, which is written last, and when that file
 names the same config, the same input and an output of the size that it has. What is done to

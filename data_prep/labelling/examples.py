@@ -20,7 +20,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from data_prep.captions.graph import read_mentions
+from data_prep.captions.mentions import read_mentions
 from data_prep.jobs import shards
 from data_prep.jobs.failures import find_finished
 from data_prep.labelling.embeddings import (

@@ -66,7 +66,8 @@ class Key:
     """A key of a config."""
 
     default: Any  # its value, or the type of a key that is not set by default
-    # Of a number or a word; a tuple of numbers has it for each of them.
+    # Of a number or a word. A tuple has it for each number: two from low to high, or any where the
+    # default has none.
     range: Range | OneOf | None = None
     resume: str = FIXED  # FIXED, END or FREE
     # The hosts of a job may have different values, such as paths of their own.
@@ -349,12 +350,14 @@ def check_ranges(
             continue
         value = values[name][0] if name in values else None
         if isinstance(key.default, tuple):
-            ends = tuple(value or ())
-            if len(ends) != 2 or not ends[0] <= ends[1] or not all(e in key.range for e in ends):
-                raise ValueError(
-                    f"{prefix}{name}={ends}: expected two numbers, the lower first, each "
-                    f"{key.range}"
-                )
+            numbers = tuple(value or ())
+            is_right = all(isinstance(n, int | float) and n in key.range for n in numbers)
+            expected = "numbers"
+            if key.default:
+                expected = "two numbers, the lower first"
+                is_right = is_right and len(numbers) == 2 and numbers[0] <= numbers[1]
+            if not is_right:
+                raise ValueError(f"{prefix}{name}={numbers}: expected {expected}, each {key.range}")
         elif (value is None and not isinstance(key.default, type)) or (
             value is not None and value not in key.range
         ):

@@ -1,4 +1,4 @@
-"""Two or more results side by side, and which of their differences are beyond chance.
+"""Results side by side or next to published numbers, and which differences are beyond chance.
 
 A difference B - A has an interval where both files hold the resamples of the same images: the two
 models are then measured on the same draws, so that what is hard for both drops out of the

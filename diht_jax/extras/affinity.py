@@ -18,7 +18,6 @@ Source: MobileCLIP, arXiv 2311.17049, "Multi-modal distillation loss".
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,6 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Num
 from ml_collections.config_dict import placeholder
 
+from diht_jax.config.keys import COUNT, POSITIVE, Key
 from diht_jax.losses.concepts import map_in_chunks
 from diht_jax.losses.contrastive import check_embeddings
 from diht_jax.losses.dense import inner_products
@@ -178,24 +178,16 @@ class AffinityDistillation(Term):
     settings: ClassVar[dict[str, Any]] = {
         "weight": 0.0,  # of this loss; 0 leaves it out
         # What each teacher's similarities are divided by, or one for all; (): 1 / its logit scale.
-        "temperatures": (),
+        "temperatures": Key((), POSITIVE),
         # Numbers in an embedding of each teacher in the data; training fills them in.
-        "widths": (),
+        "widths": Key((), COUNT),
         "teachers_hash": placeholder(str),  # filled in by training
     }
 
     def check(self) -> None:
         name, section = self.name, self.section
-        for value in section.temperatures:
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(
-                    f"config.{name}.temperatures={tuple(section.temperatures)}: expected positive "
-                    "numbers, such as (0.01,)"
-                )
-        if any(not isinstance(width, int) or width < 1 for width in section.widths):
-            raise ValueError(
-                f"config.{name}.widths={tuple(section.widths)}: expected positive numbers"
-            )
+        if any(not isinstance(width, int) for width in section.widths):
+            raise ValueError(f"config.{name}.widths={tuple(section.widths)}: expected integers")
         if section.widths and len(section.temperatures) not in (0, 1, len(section.widths)):
             raise ValueError(
                 f"config.{name}.temperatures={tuple(section.temperatures)}: expected one for all, "

@@ -21,7 +21,7 @@ name of its section in the config.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from diht_jax.config.keys import NOT_NEGATIVE, Key, check_ranges
-from diht_jax.models.zoo import Architecture
+
+if TYPE_CHECKING:
+    from diht_jax.models.zoo import Architecture
 
 # Scalars of an objective, in its own order: those of the config and the learnt ones.
 Scalars = tuple[jax.Array | float, ...]

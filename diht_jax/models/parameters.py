@@ -1,4 +1,4 @@
-"""NNX models and their parameters as plain nested dicts, which checkpoints and steps work on.
+"""Parameters of NNX models as nested dicts: layout, fitted positions and low-rank adapters.
 
 Parameters are stored layer by layer (`vision/blocks/0/mlp/fc_in/kernel`), also where the model
 scans its layers: names, optimiser rules and checkpoints know nothing of scanned layers. A model

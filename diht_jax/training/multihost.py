@@ -5,7 +5,8 @@ Kubernetes and the clouds send before they take a machine away) and the first SI
 hand finish; the loop then saves, and the command exits with `EXIT_CODE`. A second SIGINT aborts at
 once; any other signal changes nothing until the state is saved. In a job of several processes JAX's
 coordination service passes either on, so that all stop after the same step, whichever of them was
-signalled. Start-up is `diht_jax.distributed`'s.
+signalled. All processes must call each function that compares, sends or waits. Start-up is
+`diht_jax.distributed`'s.
 """
 
 from __future__ import annotations

@@ -259,8 +259,8 @@ def _pattern(key: str, text: Any, names: Iterable[str]) -> re.Pattern:
 
 
 # The quintic a x + (b A + c A A) x with A = x x^T brings singular values near 1 in five rounds.
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ROUNDS = 5
+MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+MUON_ROUNDS = 5
 
 # Matrices of the towers' blocks; what else a model has goes the way of AdamW.
 _MATRIX = re.compile(r"^(\w+/blocks/)\d+(/.*(in_proj|[qkv]_proj|out_proj|fc_in|fc_out)/kernel)$")
@@ -316,8 +316,8 @@ def orthogonalize(matrices: Float[Array, "*layers m n"]) -> Float[Array, "*layer
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = jnp.swapaxes(matrices, -1, -2) if is_tall else matrices
     x = x / (jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + 1e-8)
-    a, b, c = COEFFICIENTS
-    for _ in range(ROUNDS):
+    a, b, c = MUON_COEFFICIENTS
+    for _ in range(MUON_ROUNDS):
         gram = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * gram @ gram) @ x
     return jnp.swapaxes(x, -1, -2) if is_tall else x

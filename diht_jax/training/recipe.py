@@ -20,7 +20,7 @@ from diht_jax.training.terms.registry import TERMS
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
     "": "diht_jax/config/keys.py",
-    "model.overrides.": "diht_jax/models/architecture.py diht_jax/models/zoo.py",
+    "model.overrides.": "diht_jax/models/zoo.py",
     "loss.": "diht_jax/losses/*.py",
     "affinity.": "diht_jax/extras/affinity.py",
     "captioning.": "diht_jax/extras/captioning.py",

@@ -2,7 +2,7 @@
 
 The files at a path decide how it is read:
 
-    open_clip.json            CLIP's layout, as open_clip's hub and our export have it
+    open_clip_config.json            CLIP's layout, as open_clip's hub and our export have it
     config.json with "model_type"    transformers' CLIPModel, MetaClip2Model or SiglipModel
     one weight file                  CLIP's layout (OpenAI, open_clip, DiHT)
 
@@ -47,7 +47,7 @@ HUGGINGFACE_PREPROCESSOR = "preprocessor_config.json"
 # In its place since transformers 5, with the other settings of a model's inputs.
 HUGGINGFACE_PROCESSOR = "processor_config.json"
 HUGGINGFACE_MERGES = "merges.txt"
-# In `open_clip.json`; its first merges, where the vocabulary is smaller than CLIP's.
+# In `open_clip_config.json`; its first merges, where the vocabulary is smaller than CLIP's.
 TOKENIZER_KIND = "CLIP byte-pair encoding (bpe_simple_vocab_16e6), lower case"
 
 LOGIT_BIAS = "logit_bias"

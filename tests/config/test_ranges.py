@@ -94,6 +94,7 @@ def _is_int(name):
         ({"log_every_steps": None}, "config.log_every_steps=None: expected at least 1"),
         ({"total_epochs": math.inf}, "total_epochs=inf: expected a finite number, more than 0"),
         ({"data.crop_scale": (0.9, 0.5)}, "crop_scale=.*: expected two numbers, the lower first"),
+        ({"affinity.temperatures": (0.1, -1.0)}, "temperatures=.*: expected numbers, each more"),
     ],
 )
 def test_messages_name_key_value_and_range(changes, message):

@@ -11,7 +11,6 @@ from absl import logging
 
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.input import examples, sub_batches, transforms
-from diht_jax.input import transforms as images
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder
@@ -163,7 +162,7 @@ def test_fast_decoding_can_be_switched_off(fast_decode):
         example = decode.random_map(textured()[seed], np.random.default_rng(seed))
         data = decode_record(textured()[seed]).image
         exact = transforms.train_transform(
-            images.decode_rgb(data), 48, np.random.default_rng(seed), (0.3, 0.9)
+            transforms.decode_rgb(data), 48, np.random.default_rng(seed), (0.3, 0.9)
         )
         fast = examples.plan_random_crop(data, 48, np.random.default_rng(seed), (0.3, 0.9))()
         assert (fast != exact).any()

@@ -10,8 +10,8 @@ import optax
 from diht_jax import sharding
 from diht_jax.config import default_config
 from diht_jax.training.optimizer import (
-    COEFFICIENTS,
-    ROUNDS,
+    MUON_COEFFICIENTS,
+    MUON_ROUNDS,
     create_optimizer,
     decay_start,
     is_block_matrix,
@@ -179,8 +179,8 @@ def orthogonal(matrix):
     """What five rounds make of a matrix: of its singular values, a polynomial; float64."""
     u, values, v = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
     values = values / np.sqrt(np.sum(values**2))
-    a, b, c = COEFFICIENTS
-    for _ in range(ROUNDS):
+    a, b, c = MUON_COEFFICIENTS
+    for _ in range(MUON_ROUNDS):
         values = a * values + b * values**3 + c * values**5
     return u @ np.diag(values) @ v
 

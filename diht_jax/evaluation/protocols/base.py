@@ -1,8 +1,8 @@
 """Tasks, the words of their prompts, and protocols: a protocol measures all tasks of one kind.
 
-A file of this folder makes one `Protocol`, and `registry.PROTOCOLS` lists it under its kind. The
-parsing of tasks, the results file and the tables take everything from that object. What a protocol
-gives is data; `evaluation/page.py` makes pictures of it.
+The files of this folder make a `Protocol` for each kind of task, which `registry.PROTOCOLS` lists.
+The parsing of tasks, the results file and the tables take everything from that object. What a
+protocol gives is data; `evaluation/page.py` makes pictures of it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class ConceptDistillation(Term):
         "num_objects": Key(10_000, COUNT),  # logits of the head, at least the vocabulary's size
         "num_attributes": Key(2_000, COUNT),  # logits of the other head
         "top_k": Key(10, COUNT),  # labels of each kind that are taken from a record
-        # Of the image tower, before or after projection.
+        # "pooled" or "projected": the image tower's, before or after projection.
         "feature": Key("pooled", OneOf(("pooled", "projected"))),
         "learning_rate_multiplier": Key(10.0, NOT_NEGATIVE),  # for the heads
         "weight_decay_multiplier": Key(0.01, NOT_NEGATIVE),  # for the heads

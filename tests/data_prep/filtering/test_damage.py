@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.captions.graph import read_mentions
+from data_prep.captions.mentions import read_mentions
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
 from data_prep.reports.__main__ import merge_reports

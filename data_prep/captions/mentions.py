@@ -1,0 +1,131 @@
+"""Concepts in the captions of each kept pair, in one file for each shard.
+
+The filter collects them, since it parses the captions anyway, and `data_prep.label` reads them.
+Counts of the same concepts stand in the shard's statistics. The file is an npz; for each kind
+("objects", "attributes") it holds
+
+    KIND_names    uint8, the shard's concepts in alphabetical order, UTF-8 with a line break between
+    KIND_lengths  uint16 [n], concepts of each record, in the order of the shard
+    KIND_ids      int32 [sum of lengths], indices into the list of names, ascending in each record
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import itertools
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from data_prep.captions.graph import CaptionGraph
+from data_prep.captions.lexicon import CALENDAR
+from diht_jax.records.vocabulary import KINDS
+from diht_jax.storage import files
+from diht_jax.storage.stores import is_storage_failure
+
+CONCEPTS_SUFFIX = ".concepts.npz"
+
+# What a damaged npz raises: its zip has a checksum of each array.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError)
+_DAMAGE += (zipfile.BadZipFile, zlib.error, struct.error)
+
+# Kind -> concepts, each once.
+Mentions = Mapping[str, frozenset[str]]
+
+
+def find_mentions(graphs: Iterable[CaptionGraph]) -> Mentions:
+    """The objects and attributes that occur in the captions of one image."""
+    graphs = list(graphs)
+    nodes = [node for graph in graphs for node in graph.objects.values()]
+    objects = {name for graph in graphs for name in graph.objects} - CALENDAR
+    return {
+        "objects": _clean(objects),
+        "attributes": _clean(itertools.chain.from_iterable(node.attributes for node in nodes)),
+    }
+
+
+class ConceptLog:
+    """The mentions of a shard's records, in order."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, list[frozenset[str]]] = {kind: [] for kind in KINDS}
+
+    def add(self, mentions: Mentions) -> None:
+        """Takes the mentions of the next record."""
+        for kind in KINDS:
+            self._records[kind].append(mentions[kind])
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Kind -> concept -> number of records that mention it, in alphabetical order."""
+        return {
+            kind: dict(sorted(collections.Counter(itertools.chain(*records)).items()))
+            for kind, records in self._records.items()
+        }
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file; equal mentions give equal bytes."""
+        arrays: dict[str, Any] = {}
+        for kind, counts in self.counts().items():
+            ids = {name: i for i, name in enumerate(counts)}
+            rows = [sorted(map(ids.__getitem__, record)) for record in self._records[kind]]
+            arrays[f"{kind}_names"] = np.frombuffer("\n".join(counts).encode(), np.uint8)
+            arrays[f"{kind}_lengths"] = np.array([len(row) for row in rows], np.uint16)
+            arrays[f"{kind}_ids"] = np.array(list(itertools.chain(*rows)), np.int32)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        files.write_bytes(os.fspath(path), buffer.getvalue())
+
+
+def concept_path(shard: str | os.PathLike[str]) -> str:
+    """The path of the file of a shard."""
+    return os.fspath(shard) + CONCEPTS_SUFFIX
+
+
+def read_mentions(
+    shard: str | os.PathLike[str], kind: str
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Reads what the captions of a shard's records name.
+
+    Args:
+        shard: path of the shard, or its URL.
+        kind: one of `KINDS`.
+
+    Returns:
+        names: of the concepts that occur.
+        lengths: int64 [n], concepts of each record.
+        ids: int64 [sum of lengths], positions in `names`.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    path = concept_path(shard)
+    try:
+        with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as file:
+            text = file[f"{kind}_names"].tobytes().decode()
+            lengths = file[f"{kind}_lengths"].astype(np.int64)
+            ids = file[f"{kind}_ids"].astype(np.int64)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} is missing: it lists what the captions of {shard} name; write the shard again "
+            "with `python -m data_prep.filter` and config.concepts=True"
+        ) from error
+    except _DAMAGE as error:
+        if is_storage_failure(error):
+            raise
+        raise ValueError(f"{path}: not a whole concept file ({error}); filter again") from error
+    names = text.split("\n") if text else []
+    if lengths.sum() != len(ids) or (len(ids) and ids.max() >= len(names)):
+        raise ValueError(f"{path}: its parts do not belong together; filter again")
+    return names, lengths, ids
+
+
+def _clean(names: Iterable[str]) -> frozenset[str]:
+    # A line break or a tab would end the name in the files.
+    cleaned = (" ".join(name.split()) for name in names)
+    return frozenset(filter(None, cleaned))
