@@ -116,23 +116,29 @@ def evaluate_task(
             ", ".join(encoded.dropped_keys),
         )
     if num_resamples:
-        size = measured.num_items
-        samples = resample(measured.measure, size, num_resamples=num_resamples, progress=progress)
-        intervals = (
-            f"{LEVEL:.0%}, percentiles of {num_resamples:,} bootstrap resamples of the images with "
-            "all that belongs to them; the classes and the gallery stay as they are"
-        )
-        result["protocol"] = {**measured.protocol, "intervals": intervals}
-        result["intervals"] = dict(
-            zip(samples, map(percentile_interval, samples.values()), strict=True)
-        )
-        result["resamples"] = describe_samples(samples, encoded.digest, size)
+        result |= _intervals(measured, num_resamples, progress)
     page = None if show is None else show(task, units, measured, result, model.logit_scale)
     return {
         **result,
         "seconds": time.perf_counter() - start,
         "images_per_sec": len(encoded.notes) / encoded.seconds,
         "page": page,
+    }
+
+
+def _intervals(measured: Measured, num_resamples: int, progress: bool) -> dict[str, Any]:
+    """Entries of a task's result about intervals of its metrics."""
+    size = measured.num_items
+    samples = resample(measured.measure, size, num_resamples=num_resamples, progress=progress)
+    intervals = (
+        f"{LEVEL:.0%}, percentiles of {num_resamples:,} bootstrap resamples of the images with "
+        "all that belongs to them; the classes and the gallery stay as they are"
+    )
+    ends = map(percentile_interval, samples.values())
+    return {
+        "protocol": {**measured.protocol, "intervals": intervals},
+        "intervals": dict(zip(samples, ends, strict=True)),
+        "resamples": describe_samples(samples, measured.encoded.digest, size),
     }
 
 
