@@ -29,7 +29,7 @@ from data_prep.text_spotting.match import (
 )
 from data_prep.text_spotting.ocr import Box, box_sides, box_size
 from data_prep.text_spotting.settings import Settings
-from diht_jax.storage.files import add_checksum, parse_object, write_bytes
+from diht_jax.storage.files import add_checksum, parse_checked_object, write_bytes
 from diht_jax.storage.stores import naming_output
 
 # A line of fewer heights than this in width can hardly hold five letters.
@@ -120,7 +120,7 @@ class SpotCache:
     def _load(self, data: bytes) -> None:
         for line in data.splitlines():
             try:
-                entry = parse_object(line) or {}
+                entry = parse_checked_object(line) or {}
                 reading = Reading({int(side): score for side, score in entry["peaks"].items()})
                 for side, look in entry["looks"].items():
                     boxes = [tuple(box) for box in look["boxes"]]

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diht_jax.evaluation.suite import (
+    BENCHMARK_PREFIX,
+    CAPTION_SLOT,
     CLASSIFICATION,
     DATACOMP,
     DATACOMP_MEANS,
@@ -27,7 +29,7 @@ from diht_jax.evaluation.suite import (
     TASKS_BY_NAME,
     Number,
 )
-from diht_jax.storage.files import add_checksum, parse_object, write_bytes
+from diht_jax.storage.files import add_checksum, parse_checked_object, write_bytes
 from diht_jax.terminal import ProgressBar
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def read_results(path: str | pathlib.Path) -> dict[str, Any]:
     """
     try:
         text = pathlib.Path(path).read_bytes()
-        results = parse_object(text)
+        results = parse_checked_object(text)
         if results is None:
             raise ValueError(
                 "its checksum differs: it is damaged; remove 'checksum' if you edited it"
@@ -225,10 +227,10 @@ def _value(result: Mapping[str, Any], metrics: Sequence[str], mean: str) -> floa
         return None
     if mean in DATACOMP_MEANS:
         if result.get("kind") == CLASSIFICATION:
-            is_as_there = result.get("source", "").startswith("clip_benchmark:")
+            is_as_there = result.get("source", "").startswith(BENCHMARK_PREFIX)
         else:
-            template = result.get("protocol", {}).get("caption_template", "{caption}")
-            is_as_there = template == "{caption}"
+            template = result.get("protocol", {}).get("caption_template", CAPTION_SLOT)
+            is_as_there = template == CAPTION_SLOT
         if not is_as_there:
             return None
     return sum(measured[name] for name in metrics) / len(metrics)

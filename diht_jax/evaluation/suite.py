@@ -17,6 +17,8 @@ from typing import Any
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
 NO_SOURCE = ""
+BENCHMARK_PREFIX = "clip_benchmark:"  # of a source in CLIP_benchmark's layout
+CAPTION_SLOT = "{caption}"
 
 # Where DataComp's own download makes no folder: what it takes from Hugging Face's cache instead.
 _OTHER_FOLDERS = {

@@ -27,6 +27,7 @@ from diht_jax.evaluation.protocols.base import (
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import registry
 from diht_jax.evaluation.suite import (
+    BENCHMARK_PREFIX,
     CLASSIFICATION,
     DATACOMP,
     MULTILABEL,
@@ -50,7 +51,6 @@ SOURCE_OPTIONS = tuple(
 # DataComp measures with these, where a task here has options of its own.
 _DATACOMP_OPTIONS = {RETRIEVAL: "?caption_template={caption}", MULTILABEL: "?interpolation=all"}
 _DATACOMP = "datacomp:"
-_FOLDER = f"{registry.BENCHMARK}:"
 _TASK_FIELDS = {field.name for field in dataclasses.fields(Task)}
 
 
@@ -182,7 +182,7 @@ def expand_datacomp(text: str) -> list[str]:
     texts, missing = [], []
     for theirs, ours in DATACOMP.items():
         kind, folder = TASKS_BY_NAME[ours].kind, join(root, datacomp_folder(theirs))
-        source = f"{_FOLDER}{folder}{_DATACOMP_OPTIONS.get(kind, '')}"
+        source = f"{BENCHMARK_PREFIX}{folder}{_DATACOMP_OPTIONS.get(kind, '')}"
         needed = join(folder, "test", "nshards.txt")
         if kind == "winogavil":
             source = needed = f"{folder}/winogavil_dataset.csv"
@@ -275,7 +275,7 @@ def _read_section(name: str, section: Any) -> _Request:
         raise request.error(f"expected a text, got {source!r:.80}", "source")
     if kind is not None and kind not in PROTOCOLS:
         raise request.error(f"unknown kind '{kind}'; {_hint(str(kind), PROTOCOLS)}", "kind")
-    is_folder = source.startswith(_FOLDER)
+    is_folder = source.startswith(BENCHMARK_PREFIX)
     if kind is None and entry is None and not is_folder:
         raise request.error(
             f"expected one of {', '.join(PROTOCOLS)}; no task '{name}' is built in that would "
@@ -307,7 +307,7 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
         field = option.field or typed
         if field in defaults:
             given.setdefault(field, defaults[field])
-    is_folder = source.startswith(_FOLDER)
+    is_folder = source.startswith(BENCHMARK_PREFIX)
     fields: dict[str, Any] = dict(protocol.defaults)
     words: dict[str, Any] = {}
     if entry is not None:

@@ -30,7 +30,7 @@ from diht_jax.records.dataset_index import INDEX_NAME, read_index
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.labels.shards import missing_labels, read_labels_index
 from diht_jax.records.train_data import LABELS, parse_train, resolve_source
-from diht_jax.storage.files import exists, map_many, parse_object, read_bytes, write_bytes
+from diht_jax.storage.files import exists, map_many, parse_checked_object, read_bytes, write_bytes
 
 KINDS = ("objects", "attributes")
 # In the statistics of a labelled shard, under "counts".
@@ -238,7 +238,9 @@ def folder_vocabulary(
 def _read_label(shard: str) -> Any:
     """The vocabulary that the statistics of a shard state; None where there is nothing."""
     try:
-        return (parse_object(read_bytes(shard + STATS_SUFFIX)) or {})["counts"].get(STATS_KEY)
+        return (parse_checked_object(read_bytes(shard + STATS_SUFFIX)) or {})["counts"].get(
+            STATS_KEY
+        )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

@@ -161,7 +161,7 @@ def read_object(path: str) -> dict[str, Any] | None:
     Errors are those of `stores.retry`: a file that cannot be read may be there, and whole.
     """
     try:
-        return parse_object(read_bytes(path))
+        return parse_checked_object(read_bytes(path))
     except FileNotFoundError:
         return None
 
@@ -177,15 +177,15 @@ def check_object(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def parse_object(data: bytes, *, needs_checksum: bool = False) -> dict[str, Any] | None:
-    """The JSON object in the bytes of a file; None for anything else.
+def parse_checked_object(data: bytes, *, needs_checksum: bool = False) -> dict[str, Any] | None:
+    """The JSON object in the bytes of a file that this project wrote; None for anything else.
 
     An object with a checksum (`add_checksum`) is none if that is another one, and if it is missing
     where it is needed.
     """
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict):
         return None
@@ -196,7 +196,7 @@ def parse_object(data: bytes, *, needs_checksum: bool = False) -> dict[str, Any]
 
 
 def add_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON-able object with the key "checksum", by which `parse_object` knows a damaged one."""
+    """A JSON-able object with the key "checksum"; see `parse_checked_object`."""
     return {**value, _CHECKSUM: _hash_object(json.loads(json.dumps(value)))}
 
 

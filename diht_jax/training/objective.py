@@ -49,7 +49,7 @@ def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def label_sizes(config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """What the terms read of a record, 0 for nothing.
+    """Numbers of labels and widths that the terms read of a record, 0 for none.
 
     Returns:
         Number of the teacher's labels of each kind, and size of the CLIP teachers' embeddings.

@@ -290,7 +290,7 @@ def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | N
         ValueError: the file is damaged, or of a version that wrote no checksum; says the remedy.
     """
     try:
-        values = files.parse_object(files.read_bytes(path), needs_checksum=True)
+        values = files.parse_checked_object(files.read_bytes(path), needs_checksum=True)
     except FileNotFoundError:
         return None
     if values is None:

@@ -19,14 +19,13 @@ import numpy as np
 from diht_jax.evaluation.embedding.encoding import EncodedImages, Encoder
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources.files import read_json, read_text
+from diht_jax.evaluation.suite import BENCHMARK_PREFIX, CAPTION_SLOT
 
 Unit = Literal["share", "score", "rank"]
 CLASS_SLOT = "{}"
-CAPTION_SLOT = "{caption}"
 PLAIN_TEMPLATES = ("a photo of a {}.",)
 # The prompt of the official DiHT inference code for retrieval on COCO and Flickr30K.
 PHOTO_TEMPLATE = "a photo of {caption}."
-_BENCHMARK_PREFIX = "clip_benchmark:"
 _ALIASES = {"cifar10": "clip_benchmark:cifar10", "imagenet": "clip_benchmark:imagenet1k"}
 
 
@@ -127,8 +126,8 @@ def parse_templates(value: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(value, str):
         return check_templates(value)
     value = _ALIASES.get(value, value)
-    if value.startswith(_BENCHMARK_PREFIX):
-        name = value.removeprefix(_BENCHMARK_PREFIX)
+    if value.startswith(BENCHMARK_PREFIX):
+        name = value.removeprefix(BENCHMARK_PREFIX)
         lines = _read_benchmark("en_zeroshot_classification_templates.json", name)
         return check_templates([line.replace("{c}", CLASS_SLOT) for line in lines])
     parts = read_text(value[1:]).splitlines() if value.startswith("@") else value.split(";")
@@ -170,8 +169,8 @@ def read_class_names(value: str | Sequence[str]) -> tuple[str, ...]:
         return check_class_names(value, "class names")
     text = os.fspath(value)
     text = _ALIASES.get(text, text)
-    if text.startswith(_BENCHMARK_PREFIX):
-        names = _read_benchmark("en_classnames.json", text.removeprefix(_BENCHMARK_PREFIX))
+    if text.startswith(BENCHMARK_PREFIX):
+        names = _read_benchmark("en_classnames.json", text.removeprefix(BENCHMARK_PREFIX))
         return check_class_names(names, text)
     if text.endswith(".json"):
         return check_class_names(read_json(text, list, "a JSON list of names"), text)

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from diht_jax.storage.files import add_checksum, parse_object
+from diht_jax.storage.files import add_checksum, parse_checked_object
 from diht_jax.training.monitoring.trackers import (
     METRICS_FILE,
     GrowingFile,
@@ -246,7 +246,7 @@ class WallTime:
     def _read(self) -> dict[str, Any] | None:
         """The file's contents; None where there is none that can be read."""
         try:
-            found = parse_object(self._path.read_bytes(), needs_checksum=True)
+            found = parse_checked_object(self._path.read_bytes(), needs_checksum=True)
             problem = None if found else "it is damaged"
         except FileNotFoundError:
             return None
