@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,13 @@ from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.initial_parameters import set_architecture, set_inputs
 from diht_jax.training.recipe import default_config, pictures_of
-from diht_jax.training.workdir.saved_run import open_tokenizer
+from diht_jax.training.workdir.saved_run import (
+    checkpoint_root,
+    open_tokenizer,
+    read_checks,
+    read_config,
+    steps_of_run,
+)
 from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
@@ -176,6 +183,18 @@ def read_model(
         model = dataclasses.replace(model, config=config_of(model.arch))
         set_inputs(model.config.model, model)
     return model if dim is None else _with_dim(model, dim)
+
+
+def identify_run(workdir: str) -> str:
+    """The model that a local work directory has learnt, as text that differs for another one.
+
+    Settings of the model, and checksums of its latest checkpoint. "" where there is no run.
+    """
+    steps = steps_of_run(workdir)
+    if not steps:
+        return ""
+    checks = read_checks(checkpoint_root(workdir) / str(steps[-1]))
+    return json.dumps([read_config(workdir).model.to_dict(), checks], sort_keys=True)
 
 
 def _check_released(name: str, weights: ModelFiles) -> None:

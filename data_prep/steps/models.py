@@ -162,10 +162,10 @@ def _load(model: str, batch_size: int) -> _Loaded:
 
 @functools.lru_cache(maxsize=4)
 def fingerprint(model: str, name: str) -> str:
-    """Identifies a model without loading it: a file by its bytes, a folder by its list of files.
+    """Identifies a model without loading it: files by their bytes, a run by its last checkpoint.
 
     A released model is its name: its bytes are checked when it is loaded. So is a model of the hub,
-    and one in a store.
+    and one in a store. Starting a finished run again, or copying it, leaves it the same model.
 
     Args:
         model: for `diht_jax.load_model`.
@@ -188,11 +188,16 @@ def fingerprint(model: str, name: str) -> str:
                 f"name ({', '.join(known)})"
             )
         return model
+    from diht_jax.loading import identify_run
+
+    if learnt := identify_run(model):
+        digest.update(learnt.encode())
+        return digest.hexdigest()
     for folder, folders, names in os.walk(model):
         folders.sort()
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            state = os.stat(path)
-            described = f"{os.path.relpath(path, model)}\n{state.st_size}\n{state.st_mtime_ns}\n"
-            digest.update(described.encode("utf-8", "surrogatepass"))
+        for file_name in sorted(names):
+            path = os.path.join(folder, file_name)
+            digest.update(f"{os.path.relpath(path, model)}\n".encode("utf-8", "surrogatepass"))
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

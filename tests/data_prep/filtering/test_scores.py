@@ -3,7 +3,9 @@
 import collections
 import importlib.resources
 import json
+import os
 import pickle
+import shutil
 
 import jax
 import numpy as np
@@ -153,6 +155,30 @@ def test_the_model_that_comes_with_the_package_is_known_by_its_file(tmp_path):
     copy = tmp_path / "model.safetensors"
     copy.write_bytes(packaged.read_bytes())
     assert models.fingerprint("clipart_tiny", "x") == models.fingerprint(str(copy), "x")
+
+
+def _identify(folder):
+    models.fingerprint.cache_clear()
+    return models.fingerprint(str(folder), "x")
+
+
+def test_a_run_is_known_by_what_it_has_learnt(tmp_path):
+    """Not by its logs, the times of its files or a later start that finds it finished."""
+    run = make.write_run(tmp_path / "run", make.tiny_config())
+    known = _identify(run)
+    copy = shutil.copytree(run, tmp_path / "copy", copy_function=shutil.copyfile)
+    (copy / "curves.png").write_bytes(b"drawn again")
+    assert _identify(copy) == known
+    assert _identify(make.write_run(tmp_path / "other", make.tiny_config(), seed=1)) != known
+
+
+def test_a_folder_of_weights_is_known_by_its_bytes(tmp_path):
+    write_clip(tmp_path / "model.safetensors", image_size=16)
+    known = _identify(tmp_path)
+    os.utime(tmp_path / "model.safetensors", (0, 0))
+    assert _identify(tmp_path) == known
+    (tmp_path / "config.json").write_text("{}")
+    assert _identify(tmp_path) != known
 
 
 @pytest.mark.parametrize("name", ["diht_vitb32_224px", "hf-hub:owner/name", "s3://bucket/run"])
