@@ -25,7 +25,13 @@ from diht_jax.evaluation.comparison import (
     format_comparison,
     published_results,
 )
-from diht_jax.evaluation.results import begin_results, format_results, read_results, write_results
+from diht_jax.evaluation.results import (
+    begin_results,
+    check_output,
+    format_results,
+    read_results,
+    write_results,
+)
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import print_escaped
 
@@ -170,9 +176,12 @@ def evaluate_model(
 
     # A missing file should not have to wait for the model.
     sources = list(map(check_source, tasks))
+    output, is_first = pathlib.Path(output), distributed.is_first()
+    page = ResultsPage(output.with_suffix(".html")) if pages and is_first else None
+    if is_first:
+        check_output(output, page and page.path)
     loaded = load_model(model, batch_size=batch_size, **model_options)
     check_same_step(loaded.step)
-    output = pathlib.Path(output)
     results = {
         **begin_results(model, loaded, ema=model_options.get("ema", False)),
         "context_length": loaded.context_length,
@@ -181,8 +190,6 @@ def evaluate_model(
         "device_kind": jax.local_devices()[0].device_kind,
         "results": [],
     }
-    is_first = distributed.is_first()
-    page = ResultsPage(output.with_suffix(".html")) if pages and is_first else None
     for task, units in zip(tasks, sources, strict=True):
         result = evaluate_task(
             loaded,

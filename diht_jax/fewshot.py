@@ -68,13 +68,16 @@ def main() -> None:
     from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.embedding.entries import Processes
     from diht_jax.evaluation.few_shot import evaluate_few_shot, format_few_shot
-    from diht_jax.evaluation.results import begin_results, write_results
+    from diht_jax.evaluation.results import begin_results, check_output, write_results
     from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step
 
+    output, is_first = pathlib.Path(given.output), distributed.is_first()
+    plot = output.with_suffix(".png")
+    if is_first:
+        check_output(output, plot)
     model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
     check_same_step(model.step)
-    is_first = distributed.is_first()
     batching = Batching(given.batch_size, given.num_threads, is_first, Processes.of_job())
     result = {
         **begin_results(given.model, model, ema=given.ema),
@@ -82,9 +85,8 @@ def main() -> None:
     }
     if not is_first:
         return
-    output = pathlib.Path(given.output)
     write_results(output, result)
-    draw_few_shot(result, output.with_suffix(".png"))
+    draw_few_shot(result, plot)
     print_escaped(format_few_shot(result))
 
 

@@ -29,7 +29,8 @@ from diht_jax.evaluation.suite import (
     TASKS_BY_NAME,
     Number,
 )
-from diht_jax.storage.files import add_checksum, parse_checked_object, write_bytes
+from diht_jax.storage.files import parse_checked_object, write_object
+from diht_jax.storage.locks import check_writable
 from diht_jax.terminal import ProgressBar
 
 if TYPE_CHECKING:
@@ -58,8 +59,25 @@ def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
     """Writes the results of a run as JSON with a checksum; the folder is made when missing."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(add_checksum(results), indent=2, ensure_ascii=False)
-    write_bytes(path, f"{text}\n".encode())
+    write_object(str(path), results, with_checksum=True, indent=2, sort_keys=False)
+
+
+def check_output(path: pathlib.Path, drawn: pathlib.Path | None) -> None:
+    """Raises ValueError where results cannot be written, before anything is measured.
+
+    Args:
+        path: of the results file; its folder is made when missing.
+        drawn: the page or plot that is written next to it, if any.
+    """
+    if path.is_dir():
+        raise ValueError(f"--output={path}: a folder; name a file, such as {path}/results.json")
+    if path == drawn:
+        raise ValueError(
+            f"--output={path}: what is drawn takes this name; name the results otherwise, such as "
+            f"{path.with_suffix('.json')}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(str(path.parent), "--output")
 
 
 def read_results(path: str | pathlib.Path) -> dict[str, Any]:
@@ -270,9 +288,9 @@ def resample(
 
 
 def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> list[float]:
-    """[low, high] with `level` of the resamples between them."""
+    """[low, high] with `level` of the resamples between them; NaN, which is no value, left out."""
     tail = 50 * (1 - level)
-    return np.percentile(samples, [tail, 100 - tail]).tolist()
+    return np.nanpercentile(samples, [tail, 100 - tail]).tolist()
 
 
 def describe_samples(

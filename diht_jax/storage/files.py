@@ -214,18 +214,25 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         local.write_bytes(data)
 
 
-def write_object(path: str, value: Mapping[str, Any], *, with_checksum: bool = False) -> None:
+def write_object(
+    path: str,
+    value: Mapping[str, Any],
+    *,
+    with_checksum: bool = False,
+    indent: int = 1,
+    sort_keys: bool = True,
+) -> None:
     """Writes JSON for people and programs, atomically.
 
     A name that is not UTF-8, which Python holds with lone surrogates, comes back as it was.
     """
     if with_checksum:
         value = add_checksum(value)
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+    write = functools.partial(json.dumps, value, indent=indent, sort_keys=sort_keys)
     try:
-        data = text.encode()
+        data = write(ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        data = json.dumps(value, indent=1, sort_keys=True).encode()
+        data = write().encode()
     write_bytes(path, data + b"\n")
 
 

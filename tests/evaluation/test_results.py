@@ -9,6 +9,7 @@ from PIL import Image
 from diht_jax.evaluation.charts import draw_comparison
 from diht_jax.evaluation.comparison import format_comparison, published_results
 from diht_jax.evaluation.results import (
+    check_output,
     describe_samples,
     format_results,
     paired_differences,
@@ -98,6 +99,20 @@ def test_paired_intervals_and_means_over_the_suite():
     ]
 
 
+def test_a_source_whose_name_is_not_utf_8_is_written(tmp_path):
+    name = "/data/caf\udce9.tar"
+    write_results(tmp_path / "x.json", {"model": "é", "results": [_entry(name, {"top1": 0.5})]})
+    assert read_results(tmp_path / "x.json")["results"][0]["task"] == name
+
+
+@pytest.mark.parametrize("name", [".", "page.html", "a.json/x.json"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(name, tmp_path):
+    (tmp_path / "a.json").touch()
+    path = tmp_path / name
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path))):
+        check_output(path, path.with_name(f"{path.stem}.html"))
+
+
 @pytest.mark.parametrize("content", [None, "{}", "[]"])
 def test_other_files_are_refused(content, tmp_path):
     path = tmp_path / "x.json"
@@ -174,6 +189,11 @@ def test_interval_of_a_share_is_that_of_the_binomial():
     half = 1.96 * np.sqrt(0.3 * 0.7 / 400)
     interval = percentile_interval(found["share"])
     assert interval == pytest.approx([0.3 - half, 0.3 + half], abs=0.006)
+
+
+def test_resamples_without_a_value_are_left_out_of_an_interval():
+    values = np.linspace(0, 1, 101)
+    assert percentile_interval(np.append(values, np.nan)) == percentile_interval(values)
 
 
 def test_a_paired_difference_has_the_interval_of_mcnemar():
