@@ -269,6 +269,8 @@ KEYS: dict[str, Key] = {
     # Sentences of a caption that an example has, in a row and drawn each time the record comes; 0:
     # all of them.
     "data.caption_sentences": Key(0, NOT_NEGATIVE),
+    # Words of that, likewise; words are what spaces divide.
+    "data.caption_words": Key(0, NOT_NEGATIVE),
     # Key of the records' metadata that names a class, such as "class_name": records that agree in
     # it are equal pairs (loss.equal_pairs), those without it are equal by their texts.
     "data.class_key": Key(str),

@@ -241,11 +241,12 @@ class AffinityDistillation(Term):
                 f"config.data.captions='{captions}': the teachers have embedded the first caption "
                 "of every record, so the student must read it as well; set it to 'first'"
             )
-        if sentences := config.data.get("caption_sentences", 0):
-            raise ValueError(
-                f"config.data.caption_sentences={sentences}: the teachers have embedded whole "
-                "captions, so the student must read them as well; set it to 0"
-            )
+        for key in ("caption_sentences", "caption_words"):
+            if count := config.data.get(key, 0):
+                raise ValueError(
+                    f"config.data.{key}={count}: the teachers have embedded whole captions, so the "
+                    "student must read them as well; set it to 0"
+                )
         crops, crop_scale = found.crops, tuple(config.data.crop_scale)
         if crops.count and crop_scale != crops.scale:
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -24,7 +24,6 @@ from diht_jax.records.samples import (
     caption_kinds,
     check_kind,
     parse_columns,
-    split_sentences,
 )
 from diht_jax.records.schema import Pair, Record
 from diht_jax.records.train_data import parse_weights, weight_at_step
@@ -150,17 +149,16 @@ def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice | None
     return CaptionChoice(weights or None, columns, batch_size=data.batch_size)
 
 
-def draw_sentences(caption: str, count: int, number: float) -> str:
-    """Some sentences in a row of a caption, from any place alike, joined by spaces.
+def draw_part(caption: str, parts: Sequence[str], count: int, number: float) -> str:
+    """Some of the sentences or words of a caption, in a row from any place alike, with spaces.
 
-    All where there are no more than `count`. The place is by a number drawn from [0, 1).
+    The caption where it has no more than `count`. The place is by a number drawn from [0, 1).
     """
-    sentences = split_sentences(caption)
-    starts = len(sentences) - count + 1
+    starts = len(parts) - count + 1
     if starts <= 1:
         return caption
     first = int(number * starts)
-    return " ".join(sentences[first : first + count])
+    return " ".join(parts[first : first + count])
 
 
 def _parse_kinds(given: str | Mapping[str, Any] | None) -> dict[str, Points]:

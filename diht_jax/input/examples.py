@@ -27,8 +27,9 @@ from PIL import ExifTags, Image
 from diht_jax.data import tokenizer
 from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.input import transforms
-from diht_jax.input.choices import CaptionChoice, draw_sentences, take_view
+from diht_jax.input.choices import CaptionChoice, draw_part, take_view
 from diht_jax.records import schema
+from diht_jax.records.samples import split_sentences
 
 try:
     import cykooz_resizer
@@ -71,6 +72,7 @@ class DecodeExample(grain.transforms.RandomMap):
     # Draws one of a record's captions; None takes the first.
     caption_choice: CaptionChoice | None = None
     caption_sentences: int = 0  # of the caption, to draw; 0 takes all
+    caption_words: int = 0  # of what is drawn, to draw; 0 takes all
     pair_ids: bool = False  # examples have ids that are equal for equal texts
     # Of the metadata; records with this key have the id of its value instead.
     class_key: str | None = None
@@ -121,8 +123,8 @@ class DecodeExample(grain.transforms.RandomMap):
         Either call may raise the errors of `random_map`.
 
         Args:
-            rng: decides the crop, then the caption, then its sentences, so that what comes before
-                is the same either way.
+            rng: decides the crop, then the caption, then its sentences, then its words, so that
+                what comes before is the same either way.
             position: of the example in the run, for a choice of captions that changes with it.
         """
         labels = self._take_labels(record) if self.num_concepts else {}
@@ -143,7 +145,10 @@ class DecodeExample(grain.transforms.RandomMap):
         if self.caption_choice is not None:
             caption = self.caption_choice.choose(record, rng.random(), position)
         if self.caption_sentences:
-            caption = draw_sentences(caption, self.caption_sentences, rng.random())
+            sentences = split_sentences(caption)
+            caption = draw_part(caption, sentences, self.caption_sentences, rng.random())
+        if self.caption_words:
+            caption = draw_part(caption, caption.split(), self.caption_words, rng.random())
         text = self.text_template.replace(_CAPTION, caption)
         example = {"tokens": self._tokenize(text, record.key), **view}
         if self.pair_ids:

@@ -14,7 +14,7 @@ import pytest
 from data_prep.filter import run_filter
 from diht_jax.config import default_config, load_recipe
 from diht_jax.data.tokenizer import decode, tokenize
-from diht_jax.input.choices import CROP_RATIO, CaptionChoice, draw_sentences, open_caption_choice
+from diht_jax.input.choices import CROP_RATIO, CaptionChoice, draw_part, open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.order import GlobalOrder, derived_seed
@@ -243,12 +243,13 @@ def test_texts_are_split_where_their_sentences_end(sentences):
 
 
 def test_every_part_of_a_length_is_as_likely():
-    caption = "One here. Two here. Three here. Four here."
+    caption = "One here.  Two here. Three here. Four here."
+    sentences = ["One here.", "Two here.", "Three here.", "Four here."]
     numbers = (np.arange(1200) + 0.5) / 1200
-    found = collections.Counter(draw_sentences(caption, 2, number) for number in numbers)
+    found = collections.Counter(draw_part(caption, sentences, 2, number) for number in numbers)
     parts = ["One here. Two here.", "Two here. Three here.", "Three here. Four here."]
     assert found == dict.fromkeys(parts, 400)
-    assert {draw_sentences(caption, 4, number) for number in numbers} == {caption}
+    assert {draw_part(caption, sentences, 4, number) for number in numbers} == {caption}
 
 
 class Records:
@@ -262,9 +263,13 @@ class Records:
         return encode_record(Record(f"{index}", png(index, SIZE), text, {}))
 
 
-def test_an_example_has_the_sentences_that_seed_and_position_say():
-    """Philox at the position draws the crop, then one number; the formula is written here anew."""
-    decode = DecodeExample(8, LENGTH, SCALE, "{caption}", caption_sentences=2)
+@pytest.mark.parametrize("words", [0, 4])
+def test_an_example_has_the_part_of_its_caption_that_seed_and_position_say(words):
+    """Philox at the position draws the crop, then a number for sentences, and one for words.
+
+    The formula is written here anew.
+    """
+    decode = DecodeExample(8, LENGTH, SCALE, "{caption}", caption_sentences=2, caption_words=words)
     iterator = TrainIterator(Records(), decode, batch_size=8, seed=5, num_workers=0)
     iterator.set_state({"next_example": 16})
     batches = [next(iterator) for _ in range(3)]
@@ -282,9 +287,15 @@ def test_an_example_has_the_sentences_that_seed_and_position_say():
             sample_crop_box(*SIZE, rng, SCALE, CROP_RATIO)
             record = order[position]
             parts = 1 + record % 4
-            first = int(rng.random() * (parts - 1)) if parts > 2 else 0
+            drawn_number = rng.random()
+            first = int(drawn_number * (parts - 1)) if parts > 2 else 0
             texts = [f"Part {part} of {record}." for part in range(parts)][first : first + 2]
-            expected = tokenize(" ".join(texts), LENGTH)[0]
+            drawn = " ".join(texts).split(" ")  # four words, or eight
+            if words:
+                drawn_number = rng.random()
+                start = int(drawn_number * (len(drawn) - 3)) if len(drawn) > 4 else 0
+                drawn = drawn[start : start + 4]
+            expected = tokenize(" ".join(drawn), LENGTH)[0]
             np.testing.assert_array_equal(batch["tokens"][row], expected)
         np.testing.assert_array_equal(batch["images"], next(whole)["images"])
     whole.close()

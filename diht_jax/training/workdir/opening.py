@@ -220,6 +220,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
         teacher_width=teacher_width,
         caption_choice=choice,
         caption_sentences=config.data.caption_sentences,
+        caption_words=config.data.caption_words,
         pair_ids=needs_pair_ids(config),
         class_key=config.data.class_key,
         vocab_size=arch.vocab_size,

@@ -147,6 +147,11 @@ def test_the_run_is_bound_to_its_teachers_and_crops(work):
     bound = bind_data(config)
     assert tuple(bound.affinity.widths) == WIDTHS
     np.testing.assert_allclose(bound.affinity.temperatures, [0.07, 0.07], rtol=1e-6)
+    for key, value in (("captions", "sample"), ("caption_sentences", 1), ("caption_words", 8)):
+        other = config.copy_and_resolve_references()
+        other.data[key] = value
+        with pytest.raises(ValueError, match=f"config.data.{key}='?{value}'?: the teachers have"):
+            bind_data(other)
     config.affinity.teachers_hash = "other"
     with pytest.raises(ValueError, match="config.affinity.teachers_hash=other: the embeddings in"):
         bind_data(config)
