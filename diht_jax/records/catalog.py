@@ -188,10 +188,9 @@ def _match(index: DatasetIndex, kind: str, found: _Sizes, is_whole: bool) -> lis
             f"shards are right, bring it up to date by `{rebuild_command(index.path)}`, which "
             "reads those shards only"
         )
-    folder = os.path.dirname(index.path)
     return [
-        Shard(os.path.join(folder, name), size, index, index.rows[name])
-        for name, size in sizes.items()
+        Shard(path, size, index, index.rows[name])
+        for path, (name, size) in zip(found, sizes.items(), strict=True)
     ]
 
 

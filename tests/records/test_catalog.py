@@ -70,6 +70,10 @@ def test_an_indexed_folder_has_the_records_and_the_fingerprint_of_its_shards(fol
     assert [part[number] for number in (0, 125)] == [RECORDS[250], RECORDS[0]]
 
 
+def test_a_shard_that_is_named_with_two_slashes_comes_once(folder):
+    assert len(TFRecordSource([f"{folder}//part-{shard}.tfrecord" for shard in (1, 3)])) == 250
+
+
 def test_a_block_is_one_request_and_a_record_too_once_the_offsets_are_there(url, tmp_path):
     source = TFRecordSource(url)
     assert sum(MeteredStore.counts().values()) == 2  # a listing, and the index
