@@ -327,6 +327,8 @@ class OpenShard:
 
 def read_ends(file: Any) -> tuple[bytes, bytes]:
     """The first and the last bytes of an open shard, for `digest_shard`."""
+    if not file.size:  # stores refuse any range of an empty file
+        return b"", b""
     head = file.read_range(0, END_BYTES)
     return head, file.read_range(max(0, file.size - END_BYTES), file.size)
 

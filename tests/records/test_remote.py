@@ -1,6 +1,7 @@
 """Records in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
 import math
+import shutil
 
 import fsspec
 import numpy as np
@@ -52,6 +53,17 @@ def test_records_are_those_of_the_local_shards(folder, local):
     path, start, end = source.extent(12, 19)
     data = fsspec.filesystem(folder.split(":")[0]).cat_file(path, start=start, end=end)
     assert list(source.split(12, 19, data)) == RECORDS[12:19]
+
+
+def test_an_empty_shard_of_a_store_is_one_of_no_records(folder, local, tmp_path):
+    make.write_shard(tmp_path / "part-2.tfrecord", [])
+    for path in tmp_path.iterdir():
+        fsspec.filesystem(folder.split(":")[0]).pipe_file(
+            f"{folder}/{path.name}", path.read_bytes()
+        )
+    shutil.copytree(local, tmp_path, dirs_exist_ok=True)
+    expected = fingerprint_records(TFRecordSource(tmp_path))
+    assert fingerprint_records(TFRecordSource(folder)) == expected
 
 
 def test_a_missing_index_is_made_and_kept(folder, local):
