@@ -101,8 +101,11 @@ def claim_mark(folder: str) -> str | None:
     """
     mark = f"diht_jax_{secrets.token_hex(8)}"
     path = pathlib.Path(folder, f"{mark}.lock")
+    # Others remove a lock that nobody holds: it gets its name when it is held.
+    unnamed = path.with_name(f".{path.name}")
     try:
-        lock = lock_file(path, wait=False)
+        lock = lock_file(unnamed, wait=False)
+        unnamed.rename(path)
         # Held until the process ends.
         atexit.register(lambda: (path.unlink(missing_ok=True), lock.close()))
         with contextlib.suppress(LockedError):

@@ -117,6 +117,22 @@ def test_a_start_removes_shared_memory_of_runs_that_were_killed(segment_folder):
     assert (segment_folder / f"{mark}_1").exists()
 
 
+def test_a_mark_that_is_being_claimed_is_not_removed_by_another_start(segment_folder, monkeypatch):
+    real, others = fcntl.flock, []
+
+    def lock(file, operation):
+        if not others:  # before the first lock is held
+            others.append("begun")
+            others[0] = workers.claim_mark.__wrapped__(str(segment_folder))
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    mark = workers.claim_mark.__wrapped__(str(segment_folder))
+    (segment_folder / f"{mark}_1").touch()
+    workers.claim_mark.__wrapped__(str(segment_folder))
+    assert others != [mark] and (segment_folder / f"{mark}_1").exists()
+
+
 def test_the_bytes_of_an_example_are_those_of_its_arrays():
     record = encode_record(grey_square(7))
     for num_concepts in (0, 5):
