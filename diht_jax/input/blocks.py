@@ -198,7 +198,10 @@ class BlockStore:
         """Number and size of the blocks that are here, for people who wait for one."""
         if self.folder is None:
             return "no block of the object store is here"
-        sizes = [path.stat().st_size for path in self.folder.glob("*.block")]
+        sizes = []
+        for path in self.folder.glob("*.block"):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                sizes.append(path.stat().st_size)
         return f"{len(sizes)} blocks ({describe_bytes(sum(sizes))}) are in {self.folder}"
 
     def mean_block_bytes(self) -> float:
@@ -242,6 +245,7 @@ class BlockStore:
                     file.writelines(parts)
                 os.replace(unfinished, path)
             except OSError as error:
+                unfinished.unlink(missing_ok=True)
                 if stopped.is_set():
                     raise ReadAheadStopped("the input was closed") from error
                 raise StorageError(

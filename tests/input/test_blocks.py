@@ -191,9 +191,13 @@ def test_of_a_request_that_was_overtaken_an_error_changes_nothing(
         return b""
 
     closed = threading.Event()
-    now = itertools.count(step=blocks._PATIENCE_SECS)  # until there are two
-    last = lambda: 0.0 if len(requests) == 2 else float(next(now))  # noqa: E731
-    monkeypatch.setattr(blocks, "clock", last)
+    calls = itertools.count()
+
+    def clock():
+        """Patience with the first request, asked by the second call, ends when it has begun."""
+        return blocks._PATIENCE_SECS if next(calls) > 1 and requests else 0.0
+
+    monkeypatch.setattr(blocks, "clock", clock)
     monkeypatch.setattr(blocks, "read_extent", read_extent)
     blocks_of = BlockStore(source, block_order(source), ReadAheadOptions(cache_dir=str(cache)))
     blocks_of.start()
@@ -254,6 +258,21 @@ def test_a_full_disk_is_an_error_that_names_the_keys(store, cache, monkeypatch, 
     with pytest.raises(StorageError, match=r"No space left on device.*config.data.cache_dir"):
         next(batches)
     batches.close()
+    # What was written of a block does not keep the disk full.
+    (blocks_of,) = batches.block_stores
+    blocks_of.start()
+    with pytest.raises(StorageError):
+        blocks_of.fetch([0])
+    assert not list(blocks_of.folder.glob("*.part"))
+    blocks_of.stop()
+
+
+def test_a_block_that_is_deleted_meanwhile_is_not_described(store, cache):
+    (blocks_of,) = train_iterator(store, cache).block_stores
+    blocks_of.start()
+    (blocks_of.folder / "1.block").symlink_to("deleted")
+    assert "0 blocks" in blocks_of.describe()
+    blocks_of.stop()
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(store, tmp_path):
