@@ -182,7 +182,8 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
             if isinstance(row, BadRow) and row.columns <= unneeded:
                 row = row.values
             values = row.values if isinstance(row, BadRow) else row
-            key = clean_text(str(values.get(options.key_column) or "")) or f"{stem}-{number:08d}"
+            own_key = values.get(options.key_column)
+            key = ("" if own_key is None else clean_text(str(own_key))) or f"{stem}-{number:08d}"
             number += 1
             image = _image_of(values.get(options.image_column))
             unpacked_bytes += len(image or b"")

@@ -221,9 +221,11 @@ def _list_path(text: str, options: dict[str, Any]) -> list[SourceShard]:
         if form.prefix and text.startswith(form.prefix):
             return _list_one(kind, text, options)
     is_stored = is_remote(text)
-    is_folder = not is_glob(text) if is_stored else os.path.isdir(text)
+    is_folder = os.path.isdir(text)
     if is_stored:
         paths = sorted(find_inputs(text))
+        is_file = [os.path.basename(path) for path in paths] == [os.path.basename(text)]
+        is_folder = not (is_glob(text) or is_file)
     elif is_folder:
         paths = sorted(entry.path for entry in os.scandir(text) if not os.path.isdir(entry.path))
         # img2dataset's output format "files": 00000.parquet describes the folder 00000.

@@ -253,12 +253,14 @@ def _read_csv_header(
 ) -> tuple[TableOptions, list[str], str]:
     """The options with the names of the columns, the header, and what separates the fields."""
     best: list[str] = []
+    # Behind a byte order mark, quotes would count as a part of the first name.
+    start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
     for delimiter in ("\t",) if _has_suffix(path, ".tsv") else _DELIMITERS:
-        file.seek(0)
+        file.seek(start)
         header = next(_read_csv(path, file, delimiter, strict=False), [])
         if any(map(_is_bad, header)):
             raise ValueError(f"{path}: the header is not UTF-8; {_CONVERT_LATIN}")
-        header = [name.removeprefix("\ufeff").strip() for name in header]
+        header = [name.strip() for name in header]
         found, missing = find_columns(header, options)
         if not missing:
             return found, header, delimiter

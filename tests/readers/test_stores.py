@@ -181,6 +181,16 @@ def test_paths_of_a_table_do_not_lead_out_of_its_folder():
     MeteredStore.store.clear()
 
 
+def test_a_list_in_json_is_read_where_its_url_is_named_alone():
+    system = fsspec.filesystem("metered")
+    system.pipe_file("/lists/t.json", b'[{"image": "a.png", "caption": "one"}]')
+    system.pipe_file("/lists/a.png", PNG)
+    assert read_entries("metered:///lists/t.json") == [Pair("t-00000000", PNG, "one")]
+    with pytest.raises(ValueError, match="nothing to read at 'metered:///lists'"):
+        list_shards("metered:///lists")
+    MeteredStore.store.clear()
+
+
 def test_what_cannot_be_read_is_refused_at_once(monkeypatch):
     system = fsspec.filesystem("metered")
     system.pipe_file("/bad/cut.tar", b"x" * 700)

@@ -176,6 +176,13 @@ def test_the_header_shows_what_separates_the_fields_of_a_csv(tmp_path, delimiter
     assert pair.caption == clean_text("one, two; three\tfour")
 
 
+def test_a_byte_order_mark_does_not_hide_the_quotes_of_a_header(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    text = '"image","caption"\n"a.png","one"\n'
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8-sig")
+    assert read_entries(str(tmp_path / "t.csv")) == [Pair("t-00000000", PNG, "one")]
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
 def test_the_imagefolder_of_hugging_face(tmp_path, name):
     (tmp_path / "train").mkdir()
@@ -277,7 +284,7 @@ def test_a_parquet_file_whose_names_are_damaged_is_named(tmp_path):
 
 
 def test_options_name_the_columns_of_parquet_too(tmp_path):
-    row = {"picture": PNG, "en": "one", "txt": "eins", "id": 7}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "t.parquet")
+    rows = [{"picture": PNG, "en": "one", "txt": "eins", "id": number} for number in (0, 7)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     spec = f"{tmp_path}/t.parquet?image_column=picture&caption_column=en&key_column=id"
-    assert read_entries(spec) == [Pair("7", PNG, "one", {"txt": "eins"})]
+    assert read_entries(spec) == [Pair(key, PNG, "one", {"txt": "eins"}) for key in ("0", "7")]
