@@ -49,6 +49,7 @@ from diht_jax.storage.stores import RangesFile, is_remote
 from diht_jax.terminal import ProgressBar, print_escaped
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
+_SCANNED = "scanned"  # in that of parts: none of them is of an `.idx`
 _NAMES_SHOWN = 3
 _INDICES = {"tfrecord": formats.INDEX, "webdataset": tar_records.INDEX}
 
@@ -130,6 +131,10 @@ def update_index(
     with _locked_work(folder, work_dir) as work:
         sizes = _list_shards(folder)
         old = _old_index(folder, work)
+        if overwrite:
+            _drop_believed(work)
+        else:
+            (work / _SCANNED).unlink(missing_ok=True)
         labels = labels or (old.labels if old else None)
         old = None if overwrite else old
         changes, rows = [], {}
@@ -263,6 +268,14 @@ def _look(
     digest = digest_shard(offsets, *read_ends(file))
     anchors = np.array(offsets[::ANCHOR_RECORDS], np.uint64)
     return ShardEntry(name, kind, len(offsets), size, digest, anchors)
+
+
+def _drop_believed(work: pathlib.Path) -> None:
+    """Keeps the offsets of earlier runs where all of them were found by scans."""
+    if not (work / _SCANNED).exists():
+        for part in work.glob(f"*{INDEX_SUFFIX}"):
+            part.unlink()
+        (work / _SCANNED).touch()
 
 
 def _load_kept(work: pathlib.Path, name: str, size: int) -> np.ndarray | None:

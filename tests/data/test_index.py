@@ -80,6 +80,22 @@ def test_a_broken_shard_is_named_and_the_others_are_not_read_again(folder):
     assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
 
 
+def test_to_overwrite_does_not_take_over_what_an_earlier_run_believed(folder):
+    path = make.write_shard(folder / "part-0.tfrecord", [b"a" * 30, b"b" * 10])
+    wrong = (folder / "part-0.tfrecord.idx").read_bytes()
+    make.write_shard(path, [b"a" * 10, b"b" * 30])
+    (folder / "part-0.tfrecord.idx").write_bytes(wrong)
+    good = (folder / "part-1.tfrecord").read_bytes()
+    (folder / "part-1.tfrecord").write_bytes(good[:-3])
+    for overwrite in (False, True, True):
+        with pytest.raises(ValueError, match="1 of 3 shards"):
+            update_index(folder, overwrite=overwrite)
+    (folder / "part-1.tfrecord").write_bytes(good)
+    # Of the runs that overwrite, the second knows what the first has found, and so does any other.
+    assert update_index(folder).num_read == 1
+    assert records_of(folder)[:2] == [b"a" * 10, b"b" * 30]
+
+
 def test_a_run_that_is_stopped_goes_on(folder, monkeypatch):
     find = ShardIndex.find
 
