@@ -29,7 +29,7 @@ import numpy as np
 
 from diht_jax.storage import files
 from diht_jax.storage.files import read_bytes, write_bytes
-from diht_jax.storage.stores import is_remote, open_file, open_local
+from diht_jax.storage.stores import is_remote, open_file, open_local, retry
 
 # By kind, as `config.output_format` names it; of a folder with several the first one is read.
 SUFFIXES = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
@@ -127,10 +127,15 @@ def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
 
     Raises:
         TFRecordError: not a TFRecord file, or cut off, or damaged between two records.
+        StorageError: it cannot be read, now and after some attempts.
     """
     path = os.fspath(path)
-    with open_file(path) if is_remote(path) else open_local(path) as file:
-        return np.array([start for start, _ in _walk_frames(path, file)], np.uint64)
+
+    def scan() -> np.ndarray:
+        with open_file(path) if is_remote(path) else open_local(path) as file:
+            return np.array([start for start, _ in _walk_frames(path, file)], np.uint64)
+
+    return retry(scan, path)
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:

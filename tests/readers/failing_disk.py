@@ -35,6 +35,10 @@ class FailingDisk:
             return real_pread(descriptor, *args)
 
         class File(io.FileIO):
+            def read(self, size=-1):
+                disk.read()
+                return super().read(size)
+
             def readinto(self, buffer):
                 disk.read()
                 return super().readinto(buffer)

@@ -47,6 +47,17 @@ def test_writer_frames_records_and_their_offsets(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.tfrecord", "a.tfrecord.idx"]
 
 
+def test_a_shard_without_index_on_a_disk_that_is_away_for_a_moment(tmp_path):
+    path = make.write_shard(tmp_path / "a.tfrecord", _RECORDS)
+    _index(path).unlink()
+    with FailingDisk(tmp_path, 2, spared=3).mounted() as disk:
+        assert len(TFRecordSource(path)) == len(_RECORDS) and disk.failures == 0
+        _index(path).unlink()
+        disk.failures = 10**9
+        with pytest.raises(StorageError, match=r"a\.tfrecord: could not be read"):
+            TFRecordSource(path)
+
+
 def test_nothing_is_visible_before_close_nor_after_an_error(tmp_path):
     path = tmp_path / "a.tfrecord"
     writer = TFRecordWriter(path)
