@@ -234,7 +234,7 @@ class DatasetIndex:
         if max(records.max(initial=0), sizes.max(initial=0)) > _MAX_NUMBER:
             raise ValueError("a number of its table is out of range")
         kinds = np.frombuffer(head, np.uint8, shards, position)
-        names = head[position + shards : position + shards + names_bytes].decode()
+        names = os.fsdecode(head[position + shards : position + shards + names_bytes])
         self.num_records, self.num_bytes = records.astype(np.int64), sizes.astype(np.int64)
         self.kinds = [facts["kinds"][kind] for kind in kinds.tolist()]
         self.names = names.split("\0")[:-1]
@@ -310,7 +310,7 @@ def encode_head(
     `labels.shards.describe_labels` states of shards of labels.
     """
     kinds = sorted({entry.kind for entry in entries})
-    names = b"".join(entry.name.encode() + b"\0" for entry in entries)
+    names = b"".join(os.fsencode(entry.name) + b"\0" for entry in entries)
     anchors = [entry.anchors.astype("<u8").tobytes() for entry in entries]
     facts: dict[str, Any] = {
         "shards": len(entries),

@@ -73,7 +73,7 @@ class ShardedRecords(Sequence[bytes]):
             elif shard.index is not None and not is_remote(shard.path):
                 self._unchecked.add(number)
         self._starts = np.cumsum(counts, dtype=np.int64)
-        self._digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+        self._digest = hashlib.sha256(os.fsencode("\n".join(identity))).hexdigest()[:16]
         self._reset_open_shards()
 
     def __len__(self) -> int:

@@ -264,7 +264,7 @@ def held_out_records(records: Any, data: ml_collections.ConfigDict, seed: int) -
         return NO_RECORDS
     found, start = [NO_RECORDS], 0
     for path, length in zip(records.paths, map(int, records.shard_lengths), strict=True):
-        bits = np.random.PCG64([seed, *os.path.basename(path).encode()]).random_raw(length)
+        bits = np.random.PCG64([seed, *os.fsencode(os.path.basename(path))]).random_raw(length)
         found.append(start + np.flatnonzero(bits < np.uint64(share * 2**64)))
         start += length
     held_out = np.concatenate(found)
@@ -297,8 +297,8 @@ class Fingerprint:
     @classmethod
     def unpack(cls, packed: dict[str, int | str]) -> Fingerprint:
         """The inverse of `pack`."""
-        lines = zlib.decompress(base64.b85decode(str(packed["table"]))).decode().splitlines()
-        rows = (line.rsplit("\t", 3) for line in lines)
+        table = zlib.decompress(base64.b85decode(str(packed["table"])))
+        rows = (line.rsplit("\t", 3) for line in os.fsdecode(table).split("\n")[:-1])
         return cls(tuple((name, int(n), int(size), digest) for name, n, size, digest in rows))
 
 
@@ -346,4 +346,4 @@ def _by_name(fingerprint: Fingerprint) -> dict[str, tuple[int, int, str]]:
 
 
 def _table(shards: tuple[tuple[str, int, int, str], ...]) -> bytes:
-    return "".join("\t".join(map(str, shard)) + "\n" for shard in shards).encode()
+    return os.fsencode("".join("\t".join(map(str, shard)) + "\n" for shard in shards))

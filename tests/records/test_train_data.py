@@ -1,13 +1,20 @@
 """Which records are held out; what a data set's fingerprint notices, and what it costs to keep."""
 
+import os
 import shutil
 import types
 
 import numpy as np
 import pytest
 
+from diht_jax.data.index import update_index
 from diht_jax.records.formats import TFRecordSource, open_source
-from diht_jax.records.train_data import describe_changes, fingerprint_records, held_out_records
+from diht_jax.records.train_data import (
+    Fingerprint,
+    describe_changes,
+    fingerprint_records,
+    held_out_records,
+)
 from tests import make
 from tests.make import tiny_config
 
@@ -25,6 +32,18 @@ def folder(tmp_path):
 
 def look(paths):
     return fingerprint_records(TFRecordSource(paths))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.tfrecord", "two\u2028lines.tfrecord".encode()])
+def test_any_name_of_a_file_can_be_that_of_a_shard(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    write(path, range(50))
+    found = look(tmp_path)
+    assert Fingerprint.unpack(found.pack()) == found
+    data = tiny_config(data__validation_share=0.5).data
+    assert len(held_out_records(TFRecordSource(tmp_path), data, seed=0))
+    update_index(tmp_path)
+    assert look(tmp_path) == found
 
 
 @pytest.mark.parametrize("suffix", ["tfrecord", "array_record"])
