@@ -84,16 +84,21 @@ class StagedDirectory:
     def fetch(self) -> None:
         """Makes the folder what the store is.
 
-        A folder that has all of the store's checkpoints, and none that were removed there, stays as
-        it is: it may be ahead by what never reached the store. Any other is fetched anew.
+        A folder that has gone on from the store's checkpoints keeps what it has: it may be ahead by
+        what never reached the store. Any other is fetched anew.
         """
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         try:
             stored = read_manifests(self.url)
-            removed = self._read_record() & self._local_steps() - stored.keys()
-            has_all = all(make_manifest(self._checkpoints / str(s)) == m for s, m in stored.items())
-            if removed or not has_all:
-                stored = self._fetch_anew(stored)
+            if not self._has_gone_on_from(stored):
+                self._begin_anew()
+            for step in sorted(stored.keys() - self._local_steps()):
+                problem = _download_checkpoint(self.url, step, stored[step], self._checkpoints)
+                if problem is not None:
+                    where = f"{self.url}: the checkpoint of step {step}"
+                    logging.warning("%s is damaged (%s); it is removed", where, problem)
+                    _remove_checkpoint(self.url, step)
+                    del stored[step]
             self._write_record(set(stored))
             # What a killed process left of others.
             names = _find_files(files.join(self.url, CHECKPOINT_DIRECTORY))
@@ -163,31 +168,30 @@ class StagedDirectory:
                 )
                 wait = _RETRY_SECONDS
 
-    def _fetch_anew(self, stored: dict[int, Manifest]) -> dict[int, Manifest]:
-        """Fetches all; returns the checkpoints that are not damaged, the others are removed."""
+    def _has_gone_on_from(self, stored: dict[int, Manifest]) -> bool:
+        """Returns whether the folder has what the store has, but for what it has removed since."""
+        record = self._read_record()
+        local = {step: make_manifest(self._checkpoints / str(step)) for step in self._local_steps()}
+        return (
+            not record & local.keys() - stored.keys()
+            # The run makes room for later ones only.
+            and stored.keys() - local.keys() <= record
+            and max(local, default=0) >= max(stored, default=0)
+            and all(local[step] == stored[step] for step in stored.keys() & local.keys())
+        )
+
+    def _begin_anew(self) -> None:
+        """Makes the files those of the store, and removes all checkpoints."""
         shutil.rmtree(self._checkpoints)
         self._checkpoints.mkdir()
         for path in self._local_files().values():
             path.unlink()
-        whole = {}
-        for step, manifest in stored.items():
-            problem = _download_checkpoint(self.url, step, manifest, self._checkpoints)
-            if problem is None:
-                whole[step] = manifest
-                continue
-            logging.warning(
-                "%s: the checkpoint of step %d is damaged (%s); it is removed",
-                self.url,
-                step,
-                problem,
-            )
-            _remove_checkpoint(self.url, step)
+        # Before the checkpoints: a folder that has these counts.
         for name in filter(_is_file_of_run, _find_files(self.url)):
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_bytes(path, files.read_bytes(files.join(self.url, name)))
             self._sent_files[name] = _stamp(path)
-        return whole
 
     def _send_files(self) -> None:
         for name, path in self._local_files().items():

@@ -154,6 +154,33 @@ def test_the_store_is_what_counts(staged, url, tmp_path):
     assert not (staged.folder / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("url", ["memory"], indirect=True)
+def test_a_checkpoint_that_the_store_did_not_get_stays(staged, url):
+    put_checkpoint(staged.folder, 8)
+    shutil.rmtree(staged.folder / "checkpoints" / "2")  # it has made room
+    staged.fetch()
+    assert 8 in saved_steps(staged.folder)
+    staged.send()
+    assert steps_stored(url) == saved_steps(staged.folder)
+
+
+@pytest.mark.parametrize("url", ["memory"], indirect=True)
+def test_a_machine_that_is_killed_while_it_fetches_begins_again(staged, url, tmp_path, monkeypatch):
+    download, another = stored_run._download_checkpoint, StagedDirectory(url, str(tmp_path / "b"))
+
+    def killed_after_the_last(url, step, *arguments):
+        download(url, step, *arguments)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(stored_run, "_download_checkpoint", killed_after_the_last)
+        another.fetch()
+    another.fetch()
+    assert saved_steps(another.folder) == [2, 4, 6]
+    assert (another.folder / "metrics.jsonl").read_text() == '{"step": 6}\n'
+
+
 def test_a_machine_keeps_what_trackers_write_for_themselves(staged, url, tmp_path):
     (staged.folder / "wandb" / "run-1").mkdir(parents=True)
     (staged.folder / "wandb" / "run-1" / "debug.log").write_text("line")
