@@ -297,7 +297,7 @@ KEYS: dict[str, Key] = {
     # Profiles these steps, both included.
     "profile.start_step": Key(int, COUNT, FREE),
     "profile.stop_step": Key(int, COUNT, FREE),  # the last one
-    "checkpoint.every_steps": Key(1000, COUNT, FREE),  # and at the end
+    "checkpoint.every_steps": Key(1000, COUNT, FREE),  # also before evaluations and at the end
     "checkpoint.keep_last": Key(3, COUNT, FREE),  # older ones are deleted
     # Where a run in s3:// and the like works on disk; None: ~/.cache/diht_jax/staging. Hosts of one
     # job must share it. With a folder given, gs:// goes by way of it as well.

@@ -100,7 +100,8 @@ def train(
         check_together(opening.check_same_run, config, workdir)
         if config.stage.number or config.stage.count:
             check_together(check_stage, config, workdir)
-        run = Run(config, workdir, devices, began)
+        with without_memory_is_lasting(lambda: False):
+            run = Run(config, workdir, devices, began)
         stack.push(run.close_after)
         stop_request.listen()
         with without_memory_is_lasting(lambda: run.has_finished_step):
@@ -239,8 +240,8 @@ class Run:
                 self.window.excluded(self.profiler.close)
             progress.update()
             at_end, stop_requested = step == last_step, stop_request.is_due(step)
-            saves = at_end or stop_requested or step == self.kept_step
-            saves = saves or step % self.config.checkpoint.every_steps == 0
+            saves = at_end or stop_requested or self.evaluation.is_due(step)
+            saves |= step == self.kept_step or step % self.config.checkpoint.every_steps == 0
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.
             if saves or step % self.config.log_every_steps == 0 or step == self.patch_dropout_steps:
                 progress.set_postfix_str(self._write_line(step))

@@ -171,7 +171,7 @@ def exit_status(error: BaseException) -> int:
 
     Returns:
         `LASTING_EXIT_CODE` for wrong config and input, for a run that has diverged and for one
-        whose first step does not fit into the memory (`without_memory_is_lasting`); 1 for what
+        whose state or first step does not fit into memory (`without_memory_is_lasting`); 1 for what
         may have gone when the same command runs again: a full disk, a store or process that cannot
         be reached, a work directory that another run still holds, and all errors of other types
         than `ValueError` and `FileNotFoundError`.
@@ -232,7 +232,7 @@ def error_chain(error: BaseException) -> list[BaseException]:
 
 @contextlib.contextmanager
 def without_memory_is_lasting(is_running: Callable[[], bool]) -> Generator[None]:
-    """Makes an error of a run whose first step does not fit into the memory a lasting one.
+    """Makes an error of a run whose state or first step does not fit into memory a lasting one.
 
     Raises:
         ValueError: for XLA's "RESOURCE_EXHAUSTED" before that.
@@ -243,7 +243,7 @@ def without_memory_is_lasting(is_running: Callable[[], bool]) -> Generator[None]
         if is_running() or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(
-            f"the first step does not fit into the devices' memory: {str(error)[:500]}\nLower "
+            f"state and step do not fit into the devices' memory: {str(error)[:500]}\nLower "
             "config.micro_batch or config.data.batch_size, take config.model.remat='minimal' or "
             "'full', or split the parameters by config.mesh.fsdp"
         ) from error

@@ -25,6 +25,7 @@ from diht_jax.training.multihost import (
     exit_status,
     job_status,
 )
+from diht_jax.training.program import TrainProgram
 from diht_jax.training.workdir.checkpoint import Checkpointer, SaveError
 from tests import make
 from tests.training import kill_trial
@@ -183,6 +184,16 @@ def test_a_first_step_that_does_not_fit_is_not_tried_again(
         train(config, tmp_path, devices=jax.devices()[:1])
     assert exit_status(raised.value) == status
     assert ("Lower config.micro_batch" in str(raised.value)) == (status == LASTING_EXIT_CODE)
+
+
+def test_a_state_that_does_not_fit_is_not_tried_again(config, tmp_path, monkeypatch):
+    def failing(program):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(TrainProgram, "create_state", failing)
+    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED") as raised:
+        train(config, tmp_path, devices=jax.devices()[:1])
+    assert exit_status(raised.value) == LASTING_EXIT_CODE
 
 
 def test_processes_learn_of_each_other_that_the_job_has_ended_for_good(tmp_path):

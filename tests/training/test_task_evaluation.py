@@ -19,10 +19,13 @@ SCORES = {2: 0.9, 4: 0.2, 6: 0.3}
 
 @pytest.fixture
 def run(config, squares, tmp_path):
-    """Evaluates every other of six steps, on a copy of the squares; its config and a trainer."""
+    """Evaluates every other of six steps, on a copy of the squares; its config and a trainer.
+
+    A checkpoint is due at the end alone: the others are those that an evaluation comes after.
+    """
     source = shutil.copytree(squares, tmp_path / "source")
     config.total_steps = 6
-    config.checkpoint.every_steps = 2
+    config.checkpoint.every_steps = 100
     config.checkpoint.keep_last = 1
     config.evaluation.every_steps = 2
     config.evaluation.tasks = f"colors=retrieval:{source}?caption_template={{caption}}"
