@@ -45,7 +45,6 @@ from diht_jax.weights.releases import RELEASES
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import ModelFiles, read_weights
 
-_TOKENIZER_KEYS = {"model.tokenizer", "model.text_cleaning"}
 # Positions are fitted to these.
 _INPUT_SIZES = ("image_size", "context_length")
 
@@ -87,8 +86,10 @@ def bind_architecture(
     for name, value in inputs.pictures.items():
         if f"model.pictures.{name}" not in set_keys:
             bound.model.pictures[name] = value
-    if not _TOKENIZER_KEYS & set(set_keys):
-        bound.model.update(tokenizer=inputs.tokenizer, text_cleaning=inputs.text_cleaning)
+    if "model.tokenizer" not in set_keys:
+        bound.model.tokenizer = inputs.tokenizer
+        if "model.text_cleaning" not in set_keys:
+            bound.model.text_cleaning = inputs.text_cleaning
     check_config(bound)
     return bound
 
@@ -204,7 +205,8 @@ def _read_weights(source: str) -> ModelFiles:
 def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
     """Dotted names of the keys of architecture and inputs that differ from the default ones."""
     changed = {f"model.overrides.{k}" for k, v in section.overrides.items() if v is not None}
-    changed |= {name for name in _TOKENIZER_KEYS if section[name.partition(".")[2]] is not None}
+    inputs = ("tokenizer", "text_cleaning")
+    changed |= {f"model.{name}" for name in inputs if section[name] is not None}
     changed |= {f"model.pictures.{k}" for k, v in section.pictures.items() if v is not None}
     return changed | ({"model.name"} if section.name != default_config().model.name else set())
 

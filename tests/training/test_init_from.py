@@ -160,6 +160,13 @@ def test_a_name_that_the_user_sets_stays(recipe):
     assert architecture_of(bind_architecture(recipe, set_keys=("model.name",))) == before
 
 
+def test_another_cleaning_of_texts_leaves_the_models_tokenizer(tmp_path):
+    write_config(tmp_path, make.tiny_config(model__tokenizer="moved", model__text_cleaning="none"))
+    config = make.tiny_config(model__init_from=str(tmp_path), model__text_cleaning="lower")
+    bound = bind_architecture(config, set_keys=("model.text_cleaning",)).model
+    assert (bound.tokenizer, bound.text_cleaning) == (str(tmp_path / "tokenizer"), "lower")
+
+
 def test_a_config_made_in_python_keeps_what_differs_from_the_defaults(weights):
     config = default_config()
     config.model.init_from = str(weights[0])
