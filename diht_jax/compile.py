@@ -64,6 +64,7 @@ def define_flags() -> None:
         None,
         "Examples a batch, over all devices; unset: config.data.batch_size, or a part of it for "
         "fewer devices than config.topology has.",
+        lower_bound=1,
     )
     flags.DEFINE_alias("global_batch", "batch_size")
     flags.DEFINE_bool("search", True, "Look for settings that fit when the recipe's do not.")
@@ -214,7 +215,7 @@ def batch_that_fits(
     Prints every attempt. `too_large` is the report of what does not fit.
     """
     first = config.micro_batch or config.data.batch_size // 2
-    for batch_size in _halvings(config, first, too_large, _SAME_SETTINGS):
+    for batch_size in _halvings(first, too_large, _SAME_SETTINGS):
         changes = {"data.batch_size": batch_size, "micro_batch": None}
         report = compile_step(_changed(config, changes), topology)
         print_escaped(describe_try(report))
@@ -238,7 +239,7 @@ def settings_that_fit(
                 continue
             sizes: Sequence[int | None] = [None]
             if micro_batch is not None:
-                sizes = _halvings(config, micro_batch, too_large, _OTHER_POLICY)
+                sizes = _halvings(micro_batch, too_large, _OTHER_POLICY)
             for size in sizes:
                 changes = {"model.remat": remat, "micro_batch": size}
                 report = compile_step(_changed(config, changes), topology)
@@ -302,9 +303,7 @@ def _largest_micro_batch(config: ml_collections.ConfigDict, num_devices: int) ->
     return None
 
 
-def _halvings(
-    config: ml_collections.ConfigDict, first: int, too_large: StepReport, share: float
-) -> list[int]:
+def _halvings(first: int, too_large: StepReport, share: float) -> list[int]:
     """Examples to embed at once: `first` and ever fewer, without those that cannot fit.
 
     Intermediate values shrink with the examples. They may take this `share` of what follows from
@@ -325,8 +324,9 @@ def _halvings(
 
 def _total_steps(config: ml_collections.ConfigDict) -> int:
     """Length of the schedule, a constant of the program without influence on its cost."""
-    # Of epochs, the data set is not looked at.
-    num_examples = config.data.batch_size * (1 if config.total_epochs is None else 1000)
+    # Of epochs, the data set is not looked at: take one that the warm-up and the decay fit into.
+    least = config.optimizer.warmup_steps + (config.optimizer.decay_steps or 0) + 1
+    num_examples = config.data.batch_size * math.ceil(least / (config.total_epochs or 1))
     return duration_in_steps(config, "total", num_examples=num_examples)
 
 

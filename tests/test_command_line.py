@@ -151,6 +151,20 @@ def test_old_spellings_still_work(command, old, new, text, no_flags):
     assert flags.FLAGS[new].value == flags.FLAGS[old].value == parsed
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("diht_jax.compile", "batch_size"),
+        ("diht_jax.evaluate", "limit"),
+        ("diht_jax.search", "num_threads"),
+    ],
+)
+def test_how_many_is_at_least_one(command, name, no_flags):
+    importlib.import_module(command).define_flags()
+    with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}=0"):
+        flags.FLAGS[name].parse("0")
+
+
 def listed_keys(text):
     names = (line.split("=")[0].strip() for line in text.splitlines() if "=" in line)
     return [name for name in names if name in walk(default_config())]

@@ -54,7 +54,9 @@ def model_options() -> dict[str, Any]:
 def define_encoding_flags() -> None:
     """Defines the flags of the commands that encode a source of images."""
     flags.DEFINE_integer("batch_size", 256, "Images, or texts, a batch, over all devices.")
-    flags.DEFINE_integer("num_threads", None, "Decoding threads; unset: one per core, at most 16.")
+    flags.DEFINE_integer(
+        "num_threads", None, "Decoding threads; unset: one per core, at most 16.", lower_bound=1
+    )
 
 
 def define_prompt_flags() -> None:
@@ -81,7 +83,10 @@ def define_task_flags() -> None:
         "a benchmark its own.",
     )
     flags.DEFINE_integer(
-        "limit", None, "Only this many pairs of each task, the first ones; unset: all."
+        "limit",
+        None,
+        "Only this many pairs of each task, the first ones; unset: all.",
+        lower_bound=1,
     )
 
 

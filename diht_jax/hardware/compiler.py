@@ -121,9 +121,9 @@ def accelerator() -> str | None:
     if has_tpu():
         return "tpu"
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    if _has_device("nvidia[0-9]*") and any(map(importlib.util.find_spec, plugins)):
-        return "gpu"
-    return None
+    has_plugin = any(map(importlib.util.find_spec, plugins))
+    are_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return "gpu" if _has_device("nvidia[0-9]*") and has_plugin and not are_hidden else None
 
 
 def has_tpu() -> bool:

@@ -290,12 +290,12 @@ class _Counter:
         for instruction in body.values():
             if instruction.opcode == "parameter":
                 whole = read[int(instruction.operands[0])]
-                total += min(whole, self._bytes_used(instruction, users, body, whole))
+                total += min(whole, self._bytes_used(instruction, users, whole))
             if instruction.is_root:
                 total += self._bytes_made(instruction, body)
         return total
 
-    def _bytes_used(self, parameter, users, body, whole: int) -> int:
+    def _bytes_used(self, parameter, users, whole: int) -> int:
         used, pending = 0, [parameter]
         while pending:
             source = pending.pop()

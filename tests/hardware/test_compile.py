@@ -222,6 +222,15 @@ def test_flags_of_a_small_slice_make_the_config_that_was_compiled():
     assert scaled.to_dict() == config.to_dict()
 
 
+def test_a_warm_up_longer_than_any_epoch_is_no_error():
+    """The data set is not known; what is wrong with the micro-batch comes after the schedule."""
+    config = recipe("clip_vitb32", total_steps=None, total_epochs=1.0, micro_batch=3)
+    config.mesh.fsdp = 1
+    config.optimizer.update(warmup_steps=2000, schedule="wsd", decay_steps=3000)
+    with pytest.raises(ValueError, match="config.micro_batch=3: expected"):
+        compile_step(config, get_topology("local"))
+
+
 def test_command_says_out_of_memory_and_exits_with_one():
     """More than this machine's memory, none of which is touched."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -81,6 +81,12 @@ def test_accelerator(monkeypatch, platforms, devices, packages, expected):
     assert compiler.accelerator() == expected
 
 
+@pytest.mark.parametrize("visible, expected", [("", None), ("-1", None), ("0", "gpu")])
+def test_hidden_gpus_are_not_taken(monkeypatch, visible, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    test_accelerator(monkeypatch, "", {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, expected)
+
+
 def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path):
     records = make.write_records(tmp_path / "records", 52)
     environment = {
