@@ -10,7 +10,8 @@ from ml_collections import config_flags
 from data_prep.filtering.config import default_config as filter_config
 from data_prep.labelling.config import default_config as label_config
 from diht_jax import command_line
-from diht_jax.config import PathsOrSections, default_config, validate_config
+from diht_jax.config import default_config, validate_config
+from diht_jax.config.checks import PathsOrSections
 from tests.make import REPOSITORY
 
 EMOJI = REPOSITORY / "configs" / "emoji.py"

@@ -40,10 +40,7 @@ class MetricWriter:
     """Writes scalars by step. On other processes than the first it does nothing."""
 
     def __init__(
-        self,
-        workdir: str | epath.Path,
-        start_step: int,
-        config: ml_collections.ConfigDict | None = None,
+        self, workdir: str | epath.Path, start_step: int, config: ml_collections.ConfigDict
     ):
         """Opens the files of a run that starts or goes on after `start_step` steps.
 
@@ -51,7 +48,7 @@ class MetricWriter:
         will be trained again.
 
         Args:
-            config: the whole training config, for the trackers; None takes TensorBoard alone.
+            config: the whole training config, for the trackers.
         """
         self._lines: GrowingFile | None = None
         self._trackers: list[Tracker] = []  # one that fails is left out from then on

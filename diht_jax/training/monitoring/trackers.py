@@ -254,19 +254,11 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 
 def open_trackers(
-    workdir: epath.Path, start_step: int, config: ml_collections.ConfigDict | None
+    workdir: epath.Path, start_step: int, config: ml_collections.ConfigDict
 ) -> list[Tracker]:
-    """The trackers of one run; one that cannot be opened is left out, with a warning.
-
-    Args:
-        config: the whole training config; None for TensorBoard alone.
-    """
-    names, values, opened = ["tensorboard"], {}, []
-    if config is not None:
-        names = tracker_names(config.trackers)
-        values = json.loads(config.to_json_best_effort())
-    run = TrackedRun(workdir, start_step, values)
-    for name in names:
+    """The trackers of a training config; one that cannot be opened is left out, with a warning."""
+    run, opened = TrackedRun(workdir, start_step, json.loads(config.to_json_best_effort())), []
+    for name in tracker_names(config.trackers):
         try:
             opened.append(TRACKERS[name](run))
         except Exception as error:  # each client has its own

@@ -208,10 +208,6 @@ class Checkpointer:
         if self._failure is not None:
             raise self._failure
 
-    def steps(self) -> list[int]:
-        """Steps of the finished checkpoints."""
-        return finished_steps(self._root)
-
     def _open(self) -> ocp.CheckpointManager:
         policies = [
             checkpoint_managers.LatestN(self._keep_last),
@@ -257,7 +253,7 @@ class Checkpointer:
         self._saving = None
 
     def _report_failure(self, error: Exception) -> None:
-        latest = max((s for s in self.steps() if s != self._saving), default=None)
+        latest = max((s for s in finished_steps(self._root) if s != self._saving), default=None)
         kept = "there is no earlier one" if latest is None else f"that of step {latest} is intact"
         self._failure = SaveError(
             f"{self._root}: the checkpoint of step {self._saving} could not be written, {kept}: "

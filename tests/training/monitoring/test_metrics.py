@@ -21,13 +21,14 @@ from diht_jax.training.monitoring.metrics import (
     read_metrics,
 )
 from diht_jax.training.monitoring.throughput import ThroughputWindow
+from tests import make
 from tests.records.stores import BucketStore
 from tests.training.monitoring.test_throughput import Machine
 
 
 def test_a_run_goes_on_without_an_unwritable_tensorboard(tmp_path, caplog):
     (tmp_path / "tensorboard").write_text("in the way")
-    writer = MetricWriter(tmp_path, 0)
+    writer = MetricWriter(tmp_path, 0, make.tiny_config())
     for step in (1, 2):
         writer.write(step, {"loss": step / 2})
     writer.close()
@@ -46,7 +47,7 @@ def event_files(bucket, folder):
 
 
 def test_a_run_in_a_bucket_can_be_watched(bucket, tmp_path):
-    writer = MetricWriter(f"{bucket}/run", 4)
+    writer = MetricWriter(f"{bucket}/run", 4, make.tiny_config())
     for step in (5, 6):
         writer.write(step, {"loss": step / 2})
         # The writer is open, and could be killed now.
@@ -61,7 +62,7 @@ def test_a_run_in_a_bucket_can_be_watched(bucket, tmp_path):
 
 
 def test_a_bucket_that_fails_for_a_while_costs_no_line(bucket, tmp_path, caplog):
-    writer = MetricWriter(f"{bucket}/run", 0)
+    writer = MetricWriter(f"{bucket}/run", 0, make.tiny_config())
     for step in range(1, 5):
         # An object of lines and one of events are written for each step.
         BucketStore.failures = 2 if step in (2, 4) else 0
@@ -110,7 +111,7 @@ def start(folder, clock, start_step, *, opening, compiling):
     with wall_time.during("compile"):
         clock.spend(compiling)
     wall_time.switch("step")
-    return wall_time, MetricWriter(folder, start_step)
+    return wall_time, MetricWriter(folder, start_step, make.tiny_config())
 
 
 def train_steps(wall_time, writer, clock, steps, step_secs=1.0):
