@@ -93,7 +93,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_tokens", None, "Most tokens of a caption; unset: as in training.")
     flags.DEFINE_integer("top_k", None, "Likeliest tokens to draw from; unset: the likeliest.")
     flags.DEFINE_float("temperature", 1.0, "Logits are divided by it before a draw.")
-    flags.DEFINE_integer("seed", 0, "Of the draws.")
+    flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
 
 def main() -> None:

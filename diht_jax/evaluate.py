@@ -48,7 +48,10 @@ def define_flags() -> None:
     distributed.define_flags()
     flags.DEFINE_string("output", None, "Results file (JSON); of --compare: the chart (PNG).")
     flags.DEFINE_integer(
-        "num_resamples", 1000, "Resamples for the confidence intervals; 0 for none."
+        "num_resamples",
+        1000,
+        "Resamples for the confidence intervals; 0 for none.",
+        lower_bound=0,
     )
     flags.DEFINE_alias("bootstrap", "num_resamples")
     flags.DEFINE_bool("pages", True, "Write the page with examples (HTML), or the chart.")

@@ -41,7 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_list("shots", ["1", "2", "4", "8", "16", "all"], "Training images a class.")
     flags.DEFINE_integer("num_draws", 5, "How often the shots are drawn.")
     flags.DEFINE_alias("draws", "num_draws")
-    flags.DEFINE_integer("seed", 0, "Of the draws and of the validation split.")
+    flags.DEFINE_integer("seed", 0, "Of the draws and of the validation split.", lower_bound=0)
     flags.DEFINE_float("validation_fraction", 0.2, "Share of --train held out, class by class.")
     flags.DEFINE_integer("validation_per_class", None, "Most images to hold out; unset: no limit.")
     flags.DEFINE_integer("num_steps", 500, "Gradient steps of a fit.")

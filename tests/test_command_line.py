@@ -152,17 +152,19 @@ def test_old_spellings_still_work(command, old, new, text, no_flags):
 
 
 @pytest.mark.parametrize(
-    ("command", "name"),
+    ("command", "name", "text"),
     [
-        ("diht_jax.compile", "batch_size"),
-        ("diht_jax.evaluate", "limit"),
-        ("diht_jax.search", "num_threads"),
+        ("diht_jax.compile", "batch_size", "0"),
+        ("diht_jax.embed", "batch_size", "0"),
+        ("diht_jax.evaluate", "limit", "0"),
+        ("diht_jax.evaluate", "num_resamples", "-1"),
+        ("diht_jax.search", "num_threads", "0"),
     ],
 )
-def test_how_many_is_at_least_one(command, name, no_flags):
+def test_a_number_below_its_range_is_refused(command, name, text, no_flags):
     importlib.import_module(command).define_flags()
-    with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}=0"):
-        flags.FLAGS[name].parse("0")
+    with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}={text}"):
+        flags.FLAGS[name].parse(text)
 
 
 def listed_keys(text):

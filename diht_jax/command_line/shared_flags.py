@@ -53,7 +53,9 @@ def model_options() -> dict[str, Any]:
 
 def define_encoding_flags() -> None:
     """Defines the flags of the commands that encode a source of images."""
-    flags.DEFINE_integer("batch_size", 256, "Images, or texts, a batch, over all devices.")
+    flags.DEFINE_integer(
+        "batch_size", 256, "Images, or texts, a batch, over all devices.", lower_bound=1
+    )
     flags.DEFINE_integer(
         "num_threads", None, "Decoding threads; unset: one per core, at most 16.", lower_bound=1
     )

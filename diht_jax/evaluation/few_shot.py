@@ -87,6 +87,10 @@ class FewShotOptions:
                 "expected shots, a draw and a step; got "
                 f"shots={self.shots}, num_draws={self.num_draws}, num_steps={self.num_steps}"
             )
+        if self.validation_per_class is not None and self.validation_per_class < 1:
+            raise ValueError(
+                f"validation_per_class: expected a number from 1, got {self.validation_per_class}"
+            )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction: expected a number between 0 and 1, got "

@@ -76,7 +76,7 @@ def run_vqa(task: Task, encoder: Encoder) -> Measured:
     return _answer(
         encoder,
         ("question",),
-        lambda row: bool(row.get("answer")),
+        _has_answer,
         list(task.names),
         lambda text, answer: template.replace("{question}", text).replace("{answer}", answer),
         lambda row, answer: vqa_credit(answer, row["answer"]),
@@ -106,7 +106,10 @@ def _answer(
             for field in needed:
                 if not isinstance(row.get(field), str):
                     raise ValueError(f"record '{pair.key}': expected a text as '{field}' in {row}")
-        usable = [row for row in rows if is_usable(row)]
+        try:
+            usable = [row for row in rows if is_usable(row)]
+        except ValueError as error:
+            raise ValueError(f"record '{pair.key}': {error}") from error
         if not usable:
             raise UnusablePair("no_answer")
         return usable
@@ -132,6 +135,14 @@ def _answer(
         },
         result=answers,
     )
+
+
+def _has_answer(row: dict[str, Any]) -> bool:
+    said = row.get("answer")
+    texts = said if isinstance(said, list) else [said]
+    if said and not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected a text, or a list of texts, as 'answer', got {said!r:.80}")
+    return bool(said)
 
 
 def _choose(

@@ -161,7 +161,13 @@ def questions_of(pair: Pair) -> tuple[str, list[Question]]:
     alone = {"captions": pair.metadata.get("captions") or [pair.caption]}
     stated = pair.metadata.get("questions")
     asked: list[dict[str, Any]] = [alone] if stated is None else stated
-    questions = [Question(tuple(each["captions"]), each.get("group")) for each in asked]
+    try:
+        questions = [Question(tuple(each["captions"]), each.get("group")) for each in asked]
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"record '{pair.key}': expected metadata 'questions' to be a list of objects with "
+            f"'captions', got {stated!r:.80}"
+        ) from error
     questions = [question for question in questions if len(question.captions) > 1]
     if not questions:
         raise UnusablePair("no_wrong_caption")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,15 +58,37 @@ def raw_label(pair: Pair, field: str | None = None) -> RawLabel:
             f"record '{pair.key}' has no metadata field '{field}'; it has "
             f"{sorted(pair.metadata) or 'none'}"
         )
+    class_name = pair.metadata.get("class_name") if field is None else None
+    label = None if label is None else _check_label(pair.key, name, label)
+    return RawLabel(pair.key, label, class_name and str(class_name), pair.caption)
+
+
+def _check_label(key: str, field: str, label: Any) -> int | str:
     if isinstance(label, np.integer):
         label = int(label)
-    if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
+    if isinstance(label, bool) or not isinstance(label, int | str):
         raise ValueError(
-            f"record '{pair.key}': expected metadata field '{name}' to be an integer or a class "
-            f"name, got {label!r}"
+            f"record '{key}': expected metadata field '{field}' to be an integer or a class "
+            f"name, got {label!r:.80}"
         )
-    class_name = pair.metadata.get("class_name") if field is None else None
-    return RawLabel(pair.key, label, class_name and str(class_name), pair.caption)
+    return label
+
+
+def resolve_labels(
+    pair: Pair, field: str, names: Sequence[str], index: dict[str, int | None]
+) -> list[int]:
+    """The integer labels that a field of a pair lists; none where the pair lacks the field.
+
+    Args and errors: as `resolve_label`; the field is no list.
+    """
+    listed = pair.metadata.get(field, ())
+    if not isinstance(listed, list | tuple):
+        raise ValueError(
+            f"record '{pair.key}': expected metadata field '{field}' to be a list of integers or "
+            f"class names, got {listed!r:.80}"
+        )
+    labels = [_check_label(pair.key, field, label) for label in listed]
+    return [resolve_label(RawLabel(pair.key, label), names, index) for label in labels]
 
 
 def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | None]) -> int:

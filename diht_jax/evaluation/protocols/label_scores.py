@@ -32,7 +32,12 @@ from diht_jax.evaluation.protocols.base import (
     check_has_class_names,
     choice,
 )
-from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, raw_label, resolve_label
+from diht_jax.evaluation.protocols.class_names import (
+    name_index,
+    raw_label,
+    resolve_label,
+    resolve_labels,
+)
 from diht_jax.evaluation.protocols.classification import zero_shot_classifier
 from diht_jax.records.schema import Pair
 
@@ -116,13 +121,12 @@ def run(task: Task, encoder: Encoder) -> Measured:
     index, field = name_index(names), task.label_field or ("label" if binary else "labels")
 
     def resolve(pair: Pair, field: str) -> list[int]:
-        found = pair.metadata.get(field, ())
-        return [resolve_label(RawLabel(pair.key, label), names, index) for label in found]
+        return resolve_labels(pair, field, names, index)
 
     def describe(pair: Pair) -> tuple[list[int], list[int], list[int] | None]:
         if binary:
             return [resolve_label(raw_label(pair, task.label_field), names, index)], [], None
-        if field not in pair.metadata:
+        if pair.metadata.get(field) is None:
             raise UnusablePair("no_label")
         counted = resolve(pair, "counted_labels") if "counted_labels" in pair.metadata else None
         return resolve(pair, field), resolve(pair, "ignored_labels"), counted

@@ -97,7 +97,7 @@ def annotation_units(
                 f"{path}: row {number}: field '{field}' is {value!r:.80}; expected a name "
                 "or a number"
             )
-        by_image.setdefault(image_name.format(value), []).append(row)
+        by_image.setdefault(_file_name(image_name, value), []).append(row)
     items = []
     for name, rows in by_image.items():
         texts = []
@@ -123,7 +123,7 @@ def winoground_units(
         for side in (0, 1):
             metadata = {"example": str(row.get("id", number)), "side": side}
             pair = Pair(f"{number}_{side}", b"", row[f"caption_{side}"], metadata)
-            items.append((image_name.format(row[f"image_{side}"]), [pair]))
+            items.append((_file_name(image_name, row[f"image_{side}"]), [pair]))
     return picture_units(image_root or join(os.path.dirname(path), "images"), items)
 
 
@@ -154,7 +154,17 @@ def winogavil_units(
             games.setdefault(image, []).append(game)
     root = image_root or join(os.path.dirname(path) or ".", "winogavil_images")
     pairs = [Pair(name, b"", "", {"games": own}) for name, own in games.items()]
-    return picture_units(root, [(image_name.format(pair.key), [pair]) for pair in pairs])
+    return picture_units(root, [(_file_name(image_name, pair.key), [pair]) for pair in pairs])
+
+
+def _file_name(image_name: str, image: str | int) -> str:
+    try:
+        return image_name.format(image)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"image_name={image_name}: expected '{{}}' where the image {image!r:.80} goes, such as "
+            f"'{{}}.jpg' ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _read_images(path: str, number: int, row: dict[str, str], column: str) -> list[str]:

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from diht_jax.evaluation.embedding.encoding import Batching, Encoder
-from diht_jax.evaluation.protocols.caption_choice import run
+from diht_jax.evaluation.protocols.caption_choice import questions_of, run
 from diht_jax.evaluation.sources.annotations import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
+from diht_jax.records.schema import Pair
 from tests.make import HashedModel, png, write_tar
 
 embed = HashedModel.embed
@@ -215,6 +216,11 @@ def test_captions_of_any_source_are_choices_whose_first_is_right(tmp_path):
     (task,) = parse_tasks(f"caption_choice:{write_tar(tmp_path / 'a.tar', members)}")
     metrics = evaluate_task(HashedModel(), task, batch_size=8)["metrics"]
     assert metrics == {"accuracy": pytest.approx(np.mean(hits))} and 0 < np.mean(hits) < 1
+
+
+def test_other_questions_in_the_metadata_name_their_record():
+    with pytest.raises(ValueError, match="record 'odd': .*'questions'"):
+        questions_of(Pair("odd", b"", "", {"questions": ["what is it?"]}))
 
 
 def test_pictures_are_resampled_with_all_their_questions(sugarcrepe):

@@ -9,6 +9,7 @@ import scipy.stats
 
 from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.protocols.class_names import resolve_labels
 from diht_jax.evaluation.protocols.label_scores import (
     area_under_roc,
     mean_average_precision,
@@ -16,6 +17,7 @@ from diht_jax.evaluation.protocols.label_scores import (
     run,
 )
 from diht_jax.records.schema import Pair
+from tests.make import HashedModel
 
 
 def _scores(seed, n=40):
@@ -116,6 +118,19 @@ def _pairs(photos, labels, field):
         Pair(f"{i}", photo, "", {field: label})
         for i, (photo, label) in enumerate(zip(photos, labels, strict=True))
     ]
+
+
+@pytest.mark.parametrize("labels", [1, "dog", [1.0], [True], [{"id": 1}]])
+def test_labels_of_another_kind_name_their_record(labels):
+    pair = Pair("odd", b"", "", {"labels": labels})
+    with pytest.raises(ValueError, match="record 'odd': .*'labels'"):
+        resolve_labels(pair, "labels", ["cat", "dog"], {"cat": 0, "dog": 1})
+
+
+def test_an_image_whose_list_is_null_is_left_out(photos):
+    pairs = _pairs(photos, [[0], None, [1], [0, 1], []], "labels")
+    measured = run(_task("multilabel", "dog", "bird"), Encoder(HashedModel(), pairs, Batching(8)))
+    assert measured.encoded.dropped == {"no_label": 1}
 
 
 def test_yes_and_no(tiny_model, photos):

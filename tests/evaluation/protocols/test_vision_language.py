@@ -12,6 +12,7 @@ from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.readers.base import Skipped
+from tests.make import HashedModel
 
 
 @pytest.fixture
@@ -168,6 +169,21 @@ def test_questions(folder, photos):
     credits = [result.measure(counts)["accuracy"] for counts in np.eye(2, dtype=int)]
     np.testing.assert_allclose(credits, [1.0, (2 / 3 + 8 * 2 / 3) / 10])
     assert result.encoded.dropped == {"no_answer": 1}
+
+
+@pytest.mark.parametrize("answer", [3, [3, 3], [{"answer": "dog"}]])
+def test_answers_that_are_no_texts_name_their_picture(answer, folder):
+    path = _write(folder / "vqa.json", [{"image": "1.png", "question": "what?", "answer": answer}])
+    names = _write(folder / "answers.json", ["dog", "2"])
+    with pytest.raises(ValueError, match=r"record '1\.png': .*'answer'"):
+        _measure(HashedModel(), f"vqa:{path}?image_root={folder}/images&class_names={names}")
+
+
+@pytest.mark.parametrize("image_name", ["{name}.png", "{}{}.png", "{.png", "{:d}.png"])
+def test_a_wrong_image_name_is_named(image_name, folder):
+    path = _write(folder / "a.json", [{"image": "1", "caption": "one"}])
+    with pytest.raises(ValueError, match="image_name={"):
+        list(read_annotations(path, image_name=image_name))
 
 
 def test_answers_and_credits_are_those_of_the_official_code():
