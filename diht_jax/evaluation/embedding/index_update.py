@@ -143,17 +143,21 @@ def _remove_stale(
     count = 0
     for number, manifest in read_manifests(folder, settings).items():
         now = current.get(manifest["unit"], {})
-        known = [[key, state] for key, state in manifest["states"] if now.get(key) == state]
-        if known == manifest["states"]:
+        known = {key: state for key, state in manifest["states"] if now.get(key) == state}
+        if len(known) == len(manifest["states"]):
             continue
         count += manifest["pictures"]
-        if not known:
+        rows = None
+        if known:
+            rows = Part(folder, manifest).rows
+            rows = rows.filter(np.array([key in known for key in rows["key"].to_pylist()], bool))
+        if not rows:
             (folder / f"{number:05d}.json").unlink()
             continue
-        names, rows = {key for key, _ in known}, Part(folder, manifest).rows
-        rows = rows.filter(np.array([key in names for key in rows["key"].to_pylist()], bool))
         count -= len(rows)
-        write_part(folder, number, rows, manifest | {"states": known}, settings)
+        # What could not be read is tried again with what is new, and counted then.
+        states = [[key, known[key]] for key in rows["key"].to_pylist()]
+        write_part(folder, number, rows, manifest | {"states": states, "dropped": {}}, settings)
     return count
 
 
@@ -173,7 +177,9 @@ def _add_missing(
                 collections.deque(make_parts(share, PART_ROWS, find, make, bar), maxlen=0)
                 continue
             known = {key for manifest in own for key, _ in manifest["states"]}
-            new = [each for each in image_folder.list_pictures(shard.path) if each[1] not in known]
+            # Pictures that came after `states` are for the next update.
+            unknown = states.keys() - known
+            new = [each for each in image_folder.list_pictures(shard.path) if each[1] in unknown]
             bar.update(len(known))
             size = max(1, min(PART_ROWS, -(-len(new) // share.step)))
             for first in range(share.first * size, len(new), share.step * size):
@@ -233,7 +239,10 @@ def _states(shard: SourceShard) -> dict[str, Any]:
     states = {}
     for path, key, reason in image_folder.list_pictures(shard.path):
         if reason is None:
-            status = files.stat(path)
+            try:
+                status = files.stat(path)
+            except FileNotFoundError:  # removed since it was listed
+                continue
             reason = f"{status.st_size} {status.st_mtime_ns}"
         states[key] = reason
     return states

@@ -24,6 +24,7 @@ from diht_jax.evaluation.embedding.index_update import update_index
 from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.evaluation.embedding.picture_index import PictureIndex
 from diht_jax.evaluation.embedding.search import is_own_host, make_server
+from diht_jax.readers import image_folder
 from tests import make
 from tests.evaluation.embedding.processes import Processes as Threads
 
@@ -122,6 +123,26 @@ def test_an_update_embeds_what_is_new_and_removes_what_is_gone(tiny_model, folde
     again = Counting(tiny_model)
     done = update(again, folder, tmp_path / "index")
     assert (done.added, done.removed, done.kept) == (0, 0, 27) and again.decoded == 0
+
+
+def test_a_picture_that_is_mended_or_removed_is_left_out_no_more(tiny_model, folder, tmp_path):
+    (folder / "sub" / "worse.png").write_bytes(b"no picture")
+    assert update(tiny_model, folder, tmp_path / "index").dropped == {"image_unreadable": 2}
+    write_picture(folder / "bad.png", 99)
+    done = update(tiny_model, folder, tmp_path / "index")
+    assert (done.added, done.removed, done.kept) == (1, 0, 20)
+    assert done.dropped == {"image_unreadable": 1}
+    (folder / "sub" / "worse.png").unlink()
+    assert update(tiny_model, folder, tmp_path / "index").dropped == {}
+
+
+@pytest.mark.parametrize("listings", [(0, 0, 1), (1, 1, 0)], ids=["added", "removed"])
+def test_a_folder_may_change_during_an_update(listings, tiny_model, folder, tmp_path, monkeypatch):
+    shards, found = list_inputs(str(folder)), list(image_folder.list_pictures(str(folder)))
+    passing, turns = [(str(folder / "z.png"), "z.png", None)], iter(listings)
+    monkeypatch.setattr(image_folder, "list_pictures", lambda _: found + passing * next(turns))
+    done = update_index(tiny_model, shards, tmp_path / "index", batching=Batching(8))
+    assert (done.added, done.removed) == (20, 0)
 
 
 def test_an_interrupted_update_goes_on(tiny_model, folder, tmp_path):
