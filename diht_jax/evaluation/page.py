@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import EncodedImages
 from diht_jax.evaluation.embedding.entries import Order, Unit, decode_picture, read_again
@@ -54,6 +55,8 @@ class ResultsPage:
     ) -> str | None:
         """Adds the examples of a task; returns the page's path where its kind has any.
 
+        A source whose pictures cannot be read once more costs the examples, not the numbers.
+
         Args:
             task: what was measured.
             units: of the task's source; those with the chosen pictures are read once more.
@@ -64,7 +67,11 @@ class ResultsPage:
         if task.kind not in EXAMPLES:
             return None
         load = functools.partial(read_pictures, units, measured.encoded)
-        section = EXAMPLES[task.kind](task, measured, load, logit_scale)
+        try:
+            section = EXAMPLES[task.kind](task, measured, load, logit_scale)
+        except (ValueError, OSError) as error:
+            logging.warning("%s: no examples of task '%s': %s", self.path, task.name, error)
+            return None
         cards = []
         for name, value in result["metrics"].items():
             metric = metric_of(result, name)

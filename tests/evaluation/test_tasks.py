@@ -156,6 +156,21 @@ def test_own_pairs_take_the_prompt_of_training_and_benchmarks_their_own(
     assert expected in _write(page, result)
 
 
+def test_a_source_that_changes_costs_the_examples_and_not_the_numbers(tmp_path, caplog):
+    path = tmp_path / "pairs.tar"
+
+    class Slow(make.HashedModel):
+        def encode_text(self, texts):
+            make.write_pair_tar(path, ["a car"])
+            return super().encode_text(texts)
+
+    (task,) = parse_tasks(f"retrieval:{make.write_pair_tar(path, ['a car', 'a dog', 'a cat'])}")
+    page = ResultsPage(tmp_path / "page.html")
+    result = evaluate_task(Slow(), task, show=page.add)
+    assert result["counts"]["images"] == 3 and result["page"] is None
+    assert "no examples of task 'pairs'" in caplog.text and _write(page, result)
+
+
 def test_the_number_of_equal_captions_is_printed(tmp_path):
     source = make.write_pair_tar(tmp_path / "pairs.tar", ["a car", "A  car", "a dog"])
     results = [

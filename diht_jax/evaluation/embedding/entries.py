@@ -124,11 +124,16 @@ def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pa
         wanted.setdefault(unit, set()).add(offset)
     found = {}
     for unit, own in wanted.items():
-        for offset, entry in enumerate(itertools.islice(units[unit](), max(own) + 1)):
+        entries = units[unit]() if unit < len(units) else iter(())
+        for offset, entry in enumerate(itertools.islice(entries, max(own) + 1)):
             if offset in own and isinstance(entry, Skipped):
                 raise ValueError(f"'{entry.key}' cannot be read again: {entry.reason}")
             if offset in own and isinstance(entry, Pair):
                 found[unit, offset] = entry
+        if gone := [offset for offset in own if (unit, offset) not in found]:
+            raise ValueError(
+                f"the source has changed since it was read: part {unit} has no entry {min(gone)}"
+            )
     return found
 
 

@@ -113,8 +113,19 @@ def fill_queries(queries: Sequence[str], template: str, count: int) -> dict[str,
 def load_pictures(
     source: Sequence[SourceShard], matches: Iterable[Match]
 ) -> dict[Place, Image.Image]:
-    """Reads the pictures of matches by their places; only the parts that hold them are opened."""
-    found = read_again(input_units(source), {match.place for match in matches})
+    """Reads the pictures of matches by their places; only the parts that hold them are opened.
+
+    Raises:
+        ValueError: the source has changed, so that another picture is there.
+    """
+    key_of = {match.place: match.key for match in matches}
+    found = read_again(input_units(source), key_of)
+    for place, entry in found.items():
+        if entry.key != key_of[place]:
+            raise ValueError(
+                f"the source has changed since it was read: '{key_of[place]}' has become "
+                f"'{entry.key}'"
+            )
     return {place: decode_rgb(entry.image) for place, entry in found.items()}
 
 

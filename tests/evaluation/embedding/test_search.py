@@ -51,6 +51,17 @@ def test_matches_are_the_closest_pictures(tiny_model, folder):
     np.testing.assert_array_equal(np.asarray(loaded[first.place]), expected)
 
 
+@pytest.mark.parametrize("left", [6, 1, 0])
+def test_no_other_picture_is_shown_for_a_match(left, folder):
+    shards = list_inputs(str(folder))
+    found = search_pictures(make.HashedModel(), shards, ["a dog"], count=5).matches["a dog"]
+    for path in sorted(folder.glob("*.png"))[left:]:
+        path.unlink()
+    (folder / "!.png").write_bytes(make.png(7))  # becomes the first
+    with pytest.raises(ValueError, match="source has changed"):
+        load_pictures(shards, found[-1:])
+
+
 def test_pictures_of_any_depth_are_searched(tiny_model, folder):
     (folder / "2024" / "may").mkdir(parents=True)
     (folder / "0.png").rename(folder / "2024" / "may" / "0.png")
