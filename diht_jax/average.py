@@ -15,7 +15,7 @@ import functools
 import math
 import operator
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
@@ -136,7 +136,8 @@ def average_models(
     output = pathlib.Path(output)
     check_target(output, format, dtype)
     metrics = _check(models, method, [alpha, *alphas], tasks, target, reference)
-    pool = _Models(models, ema, architecture, tasks, {"batch_size": batch_size, **evaluation})
+    evaluation = {"batch_size": batch_size, **evaluation}
+    pool = _Models(models, ema, architecture, tasks, evaluation, (target, reference))
     if method == "greedy" and target is not None:
         from diht_jax.extras.soups import greedy_soup
 
@@ -253,13 +254,18 @@ def _check(
         metrics |= {f"{task.name}/{name}": m for name, m in check_task(task).metrics.items()}
     if method == "greedy" and not (tasks and target):
         raise ValueError("--method=greedy needs --tasks and --target, held out for the choice")
+    _check_chosen(target, reference, metrics)
+    if (reference is None) != (target is None) and method == "wise_ft":
+        raise ValueError("--target and --reference go together: one is drawn against the other")
+    return metrics
+
+
+def _check_chosen(target: str | None, reference: str | None, metrics: Collection[str]) -> None:
+    """Raises ValueError for a target or a reference that is none of some metrics."""
     for flag, name in (("target", target), ("reference", reference)):
         if name is not None and name not in metrics:
             known = ", ".join(metrics) or "none, as there are no --tasks"
             raise ValueError(f"--{flag}={name}: not among the metrics of --tasks: {known}")
-    if (reference is None) != (target is None) and method == "wise_ft":
-        raise ValueError("--target and --reference go together: one is drawn against the other")
-    return metrics
 
 
 class _Models:
@@ -276,6 +282,7 @@ class _Models:
         architecture: dict[str, Any] | None,
         tasks: Sequence[Task],
         evaluation: dict[str, Any],
+        chosen: tuple[str | None, str | None],
     ):
         """Checks that the two options of `read_model` apply to one of the models at least."""
         from diht_jax.training.workdir.stored_run import local_run
@@ -288,7 +295,7 @@ class _Models:
         if architecture and self._runs.issuperset(names):
             raise ValueError(f"--architecture: work directories know theirs; none for {given}")
         self._ema, self._architecture = ema, architecture
-        self._tasks, self._evaluation = tasks, evaluation
+        self._tasks, self._evaluation, self._chosen = tasks, evaluation, chosen
         self._loaded: LoadedModel | None = None
         self.sources: dict[str, ModelFiles] = {}
 
@@ -342,6 +349,7 @@ class _Models:
         for task in self._tasks:
             result = evaluate_task(self._loaded, task, **self._evaluation)
             measured |= {f"{task.name}/{name}": x for name, x in result["metrics"].items()}
+        _check_chosen(*self._chosen, measured)  # top-5 of few classes is not measured
         return measured
 
 

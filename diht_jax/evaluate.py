@@ -131,11 +131,13 @@ def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True
             f"--compare: expected two to {len(LETTERS)} results files, got "
             f"{' '.join(files) or 'none'}"
         )
+    last = pathlib.Path(files[-1])
+    path = pathlib.Path(chart or last.with_name(f"{last.stem}.compared.png"))
+    if draw and path in map(pathlib.Path, files):
+        raise ValueError(f"--output={path}: the chart would replace these results; name another")
     results = [read_results(file) for file in files]
     print_escaped(format_comparison(*results))
     if draw:
-        last = pathlib.Path(files[-1])
-        path = pathlib.Path(chart or last.with_name(f"{last.stem}.compared.png"))
         draw_comparison(results, path)
         logging.info("chart: %s", path)
 

@@ -127,6 +127,21 @@ def test_command_writes_models_with_what_was_measured(two_models, pictures, tmp_
     np.testing.assert_allclose(found, np.mean(kernels, 0), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("method", ["greedy", "wise_ft"])
+def test_a_target_that_the_task_does_not_measure_is_named(method, two_models, tmp_path):
+    members = {}
+    for label in range(4):
+        members |= {f"{label}.png": make.png(label), f"{label}.cls": b"%d" % (label % 2)}
+        members[f"{label}.txt"] = b"ab"[label % 2 : label % 2 + 1]
+    tar = make.write_tar(tmp_path / "two.tar", members)
+    names = [str(two_models / name) for name in "ab"]
+    options = {"tasks": parse_tasks(f"classification:{tar}"), "alphas": [0.5]}
+    options |= {"target": "two/top5", "reference": "two/top1" if method == "wise_ft" else None}
+    with pytest.raises(ValueError, match="--target=two/top5: .*two/mean_per_class"):
+        run(names, method, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_scale_and_the_bias_of_sigmoid_runs_are_averaged_too(tmp_path):
     for name in ("a", "b", "softmax"):
         (tmp_path / name).mkdir()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diht_jax.evaluate import compare
 from diht_jax.evaluation.charts import draw_comparison
 from diht_jax.evaluation.comparison import format_comparison, published_results
 from diht_jax.evaluation.results import (
@@ -156,6 +157,15 @@ def test_intervals_and_chart(tmp_path):
     assert colours[(9, 105, 218)] / colours[(140, 149, 159)] == pytest.approx(82.5 / 75, rel=0.05)
     with pytest.raises(ValueError, match="no task in common"):
         draw_comparison([first, {**second, "results": []}], tmp_path / "none.png")
+
+
+def test_a_chart_replaces_none_of_the_compared_results(tmp_path):
+    files = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for file in files:
+        write_results(file, _results("a", 0.5, 0.25))
+    with pytest.raises(ValueError, match="--output=.*b.json: the chart would replace"):
+        compare(files, files[1])
+    assert read_results(files[1])["model"] == "a"
 
 
 def test_released_weights_stand_beside_the_published_numbers():
