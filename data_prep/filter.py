@@ -282,8 +282,9 @@ def _is_described(job: Job) -> bool:
     """True if the files are there that describe the output of these parts as a whole."""
     names = (REPORT, PAGE, table.KEYS_FILE, *_described_by(job.config))
     is_there = all(files.exists(files.join(job.folder, name)) for name in names)
-    is_whole = files.read_object(files.join(job.folder, REPORT)) is not None
-    return is_there and is_whole and plan.read_written(job) is not None
+    report = files.read_object(files.join(job.folder, REPORT)) or {}
+    is_same = report.get("clean_label") == job.config.clean_label
+    return is_there and is_same and plan.read_written(job) is not None
 
 
 def _described_by(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -325,7 +325,7 @@ def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[
         for line in content.splitlines():
             outcome, found, text = line.split(b"\t", 2)
             known = chosen.setdefault(outcome, [])
-            if len(known) < most or found < known[-1][0]:
+            if most and (len(known) < most or found < known[-1][0]):
                 bisect.insort(known, (found, text))
                 del known[most:]
     return {

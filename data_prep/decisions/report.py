@@ -35,7 +35,8 @@ DROPPED = "dropped"
 _SIDES = (KEPT, DROPPED)
 
 SCORES = {name: words for step in ordered_steps() for name, words in step.scores.items()}
-# Histogram -> lower ends of its bins; the last bin has no upper end.
+# Histogram -> lower ends of its bins. The last bin has no upper end, and what is lower than all
+# counts in the first one.
 BINS: dict[str, Sequence[float]] = {
     "complexity": tuple(range(13)),
     "actions": tuple(range(7)),
@@ -125,7 +126,7 @@ def gather(
     *,
     samples_per_outcome: int,
     report_samples: int,
-    clean_label: str = "clean",
+    clean_label: str,
 ) -> Report:
     """Asks the decisions of parts, and the files next to them, for all that the report shows.
 
@@ -262,8 +263,10 @@ class _Sums:
             measured["image_side"] = pc.min_element_wise(rows["width"], rows["height"])
             for name, values in measured.items():
                 numbers = values.drop_null().to_numpy()
+                numbers = numbers[~np.isnan(numbers)]
                 places = np.searchsorted(BINS[name], numbers, side="right") - 1
-                self._bins[name, side] += np.bincount(places, minlength=len(BINS[name]))
+                counts = np.bincount(np.maximum(places, 0), minlength=len(BINS[name]))
+                self._bins[name, side] += counts
             for kind, column in NAMES.items():
                 found = pc.value_counts(pc.list_flatten(rows[column]))
                 names = pyarrow.table({"name": found.field(0), "count": found.field(1)})

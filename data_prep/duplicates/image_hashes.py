@@ -21,7 +21,7 @@ from absl import flags, logging
 from PIL import Image
 
 from diht_jax import command_line
-from diht_jax.input.transforms import ImageError, decode_rgb
+from diht_jax.input.transforms import MAX_PIXELS, ImageError, decode_rgb
 from diht_jax.readers.array_files import read_npz_array
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Pair
@@ -169,10 +169,10 @@ def make_index(source: str) -> Index:
     )
 
 
-def try_hash(data: bytes) -> PictureHash | None:
-    """The hashes of encoded bytes; None where they are no picture."""
+def try_hash(data: bytes, max_pixels: int = MAX_PIXELS) -> PictureHash | None:
+    """The hashes of encoded bytes; None where they are no picture, or one of more pixels."""
     try:
-        return hash_picture(decode_rgb(data))
+        return hash_picture(decode_rgb(data, max_pixels=max_pixels))
     except ImageError:
         return None
 

@@ -318,6 +318,10 @@ class TextStep(Step):
             unknown |= dropped & ~is_sure
         # Of several captions others may come here now than those that were looked for.
         fewer, more = compare_captions(before, now)
+        least, least_now = (
+            -np.inf if c.clip.min_score is None else c.clip.min_score for c in (before, now)
+        )
+        fewer, more = fewer or least_now > least, more or least_now < least
         if more:
             unknown |= several & dropped
         if fewer:

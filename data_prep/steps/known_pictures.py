@@ -63,7 +63,7 @@ class DuplicateStep(Step):
         folder = config.duplicates.table
         known = (read_summary(folder) or {}).get("inputs")
         looked_at = inputs[:: max(1, len(inputs) // _LOOKED_AT)]
-        if known is None or any(hash_input(found.shard) in known for found in looked_at):
+        if known is None or any(_hash_shard(found.shard) in known for found in looked_at):
             return
         logging.warning(
             "config.duplicates.table='%s' was made of other files: none of the %d shards of "
@@ -90,6 +90,14 @@ class DuplicateStep(Step):
                 similarity = f"similarity {known.similarity:.3f} with {known.duplicate_of}"
                 columns[EVIDENCE].append(similarity)
         return columns
+
+
+def _hash_shard(shard: SourceShard) -> str:
+    """The hash by which the table knows a shard; empty for one that is gone, whose task fails."""
+    try:
+        return hash_input(shard)
+    except FileNotFoundError:
+        return ""
 
 
 class DecontaminateStep(Step):
@@ -168,18 +176,18 @@ class DecontaminateStep(Step):
         super().__init__(config, source)
         self._sets = {name: open_index(path) for name, path in _sets(config).items()}
         self._embedded = _open_embedded(config)
-        c = config.decontaminate.embeddings
+        c, max_pixels = config.decontaminate.embeddings, config.image.max_pixels
         self._pictures = None
         if self._embedded:
             self._pictures = models.PictureEmbeddings(
-                source, c.pairs, f"{_EMBEDDINGS}.pairs", c.model, c.batch_size
+                source, c.pairs, f"{_EMBEDDINGS}.pairs", c.model, c.batch_size, max_pixels
             )
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
-        c = self.config.decontaminate
+        c, max_pixels = self.config.decontaminate, self.config.image.max_pixels
         matches: list[tuple[str, Sequence[Match | None]]] = []  # of each set
         if self._sets:
-            pictures = [try_hash(candidate.pair.image) for candidate in batch]
+            pictures = [try_hash(candidate.pair.image, max_pixels) for candidate in batch]
             most = c.max_bits if c.perceptual else None
             matches += [(name, index.find(pictures, most)) for name, index in self._sets.items()]
         if self._embedded:

@@ -16,7 +16,13 @@ from absl import logging
 
 from data_prep.duplicates import precomputed
 from data_prep.jobs.models import is_shared, open_model
-from diht_jax.input.transforms import ImageError, Preprocessing, decode_rgb, eval_transform
+from diht_jax.input.transforms import (
+    MAX_PIXELS,
+    ImageError,
+    Preprocessing,
+    decode_rgb,
+    eval_transform,
+)
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage.hub import is_hub_name
@@ -33,15 +39,17 @@ class Encoder:
     Its batches have one shape, filled up with what does not count, so that it is compiled once.
     """
 
-    def __init__(self, model: str, batch_size: int):
+    def __init__(self, model: str, batch_size: int, max_pixels: int = MAX_PIXELS):
         """Loads the model, or leaves that to who shares it.
 
         Args:
             model: for `diht_jax.load_model`.
             batch_size: pictures, or texts, that it gets at a time.
+            max_pixels: of a picture that is decoded.
         """
         self._model = open_model(functools.partial(_load, model, batch_size))
         self._batch_size = batch_size
+        self._max_pixels = max_pixels
         if not is_shared():
             _ = self.pictures  # loading is no pair's fault, and no part of a step's time
 
@@ -67,7 +75,8 @@ class Encoder:
                 pixels, count = np.zeros(shape, np.uint8), 0
                 for number in range(start, min(start + self._batch_size, len(images))):
                     try:
-                        picture = eval_transform(decode_rgb(images[number]), size, preprocessing)
+                        decoded = decode_rgb(images[number], max_pixels=self._max_pixels)
+                        picture = eval_transform(decoded, size, preprocessing)
                     except ImageError as error:
                         found[number] = error.reason
                         continue
@@ -100,17 +109,18 @@ class PictureEmbeddings:
         key: str,
         model: str | None,
         batch_size: int,
+        max_pixels: int,
     ):
         """Reads what is stored of the shard, or loads the model.
 
         `stored` is the --output of `diht_jax.embed` on the input, which `key` of the config names;
-        `model` is for `diht_jax.load_model`.
+        the others are those of `Encoder`.
         """
         self._source, self._where, self._missing = source, f"{key}='{stored}'", 0
         self._rows: Mapping[str, np.ndarray] = {}
         self._model: Encoder | None = None
         if stored is None:
-            self._model = Encoder(str(model), batch_size)
+            self._model = Encoder(str(model), batch_size, max_pixels)
         else:
             self._rows = precomputed.read_of_shard(stored, source)
 

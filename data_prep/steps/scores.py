@@ -145,7 +145,8 @@ class ClipStep(ScoreStep):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._model = models.Encoder(config.clip.model, config.clip.batch_size)
+        c = config.clip
+        self._model = models.Encoder(c.model, c.batch_size, config.image.max_pixels)
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         images = self._model.embed_images([candidate.pair.image for candidate in batch])
@@ -239,7 +240,12 @@ class HeadStep(ScoreStep):
         self._weights, self._bias = read_head(c.head)
         self._source = source
         self._pictures = models.PictureEmbeddings(
-            source, c.embeddings, f"config.{self.name}.embeddings", c.model, c.batch_size
+            source,
+            c.embeddings,
+            f"config.{self.name}.embeddings",
+            c.model,
+            c.batch_size,
+            config.image.max_pixels,
         )
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:

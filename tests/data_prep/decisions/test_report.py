@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from data_prep.decisions.log import choose_samples
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from data_prep.reports.__main__ import merge_reports
@@ -95,6 +96,20 @@ def test_parts_make_the_whole(work):
     assert merge_reports([work / "both", work / "whole"])["counts"]["read"] == 18
     with pytest.raises(ValueError, match="report.json: no report of"):
         read_report(work / "in")
+
+
+def test_another_clean_label_makes_the_report_anew(tmp_path):
+    picture = make.encoded(make.plain("red"))
+    rows = [{"image": "i.png", "caption": kind, "quality": kind} for kind in ("good", "bad")]
+    source = write_table(tmp_path / "in", rows, {"i.png": picture})
+    for label in ("clean", "good"):
+        config = job_config(source, tmp_path / "out", label_field="quality", clean_label=label)
+        assert run_filter(config) == {}
+        assert read_report(tmp_path / "out")["clean_label"] == label
+
+
+def test_samples_of_others_are_left_out_where_none_are_wanted():
+    assert choose_samples([b"kept\t00\t{}\n"], 0) == {"kept": []}
 
 
 def test_captions_on_the_terminal_do_not_steer_it(tmp_path):

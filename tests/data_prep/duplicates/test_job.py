@@ -14,7 +14,9 @@ from data_prep.duplicates.rows import forget_copies
 from data_prep.duplicates.table import Lookup, read_summary
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
-from data_prep.sources import default_source, list_inputs
+from data_prep.sources import Input, default_source, list_inputs
+from data_prep.steps.known_pictures import DuplicateStep
+from diht_jax.readers.base import SourceShard
 from tests.data_prep.duplicates.jobs import (
     duplicates_config,
     read_dropped,
@@ -135,6 +137,13 @@ def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
     assert again.funnel.dropped()["duplicates"] == {"exact": 2, "near": 4}
     with pytest.raises(ValueError, match="no complete output of python -m data_prep.duplicates"):
         run_filter(job_config(str(pairs / "*.tar"), tmp_path / "b", duplicates__table=str(pairs)))
+
+
+def test_an_input_that_is_gone_is_left_to_its_own_task(tmp_path):
+    (tmp_path / "duplicates.json").write_text('{"inputs": []}')
+    config = job_config("0.tar", tmp_path / "out", duplicates__table=str(tmp_path))
+    gone = Input(SourceShard("webdataset", str(tmp_path / "0.tar")), str(tmp_path))
+    DuplicateStep.check_inputs(config, [gone])
 
 
 def test_given_embeddings_need_no_pictures(tmp_path, capsys):

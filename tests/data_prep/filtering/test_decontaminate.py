@@ -10,8 +10,12 @@ from data_prep.duplicates import image_hashes
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
+from data_prep.steps.base import Candidate
+from data_prep.steps.known_pictures import DecontaminateStep
 from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
+from diht_jax.readers.base import SourceShard
+from diht_jax.records.schema import Pair
 from tests.data_prep.duplicates.jobs import scene
 from tests.data_prep.filtering.jobs import (
     job_config,
@@ -70,6 +74,18 @@ def test_an_index_finds_what_a_loop_over_all_finds(monkeypatch):
     assert any(found) and not all(found)
     equal = image_hashes.PictureHash(pixels[1].tobytes(), None)
     assert index.find([equal, None], None) == [("k1", "equal pixels"), None]
+
+
+@pytest.mark.parametrize(("max_pixels", "expected"), [(96 * 96, "a"), (96 * 96 - 1, None)])
+def test_pictures_are_compared_up_to_the_limit_of_the_filter(tmp_path, max_pixels, expected):
+    picture = encoded(_scene(0))
+    known = image_hashes.make_index(_write_folder(tmp_path / "a", {"0.png": picture}))
+    image_hashes.write_index(tmp_path / "a.npz", known)
+    settings = {"decontaminate__sets": f"a={tmp_path}/a.npz", "image__max_pixels": max_pixels}
+    config = job_config("a.tar", tmp_path / "out", **settings)
+    step = DecontaminateStep(config, SourceShard("webdataset", "a.tar"))
+    found = step.measure([Candidate.of(Pair("k", picture, "a scene"))])
+    assert found["decontaminate"] == [expected]
 
 
 def test_pictures_of_evaluation_sets_are_dropped_and_counted_by_set(tmp_path):

@@ -15,7 +15,7 @@ from data_prep.decisions import table
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
 from data_prep.filtering.config import score_quantiles
-from data_prep.steps import cat
+from data_prep.steps import cat, models
 from data_prep.steps.base import Candidate, Columns
 from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.settings import Settings
@@ -48,6 +48,8 @@ _STRICT = {"min_complexity": 2, "image__min_side": 25}
 _WITHOUT_C_AND_A = {"complexity": False, "action": False}
 _SMALL = {"image__max_pixels": 2000}
 _UNSURE = {"spotter__min_confidence": 0.6}
+_SCORED = {"clip__model": "clipart_tiny"}
+_ALIKE = {**_SCORED, "clip__min_score": 0.05}
 
 
 def _text_of(image: bytes) -> str:
@@ -76,6 +78,19 @@ class _Spotter:
     def _matches(self, found, caption):
         s = self.settings
         return caption_matches([found], caption, s.min_chars, weigh_words=s.weigh_words)
+
+
+class _Encoder:
+    """Scores a caption by its letters, from 0 to 0.9."""
+
+    def __init__(self, *_):
+        pass
+
+    def embed_images(self, images):
+        return [np.array([1.0, 0.0])] * len(images)
+
+    def embed_texts(self, texts):
+        return [np.array([len(text) % 10 / 10, 0.0]) for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +131,7 @@ def work(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cat, "open_spotter", _Spotter)
         patch.setattr(cat, "resolve_for_networks", lambda settings: settings)
+        patch.setattr(models, "Encoder", _Encoder)
         yield filtered, config, folder
 
 
@@ -141,6 +157,9 @@ def _decide_all(found: replay.Replay) -> list[tuple[str, str | None]]:
         ({}, {"spotter__min_chars": 8}, 10),
         (_UNSURE, {}, 65),
         ({}, {"spotter__gate_size": 100}, 65),
+        # Of several captions others come to text-spotting by another limit of their scores.
+        (_ALIKE, _SCORED, 19),
+        (_SCORED, _ALIKE, 8),
     ],
 )
 def test_a_replay_decides_as_the_filter_does(work, before, now, not_known):

@@ -17,10 +17,14 @@ from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import replay
 from data_prep.reports.__main__ import merge_reports
+from data_prep.sources import default_source, list_inputs
 from data_prep.steps import models, scores
+from data_prep.steps.base import IMAGE_ERROR, Candidate
 from data_prep.steps.scores import read_head
 from diht_jax import load_model
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
+from diht_jax.readers.base import SourceShard
+from diht_jax.records.schema import Pair
 from tests import make
 from tests.data_prep.filtering.jobs import (
     job_config,
@@ -78,6 +82,13 @@ def expected(weights, pictures):
 def test_scores_are_those_of_the_model_and_all_are_kept(scored, expected):
     np.testing.assert_allclose(read_scores(scored, scores.SCORE), expected, atol=1e-5)
     assert len(read_records(scored)) == len(_CAPTIONS)
+
+
+def test_pictures_are_scored_up_to_the_limit_of_the_filter(weights):
+    config = job_config("a.tar", "out", clip__model=weights, image__max_pixels=100)
+    step = scores.ClipStep(config, SourceShard("webdataset", "a.tar"))
+    measured = step.measure([Candidate.of(Pair("k", make.png(), "a dog"))])
+    assert measured[IMAGE_ERROR] == ["too_large"]
 
 
 def test_the_report_shows_the_pairs_of_the_lowest_and_of_the_highest_scores(scored, expected):
@@ -236,6 +247,20 @@ def scored_stored(source, weights, head, tmp_path_factory):
 def test_stored_embeddings_give_the_same_scores(scored_stored, head_scores):
     found = read_scores(scored_stored[0], "aesthetic_score")
     np.testing.assert_allclose(found, head_scores, atol=1e-5)
+
+
+def test_scores_below_all_bins_are_counted_in_the_first(source, tmp_path):
+    (found,) = list_inputs(source, default_source())
+    described = json.dumps({"source": [found.shard.identity()]})
+    (tmp_path / "embeddings.json").write_text(described)
+    keys = np.array([f"{number:05d}" for number in range(len(_CAPTIONS))])
+    rows = np.ones((len(keys), WIDTH), np.float32)
+    np.savez(tmp_path / "embeddings-00000-00000.npz", key=keys, image_emb=rows)
+    np.savez(tmp_path / "head.npz", weight=np.zeros(WIDTH), bias=np.array([-300.0]))
+    settings = _settings("unsafe", head=str(tmp_path / "head.npz"), embeddings=str(tmp_path))
+    assert run_filter(job_config(source, tmp_path / "out", **settings)) == {}
+    counted = read_report(tmp_path / "out")["measures"]["histograms"]["unsafe_score"]["kept"]
+    assert counted == {"-10.0": len(_CAPTIONS)}
 
 
 @pytest.mark.parametrize("name, reason", [("aesthetic", "low_score"), ("unsafe", "high_score")])
