@@ -213,11 +213,18 @@ def check_folder(output: str | os.PathLike[str] | None) -> str:
 
 
 def check_not_input(folder: str, sources: Iterable[SourceShard]) -> None:
-    """Raises ValueError where the output folder is one that is being read."""
+    """Raises ValueError where the output folder is one that is being read, or is inside of one."""
     plain = _plain_path(folder)
     for source in sources:
         if os.path.dirname(_plain_path(source.path)) == plain:
             raise ValueError(f"config.output='{folder}' is the folder of the input '{source.path}'")
+        if not is_remote(source.path) and os.path.isdir(source.path):
+            root = _plain_path(source.root)  # all below is read: what is written there as well
+            if f"{plain}/".startswith(f"{root}/"):
+                raise ValueError(
+                    f"config.output='{folder}' is in the folder of pictures '{source.root}', which "
+                    "is read with all folders in it; choose one outside of it"
+                )
 
 
 def refuse_foreign(folder: str, names: Sequence[str]) -> None:

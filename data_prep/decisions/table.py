@@ -96,7 +96,7 @@ _LARGEST = {pyarrow.uint8(): 2**8 - 1, pyarrow.uint16(): 2**16 - 1}
 
 def decisions_path(output: str) -> str:
     """Path of the decisions about an input shard."""
-    if not output.endswith(_TABLES):
+    if not output.lower().endswith(_TABLES):
         return output + SUFFIX
     folder, slash, name = output.rpartition("/")
     return files.join(f"{folder}{slash}" or ".", FOLDER, f"{name}.parquet")

@@ -44,11 +44,11 @@ from data_prep.jobs.failures import allowed_number, damaged_outputs
 from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask
 from data_prep.reports.page import PAGE
 from data_prep.sources import Input, hash_inputs
-from data_prep.steps.registry import active_steps
+from data_prep.steps.cat import ImageStep, TextStep
+from data_prep.steps.registry import active_steps, ordered_steps
 from diht_jax.records import dataset_info
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.formats import FORMATS
-from diht_jax.records.shard_files import shard_name
 from diht_jax.storage import files
 
 # What describes the whole output.
@@ -121,7 +121,7 @@ def plan_job(
             step.check_inputs(config, inputs)
         files.make_folder(folder)
         _settle_layout(config, folder, overwrite)
-        sources.refuse_foreign(folder, resharding.find_foreign(folder, config.output_format))
+        sources.refuse_foreign(folder, resharding.find_foreign(folder, config))
         if config.examples_per_shard is not None:
             parts_folder = files.join(folder, resharding.PARTS)
         tasks = _plan_parts(config, inputs, parts_folder, is_output=parts_folder == folder)
@@ -138,7 +138,7 @@ def _plan_parts(
     """
     files.make_folder(folder)
     suffix = FORMATS[config.output_format if is_output else "tfrecord"].suffix
-    prefix = shard_name(config.dataset_name, config.split, 0, 1, "").removesuffix("00000")
+    prefix = resharding.name_prefix(config)
     names = [f"{prefix}{found}{suffix}" for found in hash_inputs(inputs)]
     entries = []
     for name, found in zip(names, inputs, strict=True):
@@ -170,20 +170,27 @@ def _plan_parts(
 
 def _plan_tables(config: ml_collections.ConfigDict, folder: str) -> list[ShardTask]:
     """The filtered tables of a job on metadata alone."""
-    if config.text_spotting or config.concepts:
+    steps = [step for step in ordered_steps() if step.is_active(config) and "image" in step.reads]
+    unused = [step.section or step.name for step in steps if step not in (ImageStep, TextStep)]
+    if config.text_spotting or config.concepts or unused:
+        sections = f", and leave out config.{', config.'.join(unused)}" if unused else ""
         raise ValueError(
             "config.metadata_only reads no images: set config.text_spotting=False and "
-            "config.concepts=False, as --config prep/metadata does"
+            f"config.concepts=False, as --config prep/metadata does{sections}"
         )
     units = rows.list_units(config.input, config.source)
     if not units:
         raise ValueError(f"config.input='{config.input}': the tables have no rows")
     sources.check_not_input(folder, units)
+    names, present = rows.name_outputs(units), set(files.list_names(folder))
+    if SETTINGS not in present:  # else an earlier run has begun these tables
+        foreign = [n for n in names if n in present and n + STATS_SUFFIX not in present]
+        sources.refuse_foreign(folder, foreign)
     files.make_folder(folder)
     config_hash = filter_config.hash_config(config)
     return [
         ShardTask(unit, files.join(folder, name), config_hash, config.input_identity)
-        for unit, name in zip(units, rows.name_outputs(units), strict=True)
+        for unit, name in zip(units, names, strict=True)
     ]
 
 

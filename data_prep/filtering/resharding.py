@@ -17,6 +17,7 @@ import dataclasses
 import io
 import itertools
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -240,7 +241,9 @@ class CommonImageWriter:
         record = schema.decode_record(data)
         if image_extension(record.image) is None:
             buffer = io.BytesIO()
-            transforms.decode_rgb(record.image).save(buffer, "PNG")
+            # The filter has let it through, however many pixels it has.
+            image = transforms.decode_rgb(record.image, max_pixels=sys.maxsize)
+            image.save(buffer, "PNG")
             data = schema.encode_record(dataclasses.replace(record, image=buffer.getvalue()))
         self._writer.write(data)
 
@@ -316,9 +319,14 @@ def _index_old_shards(parts: Sequence[Part], folder: str) -> dict[str, list[tupl
     return {output: sorted(slices) for output, slices in found.items()}
 
 
-def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
+def name_prefix(config: ml_collections.ConfigDict) -> str:
+    """The beginning of the names of all shards of a config, parts and output."""
+    return shard_name(config.dataset_name, config.split, 0, 1, "").removesuffix("00000")
+
+
+def find_foreign(folder: str, config: ml_collections.ConfigDict) -> list[str]:
     """Names of the shards in a folder that training would read, and no filter has written."""
-    names = sources.read_shards(folder, output_format)
+    names = sources.read_shards(folder, config.output_format)
     if not names:
         return []
     present = set(files.list_names(folder))
@@ -326,7 +334,12 @@ def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
     is_ours = dict(zip(names, files.map_many(_is_ours, paths, folder), strict=True))
     # Ours too, if it was killed between the shard and its statistics, or these are damaged.
     is_begun = SETTINGS in present or files.exists(files.join(folder, PARTS, SETTINGS))
-    return [name for name in names if not (is_begun if is_ours[name] is None else is_ours[name])]
+    prefix = name_prefix(config)
+
+    def is_left(name: str) -> bool:
+        return is_begun and is_ours[name] is None and name.startswith(prefix)
+
+    return [name for name in names if not (is_ours[name] or is_left(name))]
 
 
 def _is_ours(path: str) -> bool | None:
@@ -338,9 +351,7 @@ def _is_ours(path: str) -> bool | None:
     return is_part or "parts" in stats.get("input", {})
 
 
-def remove_stale_shards(
-    folder: str, planned: Sequence[BalancedShard], output_format: str = "tfrecord"
-) -> None:
+def remove_stale_shards(folder: str, planned: Sequence[BalancedShard], output_format: str) -> None:
     """Removes output shards of an earlier plan, in any format, that this one does not replace."""
     wanted = {os.path.basename(shard.output) for shard in planned}
     read = set(sources.read_shards(folder, output_format))

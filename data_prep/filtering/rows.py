@@ -181,7 +181,7 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
     for text in sources.typed_texts(pairs):
         for unit in list_shards(text, **options):
             if unit.kind == PARQUET:
-                units += _list_row_groups(unit.path, source)
+                units += _list_row_groups(unit, source)
             elif unit.kind == "table" and unit.path.lower().endswith(JSONL_SUFFIX):
                 # Outputs of earlier runs name the column that the config has.
                 own = {**unit.options, "image_column": source.image_column}
@@ -213,10 +213,17 @@ def name_outputs(units: Sequence[SourceShard]) -> list[str]:
     return names
 
 
-def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[SourceShard]:
-    file = open_parquet(path, is_footer_enough=True)
+def _list_row_groups(
+    table: SourceShard, source: ml_collections.ConfigDict
+) -> Iterator[SourceShard]:
+    path, stated = table.path, table.options
+    try:
+        file = open_parquet(path, is_footer_enough=True)
+    except (FileNotFoundError, ValueError):  # its task fails of it; the others do not
+        yield SourceShard(PARQUET, path)
+        return
     names = file.schema_arrow.names
-    own = ColumnOptions("", source.caption_column, source.key_column)
+    own = ColumnOptions("", stated.get("caption_column"), stated.get("key_column"))
     own, missing = find_columns(names, own)
     if missing:
         raise ValueError(
@@ -232,5 +239,7 @@ def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[S
         is_last = number + 1 == file.metadata.num_row_groups
         if (rows >= source.rows_per_shard and num_bytes >= least_bytes) or is_last:
             options = {"first_row": first_row, "caption_column": own.caption_column}
+            if own.key_column != source.key_column:
+                options["key_column"] = own.key_column
             yield SourceShard(PARQUET, path, start, number + 1, options)
             start, rows, num_bytes, first_row = number + 1, 0, 0, first_row + rows

@@ -54,6 +54,22 @@ def test_an_output_that_takes_no_file_is_refused_before_the_input_is_listed(tmp_
     assert check_folder("./s3:/bucket") == "./s3:/bucket"
 
 
+@pytest.mark.parametrize(
+    ("output", "kind", "below"),
+    [
+        ("pictures", "caption_files", ""),
+        ("pictures/kept", "caption_files", ""),
+        ("pictures/kept", "folder", "dog"),
+    ],
+)
+def test_an_output_among_the_pictures_is_refused(tmp_path, output, kind, below):
+    (tmp_path / "pictures" / "dog").mkdir(parents=True)
+    shard = SourceShard(kind, str(tmp_path / "pictures" / below))
+    assert check_output(tmp_path / "pictures_kept", [shard])
+    with pytest.raises(ValueError, match=f"config.output='{tmp_path}/{output}' is"):
+        check_output(tmp_path / output, [shard])
+
+
 def _inputs(folder: str, *names: str) -> list[Input]:
     return [Input(SourceShard("webdataset", f"{folder}/{name}"), folder) for name in names]
 

@@ -55,6 +55,16 @@ def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path, c
     assert [name for name in stats if now[name] != stats[name]] == ["00001.tar"]
 
 
+def test_a_shard_that_others_have_added_is_not_removed(tmp_path):
+    source = write_tars(tmp_path / "in", 2)
+    run_filter(job_config(source, tmp_path / "out"))
+    added = tmp_path / "out" / "a.tfrecord"
+    added.write_bytes((tmp_path / "out" / "pairs-train-00000.tfrecord").read_bytes())
+    with pytest.raises(ValueError, match="such as 'a.tfrecord'"):
+        run_filter(job_config(source, tmp_path / "out", examples_per_shard=5))
+    assert added.exists()
+
+
 def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
     source = write_tars(tmp_path / "in", 3)
     run_filter(job_config(source, tmp_path / "out"))

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.filter import run_filter
+from data_prep.filtering.replay import Replay
 from tests.data_prep.filtering.jobs import job_config, read_dropped, snapshot
 
 _CAPTIONS = [
@@ -129,3 +130,56 @@ def test_a_text_that_is_not_utf8_costs_its_row_of_a_table(tmp_path):
     kept = pyarrow.parquet.read_table(tmp_path / "out" / "t.parquet")
     assert kept["text"].to_pylist() == [captions[0].decode(), captions[2].decode()]
     assert read_dropped(tmp_path / "out") == {"source": {"bad_row": 1}}
+
+
+def test_a_table_states_its_own_columns(tmp_path):
+    table = pyarrow.table(
+        {"caption": ["sunset", "x"], "title": ["a man riding a horse", "red"], "id": ["q", "r"]}
+    )
+    (tmp_path / "in").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "in" / "a.parquet")
+    source = f"{tmp_path}/in/a.parquet?caption_column=title&key_column=id"
+    assert run_filter(_config(source, tmp_path / "out")) == {}
+    assert pyarrow.parquet.read_table(tmp_path / "out" / "a.parquet").equals(table.slice(0, 1))
+    assert (tmp_path / "out" / "kept_keys.txt").read_text() == "q\n"
+
+
+def test_a_table_in_capitals_is_replayed(tmp_path):
+    (tmp_path / "in").mkdir()
+    table = pyarrow.table({"caption": ["sunset", "a man riding a horse"]})
+    pyarrow.parquet.write_table(table, tmp_path / "in" / "A.PARQUET")
+    assert run_filter(_config(str(tmp_path / "in"), tmp_path / "out")) == {}
+    assert Replay(str(tmp_path / "out")).run().funnel.kept == 1
+    assert [path.name for path in (tmp_path / "out").glob("*.[pP]*[tT]")] == ["A.PARQUET"]
+
+
+def test_a_table_of_others_is_not_overwritten(tmp_path):
+    for folder in ("in", "out"):
+        (tmp_path / folder).mkdir()
+        table = pyarrow.table({"caption": [folder]})
+        pyarrow.parquet.write_table(table, tmp_path / folder / "a.parquet")
+    with pytest.raises(ValueError, match="such as 'a.parquet'"):
+        run_filter(_config(str(tmp_path / "in"), tmp_path / "out"))
+    assert pyarrow.parquet.read_table(tmp_path / "out" / "a.parquet")["caption"][0].as_py() == "out"
+
+
+def test_a_step_that_needs_the_images_is_refused(tmp_path):
+    config = _config("t.jsonl", tmp_path / "out", decontaminate__sets="mnist=mnist.npz")
+    with pytest.raises(ValueError, match="leave out config.decontaminate$"):
+        run_filter(config)
+
+
+def test_a_damaged_table_costs_itself(tmp_path):
+    (tmp_path / "in").mkdir()
+    table = pyarrow.table({"caption": ["a man riding a horse"]})
+    for name in ("a", "b"):
+        pyarrow.parquet.write_table(table, tmp_path / "in" / f"{name}.parquet")
+    cut = tmp_path / "in" / "a.parquet"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    (tmp_path / "in" / "c.parquet").symlink_to("nowhere")
+    config = _config(f"{tmp_path}/in/*.parquet", tmp_path / "out")
+    config.max_failed_shards = 2
+    failures = run_filter(config)
+    assert sorted(failures) == [f"{tmp_path}/in/{name}.parquet" for name in ("a", "c")]
+    assert failures.output_written
+    assert pyarrow.parquet.read_table(tmp_path / "out" / "b.parquet").equals(table)
