@@ -141,7 +141,7 @@ class TextSpotter:
         captions = _read_column(table, self._caption_column, "caption_column")
         verdicts = self.judge(
             [image or b"" for image in images],
-            [[text or ""] if not isinstance(text, list) else text for text in captions],
+            [[one or "" for one in (c if isinstance(c, list) else [c])] for c in captions],
         )
         texts = [[spot.text for spot in v.spots if spot.text is not None] for v in verdicts]
         matches = [None if None in v.matches or not v.matches else v.matches[0] for v in verdicts]
@@ -204,7 +204,7 @@ class Teacher:
         if self._key_column is not None:
             keys = _read_column(table, self._key_column, "key_column")
         records = [
-            Record(key, image or b"", "", {}) for key, image in zip(keys, images, strict=True)
+            Record(str(key), image or b"", "", {}) for key, image in zip(keys, images, strict=True)
         ]
         results = list(itertools.chain.from_iterable(self.embed(records)))
         vectors = [None if isinstance(result, str) else result for result in results]

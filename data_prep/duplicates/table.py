@@ -40,8 +40,7 @@ LOOKUP = "dropped.arrow"
 SUMMARY = "duplicates.json"  # written last: the folder is complete with it
 
 PAGE = "report.html"
-EXACT, NEAR = "exact", "near"
-KINDS = (EXACT, NEAR)
+KINDS = ("exact", "near")
 
 _THUMBNAIL = 200  # px of the longer side
 _BINS = 10
@@ -75,7 +74,7 @@ def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]
     folder = files.join(rows.output, TABLE)
     files.make_folder(folder)
     dropped = found.dropped()
-    kept_keys = rows.take("key", follow_to_kept(dropped, dropped.alike)).cast(pyarrow.string())
+    kept_keys = rows.take("key", follow_to_kept(dropped, dropped.alike))
     alike = rows.take("key", found.alike)
     places, kinds = np.full(len(rows), -1), np.full(len(rows), len(KINDS), np.int8)
     places[found.rows], kinds[found.rows] = np.arange(len(found.rows)), found.kind
@@ -96,9 +95,9 @@ def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]
                 "kind": pyarrow.DictionaryArray.from_arrays(kinds[start:stop], names),
                 "cluster": pyarrow.array(cluster, mask=cluster < 0),
                 "similarity": pyarrow.array(found.similarity).take(own),
-                "duplicate_of": alike.cast(pyarrow.string()).take(own),
+                "duplicate_of": alike.take(own).cast(pyarrow.string()),
                 "other_caption": pyarrow.array(found.other_caption).take(own),
-                "kept_key": kept_keys.take(own_dropped),
+                "kept_key": kept_keys.take(own_dropped).cast(pyarrow.string()),
             }
         )
         with files.local_output(files.join(folder, f"{unit:05d}.parquet")) as local:

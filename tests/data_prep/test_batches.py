@@ -39,7 +39,7 @@ def test_pictures_that_need_no_network():
     table = pa.table(
         {
             "image": [b"no picture", None, b""],
-            "caption": [["a caption", "another one"], ["東京タワー"], ["a caption"]],
+            "caption": [["a caption", "another one"], ["東京タワー"], ["a caption", None]],
         }
     )
     found = TextSpotter(precision="float32", device="cpu")(table)
@@ -87,3 +87,10 @@ def test_embeddings_are_those_of_the_teacher(color_teacher):
     ):
         with pytest.raises(ValueError, match="expected"):
             wrong()
+
+
+def test_keys_that_are_numbers_are_found_by_their_text(tmp_path):
+    np.savez(tmp_path / "a.npz", key=np.array([1, 2]), image_emb=np.eye(2, dtype=np.float32))
+    teacher = Teacher("precomputed", key_column="id", files=str(tmp_path / "a.npz"))
+    found = teacher(pa.table({"id": [2, 3], "image": [b"", b""]}))
+    assert found["embedding"].to_pylist() == [[0, 1], None]
