@@ -188,7 +188,7 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
                 "content": np.zeros((len(keys), 2), np.uint64),
                 CAPTION: np.zeros(len(keys), np.uint64),
                 "pixels": np.zeros(len(keys), np.int64),
-                EMBEDDING: found.astype(np.float16),
+                EMBEDDING: _to_half(found),
             }
         else:
             keys, columns = _scan_pairs(unit, report, work, config)
@@ -212,11 +212,12 @@ def _scan_pairs(
         report(len(batch))
     parts = zip(*seen, strict=True) if seen else [()] * 5
     digests, captions, pixels, embeddings, thumbnails = parts
+    stacked = _stack(embeddings, np.float32)
     columns = {
         CAPTION: hash_texts(captions),
         "content": np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2),
         "pixels": np.array(pixels, np.int64),
-        EMBEDDING: _stack(embeddings, np.float16),
+        EMBEDDING: None if stacked is None else _to_half(stacked),
         THUMBNAIL: _stack(thumbnails, np.uint8),
     }
     return keys, {name: column for name, column in columns.items() if column is not None}
@@ -232,6 +233,12 @@ def _stack(rows: Sequence[np.ndarray | None], dtype: Any) -> np.ndarray | None:
         if row is not None:
             found[number] = row.ravel()
     return found
+
+
+def _to_half(embeddings: np.ndarray) -> np.ndarray:
+    """float16 [n, d]; rows beyond its range are scaled, which changes no cosine."""
+    most = np.abs(embeddings).max(axis=1, keepdims=True, initial=1)
+    return (embeddings / np.maximum(most / 2**15, 1)).astype(np.float16)
 
 
 def _read_pairs(unit: Unit, config: ml_collections.ConfigDict) -> Iterator[Pair | Skipped]:

@@ -166,6 +166,15 @@ def test_given_embeddings_need_no_pictures(tmp_path, capsys):
     assert "2 pairs share their key with others" in capsys.readouterr().out
 
 
+def test_embeddings_of_large_numbers_are_compared(tmp_path):
+    emb = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
+    emb[11] = emb[3] * 1e6
+    np.savez(tmp_path / "a.npz", key=np.array([f"k{i}" for i in range(12)]), image_emb=emb)
+    config = _with_files(tmp_path, tmp_path / "out", tmp_path / "a.npz", input=None, keep="first")
+    assert job.run(config) == {}
+    assert read_dropped(tmp_path / "out") == {"k11": ("near", "k3")}
+
+
 def test_the_output_of_embed_must_be_of_the_same_input(pairs, tmp_path):
     config = _with_files(pairs, tmp_path / "out", tmp_path)
     with pytest.raises(ValueError, match=r"expected the --output of diht_jax\.embed"):
