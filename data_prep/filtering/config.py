@@ -24,6 +24,7 @@ from data_prep.steps.base import check_integers
 from data_prep.steps.scores import ScoreStep
 from diht_jax.records.formats import check_format
 from diht_jax.records.samples import USUAL_KIND, check_kind, parse_columns
+from diht_jax.records.shard_files import shard_name
 from diht_jax.storage import files
 
 # Raised whenever the same config comes to mean other records.
@@ -129,6 +130,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     parse_columns(config.caption_columns, "config.caption_columns")
     check_kind(config.caption_kind, "config.caption_kind")
     check_format(config.output_format)
+    try:
+        shard_name(config.dataset_name, config.split, 0, 1)
+    except ValueError as error:
+        raise ValueError(f"config.dataset_name and config.split: {error}") from error
     if config.metadata_only and config.output_format != "tfrecord":
         raise ValueError(
             f"config.output_format='{config.output_format}' with config.metadata_only: rows of a "

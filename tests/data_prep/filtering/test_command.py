@@ -208,6 +208,8 @@ def test_wrong_inputs_and_outputs(tmp_path):
         run_filter(job_config(source, tmp_path / "in"))
     with pytest.raises(ValueError, match=r"image\.max_side"):
         job_config(source, tmp_path / "out", image__max_side=0)
+    with pytest.raises(ValueError, match=r"config\.dataset_name.*'My pairs'"):
+        job_config(source, tmp_path / "out", dataset_name="My pairs")
 
 
 def test_conversion_needs_no_spacy(tmp_path):
