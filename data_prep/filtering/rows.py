@@ -37,7 +37,8 @@ PARQUET = "parquet"  # the kind of its units
 JSONL_SUFFIX = ".jsonl"
 
 _BATCH_ROWS = 2048
-_WRITTEN_ROWS = 2**16  # of a row group
+_WRITTEN_ROWS = 2**16  # of a row group, of which no more than these bytes are held
+_WRITTEN_BYTES = 2**28  # reached where a table has its images in it
 # Least bytes of a unit of a parquet file in a store: every unit reads the footer, too.
 _STORE_UNIT_BYTES = 2**26
 
@@ -142,7 +143,8 @@ def _filter_parquet(
                 rows = batch_rows(source.path, batch.select(wanted))
                 kept = select([r.detail if isinstance(r, BadRow) else r for r in rows])
                 waiting.append(batch.filter(pyarrow.array(kept, pyarrow.bool_())))
-                if sum(part.num_rows for part in waiting) >= _WRITTEN_ROWS:
+                num_bytes = sum(part.nbytes for part in waiting)
+                if sum(map(len, waiting)) >= _WRITTEN_ROWS or num_bytes >= _WRITTEN_BYTES:
                     writer.write_table(pyarrow.Table.from_batches(waiting, schema))
                     waiting = []
         if waiting:

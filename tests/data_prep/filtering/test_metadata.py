@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.filter import run_filter
+from data_prep.filtering import rows
 from data_prep.filtering.replay import Replay
 from tests.data_prep.filtering.jobs import job_config, read_dropped, snapshot
 
@@ -183,3 +184,14 @@ def test_a_damaged_table_costs_itself(tmp_path):
     assert sorted(failures) == [f"{tmp_path}/in/{name}.parquet" for name in ("a", "c")]
     assert failures.output_written
     assert pyarrow.parquet.read_table(tmp_path / "out" / "b.parquet").equals(table)
+
+
+def test_rows_of_many_bytes_are_not_held_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_BATCH_ROWS", 1)
+    monkeypatch.setattr(rows, "_WRITTEN_BYTES", 2000)
+    table = pyarrow.table({"caption": ["a dog bites a man"] * 4, "jpg": [bytes(1500)] * 4})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert run_filter(_config(str(tmp_path / "a.parquet"), tmp_path / "out")) == {}
+    written = pyarrow.parquet.ParquetFile(tmp_path / "out" / "a.parquet")
+    assert written.metadata.num_row_groups == 2
+    assert written.read().equals(table)
