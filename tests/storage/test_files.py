@@ -153,6 +153,4 @@ def test_a_copy_removes_what_a_killed_process_has_copied_of_it(tmp_path):
         files.temporary_path(tmp_path / name).write_bytes(b"who")
     with open(copies.cached_copy("memory:///copied/a", "b", folder=tmp_path), "rb") as file:
         assert file.read() == b"whole"
-    assert [name.split(".")[1] for name in os.listdir(tmp_path) if name.endswith("tmp")] == [
-        "other"
-    ]
+    assert [path.name.split(".")[1] for path in tmp_path.glob(".*.tmp")] == ["other"]
