@@ -291,7 +291,8 @@ def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Genera
     """The folder for parts, for this process alone; it is removed where all went well."""
     if work_dir is not None or is_remote(folder):
         base = pathlib.Path(work_dir or f"{tempfile.gettempdir()}/diht_jax-{os.getuid()}")
-        work = base / f"index-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+        place = os.fsencode(folder if is_remote(folder) else os.path.abspath(folder))
+        work = base / f"index-{hashlib.sha256(place).hexdigest()[:16]}"
     elif not os.path.isdir(folder):
         raise ValueError(f"'{folder}' is no folder; expected one that holds shards, or its URL")
     else:

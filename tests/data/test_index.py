@@ -96,6 +96,20 @@ def test_to_overwrite_does_not_take_over_what_an_earlier_run_believed(folder):
     assert records_of(folder)[:2] == [b"a" * 10, b"b" * 30]
 
 
+def test_folders_of_the_same_relative_path_share_no_work(tmp_path, monkeypatch):
+    lengths = [(9, 7), (7, 9)]
+    for name, own in zip("xy", lengths, strict=True):
+        (tmp_path / name / "kept").mkdir(parents=True)
+        make.write_shard(tmp_path / name / "kept" / "a.tfrecord", map(bytes, own))
+    (tmp_path / "x" / "kept" / "b.tfrecord").write_bytes(b"no shard")
+    monkeypatch.chdir(tmp_path / "x")
+    with pytest.raises(ValueError, match="1 of 2 shards"):
+        update_index("kept", work_dir=tmp_path)
+    monkeypatch.chdir(tmp_path / "y")
+    update_index("kept", work_dir=tmp_path)
+    assert [len(record) for record in records_of("kept")] == [7, 9]
+
+
 def test_a_run_that_is_stopped_goes_on(folder, monkeypatch):
     find = ShardIndex.find
 
