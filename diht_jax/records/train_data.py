@@ -244,7 +244,7 @@ def _parse_weight(where: str, weight: Any) -> Fraction:
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not math.isfinite(weight) or weight < 0:
         raise ValueError(f"{where}={weight!r:.200}: expected a finite number, at least 0")
-    return Fraction(repr(weight))  # 0.2 is a fifth, as it was typed
+    return Fraction(str(weight))  # 0.2 is a fifth, as it was typed
 
 
 def held_out_records(records: Any, data: ml_collections.ConfigDict, seed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.sharded import block_starts
-from diht_jax.records.train_data import fingerprint_records
+from diht_jax.records.train_data import fingerprint_records, parse_weights
 from tests import make
 from tests.make import encoded, plain
 
@@ -206,6 +206,7 @@ def test_own_positions_are_used_once_and_stay_in_their_stream(num_streams):
 def test_shares_are_those_of_the_weights_however_they_are_typed():
     assert exact_shares(fractions("0.8", "0.2")) == fractions("4/5", "1/5")
     assert exact_shares(fractions(30, 10)) == fractions("3/4", "1/4")
+    assert parse_weights("weight", 0.8) == parse_weights("weight", np.float64(0.8))
     sizes = fractions(413_871_335, 1_000_003, 7)
     rounded = exact_shares(sizes)
     assert sum(rounded) == 1 and min(rounded) > 0
