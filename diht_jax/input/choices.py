@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from diht_jax.input.transforms import sample_crop_box
+from diht_jax.input.transforms import CROP_RATIO, sample_crop_box
 from diht_jax.records.labels.clip_embeddings import ClipEmbeddings, Crops, EmbeddedRecord
 from diht_jax.records.samples import (
     add_columns,
@@ -32,7 +32,6 @@ Points = tuple[tuple[int, Fraction], ...]
 
 CHOICES = ("first", "sample")
 _WEIGHTS = "config.data.caption_weights"
-CROP_RATIO = (3 / 4, 4 / 3)  # of width and height, as everywhere in training
 # In a batch, float16 [b, D].
 IMAGE_FIELD, TEXT_FIELD = "teacher_image_emb", "teacher_text_emb"
 

@@ -235,7 +235,6 @@ def plan_random_crop(
     size: int,
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
 ) -> Callable[[], np.ndarray]:
     """Draws a random crop; what is returned decodes it, scaled to a square.
@@ -251,7 +250,6 @@ def plan_random_crop(
         size: pixels, of both sides of the result.
         rng: decides the crop.
         scale: range of the crop's share of the picture's area.
-        ratio: range of the crop's width / height.
         interpolation: of `transforms.Preprocessing`.
 
     Returns:
@@ -263,10 +261,12 @@ def plan_random_crop(
         image = transforms.open_image(data)
         if not _is_ordinary_jpeg(image):
             picture = transforms.load_rgb(image)
-            crop = transforms.train_transform(picture, size, rng, scale, ratio, interpolation)
+            crop = transforms.train_transform(
+                picture, size, rng, scale, interpolation=interpolation
+            )
             return functools.partial(np.asarray, crop)
         image_size = image.size
-    box = transforms.sample_crop_box(*image_size, rng, scale, ratio)
+    box = transforms.sample_crop_box(*image_size, rng, scale, transforms.CROP_RATIO)
     return functools.partial(_decode_crop, data, image_size, box, size, interpolation)
 
 

@@ -34,6 +34,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Above this, a picture is not scaled as a whole. 100 MB of pixels.
 _MAX_SCALED_PIXELS = 2**25
 _CROP_TRIES = 10
+CROP_RATIO = (3 / 4, 4 / 3)  # of width and height, as everywhere in training
 
 RESIZES = ("crop", "squash")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -242,7 +243,7 @@ def train_transform(
     size: int,
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ratio: tuple[float, float] = CROP_RATIO,
     interpolation: str = "bicubic",
 ) -> np.ndarray:
     """A random crop, scaled to a square (antialiased).

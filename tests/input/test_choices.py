@@ -14,12 +14,12 @@ import pytest
 from data_prep.filter import run_filter
 from diht_jax.config import default_config, load_recipe
 from diht_jax.data.tokenizer import decode, tokenize
-from diht_jax.input.choices import CROP_RATIO, CaptionChoice, draw_part, open_caption_choice
+from diht_jax.input.choices import CaptionChoice, draw_part, open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.order import GlobalOrder, derived_seed
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.input.transforms import sample_crop_box
+from diht_jax.input.transforms import CROP_RATIO, sample_crop_box
 from diht_jax.records.samples import (
     add_columns,
     all_captions,
