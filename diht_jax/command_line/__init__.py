@@ -192,6 +192,11 @@ def parse_flags(
             overrides = config_flag.override_values
             apply_overrides(flags.FLAGS.config, unset, overrides)
             _unset_keys[:] = unset
+            if "stage.number" in overrides and flags.FLAGS.config.stage.count:
+                raise ValueError(
+                    "--config.stage.number: each stage has settings of its own; name it by the "
+                    f"recipe's argument, :stage={flags.FLAGS.config.stage.number}"
+                )
     except (AttributeError, KeyError) as error:
         if config_defaults is not None:
             _refuse_unknown_keys(given, config_defaults())

@@ -170,7 +170,8 @@ KEYS: dict[str, Key] = {
     # Stages of the recipe, which are trained one after the other; None: it has none.
     # docs/guides/train/stages.md
     "stage.count": Key(int, COUNT, FREE),
-    "stage.number": Key(int, COUNT),  # of the stage to train, from 1; None: all of them
+    # Of the stage to train, from 1, as the recipe's argument `stage` sets it; None: all of them.
+    "stage.number": Key(int, COUNT),
     # Work directory of the stage before, whose parameters and place in the data a new run takes;
     # None: the one next to this stage's, as diht_jax.train names them.
     "stage.previous": Key(str, resume=FREE, per_host=True),

@@ -88,7 +88,8 @@ def deterministic_flags(platform_name: str | None, folder: str) -> tuple[str, ..
         return DETERMINISTIC_FLAGS
     os.makedirs(folder, exist_ok=True)
     path = os.path.abspath(folder)
-    return (*DETERMINISTIC_FLAGS, f"--xla_gpu_per_fusion_autotune_cache_dir={path}")
+    quote = "'" if " " in path else ""  # XLA reads quotes as a shell does
+    return (*DETERMINISTIC_FLAGS, f"--xla_gpu_per_fusion_autotune_cache_dir={quote}{path}{quote}")
 
 
 def compiler_options(platform_name: str) -> dict[str, bool | int]:

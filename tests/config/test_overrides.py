@@ -151,6 +151,14 @@ def test_what_cannot_be_unset_is_named_as_typed(argument, message, parse, capsys
     assert message in capsys.readouterr().err
 
 
+def test_a_stage_is_named_by_the_argument_which_brings_its_settings(parse, capsys):
+    recipe = REPOSITORY / "configs" / "stages" / "diht_vitb16_stages.py"
+    with pytest.raises(SystemExit) as error:
+        parse(recipe, "--config.stage.number=2")
+    assert error.value.code == 2
+    assert "--config.stage.number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [(), ("--config.total_steps=5",)])
 def test_a_recipe_of_another_command_is_named(arguments, parse, capsys):
     recipe = REPOSITORY / "configs" / "prep" / "cat.py"
