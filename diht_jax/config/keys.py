@@ -89,6 +89,7 @@ POSITIVE_OR_INF = Range(0, math.inf, excludes_low=True)
 SHARE = Range(0, 1, excludes_high=True)
 SHARE_NOT_0 = Range(0, 1, excludes_low=True)
 DEVICES = Range(1, also=-1)
+FLOATS = OneOf(("float32", "bfloat16", "float16"))
 
 # Units of a duration; a recipe sets one of them.
 DURATION_UNITS = ("steps", "examples", "epochs")
@@ -136,8 +137,9 @@ KEYS: dict[str, Key] = {
     "micro_batch": Key(int, COUNT, FREE),
     # A name of diht_jax.models.zoo.
     "model.name": Key("diht_vitb32_224px"),
-    "model.dtype": Key("bfloat16"),  # compute; softmax, LayerNorm statistics, losses stay float32
-    "model.param_dtype": Key("float32"),  # and of the optimiser's state
+    # Of the computation; softmax, LayerNorm statistics and losses stay float32.
+    "model.dtype": Key("bfloat16", FLOATS),
+    "model.param_dtype": Key("float32", FLOATS),  # and of the optimiser's state
     # Share of patches left out in training (FLIP, arXiv 2212.00794).
     "model.patch_dropout": Key(0.0, SHARE),
     # One compiled block for all layers; parameters stay per layer.
