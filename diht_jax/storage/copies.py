@@ -59,7 +59,6 @@ def cached_copy(
         return str(path)
     with locks.lock_file(cache / f".{name}.lock"):
         if not is_here():
-            files.remove_temporary_files(str(cache), name.__eq__)
             if shutil.disk_usage(cache).free < num_bytes:
                 raise ValueError(f"{cache} has no room for {url} ({num_bytes:,} bytes); {advice}")
             with files.local_output(path) as local:

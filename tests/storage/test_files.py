@@ -10,7 +10,7 @@ from data_prep.decisions import table
 from data_prep.filtering.config import SETTINGS
 from data_prep.filtering.resharding import BalancedShard, load_written
 from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, check_all
-from diht_jax.storage import copies, files, stores
+from diht_jax.storage import files, stores
 from diht_jax.storage.stores import StorageError
 from tests.readers.failing_disk import FailingDisk
 from tests.records.stores import MeteredStore
@@ -145,12 +145,3 @@ def test_an_object_with_a_checksum_is_none_once_it_is_another(tmp_path):
     assert files.read_object(path) is None
     (tmp_path / "x.json").write_text("".join(whole.split()))  # written in another way
     assert files.read_object(path) == value
-
-
-def test_a_copy_removes_what_a_killed_process_has_copied_of_it(tmp_path):
-    fsspec.filesystem("memory").pipe_file("memory:///copied/a", b"whole")
-    for name in ("b", "other"):
-        files.temporary_path(tmp_path / name).write_bytes(b"who")
-    with open(copies.cached_copy("memory:///copied/a", "b", folder=tmp_path), "rb") as file:
-        assert file.read() == b"whole"
-    assert [path.name.split(".")[1] for path in tmp_path.glob(".*.tmp")] == ["other"]
