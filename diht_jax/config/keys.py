@@ -227,7 +227,7 @@ KEYS: dict[str, Key] = {
     "mesh.fsdp": Key(1, DEVICES, FREE),  # that share the parameters and the optimiser's state
     # The machine that the recipe is meant for, as --topology of diht_jax.compile: "v5e:16x16".
     "topology": Key(str, resume=FREE),
-    # Directory, glob or list of TFRecord shards; or several sources, name -> dict(path=...,
+    # Directory, glob or list of record shards; or several sources, name -> dict(path=...,
     # weight=...): records/train_data.py. Must be set.
     "data.train": Key(PathsOrSections, resume=FREE, per_host=True),
     # Folder of data_prep.label with the labels of these records; None: they are in the records.
@@ -259,7 +259,7 @@ KEYS: dict[str, Key] = {
     "data.read_timeout_secs": Key(600.0, POSITIVE, FREE, per_host=True),
     # Area of RandomResizedCrop, lowest and highest.
     "data.crop_scale": Key((0.9, 1.0), SHARE_NOT_0),
-    # Reduced-scale JPEG decoding and OpenCV; False: Pillow, exactly.
+    # JPEG decoded at a reduced scale, and scaled by cykooz-resizer; False: Pillow, exactly.
     "data.fast_decode": Key(True),
     "data.text_template": Key("{caption}"),  # what the text tower reads
     # For a record with several captions: "first", or "sample" to draw one each time it comes.
