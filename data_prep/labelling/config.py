@@ -84,7 +84,8 @@ KEYS: dict[str, Any] = {
     # GB on the local disk for embeddings that go to a store and are read again in the same run.
     "scratch_gb": Key(8.0, NOT_NEGATIVE),
     "report_images": Key(36, NOT_NEGATIVE),  # in report.html
-    "seed": 0,  # of the held-out images, the order of training and the report's images
+    # Of the held-out images, the order of training and the report's images.
+    "seed": Key(0, NOT_NEGATIVE),
     "num_workers": int,  # processes; None: one per core, 0: no other process
     # Failed shards that the labels are written without: a share below 1 (0: none; else one at
     # least), or a number.

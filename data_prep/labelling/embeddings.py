@@ -301,7 +301,7 @@ def key_ranks(key_hashes: np.ndarray, seed: int) -> np.ndarray:
         seed: another one gives independent numbers.
     """
     # The finaliser of splitmix64 (Steele et al. 2014).
-    x = key_hashes + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15)
+    x = key_hashes + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53

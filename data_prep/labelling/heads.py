@@ -28,12 +28,7 @@ from data_prep.labelling.examples import (
 )
 from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.base import TeacherInfo
-from diht_jax.records.vocabulary import (
-    Vocabulary,
-    encode_concepts,
-    read_vocabulary,
-    vocabulary_path,
-)
+from diht_jax.records.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from diht_jax.storage import files, locks
 
 _HEADS_VERSION = 1
@@ -82,10 +77,14 @@ class Heads:
         if found is None or found["recipe"] != self._hash_recipe():
             return None
         if self._config.heads.load:  # these stay for any shards
-            return found if found["vocabulary"] == self.vocabulary.describe() else None
-        if not self._are_few_changed(found["inputs"]):
+            if found["vocabulary"] != self.vocabulary.describe():
+                return None
+        elif not self._are_few_changed(found["inputs"]):
             return None
-        self.vocabulary = read_vocabulary(self._folder)
+        vocabulary = read_vocabulary(self._folder)
+        if found["vocabulary"] != vocabulary.describe():  # a killed run was about to change both
+            return None
+        self.vocabulary = vocabulary
         return found
 
     def obtain(
@@ -111,8 +110,6 @@ class Heads:
         self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies
     ) -> dict[str, Any]:
         config = self._config
-        for part in self.vocabulary:
-            files.write_bytes(vocabulary_path(self._folder, part.kind), encode_concepts(part))
         heads, results, images = {}, {}, None
         if config.heads.load:
             heads, results = head_files.load_trained(config.heads.load, teacher)
@@ -129,6 +126,8 @@ class Heads:
                 heads[part.kind], results[part.kind] = train_and_measure(
                     config, part, train, held_out
                 )
+        # Here, so that a run that failed before leaves folder and labels as they were.
+        write_vocabulary(self._folder, self.vocabulary)
         head_files.write_heads(self._folder, heads)
         missing = {task.name: None for task in self._embedded if str(task.source) in failed}
         description = {

@@ -135,6 +135,7 @@ class _Job:
     def label(self, failures: Failures, teacher: TeacherInfo, copies: LocalCopies) -> Failures:
         """Makes the concept labels; returns the failures of before, and what failed."""
         config, folder = self.config, self.config.output
+        failures = Failures(failures)  # not yet `output_written`
         embeddings_hash = embeddings.hash_embeddings(teacher.identity, config.embedding_dtype)
         embedding_tasks = self._plan(embeddings.FOLDER, embeddings_hash)
         heads = Heads(config, embedding_tasks, embeddings_hash)

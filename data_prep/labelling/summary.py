@@ -36,6 +36,7 @@ from diht_jax.records.schema import Record
 from diht_jax.records.train_data import LABELS, relative_input
 from diht_jax.records.vocabulary import KINDS, Vocabulary
 from diht_jax.storage import files
+from diht_jax.storage.stores import is_remote
 from diht_jax.terminal import print_escaped
 
 PAGE = "report.html"
@@ -290,9 +291,10 @@ def _describe_run(folder: str, summary: dict[str, Any]) -> str:
     teacher = ", ".join(
         f"{name} {value}" for name, value in summary["teacher"].items() if isinstance(value, str)
     )
+    where = folder if is_remote(folder) else os.path.abspath(folder)
     text = (
         f"{summary['labelled']:,} of {summary['records']:,} images in {summary['shards']} shards "
-        f"of {os.path.abspath(folder)}, from {summary['config']['input']}. Teacher: {teacher}. "
+        f"of {where}, from {summary['config']['input']}. Teacher: {teacher}. "
         f"Vocabulary: {sizes}. Labels take {summary['added_bytes_per_record']:.0f} bytes a record."
     )
     for reason, count in sorted(summary["unlabelled"].items()):

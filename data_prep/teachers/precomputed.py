@@ -156,6 +156,8 @@ def _find_files(files: str | None) -> list[str]:
         )
     if os.path.isdir(files):
         candidates = sorted(entry.path for entry in os.scandir(files))
+    elif os.path.isfile(files):  # whose name may have brackets
+        candidates = [files]
     else:
         candidates = sorted(glob.glob(files, recursive=True))
     found = [path for path in candidates if path.endswith(SUFFIXES) and os.path.isfile(path)]

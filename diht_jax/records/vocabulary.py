@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -93,10 +92,9 @@ def _checksum(table: str) -> str:
 
 
 def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
-    """Writes both files into a local folder; errors are those of `encode_concepts`."""
+    """Writes both files into a folder that exists; errors are those of `encode_concepts`."""
     for part in vocabulary:
-        path = pathlib.Path(vocabulary_path(folder, part.kind))
-        write_bytes(path, encode_concepts(part))
+        write_bytes(vocabulary_path(folder, part.kind), encode_concepts(part))
 
 
 def read_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:

@@ -8,9 +8,11 @@ import shutil
 import ml_collections
 import pytest
 
+from data_prep.jobs.failures import with_output
 from data_prep.jobs.workers import ProcessDeath
 from data_prep.label import run_label
 from data_prep.labelling import embeddings
+from data_prep.labelling import job as label_job
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
 from diht_jax.records.formats import TFRecordWriter, open_source
@@ -111,6 +113,15 @@ def test_the_rest_is_labelled_and_a_later_run_picks_up_what_failed(job, tmp_path
     assert {name for name in before if now[name] != before[name]} == {path.name}
     assert "failed" not in json.loads((tmp_path / "out" / "stats.json").read_text())
     assert not list((tmp_path / "out").rglob("*.failed.json"))
+
+
+def test_embeddings_of_clips_without_a_failed_shard_are_no_labels_yet(job, monkeypatch):
+    config, _ = job
+    config.clip_teachers.models = "a model"
+    failed = with_output({}, [{"source": "a shard", "error": "damaged"}])
+    monkeypatch.setattr(label_job._Job, "embed_by_clips", lambda _: (failed, True))
+    failures = run_label(config, 0, 2)  # the other job has a shard that the heads learn from
+    assert list(failures) == ["a shard"] and failures.exit_status == 1
 
 
 def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_path):

@@ -1,6 +1,7 @@
 """The label command from end to end: what it writes, resume, equal bytes, and what it refuses."""
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,7 +22,8 @@ from data_prep.teachers.registry import describe_teacher
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.shard_files import read_records as read_tfrecords
-from diht_jax.records.vocabulary import read_vocabulary
+from diht_jax.records.vocabulary import read_vocabulary, write_vocabulary
+from diht_jax.storage.files import read_bytes
 from tests.data_prep.filtering.jobs import read_records
 from tests.data_prep.labelling.pictures import (
     COLORS,
@@ -29,6 +31,8 @@ from tests.data_prep.labelling.pictures import (
     label_config,
     snapshot,
 )
+
+_NAME_THEIR_FOLDER = {"report.html", "stats.json"}
 
 
 def test_labels_are_what_the_teacher_sees(work):
@@ -53,9 +57,8 @@ def test_same_bytes_with_any_number_of_workers(work, tmp_path):
     assert run_label(label_config(work / "kept", tmp_path / "out", num_workers=2)) == {}
     found, expected = snapshot(tmp_path / "out"), snapshot(work / "labelled")  # by one
     assert found.keys() == expected.keys()
-    # These name their own folder.
     different = {name for name in found if found[name] != expected[name]}
-    assert different <= {"report.html", "stats.json"}
+    assert different <= _NAME_THEIR_FOLDER
 
 
 def test_run_again_does_only_what_is_missing(work, tmp_path):
@@ -109,7 +112,7 @@ def test_jobs_of_an_array_make_the_same_folder(work, tmp_path, capsys):
     run_label(config, 0, 2)
     found = snapshot(tmp_path / "out")
     different = {name for name in expected if found.get(name) != expected[name]}
-    assert different <= {"report.html", "stats.json"}
+    assert different <= _NAME_THEIR_FOLDER
 
 
 def test_images_without_embedding_stay_without_labels(work, tmp_path, capsys):
@@ -167,8 +170,27 @@ def test_heads_of_another_folder(work, tmp_path):
     other_teacher = {"heads__load": str(work / "labelled"), "teacher__torch__image_size": 20}
     with pytest.raises(ValueError, match="its heads belong to the teacher .*'image_size': 24"):
         run_label(label_config(work / "kept", tmp_path / "other", **other_teacher))
+    assert not list((tmp_path / "other").glob("vocabulary_*"))
     with pytest.raises(ValueError, match=r"vocabulary_objects\.tsv is missing"):
         run_label(label_config(work / "kept", tmp_path / "none", heads__load=str(tmp_path)))
+
+
+def test_a_vocabulary_of_heads_that_a_killed_run_did_not_make_is_replaced(work, tmp_path):
+    folder = shutil.copytree(work / "labelled", tmp_path / "out")
+    before = snapshot(folder)
+    found = read_vocabulary(folder)
+    names = tuple(reversed(found.objects.names))
+    other = dataclasses.replace(found.objects, names=names)
+    write_vocabulary(folder, dataclasses.replace(found, objects=other))
+    assert run_label(label_config(work / "kept", folder)) == {}
+    after = snapshot(folder)
+    assert {name for name in before if before[name] != after.get(name)} <= _NAME_THEIR_FOLDER
+
+
+def test_a_folder_in_a_store_is_named_by_its_url(work):
+    output = "memory://label_report/out"
+    run_label(label_config(work / "kept", output, merge=False, heads__steps=10, report_images=0))
+    assert output in read_bytes(f"{output}/report.html").decode()
 
 
 def test_held_out_images_are_never_trained_on(work):

@@ -11,6 +11,7 @@ import pytest
 from data_prep.filter import run_filter
 from data_prep.labelling import examples as concept_vocabulary
 from data_prep.labelling.config import default_config
+from data_prep.labelling.embeddings import hash_keys, key_ranks
 from data_prep.labelling.examples import count_concepts, make_targets, read_targets
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.vocabulary import ConceptList
@@ -106,6 +107,16 @@ def test_shards_without_concepts(filtered, tmp_path):
     nothing = ConceptList("objects", (), ())
     with pytest.raises(ValueError, match=r"concepts\.npz is missing.*concepts=True"):
         read_targets(str(copy), nothing)
+
+
+@pytest.mark.filterwarnings("error")
+def test_ranks_of_keys_by_any_seed():
+    ranks = [key_ranks(hash_keys(["a"]), seed) for seed in (0, 1, 2**63, 2**64)]
+    x = (int(hash_keys(["a"])[0]) + 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ x >> shift) * factor % 2**64
+    assert ranks[1][0] == ((x ^ x >> 31) >> 11) / 2**53
+    assert ranks[3] == ranks[0] != ranks[2]
 
 
 def test_repeat_factors_by_hand():

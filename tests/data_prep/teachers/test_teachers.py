@@ -234,6 +234,12 @@ def test_precomputed_by_key(tmp_path):
     assert describe_teacher(config) != before
 
 
+def test_precomputed_file_with_brackets_in_its_name(tmp_path):
+    path = tmp_path / "part [1].npz"
+    _write_npz(path, ["x"], np.eye(1, dtype=np.float32))
+    assert list(EmbeddingTable(str(path), "key", "image_emb")) == ["x"]
+
+
 def test_precomputed_embeddings_that_are_written_while_they_are_read(tmp_path):
     _write_npz(tmp_path / "a.npz", ["x", "y"], np.eye(2, dtype=np.float32))
     table = EmbeddingTable(str(tmp_path), "key", "image_emb")
