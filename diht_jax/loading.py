@@ -86,6 +86,10 @@ def load_model(
     Raises:
         ValueError: nothing there, a damaged or dangerous file, or parameters that do not fit.
     """
+    try:
+        jax.numpy.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype='{dtype}': expected float32 or bfloat16") from error
     mesh = sharding.create_mesh(data=-1, fsdp=1, devices=devices or jax.local_devices())
     model = read_model(
         name_or_path,

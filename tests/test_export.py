@@ -14,10 +14,13 @@ from diht_jax import load_model
 from diht_jax.config import default_config
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.export import export_model
+from diht_jax.loading import read_model
+from diht_jax.storage.files import write_bytes
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.saved_run import write_config
 from diht_jax.weights import clip_layout
+from diht_jax.weights.model_card import model_card
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import write_safetensors
 from tests import make
@@ -193,6 +196,24 @@ def test_a_small_vocabulary_comes_along(tmp_path):
     assert theirs["input_ids"] == [[i for i in row if i] for row in expected.tolist()]
 
 
+def test_texts_of_a_vocabulary_with_unused_entries_are_pooled_at_their_ends(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = make.tiny_config(model__overrides__vocab_size=49500)
+    (tmp_path / "run").mkdir()
+    run = load_model(make.write_run(tmp_path / "run", config))
+    export_model(str(tmp_path / "run"), "huggingface", tmp_path / "out")
+    expected = run.encode_text(TEXTS)
+    np.testing.assert_array_equal(load_model(tmp_path / "out").encode_text(TEXTS), expected)
+    tokens = transformers.AutoProcessor.from_pretrained(tmp_path / "out").tokenizer(
+        TEXTS, padding="max_length", truncation=True, max_length=24, return_tensors="pt"
+    )["input_ids"]
+    with torch.no_grad():
+        out = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()(
+            pixel_values=torch.zeros((1, 3, 16, 16)), input_ids=tokens
+        )
+    np.testing.assert_allclose(out.text_embeds, expected, atol=1e-5)
+
+
 def test_another_vocabulary_takes_ids_alone(tmp_path):
     write_safetensors(
         tmp_path / "a.safetensors", random_tensors(dataclasses.replace(ARCH, vocab_size=700))
@@ -263,7 +284,8 @@ def workdir(tmp_path):
         {"step": 7, "evaluation/cifar10/top1": 0.375},
         {"step": 9, "evaluation/cifar10/top1": 0.999},
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (run / "metrics.jsonl").write_text(f'{lines}{{"step": 7, "evaluati')  # killed
     return run, state
 
 
@@ -304,6 +326,14 @@ def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
     ):
         assert line in card, card
     assert "0.999" not in card
+
+
+def test_the_card_of_a_run_in_a_store_has_its_results(workdir):
+    url = "memory://card/run"
+    write_bytes(f"{url}/metrics.jsonl", (workdir[0] / "metrics.jsonl").read_bytes())
+    model = dataclasses.replace(read_model(str(workdir[0])), path=url)
+    card = model_card("safetensors", model, url, results=[])
+    assert "| in training, at step 7 | cifar10/top1 | 0.375 |" in card
 
 
 def test_the_bias_that_a_sigmoid_loss_has_learnt_is_named_where_it_is_left_out(

@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 from jax import export
 
-from diht_jax.data.tokenizer import SMALLEST_VOCAB, VOCAB_SIZE, check_vocab_size, merges
+from diht_jax.data.tokenizer import SMALLEST_VOCAB, check_vocab_size, merges
 from diht_jax.input import transforms
 from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.transformer import Execution
@@ -94,10 +94,9 @@ def write_model(
     except ValueError as error:
         raise ValueError(f"format '{format}': {error}") from error
     output.mkdir(parents=True, exist_ok=True)
-    has_place = format in _FORMATS_WITH_TOKENIZER and model.arch.vocab_size <= VOCAB_SIZE
     if model.tokenizer is not None:
         tokenizer_file.copy_tokenizer(model.tokenizer, str(output))
-    elif model.has_tokenizer and has_place:
+    elif model.has_tokenizer and format in _FORMATS_WITH_TOKENIZER:
         _write_huggingface_tokenizer(output, model.arch)
     for name, content in configs.items():
         _write_json(output / name, content)
@@ -206,10 +205,10 @@ def find_lost_scalars(
 
 
 def _write_huggingface_tokenizer(output: pathlib.Path, arch: Architecture) -> None:
-    pieces = tokenizer_file.pieces(arch.vocab_size)
-    made = tokenizer_file.make_tokenizer(arch.vocab_size)
+    used = check_vocab_size(arch.vocab_size)
+    pieces, made = tokenizer_file.pieces(used), tokenizer_file.make_tokenizer(used)
     _write_json(output / "vocab.json", {piece: i for i, piece in enumerate(pieces)})
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges(arch.vocab_size))]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges(used))]
     write_bytes(output / HUGGINGFACE_MERGES, ("\n".join(lines) + "\n").encode())
     write_bytes(output / "tokenizer.json", made.to_str(pretty=True).encode())
     markers = {"bos_token": tokenizer_file.START_OF_TEXT}

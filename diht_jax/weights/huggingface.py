@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diht_jax.data.tokenizer import VOCAB_SIZE
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.weights.clip_layout import (
     BlockNames,
@@ -207,12 +208,14 @@ def make_config(arch: Architecture, dtype: str) -> dict[str, Any]:
             **{theirs: getattr(arch, ours) for ours, theirs in _SIZES[tower].items()},
         }
     towers["vision_config"]["num_channels"] = 3
-    last, end_of_text = arch.vocab_size - 1, arch.end_of_text_id
     if is_siglip:
         towers["text_config"]["projection_size"] = arch.embed_dim
     else:
-        towers["text_config"]["bos_token_id"] = last - 1
-        towers["text_config"]["eos_token_id"] = last if end_of_text is None else end_of_text
+        last, end_of_text = arch.vocab_size - 1, arch.end_of_text_id
+        if end_of_text is None:
+            # Of more than CLIP's entries, the largest id in a text is not the largest there is.
+            end_of_text = last if arch.vocab_size <= VOCAB_SIZE else _LEGACY_EOS
+        towers["text_config"] |= {"bos_token_id": last - 1, "eos_token_id": end_of_text}
     shared = {"architectures": [_CLASSES[kind]], "model_type": kind, "dtype": dtype}
     return {**shared, **size, **towers}
 

@@ -18,7 +18,7 @@ import jax
 from diht_jax.pages.render import render
 from diht_jax.records.train_data import TrainSource, find_inputs, parse_train
 from diht_jax.records.vocabulary import Vocabulary, find_train_vocabulary
-from diht_jax.storage.files import read_object
+from diht_jax.storage.files import join, parse_checked_object, read_bytes, read_object
 from diht_jax.weights.source import ModelFiles
 
 # Sections of the training config that make the recipe, in the order of the card.
@@ -64,7 +64,7 @@ def model_card(
     if model.step is not None:  # of a run
         config = json.loads(model.config.to_json_best_effort())
         data = config["data"]["train"], config["data"].get("labels")
-        results = [*_read_run_results(pathlib.Path(model.path), model.step), *results]
+        results = [*_read_run_results(model.path, model.step), *results]
     concepts = []
     for part in (_read_concepts(*data) if model.heads else None) or ():
         order = sorted(range(len(part)), key=lambda number: -part.counts[number])
@@ -160,13 +160,17 @@ def _read_statistics(folder: str) -> dict[str, Any]:
         return {}
 
 
-def _read_run_results(workdir: pathlib.Path, step: int) -> list[tuple[str, dict[str, float]]]:
+def _read_run_results(workdir: str, step: int) -> list[tuple[str, dict[str, float]]]:
     """The last evaluation in a run's `metrics.jsonl` at or before `step`, as (source, metrics)."""
-    path, last = workdir / "metrics.jsonl", []
-    if not path.is_file():
+    last = []
+    try:
+        lines = read_bytes(join(workdir, "metrics.jsonl")).splitlines()
+    except FileNotFoundError:
         return []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for line in lines:
+        row = parse_checked_object(line)
+        if row is None:  # the last line of a killed run, or of one that goes on
+            continue
         measured = {
             name.removeprefix("evaluation/"): value
             for name, value in row.items()

@@ -225,6 +225,15 @@ def test_export_gives_the_model_back_bit_for_bit(siglip, tmp_path):
         np.testing.assert_array_equal(value.numpy(), expected[name].numpy(), err_msg=name)
 
 
+def test_the_code_of_the_card_loads_the_model(siglip, tmp_path):
+    export_model(str(siglip[1]), "huggingface", str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("processor =")[0]
+    names = {}
+    exec(code.replace("DIRECTORY", str(tmp_path / "out")), names)
+    assert type(names["model"]) is transformers.SiglipModel
+
+
 def test_naflex_is_refused(siglip, tmp_path):
     transformers.Siglip2Config().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").symlink_to(siglip[1] / "model.safetensors")

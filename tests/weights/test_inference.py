@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from diht_jax import sharding
+from diht_jax import load_model, sharding
 from diht_jax.config import default_config
 from diht_jax.data import tokenizer
 from diht_jax.extras.captioning import CaptionDecoder, merge_decoder
@@ -142,3 +142,8 @@ def test_captions_that_cannot_be_written(model, decoder, images):
         loaded(1, decoder=decoder).caption(images[:1], max_tokens=6)
     with pytest.raises(ValueError, match="no caption decoder: it was trained without config.capt"):
         model.caption(images[:1])
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match="dtype='bf16'"):
+        load_model("clipart_tiny", dtype="bf16")
