@@ -44,6 +44,7 @@ from data_prep.jobs.workers import (
     Report,
     ThisProcess,
 )
+from diht_jax.input.workers import usable_cores
 from diht_jax.readers.registry import Skipped
 from diht_jax.storage import files
 from diht_jax.storage.stores import FullError
@@ -189,7 +190,7 @@ def _open_pool(
         )
     if num_workers == 0:
         return ThisProcess(function, add_pairs)
-    count = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
+    count = usable_cores() if num_workers is None else num_workers
     return LocalPool(function, min(count, num_tasks), timeout_secs, add_pairs)
 
 

@@ -9,7 +9,6 @@ import abc
 import collections
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from data_prep.jobs.models import is_shared, open_model
 from diht_jax.input import transforms
 from diht_jax.input.transforms import ImageError, decode_rgb
+from diht_jax.input.workers import usable_cores
 from diht_jax.records.schema import Record
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -177,7 +177,7 @@ def prepare_ahead(
 ) -> Iterator[tuple[list[Record], list[Any]]]:
     """Yields batches of records with what was prepared of each, the next batch meanwhile."""
     ahead: collections.deque[tuple[list[Record], list[futures.Future]]] = collections.deque()
-    pool = futures.ThreadPoolExecutor(min(max_threads, len(os.sched_getaffinity(0))))
+    pool = futures.ThreadPoolExecutor(min(max_threads, usable_cores()))
     records = iter(records)
     try:
         while (chunk := list(itertools.islice(records, batch_size))) or ahead:

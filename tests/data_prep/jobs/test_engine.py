@@ -34,7 +34,7 @@ if __name__ == "__main__":
 """
 
 
-def _start(folder: pathlib.Path, body: str, num_workers: int = 2) -> subprocess.Popen:
+def _start(folder: pathlib.Path, body: str, num_workers: int | None = 2) -> subprocess.Popen:
     script = folder / "script.py"
     script.write_text(_FRAME.format(body=body, num_workers=num_workers))
     return subprocess.Popen(
@@ -46,7 +46,7 @@ def _start(folder: pathlib.Path, body: str, num_workers: int = 2) -> subprocess.
     )
 
 
-def _run(folder: pathlib.Path, body: str, num_workers: int = 2) -> tuple[dict, str]:
+def _run(folder: pathlib.Path, body: str, num_workers: int | None = 2) -> tuple[dict, str]:
     """Result and error by task, and what stood on stderr."""
     process = _start(folder, body, num_workers)
     try:
@@ -91,6 +91,16 @@ def test_bad_contents_are_not_read_again(error):
 
     (outcome,) = run_tasks(work, [7], num_workers=0, label="t", retries=5)
     assert (outcome.error, tries) == (str(error), [7])
+
+
+def test_a_system_that_binds_no_process_to_cores_has_workers(tmp_path):
+    body = """
+vars(os).pop("sched_getaffinity", None)  # as on macOS
+def work(task, report):
+    return task
+"""
+    results, _ = _run(tmp_path, body, num_workers=None)
+    assert results == {task: (task, None) for task in range(8)}
 
 
 def test_a_task_that_takes_too_long_is_stopped_twice_and_holds_nobody_up(tmp_path):

@@ -1,6 +1,7 @@
 """Teachers against torchvision, torch modules called directly, and files written by others."""
 
 import hashlib
+import os
 import shutil
 import sys
 
@@ -15,6 +16,7 @@ from torchvision.models import vision_transformer
 from torchvision.transforms import v2
 
 from data_prep.duplicates.precomputed import read_embeddings as read_stored
+from data_prep.teachers.base import prepare_ahead
 from data_prep.teachers.precomputed import EmbeddingTable
 from data_prep.teachers.registry import (
     default_teacher,
@@ -155,6 +157,12 @@ def test_torch_module(torch_config):
     pixels = torch.stack([resize(decode_rgb(record.image)) for record in records])
     expected = my_teacher.build().double().eval()(pixels).detach().numpy()
     np.testing.assert_allclose(np.stack(_embed(torch_config, records)), expected, atol=1e-4)
+
+
+def test_pictures_are_decoded_where_no_process_is_bound_to_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    (batch,) = prepare_ahead(_pictures(2), 2, 4, lambda record: record.key)
+    assert batch[1] == ["k0", "k1"]
 
 
 def test_identity_follows_the_weights(torch_config, tmp_path, monkeypatch):
