@@ -11,6 +11,7 @@ from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.checkpoint import BestStep, Checkpointer, SaveError
 from diht_jax.training.workdir.saved_run import tree_checksums, write_config
+from tests import make
 from tests.training.conftest import saved_steps
 from tests.waiting import wait_until
 
@@ -165,7 +166,7 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(mount_t
     checkpointer._finish_saving()
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(1_200_000))
-    writer = MetricWriter(small_disk / "run", 0)
+    writer = MetricWriter(small_disk / "run", 0, make.tiny_config())
     checkpointer.save(state_of(2, size=size), Position(20))
     checkpointer.save(state_of(3, size=size), Position(30))
     assert "the checkpoint of step 2 could not be written, that of step 1 is intact" in caplog.text
