@@ -235,7 +235,7 @@ def draw_rows(population: int, count: int, *, seed: int = 0) -> np.ndarray:
 
 
 def closest_items(
-    query: np.ndarray, gallery: np.ndarray, right: np.ndarray, count: int = _ANSWERS
+    query: np.ndarray, gallery: np.ndarray, right: np.ndarray
 ) -> tuple[dict[int, float], int]:
     """The first items of a gallery [m, d] for a query [d], in the order of the ranks.
 
@@ -247,7 +247,7 @@ def closest_items(
     # Among equals the right one goes last, as in the ranks.
     order = np.lexsort((right, -similarities))
     best = order[np.argmax(right[order])]
-    first = order[:count]
+    first = order[:_ANSWERS]
     return dict(zip(first.tolist(), similarities[first].tolist(), strict=True)), int(best)
 
 

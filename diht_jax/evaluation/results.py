@@ -259,25 +259,23 @@ def resample(
     num_items: int,
     *,
     num_resamples: int = NUM_RESAMPLES,
-    seed: int = SEED,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
     """The bootstrap of Efron (1979): `num_items` draws with replacement, many times.
 
-    The draws depend on the numbers and the seed alone, so that two models, measured on the same
+    The draws depend on the numbers alone, so that two models, measured on the same
     items, are measured on the same resamples.
 
     Args:
         measure: metrics from int [num_items], how often each item was drawn.
         num_items: independent items: images, for all protocols here.
         num_resamples: how many times.
-        seed: of the draws.
         progress: shows a bar on stderr, where it takes more than a moment.
 
     Returns:
         Metric -> float64 [num_resamples].
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     found: dict[str, list[float]] = collections.defaultdict(list)
     bar: dict[str, Any] = {"unit": " resamples", "disable": not progress, "delay": _MOMENT_SECS}
     for _ in ProgressBar(range(num_resamples), "bootstrap", **bar):
@@ -287,20 +285,18 @@ def resample(
     return dict(zip(found, map(np.array, found.values()), strict=True))
 
 
-def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> list[float]:
-    """[low, high] with `level` of the resamples between them; NaN, which is no value, left out."""
-    tail = 50 * (1 - level)
+def percentile_interval(samples: np.ndarray) -> list[float]:
+    """[low, high] with `LEVEL` of the resamples between them; NaN, which is no value, left out."""
+    tail = 50 * (1 - LEVEL)
     return np.nanpercentile(samples, [tail, 100 - tail]).tolist()
 
 
-def describe_samples(
-    samples: dict[str, np.ndarray], items: str, num_items: int, seed: int = SEED
-) -> dict[str, Any]:
+def describe_samples(samples: dict[str, np.ndarray], items: str, num_items: int) -> dict[str, Any]:
     """All that pairing two models needs, for the results file; `items` is a digest of the items."""
     texts = {}
     for name, values in samples.items():
         texts[name] = base64.b64encode(values.astype("<f4").tobytes()).decode()
-    draws = [items, num_items, len(next(iter(samples.values()))), seed]
+    draws = [items, num_items, len(next(iter(samples.values()))), SEED]
     return {"draws": draws, "values": texts}
 
 

@@ -118,19 +118,18 @@ def sharded_affinity_loss(
     teachers: Sequence[TeacherEmbeddings],
     *,
     mesh: Mesh,
-    axis_names: tuple[str, ...] = BATCH_AXES,
 ) -> Float[Array, ""]:
     """`affinity_loss` of a global batch on a mesh, replicated.
 
     Args:
         image_emb, text_emb, logit_scale, teachers: see `affinity_loss`; global.
-        mesh, axis_names: see `losses.contrastive.sharded_loss`.
+        mesh: of `sharding.create_mesh`.
     """
-    rows, whole = PartitionSpec(axis_names), PartitionSpec()
+    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     specs: Any = (rows, rows, whole)  # in the places of arrays
     of_teacher = TeacherEmbeddings(*specs)
     return jax.shard_map(
-        functools.partial(affinity_loss, axis_name=axis_names),
+        functools.partial(affinity_loss, axis_name=BATCH_AXES),
         mesh=mesh,
         in_specs=(rows, rows, whole, [of_teacher] * len(teachers)),
         out_specs=whole,

@@ -103,8 +103,8 @@ class EncodedImages:
     dropped: dict[str, int]
     dropped_keys: list[str]
     seconds: float
-    digest: str = ""
-    orders: list[Order] = dataclasses.field(default_factory=list)
+    digest: str
+    orders: list[Order]
 
 
 class Encoder:

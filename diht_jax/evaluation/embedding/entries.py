@@ -63,7 +63,7 @@ def decode_picture(pair: Pair) -> Image.Image:
 class Units(list[Unit]):
     """The parts of a source, and about how many entries they have."""
 
-    def __init__(self, units: Iterable[Unit], count: Callable[[], int | None] = lambda: None):
+    def __init__(self, units: Iterable[Unit], count: Callable[[], int | None]):
         """Joins them.
 
         Args:

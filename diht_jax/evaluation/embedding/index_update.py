@@ -95,7 +95,7 @@ def update_index(
     Raises:
         ValueError: the folder has an index of another model or dtype, or is being updated.
     """
-    files.refuse_url(folder, "index")
+    files.refuse_url(folder, "--index")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)} for an index")
     folder, processes, removed = pathlib.Path(folder), processes or Processes(), 0

@@ -161,7 +161,7 @@ def format_matches(matches_of: Mapping[str, Sequence[Match]]) -> str:
     return "\n".join(lines)
 
 
-_MOST_MATCHES = 200
+_NUM_MATCHES, _MOST_MATCHES = 24, 200  # for a query that asks for no number, and at most
 _LONGEST_QUERY = 1000  # characters
 _POLICY = "default-src 'none'; img-src 'self'; connect-src 'self'; form-action 'self'"
 
@@ -172,7 +172,6 @@ def make_server(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    num_matches: int = 24,
     clock: Callable[[], float],
 ) -> http.server.ThreadingHTTPServer:
     """A server of the page; its `serve_forever` answers until it is stopped.
@@ -182,7 +181,6 @@ def make_server(
         encode_text: texts -> float [n, d]; called by one thread at a time.
         host, port: to listen at. The default is reached from this machine alone; port 0 is any that
             is free, see `server_port`.
-        num_matches: pictures for a query that asks for no number.
         clock: seconds, from any start.
 
     Raises:
@@ -197,7 +195,7 @@ def make_server(
         matches = [dataclasses.asdict(match) for match in index.search(text_emb, count)[0]]
         return {"matches": matches, "pictures": len(index), "seconds": clock() - start}
 
-    handler = functools.partial(_Handler, index, search, num_matches, host)
+    handler = functools.partial(_Handler, index, search, host)
     try:
         return http.server.ThreadingHTTPServer((host, port), handler)
     except (OSError, OverflowError) as error:
@@ -236,12 +234,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self,
         index: PictureIndex,
         search: Callable[[str, int], dict[str, Any]],
-        num_matches: int,
         host: str,
         *args: Any,
     ):
-        self._index, self._find, self._num_matches = index, search, num_matches
-        self._host = host
+        self._index, self._find, self._host = index, search, host
         super().__init__(*args)  # answers
 
     def do_GET(self) -> None:
@@ -266,7 +262,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _search(self, fields: dict[str, str]) -> None:
         query = fields.get("q", "").strip()
         try:
-            count = int(fields.get("count", self._num_matches))
+            count = int(fields.get("count", _NUM_MATCHES))
         except ValueError:
             count = 0
         if not 0 < len(query) <= _LONGEST_QUERY or not 0 < count <= _MOST_MATCHES:

@@ -302,14 +302,13 @@ def test_no_damage_of_an_index_is_silent_or_ends_the_process(tiny_model, tmp_pat
 
 @pytest.fixture
 def server(tiny_model, folder, tmp_path):
-    """A page that finds seven pictures; its clock goes on by a second a look."""
+    """A page whose clock goes on by a second a look."""
     update(tiny_model, folder, tmp_path / "index")
     seconds = itertools.count()
     with make_server(
         PictureIndex(tmp_path / "index"),
         tiny_model.encode_text,
         port=0,
-        num_matches=7,
         clock=lambda: next(seconds),
     ) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -331,7 +330,9 @@ def get(server, path, **headers):
 def test_the_page_finds_pictures_and_refuses_everything_else(tiny_model, server, tmp_path):
     status, headers, page = get(server, "/")
     assert status == 200 and b"<form>" in page and "script-src" in str(headers)
-    status, _, answer = get(server, "/search?" + urllib.parse.urlencode({"q": QUERIES[1]}))
+    status, _, answer = get(
+        server, "/search?" + urllib.parse.urlencode({"q": QUERIES[1], "count": 7})
+    )
     found = json.loads(answer)
     index = PictureIndex(tmp_path / "index")
     expected = index.search(tiny_model.encode_text([QUERIES[1]]), 7)[0]
