@@ -175,7 +175,8 @@ def _search(
     of_result = shards.hash_config({"scans": scans, "settings": settings})
     summary = table.read_summary(folder)
     if summary is not None:
-        is_same = (summary.get("made_of"), summary.get("failed", [])) == (of_result, found.failed)
+        known = {"made_of": of_result, "report_pairs": config.report_pairs}
+        is_same = known.items() <= summary.items() and summary.get("failed", []) == found.failed
         if is_same and table.is_whole(folder, summary):
             return {}
         files.remove(files.join(folder, table.SUMMARY))
@@ -238,6 +239,7 @@ def _describe(
         "threshold": config.threshold if least is None else least,
         "verified": least is not None,
         "keep": config.keep,
+        "report_pairs": config.report_pairs,
         **known,
         **table.write_tables(rows, copies, clusters),
     }

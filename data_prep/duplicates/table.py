@@ -135,9 +135,15 @@ def hash_input(source: SourceShard) -> str:
 
 
 def is_whole(folder: str, summary: Mapping[str, Any]) -> bool:
-    """Whether `dropped.arrow` is the one that the summary of the folder names."""
+    """Whether tables and page are there, and `dropped.arrow` is the one that the summary names."""
     try:
         check_columns(files.join(folder, LOOKUP), folder, summary["digest"])
+        there = len(files.list_names(files.join(folder, TABLE)))
+        wanted = summary["units"] - len(summary.get("failed", ()))
+        if there != wanted:
+            raise ValueError(f"{there} of {wanted} are there")
+        if not files.exists(files.join(folder, PAGE)):
+            raise ValueError(f"{PAGE} is gone")
     except (ValueError, KeyError) as error:
         logging.warning("%s: the tables are made again (%s)", folder, error)
         return False

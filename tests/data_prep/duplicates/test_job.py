@@ -115,6 +115,22 @@ def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, c
         job.run(_config(pairs, found, embeddings__mirrored=False))
 
 
+@pytest.mark.parametrize("name", ["report.html", "duplicates/00001.parquet", "dropped.arrow"])
+def test_a_result_that_is_gone_is_made_again(pairs, found, name):
+    path = found / name
+    before = path.read_bytes()
+    path.unlink()
+    assert job.run(_config(pairs, found)) == {}
+    assert path.read_bytes() == before
+
+
+def test_another_number_of_pairs_is_shown_by_the_next_run(pairs, found):
+    for count in (2, 24):
+        assert job.run(_config(pairs, found, report_pairs=count)) == {}
+        page = (found / "report.html").read_text()
+        assert page.count("<figure>") == 2 * min(count, len(_EXPECTED))
+
+
 def test_exact_copies_need_no_embeddings(pairs, tmp_path):
     assert job.run(_config(pairs, tmp_path, embeddings__kind="none")) == {}
     assert read_dropped(tmp_path) == {
