@@ -46,6 +46,7 @@ from data_prep.reports.page import PAGE
 from data_prep.sources import Input, hash_inputs
 from data_prep.steps.cat import ImageStep, TextStep
 from data_prep.steps.registry import active_steps, ordered_steps
+from diht_jax.readers.base import SourceShard
 from diht_jax.records import dataset_info
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.formats import FORMATS
@@ -113,7 +114,7 @@ def plan_job(
     """
     folder = parts_folder = sources.check_folder(config.output)
     if config.metadata_only:
-        tasks = _plan_tables(config, folder)
+        units, names = _plan_tables(config, folder)
     else:
         inputs = sources.list_inputs(config.input, config.source)
         sources.check_not_input(folder, (found.shard for found in inputs))
@@ -124,15 +125,21 @@ def plan_job(
         sources.refuse_foreign(folder, resharding.find_foreign(folder, config))
         if config.examples_per_shard is not None:
             parts_folder = files.join(folder, resharding.PARTS)
-        tasks = _plan_parts(config, inputs, parts_folder, is_output=parts_folder == folder)
+        units = [found.shard for found in inputs]
+        names = _plan_parts(config, inputs, parts_folder, is_output=parts_folder == folder)
+    config_hash = filter_config.hash_config(config)
+    tasks = [
+        ShardTask(unit, files.join(parts_folder, name), config_hash, config.input_identity)
+        for unit, name in zip(units, names, strict=True)
+    ]
     mine = sources.shards_of_task(tasks, task_index, num_tasks)
     return Job(config, folder, parts_folder, tasks, mine, engine)
 
 
 def _plan_parts(
     config: ml_collections.ConfigDict, inputs: Sequence[Input], folder: str, *, is_output: bool
-) -> list[ShardTask]:
-    """Gives every input its part, named by the input alone; writes the manifest.
+) -> list[str]:
+    """Names the part of every input, by the input alone; writes the manifest.
 
     So an input that is added, removed or replaced concerns its own part.
     """
@@ -161,15 +168,13 @@ def _plan_parts(
     if table.read_manifest(folder) != json.loads(json.dumps(entries)):
         path = files.join(folder, table.MANIFEST)
         files.write_object(path, {"parts": entries}, with_checksum=True)
-    config_hash = filter_config.hash_config(config)
-    return [
-        ShardTask(found.shard, files.join(folder, name), config_hash, config.input_identity)
-        for found, name in zip(inputs, names, strict=True)
-    ]
+    return names
 
 
-def _plan_tables(config: ml_collections.ConfigDict, folder: str) -> list[ShardTask]:
-    """The filtered tables of a job on metadata alone."""
+def _plan_tables(
+    config: ml_collections.ConfigDict, folder: str
+) -> tuple[list[SourceShard], list[str]]:
+    """The units of a job on metadata alone, and the names of the filtered tables."""
     steps = [step for step in ordered_steps() if step.is_active(config) and "image" in step.reads]
     unused = [step.section or step.name for step in steps if step not in (ImageStep, TextStep)]
     if config.text_spotting or config.concepts or unused:
@@ -187,11 +192,7 @@ def _plan_tables(config: ml_collections.ConfigDict, folder: str) -> list[ShardTa
         foreign = [n for n in names if n in present and n + STATS_SUFFIX not in present]
         sources.refuse_foreign(folder, foreign)
     files.make_folder(folder)
-    config_hash = filter_config.hash_config(config)
-    return [
-        ShardTask(unit, files.join(folder, name), config_hash, config.input_identity)
-        for unit, name in zip(units, names, strict=True)
-    ]
+    return units, names
 
 
 def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
