@@ -44,7 +44,6 @@ from data_prep.jobs.failures import allowed_number, damaged_outputs
 from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask
 from data_prep.reports.page import PAGE
 from data_prep.sources import Input, hash_inputs
-from data_prep.steps.cat import ImageStep, TextStep
 from data_prep.steps.registry import active_steps, ordered_steps
 from diht_jax.readers.base import SourceShard
 from diht_jax.records import dataset_info
@@ -175,10 +174,14 @@ def _plan_tables(
     config: ml_collections.ConfigDict, folder: str
 ) -> tuple[list[SourceShard], list[str]]:
     """The units of a job on metadata alone, and the names of the filtered tables."""
-    steps = [step for step in ordered_steps() if step.is_active(config) and "image" in step.reads]
-    unused = [step.section or step.name for step in steps if step not in (ImageStep, TextStep)]
-    if config.text_spotting or config.concepts or unused:
-        sections = f", and leave out config.{', config.'.join(unused)}" if unused else ""
+    defaults = filter_config.default_config()
+    asked = [
+        step
+        for step in ordered_steps()
+        if "image" in step.reads and step.is_active(config) and not step.is_active(defaults)
+    ]
+    if config.text_spotting or config.concepts or asked:
+        sections = "".join(f", and leave out config.{s.section or s.name}" for s in asked)
         raise ValueError(
             "config.metadata_only reads no images: set config.text_spotting=False and "
             f"config.concepts=False, as --config prep/metadata does{sections}"
