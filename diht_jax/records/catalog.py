@@ -25,7 +25,7 @@ from diht_jax.records.dataset_index import (
 )
 from diht_jax.records.shard_files import FRAME_BYTES, SUFFIXES, framed_length, kind_of
 from diht_jax.storage.files import find_inputs, is_glob
-from diht_jax.storage.stores import input_size, is_remote, open_local
+from diht_jax.storage.stores import input_size, is_remote, listed_url, open_local
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 # Bytes of files by path; None where no listing has stated them.
@@ -138,7 +138,7 @@ def _find(
 ) -> tuple[str, list[tuple[str, _Sizes]]]:
     """The kind of the shards, and the shards of each path; notes the folders that were listed."""
     listed = [paths] if isinstance(paths, str | os.PathLike) else paths
-    entries = [os.fspath(entry) for entry in listed]
+    entries = [listed_url(e) if is_remote(e) else e for e in map(os.fspath, listed)]
     if not entries:
         raise ShardsNotFoundError(f"no {_NOUNS[kind or 'tfrecord']}: the list of paths is empty")
     siblings = collections.Counter(map(os.path.dirname, entries))

@@ -194,6 +194,12 @@ def open_system(url: str, *, use_listings_cache: bool = True) -> tuple[Any, str]
     return system, system._strip_protocol(url)
 
 
+def listed_url(url: str) -> str:
+    """A URL in the form of listings: gs:// for gcs://, and no slash at its end."""
+    system, path = open_system(url)
+    return system.unstrip_protocol(path)
+
+
 @functools.cache
 def _file_system(protocol: str, use_listings_cache: bool) -> Any:
     # Not at the top: whoever trains on local files needs none of it.

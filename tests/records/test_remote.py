@@ -11,6 +11,7 @@ from diht_jax.records.formats import TFRecordSource, open_source
 from diht_jax.records.train_data import fingerprint_records
 from diht_jax.storage import stores
 from tests import make
+from tests.fuzz import framing
 from tests.readers.inputs import PNG, write_tar
 from tests.records.stores import MeteredStore
 
@@ -53,6 +54,16 @@ def test_records_are_those_of_the_local_shards(folder, local):
     path, start, end = source.extent(12, 19)
     data = fsspec.filesystem(folder.split(":")[0]).cat_file(path, start=start, end=end)
     assert list(source.split(12, 19, data)) == RECORDS[12:19]
+
+
+def test_a_list_of_urls_may_have_another_form_than_a_listing():
+    system = fsspec.filesystem("memory")
+    for number in range(2):
+        data = b"".join(map(framing.frame, RECORDS[:5]))
+        system.pipe_file(f"/listed/part-{number}.tfrecord", data)
+    urls = [f"memory://listed/part-{number}.tfrecord" for number in range(2)]
+    assert len(TFRecordSource(urls)) == 10
+    system.rm("/listed", recursive=True)
 
 
 def test_an_empty_shard_of_a_store_is_one_of_no_records(folder, local, tmp_path):

@@ -44,7 +44,7 @@ from diht_jax.records.shard_files import DamagedRecordError, kind_of
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import LABELS, fingerprint_records
 from diht_jax.storage.copies import cached_copy
-from diht_jax.storage.stores import StorageError, is_remote, open_system
+from diht_jax.storage.stores import StorageError, is_remote
 
 CLIP_EMBEDDINGS = "clip_embeddings"
 
@@ -268,9 +268,6 @@ class LabelRecords(Sequence[Label]):
         stated = [LabelShard(name, digest, tuple(row)) for name, digest, row in described["shards"]]
         where = f"{key}={folder}"
         shards = _match_shards(cls.kind, stated, records, where)
-        if is_remote(folder):  # in the form of listings
-            system, path = open_system(folder)
-            folder = system.unstrip_protocol(path)
         try:
             source = TFRecordSource([os.path.join(folder, cls.kind, each.name) for each in shards])
         except StorageError:
