@@ -16,6 +16,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from diht_jax import sharding
+from diht_jax.config.keys import FLOATS
 from diht_jax.models.parameters import TOWERS, fit_model, model_definition
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
@@ -86,10 +87,8 @@ def load_model(
     Raises:
         ValueError: nothing there, a damaged or dangerous file, or parameters that do not fit.
     """
-    try:
-        jax.numpy.dtype(dtype)
-    except TypeError as error:
-        raise ValueError(f"dtype='{dtype}': expected float32 or bfloat16") from error
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype='{dtype}': expected {FLOATS}")
     mesh = sharding.create_mesh(data=-1, fsdp=1, devices=devices or jax.local_devices())
     model = read_model(
         name_or_path,

@@ -22,7 +22,16 @@ from data_prep.teachers.base import (
     open_shared,
     prepare_ahead,
 )
-from diht_jax.config.keys import COUNT, NOT_NEGATIVE, SHARE_NOT_0, Key, build_config, check_ranges
+from diht_jax.config.keys import (
+    COUNT,
+    FLOATS,
+    NOT_NEGATIVE,
+    SHARE_NOT_0,
+    Key,
+    OneOf,
+    build_config,
+    check_ranges,
+)
 from diht_jax.input import transforms
 from diht_jax.input.choices import crop_box, with_boxes
 from diht_jax.input.transforms import ImageError, decode_rgb
@@ -45,8 +54,8 @@ KEYS: dict[str, Any] = {
     # Shares of the area of a crop, as config.data.crop_scale of the training.
     "crop_scale": Key((0.9, 1.0), SHARE_NOT_0),
     "seed": 0,  # of the crops
-    "embedding_dtype": "int8",  # of the kept embeddings; or "float16"
-    "dtype": str,  # of the computation; None: that of `load_model`
+    "embedding_dtype": Key("int8", OneOf(DTYPES)),  # of the kept embeddings; or "float16"
+    "dtype": Key(str, FLOATS),  # of the computation; None: that of `load_model`
     "batch_size": Key(64, COUNT),  # pairs at once, over all devices
 }
 
@@ -59,11 +68,6 @@ def default_config() -> ml_collections.ConfigDict:
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for a value out of its range in the section."""
     check_ranges(config, KEYS, "config.clip_teachers.")
-    if config.embedding_dtype not in DTYPES:
-        raise ValueError(
-            f"config.clip_teachers.embedding_dtype='{config.embedding_dtype}'; expected "
-            f"{' or '.join(DTYPES)}"
-        )
 
 
 class ClipTeachers(Teacher):

@@ -10,6 +10,7 @@ import tensorflow as tf
 from PIL import Image
 
 from data_prep.label import run_label
+from data_prep.labelling.config import check_config
 from data_prep.labelling.config import default_config as label_defaults
 from diht_jax import load_model
 from diht_jax.config import default_config
@@ -160,3 +161,11 @@ def test_the_run_is_bound_to_its_teachers_and_crops(work):
 def test_crops_do_not_change():
     """Fixed for ever: embeddings that lie on disks belong to them."""
     assert with_boxes(Crops(4, (0.5, 1.0), 7)).boxes == "1d746604c12f9cb7"
+
+
+@pytest.mark.parametrize("key", ["dtype", "embedding_dtype"])
+def test_an_unknown_dtype_is_refused_by_its_key(key):
+    config = label_defaults()
+    config.clip_teachers[key] = "bf16"
+    with pytest.raises(ValueError, match=f"config.clip_teachers.{key}=bf16"):
+        check_config(config)
