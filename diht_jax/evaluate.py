@@ -182,9 +182,9 @@ def evaluate_model(
     # A missing file should not have to wait for the model.
     sources = list(map(check_source, tasks))
     output, is_first = pathlib.Path(output), distributed.is_first()
-    page = ResultsPage(output.with_suffix(".html")) if pages and is_first else None
+    page_path = output.with_suffix(".html") if pages else None
     if is_first:
-        check_output(output, page and page.path)
+        check_output(output, page_path)
     loaded = load_model(model, batch_size=batch_size, **model_options)
     check_same_step(loaded.step)
     results = {
@@ -195,6 +195,7 @@ def evaluate_model(
         "device_kind": jax.local_devices()[0].device_kind,
         "results": [],
     }
+    page = ResultsPage(page_path) if page_path is not None and is_first else None
     for task, units in zip(tasks, sources, strict=True):
         result = evaluate_task(
             loaded,
