@@ -32,6 +32,10 @@ EXAMPLES_AT_ONCE = {
     "diht_vitl14_336px": (64, 128),
 }
 GPUS_OF_80_GB = ("a100_80gb", "h100", "h200")
+# Architecture -> memory of an example for all of these values on a TPU, unrolled, in GiB. Found by
+# compiling for the TPUs named: docs/benchmarks/pods.md.
+KEPT_GIB = {"diht_vitb16_224px": 0.058}
+LARGER_TPUS = ("v5p", "v6e")  # than the v5e that the recipes are for
 # Taken where the memory of an accelerator is not known.
 _LEAST_GIB = 8.0
 
@@ -176,13 +180,21 @@ def suit(config: ml_collections.ConfigDict, topology: str) -> None:
     Known are the DiHT architectures on GPUs of 80 GB, in any number of hosts. There a scan costs
     more than it saves, for it copies the values that it keeps; a host has room for the whole state,
     and several hosts save traffic between them where each splits the state over its own GPUs.
-    `loss.impl="auto"` chooses the form of the loss by the mesh. For every other machine the recipe
-    stays as it is, and a line in the log says so.
+    `loss.impl="auto"` chooses the form of the loss by the mesh. Known is also B/16 on TPUs v5p and
+    v6e, where all values are kept if they fit. For every other machine the recipe stays as it is,
+    and a line in the log says so.
 
     Raises:
         ValueError: no such topology.
     """
     family, shape = parse_topology(topology)
+    if family in LARGER_TPUS and config.model.name in KEPT_GIB:
+        kept_gib = KEPT_GIB[config.model.name] * config.data.batch_size / math.prod(shape)
+        config.model.scan_layers = False
+        config.model.remat = (
+            "none" if kept_gib < 0.8 * find_chip(family).hbm_bytes / GIB else "minimal"
+        )
+        return
     if family not in GPUS_OF_80_GB or config.model.name not in EXAMPLES_AT_ONCE:
         logging.warning(
             "no settings of their own are known for %s on %s; it keeps those for %s. Whether they "

@@ -87,6 +87,15 @@ def test_recipe_keeps_its_settings_on_machines_that_have_none():
     assert differences(other, values("diht_vitb16")) == {"topology"}
 
 
+@pytest.mark.parametrize(
+    ("topology", "remat"), [("v5p:4x4x8", "none"), ("v6e:16x16", "none"), ("v6e:8x8", "minimal")]
+)
+def test_larger_tpus_keep_all_values_where_they_fit(topology, remat):
+    other, own = values("diht_vitb16", f"topology={topology}"), values("diht_vitb16")
+    assert other["model"]["remat"] == remat
+    assert differences(other, own) <= {"model.remat", "topology"}
+
+
 @pytest.mark.parametrize("arg", ["", "debug=True", "topology=v5p:4x4x4", "topology=h100:8"])
 def test_clip_vitb32_differs_from_diht_vitb32_in_the_loss_alone(arg):
     clip, diht = values("clip_vitb32", arg), values("diht_vitb32", arg)
