@@ -137,8 +137,9 @@ def _find(
     paths: Paths, kind: str | None, folders: dict[str, _Sizes]
 ) -> tuple[str, list[tuple[str, _Sizes]]]:
     """The kind of the shards, and the shards of each path; notes the folders that were listed."""
-    listed = [paths] if isinstance(paths, str | os.PathLike) else paths
-    entries = [listed_url(e) if is_remote(e) else e for e in map(os.fspath, listed)]
+    given = [paths] if isinstance(paths, str | os.PathLike) else paths
+    entries = [os.fspath(entry) for entry in given]
+    entries = [listed_url(entry) if is_remote(entry) else entry for entry in entries]
     if not entries:
         raise ShardsNotFoundError(f"no {_NOUNS[kind or 'tfrecord']}: the list of paths is empty")
     siblings = collections.Counter(map(os.path.dirname, entries))
