@@ -191,9 +191,8 @@ def suit(config: ml_collections.ConfigDict, topology: str) -> None:
     if family in LARGER_TPUS and config.model.name in KEPT_GIB:
         kept_gib = KEPT_GIB[config.model.name] * config.data.batch_size / math.prod(shape)
         config.model.scan_layers = False
-        config.model.remat = (
-            "none" if kept_gib < 0.8 * find_chip(family).hbm_bytes / GIB else "minimal"
-        )
+        if kept_gib < 0.8 * find_chip(family).hbm_bytes / GIB:
+            config.model.remat = "none"
         return
     if family not in GPUS_OF_80_GB or config.model.name not in EXAMPLES_AT_ONCE:
         logging.warning(
