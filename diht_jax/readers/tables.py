@@ -55,10 +55,10 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
     """Cuts a local table into parts; of one in a store only the beginning is read.
 
     Images in a store are not compared with those of an earlier run: that would be a request each.
+    A table without rows has no parts, which is logged: others that are listed with it are read.
 
     Raises:
-        ValueError: the table is empty, lacks a column, is no UTF-8 text, or `rows_per_shard` is not
-            positive.
+        ValueError: the table lacks a column, is no UTF-8 text, or `rows_per_shard` is not positive.
         StorageError: it cannot be read, now and after some attempts.
     """
     if options.rows_per_shard < 1:
@@ -90,7 +90,8 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
                 parts.append((start, count))
             count, position = count + 1, stop
     if not count:
-        raise ValueError(f"{path}: the table has no rows")
+        logging.warning("%s: the table has no rows", path)
+        return []
     stops = [start for start, _ in parts[1:]] + [position]
     shared = dataclasses.asdict(options) | {"image_root": root}
     shared |= {"header": header, "delimiter": delimiter}
@@ -265,6 +266,8 @@ def _read_csv_header(
         if not missing:
             return found, header, delimiter
         best = max(best, header, key=len)
+    if not best:  # nor rows
+        return options, [], _DELIMITERS[0]
     raise ValueError(describe_missing(path, best, find_columns(best, options)[1]))
 
 

@@ -114,6 +114,24 @@ def test_wrong_tables(tmp_path, text, options, message):
         list(open_source(str(tmp_path / "t.csv"), **options))
 
 
+@pytest.mark.parametrize(
+    ("suffix", "text"), [("jsonl", ""), ("jsonl", "\n"), ("csv", ""), ("csv", "image,caption\n")]
+)
+def test_a_table_without_rows_does_not_hold_up_the_others(tmp_path, suffix, text):
+    _image_folder(tmp_path)
+    empty, whole = tmp_path / f"t0.{suffix}", tmp_path / f"t1.{suffix}"
+    empty.write_text(text)
+    rows = {
+        "jsonl": '{"image": "images/a.png", "caption": "x"}',
+        "csv": "image,caption\nimages/a.png,x",
+    }
+    whole.write_text(rows[suffix])
+    (entry,) = read_entries(str(tmp_path / f"t?.{suffix}"))
+    assert entry.caption == "x"
+    with pytest.raises(ValueError, match=r"t0\."):
+        list_shards(str(empty))
+
+
 def test_a_column_that_some_rows_have_is_enough(tmp_path):
     _image_folder(tmp_path)
     rows = [{"caption": "x"}, {"image": "images/a.png"}, {"image": "images/a.png", "caption": "y"}]
