@@ -5,10 +5,11 @@
 `--model` is a work directory of a run with `config.captioning.weight`. Each shard of `--input`
 (TFRecord, ArrayRecord or tars; also a URL) becomes a shard of the same name in `--output`, whose
 records have the new captions behind their own, of the kind `--kind`; training draws one of them
-with `config.data.captions=sample`. Shards that are there are left alone, so that the same command
-goes on where it was stopped; `--task_index` and `--num_tasks` divide the shards over the jobs of an
-array. All else in the records stays as it is, concept labels within them too,
-whose vocabulary is copied; labels in files next to the shards are of the records as they were.
+with `config.data.captions=sample`. Shards that are there are left alone unless their input has
+changed since, so that the same command goes on where it was stopped; `--task_index` and
+`--num_tasks` divide the shards over the jobs of an array. All else in the records stays as it is,
+concept labels within them too, whose vocabulary is copied; labels in files next to the shards are
+of the records as they were.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from diht_jax.records.train_data import find_inputs
 from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
 from diht_jax.storage.files import remove_temporary_files, write_bytes
 from diht_jax.storage.locks import lock_folder
-from diht_jax.storage.stores import StorageError
+from diht_jax.storage.stores import StorageError, is_remote
 from diht_jax.terminal import ProgressBar
 
 SETTINGS_FILE = "captions.json"
@@ -132,7 +133,7 @@ def caption_shards(
     num_tasks: int = 1,
     num_threads: int | None = None,
 ) -> None:
-    """Writes a shard with new captions for each that is not there yet.
+    """Writes a shard with new captions for each that is not there, or has changed since.
 
     Args:
         model: a `LoadedModel` with a caption decoder.
@@ -161,11 +162,18 @@ def caption_shards(
     with lock_folder(output, "--output", f".task-{task_index}-of-{num_tasks}.lock"):
         remove_temporary_files(str(output), lambda name: f"{name}.".startswith(names))
         _copy_vocabulary(shards, own, output)
-        missing = [target for target in own if not pathlib.Path(target).exists()]
+        missing = [target for target in own if not _is_current(target, targets[target])]
         logging.info("%d shards, of which %d are there", len(own), len(own) - len(missing))
         if missing:
             sources = [targets[target] for target in missing]
             _write_shards(model, sources, missing, options, num_threads)
+
+
+def _is_current(target: str, shard: str) -> bool:
+    """Whether a new shard is there and no older than its input; one in a store is not compared."""
+    if not os.path.exists(target) or is_remote(shard):
+        return os.path.exists(target)
+    return os.stat(shard).st_mtime_ns <= os.stat(target).st_mtime_ns
 
 
 def _write_shards(

@@ -112,6 +112,18 @@ def test_goes_on_where_it_was_and_leaves_no_half_shard(model, tmp_path, monkeypa
     assert len(several) > 2, "draws that are all alike"
 
 
+def test_a_shard_whose_input_has_changed_is_made_again(model, tmp_path):
+    shards, output = write(tmp_path / "in"), tmp_path / "out"
+    caption_shards(model, shards, output, CaptionOptions())
+    made = {name: (output / name).stat().st_ino for name in ("a.tfrecord", "b.tfrecord")}
+    with open_writer(shards[0]) as writer:
+        for record in records(5, 40):
+            writer.write(encode_record(record))
+    caption_shards(model, shards, output, CaptionOptions())
+    assert [record.key for record in read(output)[:5]] == [f"r{number}" for number in range(40, 45)]
+    assert (output / "b.tfrecord").stat().st_ino == made["b.tfrecord"]
+
+
 def test_what_a_killed_run_has_left_is_removed_but_for_that_of_other_tasks(model, tmp_path):
     shards, output = write(tmp_path / "in"), tmp_path / "out"
     output.mkdir()
