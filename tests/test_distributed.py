@@ -173,10 +173,31 @@ def test_tpu_pods_take_the_port_that_is_open(monkeypatch):
     assert [call[:3] for call in called] == [("localhost:8476", 2, 1)]
 
 
-def test_tpus_that_are_part_of_no_pod_are_used_by_one_process(monkeypatch, caplog):
-    """What Colab, Kaggle and a machine of one's own have: devices, and no metadata."""
-    monkeypatch.setattr(distributed, "find_cluster", lambda: "TPU")
-    monkeypatch.delenv("JAX_COORDINATOR_PORT", raising=False)
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"TPU_SKIP_MDS_QUERY": "1"},
+        {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "local", "TPU_WORKER_ID": "0"},
+    ],
+    ids=["a machine of one's own", "a notebook", "a notebook with a name"],
+)
+def test_tpus_that_are_part_of_no_pod_are_used_by_one_process(monkeypatch, caplog, environment):
+    """Devices that JAX sees, and no metadata server."""
+    from jax._src.clusters import cloud_tpu_cluster
+
+    variables = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+    for name in (*variables, "MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"JAX_PLATFORMS": "", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(distributed, "has_tpu", lambda: True)
+
+    def no_such_name(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
     with caplog.at_level("WARNING"):
-        distributed.start()
+        distributed.start(start_warning_secs=0.1)
     assert "on this host alone" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ def stop_and_resume(setting: Setting, recipe: str) -> dict[str, Any]:
     expected, found = (read_metrics(folder / name) for name in ("whole", "stopped"))
     losses = [[row["loss"] for row in rows] for rows in (expected, found)]
     steps = [int(row["step"]) for row in found]
+    shutil.rmtree(folder)  # checkpoints of gigabytes, in a folder that people copy
     return {
         "batch_size": batch_size,
         "stopped_at": _STOP_AT,

@@ -81,16 +81,21 @@ def run_parts(parts: Sequence[Part], setting: Setting, results: Results, limit_s
     waiting, is_first = [*missing, *failed], True
     while waiting:
         left = deadline - time.monotonic()
-        if left <= 0 or (not is_first and not setting.small and left < waiting[0].expected_secs):
+        # What takes longer than is left waits for the next start; a shorter part comes before it.
+        fitting = [part for part in waiting if setting.small or part.expected_secs <= left]
+        if is_first:
+            fitting = waiting
+        if left <= 0 or not fitting:
             return
         is_first = False
         # The small form saves the time of starting a process for each.
-        together = waiting[:1]
+        together = fitting[:1]
         if setting.small:
-            _, alike = next(itertools.groupby(waiting, lambda part: part.starts_commands))
+            _, alike = next(itertools.groupby(fitting, lambda part: part.starts_commands))
             together = list(alike)
         ended = _run_process(together, setting, results, deadline)
-        waiting = waiting[max(1, ended) :]
+        tried = together[: max(1, ended)]
+        waiting = [part for part in waiting if part not in tried]
 
 
 def _run_process(parts: Sequence[Part], setting: Setting, results: Results, deadline: float) -> int:

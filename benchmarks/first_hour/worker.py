@@ -71,7 +71,9 @@ def _prepare(setting: Setting, function: str) -> None:
     """Sets training's flags, and keeps compiled programs for the other parts and later starts."""
     from diht_jax.hardware import compiler, schedule
 
-    compiler.set_flags(setting.device)
+    # A compiler ends the process for a flag that it does not know; `describe` says which these are.
+    if not function.endswith(":describe"):
+        compiler.set_flags(setting.device)
     if setting.device == "tpu" and function.endswith(":measure_step"):
         schedule.request_dump()  # for the bound; libtpu reads its flags once, at its start
     compiler.keep_programs(os.path.join(setting.output, "programs"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -192,7 +193,8 @@ def _call_roll_of(cluster: str, warning_secs: float, begin: Callable[[int], None
     """Calls the roll of the processes that JAX finds; returns False where there are no others."""
     if cluster == "TPU":
         os.environ.setdefault(PORT_VARIABLE, DEFAULT_PORT)
-    found = _ask_cluster(warning_secs)
+    is_alone = cluster == "TPU" and _is_alone()
+    found = _NO_CLUSTER if is_alone else _ask_cluster(warning_secs)
     if cluster == "TPU" and found == _NO_CLUSTER:  # a notebook's TPU, or a single machine
         logging.warning(
             "this host has TPUs and JAX finds no pod that it is part of: the command runs on this "
@@ -206,6 +208,24 @@ def _call_roll_of(cluster: str, warning_secs: float, begin: Callable[[int], None
             begin(number)
         call_roll(address, count, number, warning_secs)
     return True
+
+
+def _is_alone() -> bool:
+    """True where nothing tells a host with TPUs of others: in notebooks, and outside of Google's.
+
+    JAX would ask Google's metadata server all the same, and fail where there is none.
+    """
+    env = os.environ
+    listed = env.get("TPU_PROCESS_ADDRESSES", "") + env.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in listed or env.get("MEGASCALE_COORDINATOR_ADDRESS"):
+        return False
+    if env.get("TPU_SKIP_MDS_QUERY"):
+        return True
+    try:
+        socket.getaddrinfo(env.get("GCE_METADATA_IP", "metadata.google.internal"), 80)
+    except OSError:
+        return True
+    return False
 
 
 def with_port(address: str) -> str:

@@ -6,6 +6,7 @@ Both are set before JAX has asked for devices. What a user has set in the enviro
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -96,7 +97,8 @@ def compiler_options(platform_name: str) -> dict[str, bool | int]:
     """The same flags for one compilation, but for those that the environment has already.
 
     A compiler that is loaded reads no environment any more, and a program may be compiled for
-    another platform than this process's own.
+    another platform than this process's own. Flags of GPUs that this version of XLA has no option
+    for are left out: of jax 0.11.2, those that pipeline sums, which it still takes as flags.
 
     Args:
         platform_name: of the devices to compile for: "gpu", "cuda", "tpu", or anything else for
@@ -105,10 +107,26 @@ def compiler_options(platform_name: str) -> dict[str, bool | int]:
     Returns:
         `compiler_options` of `jax.stages.Lowered.compile`.
     """
-    variable, wanted = FLAGS.get({"cuda": "gpu"}.get(platform_name, platform_name), ("", ()))
+    platform_name = {"cuda": "gpu"}.get(platform_name, platform_name)
+    variable, wanted = FLAGS.get(platform_name, ("", ()))
     given = {_flag_name(flag) for flag in os.environ.get(variable, "").split()}
-    pairs = (flag.lstrip("-").split("=") for flag in wanted if _flag_name(flag) not in given)
+    taken = [flag for flag in wanted if _flag_name(flag) not in given]
+    if platform_name == "gpu":  # all of XLA's platforms know the names of its own options
+        taken = [flag for flag in taken if refusal(flag) is None]
+    pairs = (flag.lstrip("-").split("=") for flag in taken)
     return {name: json.loads(value) for name, value in pairs}
+
+
+@functools.cache
+def refusal(flag: str) -> str | None:
+    """What the compiler of this process says against a flag as an option, or None."""
+    name, _, value = flag.lstrip("-").partition("=")
+    lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), "float32"))
+    try:
+        lowered.compile(compiler_options={name: json.loads(value)})
+    except Exception as error:  # their class depends on the version
+        return str(error).splitlines()[0]
+    return None
 
 
 def accelerator() -> str | None:

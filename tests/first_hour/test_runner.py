@@ -1,9 +1,14 @@
 """The runner of the first hour: what ends badly costs one part, and what is done stays."""
 
+import dataclasses
+
+import jax
 import pytest
 
-from benchmarks.first_hour.plan import Part, Setting
+from benchmarks.first_hour import worker
+from benchmarks.first_hour.plan import PARTS, Part, Setting
 from benchmarks.first_hour.runner import Results, run_parts
+from diht_jax.hardware import compiler
 
 
 def part(name, **arguments):
@@ -48,3 +53,23 @@ def test_the_time_ends_a_part_that_hangs_and_leaves_the_rest_for_the_next_start(
     assert list(found) == ["hangs"] and found["hangs"]["status"] == "failed"
     assert "time" in found["hangs"]["error"]
     assert run(tmp_path, [part("good")])["good"]["calls"] == 1
+
+
+def test_what_is_left_of_the_time_goes_to_a_shorter_part(tmp_path):
+    parts = [part("good1"), dataclasses.replace(part("good2"), expected_secs=90), part("good3")]
+    assert list(run(tmp_path, parts)) == ["good1", "good3"]
+    # The first of a start is begun whatever it takes.
+    assert list(run(tmp_path, parts)) == ["good1", "good3", "good2"]
+
+
+@pytest.mark.parametrize("name, sets_flags", [("machine", False), ("rates", True)])
+def test_flags_are_looked_up_without_being_set(monkeypatch, tmp_path, name, sets_flags):
+    """For an unknown one XLA ends a process in which it is set."""
+    called = []
+    monkeypatch.setattr(compiler, "set_flags", called.append)
+    monkeypatch.setattr(compiler, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    (found,) = [each for each in PARTS if each.name == name]
+    entry = worker.run(vars(found), Setting("gpu", True, str(tmp_path)))
+    assert "JAX finds" in entry["error"]  # a CPU
+    assert called == ["gpu"] * sets_flags

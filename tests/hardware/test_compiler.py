@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -23,6 +25,22 @@ from diht_jax.hardware.topologies import get_topology
 device = get_topology("v5e:2x2").devices[0]
 x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
 jax.jit(lambda x: x @ x).lower(x).compile()
+"""
+
+# One of two processes, as `diht_jax.train` starts them on GPUs.
+OF_TWO = """
+import sys, jax, numpy as np
+from diht_jax import distributed
+from diht_jax.hardware import compiler
+compiler.set_flags("gpu")
+distributed.start(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+compiler.keep_programs("~/kept")
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+spread = jax.NamedSharding(jax.make_mesh((2,), ("all",)), jax.P("all"))
+x = jax.make_array_from_callback((2,), spread, lambda index: np.arange(1.0, 3.0)[index])
+print("sum", jax.jit(lambda x: (x * x).sum())(x))
+print("reads" if "/jax/compilation_cache/cache_hits" in events else "compiles")
 """
 
 
@@ -64,6 +82,14 @@ def test_flags_are_added_unless_the_user_has_set_them(monkeypatch, name):
     monkeypatch.delenv(variable)
     compiler.set_flags(name)
     assert os.environ[variable].split() == list(flags)
+
+
+def test_an_option_that_this_xla_lacks_is_left_out(monkeypatch):
+    """As jax 0.11 lacks some of those of jax 0.10."""
+    known = "--xla_gpu_shard_autotuning=false"
+    monkeypatch.setitem(compiler.FLAGS, "gpu", ("XLA_FLAGS", (UNKNOWN_FLAG, known)))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert compiler.compiler_options("cuda") == {"xla_gpu_shard_autotuning": False}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +143,33 @@ def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path):
     assert len(losses) == 4 and np.isfinite(losses).all()
     assert any(path.name.startswith("jit__step-") for path in programs)
     assert start("second") == (losses, programs)
+
+
+def test_a_process_whose_programs_are_not_kept_waits_for_no_kernels_of_the_other(tmp_path):
+    """With homes of their own, the first process reads its programs and the second compiles."""
+    homes = [tmp_path / "host_0", tmp_path / "host_1"]
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        processes = []
+        for number, home in enumerate(homes):
+            shutil.rmtree(home / "dump", ignore_errors=True)
+            environment = {
+                **os.environ,
+                **{"PYTHONPATH": str(REPOSITORY), "HOME": str(home), "JAX_PLATFORMS": "cpu"},
+                "XLA_FLAGS": f"--xla_dump_to={home}/dump",
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
+            environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+            command = [sys.executable, "-c", OF_TWO, str(port), str(number)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            processes.append(subprocess.Popen(command, env=environment, **pipes))
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert ["sum 5.0" in output for output in outputs] == [True, True], outputs
+    assert "reads" in outputs[0] and "compiles" in outputs[1]
+    (options,) = (homes[1] / "dump").glob("*lambda*.debug_options")
+    assert "xla_gpu_shard_autotuning: false" in options.read_text()
 
 
 @pytest.mark.parametrize(
