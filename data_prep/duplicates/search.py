@@ -167,7 +167,7 @@ def _fit_centroids(
     else:
         centroids = kmeans.choose_centroids(sample, count, rows.embeddings, config.seed)
         done = 0 if count > 1 else c.iterations - 1  # the mean, at once
-    logging.info("k-means: %d rows, %d clusters, %d rounds done before", len(sample), count, done)
+    logging.info("k-means: %d rows, %d clusters, %d rounds are done", len(sample), count, done)
     return kmeans.fit(
         kmeans.KMeans(min(c.chunk_rows, len(sample))),
         centroids,

@@ -81,7 +81,9 @@ def num_record_means(config: ml_collections.ConfigDict) -> int:
     loss = LOSSES.get(config.loss.kind)
     if loss is None or not loss.keeps_means:
         return 0
+    equal_pairs = config.loss.equal_pairs
     for key, value in (
+        ("loss.equal_pairs", None if equal_pairs == "negative" else equal_pairs),
         ("loss.noise_share", config.loss.noise_share),
         ("matryoshka.sizes", tuple(config.matryoshka.sizes)),
         ("data.class_key", config.data.class_key),

@@ -267,7 +267,7 @@ def write_onnx(output: pathlib.Path, model: ModelFiles) -> None:
         with tempfile.TemporaryDirectory(dir=output) as folder:
             path = pathlib.Path(folder) / "tower.onnx"
             torch.onnx.export(
-                tower,
+                tower.eval(),
                 (example,),
                 path,
                 input_names=[argument],

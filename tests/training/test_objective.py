@@ -138,6 +138,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_the_same_on_eight_devices(tmp_path):
     "changes, message",
     [
         ({"matryoshka__sizes": (8,)}, "config.matryoshka.sizes=.*: not with config.loss.kind"),
+        ({"loss__equal_pairs": "mask"}, "config.loss.equal_pairs='mask': not with"),
         (
             {"data__allow_changed": True},
             "config.data.allow_changed=True: not with config.loss.kind",

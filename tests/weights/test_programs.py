@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from diht_jax import load_model
 from diht_jax.export import export_model
+from diht_jax.weights import export
 from tests import make
 
 TEXTS = ["a red heart", "Two men aren't playing chess in the café", "x"]
@@ -66,7 +67,7 @@ def test_stablehlo_of_smaller_parameters(run, expected, tmp_path):
     np.testing.assert_allclose(found, embeddings, rtol=0, atol=0.02)
 
 
-def test_onnx(run, expected, tmp_path):
+def test_onnx(run, expected, tmp_path, recwarn):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     export_model(run, "onnx", tmp_path / "out")
@@ -78,6 +79,7 @@ def test_onnx(run, expected, tmp_path):
             np.testing.assert_allclose(found, embeddings[:rows], rtol=0, atol=1e-5)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert {"README.md", "image.onnx", "text.onnx", "tokenizer.json"} <= set(names)
+    assert not [w for w in recwarn if w.filename == export.__file__]
 
 
 def test_onnx_of_siglip(tmp_path):
