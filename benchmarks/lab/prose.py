@@ -66,6 +66,14 @@ SWITCHES = (
         ("emoji_shuffled_50_beta_025", "emoji_shuffled_50"),
     ),
     Switch(
+        '`loss.kind="fastclip"`',
+        ("cat_fastclip", "cat"),
+        "filtered pairs, batches of 64, settings of the paper",
+        "leave, or tune its settings",
+        "the same at a batch of 256",
+        ("cat_batch_256_fastclip", "cat_batch_256"),
+    ),
+    Switch(
         "`concepts.*_weight`",
         ("cat_concepts", "cat"),
         "filtered pairs; the teacher knows the generator's own shapes",
