@@ -315,7 +315,8 @@ class _Models:
             logging.warning("%s: the caption decoder is left out, no format has one", name)
         self.sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
         params = jax.tree.map(np.asarray, model.params)
-        return Ingredient(name, model.arch, params, model.preprocessing)
+        tokenizer = model.tokenizer and model.tokenizer.describe()
+        return Ingredient(name, model.arch, params, model.preprocessing, tokenizer)
 
     def mean_loss_scalars(self, members: Sequence[tuple[str, float]]) -> dict[str, float]:
         """The weighted mean of what the losses of the models have learnt; of each that all have."""

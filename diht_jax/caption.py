@@ -43,11 +43,11 @@ from diht_jax.records.samples import (
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
 from diht_jax.records.sharded import ShardedRecords
-from diht_jax.records.train_data import find_inputs
+from diht_jax.records.train_data import find_inputs, fingerprint_records
 from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
-from diht_jax.storage.files import remove_temporary_files, write_bytes
+from diht_jax.storage.files import read_object, remove_temporary_files, write_bytes
 from diht_jax.storage.locks import lock_folder
-from diht_jax.storage.stores import StorageError, is_remote
+from diht_jax.storage.stores import StorageError
 from diht_jax.terminal import ProgressBar
 
 SETTINGS_FILE = "captions.json"
@@ -161,19 +161,12 @@ def caption_shards(
     names = tuple(f"{pathlib.Path(target).name}." for target in own)
     with lock_folder(output, "--output", f".task-{task_index}-of-{num_tasks}.lock"):
         remove_temporary_files(str(output), lambda name: f"{name}.".startswith(names))
-        _copy_vocabulary(shards, own, output)
-        missing = [target for target in own if not _is_current(target, targets[target])]
+        _describe_shards(own, [targets[target] for target in own], _copy_vocabulary(shards, output))
+        missing = [target for target in own if not pathlib.Path(target).exists()]
         logging.info("%d shards, of which %d are there", len(own), len(own) - len(missing))
         if missing:
             sources = [targets[target] for target in missing]
             _write_shards(model, sources, missing, options, num_threads)
-
-
-def _is_current(target: str, shard: str) -> bool:
-    """Whether a new shard is there and no older than its input; one in a store is not compared."""
-    if not os.path.exists(target) or is_remote(shard):
-        return os.path.exists(target)
-    return os.stat(shard).st_mtime_ns <= os.stat(target).st_mtime_ns
 
 
 def _write_shards(
@@ -246,13 +239,33 @@ def _read_records(
     return records
 
 
-def _copy_vocabulary(shards: Sequence[str], targets: Iterable[str], output: pathlib.Path) -> None:
+def _describe_shards(
+    targets: Sequence[str], sources: Sequence[str], counts: dict[str, Any]
+) -> None:
+    """Writes the statistics of new shards: `counts`, and the shard that each is made of.
+
+    One that was made of another shard of this name is removed.
+    """
+    made_of = fingerprint_records(open_source(sources)).shards if sources else ()
+    for target, source, shard in zip(targets, sources, made_of, strict=True):
+        path = f"{target}{STATS_SUFFIX}"
+        before = (read_object(path) or {}).get("input", {}).get("shard", list(shard))
+        if before != list(shard) and os.path.exists(target):
+            logging.warning("%s: made again, since %s has changed", target, source)
+            os.unlink(target)
+        stats = {"counts": counts, "input": {"shard": shard}}
+        write_bytes(path, json.dumps(stats).encode())
+
+
+def _copy_vocabulary(shards: Sequence[str], output: pathlib.Path) -> dict[str, Any]:
     """Writes what the concept labels within records mean next to the new shards.
 
     Args:
         shards: of the input. Labels in files next to them are of these shards alone.
-        targets: new shards, each of which gets statistics that name the vocabulary.
         output: folder, which gets the vocabulary.
+
+    Returns:
+        The counts of the new shards' statistics, which name the vocabulary, if there is one.
     """
     by_folder = collections.defaultdict(list)
     for shard in shards:
@@ -262,11 +275,9 @@ def _copy_vocabulary(shards: Sequence[str], targets: Iterable[str], output: path
         within += its_shards if find_inputs(folder) is None else ()
     vocabulary = find_vocabulary(within) if within else None
     if vocabulary is None:
-        return
+        return {}
     write_vocabulary(output, vocabulary)
-    stats = json.dumps({"counts": {STATS_KEY: vocabulary.describe()}}).encode()
-    for target in targets:
-        write_bytes(pathlib.Path(f"{target}{STATS_SUFFIX}"), stats)
+    return {STATS_KEY: vocabulary.describe()}
 
 
 def _preprocess(model: Any, record: Record) -> np.ndarray | None:

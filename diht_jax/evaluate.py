@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments:
         raise ValueError(f"unexpected arguments: {' '.join(arguments)}")
     command_line.require_flags("model", "tasks", "output")
-    tasks = open_tasks(given.model, given.tasks)
+    tasks = open_tasks(given.model, given.tasks, given.step)
     distributed.start_from_flags()
     results = evaluate_model(
         given.model,
@@ -90,8 +90,10 @@ def main(arguments: Sequence[str]) -> None:
         print_escaped(f"\n{format_comparison(published, results)}")
 
 
-def open_tasks(model: str, texts: Sequence[str]) -> list[Task]:
+def open_tasks(model: str, texts: Sequence[str], step: int | None = None) -> list[Task]:
     """The tasks of `--tasks`; "validation" is what the run `model` has held out.
+
+    Of a run in a store the checkpoint of `step` is copied, as `load_model` does.
 
     Raises:
         ValueError: a wrong task, or the model is no run that holds records out.
@@ -106,8 +108,9 @@ def open_tasks(model: str, texts: Sequence[str]) -> list[Task]:
     from etils import epath
 
     from diht_jax.training.workdir.saved_run import CONFIG_FILE, read_config
+    from diht_jax.training.workdir.stored_run import local_run
 
-    workdir = epath.Path(model)
+    workdir = epath.Path(local_run(model, step))
     held_out = validation_tasks(read_config(workdir)) if (workdir / CONFIG_FILE).exists() else []
     if not held_out:
         raise ValueError(

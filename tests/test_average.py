@@ -13,7 +13,7 @@ from PIL import Image
 from diht_jax.average import average_models as run
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
-from diht_jax.extras.soups import Ingredient, greedy_soup
+from diht_jax.extras.soups import Ingredient, average_models, greedy_soup
 from diht_jax.loading import load_model, read_model
 from diht_jax.models.parameters import model_definition
 from diht_jax.weights.export import write_model
@@ -59,6 +59,13 @@ def test_greedy_soup_follows_the_rule(lower_is_better):
     assert 1 < len(kept) < len(models)
     expected = np.mean([kernels[name] for name in kept], 0).astype(np.float32)
     np.testing.assert_allclose(soup.params["a"]["kernel"], expected, rtol=1e-6)
+
+
+def test_models_whose_ids_mean_other_words_are_not_averaged():
+    models = trees(2)
+    models["m1"] = dataclasses.replace(models["m1"], tokenizer="another")
+    with pytest.raises(ValueError, match="m1: tokenizer"):
+        average_models(list(models), [1.0, 1.0], models.__getitem__)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from diht_jax.storage.stores import is_remote
 DESCRIPTION = "embeddings.json"
 
 _CHUNK = 2**24  # cosines at a time
+
+# Path, start, stop and bytes of a shard.
+_Shard = tuple[str, int, int | None, int | None]
 
 
 def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
@@ -72,21 +76,21 @@ def find_files(pattern: str) -> list[str]:
     return sorted(files.find_inputs(pattern) if is_remote(pattern) else glob.glob(pattern))
 
 
-def find_shard_files(folder: str) -> dict[tuple[str, int], list[str]]:
-    """The files of each shard that a folder of `diht_jax.embed` is of, by its path and start.
+def find_shard_files(folder: str) -> dict[_Shard, list[str]]:
+    """The files of each shard that a folder of `diht_jax.embed` is of.
 
     Raises:
         ValueError: it is no such folder.
     """
     try:
         source = json.loads(files.read_bytes(files.join(folder, DESCRIPTION)))["source"]
-        shards = [(shard["path"], shard["start"]) for shard in source]
+        shards = list(map(_identify, source))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"'{folder}': expected the --output of diht_jax.embed, a folder with {DESCRIPTION} in "
             f"it ({type(error).__name__}: {error})"
         ) from error
-    found: dict[tuple[str, int], list[str]] = {shard: [] for shard in shards}
+    found: dict[_Shard, list[str]] = {shard: [] for shard in shards}
     for name in files.list_names(folder):
         match = re.fullmatch(r"embeddings-(\d{5,})-.*\.(npz|parquet)", name)
         if match and int(match[1]) < len(shards):
@@ -94,10 +98,33 @@ def find_shard_files(folder: str) -> dict[tuple[str, int], list[str]]:
     return found
 
 
-def files_of_shard(known: dict[tuple[str, int], list[str]], source: SourceShard) -> list[str]:
-    """The files of a shard among those of `find_shard_files`; none where there are none."""
-    identity = source.identity()
-    return known.get((identity["path"], identity["start"]), [])
+def _identify(shard: Mapping[str, Any]) -> _Shard:
+    """What of `SourceShard.identity` is compared: a file that was only touched is the same."""
+    return shard["path"], shard["start"], shard.get("stop"), shard.get("size_bytes")
+
+
+def _refuse_unfinished(paths: Sequence[str]) -> None:
+    """Raises ValueError unless a shard has all of its parts, by the `.json` that each has."""
+    stated = [files.read_object(f"{path.rpartition('.')[0]}.json") for path in paths]
+    last = (stated or [None])[-1] or {}
+    is_whole = None not in stated and last.get("is_last") and last.get("part") == len(paths) - 1
+    if any(stated) and not is_whole:
+        raise ValueError(
+            f"{paths[-1]}: not all parts of this shard are there; run diht_jax.embed to its end"
+        )
+
+
+def files_of_shard(known: dict[_Shard, list[str]], source: SourceShard) -> list[str]:
+    """The files of a shard among those of `find_shard_files`.
+
+    None where there are none, or the shard was written again with another size since.
+
+    Raises:
+        ValueError: they are not complete.
+    """
+    paths = known.get(_identify(source.identity()), [])
+    _refuse_unfinished(paths)
+    return paths
 
 
 def describe(folder: str) -> str:
@@ -108,11 +135,15 @@ def describe(folder: str) -> str:
 
 
 def read_all(paths: Sequence[str]) -> dict[str, np.ndarray]:
-    """Key -> embedding, of several files."""
+    """Key -> embedding, of several files; none of a key that several pairs have."""
     found: dict[str, np.ndarray] = {}
+    repeated = set()
     for path in paths:
-        found |= dict(zip(*read_embeddings(path), strict=True))
-    return found
+        for key, row in zip(*read_embeddings(path), strict=True):
+            if key in found:
+                repeated.add(key)
+            found[key] = row
+    return {key: row for key, row in found.items() if key not in repeated}
 
 
 def read_of_shard(folder: str, source: SourceShard) -> dict[str, np.ndarray]:
@@ -124,7 +155,8 @@ def read_of_shard(folder: str, source: SourceShard) -> dict[str, np.ndarray]:
     paths = files_of_shard(_find_shard_files_once(folder), source)
     if not paths:
         raise ValueError(
-            f"'{folder}' has no embeddings of {source}; run diht_jax.embed on this input"
+            f"'{folder}' has no embeddings of {source}, or of what it was before it was written "
+            "again; run diht_jax.embed on this input"
         )
     return read_all(paths)
 
@@ -182,7 +214,14 @@ def open_set(path: str) -> EmbeddedSet:
     if path.endswith(precomputed.SUFFIXES):
         paths = find_files(path)
     else:
-        paths = [name for of_shard in find_shard_files(path).values() for name in of_shard]
+        paths = []
+        for shard, of_shard in find_shard_files(path).items():
+            if not of_shard:
+                raise ValueError(
+                    f"'{path}': no part of {shard[0]} is there; run diht_jax.embed to its end"
+                )
+            _refuse_unfinished(of_shard)
+            paths += of_shard
     parts = [part for part in map(read_embeddings, paths) if part[0]]
     keys = [key for part, _ in parts for key in part]
     if not keys:

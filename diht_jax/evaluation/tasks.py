@@ -28,6 +28,7 @@ from diht_jax.evaluation.task_parsing import (
 )
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
+from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
 from diht_jax.records.train_data import (
     TrainSource,
     held_out_records,
@@ -36,6 +37,7 @@ from diht_jax.records.train_data import (
     resolve_source,
 )
 from diht_jax.storage.files import map_many
+from diht_jax.storage.stores import StorageError
 
 # Shows the examples of a task, from the task, its source, what was measured, its entry in the
 # results file, and the logit scale; returns the file that they are in, if they are in any.
@@ -192,7 +194,18 @@ def _open_held_out(config: ml_collections.ConfigDict, source: TrainSource) -> Un
     records = open_records(source.path)
     held_out = held_out_records(records, config.data, config.seed)
 
+    def read_one(number: int) -> Pair | Skipped:
+        try:
+            return records.decode(records[int(number)])
+        except ValueError as error:
+            is_whole_shard = isinstance(error, TFRecordError | StorageError)
+            is_one = isinstance(error, DamagedRecordError) or not is_whole_shard
+            if config.data.on_bad_record != "skip" or not is_one:
+                raise
+            path, place = records.locate(int(number))
+            return Skipped(f"{path}: record {place}", "bad_row", str(error))
+
     def read(numbers: Iterable[int]) -> Iterator[Pair | Skipped]:
-        return map_many(lambda number: records.decode(records[int(number)]), numbers)
+        return map_many(read_one, numbers)
 
     return Units(divide(held_out, read), lambda: len(held_out))

@@ -30,12 +30,14 @@ class Ingredient:
         arch: sizes, activation and the like.
         params: nested dict of arrays of `models.parameters`.
         preprocessing: of its pictures.
+        tokenizer: of its texts, as `FileTokenizer.describe` has it; None is CLIP's.
     """
 
     name: str
     arch: Architecture
     params: Parameters
     preprocessing: Any = None
+    tokenizer: str | None = None
 
 
 Read = Callable[[str], Ingredient]
@@ -107,6 +109,7 @@ def check_same_architecture(first: Ingredient, other: Ingredient) -> None:
         for field in ARCHITECTURE_FIELDS
     }
     settings["preprocessing"] = other.preprocessing, first.preprocessing
+    settings["tokenizer"] = other.tokenizer, first.tokenizer
     for name, (value, wanted) in settings.items():
         # One of two widths may be left out: the shapes have shown that they are equal.
         is_default_width = name.endswith("_mlp_width") and None in (value, wanted)

@@ -15,6 +15,7 @@ CRC32C of all other lines.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,7 +28,9 @@ import google_crc32c
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_index import INDEX_NAME, read_index
 from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.formats import open_source
 from diht_jax.records.labels.shards import missing_labels, read_labels_index
+from diht_jax.records.shard_files import DamagedRecordError
 from diht_jax.records.train_data import LABELS, parse_train, resolve_source
 from diht_jax.storage.files import exists, map_many, parse_checked_object, read_bytes, write_bytes
 
@@ -138,9 +141,11 @@ def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary |
         ValueError: as `find_vocabulary`, also of two sources that differ.
     """
     found: list[tuple[str, Vocabulary | None]] = []
+    without: list[str] = []
     for source in map(resolve_source, parse_train(train, labels)):
         if not source.labels:
             found.append((str(source.path), find_vocabulary(source.path)))
+            without += find_shards(source.path)[:1] if found[-1][1] is None else []
             continue
         described = read_labels_index(LABELS, source.labels)
         if described is None:
@@ -148,7 +153,22 @@ def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary |
         index, vocabulary = described[0], read_vocabulary(source.labels)
         check_vocabulary(index.vocabulary or {}, vocabulary.describe(), index.path, source.labels)
         found.append((source.labels, vocabulary))
-    return _shared_vocabulary(found)
+    shared = _shared_vocabulary(found)
+    for shard in filter(_has_concepts, without if shared else ()):
+        raise ValueError(
+            f"{shard}: its records have ids of concepts, and no vocabulary in their folder says "
+            "that they mean those of the other sources; copy the vocabulary files and the "
+            "statistics of the shards as well, or label them with `python -m data_prep.label`"
+        )
+    return shared
+
+
+def _has_concepts(shard: str) -> bool:
+    """Whether the first record of a shard has ids of concepts."""
+    with contextlib.suppress(DamagedRecordError):
+        records = open_source([shard])
+        return bool(len(records)) and records.decode(records[0]).object_ids is not None
+    return False
 
 
 def _shared_vocabulary(found: Iterable[tuple[str, Vocabulary | None]]) -> Vocabulary | None:

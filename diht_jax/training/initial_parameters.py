@@ -184,6 +184,7 @@ def end_of_stage(
             f"{where}: it has reached step {before.step} of {steps}; the command that trains it "
             "goes on from there"
         )
+    _refuse_seen_validation(config, before.config, where)
     position, checks = read_position(checkpoint_root(folder) / str(before.step))
     if position["next_example"] % config.data.batch_size:
         raise ValueError(
@@ -193,6 +194,20 @@ def end_of_stage(
     params = {**before.params, **before.learnt}
     params = fit_positions(params, arch.num_patches, arch.context_length)
     return _like(drawn, params, mesh, where), position, checks["dataset"]
+
+
+def _refuse_seen_validation(
+    config: ml_collections.ConfigDict, before: ml_collections.ConfigDict, where: str
+) -> None:
+    """Raises ValueError where records are to be held out that the stage before was trained on."""
+    share, its = config.data.validation_share, before.data.validation_share
+    # Of one seed a smaller share is a part of a larger one.
+    if share > its or (share and config.seed != before.seed):
+        raise ValueError(
+            f"{where}: with config.data.validation_share={its} and config.seed={before.seed} it "
+            f"was trained on some of the records that {share} and {config.seed} hold out; take "
+            "its values"
+        )
 
 
 def _read_weights(source: str) -> ModelFiles:

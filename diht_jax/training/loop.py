@@ -373,7 +373,7 @@ class Run:
 
     def _draw_curves(self, last_step: int) -> None:
         """Draws the metrics of the whole run, and says which step was the best."""
-        task_evaluation.log_best(self.config.checkpoint.best_metric, self.best)
+        task_evaluation.log_best(self.config, self.best)
         with self.wall_time.during("evaluation"):
             curves = plot_curves(self.workdir)
         if curves is not None:

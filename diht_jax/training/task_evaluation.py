@@ -110,12 +110,14 @@ def read_best(best_metric: str | None, tasks: list[Task], workdir: epath.Path) -
     return BestStep(check_task(task).metrics[name].lower_is_better, values)
 
 
-def log_best(best_metric: str | None, best: BestStep) -> None:
-    """Says at the end of a run which step is the best, and how to take it."""
+def log_best(config: ml_collections.ConfigDict, best: BestStep) -> None:
+    """Says at the end of a run which step is the best, and how to take it as it was measured."""
     step = best.step(list(best.values))
     if step is not None:
         value = best.values[step]
-        logging.info("best %s: %.4g after step %d (--step=%d)", best_metric, value, step, step)
+        flags = f"--step={step}" + (" --ema" if config.evaluation.use_ema else "")
+        name = config.checkpoint.best_metric
+        logging.info("best %s: %.4g after step %d (%s)", name, value, step, flags)
 
 
 def check_source_opens(task: Task) -> None:

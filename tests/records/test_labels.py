@@ -185,6 +185,22 @@ def test_a_mixture_partly_in_a_store(folders, tmp_path):
         np.testing.assert_array_equal(found.object_ids, expected.object_ids)
 
 
+def test_records_with_labels_but_no_vocabulary_are_no_source_of_a_mixture(folders, tmp_path):
+    shutil.copytree(folders / "merged", tmp_path / "copied")
+    sources = {
+        "labelled": {"path": str(folders / "labels"), "weight": 1},
+        "other": {"path": str(folders / "plain"), "weight": 1},
+    }
+    assert find_train_vocabulary(sources) == VOCABULARY
+    # Records alone, as somebody copies them; their ids could mean anything.
+    for path in (tmp_path / "copied").iterdir():
+        if path.suffix != ".tfrecord":
+            path.unlink()
+    sources["other"]["path"] = str(tmp_path / "copied")
+    with pytest.raises(ValueError, match=r"copied/squares-00000\.tfrecord: .*vocabulary"):
+        find_train_vocabulary(sources)
+
+
 def test_tensorflow_reads_the_shards(folders):
     expected = [label for label in draw_labels(0) if len(label[0][0])]
     paths = sorted(map(str, (folders / "labels/labels").glob("*.tfrecord")))

@@ -164,6 +164,7 @@ def test_a_stage_alone_takes_the_one_before_from_the_same_work_directory():
         ({"previous": "{finished}", "batch": 24}, "32 examples, which are no multiple"),
         ({"previous": "{finished}", "width": 64}, "its parameter text/blocks"),
         ({"previous": "{unfinished}"}, "reached step 2 of 5"),
+        ({"previous": "{finished}", "share": 0.2}, "on some of the records that 0.2 and 0 hold"),
     ],
 )
 def test_a_stage_that_cannot_begin_is_refused(straight, labelled, tmp_path, changes, message):
@@ -181,6 +182,7 @@ def test_a_stage_that_cannot_begin_is_refused(straight, labelled, tmp_path, chan
         longer.total_steps = 5
         write_config(unfinished, longer)
     config.data.batch_size = changes.get("batch", BATCH)
+    config.data.validation_share = changes.get("share", 0.0)
     config.model.overrides.text_width = changes.get("width", 32)
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run", devices=jax.devices()[:1])

@@ -1,5 +1,7 @@
 """Held-out records are never trained on, and are what a run is measured on."""
 
+import shutil
+
 import jax
 import pytest
 
@@ -7,10 +9,14 @@ from diht_jax.evaluate import open_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries, validation_tasks
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.loading import load_model
+from diht_jax.records.schema import Pair
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.task_evaluation import log_best
+from diht_jax.training.workdir.checkpoint import BestStep
 from diht_jax.training.workdir.opening import open_data
 from diht_jax.training.workdir.saved_run import write_config
+from diht_jax.training.workdir.stored_run import StagedDirectory
 from tests import make
 
 
@@ -81,6 +87,41 @@ def test_a_run_is_measured_on_what_it_holds_out(trained):
     assert [row["step"] for row in rows] == [1, 2]
     for name, value in measured["metrics"].items():
         assert rows[-1][f"evaluation/validation/{name}"] == value, name
+
+
+def test_a_run_in_a_store_is_measured_on_what_it_holds_out(trained, tmp_path, monkeypatch):
+    config, workdir = trained
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    stored = StagedDirectory(f"memory://{tmp_path.name}/run", str(tmp_path / "staging"))
+    shutil.copytree(workdir, stored.folder)
+    stored.send()
+    (task,) = open_tasks(stored.url, ["validation"])
+    assert sorted(entry.key for entry in read_entries(task)) == validation_keys(config)
+
+
+def test_a_damaged_record_that_is_held_out_costs_itself_where_training_skips_it(config, tmp_path):
+    config.data.train = str(make.write_records(tmp_path / "data", 12))
+    config.data.validation_share = 0.5
+    keys = validation_keys(config)
+    path = tmp_path / "data" / "train-00000.tfrecord"
+    data = bytearray(path.read_bytes())
+    data[data.index(keys[1].encode())] ^= 1
+    path.write_bytes(data)
+    (task,) = validation_tasks(config)
+    with pytest.raises(ValueError, match=r"train-00000\.tfrecord: record"):
+        list(read_entries(task))
+    config.data.on_bad_record = "skip"
+    (task,) = validation_tasks(config)
+    found = [entry.key for entry in read_entries(task) if isinstance(entry, Pair)]
+    assert sorted(found) == [keys[0], *keys[2:]]
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_the_best_step_is_named_with_the_flags_that_load_it(use_ema, config, caplog):
+    config.checkpoint.best_metric, config.evaluation.use_ema = "validation/t2i_r10", use_ema
+    with caplog.at_level("INFO"):
+        log_best(config, BestStep(values={3: 0.25, 6: 0.5}))
+    assert "--step=6" in caplog.text and ("--ema" in caplog.text) == use_ema
 
 
 def test_a_model_without_held_out_records_has_no_such_task(tmp_path):

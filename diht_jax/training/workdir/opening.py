@@ -31,7 +31,14 @@ from diht_jax.input.order import ORDERS, resolve_order
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.losses.registry import LOSSES
 from diht_jax.models.zoo import get_architecture
-from diht_jax.records.train_data import Fingerprint, describe_changes, describe_train, open_records
+from diht_jax.records.train_data import (
+    Fingerprint,
+    describe_changes,
+    describe_train,
+    open_records,
+    parse_train,
+    resolve_source,
+)
 from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.storage.locks import lock_folder
 from diht_jax.storage.stores import is_remote
@@ -116,20 +123,17 @@ def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_col
     object store.
     """
     stored = _values(read_config(workdir)) if (workdir / CONFIG_FILE).exists() else {}
-
-    def order_of(key: str, order: str, path: str | Sequence[str] | None) -> str:
-        resolved, before = resolve_order(order, path, key), stored.get(key)
-        return before if order == "auto" and before in ORDERS else resolved
-
     bound = config.copy_and_resolve_references()
     data = bound.data
-    if isinstance(data.train, str | list | tuple | None):
-        data.order = order_of("data.order", data.order, data.train)
-        return bound
-    for name, source in data.train.items():
-        order = source.get("order") or data.order
+    for source in parse_train(data.train, data.labels):
+        key = f"data.train.{source.name}.order" if source.name else "data.order"
+        order, path = source.order or data.order, source.path
+        if isinstance(path, str) and not is_remote(path):
+            path = resolve_source(source).path  # labels may be here, and the records in a store
+        resolved, before = resolve_order(order, path, key), stored.get(key)
         with bound.unlocked():
-            source.order = order_of(f"data.train.{name}.order", order, source.path)
+            section = data.train[source.name] if source.name else data
+            section.order = before if order == "auto" and before in ORDERS else resolved
     return bound
 
 

@@ -15,6 +15,7 @@ import torchvision
 from torchvision.models import vision_transformer
 from torchvision.transforms import v2
 
+from data_prep.duplicates import precomputed as stored
 from data_prep.duplicates.precomputed import read_embeddings as read_stored
 from data_prep.teachers.base import prepare_ahead
 from data_prep.teachers.precomputed import EmbeddingTable
@@ -27,6 +28,7 @@ from data_prep.teachers.swag import WEIGHTS_VARIABLE
 from diht_jax.config import default_config
 from diht_jax.evaluation.embedding import files as embedding_files
 from diht_jax.input.transforms import decode_rgb
+from diht_jax.readers.base import SourceShard
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Record
 from tests import make
@@ -317,3 +319,56 @@ def test_swag_runs_on_all_devices(swag_file):
     result = teacher.encode(np.zeros((8, 32, 32, 3), np.uint8))  # 5, rounded up
     assert [shard.data.shape for shard in result.addressable_shards] == [(1, 64)] * 8
     assert len(result.sharding.device_set) == 8
+
+
+def _embed(source, folder):
+    options = embedding_files.EmbedOptions(modalities=("image",), shard_size=3)
+    embedding_files.embed_source(_Hashed(), source, folder, options)
+    return SourceShard("webdataset", source)
+
+
+def test_embeddings_of_a_shard_that_was_written_again_are_refused(tmp_path):
+    shard = _embed(make.write_pair_tar(tmp_path / "a.tar", ["a caption"] * 8), tmp_path / "out")
+    assert len(stored.read_of_shard(str(tmp_path / "out"), shard)) == 8
+    os.utime(shard.path)
+    assert len(stored.read_of_shard(str(tmp_path / "out"), shard)) == 8
+    # The same keys, of other pictures.
+    members: dict[str, bytes] = {}
+    for number in range(8):
+        picture = make.png(number + 50, (60, 48))
+        members |= make.pair_members(f"{number:05d}", "a caption", picture)
+    make.write_tar(shard.path, members)
+    with pytest.raises(ValueError, match="has no embeddings of .*a.tar"):
+        stored.read_of_shard(str(tmp_path / "out"), shard)
+
+
+@pytest.mark.parametrize("ending", ["json", "*"])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_embeddings_that_are_not_complete_are_refused(tmp_path, part, ending):
+    shard = _embed(make.write_pair_tar(tmp_path / "a.tar", ["a caption"] * 8), tmp_path / "out")
+    for path in (tmp_path / "out").glob(f"embeddings-00000-{part:05d}.{ending}"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"not all parts .* run diht_jax\.embed"):
+        stored.read_of_shard(str(tmp_path / "out"), shard)
+    with pytest.raises(ValueError, match=r"not all parts .* run diht_jax\.embed"):
+        stored.open_set(str(tmp_path / "out"))
+
+
+def test_a_set_of_which_a_whole_shard_is_missing_is_refused(tmp_path):
+    for name in "ab":
+        make.write_pair_tar(tmp_path / f"{name}.tar", ["a caption"] * 2)
+    _embed(f"{tmp_path}/*.tar", tmp_path / "out")
+    assert len(stored.open_set(str(tmp_path / "out")).keys) == 4
+    for path in (tmp_path / "out").glob("embeddings-00001-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"b\.tar .* run diht_jax\.embed"):
+        stored.open_set(str(tmp_path / "out"))
+
+
+def test_pairs_that_share_a_key_have_no_stored_embedding(tmp_path):
+    # As the filter makes one shard of tars that each number their pairs from 0.
+    records = [make.record(number, key=key) for number, key in enumerate("abcad")]
+    source = make.write_records(tmp_path / "in", records) / "train-00000.tfrecord"
+    _embed(str(source), tmp_path / "out")
+    shard = SourceShard("tfrecord", str(source))
+    assert set(stored.read_of_shard(str(tmp_path / "out"), shard)) == set("bcd")

@@ -3,9 +3,12 @@
 The texts that hosts exchange are injected here.
 """
 
+import fsspec
 import pytest
 from etils import epath
 
+from diht_jax.records.labels.shards import NO_CONCEPTS
+from diht_jax.records.vocabulary import ConceptList, Vocabulary
 from diht_jax.training import multihost
 from diht_jax.training.workdir.opening import (
     bind_order,
@@ -14,6 +17,8 @@ from diht_jax.training.workdir.opening import (
     check_same_start,
 )
 from diht_jax.training.workdir.saved_run import read_config, write_config
+from tests import make
+from tests.records.labels import write_labels
 
 MIXTURE = {
     "laion": {"path": "gs://bucket/laion", "weight": 0.8},
@@ -64,6 +69,24 @@ def test_auto_goes_on_in_the_order_of_the_run(config, tmp_path):
     config.data.order = "global"
     with pytest.raises(ValueError, match="another config; changed: data.order"):
         check_same_run(bind_order(config, workdir), workdir)
+
+
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_labels_on_disk_of_records_in_a_store_are_read_in_the_order_of_the_store(
+    is_mixture, config, tmp_path
+):
+    url, none = f"memory://{tmp_path.name}/kept", [NO_CONCEPTS, NO_CONCEPTS]
+    kept = make.write_records(tmp_path / "kept", 3)
+    fsspec.filesystem("memory").put(str(kept), f"/{tmp_path.name}/kept", recursive=True)
+    vocabulary = Vocabulary(ConceptList("objects", ("o",), (1,)), ConceptList("attributes", (), ()))
+    labels = str(write_labels(tmp_path / "labels", url, 3 * [none], vocabulary))
+    config.data.train = {"one": {"path": labels, "weight": 1}} if is_mixture else labels
+    bound = bind_order(config, epath.Path(tmp_path)).data
+    assert (bound.train.one if is_mixture else bound).order == "blocks"
+    local = str(write_labels(tmp_path / "local", kept, 3 * [none], vocabulary))
+    config.data.train = {"one": {"path": local, "weight": 1}} if is_mixture else local
+    bound = bind_order(config, epath.Path(tmp_path)).data
+    assert (bound.train.one if is_mixture else bound).order == "global"
 
 
 def test_a_run_without_a_checkpoint_begins_anew_with_another_config(config, tmp_path):
