@@ -22,6 +22,8 @@ TOP_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+# The worked examples of CONTRIBUTING, which would make its page twice as long as any other.
+EXAMPLES_PAGE, EXAMPLES_BEGIN, EXAMPLES_ANCHOR = "extending.md", "\n## Add a ", "#add-a"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -31,6 +33,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for name, page in TOP_PAGES.items()
         if (REPOSITORY / name).exists()
     }
+    first, begin, examples = made["contributing.md"].partition(EXAMPLES_BEGIN)
+    made["contributing.md"] = first.replace(
+        f"]({EXAMPLES_ANCHOR}", f"]({EXAMPLES_PAGE}{EXAMPLES_ANCHOR}"
+    )
+    made[EXAMPLES_PAGE] = f"# Add a part\n{begin}{examples}"
     made |= {f"reference/config/{n}.md": text for n, text in config_keys.format_pages().items()}
     for path in sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb")):
         made[f"notebooks/{path.stem}.md"] = notebook_page(path)
@@ -53,9 +60,9 @@ def notebook_page(path: pathlib.Path) -> str:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Makes links to files of the repository links of the site."""
-    source = next((n for n, p in TOP_PAGES.items() if p == page.file.src_uri), None)
     here = os.path.dirname(page.file.src_uri) or "."
-    folder = "" if source else os.path.join("docs", here)
+    is_top = page.file.src_uri in (*TOP_PAGES.values(), EXAMPLES_PAGE)
+    folder = "" if is_top else os.path.join("docs", here)
 
     def link(match: re.Match) -> str:
         label, target, anchor = match[1], match[2], match[3] or ""
@@ -65,6 +72,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if path not in TOP_PAGES and not path.startswith("docs/"):
             return label  # a file that is no page
         to = TOP_PAGES.get(path, path.removeprefix("docs/"))
+        if path == "CONTRIBUTING.md" and anchor.startswith(EXAMPLES_ANCHOR):
+            to = EXAMPLES_PAGE
         if to.endswith(".ipynb") and not here.endswith("notebooks"):
             to = f"{to.removesuffix('.ipynb')}.md"
         return (

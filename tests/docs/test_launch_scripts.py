@@ -59,6 +59,19 @@ def test_shellcheck_finds_nothing_in_the_commands_of_pods(path):
         check_shell("wrong", "exit x")
 
 
+@pytest.mark.parametrize("path", LAUNCH_FILES, **by_name)
+def test_a_file_says_what_to_replace(path):
+    text = path.read_text()
+    said, values = re.search(r"(?m)^# Replace: ((?:.+\n)(?:#.+\n)*)((?:\w+=.*\n)*)", text).groups()
+    places = set(
+        re.findall(r"YOUR_\w+|(?<=gs://)[A-Z]+|(?<![\w/])/(?:shared|mnt/datacomp)\b", text)
+    )
+    assert {name for name in places if name not in said + values} == set()
+    if "values of the next" in said:
+        number = {"four": 4, "six": 6}[re.search(r"next (\w+) lines", said)[1]]
+        assert len(values.splitlines()) == number
+
+
 def documents(path: pathlib.Path) -> list[dict]:
     return list(yaml.safe_load_all(path.read_text()))
 

@@ -13,7 +13,7 @@ from data_prep.labelling.config import default_config as label_config
 from diht_jax.command_line.help_text import comments_of
 from diht_jax.config import default_config as train_config
 from tests.docs.pages import PAGES, REPOSITORY, page_name
-from tests.docs.test_links import known_keys
+from tests.docs.test_links import anchors, known_keys
 
 DOCS = REPOSITORY / "docs"
 MOST_BYTES = 15_000
@@ -50,7 +50,12 @@ def pages_of(navigation):
 def test_every_page_is_in_the_navigation_once():
     text = re.sub(r"!!python/\S+", "", (REPOSITORY / "mkdocs.yml").read_text())
     listed = pages_of(yaml.safe_load(text)["nav"])
-    made = {"index.md", "contributing.md", *(f"reference/config/{name}.md" for name in CONFIGS)}
+    made = {
+        "index.md",
+        "contributing.md",
+        "extending.md",
+        *(f"reference/config/{name}.md" for name in CONFIGS),
+    }
     if (REPOSITORY / "CHANGELOG.md").exists():
         made.add("changelog.md")
     made |= {f"notebooks/{path.stem}.md" for path in DOCS.glob("notebooks/*.ipynb")}
@@ -61,6 +66,23 @@ def test_every_page_is_in_the_navigation_once():
 @pytest.mark.parametrize("path", [p for p in PAGES if DOCS in p.parents], ids=page_name)
 def test_pages_are_short(path):
     assert path.stat().st_size < MOST_BYTES
+
+
+def test_contributing_is_two_short_pages_that_link_to_each_other(hooks):
+    pytest.importorskip("mkdocs")
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+    made = hooks("site_pages").on_files(Files([]), MkDocsConfig())
+    pages = [made.get_file_from_path(f"{name}.md") for name in ("contributing", "extending")]
+    first, examples = (page.content_string for page in pages)
+    assert max(len(text.encode()) for text in (first, examples)) < MOST_BYTES
+    assert (
+        anchors(examples)
+        > set(re.findall(r"\(extending\.md#([\w-]+)\)", first))
+        > {"add-a-teacher"}
+    )
+    assert "](#add-a" not in first
 
 
 def test_public_names_exist_and_are_described():
@@ -82,6 +104,12 @@ def test_the_readme_is_short():
         ("index.md", "[a](docs/guides/own_data.md#b)", "[a](guides/own_data.md#b)"),
         ("index.md", "[a](CONTRIBUTING.md#b)", "[a](contributing.md#b)"),
         ("index.md", "[a](NOTICE)", "a"),
+        ("extending.md", "[a](docs/guides/own_data.md)", "[a](guides/own_data.md)"),
+        (
+            "quickstart.md",
+            "[a](../CONTRIBUTING.md#add-a-teacher)",
+            "[a](extending.md#add-a-teacher)",
+        ),
         ("quickstart.md", "[a](notebooks/first_steps.ipynb)", "[a](notebooks/first_steps.md)"),
         ("explained/library.md", "[a](../../README.md)", "[a](../index.md)"),
         ("explained/library.md", "[a](https://jax.dev/x)", "[a](https://jax.dev/x)"),

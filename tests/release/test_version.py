@@ -1,4 +1,4 @@
-"""One version everywhere, the extras that are documented, and the paper that is cited."""
+"""One version everywhere, the extras that are documented, and what is contained of others."""
 
 import re
 import tomllib
@@ -25,3 +25,14 @@ def test_the_page_of_the_installation_lists_every_extra():
     page = (REPOSITORY / "docs" / "guides" / "install.md").read_text()
     listed = re.findall(r"(?m)^\| `([\w-]+)` \|", page)
     assert sorted(listed) == sorted(PROJECT["optional-dependencies"])
+
+
+def test_the_notice_names_what_is_there_once():
+    text = (REPOSITORY / "NOTICE").read_text()
+    named = re.findall(r"(?m)^((?:diht_jax|data_prep|configs)/\S+)$", text)
+    data = (".gz", ".safetensors", ".tar", ".toml", ".txt")
+    files = [path for path in (REPOSITORY / "diht_jax").rglob("*") if path.suffix in data]
+    assert {str(path.relative_to(REPOSITORY)) for path in files} <= set(named)
+    assert len(named) == len(set(named)) and all((REPOSITORY / name).is_file() for name in named)
+    licences = {f"LICENSES/{path.name}" for path in (REPOSITORY / "LICENSES").iterdir()}
+    assert set(re.findall(r"LICENSES/[\w.]+", text)) == licences
