@@ -167,6 +167,25 @@ def test_a_number_below_its_range_is_refused(command, name, text, no_flags):
         flags.FLAGS[name].parse(text)
 
 
+COMMANDS = {command for command, *_ in OLD_SPELLINGS} | {
+    *(f"diht_jax.{name}" for name in ("train", "embed", "export", "average", "caption")),
+    *("data_prep.filter", "data_prep.label", "data_prep.examples", "data_prep.duplicates.__main__"),
+}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_fits_a_screen_with_the_commands_own_flags_first(command, no_flags, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    module = importlib.import_module(command)
+    of_libraries = own_flags()
+    module.define_flags()
+    found = [flag for name, flag in own_flags().items() if name not in of_libraries]
+    lines = help_text.describe_command(module.__doc__, found).splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    titles = [line for line in lines if line.startswith("flags")]
+    assert titles[0] == "flags:"
+
+
 def listed_keys(text):
     names = (line.split("=")[0].strip() for line in text.splitlines() if "=" in line)
     return [name for name in names if name in walk(default_config())]
