@@ -40,7 +40,7 @@ _SHOWN = {
     "Dropped, caption: file name": ("a file name", 1),
     "Dropped, caption: C: complexity": ("no attribute", 1),
     "Dropped, caption: A: no action": ("no action", 1),
-    "Dropped, text: T: shows its caption": ("shows its caption", 1),
+    "Dropped, text: T: shows its caption": ("shows caption", 1),
 }
 _KEPT, _DROPPED, _INK, _GREY, _LINE = "#1a7f37", "#cf222e", "#1f2328", "#57606a", "#d0d7de"
 _WIDTH, _CARD, _GAP, _LEFT = 760, 114, 10, 13
