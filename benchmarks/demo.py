@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.record import write_result
+from benchmarks.record import children_cpu_secs, write_result
 from data_prep.reports.demo import METRICS, STUDENTS
 from diht_jax import command_line
 
@@ -43,7 +43,7 @@ def main() -> None:
     home.mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", _REPOSITORY, checkout], check=True)
     commit = subprocess.check_output(["git", "-C", checkout, "rev-parse", "--short", "HEAD"])
-    cpu_secs, start_secs = _children_cpu_secs(), time.perf_counter()
+    cpu_secs, start_secs = children_cpu_secs(), time.perf_counter()
     done = subprocess.run(
         ["bash", "run_demo.sh"],
         cwd=checkout,
@@ -59,7 +59,7 @@ def main() -> None:
     payload = {
         "commit": commit.decode().strip(),
         "total_secs": round(total_secs),
-        "cpu_secs": round(_children_cpu_secs() - cpu_secs),
+        "cpu_secs": round(children_cpu_secs() - cpu_secs),
         "steps_secs": steps,
         "rest_secs": round(total_secs - sum(steps.values())),
         "students": {
@@ -68,12 +68,6 @@ def main() -> None:
     }
     print(f"{total_secs:.0f} s, {payload['rest_secs']} of them no step: nearly all is installing")
     print("written:", write_result("demo", payload))
-
-
-def _children_cpu_secs() -> float:
-    """Processor time of all processes that this one has started and that have ended."""
-    times = os.times()
-    return times.children_user + times.children_system
 
 
 def _results(path: pathlib.Path) -> dict[str, Any]:

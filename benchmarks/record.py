@@ -91,6 +91,12 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def children_cpu_secs() -> float:
+    """Processor time of all processes that this one has started and that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def command_line() -> str:
     """How this process was started, as one would type it in the repository's root."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
