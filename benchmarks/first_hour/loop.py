@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.first_hour.plan import Setting
+from diht_jax.hardware import compiler
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.training.monitoring.metrics import read_metrics
@@ -112,9 +113,7 @@ def _train(
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     if setting.device == "gpu":
         # The choice of kernels is shared, since other kernels round in another way.
-        chosen = folder.parent / "autotuned"
-        chosen.mkdir(exist_ok=True)
-        flag = f"--xla_gpu_per_fusion_autotune_cache_dir={chosen}"
+        flag = compiler.deterministic_flags("gpu", str(folder.parent / "autotuned"))[-1]
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()
     start = time.monotonic()
     done = subprocess.run(

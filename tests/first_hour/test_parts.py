@@ -1,11 +1,12 @@
 """What parts decide on an accelerator that is not there: batches, profiles, rows of the table."""
 
+import shlex
 import types
 
 import jax
 import pytest
 
-from benchmarks.first_hour import steps
+from benchmarks.first_hour import loop, steps
 from benchmarks.first_hour.kernels import compare_tower
 from benchmarks.first_hour.plan import Setting
 from diht_jax.models.attention import TowerAttention
@@ -32,3 +33,17 @@ def test_a_kernel_in_bfloat16_is_as_far_from_float32_as_its_digits():
         "value", "q_gradient", "k_gradient", "v_gradient",
     }  # fmt: skip
     assert all(1e-4 < value < 2e-2 for value in found["difference"].values())
+
+
+def test_the_runs_on_a_gpu_share_their_choice_of_kernels_in_any_folder(monkeypatch, tmp_path):
+    seen = []
+
+    def run(command, env, **_):
+        seen.extend(shlex.split(env["XLA_FLAGS"]))  # as XLA reads it
+        raise InterruptedError
+
+    monkeypatch.setattr(loop.subprocess, "run", run)
+    with pytest.raises(InterruptedError):
+        loop.stop_and_resume(Setting("gpu", True, str(tmp_path / "my output")), "diht_vitb16")
+    kept = tmp_path / "my output" / "loop" / "autotuned"
+    assert kept.is_dir() and f"--xla_gpu_per_fusion_autotune_cache_dir={kept}" in seen
