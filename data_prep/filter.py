@@ -205,15 +205,16 @@ def _finish(
         if is_unfinished(
             job.config.max_failed_shards, found, len(job.tasks), has_other_jobs=not is_alone
         ):
-            if found.parts and (is_alone or not found.waiting):
+            undecided = plan.find_undecided([task.output for task, _ in found.parts])
+            if found.parts and not undecided and (is_alone or not found.waiting):
                 report = _gather(job, found)
                 print_funnel(report)
                 if not found.waiting:  # the report lists what has failed
                     write_report(job.folder, report)
                     print_escaped(f"what the shards that are done gave: {job.folder}/{PAGE}")
             changed = {} if was_complete else found.explain_changed()
-            mine = {task.output for task in job.mine}
-            removed = {str(t.source): _REMOVED for t in found.waiting if t.output in mine}
+            gone = undecided | {task.output for task in found.waiting}
+            removed = {str(task.source): _REMOVED for task in job.mine if task.output in gone}
             return Failures(changed | removed | failures), []
         not_made, missing = _write_output(job, found)
         if missing or not_made:

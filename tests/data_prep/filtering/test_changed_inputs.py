@@ -187,6 +187,24 @@ def test_parts_that_are_removed_while_the_filter_runs_are_an_error(tmp_path, mon
     assert len(read_records(output)) == 3
 
 
+def test_a_part_that_loses_its_decisions_beside_one_that_is_gone_is_named(tmp_path, monkeypatch):
+    source, output = write_tars(tmp_path / "in", 3, pairs_per_tar=1), tmp_path / "out"
+
+    def change() -> None:
+        one, other = sorted((output / "parts").glob("*.decisions.parquet"))
+        one.unlink()
+        for path in (output / "parts").glob(other.name.partition(".")[0] + ".*"):
+            path.unlink()
+
+    _after(2, change, monkeypatch)
+    config = job_config(source, output)
+    failures = run_filter(config)
+    assert set(failures) == {str(tmp_path / "in" / f"0000{i}.tar") for i in (0, 1)}
+    assert failures.exit_status == 1
+    assert run_filter(config) == {}
+    assert len(read_records(output)) == 3
+
+
 def test_a_share_allows_one_of_a_few_inputs_to_be_replaced(tmp_path, filtered):
     source, output = write_tars(tmp_path / "in", 5, pairs_per_tar=1), tmp_path / "out"
     run_filter(job_config(source, output))
