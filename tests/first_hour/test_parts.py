@@ -32,7 +32,7 @@ def test_a_kernel_in_bfloat16_is_as_far_from_float32_as_its_digits():
     assert found["same_bits_twice"] and set(found["difference"]) == {
         "value", "q_gradient", "k_gradient", "v_gradient",
     }  # fmt: skip
-    assert all(1e-4 < value < 2e-2 for value in found["difference"].values())
+    assert {n: value for n, value in found["difference"].items() if not 1e-4 < value < 2e-2} == {}
 
 
 def test_the_runs_on_a_gpu_share_their_choice_of_kernels_in_any_folder(monkeypatch, tmp_path):
