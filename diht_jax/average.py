@@ -315,7 +315,7 @@ class _Models:
             logging.warning("%s: the caption decoder is left out, no format has one", name)
         self.sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
         params = jax.tree.map(np.asarray, model.params)
-        tokenizer = model.tokenizer and model.tokenizer.describe()
+        tokenizer = None if model.tokenizer is None else model.tokenizer.describe()
         return Ingredient(name, model.arch, params, model.preprocessing, tokenizer)
 
     def mean_loss_scalars(self, members: Sequence[tuple[str, float]]) -> dict[str, float]:
