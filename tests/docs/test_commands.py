@@ -129,6 +129,9 @@ def parse(command: Command) -> None:
                 CHECKS[command.module](given.config)
             else:
                 check_ranges(given.config, all_keys())
+            if command.module == "diht_jax.train" and given.config.concepts.object_weight:
+                data = f"{given.config.data.train} {given.config.data.labels}"
+                assert re.search("label|DATA", data), "the recipe learns labels that these lack"
         texts = given.tasks if command.module == "diht_jax.evaluate" else []
         if command.module == "diht_jax.fewshot":
             texts = [task_text(given.task, given.train), task_text(given.task, given.test)]
