@@ -3,8 +3,9 @@
     python -m benchmarks.pod_fit --only diht_vitb16_stages:stage=1,diht_vitl14_stages:stage=1
     python -m benchmarks.stages
 
-Prints chip-hours by the bounds that `benchmarks.pod_fit` has compiled, where everything overlaps. A
-later stage computes the step of a recipe without stages, whose bound it has.
+Prints chip-hours by the bounds that `benchmarks.pod_fit` has compiled, where everything overlaps,
+and for TPUs also of all in the order of its schedule. A later stage computes the step of a recipe
+without stages, whose bound it has.
 """
 
 from __future__ import annotations
@@ -37,11 +38,26 @@ def main(_: list[str]) -> None:
     print("|---|--:|--:|--:|--:|--:|")
     for recipe, (rows, single) in STAGES.items():
         stages = [(f"{recipe}:stage={n}", row) for n, row in enumerate(rows, 1)]
-        whole = [
-            print_part(parts, tpus, gpus) for parts in (stages, [(name, name) for name in single])
-        ]
+        both = (stages, [(name, name) for name in single])
+        whole = [print_part(parts, tpus, gpus) for parts in both]
         ratios = [f"{b / a:.1f} times less" if a and b else "" for a, b in zip(*whole, strict=True)]
         print(f"| stages against none | | | {ratios[0]} | | {ratios[1]} |")
+        few, many = (
+            sum(chip_hours(part, tpus[name], "scheduled_secs") for part, name in parts)
+            for parts in both
+        )
+        print(
+            f"| the same as scheduled | | | {few:,.0f} of {many:,.0f}, "
+            f"{many / few:.1f} times less | | |"
+        )
+
+
+def chip_hours(recipe: str, row: dict[str, Any], bound: str) -> float:
+    """Chip-hours of a recipe with its argument, by one of the bounds in its row."""
+    stem, _, argument = recipe.partition(":")
+    config = load_recipe(stem, argument)
+    steps = config.total_examples / config.data.batch_size
+    return steps * row[bound] * row["chips"] / 3600
 
 
 def print_part(
@@ -59,8 +75,7 @@ def print_part(
     totals: list[float | None] = [0.0 for _ in machines]
     for recipe, name in parts:
         stem, _, argument = recipe.partition(":")
-        config = load_recipe(stem, argument)
-        steps = config.total_examples / config.data.batch_size
+        samples = load_recipe(stem, argument).total_examples
         cells = []
         for index, rows in enumerate(machines):
             row, total = rows.get(name), totals[index]
@@ -68,10 +83,10 @@ def print_part(
                 totals[index] = None
                 cells += ["not compiled", ""]
                 continue
-            hours = steps * row["step_secs"] * row["chips"] / 3600
+            hours = chip_hours(recipe, row, "step_secs")
             totals[index] = None if total is None else total + hours
             cells += [f"{1e3 * row['step_secs']:,.0f} ms", f"{hours:,.0f}"]
-        print(f"| `{recipe}` | {config.total_examples / 1e9:g} billion | {' | '.join(cells)} |")
+        print(f"| `{recipe}` | {samples / 1e9:g} billion | {' | '.join(cells)} |")
     sums = ["" if total is None else f"**{total:,.0f}**" for total in totals]
     print(f"| together | | | {' | | '.join(sums)} |")
     return totals

@@ -299,10 +299,10 @@ def find_tower(vision: ConfigSection) -> Tower:
     name = str(vision.values["timm_model_name"])
     found = TOWERS.get(name.partition(".")[0])
     if found is None:
-        kind = "this is a FastViT, with convolutions; " if name.startswith("fastvit") else ""
+        kind = ", which FastViT is not, with its convolutions" if name.startswith("fastvit") else ""
         raise vision.error(
             "timm_model_name",
-            f"{kind}the image towers of timm that ours can be: {', '.join(TOWERS)}",
+            f"an image tower of timm that ours can be{kind}: {', '.join(TOWERS)}",
         )
     return found
 

@@ -252,24 +252,35 @@ def test_every_part_of_a_length_is_as_likely():
     assert {draw_part(caption, sentences, 4, number) for number in numbers} == {caption}
 
 
+def sentences_of(index):
+    """One to four sentences in each caption of a record; every second record has two captions."""
+    captions = [[f"Part {part} of {index}." for part in range(1 + index % 4)]]
+    if index % 2:
+        captions.append([f"Piece {piece} of {index}." for piece in range(1 + (index + 2) % 4)])
+    return captions
+
+
 class Records:
-    """Records of one to four sentences; every second one has two captions."""
+    """Records of these captions."""
 
     def __len__(self):
         return 20
 
     def __getitem__(self, index):
-        text = " ".join(f"Part {part} of {index}." for part in range(1 + index % 4))
-        return encode_record(Record(f"{index}", png(index, SIZE), text, {}))
+        texts = [" ".join(sentences) for sentences in sentences_of(index)]
+        return encode_record(Record(f"{index}", png(index, SIZE), texts[0], {"captions": texts}))
 
 
 @pytest.mark.parametrize("words", [0, 4])
 def test_an_example_has_the_part_of_its_caption_that_seed_and_position_say(words):
-    """Philox at the position draws the crop, then a number for sentences, and one for words.
+    """Philox at the position draws the crop, then a number for the caption, sentences, and words.
 
     The formula is written here anew.
     """
-    decode = DecodeExample(8, LENGTH, SCALE, "{caption}", caption_sentences=2, caption_words=words)
+    decode = DecodeExample(
+        8, LENGTH, SCALE, "{caption}", caption_sentences=2, caption_words=words,
+        caption_choice=CaptionChoice(batch_size=8),
+    )  # fmt: skip
     iterator = TrainIterator(Records(), decode, batch_size=8, seed=5, num_workers=0)
     iterator.set_state({"next_example": 16})
     batches = [next(iterator) for _ in range(3)]
@@ -285,12 +296,11 @@ def test_an_example_has_the_part_of_its_caption_that_seed_and_position_say(words
             position = 16 + 8 * number + row
             rng = np.random.Generator(np.random.Philox(key=key, counter=position << 192))
             sample_crop_box(*SIZE, rng, SCALE, CROP_RATIO)
-            record = order[position]
-            parts = 1 + record % 4
+            captions = sentences_of(order[position])
+            sentences = captions[int(rng.random() * len(captions))]
             drawn_number = rng.random()
-            first = int(drawn_number * (parts - 1)) if parts > 2 else 0
-            texts = [f"Part {part} of {record}." for part in range(parts)][first : first + 2]
-            drawn = " ".join(texts).split(" ")  # four words, or eight
+            first = int(drawn_number * (len(sentences) - 1)) if len(sentences) > 2 else 0
+            drawn = " ".join(sentences[first : first + 2]).split(" ")  # four words, or eight
             if words:
                 drawn_number = rng.random()
                 start = int(drawn_number * (len(drawn) - 3)) if len(drawn) > 4 else 0

@@ -8,8 +8,8 @@ from diht_jax.training.terms.registry import TERMS
 from tests.contributing.tiny_runs import tiny_config
 
 # Of each feature the function that adds its operations to the step, and what switches it on.
-# Adapters freeze the matrices that Muon is for, and equal pairs are one thing or the other, so that
-# these have a step of their own.
+# Adapters freeze the matrices that Muon is for, equal pairs are one thing or the other, and
+# FastCLIP has no sizes of embeddings, so that these have steps of their own.
 FEATURES = {
     "Softmax.accumulate_equal": {"loss.equal_pairs": "positive"},
     "right_probabilities": {"loss.noise_share": 0.25},
@@ -36,6 +36,11 @@ ADAPTERS = {
     "adapter_product": {"lora.rank": 2},
     "_without_empty_rows": {"loss.equal_pairs": "mask"},
 }
+OTHERS = {
+    "fastclip_loss": {"loss.kind": "fastclip", "loss.num_records": 64},
+    "AttentionPool.__call__": {"model.overrides.vision_pool_heads": 1},
+    "rotate": {"model.overrides.rotary_grid": 2},
+}
 # Keys that say how a feature does it, or what the input pipeline does, while the feature is off.
 IDLE = {
     "lora.alpha": 3.0,
@@ -53,6 +58,11 @@ IDLE = {
     "affinity.widths": (6,),
     "affinity.temperatures": (0.05,),
     "affinity.teachers_hash": "abc",
+    "loss.gamma": 0.5,
+    "loss.gamma_epochs": 2.0,
+    "loss.rho": 1.0,
+    "loss.epsilon": 1e-6,
+    "loss.num_records": 64,
     "captioning.layers": 3,
     "captioning.remat": "full",
     "captioning.chunk_tokens": 64,
@@ -61,6 +71,8 @@ IDLE = {
     "data.captions": "sample",
     "data.caption_weights": "alt=1,synthetic=3",
     "data.caption_columns": "synthetic=re_caption",
+    "data.caption_sentences": 1,
+    "data.caption_words": 4,
 }
 
 
@@ -90,7 +102,7 @@ def test_a_feature_that_is_off_adds_nothing_to_the_step():
     assert plain.lower().as_text() == traced(IDLE).lower().as_text()
     in_plain = functions_of(plain.jaxpr)
     assert "train_step" in in_plain and "Softmax.accumulate" in in_plain
-    for features in (FEATURES, ADAPTERS):
+    for features in (FEATURES, ADAPTERS, OTHERS):
         settings = {key: value for keys in features.values() for key, value in keys.items()}
         in_step = functions_of(traced(settings).jaxpr)
         assert features.keys() - in_step == set(), "on, they are not in the step"

@@ -21,7 +21,7 @@ from diht_jax.training.workdir.opening import open_data
 from diht_jax.training.workdir.saved_run import write_config
 from tests.docs.commands import parse_command
 from tests.make import tiny_config
-from tests.training.conftest import labelled_square
+from tests.training.conftest import labelled_square, series
 
 BATCH, STEPS, VOCABULARY = 16, 2, 700
 SIZES = (
@@ -110,24 +110,54 @@ def test_a_stage_goes_on_in_the_data_where_the_one_before_has_stopped(straight, 
         np.testing.assert_array_equal(seen, tokenize(captions, length, VOCABULARY))
 
 
-def test_stops_at_the_border_of_two_stages_change_nothing(
-    straight, labelled, tmp_path, monkeypatch
-):
+def stop_at_borders(monkeypatch, count, length):
+    """Stops runs in the last step of each stage and in the first one of the next.
+
+    Returns the stages of the steps, which come in as these are made.
+    """
     take, steps = Run.next_batch, []
+    stops = [border * length + step for border in range(1, count) for step in (0, 1)]
 
     def one_step(run, stop_request):
         steps.append(run.config.stage.number)
-        if len(steps) in (STEPS, STEPS + 1):  # the last step of a stage, the first of the next
+        if len(steps) in stops:
             signal.raise_signal(signal.SIGTERM)
         return take(run, stop_request)
 
     monkeypatch.setattr(Run, "next_batch", one_step)
+    return steps
+
+
+def test_stops_at_the_border_of_two_stages_change_nothing(
+    straight, labelled, tmp_path, monkeypatch
+):
+    steps = stop_at_borders(monkeypatch, 2, STEPS)
     for _ in range(2):
         with pytest.raises(Stopped):
             run_stages(labelled, tmp_path)
     run_stages(labelled, tmp_path)
     assert steps == [1] * STEPS + [2] * STEPS
     assert final_checks(tmp_path) == final_checks(straight[0])
+
+
+@pytest.mark.parametrize("name, count", [("diht_vitb16_stages", 2), ("diht_vitl14_stages", 3)])
+def test_debug_forms_train_through_stops_at_each_border(
+    name, count, labelled, tmp_path, monkeypatch
+):
+    numbers = range(1, count + 1)
+    stages = [load_recipe(name, f"debug=True,stage={number}") for number in numbers]
+    for config in stages:
+        config.data.train = str(labelled)
+    steps = stop_at_borders(monkeypatch, count, length=4)
+    run = functools.partial(train, devices=jax.devices()[:1])
+    for _ in range(2 * (count - 1)):
+        with pytest.raises(Stopped):
+            train_stages(run, stages, str(tmp_path))
+    train_stages(run, stages, str(tmp_path))
+    assert steps == [number for number in numbers for _ in range(4)]
+    for number in numbers:
+        losses = series(tmp_path / f"stage_{number}", "loss")
+        assert len(losses) == 4 and np.isfinite(losses).all()
 
 
 def test_the_command_gives_its_keys_to_all_stages():

@@ -81,6 +81,15 @@ def open_clip_embeddings(model, images, tokens):
         )
 
 
+def open_clip_outputs(model, images, tokens):
+    """The embeddings and open_clip's own logits."""
+    import torch
+
+    with torch.no_grad():
+        logits = model.get_logits(pixel_values(images), torch.from_numpy(tokens))[0]
+    return *open_clip_embeddings(model, images, tokens), logits.numpy()
+
+
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Runs models on one device; tests/weights/test_inference.py compares with eight."""
@@ -100,4 +109,5 @@ def reference():
         inputs=inputs,
         pixel_values=pixel_values,
         open_clip_embeddings=open_clip_embeddings,
+        open_clip_outputs=open_clip_outputs,
     )

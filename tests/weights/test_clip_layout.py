@@ -12,10 +12,12 @@ from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
 
 
-def check_same_embeddings(model, reference, arch, expected):
-    images, tokens = reference.inputs(arch)
-    np.testing.assert_allclose(model.encode_image(images), expected[0], atol=1e-5)
-    np.testing.assert_allclose(model.encode_text(tokens), expected[1], atol=1e-5)
+def check_same_embeddings(model, images, tokens, expected):
+    image_emb, text_emb = model.encode_image(images), model.encode_text(tokens)
+    np.testing.assert_allclose(image_emb, expected[0], atol=1e-5)
+    np.testing.assert_allclose(text_emb, expected[1], atol=1e-5)
+    logits = model.logit_scale * image_emb @ text_emb.T + model.logit_bias
+    np.testing.assert_allclose(logits, expected[2], rtol=0, atol=1e-5)
     # An image of its own is nearer than any other by far more than the tolerance.
     assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
     assert np.abs(expected[1][0] - expected[1][1]).max() > 1e-3
@@ -30,8 +32,8 @@ def test_open_clip_state_dict_and_config(reference, tmp_path, activation):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     model = load_model(tmp_path)
     assert model.config.model.overrides.activation == (None if activation == "gelu" else activation)
-    expected = reference.open_clip_embeddings(other, *reference.inputs(arch))
-    check_same_embeddings(model, reference, arch, expected)
+    inputs = reference.inputs(arch)
+    check_same_embeddings(model, *inputs, reference.open_clip_outputs(other, *inputs))
     assert model.logit_scale == pytest.approx(other.logit_scale.exp().item(), rel=1e-6)
 
 
@@ -44,8 +46,10 @@ def test_heads_mlp_widths_and_epsilon_of_a_config(reference, tmp_path):
     torch.save(other.state_dict(), tmp_path / "model.pt")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     assert read_weights(tmp_path).arch == arch
-    expected = reference.open_clip_embeddings(other, *reference.inputs(arch))
-    check_same_embeddings(load_model(tmp_path), reference, arch, expected)
+    inputs = reference.inputs(arch)
+    check_same_embeddings(
+        load_model(tmp_path), *inputs, reference.open_clip_outputs(other, *inputs)
+    )
 
 
 def test_metaclip_2_of_open_clip_pools_at_the_first_end_of_text(reference, tmp_path):
@@ -61,9 +65,9 @@ def test_metaclip_2_of_open_clip_pools_at_the_first_end_of_text(reference, tmp_p
     tokens = np.random.default_rng(0).integers(3, 600, (5, 12)).astype(np.int32)
     for row, end in enumerate([3, 5, 8, 11, 4]):
         tokens[row, end], tokens[row, end + 1 :] = 2, 1
-    expected = reference.open_clip_embeddings(other, reference.inputs(arch)[0], tokens)[1]
-    np.testing.assert_allclose(load_model(tmp_path).encode_text(tokens), expected, atol=1e-5)
-    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    images, _ = reference.inputs(arch)
+    expected = reference.open_clip_outputs(other, images, tokens)
+    check_same_embeddings(load_model(tmp_path), images, tokens, expected)
 
 
 def test_names_are_those_of_open_clip_and_shapes_those_of_our_model(reference):

@@ -25,14 +25,17 @@ def clip_model(reference, arch, **text):
 def embeddings(model, pixels, tokens):
     with torch.no_grad():
         out = model(pixel_values=pixels, input_ids=torch.from_numpy(tokens).long())
-    return out.image_embeds.numpy(), out.text_embeds.numpy()
+    return out.image_embeds.numpy(), out.text_embeds.numpy(), out.logits_per_image.numpy()
 
 
 def check(reference, folder, other, arch, images, tokens):
     model = load_model(folder)
     expected = embeddings(other, reference.pixel_values(images), tokens)
-    np.testing.assert_allclose(model.encode_image(images), expected[0], atol=1e-5)
-    np.testing.assert_allclose(model.encode_text(tokens), expected[1], atol=1e-5)
+    image_emb, text_emb = model.encode_image(images), model.encode_text(tokens)
+    np.testing.assert_allclose(image_emb, expected[0], atol=1e-5)
+    np.testing.assert_allclose(text_emb, expected[1], atol=1e-5)
+    logits = model.logit_scale * image_emb @ text_emb.T + model.logit_bias
+    np.testing.assert_allclose(logits, expected[2], rtol=0, atol=1e-5)
     assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
     assert np.abs(expected[1][0] - expected[1][1]).max() > 1e-3
     assert model.logit_scale == pytest.approx(other.logit_scale.exp().item(), rel=1e-6)

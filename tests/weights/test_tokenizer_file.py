@@ -2,8 +2,10 @@
 
 import io
 import json
+import pathlib
 import pickle
 import shutil
+import unicodedata
 
 import jax
 import numpy as np
@@ -11,17 +13,23 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from data_prep.steps.base import Candidate
+from data_prep.steps.scores import SCORE, ClipStep
+from data_prep.teachers import clip
 from diht_jax import load_model
 from diht_jax.data import tokenizer
 from diht_jax.export import export_model
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
+from diht_jax.readers.base import SourceShard
+from diht_jax.records.schema import Pair, Record
 from diht_jax.training.loop import train
 from diht_jax.training.workdir.saved_run import keep_tokenizer, open_tokenizer
 from diht_jax.weights.export import write_model
 from diht_jax.weights.source import ModelFiles
 from diht_jax.weights.tokenizer_file import copy_tokenizer, read_cleaning, read_tokenizer
 from tests import make
+from tests.data_prep.filtering.jobs import job_config
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -73,12 +81,31 @@ def train_unigram(**options):
     return written.getvalue()
 
 
+SIGLIP_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+
+
+def pieces_of(vocabulary, first=0):
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(vocabulary)
+    ids = range(first, processor.get_piece_size())
+    return [(processor.id_to_piece(i), processor.get_score(i)) for i in ids]
+
+
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("siglip")
-    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-    (folder / "spiece.model").write_bytes(train_unigram(**ids))
+    (folder / "spiece.model").write_bytes(train_unigram(**SIGLIP_IDS))
     transformers.SiglipTokenizer(str(folder / "spiece.model")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def siglip_of_open_clip(tmp_path_factory):
+    """The same vocabulary as a T5's, in one file, as the repositories of open_clip have it."""
+    folder = tmp_path_factory.mktemp("siglip_of_open_clip")
+    pieces = pieces_of(train_unigram(**SIGLIP_IDS))
+    made = transformers.T5Tokenizer(vocab=pieces, extra_ids=0, pad_token="</s>")
+    made.save_pretrained(folder)
     return folder
 
 
@@ -112,14 +139,8 @@ def siglip2(tmp_path_factory):
 def xlm(tmp_path_factory):
     """XLM-R's tokenizer, of which XLM-V's is one with more entries."""
     folder = tmp_path_factory.mktemp("xlm")
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.LoadFromSerializedProto(train_unigram())
-    pieces = [
-        (processor.id_to_piece(i), processor.get_score(i))
-        for i in range(3, processor.get_piece_size())
-    ]
     special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
-    vocab = [*special, *pieces, ("<mask>", 0.0)]
+    vocab = [*special, *pieces_of(train_unigram(), first=3), ("<mask>", 0.0)]
     transformers.XLMRobertaTokenizer(vocab=vocab).save_pretrained(folder)
     return folder
 
@@ -138,13 +159,17 @@ def test_ids_are_those_of_transformers(kind, captions, request):
 
 @pytest.mark.parametrize(
     "kind, options",
-    [("xlm", {}), ("siglip2", {"clean": "canonicalize"}), ("xlm", {"clean": "lower"})],
+    [
+        ("siglip_of_open_clip", {"clean": "canonicalize"}),
+        ("siglip2", {"clean": "canonicalize"}),
+        ("xlm", {}),
+        ("xlm", {"clean": "lower"}),
+    ],
 )
 def test_ids_are_those_of_open_clip(kind, options, captions, request):
     open_clip = pytest.importorskip("open_clip")
     folder = request.getfixturevalue(kind)
     other = open_clip.tokenizer.HFTokenizer(str(folder), context_length=LENGTH, **options)
-    captions = captions[:2_000]
     text = {"hf_tokenizer_name": "someone/else", "tokenizer_kwargs": options}
     clean = read_cleaning(text, "open_clip_config.json")
     found = read_tokenizer(folder, clean).tokenize(captions, LENGTH)
@@ -283,6 +308,34 @@ def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
 @pytest.mark.parametrize(("name", "length"), [("PE-Core-B-16", 32), ("PE-Core-bigG-14-448", 72)])
 def test_pe_core_has_the_tokenizer_of_clip(name, length, captions):
     open_clip = pytest.importorskip("open_clip")
-    texts = captions[:500]
+    # `tokenizers` has the characters of an older Unicode than open_clip.
+    texts = ["".join(c for c in t if unicodedata.category(c) != "Cn") for t in captions]
     expected = open_clip.get_tokenizer(name)(texts).numpy()
     np.testing.assert_array_equal(tokenizer.tokenize(texts, length), expected)
+
+
+def test_data_preparation_embeds_as_transformers(model, inputs):
+    """The CLIP score of the filter, and the embeddings that labels store of a teacher."""
+    import torch
+
+    other, folder = model
+    texts, pictures = inputs[0][:4], inputs[1]
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(texts, **options, return_tensors="pt")
+    own = transformers.SiglipImageProcessorPil.from_pretrained(folder)
+    pixels = own(pictures, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = other(input_ids=ids.input_ids, pixel_values=pixels)
+    image_emb, text_emb = expected.image_embeds.numpy(), expected.text_embeds.numpy()
+    images = [make.encoded(picture) for picture in pictures]
+    config = job_config("a.tar", pathlib.Path("out"), clip__model=str(folder), clip__batch_size=3)
+    step = ClipStep(config, SourceShard("webdataset", "a.tar"))
+    pairs = [Pair(str(i), *pair) for i, pair in enumerate(zip(images, texts, strict=True))]
+    scores = step.measure([Candidate.of(pair) for pair in pairs])[SCORE]
+    np.testing.assert_allclose(scores, (image_emb * text_emb).sum(axis=1), atol=1e-5)
+    section = clip.default_config()
+    section.update(models=str(folder), crops=0, dtype="float32")
+    records = [Record(*pair) for pair in zip("0123", images, texts, strict=True)]
+    found = np.stack([row for batch in clip.ClipTeachers(section).embed(records) for row in batch])
+    np.testing.assert_allclose(found[:, 0], image_emb, atol=1e-5)
+    np.testing.assert_allclose(found[:, 1], text_emb, atol=1e-5)
