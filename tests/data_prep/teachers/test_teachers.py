@@ -321,14 +321,14 @@ def test_swag_runs_on_all_devices(swag_file):
     assert len(result.sharding.device_set) == 8
 
 
-def _embed(source, folder):
+def _store(source, folder):
     options = embedding_files.EmbedOptions(modalities=("image",), shard_size=3)
     embedding_files.embed_source(_Hashed(), source, folder, options)
     return SourceShard("webdataset", source)
 
 
 def test_embeddings_of_a_shard_that_was_written_again_are_refused(tmp_path):
-    shard = _embed(make.write_pair_tar(tmp_path / "a.tar", ["a caption"] * 8), tmp_path / "out")
+    shard = _store(make.write_pair_tar(tmp_path / "a.tar", ["a caption"] * 8), tmp_path / "out")
     assert len(stored.read_of_shard(str(tmp_path / "out"), shard)) == 8
     os.utime(shard.path)
     assert len(stored.read_of_shard(str(tmp_path / "out"), shard)) == 8
@@ -345,7 +345,7 @@ def test_embeddings_of_a_shard_that_was_written_again_are_refused(tmp_path):
 @pytest.mark.parametrize("ending", ["json", "*"])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_embeddings_that_are_not_complete_are_refused(tmp_path, part, ending):
-    shard = _embed(make.write_pair_tar(tmp_path / "a.tar", ["a caption"] * 8), tmp_path / "out")
+    shard = _store(make.write_pair_tar(tmp_path / "a.tar", ["a caption"] * 8), tmp_path / "out")
     for path in (tmp_path / "out").glob(f"embeddings-00000-{part:05d}.{ending}"):
         path.unlink()
     with pytest.raises(ValueError, match=r"not all parts .* run diht_jax\.embed"):
@@ -357,7 +357,7 @@ def test_embeddings_that_are_not_complete_are_refused(tmp_path, part, ending):
 def test_a_set_of_which_a_whole_shard_is_missing_is_refused(tmp_path):
     for name in "ab":
         make.write_pair_tar(tmp_path / f"{name}.tar", ["a caption"] * 2)
-    _embed(f"{tmp_path}/*.tar", tmp_path / "out")
+    _store(f"{tmp_path}/*.tar", tmp_path / "out")
     assert len(stored.open_set(str(tmp_path / "out")).keys) == 4
     for path in (tmp_path / "out").glob("embeddings-00001-*"):
         path.unlink()
@@ -369,6 +369,6 @@ def test_pairs_that_share_a_key_have_no_stored_embedding(tmp_path):
     # As the filter makes one shard of tars that each number their pairs from 0.
     records = [make.record(number, key=key) for number, key in enumerate("abcad")]
     source = make.write_records(tmp_path / "in", records) / "train-00000.tfrecord"
-    _embed(str(source), tmp_path / "out")
+    _store(str(source), tmp_path / "out")
     shard = SourceShard("tfrecord", str(source))
     assert set(stored.read_of_shard(str(tmp_path / "out"), shard)) == set("bcd")
