@@ -29,9 +29,10 @@ from diht_jax import command_line
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 _QUERY = "red tomato"
 # Each in a new shell, in the folder that has the clone, its environment and the pictures.
+_PLACES = {"REPOSITORY": str(_REPOSITORY), "PYTHON": sys.executable}
 _UNTIL_FOUND = (
-    f"git clone --quiet {shlex.quote(str(_REPOSITORY))} clone",
-    f"{shlex.quote(sys.executable)} -m venv env",
+    "git clone --quiet REPOSITORY clone",
+    "PYTHON -m venv env",
     "pip install --quiet ./clone",
     "python -m data_prep.examples pictures --output .",
     "python -m diht_jax.search --model clipart_tiny --input pictures --output search.html "
@@ -74,8 +75,11 @@ def _timed(command: str, folder: pathlib.Path) -> dict[str, Any]:
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     environment["HOME"] = str(folder / "home")
     environment["PATH"] = f"{folder / 'env' / 'bin'}:{environment['PATH']}"
+    typed = command
+    for name, path in _PLACES.items():
+        typed = typed.replace(name, shlex.quote(path))
     cpu_secs, start_secs = children_cpu_secs(), time.perf_counter()
-    subprocess.run(command, shell=True, cwd=folder, env=environment, check=True)
+    subprocess.run(typed, shell=True, cwd=folder, env=environment, check=True)
     secs = time.perf_counter() - start_secs
     return {
         "command": command,

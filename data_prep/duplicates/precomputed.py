@@ -99,7 +99,7 @@ def find_shard_files(folder: str) -> dict[_Shard, list[str]]:
 
 
 def _identify(shard: Mapping[str, Any]) -> _Shard:
-    """What of `SourceShard.identity` is compared: a file that was only touched is the same."""
+    """Compared parts of `SourceShard.identity`: a file that was only touched is the same."""
     return shard["path"], shard["start"], shard.get("stop"), shard.get("size_bytes")
 
 

@@ -119,7 +119,7 @@ def compiler_options(platform_name: str) -> dict[str, bool | int]:
 
 @functools.cache
 def refusal(flag: str) -> str | None:
-    """What the compiler of this process says against a flag as an option, or None."""
+    """Error of this process's compiler for a flag as an option, or None."""
     name, _, value = flag.lstrip("-").partition("=")
     lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), "float32"))
     try:
