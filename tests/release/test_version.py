@@ -33,6 +33,7 @@ def test_the_notice_names_what_is_there_once():
     data = (".gz", ".safetensors", ".tar", ".toml", ".txt")
     files = [path for path in (REPOSITORY / "diht_jax").rglob("*") if path.suffix in data]
     assert {str(path.relative_to(REPOSITORY)) for path in files} <= set(named)
-    assert len(named) == len(set(named)) and all((REPOSITORY / name).is_file() for name in named)
+    assert len(named) == len(set(named))
+    assert [name for name in named if not (REPOSITORY / name).is_file()] == []
     licences = {f"LICENSES/{path.name}" for path in (REPOSITORY / "LICENSES").iterdir()}
     assert set(re.findall(r"LICENSES/[\w.]+", text)) == licences
