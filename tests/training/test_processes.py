@@ -1,6 +1,7 @@
 """Jobs of several processes, each with devices of its own, started as a user starts them."""
 
 import dataclasses
+import glob
 import json
 import os
 import pathlib
@@ -93,9 +94,9 @@ class Job:
         """Until the metrics below a folder have more lines with a name that begins like this."""
 
         def count() -> int:
-            rows = [
-                row for path in folder.rglob("metrics.jsonl") for row in read_metrics(path.parent)
-            ]
+            # Unlike `rglob`, this passes over a checkpoint's folder that is renamed meanwhile.
+            paths = glob.iglob(f"{folder}/**/metrics.jsonl", recursive=True)
+            rows = [row for path in paths for row in read_metrics(pathlib.Path(path).parent)]
             return sum(any(key.startswith(name) for key in row) for row in rows)
 
         wanted = count() + more
