@@ -49,24 +49,30 @@ def download(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> pat
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    endpoint = os.environ.get("HF_ENDPOINT")
+    endpoint, offline = os.environ.get("HF_ENDPOINT"), None
     try:
         try:
             files = HfApi(endpoint=endpoint).list_repo_files(repository, revision=revision)
-            wanted, is_offline = list(choose(files)), False
+            wanted = list(choose(files))
         except (HfHubHTTPError, ValueError):  # the hub has answered
             raise
-        except Exception:  # what it is depends on the HTTP client
-            wanted, is_offline = ["*.json"], True
+        except Exception as error:  # what it is depends on the HTTP client
+            wanted, offline = ["*.json"], error
         folder = snapshot_download(
             repository,
             revision=revision,
             endpoint=endpoint,
             allow_patterns=wanted,
-            local_files_only=is_offline,
+            local_files_only=offline is not None,
         )
         return pathlib.Path(folder)
     except Exception as error:
+        if offline is not None:
+            # `error` is about settings of huggingface_hub; the first one says what is wrong.
+            raise ValueError(
+                f"{name} cannot be read: {_first_line(offline)}. The hub's cache does not have it: "
+                "copy its files and name their folder instead"
+            ) from offline
         raise ValueError(
             f"{name} cannot be read: {_first_line(error)}. A private model needs `hf auth login` "
             "or HF_TOKEN"

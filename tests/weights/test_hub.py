@@ -95,6 +95,12 @@ def test_the_cache_answers_without_a_network(server, run, tmp_path, monkeypatch)
     assert again == first and find_weight_file(again).read_bytes()
 
 
+def test_without_network_and_cache_the_error_is_that_of_the_network(server, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"hf-hub:someone/tiny cannot be read.*HF_HUB_OFFLINE"):
+        hub.download("hf-hub:someone/tiny", choose_files)
+
+
 def test_a_published_model_comes_by_its_name(server, run, tmp_path):
     export_model(run, "open_clip", tmp_path / "out", push="hf-hub:timm/PE-Core-B-16")
     devices = jax.devices()[:1]
