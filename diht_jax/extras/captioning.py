@@ -142,11 +142,11 @@ class DecoderBlock(nnx.Module):
         **dtypes: Any,
     ):
         width, heads, epsilon = arch.text_width, arch.text_heads, arch.layer_norm_epsilon
-        self.attention_norm = layer_norm(width, epsilon, **dtypes)
+        self.attention_norm = layer_norm(width, epsilon=epsilon, **dtypes)
         self.attention = Attention(width, heads, init, causal=True, implementation="xla", **dtypes)
-        self.cross_attention_norm = layer_norm(width, epsilon, **dtypes)
+        self.cross_attention_norm = layer_norm(width, epsilon=epsilon, **dtypes)
         self.cross_attention = CrossAttention(width, arch.vision_width, heads, init, **dtypes)
-        self.mlp_norm = layer_norm(width, epsilon, **dtypes)
+        self.mlp_norm = layer_norm(width, epsilon=epsilon, **dtypes)
         self.mlp = Mlp(
             width, arch.text_mlp_width or 4 * width, init, activation=arch.activation, **dtypes
         )
@@ -221,7 +221,7 @@ class CaptionDecoder(nnx.Module):
         )
         init = BlockInit.scaled_by_depth(width, layers)
         self.blocks = nnx.List([DecoderBlock(arch, init, **dtypes) for _ in range(layers)])
-        self.final_norm = layer_norm(width, arch.layer_norm_epsilon, **dtypes)
+        self.final_norm = layer_norm(width, epsilon=arch.layer_norm_epsilon, **dtypes)
 
     def __call__(self, tokens: jax.Array, image_tokens: jax.Array) -> jax.Array:
         """Features of which `output_kernel` makes the logits of each next token of a caption.

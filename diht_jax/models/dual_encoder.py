@@ -69,11 +69,7 @@ class DualEncoder(nnx.Module):
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """Embeds normalised images, float [b, size, size, 3] -> float32 [b, d], L2-normalised."""
-        return self.embed_features(self.vision.features(images))
-
-    def embed_features(self, features: jax.Array) -> jax.Array:
-        """Projects `vision.features`, [b, width] -> float32 [b, d], L2-normalised."""
-        return l2_normalize(self.vision.projection(features))
+        return l2_normalize(self.vision.projection(self.vision.features(images)))
 
     def encode_text(self, tokens: jax.Array, *, gather: Gather | None = None) -> jax.Array:
         """Embeds texts, int32 [b, t] -> float32 [b, d], L2-normalised."""
@@ -129,7 +125,7 @@ class VisionTransformer(nnx.Module):
             scaled_normal(rngs.params(), (arch.num_image_tokens, width), param_dtype)
         )
         if arch.class_token:
-            self.pre_norm = layer_norm(width, epsilon, **dtypes)
+            self.pre_norm = layer_norm(width, epsilon=epsilon, **dtypes)
         init = BlockInit.torch_default(width, mlp_width)
         self.blocks = make_blocks(
             execution,
@@ -144,7 +140,7 @@ class VisionTransformer(nnx.Module):
             epsilon=epsilon,
             **dtypes,
         )
-        self.post_norm = layer_norm(width, epsilon, **dtypes)
+        self.post_norm = layer_norm(width, epsilon=epsilon, **dtypes)
         if arch.vision_pool_heads is not None:
             self.pool = AttentionPool(arch, init, **dtypes)
         if arch.vision_projection == "none":
@@ -253,7 +249,7 @@ class AttentionPool(nnx.Module):
         self.probe = nnx.Param(draw(dtypes["rngs"].params(), (width,), dtypes["param_dtype"]))
         self.in_proj = Linear(width, 3 * width, kernel_init=init.attention_in, **dtypes)
         self.out_proj = Linear(width, width, kernel_init=init.attention_out, **dtypes)
-        self.norm = layer_norm(width, arch.layer_norm_epsilon, **dtypes)
+        self.norm = layer_norm(width, epsilon=arch.layer_norm_epsilon, **dtypes)
         mlp_width = arch.vision_mlp_width or 4 * width
         self.mlp = Mlp(width, mlp_width, init, activation=arch.activation, **dtypes)
 
@@ -344,7 +340,7 @@ class TextTransformer(nnx.Module):
             epsilon=arch.layer_norm_epsilon,
             **dtypes,
         )
-        self.final_norm = layer_norm(width, arch.layer_norm_epsilon, **dtypes)
+        self.final_norm = layer_norm(width, epsilon=arch.layer_norm_epsilon, **dtypes)
         self.projection = nnx.Linear(
             width,
             arch.embed_dim,

@@ -41,21 +41,12 @@ class Linear(nnx.Linear):
 
     float32_bias_gradient = False
 
-    def __init__(self, in_features: int, out_features: int, **settings):
-        super().__init__(in_features, out_features, dot_general=_dot_general, **settings)
-
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in_features] -> [..., out_features]."""
+        product, bias = product_and_bias(self, x)
         if self.float32_bias_gradient:
-            product, bias = product_and_bias(self, x)
             return (_widen(product) + _widen(bias)).astype(product.dtype)
-        y = super().__call__(x)
-        return y + adapter_product(self, x) if has_adapter(self) else y
-
-
-def has_adapter(layer: Linear) -> bool:
-    """True if `add_adapters` has put an adapter on the layer."""
-    return hasattr(layer, "lora_a")
+        return product + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def adapter_product(layer: Linear, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
@@ -86,10 +77,10 @@ def product_and_bias(
 ) -> tuple[jax.Array, jax.Array]:
     """The two parts of what `apply_columns` adds up, [..., len(columns)] and [len(columns)]."""
     assert layer.bias is not None
-    kernel, bias = (layer.kernel[...][:, columns], layer.bias[...][columns])
-    x, kernel, bias = (value.astype(layer.dtype) for value in (x, kernel, bias))
+    kernel, bias = layer.kernel[...][:, columns], layer.bias[...][columns]
+    x, kernel, bias = layer.promote_dtype((x, kernel, bias), dtype=layer.dtype)
     product = checkpoint_name(_product(x, kernel), LINEAR_OUT)
-    if has_adapter(layer):
+    if hasattr(layer, "lora_a"):
         product += adapter_product(layer, x, columns)
     return product, bias
 
@@ -117,22 +108,6 @@ def _backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array):
 
 
 _product.defvjp(_forward, _backward)
-
-
-def _dot_general(x, kernel, dimension_numbers, precision=None, out_sharding=None):
-    """`_product`, called as `nnx.Linear` calls `jax.lax.dot_general`."""
-    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())), dimension_numbers
-    assert precision is None and out_sharding is None
-    return checkpoint_name(_product(x, kernel), LINEAR_OUT)
-
-
-def activate(name: str, x: jax.Array) -> jax.Array:
-    """Applies "gelu" (exact), "gelu_tanh" or "quick_gelu" (OpenAI's `x sigmoid(1.702 x)`)."""
-    if name == "quick_gelu":
-        return x * jax.nn.sigmoid(1.702 * x)
-    if name == "gelu_tanh":
-        return gelu_tanh(x)
-    return gelu(x)
 
 
 @jax.custom_vjp
@@ -180,6 +155,15 @@ def _gelu_tanh_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
 
 
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """OpenAI's approximation of GELU, `x sigmoid(1.702 x)`."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By the names of `zoo.CHOICES`.
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+
+
 def _widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -214,12 +198,6 @@ _COMPUTED_AGAIN = frozenset(
 )
 
 
-def check_remat(name: str) -> None:
-    """Raises ValueError unless `name` is one of `POLICIES`."""
-    if name not in POLICIES:
-        raise ValueError(f"config.model.remat='{name}': expected one of {', '.join(POLICIES)}")
-
-
 def checkpointed(
     run: Callable[..., jax.Array], name: str, *, scanned: bool
 ) -> Callable[..., jax.Array]:
@@ -231,7 +209,6 @@ def checkpointed(
         scanned: `run` is the body of a scan, where the compiler has no chance to merge the second
             computation with the first.
     """
-    check_remat(name)
     policies = jax.checkpoint_policies
     policy = {
         "none": _save_what_costs,

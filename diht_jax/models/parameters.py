@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.typing import DTypeLike
 
 from diht_jax.models.dual_encoder import DualEncoder
@@ -103,7 +103,9 @@ def model_definition(
 
 def model_parameters(model: nnx.Module) -> dict[str, Any]:
     """The parameters of an NNX model as a nested dict with string keys."""
-    return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    leaves = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    named = {tuple(map(str, path)): leaf for path, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(named)
 
 
 def merge_model(definition: ModelDefinition, params: dict[str, Any]) -> DualEncoder:
@@ -144,12 +146,6 @@ def parameter_shapes(params: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-
-
-def _string_keys(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {str(key): _string_keys(value) for key, value in tree.items()}
-    return tree
 
 
 def fit_model(

@@ -11,30 +11,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
 from diht_jax.models.attention import (
+    IMPLEMENTATIONS,
     Rotary,
     Target,
     attend,
     attention_implementation,
-    check_attention,
     rotate,
 )
 from diht_jax.models.layers import (
+    ACTIVATIONS,
     ATTENTION_OUT,
+    POLICIES,
     QKV,
     Linear,
-    activate,
     apply_columns,
-    check_remat,
     checkpointed,
     product_and_bias,
 )
@@ -61,21 +60,12 @@ class Execution:
     target: Target | None = None
 
     def __post_init__(self):
-        check_remat(self.remat)
-        check_attention(self.attention)
-
-    def attention_kernel(
-        self,
-        dtype: DTypeLike,
-        head_dim: int,
-        *,
-        num_tokens: int | None,
-        num_heads: int,
-    ) -> str:
-        """The kernel of a tower: see `attention.attention_implementation`."""
-        return attention_implementation(
-            self.attention, dtype, head_dim, self.target, num_tokens=num_tokens, num_heads=num_heads
-        )
+        for key, known in (("remat", POLICIES), ("attention", IMPLEMENTATIONS)):
+            value = getattr(self, key)
+            if value not in known:
+                raise ValueError(
+                    f"config.model.{key}='{value}': expected one of {', '.join(known)}"
+                )
 
 
 def uniform_init(bound: float) -> nnx.Initializer:
@@ -88,19 +78,9 @@ def uniform_init(bound: float) -> nnx.Initializer:
     return init
 
 
-def layer_norm(
-    width: int, epsilon: float, *, fast_variance: bool = False, **dtypes: Any
-) -> nnx.LayerNorm:
-    """LayerNorm over the last axis; statistics in float32 for every `dtype`.
-
-    Args:
-        width: of the axis.
-        epsilon: added to the variance.
-        fast_variance: the mean of squares less the square of the mean, which needs one pass instead
-            of two. Relative to the result it is off by 1e-7 (mean / deviation)^2.
-        **dtypes: of the layer, see the module.
-    """
-    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=fast_variance, **dtypes)
+# Statistics in float32 for every dtype. `use_fast_variance`, the mean of squares less the square of
+# the mean, takes one pass instead of two; it is off by 1e-7 (mean / deviation)^2 of the result.
+layer_norm = functools.partial(nnx.LayerNorm, use_fast_variance=False)
 
 
 class BlockInit(NamedTuple):
@@ -209,7 +189,7 @@ class Mlp(nnx.Module):
         activation: str,
         **dtypes: Any,
     ):
-        self.activation = activation
+        self.activation = ACTIVATIONS[activation]
         self.fc_in = Linear(
             width,
             inner_width,
@@ -227,7 +207,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, t, width] -> [b, t, width]."""
-        return self.fc_out(activate(self.activation, self.fc_in(x)))
+        return self.fc_out(self.activation(self.fc_in(x)))
 
 
 class Block(nnx.Module):
@@ -250,11 +230,12 @@ class Block(nnx.Module):
         for_tpu: bool = False,
         **dtypes: Any,
     ):
-        self.attention_norm = layer_norm(width, epsilon, fast_variance=for_tpu, **dtypes)
+        norm = {"epsilon": epsilon, "use_fast_variance": for_tpu, **dtypes}
+        self.attention_norm = layer_norm(width, **norm)
         self.attention = Attention(
             width, heads, init, causal=causal, implementation=attention, **dtypes
         )
-        self.mlp_norm = layer_norm(width, epsilon, fast_variance=for_tpu, **dtypes)
+        self.mlp_norm = layer_norm(width, **norm)
         self.mlp = Mlp(width, mlp_width, init, activation=activation, **dtypes)
         linear = (self.attention.in_proj, self.attention.out_proj, self.mlp.fc_in, self.mlp.fc_out)
         for layer in linear if for_tpu else ():
@@ -302,25 +283,21 @@ def make_blocks(
 ) -> nnx.List | Block:
     """The blocks of a tower, as `run_blocks` takes them; `settings` are the others of a `Block`.
 
-    Without a fixed number of tokens the kernel for TPUs does not apply.
+    With `execution.scan_layers` one block, its parameters stacked along a new first axis. Without
+    a fixed number of tokens the kernel for TPUs does not apply.
     """
-    attention = execution.attention_kernel(
-        settings["dtype"], width // heads, num_tokens=num_tokens, num_heads=heads
+    attention = attention_implementation(
+        execution.attention,
+        settings["dtype"],
+        width // heads,
+        execution.target,
+        num_tokens=num_tokens,
+        num_heads=heads,
     )
     for_tpu = execution.target is not None and execution.target.platform == "tpu"
     settings = {"attention": attention, "for_tpu": for_tpu, **settings}
     blocks = [Block(width, heads, **settings) for _ in range(layers)]
-    return build_blocks(blocks, scan_layers=execution.scan_layers)
-
-
-def build_blocks(blocks: Sequence[Block], *, scan_layers: bool) -> nnx.List | Block:
-    """The blocks of a tower as `run_blocks` takes them.
-
-    Args:
-        blocks: the layers, equal but for the values of their parameters.
-        scan_layers: make one block of them, its parameters stacked along a new first axis.
-    """
-    if not scan_layers:
+    if not execution.scan_layers:
         return nnx.List(blocks)
     graphdef = nnx.split(blocks[0], nnx.Param)[0]
     states = [nnx.state(block, nnx.Param) for block in blocks]
@@ -339,7 +316,7 @@ def run_blocks(
     """The blocks of a tower, one after the other.
 
     Args:
-        blocks: of `build_blocks`: the layers, run by an unrolled loop; or one block whose
+        blocks: of `make_blocks`: the layers, run by an unrolled loop; or one block whose
             parameters have a leading axis of layers, which `jax.lax.scan` runs.
         x: [b, t, width].
         pooled: int32 [b], the one token of each row that the tower goes on with. In an unrolled

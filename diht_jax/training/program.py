@@ -20,7 +20,7 @@ from diht_jax import sharding
 from diht_jax.input.choices import IMAGE_FIELD, TEXT_FIELD
 from diht_jax.losses.dense import Choice, choose_impl
 from diht_jax.losses.fastclip import initial_means
-from diht_jax.models.attention import TowerAttention, kernel_difference
+from diht_jax.models.attention import TowerAttention, attention_implementation, kernel_difference
 from diht_jax.models.dual_encoder import num_kept_patches
 from diht_jax.models.parameters import lora_of, model_definition
 from diht_jax.models.transformer import Execution
@@ -170,9 +170,11 @@ class TrainProgram:
                 causal=causal,
                 dtype=model.dtype,
                 # Chosen for the whole picture, as the run's last part may drop no patches.
-                kernel=execution.attention_kernel(
+                kernel=attention_implementation(
+                    execution.attention,
                     model.dtype,
                     width // num_heads,
+                    execution.target,
                     num_tokens=num_tokens if name == "text" else arch.num_image_tokens,
                     num_heads=num_heads,
                 ),

@@ -40,6 +40,7 @@ class LoadedModel:
         config: the training config that the model came with.
         image_size: side of the images it takes, in pixels.
         context_length: length of the texts it takes, in tokens.
+        embed_dim: size `d` of the embeddings.
         preprocessing: of the images.
         step: optimiser step of the parameters, or None.
         logit_bias: SigLIP's, learnt with its loss: logits are `logit_scale * similarity +
@@ -60,6 +61,7 @@ class LoadedModel:
         self.config, self.step = model.config, model.step
         self.logit_bias = model.loss_scalars.get(LOGIT_BIAS, 0.0)
         self.image_size, self.context_length = model.arch.image_size, model.arch.context_length
+        self.embed_dim, self._vocab_size = model.arch.embed_dim, model.arch.vocab_size
         self.preprocessing = model.preprocessing
         self._params, self._decoder = model.params, model.decoder
         self._has_tokenizer, self._own_tokenizer = model.has_tokenizer, model.tokenizer
@@ -106,11 +108,6 @@ class LoadedModel:
     def logit_scale(self) -> float:
         """The factor on cosine similarities, after exp."""
         return float(np.exp(np.asarray(self._params["log_logit_scale"], np.float64)))
-
-    @property
-    def embed_dim(self) -> int:
-        """Size `d` of the embeddings."""
-        return self._params["text"]["projection"]["kernel"].shape[1]
 
     def update(self, params: dict[str, Any], step: int | None) -> None:
         """Takes the parameters of another step; same shapes, so nothing is compiled again."""
@@ -255,10 +252,6 @@ class LoadedModel:
             written.append(np.asarray(write(self._params, self._decoder, batch, batch_rows)))
         rows = [tokenizer.decode(row, vocab_size) for part in written for row in part]
         return rows[: len(pixels)]
-
-    @property
-    def _vocab_size(self) -> int:
-        return self._params["text"]["token_embedding"]["embedding"].shape[0]
 
     @property
     def _used_vocab_size(self) -> int:

@@ -106,7 +106,7 @@ class SwagTransformer(nnx.Module):
             epsilon=_EPSILON,
             **dtypes,
         )
-        self.final_norm = layer_norm(arch.width, _EPSILON, **dtypes)
+        self.final_norm = layer_norm(arch.width, epsilon=_EPSILON, **dtypes)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Features of normalised images -> [b, width] in the compute dtype."""

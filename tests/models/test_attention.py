@@ -63,12 +63,18 @@ def test_attention_that_does_not_apply_is_refused(choice, dtype, target, message
 def test_the_step_asks_the_mesh_and_not_this_machine():
     model = load_recipe(REPOSITORY / "configs" / "diht_vitb16.py").model
     mesh = types.SimpleNamespace(devices=np.array([[device("gpu", "9.0", "cuda")]], object))
-    tower = {"dtype": "bfloat16", "head_dim": 64, "num_tokens": 197, "num_heads": 12}
-    assert training_execution(model, mesh).attention_kernel(**tower) == "cudnn"
+
+    def kernel():
+        execution = training_execution(model, mesh)
+        tower = {"num_tokens": 197, "num_heads": 12}
+        choice = execution.attention
+        return attention_implementation(choice, "bfloat16", 64, execution.target, **tower)
+
+    assert kernel() == "cudnn"
     mesh.devices[0, 0] = device("tpu")
-    assert training_execution(model, mesh).attention_kernel(**tower) == "pallas"
+    assert kernel() == "pallas"
     mesh.devices[0, 0] = jax.devices()[0]
-    assert training_execution(model, mesh).attention_kernel(**tower) == "xla"
+    assert kernel() == "xla"
 
 
 def formula(q, k, v, causal):

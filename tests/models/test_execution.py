@@ -75,7 +75,7 @@ def test_layer_norm_in_one_pass_is_the_formulas(ratio, tolerance):
     deviation = np.sqrt(wide.var(axis=1, keepdims=True) + 1e-5)
     expected = (wide - wide.mean(axis=1, keepdims=True)) / deviation
     settings = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
-    found = layer_norm(768, 1e-5, fast_variance=True, **settings)(x)
+    found = layer_norm(768, epsilon=1e-5, use_fast_variance=True, **settings)(x)
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from diht_jax.models.dual_encoder import l2_normalize
 from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.transformer import Execution
 from tests import make
@@ -43,7 +44,8 @@ def lowered(execution: Execution, kept: bool, gradient: bool) -> str:
     def encode(params, images, tokens, patches):
         model = merge_model(definition, params)
         features = model.vision.features(images, kept_patches=patches)
-        return model.embed_features(features), model.encode_text(tokens)
+        image_emb = l2_normalize(model.vision.projection(features))
+        return image_emb, model.encode_text(tokens)
 
     def loss(params, images, tokens, patches):
         image_emb, text_emb = encode(params, images, tokens, patches)

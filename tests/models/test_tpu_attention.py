@@ -17,7 +17,7 @@ from diht_jax.hardware.topologies import get_topology
 from diht_jax.models import transformer
 from diht_jax.models.attention import rotary_positions
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle, vmem_mib
-from diht_jax.models.transformer import Block, BlockInit, build_blocks, run_blocks
+from diht_jax.models.transformer import BlockInit, Execution, make_blocks, run_blocks
 
 # Most of the time of these tests would go into optimising programs that run for milliseconds.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -100,20 +100,20 @@ def tower(attention, *, scan_layers):
     """Two blocks of width 16 with two heads: definition, and the same numbers in either form."""
 
     def build():
-        blocks = [
-            Block(
-                *(16, 2, 32, BlockInit.scaled_by_depth(16, 2)),
-                causal=True,
-                activation="gelu",
-                epsilon=1e-5,
-                attention=attention,
-                dtype=jnp.float32,
-                param_dtype=jnp.float32,
-                rngs=nnx.Rngs(0),
-            )
-            for _ in range(2)
-        ]
-        return build_blocks(blocks, scan_layers=scan_layers)
+        return make_blocks(
+            Execution(scan_layers=scan_layers),
+            *(2, 16, 2),
+            num_tokens=None,
+            mlp_width=32,
+            init=BlockInit.scaled_by_depth(16, 2),
+            causal=True,
+            activation="gelu",
+            epsilon=1e-5,
+            attention=attention,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            rngs=nnx.Rngs(0),
+        )
 
     graphdef, shapes = nnx.split(nnx.eval_shape(build), nnx.Param)
     leaves, structure = jax.tree.flatten(shapes)
