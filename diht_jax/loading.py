@@ -17,11 +17,13 @@ from jax.sharding import Mesh
 
 from diht_jax import sharding
 from diht_jax.config.keys import FLOATS
+from diht_jax.extras.captioning import DECODER
 from diht_jax.models.parameters import TOWERS, fit_model, model_definition
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.initial_parameters import set_architecture, set_inputs
 from diht_jax.training.recipe import default_config, pictures_of
+from diht_jax.training.terms.concepts import HEADS
 from diht_jax.training.workdir.saved_run import (
     checkpoint_root,
     open_tokenizer,
@@ -164,11 +166,11 @@ def read_model(
             arch,
             params,
             name,
-            heads=heads_to_clip(trained.heads),
+            heads=heads_to_clip(trained.learnt.get(HEADS, {})),
             preprocessing=pictures_of(trained.config),
             tokenizer=open_tokenizer(trained.config, folder),
             config=trained.config,
-            decoder=trained.decoder,
+            decoder=trained.learnt.get(DECODER),
             loss_scalars=trained.loss_scalars,
             step=trained.step,
             ema=ema,

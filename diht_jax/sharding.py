@@ -54,19 +54,20 @@ def create_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = Non
         ValueError: the axes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp}
-    free = [name for name, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if any(size == 0 or size < -1 for size in sizes.values()) or len(free) > 1:
+    if min(data, fsdp) < -1 or 0 in (data, fsdp) or data == fsdp == -1:
+        sizes = {"data": data, "fsdp": fsdp}
         raise ValueError(f"config.mesh: expected positive sizes and at most one -1, got {sizes}")
-    if free:
-        sizes[free[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
+    if data == -1:
+        data = len(devices) // fsdp
+    elif fsdp == -1:
+        fsdp = len(devices) // data
+    if data * fsdp != len(devices):
+        sizes = {"data": data, "fsdp": fsdp}
         raise ValueError(
-            f"config.mesh: {sizes} makes {math.prod(sizes.values())} devices, but there are "
+            f"config.mesh: {sizes} makes {data * fsdp} devices, but there are "
             f"{len(devices)}; config.mesh.data=-1 with config.mesh.fsdp=1 fits any number"
         )
-    return Mesh(arrange_devices(devices, sizes["data"], sizes["fsdp"]), BATCH_AXES)
+    return Mesh(arrange_devices(devices, data, fsdp), BATCH_AXES)
 
 
 def arrange_devices(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.ndarray:
@@ -156,16 +157,13 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
                     f"partition rule '{pattern}' has {len(spec)} axes, but '{path}' has shape "
                     f"{tuple(shape)}"
                 )
-            names = [
-                name if name and size % _num_parts(name, mesh) == 0 else None
-                for name, size in zip(spec, shape, strict=True)
-            ]
+            names: list[str | tuple[str, ...] | None] = []
+            for name, size in zip(spec, shape, strict=True):
+                axes = (name,) if isinstance(name, str) else name or ()
+                num_parts = math.prod(map(mesh.shape.get, axes))
+                names.append(name if size % num_parts == 0 else None)
             return PartitionSpec(*names)
     return PartitionSpec()
-
-
-def _num_parts(names: str | tuple[str, ...], mesh: Mesh) -> int:
-    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -84,7 +84,7 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
             except TypeError as error:
                 raise ValueError(f"config key '{name}': {error}") from error
             continue
-        if not _type_matches(value, expected) or not _elements_match(value, default):
+        if not _matches(value, expected, default):
             such_as = f" (such as {default!r})" if default is not None else ""
             raise ValueError(
                 f"config key '{name}': expected {expected.__name__}{such_as:.200}, "
@@ -148,16 +148,8 @@ def _unknown_key_message(name: str, known: list[str]) -> str:
     return f"unknown config key '{name}'; known keys: {', '.join(sorted(siblings or known))}"
 
 
-def _elements_match(value: Any, default: Any) -> bool:
-    if not isinstance(value, list | tuple) or not isinstance(default, list | tuple) or not default:
-        return True
-    kinds = set(map(type, default))
-    return len(kinds) > 1 or all(
-        element is not None and _type_matches(element, *kinds) for element in value
-    )
-
-
-def _type_matches(value: Any, expected: type) -> bool:
+def _matches(value: Any, expected: type, default: Any = None) -> bool:
+    """Returns whether a value is of a type, and its elements of the only type of the default's."""
     if isinstance(value, float) and math.isnan(value):
         return False
     if value is None:
@@ -168,6 +160,9 @@ def _type_matches(value: Any, expected: type) -> bool:
         return isinstance(value, bool) and expected is bool
     if expected is float:
         return isinstance(value, int | float)
-    if expected in (list, tuple):
-        return isinstance(value, list | tuple)
-    return isinstance(value, expected)
+    if expected not in (list, tuple):
+        return isinstance(value, expected)
+    kinds = set(map(type, default or ()))
+    return isinstance(value, list | tuple) and (
+        len(kinds) != 1 or all(x is not None and _matches(x, *kinds) for x in value)
+    )

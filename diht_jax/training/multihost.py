@@ -23,7 +23,6 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from diht_jax.storage import files
 
@@ -128,13 +127,6 @@ def share_from_first(read: Callable[[], bytes]) -> bytes:
     padded = np.zeros(int(gather_texts(str(len(data)))[0]), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
-
-
-def share_for(mesh: Mesh | None) -> Callable[[Callable[[], bytes]], bytes]:
-    """`share_from_first` where a mesh has devices of several processes; else just the call."""
-    if mesh is not None and mesh.is_multi_process:
-        return share_from_first
-    return lambda read: read()
 
 
 def check_same_step(step: int | None) -> None:

@@ -24,7 +24,6 @@ from diht_jax.training.multihost import (
     TemporaryError,
     first_text,
     gather_texts,
-    share_from_first,
     wait_for_all,
 )
 from diht_jax.training.step import TrainState
@@ -110,7 +109,7 @@ class Checkpointer:
         self._saving: int | None = None
         self._failure: SaveError | None = None
         self.restored_dataset: dict[str, Any] = {}
-        self._found = shared_steps(self._root, share_from_first)
+        self._found = shared_steps(self._root)
         # Where there are checkpoints, the manager is opened once it is known which are whole.
         self._manager = None if self._found else self._open()
 

@@ -13,7 +13,6 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import google_crc32c
@@ -30,7 +29,7 @@ from diht_jax.sharding import path_name
 from diht_jax.storage import copies, files
 from diht_jax.storage.stores import is_remote
 from diht_jax.training.monitoring.trackers import replace_file
-from diht_jax.training.multihost import error_chain
+from diht_jax.training.multihost import error_chain, share_from_first
 from diht_jax.training.recipe import default_config
 from diht_jax.training.step import TrainState
 from diht_jax.weights.tokenizer_file import copy_tokenizer, is_copy, read_tokenizer
@@ -200,13 +199,13 @@ def steps_of_run(workdir: str | epath.Path) -> list[int]:
     return finished_steps(checkpoint_root(workdir)) if is_run else []
 
 
-def shared_steps(root: epath.Path, share: Callable[[Callable[[], bytes]], bytes]) -> list[int]:
-    """Like `finished_steps`; for a job, the steps that its first process sees.
+def shared_steps(root: epath.Path) -> list[int]:
+    """Like `finished_steps`, but the steps that the first process of the job sees.
 
     Listings of a network file system may be older on some hosts, and a run that goes on may save
     and remove checkpoints between two looks.
     """
-    return json.loads(share(lambda: json.dumps(finished_steps(root)).encode()))
+    return json.loads(share_from_first(lambda: json.dumps(finished_steps(root)).encode()))
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
@@ -248,8 +247,7 @@ def describe_difference(checks: dict[str, Any], tree: Any, part: str = "") -> st
     if CHECKSUMS not in checks:
         return "its checksums are missing, or of another kind"
     saved = {path: number for path, number in checks[CHECKSUMS].items() if path.startswith(part)}
-    found = tree_checksums(tree)
-    wrong = sorted(p for p in saved.keys() | found.keys() if saved.get(p) != found.get(p))
+    wrong = sorted(dict(saved.items() ^ tree_checksums(tree).items()))
     return f"values differ from what was saved in {', '.join(wrong[:3])}" if wrong else None
 
 

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from diht_jax.storage import copies, files
 from diht_jax.storage.locks import lock_file
 from diht_jax.storage.stores import is_remote, open_system, retry
-from diht_jax.training.multihost import TemporaryError, share_for
+from diht_jax.training.multihost import TemporaryError, share_from_first
 from diht_jax.training.workdir.checkpoint import SaveError
 from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,
@@ -268,7 +268,8 @@ def local_run(
             raise ValueError(f"{url} cannot be read: {error}") from error
 
     # One that goes on may save and remove checkpoints between the looks of two processes.
-    listed = json.loads(share_for(mesh)(read))
+    is_shared = mesh is not None and mesh.is_multi_process
+    listed = json.loads(share_from_first(read) if is_shared else read())
     stored = {int(number): manifest for number, manifest in listed.items()}
     if not stored and url.startswith("gs://"):
         return name

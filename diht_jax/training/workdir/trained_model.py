@@ -11,7 +11,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from diht_jax.extras.captioning import DECODER
 from diht_jax.models.parameters import (
     TOWERS,
     lora_of,
@@ -21,8 +20,6 @@ from diht_jax.models.parameters import (
 )
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.sharding import tree_shardings
-from diht_jax.training.multihost import share_for
-from diht_jax.training.terms.concepts import HEADS
 from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,
     CONFIG_FILE,
@@ -30,6 +27,7 @@ from diht_jax.training.workdir.saved_run import (
     checkpoint_root,
     describe_difference,
     explain_error,
+    finished_steps,
     read_checks,
     read_config,
     read_state,
@@ -49,16 +47,6 @@ class TrainedModel:
     params: dict[str, Any]
     learnt: dict[str, Any]  # what the objective has learnt next to the model
     step: int  # optimiser step of the checkpoint
-
-    @property
-    def heads(self) -> dict[str, Any]:
-        """Concept heads, `{name: {kernel, bias}}`; maybe none."""
-        return self.learnt.get(HEADS, {})
-
-    @property
-    def decoder(self) -> dict[str, Any] | None:
-        """Parameters of the caption decoder, if there is one."""
-        return self.learnt.get(DECODER)
 
     @property
     def loss_scalars(self) -> dict[str, float]:
@@ -96,7 +84,7 @@ def restore_model(
             "config.ema.decay, or load the parameters themselves"
         )
     root = checkpoint_root(workdir)
-    steps = shared_steps(root, share_for(mesh))
+    steps = shared_steps(root) if mesh.is_multi_process else finished_steps(root)
     if not steps or (step is not None and step not in steps):
         wanted = "no finished checkpoint" if step is None else f"no checkpoint of step {step}"
         raise ValueError(f"{root}: {wanted}; steps found: {steps or 'none'}")
