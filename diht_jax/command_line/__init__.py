@@ -59,6 +59,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 # How often an equal warning has come when it is written again, and how many texts are remembered.
 _SHOWN_COUNTS = frozenset(10**power for power in range(16))
 _REMEMBERED_TEXTS = 256
+_LIBRARIES = f"{os.sep}site-packages{os.sep}"  # in the paths of their files
 _LISTED_KEYS = 5
 _HELP = frozenset(("-h", "-?", "-help", "--help", "-helpshort", "--helpshort"))
 # `--config PATH` in the arguments of a command line with zeros between them.
@@ -131,7 +132,7 @@ def _help_or_flags(
     comment_files: Mapping[str, str],
 ) -> list[str]:
     """Answers `--help` and `--config.help`, and exits; else `parse_flags`."""
-    section = _asked_section(argv)
+    section = None if config_defaults is None else _asked_section(argv)
     if section is not None and config_defaults is not None:
         try:
             config = config_defaults()
@@ -182,7 +183,7 @@ def parse_flags(
         if config_defaults is not None:
             given = flags.FLAGS.read_flags_from_files(given, force_gnu=False)
             given = _with_paths(given)
-        if any(re.search(r"(^|=)None$", argument) for argument in given) and config_defaults:
+        if config_defaults is not None and "None" in "".join(given):
             given, unset = take_unset_keys(given, config_defaults())
         sys.argv[:] = given  # ml_collections reads the keys of configs there
         rest = flags.FLAGS(given)
@@ -322,10 +323,8 @@ def _with_flags(message: str) -> str:
 def _log_beside_progress_bars(verbose: bool) -> None:
     if logging.get_verbosity() < logging.INFO and not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
-    handler = _TqdmHandler()
+    handler = _TqdmHandler(verbose)
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    if not verbose:
-        handler.addFilter(_is_ours_or_serious)
     root = python_logging.getLogger()
     logging.use_absl_handler()
     root.removeHandler(logging.get_absl_handler())
@@ -335,17 +334,24 @@ def _log_beside_progress_bars(verbose: bool) -> None:
 class _TqdmHandler(python_logging.Handler):
     """Writes to stderr above the progress bar, not through it.
 
+    Unless `verbose`, what libraries log below a warning is left out: Orbax logs a page at every
+    save.
+
     A warning or an error with the same text as before is written at its 10th, 100th, ... time only,
     with the count: what fails at every step, such as a write to a full disk, must not fill the log.
     """
 
-    def __init__(self):
+    def __init__(self, verbose: bool = False):
         super().__init__()
+        self._verbose = verbose
         self._counts: dict[str, int] = {}
 
     def emit(self, record: python_logging.LogRecord) -> None:
+        is_serious = record.levelno >= python_logging.WARNING
+        if not (is_serious or self._verbose) and _LIBRARIES in record.pathname:
+            return
         try:
-            count = self._count(record)
+            count = self._count(record.getMessage()) if is_serious else 1
             if count not in _SHOWN_COUNTS:
                 return
             # What keys and captions hold must not steer the terminal, nor look like a line of ours.
@@ -354,21 +360,12 @@ class _TqdmHandler(python_logging.Handler):
         except Exception:
             self.handleError(record)
 
-    def _count(self, record: python_logging.LogRecord) -> int:
-        """Counts how often this text has come; 1 for anything but a warning."""
-        if record.levelno < python_logging.WARNING:
-            return 1
-        text = record.getMessage()
+    def _count(self, text: str) -> int:
+        """Counts how often this text has come."""
         count = self._counts[text] = self._counts.pop(text, 0) + 1  # the latest one stands last
         if len(self._counts) > _REMEMBERED_TEXTS:
             del self._counts[next(iter(self._counts))]
         return count
-
-
-def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
-    """Drops what libraries log below a warning: Orbax logs a page at every save."""
-    from_library = f"{os.sep}site-packages{os.sep}" in record.pathname
-    return record.levelno >= python_logging.WARNING or not from_library
 
 
 def set_exit_status(error: BaseException, status: int) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 import ftfy
 import numpy as np
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 CONTEXT_LENGTH = 77
 VOCAB_SIZE = 49_408
@@ -139,8 +139,7 @@ def decode(ids: Iterable[int], vocab_size: int = VOCAB_SIZE) -> str:
             f"ids: expected one row of integers [t], got shape {ids.shape} of {ids.dtype}"
         )
     vocab_size = check_vocab_size(vocab_size)
-    pieces, to_byte = vocabulary(vocab_size), _byte_of_character()
-    text = bytearray()
+    vocab, pieces = vocabulary(vocab_size), []
     for token_id in ids.tolist():
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"ids: expected 0 <= id < {vocab_size}, got {token_id}")
@@ -148,11 +147,9 @@ def decode(ids: Iterable[int], vocab_size: int = VOCAB_SIZE) -> str:
             break
         if token_id == vocab_size - 2:
             continue
-        piece = pieces[token_id]
-        text.extend(to_byte[character] for character in piece.removesuffix(_END_OF_WORD))
-        if piece.endswith(_END_OF_WORD):
-            text.extend(b" ")
-    return text.decode("utf-8", errors="replace").strip()
+        word = vocab[token_id].removesuffix(_END_OF_WORD)
+        pieces += [word] if word == vocab[token_id] else [word, " "]
+    return decoders.ByteLevel().decode(pieces).strip()
 
 
 def clean_text(text: str) -> str:
@@ -201,12 +198,15 @@ def _tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
 
 @functools.cache
 def vocabulary(vocab_size: int = VOCAB_SIZE) -> list[str]:
-    """The vocabulary by id: bytes, bytes that end a word, merges, markers."""
-    characters = list(_byte_of_character())
+    """The vocabulary by id: bytes, bytes that end a word, merges, markers.
+
+    A printable character stands for each byte, those for visible bytes of Latin-1 first.
+    """
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     return [
         *characters,
-        *(character + _END_OF_WORD for character in characters),
-        *("".join(merge) for merge in merges(vocab_size)),
+        *[character + _END_OF_WORD for character in characters],
+        *map("".join, merges(vocab_size)),
         _START_OF_TEXT,
         _END_OF_TEXT,
     ]
@@ -223,17 +223,3 @@ def merges(vocab_size: int = VOCAB_SIZE) -> list[tuple[str, str]]:
         first, second = line.split(" ")
         pairs.append((first, second))
     return pairs
-
-
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    """The printable character that stands for each byte, in the vocabulary's order.
-
-    Visible Latin-1 characters stand for themselves; the other bytes, in order, for the
-    characters from U+0100 on.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in set(visible)]
-    return {chr(byte): byte for byte in visible} | {
-        chr(0x100 + position): byte for position, byte in enumerate(hidden)
-    }

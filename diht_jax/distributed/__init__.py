@@ -67,10 +67,15 @@ def define_flags() -> None:
 
 def start_from_flags(begin: Callable[[int], None] | None = None) -> None:
     """Joins the other processes of the job, if there are any, as the flags or the cluster say."""
-    names = ("coordinator_address", "num_processes", "process_id")
-    names += ("heartbeat_timeout_secs", "start_warning_secs")
-    values: Any = [flags.FLAGS[name].value for name in names]
-    start(*values, begin=begin)
+    given = flags.FLAGS
+    start(
+        given.coordinator_address,
+        given.num_processes,
+        given.process_id,
+        given.heartbeat_timeout_secs,
+        given.start_warning_secs,
+        begin,
+    )
 
 
 def start(
@@ -102,14 +107,14 @@ def start(
         "heartbeat_timeout_seconds": heartbeat_timeout_secs,
         "shutdown_timeout_seconds": SHUTDOWN_TIMEOUT_SECS,
     }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
+    if set(given.values()) == {None}:
         cluster = find_cluster()
         if cluster is None or not _call_roll_of(cluster, start_warning_secs, begin):
             return
         jax.distributed.initialize(**timeouts)
     else:
         if coordinator_address is None or num_processes is None or process_id is None:
+            missing = [name for name, value in given.items() if value is None]
             raise ValueError(
                 f"{', '.join(missing)}: expected together with the others of {', '.join(given)}"
             )

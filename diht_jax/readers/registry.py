@@ -139,7 +139,7 @@ def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
         path, own = _split_options(text)
         given = options | own
         found = _list_path(enter_split(path, given.get("split")), given)
-        for kind in dict.fromkeys(shard.kind for shard in found):
+        for kind in dict.fromkeys(shard.kind for shard in found) if own else ():
             known = _option_names(kind)
             if unknown := own.keys() - {*known, "split"}:
                 raise ValueError(

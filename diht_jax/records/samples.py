@@ -134,7 +134,8 @@ def merge_captions(
         captions: of `pick_captions`.
         stated: the texts as they came, which the kinds are of; None: they are the captions.
     """
-    merged = {name: value for name, value in metadata.items() if name != "captions"}
+    merged = dict(metadata)
+    merged.pop("captions", None)
     if len(captions) > 1:
         merged["captions"] = captions
     kinds = merged.get(_CAPTION_KINDS)
@@ -163,10 +164,10 @@ def take_caption(
     other = None
     if not captions and (other := find_name(metadata, CAPTION_NAMES)) is not None:
         captions = pick_captions(metadata[other])
-    rest = {
-        name: value for name, value in metadata.items() if name not in ("caption", other, "key")
-    }
     stated = metadata.get("captions") or captions[:1]
+    rest = dict(metadata)
+    for name in ("caption", other, "key"):
+        rest.pop(name, None)
     return (captions[0] if captions else None), merge_captions(rest, captions, stated)
 
 

@@ -330,7 +330,7 @@ def make_pair(
     """
     key, members = sample.key, sample.members
     images = [data for extension, data in members if extension in image_extensions]
-    texts = dict(member for member in members if member[0] in TEXT_EXTENSIONS)
+    texts = dict(members)
     names = [extension for extension, _ in members]
     if sample.damaged:
         return Skipped(key, "bad_row", f"the checksum of {', '.join(sample.damaged)} is wrong")

@@ -386,10 +386,6 @@ class RangesFile(io.RawIOBase):
         """Always."""
         return True
 
-    def tell(self) -> int:
-        """The position of the next read."""
-        return self._position
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Moves the position; nothing is read."""
         starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}

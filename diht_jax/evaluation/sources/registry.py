@@ -28,7 +28,7 @@ from diht_jax.evaluation.sources.benchmark_folder import open_benchmark_folder
 from diht_jax.readers import registry
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.schema import Pair
-from diht_jax.storage.stores import is_remote
+from diht_jax.storage.stores import input_size, is_remote
 
 BENCHMARK, ANNOTATIONS = "clip_benchmark", "annotations"
 
@@ -115,7 +115,7 @@ def count_shards(shards: Sequence[SourceShard]) -> int | None:
         count = None if form.count_reads_file else form.count(shard)
         if count is None:
             first = registry.FORMATS[shards[0].kind].count(shards[0])
-            sizes = [shard.identity()["size_bytes"] for shard in shards]
+            sizes = [input_size(shard.path) for shard in shards]
             return None if first is None else round(first * sum(sizes) / max(1, sizes[0]))
         total += count
     return total
