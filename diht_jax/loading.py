@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from diht_jax import sharding
 from diht_jax.config.keys import FLOATS
 from diht_jax.extras.captioning import DECODER
-from diht_jax.models.parameters import TOWERS, fit_model, model_definition
+from diht_jax.models.parameters import TOWERS, ModelDefinition, fit_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.initial_parameters import set_architecture, set_inputs
@@ -118,7 +118,7 @@ def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> L
     section = model.config.model
     # A kernel that a run insisted on need not apply here, but XLA's does everywhere.
     attention = "xla" if section.attention == "xla" else "auto"
-    definition, _ = model_definition(
+    definition = ModelDefinition(
         model.arch, section.dtype, section.param_dtype, Execution(attention=attention)
     )
     placed = dataclasses.replace(

@@ -242,13 +242,13 @@ def write_run(
     import jax
     import orbax.checkpoint as ocp
 
-    from diht_jax.models.parameters import model_definition
+    from diht_jax.models.parameters import ModelDefinition
     from diht_jax.models.zoo import get_architecture
     from diht_jax.training.workdir import saved_run
 
     folder = pathlib.Path(folder)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-    _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+    init_params = ModelDefinition(arch, config.model.dtype, config.model.param_dtype).init_params
     params = jax.jit(init_params)(jax.random.key(seed))
     state = {"params": params | {name: jax.numpy.float32(v) for name, v in scalars.items()}}
     saved_run.write_config(folder, config)

@@ -15,7 +15,7 @@ from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.extras.soups import Ingredient, average_models, greedy_soup
 from diht_jax.loading import load_model, read_model
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.parameters import ModelDefinition
 from diht_jax.weights.export import write_model
 from diht_jax.weights.source import ModelFiles
 from tests import make
@@ -75,7 +75,7 @@ def two_models(tmp_path_factory):
     for seed, (name, arch) in enumerate(
         {"a": ARCH, "b": ARCH, "wide": dataclasses.replace(ARCH, text_mlp_width=128)}.items()
     ):
-        _, init = model_definition(arch, jnp.float32, jnp.float32)
+        init = ModelDefinition(arch, jnp.float32, jnp.float32).init_params
         rng = np.random.default_rng(seed)
         params = jax.tree.map(
             lambda p, rng=rng: 0.1 * rng.standard_normal(p.shape, np.float32),

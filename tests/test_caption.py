@@ -17,7 +17,7 @@ from diht_jax.config import default_config
 from diht_jax.extras.captioning import CaptionDecoder
 from diht_jax.input.transforms import decode_rgb
 from diht_jax.models import get_architecture
-from diht_jax.models.parameters import model_definition, model_parameters
+from diht_jax.models.parameters import ModelDefinition, model_parameters
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats import TFRecordSource, open_source, open_writer
 from diht_jax.records.labels.shards import NO_CONCEPTS
@@ -38,7 +38,8 @@ from tests.records.labels import write_labels
 @pytest.fixture(scope="module")
 def model():
     arch = get_architecture("tiny_32px", {"vision_layers": 1, "context_length": 6})
-    definition, init = model_definition(arch, jnp.float32, jnp.float32)
+    definition = ModelDefinition(arch, jnp.float32, jnp.float32)
+    init = definition.init_params
     decoder = model_parameters(CaptionDecoder(arch, 1, rngs=nnx.Rngs(params=jax.random.key(1))))
     config = default_config()
     config.model.dtype = "float32"

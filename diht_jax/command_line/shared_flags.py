@@ -96,10 +96,13 @@ def task_defaults() -> dict[str, Any]:
     """Arguments of `parse_tasks` other than the tasks, from the flags."""
     from diht_jax.evaluation.protocols.base import parse_templates, read_class_names
 
+    found: dict[str, Any] = {}
     parsers = {"class_names": read_class_names, "templates": parse_templates}
-    parsers["caption_template"] = str
-    given = {name: flags.FLAGS[name].value for name in parsers if name in flags.FLAGS}
-    return {name: parsers[name](text) for name, text in given.items() if text is not None}
+    for name in ("class_names", "templates", "caption_template"):
+        text: Any = flags.FLAGS[name].value if name in flags.FLAGS else None
+        if text is not None:
+            found[name] = parsers[name](text) if name in parsers else text
+    return found
 
 
 def define_job_array_flags() -> None:

@@ -103,7 +103,24 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def load_rgb(image: Image.Image) -> Image.Image:
     """The pixels of what `open_image` opened, as `decode_rgb` gives them; its errors, too."""
     _load_pixels(image)
-    return _to_rgb(image)
+    # A broken EXIF block does not concern the picture, which is shown as it is stored.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    try:
+        if image.mode.startswith("I;16") or image.mode == "I":
+            return _scale_sixteen_bits(image)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no fixed range")
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            canvas = Image.new("RGB", rgba.size, _WHITE)
+            canvas.paste(rgba, mask=rgba.getchannel("A"))
+            return canvas
+        return image.convert("RGB")
+    except (ValueError, OSError) as error:
+        raise ImageError(
+            "unreadable", f"cannot convert {image.format} mode {image.mode} to RGB ({error})"
+        ) from None
 
 
 def check_readable(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
@@ -123,7 +140,7 @@ def check_readable(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, i
         image.draft(None, (1, 1))
     _load_pixels(image)
     if image.mode not in _PLAIN_MODES:
-        _to_rgb(image)
+        load_rgb(image)
     return name, width, height
 
 
@@ -135,27 +152,6 @@ def _load_pixels(image: Image.Image) -> None:
     except Exception as error:
         raise ImageError(
             "unreadable", f"cannot decode the {image.format} image ({_describe(error)})"
-        ) from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # A broken EXIF block does not concern the picture, which is shown as it is stored.
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
-    try:
-        if image.mode.startswith("I;16") or image.mode == "I":
-            return _scale_sixteen_bits(image)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no fixed range")
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            canvas = Image.new("RGB", rgba.size, _WHITE)
-            canvas.paste(rgba, mask=rgba.getchannel("A"))
-            return canvas
-        return image.convert("RGB")
-    except (ValueError, OSError) as error:
-        raise ImageError(
-            "unreadable", f"cannot convert {image.format} mode {image.mode} to RGB ({error})"
         ) from None
 
 

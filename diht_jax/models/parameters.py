@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -87,18 +87,6 @@ def _make_graphdef(definition: ModelDefinition) -> nnx.GraphDef:
     """The static half of the NNX model; kept, as it takes the time of building the model."""
     abstract = nnx.eval_shape(lambda: definition.build(jax.random.key(0), definition.execution))
     return nnx.split(abstract, nnx.Param)[0]
-
-
-def model_definition(
-    arch: Architecture,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-    execution: Execution | None = None,
-    lora: Lora | None = None,
-) -> tuple[ModelDefinition, Callable[[jax.Array], dict[str, Any]]]:
-    """All of a model but its parameters, and a function that draws these from a key."""
-    definition = ModelDefinition(arch, dtype, param_dtype, execution or Execution(), lora)
-    return definition, definition.init_params
 
 
 def model_parameters(model: nnx.Module) -> dict[str, Any]:

@@ -261,7 +261,9 @@ def local_output(path: str | os.PathLike[str]) -> Generator[pathlib.Path]:
     try:
         with naming_output(path):
             yield temporary
-            commit(temporary, path)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())  # all of it is on the disk before it has its name
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -283,16 +285,6 @@ def remove_temporary_files(folder: str, wanted: Callable[[str], bool]) -> None:
         found = _TEMPORARY.fullmatch(name)
         if found and wanted(found[1]):
             remove(join(folder, name))
-
-
-def commit(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Gives a local file its final name once all of it is on the disk."""
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, path)
 
 
 def upload(path: str | os.PathLike[str], url: str) -> None:

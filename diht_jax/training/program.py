@@ -22,7 +22,7 @@ from diht_jax.losses.dense import Choice, choose_impl
 from diht_jax.losses.fastclip import initial_means
 from diht_jax.models.attention import TowerAttention, attention_implementation, kernel_difference
 from diht_jax.models.dual_encoder import num_kept_patches
-from diht_jax.models.parameters import lora_of, model_definition
+from diht_jax.models.parameters import ModelDefinition, lora_of
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import get_architecture
 from diht_jax.records.schema import CONCEPT_FIELDS
@@ -86,14 +86,14 @@ class TrainProgram:
         self.arch = get_architecture(config.model.name, config.model.overrides.to_dict())
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
         self.optimizer = create_optimizer(optimizer_config(config), self.schedule, self.mesh)
-        self.definition, init_params = model_definition(
+        self.definition = ModelDefinition(
             self.arch,
             config.model.dtype,
             config.model.param_dtype,
             Execution(attention=config.model.attention),
             lora=lora_of(config.lora),
         )
-        self.init_params = with_objective_parameters(init_params, config, self.arch)
+        self.init_params = with_objective_parameters(self.definition.init_params, config, self.arch)
         self.num_labels, self.teacher_width = label_sizes(config)
         self.pair_ids = needs_pair_ids(config)
         self.num_means = num_record_means(config)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from diht_jax.models.parameters import model_definition, parameter_shapes
+from diht_jax.models.parameters import ModelDefinition, parameter_shapes
 from diht_jax.models.zoo import Architecture
 
 _SHOWN = 30  # names of one kind in a message: a setting of another model makes thousands of them
@@ -309,7 +309,7 @@ def heads_to_clip(heads: Mapping[str, Any]) -> dict[str, np.ndarray]:
 @functools.lru_cache(maxsize=4)
 def our_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Path in our tree -> shape."""
-    _, init = model_definition(arch, jnp.float32, jnp.float32)
+    init = ModelDefinition(arch, jnp.float32, jnp.float32).init_params
     return parameter_shapes(jax.eval_shape(init, jax.random.key(0)))
 
 

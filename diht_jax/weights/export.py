@@ -27,7 +27,7 @@ from jax import export
 
 from diht_jax.data.tokenizer import SMALLEST_VOCAB, check_vocab_size, merges
 from diht_jax.input import transforms
-from diht_jax.models.parameters import merge_model, model_definition
+from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
@@ -238,7 +238,7 @@ def write_stablehlo(output: pathlib.Path, model: ModelFiles, dtype: str) -> None
     """
     arch, mean, std = model.arch, model.preprocessing.mean, model.preprocessing.std
     # XLA's attention is the one that every platform has.
-    definition, _ = model_definition(arch, "float32", dtype, Execution(attention="xla"))
+    definition = ModelDefinition(arch, "float32", dtype, Execution(attention="xla"))
     stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), model.params)
 
     def encode_image(images):

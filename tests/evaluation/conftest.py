@@ -5,7 +5,7 @@ import pytest
 
 from diht_jax import sharding
 from diht_jax.config import default_config
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.source import ModelFiles
@@ -20,7 +20,8 @@ def tiny_model() -> LoadedModel:
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
     arch = get_architecture(config.model.name)
-    definition, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+    definition = ModelDefinition(arch, config.model.dtype, config.model.param_dtype)
+    init_params = definition.init_params
     mesh = sharding.create_mesh(data=-1, fsdp=1)
     assert mesh.size == 8
     params = jax.device_put(jax.jit(init_params)(jax.random.key(0)), sharding.replicated(mesh))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from diht_jax.models import Architecture, DualEncoder, get_architecture, l2_normalize
 from diht_jax.models.dual_encoder import choose_patches
-from diht_jax.models.parameters import merge_model, model_definition, model_parameters
+from diht_jax.models.parameters import ModelDefinition, merge_model, model_parameters
 from diht_jax.weights.clip_layout import from_clip
 from tests import make
 from tests.weights.conftest import open_clip_config
@@ -62,7 +62,7 @@ def test_parameter_counts_are_those_of_open_clip(name):
 def test_initialisation_has_the_spread_of_open_clips():
     # Wide enough that a standard deviation is known to a few percent.
     arch = dataclasses.replace(SMALL, vision_layers=3, text_layers=3)
-    ours = jax.jit(model_definition(arch, jnp.float32, jnp.float32)[1])(jax.random.key(1))
+    ours = jax.jit(ModelDefinition(arch, jnp.float32, jnp.float32).init_params)(jax.random.key(1))
     theirs = from_clip(numpy_state(open_clip_model(arch)), arch)
     flat = {
         jax.tree_util.keystr(path): (np.asarray(a), np.asarray(b))
@@ -81,12 +81,13 @@ def test_initialisation_has_the_spread_of_open_clips():
 
 
 def test_compute_dtype_is_apart_from_parameter_dtype():
-    definition, init = model_definition(SMALL, jnp.bfloat16, jnp.float32)
+    definition = ModelDefinition(SMALL, jnp.bfloat16, jnp.float32)
+    init = definition.init_params
     params = init(jax.random.key(0))
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
     half = merge_model(definition, params)
-    full = merge_model(model_definition(SMALL, jnp.float32, jnp.float32)[0], params)
+    full = merge_model(ModelDefinition(SMALL, jnp.float32, jnp.float32), params)
     assert half.vision.features(images).dtype == jnp.bfloat16
     assert half.encode_image(images).dtype == jnp.float32
     difference = np.abs(half.encode_image(images) - full.encode_image(images)).max()
@@ -101,7 +102,8 @@ def test_patch_dropout_keeps_a_random_subset_of_each_image():
     assert len({tuple(sorted(row)) for row in kept}) > 1
     assert choose_patches(jax.random.key(0), 2, 16, 0.99).shape == (2, 1)
 
-    definition, init = model_definition(SMALL, jnp.float32, jnp.float32)
+    definition = ModelDefinition(SMALL, jnp.float32, jnp.float32)
+    init = definition.init_params
     model = merge_model(definition, init(jax.random.key(0)))
     images = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
     features = model.vision.features(images, kept_patches=jnp.asarray(kept))

@@ -12,8 +12,8 @@ from flax import nnx
 from diht_jax.models.attention import Target
 from diht_jax.models.layers import POLICIES, Linear
 from diht_jax.models.parameters import (
+    ModelDefinition,
     merge_model,
-    model_definition,
 )
 from diht_jax.models.transformer import Execution, layer_norm
 from tests import make
@@ -31,7 +31,8 @@ ARCH = make.small_architecture(
 )
 # Optimising the program would take most of the test, and does not move its memory.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-DEFINITION, INIT = model_definition(ARCH, jnp.float32, jnp.float32)
+DEFINITION = ModelDefinition(ARCH, jnp.float32, jnp.float32)
+INIT = DEFINITION.init_params
 
 
 @functools.cache

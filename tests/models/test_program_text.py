@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from diht_jax.models.dual_encoder import l2_normalize
-from diht_jax.models.parameters import merge_model, model_definition
+from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
 from tests import make
 
@@ -35,7 +35,8 @@ DIGESTS = {
 
 def lowered(execution: Execution, kept: bool, gradient: bool) -> str:
     """The text of the embeddings' program, or of the gradient of a loss on them."""
-    definition, init = model_definition(ARCH, jnp.bfloat16, jnp.float32, execution)
+    definition = ModelDefinition(ARCH, jnp.bfloat16, jnp.float32, execution)
+    init = definition.init_params
     params = jax.eval_shape(init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((4, 12), jnp.int32)

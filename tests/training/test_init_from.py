@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from diht_jax.loading import load_model
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.initial_parameters import bind_architecture
 from diht_jax.training.loop import train
@@ -58,7 +58,7 @@ def architecture_of(config) -> Architecture:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A weight directory of `OTHER`, and its parameters."""
-    _, init = model_definition(OTHER, "float32", "float32")
+    init = ModelDefinition(OTHER, "float32", "float32").init_params
     params = jax.tree.map(np.asarray, init(jax.random.key(3)))
     folder = tmp_path_factory.mktemp("weights") / "model"
     write_model(folder, "safetensors", ModelFiles(OTHER, params, "drawn"), card="")
@@ -90,7 +90,7 @@ def test_a_run_starts_as_the_model_and_goes_on_without_it(recipe, weights, tmp_p
 
 def test_adapters_on_the_texts_of_siglip_leave_its_images_and_begin_at_its_bias(config, tmp_path):
     arch = dataclasses.replace(OTHER, **SIGLIP)
-    _, init = model_definition(arch, "float32", "float32")
+    init = ModelDefinition(arch, "float32", "float32").init_params
     params = jax.tree.map(np.asarray, init(jax.random.key(3)))
     drawn = ModelFiles(arch, params, "drawn", loss_scalars={"logit_bias": -7.5})
     write_model(tmp_path / "siglip", "huggingface", drawn, card="")

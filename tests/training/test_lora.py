@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import diht_jax
-from diht_jax.models.parameters import Lora, lora_of, merge_model, model_definition
+from diht_jax.models.parameters import Lora, ModelDefinition, lora_of, merge_model
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.loop import train
 from diht_jax.training.program import TrainProgram
@@ -26,7 +26,7 @@ def weights(make_config, tmp_path_factory):
     """A weight directory of the runs' architecture, and its parameters."""
     model = make_config().model
     arch = get_architecture(model.name, model.overrides.to_dict())
-    _, init = model_definition(arch, "float32", "float32")
+    init = ModelDefinition(arch, "float32", "float32").init_params
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda p: (0.1 * rng.standard_normal(p.shape) + (p.ndim == 0)).astype(np.float32),
@@ -98,7 +98,7 @@ def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
     config.model.overrides.vocab_size = 64
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     draw = jax.random.key(0)
-    plain, _ = model_definition(arch, "float32", "float32")
+    plain = ModelDefinition(arch, "float32", "float32")
     assert TrainProgram(config, 5).definition == plain and lora_of(config.lora) is None
     config.lora.rank = 2
     adapted = TrainProgram(config, 5).definition
@@ -113,7 +113,8 @@ def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
 def test_an_adapted_layer_adds_alpha_over_rank_times_its_product(rank, alpha):
     arch = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1, "vocab_size": 64})
     lora = Lora(rank, alpha, ("text",), ("fc_in",))
-    definition, init = model_definition(arch, "float32", "float32", lora=lora)
+    definition = ModelDefinition(arch, "float32", "float32", lora=lora)
+    init = definition.init_params
     params = jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(0)))
     layer = params["text"]["blocks"]["0"]["mlp"]["fc_in"]
     rng = np.random.default_rng(0)

@@ -15,12 +15,13 @@ from diht_jax.data import tokenizer
 from diht_jax.extras.captioning import CaptionDecoder, merge_decoder
 from diht_jax.input.transforms import normalize
 from diht_jax.models import get_architecture
-from diht_jax.models.parameters import merge_model, model_definition, model_parameters
+from diht_jax.models.parameters import ModelDefinition, merge_model, model_parameters
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.source import ModelFiles
 
 ARCH = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1})
-GRAPHDEF, INIT = model_definition(ARCH, jnp.float32, jnp.float32)
+GRAPHDEF = ModelDefinition(ARCH, jnp.float32, jnp.float32)
+INIT = GRAPHDEF.init_params
 
 
 def loaded(num_devices, batch_size=16, decoder=None):

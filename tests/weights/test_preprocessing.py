@@ -12,7 +12,7 @@ from data_prep.steps.models import Encoder
 from diht_jax import load_model
 from diht_jax.input.transforms import Preprocessing, eval_transform, normalize
 from diht_jax.loading import read_model
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.loop import train
 from diht_jax.training.workdir.saved_run import read_config
@@ -114,7 +114,7 @@ def arch():
 def model(arch, tmp_path_factory):
     """A directory of transformers' layout whose pictures are squashed."""
     folder = tmp_path_factory.mktemp("weights") / "model"
-    _, init = model_definition(arch, "float32", "float32")
+    init = ModelDefinition(arch, "float32", "float32").init_params
     params = jax.tree.map(np.asarray, init(jax.random.key(3)))
     drawn = ModelFiles(arch, params, "drawn", preprocessing=PICTURES)
     write_model(folder, "huggingface", drawn, card="")

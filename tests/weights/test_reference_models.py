@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diht_jax.models.parameters import merge_model, model_definition
+from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES
 from diht_jax.weights import clip_layout, open_clip_layout
@@ -40,7 +40,7 @@ def check(reference, model, name, arch, images, tokens):
     assert open_clip_layout.read_architecture(config, name) == arch
     tensors = {key: value.numpy() for key, value in model.state_dict().items()}
     params = clip_layout.from_clip(tensors, arch)
-    definition, _ = model_definition(arch, jnp.float32, jnp.float32, Execution(scan_layers=True))
+    definition = ModelDefinition(arch, jnp.float32, jnp.float32, Execution(scan_layers=True))
 
     @jax.jit
     def embed(params, pixels, tokens):

@@ -19,7 +19,7 @@ from data_prep.teachers import clip
 from diht_jax import load_model
 from diht_jax.data import tokenizer
 from diht_jax.export import export_model
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair, Record
@@ -294,7 +294,7 @@ def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
     overrides = {"vocab_size": 400, "context_length": LENGTH}
     config = make.tiny_config()
     arch = get_architecture("tiny_32px", config.model.overrides.to_dict() | overrides)
-    _, init = model_definition(arch, "float32", "float32")
+    init = ModelDefinition(arch, "float32", "float32").init_params
     params = jax.tree.map(np.asarray, init(jax.random.key(0)))
     made = read_tokenizer(xlm, "canonicalize")
     folder = tmp_path / "out"

@@ -175,7 +175,8 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds at least one text: float32 [n, d], in order."""
-        return encode_texts(self.model.encode_text, texts, self.batching)
+        batches = encode_text_batches(self.model.encode_text, texts, self.batching)
+        return np.concatenate(list(batches))
 
     def _embed_share(self, describe: Callable[[Pair], Any]) -> tuple[list[_Row], np.ndarray]:
         """This process's entries, and the embeddings of the usable ones."""
@@ -227,15 +228,6 @@ def _merge_shares(
     chosen = [index_of[row.order] for row in found if row.reason is None]
     embedded = [image_emb for _, image_emb in shares if len(image_emb)]
     return found, np.concatenate(embedded)[chosen] if embedded else np.zeros((0, 0), np.float32)
-
-
-def encode_texts(
-    encode_text: Callable[[Sequence[str]], np.ndarray],
-    texts: Sequence[str],
-    batching: Batching | None = None,
-) -> np.ndarray:
-    """Embeds at least one text: float32 [n, d], in order; see `encode_text_batches`."""
-    return np.concatenate(list(encode_text_batches(encode_text, texts, batching)))
 
 
 def encode_text_batches(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diht_jax.evaluation.embedding.encoding import Batching, Encoder, encode_texts
+from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.embedding.entries import Entry
 from diht_jax.evaluation.embedding.inputs import (
     PICTURES,
@@ -162,10 +162,10 @@ def _embed_part(
     """Writes the file of a part and then its statistics, which it returns."""
     start = time.perf_counter()
     batching = Batching(options.batch_size, options.num_threads)
+    encoder = Encoder(model, entries, batching)
     columns: dict[str, np.ndarray] = {}
     notes, dropped, dropped_keys = [], collections.Counter(), []
     if "image" in options.modalities:
-        encoder = Encoder(model, entries, batching)
         encoded = encoder.images(lambda pair: (pair.key, pair.caption), allow_empty=True)
         notes, dropped, dropped_keys = encoded.notes, encoded.dropped, encoded.dropped_keys
         columns["image_emb"] = encoded.image_emb.reshape(len(notes), model.embed_dim)
@@ -178,7 +178,7 @@ def _embed_part(
     if "text" in options.modalities:
         texts = [options.caption_template.replace("{caption}", caption) for _, caption in notes]
         no_text = np.zeros((0, model.embed_dim), np.float32)
-        encoded_texts = encode_texts(model.encode_text, texts, batching) if texts else no_text
+        encoded_texts = encoder.texts(texts) if texts else no_text
         columns["text_emb"] = encoded_texts
     columns = {name: value.astype(options.dtype) for name, value in columns.items()}
     path = f"{stem}-{part:05d}"

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import Batching, Encoder, UnusablePair, encode_texts
+from diht_jax.evaluation.embedding.encoding import Encoder, UnusablePair
 from diht_jax.evaluation.protocols.base import (
     CLASS_NAMES,
     TEMPLATES,
@@ -157,7 +157,7 @@ def _choose(
     for number, text in enumerate(texts):
         by_text[text].append(number)
     distinct = list(by_text)
-    batching, model = encoder.batching, encoder.model
+    batching = encoder.batching
     at_once = max(1, batching.batch_size // len(choices))
     starts = range(0, len(distinct), at_once)
     hidden = not batching.progress or len(starts) < 2
@@ -166,7 +166,7 @@ def _choose(
         part = distinct[start : start + at_once]
         prompts = [fill(text, choice) for text in part for choice in choices]
         prompts += [""] * (at_once * len(choices) - len(prompts))  # one shape: compiled once
-        text_emb = encode_texts(model.encode_text, prompts, Batching(batching.batch_size))
+        text_emb = encoder.texts(prompts)
         for index, text in enumerate(part):
             own = text_emb[index * len(choices) : (index + 1) * len(choices)]
             best = (image_emb[by_text[text]] @ own.T).argmax(axis=1)

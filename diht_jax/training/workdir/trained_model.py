@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from diht_jax.models.parameters import (
     TOWERS,
+    ModelDefinition,
     lora_of,
     merge_adapters,
-    model_definition,
     parameter_shapes,
 )
 from diht_jax.models.zoo import Architecture, get_architecture
@@ -93,9 +93,9 @@ def restore_model(
     try:
         arch = get_architecture(config.model.name, config.model.overrides.to_dict())
         lora = lora_of(config.lora)
-        _, init_params = model_definition(
+        init_params = ModelDefinition(
             arch, config.model.dtype, config.model.param_dtype, lora=lora
-        )
+        ).init_params
         shapes = parameter_shapes(jax.eval_shape(init_params, jax.random.key(0)))
     except (ValueError, TypeError) as error:
         raise ValueError(
