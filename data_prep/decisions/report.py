@@ -74,16 +74,12 @@ class Funnel:
             counted once, at the first stage that drops it.
         text_spotting: what was done to find text: "read", "gated", "no_run"; of the gated
             "audited", and of these "missed".
-        read: pairs that came in; by default those of `outcomes`.
+        read: pairs that came in.
     """
 
     outcomes: Mapping[tuple[str, str | None], int]
     text_spotting: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    read: int = -1
-
-    def __post_init__(self) -> None:
-        if self.read < 0:
-            self.read = sum(self.outcomes.values())
+    read: int = 0
 
     @property
     def kept(self) -> int:
@@ -242,7 +238,7 @@ class _Sums:
             order = [("count", "descending"), ("name", "ascending")]
             rows = _sum(tables, "name").sort_by(order).slice(0, _MAX_NAMES).to_pydict()
             measures["names"][kind][side] = dict(zip(*rows.values(), strict=True))
-        return Funnel(outcomes, spotting), dict(sorted(formats.items())), measures
+        return Funnel(outcomes, spotting, outcomes.total()), dict(sorted(formats.items())), measures
 
     def _count(self) -> None:
         """Counts the rows that wait; a score that a part did not record is null there."""

@@ -150,7 +150,7 @@ def run_tasks(
     if not tasks:
         return
     queue = _Queue(tasks)
-    with _Progress(len(tasks), label) as progress:
+    with contextlib.closing(_Progress(len(tasks), label)) as progress:
         pool = _open_pool(function, num_workers, len(tasks), timeout_secs, ray, progress.add)
         try:
             while queue.fill(pool):
@@ -271,10 +271,8 @@ class _Progress:
         self._bar = ProgressBar(total=num_tasks, desc=label, unit="shard", dynamic_ncols=True)
         self._start_secs = self._drawn_secs = self._heard_secs = time.monotonic()
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Ends the bar."""
         self.refresh(is_due=True)
         self._bar.close()
 

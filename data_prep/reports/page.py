@@ -225,7 +225,7 @@ def _score_sections(report: Report) -> list[dict[str, Any]]:
 def _names(names: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[tuple[str, list]]:
     lists = []
     for kind, side in itertools.product(NAMES, (KEPT, DROPPED)):
-        order = sorted(names[kind][side].items(), key=lambda item: (-item[1], item[0]))[:_LISTED]
+        order = collections.Counter(names[kind][side]).most_common(_LISTED)
         rows = [
             [name, f"{count:,}", bar(count / order[0][1], 80, "k" if side == KEPT else "d")]
             for name, count in order

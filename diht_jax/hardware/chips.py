@@ -35,7 +35,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
 GIB = 1 << 30
@@ -188,7 +188,7 @@ def _live(jaxpr: Jaxpr) -> Jaxpr:
     )
 
 
-def _count_equation(eqn: JaxprEqn) -> FlopCount:
+def _count_equation(eqn: Any) -> FlopCount:
     name = eqn.primitive.name
     if name in _RULES:
         return _RULES[name](eqn)
@@ -208,32 +208,28 @@ def _count_equation(eqn: JaxprEqn) -> FlopCount:
     is_floating = any(dtype is not None and jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
     is_counted = is_floating and name not in _MOVES
     if is_counted and name.startswith(_READERS):
-        return FlopCount(flops=_array(eqn.invars[0]).size)
+        return FlopCount(flops=eqn.invars[0].aval.size)
     if is_counted and not inner:
-        return FlopCount(flops=sum(_array(variable).size for variable in eqn.outvars))
+        return FlopCount(flops=sum(variable.aval.size for variable in eqn.outvars))
     return sum(map(count_jaxpr_flops, inner), FlopCount())
 
 
-def _array(variable: Any) -> Any:
-    """Shape and size of a variable or literal that is an array."""
-    return variable.aval
-
-
-def _dot_general(eqn: JaxprEqn) -> FlopCount:
-    left = _array(eqn.invars[0])
+def _dot_general(eqn: Any) -> FlopCount:
+    left = eqn.invars[0].aval
     (contracted, _), _ = eqn.params["dimension_numbers"]
     depth = math.prod(left.shape[axis] for axis in contracted)
-    return _products(2 * _array(eqn.outvars[0]).size * depth)
+    flops = 2 * eqn.outvars[0].aval.size * depth
+    return FlopCount(flops, flops)
 
 
-def _convolution(eqn: JaxprEqn) -> FlopCount:
+def _convolution(eqn: Any) -> FlopCount:
     """Every output element sums over the window and its group's input channels.
 
     A convolution's gradients are convolutions over padded or dilated inputs; the zeros put in
     there cost nothing, so the smallest of the three equivalent counts is the true one: output,
     input or kernel elements, each times what it meets.
     """
-    image, kernel, out = map(_array, (*eqn.invars[:2], *eqn.outvars))
+    image, kernel, out = (variable.aval for variable in (*eqn.invars[:2], *eqn.outvars))
     spec = eqn.params["dimension_numbers"]
     window = math.prod(kernel.shape[axis] for axis in spec.rhs_spec[2:])
     channels_in, channels_out = kernel.shape[spec.rhs_spec[1]], kernel.shape[spec.rhs_spec[0]]
@@ -241,47 +237,45 @@ def _convolution(eqn: JaxprEqn) -> FlopCount:
     positions_out = math.prod(out.shape[axis] for axis in spec.out_spec[2:])
     examples = out.shape[spec.out_spec[0]]
     pairs = min(positions_out * window, positions_in * window, positions_in * positions_out)
-    return _products(2 * examples * channels_in * channels_out * pairs)
-
-
-def _products(flops: int) -> FlopCount:
+    flops = 2 * examples * channels_in * channels_out * pairs
     return FlopCount(flops, flops)
 
 
-def _scan(eqn: JaxprEqn) -> FlopCount:
+def _scan(eqn: Any) -> FlopCount:
     return count_jaxpr_flops(eqn.params["jaxpr"]) * eqn.params["length"]
 
 
-def _cond(eqn: JaxprEqn) -> FlopCount:
+def _cond(eqn: Any) -> FlopCount:
     return max(
         (count_jaxpr_flops(branch) for branch in eqn.params["branches"]), key=lambda w: w.flops
     )
 
 
-def _shard_map(eqn: JaxprEqn) -> FlopCount:
+def _shard_map(eqn: Any) -> FlopCount:
     sizes = dict(eqn.params["mesh"].shape)
     num_devices = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
     return count_jaxpr_flops(eqn.params["jaxpr"]) * num_devices
 
 
-def _pallas_call(eqn: JaxprEqn) -> FlopCount:
+def _pallas_call(eqn: Any) -> FlopCount:
     estimate = eqn.params["cost_estimate"]
     if estimate is not None:  # without what the kernel multiplies by zeros
         return FlopCount(estimate.flops + estimate.transcendentals, estimate.flops)
     return count_jaxpr_flops(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
 
 
-def _cudnn_attention(num_products: int) -> Callable[[JaxprEqn], FlopCount]:
+def _cudnn_attention(num_products: int) -> Callable[[Any], FlopCount]:
     """Counts `num_products` of 2 b h t s d each, for queries [b, t, h, d] and keys [b, s, h, d]."""
 
-    def rule(eqn: JaxprEqn) -> FlopCount:
-        (batch, queries, heads, depth), (_, keys, _, _) = (_array(v).shape for v in eqn.invars[:2])
-        return _products(num_products * 2 * batch * heads * queries * keys * depth)
+    def rule(eqn: Any) -> FlopCount:
+        (batch, queries, heads, depth), (_, keys, _, _) = (v.aval.shape for v in eqn.invars[:2])
+        flops = num_products * 2 * batch * heads * queries * keys * depth
+        return FlopCount(flops, flops)
 
     return rule
 
 
-_RULES: dict[str, Callable[[JaxprEqn], FlopCount]] = {
+_RULES: dict[str, Callable[[Any], FlopCount]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
     "scan": _scan,

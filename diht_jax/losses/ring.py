@@ -137,11 +137,6 @@ class Ring:
         return cls(objective, axes, math.prod(sizes), group, images, texts)
 
     @property
-    def num_pairs(self) -> int:
-        """N, of the global batch."""
-        return self.num_devices * self.texts.num_rows
-
-    @property
     def num_rounds(self) -> int:
         """Groups of devices, and so blocks of texts that a device meets."""
         return self.num_devices // self.group

@@ -147,8 +147,9 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
             lambda one, other: _merge(objective, one, other, scalars),
             [at(parts, member) for member in range(ring.group)],
         )
+    num_pairs = ring.num_devices * ring.texts.num_rows
     finish = functools.partial(
-        objective.finish, positives=positives, scalars=scalars, num_pairs=ring.num_pairs
+        objective.finish, positives=positives, scalars=scalars, num_pairs=num_pairs
     )
     image_losses, image_slopes = finish(image_statistics)
     text_losses, text_slopes = finish(text_statistics)
@@ -223,11 +224,8 @@ _ring_loss.defvjp(_forward, _backward)
 
 def _scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
     """The slopes of a loss that is multiplied by a factor."""
-    scaled = {
-        name: jax.tree.map(lambda slope: slope * factor, getattr(slopes, name))
-        for name in ("positive", "negative", "scalars", "equal")
-    }
-    return slopes._replace(**scaled)
+    scaled = jax.tree.map(lambda slope: slope * factor, slopes._replace(offsets=()))
+    return scaled._replace(offsets=slopes.offsets)
 
 
 def _tile_slopes(

@@ -245,8 +245,10 @@ def _decode_bytes(fields: Any, name: str, key: str) -> bytes:
 def has_sample_fields(fields: Mapping[str, Any]) -> bool:
     """Whether a `tf.train.Example` has the layout of img2dataset rather than ours."""
     # A user's column may be called "image" as well, but ours has no `txt`.
+    if IMAGE in fields and _TEXT not in fields:
+        return False
     has_image = any(_single_bytes(fields, name) is not None for name in IMAGE_EXTENSIONS)
-    return (has_image or _TEXT in fields) if IMAGE not in fields else has_image and _TEXT in fields
+    return has_image or IMAGE not in fields and _TEXT in fields
 
 
 def _read_sample_fields(fields: Mapping[str, Any]) -> Record:

@@ -5,6 +5,7 @@ Only the first process of a job writes.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import io
@@ -228,8 +229,20 @@ class WallTime:
     def _add_earlier(self, workdir: str | epath.Path, start_step: int) -> None:
         """Takes over what was, with the steps after `start_step` as lost."""
         rows = [row for row in read_metrics(workdir) if _WALL_SECS + "step" in row]
-        found = self._read()
-        if found is not None:
+        found, problem = None, "it is damaged"
+        try:
+            found = parse_checked_object(self._path.read_bytes(), needs_checksum=True)
+        except FileNotFoundError:
+            problem = ""
+        except Exception as error:  # of a store
+            problem = str(error)
+        if not found and problem:
+            logging.warning(
+                "%s cannot be read (%s): times are counted on from the last line of metrics.jsonl",
+                self._path,
+                problem,
+            )
+        if found:
             self._secs, self._starts = _known(found["secs"]), found["starts"] + 1
         elif rows:
             self._secs, self._starts = _known(rows[-1], _WALL_SECS), 2
@@ -239,23 +252,6 @@ class WallTime:
             again = max(0.0, self._secs[use] - at_start[use])
             self._secs[use] -= again
             self._secs["lost"] += again
-
-    def _read(self) -> dict[str, Any] | None:
-        """The file's contents; None where there is none that can be read."""
-        try:
-            found = parse_checked_object(self._path.read_bytes(), needs_checksum=True)
-            problem = None if found else "it is damaged"
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # of a store
-            found, problem = None, str(error)
-        if problem:
-            logging.warning(
-                "%s cannot be read (%s): times are counted on from the last line of metrics.jsonl",
-                self._path,
-                problem,
-            )
-        return found
 
     @contextlib.contextmanager
     def during(self, use: str) -> Generator[None]:
@@ -298,7 +294,7 @@ class WallTime:
         """Says what the time was spent on, and keeps it for the next start."""
         self.save()
         total = sum(self._secs.values())
-        shares = sorted(self._secs.items(), key=lambda item: -item[1])
+        shares = collections.Counter(self._secs).most_common()
         logging.info(
             "wall time %s in %d start%s: %s",
             datetime.timedelta(seconds=round(total)),
