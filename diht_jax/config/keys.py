@@ -73,14 +73,6 @@ class Key:
     # The hosts of a job may have different values, such as paths of their own.
     per_host: bool = False
 
-    def initial(self) -> Any:
-        """The default as an entry of a `ConfigDict`, which shares nothing with other configs."""
-        if not isinstance(self.default, type):
-            return copy.deepcopy(self.default)
-        if issubclass(self.default, TextOrSections):
-            return self.default.reference()
-        return placeholder(self.default)
-
 
 COUNT = Range(1)
 NOT_NEGATIVE = Range(0)
@@ -332,7 +324,13 @@ def build_config(keys: Mapping[str, Any]) -> ml_collections.ConfigDict:
             if part not in section:
                 section[part] = ml_collections.ConfigDict()
             section = section[part]
-        section[last] = (key if isinstance(key, Key) else Key(key)).initial()
+        default = key.default if isinstance(key, Key) else key
+        if not isinstance(default, type):
+            section[last] = copy.deepcopy(default)  # configs share nothing
+        elif issubclass(default, TextOrSections):
+            section[last] = default.reference()
+        else:
+            section[last] = placeholder(default)
     return config
 
 

@@ -144,8 +144,11 @@ def fit_model(
     context_length: int | None = None,
 ) -> tuple[dict[str, Any], Architecture]:
     """Parameters and sizes of a model for images or texts of another size; None keeps its own."""
-    sizes = {"image_size": image_size, "context_length": context_length}
-    fitted = dataclasses.replace(arch, **{k: v for k, v in sizes.items() if v is not None})
+    fitted = dataclasses.replace(
+        arch,
+        image_size=arch.image_size if image_size is None else image_size,
+        context_length=arch.context_length if context_length is None else context_length,
+    )
     if fitted == arch:
         return params, arch
     return fit_positions(params, fitted.num_patches, fitted.context_length), fitted

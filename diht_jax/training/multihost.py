@@ -74,8 +74,8 @@ def check_same(text: str, describe: Callable[[list[str], str], str]) -> None:
             from the first one, such as "1, 3".
     """
     texts = gather_texts(text)
-    others = [str(number) for number, other in enumerate(texts) if other != texts[0]]
-    if others:
+    if len(set(texts)) > 1:
+        others = [str(number) for number, other in enumerate(texts) if other != texts[0]]
         raise ValueError(describe(texts, ", ".join(others)))
 
 

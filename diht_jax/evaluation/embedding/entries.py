@@ -108,7 +108,7 @@ class Entries:
         )
         bar: dict[str, Any] = {"desc": self._name, "unit": " images", "disable": not progress}
         if progress and isinstance(self._units, Units):
-            known = [n for n in (self._units.count_entries(), self.limit) if n is not None]
+            known: set[Any] = {self._units.count_entries(), self.limit} - {None}
             bar["total"] = -(-min(known) // count) if known else None
         yield from ProgressBar(itertools.islice(own, self.limit), **bar)
 
