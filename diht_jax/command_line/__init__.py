@@ -351,7 +351,13 @@ class _TqdmHandler(python_logging.Handler):
         if not (is_serious or self._verbose) and _LIBRARIES in record.pathname:
             return
         try:
-            count = self._count(record.getMessage()) if is_serious else 1
+            count = 1
+            if is_serious:
+                message = record.getMessage()
+                # The latest one stands last.
+                count = self._counts[message] = self._counts.pop(message, 0) + 1
+                if len(self._counts) > _REMEMBERED_TEXTS:
+                    del self._counts[next(iter(self._counts))]
             if count not in _SHOWN_COUNTS:
                 return
             # What keys and captions hold must not steer the terminal, nor look like a line of ours.
@@ -359,13 +365,6 @@ class _TqdmHandler(python_logging.Handler):
             tqdm.write(text + (f" ({count:,} times so far)" if count > 1 else ""), file=sys.stderr)
         except Exception:
             self.handleError(record)
-
-    def _count(self, text: str) -> int:
-        """Counts how often this text has come."""
-        count = self._counts[text] = self._counts.pop(text, 0) + 1  # the latest one stands last
-        if len(self._counts) > _REMEMBERED_TEXTS:
-            del self._counts[next(iter(self._counts))]
-        return count
 
 
 def set_exit_status(error: BaseException, status: int) -> None:

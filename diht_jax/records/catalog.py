@@ -147,9 +147,12 @@ def _find(
     kind = kind or _shared_kind(files)
     found = []
     for entry, sizes in files:
-        meant = (p for p in sizes if kind_of(p) == kind or (p == entry and not is_remote(p)))
-        found.append((entry, {path: sizes[path] for path in sorted(meant)}))
-        if not found[-1][1]:
+        own = {}
+        for path in sorted(sizes):
+            if kind_of(path) == kind or (path == entry and not is_remote(path)):
+                own[path] = sizes[path]
+        found.append((entry, own))
+        if not own:
             raise ShardsNotFoundError(
                 f"no {_NOUNS[kind]} at '{entry}'; expected a file, a folder of "
                 f"*{SUFFIXES[kind]} files or a glob that matches some"

@@ -7,6 +7,7 @@ runs there. No data, no checkpoints and no measuring here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -209,24 +210,17 @@ class TrainProgram:
         mesh = self.mesh
         check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
         execution = training_execution(config.model, mesh)
-        definition = dataclasses.replace(self.definition, execution=execution)
-
-        def _step(
-            state: TrainState, batch: dict[str, jax.Array]
-        ) -> tuple[TrainState, dict[str, jax.Array]]:
-            return train_step(
-                state,
-                batch,
-                definition=definition,
-                optimizer=self.optimizer,
-                schedule=self.schedule,
-                mesh=mesh,
-                config=config,
-            )
-
+        step = functools.partial(
+            train_step,
+            definition=dataclasses.replace(self.definition, execution=execution),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            mesh=mesh,
+            config=config,
+        )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         out_shardings = (shardings, sharding.replicated(mesh))
-        return jax.jit(_step, donate_argnums=0, out_shardings=out_shardings)
+        return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def check_micro_batch(micro_batch: int | None, batch_size: int, num_devices: int) -> None:

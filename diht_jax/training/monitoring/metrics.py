@@ -126,8 +126,7 @@ def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
 
 def mean_scalars(measured: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
     """Means over steps of the step's metrics; waits for the device."""
-    rows = jax.device_get(list(measured))
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return jax.tree.map(lambda *values: float(np.mean(values)), *jax.device_get(list(measured)))
 
 
 def flatten_results(results: Mapping[str, object], prefix: str = "") -> dict[str, float]:
