@@ -210,13 +210,14 @@ class ParameterGather:
         prefix = f"{tower}/blocks/0/"
         if all(axis is None for name, axis in self._axes.items() if name.startswith(prefix)):
             return None
-        return functools.partial(self._gather, prefix=prefix)
+        return functools.partial(self, prefix=prefix)
 
-    def outside_blocks(self, params: dict[str, Any]) -> dict[str, Any]:
-        """All parameters, with those that belong to no block of a tower made whole."""
-        return self._gather(params, prefix="")
+    def __call__(self, params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        """All parameters, with those that belong to no block of a tower made whole.
 
-    def _gather(self, tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        With the `prefix` of a block, such as "vision/blocks/0/", the parameters of that block.
+        """
+
         def gather(path, shard):
             name = prefix + path_name(path)
             if not prefix and _OF_BLOCK.match(name):
@@ -227,7 +228,7 @@ class ParameterGather:
             dtype = shard.dtype if any(part in name for part in _NOT_CAST) else self._dtype
             return _gather_axis(shard, axis, jnp.dtype(dtype))
 
-        return jax.tree_util.tree_map_with_path(gather, tree)
+        return jax.tree_util.tree_map_with_path(gather, params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -292,7 +292,7 @@ def encode_examples(
     Returns:
         `image_emb` and `text_emb`, float32 [b, d], L2-normalised; losses of terms, float32 [b].
     """
-    params = gather.outside_blocks(params) if gather else params
+    params = gather(params) if gather else params
     model = merge_model(definition, params)
     reads_tokens = any(term.reads_image_tokens for term in terms)
     seen = (model.vision.tokens if reads_tokens else model.vision.features)(
