@@ -183,10 +183,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Makes global arrays of the local parts of a batch (first axis: this process's examples)."""
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharding), batch)
 
 
 class ParameterGather:

@@ -101,7 +101,8 @@ class TrainProgram:
 
     def create_state(self) -> TrainState:
         """The state before the first step; no device ever holds more than its part."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        shapes = jax.eval_shape(self._draw_state, np.uint32(0))
+        shardings = sharding.tree_shardings(shapes, self.mesh)
         # As a Python int it would be an int32, which half of the seeds exceed.
         return jax.jit(self._draw_state, out_shardings=shardings)(np.uint32(self.config.seed))
 
