@@ -72,9 +72,9 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
     Raises:
         ValueError: an unknown key (names the nearest known one) or a value of another type.
     """
-    known = dict(walk(defaults))
-    check_names(walk(config), defaults)
-    for name, (value, _) in walk(config).items():
+    known, found = walk(defaults), walk(config)
+    check_names(found, defaults)
+    for name, (value, _) in found.items():
         if name not in known:  # inside a `TextOrSections`
             continue
         default, expected = known[name]

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import normalizers, processors
 
-from diht_jax.data.tokenizer import check_text, check_texts, clean_text, repair_text
+from diht_jax.data.tokenizer import check_text, check_texts, repair_text
 
 CLEANINGS = ("none", "whitespace", "lower", "canonicalize")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -88,9 +88,9 @@ class FileTokenizer:
     def _cleaned(self, text: str) -> str:
         if self.clean == "none":
             return text
-        if self.clean == "lower":
-            return clean_text(text)
         text = repair_text(text)
+        if self.clean == "lower":
+            return text.lower()
         if self.clean == "canonicalize":
             text = " ".join(text.replace("_", " ").translate(_PUNCTUATION).lower().split())
         return text

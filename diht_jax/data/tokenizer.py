@@ -75,7 +75,7 @@ def tokenize(
     vocab_size = check_vocab_size(vocab_size)
     ids = np.zeros((len(texts), context_length), np.int32)
     for row, text in enumerate(texts):
-        cleaned = clean_text(check_text(text, row, context_length))
+        cleaned = repair_text(check_text(text, row, context_length)).lower()
         words = _encode_words(cleaned, vocab_size)[: context_length - 2]
         ids[row, : len(words) + 2] = [vocab_size - 2, *words, vocab_size - 1]
     return ids
@@ -152,13 +152,8 @@ def decode(ids: Iterable[int], vocab_size: int = VOCAB_SIZE) -> str:
     return decoders.ByteLevel().decode(pieces).strip()
 
 
-def clean_text(text: str) -> str:
-    """CLIP's cleaning: `ftfy`, HTML unescaped twice, whitespace collapsed, lower-cased."""
-    return repair_text(text).lower()
-
-
 def repair_text(text: str) -> str:
-    """CLIP's cleaning without the lower case."""
+    """CLIP's cleaning but the lower case: `ftfy`, HTML unescaped twice, whitespace collapsed."""
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split())  # nothing to repair, nor to unescape
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())

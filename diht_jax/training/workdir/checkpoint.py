@@ -33,7 +33,6 @@ from diht_jax.training.workdir.saved_run import (
     CORRUPT_DIRECTORY,
     DATA_ITEM,
     STATE_ITEM,
-    absolute_path,
     checkpoint_root,
     describe_difference,
     explain_error,
@@ -100,7 +99,6 @@ class Checkpointer:
             best: knows the best step, whose checkpoint stays as well; it may learn of later ones.
             dataset: what the data look like, JSON-able; kept in every checkpoint.
         """
-        self._workdir = absolute_path(workdir)
         self._root = checkpoint_root(workdir)
         self._keep_last = keep_last
         self._keep_steps = [] if keep_step is None else [keep_step]
@@ -280,7 +278,7 @@ class Checkpointer:
             )
 
     def _set_aside(self, step: int, problem: str, instead: int) -> None:
-        folder = self._workdir / CORRUPT_DIRECTORY
+        folder = self._root.parent / CORRUPT_DIRECTORY
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if "://" in os.fspath(folder):

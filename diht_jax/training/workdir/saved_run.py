@@ -210,12 +210,7 @@ def shared_steps(root: epath.Path) -> list[int]:
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
     """Folder of a run's checkpoints; absolute, as Orbax wants it."""
-    return absolute_path(workdir) / CHECKPOINT_DIRECTORY
-
-
-def absolute_path(workdir: str | epath.Path) -> epath.Path:
-    """The path from the root of its file system; URLs are so already."""
-    path = epath.Path(workdir)
+    path = epath.Path(workdir) / CHECKPOINT_DIRECTORY
     return path if "://" in os.fspath(path) else path.absolute()
 
 
