@@ -21,7 +21,7 @@ from diht_jax.losses.concepts import concept_losses_in_chunks
 from diht_jax.losses.objective import Parameters, Term
 from diht_jax.models.dual_encoder import find_end_of_text
 from diht_jax.models.layers import ATTENTION_OUT, POLICIES, QKV, Linear, checkpointed
-from diht_jax.models.parameters import model_parameters
+from diht_jax.models.parameters import ParameterKeys, model_parameters
 from diht_jax.models.transformer import Attention, BlockInit, Mlp, layer_norm, normal_init
 from diht_jax.models.zoo import Architecture
 
@@ -49,7 +49,7 @@ class Captioning(Term):
     def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
         """The decoder; see `CaptionDecoder`."""
         decoder = CaptionDecoder(
-            self.arch, self.section.layers, param_dtype=dtype, rngs=nnx.Rngs(params=key)
+            self.arch, self.section.layers, param_dtype=dtype, rngs=ParameterKeys(key)
         )
         return {DECODER: model_parameters(decoder)}
 
@@ -294,7 +294,7 @@ def merge_decoder(
             layers,
             remat=remat,
             dtype=dtype,
-            rngs=nnx.Rngs(params=jax.random.key(0)),
+            rngs=ParameterKeys(0),
         )
     )
     return nnx.merge(nnx.split(abstract, nnx.Param)[0], nnx.restore_int_paths(params))

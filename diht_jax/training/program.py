@@ -98,17 +98,19 @@ class TrainProgram:
         self.num_labels, self.teacher_width = label_sizes(config)
         self.pair_ids = needs_pair_ids(config)
         self.num_means = num_record_means(config)
+        # One function object: JAX traces it once, for the shapes and for the values.
+        self._draw = self._draw_state
 
     def create_state(self) -> TrainState:
         """The state before the first step; no device ever holds more than its part."""
-        shapes = jax.eval_shape(self._draw_state, np.uint32(0))
+        shapes = jax.eval_shape(self._draw, np.uint32(0))
         shardings = sharding.tree_shardings(shapes, self.mesh)
         # As a Python int it would be an int32, which half of the seeds exceed.
-        return jax.jit(self._draw_state, out_shardings=shardings)(np.uint32(self.config.seed))
+        return jax.jit(self._draw, out_shardings=shardings)(np.uint32(self.config.seed))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
-        shapes = jax.eval_shape(self._draw_state, np.uint32(0))
+        shapes = jax.eval_shape(self._draw, np.uint32(0))
         return jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
             shapes,

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from diht_jax.models.parameters import parameter_shapes
+from diht_jax.models.parameters import ParameterKeys, parameter_shapes
 from diht_jax.models.transformer import (
     BlockInit,
     Execution,
@@ -137,7 +137,7 @@ def swag_definition(
         stacked along a first axis of layers. Nothing is computed, however large it is.
     """
     model = nnx.eval_shape(
-        lambda: SwagTransformer(arch, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(params=0))
+        lambda: SwagTransformer(arch, dtype=jnp.dtype(dtype), rngs=ParameterKeys(0))
     )
     graphdef, state = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(state)

@@ -10,7 +10,12 @@ from flax import nnx
 
 from diht_jax.models import Architecture, DualEncoder, get_architecture, l2_normalize
 from diht_jax.models.dual_encoder import choose_patches
-from diht_jax.models.parameters import ModelDefinition, merge_model, model_parameters
+from diht_jax.models.parameters import (
+    ModelDefinition,
+    ParameterKeys,
+    merge_model,
+    model_parameters,
+)
 from diht_jax.weights.clip_layout import from_clip
 from tests import make
 from tests.weights.conftest import open_clip_config
@@ -52,11 +57,16 @@ def test_parameter_counts_are_those_of_open_clip(name):
 
     with torch.device("meta"):
         reference = open_clip.model.CLIP(**open_clip.get_model_config(OPEN_CLIP_NAMES[name]))
-    abstract = nnx.eval_shape(lambda: DualEncoder(get_architecture(name), rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: DualEncoder(get_architecture(name), rngs=ParameterKeys(0)))
     count = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(model_parameters(abstract)))
     assert count == sum(p.numel() for p in reference.parameters())
     if name == "diht_vitb32_224px":
         assert count == 151_277_313
+
+
+def test_parameters_are_drawn_by_the_keys_of_flax():
+    rngs, keys = nnx.Rngs(params=7), ParameterKeys(7)
+    assert [keys.params() == rngs.params() for _ in range(3)] == [True] * 3
 
 
 def test_initialisation_has_the_spread_of_open_clips():

@@ -110,13 +110,15 @@ def test_a_stage_goes_on_in_the_data_where_the_one_before_has_stopped(straight, 
         np.testing.assert_array_equal(seen, tokenize(captions, length, VOCABULARY))
 
 
-def stop_at_borders(monkeypatch, count, length):
-    """Stops runs in the last step of each stage and in the first one of the next.
+def stop_at_borders(monkeypatch, count, length, after=(0, 1)):
+    """Stops runs behind each border of two stages, after so many steps of the next one.
+
+    With 0, that is after the last step of a stage.
 
     Returns the stages of the steps, which come in as these are made.
     """
     take, steps = Run.next_batch, []
-    stops = [border * length + step for border in range(1, count) for step in (0, 1)]
+    stops = [border * length + step for border in range(1, count) for step in after]
 
     def one_step(run, stop_request):
         steps.append(run.config.stage.number)
@@ -148,9 +150,10 @@ def test_debug_forms_train_through_stops_at_each_border(
     stages = [load_recipe(name, f"debug=True,stage={number}") for number in numbers]
     for config in stages:
         config.data.train = str(labelled)
-    steps = stop_at_borders(monkeypatch, count, length=4)
+        config.model.overrides.update(vision_layers=1, text_layers=1)
+    steps = stop_at_borders(monkeypatch, count, length=4, after=(1,))
     run = functools.partial(train, devices=jax.devices()[:1])
-    for _ in range(2 * (count - 1)):
+    for _ in range(count - 1):
         with pytest.raises(Stopped):
             train_stages(run, stages, str(tmp_path))
     train_stages(run, stages, str(tmp_path))
