@@ -154,14 +154,6 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
     return loss
 
 
-def optimizer_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The section `optimizer`, with the multipliers of the terms' parameters at the end."""
-    section = config.optimizer.copy_and_resolve_references()
-    for term in active_terms(config):
-        section.multipliers = (*section.multipliers, *term.multipliers)
-    return section
-
-
 def total_loss(
     encoded: dict[str, Float[Array, "N ..."]],
     params: Parameters,

@@ -29,10 +29,10 @@ from diht_jax.models.zoo import get_architecture
 from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.training.multihost import first_text
 from diht_jax.training.objective import (
+    active_terms,
     label_sizes,
     needs_pair_ids,
     num_record_means,
-    optimizer_config,
     with_objective_parameters,
 )
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
@@ -86,7 +86,10 @@ class TrainProgram:
             raise ValueError("config.evaluation.use_ema needs config.ema.decay, such as 0.9999")
         self.arch = get_architecture(config.model.name, config.model.overrides.to_dict())
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
-        self.optimizer = create_optimizer(optimizer_config(config), self.schedule, self.mesh)
+        section = config.optimizer.copy_and_resolve_references()
+        for term in active_terms(config):
+            section.multipliers = (*section.multipliers, *term.multipliers)
+        self.optimizer = create_optimizer(section, self.schedule, self.mesh)
         self.definition = ModelDefinition(
             self.arch,
             config.model.dtype,

@@ -319,5 +319,5 @@ class LoadedModel:
             padded = np.pad(chunk, [(0, padding)] + [(0, 0)] * (chunk.ndim - 1))
             # By global index: with several processes each puts the rows of its own devices.
             yield jax.make_array_from_callback(
-                padded.shape, self._batch_sharding, lambda index, rows=padded: rows[index]
+                padded.shape, self._batch_sharding, padded.__getitem__
             )
