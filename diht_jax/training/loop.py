@@ -92,7 +92,8 @@ def train(
         opened = opening.open_workdir(workdir, config.checkpoint.staging)
         workdir = stack.enter_context(opened)
         # All hosts take part, also one whose own `init_from` is missing: it is compared below.
-        config = check_together(bind_architecture, config, workdir, set_keys)
+        bind = bind_architecture if config.model.init_from else lambda config, *_: config
+        config = check_together(bind, config, workdir, set_keys)
         config = check_together(bind_data, config)
         config = check_together(opening.bind_order, config, workdir)
         opening.check_hosts_share_config(config)
