@@ -93,8 +93,11 @@ class Funnel:
         """
         found: dict[str, dict[str, int]] = {}
         for stage, reasons in stage_reasons().items():
-            met = [reason for reason in reasons if (stage, reason) in self.outcomes]
-            found[stage] = {reason: self.outcomes[stage, reason] for reason in met}
+            found[stage] = {
+                reason: self.outcomes[stage, reason]
+                for reason in reasons
+                if (stage, reason) in self.outcomes
+            }
         for stage, reason in sorted(self.outcomes, key=str):
             if stage != KEPT and reason is not None:
                 found.setdefault(stage, {}).setdefault(reason, self.outcomes[stage, reason])

@@ -178,7 +178,7 @@ def _encode_words(text: str, vocab_size: int) -> list[int]:
 
 @functools.cache
 def _tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
-    ids = {piece: token_id for token_id, piece in enumerate(vocabulary(vocab_size))}
+    ids = dict(zip(vocabulary(vocab_size), range(vocab_size), strict=True))
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocab=ids, merges=merges(vocab_size), end_of_word_suffix=_END_OF_WORD)
     )

@@ -251,22 +251,19 @@ class Sample(NamedTuple):
     damaged: list[str]  # names of the members whose contents are not those of their checksum
 
 
-def _sample_limit(extension: str) -> int | None:
-    """The bytes up to which members of a sample are worth reading; 0 for those only named."""
-    # An extension of several parts ("mask.png") makes it another kind of member, but still one to
-    # be named.
-    if extension.rpartition(".")[2] not in _SIZE_LIMITS:
-        return None
-    return _SIZE_LIMITS.get(extension, 0)
-
-
-def size_limit(name: str, limit_of: Callable[[str], int | None] = _sample_limit) -> int | None:
+def size_limit(name: str, limit_of: Callable[[str], int | None] | None = None) -> int | None:
     """The bytes up to which a member is worth reading, by its name; None where it is no part.
 
-    `limit_of` gives the same of an extension (lower case, maybe empty or of several parts).
+    0 for one that is only named. `limit_of` gives the same of an extension (lower case, maybe empty
+    or of several parts); without it, images and texts are parts.
     """
     stem, extension = _split_name(name)
-    return limit_of(extension) if stem else None
+    if stem and limit_of is not None:
+        return limit_of(extension)
+    if not stem or extension.rpartition(".")[2] not in _SIZE_LIMITS:
+        return None
+    # An extension of several parts ("mask.png") makes it another kind of member.
+    return _SIZE_LIMITS.get(extension, 0)
 
 
 def is_image(name: str) -> bool:

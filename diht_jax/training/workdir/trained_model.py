@@ -46,12 +46,8 @@ class TrainedModel:
     # where that was asked for.
     params: dict[str, Any]
     learnt: dict[str, Any]  # what the objective has learnt next to the model
+    loss_scalars: dict[str, float]  # of these what the loss has learnt, such as `logit_bias`
     step: int  # optimiser step of the checkpoint
-
-    @property
-    def loss_scalars(self) -> dict[str, float]:
-        """What the loss has learnt, such as SigLIP's `logit_bias`."""
-        return {k: float(v) for k, v in self.learnt.items() if getattr(v, "ndim", None) == 0}
 
 
 def is_run(name: str) -> bool:
@@ -113,11 +109,13 @@ def restore_model(
         raise ValueError(
             f"{directory / STATE_ITEM} cannot be read: {explain_error(error)}; steps found: {steps}"
         ) from None
+    learnt = {name: value for name, value in found.items() if name not in parts}
     return TrainedModel(
         config=config,
         arch=arch,
         params=merge_adapters(params, lora),
-        learnt={name: value for name, value in found.items() if name not in parts},
+        learnt=learnt,
+        loss_scalars={k: float(v) for k, v in learnt.items() if getattr(v, "ndim", None) == 0},
         step=step,
     )
 
