@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import math
+import operator
 import os
 import platform
 import struct
@@ -226,7 +227,7 @@ class SampleLog:
         chosen = self._chosen.setdefault(outcome, [])
         data = f"{self._seed}\n{sample.key}\n{sample.caption}".encode("utf-8", "replace")
         entry = order + hashlib.blake2b(data, digest_size=8).hexdigest(), sample.key
-        place = bisect.bisect(chosen, entry, key=lambda known: known[:2])
+        place = bisect.bisect(chosen, entry, key=operator.itemgetter(0, 1))
         if place >= self._most:
             return
         chosen.insert(place, (*entry, sample))

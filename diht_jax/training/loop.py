@@ -102,7 +102,7 @@ def train(
             check_together(check_stage, config, workdir)
         with without_memory_is_lasting(lambda: False):
             run = Run(config, workdir, devices, began)
-        stack.push(run.close_after)
+        stack.push(run.close)
         stop_request.listen()
         with without_memory_is_lasting(lambda: run.has_finished_step):
             state = run.loop(stop_after_steps, stop_request)
@@ -325,17 +325,15 @@ class Run:
         if best_metric in measured:
             self.best.values[int(self.state.step)] = measured[best_metric]
 
-    def close_after(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Closes, but not after an error in a job of several processes.
+    def close(self, error_type: type[BaseException] | None = None, *_: object) -> None:
+        """Finishes the checkpoints and ends the workers, as the end of a context.
 
-        The error may be that another process is gone: to wait for it would take minutes.
+        Not after an error in a job of several processes: it may be that another one is gone, and
+        to wait for it would take minutes.
         """
         self.writer.has_failed = error_type not in (None, Stopped)
-        if jax.process_count() == 1 or not self.writer.has_failed:
-            self.close()
-
-    def close(self) -> None:
-        """Finishes the checkpoints and ends the workers."""
+        if jax.process_count() > 1 and self.writer.has_failed:
+            return
         with contextlib.ExitStack() as stack:  # one that fails does not keep the others open
             stack.callback(self.wall_time.close)
             stack.enter_context(self.wall_time.during("checkpoint"))
