@@ -337,7 +337,8 @@ def _describe_output(
             description=f"Image-text pairs of {config.input}, by data_prep.filter.",
             file_format=tfds_name,
         )
-    if not config.metadata_only and all(is_indexable(output["file"]) for output in outputs):
+    paths = [files.join(folder, output["file"]) for output in outputs]
+    if not config.metadata_only and all(map(is_indexable, paths)):
         update_index(folder)
     merged = {
         "config": filter_config.record_settings(config),

@@ -28,9 +28,11 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
+from diht_jax.data.index import update_index
 from diht_jax.evaluation.embedding.files import check_settings
 from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.records.catalog import find_shards
+from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats import open_source, open_writer
 from diht_jax.records.samples import (
@@ -165,8 +167,11 @@ def caption_shards(
         missing = [target for target in own if not pathlib.Path(target).exists()]
         logging.info("%d shards, of which %d are there", len(own), len(own) - len(missing))
         if missing:
+            (output / INDEX_NAME).unlink(missing_ok=True)
             sources = [targets[target] for target in missing]
             _write_shards(model, sources, missing, options, num_threads)
+    if all(map(os.path.exists, targets)):  # the last job of an array
+        update_index(output)
 
 
 def _write_shards(

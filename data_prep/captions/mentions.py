@@ -77,6 +77,7 @@ class ConceptLog:
             arrays[f"{kind}_names"] = np.frombuffer("\n".join(counts).encode(), np.uint8)
             arrays[f"{kind}_lengths"] = np.array([len(row) for row in rows], np.uint16)
             arrays[f"{kind}_ids"] = np.array(list(itertools.chain(*rows)), np.int32)
+        arrays["shard"] = _encode_name(path)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         files.write_bytes(os.fspath(path), buffer.getvalue())
@@ -110,6 +111,7 @@ def read_mentions(
             text = file[f"{kind}_names"].tobytes().decode()
             lengths = file[f"{kind}_lengths"].astype(np.int64)
             ids = file[f"{kind}_ids"].astype(np.int64)
+            is_own = "shard" not in file or np.array_equal(file["shard"], _encode_name(path))
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} is missing: it lists what the captions of {shard} name; write the shard again "
@@ -118,11 +120,20 @@ def read_mentions(
     except _DAMAGE as error:
         if is_storage_failure(error):
             raise
-        raise ValueError(f"{path}: not a whole concept file ({error}); filter again") from error
+        raise ValueError(
+            f"{path}: not a whole concept file ({error!s:.200}); filter again"
+        ) from error
+    if not is_own:
+        raise ValueError(f"{path}: the concept file of another shard; filter again")
     names = text.split("\n") if text else []
     if lengths.sum() != len(ids) or (len(ids) and ids.max() >= len(names)):
         raise ValueError(f"{path}: its parts do not belong together; filter again")
     return names, lengths, ids
+
+
+def _encode_name(path: str | os.PathLike[str]) -> np.ndarray:
+    """The name of a file: that of another shard is not taken for this one's."""
+    return np.frombuffer(os.fsencode(os.path.basename(path)), np.uint8)
 
 
 def _clean(names: Iterable[str]) -> frozenset[str]:

@@ -211,7 +211,8 @@ def _check_scans(found: Survey, folder: str) -> dict[str, str]:
             check_columns(unit.output, folder, stats["output"]["digest"])
         except ValueError as error:
             files.remove(unit.stats_path)
-            failures[str(unit.source)] = f"{unit.output}: {error}; run the command again"
+            where = f"{unit.output}: {error}, by {os.path.basename(unit.stats_path)}"
+            failures[str(unit.source)] = f"{where}; run the command again"
     return failures
 
 

@@ -91,10 +91,18 @@ def find_shard_files(folder: str) -> dict[_Shard, list[str]]:
             f"it ({type(error).__name__}: {error})"
         ) from error
     found: dict[_Shard, list[str]] = {shard: [] for shard in shards}
-    for name in files.list_names(folder):
-        match = re.fullmatch(r"embeddings-(\d{5,})-.*\.(npz|parquet)", name)
-        if match and int(match[1]) < len(shards):
-            found[shards[int(match[1])]].append(files.join(folder, name))
+    names = files.list_names(folder)
+    for name in names:
+        match = re.fullmatch(r"(embeddings-(\d{5,})-.*)\.(npz|parquet|json)", name)
+        if not match or int(match[2]) >= len(shards):
+            continue
+        if match[3] != "json":
+            found[shards[int(match[2])]].append(files.join(folder, name))
+        elif {f"{match[1]}.npz", f"{match[1]}.parquet"}.isdisjoint(names):
+            path = files.join(folder, match[1])
+            raise ValueError(
+                f"{path}.npz: missing, though {path}.json describes it; run diht_jax.embed again"
+            )
     return found
 
 
@@ -105,10 +113,17 @@ def _identify(shard: Mapping[str, Any]) -> _Shard:
 
 def _refuse_unfinished(paths: Sequence[str]) -> None:
     """Raises ValueError unless a shard has all of its parts, by the `.json` that each has."""
-    stated = [files.read_object(f"{path.rpartition('.')[0]}.json") for path in paths]
-    last = (stated or [None])[-1] or {}
-    is_whole = None not in stated and last.get("is_last") and last.get("part") == len(paths) - 1
-    if any(stated) and not is_whole:
+    described = [f"{path.rpartition('.')[0]}.json" for path in paths]
+    stated = list(map(files.read_object, described))
+    if not any(stated):
+        return
+    for number, (path, found) in enumerate(zip(described, stated, strict=True)):
+        if found is None or found.get("part") != number:
+            raise ValueError(
+                f"{path}: missing, damaged, or not of part {number} of its shard; delete it and "
+                "run diht_jax.embed to its end"
+            )
+    if not (stated[-1] or {}).get("is_last"):
         raise ValueError(
             f"{paths[-1]}: not all parts of this shard are there; run diht_jax.embed to its end"
         )

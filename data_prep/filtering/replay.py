@@ -80,6 +80,7 @@ class Replay:
         Raises:
             ValueError: the folder is not finished.
         """
+        self._folder = folder
         self.paths, stats = find_decisions(folder, "--replay")
         self._pairs = stats["counts"]["read"]
         self._before = _restore_config(stats["config"])
@@ -118,8 +119,9 @@ class Replay:
             self._write_lists(folder, decide_all())
         if counts.total() != self._pairs:
             raise ValueError(
-                f"{len(self.paths)} files of decisions hold {counts.total():,} pairs, and the job "
-                f"has read {self._pairs:,}; some are missing: run the same filter once more"
+                f"--replay='{self._folder}': {len(self.paths)} files of decisions hold "
+                f"{counts.total():,} pairs, and the job has read {self._pairs:,}; some are "
+                "missing: run the same filter once more"
             )
         not_known, known = collections.Counter[str](), {}
         for (stage, reason), code in self._codes.items():

@@ -237,7 +237,9 @@ def _list_row_groups(
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
         rows += group.num_rows
-        num_bytes += sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+        if least_bytes:  # of a damaged footer pyarrow does not survive the sizes of columns
+            columns = map(group.column, range(group.num_columns))
+            num_bytes += sum(column.total_compressed_size for column in columns)
         is_last = number + 1 == file.metadata.num_row_groups
         if (rows >= source.rows_per_shard and num_bytes >= least_bytes) or is_last:
             options = {"first_row": first_row, "caption_column": own.caption_column}

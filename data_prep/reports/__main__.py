@@ -72,13 +72,20 @@ def merge_reports(folders: Sequence[str | os.PathLike[str]]) -> Report:
                     name = path.rpartition(f"{FOLDER}/")[2].removesuffix(".parquet")
                     path = files.join(part_of, name)
                 outputs.append(path.removesuffix(SUFFIX))
-    return gather(
+    merged = gather(
         outputs,
         [job for report in reports for job in report["jobs"]],
         samples_per_outcome=reports[0]["samples_per_outcome"],
         report_samples=reports[0]["report_samples"],
         clean_label=reports[0]["clean_label"],
     )
+    found, stated = merged["counts"]["read"], sum(r["counts"]["read"] for r in reports)
+    if found != stated:
+        raise ValueError(
+            f"{', '.join(map(str, folders))}: files of decisions hold {found:,} pairs, and "
+            f"the jobs have read {stated:,}; some are missing: run the same filters once more"
+        )
+    return merged
 
 
 if __name__ == "__main__":

@@ -178,11 +178,12 @@ def check_digest(path: str, local: str) -> None:
     Raises:
         ValueError: they differ.
     """
-    stated = files.read_object(f"{path.rpartition('.')[0]}.json") or {}
+    described = f"{path.rpartition('.')[0]}.json"
+    stated = files.read_object(described) or {}
     if "crc32" in stated and stated["crc32"] != zlib.crc32(files.read_bytes(local)):
         raise ValueError(
-            f"{path}: damaged, since its CRC-32 is not that of the .json next to it; delete both "
-            "and run diht_jax.embed again"
+            f"{path}: damaged, since its CRC-32 is not that in {described}; delete both and run "
+            "diht_jax.embed again"
         )
 
 

@@ -3,11 +3,12 @@
     python -m diht_jax.data.index gs://bucket/kept
     python -m diht_jax.data.index /data/laion /data/curated
 
-The folders hold TFRecord shards or webdataset tars, whoever wrote them; `data_prep.filter` and
-`data_prep.label` write the index themselves. With it, training starts by a constant number of
-requests for any number of shards and processes. Run again, it looks only at shards that are
-new or have another size, and takes those that are gone out of the index; `--overwrite` looks at all
-of them. What was read of a run that was stopped is kept, and not read again.
+The folders hold TFRecord shards, ArrayRecord shards or webdataset tars, whoever wrote them;
+`data_prep.filter`, `data_prep.label` and `diht_jax.caption` write the index themselves. With it,
+training starts by a constant number of requests for any number of shards and processes. Run again,
+it looks only at shards that are new or have another size, and takes those that are gone out of the
+index; `--overwrite` looks at all of them. What was read of a run that was stopped is kept, and not
+read again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ from diht_jax.terminal import ProgressBar, print_escaped
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _SCANNED = "scanned"  # in that of parts: none of them is of an `.idx`
 _NAMES_SHOWN = 3
-_INDICES = {"tfrecord": formats.INDEX, "webdataset": tar_records.INDEX}
+_INDICES = {
+    "tfrecord": formats.INDEX,
+    "webdataset": tar_records.INDEX,
+    "array_record": formats.ARRAY_INDEX,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +215,12 @@ def _write_index(path: str, work: pathlib.Path, head: bytes, offsets: Iterable[n
 
 
 def is_indexable(path: str) -> bool:
-    """Returns whether a file is named like a shard that an index can describe."""
-    return kind_of(path) in _INDICES
+    """Returns whether a file is named like a shard that an index can describe.
+
+    ArrayRecord shards are read where they are local.
+    """
+    kind = kind_of(path)
+    return kind in _INDICES and not (kind == "array_record" and is_remote(path))
 
 
 def _look_at_all(
@@ -321,9 +330,12 @@ def _list_shards(folder: str) -> dict[str, int]:
     else:
         with os.scandir(folder) as files:
             found = {file.name: file.stat().st_size for file in files if file.is_file()}
-    shards = {name: found[name] for name in sorted(found) if is_indexable(name)}
+    names = (name for name in sorted(found) if is_indexable(os.path.join(folder, name)))
+    shards = {name: found[name] for name in names}
     if not shards:
-        raise ValueError(f"'{folder}' holds no shard; expected *.tfrecord files or *.tar files")
+        raise ValueError(
+            f"'{folder}' holds no shard; expected *.tfrecord, *.array_record or *.tar files"
+        )
     return shards
 
 

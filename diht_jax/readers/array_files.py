@@ -44,7 +44,7 @@ def read_npz_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
     except _BAD_ARCHIVE as error:
         if is_storage_failure(error):
             raise
-        raise ValueError(f"{path}: cannot be read as npz: {error}") from error
+        raise ValueError(f"{path}: cannot be read as npz: {error!s:.200}") from error
     found = ", ".join(names[:10]) or "nothing"
     raise ValueError(f"{path}: no field '{name}'; it has {found}")
 

@@ -139,8 +139,8 @@ def _row_group_runs(metadata: Any) -> Iterator[list[int]]:
     """Neighbouring row groups of up to `BLOCK_BYTES`, which Arrow holds together; one at least."""
     run, num_bytes = [], 0
     for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        size = sum(group.column(n).total_compressed_size for n in range(group.num_columns))
+        # Not the sizes of its columns: of a damaged footer pyarrow does not survive them.
+        size = max(0, metadata.row_group(number).total_byte_size)
         if run and num_bytes + size > BLOCK_BYTES:
             yield run
             run, num_bytes = [], 0

@@ -44,8 +44,9 @@ INDEX_NAME = "dataset.index"
 ANCHOR_RECORDS = 64
 END_BYTES = 4096  # of both ends of a shard, in its digest
 
-# Fewest bytes of a record, by the kind of a shard: an empty frame, the header of a tar's member.
-KINDS = {"tfrecord": 16, "webdataset": 512}
+# Fewest bytes of a record, by the kind of a shard: an empty frame, the header of a tar's member. In
+# ArrayRecord shards the numbers of the records stand for their offsets.
+KINDS = {"tfrecord": 16, "webdataset": 512, "array_record": 1}
 
 _MAGIC = b"DIHTSET1"
 _PREAMBLE = struct.Struct("<8sQII")

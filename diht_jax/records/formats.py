@@ -155,10 +155,11 @@ def _system_errors() -> Generator[None]:
 
 class _ArrayRecordShard(OpenShard):
     def __init__(self, shard: Shard, offsets: np.ndarray | None = None):
-        self._path = shard.path
-        if is_remote(self._path):
+        self.path = shard.path
+        self._described, self._row = shard.index, shard.row
+        if is_remote(self.path):
             raise ValueError(
-                f"{self._path}: ArrayRecord shards are read from local or mounted folders only; "
+                f"{self.path}: ArrayRecord shards are read from local or mounted folders only; "
                 "mount or copy them, or train on TFRecord shards or tars, which are read by their "
                 "URL"
             )
@@ -166,45 +167,65 @@ class _ArrayRecordShard(OpenShard):
 
     @classmethod
     def count(cls, shard: Shard) -> tuple[int, int, None]:
+        if shard.index is not None and shard.num_bytes is not None:
+            return shard.index.num_records.item(shard.row), shard.num_bytes, None
         return len(cls(shard)), os.path.getsize(shard.path), None
 
     def identify(self) -> tuple[int, int, str]:
-        with RangesFile(self._path) as file:
+        with RangesFile(self.path) as file:
             # The numbers of the records stand for their offsets.
             return len(self), file.size, digest_shard(np.arange(len(self)), *read_ends(file))
+
+    def check_ends(self) -> None:
+        assert self._described is not None
+        entry = self._described.entry(self._row)
+        if self.identify() == (entry.num_records, entry.num_bytes, entry.digest):
+            return
+        if len(self) != entry.num_records or not self._has_damaged_start():
+            raise self.wrong("its records or ends are not those that the index was made of")
+
+    def _has_damaged_start(self) -> bool:
+        """True if a record of the first bytes is damaged: it is named when it is read."""
+        num_bytes = record = 0
+        try:
+            while num_bytes < END_BYTES and record < len(self):
+                num_bytes, record = num_bytes + len(self.read(record)), record + 1
+        except DamagedRecordError:
+            return True
+        return False
 
     def __len__(self) -> int:
         return self._reader.num_records()
 
     def read(self, record: int) -> bytes:
         if record >= len(self):
-            raise TFRecordError(f"{self._path}: record {record}: the shard was replaced")
+            raise TFRecordError(f"{self.path}: record {record}: the shard was replaced")
         try:
             return self._reader.read([record])[0]
         except RuntimeError:
             # The same error as for damage comes of a disk that fails for a moment; after a restart
             # of a file server, a descriptor stays stale.
-            check_readable(self._path)
+            check_readable(self.path)
             self._reader = self._open()
         try:
             return self._reader.read([record])[0]
         except RuntimeError as error:
             raise DamagedRecordError(
-                f"{self._path}: record {record} cannot be read ({error}); write the shard again"
+                f"{self.path}: record {record} cannot be read ({error}); write the shard again"
             ) from error
 
     def _open(self) -> Any:
         from array_record.python import array_record_module
 
         # Its reader does not tell a missing file, and waits for a pipe.
-        retry(functools.partial(open_local, self._path), self._path).close()
-        reader = array_record_module.ArrayRecordReader(self._path, _READER_OPTIONS)
+        retry(functools.partial(open_local, self.path), self.path).close()
+        reader = array_record_module.ArrayRecordReader(self.path, _READER_OPTIONS)
         if not reader.ok():
-            check_readable(self._path)
-            reader = array_record_module.ArrayRecordReader(self._path, _READER_OPTIONS)
+            check_readable(self.path)
+            reader = array_record_module.ArrayRecordReader(self.path, _READER_OPTIONS)
         if not reader.ok():
             raise TFRecordError(
-                f"{self._path}: not a whole ArrayRecord shard; write or copy it again"
+                f"{self.path}: not a whole ArrayRecord shard; write or copy it again"
             )
         return reader
 
@@ -224,6 +245,16 @@ class ArrayRecordSource(ShardedRecords):
             f"{self.locate(first)[0]}: ArrayRecord shards are not read by ranges of bytes; set "
             'config.data.order="global", or train on TFRecord shards or tars'
         )
+
+
+def _count_array_records(path: str) -> np.ndarray:
+    return np.arange(len(_ArrayRecordShard(Shard(path))), dtype=np.uint64)
+
+
+# Only `dataset.index` has it.
+ARRAY_INDEX = ShardIndex(
+    b"DIHTARR1", record_bytes=1, alignment=1, is_gapless=False, scan=_count_array_records
+)
 
 
 def read_array_records(path: str) -> Iterator[bytes]:

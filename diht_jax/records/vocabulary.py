@@ -151,7 +151,7 @@ def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary |
         if described is None:
             raise missing_labels(source.labels)
         index, vocabulary = described[0], read_vocabulary(source.labels)
-        check_vocabulary(index.vocabulary or {}, vocabulary.describe(), index.path, source.labels)
+        _check_files(index.vocabulary or {}, vocabulary, index.path, source.labels)
         found.append((source.labels, vocabulary))
     shared = _shared_vocabulary(found)
     for shard in filter(_has_concepts, without if shared else ()):
@@ -241,7 +241,7 @@ def folder_vocabulary(
     vocabulary = read_vocabulary(folder)
     if known is not None:
         index_path = os.path.join(folder, INDEX_NAME)
-        check_vocabulary(known, vocabulary.describe(), index_path, folder)
+        _check_files(known, vocabulary, index_path, folder)
         return vocabulary
     for shard, label in zip(shards, map_many(_read_label, shards), strict=True):
         if label is None:
@@ -249,8 +249,14 @@ def folder_vocabulary(
                 f"{shard}{STATS_SUFFIX}: names no vocabulary, though the folder has one; the shard "
                 "was not written by `python -m data_prep.label`, or its statistics were not copied"
             )
-        check_vocabulary(label, vocabulary.describe(), shard, folder)
+        _check_files(label, vocabulary, shard + STATS_SUFFIX, folder)
     return vocabulary
+
+
+def _check_files(stated: Any, vocabulary: Vocabulary, stated_in: str, folder: str) -> None:
+    """Compares what is stated with the files of a folder; errors are of `check_vocabulary`."""
+    paths = " and ".join(vocabulary_path(folder, kind) for kind in KINDS)
+    check_vocabulary(stated, vocabulary.describe(), stated_in, paths)
 
 
 def _read_label(shard: str) -> Any:

@@ -23,7 +23,7 @@ from flax import traverse_util
 from diht_jax.models.parameters import ModelDefinition, parameter_shapes
 from diht_jax.models.zoo import Architecture
 
-_SHOWN = 30  # names of one kind in a message: a setting of another model makes thousands of them
+_SHOWN = 8
 _FORMS: dict[str, tuple[Callable, Callable]] = {  # ours -> theirs, theirs -> ours
     "same": (lambda x: x, lambda x: x),
     "transposed": (lambda x: x.T, lambda x: x.T),

@@ -40,8 +40,10 @@ from diht_jax.weights.source import (
     HUGGINGFACE_PREPROCESSOR,
     LOGIT_BIAS,
     OPEN_CLIP_CONFIG,
+    SETTINGS_DIGEST,
     TOKENIZER_KIND,
     ModelFiles,
+    read_settings,
 )
 from diht_jax.weights.tensor_files import write_safetensors, write_torch
 
@@ -112,7 +114,9 @@ def write_model(
             write_torch(output / "model.pt", tensors)
         else:
             prefix = "open_clip_" if format == "open_clip" else ""
-            write_safetensors(output / f"{prefix}model.safetensors", tensors)
+            settings = read_settings(output, format == "huggingface")
+            stated = {SETTINGS_DIGEST: settings.digest()} if settings else {}
+            write_safetensors(output / f"{prefix}model.safetensors", tensors, **stated)
 
 
 def _make_configs(format: str, model: ModelFiles, dtype: str) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,10 @@ For a weight file by itself, a config next to it counts in the same way.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +40,12 @@ from diht_jax.weights.settings import (
     read_preprocess_cfg,
     read_preprocessor,
 )
-from diht_jax.weights.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_tensors
+from diht_jax.weights.tensor_files import (
+    INDEX_SUFFIX,
+    WEIGHT_SUFFIXES,
+    read_metadata,
+    read_tensors,
+)
 from diht_jax.weights.tokenizer_file import TOKENIZER_FILES, read_cleaning, read_tokenizer
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -49,6 +56,15 @@ HUGGINGFACE_PROCESSOR = "processor_config.json"
 HUGGINGFACE_MERGES = "merges.txt"
 # In `open_clip_config.json`; its first merges, where the vocabulary is smaller than CLIP's.
 TOKENIZER_KIND = "CLIP byte-pair encoding (bpe_simple_vocab_16e6), lower case"
+
+SETTINGS_DIGEST = "settings_crc32"  # in the metadata of weights
+_SETTINGS_FILES = (
+    OPEN_CLIP_CONFIG,
+    HUGGINGFACE_CONFIG,
+    HUGGINGFACE_PREPROCESSOR,
+    HUGGINGFACE_MERGES,
+    *TOKENIZER_FILES,
+)
 
 LOGIT_BIAS = "logit_bias"
 # Where a directory holds several weight files, the first of these is taken.
@@ -99,13 +115,26 @@ class ModelFiles:
     tokenizer: FileTokenizer | None = None
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """Settings in the configs next to a weight file; see `ModelFiles`."""
 
     arch: Architecture
     preprocessing: Preprocessing
     has_tokenizer: bool
     tokenizer: FileTokenizer | None
+
+    def digest(self) -> str:
+        """CRC32 of all that is not as usual."""
+        facts: list[Any] = [
+            [
+                [f.name, getattr(part, f.name)]
+                for f in dataclasses.fields(part)
+                if getattr(part, f.name) != f.default
+            ]
+            for part in (self.arch, self.preprocessing)
+        ]
+        facts += [self.has_tokenizer, self.tokenizer is None]  # a tokenizer has its own
+        return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
 
 
 def read_weights(
@@ -136,22 +165,28 @@ def read_weights(
     folder, fields = file.parent, architecture or {}
     tensors = read_tensors(file)
     is_huggingface = "vision_model.embeddings.patch_embedding.weight" in tensors
-    if is_huggingface:
-        settings = _read_huggingface(folder)
-    elif (folder / OPEN_CLIP_CONFIG).is_file():
-        settings = _read_open_clip(folder)
+    settings = read_settings(folder, is_huggingface)
+    stated = read_metadata(file).get(SETTINGS_DIGEST)
+    if stated is not None and (settings is None or settings.digest() != stated):
+        raise ValueError(
+            f"{folder}: {', '.join(_SETTINGS_FILES)}: one is missing, damaged or of another model, "
+            f"since {file.name} was exported with other settings; export the model again"
+        )
+    where = str(file)
+    if settings is not None:
+        where += f" with {HUGGINGFACE_CONFIG if is_huggingface else OPEN_CLIP_CONFIG}"
     else:
         arch = _infer_architecture(tensors, str(file), "activation" in fields)
         has_tokenizer = arch.vocab_size == tokenizer.VOCAB_SIZE
-        settings = _Settings(arch, Preprocessing(), has_tokenizer, None)
+        settings = Settings(arch, Preprocessing(), has_tokenizer, None)
     arch = replace_fields(settings.arch, fields, "architecture")
     # A config may claim any number of layers; each would be looked for by its names.
     most_layers = max(arch.vision_layers, arch.text_layers)
     if most_layers > len(tensors):
-        raise ValueError(f"{file}: {len(tensors)} parameters for a model of {most_layers} layers")
+        raise ValueError(f"{where}: {len(tensors)} parameters for a model of {most_layers} layers")
     heads = {k: v for k, v in tensors.items() if k.startswith(clip_layout.HEADS_PREFIX)}
     tensors = {name: value for name, value in tensors.items() if name not in heads}
-    params, loss_scalars = _convert(tensors, arch, is_huggingface, str(file))
+    params, loss_scalars = _convert(tensors, arch, is_huggingface, where)
     params, arch = fit_model(params, arch, image_size=image_size, context_length=context_length)
     return ModelFiles(
         arch=arch,
@@ -164,6 +199,13 @@ def read_weights(
         has_tokenizer=settings.has_tokenizer,
         tokenizer=settings.tokenizer,
     )
+
+
+def read_settings(folder: pathlib.Path, is_huggingface: bool) -> Settings | None:
+    """The settings in a folder; None where it has no config of open_clip, and needs none."""
+    if is_huggingface:
+        return _read_huggingface(folder)
+    return _read_open_clip(folder) if (folder / OPEN_CLIP_CONFIG).is_file() else None
 
 
 def _convert(
@@ -254,7 +296,7 @@ def list_weight_files(folder: epath.Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.endswith(suffixes) and p.is_file())
 
 
-def _read_huggingface(folder: pathlib.Path) -> _Settings:
+def _read_huggingface(folder: pathlib.Path) -> Settings:
     """The settings in the folder of a model of transformers."""
     path = folder / HUGGINGFACE_CONFIG
     if not path.is_file():
@@ -276,10 +318,10 @@ def _read_huggingface(folder: pathlib.Path) -> _Settings:
     if part.values:
         pictures, processor = together, part.values
     preprocessing = read_preprocessor(processor, str(pictures))
-    return _Settings(arch, preprocessing, has_clips or own is not None, own)
+    return Settings(arch, preprocessing, has_clips or own is not None, own)
 
 
-def _read_open_clip(folder: pathlib.Path) -> _Settings:
+def _read_open_clip(folder: pathlib.Path) -> Settings:
     """The settings in the folder of a model of open_clip, or of our export."""
     path = folder / OPEN_CLIP_CONFIG
     content = read_config(path)
@@ -290,10 +332,10 @@ def _read_open_clip(folder: pathlib.Path) -> _Settings:
     clean = read_cleaning(model.section("text_cfg").values, str(path))
     if clean is not None:
         own = read_tokenizer(folder, clean)
-        return _Settings(arch, preprocessing, own is not None, own)
+        return Settings(arch, preprocessing, own is not None, own)
     names_ours = whole.section("tokenizer").values.get("kind") == TOKENIZER_KIND
     has_clips = names_ours or arch.vocab_size == tokenizer.VOCAB_SIZE
-    return _Settings(arch, preprocessing, has_clips, None)
+    return Settings(arch, preprocessing, has_clips, None)
 
 
 def _has_our_merges(path: pathlib.Path, vocab_size: int) -> bool:

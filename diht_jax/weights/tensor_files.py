@@ -8,7 +8,7 @@ Names are taken as they stand in the file; what they mean belongs in `clip_layou
 classes `_Module` stands for.
 
 A zip archive of torch has checksums. A safetensors file has none, so that one of ours states the
-CRC32 of its tensors in its metadata.
+CRC32 of its tensors in its metadata, and that of the settings which the files next to it hold.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     )
 
 
-def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], **metadata: str
+) -> None:
     """Writes arrays of any memory order; the file appears whole or not at all."""
     # Not `ascontiguousarray`, which makes vectors of scalars.
     contiguous = {name: np.array(value, order="C") for name, value in tensors.items()}
@@ -92,11 +94,19 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> 
         temporary.touch()
         mode = temporary.stat().st_mode
         # transformers asks for the first entry.
-        metadata = {"format": "pt", _CHECKSUM: _checksum(contiguous)}
+        metadata |= {"format": "pt", _CHECKSUM: _checksum(contiguous)}
         safetensors.numpy.save_file(contiguous, temporary, metadata=metadata)
         _sort_metadata(temporary)
         # The library lets only the owner read its files.
         temporary.chmod(mode)
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for a file of another kind."""
+    if path.suffix != SAFETENSORS_SUFFIX:
+        return {}
+    with safetensors.safe_open(path, framework="np") as file:
+        return file.metadata() or {}
 
 
 def _sort_metadata(path: pathlib.Path) -> None:

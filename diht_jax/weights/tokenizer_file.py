@@ -31,6 +31,7 @@ _MODEL_FILES = (TOKENIZER_JSON, SIGLIP_MODEL)
 TOKENIZER_FILES = (*_MODEL_FILES, _CONFIG, "special_tokens_map.json")
 # Of a copy: what was read of the configs in the folder that it is of.
 _SETTINGS = "tokenizer_settings.json"
+_DESCRIBED = "described"  # there, with a hash of the file
 
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 
@@ -132,7 +133,10 @@ def copy_tokenizer(made: FileTokenizer, folder: str) -> None:
         if path.is_file():
             with files.local_output(files.join(folder, name)) as temporary:
                 shutil.copyfile(path, temporary)
-    settings = dataclasses.asdict(made) | {"path": pathlib.Path(made.path).name}
+    settings = dataclasses.asdict(made) | {
+        "path": pathlib.Path(made.path).name,
+        _DESCRIBED: made.describe(),
+    }
     files.write_object(files.join(folder, _SETTINGS), settings, with_checksum=True)
 
 
@@ -149,6 +153,13 @@ def _read_copy(folder: pathlib.Path) -> FileTokenizer:
     settings: dict[str, Any] = {name: found[name] for name in fields}
     settings["path"] = str(folder / found["path"])
     made = FileTokenizer(**settings)
+    if pathlib.Path(made.path).is_file() and made.describe() != found.get(
+        _DESCRIBED, made.describe()
+    ):
+        raise ValueError(
+            f"{made.path}: damaged, or of another model: it is not the file that was copied; copy "
+            f"the folder '{folder.name}' again"
+        )
     made.check()
     return made
 

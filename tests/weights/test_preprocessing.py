@@ -1,5 +1,6 @@
 """Pictures are made as transformers and open_clip make them, wherever the model is used."""
 
+import dataclasses
 import json
 import shutil
 
@@ -140,6 +141,25 @@ def test_an_export_keeps_them(model, format, tmp_path):
     source = read_model(model)
     write_model(tmp_path / "out", format, source, card="")
     assert read_model(tmp_path / "out").preprocessing == PICTURES
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [("huggingface", "preprocessor_config.json"), ("open_clip", "open_clip_config.json")],
+)
+def test_settings_of_another_model_next_to_exported_weights_are_refused(
+    model, arch, format, name, tmp_path
+):
+    source = read_model(model)
+    for folder, preprocessing in (("own", PICTURES), ("other", Preprocessing())):
+        other = dataclasses.replace(source, preprocessing=preprocessing)
+        write_model(tmp_path / folder, format, other, card="")
+    shutil.copy(tmp_path / "other" / name, tmp_path / "own")
+    with pytest.raises(ValueError, match=name):
+        read_model(tmp_path / "own")
+    (tmp_path / "own" / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        read_model(tmp_path / "own")
 
 
 def test_a_processor_of_transformers_keeps_them_in_one_file(model, arch, tmp_path):

@@ -189,7 +189,12 @@ def test_a_copy_and_a_worker_give_the_same_ids(kind, request, tmp_path):
 
 def test_a_damaged_copy_is_refused(siglip, tmp_path):
     copy_tokenizer(read_tokenizer(siglip), str(tmp_path))
-    path = tmp_path / "tokenizer_settings.json"
+    path, model = tmp_path / "tokenizer_settings.json", tmp_path / "spiece.model"
+    whole = model.read_bytes()
+    model.write_bytes(whole.replace(b"a", b"b", 1))
+    with pytest.raises(ValueError, match=r"spiece\.model: damaged"):
+        read_tokenizer(tmp_path)
+    model.write_bytes(whole)
     path.write_text(path.read_text().replace('"lower_case": true', '"lower_case": false'))
     with pytest.raises(ValueError, match=r"tokenizer_settings\.json: damaged"):
         read_tokenizer(tmp_path)

@@ -313,8 +313,9 @@ def _match_shards(
             detail = f"no {kind} of the shard {path}"
             if (other := by_name.get(found[0])) is not None:
                 detail = (
-                    f"{kind}/{other.name} belongs to another shard than {path}: records, bytes and "
-                    f"digest are {other.source[1:]} of that one and {found[1:]} of this one"
+                    f"{kind}/{other.name} belongs to another shard than {path}, by "
+                    f"{kind}/{INDEX_NAME}: records, bytes and digest are {other.source[1:]} of "
+                    f"that one and {found[1:]} of this one"
                 )
             raise ValueError(
                 f"{where}: {detail}; label these records with `python -m data_prep.label`, or name "

@@ -17,6 +17,7 @@ import os
 import pathlib
 import shutil
 import threading
+import zlib
 
 import google_crc32c
 from absl import logging
@@ -53,7 +54,8 @@ _POLL_SECONDS = 1.0
 _RETRY_SECONDS = 30.0
 _READ_BYTES = 2**22
 
-# A file's path below the checkpoint: its size in bytes and CRC32C.
+# A file's path below the checkpoint: its size in bytes, CRC32C and CRC32. The first is the same for
+# all files of a size that end with their own CRC32C, as some of Orbax's do.
 Manifest = dict[str, list[int]]
 
 
@@ -177,7 +179,9 @@ class StagedDirectory:
             # The run makes room for later ones only.
             and stored.keys() - local.keys() <= record
             and max(local, default=0) >= max(stored, default=0)
-            and all(local[step] == stored[step] for step in stored.keys() & local.keys())
+            and not any(
+                differing_files(local[step], stored[step]) for step in stored.keys() & local.keys()
+            )
         )
 
     def _begin_anew(self) -> None:
@@ -313,12 +317,19 @@ def read_manifests(url: str) -> dict[int, Manifest]:
 
 
 def make_manifest(folder: pathlib.Path) -> Manifest:
-    """Size and CRC32C of each file below a folder, by its path from there."""
+    """Size and checksums of each file below a folder, by its path from there."""
     return {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, _file_checksum(path)]
+        path.relative_to(folder).as_posix(): [path.stat().st_size, *_file_checksums(path)]
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def differing_files(found: Manifest, stated: Manifest) -> list[str]:
+    """Names of the files that are not as stated; manifests of earlier versions have no CRC32."""
+    same = {name for name in found.keys() & stated.keys() if found[name][:2] == stated[name][:2]}
+    same -= {name for name in same if found[name][2:] != (stated[name][2:] or found[name][2:])}
+    return sorted((found.keys() | stated.keys()) - same)
 
 
 def _manifest_url(url: str, step: int | str) -> str:
@@ -346,14 +357,13 @@ def _download_checkpoint(
             except FileNotFoundError:
                 return f"{name} is missing"
         found = make_manifest(temporary)
-        wrong = sorted(name for name in manifest if found.get(name) != manifest[name])
-        if wrong:
+        if wrong := differing_files(found, manifest):
             return f"{wrong[0]} is not what was saved"
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    size = sum(size for size, _ in manifest.values())
+    size = sum(size for size, *_ in manifest.values())
     logging.info("copied the checkpoint of step %d, %.1f MB", step, size / 1e6)
     return None
 
@@ -387,12 +397,13 @@ def _folder_of(url: str, parent: str) -> pathlib.Path:
     return pathlib.Path(parent).expanduser().absolute() / name
 
 
-def _file_checksum(path: pathlib.Path) -> int:
-    checksum = google_crc32c.Checksum()
+def _file_checksums(path: pathlib.Path) -> tuple[int, int]:
+    """CRC32C and CRC32 of a file."""
+    checksum, other = google_crc32c.Checksum(), 0
     with open(path, "rb") as file:
-        for _ in checksum.consume(file, _READ_BYTES):
-            pass
-    return int.from_bytes(checksum.digest(), "big")
+        for data in checksum.consume(file, _READ_BYTES):
+            other = zlib.crc32(data, other)
+    return int.from_bytes(checksum.digest(), "big"), other
 
 
 def _is_file_of_run(name: str) -> bool:

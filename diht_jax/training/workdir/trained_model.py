@@ -22,6 +22,7 @@ from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.sharding import tree_shardings
 from diht_jax.training.workdir.saved_run import (
     CHECKPOINT_DIRECTORY,
+    CHECKS_ITEM,
     CONFIG_FILE,
     STATE_ITEM,
     checkpoint_root,
@@ -129,7 +130,10 @@ def _read_parameters(directory: epath.Path, name: str, mesh: Mesh) -> dict[str, 
         tree_shardings(stored, mesh),
     )
     found = read_state(directory, {name: target})[name]
-    problem = describe_difference(read_checks(directory), {name: found}, f"{name}/")
+    try:
+        problem = describe_difference(read_checks(directory), {name: found}, f"{name}/")
+    except Exception as error:  # a damaged file may lead to any
+        problem = f"{directory / CHECKS_ITEM}: {explain_error(error)}"
     if problem is not None:
         raise ValueError(problem)
     return found

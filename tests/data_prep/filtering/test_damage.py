@@ -114,6 +114,16 @@ def test_labels_name_the_damaged_list_of_concepts(finished, tmp_path):
             assert [[part.tolist() for part in map(np.array, found)]] == expected, seed
 
 
+def test_the_list_of_concepts_of_another_shard_is_named(tmp_path):
+    source = write_tars(tmp_path / "in", 2, pairs_per_tar=3)
+    config = job_config(source, tmp_path / "out", concepts=True, examples_per_shard=3)
+    assert run_filter(config) == {}
+    one, other = sorted((tmp_path / "out").glob("*.concepts.npz"))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=one.name):
+        read_mentions(str(one).removesuffix(".concepts.npz"), "objects")
+
+
 @pytest.mark.parametrize("ending", ["decisions.parquet", "samples.tsv", "tfrecord.stats.json"])
 def test_what_belongs_to_another_part_is_not_taken_for_that_of_this_one(finished, tmp_path, ending):
     output = shutil.copytree(finished[0], tmp_path / "out")
@@ -121,6 +131,13 @@ def test_what_belongs_to_another_part_is_not_taken_for_that_of_this_one(finished
     one.write_bytes(other.read_bytes())
     with pytest.raises(ValueError, match=one.name):
         merge_reports([output, output])
+
+
+def test_reports_are_not_merged_without_some_of_the_decisions(finished, tmp_path):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    min(output.glob("parts/*.decisions.parquet")).unlink()
+    with pytest.raises(ValueError, match=str(output)):
+        merge_reports([finished[0], output])
 
 
 def test_a_flipped_bit_in_a_filtered_table_is_noticed(tmp_path):

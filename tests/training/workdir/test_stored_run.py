@@ -3,6 +3,7 @@
 import shutil
 
 import fsspec
+import google_crc32c
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -16,6 +17,7 @@ from diht_jax.training.workdir import stored_run
 from diht_jax.training.workdir.checkpoint import SaveError
 from diht_jax.training.workdir.stored_run import (
     StagedDirectory,
+    differing_files,
     local_run,
     make_manifest,
     read_manifests,
@@ -118,6 +120,21 @@ def test_a_damaged_or_unfinished_checkpoint_of_the_store_does_not_count(
     assert saved_steps(other.folder) == steps_stored(url) == [2, 4]
     assert ("step 6 is damaged" in caplog.text) == (damage != "unfinished")
     assert not any("/6/" in name for name in stored_files(url))
+
+
+def test_files_that_end_with_their_own_crc32c_are_told_apart(tmp_path):
+    manifests = []
+    for name in ("one", "other"):
+        data = name.ljust(8).encode()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(
+            data + google_crc32c.value(data).to_bytes(4, "little")
+        )
+        manifests.append(make_manifest(tmp_path / name))
+    one, other = manifests
+    assert one["file"][:2] == other["file"][:2]  # all that earlier versions have written
+    assert differing_files(one, other) == ["file"]
+    assert differing_files(one, one) == differing_files(one, {"file": one["file"][:2]}) == []
 
 
 def test_the_store_is_what_counts(staged, url, tmp_path):
