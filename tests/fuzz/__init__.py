@@ -2,6 +2,7 @@
 
     python -m tests.fuzz                               # 2,000 cases, seed 0: about 2 minutes
     python -m tests.fuzz --cases 20000 --seed 7        # more of them
+    python -m tests.fuzz --kinds written --cases 1500  # of what our commands write themselves
     python -m tests.fuzz --kinds tars,images           # some kinds only
     python -m tests.fuzz --kinds tars:cut_off          # one property of a kind
 

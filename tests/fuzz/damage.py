@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -74,3 +75,33 @@ def damaged(data: bytes) -> SearchStrategy[bytes]:
         st.builds(lambda start, n: data[:start] + data[start + n :], position, integers(1, 32)),
         noise(512, 1),
     )
+
+
+def damage_file(draw: Draw, path: pathlib.Path, others: Sequence[pathlib.Path]) -> None:
+    """Damages a file in its place, or removes it; at times the bytes stay as they are.
+
+    `others` are files of the same kind, one of which may be copied over it.
+    """
+    data, rng = path.read_bytes(), random.Random(draw(seeds))
+    form = draw(one(["bit", "bits", "cut", "zeros", "swap", "reverse", "gone", "copy"]))
+    if form == "gone":
+        path.unlink()
+        return
+    size = rng.randint(1, 1 + len(data) // 4)
+    blocks = [data[start : start + size] for start in range(0, len(data), size)] or [b""]
+    place, other = rng.choices(range(len(blocks)), k=2)
+    if form == "copy" and others:
+        data = draw(one(others)).read_bytes()
+    elif form in ("bit", "bits") and data:
+        data = draw(flipped(data, 1 if form == "bit" else 8))
+    elif form == "cut":
+        data = data[: rng.randrange(len(data) + 1)]
+    elif form == "reverse":
+        data = data[::-1]
+    elif form == "zeros":
+        blocks[place] = bytes(len(blocks[place]))
+        data = b"".join(blocks)
+    elif form == "swap":
+        blocks[place], blocks[other] = blocks[other], blocks[place]
+        data = b"".join(blocks)
+    path.write_bytes(data)

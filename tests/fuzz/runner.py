@@ -29,6 +29,7 @@ from tests.fuzz.judge import OUTCOMES, require
 
 # Kind (a module of `kinds/`) -> its share of the cases.
 WEIGHTS = {"tars": 18, "tables": 11, "records": 23, "images": 20, "weights": 16, "tfds": 2}
+WEIGHTS |= {"written": 10}
 LIMIT_SECS = 20  # of the processor's time for a case, so that a busy machine makes no difference
 # How much the resident memory may grow in one case. A picture of the largest allowed size takes
 # 200 MB as RGB, and copies of it are made where it is transparent.

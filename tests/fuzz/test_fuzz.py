@@ -5,7 +5,7 @@ import pytest
 from tests.fuzz import runner
 from tests.fuzz.judge import OUTCOMES, SKIP, Refused, WrongError, attempt, judge_entries
 
-_CASES = 320
+_CASES = 356
 
 
 def test_every_input_is_read_refused_or_skipped():

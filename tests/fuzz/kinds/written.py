@@ -1,0 +1,399 @@
+"""Files that our commands write and read again: one that was damaged is noticed, or made again.
+
+`prepare` writes, once and small, one of every kind. A case copies what a command reads, damages one
+file of it, and runs the command, or the reader that it begins with. What comes must be what comes
+of whole files, or an error that names the file.
+
+An edit by a user counts, where the file is still a right one and states other things: in
+`config.json` and `metrics.jsonl` of a run, and in `open_clip_config.json` next to a torch file. A
+part of a search index whose `.json` is gone is one whose update was interrupted: it is left out,
+with a warning.
+
+What none of our commands reads is left out: pages, pictures, cards and lists for people, and what
+is there for other programs (`dataset_info.json`, StableHLO, ONNX).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from absl import logging
+from hypothesis.strategies import sampled_from as one
+
+from data_prep.captions.mentions import read_mentions
+from data_prep.duplicates import image_hashes, precomputed
+from data_prep.duplicates import job as duplicates
+from data_prep.duplicates.table import Lookup
+from data_prep.filter import run_filter
+from data_prep.filtering.replay import Replay
+from data_prep.label import run_label
+from data_prep.labelling import summary
+from data_prep.reports.__main__ import merge_reports
+from data_prep.text_spotting.readings import Reading, SpotCache
+from diht_jax.evaluation.embedding.picture_index import PictureIndex
+from diht_jax.evaluation.results import read_results
+from diht_jax.loading import read_model
+from diht_jax.readers import registry
+from diht_jax.readers.parquet import explain_errors, open_parquet, read_rows
+from diht_jax.records.formats import open_source
+from diht_jax.records.labels.clip_embeddings import ClipEmbeddings
+from diht_jax.records.labels.shards import open_labels
+from diht_jax.records.vocabulary import find_train_vocabulary
+from diht_jax.training.monitoring.metrics import WallTime, read_metrics
+from diht_jax.training.workdir.checkpoint import Checkpointer
+from diht_jax.weights.source import read_weights
+from tests.data_prep.duplicates.jobs import duplicates_config
+from tests.data_prep.filtering.jobs import snapshot
+from tests.fuzz import outputs
+from tests.fuzz.damage import Draw, damage_file
+from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
+
+_INDEXED = r"[^/]*\.(tfrecord|array_record|tar)(\.idx)?|dataset.index"
+_BASE = pathlib.Path()  # of the whole files: folder "0", and "1" with foreign ones
+
+
+class _Use(NamedTuple):
+    """A reader of what was written."""
+
+    folders: str  # that it reads, by spaces; a file of the last one is damaged
+    files: str  # a pattern of their paths
+    run: Callable[[pathlib.Path], Any]  # what it makes of the folder of these folders
+    edited: str = "(?!)"  # a pattern of the files that users edit
+    stands_alone: bool = False  # another file in its place is another one, not a damaged one
+
+
+def prepare(base: pathlib.Path) -> None:
+    """Writes all there is, twice: from other pairs and with other weights."""
+    global _BASE
+    _BASE = base
+    logging.set_verbosity(logging.FATAL)
+    summary.draw_curves = lambda heads: None  # a picture for people takes most of the time
+    with contextlib.redirect_stdout(io.StringIO()):
+        for seed in (0, 1):
+            outputs.write_all(base / str(seed), seed)
+
+
+def _read_shards(name: str, folder: pathlib.Path) -> list[Any]:
+    source, found = open_source(folder / name), []
+    for index in range(len(source)):
+        try:
+            found.append(source.decode(source[index]))
+        except ValueError as error:  # as whoever reads it adds to the error
+            raise ValueError(f"{source.locate(index)}: {error}") from error
+    return found
+
+
+def _read_table(folder: pathlib.Path) -> Any:
+    found = []
+    for path in (str(folder / "table" / f"{part}.parquet") for part in range(2)):
+        with explain_errors(path, lambda: "damaged"):
+            found += read_rows(path, open_parquet(path))
+    return found
+
+
+def _read_merged(folder: pathlib.Path) -> Any:
+    return _read_shards("merged", folder), find_train_vocabulary(str(folder / "merged"))
+
+
+def _succeed(failures: dict[str, str]) -> None:
+    """Raises the reason why a job has failed."""
+    if failures:
+        raise ValueError("\n".join(f"{task}: {reason}" for task, reason in failures.items()))
+
+
+def _filter_again(name: str, folder: pathlib.Path, **changes: Any) -> Any:
+    config = outputs.filter_configs(_BASE / "0", folder)[name]
+    config.update(changes)
+    _succeed(run_filter(config))
+    report = json.loads((folder / name / "report.json").read_text())
+    facts = {key: report[key] for key in ("counts", "measures", "samples")}
+    # The job need not read what the statistics of others are damaged in.
+    data = {path: data for path, data in snapshot(folder / name).items() if ".json" not in path}
+    return facts, data
+
+
+def _gather(name: str, folder: pathlib.Path) -> Any:
+    """The job's report, of all parts."""
+    (folder / name / "report.json").unlink()
+    return _filter_again(name, folder)
+
+
+def _reshard(folder: pathlib.Path) -> Any:
+    _filter_again("kept", folder, examples_per_shard=4)
+    return _read_shards("kept", folder), _mentions(folder)
+
+
+def _mentions(folder: pathlib.Path) -> Any:
+    shards = sorted((folder / "kept").glob("*.tfrecord"))
+    return [read_mentions(shard, kind) for shard in shards for kind in ("objects", "attributes")]
+
+
+def _replay(folder: pathlib.Path) -> Any:
+    result = Replay(str(folder / "kept")).run(str(folder / "lists"))
+    return result, snapshot(folder / "lists")
+
+
+def _join(folder: pathlib.Path) -> Any:
+    records = open_source(folder / "kept")
+    labels = open_labels(str(folder / "labels"), records, "labels")
+    joined = [labels.join(records.decode(records[i]), i) for i in range(len(records))]
+    return joined, find_train_vocabulary(str(folder / "kept"), str(folder / "labels"))
+
+
+def _join_clips(folder: pathlib.Path) -> Any:
+    records = open_source(folder / "kept")
+    views = ClipEmbeddings.open(str(folder / "clips"), records, "labels")
+    if views is None:
+        raise ValueError(f"{folder / 'clips'}: none, as training finds as well")
+    return [vars(views.join(records.decode(records[i]), i)) for i in range(len(records))]
+
+
+def _label_again(folder: pathlib.Path, **changes: Any) -> Any:
+    (folder / "labels" / "stats.json").unlink(missing_ok=True)
+    _succeed(run_label(outputs.labels_config(_BASE / "0", folder, **changes)))
+    return _join(folder), json.loads((folder / "labels" / "stats.json").read_text())["labelled"]
+
+
+def _search_again(folder: pathlib.Path, **changes: Any) -> Any:
+    config = duplicates_config(_BASE / "0" / "in", folder / "duplicates", **changes)
+    _succeed(duplicates.run(config))
+    return _look_up(folder)
+
+
+def _look_up(folder: pathlib.Path) -> Any:
+    lookup = Lookup(folder / "duplicates")
+    return lookup.digest, lookup.find(outputs.KEYS)
+
+
+def _read_embedded(kind: str, folder: pathlib.Path) -> Any:
+    shards = registry.list_shards(str(_BASE / "0" / "in" / "*.tar"))
+    return [precomputed.read_of_shard(str(folder / kind), shard) for shard in shards]
+
+
+def _embed_again(folder: pathlib.Path) -> Any:
+    return outputs.embed(_BASE / "0", folder, "npz"), _read_embedded("npz", folder)
+
+
+def _look_for(folder: pathlib.Path) -> Any:
+    index = PictureIndex(folder / "index")
+    matches = sum(index.search(outputs.Model().encode_text(["a", "b"]), 8), [])
+    found = [(m.key, m.caption, round(m.similarity, 4), index.picture(*m.place)) for m in matches]
+    return sorted(found)  # equal ones come in the order of the parts
+
+
+def _update_again(folder: pathlib.Path) -> Any:
+    outputs.bring_up_to_date(_BASE / "0", folder)
+    return _look_for(folder)
+
+
+def _caption_again(folder: pathlib.Path) -> Any:
+    outputs.caption(folder)
+    return _read_shards("captioned", folder)
+
+
+def _load_run(folder: pathlib.Path) -> Any:
+    model = read_model(folder / "run")
+    return model, model.tokenizer.tokenize("a red dog", 8)
+
+
+def _fetch(folder: pathlib.Path) -> Any:
+    staged = outputs.stage(folder, "fetched")
+    staged.fetch()
+    return dataclasses.replace(read_model(staged.folder), step=None)
+
+
+def _resume(folder: pathlib.Path) -> Any:
+    target = outputs.train_state(0, read_weights(_BASE / "0" / "weights.safetensors").params)
+    checkpointer = Checkpointer(folder / "run", keep_last=2)
+    state = checkpointer.restore(target, outputs.Position())
+    checkpointer.close()
+    return dataclasses.replace(state, step=None)  # that before a damaged one is the same
+
+
+def _read_progress(folder: pathlib.Path) -> Any:
+    times = WallTime(folder / "run", 2, clock=lambda: 9.0)
+    return read_metrics(folder / "run"), times.scalars()
+
+
+def _read_model(form: str, folder: pathlib.Path) -> Any:
+    model = read_weights(folder / form)
+    tokens = model.tokenizer and model.tokenizer.tokenize("a red dog", 8)
+    return dataclasses.replace(model, sha256=None), tokens
+
+
+def _read_cache(folder: pathlib.Path) -> Any:
+    """What is known of pictures; the others are spotted again."""
+    known, whole = (SpotCache(f / "readings", {}, "0.tar") for f in (folder, _BASE / "0"))
+    found = [(known.get(name), whole.get(name)) for name in outputs.PICTURES[0]]
+    return [again if own == Reading() else own for own, again in found]
+
+
+def _read_hashes(folder: pathlib.Path) -> Any:
+    image_hashes.open_index.cache_clear()
+    index = image_hashes.open_index(str(folder / "readings" / "set.npz"))
+    return index.digest(), index.keys.tolist()
+
+
+_DATA = r".*\.(arrow|idx|index|json|npz|parquet|tfrecord|tsv)"
+_PARTS = r"parts/.*\.(json|parquet|tsv)|[^/]*stats\.json|report\.json"
+_USES = {
+    "records": [
+        *(
+            _Use(name, _INDEXED, functools.partial(_read_shards, name))
+            for name in ("kept", "array", "tars", "captioned")
+        ),
+        _Use("merged", _INDEXED + r"|.*stats\.json|.*\.tsv", _read_merged),
+        _Use("table", r"\d\.parquet", _read_table, stands_alone=True),
+    ],
+    "filter": [
+        _Use("kept", _PARTS, functools.partial(_gather, "kept")),
+        _Use("table", r".*(json|tsv)|decisions/.*", functools.partial(_gather, "table")),
+        _Use("kept", r"parts/.*|[^/]*\.tfrecord.*", _reshard),
+        _Use("kept", r"[^/]*\.concepts\.npz", _mentions),
+        _Use("kept", _PARTS, _replay),
+        _Use("kept", "report.json", lambda f: merge_reports([f / "kept"]), stands_alone=True),
+        _Use("kept", _PARTS, lambda f: merge_reports([f / "kept"] * 2)["samples"]),
+    ],
+    "labels": [
+        _Use("kept labels", r"labels/.*(tfrecord|idx|index)|.*\.tsv", _join),
+        _Use("kept labels", _DATA, _label_again),
+        _Use("kept labels", _DATA, functools.partial(_label_again, top_k=3)),
+        _Use("kept clips", _DATA, _join_clips),
+    ],
+    "duplicates": [
+        _Use("duplicates", r"dropped\.arrow|duplicates\.json", _look_up),
+        _Use("duplicates", _DATA, _search_again),
+        _Use("duplicates", _DATA, functools.partial(_search_again, threshold=0.5)),
+    ],
+    "embeddings": [
+        *(_Use(k, ".*", functools.partial(_read_embedded, k)) for k in ("npz", "parquet")),
+        _Use("npz", ".*", _embed_again),
+        _Use("index", ".*(arrow|json|thumbnails)", _look_for, r"^\d+\.json$"),
+        _Use("index", ".*(arrow|json|thumbnails)", _update_again),
+        _Use("kept captioned", "(?!dataset).*(json|tfrecord|idx)", _caption_again),
+    ],
+    "runs": [
+        _Use("run", "config.json|checkpoints/2/.*|tokenizer/.*", _load_run, "config.json"),
+        _Use("run", "checkpoints/.*", _resume),
+        _Use("stored", "config.json|(manifests|checkpoints|tokenizer)/.*", _fetch, "config.json"),
+        _Use("run", "metrics.jsonl|wall_time.json", _read_progress, "metrics.jsonl"),
+    ],
+    "exports": [
+        _Use("clip", ".*(pt|json)", functools.partial(_read_model, "clip"), ".*json", True),
+        *(
+            _Use(form, ".*(safetensors|json|txt)", functools.partial(_read_model, form))
+            for form in ("open_clip", "huggingface", "safetensors", "own_tokenizer")
+        ),
+    ],
+    "others": [
+        _Use("results", ".*", lambda f: read_results(f / "results/a.json"), stands_alone=True),
+        _Use("readings", ".*jsonl|settings.json", _read_cache),
+        _Use("readings", ".*npz", _read_hashes, stands_alone=True),
+    ],
+}
+
+
+@functools.cache
+def _expected(use: _Use) -> Any:
+    """What comes of the whole files."""
+    folder = _BASE / "whole"
+    try:
+        for name in use.folders.split():
+            shutil.copytree(_BASE / "0" / name, folder / name)
+        return outputs.plain(use.run(folder))
+    finally:
+        shutil.rmtree(folder)
+
+
+@functools.cache
+def _kinds(use: _Use) -> dict[str, list[str]]:
+    """The files that a use reads, by their kind: their path without numbers and hashes."""
+    found: dict[str, list[str]] = {}
+    base = _BASE / "0"
+    for path in sorted((base / use.folders.split()[-1]).rglob("*")):
+        name = path.relative_to(base).as_posix()
+        if path.is_file() and re.fullmatch(use.files, name.partition("/")[2]):
+            found.setdefault(re.sub(r"[0-9a-f]{8,}|\d+", "#", name), []).append(name)
+    return found
+
+
+def _judge(draw: Draw, folder: pathlib.Path, uses: str) -> str:
+    """Judges one damage of a file that one of the uses reads."""
+    use = draw(one(_USES[uses]))
+    for name in use.folders.split():
+        shutil.copytree(_BASE / "0" / name, folder / name)
+    expected = _expected(use)
+    kinds = _kinds(use)
+    names = kinds[draw(one(sorted(kinds)))]
+    name = draw(one(names))
+    path, foreign = folder / name, _BASE / "1" / name
+    others = [folder / other for other in names if other != name]
+    others = others or ([foreign] if foreign.exists() else [])
+    damage_file(draw, path, [] if use.stands_alone else others)
+
+    def run() -> Any:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                return outputs.plain(use.run(folder))
+        except OSError as error:
+            raise ValueError(str(error)) from error
+
+    names = [path.name]
+    if not path.exists():  # of a folder that lacks a file one says that it is not complete
+        names.append(str(folder / use.folders.split()[-1]))
+    names += re.findall(r"^.*/checkpoints/\d+/", str(path))  # Orbax's files are one thing
+    found = attempt(run, *names)
+    if isinstance(found, Refused):
+        return ERROR
+    is_edit = re.search(use.edited, path.name)
+    require(found == expected or bool(is_edit), f"{path} was damaged in silence")
+    return SUCCESS
+
+
+def check_records(draw: Draw, folder: pathlib.Path) -> str:
+    """Record shards of every format, their indices and vocabulary; filtered tables."""
+    return _judge(draw, folder, "records")
+
+
+def check_filter(draw: Draw, folder: pathlib.Path) -> str:
+    """What a filter job keeps of its parts, when it goes on, is replayed, or reported."""
+    return _judge(draw, folder, "filter")
+
+
+def check_labels(draw: Draw, folder: pathlib.Path) -> str:
+    """Labels, embeddings and heads, read by training and by the job that goes on."""
+    return _judge(draw, folder, "labels")
+
+
+def check_duplicates(draw: Draw, folder: pathlib.Path) -> str:
+    """The table that the filter reads, and what the job goes on from."""
+    return _judge(draw, folder, "duplicates")
+
+
+def check_embeddings(draw: Draw, folder: pathlib.Path) -> str:
+    """Embeddings in files, the index of a search, captioned shards."""
+    return _judge(draw, folder, "embeddings")
+
+
+def check_runs(draw: Draw, folder: pathlib.Path) -> str:
+    """A work directory of training: the model, where it goes on from, its metrics."""
+    return _judge(draw, folder, "runs")
+
+
+def check_exports(draw: Draw, folder: pathlib.Path) -> str:
+    """A model that was exported, with its settings and tokenizer."""
+    return _judge(draw, folder, "exports")
+
+
+def check_others(draw: Draw, folder: pathlib.Path) -> str:
+    """Results of evaluations, cached readings, hashes of pictures."""
+    return _judge(draw, folder, "others")
