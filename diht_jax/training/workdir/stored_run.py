@@ -272,8 +272,7 @@ def local_run(
             raise ValueError(f"{url} cannot be read: {error}") from error
 
     # One that goes on may save and remove checkpoints between the looks of two processes.
-    is_shared = mesh is not None and mesh.is_multi_process
-    listed = json.loads(share_from_first(read) if is_shared else read())
+    listed = json.loads(share_from_first(read) if mesh and mesh.is_multi_process else read())
     stored = {int(number): manifest for number, manifest in listed.items()}
     if not stored and url.startswith("gs://"):
         return name
