@@ -100,13 +100,15 @@ def load_recipe(name: str | pathlib.Path, arg: str = "") -> ml_collections.Confi
     """The config that a recipe's `get_config(arg)` returns.
 
     Args:
-        name: such as `demo`, or the path of a Python file.
-        arg: what follows the colon on a command line, such as "debug=True".
+        name: such as `demo`, or the path of a Python file; as on a command line, the argument may
+            follow a colon, `demo:debug=True`.
+        arg: the argument, such as "debug=True".
 
     Raises:
         ValueError: no such recipe, or it gives no config.
     """
-    path = find_recipe(name)
+    name, _, own = str(name).partition(":")
+    arg, path = arg or own, find_recipe(name)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # as for every name that ends with .py
     module = importlib.util.module_from_spec(spec)

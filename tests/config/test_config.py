@@ -45,6 +45,13 @@ def test_a_recipe_loads_outside_of_the_repository(tmp_path, monkeypatch):
     assert load_recipe(REPOSITORY / "configs" / "emoji.py").total_epochs == 40.0
 
 
+def test_the_argument_may_follow_the_name():
+    path = REPOSITORY / "configs" / "demo.py"
+    expected = load_recipe(path, "debug=True").to_dict()
+    assert load_recipe("demo:debug=True").to_dict() == expected != load_recipe("demo").to_dict()
+    assert load_recipe(f"{path}:debug=True").to_dict() == expected
+
+
 def values(name, arg=""):
     return load_recipe(REPOSITORY / "configs" / f"{name}.py", arg).to_dict()
 
