@@ -141,7 +141,7 @@ def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path):
 
     losses, programs = start("first")
     assert len(losses) == 4 and np.isfinite(losses).all()
-    assert any(path.name.startswith("jit__step-") for path in programs)
+    assert any(path.name.startswith("jit_train_step-") for path in programs)
     assert start("second") == (losses, programs)
 
 

@@ -96,7 +96,9 @@ def test_mismatch_says_which(tmp_path):
         assert text in str(error.value)
     assert "the objects of" not in str(error.value)
     _write_shard(first / "b.tfrecord", other.describe())
-    with pytest.raises(ValueError, match=r"the attributes of '.*first/b\.tfrecord' are 2 with"):
+    with pytest.raises(
+        ValueError, match=r"the attributes of '.*first/b\.tfrecord\.stats\.json' are 2 with"
+    ):
         find_vocabulary(first)
     with pytest.raises(ValueError, match="the attributes of 'data' are absent"):
         check_vocabulary({}, _vocabulary().describe(), "data", "checkpoint")
