@@ -50,8 +50,6 @@ _PATIENCE_SECS, _MAX_REQUESTS = 10.0, 4
 _POLL_SECS = 0.5  # between two looks at whether the input was closed
 _FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 0.1, 5.0  # after a failure
 _LOG_SECS = 15  # between two lines about failures
-# Errors that no waiting ends.
-_LASTING = (ValueError, LookupError, TypeError, AttributeError, ImportError, NotImplementedError)
 # Blocks whose size is looked at, to estimate that of all.
 _SAMPLED_BLOCKS = 64
 
@@ -60,6 +58,13 @@ clock, sleep = time.monotonic, time.sleep  # tests put their own here
 
 class ReadAheadStopped(RuntimeError):
     """The record does not come any more: the input was closed."""
+
+
+# Errors that no waiting ends.
+_LASTING = (
+    *(ValueError, LookupError, TypeError, AttributeError, ImportError, NotImplementedError),
+    ReadAheadStopped,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +267,8 @@ class BlockStore:
         first, end = map(int, self.order.block_starts[block : block + 2])
 
         def read() -> bytes:
+            if stopped.is_set():  # while it waited to try again
+                raise ReadAheadStopped("the input was closed")
             extent = self._source.extent(first, end)
             return _first_answer(lambda: read_extent(*extent), stopped)
 

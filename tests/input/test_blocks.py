@@ -180,7 +180,7 @@ def test_of_a_request_that_was_overtaken_an_error_changes_nothing(
     def read_extent(*extent):
         requests.append(threading.current_thread())
         if len(requests) == 1:
-            wait_until(lambda: len(requests) == 2)
+            wait_until(lambda: len(requests) >= 2)
             if late == "an error":
                 raise ConnectionResetError("too late")
             return read(*extent)
@@ -206,6 +206,23 @@ def test_of_a_request_that_was_overtaken_an_error_changes_nothing(
     assert blocks_of.read(0) == TFRecordSource(store)[0]
     closed.set()
     blocks_of.stop()
+
+
+def test_a_closed_input_no_longer_asks_a_store_that_fails(store, cache, monkeypatch):
+    before, asked = set(threading.enumerate()), threading.Event()
+
+    def fail(*_):
+        asked.set()
+        raise ConnectionResetError("no answer")
+
+    monkeypatch.setattr(blocks, "read_extent", fail)
+    source = open_source(store, cache)
+    blocks_of = BlockStore(source, block_order(source), ReadAheadOptions(cache_dir=str(cache)))
+    blocks_of.start()
+    blocks_of.request([0])
+    assert asked.wait(60)
+    blocks_of.stop()
+    wait_until(lambda: not set(threading.enumerate()) - before, longest_secs=60)
 
 
 def test_a_store_that_goes_on_failing_is_an_error(
