@@ -62,7 +62,12 @@ class ReadAheadStopped(RuntimeError):
 
 # Errors that no waiting ends.
 _LASTING = (
-    *(ValueError, LookupError, TypeError, AttributeError, ImportError, NotImplementedError),
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    NotImplementedError,
     ReadAheadStopped,
 )
 
