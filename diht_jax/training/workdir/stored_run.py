@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import pathlib
 import shutil
@@ -326,8 +327,8 @@ def make_manifest(folder: pathlib.Path) -> Manifest:
 
 def differing_files(found: Manifest, stated: Manifest) -> list[str]:
     """Names of the files that are not as stated; manifests of earlier versions have no CRC32."""
-    same = {name for name in found.keys() & stated.keys() if found[name][:2] == stated[name][:2]}
-    same -= {name for name in same if found[name][2:] != (stated[name][2:] or found[name][2:])}
+    both = found.keys() & stated.keys()
+    same = {name for name in both if all(map(operator.eq, found[name], stated[name]))}
     return sorted((found.keys() | stated.keys()) - same)
 
 
