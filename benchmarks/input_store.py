@@ -16,6 +16,7 @@ second of processor time, of all processes of a side, hardly do.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
@@ -43,7 +45,7 @@ from diht_jax.input.examples import DecodeExample
 from diht_jax.input.order import BlockOrder
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.formats import TFRecordSource, TFRecordWriter
-from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.schema import Record, decode_record, encode_record
 from diht_jax.terminal import ProgressBar
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -239,6 +241,10 @@ def decode_example(settings: Settings) -> DecodeExample:
     return DecodeExample(settings.image_size, 77, (0.9, 1.0), "{caption}")
 
 
+def _decode(decode: DecodeExample, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return decode.plan(decode_record(data), rng)()
+
+
 def of_open_clip(settings: Settings, tars: str, num_records: int) -> Iterator[Any]:
     """The batches of open_clip's training data."""
     # Not at the top: the decoding processes of the other sides import this module.
@@ -269,7 +275,8 @@ def of_grain(settings: Settings, paths: list[str], *, slow: bool) -> Iterator[An
     """The batches of grain over ArrayRecord files, decoded as ours are."""
     source = grain.sources.ArrayRecordDataSource(paths)
     dataset = grain.MapDataset.source(slow_store.SlowSequence(source) if slow else source)
-    dataset = dataset.seed(0).shuffle().repeat().random_map(decode_example(settings))
+    decode = functools.partial(_decode, decode_example(settings))
+    dataset = dataset.seed(0).shuffle().repeat().random_map(decode)
     dataset = dataset.batch(settings.batch_size, drop_remainder=True)
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=GRAIN_THREADS))
     if not flags.FLAGS.is_parsed():

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
@@ -56,8 +55,8 @@ _kept = threading.local()
 
 
 @dataclasses.dataclass(eq=False)
-class DecodeExample(grain.transforms.RandomMap):
-    """One serialised record -> one training example: random crop and token ids."""
+class DecodeExample:
+    """Makes a training example of a record: random crop and token ids."""
 
     image_size: int  # pixels, of both sides
     context_length: int  # t, token ids per text
@@ -96,36 +95,26 @@ class DecodeExample(grain.transforms.RandomMap):
         num_bytes += 4 * self.teacher_width + 8 * self.pair_ids
         return num_bytes + 8 * self.num_concepts * len(schema.CONCEPT_FIELDS)
 
-    def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Decodes one serialised `tf.train.Example`.
-
-        Args:
-            rng: decides the crop.
-
-        Returns:
-            `images` uint8 [size, size, 3] and `tokens` int32 [t]; with concepts also
-            `object_ids` int32 [k], `object_probs` float32 [k], `attribute_ids` and
-            `attribute_probs`. Probabilities are 0 behind the last label of a record, and all 0
-            where it has none. With a width of teachers also what `choices.take_view` gives;
-            with ids also `pair_ids` uint32 [2].
-
-        Raises:
-            ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
-                record's key.
-        """
-        return self.plan(schema.decode_record(element), rng)()
-
     def plan(
         self, record: schema.Record, rng: np.random.Generator, position: int = 0
     ) -> Callable[[], dict[str, np.ndarray]]:
-        """Everything of `random_map` but the pixels; what is returned decodes them.
-
-        Either call may raise the errors of `random_map`.
+        """Everything of an example but the pixels; what is returned decodes them.
 
         Args:
             rng: decides the crop, then the caption, then its sentences, then its words, so that
                 what comes before is the same either way.
             position: of the example in the run, for a choice of captions that changes with it.
+
+        Returns:
+            A function that gives `images` uint8 [size, size, 3] and `tokens` int32 [t]; with
+            concepts also `object_ids` int32 [k], `object_probs` float32 [k], `attribute_ids` and
+            `attribute_probs`. Probabilities are 0 behind the last label of a record, and all 0
+            where it has none. With a width of teachers also what `choices.take_view` gives;
+            with ids also `pair_ids` uint32 [2].
+
+        Raises:
+            ValueError: by either call: the image cannot be decoded, or a label is beyond its
+                vocabulary; names the record's key.
         """
         labels = self._take_labels(record) if self.num_concepts else {}
         view, crop_rng = {}, rng

@@ -6,7 +6,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diht_jax.extras.noisy_pairs import right_probabilities
 from diht_jax.input.examples import DecodeExample
-from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.schema import Record
 from tests import make
 
 NUM_PAIRS, WIDTH, NOISE_SHARE = 40, 6, 0.25
@@ -52,8 +52,8 @@ def test_ids_are_equal_for_equal_tokens_or_equal_classes():
     def pair_id(caption, class_key="kind", **metadata):
         keys = {"pair_ids": True, "class_key": class_key}
         decode = DecodeExample(8, 16, (1, 1), "{caption}", **keys)
-        data = encode_record(Record("key", image, caption, metadata))
-        found = decode.random_map(data, np.random.default_rng(0))["pair_ids"]
+        record = Record("key", image, caption, metadata)
+        found = decode.plan(record, np.random.default_rng(0))()["pair_ids"]
         assert found.dtype == np.uint32 and found.shape == (2,)
         return tuple(found)
 

@@ -61,7 +61,8 @@ def take(batches, count):
 def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():
     """What all runs have had so far; one of them may go on at any time."""
     source = textured()
-    graph = grain.MapDataset.source(source).seed(17).shuffle().repeat().random_map(DECODE)
+    graph = grain.MapDataset.source(source).seed(17).shuffle().repeat()
+    graph = graph.random_map(lambda data, rng: DECODE.plan(decode_record(data), rng)())
     batches = TrainIterator(source, DECODE, batch_size=4, seed=17, num_workers=0)
     for step, batch in enumerate(take(batches, 6)):
         expected = [graph[4 * step + row] for row in range(4)]
@@ -159,8 +160,9 @@ def test_fast_decoding_can_be_switched_off(fast_decode):
     """The same crop of the same picture; Pillow's own pixels where it is off."""
     decode = DecodeExample(48, 16, (0.3, 0.9), "{caption}", fast_decode=fast_decode)
     for seed in range(4):
-        example = decode.random_map(textured()[seed], np.random.default_rng(seed))
-        data = decode_record(textured()[seed]).image
+        record = decode_record(textured()[seed])
+        example = decode.plan(record, np.random.default_rng(seed))()
+        data = record.image
         exact = transforms.train_transform(
             transforms.decode_rgb(data), 48, np.random.default_rng(seed), (0.3, 0.9)
         )
@@ -272,7 +274,7 @@ def test_concepts_are_cut_to_k_renormalised_and_padded():
 
     def example(record, num_concepts):
         decode = DecodeExample(8, 8, (1.0, 1.0), "{caption}", num_concepts=num_concepts)
-        return decode.random_map(encode_record(record), np.random.default_rng(0))
+        return decode.plan(record, np.random.default_rng(0))()
 
     two, five = example(record, 2), example(record, 5)
     np.testing.assert_array_equal(two["object_ids"], [7, 3])

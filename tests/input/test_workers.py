@@ -13,7 +13,7 @@ import pytest
 
 from diht_jax.input import workers
 from diht_jax.input.examples import DecodeExample
-from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.schema import Record
 from tests.make import encoded, plain, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -134,10 +134,10 @@ def test_a_mark_that_is_being_claimed_is_not_removed_by_another_start(segment_fo
 
 
 def test_the_bytes_of_an_example_are_those_of_its_arrays():
-    record = encode_record(grey_square(7))
+    record = grey_square(7)
     for num_concepts in (0, 5):
         decode = DecodeExample(8, 16, (1.0, 1.0), "{caption}", num_concepts=num_concepts)
-        example = decode.random_map(record, np.random.default_rng(0))
+        example = decode.plan(record, np.random.default_rng(0))()
         assert decode.example_bytes == sum(array.nbytes for array in example.values())
 
 
