@@ -157,6 +157,8 @@ class TrainIterator:
     def __next__(self) -> dict[str, np.ndarray]:
         """`images` uint8 [b, h, w, 3] and `tokens` int32 [b, t], b of this process.
 
+        Their memory is used again once nothing refers to them or to views of them.
+
         Decoding workers that died (a crash in a codec, the kernel's out-of-memory killer) are
         started again at the batch that they owed. A record whose picture crashes its decoder is
         found, and is a bad record then.

@@ -1,21 +1,24 @@
-"""Memory of the input: counted and bounded; joined batches."""
+"""Memory of the input: counted and bounded; joined batches, and whose memory is used again."""
 
+import gc
 import os
 import threading
 import types
 
+import jax
 import numpy as np
 import pytest
 
+from diht_jax import sharding
 from diht_jax.input import workers
-from diht_jax.input.in_flight import InFlight, Joiner
+from diht_jax.input.in_flight import JOINED_BATCHES, InFlight, Joiner
 from tests.waiting import wait_until
 
 ROWS, PARTS = 4, 3
 
 
 def part(number):
-    """A sub-batch that no other one is like."""
+    """A sub-batch that no other one is like, large enough for an alias of JAX on the CPU."""
     rng = np.random.default_rng(number)
     return {
         "images": rng.integers(0, 256, (ROWS, 8, 8, 3), np.uint8),
@@ -65,10 +68,70 @@ def joiner(source):
     joiner.close()
 
 
-def test_batches_are_their_parts_and_stay_as_they_are(joiner):
+def addresses(found):
+    return {array.ctypes.data for array in found.values()}
+
+
+def test_batches_are_their_parts_in_memory_that_is_used_again(joiner):
+    seen = set()
+    for number in range(40):
+        found = joiner.take()
+        assert_is(found, number)
+        seen |= addresses(found)
+        del found
+    assert len(seen) <= 4 * JOINED_BATCHES
+
+
+def test_no_batch_is_joined_ahead_of_two_that_are_in_use(joiner, source):
+    first, second = joiner.take(), joiner.take()
+    assert joiner._memory.is_short() and source.taken == 2 * PARTS
+    ahead = joiner._ahead
+    assert ahead.is_alive() and not ahead._batch  # it waits for room
+    del first
+    wait_until(lambda: source.taken == 3 * PARTS)
+    assert_is(second, 1)
+
+
+def test_batches_that_are_kept_stay_as_they_are(joiner):
     kept = [joiner.take() for _ in range(6)]
     for number, found in enumerate(kept):
         assert_is(found, number)
+
+
+def test_a_view_keeps_the_memory_of_its_batch(joiner):
+    views = [joiner.take()["images"][2:5, ::2].T for _ in range(6)]
+    for number, view in enumerate(views):
+        np.testing.assert_array_equal(view, batch(number)["images"][2:5, ::2].T)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_arrays_of_jax_stay_as_they_are(joiner, num_devices):
+    mesh = sharding.create_mesh(-1, 1, jax.devices()[:num_devices])
+    spread = sharding.batch_sharding(mesh)
+    kept, aliases = [], 0
+    for _ in range(6):
+        found = joiner.take()
+        start = found["images"].ctypes.data
+        kept.append(sharding.put_batch(found, spread))
+        shard = kept[-1]["images"].addressable_shards[0].data
+        aliases += shard.unsafe_buffer_pointer() == start
+        del found, shard
+        gc.collect(0)
+    assert aliases  # else this test shows nothing
+    for number, found in enumerate(kept):
+        assert_is(found, number)
+
+
+def test_memory_comes_back_from_arrays_of_jax(joiner):
+    spread = sharding.batch_sharding(sharding.create_mesh(-1, 1, jax.devices()[:1]))
+    total, seen = 0, set()
+    for number in range(12):
+        found = joiner.take()
+        seen |= addresses(found)
+        total = jax.block_until_ready(sharding.put_batch(found, spread)["tokens"].sum())
+        assert int(total) == batch(number)["tokens"].sum()
+        del found
+    assert len(seen) <= 4 * (JOINED_BATCHES + 1)
 
 
 def test_an_error_comes_at_its_own_batch():
