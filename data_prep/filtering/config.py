@@ -6,7 +6,6 @@ The keys of the steps stand in the steps' own files.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +14,12 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from data_prep.decisions.table import find_decisions, read_decisions
-from data_prep.jobs import shards
-from data_prep.jobs.failures import check_job
-from data_prep.jobs.workers import RaySettings
+from data_prep.jobs import failures, shards
 from data_prep.sources import default_source
 from data_prep.steps import registry
 from data_prep.steps.base import check_integers
 from data_prep.steps.scores import ScoreStep
+from diht_jax.config.keys import Key, OneOf, build_config, check_ranges
 from diht_jax.records.formats import check_format
 from diht_jax.records.samples import USUAL_KIND, check_kind, parse_columns
 from diht_jax.records.shard_files import shard_name
@@ -53,18 +51,17 @@ SETTINGS = "settings.json"  # in the folder of the parts: what the config means
 
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
-    "": "data_prep/filtering/config.py data_prep/steps/*.py",
+    "": "data_prep/filtering/config.py data_prep/steps/*.py data_prep/jobs/failures.py",
     "aesthetic.": "data_prep/steps/scores.py",
     "unsafe.": "data_prep/steps/scores.py",
     "spotter.": "data_prep/text_spotting/*.py",
-    "ray.": "data_prep/jobs/workers.py",
     "source.": "diht_jax/readers/*.py",
 }
 
 
 def default_config() -> ml_collections.ConfigDict:
     """Every key of a filter config, with its default."""
-    c = ml_collections.ConfigDict()
+    c = build_config(failures.KEYS)
     # Any source of docs/guides/prepare/sources.md; several are separated by commas.
     c.input = placeholder(str)
     c.output = placeholder(str)  # folder of the shards
@@ -88,28 +85,15 @@ def default_config() -> ml_collections.ConfigDict:
     # Records of an output shard, about; None: each input shard makes one.
     c.examples_per_shard = 10_000
     c.keep_parts = False  # keep what was filtered of every input shard, once it was re-sharded
-    # Failed input shards that the output is written without: a share below 1 (0: none; else one
-    # at least), or a number.
-    c.max_failed_shards = 0.01
-    # Inputs of a finished folder that may be gone or replaced without --overwrite; as above.
-    c.max_changed_shards = 0.01
     c.samples_per_outcome = 50  # examples in the statistics, to look at
     c.report_samples = 8  # examples of each outcome in the report, with pictures
     c.label_field = placeholder(str)  # field of the metadata by whose values pairs are counted
     c.clean_label = "clean"  # the value of good pairs; all others are noise that should go
     c.seed = 0  # of the choice of examples
 
-    c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
-    # How often a shard is run again when its worker died; 0: after no failure at all, not even of
-    # its storage or its node, which have limits of their own.
-    c.retries = 1
-    # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
-    c.shard_timeout_secs = placeholder(float)
     c.keep_before_damage = False  # of a tar that is cut off or damaged, keep the pairs before that
     # Pairs that are read and parsed together; what C and A leave of them fills a spotter's window.
     c.batch_size = 1024
-    # For --engine=ray; `jobs.cluster.RaySettings` describes each key.
-    c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))
     return c
 
 
@@ -119,14 +103,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
-    check_job(config)
-    least = {"retries": 0, "samples_per_outcome": 0, "report_samples": 0}
-    least |= {"examples_per_shard": 1, "batch_size": 1}
+    failures.check_job(config)
+    check_ranges(config, {"input_identity": Key("time", OneOf(shards.IDENTITIES))})
+    least = {"samples_per_outcome": 0, "report_samples": 0, "examples_per_shard": 1}
+    least |= {"batch_size": 1}
     check_integers({name: (config[name], minimum) for name, minimum in least.items()})
-    if config.shard_timeout_secs is not None and config.shard_timeout_secs <= 0:
-        raise ValueError(
-            f"config.shard_timeout_secs={config.shard_timeout_secs}; expected more than 0"
-        )
     parse_columns(config.caption_columns, "config.caption_columns")
     check_kind(config.caption_kind, "config.caption_kind")
     check_format(config.output_format)

@@ -20,6 +20,7 @@ from collections.abc import Generator, Sequence
 from concurrent import futures
 from typing import Any
 
+import ml_collections
 from absl import logging
 
 from data_prep.jobs.models import ClusterActor, ModelActors, SharedModel, share_models, start_models
@@ -28,7 +29,6 @@ from data_prep.jobs.workers import (
     LOST,
     Function,
     Outcome,
-    RaySettings,
     Report,
     call_function,
     describe_error,
@@ -40,7 +40,7 @@ _now = time.monotonic  # of the limit of a task; tests put their own clock here
 
 
 @contextlib.contextmanager
-def _connect(settings: RaySettings) -> Generator[Any]:
+def _connect(address: str) -> Generator[Any]:
     """Gives the module, connected."""
     try:
         import ray
@@ -52,17 +52,17 @@ def _connect(settings: RaySettings) -> Generator[Any]:
     # So that the workers find this very code, where it is not installed as a package.
     paths = [str(pathlib.Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    options: dict[str, Any] = {"include_dashboard": False} if settings.address == "local" else {}
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(
-            address=settings.address,
+            address=address,
             runtime_env={"env_vars": environment},
             logging_level=python_logging.WARNING,
             **options,
         )
     except ConnectionError as error:
         raise ValueError(
-            f"config.ray.address='{settings.address}': no Ray cluster there ({error}); start one "
+            f"config.ray.address='{address}': no Ray cluster there ({error}); start one "
             "with `ray start --head`, or set config.ray.address='local'"
         ) from error
     try:
@@ -87,7 +87,7 @@ class RayPool:
     def __init__(
         self,
         function: Function,
-        settings: RaySettings,
+        settings: ml_collections.ConfigDict,
         num_workers: int | None,
         timeout_secs: float | None,
         add_pairs: Report,
@@ -98,7 +98,7 @@ class RayPool:
             ValueError: Ray is not installed, or there is no such cluster.
         """
         self._connection = contextlib.ExitStack()
-        self._ray = self._connection.enter_context(_connect(settings))
+        self._ray = self._connection.enter_context(_connect(settings.address))
         self._settings = settings
         self._num_workers = num_workers
         self._timeout_secs = timeout_secs

@@ -40,7 +40,6 @@ from data_prep.jobs.workers import (
     LocalPool,
     Outcome,
     ProcessDeath,
-    RaySettings,
     Report,
     ThisProcess,
 )
@@ -79,7 +78,7 @@ def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, 
         "num_workers": config.num_workers,
         "retries": config.retries,
         "timeout_secs": config.shard_timeout_secs,
-        "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
+        "ray": config.ray if engine == "ray" else None,
     }
 
 
@@ -115,7 +114,7 @@ def run_tasks(
     retries: int = 1,
     timeout_secs: float | None = None,
     after_death: AfterDeath | None = None,
-    ray: RaySettings | None = None,
+    ray: ml_collections.ConfigDict | None = None,
 ) -> Iterator[Outcome]:
     """Calls `function(task, report)` for every task; a failure does not stop the others.
 
@@ -136,17 +135,15 @@ def run_tasks(
         after_death: called when the worker of a task has died, unless `retries` is 0: with the
             task, and whether it may be to blame. Returns the task to run next in place of it; None
             ends the attempts. Where it is not given, `retries` counts deaths too.
-        ray: where the tasks run on a Ray cluster; None for local processes.
+        ray: `config.ray`, where the tasks run on a cluster; None for local processes.
 
     Yields:
         One outcome for each task, in the order in which they end; `task` is what ran last.
 
     Raises:
-        ValueError: a number is out of its range, no worker can start, or there is no such cluster.
+        ValueError: no worker can start or be stopped, or there is no such cluster.
         FullError: there is no room for the output of a task.
     """
-    if retries < 0:
-        raise ValueError(f"config.retries={retries}; expected at least 0")
     if not tasks:
         return
     queue = _Queue(tasks)
@@ -174,11 +171,9 @@ def _open_pool(
     num_workers: int | None,
     num_tasks: int,
     timeout_secs: float | None,
-    ray: RaySettings | None,
+    ray: ml_collections.ConfigDict | None,
     add_pairs: Report,
 ) -> Any:
-    if num_workers is not None and num_workers < 0:
-        raise ValueError(f"config.num_workers={num_workers}; expected at least 0")
     if ray is not None:
         from data_prep.jobs.cluster import RayPool
 

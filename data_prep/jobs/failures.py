@@ -1,4 +1,4 @@
-"""State of the tasks of a job: done and whole, failed within a limit or beyond it, or waiting.
+"""Keys of all jobs; tasks that are done and whole, failed within a limit or beyond it, or waiting.
 
 Why a shard has failed stands next to its output (`FAILED_SUFFIX`) until it is made, so that another
 job of an array knows that nobody works on it. A later run tries it again.
@@ -15,19 +15,46 @@ import ml_collections
 from absl import logging
 
 from data_prep.jobs import shards
-from data_prep.jobs.engine import RaySettings, run_pending
+from data_prep.jobs.engine import run_pending
 from data_prep.jobs.shards import (
     FAILED_SUFFIX,
-    IDENTITIES,
     STATS_SUFFIX,
     ShardTask,
     Task,
     check_all,
     trim_stats,
 )
+from diht_jax.config.keys import NOT_NEGATIVE, POSITIVE, Key, check_ranges
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
 from diht_jax.terminal import print_escaped
+
+# Keys of all commands that do shard jobs.
+KEYS: dict[str, Any] = {
+    # Failed inputs that the output is written without: a share below 1 (0: none; else one at
+    # least), or a number.
+    "max_failed_shards": Key(0.01, NOT_NEGATIVE),
+    # Inputs of before that may be gone or replaced, counted in the same way. What was made of them
+    # is removed or made again; where they are more, nothing of it is touched.
+    "max_changed_shards": Key(0.01, NOT_NEGATIVE),
+    "num_workers": Key(int, NOT_NEGATIVE),  # processes; None: one per core, 0: no other process
+    # How often a shard is run again when its worker died; 0: after no failure at all, not even of
+    # its storage or its node, which have limits of their own.
+    "retries": Key(1, NOT_NEGATIVE),
+    # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
+    "shard_timeout_secs": Key(float, POSITIVE),
+    # "auto" for the running cluster (or $RAY_ADDRESS), "local" to start one on this machine for the
+    # time of the job, else HOST:PORT.
+    "ray.address": "auto",
+    "ray.cpus_per_worker": Key(1.0, NOT_NEGATIVE),  # cores that a worker reserves
+    # GPUs, or a part of one, that a worker reserves and sees.
+    "ray.gpus_per_worker": Key(0.0, NOT_NEGATIVE),
+    # Actors at most that hold the networks for all workers, as many as the GPUs have room for; 0
+    # for none: each worker has its own.
+    "ray.model_actors": Key(0, NOT_NEGATIVE),
+    # GPUs, or a part of one, that such an actor reserves and sees.
+    "ray.gpus_per_model_actor": Key(1.0, NOT_NEGATIVE),
+}
 
 # Status with which a command ends whose output is there, without the shards that failed.
 INCOMPLETE_STATUS = 3
@@ -80,25 +107,13 @@ class Survey(NamedTuple, Generic[Task]):
 
 
 def check_job(config: ml_collections.ConfigDict) -> None:
-    """Checks the keys that all jobs have: limits of failed and changed shards, cluster, inputs.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-    for name in ("max_failed_shards", "max_changed_shards"):
-        check_limit(name, config[name])
-    RaySettings(**config.ray.to_dict()).check()
-    identity = config.get("input_identity", IDENTITIES[0])
-    if identity not in IDENTITIES:
+    """Raises ValueError where one of `KEYS` is out of its range, or workers reserve nothing."""
+    check_ranges(config, KEYS)
+    if not config.ray.cpus_per_worker and not config.ray.gpus_per_worker:
         raise ValueError(
-            f"config.input_identity='{identity}'; expected one of {', '.join(IDENTITIES)}"
+            "config.ray.cpus_per_worker=0 and config.ray.gpus_per_worker=0; expected one of them "
+            "to be more: they limit how many workers run on a node"
         )
-
-
-def check_limit(name: str, limit: float) -> None:
-    """Raises ValueError for a limit of `allowed_number` that is negative."""
-    if limit < 0:
-        raise ValueError(f"config.{name}={limit}; expected a share below 1, or a number of shards")
 
 
 def allowed_number(limit: float, total: int, *, one_of_a_few: bool = True) -> int:

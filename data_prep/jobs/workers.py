@@ -1,4 +1,4 @@
-"""Workers: this process, or processes of pebble's pool; settings of those of a Ray cluster.
+"""Workers: this process, or processes of pebble's pool.
 
 pebble stops tasks at their time limit, and the death of a worker is an error of its task alone.
 Workers are spawned, since the parent may have threads. They count their pairs through one pipe,
@@ -44,38 +44,6 @@ _MAX_FAILED_STARTS = 3  # in a row
 # The libraries under spaCy and NumPy would start a thread per core in every worker.
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _EXITED = 256  # stands for exit code 0, which pebble takes for no death
-
-
-@dataclasses.dataclass(frozen=True)
-class RaySettings:
-    """Settings of a cluster, and the resources of a worker.
-
-    Attributes:
-        address: "auto" for the running cluster (or $RAY_ADDRESS), "local" to start one on this
-            machine for the time of the job, else HOST:PORT.
-        cpus_per_worker: cores that a worker reserves.
-        gpus_per_worker: GPUs, or a part of one, that a worker reserves and sees.
-        model_actors: actors at most that hold the networks for all workers, as many as the GPUs
-            have room for; 0 for none: each worker has its own.
-        gpus_per_model_actor: GPUs, or a part of one, that such an actor reserves and sees.
-    """
-
-    address: str = "auto"
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
-    model_actors: int = 0
-    gpus_per_model_actor: float = 1.0
-
-    def check(self) -> None:
-        """Raises ValueError where a number is negative, or a worker would reserve nothing."""
-        for field in dataclasses.fields(self)[1:]:
-            if (value := getattr(self, field.name)) < 0:
-                raise ValueError(f"config.ray.{field.name}={value}; expected at least 0")
-        if not self.cpus_per_worker and not self.gpus_per_worker:
-            raise ValueError(
-                "config.ray.cpus_per_worker=0 and config.ray.gpus_per_worker=0; expected one of "
-                "them to be more: they limit how many workers run on a node"
-            )
 
 
 class ProcessDeath(OSError):

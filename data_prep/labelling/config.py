@@ -5,13 +5,11 @@ The sections of the teachers are next to their code, in `data_prep.teachers`.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import ml_collections
 
-from data_prep.jobs.failures import check_job, check_limit
-from data_prep.jobs.workers import RaySettings
+from data_prep.jobs import failures
 from data_prep.teachers import clip
 from data_prep.teachers.registry import default_teacher
 from diht_jax.config.keys import (
@@ -62,9 +60,9 @@ HEADS: dict[str, Any] = {
     "max_held_out": Key(20_000, COUNT),  # images that metrics are measured on
     # The heads stay while at most this many shards changed since they were made: a share below 1,
     # or a number. Above, they are trained again, and every shard is labelled again.
-    "max_changed_shards": 0.01,
+    "max_changed_shards": Key(0.01, NOT_NEGATIVE),
 }
-KEYS: dict[str, Any] = {
+KEYS: dict[str, Any] = failures.KEYS | {
     "input": str,  # folder (or several, with commas) of data_prep.filter
     "output": str,  # folder of the labels
     # Whether the output gets shards with labels in every record, rather than files of labels alone.
@@ -86,29 +84,17 @@ KEYS: dict[str, Any] = {
     "report_images": Key(36, NOT_NEGATIVE),  # in report.html
     # Of the held-out images, the order of training and the report's images.
     "seed": Key(0, NOT_NEGATIVE),
-    "num_workers": int,  # processes; None: one per core, 0: no other process
-    # Failed shards that the labels are written without: a share below 1 (0: none; else one at
-    # least), or a number.
-    "max_failed_shards": 0.01,
-    # Shards that are gone whose labels and embeddings are removed; where they are more, all
-    # stay. A share below 1, or a number.
-    "max_changed_shards": 0.01,
-    # How often a shard is run again when its worker died, or its storage failed.
-    "retries": Key(1, NOT_NEGATIVE),
-    # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
-    "shard_timeout_secs": float,
 }
 
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
-    "": "data_prep/labelling/config.py",
+    "": "data_prep/labelling/config.py data_prep/jobs/failures.py",
     "heads.": "data_prep/labelling/config.py",
     "clip_teachers.": "data_prep/teachers/clip.py",
     "teacher.": "data_prep/teachers/registry.py",
     "teacher.swag.": "data_prep/teachers/swag.py",
     "teacher.torch.": "data_prep/teachers/torch_module.py",
     "teacher.precomputed.": "data_prep/teachers/precomputed.py",
-    "ray.": "data_prep/jobs/workers.py",
     "source.": "diht_jax/readers/*.py",
 }
 
@@ -119,7 +105,6 @@ def default_config() -> ml_collections.ConfigDict:
     c.clip_teachers = clip.default_config()  # CLIPs whose embeddings are kept for training
     c.teacher = default_teacher()
     c.heads = default_heads()
-    c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))  # see data_prep.filter
     return c
 
 
@@ -137,8 +122,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check_format(config.output_format, _OUTPUT_FORMATS)
     check_ranges(config, KEYS | {f"heads.{name}": key for name, key in HEADS.items()})
     clip.check_config(config.clip_teachers)
-    check_job(config)
-    check_limit("heads.max_changed_shards", config.heads.max_changed_shards)
+    failures.check_job(config)
     if not config.concepts and not config.clip_teachers.models:
         raise ValueError(
             "config.concepts=False: nothing is left to do; name config.clip_teachers.models"

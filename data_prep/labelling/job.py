@@ -35,7 +35,7 @@ from absl import logging
 
 from data_prep import sources
 from data_prep.jobs import shards
-from data_prep.jobs.engine import RaySettings, after_death, engine_options, print_failures
+from data_prep.jobs.engine import after_death, engine_options, print_failures
 from data_prep.jobs.failures import (
     FAILED_SUFFIX,
     Failures,
@@ -264,8 +264,9 @@ class _Job:
         options: dict[str, Any] = engine_options(self.config, self.engine) | {"label": label}
         if teacher is None:
             if options["ray"] is not None:
-                address, cpus = options["ray"].address, options["ray"].cpus_per_worker
-                options["ray"] = RaySettings(address, cpus or 1.0)
+                cpus = options["ray"].cpus_per_worker or 1.0
+                own = {"cpus_per_worker": cpus, "gpus_per_worker": 0.0, "model_actors": 0}
+                options["ray"] = ml_collections.ConfigDict(options["ray"].to_dict() | own)
             return run_noting_failures(function, pending, options)
         options["after_death"] = after_death
         if teacher.in_this_process and options["ray"] is None:

@@ -30,7 +30,8 @@ import ray
 from ray.cluster_utils import Cluster
 from data_prep.filter import run_filter
 from data_prep.jobs import cluster as ray_workers
-from data_prep.jobs.engine import RaySettings, run_tasks
+from data_prep.filtering.config import default_config
+from data_prep.jobs.engine import run_tasks
 from data_prep.jobs.models import open_model
 from tests.data_prep.jobs.test_ray import models_config, tars_config
 
@@ -132,7 +133,8 @@ def main(folder):
     # A GPU in name only, to be reserved: nothing here computes on it.
     head = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    settings = RaySettings(cluster.address, model_actors=10, gpus_per_model_actor=0.5)
+    settings = default_config().ray
+    settings.update(address=cluster.address, model_actors=10, gpus_per_model_actor=0.5)
 
     function = functools.partial(work, folder=folder)
     tasks = [5, 0, 20, 30, 6, 666]
@@ -144,7 +146,8 @@ def main(folder):
             node = cluster.add_node(num_cpus=3)
         found.append([outcome.task, outcome.result, outcome.error])
     print("toy", json.dumps(found), flush=True)
-    failing = list(run_failing(RaySettings(cluster.address), folder))
+    settings.model_actors = 0
+    failing = list(run_failing(settings, folder))
     print("failing", json.dumps(failing), flush=True)
     print("models", json.dumps(run_models(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
