@@ -35,7 +35,7 @@ from data_prep.filtering.plan import Job
 from data_prep.filtering.rows import filter_rows
 from data_prep.filtering.shard import filter_shard
 from data_prep.jobs import shards
-from data_prep.jobs.engine import ENGINES, after_death, engine_options, print_failures, run_pending
+from data_prep.jobs.engine import ENGINES, engine_options, print_failures, run_pending
 from data_prep.jobs.failures import (
     Failures,
     Survey,
@@ -170,8 +170,7 @@ def filter_parts(job: Job, pending: Sequence[ShardTask]) -> Failures:
     """Filters some inputs; failures are noted next to their parts."""
     function = filter_rows if job.config.metadata_only else filter_shard
     work = functools.partial(function, config=job.config, steps=active_steps(job.config))
-    options = engine_options(job.config, job.engine)
-    options |= {"label": "filter", "after_death": after_death}
+    options = engine_options(job.config, job.engine) | {"label": "filter"}
     return run_noting_failures(work, pending, options)
 
 

@@ -28,7 +28,7 @@ from data_prep.duplicates.pictures import DESCRIPTOR_VERSION
 from data_prep.duplicates.rows import CAPTION, NONE, Rows, check_columns, forget_copies, open_rows
 from data_prep.duplicates.scan import Unit, scan_unit
 from data_prep.jobs import shards
-from data_prep.jobs.engine import after_death, engine_options, print_failures
+from data_prep.jobs.engine import engine_options, print_failures
 from data_prep.jobs.failures import (
     Failures,
     Survey,
@@ -152,8 +152,7 @@ def _scan(
     logging.info("%d units, %d of them done before", len(mine), len(mine) - len(pending))
     shards.remove_temporary_files(where, [os.path.basename(unit.output) for unit in mine])
     function = functools.partial(scan_unit, config=config)
-    options = dict(options) | {"label": "scan", "after_death": after_death}
-    return run_noting_failures(function, pending, options)
+    return run_noting_failures(function, pending, {**options, "label": "scan"})
 
 
 def _search(

@@ -52,23 +52,10 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
                 raise ValueError(f"{len(keys)} keys, but {len(found)} embeddings")
         except ValueError as error:
             raise ValueError(
-                f"{path}: expected 'key' and 'image_emb' [n, d] as diht_jax.embed writes them "
-                f"({error})"
+                f"{path}: expected 'key' and 'image_emb' [n, d] as diht_jax.embed --modalities "
+                f"image writes them ({error})"
             ) from error
     return keys, found
-
-
-def refuse_texts(path: str, where: str) -> None:
-    """Raises ValueError, naming the setting, for a file that has embeddings of texts alone."""
-    with local_copy(path) as name:
-        fields = [
-            field for field in ("image_emb", "text_emb") if precomputed.has_field(name, field)
-        ]
-        if fields == ["text_emb"]:
-            raise ValueError(
-                f"{where}: {path} has embeddings of texts ('text_emb') and none of pictures "
-                "('image_emb'); make them by python -m diht_jax.embed --modalities image"
-            )
 
 
 def find_files(pattern: str) -> list[str]:

@@ -78,7 +78,6 @@ def find_inputs(config: ml_collections.ConfigDict) -> Sequence[Input]:
         raise ValueError(
             f"config.embeddings.files='{pattern}': no such file; expected .npz or .parquet files"
         )
-    precomputed.refuse_texts(paths[0], f"config.embeddings.files='{pattern}'")
     return [Input(SourceShard(EMBEDDED, path), find_root(pattern)) for path in paths]
 
 
@@ -103,7 +102,6 @@ def plan_units(
                 f"config.embeddings.files='{where}' is of another input than config.input="
                 f"'{config.input}': it has no embeddings of {inputs[embeddings.index([])].shard}"
             )
-        precomputed.refuse_texts(embeddings[0][0], f"config.embeddings.files='{where}'")
     return [
         Unit(
             found.shard,
@@ -129,7 +127,6 @@ def reject_or_remove_stale(
     Raises:
         ValueError: they are more than `max_changed` allows.
     """
-    shards.forget_linked()  # as an earlier run of this process saw them
     where, ending = files.join(folder, FOLDER), shards.STATS_SUFFIX
     present = files.list_names(where, wanted=_OURS.fullmatch)
     scanned = {name.removesuffix(ending) for name in present if name.endswith(ending)}

@@ -208,7 +208,6 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: something has changed, and it is not to be overwritten.
     """
-    shards.forget_linked()  # as an earlier run of this process saw them
     listed = files.list_names(job.parts_folder, (STATS_SUFFIX, FAILED_SUFFIX))
     present = {name for name in listed if not name.startswith(".")}
     done, changed = _compare(job, present)

@@ -144,8 +144,8 @@ def _hash_part(stats: Mapping[str, Any]) -> str:
     return shards.hash_config(_identify(stats))
 
 
-def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
-    """Writes one output shard and its statistics, which it returns; a task of `run_tasks`.
+def write_shard(shard: BalancedShard, report: Report) -> None:
+    """Writes one output shard and its statistics; a task of `run_pending`.
 
     Raises:
         ValueError: a part is damaged or gone.
@@ -168,11 +168,10 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
         "counts": counts,
     }
     files.write_object(shard.stats_path, stats, with_checksum=True)
-    return stats
 
 
 def restore_part(part: BalancedShard, report: Report) -> None:
-    """Writes a part of `plan_restoring` again; a task of `run_tasks`."""
+    """Writes a part of `plan_restoring` again; a task of `run_pending`."""
     copy_records(part, report)
 
 

@@ -220,15 +220,8 @@ class _WorkerActor(ClusterActor):
 
     def work(self, function: Function, task: Any) -> tuple[Outcome, int]:
         """Does one task; returns the outcome and the number of pairs."""
-        source = getattr(task, "source", None)
-        for path in (getattr(source, "path", source), getattr(task, "output", None)):
-            is_relative = isinstance(path, str) and "://" not in path and not os.path.isabs(path)
-            if is_relative and self.no_folder:
-                error = (
-                    f"'{path}' is a relative path, and {self.no_folder}; name input and output by "
-                    "absolute paths or URLs, or start the job in a folder that all nodes have"
-                )
-                return Outcome(error=error), 0
         pairs: list[int] = []
         outcome = call_function(function, task, pairs.append)
+        if outcome.error is not None:
+            outcome = dataclasses.replace(outcome, error=outcome.error + self.hint)
         return outcome, sum(pairs)

@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -60,15 +60,12 @@ _OTHERS_FIRST = 8
 _STORAGE_DELAYS_SECS = (30.0, 120.0, 480.0)
 # How often each cause is forgiven; `retries` for the others. Nodes may be taken away at any time.
 _LIMITS = {TIMEOUT: 1, STORAGE: len(_STORAGE_DELAYS_SECS), LOST: 10}
-_STALL_SECS = 300.0
 
 BATCH, PAIR = "batch", "pair"  # what a run records: it works on a batch, or tries one pair of it
 
 _MAX_CRASHED = 20  # pairs of a shard; where there are more, they are not the reason
 _MAX_UNEXPLAINED = 2  # deaths of a shard that lead to no pair
 
-# Task, and whether it is to blame for the end of its worker -> the task to run next, or None.
-AfterDeath = Callable[[Any, bool], Any]
 Failed = TypeVar("Failed", bound=Mapping[str, str])
 
 
@@ -82,22 +79,6 @@ def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, 
     }
 
 
-def run_pending(function: Function, tasks: Sequence[Any], **options: Any) -> dict[str, str]:
-    """Runs tasks whose results are files; logs and returns each `source` that failed, with why.
-
-    Args:
-        function: see `run_tasks`.
-        tasks: those that are not done yet, each with a `source`.
-        **options: of `run_tasks`.
-    """
-    failures = {}
-    for outcome in run_tasks(function, tasks, **options):
-        if outcome.error is not None:
-            failures[str(outcome.task.source)] = outcome.error
-            logging.error("%s failed: %s", outcome.task.source, outcome.error)
-    return failures
-
-
 def print_failures(failures: Failed) -> Failed:
     """Lists on stderr what failed, at the end of a job; returns the same dict."""
     for source, error in failures.items():
@@ -105,7 +86,7 @@ def print_failures(failures: Failed) -> Failed:
     return failures
 
 
-def run_tasks(
+def run_pending(
     function: Function,
     tasks: Sequence[Any],
     *,
@@ -113,40 +94,39 @@ def run_tasks(
     label: str,
     retries: int = 1,
     timeout_secs: float | None = None,
-    after_death: AfterDeath | None = None,
     ray: ml_collections.ConfigDict | None = None,
-) -> Iterator[Outcome]:
+) -> dict[str, str]:
     """Calls `function(task, report)` for every task; a failure does not stop the others.
 
     A progress bar on stderr shows shards done, their ETA, and pairs per second. A task that may
     succeed when it is run again soon runs again among the others: one that took too long (once),
-    and one whose worker died. One that a disk or a store has failed runs again after some time,
-    three times. But where a local worker was killed from outside, as the kernel does when memory
-    runs out, the task waits for the end of the others and runs alone, with all the memory there is.
+    and one whose worker died; of a `ShardTask` the pair is looked for that ends it. One that a disk
+    or a store has failed runs again after some time, three times. But where a local worker was
+    killed from outside, as the kernel does when memory runs out, the task waits for the end of the
+    others and runs alone, with all the memory there is.
 
     Args:
-        function: importable by its name; calls `report(n)` whenever it has done n more pairs.
-        tasks: picklable.
+        function: importable by its name; its results are files. It calls `report(n)` whenever it
+            has done n more pairs.
+        tasks: picklable, each with a `source`.
         num_workers: processes; 0 runs in this process, None takes one per core (of the cluster).
         label: of the progress bar.
         retries: how often a task is run again after its worker has died; failures of its storage,
             and lost nodes of a cluster, have limits of their own, unless this is 0.
         timeout_secs: after which a task's worker is stopped; needs worker processes.
-        after_death: called when the worker of a task has died, unless `retries` is 0: with the
-            task, and whether it may be to blame. Returns the task to run next in place of it; None
-            ends the attempts. Where it is not given, `retries` counts deaths too.
         ray: `config.ray`, where the tasks run on a cluster; None for local processes.
 
-    Yields:
-        One outcome for each task, in the order in which they end; `task` is what ran last.
+    Returns:
+        The `source` of each task that failed, with the reason, which is logged.
 
     Raises:
         ValueError: no worker can start or be stopped, or there is no such cluster.
         FullError: there is no room for the output of a task.
     """
+    failures: dict[str, str] = {}
     if not tasks:
-        return
-    queue = _Queue(tasks)
+        return failures
+    queue = _Queue(tasks, retries)
     with contextlib.closing(_Progress(len(tasks), label)) as progress:
         pool = _open_pool(function, num_workers, len(tasks), timeout_secs, ray, progress.add)
         try:
@@ -155,15 +135,18 @@ def run_tasks(
                 pool.poll()
                 for future in done:
                     attempt, outcome = queue.busy.pop(future), pool.read(future)
-                    outcome = dataclasses.replace(outcome, task=attempt.task)
                     if outcome.cause == FULL:
                         raise FullError(outcome.error)
-                    if not queue.retry(attempt, outcome, retries, after_death):
-                        progress.add(0, tasks=1)
-                        yield outcome
+                    if queue.retry(attempt, outcome):
+                        continue
+                    progress.add(0, tasks=1)
+                    if outcome.error is not None:
+                        failures[str(attempt.task.source)] = outcome.error
+                        logging.error("%s failed: %s", attempt.task.source, outcome.error)
                 progress.refresh()
         finally:
             pool.stop()
+    return failures
 
 
 def _open_pool(
@@ -200,7 +183,8 @@ class _Attempt:
 class _Queue:
     """Tasks that wait for a worker, those under way, and those that are to run again."""
 
-    def __init__(self, tasks: Sequence[Any]):
+    def __init__(self, tasks: Sequence[Any], retries: int):
+        self._retries = retries
         self.busy: dict[futures.Future[Any], _Attempt] = {}
         self._ready = collections.deque(map(_Attempt, tasks))
         self._delayed: list[tuple[float, _Attempt]] = []  # with the time when they run again
@@ -223,23 +207,21 @@ class _Queue:
                 return len(self.busy) > 0
             time.sleep(max(min(when for when, _ in self._delayed) - time.monotonic(), 0))
 
-    def retry(
-        self, attempt: _Attempt, outcome: Outcome, retries: int, after_death: AfterDeath | None
-    ) -> bool:
+    def retry(self, attempt: _Attempt, outcome: Outcome) -> bool:
         """Takes a task back that failed and may pass; False where its outcome is final."""
         cause = outcome.cause
         if cause == NOT_STARTED:
             self._ready.appendleft(attempt)
             return True
-        if cause is None or not (retries or cause == TIMEOUT):
+        if cause is None or not (self._retries or cause == TIMEOUT):
             return False
-        is_searched = after_death is not None and retries > 0
+        is_searched = hasattr(attempt.task, "search")
         counted = DEATH if cause == KILLED and not is_searched else cause
         attempt.failures[counted] += 1
-        is_allowed = attempt.failures[counted] <= _LIMITS.get(counted, retries)
+        is_allowed = attempt.failures[counted] <= _LIMITS.get(counted, self._retries)
         if is_searched and cause in (DEATH, KILLED, LOST):
             # The search ends by itself.
-            task = after_death(attempt.task, cause == DEATH)
+            task = _go_on_searching(attempt.task, may_be_blamed=cause == DEATH)
             is_allowed = task is not None and (is_allowed or cause == DEATH)
             attempt = dataclasses.replace(attempt, task=task)
         if not is_allowed:
@@ -253,18 +235,18 @@ class _Queue:
             when = f", in {secs:.0f} s"
         else:
             self._ready.insert(_OTHERS_FIRST, attempt)
-        name = getattr(outcome.task, "source", outcome.task)
-        logging.warning("%s: %s; its task will run again%s", name, outcome.error, when)
+        name, error = attempt.task.source, outcome.error
+        logging.warning("%s: %s; its task will run again%s", name, error, when)
         return True
 
 
 class _Progress:
-    """The progress bar, and a warning where nothing happens for long."""
+    """The progress bar."""
 
     def __init__(self, num_tasks: int, label: str):
         self._pairs = 0
         self._bar = ProgressBar(total=num_tasks, desc=label, unit="shard", dynamic_ncols=True)
-        self._start_secs = self._drawn_secs = self._heard_secs = time.monotonic()
+        self._start_secs = self._drawn_secs = time.monotonic()
 
     def close(self) -> None:
         """Ends the bar."""
@@ -273,7 +255,6 @@ class _Progress:
 
     def add(self, pairs: int, tasks: int = 0) -> None:
         """Counts pairs that are done, and tasks that have ended."""
-        self._heard_secs = time.monotonic()
         self._pairs += pairs
         self.refresh(is_due=tasks > 0)
         self._bar.update(tasks)
@@ -286,9 +267,6 @@ class _Progress:
             text = f"{self._pairs:,} pairs, {rate:,.0f} pairs/s"
             self._bar.set_postfix_str(text, refresh=now - self._drawn_secs >= POLL_SECS)
             self._drawn_secs = now
-        if now - self._heard_secs >= _STALL_SECS:
-            self._heard_secs = now
-            logging.warning("no sign of life from any worker for %.0f s", _STALL_SECS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,8 +351,8 @@ class WorkRecord:
             files.remove(self._path)
 
 
-def after_death(task: Any, may_be_blamed: bool) -> Any:
-    """The `ShardTask` to run when the worker of one has died, or None; an `engine.AfterDeath`."""
+def _go_on_searching(task: Any, *, may_be_blamed: bool) -> Any:
+    """The `ShardTask` to run in place of one whose worker has died; None ends the attempts."""
     path = _record_path(task.output)
     record = None
     with contextlib.suppress(OSError):

@@ -14,7 +14,6 @@ from typing import Any, Generic, NamedTuple
 import ml_collections
 from absl import logging
 
-from data_prep.jobs import shards
 from data_prep.jobs.engine import run_pending
 from data_prep.jobs.shards import (
     FAILED_SUFFIX,
@@ -224,7 +223,6 @@ def run_noting_failures(
     failures.made, changed = {}, pending
     for is_again in (False, True):
         failures.update(run_pending(function, changed, **options))
-        shards.forget_linked()
         checked, changed = check_all(changed), []
         for task, stats, change in checked:
             if change is not None:

@@ -77,12 +77,14 @@ class ClusterActor:
     """A process of the cluster, in the folder of the job where there is one."""
 
     def __init__(self, folder: str):
-        self.no_folder = ""
+        self.hint = ""  # for errors of tasks and models
         try:
             os.chdir(folder)
         except OSError as error:
-            self.no_folder = f"the job runs in '{folder}', which node {platform.node()} lacks"
-            self.no_folder += f" ({error.strerror})"
+            self.hint = (
+                f"; the job runs in '{folder}', which node {platform.node()} lacks "
+                f"({error.strerror}): name input, output and models by absolute paths or URLs"
+            )
 
     def start(self) -> bool:
         """Answers when the process has started."""
@@ -97,8 +99,7 @@ class _ModelActor(ClusterActor):
         try:
             model = load()
         except ValueError as error:
-            hint = f"; {self.no_folder}: name models by absolute paths or URLs"
-            raise ValueError(f"{error}{hint if self.no_folder else ''}") from error
+            raise ValueError(f"{error}{self.hint}") from error
         return getattr(model, method)(*arguments)
 
 

@@ -51,8 +51,6 @@ LOCATION_SUFFIX = ".place.json"  # of the files with locations
 IDENTITIES = ("time", "hash", "size")
 
 _READ_BYTES = 2**22
-# One run compares its inputs several times, and a table may name millions of files.
-_states_of_linked: dict[str, str | None] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -270,7 +268,6 @@ def describe_input(source: SourceShard, identity: str = "time") -> Description:
     Raises:
         FileNotFoundError: it is gone.
     """
-    forget_linked()  # this is what will be read
     contents, location = _look_at(source)
     if identity == "hash":
         contents["digest"] = _hash_all(source)
@@ -308,22 +305,13 @@ def is_same_input(
     return True
 
 
-def forget_linked() -> None:
-    """Makes the next comparison look again at the files that tables name; else it is done once."""
-    _states_of_linked.clear()
-
-
 def _look_at(source: SourceShard) -> Description:
     """The description of an input, of which nothing is read."""
     found = source.identity()
     location = {"path": found["path"], "size_bytes": found["size_bytes"]}
     location["changed"] = found["changed_ns"]
-    if names_files(source):
-        key = json.dumps([str(source), found["changed_ns"], dict(source.options)], sort_keys=True)
-        if key not in _states_of_linked:
-            _states_of_linked[key] = describe_linked(source)
-        if (linked := _states_of_linked[key]) is not None:
-            location["linked"] = linked
+    if names_files(source) and (linked := describe_linked(source)) is not None:
+        location["linked"] = linked
     contents = {
         "kind": source.kind,
         "start": source.start,

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing.context
+import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -43,7 +42,6 @@ _STOP_SECS = 5.0
 _MAX_FAILED_STARTS = 3  # in a row
 # The libraries under spaCy and NumPy would start a thread per core in every worker.
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_EXITED = 256  # stands for exit code 0, which pebble takes for no death
 
 
 class ProcessDeath(OSError):
@@ -52,18 +50,14 @@ class ProcessDeath(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Result or error of one task.
+    """How one task has ended.
 
     Attributes:
-        task: the task; None before the engine has added it.
-        result: what the function returned; None after an error.
         error: what went wrong; None after success.
         cause: why the error may pass when the task is run again, one of the above; None where it
             will not: the input is damaged, or the code has a defect.
     """
 
-    task: Any = None
-    result: Any = None
     error: str | None = None
     cause: str | None = None
 
@@ -85,7 +79,8 @@ class Outcome:
 def call_function(function: Function, task: Any, report: Report) -> Outcome:
     """Does one task in this process; an exception becomes the error of the outcome."""
     try:
-        return Outcome(result=function(task, report))
+        function(task, report)
+        return Outcome()
     except Exception as error:
         return Outcome.of_error(error)
 
@@ -126,18 +121,6 @@ class ThisProcess:
         """Ends all workers, at work or not."""
 
 
-class _Process(multiprocessing.context.SpawnProcess):
-    """A worker; it ends only with the pool, so that any other end of it is a death."""
-
-    @property
-    def exitcode(self) -> int | None:
-        return _EXITED if (code := super().exitcode) == 0 else code
-
-
-class _Context(multiprocessing.context.SpawnContext):
-    Process = _Process
-
-
 class LocalPool:
     """Worker processes; see `ThisProcess`."""
 
@@ -159,20 +142,13 @@ class LocalPool:
         self._add_pairs = add_pairs
         self._pool: Any = None  # a pebble.ProcessPool
         self._failed_starts = 0
-        self._context = _Context()
+        self._context = multiprocessing.get_context("spawn")
         self._receiver, self._sender = self._context.Pipe(duplex=False)  # of numbers of pairs
         self._added = [name for name in _ONE_THREAD if name not in os.environ]
         os.environ.update(dict.fromkeys(self._added, "1"))  # which workers inherit
 
-    def submit(self, task: Any) -> futures.Future[bytes]:
+    def submit(self, task: Any) -> futures.Future[Outcome]:
         """Starts a task."""
-        try:
-            data = pickle.dumps((self._function, task))
-        except Exception as error:
-            text = f"the task cannot be pickled: {describe_error(error)}"
-            future: futures.Future[bytes] = futures.Future()
-            future.set_result(pickle.dumps(Outcome(error=text)))
-            return future
         if self._pool is not None and not self._pool.active:
             self._stop_workers()  # an idle worker has died
         if self._pool is None:
@@ -182,14 +158,14 @@ class LocalPool:
                 initargs=(self._sender,),
                 context=self._context,
             )
-        return self._pool.schedule(_work, (data,), timeout=self._timeout_secs)
+        return self._pool.schedule(_work, (self._function, task), timeout=self._timeout_secs)
 
     def poll(self) -> None:
         """Counts the pairs that are done."""
         while self._receiver.poll():
             self._add_pairs(int.from_bytes(self._receiver.recv_bytes(), "little"))
 
-    def read(self, future: futures.Future[bytes]) -> Outcome:
+    def read(self, future: futures.Future[Outcome]) -> Outcome:
         """The outcome of a task that has ended.
 
         Raises:
@@ -204,10 +180,10 @@ class LocalPool:
             return self._died(error.exitcode)
         if isinstance(error, TimeoutError) and self._timeout_secs is not None:
             return Outcome.timed_out(self._timeout_secs)
-        return pickle.loads(future.result())
+        return Outcome.of_error(error) if isinstance(error, Exception) else future.result()
 
     def _died(self, code: int) -> Outcome:
-        end = f"exit code {code % _EXITED}"
+        end = f"exit code {code}"
         if code < 0:
             end = f"signal {-code}"
             with contextlib.suppress(ValueError):
@@ -280,8 +256,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(data: bytes) -> bytes:
-    """Does one task; returns its outcome. Both are pickled here: a fault in that is the task's."""
+def _work(function: Function, task: Any) -> Outcome:
+    """Does one task in a worker process."""
     pairs, sent_secs = 0, time.monotonic()
 
     def report(count: int, *, is_end: bool = False) -> None:
@@ -293,11 +269,8 @@ def _work(data: bytes) -> bytes:
             pairs, sent_secs = 0, time.monotonic()
 
     try:
-        function, task = pickle.loads(data)
-        reply = pickle.dumps(call_function(function, task, report))
-    except Exception as error:
-        reply = pickle.dumps(Outcome.of_error(error))
-    except SystemExit:
+        outcome = call_function(function, task, report)
+    except SystemExit:  # which pebble would take for an error of the task
         os._exit(1)
     report(0, is_end=True)
-    return reply
+    return outcome

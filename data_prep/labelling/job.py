@@ -35,7 +35,7 @@ from absl import logging
 
 from data_prep import sources
 from data_prep.jobs import shards
-from data_prep.jobs.engine import after_death, engine_options, print_failures
+from data_prep.jobs.engine import engine_options, print_failures
 from data_prep.jobs.failures import (
     FAILED_SUFFIX,
     Failures,
@@ -268,7 +268,6 @@ class _Job:
                 own = {"cpus_per_worker": cpus, "gpus_per_worker": 0.0, "model_actors": 0}
                 options["ray"] = ml_collections.ConfigDict(options["ray"].to_dict() | own)
             return run_noting_failures(function, pending, options)
-        options["after_death"] = after_death
         if teacher.in_this_process and options["ray"] is None:
             # A process that can be stopped must be another one than this.
             is_limited = self.config.shard_timeout_secs is not None

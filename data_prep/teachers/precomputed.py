@@ -229,15 +229,6 @@ def read_embeddings(path: str, field: str) -> np.ndarray:
     return values
 
 
-def has_field(path: str, field: str) -> bool:
-    """Tells whether a local file has an array or a column; False where it cannot be read."""
-    try:
-        _read_field(path, field)
-    except ValueError:
-        return False
-    return True
-
-
 def _read_field(path: str, field: str) -> Any:
     """A NumPy array of an npz, or a chunked array of a parquet file."""
     if path.endswith(".npz"):

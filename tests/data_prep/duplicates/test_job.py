@@ -201,25 +201,12 @@ def test_the_output_of_embed_must_be_of_the_same_input(pairs, tmp_path):
         job.run(config)
 
 
-@pytest.mark.parametrize("form", ["npz", "parquet", "folder"])
-def test_embeddings_of_texts_are_refused_before_the_scan(pairs, tmp_path, form):
-    keys, emb = np.array(["s00", "s01"]), np.eye(2, dtype=np.float32)
-    where = tmp_path / "emb"
-    changes = {"input": None, "keep": "first"} if form != "folder" else {}
-    where.mkdir()
-    if form == "parquet":
-        table = pyarrow.table({"key": keys.tolist(), "text_emb": emb.tolist()})
-        pyarrow.parquet.write_table(table, where / "a.parquet")
-    else:
-        for number in range(2):
-            np.savez(where / f"embeddings-{number:05d}-00000.npz", key=keys, text_emb=emb)
-        inputs = list_inputs(str(pairs / "*.tar"), default_source())
-        source = [found.shard.identity() for found in inputs]
-        (where / "embeddings.json").write_text(json.dumps({"source": source}))
-    pattern = where if form == "folder" else where / f"*.{form}"
-    config = _with_files(pairs, tmp_path / "out", pattern, **changes)
-    with pytest.raises(ValueError, match=r"config\.embeddings\.files=.*'text_emb'.*'image_emb'"):
-        job.run(config)
+def test_embeddings_of_texts_name_what_is_expected(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, key=np.array(["s00", "s01"]), text_emb=np.eye(2, dtype=np.float32))
+    failures = job.run(_with_files(tmp_path, tmp_path / "out", path, input=None, keep="first"))
+    assert failures.exit_status == 1
+    assert "'image_emb'" in failures[str(path)] and "--modalities image" in failures[str(path)]
 
 
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):

@@ -25,13 +25,13 @@ _LONGEST_SECS = 900  # of the script; a failure here means that it waits for eve
 _ENVIRONMENT = RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 
 _SCRIPT = """
-import functools, itertools, json, os, pathlib, sys, threading, time
+import collections, dataclasses, functools, itertools, json, os, pathlib, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from data_prep.filter import run_filter
 from data_prep.jobs import cluster as ray_workers
 from data_prep.filtering.config import default_config
-from data_prep.jobs.engine import run_tasks
+from data_prep.jobs.engine import run_pending
 from data_prep.jobs.models import open_model
 from tests.data_prep.jobs.test_ray import models_config, tars_config
 
@@ -49,7 +49,11 @@ class Doubler:
         return 2 * number
 
 
+Task = collections.namedtuple("Task", "source")
+
+
 def work(task, report, folder):
+    task = task.source
     # The first node has room for one worker: others run where a node has joined.
     pathlib.Path(f"node_{ray.get_runtime_context().get_node_id()}").touch()
     while task == 0 and len(list(pathlib.Path().glob("node_*"))) < 2:
@@ -71,15 +75,22 @@ def work(task, report, folder):
             assert sent - len(received) < 4, "more under way than the model can take"
     finally:
         pathlib.Path(f"done_{task}").touch()
-    return received
+    pathlib.Path(f"result_{task}").write_text(json.dumps(received))
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    source: str
+    output: str
+    search: object = None
 
 
 def fail(task, report, folder):
-    if task == "dies":
+    if task.source == "dies" and task.search is None:
         os._exit(1)
-    if task == "hangs":
+    if task.source == "hangs":
         time.sleep(600)
-    return task
+    pathlib.Path(folder, f"ended_{task.source}").touch()
 
 
 def run_failing(settings, folder):
@@ -87,17 +98,14 @@ def run_failing(settings, folder):
     looks = itertools.count()
     ended = pathlib.Path(folder).glob
     ray_workers._now = lambda: 100.0 * next(looks) if len(list(ended("ended_*"))) == 2 else 0.0
-    for outcome in run_tasks(
+    return run_pending(
         functools.partial(fail, folder=folder),
-        ["hangs", "dies", "works"],
+        [Searched(name, os.path.join(folder, name)) for name in ("hangs", "dies", "works")],
         num_workers=2,
         label="failing",
         timeout_secs=60,
-        after_death=lambda task, is_blamed: f"after {task}, {is_blamed}",
         ray=settings,
-    ):
-        pathlib.Path(folder, f"ended_{outcome.task}").touch()
-        yield [outcome.task, outcome.result, outcome.error]
+    )
 
 
 def run_models(address, folder):
@@ -136,24 +144,27 @@ def main(folder):
     settings = default_config().ray
     settings.update(address=cluster.address, model_actors=10, gpus_per_model_actor=0.5)
 
+    nodes = []
+
+    def add_a_node():
+        while not pathlib.Path("done_5").exists():
+            time.sleep(0.02)
+        nodes.append(cluster.add_node(num_cpus=3))
+
+    threading.Thread(target=add_a_node, daemon=True).start()
     function = functools.partial(work, folder=folder)
-    tasks = [5, 0, 20, 30, 6, 666]
-    found = []
-    for outcome in run_tasks(
+    tasks = list(map(Task, [5, 0, 20, 30, 6, 666]))
+    failures = run_pending(
         function, tasks, num_workers=None, label="toy", retries=0, ray=settings
-    ):
-        if not found:
-            node = cluster.add_node(num_cpus=3)
-        found.append([outcome.task, outcome.result, outcome.error])
-    print("toy", json.dumps(found), flush=True)
+    )
+    print("toy", json.dumps(failures), flush=True)
     settings.model_actors = 0
-    failing = list(run_failing(settings, folder))
-    print("failing", json.dumps(failing), flush=True)
+    print("failing", json.dumps(run_failing(settings, folder)), flush=True)
     print("models", json.dumps(run_models(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
     ray.shutdown()
-    print("lost", json.dumps(lose(cluster, node, folder)), flush=True)
+    print("lost", json.dumps(lose(cluster, nodes[0], folder)), flush=True)
     cluster.shutdown()
 
 
@@ -237,14 +248,14 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
 
 def test_workers_share_models_that_die_and_nodes_that_join(printed):
     folder, found = printed
-    outcomes = {task: (result, error) for task, result, error in json.loads(found["toy"])}
-    for task in (0, 20, 30):
-        assert outcomes[task] == ([2 * n for n in range(task, task + 9)], None)
+    failures = json.loads(found["toy"])
     # The actor that held 13 died, and another one doubled it; 14 is an error of the model itself.
     assert (folder / "died_13").exists()
-    assert outcomes[6] == (None, "fourteen is not allowed")
-    assert outcomes[5] == ([2 * n for n in range(5, 14)], None)
-    assert "3 model actors died of one batch" in outcomes[666][1]
+    assert failures.keys() == {"6", "666"} and failures["6"] == "fourteen is not allowed"
+    assert "3 model actors died of one batch" in failures["666"]
+    for task in (0, 5, 20, 30):
+        result = json.loads((folder / f"result_{task}").read_text())
+        assert result == [2 * n for n in range(task, task + 9)]
     assert len(list(folder.glob("node_*"))) == 2
     # Two at a time share the GPU and its memory; one for each that died followed.
     models = [path.name.split("_") for path in folder.glob("model_*")]
@@ -253,12 +264,9 @@ def test_workers_share_models_that_die_and_nodes_that_join(printed):
 
 def test_deaths_and_time_limits_are_those_of_local_workers(printed):
     folder, found = printed
-    outcomes = {task: (result, error) for task, result, error in json.loads(found["failing"])}
-    again = "after dies, True"  # what runs in place of a task that has killed its worker
-    assert outcomes["works"] == ("works", None)
-    assert outcomes[again] == (again, None)
     stopped = "stopped after config.shard_timeout_secs=60 seconds"
-    assert outcomes["hangs"] == (None, stopped)
+    assert json.loads(found["failing"]) == {"hangs": stopped}
+    assert {path.name for path in folder.glob("ended_*")} == {"ended_dies", "ended_works"}
     assert found["stderr"].count(f"hangs: {stopped}; its task will run again") == 1
 
 
