@@ -11,9 +11,10 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -284,78 +285,49 @@ def format_funnel(
     return "\n".join(lines)
 
 
-class FilterScore(NamedTuple):
-    """One filter against the labels.
-
-    Attributes:
-        name: of the filter.
-        drops: pairs that it dropped.
-        precision: share of noise among them.
-        recall: label of noise -> share that it dropped, of the pairs that came to it; None where
-            none came.
-        clean_lost: share of the clean pairs that it dropped, of those that came to it.
-    """
-
-    name: str
-    drops: int
-    precision: float
-    recall: dict[str, float | None]
-    clean_lost: float | None
-
-
-def score_filters(
-    labels: Mapping[str, Mapping[str, int]], clean_label: str
-) -> tuple[list[FilterScore], list[str]]:
+def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> list[list[str]]:
     """Scores every filter that dropped something, in their order, and all of them together.
 
     Args:
         labels: outcome -> label -> pairs, as in the measures of a report.
-        clean_label: the label of good pairs; all others are noise.
+        clean_label: the label of good pairs; all others are noise, the most frequent first.
 
     Returns:
-        scores: the last one is of all filters.
-        kinds: the labels of noise, the most frequent first.
+        A header, and for each filter its name, the pairs that it dropped, the share of noise among
+        them, and of each label the share that it dropped, of the pairs that came to it ("-" where
+        none came).
     """
     total: collections.Counter[str] = collections.Counter()
     for counts in labels.values():
         total.update(counts)
     kinds = [label for label, _ in total.most_common() if label != clean_label]
+    spelled = [label.replace("_", " ") for label in (*kinds, clean_label)]
+    header = ["filter", "drops", "precision", *(f"{_RECALL}{word}" for word in spelled[:-1])]
+    rows = [[*header, f"{spelled[-1]} lost"]]
 
-    def score(name: str, dropped: Mapping[str, int], arrived: Mapping[str, int]) -> FilterScore:
+    def score(name: str, dropped: Mapping[str, int], arrived: Mapping[str, int]) -> None:
         drops = sum(dropped.values())
-        share = {
-            label: dropped.get(label, 0) / arrived[label] if arrived[label] else None
-            for label in (*kinds, clean_label)
-        }
-        precision = (drops - dropped.get(clean_label, 0)) / drops if drops else 0.0
-        return FilterScore(name, drops, precision, share, share.pop(clean_label))
+        noise = drops - dropped.get(clean_label, 0)
+        shares = [noise / drops if drops else 0.0]
+        for label in (*kinds, clean_label):
+            shares.append(dropped.get(label, 0) / arrived[label] if arrived[label] else math.nan)
+        cells = ["-" if math.isnan(share) else f"{100 * share:.1f}%" for share in shares]
+        rows.append([name, f"{drops:,}", *cells])
 
-    scores, arrived = [], total.copy()
+    arrived = total.copy()
     outcomes = (outcome.partition("/") for outcome in labels)
     met = Funnel({(stage, reason): 1 for stage, _, reason in outcomes})
     for row in met.rows()[1:-1]:
         stage, reason = row["stage"], row["reason"]
-        spelled = spell_reason(stage, reason)
-        if spelled[:2] not in ("C:", "A:", "T:"):  # the filters of the paper, by their letters
-            spelled = f"{stage}: {spelled}"
+        name = spell_reason(stage, reason)
+        if name[:2] not in ("C:", "A:", "T:"):  # the filters of the paper, by their letters
+            name = f"{stage}: {name}"
         dropped = labels[f"{stage}/{reason}"]
-        scores.append(score(spelled, dropped, arrived))
+        score(name, dropped, arrived)
         arrived.subtract(dropped)
     dropped = total.copy()
     dropped.subtract(labels.get(KEPT, {}))
-    return [*scores, score("all filters", dropped, total)], kinds
-
-
-def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> list[list[str]]:
-    """The scores as text, the header first."""
-    scores, kinds = score_filters(labels, clean_label)
-    words = [label.replace("_", " ") for label in (*kinds, clean_label)]
-    header = ["filter", "drops", "precision", *(f"{_RECALL}{word}" for word in words[:-1])]
-    rows = [[*header, f"{words[-1]} lost"]]
-    for score in scores:
-        shares = [score.precision, *(score.recall[kind] for kind in kinds), score.clean_lost]
-        cells = ["-" if share is None else f"{100 * share:.1f}%" for share in shares]
-        rows.append([score.name, f"{score.drops:,}", *cells])
+    score("all filters", dropped, total)
     return rows
 
 
