@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from data_prep.jobs import failures
+from data_prep.labelling.embeddings import DTYPES
 from data_prep.teachers import clip
 from data_prep.teachers.registry import default_teacher
 from diht_jax.config.keys import (
@@ -18,6 +19,7 @@ from diht_jax.config.keys import (
     POSITIVE,
     SHARE_NOT_0,
     Key,
+    OneOf,
     Range,
     build_config,
     check_ranges,
@@ -43,25 +45,6 @@ _STOP_ATTRIBUTES = (
 )  # fmt: skip
 
 
-HEADS: dict[str, Any] = {
-    "load": str,  # folder whose heads are taken over
-    "steps": Key(2000, COUNT),  # at most
-    "batch_size": Key(1024, COUNT),  # images drawn for each step
-    "learning_rate": 1e-3,  # peak; falls to zero by a cosine
-    # An L2 penalty, as a prior: the deviation of logits that is expected before any image is seen;
-    # a large one is no penalty. It matters where images are few; for 1,280 dimensions 2.5 was the
-    # best of those tried.
-    "prior_logit_std": Key(2.5, POSITIVE),
-    # Share of the images above which a concept is not up-sampled; 1: all are, by 1 / sqrt(share).
-    "repeat_threshold": Key(1.0, SHARE_NOT_0),
-    # Share of the images, chosen by their keys.
-    "held_out": Key(0.1, Range(0, 1, excludes_low=True, excludes_high=True)),
-    "max_examples": Key(2_000_000, COUNT),  # images that are trained on; more are sampled
-    "max_held_out": Key(20_000, COUNT),  # images that metrics are measured on
-    # The heads stay while at most this many shards changed since they were made: a share below 1,
-    # or a number. Above, they are trained again, and every shard is labelled again.
-    "max_changed_shards": Key(0.01, NOT_NEGATIVE),
-}
 KEYS: dict[str, Any] = failures.KEYS | {
     "input": str,  # folder (or several, with commas) of data_prep.filter
     "output": str,  # folder of the labels
@@ -77,7 +60,24 @@ KEYS: dict[str, Any] = failures.KEYS | {
     "vocabulary.max_attributes": Key(2_000, NOT_NEGATIVE),  # the most frequent ones
     "vocabulary.stop_objects": _STOP_OBJECTS,  # never concepts
     "vocabulary.stop_attributes": _STOP_ATTRIBUTES,  # never concepts
-    "embedding_dtype": "float16",  # of the kept embeddings; or "float32"
+    "heads.load": str,  # folder whose heads are taken over
+    "heads.steps": Key(2000, COUNT),  # at most
+    "heads.batch_size": Key(1024, COUNT),  # images drawn for each step
+    "heads.learning_rate": 1e-3,  # peak; falls to zero by a cosine
+    # An L2 penalty, as a prior: the deviation of logits that is expected before any image is seen;
+    # a large one is no penalty. It matters where images are few; for 1,280 dimensions 2.5 was the
+    # best of those tried.
+    "heads.prior_logit_std": Key(2.5, POSITIVE),
+    # Share of the images above which a concept is not up-sampled; 1: all are, by 1 / sqrt(share).
+    "heads.repeat_threshold": Key(1.0, SHARE_NOT_0),
+    # Share of the images, chosen by their keys.
+    "heads.held_out": Key(0.1, Range(0, 1, excludes_low=True, excludes_high=True)),
+    "heads.max_examples": Key(2_000_000, COUNT),  # images that are trained on; more are sampled
+    "heads.max_held_out": Key(20_000, COUNT),  # images that metrics are measured on
+    # The heads stay while at most this many shards changed since they were made: a share below 1,
+    # or a number. Above, they are trained again, and every shard is labelled again.
+    "heads.max_changed_shards": Key(0.01, NOT_NEGATIVE),
+    "embedding_dtype": Key("float16", OneOf(DTYPES)),  # of the kept embeddings; or "float32"
     "top_k": Key(10, Range(1, MAX_CONCEPTS)),  # objects, and attributes, kept of each image
     # GB on the local disk for embeddings that go to a store and are read again in the same run.
     "scratch_gb": Key(8.0, NOT_NEGATIVE),
@@ -89,7 +89,6 @@ KEYS: dict[str, Any] = failures.KEYS | {
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
     "": "data_prep/labelling/config.py data_prep/jobs/failures.py",
-    "heads.": "data_prep/labelling/config.py",
     "clip_teachers.": "data_prep/teachers/clip.py",
     "teacher.": "data_prep/teachers/registry.py",
     "teacher.swag.": "data_prep/teachers/swag.py",
@@ -104,13 +103,7 @@ def default_config() -> ml_collections.ConfigDict:
     c = build_config(KEYS)
     c.clip_teachers = clip.default_config()  # CLIPs whose embeddings are kept for training
     c.teacher = default_teacher()
-    c.heads = default_heads()
     return c
-
-
-def default_heads() -> ml_collections.ConfigDict:
-    """The config section `heads`."""
-    return build_config(HEADS)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -120,7 +113,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         ValueError: a value is out of its range.
     """
     check_format(config.output_format, _OUTPUT_FORMATS)
-    check_ranges(config, KEYS | {f"heads.{name}": key for name, key in HEADS.items()})
+    check_ranges(config, KEYS)
     clip.check_config(config.clip_teachers)
     failures.check_job(config)
     if not config.concepts and not config.clip_teachers.models:

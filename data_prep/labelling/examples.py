@@ -15,7 +15,6 @@ import collections
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -38,20 +37,11 @@ from diht_jax.storage import files
 _MAX_HELD = 2**20
 
 
-class Counted(NamedTuple):
-    """Counts of the filter in some shards.
-
-    Attributes:
-        concepts: kind -> concept -> pairs that mention it.
-        records: of each shard.
-    """
-
-    concepts: dict[str, collections.Counter[str]]
-    records: list[int]
-
-
-def read_counts(shards: Sequence[str]) -> Counted:
+def read_counts(shards: Sequence[str]) -> tuple[dict[str, collections.Counter[str]], list[int]]:
     """Adds up what the filter counted; of very many concepts the rarest so far are let go.
+
+    Returns:
+        Kind -> concept -> pairs that mention it, and the number of records of each shard.
 
     Raises:
         ValueError: a shard without statistics, or one whose captions were not parsed.
@@ -78,7 +68,7 @@ def read_counts(shards: Sequence[str]) -> Counted:
             counts[kind].update(own)
             if len(counts[kind]) > _MAX_HELD:
                 counts[kind] = collections.Counter(dict(counts[kind].most_common(_MAX_HELD // 2)))
-    return Counted(counts, records)
+    return counts, records
 
 
 def build_vocabulary(

@@ -65,10 +65,10 @@ class Heads:
         self.description = self._find()
         if self.description or config.heads.load:
             return
-        counted = read_counts([task.source.path for task in embedded])
-        self.vocabulary = build_vocabulary(counted.concepts, config.vocabulary)
+        concepts, records = read_counts([task.source.path for task in embedded])
+        self.vocabulary = build_vocabulary(concepts, config.vocabulary)
         logging.info("%d objects, %d attributes", *map(len, self.vocabulary))
-        chosen = choose_shards(counted.records, [task.name for task in embedded], config)
+        chosen = choose_shards(records, [task.name for task in embedded], config)
         self.sample = [embedded[number] for number in chosen]
 
     def _find(self) -> dict[str, Any] | None:

@@ -115,7 +115,7 @@ def train_head(
         train: images with at least one concept each.
         held_out: likewise.
         num_concepts: v.
-        config: of `default_heads`.
+        config: section `heads`.
         seed: of the order of examples.
 
     Returns:

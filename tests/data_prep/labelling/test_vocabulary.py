@@ -50,7 +50,7 @@ def filtered(tmp_path_factory) -> pathlib.Path:
 
 def test_filter_counts_what_kept_captions_name(filtered):
     for recipe, rows in (("convert", _IMAGES), ("cat", _IMAGES[:3])):
-        counts = concept_vocabulary.read_counts(find_shards(filtered / recipe)).concepts
+        counts = concept_vocabulary.read_counts(find_shards(filtered / recipe))[0]
         assert counts == {"objects": _count(1, rows), "attributes": _count(2, rows)}
     stats = json.loads((filtered / "cat" / "stats.json").read_text())["counts"]
     assert (stats["kept"], stats["dropped"]["image"]) == (3, {"unreadable": 1})
