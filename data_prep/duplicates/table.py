@@ -138,16 +138,12 @@ def is_whole(folder: str, summary: Mapping[str, Any]) -> bool:
     """Whether tables and page are there, and `dropped.arrow` is the one that the summary names."""
     try:
         check_columns(files.join(folder, LOOKUP), folder, summary["digest"])
-        there = len(files.list_names(files.join(folder, TABLE)))
-        wanted = summary["units"] - len(summary.get("failed", ()))
-        if there != wanted:
-            raise ValueError(f"{there} of {wanted} are there")
-        if not files.exists(files.join(folder, PAGE)):
-            raise ValueError(f"{PAGE} is gone")
-    except (ValueError, KeyError) as error:
-        logging.warning("%s: the tables are made again (%s)", folder, error)
+    except ValueError as error:
+        logging.warning("%s: the tables are made again (%s: %s)", folder, LOOKUP, error)
         return False
-    return True
+    wanted = summary["units"] - len(summary.get("failed", ()))
+    are_all_there = len(files.list_names(files.join(folder, TABLE))) == wanted
+    return are_all_there and files.exists(files.join(folder, PAGE))
 
 
 class Lookup:
@@ -160,21 +156,14 @@ class Lookup:
             ValueError: there is none, or it is damaged; names it.
         """
         folder = os.fspath(folder)
-        summary = read_summary(folder)
-        described = files.join(folder, SUMMARY)
-        if summary is None and files.exists(described):
+        summary, path = read_summary(folder), files.join(folder, LOOKUP)
+        if summary is None:
             raise ValueError(
-                f"'{described}': damaged; run python -m data_prep.duplicates again, with this "
-                "output"
+                f"'{files.join(folder, SUMMARY)}' is missing or damaged: no complete output of "
+                "python -m data_prep.duplicates; run that command (again)"
             )
-        if summary is None or "digest" not in summary:
-            raise ValueError(
-                f"'{folder}': no complete output of python -m data_prep.duplicates; run that "
-                "command (again)"
-            )
-        path = files.join(folder, LOOKUP)
+        self.digest: str = summary["digest"]
         try:
-            self.digest: str = summary["digest"]
             self._rows = map_batch(check_columns(path, folder, self.digest))
         except ValueError as error:
             raise ValueError(

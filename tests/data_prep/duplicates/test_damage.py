@@ -129,7 +129,7 @@ def test_a_damaged_description_is_named(folder):
     whole = path.read_bytes()
     for damaged in (whole[:50], whole.replace(b'"digest": "', b'"digest": "0')):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"duplicates\.json': damaged"):
+        with pytest.raises(ValueError, match=r"duplicates\.json' is missing or damaged"):
             Lookup(folder / "out")
     settings = folder / "out" / "settings.json"
     data = bytearray(settings.read_bytes())
