@@ -25,7 +25,7 @@ from diht_jax.config.keys import (
     check_ranges,
 )
 from diht_jax.records.formats import check_format
-from diht_jax.records.schema import MAX_CONCEPTS
+from diht_jax.records.schema import MAX_CONCEPT_ID, MAX_CONCEPTS
 
 # Those that have room for concepts.
 _OUTPUT_FORMATS = ("tfrecord", "array_record")
@@ -56,8 +56,8 @@ KEYS: dict[str, Any] = failures.KEYS | {
     "split": "train",  # the second part of these names
     "concepts": True,  # whether there are to be concept labels; False: CLIP embeddings alone
     "vocabulary.min_count": Key(10, COUNT),  # pairs that must mention a concept
-    "vocabulary.max_objects": Key(10_000, NOT_NEGATIVE),  # the most frequent ones
-    "vocabulary.max_attributes": Key(2_000, NOT_NEGATIVE),  # the most frequent ones
+    "vocabulary.max_objects": Key(10_000, Range(0, MAX_CONCEPT_ID + 1)),  # the most frequent ones
+    "vocabulary.max_attributes": Key(2_000, Range(0, MAX_CONCEPT_ID + 1)),  # likewise
     "vocabulary.stop_objects": _STOP_OBJECTS,  # never concepts
     "vocabulary.stop_attributes": _STOP_ATTRIBUTES,  # never concepts
     "heads.load": str,  # folder whose heads are taken over

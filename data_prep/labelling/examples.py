@@ -29,7 +29,6 @@ from data_prep.labelling.embeddings import (
     key_ranks,
     load_embeddings,
 )
-from diht_jax.records.schema import MAX_CONCEPT_ID
 from diht_jax.records.vocabulary import KINDS, STATS_SUFFIX, ConceptList, Vocabulary
 from diht_jax.storage import files
 
@@ -80,7 +79,7 @@ def build_vocabulary(
         Both vocabularies; equal counts are ordered by name. One of them may be empty.
 
     Raises:
-        ValueError: both are empty, or one has more concepts than a record's ids can tell apart.
+        ValueError: both are empty.
     """
     parts = []
     for kind in KINDS:
@@ -90,11 +89,6 @@ def build_vocabulary(
             if count >= config.min_count and name not in config[f"stop_{kind}"]
         ]
         kept = sorted(kept)[: config[f"max_{kind}"]]
-        if len(kept) > MAX_CONCEPT_ID + 1:
-            raise ValueError(
-                f"{len(kept)} {kind}: more than {MAX_CONCEPT_ID + 1}; raise "
-                "config.vocabulary.min_count"
-            )
         names, negative = tuple(name for _, name in kept), (count for count, _ in kept)
         parts.append(ConceptList(kind, names, tuple(-count for count in negative)))
     if not any(parts):
