@@ -187,7 +187,7 @@ def _search(
     inputs = {}
     if config.input is not None:  # as they are now; they may go during the search
         inputs["inputs"] = sorted({table.hash_input(unit.source) for unit, _ in found.parts})
-    keep = search.keeps_captions(config)
+    keep = config.other_captions == "keep"
     is_exact = config.exact and config.input is not None
     exact = search.find_exact(rows, keep_captions=keep) if is_exact else NONE
     captions = rows.column(CAPTION)

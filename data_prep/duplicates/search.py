@@ -244,7 +244,7 @@ def compare_group(
         report(size)
         if size < 2:
             continue
-        captions = rows.take(CAPTION, members) if keeps_captions(config) else None
+        captions = rows.take(CAPTION, members) if config.other_captions == "keep" else None
         candidates = find_candidates(rows.embeddings(members), config.threshold, count, captions)
         if verified.correlation is None:
             near = next(candidates)
@@ -259,11 +259,6 @@ def compare_group(
         parts.append(Near(members[near.rows], members[near.alike], near.similarity))
     found = Near(*map(np.concatenate, zip(*parts, strict=True)))
     _save(group.output, made_of, **found._asdict())
-
-
-def keeps_captions(config: ml_collections.ConfigDict) -> bool:
-    """Tells whether a pair stays that repeats pictures of other captions only."""
-    return config.other_captions == "keep"
 
 
 def find_candidates(

@@ -50,8 +50,6 @@ LOCATION_SUFFIX = ".place.json"  # of the files with locations
 
 IDENTITIES = ("time", "hash", "size")
 
-_READ_BYTES = 2**22
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardTask:
@@ -324,7 +322,7 @@ def _look_at(source: SourceShard) -> Description:
 
 
 def _hash_all(source: SourceShard) -> str:
-    """The hash of every byte of a file, of its part, or of a folder's files with their names."""
+    """The hash of every byte of a file, or of a folder's files with their names."""
     digest = hashlib.blake2b(digest_size=16)
     found = [("", source.path)]
     if not is_remote(source.path) and os.path.isdir(source.path):
@@ -334,25 +332,16 @@ def _hash_all(source: SourceShard) -> str:
         size = input_size(path)
         digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
         version = SourceShard(source.kind, path).identity()["changed_ns"]
-        start, stop = 0, size
-        # Parts of a table are given in bytes; other parts are numbered, and the file is hashed.
-        if source.kind == "table":
-            start, stop = source.start, size if source.stop is None else min(source.stop, size)
-        digest.update(_hash_range(path, start, stop, version))
+        digest.update(_hash_file(path, version))
     return digest.hexdigest()
 
 
-# For each of several parts of a parquet file the whole is hashed, but read once in a process.
+# For each of several parts of a file the whole is hashed, but read once in a process.
 @functools.lru_cache(maxsize=1024)
-def _hash_range(path: str, start: int, stop: int, version: int | str | None) -> bytes:
-    """Hash of a range of bytes; the version makes the calls before and after a change differ."""
-    digest = hashlib.blake2b(digest_size=16)
+def _hash_file(path: str, version: int | str | None) -> bytes:
+    """Hash of a file; the version makes the calls before and after a change differ."""
     with open_file(path) as file:
-        file.seek(start)
-        while start < stop and (data := file.read(min(_READ_BYTES, stop - start))):
-            digest.update(data)
-            start += len(data)
-    return digest.digest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def _hash_linked(source: SourceShard) -> str:
