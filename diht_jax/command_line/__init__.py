@@ -181,14 +181,16 @@ def parse_flags(
     given, unset = list(argv), []
     try:
         if config_defaults is not None:
-            given = flags.FLAGS.read_flags_from_files(given, force_gnu=False)
-            given = _with_paths(given)
-        if config_defaults is not None and "None" in "".join(given):
-            given, unset = take_unset_keys(given, config_defaults())
+            defaults = config_defaults()
+            given = _with_paths(flags.FLAGS.read_flags_from_files(given, force_gnu=False))
+            for path, arg in _named_recipes(given)[-1:]:
+                _check_recipe(path, load_recipe(path, arg), defaults)
+            keys = (re.match(r"--?config\.([\w.]+)", argument) for argument in given)
+            check_names((key[1] for key in keys if key), defaults)
+            given, unset = take_unset_keys(given, defaults)
         sys.argv[:] = given  # ml_collections reads the keys of configs there
         rest = flags.FLAGS(given)
-        if config_defaults is not None and (recipes := _named_recipes(given)):
-            _check_recipe(recipes[-1][0], flags.FLAGS.config, config_defaults())
+        if config_defaults is not None and _named_recipes(given):
             config_flag: Any = flags.FLAGS["config"]
             overrides = config_flag.override_values
             apply_overrides(flags.FLAGS.config, unset, overrides)
@@ -199,19 +201,12 @@ def parse_flags(
                     f"recipe's argument, :stage={flags.FLAGS.config.stage.number}"
                 )
     except (AttributeError, KeyError) as error:
-        if config_defaults is not None:
-            _refuse_unknown_keys(given, config_defaults())
-            _refuse_foreign_recipe(given, config_defaults())
         # A ConfigDict raises these for a key that it lacks; the text names the nearest one.
         cause = error.args[0]
         text = cause.args[0] if isinstance(cause, KeyError) else str(cause)
         _fail(f"unknown config key {'; '.join(text.splitlines())}", status=2)
     except (flags.Error, TypeError, ValueError) as error:
-        # A recipe that refuses its argument does so in one line, which ends a traceback here.
-        refused = re.search(r"^ValueError: (recipe argument .*)", str(error), re.MULTILINE)
-        _fail(
-            f"--config: {refused[1]}" if refused else f"{error} (--help lists the flags)", status=2
-        )
+        _fail(f"{error} (--help lists the flags)", status=2)
     if len(rest) > 1 and not takes_arguments:
         _fail(f"unexpected arguments: {' '.join(rest[1:])} (--help lists the flags)", status=2)
     return rest
@@ -251,45 +246,20 @@ def _with_paths(arguments: Sequence[str]) -> list[str]:
     return re.sub(_CONFIG_FLAG, replace, "\0".join(arguments)).split("\0")
 
 
-def _refuse_unknown_keys(arguments: Sequence[str], defaults: ml_collections.ConfigDict) -> None:
-    keys = [match[1] for each in arguments if (match := re.match(r"--?config\.([\w.]+)", each))]
-    try:
-        check_names(keys, defaults)
-    except ValueError as error:
-        _fail(str(error), status=2)
-
-
-def _refuse_foreign_recipe(arguments: Sequence[str], defaults: ml_collections.ConfigDict) -> None:
-    """Explains why the recipe has no such key, where it is one of another command."""
-    for path, arg in _named_recipes(arguments)[-1:]:
-        try:
-            config = load_recipe(path, arg)
-        except (AttributeError, KeyError):  # a mistake of its own, of which the caller tells
-            return
-        except ValueError as error:
-            _fail(str(error), status=2)
-        _check_recipe(path, config, defaults)
-
-
-def _check_recipe(path: str, config: Any, defaults: ml_collections.ConfigDict) -> None:
-    """Exits for what is no config, and for one with keys that the command does not know."""
-    if not isinstance(config, ml_collections.ConfigDict):
-        _fail(
-            f"{path}: get_config() must return an ml_collections.ConfigDict, got "
-            f"{type(config).__name__}",
-            status=2,
-        )
+def _check_recipe(
+    path: str, config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict
+) -> None:
+    """Raises ValueError for a recipe with keys that the command does not know."""
     unknown = [key for key in config if key not in defaults]
     if len(unknown) > 1:
-        _fail(
+        raise ValueError(
             f"{path}: looks like a recipe of another command; this one has no keys "
-            f"{', '.join(map(repr, unknown[:_LISTED_KEYS]))}",
-            status=2,
+            f"{', '.join(map(repr, unknown[:_LISTED_KEYS]))}"
         )
     try:
         check_names(walk(config), defaults)
     except ValueError as error:
-        _fail(f"{path}: {error}", status=2)
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _call(
