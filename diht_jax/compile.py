@@ -291,7 +291,7 @@ def _choices(config: ml_collections.ConfigDict, num_devices: int) -> list[list[d
 def _cost(report: StepReport) -> float:
     """The bound of the time, or the FLOPs where the rates of the device are not known."""
     estimate = report.roofline
-    return estimate.scheduled_secs if estimate else report.flops.matmul_flops
+    return estimate.scheduled_secs if estimate else report.flops
 
 
 def _largest_micro_batch(config: ml_collections.ConfigDict, num_devices: int) -> int | None:

@@ -7,14 +7,11 @@ comments next to where they are written.
 
 from __future__ import annotations
 
-import ast
-import io
 import pathlib
 import re
 import shutil
 import sys
 import textwrap
-import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -173,76 +170,43 @@ def read_comments(files: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+# At the beginning of a line: `"section.key": `, `field: type` or `c.section.key = `.
+_KEY = re.compile(r'\s+(?:"([\w.]+)": |(\w+): \w|(\w+)\.([\w.]+) = )')
+_SECTION = re.compile(r"\s+(\w+) = (?:\w+\.([\w.]+) = )?")
+_COMMENT = re.compile(r"(.*?)(?:^|\s)\s*# (.*)")
+# In the docstring of a dataclass.
+_DOCUMENTED = re.compile(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", re.MULTILINE)
+
+
 def comments_of(source: str) -> dict[str, str]:
-    """Comments of the keys that are written in a file.
+    """Comments of the keys that are written in a file: those above, and those behind.
 
     Args:
-        source: Python, with keys as `c.section.key = default`, as `"section.key": default` in a
-            dict, or as fields of a dataclass, which its docstring or a comment describes.
+        source: Python, with keys as `c.section.key = default`, where `c = config.section = ...`
+            makes `c` a section, as `"section.key": default` in a dict, or as fields of a dataclass,
+            which its docstring or a comment describes.
     """
-    own_line, inline = _comments_by_line(source)
-
-    def comment(node: ast.stmt | ast.expr) -> str:
-        first = node.lineno
-        above = []
-        while first - 1 - len(above) in own_line:
-            above.insert(0, own_line[first - 1 - len(above)])
-        behind = [inline[n] for n in range(first, (node.end_lineno or first) + 1) if n in inline]
-        return " ".join([*above, *behind])
-
     found: dict[str, str] = {}
-    for scope in ast.walk(ast.parse(source)):
-        if isinstance(scope, ast.ClassDef):
-            documented = _documented_fields(scope)
-            for node in scope.body:
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                    name = node.target.id
-                    found[name] = found.get(name) or documented.get(name) or comment(node)
-        elif isinstance(scope, ast.Dict):
-            for key, value in zip(scope.keys, scope.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                    whole = ast.Dict([], [], lineno=key.lineno, end_lineno=value.end_lineno)
-                    found[key.value] = found.get(key.value) or comment(whole)
-        elif isinstance(scope, ast.FunctionDef):
-            for name, node in _assigned_keys(scope):
-                found[name] = found.get(name) or comment(node)
-    return found
-
-
-def _comments_by_line(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Texts of comments: those with a line of their own, and those behind code."""
-    own_line, inline = {}, {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and not token.string.startswith("# fmt:"):
-            alone = not token.line[: token.start[1]].strip()
-            (own_line if alone else inline)[token.start[0]] = token.string.lstrip("# ")
-    return own_line, inline
-
-
-def _assigned_keys(function: ast.FunctionDef) -> list[tuple[str, ast.stmt]]:
-    """Keys that a function gives to a config; `c = config.clip = ...` makes `c` a section."""
     sections: dict[str, str] = {}
-    found = []
-    for node in ast.walk(function):
-        if not isinstance(node, ast.Assign):
+    above: list[str] = []
+    name = None
+    for line in source.splitlines():
+        comment = _COMMENT.fullmatch(line)
+        if comment and not comment[1].strip():
+            above.append(comment[2])
             continue
-        chains = [ast.unparse(t) for t in node.targets if isinstance(t, ast.Attribute)]
-        for chain in chains:
-            root, _, name = chain.partition(".")
-            found.append((sections.get(root, "") + name, node))
-        for target in node.targets:
-            if isinstance(target, ast.Name) and chains:
-                sections[target.id] = chains[0].partition(".")[2] + "."
-    return found
-
-
-def _documented_fields(node: ast.ClassDef) -> dict[str, str]:
-    targets = [n.target for n in node.body if isinstance(n, ast.AnnAssign)]
-    fields = {target.id for target in targets if isinstance(target, ast.Name)}
-    listed = (ast.get_docstring(node) or "").partition("Attributes:\n")[2]
-    found = {}
-    for names, text in re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE):
-        for name in names.split(", "):
-            if name in fields:
-                found[name] = " ".join(text.split())
+        if key := _KEY.match(line):
+            name = key[1] or key[2] or sections.get(key[3], "") + key[4]
+            name = None if found.get(name) else name
+        elif not line.strip():
+            name = None
+        texts = [*(above if key else []), *([comment[2]] if comment else [])]
+        if name and texts:
+            found[name] = " ".join(filter(None, [found.get(name), *texts]))
+        if section := _SECTION.match(line):
+            sections[section[1]] = f"{section[2]}." if section[2] else ""
+        above = []
+    for part in source.split("Attributes:\n")[1:]:
+        for names, text in _DOCUMENTED.findall(part.partition('"""')[0]):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return found

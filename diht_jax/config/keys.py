@@ -137,9 +137,9 @@ KEYS: dict[str, Key] = {
     # One compiled block for all layers; parameters stay per layer.
     "model.scan_layers": Key(False, resume=FREE),
     # Values that a block computes again in the backward pass: see docs/guides/train/memory.md.
-    "model.remat": Key("none", resume=FREE),
+    "model.remat": Key("none", OneOf(("none", "dots", "minimal", "full")), FREE),
     # "auto": "pallas" on TPUs, "cudnn" on NVIDIA GPUs, else "xla".
-    "model.attention": Key("auto", resume=FREE),
+    "model.attention": Key("auto", OneOf(("auto", "xla", "cudnn", "pallas")), FREE),
     # Work directory, weight file or name of a model whose parameters and architecture a new run
     # starts with: docs/guides/train/finetuning.md.
     "model.init_from": Key(str, per_host=True),
@@ -152,8 +152,8 @@ KEYS: dict[str, Key] = {
     # Folder with the files of a tokenizer, such as tokenizer.json: where not set that of the model
     # of `init_from`, or else CLIP's. The run keeps a copy.
     "model.tokenizer": Key(str, per_host=True),
-    # Of texts before such a tokenizer: "whitespace", "lower" or "canonicalize", as open_clip.
-    "model.text_cleaning": Key(str),
+    # Of texts before such a tokenizer, as open_clip.
+    "model.text_cleaning": Key(str, OneOf(("none", "whitespace", "lower", "canonicalize"))),
     # Fields of models.zoo.Architecture to replace.
     **{
         f"model.overrides.{field}": Key(kind, COUNT if kind is int else None)
@@ -179,7 +179,7 @@ KEYS: dict[str, Key] = {
     "loss.kind": Key("softmax"),
     # "streaming" (memory [b, d]), "gathered" ([b, N], fewer transfers), or "auto", by the mesh and
     # the batch: losses/dense.py.
-    "loss.impl": Key("auto", resume=FREE),
+    "loss.impl": Key("auto", OneOf(("auto", "streaming", "gathered")), FREE),
     # Weight of the contrastive loss next to the terms below; 0 trains these alone.
     "loss.weight": Key(1.0, NOT_NEGATIVE),
     # Share of pairs that may be wrong; losses count by how likely a pair is right. 0: all alike.
@@ -190,10 +190,11 @@ KEYS: dict[str, Key] = {
     # own, each with a weight; () weighs them like the whole embeddings, by 1.
     "matryoshka.sizes": Key(()),
     "matryoshka.weights": Key(()),  # one for each size
-    "optimizer.kind": Key("adamw"),  # "muon": orthogonal updates for the matrices of blocks
+    # "muon": orthogonal updates for the matrices of blocks.
+    "optimizer.kind": Key("adamw", OneOf(("adamw", "muon"))),
     "optimizer.learning_rate": Key(1e-3, NOT_NEGATIVE),  # peak
     # After the warm-up: "cosine", or "wsd": the peak until the last `decay_steps`.
-    "optimizer.schedule": Key("cosine"),
+    "optimizer.schedule": Key("cosine", OneOf(("cosine", "wsd"))),
     "optimizer.warmup_steps": Key(2000, NOT_NEGATIVE),  # the rate rises from 0 to its peak
     "optimizer.decay_steps": Key(int, COUNT, END),  # of "wsd", at the end of the run
     "optimizer.final_learning_rate": Key(0.0, NOT_NEGATIVE, END),  # after the last step

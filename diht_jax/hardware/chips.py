@@ -1,4 +1,4 @@
-"""What chips can do in a second, and the floating-point operations (FLOPs) that a function needs.
+"""What chips can do in a second, and the floating-point operations (FLOPs) of matrix products.
 
 The numbers of accelerators, one row per device, are all public:
 
@@ -34,7 +34,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
@@ -120,33 +119,13 @@ def find_chip(device_kind: str) -> Chip | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class FlopCount:
-    """FLOPs of a function, summed over all devices of the mesh."""
+def count_flops(fn: Callable[..., Any], *args: Any) -> int:
+    """Counts the FLOPs of the matrix products of `fn(*args)`, summed over all devices of the mesh.
 
-    # Floating-point operations: `matmul_flops`, and one for each element that an element-wise
-    # operation makes or a reduction reads. Selecting, converting, moving and communicating count
-    # nothing.
-    flops: int = 0
-    matmul_flops: int = 0  # of matrix products and convolutions, a multiply-add being two
-
-    def __add__(self, other: FlopCount) -> FlopCount:
-        return FlopCount(self.flops + other.flops, self.matmul_flops + other.matmul_flops)
-
-    def __mul__(self, times: int) -> FlopCount:
-        return FlopCount(self.flops * times, self.matmul_flops * times)
-
-    def __floordiv__(self, parts: int) -> FlopCount:
-        return FlopCount(self.flops // parts, self.matmul_flops // parts)
-
-
-def count_flops(fn: Callable[..., Any], *args: Any) -> FlopCount:
-    """Counts the FLOPs of `fn(*args)`.
-
-    A scan counts as often as it is long, a branch as its most expensive case, the body of a
-    `shard_map` once for each device of its mesh axes. Values that no result depends on count
-    nothing, as in a compiled program. Recomputation (`jax.checkpoint`) counts again. What is
-    replicated outside of `shard_map` counts once.
+    Those of convolutions too; a multiply-add is two. A scan counts as often as it is long, a branch
+    as its most expensive case, the body of a `shard_map` once for each device of its mesh axes.
+    Values that no result depends on count nothing, as in a compiled program. Recomputation
+    (`jax.checkpoint`) counts again. What is replicated outside of `shard_map` counts once.
 
     Args:
         *args: arrays or `jax.ShapeDtypeStruct`s, in any tree.
@@ -157,7 +136,7 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> FlopCount:
     return count_jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def count_jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, *, leave_out: str | None = None) -> FlopCount:
+def count_jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, *, leave_out: str | None = None) -> int:
     """Counts the FLOPs of a jaxpr; see `count_flops`.
 
     Args:
@@ -165,12 +144,11 @@ def count_jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, *, leave_out: str | None = Non
     """
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    counted = (
+    return sum(
         _count_equation(eqn)
         for eqn in _live(jaxpr).eqns
         if leave_out is None or leave_out not in str(eqn.source_info.name_stack).split("/")
     )
-    return sum(counted, FlopCount())
 
 
 def _live(jaxpr: Jaxpr) -> Jaxpr:
@@ -188,7 +166,7 @@ def _live(jaxpr: Jaxpr) -> Jaxpr:
     )
 
 
-def _count_equation(eqn: Any) -> FlopCount:
+def _count_equation(eqn: Any) -> int:
     name = eqn.primitive.name
     if name in _RULES:
         return _RULES[name](eqn)
@@ -204,25 +182,17 @@ def _count_equation(eqn: Any) -> FlopCount:
         )
     # The functions that jit, checkpoint, custom derivatives and the like call.
     inner = [value for value in eqn.params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
-    dtypes = [getattr(var.aval, "dtype", None) for var in (*eqn.invars, *eqn.outvars)]
-    is_floating = any(dtype is not None and jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
-    is_counted = is_floating and name not in _MOVES
-    if is_counted and name.startswith(_READERS):
-        return FlopCount(flops=eqn.invars[0].aval.size)
-    if is_counted and not inner:
-        return FlopCount(flops=sum(variable.aval.size for variable in eqn.outvars))
-    return sum(map(count_jaxpr_flops, inner), FlopCount())
+    return sum(map(count_jaxpr_flops, inner))
 
 
-def _dot_general(eqn: Any) -> FlopCount:
+def _dot_general(eqn: Any) -> int:
     left = eqn.invars[0].aval
     (contracted, _), _ = eqn.params["dimension_numbers"]
     depth = math.prod(left.shape[axis] for axis in contracted)
-    flops = 2 * eqn.outvars[0].aval.size * depth
-    return FlopCount(flops, flops)
+    return 2 * eqn.outvars[0].aval.size * depth
 
 
-def _convolution(eqn: Any) -> FlopCount:
+def _convolution(eqn: Any) -> int:
     """Every output element sums over the window and its group's input channels.
 
     A convolution's gradients are convolutions over padded or dilated inputs; the zeros put in
@@ -237,45 +207,41 @@ def _convolution(eqn: Any) -> FlopCount:
     positions_out = math.prod(out.shape[axis] for axis in spec.out_spec[2:])
     examples = out.shape[spec.out_spec[0]]
     pairs = min(positions_out * window, positions_in * window, positions_in * positions_out)
-    flops = 2 * examples * channels_in * channels_out * pairs
-    return FlopCount(flops, flops)
+    return 2 * examples * channels_in * channels_out * pairs
 
 
-def _scan(eqn: Any) -> FlopCount:
+def _scan(eqn: Any) -> int:
     return count_jaxpr_flops(eqn.params["jaxpr"]) * eqn.params["length"]
 
 
-def _cond(eqn: Any) -> FlopCount:
-    return max(
-        (count_jaxpr_flops(branch) for branch in eqn.params["branches"]), key=lambda w: w.flops
-    )
+def _cond(eqn: Any) -> int:
+    return max(map(count_jaxpr_flops, eqn.params["branches"]))
 
 
-def _shard_map(eqn: Any) -> FlopCount:
+def _shard_map(eqn: Any) -> int:
     sizes = dict(eqn.params["mesh"].shape)
     num_devices = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
     return count_jaxpr_flops(eqn.params["jaxpr"]) * num_devices
 
 
-def _pallas_call(eqn: Any) -> FlopCount:
+def _pallas_call(eqn: Any) -> int:
     estimate = eqn.params["cost_estimate"]
     if estimate is not None:  # without what the kernel multiplies by zeros
-        return FlopCount(estimate.flops + estimate.transcendentals, estimate.flops)
+        return estimate.flops
     return count_jaxpr_flops(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
 
 
-def _cudnn_attention(num_products: int) -> Callable[[Any], FlopCount]:
+def _cudnn_attention(num_products: int) -> Callable[[Any], int]:
     """Counts `num_products` of 2 b h t s d each, for queries [b, t, h, d] and keys [b, s, h, d]."""
 
-    def rule(eqn: Any) -> FlopCount:
+    def rule(eqn: Any) -> int:
         (batch, queries, heads, depth), (_, keys, _, _) = (v.aval.shape for v in eqn.invars[:2])
-        flops = num_products * 2 * batch * heads * queries * keys * depth
-        return FlopCount(flops, flops)
+        return num_products * 2 * batch * heads * queries * keys * depth
 
     return rule
 
 
-_RULES: dict[str, Callable[[Any], FlopCount]] = {
+_RULES: dict[str, Callable[[Any], int]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
     "scan": _scan,
@@ -285,59 +251,6 @@ _RULES: dict[str, Callable[[Any], FlopCount]] = {
     "dot_product_attention_fwd_wrapper": _cudnn_attention(2),
     "dot_product_attention_bwd_wrapper": _cudnn_attention(5),
 }
-
-# One operation for each element read, not made.
-_READERS = ("reduce", "arg", "cum", "scatter_add", "scatter-add", "sort", "top_k")
-
-# No arithmetic: they move, select, convert or communicate.
-_MOVES = frozenset(
-    [
-        "all_gather",
-        "all_gather_invariant",
-        "all_to_all",
-        "axis_index",
-        "bitcast_convert_type",
-        "broadcast_in_dim",
-        "broadcast",
-        "concatenate",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "device_put",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "expand_dims",
-        "gather",
-        "get",
-        "iota",
-        "name",
-        "optimization_barrier",
-        "pad",
-        "pbroadcast",
-        "pcast",
-        "pmax",
-        "pmin",
-        "ppermute",
-        "psum",
-        "psum2",
-        "psum_invariant",
-        "pvary",
-        "reduce_precision",
-        "reduce_scatter",
-        "reshape",
-        "reshard",
-        "rev",
-        "scatter",
-        "select_n",
-        "sharding_constraint",
-        "slice",
-        "split",
-        "squeeze",
-        "stop_gradient",
-        "swap",
-        "transpose",
-    ]
-)
 
 _FOREIGN = frozenset(
     [

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from diht_jax.hardware.chips import LATENCY_SECS, FlopCount
+from diht_jax.hardware.chips import LATENCY_SECS
 from diht_jax.hardware.hlo_traffic import Collective, Traffic
 from diht_jax.hardware.schedule import Rates, scheduled_secs
 from diht_jax.hardware.topologies import Topology
@@ -62,9 +62,8 @@ class StepReport:
     # out, arguments, results, temporaries and the program.
     needed_bytes: int
     fits: bool  # whether it runs within the memory
-    flops: FlopCount  # floating-point operations, recomputation included
-    # Operations of the model's matrix products without recomputation, which MFU is measured by.
-    model_flops: int
+    flops: int  # of matrix products, recomputation included
+    model_flops: int  # without, which MFU is measured by
     traffic: Traffic | None  # memory and communication; None where the compiler gave up
     # Time spent on this machine.
     trace_secs: float
@@ -76,7 +75,7 @@ class StepReport:
         chip, traffic = self.topology.chip, self.traffic
         if chip is None or traffic is None:
             return None
-        compute = self.flops.matmul_flops / chip.peak_flops
+        compute = self.flops / chip.peak_flops
         memory = traffic.memory_bytes / chip.hbm_bytes_per_sec
         network = latency = 0.0
         for row in traffic.collectives:
@@ -210,7 +209,7 @@ def describe_try(report: StepReport, changes: dict[str, Any] | None = None) -> s
     least = f", {_ms(estimate.scheduled_secs)}" if (estimate := report.roofline) else ""
     return (
         f"  {settings}: {_gib(report.needed_bytes)}, "
-        f"{report.flops.matmul_flops / 1e12:.2f} TFLOP{least}: {outcome}"
+        f"{report.flops / 1e12:.2f} TFLOP{least}: {outcome}"
     )
 
 
@@ -265,11 +264,9 @@ def _memory_lines(report: StepReport) -> list[str]:
 
 
 def _flops_lines(report: StepReport) -> list[str]:
-    counted = report.flops
-    again = counted.matmul_flops / report.model_flops - 1
+    again = report.flops / report.model_flops - 1
     return [
-        _row("floating-point operations", f"{counted.flops / 1e12:.3f} TFLOP"),
-        _row("  in matrix products", f"{counted.matmul_flops / 1e12:.3f} TFLOP"),
+        _row("matrix products", f"{report.flops / 1e12:.3f} TFLOP"),
         _row("  of the model alone", f"{report.model_flops / 1e12:.3f} TFLOP ({again:+.0%} again)"),
     ]
 

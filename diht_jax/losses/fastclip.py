@@ -43,7 +43,6 @@ _MULTIPLE = 1024
 class FastClip(Objective):
     """FastCLIP; its settings are checked here, and `fastclip_loss` computes it."""
 
-    title: ClassVar[str] = "FastCLIP"
     keeps_means: ClassVar[bool] = True
     settings: ClassVar[dict[str, Any]] = {
         # Weight of a batch in the running mean of a record ("fastclip"): from 1 in the first epoch

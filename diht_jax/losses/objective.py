@@ -101,7 +101,6 @@ class RowSlopes(NamedTuple):
 class Objective:
     """A contrastive loss. Instances hold what is known when a step is traced, and are hashable."""
 
-    title: ClassVar[str] = ""  # for people, in messages
     settings: ClassVar[dict[str, Any]] = {}  # its keys of `config.loss` with their defaults
     # Scalars that are learnt, with the values that they start from; each is a parameter of the run
     # by this name.

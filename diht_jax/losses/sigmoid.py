@@ -34,7 +34,6 @@ class Sigmoid(Objective):
     Source: Zhai et al., arXiv 2303.15343.
     """
 
-    title: ClassVar[str] = "SigLIP"
     # SigLIP's start: all pairs are taken for negatives, softly.
     parameters: ClassVar[dict[str, float]] = {"logit_bias": -10.0}
     initial_logit_scale: ClassVar[float | None] = 10.0

@@ -56,7 +56,6 @@ class Softmax(Objective):
     arXiv 2204.03610.
     """
 
-    title: ClassVar[str] = "InfoNCE, HN-NCE"
     settings: ClassVar[dict[str, Any]] = {
         "alpha": Key(1.0, Range(0, 1)),  # weight of the positive in the denominator
         "beta": Key(0.0, NOT_NEGATIVE),  # hardness of the negatives; alpha 1 and beta 0 is InfoNCE

@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 # cuDNN's gradient needs an even number of tokens, and rows of its float32 statistics that start at
 # multiples of 16 bytes are the fastest.
 _TOKENS_MULTIPLE = 8

@@ -20,7 +20,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from diht_jax.models.attention import (
-    IMPLEMENTATIONS,
     Rotary,
     Target,
     attend,
@@ -30,7 +29,6 @@ from diht_jax.models.attention import (
 from diht_jax.models.layers import (
     ACTIVATIONS,
     ATTENTION_OUT,
-    POLICIES,
     QKV,
     Linear,
     apply_columns,
@@ -50,7 +48,7 @@ class Execution:
     Attributes:
         scan_layers: keep the parameters of a tower's blocks stacked, and compile one block.
         remat: what the backward pass computes again, a name of `layers.POLICIES`.
-        attention: one of `attention.IMPLEMENTATIONS`.
+        attention: see `attention.attention_implementation`.
         target: the devices that the model runs on; None is this process's default backend.
     """
 
@@ -58,14 +56,6 @@ class Execution:
     remat: str = "none"
     attention: str = "auto"
     target: Target | None = None
-
-    def __post_init__(self):
-        for key, known in (("remat", POLICIES), ("attention", IMPLEMENTATIONS)):
-            value = getattr(self, key)
-            if value not in known:
-                raise ValueError(
-                    f"config.model.{key}='{value}': expected one of {', '.join(known)}"
-                )
 
 
 def uniform_init(bound: float) -> nnx.Initializer:

@@ -131,12 +131,8 @@ def open_stage(workdir: str, count: int) -> int:
 
     All processes of a job must call.
     """
-
-    def read() -> bytes:
-        begun = (n for n in range(count, 1, -1) if _has_checkpoint(stage_folder(workdir, n)))
-        return str(next(begun, 1)).encode()
-
-    return int(share_from_first(read))
+    begun = (n for n in range(count, 1, -1) if _has_checkpoint(stage_folder(workdir, n)))
+    return share_from_first(lambda: next(begun, 1))
 
 
 def check_stage(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:

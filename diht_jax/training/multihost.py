@@ -12,6 +12,7 @@ signalled. All processes must call each function that compares, sends or waits. 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -41,8 +42,6 @@ _LASTING_OS_ERRORS = (
     FileExistsError,
 )
 
-_LONGEST_TEXT_BYTES = 2**16
-
 Result = TypeVar("Result")
 
 
@@ -51,14 +50,15 @@ class TemporaryError(ValueError):
 
 
 def gather_texts(text: str) -> list[str]:
-    """The texts of all processes, in their order; each is cut off after 64 KiB."""
+    """The texts of all processes, in their order."""
     if jax.process_count() == 1:
         return [text]
-    data = text.encode()[:_LONGEST_TEXT_BYTES]
-    padded = np.zeros(_LONGEST_TEXT_BYTES, np.uint8)
+    data = text.encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(max(*sizes, 1), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def first_text(text: str | None) -> str | None:
@@ -106,8 +106,8 @@ def check_together(check: Callable[..., Result], *arguments: Any, **options: Any
     raise (ValueError if kind == "lasting" else TemporaryError)(text) from cause
 
 
-def share_from_first(read: Callable[[], bytes]) -> bytes:
-    """Calls a function in the first process, and gives its result in all of them.
+def share_from_first(read: Callable[[], Any]) -> Any:
+    """Calls a function in the first process, and gives its JSON-able result in all of them.
 
     Raises:
         ValueError: the function has failed; with its text.
@@ -115,18 +115,15 @@ def share_from_first(read: Callable[[], bytes]) -> bytes:
     if jax.process_count() == 1:
         return read()
 
-    def read_in_first() -> bytes:
+    def read_in_first() -> str:
         try:
-            return read() if jax.process_index() == 0 else b""
+            return json.dumps(read()) if jax.process_index() == 0 else ""
         except ValueError:
             raise
         except Exception as error:  # the other processes must not wait for data that never come
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
-    data = check_together(read_in_first)
-    padded = np.zeros(int(gather_texts(str(len(data)))[0]), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+    return json.loads(gather_texts(check_together(read_in_first))[0])
 
 
 def check_same_step(step: int | None) -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Integer, Shaped
 from diht_jax import sharding
 from diht_jax.extras.matryoshka import loss_of_sizes, weighted_sizes
 from diht_jax.extras.noisy_pairs import check_noise_share, right_probabilities
-from diht_jax.losses.contrastive import IMPLS, sharded_loss
+from diht_jax.losses.contrastive import sharded_loss
 from diht_jax.losses.fastclip import Means, fastclip_loss, gamma_at
 from diht_jax.losses.objective import Objective, Parameters, Term
 from diht_jax.losses.registry import LOSSES
@@ -65,8 +65,8 @@ def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
     Raises:
         ValueError: `config.data.class_key` says which, and nothing asks.
     """
-    settings = LOSSES[config.loss.kind].settings if config.loss.kind in LOSSES else {}
-    needed = "equal_pairs" in settings and config.loss.equal_pairs != "negative"
+    loss = LOSSES[config.loss.kind]
+    needed = "equal_pairs" in loss.settings and config.loss.equal_pairs != "negative"
     if config.data.class_key and not needed:
         raise ValueError(
             f"config.data.class_key={config.data.class_key!r} says which pairs are equal, but "
@@ -78,8 +78,7 @@ def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
 
 def num_record_means(config: ml_collections.ConfigDict) -> int:
     """Number of records of which the contrastive loss keeps a mean; 0 where it keeps none."""
-    loss = LOSSES.get(config.loss.kind)
-    if loss is None or not loss.keeps_means:
+    if not LOSSES[config.loss.kind].keeps_means:
         return 0
     equal_pairs = config.loss.equal_pairs
     for key, value in (
@@ -137,12 +136,6 @@ def with_objective_parameters(
 
 def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
     """The contrastive loss that the section `loss` of a config selects."""
-    if section.kind not in LOSSES:
-        known = " or ".join(f"'{kind}' ({loss.title})" for kind, loss in LOSSES.items())
-        raise ValueError(f"config.loss.kind='{section.kind}': expected {known}")
-    if section.impl not in ("auto", *IMPLS):
-        known = ", ".join(("auto", *IMPLS))
-        raise ValueError(f"config.loss.impl='{section.impl}': expected one of {known}")
     loss = LOSSES[section.kind]
     settings = {key: section[key] for key in loss.settings}
     try:

@@ -9,8 +9,16 @@ from typing import Any
 import ml_collections
 
 from diht_jax.config.checks import validate_config
-from diht_jax.config.keys import DURATION_UNITS, FIXED, FREE, KEYS, Key, build_config, check_ranges
-from diht_jax.data.file_tokenizer import CLEANINGS
+from diht_jax.config.keys import (
+    DURATION_UNITS,
+    FIXED,
+    FREE,
+    KEYS,
+    Key,
+    OneOf,
+    build_config,
+    check_ranges,
+)
 from diht_jax.input.transforms import Preprocessing
 from diht_jax.losses.registry import LOSSES
 from diht_jax.training.monitoring.trackers import tracker_names
@@ -30,7 +38,7 @@ COMMENT_FILES = {
 
 def all_keys() -> dict[str, Any]:
     """Every key of a recipe by its dotted name: a `Key`, or a default without a range."""
-    keys: dict[str, Any] = dict(KEYS)
+    keys: dict[str, Any] = {**KEYS, "loss.kind": Key("softmax", OneOf(tuple(LOSSES)))}
     # A loss ignores the keys of the others.
     sections = [("loss", loss.settings) for loss in LOSSES.values()]
     sections += [(name, term.settings) for name, term in TERMS.items()]
@@ -53,11 +61,6 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check_ranges(config, keys)
     tracker_names(config.trackers)
     pictures_of(config)
-    clean = config.model.text_cleaning
-    if clean is not None and clean not in CLEANINGS:
-        raise ValueError(
-            f"config.model.text_cleaning='{clean}': expected one of {', '.join(CLEANINGS)}"
-        )
     if config.model.tokenizer is not None and config.captioning.weight:
         raise ValueError(
             "config.captioning.weight: captions are written with CLIP's tokenizer, and not with "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,14 +98,9 @@ def read_best(best_metric: str | None, tasks: list[Task], workdir: epath.Path) -
         return BestStep()
     task_name, _, name = best_metric.rpartition("/")
     task = next(task for task in tasks if task.name == task_name)
-
     column = _PREFIX + best_metric
-
-    def read() -> bytes:
-        rows = [row for row in read_metrics(workdir) if column in row]
-        return json.dumps([(row["step"], row[column]) for row in rows]).encode()
-
-    values = {int(step): value for step, value in json.loads(share_from_first(read))}
+    rows = share_from_first(lambda: [row for row in read_metrics(workdir) if column in row])
+    values = {int(row["step"]): row[column] for row in rows}
     return BestStep(check_task(task).metrics[name].lower_is_better, values)
 
 

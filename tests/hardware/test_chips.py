@@ -40,22 +40,18 @@ def mesh_of(count: int) -> jax.sharding.Mesh:
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def test_product_elementwise_and_reduction():
+def test_product_alone_counts():
     def fn(a, b):
         return jnp.sum(jnp.exp(a @ b))
 
-    counted = count_flops(fn, LEFT, RIGHT)
-    assert counted.matmul_flops == 2 * M * K * N
-    assert counted.flops == 2 * M * K * N + M * N + M * N
+    assert count_flops(fn, LEFT, RIGHT) == 2 * M * K * N
 
 
 def test_scan_counts_every_trip():
     def fn(x):
         return lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, None, length=7)[0]
 
-    counted = count_flops(fn, SQUARE)
-    assert counted.matmul_flops == 7 * 2 * K**3
-    assert counted.flops == 7 * (2 * K**3 + K**2)
+    assert count_flops(fn, SQUARE) == 7 * 2 * K**3
 
 
 def test_remat_counts_the_recomputation():
@@ -71,9 +67,7 @@ def test_remat_counts_the_recomputation():
     one = 2 * M * K * K
 
     def grads(layer):
-        return count_flops(
-            lambda x, w: jax.grad(loss, argnums=(0, 1))(x, w, layer), LEFT, SQUARE
-        ).matmul_flops
+        return count_flops(lambda x, w: jax.grad(loss, argnums=(0, 1))(x, w, layer), LEFT, SQUARE)
 
     # Forward 2 products, backward 4; recomputed, both again, since the cosines need their values.
     assert grads(layer) == 5 * 6 * one
@@ -96,16 +90,14 @@ def test_shard_map_counts_every_device(count):
             local, mesh=mesh_of(count), in_specs=(by_rows, whole), out_specs=(by_rows, whole)
         )(a, b)
 
-    counted = count_flops(fn, rows, SQUARE)
-    assert counted.matmul_flops == 2 * 16 * K * K
-    assert counted.flops == 2 * 16 * K * K + 16 * K
+    assert count_flops(fn, rows, SQUARE) == 2 * 16 * K * K
 
     def replicated(a, b):
         return jax.shard_map(
             lambda a, b: a @ b, mesh=mesh_of(count), in_specs=(whole, whole), out_specs=whole
         )(a, b)
 
-    assert count_flops(replicated, rows, SQUARE).matmul_flops == count * 2 * 16 * K * K
+    assert count_flops(replicated, rows, SQUARE) == count * 2 * 16 * K * K
 
 
 def test_a_while_loop_is_an_error():
@@ -120,8 +112,7 @@ def test_cond_counts_the_dearer_branch():
     def fn(x, flag):
         return lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)
 
-    counted = count_flops(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.bool_))
-    assert counted.matmul_flops == 2 * 2 * K**3
+    assert count_flops(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.bool_)) == 2 * 2 * K**3
 
 
 def test_patch_convolution_and_its_gradients():
@@ -136,9 +127,9 @@ def test_patch_convolution_and_its_gradients():
         )
 
     one = 2 * examples * (side // patch) ** 2 * patch * patch * 3 * channels
-    assert count_flops(conv, images, kernel).matmul_flops == one
+    assert count_flops(conv, images, kernel) == one
     grads = jax.grad(lambda *args: jnp.sum(conv(*args) ** 2), argnums=(0, 1))
-    assert count_flops(grads, images, kernel).matmul_flops == 3 * one
+    assert count_flops(grads, images, kernel) == 3 * one
 
 
 def test_cudnn_attention_by_formula(monkeypatch):
@@ -154,8 +145,8 @@ def test_cudnn_attention_by_formula(monkeypatch):
         return jnp.sum(jax.nn.dot_product_attention(q, q, q, implementation="cudnn") ** 2)
 
     one = 2 * batch * heads * tokens * tokens * depth
-    assert count_flops(attend, query).matmul_flops == 2 * one
-    assert count_flops(jax.grad(attend), query).matmul_flops == (2 + 5) * one
+    assert count_flops(attend, query) == 2 * one
+    assert count_flops(jax.grad(attend), query) == (2 + 5) * one
 
 
 def test_pallas_kernel_counts_its_grid():
@@ -177,7 +168,7 @@ def test_pallas_kernel_counts_its_grid():
         )(a, b)
 
     a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 32), (32, 16)))
-    assert count_flops(fn, a, b).matmul_flops == 2 * 32 * 32 * 16
+    assert count_flops(fn, a, b) == 2 * 32 * 32 * 16
 
 
 def test_foreign_kernel_is_an_error():

@@ -22,7 +22,7 @@ from diht_jax.compile import (
     settings_that_fit,
 )
 from diht_jax.config import load_recipe
-from diht_jax.hardware.chips import GIB, FlopCount, find_chip
+from diht_jax.hardware.chips import GIB, find_chip
 from diht_jax.hardware.hlo_traffic import Collective, Traffic, Work
 from diht_jax.hardware.report import (
     StepReport,
@@ -163,7 +163,7 @@ def test_proposal_is_the_fastest_that_fits(monkeypatch, capsys, local):
         return dataclasses.replace(
             whole,
             topology=dataclasses.replace(topology, chip=chip),
-            flops=FlopCount(1, 1),
+            flops=1,
             traffic=Traffic(0, (), 0, work=work),
             fits=gibibytes(*settings) <= 8,
         )
@@ -272,7 +272,7 @@ def report_with(traffic, topology):
         peak_bytes=2 * GIB,
         needed_bytes=2 * GIB,
         fits=True,
-        flops=FlopCount(flops=300 * 10**12, matmul_flops=197 * 10**12),
+        flops=197 * 10**12,
         model_flops=98_500_000_000_000,
         traffic=traffic,
         trace_secs=1.0,

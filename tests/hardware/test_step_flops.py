@@ -1,4 +1,4 @@
-"""What the parts of the objective cost in the train step of a real recipe, counted abstractly."""
+"""What the parts of the objective cost in the train step of a real recipe, in matrix products."""
 
 import functools
 
@@ -21,12 +21,10 @@ def step_work(beta=0.25, concept_weight=1.0):
     return count_flops(program.step(state), state, program.abstract_batch())
 
 
-def test_hard_negatives_cost_at_most_2_percent_more_work_than_infonce():
-    hard, plain = step_work(), step_work(beta=0.0)
-    assert plain.flops < hard.flops <= 1.02 * plain.flops
-    assert hard.matmul_flops == pytest.approx(plain.matmul_flops)
+def test_hard_negatives_need_the_products_of_infonce():
+    assert step_work() == pytest.approx(step_work(beta=0.0))
 
 
 def test_concept_heads_cost_at_most_1_percent():
-    without, heads = step_work(concept_weight=0.0).flops, step_work().flops
+    without, heads = step_work(concept_weight=0.0), step_work()
     assert without < heads <= 1.01 * without

@@ -140,13 +140,12 @@ def test_memory_grows_with_the_local_batch_and_not_with_the_global_one(settings)
     assert temporaries["streaming", 16384] < temporaries["gathered", 16384] / 4
 
 
-def test_work_is_at_most_four_fifths_of_the_dense_form():
+def test_work_is_two_thirds_of_the_dense_form():
     work = {}
     for impl in ("streaming", "gathered"):
         step, arguments = compiled(impl, 512, 768, beta=0.25)
         work[impl] = count_flops(step, *arguments)
     # Four products of N x N x d against six.
     product = 2 * 512 * 512 * 768
-    assert work["streaming"].matmul_flops == pytest.approx(4 * product)
-    assert work["gathered"].matmul_flops == pytest.approx(6 * product)
-    assert work["streaming"].flops <= 0.8 * work["gathered"].flops
+    assert work["streaming"] == pytest.approx(4 * product)
+    assert work["gathered"] == pytest.approx(6 * product)

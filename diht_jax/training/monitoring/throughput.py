@@ -71,7 +71,7 @@ def model_flops(
         program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
         state = program.abstract_state()
         traced = program.step(state).trace(state, program.abstract_batch())
-    return count_jaxpr_flops(traced.jaxpr.jaxpr, leave_out=OPTIMIZER_SCOPE).matmul_flops
+    return count_jaxpr_flops(traced.jaxpr.jaxpr, leave_out=OPTIMIZER_SCOPE)
 
 
 def mesh_peak_flops(mesh: Mesh) -> float | None:

@@ -249,8 +249,7 @@ def bind_records(
     Raises:
         ValueError: the config, or the run in `workdir`, has another number, or there are too many.
     """
-    loss = LOSSES.get(config.loss.kind)
-    if loss is None or not loss.keeps_means:
+    if not LOSSES[config.loss.kind].keeps_means:
         return config
     found = mixture.num_record_ids
     if config.loss.num_records not in (None, found):

@@ -205,7 +205,7 @@ def shared_steps(root: epath.Path) -> list[int]:
     Listings of a network file system may be older on some hosts, and a run that goes on may save
     and remove checkpoints between two looks.
     """
-    return json.loads(share_from_first(lambda: json.dumps(finished_steps(root)).encode()))
+    return share_from_first(lambda: finished_steps(root))
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:

@@ -266,14 +266,14 @@ def local_run(
     url = name.rstrip("/")
     open_system(url)
 
-    def read() -> bytes:
+    def read() -> dict[str, Manifest]:
         try:
-            return json.dumps(read_manifests(url)).encode()
+            return {str(step): manifest for step, manifest in read_manifests(url).items()}
         except Exception as error:  # what it is depends on the store
             raise ValueError(f"{url} cannot be read: {error}") from error
 
     # One that goes on may save and remove checkpoints between the looks of two processes.
-    listed = json.loads(share_from_first(read) if mesh and mesh.is_multi_process else read())
+    listed = share_from_first(read) if mesh and mesh.is_multi_process else read()
     stored = {int(number): manifest for number, manifest in listed.items()}
     if not stored and url.startswith("gs://"):
         return name
