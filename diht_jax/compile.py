@@ -29,10 +29,9 @@ from diht_jax.hardware.chips import count_jaxpr_flops
 from diht_jax.hardware.hlo_traffic import count_traffic, tpu_kernels
 from diht_jax.hardware.report import (
     StepReport,
-    describe_batch,
     describe_changes,
+    describe_found,
     describe_proposal,
-    describe_settings,
     describe_step,
     describe_try,
 )
@@ -118,10 +117,10 @@ def main() -> None:
     if values.search and not values.propose:
         print_escaped("\nlooking for a batch that fits:")
         smaller = batch_that_fits(config, topology, report)
-        print_escaped(describe_batch(smaller, config.micro_batch))
+        print_escaped(describe_found(smaller, ("data.batch_size", "micro_batch")))
         print_escaped("\nlooking for settings that fit with the whole batch:")
         found = settings_that_fit(config, topology, report)
-        print_escaped(describe_settings(found))
+        print_escaped(describe_found(found, ("model.remat", "micro_batch")))
     sys.exit(1)
 
 

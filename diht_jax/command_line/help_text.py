@@ -18,7 +18,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from diht_jax.config.checks import nearest_name, walk
+from diht_jax.config.checks import suggest, walk
 
 _PACKAGES = pathlib.Path(__file__).resolve().parents[2]  # the folder that they are in
 # Flags that many commands have in common; they come last.
@@ -86,8 +86,7 @@ def describe_keys(
         rows = [_key_row(section, found[section], comments)]
         return "\n".join(_rows(rows))
     if section and section not in sections:
-        nearest = nearest_name(section, sections)
-        hint = f"did you mean '{nearest}'?" if nearest else f"sections: {', '.join(sections)}"
+        hint = suggest(section, sections)
         raise ValueError(f"--config.help={section}: there is no such section; {hint}")
     prefix = f"{section}." if section else ""
     inside = {n: v for n, v in found.items() if n.startswith(prefix)}

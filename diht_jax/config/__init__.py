@@ -22,19 +22,14 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from diht_jax.config.checks import PathsOrSections, TextOrSections, nearest_name, validate_config
-from diht_jax.config.keys import ARCHITECTURE_FIELDS, DURATION_UNITS, parse_fields
+from diht_jax.config.checks import TextOrSections, validate_config
+from diht_jax.config.keys import DURATION_UNITS
 
 __all__ = [
-    "ARCHITECTURE_FIELDS",
-    "PathsOrSections",
-    "TextOrSections",
     "default_config",
     "find_recipe",
     "list_recipes",
     "load_recipe",
-    "nearest_name",
-    "parse_fields",
     "validate_config",
 ]
 

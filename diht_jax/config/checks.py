@@ -112,6 +112,13 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The known name that may be meant, or all of them, as the end of a message."""
+    known = list(known)
+    nearest = nearest_name(name[:200], known)
+    return f"did you mean '{nearest}'?" if nearest else f"known: {', '.join(known)}"
+
+
 def walk(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, tuple[Any, type]]:
     """Dotted name -> (value, type); the type of an unset key is that of its placeholder."""
     found = {}

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from diht_jax.config.checks import PathsOrSections, TextOrSections, nearest_name, walk
+from diht_jax.config.checks import PathsOrSections, TextOrSections, suggest, walk
 
 # What a resumed run may change of a key. FIXED: nothing. END: it decides about the end of a run
 # alone, which `optimizer.schedule="wsd"` leaves open. FREE: anything.
@@ -370,7 +370,6 @@ def check_ranges(
 
 
 _BOOLEANS = {"true": True, "false": False}
-_FIELD_NAMES = ", ".join(ARCHITECTURE_FIELDS)
 
 
 def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
@@ -383,8 +382,7 @@ def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, text = setting.partition("=")
         if equals and name and name not in ARCHITECTURE_FIELDS:
-            nearest = nearest_name(name[:200], ARCHITECTURE_FIELDS)
-            hint = f"did you mean '{nearest}'?" if nearest else f"known: {_FIELD_NAMES}"
+            hint = suggest(name, ARCHITECTURE_FIELDS)
             raise ValueError(f"--architecture {setting[:200]}: no field '{name[:200]}'; {hint}")
         kind = ARCHITECTURE_FIELDS.get(name, str)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from diht_jax.hardware.chips import LATENCY_SECS
@@ -228,27 +229,16 @@ def describe_proposal(before: StepReport, best: StepReport, changes: dict[str, A
     return f"the fastest settings that fit: {describe_changes(changes)}{gained}"
 
 
-def describe_batch(found: StepReport | None, micro_batch_before: int | None) -> str:
-    """Formats a smaller batch that fits, without micro-batches, as flags."""
+def describe_found(found: StepReport | None, keys: Sequence[str]) -> str:
+    """Formats settings that fit as flags of these keys."""
     if found is None:
-        return "no batch fits; take more devices, or a larger config.mesh.fsdp"
-    changes = [f"--config.data.batch_size={found.batch_size}"]
-    if micro_batch_before is not None:
-        changes.append("--config.micro_batch=None")
-    return f"a batch that fits: {' '.join(changes)}"
-
-
-def describe_settings(found: StepReport | None) -> str:
-    """Formats settings that fit with the whole batch as flags."""
-    if found is None:
-        return (
-            "no setting of config.model.remat and config.micro_batch fits; take more devices, a "
-            "larger config.mesh.fsdp, or a smaller config.data.batch_size"
-        )
-    changes = [f"--config.model.remat={found.remat}"]
-    if found.micro_batch is not None:
-        changes.append(f"--config.micro_batch={found.micro_batch}")
-    return f"the nearest settings that fit: {' '.join(changes)}"
+        return "none fits; take more devices, a larger config.mesh.fsdp, or a smaller batch"
+    values = {
+        "data.batch_size": found.batch_size,
+        "model.remat": found.remat,
+        "micro_batch": found.micro_batch,
+    }
+    return f"what fits: {describe_changes({key: values[key] for key in keys})}"
 
 
 def _memory_lines(report: StepReport) -> list[str]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diht_jax.config.checks import nearest_name
+from diht_jax.config.checks import suggest
 from diht_jax.config.keys import ARCHITECTURE_FIELDS
 
 # Values of the fields that are names; the first is CLIP's.
@@ -228,11 +228,7 @@ def get_architecture(name: str, overrides: dict[str, Any] | None = None) -> Arch
         ValueError: unknown name or field (names the nearest known one), or sizes that do not fit.
     """
     if name not in ARCHITECTURES:
-        nearest = nearest_name(name, list(ARCHITECTURES))
-        hint = f"did you mean '{nearest}'? " if nearest else ""
-        raise ValueError(
-            f"unknown architecture '{name}'; {hint}known: {', '.join(sorted(ARCHITECTURES))}"
-        )
+        raise ValueError(f"unknown architecture '{name}'; {suggest(name, ARCHITECTURES)}")
     replaced = {k: v for k, v in (overrides or {}).items() if v is not None}
     return replace_fields(ARCHITECTURES[name], replaced, "config.model.overrides")
 
@@ -245,11 +241,8 @@ def replace_fields(arch: Architecture, fields: Mapping[str, Any], where: str) ->
     """
     for field in fields:
         if field not in ARCHITECTURE_FIELDS:
-            nearest = nearest_name(field, ARCHITECTURE_FIELDS)
-            hint = f"did you mean '{nearest}'? " if nearest else ""
-            raise ValueError(
-                f"{where} has no field '{field}'; {hint}known: {', '.join(ARCHITECTURE_FIELDS)}"
-            )
+            hint = suggest(field, ARCHITECTURE_FIELDS)
+            raise ValueError(f"{where} has no field '{field}'; {hint}")
     try:
         return dataclasses.replace(arch, **fields)
     except ValueError as error:

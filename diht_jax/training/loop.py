@@ -37,10 +37,9 @@ from diht_jax.training.multihost import (
 )
 from diht_jax.training.objective import bind_data
 from diht_jax.training.program import (
-    TrainProgram,
     TrainStep,
     log_start,
-    with_trusted_attention,
+    trusted_program,
     without_patch_dropout,
 )
 from diht_jax.training.step import TrainState, initial_average
@@ -138,8 +137,7 @@ class Run:
         self._set_lengths()
         keep_tokenizer(tokenizer, workdir)
         write_config(workdir, config)
-        trusted = with_trusted_attention(config, self.total_steps, devices)
-        self.program = TrainProgram(trusted, self.total_steps, devices)
+        self.program = trusted_program(config, self.total_steps, devices)
         for line in self.mixture.describe_orders():
             logging.info("order: %s", line)
         logging.info("form of the loss: %s (%s)", *self.program.loss_form())

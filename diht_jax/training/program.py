@@ -266,17 +266,17 @@ def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.C
     return config
 
 
-def with_trusted_attention(
+def trusted_program(
     config: ml_collections.ConfigDict, total_steps: int, devices: Sequence[jax.Device] | None = None
-) -> ml_collections.ConfigDict:
-    """The config, with XLA's attention where another kernel gives other numbers on this machine.
+) -> TrainProgram:
+    """The program, with XLA's attention where another kernel gives other numbers on this machine.
 
     No test of this project has seen every accelerator, driver and version of cuDNN or libtpu:
     values and gradients of a small batch are compared before the first step. All processes of a
     job must call, and take the same kernel. Ours.
     """
-    differing = []
-    for name, attention in TrainProgram(config, total_steps, devices).attention().items():
+    program, differing = TrainProgram(config, total_steps, devices), []
+    for name, attention in program.attention().items():
         if attention.kernel == "xla":
             continue
         difference = kernel_difference(attention, jax.local_devices()[0])
@@ -291,7 +291,7 @@ def with_trusted_attention(
             differing.append(f"{attention.kernel} in the {name} tower by {difference:.1e}")
     differs = first_text(", ".join(differing))
     if differs is None:
-        return config
+        return program
     logging.warning(
         "attention differs from XLA's on this machine, %s, where %.0e is tolerated: XLA's is used. "
         "Please report it, with the versions of JAX, cuDNN or libtpu, and the driver",
@@ -300,4 +300,4 @@ def with_trusted_attention(
     )
     config = config.copy_and_resolve_references()
     config.model.attention = "xla"
-    return config
+    return TrainProgram(config, total_steps, devices)

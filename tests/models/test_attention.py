@@ -18,7 +18,7 @@ from diht_jax.models.attention import (
     attend_padded,
     attention_implementation,
 )
-from diht_jax.training.program import TrainProgram, with_trusted_attention
+from diht_jax.training.program import TrainProgram, trusted_program
 from diht_jax.training.step import training_execution
 from tests.make import REPOSITORY
 
@@ -143,6 +143,6 @@ def test_the_kernel_for_tpus_has_to_agree_in_values_and_gradients(
     monkeypatch.setattr(TrainProgram, "attention", lambda self: {"text": tower})
     config = load_recipe(REPOSITORY / "configs" / "demo.py", "debug=True")
     with caplog.at_level(logging.INFO, logger="absl"):
-        assert with_trusted_attention(config, 10_000).model.attention == expected
+        assert trusted_program(config, 10_000).config.model.attention == expected
     assert ("XLA's is used" in caplog.text) == (expected == "xla")
     assert "attention of the text tower: pallas" in caplog.text

@@ -22,7 +22,6 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from diht_jax import sharding
 from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.transformer import Execution
 from diht_jax.sharding import path_name
@@ -37,8 +36,6 @@ SPIKE_FACTOR, SPIKE_MARGIN = 1.5, 0.5
 # Keys of a batch that a message names; each may cost the decoding of a picture.
 SHOWN_KEYS = 8
 _NAMES_SHOWN = 5
-
-IsFinite = Callable[[Any], bool]
 
 
 class DivergedError(ValueError):
@@ -144,10 +141,9 @@ def explain_nonfinite(
         A sentence for people.
     """
     before = dataclasses.replace(state, step=state.step - 1)
-    is_finite = _finite_check(program)
-    where = _first_in_towers(program, config, before, batch, is_finite)
-    where = where or _after_towers(program, config, before, batch, is_finite)
-    bad = _nonfinite_names(before.params, is_finite)
+    where = _first_in_towers(program, config, before, batch)
+    where = where or _after_towers(program, config, before, batch)
+    bad = _nonfinite_names(before.params)
     parameters = ""
     if bad:
         rest = f" and {len(bad) - _NAMES_SHOWN} more" if len(bad) > _NAMES_SHOWN else ""
@@ -164,9 +160,8 @@ def _first_in_towers(
     config: ml_collections.ConfigDict,
     state: TrainState,
     batch: dict[str, jax.Array],
-    is_finite: IsFinite,
 ) -> str | None:
-    watched: Any = _WatchedDefinition(program.definition, is_finite)
+    watched: Any = _WatchedDefinition(program.definition)
     try:
         encoded = encode_examples(
             state.params,
@@ -178,7 +173,7 @@ def _first_in_towers(
         )
     except _Found as found:
         return str(found)
-    wrong = [name for name, value in encoded.items() if not is_finite(value)]
+    wrong = [name for name, value in encoded.items() if not _is_finite(value)]
     return f"in {wrong[0]}, after the towers" if wrong else None
 
 
@@ -187,7 +182,6 @@ def _after_towers(
     config: ml_collections.ConfigDict,
     state: TrainState,
     batch: dict[str, jax.Array],
-    is_finite: IsFinite,
 ) -> str:
     execution = Execution(remat=config.model.remat, attention="xla")
     gradients = functools.partial(
@@ -197,17 +191,17 @@ def _after_towers(
         config=config,
     )
     grads, metrics, _ = jax.jit(gradients)(state, batch)
-    wrong = [name for name in metrics if name.endswith("loss") and not is_finite(metrics[name])]
+    wrong = [name for name in metrics if name.endswith("loss") and not _is_finite(metrics[name])]
     if wrong:
         wrong.sort(key=lambda name: name == "loss")  # the sum of the others comes last
         return f"the {wrong[0].replace('_', ' ')} itself; the embeddings are finite"
-    names = sorted(_nonfinite_names(grads, is_finite), key=_backward_order)
+    names = sorted(_nonfinite_names(grads), key=_backward_order)
     if names:
         return (
             f"the gradient of {names[0]} (first in the order of the backward pass, of {len(names)} "
             "arrays); loss and activations are finite"
         )
-    if not is_finite(optax.global_norm(grads)):
+    if not _is_finite(optax.global_norm(grads)):
         return "the norm of the gradients: each of them is finite, but the sum of squares is not"
     return (
         "found nowhere when the step is computed once more without jit: it comes from how the "
@@ -215,13 +209,13 @@ def _after_towers(
     )
 
 
-def _watching_class(kind: type, name: str, is_finite: IsFinite) -> type:
+def _watching_class(kind: type, name: str) -> type:
     class Watching(kind):  # ty: ignore[unsupported-base]  # one of the model's classes
         def __call__(self, x, *args, **kwargs):
-            if not is_finite(x):
+            if not _is_finite(x):
                 raise _Found(f"what goes into {name}")
             out = super().__call__(x, *args, **kwargs)
-            if not is_finite(out):
+            if not _is_finite(out):
                 raise _Found(f"the output of {name}")
             return out
 
@@ -231,9 +225,9 @@ def _watching_class(kind: type, name: str, is_finite: IsFinite) -> type:
 class _WatchedDefinition:
     """The definition of the same model with modules that look at what goes in and out."""
 
-    def __init__(self, plain: ModelDefinition, is_finite: IsFinite):
+    def __init__(self, plain: ModelDefinition):
         self.arch, self.dtype, self.execution = plain.arch, plain.dtype, Execution(attention="xla")
-        self._plain, self._is_finite = plain, is_finite
+        self._plain = plain
 
     def build(self, key: jax.Array, execution: Execution) -> nnx.Module:
         """See `ModelDefinition`; `merge_model` builds the model by it."""
@@ -241,27 +235,23 @@ class _WatchedDefinition:
         for path, module in list(nnx.iter_modules(model)):
             name = "/".join(map(str, path))
             if name and callable(module) and not isinstance(module, nnx.List):
-                watching = _watching_class(type(module), name, self._is_finite)
-                object.__setattr__(module, "__class__", watching)
+                object.__setattr__(module, "__class__", _watching_class(type(module), name))
         return model
 
 
-def _finite_check(program: TrainProgram) -> IsFinite:
-    check = jax.jit(
-        lambda x: jnp.isfinite(x).all(), out_shardings=sharding.replicated(program.mesh)
-    )
-
-    def is_finite(value: Any) -> bool:
-        if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
-            return True
-        return bool(check(value))
-
-    return is_finite
+def _is_finite(value: Any) -> bool:
+    is_floating = jnp.issubdtype(jnp.result_type(value), jnp.inexact)
+    return not is_floating or bool(_all_finite(value))
 
 
-def _nonfinite_names(tree: Any, is_finite: IsFinite) -> list[str]:
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
+
+
+def _nonfinite_names(tree: Any) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [path_name(path) for path, leaf in leaves if not is_finite(leaf)]
+    return [path_name(path) for path, leaf in leaves if not _is_finite(leaf)]
 
 
 def _backward_order(name: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ import ml_collections
 from absl import logging
 from etils import epath
 
-from diht_jax.config.checks import nearest_name
+from diht_jax.config.checks import suggest
 from diht_jax.records.shard_files import frame_footer, frame_header
 from diht_jax.storage.files import join, read_object, write_bytes, write_object
 from diht_jax.storage.stores import is_remote
@@ -234,8 +234,7 @@ def tracker_names(trackers: Sequence[str]) -> list[str]:
     names = [name.strip() for text in trackers for name in text.split(",") if name.strip()]
     for name in names:
         if name not in TRACKERS:
-            nearest = nearest_name(name[:200].lower(), TRACKERS)
-            hint = f"did you mean '{nearest}'?" if nearest else f"known: {', '.join(TRACKERS)}"
+            hint = suggest(name.lower(), TRACKERS)
             raise ValueError(f"config.trackers: there is no tracker '{name:.200}'; {hint}")
     return list(dict.fromkeys(names))
 

@@ -101,18 +101,11 @@ def _check_shared(folder: epath.Path, workdir: str) -> None:
         without = [index for index, text in enumerate(seen) if text != seen[0]]
         if not without:
             return
-    if is_remote(workdir):
-        advice = (
-            "Set config.checkpoint.staging to a folder that all hosts share (NFS, Lustre), or take "
-            "a gs:// work directory, which needs none"
-        )
-    else:
-        advice = (
-            "All hosts write their part of a checkpoint there: take a folder that they share (NFS, "
-            "Lustre), or a URL such as gs://BUCKET/run"
-        )
+    key = "config.checkpoint.staging" if is_remote(workdir) else "--workdir"
     raise ValueError(
-        f"--workdir={workdir}: process {without[0]} does not see {folder} of process 0. {advice}"
+        f"--workdir={workdir}: process {without[0]} does not see {folder} of process 0, and all "
+        f"hosts write their part of a checkpoint there. Set {key} to a folder that they share "
+        "(NFS, Lustre), or take a gs:// work directory"
     )
 
 

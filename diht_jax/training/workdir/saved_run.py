@@ -62,25 +62,13 @@ def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise ValueError(f"{path} is missing: {workdir} is no work directory of diht_jax.train")
-    written = files.check_object(path.read_bytes(), path)
-    defaults = json.loads(default_config().to_json_best_effort())
+    written, config = files.check_object(path.read_bytes(), path), default_config()
     try:
-        config = ml_collections.ConfigDict(_completed(written, defaults))
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: names that no config can have ({error!s:.200})") from error
-    try:
+        config.update(written)
         validate_config(config, default_config())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {error!s:.500}") from error
     return config
-
-
-def _completed(written: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    filled = {**defaults, **written}
-    for key, value in filled.items():
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
-            filled[key] = _completed(value, defaults[key])
-    return filled
 
 
 def open_tokenizer(
