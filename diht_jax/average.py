@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.config.keys import parse_fields
+from diht_jax.models.zoo import parse_fields
 from diht_jax.terminal import print_escaped
 
 if TYPE_CHECKING:

@@ -12,8 +12,6 @@ from typing import Any
 
 from absl import flags
 
-from diht_jax.config.keys import parse_fields
-
 flags.disclaim_key_flags()  # they are the command's own: its --help lists them
 
 
@@ -40,6 +38,8 @@ def define_model_flags() -> None:
 
 def model_options() -> dict[str, Any]:
     """Arguments of `load_model` other than the model, from the flags."""
+    from diht_jax.models.zoo import parse_fields  # with JAX, which `--help` does not wait for
+
     given = flags.FLAGS
     return {
         "step": given.step,

@@ -1,8 +1,9 @@
 """The keys of a training recipe: default, range, and what a resumed run may change.
 
 Each key is written once, here. The settings of losses and of terms of the objective are in their
-own files (`diht_jax/losses/`, `diht_jax/training/terms/`), as a `Key` where they have a range;
-`diht_jax.training.recipe` puts all of them together.
+own files (`diht_jax/losses/`, `diht_jax/training/terms/`), as a `Key` where they have a range, and
+the sizes of models in `diht_jax/models/zoo.py`; `diht_jax.training.recipe` puts all of them
+together.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from diht_jax.config.checks import PathsOrSections, TextOrSections, suggest, walk
+from diht_jax.config.checks import PathsOrSections, TextOrSections, walk
 
 # What a resumed run may change of a key. FIXED: nothing. END: it decides about the end of a run
 # alone, which `optimizer.schedule="wsd"` leaves open. FREE: anything.
@@ -86,34 +87,6 @@ FLOATS = OneOf(("float32", "bfloat16", "float16"))
 # Units of a duration; a recipe sets one of them.
 DURATION_UNITS = ("steps", "examples", "epochs")
 
-# Fields of models.zoo.Architecture and their types.
-ARCHITECTURE_FIELDS = {
-    "image_size": int,
-    "patch_size": int,
-    "vision_layers": int,
-    "vision_width": int,
-    "vision_heads": int,
-    "text_layers": int,
-    "text_width": int,
-    "text_heads": int,
-    "embed_dim": int,
-    "context_length": int,
-    "vocab_size": int,
-    "activation": str,
-    "layer_norm_epsilon": float,
-    "vision_mlp_width": int,
-    "text_mlp_width": int,
-    "end_of_text_id": int,
-    "text_activation": str,
-    "class_token": bool,
-    "vision_pool_heads": int,
-    "rotary_grid": int,
-    "vision_projection": str,
-    "text_projection": str,
-    "causal_text": bool,
-    "text_pool": str,
-}
-
 KEYS: dict[str, Key] = {
     "seed": Key(0, Range(0, 2**32, excludes_high=True)),  # of parameters, order, crops
     # Length of the run: exactly one of the three.
@@ -154,13 +127,6 @@ KEYS: dict[str, Key] = {
     "model.tokenizer": Key(str, per_host=True),
     # Of texts before such a tokenizer, as open_clip.
     "model.text_cleaning": Key(str, OneOf(("none", "whitespace", "lower", "canonicalize"))),
-    # Fields of models.zoo.Architecture to replace.
-    **{
-        f"model.overrides.{field}": Key(kind, COUNT if kind is int else None)
-        for field, kind in ARCHITECTURE_FIELDS.items()
-    },
-    "model.overrides.end_of_text_id": Key(int, NOT_NEGATIVE),
-    "model.overrides.layer_norm_epsilon": Key(float, NOT_NEGATIVE),
     # Stages of the recipe, which are trained one after the other; None: it has none.
     # docs/guides/train/stages.md
     "stage.count": Key(int, COUNT, FREE),
@@ -367,31 +333,3 @@ def check_ranges(
         ):
             finite = "a finite number, " if value == math.inf else ""
             raise ValueError(f"{prefix}{name}={value}: expected {finite}{key.range}")
-
-
-_BOOLEANS = {"true": True, "false": False}
-
-
-def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
-    """Fields of an architecture, as a command line gives them.
-
-    Returns:
-        Names and values, of the types of `ARCHITECTURE_FIELDS`.
-    """
-    fields = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if equals and name and name not in ARCHITECTURE_FIELDS:
-            hint = suggest(name, ARCHITECTURE_FIELDS)
-            raise ValueError(f"--architecture {setting[:200]}: no field '{name[:200]}'; {hint}")
-        kind = ARCHITECTURE_FIELDS.get(name, str)
-        try:
-            value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            equals = ""
-        if not name or not equals or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(
-                f"--architecture: expected a pair like activation=quick_gelu, got '{setting[:200]}'"
-            )
-        fields[name] = value
-    return fields

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from diht_jax.config.keys import ARCHITECTURE_FIELDS
 from diht_jax.models.parameters import parameter_shapes
-from diht_jax.models.zoo import Architecture
+from diht_jax.models.zoo import ARCHITECTURE_FIELDS, Architecture
 
 Parameters = dict[str, Any]
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diht_jax.config.checks import suggest
-from diht_jax.config.keys import ARCHITECTURE_FIELDS
 
 # Values of the fields that are names; the first is CLIP's.
 CHOICES = {
@@ -137,6 +137,13 @@ class Architecture:
         return self.num_patches + self.class_token
 
 
+# Fields of `Architecture` and their types, without None.
+ARCHITECTURE_FIELDS: dict[str, type] = {
+    field: (*typing.get_args(kind), kind)[0]
+    for field, kind in typing.get_type_hints(Architecture).items()
+}
+
+
 def _check_value(field: str, value: Any) -> None:
     """Raises ValueError for a value of another type, or a number out of range."""
     kind, expected = ARCHITECTURE_FIELDS[field], ""
@@ -247,3 +254,31 @@ def replace_fields(arch: Architecture, fields: Mapping[str, Any], where: str) ->
         return dataclasses.replace(arch, **fields)
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from error
+
+
+_BOOLEANS = {"true": True, "false": False}
+
+
+def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
+    """Fields of an architecture, as a command line gives them.
+
+    Returns:
+        Names and values, of the types of `ARCHITECTURE_FIELDS`.
+    """
+    fields = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if equals and name and name not in ARCHITECTURE_FIELDS:
+            hint = suggest(name, ARCHITECTURE_FIELDS)
+            raise ValueError(f"--architecture {setting[:200]}: no field '{name[:200]}'; {hint}")
+        kind = ARCHITECTURE_FIELDS.get(name, str)
+        try:
+            value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            equals = ""
+        if not name or not equals or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(
+                f"--architecture: expected a pair like activation=quick_gelu, got '{setting[:200]}'"
+            )
+        fields[name] = value
+    return fields

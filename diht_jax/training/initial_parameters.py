@@ -23,13 +23,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.config.keys import ARCHITECTURE_FIELDS
 from diht_jax.models.parameters import fit_positions
-from diht_jax.models.zoo import ARCHITECTURES, Architecture, get_architecture
+from diht_jax.models.zoo import (
+    ARCHITECTURE_FIELDS,
+    ARCHITECTURES,
+    Architecture,
+    get_architecture,
+)
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
 from diht_jax.training.multihost import share_from_first
-from diht_jax.training.optimizer import merge_parameters
 from diht_jax.training.recipe import check_config, default_config, duration_in_steps
 from diht_jax.training.workdir.saved_run import (
     TOKENIZER_DIRECTORY,
@@ -113,12 +116,10 @@ def initial_parameters(
         params = fit_positions(start.params, arch.num_patches, arch.context_length)
     except ValueError as error:
         raise ValueError(f"config.model.init_from={source}: {error}") from error
-    scalars = {k: jnp.asarray(value) for k, value in start.loss_scalars.items() if k in drawn}
-    params = merge_parameters(drawn, {**params, **scalars})
+    params |= {name: jnp.asarray(value) for name, value in start.loss_scalars.items()}
     version = "" if start.step is None else f"step {start.step} of "
     logging.info("starts from %s%s", version, source)
-    params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, drawn)
-    return jax.device_put(params, sharding.tree_shardings(params, mesh))
+    return _like(drawn, params, mesh, f"config.model.init_from={source}")
 
 
 def stage_folder(workdir: str, number: int) -> str:
@@ -302,8 +303,8 @@ def _like(drawn: dict[str, Any], params: dict[str, Any], mesh: Mesh, where: str)
         found = known.get(name, leaf)
         if found.shape != leaf.shape:
             raise ValueError(
-                f"{where}: its parameter {name} is {list(found.shape)}, and that of this stage is "
-                f"{list(leaf.shape)}; stages may differ in the sizes of images and texts alone"
+                f"{where}: its parameter {name} is {list(found.shape)}, and that of this run is "
+                f"{list(leaf.shape)}; they may differ in the sizes of images and texts alone"
             )
         taken[name] = found.astype(leaf.dtype)
     merged = unflatten_dict(taken, sep="/")

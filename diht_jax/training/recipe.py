@@ -10,10 +10,12 @@ import ml_collections
 
 from diht_jax.config.checks import validate_config
 from diht_jax.config.keys import (
+    COUNT,
     DURATION_UNITS,
     FIXED,
     FREE,
     KEYS,
+    NOT_NEGATIVE,
     Key,
     OneOf,
     build_config,
@@ -21,6 +23,7 @@ from diht_jax.config.keys import (
 )
 from diht_jax.input.transforms import Preprocessing
 from diht_jax.losses.registry import LOSSES
+from diht_jax.models.zoo import ARCHITECTURE_FIELDS
 from diht_jax.training.monitoring.trackers import tracker_names
 from diht_jax.training.optimizer import decay_start
 from diht_jax.training.terms.registry import TERMS
@@ -39,6 +42,10 @@ COMMENT_FILES = {
 def all_keys() -> dict[str, Any]:
     """Every key of a recipe by its dotted name: a `Key`, or a default without a range."""
     keys: dict[str, Any] = {**KEYS, "loss.kind": Key("softmax", OneOf(tuple(LOSSES)))}
+    for field, kind in ARCHITECTURE_FIELDS.items():  # to replace
+        may_be_0 = kind is float or field == "end_of_text_id"
+        least = NOT_NEGATIVE if may_be_0 else COUNT if kind is int else None
+        keys[f"model.overrides.{field}"] = Key(kind, least)
     # A loss ignores the keys of the others.
     sections = [("loss", loss.settings) for loss in LOSSES.values()]
     sections += [(name, term.settings) for name, term in TERMS.items()]

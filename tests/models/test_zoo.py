@@ -2,8 +2,7 @@
 
 import pytest
 
-from diht_jax.config.keys import parse_fields
-from diht_jax.models.zoo import get_architecture
+from diht_jax.models.zoo import get_architecture, parse_fields
 
 
 def test_fields_of_a_command_line_have_their_types():
