@@ -217,7 +217,7 @@ def batch_that_fits(
     for batch_size in _halvings(first, too_large, _SAME_SETTINGS):
         changes = {"data.batch_size": batch_size, "micro_batch": None}
         report = compile_step(_changed(config, changes), topology)
-        print_escaped(describe_try(report))
+        print_escaped(describe_try(report, changes))
         if report.fits:
             return report
     return None
@@ -242,7 +242,7 @@ def settings_that_fit(
             for size in sizes:
                 changes = {"model.remat": remat, "micro_batch": size}
                 report = compile_step(_changed(config, changes), topology)
-                print_escaped(describe_try(report))
+                print_escaped(describe_try(report, changes))
                 if report.fits:
                     return report
     return None

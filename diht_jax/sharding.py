@@ -152,11 +152,6 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     """
     for pattern, spec in PARTITION_RULES:
         if re.search(pattern, path):
-            if len(spec) != len(shape):
-                raise ValueError(
-                    f"partition rule '{pattern}' has {len(spec)} axes, but '{path}' has shape "
-                    f"{tuple(shape)}"
-                )
             names: list[str | tuple[str, ...] | None] = []
             for name, size in zip(spec, shape, strict=True):
                 axes = (name,) if isinstance(name, str) else name or ()

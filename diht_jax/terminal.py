@@ -80,14 +80,7 @@ class ProgressBar(tqdm):
         clock: Callable[[], float] = time.monotonic,
         **kwargs: Any,
     ):
-        """Takes the arguments of tqdm.
-
-        Args:
-            iterable: of tqdm.
-            *args: of tqdm.
-            clock: seconds, from any start.
-            **kwargs: of tqdm.
-        """
+        """Takes the arguments of tqdm, and a clock of seconds from any start."""
         self._clock = clock
         self._on_terminal = (kwargs.get("file") or sys.stderr).isatty()
         self._last_line_secs = math.inf  # nothing is written while the bar is being made

@@ -200,16 +200,12 @@ def describe_input(topology: Topology, images_per_sec: float) -> list[str]:
     ]
 
 
-def describe_try(report: StepReport, changes: dict[str, Any] | None = None) -> str:
+def describe_try(report: StepReport, changes: dict[str, Any]) -> str:
     """Formats an attempt at other settings as one line."""
     outcome = "fits" if report.fits else "too large"
-    settings = describe_changes(changes or {}) or (
-        f"config.data.batch_size={report.batch_size} config.model.remat={report.remat} "
-        f"config.micro_batch={report.micro_batch}"
-    )
     least = f", {_ms(estimate.scheduled_secs)}" if (estimate := report.roofline) else ""
     return (
-        f"  {settings}: {_gib(report.needed_bytes)}, "
+        f"  {describe_changes(changes)}: {_gib(report.needed_bytes)}, "
         f"{report.flops / 1e12:.2f} TFLOP{least}: {outcome}"
     )
 

@@ -8,6 +8,7 @@ the metrics. Only what is wrong from the start (a source that cannot be opened, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -128,31 +129,23 @@ def check_source_opens(task: Task) -> None:
         ) from error
 
 
+@dataclasses.dataclass
 class RunEvaluation:
     """Measures the states of one run on its tasks."""
 
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        tasks: list[Task],
-        program: TrainProgram,
-        writer: MetricWriter,
-        total_steps: int,
-        tokenizer: FileTokenizer | None = None,
-    ):
-        self._config = config
-        self._tasks = tasks
-        self._program = program
-        self._writer = writer
-        self._total_steps = total_steps
-        self._tokenizer = tokenizer
-        self._model: LoadedModel | None = None
+    config: ml_collections.ConfigDict
+    tasks: list[Task]
+    program: TrainProgram
+    writer: MetricWriter
+    total_steps: int
+    tokenizer: FileTokenizer | None = None
+    _model: LoadedModel | None = None
 
     def is_due(self, step: int) -> bool:
         """Returns whether the state after this step is to be evaluated."""
-        every = self._config.evaluation.every_steps
-        at_end = step == self._total_steps
-        return bool(self._tasks) and (at_end or bool(every and step % every == 0))
+        every = self.config.evaluation.every_steps
+        at_end = step == self.total_steps
+        return bool(self.tasks) and (at_end or bool(every and step % every == 0))
 
     def run(self, state: TrainState) -> dict[str, float]:
         """Runs the tasks and writes their results.
@@ -170,7 +163,7 @@ class RunEvaluation:
         step = int(state.step)
         model = self._updated_model(state, step)
         results, num_failed = [], 0
-        for task in self._tasks:
+        for task in self.tasks:
             try:
                 check_together(check_source_opens, task)
             except ValueError as error:
@@ -192,12 +185,12 @@ class RunEvaluation:
         return measured
 
     def _evaluate(self, model: LoadedModel, task: Task, step: int) -> dict[str, Any]:
-        show = functools.partial(_track_examples, self._writer, step)
+        show = functools.partial(_track_examples, self.writer, step)
         return evaluate_task(
             model,
             task,
-            batch_size=self._config.evaluation.batch_size,
-            show=show if self._writer.takes_pictures else None,
+            batch_size=self.config.evaluation.batch_size,
+            show=show if self.writer.takes_pictures else None,
         )
 
     def is_missing(self, step: int, workdir: epath.Path) -> bool:
@@ -210,29 +203,29 @@ class RunEvaluation:
 
     def _updated_model(self, state: TrainState, step: int) -> LoadedModel:
         """The model with the parameters to evaluate; compiled once for the whole run."""
-        params = state.ema_params if self._config.evaluation.use_ema else state.params
-        mesh = self._program.mesh
+        params = state.ema_params if self.config.evaluation.use_ema else state.params
+        mesh = self.program.mesh
         if mesh.is_multi_process:  # each process embeds its share on its own devices
             mesh = sharding.create_mesh(data=1, fsdp=-1, devices=jax.local_devices())
             params = _copy_to(mesh, params)
         if self._model is None:
             model = ModelFiles(
-                self._program.arch,
+                self.program.arch,
                 params,
                 "the run",
-                preprocessing=pictures_of(self._config),
-                config=self._config,
-                tokenizer=self._tokenizer,
+                preprocessing=pictures_of(self.config),
+                config=self.config,
+                tokenizer=self.tokenizer,
             )
-            batch_size = self._config.evaluation.batch_size
-            self._model = LoadedModel(self._program.definition, model, mesh, batch_size=batch_size)
+            batch_size = self.config.evaluation.batch_size
+            self._model = LoadedModel(self.program.definition, model, mesh, batch_size=batch_size)
         self._model.update(params, step)
         return self._model
 
     def _write(self, step: int, measured: dict[str, float], num_failed: int) -> None:
         row = {f"{_PREFIX}{name}": value for name, value in measured.items()}
-        self._writer.write(step, {**row, **({FAILED: num_failed} if num_failed else {})})
-        self._writer.sync()
+        self.writer.write(step, {**row, **({FAILED: num_failed} if num_failed else {})})
+        self.writer.sync()
 
 
 def _track_examples(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import time
@@ -175,7 +174,7 @@ def check_same_start(
 def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
     """Refuses hosts with different configs: each would compute another step. All must call."""
     own = {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+        name: json.dumps(value, sort_keys=True)
         for name, value in _values(config).items()
         if not key_of(name).per_host
     }
