@@ -29,7 +29,7 @@ from diht_jax.command_line.shared_flags import (
     require_flags,
     task_defaults,
 )
-from diht_jax.config import apply_overrides, find_recipe, load_recipe, set_key, take_unset_keys
+from diht_jax.config import apply_overrides, check_optional, find_recipe, load_recipe, set_key
 from diht_jax.config.checks import check_names, walk
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
@@ -64,8 +64,6 @@ _LISTED_KEYS = 5
 _HELP = frozenset(("-h", "-?", "-help", "--help", "-helpshort", "--helpshort"))
 # `--config PATH` in the arguments of a command line with zeros between them.
 _CONFIG_FLAG = r"(?:^|\0)--?config[=\0]([^:\0]+)"
-# Keys that the command line unsets, once it is parsed.
-_unset_keys: list[str] = []
 
 
 def run(
@@ -178,23 +176,28 @@ def parse_flags(
 
     A wrong flag or config key exits with 2.
     """
-    given, unset = list(argv), []
+    given = list(argv)
     try:
         if config_defaults is not None:
             defaults = config_defaults()
             given = _with_paths(flags.FLAGS.read_flags_from_files(given, force_gnu=False))
             for path, arg in _named_recipes(given)[-1:]:
                 _check_recipe(path, load_recipe(path, arg), defaults)
-            keys = (re.match(r"--?config\.([\w.]+)", argument) for argument in given)
+            keys = [re.match(r"--?config\.([\w.]+)(=None$)?", argument) for argument in given]
             check_names((key[1] for key in keys if key), defaults)
-            given, unset = take_unset_keys(given, defaults)
+            for key in filter(None, keys):
+                if key[2]:
+                    check_optional(key[1], defaults)
         sys.argv[:] = given  # ml_collections reads the keys of configs there
         rest = flags.FLAGS(given)
         if config_defaults is not None and _named_recipes(given):
             config_flag: Any = flags.FLAGS["config"]
             overrides = config_flag.override_values
-            apply_overrides(flags.FLAGS.config, unset, overrides)
-            _unset_keys[:] = unset
+            for name, value in overrides.items():
+                if value == (None,):  # of a tuple
+                    overrides[name] = None
+                    set_key(flags.FLAGS.config, name, None)
+            apply_overrides(flags.FLAGS.config, overrides)
             if "stage.number" in overrides and flags.FLAGS.config.stage.count:
                 raise ValueError(
                     "--config.stage.number: each stage has settings of its own; name it by the "
@@ -224,7 +227,7 @@ def load_again(argument: str) -> ml_collections.ConfigDict:
     overrides = config_flag.override_values
     for key, value in overrides.items():
         set_key(config, key, value)
-    apply_overrides(config, _unset_keys, overrides)
+    apply_overrides(config, overrides)
     return config
 
 

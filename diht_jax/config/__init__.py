@@ -5,8 +5,7 @@ Recipes in `configs/` start from `default_config()`; `diht_jax.train` calls
 `keys.py`, and those of losses and of terms of the objective in their own files.
 
 A name is a path in `configs/` without `.py`, such as `demo` or `prep/cat`; its last part is enough.
-On a command line `None` unsets a key, which ml_collections cannot do (it converts a value to the
-type of the key), and a duration replaces the one that the recipe has.
+On a command line `None` unsets a key, and a duration replaces the one that the recipe has.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import pathlib
-import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import ml_collections
@@ -120,52 +118,11 @@ def load_recipe(name: str | pathlib.Path, arg: str = "") -> ml_collections.Confi
     return config
 
 
-def take_unset_keys(
-    arguments: Sequence[str], defaults: ml_collections.ConfigDict
-) -> tuple[list[str], list[str]]:
-    """Takes `--config.KEY=None` and `--config.KEY None` out of a command line.
-
-    Args:
-        defaults: all keys; those whose default is None, and those of a `TextOrSections`, are
-            optional. Unknown keys stay on the command line, whose parser refuses them.
-
-    Returns:
-        The other arguments, and the keys that are None in the end: of several values for one key
-        the last one counts.
-    """
-    rest: list[str] = []
-    unset: dict[str, None] = {}
-    position, end = 0, len(arguments)
-    if "--" in arguments:
-        end = list(arguments).index("--")
-    while position < end:
-        argument = arguments[position]
-        position += 1
-        match = re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", argument, re.DOTALL)
-        key, value = match.groups() if match else (None, None)
-        is_apart = match is not None and value is None and arguments[position:end][:1] == ["None"]
-        if key is not None:
-            unset.pop(key, None)
-        if key and (value == "None" or is_apart) and _is_optional(key, defaults):
-            unset[key] = None
-            position += is_apart
-        else:
-            rest.append(argument)
-    return [*rest, *arguments[end:]], list(unset)
-
-
-def apply_overrides(
-    config: ml_collections.ConfigDict, unset: Collection[str], given: Collection[str]
-) -> None:
-    """Unsets keys, and those durations that a duration of the command line replaces; in place.
+def apply_overrides(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
+    """Unsets those durations that a duration of the command line replaces; in place.
 
     A recipe's warm-up that does not fit into fewer steps becomes a tenth of them.
-
-    Raises:
-        AttributeError, KeyError: the recipe has no such key.
     """
-    for key in unset:
-        set_key(config, key, None)
     for names in _DURATIONS:
         if any(config.get(name) is not None for name in names if name in given):
             for name in set(names).difference(given):
@@ -191,14 +148,12 @@ def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
     section[last] = value
 
 
-def _is_optional(key: str, defaults: ml_collections.ConfigDict) -> bool:
-    """Returns whether a key may be None; False for an unknown one."""
-    section, name = defaults, ""
+def check_optional(key: str, defaults: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for a key that cannot be None: a section, or with a default of its own."""
+    section: Any = defaults
     for name in key.split("."):
-        if not isinstance(section, ml_collections.ConfigDict) or name not in section:
-            return False
         if issubclass(section.get_type(name), TextOrSections):
-            return True
+            return
         section = section[name]
     if isinstance(section, ml_collections.ConfigDict):
         raise ValueError(f"--config.{key}=None: a section cannot be unset, only its keys")
@@ -206,7 +161,6 @@ def _is_optional(key: str, defaults: ml_collections.ConfigDict) -> bool:
         raise ValueError(
             f"--config.{key}=None: this key cannot be unset; its default is {section!r:.200}"
         )
-    return True
 
 
 def _suggest(name: str) -> str:

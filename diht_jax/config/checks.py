@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -48,15 +48,27 @@ class _TextOrSectionsReference(ml_collections.FieldReference):
         super().set(value, type_safe=False)
 
 
-class _TextOrSectionsParser(flags.ArgumentParser):
-    """Parser of `--config.evaluation.tasks=TEXT`; the default is the recipe's own value."""
+class _OrNone(flags.ArgumentParser):
+    """Parses `--config.KEY=None` as None, and leaves other values to another parser."""
+
+    def __init__(self, parse: Callable[[Any], Any]):
+        super().__init__()
+        self._parse = parse
 
     def parse(self, argument: Any) -> Any:
-        return argument
+        return None if argument == "None" else self._parse(argument)
 
 
-for _kind in (TextOrSections, PathsOrSections):
-    config_flags.register_flag_parser_for_type(_kind, _TextOrSectionsParser())
+_PARSERS: dict[type, Callable[[Any], Any]] = {
+    int: flags.IntegerParser().parse,
+    float: flags.FloatParser().parse,
+    bool: flags.BooleanParser().parse,
+    str: flags.ArgumentParser().parse,
+    TextOrSections: lambda value: value,
+    PathsOrSections: lambda value: value,
+}
+for _kind, _parse in _PARSERS.items():
+    config_flags.register_flag_parser_for_type(_kind, _OrNone(_parse))
 
 
 def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict) -> None:
