@@ -42,27 +42,15 @@ class DivergedError(ValueError):
     """The run stopped itself; its last checkpoint is intact."""
 
 
+@dataclasses.dataclass
 class AnomalyMonitor:
     """Watches a run's metrics, and logs or ends the run where they are wrong."""
 
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        keys_of_step: Callable[[int], str],
-        lowest_loss: float = math.inf,
-    ):
-        """Starts to watch.
-
-        Args:
-            keys_of_step: names this process's records in the batch of a step, by `shown_keys`.
-            lowest_loss: of the windows before, where a run is resumed.
-        """
-        self._max_in_a_row = config.max_skipped_steps
-        self._max_logit_scale = config.optimizer.max_logit_scale
-        self._keys_of_step = keys_of_step
-        self._in_a_row = 0
-        self._lowest_loss = lowest_loss
-        self._scale_is_capped = False
+    config: ml_collections.ConfigDict
+    keys_of_step: Callable[[int], str]  # names this process's records in the batch of a step
+    lowest_loss: float = math.inf  # of the windows before, where a run is resumed
+    _in_a_row: int = 0
+    _scale_is_capped: bool = False
 
     def check_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Reports a skipped update.
@@ -80,9 +68,9 @@ class AnomalyMonitor:
             step,
             float(metrics["loss"]),
             float(metrics["grad_norm"]),
-            self._keys_of_step(step),
+            self.keys_of_step(step),
         )
-        if self._in_a_row >= self._max_in_a_row:
+        if self._in_a_row >= self.config.max_skipped_steps:
             raise DivergedError(
                 f"{self._in_a_row} updates in a row were skipped, up to step {step}, because loss "
                 "or gradients were not finite; the parameters and the last checkpoint are as "
@@ -93,18 +81,19 @@ class AnomalyMonitor:
     def check_window(self, step: int, scalars: Mapping[str, float]) -> None:
         """Warns of a loss spike, and once of a logit scale that has reached its cap."""
         loss = scalars["loss"]
-        if loss > SPIKE_FACTOR * self._lowest_loss + SPIKE_MARGIN:
+        if loss > SPIKE_FACTOR * self.lowest_loss + SPIKE_MARGIN:
             logging.warning(
-                "step %d: loss %.4g, while it has been down to %.4g", step, loss, self._lowest_loss
+                "step %d: loss %.4g, while it has been down to %.4g", step, loss, self.lowest_loss
             )
         if math.isfinite(loss):
-            self._lowest_loss = min(self._lowest_loss, loss)
-        is_capped = scalars["logit_scale"] >= 0.999 * self._max_logit_scale
+            self.lowest_loss = min(self.lowest_loss, loss)
+        most = self.config.optimizer.max_logit_scale
+        is_capped = scalars["logit_scale"] >= 0.999 * most
         if is_capped and not self._scale_is_capped:
             logging.warning(
                 "step %d: the logit scale has reached config.optimizer.max_logit_scale=%g",
                 step,
-                self._max_logit_scale,
+                most,
             )
         self._scale_is_capped = is_capped
 
