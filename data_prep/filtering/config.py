@@ -11,15 +11,20 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from ml_collections.config_dict import placeholder
 
 from data_prep.decisions.table import find_decisions, read_decisions
 from data_prep.jobs import failures, shards
 from data_prep.sources import default_source
 from data_prep.steps import registry
-from data_prep.steps.base import check_integers
 from data_prep.steps.scores import ScoreStep
-from diht_jax.config.keys import Key, OneOf, build_config, check_ranges
+from diht_jax.config.keys import (
+    COUNT,
+    NOT_NEGATIVE,
+    Key,
+    OneOf,
+    build_config,
+    check_ranges,
+)
 from diht_jax.records.formats import check_format
 from diht_jax.records.samples import USUAL_KIND, check_kind, parse_columns
 from diht_jax.records.shard_files import shard_name
@@ -59,41 +64,48 @@ COMMENT_FILES = {
 }
 
 
+KEYS: dict[str, Any] = failures.KEYS | {
+    # Any source of docs/guides/prepare/sources.md; several are separated by commas.
+    "input": str,
+    "output": str,  # folder of the shards
+    "caption_kind": USUAL_KIND,  # of the captions of the input, where they state none
+    # More captions in columns of the metadata, by kind, such as "synthetic=re_caption".
+    "caption_columns": "",
+    # What counts as the same input, or "hash", "size"; docs/guides/prepare/shards.md.
+    "input_identity": Key("time", OneOf(shards.IDENTITIES)),
+    "dataset_name": "pairs",  # with the split it makes the names of the shards
+    "split": "train",  # the second part of these names
+    "concepts": True,  # count and keep objects and attributes of the captions, for data_prep.label
+    "metadata_only": False,  # rows of parquet or jsonl in and out, C and A only, no images
+    "drop_metadata": ("exif",),  # fields that are not worth their bytes
+    "output_format": "tfrecord",  # or "array_record", "webdataset": of the output shards
+    # Records of an output shard, about; None: each input shard makes one.
+    "examples_per_shard": Key(int, COUNT),
+    "keep_parts": False,  # keep what was filtered of every input shard, once it was re-sharded
+    "samples_per_outcome": Key(50, NOT_NEGATIVE),  # examples in the statistics, to look at
+    "report_samples": Key(8, NOT_NEGATIVE),  # examples of each outcome in the report, with pictures
+    "label_field": str,  # field of the metadata by whose values pairs are counted
+    "clean_label": "clean",  # the value of good pairs; all others are noise that should go
+    "seed": 0,  # of the choice of examples
+    "keep_before_damage": False,  # of a tar that is cut off or damaged, keep the pairs before that
+    # Pairs that are read and parsed together; what C and A leave of them fills a spotter's window.
+    "batch_size": Key(1024, COUNT),
+}
+
+
+def all_keys() -> dict[str, Any]:
+    """The keys of the filter and of its steps: dotted name -> a `Key`, or a default."""
+    keys = dict(KEYS)
+    for step in registry.ordered_steps():
+        keys |= step.keys
+    return keys
+
+
 def default_config() -> ml_collections.ConfigDict:
     """Every key of a filter config, with its default."""
-    c = build_config(failures.KEYS)
-    # Any source of docs/guides/prepare/sources.md; several are separated by commas.
-    c.input = placeholder(str)
-    c.output = placeholder(str)  # folder of the shards
-    c.source = default_source()
-    c.caption_kind = USUAL_KIND  # of the captions of the input, where they state none
-    # More captions in columns of the metadata, by kind, such as "synthetic=re_caption".
-    c.caption_columns = ""
-    # What counts as the same input, or "hash", "size"; docs/guides/prepare/shards.md.
-    c.input_identity = "time"
-    c.dataset_name = "pairs"  # with the split it makes the names of the shards
-    c.split = "train"  # the second part of these names
-
-    for step in registry.ordered_steps():
-        step.add_defaults(c)
-    c.concepts = True  # count and keep objects and attributes of the captions, for data_prep.label
-
-    c.metadata_only = False  # rows of parquet or jsonl in and out, C and A only, no images
-
-    c.drop_metadata = ("exif",)  # fields that are not worth their bytes
-    c.output_format = "tfrecord"  # or "array_record", "webdataset": of the output shards
-    # Records of an output shard, about; None: each input shard makes one.
+    c = build_config(all_keys())
     c.examples_per_shard = 10_000
-    c.keep_parts = False  # keep what was filtered of every input shard, once it was re-sharded
-    c.samples_per_outcome = 50  # examples in the statistics, to look at
-    c.report_samples = 8  # examples of each outcome in the report, with pictures
-    c.label_field = placeholder(str)  # field of the metadata by whose values pairs are counted
-    c.clean_label = "clean"  # the value of good pairs; all others are noise that should go
-    c.seed = 0  # of the choice of examples
-
-    c.keep_before_damage = False  # of a tar that is cut off or damaged, keep the pairs before that
-    # Pairs that are read and parsed together; what C and A leave of them fills a spotter's window.
-    c.batch_size = 1024
+    c.source = default_source()
     return c
 
 
@@ -104,10 +116,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         ValueError: a value is out of its range.
     """
     failures.check_job(config)
-    check_ranges(config, {"input_identity": Key("time", OneOf(shards.IDENTITIES))})
-    least = {"samples_per_outcome": 0, "report_samples": 0, "examples_per_shard": 1}
-    least |= {"batch_size": 1}
-    check_integers({name: (config[name], minimum) for name, minimum in least.items()})
+    check_ranges(config, all_keys())
     parse_columns(config.caption_columns, "config.caption_columns")
     check_kind(config.caption_kind, "config.caption_kind")
     check_format(config.output_format)

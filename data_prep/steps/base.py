@@ -144,6 +144,7 @@ class Step:
         scores: columns of numbers that it adds to the decisions -> the words for people.
         bins: score -> lower ends of the bins of its histogram, at even distances.
         limits: settings that only `decide` reads; a replay may change them.
+        keys: dotted names of its keys of the config -> a `Key`, or a default without a range.
         timer: its name among the times; None for `name`.
         section: its section of the config, if it has one; hashed only where the step is active.
         not_hashed: keys of the section that do not decide what is written.
@@ -157,21 +158,18 @@ class Step:
     scores: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
     bins: ClassVar[Mapping[str, Sequence[float]]] = types.MappingProxyType({})
     limits: ClassVar[tuple[str, ...]] = ()
+    keys: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
     timer: ClassVar[str | None] = None
     section: ClassVar[str | None] = None
     not_hashed: ClassVar[tuple[str, ...]] = ()
     rules_version: ClassVar[int] = 1
 
     @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        """Adds the step's keys to a config of defaults."""
-
-    @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
-        """Checks what types cannot tell.
+        """Checks what types and ranges cannot tell.
 
         Raises:
-            ValueError: a value is out of its range.
+            ValueError: a value does not go with others.
         """
 
     @classmethod
@@ -246,24 +244,11 @@ class Step:
     @classmethod
     def settings(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
         """The step's keys that decide, those of its section without the section's name."""
-        own = ml_collections.ConfigDict()
-        cls.add_defaults(own)
         values = config.to_dict()
-        found = {name: values[name] for name in own if name != cls.section}
+        found = {name: values[name] for name in cls.keys if "." not in name}
         section = values[cls.section] if cls.section is not None else {}
         return found | {k: v for k, v in section.items() if k not in cls.not_hashed}
 
     def close(self) -> dict[str, Any]:
         """Ends the shard: gives warnings, and returns facts for its statistics."""
         return {}
-
-
-def check_integers(least: Mapping[str, tuple[Any, int]]) -> None:
-    """Raises a ValueError unless every value is None or an integer of at least so much.
-
-    Args:
-        least: key of the config -> value, minimum.
-    """
-    for name, (value, minimum) in least.items():
-        if value is not None and (not isinstance(value, int) or value < minimum):
-            raise ValueError(f"config.{name}={value!r}; expected an integer of at least {minimum}")

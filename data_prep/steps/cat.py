@@ -16,15 +16,15 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from ml_collections.config_dict import placeholder
 
 from data_prep import captions
 from data_prep.captions.graph import GATE_REASONS, CaptionGraph
-from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step, check_integers
+from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.text_spotting import settings as spotter_settings
 from data_prep.text_spotting.ocr import resolve_for_networks
 from data_prep.text_spotting.readings import longest_match
 from data_prep.text_spotting.spotter import Verdict, open_spotter
+from diht_jax.config.keys import COUNT, Key, Range
 from diht_jax.input import transforms
 from diht_jax.readers.base import SourceShard
 
@@ -49,21 +49,13 @@ class CaptionStep(Step):
         "no_action": "A: no action",
     }
     limits = ("complexity", "min_complexity", "action")
+    keys = {
+        "complexity": True,  # C of CAT: drop captions of a complexity under min_complexity
+        # Attributes and relations of the object that has most.
+        "min_complexity": Key(1, Range(0, _MOST)),
+        "action": True,  # A of CAT: drop captions without an action
+    }
     timer = "captions"
-
-    @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        config.complexity = True  # C of CAT: drop captions of a complexity under min_complexity
-        config.min_complexity = 1  # attributes and relations of the object that has most
-        config.action = True  # A of CAT: drop captions without an action
-
-    @classmethod
-    def check(cls, config: ml_collections.ConfigDict) -> None:
-        check_integers({"min_complexity": (config.min_complexity, 0)})
-        if config.min_complexity > _MOST:
-            raise ValueError(
-                f"config.min_complexity={config.min_complexity}; expected {_MOST} at most"
-            )
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
@@ -167,25 +159,16 @@ class ImageStep(Step):
         "too_large": "too large",
         "too_small": "too small",
     }
+    keys = {
+        # Width times height; larger ones are not decoded.
+        "image.max_pixels": Key(transforms.MAX_PIXELS, COUNT),
+        "image.min_side": Key(1, COUNT),  # px; smaller ones are dropped
+        # px; larger ones are shrunk and written as JPEG; None keeps all bytes
+        "image.max_side": Key(int, COUNT),
+        "image.jpeg_quality": Key(90, Range(1, 95)),  # of those that are shrunk
+    }
     timer = "images"
     section = "image"
-
-    @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        c = config.image = ml_collections.ConfigDict()
-        c.max_pixels = transforms.MAX_PIXELS  # width times height; larger ones are not decoded
-        c.min_side = 1  # px; smaller ones are dropped
-        # px; larger ones are shrunk and written as JPEG; None keeps all bytes
-        c.max_side = placeholder(int)
-        c.jpeg_quality = 90  # of those that are shrunk
-
-    @classmethod
-    def check(cls, config: ml_collections.ConfigDict) -> None:
-        c = config.image
-        names = ("max_pixels", "min_side", "max_side")
-        check_integers({f"image.{name}": (c[name], 1) for name in names})
-        if not 1 <= c.jpeg_quality <= 95:
-            raise ValueError(f"config.image.jpeg_quality={c.jpeg_quality}; expected 1 to 95")
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -244,13 +227,12 @@ class TextStep(Step):
     reads = ("caption", "image")
     reasons = {"shows_caption": "T: shows its caption"}
     limits = ("min_chars", "min_confidence")
+    keys = {
+        "text_spotting": True,  # T of CAT: drop captions that their picture shows as text
+        **{f"spotter.{name}": key for name, key in spotter_settings.KEYS.items()},
+    }
     section = "spotter"
     not_hashed = spotter_settings.NOT_HASHED
-
-    @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        config.text_spotting = True  # T of CAT: drop captions that their picture shows as text
-        config.spotter = spotter_settings.default_spotter()
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:

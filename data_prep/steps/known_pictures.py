@@ -15,15 +15,15 @@ from typing import Any
 import ml_collections
 import numpy as np
 from absl import logging
-from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates import precomputed
 from data_prep.duplicates.image_hashes import Match, open_index, try_hash
 from data_prep.duplicates.table import Lookup, hash_input, read_summary
 from data_prep.sources import Input
 from data_prep.steps import models
-from data_prep.steps.base import EVIDENCE, Candidate, Step, check_integers
+from data_prep.steps.base import EVIDENCE, Candidate, Step
 from diht_jax.config.checks import TextOrSections
+from diht_jax.config.keys import COUNT, Key, Range
 from diht_jax.readers.base import SourceShard
 
 _LOOKED_AT = 32  # inputs that are compared with those of the table
@@ -37,13 +37,11 @@ class DuplicateStep(Step):
     name = "duplicates"
     order = 6  # a search in a sorted table
     reasons = {"exact": "copy of another image", "near": "near-duplicate of another image"}
-    section = "duplicates"
-
-    @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        config.duplicates = ml_collections.ConfigDict()
+    keys = {
         # The output folder of data_prep.duplicates on the same pairs; None: nothing is dropped.
-        config.duplicates.table = placeholder(str)
+        "duplicates.table": str,
+    }
+    section = "duplicates"
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
@@ -107,38 +105,30 @@ class DecontaminateStep(Step):
     order = 22  # pictures are decoded; those that cannot be are gone
     reads = ("image",)
     reasons = {}
-    section = "decontaminate"
-
-    @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        c = config.decontaminate = ml_collections.ConfigDict()
+    keys = {
         # name -> a source of docs/guides/prepare/sources.md, or an index of
         # data_prep.duplicates.image_hashes, such as sets.cifar10 = "/data/cifar10_test.tar"; or a
         # text, "cifar10=/data/cifar10_test.tar" with commas between several.
-        c.sets = TextOrSections.reference()
-        c.perceptual = True  # compare perceptual hashes too; False: equal pixels only
-        c.max_bits = 6  # of 64 that may differ between perceptual hashes
-        c.embeddings = ml_collections.ConfigDict()
+        "decontaminate.sets": TextOrSections,
+        "decontaminate.perceptual": True,  # compare perceptual hashes too; False: equal pixels only
+        "decontaminate.max_bits": Key(6, Range(0, 16)),  # of 64 that may differ between hashes
         # name -> the --output of diht_jax.embed on the set, or a glob of .npz or .parquet files
         # with "key" and "image_emb"; or a text, as above. The names may be those of `sets`.
-        c.embeddings.sets = TextOrSections.reference()
+        "decontaminate.embeddings.sets": TextOrSections,
         # Embeddings of the pairs by the same model: the --output of diht_jax.embed on config.input,
         # or a model for diht_jax.load_model that makes them.
-        c.embeddings.pairs = placeholder(str)
-        c.embeddings.model = placeholder(str)  # such a model
-        c.embeddings.min_cosine = 0.85  # from which two pictures are the same; depends on the model
-        c.embeddings.batch_size = 64  # pictures that the model gets at a time
+        "decontaminate.embeddings.pairs": str,
+        "decontaminate.embeddings.model": str,  # such a model
+        # From which two pictures are the same; depends on the model.
+        "decontaminate.embeddings.min_cosine": Key(0.85, Range(-1, 1)),
+        # Pictures that the model gets at a time.
+        "decontaminate.embeddings.batch_size": Key(64, COUNT),
+    }
+    section = "decontaminate"
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
-        bits, c = config.decontaminate.max_bits, config.decontaminate.embeddings
-        if not 0 <= bits <= 16:
-            raise ValueError(f"config.decontaminate.max_bits={bits}; expected 0 to 16")
-        check_integers({"decontaminate.embeddings.batch_size": (c.batch_size, 1)})
-        if not -1 <= c.min_cosine <= 1:
-            raise ValueError(
-                f"config.decontaminate.embeddings.min_cosine={c.min_cosine}; expected a cosine"
-            )
+        c = config.decontaminate.embeddings
         _sets(config)
         if (c.pairs is not None) + (c.model is not None) != bool(_embedded_sets(config)):
             raise ValueError(

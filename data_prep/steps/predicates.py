@@ -27,9 +27,8 @@ import ml_collections
 from absl import logging
 
 from data_prep.steps.base import EVIDENCE, Candidate, Step
+from diht_jax.config.keys import Key, OneOf
 from diht_jax.readers.base import SourceShard
-
-MISSING = ("drop", "keep")
 
 Fields = Mapping[str, Any]
 
@@ -61,25 +60,18 @@ class PredicateStep(Step):
     order = 5  # no caption is parsed yet
     reads = ("metadata",)
     reasons = {}
+    keys = {
+        # What must hold, such as ("punsafe < 0.5", "pwatermark < 0.5"); steps/predicates.py
+        "predicates.require": (),
+        # What becomes of a pair whose metadata does not decide a condition, since a field is
+        # missing or is no number: "drop" (and a field that no pair has drops all) or "keep".
+        "predicates.missing": Key("drop", OneOf(("drop", "keep"))),
+    }
     section = "predicates"
 
     @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        c = config.predicates = ml_collections.ConfigDict()
-        # What must hold, such as ("punsafe < 0.5", "pwatermark < 0.5"); steps/predicates.py
-        c.require = ()
-        # What becomes of a pair whose metadata does not decide a condition, since a field is
-        # missing or is no number: "drop" (and a field that no pair has drops all) or "keep".
-        c.missing = "drop"
-
-    @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
-        c = config.predicates
-        if c.missing not in MISSING:
-            raise ValueError(
-                f"config.predicates.missing='{c.missing}'; expected one of {', '.join(MISSING)}"
-            )
-        texts = [condition.text for condition in _parse(c.require)]
+        texts = [condition.text for condition in _parse(config.predicates.require)]
         repeated = [text for text, count in collections.Counter(texts).items() if count > 1]
         if repeated:
             raise ValueError(f"config.predicates.require has '{repeated[0]}' more than once")

@@ -20,16 +20,35 @@ from typing import Any, ClassVar
 
 import ml_collections
 import numpy as np
-from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates import precomputed
 from data_prep.steps import models
-from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step, check_integers
+from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.steps.cat import compare_captions
+from diht_jax.config.keys import COUNT, Key, Range
 from diht_jax.readers.base import SourceShard
 from diht_jax.weights.tensor_files import WEIGHT_SUFFIXES, read_tensors
 
 SCORE = "clip_score"
+
+# A share of all pairs.
+_QUANTILE = Range(0, 1, excludes_low=True, excludes_high=True)
+HEAD_KEYS: dict[str, Any] = {
+    # Weights of a linear layer: .npz, .safetensors, or torch's state dict, of which nothing is
+    # executed; an unsafe one is high for unsafe pictures, as a logistic regression; None: nothing
+    # is scored.
+    "head": str,
+    "model": str,  # for diht_jax.load_model, which makes the embeddings
+    "embeddings": str,  # or the --output of diht_jax.embed on config.input
+    "normalize": True,  # to unit length before the layer; False: embeddings as they are stored
+    # Least aesthetic score, greatest unsafe one (before any sigmoid); None: recorded only.
+    "limit": float,
+    # Instead of limit: drop this share of all pairs that have a score in the finished folder
+    # `scores`, an earlier run with the same head and model.
+    "quantile": Key(float, _QUANTILE),
+    "scores": str,  # that folder
+    "batch_size": Key(64, COUNT),  # pictures that the model gets at a time
+}
 
 # Of a layer with one output: PyTorch's names, and scikit-learn's.
 _NAMES = (("weight", "bias"), ("coef_", "intercept_"), ("coef", "intercept"))
@@ -63,14 +82,11 @@ class ScoreStep(Step):
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
         c, name = config[cls.name], f"config.{cls.name}"
-        check_integers({f"{cls.name}.batch_size": (c.batch_size, 1)})
         if (c.quantile is None) != (c.scores is None):
             raise ValueError(
                 f"{name}.quantile and {name}.scores (the folder of a run that recorded scores) go "
                 "together; one of them is not set"
             )
-        if c.quantile is not None and not 0 < c.quantile < 1:
-            raise ValueError(f"{name}.quantile={c.quantile}; expected a share, such as 0.3")
         if not cls.is_active(config) and (c[cls.limit_key], c.quantile) != (None, None):
             raise ValueError(f"{name}.{cls.source_key} is not set: expected what gives the scores")
 
@@ -112,26 +128,17 @@ class ClipStep(ScoreStep):
     scores = {SCORE: "CLIP score of the best caption"}
     bins = {SCORE: tuple(hundredth / 100 for hundredth in range(-100, 101))}
     limits = ("min_score",)
-    section = "clip"
-    limit_key = "min_score"
-
-    @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        c = config.clip = ml_collections.ConfigDict()
-        c.model = placeholder(str)  # for diht_jax.load_model; None: nothing is scored
-        c.min_score = placeholder(float)  # least cosine; None: scores are recorded only
+    keys = {
+        "clip.model": str,  # for diht_jax.load_model; None: nothing is scored
+        "clip.min_score": Key(float, Range(-1, 1)),  # least cosine; None: scores are recorded only
         # Instead of min_score: drop this share of all pairs that have a score in the finished
         # folder `scores`, an earlier run of the same model.
-        c.quantile = placeholder(float)
-        c.scores = placeholder(str)  # that folder
-        c.batch_size = 64  # pictures, or texts, that the model gets at a time
-
-    @classmethod
-    def check(cls, config: ml_collections.ConfigDict) -> None:
-        super().check(config)
-        least = config.clip.min_score
-        if least is not None and not -1 <= least <= 1:
-            raise ValueError(f"config.clip.min_score={least}; expected a cosine, -1 to 1")
+        "clip.quantile": Key(float, _QUANTILE),
+        "clip.scores": str,  # that folder
+        "clip.batch_size": Key(64, COUNT),  # pictures, or texts, that the model gets at a time
+    }
+    section = "clip"
+    limit_key = "min_score"
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -181,25 +188,6 @@ class HeadStep(ScoreStep):
     reads = ("image",)
     limits = ("limit",)
     source_key = "head"
-
-    @classmethod
-    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
-        c = ml_collections.ConfigDict()
-        # Weights of a linear layer: .npz, .safetensors, or torch's state dict, of which nothing is
-        # executed; an unsafe one is high for unsafe pictures, as a logistic regression; None:
-        # nothing is scored.
-        c.head = placeholder(str)
-        c.model = placeholder(str)  # for diht_jax.load_model, which makes the embeddings
-        c.embeddings = placeholder(str)  # or the --output of diht_jax.embed on config.input
-        c.normalize = True  # to unit length before the layer; False: embeddings as they are stored
-        # Least aesthetic score, greatest unsafe one (before any sigmoid); None: recorded only.
-        c.limit = placeholder(float)
-        # Instead of limit: drop this share of all pairs that have a score in the finished folder
-        # `scores`, an earlier run with the same head and model.
-        c.quantile = placeholder(float)
-        c.scores = placeholder(str)  # that folder
-        c.batch_size = 64  # pictures that the model gets at a time
-        config[cls.name] = c
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
@@ -279,6 +267,7 @@ class AestheticStep(HeadStep):
     reasons = {"low_score": "aesthetic score"}
     scores = {"aesthetic_score": "aesthetic score"}
     bins = {"aesthetic_score": tuple(tenth / 10 for tenth in range(-20, 121))}
+    keys = {f"aesthetic.{name}": key for name, key in HEAD_KEYS.items()}
 
 
 class UnsafeStep(HeadStep):
@@ -289,6 +278,7 @@ class UnsafeStep(HeadStep):
     reasons = {"high_score": "unsafe score"}
     scores = {"unsafe_score": "unsafe score"}
     bins = {"unsafe_score": tuple(tenth / 10 for tenth in range(-100, 101))}
+    keys = {f"unsafe.{name}": key for name, key in HEAD_KEYS.items()}
     drops_high = True
 
 

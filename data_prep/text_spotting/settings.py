@@ -7,10 +7,18 @@ import importlib.metadata
 from typing import Any
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
 from data_prep.text_spotting.networks import PRECISIONS, OcrSettings, not_installed
 from data_prep.text_spotting.ocr import CANVAS_STEPS, resolve_for_networks
+from diht_jax.config.keys import (
+    COUNT,
+    NOT_NEGATIVE,
+    Key,
+    OneOf,
+    Range,
+    build_config,
+    check_ranges,
+)
 from diht_jax.input import transforms as images
 from diht_jax.storage.files import refuse_url
 
@@ -22,20 +30,15 @@ RULES_VERSION = 3
 # Keys of the section that decide where and how fast, but not what is written.
 NOT_HASHED = ("cache", "device", "window", "batch_size", "stop_at_match")
 
-# Least values of counts; names of shares, from 0 to 1.
-_LEAST = {
-    **dict.fromkeys(("canvas_size", "min_chars", "misread_min_chars", "window", "batch_size"), 1),
-    **dict.fromkeys(("closer_size", "closer_chars"), 0),
+_COUNTS = ("canvas_size", "min_chars", "misread_min_chars", "window", "batch_size")
+_SHARES = ("min_confidence", "text_threshold", "low_text", "link_threshold", "gate_score")
+_SHARES += ("closer_score", "audit_share")
+_RANGES = {
+    **dict.fromkeys(_COUNTS, COUNT),
+    **dict.fromkeys(("gate_size", "closer_size", "closer_chars"), NOT_NEGATIVE),
+    **dict.fromkeys(_SHARES, Range(0, 1)),
+    "precision": OneOf(PRECISIONS),
 }
-_SHARES = (
-    "min_confidence",
-    "text_threshold",
-    "low_text",
-    "link_threshold",
-    "gate_score",
-    "closer_score",
-    "audit_share",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +110,20 @@ def easyocr_version() -> str:
         raise not_installed() from None
 
 
+_DEFAULTS = dataclasses.asdict(Settings())
+_DEFAULTS |= _DEFAULTS.pop("ocr")
+del _DEFAULTS["max_pixels"]  # of the section `image`
+
+# The config section `spotter`: the fields of `Settings` and `OcrSettings`, and `cache`.
+KEYS: dict[str, Any] = {
+    **{n: Key(int if v is None else v, _RANGES.get(n)) for n, v in _DEFAULTS.items()},
+    "cache": str,  # folder that keeps what was read; None: nothing is kept
+}
+
+
 def default_spotter() -> ml_collections.ConfigDict:
-    """The config section `spotter`: the fields of `Settings` and `OcrSettings`, and `cache`."""
-    values = dataclasses.asdict(Settings())
-    values |= values.pop("ocr")
-    del values["max_pixels"]  # of the section `image`
-    c = ml_collections.ConfigDict()
-    for name, value in values.items():
-        c[name] = placeholder(int) if value is None else value
-    c.cache = placeholder(str)  # folder that keeps what was read; None: nothing is kept
-    return c
+    """The config section `spotter`."""
+    return build_config(KEYS)
 
 
 def check_spotter(config: ml_collections.ConfigDict) -> None:
@@ -125,20 +132,10 @@ def check_spotter(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
+    check_ranges(config, KEYS, "config.spotter.")
     refuse_url(config.cache, "config.spotter.cache")
-    for name, least in _LEAST.items():
-        if config[name] is not None and config[name] < least:
-            raise ValueError(f"config.spotter.{name}={config[name]}; expected at least {least}")
-    if not 0 <= config.gate_size < config.canvas_size:
+    if config.gate_size >= config.canvas_size:
         raise ValueError(
             f"config.spotter.gate_size={config.gate_size}; expected less than canvas_size="
             f"{config.canvas_size}, or 0 for no first look"
-        )
-    for name in _SHARES:
-        if not 0 <= config[name] <= 1:
-            raise ValueError(f"config.spotter.{name}={config[name]}; expected 0 to 1")
-    if config.precision not in PRECISIONS:
-        raise ValueError(
-            f"config.spotter.precision='{config.precision}'; expected one of "
-            f"{', '.join(PRECISIONS)}"
         )

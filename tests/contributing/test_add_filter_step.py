@@ -79,5 +79,5 @@ def test_a_replay_decides_by_another_ratio(tmp_path):
 
 
 def test_its_key_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="config.aspect.max_ratio=0.5; expected at least 1"):
+    with pytest.raises(ValueError, match="config.aspect.max_ratio=0.5: expected at least 1"):
         job_config("in.tar", tmp_path, aspect__max_ratio=0.5)
