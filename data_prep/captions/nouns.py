@@ -58,23 +58,14 @@ def mark_objects(sentence: Sentence) -> None:
 def _leads_on(sentence: Sentence, i: int) -> bool:
     """Returns whether a word before "of" stands for what follows.
 
-    "photo of" and "group of" do; a picture that somebody holds or makes (a direct object), or that
-    a thing is with ("a room with a view of the sea"), is a thing of its own. So does the middle of
-    a compound preposition ("in front of").
+    "photo of" and "group of" do; a picture that somebody holds or makes (a direct object) is a
+    thing of its own. So does the middle of a compound preposition ("in front of").
     """
     if {sentence.low[i], sentence.lemma[i]} & lexicon.COUNTING_WORDS:
         return True
     if sentence.dep[i] == "pobj" and sentence.low[i] in lexicon.PLACE_NOUNS:
-        return sentence.low[i] not in lexicon.BARE_PLACE_NOUNS or not sentence.has_kid(i, "det")
-    if sentence.lemma[i] not in lexicon.PICTURE_NOUNS or sentence.dep[i] == "dobj":
-        return False
-    owner = sentence.head[i]
-    return not (
-        sentence.dep[i] == "pobj"
-        and sentence.low[owner] == "with"
-        and sentence.tag[sentence.head[owner]] in NOUN_TAGS
-        and sentence.lemma[sentence.head[owner]] not in lexicon.PICTURE_NOUNS
-    )
+        return True
+    return sentence.lemma[i] in lexicon.PICTURE_NOUNS and sentence.dep[i] != "dobj"
 
 
 def is_person_pronoun(sentence: Sentence, i: int) -> bool:
@@ -208,13 +199,7 @@ def find_referents(sentence: Sentence, i: int) -> list[int]:
 def find_content(sentence: Sentence, i: int) -> list[int]:
     """Like `find_referents`, without the coordinations of the head itself."""
     if sentence.low[i] in lexicon.RELATIVE_PRONOUNS and sentence.tag[i] in ("WDT", "WP", "IN"):
-        antecedent, clause = i - 1, i
-        while sentence.head[clause] != clause:
-            if sentence.dep[clause] == "relcl":
-                antecedent = sentence.head[clause]
-                break
-            clause = sentence.head[clause]
-        return find_content(sentence, antecedent) if antecedent >= 0 else []
+        return find_content(sentence, i - 1) if i else []
     if sentence.is_hidden[i]:
         found = []
         for of in sentence.kids_of(i, "prep"):
@@ -263,10 +248,7 @@ def expand_adverb(sentence: Sentence, adverb: int) -> list[tuple[str, int]]:
 
 def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, int]]:
     """(name, object) for each object of a preposition, compound prepositions in one name."""
-    low = sentence.low[preposition]
-    if low in lexicon.NO_RELATION:
-        return []
-    found = []
+    low, found = sentence.low[preposition], []
     for kid in sentence.kids[preposition]:
         dep = sentence.dep[kid]
         if dep == "pobj" and is_place_noun(sentence, kid):
@@ -278,10 +260,6 @@ def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, 
                     ]
         elif dep == "pobj":
             found += [(low, target) for target in find_referents(sentence, kid)]
-        elif dep == "pcomp" and low == "with":
-            # "with their backs turned toward the camera"
-            for subject in sentence.kids_of(kid, "nsubj", "nsubjpass"):
-                found += [(low, target) for target in find_referents(sentence, subject)]
         elif dep == "prep":
             compound = not sentence.has_kid(preposition, "pobj")
             found += [
@@ -349,8 +327,6 @@ class SubjectFinder:
         """
         sentence = self.sentence
         noun = sentence.head[i]
-        if sentence.lemma[i] == "isolate":
-            return self._find_of_picture(noun, i)
         while sentence.dep[noun] == "prep" and sentence.head[noun] != noun:
             noun = sentence.head[noun]
         content = find_content(sentence, noun)
@@ -366,15 +342,6 @@ class SubjectFinder:
             if any(is_animate(sentence, j) for j in above):
                 return above
         return self.share(noun, i)
-
-    def _find_of_picture(self, noun: int, before: int) -> list[int]:
-        """All that a picture is of: "a man with a dog isolated on white" is the man."""
-        sentence, i = self.sentence, noun
-        while sentence.dep[i] in ("acl", "conj", "dobj", "pobj", "prep") and sentence.head[i] < i:
-            i = sentence.head[i]
-        if sentence.tag[i] in VERB_TAGS:
-            return self.find(i)[0] or self.share(noun, before)
-        return self.share(i, before)
 
     def _find_of_gerund(self, i: int) -> tuple[list[int], bool]:
         """The subjects of a gerund behind a preposition ("after winning a race")."""

@@ -231,15 +231,6 @@ def describe_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return settings
 
 
-def hash_config(config: ml_collections.ConfigDict) -> str:
-    """The fingerprint of `describe_settings`.
-
-    Raises:
-        ValueError: text-spotting is asked for, and EasyOCR is not installed.
-    """
-    return shards.hash_config(describe_settings(config))
-
-
 def package_versions(config: ml_collections.ConfigDict) -> dict[str, str]:
     """The versions of the packages that take part, for the statistics of every shard.
 

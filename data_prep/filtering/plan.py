@@ -126,7 +126,7 @@ def plan_job(
             parts_folder = files.join(folder, resharding.PARTS)
         units = [found.shard for found in inputs]
         names = _plan_parts(config, inputs, parts_folder, is_output=parts_folder == folder)
-    config_hash = filter_config.hash_config(config)
+    config_hash = shards.hash_config(filter_config.describe_settings(config))
     tasks = [
         ShardTask(unit, files.join(parts_folder, name), config_hash, config.input_identity)
         for unit, name in zip(units, names, strict=True)

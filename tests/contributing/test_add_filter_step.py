@@ -59,12 +59,12 @@ def test_extreme_shapes_are_dropped_and_counted(tmp_path, num_workers, capsys):
 
 def test_the_step_is_off_by_default_and_finished_folders_stay_valid(tmp_path, monkeypatch):
     config = job_config("in.tar", tmp_path)
-    hashes = [filter_config.hash_config(config)]
+    settings = [filter_config.describe_settings(config)]
     config.aspect.max_ratio = 3.0
-    hashes.append(filter_config.hash_config(config))
+    settings.append(filter_config.describe_settings(config))
     monkeypatch.delitem(registry.STEPS, "aspect")
-    hashes.append(filter_config.hash_config(job_config("in.tar", tmp_path)))
-    assert hashes[0] == hashes[2] != hashes[1]
+    settings.append(filter_config.describe_settings(job_config("in.tar", tmp_path)))
+    assert settings[0] == settings[2] != settings[1]
 
 
 def test_a_replay_decides_by_another_ratio(tmp_path):
