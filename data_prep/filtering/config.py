@@ -6,6 +6,7 @@ The keys of the steps stand in the steps' own files.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -212,7 +213,7 @@ def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
             if step.is_active(config):
                 kept = {k: v for k, v in keys.items() if k not in step.not_hashed}
                 settings[step.section] = kept
-    return settings
+    return json.loads(json.dumps(settings))  # lists for tuples, as they are read again
 
 
 def describe_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:

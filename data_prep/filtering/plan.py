@@ -21,10 +21,8 @@ change costs itself, and a mistyped `config.input` costs nothing.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -149,22 +147,9 @@ def _plan_parts(
     entries = []
     for name, found in zip(names, inputs, strict=True):
         shard = found.shard
-        state: dict[str, Any] = {"path": shard.path, "size_bytes": None, "changed_ns": None}
-        with contextlib.suppress(FileNotFoundError):  # its task will fail of it
-            state = shard.identity()
-        entries.append(
-            {
-                "name": name,
-                "path": found.path,
-                "source": state["path"],
-                "kind": shard.kind,
-                "start": shard.start,
-                "stop": shard.stop,
-                "size_bytes": state["size_bytes"],
-                "changed": state["changed_ns"],  # a time, or the version that a store states
-            }
-        )
-    if table.read_manifest(folder) != json.loads(json.dumps(entries)):
+        entry = {"name": name, "path": found.path, "source": shard.path}
+        entries.append(entry | {"kind": shard.kind, "start": shard.start, "stop": shard.stop})
+    if table.read_manifest(folder) != entries:
         path = files.join(folder, table.MANIFEST)
         files.write_object(path, {"parts": entries}, with_checksum=True)
     return names
@@ -226,7 +211,7 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     resharding.remove_outputs(job.parts_folder, removed)
     if changed or gone:
         forget_output(job.folder)
-    settings = json.loads(json.dumps(filter_config.describe_settings(job.config)))
+    settings = filter_config.describe_settings(job.config)
     path = files.join(job.parts_folder, SETTINGS)
     if (files.read_object(path) or {}) != settings:
         files.write_object(path, settings)
@@ -325,7 +310,7 @@ def _describe_changes(job: Job, changed: _Changes, gone: Sequence[str], finished
         if len(reasons) > _SHOWN:
             text += f"; and {len(reasons) - _SHOWN} more"
         before = files.read_object(files.join(job.parts_folder, SETTINGS)) or {}
-        now = json.loads(json.dumps(filter_config.describe_settings(job.config)))
+        now = filter_config.describe_settings(job.config)
         differences = list(filter_config.compare_settings(before, now))
         if differences:
             text += f". In the config: {', '.join(differences[:_SHOWN])}"

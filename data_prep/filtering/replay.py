@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,10 +128,7 @@ class Replay:
                 not_known[str(reason)] = counts[code]
             elif counts[code] or stage == KEPT:
                 known[stage, reason] = counts[code]
-        before, now = (
-            json.loads(json.dumps(filter_config.record_settings(config)))
-            for config in (self._before, self._now)
-        )
+        before, now = map(filter_config.record_settings, (self._before, self._now))
         shown = [name for step in self._steps for name in step.scores if name in scores]
         quantiles = {name: score_quantiles(self.paths, name, QUANTILES) for name in shown}
         return Result(
