@@ -73,12 +73,6 @@ KIND_NOUNS = word_set("""
     rooftop sign tabby teen terminal thanksgiving
 """)
 
-# Words in -ed and -ing that make one description with the word before them: "green eyed".
-JOINED_PARTICIPLES = word_set("""
-    aged bodied colored coloured eyed faced feeling footed haired handed headed heeled legged
-    looking necked rimmed shaped sized sleeved smelling tailed tasting winged
-""")
-
 # Nouns that describe as adjectives do and are things where no noun follows: "isolated on white".
 COLORS = DESCRIBING_NOUNS - word_set("antique luxury premium retro vintage")
 

@@ -88,22 +88,6 @@ def name_object(sentence: Sentence, i: int) -> str:
     return " ".join((*parts, sentence.lemma[i].rstrip(".")))
 
 
-def _joins_participle(sentence: Sentence, i: int) -> bool:
-    """Returns whether a modifier makes one word with the next: "gold plated", "good looking"."""
-    after, head = i + 1, sentence.head[i]
-    if after > head:
-        return False
-    low = sentence.low[after]
-    if low not in lexicon.JOINED_PARTICIPLES:
-        return False
-    if head != after and (sentence.head[after] != head or sentence.dep[after] not in MODIFIERS):
-        return False
-    tag = sentence.tag[after]
-    if sentence.dep[i] not in MODIFIERS or not (tag in ADJECTIVE_TAGS or tag in PARTICIPLE_TAGS):
-        return False
-    return sentence.tag[i] in ADJECTIVE_TAGS or sentence.low[i] in lexicon.DESCRIBING_NOUNS
-
-
 def _compound_parts(sentence: Sentence, i: int) -> list[int]:
     parts = []
     for kid in sentence.kids[i]:
@@ -133,19 +117,12 @@ def list_attributes(sentence: Sentence, i: int) -> list[str]:
         dep = sentence.dep[kid]
         if dep in MODIFIERS:
             if describes(sentence, kid):
-                if not _joins_participle(sentence, kid):
-                    found.extend(expand_adjective(sentence, kid))
-                for part in _compound_parts(sentence, kid):
-                    found.extend(
-                        j for j in sentence.kids_of(part, "amod") if describes(sentence, j)
-                    )
+                found.extend(expand_adjective(sentence, kid))
             elif is_absorbed(sentence, kid):
                 for part in (kid, *_compound_parts(sentence, kid)):
                     for inner in sentence.kids_of(part, "amod", "compound", "nmod"):
                         if describes(sentence, inner):
                             found.extend(expand_adjective(sentence, inner))
-        elif dep in ("acl", "relcl") and sentence.tag[kid] in ADJECTIVE_TAGS:
-            found.extend(expand_adjective(sentence, kid))
     return name_attributes(sentence, found)
 
 
@@ -153,11 +130,7 @@ def expand_adjective(sentence: Sentence, i: int) -> list[int]:
     """An adjective with the adjectives that are coordinated with it or modify it."""
     found = [i]
     for kid in sentence.kids[i]:
-        if (
-            sentence.dep[kid] in ("conj", *MODIFIERS)
-            and describes(sentence, kid)
-            and not _joins_participle(sentence, kid)
-        ):
+        if sentence.dep[kid] in ("conj", *MODIFIERS) and describes(sentence, kid):
             found.extend(expand_adjective(sentence, kid))
     return found
 
@@ -167,11 +140,7 @@ def name_attributes(sentence: Sentence, indices: list[int]) -> list[str]:
     words = []
     for i in sorted(set(indices)):
         low = sentence.low[i]
-        if not low[0].isalpha():
-            continue
-        if sentence.dep[i] in MODIFIERS and i and _joins_participle(sentence, i - 1):
-            words.append(f"{sentence.low[i - 1]}-{low}")
-        else:
+        if low[0].isalpha():
             words.append(sentence.lemma[i] if sentence.tag[i] in ADJECTIVE_TAGS else low)
     return words
 
@@ -266,8 +235,6 @@ def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, 
                 (f"{low} {name}" if compound else name, target)
                 for name, target in expand_preposition(sentence, kid)
             ]
-        elif dep == "conj" and sentence.tag[kid] in ("IN", "TO"):
-            found += expand_preposition(sentence, kid)
     return found
 
 
@@ -288,8 +255,6 @@ class SubjectFinder:
         sentence = self.sentence
         own = sentence.kids_of(i, "nsubj", "nsubjpass")
         if own:
-            if len(own) > 1 and ":" in sentence.low[own[0] : own[-1]]:
-                own = own[-1:]  # "hair today : the model has dyed hers"
             return [j for kid in own for j in find_referents(sentence, kid)], True
         if sentence.has_kid(i, "expl", "csubj", "csubjpass"):
             return [], True
@@ -306,10 +271,6 @@ class SubjectFinder:
                 pastime = controllers and sentence.lemma[controllers[0]] in lexicon.PASTIMES
                 if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS and not pastime:
                     return find_referents(sentence, controllers[0]), True
-                return self.find(head)
-            while sentence.dep[head] == "prep" and sentence.head[head] != head:
-                head = sentence.head[head]
-            if sentence.tag[head] in VERB_TAGS:
                 return self.find(head)
             if sentence.dep[head] in ("acomp", "oprd"):
                 return self.find(sentence.head[head])

@@ -33,8 +33,6 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
         if dep[i] == "prt" and sentence.has_kid(i, "pobj"):
             dep[i] = "prep"
         if tag[i] in VERB_TAGS:
-            if dep[i] in ("aux", "auxpass"):
-                continue
             if dep[i] not in MODIFIERS:
                 _correct_false_verb(sentence, i, words)
             elif (

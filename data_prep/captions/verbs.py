@@ -207,8 +207,6 @@ class _GraphBuilder:
                 allowed and sentence.lemma[head] in lexicon.CONTROL_VERBS
             ):
                 return True
-            if not grounded:
-                return True
         # "being carried to a car" is going on, whoever it is that is carried.
         if grounded or any(sentence.low[kid] == "being" for kid in sentence.kids_of(i, "auxpass")):
             return False
