@@ -145,15 +145,6 @@ def name_attributes(sentence: Sentence, indices: list[int]) -> list[str]:
     return words
 
 
-def is_place_noun(sentence: Sentence, i: int) -> bool:
-    """Returns whether a noun is the middle of a compound preposition ("front" in "in front of")."""
-    return (
-        sentence.is_hidden[i]
-        and sentence.dep[i] == "pobj"
-        and sentence.low[i] in lexicon.PLACE_NOUNS
-    )
-
-
 def find_referents(sentence: Sentence, i: int) -> list[int]:
     """The objects that a noun phrase stands for, by its head: with coordinations, none for "it".
 
@@ -220,7 +211,8 @@ def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, 
     low, found = sentence.low[preposition], []
     for kid in sentence.kids[preposition]:
         dep = sentence.dep[kid]
-        if dep == "pobj" and is_place_noun(sentence, kid):
+        is_place = sentence.is_hidden[kid] and sentence.low[kid] in lexicon.PLACE_NOUNS
+        if dep == "pobj" and is_place:  # "front" in "in front of"
             for inner in sentence.kids_of(kid, "prep"):
                 if sentence.low[inner] == "of":
                     found += [

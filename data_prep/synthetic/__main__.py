@@ -1,6 +1,7 @@
 """Command: `python -m data_prep.synthetic`, which writes the noisy web of `synthetic.web`."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from absl import flags, logging
@@ -14,23 +15,22 @@ def define_flags() -> None:
     """Defines the flags of the command; only as a command, so that imports stay free of them."""
     defaults = web.Settings()
     flags.DEFINE_string("output", None, "Directory to write to.", required=True)
-    flags.DEFINE_integer("num_pairs", defaults.num_pairs, "Training pairs, clean and noisy.")
-    flags.DEFINE_integer("seed", defaults.seed, "Seed of everything; same seed, same bytes.")
-    flags.DEFINE_integer("image_size", defaults.image_size, "Side of the pictures in pixels.")
+    integer = functools.partial(flags.DEFINE_integer, lower_bound=0)
+    integer("num_pairs", defaults.num_pairs, "Training pairs, clean and noisy.")
+    integer("seed", defaults.seed, "Seed of everything; same seed, same bytes.")
+    # In smaller pictures rendered text is not legible.
+    integer("image_size", defaults.image_size, "Side of the pictures in pixels.", lower_bound=128)
     flags.DEFINE_list(
         "noise",
         [f"{kind}={share}" for kind, share in defaults.noise.items()],
         "Shares of the kinds of noise among the training pairs, KIND=SHARE,...; the kinds are "
         f"{', '.join(web.NOISE_KINDS)}; empty for none.",
     )
-    flags.DEFINE_integer("pairs_per_tar", defaults.pairs_per_tar, "Training pairs per tar.")
-    flags.DEFINE_integer("num_retrieval", defaults.num_retrieval, "Pairs of val_retrieval.tar.")
-    flags.DEFINE_integer(
-        "num_classification",
-        defaults.num_classification,
-        "Pairs of val_shape.tar and of val_color.tar.",
-    )
-    flags.DEFINE_integer("num_workers", 0, "Processes; 0 for one per core.")
+    integer("pairs_per_tar", defaults.pairs_per_tar, "Training pairs per tar.", lower_bound=1)
+    integer("num_retrieval", defaults.num_retrieval, "Pairs of val_retrieval.tar.")
+    shapes_and_colors = "Pairs of val_shape.tar and of val_color.tar."
+    integer("num_classification", defaults.num_classification, shapes_and_colors)
+    integer("num_workers", 0, "Processes; 0 for one per core.")
     flags.DEFINE_alias("workers", "num_workers")
 
 

@@ -29,7 +29,7 @@ import multiprocessing
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,16 +80,6 @@ class Settings:
     num_classification: int = 480
 
     def __post_init__(self):
-        for name in ("num_pairs", "num_retrieval", "num_classification", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.pairs_per_tar < 1:
-            raise ValueError(f"pairs_per_tar must be at least 1, got {self.pairs_per_tar}")
-        if self.image_size < 128:
-            raise ValueError(
-                f"image_size must be at least 128 for rendered text to be legible, got "
-                f"{self.image_size}; shrink the pictures in training instead"
-            )
         for kind, share in self.noise.items():
             if kind not in NOISE_KINDS:
                 raise ValueError(f"unknown kind of noise {kind!r}; known: {', '.join(NOISE_KINDS)}")
@@ -266,16 +256,11 @@ def write_dataset(
     ]
     made = map_in_processes(functools.partial(_make_chunk, settings), chunks, workers)
     pairs = itertools.chain.from_iterable(made)
-    with ProgressBar(total=total, unit="pair", desc="synthetic web") as progress:
+    with ProgressBar(pairs, total=total, unit="pair", desc="synthetic web") as progress:
+        counted = iter(progress)
         for name, (_, indices) in plan.items():
-            write_pair_tar(output / name, _count(itertools.islice(pairs, len(indices)), progress))
+            write_pair_tar(output / name, itertools.islice(counted, len(indices)))
     return manifest["counts"]
-
-
-def _count(pairs: Iterable[ExamplePair], progress: ProgressBar) -> Iterator[ExamplePair]:
-    for pair in pairs:
-        yield pair
-        progress.update()
 
 
 def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
