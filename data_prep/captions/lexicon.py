@@ -52,21 +52,6 @@ DESCRIBING_NOUNS = word_set("""
     turquoise vintage violet white yellow
 """)
 
-# Adjectives that the dictionary has as nouns too; before a noun they describe it.
-ADJECTIVES = word_set("""
-    african american arabian arctic asian australian austrian automatic belgian bohemian
-    brazilian bridal british canadian celtic chinese christian classic contemporary cuban
-    custom danish decorative derelict digital domestic dutch egyptian elastic electric english
-    european exotic finnish floral french funny german gothic gourmet greek hawaiian historic
-    hungarian hybrid indian indie indonesian inflatable international irish islamic italian
-    japanese jewish korean local manual marine matte metallic mexican military miniature modern
-    moroccan muslim national native natural newlywed nordic norwegian olympic organic oriental
-    ornamental persian peruvian plastic polish portable portuguese professional romanian
-    russian rustic sacred scandinavian scottish spanish suburban swedish swiss synthetic tender
-    thai tibetan tropical turkish ukrainian urban vegan vegetarian vertical victorian
-    vietnamese welsh
-""")
-
 # Nouns that are read as adjectives and name a kind of what follows: "pet dog", "attic window".
 KIND_NOUNS = word_set("""
     arch attic ballet calico chicken christmas coral locomotive mosaic net pedal pet premiere
@@ -80,16 +65,6 @@ COLORS = DESCRIBING_NOUNS - word_set("antique luxury premium retro vintage")
 VAGUE_NOUNS = word_set("""
     aka anyone anything etc everything indoor indoors none nothing one ones outdoor outdoors
     something
-""")
-
-# Nouns that an -ing form before them tells the purpose of: "dining area", "sewing machine".
-PURPOSE_NOUNS = word_set("""
-    area arena bag block board boat book boot business car card center centre class club company
-    competition court day device dress equipment event festival field game gear ground guard guide
-    gym hall idea instruction kit lane lesson line machine magazine match material page paper park
-    party path place pole pool product race rack range ring rink rod room school season service
-    set ship shoe sign site space stadium station stick studio suit system table team tip tool
-    tour track trail trip truck van vehicle website
 """)
 
 # Forms in -ing that before a thing name what it is for, as in "living room".
@@ -117,16 +92,6 @@ FIRST_NOUNS = word_set("""
     shadow sign stand talk view visit work
 """)
 
-# Nouns in -ing for things and occupations; behind a living thing they are still nouns.
-NOMINAL_GERUNDS = word_set("""
-    breeding building carving ceiling clothing crossing drawing ending engraving evening fishing
-    greeting grooming housing hunting landing lighting listing marking meeting morning offering
-    opening painting parking racing setting showing training watching wedding writing
-""")
-
-# What one has while one does something: "having fun playing".
-PASTIMES = word_set("difficulty fun time trouble")
-
 # Calendar words: times that something is at or on, and no things elsewhere.
 CALENDAR = word_set("""
     april august century decade december february friday hour january july june monday month
@@ -137,7 +102,6 @@ CALENDAR = word_set("""
 PERSON_PRONOUNS = word_set("""
     anybody anyone everybody everyone he her him i me she somebody someone them they us we you
 """)
-SUBJECT_PRONOUNS = word_set("he i she they we")
 RELATIVE_PRONOUNS = word_set("who whom which that")
 
 # First names that are no other words: persons, as living things are.
@@ -265,13 +229,6 @@ DEEDS = word_set("""
     serve sew sing sip sit skate ski skip sleep smell smile sniff spray stand stare steal stir
     stretch surf sweep swim swing teach throw toss touch visit walk wash watch water wave wear weave
     wipe wrestle write yawn
-""")
-
-# Verbs of motion and light. Of things too, with "the" before and a preposition behind, their forms
-# in -s are verbs: "the boat sails on the lake".
-MOVING_VERBS = word_set("""
-    approach arrive blow bloom burn climb crash cruise depart drift erupt explode float flow fly
-    glide glow hang hover land lean lie melt race rise sail shine sink sit soar speed spin stand
 """)
 
 # Verbs of state: they relate two objects, but nobody acts. Ours: wearing is an action.

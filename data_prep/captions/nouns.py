@@ -260,8 +260,7 @@ class SubjectFinder:
         if dep in ("conj", "xcomp", "advcl", "ccomp", "parataxis", "dep"):
             if sentence.tag[head] in VERB_TAGS:
                 controllers = sentence.kids_of(head, "dobj") if dep == "xcomp" else []
-                pastime = controllers and sentence.lemma[controllers[0]] in lexicon.PASTIMES
-                if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS and not pastime:
+                if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS:
                     return find_referents(sentence, controllers[0]), True
                 return self.find(head)
             if sentence.dep[head] in ("acomp", "oprd"):

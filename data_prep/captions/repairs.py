@@ -57,7 +57,7 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
     if tag in NOUN_TAGS:
         if sentence.dep[i] in MODIFIERS and low in words.adjectives:
             is_name = tag == "NNP" and sentence.dep[i] == "amod"
-            if low not in words.nouns or low in lexicon.ADJECTIVES or is_name:
+            if low not in words.nouns or is_name:
                 sentence.tag[i] = "JJ"
     elif tag in ADJECTIVE_TAGS:
         if sentence.dep[i] in MODIFIERS and low in lexicon.KIND_NOUNS:
@@ -172,8 +172,7 @@ def _describes_thing(sentence: Sentence, i: int, thing: int) -> bool:
     if tag == "VBG":
         if sentence.lemma[i] in lexicon.INTRANSITIVE_VERBS | lexicon.THING_VERBS:
             return True
-        kinds = lexicon.ANIMATE_NOUNS | lexicon.PURPOSE_NOUNS
-        return sentence.lemma[thing] in kinds and sentence.tag[thing] != "NNS"
+        return sentence.lemma[thing] in lexicon.ANIMATE_NOUNS and sentence.tag[thing] != "NNS"
     return tag in ("VBN", "VBD") and low.endswith(("ed", "en", "rn", "wn"))
 
 
@@ -211,9 +210,8 @@ def _correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -
         actor, thing = _find_actor(sentence, noun), _find_head_noun(sentence, i)
         if actor is None or thing is None:
             return
-        if actor != noun or sentence.lemma[thing] not in lexicon.PURPOSE_NOUNS:
-            sentence.tag[i], sentence.lemma[i] = tag, lemma
-            _make_clause(sentence, actor, i, thing)
+        sentence.tag[i], sentence.lemma[i] = tag, lemma
+        _make_clause(sentence, actor, i, thing)
     elif (
         sentence.head[noun] == i
         and not sentence.has_kid(i, "nsubj", "nsubjpass")
@@ -262,7 +260,7 @@ def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | No
         follows = sentence.tag[i - 1] == "NNS" or sentence.dep[i] == "conj"
         if low not in words.nouns or (sentence.dep[i - 1] == "compound" and follows):
             return "VBP"  # the former: "artist perform during a festival"
-    return "VBG" if low.endswith("ing") and low not in lexicon.NOMINAL_GERUNDS else None
+    return "VBG" if low.endswith("ing") else None
 
 
 def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmatizer) -> bool:
@@ -285,8 +283,6 @@ def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:
         return True
     if not _is_followed(sentence, i):
         return False
-    if sentence.lemma[i] in lexicon.MOVING_VERBS and sentence.has_kid(i, "det"):
-        return True
     return sentence.lemma[noun] in lexicon.ANIMATE_NOUNS
 
 

@@ -176,10 +176,7 @@ class _GraphBuilder:
             return True
         if sentence.tag[i] not in ("VBN", "VBD") or sentence.has_kid(i, "aux", "dobj"):
             return False
-        subjects = sentence.kids_of(i, "nsubj")
-        if subjects:
-            if sentence.low[subjects[0]] in lexicon.SUBJECT_PRONOUNS:
-                return False  # "the necklace I made"
+        if sentence.has_kid(i, "nsubj"):
             # "house nestled in the hills", "boy named Max": no auxiliary, and nobody who does it.
             lemma = sentence.lemma[i]
             unacted = lexicon.PLACING_VERBS | lexicon.CONDITION_VERBS | lexicon.NAMING_VERBS
