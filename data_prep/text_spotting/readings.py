@@ -10,7 +10,6 @@ found. Pictures and networks must not come in.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -90,25 +89,37 @@ class SpotCache:
         if not (directory / "settings.json").exists():  # for people
             write_bytes(directory / "settings.json", f"{text}\n".encode())
         self.path = directory / f"{shard}.jsonl"
-        self._readings: dict[str, Reading] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         self._lines: list[str] = []
-        if self.path.exists():
-            self._load(self.path.read_bytes())
+        data = self.path.read_bytes() if self.path.exists() else b""
+        for line in data.splitlines():
+            # Other lines are the end of a killed run, or damage; what they held is spotted again.
+            if entry := parse_checked_object(line, needs_checksum=True):
+                self._entries[entry["image"]] = entry
+        if data and not data.endswith(b"\n"):
+            self._lines.append("\n")
 
     def __len__(self) -> int:
-        return len(self._readings)
+        return len(self._entries)
 
     def get(self, image: str) -> Reading:
         """A reading to be completed by the caller; an empty one for an unknown `hash_image`."""
-        return copy.deepcopy(self._readings.get(image, Reading()))
+        reading = Reading()
+        if (entry := self._entries.get(image)) is not None:
+            reading.peaks = {int(side): score for side, score in entry["peaks"].items()}
+            for side, look in entry["looks"].items():
+                boxes = [tuple(box) for box in look["boxes"]]
+                texts = [None if text is None else tuple(text) for text in look["texts"]]
+                reading.looks[int(side)] = Lines(boxes, texts)
+        return reading
 
     def put(self, image: str, reading: Reading) -> None:
         """Replaces what is known of a picture, on disk after the next `flush`."""
-        if self._readings.get(image) == reading:
-            return
-        self._readings[image] = copy.deepcopy(reading)
-        entry = add_checksum({"image": image, **dataclasses.asdict(reading)})
-        self._lines.append(json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n")
+        entry = json.loads(json.dumps({"image": image, **dataclasses.asdict(reading)}))
+        if self._entries.get(image) != entry:
+            self._entries[image] = entry
+            text = json.dumps(add_checksum(entry), ensure_ascii=False, separators=(",", ":"))
+            self._lines.append(f"{text}\n")
 
     def flush(self) -> None:
         """Appends what is new to the file."""
@@ -116,21 +127,6 @@ class SpotCache:
             with naming_output(self.path), open(self.path, "ab", buffering=0) as file:
                 file.write("".join(self._lines).encode())
             self._lines = []
-
-    def _load(self, data: bytes) -> None:
-        for line in data.splitlines():
-            try:
-                entry = parse_checked_object(line) or {}
-                reading = Reading({int(side): score for side, score in entry["peaks"].items()})
-                for side, look in entry["looks"].items():
-                    boxes = [tuple(box) for box in look["boxes"]]
-                    texts = [None if text is None else tuple(text) for text in look["texts"]]
-                    reading.looks[int(side)] = Lines(boxes, texts)
-                self._readings[entry["image"]] = reading
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # The end of a killed run, or damage; what it held is spotted again.
-        if data and not data.endswith(b"\n"):
-            self._lines.append("\n")
 
 
 def rank_lines(look: Lines) -> list[int]:
