@@ -183,18 +183,16 @@ def parse_flags(
             given = _with_paths(flags.FLAGS.read_flags_from_files(given, force_gnu=False))
             for path, arg in _named_recipes(given)[-1:]:
                 _check_recipe(path, load_recipe(path, arg), defaults)
-            keys = [re.match(r"--?config\.([\w.]+)(=None$)?", argument) for argument in given]
+            keys = (re.match(r"--?config\.([\w.]+)", argument) for argument in given)
             check_names((key[1] for key in keys if key), defaults)
-            for key in filter(None, keys):
-                if key[2]:
-                    check_optional(key[1], defaults)
         sys.argv[:] = given  # ml_collections reads the keys of configs there
         rest = flags.FLAGS(given)
         if config_defaults is not None and _named_recipes(given):
             config_flag: Any = flags.FLAGS["config"]
             overrides = config_flag.override_values
             for name, value in overrides.items():
-                if value == (None,):  # of a tuple
+                if value in (None, (None,)):  # the other one is that of a tuple
+                    check_optional(name, defaults)
                     overrides[name] = None
                     set_key(flags.FLAGS.config, name, None)
             apply_overrides(flags.FLAGS.config, overrides)

@@ -149,17 +149,15 @@ def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
 
 
 def check_optional(key: str, defaults: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for a key that cannot be None: a section, or with a default of its own."""
-    section: Any = defaults
+    """Raises ValueError for a key that cannot be None, since its default is another one."""
+    default: Any = defaults
     for name in key.split("."):
-        if issubclass(section.get_type(name), TextOrSections):
+        if issubclass(default.get_type(name), TextOrSections):
             return
-        section = section[name]
-    if isinstance(section, ml_collections.ConfigDict):
-        raise ValueError(f"--config.{key}=None: a section cannot be unset, only its keys")
-    if section is not None:
+        default = default[name]
+    if default is not None:
         raise ValueError(
-            f"--config.{key}=None: this key cannot be unset; its default is {section!r:.200}"
+            f"--config.{key}=None: this key cannot be unset; its default is {default!r:.200}"
         )
 
 

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Num
 from ml_collections.config_dict import placeholder
 
-from diht_jax.config.keys import COUNT, POSITIVE, Key
+from diht_jax.config.keys import COUNT, NOT_NEGATIVE, POSITIVE, Key
 from diht_jax.losses.concepts import map_in_chunks
 from diht_jax.losses.contrastive import check_embeddings
 from diht_jax.losses.dense import inner_products
@@ -175,7 +175,7 @@ class AffinityDistillation(Term):
     """
 
     settings: ClassVar[dict[str, Any]] = {
-        "weight": 0.0,  # of this loss; 0 leaves it out
+        "weight": Key(0.0, NOT_NEGATIVE),  # of this loss; 0 leaves it out
         # What each teacher's similarities are divided by, or one for all; (): 1 / its logit scale.
         "temperatures": Key((), POSITIVE),
         # Numbers in an embedding of each teacher in the data; training fills them in.

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from diht_jax.config.keys import COUNT, Key, OneOf
+from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key, OneOf
 from diht_jax.losses.concepts import concept_losses_in_chunks
 from diht_jax.losses.objective import Parameters, Term
 from diht_jax.models.dual_encoder import find_end_of_text
@@ -38,7 +38,7 @@ class Captioning(Term):
     """
 
     settings: ClassVar[dict[str, Any]] = {
-        "weight": 0.0,  # of this loss; 0 leaves it out
+        "weight": Key(0.0, NOT_NEGATIVE),  # of this loss; 0 leaves it out
         "layers": Key(6, COUNT),  # of the decoder, which is as wide as the text tower
         # As config.model.remat, of the decoder's blocks.
         "remat": Key("none", OneOf(POLICIES)),

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from diht_jax.config.keys import NOT_NEGATIVE, Key, check_ranges
+from diht_jax.config.keys import NOT_NEGATIVE, Key
 
 if TYPE_CHECKING:
     from diht_jax.models.zoo import Architecture
@@ -282,28 +282,15 @@ class Term:
         arch: sizes of the model.
     """
 
-    settings: ClassVar[dict[str, Any]] = {"weight": 0.0}
+    settings: ClassVar[dict[str, Any]] = {"weight": Key(0.0, NOT_NEGATIVE)}
     num_labels: int = 0
     teacher_width: int = 0
     reads_image_tokens: bool = False
     multipliers: tuple[tuple[str, float, float], ...] = ()
 
     def __init__(self, name: str, section: ml_collections.ConfigDict, arch: Architecture):
-        """Keeps and checks the section.
-
-        Args:
-            name: of the section.
-            section: of the config.
-            arch: sizes of the model.
-
-        Raises:
-            ValueError: a value out of range; names the key, such as `config.concepts.num_objects`.
-        """
+        """Keeps the section, whose values are in their ranges; calls `check` for an active term."""
         self.name, self.section, self.arch = name, section, arch
-        keys = dict(self.settings)
-        if "weight" in keys:
-            keys["weight"] = Key(0.0, NOT_NEGATIVE)
-        check_ranges(section, keys, f"config.{name}.")
         if self.is_active:
             self.check()
 

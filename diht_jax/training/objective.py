@@ -35,9 +35,7 @@ def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
     """The terms that count in this run."""
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     return tuple(
-        term
-        for name, kind in TERMS.items()
-        if (term := kind(name, config[name], arch)).is_active  # checks the section
+        term for name, kind in TERMS.items() if (term := kind(name, config[name], arch)).is_active
     )
 
 
