@@ -116,13 +116,13 @@ def _fast_islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     devices keeps those of a host together.
     """
 
-    def island(device: jax.Device) -> tuple[int, ...]:
+    def island(device: jax.Device) -> int:
         index = getattr(device, "slice_index", None)
-        if index is None:
-            index = 0 if device.platform == "tpu" else device.process_index
-        return (index,)
+        if index is not None:
+            return index
+        return 0 if device.platform == "tpu" else device.process_index
 
-    ordered = sorted(devices, key=lambda device: (*island(device), device.id))
+    ordered = sorted(devices, key=lambda device: (island(device), device.id))
     return [list(group) for _, group in itertools.groupby(ordered, key=island)]
 
 

@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from diht_jax import sharding
+from diht_jax.config.checks import flatten
 from diht_jax.models.parameters import fit_positions
 from diht_jax.models.zoo import (
     ARCHITECTURE_FIELDS,
@@ -215,12 +216,9 @@ def _read_weights(source: str) -> ModelFiles:
 
 
 def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
-    """Dotted names of the keys of architecture and inputs that differ from the default ones."""
-    changed = {f"model.overrides.{k}" for k, v in section.overrides.items() if v is not None}
-    inputs = ("tokenizer", "text_cleaning")
-    changed |= {f"model.{name}" for name in inputs if section[name] is not None}
-    changed |= {f"model.pictures.{k}" for k, v in section.pictures.items() if v is not None}
-    return changed | ({"model.name"} if section.name != default_config().model.name else set())
+    """Dotted names of the keys of the model that differ from the default ones."""
+    own, default = (flatten(s.to_dict(), "model.") for s in (section, default_config().model))
+    return {name for name, value in own.items() if value != default[name]}
 
 
 def _read_start(source: str) -> tuple[Architecture, ml_collections.ConfigDict]:
