@@ -267,18 +267,15 @@ def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
     """
     fields = {}
     for setting in settings:
-        name, equals, text = setting.partition("=")
-        if equals and name and name not in ARCHITECTURE_FIELDS:
+        name, _, text = setting.partition("=")
+        if name not in ARCHITECTURE_FIELDS:
             hint = suggest(name, ARCHITECTURE_FIELDS)
             raise ValueError(f"--architecture {setting[:200]}: no field '{name[:200]}'; {hint}")
-        kind = ARCHITECTURE_FIELDS.get(name, str)
+        kind = ARCHITECTURE_FIELDS[name]
         try:
-            value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+            fields[name] = _BOOLEANS[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            equals = ""
-        if not name or not equals or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(
                 f"--architecture: expected a pair like activation=quick_gelu, got '{setting[:200]}'"
-            )
-        fields[name] = value
+            ) from None
     return fields
