@@ -14,7 +14,7 @@ from typing import Any
 
 from diht_jax.hardware.chips import LATENCY_SECS
 from diht_jax.hardware.hlo_traffic import Collective, Traffic
-from diht_jax.hardware.schedule import Rates, scheduled_secs
+from diht_jax.hardware.schedule import scheduled_secs
 from diht_jax.hardware.topologies import Topology
 
 _GIB = 1 << 30
@@ -83,14 +83,9 @@ class StepReport:
             sending, waiting = collective_secs(self.topology, row)
             network, latency = network + sending, latency + row.count * waiting
         step = max(compute, memory, network + latency)
-        rates = Rates(
-            chip.hbm_bytes_per_sec,
-            chip.clock_hz,
-            chip.peak_flops,
-            chip.float32_flops or chip.peak_flops,
-            lambda row: sum(collective_secs(self.topology, row)),
+        by_kind = scheduled_secs(
+            traffic.work, chip, lambda row: sum(collective_secs(self.topology, row))
         )
-        by_kind = scheduled_secs(traffic.work, rates)
         scheduled = max(sum(by_kind.values()), step)
         useful = self.model_flops / chip.peak_flops
         mfu, scheduled_mfu = useful / step, useful / scheduled

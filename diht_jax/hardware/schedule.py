@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from diht_jax.hardware.chips import Chip
 from diht_jax.hardware.hlo_traffic import Collective, Work
 
 _LABELS = "final_bundles|deduplication-map"
@@ -34,20 +35,15 @@ _EXIT_TEST = re.compile(r"%(p\d+)_p\d+ = scmp\.ge\.s32\.totalorder %s\d+_s\d+, (
 _BACK = re.compile(r"sbr\.rel \(!%(p\d+)_p\d+\)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """Peak rates of a device, in a second."""
+def scheduled_secs(
+    work: Iterable[Work], chip: Chip, collective_secs: Callable[[Collective], float]
+) -> dict[str, float]:
+    """Seconds that the program takes at least, by the `kind` of `Work`, largest first.
 
-    hbm_bytes: float  # read from or written to memory
-    cycles: float  # of a TPU's core; 0 for other devices
-    flops: float  # of matrix products
-    float32_flops: float  # of those of float32 numbers in full precision
-    collective_secs: Callable[[Collective], float]  # of one collective, latency included
-
-
-def scheduled_secs(work: Iterable[Work], rates: Rates) -> dict[str, float]:
-    """Seconds that the program takes at least, by the `kind` of `Work`, largest first."""
-    timeline = _Timeline(rates)
+    Args:
+        collective_secs: of one collective, latency included.
+    """
+    timeline = _Timeline(chip, collective_secs)
     timeline.run(work)
     return dict(timeline.secs.most_common())
 
@@ -55,8 +51,8 @@ def scheduled_secs(work: Iterable[Work], rates: Rates) -> dict[str, float]:
 class _Timeline:
     """Runs the work of one computation once."""
 
-    def __init__(self, rates: Rates):
-        self._rates = rates
+    def __init__(self, chip: Chip, collective_secs: Callable[[Collective], float]):
+        self._chip, self._collective_secs = chip, collective_secs
         self.secs: Any = collections.Counter()  # by kind; fractions, which its type does not know
         # Time in which memory, or the links, were free for what goes on besides.
         self.free = {"copies": 0.0, "collectives": 0.0}
@@ -77,11 +73,11 @@ class _Timeline:
                 secs = self._transfer_secs(item)
                 self._spend(item.kind, secs, busy={"collectives": secs})
             else:
-                memory = item.memory_bytes / self._rates.hbm_bytes
+                memory = item.memory_bytes / self._chip.hbm_bytes_per_sec
                 self._spend(item.kind, max(memory, self._core_secs(item)), busy={"copies": memory})
 
     def _run_loop(self, loop: Work) -> None:
-        trip = _Timeline(self._rates)
+        trip = _Timeline(self._chip, self._collective_secs)
         trip.run(loop.body)
         secs = loop.trips * trip.secs.total()
         busy = {name: secs - loop.trips * free for name, free in trip.free.items()}
@@ -111,15 +107,17 @@ class _Timeline:
             self.free[channel] += free
 
     def _transfer_secs(self, item: Work) -> float:
-        memory = item.memory_bytes / self._rates.hbm_bytes
+        memory = item.memory_bytes / self._chip.hbm_bytes_per_sec
         if item.collective is None:
             return memory
-        return max(memory, self._rates.collective_secs(item.collective))
+        return max(memory, self._collective_secs(item.collective))
 
     def _core_secs(self, item: Work) -> float:
-        if self._rates.cycles:
-            return item.cycles / self._rates.cycles
-        return item.flops / self._rates.flops + item.float32_flops / self._rates.float32_flops
+        chip = self._chip
+        if chip.clock_hz:
+            return item.cycles / chip.clock_hz
+        float32_secs = item.float32_flops / (chip.float32_flops or chip.peak_flops)
+        return item.flops / chip.peak_flops + float32_secs
 
 
 @functools.cache

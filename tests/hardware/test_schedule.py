@@ -1,5 +1,6 @@
 """The least time of a program in order, and cycles of its kernels: against sums made by hand."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -7,10 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from diht_jax.hardware.chips import count_flops
+from diht_jax.hardware.chips import Chip, count_flops
 from diht_jax.hardware.hlo_traffic import Collective, Work, count_traffic, flatten, tpu_kernels
 from diht_jax.hardware.schedule import (
-    Rates,
     count_cycles,
     read_cycles,
     read_kernels,
@@ -20,20 +20,24 @@ from diht_jax.hardware.topologies import get_topology
 
 # One byte, one cycle and one float32 FLOP a second, ten FLOPs of others; a collective takes as long
 # as it sends bytes.
-TPU = Rates(1.0, 1.0, 10.0, 1.0, lambda row: float(row.sent_bytes))
-GPU = Rates(1.0, 0.0, 10.0, 1.0, lambda row: float(row.sent_bytes))
+GPU = Chip("gpu", "", 10.0, 0, 1.0, 0.0, float32_flops=1.0)
+TPU = dataclasses.replace(GPU, clock_hz=1.0)
 
 
 def transfer(size):
     return Collective("all-gather", 8, 1, size, size)
 
 
-def total(*work, rates=TPU):
-    return sum(scheduled_secs(work, rates).values())
+def seconds(work, chip=TPU):
+    return scheduled_secs(work, chip, lambda row: float(row.sent_bytes))
+
+
+def total(*work, chip=TPU):
+    return sum(seconds(work, chip).values())
 
 
 def test_float32_products_have_a_rate_of_their_own():
-    assert total(Work("products", flops=30, float32_flops=7), rates=GPU) == 3 + 7
+    assert total(Work("products", flops=30, float32_flops=7), chip=GPU) == 3 + 7
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_work_is_read_from_a_program():
     # Half of the array of 160 bytes is read, all the rest stays in fast memory: 40 of the 80
     # seconds go by under the product.
     assert traffic.memory_bytes == 3 * 80
-    secs = scheduled_secs(traffic.work, TPU)
+    secs = seconds(traffic.work)
     assert secs == {"products": 3 * 40, "copies": 3 * 40, "kernels": 3 * 11}
     assert traffic.unknown_kernels == 0 and count_traffic(PROGRAM).unknown_kernels == 1
 
