@@ -283,7 +283,8 @@ class Run:
         batch_size = self.config.data.batch_size
         first = self.first_example + (step - 1) * batch_size
         keys = self.iterator.keys(first_example=first, most=anomalies.SHOWN_KEYS)
-        return anomalies.shown_keys(keys, batch_size // jax.process_count())
+        num_more = batch_size // jax.process_count() - len(keys)
+        return ", ".join(keys) + (f" and {num_more} more" if num_more > 0 else "")
 
     @property
     def has_next_stage(self) -> bool:
@@ -346,8 +347,7 @@ class Run:
     def _write_line(self, step: int) -> str:
         """Writes the metrics since the last line; returns them for the progress bar."""
         scalars = self._measure(step)
-        if self.window.input_rate is not None:
-            self.supply.check(self.window.input_rate)
+        self.supply.check(self.window.input_rate)
         self.monitor.check_window(step, scalars)
         self.writer.write(step, scalars)
         return (
@@ -362,8 +362,7 @@ class Run:
         if self.config.data.on_bad_record == "skip":
             before, self._skipped_records = self._skipped_records, self.iterator.skipped_records
             scalars["skipped_records"] = float(self._skipped_records - before)
-        if self.window.input_rate is not None:
-            self.wall_time.count_hidden(self.window.input_rate.hidden_secs)
+        self.wall_time.count_hidden(self.window.input_rate.hidden_secs)
         self.wall_time.save()
         return scalars | self.wall_time.scalars()
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -103,12 +103,6 @@ def lowest_loss(workdir: epath.Path, start_step: int) -> float:
     rows = read_metrics(workdir) if start_step else []
     losses = (row["loss"] for row in rows if row["step"] <= start_step and "loss" in row)
     return min(filter(math.isfinite, losses), default=math.inf)
-
-
-def shown_keys(keys: Sequence[str], num_records: int) -> str:
-    """The first few keys of a batch, for a message."""
-    rest = f" and {num_records - len(keys)} more" if num_records > len(keys) else ""
-    return f"{', '.join(keys)}{rest}"
 
 
 class NonFiniteError(DivergedError):

@@ -123,11 +123,6 @@ def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
     return rows
 
 
-def mean_scalars(measured: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """Means over steps of the step's metrics; waits for the device."""
-    return jax.tree.map(lambda *values: float(np.mean(values)), *jax.device_get(list(measured)))
-
-
 def flatten_results(results: Mapping[str, object], prefix: str = "") -> dict[str, float]:
     """Nested evaluation results -> `{"task/metric": value}`; what is no number is left out."""
     flat = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
@@ -17,7 +18,6 @@ from jax.sharding import Mesh
 from diht_jax.hardware.chips import count_jaxpr_flops, find_chip
 from diht_jax.input import workers
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.monitoring.metrics import mean_scalars
 from diht_jax.training.objective import label_sizes
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import OPTIMIZER_SCOPE
@@ -125,7 +125,7 @@ class ThroughputWindow:
         self._last: dict[str, jax.Array] | None = None  # of the step before
         self._arrived_secs = 0.0
         self._was_idle = False  # the devices, when the last batch came
-        self.input_rate: InputRate | None = None  # of the window that `summary` closed last
+        self.input_rate = InputRate(0.0, None, False, 0.0)  # of the window that `summary` closed
         self._reset()
 
     @property
@@ -172,7 +172,8 @@ class ThroughputWindow:
         In addition to the means: `images_per_sec`; `data_wait_secs`, and `data_wait_share` of the
         time; `model_flops_per_sec`; and `mfu`, where the devices' peak is known.
         """
-        scalars = mean_scalars(self._measured)
+        measured = jax.device_get(self._measured)  # waits for the devices
+        scalars: dict[str, float] = jax.tree.map(lambda *x: float(np.mean(x)), *measured)
         elapsed_secs = self._clock() - self._start
         steps_per_sec = len(self._measured) / elapsed_secs
         scalars["images_per_sec"] = steps_per_sec * self._batch_size
