@@ -43,7 +43,10 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in_features] -> [..., out_features]."""
-        return apply_columns(self, x)
+        product, bias = product_and_bias(self, x)
+        if self.float32_bias_gradient:
+            return (_widen(product) + _widen(bias)).astype(product.dtype)
+        return product + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def adapter_product(layer: Linear, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
@@ -54,7 +57,7 @@ def adapter_product(layer: Linear, x: jax.Array, columns: slice = slice(None)) -
     return (adapted.lora_scale * (x @ a)) @ b
 
 
-def apply_columns(layer: Linear, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+def apply_columns(layer: Linear, x: jax.Array, columns: slice) -> jax.Array:
     """Some of the outputs of a layer, without computing the others.
 
     Args:
@@ -66,8 +69,7 @@ def apply_columns(layer: Linear, x: jax.Array, columns: slice = slice(None)) -> 
         [..., len(columns)] in the layer's dtype.
     """
     product, bias = product_and_bias(layer, x, columns)
-    total = product.astype(bias.dtype) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
-    return total.astype(product.dtype)
+    return product + bias
 
 
 def product_and_bias(
@@ -76,11 +78,7 @@ def product_and_bias(
     """The two parts of what `apply_columns` adds up, [..., len(columns)] and [len(columns)]."""
     assert layer.bias is not None
     kernel, bias = layer.kernel[...][:, columns], layer.bias[...][columns]
-    wide = _widen(bias)
     x, kernel, bias = layer.promote_dtype((x, kernel, bias), dtype=layer.dtype)
-    if layer.float32_bias_gradient:
-        # Not rounded to the layer's dtype at any point: XLA would sum the gradient in that dtype.
-        bias = wide
     product = checkpoint_name(_product(x, kernel), LINEAR_OUT)
     if hasattr(layer, "lora_a"):
         product += adapter_product(layer, x, columns)

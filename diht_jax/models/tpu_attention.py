@@ -90,7 +90,7 @@ def attend_short(
     Args:
         qkv: [b, t, 3 * heads * d], the projection's product: queries, keys and values, each
             [heads, d]; bfloat16 or float32.
-        bias: [3 * heads * d] of the projection, of the same dtype or float32.
+        bias: [3 * heads * d] of the projection, of the same dtype.
         num_heads: of the tower.
         causal: whether a token sees those before it and itself only.
         interpret: run without a TPU, for tests.
