@@ -40,6 +40,7 @@ def define_flags() -> None:
 def main() -> None:
     """Runs what the flags ask for."""
     import jax
+    from jax.experimental import multihost_utils
 
     from diht_jax import distributed
 
@@ -49,20 +50,19 @@ def main() -> None:
         raise ValueError("--config is not set: expected a recipe such as prep/duplicates")
     validate_config(config, duplicates_config.default_config())
     duplicates_config.check_config(config)
-    index, count, engine = values.task_index, values.num_tasks, values.engine
+    index, count = values.task_index, values.num_tasks
     if count == 1:
         distributed.start_from_flags()
     elif values.coordinator_address is not None:
         raise ValueError("--num_tasks and --coordinator_address: expected one of them")
-    in_step = jax.distributed.is_initialized() and jax.process_count() > 1
-    if in_step:
+    if jax.distributed.is_initialized():
         index, count = jax.process_index(), jax.process_count()
-        if engine != "local":
-            raise ValueError(f"--engine={engine} in {count} processes: expected one of the two")
     try:
-        failures = job.run(config, index, count, engine=engine, in_step=in_step)
+        failures = job.run(config, index, count, engine=values.engine)
+        if jax.distributed.is_initialized():  # its processes end together
+            multihost_utils.sync_global_devices("data_prep.duplicates")
     except Exception as error:
-        if in_step:
+        if jax.distributed.is_initialized():
             distributed.end_job(error)
         raise
     if failures:

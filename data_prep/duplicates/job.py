@@ -53,12 +53,10 @@ def run(
     num_tasks: int = 1,
     *,
     engine: str = "local",
-    in_step: bool = False,
 ) -> Failures:
-    """Does what is not done yet; jobs, or processes, share the scan.
+    """Does what is not done yet.
 
-    Processes of `jax.distributed` are `in_step`: the first one searches while the others wait. Of
-    an array each job that finds all scanned searches, one at a time.
+    The jobs of an array share the scan; each that finds all scanned searches, one at a time.
 
     Returns:
         Units and tasks that failed, with the reason, and whether the table was made without them.
@@ -73,49 +71,30 @@ def run(
     units = scan.plan_units(config, inputs, folder)
     files.make_folder(files.join(folder, scan.FOLDER))
     options = engine_options(config, engine)
-    is_searching, known = not in_step or task_index == 0, {}
-    if is_searching:
-        with leader_lock(folder):
-            _check_settings(config, folder)
-            known = scan.reject_or_remove_stale(units, folder, config.max_changed_shards)
-    _wait_for_others(in_step)
+    with leader_lock(folder):
+        _check_settings(config, folder)
+        known = scan.reject_or_remove_stale(units, folder, config.max_changed_shards)
     mine = shards_of_task(units, task_index, num_tasks)
     failures = _scan(config, mine, folder, options)
-    _wait_for_others(in_step)
     found = survey(units, {**known, **failures.made})
     if is_unfinished(
         config.max_failed_shards, found, len(units), "scanned", has_other_jobs=num_tasks > 1
     ):
-        others = found.failed if in_step else ()
-        reasons = {unit["source"]: unit["error"] for unit in others}
-        reasons |= found.explain_changed()
+        reasons = found.explain_changed()
         own = {unit.output for unit in mine}
         reasons |= {str(u.source): _REMOVED for u in found.waiting if u.output in own}
         return Failures(print_failures(reasons | failures))
-    not_found: dict[str, str] = {}
-    if is_searching:
-        with leader_lock(folder):
-            # Another job may have scanned more meanwhile.
-            known = {unit.output: stats for unit, stats in found.parts}
-            not_found = _search(config, survey(units, known), folder, options)
-    _wait_for_others(in_step)
+    with leader_lock(folder):
+        # Another job may have scanned more meanwhile.
+        known = {unit.output: stats for unit, stats in found.parts}
+        not_found = _search(config, survey(units, known), folder, options)
     summary = table.read_summary(folder)
     if summary is None:
-        reason = {folder: "the first process has failed; see its messages"}
-        return Failures(print_failures(not_found or reason))
+        return Failures(print_failures(not_found))
     forget_copies(folder)
-    if is_searching:
-        print_escaped(table.describe_summary(summary))
-        print_escaped(f"look at {files.join(folder, table.PAGE)}")
+    print_escaped(table.describe_summary(summary))
+    print_escaped(f"look at {files.join(folder, table.PAGE)}")
     return print_failures(with_output(failures, found.failed))
-
-
-def _wait_for_others(in_step: bool) -> None:
-    """Waits for the other processes of `jax.distributed`."""
-    if in_step:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("data_prep.duplicates")
 
 
 def _check_settings(config: ml_collections.ConfigDict, folder: str) -> None:

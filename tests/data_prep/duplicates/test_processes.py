@@ -65,7 +65,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], printed
-    assert "600 pairs: 0 (0.0%) exact copies" in printed[0] and "600 pairs" not in printed[1]
+    assert any("600 pairs: 0 (0.0%) exact copies" in text for text in printed)
     assert len(list((tmp_path / "shared" / "groups").iterdir())) == 1
     scope: dict = {}
     exec(_RECIPE, scope)
