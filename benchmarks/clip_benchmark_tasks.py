@@ -32,11 +32,11 @@ from diht_jax import command_line, load_model
 from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.protocols.base import Measured
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
-from diht_jax.evaluation.results import format_table
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import read_entries
 from diht_jax.export import export_model
+from diht_jax.terminal import format_table
 
 _NAMES = {
     **METRIC_NAMES,

@@ -22,7 +22,7 @@ from absl import flags, logging
 
 from diht_jax import command_line
 from diht_jax.models.zoo import parse_fields
-from diht_jax.terminal import print_escaped
+from diht_jax.terminal import format_table, print_escaped
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric, Task
@@ -356,7 +356,7 @@ class _Models:
 
 def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:
     """Formats the measurements as tables."""
-    from diht_jax.evaluation.results import format_table, format_value
+    from diht_jax.evaluation.results import format_value
 
     def value(name: str, number: float) -> str:
         return "" if math.isnan(number) else format_value(metrics[name].unit, number)

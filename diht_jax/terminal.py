@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -64,6 +64,25 @@ def _spell(match: re.Match[str]) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def format_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], align: str, *, rule: bool = True
+) -> str:
+    """Rows of texts under a header and a rule, each column as wide as it must be.
+
+    Args:
+        header: a text for each column.
+        rows: likewise.
+        align: "l" or "r" for each column.
+        rule: whether a line of dashes stands below the header.
+    """
+    columns = []
+    for side, (head, *cells) in zip(align, zip(header, *rows, strict=True), strict=True):
+        width = max(map(len, [head, *cells]))
+        lines = [head, *(["-" * width] if rule else []), *cells]
+        columns.append([x.rjust(width) if side == "r" else x.ljust(width) for x in lines])
+    return "\n".join(["  ".join(line).rstrip() for line in zip(*columns, strict=True)])
 
 
 class ProgressBar(tqdm):

@@ -37,7 +37,7 @@ from diht_jax.records.train_data import LABELS, relative_input
 from diht_jax.records.vocabulary import KINDS, Vocabulary
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
-from diht_jax.terminal import print_escaped
+from diht_jax.terminal import format_table, print_escaped
 
 PAGE = "report.html"
 CURVES = "curves.png"
@@ -223,16 +223,8 @@ def find_warnings(heads: dict[str, Any]) -> list[str]:
 def format_metrics(heads: dict[str, Any]) -> str:
     """Recalls of the heads and of the frequency baseline, in percent, as a table."""
     header = ("", "", "own concepts: R@1", "R@5", "R@10", "per concept: R@1", "R@5", "R@10")
-    rows = [header, *_metric_rows(heads)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     title = f"{_describe_heads(heads)}\n" if heads["loaded_from"] else ""
-    return title + "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return title + format_table(header, _metric_rows(heads), "llrrrrrr", rule=False)
 
 
 def draw_curves(heads: dict[str, Any]) -> bytes | None:

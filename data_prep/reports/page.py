@@ -33,7 +33,7 @@ from data_prep.decisions.table import KEPT
 from data_prep.steps.registry import ordered_steps
 from diht_jax.pages.render import bar, render
 from diht_jax.storage import files
-from diht_jax.terminal import escape
+from diht_jax.terminal import escape, format_table
 
 PAGE = "report.html"
 
@@ -271,18 +271,17 @@ def format_funnel(
     rows: Sequence[Mapping[str, Any]], text_spotting: Mapping[str, int] | None = None
 ) -> str:
     """The rows of `Funnel.rows` as a table, and how text was found."""
-    reasons = [spell_reason(row["stage"], row["reason"]) for row in rows]
-    width, reason_width = max(8, *(len(row["stage"]) for row in rows)), max(map(len, reasons))
-    count_width = max(len("pairs"), len(f"{rows[0]['pairs']:,}"))
-    lines = [f"{'stage':{width}} {'reason':{reason_width}} {'pairs':>{count_width}}   share"]
-    for row, reason in zip(rows, reasons, strict=True):
-        lines.append(
-            f"{row['stage']:{width}} {reason:{reason_width}} {row['pairs']:>{count_width},}  "
-            f"{100 * row['share']:5.1f}%"
+    cells = [
+        (
+            row["stage"],
+            spell_reason(row["stage"], row["reason"]),
+            f"{row['pairs']:,}",
+            f"{100 * row['share']:.1f}%",
         )
-    if text_spotting:
-        lines.append(describe_spotting(text_spotting))
-    return "\n".join(lines)
+        for row in rows
+    ]
+    table = format_table(("stage", "reason", "pairs", "share"), cells, "llrr", rule=False)
+    return f"{table}\n{describe_spotting(text_spotting)}" if text_spotting else table
 
 
 def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> list[list[str]]:
@@ -333,12 +332,7 @@ def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> lis
 
 def format_noise_table(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> str:
     """The table for a terminal."""
-    rows = [[escape(cell) for cell in row] for row in table_rows(labels, clean_label)]
-    rows[0] = [cell.removeprefix(_RECALL) for cell in rows[0]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    header, *rows = [[escape(cell) for cell in row] for row in table_rows(labels, clean_label)]
+    header = [cell.removeprefix(_RECALL) for cell in header]
     title = "against known noise; under each kind of it the recall, of the pairs that came so far:"
-    lines = [title]
-    for name, *cells in rows:
-        others = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *others]).rstrip())
-    return "\n".join(lines)
+    return f"{title}\n{format_table(header, rows, 'l'.ljust(len(header), 'r'), rule=False)}"

@@ -18,7 +18,6 @@ import numpy as np
 from diht_jax.evaluation.results import (
     LEVEL,
     describe_model,
-    format_table,
     format_value,
     metric_of,
     paired_differences,
@@ -26,6 +25,7 @@ from diht_jax.evaluation.results import (
     suite_means,
 )
 from diht_jax.evaluation.suite import Number
+from diht_jax.terminal import format_table
 
 # Names of the results of a comparison; a table has room for these.
 LETTERS = "ABCDEFGH"

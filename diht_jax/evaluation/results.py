@@ -31,7 +31,7 @@ from diht_jax.evaluation.suite import (
 )
 from diht_jax.storage.files import parse_checked_object, write_object
 from diht_jax.storage.locks import check_writable
-from diht_jax.terminal import ProgressBar
+from diht_jax.terminal import ProgressBar, format_table
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric
@@ -181,16 +181,6 @@ def format_value(unit: str, value: float) -> str:
     if unit == "share":
         return f"{100 * value:.2f}%"
     return f"{value:,.1f}" if unit == "rank" else f"{value:,.4f}"
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
-    """Rows of texts under a header, each column as wide as it must be; "r" aligns to the right."""
-    columns = []
-    for side, (head, *cells) in zip(align, zip(header, *rows, strict=True), strict=True):
-        width = max(map(len, [head, *cells]))
-        lines = [head, "-" * width, *cells]
-        columns.append([x.rjust(width) if side == "r" else x.ljust(width) for x in lines])
-    return "\n".join(["  ".join(line).rstrip() for line in zip(*columns, strict=True)])
 
 
 @dataclasses.dataclass(frozen=True)
