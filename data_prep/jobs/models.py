@@ -125,15 +125,13 @@ class ModelActors:
         import ray
 
         self._ray = ray
-        self._actors = list(actors)
         self._ready: list[Any] = []
-        self._asked: dict[Any, Any] = {}
-        self.ask_again()
+        self._asked: dict[Any, Any] = {actor.start.remote(): actor for actor in actors}
 
     def ask_again(self) -> None:
         """Trusts none before it has answered anew: a lost node takes several at once."""
+        self._asked |= {actor.start.remote(): actor for actor in self._ready}
         self._ready = []
-        self._asked = {actor.start.remote(): actor for actor in self._actors}
 
     def choose(self, busy: Iterable[Any]) -> Any:
         """Chooses the ready actor with the fewest calls under way; waits until one is ready.
@@ -156,8 +154,7 @@ class ModelActors:
         return min(self._ready, key=lambda actor: (loads[actor], random.random()))
 
     def _take_answers(self, timeout_secs: float) -> None:
-        known = self._ray.exceptions
-        references = list(self._asked)
+        known, references = self._ray.exceptions, list(self._asked)
         if not references:
             return
         count = 1 if timeout_secs else len(references)
@@ -171,8 +168,7 @@ class ModelActors:
                 time.sleep(POLL_SECS)
                 self._asked[actor.start.remote()] = actor
             except known.RayError as error:
-                self._actors.remove(actor)
-                if not self._actors:
+                if not (self._asked or self._ready):
                     raise ValueError(f"no model actor could start: {error}") from error
 
 
