@@ -56,7 +56,7 @@ def describe_picture(
     Args:
         data: the encoded picture.
         mirrored: a picture and its mirror image get the same numbers.
-        max_pixels: of a picture that is decoded.
+        max_pixels: of a larger one nothing is decoded.
 
     Returns:
         float32 [96] of length 1, or 0 for a picture of one grey; uint8 [1536], the lightness at

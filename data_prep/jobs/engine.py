@@ -110,7 +110,6 @@ def run_pending(
             has done n more pairs.
         tasks: picklable, each with a `source`.
         num_workers: processes; 0 runs in this process, None takes one per core (of the cluster).
-        label: of the progress bar.
         retries: how often a task is run again after its worker has died; failures of its storage,
             and lost nodes of a cluster, have limits of their own, unless this is 0.
         timeout_secs: after which a task's worker is stopped; needs worker processes.

@@ -104,7 +104,6 @@ def run_task(
     """Does one task; nothing of it is visible until it is complete. Returns its statistics.
 
     Args:
-        task: what to do.
         process: reads the source, writes records, returns JSON-able counts.
         companions: endings of further files that `process` writes, such as ".more" for OUTPUT.more.
 

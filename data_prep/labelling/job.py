@@ -76,12 +76,6 @@ def run_label(
 ) -> Failures:
     """Does what is not done yet: embeds, trains the heads, labels, and writes the report.
 
-    Args:
-        config: of `labelling.config.default_config`.
-        task_index: number of this job of a job array.
-        num_tasks: jobs that share the work.
-        engine: one of `engine.ENGINES`.
-
     Returns:
         Shards that failed, with the reason, and whether the labels were written without them; the
         other shards are complete.
@@ -116,21 +110,13 @@ def run_label(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A labelling job on the shards of an input.
-
-    Attributes:
-        config: of `labelling.config.default_config`.
-        engine: one of `engine.ENGINES`.
-        inputs: of `tasks.find_inputs`.
-        identities: of the inputs.
-        share: this job's part of some tasks.
-    """
+    """A labelling job on the shards of an input."""
 
     config: ml_collections.ConfigDict
     engine: str
     inputs: Sequence[SourceShard]
     identities: Sequence[ShardIdentity | None]
-    share: Callable[[Sequence[LabelTask]], Sequence[LabelTask]]
+    share: Callable[[Sequence[LabelTask]], Sequence[LabelTask]]  # this job's part of some tasks
 
     def label(self, failures: Failures, teacher: TeacherInfo, copies: LocalCopies) -> Failures:
         """Makes the concept labels; returns the failures of before, and what failed."""
