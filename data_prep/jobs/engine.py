@@ -142,7 +142,7 @@ def run_pending(
                     if outcome.error is not None:
                         failures[str(attempt.task.source)] = outcome.error
                         logging.error("%s failed: %s", attempt.task.source, outcome.error)
-                progress.refresh()
+                progress.add(0)  # also while nothing happens the bar is drawn
         finally:
             pool.stop()
     return failures
@@ -249,22 +249,17 @@ class _Progress:
 
     def close(self) -> None:
         """Ends the bar."""
-        self.refresh(is_due=True)
         self._bar.close()
 
     def add(self, pairs: int, tasks: int = 0) -> None:
-        """Counts pairs that are done, and tasks that have ended."""
+        """Counts pairs that are done, and tasks that have ended; draws the bar now and then."""
         self._pairs += pairs
-        self.refresh(is_due=tasks > 0)
-        self._bar.update(tasks)
-
-    def refresh(self, *, is_due: bool = False) -> None:
-        """Draws the bar, if that is due or it was not drawn for some time."""
         now = time.monotonic()
-        if is_due or now - self._drawn_secs >= POLL_SECS:
-            rate = self._pairs / max(now - self._start_secs, 1e-9)
-            text = f"{self._pairs:,} pairs, {rate:,.0f} pairs/s"
-            self._bar.set_postfix_str(text, refresh=now - self._drawn_secs >= POLL_SECS)
+        rate = self._pairs / max(now - self._start_secs, 1e-9)
+        self._bar.set_postfix_str(f"{self._pairs:,} pairs, {rate:,.0f} pairs/s", refresh=False)
+        self._bar.update(tasks)
+        if now - self._drawn_secs >= POLL_SECS:
+            self._bar.refresh()
             self._drawn_secs = now
 
 
