@@ -35,7 +35,7 @@ from data_prep.filtering.plan import Job
 from data_prep.filtering.rows import filter_rows
 from data_prep.filtering.shard import filter_shard
 from data_prep.jobs import shards
-from data_prep.jobs.engine import ENGINES, engine_options, print_failures, run_pending
+from data_prep.jobs.engine import ENGINES, print_failures, run_pending
 from data_prep.jobs.failures import (
     Failures,
     Survey,
@@ -170,8 +170,7 @@ def filter_parts(job: Job, pending: Sequence[ShardTask]) -> Failures:
     """Filters some inputs; failures are noted next to their parts."""
     function = filter_rows if job.config.metadata_only else filter_shard
     work = functools.partial(function, config=job.config, steps=active_steps(job.config))
-    options = engine_options(job.config, job.engine) | {"label": "filter"}
-    return run_noting_failures(work, pending, options)
+    return run_noting_failures(work, pending, job.config, job.engine, label="filter")
 
 
 def _finish(
@@ -250,8 +249,9 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
                 f"reasons are in the table above, examples in {folder}/{PAGE}"
             )
         shards.remove_merged(folder)
-        options = engine_options(config, job.engine)
-        failures = run_pending(resharding.restore_part, restored, label="restore", **options)
+        failures = run_pending(
+            resharding.restore_part, restored, config, job.engine, label="restore"
+        )
         if failures:
             return failures, []
         if job.is_resharded:
@@ -261,7 +261,9 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
         described = [filter_config.SETTINGS, table.MANIFEST]
         shards.remove_temporary_files(job.parts_folder, described)
         table.write_lists(folder, table.read_kept(task.output for task, _ in parts))
-        failures = run_pending(resharding.write_shard, unwritten, label="re-shard", **options)
+        failures = run_pending(
+            resharding.write_shard, unwritten, config, job.engine, label="re-shard"
+        )
         if failures:
             return failures, []
         made = list(resharding.load_written(planned)) or [stats for _, stats in parts]

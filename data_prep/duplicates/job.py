@@ -28,7 +28,7 @@ from data_prep.duplicates.pictures import DESCRIPTOR_VERSION
 from data_prep.duplicates.rows import CAPTION, NONE, Rows, check_columns, forget_copies, open_rows
 from data_prep.duplicates.scan import Unit, scan_unit
 from data_prep.jobs import shards
-from data_prep.jobs.engine import engine_options, print_failures
+from data_prep.jobs.engine import print_failures
 from data_prep.jobs.failures import (
     Failures,
     Survey,
@@ -70,12 +70,11 @@ def run(
     )
     units = scan.plan_units(config, inputs, folder)
     files.make_folder(files.join(folder, scan.FOLDER))
-    options = engine_options(config, engine)
     with leader_lock(folder):
         _check_settings(config, folder)
         known = scan.reject_or_remove_stale(units, folder, config.max_changed_shards)
     mine = shards_of_task(units, task_index, num_tasks)
-    failures = _scan(config, mine, folder, options)
+    failures = _scan(config, mine, folder, engine)
     found = survey(units, {**known, **failures.made})
     if is_unfinished(
         config.max_failed_shards, found, len(units), "scanned", has_other_jobs=num_tasks > 1
@@ -87,7 +86,7 @@ def run(
     with leader_lock(folder):
         # Another job may have scanned more meanwhile.
         known = {unit.output: stats for unit, stats in found.parts}
-        not_found = _search(config, survey(units, known), folder, options)
+        not_found = _search(config, survey(units, known), folder, engine)
     summary = table.read_summary(folder)
     if summary is None:
         return Failures(print_failures(not_found))
@@ -123,7 +122,7 @@ def _scan(
     config: ml_collections.ConfigDict,
     mine: Sequence[Unit],
     folder: str,
-    options: Mapping[str, Any],
+    engine: str,
 ) -> Failures:
     where = files.join(folder, scan.FOLDER)
     present = set(files.list_names(where, shards.STATS_SUFFIX))
@@ -131,11 +130,11 @@ def _scan(
     logging.info("%d units, %d of them done before", len(mine), len(mine) - len(pending))
     shards.remove_temporary_files(where, [os.path.basename(unit.output) for unit in mine])
     function = functools.partial(scan_unit, config=config)
-    return run_noting_failures(function, pending, {**options, "label": "scan"})
+    return run_noting_failures(function, pending, config, engine, label="scan")
 
 
 def _search(
-    config: ml_collections.ConfigDict, found: Survey, folder: str, options: Mapping[str, Any]
+    config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str
 ) -> dict[str, str]:
     """Finds the duplicates, unless that is done, and writes all that is about all pairs.
 
@@ -172,8 +171,7 @@ def _search(
     captions = rows.column(CAPTION)
     copies = search.join(exact, NONE, captions, keep_captions=keep).dropped()
     clusters = search.find_clusters(rows, copies.rows, config, of_clusters)
-    options = dict(options) | {"timeout_secs": None}  # that is of a scan
-    near, failures = search.compare_clusters(rows, clusters, config, of_result, options)
+    near, failures = search.compare_clusters(rows, clusters, config, of_result, engine)
     if not failures:
         joined = search.join(exact, near, captions, keep_captions=keep)
         known = {"made_of": of_result, **inputs}

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -184,7 +184,7 @@ def compare_clusters(
     clusters: Clusters,
     config: ml_collections.ConfigDict,
     made_of: str,
-    options: Mapping[str, Any],
+    engine: str,
 ) -> tuple[Near, dict[str, str]]:
     """Near-duplicates within each cluster, and tasks that failed, with the reason."""
     folder = files.join(rows.output, GROUPS)
@@ -194,11 +194,12 @@ def compare_clusters(
         files.remove(files.join(folder, name))
     parts = {group.output: _load(group.output, made_of, Near._fields) for group in groups}
     pending = [group for group in groups if parts[group.output] is None]
-    options = dict(options)
-    if len(pending) == 1 and options["ray"] is None:
-        options["num_workers"] = 0  # sooner done than a worker has started
+    settings = config.copy_and_resolve_references()
+    settings.shard_timeout_secs = None  # that is of a scan
+    if len(pending) == 1:
+        settings.num_workers = 0  # sooner done than a worker has started
     function = functools.partial(compare_group, rows=rows, config=config, made_of=made_of)
-    failures = run_pending(function, pending, label="compare", **options)
+    failures = run_pending(function, pending, settings, engine, label="compare")
     if failures:
         return NONE, failures
     parts |= {group.output: _load(group.output, made_of, Near._fields) for group in pending}

@@ -87,9 +87,7 @@ class RayPool:
     def __init__(
         self,
         function: Function,
-        settings: ml_collections.ConfigDict,
-        num_workers: int | None,
-        timeout_secs: float | None,
+        config: ml_collections.ConfigDict,
         add_pairs: Report,
     ):
         """Connects to the cluster.
@@ -97,11 +95,11 @@ class RayPool:
         Raises:
             ValueError: Ray is not installed, or there is no such cluster.
         """
+        self._settings = settings = config.ray
         self._connection = contextlib.ExitStack()
         self._ray = self._connection.enter_context(_connect(settings.address))
-        self._settings = settings
-        self._num_workers = num_workers
-        self._timeout_secs = timeout_secs
+        self._num_workers = config.num_workers
+        self._timeout_secs = config.shard_timeout_secs
         self._add_pairs = add_pairs
         self._function = self._ray.put(function)
         self._models = start_models(self._ray, settings.model_actors, settings.gpus_per_model_actor)

@@ -69,16 +69,6 @@ _MAX_UNEXPLAINED = 2  # deaths of a shard that lead to no pair
 Failed = TypeVar("Failed", bound=Mapping[str, str])
 
 
-def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, Any]:
-    """Keywords of `run_pending` that say how the tasks of a config are run."""
-    return {
-        "num_workers": config.num_workers,
-        "retries": config.retries,
-        "timeout_secs": config.shard_timeout_secs,
-        "ray": config.ray if engine == "ray" else None,
-    }
-
-
 def print_failures(failures: Failed) -> Failed:
     """Lists on stderr what failed, at the end of a job; returns the same dict."""
     for source, error in failures.items():
@@ -89,12 +79,10 @@ def print_failures(failures: Failed) -> Failed:
 def run_pending(
     function: Function,
     tasks: Sequence[Any],
+    config: ml_collections.ConfigDict,
+    engine: str = "local",
     *,
-    num_workers: int | None,
     label: str,
-    retries: int = 1,
-    timeout_secs: float | None = None,
-    ray: ml_collections.ConfigDict | None = None,
 ) -> dict[str, str]:
     """Calls `function(task, report)` for every task; a failure does not stop the others.
 
@@ -109,25 +97,23 @@ def run_pending(
         function: importable by its name; its results are files. It calls `report(n)` whenever it
             has done n more pairs.
         tasks: picklable, each with a `source`.
-        num_workers: processes; 0 runs in this process, None takes one per core (of the cluster).
-        retries: how often a task is run again after its worker has died; failures of its storage,
-            and lost nodes of a cluster, have limits of their own, unless this is 0.
-        timeout_secs: after which a task's worker is stopped; needs worker processes.
-        ray: `config.ray`, where the tasks run on a cluster; None for local processes.
+        config: has `jobs.failures.KEYS`.
+        engine: one of `ENGINES`.
+        label: of the progress bar.
 
     Returns:
         The `source` of each task that failed, with the reason, which is logged.
 
     Raises:
-        ValueError: no worker can start or be stopped, or there is no such cluster.
+        ValueError: no worker can start, or there is no such cluster.
         FullError: there is no room for the output of a task.
     """
     failures: dict[str, str] = {}
     if not tasks:
         return failures
-    queue = _Queue(tasks, retries)
+    queue = _Queue(tasks, config.retries)
     with contextlib.closing(_Progress(len(tasks), label)) as progress:
-        pool = _open_pool(function, num_workers, len(tasks), timeout_secs, ray, progress.add)
+        pool = _open_pool(function, len(tasks), config, engine, progress.add)
         try:
             while queue.fill(pool):
                 done, _ = futures.wait(queue.busy, POLL_SECS, futures.FIRST_COMPLETED)
@@ -150,25 +136,19 @@ def run_pending(
 
 def _open_pool(
     function: Function,
-    num_workers: int | None,
     num_tasks: int,
-    timeout_secs: float | None,
-    ray: ml_collections.ConfigDict | None,
+    config: ml_collections.ConfigDict,
+    engine: str,
     add_pairs: Report,
 ) -> Any:
-    if ray is not None:
+    if engine == "ray":
         from data_prep.jobs.cluster import RayPool
 
-        return RayPool(function, ray, num_workers, timeout_secs, add_pairs)
-    if num_workers == 0 and timeout_secs is not None:
-        raise ValueError(
-            f"config.shard_timeout_secs={timeout_secs:g} with config.num_workers=0: only a worker "
-            "process can be stopped; set config.num_workers=1 or more"
-        )
-    if num_workers == 0:
+        return RayPool(function, config, add_pairs)
+    if config.num_workers == 0:
         return ThisProcess(function, add_pairs)
-    count = usable_cores() if num_workers is None else num_workers
-    return LocalPool(function, min(count, num_tasks), timeout_secs, add_pairs)
+    count = usable_cores() if config.num_workers is None else config.num_workers
+    return LocalPool(function, min(count, num_tasks), config.shard_timeout_secs, add_pairs)
 
 
 @dataclasses.dataclass(frozen=True)

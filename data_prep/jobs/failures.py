@@ -106,8 +106,13 @@ class Survey(NamedTuple, Generic[Task]):
 
 
 def check_job(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError where one of `KEYS` is out of its range, or workers reserve nothing."""
+    """Raises ValueError where one of `KEYS` is out of its range, or two contradict each other."""
     check_ranges(config, KEYS)
+    if config.num_workers == 0 and config.shard_timeout_secs is not None:
+        raise ValueError(
+            f"config.shard_timeout_secs={config.shard_timeout_secs:g} with config.num_workers=0: "
+            "only a worker process can be stopped; set config.num_workers=1 or more"
+        )
     if not config.ray.cpus_per_worker and not config.ray.gpus_per_worker:
         raise ValueError(
             "config.ray.cpus_per_worker=0 and config.ray.gpus_per_worker=0; expected one of them "
@@ -205,7 +210,12 @@ def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set
 
 
 def run_noting_failures(
-    function: Any, pending: Sequence[ShardTask], options: Mapping[str, Any]
+    function: Any,
+    pending: Sequence[ShardTask],
+    config: ml_collections.ConfigDict,
+    engine: str,
+    *,
+    label: str,
 ) -> Failures:
     """Like `run_pending`, and notes what failed next to the outputs, until it succeeds.
 
@@ -222,7 +232,7 @@ def run_noting_failures(
     failures = Failures()
     failures.made, changed = {}, pending
     for is_again in (False, True):
-        failures.update(run_pending(function, changed, **options))
+        failures.update(run_pending(function, changed, config, engine, label=label))
         checked, changed = check_all(changed), []
         for task, stats, change in checked:
             if change is not None:

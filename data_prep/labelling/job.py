@@ -35,7 +35,7 @@ from absl import logging
 
 from data_prep import sources
 from data_prep.jobs import shards
-from data_prep.jobs.engine import engine_options, print_failures
+from data_prep.jobs.engine import print_failures
 from data_prep.jobs.failures import (
     FAILED_SUFFIX,
     Failures,
@@ -247,20 +247,17 @@ class _Job:
 
         `teacher` is what the function needs, if any; `load` makes it ready (`load_teacher`).
         """
-        options: dict[str, Any] = engine_options(self.config, self.engine) | {"label": label}
-        if teacher is None:
-            if options["ray"] is not None:
-                cpus = options["ray"].cpus_per_worker or 1.0
-                own = {"cpus_per_worker": cpus, "gpus_per_worker": 0.0, "model_actors": 0}
-                options["ray"] = ml_collections.ConfigDict(options["ray"].to_dict() | own)
-            return run_noting_failures(function, pending, options)
-        if teacher.in_this_process and options["ray"] is None:
+        config = self.config.copy_and_resolve_references()
+        if teacher is None:  # no network: workers need no GPU
+            own = {"cpus_per_worker": config.ray.cpus_per_worker or 1.0, "gpus_per_worker": 0.0}
+            config.ray.update(own, model_actors=0)
+        elif teacher.in_this_process and self.engine == "local":
             # A process that can be stopped must be another one than this.
-            is_limited = self.config.shard_timeout_secs is not None
-            options["num_workers"] = int(is_limited and self.config.num_workers != 0)
+            is_limited = config.shard_timeout_secs is not None
+            config.num_workers = int(is_limited)
             if pending and not is_limited:  # an error in it is raised once, not by shard
-                load() if load else load_teacher(self.config.teacher)
-        return run_noting_failures(function, pending, options)
+                load() if load else load_teacher(config.teacher)
+        return run_noting_failures(function, pending, config, self.engine, label=label)
 
 
 def _unfinished(planned: Sequence[LabelTask], label: str) -> list[LabelTask]:

@@ -16,6 +16,8 @@ import sys
 import pytest
 
 from data_prep.jobs.engine import run_pending
+from data_prep.jobs.failures import KEYS, check_job
+from diht_jax.config.keys import build_config
 from tests.make import REPOSITORY
 from tests.waiting import wait_until
 
@@ -26,10 +28,13 @@ _LONGEST_SECS = 600  # of a script; a failure here means that it waits for ever
 _FRAME = """
 import collections, os, pathlib, signal, sys, time
 from data_prep.jobs import engine
+from data_prep.jobs.failures import KEYS
+from diht_jax.config.keys import build_config
 
 folder = pathlib.Path(__file__).parent
 Task = collections.namedtuple("Task", "source")
-limits = {{}}
+config = build_config(KEYS)
+config.num_workers = {num_workers}
 {body}
 def note(task, report):
     work(task.source, report)
@@ -39,7 +44,7 @@ if __name__ == "__main__":
     # A shell's background job, which the tests may be, ignores ^C and hands that on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tasks = list(map(Task, range(8)))
-    print(engine.run_pending(note, tasks, num_workers={num_workers}, label="test", **limits))
+    print(engine.run_pending(note, tasks, config, label="test"))
 """
 
 
@@ -69,6 +74,12 @@ def _run(folder: pathlib.Path, body: str, num_workers: int | None = 2) -> tuple[
     return failed | done, errors
 
 
+def _config(**changes):
+    config = build_config(KEYS)
+    config.update(num_workers=0, **changes)
+    return config
+
+
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE)
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENXIO)
 
@@ -82,7 +93,7 @@ def test_only_errors_that_can_pass_are_tried_again(number):
         if len(tries) <= 2:
             raise OSError(number, os.strerror(number))
 
-    failures = run_pending(work, [Task(7)], num_workers=0, label="t")
+    failures = run_pending(work, [Task(7)], _config(), label="t")
     if number in _PASSING:
         assert (failures, len(tries)) == ({}, 3)
     else:
@@ -98,7 +109,7 @@ def test_bad_contents_are_not_read_again(error):
         tries.append(task.source)
         raise error
 
-    failures = run_pending(work, [Task(7)], num_workers=0, label="t", retries=5)
+    failures = run_pending(work, [Task(7)], _config(retries=5), label="t")
     assert (failures, tries) == ({"7": str(error)}, [7])
 
 
@@ -114,7 +125,7 @@ def work(task, report):
 
 def test_a_task_that_takes_too_long_is_stopped_twice_and_holds_nobody_up(tmp_path):
     body = """
-limits = {"timeout_secs": 4}
+config.shard_timeout_secs = 4.0
 def work(task, report):
     if task == 0:
         (folder / f"stuck-{os.getpid()}").touch()
@@ -129,7 +140,7 @@ def work(task, report):
 
 def test_a_time_limit_needs_workers():
     with pytest.raises(ValueError, match=r"config.shard_timeout_secs=5 with config.num_workers=0"):
-        run_pending(print, [Task(0), Task(1)], num_workers=0, label="t", timeout_secs=5)
+        check_job(_config(shard_timeout_secs=5.0))
 
 
 def test_failures_and_deaths_are_isolated_in_workers(tmp_path):

@@ -30,9 +30,10 @@ import ray
 from ray.cluster_utils import Cluster
 from data_prep.filter import run_filter
 from data_prep.jobs import cluster as ray_workers
-from data_prep.filtering.config import default_config
 from data_prep.jobs.engine import run_pending
+from data_prep.jobs.failures import KEYS
 from data_prep.jobs.models import open_model
+from diht_jax.config.keys import build_config
 from tests.data_prep.jobs.test_ray import models_config, tars_config
 
 
@@ -93,7 +94,7 @@ def fail(task, report, folder):
     pathlib.Path(folder, f"ended_{task.source}").touch()
 
 
-def run_failing(settings, folder):
+def run_failing(config, folder):
     # No time passes until the other tasks have ended; then each look at the clock is late.
     looks = itertools.count()
     ended = pathlib.Path(folder).glob
@@ -101,10 +102,9 @@ def run_failing(settings, folder):
     return run_pending(
         functools.partial(fail, folder=folder),
         [Searched(name, os.path.join(folder, name)) for name in ("hangs", "dies", "works")],
-        num_workers=2,
+        config,
+        "ray",
         label="failing",
-        timeout_secs=60,
-        ray=settings,
     )
 
 
@@ -141,8 +141,9 @@ def main(folder):
     # A GPU in name only, to be reserved: nothing here computes on it.
     head = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    settings = default_config().ray
-    settings.update(address=cluster.address, model_actors=10, gpus_per_model_actor=0.5)
+    config = build_config(KEYS)
+    config.retries = 0
+    config.ray.update(address=cluster.address, model_actors=10, gpus_per_model_actor=0.5)
 
     nodes = []
 
@@ -154,12 +155,11 @@ def main(folder):
     threading.Thread(target=add_a_node, daemon=True).start()
     function = functools.partial(work, folder=folder)
     tasks = list(map(Task, [5, 0, 20, 30, 6, 666]))
-    failures = run_pending(
-        function, tasks, num_workers=None, label="toy", retries=0, ray=settings
-    )
+    failures = run_pending(function, tasks, config, "ray", label="toy")
     print("toy", json.dumps(failures), flush=True)
-    settings.model_actors = 0
-    print("failing", json.dumps(run_failing(settings, folder)), flush=True)
+    config.update(retries=1, num_workers=2, shard_timeout_secs=60.0)
+    config.ray.model_actors = 0
+    print("failing", json.dumps(run_failing(config, folder)), flush=True)
     print("models", json.dumps(run_models(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
