@@ -87,10 +87,10 @@ def run(
         # Another job may have scanned more meanwhile.
         known = {unit.output: stats for unit, stats in found.parts}
         not_found = _search(config, survey(units, known), folder, engine)
-    summary = table.read_summary(folder)
-    if summary is None:
-        return Failures(print_failures(not_found))
-    forget_copies(folder)
+        summary = table.read_summary(folder)
+        if summary is None:
+            return Failures(print_failures(not_found))
+        forget_copies(folder)  # which another job on this machine may need, once it leads
     print_escaped(table.describe_summary(summary))
     print_escaped(f"look at {files.join(folder, table.PAGE)}")
     return print_failures(with_output(failures, found.failed))
