@@ -64,16 +64,9 @@ class Machine:
 
 
 def find_machine(topology: str | None) -> Machine:
-    """The devices of a topology, or those of this machine, which JAX is not asked for yet.
-
-    Raises:
-        ValueError: no such topology.
-    """
+    """The devices of a topology, or those of this machine, which JAX is not asked for yet."""
     if topology not in (None, LOCAL):
-        try:
-            family, shape = parse_topology(topology)
-        except ValueError as error:
-            raise ValueError(f"recipe argument 'topology={topology}': {error}") from error
+        family, shape = parse_topology(topology)
         return Machine(True, math.prod(shape), find_chip(family).hbm_bytes / GIB)
     kind = accelerator()
     if kind == "gpu":
@@ -113,7 +106,8 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
         All keys with their values.
 
     Raises:
-        ValueError: an unknown key, a key that occurs twice, or a value of another type.
+        ValueError: an unknown key, a key that occurs twice, a value of another type, or no such
+            topology.
     """
     known = {"debug": False, "topology": None, **defaults}
     given: dict[str, Any] = {}
@@ -129,23 +123,20 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
         if key in given:
             raise ValueError(f"{where}: '{key}' is given twice")
         given[key] = _convert(text, known[key], where)
+        if key == "topology" and text != LOCAL:
+            try:
+                parse_topology(text)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
     return ml_collections.ConfigDict({**known, **given})
 
 
 def finish(
     config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
-    """The recipe as `args` (of `parse_arg`) ask for it; changes `config` in place.
-
-    Raises:
-        ValueError: no such topology.
-    """
-    own = config.topology
-    if args.topology not in (None, own, LOCAL):
-        try:
-            suit(config, args.topology)
-        except ValueError as error:
-            raise ValueError(f"recipe argument 'topology={args.topology}': {error}") from error
+    """The recipe as `args` (of `parse_arg`) ask for it; changes `config` in place."""
+    if args.topology not in (None, config.topology, LOCAL):
+        suit(config, args.topology)
     if args.debug:
         shrink(config)
     if args.topology is not None:
@@ -183,9 +174,6 @@ def suit(config: ml_collections.ConfigDict, topology: str) -> None:
     `loss.impl="auto"` chooses the form of the loss by the mesh. Known is also B/16 on TPUs v5p and
     v6e, where all values are kept if they fit. For every other machine the recipe stays as it is,
     and a line in the log says so.
-
-    Raises:
-        ValueError: no such topology.
     """
     family, shape = parse_topology(topology)
     if family in LARGER_TPUS and config.model.name in KEPT_GIB:
