@@ -182,15 +182,10 @@ def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
     return {task.output: stats for task, stats in found if task.output not in damaged}
 
 
-def has_output(path: str, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
+def has_output(path: str, stats: Mapping[str, Any], size_of: Sizes) -> bool:
     """Tells whether an output and its other files have the sizes that its statistics name."""
-    try:
-        output = stats["output"]
-        return output["bytes"] == size_of(path) and all(
-            size == size_of(path + suffix) for suffix, size in output["companions"].items()
-        )
-    except (KeyError, TypeError, AttributeError):
-        return False
+    sizes = {"": stats["output"]["bytes"], **stats["output"]["companions"]}
+    return all(size == size_of(path + suffix) for suffix, size in sizes.items())
 
 
 def open_sizes(folder: str) -> Sizes:
