@@ -145,14 +145,14 @@ def main(folder):
     config.retries = 0
     config.ray.update(address=cluster.address, model_actors=10, gpus_per_model_actor=0.5)
 
-    nodes = []
+    nodes, read = [], ray_workers.RayPool.read
 
-    def add_a_node():
-        while not pathlib.Path("done_5").exists():
-            time.sleep(0.02)
-        nodes.append(cluster.add_node(num_cpus=3))
+    def add_a_node(pool, future):
+        if not nodes:  # the first task has ended
+            nodes.append(cluster.add_node(num_cpus=3))
+        return read(pool, future)
 
-    threading.Thread(target=add_a_node, daemon=True).start()
+    ray_workers.RayPool.read = add_a_node
     function = functools.partial(work, folder=folder)
     tasks = list(map(Task, [5, 0, 20, 30, 6, 666]))
     failures = run_pending(function, tasks, config, "ray", label="toy")
