@@ -71,10 +71,7 @@ class PredicateStep(Step):
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
-        texts = [condition.text for condition in _parse(config.predicates.require)]
-        repeated = [text for text, count in collections.Counter(texts).items() if count > 1]
-        if repeated:
-            raise ValueError(f"config.predicates.require has '{repeated[0]}' more than once")
+        _parse(config.predicates.require)
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
