@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize, special
 
-from data_prep.labelling.config import default_heads
+from data_prep.labelling.config import default_config
 from data_prep.labelling.examples import Split, make_targets
 from data_prep.labelling.head_files import Head
 from data_prep.labelling.train_heads import (
@@ -32,7 +32,7 @@ def _dense(targets: np.ndarray, num_concepts: int) -> np.ndarray:
 
 
 def _config(**changes):
-    config = default_heads()
+    config = default_config().heads
     config.update(changes)
     return config
 
