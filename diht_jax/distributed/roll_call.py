@@ -10,7 +10,7 @@ import contextlib
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from absl import logging
 
@@ -21,7 +21,7 @@ START_WARNING_SECS, LAST_WARNING = 60, 5
 # (github.com/jax-ml/jax/issues/35905).
 DEFAULT_PORT = "8476"
 PORT_VARIABLE = "JAX_COORDINATOR_PORT"
-_GREETING, _WAIT = b"diht_jax", b"wait "
+_GREETING = b"diht_jax"
 _POLL_SECS, _ANSWER_SECS, _RETRY_SECS = 0.5, 5.0, 0.3
 _LONGEST_GREETING_BYTES = 300
 _SHOWN_PROCESSES = 16
@@ -46,7 +46,7 @@ def call_roll(
     if num_processes == 1:
         return
     host, _, port = address.rpartition(":")
-    lateness = _Lateness(address, num_processes, warning_secs, clock)
+    lateness = _Lateness(address, warning_secs, clock)
     if process_id != 0:
         _answer_roll(host.strip("[]"), int(port), process_id, lateness)
         return
@@ -66,32 +66,25 @@ def call_roll(
 class _Lateness:
     """Says from time to time what a start waits for, and ends it at last."""
 
-    def __init__(
-        self, address: str, num_processes: int, warning_secs: float, clock: Callable[[], float]
-    ):
-        self._address, self._num_processes = address, num_processes
-        self._warning_secs, self._clock = warning_secs, clock
+    def __init__(self, address: str, warning_secs: float, clock: Callable[[], float]):
+        self.address, self._warning_secs, self._clock = address, warning_secs, clock
         self._begin, self._num_warnings = clock(), 0
 
-    def check(self, describe: Callable[[str], str]) -> bool:
-        """Returns whether it is time for a message, which is logged then.
-
-        Args:
-            describe: makes the message from an address.
+    def check(self, text: str) -> None:
+        """Logs what is waited for, when it is time for a message.
 
         Raises:
             ConnectionError: with the message, when it is time for the last one.
         """
         waited = self._clock() - self._begin
         if waited < (self._num_warnings + 1) * self._warning_secs:
-            return False
+            return
         self._num_warnings += 1
-        port = self._address.rpartition(":")[2]
-        message = f"after {waited:.0f} s, {describe(self._address)}. {advise(f'port {port}')}"
+        port = self.address.rpartition(":")[2]
+        message = f"after {waited:.0f} s, {text}. {advise(f'port {port}')}"
         if self._num_warnings == LAST_WARNING:
             raise ConnectionError(message)
         logging.warning("%s", message)
-        return True
 
 
 def advise(port: str) -> str:
@@ -129,10 +122,12 @@ def _collect(
                     if isinstance(key.fileobj, socket.socket):
                         key.fileobj.close()
             missing = [n for n in range(1, num_processes) if n not in present]
-            text = _list_processes(missing, num_processes)
-            if missing and lateness.check(lambda at, text=text: f"missing at {at}: {text}"):
-                _tell(present.values(), _WAIT + text.encode() + b"\n")
-        _tell(present.values(), b"go\n")
+            if missing:
+                text = _list_processes(missing, num_processes)
+                lateness.check(f"missing at {lateness.address}: {text}")
+        for connection in present.values():
+            with contextlib.suppress(OSError):  # it has ended
+                connection.sendall(b"go\n")
 
 
 def _greet(connection: socket.socket) -> tuple[int, socket.socket]:
@@ -144,12 +139,6 @@ def _greet(connection: socket.socket) -> tuple[int, socket.socket]:
         words = []
     is_ours = len(words) == 2 and words[0] == _GREETING and words[1].isdigit()
     return int(words[1]) if is_ours else -1, connection
-
-
-def _tell(connections: Iterable[socket.socket], line: bytes) -> None:
-    for connection in connections:
-        with contextlib.suppress(OSError):  # it has ended, which the next look shows
-            connection.sendall(line)
 
 
 def _answer_roll(host: str, port: int, process_id: int, lateness: _Lateness) -> None:
@@ -164,34 +153,25 @@ def _answer_roll(host: str, port: int, process_id: int, lateness: _Lateness) -> 
                 if _is_let_go(connection, process_id, lateness):
                     return
             problem = "it has closed the connection"
-        lateness.check(lambda at, problem=problem: f"process 0 does not answer at {at} ({problem})")
+        lateness.check(f"process 0 does not answer at {lateness.address} ({problem})")
         time.sleep(_RETRY_SECS)
 
 
 def _is_let_go(connection: socket.socket, process_id: int, lateness: _Lateness) -> bool:
     """Returns whether to go on; false where the connection has ended before that."""
     connection.settimeout(_POLL_SECS)
-    heard, waits_for = b"", "the others"
     try:
         connection.sendall(b"%s %d\n" % (_GREETING, process_id))
     except OSError:
         return False
     while True:
         try:
-            data = connection.recv(_LONGEST_GREETING_BYTES)
+            # The word, or JAX's service, which is there already.
+            return connection.recv(_LONGEST_GREETING_BYTES) != b""
         except TimeoutError:
-            data = None
+            lateness.check(f"process 0 waits at {lateness.address} for others; its log names them")
         except OSError:
-            data = b""
-        if data == b"":
             return False
-        heard += data or b""
-        *lines, heard = heard.split(b"\n")
-        if lines:
-            waits_for = lines[-1].removeprefix(_WAIT).decode(errors="replace")
-        if not all(line.startswith(_WAIT) for line in lines) or not _WAIT.startswith(heard[:1]):
-            return True  # the word, or JAX's service, which is there already
-        lateness.check(lambda at, others=waits_for: f"process 0 waits at {at} for {others}")
 
 
 def _list_processes(numbers: list[int], num_processes: int) -> str:
