@@ -169,12 +169,9 @@ def read_object(path: str) -> dict[str, Any] | None:
 def check_object(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in the bytes of a user's file; a ValueError that names it for others."""
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error!s:.200}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
+        return parse_json_object(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object, got {error!s:.200}") from error
 
 
 def parse_checked_object(data: bytes, *, needs_checksum: bool = False) -> dict[str, Any] | None:

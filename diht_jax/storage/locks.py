@@ -148,27 +148,21 @@ def leader_lock(folder: str) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _lead_locally(folder: str) -> Generator[None]:
     path = os.path.join(folder, _LEADER)
-    try:
-        file = lock_file(path, wait=False)
-    except LockedError as error:
-        logging.warning("%s: waiting for %s, which works there", folder, error.holder)
-        file = lock_file(path)
-    while not _is_there(file, path):  # the holder before has deleted it
-        file.close()
-        file = lock_file(path)
+    while True:
+        try:
+            file = lock_file(path, wait=False)
+        except LockedError as error:
+            logging.warning("%s: waiting for %s, which works there", folder, error.holder)
+            file = lock_file(path)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # the holder before has deleted it
     with file:
         try:
             yield
         finally:
             files.remove(path)
-
-
-def _is_there(file: BinaryIO, path: str) -> bool:
-    """Returns whether an open file still has its name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 @contextlib.contextmanager
@@ -203,31 +197,27 @@ def _lead_in_store(folder: str) -> Generator[None]:
 
 def _create_lock(folder: str, token: str) -> str:
     """The URL of the lock that this process holds, once the others have ended."""
-    seen: dict[str, tuple[dict[str, Any], float]] = {}  # name -> the lock, since when it is so
-    told: set[str] = set()
+    seen, since_secs, told = None, 0.0, ""  # the latest lock, since when it is so, the one named
     while True:
         names = _lock_names(folder)
-        found = {name: files.read_object(files.join(folder, name)) for name in names}
-        for name, holder in found.items():
-            if holder is not None and (name not in seen or seen[name][0] != holder):
-                seen[name] = holder, _now()
-        held = ((n, h) for n, h in found.items() if h and not _has_ended(h, seen[n][1]))
-        if (first := next(held, None)) is not None:
-            active, holder = first
-            if active not in told:
-                told.add(active)
+        latest = names[-1] if names else ""
+        holder = files.read_object(files.join(folder, latest)) if latest else None
+        if (latest, holder) != seen:
+            seen, since_secs = (latest, holder), _now()
+        if holder is not None and not _has_ended(holder, since_secs):
+            if told != latest:
+                told = latest
                 logging.warning(
                     "%s: waiting for %s, until it ends or has not renewed %s for %.0f s",
                     folder,
                     _name_holder(holder),
-                    active,
+                    latest,
                     EXPIRY_SECS,
                 )
             _sleep(_POLL_SECS)
             continue
-        latest = _NAME.fullmatch(names[-1]) if names else None
-        number = int(latest[1]) + 1 if latest else 0
-        name = f".leader-{number:04d}.json"
+        number = _NAME.fullmatch(latest)
+        name = f".leader-{int(number[1]) + 1 if number else 0:04d}.json"
         path = files.join(folder, name)
         if not _create(path, token):
             continue
