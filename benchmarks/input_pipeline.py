@@ -49,6 +49,8 @@ from PIL import Image
 from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.input.examples import DecodeExample
+from diht_jax.input.mixing import Mixture, Source
+from diht_jax.input.order import GlobalOrder
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records import schema
 from diht_jax.records.train_data import open_records
@@ -212,7 +214,8 @@ def iterate_ours(settings: Settings, source: Any, *, fast_decode: bool) -> Itera
     decode = DecodeExample(
         settings.image_size, 77, settings.crop_scale, "{caption}", fast_decode=fast_decode
     )
-    batches = TrainIterator(source, decode, batch_size=settings.batch_size, seed=0, num_workers=0)
+    mixture = Mixture([Source("", source, GlobalOrder(len(source), seed=0), decode)])
+    batches = TrainIterator(mixture, batch_size=settings.batch_size, seed=0, num_workers=0)
     try:
         for batch in batches:
             assert batch["images"].shape[1:] == (settings.image_size, settings.image_size, 3)

@@ -42,7 +42,8 @@ from diht_jax import command_line
 from diht_jax.data.index import update_index
 from diht_jax.input.blocks import ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.order import BlockOrder
+from diht_jax.input.mixing import Mixture, Source
+from diht_jax.input.order import BlockOrder, GlobalOrder
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.formats import TFRecordSource, TFRecordWriter
 from diht_jax.records.schema import Record, decode_record, encode_record
@@ -205,7 +206,7 @@ def measure(
 def ours(settings: Settings, data: str, *, blocks: bool = True) -> Iterator[Any]:
     """The batches of `TrainIterator`."""
     source = (slow_store.SlowRecords if data.startswith("slow:") else TFRecordSource)(data)
-    order = None
+    order = GlobalOrder(len(source), seed=0)
     if blocks:
         order = BlockOrder(
             source.block_starts(settings.block_records),
@@ -214,12 +215,10 @@ def ours(settings: Settings, data: str, *, blocks: bool = True) -> Iterator[Any]
             window_blocks=settings.window_blocks,
         )
     batches = TrainIterator(
-        source,
-        decode_example(settings),
+        Mixture([Source("", source, order, decode_example(settings))]),
         batch_size=settings.batch_size,
         seed=0,
         num_workers=settings.num_workers,
-        order=order,
         read_ahead=ReadAheadOptions(read_threads=settings.read_threads),
     )
     try:

@@ -37,7 +37,6 @@ from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats import open_source, open_writer
 from diht_jax.records.samples import (
     SampleError,
-    all_captions,
     caption_kinds,
     check_kind,
     with_captions,
@@ -208,13 +207,13 @@ def _write_shards(
 
 def add_captions(record: Record, texts: Iterable[str], kind: str) -> Record:
     """The record with the texts behind its captions, without empty ones and those it has."""
-    kind_of = dict(zip(all_captions(record), caption_kinds(record), strict=True))
+    kind_of = caption_kinds(record)
     new = [text for text in dict.fromkeys(texts) if text and text not in kind_of]
     if not new:
         return record
     kind_of |= dict.fromkeys(new, kind)
     kind_of.pop("", None)  # a picture without a caption has the new one as its own
-    return with_captions(record, list(kind_of), list(kind_of.values()))
+    return with_captions(record, kind_of)
 
 
 def _read_records(

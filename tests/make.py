@@ -18,6 +18,7 @@ from PIL import Image
 
 from diht_jax.data.records import open_writer
 from diht_jax.records.schema import Pair, Record, encode_record
+from diht_jax.records.sharded import ShardedRecords
 from tests.compiling import xla_flags
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -152,6 +153,51 @@ def write_shard(path: str | pathlib.Path, records: Iterable[Pair | bytes]) -> pa
         for each in records:
             writer.write(each if isinstance(each, bytes) else encode_record(each))
     return pathlib.Path(path)
+
+
+class InMemory(ShardedRecords):
+    """Records in memory as the source of a run; a subclass may give `__getitem__` and `__len__`."""
+
+    paths = ["memory"]
+
+    def __init__(self, records: Iterable[bytes] = ()):
+        self._records = list(records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._records[index]
+
+    @property
+    def shard_lengths(self) -> list[int]:
+        """Those of a single shard."""
+        return [len(self)]
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """As of a file."""
+        return "memory", index
+
+    def make_offsets_local(self, cache_dir: str | None = None) -> None:
+        """Nothing is remote."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def one_source(records: Any, decode: Any, seed: int = 0, order: Any = None) -> Any:
+    """The run of a source alone, in an order or in the global one of a seed."""
+    # Not at the top: few tests need it.
+    from diht_jax.input.mixing import Mixture, Source
+    from diht_jax.input.order import GlobalOrder
+
+    return Mixture([Source("", records, order or GlobalOrder(len(records), seed), decode)])
 
 
 def write_records(

@@ -135,10 +135,10 @@ def _read_entries(
 def _encode(candidate: Candidate, log: ShardLog, config: ml_collections.ConfigDict) -> bytes | None:
     """The record of a pair, which is logged; None if its image turns out to be damaged."""
     pair, image_format, c = candidate.pair, candidate.values["format"], config.image
-    texts, good = samples.all_captions(pair), candidate.captions
-    if len(good) < len(texts):
-        kind_of = dict(zip(texts, samples.caption_kinds(pair), strict=True))
-        pair = samples.with_captions(pair, good, [kind_of[text] for text in good])
+    good = candidate.captions
+    if len(good) < len(samples.all_captions(pair)):
+        kind_of = samples.caption_kinds(pair)
+        pair = samples.with_captions(pair, {text: kind_of[text] for text in good})
     longer = max(candidate.values["width"], candidate.values["height"])
     if c.max_side is not None and longer > c.max_side:
         try:

@@ -199,7 +199,7 @@ KEYS: dict[str, Key] = {
     "data.num_workers": Key(int, NOT_NEGATIVE, FREE, per_host=True),
     # Order of the records: "global" (every epoch a permutation of all records), "blocks" (of
     # consecutive records, as object stores need it), or "auto": blocks where the data has a URL.
-    "data.order": Key("auto"),
+    "data.order": Key("auto", OneOf(("auto", "global", "blocks"))),
     "data.block_records": Key(256, COUNT),  # K, records that one request brings
     "data.num_streams": Key(1024, COUNT),  # V, of blocks; divides the batch, the hosts divide it
     "data.window_blocks": Key(16, COUNT),  # W per stream: a batch draws from V * W * K records
@@ -222,7 +222,7 @@ KEYS: dict[str, Key] = {
     "data.fast_decode": Key(True),
     "data.text_template": Key("{caption}"),  # what the text tower reads
     # For a record with several captions: "first", or "sample" to draw one each time it comes.
-    "data.captions": Key("first"),
+    "data.captions": Key("first", OneOf(("first", "sample"))),
     # By kind, such as "alt=1,synthetic=3", or a section whose weights may be schedules, as those of
     # sources are; not set: each caption of a record is as likely as the others.
     "data.caption_weights": Key(TextOrSections),
@@ -237,7 +237,7 @@ KEYS: dict[str, Key] = {
     # it are equal pairs (loss.equal_pairs), those without it are equal by their texts.
     "data.class_key": Key(str),
     # A record that cannot be read: "error", or "skip" to replace it by another one, and count it.
-    "data.on_bad_record": Key("error", resume=FREE),
+    "data.on_bad_record": Key("error", OneOf(("error", "skip")), FREE),
     # Go on although the shards have changed since the checkpoint was saved.
     "data.allow_changed": Key(False, resume=FREE),
     # On GPUs, XLA takes kernels that sum in one order, and the work directory keeps which were

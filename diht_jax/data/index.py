@@ -50,7 +50,6 @@ from diht_jax.storage.stores import RangesFile, is_remote
 from diht_jax.terminal import ProgressBar, print_escaped
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
-_SCANNED = "scanned"  # in that of parts: none of them is of an `.idx`
 _NAMES_SHOWN = 3
 _INDICES = {
     "tfrecord": formats.INDEX,
@@ -136,11 +135,9 @@ def update_index(
     with _locked_work(folder, work_dir) as work:
         sizes = _list_shards(folder)
         old = _old_index(folder, work)
-        if overwrite:
-            _drop_believed(work)
-        else:
-            (work / _SCANNED).unlink(missing_ok=True)
-        labels = labels or (old.labels if old else None)
+        for part in work.glob(f"*{INDEX_SUFFIX}") if overwrite else ():
+            part.unlink()  # it may be of an `.idx`
+        labels = labels or (old.labels if old else {})
         old = None if overwrite else old
         changes, rows = [], {}
         if old:
@@ -279,14 +276,6 @@ def _look(
     return ShardEntry(name, kind, len(offsets), size, digest, anchors)
 
 
-def _drop_believed(work: pathlib.Path) -> None:
-    """Keeps the offsets of earlier runs where all of them were found by scans."""
-    if not (work / _SCANNED).exists():
-        for part in work.glob(f"*{INDEX_SUFFIX}"):
-            part.unlink()
-        (work / _SCANNED).touch()
-
-
 def _load_kept(work: pathlib.Path, name: str, size: int) -> np.ndarray | None:
     """The offsets of a shard that an earlier run has found; None where they cannot be used."""
     try:
@@ -341,15 +330,13 @@ def _list_shards(folder: str) -> dict[str, int]:
 
 def _old_index(folder: str, work: pathlib.Path) -> DatasetIndex | None:
     """The index that is there, unless it is damaged; of a store, a local copy of it."""
-    path = os.path.join(folder, INDEX_NAME)
     try:
-        index = read_index(path)
-        index.make_local(work)
-    except FileNotFoundError:
-        return None
+        index = read_index(folder)
     except TFRecordError as error:
         logging.warning("all shards are looked at: %s", error)
         return None
+    if index is not None:
+        index.make_local(work)
     return index
 
 

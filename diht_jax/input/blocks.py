@@ -25,6 +25,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent import futures
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,6 +38,7 @@ from diht_jax.input.workers import (
     claim_mark,
     describe_bytes,
     remove_folder,
+    run_in_thread,
 )
 from diht_jax.records.shard_files import TFRecordError
 from diht_jax.storage.locks import LockedError, lock_file
@@ -172,6 +174,7 @@ class BlockStore:
         """Waits until the blocks of some records are here.
 
         Raises:
+            TFRecordError: the shard of a block, or its index, was replaced.
             StorageError: a block cannot be read from the store, or not be written here.
             ReadAheadStopped: the input was closed.
         """
@@ -187,16 +190,14 @@ class BlockStore:
 
         def read_piece() -> bytes:
             with open(path, "rb", buffering=0) as file:
-                places = os.pread(file.fileno(), _PLACES.size, 8 * number)
-                # An empty file is that of a block whose frames are damaged.
-                start, end = _PLACES.unpack(places) if places else (0, 0)
+                start, end = _PLACES.unpack(os.pread(file.fileno(), _PLACES.size, 8 * number))
                 return os.pread(file.fileno(), end - start, start)
 
         try:
             piece = retry(read_piece, path)
         except FileNotFoundError:
             return None
-        return self._source.unpack(record, piece) if piece else None
+        return self._source.unpack(record, piece)
 
     def delete(self, block: int) -> None:
         """Deletes a block whose last record was used."""
@@ -265,10 +266,7 @@ class BlockStore:
                 ) from error
 
     def _read_block(self, block: int, stopped: threading.Event) -> list[bytes]:
-        """The contents of the file of a block: none where a frame is damaged.
-
-        Its records are then read one by one, which tells which of them is damaged, and how.
-        """
+        """The contents of the file of a block."""
         first, end = map(int, self.order.block_starts[block : block + 2])
 
         def read() -> bytes:
@@ -288,10 +286,7 @@ class BlockStore:
                 f"{path} could not be read (config.data.read_timeout_secs={timeout_secs:g} is how "
                 f"long a store may fail): {error}"
             ) from error
-        try:
-            starts = np.asarray(self._source.cut(first, end, data), np.int64)
-        except TFRecordError:
-            return []
+        starts = np.asarray(self._source.cut(first, end, data), np.int64)
         return [(starts + 8 * len(starts)).astype("<u8").tobytes(), data]
 
 
@@ -327,28 +322,17 @@ def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
     Requests run in threads of their own, since nobody can end a thread to which a library never
     returns. Without any answer it is a TimeoutError.
     """
-    answers: queue.SimpleQueue[tuple[int, bytes, BaseException | None]] = queue.SimpleQueue()
-
-    def ask(number: int) -> None:
-        try:
-            answers.put((number, read(), None))
-        except BaseException as error:
-            answers.put((number, b"", error))
-
+    waiting: set[futures.Future[bytes]] = set()
     for number in range(_MAX_REQUESTS):
-        threading.Thread(target=ask, args=(number,), name="read_block", daemon=True).start()
-        asked = clock()
+        latest, asked = run_in_thread(read, "read_block"), clock()
+        waiting.add(latest)
         while clock() - asked < _PATIENCE_SECS * 2**number:
-            try:
-                answered, data, error = answers.get(timeout=_POLL_SECS)
-            except queue.Empty:
-                if stopped.is_set():
-                    raise ReadAheadStopped("the input was closed") from None
-                continue
-            if error is None:
-                return data
-            if answered == number:
-                raise error
+            done, waiting = futures.wait(waiting, _POLL_SECS, futures.FIRST_COMPLETED)
+            for answer in sorted(done, key=lambda each: each.exception() is not None):
+                if answer is latest or answer.exception() is None:
+                    return answer.result()
+            if not done and stopped.is_set():
+                raise ReadAheadStopped("the input was closed")
     raise TimeoutError("no answer came")
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import ml_collections
@@ -26,11 +25,8 @@ from diht_jax.records.samples import (
     parse_columns,
 )
 from diht_jax.records.schema import Pair, Record
-from diht_jax.records.train_data import parse_weights, weight_at_step
+from diht_jax.records.train_data import Points, join_weights, parse_weights
 
-Points = tuple[tuple[int, Fraction], ...]
-
-CHOICES = ("first", "sample")
 _WEIGHTS = "config.data.caption_weights"
 # In a batch, float16 [b, D].
 IMAGE_FIELD, TEXT_FIELD = "teacher_image_emb", "teacher_text_emb"
@@ -63,14 +59,10 @@ class CaptionChoice:
         self._columns = dict(columns or {})
         self._batch_size = batch_size
         points_of = weights or {}
-        steps = sorted({step for points in points_of.values() for step, _ in points})
         # From the last step on, for the first that a step has reached is the one that holds.
         self._segments = [
-            (
-                step,
-                {kind: float(weight_at_step(points, step)) for kind, points in points_of.items()},
-            )
-            for step in reversed(steps)
+            (step, dict(zip(points_of, map(float, values), strict=True)))
+            for step, values in reversed(join_weights(list(points_of.values())))
         ]
 
     def choose(self, record: Pair, number: float, position: int) -> str:
@@ -83,11 +75,11 @@ class CaptionChoice:
         """
         if self._columns:
             record = add_columns(record, self._columns)
-        captions = all_captions(record)
         if not self._segments:
+            captions = all_captions(record)
             return captions[int(number * len(captions))]
         by_kind: dict[str, list[str]] = {}
-        for text, kind in zip(captions, caption_kinds(record), strict=True):
+        for text, kind in caption_kinds(record).items():
             by_kind.setdefault(kind, []).append(text)
         weights = self._weights(record, by_kind, position // self._batch_size)
         rest = number * sum(weights)
@@ -95,18 +87,7 @@ class CaptionChoice:
             if rest < weight:
                 return texts[min(int(rest / weight * len(texts)), len(texts) - 1)]
             rest -= weight
-        return captions[0]
-
-    def describe(self) -> str:
-        """The weights, for the log."""
-        if not self._segments:
-            return "one of each record's, all alike"
-        parts = [
-            (f"from step {step} on " if step else "")
-            + ", ".join(f"{kind} {weight:g}" for kind, weight in weights.items())
-            for step, weights in reversed(self._segments)
-        ]
-        return f"one of each record's, by kind: {'; '.join(parts)}"
+        return record.caption
 
     def _weights(self, record: Pair, kinds: Collection[str], step: int) -> list[float]:
         found = next(weights for first, weights in self._segments if first <= step)
@@ -123,12 +104,8 @@ def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice | None
     """The choice that `config.data` asks for; None for the first caption of every record.
 
     Raises:
-        ValueError: `captions`, `caption_weights` or `caption_columns` are wrong; names the key.
+        ValueError: `caption_weights` or `caption_columns` are wrong; names the key.
     """
-    if data.captions not in CHOICES:
-        raise ValueError(
-            f"config.data.captions='{data.captions}': expected {' or '.join(map(repr, CHOICES))}"
-        )
     if data.captions == "first":
         for name in ("caption_weights", "caption_columns"):
             if data[name]:
@@ -182,8 +159,8 @@ def _parse_kinds(given: str | Mapping[str, Any] | None) -> dict[str, Points]:
     for kind, weight in (given or {}).items():
         check_kind(kind, _WEIGHTS)
         weights[kind] = parse_weights(f"{_WEIGHTS}.{kind}", weight)
-    for step in sorted({step for points in weights.values() for step, _ in points}):
-        if not any(weight_at_step(points, step) for points in weights.values()):
+    for step, values in join_weights(list(weights.values())):
+        if not any(values):
             raise ValueError(f"{_WEIGHTS}: all weights are 0 from step {step} on")
     return weights
 

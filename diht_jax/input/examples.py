@@ -10,13 +10,14 @@ exact way, which also decides on errors: what is refused there is refused here, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,15 +122,14 @@ class DecodeExample:
         if self.teacher_width:
             view, crop_rng = take_view(record, self.teacher_width, rng)
         options: dict[str, Any] = {"scale": self.crop_scale, "interpolation": self.interpolation}
-        try:
+        key = record.key
+        with _naming_record(key):
             if self.fast_decode:
                 crop = plan_random_crop(record.image, self.image_size, crop_rng, **options)
             else:
                 image = transforms.decode_rgb(record.image)
                 done = transforms.train_transform(image, self.image_size, crop_rng, **options)
                 crop = functools.partial(np.asarray, done)
-        except transforms.ImageError as error:
-            raise _bad_picture(record.key, error) from error
         caption = record.caption
         if self.caption_choice is not None:
             caption = self.caption_choice.choose(record, rng.random(), position)
@@ -139,11 +139,16 @@ class DecodeExample:
         if self.caption_words:
             caption = draw_part(caption, caption.split(), self.caption_words, rng.random())
         text = self.text_template.replace(_CAPTION, caption)
-        example = {"tokens": self._tokenize(text, record.key), **view}
+        example = {"tokens": self._tokenize(text, key), **view, **labels}
         if self.pair_ids:
             found = None if self.class_key is None else record.metadata.get(self.class_key)
             example["pair_ids"] = pair_id(example["tokens"], found)
-        return functools.partial(_decode_pixels, record.key, crop, example | labels)
+
+        def decode() -> dict[str, np.ndarray]:
+            with _naming_record(key):
+                return {"images": crop(), **example}
+
+        return decode
 
     def _tokenize(self, text: str, key: str) -> np.ndarray:
         if self.own_tokenizer is None:
@@ -203,20 +208,15 @@ def pair_id(tokens: np.ndarray, class_id: Any = None) -> np.ndarray:
     return np.frombuffer(digest, "<u4").astype(np.uint32)
 
 
-def _decode_pixels(
-    key: str, crop: Callable[[], np.ndarray], example: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+@contextlib.contextmanager
+def _naming_record(key: str) -> Generator[None]:
     try:
-        return {"images": crop(), **example}
+        yield
     except transforms.ImageError as error:
-        raise _bad_picture(key, error) from error
-
-
-def _bad_picture(key: str, error: transforms.ImageError) -> ValueError:
-    return ValueError(
-        f"record '{key}': {error}; training expects readable images, which "
-        "`python -m data_prep.filter` makes sure of"
-    )
+        raise ValueError(
+            f"record '{key}': {error}; training expects readable images, which "
+            "`python -m data_prep.filter` makes sure of"
+        ) from error
 
 
 def plan_random_crop(

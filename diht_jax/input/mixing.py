@@ -14,7 +14,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -25,16 +24,16 @@ from diht_jax.input.examples import DecodeExample
 from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_order
 from diht_jax.records.labels.clip_embeddings import ClipEmbeddings
 from diht_jax.records.labels.shards import LabelRecords, open_labels
-from diht_jax.records.schema import Record, decode_record
+from diht_jax.records.schema import Record
+from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import (
     Fingerprint,
     TrainSource,
     fingerprint_records,
     held_out_records,
+    join_weights,
     parse_train,
     resolve_source,
-    switching_steps,
-    weight_at_step,
 )
 
 # Batches between a bad record and what replaces it are no more than this.
@@ -49,7 +48,7 @@ class Source:
     """A source of a run."""
 
     name: str  # its key in `config.data.train`; "" of the only one
-    records: Sequence[Any]  # number of the record -> its element
+    records: ShardedRecords  # number of the record -> its element
     order: GlobalOrder | BlockOrder  # own position -> number of the record
     decode: DecodeExample  # makes an example of a record
     # Of these records, and embeddings of CLIP teachers, where there are some.
@@ -61,7 +60,7 @@ class Source:
         """The record of a number with its labels; errors name the record, or the file of labels."""
         element = None if self.blocks is None else self.blocks.read(number)
         element = self.records[number] if element is None else element
-        record = getattr(self.records, "decode", decode_record)(element)
+        record = self.records.decode(element)
         for labels in self.labels:
             record = labels.join(record, number)
         return record
@@ -112,10 +111,9 @@ class Mixture(Sequence[tuple[Source, Record]]):
         return sum(len(source.records) for source in self.sources[:number]) + record
 
     def locate(self, position: int) -> tuple[str, int]:
-        """File and number within it of the record; "" where its source does not know the file."""
+        """File and number within it of the record."""
         number, record = self.find(position)
-        locate = getattr(self.sources[number].records, "locate", None)
-        return ("", record) if locate is None else locate(record)
+        return self.sources[number].records.locate(record)
 
     def metrics(self, position: int) -> dict[str, float]:
         """Examples and epochs of each source before a position; nothing with the only one."""
@@ -131,8 +129,7 @@ class Mixture(Sequence[tuple[Source, Record]]):
         """Identifies all shards and labels; those of several sources begin with its name."""
         rows = []
         for source in self.sources:
-            records: Any = source.records  # of shards, or a part of them
-            shards = list(fingerprint_records(records).shards)
+            shards = list(fingerprint_records(source.records).shards)
             for labels in source.labels:
                 shards += labels.fingerprint()
             for name, count, size, digest in shards:
@@ -179,7 +176,7 @@ class Mixture(Sequence[tuple[Source, Record]]):
 def open_mixture(
     data: ml_collections.ConfigDict,
     seed: int,
-    open_source: Callable[[str | list[str]], Any],
+    open_source: Callable[[str | list[str]], ShardedRecords],
     make_decoder: Callable[[str], DecodeExample],
     process_count: int = 1,
 ) -> Mixture:
@@ -208,7 +205,7 @@ def open_mixture(
             process_count,
             held_out_records(records, data, seed),
         )
-        if isinstance(order, GlobalOrder) and hasattr(records, "make_offsets_local"):
+        if isinstance(order, GlobalOrder):
             records.make_offsets_local(data.cache_dir)
         decode = make_decoder(source.text_template or data.text_template)
         labels: list[LabelRecords | None] = []
@@ -226,15 +223,14 @@ def open_mixture(
     if not parsed[0].name:
         return Mixture(sources)
     in_blocks = any(isinstance(source.order, BlockOrder) for source in sources)
-    points = [
-        (step, [weight_at_step(source.weights, step) for source in parsed])
-        for step in switching_steps(parsed)
-    ]
+    points = join_weights([source.weights for source in parsed])
     streams = count_streams(data, process_count) if in_blocks else 1
     return Mixture(sources, MixtureWeights(points, num_streams=streams, batch_size=data.batch_size))
 
 
-def _open_source(source: TrainSource, open_source: Callable[[str | list[str]], Any]) -> Any:
+def _open_source(
+    source: TrainSource, open_source: Callable[[str | list[str]], ShardedRecords]
+) -> ShardedRecords:
     key = f"config.data.train.{source.name}.path" if source.name else "config.data.train"
     try:
         records = open_source(source.path)

@@ -13,12 +13,13 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import grain.experimental
 import ml_collections
 import numpy as np
 
+from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import NO_RECORDS
 from diht_jax.storage.stores import is_remote
 
@@ -33,13 +34,8 @@ _INCREMENT, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB
 _64_BITS = 2**64 - 1
 
 
-def resolve_order(order: str, train: str | Sequence[str] | None, name: str = "data.order") -> str:
-    """The order of a config; "auto" is blocks where any of the data is in an object store.
-
-    `name` is that of the key, for the message.
-    """
-    if order not in (*ORDERS, "auto"):
-        raise ValueError(f"config.{name}='{order}': expected 'auto', 'global' or 'blocks'")
+def resolve_order(order: str, train: str | Sequence[str] | None) -> str:
+    """The order of a config; "auto" is blocks where any of the data is in an object store."""
     if order != "auto":
         return order
     paths = [train] if isinstance(train, str | os.PathLike) else train or ()
@@ -47,7 +43,7 @@ def resolve_order(order: str, train: str | Sequence[str] | None, name: str = "da
 
 
 def make_order(
-    records: Any,
+    records: ShardedRecords,
     order: str,
     data: ml_collections.ConfigDict,
     seed: int,
@@ -57,7 +53,7 @@ def make_order(
     """The order of a source of records.
 
     Args:
-        records: with a length, and with `block_starts` for blocks.
+        records: of the source.
         order: of `ORDERS`, or "auto".
         data: the section `config.data`.
         seed: of the permutations.
@@ -67,7 +63,7 @@ def make_order(
     Raises:
         ValueError: numbers in `data` that do not fit each other or the hosts.
     """
-    if resolve_order(order, getattr(records, "paths", None)) == "global":
+    if resolve_order(order, records.paths) == "global":
         return GlobalOrder(len(records), seed, held_out)
     return BlockOrder(
         records.block_starts(data.block_records),
@@ -230,7 +226,8 @@ class BlockOrder:
         row, stream = divmod(row, self.num_streams)
         segment = self._segment(epoch, stream)
         row += segment.first_row
-        number = segment.window_of(_find(self._epoch(epoch)[1], row))
+        block = _find(self._epoch(epoch)[1], row)
+        number = (block - segment.origin) // self.window_blocks
         return self._window(epoch, stream, number), row
 
     def _make_caches(self) -> None:
@@ -247,19 +244,16 @@ class BlockOrder:
     def _make_segment(self, epoch: int, stream: int) -> _Segment:
         rows, longer = divmod(self.num_records, self.num_streams)
         first = stream * rows + min(stream, longer)
-        return _Segment(
-            first_row=first,
-            end_row=first + rows + (stream < longer),
-            first_block=_find(self._epoch(epoch)[1], first),
-            # Multiples of the golden ratio are spread evenly, also over every H-th stream.
-            first_window_blocks=1 + ((stream * _INCREMENT & _64_BITS) * self.window_blocks >> 64),
-            window_blocks=self.window_blocks,
-        )
+        block = _find(self._epoch(epoch)[1], first)
+        # Multiples of the golden ratio are spread evenly, also over every H-th stream.
+        first_window_blocks = 1 + ((stream * _INCREMENT & _64_BITS) * self.window_blocks >> 64)
+        origin = block + first_window_blocks - self.window_blocks
+        return _Segment(first, first + rows + (stream < longer), block, origin)
 
     def _make_window(self, epoch: int, stream: int, number: int) -> _Window:
         segment, (permuted, starts) = self._segment(epoch, stream), self._epoch(epoch)
-        first = segment.first_block_of(number)
-        end = min(segment.first_block_of(number + 1), len(permuted))
+        end = segment.origin + (number + 1) * self.window_blocks
+        first, end = max(segment.first_block, end - self.window_blocks), min(end, len(permuted))
         rows = np.clip(starts[first : end + 1], segment.first_row, segment.end_row)
         blocks = permuted[first:end]
         # The first record of a part, where the segment begins within its block.
@@ -291,25 +285,13 @@ def _find(starts: np.ndarray, number: int) -> int:
     return int(np.searchsorted(starts, number, side="right")) - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class _Segment:
+class _Segment(NamedTuple):
     """A stream's part of an epoch: rows of the sequence, and windows of permuted blocks."""
 
     first_row: int
     end_row: int
     first_block: int
-    first_window_blocks: int
-    window_blocks: int
-
-    def window_of(self, block: int) -> int:
-        """The number of the window that a permuted block belongs to."""
-        return 1 + (block - self.first_block - self.first_window_blocks) // self.window_blocks
-
-    def first_block_of(self, window: int) -> int:
-        """Where a window begins."""
-        if not window:
-            return self.first_block
-        return self.first_block + self.first_window_blocks + (window - 1) * self.window_blocks
+    origin: int  # where the first window would begin if it were whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,7 @@ import dataclasses
 import functools
 import os
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
@@ -21,10 +20,9 @@ from absl import flags, logging
 
 from diht_jax.input import workers
 from diht_jax.input.blocks import BlockStore, ReadAheadOptions
-from diht_jax.input.examples import DecodeExample
 from diht_jax.input.in_flight import InFlight, Joiner
 from diht_jax.input.mixing import Mixture, Source
-from diht_jax.input.order import BlockOrder, GlobalOrder, derived_seed
+from diht_jax.input.order import BlockOrder, derived_seed
 from diht_jax.input.sub_batches import SKIPPED_RECORDS, SubBatches, find_crashing_index
 from diht_jax.storage.stores import is_remote
 
@@ -65,8 +63,7 @@ class TrainIterator:
     each record once an epoch; process p of P takes every P-th of them.
 
     Args:
-        source: random-access records, such as `TFRecordSource`, or a mixture of some.
-        decode: makes an example of a record; a mixture has its own.
+        records: of the run, position by position.
         batch_size: global, over all processes.
         seed: of shuffling and cropping.
         num_workers: decoding processes; 0 decodes in threads of this process, None takes one
@@ -75,12 +72,11 @@ class TrainIterator:
         process_index: number of this host, from 0, of `process_count`.
         on_bad_record: "error", or "skip" to replace it by another record.
         max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
-        order: of the records; a permutation of all of them where None. A mixture has its own.
         read_ahead: how blocks are fetched from an object store.
         record_ids: batches have the number of each record, int32 [b].
 
     Raises:
-        ValueError: numbers that do not fit, no record, or too little memory.
+        ValueError: numbers that do not fit, or too little memory.
 
     Attributes:
         skipped_records: bad records of this process's share so far, each replaced by another one.
@@ -89,8 +85,7 @@ class TrainIterator:
 
     def __init__(
         self,
-        source: Sequence[bytes] | Mixture,
-        decode: DecodeExample | None = None,
+        records: Mixture,
         *,
         batch_size: int,
         seed: int,
@@ -100,26 +95,18 @@ class TrainIterator:
         process_count: int = 1,
         on_bad_record: str = "error",
         max_in_flight_gib: float | None = None,
-        order: GlobalOrder | BlockOrder | None = None,
         read_ahead: ReadAheadOptions = _READ_AHEAD,
         record_ids: bool = False,
     ):
         """Builds the graph; reading starts with the first batch."""
-        if not isinstance(source, Mixture):
-            if not len(source):
-                raise ValueError(f"config.data.train: {source!r} holds no record")
-            if decode is None:
-                raise ValueError("decode: expected what makes examples of the records")
-            order = order or GlobalOrder(len(source), seed)
-            source = Mixture([Source("", source, order, decode)])
         if num_workers is None:
             num_workers = workers.default_num_workers()
         if num_workers:
             workers.warn_of_few_cores(num_workers)
             workers.claim_mark(workers.SHARED_MEMORY)  # removes what others left, before measuring
-        sources = [_with_blocks(each, read_ahead, num_workers) for each in source.sources]
+        sources = [_with_blocks(each, read_ahead, num_workers) for each in records.sources]
         self.block_stores = [each.blocks for each in sources if each.blocks]
-        self._records = Mixture(sources, source.weights)
+        self._records = Mixture(sources, records.weights)
         self._examples = SubBatches(
             self._records,
             seed=derived_seed(seed, _CROP_DEPTH),
@@ -208,16 +195,7 @@ class TrainIterator:
             StoppedWaiting: it was given up; the iterator cannot be used any more.
         """
         position = Position(self.get_state())
-        fetched: futures.Future[dict[str, np.ndarray]] = futures.Future()
-
-        def fetch() -> None:
-            try:
-                fetched.set_result(next(self))
-            except BaseException as error:
-                fetched.set_exception(error)
-
-        thread = threading.Thread(target=fetch, name="next_batch", daemon=True)
-        thread.start()
+        fetched = workers.run_in_thread(self.__next__, "next_batch")
         try:
             waited = stopping = 0.0
             while not futures.wait([fetched], poll_secs).done:
@@ -233,7 +211,7 @@ class TrainIterator:
             self._abandoned = True  # so that the batch ends with an error in its thread
             self._stop_reading()
             workers.kill_workers()
-            thread.join(grace_secs)
+            futures.wait([fetched], grace_secs)
             raise
         return fetched.result()
 
@@ -261,11 +239,10 @@ class TrainIterator:
         """Names the next batch, the files of its records, and the state of the workers."""
         text = f"waiting for examples {self._batch_text(self._next_example)}"
         located = map(self._records.locate, self._examples.batch(self._next_example))
-        paths = dict.fromkeys(path for path, _ in located)
-        named = [path for path in paths if path][:_MAX_FILES]
-        if named:
-            more = f" and {len(paths) - len(named)} more files" if len(paths) > len(named) else ""
-            text += f", in {', '.join(named)}{more}"
+        paths = list(dict.fromkeys(path for path, _ in located))
+        more = len(paths) - _MAX_FILES
+        text += f", in {', '.join(paths[:_MAX_FILES])}"
+        text += f" and {more} more files" if more > 0 else ""
         text += "".join(f"; {store.describe()}" for store in self.block_stores)
         if not self._num_workers:
             return f"{text}; they are read in threads of this process"
@@ -303,7 +280,12 @@ class TrainIterator:
         self._close_batches()  # what was fetched ahead stays
         # Another end than by a crash may come from outside, the first time.
         if deaths > 1 or workers.has_crashed(error):
-            while (index := self._find_crashing_index()) is not None:
+            logging.warning("looking for a picture that crashes its decoder, in another process")
+            # It works ahead, and what it had finished may have been lost with it.
+            parts = range(self._parts_taken, sys.maxsize, self._num_workers)
+            near = parts[: self._in_flight.queue_parts + 2]
+            suspects = [index for part in near for index in self._parts.indices(part)]
+            while (index := find_crashing_index(self._parts, suspects)) is not None:
                 key = self._records[index][1].key
                 self._examples.exclude(index, f"record '{key}': its picture crashes its decoder")
                 if not self._examples.skips:
@@ -316,16 +298,6 @@ class TrainIterator:
                 "if memory is short, lower config.data.num_workers or config.data.prefetch_batches"
             ) from error
         return deaths
-
-    def _find_crashing_index(self) -> int | None:
-        """Among the records that the worker which died may have been decoding."""
-        logging.warning("looking for a picture that crashes its decoder, in a process of its own")
-        # It works ahead, and what it had finished may have been lost with it.
-        parts = range(self._parts_taken, sys.maxsize, self._num_workers)
-        near = parts[: self._in_flight.queue_parts + 2]
-        return find_crashing_index(
-            self._parts, [index for part in near for index in self._parts.indices(part)]
-        )
 
     def _count_bad_records(self, skipped: np.ndarray) -> None:
         """Counts and names the records that were skipped for the rows of a batch."""
@@ -383,7 +355,7 @@ class TrainIterator:
 def _with_blocks(source: Source, read_ahead: ReadAheadOptions, num_workers: int) -> Source:
     """The source, which reads by blocks where it is in a store and has the order for them."""
     # Files in fsspec's memory are known to this process alone.
-    paths = getattr(source.records, "paths", ())
+    paths = source.records.paths
     is_in_store = any(is_remote(path) and not path.startswith("memory://") for path in paths)
     if not isinstance(source.order, BlockOrder) or not is_in_store:
         return source

@@ -31,8 +31,6 @@ from diht_jax.input.workers import start_worker
 from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
 from diht_jax.storage.stores import StorageError
 
-# Values of `config.data.on_bad_record`.
-MODES = ("error", "skip")
 # In a batch, for each row: bad records that were skipped to find this one.
 SKIPPED_RECORDS = "skipped_records"
 # Rows of a part at most.
@@ -69,17 +67,12 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         """Reads nothing yet; for the arguments see `pipeline.TrainIterator`.
 
         Raises:
-            ValueError: another mode, or a batch that the hosts cannot share.
+            ValueError: a batch that the hosts cannot share.
         """
         if batch_size % process_count:
             raise ValueError(
                 f"config.data.batch_size={batch_size} is no multiple of the {process_count} "
                 "processes; choose a multiple"
-            )
-        if on_bad_record not in MODES:
-            raise ValueError(
-                f"config.data.on_bad_record='{on_bad_record}': expected "
-                f"{' or '.join(map(repr, MODES))}"
             )
         self._records = records
         self._key = np.random.Philox(seed).state["state"]["key"]
@@ -159,7 +152,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         except ValueError as error:
             return str(error)
         path, record = self._records.locate(index)
-        return f"{path or 'data'}: record {record}: could be read at the second attempt"
+        return f"{path}: record {record}: could be read at the second attempt"
 
     def find(self, index: int) -> tuple[dict[str, Any], int]:
         """The first good example among the candidates for an index, and its own index."""
@@ -188,8 +181,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             raise  # names file and record
         except ValueError as error:
             path, record = self._records.locate(index)
-            where = f"{path}: record {record}: " if path else ""
-            raise ValueError(f"{where}{error}") from error
+            raise ValueError(f"{path}: record {record}: {error}") from error
 
     def _examples(self, indices: range) -> Iterator[dict[str, Any]]:
         """The examples at indices, everything but the pixels for a group of them at once.

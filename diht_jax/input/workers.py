@@ -23,14 +23,17 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from multiprocessing import process, shared_memory
+from typing import TypeVar
 
 from absl import logging
 
 from diht_jax.storage.locks import LockedError, lock_file
 
 SHARED_MEMORY = "/dev/shm"
+_Result = TypeVar("_Result")
 
 # How grain names its workers, and how it reports one that is gone.
 _WORKER_NAME = "grain-process-prefetch"
@@ -60,6 +63,20 @@ _MEMORY_LIMITS = (
 _POLL_SECS = 1.0  # how often a worker looks for its parent
 _KILL_SECS = 5.0  # how long the kernel may take to end a process
 _REMOVALS = 100  # attempts to delete a folder, each of which a file being written may spoil
+
+
+def run_in_thread(function: Callable[[], _Result], name: str) -> futures.Future[_Result]:
+    """Calls a function in a thread that the end of this process does not wait for."""
+    future: futures.Future[_Result] = futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 def start_worker(

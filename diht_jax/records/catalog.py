@@ -8,7 +8,6 @@ that are new, gone or of another size are an error.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import glob
 import os
@@ -18,7 +17,6 @@ from typing import Any
 
 from diht_jax.records.dataset_index import (
     INDEX_NAME,
-    KINDS,
     DatasetIndex,
     read_index,
     rebuild_command,
@@ -32,9 +30,6 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _Sizes = dict[str, int | None]
 
 _NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "webdataset": "tar"}
-# Endings of sources that have no random access by records.
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 _NAMES_SHOWN = 3
 
 
@@ -95,13 +90,12 @@ def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
     shards: list[Shard] = []
     for entry, sizes in found:
         described = {path: Shard(path, size) for path, size in sizes.items()}
-        for folder in dict.fromkeys(map(os.path.dirname, sizes)) if kind in KINDS else ():
+        for folder in dict.fromkeys(map(os.path.dirname, sizes)):
             if folder not in indices:
                 path, listed = os.path.join(folder, INDEX_NAME), folders.get(folder)
                 indices[folder] = None
                 if listed is None or path in listed:
-                    with contextlib.suppress(FileNotFoundError):
-                        indices[folder] = read_index(path, listed[path] if listed else None)
+                    indices[folder] = read_index(folder, listed[path] if listed else None)
             # A local file of any name can be given by its path.
             own = {
                 path: size
@@ -204,41 +198,27 @@ def _shared_kind(files: Sequence[tuple[str, _Sizes]]) -> str:
     for entry, paths in files:
         found = {kind_of(path) for path in paths}
         kind = next((kind for kind in SUFFIXES if kind in found), None) or kind_of(entry)
-        if kind is not None:
-            kinds.setdefault(kind, entry)
-        for path in sorted(paths) if found == {None} else ():
-            # A TFRecord shard may have any name.
-            if path.endswith(_COMPRESSED + _TABLES) or (
-                path == entry and _begins_as_no_shard(path)
-            ):
-                raise ShardsNotFoundError(
-                    f"{path}: no record shard; expected uncompressed files that end in "
-                    f"{', '.join(SUFFIXES.values())}, or a folder of them. Compressed tars, "
-                    "tables, parquet files and folders of pictures become record shards by "
-                    f"{_convert(entry)}"
-                )
+        # A TFRecord shard may have any name.
+        if kind is None and (is_remote(entry) or entry not in paths or _is_foreign(entry)):
+            raise ShardsNotFoundError(
+                f"no record shard at '{entry}'; expected uncompressed files that end in "
+                f"{', '.join(SUFFIXES.values())}, a folder of them or a glob that matches some. "
+                "Compressed tars, tables, parquet files and folders of pictures become record "
+                f"shards by {_convert(entry)}"
+            )
+        kinds.setdefault(kind or "tfrecord", entry)
     if len(kinds) > 1:
         raise ShardsNotFoundError(
             f"shards of several formats: {', '.join(kinds.values())} are {', '.join(kinds)}; name "
             f"those of one format, or convert the others by {_convert('OTHERS')}"
         )
-    if not kinds and not any(os.path.isfile(entry) for entry, _ in files):
-        first = files[0][0]
-        convert = f". Pairs of other kinds become record shards by {_convert(first)}"
-        raise ShardsNotFoundError(
-            f"no TFRecord shard at '{first}', nor one of another format; expected a "
-            f"file, a folder of {', '.join(f'*{suffix}' for suffix in SUFFIXES.values())} files, "
-            f"or a glob that matches some{convert if os.path.isdir(first) else ''}"
-        )
-    return next(iter(kinds), "tfrecord")
+    return next(iter(kinds))
 
 
-def _begins_as_no_shard(path: str) -> bool:
-    if is_remote(path):
-        return False
+def _is_foreign(path: str) -> bool:
     with open_local(path) as file:
         start = file.read(FRAME_BYTES)
-    return bool(start) and not start.startswith(b"\x1f\x8b") and framed_length(start) is None
+    return bool(start) and framed_length(start) is None
 
 
 def _convert(source: str) -> str:

@@ -87,7 +87,7 @@ class DatasetIndex:
         path: path or URL of the file.
         head: its bytes.
         vocabulary: of the labels of all shards (`Vocabulary.describe`), where it is known.
-        labels: what `labels.shards.describe_labels` states; None of any other data set.
+        labels: what `labels.shards.describe_labels` states; empty of any other data set.
         names, kinds: str, of each shard.
         rows: the row of each shard, by its name.
         num_records, num_bytes: int64 [shards].
@@ -255,7 +255,7 @@ class DatasetIndex:
             raise ValueError("its numbers of records differ")
         self.file_bytes = _PREAMBLE.size + len(head) + 8 * num_records
         self.vocabulary: dict[str, Any] | None = facts.get("vocabulary")
-        self.labels: dict[str, Any] | None = facts.get("labels")
+        self.labels: dict[str, Any] = facts.get("labels") or {}
 
 
 def damaged_index(path: str, detail: str) -> TFRecordError:
@@ -271,24 +271,27 @@ def rebuild_command(path: str) -> str:
     return f"python -m diht_jax.data.index {os.path.dirname(path) or '.'}"
 
 
-def read_index(path: str, file_bytes: int | None = None) -> DatasetIndex:
-    """Reads the head of an index: in a store, by one or two requests.
+def read_index(folder: str, file_bytes: int | None = None) -> DatasetIndex | None:
+    """Reads the head of a folder's index, in a store by one or two requests; None without one.
 
     Raises:
-        FileNotFoundError: there is none.
         TFRecordError: it is damaged, or cut off.
     """
-    with RangesFile(path, file_bytes or 0) as file:
-        file_bytes = file_bytes if is_remote(path) else file.size
-        data = file.read_range(0, _FIRST_READ_BYTES)
-        if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):
-            raise damaged_index(path, "it has no valid header")
-        _, head_bytes, checksum, _ = _PREAMBLE.unpack_from(data)
-        if head_bytes > (_MAX_HEAD_BYTES if file_bytes is None else file_bytes):
-            raise damaged_index(path, "it is cut off")
-        end = _PREAMBLE.size + head_bytes
-        if end > len(data) == _FIRST_READ_BYTES:
-            data += file.read_range(len(data), end)
+    path = os.path.join(folder, INDEX_NAME)
+    try:
+        with RangesFile(path, file_bytes or 0) as file:
+            file_bytes = file_bytes if is_remote(path) else file.size
+            data = file.read_range(0, _FIRST_READ_BYTES)
+            if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):
+                raise damaged_index(path, "it has no valid header")
+            _, head_bytes, checksum, _ = _PREAMBLE.unpack_from(data)
+            if head_bytes > (_MAX_HEAD_BYTES if file_bytes is None else file_bytes):
+                raise damaged_index(path, "it is cut off")
+            end = _PREAMBLE.size + head_bytes
+            if end > len(data) == _FIRST_READ_BYTES:
+                data += file.read_range(len(data), end)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     head = data[_PREAMBLE.size : end]
     if len(head) != head_bytes:
         raise damaged_index(path, "it is cut off")
@@ -322,7 +325,7 @@ def encode_head(
     }
     if vocabulary is not None:
         facts["vocabulary"] = dict(vocabulary)
-    if labels is not None:
+    if labels:
         facts["labels"] = dict(labels)
     text = json.dumps(facts, sort_keys=True).encode()
     columns = [

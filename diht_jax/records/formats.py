@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diht_jax.records.catalog import Paths, Shard, open_catalog
-from diht_jax.records.dataset_index import END_BYTES, digest_shard
+from diht_jax.records.dataset_index import END_BYTES
 from diht_jax.records.shard_files import (
     FRAME_BYTES,
     SUFFIXES,
@@ -35,9 +35,9 @@ from diht_jax.records.shard_files import (
     scan_offsets,
     unframe,
 )
-from diht_jax.records.sharded import OpenShard, ShardedRecords, read_ends
+from diht_jax.records.sharded import OpenShard, ShardedRecords
 from diht_jax.records.tar_records import TarRecordSource, TarWriter
-from diht_jax.storage.stores import RangesFile, check_readable, is_remote, open_local, retry
+from diht_jax.storage.stores import check_readable, is_remote, open_local, retry
 
 INDEX = ShardIndex(b"DIHTIDX1", FRAME_BYTES, alignment=1, is_gapless=True, scan=scan_offsets)
 
@@ -155,50 +155,37 @@ def _system_errors() -> Generator[None]:
 
 class _ArrayRecordShard(OpenShard):
     def __init__(self, shard: Shard, offsets: np.ndarray | None = None):
-        self.path = shard.path
-        self._described, self._row = shard.index, shard.row
-        if is_remote(self.path):
+        if is_remote(shard.path):
             raise ValueError(
-                f"{self.path}: ArrayRecord shards are read from local or mounted folders only; "
+                f"{shard.path}: ArrayRecord shards are read from local or mounted folders only; "
                 "mount or copy them, or train on TFRecord shards or tars, which are read by their "
                 "URL"
             )
+        self.path = shard.path
         self._reader = self._open()
+        # The numbers of the records stand for their offsets.
+        super().__init__(shard, np.arange(self._reader.num_records(), dtype=np.uint64))
 
     @classmethod
     def count(cls, shard: Shard) -> tuple[int, int, None]:
         if shard.index is not None and shard.num_bytes is not None:
             return shard.index.num_records.item(shard.row), shard.num_bytes, None
-        return len(cls(shard)), os.path.getsize(shard.path), None
+        opened = cls(shard)
+        return opened.num_records, opened.size, None
 
-    def identify(self) -> tuple[int, int, str]:
-        with RangesFile(self.path) as file:
-            # The numbers of the records stand for their offsets.
-            return len(self), file.size, digest_shard(np.arange(len(self)), *read_ends(file))
-
-    def check_ends(self) -> None:
-        assert self._described is not None
-        entry = self._described.entry(self._row)
-        if self.identify() == (entry.num_records, entry.num_bytes, entry.digest):
-            return
-        if len(self) != entry.num_records or not self._has_damaged_start():
-            raise self.wrong("its records or ends are not those that the index was made of")
-
-    def _has_damaged_start(self) -> bool:
-        """True if a record of the first bytes is damaged: it is named when it is read."""
-        num_bytes = record = 0
+    def _has_damaged_end(self, offsets: np.ndarray) -> bool:
+        num_bytes = 0
         try:
-            while num_bytes < END_BYTES and record < len(self):
-                num_bytes, record = num_bytes + len(self.read(record)), record + 1
+            for record in range(len(offsets)):
+                num_bytes += len(self.read(record))
+                if num_bytes >= END_BYTES:
+                    break
         except DamagedRecordError:
             return True
         return False
 
-    def __len__(self) -> int:
-        return self._reader.num_records()
-
     def read(self, record: int) -> bytes:
-        if record >= len(self):
+        if record >= self._reader.num_records():
             raise TFRecordError(f"{self.path}: record {record}: the shard was replaced")
         try:
             return self._reader.read([record])[0]
@@ -247,21 +234,20 @@ class ArrayRecordSource(ShardedRecords):
         )
 
 
-def _count_array_records(path: str) -> np.ndarray:
-    return np.arange(len(_ArrayRecordShard(Shard(path))), dtype=np.uint64)
-
-
 # Only `dataset.index` has it.
 ARRAY_INDEX = ShardIndex(
-    b"DIHTARR1", record_bytes=1, alignment=1, is_gapless=False, scan=_count_array_records
+    b"DIHTARR1",
+    record_bytes=1,
+    alignment=1,
+    is_gapless=False,
+    scan=lambda path: np.arange(_ArrayRecordShard(Shard(path)).num_records, dtype=np.uint64),
 )
 
 
 def read_array_records(path: str) -> Iterator[bytes]:
     """Yields the records of one shard in order; errors as those of `ArrayRecordSource`."""
     shard = _ArrayRecordShard(Shard(path))
-    for record in range(len(shard)):
-        yield shard.read(record)
+    yield from map(shard.read, range(shard.num_records))
 
 
 class ShardFormat(NamedTuple):

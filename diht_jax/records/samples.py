@@ -205,12 +205,12 @@ def all_captions(pair: Pair) -> list[str]:
     return [pair.caption, *(text for text in several if text != pair.caption)]
 
 
-def caption_kinds(pair: Pair) -> list[str]:
-    """The kind of each of `all_captions`; ValueError where they are not as many."""
+def caption_kinds(pair: Pair) -> dict[str, str]:
+    """Caption -> its kind, as `all_captions`; ValueError where kinds are not as many."""
     captions = all_captions(pair)
     kinds = pair.metadata.get(_CAPTION_KINDS)
     if kinds is None:
-        return [USUAL_KIND] * len(captions)
+        return dict.fromkeys(captions, USUAL_KIND)
     stated = pair.metadata.get("captions") or [pair.caption]
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if (
@@ -223,17 +223,18 @@ def caption_kinds(pair: Pair) -> list[str]:
             f"'{_CAPTION_KINDS}' of its metadata, got {kinds!r:.200}"
         )
     kind_of = dict(zip(reversed(stated), reversed(kinds), strict=True))
-    return [kind_of.get(text, USUAL_KIND) for text in captions]
+    return {text: kind_of.get(text, USUAL_KIND) for text in captions}
 
 
-def with_captions(pair: _Pair, captions: Sequence[str], kinds: Sequence[str]) -> _Pair:
-    """The pair with other captions, at least one, and their kinds."""
+def with_captions(pair: _Pair, kind_of: Mapping[str, str]) -> _Pair:
+    """The pair with other captions, at least one, by their kinds."""
     hidden = ("captions", _CAPTION_KINDS)
     metadata = {name: value for name, value in pair.metadata.items() if name not in hidden}
+    captions, kinds = list(kind_of), list(kind_of.values())
     if len(captions) > 1:
-        metadata["captions"] = list(captions)
+        metadata["captions"] = captions
     if any(kind != USUAL_KIND for kind in kinds):
-        metadata[_CAPTION_KINDS] = list(kinds)
+        metadata[_CAPTION_KINDS] = kinds
     return dataclasses.replace(pair, caption=captions[0], metadata=metadata)
 
 
@@ -275,13 +276,11 @@ def add_columns(pair: Pair, columns: Mapping[str, str], kind: str | None = None)
     A text that it has already is not added again. `kind` is that of its own captions, where they
     have none.
     """
-    captions, kinds = all_captions(pair), caption_kinds(pair)
+    kind_of = caption_kinds(pair)
     if kind is not None and _CAPTION_KINDS not in pair.metadata:
-        kinds = [kind] * len(captions)
+        kind_of = dict.fromkeys(kind_of, kind)
     for column, its_kind in columns.items():
         for text in pick_captions(pair.metadata.get(column)):
-            if text not in captions:
-                captions.append(text)
-                kinds.append(its_kind)
+            kind_of.setdefault(text, its_kind)
     rest = {name: value for name, value in pair.metadata.items() if name not in columns}
-    return with_captions(dataclasses.replace(pair, metadata=rest), captions, kinds)
+    return with_captions(dataclasses.replace(pair, metadata=rest), kind_of)

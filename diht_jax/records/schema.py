@@ -232,14 +232,13 @@ def _unpack_concepts(key: str, data: bytes) -> dict[str, np.ndarray]:
 
 
 def _decode_bytes(fields: Any, name: str, key: str) -> bytes:
-    # `in` first: indexing a protobuf map inserts what is missing.
-    values = fields[name].bytes_list.value if name in fields else ()
-    if len(values) != 1:
+    value = _single_bytes(fields, name)
+    if value is None:
         raise ValueError(
-            f"record '{key}': expected one bytes value in field '{name}', got {len(values)}; the "
-            f"record has the fields {sorted(fields)}"
+            f"record '{key}': expected one bytes value in field '{name}'; the record has the "
+            f"fields {sorted(fields)}"
         )
-    return values[0]
+    return value
 
 
 def has_sample_fields(fields: Mapping[str, Any]) -> bool:

@@ -298,8 +298,8 @@ class RecordWriter:
     def __init__(self, path: str | os.PathLike[str]):
         """Opens the temporary file."""
         self.path = os.fspath(path)
-        self._output = files.local_output(self.path)
-        self._local = self._output.__enter__()
+        self._output = contextlib.ExitStack()
+        self._local = self._output.enter_context(files.local_output(self.path))
         self._offsets: list[int] = []
         self._count = 0
         self._is_open = True
@@ -318,17 +318,13 @@ class RecordWriter:
         """Gives the shard its name, and writes its index; a second call does nothing."""
         if not self._is_open:
             return
-        try:
+        self._is_open = False
+        with self._output:
             self._finish()
             size = self._local.stat().st_size
             if self.index is not None:
                 # An old index must not stand next to the new shard, not even for a moment.
                 files.remove(self.path + INDEX_SUFFIX)
-        except BaseException as error:
-            self.discard(error)
-            raise
-        self._is_open = False
-        self._output.__exit__(None, None, None)
         if self.index is not None:
             self.index.write(self.path, np.array(self._offsets, np.uint64), size)
 

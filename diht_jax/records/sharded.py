@@ -85,8 +85,23 @@ class ShardedRecords(Sequence[bytes]):
         return np.diff(self._starts)
 
     def block_starts(self, block_records: int) -> np.ndarray:
-        """Like the function of this name, for the shards of this source."""
-        return block_starts(self.shard_lengths, block_records)
+        """Divides shards into blocks of consecutive records; none crosses the end of a shard.
+
+        Within a shard they begin at multiples of `block_records`. What is left at its end, if less
+        than half a block, joins the block before.
+
+        Args:
+            block_records: K, the usual length of a block.
+
+        Returns:
+            int64 [B + 1]: the first record of each block; the last entry is the number of records.
+        """
+        lengths = np.asarray(self.shard_lengths, np.int64)
+        whole, left = np.divmod(lengths, block_records)
+        counts = whole + ((left > 0) & ((2 * left >= block_records) | (whole == 0)))
+        within_shard = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.repeat(np.cumsum(lengths) - lengths, counts) + within_shard * block_records
+        return np.append(starts, lengths.sum())
 
     def locate(self, index: int) -> tuple[str, int]:
         """Shard path and number within the shard of a record, for messages."""
@@ -331,24 +346,3 @@ def read_ends(file: Any) -> tuple[bytes, bytes]:
         return b"", b""
     head = file.read_range(0, END_BYTES)
     return head, file.read_range(max(0, file.size - END_BYTES), file.size)
-
-
-def block_starts(shard_lengths: np.ndarray | Sequence[int], block_records: int) -> np.ndarray:
-    """Divides shards into blocks of consecutive records; none crosses the end of a shard.
-
-    Within a shard they begin at multiples of `block_records`. What is left at its end, if less than
-    half a block, joins the block before.
-
-    Args:
-        shard_lengths: int [shards], how many records each has.
-        block_records: K, the usual length of a block.
-
-    Returns:
-        int64 [B + 1]: the first record of each block; the last entry is the number of records.
-    """
-    lengths = np.asarray(shard_lengths, np.int64)
-    whole, left = np.divmod(lengths, block_records)
-    counts = whole + ((left > 0) & ((2 * left >= block_records) | (whole == 0)))
-    within_shard = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(np.cumsum(lengths) - lengths, counts) + within_shard * block_records
-    return np.append(starts, lengths.sum())

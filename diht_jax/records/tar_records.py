@@ -151,17 +151,13 @@ class TarWriter(RecordWriter):
         members = {extension: record.image, "txt": record.caption.encode(), "json": text.encode()}
         headers = state_checksums(members)
         for name, contents in members.items():
-            self._add(f"{stem}.{name}", contents, headers)
-            headers = {}
+            info = tarfile.TarInfo(f"{stem}.{name}")
+            info.size, info.pax_headers, headers = len(contents), headers, {}
+            self._tar.addfile(info, io.BytesIO(contents))
+            self._tar.members.clear()  # ty: ignore[missing-attribute] for reading, which nobody does
 
     def _finish(self) -> None:
         self._tar.close()
-
-    def _add(self, name: str, data: bytes, headers: dict[str, str]) -> None:
-        info = tarfile.TarInfo(name)
-        info.size, info.pax_headers = len(data), headers
-        self._tar.addfile(info, io.BytesIO(data))
-        self._tar.members.clear()  # ty: ignore[missing-attribute] for reading, which nobody does
 
 
 def image_extension(image: bytes) -> str | None:

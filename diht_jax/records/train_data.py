@@ -37,6 +37,8 @@ NO_RECORDS = np.zeros(0, np.int64)
 # From this many shards in a store on, an index pays.
 _MANY_SHARDS = 16
 _KEYS = ("path", "weight", "text_template", "order", "labels")
+# Of a weight: step from which on it holds, and the weight; the first step is 0.
+Points = tuple[tuple[int, Fraction], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +47,7 @@ class TrainSource:
 
     name: str  # its key in `config.data.train`; "" of the only one
     path: str | list[str]  # as `open_records` takes it
-    # Step from which on it holds, and the weight; the first step is 0.
-    weights: tuple[tuple[int, Fraction], ...] = ((0, Fraction(1)),)
+    weights: Points = ((0, Fraction(1)),)
     text_template: str | None = None  # of its captions
     order: str | None = None  # "global", "blocks" or "auto"
     # Folder of `data_prep.label` with the labels of its records; None where the records have them,
@@ -101,8 +102,8 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
     if not hasattr(train, "keys"):
         return [TrainSource("", train if isinstance(train, str) else list(train), labels=labels)]
     sources = [_parse_source(name, train[name], labels) for name in train]
-    for step in switching_steps(sources):
-        if not any(weight_at_step(source.weights, step) for source in sources):
+    for step, weights in join_weights([source.weights for source in sources]):
+        if not any(weights):
             raise ValueError(f"config.data.train: all weights are 0 from step {step} on")
     for source in sources:
         if not any(weight for _, weight in source.weights):
@@ -119,30 +120,26 @@ def describe_train(train: Any) -> str:
     return ", ".join(f"{source.name}: {source.path}" for source in parse_train(train))
 
 
-def switching_steps(sources: Sequence[TrainSource]) -> list[int]:
-    """The steps from which on the weights are others, from 0."""
-    return sorted({step for source in sources for step, _ in source.weights})
-
-
-def weight_at_step(points: Sequence[tuple[int, Fraction]], step: int) -> Fraction:
-    """The weight that holds at a step; see `TrainSource.weights` for the points."""
-    return next(weight for first, weight in reversed(points) if first <= step)
+def join_weights(several: Sequence[Points]) -> list[tuple[int, list[Fraction]]]:
+    """The steps from which on any weights are others, from 0, and all weights then."""
+    steps = sorted({step for points in several for step, _ in points})
+    return [
+        (step, [next(w for first, w in reversed(points) if first <= step) for points in several])
+        for step in steps
+    ]
 
 
 def find_inputs(folder: str) -> list[str] | None:
     """Paths of the records that the labels in a folder belong to; None where it has no labels."""
-    try:
-        stated = read_index(os.path.join(folder, LABELS, INDEX_NAME)).labels
-    except (FileNotFoundError, NotADirectoryError):
+    index = read_index(os.path.join(folder, LABELS))
+    if index is None or not index.labels:
         return None
     system, folder_there = _split(folder)
-    if not stated:
-        return None
     return [
         text
         if is_remote(text) or os.path.isabs(text)
         else f"{system}{posixpath.normpath(posixpath.join(folder_there, text))}"
-        for text in stated["inputs"]
+        for text in index.labels["inputs"]
     ]
 
 
@@ -216,8 +213,8 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
     )
 
 
-def parse_weights(where: str, weight: Any) -> tuple[tuple[int, Fraction], ...]:
-    """A weight, or a schedule of weights, as points: step from which on it holds, and weight.
+def parse_weights(where: str, weight: Any) -> Points:
+    """A weight, or a schedule of weights.
 
     Other forms are a ValueError that names `where`, the key as it is typed.
     """

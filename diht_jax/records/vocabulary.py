@@ -29,7 +29,7 @@ from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_index import INDEX_NAME, read_index
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats import open_source
-from diht_jax.records.labels.shards import missing_labels, read_labels_index
+from diht_jax.records.labels.shards import read_labels_index
 from diht_jax.records.shard_files import DamagedRecordError
 from diht_jax.records.train_data import LABELS, parse_train, resolve_source
 from diht_jax.storage.files import exists, map_many, parse_checked_object, read_bytes, write_bytes
@@ -126,10 +126,8 @@ def find_vocabulary(
         by_folder.setdefault(os.path.dirname(shard) or ".", []).append(shard)
     found = []
     for folder, shards in by_folder.items():
-        try:
-            known = read_index(os.path.join(folder, INDEX_NAME)).vocabulary
-        except FileNotFoundError:
-            known = None
+        index = read_index(folder)
+        known = None if index is None else index.vocabulary
         found.append((folder, folder_vocabulary(folder, shards, known)))
     return _shared_vocabulary(found)
 
@@ -147,10 +145,9 @@ def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary |
             found.append((str(source.path), find_vocabulary(source.path)))
             without += find_shards(source.path)[:1] if found[-1][1] is None else []
             continue
-        described = read_labels_index(LABELS, source.labels)
-        if described is None:
-            raise missing_labels(source.labels)
-        index, vocabulary = described[0], read_vocabulary(source.labels)
+        index = read_labels_index(LABELS, source.labels)
+        assert index is not None
+        vocabulary = read_vocabulary(source.labels)
         _check_files(index.vocabulary or {}, vocabulary, index.path, source.labels)
         found.append((source.labels, vocabulary))
     shared = _shared_vocabulary(found)

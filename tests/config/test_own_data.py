@@ -63,7 +63,7 @@ def test_the_number_of_pairs_is_that_of_the_data(tmp_path):
     ("arg", "named"),
     [
         ("", "own_data:data="),
-        ("data=nowhere", "'data=nowhere': no TFRecord shard"),
+        ("data=nowhere", "'data=nowhere': no record shard"),
         ("pairs=1000,topology=rtx4090:1", "'topology=rtx4090:1': unknown topology"),
     ],
 )

@@ -18,7 +18,7 @@ from diht_jax.readers.registry import read_pairs
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.train_data import open_records
 from tests.data_prep.filtering.jobs import job_config, read_records
-from tests.make import encoded, pair_members, plain, write_tar
+from tests.make import encoded, one_source, pair_members, plain, write_tar
 from tests.records.test_schema import write_sample
 
 _JPEG = encoded(plain("red", (60, 40)), "JPEG")
@@ -125,8 +125,16 @@ def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
     ).read_bytes()
     # The same training data without and with the filter.
     decode = DecodeExample(16, 8, (0.5, 1.0), "{caption}")
-    settings = {"batch_size": 3, "seed": 1, "num_workers": 0}
-    direct = next(TrainIterator(open_records(str(tmp_path / "in")), decode, **settings))
-    filtered = next(TrainIterator(open_records(str(tmp_path / "out")), decode, **settings))
+    direct, filtered = (
+        next(
+            TrainIterator(
+                one_source(open_records(str(tmp_path / name)), decode, 1),
+                batch_size=3,
+                seed=1,
+                num_workers=0,
+            )
+        )
+        for name in ("in", "out")
+    )
     for name, values in direct.items():
         np.testing.assert_array_equal(values, filtered[name])

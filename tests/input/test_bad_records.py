@@ -43,13 +43,11 @@ def read(shard, mode, num_workers=0, order="global"):
     data = default_config().data
     data.update(batch_size=8, block_records=3, window_blocks=2)
     iterator = TrainIterator(
-        source,
-        DECODE,
+        make.one_source(source, DECODE, order=make_order(source, order, data, seed=1)),
         batch_size=8,
         seed=1,
         num_workers=num_workers,
         on_bad_record=mode,
-        order=make_order(source, order, data, seed=1),
     )
     try:
         batches = [next(iterator) for _ in range(3)]

@@ -62,11 +62,9 @@ def train_iterator(folder, cache=None, **options) -> TrainIterator:
     source = open_source(folder, cache)
     given = {"num_workers": 0, "prefetch_batches": 1, "on_bad_record": "skip", **options}
     return TrainIterator(
-        source,
-        DECODE,
+        make.one_source(source, DECODE, order=block_order(source)),
         batch_size=BATCH,
         seed=0,
-        order=block_order(source),
         read_ahead=ReadAheadOptions(cache_dir=cache and str(cache), read_threads=2),
         **given,
     )

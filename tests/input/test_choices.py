@@ -28,8 +28,8 @@ from diht_jax.records.samples import (
     split_sentences,
 )
 from diht_jax.records.schema import Pair, Record, decode_record, encode_record
-from diht_jax.records.sharded import block_starts
 from diht_jax.records.train_data import open_records
+from tests import make
 from tests.make import png
 from tests.readers.inputs import JPEG, write_tar
 
@@ -69,7 +69,7 @@ def test_captions_come_by_the_weights_of_their_kinds():
     assert choice.choose(only, 0.9, 0) == "a"
 
 
-class Colours:
+class Colours(make.InMemory):
     """Records of several captions; their pictures are large enough for crops that differ."""
 
     def __init__(self, size=24):
@@ -77,9 +77,6 @@ class Colours:
 
     def __len__(self):
         return self._size
-
-    def block_starts(self, block_records):
-        return block_starts([self._size], block_records)
 
     def __getitem__(self, index):
         texts = [f"{index} {word}" for word in ("one", "two", "three")]
@@ -179,7 +176,10 @@ def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(t
         choice = open_caption_choice(settings(caption_weights=weights, **values))
         decoder = DecodeExample(8, 8, (0.9, 1.0), "{caption}", caption_choice=choice)
         iterator = TrainIterator(
-            open_records(str(path)), decoder, batch_size=3, seed=2, num_workers=0
+            make.one_source(open_records(str(path)), decoder, 2),
+            batch_size=3,
+            seed=2,
+            num_workers=0,
         )
         return np.concatenate([next(iterator)["tokens"] for _ in range(8)])
 
@@ -260,7 +260,7 @@ def sentences_of(index):
     return captions
 
 
-class Records:
+class Records(make.InMemory):
     """Records of these captions."""
 
     def __len__(self):
@@ -281,12 +281,17 @@ def test_an_example_has_the_part_of_its_caption_that_seed_and_position_say(words
         8, LENGTH, SCALE, "{caption}", caption_sentences=2, caption_words=words,
         caption_choice=CaptionChoice(batch_size=8),
     )  # fmt: skip
-    iterator = TrainIterator(Records(), decode, batch_size=8, seed=5, num_workers=0)
+    iterator = TrainIterator(
+        make.one_source(Records(), decode, 5), batch_size=8, seed=5, num_workers=0
+    )
     iterator.set_state({"next_example": 16})
     batches = [next(iterator) for _ in range(3)]
     iterator.close()
     whole = TrainIterator(
-        Records(), DecodeExample(8, LENGTH, SCALE, "{caption}"), batch_size=8, seed=5, num_workers=0
+        make.one_source(Records(), DecodeExample(8, LENGTH, SCALE, "{caption}"), 5),
+        batch_size=8,
+        seed=5,
+        num_workers=0,
     )
     whole.set_state({"next_example": 16})
     key = np.random.Philox(derived_seed(5, 3)).state["state"]["key"]

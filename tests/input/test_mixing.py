@@ -14,13 +14,12 @@ from diht_jax.input.mixing import MAX_CYCLE, Mixture, MixtureWeights, exact_shar
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.sharded import block_starts
 from diht_jax.records.train_data import fingerprint_records, parse_weights
 from tests import make
-from tests.make import encoded, plain
+from tests.make import InMemory, encoded, plain
 
 
-class Grey:
+class Grey(InMemory):
     """Records of one flat grey, from `first` on, so that a batch shows where it comes from."""
 
     def __init__(self, first, size, bad=()):
@@ -33,9 +32,6 @@ class Grey:
 
     def locate(self, index):
         return f"{self._first}.tfrecord", index
-
-    def block_starts(self, block_records):
-        return block_starts([self._size], block_records)
 
     def __getitem__(self, index):
         grey = encoded(plain((self._first + index,) * 3, (2, 2)))

@@ -16,20 +16,13 @@ from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.schema import Record, decode_record, encode_record
-from tests.make import encoded, noise, plain
-
-
-class Records(list):
-    """Records in memory, as a source of a run."""
-
-    def __repr__(self):
-        return f"Records({len(self)})"
+from tests.make import InMemory, encoded, noise, one_source, plain
 
 
 def numbered(size=23):
     """Records whose images are one flat grey of the record's number."""
     images = [encoded(plain((number,) * 3, (9, 7))) for number in range(size)]
-    return Records(
+    return InMemory(
         encode_record(Record(key=str(number), image=image, caption=f"number {number}"))
         for number, image in enumerate(images)
     )
@@ -38,7 +31,7 @@ def numbered(size=23):
 def textured():
     """Nine JPEG records of noise, so that a crop shows where it was taken."""
     images = [encoded(noise(number, (100, 80), cell=10), "JPEG") for number in range(9)]
-    return Records(
+    return InMemory(
         encode_record(Record(key=str(number), image=image, caption="noise"))
         for number, image in enumerate(images)
     )
@@ -49,7 +42,7 @@ DECODE = DecodeExample(8, 16, (0.9, 1.0), "the {caption}")
 
 def iterator(**options):
     settings = {"batch_size": 4, "seed": 0, "num_workers": 0, **options}
-    return TrainIterator(numbered(), DECODE, **settings)
+    return TrainIterator(one_source(numbered(), DECODE), **settings)
 
 
 def take(batches, count):
@@ -63,7 +56,7 @@ def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():
     source = textured()
     graph = grain.MapDataset.source(source).seed(17).shuffle().repeat()
     graph = graph.random_map(lambda data, rng: DECODE.plan(decode_record(data), rng)())
-    batches = TrainIterator(source, DECODE, batch_size=4, seed=17, num_workers=0)
+    batches = TrainIterator(one_source(source, DECODE, 17), batch_size=4, seed=17, num_workers=0)
     for step, batch in enumerate(take(batches, 6)):
         expected = [graph[4 * step + row] for row in range(4)]
         np.testing.assert_array_equal(batch["images"], [e["images"] for e in expected])
@@ -80,12 +73,10 @@ def in_blocks(size, streams=4):
 def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count):
     def batches(process_index, process_count):
         return TrainIterator(
-            textured(),
-            DECODE,
+            one_source(textured(), DECODE, order=in_blocks(9, streams=64)),
             batch_size=64,
             seed=2,
             num_workers=0,
-            order=in_blocks(9, streams=64),
             process_index=process_index,
             process_count=process_count,
         )
@@ -130,7 +121,9 @@ def test_images_and_tokens_belong_together():
 def test_worker_processes_change_nothing(monkeypatch):
     def batches(num_workers, max_rows):
         monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
-        return TrainIterator(textured(), DECODE, batch_size=4, seed=0, num_workers=num_workers)
+        return TrainIterator(
+            one_source(textured(), DECODE), batch_size=4, seed=0, num_workers=num_workers
+        )
 
     for a, b in zip(take(batches(0, 256), 7), take(batches(2, 2), 7), strict=True):
         np.testing.assert_array_equal(a["images"], b["images"])
@@ -140,7 +133,7 @@ def test_worker_processes_change_nothing(monkeypatch):
 def test_a_batch_that_is_joined_ahead_is_not_taken_yet(monkeypatch):
     def batches(max_rows):
         monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
-        return TrainIterator(textured(), DECODE, batch_size=4, seed=0, num_workers=0)
+        return TrainIterator(one_source(textured(), DECODE), batch_size=4, seed=0, num_workers=0)
 
     whole, joined = take(batches(256), 6), batches(1)
     for number in (0, 1, 2):
@@ -190,7 +183,11 @@ def deadly_batches(directory, deaths, count):
     for number in range(deaths):
         (directory / str(number)).touch()
     iterator = TrainIterator(
-        numbered(), Deadly(directory), batch_size=4, seed=3, num_workers=1, prefetch_batches=1
+        one_source(numbered(), Deadly(directory), 3),
+        batch_size=4,
+        seed=3,
+        num_workers=1,
+        prefetch_batches=1,
     )
     try:
         return [next(iterator)["images"] for _ in range(count)]
@@ -237,8 +234,7 @@ def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch)
 
     def read(kind, num_workers):
         batches = TrainIterator(
-            numbered(),
-            kind(8, 8, (1.0, 1.0), "{caption}"),
+            one_source(numbered(), kind(8, 8, (1.0, 1.0), "{caption}"), 3),
             batch_size=4,
             seed=3,
             num_workers=num_workers,

@@ -179,7 +179,7 @@ def test_sources_that_are_no_shards_name_the_command_that_converts_them(tmp_path
     (tmp_path / name).write_bytes(b"PAR1")
     command = r"data_prep\.filter --config prep/convert --config\.input="
     for source in (tmp_path / name, tmp_path, tmp_path / "a.*"):
-        with pytest.raises(ValueError, match=rf"{name}: .*{command}.?{re.escape(str(source))}"):
+        with pytest.raises(ValueError, match=rf"{command}.?{re.escape(str(source))}"):
             open_catalog(source)
 
 

@@ -202,9 +202,9 @@ def find_clip_embeddings(train: Any, labels: str | None) -> ClipFacts | None:
     """
     found: dict[str, ClipFacts] = {}
     for source in map(resolve_source, parse_train(train, labels)):
-        stated = read_labels_index(CLIP_EMBEDDINGS, source.labels) if source.labels else None
-        if source.labels and stated is not None:
-            found[source.labels] = ClipFacts.parse(stated[1]["facts"])
+        index = read_labels_index(CLIP_EMBEDDINGS, source.labels) if source.labels else None
+        if source.labels and index is not None:
+            found[source.labels] = ClipFacts.parse(index.labels["facts"])
     if len({facts.hash for facts in found.values()}) > 1:
         raise ValueError(
             f"config.data.train: the CLIP embeddings in {' and '.join(found)} are of different "

@@ -137,30 +137,25 @@ def describe_labels(
 
 def read_labels_index(
     kind: str, folder: str, key: str = "config.data.labels"
-) -> tuple[DatasetIndex, Mapping[str, Any]] | None:
-    """The index of a folder of labels, and its `labels`; None where there is none.
+) -> DatasetIndex | None:
+    """The index of a folder of labels; None where it has none of this kind.
 
     Raises:
-        ValueError: it is damaged, or was not written by `data_prep.label`.
+        ValueError: it is damaged, or was not written by `data_prep.label`, or those of concepts
+            are missing.
     """
-    try:
-        index = read_index(os.path.join(folder, kind, INDEX_NAME))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if index.labels is None:
+    index = read_index(os.path.join(folder, kind))
+    if index is None and kind == LABELS:
+        raise ValueError(
+            f"{key}={folder}: {LABELS}/{INDEX_NAME} is missing; expected the output folder of a "
+            "run of `python -m data_prep.label` that was finished"
+        )
+    if index is not None and not index.labels:
         raise ValueError(
             f"{key}={folder}: {kind}/{INDEX_NAME} does not state which records the {kind} belong "
             "to; run `python -m data_prep.label` again"
         )
-    return index, index.labels
-
-
-def missing_labels(folder: str, key: str = "config.data.labels") -> ValueError:
-    """The error for a folder without concept labels."""
-    return ValueError(
-        f"{key}={folder}: {LABELS}/{INDEX_NAME} is missing; expected the output folder of a run of "
-        "`python -m data_prep.label` that was finished"
-    )
+    return index
 
 
 class LabelRecords(Sequence[Label]):
@@ -261,11 +256,11 @@ class LabelRecords(Sequence[Label]):
         Raises:
             ValueError: a shard of labels is missing or was replaced, or a record shard has none.
         """
-        found = read_labels_index(cls.kind, folder, key)
-        if found is None:
+        index = read_labels_index(cls.kind, folder, key)
+        if index is None:
             return None
-        described = found[1]
-        stated = [LabelShard(name, digest, tuple(row)) for name, digest, row in described["shards"]]
+        rows = index.labels["shards"]
+        stated = [LabelShard(name, digest, tuple(source)) for name, digest, source in rows]
         where = f"{key}={folder}"
         shards = _match_shards(cls.kind, stated, records, where)
         try:
@@ -283,7 +278,7 @@ class LabelRecords(Sequence[Label]):
                     f"{where}: {path} has {count} records, and the shard that it belongs to has "
                     f"{expected}; {_ADVICE}"
                 )
-        return cls(source, shards, described["facts"], cache_dir, patiently)
+        return cls(source, shards, index.labels["facts"], cache_dir, patiently)
 
 
 # The cache locks in C: there is no lock of ours that a fork could inherit locked.
@@ -383,12 +378,7 @@ class ConceptLabels(LabelRecords):
 
 
 def open_labels(folder: str, records: ShardedRecords, key: str, **options: Any) -> ConceptLabels:
-    """The concept labels of some records; arguments and errors of `LabelRecords.open`.
-
-    Raises:
-        ValueError: the folder has no labels.
-    """
+    """The concept labels of some records; arguments and errors of `LabelRecords.open`."""
     found = ConceptLabels.open(folder, records, key, **options)
-    if found is None:
-        raise missing_labels(folder, key)
+    assert found is not None
     return found

@@ -122,7 +122,7 @@ def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_col
         order, path = source.order or data.order, source.path
         if isinstance(path, str) and not is_remote(path):
             path = resolve_source(source).path  # labels may be here, and the records in a store
-        resolved, before = resolve_order(order, path, key), stored.get(key)
+        resolved, before = resolve_order(order, path), stored.get(key)
         with bound.unlocked():
             section = data.train[source.name] if source.name else data
             section.order = before if order == "auto" and before in ORDERS else resolved
@@ -202,9 +202,6 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
     vocabulary = None
     if num_concepts:
         vocabulary = find_train_vocabulary(config.data.train, config.data.labels)
-    choice = open_caption_choice(config.data)
-    if choice is not None:
-        logging.info("captions: %s", choice.describe())
     decoder = functools.partial(
         DecodeExample,
         arch.image_size,
@@ -214,7 +211,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
         num_concepts=num_concepts,
         vocabulary_sizes=vocabulary and tuple(map(len, vocabulary)),
         teacher_width=teacher_width,
-        caption_choice=choice,
+        caption_choice=open_caption_choice(config.data),
         caption_sentences=config.data.caption_sentences,
         caption_words=config.data.caption_words,
         pair_ids=needs_pair_ids(config),

@@ -269,7 +269,7 @@ def test_parts_as_output_hold_what_shards_would(tmp_path):
     paths = [[str(p) for p in (tmp_path / n).glob("*.tfrecord")] for n in ("out", "sharded")]
     found, expected = (read_concepts(names)[0] for names in paths)
     assert found == expected  # what labels need beside a shard
-    index = read_index(f"{output}/dataset.index")
+    index = read_index(str(output))
     assert index.starts.tolist() == [0, 2, 4, 6]
 
 
