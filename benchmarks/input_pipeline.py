@@ -55,6 +55,7 @@ from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records import schema
 from diht_jax.records.train_data import open_records
 from diht_jax.terminal import ProgressBar
+from diht_jax.training.recipe import default_config
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 OURS, EXACT, OPEN_CLIP = "diht_jax", "diht_jax_exact", "open_clip"
@@ -215,7 +216,9 @@ def iterate_ours(settings: Settings, source: Any, *, fast_decode: bool) -> Itera
         settings.image_size, 77, settings.crop_scale, "{caption}", fast_decode=fast_decode
     )
     mixture = Mixture([Source("", source, GlobalOrder(len(source), seed=0), decode)])
-    batches = TrainIterator(mixture, batch_size=settings.batch_size, seed=0, num_workers=0)
+    data = default_config().data
+    data.update(batch_size=settings.batch_size, num_workers=0)
+    batches = TrainIterator(mixture, data, seed=0)
     try:
         for batch in batches:
             assert batch["images"].shape[1:] == (settings.image_size, settings.image_size, 3)

@@ -40,7 +40,6 @@ from benchmarks import slow_store
 from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.data.index import update_index
-from diht_jax.input.blocks import ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder
@@ -205,6 +204,9 @@ def measure(
 
 def ours(settings: Settings, data: str, *, blocks: bool = True) -> Iterator[Any]:
     """The batches of `TrainIterator`."""
+    # Not at the top: the decoding processes of the other sides import this module.
+    from diht_jax.training.recipe import default_config
+
     source = (slow_store.SlowRecords if data.startswith("slow:") else TFRecordSource)(data)
     order = GlobalOrder(len(source), seed=0)
     if blocks:
@@ -214,13 +216,14 @@ def ours(settings: Settings, data: str, *, blocks: bool = True) -> Iterator[Any]
             num_streams=settings.num_streams,
             window_blocks=settings.window_blocks,
         )
-    batches = TrainIterator(
-        Mixture([Source("", source, order, decode_example(settings))]),
+    mixture = Mixture([Source("", source, order, decode_example(settings))])
+    data = default_config().data
+    data.update(
         batch_size=settings.batch_size,
-        seed=0,
         num_workers=settings.num_workers,
-        read_ahead=ReadAheadOptions(read_threads=settings.read_threads),
+        read_threads=settings.read_threads,
     )
+    batches = TrainIterator(mixture, data, seed=0)
     try:
         for batch in batches:
             yield len(batch["images"]), cached_bytes(batches)

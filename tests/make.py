@@ -200,6 +200,20 @@ def one_source(records: Any, decode: Any, seed: int = 0, order: Any = None) -> A
     return Mixture([Source("", records, order or GlobalOrder(len(records), seed), decode)])
 
 
+def train_iterator(
+    records: Any, *, seed: int = 0, process_index: int = 0, process_count: int = 1, **data: Any
+) -> Any:
+    """The batches of a run, with the defaults of `config.data` but for what is given."""
+    # Not at the top: few tests need it.
+    from diht_jax.input.pipeline import TrainIterator
+    from diht_jax.training.recipe import default_config
+
+    section = default_config().data
+    section.update({name: value for name, value in data.items() if value is not None})
+    hosts = {"process_index": process_index, "process_count": process_count}
+    return TrainIterator(records, section, seed=seed, **hosts)
+
+
 def write_records(
     folder: str | pathlib.Path, records: Sequence[Pair] | int, lengths: Sequence[int] | None = None
 ) -> pathlib.Path:

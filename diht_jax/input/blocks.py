@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import os
 import pathlib
 import queue
@@ -28,6 +27,7 @@ from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Any, TypeVar
 
+import ml_collections
 import numpy as np
 from absl import logging
 
@@ -74,30 +74,18 @@ _LASTING = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class ReadAheadOptions:
-    """The keys of `config.data` for reading from object stores."""
+def bound_bytes(data: ml_collections.ConfigDict) -> int:
+    """Bytes that the blocks of all sources may take, by `config.data` or by what is free.
 
-    read_threads: int = 32  # blocks that a host requests at the same time
-    cache_dir: str | None = None  # folder on a local disk for the blocks; None: shared memory
-    # Bound of the blocks; None: half of what is free in `cache_dir`; of shared memory also at most
-    # a quarter of the memory that this process may still take.
-    read_ahead_gib: float | None = None
-    read_timeout_secs: float = 600.0  # how long a store may fail
-
-    @property
-    def parent(self) -> str:
-        """The folder for the folders of blocks."""
-        return self.cache_dir or SHARED_MEMORY
-
-    def bound_bytes(self) -> int:
-        """Bytes that the blocks of all sources may take."""
-        if self.read_ahead_gib is not None:
-            return int(self.read_ahead_gib * 2**30)
-        stats = os.statvfs(self.parent)
-        free = stats.f_bavail * stats.f_frsize // 2
-        memory = available_memory()
-        return free if self.cache_dir or memory is None else min(free, memory // 4)
+    Half of the free space where they are kept; of shared memory also at most a quarter of the
+    memory that this process may still take.
+    """
+    if data.read_ahead_gib is not None:
+        return int(data.read_ahead_gib * 2**30)
+    stats = os.statvfs(data.cache_dir or SHARED_MEMORY)
+    free = stats.f_bavail * stats.f_frsize // 2
+    memory = available_memory()
+    return free if data.cache_dir or memory is None else min(free, memory // 4)
 
 
 class BlockStore:
@@ -109,30 +97,36 @@ class BlockStore:
     """
 
     def __init__(
-        self, source: Any, order: BlockOrder, options: ReadAheadOptions, *, num_processes: int = 1
+        self,
+        source: Any,
+        order: BlockOrder,
+        data: ml_collections.ConfigDict,
+        *,
+        num_processes: int = 1,
     ):
         """Fetches nothing yet.
 
         Args:
             source: records with `extent`, `cut` and `unpack`, such as `TFRecordSource`.
             order: of these records.
-            options: the keys of the config.
+            data: the section `config.data`.
             num_processes: that decode on this host, and share `read_threads`; 0 for threads.
 
         Raises:
             ValueError: there is no such folder.
         """
-        mark = claim_mark(options.parent)
+        parent = data.cache_dir or SHARED_MEMORY
+        mark = claim_mark(parent)
         if mark is None:
             raise ValueError(
-                f"config.data.cache_dir={options.cache_dir}: {options.parent} is no folder that "
+                f"config.data.cache_dir={data.cache_dir}: {parent} is no folder that "
                 "can be written to; expected one on a local disk, for the blocks that are fetched "
                 "ahead"
             )
-        self._prefix = f"{options.parent}/{mark}_blocks_"
+        self._prefix = f"{parent}/{mark}_blocks_"
         self.order = order
-        self._source, self._options = source, options
-        self._num_threads = -(-options.read_threads // max(1, num_processes))
+        self._source, self._timeout_secs = source, data.read_timeout_secs
+        self._num_threads = -(-data.read_threads // max(1, num_processes))
         self.folder: pathlib.Path | None = None
         self._prepare()
 
@@ -275,16 +269,15 @@ class BlockStore:
             extent = self._source.extent(first, end)
             return _first_answer(lambda: read_extent(*extent), stopped)
 
-        timeout_secs = self._options.read_timeout_secs
         try:
-            data = read_patiently(read, timeout_secs)
+            data = read_patiently(read, self._timeout_secs)
         except (TFRecordError, ReadAheadStopped):
             raise
         except Exception as error:
             path = self._source.locate(first)[0]
             raise StorageError(
-                f"{path} could not be read (config.data.read_timeout_secs={timeout_secs:g} is how "
-                f"long a store may fail): {error}"
+                f"{path} could not be read (config.data.read_timeout_secs={self._timeout_secs:g} "
+                f"is how long a store may fail): {error}"
             ) from error
         starts = np.asarray(self._source.cut(first, end, data), np.int64)
         return [(starts + 8 * len(starts)).astype("<u8").tobytes(), data]

@@ -21,10 +21,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 
+import ml_collections
 import numpy as np
 from absl import logging
 
-from diht_jax.input.blocks import BlockStore, ReadAheadOptions
+from diht_jax.input.blocks import BlockStore, bound_bytes
 from diht_jax.input.workers import (
     SHARED_MEMORY,
     available_memory,
@@ -148,7 +149,7 @@ class InFlight:
     def plan_blocks(
         self,
         stores: Sequence[BlockStore],
-        options: ReadAheadOptions,
+        data: ml_collections.ConfigDict,
         process_count: int,
     ) -> int:
         """Plans which blocks are fetched ahead, logs their size, and compares it with its bound.
@@ -158,6 +159,7 @@ class InFlight:
 
         Args:
             stores: the blocks of all sources that have some.
+            data: the section `config.data`.
 
         Returns:
             How many sub-batches after one that is decoded the blocks of another are requested; a
@@ -171,7 +173,7 @@ class InFlight:
         records = np.array([store.order.num_records for store in stores])
         block_records = float((records / num_blocks).min())
         stride = max(1, self._num_workers)
-        rounds = _ROUNDS_AHEAD * options.read_threads * block_records / self._rows
+        rounds = _ROUNDS_AHEAD * data.read_threads * block_records / self._rows
         parts = math.ceil(rounds / stride) * stride
         # Decoding is ahead of the batch that is taken, and fetching ahead of that.
         decoded = max(self._parts_per_batch, self.thread_parts)
@@ -181,12 +183,12 @@ class InFlight:
         streams, window = stores[0].order.num_streams, stores[0].order.window_blocks
         held = -(-streams * window // process_count) + window + ahead
         needed = int((np.minimum(num_blocks, held) * block_bytes).sum())
-        bound = options.bound_bytes()
+        bound, folder = bound_bytes(data), data.cache_dir or SHARED_MEMORY
         logging.info(
             "blocks of the object store: about %s are kept in %s, which may take %s "
             "(config.data.read_ahead_gib)",
             describe_bytes(needed),
-            options.parent,
+            folder,
             describe_bytes(bound),
         )
         if needed <= bound:
@@ -196,7 +198,7 @@ class InFlight:
             f"(config.data.num_streams={streams} over {process_count} processes, windows of "
             f"config.data.window_blocks={window} blocks of {describe_bytes(block_bytes.max())}, "
             f"and {ahead} blocks on their way), but may take {describe_bytes(bound)} in "
-            f"{options.parent} (config.data.read_ahead_gib={options.read_ahead_gib}). Lower "
+            f"{folder} (config.data.read_ahead_gib={data.read_ahead_gib}). Lower "
             "config.data.num_streams or config.data.window_blocks (which mixes less), or set "
             "config.data.cache_dir to a folder on a local disk with "
             f"{describe_bytes(2 * needed)} free, or config.data.read_ahead_gib="

@@ -15,11 +15,12 @@ from concurrent import futures
 from typing import Any
 
 import grain
+import ml_collections
 import numpy as np
 from absl import flags, logging
 
 from diht_jax.input import workers
-from diht_jax.input.blocks import BlockStore, ReadAheadOptions
+from diht_jax.input.blocks import BlockStore
 from diht_jax.input.in_flight import InFlight, Joiner
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, derived_seed
@@ -34,7 +35,6 @@ _MAX_NAMED = 100
 _MAX_FILES = 3
 # Depth below the seed at which grain's graph of old had its random crops.
 _CROP_DEPTH = 3
-_READ_AHEAD = ReadAheadOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +64,9 @@ class TrainIterator:
 
     Args:
         records: of the run, position by position.
-        batch_size: global, over all processes.
-        seed: of shuffling and cropping.
-        num_workers: decoding processes; 0 decodes in threads of this process, None takes one
-            for each core that this process may use.
-        prefetch_batches: batches decoded ahead, by all workers together.
+        data: the section `config.data`.
+        seed: of cropping.
         process_index: number of this host, from 0, of `process_count`.
-        on_bad_record: "error", or "skip" to replace it by another record.
-        max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
-        read_ahead: how blocks are fetched from an object store.
         record_ids: batches have the number of each record, int32 [b].
 
     Raises:
@@ -86,52 +80,47 @@ class TrainIterator:
     def __init__(
         self,
         records: Mixture,
+        data: ml_collections.ConfigDict,
         *,
-        batch_size: int,
         seed: int,
-        num_workers: int | None = None,
-        prefetch_batches: int = 2,
         process_index: int = 0,
         process_count: int = 1,
-        on_bad_record: str = "error",
-        max_in_flight_gib: float | None = None,
-        read_ahead: ReadAheadOptions = _READ_AHEAD,
         record_ids: bool = False,
     ):
         """Builds the graph; reading starts with the first batch."""
+        num_workers = data.num_workers
         if num_workers is None:
             num_workers = workers.default_num_workers()
         if num_workers:
             workers.warn_of_few_cores(num_workers)
             workers.claim_mark(workers.SHARED_MEMORY)  # removes what others left, before measuring
-        sources = [_with_blocks(each, read_ahead, num_workers) for each in records.sources]
+        sources = [_with_blocks(each, data, num_workers) for each in records.sources]
         self.block_stores = [each.blocks for each in sources if each.blocks]
         self._records = Mixture(sources, records.weights)
         self._examples = SubBatches(
             self._records,
+            data,
             seed=derived_seed(seed, _CROP_DEPTH),
-            batch_size=batch_size,
             process_index=process_index,
             process_count=process_count,
-            on_bad_record=on_bad_record,
             record_ids=record_ids,
         )
         self._parts = self._examples
         self._num_workers = num_workers
-        self._batch_size = batch_size
+        self._batch_size = data.batch_size
         self._next_example = 0
         self._in_flight = InFlight(
             num_workers=num_workers,
             num_threads=min(16, workers.usable_cores()),
-            prefetch_batches=prefetch_batches,
+            prefetch_batches=data.prefetch_batches,
             rows=self._examples.rows,
             parts_per_batch=self._examples.parts_per_batch,
             example_bytes=self._records.example_bytes,
         )
-        self._in_flight.check(max_in_flight_gib)
+        self._in_flight.check(data.max_in_flight_gib)
         plan_blocks = self._in_flight.plan_blocks
         stores = self.block_stores
-        self._parts_ahead = plan_blocks(stores, read_ahead, process_count) if stores else 0
+        self._parts_ahead = plan_blocks(stores, data, process_count) if stores else 0
         self.skipped_records = 0
         self._parts_taken = 0  # since the workers were started
         self._abandoned = False
@@ -352,12 +341,12 @@ class TrainIterator:
         return iter(dataset)
 
 
-def _with_blocks(source: Source, read_ahead: ReadAheadOptions, num_workers: int) -> Source:
+def _with_blocks(source: Source, data: ml_collections.ConfigDict, num_workers: int) -> Source:
     """The source, which reads by blocks where it is in a store and has the order for them."""
     # Files in fsspec's memory are known to this process alone.
     paths = source.records.paths
     is_in_store = any(is_remote(path) and not path.startswith("memory://") for path in paths)
     if not isinstance(source.order, BlockOrder) or not is_in_store:
         return source
-    blocks = BlockStore(source.records, source.order, read_ahead, num_processes=num_workers)
+    blocks = BlockStore(source.records, source.order, data, num_processes=num_workers)
     return dataclasses.replace(source, blocks=blocks)

@@ -24,6 +24,7 @@ from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from diht_jax.input.mixing import Mixture
@@ -56,12 +57,11 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
     def __init__(
         self,
         records: Mixture,
+        data: ml_collections.ConfigDict,
         *,
         seed: int,
-        batch_size: int,
         process_index: int = 0,
         process_count: int = 1,
-        on_bad_record: str = "error",
         record_ids: bool = False,
     ):
         """Reads nothing yet; for the arguments see `pipeline.TrainIterator`.
@@ -69,6 +69,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         Raises:
             ValueError: a batch that the hosts cannot share.
         """
+        batch_size = data.batch_size
         if batch_size % process_count:
             raise ValueError(
                 f"config.data.batch_size={batch_size} is no multiple of the {process_count} "
@@ -76,7 +77,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             )
         self._records = records
         self._key = np.random.Philox(seed).state["state"]["key"]
-        self.skips = on_bad_record == "skip"
+        self.skips = data.on_bad_record == "skip"
         self._record_ids = record_ids
         self._batch_size = batch_size
         self._stride = batch_size * records.same_source_batches

@@ -12,13 +12,12 @@ import pytest
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.registry import read_pairs
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.train_data import open_records
 from tests.data_prep.filtering.jobs import job_config, read_records
-from tests.make import encoded, one_source, pair_members, plain, write_tar
+from tests.make import encoded, one_source, pair_members, plain, train_iterator, write_tar
 from tests.records.test_schema import write_sample
 
 _JPEG = encoded(plain("red", (60, 40)), "JPEG")
@@ -127,7 +126,7 @@ def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
     decode = DecodeExample(16, 8, (0.5, 1.0), "{caption}")
     direct, filtered = (
         next(
-            TrainIterator(
+            train_iterator(
                 one_source(open_records(str(tmp_path / name)), decode, 1),
                 batch_size=3,
                 seed=1,

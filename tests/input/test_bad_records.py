@@ -11,7 +11,6 @@ from absl import logging
 from diht_jax.config import default_config
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.order import make_order
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.input.sub_batches import MAX_IN_A_ROW
 from diht_jax.records.formats import TFRecordSource, TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
@@ -42,7 +41,7 @@ def read(shard, mode, num_workers=0, order="global"):
     source = open_records(str(shard))
     data = default_config().data
     data.update(batch_size=8, block_records=3, window_blocks=2)
-    iterator = TrainIterator(
+    iterator = make.train_iterator(
         make.one_source(source, DECODE, order=make_order(source, order, data, seed=1)),
         batch_size=8,
         seed=1,

@@ -10,16 +10,16 @@ import pytest
 
 from benchmarks import slow_store
 from diht_jax.input import blocks
-from diht_jax.input.blocks import BlockStore, ReadAheadOptions
+from diht_jax.input.blocks import BlockStore
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, MixtureWeights, Source
 from diht_jax.input.order import BlockOrder
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.schema import Record
 from diht_jax.records.shard_files import DamagedRecordError
 from diht_jax.storage import stores
 from diht_jax.storage.stores import StorageError
+from diht_jax.training.recipe import default_config
 from tests import make
 from tests.make import encoded, plain, write_records
 from tests.waiting import wait_until
@@ -58,14 +58,21 @@ def block_order(source, seed=0) -> BlockOrder:
     return BlockOrder(source.block_starts(BLOCK), seed, num_streams=4, window_blocks=2)
 
 
-def train_iterator(folder, cache=None, **options) -> TrainIterator:
+def section(cache):
+    data = default_config().data
+    data.cache_dir = str(cache)
+    return data
+
+
+def train_iterator(folder, cache=None, **options):
     source = open_source(folder, cache)
     given = {"num_workers": 0, "prefetch_batches": 1, "on_bad_record": "skip", **options}
-    return TrainIterator(
+    return make.train_iterator(
         make.one_source(source, DECODE, order=block_order(source)),
         batch_size=BATCH,
         seed=0,
-        read_ahead=ReadAheadOptions(cache_dir=cache and str(cache), read_threads=2),
+        cache_dir=cache and str(cache),
+        read_threads=2,
         **given,
     )
 
@@ -129,14 +136,15 @@ def test_each_source_of_a_mixture_has_blocks_of_its_own(store, cache, hang_guard
         source = open_source(store, cache)
         sources = [Source(str(n), source, block_order(source, seed=n), DECODE) for n in range(2)]
         weights = MixtureWeights([(0, [Fraction(2), Fraction(1)])], num_streams=4, batch_size=BATCH)
-        return TrainIterator(
+        return make.train_iterator(
             Mixture(sources, weights),
             batch_size=BATCH,
             seed=0,
             num_workers=0,
             prefetch_batches=1,
             on_bad_record="skip",
-            read_ahead=ReadAheadOptions(cache_dir=cache and str(cache), read_threads=4),
+            cache_dir=cache and str(cache),
+            read_threads=4,
         )
 
     batches, local = mixed(cache), mixed()
@@ -197,7 +205,7 @@ def test_of_a_request_that_was_overtaken_an_error_changes_nothing(
 
     monkeypatch.setattr(blocks, "clock", clock)
     monkeypatch.setattr(blocks, "read_extent", read_extent)
-    blocks_of = BlockStore(source, block_order(source), ReadAheadOptions(cache_dir=str(cache)))
+    blocks_of = BlockStore(source, block_order(source), section(cache))
     blocks_of.start()
     blocks_of.fetch([0])
     assert len(requests) == 2
@@ -215,7 +223,7 @@ def test_a_closed_input_no_longer_asks_a_store_that_fails(store, cache, monkeypa
 
     monkeypatch.setattr(blocks, "read_extent", fail)
     source = open_source(store, cache)
-    blocks_of = BlockStore(source, block_order(source), ReadAheadOptions(cache_dir=str(cache)))
+    blocks_of = BlockStore(source, block_order(source), section(cache))
     blocks_of.start()
     blocks_of.request([0])
     assert asked.wait(60)
@@ -249,7 +257,7 @@ def test_a_damaged_record_is_named_and_those_around_it_are_read(tmp_path, cache)
     for damaged_byte in (second + 13, second + 2):  # of the contents, of the length
         path.write_bytes(data[:damaged_byte] + b"\xff" + data[damaged_byte + 1 :])
         source = TFRecordSource(tmp_path)
-        options = ReadAheadOptions(cache_dir=str(cache))
+        options = section(cache)
         blocks_of = BlockStore(source, block_order(source), options)
         blocks_of.start()
         blocks_of.fetch(range(BLOCK))

@@ -18,7 +18,6 @@ from diht_jax.input.choices import CaptionChoice, draw_part, open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.order import GlobalOrder, derived_seed
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.input.transforms import CROP_RATIO, sample_crop_box
 from diht_jax.records.samples import (
     add_columns,
@@ -94,7 +93,7 @@ def batches(count, first=0, process_count=1, process_index=0, order="global", **
         return DecodeExample(4, 8, (0.2, 0.9), template, caption_choice=choice)
 
     mixture = open_mixture(data, 3, lambda path: Colours(), make_decoder, process_count)
-    iterator = TrainIterator(
+    iterator = make.train_iterator(
         mixture,
         batch_size=8,
         seed=3,
@@ -175,7 +174,7 @@ def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(t
     def tokens(path, **values):
         choice = open_caption_choice(settings(caption_weights=weights, **values))
         decoder = DecodeExample(8, 8, (0.9, 1.0), "{caption}", caption_choice=choice)
-        iterator = TrainIterator(
+        iterator = make.train_iterator(
             make.one_source(open_records(str(path)), decoder, 2),
             batch_size=3,
             seed=2,
@@ -281,13 +280,13 @@ def test_an_example_has_the_part_of_its_caption_that_seed_and_position_say(words
         8, LENGTH, SCALE, "{caption}", caption_sentences=2, caption_words=words,
         caption_choice=CaptionChoice(batch_size=8),
     )  # fmt: skip
-    iterator = TrainIterator(
+    iterator = make.train_iterator(
         make.one_source(Records(), decode, 5), batch_size=8, seed=5, num_workers=0
     )
     iterator.set_state({"next_example": 16})
     batches = [next(iterator) for _ in range(3)]
     iterator.close()
-    whole = TrainIterator(
+    whole = make.train_iterator(
         make.one_source(Records(), DecodeExample(8, LENGTH, SCALE, "{caption}"), 5),
         batch_size=8,
         seed=5,

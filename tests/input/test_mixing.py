@@ -11,7 +11,6 @@ from diht_jax.config import default_config
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import MAX_CYCLE, Mixture, MixtureWeights, exact_shares, open_mixture
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.train_data import fingerprint_records, parse_weights
@@ -66,7 +65,7 @@ def two(order):
 
 
 def batches(mixed, count=1, first=0, **options):
-    iterator = TrainIterator(mixed, batch_size=8, seed=3, num_workers=0, **options)
+    iterator = make.train_iterator(mixed, batch_size=8, seed=3, num_workers=0, **options)
     iterator.set_state({"next_example": first})
     found = [next(iterator) for _ in range(count)]
     iterator.close()
@@ -112,7 +111,7 @@ def test_each_source_has_its_own_captions_and_keys():
     for grey, tokens in zip(batch["images"][:, 0, 0, 0], batch["tokens"], strict=True):
         text = "a photo of text" if grey >= 100 else "text"
         np.testing.assert_array_equal(tokens, tokenize([text], 8)[0])
-    keys = TrainIterator(mixed, batch_size=8, seed=3, num_workers=0).keys(0)
+    keys = make.train_iterator(mixed, batch_size=8, seed=3, num_workers=0).keys(0)
     assert [int(key.split("+")[0]) >= 100 for key in keys] == (
         batch["images"][:, 0, 0, 0] >= 100
     ).tolist()

@@ -14,9 +14,9 @@ from diht_jax.input import examples, sub_batches, transforms
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.schema import Record, decode_record, encode_record
-from tests.make import InMemory, encoded, noise, one_source, plain
+from diht_jax.training.recipe import default_config
+from tests.make import InMemory, encoded, noise, one_source, plain, train_iterator
 
 
 def numbered(size=23):
@@ -42,7 +42,7 @@ DECODE = DecodeExample(8, 16, (0.9, 1.0), "the {caption}")
 
 def iterator(**options):
     settings = {"batch_size": 4, "seed": 0, "num_workers": 0, **options}
-    return TrainIterator(one_source(numbered(), DECODE), **settings)
+    return train_iterator(one_source(numbered(), DECODE), **settings)
 
 
 def take(batches, count):
@@ -56,7 +56,7 @@ def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():
     source = textured()
     graph = grain.MapDataset.source(source).seed(17).shuffle().repeat()
     graph = graph.random_map(lambda data, rng: DECODE.plan(decode_record(data), rng)())
-    batches = TrainIterator(one_source(source, DECODE, 17), batch_size=4, seed=17, num_workers=0)
+    batches = train_iterator(one_source(source, DECODE, 17), batch_size=4, seed=17, num_workers=0)
     for step, batch in enumerate(take(batches, 6)):
         expected = [graph[4 * step + row] for row in range(4)]
         np.testing.assert_array_equal(batch["images"], [e["images"] for e in expected])
@@ -72,7 +72,7 @@ def in_blocks(size, streams=4):
 @pytest.mark.parametrize("process_count", [1, 2, 4, 64])
 def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count):
     def batches(process_index, process_count):
-        return TrainIterator(
+        return train_iterator(
             one_source(textured(), DECODE, order=in_blocks(9, streams=64)),
             batch_size=64,
             seed=2,
@@ -96,9 +96,11 @@ def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count)
 def test_the_parts_of_all_hosts_cover_each_batch_once(monkeypatch, process_count):
     monkeypatch.setattr(sub_batches, "MAX_ROWS", 5)
     records = Mixture([Source("", numbered(), GlobalOrder(23, 0), DECODE)])
+    data = default_config().data
+    data.batch_size = 24
     hosts = [
         sub_batches.SubBatches(
-            records, seed=0, batch_size=24, process_index=index, process_count=process_count
+            records, data, seed=0, process_index=index, process_count=process_count
         ).starting_at(48)
         for index in range(process_count)
     ]
@@ -121,7 +123,7 @@ def test_images_and_tokens_belong_together():
 def test_worker_processes_change_nothing(monkeypatch):
     def batches(num_workers, max_rows):
         monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
-        return TrainIterator(
+        return train_iterator(
             one_source(textured(), DECODE), batch_size=4, seed=0, num_workers=num_workers
         )
 
@@ -133,7 +135,7 @@ def test_worker_processes_change_nothing(monkeypatch):
 def test_a_batch_that_is_joined_ahead_is_not_taken_yet(monkeypatch):
     def batches(max_rows):
         monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
-        return TrainIterator(one_source(textured(), DECODE), batch_size=4, seed=0, num_workers=0)
+        return train_iterator(one_source(textured(), DECODE), batch_size=4, seed=0, num_workers=0)
 
     whole, joined = take(batches(256), 6), batches(1)
     for number in (0, 1, 2):
@@ -182,7 +184,7 @@ class Deadly(DecodeExample):
 def deadly_batches(directory, deaths, count):
     for number in range(deaths):
         (directory / str(number)).touch()
-    iterator = TrainIterator(
+    iterator = train_iterator(
         one_source(numbered(), Deadly(directory), 3),
         batch_size=4,
         seed=3,
@@ -233,7 +235,7 @@ def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch)
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
 
     def read(kind, num_workers):
-        batches = TrainIterator(
+        batches = train_iterator(
             one_source(numbered(), kind(8, 8, (1.0, 1.0), "{caption}"), 3),
             batch_size=4,
             seed=3,

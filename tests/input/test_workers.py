@@ -22,22 +22,20 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PARENT = """
 import multiprocessing, sys, time
 from benchmarks import slow_store
-from diht_jax.input.blocks import ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder
-from diht_jax.input.pipeline import TrainIterator
+from tests import make
 
 if __name__ == "__main__":
     source = slow_store.SlowRecords("slow://" + sys.argv[1])
     order = BlockOrder(source.block_starts(5), 0, num_streams=2, window_blocks=2)
-    batches = TrainIterator(
-        Mixture([Source("", source, order, DecodeExample(8, 16, (0.9, 1.0), "{caption}"))]),
+    decode = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
+    batches = make.train_iterator(
+        make.one_source(source, decode, order=order),
         batch_size=4,
-        seed=0,
         num_workers=2,
         prefetch_batches=1,
-        read_ahead=ReadAheadOptions(cache_dir=sys.argv[2]),
+        cache_dir=sys.argv[2],
     )
     batch = next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)

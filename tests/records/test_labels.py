@@ -18,7 +18,6 @@ from diht_jax.config import default_config
 from diht_jax.data.index import update_index
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.labels.clip_embeddings import (
     ClipEmbeddings,
     ClipFacts,
@@ -124,7 +123,7 @@ def mixture(train, labels=None, num_concepts=4, **values):
 
 
 def batches(source, count=7, **options):
-    iterator = TrainIterator(source, batch_size=8, seed=3, num_workers=0, **options)
+    iterator = make.train_iterator(source, batch_size=8, seed=3, num_workers=0, **options)
     try:
         return [next(iterator) for _ in range(count)], iterator.skipped_records
     finally:

@@ -7,7 +7,6 @@ import pytest
 
 from diht_jax.evaluate import open_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries, validation_tasks
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.loading import load_model
 from diht_jax.records.schema import Pair
 from diht_jax.training.loop import train
@@ -33,7 +32,7 @@ def test_an_epoch_on_all_hosts_holds_every_record_but_those_held_out(order, host
     assert len(held_out) + mixture.num_records == 52
     batch_size = hosts * mixture.num_records  # an epoch
     trained = [
-        TrainIterator(
+        make.train_iterator(
             mixture,
             batch_size=batch_size,
             seed=config.seed,

@@ -22,7 +22,6 @@ from etils import epath
 from diht_jax.config.checks import flatten
 from diht_jax.config.keys import END, FIXED
 from diht_jax.data.file_tokenizer import FileTokenizer
-from diht_jax.input.blocks import ReadAheadOptions
 from diht_jax.input.choices import open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, open_mixture
@@ -260,24 +259,13 @@ def bind_records(
 
 def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainIterator:
     """The batches of this process, as the config asks for them."""
-    data = config.data
     return TrainIterator(
         mixture,
-        batch_size=data.batch_size,
+        config.data,
         seed=config.seed,
-        num_workers=data.num_workers,
-        prefetch_batches=data.prefetch_batches,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        on_bad_record=data.on_bad_record,
         record_ids=bool(num_record_means(config)),
-        max_in_flight_gib=data.max_in_flight_gib,
-        read_ahead=ReadAheadOptions(
-            read_threads=data.read_threads,
-            cache_dir=data.cache_dir,
-            read_ahead_gib=data.read_ahead_gib,
-            read_timeout_secs=data.read_timeout_secs,
-        ),
     )
 
 

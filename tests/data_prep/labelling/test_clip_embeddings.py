@@ -19,7 +19,6 @@ from diht_jax.data.tokenizer import tokenize
 from diht_jax.input.choices import with_boxes
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.labels.clip_embeddings import Crops
 from diht_jax.records.schema import Record, decode_record
@@ -77,7 +76,9 @@ def batches(folder, size, count, seed=5, labels="labels", width=None):
         DecodeExample, size, 32, SCALE, fast_decode=False, teacher_width=width or sum(WIDTHS)
     )
     mixture = open_mixture(config.data, seed, open_records, lambda text: decoder(text))
-    iterator = TrainIterator(mixture, batch_size=4, seed=seed, num_workers=0, on_bad_record="skip")
+    iterator = make.train_iterator(
+        mixture, batch_size=4, seed=seed, num_workers=0, on_bad_record="skip"
+    )
     found = [next(iterator) for _ in range(count)]
     iterator.close()
     return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
