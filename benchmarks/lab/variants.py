@@ -268,8 +268,9 @@ def _make_recaptioned(data: Data, folder: pathlib.Path, variant: str) -> None:
     """The records of a variant with four more captions of what the picture shows, if anything."""
     changed = []
     for index, record in enumerate(read(data.make(variant))):
-        kind_of = dict.fromkeys(_describe(record.metadata, 4, index), "synthetic")
-        kind_of = {record.caption: USUAL_KIND} | kind_of | {record.caption: USUAL_KIND}
+        kind_of = {record.caption: USUAL_KIND}
+        for text in _describe(record.metadata, 4, index):
+            kind_of.setdefault(text, "synthetic")
         changed.append(with_captions(record, kind_of))
     write(folder, changed)
 
