@@ -15,7 +15,7 @@ import functools
 import math
 import operator
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
@@ -26,7 +26,6 @@ from diht_jax.terminal import format_table, print_escaped
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric, Task
-    from diht_jax.extras.soups import Ingredient
     from diht_jax.weights.inference import LoadedModel
     from diht_jax.weights.source import ModelFiles
 
@@ -40,10 +39,16 @@ def define_flags() -> None:
     command_line.define_prompt_flags()
     command_line.define_task_flags()
     flags.DEFINE_list("models", [], "Released names, work directories or weight files: A,B,...")
-    flags.DEFINE_string(
-        "method", "uniform", "uniform, greedy (needs --tasks), or wise_ft (of two models)."
+    flags.DEFINE_enum(
+        "method", "uniform", METHODS, "greedy needs --tasks, wise_ft is of two models."
     )
-    flags.DEFINE_float("alpha", 0.5, "wise_ft: weight of the second model in what is written.")
+    flags.DEFINE_float(
+        "alpha",
+        0.5,
+        "wise_ft: weight of the second model in what is written.",
+        lower_bound=0,
+        upper_bound=1,
+    )
     flags.DEFINE_list(
         "alphas",
         [f"{i / 10:g}" for i in range(11)],
@@ -76,19 +81,11 @@ def main() -> None:
         given.models,
         given.method,
         given.output,
-        alpha=given.alpha,
-        alphas=command_line.numbers("alphas"),
         tasks=tasks,
-        target=given.target,
-        reference=given.reference,
-        ema=given.ema,
+        alphas=command_line.fractions("alphas"),
         architecture=parse_fields(given.architecture),
-        format=given.format,
-        dtype=given.dtype,
-        license=given.license,
-        batch_size=given.batch_size,
-        num_threads=given.num_threads,
-        limit=given.limit,
+        **command_line.values("alpha", "target", "reference", "ema", "format", "dtype", "license"),
+        **command_line.values("batch_size", "num_threads", "limit"),
     )
 
 
@@ -112,17 +109,9 @@ def average_models(
 ) -> dict[str, Any]:
     """Writes a weighted mean of models, and how good it is.
 
-    Args:
-        models: as `load_model` takes them; of WiSE-FT the zero-shot one, then the fine-tuned one.
-        method: one of `METHODS`.
-        output: directory to make; must be empty where it exists.
-        alpha, alphas: of WiSE-FT, weights of the fine-tuned model: written, and evaluated.
-        tasks: of `parse_tasks`, to evaluate on.
-        target, reference: "TASK/METRIC", see the flags.
-        ema: take the moving average of the parameters of those models that are work directories.
-        architecture: of `load_model`, for those that are not.
-        format, dtype, license: of `diht_jax.export`.
-        batch_size, **evaluation: of `evaluate_task`; also `num_threads` and `limit`.
+    Arguments are called as the flags of the command, see `define_flags`; of WiSE-FT the zero-shot
+    model comes first. The directory must be empty where it exists, and tasks are those of
+    `parse_tasks`. `evaluation` has other arguments of `evaluate_task`.
 
     Returns:
         What `average.json` holds.
@@ -131,28 +120,32 @@ def average_models(
         ValueError: a model cannot be read, the models are not of one architecture, the method
             lacks what it needs, or `ema` or `architecture` applies to none of the models.
     """
+    from diht_jax.weights import soups
     from diht_jax.weights.export import check_target
 
     output = pathlib.Path(output)
     check_target(output, format, dtype)
-    metrics = _check(models, method, [alpha, *alphas], tasks, target, reference)
+    metrics = _check(models, method, tasks, target, reference)
     evaluation = {"batch_size": batch_size, **evaluation}
     pool = _Models(models, ema, architecture, tasks, evaluation, (target, reference))
+    found: dict[str, Any] = {}
     if method == "greedy" and target is not None:
-        from diht_jax.extras.soups import greedy_soup
-
-        model, trials = greedy_soup(
+        model, trials = soups.greedy_soup(
             models,
             pool.read,
             lambda candidate: pool.measure(candidate)[target],
             lower_is_better=metrics[target].lower_is_better,
         )
         members = [(trial.name, 1.0) for trial in trials if trial.kept]
-        found: dict[str, Any] = {"trials": [vars(trial) for trial in trials]}
+        found["trials"] = [trial._asdict() for trial in trials]
     else:
-        weights = [1 - alpha, alpha] if method == "wise_ft" else [1.0] * len(models)
-        is_measured = method == "wise_ft" and bool(tasks)
-        model, found = _mix(pool, models, weights, alphas if is_measured else ())
+        read, weights = pool.read, [1.0] * len(models)
+        if method == "wise_ft":
+            weights = [1 - alpha, alpha]
+        if method == "wise_ft" and tasks and alphas:
+            read = functools.cache(read)  # the two models stay in memory for all alphas
+            found["grid"] = [pool.measure_mean(models, each, read) for each in alphas]
+        model = soups.average_models(models, weights, read)
         members = list(zip(models, weights, strict=True))
     if tasks:
         found["metrics"] = pool.measure(model)
@@ -166,33 +159,16 @@ def average_models(
         **({"loss_scalars": loss_scalars} if loss_scalars else {}),
         **found,
     }
-    _write(output, format, dtype, model, pool.sources[model.name], record, metrics, license)
+    model = dataclasses.replace(model, loss_scalars=loss_scalars, step=None, ema=False, sha256=None)
+    _write(output, format, dtype, model, record, metrics, license)
     return record
-
-
-def _mix(
-    pool: _Models, models: Sequence[str], weights: Sequence[float], alphas: Sequence[float]
-) -> tuple[Ingredient, dict[str, Any]]:
-    """The mean of models; and for alphas, "grid": what the means of the two models reach."""
-    from diht_jax.extras import soups
-
-    # The two models of WiSE-FT stay in memory for all alphas.
-    read = functools.cache(pool.read) if alphas else pool.read
-    found: dict[str, Any] = {"grid": []} if alphas else {}
-    for alpha in alphas:
-        measured = pool.measure(soups.average_models(models, [1 - alpha, alpha], read))
-        shown = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
-        logging.info("alpha %g: %s", alpha, shown)
-        found["grid"].append({"alpha": alpha, "metrics": measured})
-    return soups.average_models(models, weights, read), found
 
 
 def _write(
     output: pathlib.Path,
     format: str,
     dtype: str,
-    model: Ingredient,
-    source: ModelFiles,
+    model: ModelFiles,
     record: dict[str, Any],
     metrics: dict[str, Metric],
     license: str | None,
@@ -203,26 +179,16 @@ def _write(
     from diht_jax.weights.export import find_lost_scalars, write_model
     from diht_jax.weights.model_card import model_card
 
-    loss_scalars = record.get("loss_scalars", {})
-    mean = dataclasses.replace(
-        source,
-        arch=model.arch,
-        params=model.params,
-        loss_scalars=loss_scalars,
-        step=None,
-        ema=False,
-        sha256=None,
-    )
     card = model_card(
         format,
-        mean,
+        model,
         output.name,
         members=[(member["model"], member["weight"]) for member in record["members"]],
         results=[("diht_jax.average", record["metrics"])] if "metrics" in record else [],
-        lost=find_lost_scalars(format, model.arch, loss_scalars, output.name),
+        lost=find_lost_scalars(format, model.arch, model.loss_scalars, output.name),
         license=license,
     )
-    write_model(output, format, mean, card=card, dtype=dtype)
+    write_model(output, format, model, card=card, dtype=dtype)
     write_results(output / RECORD_FILE, record)
     if "grid" in record and record["target"]:
         draw_trade_off(record, metrics, output / "average.png")
@@ -233,7 +199,6 @@ def _write(
 def _check(
     models: Sequence[str],
     method: str,
-    alphas: Sequence[float],
     tasks: Sequence[Task],
     target: str | None,
     reference: str | None,
@@ -241,14 +206,9 @@ def _check(
     """The metrics of the tasks, by "TASK/METRIC", once the arguments are known to be right."""
     from diht_jax.evaluation.task_parsing import check_task
 
-    if method not in METHODS:
-        raise ValueError(f"--method={method}: expected one of {', '.join(METHODS)}")
     if len(models) < 2 or (method == "wise_ft" and len(models) != 2):
         wanted = "two models, the zero-shot one first" if method == "wise_ft" else "several models"
         raise ValueError(f"--models={','.join(models)}: --method={method} needs {wanted}")
-    for alpha in alphas:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"--alpha, --alphas: expected numbers from 0 to 1, got {alpha:g}")
     metrics = {}
     for task in tasks:
         metrics |= {f"{task.name}/{name}": m for name, m in check_task(task).metrics.items()}
@@ -269,11 +229,7 @@ def _check_chosen(target: str | None, reference: str | None, metrics: Collection
 
 
 class _Models:
-    """Reads models, and measures averages of them; the programs are compiled once.
-
-    Attributes:
-        sources: what the models that were read come with, except their parameters, by name.
-    """
+    """Reads models, and measures averages of them; the programs are compiled once."""
 
     def __init__(
         self,
@@ -297,31 +253,29 @@ class _Models:
         self._ema, self._architecture = ema, architecture
         self._tasks, self._evaluation, self._chosen = tasks, evaluation, chosen
         self._loaded: LoadedModel | None = None
-        self.sources: dict[str, ModelFiles] = {}
+        self._loss_scalars: dict[str, Mapping[str, float]] = {}
 
-    def read(self, name: str) -> Ingredient:
-        """Reads a model."""
+    def read(self, name: str) -> ModelFiles:
+        """A model with arrays of NumPy, under the name that the user typed."""
         import jax
         import numpy as np
 
-        from diht_jax.extras.soups import Ingredient
         from diht_jax.loading import read_model
 
         if name in self._runs:
             model = read_model(name, ema=self._ema)
         else:
             model = read_model(name, architecture=self._architecture)
-        if model.decoder is not None and name not in self.sources:
+        if model.decoder is not None and name not in self._loss_scalars:
             logging.warning("%s: the caption decoder is left out, no format has one", name)
-        self.sources[name] = dataclasses.replace(model, params={}, heads={}, decoder=None)
+        self._loss_scalars[name] = model.loss_scalars
         params = jax.tree.map(np.asarray, model.params)
-        tokenizer = None if model.tokenizer is None else model.tokenizer.describe()
-        return Ingredient(name, model.arch, params, model.preprocessing, tokenizer)
+        return dataclasses.replace(model, params=params, path=name, heads={}, decoder=None)
 
     def mean_loss_scalars(self, members: Sequence[tuple[str, float]]) -> dict[str, float]:
         """The weighted mean of what the losses of the models have learnt; of each that all have."""
         weights = [weight for _, weight in members if weight]
-        found = [self.sources[name].loss_scalars for name, weight in members if weight]
+        found = [self._loss_scalars[name] for name, weight in members if weight]
         means = {}
         for name in sorted(set().union(*found)):
             values = [scalars[name] for scalars in found if name in scalars]
@@ -331,25 +285,35 @@ class _Models:
             means[name] = math.fsum(map(operator.mul, weights, values)) / math.fsum(weights)
         return means
 
-    def measure(self, model: Ingredient) -> dict[str, float]:
+    def measure_mean(
+        self, models: Sequence[str], alpha: float, read: Callable[[str], ModelFiles]
+    ) -> dict[str, Any]:
+        """What the mean of two models reaches, in which the second one has this weight."""
+        from diht_jax.weights.soups import average_models
+
+        measured = self.measure(average_models(models, [1 - alpha, alpha], read))
+        shown = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
+        logging.info("alpha %g: %s", alpha, shown)
+        return {"alpha": alpha, "metrics": measured}
+
+    def measure(self, model: ModelFiles) -> dict[str, float]:
         """The metrics of a model by "TASK/METRIC"."""
         import jax
 
         from diht_jax import sharding
+        from diht_jax.evaluation.results import named_metrics
         from diht_jax.evaluation.tasks import evaluate_task
         from diht_jax.loading import put_on_devices
 
         mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
         if self._loaded is None:
-            files = dataclasses.replace(self.sources[model.name], params=model.params)
             batch_size = self._evaluation["batch_size"]
-            self._loaded = put_on_devices(files, mesh, batch_size=batch_size)
+            self._loaded = put_on_devices(model, mesh, batch_size=batch_size)
         shardings = sharding.tree_shardings(model.params, mesh)
         self._loaded.update(jax.device_put(model.params, shardings), step=None)
-        measured = {}
-        for task in self._tasks:
-            result = evaluate_task(self._loaded, task, **self._evaluation)
-            measured |= {f"{task.name}/{name}": x for name, x in result["metrics"].items()}
+        measured = named_metrics(
+            evaluate_task(self._loaded, task, **self._evaluation) for task in self._tasks
+        )
         _check_chosen(*self._chosen, measured)  # top-5 of few classes is not measured
         return measured
 

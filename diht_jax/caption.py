@@ -74,8 +74,6 @@ class CaptionOptions:
 
     def __post_init__(self):
         check_kind(self.kind, "--kind")
-        if self.num_captions < 1:
-            raise ValueError(f"--num_captions={self.num_captions}: expected at least 1")
         if self.num_captions > 1 and self.top_k is None:
             raise ValueError(
                 f"--num_captions={self.num_captions}: the likeliest caption is one; give --top_k, "
@@ -91,7 +89,9 @@ def define_flags() -> None:
     flags.DEFINE_list("input", None, "Shards: a folder, a glob, files or URLs, or several.")
     flags.DEFINE_string("output", None, "Folder of the new shards.")
     flags.DEFINE_string("kind", "synthetic", "Of the new captions.")
-    flags.DEFINE_integer("num_captions", 1, "New captions of a picture; several need --top_k.")
+    flags.DEFINE_integer(
+        "num_captions", 1, "New captions of a picture; several need --top_k.", lower_bound=1
+    )
     flags.DEFINE_integer("max_tokens", None, "Most tokens of a caption; unset: as in training.")
     flags.DEFINE_integer("top_k", None, "Likeliest tokens to draw from; unset: the likeliest.")
     flags.DEFINE_float("temperature", 1.0, "Logits are divided by it before a draw.")
@@ -103,12 +103,7 @@ def main() -> None:
     given = flags.FLAGS
     command_line.require_flags("model", "input", "output")
     fields = [field.name for field in dataclasses.fields(CaptionOptions)]
-    values: dict[str, Any] = {name: given[name].value for name in fields}
-    options = CaptionOptions(**values)
-    if not 0 <= given.task_index < given.num_tasks:
-        raise ValueError(
-            f"--task_index={given.task_index}: expected 0 to --num_tasks={given.num_tasks} minus 1"
-        )
+    options = CaptionOptions(**command_line.values(*fields))
     shards = find_shards(given.input)  # a missing file should not have to wait for the model
     from diht_jax.loading import load_model
 
@@ -118,9 +113,7 @@ def main() -> None:
         shards,
         pathlib.Path(given.output),
         options,
-        task_index=given.task_index,
-        num_tasks=given.num_tasks,
-        num_threads=given.num_threads,
+        **command_line.values("task_index", "num_tasks", "num_threads"),
     )
 
 

@@ -16,7 +16,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -116,10 +116,10 @@ def main() -> None:
         return
     if values.search and not values.propose:
         print_escaped("\nlooking for a batch that fits:")
-        smaller = batch_that_fits(config, topology, report)
+        smaller = first_that_fits(config, topology, smaller_batches(config, report))
         print_escaped(describe_found(smaller, ("data.batch_size", "micro_batch")))
         print_escaped("\nlooking for settings that fit with the whole batch:")
-        found = settings_that_fit(config, topology, report)
+        found = first_that_fits(config, topology, cheaper_settings(config, report))
         print_escaped(describe_found(found, ("model.remat", "micro_batch")))
     sys.exit(1)
 
@@ -206,45 +206,43 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
     )
 
 
-def batch_that_fits(
-    config: ml_collections.ConfigDict, topology: Topology, too_large: StepReport
-) -> StepReport | None:
-    """The largest halving of the batch that fits with the other settings as they are, or None.
-
-    Prints every attempt. `too_large` is the report of what does not fit.
-    """
+def smaller_batches(
+    config: ml_collections.ConfigDict, too_large: StepReport
+) -> Iterator[dict[str, Any]]:
+    """Halvings of the batch, with the other settings as they are; `too_large` does not fit."""
     first = config.micro_batch or config.data.batch_size // 2
     for batch_size in _halvings(first, too_large, _SAME_SETTINGS):
-        changes = {"data.batch_size": batch_size, "micro_batch": None}
+        yield {"data.batch_size": batch_size, "micro_batch": None}
+
+
+def cheaper_settings(
+    config: ml_collections.ConfigDict, too_large: StepReport
+) -> Iterator[dict[str, Any]]:
+    """Settings of `micro_batch` and `model.remat`, the cheapest first; `too_large` does not fit.
+
+    The policies without micro-batches and then with them, which cost another forward pass of the
+    towers, each from the cheapest policy on and with the largest micro-batches first.
+    """
+    largest = _largest_micro_batch(config, len(too_large.topology.devices))
+    for micro_batch, remat in itertools.product(dict.fromkeys((None, largest)), _CHEAPEST_FIRST):
+        if (remat, micro_batch) == (config.model.remat, config.micro_batch):
+            continue
+        sizes: Sequence[int | None] = [None]
+        if micro_batch is not None:
+            sizes = _halvings(micro_batch, too_large, _OTHER_POLICY)
+        for size in sizes:
+            yield {"model.remat": remat, "micro_batch": size}
+
+
+def first_that_fits(
+    config: ml_collections.ConfigDict, topology: Topology, choices: Iterable[dict[str, Any]]
+) -> StepReport | None:
+    """Compiles the config with one choice of settings after the other; prints every attempt."""
+    for changes in choices:
         report = compile_step(_changed(config, changes), topology)
         print_escaped(describe_try(report, changes))
         if report.fits:
             return report
-    return None
-
-
-def settings_that_fit(
-    config: ml_collections.ConfigDict, topology: Topology, too_large: StepReport
-) -> StepReport | None:
-    """The cheapest settings of `micro_batch` and `model.remat` that fit, or None.
-
-    Tries the policies without micro-batches and then with them, which cost another forward pass of
-    the towers, each from the cheapest policy on and with the largest micro-batches first. Prints
-    every attempt. `too_large` is the report of what does not fit.
-    """
-    for micro_batch in dict.fromkeys((None, _largest_micro_batch(config, len(topology.devices)))):
-        for remat in _CHEAPEST_FIRST:
-            if (remat, micro_batch) == (config.model.remat, config.micro_batch):
-                continue
-            sizes: Sequence[int | None] = [None]
-            if micro_batch is not None:
-                sizes = _halvings(micro_batch, too_large, _OTHER_POLICY)
-            for size in sizes:
-                changes = {"model.remat": remat, "micro_batch": size}
-                report = compile_step(_changed(config, changes), topology)
-                print_escaped(describe_try(report, changes))
-                if report.fits:
-                    return report
     return None
 
 

@@ -14,13 +14,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from typing import Any
 
 from absl import flags
 
 from diht_jax import command_line, distributed
 from diht_jax.evaluation.embedding.entries import Processes
-from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source
+from diht_jax.evaluation.embedding.files import (
+    DTYPES,
+    FORMATS,
+    MODALITIES,
+    EmbedOptions,
+    embed_source,
+)
 from diht_jax.evaluation.embedding.inputs import list_inputs, refuse_unusable
 from diht_jax.storage.locks import check_writable
 from diht_jax.storage.stores import is_remote
@@ -34,11 +39,18 @@ def define_flags() -> None:
     distributed.define_flags()
     flags.DEFINE_list("input", None, "Source of pairs, or several; or a folder of pictures.")
     flags.DEFINE_string("output", None, "Directory of the embeddings, or its URL.")
-    flags.DEFINE_string("format", "npz", "npz or parquet.")
+    flags.DEFINE_enum("format", "npz", FORMATS, "Of the files.")
     flags.DEFINE_list("modalities", list(MODALITIES), "image, text or both.")
-    flags.DEFINE_string("dtype", "float32", "Of the embeddings in the files: float32 or float16.")
+    flags.register_validator(
+        "modalities",
+        lambda given: given and set(given).issubset(MODALITIES),
+        f"expected some of {', '.join(MODALITIES)}",
+    )
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the embeddings in the files.")
     flags.DEFINE_string("caption_template", "{caption}", "Text that is embedded for a caption.")
-    flags.DEFINE_integer("shard_size", 10_000, "Entries of the source a file, at most.")
+    flags.DEFINE_integer(
+        "shard_size", 10_000, "Entries of the source a file, at most.", lower_bound=1
+    )
 
 
 def main() -> None:
@@ -46,8 +58,7 @@ def main() -> None:
     given = flags.FLAGS
     command_line.require_flags("model", "input", "output")
     fields = [field.name for field in dataclasses.fields(EmbedOptions)]
-    values: dict[str, Any] = {name: given[name].value for name in fields}
-    options = EmbedOptions(**values)
+    options = EmbedOptions(**command_line.values(*fields))
     source = given.input[0] if len(given.input) == 1 else given.input
     list_inputs(source)  # a missing file should not have to wait for the model
     if is_remote(given.output):

@@ -75,12 +75,8 @@ def main(arguments: Sequence[str]) -> None:
         given.model,
         tasks,
         given.output,
+        **command_line.values("batch_size", "num_threads", "limit", "num_resamples", "pages"),
         **command_line.model_options(),
-        batch_size=given.batch_size,
-        num_threads=given.num_threads,
-        limit=given.limit,
-        num_resamples=given.num_resamples,
-        pages=given.pages,
     )
     if not distributed.is_first():
         return

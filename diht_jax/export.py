@@ -37,19 +37,11 @@ def define_flags() -> None:
 
 def main() -> None:
     """Exports the model of the flags."""
-    given = flags.FLAGS
     command_line.require_flags("model", "format", "output")
     export_model(
-        given.model,
-        given.format,
-        given.output,
+        **command_line.values("model", "format", "output", "dtype", "keep_heads", "results"),
+        **command_line.values("license", "push", "private"),
         **command_line.model_options(),
-        dtype=given.dtype,
-        keep_heads=given.keep_heads,
-        results=given.results,
-        license=given.license,
-        push=given.push,
-        private=given.private,
     )
 
 
@@ -68,18 +60,8 @@ def export_model(
 ) -> None:
     """Writes a model directory with its card.
 
-    Args:
-        model: released name, work directory or weight file, as `load_model` takes it.
-        format: one of `weights.export.FORMATS`.
-        output: directory to make; must be empty where it exists.
-        dtype: of the stored parameters.
-        keep_heads: keep the concept heads that the model has.
-        results: files of `diht_jax.evaluate` for the card.
-        license: of the weights, for the card.
-        push: "hf-hub:owner/name", where the directory goes as well; None for nowhere.
-        private: of a new model there.
-        **model_options: `step`, `ema`, `image_size`, `context_length`, `dim` and `architecture` of
-            `load_model`.
+    Arguments are called as the flags of the command, see `define_flags`; the directory must be
+    empty where it exists. `model_options` are those of `loading.read_model`.
 
     Raises:
         ValueError: the model cannot be read, or not be written in this format or to the hub.
@@ -88,7 +70,7 @@ def export_model(
     import jax
     import numpy as np
 
-    from diht_jax.evaluation.results import read_results
+    from diht_jax.evaluation.results import named_metrics, read_results
     from diht_jax.loading import read_model
     from diht_jax.weights.export import check_target, find_lost_scalars, write_model
     from diht_jax.weights.model_card import model_card
@@ -97,7 +79,9 @@ def export_model(
     check_target(output, format, dtype)
     if push is not None:
         check_upload(push)
-    measured = [_as_row(path, read_results(path)) for path in results]
+    measured = [
+        (pathlib.Path(path).name, named_metrics(read_results(path)["results"])) for path in results
+    ]
     source = read_model(model, **model_options)
     if keep_heads and not source.heads:
         logging.warning("%s: there are no concept heads to keep", model)
@@ -120,15 +104,6 @@ def export_model(
     if push is not None:
         message = f"{source.arch.image_size} px, {format}, by diht_jax.export"
         logging.info("pushed: %s", upload(output, push, message=message, private=private))
-
-
-def _as_row(path: str, results: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    metrics = {
-        f"{result['task']}/{name}": value
-        for result in results["results"]
-        for name, value in result["metrics"].items()
-    }
-    return pathlib.Path(path).name, metrics
 
 
 if __name__ == "__main__":

@@ -39,12 +39,17 @@ def define_flags() -> None:
         "after '?', such as '?class_names=FILE'.",
     )
     flags.DEFINE_list("shots", ["1", "2", "4", "8", "16", "all"], "Training images a class.")
-    flags.DEFINE_integer("num_draws", 5, "How often the shots are drawn.")
+    flags.DEFINE_integer("num_draws", 5, "How often the shots are drawn.", lower_bound=1)
     flags.DEFINE_alias("draws", "num_draws")
     flags.DEFINE_integer("seed", 0, "Of the draws and of the validation split.", lower_bound=0)
     flags.DEFINE_float("validation_fraction", 0.2, "Share of --train held out, class by class.")
-    flags.DEFINE_integer("validation_per_class", None, "Most images to hold out; unset: no limit.")
-    flags.DEFINE_integer("num_steps", 500, "Gradient steps of a fit.")
+    flags.register_validator(
+        "validation_fraction", lambda given: 0 < given < 1, "expected a number between 0 and 1"
+    )
+    flags.DEFINE_integer(
+        "validation_per_class", None, "Most images to hold out; unset: no limit.", lower_bound=1
+    )
+    flags.DEFINE_integer("num_steps", 500, "Gradient steps of a fit.", lower_bound=1)
     flags.DEFINE_alias("fit_steps", "num_steps")
     flags.DEFINE_list(
         "alphas",
@@ -58,7 +63,7 @@ def main() -> None:
     from diht_jax.evaluation.task_parsing import check_source
 
     given = flags.FLAGS
-    command_line.require_flags("model", "train", "test", "output")
+    command_line.require_flags("model", "train", "test", "output", "shots")
     options = _options()
     tasks = _tasks()
     for task in tasks.values():
@@ -93,21 +98,14 @@ def main() -> None:
 def _options():
     from diht_jax.evaluation.few_shot import ALL, FewShotOptions
 
-    given = flags.FLAGS
     shots = []
-    for text in given.shots:
-        if text != ALL and not text.isdecimal():
-            raise ValueError(f"--shots: expected numbers or '{ALL}', got '{text}'")
+    for text in flags.FLAGS.shots:
+        if text != ALL and not re.fullmatch("0*[1-9][0-9]*", text):
+            raise ValueError(f"--shots: expected numbers from 1 or '{ALL}', got '{text}'")
         shots.append(text if text == ALL else int(text))
-    return FewShotOptions(
-        shots=tuple(shots),
-        num_draws=given.num_draws,
-        seed=given.seed,
-        validation_fraction=given.validation_fraction,
-        validation_per_class=given.validation_per_class,
-        num_steps=given.num_steps,
-        alphas=command_line.numbers("alphas"),
-    )
+    names = ("num_draws", "seed", "validation_fraction", "validation_per_class", "num_steps")
+    alphas = command_line.fractions("alphas")
+    return FewShotOptions(tuple(shots), **command_line.values(*names), alphas=alphas)
 
 
 def _tasks() -> dict[str, Any]:

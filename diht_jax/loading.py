@@ -108,13 +108,7 @@ def load_model(
 
 
 def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> LoadedModel:
-    """The model of `read_model`, ready to embed.
-
-    Args:
-        model: its `config.model.dtype` is that of the computation.
-        mesh: the devices.
-        batch_size: of `load_model`.
-    """
+    """The model of `read_model`, ready to embed in the dtype of its `config.model.dtype`."""
     section = model.config.model
     # A kernel that a run insisted on need not apply here, but XLA's does everywhere.
     attention = "xla" if section.attention == "xla" else "auto"
@@ -140,14 +134,9 @@ def read_model(
     architecture: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> ModelFiles:
-    """Reads what `load_model` loads.
+    """Reads what `load_model` loads, with the same arguments and errors.
 
-    Args:
-        name_or_path, step, ema, image_size, context_length, dim, architecture: of `load_model`.
-        mesh: where the parameters of a work directory go; one device by default.
-
-    Raises:
-        ValueError: as `load_model`.
+    The parameters of a work directory go to the devices of the mesh; to one by default.
     """
     name = os.fspath(name_or_path)
     folder = local_run(name, step, mesh)

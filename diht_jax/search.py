@@ -43,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_matches", 8, "Pictures a query.")
     flags.DEFINE_alias("count", "num_matches")
     flags.DEFINE_string("index", None, "Folder of an index, which is made or brought up to date.")
-    flags.DEFINE_string("dtype", "float16", "Of the embeddings in an index: float16 or int8.")
+    flags.DEFINE_enum("dtype", "float16", ("float16", "int8"), "Of the embeddings in an index.")
     flags.DEFINE_bool("thumbnails", True, "Keep small pictures in an index, of other than folders.")
     flags.DEFINE_bool("serve", False, "Serve a web page that searches --index, until ^C.")
     flags.DEFINE_string("host", "127.0.0.1", "Address of the page; 0.0.0.0 is every machine.")
@@ -120,15 +120,15 @@ def _search_source(model: Any, shards: list[Any], queries: list[str]) -> None:
     is_first = distributed.is_first()
     batching = Batching(given.batch_size, given.num_threads, is_first, Processes.of_job())
     count, template = given.num_matches, given.caption_template
-    result = search_pictures(
+    matches, encoded = search_pictures(
         model, shards, queries, count=count, template=template, batching=batching
     )
     if not is_first:
         return
-    if result.encoded.dropped:
-        logging.warning("left out: %s", result.encoded.dropped)
+    if encoded.dropped:
+        logging.warning("left out: %s", encoded.dropped)
     load = functools.partial(load_pictures, shards)
-    _show(result.matches, load, given.input, len(result.encoded.notes))
+    _show(matches, load, given.input, len(encoded.notes))
 
 
 def _update_index(model: Any, shards: list[Any]) -> None:

@@ -24,10 +24,11 @@ from diht_jax.command_line.shared_flags import (
     define_model_flags,
     define_prompt_flags,
     define_task_flags,
+    fractions,
     model_options,
-    numbers,
     require_flags,
     task_defaults,
+    values,
 )
 from diht_jax.config import apply_overrides, check_optional, find_recipe, load_recipe, set_key
 from diht_jax.config.checks import check_names, walk
@@ -42,14 +43,15 @@ __all__ = [
     "define_model_flags",
     "define_prompt_flags",
     "define_task_flags",
+    "fractions",
     "keep_freed_memory",
     "load_again",
     "model_options",
-    "numbers",
     "parse_flags",
     "require_flags",
     "run",
     "task_defaults",
+    "values",
 ]
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them

@@ -8,6 +8,7 @@ means; a spelling that a flag had before stays as its alias.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from absl import flags
@@ -40,14 +41,9 @@ def model_options() -> dict[str, Any]:
     """Arguments of `load_model` other than the model, from the flags."""
     from diht_jax.models.zoo import parse_fields  # with JAX, which `--help` does not wait for
 
-    given = flags.FLAGS
     return {
-        "step": given.step,
-        "ema": given.ema,
-        "image_size": given.image_size,
-        "context_length": given.context_length,
-        "dim": given.dim,
-        "architecture": parse_fields(given.architecture),
+        **values("step", "ema", "image_size", "context_length", "dim"),
+        "architecture": parse_fields(flags.FLAGS.architecture),
     }
 
 
@@ -109,15 +105,28 @@ def define_job_array_flags() -> None:
     """Defines the flags that divide a command's shards between the jobs of an array."""
     flags.DEFINE_integer("task_index", 0, "Number of this job of a job array, from 0.")
     flags.DEFINE_integer("num_tasks", 1, "Jobs in the array.")
+    flags.register_multi_flags_validator(
+        ["task_index", "num_tasks"],
+        lambda given: 0 <= given["task_index"] < given["num_tasks"],
+        "expected a number from 0 to --num_tasks minus 1 as --task_index",
+    )
 
 
-def numbers(name: str) -> tuple[float, ...]:
-    """The numbers of a flag that is a list; raises ValueError for something else in it."""
-    texts = flags.FLAGS[name].value or []
+def values(*names: str) -> dict[str, Any]:
+    """The values of flags by their names, for a function that has arguments of these names."""
+    return {name: flags.FLAGS[name].value for name in names}
+
+
+def fractions(name: str) -> tuple[float, ...]:
+    """The numbers from 0 to 1 of a flag that is a list; ValueError for something else in it."""
+    texts: Any = flags.FLAGS[name].value
     try:
-        return tuple(float(text) for text in texts)
-    except ValueError as error:
-        raise ValueError(f"--{name}={','.join(texts)}: expected numbers") from error
+        found = tuple(map(float, texts))
+    except ValueError:
+        found = (math.nan,)
+    if not all(0 <= value <= 1 for value in found):
+        raise ValueError(f"--{name}={','.join(texts)}: expected numbers from 0 to 1")
+    return found
 
 
 def require_flags(*names: str) -> None:

@@ -114,10 +114,7 @@ def draw_trade_off(
 ) -> None:
     """Draws WiSE-FT: the target metric against the reference metric, a point for each alpha.
 
-    Args:
-        record: of `diht_jax.average`, with `grid`, `target` and `reference`.
-        metrics: of the tasks, by "TASK/METRIC".
-        path: of the PNG.
+    The record is that of `diht_jax.average`, with `grid`, `target` and `reference`.
     """
     figure = _new_figure(6.2, 4.8)
     axes = figure.add_subplot()
@@ -149,8 +146,7 @@ def draw_trade_off(
 def draw_retrievals(examples: Mapping[str, Any]) -> bytes:
     """Draws queries by text with their first pictures, framed green or red, as a PNG.
 
-    Args:
-        examples: of `page.retrieval_examples`, with Pillow images.
+    The examples are those of `page.retrieval_examples`, with Pillow images.
     """
     queries = examples["text_queries"]
     columns = 1 + max(len(query["tiles"]) for query in queries)

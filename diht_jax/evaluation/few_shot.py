@@ -15,13 +15,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, Encoder
-from diht_jax.evaluation.embedding.entries import Entries, Units
+from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.linear_probe import (
     FittedProbes,
     LabelledEmbeddings,
@@ -76,43 +76,14 @@ class FewShotOptions:
     num_steps: int = 500
     alphas: tuple[float, ...] = ()
 
-    def __post_init__(self):
-        if any(not 0 <= alpha <= 1 for alpha in self.alphas):
-            raise ValueError(f"alphas: expected numbers from 0 to 1, got {self.alphas}")
-        for shots in self.shots:
-            if shots != ALL and (not isinstance(shots, int) or shots < 1):
-                raise ValueError(f"shots: expected numbers from 1 or '{ALL}', got {shots!r}")
-        if not self.shots or self.num_draws < 1 or self.num_steps < 1:
-            raise ValueError(
-                "expected shots, a draw and a step; got "
-                f"shots={self.shots}, num_draws={self.num_draws}, num_steps={self.num_steps}"
-            )
-        if self.validation_per_class is not None and self.validation_per_class < 1:
-            raise ValueError(
-                f"validation_per_class: expected a number from 1, got {self.validation_per_class}"
-            )
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction: expected a number between 0 and 1, got "
-                f"{self.validation_fraction}"
-            )
 
+class FewShotData(NamedTuple):
+    """Embedded splits of a classification data set with its zero-shot classifier; C classes."""
 
-@dataclasses.dataclass(frozen=True)
-class FewShotData:
-    """Embedded splits of a classification data set with its zero-shot classifier; C classes.
-
-    Attributes:
-        train: what shots are drawn from.
-        validation: what settings are chosen on.
-        test: what is reported.
-        zero_shot: float32 [d, C], the classifier of the prompts times the logit scale.
-    """
-
-    train: LabelledEmbeddings
-    validation: LabelledEmbeddings
-    test: LabelledEmbeddings
-    zero_shot: np.ndarray
+    train: LabelledEmbeddings  # what shots are drawn from
+    validation: LabelledEmbeddings  # what settings are chosen on
+    test: LabelledEmbeddings  # what is reported
+    zero_shot: np.ndarray  # float32 [d, C], the classifier of the prompts times the logit scale
 
 
 def evaluate_few_shot(
@@ -130,8 +101,7 @@ def evaluate_few_shot(
         train: classification task that shots are drawn from.
         test: one to measure on; its class names, templates and label field count.
         validation: settings are chosen on it; by default a part of `train` is held out.
-        options: the protocol; the defaults of `FewShotOptions` where None.
-        batching: the defaults where None.
+        options, batching: the defaults where None.
 
     Returns:
         JSON-able: `protocol`, `counts`, `zero_shot` and, for each number of shots, `results`; see
@@ -351,8 +321,8 @@ def _embed(
             known = [number for number in counts if number is not None]
             return sum(known) if len(known) == len(counts) else None
 
-        entries = Entries(Units(itertools.chain(*parts), count), name="images")
-        measured = classification.run(prompts, Encoder(model, entries, batching))
+        units = Units(itertools.chain(*parts), count)
+        measured = classification.run(prompts, Encoder(model, units, batching, name="images"))
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error
     encoded, found = measured.encoded, measured.result

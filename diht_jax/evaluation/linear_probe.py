@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,12 @@ _LOGITS_AT_ONCE = 2**25
 _MOST_EXAMPLES_A_BLOCK = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class ProbeSettings:
-    """The limits of a classifier's distance from its start, or the cost of it.
+class ProbeSettings(NamedTuple):
+    """The limits of a classifier's distance from its start, or the cost of it."""
 
-    Attributes:
-        radius: most that the Euclidean norm of W (all entries) may be; infinity for no limit.
-        bias_radius: the same of b.
-        weight_decay: factor `c` of the penalty `c / 2 * ||W||^2` that is added to the mean loss.
-    """
-
-    radius: float = math.inf
-    bias_radius: float = math.inf
+    radius: float = math.inf  # most that the Euclidean norm of W (all entries) may be
+    bias_radius: float = math.inf  # the same of b
+    # Factor `c` of the penalty `c / 2 * ||W||^2` that is added to the mean loss.
     weight_decay: float = 0.0
 
 
@@ -58,21 +52,13 @@ class LabelledEmbeddings:
         return LabelledEmbeddings(self.image_emb[indices], self.labels[indices])
 
 
-@dataclasses.dataclass(frozen=True)
-class FittedProbes:
-    """The best setting of every draw; D draws.
+class FittedProbes(NamedTuple):
+    """The best setting of every draw; D draws."""
 
-    Attributes:
-        accuracy: float64 [D, G], on the validation split, of every setting.
-        chosen: int [D], the setting with the largest; among equals the first.
-        weights: float32 [D, d, C], of the chosen setting, start included.
-        bias: float32 [D, C].
-    """
-
-    accuracy: np.ndarray
-    chosen: np.ndarray
-    weights: np.ndarray
-    bias: np.ndarray
+    accuracy: np.ndarray  # float64 [D, G], on the validation split, of every setting
+    chosen: np.ndarray  # int [D], the setting with the largest; among equals the first
+    weights: np.ndarray  # float32 [D, d, C], of the chosen setting, start included
+    bias: np.ndarray  # float32 [D, C]
 
 
 def project_onto_ball(x: jax.Array, radius: jax.Array | float) -> jax.Array:
@@ -108,16 +94,8 @@ def fit_probes(
         start: float [d, C], the classifier to start from; zeros for a probe from scratch.
         settings: G of them, the most cautious first.
         num_steps: gradient steps.
-
-    Raises:
-        ValueError: draws of different sizes, or none.
     """
-    sizes = {len(draw) for draw in draws}
-    if len(sizes) != 1 or not (all(sizes) and settings and len(validation)):
-        raise ValueError(
-            f"expected draws of one size and settings, got draws of {sorted(sizes)} examples, "
-            f"{len(validation)} to validate on, {len(settings)} settings"
-        )
+    assert len({len(draw) for draw in draws}) == 1 and len(draws[0]) and len(validation)
     mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     num_classes = start.shape[1]
     train, block = _stack_blocks(draws, num_classes)
@@ -129,7 +107,7 @@ def fit_probes(
     chunk = mesh.size * max(1, min(_LOGITS_AT_ONCE // per_setting, -(-len(settings) // mesh.size)))
     accuracy = []
     best: list[tuple[float, Any, Any]] = [(-1.0, None, None)] * len(draws)
-    table = np.array([dataclasses.astuple(setting) for setting in settings], np.float32)
+    table = np.array(settings, np.float32)
     for first in range(0, len(table), chunk):
         part = table[first : first + chunk]
         padded = np.pad(part, ((0, chunk - len(part)), (0, 0)), "edge")  # to one shape

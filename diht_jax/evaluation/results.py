@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import base64
 import collections
-import dataclasses
 import datetime
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -142,6 +141,15 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
     return rows
 
 
+def named_metrics(results: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of the results of tasks by "TASK/METRIC"."""
+    return {
+        f"{result['task']}/{name}": value
+        for result in results
+        for name, value in result["metrics"].items()
+    }
+
+
 def describe_metrics(result: dict[str, Any]) -> str:
     """The metrics of one task in a line, such as "cifar10: top-1 51.24%, top-5 90.00%"."""
     shown = []
@@ -168,11 +176,9 @@ def metric_of(result: Mapping[str, Any], name: str) -> Metric:
     from diht_jax.evaluation.protocols.base import Metric
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
 
-    known = Metric("score")
-    for kind in (result.get("kind"), *PROTOCOLS):
-        if kind in PROTOCOLS and name in PROTOCOLS[kind].metrics:
-            known = PROTOCOLS[kind].metrics[name]
-            break
+    kinds = (kind for kind in (result.get("kind"), *PROTOCOLS) if kind in PROTOCOLS)
+    found = (PROTOCOLS[kind].metrics.get(name) for kind in kinds)
+    known = next(filter(None, found), Metric("score"))
     return Metric(result.get("units", {}).get(name, known.unit), known.label or name)
 
 
@@ -183,31 +189,20 @@ def format_value(unit: str, value: float) -> str:
     return f"{value:,.1f}" if unit == "rank" else f"{value:,.4f}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """A mean over the numbers of a group that all of some results have.
-
-    Attributes:
-        name: of the mean.
-        numbers: that all have.
-        values: of each result.
-        missing: such as "3 missing"; empty where nothing is.
-    """
+class Mean(NamedTuple):
+    """A mean over the numbers of a group that all of some results have."""
 
     name: str
     numbers: list[Number]
-    values: list[float]
-    missing: str
+    values: list[float]  # of each result
+    missing: str  # such as "3 missing"; empty where nothing is
 
 
 def suite_means(by_task: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Mean]:
     """The means over DiHT's suite; over DataComp's where one of the tasks is in its list alone.
 
-    Args:
-        by_task: for each of the results files the results of its tasks, by name.
-
-    Returns:
-        Without the groups of which no number is there.
+    Of each results file come the results of its tasks by name. A group without a number is left
+    out.
     """
     tasks = set().union(*by_task)
     if TASKS_BY_NAME.keys().isdisjoint(tasks):
@@ -254,13 +249,13 @@ def resample(
     """The bootstrap of Efron (1979): `num_items` draws with replacement, many times.
 
     The draws depend on the numbers alone, so that two models, measured on the same
-    items, are measured on the same resamples.
+    items, are measured on the same resamples. A bar is shown where it takes more than a moment.
 
     Args:
         measure: metrics from int [num_items], how often each item was drawn.
         num_items: independent items: images, for all protocols here.
         num_resamples: how many times.
-        progress: shows a bar on stderr, where it takes more than a moment.
+        progress: whether there is a bar, on stderr.
 
     Returns:
         Metric -> float64 [num_resamples].

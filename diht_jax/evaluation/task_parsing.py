@@ -150,15 +150,7 @@ def open_source(task: Task) -> Units:
 
 
 def check_task(task: Task) -> Protocol:
-    """The protocol of a task.
-
-    Raises:
-        ValueError: no such kind, or the task lacks what the protocol needs.
-    """
-    if task.kind not in PROTOCOLS:
-        raise ValueError(
-            f"task '{task.name}': kind '{task.kind}' is none of {', '.join(PROTOCOLS)}"
-        )
+    """The protocol of a task; raises ValueError where the task lacks what it needs."""
     protocol = PROTOCOLS[task.kind]
     try:
         if protocol.check is not None:
@@ -241,20 +233,15 @@ def _read_text(text: str) -> _Request:
         return _Request(where, name or _name_of_source(source), kind, body, options)
     if name is None and body in TASKS_BY_NAME:
         return _Request(where, body, None, TASKS_BY_NAME[body].source, options)
-    raise ValueError(_explain_unknown(text, kind if source else name or body, source))
-
-
-def _explain_unknown(text: str, typed: str, source: str) -> str:
-    """The message for a text that is no task: `typed` is none of the kinds, or of the names."""
-    own = f"for data of your own write KIND:SOURCE, KIND one of {', '.join(PROTOCOLS)}"
-    kinds = [*PROTOCOLS, registry.BENCHMARK]
+    typed, kinds = kind if source else name or body, [*PROTOCOLS, registry.BENCHMARK]
     known = kinds if source else [*TASKS_BY_NAME, *kinds]
     nearest = difflib.get_close_matches(typed, known, n=1, cutoff=0.7)
-    if not nearest:
-        return f"unknown task '{text}'; {own}. Tasks by name: {', '.join(TASKS_BY_NAME)}"
-    is_kind = nearest[0] in kinds
-    meant = f"{nearest[0]}:{source or 'SOURCE'}" if is_kind else nearest[0]
-    return f"unknown task '{text}'; did you mean '{meant}'? Or {own}"
+    raise ValueError(
+        f"unknown task '{text}'; "
+        + (f"did you mean '{nearest[0]}'? Or " if nearest else "")
+        + f"for data of your own write KIND:SOURCE, KIND one of {', '.join(PROTOCOLS)}. Tasks by "
+        f"name: {', '.join(TASKS_BY_NAME)}"
+    )
 
 
 def _read_section(name: str, section: Any) -> _Request:

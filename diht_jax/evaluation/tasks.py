@@ -16,7 +16,7 @@ import ml_collections
 from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, Encoder
-from diht_jax.evaluation.embedding.entries import Entries, Processes, Units, divide
+from diht_jax.evaluation.embedding.entries import Processes, Units, divide
 from diht_jax.evaluation.protocols.base import CAPTION_SLOT, Measured, Task
 from diht_jax.evaluation.results import LEVEL, describe_samples, percentile_interval, resample
 from diht_jax.evaluation.suite import TASKS_BY_NAME
@@ -79,8 +79,7 @@ def evaluate_task(
         describes it; a share is a fraction of 1.
 
     Raises:
-        ValueError: an unknown kind, a source that cannot be read or does not hold what the task
-            needs.
+        ValueError: a source that cannot be read or does not hold what the task needs.
     """
     start = time.perf_counter()
     protocol = check_task(task)
@@ -88,9 +87,9 @@ def evaluate_task(
         task = dataclasses.replace(task, caption_template=training_template(model))
     try:
         units = open_source(task) if units is None else units
-        entries = Entries(units, limit=limit, name=task.name)
         batching = Batching(batch_size, num_threads, progress, Processes.of_job())
-        measured = protocol.run(task, Encoder(model, entries, batching))
+        encoder = Encoder(model, units, batching, limit=limit, name=task.name)
+        measured = protocol.run(task, encoder)
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
     encoded = measured.encoded

@@ -234,24 +234,18 @@ class AffinityDistillation(Term):
                 f"config.{name}.teachers_hash={section.teachers_hash}: the embeddings in the data "
                 f"are of other teachers or crops, {found.hash}; take data of the same ones"
             )
-        captions = config.data.get("captions", "first")
-        if captions != "first":
-            raise ValueError(
-                f"config.data.captions='{captions}': the teachers have embedded the first caption "
-                "of every record, so the student must read it as well; set it to 'first'"
-            )
-        for key in ("caption_sentences", "caption_words"):
-            if count := config.data.get(key, 0):
+        seen = {"captions": "first", "caption_sentences": 0, "caption_words": 0}
+        if found.crops.count:
+            seen["crop_scale"] = tuple(found.crops.scale)
+        for key, value in seen.items():
+            given = config.data.get(key, value)
+            given = tuple(given) if key == "crop_scale" else given
+            if given != value:
                 raise ValueError(
-                    f"config.data.{key}={count}: the teachers have embedded whole captions, so the "
-                    "student must read them as well; set it to 0"
+                    f"config.data.{key}={given!r}: the teachers have embedded the first caption of "
+                    "every record, as a whole, and their crops; the student must see the same, so "
+                    f"set it to {value!r}"
                 )
-        crops, crop_scale = found.crops, tuple(config.data.crop_scale)
-        if crops.count and crop_scale != crops.scale:
-            raise ValueError(
-                f"config.data.crop_scale={crop_scale}: the teachers have seen crops of "
-                f"{crops.scale}, which the student is to see as well; set it to that"
-            )
         config = config.copy_and_resolve_references()
         config[name].widths = tuple(teacher.width for teacher in found.teachers)
         config[name].teachers_hash = found.hash

@@ -27,7 +27,7 @@ from diht_jax.evaluation.charts import draw_retrievals
 from diht_jax.evaluation.embedding.entries import Unit
 from diht_jax.evaluation.page import read_pictures, retrieval_examples
 from diht_jax.evaluation.protocols.base import Measured
-from diht_jax.evaluation.results import describe_metrics
+from diht_jax.evaluation.results import describe_metrics, named_metrics
 from diht_jax.evaluation.task_parsing import check_task
 from diht_jax.evaluation.tasks import (
     Task,
@@ -36,7 +36,7 @@ from diht_jax.evaluation.tasks import (
     read_entries,
     validation_tasks,
 )
-from diht_jax.training.monitoring.metrics import MetricWriter, flatten_results, read_metrics
+from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.multihost import check_same, check_together, gather_texts, share_from_first
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import pictures_of
@@ -178,7 +178,7 @@ class RunEvaluation:
                     self._write(step, {}, num_failed)
                     raise
                 _log_failure(step, task, error)
-        measured = flatten_results({result["task"]: result["metrics"] for result in results})
+        measured = named_metrics(results)
         if results:
             logging.info("step %d: %s", step, "; ".join(map(describe_metrics, results)))
         self._write(step, measured, num_failed)

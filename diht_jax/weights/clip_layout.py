@@ -36,16 +36,12 @@ _FORMS: dict[str, tuple[Callable, Callable]] = {  # ours -> theirs, theirs -> ou
 class Tensors(NamedTuple):
     """The tensors of another library behind one array of ours.
 
-    Attributes:
-        names: of the tensors; ours has the values of several one after the other along its last
-            axis.
-        form: how each differs from ours, a key of `_FORMS`.
-        shares: relative sizes of several along that axis, if they differ.
+    Ours has the values of several one after the other along its last axis.
     """
 
     names: tuple[str, ...]
-    form: str = "same"
-    shares: tuple[int, ...] = ()
+    form: str = "same"  # how each differs from ours, a key of `_FORMS`
+    shares: tuple[int, ...] = ()  # relative sizes of several along that axis, if they differ
 
 
 Layout = Mapping[str, Tensors]
@@ -119,14 +115,8 @@ def from_layout(
 ) -> dict[str, Any]:
     """The parameter tree of a state dict; the inverse of `to_layout`, bit for bit.
 
-    Args:
-        tensors: floating point, by name.
-        layout: where the values of each path are.
-        shapes: ours, by path.
-        where: the file, for messages.
-
-    Returns:
-        Nested dict of float32 arrays, views of `tensors` where these are float32.
+    It has float32 arrays, views of `tensors` where these are float32. `shapes` are ours by path,
+    and `where` is the file, for messages.
 
     Raises:
         ValueError: lists missing, unknown and wrongly shaped tensors, the first of each kind; or
@@ -225,11 +215,8 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
     """The architecture that the shapes show.
 
     Heads are those of CLIP and open_clip for the width, the activation is exact GELU: neither
-    shows in a shape, so a config or the caller must state others.
-
-    Args:
-        tensors: of `normalize_names`.
-        path: of the file, for messages.
+    shows in a shape, so a config or the caller must state others. The tensors are those of
+    `normalize_names`.
 
     Raises:
         ValueError: the names are not those of a CLIP with a vision transformer.

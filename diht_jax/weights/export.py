@@ -70,7 +70,7 @@ def write_model(
     """Writes a model directory.
 
     Args:
-        output: is made, and must be empty.
+        output: is made; `check_target` has found it, format and dtype to be right.
         format: one of `FORMATS`: "clip" (`model.pt`, a plain torch state dict as OpenAI's, DiHT's
             and open_clip's code loads it), "safetensors" (the same names in
             `model.safetensors`), "open_clip" or "huggingface" (what their loaders expect),
@@ -81,10 +81,8 @@ def write_model(
         keep_heads: write the model's concept heads too, if it has any.
 
     Raises:
-        ValueError: unknown format or dtype, a model or heads that the format cannot hold, files in
-            the way.
+        ValueError: a model or heads that the format cannot hold.
     """
-    check_target(output, format, dtype)
     heads = model.heads if keep_heads else {}
     if heads and format not in _FORMATS_WITH_HEADS:
         raise ValueError(
@@ -300,29 +298,27 @@ def _make_towers(source: ModelFiles) -> dict[str, tuple[Any, str, Any]]:
     model.load_state_dict(state)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
 
-    class ImageTower(torch.nn.Module):
-        def __init__(self):
+    class Tower(torch.nn.Module):
+        def __init__(self, tower, projection: str):
             super().__init__()
-            self.tower = model.vision_model
-            self.projection = getattr(model, "visual_projection", torch.nn.Identity())
+            self.tower, self.projection = tower, getattr(model, projection, torch.nn.Identity())
 
+        def embed(self, **inputs):
+            pooled = self.tower(**inputs).pooler_output
+            return torch.nn.functional.normalize(self.projection(pooled), dim=-1)
+
+    class ImageTower(Tower):
         def forward(self, images):
             pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 255
-            pooled = self.tower(pixel_values=(pixels - mean) / std).pooler_output
-            return torch.nn.functional.normalize(self.projection(pooled), dim=-1)
+            return self.embed(pixel_values=(pixels - mean) / std)
 
-    class TextTower(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tower = model.text_model
-            self.projection = getattr(model, "text_projection", torch.nn.Identity())
-
+    class TextTower(Tower):
         def forward(self, tokens):
-            pooled = self.tower(input_ids=tokens).pooler_output
-            return torch.nn.functional.normalize(self.projection(pooled), dim=-1)
+            return self.embed(input_ids=tokens)
 
-    side = arch.image_size
+    images = torch.zeros((2, arch.image_size, arch.image_size, 3), dtype=torch.uint8)
+    tokens = torch.zeros((2, arch.context_length), dtype=torch.int32)
     return {
-        "image": (ImageTower(), "images", torch.zeros((2, side, side, 3), dtype=torch.uint8)),
-        "text": (TextTower(), "tokens", torch.zeros((2, arch.context_length), dtype=torch.int32)),
+        "image": (ImageTower(model.vision_model, "visual_projection"), "images", images),
+        "text": (TextTower(model.text_model, "text_projection"), "tokens", tokens),
     }

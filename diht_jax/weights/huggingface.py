@@ -89,9 +89,7 @@ def to_huggingface(
 ) -> dict[str, np.ndarray]:
     """A parameter tree of ours under transformers' names and shapes; views of its arrays.
 
-    Args:
-        params, arch: the model.
-        logit_bias: of SigLIP's loss, which SiglipModel has.
+    SiglipModel has the `logit_bias` of its loss, too.
     """
     tensors = to_layout(params, layout(arch))
     if model_type(arch) == "siglip":

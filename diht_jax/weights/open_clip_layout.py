@@ -9,7 +9,7 @@ such a tower (`timm_model_name`), whose sizes are timm's own, and keeps the text
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diht_jax.models.zoo import Architecture
@@ -132,9 +132,7 @@ def make_config(
 ) -> dict[str, Any]:
     """Contents of `open_clip_config.json`, which open_clip reads from a directory or hub.
 
-    Args:
-        arch, preprocessing: of the model.
-        logit_bias: of SigLIP's loss; None for a model without one.
+    The `logit_bias` is that of SigLIP's loss; None for a model without one.
 
     Raises:
         ValueError: open_clip has no such model.
@@ -235,59 +233,50 @@ _BLOCK = BlockNames("norm1", ("attn.qkv.",), "attn.proj", "norm2", "mlp.fc1", "m
 Tower = Mapping[str, Any]
 
 
-def _siglip_towers() -> Iterator[tuple[str, Tower]]:
+def _make_towers() -> dict[str, Tower]:
+    """The towers by timm's names for them."""
+    sizes = ("patch_size", "vision_width", "vision_layers", "vision_heads", "vision_mlp_width")
+    towers: dict[str, Tower] = {}
     # Image sizes for which timm computes GELU exactly, and those with GELU by tanh.
-    for name, patch, width, layers, heads, mlp_width, exact, by_tanh in (
-        ("base", 16, 768, 12, 12, None, (224, 256, 384, 512), ()),
-        ("base", 32, 768, 12, 12, None, (), (256,)),
-        ("large", 16, 1024, 24, 16, None, (256, 384), (512,)),
-        ("so400m", 14, 1152, 27, 16, 4304, (224, 378, 384), ()),
-        ("so400m", 16, 1152, 27, 16, 4304, (), (256, 384, 512)),
-        ("giantopt", 16, 1536, 40, 16, None, (), (256, 384)),
+    for name, values, exact, by_tanh in (
+        ("base", (16, 768, 12, 12, None), (224, 256, 384, 512), ()),
+        ("base", (32, 768, 12, 12, None), (), (256,)),
+        ("large", (16, 1024, 24, 16, None), (256, 384), (512,)),
+        ("so400m", (14, 1152, 27, 16, 4304), (224, 378, 384), ()),
+        ("so400m", (16, 1152, 27, 16, 4304), (), (256, 384, 512)),
+        ("giantopt", (16, 1536, 40, 16, None), (), (256, 384)),
     ):
         for size in (*exact, *by_tanh):
-            fields = {
+            towers[f"vit_{name}_patch{values[0]}_siglip_{size}"] = {
+                **dict(zip(sizes, values, strict=True)),
                 "image_size": size,
-                "patch_size": patch,
-                "vision_width": width,
-                "vision_layers": layers,
-                "vision_heads": heads,
-                "vision_mlp_width": mlp_width,
-                "vision_pool_heads": heads,
+                "vision_pool_heads": values[3],
                 "class_token": False,
                 "vision_projection": "none",
                 "rotary_grid": None,
                 "activation": "gelu_tanh" if size in by_tanh else "gelu",
                 "layer_norm_epsilon": 1e-6,
             }
-            yield f"vit_{name}_patch{patch}_siglip_{size}", fields
-
-
-def _perception_encoders() -> Iterator[tuple[str, Tower]]:
-    for name, size, patch, width, layers, heads in (
-        ("tiny", 384, 16, 192, 12, 3),
-        ("small", 384, 16, 384, 12, 6),
-        ("base", 224, 16, 768, 12, 12),
-        ("large", 336, 14, 1024, 24, 16),
+    for name, size, values in (
+        ("tiny", 384, (16, 192, 12, 3, None)),
+        ("small", 384, (16, 384, 12, 6, None)),
+        ("base", 224, (16, 768, 12, 12, None)),
+        ("large", 336, (14, 1024, 24, 16, None)),
     ):
-        fields = {
+        towers[f"vit_pe_core_{name}_patch{values[0]}_{size}"] = {
+            **dict(zip(sizes, values, strict=True)),
             "image_size": size,
-            "patch_size": patch,
-            "vision_width": width,
-            "vision_layers": layers,
-            "vision_heads": heads,
-            "vision_mlp_width": None,
             "vision_pool_heads": 8,
             "class_token": True,
             "vision_projection": "bias",
-            "rotary_grid": size // patch,
+            "rotary_grid": size // values[0],
             "activation": "gelu",
             "layer_norm_epsilon": 1e-5,
         }
-        yield f"vit_pe_core_{name}_patch{patch}_{size}", fields
+    return towers
 
 
-TOWERS: dict[str, Tower] = dict([*_siglip_towers(), *_perception_encoders()])
+TOWERS = _make_towers()
 
 
 def find_tower(vision: ConfigSection) -> Tower:

@@ -23,8 +23,7 @@ _LARGEST_SIZE = 2**24
 class ConfigSection:
     """One JSON object of another library's config, whose values are checked when they are taken.
 
-    Attributes:
-        values: the object itself; empty where it is absent.
+    `values` is the object itself, empty where it is absent.
     """
 
     def __init__(self, values: Any, name: str, path: str):
@@ -76,11 +75,6 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
 def make_architecture(path: str, *, text_epsilon: float, **fields: Any) -> Architecture:
     """The architecture of a config, in which a field is None where it says what is usual.
-
-    Args:
-        path: of the config, for errors.
-        text_epsilon: `layer_norm_epsilon` of the text tower.
-        **fields: of `Architecture`, some with the usual value spelled out.
 
     Raises:
         ValueError: the towers' epsilons differ, or the sizes do not fit.

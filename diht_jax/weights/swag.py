@@ -10,12 +10,11 @@ non-commercial use only.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,20 +45,13 @@ from diht_jax.weights.clip_layout import (
 _EPSILON = 1e-6
 
 
-@dataclasses.dataclass(frozen=True)
-class SwagArchitecture:
-    """Sizes of the network.
+class SwagArchitecture(NamedTuple):
+    """Sizes of the network."""
 
-    Attributes:
-        image_size: side of the square input, in pixels.
-        patch_size: side of a patch, in pixels; divides `image_size`.
-        layers, width, heads, mlp_width: of the blocks; `width` is the size of the feature.
-    """
-
-    image_size: int
-    patch_size: int
+    image_size: int  # side of the square input, in pixels
+    patch_size: int  # side of a patch, in pixels; divides `image_size`
     layers: int
-    width: int
+    width: int  # of the blocks, and the size of the feature
     heads: int
     mlp_width: int
 
@@ -126,11 +118,7 @@ class SwagTransformer(nnx.Module):
 def swag_definition(
     arch: SwagArchitecture, dtype: DTypeLike
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """The network without its parameters.
-
-    Args:
-        arch: sizes.
-        dtype: of the computation, such as "float32".
+    """The network without its parameters, which computes in a dtype such as "float32".
 
     Returns:
         The graph, and the parameters as a nested dict of `jax.ShapeDtypeStruct`; blocks are
@@ -181,12 +169,9 @@ def normalize_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def infer_architecture(
     shapes: Mapping[str, tuple[int, ...]], path: str, heads: int | None = None
 ) -> SwagArchitecture:
-    """The architecture that shapes show.
+    """The architecture that shapes by the names of `normalize_names` show.
 
-    Args:
-        shapes: of `normalize_names`.
-        path: of the file, for messages.
-        heads: attention heads, which no shape shows; None takes torchvision's for the width.
+    They do not show the number of attention heads; None takes torchvision's for the width.
 
     Raises:
         ValueError: the names are not those of torchvision's vision transformer, or its width is
@@ -225,11 +210,7 @@ def expected_shapes(arch: SwagArchitecture) -> dict[str, tuple[int, ...]]:
 def from_torchvision(
     tensors: Mapping[str, np.ndarray], path: str, heads: int | None = None
 ) -> tuple[SwagArchitecture, dict[str, Any]]:
-    """Converts a state dict.
-
-    Args:
-        tensors: name -> array; the classifier may be among them and is left out.
-        path, heads: see `infer_architecture`.
+    """Converts a state dict, in which the classifier is left out; see `infer_architecture`.
 
     Returns:
         The architecture, and the parameters as `swag_definition` has them, in float32.

@@ -192,11 +192,8 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _load(torch: Any, path: pathlib.Path, content: Any, allowed: Sequence[Any] = ()) -> Any:
     """The content of a torch file, of whose pickle no more is taken than is allowed.
 
-    Args:
-        torch: the module.
-        path: for messages.
-        content: the path again, or a file of bytes.
-        allowed: pairs of what stands for a class or function, and its full name in the file.
+    The content is at the path, or in a file of bytes. Allowed are pairs of what stands for a class
+    or function, and its full name in the file.
     """
     try:
         with torch.serialization.safe_globals(list(allowed)):

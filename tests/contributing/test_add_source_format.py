@@ -70,7 +70,7 @@ def test_embed_evaluate_and_search_read_it(model, sources, tmp_path):
         written.append(np.load(file))
         (task,) = parse_tasks(f"retrieval:{source}")
         results.append(evaluate_task(model, task, batch_size=8))
-        found.append(search_pictures(model, list_inputs(source), ["a dog"], count=4).matches)
+        found.append(search_pictures(model, list_inputs(source), ["a dog"], count=4)[0])
     assert list(written[0]["key"]) == ["0", "1", "3", "4"]
     for name in ("key", "image_emb", "text_emb"):
         np.testing.assert_array_equal(written[0][name], written[1][name])

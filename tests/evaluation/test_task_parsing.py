@@ -74,9 +74,9 @@ def test_defaults_reach_the_tasks_they_belong_to():
     ("texts", "message"),
     [
         (["cifar01"], "unknown task 'cifar01'; did you mean 'cifar10'"),
-        (["retreival:/a.tar"], "did you mean 'retrieval:/a.tar'?"),
-        (["mine=clasification:/a.tar"], "did you mean 'classification:/a.tar'?"),
-        (["retreival"], "did you mean 'retrieval:SOURCE'?"),
+        (["retreival:/a.tar"], "did you mean 'retrieval'"),
+        (["mine=clasification:/a.tar"], "did you mean 'classification'"),
+        (["retreival"], "did you mean 'retrieval'"),
         (["retrieval:/a.tar?caption_templat=x"], "did you mean 'caption_template'"),
         (["retrieval:/a.tar", "retrieval:/b/a.tar"], "two tasks are called 'a'"),
     ],
@@ -193,8 +193,7 @@ def test_mistakes_name_the_key(section, message):
         parse_config_tasks(config.evaluation.tasks)
 
 
-def test_braces_in_names_and_captions_stay():
-    assert base.fill_template("a photo of a {}.", "{0} {} {x}") == "a photo of a {0} {} {x}."
+def test_braces_in_captions_stay():
     assert base.fill_caption_template("a photo of {caption}.", "{} {caption}.") == (
         "a photo of {} {caption}.."
     )

@@ -15,11 +15,12 @@ import pytest
 
 from diht_jax import compile as compile_command
 from diht_jax.compile import (
-    batch_that_fits,
+    cheaper_settings,
     compile_step,
     fastest_settings,
+    first_that_fits,
     for_fewer_devices,
-    settings_that_fit,
+    smaller_batches,
 )
 from diht_jax.config import load_recipe
 from diht_jax.hardware.chips import GIB, find_chip
@@ -126,7 +127,7 @@ def test_search_takes_the_cheapest_settings(monkeypatch, capsys):
     too_large = dataclasses.replace(
         whole, fits=False, memory_limit_bytes=topology.memory_limit_bytes
     )
-    found = settings_that_fit(config, topology, too_large)
+    found = first_that_fits(config, topology, cheaper_settings(config, too_large))
     assert found.fits and found.needed_bytes <= topology.memory_limit_bytes
     *before, last = capsys.readouterr().out.splitlines()
     assert last.endswith(": fits") and all(line.endswith(": too large") for line in before)
@@ -189,7 +190,7 @@ def test_first_suggestion_is_the_largest_halving_of_the_batch_that_fits(local):
     limit_bytes = int(0.7 * whole.needed_bytes)
     topology = dataclasses.replace(whole.topology, memory_limit_bytes=limit_bytes)
     too_large = dataclasses.replace(whole, fits=False, memory_limit_bytes=limit_bytes)
-    found = batch_that_fits(config, topology, too_large)
+    found = first_that_fits(config, topology, smaller_batches(config, too_large))
     assert found.fits and found.batch_size == 2048
     settings = (found.remat, found.micro_batch, found.mesh)
     assert settings == (whole.remat, whole.micro_batch, whole.mesh)

@@ -10,7 +10,7 @@ import diht_jax
 from diht_jax import sharding
 from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
 from diht_jax.training.loop import train
-from diht_jax.training.monitoring.metrics import flatten_results, read_metrics
+from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import initial_average, update_average
 from tests.training.conftest import assert_bitwise_equal
@@ -121,9 +121,7 @@ def test_a_run_with_a_locked_image_tower_evaluates_and_saves_its_average(config,
     results = {}
     for model in (averaged, live):
         metrics = evaluate_task(model, task, batch_size=512)["metrics"]
-        results[model] = {
-            f"evaluation/{k}": v for k, v in flatten_results({task.name: metrics}).items()
-        }
+        results[model] = {f"evaluation/{task.name}/{k}": v for k, v in metrics.items()}
     assert logged == pytest.approx(results[averaged])
     assert logged != pytest.approx(results[live])
 

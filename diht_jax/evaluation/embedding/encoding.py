@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import PIL.Image
 
-from diht_jax.evaluation.embedding.entries import Entries, Order, Processes, decode_picture
+from diht_jax.evaluation.embedding.entries import Order, Processes, Units, decode_picture
 from diht_jax.input.transforms import ImageError
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -62,49 +61,28 @@ class UnusablePair(ValueError):
         self.reason = reason
 
 
-@dataclasses.dataclass(frozen=True)
-class Batching:
-    """The way a source is embedded.
+class Batching(NamedTuple):
+    """The way a source is embedded."""
 
-    Attributes:
-        batch_size: images a batch, over the devices of all processes; texts, over this process's.
-        num_threads: decoding threads; None is one per core, 16 at most.
-        progress: show bars on stderr.
-        processes: that embed a source together; this one alone by default.
-    """
-
+    # Images a batch, over the devices of all processes; texts, over this process's.
     batch_size: int = 256
-    num_threads: int | None = None
-    progress: bool = False
-    processes: Processes = Processes()
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+    num_threads: int | None = None  # that decode; None is one per core, 16 at most
+    progress: bool = False  # show bars on stderr
+    processes: Processes = Processes()  # that embed a source together
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodedImages:
-    """The usable images of a source, embedded, in the order of the source.
+class EncodedImages(NamedTuple):
+    """The usable images of a source, embedded, in the order of the source."""
 
-    Attributes:
-        image_emb: float32 [n, d], L2-normalised.
-        notes: n values, what `describe` returned for each usable pair.
-        dropped: reason -> number of entries left out: "image_" + the reason of an `ImageError`,
-            reason of a `Skipped` entry or an `UnusablePair`.
-        dropped_keys: keys of the first few of them.
-        seconds: wall time of reading, decoding and encoding together.
-        digest: of the keys of the usable pairs, in order: equal where two models saw the same.
-        orders: of each usable pair, the number of its unit of `Entries` and its own in it.
-    """
-
-    image_emb: np.ndarray
-    notes: list[Any]
+    image_emb: np.ndarray  # float32 [n, d], L2-normalised
+    notes: list[Any]  # what `describe` returned for each usable pair
+    # Reason -> number of entries left out: "image_" + the reason of an `ImageError`, reason of a
+    # `Skipped` entry or an `UnusablePair`.
     dropped: dict[str, int]
-    dropped_keys: list[str]
-    seconds: float
-    digest: str
-    orders: list[Order]
+    dropped_keys: list[str]  # of the first few of them
+    seconds: float  # wall time of reading, decoding and encoding together
+    digest: str  # of the keys of the usable pairs, in order: equal where two models saw the same
+    orders: list[Order]  # of each usable pair, the number of its unit and its own in it
 
 
 class Encoder:
@@ -118,18 +96,26 @@ class Encoder:
     def __init__(
         self,
         model: EmbeddingModel,
-        entries: Entries | Iterable[Pair | Skipped],
+        entries: Units | Iterable[Pair | Skipped],
         batching: Batching | None = None,
+        *,
+        limit: int | None = None,
+        name: str | None = None,
     ):
         """Takes entries that are consumed once, in order.
 
-        Of several processes each reads its share of `Entries`; any others are one unit, which the
-        first process reads.
+        Args:
+            model: embeds them.
+            entries: of several processes each reads its share of `Units`; any others are one unit,
+                which the first process reads.
+            batching: the defaults where None.
+            limit: number of entries that count, from the first on; None is all.
+            name: of the progress bar.
         """
         self.model, self.batching = model, batching or Batching()
-        if not isinstance(entries, Entries):
-            entries = Entries([functools.partial(iter, entries)])
-        self._entries = entries
+        if not isinstance(entries, Units):
+            entries = Units([functools.partial(iter, entries)], lambda: None)
+        self._units, self._limit, self._name = entries, limit, name
 
     def images(
         self, describe: Callable[[Pair], Any], *, allow_empty: bool = False
@@ -153,7 +139,7 @@ class Encoder:
         found, image_emb = processes.together(functools.partial(self._embed_share, describe))
         if processes.count > 1:
             shares = processes.exchange((found, image_emb))
-            found, image_emb = _merge_shares(shares, self._entries.limit)
+            found, image_emb = _merge_shares(shares, self._limit)
         kept = [row for row in found if row.reason is None]
         left_out = [row for row in found if row.reason is not None]
         dropped = dict(collections.Counter([str(row.reason) for row in left_out]))
@@ -178,10 +164,30 @@ class Encoder:
         batches = encode_text_batches(self.model.encode_text, texts, self.batching)
         return np.concatenate(list(batches))
 
+    def _own_entries(self) -> Iterator[tuple[Order, Pair | Skipped]]:
+        """The entries of this process's units, every `count`-th one.
+
+        Where there is a limit, these are up to `limit` entries: which of them are among the first
+        of all is known when all processes are through.
+        """
+        count, progress = self.batching.processes.count, self.batching.progress
+        known: set[Any] = {self._units.count_entries() if progress else None, self._limit} - {None}
+        own = (
+            ((number, offset), entry)
+            for number in range(self.batching.processes.index, len(self._units), count)
+            for offset, entry in enumerate(self._units[number]())
+        )
+        yield from ProgressBar(
+            itertools.islice(own, self._limit),
+            desc=self._name,
+            unit=" images",
+            disable=not progress,
+            total=-(-min(known) // count) if known else None,
+        )
+
     def _embed_share(self, describe: Callable[[Pair], Any]) -> tuple[list[_Row], np.ndarray]:
         """This process's entries, and the embeddings of the usable ones."""
         batching, processes = self.batching, self.batching.processes
-        own = self._entries.share(processes.index, processes.count, progress=batching.progress)
         size = max(1, batching.batch_size // processes.count)
         found: list[_Row] = []
         embedded: list[np.ndarray] = []
@@ -194,7 +200,9 @@ class Encoder:
             embedded.append(np.asarray(self.model.encode_image(batch), np.float32)[: len(pixels)])
 
         window = size * _BATCHES_AHEAD
-        decoded = _decode_ahead(own, describe, self.model.preprocess, window, batching.num_threads)
+        decoded = _decode_ahead(
+            self._own_entries(), describe, self.model.preprocess, window, batching.num_threads
+        )
         pixels: list[np.ndarray] = []
         with contextlib.closing(decoded):
             for row, image in decoded:

@@ -18,7 +18,6 @@ from PIL import Image
 from diht_jax.input.transforms import MAX_PIXELS, ImageError, decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
-from diht_jax.terminal import ProgressBar
 
 Entry = Pair | Skipped
 # Left, top, right and bottom, in pixels.
@@ -64,12 +63,7 @@ class Units(list[Unit]):
     """The parts of a source, and about how many entries they have."""
 
     def __init__(self, units: Iterable[Unit], count: Callable[[], int | None]):
-        """Joins them.
-
-        Args:
-            units: in the order of the entries.
-            count: makes the number of entries, which may be an estimate; None where it is unknown.
-        """
+        """Joins them; the number of entries may be an estimate, and None where it is unknown."""
         super().__init__(units)
         self.count_entries = count
 
@@ -78,39 +72,6 @@ def divide(items: Sequence[Any] | np.ndarray, read: Callable[..., Iterator[Entry
     """Divides items into units of some, each of which `read` takes."""
     starts = range(0, len(items), _ITEMS_PER_UNIT)
     return [functools.partial(read, items[start : start + _ITEMS_PER_UNIT]) for start in starts]
-
-
-class Entries:
-    """The entries of a source, which processes share."""
-
-    def __init__(self, units: Sequence[Unit], *, limit: int | None = None, name: str | None = None):
-        """Joins the parts of a source.
-
-        Args:
-            units: each reads the entries of one part.
-            limit: number of entries that count, from the first on; None is all.
-            name: of the progress bar.
-        """
-        self.limit, self._units, self._name = limit, units, name
-
-    def share(
-        self, index: int, count: int, *, progress: bool = False
-    ) -> Iterator[tuple[Order, Entry]]:
-        """The entries of every `count`-th unit from number `index` on, maybe with a progress bar.
-
-        Where there is a limit, these are up to `limit` entries: which of them are among the first
-        of all is known when all processes are through.
-        """
-        own = (
-            ((number, offset), entry)
-            for number in range(index, len(self._units), count)
-            for offset, entry in enumerate(self._units[number]())
-        )
-        bar: dict[str, Any] = {"desc": self._name, "unit": " images", "disable": not progress}
-        if progress and isinstance(self._units, Units):
-            known: set[Any] = {self._units.count_entries(), self.limit} - {None}
-            bar["total"] = -(-min(known) // count) if known else None
-        yield from ProgressBar(itertools.islice(own, self.limit), **bar)
 
 
 def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pair]:

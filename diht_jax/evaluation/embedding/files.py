@@ -28,6 +28,7 @@ from diht_jax.evaluation.embedding.inputs import (
     make_parts,
     shares_of,
 )
+from diht_jax.evaluation.protocols.base import fill_caption_template
 from diht_jax.readers import registry
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
@@ -44,9 +45,9 @@ class EmbedOptions:
     """Options of `embed_source`.
 
     Attributes:
-        format: "npz" or "parquet".
+        format: of `FORMATS`.
         modalities: of `MODALITIES`, which embeddings to write.
-        dtype: of the embeddings in the files.
+        dtype: of the embeddings in the files, of `DTYPES`.
         caption_template: text that is embedded for a caption.
         shard_size: most entries of the source a file; what an interruption can cost.
         batch_size: examples embedded at once, over all devices.
@@ -66,19 +67,7 @@ class EmbedOptions:
     num_tasks: int = 1
 
     def __post_init__(self):
-        wrong = [name for name in self.modalities if name not in MODALITIES]
-        if wrong or not self.modalities:
-            raise ValueError(f"modalities: expected some of {MODALITIES}, got {self.modalities}")
-        for name, known in (("format", FORMATS), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                found = getattr(self, name)
-                raise ValueError(f"{name} '{found}': expected one of {', '.join(known)}")
-        if "{caption}" not in self.caption_template:
-            raise ValueError(f"caption_template '{self.caption_template}': lacks {{caption}}")
-        if min(self.shard_size, self.batch_size, self.num_tasks) < 1:
-            raise ValueError("shard_size, batch_size and num_tasks must be at least 1")
-        if not 0 <= self.task_index < self.num_tasks:
-            raise ValueError(f"task_index {self.task_index}: expected 0 to {self.num_tasks - 1}")
+        fill_caption_template(self.caption_template, "")
 
 
 def embed_source(
@@ -176,10 +165,9 @@ def _embed_part(
             else:
                 dropped[entry.reason] += 1
     if "text" in options.modalities:
-        texts = [options.caption_template.replace("{caption}", caption) for _, caption in notes]
+        texts = [fill_caption_template(options.caption_template, caption) for _, caption in notes]
         no_text = np.zeros((0, model.embed_dim), np.float32)
-        encoded_texts = encoder.texts(texts) if texts else no_text
-        columns["text_emb"] = encoded_texts
+        columns["text_emb"] = encoder.texts(texts) if texts else no_text
     columns = {name: value.astype(options.dtype) for name, value in columns.items()}
     path = f"{stem}-{part:05d}"
     buffer = io.BytesIO()
@@ -255,14 +243,9 @@ def check_settings(
     what: str = "embeddings",
     flag: str = "--output",
 ) -> None:
-    """Writes the settings of a work, or compares them with those that are there.
+    """Writes what must be the same for a directory to be gone on with, or compares it.
 
-    Args:
-        output: directory, or its URL; is made.
-        settings: what must be the same for the directory to be gone on with, JSON-able.
-        name: of the file.
-        what: the directory holds, for messages.
-        flag: that names the directory.
+    Messages say what the directory holds, and the flag that names it.
 
     Raises:
         ValueError: it holds work of other settings, or a damaged file.

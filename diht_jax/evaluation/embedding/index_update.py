@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +26,6 @@ from diht_jax.evaluation.embedding.inputs import (
     shares_of,
 )
 from diht_jax.evaluation.embedding.picture_index import (
-    DTYPES,
     LAYOUT,
     Part,
     find_leftovers,
@@ -47,21 +45,13 @@ from diht_jax.storage.locks import lock_folder
 PART_ROWS = 10_000
 
 
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """Result of `update_index`.
+class Update(NamedTuple):
+    """Result of `update_index`."""
 
-    Attributes:
-        added: number of pictures that were embedded.
-        removed: of pictures that left the index.
-        kept: of the others.
-        dropped: reason -> entries that were left out, in this update and before.
-    """
-
-    added: int
-    removed: int
-    kept: int
-    dropped: dict[str, int]
+    added: int  # number of pictures that were embedded
+    removed: int  # of pictures that left the index
+    kept: int  # of the others
+    dropped: dict[str, int]  # reason -> entries that were left out, in this update and before
 
 
 def update_index(
@@ -84,7 +74,7 @@ def update_index(
         model: a `LoadedModel`.
         shards: of `inputs.list_inputs`.
         folder: of the index; is made. All processes of a job see it.
-        dtype: of the stored embeddings, one of `DTYPES`.
+        dtype: of the stored embeddings, "float16" or "int8".
         batching: the defaults where None.
         thumbnails: keep a small picture of each entry; those of a folder are read from there.
         processes: of a job; each embeds its share (`inputs.shares_of`).
@@ -96,8 +86,6 @@ def update_index(
         ValueError: the folder has an index of another model or dtype, or is being updated.
     """
     files.refuse_url(folder, "--index")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)} for an index")
     folder, processes, removed = pathlib.Path(folder), processes or Processes(), 0
     settings = {
         "index": LAYOUT,

@@ -53,12 +53,7 @@ def list_inputs(source: str | Sequence[str], *, needs_caption: bool = True) -> l
 
 
 def refuse_unusable(source: str, dropped: Mapping[str, int]) -> None:
-    """Raises ValueError for a source of which every entry was left out.
-
-    Args:
-        source: the flag and its value.
-        dropped: reason -> entries; none of an empty source.
-    """
+    """Raises ValueError for a source (its flag and value) of which every entry was left out."""
     if dropped:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(dropped.items()))
         raise ValueError(

@@ -12,7 +12,6 @@ usearch (Apache-2.0) compares a query with every embedding, in vector code and o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import os
@@ -20,7 +19,7 @@ import pathlib
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -35,7 +34,6 @@ from diht_jax.storage import files
 
 Place = tuple[int, int]
 
-DTYPES = ("float16", "int8")
 LAYOUT = 3  # in an index's settings
 # Pixels, of the longer side.
 THUMBNAIL_SIDE = 160
@@ -46,21 +44,13 @@ _THUMBNAILS = ".thumbnails"
 _REMEDY = "delete the .json file and bring the index up to date with --input"
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """A picture that was found.
+class Match(NamedTuple):
+    """A picture that was found."""
 
-    Attributes:
-        key: its path in the folder, or its key in the source.
-        caption: that the source has for it, or "".
-        similarity: cosine of the angle between picture and query.
-        place: of an index the part and the row; else of the source the unit and the entry in it.
-    """
-
-    key: str
-    caption: str
-    similarity: float
-    place: Place
+    key: str  # its path in the folder, or its key in the source
+    caption: str  # that the source has for it, or ""
+    similarity: float  # cosine of the angle between picture and query
+    place: Place  # of an index the part and the row; else of the source the unit and the entry
 
 
 class PictureIndex:
@@ -106,14 +96,7 @@ class PictureIndex:
             )
 
     def search(self, text_emb: np.ndarray, count: int) -> list[list[Match]]:
-        """The pictures nearest to each query, all pictures compared.
-
-        Args:
-            text_emb: float [q, d].
-            count: matches a query, or all pictures where there are fewer.
-
-        Returns:
-            For each query its matches, the best first.
+        """The pictures nearest to each query [q, d], the best first; all pictures are compared.
 
         Raises:
             ValueError: usearch is not installed.
@@ -132,11 +115,7 @@ class PictureIndex:
         return best
 
     def picture(self, part: int, row: int) -> bytes | None:
-        """The thumbnail of a picture, a JPEG file.
-
-        Returns:
-            None where there is none, such as for a file that was removed since.
-        """
+        """The thumbnail of a picture, a JPEG; None where there is none, as for a removed file."""
         if part not in self._parts or not 0 <= row < len(self._parts[part]):
             return None
         found = self._parts[part]

@@ -7,7 +7,6 @@ it comes from a foreign page whose name was made to point here (DNS rebinding).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import http.server
 import ipaddress
@@ -31,7 +30,7 @@ from diht_jax.evaluation.embedding.encoding import (
     Encoder,
     check_finite,
 )
-from diht_jax.evaluation.embedding.entries import Entries, read_again
+from diht_jax.evaluation.embedding.entries import read_again
 from diht_jax.evaluation.embedding.inputs import input_units
 from diht_jax.evaluation.embedding.picture_index import Match, PictureIndex, Place
 from diht_jax.evaluation.protocols.base import CAPTION_SLOT, fill_caption_template
@@ -43,20 +42,6 @@ from diht_jax.terminal import escape
 _MOST_SHOWN = 1000  # characters of key and caption
 
 
-@dataclasses.dataclass(frozen=True)
-class SearchResult:
-    """Result of `search_pictures`.
-
-    Attributes:
-        matches: query -> its matches, the best first; pictures of equal similarity in the order
-            of the source.
-        encoded: the pictures; `notes` holds their keys and captions.
-    """
-
-    matches: dict[str, list[Match]]
-    encoded: EncodedImages
-
-
 def search_pictures(
     model: EmbeddingModel,
     shards: Sequence[SourceShard],
@@ -65,23 +50,21 @@ def search_pictures(
     count: int = 8,
     template: str = CAPTION_SLOT,
     batching: Batching | None = None,
-) -> SearchResult:
-    """Finds the pictures closest to each query.
+) -> tuple[dict[str, list[Match]], EncodedImages]:
+    """Finds the pictures of `inputs.list_inputs` closest to each query; `count` at most.
 
-    Args:
-        model: a `LoadedModel`, or anything with the same methods.
-        shards: of `inputs.list_inputs`.
-        queries: texts; one that occurs twice counts once.
-        count: matches a query, or all pictures where there are fewer.
-        template: prompt around a query, such as "a photo of {caption}.".
-        batching: the defaults where None.
+    A query that occurs twice counts once. The template is a prompt around it.
+
+    Returns:
+        Query -> its matches, the best first, and of equal similarity in the order of the source;
+        and the pictures.
 
     Raises:
         ValueError: no query, a blank one, a bad template, or no readable picture.
     """
     texts = fill_queries(queries, template, count)
-    entries = Entries(input_units(shards), name="pictures")
-    encoded = Encoder(model, entries, batching).images(lambda pair: (pair.key, pair.caption))
+    encoder = Encoder(model, input_units(shards), batching, name="pictures")
+    encoded = encoder.images(lambda pair: (pair.key, pair.caption))
     text_emb = check_finite(
         np.asarray(model.encode_text(list(texts.values())), np.float32), "text embeddings"
     )
@@ -92,7 +75,7 @@ def search_pictures(
             Match(*encoded.notes[i], similarity=float(row[i]), place=encoded.orders[i])
             for i in order
         ]
-    return SearchResult(matches, encoded)
+    return matches, encoded
 
 
 def fill_queries(queries: Sequence[str], template: str, count: int) -> dict[str, str]:
@@ -176,12 +159,8 @@ def make_server(
 ) -> http.server.ThreadingHTTPServer:
     """A server of the page; its `serve_forever` answers until it is stopped.
 
-    Args:
-        index: what is searched.
-        encode_text: texts -> float [n, d]; called by one thread at a time.
-        host, port: to listen at. The default is reached from this machine alone; port 0 is any that
-            is free, see `server_port`.
-        clock: seconds, from any start.
+    One thread at a time calls `encode_text`. The default host is reached from this machine alone;
+    port 0 is any that is free, see `server_port`.
 
     Raises:
         ValueError: the port cannot be had.
@@ -192,7 +171,7 @@ def make_server(
         start = clock()
         with encoding:
             text_emb = np.asarray(encode_text([query]), np.float32)
-        matches = [dataclasses.asdict(match) for match in index.search(text_emb, count)[0]]
+        matches = [match._asdict() for match in index.search(text_emb, count)[0]]
         return {"matches": matches, "pictures": len(index), "seconds": clock() - start}
 
     handler = functools.partial(_Handler, index, search, host)
@@ -205,13 +184,10 @@ def make_server(
 
 
 def is_own_host(header: str, served: str) -> bool:
-    """Tells whether a Host header names this server.
+    """Tells whether a Host header, such as "localhost:8000", names this server.
 
-    Its port does not matter, and may be another where the connection is forwarded.
-
-    Args:
-        header: of a request, such as "localhost:8000".
-        served: the name or address that the server listens at.
+    Its port does not matter, and may be another where the connection is forwarded. `served` is the
+    name or address that the server listens at.
     """
     try:
         name = urllib.parse.urlsplit(f"//{header}").hostname or ""

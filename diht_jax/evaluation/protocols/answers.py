@@ -73,10 +73,18 @@ def run_vqa(task: Task, encoder: Encoder) -> Measured:
     `answer` of a row lists what people said; a row without it (a test split) is left out.
     """
     template = task.options.get("answer_template", ANSWER_TEMPLATE)
+
+    def has_answer(row: dict[str, Any]) -> bool:
+        said = row.get("answer")
+        texts = said if isinstance(said, list) else [said]
+        if said and not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"expected a text, or a list of texts, as 'answer', got {said!r:.80}")
+        return bool(said)
+
     return _answer(
         encoder,
         ("question",),
-        _has_answer,
+        has_answer,
         list(task.names),
         lambda text, answer: template.replace("{question}", text).replace("{answer}", answer),
         lambda row, answer: vqa_credit(answer, row["answer"]),
@@ -135,14 +143,6 @@ def _answer(
         },
         result=answers,
     )
-
-
-def _has_answer(row: dict[str, Any]) -> bool:
-    said = row.get("answer")
-    texts = said if isinstance(said, list) else [said]
-    if said and not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"expected a text, or a list of texts, as 'answer', got {said!r:.80}")
-    return bool(said)
 
 
 def _choose(
@@ -225,9 +225,7 @@ _RESTORED = {
 def vqa_credit(answer: str, said: str | Sequence[str]) -> float:
     """VQA v2's accuracy of one answer: mean over people of min(1, other people who agree / 3).
 
-    Args:
-        answer: of the model.
-        said: what people answered; a single answer (ours) is right or wrong as a whole.
+    Where people `said` a single answer (ours), that is right or wrong as a whole.
     """
     said = [said] if isinstance(said, str) else said
     answer, *said = (" ".join(re.split("[\n\t]", text)).strip() for text in (answer, *said))

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -62,36 +62,26 @@ class Task:
 
     def __post_init__(self):
         check_templates(self.templates)
-        if self.caption_template is not None:
-            fill_caption_template(self.caption_template, "")
+        fill_caption_template(self.prompt, "")
 
     @property
     def names(self) -> tuple[str, ...]:
         """The class names of a task that cannot be without them."""
-        if self.class_names is None:
-            raise ValueError(f"task '{self.name}': class_names: expected names")
-        return self.class_names
+        return self.class_names or ()
 
     @property
     def prompt(self) -> str:
-        """The caption template, once that of the model stands for None."""
-        if self.caption_template is None:
-            raise ValueError(f"task '{self.name}': caption_template: expected a text")
-        return self.caption_template
+        """The caption template; `evaluate_task` has put that of the model in place of None."""
+        return CAPTION_SLOT if self.caption_template is None else self.caption_template
 
 
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """Unit and label of a metric.
+class Metric(NamedTuple):
+    """Unit and label of a metric."""
 
-    Attributes:
-        unit: "share" of 1, shown in percent; "score", a number of any size, shown as it is; "rank",
-            counted from 1, of which less is better.
-        label: what people call it; the name where None.
-    """
-
+    # "share" of 1, shown in percent; "score", a number of any size, shown as it is; "rank", counted
+    # from 1, of which less is better.
     unit: Unit
-    label: str | None = None
+    label: str | None = None  # what people call it; the name where None
 
     @property
     def lower_is_better(self) -> bool:
@@ -132,11 +122,6 @@ def parse_templates(value: str | Sequence[str]) -> tuple[str, ...]:
         return check_templates([line.replace("{c}", CLASS_SLOT) for line in lines])
     parts = read_text(value[1:]).splitlines() if value.startswith("@") else value.split(";")
     return check_templates([part.strip() for part in parts if part.strip()])
-
-
-def fill_template(template: str, class_name: str) -> str:
-    """The template with the class name instead of "{}"; braces in the name stay."""
-    return template.replace(CLASS_SLOT, class_name)
 
 
 def fill_caption_template(template: str, caption: str) -> str:
@@ -205,16 +190,12 @@ def _read_benchmark(file: str, name: str) -> list[str]:
     return entries[name]
 
 
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """An option of a task, such as "templates" in "cifar10?templates=a {}".
+class Option(NamedTuple):
+    """An option of a task, such as "templates" in "cifar10?templates=a {}"."""
 
-    Attributes:
-        parse: makes its value from a text or from the value in a config; raises ValueError.
-        field: of `Task`; None puts the value into `Task.options` under the option's name.
-    """
-
+    # Makes its value from a text or from the value in a config; raises ValueError.
     parse: Callable[[Any], Any]
+    # Of `Task`; None puts the value into `Task.options` under the option's name.
     field: str | None = None
 
 

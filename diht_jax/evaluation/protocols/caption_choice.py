@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,17 +40,11 @@ TIES = {
 _BLOCK = 16_384
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """Captions of which one is right.
+class Question(NamedTuple):
+    """Captions of which one is right."""
 
-    Attributes:
-        captions: at least two, the right one first.
-        group: that the macro accuracy counts it for; None where it counts for none.
-    """
-
-    captions: tuple[str, ...]
-    group: str | None = None
+    captions: tuple[str, ...]  # at least two, the right one first
+    group: str | None = None  # that the macro accuracy counts it for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +68,7 @@ class CaptionChoiceResult:
     groups: dict[str, np.ndarray]
 
     def measure(self, counts: np.ndarray) -> dict[str, float]:
-        """`accuracy`, and `macro_accuracy` where there are groups.
-
-        Args:
-            counts: int [pictures], how often each picture, with its questions, counts.
-        """
+        """The metrics if picture i, with its questions, had been there `counts[i]` times."""
         weights = counts[self.picture_of_question]
         metrics = {"accuracy": float(np.average(self.is_right, weights=weights))}
         if self.groups:
@@ -117,8 +107,14 @@ def run(task: Task, encoder: Encoder) -> Measured:
     sizes = [len(question.captions) for question in questions]
     distinct, index_of_text = _distinct_texts(encoder.model, texts)
     text_emb = encoder.texts(distinct)
-    flat = _similarities(encoded.image_emb, np.repeat(images, sizes), text_emb, index_of_text)
-    similarities = np.split(flat, np.cumsum(sizes)[:-1])
+    # Each is summed in the same order, in blocks of rows.
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(texts), _BLOCK)]
+    image_of_text = np.repeat(images, sizes)
+    flat = [
+        (encoded.image_emb[image_of_text[part]] * text_emb[index_of_text[part]]).sum(axis=1)
+        for part in blocks
+    ]
+    similarities = np.split(np.concatenate(flat), np.cumsum(sizes)[:-1])
     own = np.array([row[0] for row in similarities])
     best_wrong = np.array([row[1:].max() for row in similarities])
     groups = np.array([question.group or "" for question in questions])
@@ -182,17 +178,6 @@ def _distinct_texts(model: EmbeddingModel, texts: Sequence[str]) -> tuple[list[s
     distinct = {key: text_of[key] for key in keys}
     index_of = {key: index for index, key in enumerate(distinct)}
     return list(distinct.values()), np.array([index_of[key] for key in keys])
-
-
-def _similarities(
-    image_emb: np.ndarray, images: np.ndarray, text_emb: np.ndarray, texts: np.ndarray
-) -> np.ndarray:
-    """Cosines of the chosen rows, each summed in the same order: float32 [n]."""
-    starts = range(0, len(texts), _BLOCK)
-    parts = [slice(start, start + _BLOCK) for start in starts]
-    return np.concatenate(
-        [(image_emb[images[part]] * text_emb[texts[part]]).sum(axis=1) for part in parts]
-    )
 
 
 PROTOCOL = Protocol(

@@ -6,7 +6,6 @@ cannot be resolved without guessing is an error that names the record.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,27 +25,16 @@ class RawLabel(NamedTuple):
     caption: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Classes:
-    """Class names, the integer labels of the images, and how they were found.
-
-    Attributes:
-        names: C names; a label is an index into them.
-        labels: int32 [n].
-        origin: for the results file, such as "names given" or "captions".
-    """
+class Classes(NamedTuple):
+    """Class names, the integer labels of the images, and how they were found."""
 
     names: tuple[str, ...]
-    labels: np.ndarray
-    origin: str
+    labels: np.ndarray  # int32 [n], indices into the names
+    origin: str  # for the results file, such as "names given" or "captions"
 
 
 def raw_label(pair: Pair, field: str | None = None) -> RawLabel:
-    """Reads the label of a pair.
-
-    Args:
-        pair: as a source gave it.
-        field: name of another metadata field that holds the label, as a name or an integer.
+    """Reads the label of a pair, maybe from another metadata field than "label".
 
     Raises:
         ValueError: the field is missing, or the label is neither an integer nor a string.
@@ -92,13 +80,9 @@ def resolve_labels(
 
 
 def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | None]) -> int:
-    """The integer label of one pair among given class names.
+    """The integer label of one pair among given class names, whose `name_index` is `index`.
 
-    Args:
-        raw: an integer label counts in the order of `names`; a name is looked up in any
-            case and with "_" for " ".
-        names: the class names.
-        index: `name_index(names)`.
+    An integer counts in the order of `names`; a name is looked up in any case and with "_" for " ".
 
     Raises:
         ValueError: no label, out of range, an unknown name, or one that two classes bear.
@@ -135,9 +119,7 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
 def read_group(pair: Pair, field: str) -> int | str:
     """The group of an image: a field of its metadata, or the number at a position of its KEY.npy.
 
-    Args:
-        pair: of any source; in CLIP_benchmark's layout `metadata["numbers"]` are those of KEY.npy.
-        field: a name, or a position from 0.
+    In CLIP_benchmark's layout `metadata["numbers"]` are those of KEY.npy; positions are from 0.
 
     Raises:
         ValueError: the image has no such field, or one that is no text and no whole number.
@@ -203,11 +185,10 @@ def derive_classes(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classe
                 "label to the metadata, or use a retrieval task"
             )
     name_of: dict[int | str, str] = {}
-    labels = [
-        raw.label if isinstance(raw.label, int) else text
-        for raw, text in zip(raws, texts, strict=True)
-    ]
-    for raw, label, text in zip(raws, labels, texts, strict=True):
+    labels: list[int | str] = []
+    for raw, text in zip(raws, texts, strict=True):
+        label = raw.label if isinstance(raw.label, int) else text
+        labels.append(label)
         if not text.strip():
             raise ValueError(f"record '{raw.key}': the label is blank; expected a class name")
         if name_of.setdefault(label, text) != text:

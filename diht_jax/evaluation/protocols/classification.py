@@ -35,6 +35,7 @@ from diht_jax.evaluation.embedding.encoding import (
 )
 from diht_jax.evaluation.protocols.base import (
     CLASS_NAMES,
+    CLASS_SLOT,
     LABEL,
     TEMPLATES,
     Measured,
@@ -44,7 +45,6 @@ from diht_jax.evaluation.protocols.base import (
     Task,
     check_templates,
     choice,
-    fill_template,
     parse_text,
 )
 from diht_jax.evaluation.protocols.class_names import (
@@ -113,7 +113,7 @@ class ClassificationResult:
             for name, total, hit in zip(self.classes.names, totals, hits.tolist(), strict=True)
         ]
 
-    def per_group(self) -> list[dict[str, str | int | float]]:
+    def per_group(self) -> list[dict[str, Any]]:
         """Name, number of images, and the shares of right ones at rank 1 and within 5."""
         rows = []
         for name, inside in self.groups.items():
@@ -223,7 +223,7 @@ def zero_shot_classifier(
         encode_text: list of str -> float [b, d], normalised or not; called with a batch of texts
             each time.
         class_names: C names.
-        templates: T templates, each with one "{}".
+        templates: each with one "{}".
         batching: the defaults where None.
 
     Returns:
@@ -232,7 +232,7 @@ def zero_shot_classifier(
     templates = check_templates(templates)
     if not len(class_names):
         raise ValueError("class_names: expected at least one class name, got none")
-    prompts = [fill_template(template, name) for name in class_names for template in templates]
+    prompts = [template.replace(CLASS_SLOT, name) for name in class_names for template in templates]
     batches = encode_text_batches(encode_text, prompts, batching)
     sums, start = np.zeros((len(class_names), 0), np.float64), 0
     for text_emb in batches:

@@ -14,9 +14,7 @@ with nothing but objects that VOC marks as difficult; or only for the classes th
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,34 +42,24 @@ from diht_jax.records.schema import Pair
 _RECALL_POINTS = 10  # and recall 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Ranking:
+class Ranking(NamedTuple):
     """One class, the items with the highest score first.
 
     Resampling changes how often an item counts and never the order, so a ranking is sorted once
     and every resample is two sums over it. Items of equal score enter together; a step is a score
     that a positive has.
-
-    Attributes:
-        items: int32, items down to the last positive and those with its score.
-        is_positive: bool, of each of them.
-        ends: int [steps], the last of the items that enter with each step.
     """
 
-    items: np.ndarray
-    is_positive: np.ndarray
-    ends: np.ndarray
+    items: np.ndarray  # int32, items down to the last positive and those with its score
+    is_positive: np.ndarray  # bool, of each of them
+    ends: np.ndarray  # int [steps], the last of the items that enter with each step
 
     def average_precision(self, counts: np.ndarray, points: str = "all") -> float:
-        """The average precision of this class.
+        """The average precision, by "all" points or VOC's "11"; NaN where no positive counts.
 
         Args:
             counts: int [n], how often each item counts.
-            points: "all" for the sum over the steps of precision times the step in recall; "11"
-                for the mean of the best precision at a recall of k / 10 or more, k = 0 to 10.
-
-        Returns:
-            A fraction, or NaN where no positive counts.
+            points: see above.
         """
         weights = counts[self.items]
         found = np.cumsum(weights * self.is_positive)[self.ends]
@@ -86,21 +74,6 @@ class Ranking:
         return float(np.where(reached, precision, 0).max(axis=1).mean())
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelScores:
-    """Scores and targets; n images, C classes (C = 1 for yes and no).
-
-    Attributes:
-        scores: float32 [n, C].
-        targets: bool [n, C].
-        ignored: bool [n, C], images that count neither way for a class.
-    """
-
-    scores: np.ndarray
-    targets: np.ndarray
-    ignored: np.ndarray
-
-
 def run(task: Task, encoder: Encoder) -> Measured:
     """Embeds all images and scores every class; items are the images.
 
@@ -108,7 +81,6 @@ def run(task: Task, encoder: Encoder) -> Measured:
     task's field) lists numbers or names of classes. An image without that list is left out as
     "no_label"; one with an empty list is a negative for all classes but those in
     `metadata["ignored_labels"]`, or, if there is one, outside of `metadata["counted_labels"]`.
-    `Measured.result` is a `LabelScores`.
 
     Raises:
         ValueError: a label that cannot be resolved, targets of one kind only, no usable pair.
@@ -148,11 +120,17 @@ def run(task: Task, encoder: Encoder) -> Measured:
         raise ValueError(
             "every image has the same label, so there is no order to measure; expected both kinds"
         )
-    return _describe(task, encoded, LabelScores(scores, targets, ignored))
+    return _describe(task, encoded, scores, targets, ignored)
 
 
-def _describe(task: Task, encoded: EncodedImages, result: LabelScores) -> Measured:
-    scores, targets, ignored = result.scores, result.targets, result.ignored
+def _describe(
+    task: Task,
+    encoded: EncodedImages,
+    scores: np.ndarray,
+    targets: np.ndarray,
+    ignored: np.ndarray,
+) -> Measured:
+    """The result of scores, targets and what is ignored, [n, C]; C is 1 for yes and no."""
     protocol = {
         "label_field": task.label_field or ("label" if task.kind == "binary" else "labels"),
         "templates": list(task.templates),
@@ -168,8 +146,8 @@ def _describe(task: Task, encoded: EncodedImages, result: LabelScores) -> Measur
         protocol["class_names"] = list(task.names)
         protocol["score"] = "cosine to the second class minus cosine to the first"
 
-        def measure(counts: np.ndarray) -> dict[str, float]:
-            return {"auroc": area_under_roc(scores[:, 0], targets[:, 0], counts)}
+        def measure(weights: np.ndarray) -> dict[str, float]:
+            return {"auroc": area_under_roc(scores[:, 0], targets[:, 0], weights)}
 
     else:
         points = task.options.get("interpolation", "all")
@@ -178,39 +156,26 @@ def _describe(task: Task, encoded: EncodedImages, result: LabelScores) -> Measur
         counts["ignored"] = int(ignored.sum())
         columns = zip(scores.T, targets.T, ignored.T, strict=True)
         rankings = [rank_items(*column) for column in columns]
-        measure = functools.partial(mean_average_precision, rankings, points)
+
+        def measure(weights: np.ndarray) -> dict[str, float]:
+            values = [ranking.average_precision(weights, points) for ranking in rankings]
+            # A class without an image has no precision.
+            return {"mean_average_precision": float(np.nanmean(values))}
+
     return Measured(
         encoded=encoded,
         num_items=len(scores),
         measure=measure,
         protocol=protocol,
         counts=counts,
-        result=result,
     )
 
 
-def mean_average_precision(
-    rankings: Sequence[Ranking], points: str, counts: np.ndarray
-) -> dict[str, float]:
-    """The mean over the classes that have an image; see `Ranking.average_precision`."""
-    values = [ranking.average_precision(counts, points) for ranking in rankings]
-    return {"mean_average_precision": float(np.nanmean(values))}
-
-
-def area_under_roc(
-    scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None
-) -> float:
+def area_under_roc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
     """The share of (positive, negative) pairs in the right order; equal scores count half.
 
-    Args:
-        scores: float [n].
-        targets: bool [n].
-        weights: how often each item counts; once by default.
-
-    Returns:
-        A fraction, or NaN without both kinds.
+    NaN without both kinds. The weights say how often each item counts.
     """
-    weights = np.ones(len(scores)) if weights is None else weights
     _, group = np.unique(scores, return_inverse=True)
     positives = np.bincount(group, weights * targets)
     negatives = np.bincount(group, weights * ~targets)

@@ -140,12 +140,7 @@ def cue_prompt(cue: str) -> str:
 
 
 def jaccard_index(similarities: np.ndarray, is_association: np.ndarray) -> float:
-    """Jaccard index of the associated images and as many of those most similar.
-
-    Args:
-        similarities: float [k].
-        is_association: bool [k], some but not all.
-    """
+    """Jaccard index of the associated images and as many of those most similar."""
     number = int(is_association.sum())
     chosen = np.lexsort((is_association, -similarities))[:number]
     common = int(is_association[chosen].sum())

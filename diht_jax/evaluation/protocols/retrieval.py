@@ -14,10 +14,9 @@ Similarities exist only as blocks on the device, never as the full matrix of que
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,25 +40,15 @@ RECALL_AT = (1, 5, 10)
 _BLOCK = 2**24
 
 
-@dataclasses.dataclass(frozen=True)
-class RetrievalResult:
-    """The ranks of n images and m captions.
+class RetrievalResult(NamedTuple):
+    """The ranks of n images and m captions."""
 
-    Attributes:
-        captions: m captions, before the template.
-        text_emb: float32 [m, d].
-        text_ids: int32 [m, 1], equal for captions that count as the same.
-        image_ids: int32 [n, k], the `text_ids` that are right for an image; -1 is none.
-        t2i_ranks: int [m], 0 when a right image comes first.
-        i2t_ranks: int [n], 0 when a right caption comes first.
-    """
-
-    captions: list[str]
-    text_emb: np.ndarray
-    text_ids: np.ndarray
-    image_ids: np.ndarray
-    t2i_ranks: np.ndarray
-    i2t_ranks: np.ndarray
+    captions: list[str]  # m of them, before the template
+    text_emb: np.ndarray  # float32 [m, d]
+    text_ids: np.ndarray  # int32 [m, 1], equal for captions that count as the same
+    image_ids: np.ndarray  # int32 [n, k], the `text_ids` that are right for an image; -1 is none
+    t2i_ranks: np.ndarray  # int [m], 0 when a right image comes first
+    i2t_ranks: np.ndarray  # int [n], 0 when a right caption comes first
 
 
 def run(task: Task, encoder: Encoder) -> Measured:
@@ -176,9 +165,7 @@ def retrieval_ranks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The number of wrong items at or above the best right one, for every query.
 
-    Args:
-        image_emb, text_emb, image_of_text: of `retrieval_metrics`, which has the errors, too.
-        text_numbers: of `answer_ids`.
+    Arguments and errors are those of `retrieval_metrics` and of `answer_ids`.
 
     Returns:
         int32 [m] for the texts as queries, int32 [n] for the images as queries.

@@ -24,14 +24,14 @@ import numpy as np
 
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.protocols.base import CLASS_SLOT, check_class_names, check_templates
-from diht_jax.evaluation.sources.files import list_names, read_text
+from diht_jax.evaluation.sources.files import read_text
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
 from diht_jax.readers.array_files import parse_npy
 from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped
 from diht_jax.readers.shard_formats import count_images, read_groups
 from diht_jax.records.samples import merge_captions, pick_captions
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import exists, join
+from diht_jax.storage.files import exists, join, list_names
 from diht_jax.storage.stores import is_remote
 
 DEFAULT_SPLIT = "test"

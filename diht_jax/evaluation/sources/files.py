@@ -7,14 +7,13 @@ import dataclasses
 import io
 import json
 import os
-import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from diht_jax.evaluation.embedding.entries import Units, divide
 from diht_jax.readers.base import Skipped, read_image
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import find_inputs, map_many, read_bytes
+from diht_jax.storage.files import map_many, read_bytes
 from diht_jax.storage.stores import StorageError, is_remote
 
 
@@ -48,15 +47,6 @@ def read_json(path: str, kind: type, what: str) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{path}: expected {what}")
     return value
-
-
-def list_names(folder: str) -> list[str]:
-    """The names of the files in a folder, sorted; without hidden ones."""
-    if is_remote(folder):
-        names = [posixpath.basename(url) for url in find_inputs(folder)]
-    else:
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(name for name in names if not name.startswith("."))
 
 
 def read_csv(path: str, what: str, reader: Callable[..., Any] = csv.DictReader) -> list[Any]:

@@ -26,7 +26,6 @@ from typing import Any
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources.files import (
     Item,
-    list_names,
     picture_units,
     read_csv,
     read_json,
@@ -42,7 +41,7 @@ from diht_jax.readers.base import (
 from diht_jax.readers.image_folder import check_classes
 from diht_jax.records.samples import clean_text
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import find_inputs, is_glob, join
+from diht_jax.storage.files import find_inputs, is_glob, join, list_names
 from diht_jax.storage.stores import open_system
 
 _CLIP_SUFFIX = ".avi"
@@ -116,7 +115,7 @@ def objectnet_units(folder: str) -> Units:
     images = join(folder, "images")
     items: list[Item] = []
     for label, (name, _) in enumerate(_shared_classes(folder)):
-        pictures = list_names(join(images, name))
+        pictures = list_names(join(images, name), wanted=lambda file: file[0] != ".")
         if not pictures:
             raise ValueError(f"no pictures in '{join(images, name)}', a class of ObjectNet")
         for picture in pictures:
@@ -151,14 +150,8 @@ def stored_class_units(url: str) -> Units | None:
     """The pictures of a folder of classes in a store: the entries of `readers.image_folder`.
 
     The sorted sub-folders are the classes, numbered from 0; the order of the pictures is that of a
-    local folder.
-
-    Args:
-        url: of the folder.
-
-    Returns:
-        None where the URL does not name such a folder: a reader knows it or a file in it, or no
-        sub-folder has a picture.
+    local folder. None where the URL does not name such a folder: a reader knows it or a file in it,
+    or no sub-folder has a picture.
 
     Raises:
         FolderLayoutError: pictures are deeper than one level, or the sub-folders are splits.
@@ -211,8 +204,7 @@ _Labels = dict[str, list[int]]
 def voc_units(folder: str) -> Units:
     """The test images of VOC 2007, or of another year with the same files.
 
-    Args:
-        folder: such as VOCdevkit/VOC2007, with ImageSets/Main/CLASS_test.txt and JPEGImages.
+    The folder, such as VOCdevkit/VOC2007, has ImageSets/Main/CLASS_test.txt and JPEGImages.
     """
     images: dict[str, _Labels] = {}
     for number, name in enumerate(VOC_CLASSES):

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources import annotations, labels
@@ -36,18 +36,13 @@ BENCHMARK, ANNOTATIONS = "clip_benchmark", "annotations"
 _TABLE_ROWS_PER_UNIT = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """A form of evaluation data, named by what stands before the colon of a source.
+class Layout(NamedTuple):
+    """A form of evaluation data, named by what stands before the colon of a source."""
 
-    Attributes:
-        units: divides it; takes what is behind the colon, and the options. Raises ValueError.
-        options: their names.
-        class_names: those that come with the data, from the same arguments; None for no classes.
-    """
-
+    # Divides it; takes what is behind the colon, and the options. Raises ValueError.
     units: Callable[..., Units]
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # their names
+    # Those that come with the data, from the same arguments; None for no classes.
     class_names: Callable[..., tuple[str, ...]] | None = None
 
 
@@ -67,15 +62,7 @@ OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in la
 
 
 def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of a source, with a `Skipped` and its reason for each that is unusable.
-
-    Args:
-        source: one of the texts above, or of `readers.list_shards`.
-        options: of the source.
-
-    Raises:
-        ValueError: it cannot be read; names it.
-    """
+    """Yields the pairs of a source, with a `Skipped` and its reason for each that is unusable."""
     for unit in open_units(source, options):
         yield from unit()
 
@@ -85,7 +72,12 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
 
     Reads no image.
 
-    Args and errors: as `read_source`.
+    Args:
+        source: one of the texts above, or of `readers.list_shards`.
+        options: of the source.
+
+    Raises:
+        ValueError: it cannot be read; names it.
     """
     kind, _, rest = source.partition(":")
     if kind in LAYOUTS:

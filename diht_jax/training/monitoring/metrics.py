@@ -123,17 +123,6 @@ def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
     return rows
 
 
-def flatten_results(results: Mapping[str, object], prefix: str = "") -> dict[str, float]:
-    """Nested evaluation results -> `{"task/metric": value}`; what is no number is left out."""
-    flat = {}
-    for name, value in results.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten_results(value, f"{prefix}{name}/"))
-        elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-            flat[f"{prefix}{name}"] = float(value)
-    return flat
-
-
 def plot_curves(workdir: str | epath.Path) -> bytes | None:
     """Draws `curves.png`: loss, batch accuracy, logit scale and evaluation results by step.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diht_jax.evaluation.embedding.encoding import Batching, Encoder, UnusablePair
-from diht_jax.evaluation.embedding.entries import Entries, Processes
+from diht_jax.evaluation.embedding.entries import Processes, Units
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 from tests import make
@@ -117,9 +117,9 @@ def _describe(pair):
 
 
 def _encode(source, limit=None, batch_size=128, processes=None):
-    entries = Entries(source.units, limit=limit)
     batching = Batching(batch_size, 1, False, processes or Processes())
-    return Encoder(_MeanColor(), entries, batching).images(_describe)
+    units = Units(source.units, lambda: None)
+    return Encoder(_MeanColor(), units, batching, limit=limit).images(_describe)
 
 
 def _together(count, num_units, **options):
@@ -173,7 +173,7 @@ def test_an_error_of_one_process_ends_all():
     def work():
         batching = Batching(8, 1, False, Processes(threads.own.index, 3, threads.exchange))
         with pytest.raises(ValueError) as raised:
-            Encoder(_MeanColor(), Entries(source.units), batching).images(refuse)
+            Encoder(_MeanColor(), Units(source.units, lambda: None), batching).images(refuse)
         return str(raised.value)
 
     there = "process 1 of 3: k: refused"

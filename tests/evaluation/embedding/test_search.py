@@ -31,21 +31,19 @@ def folder(tmp_path):
 def test_matches_are_the_closest_pictures(tiny_model, folder):
     shards = list_inputs(str(folder))
     queries = ["a dog", "red car", "a dog"]
-    result = search_pictures(tiny_model, shards, queries, count=3, template="see {caption}")
+    found, encoded = search_pictures(tiny_model, shards, queries, count=3, template="see {caption}")
     names = [f"{i}.png" for i in (0, 1, 3, 4, 5)]
     pictures = [Image.open(folder / name).convert("RGB") for name in names]
     cosines = tiny_model.encode_text(["see a dog", "see red car"]) @ (
         tiny_model.encode_image(pictures).T
     )
-    assert list(result.matches) == ["a dog", "red car"]
-    for matches, row in zip(result.matches.values(), cosines, strict=True):
+    assert list(found) == ["a dog", "red car"]
+    for matches, row in zip(found.values(), cosines, strict=True):
         assert [match.key for match in matches] == [names[i] for i in np.argsort(-row)[:3]]
         assert [match.similarity for match in matches] == pytest.approx(-np.sort(-row)[:3])
-    assert result.encoded.dropped == {"image_unreadable": 1}
-    first = result.matches["a dog"][0]
-    assert (
-        f"   1  {first.similarity:6.3f}  {first.key}" in format_matches(result.matches).splitlines()
-    )
+    assert encoded.dropped == {"image_unreadable": 1}
+    first = found["a dog"][0]
+    assert f"   1  {first.similarity:6.3f}  {first.key}" in format_matches(found).splitlines()
     loaded = load_pictures(shards, [first])
     expected = np.asarray(Image.open(folder / first.key))
     np.testing.assert_array_equal(np.asarray(loaded[first.place]), expected)
@@ -54,7 +52,7 @@ def test_matches_are_the_closest_pictures(tiny_model, folder):
 @pytest.mark.parametrize("left", [6, 1, 0])
 def test_no_other_picture_is_shown_for_a_match(left, folder):
     shards = list_inputs(str(folder))
-    found = search_pictures(make.HashedModel(), shards, ["a dog"], count=5).matches["a dog"]
+    found = search_pictures(make.HashedModel(), shards, ["a dog"], count=5)[0]["a dog"]
     for path in sorted(folder.glob("*.png"))[left:]:
         path.unlink()
     (folder / "!.png").write_bytes(make.png(7))  # becomes the first
@@ -67,16 +65,16 @@ def test_pictures_of_any_depth_are_searched(tiny_model, folder):
     (folder / "0.png").rename(folder / "2024" / "may" / "0.png")
     for path in folder.glob("*.png"):
         path.unlink()
-    result = search_pictures(tiny_model, list_inputs(str(folder)), ["a dog"], count=3)
-    assert [match.key for match in result.matches["a dog"]] == ["2024/may/0.png"]
+    found, _ = search_pictures(tiny_model, list_inputs(str(folder)), ["a dog"], count=3)
+    assert [match.key for match in found["a dog"]] == ["2024/may/0.png"]
 
 
 def test_pictures_without_a_caption_are_searched_with_those_that_have_one(tiny_model, folder):
     (folder / "4.txt").write_text("a red car")
     shards = list_inputs(str(folder), needs_caption=False)
-    result = search_pictures(tiny_model, shards, ["a dog"], count=9)
-    assert {match.key for match in result.matches["a dog"]} == {"0", "1", "3", "4", "5"}
-    assert result.encoded.dropped == {"image_unreadable": 1}
+    found, encoded = search_pictures(tiny_model, shards, ["a dog"], count=9)
+    assert {match.key for match in found["a dog"]} == {"0", "1", "3", "4", "5"}
+    assert encoded.dropped == {"image_unreadable": 1}
 
 
 def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_path):
@@ -94,16 +92,16 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
         members += [(f"{key}.png", image), (f"{key}.txt", text.encode())]
     shards = list_inputs(write_tar(tmp_path / "hostile.tar", members))
     queries = ["a \x1b[31mdog", "y" * 10**6]
-    result = search_pictures(tiny_model, shards, queries)
-    assert sum(map(len, result.matches.values())) == 2 * (len(texts) - 1)  # one has no caption
-    printed = format_matches(result.matches)
+    found, _ = search_pictures(tiny_model, shards, queries)
+    assert sum(map(len, found.values())) == 2 * (len(texts) - 1)  # one has no caption
+    printed = format_matches(found)
     assert len(printed.splitlines()) == 2 * len(texts)
     assert [line for line in printed.splitlines() if not line.isprintable()] == []
     assert r"\x1b[2J" in printed and r"gpj.\u202egnp" in printed
     assert [line for line in printed.splitlines() if "yyy" not in line and len(line) >= 1100] == []
-    pictures = load_pictures(shards, result.matches[queries[0]])
+    pictures = load_pictures(shards, found[queries[0]])
     page = tmp_path / "new" / "page.html"
-    draw_matches(result.matches, pictures, page, title="\x1b[0m", note="<script>")
+    draw_matches(found, pictures, page, title="\x1b[0m", note="<script>")
     text = page.read_text()
     assert text.count('src="data:image') == 2 * (len(texts) - 1) and "<script" not in text
 

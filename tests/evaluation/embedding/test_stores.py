@@ -47,8 +47,8 @@ def test_pairs_on_s3_are_embedded_evaluated_and_searched(tiny_model, photos, tmp
         check_source(task)
         results.append(evaluate_task(tiny_model, task, batch_size=8)["metrics"])
         shards = list_inputs(f"{folder}/*.tar")
-        found = search_pictures(tiny_model, shards, ["a photo"], count=3, batching=Batching(8))
-        pictures = load_pictures(shards, found.matches["a photo"])
-        results[-1]["search"] = found.matches, [np.asarray(p).sum() for p in pictures.values()]
+        found, _ = search_pictures(tiny_model, shards, ["a photo"], count=3, batching=Batching(8))
+        pictures = load_pictures(shards, found["a photo"])
+        results[-1]["search"] = found, [np.asarray(p).sum() for p in pictures.values()]
     assert results[0] == results[1]
     system.rm(url, recursive=True)

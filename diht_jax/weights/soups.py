@@ -9,52 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from diht_jax.models.parameters import parameter_shapes
-from diht_jax.models.zoo import ARCHITECTURE_FIELDS, Architecture
+from diht_jax.models.zoo import ARCHITECTURE_FIELDS
+from diht_jax.weights.source import ModelFiles
 
 Parameters = dict[str, Any]
+Read = Callable[[str], ModelFiles]  # reads a model by its name
 
 
-@dataclasses.dataclass(frozen=True)
-class Ingredient:
-    """A model that goes into an average.
-
-    Attributes:
-        name: as the user typed it.
-        arch: sizes, activation and the like.
-        params: nested dict of arrays of `models.parameters`.
-        preprocessing: of its pictures.
-        tokenizer: of its texts, as `FileTokenizer.describe` has it; None is CLIP's.
-    """
-
-    name: str
-    arch: Architecture
-    params: Parameters
-    preprocessing: Any = None
-    tokenizer: str | None = None
-
-
-Read = Callable[[str], Ingredient]
-
-
-def average_models(names: Sequence[str], weights: Sequence[float], read: Read) -> Ingredient:
+def average_models(names: Sequence[str], weights: Sequence[float], read: Read) -> ModelFiles:
     """The mean of models, `sum_i w_i p_i / sum_i w_i` for each parameter.
 
     Summed in float64, the logarithm of the logit scale as every other parameter. A model of weight
-    0 is not read, so that weights 1 and 0 give a model itself, bit for bit.
-
-    Args:
-        names: of the models.
-        weights: one for each, at least 0, not all of them 0.
-        read: reads a model by its name.
-
-    Returns:
-        The mean, in the dtypes of the first model that counts, with its name and settings.
+    0 is not read, so that weights 1 and 0 give a model itself, bit for bit. The mean is in the
+    dtypes of the first model that counts, and has all else that this one has.
 
     Raises:
         ValueError: the models are not of one architecture; names the first difference.
@@ -70,7 +43,7 @@ def average_models(names: Sequence[str], weights: Sequence[float], read: Read) -
     return _mean(first, sums, total)
 
 
-def _without_values(model: Ingredient) -> Ingredient:
+def _without_values(model: ModelFiles) -> ModelFiles:
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), model.params)
     return dataclasses.replace(model, params=shapes)
 
@@ -80,14 +53,14 @@ def _add(sums: Parameters | None, params: Parameters, weight: float = 1.0) -> Pa
     return added if sums is None else jax.tree.map(np.add, sums, added)
 
 
-def _mean(like: Ingredient | None, sums: Parameters | None, total: float) -> Ingredient:
+def _mean(like: ModelFiles | None, sums: Parameters | None, total: float) -> ModelFiles:
     if like is None or sums is None:
         raise ValueError("expected at least one model with a weight above 0")
     params = jax.tree.map(lambda s, p: (s / total).astype(p.dtype), sums, like.params)
     return dataclasses.replace(like, params=params)
 
 
-def check_same_architecture(first: Ingredient, other: Ingredient) -> None:
+def check_same_architecture(first: ModelFiles, other: ModelFiles) -> None:
     """Raises ValueError where the parameters of two models mean different things.
 
     The message names the parameter, or the setting that no parameter's shape shows.
@@ -100,59 +73,48 @@ def check_same_architecture(first: Ingredient, other: Ingredient) -> None:
                 for shapes in (found, expected)
             )
             raise ValueError(
-                f"{other.name}: parameter '{name}' {its}, and in {first.name} it {wanted}; models "
+                f"{other.path}: parameter '{name}' {its}, and in {first.path} it {wanted}; models "
                 "to average must have one architecture"
             )
-    settings = {
-        field: (getattr(other.arch, field), getattr(first.arch, field))
-        for field in ARCHITECTURE_FIELDS
-    }
-    settings["preprocessing"] = other.preprocessing, first.preprocessing
-    settings["tokenizer"] = other.tokenizer, first.tokenizer
-    for name, (value, wanted) in settings.items():
+    settings, expected = _settings_of(other), _settings_of(first)
+    for name, value in settings.items():
         # One of two widths may be left out: the shapes have shown that they are equal.
-        is_default_width = name.endswith("_mlp_width") and None in (value, wanted)
-        if value != wanted and not is_default_width:
+        is_default_width = name.endswith("_mlp_width") and None in (value, expected[name])
+        if value != expected[name] and not is_default_width:
             raise ValueError(
-                f"{other.name}: {name} is {value!r}, and {wanted!r} in {first.name}; models to "
-                "average must have one architecture"
+                f"{other.path}: {name} is {value!r}, and {expected[name]!r} in {first.path}; "
+                "models to average must have one architecture"
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One decision of the greedy soup.
+def _settings_of(model: ModelFiles) -> dict[str, Any]:
+    return {field: getattr(model.arch, field) for field in ARCHITECTURE_FIELDS} | {
+        "preprocessing": model.preprocessing,
+        "tokenizer": model.tokenizer and model.tokenizer.describe(),
+    }
 
-    Attributes:
-        name: of the model that was tried.
-        alone: what it reaches alone.
-        with_it: what the soup reaches with it.
-        kept: whether it stays in the soup.
-    """
 
-    name: str
-    alone: float
-    with_it: float
-    kept: bool
+class Trial(NamedTuple):
+    """One decision of the greedy soup."""
+
+    name: str  # of the model that was tried
+    alone: float  # what it reaches alone
+    with_it: float  # what the soup reaches with it
+    kept: bool  # whether it stays in the soup
 
 
 def greedy_soup(
     names: Sequence[str],
     read: Read,
-    measure: Callable[[Ingredient], float],
+    measure: Callable[[ModelFiles], float],
     *,
     lower_is_better: bool = False,
-) -> tuple[Ingredient, list[Trial]]:
+) -> tuple[ModelFiles, list[Trial]]:
     """The greedy soup (arXiv 2203.05482, recipe 1).
 
     The models are tried in the order of what they reach alone, the best first and of equal ones the
-    first given. Each stays if the mean of all that stayed is then at least as good as before.
-
-    Args:
-        names: of the models.
-        read: reads a model by its name.
-        measure: how good a model is, on data that are held out for this choice.
-        lower_is_better: whether the lowest value is the best, not the highest.
+    first given. Each stays if the mean of all that stayed is then at least as good as before. How
+    good a model is comes from data that are held out for this choice.
 
     Returns:
         The soup, and the decisions in their order.
