@@ -55,14 +55,9 @@ class ResultsPage:
     ) -> str | None:
         """Adds the examples of a task; returns the page's path where its kind has any.
 
-        A source whose pictures cannot be read once more costs the examples, not the numbers.
-
-        Args:
-            task: what was measured.
-            units: of the task's source; those with the chosen pictures are read once more.
-            measured: by the task's protocol.
-            result: the task's entry in the results file.
-            logit_scale: turns cosine similarities into the probabilities of classes.
+        The units of its source that hold the chosen pictures are read once more; a source for which
+        that fails costs the examples, not the numbers. The logit scale turns cosine similarities
+        into the probabilities of classes.
         """
         if task.kind not in EXAMPLES:
             return None
@@ -237,11 +232,9 @@ def draw_rows(population: int, count: int, *, seed: int = 0) -> np.ndarray:
 def closest_items(
     query: np.ndarray, gallery: np.ndarray, right: np.ndarray
 ) -> tuple[dict[int, float], int]:
-    """The first items of a gallery [m, d] for a query [d], in the order of the ranks.
+    """The first items of a gallery for a query, in the order of the ranks, with similarities.
 
-    Returns:
-        Index in the gallery -> similarity, the first ones; and the index of the first item that is
-        right, of bool [m].
+    And the index of the first one that is right.
     """
     similarities = np.asarray(gallery, np.float32) @ np.asarray(query, np.float32)
     # Among equals the right one goes last, as in the ranks.

@@ -310,7 +310,13 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
         fields |= _fields_of_entry(entry, source, (words if is_folder else {}) | given)
     fields |= given
     own = {key: fields.pop(key) for key in _TASK_FIELDS & fields.keys()}
-    source = _complete_source(protocol, source, source_options)
+    # An annotation file's reader is named where kind or options leave no choice.
+    reader, prefix = protocol.reader, source.partition(":")[0]
+    by_name = source.endswith(".jsonl") and "image_name" in source_options
+    if reader is None and (by_name or source.endswith(".json")) and prefix not in registry.LAYOUTS:
+        reader = registry.ANNOTATIONS
+    if reader not in (None, prefix):
+        source = f"{reader}:{source}"
     try:
         task = Task(name, kind, source, source_options, **own, options=fields)
         check_task(task)
@@ -361,17 +367,6 @@ def _fields_of_entry(entry: SuiteEntry, source: str, given: Mapping[str, Any]) -
     if entry.templates is not None and "templates" not in given:
         fields["templates"] = parse_templates(entry.templates)
     return fields
-
-
-def _complete_source(protocol: Protocol, source: str, options: Mapping[str, str]) -> str:
-    """Names the reader of an annotation file, where kind or options leave no choice."""
-    prefix = source.partition(":")[0]
-    if protocol.reader is not None:
-        return source if prefix == protocol.reader else f"{protocol.reader}:{source}"
-    is_list = source.endswith(".json") or (source.endswith(".jsonl") and "image_name" in options)
-    if is_list and prefix not in registry.LAYOUTS:
-        return f"{registry.ANNOTATIONS}:{source}"
-    return source
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

@@ -65,7 +65,7 @@ def evaluate_task(
 
     Args:
         model: a `LoadedModel`, or anything with the same methods.
-        task: what on.
+        task: what is measured.
         units: the task's source, where it was opened before (`task_parsing.check_source`).
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.

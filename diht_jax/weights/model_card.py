@@ -6,6 +6,7 @@ words are in `pages/templates/model_card.md`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ import jax
 
 from diht_jax.pages.render import render
 from diht_jax.records.train_data import TrainSource, find_inputs, parse_train
-from diht_jax.records.vocabulary import Vocabulary, find_train_vocabulary
+from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.storage.files import join, parse_checked_object, read_bytes, read_object
 from diht_jax.weights.source import ModelFiles
 
@@ -65,8 +66,11 @@ def model_card(
         config = json.loads(model.config.to_json_best_effort())
         data = config["data"]["train"], config["data"].get("labels")
         results = [*_read_run_results(model.path, model.step), *results]
-    concepts = []
-    for part in (_read_concepts(*data) if model.heads else None) or ():
+    concepts, vocabulary = [], None
+    if model.heads:
+        with contextlib.suppress(OSError, ValueError):  # the data may be gone
+            vocabulary = find_train_vocabulary(*data)
+    for part in vocabulary or ():
         order = sorted(range(len(part)), key=lambda number: -part.counts[number])
         names = ", ".join(part.names[number] for number in order[:_SHOWN_CONCEPTS])
         more = " ..." if len(part) > _SHOWN_CONCEPTS else ""
@@ -125,14 +129,6 @@ def _read_data_facts(train: Any, labels: str | None) -> list[dict[str, Any]]:
             }
         )
     return facts
-
-
-def _read_concepts(train: Any, labels: str | None) -> Vocabulary | None:
-    """The concepts that the training data are labelled with, where they can be read."""
-    try:
-        return find_train_vocabulary(train, labels)
-    except (OSError, ValueError):
-        return None
 
 
 def _folders_of(source: TrainSource) -> list[str]:

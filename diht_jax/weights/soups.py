@@ -54,8 +54,7 @@ def _add(sums: Parameters | None, params: Parameters, weight: float = 1.0) -> Pa
 
 
 def _mean(like: ModelFiles | None, sums: Parameters | None, total: float) -> ModelFiles:
-    if like is None or sums is None:
-        raise ValueError("expected at least one model with a weight above 0")
+    assert like is not None and sums is not None  # a weight is above 0
     params = jax.tree.map(lambda s, p: (s / total).astype(p.dtype), sums, like.params)
     return dataclasses.replace(like, params=params)
 

@@ -86,12 +86,7 @@ class EncodedImages(NamedTuple):
 
 
 class Encoder:
-    """A model with a source to embed: what a protocol measures with.
-
-    Attributes:
-        model: see `EmbeddingModel`; uses all its devices.
-        batching: how.
-    """
+    """A model with a source to embed: what a protocol measures with."""
 
     def __init__(
         self,
@@ -102,15 +97,10 @@ class Encoder:
         limit: int | None = None,
         name: str | None = None,
     ):
-        """Takes entries that are consumed once, in order.
+        """Takes entries that are consumed once, in order; with a limit the first of them.
 
-        Args:
-            model: embeds them.
-            entries: of several processes each reads its share of `Units`; any others are one unit,
-                which the first process reads.
-            batching: the defaults where None.
-            limit: number of entries that count, from the first on; None is all.
-            name: of the progress bar.
+        Of several processes each reads its share of `Units`; any others are one unit, which the
+        first process reads. The name is that of the progress bar.
         """
         self.model, self.batching = model, batching or Batching()
         if not isinstance(entries, Units):

@@ -68,16 +68,17 @@ def update_index(
 
     Pictures that were added to a folder are embedded, and those that were changed again; of any
     other source a shard is the unit. What is no longer in the source leaves the index. An update
-    that is interrupted loses the part that it was making.
+    that is interrupted loses the part that it was making. All processes of a job see the folder,
+    and each embeds its share (`inputs.shares_of`).
 
     Args:
         model: a `LoadedModel`.
         shards: of `inputs.list_inputs`.
-        folder: of the index; is made. All processes of a job see it.
+        folder: of the index; is made.
         dtype: of the stored embeddings, "float16" or "int8".
         batching: the defaults where None.
         thumbnails: keep a small picture of each entry; those of a folder are read from there.
-        processes: of a job; each embeds its share (`inputs.shares_of`).
+        processes: of the job.
 
     Returns:
         What all processes together did.

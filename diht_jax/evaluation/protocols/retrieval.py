@@ -101,15 +101,10 @@ def run(task: Task, encoder: Encoder) -> Measured:
 def answer_ids(
     image_of_text: np.ndarray, text_numbers: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of images and texts; those with an id in common are right for each other.
+    """Ids of texts, int32 [m, 1], and of images, int32 [n, k], filled up with -1.
 
-    Args:
-        image_of_text: int [m], the image of each text.
-        text_numbers: int [m], equal where texts are; None for texts of which each is right for its
-            own image alone.
-
-    Returns:
-        int32 [m, 1], the id of each text; int32 [n, k], the ids of each image, filled up with -1.
+    Those with an id in common are right for each other. Numbers [m] are equal where texts are; with
+    None each text is right for its own image alone.
     """
     text_ids = np.asarray(image_of_text if text_numbers is None else text_numbers, np.int32)
     pairs: np.ndarray = np.unique(np.stack([image_of_text, text_ids], axis=1), axis=0)
