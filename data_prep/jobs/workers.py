@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -42,6 +42,7 @@ _STOP_SECS = 5.0
 _MAX_FAILED_STARTS = 3  # in a row
 # The libraries under spaCy and NumPy would start a thread per core in every worker.
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_EXITED = 256  # stands for exit code 0, which pebble takes for no death and waits on
 
 
 class ProcessDeath(OSError):
@@ -121,6 +122,18 @@ class ThisProcess:
         """Ends all workers, at work or not."""
 
 
+class _Process(multiprocessing.context.SpawnProcess):
+    """A worker; it ends only with the pool, so that any other end of it is a death."""
+
+    @property
+    def exitcode(self) -> int | None:
+        return _EXITED if (code := super().exitcode) == 0 else code
+
+
+class _Context(multiprocessing.context.SpawnContext):
+    Process = _Process
+
+
 class LocalPool:
     """Worker processes; see `ThisProcess`."""
 
@@ -142,7 +155,7 @@ class LocalPool:
         self._add_pairs = add_pairs
         self._pool: Any = None  # a pebble.ProcessPool
         self._failed_starts = 0
-        self._context = multiprocessing.get_context("spawn")
+        self._context = _Context()
         self._receiver, self._sender = self._context.Pipe(duplex=False)  # of numbers of pairs
         self._added = [name for name in _ONE_THREAD if name not in os.environ]
         os.environ.update(dict.fromkeys(self._added, "1"))  # which workers inherit
@@ -183,7 +196,7 @@ class LocalPool:
         return Outcome.of_error(error) if isinstance(error, Exception) else future.result()
 
     def _died(self, code: int) -> Outcome:
-        end = f"exit code {code}"
+        end = f"exit code {code % _EXITED}"
         if code < 0:
             end = f"signal {-code}"
             with contextlib.suppress(ValueError):

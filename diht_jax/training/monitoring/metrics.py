@@ -21,6 +21,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from diht_jax.storage.files import add_checksum, parse_checked_object
 from diht_jax.training.monitoring.trackers import (
     METRICS_FILE,
     GrowingFile,
@@ -211,12 +212,23 @@ class WallTime:
     def _add_earlier(self, workdir: str | epath.Path, start_step: int) -> None:
         """Takes over what was, with the steps after `start_step` as lost."""
         rows = [row for row in read_metrics(workdir) if _WALL_SECS + "step" in row]
+        found, problem = None, "it is damaged"
         try:
-            if self._path.exists():
-                found = json.loads(self._path.read_text())
-                self._secs, self._starts = _known(found["secs"]), found["starts"] + 1
+            found = parse_checked_object(self._path.read_bytes(), needs_checksum=True)
+        except FileNotFoundError:
+            problem = ""
         except Exception as error:  # of a store
-            logging.warning("%s: times are counted from here on: %s", self._path, error)
+            problem = str(error)
+        if not found and problem:
+            logging.warning(
+                "%s cannot be read (%s): times are counted on from the last line of metrics.jsonl",
+                self._path,
+                problem,
+            )
+        if found:
+            self._secs, self._starts = _known(found["secs"]), found["starts"] + 1
+        elif rows:
+            self._secs, self._starts = _known(rows[-1], _WALL_SECS), 2
         before = [row for row in rows if row["step"] <= start_step]
         at_start = _known(before[-1] if before else {}, _WALL_SECS)
         for use in ("step", "input"):
@@ -255,7 +267,7 @@ class WallTime:
             return
         self.switch(self._use)
         secs = {use: round(secs, 3) for use, secs in self._secs.items()}
-        data = json.dumps({"starts": self._starts, "secs": secs}, indent=1) + "\n"
+        data = json.dumps(add_checksum({"starts": self._starts, "secs": secs}), indent=1) + "\n"
         try:
             replace_file(self._path, data.encode())
         except Exception as error:  # few errors of stores are an OSError

@@ -149,6 +149,19 @@ def test_steps_made_again_and_start_up_are_lost_however_often_a_run_is_killed(tm
     assert json.loads((tmp_path / WALL_TIME_FILE).read_text())["starts"] == 3
 
 
+def test_a_damaged_file_is_replaced_by_the_last_line(tmp_path, caplog):
+    clock = Clock()
+    first, writer = start(tmp_path, clock, 0, opening=1.0, compiling=1.0)
+    train_steps(first, writer, clock, range(1, 5))
+    (tmp_path / WALL_TIME_FILE).write_bytes(
+        (tmp_path / WALL_TIME_FILE).read_bytes().replace(b"4.0", b"9.0")
+    )
+    again, _ = start(tmp_path, clock, 4, opening=1.0, compiling=1.0)
+    found = secs(again.scalars())
+    assert (found["step"], found["lost"]) == (4.0, 2.0)
+    assert WALL_TIME_FILE in caplog.text
+
+
 def test_a_file_that_cannot_be_written_costs_no_run(tmp_path, caplog):
     (tmp_path / WALL_TIME_FILE).mkdir()
     WallTime(tmp_path, 0, clock=Clock()).close()
