@@ -58,14 +58,23 @@ def mark_objects(sentence: Sentence) -> None:
 def _leads_on(sentence: Sentence, i: int) -> bool:
     """Returns whether a word before "of" stands for what follows.
 
-    "photo of" and "group of" do; a picture that somebody holds or makes (a direct object) is a
-    thing of its own. So does the middle of a compound preposition ("in front of").
+    "photo of" and "group of" do; a picture that somebody holds or makes (a direct object), or that
+    a thing is with ("a room with a view of the sea"), is a thing of its own. So does the middle of
+    a compound preposition ("in front of").
     """
     if {sentence.low[i], sentence.lemma[i]} & lexicon.COUNTING_WORDS:
         return True
     if sentence.dep[i] == "pobj" and sentence.low[i] in lexicon.PLACE_NOUNS:
-        return True
-    return sentence.lemma[i] in lexicon.PICTURE_NOUNS and sentence.dep[i] != "dobj"
+        return sentence.low[i] not in lexicon.BARE_PLACE_NOUNS or not sentence.has_kid(i, "det")
+    if sentence.lemma[i] not in lexicon.PICTURE_NOUNS or sentence.dep[i] == "dobj":
+        return False
+    owner = sentence.head[i]
+    return not (
+        sentence.dep[i] == "pobj"
+        and sentence.low[owner] == "with"
+        and sentence.tag[sentence.head[owner]] in NOUN_TAGS
+        and sentence.lemma[sentence.head[owner]] not in lexicon.PICTURE_NOUNS
+    )
 
 
 def is_person_pronoun(sentence: Sentence, i: int) -> bool:
@@ -86,6 +95,22 @@ def name_object(sentence: Sentence, i: int) -> str:
         return "person"
     parts = map(sentence.low.__getitem__, sorted(_compound_parts(sentence, i)))
     return " ".join((*parts, sentence.lemma[i].rstrip(".")))
+
+
+def _joins_participle(sentence: Sentence, i: int) -> bool:
+    """Returns whether a modifier makes one word with the next: "gold plated", "good looking"."""
+    after, head = i + 1, sentence.head[i]
+    if after > head:
+        return False
+    low = sentence.low[after]
+    if low not in lexicon.JOINED_PARTICIPLES:
+        return False
+    if head != after and (sentence.head[after] != head or sentence.dep[after] not in MODIFIERS):
+        return False
+    tag = sentence.tag[after]
+    if sentence.dep[i] not in MODIFIERS or not (tag in ADJECTIVE_TAGS or tag in PARTICIPLE_TAGS):
+        return False
+    return sentence.tag[i] in ADJECTIVE_TAGS or sentence.low[i] in lexicon.DESCRIBING_NOUNS
 
 
 def _compound_parts(sentence: Sentence, i: int) -> list[int]:
@@ -117,12 +142,19 @@ def list_attributes(sentence: Sentence, i: int) -> list[str]:
         dep = sentence.dep[kid]
         if dep in MODIFIERS:
             if describes(sentence, kid):
-                found.extend(expand_adjective(sentence, kid))
+                if not _joins_participle(sentence, kid):
+                    found.extend(expand_adjective(sentence, kid))
+                for part in _compound_parts(sentence, kid):
+                    found.extend(
+                        j for j in sentence.kids_of(part, "amod") if describes(sentence, j)
+                    )
             elif is_absorbed(sentence, kid):
                 for part in (kid, *_compound_parts(sentence, kid)):
                     for inner in sentence.kids_of(part, "amod", "compound", "nmod"):
                         if describes(sentence, inner):
                             found.extend(expand_adjective(sentence, inner))
+        elif dep in ("acl", "relcl") and sentence.tag[kid] in ADJECTIVE_TAGS:
+            found.extend(expand_adjective(sentence, kid))
     return name_attributes(sentence, found)
 
 
@@ -130,7 +162,11 @@ def expand_adjective(sentence: Sentence, i: int) -> list[int]:
     """An adjective with the adjectives that are coordinated with it or modify it."""
     found = [i]
     for kid in sentence.kids[i]:
-        if sentence.dep[kid] in ("conj", *MODIFIERS) and describes(sentence, kid):
+        if (
+            sentence.dep[kid] in ("conj", *MODIFIERS)
+            and describes(sentence, kid)
+            and not _joins_participle(sentence, kid)
+        ):
             found.extend(expand_adjective(sentence, kid))
     return found
 
@@ -140,9 +176,22 @@ def name_attributes(sentence: Sentence, indices: list[int]) -> list[str]:
     words = []
     for i in sorted(set(indices)):
         low = sentence.low[i]
-        if low[0].isalpha():
+        if not low[0].isalpha():
+            continue
+        if sentence.dep[i] in MODIFIERS and i and _joins_participle(sentence, i - 1):
+            words.append(f"{sentence.low[i - 1]}-{low}")
+        else:
             words.append(sentence.lemma[i] if sentence.tag[i] in ADJECTIVE_TAGS else low)
     return words
+
+
+def is_place_noun(sentence: Sentence, i: int) -> bool:
+    """Returns whether a noun is the middle of a compound preposition ("front" in "in front of")."""
+    return (
+        sentence.is_hidden[i]
+        and sentence.dep[i] == "pobj"
+        and sentence.low[i] in lexicon.PLACE_NOUNS
+    )
 
 
 def find_referents(sentence: Sentence, i: int) -> list[int]:
@@ -159,7 +208,13 @@ def find_referents(sentence: Sentence, i: int) -> list[int]:
 def find_content(sentence: Sentence, i: int) -> list[int]:
     """Like `find_referents`, without the coordinations of the head itself."""
     if sentence.low[i] in lexicon.RELATIVE_PRONOUNS and sentence.tag[i] in ("WDT", "WP", "IN"):
-        return find_content(sentence, i - 1) if i else []
+        antecedent, clause = i - 1, i
+        while sentence.head[clause] != clause:
+            if sentence.dep[clause] == "relcl":
+                antecedent = sentence.head[clause]
+                break
+            clause = sentence.head[clause]
+        return find_content(sentence, antecedent) if antecedent >= 0 else []
     if sentence.is_hidden[i]:
         found = []
         for of in sentence.kids_of(i, "prep"):
@@ -208,11 +263,13 @@ def expand_adverb(sentence: Sentence, adverb: int) -> list[tuple[str, int]]:
 
 def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, int]]:
     """(name, object) for each object of a preposition, compound prepositions in one name."""
-    low, found = sentence.low[preposition], []
+    low = sentence.low[preposition]
+    if low in lexicon.NO_RELATION:
+        return []
+    found = []
     for kid in sentence.kids[preposition]:
         dep = sentence.dep[kid]
-        is_place = sentence.is_hidden[kid] and sentence.low[kid] in lexicon.PLACE_NOUNS
-        if dep == "pobj" and is_place:  # "front" in "in front of"
+        if dep == "pobj" and is_place_noun(sentence, kid):
             for inner in sentence.kids_of(kid, "prep"):
                 if sentence.low[inner] == "of":
                     found += [
@@ -221,12 +278,18 @@ def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, 
                     ]
         elif dep == "pobj":
             found += [(low, target) for target in find_referents(sentence, kid)]
+        elif dep == "pcomp" and low == "with":
+            # "with their backs turned toward the camera"
+            for subject in sentence.kids_of(kid, "nsubj", "nsubjpass"):
+                found += [(low, target) for target in find_referents(sentence, subject)]
         elif dep == "prep":
             compound = not sentence.has_kid(preposition, "pobj")
             found += [
                 (f"{low} {name}" if compound else name, target)
                 for name, target in expand_preposition(sentence, kid)
             ]
+        elif dep == "conj" and sentence.tag[kid] in ("IN", "TO"):
+            found += expand_preposition(sentence, kid)
     return found
 
 
@@ -247,6 +310,8 @@ class SubjectFinder:
         sentence = self.sentence
         own = sentence.kids_of(i, "nsubj", "nsubjpass")
         if own:
+            if len(own) > 1 and ":" in sentence.low[own[0] : own[-1]]:
+                own = own[-1:]  # "hair today : the model has dyed hers"
             return [j for kid in own for j in find_referents(sentence, kid)], True
         if sentence.has_kid(i, "expl", "csubj", "csubjpass"):
             return [], True
@@ -260,8 +325,13 @@ class SubjectFinder:
         if dep in ("conj", "xcomp", "advcl", "ccomp", "parataxis", "dep"):
             if sentence.tag[head] in VERB_TAGS:
                 controllers = sentence.kids_of(head, "dobj") if dep == "xcomp" else []
-                if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS:
+                pastime = controllers and sentence.lemma[controllers[0]] in lexicon.PASTIMES
+                if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS and not pastime:
                     return find_referents(sentence, controllers[0]), True
+                return self.find(head)
+            while sentence.dep[head] == "prep" and sentence.head[head] != head:
+                head = sentence.head[head]
+            if sentence.tag[head] in VERB_TAGS:
                 return self.find(head)
             if sentence.dep[head] in ("acomp", "oprd"):
                 return self.find(sentence.head[head])
@@ -279,6 +349,8 @@ class SubjectFinder:
         """
         sentence = self.sentence
         noun = sentence.head[i]
+        if sentence.lemma[i] == "isolate":
+            return self._find_of_picture(noun, i)
         while sentence.dep[noun] == "prep" and sentence.head[noun] != noun:
             noun = sentence.head[noun]
         content = find_content(sentence, noun)
@@ -294,6 +366,15 @@ class SubjectFinder:
             if any(is_animate(sentence, j) for j in above):
                 return above
         return self.share(noun, i)
+
+    def _find_of_picture(self, noun: int, before: int) -> list[int]:
+        """All that a picture is of: "a man with a dog isolated on white" is the man."""
+        sentence, i = self.sentence, noun
+        while sentence.dep[i] in ("acl", "conj", "dobj", "pobj", "prep") and sentence.head[i] < i:
+            i = sentence.head[i]
+        if sentence.tag[i] in VERB_TAGS:
+            return self.find(i)[0] or self.share(noun, before)
+        return self.share(i, before)
 
     def _find_of_gerund(self, i: int) -> tuple[list[int], bool]:
         """The subjects of a gerund behind a preposition ("after winning a race")."""

@@ -7,7 +7,7 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from data_prep.captions.verbs import build_graph
 _UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
 # Some 10 MB; spaCy's tokenizer caches 10,000 words.
 _MAX_LEXEMES = 30_000
+# Characters of the captions whose graphs are kept for later calls, some 40 MB with their graphs.
+_MAX_REMEMBERED_CHARS = 1_000_000
+_ENTRY_CHARS = 16  # what an entry takes besides its caption, in characters
 
 
 class _NumpyBlasOps(NumpyOps):
@@ -100,8 +103,42 @@ def parse_captions(
                 f"({caption!r:.40}); decode bytes as UTF-8 and write a missing caption as an "
                 "empty string"
             )
-    graphs = _parse_distinct(dict.fromkeys(captions), nlp or _load_shared_parser(), batch_size)
+    distinct = dict.fromkeys(captions)
+    if nlp is not None:
+        graphs = _parse_distinct(distinct, nlp, batch_size)
+    else:
+        graphs, new = {}, []
+        for text in distinct:
+            graph = _remembered.get(text)
+            if graph is None:
+                new.append(text)
+            else:
+                graphs[text] = graph
+        parsed = _parse_distinct(new, _load_shared_parser(), batch_size)
+        _remembered.remember(parsed)
+        graphs |= parsed
     return [graphs[caption] for caption in captions]
+
+
+class _Memory(dict[str, CaptionGraph]):
+    """Graphs of the captions that were parsed last, up to a number of characters."""
+
+    def __init__(self, max_chars: int):
+        super().__init__()
+        self._max_chars = max_chars
+        self._num_chars = 0
+
+    def remember(self, graphs: Mapping[str, CaptionGraph]) -> None:
+        """Adds new captions; those that came first are forgotten for them."""
+        self.update(graphs)
+        self._num_chars += sum(map(len, graphs)) + _ENTRY_CHARS * len(graphs)
+        while self._num_chars > self._max_chars:
+            oldest = next(iter(self))
+            del self[oldest]
+            self._num_chars -= _ENTRY_CHARS + len(oldest)
+
+
+_remembered = _Memory(_MAX_REMEMBERED_CHARS)
 
 
 def _parse_distinct(

@@ -21,8 +21,11 @@ _HIDDEN_VERB_TAGS = frozenset(("NN", "NNS", "VBG"))
 # The roles of a noun in a sentence, in which a misread verb may be found.
 _NOMINAL = frozenset(("ROOT", "pobj", "dobj", "nsubj", "conj", "attr", "appos"))
 _SINGULAR_DETERMINERS = frozenset(("a", "an", "another", "each", "every", "this"))
+_PLURAL_WORDS = frozenset(("few", "many", "dozen", "hundred", "thousand", "million", "couple"))
 _PHRASE_TAGS = frozenset(("DT", "JJ", "PRP$", "CD", "NN", "VBN", "POS"))
 _AFTER_VERB = frozenset(("IN", "DT", "TO", "RP", "PRP$"))
+_BEARS = frozenset(("black", "brown", "grizzly", "koala", "panda", "polar", "teddy"))
+
 _DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"UH"}
 
 
@@ -33,6 +36,8 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
         if dep[i] == "prt" and sentence.has_kid(i, "pobj"):
             dep[i] = "prep"
         if tag[i] in VERB_TAGS:
+            if dep[i] in ("aux", "auxpass"):
+                continue
             if dep[i] not in MODIFIERS:
                 _correct_false_verb(sentence, i, words)
             elif (
@@ -57,8 +62,16 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
     if tag in NOUN_TAGS:
         if sentence.dep[i] in MODIFIERS and low in words.adjectives:
             is_name = tag == "NNP" and sentence.dep[i] == "amod"
-            if low not in words.nouns or is_name:
+            if low not in words.nouns or low in lexicon.ADJECTIVES or is_name:
                 sentence.tag[i] = "JJ"
+        elif sentence.dep[i] == "poss" and sentence.lemma[i] in lexicon.SETTINGS:
+            for kid in sentence.kids_of(i, "amod"):  # "a cold winter 's day"
+                sentence.attach(kid, sentence.head[i], "amod")
+        elif sentence.dep[i] == "npadvmod" and (
+            low in lexicon.ANIMATE_NOUNS and low != "hand"  # "hand painted"
+        ):
+            is_subject = _give_subject(sentence, i)
+            sentence.dep[i] = "nsubj" if is_subject else "dep"
     elif tag in ADJECTIVE_TAGS:
         if sentence.dep[i] in MODIFIERS and low in lexicon.KIND_NOUNS:
             sentence.tag[i], sentence.dep[i] = "NN", "compound"
@@ -81,6 +94,18 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.dep[i] = "nsubj"
 
 
+def _give_subject(sentence: Sentence, i: int) -> bool:
+    """Makes a noun the subject of the verb behind it that it hangs on, if that has none."""
+    verb = sentence.head[i]
+    if verb < i or sentence.tag[verb] not in VERB_TAGS or sentence.dep[verb] in MODIFIERS:
+        return False
+    if sentence.has_kid(verb, "nsubj", "nsubjpass"):
+        return False
+    sentence.dep[i] = "nsubj"
+    _move_modifiers(sentence, verb, i)
+    return True
+
+
 def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
     """Takes back the tag of a verb from words that are no verbs in this position.
 
@@ -88,6 +113,10 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
     participles before a bare noun ("wet stones", "stacked pipes", "picture of sleeping cats").
     """
     low, lemma = sentence.low[i], sentence.lemma[i]
+    if i and sentence.low[i - 1] in lexicon.NAMED_PLURALS.get(low, ()):
+        sentence.tag[i], sentence.lemma[i] = "NNS", words.lemmatize(low, "NNS")
+        sentence.attach(i - 1, i, "compound")
+        return
     if sentence.tag[i] in ("VB", "VBP") and low not in words.lexicon:
         past = words.lemmatize(low, "VBD")
         if past in words.verbs:
@@ -103,6 +132,7 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         or (lemma in words.nouns and _names_part(sentence, i))
         or (sentence.tag[i] == "VBZ" and sentence.dep[i] == "pobj" and lemma in words.nouns)
         or _begins_with_thing(sentence, i)
+        or (low == "bear" and i > 0 and sentence.low[i - 1] in _BEARS)
     ):
         sentence.tag[i] = "NN" if low in words.nouns else "NNS"
         sentence.lemma[i] = words.lemmatize(low, sentence.tag[i])
@@ -116,9 +146,11 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         return
     things = sentence.kids_of(i, "dobj")
     if things and _describes_thing(sentence, i, things[0]):
-        sentence.tag[i], sentence.lemma[i] = "JJ", low
+        named = low in lexicon.ROOM_GERUNDS
+        sentence.tag[i] = "NN" if named else "JJ"
+        sentence.lemma[i] = low
         sentence.replace(i, things[0])
-        sentence.attach(i, things[0], "amod")
+        sentence.attach(i, things[0], "compound" if named else "amod")
 
 
 def _begins_with_thing(sentence: Sentence, i: int) -> bool:
@@ -170,9 +202,12 @@ def _describes_thing(sentence: Sentence, i: int, thing: int) -> bool:
         return False
     tag, low = sentence.tag[i], sentence.low[i]
     if tag == "VBG":
+        if i == 0 and low in lexicon.ROOM_GERUNDS and thing == 1 and sentence.tag[1] == "NN":
+            return sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS
         if sentence.lemma[i] in lexicon.INTRANSITIVE_VERBS | lexicon.THING_VERBS:
             return True
-        return sentence.lemma[thing] in lexicon.ANIMATE_NOUNS and sentence.tag[thing] != "NNS"
+        kinds = lexicon.ANIMATE_NOUNS | lexicon.PURPOSE_NOUNS
+        return sentence.lemma[thing] in kinds and sentence.tag[thing] != "NNS"
     return tag in ("VBN", "VBD") and low.endswith(("ed", "en", "rn", "wn"))
 
 
@@ -185,6 +220,8 @@ def _correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -
     """
     noun = i - 1
     low = sentence.low[i]
+    if sentence.low[noun] in lexicon.NAMED_PLURALS.get(low, ()):
+        return
     if sentence.tag[i] == "NNS" and sentence.has_kid(i, "nsubj") and _is_followed(sentence, i):
         lemma = words.lemmatize(low, "VBZ")
         if lemma in words.verbs:  # "the branch moves in the wind"
@@ -210,8 +247,9 @@ def _correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -
         actor, thing = _find_actor(sentence, noun), _find_head_noun(sentence, i)
         if actor is None or thing is None:
             return
-        sentence.tag[i], sentence.lemma[i] = tag, lemma
-        _make_clause(sentence, actor, i, thing)
+        if actor != noun or sentence.lemma[thing] not in lexicon.PURPOSE_NOUNS:
+            sentence.tag[i], sentence.lemma[i] = tag, lemma
+            _make_clause(sentence, actor, i, thing)
     elif (
         sentence.head[noun] == i
         and not sentence.has_kid(i, "nsubj", "nsubjpass")
@@ -260,7 +298,7 @@ def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | No
         follows = sentence.tag[i - 1] == "NNS" or sentence.dep[i] == "conj"
         if low not in words.nouns or (sentence.dep[i - 1] == "compound" and follows):
             return "VBP"  # the former: "artist perform during a festival"
-    return "VBG" if low.endswith("ing") else None
+    return "VBG" if low.endswith("ing") and low not in lexicon.NOMINAL_GERUNDS else None
 
 
 def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmatizer) -> bool:
@@ -279,10 +317,13 @@ def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:
     """Returns whether a form in -s is a verb: after a singular determiner or a living thing."""
     if sentence.tag[noun] == "NNS" or sentence.dep[i] not in (*_NOMINAL, "ccomp"):
         return False
-    if any(sentence.low[kid] in _SINGULAR_DETERMINERS for kid in sentence.kids[i]):
+    modifiers = {sentence.low[kid] for kid in sentence.kids[i]}
+    if modifiers & _SINGULAR_DETERMINERS and not modifiers & _PLURAL_WORDS:
         return True
     if not _is_followed(sentence, i):
         return False
+    if sentence.lemma[i] in lexicon.MOVING_VERBS and sentence.has_kid(i, "det"):
+        return True
     return sentence.lemma[noun] in lexicon.ANIMATE_NOUNS
 
 
@@ -345,6 +386,15 @@ def _make_clause(sentence: Sentence, actor: int, verb: int, thing: int) -> None:
         sentence.attach(first, first if at_root else sentence.head[thing], sentence.dep[thing])
     sentence.attach(verb, actor, "acl")
     sentence.attach(thing, verb, "dobj")
+    if actor < verb - 1:
+        # "people at the march holding signs": the phrase between is the actor's.
+        noun, preposition = verb - 1, actor + 1
+        sentence.attach(preposition, actor, "prep")
+        sentence.attach(noun, preposition, "pobj")
+        for i in range(preposition + 1, noun):
+            if sentence.head[i] in (actor, preposition, verb, thing):
+                label = "compound" if sentence.tag[i] in NOUN_TAGS else sentence.dep[i]
+                sentence.attach(i, noun, label)
 
 
 def _move_modifiers(sentence: Sentence, old: int, new: int) -> None:

@@ -12,6 +12,7 @@ from data_prep.captions.repairs import repair_sentence
 from data_prep.captions.sentence import (
     ADJECTIVE_TAGS,
     FINITE_TAGS,
+    NOUN_TAGS,
     VERB_TAGS,
     CaptionLemmatizer,
     Sentence,
@@ -21,6 +22,7 @@ _GERUND_CLAUSES = frozenset(
     ("ROOT", "csubj", "conj", "xcomp", "advcl", "ccomp", "parataxis", "dep")
 )
 _CLAUSES = _GERUND_CLAUSES | {"acl", "relcl", "pcomp"}
+_WITHOUT_OBJECT = lexicon.INTRANSITIVE_VERBS | lexicon.POSTURE_VERBS | lexicon.MOVING_VERBS
 _GOVERNING = lexicon.CONTROL_VERBS | lexicon.PHASE_VERBS
 _BRINGING_ABOUT = lexicon.CONTROL_VERBS - {"let"}  # "let your home shine" asks for it
 _ACTION, _RELATION, _PLACE = "action", "relation", "place"
@@ -52,8 +54,7 @@ class _GraphBuilder:
         objects = []
         for i in range(len(sentence)):
             if sentence.tag[i] in VERB_TAGS:
-                is_known = sentence.lemma[i].rpartition("-")[2] in self.verbs
-                if is_known and sentence.dep[i] in _CLAUSES:
+                if self.is_clause(i):
                     self.add_verb(i)
             elif sentence.kids[i] and (sentence.is_object[i] or sentence.is_hidden[i]):
                 self.add_noun_relations(i)
@@ -87,6 +88,17 @@ class _GraphBuilder:
 
     # Verbs
 
+    def is_clause(self, i: int) -> bool:
+        """Returns whether a verb heads a clause and is no auxiliary and no participle of a noun."""
+        sentence = self.sentence
+        if sentence.lemma[i].rpartition("-")[2] not in self.verbs:
+            return False
+        while sentence.dep[i] == "conj":
+            i = sentence.head[i]
+            if sentence.tag[i] in NOUN_TAGS or sentence.tag[i] == "IN":
+                return True
+        return sentence.dep[i] in _CLAUSES
+
     def add_verb(self, i: int) -> None:
         sentence = self.sentence
         lemma = sentence.lemma[i]
@@ -106,7 +118,7 @@ class _GraphBuilder:
             if sentence.dep[kid] in ("acomp", "oprd")
             or (linking and kid == i + 1 and sentence.tag[kid] in ADJECTIVE_TAGS)
         ]
-        if adjectives and (linking or passive):
+        if adjectives and (linking or passive or lemma in lexicon.RESTING_VERBS):
             self.predicate(adjectives, subjects)
             if linking:
                 self.relate(subjects, nouns.find_prep_targets(sentence, i))
@@ -114,14 +126,19 @@ class _GraphBuilder:
         kind = self.classify(i, passive, agents, subjects)
         if kind is None:
             return
-        particles = [sentence.low[kid] for kid in sentence.kids_of(i, "prt")]
+        light = lexicon.LIGHT_OBJECTS.get(lemma, ())
+        particles = [
+            sentence.low[kid]
+            for kid in sentence.kids_of(i, "prt", "dobj")
+            if sentence.dep[kid] == "prt" or sentence.low[kid] in light
+        ]
         predicate = " ".join((lemma, *particles))
         targets = nouns.find_prep_targets(sentence, i)
         if kind == _PLACE:
             self.relate(subjects, targets)
             return
         # "jumps off a board into the sea": the particle belongs to the board.
-        bare = sentence.has_kid(i, "dobj")
+        bare = sentence.has_kid(i, "dobj") and not any(word in light for word in particles)
         targets = [
             (f"{lemma if bare or name.split()[0] in particles else predicate} {name}", target)
             for name, target in targets
@@ -147,12 +164,17 @@ class _GraphBuilder:
         if passive:
             if lemma in lexicon.NAMING_VERBS and not agents:
                 return None
+            making = lexicon.PICTURE_MAKING_VERBS | lexicon.NAMING_VERBS
+            if lemma in making and self.has_picture_subject(i):
+                return None
             if lemma in lexicon.SHOWING_VERBS or lemma in lexicon.PLACING_VERBS:
                 return _PLACE
             if lemma in lexicon.CONDITION_VERBS or lemma in lexicon.STATE_VERBS:
                 return _ACTION if animate else _RELATION
             return _ACTION
         if lemma in lexicon.SHOWING_VERBS and lemma not in lexicon.STATE_VERBS:
+            if self.has_picture_subject(i):
+                return None
             return _ACTION if animate else _RELATION
         if lemma in lexicon.PHASE_VERBS and any(
             # Who stops to wash does two things, who stops washing one; who gets to see does one.
@@ -170,17 +192,32 @@ class _GraphBuilder:
             return _RELATION
         return _RELATION if lemma in lexicon.STATE_VERBS else _ACTION
 
+    def has_picture_subject(self, i: int) -> bool:
+        """Returns whether the subject, as written, is a word for the picture."""
+        sentence = self.sentence
+        heads = sentence.kids_of(i, "nsubj", "nsubjpass")
+        if not heads and sentence.dep[i] in ("acl", "relcl", "advcl", "conj"):
+            heads = [sentence.head[i]]
+        return any(sentence.lemma[head] in lexicon.PICTURE_NOUNS for head in heads)
+
     def is_passive(self, i: int) -> bool:
         sentence = self.sentence
         if sentence.has_kid(i, "auxpass", "nsubjpass", "agent"):
             return True
+        if sentence.lemma[i] in lexicon.SHOWING_VERBS and sentence.tag[i] in ("VBD", "VBN"):
+            return not sentence.has_kid(i, "dobj", "ccomp", "aux", "prt")
         if sentence.tag[i] not in ("VBN", "VBD") or sentence.has_kid(i, "aux", "dobj"):
             return False
-        if sentence.has_kid(i, "nsubj"):
+        subjects = sentence.kids_of(i, "nsubj")
+        if subjects:
+            if sentence.low[subjects[0]] in lexicon.SUBJECT_PRONOUNS:
+                return False  # "the necklace I made"
             # "house nestled in the hills", "boy named Max": no auxiliary, and nobody who does it.
             lemma = sentence.lemma[i]
             unacted = lexicon.PLACING_VERBS | lexicon.CONDITION_VERBS | lexicon.NAMING_VERBS
             return sentence.tag[i] == "VBN" or lemma in unacted
+        if sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in VERB_TAGS:
+            return self.is_passive(sentence.head[i])
         return sentence.tag[i] == "VBN" or sentence.dep[i] == "acl"
 
     def is_unreal(self, i: int, grounded: bool, passive: bool) -> bool:
@@ -202,6 +239,12 @@ class _GraphBuilder:
             allowed = sentence.dep[i] == "ccomp" and sentence.has_kid(i, "nsubj")
             if sentence.dep[i] not in ("xcomp", "advcl", "conj") and not (
                 allowed and sentence.lemma[head] in lexicon.CONTROL_VERBS
+            ):
+                return True
+            if not grounded:
+                return True
+            if sentence.tag[head] not in VERB_TAGS and (
+                sentence.low[head] not in lexicon.IMMINENT_ADJECTIVES
             ):
                 return True
         # "being carried to a car" is going on, whoever it is that is carried.
@@ -241,7 +284,10 @@ class _GraphBuilder:
     def find_objects(self, i: int, predicate: str) -> list[tuple[str, int]]:
         """Direct and indirect objects, with the gap of a relative clause filled in."""
         sentence = self.sentence
-        direct = sentence.kids_of(i, "dobj", "attr")
+        light = lexicon.LIGHT_OBJECTS.get(sentence.lemma[i], ())
+        direct = [
+            kid for kid in sentence.kids_of(i, "dobj", "attr") if sentence.low[kid] not in light
+        ]
         found = [(predicate, j) for j in self.expand(direct)]
         if not direct and sentence.lemma[i] in _BRINGING_ABOUT:
             for clause in sentence.kids_of(i, "ccomp"):  # "watch a man ride"
@@ -257,25 +303,52 @@ class _GraphBuilder:
                 ]
             else:
                 found += [(f"{predicate} to", j) for j in nouns.find_referents(sentence, kid)]
-        if sentence.dep[i] == "relcl" and not direct:
+        if sentence.dep[i] == "relcl" and not direct and not self.is_setting(i):
             own = sentence.kids_of(i, "nsubj", "nsubjpass")
             if any(sentence.low[kid] not in lexicon.RELATIVE_PRONOUNS for kid in own):
                 stranded = [kid for kid in sentence.kids_of(i, "prep") if not sentence.kids[kid]]
                 name = f"{predicate} {sentence.low[stranded[0]]}" if stranded else predicate
-                found += [(name, j) for j in nouns.find_content(sentence, sentence.head[i])]
+                if stranded or self.takes_object(i):
+                    head = sentence.head[i]
+                    found += [(name, j) for j in nouns.find_content(sentence, head)]
         return found
 
     def expand(self, phrases: list[int]) -> list[int]:
         """The objects that noun phrases stand for."""
         return [j for kid in phrases for j in nouns.find_referents(self.sentence, kid)]
 
+    def is_setting(self, i: int) -> bool:
+        """Returns whether a relative clause says what happens there: "a space where they meet"."""
+        sentence = self.sentence
+        return any(
+            sentence.low[kid] in ("how", "when", "where", "why")
+            for kid in sentence.kids_of(i, "advmod")
+        ) or any(
+            sentence.low[inner] in lexicon.RELATIVE_PRONOUNS
+            for kid in sentence.kids_of(i, "prep")
+            for inner in sentence.kids_of(kid, "pobj")
+        )
+
+    def takes_object(self, i: int) -> bool:
+        """Returns whether the noun before a relative clause is what its verb is done to."""
+        sentence = self.sentence
+        if not sentence.kids_of(i, "prep"):
+            return True
+        if sentence.lemma[i] in _WITHOUT_OBJECT:
+            return False
+        antecedent = sentence.lemma[sentence.head[i]]
+        return antecedent not in lexicon.SETTINGS and antecedent not in lexicon.MANNERS
+
     def add_copula(self, i: int, subjects: list[int]) -> None:
         """Adds what "be" states: attributes, "is" between nouns, and places."""
         sentence = self.sentence
         complements = sentence.kids_of(i, "attr")
         found = self.expand(complements)
-        self.relate(subjects, [("is", j) for j in found])
-        subjects = subjects or found
+        if sentence.has_kid(i, "expl"):
+            subjects = found
+        else:
+            self.relate(subjects, [("is", j) for j in found])
+            subjects = subjects or found
         adjectives = sentence.kids_of(i, "acomp")
         adjectives += [kid for kid in complements if sentence.tag[kid] in ADJECTIVE_TAGS]
         self.predicate(adjectives, subjects)
@@ -296,6 +369,17 @@ class _GraphBuilder:
 
     # Relations
 
+    def is_bare_pair(self, i: int) -> bool:
+        """Returns whether a noun and the one it is joined to are bare: "leaves and fruit of"."""
+        sentence = self.sentence
+        partner = sentence.head[i]
+        return (
+            sentence.dep[i] == "conj"
+            and sentence.tag[partner] in NOUN_TAGS
+            and not sentence.has_kid(i, "det", "amod", "poss", "compound")
+            and not sentence.has_kid(partner, "amod", "poss", "compound", "prep", "acl")
+        )
+
     def relate(self, subjects: list[int], targets: list[tuple[str, int]]) -> None:
         for subject in subjects:
             for name, target in targets:
@@ -305,6 +389,8 @@ class _GraphBuilder:
     def add_noun_relations(self, i: int) -> None:
         """Adds the prepositional phrases of a noun."""
         sentence = self.sentence
+        if nouns.is_place_noun(sentence, i):
+            return
         for kid in sentence.kids[i]:
             dep = sentence.dep[kid]
             if dep == "prep" and not (sentence.is_hidden[i] and sentence.low[kid] == "of"):
@@ -316,6 +402,8 @@ class _GraphBuilder:
             else:
                 continue
             if targets:
-                shared = sentence.low[kid] in lexicon.PLACE_PREPOSITIONS
+                shared = sentence.low[kid] in lexicon.PLACE_PREPOSITIONS or (
+                    sentence.low[kid] == "of" and self.is_bare_pair(i)
+                )
                 owners = self.subjects.share(i, kid) if shared else nouns.find_content(sentence, i)
                 self.relate(owners, targets)

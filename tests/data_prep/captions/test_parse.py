@@ -17,6 +17,7 @@ from data_prep.captions import (
     ObjectNode,
     cat_reason,
     load_parser,
+    parse,
     parse_captions,
 )
 from data_prep.captions.graph import format_edges, format_objects
@@ -132,6 +133,39 @@ def test_hostile_texts_do_not_hang(parser, hang_guard):
     ]
     graphs = parse_captions(texts, nlp=parser)
     assert len(graphs) == len(texts)
+
+
+@pytest.fixture
+def parsed(monkeypatch, parser):
+    """The captions that reach spaCy, in order, of a process that remembers none yet."""
+    found = []
+
+    def build_graph(doc, words):
+        found.append(doc.text)
+        return build(doc, words)
+
+    build = parse.build_graph
+    monkeypatch.setattr(parse, "build_graph", build_graph)
+    monkeypatch.setattr(parse, "_load_shared_parser", lambda: parser)
+    monkeypatch.setattr(parse, "_remembered", parse._Memory(max_chars=200))
+    return found
+
+
+def test_later_calls_give_the_same_graphs_without_a_parse(parsed, parser):
+    captions = ["a dog runs", "a cat sleeps on a red sofa", "IMG_1234", "a dog runs"]
+    first = parse_captions(captions)
+    once = list(parsed)
+    assert parse_captions(captions[::-1]) == first[::-1]
+    assert parsed == once
+    assert first == parse_captions(captions, nlp=parser)
+
+
+def test_memory_of_captions_is_bounded(parsed):
+    many = [f"{name} rides a bicycle" for name in ("Anna", "Bert", "Carl", "Dora", "Emil", "Fay")]
+    parse_captions(many)  # 200 characters have room for five of them
+    parsed.clear()
+    parse_captions([many[-1], many[0]])
+    assert parsed == [many[0]]
 
 
 # Errors
