@@ -149,9 +149,9 @@ def _classification(measured: Measured, theirs: dict[str, np.ndarray]) -> _Found
 
 
 def _several_labels(measured: Measured, theirs: dict[str, np.ndarray]) -> _Found:
-    result = measured.result
-    np.testing.assert_array_equal(result.targets, theirs["targets"] == 1)
-    ours, other = result.scores, theirs["logits"] / 100  # its logit scale
+    ours, targets = measured.result
+    np.testing.assert_array_equal(targets, theirs["targets"] == 1)
+    other = theirs["logits"] / 100  # its logit scale
     differences = np.abs(ours - other).max(axis=1)
     different = int((differences > _SCORE_ROUNDING).sum())
     return len(ours), different, float(differences.max())

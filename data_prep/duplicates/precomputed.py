@@ -78,10 +78,18 @@ def find_shard_files(folder: str) -> dict[_Shard, list[str]]:
             f"it ({type(error).__name__}: {error})"
         ) from error
     found: dict[_Shard, list[str]] = {shard: [] for shard in shards}
-    for name in files.list_names(folder, precomputed.SUFFIXES):
-        match = re.fullmatch(r"embeddings-(\d{5,})-.*", name)
-        if match and int(match[1]) < len(shards):
-            found[shards[int(match[1])]].append(files.join(folder, name))
+    names = files.list_names(folder)
+    for name in names:
+        match = re.fullmatch(r"(embeddings-(\d{5,})-.*)\.(npz|parquet|json)", name)
+        if not match or int(match[2]) >= len(shards):
+            continue
+        if match[3] != "json":
+            found[shards[int(match[2])]].append(files.join(folder, name))
+        elif {f"{match[1]}.npz", f"{match[1]}.parquet"}.isdisjoint(names):
+            path = files.join(folder, match[1])
+            raise ValueError(
+                f"{path}.npz: missing, though {path}.json describes it; run diht_jax.embed again"
+            )
     return found
 
 

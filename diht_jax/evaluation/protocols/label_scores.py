@@ -81,6 +81,7 @@ def run(task: Task, encoder: Encoder) -> Measured:
     task's field) lists numbers or names of classes. An image without that list is left out as
     "no_label"; one with an empty list is a negative for all classes but those in
     `metadata["ignored_labels"]`, or, if there is one, outside of `metadata["counted_labels"]`.
+    `Measured.result` has the scores, float32 [n, C], and the targets, bool [n, C].
 
     Raises:
         ValueError: a label that cannot be resolved, targets of one kind only, no usable pair.
@@ -168,6 +169,7 @@ def _describe(
         measure=measure,
         protocol=protocol,
         counts=counts,
+        result=(scores, targets),
     )
 
 

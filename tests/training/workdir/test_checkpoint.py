@@ -202,7 +202,7 @@ def test_load_model_says_what_is_missing(config, tmp_path):
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path / name)
     (tmp_path / "config.json").write_text("{oops")
-    with pytest.raises(ValueError, match="config.json: expected JSON"):
+    with pytest.raises(ValueError, match="config.json: expected a JSON object"):
         load_model(tmp_path)
     write_config(tmp_path, config)
     with pytest.raises(ValueError, match="kept no moving average"):
