@@ -5,6 +5,7 @@ import gc
 import os
 import pathlib
 import signal
+import tempfile
 from collections.abc import Iterator
 
 from tests.compiling import xla_flags
@@ -15,6 +16,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA leaves out what only makes programs faster, here and in the processes that tests start: most
 # of the suite's time would go into that, and nothing is timed.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A program that one test has compiled is there for all others, for the processes that they start,
+# and for xdist's, which have this environment. A folder of your own in the variable is kept.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="compiled_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # One thread for torch and NumPy, as there is a process of tests for each core: with two of them on
 # the same two cores, most of the time would go into waiting for each other.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -279,6 +279,7 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
         text_width=32,
         embed_dim=16,
         context_length=24,
+        vocab_size=700,
     )
     config.optimizer.warmup_steps = 0
     config.data.batch_size = 16
@@ -288,6 +289,29 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
     return config
 
 
+def draw_parameters(init_params: Any, seed: int = 0) -> dict[str, Any]:
+    """Random parameters of the shapes that `init_params` makes, biases and all.
+
+    Nothing is compiled for them, which would take longer than most of what they are for.
+    """
+    import jax
+
+    from diht_jax.sharding import path_name
+
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        name = path_name(path)
+        if not leaf.shape:
+            return np.asarray(-np.log(0.07), leaf.dtype)  # of the scale, as it begins
+        stddev = leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.1
+        values = stddev * rng.standard_normal(leaf.shape) + name.endswith("scale")
+        return values.astype(leaf.dtype)
+
+    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def write_run(
     folder: str | pathlib.Path,
     config: ml_collections.ConfigDict,
@@ -295,7 +319,7 @@ def write_run(
     step: int = 7,
     **scalars: float,
 ) -> pathlib.Path:
-    """Writes a work directory with the initial parameters of a config as its one checkpoint.
+    """Writes a work directory with drawn parameters of a config as its one checkpoint.
 
     Scalars, such as `log_logit_scale` or a loss's `logit_bias`, are added to them or replace them.
     """
@@ -309,7 +333,7 @@ def write_run(
     folder = pathlib.Path(folder)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     init_params = ModelDefinition(arch, config.model.dtype, config.model.param_dtype).init_params
-    params = jax.jit(init_params)(jax.random.key(seed))
+    params = draw_parameters(init_params, seed)
     state = {"params": params | {name: jax.numpy.float32(v) for name, v in scalars.items()}}
     saved_run.write_config(folder, config)
     directory = folder / saved_run.CHECKPOINT_DIRECTORY / str(step)

@@ -77,12 +77,8 @@ def two_models(tmp_path_factory):
         {"a": ARCH, "b": ARCH, "wide": dataclasses.replace(ARCH, text_mlp_width=128)}.items()
     ):
         init = ModelDefinition(arch, jnp.float32, jnp.float32).init_params
-        rng = np.random.default_rng(seed)
-        params = jax.tree.map(
-            lambda p, rng=rng: 0.1 * rng.standard_normal(p.shape, np.float32),
-            jax.eval_shape(init, jax.random.key(0)),
-        )
-        write_model(folder / name, "safetensors", ModelFiles(arch, params, name), card="")
+        drawn = ModelFiles(arch, make.draw_parameters(init, seed), name)
+        write_model(folder / name, "safetensors", drawn, card="")
     return folder
 
 

@@ -39,11 +39,10 @@ from tests.records.labels import write_labels
 def model():
     arch = get_architecture("tiny_32px", {"vision_layers": 1, "context_length": 6})
     definition = ModelDefinition(arch, jnp.float32, jnp.float32)
-    init = definition.init_params
     decoder = model_parameters(CaptionDecoder(arch, 1, rngs=nnx.Rngs(params=jax.random.key(1))))
     config = default_config()
     config.model.dtype = "float32"
-    params = init(jax.random.key(0))
+    params = jax.tree.map(jnp.asarray, make.draw_parameters(definition.init_params))
     files = ModelFiles(arch, params, "drawn", config=config, decoder=decoder)
     mesh = sharding.create_mesh(1, 1, jax.devices()[:1])
     return LoadedModel(definition, files, mesh, batch_size=8)

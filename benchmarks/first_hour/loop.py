@@ -102,7 +102,7 @@ def _train(
         "--config.deterministic=True",
     ]
     if setting.small:
-        sizes = ("vision_layers=1", "text_layers=1", "context_length=16")
+        sizes = ("vision_layers=1", "text_layers=1", "context_length=16", "vocab_size=700")
         command += [f"--config.model.overrides.{size}" for size in sizes]
         command.append(f"--config.compilation_cache={setting.output}/programs")
     environment = dict(os.environ)

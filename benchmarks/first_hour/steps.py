@@ -74,7 +74,7 @@ def recipe_config(
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
     shrink(config)
-    config.model.overrides.update(vision_layers=1, text_layers=1, context_length=16)
+    config.model.overrides.update(vision_layers=1, text_layers=1, context_length=16, vocab_size=700)
 
 
 def measure_step(setting: Setting, recipe: str, micro_batches: int = 1) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def walks(tmp_path_factory):
         "--config.data.num_workers=0",
         "--config.model.overrides.vision_layers=1",
         "--config.model.overrides.text_layers=1",
+        "--config.model.overrides.vocab_size=700",
     )
     evaluated = enter(
         "diht_jax.evaluate",

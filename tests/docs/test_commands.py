@@ -68,8 +68,8 @@ RUN = (
 SMALLER = {
     "data_prep.synthetic": "--num_classification=13 --num_workers=1",
     "data_prep.filter": "--config.num_workers=0",
-    "diht_jax.train": "--config.compilation_cache= --config.model.overrides.vision_layers=1 "
-    "--config.model.overrides.text_layers=1",
+    "diht_jax.train": "--config.model.overrides.vision_layers=1 "
+    "--config.model.overrides.text_layers=1 --config.model.overrides.vocab_size=700",
 }
 REPLACED = (("/data/kept_a,/data/kept_b", "runs/kept,runs/records"), ("/data/both", "runs/both"))
 # Most of the time is XLA's; nothing is measured here.

@@ -1,4 +1,4 @@
-"""The Python of the pages runs, in processes of its own."""
+"""The Python of the pages runs."""
 
 import os
 import subprocess
@@ -10,7 +10,6 @@ import pytest
 from diht_jax.models import Architecture
 from diht_jax.weights.clip_layout import expected_shapes
 from diht_jax.weights.tensor_files import write_safetensors
-from tests.compiling import xla_flags
 from tests.docs.pages import REPOSITORY, python_blocks
 
 LIBRARY = python_blocks(REPOSITORY / "docs/explained/library.md")
@@ -53,48 +52,46 @@ for check_vma in (True, False):
 """
 
 
-def run(code: str, folder) -> str:
-    """Standard output of a program; fails where the program does.
-
-    The checkout is on the path, as it is after `pip install -e .`; the folder is another one.
-    """
-    environment = {**os.environ, "XLA_FLAGS": xla_flags()}
+def test_loss_of_the_library_page_is_that_of_one_device(tmp_path):
+    """In a process of its own, which has four devices."""
+    block = next(block for block in LIBRARY if "contrastive_loss" in block)
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={**environment, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        [sys.executable, "-c", block + COMPARISON + GRADIENT_TABLE],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_loss_of_the_library_page_is_that_of_one_device(tmp_path):
-    block = next(block for block in LIBRARY if "contrastive_loss" in block)
-    printed = run(block + COMPARISON + GRADIENT_TABLE, tmp_path)
     claimed = block.rpartition("# ")[2].strip().split(", ")
-    assert [number for number in claimed if number not in printed] == [], printed
+    assert [number for number in claimed if number not in done.stdout] == [], done.stdout
 
 
-def test_records_of_the_library_page_come_through_grain(tmp_path):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a block in a folder that has nothing of the checkout."""
+    monkeypatch.chdir(tmp_path)
+    return lambda block: exec(block, {"__name__": "__main__"})
+
+
+def test_records_of_the_library_page_come_through_grain(run):
     block = next(block for block in LIBRARY if "TFRecordSource" in block)
-    run(block + "\nassert len(source) == 4\n", tmp_path)
+    run(block + "\nassert len(source) == 4\n")
 
 
-def test_tokens_of_the_library_page(tmp_path):
-    block = next(block for block in LIBRARY if "tokenizer.decode" in block)
-    printed = run(block, tmp_path)
+def test_tokens_of_the_library_page(run, capsys):
+    run(next(block for block in LIBRARY if "tokenizer.decode" in block))
+    printed = capsys.readouterr().out
     assert printed.endswith("fish & chips\n") and printed.startswith("[49406   320  1125")
 
 
 @pytest.mark.parametrize("block", python_blocks(REPOSITORY / "docs/explained/how_it_works.md"))
-def test_order_of_how_it_works(block, tmp_path):
-    run(block, tmp_path)
+def test_order_of_how_it_works(block, run):
+    run(block)
 
 
-def test_example_of_the_readme(tmp_path):
+def test_example_of_the_readme(tmp_path, run):
     """On random weights, since the emoji model is not at hand."""
     size = dict(vision_layers=1, vision_width=64, vision_heads=1, embed_dim=24)
     size |= dict(text_layers=1, text_width=64, text_heads=1, image_size=64, patch_size=32)
@@ -107,4 +104,4 @@ def test_example_of_the_readme(tmp_path):
     (block,) = python_blocks(REPOSITORY / "README.md")
     assert 'load_model("runs/emoji")' in block
     block = block.replace("runs/emoji", "emoji.safetensors")
-    run(block + "\nassert similarity.shape == (1, 2) and abs(similarity).max() <= 1\n", tmp_path)
+    run(block + "\nassert similarity.shape == (1, 2) and abs(similarity).max() <= 1\n")

@@ -25,9 +25,9 @@ SHORTER = {
     "diht_jax.train": [
         "--config.total_steps=6",
         "--config.data.batch_size=12",
-        "--config.compilation_cache=",
         "--config.model.overrides.vision_layers=1",
         "--config.model.overrides.text_layers=1",
+        "--config.model.overrides.vocab_size=700",
     ],
     "diht_jax.evaluate": ["--num_resamples=10", "--batch_size=16"],
     "diht_jax.search": ["--batch_size=16"],

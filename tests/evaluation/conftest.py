@@ -21,10 +21,9 @@ def tiny_model() -> LoadedModel:
     config.model.dtype = "float32"
     arch = get_architecture(config.model.name)
     definition = ModelDefinition(arch, config.model.dtype, config.model.param_dtype)
-    init_params = definition.init_params
     mesh = sharding.create_mesh(data=-1, fsdp=1)
     assert mesh.size == 8
-    params = jax.device_put(jax.jit(init_params)(jax.random.key(0)), sharding.replicated(mesh))
+    params = jax.device_put(make.draw_parameters(definition.init_params), sharding.replicated(mesh))
     files = ModelFiles(arch, params, "drawn", config=config)
     return LoadedModel(definition, files, mesh, batch_size=64)
 

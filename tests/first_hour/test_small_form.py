@@ -54,7 +54,7 @@ def test_both_forms_of_the_loss_agree_on_eight_devices(parts):
 
 
 def test_the_state_comes_back_from_the_bucket_which_is_empty_then(measured, parts):
-    assert parts["store"]["same_bits"] and parts["store"]["bytes"] > 1e6
+    assert parts["store"]["same_bits"] and parts["store"]["bytes"] > 1e5
     assert list((measured[0] / "bucket").iterdir()) == []
 
 

@@ -130,6 +130,7 @@ def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path):
             *(f"--config.data.train={records}", f"--workdir={tmp_path / name}"),
             f"--config.compilation_cache={tmp_path / 'kept'}",
             *("--config.model.overrides.vision_layers=1", "--config.model.overrides.text_layers=1"),
+            "--config.model.overrides.vocab_size=700",
         ]
         done = subprocess.run(
             command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False

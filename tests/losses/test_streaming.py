@@ -17,7 +17,7 @@ from diht_jax.losses.softmax import Softmax
 from diht_jax.losses.streaming import streaming_loss
 
 ALPHAS, BETAS = (1.0, 0.999, 0.5), (0.0, 0.25, 1.0)
-MESHES = {"1": (1, 1), "2": (2, 1), "8": (8, 1), "2x4": (2, 4), "4x2": (4, 2), "1x8": (1, 8)}
+MESHES = {"1": (1, 1), "2": (2, 1), "8": (8, 1), "2x4": (2, 4), "1x8": (1, 8)}
 DTYPES = ("float64", "float32", "bfloat16")
 
 
@@ -46,8 +46,9 @@ def assert_same(found, expected, rtol, num_compared=4):
 @pytest.mark.parametrize(
     "mesh, dtype",
     [
-        *itertools.product(("1", "2", "8", "2x4"), DTYPES),
-        ("4x2", "float64"),
+        *itertools.product(("1", "2x4"), DTYPES),
+        ("2", "float64"),
+        ("8", "float64"),
         ("1x8", "float64"),
     ],
 )
@@ -124,20 +125,21 @@ def compiled(impl, num_pairs, width, mesh_shape=(2, 4), **settings):
     return step, (rows, rows, jax.ShapeDtypeStruct((), np.float32))
 
 
-@pytest.mark.parametrize("settings", [{}, {"equal_pairs": "positive"}], ids=str)
-def test_memory_grows_with_the_local_batch_and_not_with_the_global_one(settings):
-    temporaries = {}
-    for impl, num_pairs in itertools.product(("streaming", "gathered"), (8192, 16384)):
-        step, arguments = compiled(impl, num_pairs, 64, beta=0.25, **settings)
-        sharding = arguments[0].sharding
-        ids = jax.ShapeDtypeStruct((num_pairs, 2), np.uint32, sharding=sharding)
-        ids = {"pair_ids": ids} if settings else {}
-        memory = jax.jit(step).lower(*arguments, **ids).compile().memory_analysis()
-        temporaries[impl, num_pairs] = memory.temp_size_in_bytes
+def temporary_bytes(impl, num_pairs, **settings):
+    step, arguments = compiled(impl, num_pairs, 64, beta=0.25, **settings)
+    ids = jax.ShapeDtypeStruct((num_pairs, 2), np.uint32, sharding=arguments[0].sharding)
+    ids = {"pair_ids": ids} if settings else {}
+    memory = jax.jit(step).lower(*arguments, **ids).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+def test_memory_grows_with_the_local_batch_and_not_with_the_global_one():
     # Doubling the batch doubles [b, d] and quadruples [b, N].
-    assert temporaries["gathered", 16384] > 3 * temporaries["gathered", 8192]
-    assert temporaries["streaming", 16384] < 2.5 * temporaries["streaming", 8192]
-    assert temporaries["streaming", 16384] < temporaries["gathered", 16384] / 4
+    gathered = [temporary_bytes("gathered", num_pairs) for num_pairs in (8192, 16384)]
+    assert gathered[1] > 3 * gathered[0]
+    for settings in ({}, {"equal_pairs": "positive"}):
+        small, large = (temporary_bytes("streaming", n, **settings) for n in (8192, 16384))
+        assert large < 2.5 * small and large < gathered[1] / 4
 
 
 def test_work_is_two_thirds_of_the_dense_form():

@@ -12,7 +12,6 @@ import shutil
 import fsspec
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from diht_jax.config import default_config
 from diht_jax.data.index import update_index
@@ -203,6 +202,8 @@ def test_records_with_labels_but_no_vocabulary_are_no_source_of_a_mixture(folder
 def test_tensorflow_reads_the_shards(folders):
     expected = [label for label in draw_labels(0) if len(label[0][0])]
     paths = sorted(map(str, (folders / "labels/labels").glob("*.tfrecord")))
+    import tensorflow as tf  # takes seconds, and no other test of this file needs it
+
     features = {"labels": tf.io.FixedLenFeature([], tf.string)}
     found = []
     for example in tf.data.TFRecordDataset(paths):

@@ -46,8 +46,8 @@ COMMANDS = (
     "data_prep.filter --config=prep/cat --config.input=pairs.tar --config.output=kept "
     "--config.text_spotting=False --config.num_workers=0",
     "diht_jax.train --config configs/mine.py:debug=True --config.data.train=kept --workdir=run "
-    "--config.compilation_cache= --config.model.overrides.vision_layers=1 "
-    "--config.model.overrides.text_layers=1",
+    "--config.model.overrides.vision_layers=1 --config.model.overrides.text_layers=1 "
+    "--config.model.overrides.vocab_size=700",
     "diht_jax.evaluate --model=run --tasks=retrieval:pairs.tar --output=run.json --num_resamples=0",
 )
 

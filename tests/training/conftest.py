@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import types
@@ -15,49 +14,56 @@ import numpy as np
 import pytest
 from etils.epath import backend, gpath
 from fsspec.registry import _registry
-from jax.experimental.compilation_cache import compilation_cache
 
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
-from diht_jax.training import loop
+from diht_jax.training import loop, program
+from diht_jax.training.monitoring import throughput
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.program import TrainProgram
 from tests import make
 from tests.records.stores import BucketStore
 
 NUM_RECORDS = 52
 
-# For tests that start processes: programs compiled once are kept for the others.
-CACHE_EVERYTHING = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
-
 
 @pytest.fixture(scope="package", autouse=True)
-def compile_cache(tmp_path_factory) -> pathlib.Path:
-    """Most of the time here goes into compiling, mostly the same programs: they are kept.
+def programs():
+    """Runs of one config share their program: most of a tiny one would go into tracing it again.
 
-    The processes of a run share them.
+    Those that tests start as a command trace their own.
     """
-    directory = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        directory = directory.parent
-    directory = directory / "compiled"
-    directory.mkdir(exist_ok=True)
-    settings = {
-        "jax_compilation_cache_dir": str(directory),
-        **{name.lower(): int(value) for name, value in CACHE_EVERYTHING.items()},
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # whatever was compiled before has decided not to use it
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    made: dict[Any, TrainProgram] = {}
+
+    def program_of(config, total_steps, devices=None):
+        plain = config.to_dict()
+        plain["data"].update(train=None, labels=None)  # no place in which something lies is in it
+        for name in ("checkpoint", "log_every_steps", "profile"):
+            del plain[name]
+        key = (repr(plain), total_steps, tuple(devices or jax.devices()))
+        if key not in made:
+            made[key] = TracedOnce(config.copy_and_resolve_references(), total_steps, devices)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (program, throughput):
+            patch.setattr(module, "TrainProgram", program_of)
+        yield
+
+
+class TracedOnce(TrainProgram):
+    """A program that gives every caller the same jitted step."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._steps: dict[bool, Any] = {}
+
+    def step(self, state, *, patch_dropout=True):
+        if patch_dropout not in self._steps:
+            self._steps[patch_dropout] = super().step(state, patch_dropout=patch_dropout)
+        return self._steps[patch_dropout]
 
 
 @pytest.fixture(scope="package", autouse=True)

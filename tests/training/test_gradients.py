@@ -65,19 +65,7 @@ def config_of(parts: tuple[tuple[str, object], ...], **changes) -> ml_collection
 
 @functools.cache
 def make_params(parts: tuple[tuple[str, object], ...] = ()) -> dict:
-    """Parameters of the right size, drawn without compiling anything."""
-    program = program_of(config_of(parts), 1, 1)
-    rng = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        name = sharding.path_name(path)
-        if name == "log_logit_scale":
-            return np.float32(np.log(10.0))
-        stddev = leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.1
-        return (stddev * rng.standard_normal(leaf.shape) + name.endswith("scale")).astype("f4")
-
-    shapes = jax.eval_shape(program.init_params, jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return make.draw_parameters(program_of(config_of(parts), 1, 1).init_params, seed=1)
 
 
 def make_state(mesh, params=None) -> TrainState:

@@ -1,28 +1,27 @@
 """`config.model.init_from`: the run takes the model's architecture, save what the user has set."""
 
 import dataclasses
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
+from diht_jax import command_line
 from diht_jax.loading import load_model
 from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import Architecture, get_architecture
+from diht_jax.train import main
+from diht_jax.training import loop
 from diht_jax.training.initial_parameters import bind_architecture
 from diht_jax.training.loop import train
 from diht_jax.training.recipe import default_config
-from diht_jax.training.workdir.saved_run import read_config, write_config
+from diht_jax.training.workdir.saved_run import write_config
 from diht_jax.weights.export import write_model
 from diht_jax.weights.source import ModelFiles
 from tests import make
-from tests.compiling import xla_flags
-from tests.training.conftest import CACHE_EVERYTHING
+from tests.docs.commands import parse_command
 
 OTHER = make.small_architecture(
     image_size=24,
@@ -59,7 +58,7 @@ def architecture_of(config) -> Architecture:
 def weights(tmp_path_factory):
     """A weight directory of `OTHER`, and its parameters."""
     init = ModelDefinition(OTHER, "float32", "float32").init_params
-    params = jax.tree.map(np.asarray, init(jax.random.key(3)))
+    params = make.draw_parameters(init)
     folder = tmp_path_factory.mktemp("weights") / "model"
     write_model(folder, "safetensors", ModelFiles(OTHER, params, "drawn"), card="")
     return folder, params
@@ -91,7 +90,7 @@ def test_a_run_starts_as_the_model_and_goes_on_without_it(recipe, weights, tmp_p
 def test_adapters_on_the_texts_of_siglip_leave_its_images_and_begin_at_its_bias(config, tmp_path):
     arch = dataclasses.replace(OTHER, **SIGLIP)
     init = ModelDefinition(arch, "float32", "float32").init_params
-    params = jax.tree.map(np.asarray, init(jax.random.key(3)))
+    params = make.draw_parameters(init)
     drawn = ModelFiles(arch, params, "drawn", loss_scalars={"logit_bias": -7.5})
     write_model(tmp_path / "siglip", "huggingface", drawn, card="")
     config.model.init_from = str(tmp_path / "siglip")
@@ -113,17 +112,17 @@ def test_adapters_on_the_texts_of_siglip_leave_its_images_and_begin_at_its_bias(
     assert after.logit_bias == pytest.approx(-7.5, abs=0.1)
 
 
-def test_the_command_takes_the_architecture_save_what_is_typed(weights, squares, tmp_path):
-    command = [
-        *(sys.executable, "-m", "diht_jax.train", "--config=configs/cifar10_finetune.py"),
-        *(f"--config.model.init_from={weights[0]}", "--config.model.overrides.context_length=30"),
-        *(f"--config.data.train={squares}", "--config.data.batch_size=4"),
-        *("--config.total_steps=1", f"--workdir={tmp_path}"),
-    ]
-    environment = {**os.environ, **CACHE_EVERYTHING, "XLA_FLAGS": xla_flags(1)}
-    subprocess.run(command, env=environment, check=True)
-    expected = dataclasses.replace(OTHER, context_length=30)
-    assert architecture_of(read_config(tmp_path)) == expected
+def test_the_command_takes_the_architecture_save_what_is_typed(weights, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda *given, **options: begun.append((*given, options)))
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)  # of this process
+    arguments = ["--config=configs/cifar10_finetune.py", f"--workdir={tmp_path}"]
+    arguments += [f"--config.model.init_from={weights[0]}", "--config.data.train=unused"]
+    arguments.append("--config.model.overrides.context_length=30")
+    parse_command("diht_jax.train", arguments, lambda _: main())
+    ((config, workdir, options),) = begun
+    bound = bind_architecture(config, workdir, options["set_keys"])
+    assert architecture_of(bound) == dataclasses.replace(OTHER, context_length=30)
 
 
 def test_a_recipe_of_the_same_model_keeps_its_sizes_of_images_and_texts(weights):

@@ -15,6 +15,7 @@ from diht_jax.training.program import TrainProgram
 from diht_jax.weights.export import write_model
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.source import ModelFiles
+from tests import make
 
 
 def flat(tree):
@@ -26,12 +27,7 @@ def weights(make_config, tmp_path_factory):
     """A weight directory of the runs' architecture, and its parameters."""
     model = make_config().model
     arch = get_architecture(model.name, model.overrides.to_dict())
-    init = ModelDefinition(arch, "float32", "float32").init_params
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda p: (0.1 * rng.standard_normal(p.shape) + (p.ndim == 0)).astype(np.float32),
-        jax.eval_shape(init, jax.random.key(0)),
-    )
+    params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
     folder = tmp_path_factory.mktemp("weights") / "model"
     write_model(folder, "safetensors", ModelFiles(arch, params, "drawn"), card="")
     return folder, params
@@ -109,13 +105,12 @@ def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
     assert [(name, v) for name, v in after.items() if np.any(v) != name.endswith("lora_a")] == []
 
 
-@pytest.mark.parametrize("rank, alpha", [(2, 16.0), (8, 4.0)])
-def test_an_adapted_layer_adds_alpha_over_rank_times_its_product(rank, alpha):
+def test_an_adapted_layer_adds_alpha_over_rank_times_its_product():
+    rank, alpha = 2, 16.0
     arch = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1, "vocab_size": 64})
     lora = Lora(rank, alpha, ("text",), ("fc_in",))
     definition = ModelDefinition(arch, "float32", "float32", lora=lora)
-    init = definition.init_params
-    params = jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(0)))
+    params = make.draw_parameters(definition.init_params)
     layer = params["text"]["blocks"]["0"]["mlp"]["fc_in"]
     rng = np.random.default_rng(0)
     layer["lora_b"] = rng.standard_normal(layer["lora_b"].shape).astype(np.float32)

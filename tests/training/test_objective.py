@@ -107,7 +107,6 @@ def saved(folder):
 
 def run_config(records):
     config = make.tiny_config(total_steps=6, loss__kind="fastclip", loss__gamma_epochs=2.0)
-    config.model.overrides.vocab_size = 700
     config.data.train, config.data.batch_size = str(records), 8
     config.log_every_steps = 1
     return config

@@ -18,7 +18,7 @@ ALIKE = ("clip_vitb16", "datacomp", "diht_vitb16_clean", "diht_vitb32", "diht_vi
 # By test_processes.py, tests/hardware/test_compiler.py and tests/docs/test_readme.py.
 TRAINED_BY_ITS_COMMAND = ("demo", "emoji", "own_data")
 
-# By test_stages.py, through all their stages.
+# By test_stages.py, which also says why not the other one.
 TRAINED_IN_STAGES = ("diht_vitb16_stages", "diht_vitl14_stages")
 
 # The model that it made comes with the package: tests/weights/test_clipart_tiny.py.
@@ -40,6 +40,8 @@ def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     config = load_recipe(path, "debug=True" + ARGUMENTS.get(path.stem, ""))
     config.data.train = str(labelled)
+    # Most of the time would go into compiling, and into the rows of the vocabulary.
+    config.model.overrides.update(vision_layers=1, text_layers=1, vocab_size=700)
     num_devices = 8 if path.stem == "diht_vitb16" else 1
     state = train(config, tmp_path, devices=jax.devices()[:num_devices])
     assert int(state.step) == 4
@@ -53,7 +55,6 @@ def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
 
 
 def test_a_run_with_a_small_vocabulary_reads_ids_of_it(config, squares):
-    config.model.overrides.vocab_size = 700
     batch = next(open_iterator(config, open_data(config)))
     assert set(batch["tokens"][:, 0]) == {698} and batch["tokens"].max() == 699
     config.model.overrides.vocab_size = 64

@@ -20,7 +20,7 @@ def random_batch(mesh, size=16, seed=0):
     rng = np.random.default_rng(seed)
     batch = {
         "images": rng.integers(0, 256, (size, 16, 16, 3)).astype(np.uint8),
-        "tokens": rng.integers(1, 49408, (size, 24)).astype(np.int32),
+        "tokens": rng.integers(1, 700, (size, 24)).astype(np.int32),
     }
     return sharding.put_batch(batch, sharding.batch_sharding(mesh))
 

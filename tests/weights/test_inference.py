@@ -18,17 +18,18 @@ from diht_jax.models import get_architecture
 from diht_jax.models.parameters import ModelDefinition, merge_model, model_parameters
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.source import ModelFiles
+from tests import make
 
 ARCH = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1})
 GRAPHDEF = ModelDefinition(ARCH, jnp.float32, jnp.float32)
-INIT = GRAPHDEF.init_params
+PARAMS = make.draw_parameters(GRAPHDEF.init_params)
 
 
 def loaded(num_devices, batch_size=16, decoder=None):
     config = default_config()
     config.model.dtype = "float32"
     mesh = sharding.create_mesh(-1, 1, jax.devices()[:num_devices])
-    params = jax.device_put(INIT(jax.random.key(0)), sharding.replicated(mesh))
+    params = jax.device_put(PARAMS, sharding.replicated(mesh))
     files = ModelFiles(ARCH, params, "drawn", config=config, decoder=decoder)
     return LoadedModel(GRAPHDEF, files, mesh, batch_size=batch_size)
 
@@ -44,7 +45,7 @@ def images():
 
 
 def test_embeddings_equal_the_plain_model_on_every_batch_size(model, images):
-    plain = merge_model(GRAPHDEF, INIT(jax.random.key(0)))
+    plain = merge_model(GRAPHDEF, PARAMS)
     mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
     std = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
     expected = np.asarray(plain.encode_image((images / np.float32(255) - mean) / std))
@@ -122,7 +123,7 @@ def test_captions_whatever_the_batch_and_the_devices(decoder, images):
     assert drawn != captions and other != drawn
     assert in_fives.caption(images[:0]) == []
 
-    plain = merge_model(GRAPHDEF, INIT(jax.random.key(0)))
+    plain = merge_model(GRAPHDEF, PARAMS)
     image_tokens = jax.jit(plain.vision.tokens)(normalize(images[:3], jnp.float32))
     model = merge_decoder(decoder, ARCH, dtype=jnp.float32)
     read = jax.jit(lambda tokens, picture: model(tokens, picture) @ model.output_kernel())

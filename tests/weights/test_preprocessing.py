@@ -115,8 +115,7 @@ def arch():
 def model(arch, tmp_path_factory):
     """A directory of transformers' layout whose pictures are squashed."""
     folder = tmp_path_factory.mktemp("weights") / "model"
-    init = ModelDefinition(arch, "float32", "float32").init_params
-    params = jax.tree.map(np.asarray, init(jax.random.key(3)))
+    params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
     drawn = ModelFiles(arch, params, "drawn", preprocessing=PICTURES)
     write_model(folder, "huggingface", drawn, card="")
     assert json.loads((folder / "preprocessor_config.json").read_text())["resample"] == 2

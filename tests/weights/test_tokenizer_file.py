@@ -60,7 +60,7 @@ def make_captions(count):
 
 @pytest.fixture(scope="module")
 def captions():
-    return make_captions(10_000)
+    return make_captions(3000)
 
 
 def train_unigram(**options):
@@ -299,8 +299,7 @@ def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
     overrides = {"vocab_size": 400, "context_length": LENGTH}
     config = make.tiny_config()
     arch = get_architecture("tiny_32px", config.model.overrides.to_dict() | overrides)
-    init = ModelDefinition(arch, "float32", "float32").init_params
-    params = jax.tree.map(np.asarray, init(jax.random.key(0)))
+    params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
     made = read_tokenizer(xlm, "canonicalize")
     folder = tmp_path / "out"
     drawn = ModelFiles(arch, params, "drawn", tokenizer=made)

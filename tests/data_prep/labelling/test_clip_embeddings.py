@@ -6,7 +6,6 @@ import io
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
 from data_prep.label import run_label
@@ -123,6 +122,8 @@ def test_without_crops_teachers_see_the_whole_picture_and_the_student_its_own_cr
 
 def test_files_hold_every_record_and_are_made_once(work):
     """TensorFlow reads them."""
+    import tensorflow as tf  # takes seconds, and no other test of this file needs it
+
     paths = sorted((work / "labels" / "clip_embeddings").glob("*.tfrecord"))
     features = {name: tf.io.FixedLenFeature([], tf.string, "") for name in _FEATURES}
     found = [
