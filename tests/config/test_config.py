@@ -19,22 +19,22 @@ def repository_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
 
 
-@pytest.mark.parametrize("arg", ["", "debug=True"])
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_builds_and_validates(path, arg):
-    config = load_recipe(path, arg or REQUIRED_ARGUMENTS.get(path.stem, ""))
+def test_recipe_builds_and_validates(path):
+    config = load_recipe(path, REQUIRED_ARGUMENTS.get(path.stem, ""))
     check_config(config)
     get_architecture(config.model.name, config.model.overrides.to_dict())
     steps = duration_in_steps(config, "total", num_examples=10_000)
     assert config.optimizer.warmup_steps < steps
-    if arg:
-        assert steps <= 4 and config.data.batch_size <= 16
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_debug_form_starts_on_one_device(path):
+def test_debug_form_is_small_and_starts_on_one_device(path):
     config = load_recipe(path, "debug=True")
-    assert TrainProgram(config, config.total_steps, jax.devices()[:1]).mesh.size == 1
+    check_config(config)
+    steps = duration_in_steps(config, "total", num_examples=10_000)
+    assert config.optimizer.warmup_steps < steps <= 4 and config.data.batch_size <= 16
+    assert TrainProgram(config, steps, jax.devices()[:1]).mesh.size == 1
 
 
 def test_a_recipe_loads_outside_of_the_repository(tmp_path, monkeypatch):
@@ -43,13 +43,6 @@ def test_a_recipe_loads_outside_of_the_repository(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
         monkeypatch.delitem(sys.modules, name)
     assert load_recipe(REPOSITORY / "configs" / "emoji.py").total_epochs == 40.0
-
-
-def test_the_argument_may_follow_the_name():
-    path = REPOSITORY / "configs" / "demo.py"
-    expected = load_recipe(path, "debug=True").to_dict()
-    assert load_recipe("demo:debug=True").to_dict() == expected != load_recipe("demo").to_dict()
-    assert load_recipe(f"{path}:debug=True").to_dict() == expected
 
 
 def values(name, arg=""):
@@ -89,17 +82,14 @@ def test_recipe_for_gpus(name, topology):
     assert differences(values(name, f"topology={topology}"), values(name)) <= how
 
 
-def test_recipe_keeps_its_settings_on_machines_that_have_none():
-    other = values("diht_vitb16", "topology=a100:8")
-    assert differences(other, values("diht_vitb16")) == {"topology"}
-
-
+# On a machine without settings of its own, as the last, the recipe's stay.
 @pytest.mark.parametrize(
-    ("topology", "remat"), [("v5p:4x4x8", "none"), ("v6e:16x16", "none"), ("v6e:8x8", "minimal")]
+    ("topology", "remat"),
+    [("v5p:4x4x8", "none"), ("v6e:16x16", "none"), ("v6e:8x8", "minimal"), ("a100:8", "minimal")],
 )
 def test_larger_tpus_keep_all_values_where_they_fit(topology, remat):
     other, own = values("diht_vitb16", f"topology={topology}"), values("diht_vitb16")
-    assert other["model"]["remat"] == remat
+    assert other["model"]["remat"] == remat and own["model"]["remat"] == "minimal"
     assert differences(other, own) <= {"model.remat", "topology"}
 
 
@@ -121,7 +111,6 @@ def test_clip_vitb32_differs_from_diht_vitb32_in_the_loss_alone(arg):
         ("debug=Tru", "'debug=Tru': expected True or False"),
         ("debug=True,toplogy=v5e:2x2", "'toplogy=v5e:2x2': .*did you mean 'topology'"),
         ("topology=h10:8", "unknown topology 'h10:8'; did you mean 'h100:...'?"),
-        ("topology=rtx4090:1", "^recipe argument 'topology=rtx4090:1': .*v5e:16x16.*h100:8"),
     ],
 )
 def test_recipe_refuses_another_argument(arg, message):
@@ -130,27 +119,22 @@ def test_recipe_refuses_another_argument(arg, message):
 
 
 @pytest.mark.parametrize(
-    "name, value, steps",
-    [("total_steps", 7, 7), ("total_examples", 640, 10), ("total_epochs", 2.5, 39)],
-)
-def test_durations(name, value, steps):
-    config = default_config()
-    config.data.batch_size = 64
-    config[name] = value
-    assert duration_in_steps(config, "total", num_examples=1000) == steps
-
-
-@pytest.mark.parametrize(
-    "values, message",
+    ("values", "expected"),
     [
+        ({"total_steps": 7}, 7),
+        ({"total_examples": 640}, 10),
+        ({"total_epochs": 2.5}, 39),
         ({}, "set exactly one of"),
         ({"total_steps": 3, "total_epochs": 1.0}, "set exactly one of"),
         ({"total_examples": 10}, "at least one step"),
     ],
 )
-def test_wrong_durations(values, message):
+def test_durations(values, expected):
     config = default_config()
     config.data.batch_size = 64
     config.update(values)
-    with pytest.raises(ValueError, match=message):
-        duration_in_steps(config, "total", num_examples=1000)
+    if isinstance(expected, int):
+        assert duration_in_steps(config, "total", num_examples=1000) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            duration_in_steps(config, "total", num_examples=1000)

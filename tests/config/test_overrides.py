@@ -15,6 +15,8 @@ from diht_jax.config.checks import PathsOrSections
 from tests.make import REPOSITORY
 
 EMOJI = REPOSITORY / "configs" / "emoji.py"
+STAGES = REPOSITORY / "configs" / "stages" / "diht_vitb16_stages.py"
+CAT = REPOSITORY / "configs" / "prep" / "cat.py"
 
 
 @pytest.fixture
@@ -62,20 +64,6 @@ def test_a_duration_of_the_command_line_replaces_the_recipes(arguments, expected
 )
 def test_the_warm_up_of_a_recipe_fits_into_fewer_steps(arguments, expected, parse):
     assert parse(EMOJI, *arguments).optimizer.warmup_steps == expected
-
-
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("image_size", "did you mean 'model.overrides.image_size'"),
-        ("model.image_size", "did you mean 'model.overrides.image_size'"),
-        ("optimizer.beta", "did you mean 'loss.beta'"),
-    ],
-)
-def test_an_unknown_key_names_the_keys_that_end_so(key, meant, parse, capsys):
-    with pytest.raises(SystemExit):
-        parse(EMOJI, f"--config.{key}=3")
-    assert f"'{key}'; {meant}" in capsys.readouterr().err
 
 
 MIXTURE = """
@@ -137,43 +125,27 @@ def value_of(config, key):
     return config
 
 
+# A recipe's path, or what another one gives instead of a config.
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("recipe", "arguments", "named"),
     [
-        ("--config.seed=None", "--config.seed=None: this key cannot be unset; its default is 0"),
-        ("--config.total_step=None", "did you mean 'total_steps'"),
+        (EMOJI, ["--config.image_size=3"], "'image_size'; did you mean 'model.overrides.image_si"),
+        (EMOJI, ["--config.optimizer.beta=3"], "'optimizer.beta'; did you mean 'loss.beta'"),
+        (EMOJI, ["--config.seed=None"], "--config.seed=None: this key cannot be unset"),
+        (EMOJI, ["--config.total_step=None"], "did you mean 'total_steps'"),
+        (STAGES, ["--config.stage.number=2"], "--config.stage.number"),
+        (CAT, [], f"{CAT}: looks like a recipe of another command"),
+        (CAT, ["--config.total_steps=5"], f"{CAT}: looks like a recipe of another command"),
+        ("3", [], "recipe.py: get_config() must return"),
+        ("None", ["--config.total_steps=5"], "recipe.py: get_config() must return"),
+        ("{}", ["--config.total_steps=5"], "recipe.py: get_config() must return"),
     ],
 )
-def test_what_cannot_be_unset_is_named_as_typed(argument, message, parse, capsys):
-    with pytest.raises(SystemExit) as error:
-        parse(EMOJI, argument)
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_stage_is_named_by_the_argument_which_brings_its_settings(parse, capsys):
-    recipe = REPOSITORY / "configs" / "stages" / "diht_vitb16_stages.py"
-    with pytest.raises(SystemExit) as error:
-        parse(recipe, "--config.stage.number=2")
-    assert error.value.code == 2
-    assert "--config.stage.number" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [(), ("--config.total_steps=5",)])
-def test_a_recipe_of_another_command_is_named(arguments, parse, capsys):
-    recipe = REPOSITORY / "configs" / "prep" / "cat.py"
+def test_what_is_wrong_is_named_as_typed(recipe, arguments, named, parse, tmp_path, capsys):
+    if isinstance(recipe, str):
+        value, recipe = recipe, tmp_path / "recipe.py"
+        recipe.write_text(f"def get_config():\n    return {value}\n")
     with pytest.raises(SystemExit) as error:
         parse(recipe, *arguments)
     assert error.value.code == 2
-    assert f"{recipe}: looks like a recipe of another command" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [(), ("--config.total_steps=5",)])
-@pytest.mark.parametrize("value", ["3", "None", "{}"])
-def test_a_recipe_that_gives_no_config_is_named(value, arguments, parse, tmp_path, capsys):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(f"def get_config():\n    return {value}\n")
-    with pytest.raises(SystemExit) as error:
-        parse(recipe, *arguments)
-    assert error.value.code == 2
-    assert f"{recipe}: get_config() must return" in capsys.readouterr().err
+    assert named in capsys.readouterr().err

@@ -47,6 +47,13 @@ def test_a_file_is_written_listed_read_and_removed(folder):
     files.remove(path)
     files.remove(path)
     assert files.list_names(folder) == [".hidden"]
+    # Files of a folder below are not listed.
+    below = files.join(folder, "parts")
+    files.make_folder(below)
+    files.write_bytes(files.join(below, "a.json"), b"{}")
+    assert files.list_names(folder) == [".hidden"]
+    assert files.list_names(below) == files.list_names(f"{below}/") == ["a.json"]
+    files.remove(files.join(below, "a.json"))
 
 
 def test_an_object_that_cannot_be_read_is_not_taken_for_missing(tmp_path):
@@ -70,16 +77,6 @@ def test_an_object_that_cannot_be_read_is_not_taken_for_missing(tmp_path):
     ):
         with FailingDisk(tmp_path, 10**9).mounted(), pytest.raises(StorageError):
             read()
-
-
-def test_files_of_a_folder_below_are_not_listed(folder):
-    below = files.join(folder, "parts")
-    files.make_folder(below)
-    files.write_bytes(files.join(below, "a.json"), b"{}")
-    assert files.list_names(folder) == []
-    assert files.list_names(below) == ["a.json"]
-    assert files.list_names(f"{below}/") == ["a.json"]
-    files.remove(files.join(below, "a.json"))
 
 
 def test_an_output_appears_whole_or_not_at_all(folder):

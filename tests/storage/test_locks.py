@@ -40,7 +40,12 @@ def _leave(folder, **changes):
     files.write_bytes(files.join(folder, ".leader-0000.json"), json.dumps(holder).encode())
 
 
-def test_a_killed_holder_leaves_nothing_behind(tmp_path):
+def _lead(folder: str) -> None:
+    with locks.leader_lock(folder):
+        pass
+
+
+def test_a_local_holder_is_named_and_leaves_nothing_behind_when_killed(tmp_path, caplog):
     run = str(tmp_path / "run")
     process = subprocess.Popen([sys.executable, "-c", HOLD, run], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
@@ -49,8 +54,15 @@ def test_a_killed_holder_leaves_nothing_behind(tmp_path):
         locks.lock_folder(run, "--workdir", "run.lock"),
     ):
         pass
+    # The lock stays its own under the name of a leader's, for which one waits.
+    os.link(tmp_path / "run" / "run.lock", tmp_path / "run" / ".leader.lock")
+    with caplog.at_level("WARNING"):
+        waiting = threading.Thread(target=_lead, args=(run,))
+        waiting.start()
+        wait_until(lambda: f"waiting for process {process.pid} on " in caplog.text)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    waiting.join()
     for _ in range(2):  # one that ends leaves nothing behind, either
         with locks.lock_folder(run, "--workdir", "run.lock"):
             pass
@@ -102,26 +114,6 @@ def test_the_lock_is_renewed_while_it_is_held(s3_bucket, monkeypatch):
         seen: set[bytes] = set()
         wait_until(lambda: len(seen.add(files.read_bytes(path)) or seen) >= 3)
     assert files.list_names(folder) == []
-
-
-def test_a_local_wait_says_for_whom(tmp_path, caplog):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    (tmp_path / "run.lock").rename(tmp_path / ".leader.lock")  # the lock stays its own
-    with caplog.at_level("WARNING"):
-        waiting = threading.Thread(target=_lead, args=(str(tmp_path),))
-        waiting.start()
-        wait_until(lambda: f"waiting for process {process.pid} on " in caplog.text)
-    process.kill()
-    process.wait()
-    waiting.join()
-
-
-def _lead(folder: str) -> None:
-    with locks.leader_lock(folder):
-        pass
 
 
 def test_a_dead_leader_of_this_machine_is_known_at_once(s3_bucket, time_passes):
