@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from absl import logging
 
-from benchmarks.lab import clipart, second_web
+from benchmarks.lab import clipart, concepts, second_web
 from benchmarks.lab.experiments import EXPERIMENTS, STUDENTS, WEB_PAIRS
 from benchmarks.lab.processes import locked
 from benchmarks.lab.variants import MAKERS, NUM_SCENES
@@ -128,7 +128,12 @@ def identity(name: str) -> dict:
         return {"name": name, "web": digest, "caption_rules": RULES_VERSION, **model}
     if name.startswith("clipart"):
         return {"name": name, "held_out": clipart.digest(), "caption_rules": RULES_VERSION, **model}
-    if name.startswith(("emoji", "cifar10")):
+    if name.startswith("amount_"):
+        digest = _digest_of_web()
+        return {"name": name, "web": digest, "caption_rules": RULES_VERSION}
+    if name == "openmoji" or name.startswith("concepts_"):
+        return {"name": name, "held_out": concepts.NUM_HELD_OUT}
+    if name.startswith(("emoji", "cifar10", "photos")):
         return {"name": name, "caption_rules": SAME_SINCE_RULES, **heads, **model}
     return {
         "name": name,

@@ -24,6 +24,7 @@ from configs import demo
 
 ALPHA, BETA = "loss.alpha", "loss.beta"
 SHOTS = (1, 2, 4, 8, 16, 32, 64)
+FEW_SHOTS = (1, 4, 16)  # whose settings are chosen on as many
 NOISE_NAMES = {
     "product_title": "product titles",
     "uninformative": "captions without information",
@@ -32,6 +33,8 @@ NOISE_NAMES = {
 }
 WRONG_SHARES = (0, 25, 50, 75)  # percent of the captions of CIFAR-10
 SHUFFLED_SHARES = (0, 25, 50)  # percent of the captions of the emoji
+# Samples at which a student of `amount` is measured, besides the end.
+CURVE_SAMPLES = (7680, 15_360, 30_720)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,23 @@ STUDENTS = {
     "web": Student(_DEMO, _INFO_NCE, "scenes", "scenes/r10", 55),
     "composition": Student(_DEMO, _INFO_NCE, "composition", "composition/swaps", 55),
     "unseen": Student(_DEMO, _INFO_NCE, "unseen", "prompts_4", 85),
+    "unseen_k": Student(_DEMO, _INFO_NCE, "unseen_k", "prompts_1", 120),
+    # Twice as long as the demo, at one rate until the last eighth, so that what is measured on the
+    # way does not depend on where the run ends.
+    "amount": Student(
+        _DEMO,
+        {
+            **_INFO_NCE,
+            "total_examples": 2 * _EXAMPLES,
+            "optimizer.schedule": "wsd",
+            "optimizer.decay_steps": _EXAMPLES // _BATCH_SIZE // 4,
+            "checkpoint.every_steps": CURVE_SAMPLES[0] // _BATCH_SIZE,
+            "checkpoint.keep_last": 8,
+        },
+        "amount",
+        "scenes/r10",
+        120,
+    ),
     # As many samples as half of the cifar10 student sees, which starts from nothing.
     "tuned": Student(
         "configs/cifar10_finetune.py", {"total_examples": 30_720}, "cifar10", "cifar10/top1", 60
@@ -91,6 +111,14 @@ STUDENTS = {
         "emoji",
         "emoji/r10",
         100,
+    ),
+    # Batches and samples are those of the experiment: 480 updates each.
+    "concepts": Student(
+        _DEMO,
+        {**_INFO_NCE, "data.crop_scale": (0.25, 1.0), "optimizer.weight_decay": 0.2},
+        "concepts",
+        "concepts/r10",
+        150,
     ),
     "clipart": Student(
         _DEMO,
@@ -192,7 +220,11 @@ BLOCKS = {
               "captions take that away?"),
     "composition": ("Composition", "Do hard negatives teach which object has which colour, and "
                     "which does what to which: captions with the same words in another order?"),
+    "concepts": ("Unseen concepts", "Do hard negatives help among concepts that no training pair "
+                 "shows or names, each arm at its own rate?"),
     "distillation": ("Distillation", "Is it the teacher's knowledge, or averaging of captions?"),
+    "photos": ("Distillation, drawn anew", "Does the teacher's knowledge count with other wrong "
+               "captions and other random weights, and against its nearest neighbours?"),
     "affinity": ("Similarities of a CLIP", "Do stored embeddings of a CLIP teach more than "
                  "concept labels, at equal samples seen?"),
     "equal_captions": ("Equal captions", "Do hard negatives harm where a batch repeats captions?"),
@@ -204,10 +236,14 @@ BLOCKS = {
                    "towers, and do the captions that it writes repair raw pairs?"),
     "few_shot": ("Few-shot", "Do the prompts help as a start, on classes not trained on: 12 "
                  "combinations of shape and colour that no training pair shows or names?"),
+    "few_shot_k": ("Few-shot, chosen on few", "Do the prompts help where the settings are chosen "
+                   "on no more pictures than the probe learns from?"),
     "second_web": ("A second web", "Does CAT help where the noise is not what it was made for: "
                    "right captions without verbs, and a quarter of other pictures' captions?"),
     "clipart": ("Real titles", "Does CAT help on titles that nobody wrote for it: those of clip "
                 "art, more than half of them the names of collections?"),
+    "amount": ("Amount of data", "Does CAT help with less and with more data, and does it teach as "
+               "much as several times the raw pairs?"),
     "noise": ("Shares of noise", "Does what CAT brings follow from how much noise there is?"),
     "fine_tuning": ("Fine-tuning", "Does a start from web pairs help on photos, and do adapters "
                     "or the image projection do as well as all parameters?"),
@@ -218,10 +254,12 @@ BLOCKS = {
     "order": ("Order", "Does an order by blocks cost anything?"),
     "grid": ("Hyper-parameters", "Which learning rate, decay, alpha, beta and concept weights?"),
     "b32": ("Hyper-parameters of B/32", "The same with a B/32 on data of your own."),
+    "rates": ("Rates for unseen concepts", "Which learning rate is best for each arm, among "
+              "validation concepts of another artist?"),
 }  # fmt: skip
 
 # Without contrasts; made only where they are named.
-GRIDS = ("grid", "b32")
+GRIDS = ("grid", "b32", "rates")
 
 
 def _concepts(weight: float, is_large: bool = False) -> dict[str, Any]:
@@ -284,6 +322,39 @@ CLIPART = [
         "own_title",
     )
 ]
+# Of `concepts.py`: for each seed other concepts are held out. The rate of an arm is the best of
+# three on validation concepts, mean of two other draws; ties go to the lower one. Arms, rates and
+# predictions were registered before any of these runs was made.
+_UPDATES = 480
+_CONCEPT_ARMS = {
+    f"batch_{size}" + (f"_{_beta(beta)}" if beta else ""): {
+        "data.batch_size": size,
+        "total_examples": _UPDATES * size,
+        BETA: beta,
+    }
+    for size, beta in itertools.product((64, 256), (0.0, 0.25, 0.5))
+}
+_RATE = "optimizer.learning_rate"
+# Filled from the runs of "rates"; until then the demo's.
+_BEST_RATES = dict.fromkeys(_CONCEPT_ARMS, 3e-3)
+RATES = [
+    Experiment(f"rates_{arm}_lr_{10_000 * rate:g}", "concepts_train_10{seed}",
+               {**changes, _RATE: rate}, seeds=2, student="concepts")
+    for (arm, changes), rate in itertools.product(_CONCEPT_ARMS.items(), (1e-3, 3e-3, 1e-2))
+]  # fmt: skip
+UNSEEN_CONCEPTS = [
+    Experiment(f"concepts_{arm}", "concepts_train_{seed}", {**changes, _RATE: _BEST_RATES[arm]},
+               seeds=8, student="concepts")
+    for arm, changes in _CONCEPT_ARMS.items()
+]  # fmt: skip
+# A web for each seed; the smaller ones are the first pairs of the larger. Registered with its
+# predictions before any of these runs was made.
+AMOUNTS = (1500, 3000, 6000, 12_000)
+AMOUNT = [
+    Experiment(f"amount_{size}_{arm}", f"amount_{size}_{arm}_{{seed}}", seeds=FEW_SEEDS,
+               student="amount")
+    for size, arm in itertools.product(AMOUNTS, ("raw", "cat"))
+]  # fmt: skip
 HARD_NEGATIVES = [
     *(
         Experiment(f"{data}_{_beta(beta)}", data, {BETA: beta}, seeds=8)
@@ -397,6 +468,18 @@ DISTILLATION = [
         for share, labels in itertools.product(WRONG_SHARES, _LABELS)
     ),
 ]  # fmt: skip
+# Half of the captions wrong: another exchange, and other random weights, for each seed.
+# `neighbours` has no labels, but the most frequent caption of the ten photos that are nearest in
+# the teacher's embeddings. Registered with its predictions before any of these runs was made.
+DRAWN_DISTILLATION = [
+    Experiment(f"photos_{arm}", f"photos_50_{arm}_{{seed}}", changes, seeds=8, student="cifar10")
+    for arm, changes in (
+        ("given", {}),
+        ("teacher", _PHOTO_CONCEPTS),
+        ("random", _PHOTO_CONCEPTS),
+        ("neighbours", {}),
+    )
+]
 AFFINITY = [
     *(
         Experiment(name, data, {"total_examples": 245_760}, seeds=1,
@@ -502,7 +585,11 @@ SIZES = [
     Experiment("cat_sizes_matryoshka", "cat", {"matryoshka.sizes": (16, 32, 64)}, seeds=8,
                student="sizes"),
 ]  # fmt: skip
-FEW_SHOT = [Experiment("unseen", "unseen", student="unseen")]
+# The second chooses its settings on k pictures of a class, 16 at most, where k are learnt from.
+FEW_SHOT = [
+    Experiment("unseen", "unseen", student="unseen"),
+    Experiment("unseen_k", "unseen", seeds=8, student="unseen_k"),
+]
 # Blocks as small as the data: a batch is drawn from 512 records, a third of them.
 ORDER = [
     Experiment(
@@ -558,6 +645,7 @@ EXPERIMENTS = {
         *COMPOSITION,
         *SECOND_WEB,
         *CLIPART,
+        *(*DRAWN_DISTILLATION, *AMOUNT, *RATES, *UNSEEN_CONCEPTS),
     )
 }
 
@@ -618,6 +706,35 @@ _SECOND_WEB_CONTRASTS = [
         ("oracle", "raw", 0.02, "right captions alone teach more than all",
          "other pictures' captions cost less than two points"),
     )
+]  # fmt: skip
+_AMOUNT_CONTRASTS = [
+    *(
+        Contrast(f"amount_{size}_cat", f"amount_{size}_raw", "amount", 0.02,
+                 f"CAT helps with {size:,} pairs", "it gains less than two points")
+        for size in AMOUNTS
+    ),
+    *(
+        Contrast("amount_12000_cat", "amount_12000_raw", "amount", 0.02,
+                 f"CAT helps with 12,000 pairs after {samples:,} samples too",
+                 "it gains less than two points", f"scenes_{samples}/r10")
+        for samples in CURVE_SAMPLES
+    ),
+    Contrast("amount_12000_cat", "amount_12000_raw", "amount", 0.01,
+             "after half of the samples CAT's pairs teach as much as the raw ones in the end",
+             "they are worse by more than a point", f"scenes_{CURVE_SAMPLES[-1]}/r10",
+             "scenes/r10"),
+    *(
+        Contrast(f"amount_{12_000 // times}_cat", "amount_12000_raw", "amount", 0.01,
+                 f"what CAT keeps of 1/{times} of the pairs teaches as much as all of them",
+                 "it is worse by more than a point")
+        for times in (2, 4, 8)
+    ),
+]  # fmt: skip
+_CONCEPTS_CONTRASTS = [
+    Contrast(f"concepts_batch_{size}_{_beta(beta)}", f"concepts_batch_{size}", "concepts", 0.01,
+             f"beta {beta:g} helps among unseen concepts at a batch of {size}",
+             "it gains less than a point")
+    for size, beta in itertools.product((64, 256), (0.25, 0.5))
 ]  # fmt: skip
 _CLIPART_CONTRASTS = [
     Contrast(f"clipart_{treated}", f"clipart_{control}", "clipart", margin, claim, refuted_by)
@@ -746,6 +863,19 @@ _DISTILLATION_CONTRASTS = [
         for share in WRONG_SHARES
     ),
 ]  # fmt: skip
+_PHOTOS_CONTRASTS = [
+    Contrast(f"photos_{treated}", f"photos_{control}", "photos", 0.02, claim, refuted_by)
+    for treated, control, claim, refuted_by in (
+        ("teacher", "given", "the teacher's labels help, half of the captions wrong",
+         "they gain less than two points"),
+        ("teacher", "random", "they beat those of random weights",
+         "random weights do as well: the gain is an averaging of captions"),
+        ("random", "given", "labels of random weights do nothing",
+         "they gain or cost more than two points"),
+        ("neighbours", "teacher", "captions of the teacher's nearest neighbours teach more than "
+         "its labels", "they gain less than two points on the labels"),
+    )
+]  # fmt: skip
 _AFFINITY_CONTRASTS = [
     *(
         Contrast(f"{data}_{share}_affinity", f"{data}_{share}", "affinity", 0.02,
@@ -831,6 +961,18 @@ _OTHER_CONTRASTS = [
                  f"prompts_{k}", f"penalty_{k}")
         for k in (4, 16, 64)
     ),
+    *(
+        Contrast("unseen_k", "unseen_k", "few_shot_k", 0.02, claim, refuted_by, f"prompts_{k}",
+                 f"scratch_{k}")
+        for k, claim, refuted_by in (
+            (1, "the prompts help at 1 shot, chosen on 1", "a probe from scratch is within two "
+             "points"),
+            (4, "the prompts help at 4 shots, chosen on 4", "a probe from scratch is within two "
+             "points"),
+            (16, "they do nothing at 16 shots, chosen on 16",
+             "they gain or cost more than two points"),
+        )
+    ),
     Contrast("cat_blocks", "cat", "order", 0.01, "an order by blocks costs nothing",
              "it costs more than a point"),
 ]  # fmt: skip
@@ -840,6 +982,9 @@ CONTRASTS = [
     *_FILTER_CONTRASTS,
     *_SECOND_WEB_CONTRASTS,
     *_CLIPART_CONTRASTS,
+    *_AMOUNT_CONTRASTS,
+    *_CONCEPTS_CONTRASTS,
+    *_PHOTOS_CONTRASTS,
     *_HARD_NEGATIVES_CONTRASTS,
     *_DISTILLATION_CONTRASTS,
     *_AFFINITY_CONTRASTS,

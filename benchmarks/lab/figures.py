@@ -1,4 +1,4 @@
-"""Figures of contrasts: each run a dot, the mean with its interval, and the margin, as SVG.
+"""Figures as SVG: contrasts (a dot a run, means, intervals, margins), and curves over samples.
 
 Written by hand rather than by a plotting library, so that the files are small, and equal numbers
 give equal bytes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.lab.experiments import Contrast
 from benchmarks.lab.statistics import GAIN, HARM, LARGE_GAIN, SMALL_GAIN, Estimate
@@ -17,6 +17,7 @@ from benchmarks.lab.statistics import GAIN, HARM, LARGE_GAIN, SMALL_GAIN, Estima
 _WIDTH, _LABELS, _ROW, _TOP, _BOTTOM = 860, 400, 30, 34, 40
 _COLORS = {LARGE_GAIN: "#1a7f37", GAIN: "#1a7f37", SMALL_GAIN: "#1a7f37", HARM: "#cf222e"}
 _OTHER = "#57606a"
+_SERIES = ("#8250df", "#0969da", "#1a7f37", "#bc4c00")  # colours of curves
 _STEPS = (0.25, 0.5, 1, 2, 5, 10, 20, 50)  # of the axis, in points
 _LINE_CHARACTERS = 64
 
@@ -55,6 +56,57 @@ def draw_contrasts(rows: Sequence[tuple[Contrast, Estimate, str]], title: str) -
     )
     for number, (contrast, found, label) in enumerate(rows):
         parts += _draw_row(contrast, found, label, _TOP + _ROW * number + 10, x)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Retrieval over samples seen, of arms named amount_SIZE_ARM: CAT solid, raw pairs dashed.
+
+    Args:
+        curves: samples and R@10 in shares of 1, by the arm.
+    """
+    sizes = sorted({int(name.split("_")[1]) for name in curves})
+    points = [point for curve in curves.values() for point in curve]
+    least, most = (math.log2(end(samples for samples, _ in points)) for end in (min, max))
+    top = 10 * math.ceil(10 * max(value for _, value in points))
+    left, right, height = 60, 620, 300
+
+    def x(samples: int) -> float:
+        return left + (right - left) * (math.log2(samples) - least) / max(most - least, 1)
+
+    def y(points: float) -> float:
+        return _TOP + height * (1 - points / top)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_TOP + height + _BOTTOM}" '
+        'font-family="sans-serif" font-size="12" role="img"><title>R@10 over samples seen</title>',
+        f'<rect width="{_WIDTH}" height="{_TOP + height + _BOTTOM}" fill="#ffffff"/>',
+        f'<text x="{left}" y="{_TOP - 12}">R@10 in %, over samples seen; CAT solid, raw pairs '
+        "dashed</text>",
+    ]
+    for value in range(0, top + 1, 10):
+        parts.append(
+            f'<line x1="{left}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
+            f'stroke="#d0d7de"/><text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">'
+            f"{value}</text>"
+        )
+    for samples in sorted({samples for samples, _ in points}):
+        parts.append(
+            f'<text x="{x(samples):.1f}" y="{_TOP + height + 18}" text-anchor="middle">'
+            f"{samples:,}</text>"
+        )
+    for number, size in enumerate(sizes):
+        color = _SERIES[number % len(_SERIES)]
+        for arm, dashes in (("cat", ""), ("raw", ' stroke-dasharray="6 4"')):
+            curve = curves.get(f"amount_{size}_{arm}", ())
+            path = " ".join(f"{x(samples):.1f},{y(100 * share):.1f}" for samples, share in curve)
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>'
+            )
+        parts.append(
+            f'<text x="{right + 20}" y="{_TOP + 16 + 18 * number}" fill="{color}">'
+            f"of {size:,} pairs</text>"
+        )
     return "\n".join([*parts, "</svg>", ""])
 
 

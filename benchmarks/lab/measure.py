@@ -10,6 +10,7 @@ comparisons of two runs; a bit an item, packed.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import pathlib
 import tempfile
@@ -38,7 +39,7 @@ def define_flags() -> None:
         "measured",
         None,
         "What is measured: scenes, sizes, composition, long, emoji, clipart, cifar10, averaged, "
-        "unseen or given.",
+        "unseen, unseen_k, amount, concepts or given.",
     )
     flags.DEFINE_string("tests", "{}", "JSON: folders of test data by their names.")
     flags.DEFINE_list("tasks", None, "As of diht_jax.evaluate; what is measured of 'given'.")
@@ -121,6 +122,27 @@ def measure_clipart(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     return _retrieve(model, tests["clipart"] / "test.tar", "clipart")
 
 
+def measure_concepts(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Retrieval among unseen concepts: by one artist to choose rates, by another to measure."""
+    metrics, items = _retrieve(model, tests["concepts"] / "test.tar", "concepts")
+    found = _retrieve(model, tests["concepts"] / "validation.tar", "validation")
+    return metrics | found[0], items | found[1]
+
+
+def measure_amount(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Retrieval among the held-out scenes, at the end and after fewer samples."""
+    from benchmarks.lab.experiments import CURVE_SAMPLES
+    from diht_jax.loading import load_model
+
+    source = tests["web"] / "val_retrieval.tar"
+    metrics, items = _retrieve(model, source, "scenes")
+    for samples in CURVE_SAMPLES:
+        step = samples // model.config.data.batch_size
+        found = _retrieve(load_model(flags.FLAGS.model, step=step), source, f"scenes_{samples}")
+        metrics, items = metrics | found[0], items | found[1]
+    return metrics, items
+
+
 def measure_photos(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     """Zero-shot top-1 on the test photos of CIFAR-10."""
     return _classify(model, tests["shared"] / "cifar10_test.tar", "cifar10", _PHOTO_TEMPLATES)
@@ -145,9 +167,15 @@ def measure_averaged(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     return metrics, items
 
 
-def measure_few_shot(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Few-shot accuracy on the unseen combinations, by method and shots; the items are draws."""
-    from benchmarks.lab.experiments import SHOTS
+def measure_few_shot(
+    model: Any, tests: Mapping[str, pathlib.Path], *, is_chosen_on_k: bool = False
+) -> Measured:
+    """Few-shot accuracy on the unseen combinations, by method and shots; the items are draws.
+
+    With `is_chosen_on_k` the settings of k shots are chosen on k pictures of each class, 16 at
+    most.
+    """
+    from benchmarks.lab.experiments import FEW_SHOTS, SHOTS
     from data_prep.synthetic.captions import SHAPE_TEMPLATES
     from diht_jax.evaluation.few_shot import (
         PENALTY,
@@ -163,9 +191,12 @@ def measure_few_shot(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
         parse_tasks(f"classification:{folder / split}.tar", templates=SHAPE_TEMPLATES)[0]
         for split in ("train", "test")
     )
-    result = evaluate_few_shot(model, train, test, options=FewShotOptions(shots=SHOTS))
-    metrics, items = {"zero_shot": result["zero_shot"]["test"]}, {}
-    for row in result["results"]:
+    options = [FewShotOptions(shots=SHOTS)]
+    if is_chosen_on_k:
+        options = [FewShotOptions(shots=(k,), validation_per_class=k) for k in FEW_SHOTS]
+    results = [evaluate_few_shot(model, train, test, options=each) for each in options]
+    metrics, items = {"zero_shot": results[0]["zero_shot"]["test"]}, {}
+    for row in (row for result in results for row in result["results"]):
         for name, method in (("prompts", PROMPT_INIT), ("scratch", SCRATCH), ("penalty", PENALTY)):
             metrics[f"{name}_{row['shots']}"] = row[method]["test_mean"]
             items[f"{name}_{row['shots']}"] = [row[method]["test"]]
@@ -232,6 +263,9 @@ MEASURES: dict[str, Callable[[Any, Mapping[str, pathlib.Path]], Measured]] = {
     "cifar10": measure_photos,
     "averaged": measure_averaged,
     "unseen": measure_few_shot,
+    "unseen_k": functools.partial(measure_few_shot, is_chosen_on_k=True),
+    "amount": measure_amount,
+    "concepts": measure_concepts,
     "sizes": measure_sizes,
     "long": measure_long,
     "given": measure_tasks,

@@ -20,9 +20,12 @@ from absl import flags
 
 from benchmarks.lab import figures
 from benchmarks.lab.experiments import (
+    AMOUNT,
     BLOCKS,
+    CURVE_SAMPLES,
     CUT_SIZES,
     EXPERIMENTS,
+    FEW_SHOTS,
     GRIDS,
     SHOTS,
     STUDENTS,
@@ -42,14 +45,17 @@ _DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 # Page -> (title, its blocks).
 PAGES = {
     "filter": ("Filter and captions", ("filter", "noise", "captions", "captioning", "long_texts")),
-    "second_web": ("A second web", ("second_web",)),
+    "second_web": ("A second web, and amounts", ("second_web", "amount")),
     "clipart": ("Real titles", ("clipart",)),
-    "hard_negatives": ("Hard negatives and batches", ("hard_negatives", "batch", "composition")),
+    "hard_negatives": (
+        "Hard negatives and batches",
+        ("hard_negatives", "batch", "composition", "concepts", "rates"),
+    ),
     "wrong_captions": ("Wrong and equal captions", ("emoji", "equal_captions")),
-    "distillation": ("Teachers", ("distillation", "affinity")),
+    "distillation": ("Teachers", ("distillation", "photos", "affinity")),
     "students": (
         "Students",
-        ("few_shot", "fine_tuning", "optimizer", "sizes", "order", "grid", "b32"),
+        ("few_shot", "few_shot_k", "fine_tuning", "optimizer", "sizes", "order", "grid", "b32"),
     ),
 }
 # Metrics that stand beside the primary one, by student.
@@ -73,6 +79,16 @@ _BESIDE = {
         "averaged_cifar10/top1": "top-1, mean with the start",
     },
     "sizes": {f"scenes_{size}/r10": f"R@10, first {size} numbers" for size in CUT_SIZES},
+    "amount": {
+        f"scenes_{samples}/r10": f"R@10 after {samples:,} samples" for samples in CURVE_SAMPLES
+    },
+    "unseen_k": {
+        f"{method}_{k}": f"{name}, {k}"
+        for k in FEW_SHOTS
+        for method, name in (("prompts", "from the prompts"), ("scratch", "scratch"))
+        if (method, k) != ("prompts", 1)
+    },
+    "concepts": {"validation/r10": "R@10, validation artist"},
     "emoji": {"emoji/t2i_r1": "text to image R@1", "emoji/i2t_r1": "image to text R@1"},
 }
 _NAMES = {
@@ -81,6 +97,8 @@ _NAMES = {
     "long/r10": "R@10, long texts",
     "emoji/r10": "R@10, emoji",
     "clipart/r10": "R@10, clip art",
+    "concepts/r10": "R@10, unseen concepts",
+    "prompts_1": "from the prompts, 1",
     "cifar10/top1": "top-1",
     **{metric: name for beside in _BESIDE.values() for metric, name in beside.items()
        if metric != "scenes/r10"},
@@ -114,9 +132,29 @@ def main() -> None:
             text = figures.draw_contrasts(drawn, f"Contrasts: {BLOCKS[block][0]}")
             write_bytes(figure, text.encode())
     outdated = sum(1 for _ in pathlib.Path(flags.FLAGS.results).glob("*.json")) - len(results)
+    if curves := find_curves(results):
+        write_bytes(images / "amount_curves.svg", figures.draw_curves(curves).encode())
     for name, text in format_pages(rows, results, outdated).items():
         write_bytes(folder / name, text.encode())
     print(f"{folder}: {len(results)} runs")
+
+
+def find_curves(results: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Samples seen and mean R@10 of each arm of `amount` that has runs, by the arm's name."""
+    curves = {}
+    for experiment in AMOUNT:
+        metrics = [
+            r["metrics"] for r in results.values() if r["experiment"]["name"] == experiment.name
+        ]
+        if metrics:
+            total = STUDENTS[experiment.student].config["total_examples"]
+            points = {samples: f"scenes_{samples}/r10" for samples in CURVE_SAMPLES}
+            points[total] = "scenes/r10"
+            curves[experiment.name] = [
+                (samples, statistics.fmean(each[metric] for each in metrics))
+                for samples, metric in points.items()
+            ]
+    return curves
 
 
 def format_pages(
@@ -254,6 +292,8 @@ def _format_block(
     lines += [f"`python -m benchmarks.lab.run --only {block}`{_describe_files(files)}", ""]
     if any(row.found for row in inside):
         lines += [f"![contrasts: {title}](images/{block}.svg)", ""]
+    if block == "amount" and files:
+        lines += ["![R@10 over samples seen, by amount and filter](images/amount_curves.svg)", ""]
     if block == "few_shot":
         lines += _format_shots(files)
     elif files:

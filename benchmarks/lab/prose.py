@@ -243,6 +243,38 @@ NOTES = {
         "without actions the filter gains two points over CAT, and CAT beats a random subset; the"
         " CLIP score beats all pairs and CAT; right captions alone beat all pairs."
     ),
+    "amount": (
+        "Registered before any run. Webs of the demo's kind, four of them, of 12,000 pairs each; "
+        "the smaller ones are their first pairs, and one pass of CAT decides for all sizes. Every "
+        "student sees 61,440 samples at one rate, which falls in the last eighth, and is measured "
+        "on the way, too. The paper's claim is about billions: a subset of LAION that CAT keeps "
+        "against all of it. Predicted: CAT helps at every amount and all along; after half of the "
+        "samples it is where raw pairs end; and what it keeps of a half, a quarter and an eighth "
+        "of the pairs teaches as much as all of them."
+    ),
+    "concepts": (
+        "Registered before any run. Emoji without skin tones and flags (`benchmarks/lab/"
+        "concepts.py`). Of the concepts whose every word occurs twice, 200 are held out for the "
+        "test and 200 for validation, others for each seed; those with a word that is then in no "
+        "training caption are left out. Students train on Noto's drawings of the rest, 480 "
+        "updates whatever the batch is; Twemoji's drawings measure them. The rate of each arm is "
+        "the best of three on OpenMoji's drawings of the validation concepts (`rates`, two other "
+        "draws). Predicted: beta 0.25 and 0.5 help by a point at both batches."
+    ),
+    "photos": (
+        "Registered before any run, after the rows [above](#distillation) were known: half of the "
+        "captions wrong, another exchange and other random weights in each of eight runs. "
+        "`neighbours` is trained without labels, on the most frequent caption of the ten photos "
+        "that are nearest in the embeddings of the same teacher. Predicted: the teacher's labels "
+        "help and beat random ones, which do nothing; the captions of the neighbours teach more "
+        "than the labels."
+    ),
+    "few_shot_k": (
+        "The student and the pictures are those [above](#few-shot), of eight seeds; the settings "
+        "are chosen on as many pictures of a class as the probe learns from. Registered after the "
+        "rows above were known and before any of these runs. Predicted: the prompts help at 1 and "
+        "4 shots, and do not at 16."
+    ),
     "filter": (
         "Of 3,000 pairs, 1,480 of them clean (`oracle`), C keeps 2,485, A 1,944 and CAT 1,636, as "
         "many as `random` and `clip_score` have. The CLIP score is that of the student trained on "

@@ -2,19 +2,20 @@
 
     --config.teacher.torch.function=benchmarks.lab.random_teacher:build
 
-The control of distillation. The statistics of its normalisations are those of smooth random
-pictures, since without them the features of 16 blocks of random weights would all be alike.
+The control of distillation; `build_0` to `build_7` are other draws of the weights. The statistics
+of its normalisations are those of smooth random pictures, since without them the features of 16
+blocks of random weights would all be alike.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-_SEED = 0
 _PICTURES, _SIDE = 64, 224
 
 
-def build() -> Any:
+def build(seed: int = 0) -> Any:
     """As `data_prep.teachers.efficientnet_lite:build`, without what it has learnt."""
     import torch
 
@@ -22,7 +23,7 @@ def build() -> Any:
 
     network = efficientnet_lite.build()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
+        torch.manual_seed(seed)
         for module in network.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -35,3 +36,8 @@ def build() -> Any:
         for part in pictures.split(16):
             network(part)
     return network.eval()
+
+
+build_0, build_1, build_2, build_3, build_4, build_5, build_6, build_7 = (
+    functools.partial(build, seed) for seed in range(1, 9)
+)

@@ -56,7 +56,10 @@ _TESTS = {
     "composition": ("web",),
     "long": ("web", "long_scenes"),
     "unseen": ("unseen_shots",),
+    "unseen_k": ("unseen_shots",),
+    "amount": ("web",),
     "clipart": ("clipart",),
+    "concepts": ("concepts_{data_seed}",),
 }
 _PACKAGES = ("jax", "flax", "optax", "numpy", "pillow", "spacy", "easyocr")
 
@@ -77,6 +80,14 @@ class Run:
     def data(self) -> str:
         """The variant it is trained on."""
         return self.experiment.data.format(seed=self.seed)
+
+    @property
+    def tests(self) -> dict[str, str]:
+        """The variants it is measured on by their names for `measure`."""
+        names = _TESTS.get(STUDENTS[self.experiment.student].measured, ())
+        # Each draw of concepts has tests of its own.
+        seed = self.data.rpartition("_")[2]
+        return {name.partition("_{")[0]: name.format(data_seed=seed) for name in names}
 
     @property
     def start(self) -> Run:
@@ -159,7 +170,7 @@ def definition(run: Run) -> str:
         "recipe": _describe_recipe(student.recipe),
         "config": {**student.config, **run.experiment.config},
         "data": identity(run.data),
-        "tests": [identity(name) for name in _TESTS.get(student.measured, ())],
+        "tests": [identity(name) for name in run.tests.values()],
         "measured": student.measured,
         "seed": run.seed,
     }
@@ -248,7 +259,7 @@ class Lab:
         """Data, training, measurement, result file."""
         folder = self.folder_of(run)
         student = STUDENTS[run.experiment.student]
-        tests = {name: str(self.data.make(name)) for name in _TESTS.get(student.measured, ())}
+        tests = {name: str(self.data.make(made)) for name, made in run.tests.items()}
         with locked(folder.with_name(f"{run.name}.lock")):
             secs = self.train(run)
             measured = folder / "measured.json"

@@ -6,6 +6,7 @@ of the pattern. Being one maker behind the other, this file may be long.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import glob
 import io
@@ -20,9 +21,10 @@ import numpy as np
 import pyarrow.parquet
 
 from benchmarks.distillation import write_pairs
-from benchmarks.lab import clipart, second_web
-from benchmarks.lab.experiments import SHOTS, STUDENTS, WEB_PAIRS
+from benchmarks.lab import clipart, concepts, second_web
+from benchmarks.lab.experiments import AMOUNTS, SHOTS, STUDENTS, WEB_PAIRS
 from benchmarks.lab.processes import run_command
+from data_prep.labelling import embeddings
 from data_prep.synthetic import captions, drawing, sampling, web
 from data_prep.synthetic.scenes import COLORS, Scene, SceneObject
 from data_prep.synthetic.shapes import SHAPES
@@ -30,6 +32,7 @@ from diht_jax.readers.registry import open_source
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats import TFRecordWriter
+from diht_jax.records.labels.shards import decode_features, decode_key
 from diht_jax.records.samples import USUAL_KIND, with_captions
 from diht_jax.records.schema import Record, decode_record, encode_record
 from diht_jax.records.shard_files import read_records
@@ -51,6 +54,9 @@ _TEST_SHOTS = 40  # pictures of a class that few-shot accuracy is measured on
 _FILTERS = {"c": "complexity", "a": "action", "t": "text_spotting"}
 _GATES = {"cat": "cat", "c_and_t": "ct", "only_c": "c", "only_a": "a", "only_t": "t"}
 _CHANGES = {"double": 2.0, "half": 0.5}
+_AMOUNT_SEED = 100  # plus that of a run: none of these webs is the demo's
+_PHOTO_SEED = 1  # plus that of a run: none of these exchanges is that of `cifar10_wrong_*`
+_VOTES = 10  # nearest neighbours
 
 
 def _make_web(data: Data, folder: pathlib.Path, kind: str | None, change: str | None) -> None:
@@ -212,6 +218,19 @@ def _make_clipart_arm(data: Data, folder: pathlib.Path, arm: str, seed: str) -> 
         write(folder, _intersect(drawn, gates))
 
 
+def _make_amount(data: Data, folder: pathlib.Path, size: str, arm: str, seed: str) -> None:
+    """The first pairs of the web of a seed, or those of them that CAT keeps of the largest."""
+    if arm == "raw":
+        settings = web.Settings(seed=_AMOUNT_SEED + int(seed))
+        made = (web.make_pair(settings, "train", index) for index in range(int(size)))
+        write(folder, [Record(p.key, p.image, p.caption, dict(p.metadata)) for p in made])
+    elif int(size) == max(AMOUNTS):
+        _run_filter("cat", str(data.make(f"amount_{size}_raw_{seed}")), folder)
+    else:
+        kept = data.make(f"amount_{max(AMOUNTS)}_cat_{seed}")
+        write(folder, _intersect(read(data.make(f"amount_{size}_raw_{seed}")), [kept]))
+
+
 def _make_teacher(data: Data, folder: pathlib.Path) -> None:
     run_command(
         "data_prep.synthetic.teacher",
@@ -329,9 +348,33 @@ def _make_emoji_shuffled(data: Data, folder: pathlib.Path, share: str, seed: str
     write(folder, [dataclasses.replace(r, caption=text, metadata={}) for r, text in changed])
 
 
-def _make_photos(data: Data, folder: pathlib.Path, share: str) -> None:
+def _make_openmoji(data: Data, folder: pathlib.Path) -> None:
+    run_command("data_prep.examples", "openmoji", f"--output={folder}")
+
+
+def _make_concepts(data: Data, folder: pathlib.Path, seed: str) -> None:
+    """Three tars: Noto's drawings to train on, OpenMoji's to choose by, Twemoji's to measure."""
+    captions_of = concepts.choose_concepts(open_source(str(data.shared / "emoji_google.tar")))
+    found = concepts.split([*captions_of.values()], int(seed))
+    for name, source, texts in (
+        ("train", data.shared / "emoji_google.tar", found.train),
+        ("validation", data.make("openmoji") / "openmoji.tar", found.validation),
+        ("test", data.shared / "emoji_twitter.tar", found.test),
+    ):
+        pairs = (
+            (p, captions_of.get(concepts.code_points(p.key))) for p in open_source(str(source))
+        )
+        chosen = {text: (pair, text) for pair, text in pairs if text in set(texts)}
+        write_pairs(folder / f"{name}.tar", chosen.values())
+
+
+def _make_concepts_train(data: Data, folder: pathlib.Path, seed: str) -> None:
+    _run_filter("convert", str(data.make(f"concepts_{seed}") / "train.tar"), folder)
+
+
+def _make_photos(data: Data, folder: pathlib.Path, share: str, seed: int = 0) -> None:
     pairs = list(open_source(str(data.shared / "cifar10_train.tar")))
-    texts = exchange([pair.caption for pair in pairs], int(share) / 100, 0)
+    texts = exchange([pair.caption for pair in pairs], int(share) / 100, seed)
     tar = folder.with_name(f"{folder.name}.tar")
     write_pairs(tar, zip(pairs, texts, strict=True))
     run_command(
@@ -348,15 +391,66 @@ def _make_photo_labels(data: Data, folder: pathlib.Path, share: str, labels: str
     if labels == "shuffled":
         shuffle_labels(data.make(f"cifar10_wrong_{share}_teacher"), folder)
         return
-    builder = "benchmarks.lab.random_teacher:build"
+    builder = "build" if labels == "random" else None
+    _label_photos(folder, data.make(f"cifar10_wrong_{share}"), builder)
+
+
+def _label_photos(
+    folder: pathlib.Path, photos: pathlib.Path | str, random_builder: str | None = None
+) -> None:
+    """Labels by EfficientNet-Lite0, or by a function of `random_teacher`, within the records."""
+    function = f"--config.teacher.torch.function=benchmarks.lab.random_teacher:{random_builder}"
     run_command(
         "data_prep.label",
         "--config=configs/prep/concepts_efficientnet.py",
-        f"--config.input={data.make(f'cifar10_wrong_{share}')}",
+        f"--config.input={photos}",
         f"--config.output={folder}",
         "--config.merge=True",
-        *([f"--config.teacher.torch.function={builder}"] if labels == "random" else []),
+        *([function] if random_builder else []),
     )
+
+
+def _make_drawn_photos(data: Data, folder: pathlib.Path, share: str, arm: str, seed: str) -> None:
+    """Photos with an exchange of captions of their own, and labels of one of two teachers."""
+    if arm == "given":
+        _make_photos(data, folder, share, _PHOTO_SEED + int(seed))
+        return
+    given = data.make(f"photos_{share}_given_{seed}")
+    if arm != "neighbours":
+        _label_photos(folder, given, f"build_{seed}" if arm == "random" else None)
+        return
+    labelled = data.make(f"photos_{share}_teacher_{seed}")
+    keys, vectors = read_teacher_embeddings(labelled)
+    records = {record.key: record for record in read(given)}
+    texts = vote(vectors, [records[key].caption for key in keys])
+    changed = zip(keys, texts, strict=True)
+    write(
+        folder, [dataclasses.replace(records[k], caption=text, metadata={}) for k, text in changed]
+    )
+
+
+def read_teacher_embeddings(labelled: pathlib.Path) -> tuple[list[str], np.ndarray]:
+    """Keys and embeddings, float32 [n, d], that `data_prep.label` has kept of its teacher."""
+    keys, found = [], []
+    for path in sorted((labelled / embeddings.FOLDER).glob("*.tfrecord")):
+        for data in read_records(path):
+            features = decode_features(data)
+            keys.append(decode_key(features["key"]))
+            found.append(np.frombuffer(features["embedding_float16"], "<f2").astype(np.float32))
+    return keys, np.stack(found)
+
+
+def vote(vectors: np.ndarray, texts: Sequence[str]) -> list[str]:
+    """The most frequent text of the nearest rows by their cosines; of equal ones the nearest's.
+
+    A row's own text has no vote.
+    """
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :_VOTES]
+    counts = (collections.Counter(texts[i] for i in row) for row in nearest)
+    return [found.most_common(1)[0][0] for found in counts]
 
 
 def shuffle_labels(labelled: pathlib.Path, folder: pathlib.Path) -> None:
@@ -459,6 +553,10 @@ MAKERS: dict[str, Callable] = {
     "clipart": _make_clipart,
     "clipart_all_(raw|only_[cat])": _make_clipart_all,
     r"clipart_(raw|own_title|random|only_[cat]|c_and_t|cat|clip_score)_(\d+)": _make_clipart_arm,
+    r"amount_(\d+)_(raw|cat)_(\d+)": _make_amount,
+    "openmoji": _make_openmoji,
+    r"concepts_(\d+)": _make_concepts,
+    r"concepts_train_(\d+)": _make_concepts_train,
     "unseen": _make_unseen,
     "unseen_shots": _make_unseen_shots,
     "(raw|cat)_recaptioned": _make_recaptioned,
@@ -470,6 +568,7 @@ MAKERS: dict[str, Callable] = {
     r"(emoji_shuffled_\d+_\d+|cifar10_wrong_\d+)_clips": _make_clips,
     "(cifar10_wrong_50)_own_clips": _make_clips,
     "emoji_labelled": _make_emoji_labelled,
+    r"photos_(\d+)_(given|teacher|random|neighbours)_(\d+)": _make_drawn_photos,
     r"cifar10_wrong_(\d+)": _make_photos,
     r"cifar10_wrong_(\d+)_(teacher|random|shuffled)": _make_photo_labels,
 }

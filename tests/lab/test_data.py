@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.lab import data, second_web, variants
+from benchmarks.lab import concepts, data, second_web, variants
 from benchmarks.lab.data import Data
 from benchmarks.lab.variants import exchange
 from data_prep.captions import cat_reason, parse_captions
@@ -190,3 +190,47 @@ def test_the_arms_of_clip_art_are_chosen_from_the_draw_of_their_seed(tmp_path):
         k for k in drawn if k not in ("00", "02", "04")
     ]
     assert len(keys(lab.make("clipart_random_1"))) == len(keys(lab.make("clipart_only_c_1")))
+
+
+def test_held_out_concepts_are_in_no_training_caption_and_their_words_are():
+    things = ("cat", "dog", "house", "tree", "ship")
+    captions = [f"{color} {thing}" for color in ("red", "blue", "old") for thing in things]
+    captions += ["unique", "red cat", "cat and dog"]
+    found = concepts.split(captions * 40, seed=1)
+    assert not {*found.train} & {*found.validation, *found.test}
+    assert not {*found.validation} & {*found.test}
+    known = {word for text in found.train for word in text.split()}
+    assert all(set(text.split()) <= known for text in (*found.validation, *found.test))
+    assert "unique" in found.train
+    pairs = [
+        Record("1F600-FE0F", b"", "a face", {"category": "Smileys"}),
+        Record("1f601", b"", "a hand with dark skin tone", {"category": "People"}),
+        Record("1f602", b"", "flag of a country", {"category": "Flags"}),
+    ]
+    assert concepts.choose_concepts(pairs) == {"1f600": "a face"}
+
+
+def test_neighbours_vote_without_the_row_itself():
+    rows = np.array([[1, 0], [2, 0.1], [1, -0.1], [0, 1], [0.1, 3], [-0.1, 1]], np.float32)
+    texts = ["wrong", "left", "left", "up", "wrong too", "up"]
+    some = variants.vote(rows, texts)
+    # Ten neighbours are all the others here: "left" and "up" are twice as frequent as the rest.
+    assert some[0] == "left" and some[4] == "up"
+
+
+def test_webs_of_other_amounts_are_the_first_pairs_of_the_largest(tmp_path, monkeypatch):
+    monkeypatch.setattr(variants, "AMOUNTS", (6, 12))
+    lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
+    raw = variants.read(lab.make("amount_12_raw_0"))
+    assert [r.caption for r in variants.read(lab.make("amount_6_raw_0"))] == [
+        r.caption for r in raw[:6]
+    ]
+    assert keys(lab.make("amount_12_raw_1")) == [r.key for r in raw]
+    assert [r.caption for r in variants.read(lab.make("amount_12_raw_1"))] != [
+        r.caption for r in raw
+    ]
+    folder = tmp_path / "data" / "amount_12_cat_0"
+    folder.mkdir()
+    variants.write(folder, raw[::3])
+    (folder / "complete.json").write_text(json.dumps(data.identity(folder.name)))
+    assert keys(lab.make("amount_6_cat_0")) == [r.key for r in raw[:6:3]]
