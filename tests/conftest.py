@@ -69,7 +69,7 @@ LONGEST_FILES = (
     "docs/test_readme.py",
     "training/test_objective.py",
     "extras/test_captioning.py",
-    "data_prep/filtering/test_crashes.py",
+    "data_prep/filtering/test_failures.py",
     "hardware/test_compile.py",
     "docs/test_commands.py",
     "input/test_pipeline.py",

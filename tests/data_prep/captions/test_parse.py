@@ -1,7 +1,4 @@
-"""The caption parser against hand-made graphs, and the properties that hold on every caption.
-
-What happens to a caption before it is parsed is in `test_gates.py`.
-"""
+"""Gates and parser of captions against hand-made tables, and what holds on every caption."""
 
 import pathlib
 import random
@@ -20,6 +17,7 @@ from data_prep.captions import (
     parse,
     parse_captions,
 )
+from data_prep.captions.gates import gate_caption
 from data_prep.captions.graph import format_edges, format_objects
 
 EXAMPLES = tomllib.loads(
@@ -208,3 +206,60 @@ def test_cat_reason_takes_the_first():
     assert cat_reason(moving, min_complexity=2) == "complexity"
     assert {"url", "empty", "file_name", "not_english"} == set(GATE_REASONS)
     assert {"complexity", "no_action"} == set(CAT_REASONS)
+
+
+# Gates
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("", "empty"),
+        ("😀", "empty"),
+        ("Screenshot 2019-01-01 at 10.22.33.png", "file_name"),
+        ("black-dog-running-on-the-grass", "file_name"),
+        ("9e107d9d372bb6826bd81d3542a419d6", "file_name"),
+        ("example.co.uk/shop", "url"),
+        ("see: http://a.example/b", None),
+        ("photo 2 women running", None),
+        ("A man reading a .jpg file", None),
+        ("Czarny pies biegnie po trawie", "not_english"),
+        ("red car", None),
+        ("Rio de Janeiro carnival dancers", None),
+        ("Lamborghini Huracan Spyder", None),
+    ],
+)
+def test_gates(caption, reason, lemmatizer):
+    """Beside those of caption_examples.toml."""
+    assert gate_caption(caption, lemmatizer.lexicon)[1] == reason
+
+
+def test_all_of_an_english_corpus_passes(web_captions, lemmatizer):
+    refused = [text for text in web_captions if gate_caption(text, lemmatizer.lexicon)[1]]
+    assert not refused
+
+
+# Cleaning: two ways to write a caption have one graph
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("It 's a dog , and he 's riding a bike", "It's a dog, and he's riding a bike"),
+        ("A MAN IN A BLUE SHIRT IS COOKING", "a man in a blue shirt is cooking"),
+        ("<PERSON> riding a horse &amp; smiling", "person riding a horse & smiling"),
+        ("a dog running <b>fast</b> on grass", "a dog running fast on grass"),
+        ("a dog’s tail", "a dog's tail"),
+        ("dog running on grass https://t.example/abc", "dog running on grass"),
+        ("dog running on grass  |  Getty Images", "dog running on grass"),
+        ("Image may contain: dog running on grass", "dog running on grass"),
+        ("a snow - covered hill", "a snow-covered hill"),
+        ("1. a dog running", "a dog running"),
+        ("\ud800a dog running", "a dog running"),
+        ("House for sale in Boise, ID 83702", "House for sale in Boise"),
+    ],
+)
+def test_cleaning(written, meant, parser):
+    written_graph, meant_graph = parse_captions([written, meant], nlp=parser)
+    assert written_graph == meant_graph
+    assert meant_graph.objects

@@ -16,7 +16,6 @@ import pyarrow.parquet
 from data_prep.decisions.table import SUFFIX, read_decisions, read_manifest
 from data_prep.filtering import config as filter_config
 from diht_jax.config import load_recipe, validate_config
-from diht_jax.models import Architecture
 from diht_jax.records.formats import open_source
 from diht_jax.records.schema import Record, decode_record
 from diht_jax.weights import clip_layout
@@ -33,7 +32,6 @@ RAY_ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_worker_niceness": "0",
 }
-_RECIPES = pathlib.Path(__file__).resolve().parents[3] / "configs" / "prep"
 # Where the input lay, and what tells how long it took.
 _NOT_COMPARED = re.compile(r"^report\.|\.(seconds|place)\.json$|^manifest\.json$")
 
@@ -42,7 +40,7 @@ def job_config(
     source: str, output: pathlib.Path, recipe: str = "convert", **changes: Any
 ) -> ml_collections.ConfigDict:
     """A recipe of configs/prep in this process; `section__key=value` changes it."""
-    config = load_recipe(_RECIPES / f"{recipe}.py")
+    config = load_recipe(make.PREP_RECIPES / f"{recipe}.py")
     # Text-spotting has tests of its own.
     config.update({"num_workers": 0, "text_spotting": False})
     config.update({"input": source, "output": str(output)})
@@ -88,10 +86,7 @@ def write_table(
 
 def write_clip(path: pathlib.Path, image_size: int) -> str:
     """Weights of a small CLIP that was never trained; their path."""
-    arch = Architecture(
-        image_size=image_size, patch_size=8, vision_layers=1, vision_width=64, vision_heads=1,
-        text_layers=1, text_width=64, text_heads=1, embed_dim=24, context_length=8,
-    )  # fmt: skip
+    arch = make.small_architecture(image_size=image_size, embed_dim=24, context_length=8)
     rng = np.random.default_rng(0)
     shapes = clip_layout.expected_shapes(arch)
     tensors = {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}

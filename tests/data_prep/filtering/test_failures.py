@@ -1,20 +1,18 @@
-"""Archives that are cut off: what comes of a job."""
+"""Inputs, disks and pairs that fail: what comes of a job."""
 
-import json
 import os
 import resource
+import signal
 
 import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
+from data_prep.jobs.engine import BATCH, PAIR, CrashSearch
+from data_prep.steps import registry
+from data_prep.steps.base import Step
 from diht_jax.storage import stores
-from tests.data_prep.filtering.jobs import (
-    job_config,
-    read_counts,
-    read_records,
-    write_tars,
-)
+from tests.data_prep.filtering.jobs import job_config, read_counts, read_records, write_tars
 
 
 def test_of_a_tar_that_is_cut_off_the_pairs_before_are_kept_where_the_config_asks_for_it(tmp_path):
@@ -26,21 +24,13 @@ def test_of_a_tar_that_is_cut_off_the_pairs_before_are_kept_where_the_config_ask
     assert list(failures) == [str(cut)]
     assert "cannot be read to its end" in failures[str(cut)]
 
-    config = job_config(pattern, tmp_path / "kept", keep_before_damage=True, keep_parts=True)
+    config = job_config(pattern, tmp_path / "kept", keep_before_damage=True)
     assert run_filter(config) == {}
     keys = [record.key for record in read_records(tmp_path / "kept")]
     assert keys == ["0-0", "0-1", "0-2", "0-3", "1-0", "1-1", "2-0", "2-1", "2-2", "2-3"]
     assert read_counts(tmp_path / "kept")["read"] == 10
-    stats = [
-        json.loads(path.read_text())["counts"]
-        for path in (tmp_path / "kept" / "parts").glob("*.tfrecord.stats.json")
-    ]
-    (damaged,) = [counts["damaged"] for counts in stats if "damaged" in counts]
-    assert damaged.startswith(f"{cut}: the tar archive cannot be read to its end")
-    assert len(stats) == 3
     warnings = read_report(tmp_path / "kept")["warnings"]
-    (warning,) = [text for text in warnings if "damaged" in text]
-    assert damaged in warning
+    assert len([text for text in warnings if f"{cut}: the tar archive cannot be read" in text]) == 1
 
 
 @pytest.mark.parametrize("output_format", ["tfrecord", "array_record", "webdataset"])
@@ -78,3 +68,58 @@ def test_pipes_and_links_that_lead_nowhere_cost_only_themselves(tmp_path):
         assert [path for path in bad if str(path) not in failures[str(path)]] == []
         assert failures.exit_status == 3
         assert len(read_records(output / str(number))) == 10
+
+
+class DeadlyStep(Step):
+    """Ends the process at a picture of the first tar."""
+
+    name = "deadly"
+    order = 15
+    reasons = {}
+
+    @classmethod
+    def describe_rules(cls, config) -> dict:
+        return {}
+
+    def measure(self, batch):
+        if "name 0 6" in {candidate.pair.caption for candidate in batch}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+
+def test_a_pair_that_kills_its_worker_is_found_and_the_shard_goes_on(tmp_path, monkeypatch):
+    pattern = write_tars(tmp_path / "in", 2, pairs_per_tar=8)
+    assert run_filter(job_config(pattern, tmp_path / "all")) == {}
+    monkeypatch.setitem(registry.STEPS, "deadly", DeadlyStep)
+    config = job_config(pattern, tmp_path / "out", num_workers=1, batch_size=3)
+    assert run_filter(config) == {}
+    others = [r for r in read_records(tmp_path / "all") if r.key != "0-6"]
+    assert read_records(tmp_path / "out") == others
+    counts = read_counts(tmp_path / "out")
+    assert counts["dropped"]["source"] == {"crashed": 1}
+    assert counts["read"] == 16 and counts["kept"] == 15
+    assert [key for _, key, _ in counts["samples"]["source/crashed"]] == ["0-6"]
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.name.endswith(".tmp")]
+
+
+def _record(stage, first, last):
+    return {"stage": stage, "first": first, "last": last}
+
+
+def test_a_pair_is_blamed_only_where_two_deaths_agree():
+    begun = CrashSearch()
+    in_batch = begun.after(_record(BATCH, 256, 512))
+    assert in_batch == CrashSearch(suspects=(256, 512))
+    # Another batch: as when memory ran out, now here, now there.
+    assert in_batch.after(_record(BATCH, 512, 700)) == CrashSearch(suspects=(512, 700))
+    found = in_batch.after(_record(PAIR, 300, 301))
+    assert found == CrashSearch(crashed=(300,))
+    again = found.after(_record(BATCH, 256, 512)).after(_record(PAIR, 299, 300))
+    assert again.crashed == (300, 299)
+    # Every pair alone does no harm, or nothing had begun: no pair is blamed, and it ends.
+    for record in (None, _record(BATCH, 256, 512)):
+        search, deaths = in_batch, 0
+        while search is not None:
+            assert search.crashed == ()
+            search, deaths = search.after(record), deaths + 1
+        assert deaths == 3

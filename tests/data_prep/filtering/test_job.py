@@ -40,7 +40,7 @@ def test_run_again_does_only_what_is_missing(tmp_path):
     assert same == [True, False, True, True, True, False]
 
 
-def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path, caplog):
+def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path):
     source = write_tars(tmp_path / "in", 3)
     config = job_config(source, tmp_path / "out", examples_per_shard=5)
     run_filter(config)
@@ -91,7 +91,7 @@ def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
     assert [r.caption for r in read_records(tmp_path / "out")][9] == "NAME 1 4"
 
 
-def test_an_outage_costs_no_pair(tmp_path, capsys):
+def test_an_outage_costs_no_pair(tmp_path):
     """The disk fails behind the first picture: the shard fails, and the next run has all pairs."""
     names = [f"{number:02d}.png" for number in range(27)]
     for name in names:
@@ -102,7 +102,6 @@ def test_an_outage_costs_no_pair(tmp_path, capsys):
     with FailingDisk(tmp_path / "05.png", failures=10**9).mounted():
         failures = run_filter(config)
     assert [*failures.values()][0].startswith(f"{tmp_path}/05.png: could not be read in 5 attempts")
-    assert f"failed: {tmp_path}/t.csv" in capsys.readouterr().err
     with FailingDisk(tmp_path, failures=3, spared=20).mounted() as disk:  # a moment only
         assert run_filter(config) == {}
     assert not disk.failures

@@ -17,7 +17,6 @@ from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import replay
 from data_prep.reports.__main__ import merge_reports
-from data_prep.sources import default_source, list_inputs
 from data_prep.steps import models, scores
 from data_prep.steps.base import IMAGE_ERROR, Candidate
 from data_prep.steps.scores import read_head
@@ -36,6 +35,7 @@ from tests.data_prep.filtering.jobs import (
 )
 
 WIDTH = 24  # of the embeddings
+_BIAS = -20.0  # of the linear layer: all scores are below the first bin of the histograms
 _CAPTIONS = [
     "a dog",
     "two cats",
@@ -148,11 +148,6 @@ def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
     assert (record.caption, record.metadata["captions"]) == (good[0], good)
 
 
-def test_a_model_that_nobody_knows_is_refused_by_its_key():
-    with pytest.raises(ValueError, match=r"^config\.clip\.model='clipart_tny': .*clipart_tiny"):
-        models.fingerprint("clipart_tny", "config.clip.model")
-
-
 def test_parts_without_scores_join_those_with(scored, source, tmp_path):
     assert run_filter(job_config(source, tmp_path / "out")) == {}
     report = merge_reports([tmp_path / "out", scored])
@@ -161,11 +156,15 @@ def test_parts_without_scores_join_those_with(scored, source, tmp_path):
     assert sum(counted["caption_words"]["kept"].values()) == 2 * len(_CAPTIONS)
 
 
-def test_the_model_that_comes_with_the_package_is_known_by_its_file(tmp_path):
+def test_models_are_known_by_their_file_or_by_the_name_under_which_they_are_fetched(tmp_path):
     packaged = importlib.resources.files("diht_jax.data") / "clipart_tiny" / "model.safetensors"
     copy = tmp_path / "model.safetensors"
     copy.write_bytes(packaged.read_bytes())
     assert models.fingerprint("clipart_tiny", "x") == models.fingerprint(str(copy), "x")
+    for name in ("diht_vitb32_224px", "hf-hub:owner/name", "s3://bucket/run"):
+        assert models.fingerprint(name, "x") == name
+    with pytest.raises(ValueError, match=r"^config\.clip\.model='clipart_tny': .*clipart_tiny"):
+        models.fingerprint("clipart_tny", "config.clip.model")
 
 
 def _identify(folder):
@@ -192,16 +191,11 @@ def test_a_folder_of_weights_is_known_by_its_bytes(tmp_path):
     assert _identify(tmp_path) != known
 
 
-@pytest.mark.parametrize("name", ["diht_vitb32_224px", "hf-hub:owner/name", "s3://bucket/run"])
-def test_models_that_are_fetched_later_are_known_by_their_names(name):
-    assert models.fingerprint(name, "x") == name
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     path = tmp_path_factory.mktemp("head") / "head.npz"
     rng = np.random.default_rng(0)
-    np.savez(path, weight=rng.standard_normal((1, WIDTH)), bias=np.array([0.25]))
+    np.savez(path, weight=rng.standard_normal((1, WIDTH)), bias=np.array([_BIAS]))
     return str(path)
 
 
@@ -211,7 +205,7 @@ def head_scores(weights, head, pictures):
     model = load_model(weights, batch_size=1, devices=jax.devices()[:1])
     rows = np.concatenate([model.encode_image(p) for p in pictures]).astype(np.float64)
     found = np.load(head)
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)) @ found["weight"][0] + 0.25
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)) @ found["weight"][0] + _BIAS
 
 
 def _settings(name, **keys):
@@ -227,61 +221,44 @@ def heads_scored(source, weights, head, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "unsafe"])
-def test_scores_are_those_of_the_layer_and_all_are_kept(heads_scored, head_scores, name):
-    np.testing.assert_allclose(read_scores(heads_scored, f"{name}_score"), head_scores, atol=1e-5)
+def test_scores_are_those_of_the_layer_and_all_are_kept(heads_scored, head_scores):
+    histograms = read_report(heads_scored)["measures"]["histograms"]
+    for name, first_bin in (("aesthetic_score", "-2.0"), ("unsafe_score", "-10.0")):
+        np.testing.assert_allclose(read_scores(heads_scored, name), head_scores, atol=1e-5)
+        assert histograms[name]["kept"] == {first_bin: len(_CAPTIONS)}
     assert len(read_records(heads_scored)) == len(_CAPTIONS)
 
 
-@pytest.fixture(scope="module")
-def scored_stored(source, weights, head, tmp_path_factory):
-    """A run on stored embeddings, and its settings."""
-    folder = tmp_path_factory.mktemp("stored")
-    embedded = str(folder / "embedded")
-    embed_source(load_model(weights), str(source), embedded, EmbedOptions(modalities=("image",)))
+def test_stored_embeddings_give_the_same_scores(source, weights, head, head_scores, tmp_path):
+    embedded, options = str(tmp_path / "embedded"), EmbedOptions(modalities=("image",))
+    embed_source(load_model(weights), str(source), embedded, options)
     keys = _settings("aesthetic", head=head, embeddings=embedded)
-    assert run_filter(job_config(source, folder / "out", **keys)) == {}
-    return folder / "out", keys
-
-
-def test_stored_embeddings_give_the_same_scores(scored_stored, head_scores):
-    found = read_scores(scored_stored[0], "aesthetic_score")
+    assert run_filter(job_config(source, tmp_path / "out", **keys)) == {}
+    found = read_scores(tmp_path / "out", "aesthetic_score")
     np.testing.assert_allclose(found, head_scores, atol=1e-5)
 
 
-def test_scores_below_all_bins_are_counted_in_the_first(source, tmp_path):
-    (found,) = list_inputs(source, default_source())
-    described = json.dumps({"source": [found.shard.identity()]})
-    (tmp_path / "embeddings.json").write_text(described)
-    keys = np.array([f"{number:05d}" for number in range(len(_CAPTIONS))])
-    rows = np.ones((len(keys), WIDTH), np.float32)
-    np.savez(tmp_path / "embeddings-00000-00000.npz", key=keys, image_emb=rows)
-    np.savez(tmp_path / "head.npz", weight=np.zeros(WIDTH), bias=np.array([-300.0]))
-    settings = _settings("unsafe", head=str(tmp_path / "head.npz"), embeddings=str(tmp_path))
-    assert run_filter(job_config(source, tmp_path / "out", **settings)) == {}
-    counted = read_report(tmp_path / "out")["measures"]["histograms"]["unsafe_score"]["kept"]
-    assert counted == {"-10.0": len(_CAPTIONS)}
-
-
-@pytest.mark.parametrize("name, reason", [("aesthetic", "low_score"), ("unsafe", "high_score")])
-def test_a_limit_drops_one_side_in_a_run_and_in_a_replay(
-    source, weights, head, head_scores, name, reason, tmp_path
+def test_each_limit_drops_its_side_in_a_run_and_in_a_replay(
+    heads_scored, source, weights, head, head_scores, tmp_path
 ):
-    unlimited = tmp_path / "unlimited"
-    keys = _settings(name, head=head, model=weights)
-    assert run_filter(job_config(source, unlimited, **keys)) == {}
-    limit = float(np.sort(head_scores)[2:4].mean())
-    is_dropped = head_scores < limit if name == "aesthetic" else head_scores > limit
-    keys = _settings(name, head=head, model=weights, limit=limit)
-    config = job_config(source, tmp_path / "out", **keys)
+    order = np.sort(head_scores)
+    low, high = float(order[1:3].mean()), float(order[4:6].mean())
+    keys = {"head": head, "model": weights, "batch_size": 3}
+    both = _settings("aesthetic", limit=low, **keys) | _settings("unsafe", limit=high, **keys)
+    config = job_config(source, tmp_path / "out", **both)
     assert run_filter(config) == {}
-    found = [
-        (outcome, why) == (name, reason) for _, outcome, why in read_outcomes(tmp_path / "out")
+    assert [(stage, reason) for _, stage, reason in read_outcomes(tmp_path / "out")] == [
+        ("aesthetic", "low_score")
+        if score < low
+        else ("unsafe", "high_score")
+        if score > high
+        else ("kept", None)
+        for score in head_scores
     ]
-    assert found == is_dropped.tolist()
-    again = replay.Replay(str(unlimited), config).run()
-    assert again.funnel.dropped()[name] == {reason: sum(found)}
-    assert (again.funnel.kept, again.not_known.total()) == (len(_CAPTIONS) - sum(found), 0)
+    again = replay.Replay(str(heads_scored), config).run()
+    dropped = again.funnel.dropped()
+    assert (dropped["aesthetic"], dropped["unsafe"]) == ({"low_score": 2}, {"high_score": 3})
+    assert (again.funnel.kept, again.not_known.total()) == (3, 0)
 
 
 @pytest.mark.parametrize("name, share", [("aesthetic", 0.25), ("unsafe", 0.75)])
