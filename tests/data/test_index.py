@@ -1,7 +1,6 @@
 """The command that indexes other people's shards: again, after a stop or a change, in a store."""
 
 import os
-import pathlib
 import shutil
 
 import fsspec
@@ -11,8 +10,6 @@ import pytest
 from diht_jax.data.index import update_index
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.shard_files import ShardIndex
-from diht_jax.records.tar_records import TarRecordSource
-from diht_jax.records.train_data import fingerprint_records
 from tests import make
 from tests.records.stores import MeteredStore
 
@@ -33,10 +30,7 @@ def folder(tmp_path):
 
 
 def records_of(path) -> list[bytes]:
-    return records_of_source(TFRecordSource(path))
-
-
-def records_of_source(source) -> list[bytes]:
+    source = TFRecordSource(path)
     return [source[number] for number in range(len(source))]
 
 
@@ -143,25 +137,6 @@ def test_shards_in_a_store(folder, tmp_path):
     assert update_index(url, work_dir=work).num_read == 1
     assert records_of(url) == RECORDS + RECORDS[:100]
     system.rm("/theirs", recursive=True)
-
-
-def test_tars_of_samples(tmp_path):
-    for tar in range(2):
-        members = {}
-        for number in range(100):
-            members |= make.pair_members(f"{number:04d}", "caption", b"picture", "jpg")
-        make.write_tar(tmp_path / f"{tar:05d}.tar", members)
-    assert update_index(tmp_path).num_records == 200
-    source = TarRecordSource(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["00000.tar", "00001.tar", "dataset.index"]
-    indexed, digest = records_of_source(source), fingerprint_records(source).digest
-    assert source.decode(indexed[150]).key == "0050"
-    path, start, end = source.extent(64, 100)
-    data = pathlib.Path(path).read_bytes()[start:end]
-    assert list(source.split(64, 100, data)) == indexed[64:100]
-    os.remove(tmp_path / "dataset.index")
-    plain = TarRecordSource(tmp_path)
-    assert (records_of_source(plain), fingerprint_records(plain).digest) == (indexed, digest)
 
 
 def test_what_cannot_be_indexed_is_an_error(tmp_path):

@@ -103,11 +103,6 @@ def test_decode_equals_open_clip(shared_data, open_clip_tokenizer):
         assert tokenizer.decode(row) == expected, text
 
 
-def test_bytes_are_refused():
-    with pytest.raises(ValueError, match=r"texts\[1\]: expected a str, got bytes"):
-        tokenizer.tokenize(["ok", b"bytes"])
-
-
 @pytest.mark.parametrize("words", ["a red fox &amp;amp; ", "ox", "é", "🐕 犬", "\u00a0\n", "<&lt;"])
 def test_what_stands_far_behind_the_last_id_changes_nothing(words, monkeypatch):
     """The ids are those of the whole text, with or without spaces between the words."""
@@ -144,6 +139,13 @@ def test_a_small_vocabulary_keeps_every_text():
         assert tokenizer.decode(row, 600) == tokenizer.decode(whole)
 
 
-def test_a_vocabulary_without_all_bytes_is_refused():
-    with pytest.raises(ValueError, match="vocab_size: expected at least 514 .* got 513"):
-        tokenizer.tokenize("a", vocab_size=513)
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        (["ok", b"bytes"], 49408, r"texts\[1\]: expected a str, got bytes"),
+        ("a", 513, "vocab_size: expected at least 514 .* got 513"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(texts, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.tokenize(texts, vocab_size=vocab_size)

@@ -32,8 +32,13 @@ def index(frames: Sequence[bytes], shard_bytes: int | None = None) -> bytes:
     return struct.pack(f"<8sQQ{len(frames)}Q", b"DIHTIDX1", size, len(frames), *offsets)
 
 
-def dataset_index(shards: Mapping[str, Sequence[bytes]]) -> tuple[bytes, bytes]:
-    """Head and offsets of the `dataset.index` of shards that are made of these frames."""
+def dataset_index(
+    shards: Mapping[str, Sequence[bytes]], digests: Sequence[int] | None = None
+) -> tuple[bytes, bytes]:
+    """Head and offsets of the `dataset.index` of shards that are made of these frames.
+
+    Without `digests` of their ends, which are told from no others, it has wrong ones.
+    """
     offsets = [
         [sum(map(len, frames[:n])) for n in range(len(frames))] for frames in shards.values()
     ]
@@ -41,8 +46,9 @@ def dataset_index(shards: Mapping[str, Sequence[bytes]]) -> tuple[bytes, bytes]:
     names = b"".join(name.encode() + b"\0" for name in shards)
     counts, sizes = zip(*((len(fs), sum(map(len, fs))) for fs in shards.values()), strict=True)
     facts = {"shards": len(shards), "records": sum(counts), "anchors": len(anchors)}
-    text = json.dumps(facts | {"names_bytes": len(names), "kinds": ["tfrecord"]}).encode()
-    words = [*counts, *sizes, *range(len(shards)), *anchors]
+    facts |= {"names_bytes": len(names), "kinds": ["tfrecord"]}
+    text = json.dumps(facts, sort_keys=True).encode()
+    words = [*counts, *sizes, *(digests or range(len(shards))), *anchors]
     arrays = struct.pack(f"<{len(words)}Q", *words) + bytes(len(shards)) + names
     head = struct.pack("<Q", len(text)) + text + bytes(-len(text) % 8)
     head += arrays + bytes(-len(arrays) % 8)

@@ -290,14 +290,6 @@ def test_a_full_disk_is_an_error_that_names_the_keys(store, cache, monkeypatch, 
     blocks_of.stop()
 
 
-def test_a_block_that_is_deleted_meanwhile_is_not_described(store, cache):
-    (blocks_of,) = train_iterator(store, cache).block_stores
-    blocks_of.start()
-    (blocks_of.folder / "1.block").symlink_to("deleted")
-    assert "0 blocks" in blocks_of.describe()
-    blocks_of.stop()
-
-
 def test_a_folder_that_cannot_be_written_to_is_named(store, tmp_path):
     with pytest.raises(ValueError, match=r"config\.data\.cache_dir=.*missing: .* is no folder"):
         train_iterator(store, tmp_path / "missing")

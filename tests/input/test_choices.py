@@ -14,9 +14,8 @@ import pytest
 from data_prep.filter import run_filter
 from diht_jax.config import default_config, load_recipe
 from diht_jax.data.tokenizer import decode, tokenize
-from diht_jax.input.choices import CaptionChoice, draw_part, open_caption_choice
+from diht_jax.input.choices import CaptionChoice, open_caption_choice
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.mixing import open_mixture
 from diht_jax.input.order import GlobalOrder, derived_seed
 from diht_jax.input.transforms import CROP_RATIO, sample_crop_box
 from diht_jax.records.samples import (
@@ -30,7 +29,7 @@ from diht_jax.records.schema import Pair, Record, decode_record, encode_record
 from diht_jax.records.train_data import open_records
 from tests import make
 from tests.make import png
-from tests.readers.inputs import JPEG, write_tar
+from tests.readers.inputs import JPEG
 
 _CONVERT = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep" / "convert.py"
 # One usual caption, two synthetic ones, and one of a third kind.
@@ -68,72 +67,6 @@ def test_captions_come_by_the_weights_of_their_kinds():
     assert choice.choose(only, 0.9, 0) == "a"
 
 
-class Colours(make.InMemory):
-    """Records of several captions; their pictures are large enough for crops that differ."""
-
-    def __init__(self, size=24):
-        self._size = size
-
-    def __len__(self):
-        return self._size
-
-    def __getitem__(self, index):
-        texts = [f"{index} {word}" for word in ("one", "two", "three")]
-        kinds = ["alt", "synthetic", "synthetic"]
-        metadata = {"captions": texts, "caption_kinds": kinds}
-        return encode_record(Record(f"{index}", png(index, (9, 9)), texts[0], metadata))
-
-
-def batches(count, first=0, process_count=1, process_index=0, order="global", **values):
-    data = settings(train="/x", order=order, block_records=4, window_blocks=2, **values)
-    data.num_streams = 8
-    choice = open_caption_choice(data)
-
-    def make_decoder(template):
-        return DecodeExample(4, 8, (0.2, 0.9), template, caption_choice=choice)
-
-    mixture = open_mixture(data, 3, lambda path: Colours(), make_decoder, process_count)
-    iterator = make.train_iterator(
-        mixture,
-        batch_size=8,
-        seed=3,
-        num_workers=0,
-        process_count=process_count,
-        process_index=process_index,
-    )
-    iterator.set_state({"next_example": first})
-    found = [next(iterator) for _ in range(count)]
-    iterator.close()
-    return found
-
-
-@pytest.mark.parametrize("order", ["global", "blocks"])
-def test_a_run_goes_on_with_the_same_captions_on_other_hosts(order):
-    weights = {"alt": ((0, 1), (6, 0.25)), "synthetic": ((0, 0), (6, 0.75))}
-    whole = batches(24, order=order, caption_weights=weights, text_template="a {caption}")
-    for process in range(2):
-        parts = batches(
-            4,
-            first=8 * 20,
-            process_count=2,
-            process_index=process,
-            order=order,
-            caption_weights=weights,
-            text_template="a {caption}",
-        )
-        for part, batch in zip(parts, whole[20:], strict=True):
-            np.testing.assert_array_equal(part["tokens"], batch["tokens"][process::2])
-            np.testing.assert_array_equal(part["images"], batch["images"][process::2])
-    words = [[decode(row).split() for row in batch["tokens"]] for batch in whole]
-    assert [row for batch in words for row in batch if row[0] != "a"] == []
-    assert {row[-1] for batch in words[:6] for row in batch} == {"one"}
-    late = [row[-1] for batch in words[6:] for row in batch]
-    assert set(late) == {"one", "two", "three"} and 0.1 < late.count("one") / len(late) < 0.4
-    # The pictures and their crops are those of a run that takes the first captions.
-    for batch, first in zip(whole, batches(24, order=order, captions="first"), strict=True):
-        np.testing.assert_array_equal(batch["images"], first["images"])
-
-
 _DRAWS = """
 from diht_jax.input.choices import CaptionChoice
 from diht_jax.records.schema import Record
@@ -153,23 +86,21 @@ def test_two_interpreters_draw_the_same_captions():
         subprocess.check_output(
             [sys.executable, "-c", _DRAWS], env={**os.environ, "PYTHONHASHSEED": seed}
         )
-        for seed in "123"
+        for seed in "12"
     }
     assert len(draws) == 1
     assert len(set(ast.literal_eval(draws.pop().splitlines()[0].decode()))) == 12
 
 
 def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(tmp_path):
-    texts = [f"picture {i}" for i in range(6)]
     members = {}
-    for i, text in enumerate(texts):
-        members[f"{i}.jpg"] = JPEG
-        members[f"{i}.txt"] = text.encode()
+    for i in range(6):
+        members |= make.pair_members(str(i), f"picture {i}", JPEG, "jpg")
         members[f"{i}.json"] = json.dumps({"re_caption": f"drawn {i}", "width": 8}).encode()
-    (tmp_path / "in").mkdir()
-    write_tar(tmp_path / "in" / "a.tar", list(members.items()))
+    make.write_tar(tmp_path / "in" / "a.tar", members)
     columns = "synthetic=re_caption"
-    weights = "alt=1,synthetic=1"
+    # Of two batches the usual one alone: a schedule goes by the position of an example.
+    weights = {"alt": ((0, 1),), "synthetic": ((0, 0), (2, 1))}
 
     def tokens(path, **values):
         choice = open_caption_choice(settings(caption_weights=weights, **values))
@@ -183,7 +114,8 @@ def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(t
         return np.concatenate([next(iterator)["tokens"] for _ in range(8)])
 
     raw = tokens(tmp_path / "in", caption_columns=columns)
-    assert {decode(row).split()[0] for row in raw} == {"picture", "drawn"}
+    words = [decode(row).split()[0] for row in raw]
+    assert set(words[:16]) == {"picture"} and set(words[16:]) == {"picture", "drawn"}
     for output_format in ("tfrecord", "array_record", "webdataset"):
         config = load_recipe(_CONVERT)
         config.update(
@@ -239,16 +171,6 @@ def test_texts_are_split_where_their_sentences_end(sentences):
     joint = "\n" if sentences[0].islower() else "" if ord(sentences[0][0]) > 256 else "  "
     assert split_sentences(f" {joint.join(sentences)} ") == sentences
     assert split_sentences("") == []
-
-
-def test_every_part_of_a_length_is_as_likely():
-    caption = "One here.  Two here. Three here. Four here."
-    sentences = ["One here.", "Two here.", "Three here.", "Four here."]
-    numbers = (np.arange(1200) + 0.5) / 1200
-    found = collections.Counter(draw_part(caption, sentences, 2, number) for number in numbers)
-    parts = ["One here. Two here.", "Two here. Three here.", "Three here. Four here."]
-    assert found == dict.fromkeys(parts, 400)
-    assert {draw_part(caption, sentences, 4, number) for number in numbers} == {caption}
 
 
 def sentences_of(index):

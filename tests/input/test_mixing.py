@@ -1,7 +1,6 @@
 """Mixtures of sources in a run: exact shares, epochs, captions, hosts, resume and read-ahead."""
 
 import collections
-import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -47,13 +46,12 @@ def section(**values):
     return config.data
 
 
-def mixture(train, process_count=1, sources=SOURCES, **values):
+def mixture(train, sources=SOURCES, **values):
     return open_mixture(
         section(train=train, **values),
         seed=3,
         open_source=sources.__getitem__,
         make_decoder=lambda template: DecodeExample(2, 8, (1.0, 1.0), template),
-        process_count=process_count,
     )
 
 
@@ -64,9 +62,8 @@ def two(order):
     }
 
 
-def batches(mixed, count=1, first=0, **options):
+def batches(mixed, count=1, **options):
     iterator = make.train_iterator(mixed, batch_size=8, seed=3, num_workers=0, **options)
-    iterator.set_state({"next_example": first})
     found = [next(iterator) for _ in range(count)]
     iterator.close()
     return found
@@ -116,20 +113,6 @@ def test_each_source_has_its_own_captions_and_keys():
         batch["images"][:, 0, 0, 0] >= 100
     ).tolist()
     assert {mixed.locate(position)[0] for position in range(8)} == {"0.tfrecord", "100.tfrecord"}
-
-
-@pytest.mark.parametrize("process_count", [2, 8])
-def test_hosts_share_the_rows_of_a_mixture_and_resume_it(process_count):
-    whole = batches(mixture(two("blocks")), 7)
-    for process in range(process_count):
-        part = batches(
-            pickle.loads(pickle.dumps(mixture(two("blocks"), process_count))),
-            first=48,
-            process_index=process,
-            process_count=process_count,
-        )
-        for name, values in part[0].items():
-            np.testing.assert_array_equal(values, whole[6][name][process::process_count])
 
 
 def test_a_bad_record_is_replaced_by_one_of_its_source():

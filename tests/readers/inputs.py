@@ -1,8 +1,15 @@
 """Small inputs of the readers' tests, and what is read of them."""
 
+import json
+import pathlib
+from collections.abc import Mapping
+
+import pyarrow
+import pyarrow.parquet
+
 from diht_jax.readers.registry import Skipped, list_shards, read_pairs
 from diht_jax.records.schema import Pair
-from tests.make import encoded, plain, write_tar
+from tests.make import encoded, plain, write_shard, write_tar
 
 __all__ = ["JPEG", "PNG", "encoded_image", "read_entries", "skip_reasons", "write_tar"]
 
@@ -12,6 +19,46 @@ def encoded_image(name: str = "PNG") -> bytes:
 
 
 PNG, JPEG = encoded_image(), encoded_image("JPEG")
+
+
+def write_source(
+    folder: pathlib.Path, form: str, images: Mapping[str, bytes], rows_per_group: int = 1000
+) -> pathlib.Path:
+    """Writes pairs in a form, and returns the path of the file, or of the folder of one class.
+
+    Args:
+        folder: is there.
+        form: the ending of a file, or "classes".
+        images: by their keys.
+        rows_per_group: of parquet.
+    """
+    path, captions = folder / f"a.{form}", {key: f"caption {key}" for key in images}
+    if form == "classes":
+        (folder / "classes" / "dog").mkdir(parents=True)
+        for key, image in images.items():
+            (folder / "classes" / "dog" / f"{key}.png").write_bytes(image)
+        return folder / "classes"
+    if form.startswith("tar"):
+        members = [
+            (f"{key}.{end}", data)
+            for key, image in images.items()
+            for end, data in (("png", image), ("txt", captions[key].encode()))
+        ]
+        write_tar(path, members, "w:gz" if form == "tar.gz" else "w")
+    elif form == "parquet":
+        columns = {"key": list(images), "png": list(images.values())}
+        columns |= {"txt": list(captions.values()), "note": [f"note {key} " * 40 for key in images]}
+        table = pyarrow.table(columns)
+        pyarrow.parquet.write_table(table, path, row_group_size=rows_per_group)
+    elif form == "jsonl":
+        (folder / "i").mkdir()
+        rows = [{"id": key, "image": f"i/{key}.png", "caption": f'{key},\n"two"'} for key in images]
+        for row in rows:
+            (folder / row["image"]).write_bytes(images[row["id"]])
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    else:
+        write_shard(path, (Pair(k, images[k], captions[k], {"n": k}) for k in images))
+    return path
 
 
 def read_entries(spec, **options) -> list[Pair | Skipped]:

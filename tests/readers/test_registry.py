@@ -13,11 +13,15 @@ from diht_jax.records.schema import Pair
 from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_reasons, write_tar
 
 
-def test_class_folders(tmp_path):
-    for name in ("b/2.png", "b/1.jpg", "b/3.PNG", "a_c/x.webp", ".cache/z.png", "b/.y.png"):
-        path = tmp_path / name
+def _write(folder, *names, data=PNG):
+    for name in names:
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(PNG)
+        path.write_bytes(data)
+
+
+def test_class_folders(tmp_path):
+    _write(tmp_path, "b/2.png", "b/1.jpg", "b/3.PNG", "a_c/x.webp", ".cache/z.png", "b/.y.png")
     (tmp_path / "b" / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
     shards = list_shards(str(tmp_path))
@@ -33,15 +37,12 @@ def test_class_folders(tmp_path):
 
 
 def test_class_folders_read_what_pillow_reads_and_count_the_rest(tmp_path):
-    folder = tmp_path / "classes" / "dog"
     formats = {"gif": "GIF", "bmp": "BMP", "TIFF": "TIFF", "jfif": "JPEG", "jp2": "JPEG2000"}
     formats |= {"avif": "AVIF"} if features.check("avif") else {}
-    folder.mkdir(parents=True)
     for extension, name in formats.items():
-        (folder / f"a.{extension}").write_bytes(encoded_image(name))
-    for name in ("b.heic", "c.SVG"):
-        (folder / name).write_bytes(b"another format")
-    entries = read_entries(str(tmp_path / "classes"))
+        _write(tmp_path, f"dog/a.{extension}", data=encoded_image(name))
+    _write(tmp_path, "dog/b.heic", "dog/c.SVG", data=b"another format")
+    entries = read_entries(str(tmp_path))
     found = {entry.key: entry for entry in entries if isinstance(entry, Pair)}
     assert found.keys() == {f"dog/a.{extension}" for extension in formats}
     for pair in found.values():
@@ -51,9 +52,8 @@ def test_class_folders_read_what_pillow_reads_and_count_the_rest(tmp_path):
 
 def test_links_of_class_folders_that_lead_out_are_refused(tmp_path):
     root, outside = tmp_path / "classes", tmp_path / "outside"
-    for name in (root / "cat", root / "dog", outside / "deep"):
-        name.mkdir(parents=True)
-        (name / "a.png").write_bytes(PNG)
+    _write(root, "cat/a.png", "dog/a.png")
+    _write(outside, "deep/a.png")
     (root / "dog" / "inside.png").symlink_to(root / "cat" / "a.png")
     (root / "dog" / "out.png").symlink_to(outside / "deep" / "a.png")
     (root / "dog" / "out").symlink_to(outside)
@@ -133,13 +133,6 @@ def test_each_source_may_have_options_of_its_own(tmp_path):
             list_shards(f"{tmp_path}/{spec}")
 
 
-def _write(folder, *names, data=PNG):
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -153,16 +146,6 @@ def test_folders_that_are_no_classes_are_an_error(tmp_path, names, message):
     _write(tmp_path, *names)
     with pytest.raises(ValueError, match=message):
         list_shards(str(tmp_path))
-
-
-def test_a_link_to_the_folder_of_classes_in_it_is_no_class(tmp_path):
-    folder = tmp_path / "classes"
-    for name in ("cat", "dog"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "1.png").write_bytes(PNG)
-    (folder / "best").symlink_to(".")
-    source = open_source(str(folder))
-    assert [(pair.caption, pair.metadata["label"]) for pair in source] == [("cat", 0), ("dog", 1)]
 
 
 def test_captions_in_files_of_a_store_are_refused_with_what_to_do():

@@ -6,16 +6,13 @@ import math
 
 import fsspec
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from diht_jax.readers import parquet
 from diht_jax.readers.registry import FORMATS, list_shards, open_source
 from diht_jax.records.schema import Pair
 from diht_jax.storage import stores
-from tests import make
-from tests.readers.inputs import PNG, read_entries, skip_reasons, write_tar
+from tests.readers.inputs import PNG, read_entries, skip_reasons, write_source
 from tests.records.stores import MeteredStore
 
 _KEYS = [f"k{number:03d}" for number in range(40)]
@@ -24,56 +21,14 @@ _RANDOM = np.random.default_rng(0)
 _IMAGES = {key: PNG + _RANDOM.bytes(int(_RANDOM.integers(1_000, 20_000))) for key in _KEYS}
 
 
-def _tar(folder, mode="w", name="a.tar"):
-    members = [
-        (f"{key}.{end}", data)
-        for key in _KEYS
-        for end, data in (("png", _IMAGES[key]), ("txt", f"caption {key}".encode()))
-    ]
-    write_tar(folder / name, members, mode)
+_FORMS = ("tar", "tar.gz", "parquet", "parquet of many groups", "jsonl", "tfrecord", "array_record")
 
 
-def _parquet(folder, rows_per_group):
-    rows = [
-        {"key": key, "png": _IMAGES[key], "txt": f"caption {key}", "note": f"note {key} " * 40}
-        for key in _KEYS
-    ]
-    table = pyarrow.Table.from_pylist(rows)
-    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=rows_per_group)
-
-
-def _records(folder, suffix):
-    make.write_shard(
-        folder / f"a.{suffix}",
-        (Pair(key, _IMAGES[key], f"caption {key}", {"n": key}) for key in _KEYS),
-    )
-
-
-def _table(folder):
-    rows = [
-        {"image": f"i/{key}.png", "caption": f'caption "{key}",\nof two lines'} for key in _KEYS
-    ]
-    (folder / "i").mkdir()
-    for row, key in zip(rows, _KEYS, strict=True):
-        (folder / row["image"]).write_bytes(_IMAGES[key])
-    (folder / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-_MAKERS = {
-    "tar": _tar,
-    "tar.gz": lambda folder: _tar(folder, "w:gz", "a.tar.gz"),
-    "parquet of many groups": lambda folder: _parquet(folder, 2),
-    "parquet of a group": lambda folder: _parquet(folder, 40),
-    "jsonl": _table,
-    "tfrecord": lambda folder: _records(folder, "tfrecord"),
-    "array_record": lambda folder: _records(folder, "array_record"),
-}
-
-
-@pytest.fixture(scope="module", params=_MAKERS)
+@pytest.fixture(scope="module", params=_FORMS)
 def local(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("local")
-    _MAKERS[request.param](folder)
+    form, _, many = request.param.partition(" ")
+    write_source(folder, form, _IMAGES, rows_per_group=2 if many else len(_KEYS))
     return folder
 
 
@@ -86,15 +41,20 @@ def _upload(local, url):
 
 
 @pytest.fixture
-def metered(local, monkeypatch):
+def store():
+    """The store, which is empty again after the test."""
+    yield fsspec.filesystem("metered")
+    MeteredStore.reset()
+
+
+@pytest.fixture
+def metered(local, store, monkeypatch):
     """The folder in a store; blocks are small, so that a file has many."""
     monkeypatch.setattr(stores, "BLOCK_BYTES", 2**16)
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 2**16)
     _upload(local, "metered://folder")
     MeteredStore.requests.clear()
-    yield "metered://folder"
-    MeteredStore.failing_every = 0
-    MeteredStore.store.clear()
+    return "metered://folder"
 
 
 def test_pairs_of_a_store_are_those_of_a_disk_and_fetched_once(local, metered):
@@ -149,10 +109,9 @@ def test_pairs_are_read_from_s3(local, s3_bucket):
         system.rm(url, recursive=True)
 
 
-def test_paths_of_a_table_do_not_lead_out_of_its_folder():
-    system = fsspec.filesystem("metered")
-    system.pipe_file("/box/in/a.png", PNG)
-    system.pipe_file("/box/secret.png", PNG)
+def test_paths_of_a_table_do_not_lead_out_of_its_folder(store):
+    store.pipe_file("/box/in/a.png", PNG)
+    store.pipe_file("/box/secret.png", PNG)
     names = {
         "inside": "a.png",
         "dotted": "x/../a.png",
@@ -166,7 +125,7 @@ def test_paths_of_a_table_do_not_lead_out_of_its_folder():
     }
     rows = [{"key": key, "image": name, "caption": "c"} for key, name in names.items()]
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    system.pipe_file("/box/in/t.jsonl", text.encode())
+    store.pipe_file("/box/in/t.jsonl", text.encode())
     entries = read_entries("metered:///box/in/t.jsonl?key_column=key")
     assert [e.key for e in entries if isinstance(e, Pair)] == ["inside", "dotted", "url"]
     refused = dict.fromkeys(("above", "far", "absolute", "other"), "refused_path")
@@ -175,27 +134,23 @@ def test_paths_of_a_table_do_not_lead_out_of_its_folder():
     assert reasons == refused | {"gone": "no_image"}
     # The folder may lie elsewhere.
     rows = '{"image": "secret.png", "caption": "c"}\n'
-    system.pipe_file("/box/in/t.jsonl", rows.encode())
+    store.pipe_file("/box/in/t.jsonl", rows.encode())
     (pair,) = open_source("metered:///box/in/t.jsonl", image_root="metered:///box")
     assert pair.image == PNG
-    MeteredStore.store.clear()
 
 
-def test_a_list_in_json_is_read_where_its_url_is_named_alone():
-    system = fsspec.filesystem("metered")
-    system.pipe_file("/lists/t.json", b'[{"image": "a.png", "caption": "one"}]')
-    system.pipe_file("/lists/a.png", PNG)
+def test_a_list_in_json_is_read_where_its_url_is_named_alone(store):
+    store.pipe_file("/lists/t.json", b'[{"image": "a.png", "caption": "one"}]')
+    store.pipe_file("/lists/a.png", PNG)
     assert read_entries("metered:///lists/t.json") == [Pair("t-00000000", PNG, "one")]
     with pytest.raises(ValueError, match="nothing to read at 'metered:///lists'"):
         list_shards("metered:///lists")
-    MeteredStore.store.clear()
 
 
-def test_what_cannot_be_read_is_refused_at_once(monkeypatch):
-    system = fsspec.filesystem("metered")
-    system.pipe_file("/bad/cut.tar", b"x" * 700)
-    system.pipe_file("/bad/cut.parquet", b"PAR1" + bytes(70))
-    system.pipe_file("/bad/other.csv", b"picture,caption\na,b\n")
+def test_what_cannot_be_read_is_refused_at_once(store, monkeypatch):
+    store.pipe_file("/bad/cut.tar", b"x" * 700)
+    store.pipe_file("/bad/cut.parquet", b"PAR1" + bytes(70))
+    store.pipe_file("/bad/other.csv", b"picture,caption\na,b\n")
     for name in ("cut.tar", "cut.parquet"):
         with pytest.raises(ValueError, match=f"metered:///bad/{name}: ") as caught:
             list(open_source(f"metered:///bad/{name}"))
@@ -211,4 +166,3 @@ def test_what_cannot_be_read_is_refused_at_once(monkeypatch):
         stores.StorageError, match=r"other\.csv: could not be read \(Access Denied\)"
     ):
         list_shards("metered:///bad/other.csv")
-    MeteredStore.store.clear()

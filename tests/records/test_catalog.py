@@ -11,9 +11,9 @@ import pytest
 
 from diht_jax.data.index import update_index
 from diht_jax.records.catalog import open_catalog
-from diht_jax.records.formats import TFRecordSource, TFRecordWriter, open_source
+from diht_jax.records.formats import TFRecordSource, open_source
 from diht_jax.records.schema import Pair
-from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
+from diht_jax.records.shard_files import TFRecordError
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import fingerprint_records
 from diht_jax.storage.stores import read_range
@@ -128,7 +128,7 @@ def test_shards_that_changed_are_named_with_what_to_do(folder, url):
         assert len(TFRecordSource(path)) == 500
 
 
-@pytest.mark.parametrize("suffix", [".tfrecord", ".tar"])
+@pytest.mark.parametrize("suffix", [".tfrecord", ".tar", ".array_record"])
 def test_a_shard_that_became_a_copy_of_its_sibling_is_named(tmp_path, suffix):
     """Its records have the lengths that the index states, and their own checksums are right."""
     folder = tmp_path / "kept"
@@ -139,39 +139,16 @@ def test_a_shard_that_became_a_copy_of_its_sibling_is_named(tmp_path, suffix):
     update_index(folder)
     source = open_source(folder)
     assert source.decode(source[5]).caption == "picture 005"
-    assert (folder / f"part-0{suffix}").stat().st_size == source.extent(3, 6)[2]
     shutil.copy(folder / f"part-0{suffix}", folder / f"part-1{suffix}")
-    for read in (lambda source: source[5], lambda source: source.extent(3, 6)):
+    reads = [lambda source: source[5]]
+    if suffix != ".array_record":  # which has no blocks
+        assert (folder / f"part-0{suffix}").stat().st_size == source.extent(3, 6)[2]
+        reads.append(lambda source: source.extent(3, 6))
+    for read in reads:
         with pytest.raises(TFRecordError, match=rf"part-1{suffix} \(its first or last 4 KiB"):
             read(open_source(folder))
     source = open_source(folder)
     assert source.decode(source[2]).caption == "picture 002"
-
-
-def test_a_damaged_record_at_the_end_of_a_shard_costs_no_other(folder):
-    """Its own checksum tells; that the ends are not those of the index is no error of the shard."""
-    path = folder / "part-0.tfrecord"
-    data = bytearray(path.read_bytes())
-    data[16 + 12] ^= 1  # behind the empty record 0 and the length of record 1
-    path.write_bytes(data)
-    source = TFRecordSource(folder)
-    assert [source[i] for i in range(2, 125)] == RECORDS[2:125]
-    with pytest.raises(DamagedRecordError, match=r"part-0.tfrecord: record 1 is damaged"):
-        source[1]
-
-
-def test_a_shard_of_the_same_size_that_was_written_again_is_noticed_when_it_is_read(folder):
-    path = folder / "part-0.tfrecord"
-    with TFRecordWriter(folder / "new") as writer:
-        for record in reversed(RECORDS[:125]):
-            writer.write(record)
-    assert (folder / "new").stat().st_size == path.stat().st_size
-    os.replace(folder / "new", path)
-    source = TFRecordSource(folder)
-    with pytest.raises(TFRecordError, match=r"dataset.index does not belong to .*--overwrite"):
-        source[7]
-    update_index(folder, overwrite=True)
-    assert TFRecordSource(folder)[7] == RECORDS[117]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl", "a.tar.gz"])

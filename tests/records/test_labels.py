@@ -12,6 +12,7 @@ import shutil
 import fsspec
 import numpy as np
 import pytest
+from tensorflow_datasets.proto import tf_example_pb2
 
 from diht_jax.config import default_config
 from diht_jax.data.index import update_index
@@ -199,24 +200,22 @@ def test_records_with_labels_but_no_vocabulary_are_no_source_of_a_mixture(folder
         find_train_vocabulary(sources)
 
 
-def test_tensorflow_reads_the_shards(folders):
+def test_labels_are_messages_of_tensorflow(folders):
+    """As for the frames around them, tests/readers/test_tfds.py lets TensorFlow read shards."""
     expected = [label for label in draw_labels(0) if len(label[0][0])]
     paths = sorted(map(str, (folders / "labels/labels").glob("*.tfrecord")))
-    import tensorflow as tf  # takes seconds, and no other test of this file needs it
-
-    features = {"labels": tf.io.FixedLenFeature([], tf.string)}
     found = []
-    for example in tf.data.TFRecordDataset(paths):
-        label = tf.io.parse_single_example(example, features)["labels"]
-        if len(label.numpy()) > 6:
-            ids = tf.io.decode_raw(tf.strings.substr(label, 6, 2 * sum(SIZES)), tf.uint16)
-            rest = tf.strings.substr(label, 6 + 2 * sum(SIZES), 2 * sum(SIZES))
-            found.append((ids.numpy(), tf.io.decode_raw(rest, tf.float16).numpy()))
+    for data in (data for path in paths for data in read_tfrecords(path)):
+        example = tf_example_pb2.Example.FromString(data)
+        (label,) = example.features.feature["labels"].bytes_list.value
+        if len(label) > 6:
+            numbers = np.frombuffer(label, "<u2", offset=6)
+            found.append(np.split(numbers, 2))
     assert len(found) == len(expected)
     for (ids, probs), label in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ids, np.concatenate([part[0] for part in label]))
         right = np.concatenate([part[1] for part in label]).astype(np.float16)
-        np.testing.assert_array_equal(probs, right)
+        np.testing.assert_array_equal(probs.view(np.float16), right)
 
 
 @pytest.mark.parametrize(("size", "num_bytes"), [(65_536, 120), (65_537, 164)])

@@ -117,21 +117,6 @@ def test_an_extent_is_cut_into_its_elements(tmp_path):
         list(source.split(0, 3, b"x" * 100))
 
 
-def test_a_compressed_tar_is_refused(tmp_path):
-    compressed = write_tar(tmp_path / "a.tar.gz", [("0.png", PNG), ("0.txt", b"c")], "w:gz")
-    with pytest.raises(ValueError, match=r"config.data.train: no record shard at .*a.tar.gz"):
-        open_records(compressed)
-
-
-def test_a_stale_index_is_noticed(tmp_path):
-    path = tmp_path / "a.tar"
-    write_tar(path, [("0.png", PNG), ("0.txt", b"c"), ("1.png", PNG), ("1.txt", b"d")])
-    TarRecordSource(path)
-    path.write_bytes(path.read_bytes() + bytes(512))
-    with pytest.raises(TFRecordError, match="a.tar.idx does not belong to .*delete the index"):
-        TarRecordSource(path)
-
-
 def write_kept(path):
     """A tar of two records by our writer; the bytes of it, and both records."""
     records = [Record("a", JPEG, "a red fox", {"n": 1}), Record("b", PNG, "a blue cup", {"n": 2})]

@@ -59,21 +59,6 @@ def test_a_shard_that_was_copied_over_another_is_named(tmp_path, suffix, caplog)
     assert paths[0] in record.getMessage() and paths[2] in record.getMessage()
 
 
-@pytest.mark.parametrize("suffix", ["tfrecord", "array_record", "tar"])
-def test_an_index_names_a_shard_that_is_gone_or_copied_over_another(tmp_path, suffix):
-    paths = [tmp_path / f"part-{number}.{suffix}" for number in range(3)]
-    for number, path in enumerate(paths):
-        make.write_shard(path, [make.record(number)])
-    update_index(tmp_path)
-    assert len(open_source(tmp_path)) == 3
-    shutil.copy(paths[0], paths[2])
-    with pytest.raises(ValueError, match=paths[2].name):
-        open_source(tmp_path)[2]
-    paths[2].unlink()
-    with pytest.raises(ValueError, match=paths[2].name):
-        open_source(tmp_path)
-
-
 @pytest.mark.parametrize(
     "change, expected",
     [
