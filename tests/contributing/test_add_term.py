@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.recipe import check_config
 from diht_jax.training.terms.registry import TERMS
 from tests.contributing.blocks import load_example
 from tests.contributing.tiny_runs import tiny_config, train_two_steps
@@ -40,9 +39,3 @@ def test_it_trains_on_eight_devices_in_micro_batches():
 def test_without_weight_it_leaves_no_trace():
     state = TrainProgram(tiny_config({}), total_steps=10).abstract_state()
     assert "pair_distance" not in state.params
-
-
-def test_its_keys_are_checked():
-    config = tiny_config({"distance.weight": -1.0})
-    with pytest.raises(ValueError, match="config.distance.weight=-1.0: expected at least 0"):
-        check_config(config)

@@ -67,9 +67,6 @@ def test_a_file_says_what_to_replace(path):
         re.findall(r"YOUR_\w+|(?<=gs://)[A-Z]+|(?<![\w/])/(?:shared|mnt/datacomp)\b", text)
     )
     assert {name for name in places if name not in said + values} == set()
-    if "values of the next" in said:
-        number = {"four": 4, "six": 6}[re.search(r"next (\w+) lines", said)[1]]
-        assert len(values.splitlines()) == number
 
 
 def documents(path: pathlib.Path) -> list[dict]:
@@ -168,15 +165,6 @@ def test_skypilot_starts_again_but_for_errors_that_no_repetition_mends():
     check_shell("run", task["run"])
 
 
-def test_skypilots_own_schema_takes_the_file():
-    schemas = pytest.importorskip("sky.utils.schemas", reason="pip install skypilot")
-    import jsonschema
-
-    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    jsonschema.validate(task, schemas.get_task_schema())
-    jsonschema.validate(task["resources"], schemas.get_resources_schema())
-
-
 @pytest.fixture
 def run_with(tmp_path):
     """Runs a script whose programs are stand-ins; returns its status and their calls."""
@@ -255,8 +243,9 @@ def test_an_instance_group_has_the_hosts_of_its_topology(
 
 
 @pytest.mark.parametrize("name", ["tpu_mig.sh", "tpu_vm.sh"])
-def test_what_a_script_creates_it_deletes(run_with, name):
+def test_what_a_script_creates_it_deletes_and_another_action_touches_nothing(run_with, name):
     script = (LAUNCH / name).read_text()
+    assert run_with(script, ".", [], arguments=("crate",)) == (2, [])
 
     def changed(action):
         _, calls = run_with(script, ".", [], arguments=(action,))
@@ -266,12 +255,6 @@ def test_what_a_script_creates_it_deletes(run_with, name):
         return {match[1] for match in found if match}
 
     assert changed("create") == changed("delete") != set()
-
-
-@pytest.mark.parametrize("name", ["tpu_mig.sh", "tpu_vm.sh"])
-def test_a_wrong_action_touches_nothing(run_with, name):
-    status, calls = run_with((LAUNCH / name).read_text(), ".", [], arguments=("crate",))
-    assert (status, calls) == (2, [])
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "datacomp.sbatch"])

@@ -13,7 +13,7 @@ from data_prep.labelling.config import default_config as label_config
 from diht_jax.command_line.help_text import comments_of
 from diht_jax.config import default_config as train_config
 from tests.docs.pages import PAGES, REPOSITORY, page_name
-from tests.docs.test_links import anchors, known_keys
+from tests.docs.test_links import known_keys
 
 DOCS = REPOSITORY / "docs"
 MOST_BYTES = 15_000
@@ -66,21 +66,6 @@ def test_every_page_is_in_the_navigation_once():
 @pytest.mark.parametrize("path", [p for p in PAGES if DOCS in p.parents], ids=page_name)
 def test_pages_are_short(path):
     assert path.stat().st_size < MOST_BYTES
-
-
-def test_contributing_is_two_short_pages_that_link_to_each_other(hooks, monkeypatch):
-    pytest.importorskip("mkdocs")
-    site_pages = hooks("site_pages")
-    monkeypatch.setattr(site_pages.File, "generated", lambda _, name, content: (name, content))
-    made = dict(site_pages.on_files([], None))
-    first, examples = made["contributing.md"], made["extending.md"]
-    assert max(len(text.encode()) for text in (first, examples)) < MOST_BYTES
-    assert (
-        anchors(examples)
-        > set(re.findall(r"\(extending\.md#([\w-]+)\)", first))
-        > {"add-a-teacher"}
-    )
-    assert "](#add-a" not in first
 
 
 def test_public_names_exist_and_are_described():

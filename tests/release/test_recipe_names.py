@@ -24,8 +24,10 @@ def test_the_last_part_of_a_name_is_enough():
     assert find_recipe("cat") == find_recipe("prep/cat") == RECIPES["prep/cat"]
 
 
-@pytest.mark.parametrize("flag", [["--config", "{}"], ["--config={}"]], ids=["apart", "joined"])
-@pytest.mark.parametrize("recipe", ["demo", "{repository}/configs/demo.py"], ids=["name", "path"])
+@pytest.mark.parametrize(
+    "flag, recipe",
+    [(["--config", "{}"], "demo"), (["--config={}"], "{repository}/configs/demo.py")],
+)
 def test_names_and_paths_take_arguments_and_overrides(flag, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = recipe.format(repository=make.REPOSITORY)
@@ -42,9 +44,9 @@ def test_names_and_paths_take_arguments_and_overrides(flag, recipe, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "command", ["diht_jax.train", "diht_jax.compile", "data_prep.filter", "data_prep.duplicates"]
+    "command, name, meant",
+    [("diht_jax.train", "dith_vitb16", "diht_vitb16"), ("data_prep.filter", "cta", "prep/cat")],
 )
-@pytest.mark.parametrize("name, meant", [("dith_vitb16", "diht_vitb16"), ("cta", "prep/cat")])
 def test_an_unknown_name_is_refused_with_those_like_it_and_all(command, name, meant, capsys):
     with pytest.raises(SystemExit) as caught:
         parse_command(command, [f"--config={name}:debug=True"], lambda options: None)
