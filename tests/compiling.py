@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 
+# For programs that run for milliseconds: most of a test's time would go into optimising them.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 def xla_flags(num_devices: int | None = None) -> str:
     """The value of `XLA_FLAGS`.

@@ -69,6 +69,7 @@ LONGEST_FILES = (
     "docs/test_readme.py",
     "training/test_objective.py",
     "extras/test_captioning.py",
+    "extras/test_steps.py",
     "data_prep/filtering/test_failures.py",
     "hardware/test_compile.py",
     "docs/test_commands.py",

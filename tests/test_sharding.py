@@ -35,12 +35,12 @@ KINDS = {
     "tpu7x": "TPU7x",
 }
 SLICES = [
-    ("v4", (2, 2, 1)),
-    ("v4", (16, 16, 16)),
-    ("v5e", (16, 16)),
-    ("v5p", (16, 16, 24)),
-    ("v6e", (8, 16)),
-    ("tpu7x", (4, 4, 4)),
+    ("v4", (2, 2, 1), 1),
+    ("v4", (16, 16, 16), 1),
+    ("v5e", (16, 16), 2),
+    ("v5p", (8, 16, 24), 1),
+    ("v6e", (8, 16), 2),
+    ("tpu7x", (4, 4, 4), 2),
 ]
 
 
@@ -96,24 +96,17 @@ def fill_a_block(chips):
     return one_slice and math.prod(np.ptp(coordinates, axis=0) + 1) == len(chips)
 
 
-@pytest.mark.parametrize("num_slices", [1, 2])
-@pytest.mark.parametrize(
-    "family, shape, fsdp",
-    [
-        (family, shape, fsdp)
-        for family, shape in SLICES
-        for fsdp in (1, 4, 8, 16)
-        if math.prod(shape) % fsdp == 0
-    ],
-)
-def test_tpu_groups_fill_blocks_of_a_slice(family, shape, num_slices, fsdp):
+@pytest.mark.parametrize("family, shape, num_slices", SLICES)
+def test_tpu_groups_fill_blocks_of_a_slice(family, shape, num_slices):
     devices = [chip for i in range(num_slices) for chip in tpu_slice(family, shape, i)]
-    check_groups(devices, fsdp, fill_a_block)
+    for fsdp in (1, 4, 8, 16):
+        if math.prod(shape) % fsdp == 0:
+            check_groups(devices, fsdp, fill_a_block)
 
 
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
 @pytest.mark.parametrize("options", [{}, {"processes_per_host": 8}, {"described": True}])
-@pytest.mark.parametrize("num_hosts", [1, 4, 64])
+@pytest.mark.parametrize("num_hosts", [1, 16])
 def test_gpu_groups_stay_inside_a_host(num_hosts, options, fsdp):
     devices = gpu_hosts(num_hosts, 8, **options)
     # A job may list its devices in any order.

@@ -1,4 +1,4 @@
-"""The affinity loss and its term against the formula in float64: meshes, missing pairs, memory."""
+"""The affinity loss against its formula in float64: meshes, missing pairs, memory."""
 
 import functools
 
@@ -10,9 +10,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diht_jax.extras import affinity
 from diht_jax.extras.affinity import TeacherEmbeddings, affinity_loss, sharded_affinity_loss
-from diht_jax.input.transforms import normalize
-from diht_jax.models.parameters import merge_model
-from tests.contributing.tiny_runs import BATCH_SIZE, draw_batch, tiny_config, train_one_step
 
 WIDTHS, TEMPERATURES = (12, 7), (0.01, 0.07)
 MISSING = (3, 17)  # of one teacher or the other
@@ -115,55 +112,3 @@ def test_memory_grows_with_the_batch_and_not_with_its_square():
         return step.lower(*[rows] * 4).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(65536) < 2.5 * temporaries(32768)
-
-
-WEIGHT = 2.0
-TERM = {
-    "loss.weight": 0.25,
-    "affinity.weight": WEIGHT,
-    "affinity.widths": WIDTHS,
-    "affinity.temperatures": TEMPERATURES,
-}
-
-
-def batch():
-    rng, found = np.random.default_rng(1), draw_batch()
-    for name in ("teacher_image_emb", "teacher_text_emb"):
-        numbers = rng.integers(-127, 128, (BATCH_SIZE, sum(WIDTHS)))
-        found[name] = numbers.astype(np.float16)
-    found["teacher_image_emb"][5] = found["teacher_text_emb"][5] = 0  # not embedded
-    return found
-
-
-def expected_loss(image_emb, text_emb, scale):
-    ends = np.cumsum(WIDTHS)[:-1]
-    images, texts = (
-        np.split(np.float64(batch()[f"teacher_{kind}_emb"]), ends, axis=1)
-        for kind in ("image", "text")
-    )
-    return truth(image_emb, text_emb, scale, list(zip(images, texts, TEMPERATURES, strict=True)))[0]
-
-
-def test_a_step_is_the_formula_whatever_the_mesh():
-    config = tiny_config({**TERM, "micro_batch": 8})
-    program, params, after, metrics = train_one_step(config, batch())
-
-    @jax.jit
-    def embed(params):
-        model = merge_model(program.definition, params)
-        images = normalize(batch()["images"], np.float32)
-        return model.encode_image(images), model.encode_text(batch()["tokens"])
-
-    expected = expected_loss(*map(np.float64, embed(params)), np.exp(params["log_logit_scale"]))
-    np.testing.assert_allclose(metrics["affinity_loss"], expected, rtol=1e-5)
-    total = 0.25 * metrics["contrastive_loss"] + WEIGHT * metrics["affinity_loss"]
-    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
-    on_one = tiny_config({**TERM, "mesh.data": 1, "mesh.fsdp": 1})
-    _, _, after_one, metrics_one = train_one_step(on_one, batch(), jax.devices()[:1])
-    for name in ("affinity_loss", "grad_norm"):
-        np.testing.assert_allclose(metrics_one[name], metrics[name], rtol=1e-5)
-    # Adam's first step is as long as the learning rate whatever the gradient, so compare steps.
-    rate = program.config.optimizer.learning_rate
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=0.02 * rate, rtol=0), after, after_one
-    )

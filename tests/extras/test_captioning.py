@@ -1,4 +1,4 @@
-"""The caption decoder against torch's, decoding with and without a cache, and the term's loss."""
+"""The caption decoder against torch's, and decoding with and without a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,9 @@ from flax import nnx
 import diht_jax
 from diht_jax.export import export_model
 from diht_jax.extras.captioning import DECODER, CaptionDecoder, decode_captions, merge_decoder
-from diht_jax.input.transforms import normalize
-from diht_jax.models.parameters import merge_model, model_parameters
+from diht_jax.models.parameters import model_parameters
 from diht_jax.training.loop import train
 from tests import make
-from tests.contributing.tiny_runs import BATCH_SIZE, draw_batch, tiny_config, train_one_step
 
 ARCH = make.small_architecture(
     vision_width=48, vision_heads=2, text_width=32, text_heads=4, context_length=10, vocab_size=50
@@ -153,73 +151,6 @@ def test_draws_have_the_probabilities_of_the_logits(decoder, image_tokens, next_
     shares = np.mean(np.asarray(written)[:, 1:] == ids, axis=0)
     np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / count))
     assert np.isclose(shares.sum(), 1)
-
-
-TERM = {"captioning.weight": 2.0, "captioning.layers": 2}
-TERM_END = 63
-
-
-def batch():
-    """Captions of 1 to 6 tokens; what follows the end is no zeros, to be seen if it counted."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, TERM_END, (BATCH_SIZE, 8)).astype(np.int32)
-    tokens[:, 0] = 62
-    tokens[np.arange(BATCH_SIZE), 1 + np.arange(BATCH_SIZE) % 7] = TERM_END
-    return draw_batch() | {"tokens": tokens}
-
-
-def expected_loss(program, params, image_tokens):
-    """The mean negative log-likelihood of all tokens but the first, ends included."""
-    decoder = merge_decoder(params[DECODER], program.arch, dtype=jnp.float32)
-    tokens = batch()["tokens"]
-    features = np.float64(jax.jit(decoder.__call__)(tokens[:, :-1], image_tokens))
-    logits = features @ np.float64(params[DECODER]["token_embedding"]["embedding"]).T
-    total, count = 0.0, 0
-    for row, caption in zip(logits, tokens, strict=True):
-        for position, token in enumerate(caption[1:]):
-            total += np.log(np.exp(row[position]).sum()) - row[position, token]
-            count += 1
-            if token == TERM_END:
-                break
-    return total / count
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """A step on one device."""
-    one = {"mesh.data": 1, "mesh.fsdp": 1, "captioning.chunk_tokens": 7}
-    return train_one_step(tiny_config(TERM | one), batch(), jax.devices()[:1])
-
-
-def test_a_step_is_the_formula_and_trains_both_sides(alone):
-    program, params, after, metrics = alone
-    images = normalize(batch()["images"], np.float32)
-    model = merge_model(program.definition, params)
-    image_tokens = jax.jit(model.vision.tokens)(images)
-    np.testing.assert_allclose(
-        image_tokens[:, 0], jax.jit(model.vision.features)(images), atol=1e-6
-    )
-    expected = expected_loss(program, params, image_tokens)
-    np.testing.assert_allclose(metrics["captioning_loss"], expected, rtol=1e-5)
-    total = metrics["contrastive_loss"] + 2 * metrics["captioning_loss"]
-    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
-    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), params, after)
-    assert min(jax.tree.leaves(moved[DECODER]["blocks"])) > 0
-
-
-def test_a_step_is_the_same_on_any_mesh(alone):
-    """Also in micro-batches, with scanned layers and blocks that are computed again."""
-    _, _, expected, expected_metrics = alone
-    split = {"mesh.data": 2, "mesh.fsdp": 4, "micro_batch": 8}
-    remat = {"captioning.remat": "full", "model.scan_layers": True}
-    _, _, found, metrics = train_one_step(tiny_config(TERM | split | remat), batch())
-    np.testing.assert_allclose(
-        metrics["captioning_loss"], expected_metrics["captioning_loss"], rtol=1e-5
-    )
-    np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=1e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), expected[DECODER], found[DECODER]
-    )
 
 
 def test_a_loaded_run_has_the_decoder_of_its_last_step(tmp_path, caplog):

@@ -55,7 +55,7 @@ def test_huge_logits_do_not_overflow():
     np.testing.assert_allclose(grad, [[0.75, -0.75, 0.0]], atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 5, 100])
+@pytest.mark.parametrize("chunk_rows", [5, 100])
 def test_chunks_change_neither_value_nor_gradient(labels, chunk_rows):
     _, ids, probs = labels
     rng = np.random.default_rng(1)

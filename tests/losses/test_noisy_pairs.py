@@ -21,7 +21,7 @@ AXES = ("data", "fsdp")
 # 17 groups of 1, 2 and 4 equal pairs, spread over the devices. Some ids differ in one word only.
 GROUPS = np.random.default_rng(3).permutation(np.repeat(np.arange(17), [1] * 6 + [2] * 5 + [4] * 6))
 IDS = np.stack([GROUPS // 5, GROUPS % 5], axis=1).astype(np.uint32)
-IS_EQUAL = GROUPS[:, None] == GROUPS[None, :]
+IS_EQUAL, IS_SAME = GROUPS[:, None] == GROUPS[None, :], np.eye(NUM_PAIRS, dtype=bool)
 ROW_WEIGHTS = np.random.default_rng(4).uniform(0, 2, NUM_PAIRS)
 OF_ROWS = {"pair_ids": IDS, "row_weights": ROW_WEIGHTS}
 
@@ -39,8 +39,8 @@ def pairs():
 def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs, constant=False):
     """The formulas as they are printed; leading axes are batched, and inputs may be complex."""
     logits = scale[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
-    negative = ~IS_EQUAL
-    positive = IS_EQUAL if equal_pairs == "positive" else np.eye(NUM_PAIRS, dtype=bool)
+    negative = ~IS_SAME if equal_pairs == "negative" else ~IS_EQUAL
+    positive = IS_EQUAL if equal_pairs == "positive" else IS_SAME
 
     def direction(s):
         tilt = np.exp(beta[..., None, None] * s) * negative
@@ -58,8 +58,9 @@ def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs, constant
 
 def sigmoid_formula(image_emb, text_emb, scale, bias, equal_pairs):
     logits = scale[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
-    positive = IS_EQUAL if equal_pairs == "positive" else np.eye(NUM_PAIRS, dtype=bool)
-    signs = np.where(positive, 1, np.where(IS_EQUAL, 0, -1))
+    positive = IS_EQUAL if equal_pairs == "positive" else IS_SAME
+    is_left_out = IS_EQUAL & (equal_pairs == "mask")
+    signs = np.where(positive, 1, np.where(is_left_out, 0, -1))
     losses = np.log(1 + np.exp(-signs * (logits + bias[..., None, None]))) * (signs != 0)
     return ((ROW_WEIGHTS + ROW_WEIGHTS[:, None]) * losses).sum((-2, -1))
 
@@ -74,17 +75,25 @@ def complex_step(formula, *arguments):
     return formula(*(np.asarray(x) for x in arguments)), grads
 
 
-# Of 5 rows on a device and 20 in a group, in padded tiles of 3; the last two have one of the two.
+# Of 5 rows on a device and 20 in a group, in padded tiles of 3; the others have one of the two.
 FORMS = {
     "groups": (functools.partial(streaming_loss, tile=3), (2, 4)),
+    "group": (functools.partial(streaming_loss, tile=3), (1, 8)),
     "ring": (streaming_loss, (8, 1)),
     "gathered": (dense_loss, (2, 4)),
 }
 
 
+def rows_for(equal_pairs):
+    """What a loss has for each row."""
+    return {"row_weights": ROW_WEIGHTS} if equal_pairs == "negative" else OF_ROWS
+
+
 @pytest.mark.parametrize(
     "equal_pairs, constant, form",
     [
+        ("negative", False, "groups"),
+        ("negative", True, "group"),
         ("mask", False, "groups"),
         ("mask", True, "ring"),
         ("mask", False, "gathered"),
@@ -103,7 +112,9 @@ def test_softmax_is_the_formula(reference, equal_pairs, constant, form):
     with jax.enable_x64(True):
         step = reference.differentiate(FORMS[form][0], objective, FORMS[form][1])
         for scale, alpha, beta in ((20.0, 0.9, 0.5), (5.0, 1.0, 0.0)):
-            value, (*grads, (by_alpha, by_beta)) = step(*pairs(), scale, (alpha, beta), OF_ROWS)
+            value, (*grads, (by_alpha, by_beta)) = step(
+                *pairs(), scale, (alpha, beta), rows_for(equal_pairs)
+            )
             expected, expected_grads = complex_step(
                 functools.partial(defining_loss, constant=constant, equal_pairs=equal_pairs),
                 *(*pairs(), np.float64(scale), np.float64(alpha), np.float64(beta)),
@@ -114,12 +125,13 @@ def test_softmax_is_the_formula(reference, equal_pairs, constant, form):
 
 
 @pytest.mark.parametrize(
-    "equal_pairs, form", [("positive", "groups"), ("mask", "groups"), ("mask", "gathered")]
+    "equal_pairs, form",
+    [("negative", "groups"), ("positive", "groups"), ("mask", "groups"), ("mask", "gathered")],
 )
 def test_sigmoid_is_the_formula(reference, equal_pairs, form):
     with jax.enable_x64(True):
         step = reference.differentiate(FORMS[form][0], Sigmoid(equal_pairs), FORMS[form][1])
-        value, (*grads, (by_bias,)) = step(*pairs(), 5.0, (-2.0,), OF_ROWS)
+        value, (*grads, (by_bias,)) = step(*pairs(), 5.0, (-2.0,), rows_for(equal_pairs))
     expected, expected_grads = complex_step(
         functools.partial(sigmoid_formula, equal_pairs=equal_pairs),
         *(*pairs(), np.float64(5), np.float64(-2)),
@@ -154,10 +166,10 @@ def test_equal_texts_are_no_wrong_partners_in_the_metrics():
     assert metrics["i2t_accuracy"] == 1 and metrics["equal_pairs"] == 0.5
 
 
-def test_pair_weights_are_constants_of_the_mean(monkeypatch):
-    monkeypatch.setattr(f"{__name__}.IS_EQUAL", np.eye(NUM_PAIRS, dtype=bool))
+def test_pair_weights_are_constants_of_the_mean():
     weights = np.float32(ROW_WEIGHTS)
-    expected = defining_loss(*pairs(), *map(np.float64, (20, 0.9, 0.5)), "mask") / 2 / NUM_PAIRS
+    total = defining_loss(*pairs(), *map(np.float64, (20, 0.9, 0.5)), "negative")
+    expected = total / 2 / NUM_PAIRS
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), AXES)
     step = jax.value_and_grad(contrastive_objective, argnums=(0, 1), has_aux=True)
     (loss, _), grads = jax.jit(functools.partial(step, mesh=mesh, alpha=0.9, beta=0.5))(

@@ -91,12 +91,13 @@ def test_initialisation_has_the_spread_of_open_clips():
 
 
 def test_compute_dtype_is_apart_from_parameter_dtype():
-    definition = ModelDefinition(SMALL, jnp.bfloat16, jnp.float32)
+    arch = make.small_architecture(vocab_size=64)
+    definition = ModelDefinition(arch, jnp.bfloat16, jnp.float32)
     params = jax.tree.map(jnp.asarray, make.draw_parameters(definition.init_params))
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    images = np.random.default_rng(1).standard_normal((4, 32, 32, 3)).astype(np.float32)
+    images = np.random.default_rng(1).standard_normal((4, 16, 16, 3)).astype(np.float32)
     half = merge_model(definition, params)
-    full = merge_model(ModelDefinition(SMALL, jnp.float32, jnp.float32), params)
+    full = merge_model(ModelDefinition(arch, jnp.float32, jnp.float32), params)
     assert jax.eval_shape(half.vision.features, images).dtype == jnp.bfloat16
     embedded = [jax.jit(model.encode_image)(images) for model in (half, full)]
     assert embedded[0].dtype == jnp.float32
@@ -149,18 +150,3 @@ def test_normalisation_and_its_gradient_are_those_of_float64_also_at_zero(length
     np.testing.assert_allclose(
         gradient, expected_gradient, rtol=1e-4, atol=1e-5 * np.abs(expected_gradient).max()
     )
-
-
-def test_towers_whose_embeddings_are_all_zero_get_finite_gradients():
-    arch = dataclasses.replace(SMALL, vision_layers=1, text_layers=1)
-    model = DualEncoder(arch, rngs=nnx.Rngs(0))
-    for tower in (model.vision, model.text):
-        tower.projection.kernel[...] = jnp.zeros_like(tower.projection.kernel[...])
-    images, tokens = jnp.ones((2, 32, 32, 3)), jnp.ones((2, 12), jnp.int32)
-
-    def loss(model):
-        return jnp.sum((model.encode_image(images) - model.encode_text(tokens) + 1) ** 2)
-
-    gradients = nnx.jit(nnx.grad(loss))(model)
-    for gradient in jax.tree.leaves(nnx.state(gradients)):
-        np.testing.assert_array_equal(gradient, 0)

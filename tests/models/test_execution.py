@@ -1,7 +1,6 @@
-"""How a model computes changes neither its parameters nor its results."""
+"""How a model computes: what is kept for the gradients, and layer norms in one pass."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,10 @@ from flax import nnx
 
 from diht_jax.models.attention import Target
 from diht_jax.models.layers import POLICIES, Linear
-from diht_jax.models.parameters import (
-    ModelDefinition,
-    merge_model,
-)
+from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution, layer_norm
 from tests import make
+from tests.compiling import QUICK_COMPILE
 
 ARCH = make.small_architecture(
     image_size=32,
@@ -29,41 +26,27 @@ ARCH = make.small_architecture(
     context_length=8,
     vocab_size=64,
 )
-# Optimising the program would take most of the test, and does not move its memory.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 DEFINITION = ModelDefinition(ARCH, jnp.float32, jnp.float32)
 INIT = DEFINITION.init_params
 
 
-@functools.cache
-def parameters():
-    return make.draw_parameters(INIT)
-
-
-def scanned(**changes):
-    return dataclasses.replace(DEFINITION, execution=Execution(scan_layers=True, **changes))
-
-
-def vision_gradient(definition):
-    """A compiled gradient of a function of the image embeddings; memory is that of its blocks."""
+def temporary_bytes(remat):
+    """Of the gradient of a function of the image embeddings; memory is that of its blocks."""
+    execution = Execution(scan_layers=True, remat=remat)
+    definition = dataclasses.replace(DEFINITION, execution=execution)
 
     def value(params, images):
         return jnp.sum(jnp.sin(3.0 * merge_model(definition, params).encode_image(images)))
 
-    images = np.random.default_rng(0).standard_normal((64, 32, 32, 3)).astype(np.float32)
-    lowered = jax.jit(jax.grad(value)).lower(parameters(), images)
-    compiled = lowered.compile(QUICK_COMPILE)
-    return compiled(parameters(), images), compiled.memory_analysis().temp_size_in_bytes
+    params = jax.eval_shape(INIT, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
+    compiled = jax.jit(jax.grad(value)).lower(params, images).compile(QUICK_COMPILE)
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_remat_policies_keep_gradients_and_are_ordered_by_memory():
-    expected, _ = vision_gradient(DEFINITION)
-    memory = {}
-    for name in POLICIES:
-        grads, memory[name] = vision_gradient(scanned(remat=name))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), grads, expected
-        )
+def test_remat_policies_are_ordered_by_memory():
+    """That they keep the gradients, those of the whole step show."""
+    memory = {name: temporary_bytes(name) for name in POLICIES}
     assert memory["full"] < memory["minimal"] < memory["dots"] < memory["none"]
     assert memory["none"] > 1.5 * memory["full"]
 

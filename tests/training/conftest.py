@@ -29,23 +29,33 @@ from tests.records.stores import BucketStore
 NUM_RECORDS = 52
 
 
+# What a program has of the data and the evaluation, and what it has nothing of.
+DATA_KEYS, EVALUATION_KEYS = ("batch_size", "class_key", "allow_changed"), ("use_ema",)
+NOT_IN_PROGRAMS = (
+    *("total_steps", "no_patch_dropout_steps", "log_every_steps", "checkpoint", "profile"),
+    *("stage", "trackers", "tracking", "debug_nans", "max_skipped_steps"),
+)
+MADE: dict[Any, TrainProgram] = {}  # of all files in this process
+
+
 @pytest.fixture(scope="package", autouse=True)
 def programs():
     """Runs of one config share their program: most of a tiny one would go into tracing it again.
 
     Those that tests start as a command trace their own.
     """
-    made: dict[Any, TrainProgram] = {}
 
     def program_of(config, total_steps, devices=None):
         plain = config.to_dict()
-        plain["data"].update(train=None, labels=None)  # no place in which something lies is in it
-        for name in ("checkpoint", "log_every_steps", "profile"):
+        for section, names in (("data", DATA_KEYS), ("evaluation", EVALUATION_KEYS)):
+            plain[section] = {name: plain[section][name] for name in names}
+        for name in NOT_IN_PROGRAMS:
             del plain[name]
+        del plain["model"]["init_from"]
         key = (repr(plain), total_steps, tuple(devices or jax.devices()))
-        if key not in made:
-            made[key] = TracedOnce(config.copy_and_resolve_references(), total_steps, devices)
-        return made[key]
+        if key not in MADE:
+            MADE[key] = TracedOnce(config.copy_and_resolve_references(), total_steps, devices)
+        return MADE[key]
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (program, throughput):
@@ -155,13 +165,13 @@ def labelled(write_labelled, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def make_config(squares):
-    """Makes the config of a run of 20 steps of 16 examples.
+    """Makes the config of a run of 6 steps of 16 examples.
 
     Patch dropout makes the step depend on its random key.
     """
 
     def make_one() -> ml_collections.ConfigDict:
-        config = make.tiny_config()
+        config = make.tiny_config(total_steps=6)
         config.model.patch_dropout = 0.25
         config.model.overrides.patch_size = 4
         config.loss.beta = 0.25

@@ -19,10 +19,9 @@ from diht_jax.training.optimizer import split_parameters
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import TrainState, loss_gradients, training_execution
 from tests import make
+from tests.compiling import QUICK_COMPILE
 
 BATCH_SIZE = 32
-# Most of the time of these tests would go into optimising programs that run for milliseconds.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def tiny_config(**changes) -> ml_collections.ConfigDict:

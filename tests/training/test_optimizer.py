@@ -19,6 +19,7 @@ from diht_jax.training.optimizer import (
     merge_parameters,
     update_rules,
 )
+from tests.compiling import QUICK_COMPILE
 
 
 def section(**changes):
@@ -27,10 +28,10 @@ def section(**changes):
     return config
 
 
-def adamw_step(params, grads, moments, step, rate, c, factors=None):
+def adamw_step(params, grads, moments, step, rate, c, factors):
     """One step of AdamW (arXiv 1711.05101) after a global-norm clip; float64, step from 1.
 
-    `factors` gives some parameters factors on the learning rate and on the decay.
+    `factors` are those of each parameter on the learning rate and on the decay.
     """
     norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
     grads = {k: g * min(1.0, c.clip_global_norm / norm) for k, g in grads.items()}
@@ -40,32 +41,12 @@ def adamw_step(params, grads, moments, step, rate, c, factors=None):
         moments[k] = (m, v)
         update = (m / (1 - c.b1**step)) / (np.sqrt(v / (1 - c.b2**step)) + c.eps)
         decay = c.weight_decay * params[k] if params[k].ndim >= 2 else 0.0
-        rate_factor, decay_factor = (factors or {}).get(k, (1.0, 1.0))
+        rate_factor, decay_factor = factors[k]
         params[k] = params[k] - rate * rate_factor * (update + decay_factor * decay)
 
 
-def test_equals_adamw_with_decay_on_matrices_only():
-    config = section(warmup_steps=0, learning_rate=0.01)
-    rng = np.random.default_rng(0)
-    shapes = {"matrix": (3, 4), "kernel": (2, 2, 3, 4), "bias": (4,), "scale": ()}
-    truth = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), truth)
-    schedule = optax.constant_schedule(config.learning_rate)
-    optimizer = create_optimizer(config, schedule)
-    state, moments = optimizer.init(params), {}
-    for step in range(1, 6):
-        size = 0.01 if step % 2 else 3.0  # below and above the clip
-        grads = {name: size * rng.standard_normal(shape) for name, shape in shapes.items()}
-        adamw_step(truth, grads, moments, step, config.learning_rate, config)
-        updates, state = optimizer.update(
-            jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads), state, params
-        )
-        params = optax.apply_updates(params, updates)
-    for name, expected in truth.items():
-        np.testing.assert_allclose(params[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-def test_frozen_parameters_multipliers_and_layer_decay():
+def test_equals_adamw_with_decay_on_matrices_only_and_rules_for_some():
+    """Above the clip and below it; frozen parameters, multipliers and layer decay."""
     config = section(
         frozen=("^vision/patch",),
         multipliers=(("projection", 3.0, 0.5), ("^log_logit_scale", 0.0, 1.0)),
@@ -73,14 +54,18 @@ def test_frozen_parameters_multipliers_and_layer_decay():
     )
     rng = np.random.default_rng(1)
     shapes = {"kernel0": (3, 4), "kernel1": (3, 4), "projection": (4, 2), "scale": ()}
+    shapes |= {"bias": (4,), "patches": (2, 2, 3, 4)}
     truth = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-    factors = {"kernel0": (0.25, 1.0), "kernel1": (0.5, 1.0), "projection": (3.0, 0.5)}
-    factors["scale"] = (0.0, 1.0)
+    factors = {"kernel0": (0.25, 1.0), "kernel1": (0.5, 1.0)}
+    factors |= dict.fromkeys(("projection", "bias"), (3.0, 0.5))
+    factors |= {"scale": (0.0, 1.0), "patches": (1.0, 1.0)}
 
     def arrange(values):
         blocks = {str(i): {"kernel": values[f"kernel{i}"]} for i in range(2)}
-        vision = {"blocks": blocks, "projection": {"kernel": values["projection"]}}
-        tree = {"vision": vision, "log_logit_scale": values["scale"]}
+        projection = {"kernel": values["projection"], "bias": values["bias"]}
+        vision = {"blocks": blocks, "projection": projection}
+        head = {"kernel": values["patches"]}
+        tree = {"vision": vision, "head": head, "log_logit_scale": values["scale"]}
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
     patches = {"kernel": jnp.ones((2, 3))}
@@ -89,8 +74,9 @@ def test_frozen_parameters_multipliers_and_layer_decay():
     state, moments = optimizer.init(merge_parameters(trained, frozen)), {}
     assert sum(leaf.shape == (2, 3) for leaf in jax.tree.leaves(state)) == 0
     assert sum(leaf.shape == (3, 4) for leaf in jax.tree.leaves(state)) == 4
-    for step in range(1, 4):
-        grads = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    for step in range(1, 5):
+        size = 0.01 if step % 2 else 3.0
+        grads = {name: size * rng.standard_normal(shape) for name, shape in shapes.items()}
         adamw_step(truth, grads, moments, step, 0.01, config, factors)
         updates, state = optimizer.update(arrange(grads), state, merge_parameters(trained, frozen))
         trained = optax.apply_updates(trained, updates)
@@ -172,7 +158,6 @@ def test_the_first_multiplier_found_counts_and_layer_decay_comes_on_top():
 
 
 RATE = 0.01
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def orthogonal(matrix):

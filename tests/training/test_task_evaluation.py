@@ -24,7 +24,6 @@ def run(config, squares, tmp_path):
     A checkpoint is due at the end alone: the others are those that an evaluation comes after.
     """
     source = shutil.copytree(squares, tmp_path / "source")
-    config.total_steps = 6
     config.checkpoint.every_steps = 100
     config.checkpoint.keep_last = 1
     config.evaluation.every_steps = 2

@@ -66,12 +66,10 @@ def test_the_held_out_records_of_each_source_are_a_task(config, squares, tmp_pat
 def trained(make_config, tmp_path_factory):
     """The config of a run of two steps that is evaluated after each, and its work directory."""
     config, workdir = make_config(), tmp_path_factory.mktemp("runs") / "run"
-    config.total_steps = 2
-    config.optimizer.warmup_steps = 1
     config.checkpoint.update(every_steps=1, best_metric="validation/t2i_r10")
     config.evaluation.update(every_steps=1, batch_size=16)
     config.data.update(validation_share=0.3, text_template="a photo of {caption}")
-    train(config, workdir, devices=jax.devices()[:1])
+    train(config, workdir, stop_after_steps=2, devices=jax.devices()[:1])
     return config, workdir
 
 
