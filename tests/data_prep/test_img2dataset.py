@@ -4,20 +4,18 @@ import dataclasses
 import json
 import pathlib
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
-from diht_jax.input.examples import DecodeExample
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.registry import read_pairs
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.train_data import open_records
 from tests.data_prep.filtering.jobs import job_config, read_records
-from tests.make import encoded, one_source, pair_members, plain, train_iterator, write_tar
+from tests.make import encoded, pair_members, plain, write_tar
 from tests.records.test_schema import write_sample
 
 _JPEG = encoded(plain("red", (60, 40)), "JPEG")
@@ -77,7 +75,7 @@ def _run(source: str, output: pathlib.Path) -> list:
 
 
 @pytest.mark.parametrize("with_json", [True, False])
-def test_tars_with_statistics_and_metadata(tmp_path, capsys, with_json):
+def test_tars_with_statistics_and_metadata(tmp_path, with_json):
     _write_shard(tmp_path / "in", "webdataset", with_json)
     records = _run(str(tmp_path / "in"), tmp_path / "out")
     assert [r.key for r in records] == ["000000000", "000000001", "000000003"]
@@ -88,9 +86,6 @@ def test_tars_with_statistics_and_metadata(tmp_path, capsys, with_json):
     assert read_report(tmp_path / "out")["download"] == {
         k: v for k, v in _STATS.items() if k != "duration"
     }
-    assert (
-        "img2dataset: 4 rows, 3 downloaded, 1 failed to download, 0 to" in capsys.readouterr().out
-    )
     assert (tmp_path / "out" / "kept_uids.npy").exists()
 
 
@@ -122,18 +117,8 @@ def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
     assert (tmp_path / "out" / "kept_uids.npy").read_bytes() == (
         tmp_path / "expected" / "kept_uids.npy"
     ).read_bytes()
-    # The same training data without and with the filter.
-    decode = DecodeExample(16, 8, (0.5, 1.0), "{caption}")
-    direct, filtered = (
-        next(
-            train_iterator(
-                one_source(open_records(str(tmp_path / name)), decode, 1),
-                batch_size=3,
-                seed=1,
-                num_workers=0,
-            )
-        )
-        for name in ("in", "out")
-    )
-    for name, values in direct.items():
-        np.testing.assert_array_equal(values, filtered[name])
+    # As training reads them without the filter.
+    direct = open_records(str(tmp_path / "in"))
+    found = [direct.decode(direct[number]) for number in range(len(direct))]
+    contents = [[(r.key, r.image, r.caption) for r in read] for read in (found, records)]
+    assert contents[0] == contents[1]

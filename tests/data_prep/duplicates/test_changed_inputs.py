@@ -63,19 +63,17 @@ def _cut(path) -> bytes:
     return whole
 
 
-def test_a_cut_off_tar_is_left_out_and_made_up_for(tars, tmp_path, scanned, capsys):
+def test_a_cut_off_tar_is_left_out_and_made_up_for(tars, tmp_path, scanned):
     out = tmp_path / "out"
     whole = _cut(tars / "1.tar")
     failures = job.run(_config(tars, out, max_failed_shards=0.0))
     assert list(failures) == [str(tars / "1.tar")] and failures.exit_status == 1
-    assert "config.max_failed_shards=0 allows 0" in capsys.readouterr().out
     failures = job.run(_config(tars, out))
     assert list(failures) == [str(tars / "1.tar")] and failures.exit_status == INCOMPLETE_STATUS
     assert scanned == ["0.tar", "1.tar", "2.tar", "1.tar"]
     assert _dropped(out) == (8, {"2-0": "0-0"})
     summary = json.loads((out / "duplicates.json").read_text())
     assert [found["source"] for found in summary["failed"]] == [str(tars / "1.tar")]
-    assert "1 of 3 units failed and are not among them" in (out / "report.html").read_text()
 
     scanned.clear()
     (tars / "1.tar").rename(tmp_path / "1.tar")

@@ -92,15 +92,12 @@ def test_planted_copies_are_found_and_nothing_else(found):
     lookup = Lookup(found)
     near, absent = lookup.find(["jpeg", "s01"])
     assert (near.kind, near.duplicate_of, absent) == ("near", "s01", None)
-    page = (found / "report.html").read_text()
-    assert page.count("<figure>") == 2 * len(_EXPECTED) and "mirror" in page
 
 
-def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, capsys, monkeypatch):
+def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, monkeypatch):
     scanned = {path: path.stat().st_mtime_ns for path in (found / "scan").iterdir()}
     monkeypatch.setattr(job, "scan_unit", pytest.fail)  # nothing is read again
     assert job.run(_config(pairs, found)) == {}
-    assert "20 pairs: 2 (10.0%) exact copies, 4 (20.0%) near" in capsys.readouterr().out
     assert job.run(_config(pairs, found, threshold=1.0)) == {}
     assert {key for key, (kind, _) in read_dropped(found).items() if kind == "near"} <= {"mirror"}
     assert job.run(_config(pairs, found, exact=False)) == {}
@@ -145,8 +142,6 @@ def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
     assert jobs.read_dropped(tmp_path / "out")["duplicates"] == {"exact": 2, "near": 4}
     kept = {record.key for record in read_records(tmp_path / "out")}
     assert kept == {"large", *(f"s{i:02d}" for i in range(12) if i != 4)}
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "near-duplicate of another image" in page and "equal bytes: s00" in page
     evidence = {s["key"]: s.get("evidence") for s in read_report(tmp_path / "out")["samples"]}
     assert evidence["s04"].endswith(" with large")
     again = Replay(str(tmp_path / "out")).run()  # without the table
@@ -162,10 +157,11 @@ def test_an_input_that_is_gone_is_left_to_its_own_task(tmp_path):
     DuplicateStep.check_inputs(config, [gone])
 
 
-def test_given_embeddings_need_no_pictures(tmp_path, capsys):
+def test_given_embeddings_need_no_pictures(tmp_path):
     generator = np.random.default_rng(0)
     emb = generator.standard_normal((40, 8)).astype(np.float32)
     emb[30:] = emb[:10] + 0.01  # near copies of the first ten
+    emb[33] *= 1e6
     keys = np.array([f"k{i}" for i in range(39)] + ["k5"])  # the last key names two pairs
     np.savez(tmp_path / "a.npz", key=keys[:25], image_emb=emb[:25])
     table = {"key": keys[25:].tolist(), "image_emb": emb[25:].tolist()}
@@ -179,16 +175,6 @@ def test_given_embeddings_need_no_pictures(tmp_path, capsys):
         found = Lookup(output).find([f"k{i}" for i in range(40)])
         assert [i for i, row in enumerate(found) if row] == list(range(30, 39))  # k5 is left alone
         assert [row.duplicate_of for row in found if row] == [f"k{i}" for i in range(9)]
-    assert "2 pairs share their key with others" in capsys.readouterr().out
-
-
-def test_embeddings_of_large_numbers_are_compared(tmp_path):
-    emb = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
-    emb[11] = emb[3] * 1e6
-    np.savez(tmp_path / "a.npz", key=np.array([f"k{i}" for i in range(12)]), image_emb=emb)
-    config = _with_files(tmp_path, tmp_path / "out", tmp_path / "a.npz", input=None, keep="first")
-    assert job.run(config) == {}
-    assert read_dropped(tmp_path / "out") == {"k11": ("near", "k3")}
 
 
 def test_the_output_of_embed_must_be_of_the_same_input(pairs, tmp_path):
@@ -257,7 +243,6 @@ def test_the_output_of_embed_is_joined_by_keys(pairs, tmp_path):
     assert job.run(config) == {}
     exact = {"again": ("exact", "s00"), "again_small": ("exact", "small")}
     assert read_dropped(tmp_path / "out") == exact | {"s07": ("near", "s02")}
-    assert "6 pairs without an embedding are kept" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")

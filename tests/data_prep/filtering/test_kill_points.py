@@ -17,16 +17,12 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from typing import Any
 
 from data_prep.filter import run_filter
-from diht_jax.config import load_recipe
 from tests import make
-from tests.data_prep.filtering.jobs import snapshot
-
-_LONGEST_SECS = 900
+from tests.data_prep.filtering.jobs import job_config, snapshot
 
 
 def _count(tried: list[str], event: str, name: str) -> int:
@@ -40,15 +36,7 @@ def test_pairs(tmp_path):
             members |= make.pair_members(f"{number}-{i}", f"picture {i}", make.png())
             members[f"{number}-{i}.json"] = json.dumps({"uid": f"{3 * number + i:032x}"}).encode()
         make.write_tar(tmp_path / "in" / f"{number:05d}.tar", members)
-    command = [sys.executable, "-m", "tests.data_prep.filtering.test_kill_points", str(tmp_path)]
-    done = subprocess.run(
-        [*command, json.dumps({"examples_per_shard": 4})],
-        cwd=make.REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=_LONGEST_SECS,
-    )
+    done = make.run_command("tests.data_prep.filtering.test_kill_points", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     tried = found["tried"]
@@ -79,26 +67,23 @@ class _Watch:
         self.changes.append(f"{event} {str(args[0]).removeprefix(self._output)}")
 
 
-def _run(settings: dict[str, Any], output: pathlib.Path, kill_at: int = -1) -> list[str]:
-    """What the job of the command line changes, in this process."""
-    config = load_recipe("configs/prep/convert.py")
-    config.update({"num_workers": 0, "output": str(output)} | settings)
+def _run(output: pathlib.Path, kill_at: int = -1) -> list[str]:
+    """What the job changes, in this process."""
+    config = job_config(f"{output.parent}/in/*", output, examples_per_shard=4)
     watch = _Watch(output, kill_at)
     sys.addaudithook(watch)
     assert run_filter(config) == {}
     return watch.changes
 
 
-def _run_in_child(
-    settings: dict[str, Any], output: pathlib.Path, kill_at: int = -1
-) -> tuple[int, list[str]]:
+def _run_in_child(output: pathlib.Path, kill_at: int = -1) -> tuple[int, list[str]]:
     """Status of the child, and what it changed."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         with open(os.devnull, "w") as null, contextlib.suppress(Exception):
             sys.stdout = sys.stderr = null
-            os.write(writer, json.dumps(_run(settings, output, kill_at)).encode())
+            os.write(writer, json.dumps(_run(output, kill_at)).encode())
             os._exit(0)
         os._exit(1)
     os.close(writer)
@@ -107,15 +92,13 @@ def _run_in_child(
     return os.waitpid(child, 0)[1], changes
 
 
-def _kill_and_repeat(
-    settings: dict[str, Any], output: pathlib.Path, kill_at: int, wanted: dict[str, bytes]
-) -> list[str]:
+def _kill_and_repeat(output: pathlib.Path, kill_at: int, wanted: dict[str, bytes]) -> list[str]:
     """What is wrong with the output of a run after a run that was killed."""
-    status, _ = _run_in_child(settings, output, kill_at)
+    status, _ = _run_in_child(output, kill_at)
     if not os.WIFSIGNALED(status):
         return [f"not killed: {status}"]
     done = _when_finished(output)
-    status, _ = _run_in_child(settings, output)
+    status, _ = _run_in_child(output)
     found, now = snapshot(output), _when_finished(output)
     shutil.rmtree(output)
     if status:
@@ -145,17 +128,16 @@ def _choose(changes: list[str]) -> list[int]:
 
 def main() -> None:
     """Tries all of it, and prints as JSON what was tried and the problems that were found."""
-    folder, settings = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
-    settings["input"] = f"{folder}/in/*"
+    folder = pathlib.Path(sys.argv[1])
     os.fsync = lambda _: None  # of use when the power goes; nearly all of the time otherwise
     with contextlib.redirect_stdout(sys.stderr):
-        _run(settings, folder / "warm")  # what is loaded once is loaded before the forks
-    status, changes = _run_in_child(settings, folder / "whole")
+        _run(folder / "warm")  # what is loaded once is loaded before the forks
+    status, changes = _run_in_child(folder / "whole")
     assert status == 0
     wanted = snapshot(folder / "whole")
     chosen, problems = _choose(changes), []
     for kill_at in chosen:
-        found = _kill_and_repeat(settings, folder / "killed", kill_at, wanted)
+        found = _kill_and_repeat(folder / "killed", kill_at, wanted)
         problems += [f"killed before {changes[kill_at]}: {problem}" for problem in found]
     print(json.dumps({"tried": [changes[i] for i in chosen], "problems": problems}, indent=1))
 

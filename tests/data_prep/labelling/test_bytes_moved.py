@@ -71,18 +71,18 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
     # Of 280 million pairs the heads learn from 2 million; here from a sixth of the shards.
     everything = {"heads__steps": 20, "report_images": 0}
     learn = everything | {"heads__max_examples": 45, "heads__max_held_out": 10}
-    for function, learnt in (("build", learn), ("build_wide", learn), ("build_wide", everything)):
+    for learnt in (learn, everything):
         MeteredStore.requests.clear()
-        output = f"metered:///{function}{len(learnt)}"
+        output = f"metered:///labels{len(learnt)}"
         label = label_config("metered:///kept", output, merge=False, **learnt)
-        label.teacher.torch.function = f"quarters:{function}"
+        label.teacher.torch.function = "quarters:build_wide"
         assert run_label(label) == {}
         moved = MeteredStore.requests["bytes read"] + MeteredStore.requests["bytes written"]
         assert 0.6 * sample < moved
-        assert filtered + moved <= 2.5 * sample  # 2.40, 2.47 and 2.46 (2.57 without copies)
+        assert filtered + moved <= 2.5 * sample  # 2.47 and 2.46 (2.57 without copies)
     # Merged: what is kept is read once more and written once more, and that is all.
     merged = []
-    for settings in (learn, everything, learn | {"scratch_gb": 0.0}):
+    for settings in (learn, learn | {"scratch_gb": 0.0}):
         MeteredStore.requests.clear()
         output = f"/merged{len(merged)}"
         label = label_config("metered:///kept", f"metered://{output}", **settings)
@@ -96,4 +96,4 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
     # However often a shard was read, and in one pass or in two.
     shards = [name for name in merged[0] if name.endswith(".tfrecord") or name == "/heads.npz"]
     assert len(shards) == 2 * _TARS + 1
-    assert [name for name in shards if merged[0][name] != merged[2][name]] == []
+    assert [name for name in shards if merged[0][name] != merged[1][name]] == []

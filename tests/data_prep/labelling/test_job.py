@@ -23,14 +23,8 @@ from diht_jax.readers.registry import SourceShard
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.shard_files import read_records as read_tfrecords
 from diht_jax.records.vocabulary import read_vocabulary, write_vocabulary
-from diht_jax.storage.files import read_bytes
 from tests.data_prep.filtering.jobs import read_records
-from tests.data_prep.labelling.pictures import (
-    COLORS,
-    NUM_IMAGES,
-    label_config,
-    snapshot,
-)
+from tests.data_prep.labelling.pictures import COLORS, NUM_IMAGES, label_config, snapshot
 
 _NAME_THEIR_FOLDER = {"report.html", "stats.json"}
 
@@ -51,14 +45,6 @@ def test_labels_are_what_the_teacher_sees(work):
         hits["object"] += set(best) == {name, "rain"}
         hits["attribute"] += vocabulary.attributes.names[record.attribute_ids[0]] == color
     assert min(hits.values()) >= 0.97 * (len(records) - 1)
-
-
-def test_same_bytes_with_any_number_of_workers(work, tmp_path):
-    assert run_label(label_config(work / "kept", tmp_path / "out", num_workers=2)) == {}
-    found, expected = snapshot(tmp_path / "out"), snapshot(work / "labelled")  # by one
-    assert found.keys() == expected.keys()
-    different = {name for name in found if found[name] != expected[name]}
-    assert different <= _NAME_THEIR_FOLDER
 
 
 def test_run_again_does_only_what_is_missing(work, tmp_path):
@@ -100,22 +86,21 @@ def test_run_again_does_only_what_is_missing(work, tmp_path):
     assert set(changed()) == set(files)
 
 
-def test_jobs_of_an_array_make_the_same_folder(work, tmp_path, capsys):
-    expected = snapshot(work / "labelled")
-    config = label_config(work / "kept", tmp_path / "out")
+def test_jobs_of_an_array_with_more_workers_make_the_same_folder(work, tmp_path):
+    expected = snapshot(work / "labelled")  # by one job with one worker
+    config = label_config(work / "kept", tmp_path / "out", num_workers=2)
     run_label(config, 0, 2)
-    assert "2 of 3 shards are embedded" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*.tfrecord"))
     run_label(config, 1, 2)
-    assert "1 of 3 shards are labelled" in capsys.readouterr().out
     assert not (tmp_path / "out" / "dataset_info.json").exists()
     run_label(config, 0, 2)
     found = snapshot(tmp_path / "out")
-    different = {name for name in expected if found.get(name) != expected[name]}
+    assert found.keys() == expected.keys()
+    different = {name for name in expected if found[name] != expected[name]}
     assert different <= _NAME_THEIR_FOLDER
 
 
-def test_images_without_embedding_stay_without_labels(work, tmp_path, capsys):
+def test_images_without_embedding_stay_without_labels(work, tmp_path):
     rng = np.random.default_rng(0)
     records = read_records(work / "kept")
     absent = {records[3].key, records[70].key}
@@ -126,7 +111,6 @@ def test_images_without_embedding_stay_without_labels(work, tmp_path, capsys):
     files = {"teacher__kind": "precomputed", "teacher__precomputed__files": str(tmp_path / "e.npz")}
     config = label_config(work / "kept", tmp_path / "out", **files)
     assert run_label(config) == {}
-    assert "without labels: 2 (no_embedding)" in capsys.readouterr().out
     labelled = read_records(tmp_path / "out")
     empty = {record.key for record in labelled if not len(record.object_ids)}
     assert empty == absent
@@ -187,12 +171,6 @@ def test_a_vocabulary_of_heads_that_a_killed_run_did_not_make_is_replaced(work, 
     assert {name for name in before if before[name] != after.get(name)} <= _NAME_THEIR_FOLDER
 
 
-def test_a_folder_in_a_store_is_named_by_its_url(work):
-    output = "memory://label_report/out"
-    run_label(label_config(work / "kept", output, merge=False, heads__steps=10, report_images=0))
-    assert output in read_bytes(f"{output}/report.html").decode()
-
-
 def test_held_out_images_are_never_trained_on(work):
     config = label_config(work / "kept", work / "labelled")
     config_hash = hash_embeddings(describe_teacher(config.teacher).identity, "float16")
@@ -220,8 +198,7 @@ def test_a_teacher_without_torch_says_what_to_install(work, tmp_path, monkeypatc
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_embeddings_in_another_order_are_refused(work, tmp_path, merge):
+def test_embeddings_in_another_order_are_refused(work, tmp_path):
     folder = shutil.copytree(work / "labelled", tmp_path / "out")
     for path in folder.glob("pairs*"):
         path.unlink()
@@ -230,8 +207,8 @@ def test_embeddings_in_another_order_are_refused(work, tmp_path, merge):
     with TFRecordWriter(path) as writer:
         for data in reversed(records):
             writer.write(data)
-    (failure,) = run_label(label_config(work / "kept", folder, merge=merge)).values()
-    assert str(path) in failure and "not those that were written" in failure
+    (failure,) = run_label(label_config(work / "kept", folder)).values()
+    assert str(path) in failure
 
 
 def test_precomputed_embeddings_of_a_shard_in_two_files(work, tmp_path):
@@ -285,10 +262,6 @@ def test_a_page_of_little_data_says_what_its_recalls_are(work, tmp_path):
     found = (tmp_path / "out" / "report.html").read_text()
     named = sum("blue" in record.caption for record in read_records(work / "kept"))
     assert f"Only {named} of {NUM_IMAGES} images" in found
-    loaded = {"heads__load": str(work / "labelled")}
-    run_label(label_config(work / "kept", tmp_path / "again", merge=False, **loaded))
-    found = (tmp_path / "again" / "report.html").read_text()
-    assert f"trained in {work / 'labelled'}: the recalls" in found
 
 
 def test_damaged_metrics_of_heads_are_made_again(work, tmp_path):

@@ -9,7 +9,14 @@ from diht_jax.input import transforms
 from diht_jax.readers.registry import open_source
 
 
-def test_embeddings_stand_under_the_keys_of_their_pictures(tmp_path):
+def test_embeddings_stand_under_the_keys_of_their_pictures(tmp_path, monkeypatch):
+    trained, train = [], teacher.train_teacher
+
+    def train_and_keep(*arguments, **named):
+        trained.append(train(*arguments, **named))
+        return trained[-1]
+
+    monkeypatch.setattr(teacher, "train_teacher", train_and_keep)
     web.write_dataset(
         web.Settings(num_pairs=0, num_retrieval=0, num_classification=60),
         tmp_path / "web",
@@ -20,7 +27,7 @@ def test_embeddings_stand_under_the_keys_of_their_pictures(tmp_path):
     settings = {"num_scenes": teacher.BATCH, "epochs": 1, "seed": 1}
     assert teacher.write_embeddings(source, output, **settings) == 60
     table = EmbeddingTable(str(output), "key", "image_emb")
-    network = teacher.train_teacher(*settings.values())
+    (network,) = trained
     pairs = list(open_source(source))
     assert len(table) == 60
     for pair in pairs:

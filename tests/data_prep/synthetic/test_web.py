@@ -6,8 +6,6 @@ import hashlib
 import json
 import pathlib
 import re
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -20,8 +18,8 @@ from data_prep.synthetic.scenes import COLORS, PAIR_RELATIONS
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax.evaluation.protocols.base import parse_templates
 from diht_jax.storage.files import temporary_path
+from tests import make
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 SMALL = web.Settings(num_pairs=50, seed=3, pairs_per_tar=20, num_retrieval=8, num_classification=24)
 
 # What some phrases say: the relation, and whether the object named first is the subject.
@@ -79,11 +77,9 @@ def hashes(directory: pathlib.Path) -> dict[str, str]:
 
 
 def test_command_with_two_workers_writes_the_same_bytes(written, tmp_path):
-    command = [sys.executable, "-m", "data_prep.synthetic", f"--output={tmp_path}", "--workers=2"]
-    for field in dataclasses.fields(SMALL):
-        if field.name != "noise":
-            command.append(f"--{field.name}={getattr(SMALL, field.name)}")
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    settings = {name: value for name, value in vars(SMALL).items() if name != "noise"}
+    flags = settings | {"output": tmp_path, "workers": 2}
+    result = make.run_command("data_prep.synthetic", *flags.items())
     assert result.returncode == 0, result.stderr
     assert hashes(tmp_path) == hashes(written)
     assert re.search(r"^clean +\d+", result.stdout, re.MULTILINE)

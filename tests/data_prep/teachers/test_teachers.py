@@ -1,6 +1,7 @@
 """Teachers against torchvision, torch modules called directly, and files written by others."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import sys
@@ -19,11 +20,7 @@ from data_prep.duplicates import precomputed as stored
 from data_prep.duplicates.precomputed import read_embeddings as read_stored
 from data_prep.teachers.base import prepare_ahead
 from data_prep.teachers.precomputed import EmbeddingTable
-from data_prep.teachers.registry import (
-    default_teacher,
-    describe_teacher,
-    load_teacher,
-)
+from data_prep.teachers.registry import default_teacher, describe_teacher, load_teacher
 from data_prep.teachers.swag import WEIGHTS_VARIABLE
 from diht_jax.config import default_config
 from diht_jax.evaluation.embedding import files as embedding_files
@@ -244,36 +241,25 @@ def test_precomputed_by_key(tmp_path):
     assert describe_teacher(config) != before
 
 
-def test_precomputed_file_with_brackets_in_its_name(tmp_path):
-    path = tmp_path / "part [1].npz"
-    _write_npz(path, ["x"], np.eye(1, dtype=np.float32))
-    assert list(EmbeddingTable(str(path), "key", "image_emb")) == ["x"]
-
-
-def test_precomputed_embeddings_that_are_written_while_they_are_read(tmp_path):
-    _write_npz(tmp_path / "a.npz", ["x", "y"], np.eye(2, dtype=np.float32))
-    table = EmbeddingTable(str(tmp_path), "key", "image_emb")
-    _write_npz(tmp_path / "a.npz", ["y", "x"], np.eye(2, dtype=np.float32))
-    with pytest.raises(ValueError, match=r"a\.npz: it was written again"):
-        table.get("x")
-
-
 def test_invalid_precomputed_files(tmp_path):
     def open_table(name):
         return EmbeddingTable(str(tmp_path / name), "key", "image_emb")
 
-    vectors = np.zeros((2, 3), np.float32)
-    _write_npz(tmp_path / "a.npz", ["x", "y"], vectors)
+    vectors = np.eye(2, dtype=np.float32)
+    _write_npz(tmp_path / "a [1].npz", ["x", "y"], vectors)
     _write_npz(tmp_path / "b.npz", ["y", "z"], vectors)
-    with pytest.raises(ValueError, match=r"b\.npz: key 'y' stands in '.*a\.npz' as well"):
+    with pytest.raises(ValueError, match=r"b\.npz: key 'y' .*a \[1\]\.npz"):
         open_table("*.npz")
     # Objects would be unpickled, which runs code.
     np.savez(tmp_path / "e.npz", key=np.array(["x"]), image_emb=np.array([{}], object))
-    with pytest.raises(ValueError, match=r"e\.npz: cannot be read as npz"):
-        open_table("e.npz").get("x")
     _write_npz(tmp_path / "f.npz", ["x"], np.full((1, 3), np.nan))
-    with pytest.raises(ValueError, match="not finite"):
-        open_table("f.npz").get("x")
+    for name in ("e.npz", "f.npz"):
+        with pytest.raises(ValueError, match=name):
+            open_table(name).get("x")
+    table = open_table("a [1].npz")  # which is no pattern
+    _write_npz(tmp_path / "a [1].npz", ["y", "x"], vectors)  # while it is read
+    with pytest.raises(ValueError, match=r"a \[1\]\.npz"):
+        table.get("x")
 
 
 class _Hashed(make.HashedModel):
@@ -342,17 +328,17 @@ def test_embeddings_of_a_shard_that_was_written_again_are_refused(tmp_path):
         stored.read_of_shard(str(tmp_path / "out"), shard)
 
 
-@pytest.mark.parametrize("ending", ["json", "npz", "*"])
-@pytest.mark.parametrize("part", [0, 1, 2])
-def test_embeddings_that_are_not_complete_are_refused(tmp_path, part, ending):
-    shard = _store(make.write_pair_tar(tmp_path / "a.tar", ["a caption"] * 8), tmp_path / "out")
-    for path in (tmp_path / "out").glob(f"embeddings-00000-{part:05d}.{ending}"):
-        path.unlink()
-    # Of a part that left nothing behind, one of the others tells.
-    name = r"embeddings-00000-" + (r"\d+" if ending == "*" else rf"{part:05d}\.{ending}")
-    for read in (lambda out: stored.read_of_shard(out, shard), stored.open_set):
-        with pytest.raises(ValueError, match=rf"{name}.* run diht_jax\.embed"):
-            read(str(tmp_path / "out"))
+def test_embeddings_that_are_not_complete_are_refused(tmp_path):
+    shard = _store(make.write_pair_tar(tmp_path / "a.tar", ["a caption"] * 8), tmp_path / "whole")
+    for part, ending in itertools.product(range(3), ("json", "npz", "*")):
+        output = shutil.copytree(tmp_path / "whole", tmp_path / f"{part}{ending}")
+        for path in output.glob(f"embeddings-00000-{part:05d}.{ending}"):
+            path.unlink()
+        # Of a part that left nothing behind, one of the others tells.
+        name = r"embeddings-00000-" + (r"\d+" if ending == "*" else rf"{part:05d}\.{ending}")
+        for read in (lambda out: stored.read_of_shard(out, shard), stored.open_set):
+            with pytest.raises(ValueError, match=name):
+                read(str(output))
 
 
 def test_a_set_of_which_a_whole_shard_is_missing_is_refused(tmp_path):

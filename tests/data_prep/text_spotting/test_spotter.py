@@ -20,7 +20,13 @@ from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
 from data_prep.text_spotting.readings import SpotCache  # noqa: E402
 from data_prep.text_spotting.spotter import Settings, TextSpotter  # noqa: E402
 from diht_jax.input.transforms import decode_rgb  # noqa: E402
-from tests.data_prep.filtering.jobs import job_config, read_records  # noqa: E402
+from tests.data_prep.filtering.jobs import (  # noqa: E402
+    job_config,
+    read_counts,
+    read_dropped,
+    read_records,
+    write_table,
+)
 
 # Shares no five characters with what the pictures show.
 _OTHER = "two zebras jump over my fence"
@@ -200,20 +206,16 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
         ("cut.jpg", _OTHER),
         ("band.jpg", "東京タワーの夜景"),
     ]
-    (tmp_path / "band.jpg").write_bytes(band.image)
-    (tmp_path / "bare.jpg").write_bytes(bare.image)
-    (tmp_path / "cut.jpg").write_bytes(bare.image[:500])
-    lines = [json.dumps({"image": image, "caption": text}) for image, text in rows]
-    (tmp_path / "t.jsonl").write_text("\n".join(lines))
-    output = tmp_path / "out"
-    config = job_config(str(tmp_path / "t.jsonl"), output, text_spotting=True)
+    files = {"band.jpg": band.image, "bare.jpg": bare.image, "cut.jpg": bare.image[:500]}
+    table = [{"image": image, "caption": text} for image, text in rows]
+    source, output = write_table(tmp_path / "in", table, files), tmp_path / "out"
+    config = job_config(source, output, text_spotting=True)
     config.spotter.update({"canvas_size": 192, "closer_size": 0, "gate_size": 128})
     config.spotter.update({"gate_score": 0.3, "precision": "float32", "audit_share": 0.0})
     config.spotter.cache = str(tmp_path / "c")
     assert run_filter(config) == {}
-    counts = json.loads((output / "stats.json").read_text())["counts"]
-    dropped = {stage: reasons for stage, reasons in counts["dropped"].items() if reasons}
-    assert dropped == {"image": {"unreadable": 1}, "text": {"shows_caption": 1}}
+    counts = read_counts(output)
+    assert read_dropped(output) == {"image": {"unreadable": 1}, "text": {"shows_caption": 1}}
     assert counts["text_spotting"] == {"gated": 1, "no_run": 1, "read": 2}
     (part,) = (output / "parts").glob("*.stats.json")
     spotter = json.loads(part.read_text())["counts"]["spotter"]
