@@ -21,10 +21,11 @@ def named_files(title):
     return re.findall(r"(?m)^\d+\. `([\w/]+\.py)`", text)
 
 
-def enter(module, *arguments):
+def enter(commands):
+    """The files that each of some commands enters."""
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.contributing.walk", module, *map(str, arguments)],
+        [sys.executable, "-m", "tests.contributing.walk", *" + ".join(commands).split()],
         capture_output=True,
         text=True,
         cwd=make.REPOSITORY,
@@ -40,35 +41,18 @@ def walks(tmp_path_factory):
     """Title of each walk -> the files that its command enters."""
     folder = tmp_path_factory.mktemp("walks")
     pairs = make.write_pair_tar(folder / "pairs.tar", CAPTIONS)
-    recipe = make.PREP_RECIPES / "cat.py"
-    filtered = enter(
-        "data_prep.filter",
-        f"--config={recipe}",
-        f"--config.input={pairs}",
-        f"--config.output={folder / 'kept'}",
-        "--config.num_workers=0",
-        "--config.text_spotting=False",
-    )
-    trained = enter(
-        "diht_jax.train",
-        "--config=configs/emoji.py:debug=True",
-        f"--config.data.train={folder / 'kept'}",
-        f"--workdir={folder / 'run'}",
-        "--config.total_epochs=None",
-        "--config.total_steps=2",
-        "--config.data.batch_size=16",
-        "--config.data.num_workers=0",
-        "--config.model.overrides.vision_layers=1",
-        "--config.model.overrides.text_layers=1",
-        "--config.model.overrides.vocab_size=700",
-    )
-    evaluated = enter(
-        "diht_jax.evaluate",
-        f"--model={folder / 'run'}",
-        f"--output={folder / 'result.json'}",
+    commands = {
+        "Filter": f"data_prep.filter --config=configs/prep/cat.py --config.input={pairs} "
+        f"--config.output={folder}/kept --config.num_workers=0 --config.text_spotting=False",
+        "Train": "diht_jax.train --config=configs/emoji.py:debug=True "
+        f"--config.data.train={folder}/kept --workdir={folder}/run "
+        "--config.total_epochs=None --config.total_steps=2 --config.data.batch_size=16 "
+        "--config.data.num_workers=0 --config.model.overrides.vision_layers=1 "
+        "--config.model.overrides.text_layers=1 --config.model.overrides.vocab_size=700",
+        "Evaluate": f"diht_jax.evaluate --model={folder}/run --output={folder}/result.json "
         f"--tasks=retrieval:{pairs}?caption_template={{caption}}",
-    )
-    return {"Filter": filtered, "Train": trained, "Evaluate": evaluated}
+    }
+    return dict(zip(commands, enter(commands.values()), strict=True))
 
 
 @pytest.mark.parametrize("title", ["Filter", "Train", "Evaluate"])

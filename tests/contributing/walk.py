@@ -1,14 +1,16 @@
-"""Runs a command in this process and prints which files of the project it enters, as JSON.
+"""Runs commands in this process and prints which files of the project each enters, as JSON.
 
-    python -m tests.contributing.walk MODULE ARGUMENTS...
+    python -m tests.contributing.walk MODULE ARGUMENTS... [+ MODULE ARGUMENTS...]
 
-Files come in the order of their first call; what imports run does not count.
+Files come in the order of their first call; what imports run does not count, nor what a later
+command finds in a cache of an earlier one.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import sys
 import threading
 import types
 
+from tests.docs.commands import own_flags
 from tests.make import REPOSITORY
 
 
@@ -60,7 +63,8 @@ def main(module: str, arguments: list[str]) -> dict[str, int]:
     threading.settrace(note)
     sys.settrace(note)
     try:
-        runpy.run_module(module, run_name="__main__")
+        with own_flags():
+            runpy.run_module(module, run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
@@ -71,4 +75,6 @@ def main(module: str, arguments: list[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(main(sys.argv[1], sys.argv[2:])))
+    groups = itertools.groupby(sys.argv[1:], "+".__eq__)
+    commands = [list(words) for is_sign, words in groups if not is_sign]
+    print("\n" + json.dumps([main(module, arguments) for module, *arguments in commands]))

@@ -23,6 +23,7 @@ class Refused:
     """The documented error that came instead of a value."""
 
     message: str
+    reason: str | None = None  # of those that have one
 
 
 def require(condition: bool, message: str) -> None:
@@ -50,7 +51,7 @@ def attempt(read: Callable[[], Any], *names: str | pathlib.Path) -> Any:
         if len(message) > 2000:
             text = f"an error of {len(message)} characters: {message[:200]!r}..."
             raise WrongError(text) from error
-        return Refused(message)
+        return Refused(message, getattr(error, "reason", None))
 
 
 def must_refuse(read: Callable[[], Any], *names: str | pathlib.Path) -> str:
@@ -58,33 +59,6 @@ def must_refuse(read: Callable[[], Any], *names: str | pathlib.Path) -> str:
     result = attempt(read, *names)
     require(isinstance(result, Refused), f"accepted: {result!r:.200}")
     return ERROR
-
-
-def judge_read(
-    read: Callable[[], tuple[Sequence[Any], Mapping[str, int]]],
-    name: str | pathlib.Path,
-    intact: Mapping[str, Any],
-    touched: Sequence[str] = (),
-    *,
-    may_fail: bool = True,
-    must_fail: bool = False,
-    may_rename: bool = False,
-) -> str:
-    """Judges a reader: an error that holds the name, or what `judge_entries` accepts.
-
-    Args:
-        read: gives (key, value) of every pair, and the counts of what was skipped.
-        name: what an error must hold, mostly the path.
-        intact, touched, may_rename: as of `judge_entries`.
-        may_fail: whether the input may be refused as a whole.
-        must_fail: whether it must be.
-    """
-    result = attempt(read, name)
-    if isinstance(result, Refused):
-        require(may_fail, f"refused, though it can be read: {result.message}")
-        return ERROR
-    require(not must_fail, f"accepted: {result!r:.300}")
-    return judge_entries(*result, intact, touched, may_rename)
 
 
 def judge_entries(
@@ -132,7 +106,9 @@ def judge_source(
     *touched: str,
     ignored: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-    **verdict: bool,
+    may_fail: bool = True,
+    must_fail: bool = False,
+    may_rename: bool = False,
 ) -> str:
     """Judges what the readers give of a source: all good pairs, or an error that names the path.
 
@@ -144,7 +120,9 @@ def judge_source(
         *touched: keys of those that were damaged.
         ignored: keys that do not count.
         options: of the reader.
-        **verdict: as `judge_read` takes it.
+        may_fail: whether the input may be refused as a whole.
+        must_fail: whether it must be.
+        may_rename: as of `judge_entries`.
     """
 
     def read() -> Any:
@@ -156,5 +134,10 @@ def judge_source(
                 found.append((entry.key, value_of(entry)))
         return found, skipped
 
+    result = attempt(read, path)
+    if isinstance(result, Refused):
+        require(may_fail, f"refused, though it can be read: {result.message}")
+        return ERROR
+    require(not must_fail, f"accepted: {result!r:.300}")
     intact = {key: value for key, value in values.items() if key not in touched}
-    return judge_read(read, path, intact, touched, **verdict)
+    return judge_entries(*result, intact, touched, may_rename)

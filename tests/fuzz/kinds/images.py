@@ -82,13 +82,8 @@ def _judge(data: bytes, must: str | None = None) -> str:
     require(refused == isinstance(readable, Refused), f"decode {decoded}, check {readable}")
     require(refused == isinstance(crop, Refused), f"decode {decoded}, crop {crop!r:.200}")
     if refused:
-        error = None
-        try:
-            transforms.decode_rgb(data)
-        except transforms.ImageError as caught:
-            error = caught
-        require(error is not None and error.reason in transforms.REASONS, f"no reason: {error!r}")
-        require(must in (None, error.reason), f"expected '{must}', got '{error.reason}': {error}")
+        require(decoded.reason in transforms.REASONS, f"no reason: {decoded}")
+        require(must in (None, decoded.reason), f"expected '{must}', got {decoded}")
         return ERROR
     require(must is None, f"a picture of {decoded.size}, where '{must}' was expected")
     require(decoded.mode == "RGB", f"mode {decoded.mode}")

@@ -246,6 +246,7 @@ def _read_hashes(folder: pathlib.Path) -> Any:
 _DATA = r".*\.(arrow|idx|index|json|npz|parquet|tfrecord|tsv)"
 _PARTS = r"parts/.*\.(json|parquet|tsv)|[^/]*stats\.json|report\.json"
 _USES = {
+    # Record shards of every format, their indices and vocabulary; filtered tables.
     "records": [
         *(
             _Use(name, _INDEXED, functools.partial(_read_shards, name))
@@ -254,6 +255,7 @@ _USES = {
         _Use("merged", _INDEXED + r"|.*stats\.json|.*\.tsv", _read_merged),
         _Use("table", r"\d\.parquet", _read_table, stands_alone=True),
     ],
+    # What a filter job keeps of its parts, when it goes on, is replayed, or reported.
     "filter": [
         _Use("kept", _PARTS, functools.partial(_gather, "kept")),
         _Use("table", r".*(json|tsv)|decisions/.*", functools.partial(_gather, "table")),
@@ -263,17 +265,20 @@ _USES = {
         _Use("kept", "report.json", lambda f: merge_reports([f / "kept"]), stands_alone=True),
         _Use("kept", _PARTS, lambda f: merge_reports([f / "kept"] * 2)["samples"]),
     ],
+    # Labels, embeddings and heads, read by training and by the job that goes on.
     "labels": [
         _Use("kept labels", r"labels/.*(tfrecord|idx|index)|.*\.tsv", _join),
         _Use("kept labels", _DATA, _label_again),
         _Use("kept labels", _DATA, functools.partial(_label_again, top_k=3)),
         _Use("kept clips", _DATA, _join_clips),
     ],
+    # The table that the filter reads, and what the job goes on from.
     "duplicates": [
         _Use("duplicates", r"dropped\.arrow|duplicates\.json", _look_up),
         _Use("duplicates", _DATA, _search_again),
         _Use("duplicates", _DATA, functools.partial(_search_again, threshold=0.5)),
     ],
+    # Embeddings in files, the index of a search, captioned shards.
     "embeddings": [
         *(_Use(k, ".*", functools.partial(_read_embedded, k)) for k in ("npz", "parquet")),
         _Use("npz", ".*", _embed_again),
@@ -281,12 +286,14 @@ _USES = {
         _Use("index", ".*(arrow|json|thumbnails)", _update_again),
         _Use("kept captioned", "(?!dataset).*(json|tfrecord|idx)", _caption_again),
     ],
+    # A work directory of training: the model, where it goes on from, its metrics.
     "runs": [
         _Use("run", "config.json|checkpoints/2/.*|tokenizer/.*", _load_run, "config.json"),
         _Use("run", "checkpoints/.*", _resume),
         _Use("stored", "config.json|(manifests|checkpoints|tokenizer)/.*", _fetch, "config.json"),
         _Use("run", "metrics.jsonl|wall_time.json", _read_progress, "metrics.jsonl"),
     ],
+    # A model that was exported, with its settings and tokenizer.
     "exports": [
         _Use("clip", ".*(pt|json)", functools.partial(_read_model, "clip"), ".*json", True),
         *(
@@ -294,6 +301,7 @@ _USES = {
             for form in ("open_clip", "huggingface", "safetensors", "own_tokenizer")
         ),
     ],
+    # Results of evaluations, cached readings, hashes of pictures.
     "others": [
         _Use("results", ".*", lambda f: read_results(f / "results/a.json"), stands_alone=True),
         _Use("readings", ".*jsonl|settings.json", _read_cache),
@@ -326,7 +334,7 @@ def _kinds(use: _Use) -> dict[str, list[str]]:
     return found
 
 
-def _judge(draw: Draw, folder: pathlib.Path, uses: str) -> str:
+def _judge(uses: str, draw: Draw, folder: pathlib.Path) -> str:
     """Judges one damage of a file that one of the uses reads."""
     use = draw(one(_USES[uses]))
     for name in use.folders.split():
@@ -359,41 +367,5 @@ def _judge(draw: Draw, folder: pathlib.Path, uses: str) -> str:
     return SUCCESS
 
 
-def check_records(draw: Draw, folder: pathlib.Path) -> str:
-    """Record shards of every format, their indices and vocabulary; filtered tables."""
-    return _judge(draw, folder, "records")
-
-
-def check_filter(draw: Draw, folder: pathlib.Path) -> str:
-    """What a filter job keeps of its parts, when it goes on, is replayed, or reported."""
-    return _judge(draw, folder, "filter")
-
-
-def check_labels(draw: Draw, folder: pathlib.Path) -> str:
-    """Labels, embeddings and heads, read by training and by the job that goes on."""
-    return _judge(draw, folder, "labels")
-
-
-def check_duplicates(draw: Draw, folder: pathlib.Path) -> str:
-    """The table that the filter reads, and what the job goes on from."""
-    return _judge(draw, folder, "duplicates")
-
-
-def check_embeddings(draw: Draw, folder: pathlib.Path) -> str:
-    """Embeddings in files, the index of a search, captioned shards."""
-    return _judge(draw, folder, "embeddings")
-
-
-def check_runs(draw: Draw, folder: pathlib.Path) -> str:
-    """A work directory of training: the model, where it goes on from, its metrics."""
-    return _judge(draw, folder, "runs")
-
-
-def check_exports(draw: Draw, folder: pathlib.Path) -> str:
-    """A model that was exported, with its settings and tokenizer."""
-    return _judge(draw, folder, "exports")
-
-
-def check_others(draw: Draw, folder: pathlib.Path) -> str:
-    """Results of evaluations, cached readings, hashes of pictures."""
-    return _judge(draw, folder, "others")
+# The properties, by their names: that of "runs" is `check_runs`.
+globals().update({f"check_{uses}": functools.partial(_judge, uses) for uses in _USES})
