@@ -84,7 +84,6 @@ LONGEST_FILES = (
     "release/test_wheel.py",
     "weights/test_inference.py",
     "weights/test_programs.py",
-    "weights/test_reference_models.py",
     "hardware/test_compiler.py",
     "training/workdir/test_stored_run.py",
     "models/test_dual_encoder.py",

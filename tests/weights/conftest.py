@@ -1,5 +1,6 @@
 """Small CLIPs of other libraries, with random weights in every parameter, and their inputs."""
 
+import functools
 import types
 
 import jax
@@ -21,14 +22,13 @@ SMALL = make.small_architecture(
     vision_heads=2,
     text_layers=3,
     embed_dim=48,
-    vocab_size=49408,
+    vocab_size=600,
 )
 
 
-def open_clip_config(arch, **vision):
+def open_clip_config(arch):
     """A config of open_clip, whose own code builds a model from it."""
-    config = configs.make_config(arch, Preprocessing())["model_cfg"]
-    return {**config, "vision_cfg": config["vision_cfg"] | vision}
+    return configs.make_config(arch, Preprocessing())["model_cfg"]
 
 
 def randomize(model, seed=0):
@@ -43,12 +43,14 @@ def randomize(model, seed=0):
     return model.eval()
 
 
-def open_clip_model(arch, **vision):
+@functools.cache
+def open_clip_model(arch):
+    """To be read only."""
     import torch
 
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
-    return randomize(open_clip.model.CLIP(**open_clip_config(arch, **vision)))
+    return randomize(open_clip.model.CLIP(**open_clip_config(arch)))
 
 
 def inputs(arch, count=5):

@@ -12,7 +12,7 @@ from PIL import Image
 from diht_jax import load_model, sharding
 from diht_jax.config import default_config
 from diht_jax.data import tokenizer
-from diht_jax.extras.captioning import CaptionDecoder, merge_decoder
+from diht_jax.extras.captioning import CaptionDecoder, decode_captions, merge_decoder
 from diht_jax.input.transforms import normalize
 from diht_jax.models import get_architecture
 from diht_jax.models.parameters import ModelDefinition, merge_model, model_parameters
@@ -114,29 +114,25 @@ def decoder():
 
 def test_captions_whatever_the_batch_and_the_devices(decoder, images):
     on_eight, in_fives = loaded(8, decoder=decoder), loaded(1, 5, decoder=decoder)
-    captions = on_eight.caption(images)
-    assert len(captions) == len(images) and len(set(captions)) > 5
-    assert in_fives.caption(list(images)) == captions
-    drawn = on_eight.caption(images, top_k=5, temperature=3.0, seed=1)
-    assert in_fives.caption(images, top_k=5, temperature=3.0, seed=1) == drawn
-    other = in_fives.caption(images, top_k=5, temperature=3.0, seed=2)
-    assert drawn != captions and other != drawn
+    options = {"top_k": 5, "temperature": 3.0}
+    drawn = on_eight.caption(images, **options, seed=1)
+    assert len(drawn) == len(images) and len(set(drawn)) > 5
+    assert in_fives.caption(list(images), **options, seed=1) == drawn
+    assert in_fives.caption(images, **options, seed=2) != drawn
     assert in_fives.caption(images[:0]) == []
 
+    # The likeliest are those that the decoder writes of the tokens of the normalised pictures.
     plain = merge_model(GRAPHDEF, PARAMS)
     image_tokens = jax.jit(plain.vision.tokens)(normalize(images[:3], jnp.float32))
-    model = merge_decoder(decoder, ARCH, dtype=jnp.float32)
-    read = jax.jit(lambda tokens, picture: model(tokens, picture) @ model.output_kernel())
-    start, end = tokenizer.START_OF_TEXT_ID, tokenizer.END_OF_TEXT_ID
-    for picture, caption in zip(image_tokens, captions, strict=False):
-        written = [start]
-        while len(written) < 6 and written[-1] != end:
-            # What stands behind the last token is not looked at.
-            filled = np.int32([written + [end] * (6 - len(written))])
-            logits = np.array(read(filled, picture[None])[0, len(written) - 1])
-            logits[start] = -np.inf
-            written.append(int(np.argmax(logits)))
-        assert caption == tokenizer.decode(written)
+    written = decode_captions(
+        merge_decoder(decoder, ARCH, dtype=jnp.float32),
+        image_tokens,
+        jax.random.split(jax.random.key(0), 3),
+        start_id=tokenizer.START_OF_TEXT_ID,
+        end_id=tokenizer.END_OF_TEXT_ID,
+        length=6,
+    )
+    assert in_fives.caption(images[:3]) == [tokenizer.decode(row) for row in np.asarray(written)]
 
 
 def test_captions_that_cannot_be_written(model, decoder, images):

@@ -4,19 +4,13 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from PIL import Image
 
-from data_prep.steps.models import Encoder
-from diht_jax import load_model
 from diht_jax.input.transforms import Preprocessing, eval_transform, normalize
 from diht_jax.loading import read_model
 from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.loop import train
-from diht_jax.training.workdir.saved_run import read_config
 from diht_jax.weights.export import write_model
 from diht_jax.weights.settings import (
     make_preprocessor,
@@ -122,19 +116,6 @@ def model(arch, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def pictures():
-    return [make.noise(seed, (20 + 7 * seed, 30), cell=2) for seed in range(4)]
-
-
-@pytest.fixture(scope="module")
-def expected(model, pictures, arch):
-    """Embeddings of what Pillow makes of the pictures."""
-    side = (arch.image_size,) * 2
-    squashed = [np.asarray(p.resize(side, Image.Resampling.BILINEAR)) for p in pictures]
-    return load_model(model).encode_image(np.stack(squashed))
-
-
 @pytest.mark.parametrize("format", ["open_clip", "huggingface"])
 def test_an_export_keeps_them(model, format, tmp_path):
     source = read_model(model)
@@ -171,40 +152,3 @@ def test_a_processor_of_transformers_keeps_them_in_one_file(model, arch, tmp_pat
     assert not (folder / "preprocessor_config.json").exists()
     assert read_model(folder).preprocessing == PICTURES
     assert "processor_config.json" in choose_files([path.name for path in folder.iterdir()])
-
-
-def test_a_filter_step_and_python_see_the_same_picture(model, pictures, expected):
-    np.testing.assert_allclose(load_model(model).encode_image(pictures), expected, atol=1e-6)
-    found = Encoder(str(model), 4).embed_images([make.encoded(picture) for picture in pictures])
-    np.testing.assert_allclose(np.stack(found), expected, atol=1e-6)
-
-
-def test_a_run_trains_and_evaluates_with_the_pictures_of_its_start(
-    model, pictures, expected, tmp_path
-):
-    # A crop of the whole area is the whole picture only where its shape is allowed.
-    squares = [p.resize((30, 30)) for p in pictures]
-    records = [make.record(i, image=make.encoded(p)) for i, p in enumerate(squares)]
-    config = make.tiny_config(
-        data__train=str(make.write_records(tmp_path / "records", records)),
-        data__batch_size=len(records),
-        data__crop_scale=(1.0, 1.0),
-        data__fast_decode=False,
-        model__init_from=str(model),
-        loss__alpha=1.0,
-        loss__beta=0.0,
-        optimizer__learning_rate=0.0,
-        total_steps=1,
-    )
-    train(config, tmp_path / "run", devices=jax.devices()[:1])
-    source, run = load_model(model), load_model(tmp_path / "run")
-    assert run.preprocessing == PICTURES
-    np.testing.assert_allclose(run.encode_image(pictures), expected, atol=1e-6)
-    assert read_config(tmp_path / "run").model.pictures.resize == "squash"
-
-    texts = source.encode_text([record.caption for record in records]).astype(np.float64)
-    images = source.encode_image(squares).astype(np.float64)
-    logits = source.logit_scale * images @ texts.T
-    rows = [np.log(np.exp(m).sum(axis=1)) - np.diag(m) for m in (logits, logits.T)]
-    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert line["loss"] == pytest.approx(np.mean(rows), abs=1e-4)

@@ -39,7 +39,14 @@ def read_stablehlo(folder, tower):
 
 
 def test_stablehlo(run, expected, tmp_path):
-    export_model(run, "stablehlo", tmp_path / "out")
+    sizes = {}
+    for dtype, folder in (("float32", "out"), ("bfloat16", "smaller")):
+        export_model(run, "stablehlo", tmp_path / folder, dtype=dtype)
+        sizes[dtype] = (tmp_path / folder / "text.stablehlo").stat().st_size
+    assert sizes["bfloat16"] < 0.55 * sizes["float32"]
+    images, embeddings = expected["image"]
+    found = read_stablehlo(tmp_path / "smaller", "image").call(images)
+    np.testing.assert_allclose(found, embeddings, rtol=0, atol=0.02)
     for tower, (inputs, embeddings) in expected.items():
         program = read_stablehlo(tmp_path / "out", tower)
         assert {"cpu", "cuda", "tpu"} <= set(program.platforms)
@@ -56,56 +63,42 @@ def test_stablehlo(run, expected, tmp_path):
     assert config["model_cfg"]["vision_cfg"]["image_size"] == 16
 
 
-def test_stablehlo_of_smaller_parameters(run, expected, tmp_path):
-    sizes = {}
-    for dtype in ("float32", "bfloat16"):
-        export_model(run, "stablehlo", tmp_path / dtype, dtype=dtype)
-        sizes[dtype] = (tmp_path / dtype / "text.stablehlo").stat().st_size
-    assert sizes["bfloat16"] < 0.55 * sizes["float32"]
-    images, embeddings = expected["image"]
-    found = read_stablehlo(tmp_path / "bfloat16", "image").call(images)
-    np.testing.assert_allclose(found, embeddings, rtol=0, atol=0.02)
+SIGLIP = {
+    "class_token": False,
+    "vision_pool_heads": 2,
+    "vision_projection": "none",
+    "embed_dim": 32,
+    "text_projection": "bias",
+    "causal_text": False,
+    "text_pool": "last",
+}
 
 
-def test_onnx(run, expected, tmp_path, recwarn):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    export_model(run, "onnx", tmp_path / "out")
-    for tower, (inputs, embeddings) in expected.items():
-        session = onnxruntime.InferenceSession(tmp_path / "out" / f"{tower}.onnx")
-        (argument,) = session.get_inputs()
-        for rows in (len(inputs), 1):
-            (found,) = session.run(None, {argument.name: inputs[:rows]})
-            np.testing.assert_allclose(found, embeddings[:rows], rtol=0, atol=1e-5)
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert {"README.md", "image.onnx", "text.onnx", "tokenizer.json"} <= set(names)
-    assert not [w for w in recwarn if w.filename == export.__file__]
-
-
-def test_onnx_of_siglip(tmp_path):
+@pytest.mark.parametrize("overrides", [{}, SIGLIP], ids=["clip", "siglip"])
+def test_onnx(overrides, tmp_path, recwarn):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     config = make.tiny_config()
-    config.model.overrides.update(
-        vocab_size=600, class_token=False, vision_pool_heads=2, vision_projection="none"
-    )
-    config.model.overrides.update(
-        embed_dim=32, text_projection="bias", causal_text=False, text_pool="last"
-    )
+    config.model.overrides.update(vocab_size=600, **overrides)
     (tmp_path / "run").mkdir()
     run = make.write_run(tmp_path / "run", config)
     export_model(run, "onnx", tmp_path / "out")
     model = load_model(run, devices=jax.devices()[:1])
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    tokens = rng.integers(0, 600, (3, 24), dtype=np.int32)
+    tokens = rng.integers(0, 599, (3, 24), dtype=np.int32)
+    tokens[:, 9] = 599  # the end of a text
     for tower, inputs, expected in (
         ("image", images, model.encode_image(images)),
         ("text", tokens, model.encode_text(tokens)),
     ):
         session = onnxruntime.InferenceSession(tmp_path / "out" / f"{tower}.onnx")
-        (found,) = session.run(None, {session.get_inputs()[0].name: inputs})
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        (argument,) = session.get_inputs()
+        for rows in (len(inputs), 1):
+            (found,) = session.run(None, {argument.name: inputs[:rows]})
+            np.testing.assert_allclose(found, expected[:rows], rtol=0, atol=1e-5)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not [w for w in recwarn if w.filename == export.__file__]
 
 
 def test_onnx_without_its_packages(run, tmp_path, monkeypatch):

@@ -121,8 +121,12 @@ def test_environment_variable_with_a_wrong_place_or_model(
         load_model(small_release)
 
 
-# The same model in open_clip; of SigLIP its towers compute GELU otherwise than the authors'.
+# The same architecture in open_clip; of SigLIP its towers compute GELU otherwise than the authors'.
 IN_OPEN_CLIP = {
+    "diht_vitb32_224px": "ViT-B-32",
+    "diht_vitb16_224px": "ViT-B-16",
+    "diht_vitl14_224px": "ViT-L-14",
+    "diht_vitl14_336px": "ViT-L-14-336",
     "siglip_vitb16_224px": "ViT-B-16-SigLIP",
     "siglip_so400m14_384px": "ViT-SO400M-14-SigLIP-384",
     "siglip2_vitb16_224px": "ViT-B-16-SigLIP2",
@@ -137,7 +141,7 @@ IN_OPEN_CLIP = {
 }
 
 
-@pytest.mark.parametrize("name", HUB_MODELS)
+@pytest.mark.parametrize("name", [*RELEASES, *HUB_MODELS])
 def test_the_architecture_of_a_published_model_is_that_of_open_clip(name):
     open_clip = pytest.importorskip("open_clip")
     arch, other = ARCHITECTURES[name], IN_OPEN_CLIP[name]

@@ -1,6 +1,7 @@
 """Weight files are read as data: what could run code is refused, what is damaged is named."""
 
 import collections
+import copy
 import dataclasses
 import os
 import pickle
@@ -38,10 +39,9 @@ def replace_pickle(source, target, data, member="data.pkl"):
             new.writestr(name, data if name.endswith(f"/{member}") else old.read(name))
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".ckpt"])
 @pytest.mark.parametrize("form", ["bare", "zip", "torch", "torchscript"])
-def test_malicious_pickle_is_refused_and_not_run(tmp_path, form, suffix):
-    marker, path = tmp_path / "marker", tmp_path / f"model{suffix}"
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, form):
+    marker, path = tmp_path / "marker", tmp_path / "model.ckpt"
     payload = {"visual.proj": Malicious(marker)}
     if form == "bare":
         path.write_bytes(pickle.dumps(payload))
@@ -54,7 +54,7 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, form, suffix):
         torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "good")
         replace_pickle(tmp_path / "good", path, pickle.dumps(payload, protocol=2))
         assert is_torchscript(path)
-    with pytest.raises(ValueError, match=rf"model{suffix}.*refused.*could run code"):
+    with pytest.raises(ValueError, match=r"model\.ckpt.*refused.*could run code"):
         load_model(path)
     assert not marker.exists()
     # The payload does what it says: the marker would have shown it.
@@ -75,8 +75,14 @@ class Attention(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 3))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        (torch.jit.script, torch.float32),
+        (torch.jit.script, torch.bfloat16),
+        (lambda module: torch.jit.trace(module, torch.ones(1, 3)), torch.float16),
+    ],
+)
 def test_torchscript_archive_is_read_as_torch_reads_it(tmp_path, make, dtype):
     torch.manual_seed(0)
     module = make(Attention().eval()).to(dtype)
@@ -93,8 +99,8 @@ def test_torchscript_archive_is_read_as_torch_reads_it(tmp_path, make, dtype):
 
 def test_openai_archives_have_quick_gelu(reference, tmp_path):
     """TorchScript, half precision and the three scalars, as OpenAI publishes its models."""
-    model = reference.open_clip_model(reference.SMALL)
-    for name, value in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 49408)):
+    model = copy.deepcopy(reference.open_clip_model(reference.SMALL))
+    for name, value in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 600)):
         if hasattr(model, name):
             delattr(model, name)
         model.register_buffer(name, torch.tensor(value))
@@ -104,7 +110,7 @@ def test_openai_archives_have_quick_gelu(reference, tmp_path):
     loaded = load_model(tmp_path / "a.pt")
     assert loaded.config.model.overrides.activation == "quick_gelu"
     quick = reference.open_clip_model(dataclasses.replace(reference.SMALL, activation="quick_gelu"))
-    quick = quick.half().float()
+    quick = copy.deepcopy(quick).half().float()
     expected = reference.open_clip_embeddings(quick, images, tokens)
     np.testing.assert_allclose(loaded.encode_image(images), expected[0], atol=1e-5)
     np.testing.assert_allclose(loaded.encode_text(tokens), expected[1], atol=1e-5)

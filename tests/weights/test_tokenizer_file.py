@@ -235,30 +235,17 @@ def inputs():
     return make_captions(13)[5:], [make.noise(i, (20 + i, 31), cell=4) for i in range(4)]
 
 
-def test_texts_and_pictures_embed_as_by_transformers(model, inputs):
-    import torch
-
-    other, folder = model
-    texts, pictures = inputs
-    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
-    ids = transformers.AutoTokenizer.from_pretrained(folder)(texts, **options, return_tensors="pt")
-    pixels = transformers.SiglipImageProcessorPil.from_pretrained(folder)(
-        pictures, return_tensors="pt"
-    )
-    with torch.no_grad():
-        expected = other(input_ids=ids.input_ids, pixel_values=pixels.pixel_values)
-    ours = load_model(folder)
-    np.testing.assert_allclose(ours.encode_text(texts), expected.text_embeds, atol=1e-5)
-    np.testing.assert_allclose(ours.encode_image(pictures), expected.image_embeds, atol=1e-5)
-
-
-def test_a_run_keeps_the_tokenizer_of_its_start(model, inputs, tmp_path):
+def test_a_run_keeps_the_tokenizer_and_the_pictures_of_its_start(model, inputs, tmp_path):
     texts, pictures = inputs
     source = shutil.copytree(model[1], tmp_path / "source")
-    records = [make.record(i, image=make.encoded(p)) for i, p in enumerate(pictures)]
+    # A crop of the whole area is the whole picture only where its shape is allowed.
+    squares = [picture.resize((30, 30)) for picture in pictures]
+    records = [make.record(i, image=make.encoded(p)) for i, p in enumerate(squares)]
     config = make.tiny_config(
         data__train=str(make.write_records(tmp_path / "records", records)),
         data__batch_size=4,
+        data__crop_scale=(1.0, 1.0),
+        data__fast_decode=False,
         model__init_from=str(source),
         loss__kind="sigmoid",
         optimizer__learning_rate=0.0,
@@ -271,6 +258,16 @@ def test_a_run_keeps_the_tokenizer_of_its_start(model, inputs, tmp_path):
     run, expected = load_model(tmp_path / "run"), load_model(model[1])
     np.testing.assert_array_equal(run.tokenize(texts), expected.tokenize(texts))
     np.testing.assert_allclose(run.encode_text(texts), expected.encode_text(texts), atol=1e-6)
+    assert run.preprocessing == expected.preprocessing
+    np.testing.assert_allclose(
+        run.encode_image(pictures), expected.encode_image(pictures), atol=1e-6
+    )
+    text_emb = expected.encode_text([record.caption for record in records]).astype(np.float64)
+    logits = expected.logit_scale * expected.encode_image(squares) @ text_emb.T
+    signs = 2 * np.eye(4) - 1
+    loss = np.log1p(np.exp(-signs * (logits + expected.logit_bias))).sum() / 4
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx(loss, abs=1e-4)
 
 
 def test_a_run_in_a_store_keeps_its_tokenizer(siglip2, tmp_path):
