@@ -13,13 +13,20 @@ from tests import make
 from tests.make import png
 
 
-@pytest.fixture(scope="package")
-def tiny_model() -> LoadedModel:
-    """`tiny_32px` on all eight devices."""
+def _config(**overrides):
+    """One layer a tower."""
     config = default_config()
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
-    arch = get_architecture(config.model.name)
+    config.model.overrides.update(vision_layers=1, text_layers=1, **overrides)
+    return config
+
+
+@pytest.fixture(scope="package")
+def tiny_model() -> LoadedModel:
+    """On all eight devices."""
+    config = _config(vocab_size=700)
+    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     definition = ModelDefinition(arch, config.model.dtype, config.model.param_dtype)
     mesh = sharding.create_mesh(data=-1, fsdp=1)
     assert mesh.size == 8
@@ -31,11 +38,7 @@ def tiny_model() -> LoadedModel:
 @pytest.fixture(scope="package")
 def workdir(tmp_path_factory):
     """A work directory with the initial weights as its checkpoint of step 7; to be read only."""
-    folder = tmp_path_factory.mktemp("workdir")
-    config = default_config()
-    config.model.name = "tiny_32px"
-    config.model.dtype = "float32"
-    return make.write_run(folder, config)
+    return make.write_run(tmp_path_factory.mktemp("workdir"), _config())
 
 
 @pytest.fixture(scope="package")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diht_jax import fewshot
 from diht_jax.evaluation.few_shot import (
     FewShotData,
     FewShotOptions,
@@ -17,6 +18,7 @@ from diht_jax.evaluation.linear_probe import LabelledEmbeddings, ProbeSettings, 
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.fewshot import task_text
 from tests import make
+from tests.docs.commands import parse_command
 
 
 def _numbered(counts):
@@ -117,7 +119,7 @@ def test_prompts_are_never_worse_on_validation_and_better_with_one_shot(measured
     assert everything["prompt_init"]["test_mean"] > everything["scratch"]["test_mean"] - 0.03
 
 
-def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
+def test_the_command_writes_numbers_and_plot(workdir, tmp_path, capsys):
     for split, count in (("train", 4), ("test", 2)):
         for name in ("ant", "bee"):
             folder = tmp_path / split / name
@@ -125,21 +127,14 @@ def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
             for i in range(count):
                 make.noise(i, (32, 32)).save(folder / f"{i}.png")
     output = tmp_path / "out" / "few.json"
-    flags = {
-        "model": workdir,
-        "train": tmp_path / "train",
-        "test": tmp_path / "test",
-        "output": output,
-        "shots": "1,all",
-        "draws": 2,
-        "fit_steps": 5,
-    }
-    done = make.run_command("diht_jax.fewshot", *flags.items())
-    assert done.returncode == 0, done.stderr
+    arguments = [f"--{split}={tmp_path / split}" for split in ("train", "test")]
+    arguments += [f"--model={workdir}", f"--output={output}", "--shots=1,all"]
+    arguments += ["--draws=2", "--fit_steps=5"]
+    parse_command("diht_jax.fewshot", arguments, lambda _: fewshot.main())
     result = json.loads(output.read_text())
     assert [row["shots"] for row in result["results"]] == [1, "all"]
     assert result["counts"]["validation"] == 2
-    assert "zero-shot" in done.stdout
+    assert "zero-shot" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "few.png") as plot:
         assert plot.width > 800
 

@@ -36,9 +36,12 @@ def _results(model, top1, r1, *, images=1000, extra=()):
 
 
 def test_comparison_is_second_minus_first_in_points(tmp_path):
+    units = {"top1": "share", "depth": "share", "auroc": "score", "my_rank": "rank"}
+    other = _entry("other", {"depth": 0.25, "auroc": 0.5, "my_rank": 3.0}, units=units)
+    first = _results("a", 0.5, 0.25, extra=[other])
+    other = _entry("other", {"depth": 0.5, "auroc": 0.75}, units=units)
     only_second = _entry("new", {"top1": 0.3})
-    first = _results("a", 0.5, 0.25)
-    second = _results("b", 0.625, 0.2, images=900, extra=[only_second])
+    second = _results("b", 0.625, 0.2, images=900, extra=[other, only_second])
     for name, results in (("a.json", first), ("b.json", second)):
         write_results(tmp_path / "sub" / name, results)
     text = format_comparison(*(read_results(tmp_path / "sub" / n) for n in ("a.json", "b.json")))
@@ -46,6 +49,9 @@ def test_comparison_is_second_minus_first_in_points(tmp_path):
     assert ["shapes", "top-1", "50.00%", "62.50%", "+12.50"] in rows
     assert ["emoji", "text", "to", "image", "R@1", "25.00%", "20.00%", "-5.00"] in rows
     assert ["new", "top-1", "-", "30.00%", "-"] in rows
+    assert ["other", "depth", "25.00%", "50.00%", "+25.00"] in rows
+    assert ["AUROC", "0.5000", "0.7500", "+0.2500"] in rows
+    assert ["my_rank", "3.0", "-", "-"] in rows
     assert "note: 'emoji' differs in images: 1000 and 900" in text
     equal = format_comparison(_results("a", 0.5, 0.25), _results("b", 0.5 - 1e-9, 0.25))
     assert "+0.00" in equal and "-0.00" not in equal
@@ -100,12 +106,6 @@ def test_paired_intervals_and_means_over_the_suite():
     ]
 
 
-def test_a_source_whose_name_is_not_utf_8_is_written(tmp_path):
-    name = "/data/caf\udce9.tar"
-    write_results(tmp_path / "x.json", {"model": "é", "results": [_entry(name, {"top1": 0.5})]})
-    assert read_results(tmp_path / "x.json")["results"][0]["task"] == name
-
-
 @pytest.mark.parametrize("name", [".", "page.html", "a.json/x.json"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(name, tmp_path):
     (tmp_path / "a.json").touch()
@@ -124,8 +124,9 @@ def test_other_files_are_refused(content, tmp_path):
 
 
 def test_a_changed_metric_is_refused_unless_the_checksum_was_removed(tmp_path):
-    path = tmp_path / "x.json"
-    write_results(path, {"model": "a", "results": [_entry("t", {"top1": 0.25})]})
+    path, name = tmp_path / "x.json", "/data/caf\udce9.tar"  # not UTF-8
+    write_results(path, {"model": "é", "results": [_entry(name, {"top1": 0.25})]})
+    assert read_results(path)["results"][0]["task"] == name
     text = path.read_text().replace("0.25", "0.75")
     path.write_text(text)
     with pytest.raises(ValueError, match=r"x\.json: .*checksum differs"):
@@ -177,33 +178,14 @@ def test_released_weights_stand_beside_the_published_numbers():
     assert ["coco_retrieval", "text", "to", "image", "R@1", "40.60%", "40.20%", "-0.40"] in rows
 
 
-def test_units_decide_how_numbers_are_shown():
-    def result(model, **metrics):
-        return {"model": model, "results": [_entry("x", metrics, units=units)]}
-
-    units = {"top1": "share", "depth": "share", "auroc": "score", "my_rank": "rank"}
-    first = result("a", top1=0.25, depth=0.25, auroc=0.5, my_rank=3.0)
-    second = result("b", top1=0.5, depth=0.5, auroc=0.75)
-    both = [line.split()[-4:] for line in format_comparison(first, second).splitlines()[4:]]
-    assert both == [
-        ["top-1", "25.00%", "50.00%", "+25.00"],
-        ["depth", "25.00%", "50.00%", "+25.00"],
-        ["AUROC", "0.5000", "0.7500", "+0.2500"],
-        ["my_rank", "3.0", "-", "-"],
-    ]
-
-
 def test_interval_of_a_share_is_that_of_the_binomial():
     hits = np.arange(400) < 120
     found = resample(lambda counts: {"share": (counts * hits).sum() / 400}, 400)
     half = 1.96 * np.sqrt(0.3 * 0.7 / 400)
     interval = percentile_interval(found["share"])
     assert interval == pytest.approx([0.3 - half, 0.3 + half], abs=0.006)
-
-
-def test_resamples_without_a_value_are_left_out_of_an_interval():
-    values = np.linspace(0, 1, 101)
-    assert percentile_interval(np.append(values, np.nan)) == percentile_interval(values)
+    # Resamples without a value are left out.
+    assert percentile_interval(np.append(found["share"], np.nan)) == interval
 
 
 def test_a_paired_difference_has_the_interval_of_mcnemar():

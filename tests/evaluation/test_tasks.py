@@ -6,13 +6,15 @@ import re
 import numpy as np
 import pytest
 
+from diht_jax import evaluate
 from diht_jax.config import default_config
 from diht_jax.evaluation.page import ResultsPage, draw_rows
-from diht_jax.evaluation.results import format_results, write_results
+from diht_jax.evaluation.results import format_results
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_tasks
 from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.registry import open_source
 from tests import make
+from tests.docs.commands import parse_command
 from tests.make import png, write_tar
 
 
@@ -70,14 +72,11 @@ def test_retrieval_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp
     text_emb = tiny_model.encode_text([pair.caption for pair in pairs])
     similarities, ranks_of = text_emb @ image_emb.T, {}
     for direction, matrix in (("t2i", similarities), ("i2t", similarities.T)):
-        ranks = [list(np.argsort(-row)).index(own) for own, row in enumerate(matrix)]
-        ranks_of[direction] = np.array(ranks)
+        ranks = np.array([list(np.argsort(-row)).index(own) for own, row in enumerate(matrix)])
+        ranks_of[direction] = ranks
         for k in (1, 5, 10):
-            expected = np.mean([rank < k for rank in ranks])
+            expected = np.mean(ranks < k)
             assert result["metrics"][f"{direction}_r{k}"] == pytest.approx(expected)
-    assert result["counts"]["images"] == result["counts"]["texts"] == 128
-    assert result["images_per_sec"] > 0
-    assert json.loads(json.dumps(result)) == result
     text = _write(page, result)
     shown = [re.findall(rf"right {query}at rank\s+(\d+)", text) for query in ("image ", "")]
     chosen = (ranks_of["t2i"][draw_rows(128, 6)], ranks_of["i2t"][draw_rows(128, 6, seed=1)])
@@ -112,6 +111,8 @@ def test_several_captions_and_broken_images(tiny_model, tmp_path):
         "dropped": {"image_unreadable": 1, "no_image": 1},
     }
     assert result["metrics"]["t2i_r5"] == 1.0
+    table = format_results({"model": "m", "results": [result]})
+    assert "2 captions equal to one of another image" in table
 
 
 class _TrainedModel(make.HashedModel):
@@ -140,7 +141,6 @@ _MIXTURE = {
         ("retrieval:{}", {"train": _MIXTURE}, "my {caption}"),
         ("retrieval:{}?caption_template=x {{caption}}", {"text_template": _PHOTO}, "x {caption}"),
         ("coco_retrieval={}", {}, _PHOTO),
-        ("flickr30k_retrieval={}", {}, _PHOTO),
     ],
 )
 def test_own_pairs_take_the_prompt_of_training_and_benchmarks_their_own(
@@ -171,19 +171,6 @@ def test_a_source_that_changes_costs_the_examples_and_not_the_numbers(tmp_path, 
     assert "no examples of task 'pairs'" in caplog.text and _write(page, result)
 
 
-def test_the_number_of_equal_captions_is_printed(tmp_path):
-    source = make.write_pair_tar(tmp_path / "pairs.tar", ["a car", "A  car", "a dog"])
-    results = [
-        evaluate_task(make.HashedModel(), *parse_tasks(f"retrieval:{source}{option}"))
-        for option in ("", "?equal_captions=right")
-    ]
-    for result in results:
-        assert result["counts"]["equal_captions"] == 2
-        table = format_results({"model": "m", "results": [result]})
-        assert "2 captions equal to one of another image" in table
-    assert results[0]["protocol"]["equal_captions"] != results[1]["protocol"]["equal_captions"]
-
-
 def test_an_error_names_task_source_and_record(tiny_model, tmp_path):
     path = tmp_path / "x.tar"
     write_tar(path, [("a.png", png(0)), ("a.txt", b"t"), ("a.json", b'{"label": 12}')])
@@ -194,41 +181,22 @@ def test_an_error_names_task_source_and_record(tiny_model, tmp_path):
         evaluate_task(tiny_model, task)
 
 
-def test_two_tasks_of_a_work_directory(workdir, shared_data, tmp_path):
+def test_two_tasks_of_a_work_directory(workdir, shared_data, tmp_path, capsys):
     output = tmp_path / "new" / "results.json"
     tasks = f"cifar10={shared_data}/cifar10_test.tar,emoji=retrieval:{shared_data}/emoji_google.tar"
-    flags = {"model": workdir, "tasks": tasks, "output": output, "limit": 40, "batch_size": 32}
-    flags |= {"caption_template": "{caption}"}
-    done = make.run_command("diht_jax.evaluate", *flags.items(), devices=2)
-    assert done.returncode == 0, done.stderr
+    arguments = [f"--model={workdir}", f"--tasks={tasks}", f"--output={output}", "--limit=40"]
+    arguments += ["--batch_size=32", "--caption_template={caption}"]
+    parse_command("diht_jax.evaluate", arguments, lambda _: evaluate.main([]))
     results = json.loads(output.read_text())
-    assert (results["model"], results["step"], results["devices"]) == (str(workdir), 7, 2)
+    assert (results["model"], results["step"], results["devices"]) == (str(workdir), 7, 8)
     cifar, emoji = results["results"]
     assert cifar["counts"]["images"] == emoji["counts"]["images"] == 40
     assert emoji["protocol"]["caption_template"] == "{caption}"
     assert len(cifar["protocol"]["templates"]) == 18
-    table = done.stdout.splitlines()
+    table = capsys.readouterr().out.splitlines()
     assert table[0] == f"{workdir}, step 7"
     row = next(line.split() for line in table if line.startswith("cifar10"))
     assert row[:3] == ["cifar10", "top-1", f"{100 * cifar['metrics']['top1']:.2f}%"]
     page = (output.parent / "results.html").read_text()
     for result in (cifar, emoji):
         assert f'<section id="{result["task"]}">' in page
-
-
-def test_compare_needs_no_model(tmp_path):
-    for name, top1 in (("a", 0.25), ("b", 0.5)):
-        result = {
-            "task": "shapes",
-            "metrics": {"top1": top1},
-            "counts": {"images": 4, "dropped": {}},
-            "protocol": {},
-        }
-        write_results(tmp_path / f"{name}.json", {"model": name, "step": 1, "results": [result]})
-    files = f"{tmp_path}/a.json,{tmp_path}/b.json"
-    flags = ("compare", files), ("output", tmp_path / "chart.png")
-    done = make.run_command("diht_jax.evaluate", *flags)
-    assert done.returncode == 0, done.stderr
-    row = done.stdout.splitlines()[-1].split()
-    assert row == ["shapes", "top-1", "25.00%", "50.00%", "+25.00"]
-    assert (tmp_path / "chart.png").exists()

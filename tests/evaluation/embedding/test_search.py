@@ -1,11 +1,12 @@
 """Searching real pictures by text."""
 
-import os
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from diht_jax import search
 from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.evaluation.embedding.search import (
     draw_matches,
@@ -14,6 +15,7 @@ from diht_jax.evaluation.embedding.search import (
     search_pictures,
 )
 from tests import make
+from tests.docs.commands import parse_command
 from tests.readers.inputs import write_tar
 
 
@@ -60,15 +62,6 @@ def test_no_other_picture_is_shown_for_a_match(left, folder):
         load_pictures(shards, found[-1:])
 
 
-def test_pictures_of_any_depth_are_searched(tiny_model, folder):
-    (folder / "2024" / "may").mkdir(parents=True)
-    (folder / "0.png").rename(folder / "2024" / "may" / "0.png")
-    for path in folder.glob("*.png"):
-        path.unlink()
-    found, _ = search_pictures(tiny_model, list_inputs(str(folder)), ["a dog"], count=3)
-    assert [match.key for match in found["a dog"]] == ["2024/may/0.png"]
-
-
 def test_pictures_without_a_caption_are_searched_with_those_that_have_one(tiny_model, folder):
     (folder / "4.txt").write_text("a red car")
     shards = list_inputs(str(folder), needs_caption=False)
@@ -106,22 +99,20 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
     assert text.count('src="data:image') == 2 * (len(texts) - 1) and "<script" not in text
 
 
-def test_a_page_is_written_on_request_only(workdir, folder, tmp_path):
+def test_a_page_is_written_on_request_only(workdir, folder, tmp_path, monkeypatch, capsys):
     here = tmp_path / "here"
     here.mkdir()
-    flags = ("model", workdir), ("input", folder)
-    done = make.run_command("diht_jax.search", *flags, "a dog", folder=here)
-    assert done.returncode == 0 and done.stdout.startswith("a dog\n"), done.stderr
+    monkeypatch.chdir(here)
+    arguments = [f"--model={workdir}", f"--input={folder}"]
+    parse_command("diht_jax.search", arguments, lambda _: search.main(["a dog"]))
+    assert capsys.readouterr().out.startswith("a dog\n")
     assert not list(here.iterdir())
 
 
-def test_a_missing_usearch_is_found_before_anything_is_embedded(folder, tmp_path):
-    # A module that fails to import, in front of an installed one; the model is never looked at.
-    (tmp_path / "without").mkdir()
-    (tmp_path / "without/usearch.py").write_text("raise ImportError")
-    path = os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])
-    index = tmp_path / "index"
-    flags = ("model", "/none"), ("input", folder), ("index", index)
-    done = make.run_command("diht_jax.search", *flags, "a dog", PYTHONPATH=path)
-    assert done.returncode == 1 and "pip install usearch" in done.stderr
-    assert not index.exists()
+def test_a_missing_usearch_is_found_before_anything_is_embedded(folder, tmp_path, monkeypatch):
+    for name in ("usearch", "usearch.index"):
+        monkeypatch.setitem(sys.modules, name, None)  # its import fails
+    arguments = ["--model=/none", f"--input={folder}", f"--index={tmp_path}/index"]
+    with pytest.raises(ValueError, match="pip install usearch"):
+        parse_command("diht_jax.search", arguments, lambda _: search.main(["a dog"]))
+    assert not (tmp_path / "index").exists()

@@ -1,4 +1,4 @@
-"""Retrieval: ranks and recalls against a sort in float64, a hand-made table, and ties."""
+"""Retrieval: ranks and recalls against a sort in float64, and ties."""
 
 import numpy as np
 import pytest
@@ -48,24 +48,6 @@ def test_metrics_equal_sorting_in_float64_across_blocks(num_images, monkeypatch)
     monkeypatch.setattr(retrieval, "_BLOCK", 2**17)
     problem = _random_problem(num_images, np.random.default_rng(num_images))
     assert retrieval_metrics(*problem) == pytest.approx(_metrics_by_sorting(*problem), abs=1e-12)
-
-
-def test_hand_made_table():
-    # Angles in degrees; the similarity of two items falls with the difference of their angles.
-    images = np.radians([0, 40, 90])
-    texts = np.radians([5, 31, 50, 88, 24])
-    image_of_text = [0, 0, 1, 2, 2]
-    # Text 1 (31) is nearer to image 1 than to its own image 0; text 4 (24) has image 1 (16 away)
-    # and image 0 (24 away) before its own (66 away).
-    # Image 1 (40) has the text 1 of image 0 (9 away) before its own (10 away).
-    embeddings = [np.stack([np.cos(a), np.sin(a)], axis=1) for a in (images, texts)]
-    t2i, i2t = retrieval_ranks(*embeddings, image_of_text)
-    assert t2i.tolist() == [0, 1, 0, 0, 2]
-    assert i2t.tolist() == [0, 1, 0]
-    metrics = retrieval_metrics(*embeddings, image_of_text)
-    assert metrics["t2i_r1"] == pytest.approx(3 / 5)
-    assert metrics["t2i_r5"] == 1.0
-    assert metrics["t2i_median_rank"] == 1.0
 
 
 def test_a_model_that_gives_everything_one_embedding_scores_zero():

@@ -118,11 +118,10 @@ def test_rows_of_one_image_are_one_pair(folder):
     assert [pair.metadata["rows"] for pair in pairs[:2]] == [[rows[0], rows[2]], [rows[1]]]
     assert pairs[0].metadata["captions"] == ["one", "two", "four"]
     assert pairs[1].caption == "three"
-    assert [(entry.key, entry.reason) for entry in pairs[2:]] == [
-        ("../x.png", "refused_path"),
-        ("9.png", "no_image"),
+    assert [(type(entry), entry.key, entry.reason) for entry in pairs[2:]] == [
+        (Skipped, "../x.png", "refused_path"),
+        (Skipped, "9.png", "no_image"),
     ]
-    assert [entry for entry in pairs[2:] if not isinstance(entry, Skipped)] == []
 
 
 def test_entailment(folder, photos):
@@ -179,7 +178,7 @@ def test_answers_that_are_no_texts_name_their_picture(answer, folder):
         _measure(HashedModel(), f"vqa:{path}?image_root={folder}/images&class_names={names}")
 
 
-@pytest.mark.parametrize("image_name", ["{name}.png", "{}{}.png", "{.png", "{:d}.png"])
+@pytest.mark.parametrize("image_name", ["{name}.png", "{}{}.png", "{.png"])
 def test_a_wrong_image_name_is_named(image_name, folder):
     path = _write(folder / "a.json", [{"image": "1", "caption": "one"}])
     with pytest.raises(ValueError, match="image_name={"):
@@ -206,12 +205,3 @@ def test_image_and_caption_of_annotations_are_found_by_their_names(folder):
         "one",
         ["one", "two"],
     )
-
-
-def test_a_missing_field_is_named(folder):
-    path = _write(folder / "a.json", [{"picture": "0.png"}])
-    with pytest.raises(ValueError, match=r"row 0 has no field 'image'; it has picture"):
-        list(read_annotations(path))
-    path = _write(folder / "w.jsonl", [{"image_0": "0"}])
-    with pytest.raises(ValueError, match="expected texts as image_1, caption_0, caption_1"):
-        list(read_source(f"winoground:{path}", {}))

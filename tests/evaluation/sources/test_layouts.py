@@ -121,6 +121,8 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
             {"a.json": '{"7": {"filename": "a"}}'},
             "row 7: expected texts",
         ),
+        ("annotations:{}/a.json", {"a.json": '[{"picture": "0"}]'}, "row 0 has no field 'image'"),
+        ("winoground:{}/a.jsonl", {"a.jsonl": '{"image_0": "0"}'}, "expected texts as image_1"),
     ],
 )
 def test_other_files_are_named(source, files, message, tmp_path):
