@@ -322,6 +322,7 @@ def write_run(
     """Writes a work directory with drawn parameters of a config as its one checkpoint.
 
     Scalars, such as `log_logit_scale` or a loss's `logit_bias`, are added to them or replace them.
+    Of a run with an average of its parameters that is drawn by the next seed.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -335,6 +336,8 @@ def write_run(
     init_params = ModelDefinition(arch, config.model.dtype, config.model.param_dtype).init_params
     params = draw_parameters(init_params, seed)
     state = {"params": params | {name: jax.numpy.float32(v) for name, v in scalars.items()}}
+    if config.ema.decay is not None:
+        state["ema_params"] = draw_parameters(init_params, seed + 1)
     saved_run.write_config(folder, config)
     directory = folder / saved_run.CHECKPOINT_DIRECTORY / str(step)
     with (

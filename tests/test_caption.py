@@ -19,7 +19,7 @@ from diht_jax.input.transforms import decode_rgb
 from diht_jax.models import get_architecture
 from diht_jax.models.parameters import ModelDefinition, model_parameters
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.formats import TFRecordSource, open_source, open_writer
+from diht_jax.records.formats import TFRecordSource, open_source
 from diht_jax.records.labels.shards import NO_CONCEPTS
 from diht_jax.records.schema import Example, Record, encode_record
 from diht_jax.records.vocabulary import (
@@ -60,11 +60,10 @@ def records(count, first=0, labelled=True):
 def write(folder, suffix="tfrecord"):
     folder.mkdir()
     labelled = suffix != "tar"  # which cannot hold labels
-    for name, count, first in (("a", 10, 0), ("b", 3, 20)):
-        with open_writer(folder / f"{name}.{suffix}") as writer:
-            for record in records(count, first, labelled):
-                writer.write(encode_record(record))
-    return [str(folder / f"{name}.{suffix}") for name in "ab"]
+    return [
+        str(make.write_shard(folder / f"{name}.{suffix}", records(count, first, labelled)))
+        for name, count, first in (("a", 10, 0), ("b", 3, 20))
+    ]
 
 
 def read(folder):
@@ -115,20 +114,13 @@ def test_goes_on_where_it_was_and_leaves_no_half_shard(model, tmp_path, monkeypa
 
 def test_a_shard_whose_input_has_changed_is_made_again(model, tmp_path):
     shards, output = write(tmp_path / "in"), tmp_path / "out"
-    caption_shards(model, shards, output, CaptionOptions())
-    made = {name: (output / name).stat().st_ino for name in ("a.tfrecord", "b.tfrecord")}
-    with open_writer(shards[0]) as writer:
-        for record in records(5, 40):
-            writer.write(encode_record(record))
-    caption_shards(model, shards, output, CaptionOptions())
-    assert [record.key for record in read(output)[:5]] == [f"r{number}" for number in range(40, 45)]
-    assert (output / "b.tfrecord").stat().st_ino == made["b.tfrecord"]
-
-
-def test_an_input_that_was_written_again_is_known_by_its_records(model, tmp_path):
-    shards, output = write(tmp_path / "in"), tmp_path / "out"
     caption_shards(model, shards[:1], output, CaptionOptions())
     caption_shards(model, shards, output, CaptionOptions())  # one more
+    made = (output / "b.tfrecord").stat().st_ino
+    make.write_shard(shards[0], records(5, 40))
+    caption_shards(model, shards, output, CaptionOptions())
+    assert [record.key for record in read(output)[:5]] == [f"r{number}" for number in range(40, 45)]
+    assert (output / "b.tfrecord").stat().st_ino == made
     # As a filter that ran again divides the records otherwise, copied with times of before.
     moved = list(records(4))
     for shard, own in zip(shards, (moved[:3], moved[3:]), strict=True):
@@ -196,11 +188,8 @@ def test_what_is_no_pair_is_left_out_and_counted(model, tmp_path, caplog):
     for name, data in (("key", b"img2dataset"), ("png", good.image), ("txt", b"")):
         other.features.feature[name].bytes_list.value.append(data)
     (tmp_path / "in").mkdir()
-    with open_writer(tmp_path / "in" / "a.tfrecord") as writer:
-        for data in (*map(encode_record, (empty, wrong)), other.SerializeToString()):
-            writer.write(data)
-        writer.write(encode_record(good))
-    shard = str(tmp_path / "in" / "a.tfrecord")
+    written = (empty, wrong, other.SerializeToString(), good)
+    shard = str(make.write_shard(tmp_path / "in" / "a.tfrecord", written))
     caption_shards(model, [shard], tmp_path / "out", CaptionOptions())
     found = {record.key: record for record in read(tmp_path / "out")}
     assert list(found) == ["r1", "r0"]

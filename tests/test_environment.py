@@ -44,15 +44,11 @@ def set_up(folder: pathlib.Path) -> list[str]:
     return lines
 
 
-def test_everything_is_installed_once(checkout):
+def test_everything_is_installed_once_and_changes_again(checkout):
     requirements, project = set_up(checkout)
     assert requirements.endswith("-rrequirements.txt")
     assert project.endswith("--no-deps --no-build-isolation -e .")
     assert set_up(checkout) == []
-
-
-def test_changes_are_installed(checkout):
-    set_up(checkout)
     (checkout / "pyproject.toml").write_text("changed")
     assert [call.split()[-1] for call in set_up(checkout)] == ["."]
     (checkout / "requirements.txt").write_text("changed")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -11,14 +10,11 @@ import torch
 from PIL import Image
 
 from diht_jax import load_model
-from diht_jax.config import default_config
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.export import export_model
 from diht_jax.loading import read_model
+from diht_jax.models.parameters import ModelDefinition
 from diht_jax.storage.files import write_bytes
-from diht_jax.training.program import TrainProgram
-from diht_jax.training.workdir.checkpoint import Checkpointer
-from diht_jax.training.workdir.saved_run import write_config
 from diht_jax.weights import clip_layout
 from diht_jax.weights.model_card import model_card
 from diht_jax.weights.source import read_weights
@@ -54,14 +50,15 @@ def random_tensors(arch, seed=0):
     return tensors
 
 
-@pytest.fixture(scope="module", params=["gelu", "quick_gelu"])
-def source(request, tmp_path_factory):
-    """A weight file of ours beside its config, in both activations."""
-    arch = dataclasses.replace(ARCH, activation=request.param)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A weight file, its architecture, and the fields that its shapes do not show."""
+    fields = {"activation": "quick_gelu", "layer_norm_epsilon": 1e-4}
+    fields |= {"vision_heads": 2, "text_heads": 4}
+    arch = dataclasses.replace(ARCH, vision_mlp_width=100, text_mlp_width=90, **fields)
     folder = tmp_path_factory.mktemp("source")
     write_safetensors(folder / "a.safetensors", random_tensors(arch))
-    config = {"activation": request.param}
-    return folder / "a.safetensors", arch, config
+    return folder / "a.safetensors", arch, fields
 
 
 @pytest.fixture(scope="module")
@@ -155,30 +152,6 @@ def test_tokenizer_file_cleans_texts_as_ours(exported, shared_data):
         assert own[: end + 1] == other[: end + 1], text
 
 
-def test_other_parts_of_an_architecture_reach_the_configs(tmp_path):
-    arch = dataclasses.replace(
-        ARCH,
-        vision_heads=2,
-        text_heads=4,
-        layer_norm_epsilon=1e-4,
-        vision_mlp_width=100,
-        text_mlp_width=90,
-        vocab_size=600,
-        end_of_text_id=511,
-    )
-    write_safetensors(tmp_path / "a.safetensors", random_tensors(arch))
-    fields = {
-        "vision_heads": 2,
-        "text_heads": 4,
-        "layer_norm_epsilon": 1e-4,
-        "end_of_text_id": 511,
-    }
-    for format in FORMATS:
-        output = tmp_path / format
-        export_model(str(tmp_path / "a.safetensors"), format, output, architecture=fields)
-        assert read_weights(output).arch == arch, format
-
-
 def test_a_small_vocabulary_comes_along(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = make.tiny_config(model__overrides__vocab_size=700)
@@ -201,14 +174,17 @@ def test_texts_of_a_vocabulary_with_unused_entries_are_pooled_at_their_ends(tmp_
     config = make.tiny_config(model__overrides__vocab_size=49500)
     (tmp_path / "run").mkdir()
     run = load_model(make.write_run(tmp_path / "run", config))
-    export_model(str(tmp_path / "run"), "huggingface", tmp_path / "out")
     expected = run.encode_text(TEXTS)
-    np.testing.assert_array_equal(load_model(tmp_path / "out").encode_text(TEXTS), expected)
-    tokens = transformers.AutoProcessor.from_pretrained(tmp_path / "out").tokenizer(
+    for format in FORMATS:
+        output = tmp_path / format
+        export_model(str(tmp_path / "run"), format, output)
+        np.testing.assert_array_equal(load_model(output).encode_text(TEXTS), expected, format)
+    folder = tmp_path / "huggingface"
+    tokens = transformers.AutoProcessor.from_pretrained(folder).tokenizer(
         TEXTS, padding="max_length", truncation=True, max_length=24, return_tensors="pt"
     )["input_ids"]
     with torch.no_grad():
-        out = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()(
+        out = transformers.AutoModel.from_pretrained(folder).eval()(
             pixel_values=torch.zeros((1, 3, 16, 16)), input_ids=tokens
         )
     np.testing.assert_allclose(out.text_embeds, expected, atol=1e-5)
@@ -247,38 +223,16 @@ def test_concept_heads_are_left_out_or_kept(tmp_path):
     export_model(path, "open_clip", tmp_path / "x")
 
 
-class Place:
-    """A position in the data."""
-
-    def get_state(self):
-        return {"position": 0}
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    """A work directory as the training loop leaves it, with results of an evaluation."""
-    config = default_config()
-    config.model.name = "tiny_32px"
-    config.model.overrides.update(vision_layers=1, text_layers=1)
-    config.model.dtype = "float32"
-    config.optimizer.warmup_steps = 0
-    config.ema.decay = 0.5
-    config.data.train = str(tmp_path / "records")
-    config.total_steps = 10
-    (tmp_path / "records").mkdir()
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A work directory of step 7 with its data's counts and results of evaluations."""
+    folder = tmp_path_factory.mktemp("workdir")
+    config = make.tiny_config(ema__decay=0.5, data__train=str(folder / "records"))
+    (folder / "records").mkdir()
     counts = {"read": 30, "kept": 20, "dropped": {"caption": {"no_action": 10}}}
-    (tmp_path / "records" / "stats.json").write_text(json.dumps({"counts": counts}))
-    state = TrainProgram(config, total_steps=10, devices=jax.devices()[:1]).create_state()
-    state = state.replace(
-        step=state.step + 7, ema_params=jax.tree.map(lambda p: p + 1, state.ema_params)
-    )
-
-    run = tmp_path / "run"
-    run.mkdir()
-    write_config(run, config)
-    saver = Checkpointer(run, keep_last=1)
-    saver.save(state, Place())
-    saver.close()
+    (folder / "records" / "stats.json").write_text(json.dumps({"counts": counts}))
+    (folder / "run").mkdir()
+    run = make.write_run(folder / "run", config)
     rows = [
         {"step": 5, "loss": 1.0, "evaluation/cifar10/top1": 0.25},
         {"step": 7, "evaluation/cifar10/top1": 0.375},
@@ -286,19 +240,18 @@ def workdir(tmp_path):
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (run / "metrics.jsonl").write_text(f'{lines}{{"step": 7, "evaluati')  # killed
-    return run, state
+    return run
 
 
 def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
-    run, state = workdir
     results = {
         "results": [{"task": "emoji", "metrics": {"t2i_r1": 0.106}, "counts": {"images": 3786}}]
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
-    for ema, params in ((False, state.params), (True, state.ema_params)):
+    for ema, seed in ((False, 0), (True, 1)):
         output = tmp_path / f"out_{ema}"
         export_model(
-            str(run),
+            str(workdir),
             "safetensors",
             output,
             ema=ema,
@@ -306,15 +259,12 @@ def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
             license="cc-by-4.0",
         )
         found = read_weights(output)
-        expected = jax.tree_util.tree_leaves_with_path(params)
-        for (key, a), (_, b) in zip(
-            expected, jax.tree_util.tree_leaves_with_path(found.params), strict=True
-        ):
-            np.testing.assert_array_equal(np.asarray(a), b, err_msg=str(key))
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+        init = ModelDefinition(found.arch, "float32", "float32").init_params
+        jax.tree.map(np.testing.assert_array_equal, found.params, make.draw_parameters(init, seed))
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
     np.testing.assert_allclose(
         load_model(output).encode_image(images),
-        load_model(run, ema=True).encode_image(images),
+        load_model(workdir, ema=True).encode_image(images),
         atol=1e-6,
     )
     card = (output / "README.md").read_text()
@@ -330,21 +280,16 @@ def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
 
 def test_the_card_of_a_run_in_a_store_has_its_results(workdir):
     url = "memory://card/run"
-    write_bytes(f"{url}/metrics.jsonl", (workdir[0] / "metrics.jsonl").read_bytes())
-    model = dataclasses.replace(read_model(str(workdir[0])), path=url)
+    write_bytes(f"{url}/metrics.jsonl", (workdir / "metrics.jsonl").read_bytes())
+    model = dataclasses.replace(read_model(str(workdir)), path=url)
     card = model_card("safetensors", model, url, results=[])
     assert "| in training, at step 7 | cifar10/top1 | 0.375 |" in card
 
 
-def test_the_bias_that_a_sigmoid_loss_has_learnt_is_named_where_it_is_left_out(
-    workdir, tmp_path, caplog
-):
-    run, state = workdir
-    params = {**state.params, "logit_bias": np.float32(-9.25)}
-    shutil.rmtree(run / "checkpoints")
-    saver = Checkpointer(run, keep_last=1)
-    saver.save(state.replace(params=params), Place())
-    saver.close()
+def test_the_bias_that_a_sigmoid_loss_has_learnt_is_named_where_it_is_left_out(tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    config = make.tiny_config(loss__kind="sigmoid")
+    run = make.write_run(tmp_path / "run", config, logit_bias=-9.25)
     export_model(str(run), "clip", tmp_path / "out")
     assert "logit_bias=-9.25" in caplog.text
     assert "| logit_bias, not in the file | -9.25 |" in (tmp_path / "out/README.md").read_text()

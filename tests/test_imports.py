@@ -6,7 +6,6 @@ import sys
 
 import grimp
 import numpy as np
-import pytest
 from importlinter.application.use_cases import lint_imports
 from importlinter.configuration import configure
 from scipy.sparse import coo_array
@@ -61,10 +60,10 @@ def test_only_storage_opens_stores_locks_and_retries():
     assert importers
 
 
-@pytest.mark.parametrize("command", ["filter", "label", "duplicates.__main__"])
-def test_workers_of_data_prep_start_without_jax(command):
+def test_workers_of_data_prep_start_without_jax():
     # A spawned worker imports the main module of its command before it can do anything.
-    code = f"import sys, data_prep.{command}; sys.exit('jax' in sys.modules)"
+    modules = ", ".join(f"data_prep.{name}" for name in ("filter", "label", "duplicates.__main__"))
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=120).returncode == 0
 
 
