@@ -21,12 +21,21 @@ def test_notebook_is_that_of_the_python_file():
     assert not any(cell.get("outputs") for cell in json.loads(NOTEBOOK.read_text())["cells"])
 
 
-# The students are trained in the recipe's debug form.
+# The students are those of the recipe's debug form, and smaller.
 SMALLER = """
 from diht_jax import config as _config
 
 _load = _config.load_recipe
-_config.load_recipe = lambda name: _load(name, "debug=True" if name == "demo" else "")
+
+def _load_smaller(name):
+    if name != "demo":
+        return _load(name)
+    config = _load(name, "debug=True")
+    config.data.batch_size = 16
+    config.model.overrides.update(vision_layers=1, text_layers=1, vocab_size=700)
+    return config
+
+_config.load_recipe = _load_smaller
 """
 
 
@@ -38,7 +47,7 @@ def test_notebook_runs_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", xla_flags())
-    monkeypatch.setenv("FIRST_STEPS_PAIRS", "130")
+    monkeypatch.setenv("FIRST_STEPS_PAIRS", "60")
     monkeypatch.setenv("FIRST_STEPS_STEPS", "1")
     for scheme in ("http", "https", "all"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # nobody answers there
