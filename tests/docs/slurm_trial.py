@@ -148,7 +148,7 @@ class Job:
         self.number = subprocess.run(
             [*sbatch, f"--output={self.log}", str(folder / "script.sh")],
             cwd=REPOSITORY,
-            env=kill_trial.environment(folder.parent / "cache"),
+            env=kill_trial.environment(),
             check=True,
             stdout=subprocess.PIPE,
             text=True,

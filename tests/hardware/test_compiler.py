@@ -1,7 +1,6 @@
 """XLA's flags and the compile cache: only where they belong, and the user's own settings win."""
 
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -9,12 +8,9 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from diht_jax.hardware import compiler
-from tests import make
-from tests.compiling import xla_flags
 from tests.make import REPOSITORY
 
 UNKNOWN_FLAG = "--xla_gpu_no_such_flag=true"
@@ -112,38 +108,6 @@ def test_accelerator(monkeypatch, platforms, devices, packages, expected):
 def test_hidden_gpus_are_not_taken(monkeypatch, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     test_accelerator(monkeypatch, "", {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, expected)
-
-
-def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path):
-    records = make.write_records(tmp_path / "records", 52)
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": xla_flags(),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-
-    def start(name):
-        command = [
-            *(sys.executable, "-m", "diht_jax.train", "--config", "configs/emoji.py:debug=True"),
-            *(f"--config.data.train={records}", f"--workdir={tmp_path / name}"),
-            f"--config.compilation_cache={tmp_path / 'kept'}",
-            *("--config.model.overrides.vision_layers=1", "--config.model.overrides.text_layers=1"),
-            "--config.model.overrides.vocab_size=700",
-        ]
-        done = subprocess.run(
-            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses = [json.loads(line).get("loss") for line in lines]
-        return losses, sorted((tmp_path / "kept").glob("*/*"))
-
-    losses, programs = start("first")
-    assert len(losses) == 4 and np.isfinite(losses).all()
-    assert any(path.name.startswith("jit_train_step-") for path in programs)
-    assert start("second") == (losses, programs)
 
 
 def test_a_process_whose_programs_are_not_kept_waits_for_no_kernels_of_the_other(tmp_path):

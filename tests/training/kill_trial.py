@@ -1,15 +1,13 @@
-"""Trial: kill and stop a run at random moments, go on, and compare its end with an undisturbed run.
+"""Trial: kill a run at random moments, go on, and compare its end with an undisturbed run.
 
-    python tests/training/kill_trial.py --kills 20
-    python tests/training/kill_trial.py --kills 20 --stops 20 --workers 2
+    python tests/training/kill_trial.py --kills 20 --workers 2
 
 Every start is the same command, `python -m diht_jax.train` with one small config that saves every
 second step, so that many of the kills hit a save. A kill is a SIGKILL, after which neither a
-process of the run nor shared memory may be left. A stop is two SIGTERMs, the second within the
-last save or shortly before it: the run must exit with 75, its last step saved. At the end all
-arrays of the last checkpoint (parameters, optimiser, step, random key), the position in the data
-and every line of `metrics.jsonl` (but its speeds) must be bit-identical. Moments are counted in
-lines of the metrics, with a pause behind them; no clock is read. Tests run it with few kills.
+process of the run nor shared memory may be left. At the end all arrays of the last checkpoint
+(parameters, optimiser, step, random key), the position in the data and every line of
+`metrics.jsonl` (but its speeds) must be bit-identical. Moments are counted in lines of the
+metrics, with a pause behind them; no clock is read. Tests run it with few kills.
 """
 
 from __future__ import annotations
@@ -19,11 +17,9 @@ import json
 import os
 import pathlib
 import random
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -40,6 +36,7 @@ from tests.waiting import wait_until  # noqa: E402
 
 TOTAL_STEPS = 60
 NUM_RECORDS = 64  # in two shards
+KEPT_PROGRAMS = "programs"  # beside the work directories
 # Of a metrics line, what is measured with a clock.
 TIMED = (
     "images_per_sec",
@@ -71,7 +68,7 @@ runpy.run_module("diht_jax.train", run_name="__main__", alter_sys=True)
 
 
 class Kill(NamedTuple):
-    """One kill or stop: when, in words; the last step of the metrics; whether it hit a save."""
+    """One kill: when, in words; the last step of the metrics; whether it hit a save."""
 
     moment: str
     last_step: int
@@ -94,17 +91,17 @@ def command(
         # Most of a start goes into tracing and compiling, and most of a save into the vocabulary.
         *("--config.model.overrides.vision_layers=1", "--config.model.overrides.text_layers=1"),
         "--config.model.overrides.vocab_size=700",
+        f"--config.compilation_cache={workdir.parent / KEPT_PROGRAMS}",
     ]
 
 
-def environment(cache: pathlib.Path) -> dict[str, str]:
-    """One device, and compiled programs kept between starts."""
-    return {
-        **os.environ,
+def environment() -> dict[str, str]:
+    """One device, and all compiled programs kept between starts, where the command says."""
+    given = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    return given | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": xla_flags(),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
@@ -123,7 +120,6 @@ class Trial:
         self.data, self.folder, self.total_steps = data, folder, total_steps
         self.num_workers = num_workers
         self.kills: list[Kill] = []
-        self.stops: list[Kill] = []
 
     def start(self, name: str, most_lines: int | None = None) -> subprocess.Popen:
         """Starts the run, or goes on with it; after `most_lines` it waits for a signal."""
@@ -134,7 +130,7 @@ class Trial:
         return subprocess.Popen(
             arguments,
             cwd=REPOSITORY,
-            env=environment(self.folder / "cache"),
+            env=environment(),
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # by which all of its processes are found
@@ -184,35 +180,6 @@ class Trial:
         if is_running:
             self.kills.append(Kill(moment, self.last_step(name), self.is_saving(name)))
         return is_running
-
-    def stop_after(self, name: str, lines: int, secs: float) -> bool:
-        """Starts, and sends SIGTERM after so many lines, and again; false where it was over before.
-
-        The second one comes after a pause, or, where that is 0, once a checkpoint is being written.
-
-        Raises:
-            RuntimeError: the run did not exit with 75, or its last step is not saved.
-        """
-        before = shared_memory()
-        process = self.start(name, most_lines=lines + 4)
-        self.wait_for_line(name, process, lines)
-        process.send_signal(signal.SIGTERM)
-        if secs:
-            time.sleep(secs)
-        else:
-            wait_until(lambda: self.is_saving(name) or process.poll() is not None, pause_secs=0.005)
-        during_save = self.is_saving(name)
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=_LONGEST_START_SECS)
-        if process.returncode == 0:
-            return False
-        step, saved = self.last_step(name), _last_step(self.folder / name)
-        if process.returncode != 75 or saved != step or self.is_saving(name):
-            raise RuntimeError(f"exit {process.returncode}, step {step}, saved {saved}:\n{log}")
-        moment = f"{lines:2d} lines, again {f'after {secs:.2f} s' if secs else 'in the save'}"
-        self.stops.append(Kill(moment, step, during_save))
-        wait_until_nothing_is_left(process.pid, before)
-        return True
 
     def is_saving(self, name: str) -> bool:
         """Whether a checkpoint is half written."""
@@ -272,7 +239,6 @@ def _last_step(run: pathlib.Path) -> int:
 def define_flags() -> None:
     """The command line of `main`."""
     flags.DEFINE_integer("kills", 20, "SIGKILLs, over all runs.")
-    flags.DEFINE_integer("stops", 0, "Double SIGTERMs, over all runs.")
     flags.DEFINE_integer("workers", 0, "Decoding processes of each run.")
     flags.DEFINE_integer("seed", 0, "Of the moments.")
     flags.DEFINE_integer("steps", TOTAL_STEPS, "Steps of each run.")
@@ -291,43 +257,33 @@ def main() -> None:
     trial.finish("undisturbed")
     print(f"undisturbed: {given.steps} steps", flush=True)
     rounds = 0
-    for name in disturbed_runs(trial, given.kills, given.stops, random.Random(given.seed)):
+    for name in killed_runs(trial, given.kills, random.Random(given.seed)):
         trial.finish(name)
         differences = compare(folder / "undisturbed", folder / name)
         print(f"{name}: {'; '.join(differences) or 'bit-identical to the undisturbed run'}")
         if differences:
             sys.exit(1)
         rounds += 1
-    for kind, found in (("kills", trial.kills), ("double SIGTERMs, all saved", trial.stops)):
-        saves = sum(kill.during_save for kill in found)
-        print(f"{len(found)} {kind}, {saves} of them during a save")
+    saves = sum(kill.during_save for kill in trial.kills)
+    print(f"{len(trial.kills)} kills, {saves} of them during a save")
     print(f"{rounds} finished runs; no process and no shared memory left behind")
 
 
-def disturbed_runs(
-    trial: Trial, num_kills: int, num_stops: int, moments: random.Random
-) -> Iterator[str]:
-    """Kills and stops runs; yields the name of each that is to be finished."""
+def killed_runs(trial: Trial, num_kills: int, moments: random.Random) -> Iterator[str]:
+    """Kills runs; yields the name of each that is to be finished."""
     most_lines = max(1, trial.total_steps // 6)
     rounds = 0
-    while len(trial.kills) < num_kills or len(trial.stops) < num_stops:
+    while len(trial.kills) < num_kills:
         name = f"killed_{rounds}"
         rounds += 1
-        is_running = True
-        while is_running and (len(trial.kills) < num_kills or len(trial.stops) < num_stops):
-            if num_stops - len(trial.stops) > num_kills - len(trial.kills):
-                secs = moments.choice([0.0, moments.uniform(0.01, 0.3)])
-                is_running = trial.stop_after(name, moments.randint(1, most_lines), secs)
-                done, kind = trial.stops, "stop"
-            else:
-                lines, secs = moments.randint(0, most_lines), moments.uniform(0, 0.3)
-                is_running = trial.kill_after(name, lines, secs)
-                done, kind = trial.kills, "kill"
-            if not is_running:
+        while len(trial.kills) < num_kills:
+            lines, secs = moments.randint(0, most_lines), moments.uniform(0, 0.3)
+            if not trial.kill_after(name, lines, secs):
                 break
+            kill = trial.kills[-1]
             print(
-                f"{kind} {len(done):2d} after {done[-1].moment}, last line: step "
-                f"{done[-1].last_step:3d}{', during a save' if done[-1].during_save else ''}",
+                f"kill {len(trial.kills):2d} after {kill.moment}, last line: step "
+                f"{kill.last_step:3d}{', during a save' if kill.during_save else ''}",
                 flush=True,
             )
         yield name

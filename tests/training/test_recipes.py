@@ -15,20 +15,23 @@ from tests.training.conftest import saved_steps, series
 # Their debug forms differ from one of the others in numbers alone.
 ALIKE = ("clip_vitb16", "datacomp", "diht_vitb16_clean", "diht_vitb32", "diht_vitl14_336")
 
-# By test_processes.py, tests/hardware/test_compiler.py and tests/docs/test_readme.py.
+# By test_processes.py and tests/docs/test_readme.py.
 TRAINED_BY_ITS_COMMAND = ("demo", "emoji", "own_data")
 
 # By test_stages.py, which also says why not the other one.
-TRAINED_IN_STAGES = ("diht_vitb16_stages", "diht_vitl14_stages")
+TRAINED_IN_STAGES = ("diht_vitb16", "diht_vitb16_stages", "diht_vitl14_stages")
 
 # The model that it made comes with the package: tests/weights/test_clipart_tiny.py.
 TRAINED_IN_FULL = ("clipart_tiny",)
+
+# By tests/hardware/test_compile.py, whole; its step is that of most runs of these tests.
+COMPILED = ("clip_vitb32",)
 
 # Arguments next to `debug`; without them the recipe trains like that of the demo.
 ARGUMENTS = {"cifar10_finetune": ",train=probe"}
 
 
-NOT_HERE = (*ALIKE, *TRAINED_BY_ITS_COMMAND, *TRAINED_IN_STAGES, *TRAINED_IN_FULL)
+NOT_HERE = (*ALIKE, *TRAINED_BY_ITS_COMMAND, *TRAINED_IN_STAGES, *TRAINED_IN_FULL, *COMPILED)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +45,7 @@ def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     config.data.train = str(labelled)
     # Most of the time would go into compiling, and into the rows of the vocabulary.
     config.model.overrides.update(vision_layers=1, text_layers=1, vocab_size=700)
-    num_devices = 8 if path.stem == "diht_vitb16" else 1
-    state = train(config, tmp_path, devices=jax.devices()[:num_devices])
+    state = train(config, tmp_path, devices=jax.devices()[:1])
     assert int(state.step) == 4
     if path.stem in ARGUMENTS:
         trained = {path_name(path) for path, _ in tree_leaves_with_path(state.opt_state)}

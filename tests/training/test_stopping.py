@@ -4,8 +4,6 @@ import functools
 import json
 import logging
 import signal
-import subprocess
-import sys
 import threading
 
 import jax
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 
 from diht_jax.input.pipeline import TrainIterator
+from diht_jax.train import main
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import DivergedError, NonFiniteError
 from diht_jax.training.monitoring.metrics import read_metrics
@@ -28,6 +27,7 @@ from diht_jax.training.multihost import (
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.workdir.checkpoint import Checkpointer, SaveError
 from tests import make
+from tests.docs.commands import parse_command
 from tests.training import kill_trial
 from tests.training.conftest import assert_bitwise_equal, saved_steps
 
@@ -36,6 +36,7 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(tmp_path):
     records = make.write_records(tmp_path / "records", 64, [32, 32])
     trial = kill_trial.Trial(records, tmp_path, total_steps=24)
     trial.finish("undisturbed")
+    steps_kept = list((tmp_path / kill_trial.KEPT_PROGRAMS).glob("*/jit_train_step-*"))
     # At a moment that does not depend on the machine's speed: some lines after the first.
     process = trial.start("killed", most_lines=8)
     trial.wait_for_line("killed", process, 4)
@@ -49,13 +50,16 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(tmp_path):
     assert 0 < trial.kills[0].last_step < 24
     trial.finish("killed")
     assert kill_trial.compare(tmp_path / "undisturbed", tmp_path / "killed") == []
+    # Later starts compile none that computes a step.
+    assert len(steps_kept) > 0
+    found = (tmp_path / kill_trial.KEPT_PROGRAMS).glob("*/jit_train_step-*")
+    assert set(found) == set(steps_kept)
     spent = json.loads((tmp_path / "killed" / "wall_time.json").read_text())
     assert spent["starts"] == 3 and spent["secs"]["lost"] > 0
 
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypatch, signals):
-    config.total_steps = 6
     device, take, taken = jax.devices()[:1], Run.next_batch, []
 
     def interrupted(run, stop_request):
@@ -80,7 +84,6 @@ def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypat
 
 
 def test_a_second_sigterm_does_not_disturb_the_last_save(config, tmp_path, monkeypatch):
-    config.total_steps = 6
     take, close = TrainIterator.__next__, Checkpointer.close
 
     def terminated(iterator):
@@ -99,7 +102,6 @@ def test_a_second_sigterm_does_not_disturb_the_last_save(config, tmp_path, monke
 
 
 def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch, caplog):
-    config.total_steps = 6
     device, take, end = jax.devices()[:1], TrainIterator.__next__, threading.Event()
     undisturbed = train(config, tmp_path / "undisturbed", devices=device)
     waits = {"poll_secs": 0.01, "warn_after_secs": 0.02, "grace_secs": 0.05}
@@ -170,7 +172,6 @@ def test_errors_that_no_repetition_mends_have_a_status_of_their_own(error, statu
 def test_a_first_step_that_does_not_fit_is_not_tried_again(
     config, tmp_path, monkeypatch, text, failing_call, status
 ):
-    config.total_steps = 6
     step, calls = Run.run_step, []
 
     def failing(run, *arguments):
@@ -216,13 +217,11 @@ def test_a_picture_that_cannot_be_decoded_is_a_lasting_error(config, tmp_path, i
 
 
 def test_the_command_exits_with_the_status_of_its_error(tmp_path):
-    command = (
-        *(sys.executable, "-m", "diht_jax.train", "--config=configs/demo.py:debug=True"),
-        *(f"--workdir={tmp_path}", "--config.data.train=/data", "--config.checkpoint.keep_last=0"),
-    )
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == LASTING_EXIT_CODE
-    assert done.stderr.endswith("error: --config.checkpoint.keep_last=0: expected at least 1\n")
+    arguments = ["--config=configs/demo.py:debug=True", f"--workdir={tmp_path}"]
+    arguments += ["--config.data.train=/data", "--config.checkpoint.keep_last=0"]
+    with pytest.raises(ValueError, match="config.checkpoint.keep_last=0") as raised:
+        parse_command("diht_jax.train", arguments, lambda _: main())
+    assert raised.value.exit_status == LASTING_EXIT_CODE
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from etils import epath
 from diht_jax.records.labels.shards import NO_CONCEPTS
 from diht_jax.records.vocabulary import ConceptList, Vocabulary
 from diht_jax.training import multihost
+from diht_jax.training.workdir import opening
 from diht_jax.training.workdir.opening import (
     bind_order,
     check_hosts_share_config,
@@ -46,6 +47,18 @@ def test_the_keys_that_differ_are_named_on_all_hosts(config, monkeypatch):
             check_hosts_share_config(one)
         errors.append(str(error.value))
     assert errors[0].endswith("Different: optimizer.frozen, seed") and len(set(errors)) == 1
+
+
+@pytest.mark.parametrize("in_store, key", [(False, "--workdir"), (True, "checkpoint.staging")])
+def test_hosts_that_do_not_share_the_folder_are_refused(in_store, key, tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "gather_texts", lambda text: [text, ""])
+    monkeypatch.setattr(opening, "_POLL_SECONDS", 0)
+    run = f"memory://{tmp_path.name}/run" if in_store else str(tmp_path / "run")
+    with (
+        pytest.raises(ValueError, match=f"process 1 does not see .* Set .*{key} to a folder"),
+        opening.open_workdir(run, str(tmp_path / "staging")),
+    ):
+        pass
 
 
 def begun_run(config, tmp_path):
