@@ -131,9 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
             if name.startswith(prefix):
                 oid = hashlib.sha1(data).hexdigest()
                 found[name] = {"type": "file", "path": name, "size": len(data), "oid": oid}
-                for parent in re.findall(r"/", name.removeprefix(prefix)) and [
-                    name.rpartition("/")[0]
-                ]:
+                if "/" in name.removeprefix(prefix):
+                    parent = name.rpartition("/")[0]
                     found.setdefault(parent, {"type": "directory", "path": parent, "oid": oid})
         return list(found.values())
 

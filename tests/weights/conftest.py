@@ -53,6 +53,25 @@ def open_clip_model(arch):
     return randomize(open_clip.model.CLIP(**open_clip_config(arch)))
 
 
+def siglip_model():
+    """transformers' SiglipModel, small, in the shapes of SigLIP 2's giant."""
+    import torch
+
+    transformers = pytest.importorskip("transformers")
+    towers = {"num_hidden_layers": 2}
+    vision = {"hidden_size": 64, "intermediate_size": 148, "num_attention_heads": 4}
+    vision |= {"image_size": 24, "patch_size": 8}
+    text = {"hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 2}
+    text |= {"vocab_size": 600, "max_position_embeddings": 16, "projection_size": 64}
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(vision_config=vision | towers, text_config=text | towers)
+    model = randomize(transformers.SiglipModel(config))
+    with torch.no_grad():
+        model.logit_scale.fill_(np.log(20.0))
+        model.logit_bias.fill_(-7.5)
+    return model
+
+
 def inputs(arch, count=5):
     """uint8 images; int32 tokens whose largest id, the end of text, stands at various places."""
     rng = np.random.default_rng(0)
@@ -108,6 +127,7 @@ def reference():
         randomize=randomize,
         open_clip_config=open_clip_config,
         open_clip_model=open_clip_model,
+        siglip_model=siglip_model,
         inputs=inputs,
         pixel_values=pixel_values,
         open_clip_embeddings=open_clip_embeddings,

@@ -157,35 +157,10 @@ def test_settings_that_our_model_lacks_are_refused():
             huggingface.read_architecture({"model_type": "clip", **changed}, "config.json")
 
 
-VISION = {
-    "hidden_size": 64,
-    "intermediate_size": 148,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 24,
-    "patch_size": 8,
-}
-TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 600,
-    "max_position_embeddings": 12,
-    "projection_size": 64,
-}
-
-
 @pytest.fixture(scope="module")
 def siglip(reference, tmp_path_factory):
-    """A small SiglipModel, with the shapes of SigLIP 2's giant, and its folder."""
-    torch.manual_seed(0)
-    config = transformers.SiglipConfig(vision_config=VISION, text_config=TEXT)
-    model = reference.randomize(transformers.SiglipModel(config))
-    with torch.no_grad():
-        model.logit_scale.fill_(np.log(20.0))
-        model.logit_bias.fill_(-7.5)
-    folder = tmp_path_factory.mktemp("siglip")
+    """A SiglipModel, and its folder."""
+    model, folder = reference.siglip_model(), tmp_path_factory.mktemp("siglip")
     model.save_pretrained(folder)
     return model, folder
 
@@ -193,7 +168,7 @@ def siglip(reference, tmp_path_factory):
 def test_embeddings_and_logits_are_those_of_transformers(siglip, reference):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 24, 24, 3)).astype(np.uint8)
-    tokens = rng.integers(1, 600, (5, 12)).astype(np.int32)  # the last is not the largest
+    tokens = rng.integers(1, 600, (5, 16)).astype(np.int32)  # the last is not the largest
     # The folder has no image processor's file.
     pixels = reference.pixel_values(images, 0.5, 0.5)
     check_outputs(siglip[1], embeddings(siglip[0], pixels, tokens), images, tokens)

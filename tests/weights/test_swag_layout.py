@@ -12,25 +12,16 @@ from diht_jax.weights import swag
 from diht_jax.weights.swag import ARCHITECTURES, swag_definition
 
 
-def _randomize(model: torch.nn.Module, scale: float, seed: int = 0) -> torch.nn.Module:
-    """Every parameter changed, so that none can be left out or misplaced unseen."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
 def _arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
-def small() -> VisionTransformer:
+def small(reference) -> VisionTransformer:
     model = VisionTransformer(
         image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=96
     )
-    return _randomize(model, 0.2)
+    return reference.randomize(model)
 
 
 def _features(tensors: dict[str, np.ndarray], images: np.ndarray, **options) -> np.ndarray:

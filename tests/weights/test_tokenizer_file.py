@@ -202,28 +202,10 @@ def test_a_damaged_copy_is_refused(siglip, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(siglip, reference, tmp_path_factory):
-    """A small SiglipModel, and its folder with tokenizer and image processor."""
-    import torch
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes["intermediate_size"] = 128
-    made = reference.randomize(
-        transformers.SiglipModel(
-            transformers.SiglipConfig(
-                vision_config={**sizes, "image_size": 16, "patch_size": 8},
-                text_config={
-                    **sizes,
-                    "vocab_size": 400,
-                    "max_position_embeddings": LENGTH,
-                    "projection_size": 32,
-                },
-            )
-        )
-    )
-    folder = tmp_path_factory.mktemp("model") / "model"
+    """A SiglipModel, and its folder with tokenizer and image processor."""
+    made, folder = reference.siglip_model(), tmp_path_factory.mktemp("model") / "model"
     made.save_pretrained(folder)
-    pictures = {"size": {"height": 16, "width": 16}, "resample": 2}
+    pictures = {"size": {"height": 24, "width": 24}, "resample": 2}
     transformers.SiglipImageProcessorPil(**pictures).save_pretrained(folder)
     for path in siglip.iterdir():
         shutil.copy(path, folder)
