@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import types
 
 import pytest
 import yaml
@@ -79,29 +78,6 @@ def test_public_names_exist_and_are_described():
 
 def test_the_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text("utf-8").split()) <= MOST_WORDS_OF_README
-
-
-@pytest.mark.parametrize(
-    ("page", "link", "expected"),
-    [
-        ("index.md", "[a](docs/guides/own_data.md#b)", "[a](guides/own_data.md#b)"),
-        ("index.md", "[a](CONTRIBUTING.md#b)", "[a](contributing.md#b)"),
-        ("index.md", "[a](NOTICE)", "a"),
-        ("extending.md", "[a](docs/guides/own_data.md)", "[a](guides/own_data.md)"),
-        (
-            "quickstart.md",
-            "[a](../CONTRIBUTING.md#add-a-teacher)",
-            "[a](extending.md#add-a-teacher)",
-        ),
-        ("quickstart.md", "[a](notebooks/first_steps.ipynb)", "[a](notebooks/first_steps.md)"),
-        ("explained/library.md", "[a](../../README.md)", "[a](../index.md)"),
-        ("explained/library.md", "[a](https://jax.dev/x)", "[a](https://jax.dev/x)"),
-    ],
-)
-def test_links_of_files_become_links_of_the_site(hooks, page, link, expected):
-    pytest.importorskip("mkdocs")
-    of_page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri=page))
-    assert hooks("site_pages").on_page_markdown(link, of_page, None, None) == expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
