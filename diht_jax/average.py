@@ -70,13 +70,13 @@ def define_flags() -> None:
 
 def main() -> None:
     """Averages the models of the flags."""
-    from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+    from diht_jax.evaluation.task_parsing import open_source, parse_tasks
 
     given = flags.FLAGS
     command_line.require_flags("models", "output")
     tasks = parse_tasks(given.tasks, **command_line.task_defaults()) if given.tasks else []
     for task in tasks:
-        check_source(task)  # a missing file should not have to wait for the models
+        open_source(task)  # a missing file should not have to wait for the models
     average_models(
         given.models,
         given.method,

@@ -173,13 +173,13 @@ def evaluate_model(
     import jax
 
     from diht_jax.evaluation.page import ResultsPage
-    from diht_jax.evaluation.task_parsing import check_source
+    from diht_jax.evaluation.task_parsing import open_source
     from diht_jax.evaluation.tasks import evaluate_task
     from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step
 
     # A missing file should not have to wait for the model.
-    sources = list(map(check_source, tasks))
+    sources = list(map(open_source, tasks))
     output, is_first = pathlib.Path(output), distributed.is_first()
     page_path = output.with_suffix(".html") if pages else None
     if is_first:

@@ -60,14 +60,14 @@ def define_flags() -> None:
 
 def main() -> None:
     """Measures few-shot accuracy with the flags, and prints a table."""
-    from diht_jax.evaluation.task_parsing import check_source
+    from diht_jax.evaluation.task_parsing import open_source
 
     given = flags.FLAGS
     command_line.require_flags("model", "train", "test", "output", "shots")
     options = _options()
     tasks = _tasks()
     for task in tasks.values():
-        check_source(task)  # a missing file should not have to wait for the model
+        open_source(task)  # a missing file should not have to wait for the model
     distributed.start_from_flags()
     from diht_jax.evaluation.charts import draw_few_shot
     from diht_jax.evaluation.embedding.encoding import Batching

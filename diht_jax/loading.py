@@ -145,17 +145,19 @@ def read_model(
             raise ValueError(f"{name}: a work directory knows its architecture; give none")
         mesh = mesh or sharding.create_mesh(1, 1, jax.local_devices()[:1])
         trained = restore_model(folder, mesh, step=step, ema=ema)
-        params, arch = fit_model(
-            trained.params, trained.arch, image_size=image_size, context_length=context_length
-        )
-        for field in ("image_size", "context_length"):
-            if getattr(arch, field) != getattr(trained.arch, field):
-                trained.config.model.overrides[field] = getattr(arch, field)
+        params, arch = trained.params, trained.arch
+        if image_size is not None or context_length is not None:
+            params, arch = fit_model(
+                params, arch, image_size=image_size, context_length=context_length
+            )
+            trained.config.model.overrides.update(
+                image_size=arch.image_size, context_length=arch.context_length
+            )
         model = ModelFiles(
             arch,
             params,
             name,
-            heads=heads_to_clip(trained.learnt.get(HEADS, {})),
+            heads=heads_to_clip(trained.learnt[HEADS]) if HEADS in trained.learnt else {},
             preprocessing=pictures_of(trained.config),
             tokenizer=open_tokenizer(trained.config, folder),
             config=trained.config,

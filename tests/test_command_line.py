@@ -217,3 +217,9 @@ def test_keys_have_the_values_of_the_recipe(capsys):
 def test_what_is_wrong_is_one_line(capsys, arguments, named):
     status, text = answer(capsys, *arguments)
     assert status == 2 and named in text and len(text.splitlines()) == 1
+
+
+def test_help_after_a_double_dash_is_an_argument(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    assert answer(capsys, "--help")[0] == 0
+    assert answer(capsys, "--", "--help")[0] == 2

@@ -30,7 +30,7 @@ from diht_jax.readers.registry import list_shards
 from diht_jax.records.samples import clean_text, parse_columns, pick_captions
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
-from diht_jax.storage.files import parse_json_object
+from diht_jax.storage.files import parse_json
 from diht_jax.storage.stores import is_remote, open_file
 
 PARQUET = "parquet"  # the kind of its units
@@ -162,7 +162,7 @@ def _read_lines(source: SourceShard) -> Iterator[bytes]:
 
 def _parse(line: bytes) -> _Row:
     try:
-        return parse_json_object(line.decode("utf-8-sig"))
+        return parse_json(line.decode("utf-8-sig"))
     except ValueError as error:
         return str(error)
 

@@ -36,7 +36,6 @@ from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
 
 __all__ = [
-    "asks_for_help",
     "computes_on_cpu",
     "define_encoding_flags",
     "define_job_array_flags",
@@ -143,18 +142,13 @@ def _help_or_flags(
             _fail(str(error), status=2)
         print_escaped(text)
         sys.exit(0)
-    if asks_for_help(argv):
+    before = argv[: list(argv).index("--")] if "--" in argv else argv
+    if not _HELP.isdisjoint(before):
         description = getattr(sys.modules["__main__"], "__doc__", None) or ""
         found, has_config = help_text.command_flags(), config_defaults is not None
         print_escaped(help_text.describe_command(description, found, has_config=has_config))
         sys.exit(0)
     return parse_flags(argv, takes_arguments, config_defaults)
-
-
-def asks_for_help(argv: Sequence[str]) -> bool:
-    """Returns whether a command line asks for help."""
-    before = argv[: list(argv).index("--")] if "--" in argv else argv
-    return not _HELP.isdisjoint(before)
 
 
 def _asked_section(argv: Sequence[str]) -> str | None:

@@ -20,12 +20,6 @@ class TextOrSections:
     is_set = True  # by default, to an empty section
 
     @classmethod
-    def reference(cls) -> ml_collections.FieldReference:
-        """The default, which a value of another of the kinds may replace."""
-        default = ml_collections.ConfigDict() if cls.is_set else None
-        return _TextOrSectionsReference(default, field_type=cls)
-
-    @classmethod
     def check(cls, value: Any) -> None:
         """Raises TypeError for a value of another kind; None is none."""
         if value is not None and not isinstance(value, cls.kinds):
@@ -40,8 +34,11 @@ class PathsOrSections(TextOrSections):
     is_set = False
 
 
-class _TextOrSectionsReference(ml_collections.FieldReference):
+class TextOrSectionsReference(ml_collections.FieldReference):
+    """A value that one of another of the kinds may replace."""
+
     def set(self, value: Any, type_safe: bool = True) -> None:
+        """Sets it to a value of one of the kinds, or to None."""
         if isinstance(value, dict):
             value = ml_collections.ConfigDict(value)
         self.get_type().check(value)

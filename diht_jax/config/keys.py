@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from diht_jax.config.checks import PathsOrSections, TextOrSections, walk
+from diht_jax.config.checks import PathsOrSections, TextOrSections, TextOrSectionsReference, walk
 
 # What a resumed run may change of a key. FIXED: nothing. END: it decides about the end of a run
 # alone, which `optimizer.schedule="wsd"` leaves open. FREE: anything.
@@ -295,7 +295,8 @@ def build_config(keys: Mapping[str, Any]) -> ml_collections.ConfigDict:
         if not isinstance(default, type):
             section[last] = copy.deepcopy(default)  # configs share nothing
         elif issubclass(default, TextOrSections):
-            section[last] = default.reference()
+            value = ml_collections.ConfigDict() if default.is_set else None
+            section[last] = TextOrSectionsReference(value, field_type=default)
         else:
             section[last] = placeholder(default)
     return config

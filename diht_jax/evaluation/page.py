@@ -6,8 +6,8 @@ Examples are drawn at random with a fixed seed, never picked. A protocol gives i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,13 +37,12 @@ _MOST_BARS = 20
 _QUESTIONS, _MOST_CAPTIONS = 10, 5
 
 
+@dataclasses.dataclass
 class ResultsPage:
     """The page of a results file; written anew after each task."""
 
-    def __init__(self, path: str | os.PathLike[str]):
-        """An empty page; the path is that of the HTML file."""
-        self.path = pathlib.Path(path)
-        self._sections: list[dict[str, Any]] = []
+    path: pathlib.Path  # of the HTML file
+    sections: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of the tasks so far
 
     def add(
         self,
@@ -71,7 +70,7 @@ class ResultsPage:
         for name, value in result["metrics"].items():
             metric = metric_of(result, name)
             cards.append((metric.label, format_value(metric.unit, value)))
-        self._sections.append({"name": task.name, "kind": task.kind, "cards": cards, **section})
+        self.sections.append({"name": task.name, "kind": task.kind, "cards": cards, **section})
         return str(self.path)
 
     def write(self, results: dict[str, Any]) -> None:
@@ -81,7 +80,7 @@ class ResultsPage:
             self.path,
             title=f"Evaluation of {describe_model(results)}",
             rows=result_rows(results),
-            sections=self._sections,
+            sections=self.sections,
         )
 
 

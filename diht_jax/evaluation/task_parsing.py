@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,10 +84,11 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
     for text in map(str.strip, [texts] if isinstance(texts, str) else texts):
         if whole and text.isdecimal():  # "?splits=1,2,3", cut apart at its commas
             whole[-1] += f",{text}"
+        elif text.startswith(_DATACOMP):
+            whole += expand_datacomp(text)
         elif text:
             whole.append(text)
-    expanded = itertools.chain(*map(expand_datacomp, whole))
-    tasks = [_make_task(_read_text(text), defaults) for text in expanded]
+    tasks = [_make_task(_read_text(text), defaults) for text in whole]
     classifications = [task.name for task in tasks if task.kind == CLASSIFICATION]
     if "class_names" in defaults and len(classifications) > 1:
         raise ValueError(
@@ -127,26 +127,17 @@ def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
     return [_make_task(_read_section(name, section), {}) for name, section in tasks.items()]
 
 
-def check_source(task: Task) -> Units:
+def open_source(task: Task) -> Units:
     """The parts of a task's source; reads no image.
 
     Raises:
         ValueError: there is nothing to read; names options as in a task, such as "?image_column=".
     """
     try:
-        return open_source(task)
+        return task.open() if task.open else registry.open_units(task.source, task.source_options)
     except ValueError as error:
         message = f"task '{task.name}': {name_options(str(error), '?{}=')}"
         raise ValueError(message) from error
-
-
-def open_source(task: Task) -> Units:
-    """The parts of a task's source; reads no image.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    return task.open() if task.open else registry.open_units(task.source, task.source_options)
 
 
 def check_task(task: Task) -> Protocol:
@@ -163,13 +154,9 @@ def check_task(task: Task) -> Protocol:
 def expand_datacomp(text: str) -> list[str]:
     """The tasks of "datacomp:DIR" whose folders are there, as texts of `parse_tasks`.
 
-    Any other text is the only one of its list.
-
     Raises:
         ValueError: no folder is there.
     """
-    if not text.startswith(_DATACOMP):
-        return [text]
     root = text.removeprefix(_DATACOMP)
     texts, missing = [], []
     for theirs, ours in DATACOMP.items():

@@ -66,7 +66,7 @@ def evaluate_task(
     Args:
         model: a `LoadedModel`, or anything with the same methods.
         task: what is measured.
-        units: the task's source, where it was opened before (`task_parsing.check_source`).
+        units: the task's source, where it was opened before (`task_parsing.open_source`).
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
         limit: number of entries of the source, from the first on; None is all.
@@ -85,8 +85,8 @@ def evaluate_task(
     protocol = check_task(task)
     if task.caption_template is None:
         task = dataclasses.replace(task, caption_template=training_template(model))
+    units = open_source(task) if units is None else units
     try:
-        units = open_source(task) if units is None else units
         batching = Batching(batch_size, num_threads, progress, Processes.of_job())
         encoder = Encoder(model, units, batching, limit=limit, name=task.name)
         measured = protocol.run(task, encoder)

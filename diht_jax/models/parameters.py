@@ -89,9 +89,7 @@ class _KeyStream(nnx.RngStream):
     lists the program so far: of a ViT-L/14, that takes four fifths of the time to build it.
     """
 
-    def __init__(self, key: jax.Array | int):
-        super().__init__(key, tag="params")
-        self._drawn = 0
+    _drawn = 0
 
     def __call__(self) -> jax.Array:
         self._drawn += 1
@@ -105,7 +103,7 @@ class ParameterKeys(nnx.Rngs):
 
     def __init__(self, key: jax.Array | int):
         super().__init__()
-        self.params = _KeyStream(key)
+        self.params = _KeyStream(key, tag="params")
 
 
 @functools.lru_cache(maxsize=16)
@@ -342,15 +340,13 @@ def _add(layer: nnx.Linear, lora: Lora, key: jax.Array) -> None:
     adapted.lora_scale = lora.scale
 
 
-def merge_adapters(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:
+def merge_adapters(params: dict[str, Any], lora: Lora) -> dict[str, Any]:
     """The parameters of the model without adapters that computes the same.
 
     Args:
         params: nested dict, layer by layer.
-        lora: as trained; None returns `params`.
+        lora: as trained.
     """
-    if lora is None:
-        return params
 
     def merge(tree: Any) -> Any:
         if not isinstance(tree, dict):

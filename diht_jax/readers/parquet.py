@@ -27,7 +27,7 @@ from diht_jax.readers.base import (
 )
 from diht_jax.records.samples import Pair, clean_text
 from diht_jax.records.tars import check_expansion
-from diht_jax.storage.files import parse_json_object
+from diht_jax.storage.files import parse_json
 from diht_jax.storage.stores import (
     BLOCK_BYTES,
     RangesFile,
@@ -264,7 +264,7 @@ def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
 def clean_row(row: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
     """A row's columns but some, as JSON can hold them: no NaN, dates as text, no bytes."""
     kept = {k: v for k, v in row.items() if k not in without and not isinstance(v, bytes | None)}
-    return parse_json_object(json.dumps(kept, default=str))
+    return parse_json(json.dumps(kept, default=str))
 
 
 FORMAT = Format(

@@ -138,7 +138,9 @@ def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
     for text in [spec] if isinstance(spec, str) else spec:
         path, own = _split_options(text)
         given = options | own
-        found = _list_path(enter_split(path, given.get("split")), given)
+        if split := given.get("split"):
+            path = enter_split(path, split)
+        found = _list_path(path, given)
         for kind in dict.fromkeys(shard.kind for shard in found) if own else ():
             known = _option_names(kind)
             if unknown := own.keys() - {*known, "split"}:
@@ -181,14 +183,12 @@ def name_options(message: str, form: str) -> str:
     )
 
 
-def enter_split(folder: str, split: str | None) -> str:
-    """The path or URL of a sub-folder; `folder` itself where no split is named.
+def enter_split(folder: str, split: str) -> str:
+    """The path or URL of a sub-folder.
 
     Raises:
         ValueError: there is no such sub-folder, as in anything but a folder.
     """
-    if not split:
-        return folder
     path = files.join(folder, split)
     if not (files.exists(path) if is_remote(path) else os.path.isdir(path)):
         raise ValueError(f"'{folder}': no sub-folder '{split}'; set split to the name of one")

@@ -56,12 +56,16 @@ def read_groups(
         yield sample.key, sample.members
 
 
-def count_images(path: str) -> int | None:
-    """Image members of a plain local tar, by their headers; None where these cannot be read."""
+def count_images(shard: SourceShard) -> int | None:
+    """Image members of a tar, by their headers; None of one in a store, compressed or damaged."""
+    if is_remote(shard.path) or not shard.path.endswith(".tar"):
+        return None
     suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
     try:
         # No contents are wanted, of any size.
-        members = read_members(path, lambda name: -1 if name.lower().endswith(suffixes) else None)
+        members = read_members(
+            shard.path, lambda name: -1 if name.lower().endswith(suffixes) else None
+        )
         return sum(1 for _ in members)
     except (ValueError, OSError):
         return None
@@ -113,11 +117,7 @@ def _count_records(shard: SourceShard) -> int | None:
 WEBDATASET = Format(
     suffixes=TAR_SUFFIXES,
     read=lambda shard: read_tar(shard.path),
-    count=lambda shard: (
-        count_images(shard.path)
-        if shard.path.endswith(".tar") and not is_remote(shard.path)
-        else None
-    ),
+    count=count_images,
     count_reads_file=True,
 )
 ARRAY_RECORD = Format(

@@ -28,7 +28,7 @@ from diht_jax.readers.base import (
     make_pair,
 )
 from diht_jax.records.samples import Pair, clean_text
-from diht_jax.storage.files import map_many, parse_json, parse_json_object, read_bytes
+from diht_jax.storage.files import map_many, parse_json, read_bytes
 from diht_jax.storage.stores import input_size, is_remote, open_file, read_start
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
@@ -190,7 +190,7 @@ def _is_bad(text: str) -> bool:
 
 def _parse_line(path: str, line: bytes) -> dict[str, Any] | str:
     try:
-        return parse_json_object(line.decode("utf-8-sig"))
+        return parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return f"{path}: a line is not UTF-8 ({error}); {_CONVERT_LATIN}"
     except ValueError as error:
@@ -200,7 +200,7 @@ def _parse_line(path: str, line: bytes) -> dict[str, Any] | str:
 def _read_json(path: str) -> Iterator[dict[str, Any] | str]:
     """Yields the rows of a json file, and a text about each one that is no object."""
     try:
-        rows = parse_json(read_bytes(path).decode("utf-8-sig"))
+        rows = parse_json(read_bytes(path).decode("utf-8-sig"), object)
     except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error})") from error
     if not isinstance(rows, list):

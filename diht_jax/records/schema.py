@@ -38,7 +38,7 @@ from diht_jax.records.samples import (
     clean_text,
     take_caption,
 )
-from diht_jax.storage.files import parse_json_object
+from diht_jax.storage.files import parse_json
 
 KEY = "key"
 IMAGE = "image"
@@ -149,7 +149,7 @@ def decode_fields(fields: Mapping[str, Any]) -> Record:
     key = _decode_bytes(fields, KEY, "?").decode("utf-8", "replace")
     stated = _decode_bytes(fields, METADATA, key) if METADATA in fields else b""
     try:
-        metadata = parse_json_object(stated) if stated else {}
+        metadata = parse_json(stated) if stated else {}
     except ValueError as error:
         raise ValueError(
             f"record '{key}': field '{METADATA}' is no JSON object ({error})"

@@ -28,7 +28,7 @@ from diht_jax.records.samples import (
     clean_text,
     take_caption,
 )
-from diht_jax.storage.files import parse_json_object
+from diht_jax.storage.files import parse_json
 from diht_jax.storage.stores import check_failure, is_storage_failure, open_file
 
 TEXT_EXTENSIONS = ("txt", "json")
@@ -340,7 +340,7 @@ def make_pair(
     metadata: dict[str, Any] = {}
     if stated := texts.get("json"):
         try:
-            metadata = parse_json_object(stated)
+            metadata = parse_json(stated)
         except ValueError as error:
             return Skipped(key, "bad_json", str(error))
     caption, metadata = take_caption(texts.get("txt"), metadata)

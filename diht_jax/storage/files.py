@@ -129,20 +129,18 @@ def map_many(
                 future.cancel()
 
 
-def parse_json(data: bytes | str) -> Any:
-    """One JSON value, or a ValueError; NaN and infinity, which JSON lacks, become None."""
+def parse_json(data: bytes | str, kind: type = dict) -> Any:
+    """One JSON value, by default an object; a ValueError for anything else.
+
+    NaN and infinity, which JSON lacks, become None.
+    """
     if isinstance(data, bytes):
         data = data.decode(json.detect_encoding(data), "surrogatepass")
     try:
-        return _JSON.decode(data)
+        value = _JSON.decode(data)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-
-
-def parse_json_object(data: bytes | str) -> dict[str, Any]:
-    """Like `parse_json`, for an object."""
-    value = parse_json(data)
-    if not isinstance(value, dict):
+    if not isinstance(value, kind):
         raise ValueError(f"a JSON {type(value).__name__}; expected an object")
     return value
 
@@ -169,7 +167,7 @@ def read_object(path: str) -> dict[str, Any] | None:
 def check_object(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in the bytes of a user's file; a ValueError that names it for others."""
     try:
-        return parse_json_object(data)
+        return parse_json(data)
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object, got {error!s:.200}") from error
 
@@ -189,17 +187,13 @@ def parse_checked_object(data: bytes, *, needs_checksum: bool = False) -> dict[s
     stated = found.pop(_CHECKSUM, None)
     if stated is None:
         return None if needs_checksum else found
-    return found if stated == _hash_object(found) else None
+    return found if stated == add_checksum(found)[_CHECKSUM] else None
 
 
 def add_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON-able object with the key "checksum"; see `parse_checked_object`."""
-    return {**value, _CHECKSUM: _hash_object(json.loads(json.dumps(value)))}
-
-
-def _hash_object(value: Mapping[str, Any]) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
+    return {**value, _CHECKSUM: hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -128,13 +128,12 @@ def share_from_first(read: Callable[[], Any]) -> Any:
 
 def check_same_step(step: int | None) -> None:
     """Refuses a job whose processes have each read a model, and not all that of one step."""
-    check_same(
-        str(step),
-        lambda texts, _: (
-            f"--model: the processes have read checkpoints of steps {', '.join(texts)}, as the run "
+    steps = gather_texts(str(step))
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"--model: the processes have read checkpoints of steps {', '.join(steps)}, as the run "
             "goes on; name one by --step"
-        ),
-    )
+        )
 
 
 def wait_for_all(name: str) -> None:

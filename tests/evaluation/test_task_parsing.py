@@ -11,7 +11,7 @@ from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import (
     SOURCE_OPTIONS,
-    check_source,
+    open_source,
     parse_config_tasks,
     parse_tasks,
 )
@@ -90,7 +90,7 @@ def test_columns_are_named_as_they_are_typed(tmp_path):
     (task,) = parse_tasks(f"mine=retrieval:{table}")
     message = r"task 'mine': .*'picture'.* set \?image_column=, \?caption_column= or \?key_column="
     with pytest.raises(ValueError, match=message):
-        check_source(task)
+        open_source(task)
 
 
 # Option -> (its text, the same as a value of a config), but for class names, which need a file.

@@ -126,10 +126,11 @@ class Encoder:
                 finite.
         """
         start, processes = time.perf_counter(), self.batching.processes
-        found, image_emb = processes.together(functools.partial(self._embed_share, describe))
-        if processes.count > 1:
-            shares = processes.exchange((found, image_emb))
-            found, image_emb = _merge_shares(shares, self._limit)
+        if processes.count == 1:
+            found, image_emb = self._embed_share(describe)
+        else:
+            share = processes.together(functools.partial(self._embed_share, describe))
+            found, image_emb = _merge_shares(processes.exchange(share), self._limit)
         kept = [row for row in found if row.reason is None]
         left_out = [row for row in found if row.reason is not None]
         dropped = dict(collections.Counter([str(row.reason) for row in left_out]))
@@ -155,30 +156,16 @@ class Encoder:
         return np.concatenate(list(batches))
 
     def _own_entries(self) -> Iterator[tuple[Order, Pair | Skipped]]:
-        """The entries of this process's units, every `count`-th one.
-
-        Where there is a limit, these are up to `limit` entries: which of them are among the first
-        of all is known when all processes are through.
-        """
-        count, progress = self.batching.processes.count, self.batching.progress
-        known: set[Any] = {self._units.count_entries() if progress else None, self._limit} - {None}
-        own = (
-            ((number, offset), entry)
-            for number in range(self.batching.processes.index, len(self._units), count)
-            for offset, entry in enumerate(self._units[number]())
-        )
-        yield from ProgressBar(
-            itertools.islice(own, self._limit),
-            desc=self._name,
-            unit=" images",
-            disable=not progress,
-            total=-(-min(known) // count) if known else None,
-        )
+        """The entries of this process's units, every `count`-th one."""
+        index, count = self.batching.processes.index, self.batching.processes.count
+        for number in range(index, len(self._units), count):
+            for offset, entry in enumerate(self._units[number]()):
+                yield (number, offset), entry
 
     def _embed_share(self, describe: Callable[[Pair], Any]) -> tuple[list[_Row], np.ndarray]:
         """This process's entries, and the embeddings of the usable ones."""
-        batching, processes = self.batching, self.batching.processes
-        size = max(1, batching.batch_size // processes.count)
+        batching, count = self.batching, self.batching.processes.count
+        size = max(1, batching.batch_size // count)
         found: list[_Row] = []
         embedded: list[np.ndarray] = []
 
@@ -189,9 +176,19 @@ class Encoder:
                 batch = np.pad(batch, [(0, size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
             embedded.append(np.asarray(self.model.encode_image(batch), np.float32)[: len(pixels)])
 
-        window = size * _BATCHES_AHEAD
+        # With a limit, which of these are among the first of all is known when all processes are
+        # through.
+        num_entries = self._units.count_entries() if batching.progress else None
+        known: set[Any] = {num_entries, self._limit} - {None}
+        entries = ProgressBar(
+            itertools.islice(self._own_entries(), self._limit),
+            desc=self._name,
+            unit=" images",
+            disable=not batching.progress,
+            total=-(-min(known) // count) if known else None,
+        )
         decoded = _decode_ahead(
-            self._own_entries(), describe, self.model.preprocess, window, batching.num_threads
+            entries, describe, self.model.preprocess, size * _BATCHES_AHEAD, batching.num_threads
         )
         pixels: list[np.ndarray] = []
         with contextlib.closing(decoded):

@@ -43,7 +43,7 @@ from diht_jax.records.samples import (
     pick_captions,
 )
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import join, parse_json_object
+from diht_jax.storage.files import join, parse_json
 
 _CAPTION_FIELDS = (*CAPTION_NAMES, "sentence", "question")
 
@@ -60,7 +60,7 @@ def read_rows(path: str, what: str = "a JSON list of objects") -> list[dict[str,
         for number, line in enumerate(read_text(path, what).split("\n"), start=1):
             if line.strip():
                 try:
-                    rows.append(parse_json_object(line))
+                    rows.append(parse_json(line))
                 except ValueError as error:
                     raise ValueError(f"{path}: line {number}: {error}") from error
         return rows

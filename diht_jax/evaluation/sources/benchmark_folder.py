@@ -27,12 +27,11 @@ from diht_jax.evaluation.protocols.base import CLASS_SLOT, check_class_names, ch
 from diht_jax.evaluation.sources.files import read_text
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
 from diht_jax.readers.array_files import parse_npy
-from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped
+from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped, SourceShard
 from diht_jax.readers.shard_formats import count_images, read_groups
 from diht_jax.records.samples import merge_captions, pick_captions
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import exists, join, list_names
-from diht_jax.storage.stores import is_remote
 
 DEFAULT_SPLIT = "test"
 
@@ -70,7 +69,7 @@ def open_benchmark_folder(text: str) -> tuple[Units, dict[str, Any]]:
 
     def count() -> int | None:
         """Estimates the pictures by the first tar, but for those in a store."""
-        first = None if is_remote(paths[0]) else count_images(paths[0])
+        first = count_images(SourceShard("webdataset", paths[0]))
         return None if first is None else first * len(paths)
 
     units = Units([functools.partial(_read_shard, path, kind) for path in paths], count)

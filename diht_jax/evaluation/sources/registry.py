@@ -84,7 +84,8 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
         _refuse_options(source, options, LAYOUTS[kind].options)
         return LAYOUTS[kind].units(rest, **options)
     options = dict(options)
-    source = registry.enter_split(source, options.pop("split", None))
+    if split := options.pop("split", None):
+        source = registry.enter_split(source, split)
     if is_remote(source) and (units := labels.stored_class_units(source)) is not None:
         _refuse_options(source, options, ())
         return units

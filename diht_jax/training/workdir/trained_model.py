@@ -114,7 +114,7 @@ def restore_model(
     return TrainedModel(
         config=config,
         arch=arch,
-        params=merge_adapters(params, lora),
+        params=params if lora is None else merge_adapters(params, lora),
         learnt=learnt,
         loss_scalars={k: float(v) for k, v in learnt.items() if getattr(v, "ndim", None) == 0},
         step=step,

@@ -9,7 +9,7 @@ from diht_jax.evaluation.embedding.encoding import Batching
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
-from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+from diht_jax.evaluation.task_parsing import open_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from tests.readers.inputs import write_tar
 
@@ -44,7 +44,7 @@ def test_pairs_on_s3_are_embedded_evaluated_and_searched(tiny_model, photos, tmp
     results = []
     for folder in (str(tmp_path), url):
         (task,) = parse_tasks(f"retrieval:{folder}/1.tar")
-        check_source(task)
+        open_source(task)
         results.append(evaluate_task(tiny_model, task, batch_size=8)["metrics"])
         shards = list_inputs(f"{folder}/*.tar")
         found, _ = search_pictures(tiny_model, shards, ["a photo"], count=3, batching=Batching(8))

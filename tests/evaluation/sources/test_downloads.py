@@ -21,7 +21,7 @@ import pytest
 
 from diht_jax.evaluation.protocols.class_names import name_index, raw_label, resolve_label
 from diht_jax.evaluation.sources.labels import VOC_CLASSES
-from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+from diht_jax.evaluation.task_parsing import open_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries
 from diht_jax.input.transforms import decode_rgb
 from tests.make import HashedModel, encoded, plain, write_tar
@@ -202,7 +202,7 @@ def run_section(tmp_path, monkeypatch):
     def run(heading):
         tasks = {task.name: task for task in _run_section(heading, tmp_path)}
         for task in tasks.values():
-            check_source(task)
+            open_source(task)
         return tasks, {name: list(read_entries(task)) for name, task in tasks.items()}
 
     return run
