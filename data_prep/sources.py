@@ -293,10 +293,8 @@ def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
     return counts | {"status_dict": dict(statuses.most_common(_MAX_STATUSES))}
 
 
-def merge_download_stats(total: dict[str, Any], other: Mapping[str, Any] | None) -> None:
+def merge_download_stats(total: dict[str, Any], other: Mapping[str, Any]) -> None:
     """Adds the counts of another shard to a dict that was empty at first."""
-    if other is None:
-        return
     for name in COUNTS:
         total[name] = total.get(name, 0) + other[name]
     statuses = collections.Counter(total.get("status_dict", {}))

@@ -294,7 +294,8 @@ class _Facts:
 
     def add(self, stated: Mapping[str, Any], times: Mapping[str, Any]) -> None:
         """Adds the counts in the statistics of a part, and its times."""
-        merge_download_stats(self.download, stated.get("download"))
+        if stated.get("download") is not None:
+            merge_download_stats(self.download, stated["download"])
         if (spotter := stated.get("spotter")) is not None:
             self._machines[f"{spotter['precision']} on {spotter['device']}"] += 1
         for name, version in stated.get("versions", {}).items():

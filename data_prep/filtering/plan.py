@@ -195,7 +195,7 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     """
     listed = files.list_names(job.parts_folder, (STATS_SUFFIX, FAILED_SUFFIX))
     present = {name for name in listed if not name.startswith(".")}
-    done, changed = _compare(job, present)
+    done, changed = _compare(job, present) if present else ({}, {})
     names = {os.path.basename(task.output) for task in job.tasks} if present else set()
     finished = [n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)]
     gone = sorted(name for name in finished if name not in names)
@@ -208,7 +208,8 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
         logging.warning("%s: removed, since %s is gone", path, _input_of(path) or "its input")
     notes = {n.removesuffix(FAILED_SUFFIX) for n in present if n.endswith(FAILED_SUFFIX)}
     removed = {*map(os.path.basename, changed), *gone, *(notes - names)}
-    resharding.remove_outputs(job.parts_folder, removed)
+    if removed:
+        resharding.remove_outputs(job.parts_folder, removed)
     if changed or gone:
         forget_output(job.folder)
     settings = filter_config.describe_settings(job.config)
@@ -219,7 +220,7 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
         found = [(task, done[task.output]) for task in job.mine if task.output in done]
         damaged = damaged_outputs(found) | find_undecided(list(done))
         return {output: stats for output, stats in done.items() if output not in damaged}
-    if not overwrite:
+    if done and not overwrite:
         _check_records(job, done)
     return done
 

@@ -361,7 +361,7 @@ def remove_stale_shards(folder: str, planned: Sequence[BalancedShard], output_fo
 
 def remove_outputs(folder: str, names: Collection[str]) -> None:
     """Removes shards with all files that belong to them; their statistics first."""
-    below = shards.names_below(files.list_names(folder), names) if names else []
+    below = shards.names_below(files.list_names(folder), names)
     for name in sorted(below, key=lambda name: not name.endswith(STATS_SUFFIX)):
         files.remove(files.join(folder, name))
     for name in names:  # those of a table are elsewhere

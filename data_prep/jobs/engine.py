@@ -112,7 +112,7 @@ def run_pending(
     if not tasks:
         return failures
     queue = _Queue(tasks, config.retries)
-    with contextlib.closing(_Progress(len(tasks), label)) as progress:
+    with _Progress(len(tasks), label) as progress:
         pool = _open_pool(function, len(tasks), config, engine, progress.add)
         try:
             while queue.fill(pool):
@@ -219,27 +219,23 @@ class _Queue:
         return True
 
 
-class _Progress:
-    """The progress bar."""
+class _Progress(ProgressBar):
+    """The bar of a job's tasks, which shows the pairs that are done."""
 
     def __init__(self, num_tasks: int, label: str):
+        super().__init__(total=num_tasks, desc=label, unit="shard", dynamic_ncols=True)
         self._pairs = 0
-        self._bar = ProgressBar(total=num_tasks, desc=label, unit="shard", dynamic_ncols=True)
         self._start_secs = self._drawn_secs = time.monotonic()
-
-    def close(self) -> None:
-        """Ends the bar."""
-        self._bar.close()
 
     def add(self, pairs: int, tasks: int = 0) -> None:
         """Counts pairs that are done, and tasks that have ended; draws the bar now and then."""
         self._pairs += pairs
         now = time.monotonic()
         rate = self._pairs / max(now - self._start_secs, 1e-9)
-        self._bar.set_postfix_str(f"{self._pairs:,} pairs, {rate:,.0f} pairs/s", refresh=False)
-        self._bar.update(tasks)
+        self.set_postfix_str(f"{self._pairs:,} pairs, {rate:,.0f} pairs/s", refresh=False)
+        self.update(tasks)
         if now - self._drawn_secs >= POLL_SECS:
-            self._bar.refresh()
+            self.refresh()
             self._drawn_secs = now
 
 
@@ -280,9 +276,7 @@ class WorkRecord:
 
     def __init__(self, output: str, search: CrashSearch | None):
         """Begins a record next to an output, or none at all where no worker has died of it."""
-        self._path = None if search is None else _record_path(output)
-        self._search = search or CrashSearch()
-        self._first = 0
+        self._path, self._search, self._first = _record_path(output), search, 0
 
     def begin(self, entries: Sequence[Any], try_one: Callable[[Any], object]) -> list[Any]:
         """Records that a run works on the next entries of its source.
@@ -295,9 +289,11 @@ class WorkRecord:
         Returns:
             The entries; those that ended their worker before are skipped.
         """
+        found = list(entries)
+        if self._search is None:
+            return found
         batch = self._first, self._first + len(entries)
         self._first = batch[1]
-        found = list(entries)
         for number in set(self._search.crashed) & set(range(*batch)):
             entry = entries[number - batch[0]]
             detail = "the worker process died whenever it worked on it"
@@ -311,9 +307,8 @@ class WorkRecord:
         return found
 
     def _write(self, stage: str, first: int, last: int) -> None:
-        if self._path is not None:
-            record = {"stage": stage, "first": first, "last": last}
-            files.write_bytes(self._path, json.dumps(record).encode())
+        record = {"stage": stage, "first": first, "last": last}
+        files.write_bytes(self._path, json.dumps(record).encode())
 
     def __enter__(self) -> WorkRecord:
         return self
@@ -321,7 +316,7 @@ class WorkRecord:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Removes the file at the end of a run, unless that is a death."""
         is_death = kind is not None and issubclass(kind, ProcessDeath)
-        if self._path is not None and not is_death:
+        if self._search is not None and not is_death:
             files.remove(self._path)
 
 

@@ -7,6 +7,7 @@ is spotted and matched in `data_prep.text_spotting`.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import itertools
 import os
@@ -23,7 +24,7 @@ from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.text_spotting import settings as spotter_settings
 from data_prep.text_spotting.ocr import resolve_for_networks
 from data_prep.text_spotting.readings import longest_match
-from data_prep.text_spotting.spotter import Verdict, open_spotter
+from data_prep.text_spotting.spotter import TextSpotter, Verdict, open_spotter
 from diht_jax.config.keys import COUNT, Key, Range
 from diht_jax.input import transforms
 from diht_jax.readers.base import SourceShard
@@ -73,11 +74,14 @@ class CaptionStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        captions.parse_captions([])  # loads the parser
+        from data_prep.captions.parse import parse_captions  # spaCy, which no other step needs
+
+        self._parse = parse_captions
+        self._parse([])  # loads the parser
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         texts = itertools.chain(*(candidate.captions for candidate in batch))
-        parsed = iter(captions.parse_captions(list(texts)))
+        parsed = iter(self._parse(list(texts)))
         columns: dict[str, list[Any]] = {name: [] for name in _CAPTION_COLUMNS}
         for candidate in batch:
             graphs = list(itertools.islice(parsed, len(candidate.captions)))
@@ -259,11 +263,16 @@ class TextStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
+        self._source = source
+        self._machine: dict[str, str] | None = None
+
+    @functools.cached_property
+    def _spotter(self) -> TextSpotter:
+        """The spotter of the shard, opened with the first pair that comes to the step."""
+        source, max_pixels = self._source, self.config.image.max_pixels
         name = os.path.basename(source.path.rstrip("/"))  # independent of the folder of the shard
         part = zlib.crc32(f"{name}\n{source.start}\n{source.stop}".encode())
-        max_pixels = config.image.max_pixels
-        self._spotter = open_spotter(config.spotter, max_pixels, f"{name}-{part:08x}")
-        self._machine: dict[str, str] | None = None
+        return open_spotter(self.config.spotter, max_pixels, f"{name}-{part:08x}")
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         verdicts = self._spotter.judge(

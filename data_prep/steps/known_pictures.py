@@ -129,8 +129,10 @@ class DecontaminateStep(Step):
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
         c = config.decontaminate.embeddings
-        _sets(config)
-        if (c.pairs is not None) + (c.model is not None) != bool(_embedded_sets(config)):
+        if cls.is_active(config):
+            _sets(config)
+            _embedded_sets(config)
+        if (c.pairs is not None) + (c.model is not None) != bool(c.sets):
             raise ValueError(
                 "config.decontaminate.embeddings.sets goes with one of "
                 "config.decontaminate.embeddings.pairs and config.decontaminate.embeddings.model"
@@ -138,7 +140,7 @@ class DecontaminateStep(Step):
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        return bool(_sets(config) or _embedded_sets(config))
+        return bool(config.decontaminate.sets or config.decontaminate.embeddings.sets)
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class PredicateStep(Step):
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
-        _parse(config.predicates.require)
+        if cls.is_active(config):
+            _parse(config.predicates.require)
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:

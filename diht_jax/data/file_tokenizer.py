@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import normalizers, processors
 
-from diht_jax.data.tokenizer import check_text, check_texts, repair_text
+from diht_jax.data.tokenizer import check_texts, repair_text
 
 CLEANINGS = ("none", "whitespace", "lower", "canonicalize")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -65,8 +65,7 @@ class FileTokenizer:
         encode, pad_id = self._opened()
         ids = np.full((len(texts), context_length), pad_id, np.int32)
         for row, text in enumerate(texts):
-            text = self._cleaned(check_text(text, row, context_length))
-            found = encode(text, context_length)
+            found = encode(self._cleaned(text), context_length)
             if found:
                 ids[row, slice(-len(found), None) if self.pads_left else slice(len(found))] = found
         return ids

@@ -75,32 +75,32 @@ def tokenize(
     vocab_size = check_vocab_size(vocab_size)
     ids = np.zeros((len(texts), context_length), np.int32)
     for row, text in enumerate(texts):
-        cleaned = repair_text(check_text(text, row, context_length)).lower()
-        words = _encode_words(cleaned, vocab_size)[: context_length - 2]
+        words = _encode_words(repair_text(text).lower(), vocab_size)[: context_length - 2]
         ids[row, : len(words) + 2] = [vocab_size - 2, *words, vocab_size - 1]
     return ids
 
 
-def check_texts(texts: str | Sequence[str], context_length: int) -> Sequence[str]:
-    """Several texts; raises ValueError for a `context_length` that holds no text."""
+def check_texts(texts: str | Sequence[str], context_length: int) -> list[str]:
+    """The parts of texts that are looked at.
+
+    Raises:
+        ValueError: an element is no string, or `context_length` holds no text.
+    """
     if not isinstance(context_length, int | np.integer):
         raise ValueError(f"context_length: expected an integer, got {context_length!r}")
     if context_length < 2:
         raise ValueError(
             f"context_length: expected at least 2 (start and end of text), got {context_length}"
         )
-    return [texts] if isinstance(texts, str) else texts
-
-
-def check_text(text: str, row: int, context_length: int) -> str:
-    """The part of a text that is looked at; raises ValueError where it is no string."""
-    if not isinstance(text, str):
-        raise ValueError(
-            f"texts[{row}]: expected a str, got {type(text).__name__} {str(text)[:80]!r}; "
-            "decode bytes and fill missing captions before tokenizing"
-        )
-    most = _CHARACTERS_PER_ID * context_length
-    return text.lstrip()[:most] if len(text) > most else text
+    most, parts = _CHARACTERS_PER_ID * context_length, []
+    for row, text in enumerate([texts] if isinstance(texts, str) else texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"texts[{row}]: expected a str, got {type(text).__name__} {str(text)[:80]!r}; "
+                "decode bytes and fill missing captions before tokenizing"
+            )
+        parts.append(text.lstrip()[:most] if len(text) > most else text)
+    return parts
 
 
 def check_vocab_size(vocab_size: int) -> int:

@@ -117,7 +117,8 @@ class InFlight:
             *map(describe_bytes, sizes),
             self._prefetch_batches,
         )
-        shared, memory = free_shared_memory(), available_memory()
+        shared = free_shared_memory() if self.shared_bytes else None
+        memory = available_memory() if max_gib is None else None
         if max_gib is not None and total > max_gib * 2**30:
             bound = describe_bytes(max_gib * 2**30)
             self._refuse(f"config.data.max_in_flight_gib={max_gib} is {bound}", total, "raise it")
@@ -129,7 +130,7 @@ class InFlight:
                 "--shm-size=32g; in Kubernetes an emptyDir with `medium: Memory` mounted at "
                 "/dev/shm), or decode in threads (config.data.num_workers=0)",
             )
-        if max_gib is None and memory is not None and total > memory:
+        if memory is not None and total > memory:
             self._refuse(
                 f"this process may take {describe_bytes(memory)} more memory",
                 total,

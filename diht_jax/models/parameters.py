@@ -109,7 +109,8 @@ class ParameterKeys(nnx.Rngs):
 @functools.lru_cache(maxsize=16)
 def _make_graphdef(definition: ModelDefinition) -> nnx.GraphDef:
     """The static half of the NNX model; kept, as it takes the time of building the model."""
-    abstract = nnx.eval_shape(lambda: definition.build(jax.random.key(0), definition.execution))
+    build = functools.partial(definition.build, jax.random.key(0), definition.execution)
+    abstract = nnx.eval_shape(build)
     return nnx.split(abstract, nnx.Param)[0]
 
 

@@ -135,7 +135,8 @@ class Run:
         self.mixture = open_data(config, tokenizer)
         self.config = config = check_together(bind_records, config, self.mixture, workdir)
         self._set_lengths()
-        keep_tokenizer(tokenizer, workdir)
+        if tokenizer is not None:
+            keep_tokenizer(tokenizer, workdir)
         write_config(workdir, config)
         self.program = trusted_program(config, self.total_steps, devices)
         for line in self.mixture.describe_orders():
@@ -144,7 +145,8 @@ class Run:
         self.mesh = self.program.mesh
         self.iterator = open_iterator(config, self.mixture)
         self.fingerprint = self.mixture.fingerprint()
-        self.best = task_evaluation.read_best(config.checkpoint.best_metric, tasks, workdir)
+        metric = config.checkpoint.best_metric
+        self.best = task_evaluation.read_best(metric, tasks, workdir) if metric else None
         self.checkpointer = Checkpointer(
             workdir,
             keep_last=config.checkpoint.keep_last,
@@ -215,8 +217,9 @@ class Run:
             self.evaluate()
         in_flight = None
         self.supply = throughput.InputSupply(self.config.data)
-        lowest = anomalies.lowest_loss(self.workdir, self.start_step)
-        self.monitor = anomalies.AnomalyMonitor(self.config, self.keys_of_step, lowest)
+        self.monitor = anomalies.AnomalyMonitor(self.config, self.keys_of_step)
+        if self.start_step:
+            self.monitor.lowest_loss = anomalies.lowest_loss(self.workdir, self.start_step)
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
                 with self.wall_time.during("compile"):
@@ -321,7 +324,7 @@ class Run:
         with self.wall_time.during("evaluation"):
             measured = self.evaluation.run(self.state)
         best_metric = self.config.checkpoint.best_metric
-        if best_metric in measured:
+        if self.best is not None and best_metric in measured:
             self.best.values[int(self.state.step)] = measured[best_metric]
 
     def close(self, error_type: type[BaseException] | None = None, *_: object) -> None:
@@ -368,7 +371,8 @@ class Run:
 
     def _draw_curves(self, last_step: int) -> None:
         """Draws the metrics of the whole run, and says which step was the best."""
-        task_evaluation.log_best(self.config, self.best)
+        if self.best is not None:
+            task_evaluation.log_best(self.config, self.best)
         with self.wall_time.during("evaluation"):
             curves = plot_curves(self.workdir)
         if curves is not None:

@@ -89,14 +89,12 @@ def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
     return tasks
 
 
-def read_best(best_metric: str | None, tasks: list[Task], workdir: epath.Path) -> BestStep:
+def read_best(best_metric: str, tasks: list[Task], workdir: epath.Path) -> BestStep:
     """The results of `config.checkpoint.best_metric` in a run's metrics, as they rank its steps.
 
     All processes get those that the first one reads: the files of a network file system may reach
     the others later.
     """
-    if best_metric is None:
-        return BestStep()
     task_name, _, name = best_metric.rpartition("/")
     task = next(task for task in tasks if task.name == task_name)
     column = _PREFIX + best_metric

@@ -100,7 +100,7 @@ class AnomalyMonitor:
 
 def lowest_loss(workdir: epath.Path, start_step: int) -> float:
     """The lowest loss in the metrics of a run up to a step."""
-    rows = read_metrics(workdir) if start_step else []
+    rows = read_metrics(workdir)
     losses = (row["loss"] for row in rows if row["step"] <= start_step and "loss" in row)
     return min(filter(math.isfinite, losses), default=math.inf)
 

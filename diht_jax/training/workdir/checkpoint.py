@@ -102,7 +102,7 @@ class Checkpointer:
         self._root = checkpoint_root(workdir)
         self._keep_last = keep_last
         self._keep_steps = [] if keep_step is None else [keep_step]
-        self._best = best or BestStep()
+        self._best = best
         self._dataset = dataset
         self._saving: int | None = None
         self._failure: SaveError | None = None
@@ -200,7 +200,8 @@ class Checkpointer:
         """
         if self._manager is not None:
             self._finish_saving()
-            self._remove_surpassed()
+            if self._best is not None:
+                self._remove_surpassed(self._best)
             self._manager.close()
         if self._failure is not None:
             raise self._failure
@@ -209,7 +210,7 @@ class Checkpointer:
         policies = [
             checkpoint_managers.LatestN(self._keep_last),
             checkpoint_managers.CustomSteps(self._keep_steps),
-            self._best,
+            *([] if self._best is None else [self._best]),
         ]
         return ocp.CheckpointManager(
             self._root,
@@ -230,12 +231,12 @@ class Checkpointer:
             self._manager = self._open()
         return self._manager
 
-    def _remove_surpassed(self) -> None:
+    def _remove_surpassed(self, best: BestStep) -> None:
         """Removes what was the best until the last evaluation; `save` does so for those before."""
-        if not self._best.values or self._failure is not None:
+        if not best.values or self._failure is not None:
             return
         steps = sorted(self._opened.all_steps())
-        kept = {*steps[-self._keep_last :], *self._keep_steps, self._best.step(steps)}
+        kept = {*steps[-self._keep_last :], *self._keep_steps, best.step(steps)}
         for step in (step for step in steps if step not in kept):
             self._opened.delete(step)
 

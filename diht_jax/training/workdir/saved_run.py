@@ -7,6 +7,7 @@ without an error. So each checkpoint has checksums of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -98,10 +99,10 @@ def open_tokenizer(
     return found if clean is None else dataclasses.replace(found, clean=clean)
 
 
-def keep_tokenizer(found: FileTokenizer | None, workdir: str | epath.Path) -> None:
+def keep_tokenizer(found: FileTokenizer, workdir: str | epath.Path) -> None:
     """Copies a tokenizer into the work directory, unless it is there."""
     folder = files.join(os.fspath(workdir), TOKENIZER_DIRECTORY)
-    if found is None or jax.process_index() != 0 or is_copy(files.list_names(folder)):
+    if jax.process_index() != 0 or is_copy(files.list_names(folder)):
         return
     copy_tokenizer(found, folder)
 
@@ -193,7 +194,7 @@ def shared_steps(root: epath.Path) -> list[int]:
     Listings of a network file system may be older on some hosts, and a run that goes on may save
     and remove checkpoints between two looks.
     """
-    return share_from_first(lambda: finished_steps(root))
+    return share_from_first(functools.partial(finished_steps, root))
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
