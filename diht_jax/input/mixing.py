@@ -27,6 +27,7 @@ from diht_jax.records.labels.shards import LabelRecords, open_labels
 from diht_jax.records.schema import Record
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import (
+    NO_RECORDS,
     Fingerprint,
     TrainSource,
     fingerprint_records,
@@ -149,7 +150,7 @@ class Mixture(Sequence[tuple[Source, Record]]):
 
     def finish(self, positions: Iterable[int]) -> None:
         """Deletes the blocks that are not needed any more behind some positions."""
-        for position in positions if self._has_blocks else ():
+        for position in positions:
             number, own = self._find_source(position)
             order, blocks = self.sources[number].order, self.sources[number].blocks
             if blocks and isinstance(order, BlockOrder):
@@ -203,7 +204,7 @@ def open_mixture(
             data,
             _source_seed(seed, source),
             process_count,
-            held_out_records(records, data, seed),
+            held_out_records(records, data, seed) if data.get("validation_share") else NO_RECORDS,
         )
         if isinstance(order, GlobalOrder):
             records.make_offsets_local(data.cache_dir)

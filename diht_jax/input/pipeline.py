@@ -156,7 +156,8 @@ class TrainIterator:
                 continue
             if SKIPPED_RECORDS in batch:
                 self._count_bad_records(batch.pop(SKIPPED_RECORDS))
-            self._records.finish(self._examples.batch(self._next_example))
+            if self.block_stores:
+                self._records.finish(self._examples.batch(self._next_example))
             self._next_example += self._batch_size
             return batch
 
@@ -343,10 +344,11 @@ class TrainIterator:
 
 def _with_blocks(source: Source, data: ml_collections.ConfigDict, num_workers: int) -> Source:
     """The source, which reads by blocks where it is in a store and has the order for them."""
+    if not isinstance(source.order, BlockOrder):
+        return source
     # Files in fsspec's memory are known to this process alone.
     paths = source.records.paths
-    is_in_store = any(is_remote(path) and not path.startswith("memory://") for path in paths)
-    if not isinstance(source.order, BlockOrder) or not is_in_store:
+    if not any(is_remote(path) and not path.startswith("memory://") for path in paths):
         return source
     blocks = BlockStore(source.records, source.order, data, num_processes=num_workers)
     return dataclasses.replace(source, blocks=blocks)

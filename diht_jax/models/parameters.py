@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -41,6 +42,7 @@ TOWERS = ("vision", "text")
 _KEPT_POSITIONS = 20
 _STRETCHING_FACTOR = 4
 A, B = "lora_a", "lora_b"  # names of the parameters of an adapter
+_ADAPTER = re.compile(rf"(^|/)({A}|{B})$")
 # The linear layers of a block, and the part of the block that each belongs to.
 MATRICES = {"in_proj": "attention", "out_proj": "attention", "fc_in": "mlp", "fc_out": "mlp"}
 _OF_THE_MODEL = (*(f"{tower}/" for tower in TOWERS), "log_logit_scale")
@@ -368,11 +370,8 @@ def frozen_by_adapters(names: Iterable[str]) -> set[str]:
 
     All of the model but its adapters: what the objective adds to the model is trained.
     """
-    names = list(names)
-    if not any(map(_is_adapter, names)):
+    names = set(names)
+    adapters = set(filter(_ADAPTER.search, names))
+    if not adapters:
         return set()
-    return {name for name in names if name.startswith(_OF_THE_MODEL) and not _is_adapter(name)}
-
-
-def _is_adapter(name: str) -> bool:
-    return name.rpartition("/")[2] in (A, B)
+    return {name for name in names - adapters if name.startswith(_OF_THE_MODEL)}

@@ -256,9 +256,7 @@ def held_out_records(records: Any, data: ml_collections.ConfigDict, seed: int) -
     Raises:
         ValueError: the share is of so few records that it is none of them, or all.
     """
-    share = data.get("validation_share")
-    if not share:
-        return NO_RECORDS
+    share = data.validation_share
     found, start = [NO_RECORDS], 0
     for path, length in zip(records.paths, map(int, records.shard_lengths), strict=True):
         bits = np.random.PCG64([seed, *os.fsencode(os.path.basename(path))]).random_raw(length)

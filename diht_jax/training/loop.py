@@ -361,7 +361,9 @@ class Run:
     def _measure(self, step: int) -> dict[str, float]:
         """The metrics of the steps since the last line, up to `step`; starts the next window."""
         scalars = self.window.summary()
-        scalars |= self.mixture.metrics(self.first_example + step * self.config.data.batch_size)
+        if self.mixture.weights:
+            position = self.first_example + step * self.config.data.batch_size
+            scalars |= self.mixture.metrics(position)
         if self.config.data.on_bad_record == "skip":
             before, self._skipped_records = self._skipped_records, self.iterator.skipped_records
             scalars["skipped_records"] = float(self._skipped_records - before)

@@ -160,15 +160,16 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
     frozen = [_pattern("frozen", text, ranks) for text in config.frozen]
     multipliers = [_multiplier(entry, ranks) for entry in config.multipliers]
     beside_adapters = frozen_by_adapters(ranks)
-    decay = 1.0 if config.layer_decay is None else config.layer_decay
-    num_blocks = _num_blocks(ranks)
+    num_blocks = {} if config.layer_decay is None else _num_blocks(ranks)
     rules = {}
     for name, rank in ranks.items():
         found = (factors for pattern, *factors in multipliers if pattern.search(name))
         rate, weight_decay = next(found, (1.0, 1.0))
+        if config.layer_decay is not None:
+            rate *= config.layer_decay ** _layers_above(name, num_blocks)
         rules[name] = UpdateRule(
             frozen=name in beside_adapters or any(pattern.search(name) for pattern in frozen),
-            learning_rate=rate * decay ** _layers_above(name, num_blocks),
+            learning_rate=rate,
             weight_decay=weight_decay if rank >= 2 else 0.0,
         )
     if all(rule.frozen for rule in rules.values()):
