@@ -100,20 +100,12 @@ class CaptionChoice:
         return [found[kind] for kind in kinds]
 
 
-def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice | None:
-    """The choice that `config.data` asks for; None for the first caption of every record.
+def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice:
+    """The choice that `config.data` asks for by captions="sample".
 
     Raises:
         ValueError: `caption_weights` or `caption_columns` are wrong; names the key.
     """
-    if data.captions == "first":
-        for name in ("caption_weights", "caption_columns"):
-            if data[name]:
-                raise ValueError(
-                    f"config.data.{name} needs config.data.captions='sample'; with 'first' it "
-                    "would do nothing"
-                )
-        return None
     weights = _parse_kinds(data.caption_weights)
     columns = parse_columns(data.caption_columns, "config.data.caption_columns")
     for kind in columns.values():

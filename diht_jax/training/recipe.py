@@ -68,6 +68,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check_ranges(config, keys)
     tracker_names(config.trackers)
     pictures_of(config)
+    for name in ("caption_weights", "caption_columns"):
+        if config.data[name] and config.data.captions == "first":
+            raise ValueError(
+                f"config.data.{name} needs config.data.captions='sample'; with 'first' it would "
+                "do nothing"
+            )
     if config.model.tokenizer is not None and config.captioning.weight:
         raise ValueError(
             "config.captioning.weight: captions are written with CLIP's tokenizer, and not with "

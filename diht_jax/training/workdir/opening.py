@@ -201,6 +201,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
     vocabulary = None
     if num_concepts:
         vocabulary = find_train_vocabulary(config.data.train, config.data.labels)
+    is_sampled = config.data.captions == "sample"
     decoder = functools.partial(
         DecodeExample,
         arch.image_size,
@@ -210,7 +211,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
         num_concepts=num_concepts,
         vocabulary_sizes=vocabulary and tuple(map(len, vocabulary)),
         teacher_width=teacher_width,
-        caption_choice=open_caption_choice(config.data),
+        caption_choice=open_caption_choice(config.data) if is_sampled else None,
         caption_sentences=config.data.caption_sentences,
         caption_words=config.data.caption_words,
         pair_ids=needs_pair_ids(config),
