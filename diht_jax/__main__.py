@@ -15,7 +15,7 @@ from absl import flags
 
 import diht_jax
 from diht_jax import command_line
-from diht_jax.config import list_recipes, recipe_folder
+from diht_jax.config import RECIPE_FOLDER, list_recipes
 from diht_jax.terminal import print_escaped
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     print_escaped(f"diht_jax {diht_jax.__version__}")
     if flags.FLAGS.version:
         return
-    print_escaped(f"\nRecipes in {recipe_folder()}:\n")
+    print_escaped(f"\nRecipes in {RECIPE_FOLDER}:\n")
     for name, path in list_recipes().items():
         summary = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
         margin = " " * 6

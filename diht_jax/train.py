@@ -44,7 +44,7 @@ def main() -> None:
     try:
         check_config(config)
         stages = load_stages(config)
-        if command_line.computes_on_cpu():
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
             command_line.keep_freed_memory()
         platform, more = compiler.accelerator(), ()
         if config.deterministic:

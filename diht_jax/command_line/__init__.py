@@ -36,7 +36,6 @@ from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
 
 __all__ = [
-    "computes_on_cpu",
     "define_encoding_flags",
     "define_job_array_flags",
     "define_model_flags",
@@ -96,11 +95,6 @@ def run(
             comment_files=comment_files or {},
         ),
     )
-
-
-def computes_on_cpu() -> bool:
-    """Returns whether the environment selects JAX's CPU backend, without importing JAX."""
-    return os.environ.get("JAX_PLATFORMS") == "cpu"
 
 
 def keep_freed_memory() -> None:

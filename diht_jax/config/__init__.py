@@ -38,6 +38,8 @@ _DURATIONS = [
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "recipes" / "configs"  # where a wheel has them; pyproject.toml says so
+# `configs/` of a checkout, or the copy in an installed package.
+RECIPE_FOLDER = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -49,17 +51,11 @@ def default_config() -> ml_collections.ConfigDict:
     return default_config()
 
 
-def recipe_folder() -> pathlib.Path:
-    """The folder of the recipes: `configs/` of a checkout, or the copy in an installed package."""
-    return _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
-
-
 def list_recipes() -> dict[str, pathlib.Path]:
     """The files of all recipes by their names, those of training first."""
-    folder = recipe_folder()
-    files = [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))]
+    files = [*sorted(RECIPE_FOLDER.glob("*.py")), *sorted(RECIPE_FOLDER.glob("*/*.py"))]
     return {
-        path.relative_to(folder).with_suffix("").as_posix(): path
+        path.relative_to(RECIPE_FOLDER).with_suffix("").as_posix(): path
         for path in files
         if "def get_config(" in path.read_text("utf-8")
     }
@@ -83,7 +79,7 @@ def find_recipe(name: str | pathlib.Path) -> pathlib.Path:
         path = found[0]
     elif not path.is_file():
         raise ValueError(f"{path}: no such config file{_suggest(path.stem)}")
-    for folder in map(str, (path.resolve().parents[1], recipe_folder().parent)):
+    for folder in map(str, (path.resolve().parents[1], RECIPE_FOLDER.parent)):
         if folder not in sys.path:
             sys.path.append(folder)
     return path
