@@ -214,8 +214,7 @@ class TrainProgram:
         """
         config = self.config if patch_dropout else without_patch_dropout(self.config)
         mesh = self.mesh
-        if config.micro_batch is not None:
-            check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
+        check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
         execution = training_execution(config.model, mesh)
         step = functools.partial(
             train_step,
