@@ -88,22 +88,23 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             whole += expand_datacomp(text)
         elif text:
             whole.append(text)
-    tasks = [_make_task(_read_text(text), defaults) for text in whole]
-    classifications = [task.name for task in tasks if task.kind == CLASSIFICATION]
-    if "class_names" in defaults and len(classifications) > 1:
-        raise ValueError(
-            f"one file of class names for {len(classifications)} tasks ({classifications}); give "
-            "each its own, such as 'classification:SOURCE?class_names=FILE'"
-        )
-    seen: set[str] = set()
-    for task in tasks:
-        if task.name in seen:
+    tasks: dict[str, Task] = {}
+    for text in whole:
+        task = _make_task(_read_text(text), defaults)
+        if task.name in tasks:
             raise ValueError(
                 f"two tasks are called '{task.name}'; name one of them, such as "
                 f"'other={task.kind}:{task.source}'"
             )
-        seen.add(task.name)
-    return tasks
+        tasks[task.name] = task
+    if "class_names" in defaults:
+        classifications = [name for name, task in tasks.items() if task.kind == CLASSIFICATION]
+        if len(classifications) > 1:
+            raise ValueError(
+                f"one file of class names for {len(classifications)} tasks ({classifications}); "
+                "give each its own, such as 'classification:SOURCE?class_names=FILE'"
+            )
+    return list(tasks.values())
 
 
 def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
