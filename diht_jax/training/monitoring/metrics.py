@@ -227,7 +227,9 @@ class WallTime:
             )
         if found:
             self._secs, self._starts = _known(found["secs"]), found["starts"] + 1
-        elif rows:
+        elif not rows:
+            return
+        else:
             self._secs, self._starts = _known(rows[-1], _WALL_SECS), 2
         before = [row for row in rows if row["step"] <= start_step]
         at_start = _known(before[-1] if before else {}, _WALL_SECS)
