@@ -16,7 +16,7 @@ from etils import epath
 
 from diht_jax import sharding
 from diht_jax.input.pipeline import Position, StoppedWaiting, TrainIterator
-from diht_jax.records.train_data import describe_train, parse_train
+from diht_jax.records.train_data import parse_train
 from diht_jax.terminal import ProgressBar
 from diht_jax.training import recipe, task_evaluation
 from diht_jax.training.initial_parameters import (
@@ -154,7 +154,7 @@ class Run:
             best=self.best,
             dataset=self.fingerprint.pack(),
         )
-        opening.check_hosts_agree(describe_train(config.data.train), self.fingerprint)
+        opening.check_hosts_agree(config.data.train, self.fingerprint)
         self.state = self.first_state()
         self.start_step = int(self.state.step)
         next_example = self.iterator.get_state()["next_example"]

@@ -67,13 +67,15 @@ def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
         if config.data.validation_share:
             tasks += validation_tasks(config)
         best_metric = config.checkpoint.best_metric
-        known = [f"{task.name}/{name}" for task in tasks for name in check_task(task).metrics]
-        if best_metric is not None and best_metric not in known:
-            raise ValueError(
-                f"config.checkpoint.best_metric='{best_metric}' is not among the results of "
-                f"config.evaluation.tasks: {', '.join(known) or 'there are no tasks'}; set it to "
-                "one of these or to None, or config.data.validation_share for 'validation/t2i_r10'"
-            )
+        if best_metric is not None:
+            known = [f"{task.name}/{name}" for task in tasks for name in check_task(task).metrics]
+            if best_metric not in known:
+                raise ValueError(
+                    f"config.checkpoint.best_metric='{best_metric}' is not among the results of "
+                    f"config.evaluation.tasks: {', '.join(known) or 'there are no tasks'}; set it "
+                    "to one of these or to None, or config.data.validation_share for "
+                    "'validation/t2i_r10'"
+                )
         for task in tasks:
             check_source_opens(task)
         return tasks

@@ -156,7 +156,9 @@ def check_same_start(
 ) -> None:
     """Refuses another end of the run behind checkpoints that the end before has shaped."""
     steps = steps_of_run(workdir)
-    stored = read_config(workdir) if steps else config
+    if not steps:
+        return
+    stored = read_config(workdir)
     if not _changed_keys(stored, config, (END,)):
         return
     common = min(steps_before_end(c, num_examples=num_examples) for c in (stored, config))
@@ -275,8 +277,8 @@ def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
     check_same(
         fingerprint.digest,
         lambda _, others: (
-            f"config.data.train={train}: processes {others} see other shards than process 0; give "
-            "every host the same files"
+            f"config.data.train={describe_train(train)}: processes {others} see other shards than "
+            "process 0; give every host the same files"
         ),
     )
 
