@@ -272,7 +272,8 @@ def is_unfinished(
         participle: what the stage does to a shard.
         has_other_jobs: whether other jobs may make what is missing.
     """
-    num_done, failed, allowed = len(found.parts), len(found.failed), allowed_number(limit, total)
+    num_done, failed = len(found.parts), len(found.failed)
+    allowed = allowed_number(limit, total) if failed else 0
     num_tasks = num_done + failed + len(found.waiting)
     if found.waiting:
         print_escaped(
