@@ -287,7 +287,8 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     words: dict[str, Any] = {}
     if entry is not None:
         source_options = _source_options_of_entry(entry, source) | source_options
-    if entry is not None or is_folder or "class_names" not in given:
+    prefix = source.partition(":")[0]
+    if prefix in registry.LAYOUTS and (entry or is_folder or "class_names" not in given):
         words = registry.words_of_source(source, source_options)
         found = words.pop("kind", kind)
         if entry is not None and found != kind:
@@ -299,7 +300,7 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     fields |= given
     own = {key: fields.pop(key) for key in _TASK_FIELDS & fields.keys()}
     # An annotation file's reader is named where kind or options leave no choice.
-    reader, prefix = protocol.reader, source.partition(":")[0]
+    reader = protocol.reader
     by_name = source.endswith(".jsonl") and "image_name" in source_options
     if reader is None and (by_name or source.endswith(".json")) and prefix not in registry.LAYOUTS:
         reader = registry.ANNOTATIONS

@@ -115,14 +115,12 @@ def count_shards(shards: Sequence[SourceShard]) -> int | None:
 
 
 def words_of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a task that come with its data: `kind`, `class_names`, `templates`; maybe none.
+    """Fields of a task that come with data in one of `LAYOUTS`: `kind`, `class_names`, `templates`.
 
     Raises:
         ValueError: the source cannot be read, or has no such option.
     """
     kind, _, rest = source.partition(":")
-    if kind not in LAYOUTS:
-        return {}
     _refuse_options(source, options, LAYOUTS[kind].options)
     if kind == BENCHMARK:
         return open_benchmark_folder(rest)[1]
