@@ -109,9 +109,11 @@ def pick_captions(value: Any) -> list[str]:
 
     Cleaned, not empty, in order, without repetitions.
     """
-    values = value if isinstance(value, list | tuple) else [value]
-    cleaned = (clean_text(item) for item in values if isinstance(item, str))
-    return list(dict.fromkeys(filter(None, cleaned)))
+    found: dict[str, None] = {}
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, str) and (text := clean_text(item)):
+            found[text] = None
+    return list(found)
 
 
 def explain_no_caption(column: str | None, value: Any) -> str:

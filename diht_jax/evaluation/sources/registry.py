@@ -90,9 +90,11 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
         _refuse_options(source, options, ())
         return units
     shards = registry.list_shards(source, **{"rows_per_shard": _TABLE_ROWS_PER_UNIT, **options})
-    # Labels are enough there, as Hugging Face has them.
-    shards = [dataclasses.replace(s, needs_caption=s.kind != "parquet") for s in shards]
-    units = [functools.partial(registry.read_pairs, shard) for shard in shards]
+    units = []
+    for shard in shards:
+        # Labels are enough in parquet files, as Hugging Face has them.
+        shard = dataclasses.replace(shard, needs_caption=shard.kind != "parquet")
+        units.append(functools.partial(registry.read_pairs, shard))
     return Units(units, functools.partial(count_shards, shards))
 
 
