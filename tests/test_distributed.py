@@ -2,8 +2,6 @@
 
 import itertools
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -11,29 +9,19 @@ import pytest
 from diht_jax import distributed
 from diht_jax.distributed import roll_call
 from tests import make
+from tests.serving import free_address
 from tests.waiting import wait_until
 
 LONGEST_SECS = 300  # only against hanging
 
 
-def free_address():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return f"localhost:{probe.getsockname()[1]}"
-
-
 def start_without_its_peer(workdir):
     """Runs a command whose second process never starts; returns how it ended, and its address."""
     address = free_address()
-    command = [
-        *(sys.executable, "-m", "diht_jax.train", f"--workdir={workdir}"),
-        f"--config={make.REPOSITORY / 'configs' / 'demo.py'}",
-        "--config.data.train=unused",
-        *(f"--coordinator_address={address}", "--num_processes=2", "--process_id=0"),
-        "--start_warning_secs=0.5",
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECS)
-    return ended, address
+    job = (("coordinator_address", address), ("num_processes", 2), ("process_id", 0))
+    config = (("config", "configs/demo.py"), ("config.data.train", "unused"))
+    given = (("workdir", workdir), ("start_warning_secs", 0.5))
+    return make.run_command("diht_jax.train", *given, *config, *job), address
 
 
 @pytest.mark.parametrize("process, status", [(1, 78), (0, 1)])

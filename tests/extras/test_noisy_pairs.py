@@ -8,17 +8,9 @@ from diht_jax.extras.noisy_pairs import right_probabilities
 from diht_jax.input.examples import DecodeExample
 from diht_jax.records.schema import Record
 from tests import make
+from tests.losses.test_noisy_pairs import NUM_PAIRS, pairs
 
-NUM_PAIRS, WIDTH, NOISE_SHARE = 40, 6, 0.25
-
-
-def pairs():
-    """Noisy pairs, some with a wrong text."""
-    rng = np.random.default_rng(0)
-    image_emb = rng.normal(size=(NUM_PAIRS, WIDTH))
-    text_emb = image_emb + 0.3 * rng.normal(size=(NUM_PAIRS, WIDTH))
-    text_emb[::8] = np.roll(text_emb, 3, axis=0)[::8]
-    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image_emb, text_emb))
+NOISE_SHARE = 0.25
 
 
 def test_they_are_bayes_rule_on_any_mesh_and_in_any_order():

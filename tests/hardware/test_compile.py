@@ -271,15 +271,16 @@ def report_with(traffic, topology):
     )
 
 
+POD = Topology("v5e:16x16", find_chip("v5e"), (16, 16), (None,) * 256, 16 * GIB)
+
+
 def test_roofline_by_hand():
-    topology = Topology("v5e:16x16", find_chip("v5e"), (16, 16), (None,) * 256, 16 * GIB)
     collectives = (
         Collective("all-reduce", 256, 1, 0, 200 * 10**9),  # all 4 links: 1 s
         Collective("all-gather", 8, 1, 0, 50 * 10**9),  # 2 links: 0.5 s
         Collective("collective-permute", 2, 1, 0, 5 * 10**9),  # 1 link: 0.1 s
     )
-    report = report_with(Traffic(409_500_000_000, collectives, 0), topology)
-    estimate = report.roofline
+    estimate = report_with(Traffic(409_500_000_000, collectives, 0), POD).roofline
     assert estimate.compute_secs == pytest.approx(1.0)
     assert estimate.memory_secs == pytest.approx(0.5)
     assert estimate.network_secs == pytest.approx(1.6)
@@ -289,14 +290,12 @@ def test_roofline_by_hand():
 
 
 def test_the_reported_bound_is_that_of_the_program_in_order():
-    v5e = find_chip("v5e")
-    topology = Topology("v5e:16x16", v5e, (16, 16), (None,) * 256, 16 * GIB)
     work = (
-        Work("products", memory_bytes=819 * 10**9, cycles=int(1.5 * v5e.clock_hz)),  # 1.5 s
+        Work("products", memory_bytes=819 * 10**9, cycles=int(1.5 * POD.chip.clock_hz)),  # 1.5 s
         Work("element-wise", memory_bytes=819 * 10**9),  # 1 s
         Work("collectives", collective=Collective("collective-permute", 2, 1, 0, 50 * 10**9)),
     )
-    estimate = report_with(Traffic(0, (), 0, work=work), topology).roofline
+    estimate = report_with(Traffic(0, (), 0, work=work), POD).roofline
     assert estimate.scheduled_secs == pytest.approx(1.5 + 1 + 1 + 1e-6)
     assert estimate.scheduled_mfu == pytest.approx(0.5 / 3.500001)
 
@@ -312,10 +311,8 @@ def test_the_reported_bound_is_that_of_the_program_in_order():
     ],
 )
 def test_links_inside_and_between_gpu_hosts(kind, size, span, gb_per_sec):
-    h100 = find_chip("h100")
-    devices = (types.SimpleNamespace(device_kind="NVIDIA H100"),) * 32
     traffic = Traffic(0, (Collective(kind, size, 1, 0, 0, span=span),), 0)
-    report = report_with(traffic, Topology("h100:4x8", h100, (4, 8), devices, 60 * GIB))
+    report = report_with(traffic, gpus(4, 8))
     assert link_bandwidth(report.topology, traffic.collectives[0]) == gb_per_sec * 1e9
 
 

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 
 from diht_jax.hardware import compiler
 from tests.make import REPOSITORY
+from tests.serving import free_address
 
 UNKNOWN_FLAG = "--xla_gpu_no_such_flag=true"
 # Compiles for a TPU that is not here; the compiler refuses flags that it does not know.
@@ -29,7 +29,7 @@ import sys, jax, numpy as np
 from diht_jax import distributed
 from diht_jax.hardware import compiler
 compiler.set_flags("gpu")
-distributed.start(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+distributed.start(sys.argv[1], 2, int(sys.argv[2]))
 compiler.keep_programs("~/kept")
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -114,10 +114,7 @@ def test_a_process_whose_programs_are_not_kept_waits_for_no_kernels_of_the_other
     """With homes of their own, the first process reads its programs and the second compiles."""
     homes = [tmp_path / "host_0", tmp_path / "host_1"]
     for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        processes = []
+        address, processes = free_address(), []
         for number, home in enumerate(homes):
             shutil.rmtree(home / "dump", ignore_errors=True)
             environment = {
@@ -127,7 +124,7 @@ def test_a_process_whose_programs_are_not_kept_waits_for_no_kernels_of_the_other
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }
             environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-            command = [sys.executable, "-c", OF_TWO, str(port), str(number)]
+            command = [sys.executable, "-c", OF_TWO, address, str(number)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             processes.append(subprocess.Popen(command, env=environment, **pipes))
         outputs = [process.communicate(timeout=300)[0] for process in processes]

@@ -5,7 +5,6 @@ import json
 import pathlib
 import subprocess
 import types
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,8 +15,7 @@ from etils.epath import backend, gpath
 from fsspec.registry import _registry
 
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.formats import TFRecordWriter
-from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.schema import Record
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
 from diht_jax.training import loop, program
 from diht_jax.training.monitoring import throughput
@@ -111,14 +109,8 @@ def squares(tmp_path_factory) -> pathlib.Path:
     """Two shards of records, 31 and 21 long."""
     directory = tmp_path_factory.mktemp("squares")
     for shard, indices in enumerate([range(31), range(31, NUM_RECORDS)]):
-        write_tfrecord(directory / f"squares-{shard}.tfrecord", map(colored_square, indices))
+        make.write_shard(directory / f"squares-{shard}.tfrecord", map(colored_square, indices))
     return directory
-
-
-def write_tfrecord(path: pathlib.Path, records: Iterable[Record]) -> None:
-    with TFRecordWriter(path) as writer:
-        for record in records:
-            writer.write(encode_record(record))
 
 
 def labelled_square(index: int) -> Record:
@@ -148,7 +140,7 @@ def write_labelled():
             ConceptList("attributes", ("bright", "dull"), (1, 1)),
         )
         path = folder / "squares-0.tfrecord"
-        write_tfrecord(path, map(labelled_square, range(NUM_RECORDS)))
+        make.write_shard(path, map(labelled_square, range(NUM_RECORDS)))
         stats = {"counts": {"vocabulary": vocabulary.describe()}}
         (folder / f"{path.name}{STATS_SUFFIX}").write_text(json.dumps(stats))
         write_vocabulary(folder, vocabulary)

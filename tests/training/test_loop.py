@@ -12,12 +12,13 @@ import pytest
 
 import diht_jax
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.records.formats import TFRecordSource, TFRecordWriter
-from diht_jax.records.schema import decode_record, encode_record
+from diht_jax.records.formats import TFRecordSource
+from diht_jax.records.schema import decode_record
 from diht_jax.storage.locks import lock_folder
 from diht_jax.training import loop
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import plot_curves, read_metrics
+from tests import make
 from tests.training.conftest import NUM_RECORDS, assert_bitwise_equal, saved_steps, series
 
 COMPARED = ("loss", "grad_norm", "param_norm", "logit_scale", "i2t_accuracy")
@@ -173,10 +174,9 @@ def test_a_run_with_skipped_records_is_resumed_bit_by_bit_and_counts_them(
     """With AdamW and a cosine, the defaults."""
     records = [decode_record(data) for data in TFRecordSource(squares)]
     broken = {5, 30}
-    with TFRecordWriter(tmp_path / "broken.tfrecord") as writer:
-        for index, record in enumerate(records):
-            image = b"no picture" if index in broken else record.image
-            writer.write(encode_record(dataclasses.replace(record, image=image)))
+    for index in broken:
+        records[index] = dataclasses.replace(records[index], image=b"no picture")
+    make.write_shard(tmp_path / "broken.tfrecord", records)
     config.data.train = str(tmp_path)
     config.data.on_bad_record = "skip"
     # 96 examples: each of the 52 records once, most of them twice.
@@ -225,11 +225,8 @@ def test_changed_shards_are_named_and_refused(finished, caplog):
     config.data.train = str(folder)
     train_on_one(config, run)  # the place of the folder does not matter
     records = list(TFRecordSource(folder / "squares-0.tfrecord"))
-    with TFRecordWriter(folder / "squares-0.tfrecord") as writer:
-        for record in reversed(records):
-            writer.write(record)
-    with TFRecordWriter(folder / "new.tfrecord") as writer:
-        writer.write(records[0])
+    make.write_shard(folder / "squares-0.tfrecord", reversed(records))
+    make.write_shard(folder / "new.tfrecord", records[:1])
     (folder / "squares-1.tfrecord").unlink()
     message = (
         "1 changed (squares-0.tfrecord); 1 added (new.tfrecord); 1 removed (squares-1.tfrecord)"

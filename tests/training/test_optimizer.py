@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diht_jax import sharding
 from diht_jax.config import default_config
@@ -98,17 +99,6 @@ def test_schedule_warms_up_and_follows_half_a_cosine():
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
 
 
-def nested(shapes):
-    tree = {}
-    for path, shape in shapes.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = np.zeros(shape, np.float32)
-    return tree
-
-
 # Shapes and, where layer decay is 0.5, factors: two image blocks, three text blocks.
 PARAMETERS = {
     "log_logit_scale": ((), 1.0),
@@ -132,8 +122,8 @@ PARAMETERS = {
 
 
 def table(config):
-    shapes = {path: shape for path, (shape, _) in PARAMETERS.items()}
-    rules = update_rules(config, nested(shapes))
+    leaves = {path: np.zeros(shape, np.float32) for path, (shape, _) in PARAMETERS.items()}
+    rules = update_rules(config, unflatten_dict(leaves, sep="/"))
     return {path: (rule.learning_rate, rule.weight_decay) for path, rule in rules.items()}
 
 
@@ -158,6 +148,7 @@ def test_the_first_multiplier_found_counts_and_layer_decay_comes_on_top():
 
 
 RATE = 0.01
+by_name = functools.partial(flatten_dict, sep="/")
 
 
 def orthogonal(matrix):
@@ -248,11 +239,6 @@ def test_matrices_of_blocks_get_orthogonal_updates_and_the_rest_adamw():
             expected = -RATE * factor * (expected + decay * np.asarray(flat[name]))
             np.testing.assert_allclose(update, expected, rtol=2e-4, atol=2e-5, err_msg=name)
     assert len(momenta) == 11
-
-
-def by_name(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {sharding.path_name(path): leaf for path, leaf in leaves}
 
 
 def test_wsd_is_constant_between_warm_up_and_decay():

@@ -8,7 +8,6 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -26,8 +25,10 @@ from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.multihost import EXIT_CODE
 from diht_jax.training.workdir.stored_run import read_manifests
+from tests import make
 from tests.compiling import xla_flags
-from tests.training.conftest import NUM_RECORDS, colored_square, write_tfrecord
+from tests.serving import free_address
+from tests.training.conftest import NUM_RECORDS, colored_square
 from tests.waiting import wait_until
 
 NUM_PROCESSES, DEVICES_EACH = 2, 2
@@ -50,14 +51,12 @@ class Job:
         self.processes: list[subprocess.Popen] = []
 
     def start(self, *command: str) -> list[subprocess.Popen]:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        address = free_address()
         env = {**os.environ, "XLA_FLAGS": xla_flags(DEVICES_EACH)}
         self.processes = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", *command, f"--coordinator_address=localhost:{port}"),
+                    *(sys.executable, "-m", *command, f"--coordinator_address={address}"),
                     *(f"--num_processes={NUM_PROCESSES}", f"--process_id={process_id}"),
                     f"--heartbeat_timeout_secs={HEARTBEAT_SECS}",
                 ],
@@ -133,7 +132,7 @@ def captioned(tmp_path_factory):
             texts = [colored_square(number).caption, f"square {number}", f"the {number}. picture"]
             metadata = {"captions": texts, "caption_kinds": ["alt", "synthetic", "synthetic"]}
             records.append(dataclasses.replace(colored_square(number), metadata=metadata))
-        write_tfrecord(folder / f"squares-{shard}.tfrecord", records)
+        make.write_shard(folder / f"squares-{shard}.tfrecord", records)
     return folder
 
 
