@@ -83,7 +83,7 @@ def test_retrieval_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp
     assert [list(map(int, ranks)) for ranks in shown] == [(ranks + 1).tolist() for ranks in chosen]
 
 
-def test_several_captions_and_broken_images(tiny_model, tmp_path):
+def test_several_captions_and_broken_images(tmp_path):
     def sidecar(*captions):
         return json.dumps({"captions": list(captions)}).encode()
 
@@ -101,7 +101,7 @@ def test_several_captions_and_broken_images(tiny_model, tmp_path):
         ],
     )
     task = Task("x", "retrieval", str(path), caption_template="{caption}")
-    result = evaluate_task(tiny_model, task)
+    result = evaluate_task(make.HashedModel(), task)
     assert result["counts"] == {
         "images": 2,
         "texts": 5,
@@ -171,14 +171,14 @@ def test_a_source_that_changes_costs_the_examples_and_not_the_numbers(tmp_path, 
     assert "no examples of task 'pairs'" in caplog.text and _write(page, result)
 
 
-def test_an_error_names_task_source_and_record(tiny_model, tmp_path):
+def test_an_error_names_task_source_and_record(tmp_path):
     path = tmp_path / "x.tar"
     write_tar(path, [("a.png", png(0)), ("a.txt", b"t"), ("a.json", b'{"label": 12}')])
     (task,) = parse_tasks([f"cifar10={path}"])
     with pytest.raises(
         ValueError, match=r"task 'cifar10' .*x\.tar.*record 'a': label 12 is outside"
     ):
-        evaluate_task(tiny_model, task)
+        evaluate_task(make.HashedModel(), task)
 
 
 def test_two_tasks_of_a_work_directory(workdir, shared_data, tmp_path, capsys):

@@ -62,15 +62,15 @@ def test_no_other_picture_is_shown_for_a_match(left, folder):
         load_pictures(shards, found[-1:])
 
 
-def test_pictures_without_a_caption_are_searched_with_those_that_have_one(tiny_model, folder):
+def test_pictures_without_a_caption_are_searched_with_those_that_have_one(folder):
     (folder / "4.txt").write_text("a red car")
     shards = list_inputs(str(folder), needs_caption=False)
-    found, encoded = search_pictures(tiny_model, shards, ["a dog"], count=9)
+    found, encoded = search_pictures(make.HashedModel(), shards, ["a dog"], count=9)
     assert {match.key for match in found["a dog"]} == {"0", "1", "3", "4", "5"}
     assert encoded.dropped == {"image_unreadable": 1}
 
 
-def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_path):
+def test_a_hostile_tar_is_searched_printed_and_drawn(folder, tmp_path):
     image = (folder / "0.png").read_bytes()
     texts = [
         "\x1b[2J\x1b]0;owned\x07",
@@ -85,7 +85,7 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
         members += [(f"{key}.png", image), (f"{key}.txt", text.encode())]
     shards = list_inputs(write_tar(tmp_path / "hostile.tar", members))
     queries = ["a \x1b[31mdog", "y" * 10**6]
-    found, _ = search_pictures(tiny_model, shards, queries)
+    found, _ = search_pictures(make.HashedModel(), shards, queries)
     assert sum(map(len, found.values())) == 2 * (len(texts) - 1)  # one has no caption
     printed = format_matches(found)
     assert len(printed.splitlines()) == 2 * len(texts)

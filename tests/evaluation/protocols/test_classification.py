@@ -1,9 +1,6 @@
 """Classes found for each kind of source; zero-shot classification against formulas and tables."""
 
-import io
-
 import numpy as np
-import PIL.Image
 import pytest
 
 from diht_jax.evaluation.embedding.encoding import Batching, Encoder
@@ -23,6 +20,7 @@ from diht_jax.evaluation.protocols.classification import (
     zero_shot_classifier,
 )
 from diht_jax.records.schema import Pair
+from tests.make import HashedModel, png
 
 
 def _unit(x):
@@ -60,27 +58,8 @@ def test_classifier_is_the_normalised_mean_of_normalised_embeddings():
     assert encode_text.batch_sizes == [4] * 6
 
 
-class _Model(_TextTable):
-    """Pictures are their own embeddings: 4 by 4 pixels in grey."""
-
-    def preprocess(self, image):
-        return np.asarray(image.convert("L").resize((4, 4)))
-
-    def encode_image(self, images):
-        return _unit(images.reshape(len(images), -1).astype(np.float32) + 1)
-
-    def encode_text(self, texts):
-        return self(texts)
-
-
 def _pairs(*metadata):
-    pairs = []
-    for seed, fields in enumerate(metadata):
-        pixels = np.random.default_rng(seed).integers(0, 255, (4, 4), np.uint8)
-        file = io.BytesIO()
-        PIL.Image.fromarray(pixels).save(file, "PNG")
-        pairs.append(Pair(f"{seed}", file.getvalue(), "", fields))
-    return pairs
+    return [Pair(f"{seed}", png(seed), "", fields) for seed, fields in enumerate(metadata)]
 
 
 def _task(names, **options):
@@ -93,7 +72,7 @@ def test_classes_without_images_compete_or_not():
     pairs = _pairs(*({"label": label} for label in [7, 2, 7, 2, 5, 2]))
     names = tuple(f"class {i}" for i in range(9))
     every, some = (
-        run(_task(names, candidates=candidates), Encoder(_Model(), pairs, Batching(4)))
+        run(_task(names, candidates=candidates), Encoder(HashedModel(), pairs, Batching(4)))
         for candidates in ("all", "with_images")
     )
     classes = some.result.classes
@@ -110,7 +89,8 @@ def test_the_worst_group_and_resampled_images():
     # Region 3 has one image, so that a resample may have none of it.
     regions = np.array([1, 1, 0, 1, 0, 3])
     pairs = _pairs(*({"label": i, "region": region} for i, region in enumerate(regions.tolist())))
-    measured = run(_task(tuple("abcdefg"), group="region", f1="macro"), Encoder(_Model(), pairs))
+    task = _task(tuple("abcdefg"), group="region", f1="macro")
+    measured = run(task, Encoder(HashedModel(), pairs))
     ranks = measured.result.ranks
     assert [row["group"] for row in measured.details["per_group"]] == [0, 1, 3]
     for counts in (np.ones(6, int), np.array([1, 2, 0, 1, 3, 0])):

@@ -75,7 +75,7 @@ def test_eleven_points_by_their_definition(seed):
     )
 
 
-def test_images_that_count_neither_way(tiny_model, photos):
+def test_images_that_count_neither_way(photos):
     scores, targets = _scores(1)
     ignored = np.arange(len(scores)) % 3 == 0
     ones = np.ones(len(scores), int)
@@ -87,8 +87,8 @@ def test_images_that_count_neither_way(tiny_model, photos):
     pairs[1].metadata["ignored_labels"] = ["dog"]
     pairs[2].metadata["ignored_labels"] = [0]  # an object that is there outweighs a difficult one
     task = _task("multilabel", "dog", "bird", interpolation="11")
-    measured = run(task, Encoder(tiny_model, pairs, Batching(8)))
-    scores = measured.encoded.image_emb @ tiny_model.encode_text(["a dog.", "a bird."]).T
+    measured = run(task, Encoder(HashedModel(), pairs, Batching(8)))
+    scores = measured.encoded.image_emb @ HashedModel().encode_text(["a dog.", "a bird."]).T
     targets = np.array([[1, 0], [0, 1], [1, 1], [0, 1], [0, 0]], bool)
     rest = [0, 2, 3, 4]
     expected = [
@@ -101,7 +101,7 @@ def test_images_that_count_neither_way(tiny_model, photos):
     for pair, counted in zip(pairs, [[0, 1], [1], [0, 1], [0, 1], [0, 1]], strict=True):
         pair.metadata.pop("ignored_labels", None)
         pair.metadata["counted_labels"] = counted
-    again = run(task, Encoder(tiny_model, pairs, Batching(8)))
+    again = run(task, Encoder(HashedModel(), pairs, Batching(8)))
     assert again.metrics == measured.metrics
 
 
@@ -129,13 +129,13 @@ def test_an_image_whose_list_is_null_is_left_out(photos):
     assert measured.encoded.dropped == {"no_label": 1}
 
 
-def test_yes_and_no(tiny_model, photos):
+def test_yes_and_no(photos):
     pairs = _pairs(photos, [0, 1, 1, "hateful meme", 0], "label")
     task = _task("binary", "meme", "hateful meme")
-    measured = run(task, Encoder(tiny_model, pairs, Batching(8)))
-    no, yes = tiny_model.encode_text(["a meme.", "a hateful meme."])
+    measured = run(task, Encoder(HashedModel(), pairs, Batching(8)))
+    no, yes = HashedModel().encode_text(["a meme.", "a hateful meme."])
     scores = measured.encoded.image_emb @ (yes - no)
     expected = area_under_roc(scores, np.array([0, 1, 1, 1, 0], bool), np.ones(5))
     assert measured.metrics == {"auroc": pytest.approx(expected)}
     with pytest.raises(ValueError, match="every image has the same label"):
-        run(task, Encoder(tiny_model, pairs[1:3], Batching(8)))
+        run(task, Encoder(HashedModel(), pairs[1:3], Batching(8)))

@@ -8,6 +8,7 @@ from diht_jax.evaluation.protocols import retrieval
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.protocols.retrieval import retrieval_metrics, retrieval_ranks, run
 from diht_jax.records.schema import Pair
+from tests.make import HashedModel
 
 
 def _unit(x):
@@ -91,14 +92,14 @@ def test_equal_captions_are_right_for_all_their_images_on_request():
     assert alone.sum() > t2i.sum()
 
 
-def test_an_image_is_resampled_with_its_captions(tiny_model, photos):
+def test_an_image_is_resampled_with_its_captions(photos):
     captions = [[f"picture {i}", f"number {i}"][: 1 + i % 2] for i in range(5)]
     pairs = [
         Pair(f"{i}", photo, "", {"captions": own})
         for i, (photo, own) in enumerate(zip(photos, captions, strict=True))
     ]
     measured = run(
-        Task("x", "retrieval", "", caption_template="{caption}"), Encoder(tiny_model, pairs)
+        Task("x", "retrieval", "", caption_template="{caption}"), Encoder(HashedModel(), pairs)
     )
     result = measured.result
     assert result.captions == sum(captions, []) and measured.counts["texts"] == 7
