@@ -125,7 +125,7 @@ def _after(count: int, change, monkeypatch) -> None:
 def test_an_input_that_changes_while_the_filter_runs_is_filtered_again(
     tmp_path, filtered, monkeypatch
 ):
-    source, output = write_tars(tmp_path / "in", 20, pairs_per_tar=1), tmp_path / "out"
+    source, output = write_tars(tmp_path / "in", 5, pairs_per_tar=1), tmp_path / "out"
 
     def change() -> None:
         _add(tmp_path / "in", "00001.tar", like="00002.tar")
@@ -133,7 +133,7 @@ def test_an_input_that_changes_while_the_filter_runs_is_filtered_again(
     _after(3, change, monkeypatch)
     config = job_config(source, output, keep_parts=True)
     assert run_filter(config) == {}
-    assert filtered.count("00001.tar") == 2 and len(filtered) == 21
+    assert filtered.count("00001.tar") == 2 and len(filtered) == 6
     run_filter(job_config(source, tmp_path / "fresh", keep_parts=True))
     assert snapshot(output) == snapshot(tmp_path / "fresh")
     assert "00001-2-0" in (output / "kept_keys.txt").read_text().split()

@@ -65,7 +65,7 @@ def test_a_shard_that_others_have_added_is_not_removed(tmp_path):
     assert added.exists()
 
 
-def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
+def test_what_has_changed_is_said_and_made_again_only_within_the_limit(tmp_path):
     source = write_tars(tmp_path / "in", 3)
     run_filter(job_config(source, tmp_path / "out"))
     before = snapshot(tmp_path / "out")
@@ -87,7 +87,8 @@ def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
     with pytest.raises(ValueError, match=r"1 shards .* changed: the input '.*00001\.tar'"):
         run_filter(job_config(source, tmp_path / "out", max_changed_shards=0))
     assert snapshot(tmp_path / "out") == before
-    run_filter(job_config(source, tmp_path / "out"), overwrite=True)
+    # The recipe's share of 0.01 allows one of a few.
+    assert run_filter(job_config(source, tmp_path / "out")) == {}
     assert [r.caption for r in read_records(tmp_path / "out")][9] == "NAME 1 4"
 
 

@@ -141,7 +141,8 @@ def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
     members = make.pair_members("k", _CAPTIONS[0], make.encoded(pictures[0]))
     members["k.json"] = json.dumps({"captions": _CAPTIONS}).encode()
     source = make.write_tar(tmp_path / "pairs.tar", members)
-    config = job_config(source, tmp_path / "out", clip__model=weights, clip__min_score=limit)
+    keys = {"clip__model": weights, "clip__min_score": limit, "clip__batch_size": 3}
+    config = job_config(source, tmp_path / "out", **keys)
     assert run_filter(config) == {}
     (record,) = read_records(tmp_path / "out")
     good = [text for text, cosine in zip(_CAPTIONS, cosines, strict=True) if cosine >= limit]
@@ -231,7 +232,7 @@ def test_scores_are_those_of_the_layer_and_all_are_kept(heads_scored, head_score
 
 def test_stored_embeddings_give_the_same_scores(source, weights, head, head_scores, tmp_path):
     embedded, options = str(tmp_path / "embedded"), EmbedOptions(modalities=("image",))
-    embed_source(load_model(weights), str(source), embedded, options)
+    embed_source(load_model(weights, batch_size=3), str(source), embedded, options)
     keys = _settings("aesthetic", head=head, embeddings=embedded)
     assert run_filter(job_config(source, tmp_path / "out", **keys)) == {}
     found = read_scores(tmp_path / "out", "aesthetic_score")

@@ -91,7 +91,7 @@ def fail(task, report, folder):
         os._exit(1)
     if task.source == "hangs":
         time.sleep(600)
-    pathlib.Path(folder, f"ended_{task.source}").touch()
+    pathlib.Path(folder, f"ended_{task.source}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
 
 
 def run_failing(config, folder):
@@ -117,7 +117,7 @@ def run_models(address, folder):
 
 def lose(cluster, node, folder):
     config = tars_config(pathlib.Path(folder), "lost")
-    config.num_workers = None
+    config.num_workers = 2
     config.ray.address = cluster.address
 
     def lose_the_node():
@@ -158,7 +158,7 @@ def main(folder):
     failures = run_pending(function, tasks, config, "ray", label="toy")
     print("toy", json.dumps(failures), flush=True)
     config.update(retries=1, num_workers=2, shard_timeout_secs=60.0)
-    config.ray.model_actors = 0
+    config.ray.update(model_actors=0, gpus_per_worker=0.5, cpus_per_worker=0.5)
     print("failing", json.dumps(run_failing(config, folder)), flush=True)
     print("models", json.dumps(run_models(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
@@ -266,7 +266,8 @@ def test_deaths_and_time_limits_are_those_of_local_workers(printed):
     folder, found = printed
     stopped = "stopped after config.shard_timeout_secs=60 seconds"
     assert json.loads(found["failing"]) == {"hangs": stopped}
-    assert {path.name for path in folder.glob("ended_*")} == {"ended_dies", "ended_works"}
+    ended = {path.name: path.read_text() for path in folder.glob("ended_*")}
+    assert ended == {"ended_dies": "0", "ended_works": "0"}  # the GPU that workers share
     assert found["stderr"].count(f"hangs: {stopped}; its task will run again") == 1
 
 

@@ -23,11 +23,7 @@ from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.records.train_data import open_records
 from diht_jax.records.vocabulary import find_train_vocabulary, find_vocabulary, read_vocabulary
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, read_records
-from tests.data_prep.labelling.pictures import (
-    NUM_IMAGES,
-    REPOSITORY,
-    label_config,
-)
+from tests.data_prep.labelling.pictures import NUM_IMAGES, REPOSITORY, label_config
 
 _KEPT = ("embeddings", "heads", "vocabulary")
 
@@ -124,19 +120,17 @@ def build():
     return Held(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
 """
 _ON_RAY = """
-import json, pathlib, sys, threading, time
+import json, pathlib, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from data_prep.label import run_label
 from tests.data_prep.labelling.pictures import label_config
 
 if __name__ == "__main__":
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
-    config = label_config(sys.argv[1], "out", merge=False, num_workers=2, heads__load=sys.argv[2])
-    config.ray.update({"address": cluster.address, "gpus_per_worker": 0.5})
-    print("own:", json.dumps(run_label(config, engine="ray")), flush=True)
-    # Heads of its own, and teachers in actors that all workers share. They have room on one node
-    # alone, which is lost while they are at work; another one joins. From a store to a store.
+    head = {"num_cpus": 2, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    # Teachers are in actors that all workers share. They have room on one node alone, which is
+    # lost while they are at work; another one joins. From a store to a store.
     config = label_config(
         "s3://bucket/ray/kept", "s3://bucket/ray/shared", merge=False, num_workers=0
     )
@@ -170,33 +164,29 @@ def test_actors_of_a_cluster_write_the_same_bytes(work, label_shards, tmp_path, 
     (tmp_path / "script.py").write_text(_ON_RAY)
     environment = RAY_ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
     done = subprocess.run(
-        [sys.executable, "script.py", str(work / "kept"), str(work / "labelled")],
+        [sys.executable, "script.py"],
         cwd=tmp_path,
         env=os.environ | environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "own: {}" in done.stdout and "shared: {}" in done.stdout
+    assert "shared: {}" in done.stdout
     assert not (tmp_path / "hold").exists()
     assert "a model actor died, or its node was lost" in done.stderr
     system.invalidate_cache()
     system.get("bucket/ray/shared", str(tmp_path / "shared"), recursive=True)
     for path in (*label_shards.glob("*/*.tfrecord"), label_shards / "heads.npz"):
-        for folder in ("out", "shared"):
-            found = tmp_path / folder / path.relative_to(label_shards)
-            assert found.read_bytes() == path.read_bytes()
-
-
-def _label(work, source, output, **changes):
-    return label_config(source, output, heads__load=str(work / "labelled"), **changes)
+        found = tmp_path / "shared" / path.relative_to(label_shards)
+        assert found.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["array_record", "webdataset"])
 def test_labels_are_those_of_tfrecords(work, tmp_path, name):
     config = job_config(str(work / "t.jsonl"), tmp_path / "kept", concepts=True, output_format=name)
     assert run_filter(config) == {}
-    config = _label(work, tmp_path / "kept", tmp_path / "out", output_format="array_record")
+    changes = {"heads__load": str(work / "labelled"), "output_format": "array_record"}
+    config = label_config(tmp_path / "kept", tmp_path / "out", **changes)
     assert run_label(config) == {}
     found, expected = open_records(str(tmp_path / "out")), open_records(str(work / "labelled"))
     assert found.paths[0].endswith("pairs-train-00000.array_record") and len(found) == NUM_IMAGES
