@@ -39,15 +39,10 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
 
 
-def random_tensors(arch, seed=0):
+def random_tensors(arch):
     """Every parameter drawn at random, in CLIP's layout."""
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for name, shape in clip_layout.expected_shapes(arch).items():
-        value = rng.standard_normal(shape) * (0.05 if len(shape) > 1 else 0.1)
-        tensors[name] = (value + ("ln_" in name and name.endswith("weight"))).astype(np.float32)
-    tensors["logit_scale"] = np.float32(3.1).reshape(())
-    return tensors
+    init = ModelDefinition(arch, "float32", "float32").init_params
+    return clip_layout.to_clip(make.draw_parameters(init), arch)
 
 
 @pytest.fixture(scope="module")

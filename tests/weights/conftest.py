@@ -111,6 +111,18 @@ def open_clip_outputs(model, images, tokens):
     return *open_clip_embeddings(model, images, tokens), logits.numpy()
 
 
+def check_outputs(model, images, tokens, expected):
+    """The embeddings and logits of a loaded model are those of another library."""
+    image_emb, text_emb = model.encode_image(images), model.encode_text(tokens)
+    np.testing.assert_allclose(image_emb, expected[0], atol=1e-5)
+    np.testing.assert_allclose(text_emb, expected[1], atol=1e-5)
+    logits = model.logit_scale * image_emb @ text_emb.T + model.logit_bias
+    np.testing.assert_allclose(logits, expected[2], rtol=0, atol=1e-5)
+    # An image of its own is nearer than any other by far more than the tolerance.
+    assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
+    assert np.abs(expected[1][0] - expected[1][1]).max() > 1e-3
+
+
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Runs models on one device; tests/weights/test_inference.py compares with eight."""
@@ -132,4 +144,5 @@ def reference():
         pixel_values=pixel_values,
         open_clip_embeddings=open_clip_embeddings,
         open_clip_outputs=open_clip_outputs,
+        check_outputs=check_outputs,
     )
