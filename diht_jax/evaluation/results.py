@@ -114,8 +114,9 @@ def format_results(results: dict[str, Any]) -> str:
 
 def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Task, metric, value, interval and a note of every metric, and of the means over the suite."""
-    rows = []
+    rows, by_task = [], {}
     for result in results["results"]:
+        by_task[result["task"]] = result
         counts, intervals = result["counts"], result.get("intervals", {})
         dropped = sum(counts["dropped"].values())
         about = f"{counts['images']:,} images" + (f", {dropped:,} dropped" if dropped else "")
@@ -135,7 +136,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
             shown = (metric.label or name, format_value(unit, value), interval)
             rows.append((task, *shown, about))
             task = about = ""
-    for mean in suite_means([{result["task"]: result for result in results["results"]}]):
+    for mean in suite_means([by_task]):
         value = format_value("share", mean.values[0])
         rows.append(("suite", mean.name, value, "", mean.missing))
     return rows
@@ -176,9 +177,11 @@ def metric_of(result: Mapping[str, Any], name: str) -> Metric:
     from diht_jax.evaluation.protocols.base import Metric
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
 
-    kinds = (kind for kind in (result.get("kind"), *PROTOCOLS) if kind in PROTOCOLS)
-    found = (PROTOCOLS[kind].metrics.get(name) for kind in kinds)
-    known = next(filter(None, found), Metric("score"))
+    known = Metric("score")
+    for protocol in (PROTOCOLS.get(result.get("kind", "")), *PROTOCOLS.values()):
+        if protocol is not None and name in protocol.metrics:
+            known = protocol.metrics[name]
+            break
     return Metric(result.get("units", {}).get(name, known.unit), known.label or name)
 
 
