@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diht_jax import load_model
+from diht_jax.data.tokenizer import VOCAB_SIZE
 from diht_jax.export import export_model
 from diht_jax.models.parameters import stretch_positions
 from diht_jax.weights.source import read_weights
@@ -56,7 +57,9 @@ def test_positions_are_stretched_as_long_clip_does():
 
 def test_a_stretched_model_embeds_as_open_clip_with_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    arch = dataclasses.replace(SMALL, context_length=24, text_layers=1, vision_layers=1)
+    arch = dataclasses.replace(
+        SMALL, context_length=24, text_layers=1, vision_layers=1, vocab_size=VOCAB_SIZE
+    )
     other = open_clip_model(arch)
     torch.save(other.state_dict(), tmp_path / "a.pt")
     open_clip = pytest.importorskip("open_clip")
