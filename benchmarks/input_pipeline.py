@@ -33,7 +33,7 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from importlib import metadata
 from typing import Any
 
@@ -196,7 +196,7 @@ def prepare_data(photos: str, copies: int, folder: pathlib.Path) -> tuple[str, s
 
 def make_sides(
     settings: Settings, tars: str, records: str
-) -> dict[str, Callable[[], Iterator[int]]]:
+) -> dict[str, Callable[[], Generator[int]]]:
     """What is measured: name -> a function that starts an iterator over image counts."""
     source = open_records(records)
     files = [schema.decode_record(source[index]).image for index in range(len(source))]
@@ -210,7 +210,7 @@ def make_sides(
     return sides
 
 
-def iterate_ours(settings: Settings, source: Any, *, fast_decode: bool) -> Iterator[int]:
+def iterate_ours(settings: Settings, source: Any, *, fast_decode: bool) -> Generator[int]:
     """Batches of `TrainIterator`, decoded in threads of this process."""
     decode = DecodeExample(
         settings.image_size, 77, settings.crop_scale, "{caption}", fast_decode=fast_decode
@@ -228,7 +228,7 @@ def iterate_ours(settings: Settings, source: Any, *, fast_decode: bool) -> Itera
         batches.close()
 
 
-def iterate_open_clip(settings: Settings, tars: str, num_samples: int) -> Iterator[int]:
+def iterate_open_clip(settings: Settings, tars: str, num_samples: int) -> Generator[int]:
     """Batches of open_clip's training data, loaded in this process."""
     open_clip_settings = types.SimpleNamespace(
         train_data=tars,
@@ -253,7 +253,7 @@ def iterate_open_clip(settings: Settings, tars: str, num_samples: int) -> Iterat
 
 def iterate_decoder(
     decode: Callable[[bytes], Any], files: list[bytes], batch_size: int
-) -> Iterator[int]:
+) -> Generator[int]:
     """Full-size RGB pixels of one file after the other, counted in batches."""
     endless = itertools.cycle(files)
     while True:
@@ -263,7 +263,7 @@ def iterate_decoder(
 
 
 def measure(
-    sides: dict[str, Callable[[], Iterator[int]]], settings: Settings
+    sides: dict[str, Callable[[], Generator[int]]], settings: Settings
 ) -> dict[str, list[dict[str, float]]]:
     """Times all sides in turn, the order rotated by one in each round.
 
@@ -281,7 +281,7 @@ def measure(
     return rounds
 
 
-def time_batches(batches: Iterator[int], warmup: int, count: int) -> dict[str, float]:
+def time_batches(batches: Generator[int], warmup: int, count: int) -> dict[str, float]:
     """Images per second of `count` batches after `warmup` others.
 
     Buffers are full when the processor's time begins to count, and when it ends: what was decoded

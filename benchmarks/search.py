@@ -30,6 +30,7 @@ from diht_jax.evaluation.embedding.files import SETTINGS_FILE
 from diht_jax.storage.files import write_object
 from diht_jax.terminal import ProgressBar
 
+_DTYPES = ("float16", "int8")  # of an index
 _CENTRES = 20_000
 _SPREAD = 0.9  # of a picture around its centre, beside the centre's own length of 1
 _MATCHES = 10
@@ -54,7 +55,7 @@ def main() -> None:
         searches = {"numpy float32": lambda query: search_exactly(image_emb, query)}
         sizes = {"numpy float32": image_emb.nbytes}
         opening = {}
-        for dtype in picture_index.DTYPES:
+        for dtype in _DTYPES:
             start = time.perf_counter()
             index = picture_index.PictureIndex(pathlib.Path(folder, dtype))
             opening[dtype] = time.perf_counter() - start
@@ -97,10 +98,8 @@ def write_indexes(
 ) -> np.ndarray:
     """Writes an index of each dtype; returns the embeddings, float32 [count, d]."""
     image_emb = np.empty((count, centres.shape[1]), np.float32)
-    settings = {
-        dtype: {"index": picture_index.LAYOUT, "dtype": dtype} for dtype in picture_index.DTYPES
-    }
-    for dtype in picture_index.DTYPES:
+    settings = {dtype: {"index": picture_index.LAYOUT, "dtype": dtype} for dtype in _DTYPES}
+    for dtype in _DTYPES:
         (folder / dtype).mkdir()
         path = str(folder / dtype / SETTINGS_FILE)
         write_object(path, settings[dtype], with_checksum=True)
@@ -118,7 +117,7 @@ def write_indexes(
             "states": [],
             "dropped": {},
         }
-        for dtype in picture_index.DTYPES:
+        for dtype in _DTYPES:
             stored = picture_index.quantize(part, dtype)
             rows = picture_index.make_rows(notes, stored)
             picture_index.write_part(folder / dtype, number, rows, manifest, settings[dtype])
