@@ -361,10 +361,11 @@ def _make_concepts(data: Data, folder: pathlib.Path, seed: str) -> None:
         ("validation", data.make("openmoji") / "openmoji.tar", found.validation),
         ("test", data.shared / "emoji_twitter.tar", found.test),
     ):
-        pairs = (
-            (p, captions_of.get(concepts.code_points(p.key))) for p in open_source(str(source))
-        )
-        chosen = {text: (pair, text) for pair, text in pairs if text in set(texts)}
+        wanted, chosen = set(texts), {}
+        for pair in open_source(str(source)):
+            text = captions_of.get(concepts.code_points(pair.key))
+            if text in wanted:
+                chosen[text] = pair, text
         write_pairs(folder / f"{name}.tar", chosen.values())
 
 
@@ -421,12 +422,10 @@ def _make_drawn_photos(data: Data, folder: pathlib.Path, share: str, arm: str, s
         return
     labelled = data.make(f"photos_{share}_teacher_{seed}")
     keys, vectors = read_teacher_embeddings(labelled)
-    records = {record.key: record for record in read(given)}
-    texts = vote(vectors, [records[key].caption for key in keys])
-    changed = zip(keys, texts, strict=True)
-    write(
-        folder, [dataclasses.replace(records[k], caption=text, metadata={}) for k, text in changed]
-    )
+    of_key = {record.key: record for record in read(given)}
+    records = [of_key[key] for key in keys]
+    changed = zip(records, vote(vectors, [r.caption for r in records]), strict=True)
+    write(folder, [dataclasses.replace(r, caption=text, metadata={}) for r, text in changed])
 
 
 def read_teacher_embeddings(labelled: pathlib.Path) -> tuple[list[str], np.ndarray]:

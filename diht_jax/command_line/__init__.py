@@ -173,7 +173,8 @@ def parse_flags(
             given = _with_paths(flags.FLAGS.read_flags_from_files(given, force_gnu=False))
             for path, arg in _named_recipes(given)[-1:]:
                 _check_recipe(path, load_recipe(path, arg), defaults)
-            check_names(re.findall(r"(?:^|\0)--?config\.([\w.]+)", "\0".join(given)), defaults)
+            keys = (re.match(r"--?config\.([\w.]+)", argument) for argument in given)
+            check_names((key[1] for key in keys if key), defaults)
         sys.argv[:] = given  # ml_collections reads the keys of configs there
         rest = flags.FLAGS(given)
         if config_defaults is not None and _named_recipes(given):
