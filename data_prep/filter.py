@@ -136,9 +136,7 @@ def run_filter(
         config.spotter.cache = os.path.abspath(config.spotter.cache)
     filter_config.set_quantile_limit(config)
     job = plan.plan_job(config, task_index, num_tasks, engine, overwrite)
-    # The jobs of an array that is run once more have yet to find what has changed of their own.
-    was_complete = files.exists(files.join(job.folder, shards.MERGED_STATS))
-    done = plan.find_done(job, overwrite)
+    done, is_renewed = plan.find_done(job, overwrite)
     pending = [task for task in job.mine if task.output not in done]
     logging.info("%d shards, %d of them done before", len(job.mine), len(job.mine) - len(pending))
     if pending:
@@ -148,9 +146,7 @@ def run_filter(
     shards.remove_temporary_files(files.join(job.folder, table.FOLDER), names)
     failures = filter_parts(job, pending)
     known = {**done, **failures.made}
-    result, missing = _finish(
-        job, failures, known, has_begun=bool(pending), was_complete=was_complete
-    )
+    result, missing = _finish(job, failures, known, has_begun=bool(pending), is_renewed=is_renewed)
     if missing:
         logging.warning(
             "%d finished shards are read again, since records that were made from them are "
@@ -179,7 +175,7 @@ def _finish(
     known: Mapping[str, dict[str, Any]],
     *,
     has_begun: bool,
-    was_complete: bool = False,
+    is_renewed: bool = False,
 ) -> tuple[Failures, list[ShardTask]]:
     """Writes the output if all jobs are done and no other job is writing it.
 
@@ -188,7 +184,7 @@ def _finish(
         failures: of this job.
         known: output -> statistics that were read before.
         has_begun: whether this job had parts to filter.
-        was_complete: whether there was an output when it began.
+        is_renewed: of `plan.find_done`.
 
     Returns:
         The failures to report, and the tasks that must be filtered again before there is output.
@@ -210,7 +206,8 @@ def _finish(
                 if not found.waiting:  # the report lists what has failed
                     write_report(job.folder, report)
                     print_escaped(f"what the shards that are done gave: {job.folder}/{PAGE}")
-            changed = {} if was_complete else found.explain_changed()
+            # Else the job of what has changed may have yet to begin.
+            changed = found.explain_changed() if has_begun and not is_renewed else {}
             gone = undecided | {task.output for task in found.waiting}
             removed = {str(task.source): _REMOVED for task in job.mine if task.output in gone}
             return Failures(changed | removed | failures), []
@@ -281,22 +278,14 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
 
 
 def _is_described(job: Job) -> bool:
-    """True if the files are there that describe the output of these parts as a whole."""
-    names = (REPORT, PAGE, table.KEYS_FILE, *_described_by(job.config))
-    is_there = all(files.exists(files.join(job.folder, name)) for name in names)
+    """True if all files are there that describe the output of these parts as a whole."""
+    merged = plan.read_written(job)
+    if merged is None or "described_by" not in merged:
+        return False
     report = files.read_object(files.join(job.folder, REPORT)) or {}
-    is_same = report.get("clean_label") == job.config.clean_label
-    return is_there and is_same and plan.read_written(job) is not None
-
-
-def _described_by(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The files that describe the shards of a config to other programs."""
-    if config.metadata_only:
-        return ()
-    if FORMATS[config.output_format].tfds_name is None:
-        return (dataset_info.SIZES,)
-    # To TFDS the shards of a data set are numbered.
-    return () if config.examples_per_shard is None else dataset_info.FILES
+    if report.get("clean_label") != job.config.clean_label:
+        return False
+    return all(files.exists(files.join(job.folder, name)) for name in merged["described_by"])
 
 
 def _gather(job: Job, found: Survey) -> Report:
@@ -324,23 +313,23 @@ def _describe_output(
     """Writes report and index, what other programs need, and the merged statistics last."""
     config, folder = job.config, job.folder
     write_report(folder, report)
-    described = _described_by(config)
-    if dataset_info.SIZES in described:
-        dataset_info.write_sizes(folder, {output["file"]: output["records"] for output in outputs})
-    elif described and (tfds_name := FORMATS[config.output_format].tfds_name):
-        dataset_info.write_dataset_info(
-            folder,
-            dataset=config.dataset_name,
-            split=config.split,
-            shard_lengths=[output["records"] for output in outputs],
-            num_bytes=sum(output["bytes"] for output in outputs),
-            image_formats=report["counts"]["image_formats"],
-            description=f"Image-text pairs of {config.input}, by data_prep.filter.",
-            file_format=tfds_name,
-        )
-    paths = [files.join(folder, output["file"]) for output in outputs]
-    if not config.metadata_only and all(map(is_indexable, paths)):
-        update_index(folder)
+    if not config.metadata_only:
+        tfds_name = FORMATS[config.output_format].tfds_name
+        if tfds_name is None:
+            dataset_info.write_sizes(folder, {each["file"]: each["records"] for each in outputs})
+        elif job.is_resharded:  # to TFDS the shards of a data set are numbered
+            dataset_info.write_dataset_info(
+                folder,
+                dataset=config.dataset_name,
+                split=config.split,
+                shard_lengths=[output["records"] for output in outputs],
+                num_bytes=sum(output["bytes"] for output in outputs),
+                image_formats=report["counts"]["image_formats"],
+                description=f"Image-text pairs of {config.input}, by data_prep.filter.",
+                file_format=tfds_name,
+            )
+        if all(is_indexable(files.join(folder, output["file"])) for output in outputs):
+            update_index(folder)
     merged = {
         "config": filter_config.record_settings(config),
         "input": config.input,
@@ -350,6 +339,9 @@ def _describe_output(
         "examples_per_shard": config.examples_per_shard,
         "output_format": config.output_format,
         "shards": len(outputs),
+        "described_by": [
+            name for name in plan.MERGED_FILES if files.exists(files.join(folder, name))
+        ],
         "versions": report["versions"],
         "counts": report["counts"] | {"measures": report["measures"]},
     }

@@ -183,8 +183,11 @@ def _plan_tables(
     return units, names
 
 
-def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
+def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], bool]:
     """The statistics of this job's parts that are done, by output, without counts.
+
+    Returned next to them is whether an output is renewed, so that other jobs may have yet to find
+    what has changed of theirs: it was complete, or something of this job has changed.
 
     Other parts are removed: those of inputs that are gone or were replaced, while they are few, and
     those of another config, model or rules where that was asked for. The statistics of each task
@@ -210,6 +213,8 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     removed = {*map(os.path.basename, changed), *gone, *(notes - names)}
     if removed:
         resharding.remove_outputs(job.parts_folder, removed)
+    was_complete = files.exists(files.join(job.folder, shards.MERGED_STATS))
+    is_renewed = was_complete or bool(changed or gone)
     if changed or gone:
         forget_output(job.folder)
     settings = filter_config.describe_settings(job.config)
@@ -219,10 +224,10 @@ def find_done(job: Job, overwrite: bool) -> dict[str, dict[str, Any]]:
     if not job.is_resharded:  # nothing else holds these outputs
         found = [(task, done[task.output]) for task in job.mine if task.output in done]
         damaged = damaged_outputs(found) | find_undecided(list(done))
-        return {output: stats for output, stats in done.items() if output not in damaged}
-    if done and not overwrite:
+        done = {output: stats for output, stats in done.items() if output not in damaged}
+    elif done and not overwrite:
         _check_records(job, done)
-    return done
+    return done, is_renewed
 
 
 def find_undecided(outputs: Sequence[str]) -> set[str]:

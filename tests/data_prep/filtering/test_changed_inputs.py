@@ -95,9 +95,12 @@ def test_tars_in_the_middle_are_added_replaced_and_removed(tmp_path, filtered, s
 
 
 def test_the_jobs_of_an_array_together_replace_no_more_than_one_job_would(tmp_path, filtered):
-    """Of 20 parts 2 may change: with all 20, each job refuses; with 2, none does."""
+    """Of 20 parts 3 may change: with all 20, each job refuses; with 3, none does.
+
+    Nor does one fail that begins when the first of these is made again, and not yet the last.
+    """
     source, output = write_tars(tmp_path / "in", 20, pairs_per_tar=1), tmp_path / "out"
-    config = job_config(source, output, max_changed_shards=0.1)
+    config = job_config(source, output, max_changed_shards=0.15)
     run_filter(config)
     before = snapshot(output)
     tars = sorted((tmp_path / "in").glob("*.tar"))
@@ -106,14 +109,14 @@ def test_the_jobs_of_an_array_together_replace_no_more_than_one_job_would(tmp_pa
     for path, time in zip(tars, times, strict=True):
         os.utime(path, ns=(time, time + 10**9))
     for index in range(4):
-        with pytest.raises(ValueError, match="allows 2 inputs to be gone or replaced"):
+        with pytest.raises(ValueError, match="allows 3 inputs to be gone or replaced"):
             run_filter(config, index, 4)
     assert filtered == [] and snapshot(output) == before
     for number, (path, time) in enumerate(zip(tars, times, strict=True)):
-        os.utime(path, ns=(time, time + 10**9 * (number in (3, 4))))
+        os.utime(path, ns=(time, time + 10**9 * (number in (3, 5, 7))))
     for index in range(20):
         assert run_filter(config, index, 20) == {}
-    assert filtered == ["00003.tar", "00004.tar"]
+    assert filtered == ["00003.tar", "00005.tar", "00007.tar"]
 
 
 def _after(count: int, change, monkeypatch) -> None:

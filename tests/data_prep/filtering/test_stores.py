@@ -164,7 +164,7 @@ def test_inputs_are_planned_by_the_pages_of_their_listing(s3_bucket, api_calls):
         backend.put_object("bucket", f"many/{number:05d}.tar", b"tar")
     config = job_config(f"{s3_bucket}/many/*.tar", f"{s3_bucket}/planned")
     job = plan.plan_job(config, 0, 1, "local", overwrite=False)
-    assert plan.find_done(job, overwrite=False) == {}
+    assert plan.find_done(job, overwrite=False) == ({}, False)
     tasks = job.tasks
     assert len(tasks) == 3_000
     assert api_calls["ListObjectsV2"] <= 3 + 9  # 1,000 names a page
