@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
-from absl import logging
 from PIL import Image
 
 from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object
@@ -60,7 +59,7 @@ class PictureIndex:
         """Opens all parts; an update that comes later is not seen.
 
         Raises:
-            ValueError: there is no index, or it is damaged.
+            ValueError: there is no index, or it is damaged or half updated.
         """
         path = f"{os.fspath(folder)}/{SETTINGS_FILE}"
         settings = read_object(path, "make the index again, in another --index")
@@ -71,14 +70,14 @@ class PictureIndex:
         self.settings = settings
         folder = pathlib.Path(folder)
         manifests = read_manifests(folder, settings)
+        if leftovers := find_leftovers(folder, manifests.values()):
+            path, number = leftovers[0], leftovers[0].name.partition("-")[0]
+            raise ValueError(
+                f"{path}: {number}.json is gone, or an update runs or was interrupted; bring the "
+                "index up to date with --input"
+            )
         if not manifests:
             raise ValueError(f"--index={folder}: no pictures; --input=SOURCE brings them in")
-        for path in find_leftovers(folder, manifests.values()):
-            logging.warning(
-                "%s: left out, since an update was interrupted or its .json is gone; --input "
-                "brings the index up to date",
-                path,
-            )
         with futures.ThreadPoolExecutor() as pool:  # a CRC does not hold the interpreter's lock
             parts = pool.map(functools.partial(Part, folder), manifests.values())
             self._parts = dict(zip(manifests, parts, strict=True))

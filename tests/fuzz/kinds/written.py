@@ -5,9 +5,7 @@ file of it, and runs the command, or the reader that it begins with. What comes 
 of whole files, or an error that names the file.
 
 An edit by a user counts, where the file is still a right one and states other things: in
-`config.json` and `metrics.jsonl` of a run, and in `open_clip_config.json` next to a torch file. A
-part of a search index whose `.json` is gone is one whose update was interrupted: it is left out,
-with a warning.
+`config.json` and `metrics.jsonl` of a run, and in `open_clip_config.json` next to a torch file.
 
 What none of our commands reads is left out: pages, pictures, cards and lists for people, and what
 is there for other programs (`dataset_info.json`, StableHLO, ONNX).
@@ -282,7 +280,7 @@ _USES = {
     "embeddings": [
         *(_Use(k, ".*", functools.partial(_read_embedded, k)) for k in ("npz", "parquet")),
         _Use("npz", ".*", _embed_again),
-        _Use("index", ".*(arrow|json|thumbnails)", _look_for, r"^\d+\.json$"),
+        _Use("index", ".*(arrow|json|thumbnails)", _look_for),
         _Use("index", ".*(arrow|json|thumbnails)", _update_again),
         _Use("kept captioned", "(?!dataset).*(json|tfrecord|idx)", _caption_again),
     ],
