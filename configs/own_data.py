@@ -7,8 +7,8 @@ fewer than 50,000): retrieval on them is measured ten times, and the best checkp
 Run, with your pairs in any form of docs/guides/prepare/sources.md:
 
     python -m data_prep.filter --config prep/convert \
-        --config.input=pictures/captions.csv --config.output=pairs
-    python -m diht_jax.train --config own_data:data=pairs --workdir runs/own
+        --config.input=runs/data/pictures/captions.csv --config.output=runs/pairs
+    python -m diht_jax.train --config own_data:data=runs/pairs --workdir runs/own
     python -m diht_jax.evaluate --model runs/own --tasks validation --output runs/own.json
 
 The argument `data` is what other recipes take as `--config.data.train`; in its place the number of
@@ -130,6 +130,6 @@ def count_pairs(args: ml_collections.ConfigDict) -> int:
         return SIZES[0].most_pairs
     raise ValueError(
         "recipe argument 'data' is missing: expected the folder of your pairs after a colon, such "
-        "as --config own_data:data=pairs (written by data_prep.filter), or how many "
+        "as --config own_data:data=runs/pairs (written by data_prep.filter), or how many "
         "there are, such as pairs=1000"
     )

@@ -85,7 +85,7 @@ def parse(command: Command) -> None:
     is_part = command.is_inline or command.is_for_cluster or "..." in arguments
     arguments = [text for text in arguments if text != "..."]
     # The recipe counts the records of a folder that is not here.
-    arguments = [re.sub(r"\b(own_data(\.py)?):data=\w+", r"\1:pairs=1000", a) for a in arguments]
+    arguments = [re.sub(r"\bown_data:data=[\w/]+", "own_data:pairs=1000", a) for a in arguments]
     has_recipe = any(text.startswith("--config=") or text == "--config" for text in arguments)
     if is_part and command.module in RECIPES and not has_recipe:
         arguments = ["--config", RECIPES[command.module], *arguments]
@@ -129,19 +129,23 @@ def repository(monkeypatch):
 def test_command_is_parsed(command):
     parse(command)
     # Nothing is read that is next to the checkout, which nobody else has.
-    files = {name for example in EXAMPLES.values() for name in example.files}
+    files = {name for example in EXAMPLES.values() for name in example.files} | {"pictures"}
     missing = set(re.findall(r"runs/data/([\w./]+)", command.text)) - files - BY_HAND
     assert not missing and "../" not in command.text
+    if not command.is_inline:  # a clone stays as it is: what is written is elsewhere, or ignored
+        outputs = re.findall(r"\b(?:output|workdir|index|lists)[= ]['\"]?([^\s']+)", command.text)
+        assert all(re.match(r"runs/|/|\w+://|[A-Z$]", path) for path in outputs)
 
 
 def small_workspace(folder):
     """A checkout with recipes, and the models that the pages name."""
     checkout = folder / "checkout"
-    (checkout / "demo_output").mkdir(parents=True)
+    for name in ("demo_output", "runs"):
+        (checkout / name).mkdir(parents=True)
     for link, target in (
         ("configs", REPOSITORY / "configs"),
         *(("demo_output/filtered_concepts", "../runs/try"), ("demo_output/web", "../runs/web")),
-        *(("raw.json", "runs/try.json"), ("filtered.json", "runs/try.json")),
+        *(("runs/raw.json", "try.json"), ("runs/filtered.json", "try.json")),
     ):
         (checkout / link).symlink_to(target)
     return checkout
@@ -172,8 +176,7 @@ def test_commands_run(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     written = "web/val_retrieval.tar kept/report.html both/report.html lists/dropped.tsv "
-    written += "try/metrics.jsonl try.html exported/open_clip_config.json"
+    written += "try/metrics.jsonl try.html exported/open_clip_config.json filtered.compared.png"
     missing = [name for name in written.split() if not (checkout / "runs" / name).is_file()]
     assert not missing, sorted(map(str, checkout.rglob("*")))[:80]
-    assert (checkout / "filtered.compared.png").is_file()
     assert list((checkout / "runs/embedded").glob("*.npz"))
