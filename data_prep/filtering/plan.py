@@ -221,13 +221,14 @@ def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], boo
     path = files.join(job.parts_folder, SETTINGS)
     if (files.read_object(path) or {}) != settings:
         files.write_object(path, settings)
+    damaged = find_undecided(list(done))
     if not job.is_resharded:  # nothing else holds these outputs
-        found = [(task, done[task.output]) for task in job.mine if task.output in done]
-        damaged = damaged_outputs(found) | find_undecided(list(done))
-        done = {output: stats for output, stats in done.items() if output not in damaged}
+        damaged |= damaged_outputs(
+            [(task, done[task.output]) for task in job.mine if task.output in done]
+        )
     elif done and not overwrite:
         _check_records(job, done)
-    return done, is_renewed
+    return {path: stats for path, stats in done.items() if path not in damaged}, is_renewed
 
 
 def find_undecided(outputs: Sequence[str]) -> set[str]:

@@ -53,6 +53,10 @@ def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path):
     assert snapshot(tmp_path / "out") == before
     now = when_done(tmp_path / "out")
     assert [name for name in stats if now[name] != stats[name]] == ["00001.tar"]
+    for kind in ("decisions.parquet", "samples.tsv"):  # of one part, which nothing else holds
+        min((tmp_path / "out" / "parts").glob(f"*.{kind}")).unlink()
+        run_filter(config)
+        assert snapshot(tmp_path / "out") == before
 
 
 def test_a_shard_that_others_have_added_is_not_removed(tmp_path):
