@@ -93,7 +93,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("window_blocks", 4, "W.")
     flags.DEFINE_integer("read_threads", 8, "Blocks that are requested at the same time.")
     flags.DEFINE_integer("rounds", 3, "In which the store and the disk are measured in turn.")
-    # Less than one: at its end, blocks are deleted that the next epoch has already asked for.
     flags.DEFINE_float("epochs", 0.5, "Of a measurement.")
 
 

@@ -210,7 +210,8 @@ KEYS: dict[str, Key] = {
     # Blocks of an object store are fetched ahead, and wait in shared memory, or in this folder.
     "data.cache_dir": Key(str, resume=FREE, per_host=True),
     # Bound of these blocks on each host; None: half of the free space there, and of shared memory
-    # at most a quarter of the free memory. The log says what they take.
+    # at most a quarter of the free memory. The log says what they take. Where this or a folder is
+    # set, all blocks stay if they fit.
     "data.read_ahead_gib": Key(float, POSITIVE, FREE, per_host=True),
     # Blocks that a host requests at the same time.
     "data.read_threads": Key(32, COUNT, FREE, per_host=True),

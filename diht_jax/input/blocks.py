@@ -3,8 +3,9 @@
 Every decoding worker looks up which blocks its next sub-batches need, and fetches them in threads
 into a folder that all workers of the host share: in shared memory, or on a local disk. A lock on
 each block makes sure that one worker fetches it while the others wait; it ends with its holder, so
-that a worker that dies holds up nobody. The training process deletes a block when it has taken the
-batch with the block's last record.
+that a worker that dies holds up nobody. The training process deletes a block when no window holds
+it that the records on their way, up to those that are requested, are drawn from: in this epoch or
+in the next one.
 
 A file has the places of the block's records, and the bytes of its extent as they came::
 
@@ -23,7 +24,7 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -36,7 +37,6 @@ from diht_jax.input.workers import (
     SHARED_MEMORY,
     available_memory,
     claim_mark,
-    describe_bytes,
     remove_folder,
     run_in_thread,
 )
@@ -94,6 +94,7 @@ class BlockStore:
     Attributes:
         folder: of the files, between `start` and `stop`.
         order: of the records.
+        stays: whether all blocks stay; `InFlight.plan_blocks` decides it.
     """
 
     def __init__(
@@ -128,10 +129,11 @@ class BlockStore:
         self._source, self._timeout_secs = source, data.read_timeout_secs
         self._num_threads = -(-data.read_threads // max(1, num_processes))
         self.folder: pathlib.Path | None = None
+        self.stays = False
         self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        of_process = ("_queue", "_starting", "_stopped")
+        of_process = ("_queue", "_starting", "_stopped", "_kept")
         return {name: value for name, value in self.__dict__.items() if name not in of_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -153,61 +155,60 @@ class BlockStore:
         self.folder = None
         self._prepare()
 
-    def request(self, records: Iterable[int]) -> None:
-        """Begins to fetch the blocks of some records."""
+    def request(self, block: int) -> None:
+        """Begins to fetch a block, unless it is here."""
+        if os.path.exists(self._path(block)):
+            return
         with self._starting:
             if self._queue is None:
                 self._queue = queue.SimpleQueue()
                 for _ in range(self._num_threads):
                     arguments = (self._queue, self._stopped)
                     threading.Thread(target=self._fetch_queued, args=arguments, daemon=True).start()
-        for block in self._missing(records):
             self._queue.put(block)
 
-    def fetch(self, records: Iterable[int]) -> None:
-        """Waits until the blocks of some records are here.
+    def read(self, record: int, *, fetch: bool = False) -> Any:
+        """The element of a record; None where its block is not here, unless it is to be fetched.
 
         Raises:
-            TFRecordError: the shard of a block, or its index, was replaced.
+            TFRecordError: as `TFRecordSource`, or the shard of a block, or its index, was replaced.
             StorageError: a block cannot be read from the store, or not be written here.
             ReadAheadStopped: the input was closed.
         """
-        for block in self._missing(records):
-            self._fetch(block, wait=True)
-
-    def read(self, record: int) -> Any:
-        """The element of a record; None where its block is not here. Errors as `TFRecordSource`."""
         if self.folder is None:  # in a process that does not decode
             return None
         block = self.order.block_of(record)
         path, number = self._path(block), record - int(self.order.block_starts[block])
 
         def read_piece() -> bytes:
-            with open(path, "rb", buffering=0) as file:
-                start, end = _PLACES.unpack(os.pread(file.fileno(), _PLACES.size, 8 * number))
-                return os.pread(file.fileno(), end - start, start)
+            file = os.open(path, os.O_RDONLY)
+            try:
+                start, end = _PLACES.unpack(os.pread(file, _PLACES.size, 8 * number))
+                return os.pread(file, end - start, start)
+            finally:
+                os.close(file)
 
         try:
             piece = retry(read_piece, path)
         except FileNotFoundError:
-            return None
+            if not fetch:
+                return None
+            self._fetch(block, wait=True)
+            return self.read(record)
         return self._source.unpack(record, piece)
 
-    def delete(self, block: int) -> None:
-        """Deletes a block whose last record was used."""
-        if self.folder is not None:
-            self._path(block).unlink(missing_ok=True)
-            self._path(block).with_suffix(".lock").unlink(missing_ok=True)
+    def keep(self, blocks: set[int]) -> None:
+        """Deletes the blocks that were kept so far and are no longer among these."""
+        for block in self._kept - blocks:
+            for ending in ("block", "lock"):
+                pathlib.Path(self._path(block, ending)).unlink(missing_ok=True)
+        self._kept = blocks
 
     def describe(self) -> str:
-        """Number and size of the blocks that are here, for people who wait for one."""
+        """Number of the blocks that are here, for people who wait for one."""
         if self.folder is None:
             return "no block of the object store is here"
-        sizes = []
-        for path in self.folder.glob("*.block"):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                sizes.append(path.stat().st_size)
-        return f"{len(sizes)} blocks ({describe_bytes(sum(sizes))}) are in {self.folder}"
+        return f"{len(list(self.folder.glob('*.block')))} blocks are in {self.folder}"
 
     def mean_block_bytes(self) -> float:
         """Bytes of a block on average, by the extents of some of them."""
@@ -220,15 +221,12 @@ class BlockStore:
         self._queue: queue.SimpleQueue[int] | None = None
         self._starting = threading.Lock()
         self._stopped = threading.Event()
+        self._kept: set[int] = set()
 
-    def _missing(self, records: Iterable[int]) -> list[int]:
-        blocks = dict.fromkeys(map(self.order.block_of, records))
-        return [block for block in blocks if not self._path(block).exists()]
-
-    def _path(self, block: int) -> pathlib.Path:
+    def _path(self, block: int, ending: str = "block") -> str:
         if self.folder is None:
             raise ReadAheadStopped("the input was closed")
-        return self.folder / f"{block}.block"
+        return f"{self.folder}/{block}.{ending}"
 
     def _fetch_queued(self, blocks: queue.SimpleQueue[int], stopped: threading.Event) -> None:
         while not stopped.is_set():
@@ -238,23 +236,25 @@ class BlockStore:
 
     def _fetch(self, block: int, *, wait: bool) -> None:
         """Fetches a block unless it is here; one that another process fetches is waited for."""
-        path, stopped = self._path(block), self._stopped
-        with contextlib.suppress(LockedError), lock_file(path.with_suffix(".lock"), wait=wait):
-            if path.exists():
+        path, lock, stopped = self._path(block), self._path(block, "lock"), self._stopped
+        if os.path.exists(path):  # every worker has asked for it
+            return
+        with contextlib.suppress(LockedError), lock_file(lock, wait=wait, names_holder=False):
+            if os.path.exists(path):
                 return
             parts = self._read_block(block, stopped)
             # A name of its own, since some file systems have no locks.
-            unfinished = path.with_suffix(f".{secrets.token_hex(4)}.part")
+            unfinished = self._path(block, f"{secrets.token_hex(4)}.part")
             try:
                 with open(unfinished, "wb") as file:
                     file.writelines(parts)
                 os.replace(unfinished, path)
             except OSError as error:
-                unfinished.unlink(missing_ok=True)
+                pathlib.Path(unfinished).unlink(missing_ok=True)
                 if stopped.is_set():
                     raise ReadAheadStopped("the input was closed") from error
                 raise StorageError(
-                    f"{path.parent}: a block that was fetched ahead cannot be written "
+                    f"{self.folder}: a block that was fetched ahead cannot be written "
                     f"({error.strerror or error}); free some space, set config.data.cache_dir to "
                     "another disk, or lower config.data.num_streams or config.data.window_blocks"
                 ) from error

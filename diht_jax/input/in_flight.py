@@ -152,19 +152,21 @@ class InFlight:
         stores: Sequence[BlockStore],
         data: ml_collections.ConfigDict,
         process_count: int,
-    ) -> int:
+    ) -> tuple[int, int]:
         """Plans which blocks are fetched ahead, logs their size, and compares it with its bound.
 
         A stream holds one window of W blocks. Further ones are held because they are fetched ahead,
-        and from windows that these have begun.
+        and from windows that these have begun. If there are no more than that, or if they all fit
+        into a folder or a bound that the user has set, all blocks stay for the next epochs.
 
         Args:
             stores: the blocks of all sources that have some.
             data: the section `config.data`.
 
         Returns:
-            How many sub-batches after one that is decoded the blocks of another are requested; a
-            multiple of the number of workers, which decodes both.
+            How many sub-batches after one that is decoded the blocks of another are requested, a
+            multiple of the number of workers, which decodes both; and how many batches, from the
+            next one on, have been requested at most.
 
         Raises:
             ValueError: the blocks need more; names the keys.
@@ -176,15 +178,20 @@ class InFlight:
         stride = max(1, self._num_workers)
         rounds = _ROUNDS_AHEAD * data.read_threads * block_records / self._rows
         parts = math.ceil(rounds / stride) * stride
-        # Decoding is ahead of the batch that is taken, and fetching ahead of that.
-        decoded = max(self._parts_per_batch, self.thread_parts)
+        # A batch is joined, decoding is ahead of that, and fetching ahead of decoding.
+        decoded = self.thread_parts
         if self._num_workers:
             decoded = self._num_workers * (2 * self.queue_parts + 3)
-        ahead = math.ceil((decoded + parts) * self._rows / block_records)
+        requested = self._parts_per_batch + decoded + parts
+        ahead = math.ceil(requested * self._rows / block_records)
         streams, window = stores[0].order.num_streams, stores[0].order.window_blocks
         held = -(-streams * window // process_count) + window + ahead
-        needed = int((np.minimum(num_blocks, held) * block_bytes).sum())
         bound, folder = bound_bytes(data), data.cache_dir or SHARED_MEMORY
+        is_set = bool(data.cache_dir) or data.read_ahead_gib is not None
+        stay = (num_blocks <= held) | (is_set and num_blocks @ block_bytes <= bound)
+        needed = int(np.where(stay, num_blocks, held) @ block_bytes)
+        for store, all_stay in zip(stores, stay.tolist(), strict=True):
+            store.stays = all_stay
         logging.info(
             "blocks of the object store: about %s are kept in %s, which may take %s "
             "(config.data.read_ahead_gib)",
@@ -193,7 +200,7 @@ class InFlight:
             describe_bytes(bound),
         )
         if needed <= bound:
-            return parts
+            return parts, math.ceil(requested / self._parts_per_batch)
         raise ValueError(
             f"the blocks that are fetched ahead need {describe_bytes(needed)} on this host "
             f"(config.data.num_streams={streams} over {process_count} processes, windows of "

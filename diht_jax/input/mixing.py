@@ -57,9 +57,12 @@ class Source:
     # Of these records, where they are fetched from an object store.
     blocks: BlockStore | None = None
 
-    def record(self, number: int) -> Record:
-        """The record of a number with its labels; errors name the record, or the file of labels."""
-        element = None if self.blocks is None else self.blocks.read(number)
+    def record(self, number: int, *, fetch: bool = False) -> Record:
+        """The record of a number with its labels; errors name the record, or the file of labels.
+
+        A block that is not here is fetched, or else the record is read alone.
+        """
+        element = None if self.blocks is None else self.blocks.read(number, fetch=fetch)
         element = self.records[number] if element is None else element
         record = self.records.decode(element)
         for labels in self.labels:
@@ -67,7 +70,7 @@ class Source:
         return record
 
 
-class Mixture(Sequence[tuple[Source, Record]]):
+class Mixture:
     """The records of an endless run, position by position.
 
     Attributes:
@@ -84,17 +87,13 @@ class Mixture(Sequence[tuple[Source, Record]]):
         self.sources, self.weights = tuple(sources), weights
         self.num_records = sum(source.order.num_records for source in sources)
         self.example_bytes = max(source.decode.example_bytes for source in sources)
-        self._has_blocks = any(source.blocks for source in sources)
         period = weights.period if weights else 1
         self.same_source_batches = period if period < _LONGEST_CYCLE else 1
 
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, position: int) -> tuple[Source, Record]:
-        """The source at a position, and its record."""
+    def read(self, position: int, *, fetch: bool = False) -> tuple[Source, Record]:
+        """The source at a position, and its record; `fetch` is that of `Source.record`."""
         number, record = self.find(position)
-        return self.sources[number], self.sources[number].record(record)
+        return self.sources[number], self.sources[number].record(record, fetch=fetch)
 
     def find(self, position: int) -> tuple[int, int]:
         """The number of the source at a position, and that of the record."""
@@ -148,26 +147,28 @@ class Mixture(Sequence[tuple[Source, Record]]):
             for source, share in zip(self.sources, shares, strict=True)
         ]
 
-    def finish(self, positions: Iterable[int]) -> None:
-        """Deletes the blocks that are not needed any more behind some positions."""
+    def request(self, positions: Iterable[int]) -> None:
+        """Begins to fetch the blocks of the records at some positions, of sources in a store."""
+        wanted: dict[tuple[BlockStore, int], None] = {}  # in the order of the positions
         for position in positions:
             number, own = self._find_source(position)
-            order, blocks = self.sources[number].order, self.sources[number].blocks
-            if blocks and isinstance(order, BlockOrder):
-                block = order.finished_block(own)
-                if block is not None:
-                    blocks.delete(block)
+            blocks = self.sources[number].blocks
+            if blocks:
+                wanted[blocks, blocks.order.block_at(own)] = None
+        for blocks, block in wanted:
+            blocks.request(block)
 
-    def by_store(self, positions: Iterable[int]) -> list[tuple[BlockStore, list[int]]]:
-        """The blocks of each source in a store, and its records at some positions."""
-        if not self._has_blocks:
-            return []
-        found: list[list[int]] = [[] for _ in self.sources]
-        for position in positions:
-            number, record = self.find(position)
-            found[number].append(record)
-        pairs = zip(self.sources, found, strict=True)
-        return [(source.blocks, records) for source, records in pairs if source.blocks]
+    def keep(self, first: int, end: int, streams: slice) -> None:
+        """Deletes blocks that some streams do not draw from between two multiples of V."""
+        for number, source in enumerate(self.sources):
+            blocks = source.blocks
+            if blocks is None or blocks.stays:
+                continue
+            if self.weights:
+                begins, ends = (self.weights.next_positions(p)[number] for p in (first, end))
+            else:
+                begins, ends = (p + np.arange(blocks.order.num_streams) for p in (first, end))
+            blocks.keep(blocks.order.blocks_between(begins[streams], ends[streams]))
 
     def _find_source(self, position: int) -> tuple[int, int]:
         """The number of the source at a position, and its own position for it."""
@@ -379,9 +380,13 @@ class MixtureWeights:
 
     def counts(self, position: int) -> list[int]:
         """Examples that each source has given before a position, a multiple of V."""
+        return (self.next_positions(position) // self.num_streams).sum(axis=1).tolist()
+
+    def next_positions(self, position: int) -> np.ndarray:
+        """int64 [sources, V], own positions that streams come to next, from a multiple of V on."""
         row = position // self.num_streams
         segment = self._segments[bisect.bisect_right(self._first_rows, row) - 1]
-        return self._taken(segment, row).sum(axis=1).tolist()
+        return self._taken(segment, row) * self.num_streams + np.arange(self.num_streams)
 
     def _taken(self, segment: _Segment, row: int) -> np.ndarray:
         rotation = segment.rotation

@@ -189,17 +189,27 @@ class BlockOrder:
     def __getitem__(self, position: int) -> int:
         """The number of the record, among all of the source, at a position from 0."""
         window, row = self._find(position)
-        return _skip(self._before, window.record(row))
+        part, drawn = window.draw(row)
+        return _skip(self._before, window.records[part] + drawn)
+
+    def block_at(self, position: int) -> int:
+        """The number of the block that holds the record at a position."""
+        window, row = self._find(position)
+        return window.blocks[window.draw(row)[0]]
 
     def block_of(self, record: int) -> int:
         """The number of the block that holds a record."""
         return _find(self.block_starts, record)
 
-    def finished_block(self, position: int) -> int | None:
-        """The block that its stream no longer needs after a position; None where it still does."""
-        window, row = self._find(position)
-        finished = window.finished_block(row)
-        return None if finished is None else int(self._blocks[finished])
+    def blocks_between(self, begins: np.ndarray, ends: np.ndarray) -> set[int]:
+        """The blocks of all windows that streams draw from, each from a position up to another."""
+        blocks: set[int] = set()
+        for position, end in zip(begins.tolist(), ends.tolist(), strict=True):
+            while position < end:
+                window, row = self._find(position)
+                blocks.update(window.blocks)
+                position += (window.first_row + len(window.order) - row) * self.num_streams
+        return blocks
 
     def describe(self) -> str:
         """A sentence for the log about what is mixed."""
@@ -262,16 +272,12 @@ class BlockOrder:
         length = int(rows[-1] - rows[0])
         order = _permutation(length, self._seed, epoch, stream, number)
         offsets = rows[:-1][kept] - rows[0]
-        last_rows = np.zeros(len(offsets), np.int64)
-        # Of several assignments to one entry the last one stays.
-        last_rows[np.searchsorted(offsets, order, side="right") - 1] = np.arange(length)
         return _Window(
             first_row=int(rows[0]),
             order=order.astype(np.uint16 if length <= 2**16 else np.uint32),
             offsets=offsets.tolist(),
             records=records[kept].tolist(),
-            blocks=blocks[kept].tolist(),
-            last_rows=last_rows.tolist(),
+            blocks=self._blocks[blocks[kept]].tolist(),
         )
 
 
@@ -282,7 +288,7 @@ def _skip(before: np.ndarray, number: int) -> int:
 
 def _find(starts: np.ndarray, number: int) -> int:
     """The block, of those that begin at `starts`, that holds a row or a record."""
-    return int(np.searchsorted(starts, number, side="right")) - 1
+    return int(starts.searchsorted(number, side="right")) - 1
 
 
 class _Segment(NamedTuple):
@@ -303,19 +309,12 @@ class _Window:
     offsets: list[int]  # where each block begins before the permutation
     records: list[int]  # the first record that is taken of each block
     blocks: list[int]  # numbers of the blocks
-    last_rows: list[int]  # the row of the window that uses each block last
 
-    def record(self, row: int) -> int:
-        """The record at a row of the segment."""
+    def draw(self, row: int) -> tuple[int, int]:
+        """The entry of the block at a row of the segment, and the record's number within it."""
         drawn = int(self.order[row - self.first_row])
         part = bisect.bisect_right(self.offsets, drawn) - 1
-        return self.records[part] + drawn - self.offsets[part]
-
-    def finished_block(self, row: int) -> int | None:
-        """The block that a row of the segment is the last one to use; None where there is none."""
-        row -= self.first_row
-        part = bisect.bisect_right(self.offsets, int(self.order[row])) - 1
-        return self.blocks[part] if self.last_rows[part] == row else None
+        return part, drawn - self.offsets[part]
 
 
 def _permutation(length: int, *key: int) -> np.ndarray:

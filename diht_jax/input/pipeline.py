@@ -120,7 +120,9 @@ class TrainIterator:
         self._in_flight.check(data.max_in_flight_gib)
         plan_blocks = self._in_flight.plan_blocks
         stores = self.block_stores
-        self._parts_ahead = plan_blocks(stores, data, process_count) if stores else 0
+        planned = plan_blocks(stores, data, process_count) if stores else (0, 0)
+        self._parts_ahead, self._batches_requested = planned
+        self._streams = slice(process_index, None, process_count)  # of this host
         self.skipped_records = 0
         self._parts_taken = 0  # since the workers were started
         self._abandoned = False
@@ -144,6 +146,8 @@ class TrainIterator:
             RuntimeError: workers die again and again at the same batch; the message names it.
         """
         deaths = 0
+        requested = self._next_example + self._batches_requested * self._batch_size
+        self._records.keep(self._next_example, requested, self._streams)
         while True:
             if self._batches is None:
                 self._batches = self._start()
@@ -156,8 +160,6 @@ class TrainIterator:
                 continue
             if SKIPPED_RECORDS in batch:
                 self._count_bad_records(batch.pop(SKIPPED_RECORDS))
-            if self.block_stores:
-                self._records.finish(self._examples.batch(self._next_example))
             self._next_example += self._batch_size
             return batch
 
@@ -214,7 +216,7 @@ class TrainIterator:
         indices = self._examples.batch(first_example)[:most]
         if self._examples.skips:
             indices = [self._examples.find(index)[1] for index in indices]
-        return [self._records[index][1].key for index in indices]
+        return [self._records.read(index)[1].key for index in indices]
 
     def get_state(self) -> dict[str, int]:
         """The position in the global order, as a JSON-able dict."""
@@ -276,7 +278,7 @@ class TrainIterator:
             near = parts[: self._in_flight.queue_parts + 2]
             suspects = [index for part in near for index in self._parts.indices(part)]
             while (index := find_crashing_index(self._parts, suspects)) is not None:
-                key = self._records[index][1].key
+                key = self._records.read(index)[1].key
                 self._examples.exclude(index, f"record '{key}': its picture crashes its decoder")
                 if not self._examples.skips:
                     raise ValueError(self._examples.explain(index)) from error

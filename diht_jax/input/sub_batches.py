@@ -13,7 +13,6 @@ What makes a record bad is decided where it is read: `records/shard_files.py` fo
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import multiprocessing
 import os
@@ -127,8 +126,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             later = part + self._ahead
             # The first parts also need blocks that no earlier part has requested.
             for wanted in (part, later) if part < self._ahead else (later,):
-                for store, records in self._records.by_store(self.indices(wanted)):
-                    store.request(records)
+                self._records.request(self.indices(wanted))
         arrays: dict[str, np.ndarray] = {}
         for row, example in enumerate(self._examples(self.indices(part))):
             for name, value in example.items():
@@ -161,8 +159,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             try:
                 return self.decode(tried), tried
             except ValueError as error:
-                is_whole_shard = isinstance(error, TFRecordError | StorageError)
-                if not self.skips or is_whole_shard and not isinstance(error, DamagedRecordError):
+                if not self.skips or not _is_of_one_record(error):
                     raise
                 last = error
         raise ValueError(
@@ -192,12 +189,13 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         """
         for first in range(0, len(indices), _GROUP_ROWS):
             group = indices[first : first + _GROUP_ROWS]
-            for store, records in self._records.by_store(group):
-                store.fetch(records)
             plans: dict[int, Callable[[], dict[str, Any]]] = {}
             for index in group:
-                with contextlib.suppress(ValueError):
-                    plans[index] = self._plan(index)
+                try:
+                    plans[index] = self._plan(index, fetch=True)
+                except ValueError as error:
+                    if not _is_of_one_record(error):
+                        raise
             for index in group:
                 try:
                     example, used = plans[index](), index
@@ -209,13 +207,13 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
                     example[SKIPPED_RECORDS] = np.int32((used - index) // self._stride)
                 yield example
 
-    def _plan(self, index: int) -> Callable[[], dict[str, Any]]:
+    def _plan(self, index: int, *, fetch: bool = False) -> Callable[[], dict[str, Any]]:
         """Everything of an example but its pixels, which the result decodes."""
         if self._excluded:
             problem = self._excluded.get(self._records.find(index))
             if problem is not None:
                 raise ValueError(problem)
-        source, record = self._records[index]
+        source, record = self._records.read(index, fetch=fetch)
         return source.decode.plan(record, self._generator(index), index)
 
     def _generator(self, index: int) -> np.random.Generator:
@@ -235,6 +233,12 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
 
 
 _kept = threading.local()
+
+
+def _is_of_one_record(error: ValueError) -> bool:
+    """False for the error of a whole shard, or of the disk or store that it is in."""
+    is_whole_shard = isinstance(error, TFRecordError | StorageError)
+    return not is_whole_shard or isinstance(error, DamagedRecordError)
 
 
 def find_crashing_index(examples: SubBatches, indices: Iterable[int]) -> int | None:

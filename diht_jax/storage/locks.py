@@ -52,11 +52,13 @@ class LockedError(OSError):
         self.holder = holder
 
 
-def lock_file(path: str | os.PathLike[str], *, wait: bool = True) -> BinaryIO:
+def lock_file(
+    path: str | os.PathLike[str], *, wait: bool = True, names_holder: bool = True
+) -> BinaryIO:
     """Opens a file, which is made where it is missing, and locks it until it is closed.
 
-    The file names the holder and stays behind; only the lock on it counts. Where the file system
-    has no locks, the process goes on without one.
+    The file names the holder, unless nobody will ask, and stays behind; only the lock on it counts.
+    Where the file system has no locks, the process goes on without one.
 
     Raises:
         LockedError: another process holds the lock, unless `wait`.
@@ -74,6 +76,8 @@ def lock_file(path: str | os.PathLike[str], *, wait: bool = True) -> BinaryIO:
             file.close()
             raise
         logging.warning("%s: this file system has no locks (%s); going on without", path, error)
+    if not names_holder:
+        return file
     with contextlib.suppress(OSError):  # a full disk does not prevent a lock
         file.truncate(0)
         file.write(json.dumps(_describe_process()).encode())

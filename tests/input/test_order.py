@@ -53,9 +53,18 @@ def test_every_epoch_holds_each_record_once_that_is_not_held_out(held_out):
 def test_blocks_without_a_record_to_train_on_are_never_waited_for():
     # Blocks of 8 records, of which the second is held out.
     order = block_order(64, 8, 4, 2, held_out=np.arange(8, 16))
-    finished = [order.finished_block(position) for position in range(56)]
-    last = {order.block_of(order[position]): position for position in range(56)}
-    assert {block: p for p, block in enumerate(finished) if block is not None} == last
+    assert order.blocks_between(np.arange(4), np.full(4, 56)) == {0, *range(2, 8)}
+    assert {order.block_at(position) for position in range(56)} == {0, *range(2, 8)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_blocks_of_some_positions_are_those_of_their_windows(shape):
+    order, n, streams = block_order(*shape), shape[0], shape[2]
+    for first, end in ((0, n), (n // 2, n), (n - 1, n + 3), (n // 3, 3 * n)):
+        found = order.blocks_between(first + np.arange(streams), np.full(streams, end))
+        drawn = {order.block_of(order[position]) for position in range(first, end)}
+        assert {order.block_at(position) for position in range(first, end)} == drawn <= found
+    assert len(order.blocks_between(np.array([0]), np.array([1]))) <= shape[3]
 
 
 def test_the_order_is_a_function_of_seed_and_position():
