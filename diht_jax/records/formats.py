@@ -69,7 +69,7 @@ class _TFRecordShard(OpenShard):
     index = INDEX
 
     def read(self, record: int) -> bytes:
-        data = unframe(super().read(record), self.path, record)
+        data = unframe(super().read(record), lambda: (self.path, record))
         if data is not None:
             return data
         try:
@@ -104,9 +104,9 @@ class TFRecordSource(ShardedRecords):
 
     def unpack(self, index: int, piece: bytes) -> bytes:
         """The element of a record, of its piece of an extent; see `ShardedRecords.unpack`."""
-        path, record = self.locate(index)
-        data = unframe(piece, path, record)
+        data = unframe(piece, functools.partial(self.locate, index))
         if data is None:
+            path, record = self.locate(index)
             raise DamagedRecordError(
                 f"{path}: record {record}: its length is damaged (the checksum differs), or it is "
                 "not where its index says; write the shard again"

@@ -97,8 +97,8 @@ def frame_footer(data: bytes) -> bytes:
     return _CRC.pack(_masked_crc(data))
 
 
-def unframe(frame: bytes, path: str, record: int) -> bytes | None:
-    """The record within a complete frame; `path` and `record` are for the message.
+def unframe(frame: bytes, locate: Callable[[], tuple[str, int]]) -> bytes | None:
+    """The record within a complete frame; `locate` gives path and number for the message.
 
     Returns:
         The record's bytes; None where `frame` is not one whole frame, so that whoever cut it out
@@ -110,7 +110,8 @@ def unframe(frame: bytes, path: str, record: int) -> bytes | None:
     if framed_length(frame) != len(frame):
         return None
     data = frame[_LENGTH.size : -_CRC.size]
-    _check_contents(path, record, data, frame[-_CRC.size :])
+    if frame_footer(data) != frame[-_CRC.size :]:
+        raise _damaged(*locate())
     return data
 
 
@@ -149,7 +150,8 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
     with open_file(path) as file:
         for record, (_, length) in enumerate(_walk_frames(path, file)):
             data = file.read(length)
-            _check_contents(path, record, data, file.read(_CRC.size))
+            if frame_footer(data) != file.read(_CRC.size):
+                raise _damaged(path, record)
             yield data
 
 
@@ -184,11 +186,10 @@ def _check_header(path: str, record: int, header: bytes) -> int:
     )
 
 
-def _check_contents(path: str, record: int, data: bytes, footer: bytes) -> None:
-    if frame_footer(data) != footer:
-        raise DamagedRecordError(
-            f"{path}: record {record} is damaged (its checksum differs); write the shard again"
-        )
+def _damaged(path: str, record: int) -> DamagedRecordError:
+    return DamagedRecordError(
+        f"{path}: record {record} is damaged (its checksum differs); write the shard again"
+    )
 
 
 def _truncated(path: str, record: int, missing_bytes: int) -> TFRecordError:

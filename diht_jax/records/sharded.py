@@ -213,7 +213,7 @@ class ShardedRecords(Sequence[bytes]):
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self!r}")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = int(self._starts.searchsorted(index, side="right")) - 1
         return number, index - int(self._starts[number])
 
     def _find_range(self, first: int, last: int) -> tuple[int, int, int]:
