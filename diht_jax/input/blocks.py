@@ -94,7 +94,8 @@ class BlockStore:
     Attributes:
         folder: of the files, between `start` and `stop`.
         order: of the records.
-        stays: whether all blocks stay; `InFlight.plan_blocks` decides it.
+        stays: whether blocks stay for the next epochs: there are no more than are held at a time,
+            or they fit into a folder or a bound that the user has set.
     """
 
     def __init__(

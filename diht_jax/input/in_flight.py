@@ -55,6 +55,7 @@ class InFlight:
             One more is on its way into each; so `prefetch_batches` are ahead, or what that rounds
             up to: every worker works ahead by four sub-batches at least.
         thread_parts: sub-batches that the threads of this process have begun or done.
+        begun_parts: sub-batches, from the next batch on, that are begun, done or joined at most.
         part_bytes: of a sub-batch.
         shared_bytes: at most, in shared memory.
         process_bytes: at most, in the memory of the processes.
@@ -86,6 +87,8 @@ class InFlight:
         ahead = prefetch_batches * parts_per_batch
         self.queue_parts = max(1, -(-ahead // (2 * max(1, num_workers))) - 1)
         self.thread_parts = max(num_threads, ahead)
+        decoded = num_workers * (2 * self.queue_parts + 3) or self.thread_parts
+        self.begun_parts = parts_per_batch + decoded
         shared_parts, process_parts = 0, self.thread_parts + JOINED_BATCHES * parts_per_batch
         if num_workers:
             shared_parts = num_workers * (2 * self.queue_parts + 2)
@@ -152,21 +155,19 @@ class InFlight:
         stores: Sequence[BlockStore],
         data: ml_collections.ConfigDict,
         process_count: int,
-    ) -> tuple[int, int]:
+    ) -> int:
         """Plans which blocks are fetched ahead, logs their size, and compares it with its bound.
 
         A stream holds one window of W blocks. Further ones are held because they are fetched ahead,
-        and from windows that these have begun. If there are no more than that, or if they all fit
-        into a folder or a bound that the user has set, all blocks stay for the next epochs.
+        and from windows that these have begun.
 
         Args:
             stores: the blocks of all sources that have some.
             data: the section `config.data`.
 
         Returns:
-            How many sub-batches after one that is decoded the blocks of another are requested, a
-            multiple of the number of workers, which decodes both; and how many batches, from the
-            next one on, have been requested at most.
+            How many sub-batches after one that is decoded the blocks of another are requested; a
+            multiple of the number of workers, which decodes both.
 
         Raises:
             ValueError: the blocks need more; names the keys.
@@ -178,17 +179,12 @@ class InFlight:
         stride = max(1, self._num_workers)
         rounds = _ROUNDS_AHEAD * data.read_threads * block_records / self._rows
         parts = math.ceil(rounds / stride) * stride
-        # A batch is joined, decoding is ahead of that, and fetching ahead of decoding.
-        decoded = self.thread_parts
-        if self._num_workers:
-            decoded = self._num_workers * (2 * self.queue_parts + 3)
-        requested = self._parts_per_batch + decoded + parts
-        ahead = math.ceil(requested * self._rows / block_records)
+        ahead = math.ceil((self.begun_parts + parts) * self._rows / block_records)
         streams, window = stores[0].order.num_streams, stores[0].order.window_blocks
         held = -(-streams * window // process_count) + window + ahead
         bound, folder = bound_bytes(data), data.cache_dir or SHARED_MEMORY
-        is_set = bool(data.cache_dir) or data.read_ahead_gib is not None
-        stay = (num_blocks <= held) | (is_set and num_blocks @ block_bytes <= bound)
+        can_stay = data.cache_dir or data.read_ahead_gib is not None
+        stay = (num_blocks <= held) | bool(can_stay and num_blocks @ block_bytes <= bound)
         needed = int(np.where(stay, num_blocks, held) @ block_bytes)
         for store, all_stay in zip(stores, stay.tolist(), strict=True):
             store.stays = all_stay
@@ -200,7 +196,7 @@ class InFlight:
             describe_bytes(bound),
         )
         if needed <= bound:
-            return parts, math.ceil(requested / self._parts_per_batch)
+            return parts
         raise ValueError(
             f"the blocks that are fetched ahead need {describe_bytes(needed)} on this host "
             f"(config.data.num_streams={streams} over {process_count} processes, windows of "

@@ -57,18 +57,6 @@ class Source:
     # Of these records, where they are fetched from an object store.
     blocks: BlockStore | None = None
 
-    def record(self, number: int, *, fetch: bool = False) -> Record:
-        """The record of a number with its labels; errors name the record, or the file of labels.
-
-        A block that is not here is fetched, or else the record is read alone.
-        """
-        element = None if self.blocks is None else self.blocks.read(number, fetch=fetch)
-        element = self.records[number] if element is None else element
-        record = self.records.decode(element)
-        for labels in self.labels:
-            record = labels.join(record, number)
-        return record
-
 
 class Mixture:
     """The records of an endless run, position by position.
@@ -91,9 +79,19 @@ class Mixture:
         self.same_source_batches = period if period < _LONGEST_CYCLE else 1
 
     def read(self, position: int, *, fetch: bool = False) -> tuple[Source, Record]:
-        """The source at a position, and its record; `fetch` is that of `Source.record`."""
-        number, record = self.find(position)
-        return self.sources[number], self.sources[number].record(record, fetch=fetch)
+        """The source at a position, and its record with its labels.
+
+        Where the record's block is not here, `fetch` brings it; else the record is read alone.
+        Errors name the record, or the file of labels.
+        """
+        number, index = self.find(position)
+        source = self.sources[number]
+        element = None if source.blocks is None else source.blocks.read(index, fetch=fetch)
+        element = source.records[index] if element is None else element
+        record = source.records.decode(element)
+        for labels in source.labels:
+            record = labels.join(record, index)
+        return source, record
 
     def find(self, position: int) -> tuple[int, int]:
         """The number of the source at a position, and that of the record."""

@@ -120,8 +120,9 @@ class TrainIterator:
         self._in_flight.check(data.max_in_flight_gib)
         plan_blocks = self._in_flight.plan_blocks
         stores = self.block_stores
-        planned = plan_blocks(stores, data, process_count) if stores else (0, 0)
-        self._parts_ahead, self._batches_requested = planned
+        self._parts_ahead = plan_blocks(stores, data, process_count) if stores else 0
+        requested = self._in_flight.begun_parts + self._parts_ahead
+        self._batches_requested = -(-requested // self._examples.parts_per_batch)
         self._streams = slice(process_index, None, process_count)  # of this host
         self.skipped_records = 0
         self._parts_taken = 0  # since the workers were started

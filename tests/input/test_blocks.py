@@ -269,18 +269,12 @@ def test_a_damaged_record_is_named_and_those_around_it_are_read(tmp_path, cache)
     for damaged_byte in (second + 13, second + 2):  # of the contents, of the length
         path.write_bytes(data[:damaged_byte] + b"\xff" + data[damaged_byte + 1 :])
         source = TFRecordSource(tmp_path)
-        options = section(cache)
-        blocks_of = BlockStore(source, block_order(source), options)
+        blocks_of = BlockStore(source, block_order(source), section(cache))
         blocks_of.start()
-        blocks_of.read(0, fetch=True)
-
-        def read(number, blocks_of=blocks_of, source=source):
-            found = blocks_of.read(number)
-            return source[number] if found is None else found
-
-        assert [read(n) for n in (0, 2, 9)] == [b"record 0", b"record 2", b"record 9"]
+        found = [blocks_of.read(number, fetch=True) for number in (0, 2, 9)]
+        assert found == [b"record 0", b"record 2", b"record 9"]
         with pytest.raises(DamagedRecordError, match="record 1"):
-            read(1)
+            blocks_of.read(1)
         blocks_of.stop()
 
 

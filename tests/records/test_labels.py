@@ -179,7 +179,7 @@ def test_a_mixture_partly_in_a_store(folders, tmp_path):
     assert find_train_vocabulary(sources("plain", labels=str(other / "labels")), url) == VOCABULARY
     in_worker = pickle.loads(pickle.dumps(joined))
     for position in range(50):
-        (_, found), (_, expected) = in_worker[position], joined[position]
+        (_, found), (_, expected) = in_worker.read(position), joined.read(position)
         assert found.key == expected.key
         np.testing.assert_array_equal(found.object_ids, expected.object_ids)
 
