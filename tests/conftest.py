@@ -23,6 +23,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Operations do not say from which lines they come: a tenth of tracing and lowering is saved.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Processes that tests start read the compiled modules of the project that the first one has left.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # One thread for torch and NumPy, as there is a process of tests for each core: with two of them on
 # the same two cores, most of the time would go into waiting for each other.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
