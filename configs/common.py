@@ -32,10 +32,17 @@ EXAMPLES_AT_ONCE = {
     "diht_vitl14_336px": (64, 128),
 }
 GPUS_OF_80_GB = ("a100_80gb", "h100", "h200")
-# Architecture -> memory of an example for all of these values on a TPU, unrolled, in GiB. Found by
-# compiling for the TPUs named: docs/benchmarks/pods.md.
-KEPT_GIB = {"diht_vitb16_224px": 0.058}
-LARGER_TPUS = ("v5p", "v6e")  # than the v5e that the recipes are for
+# (architecture, TPU of more memory than the recipes' v5e) -> policy of `model.remat` with the
+# lowest bound, and GiB that an example keeps under it. None: of what was tried, nothing has a lower
+# bound than the recipe. Found by compiling: docs/benchmarks/pods.md.
+TPU_SETTINGS: dict[tuple[str, str], tuple[str, float] | None] = {
+    ("diht_vitb32_224px", "v5p"): ("none", 0.027),
+    ("diht_vitb32_224px", "v6e"): ("none", 0.027),
+    ("diht_vitb16_224px", "v5p"): ("none", 0.058),
+    ("diht_vitb16_224px", "v6e"): ("none", 0.058),
+    ("diht_vitl14_224px", "v5p"): ("minimal", 0.09),
+    ("diht_vitl14_224px", "v6e"): None,
+}
 # Taken where the memory of an accelerator is not known.
 _LEAST_GIB = 8.0
 
@@ -171,16 +178,13 @@ def suit(config: ml_collections.ConfigDict, topology: str) -> None:
     Known are the DiHT architectures on GPUs of 80 GB, in any number of hosts. There a scan costs
     more than it saves, for it copies the values that it keeps; a host has room for the whole state,
     and several hosts save traffic between them where each splits the state over its own GPUs.
-    `loss.impl="auto"` chooses the form of the loss by the mesh. Known is also B/16 on TPUs v5p and
-    v6e, where all values are kept if they fit. For every other machine the recipe stays as it is,
-    and a line in the log says so.
+    `loss.impl="auto"` chooses the form of the loss by the mesh. Known are also those of
+    `TPU_SETTINGS`, where the memory decides. For every other machine the recipe stays as it is, and
+    a line in the log says so.
     """
     family, shape = parse_topology(topology)
-    if family in LARGER_TPUS and config.model.name in KEPT_GIB:
-        kept_gib = KEPT_GIB[config.model.name] * config.data.batch_size / math.prod(shape)
-        config.model.scan_layers = False
-        if kept_gib < 0.8 * find_chip(family).hbm_bytes / GIB:
-            config.model.remat = "none"
+    if (config.model.name, family) in TPU_SETTINGS:
+        _suit_tpu(config, family, math.prod(shape))
         return
     if family not in GPUS_OF_80_GB or config.model.name not in EXAMPLES_AT_ONCE:
         logging.warning(
@@ -202,6 +206,19 @@ def suit(config: ml_collections.ConfigDict, topology: str) -> None:
     most = EXAMPLES_AT_ONCE[config.model.name][several_hosts]
     at_once = max(number for number in range(1, most + 1) if of_each % number == 0)
     config.micro_batch = at_once * gpus if at_once < of_each else None
+
+
+def _suit_tpu(config: ml_collections.ConfigDict, family: str, chips: int) -> None:
+    """Keeps more for the backward pass than the recipe does where a chip has room for it."""
+    settings = TPU_SETTINGS[config.model.name, family]
+    if settings is None:
+        return
+    remat, example_gib = settings
+    if remat == "none":
+        config.model.scan_layers = False  # as on GPUs
+    kept_gib = example_gib * config.data.batch_size / chips
+    if kept_gib < 0.8 * find_chip(family).hbm_bytes / GIB:
+        config.model.remat = remat
 
 
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -84,13 +84,23 @@ def test_recipe_for_gpus(name, topology):
 
 # On a machine without settings of its own, as the last, the recipe's stay.
 @pytest.mark.parametrize(
-    ("topology", "remat"),
-    [("v5p:4x4x8", "none"), ("v6e:16x16", "none"), ("v6e:8x8", "minimal"), ("a100:8", "minimal")],
+    ("name", "topology", "remat", "scan_layers"),
+    [
+        ("diht_vitb32", "v5p:4x4x8", "none", False),
+        ("clip_vitb32", "v6e:16x16", "none", False),
+        ("diht_vitb16", "v5p:4x4x8", "none", False),
+        ("diht_vitb16", "v6e:16x16", "none", False),
+        ("diht_vitb16", "v6e:8x8", "minimal", False),
+        ("diht_vitl14", "v5p:4x4x8", "minimal", True),
+        ("diht_vitl14", "v5p:4x4x4", "full", True),
+        ("diht_vitl14", "v6e:16x16", "full", True),
+        ("diht_vitb16", "a100:8", "minimal", False),
+    ],
 )
-def test_larger_tpus_keep_all_values_where_they_fit(topology, remat):
-    other, own = values("diht_vitb16", f"topology={topology}"), values("diht_vitb16")
-    assert other["model"]["remat"] == remat and own["model"]["remat"] == "minimal"
-    assert differences(other, own) <= {"model.remat", "topology"}
+def test_larger_tpus_keep_what_fits(name, topology, remat, scan_layers):
+    other, own = values(name, f"topology={topology}"), values(name)
+    assert (other["model"]["remat"], other["model"]["scan_layers"]) == (remat, scan_layers)
+    assert differences(other, own) <= {"model.remat", "model.scan_layers", "topology"}
 
 
 @pytest.mark.parametrize("arg", ["", "debug=True", "topology=v5p:4x4x4", "topology=h100:8"])
