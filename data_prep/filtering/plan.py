@@ -184,14 +184,16 @@ def _plan_tables(
 
 
 def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], bool]:
-    """The statistics of this job's parts that are done, by output, without counts.
-
-    Returned next to them is whether an output is renewed, so that other jobs may have yet to find
-    what has changed of theirs: it was complete, or something of this job has changed.
+    """Finds which of this job's parts are done.
 
     Other parts are removed: those of inputs that are gone or were replaced, while they are few, and
     those of another config, model or rules where that was asked for. The statistics of each task
     are read once. Those of other jobs are looked at only where something of this job has changed.
+
+    Returns:
+        The statistics of parts that are done, by output, without counts; and whether an output is
+        renewed, so that other jobs may have yet to find what has changed of theirs: it was
+        complete, or something of this job has changed.
 
     Raises:
         ValueError: something has changed, and it is not to be overwritten.

@@ -125,6 +125,9 @@ def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
         for record in expected
     ]
     assert read_report(tmp_path / "out")["download"]["failed_to_download"] == 1
+    assert (tmp_path / "out" / "kept_uids.npy").read_bytes() == (
+        tmp_path / "expected" / "kept_uids.npy"
+    ).read_bytes()
     # As training reads them without the filter.
     direct = open_records(str(tmp_path / "in"))
     found = [direct.decode(direct[number]) for number in range(len(direct))]

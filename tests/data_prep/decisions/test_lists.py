@@ -39,6 +39,10 @@ def test_lists_of_keys_and_uids(tmp_path, monkeypatch):
     keys = (tmp_path / "kept_keys.txt").read_text().splitlines()
     assert keys[:2] == ["key 0", "key 3"]
     assert len(keys) == len(uids) + 6 and keys.count("without a uid") == 3
+    assert sorted(path.name for path in tmp_path.iterdir() if "decisions" not in path.name) == [
+        "kept_keys.txt",
+        "kept_uids.npy",
+    ]
 
 
 def test_without_uids_there_is_no_array(tmp_path):
