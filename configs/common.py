@@ -36,12 +36,18 @@ GPUS_OF_80_GB = ("a100_80gb", "h100", "h200")
 # lowest bound, and GiB that an example keeps under it. None: of what was tried, nothing has a lower
 # bound than the recipe. Found by compiling: docs/benchmarks/pods.md.
 TPU_SETTINGS: dict[tuple[str, str], tuple[str, float] | None] = {
+    ("diht_vitb32_224px", "v4"): ("none", 0.027),
     ("diht_vitb32_224px", "v5p"): ("none", 0.027),
     ("diht_vitb32_224px", "v6e"): ("none", 0.027),
+    ("diht_vitb16_224px", "v4"): ("none", 0.058),
     ("diht_vitb16_224px", "v5p"): ("none", 0.058),
     ("diht_vitb16_224px", "v6e"): ("none", 0.058),
+    ("diht_vitl14_224px", "v4"): ("minimal", 0.09),
     ("diht_vitl14_224px", "v5p"): ("minimal", 0.09),
     ("diht_vitl14_224px", "v6e"): None,
+    ("diht_vitl14_336px", "v4"): None,
+    ("diht_vitl14_336px", "v5p"): ("minimal", 0.183),
+    ("diht_vitl14_336px", "v6e"): None,
 }
 # Taken where the memory of an accelerator is not known.
 _LEAST_GIB = 8.0

@@ -86,14 +86,22 @@ def test_recipe_for_gpus(name, topology):
 @pytest.mark.parametrize(
     ("name", "topology", "remat", "scan_layers"),
     [
+        ("diht_vitb32", "v4:4x4x8", "none", False),
         ("diht_vitb32", "v5p:4x4x8", "none", False),
         ("clip_vitb32", "v6e:16x16", "none", False),
+        ("diht_vitb16", "v4:4x8x8", "none", False),
+        ("diht_vitb16", "v4:4x4x8", "minimal", False),
         ("diht_vitb16", "v5p:4x4x8", "none", False),
         ("diht_vitb16", "v6e:16x16", "none", False),
         ("diht_vitb16", "v6e:8x8", "minimal", False),
+        ("diht_vitl14", "v4:4x8x8", "minimal", True),
+        ("diht_vitl14", "v4:4x4x8", "full", True),
         ("diht_vitl14", "v5p:4x4x8", "minimal", True),
         ("diht_vitl14", "v5p:4x4x4", "full", True),
         ("diht_vitl14", "v6e:16x16", "full", True),
+        ("diht_vitl14_336", "v4:4x8x8", "full", True),
+        ("diht_vitl14_336", "v5p:4x8x8", "minimal", True),
+        ("diht_vitl14_336", "v5p:4x4x8", "full", True),
         ("diht_vitb16", "a100:8", "minimal", False),
     ],
 )
