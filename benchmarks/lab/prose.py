@@ -109,11 +109,11 @@ SWITCHES = (
     ),
     Switch(
         "a few-shot start from the prompts",
-        ("unseen", "unseen", "prompts_1", "scratch_1"),
-        "one shot of unseen combinations",
-        "on below 16 shots",
+        ("unseen_k", "unseen_k", "prompts_1", "scratch_1"),
+        "one shot of unseen combinations, settings chosen on one more",
+        "on at one shot; try below 16",
         "at 16 shots",
-        ("unseen", "unseen", "prompts_16", "scratch_16"),
+        ("unseen_k", "unseen_k", "prompts_16", "scratch_16"),
     ),
     Switch(
         "`loss.noise_share=0.25`",
