@@ -291,7 +291,7 @@ def _beta(beta: float) -> str:
 FILTER = [
     Experiment("raw", "raw", seeds=8, keep_model=True),
     Experiment("cat", "cat", seeds=8),
-    Experiment("random", "random_{seed}"),
+    Experiment("random", "random_{seed}", seeds=8),
     Experiment("only_c", "only_c"),
     Experiment("only_a", "only_a"),
     Experiment("only_t", "only_t"),
@@ -455,7 +455,7 @@ EQUAL_CAPTIONS = [
     ),
 ]
 DISTILLATION = [
-    Experiment("cat_concepts", "cat_labelled", _CONCEPTS),
+    Experiment("cat_concepts", "cat_labelled", _CONCEPTS, seeds=8),
     Experiment("cat_beta_025_concepts", "cat_labelled", {BETA: 0.25, **_CONCEPTS}),
     *(
         Experiment(f"cifar10_wrong_{share}", f"cifar10_wrong_{share}",
@@ -601,6 +601,7 @@ ORDER = [
             "data.num_streams": 8,
             "data.window_blocks": 4,
         },
+        seeds=8,
     )
 ]
 
