@@ -33,8 +33,8 @@ EXAMPLES_AT_ONCE = {
 }
 GPUS_OF_80_GB = ("a100_80gb", "h100", "h200")
 # (architecture, TPU of more memory than the recipes' v5e) -> policy of `model.remat` with the
-# lowest bound, and GiB that an example keeps under it. None: of what was tried, nothing has a lower
-# bound than the recipe. Found by compiling: docs/benchmarks/pods.md.
+# lowest bound, and GiB that an example keeps under it. None: nothing that fits has a lower bound
+# than the recipe. Found by compiling: docs/benchmarks/pods.md.
 TPU_SETTINGS: dict[tuple[str, str], tuple[str, float] | None] = {
     ("diht_vitb32_224px", "v4"): ("none", 0.027),
     ("diht_vitb32_224px", "v5p"): ("none", 0.027),

@@ -5,7 +5,6 @@ import gc
 import os
 import pathlib
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -173,12 +172,3 @@ def s3_bucket():
     server.stop()
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs() -> Iterator[None]:
-    """Frees the programs of a file of tests, which no other file runs: gigabytes at the end."""
-    yield
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
-        gc.collect()

@@ -74,6 +74,13 @@ class TracedOnce(TrainProgram):
         return self._steps[patch_dropout]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def free_compiled():
+    """Frees what a file has compiled: gigabytes at the end. The cache on disk has it for others."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="package", autouse=True)
 def no_curves():
     """A run draws its curves at its end, which costs as much as training a tiny model."""
