@@ -18,8 +18,8 @@ ALIKE = ("clip_vitb16", "datacomp", "diht_vitb16_clean", "diht_vitb32", "diht_vi
 # By test_processes.py and tests/docs/test_readme.py.
 TRAINED_BY_ITS_COMMAND = ("demo", "emoji", "own_data")
 
-# By test_stages.py, which also says why not the other one.
-TRAINED_IN_STAGES = ("diht_vitb16", "diht_vitb16_stages", "diht_vitl14_stages")
+# By test_stages.py, which also says why not the others.
+TRAINED_IN_STAGES = ("diht_vitb16", "diht_vitl14", "diht_vitb16_stages", "diht_vitl14_stages")
 
 # The model that it made comes with the package: tests/weights/test_clipart_tiny.py.
 TRAINED_IN_FULL = ("clipart_tiny",)
