@@ -6,7 +6,7 @@ import pytest
 from configs import common
 from diht_jax.config import load_recipe
 from diht_jax.sharding import create_mesh
-from diht_jax.training.program import TrainProgram, check_micro_batch
+from diht_jax.training.program import check_micro_batch
 from diht_jax.training.recipe import check_config, duration_in_steps
 from tests import make
 
@@ -70,15 +70,6 @@ def test_the_number_of_pairs_is_that_of_the_data(tmp_path):
 def test_missing_data_and_wrong_machines_are_named_as_they_are_typed(arg, named):
     with pytest.raises(ValueError, match=f"recipe argument .*{named}"):
         load_recipe(RECIPE, arg)
-
-
-def test_the_largest_model_lowers_for_a_node_of_eight():
-    config = load_recipe(RECIPE, "pairs=10000000,topology=h100:8")
-    config.model.overrides.update(vision_layers=2, text_layers=2)
-    program = TrainProgram(config, config.total_examples // config.data.batch_size, jax.devices())
-    state = program.abstract_state()
-    lowered = program.step(state).trace(state, program.abstract_batch()).lower()
-    assert "num_partitions = 8" in lowered.as_text()[:2000]
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,10 @@ def test_any_mesh_gives_the_formula_in_float64(shape, monkeypatch):
     assert not np.any(np.asarray(grads[:2])[:, MISSING])
 
 
-def test_a_student_that_is_the_teacher_loses_nothing_and_no_pairs_give_zero():
+def test_without_any_pair_that_counts_the_loss_is_zero():
     image_emb, text_emb, *_ = map(jnp.float32, inputs()[:3])
-    loss = jax.jit(jax.value_and_grad(affinity_loss))
-    value, grad = loss(image_emb, text_emb, 20.0, [TeacherEmbeddings(image_emb, text_emb, 1 / 20)])
-    assert abs(value) < 1e-5 and np.abs(grad).max() < 1e-6
     nothing = TeacherEmbeddings(jnp.zeros_like(image_emb), text_emb, 1 / 20)
+    loss = jax.jit(jax.value_and_grad(affinity_loss))
     value, grad = loss(image_emb, text_emb, 20.0, [nothing])
     assert value == 0 and not np.any(grad)
 

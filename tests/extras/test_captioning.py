@@ -10,7 +10,7 @@ import diht_jax
 from diht_jax.export import export_model
 from diht_jax.extras.captioning import DECODER, CaptionDecoder, decode_captions, merge_decoder
 from diht_jax.models.parameters import model_parameters
-from diht_jax.training.loop import train
+from diht_jax.training.loop import Run
 from tests import make
 
 ARCH = make.small_architecture(
@@ -153,17 +153,19 @@ def test_draws_have_the_probabilities_of_the_logits(decoder, image_tokens, next_
     assert np.isclose(shares.sum(), 1)
 
 
-def test_a_loaded_run_has_the_decoder_of_its_last_step(tmp_path, caplog):
+def test_a_loaded_run_has_the_decoder_that_it_has_saved(tmp_path, caplog):
     data = make.write_records(tmp_path / "records", 40)
-    config = make.tiny_config(total_steps=2, mesh__data=1, mesh__fsdp=2, data__train=str(data))
+    config = make.tiny_config(mesh__data=1, mesh__fsdp=2, data__train=str(data))
     config.model.overrides.context_length = 6
     config.captioning.update(weight=1.0, layers=1)
-    state = train(config, tmp_path / "run", devices=jax.devices()[:2])
+    run = Run(config, tmp_path / "run", jax.devices()[:2])
+    run.checkpointer.save(run.state, run.iterator)
+    run.close()
     model = diht_jax.load_model(tmp_path / "run", devices=jax.devices()[:1])
     picture = np.zeros((16, 16, 3), np.uint8)
     (text,) = model.caption(picture)
     assert text
-    jax.tree.map(np.testing.assert_array_equal, model._decoder, state.params[DECODER])
+    jax.tree.map(np.testing.assert_array_equal, model._decoder, run.state.params[DECODER])
     with caplog.at_level("WARNING"):
         export_model(str(tmp_path / "run"), "safetensors", tmp_path / "out")
     assert "the caption decoder is left out" in caplog.text

@@ -100,8 +100,10 @@ def folders_in(cache) -> list[pathlib.Path]:
     return [path for path in cache.iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("num_blocks, room", [(6, 99), (20, 99), (72, 99), (72, 50)])
+@pytest.mark.parametrize(
+    "num_blocks, room, num_workers",
+    [(6, 99, 2), (20, 99, 0), (72, 99, 0), (72, 50, 0), (72, 50, 2)],
+)
 def test_batches_of_a_store_are_those_of_local_files_and_no_block_in_use_is_deleted(
     tmp_path, cache, count_requests, num_blocks, room, num_workers, hang_guard
 ):

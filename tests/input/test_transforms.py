@@ -268,8 +268,7 @@ def describe_boxes(boxes, width, height):
     }
 
 
-@pytest.mark.parametrize("width, height", [(500, 375), (300, 900)])
-@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0)])
+@pytest.mark.parametrize("width, height, scale", [(500, 375, (0.9, 1.0)), (300, 900, (0.08, 1.0))])
 def test_crops_are_distributed_as_torchvision_draws_them(width, height, scale):
     import torch
     from torchvision.transforms import RandomResizedCrop

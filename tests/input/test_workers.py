@@ -3,10 +3,8 @@
 import fcntl
 import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,9 +12,9 @@ import pytest
 from diht_jax.input import workers
 from diht_jax.input.examples import DecodeExample
 from diht_jax.records.schema import Record
-from tests.make import encoded, plain, write_records
-
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+from tests.leftovers import processes_of, shared_memory, wait_until_nothing_is_left
+from tests.make import REPOSITORY, encoded, plain, write_records
+from tests.waiting import wait_until
 
 # Takes one batch from two workers, which read blocks from a store; then waits to be killed.
 PARENT = """
@@ -47,44 +45,24 @@ def grey_square(number: int) -> Record:
     return Record(key=str(number), image=encoded(plain((number,) * 3, (9, 7))), caption="grey")
 
 
-def segments_of(pid: int) -> set[pathlib.Path]:
-    """Shared memory that a process has mapped."""
-    maps = pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return {pathlib.Path(line.split()[5]) for line in maps if "/dev/shm/diht_jax_" in line}
-
-
-def is_running(pid: int) -> bool:
-    """False also for one that has ended and that nobody has waited for."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.fixture
-def records(tmp_path) -> pathlib.Path:
-    return write_records(tmp_path / "records", [grey_square(number) for number in range(20)])
-
-
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="needs Linux")
-def test_a_killed_parent_leaves_no_worker_no_shared_memory_and_no_blocks(
-    tmp_path, records, hang_guard
-):
-    script, cache = tmp_path / "parent.py", tmp_path / "cache"
+def test_a_killed_parent_leaves_no_worker_no_shared_memory_and_no_blocks(tmp_path):
+    records = write_records(tmp_path / "records", [grey_square(number) for number in range(20)])
+    script, cache, before = tmp_path / "parent.py", tmp_path / "cache", shared_memory()
     script.write_text(PARENT)
     cache.mkdir()
-    command = [sys.executable, str(script), str(records), str(cache)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
-        children = [int(pid) for pid in parent.stdout.readline().split()]
-        segments = set().union(*map(segments_of, [parent.pid, *children]))
-        segments |= {path for path in cache.iterdir() if path.is_dir()}
-        assert list(cache.glob("*/*.block"))
-        parent.send_signal(signal.SIGKILL)
-    assert len(children) == 2
-    assert len(segments) > 1
-    while any(map(is_running, children)) or any(path.exists() for path in segments):
-        time.sleep(0.05)  # `hang_guard` ends it
+    with subprocess.Popen(
+        [sys.executable, str(script), str(records), str(cache)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        start_new_session=True,  # by which all of its processes are found
+    ) as parent:
+        children = {int(pid) for pid in parent.stdout.readline().split()}
+        assert len(children) == 2 and children < processes_of(parent.pid).keys()
+        assert shared_memory() - before and list(cache.glob("*/*.block"))
+        parent.kill()
+    wait_until_nothing_is_left(parent.pid, before)
+    wait_until(lambda: not any(path.is_dir() for path in cache.iterdir()))
 
 
 @pytest.fixture

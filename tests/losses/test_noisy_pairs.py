@@ -15,6 +15,7 @@ from diht_jax.losses.dense import dense_loss
 from diht_jax.losses.sigmoid import Sigmoid
 from diht_jax.losses.softmax import Softmax
 from diht_jax.losses.streaming import streaming_loss
+from tests.losses import formulas
 
 NUM_PAIRS, WIDTH = 40, 6
 AXES = ("data", "fsdp")
@@ -36,24 +37,14 @@ def pairs():
     return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image_emb, text_emb))
 
 
-def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs, constant=False):
-    """The formulas as they are printed; leading axes are batched, and inputs may be complex."""
-    logits = scale[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
-    negative = ~IS_SAME if equal_pairs == "negative" else ~IS_EQUAL
-    positive = IS_EQUAL if equal_pairs == "positive" else IS_SAME
-
-    def direction(s):
-        tilt = np.exp(beta[..., None, None] * s) * negative
-        weights = negative.sum(-1, keepdims=True) * tilt / tilt.sum(-1, keepdims=True)
-        weights = weights.real if constant else weights
-        exps = np.exp(s)
-        denominators = alpha[..., None] * (exps * positive).sum(-1) + (
-            weights * exps * negative
-        ).sum(-1)
-        losses = -(np.log(exps / denominators[..., None]) * positive).sum(-1) / positive.sum(-1)
-        return (ROW_WEIGHTS * losses).sum(-1)
-
-    return direction(logits) + direction(np.swapaxes(logits, -1, -2))
+def softmax_formula(image_emb, text_emb, scale, alpha, beta, equal_pairs, constant=False):
+    return formulas.defining_loss(
+        *(image_emb, text_emb, scale, alpha, beta),
+        constant_weights=constant,
+        equal_pairs=equal_pairs,
+        is_equal=IS_EQUAL,
+        row_weights=ROW_WEIGHTS,
+    )
 
 
 def sigmoid_formula(image_emb, text_emb, scale, bias, equal_pairs):
@@ -63,16 +54,6 @@ def sigmoid_formula(image_emb, text_emb, scale, bias, equal_pairs):
     signs = np.where(positive, 1, np.where(is_left_out, 0, -1))
     losses = np.log(1 + np.exp(-signs * (logits + bias[..., None, None]))) * (signs != 0)
     return ((ROW_WEIGHTS + ROW_WEIGHTS[:, None]) * losses).sum((-2, -1))
-
-
-def complex_step(formula, *arguments):
-    """Value, and gradients by all arguments, exact to rounding; no autodiff involved."""
-    step, sizes = 1e-30, [np.size(x) for x in arguments]
-    directions = np.split(np.eye(sum(sizes)) * 1j * step, np.cumsum(sizes)[:-1], axis=1)
-    moved = [x + d.reshape(-1, *np.shape(x)) for x, d in zip(arguments, directions, strict=True)]
-    slopes = np.split(formula(*moved).imag / step, np.cumsum(sizes)[:-1])
-    grads = [slope.reshape(np.shape(x)) for slope, x in zip(slopes, arguments, strict=True)]
-    return formula(*(np.asarray(x) for x in arguments)), grads
 
 
 # Of 5 rows on a device and 20 in a group, in padded tiles of 3; the others have one of the two.
@@ -102,7 +83,7 @@ def rows_for(equal_pairs):
         ("positive", False, "gathered"),
     ],
 )
-def test_softmax_is_the_formula(reference, equal_pairs, constant, form):
+def test_softmax_is_the_formula(equal_pairs, constant, form):
     objective = Softmax(
         weighted=True,
         stop_weight_gradient=constant,
@@ -110,13 +91,13 @@ def test_softmax_is_the_formula(reference, equal_pairs, constant, form):
         equal_pairs=equal_pairs,
     )
     with jax.enable_x64(True):
-        step = reference.differentiate(FORMS[form][0], objective, FORMS[form][1])
+        step = formulas.differentiate(FORMS[form][0], objective, FORMS[form][1])
         for scale, alpha, beta in ((20.0, 0.9, 0.5), (5.0, 1.0, 0.0)):
             value, (*grads, (by_alpha, by_beta)) = step(
                 *pairs(), scale, (alpha, beta), rows_for(equal_pairs)
             )
-            expected, expected_grads = complex_step(
-                functools.partial(defining_loss, constant=constant, equal_pairs=equal_pairs),
+            expected, expected_grads = formulas.complex_step(
+                functools.partial(softmax_formula, constant=constant, equal_pairs=equal_pairs),
                 *(*pairs(), np.float64(scale), np.float64(alpha), np.float64(beta)),
             )
             np.testing.assert_allclose(value, expected, rtol=1e-11)
@@ -128,11 +109,11 @@ def test_softmax_is_the_formula(reference, equal_pairs, constant, form):
     "equal_pairs, form",
     [("negative", "groups"), ("positive", "groups"), ("mask", "groups"), ("mask", "gathered")],
 )
-def test_sigmoid_is_the_formula(reference, equal_pairs, form):
+def test_sigmoid_is_the_formula(equal_pairs, form):
     with jax.enable_x64(True):
-        step = reference.differentiate(FORMS[form][0], Sigmoid(equal_pairs), FORMS[form][1])
+        step = formulas.differentiate(FORMS[form][0], Sigmoid(equal_pairs), FORMS[form][1])
         value, (*grads, (by_bias,)) = step(*pairs(), 5.0, (-2.0,), rows_for(equal_pairs))
-    expected, expected_grads = complex_step(
+    expected, expected_grads = formulas.complex_step(
         functools.partial(sigmoid_formula, equal_pairs=equal_pairs),
         *(*pairs(), np.float64(5), np.float64(-2)),
     )
@@ -168,7 +149,7 @@ def test_equal_texts_are_no_wrong_partners_in_the_metrics():
 
 def test_pair_weights_are_constants_of_the_mean():
     weights = np.float32(ROW_WEIGHTS)
-    total = defining_loss(*pairs(), *map(np.float64, (20, 0.9, 0.5)), "negative")
+    total = softmax_formula(*pairs(), *map(np.float64, (20, 0.9, 0.5)), "negative")
     expected = total / 2 / NUM_PAIRS
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), AXES)
     step = jax.value_and_grad(contrastive_objective, argnums=(0, 1), has_aux=True)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diht_jax.hardware.topologies import get_topology
 from diht_jax.losses import contrastive_loss, ring
+from tests.losses import formulas
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -70,7 +71,7 @@ def test_a_group_of_all_devices_sends_nothing_round():
     assert loops_and_permutes(traced((1, 8)).jaxpr) == ([], 0)
 
 
-def test_groups_of_some_of_the_neighbours_equal_the_defining_formula(monkeypatch, reference):
+def test_groups_of_some_of_the_neighbours_equal_the_defining_formula(monkeypatch):
     """Blocks of 2 x 8 float32 where 128 bytes may be gathered: 2 of the 4 along fsdp."""
     monkeypatch.setattr(ring, "_GATHERED_BYTES", 128)
     assert loops_and_permutes(traced((2, 4), num_pairs=16).jaxpr) == ([(4, 2), (4, 3)], 2)
@@ -79,9 +80,9 @@ def test_groups_of_some_of_the_neighbours_equal_the_defining_formula(monkeypatch
         return contrastive_loss(image_emb, text_emb, scale, alpha=alpha, beta=beta, axis_name=AXES)
 
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), AXES)
-    value_and_grads = reference.differentiate_on_mesh(loss, mesh, AXES)
+    value_and_grads = formulas.differentiate_on_mesh(loss, mesh, AXES)
     cases = [("random", 100.0, *weighting) for weighting in [(1.0, 0.0), (0.999, 0.25)]]
-    assert reference.find_errors(value_and_grads, cases) == []
+    assert formulas.find_errors(value_and_grads, cases) == []
 
 
 def round_bodies(hlo):

@@ -19,25 +19,15 @@ from diht_jax.models.attention import rotary_positions
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle, vmem_mib
 from diht_jax.models.transformer import BlockInit, Execution, make_blocks, run_blocks
 from tests.compiling import QUICK_COMPILE
+from tests.models.test_attention import formula
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is absent"
 )
 
 
-def formula(qkv, bias, num_heads, causal):
-    """softmax(q k^T / sqrt(d)) v, by the book."""
-    b, t, width = qkv.shape
-    q, k, v = jnp.moveaxis((qkv + bias).reshape(b, t, 3, num_heads, -1), 2, 0)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") / np.sqrt(q.shape[-1])
-    if causal:
-        scores = jnp.where(jnp.tri(t, dtype=bool), scores, -jnp.inf)
-    out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v, precision="highest")
-    return out.reshape(b, t, width // 3)
-
-
 def formula_and_gradients(qkv, bias, cotangent, num_heads, causal):
-    """The same and what follows from it for the gradients, in float64 and without a compiler."""
+    """softmax(q k^T / sqrt(d)) v and its gradients, in float64 and without a compiler."""
     b, t, width = qkv.shape
     q, k, v = np.moveaxis((qkv + bias).reshape(b, t, 3, num_heads, -1), (2, 3), (0, 2))
     g = np.moveaxis(cotangent.reshape(b, t, num_heads, -1), 2, 1)
@@ -163,7 +153,9 @@ def test_blocks_give_the_same_numbers(monkeypatch, gradients_of_xla, remat, scan
 
     def dense(qkv, bias, *, num_heads, causal):
         calls.append(causal)
-        return formula(qkv, bias, num_heads, causal)
+        b, t, width = qkv.shape
+        q, k, v = jnp.moveaxis((qkv + bias).reshape(b, t, 3, num_heads, -1), 2, 0)
+        return formula(q, k, v, causal).reshape(b, t, width // 3)
 
     monkeypatch.setattr(transformer, "attend_short", dense)
     run, arguments = sharded_gradients("pallas", remat, scan_layers=scan_layers)

@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import jaxprs_in_params
 
 from diht_jax import sharding
 from diht_jax.input.transforms import normalize
@@ -247,12 +248,8 @@ def test_no_more_than_one_layer_is_whole_at_a_time():
 def equations(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 def test_softmax_norm_statistics_and_loss_are_float32_under_bfloat16():

@@ -15,9 +15,8 @@ from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.schema import decode_record
 from diht_jax.storage.locks import lock_folder
-from diht_jax.training import loop
-from diht_jax.training.loop import train
-from diht_jax.training.monitoring.metrics import plot_curves, read_metrics
+from diht_jax.training.loop import Run, train
+from diht_jax.training.monitoring.metrics import read_metrics
 from tests import make
 from tests.training.conftest import NUM_RECORDS, assert_bitwise_equal, saved_steps, series
 
@@ -115,14 +114,11 @@ def finished(make_config, squares, tmp_path_factory):
     config.checkpoint.every_steps = 2
     config.checkpoint.keep_last = 2
     config.profile.update(start_step=3, stop_step=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_curves", plot_curves)
-        return config, folder / "run", train_on_one(config, folder / "run")
+    return config, folder / "run", train_on_one(config, folder / "run")
 
 
 def test_the_loop_leaves_what_people_look_at(finished):
     config, run, state = finished
-    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert saved_steps(run) == [4, 6]
     row = read_metrics(run)[-1]
     expected = {
@@ -137,21 +133,6 @@ def test_the_loop_leaves_what_people_look_at(finished):
     }
     assert row.keys() >= expected
     assert row["step"] == 6 and all(np.isfinite(value) for value in row.values())
-    # TensorBoard's event files are TFRecords of protobuf events.
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    (events,) = (run / "tensorboard").iterdir()
-    read = list(map(Event.FromString, TFRecordSource([events])))
-    assert read[0].file_version == "brain.Event:2"
-    assert (read[1].step, read[1].session_log.status) == (1, read[1].session_log.START)
-    logged = [
-        (event.step, value.simple_value)
-        for event in read
-        for value in event.summary.value
-        if value.tag == "loss"
-    ]
-    losses = series(run, "loss")
-    assert logged == [(i + 1, np.float32(loss)) for i, loss in enumerate(losses)]
 
     (trace,) = (run / "profile").glob("**/*.xplane.pb")
     profiled = [
@@ -239,20 +220,15 @@ def test_changed_shards_are_named_and_refused(finished, caplog):
 
 
 def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
-    config, finished, tmp_path, caplog
+    config, finished, tmp_path
 ):
     _, small, trained = finished
-    config.total_steps = 2
-    config.model.patch_dropout = 0.0
     config.model.init_from = str(small)
     config.model.overrides.image_size = 24
     config.model.overrides.context_length = 30
-    config.optimizer.learning_rate = 0.0
-    config.optimizer.warmup_steps = 0
-    with caplog.at_level("INFO"):
-        fine_tuned = train_on_one(config, tmp_path / "large")
-    assert "image_size=24" in next(text for text in caplog.messages if "M parameters" in text)
-    before, after = trained.params, fine_tuned.params
+    run = Run(config, tmp_path / "large", jax.devices()[:1])
+    run.close()
+    before, after = trained.params, run.state.params
     assert after["vision"]["positional_embedding"].shape == (37, 32)
     np.testing.assert_array_equal(
         after["vision"]["positional_embedding"][0], before["vision"]["positional_embedding"][0]

@@ -38,8 +38,14 @@ SMALLER = {
     "model.overrides.text_layers": 1,
     "model.overrides.vocab_size": 700,
 }
-# With fields of the batch, and texts that all devices pack or none.
-SEVERAL = {"loss.equal_pairs": "mask", "data.captions": "sample"}
+KINDS = ("alt", "synthetic", "title", "recaption")
+# With fields of the batch, and texts that all devices pack or none. Each process has sets of kinds
+# in an order of its own, and must draw the same captions.
+SEVERAL = {
+    "loss.equal_pairs": "mask",
+    "data.captions": "sample",
+    "data.caption_weights": ",".join(f"{kind}=1" for kind in KINDS),
+}
 HEARTBEAT_SECS = 10
 LONGEST_SECS = 900  # only against hanging
 
@@ -60,7 +66,7 @@ class Job:
                     *(f"--num_processes={NUM_PROCESSES}", f"--process_id={process_id}"),
                     f"--heartbeat_timeout_secs={HEARTBEAT_SECS}",
                 ],
-                env={**env, "PYTHONHASHSEED": str(process_id)},  # sets have another order in each
+                env={**env, "PYTHONHASHSEED": str(process_id)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -124,13 +130,14 @@ def shades(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """The squares with several captions each, of two kinds."""
+    """The squares with a caption of each kind."""
     folder = tmp_path_factory.mktemp("captioned")
     for shard, numbers in enumerate((range(31), range(31, NUM_RECORDS))):
         records = []
         for number in numbers:
-            texts = [colored_square(number).caption, f"square {number}", f"the {number}. picture"]
-            metadata = {"captions": texts, "caption_kinds": ["alt", "synthetic", "synthetic"]}
+            texts = [colored_square(number).caption]
+            texts += [f"{kind} {number}" for kind in KINDS[1:]]
+            metadata = {"captions": texts, "caption_kinds": list(KINDS)}
             records.append(dataclasses.replace(colored_square(number), metadata=metadata))
         make.write_shard(folder / f"squares-{shard}.tfrecord", records)
     return folder

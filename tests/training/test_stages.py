@@ -155,32 +155,27 @@ def test_a_stage_alone_takes_the_one_before_from_the_same_work_directory():
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "previous, changes, message",
     [
-        ({"number": None}, "config.stage.count=3: the stages are runs of their own"),
-        ({}, "config.stage.number=2: it would start from nothing"),
-        ({"previous": "{finished}", "batch": 24}, "32 examples, which are no multiple"),
-        ({"previous": "{finished}", "width": 64}, "its parameter text/blocks"),
-        ({"previous": "{unfinished}"}, "reached step 2 of 5"),
-        ({"previous": "{finished}", "share": 0.2}, "on some of the records that 0.2 and 0 hold"),
+        (None, {"stage.number": None}, "config.stage.count=3: the stages are runs of their own"),
+        (None, {}, "config.stage.number=2: it would start from nothing"),
+        ("finished", {"data.batch_size": 24}, "32 examples, which are no multiple"),
+        ("finished", {"model.overrides.text_width": 64}, "its parameter text/blocks"),
+        ("unfinished", {}, "reached step 2 of 5"),
+        ("finished", {"data.validation_share": 0.2}, "on some of the records that 0.2 and 0 hold"),
     ],
 )
-def test_a_stage_that_cannot_begin_is_refused(straight, labelled, tmp_path, changes, message):
-    finished, unfinished = straight[0] / "stage_1", tmp_path / "unfinished"
-    config = load(2, labelled)
-    config.stage.update({k: v for k, v in changes.items() if k in ("number", "previous")})
-    if config.stage.previous:
-        config.stage.previous = config.stage.previous.format(
-            finished=finished, unfinished=unfinished
-        )
-    if config.stage.previous == str(unfinished):
-        unfinished.mkdir()
-        (unfinished / "checkpoints").symlink_to(finished / "checkpoints")
-        longer = load(1, labelled)
+def test_a_stage_that_cannot_begin_is_refused(
+    straight, labelled, tmp_path, previous, changes, message
+):
+    folder, config = straight[0] / "stage_1", load(2, labelled)
+    if previous == "unfinished":
+        (tmp_path / "unfinished").mkdir()
+        (tmp_path / "unfinished" / "checkpoints").symlink_to(folder / "checkpoints")
+        folder, longer = tmp_path / "unfinished", load(1, labelled)
         longer.total_steps = 5
-        write_config(unfinished, longer)
-    config.data.batch_size = changes.get("batch", BATCH)
-    config.data.validation_share = changes.get("share", 0.0)
-    config.model.overrides.text_width = changes.get("width", 32)
+        write_config(folder, longer)
+    config.stage.previous = previous and str(folder)
+    config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run", devices=jax.devices()[:1])

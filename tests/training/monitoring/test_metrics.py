@@ -20,7 +20,6 @@ from diht_jax.training.monitoring.metrics import (
     plot_curves,
     read_metrics,
 )
-from diht_jax.training.monitoring.throughput import ThroughputWindow
 from tests import make
 from tests.records.stores import BucketStore
 from tests.training.monitoring.test_throughput import Machine
@@ -44,6 +43,7 @@ def test_a_run_in_a_bucket_can_be_watched(bucket, tmp_path):
         assert read_metrics(f"{bucket}/run")[-1] == {"step": step, "loss": step / 2}
         [[version, start, *events]] = event_files(bucket, tmp_path)
         assert (version.file_version, start.step) == ("brain.Event:2", 5)
+        assert start.session_log.status == event_pb2.SessionLog.START
         values = [(event.step, event.summary.value[0].simple_value) for event in events]
         assert values == [(s, s / 2) for s in range(5, step + 1)]
     writer.close()
@@ -162,28 +162,15 @@ def test_a_file_that_cannot_be_written_costs_no_run(tmp_path, caplog):
 def test_a_wait_next_to_a_running_step_is_the_steps(tmp_path, batch_secs, idle_secs):
     """The simulated device takes two seconds a step."""
     machine = Machine()
-    window = ThroughputWindow(100, 1, machine, machine.clock)
     wall_time = WallTime(tmp_path, 0, clock=machine.clock)
     wall_time.switch("step")
-    made, before, num_steps = machine.secs, None, 100
-    for _ in range(num_steps):
-        made += batch_secs
-
-        def take(made=made):
-            with wall_time.during("input"):
-                machine.wait(made)
-
-        window.timed(take)
-        metrics = machine.step()
-        window.add(metrics)
-        if before is not None:
-            before.block_until_ready()
-        before = metrics["loss"]
-    window.summary()
-    wall_time.count_hidden(window.input_rate.hidden_secs)
+    rate = machine.rate(
+        batch_secs, num_steps=100, num_windows=1, during=lambda: wall_time.during("input")
+    )
+    wall_time.count_hidden(rate.hidden_secs)
     found = secs(wall_time.scalars())
-    assert found["input"] / num_steps == pytest.approx(idle_secs, abs=0.05)
-    assert found["step"] / num_steps == pytest.approx(2.0, abs=0.05)
+    assert found["input"] / 100 == pytest.approx(idle_secs, abs=0.05)
+    assert found["step"] / 100 == pytest.approx(2.0, abs=0.05)
 
 
 def slow_down(monkeypatch, clock, owner, name, cost):

@@ -1,5 +1,7 @@
 """Model FLOPs against a count by hand; speed of steps and input on a simulated device."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -65,14 +67,19 @@ class Machine:
         self.secs += self.overhead_secs
         return {"loss": Running(self, self.free_at, loss)}
 
-    def rate(self, batch_secs, num_steps=20):
-        """The rate of the second window of a run whose input makes a batch in so many seconds."""
+    def rate(self, batch_secs, num_steps=20, num_windows=2, during=contextlib.nullcontext):
+        """The rate of the last window of a run whose input makes a batch in so many seconds."""
         window = ThroughputWindow(100, 1, self, self.clock)
         made, before = self.secs, None
-        for _ in range(2):
+
+        def take():
+            with during():
+                self.wait(made)
+
+        for _ in range(num_windows):
             for _ in range(num_steps):
                 made += batch_secs
-                window.timed(lambda made=made: self.wait(made))
+                window.timed(take)
                 metrics = self.step()
                 window.add(metrics)
                 if before is not None:

@@ -41,13 +41,6 @@ def state_of(step, value=0.0, size=64):
     return jax.tree.map(lambda leaf: jax.device_put(leaf, replicated), tree)
 
 
-def save_steps(workdir, *steps):
-    checkpointer = Checkpointer(workdir, keep_last=5)
-    for step in steps:
-        checkpointer.save(state_of(step), Position(step * 10))
-    checkpointer.close()
-
-
 def restore(workdir):
     checkpointer = Checkpointer(workdir, keep_last=5)
     position = Position(0)
@@ -77,7 +70,10 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path, keep_last, lower_is_bette
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_steps")
-    save_steps(folder, 1, 2)
+    checkpointer = Checkpointer(folder, keep_last=5)
+    for step in (1, 2):
+        checkpointer.save(state_of(step), Position(step * 10))
+    checkpointer.close()
     return folder
 
 

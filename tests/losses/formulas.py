@@ -2,11 +2,9 @@
 
 import functools
 import itertools
-import sys
 
 import jax
 import numpy as np
-import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 ALPHAS = (1.0, 0.999, 0.5)
@@ -20,26 +18,49 @@ NUM_PAIRS, WIDTH = 16, 8
 TOLERANCES = {np.float32: (2e-5, 2e-4), np.float64: (1e-11, 1e-10)}
 
 
-def defining_loss(image_emb, text_emb, scale, alpha, beta, weight_logits=None):
+def defining_loss(
+    image_emb, text_emb, scale, alpha, beta, *,
+    constant_weights=False, equal_pairs="negative", is_equal=None, row_weights=None,
+):  # fmt: skip
     """DiHT's formula as it is printed, with its weights and its ratio, not the identity.
 
-    Leading axes are batched, and inputs may be complex. `weight_logits` replaces the logits that
-    the weights are made of (for weights that are constants).
+    Leading axes are batched, and arguments may be complex.
+
+    Args:
+        constant_weights: the weights of the negatives have no derivative.
+        equal_pairs: what equal pairs are to one another.
+        is_equal: [N, N], which pairs are equal; None: only those that are the same.
+        row_weights: [N], factors of both directions; None: those of the mean.
     """
     logits = np.asarray(scale)[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
-    weight_logits = logits if weight_logits is None else weight_logits
+    alpha, beta = np.asarray(alpha)[..., None], np.asarray(beta)[..., None, None]
     num_pairs = logits.shape[-1]
-    negative = ~np.eye(num_pairs, dtype=bool)
+    is_same = np.eye(num_pairs, dtype=bool)
+    is_equal = is_same if is_equal is None else is_equal
+    negative = ~is_same if equal_pairs == "negative" else ~is_equal
+    positive = is_equal if equal_pairs == "positive" else is_same
 
-    def direction(s, s_of_weights):
-        tilt = np.exp(beta * s_of_weights) * negative
-        weights = (num_pairs - 1) * tilt / tilt.sum(-1, keepdims=True)
-        positives = np.exp(np.diagonal(s, axis1=-2, axis2=-1))
-        denominators = alpha * positives + (weights * np.exp(s) * negative).sum(-1)
-        return -np.log(positives / denominators)
+    def direction(s):
+        tilt = np.exp(beta * s) * negative
+        weights = negative.sum(-1, keepdims=True) * tilt / tilt.sum(-1, keepdims=True)
+        weights = weights.real if constant_weights else weights
+        exps = np.exp(s)
+        denominators = alpha * (exps * positive).sum(-1) + (weights * exps * negative).sum(-1)
+        losses = -(np.log(exps / denominators[..., None]) * positive).sum(-1)
+        return losses / positive.sum(-1)
 
-    transposed = (np.swapaxes(m, -1, -2) for m in (logits, weight_logits))
-    return (direction(logits, weight_logits) + direction(*transposed)).mean(-1) / 2
+    both = direction(logits) + direction(np.swapaxes(logits, -1, -2))
+    return ((1 / (2 * num_pairs) if row_weights is None else row_weights) * both).sum(-1)
+
+
+def complex_step(formula, *arguments):
+    """Value, and gradients by all arguments, exact to rounding; no autodiff involved."""
+    step, sizes = 1e-30, [np.size(x) for x in arguments]
+    directions = np.split(np.eye(sum(sizes)) * 1j * step, np.cumsum(sizes)[:-1], axis=1)
+    moved = [x + d.reshape(-1, *np.shape(x)) for x, d in zip(arguments, directions, strict=True)]
+    slopes = np.split(formula(*moved).imag / step, np.cumsum(sizes)[:-1])
+    grads = [slope.reshape(np.shape(x)) for slope, x in zip(slopes, arguments, strict=True)]
+    return formula(*(np.asarray(x) for x in arguments)), grads
 
 
 @functools.cache
@@ -69,24 +90,11 @@ def embeddings(kind):
 
 @functools.cache
 def truth(kind, scale, alpha, beta, constant_weights=False):
-    """Value, and gradients by the complex step (exact to rounding; no autodiff involved)."""
-    image_emb, text_emb = embeddings(kind)
-    size = image_emb.size
-    step = 1e-30
-    directions = np.eye(2 * size + 1) * 1j * step
-    images = image_emb + directions[:, :size].reshape(-1, *image_emb.shape)
-    texts = text_emb + directions[:, size : 2 * size].reshape(-1, *text_emb.shape)
-    weight_logits = scale * (image_emb @ text_emb.T) if constant_weights else None
-    slopes = (
-        defining_loss(images, texts, scale + directions[:, -1], alpha, beta, weight_logits).imag
-        / step
+    """Value, and gradients by embeddings and scale."""
+    formula = functools.partial(
+        defining_loss, alpha=alpha, beta=beta, constant_weights=constant_weights
     )
-    grads = (
-        slopes[:size].reshape(image_emb.shape),
-        slopes[size:-1].reshape(text_emb.shape),
-        slopes[-1],
-    )
-    return defining_loss(image_emb, text_emb, scale, alpha, beta), grads
+    return complex_step(formula, *embeddings(kind), scale)
 
 
 def find_errors(value_and_grads, cases=CASES, dtype=np.float32, constant_weights=False):
@@ -149,9 +157,3 @@ def differentiate(loss_fn, objective, mesh_shape):
         out_specs=whole,
     )
     return jax.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2, 3)))
-
-
-@pytest.fixture(scope="session")
-def reference():
-    """This module, for the test files beside it (which pytest imports without a package)."""
-    return sys.modules[__name__]
