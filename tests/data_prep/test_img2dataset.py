@@ -8,14 +8,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import filter as filter_job
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.registry import read_pairs
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.train_data import open_records
-from tests.data_prep.filtering.jobs import job_config, read_records, snapshot
+from tests.data_prep.filtering.jobs import job_config, read_records
 from tests.make import encoded, pair_members, plain, write_tar
 from tests.records.test_schema import write_sample
 
@@ -87,17 +86,6 @@ def test_tars_with_statistics_and_metadata(tmp_path, with_json):
     assert read_report(tmp_path / "out")["download"] == {
         k: v for k, v in _STATS.items() if k != "duration"
     }
-
-
-def test_what_describes_the_output_is_made_again_of_the_decisions(tmp_path, monkeypatch):
-    _write_shard(tmp_path / "in", "webdataset")
-    _run(str(tmp_path / "in"), tmp_path / "out")
-    before = snapshot(tmp_path / "out")
-    monkeypatch.setattr(filter_job, "filter_shard", pytest.fail)
-    for name in ("kept_uids.npy", "kept_keys.txt", "dataset.index", "dataset_info.json"):
-        (tmp_path / "out" / name).unlink()
-        _run(str(tmp_path / "in"), tmp_path / "out")
-        assert snapshot(tmp_path / "out") == before
 
 
 def test_parquet_with_images(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from data_prep.duplicates import job, scan
 from data_prep.jobs.failures import INCOMPLETE_STATUS
+from data_prep.jobs.workers import ProcessDeath
 from tests.data_prep.duplicates.jobs import (
     duplicates_config,
     read_dropped,
@@ -155,30 +156,16 @@ def test_scans_removed_during_a_run_are_named_and_made_by_the_next(tars, tmp_pat
     assert _dropped(out) == (12, {"1-0": "0-0", "2-0": "0-0"})
 
 
-def test_one_of_a_few_inputs_may_have_changed_since(tars, tmp_path, scanned):
-    assert job.run(_config(tars, tmp_path / "out", **_STRICT)) == {}
-    scanned.clear()
-    _write_tar(tars / "1.tar", [0, 11])
-    assert job.run(_config(tars, tmp_path / "out", **_STRICT)) == {}
-    assert (scanned, _dropped(tmp_path / "out")[0]) == (["1.tar"], 10)
-
-
-def _scan_or_die(unit, report, *, config):
-    """As `scan_unit`, but one picture ends the process."""
+def test_a_picture_that_ends_its_worker_is_compared_with_none(tars, tmp_path, monkeypatch):
     describe = scan.describe_picture
 
     def deadly(data, **options):
         if data == encoded(noise(12, (60, 45), 9)):
-            os._exit(7)
+            raise ProcessDeath("died")
         return describe(data, **options)
 
-    scan.describe_picture = deadly
-    scan.scan_unit(unit, report, config=config)
-
-
-def test_a_picture_that_ends_its_worker_is_compared_with_none(tars, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "scan_unit", _scan_or_die)
-    assert job.run(_config(tars, tmp_path / "out", num_workers=1)) == {}
+    monkeypatch.setattr(scan, "describe_picture", deadly)
+    assert job.run(_config(tars, tmp_path / "out")) == {}
     count, dropped = _dropped(tmp_path / "out")
     assert (count, dropped) == (12, {"1-0": "0-0", "2-0": "0-0"})
     summary = json.loads((tmp_path / "out" / "duplicates.json").read_text())

@@ -1,19 +1,23 @@
 """Processes of `jax.distributed` share the scan, and find what one process finds."""
 
-import os
 import pathlib
-import socket
-import subprocess
-import sys
+from concurrent import futures
 
 import numpy as np
 
 from data_prep.duplicates import job
 from data_prep.duplicates.table import Lookup, read_summary
-from tests.compiling import xla_flags
-from tests.make import REPOSITORY
+from tests.data_prep.duplicates.jobs import duplicates_config
+from tests.make import run_command
+from tests.serving import free_address
 
-_LONGEST_SECS = 900  # only against hanging
+_CHANGES = {
+    "embeddings.kind": "files",
+    "verify.correlation": None,
+    "clusters.rows_per_cluster": 30,
+    "threshold": 0.9,
+    "num_workers": 0,
+}
 
 
 def _embed(folder: pathlib.Path) -> None:
@@ -28,49 +32,23 @@ def _embed(folder: pathlib.Path) -> None:
         np.savez(folder / f"{number}.npz", key=keys[own], image_emb=emb[own])
 
 
-_RECIPE = """
-from data_prep.duplicates.config import default_config
-
-
-def get_config():
-    c = default_config()
-    c.embeddings.kind, c.embeddings.files, c.output = "files", "[0-5].npz", "shared"
-    c.clusters.rows_per_cluster, c.clusters.probes, c.threshold, c.num_workers = 30, 2, 0.9, 0
-    return c
-"""
-
-
 def test_two_processes_find_what_one_finds(tmp_path):
     _embed(tmp_path)
-    (tmp_path / "recipe.py").write_text(_RECIPE)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "data_prep.duplicates", "--config=recipe.py"]
-    command += [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
-    processes = [
-        subprocess.Popen(
-            [*command, f"--process_id={index}"],
-            cwd=tmp_path,
-            env=os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=_LONGEST_SECS)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], printed
-    assert any("600 pairs: 0 (0.0%) exact copies" in text for text in printed)
+    changes = _CHANGES | {"embeddings.files": str(tmp_path / "[0-5].npz")}
+    shared = [("config", "prep/duplicates"), ("config.output", tmp_path / "shared")]
+    shared += [(f"config.{name}", value) for name, value in changes.items()]
+    shared += [("coordinator_address", free_address()), ("num_processes", 2)]
+
+    def start(index: int):
+        return run_command("data_prep.duplicates", *shared, ("process_id", index), devices=2)
+
+    with futures.ThreadPoolExecutor() as pool:
+        done = list(pool.map(start, range(2)))
+    assert [process.returncode for process in done] == [0, 0], [p.stderr for p in done]
+    assert any("600 pairs: 0 (0.0%) exact copies" in process.stdout for process in done)
     assert len(list((tmp_path / "shared" / "groups").iterdir())) == 1
-    scope: dict = {}
-    exec(_RECIPE, scope)
-    config = scope["get_config"]()
-    config.embeddings.files, config.output = str(tmp_path / "[0-5].npz"), str(tmp_path / "alone")
+    changes = {name.replace(".", "__"): value for name, value in changes.items()}
+    config = duplicates_config(tmp_path, tmp_path / "alone", input=None, **changes)
     assert job.run(config) == {}
     keys = [f"k{number}" for number in range(600)]
     found, expected = (Lookup(tmp_path / name).find(keys) for name in ("shared", "alone"))

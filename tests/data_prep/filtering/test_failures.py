@@ -42,8 +42,8 @@ def test_an_output_that_may_not_become_larger_is_named_and_waited_for_no_time(
     config = job_config(source, output, output_format=output_format, retries=0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     stopped: list[str] = []
-    for kib in range(0, 1000, 2):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (kib * 1024, hard))
+    for limit in (0, *(2**power for power in range(10, 20))):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             assert run_filter(config) == {}
             break

@@ -31,7 +31,8 @@ def test_run_again_does_only_what_is_missing(tmp_path):
     names = [f"parts/{name}" for name in part_names(tmp_path / "out").values()]
     names += [f"pairs-train-{i:05d}.tfrecord" for i in range(3)]
     times = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
-    for name in (f"{names[1]}.stats.json", "dataset_info.json", names[5]):
+    described = ("dataset_info.json", "dataset.index", "kept_keys.txt")
+    for name in (f"{names[1]}.stats.json", names[5], *described):
         (tmp_path / "out" / name).unlink()
     run_filter(config)
     assert snapshot(tmp_path / "out") == before

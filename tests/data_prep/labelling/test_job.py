@@ -211,25 +211,6 @@ def test_embeddings_in_another_order_are_refused(work, tmp_path):
     assert str(path) in failure
 
 
-def test_precomputed_embeddings_of_a_shard_in_two_files(work, tmp_path):
-    """Every shard has keys of both files, in another order than its own."""
-    keys = [record.key for record in read_records(work / "kept")]
-    vectors = np.random.default_rng(0).integers(-9, 9, (NUM_IMAGES, 4)).astype(np.float32)
-    (tmp_path / "files").mkdir()
-    order = np.random.default_rng(1).permutation(NUM_IMAGES)
-    for name, chosen in (("a", order[:40]), ("b", order[40:])):
-        path = tmp_path / "files" / f"{name}.npz"
-        np.savez(path, key=np.array(keys)[chosen], image_emb=vectors[chosen])
-    files = {"teacher__kind": "precomputed"}
-    files["teacher__precomputed__files"] = str(tmp_path / "files")
-    assert run_label(label_config(work / "kept", tmp_path / "out", **files)) == {}
-    found = []
-    for path in sorted((tmp_path / "out").glob("embeddings/*.tfrecord")):
-        task = ShardTask(SourceShard("tfrecord", "kept"), str(path), config_hash="")
-        found.append(load_embeddings(task).embeddings)
-    np.testing.assert_array_equal(np.concatenate(found), vectors)  # exact in float16
-
-
 @pytest.mark.parametrize("change", ["replaced", "gone"])
 def test_an_input_that_changes_while_it_is_labelled(work, tmp_path, monkeypatch, change):
     kept = shutil.copytree(work / "kept", tmp_path / "kept")
@@ -251,17 +232,6 @@ def test_an_input_that_changes_while_it_is_labelled(work, tmp_path, monkeypatch,
     with pytest.raises(ValueError, match=f"{shard.name} has changed"):
         run_label(label_config(kept, tmp_path / "out", merge=False))
     assert not (tmp_path / "out" / "labels" / "dataset.index").exists()
-
-
-def test_a_page_of_little_data_says_what_its_recalls_are(work, tmp_path):
-    stopped = {
-        "vocabulary__stop_objects": ("car", "house", "rain"),
-        "vocabulary__stop_attributes": ("green", "red"),
-    }
-    run_label(label_config(work / "kept", tmp_path / "out", merge=False, **stopped))
-    found = (tmp_path / "out" / "report.html").read_text()
-    named = sum("blue" in record.caption for record in read_records(work / "kept"))
-    assert f"Only {named} of {NUM_IMAGES} images" in found
 
 
 def test_damaged_metrics_of_heads_are_made_again(work, tmp_path):
