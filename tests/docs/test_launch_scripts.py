@@ -1,6 +1,5 @@
 """The files of launch/ and the Dockerfile: are they valid, do they start again?"""
 
-import copy
 import math
 import os
 import pathlib
@@ -55,8 +54,6 @@ def test_shellcheck_finds_nothing_in_our_scripts(path):
 def test_shellcheck_finds_nothing_in_the_commands_of_pods(path):
     (args,) = container(job_of(path))["args"]
     check_shell(path.name, args)
-    with pytest.raises(AssertionError, match="SC2242"):
-        check_shell("wrong", "exit x")
 
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, **by_name)
@@ -97,13 +94,8 @@ def container(job: dict) -> dict:
 @pytest.mark.parametrize("path", MANIFESTS, **by_name)
 def test_the_documents_of_kubernetes_itself_are_valid(path):
     version = kubernetes_validate.latest_version()
-    job = job_of(path)
-    for document in (*documents(path)[:-1], job):
+    for document in (*documents(path)[:-1], job_of(path)):
         kubernetes_validate.validate(document, version, strict=True)
-    wrong = copy.deepcopy(job)
-    wrong["spec"]["completionModes"] = wrong["spec"].pop("completionMode")
-    with pytest.raises(kubernetes_validate.ValidationError, match="completionModes"):
-        kubernetes_validate.validate(wrong, version, strict=True)
 
 
 @pytest.mark.parametrize("path", MANIFESTS, **by_name)
@@ -296,15 +288,3 @@ def test_installed_extras_exist_and_the_dockerfile_has_what_it_copies():
         assert set(sources.split()) <= kept | {"."}
     for package in extras["eval"]:
         assert re.split("[><=]", package)[0] in dockerfile
-
-
-def test_gpus_of_several_hosts_reach_their_network_cards():
-    """NCCL loads libibverbs and librdmacm, and takes sockets where they or the cards are absent."""
-    dockerfile = (REPOSITORY / "Dockerfile").read_text()
-    cuda = dockerfile.partition(" AS cuda")[2].partition("FROM")[0]
-    assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(cuda.split())
-    pod = job_of(LAUNCH / "gpu_jobset.yaml")
-    found = container(pod)
-    assert found["resources"]["limits"]["rdma/ib"]
-    assert "IPC_LOCK" in found["securityContext"]["capabilities"]["add"]
-    assert {"name": "NCCL_DEBUG", "value": "INFO"} in found["env"]

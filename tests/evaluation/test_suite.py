@@ -5,7 +5,7 @@ import pytest
 
 from diht_jax.evaluation.protocols.matching import cue_prompt, jaccard_index
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
-from diht_jax.evaluation.results import format_results, suite_means
+from diht_jax.evaluation.results import suite_means
 from diht_jax.evaluation.suite import (
     DATACOMP,
     DATACOMP_MEANS,
@@ -18,16 +18,6 @@ from diht_jax.evaluation.suite import (
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from tests import make
-
-
-def test_seventeen_ten_and_two():
-    def numbers(*kinds):
-        return sum(entry.numbers for entry in SUITE.values() if entry.kind in kinds)
-
-    assert numbers("classification", "multilabel", "binary") == 17
-    assert numbers("retrieval", "winoground") == 10
-    assert numbers("entailment", "vqa") == 2
-    assert numbers(*PROTOCOLS) == 29
 
 
 def test_every_task_with_a_source_can_be_named():
@@ -164,7 +154,6 @@ def test_a_folder_of_datacomp(tmp_path, photos, caplog):
     total = sum(row["top1"] * row["images"] for row in groups.values())
     assert total / 5 == pytest.approx(fmow["metrics"]["top1"])
 
-    table = format_results({"model": "m", "results": results})
     by_task = {result["task"]: result for result in results}
     means = {mean.name: (mean.values, mean.missing) for mean in suite_means([by_task])}
     retrieval = results[0]["metrics"]
@@ -173,7 +162,7 @@ def test_a_folder_of_datacomp(tmp_path, photos, caplog):
         "2 missing",
     )
     assert means["DataComp: mean of all 38"][1] == "35 missing"
-    assert "DataComp: mean of 6 ImageNet shifts" in table and "5 missing" in table
+    assert means["DataComp: mean of 6 ImageNet shifts"][1] == "5 missing"
     # Without a task that is DataComp's alone, its means would be nothing to read.
     del by_task["fmow"]
     assert not any("DataComp" in mean.name for mean in suite_means([by_task]))

@@ -8,7 +8,6 @@ from diht_jax.config import default_config, validate_config
 from diht_jax.evaluation.protocols import base
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
-from diht_jax.evaluation.suite import TASKS_BY_NAME
 from diht_jax.evaluation.task_parsing import (
     SOURCE_OPTIONS,
     open_source,
@@ -21,16 +20,6 @@ from tests import make
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (
-            "cifar10?templates={}",
-            Task(
-                "cifar10",
-                "classification",
-                "tfds:cifar10:test",
-                class_names=TASKS_BY_NAME["cifar10"].class_names,
-                templates=("{}",),
-            ),
-        ),
         ("retrieval:/d/emoji.twitter.tar", Task("emoji", "retrieval", "/d/emoji.twitter.tar")),
         (
             "retrieval:tfds:coco_captions:val[:10%]?caption_feature=captions/text&data_dir=/t",
@@ -71,7 +60,6 @@ def test_defaults_reach_the_tasks_they_belong_to():
     ("texts", "message"),
     [
         (["cifar01"], "unknown task 'cifar01'; did you mean 'cifar10'"),
-        (["retreival:/a.tar"], "did you mean 'retrieval'"),
         (["mine=clasification:/a.tar"], "did you mean 'classification'"),
         (["retreival"], "did you mean 'retrieval'"),
         (["retrieval:/a.tar?caption_templat=x"], "did you mean 'caption_template'"),

@@ -203,17 +203,12 @@ def test_a_byte_order_mark_does_not_hide_the_quotes_of_a_header(tmp_path):
     assert read_entries(str(tmp_path / "t.csv")) == [Pair("t-00000000", PNG, "one")]
 
 
-@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
-def test_the_imagefolder_of_hugging_face(tmp_path, name):
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_the_imagefolder_of_hugging_face(tmp_path, form):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "0001.png").write_bytes(PNG)
-    path, row = tmp_path / "train" / name, {"file_name": "0001.png", "text": "a cat"}
-    if name.endswith("parquet"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
-    else:
-        path.write_text(
-            json.dumps(row) if name.endswith("jsonl") else "file_name,text\n0001.png,a cat"
-        )
+    row = {"file_name": "0001.png", "text": "a cat"}
+    write_table(tmp_path / "train" / f"metadata.{form}", form, row)
     for spec in (tmp_path / "train", f"{tmp_path}?split=train"):
         (pair,) = read_entries(str(spec))
         assert (pair.image, pair.caption) == (PNG, "a cat")

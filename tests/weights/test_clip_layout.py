@@ -15,7 +15,6 @@ from diht_jax.weights.source import read_weights
 @pytest.mark.parametrize(
     ("activation", "others"),
     [
-        ("gelu", {}),
         ("quick_gelu", {}),
         ("gelu_tanh", {"vision_heads": 4, "vision_mlp_width": 300, "layer_norm_epsilon": 1e-3}),
     ],

@@ -37,7 +37,7 @@ def run(tmp_path_factory):
     return make.write_run(tmp_path_factory.mktemp("run"), make.tiny_config())
 
 
-@pytest.mark.parametrize("format", ["open_clip", "safetensors", "huggingface"])
+@pytest.mark.parametrize("format", ["safetensors", "huggingface"])
 def test_a_model_comes_back_from_the_hub(server, run, tmp_path, format):
     export_model(run, format, tmp_path / "out", push="hf-hub:someone/tiny-clip")
     pushed = server.files["model", "someone/tiny-clip"]

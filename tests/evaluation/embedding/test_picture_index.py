@@ -253,7 +253,7 @@ def test_no_damage_of_an_index_is_silent_or_ends_the_process(tiny_model, tmp_pat
     expected = answers(index)
     for name, whole in files.items():
         damages = [others[name], files[sorted(files)[rng.integers(10)]]]
-        for start in map(int, rng.integers(len(whole), size=6)):
+        for start in map(int, rng.integers(len(whole), size=3)):
             page = slice(start - start % 4096, start - start % 4096 + 4096)
             zeroed = whole[: page.start] + bytes(len(whole[page])) + whole[page.stop :]
             flipped = bytes([whole[start] ^ 1 << int(rng.integers(8))])
@@ -266,7 +266,7 @@ def test_no_damage_of_an_index_is_silent_or_ends_the_process(tiny_model, tmp_pat
                 assert name.split(".")[0] in str(error), (name, str(error))
                 num_named += 1
         (index / name).write_bytes(whole)
-    assert num_named > 150
+    assert num_named > 75
 
 
 @pytest.fixture

@@ -11,17 +11,13 @@ from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 from diht_jax.evaluation.task_parsing import open_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
-from tests.readers.inputs import write_tar
+from tests import make
 
 
-def test_pairs_on_s3_are_embedded_evaluated_and_searched(tiny_model, photos, tmp_path, s3_bucket):
+def test_pairs_on_s3_are_embedded_evaluated_and_searched(tiny_model, tmp_path, s3_bucket):
     for number in range(2):
-        members = [
-            (f"{number}-{i}.{end}", photo if end == "png" else f"photo {i}".encode())
-            for i, photo in enumerate(photos)
-            for end in ("png", "txt")
-        ]
-        write_tar(tmp_path / f"{number}.tar", members)
+        captions = [f"photo {i} of {number}" for i in range(5)]
+        make.write_pair_tar(tmp_path / f"{number}.tar", captions)
     url = f"{s3_bucket}/embedding"
     system = fsspec.filesystem("s3")
     for path in tmp_path.glob("*.tar"):

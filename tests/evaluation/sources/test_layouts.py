@@ -148,18 +148,6 @@ def _write(root, notes, photos, files=_WORDS):
     return make.write_benchmark_folder(root, entries, files, num_shards=2)
 
 
-def test_classification(tmp_path, photos):
-    notes = [("cls", str(label).encode()) for label in (1, 0, 1, 1, 0)]
-    source = _write(tmp_path / "insects", notes, photos)
-    (task,) = parse_tasks([source])
-    assert (task.name, task.kind) == ("insects", "classification")
-    assert task.class_names == ("ant", "hot dog")
-    assert task.templates == ("a {}.", "the {}.")
-    pairs = list(read_source(source, {}))
-    found = [(pair.key, pair.metadata["label"]) for pair in pairs]
-    assert found == [("s/0", 1), ("s/2", 1), ("s/4", 0), ("s/1", 0), ("s/3", 1)]
-
-
 def test_arrays_of_objects_are_skipped_and_not_unpickled(tmp_path, photos):
     notes = [("npy", make.npy([1, 0])), ("npy", make.npy([{}, 1]))]
     files = {**_WORDS, "dataset_type.txt": "multilabel\n"}
@@ -169,8 +157,17 @@ def test_arrays_of_objects_are_skipped_and_not_unpickled(tmp_path, photos):
 
 def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
     notes = [("cls", b"1"), ("cls", b"first"), ("txt", b"a dog"), ("cls", b"0")]
-    source = _write(tmp_path / "x", notes, photos)
+    source = _write(tmp_path / "insects", notes, photos)
+    (task,) = parse_tasks([source])
+    assert (task.name, task.kind, task.class_names) == (
+        "insects",
+        "classification",
+        ("ant", "hot dog"),
+    )
+    assert task.templates == ("a {}.", "the {}.")
     entries = list(read_source(source, {}))
+    assert [entry.key for entry in entries] == ["s/0", "s/2", "s/1", "s/3"]
+    assert [entries[0].metadata["label"], entries[-1].metadata["label"]] == [1, 0]
     reasons = {entry.key: getattr(entry, "reason", None) for entry in entries}
     assert reasons == {"s/0": None, "s/1": "bad_row", "s/2": "bad_row", "s/3": None}
 
