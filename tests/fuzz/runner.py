@@ -28,7 +28,7 @@ from tests.compiling import xla_flags
 from tests.fuzz.judge import OUTCOMES, require
 
 # Kind (a module of `kinds/`) -> its share of the cases.
-WEIGHTS = {"tars": 18, "tables": 11, "records": 23, "images": 20, "weights": 16, "tfds": 2}
+WEIGHTS = {"tars": 18, "tables": 11, "records": 25, "images": 20, "weights": 16}
 WEIGHTS |= {"written": 10}
 LIMIT_SECS = 20  # of the processor's time for a case, so that a busy machine makes no difference
 # How much the resident memory may grow in one case. A picture of the largest allowed size takes

@@ -1,13 +1,13 @@
-"""Damaged files of the output: named or made again, never read."""
+"""Damaged files of the output: made again, or named by the filter.
+
+That no damage is read is tried in `tests/fuzz/kinds/written.py`.
+"""
 
 import shutil
-from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
-from data_prep.duplicates import image_hashes, job, scan
-from data_prep.duplicates.table import Lookup
+from data_prep.duplicates import job, scan
 from data_prep.filter import run_filter
 from tests.data_prep.duplicates.jobs import duplicates_config, read_dropped, scene, write_pictures
 from tests.data_prep.filtering.jobs import job_config
@@ -40,30 +40,9 @@ def run(finished, out):
 _EXPECTED = {f"cp{i:02d}": ("exact", f"p{i:02d}") for i in range(20)}
 
 
-def _damages(data: bytes, count: int) -> Iterator[bytes]:
-    """Some single damages: flipped bytes, cuts, zeroed pages."""
-    generator = np.random.default_rng(0)
-    for number in range(count):
-        position = int(generator.integers(len(data)))
-        changed = bytearray(data)
-        if number % 3 == 0:
-            changed[position] ^= int(generator.integers(1, 256))
-        elif number % 3 == 1:
-            del changed[position:]
-        else:
-            page = slice(position, min(position + 512, len(data)))
-            changed[page] = bytes(page.stop - page.start)
-        if changed != data:
-            yield bytes(changed)
-
-
-def test_no_damage_of_the_table_is_read(out, finished, tmp_path):
+def test_the_filter_names_a_damaged_table_before_it_begins(out, finished, tmp_path):
     path = out / "dropped.arrow"
-    for number, damaged in enumerate(_damages(path.read_bytes(), 120)):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"dropped\.arrow.*damaged"):
-            pytest.fail(f"{number}: read {Lookup(out).find(['p00', 'cp00'])}")
-    # The filter names it before it begins.
+    path.write_bytes(path.read_bytes()[:-40] + bytes(40))
     source, kept = str(finished / "in" / "*.tar"), tmp_path / "kept"
     with pytest.raises(ValueError, match=r"config\.duplicates\.table='.*dropped\.arrow'"):
         run_filter(job_config(source, kept, duplicates__table=str(out)))
@@ -104,38 +83,3 @@ def test_a_damaged_scan_is_made_again(out, run, ending, monkeypatch):
     assert run(**changes) == {}
     assert scanned == [str(path).removesuffix(".stats.json")]
     assert path.read_bytes() == whole and read_dropped(out) == _EXPECTED
-
-
-def test_no_damage_of_an_index_of_hashes_changes_it(tmp_path):
-    generator = np.random.default_rng(1)
-    index = image_hashes.Index(
-        np.array([f"k{i}" for i in range(50)]),
-        generator.integers(0, 256, (50, 16), np.uint8),
-        generator.integers(0, 2**63, 50, np.uint64),
-        np.ones(50, bool),
-    )
-    path = tmp_path / "index.npz"
-    image_hashes.write_index(path, index)
-    for number, damaged in enumerate(_damages(path.read_bytes(), 150)):
-        path.write_bytes(damaged)
-        image_hashes.open_index.cache_clear()
-        try:
-            found = image_hashes.open_index(str(path))
-        except ValueError as error:
-            assert str(path) in str(error), number
-        else:  # what an archive says besides its contents, such as times
-            assert (found.digest(), found.keys.tolist()) == (index.digest(), index.keys.tolist())
-
-
-def test_a_damaged_description_is_named(out, run):
-    path, settings = out / "duplicates.json", out / "settings.json"
-    whole = path.read_bytes()
-    for damaged in (whole[:50], whole.replace(b'"digest": "', b'"digest": "0')):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"duplicates\.json"):
-            Lookup(out)
-    data = bytearray(settings.read_bytes())
-    data[data.index(b": ") + 3] ^= 1
-    settings.write_bytes(data)
-    with pytest.raises(ValueError, match=r"settings\.json"):
-        run()

@@ -114,9 +114,9 @@ def test_the_jobs_of_an_array_together_replace_no_more_than_one_job_would(tmp_pa
     assert filtered == [] and snapshot(output) == before
     for number, (path, time) in enumerate(zip(tars, times, strict=True)):
         os.utime(path, ns=(time, time + 10**9 * (number in (3, 5, 7))))
-    for index in range(20):
-        assert run_filter(config, index, 20) == {}
-    assert filtered == ["00003.tar", "00005.tar", "00007.tar"]
+    for index in range(4):
+        assert run_filter(config, index, 4) == {}
+    assert sorted(filtered) == ["00003.tar", "00005.tar", "00007.tar"]
 
 
 def _after(count: int, change, monkeypatch) -> None:
@@ -170,11 +170,6 @@ def test_an_input_that_changes_whenever_it_was_read_fails(tmp_path, monkeypatch)
     assert len(read_records(output)) == 3
 
 
-def _remove_all(parts: pathlib.Path) -> None:
-    for path in parts.iterdir():
-        path.unlink()
-
-
 def _remove_decisions_and_a_part(parts: pathlib.Path) -> None:
     one, other = sorted(parts.glob("*.decisions.parquet"))
     one.unlink()
@@ -182,12 +177,9 @@ def _remove_decisions_and_a_part(parts: pathlib.Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("remove", [_remove_all, _remove_decisions_and_a_part])
-def test_parts_that_are_removed_while_the_filter_runs_are_an_error(
-    tmp_path, monkeypatch, capsys, remove
-):
+def test_parts_that_are_removed_while_the_filter_runs_are_an_error(tmp_path, monkeypatch, capsys):
     source, output = write_tars(tmp_path / "in", 3, pairs_per_tar=1), tmp_path / "out"
-    _after(2, lambda: remove(output / "parts"), monkeypatch)
+    _after(2, lambda: _remove_decisions_and_a_part(output / "parts"), monkeypatch)
     config = job_config(source, output)
     failures = run_filter(config)
     assert set(failures) == {str(tmp_path / "in" / f"0000{i}.tar") for i in (0, 1)}

@@ -71,12 +71,18 @@ def scored(source, weights, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(weights, pictures):
-    """Of one pair at a time, on one device, in float64."""
+def embedded(weights, pictures):
+    """Rows of the pictures and of the captions, of one at a time, on one device, in float64."""
     model = load_model(weights, batch_size=1, devices=jax.devices()[:1])
-    pairs = zip(pictures, _CAPTIONS, strict=True)
-    embedded = [(model.encode_image(p), model.encode_text(c)) for p, c in pairs]
-    return [float(np.dot(i[0].astype(np.float64), t[0].astype(np.float64))) for i, t in embedded]
+    images, texts = map(model.encode_image, pictures), map(model.encode_text, _CAPTIONS)
+    return [np.concatenate(list(rows)).astype(np.float64) for rows in (images, texts)]
+
+
+@pytest.fixture(scope="module")
+def expected(embedded):
+    """The score of each pair."""
+    images, texts = embedded
+    return (images * texts).sum(axis=1).tolist()
 
 
 def test_scores_are_those_of_the_model_and_all_are_kept(scored, expected):
@@ -133,10 +139,9 @@ def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expec
     assert replay.Replay(str(scored), config).run().not_known.total() == 8
 
 
-def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures):
-    model = load_model(weights, batch_size=3)
-    image_emb = model.encode_image([pictures[0]] * 8)[:1]
-    cosines = (image_emb @ model.encode_text(_CAPTIONS).T)[0]
+def test_of_several_captions_the_good_ones_stay(weights, tmp_path, pictures, embedded):
+    images, texts = embedded
+    cosines = texts @ images[0]
     limit = float(np.median(cosines))
     members = make.pair_members("k", _CAPTIONS[0], make.encoded(pictures[0]))
     members["k.json"] = json.dumps({"captions": _CAPTIONS}).encode()
@@ -201,11 +206,9 @@ def head(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def head_scores(weights, head, pictures):
+def head_scores(embedded, head):
     """The layer on the embedding of each picture, in float64."""
-    model = load_model(weights, batch_size=1, devices=jax.devices()[:1])
-    rows = np.concatenate([model.encode_image(p) for p in pictures]).astype(np.float64)
-    found = np.load(head)
+    rows, found = embedded[0], np.load(head)
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)) @ found["weight"][0] + _BIAS
 
 

@@ -36,6 +36,6 @@ def work(tmp_path_factory):
     config.source.rows_per_shard = config.examples_per_shard = 32
     assert run_filter(config) == {}
     sys.path.insert(0, str(folder))
-    assert run_label(label_config(folder / "kept", folder / "labelled", num_workers=1)) == {}
+    assert run_label(label_config(folder / "kept", folder / "labelled")) == {}
     yield folder
     sys.path.remove(str(folder))

@@ -6,9 +6,8 @@ import numpy as np
 from PIL import Image
 
 from diht_jax.config import load_recipe
-from tests.make import encoded
+from tests.make import PREP_RECIPES, encoded
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}
 NAMES = ("car", "house")  # a car fills the lower half, a house the upper one
 NUM_IMAGES = 90
@@ -38,12 +37,12 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def label_config(source, output, **changes):
-    config = load_recipe(REPOSITORY / "configs" / "prep" / "concepts.py")
+    config = load_recipe(PREP_RECIPES / "concepts.py")
     config.update({"input": str(source), "output": str(output), "num_workers": 0})
     config.teacher.update({"kind": "torch", "batch_size": 16})
     config.teacher.torch.update({"function": "quarters:build", "image_size": 24})
     config.vocabulary.min_count = 5
-    config.heads.update({"steps": 150, "batch_size": 64, "learning_rate": 0.05, "held_out": 0.25})
+    config.heads.update({"steps": 60, "batch_size": 64, "learning_rate": 0.05, "held_out": 0.25})
     config.report_images = 6
     config.merge = True
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})

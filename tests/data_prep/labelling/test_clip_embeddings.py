@@ -165,9 +165,8 @@ def test_crops_do_not_change():
     assert with_boxes(Crops(4, (0.5, 1.0), 7)).boxes == "1d746604c12f9cb7"
 
 
-@pytest.mark.parametrize("key", ["dtype", "embedding_dtype"])
-def test_an_unknown_dtype_is_refused_by_its_key(key):
+def test_an_unknown_dtype_is_refused_by_its_key():
     config = label_defaults()
-    config.clip_teachers[key] = "bf16"
-    with pytest.raises(ValueError, match=f"config.clip_teachers.{key}=bf16"):
+    config.clip_teachers.dtype = "bf16"
+    with pytest.raises(ValueError, match=r"config\.clip_teachers\.dtype=bf16"):
         check_config(config)

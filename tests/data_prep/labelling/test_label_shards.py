@@ -23,7 +23,8 @@ from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.records.train_data import open_records
 from diht_jax.records.vocabulary import find_train_vocabulary, find_vocabulary, read_vocabulary
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, read_records
-from tests.data_prep.labelling.pictures import NUM_IMAGES, REPOSITORY, label_config
+from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
+from tests.make import REPOSITORY
 
 _KEPT = ("embeddings", "heads", "vocabulary")
 

@@ -1,4 +1,4 @@
-"""Readings: what a killed run and a damaged file leave of the cache, and matches of known lines."""
+"""Readings: what a killed run leaves of the cache, and matches of known lines."""
 
 import json
 
@@ -33,19 +33,6 @@ def test_a_killed_run_loses_only_its_last_line(tmp_path):
         "c": False,
         "d": True,
     }
-
-
-def test_a_damaged_line_is_spotted_again(tmp_path):
-    cache = SpotCache(tmp_path, {}, "s")
-    cache.put("a", _READING)
-    cache.put("b", _READING)
-    cache.flush()
-    whole = cache.path.read_bytes()
-    for place in range(whole.index(b"\n")):
-        cache.path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        again = SpotCache(tmp_path, {}, "s")
-        assert again.get("a") in (_READING, Reading()), place
-        assert again.get("b") == _READING, place
 
 
 def test_settings_and_shards_do_not_mix(tmp_path):

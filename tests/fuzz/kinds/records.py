@@ -1,4 +1,4 @@
-"""TFRecord shards, their indices, and the records in them.
+"""TFRecord shards, their indices, and the records in them; folders of TensorFlow Datasets.
 
 Read in order by `diht_jax.readers`, at random by `TFRecordSource`, decoded by `schema`.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy, integers
 from hypothesis.strategies import sampled_from as one
@@ -18,7 +19,9 @@ from hypothesis.strategies import sampled_from as one
 from diht_jax.data.index import update_index
 from diht_jax.readers import registry
 from diht_jax.records import schema
+from diht_jax.records.dataset_info import write_dataset_info
 from diht_jax.records.formats import TFRecordSource
+from diht_jax.records.shard_files import shard_name
 from tests.fuzz.damage import (
     NO_OBJECT,
     NOT_UTF8,
@@ -31,7 +34,7 @@ from tests.fuzz.damage import (
     words,
 )
 from tests.fuzz.framing import dataset_index, example, frame, index, with_preamble
-from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
+from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, judge_source, require
 from tests.make import png
 
 _NAME = "pairs-train-00000.tfrecord"
@@ -286,3 +289,29 @@ def check_payload(draw: Draw, folder: pathlib.Path) -> str:
     pairs = attempt(lambda: list(registry.open_source(str(shard.path))), shard.path)
     require(isinstance(pairs, Refused) or len(pairs) == len(shard.records), "a record is lost")
     return SUCCESS
+
+
+def check_folder_of_tfds(draw: Draw, folder: pathlib.Path) -> str:
+    """A record that is broken, or lacks what the description promises, is skipped or an error."""
+    logging.set_verbosity(logging.ERROR)
+    rows = [_fields(draw, number) for number in range(4)]
+    for fields in rows:
+        fields.pop("concepts", None)
+    examples, bad = list(map(example, rows)), draw(integers(0, 3))
+    fields = rows[bad]
+    name = draw(one(list(fields)))
+    others = [example(fields | {name: value}) for value in (3, [b"a"] * 2, 0.5, [], b"", *NOT_UTF8)]
+    others += [b"", example({key: value for key, value in fields.items() if key != name})]
+    examples[bad] = draw(one(others) | damaged(examples[bad]) | noise(50))
+    shard, data = shard_name("pairs", "train", 0, 1), b"".join(map(frame, examples))
+    (folder / shard).write_bytes(data)
+    lengths = {"shard_lengths": [len(examples)], "num_bytes": len(data)}
+    names = {"dataset": "pairs", "split": "train", "image_formats": ["JPEG"]}
+    write_dataset_info(folder, **names, **lengths)
+    values = {
+        f"{shard}-{number:08d}": (fields["image"], fields["caption"].decode())
+        for number, fields in enumerate(rows)
+    }
+    value_of = lambda pair: (pair.image, pair.caption)  # noqa: E731
+    touched = list(values)[bad]
+    return judge_source(f"tfds:{folder}:train", folder, value_of, values, touched)

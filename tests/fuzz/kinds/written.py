@@ -270,9 +270,8 @@ _USES = {
         _Use("kept labels", _DATA, functools.partial(_label_again, top_k=3)),
         _Use("kept clips", _DATA, _join_clips),
     ],
-    # The table that the filter reads, and what the job goes on from.
+    # What a search for duplicates goes on from.
     "duplicates": [
-        _Use("duplicates", r"dropped\.arrow|duplicates\.json", _look_up),
         _Use("duplicates", _DATA, _search_again),
         _Use("duplicates", _DATA, functools.partial(_search_again, threshold=0.5)),
     ],
@@ -299,8 +298,9 @@ _USES = {
             for form in ("open_clip", "huggingface", "safetensors", "own_tokenizer")
         ),
     ],
-    # Results of evaluations, cached readings, hashes of pictures.
+    # What a filter looks up in duplicates; results, cached readings, hashes of pictures.
     "others": [
+        _Use("duplicates", r"dropped\.arrow|duplicates\.json", _look_up),
         _Use("results", ".*", lambda f: read_results(f / "results/a.json"), stands_alone=True),
         _Use("readings", ".*jsonl|settings.json", _read_cache),
         _Use("readings", ".*npz", _read_hashes, stands_alone=True),
