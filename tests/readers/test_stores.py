@@ -93,9 +93,7 @@ def test_a_store_that_fails_one_request_in_twenty_loses_nothing(local, metered, 
     assert not fsspec.filesystem("metered").exists("/folder/a.tfrecord.idx")  # nothing is written
 
 
-@pytest.mark.parametrize(
-    "local", ["tar", "parquet of many groups", "jsonl", "tfrecord"], indirect=True
-)
+@pytest.mark.parametrize("local", ["tar", "parquet of many groups", "jsonl"], indirect=True)
 def test_pairs_are_read_from_s3(local, s3_bucket):
     url = f"{s3_bucket}/readers"
     system = _upload(local, url)

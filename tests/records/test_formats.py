@@ -38,10 +38,8 @@ _RECORDS = [b"", b"a", b"hello world", bytes(1000), b"\x00\xff" * 7]
 
 
 def test_writer_frames_records_and_their_offsets(tmp_path):
-    path, frames = (
-        make.write_shard(tmp_path / "a.tfrecord", _RECORDS),
-        list(map(framing.frame, _RECORDS)),
-    )
+    path = make.write_shard(tmp_path / "a.tfrecord", _RECORDS)
+    frames = list(map(framing.frame, _RECORDS))
     assert path.read_bytes() == b"".join(frames)
     assert _index(path).read_bytes() == framing.index(frames)
     assert sorted(os.listdir(tmp_path)) == ["a.tfrecord", "a.tfrecord.idx"]
@@ -132,9 +130,8 @@ def test_missing_index_stays_in_memory_on_a_read_only_disk(tmp_path, monkeypatch
 @pytest.mark.parametrize("with_index", [True, False])
 @pytest.mark.parametrize("missing_bytes", [1, 13, 30])
 def test_truncated_shard(tmp_path, missing_bytes, with_index):
-    path = make.write_shard(
-        tmp_path / "a.tfrecord", [b"first", b"second"]
-    )  # frames of 21 and 22 bytes
+    # Frames of 21 and 22 bytes.
+    path = make.write_shard(tmp_path / "a.tfrecord", [b"first", b"second"])
     data = path.read_bytes()
     path.write_bytes(data[:-missing_bytes])
     if not with_index:

@@ -53,12 +53,12 @@ def open_clip_model(arch):
     return randomize(open_clip.model.CLIP(**open_clip_config(arch)))
 
 
-def siglip_model():
+def siglip_model(layers=2):
     """transformers' SiglipModel, small, in the shapes of SigLIP 2's giant."""
     import torch
 
     transformers = pytest.importorskip("transformers")
-    towers = {"num_hidden_layers": 2}
+    towers = {"num_hidden_layers": layers}
     vision = {"hidden_size": 64, "intermediate_size": 148, "num_attention_heads": 4}
     vision |= {"image_size": 24, "patch_size": 8}
     text = {"hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 2}

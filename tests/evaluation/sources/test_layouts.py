@@ -79,9 +79,9 @@ _SOURCES = {
 }
 
 
-def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
-    url = f"{s3_bucket}/evaluation"
-    fsspec.filesystem("s3").put(str(sets), url, recursive=True)
+def test_entries_of_a_store_are_those_of_the_folder(sets):
+    url = "memory://evaluation"
+    fsspec.filesystem("memory").put(str(sets), url, recursive=True)
     for source, options, pairs, skipped in _SOURCES.values():
         found = []
         for root in (str(sets), url):
@@ -109,6 +109,7 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
     for missing in ("voc:{}/none", "clip_benchmark:{}/none", "list:{}/none.txt"):
         with pytest.raises(ValueError, match="none"):
             open_units(missing.format(url), {})
+    fsspec.filesystem("memory").rm(url, recursive=True)
 
 
 @pytest.mark.parametrize(
