@@ -93,9 +93,8 @@ def test_a_stream_reads_one_window_of_blocks_after_the_other():
     assert first[0] != first[1]
 
 
-@pytest.mark.parametrize("process_count", [1, 16])
-def test_a_host_needs_the_blocks_of_its_own_streams_only(process_count):
-    order = block_order(64 * 256, 16, 64, 4)
+def test_a_host_needs_the_blocks_of_its_own_streams_only():
+    order, process_count = block_order(64 * 256, 16, 64, 4), 16
     needed = [
         {order.block_of(order[p]) for p in range(process, 64 * 256, process_count)}
         for process in range(process_count)

@@ -13,6 +13,7 @@ from diht_jax.models.dual_encoder import choose_patches
 from diht_jax.models.parameters import ModelDefinition, ParameterKeys, merge_model
 from diht_jax.weights.clip_layout import from_clip
 from tests import make
+from tests.compiling import QUICK_COMPILE
 from tests.weights.conftest import open_clip_config
 
 SMALL = make.small_architecture(
@@ -35,7 +36,8 @@ def test_parameters_are_drawn_by_the_keys_of_flax():
 def test_initialisation_has_the_spread_of_open_clips():
     # Wide enough that a standard deviation is known to a few percent.
     arch = dataclasses.replace(SMALL, vision_layers=3, text_layers=3)
-    ours = jax.jit(ModelDefinition(arch, jnp.float32, jnp.float32).init_params)(jax.random.key(1))
+    init_params = ModelDefinition(arch, jnp.float32, jnp.float32).init_params
+    ours = jax.jit(init_params, compiler_options=QUICK_COMPILE)(jax.random.key(1))
     open_clip = pytest.importorskip("open_clip")
     import torch
 
