@@ -15,15 +15,6 @@ from tests.waiting import wait_until
 LONGEST_SECS = 300  # only against hanging
 
 
-def start_without_its_peer(workdir):
-    """Runs a command whose second process never starts; returns how it ended, and its address."""
-    address = free_address()
-    job = (("coordinator_address", address), ("num_processes", 2), ("process_id", 0))
-    config = (("config", "configs/demo.py"), ("config.data.train", "unused"))
-    given = (("workdir", workdir), ("start_warning_secs", 0.5))
-    return make.run_command("diht_jax.train", *given, *config, *job), address
-
-
 @pytest.mark.parametrize("process, status", [(1, 78), (0, 1)])
 def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends(
     tmp_path, process, status
@@ -35,7 +26,11 @@ def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends(
     """
     text = f'{{"process": {process}, "error": "record 7: no picture"}}'
     (tmp_path / "ended.json").write_text(text)
-    ended, address = start_without_its_peer(tmp_path)
+    address = free_address()
+    job = (("coordinator_address", address), ("num_processes", 2), ("process_id", 0))
+    config = (("config", "configs/demo.py"), ("config.data.train", "unused"))
+    given = (("workdir", tmp_path), ("start_warning_secs", 0.5))
+    ended = make.run_command("diht_jax.train", *given, *config, *job)
     assert ended.returncode == status
     said = f"process {process} has ended for good: record 7: no picture" in ended.stderr
     assert said == (status == 78)

@@ -7,8 +7,8 @@ from benchmarks import train_step
 from diht_jax.models import get_architecture
 
 
-@pytest.fixture
-def config():
+def test_losses_follow_those_of_open_clip(monkeypatch):
+    monkeypatch.setattr(train_step, "LEARNING_RATE", 2e-3)
     config = train_step.diht_config("tiny_32px", "cpu", 16)
     config.model.overrides.update(
         image_size=16,
@@ -23,11 +23,6 @@ def config():
         context_length=34,
         vocab_size=500,
     )
-    return config
-
-
-def test_losses_follow_those_of_open_clip(config, monkeypatch):
-    monkeypatch.setattr(train_step, "LEARNING_RATE", 2e-3)
     config.optimizer.learning_rate = 2e-3
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     sides = train_step.build_sides(arch, config, "cpu", torch_compile=False)

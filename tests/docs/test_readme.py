@@ -42,11 +42,6 @@ def commands_of(page):
             yield command.module, [*command.arguments, *SHORTER.get(command.module, [])]
 
 
-def unpacking_lines(page):
-    """The lines for a shell that unpack pictures."""
-    return re.findall(r"(?m)^    (mkdir .* tar -xf .*)$", (REPOSITORY / page).read_text("utf-8"))
-
-
 def download_examples(commands, monkeypatch, folder):
     """Runs the commands that make examples, in this process, with small packages."""
     files = small.replace_packages(monkeypatch, small.small_packages())
@@ -62,7 +57,8 @@ def test_readme_and_quickstart_from_nothing_to_results(tmp_path, monkeypatch):
     commands = [*commands_of("README.md"), *commands_of(QUICKSTART)]
     downloads = [command for command in commands if command[0] == "data_prep.examples"]
     download_examples(downloads, monkeypatch, tmp_path / "packages")
-    for line in unpacking_lines(QUICKSTART):
+    page = (REPOSITORY / QUICKSTART).read_text("utf-8")
+    for line in re.findall(r"(?m)^    (mkdir .* tar -xf .*)$", page):  # which unpacks pictures
         subprocess.run(line, shell=True, check=True)
     blocks = [("-c", [block]) for block in python_blocks(REPOSITORY / QUICKSTART)]
     rest = [each for n, each in enumerate(commands) if each not in [*downloads, *commands[:n]]]

@@ -12,24 +12,18 @@ from diht_jax.evaluation.protocols.base import Task
 from diht_jax.readers.registry import open_source
 
 
-@pytest.fixture(scope="module")
-def small_web(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("web")
+def test_scenes_shapes_and_colours(tiny_model, tmp_path):
     settings = web.Settings(num_pairs=0, num_retrieval=24, num_classification=12)
-    web.write_dataset(settings, folder, workers=1)
-    return folder
-
-
-def test_scenes_shapes_and_colours(tiny_model, small_web):
-    metrics, items = measure_scenes(tiny_model, {"web": small_web})
-    task = Task("x", "retrieval", f"{small_web}/val_retrieval.tar", caption_template="{caption}")
+    web.write_dataset(settings, tmp_path, workers=1)
+    metrics, items = measure_scenes(tiny_model, {"web": tmp_path})
+    task = Task("x", "retrieval", f"{tmp_path}/val_retrieval.tar", caption_template="{caption}")
     truth = retrieval.run(task, Encoder(tiny_model, open_source(task.source)))
     assert metrics["scenes/t2i_r1"] == truth.metrics["t2i_r1"]
     both = [truth.metrics["t2i_r10"], truth.metrics["i2t_r10"]]
     assert metrics["scenes/r10"] == pytest.approx(np.mean(both))
     found = [unpack_items(each) for each in items["scenes/r10"]]
     np.testing.assert_array_equal(found, [truth.result.t2i_ranks < 10, truth.result.i2t_ranks < 10])
-    source, templates = f"{small_web}/val_color.tar", tuple(captions.COLOR_TEMPLATES)
+    source, templates = f"{tmp_path}/val_color.tar", tuple(captions.COLOR_TEMPLATES)
     task = Task("x", "classification", source, templates=templates)
     colors = classification.run(task, Encoder(tiny_model, open_source(task.source)))
     assert metrics["color/top1"] == colors.metrics["top1"]
@@ -52,8 +46,9 @@ def test_wrong_captions_by_hand():
         "swap_shape": "a small red star is chasing a large striped blue circle",
         "swap_objects": "a large striped blue star is chasing a small red circle",
     }
+    said = {word for item in scene["objects"] for word in item.values()}
     for kind, words in (("replace_color", ("red", "blue")), ("replace_shape", ("circle", "star"))):
-        new = set(replaced[kind].split()) - set(scene_words(scene)) - {"a", "is", "chasing"}
+        new = set(replaced[kind].split()) - said - {"a", "is", "chasing"}
         assert len(new) == 1 and not new & set(words)
     # What can be swapped without becoming wrong is not asked: side by side, it is the same scene.
     scene = _scene("beside", "small plain red star", "small plain blue star")
@@ -61,7 +56,3 @@ def test_wrong_captions_by_hand():
     assert sorted(found) == ["replace_color", "replace_shape"]
     scene = _scene("inside", "small plain red star", "small plain red star")
     assert wrong_captions("a small red star inside a small red star", scene) == {}
-
-
-def scene_words(scene):
-    return [word for item in scene["objects"] for word in item.values()]

@@ -164,15 +164,12 @@ def result(work) -> dict:
     return json.loads((work / "result.json").read_text())
 
 
-def _pixel_sum(index: int) -> int:
-    return (4 + index) * 3 * (index + 2 * index + 250)
-
-
 def test_tfds_opens_our_folder(result):
     ours = result["ours"]
     assert (ours["name"], ours["count"]) == ("pairs", 5)
     assert ours["keys"] == [f"k{i}" for i in range(5)]
-    assert ours["images"] == [[_pixel_sum(i), [3, 4 + i, 3]] for i in range(5)]
+    sums = [(4 + i) * 3 * (i + 2 * i + 250) for i in range(5)]  # pixels times colours
+    assert ours["images"] == [[sums[i], [3, 4 + i, 3]] for i in range(5)]
     assert ours["num_objects"] == list(range(5))
 
 

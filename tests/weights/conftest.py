@@ -1,7 +1,6 @@
 """Small CLIPs of other libraries, with random weights in every parameter, and their inputs."""
 
 import functools
-import types
 
 import jax
 import numpy as np
@@ -127,22 +126,3 @@ def check_outputs(model, images, tokens, expected):
 def one_device(monkeypatch):
     """Runs models on one device; tests/weights/test_inference.py compares with eight."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-
-
-@pytest.fixture(scope="session")
-def reference():
-    """The functions above, for tests in several files."""
-    return types.SimpleNamespace(
-        SMALL=SMALL,
-        MEAN=MEAN,
-        STD=STD,
-        randomize=randomize,
-        open_clip_config=open_clip_config,
-        open_clip_model=open_clip_model,
-        siglip_model=siglip_model,
-        inputs=inputs,
-        pixel_values=pixel_values,
-        open_clip_embeddings=open_clip_embeddings,
-        open_clip_outputs=open_clip_outputs,
-        check_outputs=check_outputs,
-    )

@@ -10,6 +10,7 @@ import torch
 
 from diht_jax import load_model
 from diht_jax.weights.source import read_weights
+from tests.weights import conftest as reference
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from diht_jax.weights.source import read_weights
         ("gelu_tanh", {"vision_heads": 4, "vision_mlp_width": 300, "layer_norm_epsilon": 1e-3}),
     ],
 )
-def test_open_clip_state_dict_and_config(reference, tmp_path, activation, others):
+def test_open_clip_state_dict_and_config(tmp_path, activation, others):
     arch = dataclasses.replace(reference.SMALL, activation=activation, **others)
     other = reference.open_clip_model(arch)
     assert other.transformer.resblocks[0].ln_1.eps == other.visual.ln_post.eps
@@ -33,7 +34,7 @@ def test_open_clip_state_dict_and_config(reference, tmp_path, activation, others
     assert model.logit_scale == pytest.approx(other.logit_scale.exp().item(), rel=1e-6)
 
 
-def test_custom_text_prefix_and_data_parallel_prefix_and_training_checkpoint(reference, tmp_path):
+def test_custom_text_prefix_and_data_parallel_prefix_and_training_checkpoint(tmp_path):
     state = reference.open_clip_model(reference.SMALL).state_dict()
     torch.save(state, tmp_path / "plain.pt")
     text = ("positional_embedding", "token_embedding", "transformer", "ln_final", "text_projection")
@@ -45,7 +46,7 @@ def test_custom_text_prefix_and_data_parallel_prefix_and_training_checkpoint(ref
     jax.tree.map(np.testing.assert_array_equal, plain.params, wrapped.params)
 
 
-def test_wrong_parameters_are_listed(reference, tmp_path):
+def test_wrong_parameters_are_listed(tmp_path):
     state = dict(reference.open_clip_model(reference.SMALL).state_dict())
     del state["visual.ln_pre.bias"]
     del state["transformer.resblocks.1.ln_2.weight"]
@@ -62,7 +63,7 @@ def test_wrong_parameters_are_listed(reference, tmp_path):
     assert "wrong.pt" in message
 
 
-def test_image_positions_are_resized_on_request_as_open_clip_does(reference, tmp_path):
+def test_image_positions_are_resized_on_request_as_open_clip_does(tmp_path):
     open_clip = pytest.importorskip("open_clip")
     other = reference.open_clip_model(reference.SMALL)
     torch.save(other.state_dict(), tmp_path / "a.pt")
@@ -88,7 +89,7 @@ def test_image_positions_are_resized_on_request_as_open_clip_does(reference, tmp
         ("preprocess_cfg", "resize_mode", "longest"),
     ],
 )
-def test_settings_that_our_model_lacks_are_refused(reference, tmp_path, section, field, value):
+def test_settings_that_our_model_lacks_are_refused(tmp_path, section, field, value):
     torch.save(reference.open_clip_model(reference.SMALL).state_dict(), tmp_path / "model.pt")
     model = reference.open_clip_config(reference.SMALL)
     config = {"model_cfg": model, "preprocess_cfg": {}}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -11,11 +12,12 @@ from diht_jax import load_model
 from diht_jax.export import export_model
 from diht_jax.weights import huggingface
 from diht_jax.weights.source import read_weights
+from tests.weights import conftest as reference
 
 transformers = pytest.importorskip("transformers")
 
 
-def clip_model(reference, arch, **text):
+def clip_model(arch, **text):
     config = huggingface.make_config(arch, "float32")
     config["text_config"] |= text
     torch.manual_seed(0)
@@ -28,14 +30,14 @@ def embeddings(model, pixels, tokens):
     return out.image_embeds.numpy(), out.text_embeds.numpy(), out.logits_per_image.numpy()
 
 
-def check(reference, folder, other, images, tokens):
+def check(folder, other, images, tokens):
     model = load_model(folder)
     expected = embeddings(other, reference.pixel_values(images), tokens)
     reference.check_outputs(model, images, tokens, expected)
     assert model.logit_scale == pytest.approx(other.logit_scale.exp().item(), rel=1e-6)
 
 
-def test_saved_model(reference, tmp_path):
+def test_saved_model(tmp_path):
     arch = dataclasses.replace(
         reference.SMALL,
         activation="quick_gelu",
@@ -44,35 +46,37 @@ def test_saved_model(reference, tmp_path):
         layer_norm_epsilon=1e-3,
         text_mlp_width=100,
     )
-    other = clip_model(reference, arch)
+    other = clip_model(arch)
     other.save_pretrained(tmp_path)
     assert read_weights(tmp_path).arch == arch
-    check(reference, tmp_path, other, *reference.inputs(arch))
+    check(tmp_path, other, *reference.inputs(arch))
 
 
-def test_sharded_model(reference, tmp_path):
-    other = clip_model(reference, reference.SMALL)
-    other.save_pretrained(tmp_path, max_shard_size="1MB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    images, tokens = reference.inputs(reference.SMALL)
-    check(reference, tmp_path, other, images, tokens)
-    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
+def test_sharded_model(tmp_path):
+    other = clip_model(reference.SMALL)
+    other.save_pretrained(tmp_path / "whole")
+    other.save_pretrained(tmp_path / "parts", max_shard_size="1MB")
+    shards = sorted((tmp_path / "parts").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    whole, parts = (read_weights(tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
+    shards[1].unlink()
     with pytest.raises(ValueError, match="shard 'model-00002-of-.*' is missing"):
-        load_model(tmp_path)
+        load_model(tmp_path / "parts")
 
 
-def test_legacy_end_of_text_is_the_largest_id(reference, tmp_path):
-    other = clip_model(reference, reference.SMALL, eos_token_id=2)
+def test_legacy_end_of_text_is_the_largest_id(tmp_path):
+    other = clip_model(reference.SMALL, eos_token_id=2)
     other.save_pretrained(tmp_path)
     images, tokens = reference.inputs(reference.SMALL)
     tokens[:, 1] = 2  # would be taken for the end of text
     assert read_weights(tmp_path).arch.end_of_text_id is None
-    check(reference, tmp_path, other, images, tokens)
+    check(tmp_path, other, images, tokens)
 
 
-def test_end_of_text_below_added_tokens(reference, tmp_path):
+def test_end_of_text_below_added_tokens(tmp_path):
     arch = dataclasses.replace(reference.SMALL, vocab_size=600, end_of_text_id=511)
-    other = clip_model(reference, arch)
+    other = clip_model(arch)
     other.save_pretrained(tmp_path)
     assert read_weights(tmp_path).arch == arch
     images, _ = reference.inputs(arch)
@@ -80,10 +84,10 @@ def test_end_of_text_below_added_tokens(reference, tmp_path):
     tokens[np.arange(5), [3, 5, 8, 11, 4]] = 511
     tokens[:, 2] = 599  # an added token, larger than the end of text
     tokens[0, 6] = 511  # only the first one counts
-    check(reference, tmp_path, other, images, tokens)
+    check(tmp_path, other, images, tokens)
 
 
-def test_metaclip_2_pools_at_the_first_end_and_is_exported_as_it_came(reference, tmp_path):
+def test_metaclip_2_pools_at_the_first_end_and_is_exported_as_it_came(tmp_path):
     arch = dataclasses.replace(reference.SMALL, vocab_size=600, end_of_text_id=2)
     config = transformers.MetaClip2Config(**huggingface.make_config(arch, "float32"))
     torch.manual_seed(0)
@@ -96,7 +100,7 @@ def test_metaclip_2_pools_at_the_first_end_and_is_exported_as_it_came(reference,
     for row, end in enumerate([3, 5, 8, 11, 4]):
         tokens[row, end], tokens[row, end + 1 :] = 2, 1
     assert read_weights(tmp_path / "theirs").arch == arch
-    check(reference, tmp_path / "theirs", other, images, tokens)
+    check(tmp_path / "theirs", other, images, tokens)
     export_model(str(tmp_path / "theirs"), "huggingface", str(tmp_path / "ours"))
     back = transformers.AutoModel.from_pretrained(tmp_path / "ours")
     assert type(back) is transformers.MetaClip2Model
@@ -105,9 +109,10 @@ def test_metaclip_2_pools_at_the_first_end_and_is_exported_as_it_came(reference,
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_old_directory_with_a_torch_file_and_index_buffers(reference, tmp_path):
+def test_old_directory_with_a_torch_file_and_index_buffers(tmp_path):
     """As `openai/clip-vit-base-patch32` is: pytorch_model.bin, position_ids, *_config_dict."""
-    other = clip_model(reference, reference.SMALL)
+    other = clip_model(reference.SMALL)
+    other.save_pretrained(tmp_path / "new")
     state = other.state_dict()
     state["text_model.embeddings.position_ids"] = torch.arange(12)[None]
     state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
@@ -122,8 +127,9 @@ def test_old_directory_with_a_torch_file_and_index_buffers(reference, tmp_path):
         "vision_config_dict": config["vision_config"],
     }
     (tmp_path / "config.json").write_text(json.dumps(old))
-    images, tokens = reference.inputs(reference.SMALL)
-    check(reference, tmp_path, other, images, tokens)
+    new, found = read_weights(tmp_path / "new"), read_weights(tmp_path)
+    assert new.arch == found.arch == reference.SMALL
+    jax.tree.map(np.testing.assert_array_equal, found.params, new.params)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -146,14 +152,14 @@ def test_settings_that_our_model_lacks_are_refused():
 
 
 @pytest.fixture(scope="module")
-def siglip(reference, tmp_path_factory):
+def siglip(tmp_path_factory):
     """A SiglipModel, and its folder."""
     model, folder = reference.siglip_model(), tmp_path_factory.mktemp("siglip")
     model.save_pretrained(folder)
     return model, folder
 
 
-def test_embeddings_and_logits_are_those_of_transformers(siglip, reference):
+def test_embeddings_and_logits_are_those_of_transformers(siglip):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 24, 24, 3)).astype(np.uint8)
     tokens = rng.integers(1, 600, (5, 16)).astype(np.int32)  # the last is not the largest

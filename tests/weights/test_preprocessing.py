@@ -19,6 +19,7 @@ from diht_jax.weights.settings import (
 )
 from diht_jax.weights.source import ModelFiles, choose_files
 from tests import make
+from tests.weights import conftest as reference
 
 SIDE = 48
 SIZES = [(48, 48), (20, 31), (97, 60), (640, 41), (33, 500)]
@@ -37,7 +38,7 @@ def pixels_of(preprocessing, image):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.resize}-{form.interpolation}")
-def test_pixels_are_those_of_transformers(form, reference):
+def test_pixels_are_those_of_transformers(form):
     transformers = pytest.importorskip("transformers")
     config = make_preprocessor(reference.SMALL, form)
     side = {"height": SIDE, "width": SIDE}

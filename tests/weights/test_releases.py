@@ -13,6 +13,7 @@ from diht_jax.models.zoo import ARCHITECTURES
 from diht_jax.weights.open_clip_layout import read_architecture
 from diht_jax.weights.releases import HUB_MODELS, RELEASES, Release, download
 from tests.serving import FileServer
+from tests.weights import conftest as reference
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -58,7 +59,7 @@ def test_damaged_cache_is_replaced(server, tmp_path):
 
 
 @pytest.fixture
-def small_release(reference, server, tmp_path, monkeypatch):
+def small_release(server, tmp_path, monkeypatch):
     """'diht_vitb32_224px' as a small model that the local server publishes."""
     name = "diht_vitb32_224px"
     torch.save(reference.open_clip_model(reference.SMALL).state_dict(), tmp_path / "state.ckpt")
@@ -73,7 +74,7 @@ def small_release(reference, server, tmp_path, monkeypatch):
     return name
 
 
-def test_load_model_by_name_downloads_once(reference, small_release, server):
+def test_load_model_by_name_downloads_once(small_release, server):
     images, tokens = reference.inputs(reference.SMALL)
     expected = reference.open_clip_embeddings(
         reference.open_clip_model(reference.SMALL), images, tokens
@@ -103,9 +104,7 @@ def test_environment_variable_names_a_local_copy(
     assert server.asked_ranges == []
 
 
-def test_environment_variable_with_a_wrong_place_or_model(
-    reference, small_release, tmp_path, monkeypatch
-):
+def test_environment_variable_with_a_wrong_place_or_model(small_release, tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "diht_vitl14_224px.ckpt").write_bytes(b"")
     monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "other"))

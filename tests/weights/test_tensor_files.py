@@ -20,6 +20,7 @@ from diht_jax.weights.tensor_files import (
     write_safetensors,
     write_torch,
 )
+from tests.weights import conftest as reference
 
 
 class Malicious:
@@ -97,7 +98,7 @@ def test_torchscript_archive_is_read_as_torch_reads_it(tmp_path, make, dtype):
         )
 
 
-def test_openai_archives_have_quick_gelu(reference, tmp_path):
+def test_openai_archives_have_quick_gelu(tmp_path):
     """TorchScript, half precision and the three scalars, as OpenAI publishes its models."""
     model = copy.deepcopy(reference.open_clip_model(reference.SMALL))
     for name, value in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 600)):

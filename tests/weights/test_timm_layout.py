@@ -11,6 +11,7 @@ from diht_jax.export import export_model
 from diht_jax.weights import open_clip_layout
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import read_weights
+from tests.weights import conftest as reference
 
 open_clip = pytest.importorskip("open_clip")
 timm = pytest.importorskip("timm")
@@ -76,7 +77,7 @@ def small_towers():
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def model(request, reference, tmp_path_factory):
+def model(request, tmp_path_factory):
     """A model of open_clip with random weights, and its folder as open_clip's hub has it."""
     config = CONFIGS[request.param]
     torch.manual_seed(0)
@@ -97,7 +98,7 @@ def inputs(side):
     return images, rng.integers(1, 600, (3, 12)).astype(np.int32)
 
 
-def test_embeddings_and_logits_are_those_of_open_clip(model, reference):
+def test_embeddings_and_logits_are_those_of_open_clip(model):
     other, folder = model
     ours = load_model(folder)
     images, tokens = inputs(ours.image_size)

@@ -30,6 +30,7 @@ from diht_jax.weights.source import ModelFiles
 from diht_jax.weights.tokenizer_file import copy_tokenizer, read_cleaning, read_tokenizer
 from tests import make
 from tests.data_prep.filtering.jobs import job_config
+from tests.weights import conftest as reference
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -201,7 +202,7 @@ def test_a_damaged_copy_is_refused(siglip, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model(siglip, reference, tmp_path_factory):
+def model(siglip, tmp_path_factory):
     """A SiglipModel, and its folder with tokenizer and image processor."""
     made, folder = reference.siglip_model(layers=1), tmp_path_factory.mktemp("model") / "model"
     made.save_pretrained(folder)

@@ -125,7 +125,8 @@ def test_metrics_equal_sorting_in_float64_across_blocks(monkeypatch):
     num_classes = 23
     classifier = _unit(rng.normal(size=(num_classes, 12)))
     # Unbalanced, and class 5 has no image.
-    labels = rng.choice(np.delete(np.arange(num_classes), 5), 301, p=_unit_sum(np.arange(1, 23)))
+    shares = np.arange(1, 23) / np.arange(1, 23).sum()
+    labels = rng.choice(np.delete(np.arange(num_classes), 5), 301, p=shares)
     image_emb = _unit(classifier[labels] + 0.4 * rng.normal(size=(301, 12)))
     order = np.argsort(-(image_emb @ classifier.T), axis=1)
     hits = order[:, 0] == labels
@@ -142,10 +143,6 @@ def test_metrics_equal_sorting_in_float64_across_blocks(monkeypatch):
     assert abs(metrics["top1"] - metrics["mean_per_class"]) > 1e-3
     predictions, _ = rank_labels(image_emb, labels, classifier)
     np.testing.assert_array_equal(predictions, order[:, 0])
-
-
-def _unit_sum(x):
-    return x / x.sum()
 
 
 def test_the_first_of_equal_classes_wins_whichever_is_right():
