@@ -289,13 +289,12 @@ def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
     np.testing.assert_array_equal(load_model(folder).tokenize(captions), expected)
 
 
-@pytest.mark.parametrize(("name", "length"), [("PE-Core-B-16", 32), ("PE-Core-bigG-14-448", 72)])
-def test_pe_core_has_the_tokenizer_of_clip(name, length, captions):
+def test_pe_core_has_the_tokenizer_of_clip(captions):
     open_clip = pytest.importorskip("open_clip")
     # `tokenizers` has the characters of an older Unicode than open_clip.
     texts = ["".join(c for c in t if unicodedata.category(c) != "Cn") for t in captions]
-    expected = open_clip.get_tokenizer(name)(texts).numpy()
-    np.testing.assert_array_equal(tokenizer.tokenize(texts, length), expected)
+    expected = open_clip.get_tokenizer("PE-Core-B-16")(texts).numpy()
+    np.testing.assert_array_equal(tokenizer.tokenize(texts, 32), expected)
 
 
 def test_data_preparation_embeds_as_transformers(model, inputs):
