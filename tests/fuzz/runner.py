@@ -100,8 +100,9 @@ def run(
                 for name in names:
                     count = -(-cases // len(names))
                     request = [module, name, base, count, seed, profile]
+                    longest = 600 + LIMIT_SECS * count  # only against what no signal ends
                     try:
-                        result = pool.schedule(_run, request, timeout=60 + 5 * count).result()
+                        result = pool.schedule(_run, request, timeout=longest).result()
                     except (pebble.ProcessExpired, TimeoutError) as error:
                         log = (base / "log").read_text(errors="replace")[-3000:]
                         result = Result(failure=f"the process died or hung: {error}\n{log}")
