@@ -9,7 +9,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diht_jax.hardware.chips import count_flops
 from diht_jax.losses import contrastive_objective, sigmoid_loss
-from tests.compiling import QUICK_COMPILE
 from tests.losses import formulas
 
 
@@ -49,8 +48,8 @@ def temporary_bytes(impl, num_pairs, **settings):
     step, arguments = compiled(impl, num_pairs, 64, beta=0.25, **settings)
     ids = jax.ShapeDtypeStruct((num_pairs, 2), np.uint32, sharding=arguments[0].sharding)
     ids = {"pair_ids": ids} if settings else {}
-    compiled_step = jax.jit(step).lower(*arguments, **ids).compile(QUICK_COMPILE)
-    return compiled_step.memory_analysis().temp_size_in_bytes
+    memory = jax.jit(step).lower(*arguments, **ids).compile().memory_analysis()
+    return memory.temp_size_in_bytes
 
 
 def test_memory_grows_with_the_local_batch_and_not_with_the_global_one():
