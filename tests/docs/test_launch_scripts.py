@@ -288,3 +288,15 @@ def test_installed_extras_exist_and_the_dockerfile_has_what_it_copies():
         assert set(sources.split()) <= kept | {"."}
     for package in extras["eval"]:
         assert re.split("[><=]", package)[0] in dockerfile
+
+
+def test_gpus_of_several_hosts_reach_their_network_cards():
+    """NCCL loads libibverbs and librdmacm, and takes sockets where they or the cards are absent."""
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    cuda = dockerfile.partition(" AS cuda")[2].partition("FROM")[0]
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(cuda.split())
+    pod = job_of(LAUNCH / "gpu_jobset.yaml")
+    found = container(pod)
+    assert found["resources"]["limits"]["rdma/ib"]
+    assert "IPC_LOCK" in found["securityContext"]["capabilities"]["add"]
+    assert {"name": "NCCL_DEBUG", "value": "INFO"} in found["env"]

@@ -1,5 +1,6 @@
 """CLIP_benchmark itself, on an exported model, gives our numbers."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.clip_benchmark_folder import write_folder
+from benchmarks.clip_benchmark_standins import STANDINS, write_standin
+from benchmarks.clip_benchmark_tasks import compare_task
 from diht_jax import load_model
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
@@ -36,7 +39,7 @@ def folders(shared_data, tmp_path):
     return tmp_path
 
 
-def test_equal_to_the_sample(folders, workdir):
+def test_equal_to_the_sample(folders, workdir, shared_data, monkeypatch):
     builder = pytest.importorskip("clip_benchmark.datasets.builder")
     classification = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
     retrieval = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
@@ -79,3 +82,20 @@ def test_equal_to_the_sample(folders, workdir):
     for k in (1, 5):
         assert metrics[f"t2i_r{k}"] == pytest.approx(found[f"image_retrieval_recall@{k}"])
         assert metrics[f"i2t_r{k}"] == pytest.approx(found[f"text_retrieval_recall@{k}"])
+
+    # Several labels, as the benchmark of sixteen tasks compares them.
+    from benchmarks.clip_benchmark_samples import measure_classification
+
+    name = "wds_voc2007_multilabel"
+    monkeypatch.setitem(STANDINS, name, dataclasses.replace(STANDINS[name], size=_SIZE))
+    assert write_standin(name, folders / name, shared_data) == _SIZE
+    dataset, loader = read(name, "zeroshot_classification")
+    arrays, metrics = measure_classification(theirs, loader, tokenizer, dataset)
+    np.savez(folders / f"{name}.npz", **arrays)
+    (folders / f"{name}.json").write_text(json.dumps(metrics))
+    found = compare_task(model, name, folders)
+    assert found["equal"] and found["samples"] == _SIZE and found["different"] == 0
+    assert 0 < found["ours"]["mean_average_precision"] < 1
+    # Another label is another metric, although all similarities are the same.
+    (folders / f"{name}.json").write_text(json.dumps({"mean_average_precision": 0.5}))
+    assert not compare_task(model, name, folders)["equal"]
