@@ -39,7 +39,11 @@ def pairs():
 
 def softmax_formula(image_emb, text_emb, scale, alpha, beta, equal_pairs, constant=False):
     return formulas.defining_loss(
-        *(image_emb, text_emb, scale, alpha, beta),
+        image_emb,
+        text_emb,
+        scale,
+        alpha,
+        beta,
         constant_weights=constant,
         equal_pairs=equal_pairs,
         is_equal=IS_EQUAL,
