@@ -68,7 +68,6 @@ LONGEST_FILES = (
     "first_hour/test_small_form.py",
     "docs/test_notebook.py",
     "data_prep/labelling/test_label_shards.py",
-    "training/test_recipes.py",
     "training/test_gradients.py",
     "docs/test_readme.py",
     "training/test_objective.py",

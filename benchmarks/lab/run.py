@@ -6,7 +6,8 @@
 
 `--only` takes patterns of blocks, of experiments, or of runs (EXPERIMENT_seedN). The lab may be
 killed at any moment: the same command goes on where it was, a training from its last checkpoint. A
-run that fails is reported, and the others go on. In a job array add `--task_index=I --num_tasks=N`.
+run that fails is reported, and the others go on. In a job array add `--task_index=I --num_tasks=N`;
+on one machine begin each of these tasks with `taskset -c I`, since a student keeps one core busy.
 A result is made anew when its recipe, its data or its experiment has become another.
 """
 
