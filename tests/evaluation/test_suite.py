@@ -20,6 +20,16 @@ from diht_jax.evaluation.tasks import evaluate_task
 from tests import make
 
 
+def test_seventeen_ten_and_two():
+    def numbers(*kinds):
+        return sum(entry.numbers for entry in SUITE.values() if entry.kind in kinds)
+
+    assert numbers("classification", "multilabel", "binary") == 17
+    assert numbers("retrieval", "winoground") == 10
+    assert numbers("entailment", "vqa") == 2
+    assert numbers(*PROTOCOLS) == 29
+
+
 def test_every_task_with_a_source_can_be_named():
     pytest.importorskip("clip_benchmark")
     for name, entry in SUITE.items():

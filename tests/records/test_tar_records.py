@@ -173,6 +173,18 @@ def test_webdataset_reads_every_record(tmp_path):
     assert [record.metadata for record in ours] == [metadata] * len(keys)
 
 
+def test_equal_records_give_equal_bytes(tmp_path):
+    records = [Pair(str(number), PNG, "c", {"b": 1, "a": 2}) for number in range(3)]
+    one, other = (make.write_shard(tmp_path / f"{n}.tar", records).read_bytes() for n in "ab")
+    assert one == other
+    with tarfile.open(fileobj=io.BytesIO(one)) as tar:
+        members = tar.getmembers()
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {
+        (0, 0, 0, "", "", 0o644)
+    }
+    assert [m.name for m in members[:3]] == ["0.png", "0.txt", "0.json"]
+
+
 def test_what_a_tar_has_no_room_for(tmp_path):
     labelled = Record("1", PNG, "c", {}, *(np.int32([0]), np.float32([1])) * 2)
     with pytest.raises(ValueError, match="record '1': its concepts cannot .*array_record"):

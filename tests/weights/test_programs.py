@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from diht_jax import load_model
 from diht_jax.export import export_model
@@ -53,7 +54,11 @@ def test_stablehlo(run, expected, tmp_path):
             np.testing.assert_allclose(
                 program.call(inputs[:rows]), embeddings[:rows], rtol=0, atol=1e-5
             )
-    assert (tmp_path / "out" / "tokenizer.json").exists()
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    tokens = expected["text"][0]
+    assert [tokenizer.encode(text).ids for text in TEXTS] == [
+        row[: row.argmax() + 1].tolist() for row in tokens
+    ]
     config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
     assert config["model_cfg"]["vision_cfg"]["image_size"] == 16
 

@@ -97,13 +97,24 @@ def _kill_and_repeat(output: pathlib.Path, kill_at: int, wanted: dict[str, bytes
     status, _ = _run_in_child(output, kill_at)
     if not os.WIFSIGNALED(status):
         return [f"not killed: {status}"]
+    done = _when_finished(output)
     status, _ = _run_in_child(output)
-    found = snapshot(output)
+    found, now = snapshot(output), _when_finished(output)
     shutil.rmtree(output)
     if status:
         return ["the second run failed"]
     differs = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
-    return [f"differs: {name}" for name in sorted(differs)]
+    again = {name for name, time_ns in done.items() if now.get(name) != time_ns}
+    problems = [f"differs: {name}" for name in sorted(differs)]
+    return problems + [f"was finished, and was made again: {name}" for name in sorted(again)]
+
+
+def _when_finished(output: pathlib.Path) -> dict[str, int]:
+    """Of every shard that is done, when that was noted."""
+    return {
+        str(path.relative_to(output)): path.stat().st_mtime_ns
+        for path in output.rglob("?*.stats.json")
+    }
 
 
 def _choose(changes: list[str]) -> list[int]:
