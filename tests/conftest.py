@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 import pathlib
-import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -138,20 +137,6 @@ def shared_data() -> pathlib.Path:
     if not directory.is_dir():
         pytest.skip(f"{directory} is absent")
     return directory
-
-
-@pytest.fixture
-def hang_guard():
-    """Ends a test that hangs. Far more time than any machine needs: nothing is measured by it."""
-
-    def give_up(*_):
-        pytest.fail("the test hangs")  # no `except Exception` catches it
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(600)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

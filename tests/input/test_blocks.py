@@ -105,7 +105,7 @@ def folders_in(cache) -> list[pathlib.Path]:
     [(6, 99, 2), (20, 99, 0), (72, 99, 0), (72, 50, 0), (72, 50, 2)],
 )
 def test_batches_of_a_store_are_those_of_local_files_and_no_block_in_use_is_deleted(
-    tmp_path, cache, count_requests, num_blocks, room, num_workers, hang_guard
+    tmp_path, cache, count_requests, num_blocks, room, num_workers
 ):
     """At the end of an epoch, records of the next one are on their way."""
     store = write_store(tmp_path, num_blocks * BLOCK)
@@ -127,7 +127,7 @@ def test_batches_of_a_store_are_those_of_local_files_and_no_block_in_use_is_dele
     assert kept == num_blocks or kept <= room < num_blocks
 
 
-def test_it_goes_on_at_another_position_on_other_hosts(store, cache, hang_guard):
+def test_it_goes_on_at_another_position_on_other_hosts(store, cache):
     first = train_iterator(store, cache)
     next(first)
     position = {"next_example": first.get_state()["next_example"] + 5 * BATCH}
@@ -144,7 +144,7 @@ def test_it_goes_on_at_another_position_on_other_hosts(store, cache, hang_guard)
     assert not folders_in(cache)
 
 
-def test_each_source_of_a_mixture_has_blocks_of_its_own(store, cache, hang_guard):
+def test_each_source_of_a_mixture_has_blocks_of_its_own(store, cache):
     def mixed(cache=None):
         """Two thirds in one order of the records, a third in another one."""
         source = open_source(store, cache)
@@ -182,7 +182,7 @@ def no_waiting(monkeypatch):
     return now
 
 
-def test_failing_requests_are_sent_again(store, cache, monkeypatch, no_waiting, hang_guard):
+def test_failing_requests_are_sent_again(store, cache, monkeypatch, no_waiting):
     batches, local = train_iterator(store, cache), train_iterator(store)
     monkeypatch.setenv(slow_store.FAIL_EVERY, "5")
     check_same(batches, local, EPOCH)
@@ -191,9 +191,7 @@ def test_failing_requests_are_sent_again(store, cache, monkeypatch, no_waiting, 
 
 
 @pytest.mark.parametrize("late", ["an error", "an answer"])
-def test_of_a_request_that_was_overtaken_an_error_changes_nothing(
-    store, cache, monkeypatch, late, hang_guard
-):
+def test_of_a_request_that_was_overtaken_an_error_changes_nothing(store, cache, monkeypatch, late):
     """The first request answers once the second one waits; its error must bring no third one."""
     source, requests, read = open_source(store, cache), [], blocks.read_extent
 
@@ -245,9 +243,7 @@ def test_a_closed_input_no_longer_asks_a_store_that_fails(store, cache, monkeypa
     wait_until(lambda: not set(threading.enumerate()) - before, longest_secs=60)
 
 
-def test_a_store_that_goes_on_failing_is_an_error(
-    store, cache, monkeypatch, no_waiting, hang_guard
-):
+def test_a_store_that_goes_on_failing_is_an_error(store, cache, monkeypatch, no_waiting):
     monkeypatch.setattr(blocks, "clock", lambda: no_waiting[0])
     batches = train_iterator(store, cache)
     monkeypatch.setenv(slow_store.FAIL_EVERY, "1")  # of all requests
@@ -280,7 +276,7 @@ def test_a_damaged_record_is_named_and_those_around_it_are_read(tmp_path, cache)
         blocks_of.stop()
 
 
-def test_a_full_disk_is_an_error_that_names_the_keys(store, cache, monkeypatch, hang_guard):
+def test_a_full_disk_is_an_error_that_names_the_keys(store, cache, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -12,7 +12,6 @@ import pytest
 from diht_jax.input import workers
 from diht_jax.input.examples import DecodeExample
 from diht_jax.records.schema import Record
-from tests.leftovers import processes_of, shared_memory, wait_until_nothing_is_left
 from tests.make import REPOSITORY, encoded, plain, write_records
 from tests.waiting import wait_until
 
@@ -45,24 +44,38 @@ def grey_square(number: int) -> Record:
     return Record(key=str(number), image=encoded(plain((number,) * 3, (9, 7))), caption="grey")
 
 
+def segments_of(pid: int) -> set[pathlib.Path]:
+    """Shared memory that a process has mapped."""
+    maps = pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {pathlib.Path(line.split()[5]) for line in maps if "/dev/shm/diht_jax_" in line}
+
+
+def is_running(pid: int) -> bool:
+    """False also for one that has ended and that nobody has waited for."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_a_killed_parent_leaves_no_worker_no_shared_memory_and_no_blocks(tmp_path):
     records = write_records(tmp_path / "records", [grey_square(number) for number in range(20)])
-    script, cache, before = tmp_path / "parent.py", tmp_path / "cache", shared_memory()
+    script, cache = tmp_path / "parent.py", tmp_path / "cache"
     script.write_text(PARENT)
     cache.mkdir()
-    with subprocess.Popen(
-        [sys.executable, str(script), str(records), str(cache)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        start_new_session=True,  # by which all of its processes are found
-    ) as parent:
-        children = {int(pid) for pid in parent.stdout.readline().split()}
-        assert len(children) == 2 and children < processes_of(parent.pid).keys()
-        assert shared_memory() - before and list(cache.glob("*/*.block"))
-        parent.kill()
-    wait_until_nothing_is_left(parent.pid, before)
-    wait_until(lambda: not any(path.is_dir() for path in cache.iterdir()))
+    command = [sys.executable, str(script), str(records), str(cache)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        try:
+            children = [int(pid) for pid in parent.stdout.readline().split()]
+            segments = set().union(*map(segments_of, [parent.pid, *children]))
+            blocks = list(cache.glob("*/*.block"))
+        finally:
+            parent.kill()  # also after an error: leaving the block waits for it
+    assert len(children) == 2 and segments and blocks
+    left = [*segments, *(block.parent for block in blocks)]
+    wait_until(lambda: not any(map(is_running, children)) and not any(p.exists() for p in left))
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_batches_order_and_duplicates_do_not_matter(web_captions, parser):
     assert alone == one[:5]
 
 
-def test_hostile_texts_do_not_hang(parser, hang_guard):
+def test_hostile_texts_do_not_hang(parser):
     texts = [
         "a" * 5000,
         "word " * 3000,
