@@ -241,7 +241,7 @@ def _check_recipe(
     path: str, config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict
 ) -> None:
     """Raises ValueError for a recipe with keys that the command does not know."""
-    unknown = [key for key in config if key not in defaults]
+    unknown = sorted(set(config) - set(defaults))
     if len(unknown) > 1:
         raise ValueError(
             f"{path}: looks like a recipe of another command; this one has no keys "

@@ -204,8 +204,7 @@ def _read_text(text: str) -> _Request:
     where = f"task '{text}'"
     # A "?" also stands in globs, so only "?word=" starts the options.
     body, *behind = re.split(r"\?(?=\w+=)", text, maxsplit=1)
-    pairs = re.split(r"&(?=\w+=)", behind[0]) if behind else ()
-    options = dict(pair.split("=", 1) for pair in pairs)
+    options = dict(re.findall(r"(?s)(\w+)=(.*?)(?=&\w+=|\Z)", "".join(behind)))
     named = re.match(r"([\w.-]+)=(.*)", body)
     name, body = named.groups() if named else (None, body)
     kind, _, source = body.partition(":")

@@ -100,9 +100,7 @@ def _environment() -> jinja2.Environment:
     )
     names: dict[str, Any] = environment.globals
     names.update(bar=bar, data_uri=data_uri)
-    environment.filters.update(
-        count=lambda number: f"{number:,}", percent=lambda share: f"{100 * share:.1f}%"
-    )
+    environment.filters.update(count="{:,}".format, percent="{:.1%}".format)
     return environment
 
 

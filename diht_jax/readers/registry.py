@@ -243,8 +243,11 @@ def _list_path(text: str, options: dict[str, Any]) -> list[SourceShard]:
             f"{', '.join(unknown[:_LARGEST_LISTING])}: not a source of pairs; expected names that "
             f"end in {_known_suffixes()}"
         )
+    shards = []
+    for path, kind in known.items():
+        shards += _list_one(kind, path, options)
     if known:
-        return [shard for path, kind in known.items() for shard in _list_one(kind, path, options)]
+        return shards
     if is_stored:
         raise ValueError(
             f"nothing to read at '{text}'; of an object store tars, tables, parquet files and "

@@ -21,6 +21,7 @@ from diht_jax.storage.copies import local_copy
 from diht_jax.storage.stores import input_size, is_remote
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 def read_tar(path: str) -> Iterator[Pair | Skipped]:
@@ -60,13 +61,12 @@ def count_images(shard: SourceShard) -> int | None:
     """Image members of a tar, by their headers; None of one in a store, compressed or damaged."""
     if is_remote(shard.path) or not shard.path.endswith(".tar"):
         return None
-    suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
     try:
         # No contents are wanted, of any size.
         members = read_members(
-            shard.path, lambda name: -1 if name.lower().endswith(suffixes) else None
+            shard.path, lambda name: -1 if name.lower().endswith(_IMAGE_SUFFIXES) else None
         )
-        return sum(1 for _ in members)
+        return len(list(members))
     except (ValueError, OSError):
         return None
 

@@ -80,20 +80,21 @@ def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pa
     Raises:
         ValueError: the source has changed, so that one cannot be used any more.
     """
-    wanted: dict[int, set[int]] = {}
-    for unit, offset in orders:
-        wanted.setdefault(unit, set()).add(offset)
-    found = {}
+    wanted: dict[int, set[Order]] = {}
+    for order in orders:
+        wanted.setdefault(order[0], set()).add(order)
+    found: dict[Order, Pair] = {}
     for unit, own in wanted.items():
         entries = units[unit]() if unit < len(units) else iter(())
-        for offset, entry in enumerate(itertools.islice(entries, max(own) + 1)):
-            if offset in own and isinstance(entry, Skipped):
+        for offset, entry in enumerate(itertools.islice(entries, max(own)[1] + 1)):
+            if (unit, offset) not in own:
+                continue
+            if isinstance(entry, Skipped):
                 raise ValueError(f"'{entry.key}' cannot be read again: {entry.reason}")
-            if offset in own and isinstance(entry, Pair):
-                found[unit, offset] = entry
-        if gone := [offset for offset in own if (unit, offset) not in found]:
+            found[unit, offset] = entry
+        if gone := own - found.keys():
             raise ValueError(
-                f"the source has changed since it was read: part {unit} has no entry {min(gone)}"
+                f"the source has changed since it was read: part {unit} has no entry {min(gone)[1]}"
             )
     return found
 

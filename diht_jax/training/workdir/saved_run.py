@@ -26,7 +26,7 @@ from etils import epath
 
 from diht_jax.config.checks import validate_config
 from diht_jax.data.file_tokenizer import FileTokenizer
-from diht_jax.sharding import path_name
+from diht_jax.models.parameters import parameter_shapes
 from diht_jax.storage import copies, files
 from diht_jax.storage.stores import is_remote
 from diht_jax.training.monitoring.trackers import replace_file
@@ -218,8 +218,8 @@ def tree_checksums(tree: Any) -> dict[str, int]:
     Returns:
         Path such as `params/vision/projection/kernel` -> number in [0, 2^32).
     """
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return dict(zip(names, np.asarray(_checksums(jax.tree.leaves(tree))).tolist(), strict=True))
+    numbers = np.asarray(_checksums(jax.tree.leaves(tree))).tolist()
+    return dict(zip(parameter_shapes(tree), numbers, strict=True))
 
 
 def describe_difference(checks: dict[str, Any], tree: Any, part: str = "") -> str | None:
